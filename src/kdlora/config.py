@@ -1,0 +1,527 @@
+"""The configuration: pydantic models, YAML in and out, overrides, every fault reported at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from kdlora.errors import ConfigError, did_you_mean
+
+Kind = Literal["single-label", "regression", "multi-label"]
+Arm = Literal["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
+GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"]
+FamilyName = Literal["bert", "roberta", "deberta-v3"]
+
+ARMS: tuple[Arm, ...] = get_args(Arm)
+TEACHER_ARMS: frozenset[Arm] = frozenset({"fft", "lora"})
+LORA_ARMS: frozenset[Arm] = frozenset({"lora", "kd-lora", "student-lora"})
+DISTILLED_ARMS: frozenset[Arm] = frozenset({"kd-lora", "kd-fft"})
+
+FAMILIES: dict[FamilyName, tuple[str, str]] = {
+    "bert": ("bert-base-uncased", "distilbert-base-uncased"),
+    "roberta": ("roberta-base", "distilroberta-base"),
+    "deberta-v3": ("microsoft/deberta-v3-base", "microsoft/deberta-v3-small"),
+}
+"""Teacher and student of each family in the paper (KD-LoRA, section 3)."""
+
+
+def _as_tuple(value: object) -> object:
+    """Accept one name where a list of names is expected."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _as_glue_name(value: object) -> object:
+    """Accept the benchmark's own spelling (`SST-2`, `CoLA`) for a task."""
+    return value.lower().replace("-", "").replace("_", "") if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class TaskConfig(_Section):
+    """What is learnt."""
+
+    name: Annotated[GlueName, BeforeValidator(_as_glue_name)] | None = None
+    """A GLUE task; its columns, kind, labels and metrics are known. Leave out for your own data."""
+    kind: Kind | Literal["auto"] = "auto"
+    """Kind of task; `auto` infers it from the labels where that is safe, and says so."""
+    text: Names | None = Field(default=None, min_length=1, max_length=2)
+    """Text column, or the two columns of a sentence pair."""
+    label: Names | None = Field(default=None, min_length=1)
+    """Label column; several columns of 0 and 1 make a multi-label task."""
+    label_names: Names | None = Field(default=None, min_length=1)
+    """Label names in the order of the model's outputs; default: from the data, sorted."""
+
+    @model_validator(mode="after")
+    def _glue_is_complete(self) -> Self:
+        given = [key for key in ("text", "label", "label_names") if getattr(self, key) is not None]
+        if self.name is not None and (given or self.kind != "auto"):
+            keys = ", ".join(f"task.{key}" for key in given or ["kind"])
+            raise ValueError(f"{self.name!r} is a GLUE task with known columns; leave out {keys}, or task.name")
+        if self.label_names is not None and len(set(self.label_names)) != len(self.label_names):
+            raise ValueError("task.label_names holds a name twice")
+        return self
+
+
+class DataConfig(_Section):
+    """Where the examples come from. Relative paths resolve against the config file's folder."""
+
+    path: str | None = None
+    """A folder in GLUE's layout, a `save_to_disk` folder, or a Hub data set such as `nyu-mll/glue`."""
+    subset: str | None = None
+    """Name of the Hub data set's configuration, for data sets that have several."""
+    revision: str | None = None
+    """Commit, tag or branch of the Hub data set."""
+    train: str | None = None
+    """Training file (CSV, TSV, JSON Lines, Parquet); with `path`, the name of the training split."""
+    validation: str | None = None
+    """Validation file or split name; default: split off the training rows."""
+    test: str | None = None
+    """Test file or split name; with one, the headline score is measured on it."""
+    unlabelled: str | None = None
+    """File with texts of the same task without labels; the teacher labels them for the distilled arms."""
+    id_column: str = "id"
+    """Column that names an example; where the data lacks it, the row number from 0 is the id."""
+    validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Share of the training rows that becomes the validation split where none is given."""
+    split_seed: int = Field(default=0, ge=0)
+    """Seed of that split; it is recorded and does not depend on `run.seeds`."""
+    max_train_examples: int | None = Field(default=None, ge=1)
+    """Use only the first so many training rows."""
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Self:
+        if self.path is None and self.train is None:
+            raise ValueError("no data: set data.path (folder or Hub id) or data.train (file)")
+        if self.path is None and (self.subset or self.revision):
+            raise ValueError("data.subset and data.revision describe a Hub data set; set data.path to its id")
+        return self
+
+
+class TrainConfig(_Section):
+    """How one model is trained (AdamW)."""
+
+    epochs: float = Field(default=3.0, gt=0.0)
+    """Passes over the training rows."""
+    batch_size: int = Field(default=32, ge=1)
+    """Rows per optimiser step; the loss is their exact mean, whatever the micro-batches."""
+    learning_rate: float = Field(default=2e-5, gt=0.0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """Decoupled weight decay."""
+    warmup_fraction: float = Field(default=0.06, ge=0.0, lt=1.0)
+    """Share of the steps over which the learning rate rises from 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    """Gradients are scaled down to this norm."""
+    max_length: int = Field(default=128, ge=4)
+    """Longest input in tokens; longer texts are cut, and counted."""
+    micro_batch_tokens: int | None = Field(default=16384, ge=16)
+    """Padded tokens that one forward and backward pass may hold; it splits inside the batch only."""
+    select: Literal["last", "best"] = "last"
+    """Which epoch's weights are kept: the last, or the best on the validation split."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after so many epochs without a better validation score; needs `select: best`."""
+
+    @model_validator(mode="after")
+    def _patience_keeps_the_best(self) -> Self:
+        if self.early_stopping_patience is not None and self.select != "best":
+            raise ValueError("early_stopping_patience needs select: best, or the weights kept are the worst seen")
+        return self
+
+
+class TeacherTrainConfig(TrainConfig):
+    """How the teacher is fine-tuned (all weights)."""
+
+
+class StudentTrainConfig(TrainConfig):
+    """How adapters are trained: every student arm, and the teacher-size `lora` arm."""
+
+    epochs: float = Field(default=5.0, gt=0.0)
+    """Passes over the training rows."""
+    learning_rate: float = Field(default=5e-4, gt=0.0)
+    """Peak learning rate of the arms with adapters."""
+
+
+class TeacherConfig(_Section):
+    """The large model, or a table of its outputs."""
+
+    model: str | None = None
+    """Pretrained encoder to fine-tune: a Hub id or a folder."""
+    revision: str | None = None
+    """Commit, tag or branch of `model` or `fine_tuned`."""
+    fine_tuned: str | None = None
+    """A teacher that is already fine-tuned on the task: a Hub id or a folder; it is evaluated, not trained."""
+    label_names: Names | None = None
+    """Label order of `fine_tuned`, where its own config only says LABEL_0, LABEL_1 ..."""
+    logits: str | None = None
+    """A table of logits (Parquet or JSON Lines: `id`, optional `split`, one column per label name)."""
+    probabilities: str | None = None
+    """The same with probabilities."""
+    seed: int | None = Field(default=None, ge=0)
+    """Seed that trains the one teacher; default: the first of `run.seeds`."""
+    train: TeacherTrainConfig = TeacherTrainConfig()
+    """How the teacher is fine-tuned."""
+    trust_remote_code: bool = False
+    """Let the model's own Python code run. Only for sources that you have read."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in ("fine_tuned", "logits", "probabilities") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"one teacher only, but {' and '.join('teacher.' + key for key in given)} are set")
+        if self.label_names is not None and self.fine_tuned is None:
+            raise ValueError("teacher.label_names orders the labels of teacher.fine_tuned, which is not set")
+        return self
+
+    @property
+    def is_table(self) -> bool:
+        """Whether stored outputs teach, so that no teacher model is loaded."""
+        return self.logits is not None or self.probabilities is not None
+
+
+class StudentConfig(_Section):
+    """The small model."""
+
+    model: str | None = None
+    """Pretrained encoder: a Hub id or a folder."""
+    revision: str | None = None
+    """Commit, tag or branch of `model`."""
+    from_teacher_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Instead of `model`: the teacher's own pretrained embeddings and these layers, counted from 0."""
+    full_learning_rate: float = Field(default=5e-5, gt=0.0)
+    """Peak learning rate of `student-fft` and `kd-fft`; all else is as in `train`."""
+    train: StudentTrainConfig = StudentTrainConfig()
+    """How the student is trained, the same in every arm."""
+    trust_remote_code: bool = False
+    """Let the model's own Python code run. Only for sources that you have read."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.model is not None and self.from_teacher_layers is not None:
+            raise ValueError("one student only, but student.model and student.from_teacher_layers are both set")
+        return self
+
+
+class LoraConfig(_Section):
+    """The adapters (LoRA, through PEFT)."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rank of each adapter."""
+    alpha: float = Field(default=16.0, gt=0.0)
+    """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
+    dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Dropout before the adapter."""
+    targets: Literal["query-value", "all-linear"] | Names = "query-value"
+    """Which projections get adapters: the paper's two, every linear layer of the encoder, or a list of names."""
+    rslora: bool = False
+    """Rank-stabilised scaling (arXiv 2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
+    init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = "default"
+    """PEFT's initialisation of the adapters."""
+
+
+class DistilConfig(_Section):
+    """The loss of the distilled arms: alpha * hard + (1 - alpha) * soft (KD-LoRA, eq. 3)."""
+
+    alpha: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Weight of the hard loss, against the labels, as in the paper; 1 - alpha weights the teacher."""
+    temperature: float = Field(default=2.0, gt=0.0)
+    """Softening of both distributions in `loss: kl` (Hinton et al., arXiv 1503.02531)."""
+    loss: Literal["kl", "mse"] = "kl"
+    """Soft loss: KL divergence times temperature squared, or mean squared error of the logits."""
+
+
+class RunConfig(_Section):
+    """What is run, and on what."""
+
+    arms: tuple[Arm, ...] = Field(default=("fft", "lora", "kd-lora", "student-lora"), min_length=1)
+    """Arms: `fft` (the teacher), `lora`, `kd-lora`, and the controls `student-lora`, `student-fft`, `kd-fft`."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
+    """Seeds; every arm runs once per seed."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the matrix products; `auto` picks by what the machine can do, and says what."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; default: PyTorch's own choice (the physical cores)."""
+    fail_fast: bool = False
+    """Stop at the first run that fails, in place of carrying on with the other arms."""
+    checkpoint_seconds: float = Field(default=60.0, gt=0.0)
+    """Seconds of training between two checkpoints: the most that a crash can cost."""
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Self:
+        for key in ("arms", "seeds"):
+            values = getattr(self, key)
+            if len(set(values)) != len(values):
+                raise ValueError(f"run.{key} holds a value twice: {list(values)}")
+        return self
+
+
+class Config(_Section):
+    """One experiment: arms x seeds on one task."""
+
+    name: str | None = Field(default=None, min_length=1)
+    """Name of the experiment; default: the task's name or the training file's. Results go to `runs/<name>`."""
+    family: FamilyName | None = None
+    """Teacher and student of the paper, where `teacher.model` and `student.model` are not set."""
+    task: TaskConfig = TaskConfig()
+    """What is learnt."""
+    data: DataConfig
+    """Where the examples come from."""
+    teacher: TeacherConfig = TeacherConfig()
+    """The large model, or a table of its outputs."""
+    student: StudentConfig = StudentConfig()
+    """The small model."""
+    lora: LoraConfig = LoraConfig()
+    """The adapters."""
+    distil: DistilConfig = DistilConfig()
+    """The distillation loss."""
+    run: RunConfig = RunConfig()
+    """What is run, and on what."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_family(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("family") not in FAMILIES:
+            return values
+        teacher_model, student_model = FAMILIES[values["family"]]
+        filled = dict(values)
+        teacher, student = filled.get("teacher") or {}, filled.get("student") or {}
+        if isinstance(teacher, Mapping):
+            filled["teacher"] = {"model": teacher_model} | dict(teacher)
+        if isinstance(student, Mapping) and student.get("from_teacher_layers") is None:
+            filled["student"] = {"model": student_model} | dict(student)
+        return filled
+
+    @model_validator(mode="after")
+    def _arms_have_their_models(self) -> Self:
+        faults = list(self._missing_models())
+        if self.data.unlabelled is not None and self.teacher.is_table:
+            faults.append("data.unlabelled needs a teacher model to label it, but the teacher is a table")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _missing_models(self) -> Iterable[str]:
+        arms = set(self.run.arms)
+        teacher, student = self.teacher, self.student
+        if not arms & DISTILLED_ARMS and not arms & TEACHER_ARMS and student.from_teacher_layers is None:
+            needs_teacher: set[str] = set()
+        else:
+            needs_teacher = arms & (TEACHER_ARMS | DISTILLED_ARMS)
+        taught = teacher.model is not None or teacher.fine_tuned is not None or teacher.is_table
+        if needs_teacher and not taught:
+            yield (
+                f"the arms {sorted(needs_teacher)} need a teacher: set teacher.model, teacher.fine_tuned, "
+                "teacher.logits or family"
+            )
+        if "lora" in arms and teacher.model is None and taught:
+            yield "the arm 'lora' adapts the pretrained teacher: set teacher.model too, or drop the arm"
+        if "fft" in arms and teacher.is_table and teacher.model is not None:
+            yield "the arm 'fft' is the teacher, and the teacher is a table: drop the arm or the table"
+        if arms - TEACHER_ARMS and student.model is None and student.from_teacher_layers is None:
+            yield "no student: set student.model, student.from_teacher_layers or family"
+        if student.from_teacher_layers is not None and teacher.model is None:
+            yield "student.from_teacher_layers copies layers of the pretrained teacher: set teacher.model"
+
+    @property
+    def teacher_seed(self) -> int:
+        """Seed of the one teacher that teaches every student."""
+        return self.run.seeds[0] if self.teacher.seed is None else self.teacher.seed
+
+    def title(self) -> str:
+        """Name the experiment: `name`, else the GLUE task, else the data's own name."""
+        source = self.data.train if self.data.path is None else self.data.path
+        return self.name or self.task.name or Path(str(source)).stem
+
+    def fingerprint(self, *sections: str) -> str:
+        """Hash the configuration, or some of its sections.
+
+        Args:
+            sections: names of top-level fields; none means all but `name`.
+
+        Returns:
+            Hexadecimal SHA-256 of the canonical JSON.
+        """
+        values = self.model_dump(mode="json", include=set(sections) or None, exclude={"name"})
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, list | dict) and key in seen:
+                raise ConfigError(f"key {key!r} stands twice ({key_node.start_mark}); keep one of them")
+            seen.add(key if not isinstance(key, list | dict) else repr(key))
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a configuration file.
+
+    Args:
+        path: a YAML file; relative paths in it resolve against its folder.
+        overrides: `section.key=value` assignments, values in YAML, applied over the file; relative paths
+            in them resolve against the current folder.
+
+    Raises:
+        ConfigError: with every fault at once, each with its key, what was expected and what came.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {str(file)!r} does not exist; check the path") from None
+    except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
+        raise ConfigError(f"config file {str(file)!r} cannot be read as UTF-8 text: {error}") from None
+    values = _absolute_paths(parse_mapping(text, str(file)), file.resolve().parent)
+    return build_config(values, overrides, where=str(file))
+
+
+def parse_mapping(text: str, where: str) -> dict[str, Any]:
+    """Parse YAML that must be a mapping.
+
+    Args:
+        text: the YAML.
+        where: name of its source, for messages.
+
+    Raises:
+        ConfigError: for broken YAML, a key given twice, or another type than a mapping.
+    """
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{where}: expected sections such as 'task:' and 'data:', got {type(values).__name__}")
+    return values
+
+
+def build_config(values: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "config") -> Config:
+    """Validate nested values into a `Config`.
+
+    Args:
+        values: sections by name, as in the YAML file.
+        overrides: assignments as in `load_config`.
+        where: name of the source, for messages.
+
+    Raises:
+        ConfigError: with every fault at once.
+    """
+    merged: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        _assign(changes, override)
+    _merge(merged, _absolute_paths(changes, Path.cwd()))
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_describe_faults(error, where)) from None
+
+
+def save_config(config: Config) -> str:
+    """Write a configuration as YAML that reruns the experiment from anywhere."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _assign(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override!r}: expected key=value, such as student.train.learning_rate=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} was already set to a plain value")
+    values[last] = value
+
+
+def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+_FILE_KEYS = {("data", key) for key in ("train", "validation", "test", "unlabelled")} | {
+    ("teacher", "logits"),
+    ("teacher", "probabilities"),
+}
+_SOURCE_KEYS = {("data", "path"), ("teacher", "model"), ("teacher", "fine_tuned"), ("student", "model")}
+
+
+def _absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Make file keys absolute; a model or data source only where it is a path and no Hub id."""
+    resolved = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    has_source = isinstance(resolved.get("data"), dict) and resolved["data"].get("path") is not None
+    for section, key in _FILE_KEYS | _SOURCE_KEYS:
+        part = resolved.get(section)
+        value = part.get(key) if isinstance(part, dict) else None
+        if not isinstance(part, dict) or not isinstance(value, str):
+            continue
+        candidate = (base / Path(value).expanduser()).resolve()
+        if section == "data" and key in ("train", "validation", "test") and has_source:
+            is_path = candidate.is_file()  # with data.path these are split names, unless a file is meant
+        else:
+            is_path = (section, key) in _FILE_KEYS or value.startswith(("/", "./", "../", "~")) or candidate.exists()
+        part[key] = str(candidate) if is_path else value
+    return resolved
+
+
+def _describe_faults(error: ValidationError, where: str) -> str:
+    faults = list(dict.fromkeys(_describe_fault(fault) for fault in error.errors(include_url=False)))
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return "\n".join([f"{where}: {count}", *(f"  - {fault}" for fault in faults)])
+
+
+def _describe_fault(fault: Any) -> str:
+    location = [str(part) for part in fault["loc"]]
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        suggestion = did_you_mean(location[-1], known) or f" Known keys: {', '.join(known)}."
+        return f"{'.'.join(location)}: unknown key.{suggestion}"
+    key = ".".join(part for part in location if not part.startswith(("function-", "literal[", "tuple[")))
+    if fault["type"] == "value_error":
+        return f"{key}: {fault['ctx']['error']}" if key else str(fault["ctx"]["error"])
+    if fault["type"] == "missing":
+        return f"{key}: this section or key is required"
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    hint = ""
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        hint = did_you_mean(fault["input"], fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
+    return f"{key}: {message}, got {fault['input']!r}.{hint}"
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

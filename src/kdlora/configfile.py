@@ -1,0 +1,180 @@
+"""Configuration files: YAML in and out, overrides, paths made absolute, every fault reported at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kdlora.config import Config
+from kdlora.errors import ConfigError, did_you_mean
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, list | dict) and key in seen:
+                raise ConfigError(f"key {key!r} stands twice ({key_node.start_mark}); keep one of them")
+            seen.add(key if not isinstance(key, list | dict) else repr(key))
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a configuration file.
+
+    Args:
+        path: a YAML file; relative paths in it resolve against its folder.
+        overrides: `section.key=value` assignments, values in YAML, applied over the file; relative paths
+            in them resolve against the current folder.
+
+    Raises:
+        ConfigError: with every fault at once, each with its key, what was expected and what came.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {str(file)!r} does not exist; check the path") from None
+    except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
+        raise ConfigError(f"config file {str(file)!r} cannot be read as UTF-8 text: {error}") from None
+    values = _absolute_paths(parse_mapping(text, str(file)), file.resolve().parent)
+    return build_config(values, overrides, where=str(file))
+
+
+def parse_mapping(text: str, where: str) -> dict[str, Any]:
+    """Parse YAML that must be a mapping.
+
+    Args:
+        text: the YAML.
+        where: name of its source, for messages.
+
+    Raises:
+        ConfigError: for broken YAML, a key given twice, or another type than a mapping.
+    """
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{where}: expected sections such as 'task:' and 'data:', got {type(values).__name__}")
+    return values
+
+
+def build_config(values: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "config") -> Config:
+    """Validate nested values into a `Config`.
+
+    Args:
+        values: sections by name, as in the YAML file.
+        overrides: assignments as in `load_config`.
+        where: name of the source, for messages.
+
+    Raises:
+        ConfigError: with every fault at once.
+    """
+    merged: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        _assign(changes, override)
+    _merge(merged, _absolute_paths(changes, Path.cwd()))
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_describe_faults(error, where)) from None
+
+
+def save_config(config: Config) -> str:
+    """Write a configuration as YAML that reruns the experiment from anywhere."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _assign(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override!r}: expected key=value, such as student.train.learning_rate=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} was already set to a plain value")
+    values[last] = value
+
+
+def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+_FILE_KEYS = {("data", key) for key in ("train", "validation", "test", "unlabelled")} | {
+    ("teacher", "logits"),
+    ("teacher", "probabilities"),
+}
+_SOURCE_KEYS = {("data", "path"), ("teacher", "model"), ("teacher", "fine_tuned"), ("student", "model")}
+
+
+def _absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Make file keys absolute; a model or data source only where it is a path and no Hub id."""
+    resolved = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    has_source = isinstance(resolved.get("data"), dict) and resolved["data"].get("path") is not None
+    for section, key in _FILE_KEYS | _SOURCE_KEYS:
+        part = resolved.get(section)
+        value = part.get(key) if isinstance(part, dict) else None
+        if not isinstance(part, dict) or not isinstance(value, str):
+            continue
+        candidate = (base / Path(value).expanduser()).resolve()
+        if section == "data" and key in ("train", "validation", "test") and has_source:
+            is_path = candidate.is_file()  # with data.path these are split names, unless a file is meant
+        else:
+            is_path = (section, key) in _FILE_KEYS or value.startswith(("/", "./", "../", "~")) or candidate.exists()
+        part[key] = str(candidate) if is_path else value
+    return resolved
+
+
+def _describe_faults(error: ValidationError, where: str) -> str:
+    faults = list(dict.fromkeys(_describe_fault(fault) for fault in error.errors(include_url=False)))
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return "\n".join([f"{where}: {count}", *(f"  - {fault}" for fault in faults)])
+
+
+def _describe_fault(fault: Any) -> str:
+    location = [str(part) for part in fault["loc"]]
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        suggestion = did_you_mean(location[-1], known) or f" Known keys: {', '.join(known)}."
+        return f"{'.'.join(location)}: unknown key.{suggestion}"
+    key = ".".join(part for part in location if not part.startswith(("function-", "literal[", "tuple[")))
+    if fault["type"] == "value_error":
+        return f"{key}: {fault['ctx']['error']}" if key else str(fault["ctx"]["error"])
+    if fault["type"] == "missing":
+        return f"{key}: this section or key is required"
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    hint = ""
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        hint = did_you_mean(fault["input"], fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
+    return f"{key}: {message}, got {fault['input']!r}.{hint}"
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -41,6 +41,10 @@ def _as_glue_name(value: object) -> object:
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
+def _with_default(section: Mapping[str, Any], key: str, value: object) -> dict[str, Any]:
+    return dict(section) if section.get(key) is not None else {**section, key: value}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -245,7 +249,10 @@ class RunConfig(_Section):
     """What is run, and on what."""
 
     arms: tuple[Arm, ...] = Field(default=("fft", "lora", "kd-lora", "student-lora"), min_length=1)
-    """Arms: `fft` (the teacher), `lora`, `kd-lora`, and the controls `student-lora`, `student-fft`, `kd-fft`."""
+    """`fft` (the teacher), `lora`, `kd-lora`, and the controls `student-lora`, `student-fft`, `kd-fft`.
+
+    Without `teacher.model` the default leaves `lora` out.
+    """
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     """Seeds; every arm runs once per seed."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -292,17 +299,23 @@ class Config(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_the_family(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or values.get("family") not in FAMILIES:
+    def _fill_in(cls, values: Any) -> Any:
+        """Name the family's models, and choose the arms that the teacher allows."""
+        if not isinstance(values, Mapping):
             return values
-        teacher_model, student_model = FAMILIES[values["family"]]
         filled = dict(values)
-        teacher, student = filled.get("teacher") or {}, filled.get("student") or {}
-        if isinstance(teacher, Mapping):
-            filled["teacher"] = {"model": teacher_model} | dict(teacher)
-        if isinstance(student, Mapping) and student.get("from_teacher_layers") is None:
-            filled["student"] = {"model": student_model} | dict(student)
-        return filled
+        sections = {key: filled.get(key) or {} for key in ("teacher", "student", "run")}
+        if not all(isinstance(section, Mapping) for section in sections.values()):
+            return values
+        teacher, student, run = sections.values()
+        if filled.get("family") in FAMILIES:
+            teacher_model, student_model = FAMILIES[filled["family"]]
+            teacher = _with_default(teacher, "model", teacher_model)
+            if student.get("from_teacher_layers") is None:
+                student = _with_default(student, "model", student_model)
+        if teacher.get("model") is None:  # nothing pretrained of the teacher's size to adapt
+            run = _with_default(run, "arms", ["fft", "kd-lora", "student-lora"])
+        return filled | {"teacher": teacher, "student": student, "run": run}
 
     @model_validator(mode="after")
     def _arms_have_their_models(self) -> Self:
@@ -314,22 +327,15 @@ class Config(_Section):
         return self
 
     def _missing_models(self) -> Iterable[str]:
-        arms = set(self.run.arms)
-        teacher, student = self.teacher, self.student
-        if not arms & DISTILLED_ARMS and not arms & TEACHER_ARMS and student.from_teacher_layers is None:
-            needs_teacher: set[str] = set()
-        else:
-            needs_teacher = arms & (TEACHER_ARMS | DISTILLED_ARMS)
+        arms, teacher, student = set(self.run.arms), self.teacher, self.student
         taught = teacher.model is not None or teacher.fine_tuned is not None or teacher.is_table
-        if needs_teacher and not taught:
+        needing = sorted(arms & (TEACHER_ARMS | DISTILLED_ARMS))
+        if needing and not taught:
             yield (
-                f"the arms {sorted(needs_teacher)} need a teacher: set teacher.model, teacher.fine_tuned, "
-                "teacher.logits or family"
+                f"the arms {needing} need a teacher: set teacher.model, teacher.fine_tuned, teacher.logits or family"
             )
-        if "lora" in arms and teacher.model is None and taught:
-            yield "the arm 'lora' adapts the pretrained teacher: set teacher.model too, or drop the arm"
-        if "fft" in arms and teacher.is_table and teacher.model is not None:
-            yield "the arm 'fft' is the teacher, and the teacher is a table: drop the arm or the table"
+        if "lora" in arms and taught and teacher.model is None:
+            yield "the arm 'lora' adapts the pretrained teacher: set teacher.model too, or drop the arm from run.arms"
         if arms - TEACHER_ARMS and student.model is None and student.from_teacher_layers is None:
             yield "no student: set student.model, student.from_teacher_layers or family"
         if student.from_teacher_layers is not None and teacher.model is None:

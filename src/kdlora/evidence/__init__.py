@@ -1,0 +1,1 @@
+"""Evidence: metrics, measurements, run records, statistics and the report."""

@@ -1,0 +1,218 @@
+"""Per-example predictions and the texts behind them, as Parquet files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdlora.errors import ArtifactError
+from kdlora.evidence.storage import atomic_file
+
+_LOGIT = "logit:"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The raw outputs of one model on one or more splits.
+
+    Attributes:
+        ids: example ids, unique within a split (and group).
+        split: the split of each row, "validation" or "test".
+        logits: float32 (rows, labels), columns in the order of `label_names`; regression on the original scale.
+        label_names: the task's label names.
+        labels: int64 (rows,), float32 (rows,) for regression, float32 (rows, labels) of 0/1 for multi-label;
+            None where the rows have no labels.
+        groups: the group of each row (MNLI: "matched", "mismatched"), None where the task has none.
+    """
+
+    ids: tuple[str, ...]
+    split: tuple[str, ...]
+    logits: np.ndarray
+    label_names: tuple[str, ...]
+    labels: np.ndarray | None = None
+    groups: tuple[str, ...] | None = None
+
+    def only(self, split: str) -> Predictions:
+        """Keep the rows of one split, in their order."""
+        rows = [row for row, name in enumerate(self.split) if name == split]
+        return Predictions(
+            ids=tuple(self.ids[row] for row in rows),
+            split=tuple(self.split[row] for row in rows),
+            logits=self.logits[rows],
+            label_names=self.label_names,
+            labels=None if self.labels is None else self.labels[rows],
+            groups=None if self.groups is None else tuple(self.groups[row] for row in rows),
+        )
+
+
+@dataclass(frozen=True)
+class ExampleText:
+    """The text of one example; `text_pair` is None for tasks on single texts."""
+
+    text: str
+    text_pair: str | None = None
+
+
+def write_predictions(path: str | Path, predictions: Predictions) -> None:
+    """Store predictions atomically.
+
+    Args:
+        path: the Parquet file.
+        predictions: what a model said.
+
+    Raises:
+        ValueError: columns of different lengths, or logits that do not fit the label names.
+        OSError: the disk is full or the folder cannot be written.
+    """
+    _check_shapes(predictions)
+    logits = np.asarray(predictions.logits, dtype=np.float32)
+    columns: dict[str, pa.Array] = {
+        "id": pa.array(predictions.ids, pa.string()),
+        "split": pa.array(predictions.split, pa.string()),
+    }
+    if predictions.groups is not None:
+        columns["group"] = pa.array(predictions.groups, pa.string())
+    if predictions.labels is not None:
+        columns["label"] = _label_column(predictions.labels)
+    for column, name in enumerate(predictions.label_names):
+        columns[_LOGIT + name] = pa.array(logits[:, column], pa.float32())
+    _write_table(path, pa.table(columns))
+
+
+def read_predictions(path: str | Path) -> Predictions:
+    """Read a predictions file.
+
+    Args:
+        path: the Parquet file.
+
+    Returns:
+        The predictions, rows in file order.
+
+    Raises:
+        ArtifactError: the file is missing, damaged or lacks a column.
+    """
+    table = _read_table(path, ("id", "split"))
+    names = [name for name in table.column_names if name.startswith(_LOGIT)]
+    if not names:
+        raise ArtifactError(
+            f"{path}: expected columns named 'logit:<label>', found {table.column_names}. "
+            "Delete the run's folder and run the same command again."
+        )
+    logits = [table.column(name).to_numpy().astype(np.float32) for name in names]
+    return Predictions(
+        ids=tuple(table.column("id").to_pylist()),
+        split=tuple(table.column("split").to_pylist()),
+        logits=np.stack(logits, axis=1),
+        label_names=tuple(name.removeprefix(_LOGIT) for name in names),
+        labels=_labels_of(table),
+        groups=tuple(table.column("group").to_pylist()) if "group" in table.column_names else None,
+    )
+
+
+def write_examples(
+    path: str | Path, ids: Sequence[str], split: Sequence[str], text: Sequence[str], text_pair: Sequence[str] | None
+) -> None:
+    """Store the texts that the report may quote, atomically.
+
+    Args:
+        path: the Parquet file.
+        ids: example ids, unique within a split.
+        split: the split of each row.
+        text: the first (or only) text of each row.
+        text_pair: the second text of each row, None for tasks on single texts.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    columns = {
+        "id": pa.array(ids, pa.string()),
+        "split": pa.array(split, pa.string()),
+        "text": pa.array(text, pa.string()),
+    }
+    if text_pair is not None:
+        columns["text_pair"] = pa.array(text_pair, pa.string())
+    _write_table(path, pa.table(columns))
+
+
+def read_examples(path: str | Path) -> dict[tuple[str, str], ExampleText]:
+    """Read the texts by `(split, id)`.
+
+    Args:
+        path: the Parquet file that `write_examples` made.
+
+    Returns:
+        The text of each example.
+
+    Raises:
+        ArtifactError: the file is missing, damaged or lacks a column.
+    """
+    table = _read_table(path, ("id", "split", "text"))
+    pairs: list[str | None] = [None] * table.num_rows
+    if "text_pair" in table.column_names:
+        pairs = table.column("text_pair").to_pylist()
+    keys = zip(table.column("split").to_pylist(), table.column("id").to_pylist(), strict=True)
+    texts = zip(table.column("text").to_pylist(), pairs, strict=True)
+    return {key: ExampleText(text or "", pair) for key, (text, pair) in zip(keys, texts, strict=True)}
+
+
+def _write_table(path: str | Path, table: pa.Table) -> None:
+    """Write a table through a temporary sibling."""
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def _read_table(path: str | Path, needed: Sequence[str]) -> pa.Table:
+    """Read a Parquet file, or say what is wrong with it."""
+    remedy = "Delete the run's folder and run the same command again."
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: there is no such file. {remedy}") from None
+    except (pa.ArrowException, OSError) as fault:
+        raise ArtifactError(f"{path}: expected a whole Parquet file: {fault}. {remedy}") from None
+    missing = [name for name in needed if name not in table.column_names]
+    if missing:
+        raise ArtifactError(f"{path}: expected the columns {missing}, found {table.column_names}. {remedy}")
+    return table
+
+
+def _label_column(labels: np.ndarray) -> pa.Array:
+    """Choose the stored type of the labels by their shape and kind."""
+    if labels.ndim == 2:
+        return pa.array([row.tolist() for row in labels], pa.list_(pa.float32()))
+    if np.issubdtype(labels.dtype, np.integer):
+        return pa.array(labels, pa.int64())
+    return pa.array(labels.astype(np.float32), pa.float32())
+
+
+def _labels_of(table: pa.Table) -> np.ndarray | None:
+    """Read the labels back in the type they were stored in."""
+    if "label" not in table.column_names or table.column("label").null_count:
+        return None
+    column = table.column("label")
+    if pa.types.is_list(column.type):
+        width = len(column[0]) if table.num_rows else 0
+        return np.asarray(column.to_pylist(), dtype=np.float32).reshape(table.num_rows, width)
+    values: np.ndarray = column.to_numpy()
+    return values
+
+
+def _check_shapes(predictions: Predictions) -> None:
+    """Refuse columns of different lengths."""
+    rows = len(predictions.ids)
+    expected = (rows, len(predictions.label_names))
+    if predictions.logits.shape != expected:
+        raise ValueError(f"expected logits of shape {expected}, got {predictions.logits.shape}")
+    lengths = {"split": len(predictions.split)}
+    if predictions.labels is not None:
+        lengths["labels"] = len(predictions.labels)
+    if predictions.groups is not None:
+        lengths["groups"] = len(predictions.groups)
+    wrong = {name: length for name, length in lengths.items() if length != rows}
+    if wrong:
+        raise ValueError(f"expected {rows} rows in every column, got {wrong}")

@@ -1,0 +1,1 @@
+"""From raw text to canonical data sets, and from those to batches."""

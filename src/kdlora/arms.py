@@ -1,0 +1,224 @@
+"""One run, an arm with a seed: build its model, train it, measure what would be shipped, keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from kdlora.config import DistilConfig, LoraConfig, StudentTrainConfig, TeacherTrainConfig, TrainConfig
+from kdlora.data.batches import tokenise
+from kdlora.data.load import Splits
+from kdlora.data.tasks import Task
+from kdlora.distil.precision import resolve_precision
+from kdlora.distil.teacher import TeacherLogits
+from kdlora.distil.trainer import ProgressEvent, TrainOutcome, predict_logits, train_model
+from kdlora.errors import ConfigError
+from kdlora.evidence.metrics import compute_metrics, score
+from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
+from kdlora.models.encoders import Encoder, load_encoder
+
+Progress = Callable[[ProgressEvent], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, before its adapter is merged.
+
+    Attributes:
+        encoder: the base model with its tokenizer.
+        model: what was trained: a `PeftModel`, or the encoder's own model after full fine-tuning.
+        outcome: history, seconds and speed.
+        parameters: how many parameters the adapter, the head and the whole model have.
+        truncated: texts that were cut, per split.
+    """
+
+    encoder: Encoder
+    model: Any
+    outcome: TrainOutcome
+    parameters: ParameterCounts
+    truncated: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on one split.
+
+    Attributes:
+        score: the task's main figure, 0 to 100.
+        metrics: every metric, as fractions.
+        logits: float32 `(examples, labels)`, in row order, on the original scale for regression.
+        truncated: texts that were cut.
+    """
+
+    score: float
+    metrics: dict[str, float]
+    logits: np.ndarray
+    truncated: int
+
+
+def train_teacher(
+    source: str,
+    splits: Splits,
+    settings: TrainConfig = TeacherTrainConfig(),
+    *,
+    folder: str | Path,
+    seed: int = 0,
+    precision: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Fine-tune all weights of a pretrained encoder on a task (KD-LoRA, eq. 1).
+
+    Args:
+        source: Hub id or folder of a pretrained encoder.
+        splits: the task with its examples.
+        settings: epochs, learning rate and the like.
+        folder: where checkpoints go; an interrupted training continues from there.
+        seed: seeds the new head, dropout and the order of the rows.
+        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        device: `auto`, `cpu` or `cuda`.
+        revision: commit, tag or branch of a Hub id.
+        progress: called with each training event.
+    """
+    encoder = load_encoder(source, splits.task, seed=seed, revision=revision)
+    return train_arm(
+        encoder, splits, settings, folder=folder, seed=seed, precision=precision, device=device, progress=progress
+    )
+
+
+def train_student(
+    source: str | Encoder,
+    splits: Splits,
+    settings: TrainConfig = StudentTrainConfig(),
+    *,
+    folder: str | Path,
+    lora: LoraConfig | None = LoraConfig(),
+    teacher: TeacherLogits | None = None,
+    distil: DistilConfig = DistilConfig(),
+    seed: int = 0,
+    precision: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Trained:
+    """Train a student, with or without adapters, with or without a teacher.
+
+    Args:
+        source: Hub id or folder of a pretrained encoder, or one that is already loaded.
+        splits: the task with its examples.
+        settings: epochs, learning rate and the like.
+        folder: where checkpoints go; an interrupted training continues from there.
+        lora: the adapters; None tunes every weight.
+        teacher: stored teacher logits; None trains on the labels alone (the control).
+        distil: the distillation loss; only used with a teacher.
+        seed: seeds the adapters, the new head, dropout and the order of the rows.
+        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        device: `auto`, `cpu` or `cuda`.
+        progress: called with each training event.
+    """
+    encoder = load_encoder(source, splits.task, seed=seed) if isinstance(source, str) else source
+    return train_arm(
+        encoder,
+        splits,
+        settings,
+        folder=folder,
+        lora=lora,
+        teacher=teacher,
+        distil=distil,
+        seed=seed,
+        precision=precision,
+        device=device,
+        progress=progress,
+    )
+
+
+def train_arm(
+    encoder: Encoder,
+    splits: Splits,
+    settings: TrainConfig,
+    *,
+    folder: str | Path,
+    lora: LoraConfig | None = None,
+    teacher: TeacherLogits | None = None,
+    distil: DistilConfig | None = None,
+    seed: int = 0,
+    precision: str = "auto",
+    device: str = "auto",
+    checkpoint_seconds: float = 60.0,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train any arm on a loaded encoder; `train_teacher` and `train_student` name the usual choices.
+
+    Args:
+        encoder: the base model, with a fresh head.
+        splits: the task with its examples.
+        settings: epochs, learning rate and the like.
+        folder: where checkpoints go.
+        lora: the adapters; None tunes every weight.
+        teacher: stored teacher logits; None trains on the labels alone.
+        distil: the distillation loss; needs a teacher.
+        seed: seeds adapters, dropout and the order of the rows.
+        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        device: `auto`, `cpu` or `cuda`.
+        checkpoint_seconds: training time between two checkpoints.
+        progress: called with each training event.
+    """
+    model = encoder.model if lora is None else add_adapter(encoder, lora, seed=seed)
+    parameters = count_parameters(model)
+    train_rows = splits.train if teacher is None else teacher.attach(splits.train)
+    train = tokenise(train_rows, encoder.tokenizer, settings.max_length)
+    validation = tokenise(splits.validation, encoder.tokenizer, settings.max_length)
+    outcome = train_model(
+        model,
+        encoder.tokenizer,
+        train,
+        validation,
+        splits.task,
+        settings,
+        seed=seed,
+        precision=resolve_precision(precision, device)[0],
+        device=device,
+        distil=None if teacher is None else distil or DistilConfig(),
+        folder=Path(folder),
+        checkpoint_seconds=checkpoint_seconds,
+        progress=progress,
+    )
+    truncated = {"train": train.truncated, "validation": validation.truncated}
+    return Trained(encoder, model, outcome, parameters, truncated)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Dataset,
+    task: Task,
+    *,
+    max_length: int = 128,
+    columns: Sequence[int] | None = None,
+) -> Evaluation:
+    """Score a model on labelled examples, in fp32, as it would be shipped.
+
+    Args:
+        model: a plain model, its adapter merged.
+        tokenizer: the model's own.
+        examples: rows with `text`, `label` and for MNLI `group`.
+        task: kind, labels and metrics.
+        max_length: longest input in tokens.
+        columns: column of the model's output for each label of the task; default: the same order.
+    """
+    data = tokenise(examples, tokenizer, max_length)
+    logits = predict_logits(model, tokenizer, data)
+    if columns is not None:
+        logits = logits[:, list(columns)]
+    if "label" not in examples.column_names:
+        raise ConfigError("these examples have no labels, so there is nothing to score; use predict")
+    labels = np.asarray(examples.with_format("numpy")["label"])
+    groups = examples["group"] if "group" in examples.column_names else None
+    metrics = compute_metrics(task, logits, labels, groups)
+    return Evaluation(score(task, metrics), metrics, logits, data.truncated)

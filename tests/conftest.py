@@ -1,0 +1,79 @@
+"""Settings and fixtures of every test: no network, no user's caches, tiny real models."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before any import of torch, transformers or datasets: they read these once.
+_CACHES = Path(tempfile.mkdtemp(prefix="kdlora-tests-"))
+os.environ.update(
+    {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(_CACHES / "huggingface"),
+        "HF_HUB_CACHE": str(_CACHES / "huggingface" / "hub"),
+        "HF_DATASETS_CACHE": str(_CACHES / "huggingface" / "datasets"),
+        "XDG_CACHE_HOME": str(_CACHES),
+        "MPLCONFIGDIR": str(_CACHES / "matplotlib"),
+        "MPLBACKEND": "Agg",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+)
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+GLUE = Path(__file__).parents[2] / "shared" / "glue"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(_CACHES, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A WordPiece tokenizer of a few hundred pieces; do not change it, it is shared."""
+    import tiny
+
+    return tiny.train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model_folder(family, layers=2, hidden=32, seed=0)` gives a saved checkpoint without a head; read only."""
+    import tiny
+
+    root = tmp_path_factory.mktemp("tiny-models")
+    built: dict[tuple[object, ...], Path] = {}
+
+    def folder(family: str, *, layers: int = 2, hidden: int = 32, seed: int = 0) -> Path:
+        key = (family, layers, hidden, seed)
+        if key not in built:
+            path = root / "-".join(str(part) for part in key)
+            built[key] = tiny.build_model_folder(family, path, layers=layers, hidden=hidden, seed=seed)
+        return built[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentiment_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV file of 200 rows (`id`, `text`, `label` positive/negative) with a rule that a tiny model learns."""
+    import tiny
+
+    return tiny.write_csv(tmp_path_factory.mktemp("data") / "sentiment.csv", tiny.sentiment_rows())
+
+
+@pytest.fixture(scope="session")
+def glue_folder() -> Path:
+    """The GLUE folder in the benchmark's own layout, beside the repository; skips where there is none."""
+    if not (GLUE / "MRPC" / "train.tsv").is_file():
+        pytest.skip(f"no GLUE data at {GLUE}")
+    return GLUE

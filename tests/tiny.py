@@ -1,0 +1,198 @@
+"""Tiny but real: a trained tokenizer, model folders of seven families as a hub would carry them, a learnable data set."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+FAMILIES = ("bert", "distilbert", "roberta", "deberta-v2", "electra", "mpnet", "modernbert")
+"""The families that kdlora promises; `tiny_model_folder` builds each of them."""
+
+VARIANTS = ("bert-without-pooler",)
+"""Checkpoints that lack a module which the classifier needs, besides the head."""
+
+GOOD = ("wonderful", "delightful", "superb", "charming", "brilliant", "moving")
+BAD = ("dreadful", "boring", "clumsy", "awful", "lifeless", "tedious")
+SUBJECTS = ("film", "story", "plot", "acting", "music", "ending", "naïve café scene", "Straße in Zürich")
+TEMPLATES = (
+    "the {subject} was {word} and I stayed until the end",
+    "what a {word} {subject}",
+    "I found the {subject} {word}, as did my friends",
+    "{word}! that is all one can say about this {subject}",
+    "a {subject} so {word} that the audience talked about it for 2 hours",
+)
+OTHER_TEXT = (
+    "a man is playing a guitar on the stage",
+    "the company said its profit rose by 12 percent in the third quarter",
+    "does the sentence entail the hypothesis? it does not",
+    "where was the treaty signed? in Paris, 1763 (again in 1783)",
+    "日本語 の テキスト も あります",
+    "Привет, мир — déjà vu, smörgåsbord, 100 € & more…",
+)
+WITHOUT_TOKEN_TYPES = ("distilbert", "roberta", "mpnet", "modernbert")
+
+
+def sentiment_rows(count: int = 200, seed: int = 0) -> list[dict[str, str]]:
+    """Make balanced rows whose label follows from one word, so that a tiny model can learn them.
+
+    Args:
+        count: number of rows.
+        seed: of the draw; other seeds give other rows.
+
+    Returns:
+        Rows with `id` ("r0", …), `text` and `label` ("positive" or "negative").
+    """
+    draw = random.Random(seed)
+    rows = []
+    for index in range(count):
+        label, words = (("positive", GOOD), ("negative", BAD))[index % 2]
+        text = draw.choice(TEMPLATES).format(subject=draw.choice(SUBJECTS), word=draw.choice(words))
+        rows.append({"id": f"r{index}", "text": text, "label": label})
+    draw.shuffle(rows)
+    return rows
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write rows as a UTF-8 CSV file with a header; the columns are those of the first row."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def train_tokenizer(family: str = "bert") -> transformers.PreTrainedTokenizerFast:
+    """Train a WordPiece tokenizer on the texts of this module; the vocabulary is the same for every family.
+
+    Args:
+        family: decides whether it makes `token_type_ids`, as that family's own tokenizer does.
+    """
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    texts = [row["text"] for row in sentiment_rows(400)] + list(OTHER_TEXT) * 4
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    names = ["input_ids", "attention_mask"]
+    if family not in WITHOUT_TOKEN_TYPES:
+        names.insert(1, "token_type_ids")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=64,
+        model_input_names=names,
+        **{f"{token[1:-1].lower()}_token": token for token in special},
+    )
+
+
+def tiny_config(
+    family: str, vocab_size: int, *, layers: int = 2, hidden: int = 32
+) -> transformers.PretrainedConfig:
+    """Give the configuration of a tiny model with the traits of its family (shared keys, local attention, …)."""
+    common = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * hidden,
+        "max_position_embeddings": 66,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    }
+    if family in ("bert", "bert-without-pooler"):
+        return transformers.BertConfig(**common)
+    if family == "distilbert":
+        return transformers.DistilBertConfig(
+            vocab_size=vocab_size,
+            dim=hidden,
+            n_layers=layers,
+            n_heads=2,
+            hidden_dim=2 * hidden,
+            max_position_embeddings=66,
+            pad_token_id=0,
+        )
+    if family == "roberta":
+        return transformers.RobertaConfig(**common, type_vocab_size=1)
+    if family == "deberta-v2":
+        return transformers.DebertaV2Config(
+            **common,
+            type_vocab_size=0,
+            relative_attention=True,
+            position_buckets=16,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+            position_biased_input=False,
+        )
+    if family == "electra":
+        return transformers.ElectraConfig(**common, embedding_size=hidden // 2)
+    if family == "mpnet":
+        return transformers.MPNetConfig(**common)
+    if family == "modernbert":
+        return transformers.ModernBertConfig(
+            **common,
+            cls_token_id=2,
+            sep_token_id=3,
+            local_attention=8,
+            global_attn_every_n_layers=2,
+            embedding_dropout=0.1,
+            attention_dropout=0.1,
+            mlp_dropout=0.1,
+            classifier_dropout=0.1,
+        )
+    raise ValueError(f"no tiny model of the family {family!r}; there are {FAMILIES + VARIANTS}")
+
+
+_PRETRAINED_CLASS = {
+    "bert": "BertForPreTraining",
+    "bert-without-pooler": "BertForMaskedLM",
+    "distilbert": "DistilBertForMaskedLM",
+    "roberta": "RobertaForMaskedLM",
+    "deberta-v2": "DebertaV2ForMaskedLM",
+    "electra": "ElectraForPreTraining",
+    "mpnet": "MPNetModel",
+    "modernbert": "ModernBertForMaskedLM",
+}
+
+
+def build_model_folder(
+    family: str, folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0
+) -> Path:
+    """Save a tiny *pretrained* checkpoint: encoder weights and tokenizer, no classification head.
+
+    Args:
+        family: one of `FAMILIES` or `VARIANTS`.
+        folder: where to save.
+        layers: number of encoder layers.
+        hidden: width, a multiple of 4.
+        seed: of the weights.
+
+    Returns:
+        The folder.
+    """
+    tokenizer = train_tokenizer(family)
+    config = tiny_config(family, -(-len(tokenizer) // 8) * 8, layers=layers, hidden=hidden)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, _PRETRAINED_CLASS[family])(config)
+        with torch.no_grad():  # spread the weights, or every text looks alike to so small a model
+            for name, parameter in model.named_parameters():
+                if parameter.dim() > 1 and "embed" not in name:
+                    parameter.mul_(4.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

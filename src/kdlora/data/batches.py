@@ -1,0 +1,248 @@
+"""Tokens and batches: texts of like length go together, so that little is padded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+
+from kdlora.config import Kind
+from kdlora.errors import ModelError
+
+PAD_MULTIPLE = 8
+"""Widths that matrix units take well; also what `length_sorted_batches` and `Collator` agree on."""
+_TOKENISE_ROWS = 1000
+_CHUNK_BATCHES = 50
+_CARRIED = ("id", "label", "group", "teacher_logits")
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Examples as token ids, without padding.
+
+    Attributes:
+        dataset: columns `id`, `input_ids`, `token_type_ids` where the tokenizer makes them, `length` in tokens, and
+            `label`, `group`, `teacher_logits` where the examples have them.
+        truncated: number of examples that were cut.
+        max_length: longest input in tokens, special tokens included.
+    """
+
+    dataset: Dataset
+    truncated: int
+    max_length: int
+
+
+def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenised:
+    """Turn texts into token ids, row by row in the same order.
+
+    Args:
+        dataset: canonical columns; of a pair, the longer text is cut first.
+        tokenizer: the model's own tokenizer.
+        max_length: longest input in tokens; where the tokenizer's own limit is lower, that holds.
+
+    Returns:
+        The token ids, and how many examples were cut.
+    """
+    limit = min(max_length, tokenizer.model_max_length)
+    pair = "text_pair" in dataset.column_names
+    kept = [name for name in tokenizer.model_input_names if name in ("input_ids", "token_type_ids")]
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
+        texts = [rows["text"], rows["text_pair"]] if pair else [rows["text"]]
+        # verbose=False: over-long inputs are expected here, counted, and cut below.
+        encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)
+        columns: dict[str, list[Any]] = {name: encoded[name] for name in kept}
+        long = [row for row, tokens in enumerate(columns["input_ids"]) if len(tokens) > limit]
+        if long:
+            some = [[column[row] for row in long] for column in texts]
+            cut = tokenizer(*some, truncation="longest_first", max_length=limit, return_attention_mask=False)
+            for name in kept:
+                for row, tokens in zip(long, cut[name], strict=True):
+                    columns[name][row] = tokens
+        columns["length"] = [len(tokens) for tokens in columns["input_ids"]]
+        too_long = set(long)
+        columns["truncated"] = [row in too_long for row in range(len(columns["length"]))]
+        return columns
+
+    dropped = [name for name in dataset.column_names if name not in _CARRIED]
+    with _progress_only_on_a_terminal():
+        encoded = dataset.map(
+            encode, batched=True, batch_size=_TOKENISE_ROWS, remove_columns=dropped, desc="Tokenising"
+        )
+    truncated = pc.sum(encoded.with_format("arrow")[:]["truncated"]).as_py() or 0
+    return Tokenised(encoded.remove_columns("truncated"), truncated, limit)
+
+
+class LengthBucketSampler(Sampler[list[int]]):
+    """Draw batches of like length in random order.
+
+    Rows are shuffled, cut into chunks of many batches, sorted by length within a chunk, and the batches shuffled:
+    every epoch forms new batches, and a batch is hardly padded. Every row comes once; the last, short batch is drawn
+    like the others but comes last. The order depends on the lengths, the seed and the epoch alone.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | npt.NDArray[np.integer[Any]],
+        batch_size: int,
+        *,
+        seed: int,
+        chunk_batches: int = _CHUNK_BATCHES,
+    ) -> None:
+        """Prepare epoch 0.
+
+        Args:
+            lengths: tokens of each row, shape (rows,).
+            batch_size: rows per batch.
+            seed: of the order.
+            chunk_batches: batches per chunk; more pad less and mix less.
+        """
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.batch_size = batch_size
+        self.drop_last = False  # accelerate asks
+        self.seed = seed
+        self.epoch = 0
+        self.chunk_batches = chunk_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order.
+
+        Args:
+            epoch: from 0.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of batches, the short one included."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the row numbers of each batch."""
+        draw = np.random.default_rng([self.seed, self.epoch])
+        order = draw.permutation(len(self.lengths))
+        full = len(order) // self.batch_size * self.batch_size
+        chunk = self.chunk_batches * self.batch_size
+        for start in range(0, full, chunk):
+            part = order[start : min(start + chunk, full)]
+            order[start : start + len(part)] = part[np.argsort(self.lengths[part], kind="stable")]
+        batches = order[:full].reshape(-1, self.batch_size)
+        for batch in draw.permutation(len(batches)):
+            yield batches[batch].tolist()
+        if full < len(order):
+            yield order[full:].tolist()
+
+
+def length_sorted_batches(lengths: Sequence[int] | npt.NDArray[np.integer[Any]], batch_tokens: int) -> list[list[int]]:
+    """Form batches for inference: longest first, so that a machine too small fails at once.
+
+    Args:
+        lengths: tokens of each row, shape (rows,).
+        batch_tokens: most tokens of a batch, padding to a multiple of 8 included; a row that alone has more is a
+            batch of its own.
+
+    Returns:
+        The row numbers of each batch; every row once.
+    """
+    widths = -(-np.maximum(np.asarray(lengths, dtype=np.int64), 1) // PAD_MULTIPLE) * PAD_MULTIPLE
+    order = np.argsort(-widths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, batch_tokens // int(widths[order[start]]))
+        batches.append(order[start : start + rows].tolist())
+        start += rows
+    return batches
+
+
+@dataclass
+class Collator:
+    """Pad rows to one width, on the right, and make tensors of them.
+
+    Attributes:
+        pad_token_id: fills `input_ids`.
+        kind: decides the type of the labels.
+        max_length: the width never exceeds it, unless a row does; positions end there in many models.
+        pad_to_multiple: the width is a multiple of this, up to `max_length`.
+        pad_token_type_id: fills `token_type_ids`.
+    """
+
+    pad_token_id: int
+    kind: Kind = "single-label"
+    max_length: int | None = None
+    pad_to_multiple: int = PAD_MULTIPLE
+    pad_token_type_id: int = 0
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, kind: Kind, max_length: int) -> Collator:
+        """Take the padding from a tokenizer.
+
+        Args:
+            tokenizer: the model's own tokenizer.
+            kind: of the task.
+            max_length: longest input in tokens.
+
+        Raises:
+            ModelError: the tokenizer has no padding token.
+        """
+        if tokenizer.pad_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no padding token; choose another encoder"
+            )
+        return cls(tokenizer.pad_token_id, kind, max_length, pad_token_type_id=tokenizer.pad_token_type_id)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch.
+
+        Args:
+            rows: rows of `Tokenised.dataset`.
+
+        Returns:
+            `input_ids`, `attention_mask` and `token_type_ids` as int64 (rows, width); `labels` as int64 (rows,),
+            float32 (rows,) or float32 (rows, labels); `teacher_logits` as float32 (rows, labels).
+        """
+        lengths = [len(row["input_ids"]) for row in rows]
+        width = self._width(max(lengths))
+        mask = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
+        batch = {"input_ids": _pad(rows, "input_ids", mask, self.pad_token_id), "attention_mask": mask.long()}
+        if "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = _pad(rows, "token_type_ids", mask, self.pad_token_type_id)
+        if "label" in rows[0]:
+            dtype = torch.int64 if self.kind == "single-label" else torch.float32
+            batch["labels"] = torch.as_tensor(np.asarray([row["label"] for row in rows]), dtype=dtype)
+        if "teacher_logits" in rows[0]:
+            logits = np.asarray([row["teacher_logits"] for row in rows], dtype=np.float32)
+            batch["teacher_logits"] = torch.from_numpy(logits)
+        return batch
+
+    def _width(self, longest: int) -> int:
+        rounded = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
+        return rounded if self.max_length is None else max(longest, min(rounded, self.max_length))
+
+
+def _pad(rows: Sequence[Mapping[str, Any]], column: str, mask: torch.Tensor, fill: int) -> torch.Tensor:
+    padded = torch.full(mask.shape, fill, dtype=torch.int64)
+    padded[mask] = torch.from_numpy(np.concatenate([np.asarray(row[column], dtype=np.int64) for row in rows]))
+    return padded
+
+
+@contextmanager
+def _progress_only_on_a_terminal() -> Iterator[None]:
+    """Keep the progress bar of `datasets` out of log files."""
+    shown = not datasets.are_progress_bars_disabled()
+    if shown and not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,63 @@
+"""Faults that every reader looks for: text that is not UTF-8, two columns of one name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdlora.errors import DataError
+
+_CHUNK_BYTES = 1 << 20
+
+
+def encoding_error(file: Path) -> DataError | None:
+    """Describe the first byte that is not UTF-8.
+
+    Args:
+        file: the file to scan from its beginning.
+
+    Returns:
+        The error to raise, or None where the whole file is UTF-8.
+    """
+    offset, line, tail = 0, 1, b""
+    with file.open("rb") as stream:
+        if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            return DataError(f"{file} is UTF-16, but UTF-8 is expected; save it as UTF-8 (iconv -f utf-16 -t utf-8)")
+        stream.seek(0)
+        while True:
+            chunk = stream.read(_CHUNK_BYTES)
+            data = tail + chunk
+            try:
+                data.decode()
+                good = len(data)
+            except UnicodeDecodeError as error:
+                good = error.start
+                if error.reason != "unexpected end of data" or not chunk:
+                    line += data.count(b"\n", 0, good)
+                    return _describe(file, line, offset + good, data[good])
+            if not chunk:
+                return None
+            line += data.count(b"\n", 0, good)
+            offset, tail = offset + good, data[good:]
+
+
+def _describe(file: Path, line: int, offset: int, byte: int) -> DataError:
+    return DataError(
+        f"{file}, line {line}: byte 0x{byte:02X} at offset {offset} is not UTF-8; convert the file to UTF-8 "
+        "(for example: iconv -f windows-1252 -t utf-8)"
+    )
+
+
+def refuse_duplicates(name: str, columns: Sequence[str]) -> None:
+    """Refuse a file in which a column name leaves open which column is meant.
+
+    Args:
+        name: how messages call the file.
+        columns: its columns.
+
+    Raises:
+        DataError: two columns have one name.
+    """
+    for position, column in enumerate(columns):
+        if column in columns[:position]:
+            raise DataError(f"{name} has two columns named {column!r}; rename one")

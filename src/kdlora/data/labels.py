@@ -1,0 +1,258 @@
+"""Labels as numbers: codes, values or rows of 0 and 1; whatever does not fit is named by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kdlora.data.sources import RawTable
+from kdlora.data.tasks import Task
+from kdlora.errors import DataError, did_you_mean
+
+INTEGER = r"^[+-]?[0-9]+$"
+DECIMAL = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
+_LIST_VALUES = 1 << 30  # offsets of an Arrow list are 32-bit
+
+
+def encode_labels(raw: RawTable, columns: Sequence[str], task: Task) -> pa.Array | pa.ChunkedArray:
+    """Encode the labels of every row.
+
+    Args:
+        raw: the rows.
+        columns: the label columns as this source calls them.
+        task: kind and label names.
+
+    Returns:
+        int64 codes (single-label), float32 (regression) or lists of float32 0/1 (multi-label).
+
+    Raises:
+        DataError: a label is missing, unknown, not a number, or not 0 or 1.
+    """
+    if task.kind == "single-label":
+        return _codes(raw, columns[0], task.label_names)
+    if task.kind == "regression":
+        return _numbers(raw, columns[0])
+    if len(columns) > 1:
+        matrix = np.stack([_zeros_and_ones(raw, column) for column in columns], axis=1)
+        order = (
+            [columns.index(name) for name in task.label_names] if set(columns) == set(task.label_names) else slice(None)
+        )
+        return _as_lists(matrix[:, order])
+    return _as_lists(_list_matrix(raw, columns[0], task.label_names))
+
+
+def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
+    """Spell single labels as their names.
+
+    Args:
+        raw: the rows.
+        column: a column of text, integers, booleans or whole decimals, or codes of a `ClassLabel`.
+
+    Returns:
+        One string per row; null where the label is missing (null, empty text, or the Hub's code -1).
+
+    Raises:
+        DataError: the column holds something else.
+    """
+    values = raw.table[column]
+    if column in raw.class_names:
+        names = pa.array(raw.class_names[column], pa.string())
+        inside = pc.and_(pc.greater_equal(values, 0), pc.less(values, len(names)))
+        return pc.take(names, pc.if_else(inside, values, None))
+    kind = values.type
+    if pa.types.is_boolean(kind):
+        return pc.if_else(values, "True", "False")
+    if pa.types.is_floating(kind):
+        fractional = pc.not_equal(pc.floor(values), values)
+        if (position := pc.index(fractional, True).as_py()) >= 0:
+            raise DataError(
+                f"{raw.where(position)}: the label {column!r} is {values[position].as_py()}, a decimal, but the task "
+                "is single-label; set task.kind: regression, or make the labels names"
+            )
+        values = pc.if_else(pc.is_finite(values), values, None).cast(pa.int64())
+    elif not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        raise DataError(
+            f"{raw.source}: the label column {column!r} holds {kind}; expected names, integers or true/false"
+        )
+    strings = values.cast(pa.string())
+    return pc.if_else(pc.equal(strings, ""), None, strings)
+
+
+def refuse_missing(raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Array) -> None:
+    """Name the first row without a label.
+
+    Args:
+        raw: the rows.
+        column: the label column.
+        missing: bool, one per row.
+
+    Raises:
+        DataError: some row has none.
+    """
+    if (position := pc.index(missing, True).as_py()) >= 0:
+        count = pc.sum(missing).as_py()
+        raise DataError(
+            f"{raw.where(position)}: no label in column {column!r} ({count} of {raw.table.num_rows} rows); "
+            "remove the rows, or put texts without labels into data.unlabelled"
+        )
+
+
+def _codes(raw: RawTable, column: str, names: tuple[str, ...]) -> pa.ChunkedArray:
+    strings = label_strings(raw, column)
+    refuse_missing(raw, column, pc.is_null(strings))
+    codes = pc.index_in(strings, pa.array(names))
+    if codes.null_count == len(codes) and not any(name.lstrip("+-").isdigit() for name in names):
+        codes = _codes_from_integers(strings, len(names), codes)
+    if (position := pc.index(pc.is_null(codes), True).as_py()) >= 0:
+        found = strings[position].as_py()
+        raise DataError(
+            f"{raw.where(position)}: the label {found!r} ({column!r}) is not among the labels "
+            f"{', '.join(map(repr, names))}.{did_you_mean(found, names)} Correct it, or add training examples of it"
+        )
+    return codes.cast(pa.int64())
+
+
+def _codes_from_integers(strings: pa.ChunkedArray, count: int, otherwise: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Take 0, 1 ... (or true and false) as positions in the list of label names."""
+    words = pa.array(["False", "True"])
+    integers = [str(code) for code in range(count)]
+    codes = pc.index_in(strings, pa.array(integers))
+    if codes.null_count == len(codes) and count == 2:
+        codes = pc.index_in(strings, words)
+    return codes if codes.null_count < len(codes) else otherwise
+
+
+def _numbers(raw: RawTable, column: str) -> pa.Array:
+    values = as_doubles(raw, column)
+    refuse_missing(raw, column, pc.is_null(values))
+    narrow = values.to_numpy().astype(np.float32)
+    wrong = np.flatnonzero(~np.isfinite(narrow))
+    if wrong.size:
+        position = int(wrong[0])
+        raise DataError(
+            f"{raw.where(position)}: the label {column!r} is {values[position].as_py()}; a regression needs finite "
+            "numbers. Remove the row or correct it"
+        )
+    return pa.array(narrow)
+
+
+def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
+    """Read a column of numbers, or of text that spells numbers.
+
+    Args:
+        raw: the rows.
+        column: its name.
+
+    Returns:
+        float64; null where the value is missing.
+
+    Raises:
+        DataError: a value is no number.
+    """
+    values = raw.table[column]
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_null(values.type):
+        return values.cast(pa.float64(), safe=False)
+    if not _is_text(values.type):
+        raise DataError(f"{raw.source}: the label column {column!r} holds {values.type}; expected numbers")
+    trimmed = pc.utf8_trim_whitespace(values.cast(pa.string()))
+    trimmed = pc.if_else(pc.equal(trimmed, ""), None, trimmed)
+    try:
+        return trimmed.cast(pa.float64())
+    except pa.ArrowInvalid:
+        number = pc.or_(
+            pc.match_substring_regex(trimmed, DECIMAL), pc.match_substring_regex(trimmed, "(?i)^[+-]?(nan|inf)")
+        )
+        position = pc.index(number, False).as_py()
+        where, value = (raw.where(position), values[position].as_py()) if position >= 0 else (raw.source, "a value")
+        raise DataError(f"{where}: the label {column!r} is {value!r}, but a number is expected; correct it") from None
+
+
+def _zeros_and_ones(raw: RawTable, column: str) -> npt.NDArray[np.float32]:
+    values = raw.table[column]
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.int8())
+    strings = values.cast(pa.string()) if not pa.types.is_floating(values.type) else None
+    if strings is not None:
+        strings = pc.utf8_lower(strings)
+        refuse_missing(raw, column, pc.fill_null(pc.equal(strings, ""), True))
+        zero, one = (pc.is_in(strings, pa.array(words)) for words in (["0", "0.0", "false"], ["1", "1.0", "true"]))
+    else:
+        refuse_missing(raw, column, pc.is_null(values, nan_is_null=True))
+        zero, one = pc.equal(values, 0), pc.equal(values, 1)
+    if (position := pc.index(pc.or_(zero, one), False).as_py()) >= 0:
+        _refuse_value(raw, column, position, values[position].as_py())
+    return (
+        one.to_numpy(zero_copy_only=False).astype(np.float32)
+        if isinstance(one, pa.Array)
+        else np.asarray(one.to_numpy(), np.float32)
+    )
+
+
+def _refuse_value(raw: RawTable, column: str, position: int, value: object) -> NoReturn:
+    raise DataError(
+        f"{raw.where(position)}: {column!r} is {value!r}, but a multi-label column holds only 0 and 1; correct it"
+    )
+
+
+def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...]) -> npt.NDArray[np.float32]:
+    values = raw.table[column].combine_chunks()
+    if isinstance(values, pa.ChunkedArray):
+        values = pa.concat_arrays(values.chunks)
+    refuse_missing(raw, column, pc.is_null(values))
+    lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
+    rows = np.repeat(np.arange(len(values)), lengths)
+    inner = values.flatten()
+    if column in raw.class_names or _is_text(inner.type) or pa.types.is_null(inner.type):
+        return _matrix_from_names(raw, column, names, rows, inner)
+    wrong = np.flatnonzero(lengths != len(names))
+    if wrong.size:
+        position = int(wrong[0])
+        raise DataError(
+            f"{raw.where(position)}: {column!r} has {lengths[position]} values, but there are {len(names)} labels; "
+            "expected a list of 0 and 1 with one value per label, or a list of label names"
+        )
+    flat = inner.cast(pa.float32(), safe=False)
+    bad = pc.fill_null(pc.invert(pc.is_in(flat, pa.array([0.0, 1.0], pa.float32()))), True)
+    if (position := pc.index(bad, True).as_py()) >= 0:
+        _refuse_value(raw, column, int(rows[position]), inner[position].as_py())
+    return np.asarray(flat.to_numpy(zero_copy_only=False), np.float32).reshape(len(values), len(names))
+
+
+def _matrix_from_names(
+    raw: RawTable, column: str, names: tuple[str, ...], rows: npt.NDArray[np.int64], inner: pa.Array
+) -> npt.NDArray[np.float32]:
+    if column in raw.class_names:
+        inner = pc.take(pa.array(raw.class_names[column]), inner)
+    codes = pc.index_in(inner.cast(pa.string()), pa.array(names))
+    if (position := pc.index(pc.is_null(codes), True).as_py()) >= 0:
+        found = inner[position].as_py()
+        raise DataError(
+            f"{raw.where(int(rows[position]))}: the label {found!r} in {column!r} is not among the labels "
+            f"{', '.join(map(repr, names))}.{did_you_mean(str(found), names)}"
+        )
+    matrix = np.zeros((raw.table.num_rows, len(names)), np.float32)
+    matrix[rows, codes.to_numpy(zero_copy_only=False).astype(np.int64)] = 1.0
+    return matrix
+
+
+def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:
+    rows, width = matrix.shape
+    step = max(1, _LIST_VALUES // width)
+    chunks = [
+        pa.ListArray.from_arrays(
+            pa.array(np.arange(0, (len(part) + 1) * width, width, dtype=np.int32)),
+            pa.array(np.ascontiguousarray(part).ravel()),
+        )
+        for part in (matrix[start : start + step] for start in range(0, rows, step))
+    ]
+    return pa.chunked_array(chunks)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    text = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(text) or pa.types.is_large_string(text))

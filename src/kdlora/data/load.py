@@ -1,0 +1,333 @@
+"""Load a task's splits, checked and in canonical columns; the one entrance to the data room."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
+
+from kdlora.config import DataConfig, TaskConfig
+from kdlora.data import glue
+from kdlora.data.canonical import Columns, corrupt_rows, find_id_column, to_canonical
+from kdlora.data.hub import is_saved_dataset, open_hub, open_saved
+from kdlora.data.infer import infer_label_column, infer_task, infer_text_columns
+from kdlora.data.sources import Source, open_file
+from kdlora.data.split import split_rows
+from kdlora.data.tasks import GLUE, GlueTask, Task
+from kdlora.errors import DataError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+Groups = Mapping[str, Source]
+"""The sources of one split by group; a split of one source has the group ""."""
+
+_USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",), "unlabelled": ()}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task and its examples.
+
+    Attributes:
+        task: what is learnt.
+        train: examples to learn from.
+        validation: examples for checkpoints, early stopping and the choice of what is shipped.
+        test: examples for the headline, where there are labelled ones.
+        unlabelled: texts for the teacher to label.
+        notes: plain sentences on what was inferred, dropped or drawn.
+    """
+
+    task: Task
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None = None
+    unlabelled: Dataset | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Reading:
+    """What is needed to read every split of one experiment alike, and what is said about it."""
+
+    task: Task
+    glue: GlueTask | None
+    id_column: str
+    from_benchmark: bool
+    notes: list[str] = field(default_factory=list)
+
+    def split(self, groups: Groups, *, labelled: bool) -> Dataset:
+        """Read a split; several groups become one data set with a `group` column."""
+        parts = {group: self._source(source, group, labelled=labelled) for group, source in groups.items()}
+        if list(parts) == [""]:
+            return parts[""]
+        return concatenate_datasets([part.add_column("group", [group] * len(part)) for group, part in parts.items()])
+
+    def _source(self, source: Source, group: str, *, labelled: bool) -> Dataset:
+        columns = self.columns(source, labelled=labelled)
+        raw = source.read(columns.wanted)
+        if self.from_benchmark:
+            total = raw.table.num_rows if raw.rows is None else raw.rows[-1].as_py() + 1
+            corrupt = corrupt_rows(raw, columns)
+            raw = raw.keep(pc.invert(corrupt)) if pc.any(corrupt).as_py() else raw
+            if dropped := total - raw.table.num_rows:
+                self.notes.append(
+                    f"{source.name}: {dropped} of {total} corrupt rows (ragged, or without text or label) were dropped."
+                )
+            if not raw.table.num_rows:
+                raise DataError(f"{source.name}: none of its {total} rows has both text and label")
+        return to_canonical(raw, columns, self.task, prefix=f"{group}-" if group else "")
+
+    def columns(self, source: Source, *, labelled: bool) -> Columns:
+        """Assign the columns of one source."""
+        if self.glue is None:
+            text = tuple(source.require(column, "task.text") for column in self.task.text)
+            label = self.task.label if labelled else ()
+        else:
+            text = glue.glue_text_columns(source, self.glue)
+            found = glue.glue_label_column(source, self.glue)
+            label = ((found or self.task.label[0]),) if labelled else ()
+        for column in label:
+            if column not in source.columns:
+                raise DataError(
+                    f"{source.name} has no label column {column!r} (task.label); it has "
+                    f"{', '.join(map(repr, source.columns))}.{did_you_mean(column, source.columns)} Training, "
+                    "validation and test files need labels; texts without labels go into data.unlabelled"
+                )
+        if self.from_benchmark:
+            return Columns(text, label, "idx" if "idx" in source.columns else None)
+        return Columns(text, label, find_id_column(source, self.id_column))
+
+    def has_labels(self, source: Source) -> bool:
+        """Whether a split carries labels at all; the Hub's test splits of GLUE hold only -1."""
+        name = glue.glue_label_column(source, self.glue) if self.glue else self.task.label[0]
+        if name is None or name not in source.columns:
+            return False
+        values = source.read([name]).table[name]
+        if pa.types.is_integer(values.type):
+            return bool(pc.any(pc.greater_equal(values, 0)).as_py())
+        if pa.types.is_floating(values.type):  # STS-B
+            return bool(pc.any(pc.not_equal(values, -1.0)).as_py())
+        return bool(values.null_count < len(values))
+
+
+def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
+    """Load every split of an experiment.
+
+    Args:
+        task: a GLUE task by name, or columns and kind of the user's own data as far as they are set.
+        data: files, a folder in GLUE's layout, a `save_to_disk` folder or a Hub data set.
+
+    Returns:
+        The completed task and its splits in canonical columns.
+
+    Raises:
+        DataError: something is missing, cannot be read, is ambiguous or does not fit; the message names file, row
+            or config key, and the remedy.
+    """
+    known = GLUE[task.name] if task.name is not None else None
+    if known is not None and known.name == "ax":
+        raise DataError("task.name: ax has no training data; train on mnli, and predict AX with that model")
+    splits = _open_splits(known, data)
+    if "train" not in splits:
+        raise DataError("no training data: set data.train to a file or to the name of a split")
+    reading = _begin(task, known, data, splits["train"][""])
+    train = reading.split(splits["train"], labelled=True)
+    train, validation = _train_and_validation(reading, data, splits, train)
+    test = _test(reading, data, splits)
+    unlabelled = reading.split(splits["unlabelled"], labelled=False) if "unlabelled" in splits else None
+    _check_labels(reading.task, data, train, {"validation": validation, "test": test})
+    for note in reading.notes:
+        logger.info(note)
+    return Splits(reading.task, train, validation, test, unlabelled, tuple(reading.notes))
+
+
+def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: bool) -> Dataset:
+    """Load one file of examples for a task that is known, to evaluate or predict.
+
+    Args:
+        path: a CSV, TSV, JSON Lines or Parquet file, a folder by `save_to_disk`, or the folder of GLUE's AX.
+        task: columns, kind and label names; a GLUE task also accepts the benchmark's own column names.
+        id_column: names an example; `id` may be absent, the row number from 0 then serves.
+        labelled: whether labels are wanted; else a label column is ignored.
+
+    Raises:
+        DataError: the file does not fit the task.
+    """
+    known = next((entry for name, entry in GLUE.items() if name == task.name), None)
+    source = _open_examples(Path(path), known)
+    from_benchmark = known is not None and Path(source.name).suffix.lower() == ".tsv"
+    reading = _Reading(task, known, id_column, from_benchmark)
+    dataset = reading.split({"": source}, labelled=labelled)
+    for note in reading.notes:
+        logger.warning(note)
+    return dataset
+
+
+def _open_examples(path: Path, known: GlueTask | None) -> Source:
+    if path.is_dir():
+        if is_saved_dataset(path):
+            splits = open_saved(path)
+            if len(splits) > 1:
+                raise DataError(f"{path} holds the splits {', '.join(splits)}; give the folder of one: {path / 'test'}")
+            return next(iter(splits.values()))
+        files = [path / name for name in glue.SINGLE_FILE_NAMES if (path / name).is_file()]
+        if known is None or not files:
+            raise DataError(f"{path} is a folder; expected a data file, or a folder written by save_to_disk")
+        path = files[0]
+    return glue.open_glue_file(path, known) if known is not None else open_file(path, "the data file")
+
+
+def _open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
+    """Open what the configuration names, without reading rows."""
+    available = _open_path(known, data) if data.path is not None else {}
+    splits: dict[str, Groups] = {}
+    for split, usual in _USUAL_SPLITS.items():
+        wanted: str | None = getattr(data, split)
+        if wanted is None:
+            found = next((name for name in usual if name in available), None)
+            if found is not None:
+                splits[split] = available[found]
+        elif wanted in available:
+            splits[split] = available[wanted]
+        elif data.path is None or Path(wanted).is_file():
+            splits[split] = {"": open_file(wanted, f"data.{split}")}
+        else:
+            raise DataError(
+                f"data.{split}: {wanted!r} is neither a file nor a split of {data.path}; its splits are "
+                f"{', '.join(available)}.{did_you_mean(wanted, available)}"
+            )
+    if data.path is not None and "train" not in splits:
+        raise DataError(
+            f"{data.path} (data.path) has no split 'train'; set data.train to one of {', '.join(available)}"
+        )
+    return splits
+
+
+def _open_path(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
+    folder = Path(str(data.path))
+    if folder.is_file():
+        raise DataError(f"data.path {data.path!r} is a file; put files into data.train, data.validation and data.test")
+    if not folder.is_dir():
+        subset = data.subset or (known.name if known is not None and data.path in glue.HUB_IDS else None)
+        return _by_group(open_hub(str(data.path), subset, data.revision), known)
+    if data.subset or data.revision:
+        raise DataError(f"data.subset and data.revision describe a Hub data set, but data.path is the folder {folder}")
+    if is_saved_dataset(folder):
+        return _by_group(open_saved(folder), known)
+    if known is None:
+        raise DataError(
+            f"{folder} (data.path) is a folder, but not one written by save_to_disk; for a folder in GLUE's layout set "
+            "task.name, for files set data.train"
+        )
+    return dict(glue.open_glue_folder(folder, known))
+
+
+def _by_group(splits: Mapping[str, Source], known: GlueTask | None) -> dict[str, Groups]:
+    """Put MNLI's two validation and test splits on the Hub together."""
+    groups: dict[str, Groups] = {split: {"": source} for split, source in splits.items()}
+    if known is not None and known.name == "mnli":
+        for split in ("validation", "test"):
+            parts = {
+                group: splits[f"{split}_{group}"] for group in ("matched", "mismatched") if f"{split}_{group}" in splits
+            }
+            if parts:
+                groups[split] = parts
+    return groups
+
+
+def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: Source) -> _Reading:
+    """Complete the task from the training data."""
+    if known is not None:
+        return _Reading(known.task, known, data.id_column, from_benchmark=data.path is not None)
+    text = task.text or infer_text_columns(train)
+    label = task.label or infer_label_column(train)
+    reading = _Reading(Task("single-label", text, label, (), ()), None, data.id_column, from_benchmark=False)
+    columns = reading.columns(train, labelled=True)
+    inferred, notes = infer_task(train.read(columns.label), text, label, task)
+    if task.text is None:
+        reading.notes.append(f"Text column inferred from its name: {', '.join(text)}.")
+    if task.label is None:
+        reading.notes.append(f"Label column inferred from its name: {', '.join(label)}.")
+    return replace(reading, task=inferred, notes=[*reading.notes, *notes])
+
+
+def _train_and_validation(
+    reading: _Reading, data: DataConfig, splits: Mapping[str, Groups], train: Dataset
+) -> tuple[Dataset, Dataset]:
+    if "validation" in splits:
+        validation = reading.split(splits["validation"], labelled=True)
+    else:
+        if len(train) < 2:
+            raise DataError(f"{len(train)} training row cannot be split; give more rows, or a validation file")
+        classes = train.data["label"].to_numpy() if reading.task.kind == "single-label" else None
+        kept, drawn = split_rows(len(train), data.validation_fraction, data.split_seed, classes)
+        train, validation = train.select(kept), train.select(drawn)
+        how = "stratified by label" if classes is not None else "at random"
+        reading.notes.append(
+            f"{len(drawn)} of {len(kept) + len(drawn)} training rows became the validation split, drawn {how} "
+            f"(data.validation_fraction {data.validation_fraction}, data.split_seed {data.split_seed})."
+        )
+    limit = data.max_train_examples
+    if limit is not None and limit < len(train):
+        reading.notes.append(
+            f"Only the first {limit} of {len(train)} training rows are used (data.max_train_examples)."
+        )
+        train = train.select(range(limit))
+    return train, validation
+
+
+def _test(reading: _Reading, data: DataConfig, splits: Mapping[str, Groups]) -> Dataset | None:
+    groups = splits.get("test")
+    if groups is None:
+        return None
+    if data.test is None and not all(reading.has_labels(source) for source in groups.values()):
+        names = ", ".join(source.name for source in groups.values())
+        reading.notes.append(f"{names} carries no labels and is not used for scoring.")
+        return None
+    return reading.split(groups, labelled=True)
+
+
+def _check_labels(task: Task, data: DataConfig, train: Dataset, others: Mapping[str, Dataset | None]) -> None:
+    """Refuse training rows that teach nothing, and labels elsewhere that training lacks."""
+    limited = " Raise data.max_train_examples, which leaves them out." if data.max_train_examples is not None else ""
+    labels = _label_matrix(task, train)
+    if task.kind == "multi-label":
+        if not labels.any():
+            raise DataError(
+                f"no training row has any label ({', '.join(task.label)} are all 0); check task.label.{limited}"
+            )
+        known = labels.any(axis=0)
+    elif task.kind == "regression":
+        if np.ptp(labels) == 0:
+            raise DataError(f"every training label is {labels[0]}; a regression needs different values.{limited}")
+        return
+    else:
+        known = np.bincount(labels, minlength=task.num_labels) > 0
+        if known.sum() < 2:
+            only = task.label_names[int(labels[0])]
+            raise DataError(
+                f"the training rows hold one class only ({only!r}); a classifier needs two or more.{limited}"
+            )
+    for split, dataset in others.items():
+        if dataset is None:
+            continue
+        found = _label_matrix(task, dataset)
+        used = found.any(axis=0) if task.kind == "multi-label" else np.bincount(found, minlength=task.num_labels) > 0
+        if (used & ~known).any():
+            names = ", ".join(repr(task.label_names[column]) for column in np.flatnonzero(used & ~known))
+            raise DataError(
+                f"the {split} split has labels that training lacks: {names}. Add training rows of them.{limited}"
+            )
+
+
+def _label_matrix(task: Task, dataset: Dataset) -> np.ndarray:
+    column = dataset.select_columns(["label"]).with_format("arrow")[:]["label"]
+    if task.kind != "multi-label":
+        return np.asarray(column.to_numpy())
+    return np.asarray(pc.list_flatten(column).to_numpy()).reshape(-1, task.num_labels)

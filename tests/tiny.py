@@ -98,9 +98,7 @@ def train_tokenizer(family: str = "bert") -> transformers.PreTrainedTokenizerFas
     )
 
 
-def tiny_config(
-    family: str, vocab_size: int, *, layers: int = 2, hidden: int = 32
-) -> transformers.PretrainedConfig:
+def tiny_config(family: str, vocab_size: int, *, layers: int = 2, hidden: int = 32) -> transformers.PretrainedConfig:
     """Give the configuration of a tiny model with the traits of its family (shared keys, local attention, …)."""
     common = {
         "vocab_size": vocab_size,
@@ -169,9 +167,7 @@ _PRETRAINED_CLASS = {
 }
 
 
-def build_model_folder(
-    family: str, folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0
-) -> Path:
+def build_model_folder(family: str, folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0) -> Path:
     """Save a tiny *pretrained* checkpoint: encoder weights and tokenizer, no classification head.
 
     Args:

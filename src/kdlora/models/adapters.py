@@ -1,0 +1,366 @@
+"""LoRA adapters through PEFT: where they go, what is trained beside them, saving, merging, counting."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from kdlora.config import LoraConfig
+from kdlora.errors import ModelError, did_you_mean
+from kdlora.models.encoders import Encoder, save_encoder
+
+logger = logging.getLogger(__name__)
+
+QUERY_VALUE = (
+    ("query_proj", "value_proj"),  # DeBERTa-v2 and v3
+    ("q_lin", "v_lin"),  # DistilBERT
+    ("attn.q", "attn.v"),  # MPNet
+    ("query", "value"),  # BERT, RoBERTa, ELECTRA and their kin
+    ("q_proj", "v_proj"),  # EuroBERT and kin
+    ("q_head", "v_head"),  # Funnel
+)
+"""Names of the query and value projections, by architecture."""
+
+FUSED = ("Wqkv", "qkv_proj", "query_key_value", "in_proj")
+"""Names of projections that make query, key and value at once: ModernBERT's first."""
+
+PEFT_INITIALISATION = {
+    "default": True,
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+    "olora": "olora",
+    "pissa": "pissa",
+}
+MUTATING = ("olora", "pissa")
+"""Initialisations that take the adapter's first value out of the base weights."""
+
+ADAPTER_PART = re.compile(r"\.lora_[a-zA-Z_]+(\.|$)")
+TRAINED_COPY = ".modules_to_save."
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How large a model is, in parameters.
+
+    Attributes:
+        total: of the *deployed* model: adapters merged away, each fresh module counted once.
+        trainable: what the optimiser moves.
+        adapter: LoRA matrices (and DoRA's magnitudes).
+        head: modules trained in full beside the adapter; of a model without adapter, all that is not encoder.
+    """
+
+    total: int
+    trainable: int
+    adapter: int
+    head: int
+
+
+def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], fresh: Sequence[str]) -> list[str]:
+    """Find the linear layers that get adapters.
+
+    Args:
+        model: a plain model, without adapters.
+        targets: "query-value" (the paper's), "all-linear" (every linear layer of the encoder), or names: a
+            module's full name or its last parts.
+        fresh: names of the modules that are trained in full, and so get none.
+
+    Returns:
+        Names for PEFT, as short as they can be without touching another module.
+
+    Raises:
+        ModelError: a name that matches nothing, or no projections found; with the candidates.
+    """
+    linear = _linear_layers(model, fresh)
+    if targets == "query-value":
+        names: Sequence[str] = _query_value(model, linear)
+    elif targets == "all-linear":
+        names = sorted({name.rpartition(".")[2] for name in linear})
+    else:
+        names = [targets] if isinstance(targets, str) else targets
+    chosen: list[str] = []
+    for name in names:
+        matched = [layer for layer in linear if _ends_with(layer, name)]
+        if not matched:
+            raise ModelError(_no_match(model, name, linear, fresh))
+        chosen += _shortest_names(model, name, matched, linear)
+    return list(dict.fromkeys(chosen))
+
+
+def add_adapter(encoder: Encoder, lora: LoraConfig, *, seed: int) -> PeftModel:
+    """Put LoRA adapters into an encoder and leave trainable exactly these and the fresh modules.
+
+    Args:
+        encoder: its model is changed in place.
+        lora: rank, scale, targets and variant.
+        seed: of the adapters' initial values; the global random state stays as it was.
+
+    Returns:
+        The PEFT model; `save_adapter` and `merge_student` take it.
+
+    Raises:
+        ModelError: targets that match nothing, a rank that the initialisation cannot have, or a trainable set
+            that is not LoRA + fresh.
+    """
+    targets = resolve_targets(encoder.model, lora.targets, encoder.fresh)
+    layers = [name for name in _linear_layers(encoder.model, encoder.fresh) if _matches(name, targets)]
+    _check_rank(encoder.model, lora, layers)
+    config = PeftLoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=PEFT_INITIALISATION[lora.init],
+        modules_to_save=[name for name in encoder.fresh if name not in ("classifier", "score")],  # PEFT adds these
+        revision=encoder.revision,
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT reads a property that transformers renamed.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        torch.default_generator.manual_seed(seed)
+        model = get_peft_model(encoder.model, config)
+    _check_trainable(model, layers, encoder.fresh)
+    if lora.init in MUTATING:
+        model.initial_adapter = {key: value.clone() for key, value in _weights(model).items() if _is_matrix(key)}
+    logger.info("LoRA on %s: %d layers", ", ".join(targets), len(layers))
+    return model
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save adapter and fresh modules so that `PeftModel.from_pretrained` restores them on the *original* base.
+
+    PiSSA and OLoRA change the base weights; their difference to it is a plain LoRA of twice the rank,
+    `B·A − B₀·A₀ = [B, −B₀]·[A; A₀]`, and that is what is saved.
+
+    Args:
+        model: from `add_adapter`.
+        folder: made if need be.
+    """
+    weights, config = _weights(model), copy.deepcopy(model.peft_config["default"])
+    initial = getattr(model, "initial_adapter", {})
+    for key, start in initial.items():
+        down = ".lora_A." in key
+        weights[key] = torch.cat([weights[key], start.to(weights[key]) * (1 if down else -1)], dim=0 if down else 1)
+    if initial:
+        config.r *= 2
+        config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
+    config.init_lora_weights = True
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)
+    config.modules_to_save = sorted(set(config.modules_to_save) & set(_wrapped(model)))
+    folder.mkdir(parents=True, exist_ok=True)
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    base = config.base_model_name_or_path or str(folder.name + "/base")
+    (folder / "README.md").write_text(_card(base, config.revision, model), encoding="utf-8")
+
+
+def add_base(folder: Path, encoder: Encoder, *, address: Path) -> None:
+    """Put an adapter's base beside it, where that base lies nowhere else (a student made from layers).
+
+    Args:
+        folder: of a saved adapter; the base goes to its `base` folder.
+        encoder: the base as it was before `add_adapter`, that is, freshly loaded.
+        address: where `folder` will lie in the end, if it is still to be moved there.
+    """
+    save_encoder(encoder, folder / "base")
+    config = PeftLoraConfig.from_pretrained(folder)
+    config.base_model_name_or_path = str(address.resolve() / "base")
+    config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(folder)
+
+
+def merge_student(model: PeftModel) -> PreTrainedModel:
+    """Merge the adapter into the weights, in fp32 at least.
+
+    Args:
+        model: from `add_adapter`; it stays as it is.
+
+    Returns:
+        A plain transformers model in evaluation mode, with the trained fresh modules in their places.
+
+    Raises:
+        ModelError: the adapter holds values that are not finite.
+    """
+    student = copy.deepcopy(model)
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in student.parameters()):
+        student = student.float()
+    broken = [name for name, parameter in student.named_parameters() if not bool(parameter.isfinite().all())]
+    if broken:
+        raise ModelError(
+            f"the trained weights are not finite ({broken[0]} and {len(broken) - 1} more): the training diverged. "
+            "Lower the learning rate"
+        )
+    plain: PreTrainedModel = student.merge_and_unload(safe_merge=True)
+    plain.requires_grad_(True)
+    plain.name_or_path = plain.config._name_or_path = ""
+    return plain.eval()
+
+
+def count_parameters(model: PreTrainedModel | PeftModel) -> ParameterCounts:
+    """Count parameters; shared ones once.
+
+    Args:
+        model: with or without an adapter.
+
+    Returns:
+        The counts; `total` is that of the merged model, which is the one deployed.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    adapter = sum(size for name, size in sizes.items() if ADAPTER_PART.search(name))
+    if isinstance(model, PeftModel):
+        head = sum(size for name, size in sizes.items() if TRAINED_COPY in name)
+        return ParameterCounts(sum(sizes.values()) - adapter - head, trainable, adapter, head)
+    encoder = model.base_model_prefix + "."
+    head = sum(size for name, size in sizes.items() if not name.startswith(encoder))
+    return ParameterCounts(sum(sizes.values()), trainable, 0, head)
+
+
+def _linear_layers(model: PreTrainedModel, fresh: Sequence[str]) -> list[str]:
+    """Names of the encoder's linear layers that are not trained in full."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(name == own or name.startswith(own + ".") for own in fresh)
+    ]
+
+
+def _query_value(model: PreTrainedModel, linear: Sequence[str]) -> tuple[str, ...]:
+    for query, value in QUERY_VALUE:
+        counts = [sum(_ends_with(layer, name) for layer in linear) for name in (query, value)]
+        if counts[0] and counts[0] == counts[1]:
+            return (query, value)
+    for fused in FUSED:
+        if any(_ends_with(layer, fused) for layer in linear):
+            logger.info("%s makes query, key and value in one projection: the adapter is on all three", fused)
+            return (fused,)
+    raise ModelError(
+        f"no query and value projections known in a {model.config.model_type!r} model. Set lora.targets to "
+        f"all-linear, or to some of its linear layers: {_candidates(linear)}"
+    )
+
+
+def _ends_with(layer: str, name: str) -> bool:
+    return layer == name or layer.endswith("." + name)
+
+
+def _matches(layer: str, names: Sequence[str]) -> bool:
+    return any(_ends_with(layer, name) for name in names)
+
+
+def _shortest_names(model: PreTrainedModel, name: str, matched: Sequence[str], linear: Sequence[str]) -> list[str]:
+    """Keep the name if PEFT would find just the matched layers by it; else fall back to full names."""
+    found = [other for other, _ in model.named_modules() if _ends_with(other, name)]
+    return [name] if set(found) <= set(linear) else list(matched)
+
+
+def _no_match(model: PreTrainedModel, name: str, linear: Sequence[str], fresh: Sequence[str]) -> str:
+    found = [(other, type(module).__name__) for other, module in model.named_modules() if _ends_with(other, name)]
+    problem = f"lora.targets: {name!r} matches no module of this {model.config.model_type!r} model."
+    if any(_matches(part, fresh) or part.startswith(tuple(own + "." for own in fresh)) for part, _ in found):
+        problem = f"lora.targets: {name!r} is a new module that is trained in full already; it takes no adapter."
+    elif found:
+        problem = f"lora.targets: {name!r} is a {found[0][1]}; adapters go on linear layers."
+    parts = {part for layer in linear for part in (_within_layer(layer), layer.rpartition(".")[2])}
+    return f"{problem}{did_you_mean(name, parts)} Its linear layers are {_candidates(linear)}"
+
+
+def _within_layer(layer: str) -> str:
+    """Leave out what stands before the last number: `attention.self.query`."""
+    return re.sub(r"^.*\.\d+\.", "", layer)
+
+
+def _candidates(linear: Sequence[str]) -> str:
+    counts = Counter(_within_layer(layer) for layer in linear)
+    return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "none"
+
+
+def _check_rank(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[str]) -> None:
+    if lora.init == "orthogonal" and lora.rank % 2:
+        raise ModelError(f"lora.init: orthogonal needs an even lora.rank, got {lora.rank}")
+    widths = {name: min(model.get_submodule(name).weight.shape) for name in layers}
+    narrow = min(widths, key=lambda name: widths[name])
+    if lora.init in MUTATING and lora.rank > widths[narrow]:
+        raise ModelError(
+            f"lora.init: {lora.init} takes the adapter out of the weights, so lora.rank can be at most "
+            f"{widths[narrow]} ({narrow} is that narrow), got {lora.rank}"
+        )
+
+
+def _check_trainable(model: PeftModel, layers: Sequence[str], fresh: Sequence[str]) -> None:
+    """Refuse to train with a head that stays random, or with weights that nobody asked to train."""
+    prefix = "base_model.model."
+    adapted = {name.removeprefix(prefix) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    intended = {name for name, _ in model.named_parameters() if ADAPTER_PART.search(name) or TRAINED_COPY in name}
+    wrong = {
+        "adapters": adapted ^ set(layers),
+        "modules trained in full": set(_wrapped(model)) ^ set(fresh),
+        "trainable parameters": trainable ^ intended,
+    }
+    for what, names in wrong.items():
+        if names:
+            raise ModelError(
+                f"the {what} are not those intended; they differ in {', '.join(sorted(names)[:4])}. This is a fault "
+                "of kdlora for this architecture: please report it, and use run.arms without LoRA meanwhile"
+            )
+
+
+def _wrapped(model: PeftModel) -> list[str]:
+    """Names, within the plain model, of the modules that are trained in full."""
+    return [
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    ]
+
+
+def _weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What an adapter file holds. No embeddings: PEFT's default would ask the Hub about them."""
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def _is_matrix(key: str) -> bool:
+    return ".lora_A." in key or ".lora_B." in key
+
+
+def _card(base: str, revision: str | None, model: PeftModel) -> str:
+    """Write how the adapter is loaded; PEFT's own card is a form to be filled in."""
+    labels = model.config.id2label
+    pin = f", revision={revision!r}" if revision else ""
+    return f"""---
+library_name: peft
+pipeline_tag: text-classification
+---
+LoRA adapter, with the classification head trained beside it. The base is `{base}`.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={len(labels)}{pin})
+model = PeftModel.from_pretrained(base, "this folder")
+```
+
+Labels, in the order of the logits: {", ".join(str(labels[column]) for column in sorted(labels))}.
+"""

@@ -1,0 +1,306 @@
+"""Encoders with a classification head: pretrained, already fine-tuned, or cut from another one's layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kdlora.data.tasks import Task
+from kdlora.errors import ModelError, did_you_mean
+from kdlora.models.checkpoints import Loaded, Source, open_source, read_config, read_tokenizer, read_weights
+from kdlora.models.layers import keep_layers
+
+logger = logging.getLogger(__name__)
+
+GENERIC_LABEL = re.compile(r"LABEL_\d+", re.IGNORECASE)
+
+
+@dataclass
+class Encoder:
+    """A model that classifies texts, with its own tokenizer.
+
+    Attributes:
+        model: transformers model in fp32, whose config carries label names and problem type.
+        tokenizer: the model's own; `model_max_length` is what the model can really take.
+        fresh: names of the modules that the checkpoint did not train for this task: what it lacks, and the
+            classification head. They are trained and saved in full beside any adapter.
+        source: folder (absolute) or Hub id.
+        revision: commit, tag or branch on the Hub.
+        layers: layers of `source` that the model was cut from; None: all of them.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fresh: tuple[str, ...]
+    source: str
+    revision: str | None = None
+    layers: tuple[int, ...] | None = None
+
+
+def load_encoder(
+    source: str, task: Task, *, seed: int, revision: str | None = None, trust_remote_code: bool = False
+) -> Encoder:
+    """Load a pretrained encoder and give it a new classification head for a task.
+
+    A head that the checkpoint brings from another task starts anew, even where its shape would fit; what a
+    *pretraining* checkpoint brings outside of the encoder (ModernBERT's prediction head) is kept, and trained.
+    New weights depend on the seed alone, not on the global random state, which stays as it was.
+
+    Args:
+        source: a folder or a Hub id.
+        task: gives number, names and kind of the labels.
+        seed: of the new weights; every arm with this seed starts from the same model.
+        revision: commit, tag or branch on the Hub.
+        trust_remote_code: let the checkpoint's own Python code run.
+
+    Returns:
+        The encoder in fp32 and evaluation mode, with the dropout that its config asks for.
+
+    Raises:
+        ModelError: unreachable, damaged, pickled only, of another architecture, or without a tokenizer.
+    """
+    place = open_source(source, revision, trust_remote_code)
+    config = read_config(place)
+    _set_task(config, task)
+    loaded = read_weights(place, config)
+    _start_afresh(loaded.model, _random_parameters(loaded), seed)
+    return _encoder(place, loaded.model, fresh_modules(loaded))
+
+
+def load_fine_tuned(
+    source: str,
+    task: Task,
+    *,
+    label_names: Sequence[str] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Encoder, list[int]]:
+    """Load a model that is already fine-tuned for a task, head included.
+
+    Args:
+        source: a folder or a Hub id.
+        task: whose labels the model must have, in any order.
+        label_names: names of the model's columns in their order, where its config only says LABEL_0, LABEL_1, …
+        revision: commit, tag or branch on the Hub.
+        trust_remote_code: let the checkpoint's own Python code run.
+
+    Returns:
+        The encoder, and the columns: column j of the task is column `columns[j]` of the model's logits.
+
+    Raises:
+        ModelError: as `load_encoder`; no trained head; or other labels than the task's.
+    """
+    place = open_source(source, revision, trust_remote_code)
+    config = read_config(place)
+    _check_is_classifier(place, config)
+    columns = _match_columns(place, config, task, label_names)
+    config.problem_type = task.problem_type
+    loaded = read_weights(place, config)
+    if absent := sorted(loaded.missing | loaded.mismatched):
+        raise ModelError(
+            f"{source} is not fine-tuned: {', '.join(absent)} would be random. Give it as teacher.model, and kdlora "
+            "fine-tunes it; or give a model with a trained classification head"
+        )
+    return _encoder(place, loaded.model, fresh_modules(loaded)), columns
+
+
+def student_from_layers(
+    source: str,
+    layers: Sequence[int],
+    task: Task,
+    *,
+    seed: int,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Encoder:
+    """Make a student from some layers of a pretrained encoder, and its embeddings, pooler and tokenizer.
+
+    Args:
+        source: the teacher's pretrained checkpoint: a folder or a Hub id.
+        layers: indices from 0, increasing.
+        task: gives number, names and kind of the labels.
+        seed: of the new weights, as in `load_encoder`.
+        revision: commit, tag or branch on the Hub.
+        trust_remote_code: let the checkpoint's own Python code run.
+
+    Returns:
+        The student; saved, it is an ordinary model.
+
+    Raises:
+        ModelError: as `load_encoder`; or layers that the model does not have.
+    """
+    whole = load_encoder(source, task, seed=seed, revision=revision, trust_remote_code=trust_remote_code)
+    model = keep_layers(whole.model, layers, trust_remote_code=trust_remote_code)
+    return dataclasses.replace(whole, model=model, layers=tuple(layers))
+
+
+def save_encoder(encoder: Encoder, folder: Path) -> None:
+    """Save model (safetensors) and tokenizer as a plain transformers folder.
+
+    Args:
+        encoder: the model must hold no adapter; see `merge_student`.
+        folder: made if need be.
+    """
+    encoder.model.save_pretrained(folder)
+    backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # else the last call's padding and truncation are saved with it
+        backend.no_padding()
+        backend.no_truncation()
+    encoder.tokenizer.save_pretrained(folder)
+
+
+def match_labels(found: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:
+    """Match two label spaces by name; case and surrounding spaces do not count.
+
+    Args:
+        found: label names of a model or a table, in the order of its columns.
+        wanted: label names of the task, in its order.
+        where: whose labels were found, for the message.
+
+    Returns:
+        For each wanted label the index of the column that holds it.
+
+    Raises:
+        ModelError: another number of labels, other names, or a name twice.
+    """
+    folded = [name.strip().casefold() for name in found]
+    index = {name: column for column, name in enumerate(folded)}
+    keys = [name.strip().casefold() for name in wanted]
+    have, need = ", ".join(found), ", ".join(wanted)
+    if len(index) != len(folded) or len(set(keys)) != len(keys):
+        raise ModelError(f"label names must differ by more than case: {where} has {have}; the task has {need}")
+    if set(index) == set(keys):
+        return [index[key] for key in keys]
+    if len(folded) != len(keys):
+        raise ModelError(
+            f"{where} has {len(folded)} labels ({have}); the task has {len(keys)} ({need}). A teacher must have "
+            "the labels of the task, all of them and no others"
+        )
+    if all(GENERIC_LABEL.fullmatch(name) for name in folded):
+        raise ModelError(
+            f"{where} only says {have}, which does not tell which is which. Set teacher.label_names to the task's "
+            f"labels ({need}) in the order of its columns; the model's card gives the order"
+        )
+    absent = next(name for name, key in zip(wanted, keys, strict=True) if key not in index)
+    raise ModelError(
+        f"{where} has the labels {have}; expected those of the task: {need}. {absent!r} is missing."
+        f"{did_you_mean(absent, found)} If only the spelling differs, set teacher.label_names to the task's names "
+        "in the order of its columns"
+    )
+
+
+def fresh_modules(loaded: Loaded) -> tuple[str, ...]:
+    """Name the modules to be trained in full: what the checkpoint lacks, and everything beside the encoder.
+
+    A part of the head is named by its outermost module (`classifier`, not `classifier.dense`), a part of the
+    encoder by the module that holds the parameter (`bert.pooler.dense`).
+
+    Args:
+        loaded: from `read_weights`.
+
+    Returns:
+        The names, in the order of the model.
+    """
+    model = loaded.model
+    head = [name for name, child in model.named_children() if child is not model.base_model]
+    names = [name for name in head if any(True for _ in model.get_submodule(name).parameters())]
+    absent = {key.rpartition(".")[0] for key in loaded.missing | loaded.mismatched}
+    inner = {name for name in absent if name.partition(".")[0] not in head}
+    return tuple(name for name, _ in model.named_modules() if name in inner or name in names)
+
+
+def _random_parameters(loaded: Loaded) -> set[str]:
+    """Names of the parameters that get new weights from the seed."""
+    random = set(loaded.missing | loaded.mismatched)
+    trained_as = getattr(loaded.model.config, "architectures", None) or [""]
+    if not trained_as[0].endswith(("ForMaskedLM", "ForPreTraining")):
+        prefix = loaded.model.base_model_prefix + "."
+        random |= {name for name, _ in loaded.model.named_parameters() if not name.startswith(prefix)}
+    return random
+
+
+@torch.no_grad()
+def _start_afresh(model: PreTrainedModel, names: Collection[str], seed: int) -> None:
+    """Initialise some parameters as the architecture does, from a seed of their own; leave all others alone."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        tensor._is_hf_initialized = name not in names  # transformers' guard, see its initialization.py
+    for module in model.modules():
+        module._is_hf_initialized = False
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the accelerator's state too
+        model.initialize_weights()
+
+
+def _set_task(config: PretrainedConfig, task: Task) -> None:
+    config.id2label = task.id2label
+    config.label2id = task.label2id
+    config.problem_type = task.problem_type
+
+
+def _encoder(place: Source, model: PreTrainedModel, fresh: tuple[str, ...]) -> Encoder:
+    tokenizer = read_tokenizer(place)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer of {place.name} has {len(tokenizer)} pieces, but its model has embeddings for {rows}: "
+            "they do not belong together. Copy the model's own tokenizer beside the weights"
+        )
+    _fit_tokenizer(tokenizer, model)
+    logger.info("%s: trained in full beside any adapter: %s", place.name, ", ".join(fresh))
+    return Encoder(model, tokenizer, fresh, place.name, place.revision)
+
+
+def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Make the tokenizer give what the model takes: no longer texts than it has positions, no unknown inputs."""
+    config = model.config
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    for name, module in model.base_model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+            positions = module.num_embeddings - offset
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+    if not takes_types or getattr(config, "type_vocab_size", 2) < 2:
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+
+
+def _check_is_classifier(place: Source, config: PretrainedConfig) -> None:
+    architectures = getattr(config, "architectures", None) or []
+    if architectures and not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise ModelError(
+            f"{place.name} is a {', '.join(architectures)}, not a fine-tuned text classifier. Give it as "
+            "teacher.model, and kdlora fine-tunes it"
+        )
+
+
+def _match_columns(place: Source, config: PretrainedConfig, task: Task, label_names: Sequence[str] | None) -> list[int]:
+    found = [str(config.id2label[column]) for column in range(config.num_labels)]
+    if task.kind == "regression":
+        if len(found) != 1:
+            raise ModelError(
+                f"{place.name} has {len(found)} outputs ({', '.join(found)}); a regression needs a teacher with one"
+            )
+        return [0]
+    if label_names is None:
+        return match_labels(found, task.label_names, place.name)
+    if len(label_names) != len(found):
+        raise ModelError(
+            f"teacher.label_names has {len(label_names)} names ({', '.join(label_names)}), but {place.name} has "
+            f"{len(found)} outputs ({', '.join(found)})"
+        )
+    columns = match_labels(label_names, task.label_names, "teacher.label_names")
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: column for column, name in enumerate(label_names)}
+    return columns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from kdlora.errors import ArtifactError
 from kdlora.evidence.storage import atomic_file
 
 _LOGIT = "logit:"
+_EXAMPLE_COLUMNS = ["id", "split", "text", "text_pair"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Predictions:
 class ExampleText:
     """The text of one example; `text_pair` is None for tasks on single texts."""
 
+    id: str
+    split: str
     text: str
     text_pair: str | None = None
 
@@ -114,28 +117,18 @@ def read_predictions(path: str | Path) -> Predictions:
     )
 
 
-def write_examples(
-    path: str | Path, ids: Sequence[str], split: Sequence[str], text: Sequence[str], text_pair: Sequence[str] | None
-) -> None:
+def write_examples(path: str | Path, examples: Iterable[ExampleText]) -> None:
     """Store the texts that the report may quote, atomically.
 
     Args:
         path: the Parquet file.
-        ids: example ids, unique within a split.
-        split: the split of each row.
-        text: the first (or only) text of each row.
-        text_pair: the second text of each row, None for tasks on single texts.
+        examples: ids are unique within a split.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    columns = {
-        "id": pa.array(ids, pa.string()),
-        "split": pa.array(split, pa.string()),
-        "text": pa.array(text, pa.string()),
-    }
-    if text_pair is not None:
-        columns["text_pair"] = pa.array(text_pair, pa.string())
+    kept = list(examples)
+    columns = {name: pa.array([getattr(one, name) for one in kept], pa.string()) for name in _EXAMPLE_COLUMNS}
     _write_table(path, pa.table(columns))
 
 
@@ -151,13 +144,9 @@ def read_examples(path: str | Path) -> dict[tuple[str, str], ExampleText]:
     Raises:
         ArtifactError: the file is missing, damaged or lacks a column.
     """
-    table = _read_table(path, ("id", "split", "text"))
-    pairs: list[str | None] = [None] * table.num_rows
-    if "text_pair" in table.column_names:
-        pairs = table.column("text_pair").to_pylist()
-    keys = zip(table.column("split").to_pylist(), table.column("id").to_pylist(), strict=True)
-    texts = zip(table.column("text").to_pylist(), pairs, strict=True)
-    return {key: ExampleText(text or "", pair) for key, (text, pair) in zip(keys, texts, strict=True)}
+    rows = _read_table(path, _EXAMPLE_COLUMNS).select(_EXAMPLE_COLUMNS).to_pylist()
+    examples = [ExampleText(**row) for row in rows]
+    return {(one.split, one.id): one for one in examples}
 
 
 def _write_table(path: str | Path, table: pa.Table) -> None:

@@ -171,6 +171,11 @@ class ExperimentLayout:
         return self.root / "report.html"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that runs the experiment."""
+        return self.root / ".lock"
+
+    @property
     def examples(self) -> Path:
         """Texts that the report may quote."""
         return self.root / "examples.parquet"

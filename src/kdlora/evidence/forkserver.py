@@ -1,0 +1,298 @@
+"""A server process that holds the imports and forks one child a request.
+
+`multiprocessing` has such a server too, but its children import the caller's main script again, so that a plain
+script without a `__main__` guard would start itself over and over. Ours takes functions of importable modules only.
+Everything that is pickled here passes between a process and its own children.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import logging
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+_POLL_SECONDS = 0.05
+
+_Request = tuple[Callable[..., Any], tuple[Any, ...]]
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "from kdlora.evidence.forkserver import serve; serve(int(sys.argv[1]))"
+)
+
+
+class ChildDiedError(RuntimeError):
+    """A child ended without an answer: killed by a signal, or by an exit from within."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a child runs: what it takes over from the caller, and whether it may send."""
+
+    path: tuple[str, ...]
+    folder: str
+    environment: dict[str, str]
+    preload: str
+    sends: bool
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A value on its way to the listener."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """The end of a request: a value, or what was raised."""
+
+    value: Any = None
+    fault: BaseException | None = None
+
+
+class ForkServer:
+    """The parent's end: one server process, one child at a time."""
+
+    def __init__(self) -> None:
+        """Start the server; it ends with this process, however this process ends."""
+        self.control, theirs = socket.socketpair()
+        command = [sys.executable, "-c", _START, str(theirs.fileno()), json.dumps(sys.path)]
+        # A session of its own: Ctrl-C reaches the parent alone, which then ends the child.
+        self.process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        theirs.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the server can take a request."""
+        return self.process.poll() is None
+
+    def converse(self, preload: str, request: _Request, listen: Callable[[Any], None] | None) -> _Answer:
+        """Run a request in a fresh child, and pass on what it sends until it answers or dies.
+
+        Args:
+            preload: module that the server imports before it forks.
+            request: function and arguments, picklable.
+            listen: called in this process with what the child sends; None where nothing is sent.
+
+        Returns:
+            The child's answer; `ChildDiedError` is the fault of one that gave none.
+        """
+        place = _Place(tuple(sys.path), str(Path.cwd()), dict(os.environ), preload, listen is not None)
+        body = pickle.dumps(request)
+        ours, theirs = socket.socketpair()
+        answer: _Answer | None = None
+        with Connection(ours.detach()) as channel, contextlib.suppress(EOFError, ConnectionError):
+            with theirs:
+                socket.send_fds(self.control, [b"r"], [theirs.fileno()])
+            channel.send_bytes(pickle.dumps(place))
+            channel.send_bytes(body)
+            while answer is None:
+                received = channel.recv()
+                if isinstance(received, _Answer):
+                    answer = received
+                elif listen is not None:
+                    listen(received.value)
+        status = self._exit_status()
+        return answer or _Answer(fault=ChildDiedError(_describe_death(status)))
+
+    def _exit_status(self) -> int | None:
+        """Wait until the server has buried the child; None where the server itself died."""
+        try:
+            answer = self.control.recv(16)
+        except ConnectionError:
+            return None
+        return int(answer) if answer else None
+
+    def close(self) -> None:
+        """End the server, and a child that may still run."""
+        self.control.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+_lock = threading.Lock()
+_servers: list[ForkServer] = []
+
+
+def findable_module(function: Callable[..., Any]) -> str:
+    """Name the module that another process can import a function from.
+
+    Args:
+        function: a function at the top of a module.
+
+    Returns:
+        The module's name.
+
+    Raises:
+        ValueError: a lambda, a local function, or one of the main script.
+    """
+    name = f"{function.__module__}.{function.__qualname__}"
+    if function.__module__ == "__main__" or "<" in function.__qualname__:
+        raise ValueError(f"expected a function at the top of an importable module, got {name}")
+    return function.__module__
+
+
+def call_in_child(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    listen: Callable[[Any], None] | None,
+    *,
+    preload: str,
+) -> Any:
+    """Run a function in a child of this process's one server, which is started on first use.
+
+    Args:
+        function: of an importable module, so that the child finds it by name.
+        arguments: picklable.
+        listen: called with what the child sends; an exception from it ends the child.
+        preload: module that the server imports, once, before it forks.
+
+    Returns:
+        What the function returned.
+
+    Raises:
+        ChildDiedError: the child ended without an answer.
+    """
+    with _lock:
+        if not _servers or not _servers[0].is_alive:
+            close_server()
+            _servers.append(ForkServer())
+        answered = False
+        try:
+            answer = _servers[0].converse(preload, (function, arguments), listen)
+            answered = True
+        finally:
+            if not answered:  # Ctrl-C, or a fault of the listener: the child must not go on
+                close_server()
+    if answer.fault is not None:
+        raise answer.fault
+    return answer.value
+
+
+def close_server() -> None:
+    """End the server and its child; the next call starts a fresh one."""
+    while _servers:
+        _servers.pop().close()
+
+
+atexit.register(close_server)
+
+
+def _describe_death(status: int | None) -> str:
+    """Say how a child ended."""
+    if status is None:
+        return "the process that ran this was ended from outside, together with its server"
+    if status >= 0:
+        return f"the process that ran this ended by itself with exit status {status}, without a result"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    hint = " (the system may be out of memory)" if -status == signal.SIGKILL else ""
+    return f"the process that ran this was killed by {name}{hint}"
+
+
+def serve(control_number: int) -> None:
+    """Take requests until the parent is gone; this is the server's main function.
+
+    Args:
+        control_number: file descriptor of the socket to the parent.
+    """
+    with socket.socket(fileno=control_number) as control:
+        while True:
+            received, numbers, _, _ = socket.recv_fds(control, 1, 1)
+            if not received:
+                return
+            channel = Connection(numbers[0])
+            with contextlib.suppress(EOFError, ConnectionError):
+                place = _take_over(channel)
+                child = os.fork()
+                if child == 0:
+                    control.close()
+                    _carry_out(channel, place)
+                channel.close()
+                control.sendall(str(_wait(child, control)).encode())
+
+
+def _take_over(channel: Connection) -> _Place:
+    """Take the caller's place, and import the function's module so that later children have it already."""
+    place: _Place = pickle.loads(channel.recv_bytes())  # noqa: S301 - from our own parent
+    sys.path[:] = place.path
+    with contextlib.suppress(OSError):
+        os.chdir(place.folder)
+    os.environ.clear()
+    os.environ.update(place.environment)
+    # A fault of the import is reported by the child, which runs into it again.
+    with contextlib.suppress(Exception):
+        importlib.import_module(place.preload)
+    return place
+
+
+def _wait(child: int, control: socket.socket) -> int:
+    """Wait for a child; end it when the parent goes away."""
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        readable, _, _ = select.select([control], [], [], _POLL_SECONDS)
+        if readable:  # nothing is requested while a child runs, so this is the end of the parent
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os._exit(0)
+
+
+def _carry_out(channel: Connection, place: _Place) -> None:
+    """Run the request in the child, send the outcome, and end without the server's exit handlers."""
+    status = 1
+    try:
+        try:
+            function, arguments = pickle.loads(channel.recv_bytes())  # noqa: S301 - from our own parent
+            if place.sends:
+                arguments = (*arguments, lambda *values: channel.send(_Message(_one(values))))
+            outcome = pickle.dumps(_Answer(value=function(*arguments)))
+        except BaseException as fault:
+            outcome = pickle.dumps(_Answer(fault=_portable(fault)))
+        channel.send_bytes(outcome)
+        status = 0
+    finally:
+        with contextlib.suppress(Exception):
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def _one(values: tuple[Any, ...]) -> Any:
+    """A single value is sent as it is, several as a tuple."""
+    return values[0] if len(values) == 1 else values
+
+
+def _portable(fault: BaseException) -> BaseException:
+    """Make an exception that survives the way to the parent, the child's traceback in a note."""
+    trace = "".join(traceback.format_exception(fault))
+    text = f"{type(fault).__name__}: {fault}"
+    try:
+        copy = pickle.loads(pickle.dumps(fault))  # noqa: S301 - what was pickled in this line
+        portable = copy if isinstance(fault, Exception) else RuntimeError(text)
+    except Exception:
+        portable = RuntimeError(text)
+    portable.add_note(f"In the child process:\n{trace}")
+    return portable

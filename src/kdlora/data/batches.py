@@ -80,7 +80,7 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
         encoded = dataset.map(
             encode, batched=True, batch_size=_TOKENISE_ROWS, remove_columns=dropped, desc="Tokenising"
         )
-    truncated = pc.sum(encoded.with_format("arrow")[:]["truncated"]).as_py() or 0
+    truncated = pc.sum(encoded.select_columns("truncated").with_format("arrow")[:]["truncated"]).as_py() or 0
     return Tokenised(encoded.remove_columns("truncated"), truncated, limit)
 
 
@@ -125,7 +125,7 @@ class LengthBucketSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Number of batches, the short one included."""
-        return -(-len(self.lengths) // self.batch_size)
+        return (len(self.lengths) + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the row numbers of each batch."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -69,7 +71,21 @@ def to_canonical(raw: RawTable, columns: Columns, task: Task, *, prefix: str = "
         arrays[name] = _texts(raw, column)
     if columns.label:
         arrays["label"] = encode_labels(raw, columns.label, task)
-    return Dataset(pa.table(arrays))
+    # Without a given fingerprint the constructor hashes a copy of all rows in memory.
+    return Dataset(pa.table(arrays), fingerprint=uuid.uuid4().hex[:16])
+
+
+def read_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
+    """Take one column in row order, without a Python object per row.
+
+    Args:
+        dataset: rows as they are, or a selection of them.
+        name: the column.
+    """
+    column = dataset.data.table[name]
+    # A selection keeps all rows beside a list of row numbers; the public ways to apply it go through Python integers.
+    chosen = dataset._indices
+    return column if chosen is None else column.take(chosen.column(0).combine_chunks())
 
 
 def corrupt_rows(raw: RawTable, columns: Columns) -> pa.Array:
@@ -113,7 +129,7 @@ def _texts(raw: RawTable, column: str) -> pa.ChunkedArray:
 
 def _ids(raw: RawTable, column: str | None, prefix: str) -> pa.ChunkedArray | pa.Array:
     if column is None:
-        rows = pa.array(range(raw.table.num_rows), pa.int64()) if raw.rows is None else raw.rows
+        rows = pa.array(np.arange(raw.table.num_rows)) if raw.rows is None else raw.rows
         ids = rows.cast(pa.string())
     else:
         ids = _given_ids(raw, column)

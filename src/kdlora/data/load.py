@@ -14,7 +14,7 @@ from datasets import Dataset, concatenate_datasets
 
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.data import glue
-from kdlora.data.canonical import Columns, corrupt_rows, find_id_column, to_canonical
+from kdlora.data.canonical import Columns, corrupt_rows, find_id_column, read_column, to_canonical
 from kdlora.data.hub import is_saved_dataset, open_hub, open_saved
 from kdlora.data.infer import infer_label_column, infer_task, infer_text_columns
 from kdlora.data.sources import Source, open_file
@@ -265,7 +265,7 @@ def _train_and_validation(
     else:
         if len(train) < 2:
             raise DataError(f"{len(train)} training row cannot be split; give more rows, or a validation file")
-        classes = train.data["label"].to_numpy() if reading.task.kind == "single-label" else None
+        classes = read_column(train, "label").to_numpy() if reading.task.kind == "single-label" else None
         kept, drawn = split_rows(len(train), data.validation_fraction, data.split_seed, classes)
         train, validation = train.select(kept), train.select(drawn)
         how = "stratified by label" if classes is not None else "at random"
@@ -327,7 +327,7 @@ def _check_labels(task: Task, data: DataConfig, train: Dataset, others: Mapping[
 
 
 def _label_matrix(task: Task, dataset: Dataset) -> np.ndarray:
-    column = dataset.select_columns(["label"]).with_format("arrow")[:]["label"]
+    column = read_column(dataset, "label")
     if task.kind != "multi-label":
         return np.asarray(column.to_numpy())
     return np.asarray(pc.list_flatten(column).to_numpy()).reshape(-1, task.num_labels)

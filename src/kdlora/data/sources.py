@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features
@@ -45,7 +46,7 @@ class RawTable:
 
     def keep(self, mask: pa.Array) -> RawTable:
         """Drop the rows where `mask` (bool, one per row) is false; the others keep their row number."""
-        rows = pa.array(range(self.table.num_rows), pa.int64()) if self.rows is None else self.rows
+        rows = pa.array(np.arange(self.table.num_rows)) if self.rows is None else self.rows
         return replace(self, table=self.table.filter(mask), rows=rows.filter(mask))
 
 

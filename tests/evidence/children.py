@@ -1,0 +1,77 @@
+"""Functions that the tests run in a process of their own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from kdlora.errors import DataError
+
+
+class TwoArgumentsError(Exception):
+    """Cannot be rebuilt from its message alone, as many libraries' exceptions."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+def where() -> tuple[int, str, str | None]:
+    return os.getpid(), str(Path.cwd()), os.environ.get("KDLORA_TEST")
+
+
+def allocate(megabytes: int) -> int:
+    return int(np.ones(megabytes * 2**20 // 8)[-1])
+
+
+def allocate_then_forget(megabytes: int) -> None:
+    from kdlora.evidence.measure import forget_peak
+
+    allocate(megabytes)
+    forget_peak()
+
+
+def refuse() -> None:
+    raise DataError("train.csv, row 3: no label")
+
+
+def fill_the_disk() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def raise_oddly() -> None:
+    raise TwoArgumentsError("not", "rebuilt")
+
+
+def leave(status: int) -> None:
+    os._exit(status)
+
+
+def exit_politely() -> None:
+    raise SystemExit(3)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def count(to: int, send: Callable[..., None]) -> str:
+    for number in range(to):
+        send(number, to)
+    send("done")
+    return "counted"
+
+
+def sleep_and_write(path: str, send: Callable[..., None]) -> None:
+    send(os.getpid())
+    time.sleep(30)
+    Path(path).write_text("survived")
+
+
+def unpicklable() -> Callable[[], None]:
+    return lambda: None

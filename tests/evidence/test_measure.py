@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import children
+import pytest
+
+from kdlora.errors import DataError
+from kdlora.evidence import measure
+from kdlora.evidence.measure import (
+    ChildDiedError,
+    close_server,
+    measure_latency,
+    read_memory,
+    run_in_child,
+    size_on_disk,
+    time_calls,
+)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="memory figures come from Linux' /proc")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_server_left():
+    yield
+    close_server()
+
+
+def test_a_run_has_a_process_of_its_own_in_the_callers_place(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Two runs in one process would inherit each other's memory; another folder would break relative paths."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KDLORA_TEST", "seen")
+    first, second = run_in_child(children.where).value, run_in_child(children.where).value
+    assert len({os.getpid(), first[0], second[0]}) == 3
+    assert first[1:] == (str(tmp_path), "seen")
+
+
+@linux
+def test_the_peak_is_the_childs_own_and_includes_what_was_freed():
+    """A level read at the end misses the peak; a parent's memory would be counted in every arm."""
+    ballast = bytearray(300 * 2**20)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    small, large = run_in_child(children.allocate, 1), run_in_child(children.allocate, 120)
+    assert small.peak_memory_bytes is not None
+    assert large.peak_memory_bytes is not None
+    assert small.peak_memory_bytes < 15 * 2**20
+    assert 110 * 2**20 < large.peak_memory_bytes < 140 * 2**20
+    assert large.value == 1
+    assert large.seconds > 0
+
+
+@linux
+def test_what_happened_before_training_can_be_left_out():
+    """Loading weights peaks higher than training an adapter; the figure is about training."""
+    peak = run_in_child(children.allocate_then_forget, 120).peak_memory_bytes
+    assert peak is not None
+    assert peak < 40 * 2**20
+
+
+@linux
+def test_memory_levels_are_plausible():
+    """Kilobytes taken for bytes would be wrong a thousandfold."""
+    level = read_memory()
+    assert level is not None
+    assert 20 * 2**20 < level.anonymous <= level.resident <= level.high_water < 2**40
+
+
+def test_messages_arrive_in_order():
+    """A progress bar that sees half the events would stand still."""
+    heard = []
+    done = run_in_child(children.count, 3, on_message=heard.append)
+    assert heard == [(0, 3), (1, 3), (2, 3), "done"]
+    assert done.value == "counted"
+
+
+def test_a_users_fault_stays_one():
+    """The command line exits 2 on a KdLoraError and 1 on anything else: the class has to survive."""
+    with pytest.raises(DataError, match=r"train\.csv, row 3: no label") as caught:
+        run_in_child(children.refuse)
+    assert "in refuse" in "".join(caught.value.__notes__)
+
+
+def test_a_full_disk_stays_one():
+    """The experiment stops on a full disk, and goes on to the next run after another fault."""
+    with pytest.raises(OSError, match="No space") as caught:
+        run_in_child(children.fill_the_disk)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_exceptions_that_cannot_travel_arrive_as_text():
+    """An exception that fails to unpickle would hide what went wrong."""
+    with pytest.raises(RuntimeError, match="TwoArgumentsError: not rebuilt"):
+        run_in_child(children.raise_oddly)
+    with pytest.raises(RuntimeError, match="SystemExit: 3"):
+        run_in_child(children.exit_politely)
+    with pytest.raises(Exception, match="pickle"):
+        run_in_child(children.unpicklable)
+
+
+def test_a_killed_child_is_reported_with_its_signal_and_the_next_one_runs():
+    """Waiting for a dead child would hang the whole experiment."""
+    with pytest.raises(ChildDiedError, match=r"killed by SIGKILL.*out of memory"):
+        run_in_child(children.die)
+    with pytest.raises(ChildDiedError, match="exit status 7"):
+        run_in_child(children.leave, 7)
+    assert run_in_child(children.allocate, 1).value == 1
+
+
+def test_an_interrupted_wait_ends_the_child(tmp_path):
+    """After Ctrl-C a child that trains on would fight the next command for the folder."""
+    heard: list[int] = []
+
+    def interrupt(process: int) -> None:
+        heard.append(process)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_child(children.sleep_and_write, str(tmp_path / "x"), on_message=interrupt)
+    assert _is_gone(heard[0])
+    assert run_in_child(children.allocate, 1).value == 1
+
+
+def test_a_killed_parent_takes_its_child_along(tmp_path):
+    """`kill -9` on the command must not leave a training behind."""
+    script = (
+        "import children\nfrom kdlora.evidence.measure import run_in_child\n"
+        f"run_in_child(children.sleep_and_write, {str(tmp_path / 'x')!r}, on_message=lambda p: print(p, flush=True))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    assert _is_gone(child)
+
+
+def test_a_plain_script_without_a_guard_does_not_start_itself_again(tmp_path):
+    """Multiprocessing's children import the main script; a user's script would run over and over."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('started')\nimport children\nfrom kdlora.evidence.measure import run_in_child\n"
+        "print(run_in_child(children.allocate, 1).value)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["started", "1"]
+
+
+def test_a_function_that_no_other_process_finds_is_refused():
+    """The child would fail with a pickle error that names neither the cause nor the cure."""
+    with pytest.raises(ValueError, match="top of an importable module"):
+        run_in_child(lambda: None)
+
+
+def test_without_fork_the_function_runs_here(monkeypatch: pytest.MonkeyPatch):
+    """On Windows there is no fork; the experiment still has to run, without the figure."""
+    monkeypatch.delattr(measure.os, "fork")
+    done = run_in_child(children.where)
+    assert done.value[0] == os.getpid()
+    assert done.peak_memory_bytes is None
+
+
+def test_times_are_in_milliseconds_after_warm_up():
+    """The first call pays for allocation; seconds taken for milliseconds would look splendid."""
+    calls: list[int] = []
+
+    def work(value: int) -> None:
+        calls.append(value)
+        time.sleep(0.1 if len(calls) <= 2 else 0.004)
+
+    p50, p95 = time_calls(work, [1, 2, 3], warm_up=2, repeats=6)
+    assert 4 <= p50 <= p95 < 60
+    assert calls == [1, 2, 1, 2, 3, 1, 2, 3]
+    assert time_calls(lambda _: time.sleep(0.02), [0], warm_up=0, repeats=50, limit_seconds=0.01)[0] >= 20
+    with pytest.raises(ValueError, match="at least one input"):
+        time_calls(print, [])
+
+
+def test_latency_of_a_model_on_real_rows(tiny_model_folder):
+    """Padding to the maximum or a model in training mode would time something that nobody runs."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tiny_model_folder("bert")
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model.train()
+    shapes: list[tuple[int, ...]] = []
+
+    def watch(module: object, arguments: object, named: dict) -> None:
+        assert not model.training
+        shapes.append(tuple(named["input_ids"].shape))
+
+    model.register_forward_pre_hook(watch, with_kwargs=True)
+    rows = Dataset.from_dict(
+        {"id": list("abc"), "text": ["good film", "bad", "a " * 300], "text_pair": ["x", "y", "z"]}
+    )
+    found = measure_latency(model, tokenizer, rows, max_length=16, batch_sizes=(1, 4), repeats=3)
+    assert [one.batch_size for one in found] == [1, 4]
+    assert all(0 < one.p50_ms <= one.p95_ms and one.threads >= 1 for one in found)
+    assert {shape[0] for shape in shapes} == {1, 4}
+    assert max(shape[1] for shape in shapes) == 16
+    assert min(shape[1] for shape in shapes) < 16
+    assert model.training
+    with pytest.raises(ValueError, match="at least one row"):
+        measure_latency(model, tokenizer, rows.select([]), max_length=16)
+
+
+def test_size_on_disk_counts_files_once(tmp_path):
+    """A link to the weights, as in the Hub's cache, would count them twice."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a").write_bytes(b"x" * 1000)
+    (tmp_path / "b").write_bytes(b"x" * 10)
+    (tmp_path / "c").symlink_to(tmp_path / "b")
+    assert size_on_disk(tmp_path) == 1010
+    assert size_on_disk(tmp_path / "b") == 10
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        size_on_disk(tmp_path / "missing")
+
+
+def _is_gone(process: int) -> bool:
+    for _ in range(100):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fabricate import BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, make_labels, make_logits
+from scipy import stats
+from sklearn import metrics as sk
+
+from kdlora.data.tasks import Task
+from kdlora.errors import ArtifactError
+from kdlora.evidence.metrics import compute_metrics, metric_names, predict_labels, score
+
+COLA = Task("single-label", ("text",), ("label",), ("unacceptable", "acceptable"), ("matthews",), "cola")
+
+
+def test_binary_metrics_are_those_of_scikit_learn():
+    """A swapped positive class would give a plausible, wrong F1."""
+    labels = make_labels(PAIRS, 200)
+    logits = make_logits(PAIRS, labels, 0.8, seed=1)
+    said = logits.argmax(axis=1)
+    found = compute_metrics(PAIRS, logits, labels)
+    assert found["accuracy"] == pytest.approx(sk.accuracy_score(labels, said))
+    assert found["f1"] == pytest.approx(sk.f1_score(labels, said, pos_label=1))
+    assert found["f1"] != pytest.approx(sk.f1_score(labels, said, pos_label=0), abs=1e-3)
+    assert compute_metrics(COLA, logits, labels)["matthews"] == pytest.approx(sk.matthews_corrcoef(labels, said))
+
+
+def test_score_is_the_mean_of_the_score_metrics_only():
+    """An extra metric that leaks into the score would change every GLUE figure."""
+    assert score(PAIRS, {"accuracy": 0.8, "f1": 0.9, "macro_f1": 0.1}) == pytest.approx(85.0)
+    with pytest.raises(ValueError, match="expected the metrics"):
+        score(PAIRS, {"accuracy": 0.8})
+
+
+def test_regression_metrics_are_those_of_scipy():
+    """A hand-written correlation that drifts from SciPy's would go unnoticed."""
+    labels = make_labels(SIMILARITY, 150)
+    logits = make_logits(SIMILARITY, labels, 0.7, seed=2)
+    found = compute_metrics(SIMILARITY, logits, labels)
+    assert found["pearson"] == pytest.approx(stats.pearsonr(labels, logits[:, 0])[0], abs=1e-6)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(labels, logits[:, 0])[0], abs=1e-12)
+    assert found["mse"] == pytest.approx(float(np.mean((labels.astype(float) - logits[:, 0]) ** 2)))
+    assert found["mae"] == pytest.approx(float(np.mean(np.abs(labels.astype(float) - logits[:, 0]))))
+    assert compute_metrics(SIMILARITY, logits[:, 0], labels) == found
+
+
+def test_multi_label_metrics_are_those_of_scikit_learn():
+    """A threshold on the logit in place of the probability would be 0.5, not 0."""
+    labels = make_labels(TAGS, 150)
+    logits = make_logits(TAGS, labels, 0.5, seed=3)
+    said = logits > 0
+    found = compute_metrics(TAGS, logits, labels)
+    assert found["micro_f1"] == pytest.approx(sk.f1_score(labels, said, average="micro"))
+    assert found["macro_f1"] == pytest.approx(sk.f1_score(labels, said, average="macro"))
+    assert found["subset_accuracy"] == pytest.approx(sk.accuracy_score(labels, said))
+
+
+def test_multi_label_task_with_one_label_is_not_read_as_accuracy():
+    """scikit-learn takes one column for a binary task, where micro F1 is accuracy."""
+    task = Task("multi-label", ("text",), ("spam",), ("spam",), ("micro_f1",))
+    found = compute_metrics(task, np.array([[1.0], [1.0], [-1.0], [-1.0]]), np.array([[1], [0], [0], [0]]))
+    assert found["micro_f1"] == pytest.approx(2 / 3)
+
+
+def test_macro_f1_of_many_classes():
+    """Micro averaging would hide a class that is never found."""
+    labels = make_labels(TOPICS, 200)
+    logits = make_logits(TOPICS, labels, 0.5, seed=4)
+    found = compute_metrics(TOPICS, logits, labels)
+    assert found["macro_f1"] == pytest.approx(sk.f1_score(labels, logits.argmax(axis=1), average="macro"))
+    assert metric_names(TOPICS) == ("macro_f1", "accuracy")
+
+
+@pytest.mark.parametrize("task", [BINARY, COLA, PAIRS])
+@pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1], [0, 1, 1]])
+@pytest.mark.parametrize("said", [0, 1])
+def test_constant_predictions_and_labels_have_defined_metrics(task, labels, said):
+    """A division by zero would give NaN, and NaN makes the best seed a lottery."""
+    found = compute_metrics(task, np.eye(2)[[said] * 3], np.array(labels))
+    assert all(np.isfinite(value) for value in found.values())
+    assert found.get("matthews", 0.0) == 0.0
+
+
+@pytest.mark.parametrize("constant", [1.0, 0.1 + 0.2])
+def test_constant_regression_correlates_with_nothing(constant):
+    """Rounding noise around a constant must not turn into a correlation."""
+    found = compute_metrics(SIMILARITY, np.full(5, constant), np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert (found["pearson"], found["spearman"]) == (0.0, 0.0)
+    single = compute_metrics(SIMILARITY, np.array([1.0]), np.array([1.0]))
+    assert (single["pearson"], single["spearman"]) == (0.0, 0.0)
+
+
+def test_the_first_of_equal_logits_wins():
+    """A tie that depends on the platform would make runs differ."""
+    assert predict_labels(TOPICS, np.zeros((2, 4))).tolist() == [0, 0]
+    assert predict_labels(TAGS, np.zeros((1, 3))).tolist() == [[0, 0, 0]]
+
+
+def test_groups_weigh_alike_whatever_their_size():
+    """MNLI's score is the mean of two accuracies, not the accuracy of the pooled rows."""
+    labels = np.array([0, 0, 0, 1])
+    logits = np.eye(3)[[0, 0, 0, 0]]
+    found = compute_metrics(MNLI, logits, labels, ["matched"] * 3 + ["mismatched"])
+    assert found["accuracy_matched"] == 1.0
+    assert found["accuracy_mismatched"] == 0.0
+    assert score(MNLI, found) == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_logits_are_refused_with_the_row(bad):
+    """Argmax of NaN is a class: a diverged run would get a score."""
+    logits = np.zeros((3, 2))
+    logits[1, 0] = bad
+    with pytest.raises(ArtifactError, match=r"finite logits.*row 1.*lower the learning rate"):
+        compute_metrics(BINARY, logits, np.array([0, 1, 0]))
+    with pytest.raises(ArtifactError, match="finite labels"):
+        compute_metrics(SIMILARITY, np.zeros(3), np.array([0.0, bad, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("task", "logits", "labels"),
+    [
+        (BINARY, np.zeros((0, 2)), np.zeros(0, dtype=int)),
+        (BINARY, np.zeros((2, 3)), np.zeros(2, dtype=int)),
+        (BINARY, np.zeros((2, 2)), np.zeros(3, dtype=int)),
+        (BINARY, np.zeros((2, 2)), np.array([0, 2])),
+        (BINARY, np.zeros((2, 2)), np.array([0, -1])),
+        (TAGS, np.zeros((2, 3)), np.array([0, 1])),
+        (TAGS, np.zeros((1, 3)), np.array([[0, 2, 0]])),
+        (SIMILARITY, np.zeros((2, 2)), np.zeros(2)),
+    ],
+)
+def test_shapes_and_labels_that_do_not_fit_are_refused(task, logits, labels):
+    """NumPy would broadcast most of these into a number."""
+    with pytest.raises(ValueError, match="expected"):
+        compute_metrics(task, logits, labels)
+
+
+def test_a_metric_of_another_kind_is_refused():
+    """A binary F1 of four classes has no meaning."""
+    task = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("f1",))
+    with pytest.raises(ValueError, match="'f1' is not defined"):
+        compute_metrics(task, np.eye(3), np.array([0, 1, 2]))

@@ -1,0 +1,1 @@
+"""Distillation: losses, the teacher's logits, training."""

@@ -1,0 +1,81 @@
+"""Logits of a model for many texts, in batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from kdlora.data.batches import Collator, Tokenised, length_sorted_batches
+from kdlora.distil.precision import autocast
+
+INPUTS = ("input_ids", "token_type_ids")
+
+
+def predict_logits(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Tokenised,
+    *,
+    precision: str = "fp32",
+    batch_tokens: int = 16384,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Run a model over token ids, without dropout and without gradients.
+
+    Args:
+        model: a transformers classifier, with or without an adapter; it runs where it lies.
+        tokenizer: the model's own; gives the padding.
+        data: the model's own token ids.
+        precision: `fp32`, `bf16` or `fp16` matrix products.
+        batch_tokens: most tokens in one pass, padding included.
+        progress: called with the number of rows done.
+
+    Returns:
+        float32 (rows, labels), in row order whatever the order of the batches.
+
+    Raises:
+        ModelError: the tokenizer has no padding token.
+    """
+    collator = Collator.of(tokenizer, "single-label", data.max_length)
+    inputs = data.dataset.select_columns([name for name in INPUTS if name in data.dataset.column_names])
+    device = next(model.parameters()).device
+    order: list[int] = []
+    outputs: list[torch.Tensor] = []
+    lengths = np.asarray(data.dataset.with_format("numpy")["length"])
+    with _evaluating(model), torch.inference_mode(), autocast(precision, device):
+        for rows in length_sorted_batches(lengths, batch_tokens):
+            columns = inputs[rows]
+            examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in collator(examples).items()}
+            outputs.append(model(**batch).logits.float())
+            order.extend(rows)
+            if progress is not None:
+                progress(len(order))
+    return _in_row_order(order, outputs)
+
+
+def _in_row_order(order: list[int], outputs: list[torch.Tensor]) -> np.ndarray:
+    """Undo the sorting by length; one copy from the device at the end, so that no batch waits for it."""
+    if not outputs:
+        return np.zeros((0, 0), dtype=np.float32)
+    found = torch.cat(outputs).cpu().numpy()
+    logits = np.empty_like(found)
+    logits[order] = found
+    return logits
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and put every module back into the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,213 @@
+"""Losses as pure tensor functions, one value per row, so that any split of a batch adds up to its exact mean."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kdlora.config import Kind
+from kdlora.errors import ConfigError, DataError, ModelError
+
+SOFT_LOSSES = ("kl", "mse")
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The loss of every row and what it is made of.
+
+    Attributes:
+        total: (rows,) `alpha * hard + (1 - alpha) * soft`; equal to `hard` without a teacher.
+        hard: (rows,) loss against the labels.
+        soft: (rows,) loss against the teacher; None without one.
+    """
+
+    total: Tensor
+    hard: Tensor
+    soft: Tensor | None
+
+
+def distillation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor | None,
+    *,
+    kind: Kind,
+    alpha: float = 0.5,
+    temperature: float = 2.0,
+    loss: str = "kl",
+) -> LossTerms:
+    """Weigh the loss against the labels and the loss against the teacher.
+
+    For regression the soft loss is always the squared error against the teacher's value: a single number has no
+    distribution to soften.
+
+    Args:
+        logits: (rows, labels) of the student, any float type; the loss is computed in float32 at least.
+        labels: (rows,) class indices; (rows,) values for regression; (rows, labels) of 0 and 1 for multi-label.
+        teacher_logits: (rows, labels), columns in the student's order; None trains on the labels alone.
+        kind: kind of the task.
+        alpha: weight of the hard loss, 0 to 1.
+        temperature: softening of both distributions, finite and above 0; used by `kl` alone.
+        loss: `kl` or `mse`.
+
+    Returns:
+        The terms, each (rows,).
+
+    Raises:
+        ConfigError: alpha, temperature or the loss's name is out of range.
+        ModelError: student and teacher logits differ in shape.
+        DataError: labels whose shape does not fit the logits.
+
+    *Source*: KD-LoRA (arXiv 2410.20777), eq. 3.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ConfigError(f"distil.alpha is the weight of the hard loss and lies in 0 to 1; got {alpha!r}")
+    if loss not in SOFT_LOSSES:
+        raise ConfigError(f"distil.loss is one of {', '.join(SOFT_LOSSES)}; got {loss!r}")
+    hard = hard_loss(kind, logits, labels)
+    if teacher_logits is None:
+        return LossTerms(total=hard, hard=hard, soft=None)
+    if kind == "regression":
+        student, teacher = logits.reshape(len(logits), -1), teacher_logits.reshape(len(teacher_logits), -1)
+        soft = logit_mse(student, teacher)
+    elif loss == "mse":
+        soft = logit_mse(logits, teacher_logits)
+    elif kind == "multi-label":
+        soft = binary_kl(logits, teacher_logits, temperature)
+    else:
+        soft = softened_kl(logits, teacher_logits, temperature)
+    return LossTerms(total=alpha * hard + (1.0 - alpha) * soft, hard=hard, soft=soft)
+
+
+def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Measure KL(teacher || student) of the softened distributions, times temperature squared.
+
+    Softening divides the gradient by the temperature squared; the factor takes that back, so that alpha means
+    the same at every temperature.
+
+    Args:
+        student_logits: (rows, labels).
+        teacher_logits: (rows, labels); no gradient flows into it.
+        temperature: finite, above 0.
+
+    Returns:
+        (rows,) nats.
+
+    Raises:
+        ConfigError: a temperature that is not finite and positive.
+        ModelError: shapes that differ.
+
+    *Source*: Hinton et al. (arXiv 1503.02531), section 2.
+    """
+    student, teacher = _comparable(student_logits, teacher_logits)
+    scale = _checked_temperature(temperature)
+    log_student = functional.log_softmax(student / scale, dim=-1)
+    log_teacher = functional.log_softmax(teacher / scale, dim=-1)
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1) * scale**2
+
+
+def binary_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Measure, label by label, the KL of the softened yes/no distributions, times temperature squared.
+
+    Labels of a multi-label task do not compete, so a softmax over them would teach a distribution that the
+    teacher never stated.
+
+    Args:
+        student_logits: (rows, labels).
+        teacher_logits: (rows, labels); no gradient flows into it.
+        temperature: finite, above 0.
+
+    Returns:
+        (rows,) nats, the mean over the labels.
+
+    Raises:
+        ConfigError: a temperature that is not finite and positive.
+        ModelError: shapes that differ.
+    """
+    student, teacher = _comparable(student_logits, teacher_logits)
+    scale = _checked_temperature(temperature)
+    student, teacher = student / scale, teacher / scale
+    yes = torch.sigmoid(teacher) * (functional.logsigmoid(teacher) - functional.logsigmoid(student))
+    no = torch.sigmoid(-teacher) * (functional.logsigmoid(-teacher) - functional.logsigmoid(-student))
+    return (yes + no).mean(dim=-1) * scale**2
+
+
+def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Measure the squared difference of the raw logits.
+
+    Args:
+        student_logits: (rows, labels).
+        teacher_logits: (rows, labels); no gradient flows into it.
+
+    Returns:
+        (rows,) the mean over the labels.
+
+    Raises:
+        ModelError: shapes that differ.
+
+    *Source*: Kim et al. (IJCAI 2021, arXiv 2105.08919).
+    """
+    student, teacher = _comparable(student_logits, teacher_logits)
+    return (student - teacher).square().mean(dim=-1)
+
+
+def hard_loss(kind: Kind, logits: Tensor, labels: Tensor) -> Tensor:
+    """Measure the loss against the labels.
+
+    Args:
+        kind: cross-entropy (single-label), squared error (regression) or binary cross-entropy (multi-label).
+        logits: (rows, labels); for regression (rows, 1) or (rows,).
+        labels: (rows,) class indices; (rows,) values for regression; (rows, labels) of 0 and 1 for multi-label.
+
+    Returns:
+        (rows,), for multi-label the mean over the labels.
+
+    Raises:
+        DataError: labels whose shape does not fit the logits.
+    """
+    outputs = _at_least_float32(logits)
+    if kind == "regression":
+        outputs, targets = outputs.reshape(-1), labels.reshape(-1)
+        _check_labels(len(outputs) == len(targets) == len(logits), kind, logits, labels)
+        return (outputs - targets.to(outputs.dtype)).square()
+    if kind == "multi-label":
+        _check_labels(outputs.shape == labels.shape, kind, logits, labels)
+        targets = labels.to(outputs.dtype)
+        return functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(dim=-1)
+    _check_labels(outputs.dim() == 2 and labels.shape == outputs.shape[:1], kind, logits, labels)
+    return functional.cross_entropy(outputs, labels, reduction="none")
+
+
+def _check_labels(fits: bool, kind: Kind, logits: Tensor, labels: Tensor) -> None:
+    if not fits:
+        raise DataError(
+            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)} "
+            f"in a {kind} task; expected {'(rows, labels)' if kind == 'multi-label' else '(rows,)'}"
+        )
+
+
+def _comparable(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring both to one float type, and keep gradients out of the teacher."""
+    if student_logits.shape != teacher_logits.shape:
+        # Broadcasting would teach every row the same, without a word.
+        raise ModelError(
+            f"student logits of shape {tuple(student_logits.shape)} and teacher logits of shape "
+            f"{tuple(teacher_logits.shape)} differ; expected the same rows and the same labels in both"
+        )
+    student = _at_least_float32(student_logits)
+    return student, teacher_logits.detach().to(device=student.device, dtype=student.dtype)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    """Leave float64 alone; half types lose the small differences that a softened distribution teaches by."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _checked_temperature(temperature: float) -> float:
+    if not (math.isfinite(temperature) and temperature > 0.0):
+        raise ConfigError(f"distil.temperature must be finite and above 0; got {temperature!r}")
+    return float(temperature)

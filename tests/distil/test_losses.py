@@ -1,0 +1,237 @@
+"""Losses against values computed by hand and against float64 references."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdlora.distil.losses import binary_kl, distillation_loss, hard_loss, logit_mse, softened_kl
+from kdlora.errors import ConfigError, DataError, ModelError
+
+LOG3 = math.log(3.0)
+
+
+def softmax(values: np.ndarray) -> np.ndarray:
+    powers = np.exp(values - values.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def reference_kl(student: np.ndarray, teacher: np.ndarray, temperature: float) -> np.ndarray:
+    p, q = softmax(teacher / temperature), softmax(student / temperature)
+    return (p * np.log(p / q)).sum(axis=-1) * temperature**2
+
+
+def reference_binary_kl(student: np.ndarray, teacher: np.ndarray, temperature: float) -> np.ndarray:
+    p, q = 1 / (1 + np.exp(-teacher / temperature)), 1 / (1 + np.exp(-student / temperature))
+    return (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean(axis=-1) * temperature**2
+
+
+def test_kl_by_hand():
+    """A swapped direction, or a lost T², still trains: only a number computed by hand shows it."""
+    teacher, student = torch.tensor([[2 * LOG3, 0.0]]), torch.tensor([[0.0, 0.0]])
+    expected = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert softened_kl(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-6)
+    reverse = 4 * (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
+    assert softened_kl(teacher, student, 2.0).item() == pytest.approx(reverse, rel=1e-6)
+    assert expected != pytest.approx(reverse, rel=1e-3)
+
+
+def test_binary_kl_by_hand():
+    """A softmax over labels that do not compete (TextBrewer's fault) would give another number here."""
+    teacher, student = torch.tensor([[LOG3, -LOG3]]), torch.tensor([[0.0, 0.0]])
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # the same for both labels, so also their mean
+    assert binary_kl(student, teacher, 1.0).item() == pytest.approx(expected, rel=1e-6)
+    one_label = torch.tensor([[LOG3]])
+    assert softened_kl(torch.zeros(1, 1), one_label, 1.0).item() == 0.0
+    assert binary_kl(torch.zeros(1, 1), one_label, 1.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_mse_and_hard_losses_by_hand():
+    """A sum in place of the mean over labels would make the soft loss grow with the number of classes."""
+    assert logit_mse(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).tolist() == [2.5]
+    logits = torch.tensor([[LOG3, 0.0], [0.0, LOG3]])
+    cross_entropy = hard_loss("single-label", logits, torch.tensor([0, 0]))
+    assert cross_entropy.tolist() == pytest.approx([-math.log(0.75), -math.log(0.25)], rel=1e-6)
+    binary = hard_loss("multi-label", torch.tensor([[LOG3, 0.0]]), torch.tensor([[1.0, 0.0]]))
+    assert binary.tolist() == pytest.approx([(-math.log(0.75) - math.log(0.5)) / 2], rel=1e-6)
+    squared = hard_loss("regression", torch.tensor([[1.0], [3.0]]), torch.tensor([0.0, 5.0]))
+    assert squared.tolist() == [1.0, 4.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 5),
+    labels=st.integers(2, 6),
+    temperature=st.floats(0.5, 20.0),
+)
+def test_soft_losses_match_float64(seed, rows, labels, temperature):
+    """A formula that is right on one example may be wrong for many labels or at another temperature."""
+    draw = np.random.default_rng(seed)
+    student, teacher = draw.normal(size=(2, rows, labels)) * 3
+    for ours, reference in ((softened_kl, reference_kl), (binary_kl, reference_binary_kl)):
+        expected = reference(student, teacher, temperature)
+        exact = ours(torch.tensor(student), torch.tensor(teacher), temperature)
+        assert exact.dtype == torch.float64
+        np.testing.assert_allclose(exact, expected, rtol=1e-9, atol=1e-9 * temperature**2)
+        single = ours(torch.tensor(student).float(), torch.tensor(teacher).float(), temperature)
+        np.testing.assert_allclose(single, expected, rtol=1e-3, atol=2e-6 * temperature**2)
+        assert (exact >= -1e-12).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(["single-label", "multi-label", "regression"]),
+    loss=st.sampled_from(["kl", "mse"]),
+    alpha=st.floats(0.0, 1.0),
+    cut=st.integers(1, 6),
+)
+def test_rows_are_independent(seed, kind, loss, alpha, cut):
+    """A loss that averages inside a micro-batch weighs the rows of a short one more than the others."""
+    draw = torch.Generator().manual_seed(seed)
+    labels_count = 1 if kind == "regression" else 3
+    logits = torch.randn(7, labels_count, generator=draw, dtype=torch.float64)
+    teacher = torch.randn(7, labels_count, generator=draw, dtype=torch.float64)
+    if kind == "single-label":
+        labels = torch.randint(0, labels_count, (7,), generator=draw)
+    elif kind == "multi-label":
+        labels = torch.randint(0, 2, (7, labels_count), generator=draw).double()
+    else:
+        labels = torch.randn(7, generator=draw, dtype=torch.float64)
+
+    def terms(rows):
+        return distillation_loss(
+            logits[rows], labels[rows], teacher[rows], kind=kind, alpha=alpha, temperature=3.0, loss=loss
+        )
+
+    whole, parts = terms(slice(None)), [terms(slice(0, cut)), terms(slice(cut, 7))]
+    for name in ("total", "hard", "soft"):
+        torch.testing.assert_close(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+    torch.testing.assert_close(whole.total, alpha * whole.hard + (1 - alpha) * whole.soft)
+
+
+@pytest.mark.parametrize("loss", [softened_kl, binary_kl])
+def test_gradients(loss):
+    """A gradient into the teacher, or one that fades with the temperature, would go unnoticed in the loss."""
+    student = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: loss(z, teacher.detach(), 2.0), (student,))
+    loss(student, teacher, 2.0).sum().backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+
+
+def test_temperature_squared_keeps_the_gradient():
+    """Without T² the soft loss loses its weight against the hard loss as the temperature rises."""
+    student = torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)
+    gradients = [torch.autograd.grad(softened_kl(student, teacher, t).sum(), student)[0] for t in (500.0, 1000.0)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-2, atol=1e-6)
+    difference = (student - teacher).detach()
+    centred = (difference - difference.mean()) / difference.numel()
+    torch.testing.assert_close(gradients[1], centred, rtol=1e-2, atol=1e-6)
+
+
+def test_equal_logits_cost_nothing_and_a_shift_is_free():
+    """KL compares distributions: a constant added to all logits must not be punished."""
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    assert softened_kl(logits, logits, 2.0).abs().max() < 1e-12
+    assert softened_kl(logits + 3.0, logits, 2.0).abs().max() < 1e-12
+    assert binary_kl(logits, logits, 2.0).abs().max() < 1e-12
+
+
+def test_extreme_logits_stay_finite():
+    """A sure teacher (probability 0 in float32) times a log of 0 gives NaN in the naive formula."""
+    teacher, student = torch.tensor([[500.0, -500.0]]), torch.tensor([[-500.0, 500.0]])
+    assert softened_kl(student, teacher, 1.0).item() == pytest.approx(1000.0, rel=1e-5)
+    assert binary_kl(student, teacher, 1.0).item() == pytest.approx(500.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_logits_are_computed_in_float32(dtype):
+    """In bfloat16 the loss itself would be rounded to three digits."""
+    student, teacher = torch.randn(2, 4), torch.randn(2, 4)
+    labels = torch.tensor([1, 3])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = distillation_loss(student.to(dtype), labels, teacher.to(dtype), kind="single-label")
+    expected = distillation_loss(student.to(dtype).double(), labels, teacher.to(dtype).double(), kind="single-label")
+    for ours, exact in ((terms.total, expected.total), (terms.hard, expected.hard), (terms.soft, expected.soft)):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_alpha_weighs_the_hard_loss():
+    """Alpha on the wrong term is the commonest slip in distillation code; eq. 3 puts it on the labels."""
+    logits, teacher, labels = torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0, 1, 1])
+    ones = distillation_loss(logits, labels, teacher, kind="single-label", alpha=1.0)
+    assert torch.equal(ones.total, ones.hard)
+    zeros = distillation_loss(logits, labels, teacher, kind="single-label", alpha=0.0)
+    assert torch.equal(zeros.total, zeros.soft)
+
+
+def test_without_a_teacher_the_loss_is_the_hard_loss():
+    """The control arm must not be weighed by alpha: half a learning rate is no control."""
+    logits, labels = torch.randn(3, 2), torch.tensor([0, 1, 1])
+    terms = distillation_loss(logits, labels, None, kind="single-label", alpha=0.25)
+    assert terms.soft is None
+    assert torch.equal(terms.total, hard_loss("single-label", logits, labels))
+
+
+def test_regression_takes_values_with_and_without_a_label_axis():
+    """A (rows,) against (rows, 1) difference broadcasts to rows × rows, and trains towards the mean."""
+    flat = distillation_loss(
+        torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]), torch.tensor([[3.0], [2.0]]), kind="regression"
+    )
+    assert flat.hard.tolist() == [1.0, 4.0]
+    assert flat.soft is not None
+    assert flat.soft.tolist() == [4.0, 0.0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_temperature_out_of_range(temperature):
+    """A temperature of 0 gives NaN weights after one step, with no hint of the cause."""
+    for loss in (softened_kl, binary_kl):
+        with pytest.raises(ConfigError, match=r"distil\.temperature must be finite and above 0"):
+            loss(torch.zeros(1, 2), torch.zeros(1, 2), temperature)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
+def test_alpha_out_of_range(alpha):
+    """An alpha above 1 trains the student away from the teacher."""
+    with pytest.raises(ConfigError, match=r"distil\.alpha .* 0 to 1"):
+        distillation_loss(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(1, 2), kind="single-label", alpha=alpha)
+
+
+def test_unknown_loss():
+    """A misspelt loss must not fall back to another one."""
+    with pytest.raises(ConfigError, match=r"distil\.loss is one of kl, mse; got 'KL'"):
+        distillation_loss(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(1, 2), kind="single-label", loss="KL")
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3,), (3, 1), (3, 3)])
+def test_teacher_of_another_shape(shape):
+    """The paper's own script taught every row one and the same teacher row, by broadcasting."""
+    with pytest.raises(ModelError, match=r"\(3, 2\).*\(" + ", ".join(map(str, shape))):
+        distillation_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(shape), kind="single-label")
+
+
+@pytest.mark.parametrize(
+    ("kind", "logits", "labels"),
+    [
+        ("single-label", (3, 2), (3, 2)),
+        ("single-label", (3, 2), (2,)),
+        ("multi-label", (3, 2), (3,)),
+        ("regression", (3, 1), (2,)),
+        ("regression", (3, 2), (3,)),
+    ],
+)
+def test_labels_of_another_shape(kind, logits, labels):
+    """Soft targets passed as labels, or a label too few, would be broadcast or read as probabilities."""
+    with pytest.raises(DataError, match=rf"do not fit logits .* {kind}"):
+        hard_loss(kind, torch.zeros(logits), torch.zeros(labels))

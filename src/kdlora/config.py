@@ -19,6 +19,8 @@ ARMS: tuple[Arm, ...] = get_args(Arm)
 TEACHER_ARMS: frozenset[Arm] = frozenset({"fft", "lora"})
 LORA_ARMS: frozenset[Arm] = frozenset({"lora", "kd-lora", "student-lora"})
 DISTILLED_ARMS: frozenset[Arm] = frozenset({"kd-lora", "kd-fft"})
+SHIPPED_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")
+"""Student arms in the order in which they are shipped: the first that an experiment has."""
 
 FAMILIES: dict[FamilyName, tuple[str, str]] = {
     "bert": ("bert-base-uncased", "distilbert-base-uncased"),
@@ -340,6 +342,16 @@ class Config(_Section):
             yield "no student: set student.model, student.from_teacher_layers or family"
         if student.from_teacher_layers is not None and teacher.model is None:
             yield "student.from_teacher_layers copies layers of the pretrained teacher: set teacher.model"
+
+    @property
+    def given_teacher(self) -> bool:
+        """Whether the teacher is not trained here: a fine-tuned model, or a table of outputs."""
+        return self.teacher.fine_tuned is not None or self.teacher.is_table
+
+    @property
+    def shipped_arm(self) -> Arm | None:
+        """The arm whose best seed becomes `student/`; None where no student is trained."""
+        return next((arm for arm in SHIPPED_ARMS if arm in self.run.arms), None)
 
     @property
     def teacher_seed(self) -> int:

@@ -45,8 +45,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"config file {str(file)!r} does not exist; check the path") from None
     except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
         raise ConfigError(f"config file {str(file)!r} cannot be read as UTF-8 text: {error}") from None
-    values = _absolute_paths(parse_mapping(text, str(file)), file.resolve().parent)
-    return build_config(values, overrides, where=str(file))
+    return build_config(parse_mapping(text, str(file)), overrides, base=file.resolve().parent, where=str(file))
 
 
 def parse_mapping(text: str, where: str) -> dict[str, Any]:
@@ -70,18 +69,22 @@ def parse_mapping(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def build_config(values: Mapping[str, Any], overrides: Iterable[str] = (), *, where: str = "config") -> Config:
+def build_config(
+    values: Mapping[str, Any], overrides: Iterable[str] = (), *, base: Path | None = None, where: str = "config"
+) -> Config:
     """Validate nested values into a `Config`.
 
     Args:
         values: sections by name, as in the YAML file.
         overrides: assignments as in `load_config`.
+        base: folder that relative paths in `values` resolve against; default: the current one.
         where: name of the source, for messages.
 
     Raises:
         ConfigError: with every fault at once.
     """
-    merged: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    merged = _absolute_paths(plain, base or Path.cwd())
     changes: dict[str, Any] = {}
     for override in overrides:
         _assign(changes, override)

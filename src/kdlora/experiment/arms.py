@@ -15,10 +15,10 @@ from kdlora.config import DistilConfig, LoraConfig, StudentTrainConfig, TeacherT
 from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
+from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_precision
-from kdlora.distil.teacher import TeacherLogits
 from kdlora.distil.trainer import ProgressEvent, TrainOutcome, predict_logits, train_model
-from kdlora.errors import ConfigError
+from kdlora.errors import DataError
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
 from kdlora.models.encoders import Encoder, load_encoder
@@ -212,13 +212,24 @@ def evaluate(
         max_length: longest input in tokens.
         columns: column of the model's output for each label of the task; default: the same order.
     """
+    if "label" not in examples.column_names:
+        raise DataError("these examples have no labels, so there is nothing to score; use predict")
     data = tokenise(examples, tokenizer, max_length)
     logits = predict_logits(model, tokenizer, data)
     if columns is not None:
         logits = logits[:, list(columns)]
-    if "label" not in examples.column_names:
-        raise ConfigError("these examples have no labels, so there is nothing to score; use predict")
-    labels = np.asarray(examples.with_format("numpy")["label"])
-    groups = examples["group"] if "group" in examples.column_names else None
-    metrics = compute_metrics(task, logits, labels, groups)
+    groups = list(examples["group"]) if "group" in examples.column_names else None
+    metrics = compute_metrics(task, logits, label_array(examples), groups)
     return Evaluation(score(task, metrics), metrics, logits, data.truncated)
+
+
+def label_array(examples: Dataset) -> np.ndarray:
+    """Return the labels of a data set.
+
+    Args:
+        examples: rows with `label`.
+
+    Returns:
+        int64 `(examples,)`, float32 `(examples,)` for regression, float32 `(examples, labels)` for multi-label.
+    """
+    return np.asarray(examples.with_format("numpy")["label"][:])

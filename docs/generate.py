@@ -1,0 +1,82 @@
+"""Write the pages that are generated from the code: `python docs/generate.py [--check]`."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from kdlora.config import Config
+
+PAGE = Path(__file__).parent / "config.md"
+
+
+def config_page() -> str:
+    """Describe every config field: type, limits, default and meaning, from the models themselves."""
+    parts = [
+        "# Configuration",
+        "",
+        "Generated from `kdlora.config` by `make docs`; a test keeps it true. Values are YAML; any key can be set on "
+        "the command line with `--set section.key=value`. `kdlora validate FILE` prints a config in full.",
+    ]
+    _describe(Config, "", parts)
+    return "\n".join(parts) + "\n"
+
+
+def _describe(model: type[BaseModel], prefix: str, parts: list[str]) -> None:
+    title = f"`{prefix}`" if prefix else "Top level"
+    parts += ["", f"## {title}", "", str(model.__doc__), "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    nested: list[tuple[str, type[BaseModel]]] = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            nested.append((f"{prefix}.{name}".lstrip("."), annotation))
+            continue
+        meaning = " ".join(str(field.description).split())
+        parts.append(f"| `{name}` | {_type(annotation)}{_limits(field)} | {_default(field)} | {meaning} |")
+    for path, inner in nested:
+        _describe(inner, path, parts)
+
+
+def _type(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is Literal:
+        return " \\| ".join(f"`{value}`" for value in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return " \\| ".join(_type(part) for part in get_args(annotation) if part is not type(None))
+    if origin is tuple:
+        return f"list of {_type(get_args(annotation)[0])}"
+    if hasattr(annotation, "__metadata__"):
+        return _type(get_args(annotation)[0])
+    names = {str: "text", int: "whole number", float: "number", bool: "true / false"}
+    return names.get(annotation, str(annotation))
+
+
+def _limits(field: FieldInfo) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    found = [f"{sign} {getattr(part, key):g}" for part in field.metadata for key, sign in signs.items() if hasattr(part, key)]
+    return f", {' and '.join(found)}" if found else ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    if field.default is None:
+        return "–"
+    if isinstance(field.default, tuple):
+        return f"`[{', '.join(map(str, field.default))}]`"
+    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+
+
+if __name__ == "__main__":
+    page = config_page()
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page else "docs/config.md is stale: make docs")
+    PAGE.write_text(page, encoding="utf-8")

@@ -1,0 +1,120 @@
+"""What is known about a run before, and after, its training."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from kdlora.config import Arm, Config
+from kdlora.data.load import Splits
+from kdlora.distil.fingerprints import hash_columns, hash_json
+from kdlora.distil.precision import resolve_precision
+from kdlora.evidence.records import RunRecord, collect_versions, describe_machine, git_state
+from kdlora.experiment.arms import Trained
+from kdlora.models.adapters import count_parameters
+
+
+def splits_by_name(splits: Splits, *, scored: bool = False) -> dict[str, Dataset]:
+    """Return the splits that an experiment has, or only those that models are scored on.
+
+    Args:
+        splits: the task with its examples.
+        scored: leave out the training rows.
+    """
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    return {name: part for name, part in parts.items() if part is not None and not (scored and name == "train")}
+
+
+def hash_splits(splits: Splits) -> str:
+    """Fingerprint the ids, texts and labels of every split, in their order.
+
+    Args:
+        splits: the task with its examples.
+
+    Returns:
+        Hexadecimal SHA-256.
+    """
+    parts = splits_by_name(splits).items()
+    return hash_json({name: hash_columns(rows, sorted(rows.column_names)) for name, rows in parts})
+
+
+def new_record(config: Config, splits: Splits, arm: Arm, seed: int) -> RunRecord:
+    """Start the record of a run with everything that is known beforehand.
+
+    Args:
+        config: the experiment.
+        splits: the task with its examples.
+        arm: the arm.
+        seed: the run's seed.
+    """
+    precision, reason = resolve_precision(config.run.precision, config.run.device)
+    teacher, student = config.teacher, config.student
+    student_name = student.model or f"{teacher.model}, layers {list(student.from_teacher_layers or ())}"
+    teacher_name = teacher.fine_tuned or teacher.logits or teacher.probabilities or teacher.model
+    return RunRecord(
+        experiment=config.title(),
+        task=splits.task.to_dict(),
+        rows={name: len(part) for name, part in splits_by_name(splits).items()},
+        arm=arm,
+        seed=seed,
+        status="running",
+        teacher_model=teacher_name,
+        student_model=student_name if student.model or student.from_teacher_layers else None,
+        model=str(teacher_name if arm == "fft" else teacher.model if arm == "lora" else student_name),
+        precision=precision,
+        device=_device_name(config),
+        fingerprints={"config": config.fingerprint(), "data": hash_splits(splits)},
+        versions=collect_versions(),
+        machine=describe_machine(),
+        git=git_state(),
+        started=now(),
+        notes=[*splits.notes, f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"],
+        config=config.model_dump(mode="json"),
+    )
+
+
+def add_training(record: RunRecord, trained: Trained) -> RunRecord:
+    """Add what the training was and cost.
+
+    Args:
+        record: of the run.
+        trained: what the training left.
+    """
+    outcome, parameters = trained.outcome, trained.parameters
+    return record.model_copy(
+        update={
+            "history": outcome.history,
+            "train_seconds": outcome.train_seconds,
+            "examples_per_second": outcome.examples_per_second,
+            "best_epoch": outcome.best_epoch,
+            "trainable_parameters": parameters.trainable,
+            "adapter_parameters": parameters.adapter,
+            "head_parameters": parameters.head,
+            "truncated": trained.truncated,
+        }
+    )
+
+
+def add_size(record: RunRecord, model: nn.Module) -> RunRecord:
+    """Add how large the model is as it would be shipped.
+
+    Args:
+        record: of the run.
+        model: a plain model; `size_bytes` is that of its weights file.
+    """
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return record.model_copy(update={"total_parameters": count_parameters(model).total, "size_bytes": size})
+
+
+def _device_name(config: Config) -> str:
+    if config.run.device == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return str(torch.cuda.get_device_name())
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,247 @@
+"""An experiment, arms x seeds on one task: plan, resume, run, record, ship the best student."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kdlora.config import DISTILLED_ARMS, Arm, Config
+from kdlora.configfile import load_config, save_config
+from kdlora.data.load import Splits, load_splits
+from kdlora.data.tasks import Task
+from kdlora.errors import ArtifactError, KdLoraError
+from kdlora.evidence.measure import run_in_child
+from kdlora.evidence.records import (
+    ExperimentLayout,
+    RunRecord,
+    read_record,
+    write_record,
+    write_results,
+    write_text_atomic,
+)
+from kdlora.evidence.report import make_report
+from kdlora.experiment.recording import hash_splits, new_record
+from kdlora.experiment.shipping import keep_examples, ship_student
+from kdlora.experiment.sources import check_models
+from kdlora.experiment.stages import Stage, StageName, label_training_rows, train_run
+
+logger = logging.getLogger(__name__)
+
+Listener = Callable[[Stage, Any], None]
+
+_FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds"}
+"""Keys that may change between two calls on one folder: they add runs, or change no figure of a run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed."""
+
+    arm: Arm
+    seed: int
+
+
+@dataclass(frozen=True)
+class ExperimentResult:
+    """What an experiment left behind.
+
+    Attributes:
+        folder: the experiment folder.
+        records: one record per run, in the order of the plan.
+        shipped: the run that became `student/`; None where no student run finished.
+        notes: what was inferred or dropped on the way, in plain sentences.
+    """
+
+    folder: Path
+    records: list[RunRecord]
+    shipped: Run | None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def layout(self) -> ExperimentLayout:
+        """The names of the files in the folder."""
+        return ExperimentLayout(self.folder)
+
+    @property
+    def failed(self) -> list[RunRecord]:
+        """The runs that did not finish."""
+        return [record for record in self.records if record.status == "failed"]
+
+
+def plan_runs(config: Config) -> list[Run]:
+    """Order the runs of an experiment: the teacher first, then arm by arm.
+
+    The teacher is the `fft` run of `config.teacher_seed`. It is planned wherever a distilled arm needs it,
+    asked for or not, and never twice. A given teacher is one model, so it has one run.
+
+    Args:
+        config: the experiment.
+    """
+    runs = [Run(arm, seed) for arm in config.run.arms for seed in config.run.seeds]
+    if config.given_teacher:
+        return [run for run in runs if run.arm != "fft" or run.seed == config.run.seeds[0]]
+    teacher = Run("fft", config.teacher_seed)
+    if "fft" in config.run.arms or set(config.run.arms) & DISTILLED_ARMS:
+        return [teacher, *(run for run in runs if run != teacher)]
+    return runs
+
+
+def run_experiment(
+    config: Config, out: str | Path | None = None, *, listen: Listener | None = None
+) -> ExperimentResult:
+    """Run every arm and seed that is not finished yet, then ship the best student and write the report.
+
+    Args:
+        config: the experiment.
+        out: its folder; default `runs/<name>`. The same call again repeats no finished stage.
+        listen: called with the stage and each event in it.
+
+    Raises:
+        KdLoraError: if the config, its data or its models do not fit, or the folder belongs to another config.
+    """
+    layout = ExperimentLayout(Path(out) if out is not None else Path("runs") / config.title())
+    check_folder(config, layout)
+    splits = load_splits(config.task, config.data)
+    plan, rows = plan_runs(config), hash_splits(splits)
+    if any(_finished(layout, run, rows) is None for run in plan):
+        run_in_child(check_models, config, splits.task)
+    with _only_process(layout):
+        write_text_atomic(layout.config, save_config(config))
+        keep_examples(layout, splits)
+        records = list(_run_all(config, layout, splits, listen))
+        write_results(layout.results, records)
+        shipped = _ship_best(config, layout, splits.task, records)
+        make_report([layout.root])
+    return ExperimentResult(layout.root, records, shipped, splits.notes)
+
+
+def check_folder(config: Config, layout: ExperimentLayout) -> None:
+    """Check that a folder is new, or holds this very experiment.
+
+    Args:
+        config: the experiment.
+        layout: its folder.
+
+    Raises:
+        ArtifactError: if the folder holds something else, or another config's results; nothing is changed.
+    """
+    if layout.root.exists() and not layout.root.is_dir():
+        raise ArtifactError(f"{layout.root} is a file; name a folder with --out")
+    if layout.config.exists():
+        _refuse_other_config(config, layout)
+    elif layout.root.exists() and any(layout.root.iterdir()):
+        raise ArtifactError(
+            f"{layout.root} is not empty and holds no {layout.config.name}, so it is no experiment's folder; "
+            "name another with --out, or empty it"
+        )
+
+
+def _refuse_other_config(config: Config, layout: ExperimentLayout) -> None:
+    there, here = _flatten(load_config(layout.config)), _flatten(config)
+    changed = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+    changed = [key for key in changed if key not in _FREE_KEYS]
+    if changed:
+        shown = [f"  - {key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in changed[:8]]
+        raise ArtifactError(
+            f"{layout.root} belongs to another config; name another folder with --out, or delete it:\n"
+            + "\n".join(shown)
+        )
+
+
+def _flatten(config: Config) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    pending: list[tuple[str, Any]] = [("", config.model_dump(mode="json"))]
+    while pending:
+        prefix, value = pending.pop()
+        if isinstance(value, dict):
+            pending.extend((f"{prefix}.{key}".lstrip("."), inner) for key, inner in value.items())
+        else:
+            flat[prefix] = value
+    return flat | {"teacher.seed": config.teacher_seed}
+
+
+@contextlib.contextmanager
+def _only_process(layout: ExperimentLayout) -> Iterator[None]:
+    """Hold the folder's lock, which the system drops with the process, however it ends."""
+    layout.root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(layout.lock, timeout=0):
+            yield
+    except Timeout:
+        raise ArtifactError(
+            f"another process runs the experiment in {layout.root}; wait for it, or name another folder with --out"
+        ) from None
+
+
+def _run_all(config: Config, layout: ExperimentLayout, splits: Splits, listen: Listener | None) -> Iterator[RunRecord]:
+    rows = hash_splits(splits)
+    labelled = config.teacher.is_table
+    for run in plan_runs(config):
+        record = _finished(layout, run, rows)
+        if record is None:
+            record = _attempt(config, layout, splits, run, listen, label=run.arm in DISTILLED_ARMS and not labelled)
+            labelled = labelled or (run.arm in DISTILLED_ARMS and record.status == "finished")
+            write_record(layout.run(run.arm, run.seed).record, record)
+        yield record
+        if record.status == "failed" and config.run.fail_fast:
+            return
+
+
+def _finished(layout: ExperimentLayout, run: Run, rows: str) -> RunRecord | None:
+    """Return the record of a run that need not be repeated; refuse one that was made from other rows."""
+    place = layout.run(run.arm, run.seed)
+    if not place.record.exists():
+        return None
+    record = read_record(place.record)
+    if record.status != "finished":
+        return None
+    if record.fingerprints.get("data") != rows:
+        raise ArtifactError(
+            f"{place.root} was made from other rows than the config names now: the data changed since. "
+            f"Name another folder with --out, or delete {layout.root}"
+        )
+    return record
+
+
+def _attempt(
+    config: Config, layout: ExperimentLayout, splits: Splits, run: Run, listen: Listener | None, *, label: bool
+) -> RunRecord:
+    """Run one arm in a process of its own; what goes wrong there becomes a failed record."""
+    try:
+        return _train(config, layout, run, listen, label=label)
+    except OSError:
+        raise  # a full disk or a vanished folder ends every run alike
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+        logger.error(
+            "%s with seed %d failed: %s", run.arm, run.seed, fault, exc_info=not isinstance(error, KdLoraError)
+        )
+    record = new_record(config, splits, run.arm, run.seed)
+    return record.model_copy(update={"status": "failed", "error": fault})
+
+
+def _train(config: Config, layout: ExperimentLayout, run: Run, listen: Listener | None, *, label: bool) -> RunRecord:
+    def listen_to(name: StageName) -> Callable[[Any], None]:
+        return lambda event: listen(Stage(name, run.arm, run.seed), event) if listen is not None else None
+
+    if label:
+        run_in_child(label_training_rows, config, layout, on_message=listen_to("label"))
+    done = run_in_child(train_run, config, layout, run.arm, run.seed, on_message=listen_to("train"))
+    return done.value.model_copy(update={"peak_memory_bytes": done.peak_memory_bytes})
+
+
+def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: list[RunRecord]) -> Run | None:
+    """Copy the shipped arm's best seed on validation to `student/` and `adapter/`."""
+    arm = config.shipped_arm
+    candidates = [record for record in records if record.arm == arm and record.status == "finished"]
+    if arm is None or not candidates:
+        return None
+    best = max(candidates, key=lambda record: (record.score or 0.0, -record.seed))
+    run_in_child(ship_student, config, layout, task, best)
+    return Run(arm, best.seed)

@@ -1,0 +1,169 @@
+"""Score a model or a table on the splits of an experiment, time it, and keep its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from kdlora.config import Config
+from kdlora.configfile import load_config
+from kdlora.data.load import Splits, load_examples
+from kdlora.data.tasks import Task
+from kdlora.errors import ArtifactError, DataError
+from kdlora.evidence.measure import measure_latency
+from kdlora.evidence.metrics import compute_metrics, score
+from kdlora.evidence.records import ExperimentLayout, Predictions, RunLayout, RunRecord, read_results, write_predictions
+from kdlora.experiment.arms import Evaluation, evaluate, label_array
+from kdlora.experiment.recording import add_size, now, splits_by_name
+from kdlora.experiment.sources import load_teacher, read_table
+from kdlora.models.encoders import Encoder, load_fine_tuned
+
+
+def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits, record: RunRecord) -> RunRecord:
+    """Score a teacher that was given: a model, or a table on the splits that it covers.
+
+    Args:
+        config: the experiment.
+        layout: its folder.
+        splits: the task with its examples.
+        record: of the `fft` run.
+    """
+    place = layout.run("fft", record.seed)
+    if config.teacher.is_table:
+        record = _score_table(config, splits, record, place)
+    else:
+        encoder, columns = load_teacher(config, splits.task)
+        record = score_model(record, encoder, splits, config.teacher.train.max_length, place, columns)
+        record = record.model_copy(update={"notes": [*record.notes, "the teacher was given: evaluated, not trained"]})
+    return record.model_copy(update={"status": "finished", "finished": now()})
+
+
+def score_model(
+    record: RunRecord,
+    encoder: Encoder,
+    splits: Splits,
+    max_length: int,
+    place: RunLayout,
+    columns: Sequence[int] | None = None,
+) -> RunRecord:
+    """Score a plain model on validation and test, keep its logits, size it and time it.
+
+    Args:
+        record: of the run.
+        encoder: the model as it would be shipped.
+        splits: the task with its examples.
+        max_length: longest input in tokens.
+        place: the run's folder.
+        columns: column of the model's output for each label of the task; default: the same order.
+    """
+    scored = splits_by_name(splits, scored=True)
+    results = {
+        split: evaluate(encoder.model, encoder.tokenizer, rows, splits.task, max_length=max_length, columns=columns)
+        for split, rows in scored.items()
+    }
+    _keep_predictions(place, splits.task, scored, {split: result.logits for split, result in results.items()})
+    latency = measure_latency(encoder.model, encoder.tokenizer, splits.validation, max_length=max_length)
+    return _scored(add_size(record, encoder.model), results).model_copy(update={"latency": latency})
+
+
+def _scored(record: RunRecord, results: dict[str, Evaluation]) -> RunRecord:
+    update: dict[str, Any] = {"score": results["validation"].score, "metrics": results["validation"].metrics}
+    update["truncated"] = record.truncated | {split: result.truncated for split, result in results.items()}
+    if "test" in results:
+        update |= {"test_score": results["test"].score, "test_metrics": results["test"].metrics}
+    return record.model_copy(update=update)
+
+
+def _keep_predictions(place: RunLayout, task: Task, scored: dict[str, Dataset], logits: dict[str, np.ndarray]) -> None:
+    write_predictions(
+        place.predictions,
+        Predictions(
+            ids=tuple(identifier for rows in scored.values() for identifier in rows["id"]),
+            split=tuple(split for split, rows in scored.items() for _ in range(len(rows))),
+            logits=np.concatenate([logits[split] for split in scored]),
+            label_names=task.label_names,
+            labels=np.concatenate([label_array(rows) for rows in scored.values()]),
+            groups=_groups(scored),
+        ),
+    )
+
+
+def _score_table(config: Config, splits: Splits, record: RunRecord, place: RunLayout) -> RunRecord:
+    """Score a table of teacher outputs on the splits that it covers; the rest is not available."""
+    scored: dict[str, Dataset] = {}
+    logits: dict[str, np.ndarray] = {}
+    notes = list(record.notes)
+    for split, rows in (("validation", splits.validation), ("test", splits.test)):
+        if rows is None:
+            continue
+        try:
+            attached = read_table(config, splits.task, split).attach(rows)
+        except DataError as error:
+            notes.append(f"the teacher's score on the {split} split is not available: {error}")
+            continue
+        scored[split] = rows
+        logits[split] = np.asarray(attached.with_format("numpy")["teacher_logits"], dtype=np.float32)
+    if "validation" in scored:
+        _keep_predictions(place, splits.task, scored, logits)
+        record = _scored(record, {split: _evaluation(splits.task, scored[split], logits[split]) for split in scored})
+    return record.model_copy(update={"notes": notes})
+
+
+def _groups(scored: dict[str, Dataset]) -> tuple[str, ...] | None:
+    if not all("group" in rows.column_names for rows in scored.values()):
+        return None
+    return tuple(group for rows in scored.values() for group in rows["group"])
+
+
+def _evaluation(task: Task, rows: Dataset, logits: np.ndarray) -> Evaluation:
+    metrics = compute_metrics(task, logits, label_array(rows), _groups({"": rows}))
+    return Evaluation(score(task, metrics), metrics, logits, 0)
+
+
+def evaluate_experiment(folder: str | Path, data: str) -> list[dict[str, Any]]:
+    """Score the shipped student, and the teacher where it is there, on another labelled file.
+
+    Args:
+        folder: an experiment's.
+        data: a file with the experiment's text and label columns.
+
+    Returns:
+        A row per model: `model`, `examples`, `score` (0 to 100), `metrics` (fractions), `truncated`.
+
+    Raises:
+        ArtifactError: if the folder holds no finished experiment.
+        DataError: if the file does not fit the task.
+    """
+    layout = ExperimentLayout(Path(folder))
+    if not layout.config.exists() or not layout.results.exists():
+        raise ArtifactError(
+            f"{layout.root} holds no finished experiment ({layout.results.name}); run it first: kdlora run"
+        )
+    config = load_config(layout.config)
+    task = Task.from_dict(read_results(layout.results)[0].task)
+    examples = load_examples(data, task, id_column=config.data.id_column, labelled=True)
+    rows = []
+    if layout.student.exists():
+        encoder, columns = load_fine_tuned(str(layout.student), task)
+        rows.append(_row("student", encoder, examples, task, config.student.train.max_length, columns))
+    if layout.teacher.exists() or config.teacher.fine_tuned is not None:
+        encoder, columns = load_teacher(config, task, layout.teacher)
+        rows.append(_row("teacher", encoder, examples, task, config.teacher.train.max_length, columns))
+    return rows
+
+
+def _row(
+    name: str, encoder: Encoder, examples: Dataset, task: Task, max_length: int, columns: Sequence[int]
+) -> dict[str, Any]:
+    result = evaluate(encoder.model, encoder.tokenizer, examples, task, max_length=max_length, columns=columns)
+    return {
+        "model": name,
+        "examples": len(examples),
+        "score": result.score,
+        "metrics": result.metrics,
+        "truncated": result.truncated,
+    }

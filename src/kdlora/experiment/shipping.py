@@ -1,0 +1,80 @@
+"""What an experiment keeps of a training, and what it ships in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+from kdlora.config import LORA_ARMS, Arm, Config
+from kdlora.data.load import Splits
+from kdlora.data.tasks import Task
+from kdlora.evidence.card import student_card
+from kdlora.evidence.records import ExampleText, ExperimentLayout, RunRecord, atomic_folder, write_examples
+from kdlora.experiment.arms import Trained
+from kdlora.experiment.recording import splits_by_name
+from kdlora.experiment.sources import load_base
+from kdlora.models.adapters import add_base, merge_student, save_adapter
+from kdlora.models.encoders import Encoder, save_encoder
+
+
+def keep_weights(config: Config, layout: ExperimentLayout, trained: Trained, arm: Arm, seed: int) -> Encoder:
+    """Merge the adapter, and keep what others need: the teacher, every adapter, and the models that may ship.
+
+    Args:
+        config: the experiment.
+        layout: its folder.
+        trained: what the training left.
+        arm: the arm.
+        seed: the run's seed.
+
+    Returns:
+        The plain model, as it would be shipped.
+    """
+    place, encoder = layout.run(arm, seed), trained.encoder
+    if arm in LORA_ARMS:
+        with atomic_folder(place.adapter) as folder:
+            save_adapter(trained.model, folder)
+        encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
+    is_teacher = arm == "fft" and seed == config.teacher_seed
+    if is_teacher or arm == config.shipped_arm:
+        with atomic_folder(layout.teacher if is_teacher else place.model) as folder:
+            save_encoder(encoder, folder)
+    return encoder
+
+
+def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: RunRecord) -> None:
+    """Copy the chosen run's merged model to `student/` and its adapter to `adapter/`.
+
+    Args:
+        config: the experiment.
+        layout: its folder.
+        task: labels and kind.
+        best: the run that was best on validation.
+    """
+    place = layout.run(best.arm, best.seed)
+    with atomic_folder(layout.student) as folder:
+        shutil.copytree(place.model, folder, dirs_exist_ok=True)
+        (folder / "README.md").write_text(student_card(best), encoding="utf-8")
+    if not place.adapter.exists():
+        return
+    with atomic_folder(layout.adapter) as folder:
+        shutil.copytree(place.adapter, folder, dirs_exist_ok=True)
+        if config.student.from_teacher_layers is not None:  # a base that lies nowhere else
+            add_base(folder, load_base(config, "student-lora", best.seed, task), address=layout.adapter)
+
+
+def keep_examples(layout: ExperimentLayout, splits: Splits) -> None:
+    """Keep the texts of the scored rows, so that the report can quote them.
+
+    Args:
+        layout: the experiment folder.
+        splits: the task with its examples.
+    """
+    write_examples(
+        layout.examples,
+        (
+            ExampleText(row["id"], split, row["text"], row.get("text_pair"))
+            for split, rows in splits_by_name(splits, scored=True).items()
+            for row in rows
+        ),
+    )

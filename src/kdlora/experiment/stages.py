@@ -1,0 +1,131 @@
+"""The stages of an experiment; each reads its inputs from disk, so it can run in a process of its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, Arm, Config, TrainConfig
+from kdlora.data.load import load_splits
+from kdlora.distil.precision import resolve_precision
+from kdlora.distil.teacher import teacher_logits
+from kdlora.evidence.records import ExperimentLayout, RunRecord
+from kdlora.experiment.arms import Progress, train_arm
+from kdlora.experiment.recording import add_training, new_record, now
+from kdlora.experiment.scoring import score_given_teacher, score_model
+from kdlora.experiment.shipping import keep_weights
+from kdlora.experiment.sources import load_base, load_teacher, stored_logits
+
+StageName = Literal["train", "label"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What an experiment is busy with.
+
+    Attributes:
+        name: `train`, or `label`: the teacher reads the training rows.
+        arm: the arm; for `label` the first one that needs the logits.
+        seed: the run's seed.
+    """
+
+    name: StageName
+    arm: Arm
+    seed: int
+
+
+def settings_for(config: Config, arm: Arm) -> TrainConfig:
+    """Return how an arm is trained.
+
+    `fft` follows `teacher.train`; all else, the teacher-size `lora` included, follows `student.train`, since the
+    paper searches one range for LoRA and KD-LoRA. Fully tuned students take `student.full_learning_rate`.
+
+    Args:
+        config: the experiment.
+        arm: the arm.
+    """
+    if arm == "fft":
+        return config.teacher.train
+    if arm in LORA_ARMS:
+        return config.student.train
+    return config.student.train.model_copy(update={"learning_rate": config.student.full_learning_rate})
+
+
+def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, progress: Progress | None) -> RunRecord:
+    """Train, measure and keep one arm with one seed; a given teacher is only evaluated.
+
+    Args:
+        config: the experiment.
+        layout: its folder; an interrupted training continues from the run's checkpoints.
+        arm: the arm.
+        seed: the run's seed.
+        progress: called with each training event.
+
+    Returns:
+        The record, complete but for the peak memory, which only the process that watches can see.
+    """
+    use_threads(config)
+    splits = load_splits(config.task, config.data)
+    record = new_record(config, splits, arm, seed)
+    if arm == "fft" and config.given_teacher:
+        return score_given_teacher(config, layout, splits, record)
+    place = layout.run(arm, seed)
+    trained = train_arm(
+        load_base(config, arm, seed, splits.task),
+        splits,
+        settings_for(config, arm),
+        folder=place.checkpoints,
+        lora=config.lora if arm in LORA_ARMS else None,
+        teacher=stored_logits(config, layout, splits.task) if arm in DISTILLED_ARMS else None,
+        distil=config.distil,
+        seed=seed,
+        precision=config.run.precision,
+        device=config.run.device,
+        checkpoint_seconds=config.run.checkpoint_seconds,
+        progress=progress,
+    )
+    encoder = keep_weights(config, layout, trained, arm, seed)
+    record = add_training(record, trained)
+    record = score_model(record, encoder, splits, settings_for(config, arm).max_length, place)
+    shutil.rmtree(place.checkpoints, ignore_errors=True)  # nothing of a finished run is ever resumed
+    return record.model_copy(update={"status": "finished", "finished": now()})
+
+
+def label_training_rows(
+    config: Config, layout: ExperimentLayout, progress: Callable[[int, int], None] | None = None
+) -> int:
+    """Let the teacher read the training rows once and store its logits; stored ones are reused.
+
+    Args:
+        config: the experiment.
+        layout: its folder.
+        progress: called with rows done and rows in all.
+
+    Returns:
+        How many texts the teacher read cut.
+    """
+    use_threads(config)
+    splits = load_splits(config.task, config.data)
+    encoder, columns = load_teacher(config, splits.task, layout.teacher)
+    logits = teacher_logits(
+        encoder,
+        columns,
+        splits.train,
+        splits.task,
+        layout.teacher_logits,
+        max_length=config.teacher.train.max_length,
+        precision=resolve_precision(config.run.precision, config.run.device)[0],
+        device=config.run.device,
+        progress=progress,
+    )
+    return logits.truncated
+
+
+def use_threads(config: Config) -> None:
+    """Set the number of CPU threads that the config names."""
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)

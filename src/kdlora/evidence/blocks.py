@@ -1,0 +1,252 @@
+"""What a report is made of, whatever it is rendered to; and its rendering as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Strong:
+    """Emphasised text."""
+
+    kind: ClassVar[str] = "strong"
+    text: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """Text that leads somewhere; `href` is already encoded."""
+
+    kind: ClassVar[str] = "link"
+    text: str
+    href: str
+    title: str = ""
+
+
+Inline = str | Strong | Link
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text; tone is "plain", "lead" (the answer), "note" or "warning"."""
+
+    kind: ClassVar[str] = "paragraph"
+    parts: tuple[Inline, ...]
+    tone: str = "plain"
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of short paragraphs."""
+
+    kind: ClassVar[str] = "bullets"
+    items: tuple[tuple[Inline, ...], ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell; one link makes the text the link, several follow it as small marks."""
+
+    text: str
+    links: tuple[Link, ...] = ()
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names the rows; `numeric` holds the columns that are aligned to the right."""
+
+    kind: ClassVar[str] = "table"
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    numeric: frozenset[int] = frozenset()
+    quiet: frozenset[int] = frozenset()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LegendItem:
+    """One entry of a plot's legend; the mark is a piece of SVG."""
+
+    mark: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot; `description` says in words what it shows."""
+
+    kind: ClassVar[str] = "figure"
+    title: str
+    svg: str
+    description: str
+    caption: str = ""
+    legend: tuple[LegendItem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A key figure with what it is and what it is compared with."""
+
+    label: str
+    value: str
+    detail: str
+    href: str = ""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A row of key figures."""
+
+    kind: ClassVar[str] = "tiles"
+    items: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class Quotation:
+    """One example on which teacher and student disagree."""
+
+    text: str
+    text_pair: str | None
+    facts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Quotations:
+    """Examples, one after the other."""
+
+    kind: ClassVar[str] = "quotations"
+    items: tuple[Quotation, ...]
+
+
+Block = Paragraph | Bullets | Table | Figure | Tiles | Quotations
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with its blocks and the sections below it."""
+
+    title: str
+    anchor: str
+    blocks: tuple[Block, ...] = ()
+    sections: tuple[Section, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report."""
+
+    title: str
+    eyebrow: str
+    sections: tuple[Section, ...]
+    footer: str
+
+
+def to_markdown(page: Page) -> str:
+    """Render a page as GitHub's Markdown; plots are described in words and left to the HTML page.
+
+    Args:
+        page: the report.
+
+    Returns:
+        Markdown in which every text from outside is escaped.
+    """
+    lines = [f"# {escape(page.title)}", "", escape(page.eyebrow), ""]
+    for section in page.sections:
+        lines += _section(section, level=2)
+    return "\n".join([*lines, "---", "", escape(page.footer), ""])
+
+
+def escape(text: str) -> str:
+    """Make text harmless in a line or table cell of Markdown.
+
+    Args:
+        text: anything, from data, labels or configs.
+
+    Returns:
+        One line in which nothing is markup: HTML as entities, Markdown's signs behind backslashes.
+    """
+    flat = " ".join(_CONTROL.sub(" ", text).split())
+    flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _NUMBERED.sub(r"\1\\\2", _SIGNS.sub(r"\\\1", flat))
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029]")
+_SIGNS = re.compile(r"([\\`*_{}\[\]|#~$!]|(?<=\w)://|@(?=\w)|^[-+=](?=\s|$))")
+_NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
+
+
+def _section(section: Section, level: int) -> list[str]:
+    """Render a heading and what is below it."""
+    lines = [f"{'#' * min(level, 6)} {escape(section.title)}", ""]
+    for block in section.blocks:
+        lines += [*_block(block), ""]
+    for part in section.sections:
+        lines += _section(part, level + 1)
+    return lines
+
+
+def _block(block: Block) -> list[str]:
+    """Render one block."""
+    if isinstance(block, Paragraph):
+        text = _inline(block.parts)
+        return [f"> {text}"] if block.tone in ("note", "warning") else [text]
+    if isinstance(block, Bullets):
+        return [f"- {_inline(parts)}" for parts in block.items]
+    if isinstance(block, Table):
+        return _table(block)
+    if isinstance(block, Figure):
+        return [f"*{escape(block.title)}.* {escape(block.description)} (Drawn in report.html.)"]
+    if isinstance(block, Tiles):
+        return [f"- {escape(tile.label)}: **{escape(tile.value)}** ({escape(tile.detail)})" for tile in block.items]
+    return [line for quotation in block.items for line in _quotation(quotation)]
+
+
+def _inline(parts: Sequence[Inline]) -> str:
+    """Render running text."""
+    return "".join(_part(part) for part in parts)
+
+
+def _part(part: Inline) -> str:
+    """Render one piece of running text, the blanks around it kept."""
+    if isinstance(part, Strong):
+        return f"**{escape(part.text)}**"
+    if isinstance(part, Link):
+        return f"[{escape(part.text)}]({part.href})"
+    before = " " if part[:1].isspace() else ""
+    after = " " if part[-1:].isspace() and part.strip() else ""
+    return f"{before}{escape(part)}{after}"
+
+
+def _table(table: Table) -> list[str]:
+    """Render a table with its caption above and its note below."""
+    rule = ["---:" if column in table.numeric else "---" for column in range(len(table.columns))]
+    lines = [f"**{escape(table.caption)}**", "", _row([escape(name) for name in table.columns]), _row(rule)]
+    lines += [_row([_cell(cell) for cell in row]) for row in table.rows]
+    return [*lines, "", escape(table.note)] if table.note else lines
+
+
+def _row(cells: Sequence[str]) -> str:
+    """Put cells between bars."""
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(cell: Cell) -> str:
+    """Render a cell with its links."""
+    text = f"**{escape(cell.text)}**" if cell.strong and cell.text else escape(cell.text)
+    if len(cell.links) == 1:
+        return f"[{text or escape(cell.links[0].text)}]({cell.links[0].href})"
+    marks = " ".join(f"[{escape(link.text)}]({link.href})" for link in cell.links)
+    return f"{text} {marks}".strip()
+
+
+def _quotation(quotation: Quotation) -> list[str]:
+    """Render an example as an item with its facts below."""
+    lines = [f"- “{escape(quotation.text)}”"]
+    if quotation.text_pair is not None:
+        lines.append(f"  / “{escape(quotation.text_pair)}”")
+    return lines + [f"  - {escape(name)}: {escape(value)}" for name, value in quotation.facts]

@@ -1,0 +1,228 @@
+"""What an experiment shows: what the student keeps, what it saves, what distillation adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdlora.data.tasks import Task
+from kdlora.evidence.collect import Experiment, Run
+from kdlora.evidence.predictions import Predictions
+from kdlora.evidence.stats import Difference, MeanSd, mean_sd, paired_bootstrap
+from kdlora.evidence.wording import arm_title
+
+# What the shipped arm is held against, the control that isolates the teacher first.
+_OPPONENTS = {
+    "kd-lora": ("student-lora", "student-fft", "kd-fft", "lora", "fft"),
+    "kd-fft": ("student-fft", "student-lora", "lora", "fft"),
+    "student-lora": ("student-fft", "lora", "fft"),
+    "student-fft": ("lora", "fft"),
+}
+
+_CONTROLS = {"kd-lora": "student-lora", "kd-fft": "student-fft"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two arms, paired by example where that was possible.
+
+    Attributes:
+        first: the arm in question.
+        second: what it is held against.
+        difference: with interval; None where the predictions cannot be paired.
+        plain: difference of the mean scores, in points.
+        reason: why there is no interval, in a plain sentence.
+    """
+
+    first: str
+    second: str
+    difference: Difference | None
+    plain: float
+    reason: str = ""
+
+    @property
+    def title(self) -> str:
+        """Name it as a subtraction."""
+        return f"{arm_title(self.first)} − {arm_title(self.second)}"
+
+
+def control_of(arm: str) -> str | None:
+    """Name the arm that differs from a distilled arm by the teacher alone."""
+    return _CONTROLS.get(arm)
+
+
+def compare_arms(experiment: Experiment, *, draws: int = 10_000) -> list[Comparison]:
+    """Hold the shipped arm against every other arm of the experiment.
+
+    Args:
+        experiment: with at least one finished student run.
+        draws: bootstrap draws.
+
+    Returns:
+        One comparison for each other arm that has a finished run, the control first.
+    """
+    arm = experiment.student_arm
+    if arm is None:
+        return []
+    opponents = [other for other in _OPPONENTS[arm] if experiment.finished(other)]
+    return [_compare(experiment, arm, other, draws) for other in opponents]
+
+
+def _compare(experiment: Experiment, first: str, second: str, draws: int) -> Comparison:
+    """Pair two arms: student arms over the seeds that both have, the teacher's arms over all theirs."""
+    runs = list(experiment.finished(first)), list(experiment.finished(second))
+    if second not in ("fft", "lora"):
+        common = {run.record.seed for run in runs[0]} & {run.record.seed for run in runs[1]}
+        if common:
+            runs = tuple([run for run in arm if run.record.seed in common] for arm in runs)  # type: ignore[assignment]
+    return pair_runs(experiment.task, experiment.split, (first, runs[0]), (second, runs[1]), draws=draws)
+
+
+def pair_runs(
+    task: Task, split: str, first: tuple[str, Sequence[Run]], second: tuple[str, Sequence[Run]], *, draws: int = 10_000
+) -> Comparison:
+    """Compare two groups of runs, example by example where all have the same examples.
+
+    Args:
+        task: the task of all runs.
+        split: "validation" or "test".
+        first: name and runs.
+        second: name and runs that are subtracted.
+        draws: bootstrap draws.
+
+    Returns:
+        The comparison; without an interval, and with the reason, where it cannot be paired.
+    """
+    plain = _mean_score(first[1], split) - _mean_score(second[1], split)
+    kept = [[run.predictions for run in runs] for _, runs in (first, second)]
+    if any(one is None for arm in kept for one in arm):
+        return Comparison(first[0], second[0], None, plain, "not paired: predictions are missing")
+    whole = [one.only(split) for arm in kept for one in arm if one is not None]
+    aligned = align(whole)
+    if aligned is None:
+        return Comparison(first[0], second[0], None, plain, "not paired: the examples are not the same")
+    labels = aligned[0].labels
+    if labels is None:
+        return Comparison(first[0], second[0], None, plain, "not paired: the examples have no labels")
+    logits = [one.logits for one in aligned]
+    cut = len(first[1])
+    difference = paired_bootstrap(task, labels, logits[:cut], logits[cut:], groups=aligned[0].groups, draws=draws)
+    return Comparison(first[0], second[0], difference, plain)
+
+
+def _mean_score(runs: Sequence[Run], split: str) -> float:
+    """Average the scores of some runs."""
+    return float(np.mean([value for run in runs if (value := run.score(split)) is not None]))
+
+
+def align(predictions: Sequence[Predictions]) -> list[Predictions] | None:
+    """Bring predictions into the row and column order of the first.
+
+    Args:
+        predictions: of one split, at least one.
+
+    Returns:
+        The reordered predictions; None where ids, labels or label names are not the same.
+    """
+    first = predictions[0]
+    keys = _keys(first)
+    if not keys or len(set(keys)) != len(keys):
+        return None
+    aligned = []
+    for one in predictions:
+        places = {key: row for row, key in enumerate(_keys(one))}
+        if len(places) != len(keys) or len(one.ids) != len(keys) or set(places) != set(keys):
+            return None
+        if set(one.label_names) != set(first.label_names):
+            return None
+        rows = [places[key] for key in keys]
+        columns = [one.label_names.index(name) for name in first.label_names]
+        moved = _reorder(one, rows, columns)
+        if not _same_labels(first, moved):
+            return None
+        aligned.append(moved)
+    return aligned
+
+
+def _keys(predictions: Predictions) -> list[tuple[str, str]]:
+    """Name each row by its group and id."""
+    groups = predictions.groups or ("",) * len(predictions.ids)
+    return list(zip(groups, predictions.ids, strict=True))
+
+
+def _reorder(one: Predictions, rows: list[int], columns: list[int]) -> Predictions:
+    """Take rows and columns in a given order; label indices follow the columns."""
+    labels = None if one.labels is None else one.labels[rows]
+    if labels is not None and labels.ndim == 2:
+        labels = labels[:, columns]
+    elif labels is not None and np.issubdtype(labels.dtype, np.integer):
+        labels = np.argsort(columns)[labels]
+    return Predictions(
+        ids=tuple(one.ids[row] for row in rows),
+        split=tuple(one.split[row] for row in rows),
+        logits=one.logits[rows][:, columns],
+        label_names=tuple(one.label_names[column] for column in columns),
+        labels=labels,
+        groups=None if one.groups is None else tuple(one.groups[row] for row in rows),
+    )
+
+
+def _same_labels(first: Predictions, second: Predictions) -> bool:
+    """Say whether the same examples carry the same labels."""
+    if first.labels is None or second.labels is None:
+        return first.labels is None and second.labels is None
+    return first.labels.shape == second.labels.shape and bool(np.array_equal(first.labels, second.labels))
+
+
+def retention(experiment: Experiment, arm: str, of: str) -> MeanSd | None:
+    """Compute the share of another arm's mean score that each seed of an arm keeps.
+
+    Args:
+        experiment: the runs.
+        arm: the student.
+        of: the arm that is 100 per cent.
+
+    Returns:
+        Per cent over the arm's seeds; None where a score is missing or the other score is not above 0, since a
+        share of nothing means nothing.
+    """
+    whole = experiment.score(of)
+    runs = experiment.finished(arm)
+    if whole is None or whole.mean <= 0 or not runs:
+        return None
+    scores = [run.score(experiment.split) for run in runs]
+    return mean_sd([100 * value / whole.mean for value in scores if value is not None])
+
+
+def mean_cost(runs: Sequence[Run], read: Callable[[Run], float | None]) -> MeanSd | None:
+    """Average a cost over the runs that measured it.
+
+    Args:
+        runs: of one arm.
+        read: gives a run's figure, or None.
+
+    Returns:
+        Mean and spread; None where no run has it.
+    """
+    values = [float(value) for run in runs if (value := read(run)) is not None]
+    return mean_sd(values) if values else None
+
+
+def saving(experiment: Experiment, read: Callable[[Run], float | None], *, arm: str, than: str) -> float | None:
+    """Compute how much smaller an arm's mean cost is than another's.
+
+    Args:
+        experiment: the runs.
+        read: gives a run's cost, or None.
+        arm: the cheaper arm, one hopes.
+        than: what it is compared with.
+
+    Returns:
+        Per cent saved, negative where it costs more; None where either is unknown or the other is 0.
+    """
+    one, other = (mean_cost(experiment.finished(name), read) for name in (arm, than))
+    if one is None or other is None or other.mean == 0:
+        return None
+    return 100 * (1 - one.mean / other.mean)

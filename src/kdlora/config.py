@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -280,7 +281,7 @@ class RunConfig(_Section):
 class Config(_Section):
     """One experiment: arms x seeds on one task."""
 
-    name: str | None = Field(default=None, min_length=1)
+    name: str | None = Field(default=None, pattern=r"^\w[\w .+-]*$", max_length=100)
     """Name of the experiment; default: the task's name or the training file's. Results go to `runs/<name>`."""
     family: FamilyName | None = None
     """Teacher and student of the paper, where `teacher.model` and `student.model` are not set."""
@@ -359,9 +360,11 @@ class Config(_Section):
         return self.run.seeds[0] if self.teacher.seed is None else self.teacher.seed
 
     def title(self) -> str:
-        """Name the experiment: `name`, else the GLUE task, else the data's own name."""
+        """Name the experiment: `name`, else the GLUE task, else the data's own name, safe as a folder's."""
         source = self.data.train if self.data.path is None else self.data.path
-        return self.name or self.task.name or Path(str(source)).stem
+        return (
+            self.name or self.task.name or re.sub(r"[^\w.+-]", "-", Path(str(source)).stem).strip(".-") or "experiment"
+        )
 
     def fingerprint(self, *sections: str) -> str:
         """Hash the configuration, or some of its sections.

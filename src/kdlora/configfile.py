@@ -97,7 +97,11 @@ def build_config(
 
 def save_config(config: Config) -> str:
     """Write a configuration as YAML that reruns the experiment from anywhere."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    readable = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(readable) == values:
+        return readable
+    return yaml.safe_dump(values, sort_keys=False)  # some control characters only survive as escapes
 
 
 def _assign(values: dict[str, Any], override: str) -> None:

@@ -1,0 +1,216 @@
+"""Configuration: every fault at once, no key without effect, and a file that reruns the experiment."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdlora.config import ARMS, Config
+from kdlora.configfile import build_config, load_config, save_config
+from kdlora.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+MINIMAL = {"family": "bert", "task": {"name": "mrpc"}, "data": {"path": "nyu-mll/glue"}}
+
+
+def faults_of(values, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        build_config(values, overrides)
+    return str(caught.value).splitlines()
+
+
+def test_five_faults_are_reported_at_once():
+    """A user who learns of one fault per attempt needs five attempts."""
+    lines = faults_of(
+        {
+            "task": {"name": "mrpcc"},
+            "data": {"path": "x", "max_trian_examples": 5},
+            "teacher": {"model": "m", "train": {"epochs": "three"}},
+            "student": {"model": "s"},
+            "lora": {"rank": 0},
+            "run": {"seeds": [1, 1]},
+        }
+    )
+    assert lines[0] == "config: 5 faults"
+    assert len(lines) == 6
+    assert any(line.startswith("  - task.name: ") and "Did you mean 'mrpc'?" in line for line in lines)
+    assert "  - data.max_trian_examples: unknown key. Did you mean 'max_train_examples'?" in lines
+    assert any("teacher.train.epochs: " in line and "got 'three'" in line for line in lines)
+    assert any("lora.rank: " in line and "greater than or equal to 1, got 0" in line for line in lines)
+    assert "  - run: run.seeds holds a value twice: [1, 1]" in lines
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"family": "bert"}, "data: this section or key is required"),
+        (MINIMAL | {"name": "../../x"}, "name: "),
+        (MINIMAL | {"data": {}}, "no data: set data.path"),
+        (MINIMAL | {"studnet": {}}, "studnet: unknown key. Did you mean 'student'?"),
+        (MINIMAL | {"family": "brt"}, "Did you mean 'bert'?"),
+        (MINIMAL | {"teacher": {"logits": "a", "probabilities": "b"}}, "one teacher only"),
+        (MINIMAL | {"teacher": {"label_names": ["a"]}}, "teacher.fine_tuned, which is not set"),
+        (MINIMAL | {"student": {"model": "m", "from_teacher_layers": [0]}}, "one student only"),
+        (MINIMAL | {"run": {"arms": ["kd"]}}, "run.arms.0"),
+        (MINIMAL | {"run": {"arms": []}}, "run.arms"),
+        (MINIMAL | {"task": {"name": "mrpc", "text": "a"}}, "leave out task.text"),
+        (MINIMAL | {"distil": {"temperature": 0}}, "distil.temperature"),
+        (MINIMAL | {"distil": {"alpha": float("nan")}}, "distil.alpha"),
+        (MINIMAL | {"teacher": {"train": {"early_stopping_patience": 1}}}, "needs select: best"),
+        ({"data": {"path": "x"}, "student": {"model": "m"}}, "need a teacher"),
+        ({"data": {"path": "x"}, "teacher": {"model": "m"}}, "no student"),
+        ({"data": {"path": "x"}, "run": {"arms": ["student-lora"]}}, "no student"),
+    ],
+)
+def test_each_fault_names_its_key(values, expected):
+    """A message without the key sends the user to guess."""
+    assert expected in "\n".join(faults_of(values))
+
+
+def test_a_family_names_both_models_and_yields_to_what_is_set():
+    """A family that overrode teacher.model would train another model than the one written down."""
+    config = build_config(MINIMAL | {"teacher": {"model": "my/teacher"}})
+    assert (config.teacher.model, config.student.model) == ("my/teacher", "distilbert-base-uncased")
+
+
+def test_without_a_pretrained_teacher_the_default_arms_leave_lora_out():
+    """A table as teacher would otherwise be refused by the default arms alone."""
+    values = {"data": {"train": "a.csv"}, "teacher": {"logits": "t.parquet"}, "student": {"model": "m"}}
+    assert build_config(values).run.arms == ("fft", "kd-lora", "student-lora")
+    assert build_config(MINIMAL).run.arms == ("fft", "lora", "kd-lora", "student-lora")
+
+
+def test_overrides_are_yaml_and_reach_nested_keys():
+    """`5e-5` must be a number, although plain YAML reads it as text."""
+    config = build_config(
+        MINIMAL, ["student.train.learning_rate=5e-5", "run.seeds=[3, 4]", "lora.targets=[query, key]", "name=x"]
+    )
+    assert config.student.train.learning_rate == pytest.approx(5e-5)
+    assert config.student.train.epochs == 5.0
+    assert config.run.seeds == (3, 4)
+    assert config.lora.targets == ("query", "key")
+    assert config.name == "x"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lora.rank", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("lora.rnk=3", "lora.rnk: unknown key. Did you mean 'rank'?"),
+        ("lora.rank=[", "not valid YAML"),
+        ("lora=3", "lora"),
+    ],
+)
+def test_bad_overrides_say_so(override, expected):
+    """A misspelt override that is ignored leaves the run as it was, unnoticed."""
+    assert expected in "\n".join(faults_of(MINIMAL, override))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "expected sections"),
+        ("- a\n- b\n", "expected sections"),
+        ("task: [", "not valid YAML"),
+        ("lora: {rank: 4}\nlora: {rank: 8}\n", "stands twice"),
+        ("lora: {rank: 4, rank: 8}\n", "stands twice"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, text, expected):
+    """YAML keeps the last of two equal keys; the user never learns which one counted."""
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_config(file)
+    assert str(file) in str(caught.value)
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    """A traceback for a misspelt path is no way to greet a user."""
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_relative_paths_resolve_against_the_config_file(tmp_path, monkeypatch):
+    """A saved config that only works from one folder does not rerun the experiment."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "glue").mkdir()
+    file = tmp_path / "sub" / "c.yaml"
+    file.write_text(
+        "task: {name: mrpc}\ndata: {path: ../glue}\nfamily: bert\n"
+        "teacher: {fine_tuned: ./mine}\nrun: {arms: [fft, kd-lora]}\n"
+    )
+    monkeypatch.chdir("/")
+    config = load_config(file)
+    assert config.data.path == str(tmp_path / "glue")
+    assert config.teacher.fine_tuned == str(tmp_path / "sub" / "mine")
+    assert config.student.model == "distilbert-base-uncased"  # a Hub id stays one
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rank=st.integers(1, 64),
+    rate=st.floats(1e-7, 1.0),
+    arms=st.lists(st.sampled_from(ARMS), min_size=1, unique=True),
+    seeds=st.lists(st.integers(0, 2**31), min_size=1, max_size=4, unique=True),
+    label=st.none() | st.text(min_size=1, max_size=20),
+)
+def test_saved_configs_read_back_equal(tmp_path_factory, rank, rate, arms, seeds, label):
+    """A config that changes on the way to disk and back reruns another experiment."""
+    config = build_config(
+        {"family": "bert", "data": {"train": "a.csv"}}
+        | {
+            "task": {"label": label},
+            "lora": {"rank": rank},
+            "student": {"train": {"learning_rate": rate}},
+            "run": {"arms": arms, "seeds": seeds},
+        }
+    )
+    file = tmp_path_factory.mktemp("config") / "c.yaml"
+    file.write_text(save_config(config), encoding="utf-8")
+    assert load_config(file) == config
+    assert load_config(file).fingerprint() == config.fingerprint()
+
+
+def test_the_fingerprint_sees_every_section_but_the_name():
+    """Two configs with one fingerprint would share a folder and mix their runs."""
+    base = build_config(MINIMAL)
+    for override in ("lora.rank=4", "distil.alpha=0.1", "run.seeds=[9]", "data.split_seed=1", "teacher.train.epochs=1"):
+        assert build_config(MINIMAL, [override]).fingerprint() != base.fingerprint(), override
+    assert build_config(MINIMAL, ["name=other"]).fingerprint() == base.fingerprint()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_configs_are_valid(file):
+    """An example that no longer parses is the first thing that a stranger meets."""
+    assert load_config(file).title()
+
+
+def test_every_field_is_documented():
+    """An option without a description has no place in the reference."""
+
+    def walk(model):
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name}"
+            if hasattr(field.annotation, "model_fields"):
+                walk(field.annotation)
+
+    walk(Config)
+
+
+def test_the_reference_page_is_true():
+    """Generated pages go stale the day after."""
+    subprocess.run([sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], check=True)
+
+
+def test_saved_configs_are_plain_yaml():
+    """Python tags in a saved config would need an unsafe loader."""
+    assert yaml.safe_load(save_config(build_config(MINIMAL)))["task"]["name"] == "mrpc"

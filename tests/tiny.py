@@ -1,4 +1,4 @@
-"""Tiny but real: a trained tokenizer, model folders of seven families as a hub would carry them, a learnable data set."""
+"""Tiny but real: a trained tokenizer, model folders of seven families as a hub has them, a learnable data set."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from kdlora.data.tasks import Task
 
 FAMILIES = ("bert", "distilbert", "roberta", "deberta-v2", "electra", "mpnet", "modernbert")
 """The families that kdlora promises; `tiny_model_folder` builds each of them."""
@@ -36,6 +38,9 @@ OTHER_TEXT = (
     "日本語 の テキスト も あります",
     "Привет, мир — déjà vu, smörgåsbord, 100 € & more…",
 )
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PAD_IS_ONE = ("roberta", "mpnet")
+"""These count positions from the padding token's id on, which is 1; MPNet has it fixed in its code."""
 WITHOUT_TOKEN_TYPES = ("distilbert", "roberta", "mpnet", "modernbert")
 
 
@@ -69,16 +74,16 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def train_tokenizer(family: str = "bert") -> transformers.PreTrainedTokenizerFast:
-    """Train a WordPiece tokenizer on the texts of this module; the vocabulary is the same for every family.
+    """Train a WordPiece tokenizer on the texts of this module.
 
     Args:
-        family: decides whether it makes `token_type_ids`, as that family's own tokenizer does.
+        family: decides on the ids of the special tokens and on `token_type_ids`, as the family's own tokenizer does.
     """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    special = [SPECIAL[index] for index in ((2, 0, 3, 1, 4) if family in PAD_IS_ONE else range(5))]
     trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     texts = [row["text"] for row in sentiment_rows(400)] + list(OTHER_TEXT) * 4
     tokenizer.train_from_iterator(texts, trainer)
@@ -107,9 +112,9 @@ def tiny_config(family: str, vocab_size: int, *, layers: int = 2, hidden: int = 
         "num_attention_heads": 2,
         "intermediate_size": 2 * hidden,
         "max_position_embeddings": 66,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
+        "pad_token_id": 1 if family in PAD_IS_ONE else 0,
+        "bos_token_id": 0 if family in PAD_IS_ONE else 2,
+        "eos_token_id": 2 if family in PAD_IS_ONE else 3,
     }
     if family in ("bert", "bert-without-pooler"):
         return transformers.BertConfig(**common)
@@ -192,3 +197,22 @@ def build_model_folder(family: str, folder: Path, *, layers: int = 2, hidden: in
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def task(kind: str = "single-label", names: Sequence[str] = ("negative", "positive")) -> Task:
+    """Give a task on a `text` column; regression has the one name `label`."""
+    metric = {"single-label": "accuracy", "regression": "pearson", "multi-label": "micro_f1"}[kind]
+    labels = ("label",) if kind == "regression" else tuple(names)
+    return Task(kind=kind, text=("text",), label=("label",), label_names=labels, metrics=(metric,))
+
+
+def batch(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """Give two texts of unlike length as tensors, padded."""
+    texts = ["the film was wonderful", "what a dreadful story, as the company said in the third quarter"]
+    return dict(tokenizer(texts, return_tensors="pt", padding=True))
+
+
+def logits(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> torch.Tensor:
+    """Give the model's logits on `batch`, dropout off."""
+    with torch.no_grad():
+        return model.eval()(**batch(tokenizer)).logits

@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kdlora.config import LoraConfig
 from kdlora.errors import ModelError, did_you_mean
@@ -170,8 +170,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(folder)
-    base = config.base_model_name_or_path or str(folder.name + "/base")
-    (folder / "README.md").write_text(_card(base, config.revision, model), encoding="utf-8")
+    _write_card(folder, config.base_model_name_or_path or "base", config.revision, model.config)
 
 
 def add_base(folder: Path, encoder: Encoder, *, address: Path) -> None:
@@ -187,6 +186,7 @@ def add_base(folder: Path, encoder: Encoder, *, address: Path) -> None:
     config.base_model_name_or_path = str(address.resolve() / "base")
     config.target_modules = sorted(config.target_modules)
     config.save_pretrained(folder)
+    _write_card(folder, config.base_model_name_or_path, None, encoder.model.config)
 
 
 def merge_student(model: PeftModel) -> PreTrainedModel:
@@ -344,11 +344,11 @@ def _is_matrix(key: str) -> bool:
     return ".lora_A." in key or ".lora_B." in key
 
 
-def _card(base: str, revision: str | None, model: PeftModel) -> str:
+def _write_card(folder: Path, base: str, revision: str | None, config: PretrainedConfig) -> None:
     """Write how the adapter is loaded; PEFT's own card is a form to be filled in."""
-    labels = model.config.id2label
+    labels = config.id2label
     pin = f", revision={revision!r}" if revision else ""
-    return f"""---
+    text = f"""---
 library_name: peft
 pipeline_tag: text-classification
 ---
@@ -364,3 +364,4 @@ model = PeftModel.from_pretrained(base, "this folder")
 
 Labels, in the order of the logits: {", ".join(str(labels[column]) for column in sorted(labels))}.
 """
+    (folder / "README.md").write_text(text, encoding="utf-8")

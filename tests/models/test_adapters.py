@@ -1,0 +1,371 @@
+"""Adapters: where they go, what is trained, and that saving and merging lose nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+
+import tiny
+from kdlora.config import LoraConfig
+from kdlora.errors import ModelError
+from kdlora.models.adapters import (
+    add_adapter,
+    add_base,
+    count_parameters,
+    merge_student,
+    resolve_targets,
+    save_adapter,
+)
+from kdlora.models.encoders import Encoder, load_encoder, save_encoder, student_from_layers
+
+# PEFT reads a property that transformers renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+FAMILIES = tiny.FAMILIES + tiny.VARIANTS
+TARGETS = {
+    "bert": ["query", "value"],
+    "bert-without-pooler": ["query", "value"],
+    "distilbert": ["q_lin", "v_lin"],
+    "roberta": ["query", "value"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "electra": ["query", "value"],
+    "mpnet": ["attn.q", "attn.v"],
+    "modernbert": ["Wqkv"],
+}
+TASK = tiny.task(names=("bad", "so-so", "good"))
+VARIANTS = {
+    "plain": LoraConfig(),
+    "all-linear": LoraConfig(targets="all-linear", rank=4),
+    "rslora": LoraConfig(rslora=True),
+    "dora": LoraConfig(dora=True),
+    "gaussian": LoraConfig(init="gaussian"),
+    "orthogonal": LoraConfig(init="orthogonal"),
+    "olora": LoraConfig(init="olora"),
+    "pissa": LoraConfig(init="pissa"),
+    "pissa, rslora and dora": LoraConfig(init="pissa", rslora=True, dora=True),
+}
+CASES = [(family, "plain") for family in FAMILIES] + [(family, "all-linear") for family in FAMILIES]
+CASES += [(family, variant) for family in ("bert", "modernbert") for variant in list(VARIANTS)[2:]]
+
+
+def encoder_of(folder: Path) -> Encoder:
+    return load_encoder(str(folder), TASK, seed=3)
+
+
+def disturb(model: torch.nn.Module) -> None:
+    """Move every trainable weight, as a training would."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype))
+
+
+@pytest.fixture
+def adapted(tiny_model_folder):
+    """Gives a family's model with a disturbed adapter, and its tokenizer."""
+
+    def build(family: str, variant: str = "plain"):
+        encoder = encoder_of(tiny_model_folder(family))
+        model = add_adapter(encoder, VARIANTS[variant], seed=1)
+        disturb(model)
+        return model, encoder.tokenizer
+
+    return build
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_query_and_value_are_found_in_every_family(tiny_model_folder, family, caplog):
+    """PEFT knows no targets for DistilBERT and ModernBERT, and no other library's names fit MPNet."""
+    encoder = encoder_of(tiny_model_folder(family))
+    with caplog.at_level("INFO", logger="kdlora"):
+        assert resolve_targets(encoder.model, "query-value", encoder.fresh) == TARGETS[family]
+    fused = "Wqkv makes query, key and value in one projection" in caplog.text
+    assert fused == (family == "modernbert")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_leaves_out_what_is_trained_in_full(tiny_model_folder, family):
+    """`dense` also ends the names of poolers and heads: they would carry an adapter on top of their own weights."""
+    encoder = encoder_of(tiny_model_folder(family))
+    names = resolve_targets(encoder.model, "all-linear", encoder.fresh)
+    linear = {name for name, module in encoder.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    matched = {layer for layer in linear if any(f".{layer}".endswith(f".{name}") for name in names)}
+    own = {layer for layer in linear if any(f"{layer}.".startswith(f"{part}.") for part in encoder.fresh)}
+    assert matched == linear - own
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", ["plain", "all-linear", "dora"])
+def test_exactly_adapter_and_fresh_modules_are_trained(tiny_model_folder, family, variant):
+    """A head that stays frozen and random costs accuracy and shows nowhere."""
+    encoder = encoder_of(tiny_model_folder(family))
+    before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
+    fresh_size = sum(
+        parameter.numel() for name in encoder.fresh for parameter in encoder.model.get_submodule(name).parameters()
+    )
+    model = add_adapter(encoder, VARIANTS[variant], seed=1)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapters = {name for name in trainable if ".lora_" in name}
+    copies = {f"base_model.model.{name}.modules_to_save.default" for name in encoder.fresh}
+    assert adapters
+    assert all(name.startswith(tuple(copies)) for name in trainable - adapters)
+    counts = count_parameters(model)
+    assert counts.head == fresh_size
+    assert counts.trainable == counts.adapter + counts.head
+    assert counts.total == sum(value.numel() for name, value in before.items() if "position_ids" not in name)
+    disturb(model)
+    model(**tiny.batch(encoder.tokenizer), labels=torch.tensor([0, 2])).loss.backward()
+    idle = [name for name in trainable if not model.get_parameter(name).grad.abs().sum() > 0]
+    assert idle == []
+    frozen = [
+        name for name, parameter in model.named_parameters() if name not in trainable and parameter.grad is not None
+    ]
+    assert frozen == []
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2"])
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "olora", "pissa"])
+def test_an_untrained_adapter_changes_nothing_and_comes_from_its_seed(tiny_model_folder, family, init):
+    """An adapter that begins elsewhere throws the pretraining away; one without a seed cannot be repeated."""
+    plain = encoder_of(tiny_model_folder(family))
+    encoders = [encoder_of(tiny_model_folder(family)) for _ in range(3)]
+    models = []
+    for encoder, seed in zip(encoders, (1, 1, 2), strict=True):
+        torch.rand(7)
+        state = torch.get_rng_state()
+        models.append(add_adapter(encoder, LoraConfig(init=init), seed=seed))
+        assert torch.equal(torch.get_rng_state(), state)
+    first, again, other = (model.state_dict() for model in models)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    drawn = init not in ("olora", "pissa")  # those are taken from the weights
+    assert any(not torch.equal(value, other[name]) for name, value in first.items()) == drawn
+    expected = tiny.logits(plain.model, plain.tokenizer)
+    assert torch.allclose(tiny.logits(models[0], plain.tokenizer), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES)
+def test_merging_changes_nothing(tiny_model_folder, adapted, tmp_path, family, variant):
+    """Accuracy is lost in merges (peft#1836, #2502), and what is measured must be what is shipped."""
+    model, tokenizer = adapted(family, variant)
+    expected = tiny.logits(model, tokenizer)
+    merged = merge_student(model)
+    assert torch.allclose(tiny.logits(merged, tokenizer), expected, atol=1e-4)
+    assert torch.equal(tiny.logits(model, tokenizer), expected), "the unmerged model was changed"
+    parts = [name for name, _ in merged.named_modules() if "lora" in name or "modules_to_save" in name]
+    assert parts == []
+    plain = encoder_of(tiny_model_folder(family))
+    assert type(merged) is type(plain.model)
+    assert merged.state_dict().keys() == plain.model.state_dict().keys()
+    assert not torch.allclose(tiny.logits(plain.model, tokenizer), expected, atol=1e-3)
+    merged.save_pretrained(tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(again, tokenizer), tiny.logits(merged, tokenizer))
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES)
+def test_merging_is_exact_in_double_precision(adapted, family, variant):
+    """A small error of method hides below fp32's rounding; in float64 it cannot."""
+    model, tokenizer = adapted(family, variant)
+    double = copy.deepcopy(model).double()
+    expected = tiny.logits(double, tokenizer)
+    assert torch.allclose(tiny.logits(merge_student(double), tokenizer), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES)
+def test_a_saved_adapter_restores_the_model_on_the_original_base(tiny_model_folder, adapted, tmp_path, family, variant):
+    """The head comes back random (peft#577, #876); PiSSA's adapter fits only the weights that it changed."""
+    model, tokenizer = adapted(family, variant)
+    expected = tiny.logits(model, tokenizer)
+    save_adapter(model, tmp_path)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_model_folder(family), num_labels=3)
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    exact = VARIANTS[variant].init not in ("olora", "pissa")
+    assert torch.allclose(tiny.logits(again, tokenizer), expected, rtol=0, atol=0 if exact else 1e-5)
+    assert torch.equal(tiny.logits(model, tokenizer), expected), "saving changed the model"
+
+
+def test_a_saved_adapter_finds_its_base(tiny_model_folder, adapted, tmp_path):
+    """AutoPeftModel needs the address and the revision of the base, and no pickle may be written."""
+    model, tokenizer = adapted("roberta")
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model_folder("roberta").resolve())
+    assert config["modules_to_save"] == ["classifier"]
+    assert config["task_type"] == "SEQ_CLS"
+    again = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert torch.equal(tiny.logits(again, tokenizer), tiny.logits(model, tokenizer))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".md"}
+    assert "bad, so-so, good" in (tmp_path / "README.md").read_text()
+
+
+def test_the_revision_of_the_base_is_recorded(tiny_model_folder, tmp_path):
+    """An adapter on the `main` of tomorrow is another model."""
+    encoder = encoder_of(tiny_model_folder("bert"))
+    encoder.revision = "abc123"
+    save_adapter(add_adapter(encoder, LoraConfig(), seed=0), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "abc123"
+
+
+def test_an_adapter_on_teacher_layers_brings_its_base(tiny_model_folder, tmp_path):
+    """On the whole teacher its adapters would load onto the wrong layers without a word."""
+    source = str(tiny_model_folder("bert", layers=4))
+    encoder = student_from_layers(source, [1, 3], TASK, seed=3)
+    model = add_adapter(encoder, LoraConfig(), seed=1)
+    disturb(model)
+    save_adapter(model, tmp_path / "making")
+    assert json.loads((tmp_path / "making" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    base = student_from_layers(source, [1, 3], TASK, seed=3)
+    add_base(tmp_path / "making", base, address=tmp_path / "adapter")
+    (tmp_path / "making").rename(tmp_path / "adapter")
+    assert str(tmp_path / "adapter" / "base") in (tmp_path / "adapter" / "README.md").read_text()
+    again = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(tiny.logits(again, encoder.tokenizer), tiny.logits(model, encoder.tokenizer))
+
+
+def test_a_merged_student_answers_with_label_names(tiny_model_folder, adapted, tmp_path):
+    """The product is what `pipeline` makes of the folder."""
+    model, tokenizer = adapted("distilbert")
+    merged = merge_student(model)
+    save_encoder(Encoder(merged, tokenizer, (), "student"), tmp_path)
+    answer = transformers.pipeline("text-classification", model=str(tmp_path))("the film was wonderful", top_k=None)
+    assert {row["label"] for row in answer} == set(TASK.label_names)
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+    assert merged.name_or_path == ""
+
+
+def test_half_precision_is_merged_in_fp32(adapted):
+    """A merge in bf16 rounds the adapter away."""
+    model, tokenizer = adapted("bert")
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    merged = merge_student(half)
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
+    assert torch.allclose(tiny.logits(merged, tokenizer), tiny.logits(half.float(), tokenizer), atol=1e-4)
+
+
+def test_a_diverged_adapter_is_not_merged(adapted):
+    """NaN weights would ship as a model that always answers the first label."""
+    model, _ = adapted("bert")
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if "lora_A" in name).fill_(float("nan"))
+    with pytest.raises(ModelError, match="the training diverged"):
+        merge_student(model)
+
+
+def test_the_papers_count_is_ten_times_too_high():
+    """Rank 8 on query and value of BERT-base is 294,912 parameters, whatever Table 2 says."""
+    with torch.device("meta"):
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=2))
+    encoder = Encoder(model, tiny.train_tokenizer(), ("classifier",), "bert-base-uncased")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    counts = count_parameters(add_adapter(encoder, LoraConfig(rank=8), seed=0))
+    assert counts.adapter == 294_912
+    assert counts.head == 768 * 2 + 2
+    assert counts.total == total
+
+
+def test_a_plain_model_is_counted_too(tiny_model_folder):
+    """The fft arm reports its size in the same terms."""
+    model = encoder_of(tiny_model_folder("distilbert")).model
+    counts = count_parameters(model)
+    assert counts.adapter == 0
+    assert counts.head == 32 * 32 + 32 + 32 * 3 + 3
+    assert counts.total == counts.trainable == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_named_targets_reach_just_what_they_name(tiny_model_folder):
+    """A name that ends like the head's must not pull the head in."""
+    encoder = encoder_of(tiny_model_folder("roberta"))
+    assert resolve_targets(encoder.model, ["key", "query"], encoder.fresh) == ["key", "query"]
+    dense = resolve_targets(encoder.model, ["dense"], encoder.fresh)
+    assert "roberta.encoder.layer.0.intermediate.dense" in dense
+    assert not any("classifier" in name for name in dense)
+    full = "roberta.encoder.layer.1.attention.self.query"
+    model = add_adapter(encoder, LoraConfig(targets=(full,)), seed=0)
+    assert {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name} == {
+        f"base_model.model.{full}"
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("querry", r"'querry' matches no module of this 'roberta' model\. Did you mean 'query'\?"),
+        ("q_lin", r"Its linear layers are attention\.self\.query \(2\), attention\.self\.key \(2\)"),
+        ("classifier", "is a new module that is trained in full already"),
+        ("classifier.dense", "is a new module that is trained in full already"),
+        ("LayerNorm", "is a LayerNorm; adapters go on linear layers"),
+    ],
+)
+def test_targets_that_match_nothing_are_refused(tiny_model_folder, target, message):
+    """PEFT accepts a list in which one name matches: the others are silently without effect."""
+    encoder = encoder_of(tiny_model_folder("roberta"))
+    with pytest.raises(ModelError, match=message):
+        resolve_targets(encoder.model, ["query", target], encoder.fresh)
+
+
+def test_a_model_without_known_projections_names_the_candidates():
+    """FNet has no attention at all; the user chooses among its linear layers."""
+    config = transformers.FNetConfig(vocab_size=64, hidden_size=16, num_hidden_layers=3, intermediate_size=16)
+    model = transformers.FNetForSequenceClassification(config)
+    with pytest.raises(ModelError, match=r"all-linear.*intermediate\.dense \(3\), output\.dense \(3\)"):
+        resolve_targets(model, "query-value", ["classifier"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("DebertaForSequenceClassification", {"num_attention_heads": 2}, ["in_proj"]),
+        ("AlbertForSequenceClassification", {"num_attention_heads": 2, "embedding_size": 8}, ["query", "value"]),
+        ("FunnelForSequenceClassification", {"d_model": 16, "n_head": 2, "d_head": 8}, ["q_head", "v_head"]),
+    ],
+)
+def test_other_architectures_are_found_by_their_names(name, options, expected):
+    """`any other model: found` must hold for more than the seven."""
+    kind = getattr(transformers, name)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16}
+    if "Funnel" in name:
+        sizes = {"vocab_size": 64, "block_sizes": [1, 1], "d_inner": 16}
+    model = kind(kind.config_class(**sizes, **options))
+    assert resolve_targets(model, "query-value", ["classifier", "pooler"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (LoraConfig(init="orthogonal", rank=3), "needs an even lora.rank, got 3"),
+        (LoraConfig(init="pissa", rank=64), "lora.rank can be at most 32"),
+        (LoraConfig(init="olora", rank=64), "lora.rank can be at most 32"),
+    ],
+)
+def test_ranks_that_an_initialisation_cannot_have_are_refused(tiny_model_folder, lora, message):
+    """PiSSA of a rank above the width makes matrices of another shape than the config says."""
+    with pytest.raises(ModelError, match=message):
+        add_adapter(encoder_of(tiny_model_folder("bert")), lora, seed=0)
+
+
+def test_a_fresh_name_that_reaches_further_is_refused(tiny_model_folder):
+    """PEFT matches names from the end: `dense` would set half the encoder free."""
+    encoder = encoder_of(tiny_model_folder("bert"))
+    encoder.fresh = ("classifier", "bert.pooler", "dense")
+    with pytest.raises(ModelError, match="modules trained in full are not those intended"):
+        add_adapter(encoder, LoraConfig(), seed=0)
+
+
+def test_weights_that_nobody_asked_to_train_are_refused(tiny_model_folder, monkeypatch):
+    """A PEFT release that leaves biases or norms trainable would blur every comparison of arms."""
+
+    def with_a_loose_weight(model, config):
+        wrapped = peft.get_peft_model(model, config)
+        model.get_input_embeddings().weight.requires_grad_(True)
+        return wrapped
+
+    monkeypatch.setattr("kdlora.models.adapters.get_peft_model", with_a_loose_weight)
+    with pytest.raises(ModelError, match="trainable parameters are not those intended"):
+        add_adapter(encoder_of(tiny_model_folder("bert")), LoraConfig(), seed=0)

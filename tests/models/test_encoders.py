@@ -1,0 +1,253 @@
+"""Loading encoders: the new head, the seed, the tokenizer's limits, label spaces."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import tiny
+from kdlora.errors import ModelError
+from kdlora.models.encoders import load_encoder, load_fine_tuned, match_labels, save_encoder
+
+FRESH = {
+    "bert": ("classifier",),
+    "bert-without-pooler": ("bert.pooler.dense", "classifier"),
+    "distilbert": ("pre_classifier", "classifier"),
+    "roberta": ("classifier",),
+    "deberta-v2": ("pooler", "classifier"),
+    "electra": ("classifier",),
+    "mpnet": ("classifier",),
+    "modernbert": ("head", "classifier"),
+}
+FAMILIES = tiny.FAMILIES + tiny.VARIANTS
+THREE = ("bad", "so-so", "good")
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def classifier_folder(source: Path, folder: Path, names=THREE, architecture: str | None = None) -> Path:
+    """Save a model with a trained head, as a fine-tuning elsewhere leaves it."""
+    encoder = load_encoder(str(source), tiny.task(names=names), seed=11)
+    save_encoder(encoder, folder)
+    if architecture:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_random_module_is_named_fresh(tiny_model_folder, family):
+    """PEFT freezes what it does not know: DeBERTa's pooler and ModernBERT's head would stay random for ever."""
+    encoder = load_encoder(str(tiny_model_folder(family)), tiny.task(names=THREE), seed=0)
+    assert encoder.fresh == FRESH[family]
+    stored = transformers.AutoModel.from_pretrained(tiny_model_folder(family)).state_dict()
+    for name, value in encoder.model.base_model.state_dict().items():
+        if not any(f"{encoder.model.base_model_prefix}.{name}".startswith(own) for own in encoder.fresh):
+            assert torch.equal(value, stored[name]), name
+    assert tiny.logits(encoder.model, encoder.tokenizer).shape == (2, 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_weights_come_from_the_seed_alone(tiny_model_folder, family):
+    """Arms that start from other heads are no controls; a load that moves the global state shifts the data order."""
+    source, task = str(tiny_model_folder(family)), tiny.task()
+    torch.manual_seed(1)
+    first = weights(load_encoder(source, task, seed=5).model)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = weights(load_encoder(source, task, seed=5).model)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = weights(load_encoder(source, task, seed=6).model)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    changed = {name for name, value in first.items() if not torch.equal(value, other[name])}
+    assert changed
+    assert all(name.startswith(FRESH[family]) for name in changed)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("names", [THREE, ("negative", "positive")])
+def test_a_head_from_another_task_starts_anew(tiny_model_folder, tmp_path, family, names):
+    """A head of the same shape would be kept, and one arm begin with another task's knowledge."""
+    folder = classifier_folder(tiny_model_folder(family), tmp_path / "other", names)
+    again = load_encoder(str(folder), tiny.task(), seed=0)
+    assert again.fresh == tuple(name for name in FRESH[family] if "." not in name)
+    trained = load_encoder(str(tiny_model_folder(family)), tiny.task(names=names), seed=11).model.classifier
+    for (name, new), old in zip(again.model.classifier.named_parameters(), trained.parameters(), strict=True):
+        assert new.shape != old.shape or name.endswith("bias") or not torch.equal(new, old)
+    assert again.model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_what_pretraining_left_beside_the_encoder_is_kept(tiny_model_folder):
+    """ModernBERT's prediction head is pretrained; starting it anew would throw that away."""
+    folder = tiny_model_folder("modernbert")
+    pretrained = transformers.ModernBertForMaskedLM.from_pretrained(folder)
+    encoder = load_encoder(str(folder), tiny.task(), seed=0)
+    assert torch.equal(encoder.model.head.dense.weight, pretrained.head.dense.weight)
+    assert "head" in encoder.fresh
+
+
+def test_a_half_precision_checkpoint_is_trained_in_fp32(tiny_model_folder, tmp_path):
+    """Transformers 5 keeps the file's precision, and small updates to bf16 weights vanish."""
+    model = transformers.BertModel.from_pretrained(tiny_model_folder("bert"), dtype=torch.bfloat16)
+    shutil.copytree(tiny_model_folder("bert"), tmp_path / "half")
+    model.save_pretrained(tmp_path / "half")
+    encoder = load_encoder(str(tmp_path / "half"), tiny.task(), seed=0)
+    assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.float32}
+    save_encoder(encoder, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("single-label", "single_label_classification"),
+        ("regression", "regression"),
+        ("multi-label", "multi_label_classification"),
+    ],
+)
+def test_labels_and_kind_stand_in_the_config(tiny_model_folder, tmp_path, kind, problem):
+    """Otherwise the shipped model answers LABEL_0, and a pipeline applies the wrong activation."""
+    task = tiny.task(kind)
+    save_encoder(load_encoder(str(tiny_model_folder("bert")), task, seed=0), tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.problem_type == problem
+    assert config.id2label == task.id2label
+    assert config.label2id == task.label2id
+
+
+def test_loading_says_nothing_and_restores_the_library(tiny_model_folder, capfd):
+    """The load report calls the new head a fault; and a silenced library must speak again afterwards."""
+    before = transformers.logging.get_verbosity()
+    load_encoder(str(tiny_model_folder("deberta-v2")), tiny.task(), seed=0)
+    assert capfd.readouterr() == ("", "")
+    assert transformers.logging.get_verbosity() == before
+
+
+@pytest.mark.parametrize(("family", "positions"), [("bert", 66), ("roberta", 64), ("mpnet", 64), ("modernbert", 66)])
+def test_texts_are_cut_where_the_model_ends(tiny_model_folder, tmp_path, family, positions):
+    """RoBERTa has two positions fewer than its config says; one text too long is an index error."""
+    folder = Path(shutil.copytree(tiny_model_folder(family), tmp_path / "model"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 10**30}))
+    encoder = load_encoder(str(folder), tiny.task(), seed=0)
+    assert encoder.tokenizer.model_max_length == positions
+    inputs = encoder.tokenizer("film " * 200, truncation=True, return_tensors="pt")
+    assert inputs["input_ids"].shape[1] == positions
+    assert encoder.model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["distilbert", "roberta", "deberta-v2"])
+def test_the_tokenizer_gives_what_the_model_takes(tiny_model_folder, tmp_path, family):
+    """A BERT tokenizer beside DistilBERT makes an input that it refuses; RoBERTa's second type is out of range."""
+    folder = Path(shutil.copytree(tiny_model_folder(family), tmp_path / "model"))
+    tokenizer = tiny.train_tokenizer(family)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.save_pretrained(folder)
+    encoder = load_encoder(str(folder), tiny.task(), seed=0)
+    inputs = encoder.tokenizer("the film", "a story", return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert encoder.model(**inputs).logits.isfinite().all()
+
+
+def test_pairs_keep_their_types_where_the_model_knows_them(tiny_model_folder):
+    """Dropping token types from BERT would make both texts of a pair one."""
+    encoder = load_encoder(str(tiny_model_folder("bert")), tiny.task(), seed=0)
+    assert 1 in encoder.tokenizer("the film", "a story")["token_type_ids"]
+
+
+def test_a_saved_tokenizer_does_not_pad_by_itself(tiny_model_folder, tmp_path):
+    """The last batch's padding would be stored in tokenizer.json, and a bare `tokenizers` reader apply it."""
+    encoder = load_encoder(str(tiny_model_folder("bert")), tiny.task(), seed=0)
+    encoder.tokenizer(["a", "the film"], padding="max_length", truncation=True, max_length=8)
+    save_encoder(encoder, tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert stored["padding"] is None
+    assert stored["truncation"] is None
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_fine_tuned_model_keeps_its_head(tiny_model_folder, tmp_path, family):
+    """A teacher whose head is random on reload teaches noise."""
+    folder = classifier_folder(tiny_model_folder(family), tmp_path / "teacher")
+    original = load_encoder(str(tiny_model_folder(family)), tiny.task(names=THREE), seed=11)
+    teacher, columns = load_fine_tuned(str(folder), tiny.task(names=THREE))
+    assert columns == [0, 1, 2]
+    assert torch.equal(tiny.logits(teacher.model, teacher.tokenizer), tiny.logits(original.model, original.tokenizer))
+
+
+def test_columns_are_permuted_by_name(tiny_model_folder, tmp_path):
+    """roberta-large-mnli scored 4% for years because its labels stand in another order than the data's."""
+    folder = classifier_folder(tiny_model_folder("bert"), tmp_path / "teacher", ("Good ", "bad", "So-so"))
+    _, columns = load_fine_tuned(str(folder), tiny.task(names=THREE))
+    assert columns == [1, 2, 0]
+
+
+def test_generic_names_need_the_users_order(tiny_model_folder, tmp_path):
+    """LABEL_0 may be any label; guessing is right half the time."""
+    folder = classifier_folder(tiny_model_folder("bert"), tmp_path / "teacher", ("LABEL_0", "LABEL_1", "LABEL_2"))
+    with pytest.raises(ModelError, match=r"teacher\.label_names"):
+        load_fine_tuned(str(folder), tiny.task(names=THREE))
+    encoder, columns = load_fine_tuned(str(folder), tiny.task(names=THREE), label_names=("good", "bad", "so-so"))
+    assert columns == [1, 2, 0]
+    assert encoder.model.config.id2label == {0: "good", 1: "bad", 2: "so-so"}
+    with pytest.raises(ModelError, match=r"label_names has 2 names .* 3 outputs"):
+        load_fine_tuned(str(folder), tiny.task(names=THREE), label_names=("good", "bad"))
+
+
+def test_a_regression_teacher_has_one_output(tiny_model_folder, tmp_path):
+    """The first of several columns would pass for the score."""
+    folder = classifier_folder(tiny_model_folder("bert"), tmp_path / "teacher")
+    with pytest.raises(ModelError, match="regression needs a teacher with one"):
+        load_fine_tuned(str(folder), tiny.task("regression"))
+    save_encoder(load_encoder(str(tiny_model_folder("bert")), tiny.task("regression"), seed=0), tmp_path / "one")
+    assert load_fine_tuned(str(tmp_path / "one"), tiny.task("regression"))[1] == [0]
+
+
+def test_a_bare_encoder_is_not_a_teacher(tiny_model_folder, tmp_path):
+    """Its head would be random, and the student learn from dice."""
+    with pytest.raises(ModelError, match="is a BertForPreTraining, not a fine-tuned text classifier"):
+        load_fine_tuned(str(tiny_model_folder("bert")), tiny.task())
+    folder = Path(shutil.copytree(tiny_model_folder("bert"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    config["id2label"] = {"0": "negative", "1": "positive"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"not fine-tuned: classifier\.bias, classifier\.weight would be random"):
+        load_fine_tuned(str(folder), tiny.task())
+
+
+def test_a_token_classifier_is_not_a_teacher(tiny_model_folder, tmp_path):
+    """ModernBERT's token classifier has the same weight names: it loads without a missing key."""
+    folder = classifier_folder(
+        tiny_model_folder("modernbert"), tmp_path / "tagger", architecture="ModernBertForTokenClassification"
+    )
+    with pytest.raises(ModelError, match="not a fine-tuned text classifier"):
+        load_fine_tuned(str(folder), tiny.task(names=THREE))
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "message"),
+    [
+        (("no", "yes"), ("no", "maybe", "yes"), r"2 labels \(no, yes\); the task has 3"),
+        (("negativ", "positive"), ("negative", "positive"), r"'negative' is missing\. Did you mean 'negativ'\?"),
+        (("yes", "YES"), ("no", "yes"), "differ by more than case"),
+        (("a", "b"), ("a", "A"), "differ by more than case"),
+        (("LABEL_0", "LABEL_1"), ("no", "yes"), "does not tell which is which"),
+    ],
+)
+def test_label_spaces_that_differ_are_refused(found, wanted, message):
+    """A teacher with other labels must never be matched by position."""
+    with pytest.raises(ModelError, match=message):
+        match_labels(found, wanted, "the teacher")
+
+
+def test_generic_names_match_themselves():
+    """A task whose labels really are LABEL_0 and LABEL_1 needs no help."""
+    assert match_labels(("LABEL_1", "LABEL_0"), ("LABEL_0", "LABEL_1"), "the teacher") == [1, 0]

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from kdlora.data.labels import encode_labels
-from kdlora.data.sources import RawTable, Source
+from kdlora.data.sources import RawTable, Source, is_text
 from kdlora.data.tasks import Task
 from kdlora.errors import DataError
 
@@ -100,7 +100,7 @@ def corrupt_rows(raw: RawTable, columns: Columns) -> pa.Array:
     """
     corrupt = pa.chunked_array([pa.repeat(False, raw.table.num_rows)])
     for column in columns.text:
-        corrupt = pc.or_(corrupt, _blank(raw.table[column]))
+        corrupt = pc.or_(corrupt, _blank(raw.table[column].cast(pa.string())))
     for column in columns.label:
         label = raw.table[column].cast(pa.string())
         corrupt = pc.or_(corrupt, pc.fill_null(pc.is_in(label, pa.array(["", "-", "-1", "-1.0"])), True))
@@ -113,18 +113,17 @@ def _blank(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _texts(raw: RawTable, column: str) -> pa.ChunkedArray:
     values = raw.table[column]
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
     if pa.types.is_null(values.type):
         raise DataError(f"{raw.where(0)}: the text {column!r} is empty, in every row; expected text")
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+    if not is_text(values.type):
         raise DataError(f"{raw.source}: the text column {column!r} holds {values.type}, not text; check task.text")
+    values = values.cast(pa.string())
     blank = _blank(values)
     if (position := pc.index(blank, True).as_py()) >= 0:
         more = pc.sum(blank).as_py() - 1
         others = f" ({more} more such rows)" if more else ""
         raise DataError(f"{raw.where(position)}: the text {column!r} is empty{others}; remove the row or fill it in")
-    return values.cast(pa.string())
+    return values
 
 
 def _ids(raw: RawTable, column: str | None, prefix: str) -> pa.ChunkedArray | pa.Array:

@@ -57,7 +57,7 @@ def open_glue_folder(path: Path, glue: GlueTask) -> dict[str, dict[str, Source]]
         if split == "test" and not (folder / file).exists():
             continue  # only good for a submission to the benchmark; not every copy has it
         header = glue.headerless if split in glue.headerless_splits else ()
-        source = open_file(folder / file, "data.path", glue_header=header, drop_ragged=True)
+        source = open_file(folder / file, "data.path", glue_header=header, benchmark=True)
         splits.setdefault(split, {})[group] = source
     return splits
 
@@ -74,9 +74,9 @@ def open_glue_file(file: Path, glue: GlueTask) -> Source:
     """
     if file.suffix.lower() != ".tsv":
         return open_file(file, "the data file")
-    source = open_file(file, "the data file", drop_ragged=True)
+    source = open_file(file, "the data file", benchmark=True)
     if glue.headerless and len(source.columns) == len(glue.headerless) and glue.text[0] not in source.columns:
-        return open_file(file, "the data file", glue_header=glue.headerless, drop_ragged=True)
+        return open_file(file, "the data file", glue_header=glue.headerless, benchmark=True)
     return source
 
 

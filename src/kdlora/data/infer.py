@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from kdlora.config import Kind, TaskConfig
 from kdlora.data.labels import DECIMAL, INTEGER, as_doubles, label_strings, refuse_missing
-from kdlora.data.sources import RawTable, Source
+from kdlora.data.sources import RawTable, Source, is_text
 from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.errors import DataError
 
@@ -85,6 +85,8 @@ def infer_task(
             f"task.label names {len(label)} columns ({', '.join(label)}), but task.kind is {kind}; name one"
         )
     names = _label_names(raw, kind, label, config.label_names)
+    if not names:
+        raise DataError(f"{raw.source}: the lists in the label column {label[0]!r} are all empty; expected labels")
     if kind == "single-label" and len(names) < 2:
         raise DataError(
             f"{raw.source}: the label column {label[0]!r} holds one class only ({', '.join(names)}); a classifier "
@@ -198,7 +200,7 @@ def _names_in_lists(raw: RawTable, column: str) -> tuple[str, ...]:
             "label names or of 0 and 1, or several columns of 0 and 1 (task.label: [A, B, ...])"
         )
     inner = values.type.value_type
-    if pa.types.is_string(inner) or pa.types.is_large_string(inner):
+    if is_text(inner):
         return _sorted_names(pc.list_flatten(values))
     lengths = pc.unique(pc.drop_null(pc.list_value_length(values)))
     if len(lengths) != 1:

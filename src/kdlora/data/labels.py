@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdlora.data.sources import RawTable
+from kdlora.data.sources import RawTable, is_text
 from kdlora.data.tasks import Task
 from kdlora.errors import DataError, did_you_mean
 
@@ -68,14 +68,14 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
     if pa.types.is_boolean(kind):
         return pc.if_else(values, "True", "False")
     if pa.types.is_floating(kind):
-        fractional = pc.not_equal(pc.floor(values), values)
+        fractional = pc.and_(pc.is_finite(values), pc.not_equal(pc.floor(values), values))
         if (position := pc.index(fractional, True).as_py()) >= 0:
             raise DataError(
                 f"{raw.where(position)}: the label {column!r} is {values[position].as_py()}, a decimal, but the task "
                 "is single-label; set task.kind: regression, or make the labels names"
             )
         values = pc.if_else(pc.is_finite(values), values, None).cast(pa.int64())
-    elif not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+    elif not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise DataError(
             f"{raw.source}: the label column {column!r} holds {kind}; expected names, integers or true/false"
         )
@@ -130,7 +130,8 @@ def _codes_from_integers(strings: pa.ChunkedArray, count: int, otherwise: pa.Chu
 def _numbers(raw: RawTable, column: str) -> pa.Array:
     values = as_doubles(raw, column)
     refuse_missing(raw, column, pc.is_null(values))
-    narrow = values.to_numpy().astype(np.float32)
+    with np.errstate(over="ignore"):  # what overflows is infinite, and refused
+        narrow = values.to_numpy().astype(np.float32)
     wrong = np.flatnonzero(~np.isfinite(narrow))
     if wrong.size:
         position = int(wrong[0])
@@ -157,7 +158,7 @@ def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
     values = raw.table[column]
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_null(values.type):
         return values.cast(pa.float64(), safe=False)
-    if not _is_text(values.type):
+    if not is_text(values.type):
         raise DataError(f"{raw.source}: the label column {column!r} holds {values.type}; expected numbers")
     trimmed = pc.utf8_trim_whitespace(values.cast(pa.string()))
     trimmed = pc.if_else(pc.equal(trimmed, ""), None, trimmed)
@@ -207,7 +208,7 @@ def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...]) -> npt.NDAr
     lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(values)), lengths)
     inner = values.flatten()
-    if column in raw.class_names or _is_text(inner.type) or pa.types.is_null(inner.type):
+    if column in raw.class_names or is_text(inner.type) or pa.types.is_null(inner.type):
         return _matrix_from_names(raw, column, names, rows, inner)
     wrong = np.flatnonzero(lengths != len(names))
     if wrong.size:
@@ -227,7 +228,8 @@ def _matrix_from_names(
     raw: RawTable, column: str, names: tuple[str, ...], rows: npt.NDArray[np.int64], inner: pa.Array
 ) -> npt.NDArray[np.float32]:
     if column in raw.class_names:
-        inner = pc.take(pa.array(raw.class_names[column]), inner)
+        known = pc.and_(pc.greater_equal(inner, 0), pc.less(inner, len(raw.class_names[column])))
+        inner = pc.take(pa.array(raw.class_names[column]), pc.if_else(known, inner, None))
     codes = pc.index_in(inner.cast(pa.string()), pa.array(names))
     if (position := pc.index(pc.is_null(codes), True).as_py()) >= 0:
         found = inner[position].as_py()
@@ -251,8 +253,3 @@ def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:
         for part in (matrix[start : start + step] for start in range(0, rows, step))
     ]
     return pa.chunked_array(chunks)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    text = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return bool(pa.types.is_string(text) or pa.types.is_large_string(text))

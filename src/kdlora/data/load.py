@@ -58,7 +58,6 @@ class _Reading:
     task: Task
     glue: GlueTask | None
     id_column: str
-    from_benchmark: bool
     notes: list[str] = field(default_factory=list)
 
     def split(self, groups: Groups, *, labelled: bool) -> Dataset:
@@ -71,8 +70,8 @@ class _Reading:
     def _source(self, source: Source, group: str, *, labelled: bool) -> Dataset:
         columns = self.columns(source, labelled=labelled)
         raw = source.read(columns.wanted)
-        if self.from_benchmark:
-            total = raw.table.num_rows if raw.rows is None else raw.rows[-1].as_py() + 1
+        if source.benchmark:
+            total = raw.table.num_rows + raw.ragged
             corrupt = corrupt_rows(raw, columns)
             raw = raw.keep(pc.invert(corrupt)) if pc.any(corrupt).as_py() else raw
             if dropped := total - raw.table.num_rows:
@@ -99,7 +98,7 @@ class _Reading:
                     f"{', '.join(map(repr, source.columns))}.{did_you_mean(column, source.columns)} Training, "
                     "validation and test files need labels; texts without labels go into data.unlabelled"
                 )
-        if self.from_benchmark:
+        if source.benchmark and self.id_column == "id":  # QQP has a column `id` that is not the Hub's
             return Columns(text, label, "idx" if "idx" in source.columns else None)
         return Columns(text, label, find_id_column(source, self.id_column))
 
@@ -161,8 +160,7 @@ def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: boo
     """
     known = next((entry for name, entry in GLUE.items() if name == task.name), None)
     source = _open_examples(Path(path), known)
-    from_benchmark = known is not None and Path(source.name).suffix.lower() == ".tsv"
-    reading = _Reading(task, known, id_column, from_benchmark)
+    reading = _Reading(task, known, id_column)
     dataset = reading.split({"": source}, labelled=labelled)
     for note in reading.notes:
         logger.warning(note)
@@ -230,6 +228,8 @@ def _open_path(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
 
 def _by_group(splits: Mapping[str, Source], known: GlueTask | None) -> dict[str, Groups]:
     """Put MNLI's two validation and test splits on the Hub together."""
+    if known is not None:
+        splits = {split: replace(source, benchmark=True) for split, source in splits.items()}
     groups: dict[str, Groups] = {split: {"": source} for split, source in splits.items()}
     if known is not None and known.name == "mnli":
         for split in ("validation", "test"):
@@ -244,10 +244,10 @@ def _by_group(splits: Mapping[str, Source], known: GlueTask | None) -> dict[str,
 def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: Source) -> _Reading:
     """Complete the task from the training data."""
     if known is not None:
-        return _Reading(known.task, known, data.id_column, from_benchmark=data.path is not None)
+        return _Reading(known.task, known, data.id_column)
     text = task.text or infer_text_columns(train)
     label = task.label or infer_label_column(train)
-    reading = _Reading(Task("single-label", text, label, (), ()), None, data.id_column, from_benchmark=False)
+    reading = _Reading(Task("single-label", text, label, (), ()), None, data.id_column)
     columns = reading.columns(train, labelled=True)
     inferred, notes = infer_task(train.read(columns.label), text, label, task)
     if task.text is None:
@@ -267,6 +267,8 @@ def _train_and_validation(
             raise DataError(f"{len(train)} training row cannot be split; give more rows, or a validation file")
         classes = read_column(train, "label").to_numpy() if reading.task.kind == "single-label" else None
         kept, drawn = split_rows(len(train), data.validation_fraction, data.split_seed, classes)
+        if not len(drawn):
+            raise DataError("every label has a single training row; give more rows per label, or a validation file")
         train, validation = train.select(kept), train.select(drawn)
         how = "stratified by label" if classes is not None else "at random"
         reading.notes.append(

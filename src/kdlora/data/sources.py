@@ -32,12 +32,14 @@ class RawTable:
         table: the columns that were asked for.
         class_names: label names of the columns whose values are codes of a `ClassLabel`.
         rows: row numbers from 0 in the source, where rows were dropped; None means 0, 1, 2 ...
+        ragged: how many rows were left out because their columns did not fit the header.
     """
 
     source: str
     table: pa.Table
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rows: pa.Array | None = None
+    ragged: int = 0
 
     def where(self, position: int) -> str:
         """Name a row for a message; rows are counted from 1 and a header does not count."""
@@ -58,11 +60,13 @@ class Source:
         name: how messages call it.
         columns: all its columns.
         read: reads the columns with these names.
+        benchmark: whether GLUE's publishers made it; its corrupt rows are dropped, a user's are an error.
     """
 
     name: str
     columns: tuple[str, ...]
     read: Callable[[Sequence[str]], RawTable]
+    benchmark: bool = False
 
     def require(self, column: str, key: str) -> str:
         """Return `column` if the source has it.
@@ -82,14 +86,14 @@ class Source:
         return column
 
 
-def open_file(path: str | Path, key: str, *, glue_header: tuple[str, ...] = (), drop_ragged: bool = False) -> Source:
+def open_file(path: str | Path, key: str, *, glue_header: tuple[str, ...] = (), benchmark: bool = False) -> Source:
     """Open a data file by its extension.
 
     Args:
         path: CSV, TSV, JSON Lines or Parquet.
         key: the config key that names the file, for messages.
         glue_header: columns of a TSV file that has no header.
-        drop_ragged: leave out rows with too few or too many columns, as GLUE's own files need.
+        benchmark: whether it is GLUE's own TSV file; rows with too few or too many columns are then left out.
 
     Raises:
         DataError: the file is missing, empty, of an unknown kind, or its columns cannot be read.
@@ -98,7 +102,7 @@ def open_file(path: str | Path, key: str, *, glue_header: tuple[str, ...] = (), 
     name, extension = str(file), file.suffix.lower()
     if extension in (".csv", ".tsv"):
         dialect = choose_dialect(file, header=glue_header)
-        return _delimited_source(file, dialect, drop_ragged=drop_ragged)
+        return _delimited_source(file, dialect, benchmark=benchmark)
     if extension == ".parquet":
         return _parquet_source(file)
     if extension in (".jsonl", ".json"):
@@ -132,6 +136,12 @@ def class_names(features: Mapping[str, object], columns: Iterable[str]) -> dict[
         if isinstance(feature, ClassLabel):
             found[column] = tuple(feature.names)
     return found
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds text, in any of the ways in which Arrow stores it."""
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner))
 
 
 def spool(batches: Iterator[pa.RecordBatch], source: str) -> pa.Table:
@@ -179,20 +189,19 @@ def _existing_file(file: Path, key: str) -> Path:
     return file
 
 
-def _delimited_source(file: Path, dialect: Dialect, *, drop_ragged: bool) -> Source:
+def _delimited_source(file: Path, dialect: Dialect, *, benchmark: bool) -> Source:
     name, columns = str(file), delimited_columns(file, dialect)
 
     def read(wanted: Sequence[str]) -> RawTable:
         ragged: list[int] = []
-        batches = delimited_batches(file, dialect, columns, wanted, ragged if drop_ragged else None)
+        batches = delimited_batches(file, dialect, columns, wanted, ragged if benchmark else None)
         table = spool(batches, name)
         if not ragged:
             return RawTable(name, table)
-        dropped = set(ragged)
-        numbers = (row for row in range(table.num_rows + len(dropped)) if row not in dropped)
-        return RawTable(name, table, rows=pa.array(numbers, pa.int64()))
+        rows = np.delete(np.arange(table.num_rows + len(ragged)), ragged)
+        return RawTable(name, table, rows=pa.array(rows), ragged=len(ragged))
 
-    return Source(name, columns, read)
+    return Source(name, columns, read, benchmark)
 
 
 def _parquet_source(file: Path) -> Source:

@@ -12,7 +12,7 @@ def split_rows(
     """Draw the rows of a validation split.
 
     With classes, each gives its share (largest remainders first); a class with two rows or more is in both parts,
-    a class with a single row stays in training.
+    a class with a single row stays in training, and nobody makes up for it.
 
     Args:
         rows: number of rows, at least 2.
@@ -41,8 +41,8 @@ def split_rows(
 def _shares(counts: npt.NDArray[np.int64], total: int, fraction: float) -> npt.NDArray[np.int64]:
     """Divide `total` validation rows among classes of these sizes."""
     exact = counts * fraction
-    least, most = np.minimum(1, counts - 1), counts - 1
-    shares = np.clip(np.floor(exact).astype(np.int64), least, most)
+    least, most = np.minimum(1, counts - 1), np.minimum(np.maximum(1, np.ceil(exact)), counts - 1)
+    shares = np.clip(np.floor(exact), least, most).astype(np.int64)
     for index in np.argsort(shares - exact, kind="stable"):  # largest remainder first
         if shares.sum() >= total:
             break

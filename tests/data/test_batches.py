@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from kdlora.data.batches import Collator, LengthBucketSampler, length_sorted_batches, tokenise
+from kdlora.errors import ModelError
+
+TEXTS = ["a good film", "bad", "a long and rather dull film that nobody should have to see twice " * 3, "fine"]
+
+lengths_of = st.lists(st.integers(1, 512), min_size=1, max_size=400)
+
+
+def dataset(**columns) -> Dataset:
+    ids = [str(row) for row in range(len(TEXTS))]
+    return Dataset.from_dict({"id": ids, "text": TEXTS, **columns})
+
+
+def test_tokens_are_the_tokenizers_own(tiny_tokenizer) -> None:
+    """Token ids that differ from the tokenizer's own cuts make a student that is served something else."""
+    data = tokenise(dataset(label=[0, 1, 0, 1]), tiny_tokenizer, 16)
+    expected = tiny_tokenizer(TEXTS, truncation=True, max_length=16)
+    assert data.dataset["input_ids"][:] == expected["input_ids"]
+    assert data.dataset["token_type_ids"][:] == expected["token_type_ids"]
+    assert data.dataset["length"][:] == [len(ids) for ids in expected["input_ids"]]
+    assert data.dataset["label"][:] == [0, 1, 0, 1]
+    assert data.dataset["id"][:] == ["0", "1", "2", "3"]
+    assert set(data.dataset.column_names) == {"id", "label", "input_ids", "token_type_ids", "length"}
+    assert (data.truncated, data.max_length) == (1, 16)
+
+
+def test_truncated_is_exact_at_the_limit(tiny_tokenizer) -> None:
+    """Counting texts of exactly the limit as cut warns about nothing; missing a cut of one token hides a loss."""
+    rows = Dataset.from_dict({"id": ["0", "1"], "text": ["a good film that nobody should miss", "bad"]})
+    longest = len(tiny_tokenizer(rows[0]["text"])["input_ids"])
+    assert tokenise(rows, tiny_tokenizer, longest).truncated == 0
+    assert tokenise(rows, tiny_tokenizer, longest - 1).truncated == 1
+
+
+def test_the_tokenizers_limit_holds(tiny_tokenizer) -> None:
+    """A max_length above the model's positions would fail, or read past the table, in the middle of training."""
+    data = tokenise(dataset(), tiny_tokenizer, 10_000)
+    assert data.max_length == tiny_tokenizer.model_max_length == max(data.dataset["length"])
+    assert data.truncated == 1
+
+
+def test_pairs_cut_the_longer_text(tiny_tokenizer) -> None:
+    """Cutting only the second text can remove a whole hypothesis."""
+    pairs = list(reversed(TEXTS))
+    data = tokenise(dataset(text_pair=pairs), tiny_tokenizer, 12)
+    expected = tiny_tokenizer(TEXTS, pairs, truncation="longest_first", max_length=12)
+    assert data.dataset["input_ids"][:] == expected["input_ids"]
+    assert data.dataset["token_type_ids"][:] == expected["token_type_ids"]
+    assert max(data.dataset["length"]) == 12
+    untouched = tiny_tokenizer(TEXTS, pairs)["input_ids"]
+    assert data.truncated == sum(len(ids) > 12 for ids in untouched) == 2
+
+
+def test_teacher_logits_and_groups_are_carried(tiny_tokenizer) -> None:
+    """A column that is lost here turns distillation into plain training."""
+    rows = dataset(group=["matched"] * 4, teacher_logits=[[0.5, -0.5]] * 4)
+    data = tokenise(rows.select([3, 1]), tiny_tokenizer, 16).dataset
+    assert data["id"][:] == ["3", "1"]
+    assert data["group"][:] == ["matched"] * 2
+    assert data["teacher_logits"][:] == [[0.5, -0.5]] * 2
+
+
+@given(lengths=lengths_of, batch_size=st.integers(1, 40), seed=st.integers(0, 2**31), epoch=st.integers(0, 50))
+def test_every_row_once(lengths: list[int], batch_size: int, seed: int, epoch: int) -> None:
+    """A row that is left out is never learnt; one drawn twice weighs double. Both leave the loss curve looking fine."""
+    sampler = LengthBucketSampler(lengths, batch_size, seed=seed, chunk_batches=3)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert len(batches) == len(sampler) == -(-len(lengths) // batch_size)
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert list(sampler) == batches
+    twin = LengthBucketSampler(np.array(lengths), batch_size, seed=seed, chunk_batches=3)
+    twin.set_epoch(epoch)
+    assert list(twin) == batches
+
+
+def test_order_ignores_global_state_and_changes_by_epoch() -> None:
+    """An order from global random state differs between arms; one that never changes weakens training."""
+    lengths = np.random.default_rng(0).integers(1, 100, 500)
+    sampler = LengthBucketSampler(lengths, 8, seed=1)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    first = list(sampler)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first
+    assert sorted(map(sorted, second)) != sorted(map(sorted, first))
+    assert list(LengthBucketSampler(lengths, 8, seed=2)) != first
+
+
+def test_buckets_save_padding_and_mix() -> None:
+    """Buckets that do not bucket cost half the speed; batches in order of length bias every epoch."""
+    lengths = np.random.default_rng(0).integers(4, 128, 5000)
+    batches = list(LengthBucketSampler(lengths, 32, seed=0))
+    padded = sum(lengths[batch].max() * len(batch) for batch in batches)
+    assert padded / lengths.sum() < 1.1
+    means = np.array([lengths[batch].mean() for batch in batches])
+    assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.3
+
+
+def test_sampler_in_a_prepared_loader(tiny_tokenizer) -> None:
+    """Accelerate rewraps loaders; one that drops the sampler's epochs repeats the first order forever."""
+    data = tokenise(dataset(label=[0, 1, 0, 1]), tiny_tokenizer, 16)
+    sampler = LengthBucketSampler(data.dataset["length"], 3, seed=0)
+    collate = Collator.of(tiny_tokenizer, "single-label", 16)
+    loader = Accelerator(cpu=True).prepare(DataLoader(data.dataset, batch_sampler=sampler, collate_fn=collate))
+    orders = []
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert [len(batch["labels"]) for batch in batches] == [3, 1]
+        orders.append([ids.sum().item() for batch in batches for ids in batch["input_ids"]])
+    assert len({tuple(order) for order in orders}) > 1
+
+
+@given(lengths=lengths_of, batch_tokens=st.integers(1, 5000))
+def test_sorted_batches(lengths: list[int], batch_tokens: int) -> None:
+    """A batch above its budget runs out of memory on the longest texts, hours into labelling."""
+    batches = length_sorted_batches(lengths, batch_tokens)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    widths = [max(-(-lengths[row] // 8) * 8 for row in batch) for batch in batches]
+    assert all(
+        width * len(batch) <= batch_tokens or len(batch) == 1 for width, batch in zip(widths, batches, strict=True)
+    )
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_sorted_batches_of_nothing() -> None:
+    """An empty file must give no batch, not an empty one."""
+    assert length_sorted_batches([], 100) == []
+
+
+def rows_of(*lengths: int, **columns) -> list[dict]:
+    return [
+        {"id": str(row), "length": length, "input_ids": [5] * length, "token_type_ids": [1] * length}
+        | {name: values[row] for name, values in columns.items()}
+        for row, length in enumerate(lengths)
+    ]
+
+
+def test_collator_pads_and_masks() -> None:
+    """Padding that is attended to, or filled with a real token, changes every short text."""
+    batch = Collator(pad_token_id=9, pad_token_type_id=3)(rows_of(3, 10))
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids"}
+    assert batch["input_ids"].shape == (2, 16)
+    assert batch["input_ids"][0].tolist() == [5] * 3 + [9] * 13
+    assert batch["attention_mask"].sum(1).tolist() == [3, 10]
+    assert batch["attention_mask"][1].tolist() == [1] * 10 + [0] * 6
+    assert batch["token_type_ids"][1].tolist() == [1] * 10 + [3] * 6
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_collator_respects_the_last_position() -> None:
+    """Rounding 509 up to 512 indexes past the position table of a model with 510 positions."""
+    collator = Collator(pad_token_id=0, max_length=510)
+    assert collator(rows_of(509))["input_ids"].shape == (1, 510)
+    assert collator(rows_of(500))["input_ids"].shape == (1, 504)
+    assert collator(rows_of(515))["input_ids"].shape == (1, 515)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "dtype", "shape"),
+    [
+        ("single-label", [1, 0], torch.int64, (2,)),
+        ("regression", [0.5, 3.0], torch.float32, (2,)),
+        ("multi-label", [[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]], torch.float32, (2, 3)),
+    ],
+)
+def test_label_types(kind, labels, dtype, shape) -> None:
+    """Integer labels in a regression make transformers choose the wrong loss."""
+    batch = Collator(pad_token_id=0, kind=kind)(rows_of(2, 3, label=labels, teacher_logits=[[1, 2], [3, 4]]))
+    assert batch["labels"].dtype == dtype
+    assert batch["labels"].shape == shape
+    assert batch["labels"].tolist() == labels
+    assert batch["teacher_logits"].dtype == torch.float32
+    assert batch["teacher_logits"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+def test_no_padding_token(tiny_tokenizer) -> None:
+    """Padding with None fails deep inside torch; the model has to be refused by name."""
+    import copy
+
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.pad_token = None
+    with pytest.raises(ModelError, match="no padding token"):
+        Collator.of(bare, "single-label", 16)

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from kdlora.config import DataConfig, TaskConfig
+from kdlora.data.canonical import read_column
+from kdlora.data.load import Splits, load_examples, load_splits
+from kdlora.data.tasks import GLUE, Task
+from kdlora.errors import DataError
+
+ROWS = {"cola": (8551, 1043), "sst2": (67349, 872), "mrpc": (3668, 408), "stsb": (5749, 1500), "wnli": (635, 71)}
+POSITIVE = {"cola": 0.704, "sst2": 0.558, "mrpc": 0.674, "wnli": 0.491}
+
+
+def load(name: str, path: Path | str, **data) -> Splits:
+    return load_splits(TaskConfig(name=name), DataConfig(path=str(path), **data))
+
+
+def labels(dataset: Dataset) -> list:
+    return read_column(dataset, "label").to_pylist()
+
+
+def write(folder: Path, file: str, header: str, *rows: str) -> None:
+    folder.mkdir(exist_ok=True)
+    lines = [header, *rows] if header else list(rows)
+    (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+# The benchmark's own files
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_official_rows(glue_folder: Path, name: str) -> None:
+    """A CSV reader loses hundreds of GLUE rows to quotes, without an error."""
+    splits = load(name, glue_folder)
+    assert (len(splits.train), len(splits.validation)) == ROWS[name]
+    assert splits.test is None
+    assert [note for note in splits.notes if "carries no labels" not in note] == []
+    assert list(splits.train["id"][:2]) == ["0", "1"]
+    found = np.array(labels(splits.train))
+    if name == "stsb":
+        assert (found.min(), found.max()) == (0.0, 5.0)
+        assert found.mean() == pytest.approx(2.70, abs=0.01)
+    else:
+        assert found.mean() == pytest.approx(POSITIVE[name], abs=0.001)
+    assert splits.task == GLUE[name].task
+
+
+def test_official_quotes(glue_folder: Path) -> None:
+    """A quote that is taken away changes what the models read."""
+    first = load("mrpc", glue_folder / "MRPC").train[0]
+    assert '" the witness "' in first["text"]
+    assert '" the witness "' in first["text_pair"]
+    assert first["label"] == 1
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_official_files_one_by_one(glue_folder: Path, name: str) -> None:
+    """`kdlora evaluate` on dev.tsv must score the rows that training validated on, test.tsv must be predictable."""
+    folder, task = glue_folder / GLUE[name].folder, GLUE[name].task
+    alone = load_examples(str(folder / "dev.tsv"), task, labelled=True)
+    together = load(name, folder).validation
+    assert alone.to_dict() == together.to_dict()
+    test = load_examples(str(folder / "test.tsv"), task, labelled=False)
+    assert "label" not in test.column_names
+    assert len(test) > 100
+    with pytest.raises(DataError, match="no label column"):
+        load_examples(str(folder / "test.tsv"), task, labelled=True)
+
+
+# The tasks whose files are not at hand, in the same layout
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "columns"),
+    [("rte", "RTE", ("sentence1", "sentence2")), ("qnli", "QNLI", ("question", "sentence"))],
+)
+def test_word_labels(tmp_path: Path, name: str, folder: str, columns: tuple[str, str]) -> None:
+    """Sorted words happen to give the Hub's order here; codes by first appearance would not."""
+    header = "\t".join(("index", *columns, "label"))
+    rows = ["0\ta\tb\tnot_entailment", '1\tc "d\te\tentailment', "2\tf\tg\tentailment"]
+    for file in ("train.tsv", "dev.tsv"):
+        write(tmp_path / folder, file, header, *rows)
+    write(tmp_path / folder, "test.tsv", "\t".join(("index", *columns)), "0\ta\tb")
+    splits = load(name, tmp_path)
+    assert labels(splits.train) == [1, 0, 0]
+    assert splits.train["text"][:] == ["a", 'c "d', "f"]
+    assert splits.train["text_pair"][:] == ["b", "e", "g"]
+    assert splits.test is None
+
+
+def write_mnli(root: Path) -> None:
+    header = "index\tpromptID\tgenre\tsentence1\tsentence2\tlabel1\tgold_label"
+    rows = ["0\t1\tx\tp\th\tneutral\tneutral", "1\t1\tx\tq\ti\tneutral\tcontradiction", "2\t1\tx\tr\tj\tn\tentailment"]
+    write(root / "MNLI", "train.tsv", header, *rows, "3\t1\tx\ts\tk\tneutral\t-")
+    write(root / "MNLI", "dev_matched.tsv", header, *rows)
+    write(root / "MNLI", "dev_mismatched.tsv", header, *rows[:2])
+
+
+def test_mnli_groups(tmp_path: Path) -> None:
+    """Matched and mismatched rows with one id overwrite each other; without a group they can't be scored apart."""
+    write_mnli(tmp_path)
+    splits = load("mnli", tmp_path)
+    assert labels(splits.train) == [1, 2, 0]
+    assert "group" not in splits.train.column_names
+    validation = splits.validation
+    assert list(validation["id"]) == ["matched-0", "matched-1", "matched-2", "mismatched-0", "mismatched-1"]
+    assert list(validation["group"]) == ["matched"] * 3 + ["mismatched"] * 2
+    assert labels(validation) == [1, 2, 0, 1, 2]
+    assert any("1 of 4 rows are corrupt" in note or "1 of 4 corrupt rows" in note for note in splits.notes)
+
+
+def test_diagnostic_set(tmp_path: Path) -> None:
+    """AX has no labels of its own: it is predicted with the MNLI model, in the MNLI order."""
+    write(tmp_path / "diagnostic", "diagnostic.tsv", "index\tsentence1\tsentence2", "0\tp\th", "1\tq\ti")
+    for path in (tmp_path / "diagnostic", tmp_path / "diagnostic" / "diagnostic.tsv"):
+        rows = load_examples(str(path), GLUE["mnli"].task, labelled=False)
+        assert rows.to_dict() == {"id": ["0", "1"], "text": ["p", "q"], "text_pair": ["h", "i"]}
+    write(tmp_path / "AX", "ax.tsv", "index\tPremise\tHypothesis", "0\tp\th")
+    assert len(load_examples(str(tmp_path / "AX"), GLUE["ax"].task, labelled=False)) == 1
+    with pytest.raises(DataError, match="train on mnli"):
+        load("ax", tmp_path)
+
+
+def test_corrupt_rows_of_qqp(tmp_path: Path) -> None:
+    """Ragged rows that are skipped must not renumber those after them: ids are those of the Hub."""
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+    rows = ["9\t1\t2\ta\tb\t0", "8\t1\t2\tragged", "7\t1\t2\tc\t\t1", "6\t1\t2\td\te\t1", "5\t1\t2\tf\tg\t0", "ragged"]
+    write(tmp_path / "QQP", "train.tsv", header, *rows)
+    write(tmp_path / "QQP", "dev.tsv", header, *rows[3:5])
+    splits = load("qqp", tmp_path)
+    assert list(splits.train["id"]) == ["0", "3", "4"]
+    assert labels(splits.train) == [0, 1, 0]
+    notes = [note for note in splits.notes if "corrupt" in note]
+    assert len(notes) == 1
+    assert "3 of 6" in notes[0]
+    assert len(load_examples(str(tmp_path / "QQP" / "train.tsv"), GLUE["qqp"].task, labelled=True)) == 3
+
+
+def test_nothing_but_corrupt_rows(tmp_path: Path) -> None:
+    """A file of another layout must not end as an empty data set."""
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+    write(tmp_path / "QQP", "train.tsv", header, "1\t1\t2\t\t\t0")
+    write(tmp_path / "QQP", "dev.tsv", header, "1\t1\t2\ta\tb\t0")
+    with pytest.raises(DataError, match="none of its 1 rows"):
+        load("qqp", tmp_path)
+
+
+def test_folder_names(tmp_path: Path) -> None:
+    """Copies of GLUE are spelled in several ways; a missing folder has to be named."""
+    header = "sentence\tlabel"
+    for file in ("train.tsv", "dev.tsv"):
+        write(tmp_path / "sst-2", file, header, "a\t0", "b\t1")
+    assert len(load("sst2", tmp_path).train) == len(load("sst2", tmp_path / "sst-2").train) == 2
+    with pytest.raises(DataError, match=r"neither a folder 'RTE' .* it holds sst-2"):
+        load("rte", tmp_path)
+    (tmp_path / "sst-2" / "dev.tsv").unlink()
+    with pytest.raises(DataError, match=r"dev\.tsv .* does not exist"):
+        load("sst2", tmp_path)
+
+
+def test_wrong_columns(tmp_path: Path) -> None:
+    """The files of one task in the folder of another."""
+    for file in ("train.tsv", "dev.tsv"):
+        write(tmp_path / "MRPC", file, "sentence\tlabel", "a\t0", "b\t1")
+    with pytest.raises(DataError, match="lacks the text columns of the GLUE task 'mrpc'"):
+        load("mrpc", tmp_path)
+
+
+def test_own_files_for_a_glue_task(tmp_path: Path) -> None:
+    """A user's file is held to the user's standard: nothing is dropped in silence."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"sentence": "a", "label": "negative"}\n{"sentence": "b", "label": "positive"}\n')
+    splits = load_splits(TaskConfig(name="sst2"), DataConfig(train=str(path), validation=str(path)))
+    assert labels(splits.train) == [0, 1]
+    path.write_text('{"sentence": "a", "label": 0}\n{"sentence": "", "label": 1}\n')
+    with pytest.raises(DataError, match="row 2: the text 'sentence' is empty"):
+        load_splits(TaskConfig(name="sst2"), DataConfig(train=str(path), validation=str(path)))
+
+
+def test_own_files_beside_the_benchmark(tmp_path: Path) -> None:
+    """Texts to be labelled keep their ids, and are no reason to drop rows in silence."""
+    for file in ("train.tsv", "dev.tsv"):
+        write(tmp_path / "SST-2", file, "sentence\tlabel", "a\t0", "b\t1")
+    path = tmp_path / "more.csv"
+    path.write_text("id,sentence\nx,c\ny,d\n")
+    assert list(load("sst2", tmp_path, unlabelled=str(path)).unlabelled["id"]) == ["x", "y"]
+    path.write_text("id,sentence\nx,c\ny,\n")
+    with pytest.raises(DataError, match="row 2: the text 'sentence' is empty"):
+        load("sst2", tmp_path, unlabelled=str(path))
+    with pytest.raises(DataError, match=r"data\.id_column"):
+        load("sst2", tmp_path, id_column="key")
+
+
+# The Hub
+
+
+def hub_split(task: Task, values: list) -> Dataset:
+    label = Value("float32") if task.kind == "regression" else ClassLabel(names=list(task.label_names))
+    columns = {name: Value("string") for name in task.text} | {"label": label, "idx": Value("int32")}
+    texts = {name: [f"{name} {row}" for row in range(len(values))] for name in task.text}
+    return Dataset.from_dict(
+        texts | {"label": values, "idx": [row + 5 for row in range(len(values))]}, Features(columns)
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in GLUE if name != "ax"])
+def test_every_task_from_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The Hub's codes and hidden test labels (-1) have to come out as in the benchmark's files."""
+    task = GLUE[name].task
+    values = [0.5, 1.5] if name == "stsb" else list(range(task.num_labels))
+    splits = {"train": values, "validation": values, "test": [-1] * 2}
+    if name == "mnli":
+        splits = {"train": values, "validation_matched": values, "validation_mismatched": values, "test_matched": [-1]}
+    loaded = DatasetDict({split: hub_split(task, rows) for split, rows in splits.items()})
+    asked = []
+    monkeypatch.setattr("kdlora.data.hub.load_dataset", lambda *args, **more: asked.append(args) or loaded)
+    found = load(name, "nyu-mll/glue")
+    assert asked == [("nyu-mll/glue", name)]
+    assert labels(found.train) == values
+    assert list(found.train["id"]) == [str(row + 5) for row in range(len(values))]
+    assert found.test is None
+    assert found.task == task
+    if name == "mnli":
+        assert list(found.validation["id"][2:4]) == ["matched-7", "mismatched-5"]
+        assert list(found.validation["group"][2:4]) == ["matched", "mismatched"]

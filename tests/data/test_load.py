@@ -1,0 +1,499 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+
+from kdlora.config import DataConfig, TaskConfig
+from kdlora.data.canonical import read_column
+from kdlora.data.load import Splits, load_examples, load_splits
+from kdlora.data.tasks import Task
+from kdlora.errors import DataError
+
+TEXTS = [f"text {row}" for row in range(20)]
+WORDS = ["bad", "good"] * 10
+
+
+def load(task: dict | None = None, **data) -> Splits:
+    return load_splits(TaskConfig(**(task or {})), DataConfig(**data))
+
+
+def refused(task: dict | None = None, **data) -> str:
+    with pytest.raises(DataError) as caught:
+        load(task, **data)
+    return str(caught.value)
+
+
+def labels(dataset: Dataset) -> list:
+    return read_column(dataset, "label").to_pylist()
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+# What works
+
+
+def test_everything_inferred(csv_file) -> None:
+    """What was inferred and drawn has to be said, or nobody can check it."""
+    splits = load(train=csv_file("a.csv", text=TEXTS, label=WORDS))
+    assert splits.task == Task("single-label", ("text",), ("label",), ("bad", "good"), ("accuracy",))
+    assert (len(splits.train), len(splits.validation)) == (18, 2)
+    assert splits.test is splits.unlabelled is None
+    assert splits.train.features == Features({"id": Value("string"), "text": Value("string"), "label": Value("int64")})
+    said = " ".join(splits.notes)
+    assert "Text column inferred from its name: text" in said
+    assert "Label column inferred from its name: label" in said
+    assert "single-label, was inferred" in said
+    assert "bad, good" in said
+    assert "2 of 20 training rows became the validation split, drawn stratified by label" in said
+    assert "data.split_seed 0" in said
+
+
+def test_ids_survive_the_split(csv_file) -> None:
+    """Teacher logits are attached by id; ids that are renumbered after the split attach those of other texts."""
+    splits = load(train=csv_file("a.csv", text=TEXTS, label=WORDS), validation_fraction=0.3)
+    for part in (splits.train, splits.validation):
+        assert [TEXTS[int(row["id"])] for row in part] == list(part["text"])
+        assert [WORDS[int(row["id"])] for row in part] == [splits.task.label_names[row["label"]] for row in part]
+    assert sorted(int(i) for part in (splits.train, splits.validation) for i in part["id"]) == list(range(20))
+
+
+def test_split_seed_and_fraction(csv_file) -> None:
+    """An option without effect."""
+    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+    first, again, other = (
+        list(load(train=path, validation_fraction=0.4, split_seed=seed).validation["id"]) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert len(first) == 8
+
+
+def test_given_splits_and_id_column(csv_file) -> None:
+    """A given validation file that is ignored in favour of a drawn one."""
+    path = csv_file("a.csv", key=[f"k{row}" for row in range(20)], text=TEXTS, label=WORDS)
+    other = csv_file("b.csv", label=["good", "bad"], key=["x", "k1"], text=["t", "u"])
+    splits = load(train=path, validation=other, test=other, unlabelled=other, id_column="key")
+    assert list(splits.train["id"][:2]) == ["k0", "k1"]
+    for part in (splits.validation, splits.test):
+        assert list(part["id"]) == ["x", "k1"]
+        assert labels(part) == [1, 0]
+    assert splits.unlabelled.column_names == ["id", "text"]
+    assert not any("validation split" in note for note in splits.notes)
+
+
+def test_first_training_rows_after_the_split(csv_file) -> None:
+    """A limit that acts before the split changes the validation rows, so that runs are not comparable."""
+    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+    whole, limited = load(train=path), load(train=path, max_train_examples=6)
+    assert list(limited.validation["id"]) == list(whole.validation["id"])
+    assert list(limited.train["id"]) == list(whole.train["id"])[:6]
+    assert any("first 6 of 18" in note for note in limited.notes)
+
+
+def test_pairs(csv_file) -> None:
+    """The second text of a pair is dropped in silence by tools that know one column."""
+    path = csv_file("a.csv", premise=TEXTS, hypothesis=TEXTS[::-1], label=WORDS)
+    splits = load(train=path)
+    assert splits.task.text == ("premise", "hypothesis")
+    assert splits.train["text_pair"][0] == TEXTS[::-1][int(splits.train["id"][0])]
+    swapped = load({"text": ["hypothesis", "premise"]}, train=path)
+    assert swapped.train["text"][:] == splits.train["text_pair"][:]
+
+
+@pytest.mark.parametrize("extension", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("values", "kind", "names"),
+    [
+        (WORDS, "single-label", ("bad", "good")),
+        ([0, 1] * 10, "single-label", ("0", "1")),
+        ([2, 10, -1, 2] * 5, "single-label", ("-1", "2", "10")),
+        ([True, False] * 10, "single-label", ("False", "True")),
+        ([0.5, 1.0] * 10, "regression", ("label",)),
+    ],
+)
+def test_kinds_in_every_format(tmp_path: Path, extension: str, values: list, kind: str, names: tuple[str, ...]) -> None:
+    """One data set has to be one task, whatever format it is stored in."""
+    frame, path = pd.DataFrame({"text": TEXTS, "label": values}), tmp_path / f"a.{extension}"
+    if extension == "parquet":
+        frame.to_parquet(path)
+    elif extension == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if extension == "tsv" else ",")
+    splits = load(train=str(path), validation=str(path))
+    assert (splits.task.kind, splits.task.label_names) == (kind, names)
+    found = labels(splits.train)
+    assert found == (values if kind == "regression" else [names.index(str(value)) for value in values])
+
+
+def test_column_types_of_other_tools(tmp_path: Path) -> None:
+    """Categories (pandas) and large strings (polars) are text and names like any other."""
+    path = str(tmp_path / "a.parquet")
+    words = pa.array(WORDS).dictionary_encode()
+    columns = {"id": pa.array(range(20), pa.int16()), "text": pa.array(TEXTS, pa.large_string()), "label": words}
+    for text in (columns["text"], pa.array(TEXTS).dictionary_encode(), pa.array(TEXTS, pa.string_view())):
+        pq.write_table(pa.table(columns | {"text": text}), path)
+        splits = load(train=path, validation=path)
+        assert splits.train["text"][:] == TEXTS
+        assert splits.train.features["text"] == Value("string")
+        assert splits.train["id"][:] == [str(row) for row in range(20)]
+        assert labels(splits.train) == [0, 1] * 10
+    for kind in (pa.int8(), pa.uint64()):
+        pq.write_table(pa.table(columns | {"label": pa.array([3, 7] * 10, kind)}), path)
+        assert load(train=path).task.label_names == ("3", "7")
+
+
+def test_label_names_set_the_order(csv_file) -> None:
+    """The order of the outputs is the user's, or a teacher's columns mean other labels."""
+    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+    splits = load({"label_names": ["good", "bad"]}, train=path, validation=path)
+    assert splits.task.label_names == ("good", "bad")
+    assert labels(splits.train) == [1, 0] * 10
+
+
+@pytest.mark.parametrize("values", [[0, 1] * 10, [False, True] * 10, ["0", "1"] * 10])
+def test_label_names_for_codes(csv_file, values: list) -> None:
+    """Codes 0 and 1 with names are the commonest CSV; names must reach the exported model."""
+    path = csv_file("a.csv", text=TEXTS, label=values)
+    splits = load({"label_names": ["negative", "positive"]}, train=path, validation=path)
+    assert splits.task.label_names == ("negative", "positive")
+    assert labels(splits.train) == [0, 1] * 10
+
+
+def test_kind_can_be_set(csv_file) -> None:
+    """Ratings of 1 to 5 are classes or a scale; only the user knows."""
+    path = csv_file("a.csv", text=TEXTS, label=[1, 2, 3, 4] * 5)
+    assert load(train=path).task.label_names == ("1", "2", "3", "4")
+    regression = load({"kind": "regression"}, train=path, validation=path)
+    assert regression.task.metrics == ("pearson", "spearman")
+    assert labels(regression.train) == [1.0, 2.0, 3.0, 4.0] * 5
+    assert regression.train.features["label"] == Value("float32")
+
+
+def test_multi_label_columns(csv_file) -> None:
+    """Several label columns must not be cut to the first."""
+    path = csv_file("a.csv", text=TEXTS, joy=[0, 1] * 10, anger=["1.0", "0"] * 10, fear=["true", "False"] * 10)
+    splits = load({"label": ["joy", "anger", "fear"]}, train=path, validation=path)
+    assert (splits.task.kind, splits.task.label_names) == ("multi-label", ("joy", "anger", "fear"))
+    assert splits.train.features["label"] == List(Value("float32"))
+    assert labels(splits.train)[:2] == [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
+    task = {"label": ["joy", "anger", "fear"], "label_names": ["fear", "joy", "anger"]}
+    assert labels(load(task, train=path, validation=path).train)[:2] == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "names"), [([["b"], ["a", "b"], []], ("a", "b")), ([[0, 1], [1, 1], [0, 0]], ("0", "1"))]
+)
+def test_multi_label_lists(tmp_path: Path, values: list, names: tuple[str, ...]) -> None:
+    """A row without any label is a valid row, not a missing one."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "t", "labels": value} for value in values])
+    splits = load(train=path, validation=path)
+    assert (splits.task.kind, splits.task.label_names) == ("multi-label", names)
+    assert labels(splits.train) == [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+
+
+def test_load_examples(csv_file) -> None:
+    """Evaluation on a file with other columns or codes than training must mean the same labels."""
+    task = Task("single-label", ("text",), ("label",), ("negative", "positive"), ("accuracy",))
+    path = csv_file("a.csv", id=["a", "b"], text=["t", "u"], label=["positive", "negative"])
+    assert labels(load_examples(path, task, labelled=True)) == [1, 0]
+    assert load_examples(path, task, labelled=False).column_names == ["id", "text"]
+    codes = csv_file("b.csv", text=["t", "u"], label=[0, 1])
+    assert labels(load_examples(codes, task, labelled=True)) == [0, 1]
+    assert list(load_examples(codes, task, labelled=False)["id"]) == ["0", "1"]
+
+
+# Folders and the Hub
+
+
+@pytest.fixture
+def emotions() -> Dataset:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["sad", "glad"]), "n": Value("int32")})
+    return Dataset.from_dict({"text": TEXTS, "label": [0, 1] * 10, "n": range(20)}, features)
+
+
+def test_saved_folder(tmp_path: Path, emotions: Dataset) -> None:
+    """Names of a ClassLabel that are lost become LABEL_0 and LABEL_1 in the shipped model."""
+    DatasetDict({"train": emotions, "test": emotions.select([3, 1])}).save_to_disk(tmp_path / "saved")
+    splits = load(path=str(tmp_path / "saved"))
+    assert splits.task.label_names == ("sad", "glad")
+    assert list(splits.test["id"]) == ["0", "1"]
+    assert splits.test["text"][:] == ["text 3", "text 1"]
+    assert labels(splits.test) == [1, 1]
+    assert len(splits.validation) == 2
+    named = load({"label_names": ["glad", "sad"]}, path=str(tmp_path / "saved"), validation="test")
+    assert labels(named.validation) == [0, 0]
+    missing = refused(path=str(tmp_path / "saved"), validation="tset")
+    assert "train, test" in missing
+    assert "Did you mean 'test'" in missing
+
+
+def test_saved_single_dataset_and_lists_of_class_labels(tmp_path: Path) -> None:
+    """Codes in lists are label numbers, not values."""
+    features = Features({"text": Value("string"), "labels": List(ClassLabel(names=["x", "y", "z"]))})
+    data = Dataset.from_dict({"text": ["a", "b", "c"], "labels": [[2], [0, 1], []]}, features)
+    data.save_to_disk(tmp_path / "saved")
+    data.to_parquet(tmp_path / "a.parquet")
+    for source in ({"path": str(tmp_path / "saved")}, {"train": str(tmp_path / "a.parquet")}):
+        splits = load(**source, validation=str(tmp_path / "a.parquet"))
+        assert splits.task.label_names == ("x", "y", "z")
+        assert labels(splits.train) == [[0.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_hub_splits_without_labels_are_not_scored(monkeypatch: pytest.MonkeyPatch, emotions: Dataset) -> None:
+    """The Hub marks hidden labels with -1; scored as a class they give a figure that means nothing."""
+    hidden = emotions.map(lambda _: {"label": -1})
+    loaded = DatasetDict({"train": emotions, "dev": emotions, "test": hidden})
+    asked = []
+    monkeypatch.setattr("kdlora.data.hub.load_dataset", lambda *args, **more: asked.append((args, more)) or loaded)
+    splits = load(path="owner/name", subset="small", revision="abc")
+    assert asked == [(("owner/name", "small"), {"revision": "abc"})]
+    assert splits.test is None
+    assert len(splits.validation) == 20
+    assert any("carries no labels" in note for note in splits.notes)
+    assert "no label in column 'label' (20 of 20 rows)" in refused(path="owner/name", test="test")
+
+
+def test_hub_that_cannot_be_reached() -> None:
+    """Offline machines need to know what to bring, not a stack of retries."""
+    message = refused(path="owner/no-such-data-set")
+    assert "cannot be reached" in message
+    assert "save_to_disk" in message
+    assert "neither a folder that exists nor the id" in refused(path="./no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist"), "check the name"),
+        (ValueError("BuilderConfig 'x' not found. Available: ['y']"), "Set data.subset"),
+        (RuntimeError("Dataset scripts are no longer supported"), "no longer supported"),
+    ],
+)
+def test_hub_faults(monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str) -> None:
+    """Each fault of the Hub has another remedy."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("kdlora.data.hub.load_dataset", fail)
+    assert expected in refused(path="a/b")
+
+
+def test_folders_that_are_no_data(tmp_path: Path, csv_file) -> None:
+    """A folder of files, or a file as a folder: the config keys are easily mixed up."""
+    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+    assert "set data.train" in refused(path=str(tmp_path))
+    assert "put files into data.train" in refused(path=path)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "state.json").write_text("{}")
+    assert "save it again" in refused(path=str(tmp_path / "damaged"))
+
+
+# What is refused
+
+
+def test_missing_columns(csv_file) -> None:
+    """The wrong column that happens to exist would be learnt without an error; the right name has to be suggested."""
+    path = csv_file("a.csv", reviews=TEXTS, sentiment=WORDS)
+    message = refused({"text": "review", "label": "sentiment"}, train=path)
+    assert "no column 'review' (task.text)" in message
+    assert "it has 'reviews', 'sentiment'" in message
+    assert "Did you mean 'reviews'" in message
+    message = refused({"text": "reviews", "label": "sentimet"}, train=path)
+    assert "no label column 'sentimet' (task.label)" in message
+    assert "Did you mean 'sentiment'" in message
+    assert "data.id_column" in refused({"text": "reviews"}, train=path, id_column="key")
+
+
+def test_columns_that_cannot_be_guessed(csv_file) -> None:
+    """A guess between two columns is right half the time and never seen."""
+    path = csv_file("a.csv", first=TEXTS, label=WORDS)
+    assert "Set task.text; the columns are 'first', 'label'" in refused(train=path)
+    path = csv_file("b.csv", text=TEXTS, review=TEXTS, label=WORDS)
+    assert "may be text or review; set task.text" in refused(train=path)
+    path = csv_file("c.csv", text=TEXTS, outcome=WORDS)
+    assert "Set task.label; the columns are" in refused(train=path)
+
+
+def test_validation_without_labels(csv_file) -> None:
+    """A split without labels can't be scored."""
+    path, bare = csv_file("a.csv", text=TEXTS, label=WORDS), csv_file("b.csv", text=TEXTS)
+    for split in ("validation", "test"):
+        message = refused(train=path, **{split: bare})
+        assert bare in message
+        assert "data.unlabelled" in message
+
+
+def test_one_class_only(csv_file) -> None:
+    """A model of one class is right on every row it has seen."""
+    assert "one class only (good)" in refused(train=csv_file("a.csv", text=TEXTS, label=["good"] * 20))
+    path = csv_file("b.csv", text=TEXTS, label=["good"] * 18 + ["bad"] * 2)
+    assert "data.max_train_examples" in (message := refused(train=path, validation=path, max_train_examples=5))
+    assert "one class only ('good')" in message
+    path = csv_file("c.csv", text=TEXTS, label=[2.5] * 20)
+    assert "every training label is 2.5" in refused(train=path)
+    path = csv_file("d.csv", text=TEXTS, a=[0] * 20, b=[0] * 20)
+    assert "no training row has any label" in refused({"label": ["a", "b"]}, train=path)
+
+
+def test_labels_that_training_lacks(csv_file) -> None:
+    """A label that was never learnt costs accuracy that no training can win back."""
+    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+    other = csv_file("b.csv", text=["t", "u"], label=["good", "god"])
+    for split in ("validation", "test"):
+        message = refused(train=path, **{split: other})
+        assert f"{other}, row 2: the label 'god'" in message
+        assert "Did you mean 'good'" in message
+    named = {"label_names": ["bad", "good", "god"]}
+    assert "validation split has labels that training lacks: 'god'" in refused(named, train=path, validation=other)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("nan", "finite"),
+        ("inf", "finite"),
+        ("1e60", "finite"),
+        ("much", "number"),
+        ("", "no label"),
+        ("  ", "no label"),
+    ],
+)
+def test_regression_labels(csv_file, value: str, expected: str) -> None:
+    """One NaN label makes every weight NaN after its batch."""
+    path = csv_file("a.csv", text=TEXTS, label=[0.5, 1.5] * 8 + [value] + [2.0, 3.0, 4.0])
+    message = refused({"kind": "regression"}, train=path)
+    assert f"{path}, row 17: " in message
+    assert expected in message
+
+
+def test_text_among_numbers_when_inferred(csv_file) -> None:
+    """One "n/a" must not turn a regression into a classification of twenty names."""
+    path = csv_file("a.csv", text=TEXTS, label=[f"{row}.5" for row in range(16)] + ["n/a", "1.5", "2.5", "3.5"])
+    message = refused(train=path)
+    assert "row 17" in message
+    assert "'n/a' among numbers" in message
+
+
+@pytest.mark.parametrize("kind", ["single-label", "regression"])
+def test_null_labels(tmp_path: Path, kind: str) -> None:
+    """A missing label must not become a class of its own, or zero."""
+    rows = [{"text": "t", "label": row % 2} for row in range(10)] + [{"text": "u", "label": None}, {"text": "v"}]
+    message = refused({"kind": kind}, train=write_jsonl(tmp_path / "a.jsonl", rows))
+    assert "row 11: no label in column 'label' (2 of 12 rows)" in message
+
+
+@pytest.mark.parametrize("value", ["", "  \t", "\u00a0\u3000", "\ufeff"])
+def test_empty_text(csv_file, value: str) -> None:
+    """A blank text is learnt as "no words mean this label"."""
+    path = csv_file("a.csv", text=[*TEXTS[:18], value, value], label=WORDS)
+    message = refused(train=path)
+    assert f"{path}, row 19: the text 'text' is empty (1 more such rows)" in message
+    pair = csv_file("b.csv", sentence1=TEXTS, sentence2=[*TEXTS[:19], value], label=WORDS)
+    assert "row 20: the text 'sentence2' is empty" in refused(train=pair)
+
+
+def test_null_and_numeric_text(tmp_path: Path) -> None:
+    """Numbers as texts come from a wrong column."""
+    rows = [{"text": "t", "label": "a"}, {"text": None, "label": "b"}]
+    assert "row 2: the text 'text' is empty" in refused(train=write_jsonl(tmp_path / "a.jsonl", rows))
+    rows = [{"text": 1, "label": "a"}, {"text": 2, "label": "b"}]
+    assert "holds int64, not text" in refused(train=write_jsonl(tmp_path / "b.jsonl", rows))
+    rows = [{"text": None, "label": "a"}, {"text": None, "label": "b"}]
+    assert "in every row" in refused(train=write_jsonl(tmp_path / "c.jsonl", rows))
+
+
+def test_ids(csv_file, tmp_path: Path) -> None:
+    """Two rows with one id share teacher logits: one of them learns from another text."""
+    ids = [str(row) for row in range(20)]
+    path = csv_file("a.csv", id=[*ids[:19], "4"], text=TEXTS, label=WORDS)
+    message = refused(train=path)
+    assert f"{path}, row 20: the id '4' ('id') is also that of row 5" in message
+    assert "data.id_column" in message
+    path = csv_file("b.csv", id=[*ids[:19], ""], text=TEXTS, label=WORDS)
+    assert "row 20: the id ('id') is empty" in refused(train=path)
+    rows = [{"id": [1], "text": "t", "label": "a"}, {"id": [2], "text": "u", "label": "b"}]
+    assert "the id column 'id' holds list" in refused(train=write_jsonl(tmp_path / "a.jsonl", rows))
+
+
+def test_multi_label_values(csv_file, tmp_path: Path) -> None:
+    """A 2 in a 0/1 column gives a loss below zero; an unknown name would be dropped."""
+    path = csv_file("a.csv", text=TEXTS, a=[0, 1] * 10, b=[0, 1] * 9 + [2, 0])
+    assert f"{path}, row 19: 'b' is '2', but a multi-label column holds only 0 and 1" in refused(
+        {"label": ["a", "b"]}, train=path
+    )
+    path = csv_file("b.csv", text=TEXTS, a=[0, 1] * 10, b=[0, 1] * 9 + ["", 0])
+    assert "row 19: no label in column 'b'" in refused({"label": ["a", "b"]}, train=path)
+
+    def lists(*values: object, **task: object) -> str:
+        return refused(task, train=write_jsonl(tmp_path / "l.jsonl", [{"text": "t", "label": v} for v in values]))
+
+    assert "row 2: 'label' is 3, but" in lists([0, 1], [0, 3])
+    assert "differ in length" in lists([0, 1], [0])
+    assert "row 2: no label" in lists(["a"], None, ["b"])
+    assert "are all empty" in lists([], [])
+    assert "row 2: the label 'c'" in lists(["a"], ["b", "c"], label_names=["a", "b"])
+    assert "row 1: 'label' has 2 values, but there are 3 labels" in lists([0, 1], [1, 0], label_names=["a", "b", "c"])
+    assert "set task.kind: multi-label" in lists(["a"], ["b"], kind="single-label")
+    text = csv_file("c.csv", text=TEXTS, label=WORDS)
+    assert "expected a list of label names" in refused({"kind": "multi-label"}, train=text)
+    assert "need the same names" in refused({"label": ["a", "b"], "label_names": ["a", "c"]}, train=path)
+    assert "name one" in refused({"label": ["a", "b"], "kind": "single-label"}, train=path)
+
+
+def test_kinds_that_cannot_be_inferred(csv_file) -> None:
+    """Ids or prices taken for classes give a classifier of thousands of labels."""
+    texts = [f"t{row}" for row in range(40)]
+    many = refused(train=csv_file("a.csv", text=texts, label=range(40)))
+    assert "40 different integers" in many
+    assert "set task.kind to single-label or regression" in many
+    whole = refused(train=csv_file("b.csv", text=texts, label=[1.0, 2.0] * 20))
+    assert "all whole numbers" in whole
+    names = refused(train=csv_file("c.csv", text=texts, label=texts))
+    assert "40 texts in 40 rows" in names
+    path = csv_file("a.csv", text=texts, label=range(40))
+    assert load({"kind": "single-label"}, train=path, validation=path).task.num_labels == 40
+
+
+def test_decimals_as_classes(tmp_path: Path) -> None:
+    """A pandas column with 1.0 and 0.0 means the classes 1 and 0; 0.5 means no class."""
+    path = tmp_path / "a.parquet"
+    pd.DataFrame({"text": TEXTS, "label": [0.0, 1.0] * 10}).to_parquet(path)
+    assert load({"kind": "single-label"}, train=str(path)).task.label_names == ("0", "1")
+    pd.DataFrame({"text": TEXTS, "label": [0.0, 0.5] * 10}).to_parquet(path)
+    assert "row 2: the label 'label' is 0.5, a decimal" in refused({"kind": "single-label"}, train=str(path))
+    for missing in (None, float("nan")):
+        pq.write_table(pa.table({"text": TEXTS, "label": pa.array([0.0, missing, 1.0, 0.0] * 5, pa.float64())}), path)
+        for kind in ("auto", "single-label"):
+            assert "row 2: no label in column 'label' (5 of 20 rows)" in refused({"kind": kind}, train=str(path))
+
+
+def test_too_little(csv_file) -> None:
+    """One row can't be divided into training and validation."""
+    path = csv_file("a.csv", text=["t"], label=[0.5])
+    assert "cannot be split" in refused(train=path)
+    path = csv_file("b.csv", text=["t", "u", "v"], label=["a", "b", "c"])
+    assert "every label has a single training row" in refused(train=path)
+
+
+def test_load_examples_faults(tmp_path: Path, csv_file, emotions: Dataset) -> None:
+    """`kdlora evaluate` on a file without labels, or on a folder of splits."""
+    task = Task("single-label", ("text",), ("label",), ("sad", "glad"), ("accuracy",))
+    with pytest.raises(DataError, match="no label column 'label'"):
+        load_examples(csv_file("a.csv", text=["t"]), task, labelled=True)
+    with pytest.raises(DataError, match="is a folder"):
+        load_examples(str(tmp_path), task, labelled=False)
+    DatasetDict({"train": emotions, "test": emotions}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="holds the splits train, test"):
+        load_examples(str(tmp_path / "saved"), task, labelled=True)
+    assert len(load_examples(str(tmp_path / "saved" / "test"), task, labelled=True)) == 20

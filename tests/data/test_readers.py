@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kdlora.data.sources import open_file
+from kdlora.errors import DataError
+
+# Carriage returns inside quotes are normalised differently by every CSV reader; surrogates are not UTF-8.
+texts = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\r\x00"), max_size=30)
+rows_of_texts = st.lists(st.tuples(texts, texts), min_size=1, max_size=20)
+quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def read(path: Path) -> dict[str, list]:
+    source = open_file(path, "data.train")
+    return source.read(source.columns).table.to_pydict()
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@quick
+@given(rows=rows_of_texts)
+def test_csv_as_pandas_reads_it(tmp_path: Path, rows) -> None:
+    """Quotes, delimiters and line breaks in texts shift columns or merge rows without an error."""
+    frame = pd.DataFrame(rows, columns=["text", "label"])
+    path = tmp_path / "data.csv"
+    frame.to_csv(path, index=False, lineterminator="\n")
+    expected = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    assert read(path) == expected.to_dict("list")
+
+
+@quick
+@given(rows=rows_of_texts)
+def test_json_lines_as_pandas_reads_them(tmp_path: Path, rows) -> None:
+    """Unicode line separators inside a JSON string must not end a line."""
+    lines = "\n".join(json.dumps({"text": a, "label": b}, ensure_ascii=False) for a, b in rows)
+    path = write(tmp_path / "data.jsonl", lines)
+    expected = pd.read_json(io.StringIO(lines), lines=True, dtype=False)
+    assert read(path) == expected.to_dict("list")
+    as_array = write(tmp_path / "data.json", json.dumps([{"text": a, "label": b} for a, b in rows]))
+    assert read(as_array) == expected.to_dict("list")
+
+
+@quick
+@given(rows=rows_of_texts.map(lambda rows: [tuple(t.translate({9: " ", 10: " "}) for t in row) for row in rows]))
+def test_tsv_keeps_every_character(tmp_path: Path, rows) -> None:
+    """A quote in a TSV text is a character; a CSV reader silently joins rows at it."""
+    rows = [(f"x{a}", f"y{b}") for a, b in rows]
+    path = write(tmp_path / "data.tsv", "text\tlabel\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
+    assert read(path) == {"text": [a for a, _ in rows], "label": [b for _, b in rows]}
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+def test_byte_order_mark_and_line_breaks(tmp_path: Path, line_break: str) -> None:
+    """Excel's byte-order mark makes the first column unfindable; its line breaks end up in labels."""
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t"), ("b.csv", ";"), ("c.csv", "\t")):
+        rows = [["text", "label"], ["ä b", "1"], ["c", "0"]]
+        path = write(tmp_path / name, "\ufeff" + "".join(delimiter.join(row) + line_break for row in rows))
+        assert read(path) == {"text": ["ä b", "c"], "label": ["1", "0"]}
+    path = write(tmp_path / "a.jsonl", "\ufeff" + '{"text": "ä"}' + line_break + line_break + '{"text": "b"}')
+    assert read(path) == {"text": ["ä", "b"]}
+
+
+def test_words_that_mean_null_elsewhere(tmp_path: Path) -> None:
+    """Pandas reads the label NA (Namibia, "not applicable") as missing."""
+    path = write(tmp_path / "a.csv", "text,label\nnull,NA\nNone,nan\n")
+    assert read(path) == {"text": ["null", "None"], "label": ["NA", "nan"]}
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """Column order in a Parquet file must not decide which text is first."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"b": ["x", "y"], "a": [1, 2]}), path)
+    table = open_file(path, "data.train").read(["a", "b"]).table
+    assert table.column_names == ["a", "b"]
+    assert table.to_pydict() == {"a": [1, 2], "b": ["x", "y"]}
+
+
+def test_json_type_may_widen(tmp_path: Path) -> None:
+    """Scores that begin with whole numbers, thousands of rows long, must not be cut or refused."""
+    lines = ['{"text": "a", "label": 1}'] * 10_000 + ['{"text": "b", "label": 2.5}']
+    table = open_file(write(tmp_path / "a.jsonl", "\n".join(lines)), "data.train").read(["text", "label"]).table
+    assert table["label"].type == pa.float64()
+    assert table["label"][0].as_py() == 1.0
+    assert table["label"][10_000].as_py() == 2.5
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    """The usual fault; the nearest name in the folder is the remedy."""
+    write(tmp_path / "reviews.csv", "text,label\na,b\n")
+    assert "does not exist" in (message := refused(tmp_path / "review.csv"))
+    assert "Did you mean 'reviews.csv'" in message
+    assert "data.train" in message
+    assert "is a folder" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet"])
+def test_empty_file(tmp_path: Path, name: str) -> None:
+    """An interrupted download leaves an empty file."""
+    assert "is empty" in refused(write(tmp_path / name, ""))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "text,label\n"),
+        ("b.csv", "text,label"),
+        ("a.tsv", "text\tlabel\n\n"),
+        ("a.csv", "\n\n\n"),
+        ("a.jsonl", "\n"),
+    ],
+)
+def test_no_rows(tmp_path: Path, name: str, content: str) -> None:
+    """A file with a header alone must not become a data set of no examples."""
+    message = refused(write(tmp_path / name, content))
+    assert "no rows" in message or "blank lines" in message or "no JSON objects" in message
+
+
+def test_parquet_without_rows(tmp_path: Path) -> None:
+    """The same for Parquet."""
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    assert "no rows" in refused(tmp_path / "a.parquet")
+
+
+def test_broken_parquet(tmp_path: Path) -> None:
+    """A text file that is named .parquet."""
+    assert "no readable Parquet" in refused(write(tmp_path / "a.parquet", "text,label\n"))
+
+
+def test_unknown_extension(tmp_path: Path) -> None:
+    """Guessing the format of a spreadsheet would read its bytes as text."""
+    message = refused(write(tmp_path / "a.xlsx", "PK"))
+    assert "'.xlsx'" in message
+    assert ".csv, .tsv, .jsonl, .json, .parquet" in message
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_broken_utf8(tmp_path: Path, name: str, delimiter: str) -> None:
+    """Latin-1 bytes that are replaced or skipped change texts without a word."""
+    content = f"text{delimiter}label\nfine{delimiter}1\ncaf\xe9{delimiter}0\n".encode("latin-1")
+    message = refused(write(tmp_path / name, content))
+    assert "line 3" in message
+    assert f"offset {content.index(0xE9)}" in message
+    assert "0xE9" in message
+
+
+def test_broken_utf8_far_into_a_file(tmp_path: Path) -> None:
+    """The offset must be right beyond the first block, and when a block ends inside a character."""
+    good = ("é" * 50 + ",1\n") * 30_000
+    content = b"t,label\n" + good.encode() + b"\xff,0\n"
+    message = refused(write(tmp_path / "a.csv", content))
+    assert "line 30002" in message
+    assert f"offset {len(content) - 4}" in message
+
+
+def test_broken_utf8_elsewhere(tmp_path: Path) -> None:
+    """JSON and headers go through other decoders."""
+    assert "line 2" in refused(write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n'))
+    assert "line 1" in refused(write(tmp_path / "a.csv", b"t\xe9xt,label\na,b\n"))
+    assert "UTF-16" in refused(write(tmp_path / "c.csv", "text,label\na,b\n".encode("utf-16")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "row"),
+    [
+        ("a.tsv", "text\tlabel\na\t1\nb\n", 2),
+        ("a.tsv", "text\tlabel\na\t1\nb\t0\nc\td\t1\n", 3),
+        ("a.csv", "text,label\na,1\n\nwell, no,0\n", 2),
+    ],
+)
+def test_ragged_rows(tmp_path: Path, name: str, content: str, row: int) -> None:
+    """Skipping or padding ragged rows loses data, or puts text into the label."""
+    message = refused(write(tmp_path / name, content))
+    assert f"row {row}:" in message
+    assert "columns where 2 are expected" in message
+    assert ("without quoting" if name == "a.tsv" else "Put quotes") in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '"text"\t"label"\n"a"\t"1"\n"b"\t"0"\n',
+        'text\tlabel\n"he said ""no"""\t1\nb\t0\n',
+        'text\tlabel\n"a"\t1\n"b"\t0\n',
+        'text\tlabel\n"a\tb"\t1\n',
+        'text\tlabel\n"a\nb"\t1\n',
+    ],
+)
+def test_quoted_tsv(tmp_path: Path, content: str) -> None:
+    """A TSV file with CSV quoting would be learnt with its quotes, and served without."""
+    message = refused(write(tmp_path / "a.tsv", content))
+    assert "without quoting" in message
+    assert ".csv" in message
+    assert read(write(tmp_path / "a.csv", content))["text"][0].strip('"') != ""
+
+
+def test_quotes_that_are_text(tmp_path: Path) -> None:
+    """Refusing every quote would refuse half of GLUE."""
+    content = 'text\tlabel\n" the witness "\t1\nhe said ""no""\t0\n"\t1\n'
+    assert read(write(tmp_path / "a.tsv", content))["text"] == ['" the witness "', 'he said ""no""', '"']
+
+
+def test_quote_that_is_never_closed(tmp_path: Path) -> None:
+    """One stray quote swallows all rows after it into a single text."""
+    message = refused(write(tmp_path / "a.csv", 'label,text\n1,a\n0,"b\n1,c\n1,d\n'))
+    assert "never closed" in message
+    assert "'b" in message
+    closed = write(tmp_path / "b.csv", 'label,text\n1,a\n0,"b\nc"\n')
+    assert read(closed)["text"] == ["a", "b\nc"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.csv", "text,text\na,b\n"), ("a.tsv", "text\ttext\na\tb\n")])
+def test_duplicated_columns(tmp_path: Path, name: str, content: str) -> None:
+    """Of two columns of one name, the wrong one would be learnt."""
+    assert "two columns named 'text'" in refused(write(tmp_path / name, content))
+
+
+def test_duplicated_columns_in_parquet(tmp_path: Path) -> None:
+    """The same for Parquet."""
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet"
+    )
+    assert "two columns named 'text'" in refused(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ('{"text": "a"}\n["b"]\n', "line 2: list found"),
+        ('[{"text": "a"}, 3]', "row 2: int found"),
+        ('[{"text": "a"},\n', "line 2: not JSON"),
+        ('{"text": "a"}\n{"text": "b"}\n{"text": 3}\n', "row 3: 'text' is int"),
+    ],
+)
+def test_broken_json(tmp_path: Path, content: str, expected: str) -> None:
+    """A broken line that is skipped shifts every id after it."""
+    assert expected in refused(write(tmp_path / "a.jsonl", content))
+
+
+def test_json_type_changes_late(tmp_path: Path) -> None:
+    """Types are checked by block; a change between blocks must not slip through."""
+    lines = ['{"text": "a", "label": 1}'] * 10_000 + ['{"text": "b", "label": "bad"}']
+    assert "changes its type" in refused(write(tmp_path / "a.jsonl", "\n".join(lines)))

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kdlora.data.tasks import GLUE, Task, find_glue_task
+from kdlora.errors import DataError
+
+
+def test_label_order_is_the_hubs() -> None:
+    """A swapped label order turns every prediction of a Hub model around without an error."""
+    names = {name: glue.label_names for name, glue in GLUE.items()}
+    assert names == {
+        "cola": ("unacceptable", "acceptable"),
+        "sst2": ("negative", "positive"),
+        "mrpc": ("not_equivalent", "equivalent"),
+        "stsb": ("label",),
+        "qqp": ("not_duplicate", "duplicate"),
+        "mnli": ("entailment", "neutral", "contradiction"),
+        "qnli": ("entailment", "not_entailment"),
+        "rte": ("entailment", "not_entailment"),
+        "wnli": ("not_entailment", "entailment"),
+        "ax": ("entailment", "neutral", "contradiction"),
+    }
+
+
+def test_score_metrics() -> None:
+    """Accuracy in place of Matthews flatters a constant CoLA model by 70 points."""
+    assert GLUE["cola"].metrics == ("matthews",)
+    assert GLUE["stsb"].metrics == ("pearson", "spearman")
+    assert GLUE["mrpc"].metrics == GLUE["qqp"].metrics == ("accuracy", "f1")
+    assert {GLUE[name].metrics for name in ("sst2", "mnli", "qnli", "rte", "wnli")} == {("accuracy",)}
+
+
+@pytest.mark.parametrize("glue", GLUE.values(), ids=lambda glue: glue.name)
+def test_json_round_trip(glue) -> None:
+    """A task that comes back different from its record makes evaluation disagree with training."""
+    assert Task.from_dict(json.loads(json.dumps(glue.task.to_dict()))) == glue.task
+
+
+def test_words_of_transformers() -> None:
+    """A wrong problem_type makes transformers pick another loss."""
+    task = Task("multi-label", ("text",), ("a", "b"), ("a", "b"), ("micro_f1",))
+    assert task.problem_type == "multi_label_classification"
+    assert task.id2label == {0: "a", 1: "b"}
+    assert task.label2id == {"a": 0, "b": 1}
+    assert task.num_labels == 2
+    assert not task.is_pair
+    assert GLUE["stsb"].task.problem_type == "regression"
+    assert GLUE["stsb"].task.is_pair
+
+
+def test_damaged_record() -> None:
+    """A record without a field must say so, not fail with a KeyError far away."""
+    with pytest.raises(DataError, match="lacks label_names, metrics; it has kind, text, label"):
+        Task.from_dict({"kind": "regression", "text": ["t"], "label": ["l"]})
+    values = GLUE["mrpc"].task.to_dict() | {"kind": "singel-label"}
+    with pytest.raises(DataError, match="Did you mean 'single-label'"):
+        Task.from_dict(values)
+
+
+def test_unknown_glue_task() -> None:
+    """A typing error gets the nearest name."""
+    assert find_glue_task("rte") is GLUE["rte"]
+    with pytest.raises(DataError, match="Did you mean 'mrpc'"):
+        find_glue_task("mprc")
+
+
+def test_task_table_is_light() -> None:
+    """`kdlora tasks` and the report must not wait for torch."""
+    code = (
+        "import sys, kdlora.data.tasks; print([m for m in ('torch', 'datasets', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

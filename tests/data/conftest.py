@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 
 @pytest.fixture
@@ -22,3 +23,12 @@ def csv_file(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def emotions() -> Dataset:
+    """Twenty rows, `text 0` ..., with the classes sad and glad by turns."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["sad", "glad"]), "n": Value("int32")})
+    return Dataset.from_dict(
+        {"text": [f"text {row}" for row in range(20)], "label": [0, 1] * 10, "n": range(20)}, features
+    )

@@ -38,11 +38,8 @@ def encode_labels(raw: RawTable, columns: Sequence[str], task: Task) -> pa.Array
     if task.kind == "regression":
         return _numbers(raw, columns[0])
     if len(columns) > 1:
-        matrix = np.stack([_zeros_and_ones(raw, column) for column in columns], axis=1)
-        order = (
-            [columns.index(name) for name in task.label_names] if set(columns) == set(task.label_names) else slice(None)
-        )
-        return _as_lists(matrix[:, order])
+        ordered = [_zeros_and_ones(raw, column) for column in task.label_names]  # the names are the columns
+        return _as_lists(np.stack(ordered, axis=1))
     return _as_lists(_list_matrix(raw, columns[0], task.label_names))
 
 
@@ -175,23 +172,13 @@ def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
 
 def _zeros_and_ones(raw: RawTable, column: str) -> npt.NDArray[np.float32]:
     values = raw.table[column]
-    if pa.types.is_boolean(values.type):
-        values = values.cast(pa.int8())
-    strings = values.cast(pa.string()) if not pa.types.is_floating(values.type) else None
-    if strings is not None:
-        strings = pc.utf8_lower(strings)
-        refuse_missing(raw, column, pc.fill_null(pc.equal(strings, ""), True))
-        zero, one = (pc.is_in(strings, pa.array(words)) for words in (["0", "0.0", "false"], ["1", "1.0", "true"]))
-    else:
-        refuse_missing(raw, column, pc.is_null(values, nan_is_null=True))
-        zero, one = pc.equal(values, 0), pc.equal(values, 1)
-    if (position := pc.index(pc.or_(zero, one), False).as_py()) >= 0:
+    strings = pc.utf8_lower(values.cast(pa.string()))
+    refuse_missing(raw, column, pc.fill_null(pc.is_in(strings, pa.array(["", "nan"])), True))
+    one = pc.is_in(strings, pa.array(["1", "1.0", "true"]))
+    allowed = pc.or_(one, pc.is_in(strings, pa.array(["0", "0.0", "false"])))
+    if (position := pc.index(allowed, False).as_py()) >= 0:
         _refuse_value(raw, column, position, values[position].as_py())
-    return (
-        one.to_numpy(zero_copy_only=False).astype(np.float32)
-        if isinstance(one, pa.Array)
-        else np.asarray(one.to_numpy(), np.float32)
-    )
+    return np.asarray(one.to_numpy(), np.float32)
 
 
 def _refuse_value(raw: RawTable, column: str, position: int, value: object) -> NoReturn:

@@ -166,7 +166,8 @@ def test_broken_utf8(tmp_path: Path, name: str, delimiter: str) -> None:
 def test_broken_utf8_far_into_a_file(tmp_path: Path) -> None:
     """The offset must be right beyond the first block, and when a block ends inside a character."""
     good = ("é" * 50 + ",1\n") * 30_000
-    content = b"t,label\n" + good.encode() + b"\xff,0\n"
+    content = b"tx,label\n" + good.encode() + b"\xff,0\n"
+    assert content[1 << 20] & 0xC0 == 0x80  # the first block of the scan ends inside a character
     message = refused(write(tmp_path / "a.csv", content))
     assert "line 30002" in message
     assert f"offset {len(content) - 4}" in message

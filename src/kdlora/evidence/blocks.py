@@ -123,7 +123,16 @@ class Quotations:
     items: tuple[Quotation, ...]
 
 
-Block = Paragraph | Bullets | Table | Figure | Tiles | Quotations
+@dataclass(frozen=True)
+class Code:
+    """Text to copy, folded away under a summary."""
+
+    kind: ClassVar[str] = "code"
+    summary: str
+    text: str
+
+
+Block = Code | Paragraph | Bullets | Table | Figure | Tiles | Quotations
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,7 @@ class Page:
 
     title: str
     eyebrow: str
+    lead: tuple[Inline, ...]
     sections: tuple[Section, ...]
     footer: str
 
@@ -155,10 +165,10 @@ def to_markdown(page: Page) -> str:
     Returns:
         Markdown in which every text from outside is escaped.
     """
-    lines = [f"# {escape(page.title)}", "", escape(page.eyebrow), ""]
+    lines = [f"# {escape(page.title)}", "", _inline(page.lead), ""]
     for section in page.sections:
         lines += _section(section, level=2)
-    return "\n".join([*lines, "---", "", escape(page.footer), ""])
+    return "\n".join([*lines, "---", "", f"{escape(page.eyebrow)}. {escape(page.footer)}", ""])
 
 
 def escape(text: str) -> str:
@@ -182,7 +192,7 @@ _NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 
 def _section(section: Section, level: int) -> list[str]:
     """Render a heading and what is below it."""
-    lines = [f"{'#' * min(level, 6)} {escape(section.title)}", ""]
+    lines = [f'<a id="{section.anchor}"></a>', "", f"{'#' * min(level, 6)} {escape(section.title)}", ""]
     for block in section.blocks:
         lines += [*_block(block), ""]
     for part in section.sections:
@@ -199,6 +209,9 @@ def _block(block: Block) -> list[str]:
         return [f"- {_inline(parts)}" for parts in block.items]
     if isinstance(block, Table):
         return _table(block)
+    if isinstance(block, Code):
+        fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", block.text)), default=0))
+        return [f"{escape(block.summary)}:", "", fence, *block.text.splitlines(), fence]
     if isinstance(block, Figure):
         return [f"*{escape(block.title)}.* {escape(block.description)} (Drawn in report.html.)"]
     if isinstance(block, Tiles):

@@ -96,18 +96,17 @@ def pair_runs(
         The comparison; without an interval, and with the reason, where it cannot be paired.
     """
     plain = _mean_score(first[1], split) - _mean_score(second[1], split)
-    kept = [[run.predictions for run in runs] for _, runs in (first, second)]
-    if any(one is None for arm in kept for one in arm):
+    kept = [[run.predictions.only(split) for run in runs if run.predictions is not None] for _, runs in (first, second)]
+    if not kept[0] or not kept[1]:
         return Comparison(first[0], second[0], None, plain, "not paired: predictions are missing")
-    whole = [one.only(split) for arm in kept for one in arm if one is not None]
-    aligned = align(whole)
+    aligned = align([*kept[0], *kept[1]])
     if aligned is None:
         return Comparison(first[0], second[0], None, plain, "not paired: the examples are not the same")
     labels = aligned[0].labels
     if labels is None:
         return Comparison(first[0], second[0], None, plain, "not paired: the examples have no labels")
     logits = [one.logits for one in aligned]
-    cut = len(first[1])
+    cut = len(kept[0])
     difference = paired_bootstrap(task, labels, logits[:cut], logits[cut:], groups=aligned[0].groups, draws=draws)
     return Comparison(first[0], second[0], difference, plain)
 

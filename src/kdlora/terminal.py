@@ -80,10 +80,13 @@ def print_result(result: ExperimentResult) -> None:
 
 def _table(records: list[RunRecord]) -> Table:
     on_test = any(record.test_score is not None for record in records)
-    table = Table(title=f"score on the {'test' if on_test else 'validation'} split, 0 to 100")
-    table.add_column("arm")
-    for name in ("n", "score", "sd", "trained", "parameters", "examples/s", "ms, batch 1"):
-        table.add_column(name, justify="right")
+    table = Table(
+        title=f"score on the {'test' if on_test else 'validation'} split, 0 to 100",
+        caption="ex/s: rows trained per second; ms: median latency at batch 1",
+    )
+    table.add_column("arm", no_wrap=True)
+    for name in ("n", "score", "sd", "trained", "params", "ex/s", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
     for arm in ARMS:
         runs = [record for record in records if record.arm == arm]
         if runs:

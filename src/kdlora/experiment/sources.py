@@ -10,7 +10,7 @@ from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.tables import read_teacher_table
 from kdlora.distil.teacher import read_stored_logits
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.models.adapters import resolve_targets
+from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder, load_fine_tuned, student_from_layers
 
 
@@ -33,7 +33,7 @@ def check_models(config: Config, task: Task) -> None:
     for arm in _one_arm_per_base(config):
         encoder = load_base(config, arm, 0, task)
         if arm in LORA_ARMS:
-            resolve_targets(encoder.model, config.lora.targets, encoder.fresh)
+            add_adapter(encoder, config.lora, seed=0)
 
 
 def _one_arm_per_base(config: Config) -> list[Arm]:

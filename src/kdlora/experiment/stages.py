@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, Arm, Config, TrainConfig
 from kdlora.data.load import load_splits
@@ -68,7 +69,7 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     Returns:
         The record, complete but for the peak memory, which only the process that watches can see.
     """
-    use_threads(config)
+    prepare_process(config)
     splits = load_splits(config.task, config.data)
     record = new_record(config, splits, arm, seed)
     if arm == "fft" and config.given_teacher:
@@ -108,7 +109,7 @@ def label_training_rows(
     Returns:
         How many texts the teacher read cut.
     """
-    use_threads(config)
+    prepare_process(config)
     splits = load_splits(config.task, config.data)
     encoder, columns = load_teacher(config, splits.task, layout.teacher)
     logits = teacher_logits(
@@ -125,7 +126,12 @@ def label_training_rows(
     return logits.truncated
 
 
-def use_threads(config: Config) -> None:
-    """Set the number of CPU threads that the config names."""
+def prepare_process(config: Config) -> None:
+    """Set the threads that the config names, and leave the terminal to the experiment's own progress.
+
+    Args:
+        config: the experiment.
+    """
+    disable_progress_bar()
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)

@@ -1,0 +1,1 @@
+"""Ship a classifier: ONNX and int8 with parity gates, prediction, benchmark, calibration."""

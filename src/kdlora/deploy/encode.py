@@ -1,0 +1,166 @@
+"""Turn texts into padded arrays with `tokenizers` alone, the same way for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kdlora.deploy.folder import ModelFolder, read_json
+from kdlora.errors import ArtifactError, DataError, KdLoraError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+Text = str | tuple[str, str]
+
+_CHARACTERS_PER_TOKEN = 100
+_LEAST_CHARACTERS = 20_000
+
+
+class TextEncoder:
+    """A tokenizer with fixed truncation; it is never changed after construction, so threads may share it."""
+
+    def __init__(self, folder: ModelFolder, input_names: Sequence[str], tokenizer: str | None = None) -> None:
+        """Load `tokenizer.json`, or take a tokenizer that transformers built.
+
+        Args:
+            folder: the model folder.
+            input_names: the arrays that the model takes, such as input_ids and attention_mask.
+            tokenizer: content of a `tokenizer.json`; by default that of the folder.
+
+        Raises:
+            ArtifactError: `tokenizer.json` cannot be read.
+            KdLoraError: `tokenizers` is not installed.
+        """
+        self.input_names = tuple(input_names)
+        self.max_length = folder.max_length
+        self._most_characters = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TOKEN * folder.max_length)
+        self._tokenizer = _load_tokenizer(folder.path / "tokenizer.json", tokenizer)
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(folder.max_length, strategy="longest_first")
+        self._pad = _pad_token_id(folder.path, self._tokenizer)
+
+    def encode(self, texts: Sequence[Text]) -> list[Encoding]:
+        """Tokenise texts that `check_text` has passed.
+
+        A text is first cut to 100 characters a token of `max_length` (at least 20,000): what lies beyond would
+        be truncated anyway, and ten megabytes in one row must not be tokenised to find that out.
+
+        Args:
+            texts: single texts or pairs, mixed as you like.
+
+        Returns:
+            One encoding a text, at most `max_length` tokens, special tokens included.
+        """
+        most = self._most_characters
+        cut = [text[:most] if isinstance(text, str) else (text[0][:most], text[1][:most]) for text in texts]
+        encodings: list[Encoding] = self._tokenizer.encode_batch(cut)
+        return encodings
+
+    def pad(self, encodings: Sequence[Encoding]) -> dict[str, np.ndarray]:
+        """Pad encodings on the right into the arrays that the model takes.
+
+        Args:
+            encodings: the rows of one batch.
+
+        Returns:
+            Input name to int64 array (rows, longest row).
+        """
+        longest = max(len(encoding) for encoding in encodings)
+        shape = (len(encodings), longest)
+        arrays = {
+            "input_ids": np.full(shape, self._pad, dtype=np.int64),
+            "attention_mask": np.zeros(shape, dtype=np.int64),
+        }
+        if "token_type_ids" in self.input_names:
+            arrays["token_type_ids"] = np.zeros(shape, dtype=np.int64)
+        for row, encoding in enumerate(encodings):
+            length = len(encoding)
+            arrays["input_ids"][row, :length] = encoding.ids
+            arrays["attention_mask"][row, :length] = 1
+            if "token_type_ids" in arrays:
+                arrays["token_type_ids"][row, :length] = encoding.type_ids
+        return {name: arrays[name] for name in self.input_names}
+
+
+def check_text(text: Any, where: str) -> Text:
+    """Refuse what cannot be classified, rather than give it the label of an empty string.
+
+    Args:
+        text: a text, or the two texts of a pair (tuple or list).
+        where: names the row in the message.
+
+    Returns:
+        The text, or the pair as a tuple.
+
+    Raises:
+        DataError: not text, empty, or not writable as UTF-8.
+    """
+    if isinstance(text, tuple | list):
+        if len(text) != 2:
+            raise DataError(f"{where}: expected a text or a pair of texts, got {len(text)} values.")
+        first, second = (_check_one(part, f"{where}, text {number}") for number, part in enumerate(text, 1))
+        return first, second
+    return _check_one(text, where)
+
+
+def _check_one(text: Any, where: str) -> str:
+    """Check one text."""
+    if not isinstance(text, str):
+        raise DataError(f"{where}: expected a text, got {type(text).__name__} ({text!r:.40}).")
+    if not text or text.isspace():
+        raise DataError(f"{where}: the text is empty. Remove the row or give it a text.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: the text is not valid UTF-8 (at character {error.start}).") from None
+    return text
+
+
+def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
+    """Group rows of like length, so that little padding is computed.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: most rows in a batch.
+        batch_tokens: most padded tokens in a batch; a longer row is a batch of its own.
+
+    Returns:
+        Row numbers of each batch; every row occurs once.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batches: list[list[int]] = []
+    for row in order:
+        current = batches[-1] if batches else None
+        if current is None or len(current) >= batch_size or (len(current) + 1) * lengths[row] > batch_tokens:
+            batches.append([row])
+        else:
+            current.append(row)
+    return batches
+
+
+def _load_tokenizer(path: Path, content: str | None) -> Any:
+    """Load a tokenizer file; the library raises a bare Exception for a damaged one."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise KdLoraError("tokenizers is not installed: pip install 'kdlora[serve]'") from None
+    try:
+        return Tokenizer.from_file(str(path)) if content is None else Tokenizer.from_str(content)
+    except Exception as error:
+        raise ArtifactError(f"{path}: the tokenizer cannot be read: {error}") from None
+
+
+def _pad_token_id(folder: Path, tokenizer: Any) -> int:
+    """Find the padding id; its value hardly matters, as padding is masked, but it must be in the vocabulary."""
+    path = folder / "tokenizer_config.json"
+    token = read_json(path).get("pad_token") if path.is_file() else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if found is None:
+        found = read_json(folder / "config.json").get("pad_token_id")
+    return int(found) if found is not None else 0

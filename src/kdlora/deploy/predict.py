@@ -1,0 +1,306 @@
+"""One classifier interface for transformers and ONNX folders; an ONNX folder needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kdlora.deploy.encode import Text, TextEncoder, check_text, length_batches
+from kdlora.deploy.folder import EXPORT_RECORD, ModelFolder, Precision, read_model_folder
+from kdlora.errors import ArtifactError, KdLoraError, ModelError
+
+BATCH_SIZE = 32
+BATCH_TOKENS = 4096
+"""Most padded tokens that one forward pass holds; attention memory grows with the square of the length."""
+
+
+class Backend(Protocol):
+    """What runs the network."""
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the arrays that `run` takes."""
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model says about one text.
+
+    Attributes:
+        label: the most probable label (single-label), all labels of probability above 0.5 (multi-label), or the
+            predicted value (regression).
+        probabilities: label name to probability in 0..1; empty for regression. Those of a multi-label task do
+            not add up to 1.
+    """
+
+    label: str | tuple[str, ...] | float
+    probabilities: dict[str, float]
+
+
+class Classifier:
+    """A loaded model. `predict` may be called from several threads at once.
+
+    Example:
+        >>> Classifier.load("runs/sst2/onnx").predict(["a charming journey"])[0].label  # doctest: +SKIP
+        'positive'
+    """
+
+    def __init__(self, folder: ModelFolder, backend: Backend, tokenizer: str | None = None) -> None:
+        """Join a described folder and its running network; most callers want `load`.
+
+        Args:
+            folder: labels, kind, limits and temperature.
+            backend: computes logits in the order of `folder.label_names`.
+            tokenizer: content of a `tokenizer.json`; by default that of the folder.
+        """
+        self.folder = folder
+        self.encoder = TextEncoder(folder, backend.input_names, tokenizer)
+        self._backend = backend
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        precision: Precision = "auto",
+        threads: int | None = None,
+        max_length: int | None = None,
+        verify: bool = True,
+    ) -> Classifier:
+        """Load a model folder.
+
+        Args:
+            folder: a transformers folder, an exported folder or an `.onnx` file in it.
+            precision: which ONNX file of a folder that has several; `auto` prefers int8.
+            threads: of the network's products; by default one a core. With PyTorch this is process-wide.
+            max_length: cut texts to that many tokens; by default what the folder says.
+            verify: compare an exported file with the hash that its export recorded.
+
+        Returns:
+            The classifier, ready to predict.
+
+        Raises:
+            ModelError: not a model folder, an adapter, no classification head.
+            ArtifactError: a file is damaged or is not the one that was exported.
+            KdLoraError: the runtime is not installed.
+        """
+        described = read_model_folder(folder, precision=precision, max_length=max_length)
+        if threads is not None and threads < 1:
+            raise ModelError(f"threads must be at least 1, got {threads}.")
+        if described.backend == "onnx":
+            if verify:
+                verify_export(described)
+            return cls(described, OnnxBackend(described, threads=threads))
+        # Imported here: an ONNX folder must be served without torch and transformers.
+        from kdlora.deploy.torch_backend import TorchBackend
+
+        backend = TorchBackend(described, threads=threads)
+        return cls(described, backend, backend.tokenizer.backend_tokenizer.to_str())
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the logit columns."""
+        return self.folder.label_names
+
+    def predict(self, texts: Sequence[Text], *, batch_size: int = BATCH_SIZE) -> list[Prediction]:
+        """Classify texts; they are batched by length and come back in the order given.
+
+        Args:
+            texts: texts, or pairs of texts as tuples. Texts beyond `max_length` tokens are truncated.
+            batch_size: most texts in one forward pass.
+
+        Returns:
+            One prediction a text.
+
+        Raises:
+            DataError: a text is empty or is no text; nothing is predicted then.
+            ModelError: the model gives values that are not finite.
+        """
+        return self.to_predictions(self.predict_logits(texts, batch_size=batch_size))
+
+    def predict_logits(
+        self, texts: Sequence[Text], *, batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
+    ) -> np.ndarray:
+        """Compute the raw outputs; the temperature is not applied.
+
+        Args:
+            texts: as in `predict`.
+            batch_size: most texts in one forward pass.
+            batch_tokens: most padded tokens in one forward pass.
+
+        Returns:
+            float32 (texts, labels), in the order given.
+
+        Raises:
+            DataError: a text is empty or is no text.
+            ModelError: the model gives values that are not finite.
+        """
+        if isinstance(texts, str):
+            texts = [texts]
+        if batch_size < 1:
+            raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
+        checked = [check_text(text, f"text {row}") for row, text in enumerate(texts)]
+        logits = np.empty((len(checked), len(self.label_names)), dtype=np.float32)
+        encodings = self.encoder.encode(checked)
+        for rows in length_batches([len(encoding) for encoding in encodings], batch_size, batch_tokens):
+            logits[rows] = self.run(self.encoder.pad([encodings[row] for row in rows]))
+        if not np.isfinite(logits).all():
+            row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
+            raise ModelError(f"{self.folder.path}: the model's output for text {row} is not a finite number.")
+        return logits
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Compute logits of token arrays, checked for their width.
+
+        Args:
+            inputs: input name to int64 (rows, tokens).
+
+        Returns:
+            float32 (rows, labels).
+
+        Raises:
+            ModelError: the network gives another number of columns than config.json names.
+        """
+        logits = self._backend.run(inputs)
+        if logits.ndim != 2 or logits.shape[1] != len(self.label_names):
+            raise ModelError(
+                f"{self.folder.path}: config.json names {len(self.label_names)} labels, but the model gives an "
+                f"output of shape {logits.shape}."
+            )
+        return logits
+
+    def to_predictions(self, logits: np.ndarray) -> list[Prediction]:
+        """Turn logits into labels and calibrated probabilities.
+
+        Args:
+            logits: float32 (texts, labels), as from `predict_logits`.
+        """
+        names, kind = self.label_names, self.folder.kind
+        if kind == "regression":
+            return [Prediction(float(row[0]) if len(row) == 1 else tuple(map(str, row)), {}) for row in logits]
+        table = probabilities(logits, kind, self.folder.temperature)
+        predictions = []
+        for row, values in zip(table, table.tolist(), strict=True):
+            label: str | tuple[str, ...] = names[int(row.argmax())]
+            if kind == "multi-label":
+                label = tuple(name for name, value in zip(names, values, strict=True) if value > 0.5)
+            predictions.append(Prediction(label, dict(zip(names, values, strict=True))))
+        return predictions
+
+
+class OnnxBackend:
+    """ONNX Runtime on the CPU."""
+
+    def __init__(self, folder: ModelFolder, *, threads: int | None = None) -> None:
+        """Open a session.
+
+        Args:
+            folder: its `file` is the model.
+            threads: of one operator; by default one a core.
+
+        Raises:
+            KdLoraError: onnxruntime is not installed.
+            ArtifactError: the file cannot be loaded.
+        """
+        self._session = open_session(folder.file, threads=threads, optimised=folder.record is not None)
+        self.input_names = tuple(value.name for value in self._session.get_inputs())
+        unknown = sorted(set(self.input_names) - {"input_ids", "attention_mask", "token_type_ids"})
+        if unknown:
+            raise ModelError(f"{folder.file}: the model takes {unknown[0]!r}, which a text does not give.")
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens)."""
+        logits: np.ndarray = self._session.run(None, inputs)[0]
+        return logits
+
+
+def open_session(file: Path | None, *, threads: int | None = None, optimised: bool = False) -> Any:
+    """Open an ONNX Runtime session on the CPU.
+
+    Args:
+        file: the model.
+        threads: of one operator; by default one a core.
+        optimised: the graph was optimised when it was exported and is run as it is. This saves time at start,
+            and the runtime's own fusion of residual and layer norm, which is slower than both apart on a CPU.
+
+    Raises:
+        KdLoraError: onnxruntime is not installed.
+        ArtifactError: the file cannot be loaded.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise KdLoraError(
+            "onnxruntime is not installed: pip install 'kdlora[onnx]' ('kdlora[serve]' to predict only)"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # A plan of memory for each shape pays off where shapes repeat; texts have hundreds of shapes.
+    options.enable_mem_pattern = False
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    if optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ArtifactError(
+            f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it ({str(error).splitlines()[0]:.200}). "
+            "The file is damaged or was made for another runtime; export it again."
+        ) from None
+
+
+def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np.ndarray:
+    """Turn logits into probabilities: softmax, or one sigmoid a label for multi-label.
+
+    Args:
+        logits: (rows, labels).
+        kind: "single-label" or "multi-label".
+        temperature: positive; above 1 flattens.
+
+    Returns:
+        float64 (rows, labels) in 0..1.
+
+    *Source*: Guo et al., "On Calibration of Modern Neural Networks", eq. 9.
+    """
+    scaled = logits.astype(np.float64) / temperature
+    if kind == "multi-label":
+        # Two forms of one function, each where its exponential cannot overflow.
+        small = np.exp(-np.abs(scaled))
+        return np.asarray(np.where(scaled >= 0, 1 / (1 + small), small / (1 + small)))
+    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def verify_export(folder: ModelFolder) -> None:
+    """Compare the exported files with their recorded hashes.
+
+    Args:
+        folder: an ONNX folder; one without an export record has nothing to compare.
+
+    Raises:
+        ArtifactError: a file is not the one that was exported.
+    """
+    hashes = (folder.record or {}).get("sha256", {})
+    names = ["tokenizer.json", *([folder.file.name] if folder.file is not None else [])]
+    for name in (name for name in names if name in hashes):
+        found = sha256(folder.path / name)
+        if found != hashes[name]:
+            raise ArtifactError(
+                f"{folder.path / name}: not the file that was exported: {EXPORT_RECORD} records sha256 "
+                f"{hashes[name][:12]}…, the file has {found[:12]}…. Export the model again."
+            )
+
+
+def sha256(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,91 @@
+"""Run a transformers folder with PyTorch in fp32; the reference that every export is compared with."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from kdlora.deploy.folder import ModelFolder
+from kdlora.errors import ModelError
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class TorchBackend:
+    """A transformers model on the CPU, in evaluation mode."""
+
+    def __init__(self, folder: ModelFolder, *, threads: int | None = None) -> None:
+        """Load the weights.
+
+        Args:
+            folder: a transformers folder.
+            threads: PyTorch's threads, a setting of the whole process; unchanged by default.
+
+        Raises:
+            ModelError: weights that do not fit config.json, or a head that is missing from the checkpoint.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model = load_model(folder)
+        self.tokenizer = load_tokenizer(folder)
+        taken = inspect.signature(self.model.forward).parameters
+        self.input_names = tuple(name for name in _INPUTS if name in self.tokenizer.model_input_names and name in taken)
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens)."""
+        with torch.inference_mode():
+            output = self.model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+        logits: np.ndarray = output.logits.float().numpy()
+        return logits
+
+
+def load_model(folder: ModelFolder) -> PreTrainedModel:
+    """Load a whole classifier in fp32; a checkpoint that lacks the head is refused, not filled at random.
+
+    Raises:
+        ModelError: missing or mismatched weights, or files that transformers cannot read.
+    """
+    bar = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder.path, output_loading_info=True, dtype=torch.float32, local_files_only=True
+        )
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"{folder.path}: transformers cannot load the model: {first}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+    absent = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if absent:
+        raise ModelError(
+            f"{folder.path}: the checkpoint lacks weights of the classifier ({', '.join(absent[:3])}"
+            f"{', …' if len(absent) > 3 else ''}). Fine-tune it first: their values would be random."
+        )
+    return model.eval()
+
+
+def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
+    """Load the tokenizer as transformers builds it, which may differ from the folder's `tokenizer.json`.
+
+    Raises:
+        ModelError: there is none, or it is not one of the fast ones.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"{folder.path}: transformers cannot load the tokenizer: {first}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{folder.path}: expected a tokenizer of the `tokenizers` library, got {type(tokenizer).__name__}."
+        )
+    return tokenizer

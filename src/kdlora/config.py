@@ -92,8 +92,6 @@ class DataConfig(_Section):
     """Validation file or split name; default: split off the training rows."""
     test: str | None = None
     """Test file or split name; with one, the headline score is measured on it."""
-    unlabelled: str | None = None
-    """File with texts of the same task without labels; the teacher labels them for the distilled arms."""
     id_column: str = "id"
     """Column that names an example; where the data lacks it, the row number from 0 is the id."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
@@ -322,10 +320,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _arms_have_their_models(self) -> Self:
-        faults = list(self._missing_models())
-        if self.data.unlabelled is not None and self.teacher.is_table:
-            faults.append("data.unlabelled needs a teacher model to label it, but the teacher is a table")
-        if faults:
+        if faults := list(self._missing_models()):
             raise ValueError("; ".join(faults))
         return self
 

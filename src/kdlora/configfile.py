@@ -128,7 +128,7 @@ def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-_FILE_KEYS = {("data", key) for key in ("train", "validation", "test", "unlabelled")} | {
+_FILE_KEYS = {("data", key) for key in ("train", "validation", "test")} | {
     ("teacher", "logits"),
     ("teacher", "probabilities"),
 }

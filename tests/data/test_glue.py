@@ -183,15 +183,17 @@ def test_own_files_for_a_glue_task(tmp_path: Path) -> None:
 
 
 def test_own_files_beside_the_benchmark(tmp_path: Path) -> None:
-    """Texts to be labelled keep their ids, and are no reason to drop rows in silence."""
+    """A user's rows keep their ids, and are not dropped in silence as the benchmark's corrupt ones are."""
     for file in ("train.tsv", "dev.tsv"):
         write(tmp_path / "SST-2", file, "sentence\tlabel", "a\t0", "b\t1")
     path = tmp_path / "more.csv"
-    path.write_text("id,sentence\nx,c\ny,d\n")
-    assert list(load("sst2", tmp_path, unlabelled=str(path)).unlabelled["id"]) == ["x", "y"]
-    path.write_text("id,sentence\nx,c\ny,\n")
+    path.write_text("id,sentence,label\nx,c,0\ny,d,1\n")
+    test = load("sst2", tmp_path, test=str(path)).test
+    assert test is not None
+    assert list(test["id"]) == ["x", "y"]
+    path.write_text("id,sentence,label\nx,c,0\ny,,1\n")
     with pytest.raises(DataError, match="row 2: the text 'sentence' is empty"):
-        load("sst2", tmp_path, unlabelled=str(path))
+        load("sst2", tmp_path, test=str(path))
     with pytest.raises(DataError, match=r"data\.id_column"):
         load("sst2", tmp_path, id_column="key")
 

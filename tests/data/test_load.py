@@ -44,7 +44,7 @@ def test_everything_inferred(csv_file) -> None:
     splits = load(train=csv_file("a.csv", text=TEXTS, label=WORDS))
     assert splits.task == Task("single-label", ("text",), ("label",), ("bad", "good"), ("accuracy",))
     assert (len(splits.train), len(splits.validation)) == (18, 2)
-    assert splits.test is splits.unlabelled is None
+    assert splits.test is None
     assert splits.train.features == Features({"id": Value("string"), "text": Value("string"), "label": Value("int64")})
     said = " ".join(splits.notes)
     assert "Text column inferred from its name: text" in said
@@ -78,12 +78,11 @@ def test_given_splits_and_id_column(csv_file) -> None:
     """A given validation file that is ignored in favour of a drawn one."""
     path = csv_file("a.csv", key=[f"k{row}" for row in range(20)], text=TEXTS, label=WORDS)
     other = csv_file("b.csv", label=["good", "bad"], key=["x", "k1"], text=["t", "u"])
-    splits = load(train=path, validation=other, test=other, unlabelled=other, id_column="key")
+    splits = load(train=path, validation=other, test=other, id_column="key")
     assert list(splits.train["id"][:2]) == ["k0", "k1"]
     for part in (splits.validation, splits.test):
         assert list(part["id"]) == ["x", "k1"]
         assert labels(part) == [1, 0]
-    assert splits.unlabelled.column_names == ["id", "text"]
     assert not any("validation split" in note for note in splits.notes)
 
 

@@ -95,7 +95,7 @@ def refuse_missing(raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Arr
         count = pc.sum(missing).as_py()
         raise DataError(
             f"{raw.where(position)}: no label in column {column!r} ({count} of {raw.table.num_rows} rows); "
-            "remove the rows, or put texts without labels into data.unlabelled"
+            "remove the rows, or label them"
         )
 
 

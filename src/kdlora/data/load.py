@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Groups = Mapping[str, Source]
 """The sources of one split by group; a split of one source has the group ""."""
 
-_USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",), "unlabelled": ()}
+_USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class Splits:
         train: examples to learn from.
         validation: examples for checkpoints, early stopping and the choice of what is shipped.
         test: examples for the headline, where there are labelled ones.
-        unlabelled: texts for the teacher to label.
         notes: plain sentences on what was inferred, dropped or drawn.
     """
 
@@ -47,7 +46,6 @@ class Splits:
     train: Dataset
     validation: Dataset
     test: Dataset | None = None
-    unlabelled: Dataset | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -96,7 +94,7 @@ class _Reading:
                 raise DataError(
                     f"{source.name} has no label column {column!r} (task.label); it has "
                     f"{', '.join(map(repr, source.columns))}.{did_you_mean(column, source.columns)} Training, "
-                    "validation and test files need labels; texts without labels go into data.unlabelled"
+                    "validation and test files need labels"
                 )
         if source.benchmark and self.id_column == "id":  # QQP has a column `id` that is not the Hub's
             return Columns(text, label, "idx" if "idx" in source.columns else None)
@@ -139,11 +137,10 @@ def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
     train = reading.split(splits["train"], labelled=True)
     train, validation = _train_and_validation(reading, data, splits, train)
     test = _test(reading, data, splits)
-    unlabelled = reading.split(splits["unlabelled"], labelled=False) if "unlabelled" in splits else None
     _check_labels(reading.task, data, train, {"validation": validation, "test": test})
     for note in reading.notes:
         logger.info(note)
-    return Splits(reading.task, train, validation, test, unlabelled, tuple(reading.notes))
+    return Splits(reading.task, train, validation, test, tuple(reading.notes))
 
 
 def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: bool) -> Dataset:

@@ -111,9 +111,10 @@ def _gain(experiment: Experiment, arm: str, comparisons: Sequence[Comparison]) -
     one = found.difference
     span = f"95% interval {interval(one)}, {seeds(min(one.n_seeds))}"
     same = " over the same student without a teacher "
-    if one.low > 0:
+    # What rounds to zero is not claimed as a gain.
+    if round(one.low, 1) > 0:
         return ["; distillation adds ", Strong(_points(one.difference)), f"{same}({span})"]
-    if one.high < 0:
+    if round(one.high, 1) < 0:
         return ["; distillation costs ", Strong(_points(-one.difference, plus=False)), f"{same}({span})"]
     return [
         "; distillation makes a difference of ",
@@ -156,7 +157,8 @@ def key_figures(experiment: Experiment, comparisons: Sequence[Comparison], ancho
         if one is not None:
             detail = "no teacher to compare with"
             if teacher is not None and teacher.mean > 0:
-                detail = f"{change(teacher.mean, one.mean)} than the teacher’s {write(teacher.mean)}"
+                less = "fewer" if read is total_parameters else "less"
+                detail = f"{change(teacher.mean, one.mean, less)} than the teacher’s {write(teacher.mean)}"
             tiles.append(Tile(label, write(one.mean), detail, f"#{anchor}"))
     found = next((one for one in comparisons if one.second == control_of(arm)), None)
     if found is not None:
@@ -201,8 +203,8 @@ def cautions(experiment: Experiment, comparisons: Sequence[Comparison]) -> list[
         )
     else:
         text = (
-            "There is no test split: the score was measured on the validation split, on which the shipped seed and "
-            "the epochs were selected too, so it is a little too good. Set data.test for an unbiased score."
+            "There is no test split: scores are on the validation split, which also chooses the shipped seed (and the "
+            "epoch, with select: best), so the shipped student’s own score is a little too good. Set data.test."
         )
     found.append(Paragraph((text,), "note"))
     if any(one.difference for one in comparisons):

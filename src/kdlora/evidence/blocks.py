@@ -57,7 +57,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the rows; `numeric` holds the columns that are aligned to the right."""
+    """A table whose first column names the rows; `numeric` columns are aligned to the right.
+
+    `quiet` rows are printed paler; `side` leaves room for the figure that follows.
+    """
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -66,6 +69,7 @@ class Table:
     numeric: frozenset[int] = frozenset()
     quiet: frozenset[int] = frozenset()
     note: str = ""
+    side: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,12 +184,12 @@ def escape(text: str) -> str:
     Returns:
         One line in which nothing is markup: HTML as entities, Markdown's signs behind backslashes.
     """
-    flat = " ".join(_CONTROL.sub(" ", text).split())
+    flat = _BLANKS.sub(" ", text).strip(" ")
     flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _NUMBERED.sub(r"\1\\\2", _SIGNS.sub(r"\\\1", flat))
 
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029]")
+_BLANKS = re.compile(r"[ \x00-\x1f\x7f\u0085\u2028\u2029]+")  # not the no-break space of our own figures
 _SIGNS = re.compile(r"([\\`*_{}\[\]|#~$!]|(?<=\w)://|@(?=\w)|^[-+=](?=\s|$))")
 _NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 

@@ -115,11 +115,7 @@ def load_experiments(folders: Sequence[Path | str]) -> list[Experiment]:
         raise ArtifactError("expected at least one experiment folder, got none")
     unique = list(dict.fromkeys(Path(folder) for folder in folders))
     experiments = [experiment for folder in unique for experiment in _load_folder(folder)]
-    names = [experiment.name for experiment in experiments]
-    return [
-        replace(one, name=f"{one.name} ({one.folder.name}, {number})") if names.count(one.name) > 1 else one
-        for number, one in enumerate(experiments, start=1)
-    ]
+    return _unique(experiments)
 
 
 def load_runs(folders: Sequence[Path | str]) -> list[Experiment]:
@@ -147,7 +143,16 @@ def load_runs(folders: Sequence[Path | str]) -> list[Experiment]:
             found.extend(load_experiments([place]))
     if not found:
         raise ArtifactError("expected at least one experiment or run folder, got none")
-    return found
+    return _unique(found)
+
+
+def _unique(experiments: list[Experiment]) -> list[Experiment]:
+    """Number the experiments whose names are the same, so that rows can be told apart."""
+    names = [experiment.name for experiment in experiments]
+    return [
+        replace(one, name=f"{one.name} ({one.folder.name}, {number})") if names.count(one.name) > 1 else one
+        for number, one in enumerate(experiments, start=1)
+    ]
 
 
 def _load_folder(folder: Path) -> list[Experiment]:

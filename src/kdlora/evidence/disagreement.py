@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.special import rel_entr
 
 from kdlora.data.tasks import Task
 from kdlora.evidence.blocks import Quotation, Quotations
@@ -18,8 +19,8 @@ def disagreements(experiment: Experiment, *, most: int = 8) -> Quotations | None
     """Pick the examples whose predictions differ most between teacher and student.
 
     The teacher is the first `fft` run with predictions, the student the mean over the seeds of the shipped arm.
-    Distance: KL divergence of the student's from the teacher's distribution (single-label), the largest difference
-    of a label's probability (multi-label), the difference of the predictions (regression).
+    Distance: Jensen-Shannon divergence of the two distributions (single-label), the largest difference of a label's
+    probability (multi-label), the difference of the predictions (regression).
 
     Args:
         experiment: the runs.
@@ -58,9 +59,9 @@ def _soften(task: Task, logits: np.ndarray) -> np.ndarray:
 def _distance(task: Task, teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
     """Measure each row's disagreement."""
     if task.kind == "single-label":
-        floor = 1e-12
-        ratio = np.log(np.maximum(teacher, floor)) - np.log(np.maximum(student, floor))
-        return np.asarray((teacher * ratio).sum(axis=1))
+        # Symmetric and bounded: KL would put a sure student beside an unsure teacher above opposite decisions.
+        middle = (teacher + student) / 2
+        return np.asarray((rel_entr(teacher, middle) + rel_entr(student, middle)).sum(axis=1))
     return np.asarray(np.abs(teacher - student).max(axis=1))
 
 

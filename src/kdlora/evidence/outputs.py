@@ -13,7 +13,7 @@ from kdlora.evidence.calibration import reliability
 from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.stats import mean_sd
 from kdlora.evidence.svg import Drawing, Style, padded, swatch
-from kdlora.evidence.wording import plus_minus
+from kdlora.evidence.wording import plus_minus, signed
 
 MOST_CLASSES = 10
 _MOST_POINTS = 1200
@@ -171,7 +171,7 @@ def residual_plot(outputs: Outputs, *, quantity: str, identity: str) -> Figure:
     title = f"Predictions of {outputs.name} against labels"
     size = np.abs(residuals)
     description = (
-        f"Mean error {residuals.mean():.3g}, mean absolute error {size.mean():.3g}, "
+        f"Mean error {signed(float(residuals.mean()), 3)}, mean absolute error {size.mean():.3g}, "
         f"root mean squared error {np.sqrt((residuals**2).mean()):.3g}; the worst is off by {size.max():.3g}."
     )
     part = "" if len(shown) == len(true) else f" {len(shown)} of {len(true)} rows are drawn."
@@ -215,12 +215,15 @@ def calibration_plot(task: Task, arms: Sequence[Outputs], *, identity: str) -> F
     drawing = Drawing(height=360)
     start = 1 / task.num_labels if task.kind == "single-label" and task.num_labels == 2 else 0.0
     start = 0.5 if task.kind == "multi-label" else start
-    x, y = drawing.x_scale(start, 1), drawing.y_scale(0, 1)
+    pools = [
+        reliability(task, np.concatenate(arm.logits), np.concatenate([arm.labels] * len(arm.logits))) for arm in arms
+    ]
+    lowest = min(start, *(value for pooled in pools for value in pooled.accuracy))
+    x, y = drawing.x_scale(start, 1), drawing.y_scale(np.floor(10 * lowest) / 10, 1)
     drawing.axes(x, y, "confidence of the decision", "share of right decisions")
     drawing.line(x(start), y(start), x(1), y(1), "zero")
     legend, said = [], []
-    for arm in arms:
-        pooled = reliability(task, np.concatenate(arm.logits), np.concatenate([arm.labels] * len(arm.logits)))
+    for arm, pooled in zip(arms, pools, strict=True):
         error = mean_sd([100 * reliability(task, one, arm.labels).error for one in arm.logits])
         places = [(x(max(one, start)), y(two)) for one, two in zip(pooled.confidence, pooled.accuracy, strict=True)]
         drawing.path(places, arm.style)

@@ -214,19 +214,19 @@ def differences(
     ends = [end for _, one in rows for end in (one.low, one.high, 0.0)]
     x = drawing.x_scale(*padded(ends, margin=0.08, least=1.0))
     drawing.line(drawing.left, drawing.bottom, drawing.right, drawing.bottom, "axis")
-    ticks = x.ticks()
+    ticks = x.ticks(8)
     for value in ticks:
-        drawing.line(x(value), drawing.top, x(value), drawing.bottom, "zero" if value == 0 else "grid")
-        drawing.text(
-            x(value), drawing.bottom + 19, signed(value, 1 if min(abs(t) for t in ticks if t) < 1 else 0), "tick middle"
-        )
-    drawing.text(
-        (drawing.left + drawing.right) / 2, drawing.height - 8, f"difference in score ({unit})", "axis-label middle"
-    )
+        text = signed(value, 1 if min(abs(tick) for tick in ticks if tick) < 1 else 0)
+        drawing.text(x(value), drawing.bottom + 19, text, "tick middle")
+    middle = (drawing.left + drawing.right) / 2
+    drawing.text(middle, drawing.height - 8, f"difference in score ({unit})", "axis-label middle")
     for number, (name, one) in enumerate(rows):
         height = drawing.top + 40 + 52 * number
-        drawing.text(drawing.left, height - 16, name, "point-label")
-        drawing.text(drawing.right, height - 16, f"{signed(one.difference)} [{interval(one)}]", "tick end")
+        for value in ticks:
+            drawing.line(x(value), height - 11, x(value), height + 11, "grid")
+        drawing.line(x(0), height - 11, x(0), height + 11, "zero")
+        drawing.text(drawing.left, height - 18, name, "point-label")
+        drawing.text(drawing.right, height - 18, f"{signed(one.difference)} [{interval(one)}]", "tick end")
         drawing.line(x(one.low), height, x(one.high), height, "interval")
         drawing.mark(x(one.difference), height, Style(2, "circle"), radius=6)
     said = [f"{name}: {signed(one.difference)} ({interval(one)})" for name, one in rows]

@@ -188,7 +188,7 @@ def _example_blocks(experiment: Experiment) -> list[Block | None]:
         text = "There are no examples to show: the texts, or the predictions of teacher or student, were not kept."
         return [Paragraph((text,), "note")]
     measure = {
-        "single-label": "KL divergence between their probabilities",
+        "single-label": "the Jensen-Shannon divergence of their probabilities",
         "multi-label": "the largest difference in the probability of a label",
         "regression": "the difference of their predictions",
     }[experiment.task.kind]
@@ -208,8 +208,7 @@ def _provenance(experiment: Experiment) -> list[Block | None]:
     facts += [(f"Rows: {_pairs(records[0].rows)}.",)] if records[0].rows else []
     facts += [(f"Teacher: {records[0].teacher_model}.",)] if records[0].teacher_model else []
     facts += [(f"Student: {records[0].student_model}.",)] if records[0].student_model else []
-    cut = {record.arm: record.truncated for record in records if any(record.truncated.values())}
-    facts += [(f"Texts cut at the maximum length by {arm_title(arm)}: {_pairs(found)}.",) for arm, found in cut.items()]
+    facts += _truncated(experiment)
     for title, values in (
         ("Machine", [record.machine for record in records]),
         ("Versions", [record.versions for record in records]),
@@ -223,6 +222,16 @@ def _provenance(experiment: Experiment) -> list[Block | None]:
     config = next((record.config for record in records if record.config), None)
     code = Code("Configuration", json.dumps(config, indent=2, ensure_ascii=False)) if config else None
     return [Bullets(tuple(facts)), code]
+
+
+def _truncated(experiment: Experiment) -> list[tuple[Inline, ...]]:
+    """Say how many texts were cut, arms with the same counts together."""
+    arms_of: dict[str, list[str]] = {}
+    for arm in experiment.arms:
+        cut = next((run.record.truncated for run in experiment.finished(arm)), {})
+        if any(cut.values()):
+            arms_of.setdefault(_pairs(cut), []).append(arm_title(arm))
+    return [(f"Texts cut at the maximum length: {cut} ({', '.join(arms)}).",) for cut, arms in arms_of.items()]
 
 
 def _pairs(values: dict[str, Any]) -> str:

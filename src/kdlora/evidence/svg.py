@@ -105,7 +105,7 @@ class Drawing:
         y_label: str,
         *,
         x_ticks: Sequence[float] | None = None,
-        y_wanted: int = 5,
+        y_wanted: int = 7,
     ) -> None:
         """Draw grid, tick labels and axis labels."""
         y_ticks = y.ticks(y_wanted)

@@ -152,12 +152,12 @@ def cost_table(experiment: Experiment, links: Links) -> Table:
         "model",
         "method",
         "trainable",
+        "adapter",
+        "head",
         "in all",
         "training memory",
         "latency, batch 1",
         "batch 32",
-        "training time",
-        "texts/s",
         "on disk",
         "seeds",
     )
@@ -184,20 +184,16 @@ def _cost_row(experiment: Experiment, arm: str, links: Links) -> tuple[Cell, ...
     def cell(read: Callable[[Run], float | None], write: Callable[[float | None], str]) -> Cell:
         return Cell(over_seeds(mean_cost(runs, read), write))
 
-    adapter, head = runs[0].record.adapter_parameters, runs[0].record.head_parameters
-    trainable = cell(lambda run: run.record.trainable_parameters, count).text
-    if adapter:
-        trainable += f" ({count(adapter)} adapter, {count(head)} head)"
     return (
         Cell(model_title(runs[0].record.model)),
         Cell(arm_title(arm), strong=arm == experiment.student_arm),
-        Cell(trainable),
+        cell(lambda run: run.record.trainable_parameters, count),
+        cell(lambda run: run.record.adapter_parameters or None, count),
+        cell(lambda run: run.record.head_parameters, count),
         cell(total_parameters, count),
         cell(training_memory, size),
         cell(time_of_one, milliseconds),
         cell(lambda run: run.latency_ms(32), milliseconds),
-        cell(lambda run: run.record.train_seconds, duration),
-        cell(lambda run: run.record.examples_per_second, lambda value: "–" if value is None else f"{value:.0f}"),
         cell(lambda run: run.record.size_bytes, size),
         Cell("", links.to_all(runs)) if len(runs) > 1 else Cell(str(runs[0].record.seed), links.to_all(runs)),
     )
@@ -210,8 +206,8 @@ def _published_costs(family: str) -> list[tuple[Cell, ...]]:
     for place, method in enumerate(("FFT", "LoRA", "KD-LoRA")):
         model = costs.student if method == "KD-LoRA" else costs.teacher
         total = costs.total[1 if method == "KD-LoRA" else 0]
-        texts = [f"paper, {model}", method, count(costs.trainable[place]), count(total)]
-        texts += [f"{costs.memory_mb[place]:.1f} MB", f"{costs.seconds[place]:.2f} s", "–", "–", "–", "–", "–"]
+        texts = [f"paper, {model}", method, count(costs.trainable[place]), "–", "–", count(total)]
+        texts += [f"{costs.memory_mb[place]:.1f} MB", f"{costs.seconds[place]:.2f} s", "–", "–", "–"]
         rows.append(tuple(map(Cell, texts)))
     return rows
 
@@ -299,7 +295,7 @@ def difference_table(comparisons: Sequence[Comparison], links: Links, caption: s
     note = (
         f"Paired bootstrap, {draws:,} draws over examples; conditional on these seeds. p is two-sided." if draws else ""
     )
-    return Table(caption, columns, tuple(rows), frozenset(range(1, 6)), note=note)
+    return Table(caption, columns, tuple(rows), frozenset(range(1, 6)), note=note, side=True)
 
 
 def run_table(experiment: Experiment, links: Links) -> Table:

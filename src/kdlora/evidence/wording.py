@@ -72,7 +72,7 @@ def plus_minus(value: MeanSd | None, digits: int = 1, unit: str = "") -> str:
     if value is None:
         return "–"
     mean = signed(value.mean, digits, plus=False)
-    return f"{mean}{unit}" if value.sd is None else f"{mean} ± {value.sd:.{digits}f}{unit}"
+    return f"{mean}{unit}" if value.sd is None else f"{mean}\u00a0±\u00a0{value.sd:.{digits}f}{unit}"
 
 
 def signed(value: float, digits: int = 1, *, plus: bool = True) -> str:
@@ -97,7 +97,7 @@ def count(value: float | None) -> str:
     """Write a number of parameters: 66.4 M."""
     if value is None:
         return "–"
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+    for size, unit in ((1e9, "\u00a0B"), (1e6, "\u00a0M"), (1e3, "\u00a0k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}" if abs(value) / size < 100 else f"{value / size:.0f}{unit}"
     return f"{value:.0f}"
@@ -108,15 +108,15 @@ def size(value: float | None) -> str:
     if value is None:
         return "–"
     if value >= 1e9:
-        return f"{value / 1e9:.2f} GB"
-    return f"{value / 1e6:.1f} MB" if value < 1e8 else f"{value / 1e6:.0f} MB"
+        return f"{value / 1e9:.2f}\u00a0GB"
+    return f"{value / 1e6:.1f}\u00a0MB" if value < 1e8 else f"{value / 1e6:.0f}\u00a0MB"
 
 
 def milliseconds(value: float | None) -> str:
     """Write a latency."""
     if value is None:
         return "–"
-    return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
+    return f"{value:.2f}\u00a0ms" if value < 10 else f"{value:.1f}\u00a0ms" if value < 100 else f"{value:.0f}\u00a0ms"
 
 
 def duration(value: float | None) -> str:
@@ -124,8 +124,8 @@ def duration(value: float | None) -> str:
     if value is None:
         return "–"
     if value < 90:
-        return f"{value:.1f} s"
-    return f"{value / 60:.1f} min" if value < 5400 else f"{value / 3600:.1f} h"
+        return f"{value:.1f}\u00a0s"
+    return f"{value / 60:.1f}\u00a0min" if value < 5400 else f"{value / 3600:.1f}\u00a0h"
 
 
 def over_seeds(value: MeanSd | None, write: Callable[[float | None], str]) -> str:
@@ -133,10 +133,10 @@ def over_seeds(value: MeanSd | None, write: Callable[[float | None], str]) -> st
     return "–" if value is None else write(value.mean)
 
 
-def change(before: float, after: float) -> str:
-    """Say how much smaller or larger one amount is than another."""
+def change(before: float, after: float, less: str = "less") -> str:
+    """Say how much smaller or larger one amount is than another; countable things are "fewer"."""
     share = 100 * (after / before - 1)
-    return f"{abs(share):.0f}% {'less' if share < 0 else 'more'}"
+    return f"{abs(share):.0f}% {less if share < 0 else 'more'}"
 
 
 def seeds(number: int) -> str:

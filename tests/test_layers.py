@@ -17,15 +17,15 @@ ORDER = [
     {"models"},
     {"distil"},
     {"deploy"},
-    {"evidence.report"},
+    {"evidence.report", "evidence.compare"},
     {"experiment"},
     {"demo", "scale"},
-    {"terminal"},
+    {"terminal", "progress"},
     {"cli"},
     {"__main__"},
 ]
 TORCH = {"torch", "transformers", "datasets", "peft", "accelerate"}
-WITHOUT_TORCH = ["errors", "config", "configfile", "cli", "demo", "data.tasks", "evidence"]
+WITHOUT_TORCH = ["errors", "config", "configfile", "cli", "progress", "demo", "data.tasks", "evidence"]
 
 
 def modules():

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -144,6 +145,61 @@ def evaluate(
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
         table.add_row(row["model"], str(row["examples"]), f"{row['score']:.2f}", metrics)
     Console().print(table)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="Model folder: student/, an ONNX folder, or an experiment.")],
+    source: Annotated[str, typer.Argument(help="CSV, TSV, JSON Lines, Parquet or text file; - for standard input.")],
+    to: Annotated[str, typer.Option("--to", help="Output file; - for JSON Lines on standard output.")] = "-",
+    text: Annotated[list[str] | None, typer.Option(help="Text column; twice for a pair.")] = None,
+    id_column: Annotated[str, typer.Option(help="Column that names a row.")] = "id",
+    batch_size: Annotated[int, typer.Option(help="Most texts in one forward pass.")] = 32,
+    strict: Annotated[bool, typer.Option(help="Stop at the first bad row.")] = False,
+) -> None:
+    """Label every row of a file, in input order, in bounded memory; an interrupted file is continued.
+
+    Example: kdlora predict runs/mrpc/student new.csv --to labelled.csv
+
+    Example: echo "what a film" | kdlora predict runs/demo/student -
+    """
+    from kdlora.deploy.stream import predict_file
+    from kdlora.progress import counting_progress
+
+    with counting_progress("rows", shown=to != "-") as advance:
+        summary = predict_file(
+            model, source, to, text=text, id_column=id_column, batch_size=batch_size, strict=strict, progress=advance
+        )
+    if to != "-":
+        print(f"{summary.rows} rows, {summary.errors} of them bad, in {summary.to}", file=sys.stderr)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Experiment folder, or a merged model folder.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write.")],
+    formats: Annotated[str, typer.Option("--format", help="onnx, onnx-int8 or all.")] = "all",
+    data: Annotated[str | None, typer.Option(help="Labelled file to check on; default: validation rows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Export to ONNX and int8; every stage must reproduce the one before it, or the export fails with the figures.
+
+    Example: kdlora export runs/mrpc --to mrpc-onnx
+
+    Example: kdlora export runs/mrpc/student --to mrpc-onnx --data validation.csv
+    """
+    from kdlora.experiment.deployment import export_model
+
+    result = export_model(model, to, formats=formats, data=data)
+    if as_json:
+        print(json.dumps(asdict(result), indent=2, default=str))
+        return
+    table = Table("stage", "against", "score", "largest logit difference", "same predictions")
+    for stage in result.stages:
+        score = "–" if stage.score is None else f"{stage.score:.2f}"
+        table.add_row(stage.stage, stage.reference, score, f"{stage.largest_difference:.2e}", f"{stage.agreement:.2%}")
+    Console().print(table)
+    print(f"in {result.folder}" + (f"; int8 by {result.recipe}" if result.recipe else ""))
 
 
 @app.command()

@@ -17,12 +17,15 @@ from kdlora.models.adapters import add_base, merge_student, save_adapter
 from kdlora.models.encoders import Encoder, save_encoder
 
 
-def keep_weights(config: Config, layout: ExperimentLayout, trained: Trained, arm: Arm, seed: int) -> Encoder:
+def keep_weights(
+    config: Config, layout: ExperimentLayout, task: Task, trained: Trained, arm: Arm, seed: int
+) -> Encoder:
     """Merge the adapter, and keep what others need: the teacher, every adapter, and the models that may ship.
 
     Args:
         config: the experiment.
         layout: its folder.
+        task: goes into the model's config, so that a shipped folder knows its columns.
         trained: what the training left.
         arm: the arm.
         seed: the run's seed.
@@ -35,6 +38,7 @@ def keep_weights(config: Config, layout: ExperimentLayout, trained: Trained, arm
         with atomic_folder(place.adapter) as folder:
             save_adapter(trained.model, folder)
         encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
+    encoder.model.config.kdlora_task = task.to_dict()
     is_teacher = arm == "fft" and seed == config.teacher_seed
     if is_teacher or arm == config.shipped_arm:
         with atomic_folder(layout.teacher if is_teacher else place.model) as folder:

@@ -89,7 +89,7 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
         checkpoint_seconds=config.run.checkpoint_seconds,
         progress=progress,
     )
-    encoder = keep_weights(config, layout, trained, arm, seed)
+    encoder = keep_weights(config, layout, splits.task, trained, arm, seed)
     record = add_training(record, trained)
     record = score_model(record, encoder, splits, settings_for(config, arm).max_length, place)
     shutil.rmtree(place.checkpoints, ignore_errors=True)  # nothing of a finished run is ever resumed

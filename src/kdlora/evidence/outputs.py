@@ -12,7 +12,7 @@ from kdlora.evidence.blocks import Cell, Figure, LegendItem, Table
 from kdlora.evidence.calibration import reliability
 from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.stats import mean_sd
-from kdlora.evidence.svg import Drawing, Style, padded, swatch
+from kdlora.evidence.svg import Drawing, Style, padded, shorten, swatch
 from kdlora.evidence.wording import plus_minus, signed
 
 MOST_CLASSES = 10
@@ -63,7 +63,7 @@ def confusion_plot(task: Task, outputs: Outputs, *, identity: str) -> Figure:
         drawing.text(
             drawing.left - 8,
             y + high / 2 + 4,
-            _short(task.label_names[row], 14),
+            shorten(task.label_names[row], 14),
             "tick end",
             title=task.label_names[row],
         )
@@ -76,7 +76,7 @@ def confusion_plot(task: Task, outputs: Outputs, *, identity: str) -> Figure:
             drawing.text(x + wide / 2, y + high / 2 + 5, f"{100 * share:.0f}%", css)
     for column in range(size):
         x = drawing.left + (column + 0.5) * wide
-        name = _short(task.label_names[column], max(4, int(wide / 7.2)))
+        name = shorten(task.label_names[column], max(4, int(wide / 7.2)))
         drawing.text(x, drawing.bottom + 20, name, "tick middle", title=task.label_names[column])
     drawing.text((drawing.left + drawing.right) / 2, drawing.bottom + 46, "decision", "axis-label middle")
     drawing.text(drawing.left - 8, drawing.top - 14, "label", "axis-label end")
@@ -112,7 +112,9 @@ def confusion_table(task: Task, outputs: Outputs, *, most: int = 12) -> Table:
         if counts[label, decision] > 0
     )
     columns = ("label", "taken for", "rows", "of the label's rows")
-    return Table(f"Most frequent confusions of {outputs.name}", columns, rows, frozenset({2, 3}), note=_over(outputs))
+    return Table(
+        f"Most frequent confusions of {outputs.name}", columns, rows, frozenset({2, 3}), note=_over(outputs), side=True
+    )
 
 
 def label_table(task: Task, outputs: Outputs, teacher: Outputs | None) -> Table:
@@ -139,6 +141,7 @@ def label_table(task: Task, outputs: Outputs, teacher: Outputs | None) -> Table:
         tuple(rows),
         frozenset(range(1, len(columns))),
         note="Per cent, mean ± standard deviation over seeds.",
+        side=True,
     )
 
 
@@ -244,9 +247,3 @@ def calibration_plot(task: Task, arms: Sequence[Outputs], *, identity: str) -> F
 def _over(outputs: Outputs) -> str:
     """Say what the counts are a mean of."""
     return f"Mean over {len(outputs.logits)} seeds." if len(outputs.logits) > 1 else "One seed."
-
-
-def _short(text: str, length: int) -> str:
-    """Shorten a label; the whole of it is the hover text."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= length else f"{flat[: length - 1]}…"

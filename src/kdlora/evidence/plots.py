@@ -9,7 +9,7 @@ import numpy as np
 
 from kdlora.evidence.blocks import Figure, LegendItem
 from kdlora.evidence.stats import Difference
-from kdlora.evidence.svg import MARKERS, Drawing, Style, padded, swatch
+from kdlora.evidence.svg import MARKERS, Drawing, Style, padded, shorten, swatch
 from kdlora.evidence.wording import interval, signed
 
 _ARM_STYLES = {
@@ -99,7 +99,9 @@ def score_against_cost(
         drawing.line(middle, y(mean - sd), middle, y(mean + sd), "error-bar")
         drawing.mark(middle, y(mean), one.style, radius=6.5)
         labels.append((middle, y(mean), one.name))
-    drawing.labels(labels)
+    crowded = len(drawn) > 7 or max(len(one.name) for one in drawn) > 16
+    if not crowded:
+        drawing.labels(labels)
     said = [
         f"{one.name} {np.mean([p.score for p in one.points]):.1f} at "
         f"{np.mean([p.cost for p in one.points]) / scale:.3g}"
@@ -107,7 +109,8 @@ def score_against_cost(
     ]
     description = f"{score} against {cost}: {'; '.join(said)}."
     caption = "Large marks: mean over seeds, with its standard deviation. Small marks: single runs."
-    return Figure(title, drawing.render(title, description, identity), description, caption)
+    legend = tuple(LegendItem(swatch(one.style), one.name) for one in drawn) if crowded else ()
+    return Figure(title, drawing.render(title, description, identity), description, caption, legend)
 
 
 def _shifts(centres: Sequence[float]) -> list[float]:
@@ -225,7 +228,7 @@ def differences(
         for value in ticks:
             drawing.line(x(value), height - 11, x(value), height + 11, "grid")
         drawing.line(x(0), height - 11, x(0), height + 11, "zero")
-        drawing.text(drawing.left, height - 18, name, "point-label")
+        drawing.text(drawing.left, height - 18, shorten(name, 28), "point-label", title=name)
         drawing.text(drawing.right, height - 18, f"{signed(one.difference)} [{interval(one)}]", "tick end")
         drawing.line(x(one.low), height, x(one.high), height, "interval")
         drawing.mark(x(one.difference), height, Style(2, "circle"), radius=6)

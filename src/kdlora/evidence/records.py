@@ -186,6 +186,21 @@ class ExperimentLayout:
         return self.root / "student"
 
     @property
+    def onnx(self) -> Path:
+        """The shipped student for ONNX Runtime."""
+        return self.root / "student-onnx"
+
+    @property
+    def deployed(self) -> Path:
+        """Fingerprint of what `student-onnx/` and `benchmark.json` were made from, written last."""
+        return self.root / ".deployed"
+
+    @property
+    def benchmark(self) -> Path:
+        """Teacher and student as they are shipped, measured side by side."""
+        return self.root / "benchmark.json"
+
+    @property
     def adapter(self) -> Path:
         """The shipped student's adapter."""
         return self.root / "adapter"

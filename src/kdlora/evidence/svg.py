@@ -233,6 +233,12 @@ def tick(value: float, among: Sequence[float]) -> str:
     return f"{value:.{decimals}f}".replace("-", "−")
 
 
+def shorten(text: str, length: int) -> str:
+    """Cut a name that would run into its neighbours; the whole of it belongs into the hover text."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= length else f"{flat[: length - 1]}…"
+
+
 def _points(points: Sequence[tuple[float, float]]) -> str:
     """Write coordinates."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

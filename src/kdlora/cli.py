@@ -202,6 +202,50 @@ def export(
     print(f"in {result.folder}" + (f"; int8 by {result.recipe}" if result.recipe else ""))
 
 
+@app.command("benchmark")
+def benchmark_command(
+    models: Annotated[list[Path], typer.Argument(help="Model folders, .onnx files or experiments.")],
+    data: Annotated[str | None, typer.Option(help="Labelled file, for texts and scores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each model; default: one a core.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Image file to draw.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure models side by side, in turns, each in a process of its own: latency, throughput, memory, size, score.
+
+    Example: kdlora benchmark runs/mrpc/teacher runs/mrpc/student runs/mrpc/student-onnx --data test.csv
+    """
+    from kdlora.experiment.deployment import benchmark_models
+
+    result = benchmark_models(models, data=data, threads=threads)
+    if plot is not None:
+        from kdlora.deploy.benchmark_plot import plot_benchmark
+
+        plot_benchmark(result, plot)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return
+    header, rows = result.table()
+    table = Table(*header, caption=f"{result.threads} threads, {result.rounds} rounds, {result.texts} texts")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+@app.command()
+def compare(
+    experiments: Annotated[list[Path], typer.Argument(help="Experiment folders, or folders of single runs.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for compare.md and compare.html.")] = Path(),
+) -> None:
+    """Put experiments or single runs into one table and one plot, paired where their examples are the same.
+
+    Example: kdlora compare runs/first runs/second/runs/kd-lora-seed0 --out comparison
+    """
+    from kdlora.evidence.compare import compare as compare_runs
+
+    for path in compare_runs(experiments, out=out).paths:
+        print(path)
+
+
 @app.command()
 def report(experiments: Annotated[list[Path], typer.Argument(help="Experiment folders.")], out: Out = None) -> None:
     """Write the report of one or several experiments again, as Markdown and as one HTML page.

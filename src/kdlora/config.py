@@ -276,6 +276,21 @@ class RunConfig(_Section):
         return self
 
 
+class ExportConfig(_Section):
+    """What is made of the shipped student, where the extra `onnx` is installed."""
+
+    formats: tuple[Literal["onnx", "onnx-int8"], ...] = ("onnx", "onnx-int8")
+    """Files in `student-onnx/`: fp32, and dynamic int8; an empty list exports nothing."""
+    max_metric_drop: float = Field(default=0.5, ge=0.0)
+    """Points of the score that int8 may lose; where it loses more, it is not kept."""
+    min_agreement: float = Field(default=0.99, ge=0.0, le=1.0)
+    """Least share of predictions that int8 must have in common with fp32."""
+    calibrate: bool = False
+    """Fit a temperature to the validation rows; `Classifier` then divides the logits by it."""
+    benchmark: bool = True
+    """Measure teacher, student and exports side by side, into `benchmark.json` and the report."""
+
+
 class Config(_Section):
     """One experiment: arms x seeds on one task."""
 
@@ -297,6 +312,8 @@ class Config(_Section):
     """The distillation loss."""
     run: RunConfig = RunConfig()
     """What is run, and on what."""
+    export: ExportConfig = ExportConfig()
+    """What is made of the shipped student, where the extra `onnx` is installed."""
 
     @model_validator(mode="before")
     @classmethod

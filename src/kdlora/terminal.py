@@ -36,15 +36,21 @@ def live_progress() -> Iterator[Listener | None]:
 
         def listen(stage: Stage, event: Any) -> None:
             if stage not in bars:
-                verb = "teacher reads the training rows" if stage.name == "label" else f"{stage.arm}, seed {stage.seed}"
-                bars[stage] = progress.add_task(verb, total=None, status="")
-            if isinstance(event, ProgressEvent):
+                bars[stage] = progress.add_task(_title(stage), total=None, status="")
+            if isinstance(event, str):
+                progress.update(bars[stage], status=event)
+            elif isinstance(event, ProgressEvent):
                 progress.update(bars[stage], total=event.steps, completed=event.step, status=_status(event))
             else:
                 done, total = event
                 progress.update(bars[stage], total=total, completed=done, status=f"{done:,} of {total:,}")
 
         yield listen
+
+
+def _title(stage: Stage) -> str:
+    titles = {"label": "teacher reads the training rows", "deploy": "export and measure the student"}
+    return titles.get(stage.name, f"{stage.arm}, seed {stage.seed}")
 
 
 def _status(event: ProgressEvent) -> str:
@@ -75,6 +81,8 @@ def print_result(result: ExperimentResult) -> None:
     layout = result.layout
     if result.shipped is not None:
         console.print(f"student  {layout.student} ({result.shipped.arm}, seed {result.shipped.seed})", markup=False)
+        if layout.onnx.exists():
+            console.print(f"onnx     {layout.onnx}", markup=False)
     console.print(f"report   {layout.report_html}", markup=False)
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from datasets import Dataset
 
+from kdlora.config import Config
 from kdlora.configfile import load_config
-from kdlora.data.load import load_examples, load_splits
+from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.tasks import Task
+from kdlora.deploy.benchmark import BenchmarkResult, benchmark
+from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.encode import Text
-from kdlora.deploy.export import ExportResult, Format, export_onnx
+from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
+from kdlora.deploy.folder import read_model_folder
+from kdlora.deploy.predict import Classifier
+from kdlora.distil.fingerprints import hash_file, hash_json
 from kdlora.errors import ConfigError, DataError, did_you_mean
-from kdlora.evidence.records import ExperimentLayout, read_results
+from kdlora.evidence.records import ExperimentLayout, read_results, write_json_atomic, write_text_atomic
 from kdlora.experiment.arms import label_array
+from kdlora.experiment.recording import prepare_process
+from kdlora.experiment.shipping import WEIGHTS
 
 FORMATS: dict[str, tuple[Format, ...]] = {
     "onnx": ("onnx",),
@@ -45,12 +53,79 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
     if not layout.config.exists():
         return _export_folder(Path(model), Path(to), FORMATS[formats], data)
     config = load_config(layout.config)
-    task = Task.from_dict(read_results(layout.results)[0].task)
+    rows: Dataset
+    more: Dataset | None
     if data is not None:
+        task = Task.from_dict(read_results(layout.results)[0].task)
         rows, more = load_examples(data, task, id_column=config.data.id_column, labelled=True), None
     else:
         splits = load_splits(config.task, config.data)
         rows, more = splits.validation, splits.train
+    return _export_rows(config, layout, to, rows, more, FORMATS[formats], None)
+
+
+def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str], None]) -> tuple[str, ...]:
+    """Calibrate and export the shipped student, and measure it beside its teacher; what is done is not repeated.
+
+    Args:
+        config: the experiment.
+        layout: its folder; `student/` is there.
+        say: called with a short sentence at each step.
+
+    Returns:
+        Plain sentences on what was left out.
+    """
+    prepare_process(config)
+    mark = hash_json({"export": config.export.model_dump(mode="json"), "weights": hash_file(layout.student / WEIGHTS)})
+    if layout.deployed.exists() and layout.deployed.read_text(encoding="utf-8") == mark:
+        return ()
+    notes: list[str] = []
+    splits = load_splits(config.task, config.data)
+    if config.export.calibrate:
+        notes += _calibrate(layout, splits)
+    notes += _export_student(config, layout, splits, say)
+    if config.export.benchmark:
+        _benchmark_student(config, layout, splits, say)
+    write_text_atomic(layout.deployed, mark)
+    return tuple(notes)
+
+
+def _calibrate(layout: ExperimentLayout, splits: Splits) -> list[str]:
+    if splits.task.kind == "regression":
+        return ["A regression gives no probabilities, so there was nothing to calibrate (export.calibrate)."]
+    classifier = Classifier.load(layout.student)
+    logits = classifier.predict_logits(texts_of(splits.validation))
+    fitted = fit_temperature(logits, label_array(splits.validation), splits.task.kind)
+    save_temperature(layout.student, fitted.temperature)
+    return [
+        f"Calibrated with temperature {fitted.temperature:.3f}: expected calibration error on the validation split "
+        f"{fitted.ece_before:.4f} before, {fitted.ece_after:.4f} after."
+    ]
+
+
+def _export_student(config: Config, layout: ExperimentLayout, splits: Splits, say: Callable[[str], None]) -> list[str]:
+    if not config.export.formats:
+        return []
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        return [f"Not exported: {', '.join(missing)} not installed; pip install 'kdlora[onnx]' brings the extra."]
+    try:
+        _export_rows(config, layout, layout.onnx, splits.validation, splits.train, config.export.formats, say)
+    except ParityError as error:
+        return [f"{error}"]
+    return []
+
+
+def _export_rows(
+    config: Config,
+    layout: ExperimentLayout,
+    to: str | Path,
+    rows: Dataset,
+    more: Dataset | None,
+    formats: Sequence[Format],
+    say: Callable[[str], None] | None,
+) -> ExportResult:
+    """Export `student/`, checked on labelled rows and on the first 2,000 of some more."""
     return export_onnx(
         layout.student,
         to,
@@ -58,10 +133,53 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
         labels=label_array(rows),
         groups=list(rows["group"]) if "group" in rows.column_names else None,
         more_texts=() if more is None else texts_of(more.select(range(min(len(more), 2000)))),
-        task=task,
-        formats=FORMATS[formats],
+        task=Task.from_dict(read_results(layout.results)[0].task),
+        formats=formats,
         max_length=config.student.train.max_length,
+        max_metric_drop=config.export.max_metric_drop,
+        min_agreement=config.export.min_agreement,
+        progress=say,
     )
+
+
+def _benchmark_student(config: Config, layout: ExperimentLayout, splits: Splits, say: Callable[[str], None]) -> None:
+    """Measure what is there of teacher, student and exports, on the rows of the headline."""
+    rows = splits.test or splits.validation
+    teacher = config.teacher.fine_tuned or layout.teacher
+    places = {
+        "teacher": Path(teacher) / "config.json",
+        "student": layout.student / "config.json",
+        "student, ONNX": layout.onnx / "model.onnx",
+        "student, int8": layout.onnx / "model_quantized.onnx",
+    }
+    models = {name: place.parent if place.name == "config.json" else place for name, place in places.items()}
+    result = benchmark(
+        {name: models[name] for name, place in places.items() if place.exists()},
+        texts_of(rows),
+        labels=label_array(rows),
+        groups=list(rows["group"]) if "group" in rows.column_names else None,
+        task=splits.task,
+        max_length=config.student.train.max_length,
+        threads=config.run.threads,
+        progress=say,
+    )
+    write_json_atomic(layout.benchmark, result.to_dict())
+
+
+def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads: int | None = None) -> BenchmarkResult:
+    """Measure model folders side by side, on a labelled file where there is one.
+
+    Args:
+        models: model folders, `.onnx` files, or experiments, which stand for their student.
+        data: a file with the task's columns; scores need one.
+        threads: of each model; default: one a core.
+    """
+    places = [ExperimentLayout(path).student if ExperimentLayout(path).config.exists() else path for path in models]
+    if data is None:
+        return benchmark(places, threads=threads)
+    task = _stated_task(places[0])
+    rows = load_examples(data, task, labelled=True)
+    return benchmark(places, texts_of(rows), labels=label_array(rows), task=task, threads=threads)
 
 
 def texts_of(rows: Dataset) -> list[Text]:
@@ -90,11 +208,10 @@ def _export_folder(folder: Path, to: Path, formats: Sequence[Format], data: str 
 
 
 def _stated_task(folder: Path) -> Task:
-    """Read the task that a student of ours carries in its config."""
-    file = folder / "config.json"
-    stated = json.loads(file.read_text(encoding="utf-8")).get("kdlora_task") if file.exists() else None
+    """Read the task that a model folder of ours carries."""
+    stated = read_model_folder(folder).task
     if stated is None:
         raise DataError(
-            f"{folder} does not say which columns its task has; export the experiment folder, or take --format onnx"
+            f"{folder} does not say which columns its task has; name the experiment folder, or leave the data out"
         )
     return Task.from_dict(stated)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from kdlora.config import Arm, Config
 from kdlora.data.load import Splits
@@ -118,3 +119,14 @@ def _device_name(config: Config) -> str:
 def now() -> str:
     """Return the time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def prepare_process(config: Config) -> None:
+    """Set the threads that the config names, and leave the terminal to the experiment's own progress.
+
+    Args:
+        config: the experiment.
+    """
+    disable_progress_bar()
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kdlora.config import DISTILLED_ARMS, Arm, Config
+from kdlora.config import DISTILLED_ARMS, Arm, Config, ExportConfig
 from kdlora.configfile import load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
@@ -26,8 +26,9 @@ from kdlora.evidence.records import (
     write_text_atomic,
 )
 from kdlora.evidence.report import make_report
+from kdlora.experiment.deployment import deploy_student
 from kdlora.experiment.recording import hash_splits, new_record
-from kdlora.experiment.shipping import keep_examples, ship_student
+from kdlora.experiment.shipping import is_shipped, keep_examples, ship_student
 from kdlora.experiment.sources import check_models
 from kdlora.experiment.stages import Stage, StageName, label_training_rows, train_run
 
@@ -35,7 +36,9 @@ logger = logging.getLogger(__name__)
 
 Listener = Callable[[Stage, Any], None]
 
-_FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds"}
+_FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds"} | {
+    f"export.{key}" for key in ExportConfig.model_fields
+}
 """Keys that may change between two calls on one folder: they add runs, or change no figure of a run."""
 
 
@@ -117,8 +120,9 @@ def run_experiment(
         records = list(_run_all(config, layout, splits, listen))
         write_results(layout.results, records)
         shipped = _ship_best(config, layout, splits.task, records)
+        notes = splits.notes if shipped is None else (*splits.notes, *_deploy(config, layout, shipped, listen))
         make_report([layout.root])
-    return ExperimentResult(layout.root, records, shipped, splits.notes)
+    return ExperimentResult(layout.root, records, shipped, notes)
 
 
 def check_folder(config: Config, layout: ExperimentLayout) -> None:
@@ -243,5 +247,23 @@ def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: li
     if arm is None or not candidates:
         return None
     best = max(candidates, key=lambda record: (record.score or 0.0, -record.seed))
-    run_in_child(ship_student, config, layout, task, best)
+    if not is_shipped(layout, best):
+        run_in_child(ship_student, config, layout, task, best)
     return Run(arm, best.seed)
+
+
+def _deploy(config: Config, layout: ExperimentLayout, shipped: Run, listen: Listener | None) -> tuple[str, ...]:
+    """Calibrate, export and measure the shipped student, unless that is done; return what is to be said of it."""
+    stage = Stage("deploy", shipped.arm, shipped.seed)
+    hear = None if listen is None else lambda step: listen(stage, step)
+    try:
+        return run_in_child(deploy_student, config, layout, on_message=hear or _ignore).value
+    except OSError:
+        raise
+    except Exception as error:  # a student that cannot be exported is still a student
+        logger.error("the student was not exported: %s", error, exc_info=not isinstance(error, KdLoraError))
+        return (f"The student was not exported: {error}",)
+
+
+def _ignore(event: Any) -> None:
+    """Take an event that nobody listens to."""

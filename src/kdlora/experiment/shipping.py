@@ -8,6 +8,7 @@ import shutil
 from kdlora.config import LORA_ARMS, Arm, Config
 from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
+from kdlora.distil.fingerprints import hash_file
 from kdlora.evidence.card import student_card
 from kdlora.evidence.records import ExampleText, ExperimentLayout, RunRecord, atomic_folder, write_examples
 from kdlora.experiment.arms import Trained
@@ -15,6 +16,8 @@ from kdlora.experiment.recording import splits_by_name
 from kdlora.experiment.sources import load_base
 from kdlora.models.adapters import add_base, merge_student, save_adapter
 from kdlora.models.encoders import Encoder, save_encoder
+
+WEIGHTS = "model.safetensors"
 
 
 def keep_weights(
@@ -65,6 +68,17 @@ def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: Run
         shutil.copytree(place.adapter, folder, dirs_exist_ok=True)
         if config.student.from_teacher_layers is not None:  # a base that lies nowhere else
             add_base(folder, load_base(config, "student-lora", best.seed, task), address=layout.adapter)
+
+
+def is_shipped(layout: ExperimentLayout, best: RunRecord) -> bool:
+    """Say whether `student/` holds the weights of a run already.
+
+    Args:
+        layout: the experiment folder.
+        best: the run that shall be shipped.
+    """
+    run, student = layout.run(best.arm, best.seed).model / WEIGHTS, layout.student / WEIGHTS
+    return run.exists() and student.exists() and hash_file(run) == hash_file(student)
 
 
 def keep_examples(layout: ExperimentLayout, splits: Splits) -> None:

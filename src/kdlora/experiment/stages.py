@@ -7,21 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from transformers.utils.logging import disable_progress_bar
-
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, Arm, Config, TrainConfig
 from kdlora.data.load import load_splits
 from kdlora.distil.precision import resolve_precision
 from kdlora.distil.teacher import teacher_logits
 from kdlora.evidence.records import ExperimentLayout, RunRecord
 from kdlora.experiment.arms import Progress, train_arm
-from kdlora.experiment.recording import add_training, new_record, now
+from kdlora.experiment.recording import add_training, new_record, now, prepare_process
 from kdlora.experiment.scoring import score_given_teacher, score_model
 from kdlora.experiment.shipping import keep_weights
 from kdlora.experiment.sources import load_base, load_teacher, stored_logits
 
-StageName = Literal["train", "label"]
+StageName = Literal["train", "label", "deploy"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Stage:
     """What an experiment is busy with.
 
     Attributes:
-        name: `train`, or `label`: the teacher reads the training rows.
+        name: `train`; `label`: the teacher reads the training rows; `deploy`: the student is exported and measured.
         arm: the arm; for `label` the first one that needs the logits.
         seed: the run's seed.
     """
@@ -124,14 +121,3 @@ def label_training_rows(
         progress=progress,
     )
     return logits.truncated
-
-
-def prepare_process(config: Config) -> None:
-    """Set the threads that the config names, and leave the terminal to the experiment's own progress.
-
-    Args:
-        config: the experiment.
-    """
-    disable_progress_bar()
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)

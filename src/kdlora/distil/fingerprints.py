@@ -126,5 +126,5 @@ def _update(digest: Any, array: pa.Array) -> None:
         offsets = np.frombuffer(text.buffers()[1], dtype=np.int64)[text.offset : text.offset + len(text) + 1]
         if len(text):
             digest.update(memoryview(text.buffers()[2])[offsets[0] : offsets[-1]])
-    else:
+    elif not pa.types.is_null(array.type):
         digest.update(pc.fill_null(array, 0).to_numpy(zero_copy_only=False).tobytes())

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -46,7 +47,7 @@ def predict_logits(
     device = next(model.parameters()).device
     order: list[int] = []
     outputs: list[torch.Tensor] = []
-    lengths = np.asarray(data.dataset.with_format("numpy")["length"])
+    lengths = column_values(data.dataset, "length")
     with _evaluating(model), torch.inference_mode(), autocast(precision, device):
         for rows in length_sorted_batches(lengths, batch_tokens):
             columns = inputs[rows]
@@ -57,6 +58,16 @@ def predict_logits(
             if progress is not None:
                 progress(len(order))
     return _in_row_order(order, outputs)
+
+
+def column_values(dataset: Dataset, column: str) -> np.ndarray:
+    """Read a whole column at once; `dataset[column]` would go row by row.
+
+    Args:
+        dataset: any.
+        column: its name.
+    """
+    return np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
 
 
 def _in_row_order(order: list[int], outputs: list[torch.Tensor]) -> np.ndarray:

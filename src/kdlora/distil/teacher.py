@@ -13,7 +13,7 @@ from datasets import Dataset
 from kdlora.data.batches import tokenise
 from kdlora.data.tasks import Task
 from kdlora.distil.fingerprints import hash_columns, hash_model, hash_tokenizer
-from kdlora.distil.inference import predict_logits
+from kdlora.distil.inference import column_values, predict_logits
 from kdlora.distil.logit_store import LogitStore, load_store, open_store
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
@@ -146,7 +146,7 @@ def _compute_shard(
     if max(columns) >= logits.shape[1]:
         raise ModelError(f"{encoder.source} has {logits.shape[1]} outputs; expected {max(columns) + 1} at least")
     chosen = logits[:, list(columns)]
-    ids = part["id"][:]
+    ids = column_values(part, "id").tolist()
     if not np.isfinite(chosen).all():
         row = int(np.flatnonzero(~np.isfinite(chosen).all(axis=1))[0])
         raise ModelError(

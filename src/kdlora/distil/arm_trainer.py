@@ -1,0 +1,263 @@
+"""The trainer of our own runs: length buckets, micro-batches inside the batch, checkpoints that resume bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from kdlora.config import DistilConfig, Kind
+from kdlora.data.batches import PAD_MULTIPLE, Collator, LengthBucketSampler
+from kdlora.distil.checkpoints import (
+    Checkpoint,
+    CheckpointFolder,
+    load_trained_tensors,
+    pack_optimizer,
+    pack_random_state,
+    trained_tensors,
+    unpack_optimizer,
+    unpack_random_state,
+)
+from kdlora.distil.distillation_trainer import DistillationTrainer
+from kdlora.distil.loss_sums import LossSums
+from kdlora.distil.losses import LossTerms
+from kdlora.distil.session import Session
+from kdlora.distil.standardise import TargetScale
+
+MICRO_BATCHES = "micro_batches"
+
+
+@dataclass
+class MicroBatchCollator:
+    """Cut the rows of one optimiser step into micro-batches of like length, each padded on its own.
+
+    Attributes:
+        collator: pads a micro-batch.
+        tokens: most tokens of a micro-batch, padding included; None keeps the batch in one piece.
+    """
+
+    collator: Collator
+    tokens: int | None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Tensor]]]:
+        """Make the micro-batches of one step.
+
+        Args:
+            rows: the whole effective batch.
+
+        Returns:
+            `micro_batches`; every row is in one of them.
+        """
+        by_length = sorted(rows, key=lambda row: len(row["input_ids"]))
+        batches: list[list[Mapping[str, Any]]] = [[]]
+        for row in by_length:
+            width = -(-len(row["input_ids"]) // PAD_MULTIPLE) * PAD_MULTIPLE
+            if self.tokens is not None and batches[-1] and (len(batches[-1]) + 1) * width > self.tokens:
+                batches.append([])
+            batches[-1].append(row)
+        return {MICRO_BATCHES: [self.collator(batch) for batch in batches]}
+
+
+class ArmTrainer(DistillationTrainer):
+    """Trains one arm; one batch of the loader is one optimiser step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        kind: Kind,
+        distil: DistilConfig | None,
+        target_scale: TargetScale | None,
+        train_dataset: Any,
+        sampler: LengthBucketSampler,
+        collator: MicroBatchCollator,
+        validate: Callable[[], dict[str, float]],
+        checkpoints: CheckpointFolder,
+        session: Session,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        """Set up a training.
+
+        Args:
+            model: what is trained.
+            args: Trainer's arguments.
+            kind: kind of the task.
+            distil: weights and temperature; None trains on the labels alone.
+            target_scale: standardises the targets of a regression.
+            train_dataset: token ids, labels, teacher logits.
+            sampler: draws the rows of each step.
+            collator: makes micro-batches of them.
+            validate: gives the validation metrics, and `score`.
+            checkpoints: where they go.
+            session: what goes on around the steps.
+            callbacks: the user's own; they come before the session.
+        """
+        super().__init__(
+            model,
+            args,
+            kind=kind,
+            distil=distil,
+            target_scale=target_scale,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            callbacks=[*callbacks, session],
+        )
+        self.remove_callback(PrinterCallback)  # it prints to the standard output
+        self.sampler = sampler
+        self.validate = validate
+        self.checkpoints = checkpoints
+        self.session = session
+        self.epoch_sums = LossSums(args.device)
+        self.resumed: Checkpoint | None = None
+        session.trainee = self
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint: what belongs to the session and to the model's weights now, the rest in `train`.
+
+        Args:
+            checkpoint: whole, and of this training.
+        """
+        self.resumed = checkpoint
+        self.session.restore(checkpoint.state["session"])
+        self.checkpoints.restore_best(checkpoint)
+        load_trained_tensors(self.model, checkpoint.tensors("weights"))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Give the loader of the training rows.
+
+        Accelerate's wrapper is left out: it would shard batches that are whole optimiser steps.
+        """
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def count_rows(self, batch: Mapping[str, Any]) -> int:
+        """Count the examples of one optimiser step.
+
+        Args:
+            batch: its micro-batches.
+        """
+        return sum(super(ArmTrainer, self).count_rows(part) for part in batch[MICRO_BATCHES])
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run forward and backward over the micro-batches of a step.
+
+        Args:
+            model: what is trained.
+            inputs: its micro-batches.
+            num_items_in_batch: rows of the whole step.
+        """
+        self.session.examples += self.count_rows(inputs)
+        losses = [
+            super(ArmTrainer, self).training_step(model, part, num_items_in_batch) for part in inputs[MICRO_BATCHES]
+        ]
+        return torch.stack(losses).sum()
+
+    def record(self, terms: LossTerms) -> None:
+        """Add the terms to the means since the last log, and to those of the epoch.
+
+        Args:
+            terms: per-row losses.
+        """
+        super().record(terms)
+        self.epoch_sums.add(terms, self.state.global_step + 1)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count none: walking over all parameters in every step costs more than the figure is worth.
+
+        Args:
+            inputs: of the step.
+        """
+        return 0
+
+    # What a session needs.
+
+    def begin_epoch(self, epoch: int, *, fresh: bool) -> None:
+        """Choose the order of the rows.
+
+        Args:
+            epoch: from 0.
+            fresh: start the epoch's loss sums at zero.
+        """
+        self.sampler.set_epoch(epoch)
+        if fresh:
+            self.epoch_sums.reset()
+
+    def epoch_means(self) -> dict[str, float]:
+        """Give the mean loss terms of the epoch so far; stop where they are not finite."""
+        self.epoch_sums.check(self.args.learning_rate)
+        return self.epoch_sums.means()
+
+    def score_validation(self) -> dict[str, float]:
+        """Give the validation metrics, and `score`."""
+        return self.validate()
+
+    def keep_best(self) -> None:
+        """Keep the weights of now as the best."""
+        self.checkpoints.save_best(self.model)
+
+    def current_rate(self) -> float:
+        """Give the learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    # Checkpoints, in place of Trainer's own, which are pickled and hold neither loss sums nor a checksum.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.session.watch.paused():
+            self.epoch_sums.check(self.args.learning_rate)
+            optimizer, optimizer_rest = pack_optimizer(self.optimizer.state_dict())
+            generators, generators_rest = pack_random_state()
+            scaler = getattr(self.accelerator, "scaler", None)
+            state = {
+                "session": self.session.state(),
+                "optimizer": optimizer_rest,
+                "scheduler": self.lr_scheduler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "random": generators_rest,
+            }
+            self.checkpoints.write(
+                self.state.global_step,
+                {"state": state, "trainer_state": dataclasses.asdict(self.state)},
+                {
+                    "weights": trained_tensors(self.model),
+                    "optimizer": optimizer,
+                    "random": generators,
+                    "losses": {"window": self.window.sums, "epoch": self.epoch_sums.sums},
+                },
+            )
+        self.session.note_saved()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Do nothing: `resume` has put the weights back."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.resumed is None:
+            return
+        state = self.resumed.state
+        self.optimizer.load_state_dict(unpack_optimizer(self.resumed.tensors("optimizer"), state["optimizer"]))
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        losses = self.resumed.tensors("losses")
+        self.window.sums.copy_(losses["window"])
+        self.epoch_sums.sums.copy_(losses["epoch"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.resumed is not None and self.resumed.state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(self.resumed.state["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.resumed is not None:
+            unpack_random_state(self.resumed.tensors("random"), self.resumed.state["random"])

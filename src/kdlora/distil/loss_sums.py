@@ -1,0 +1,93 @@
+"""Running sums of the loss terms that stay on the device: reading them is what costs, not adding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdlora.distil.losses import LossTerms
+from kdlora.errors import KdLoraError
+
+_TOTAL, _HARD, _SOFT, _ROWS, _SOFT_ROWS = range(5)
+
+
+class LossSums:
+    """Sums of loss terms over rows, and the first step at which the loss was not a finite number."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start at zero.
+
+        Args:
+            device: where the losses are computed.
+        """
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(5, dtype=dtype, device=device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, terms: LossTerms, step: int) -> None:
+        """Add the rows of a micro-batch.
+
+        Args:
+            terms: per-row losses.
+            step: the optimiser step that they belong to, for `check`.
+        """
+        rows = terms.hard.new_full((), len(terms.hard))
+        zero = torch.zeros_like(rows)
+        soft, soft_rows = (zero, zero) if terms.soft is None else (terms.soft.sum(), rows)
+        added = torch.stack([terms.total.sum(), terms.hard.sum(), soft, rows, soft_rows])
+        self.sums += added.to(self.sums.dtype)
+        bad = ~torch.isfinite(added[_TOTAL]) & (self.bad_step < 0)
+        self.bad_step = torch.where(bad, step, self.bad_step)
+
+    def check(self, learning_rate: float | None = None) -> None:
+        """Stop a training that has diverged. Waits for the device.
+
+        Args:
+            learning_rate: for the message.
+
+        Raises:
+            KdLoraError: a loss was not a finite number.
+        """
+        step = int(self.bad_step)
+        if step >= 0:
+            raise KdLoraError(diverged(f"the loss is not a finite number at step {step}", learning_rate))
+
+    def means(self) -> dict[str, float]:
+        """Give the exact means over the rows so far. Waits for the device.
+
+        Returns:
+            `loss`, `hard_loss` and, where a teacher taught, `soft_loss`; empty without rows.
+        """
+        return term_means(self.sums)
+
+    def reset(self) -> None:
+        """Start again at zero."""
+        self.sums.zero_()
+
+
+def term_means(sums: Tensor) -> dict[str, float]:
+    """Turn sums into means.
+
+    Args:
+        sums: (5,) totals, hard, soft, rows, rows with a soft loss.
+    """
+    total, hard, soft, rows, soft_rows = sums.tolist()
+    if rows == 0:
+        return {}
+    means = {"loss": total / rows, "hard_loss": hard / rows}
+    return means | ({"soft_loss": soft / soft_rows} if soft_rows else {})
+
+
+def diverged(what: str, learning_rate: float | None) -> str:
+    """Say what to do about a training that has diverged.
+
+    Args:
+        what: the sign of it, with the step.
+        learning_rate: peak learning rate, if known.
+    """
+    rate = "" if learning_rate is None else f" (now {learning_rate:g})"
+    return (
+        f"the training diverged: {what}. Most often the learning rate{rate} is too high; else set run.precision to "
+        "fp32, lower max_grad_norm or lengthen the warm-up"
+    )

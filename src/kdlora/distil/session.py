@@ -1,0 +1,240 @@
+"""What goes on around the optimiser steps: evaluation, history, early stopping, checkpoints in time, progress."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """Where a training stands.
+
+    Attributes:
+        epoch: passes over the rows so far, with fractions.
+        epochs: passes in all.
+        step: optimiser steps so far.
+        steps: optimiser steps in all.
+        loss: mean over the epoch's rows so far; None before the first.
+        hard_loss: the same against the labels.
+        soft_loss: the same against the teacher; None without one.
+        examples_per_second: since the start, evaluation excluded.
+        eta_seconds: until the last step, evaluation excluded; None before the first step.
+        score: of the newest evaluation, 0 to 100; None before the first.
+    """
+
+    epoch: float
+    epochs: float
+    step: int
+    steps: int
+    loss: float | None
+    hard_loss: float | None
+    soft_loss: float | None
+    examples_per_second: float
+    eta_seconds: float | None
+    score: float | None
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of training, without the pauses."""
+
+    seconds: float = 0.0
+    _since: float | None = None
+
+    def start(self) -> None:
+        """Begin or go on."""
+        self._since = time.monotonic()
+
+    def stop(self) -> None:
+        """Pause."""
+        self.seconds, self._since = self.read(), None
+
+    def read(self) -> float:
+        """Seconds so far."""
+        return self.seconds + (0.0 if self._since is None else time.monotonic() - self._since)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens inside."""
+        running = self._since is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if running:
+                self.start()
+
+
+class Trainee(Protocol):
+    """What a session needs of the trainer."""
+
+    def begin_epoch(self, epoch: int, *, fresh: bool) -> None:
+        """Choose the order of the rows; a fresh epoch starts its loss sums at zero."""
+
+    def epoch_means(self) -> dict[str, float]:
+        """Give the mean loss terms of the epoch so far."""
+
+    def score_validation(self) -> dict[str, float]:
+        """Give the validation metrics, and `score`."""
+
+    def keep_best(self) -> None:
+        """Keep the weights of now as the best."""
+
+    def current_rate(self) -> float:
+        """Give the learning rate of the next step."""
+
+
+@dataclass
+class Session(TrainerCallback):
+    """Evaluates after every epoch, keeps the history, and decides when to stop and when to save.
+
+    Attributes:
+        steps_per_epoch: optimiser steps of a whole pass.
+        epochs: passes in all.
+        select: keep the weights of the `last` or of the `best` epoch.
+        patience: epochs without a better score until the training stops.
+        checkpoint_seconds: training time between two checkpoints.
+        progress: told where the training stands.
+        trainee: the trainer.
+        history: one entry per epoch.
+        watch: seconds of training.
+        examples: rows trained on.
+        finished: the training has come to its end.
+    """
+
+    steps_per_epoch: int
+    epochs: float
+    select: str
+    patience: int | None
+    checkpoint_seconds: float
+    progress: Callable[[ProgressEvent], None] | None = None
+    trainee: Trainee = field(init=False, repr=False)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    examples: int = 0
+    finished: bool = False
+    _saved_at: float = 0.0
+    _told_at: float = 0.0
+    _has_saved: bool = False
+    _postponed: bool = False
+    _rate: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold of this."""
+        return {
+            "history": self.history,
+            "seconds": self.watch.read(),
+            "examples": self.examples,
+            "finished": self.finished,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state: what `state` gave.
+        """
+        self.history = list(state["history"])
+        self.watch = Stopwatch(float(state["seconds"]))
+        self.examples = int(state["examples"])
+        self.finished = bool(state["finished"])
+        self._has_saved = True
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The history's entry with the best score, the earliest of equals."""
+        return max(self.history, key=lambda entry: float(entry["score"]), default=None)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clocks."""
+        self.watch.start()
+        self._saved_at = self.watch.read()
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Choose the order of the rows. A resumed epoch keeps the losses that it has summed."""
+        epoch, done = divmod(state.global_step, self.steps_per_epoch)
+        self.trainee.begin_epoch(epoch, fresh=done == 0)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note the learning rate of this step, before the schedule moves on."""
+        self._rate = self.trainee.current_rate()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save when it is time; at the end of an epoch only after the evaluation, which a resumed one would miss."""
+        ends_epoch = state.global_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps
+        wanted = control.should_save or self._is_due()
+        self._postponed = wanted and (ends_epoch or control.should_training_stop)
+        control.should_save = wanted and not self._postponed
+        if self.watch.read() - self._told_at >= _PROGRESS_SECONDS:
+            self.tell(state)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Evaluate, keep the best, stop early."""
+        means = self.trainee.epoch_means()
+        entry = {"epoch": state.epoch, "step": state.global_step, **means, "learning_rate": self._rate}
+        with self.watch.paused():
+            entry |= self.trainee.score_validation()
+            self.history.append(entry)
+            if self.select == "best" and self.best is entry:
+                self.trainee.keep_best()
+        logger.info("epoch %g: %s", entry["epoch"], ", ".join(f"{k} {v:.5g}" for k, v in entry.items() if k != "epoch"))
+        if self.patience is not None and self._epochs_since_best() >= self.patience:
+            control.should_training_stop = True
+        self.finished = control.should_training_stop
+        # A finished training that had been worth a checkpoint must not lose its last minute to a crash afterwards.
+        control.should_save = self._postponed or self._is_due() or (self.finished and self._has_saved)
+        self.tell(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop the clocks."""
+        self.watch.stop()
+
+    def note_saved(self) -> None:
+        """Start waiting for the next checkpoint."""
+        self._saved_at = self.watch.read()
+        self._has_saved = True
+
+    def tell(self, state: TrainerState) -> None:
+        """Report where the training stands.
+
+        Args:
+            state: of the trainer.
+        """
+        self._told_at = self.watch.read()
+        if self.progress is None:
+            return
+        means, seconds = self.trainee.epoch_means(), self.watch.read()
+        left = state.max_steps - state.global_step
+        self.progress(
+            ProgressEvent(
+                epoch=float(state.epoch or 0.0),
+                epochs=self.epochs,
+                step=state.global_step,
+                steps=state.max_steps,
+                loss=means.get("loss"),
+                hard_loss=means.get("hard_loss"),
+                soft_loss=means.get("soft_loss"),
+                examples_per_second=self.examples / max(seconds, 1e-9),
+                eta_seconds=left * seconds / state.global_step if state.global_step else None,
+                score=self.history[-1]["score"] if self.history else None,
+            )
+        )
+
+    def _epochs_since_best(self) -> int:
+        return next(age for age, entry in enumerate(reversed(self.history)) if entry is self.best)
+
+    def _is_due(self) -> bool:
+        return self.watch.read() - self._saved_at >= self.checkpoint_seconds

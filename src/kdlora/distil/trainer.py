@@ -1,0 +1,308 @@
+"""Training of one model on one task, with or without a teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from kdlora.config import DistilConfig, TrainConfig
+from kdlora.data.batches import Collator, LengthBucketSampler, Tokenised
+from kdlora.data.tasks import Task
+from kdlora.distil.arm_trainer import ArmTrainer, MicroBatchCollator
+from kdlora.distil.checkpoints import CheckpointFolder, load_trained_tensors
+from kdlora.distil.distillation_trainer import DistillationTrainer
+from kdlora.distil.fingerprints import hash_columns, hash_model
+from kdlora.distil.inference import INPUTS, column_values, predict_logits
+from kdlora.distil.logits import COLUMN
+from kdlora.distil.loss_sums import diverged
+from kdlora.distil.precision import frozen_in_half, resolve_device, resolve_precision
+from kdlora.distil.session import ProgressEvent, Session
+from kdlora.distil.standardise import TargetScale, fold_into_head
+from kdlora.errors import DataError, KdLoraError
+from kdlora.evidence.metrics import compute_metrics, score
+
+__all__ = [
+    "DistillationTrainer",
+    "ProgressEvent",
+    "TrainOutcome",
+    "predict_logits",
+    "resolve_precision",
+    "train_model",
+]
+
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+_LOGS_PER_TRAINING = 100
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What a training left besides the weights.
+
+    Attributes:
+        history: per epoch: `epoch`, `step`, `loss`, `hard_loss`, `soft_loss` where a teacher taught (means over the
+            epoch's rows, of a regression on the standardised scale), `learning_rate`, validation metrics, `score`.
+        train_seconds: of the training loop, data included; evaluation and saving excluded.
+        examples: rows trained on, repeats included.
+        examples_per_second: `examples / train_seconds`.
+        steps: optimiser steps.
+        best_epoch: the epoch whose weights the model holds.
+    """
+
+    history: list[dict[str, Any]]
+    train_seconds: float
+    examples: int
+    examples_per_second: float
+    steps: int
+    best_epoch: float
+
+
+def train_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Tokenised,
+    validation: Tokenised,
+    task: Task,
+    settings: TrainConfig,
+    *,
+    seed: int,
+    precision: str,
+    device: str = "auto",
+    distil: DistilConfig | None = None,
+    folder: Path,
+    checkpoint_seconds: float = 60.0,
+    keep_checkpoints: int = 1,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: Callable[[ProgressEvent], None] | None = None,
+) -> TrainOutcome:
+    """Train a model in place; it is left holding the selected weights, in evaluation mode.
+
+    The same seed on the same machine gives the same bits, whether or not the training was interrupted: a call with
+    the same arguments and folder continues from the last whole checkpoint. The folder stays until the caller has
+    kept the weights and removes it. Validation runs in the precision of training. A regression trains on
+    standardised targets, which are folded into the head at the end, so that the model predicts on the original
+    scale.
+
+    Args:
+        model: a transformers classifier in fp32, with or without an adapter, as it is before any training.
+        tokenizer: the model's own.
+        train: token ids with labels and, for `distil`, `teacher_logits`.
+        validation: token ids with labels.
+        task: kind, labels and metrics.
+        settings: epochs, learning rate and the like.
+        seed: seeds dropout and the order of the rows.
+        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        device: `auto`, `cpu` or `cuda`.
+        distil: weights and temperature; None trains on the labels alone, whether or not there are teacher logits.
+        folder: of this training alone, for checkpoints.
+        checkpoint_seconds: training time between two checkpoints.
+        keep_checkpoints: newest ones to keep.
+        callbacks: transformers' own kind.
+        progress: told every half second, and after every epoch, where the training stands.
+
+    Raises:
+        DataError: rows without labels, no rows, or no teacher logits.
+        ArtifactError: the folder holds checkpoints of another training.
+        KdLoraError: the training diverged.
+    """
+    _check(train, validation, distil)
+    precision, _ = resolve_precision(precision, device)
+    place = resolve_device(device)
+    scale = TargetScale.of(column_values(train.dataset, "label")) if task.kind == "regression" else None
+    ingredients = _ingredients(model, train, validation, task, settings, distil)
+    ingredients |= {"seed": seed, "precision": precision, "device": place.type}
+    checkpoints = CheckpointFolder(Path(folder), ingredients, keep_checkpoints)
+    sampler = LengthBucketSampler(column_values(train.dataset, "length"), settings.batch_size, seed=seed)
+    session = Session(
+        steps_per_epoch=len(sampler),
+        epochs=settings.epochs,
+        select=settings.select,
+        patience=settings.early_stopping_patience,
+        checkpoint_seconds=checkpoint_seconds,
+        progress=progress,
+    )
+    collator = Collator.of(tokenizer, task.kind, train.max_length)
+    with frozen_in_half(model, precision), _left_as_found(model):
+        trainer = ArmTrainer(
+            model,
+            _arguments(settings, seed, precision, place, Path(folder), len(sampler)),
+            kind=task.kind,
+            distil=distil,
+            target_scale=scale,
+            train_dataset=_rows(train, distil),
+            sampler=sampler,
+            collator=MicroBatchCollator(collator, settings.micro_batch_tokens),
+            validate=lambda: _validate(model, tokenizer, validation, task, precision, scale, settings),
+            checkpoints=checkpoints,
+            session=session,
+            callbacks=callbacks,
+        )
+        _run(trainer, checkpoints, session)
+    return _finish(model, settings, session, checkpoints, scale)
+
+
+def _run(trainer: ArmTrainer, checkpoints: CheckpointFolder, session: Session) -> None:
+    """Train, from the last checkpoint where there is one."""
+    checkpoint = checkpoints.latest()
+    if checkpoint is None:
+        trainer.train()
+        return
+    trainer.resume(checkpoint)
+    if not session.finished:
+        trainer.train(resume_from_checkpoint=str(checkpoint.folder))
+
+
+def _finish(
+    model: nn.Module,
+    settings: TrainConfig,
+    session: Session,
+    checkpoints: CheckpointFolder,
+    scale: TargetScale | None,
+) -> TrainOutcome:
+    """Choose the weights, bring them to the original scale, and sum up."""
+    chosen = session.history[-1]
+    if settings.select == "best":
+        chosen = max(session.history, key=lambda entry: float(entry["score"]))
+        load_trained_tensors(model, load_file(checkpoints.best))
+    model.eval()
+    if scale is not None:
+        fold_into_head(model, scale)
+    seconds = session.watch.read()
+    return TrainOutcome(
+        history=session.history,
+        train_seconds=seconds,
+        examples=session.examples,
+        examples_per_second=session.examples / max(seconds, 1e-9),
+        steps=int(session.history[-1]["step"]),
+        best_epoch=float(chosen["epoch"]),
+    )
+
+
+def _ingredients(
+    model: nn.Module,
+    train: Tokenised,
+    validation: Tokenised,
+    task: Task,
+    settings: TrainConfig,
+    distil: DistilConfig | None,
+) -> dict[str, Any]:
+    """Name what a checkpoint must not outlive."""
+    return {
+        "model": hash_model(model),
+        "train": hash_columns(train.dataset, ["id", *_columns(distil)]),
+        "validation": hash_columns(validation.dataset, ["id", *INPUTS, "label", "group"]),
+        "settings": settings.model_dump(mode="json"),
+        "distil": None if distil is None else distil.model_dump(mode="json"),
+        "task": task.to_dict(),
+    }
+
+
+def _columns(distil: DistilConfig | None) -> list[str]:
+    """Name the columns that training reads: without `distil` the teacher's stay unread, so that a control is one."""
+    return [*INPUTS, "label", *([COLUMN] if distil is not None else [])]
+
+
+def _rows(train: Tokenised, distil: DistilConfig | None) -> Dataset:
+    return train.dataset.select_columns([name for name in _columns(distil) if name in train.dataset.column_names])
+
+
+def _arguments(
+    settings: TrainConfig, seed: int, precision: str, device: torch.device, folder: Path, steps_per_epoch: int
+) -> TrainingArguments:
+    """Say it in the words of transformers."""
+    steps = math.ceil(settings.epochs * steps_per_epoch)
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        lr_scheduler_type=_SCHEDULES[settings.schedule],
+        warmup_steps=settings.warmup_fraction,
+        optim="adamw_torch_fused",
+        seed=seed,
+        data_seed=seed,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        logging_strategy="steps",
+        logging_steps=max(1, steps // _LOGS_PER_TRAINING),
+        logging_nan_inf_filter=False,  # it would hide a diverged loss, and reads it in every step
+        save_strategy="no",
+        eval_strategy="no",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+        push_to_hub=False,
+    )
+
+
+def _validate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    validation: Tokenised,
+    task: Task,
+    precision: str,
+    scale: TargetScale | None,
+    settings: TrainConfig,
+) -> dict[str, float]:
+    """Give the validation metrics, on the original scale, and `score`."""
+    tokens = settings.micro_batch_tokens or 16384
+    logits = predict_logits(model, tokenizer, validation, precision=precision, batch_tokens=tokens)
+    if not np.isfinite(logits).all():
+        raise KdLoraError(diverged("the validation logits are not finite numbers", settings.learning_rate))
+    if scale is not None:
+        logits = scale.restore(logits)
+    rows = validation.dataset
+    groups = column_values(rows, "group").tolist() if "group" in rows.column_names else None
+    metrics = compute_metrics(task, logits, column_values(rows, "label"), groups)
+    return metrics | {"score": score(task, metrics)}
+
+
+def _check(train: Tokenised, validation: Tokenised, distil: DistilConfig | None) -> None:
+    for name, data in (("training", train), ("validation", validation)):
+        if len(data.dataset) == 0:
+            raise DataError(f"the {name} split has no rows")
+        if "label" not in data.dataset.column_names:
+            raise DataError(f"the {name} split has no column 'label'; it has {', '.join(data.dataset.column_names)}")
+    if distil is not None and COLUMN not in train.dataset.column_names:
+        raise DataError(
+            "distil is set, but the training rows have no teacher_logits; TeacherLogits.attach(dataset) adds them, "
+            "before tokenise"
+        )
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Take back what Trainer and Accelerate leave on a model: a forward under autocast, and a config entry.
+
+    Under that forward, a model trained in bf16 would go on computing in bf16 wherever it is used afterwards.
+    """
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    known = config is not None and "use_cache" in vars(config)
+    own_forward = vars(model).get("forward")
+    try:
+        yield
+    finally:
+        vars(model).pop("_original_forward", None)
+        vars(model).pop("forward", None)
+        if own_forward is not None:
+            vars(model)["forward"] = own_forward
+        if known and config is not None:
+            config.use_cache = use_cache
+        elif config is not None:
+            vars(config).pop("use_cache", None)

@@ -1,0 +1,146 @@
+"""Small trainings for the tests of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Dataset
+
+from kdlora.config import DistilConfig, LoraConfig, TrainConfig
+from kdlora.data.batches import Tokenised, tokenise
+from kdlora.data.tasks import Task
+from kdlora.distil.logits import TeacherLogits
+from kdlora.distil.trainer import TrainOutcome, train_model
+from kdlora.models.adapters import add_adapter
+from kdlora.models.encoders import Encoder, load_encoder
+from tiny import sentiment_rows
+
+TASKS = {
+    "single-label": Task("single-label", ("text",), ("label",), ("negative", "positive"), ("accuracy",)),
+    "multi-label": Task("multi-label", ("text",), ("a", "b", "c"), ("a", "b", "c"), ("micro_f1",)),
+    "regression": Task("regression", ("text",), ("rating",), ("rating",), ("pearson", "spearman")),
+}
+
+
+def examples(kind: str, count: int, seed: int = 0) -> Dataset:
+    """Make rows that a tiny model can learn, with texts of very different lengths."""
+    draw = np.random.default_rng(seed)
+    rows = sentiment_rows(count, seed)
+    positive = np.array([row["label"] == "positive" for row in rows])
+    texts = [" ".join([row["text"]] * int(draw.integers(1, 4))) for row in rows]
+    label: list[Any]
+    if kind == "single-label":
+        label = positive.astype(int).tolist()
+    elif kind == "multi-label":
+        label = [[float(yes), float(not yes), float(draw.integers(2))] for yes in positive]
+    else:
+        label = (2000.0 + 300.0 * positive + 20.0 * draw.normal(size=count)).astype(np.float32).tolist()
+    table = {"id": [f"{seed}-{row}" for row in range(count)], "text": texts, "label": label}
+    return Dataset.from_dict(table)
+
+
+def teacher_for(dataset: Dataset, task: Task, seed: int = 0) -> TeacherLogits:
+    """Invent a teacher that knows the labels but for some noise."""
+    draw = np.random.default_rng(seed)
+    noise = draw.normal(size=(len(dataset), task.num_labels))
+    labels = np.asarray(dataset["label"])
+    if task.kind == "single-label":
+        logits = 2.0 * np.eye(task.num_labels)[labels] + noise
+    elif task.kind == "multi-label":
+        logits = 4.0 * labels - 2.0 + noise
+    else:
+        logits = labels[:, None] + 10.0 * noise
+    return TeacherLogits(pa.array(dataset["id"]), logits.astype(np.float32), task.label_names, "invented")
+
+
+@dataclass
+class Setup:
+    """One training, ready to run.
+
+    Attributes:
+        task: its kind and labels.
+        encoder: base model and tokenizer.
+        model: what is trained.
+        train: rows with a teacher's logits.
+        validation: other rows.
+        settings: small and quick.
+    """
+
+    task: Task
+    encoder: Encoder
+    model: Any
+    train: Tokenised
+    validation: Tokenised
+    settings: TrainConfig
+
+    def run(self, folder: Path, *, distil: DistilConfig | None = DistilConfig(), **options: Any) -> TrainOutcome:
+        """Train, with what a test does not set left at its default."""
+        options = {"seed": 3, "precision": "fp32", "device": "cpu", "checkpoint_seconds": 1e9} | options
+        return train_model(
+            self.model,
+            self.encoder.tokenizer,
+            self.train,
+            self.validation,
+            self.task,
+            self.settings,
+            distil=distil,
+            folder=folder,
+            **options,
+        )
+
+
+@pytest.fixture
+def make_setup(tiny_model_folder) -> Callable[..., Setup]:
+    """`make_setup(kind=..., family=..., lora=True, dropout=None, rows=44, **settings)` gives a fresh training."""
+
+    def make(
+        kind: str = "single-label",
+        *,
+        family: str = "bert",
+        lora: bool = True,
+        dropout: float | None = None,
+        rows: int = 44,
+        **settings: Any,
+    ) -> Setup:
+        task = TASKS[kind]
+        encoder = load_encoder(str(tiny_model_folder(family)), task, seed=1)
+        model: Any = encoder.model
+        if lora:
+            model = add_adapter(encoder, LoraConfig(dropout=0.1 if dropout is None else dropout), seed=1)
+        if dropout is not None:
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = dropout
+                if hasattr(module, "dropout_prob"):  # attention functions take it as a number
+                    module.dropout_prob = dropout
+        train = examples(kind, rows)
+        values = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3, "max_length": 48} | settings
+        return Setup(
+            task=task,
+            encoder=encoder,
+            model=model,
+            train=tokenise(teacher_for(train, task).attach(train), encoder.tokenizer, 48),
+            validation=tokenise(examples(kind, 30, seed=9), encoder.tokenizer, 48),
+            settings=TrainConfig(**values),
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_examples() -> Callable[..., Dataset]:
+    """`make_examples(kind, count, seed=0)` gives canonical rows."""
+    return examples
+
+
+@pytest.fixture
+def tasks() -> dict[str, Task]:
+    """A task of each kind."""
+    return TASKS

@@ -1,0 +1,198 @@
+"""The trainer in a plain transformers script: no code of ours around it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, default_data_collator
+
+from kdlora.config import DistilConfig
+from kdlora.distil.distillation_trainer import DistillationTrainer
+from kdlora.distil.losses import distillation_loss
+from kdlora.distil.standardise import TargetScale
+from kdlora.errors import DataError, KdLoraError
+
+
+class Counter(TrainerCallback):
+    """One of several callbacks."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, **_):
+        self.steps += 1
+
+
+def encoded(setup) -> Dataset:
+    """What a script has after its own tokenisation: texts and ids still there, `label` not renamed."""
+    rows = setup.train.dataset
+    return rows.add_column("text", ["unused"] * len(rows)).remove_columns("length")
+
+
+def arguments(folder, **settings) -> TrainingArguments:
+    values = {"learning_rate": 1e-3, "num_train_epochs": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    values |= {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "seed": 5, "logging_steps": 1}
+    return TrainingArguments(**(values | {"save_strategy": "no", "disable_tqdm": True} | settings))
+
+
+def trainer_for(setup, args, *, distil: DistilConfig | None = DistilConfig(), **options) -> DistillationTrainer:
+    return DistillationTrainer(
+        setup.model,
+        args,
+        kind=setup.task.kind,
+        distil=distil,
+        processing_class=setup.encoder.tokenizer,
+        **({"train_dataset": encoded(setup), "eval_dataset": encoded(setup)} | options),
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["single-label", "multi-label", "regression"])
+@pytest.mark.parametrize("rows", [40, 44, 45, 41], ids=lambda rows: f"{rows} rows")
+def test_accumulation_gives_one_gradient(make_setup, tmp_path, kind, rows):
+    """Batch 8 × 1 and 2 × 4 differed by a factor of 4 in other projects, and on the last, short step in most."""
+    parameters, losses = [], []
+    for batch, steps in ((8, 1), (2, 4)):
+        setup = make_setup(kind, dropout=0.0, rows=rows)
+        args = arguments(
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            learning_rate=0.05,
+        )
+        scale = TargetScale.of(np.asarray(setup.train.dataset["label"])) if kind == "regression" else None
+        trainer = trainer_for(setup, args, target_scale=scale)
+        trainer.train()
+        assert trainer.state.global_step == math.ceil(rows / 8)
+        parameters.append(weights(setup.model))
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    for name, value in parameters[0].items():
+        torch.testing.assert_close(value, parameters[1][name], rtol=1e-6, atol=1e-6, msg=name)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_gradient_is_the_mean_over_the_rows(make_setup, tmp_path):
+    """Two ways that agree may agree on a wrong factor: compare with the gradient written out."""
+    setup = make_setup(dropout=0.0, rows=8)
+    before = weights(setup.model)
+    batch = DataCollatorWithPadding(setup.encoder.tokenizer)(
+        [
+            {key: row[key] for key in ("input_ids", "token_type_ids", "label", "teacher_logits")}
+            for row in encoded(setup)
+        ]
+    )
+    setup.model.train()
+    logits = setup.model(
+        **{key: value for key, value in batch.items() if key not in ("labels", "teacher_logits")}
+    ).logits
+    terms = distillation_loss(logits, batch["labels"], batch["teacher_logits"], kind="single-label", alpha=0.5)
+    trained = {name: value for name, value in setup.model.named_parameters() if value.requires_grad}
+    gradients = dict(zip(trained, torch.autograd.grad(terms.total.mean(), list(trained.values())), strict=True))
+    args = arguments(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, optim="sgd", learning_rate=0.5
+    )
+    trainer_for(setup, args).train()
+    for name, value in weights(setup.model).items():
+        expected = before[name] - 0.5 * gradients[name] if name in gradients else before[name]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_whole_script(make_setup, tmp_path):
+    """Trainer drops the column before collation, crashes on `num_items_in_batch`, and loses eval_loss under PEFT."""
+    setup, counters = make_setup(lora=True), (Counter(), Counter())
+    args = arguments(
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        num_train_epochs=2,
+    )
+
+    def accuracy(predictions) -> dict[str, float]:
+        return {"accuracy": float((predictions.predictions.argmax(1) == predictions.label_ids).mean())}
+
+    trainer = trainer_for(setup, args, callbacks=counters, compute_metrics=accuracy)
+    result = trainer.train()
+    assert math.isfinite(result.training_loss)
+    assert [counter.steps for counter in counters] == [12, 12]
+    evaluation = trainer.evaluate()
+    assert {"eval_loss", "eval_accuracy"} <= evaluation.keys()
+    predictions = trainer.predict(encoded(setup).remove_columns(["label", "teacher_logits"]))
+    assert predictions.predictions.shape == (44, 2)
+
+
+def test_terms_are_logged_separately(make_setup, tmp_path):
+    """One number for both losses hides a soft loss that never falls; means over batches weigh a short one double."""
+    setup = make_setup(dropout=0.0)
+    args = arguments(tmp_path, per_device_train_batch_size=8, logging_steps=3, learning_rate=1e-12)
+    trainer = trainer_for(setup, args, distil=DistilConfig(alpha=0.25))
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    for entry in logged:
+        assert entry["loss"] == pytest.approx(0.25 * entry["hard_loss"] + 0.75 * entry["soft_loss"], rel=1e-6)
+    everything = trainer.evaluate()["eval_loss"]
+    assert (logged[0]["loss"] * 24 + logged[1]["loss"] * 20) / 44 == pytest.approx(everything, rel=1e-4)
+
+
+def test_evaluation_loss_is_a_mean_over_the_rows(make_setup, tmp_path):
+    """Counting labels in place of rows makes the loss of a multi-label task smaller by their number."""
+    setup = make_setup("multi-label", dropout=0.0)
+    args = arguments(tmp_path, per_device_eval_batch_size=44)
+    trainer = trainer_for(setup, args)
+    rows = encoded(setup)
+    logits = torch.tensor(trainer.predict(rows).predictions)
+    terms = distillation_loss(
+        logits, torch.tensor(rows["label"][:]), torch.tensor(rows["teacher_logits"][:]), kind="multi-label"
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(terms.total.mean().item(), rel=1e-5)
+    hard_only = trainer.evaluate(rows.remove_columns("teacher_logits"))
+    assert hard_only["eval_loss"] == pytest.approx(terms.hard.mean().item(), rel=1e-5)
+
+
+def test_a_collator_that_drops_the_teacher(make_setup, tmp_path):
+    """Without the column the training would go on as plain fine-tuning, under the name of distillation."""
+    setup = make_setup()
+
+    def forgetful(rows):
+        padded = DataCollatorWithPadding(setup.encoder.tokenizer)(rows)
+        return {key: value for key, value in padded.items() if key != "teacher_logits"}
+
+    trainer = trainer_for(setup, arguments(tmp_path), data_collator=forgetful)
+    with pytest.raises(DataError, match=r"the batch has no teacher_logits.*collator that keeps it"):
+        trainer.train()
+
+
+def test_columns_that_nobody_needs_are_still_dropped(make_setup, tmp_path):
+    """`remove_unused_columns=False` keeps the teacher, and hands text to the collator, which crashes."""
+    setup = make_setup(rows=8)
+    padded = setup.train.dataset.map(
+        lambda row: setup.encoder.tokenizer.pad({"input_ids": row["input_ids"]}, max_length=48, padding="max_length")
+    )
+    rows = padded.remove_columns("token_type_ids").add_column("note", ["text"] * 8)
+    trainer = trainer_for(setup, arguments(tmp_path), train_dataset=rows, data_collator=default_data_collator)
+    trainer.train()
+    assert "note" in rows.column_names
+
+
+def test_a_diverged_training_names_its_step(make_setup, tmp_path):
+    """Trainer's own filter replaces NaN losses by the mean of earlier ones, and trains on."""
+    setup = make_setup(rows=24)
+    rows = encoded(setup)
+    logits = np.asarray(rows["teacher_logits"])
+    logits[:] = np.inf
+    broken = rows.remove_columns("teacher_logits").add_column("teacher_logits", logits.tolist())
+    trainer = trainer_for(setup, arguments(tmp_path, learning_rate=1e-3), train_dataset=broken)
+    with pytest.raises(KdLoraError, match=r"the loss is not a finite number at step 1\..*learning rate \(now 0.001\)"):
+        trainer.train()

@@ -1,0 +1,162 @@
+"""The number format that is picked, and a base in half precision that comes back whole."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kdlora.config import LoraConfig
+from kdlora.distil import precision as precision_module
+from kdlora.distil.precision import autocast, frozen_in_half, resolve_device, resolve_precision
+from kdlora.errors import ConfigError
+from kdlora.models.adapters import add_adapter, merge_student
+from kdlora.models.encoders import load_encoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def make_model(tiny_model_folder, tasks):
+    def make(family: str = "bert", **lora):
+        encoder = load_encoder(str(tiny_model_folder(family)), tasks["single-label"], seed=1)
+        model = add_adapter(encoder, LoraConfig(dropout=0.0, **lora), seed=1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        return model.eval()
+
+    return make
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.tensor([[2, 17, 18, 19, 20, 3], [2, 40, 3, 0, 0, 0]])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "deberta-v2", "electra", "mpnet", "modernbert"])
+def test_cast_once_equals_cast_every_time(make_model, family):
+    """Casting more than autocast does (norms, embeddings, adapters) saves nothing, and costs accuracy."""
+    model = make_model(family)
+    with autocast("bf16", CPU):
+        expected = model(**batch()).logits
+        with frozen_in_half(model, "bf16") as layers:
+            found = model(**batch()).logits
+    assert layers > 6
+    assert torch.equal(expected, found)
+
+
+def test_gradients_are_those_of_autocast(make_model):
+    """A rounded base that also rounds the adapters' gradients would stall the training."""
+    gradients = []
+    for half in (False, True):
+        model = make_model()
+        with frozen_in_half(model, "bf16" if half else "fp32"), autocast("bf16", CPU):
+            model(**batch()).logits.float().square().sum().backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_the_very_tensors_come_back(make_model):
+    """A base rounded to bf16 and back loses two digits, and the merged student with it."""
+    model = make_model()
+    before = {name: (value.data_ptr(), value.detach().clone()) for name, value in model.named_parameters()}
+    merged = merge_student(model).state_dict()
+    with contextlib.suppress(KeyboardInterrupt), frozen_in_half(model, "bf16"):
+        dtypes = {name: value.dtype for name, value in model.named_parameters()}
+        raise KeyboardInterrupt
+    assert {dtypes[name] for name in dtypes if ".base_layer." in name} == {torch.bfloat16}
+    for part in ("lora_", "LayerNorm", "modules_to_save", "embeddings"):
+        assert {dtypes[name] for name in dtypes if part in name} == {torch.float32}
+    for name, value in model.named_parameters():
+        assert value.data_ptr() == before[name][0]
+        assert torch.equal(value, before[name][1])
+    after = merge_student(model).state_dict()
+    assert all(torch.equal(merged[name], after[name]) for name in merged)
+
+
+def test_nothing_to_cast(make_model):
+    """Full fine-tuning in half-precision weights loses small updates."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    with frozen_in_half(model, "bf16") as layers:
+        assert layers == 0
+        assert model[0].weight.dtype == torch.float32
+    with frozen_in_half(make_model(), "fp32") as layers:
+        assert layers == 0
+
+
+def test_shared_weights_stay(make_model):
+    """A linear layer whose weight is also an embedding would change the embedding."""
+    shared = nn.ModuleDict({"embedding": nn.Embedding(4, 4), "output": nn.Linear(4, 4)})
+    shared["output"].weight = shared["embedding"].weight
+    shared.requires_grad_(False)
+    with frozen_in_half(shared, "bf16") as layers:
+        assert layers == 0
+
+
+def test_dora_bases_stay(make_model):
+    """DoRA divides by the norm of the base weight; a rounded base changes every output."""
+    model = make_model(dora=True)
+    with frozen_in_half(model, "bf16") as layers:
+        assert layers > 0
+        dtypes = {name: value.dtype for name, value in model.named_parameters() if ".base_layer." in name}
+    assert set(dtypes.values()) == {torch.float32}
+
+
+def test_precision_of_a_cpu(monkeypatch):
+    """bf16 that is emulated is several times slower than fp32; oneDNN's own check calls it supported."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags, expected in (
+        ({"amx_bf16", "avx512_bf16"}, ("bf16", "the CPU has native bf16 products (amx_bf16)")),
+        ({"avx512_bf16"}, ("bf16", "the CPU has native bf16 products (avx512_bf16)")),
+        ({"bf16"}, ("bf16", "the CPU has native bf16 products (bf16)")),
+        ({"avx512f", "avx2"}, ("fp32", "the CPU has no native bf16 products")),
+        (set(), ("fp32", "the CPU has no native bf16 products")),
+    ):
+        monkeypatch.setattr(precision_module, "_cpu_flags", lambda flags=flags: frozenset(flags))
+        assert resolve_precision("auto", "auto") == expected
+    assert resolve_precision("bf16", "cpu") == ("bf16", "as set, though this machine emulates bf16, which is slow")
+    assert resolve_precision("fp32", "cpu") == ("fp32", "as set")
+
+
+def test_flags_without_pytorchs_help(monkeypatch):
+    """Older versions of PyTorch do not tell what the CPU can do."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for system, there in (("Linux", True), ("Darwin", False)):
+        monkeypatch.setattr(precision_module.platform, "system", lambda system=system: system)
+        flags = precision_module._cpu_flags()
+        known = there and torch.backends.mkldnn.is_available() and Path("/proc/cpuinfo").exists()
+        assert (len(flags) > 5) == known
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), "bf16"), ((9, 0), "bf16"), ((7, 5), "fp16")])
+def test_precision_of_a_gpu(monkeypatch, capability, expected):
+    """A T4 runs bf16 without a word, and slowly."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    precision, reason = resolve_precision("auto", "auto")
+    assert precision == expected
+    assert reason.startswith("Some GPU has ")
+    assert ("emulates" in resolve_precision("bf16", "cuda")[1]) == (expected == "fp16")
+    assert resolve_precision("auto", "cpu")[0] in ("bf16", "fp32")
+
+
+def test_bad_settings(monkeypatch):
+    """A misspelt precision must not fall back to another one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"run.precision is one of .*got 'bf61'. Did you mean 'bf16'"):
+        resolve_precision("bf61", "cpu")
+    with pytest.raises(ConfigError, match=r"run\.precision is fp16, which is for CUDA"):
+        resolve_precision("fp16", "cpu")
+    with pytest.raises(ConfigError, match=r"run.device is one of .*got 'gpu'"):
+        resolve_device("gpu")
+    with pytest.raises(ConfigError, match="finds no CUDA device"):
+        resolve_device("cuda")

@@ -1,0 +1,267 @@
+"""A training that is cut off continues, and ends in the bits of one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from kdlora.config import DistilConfig
+from kdlora.distil.checkpoints import CheckpointFolder, load_trained_tensors, trained_tensors
+from kdlora.errors import ArtifactError
+
+
+class PowerCutError(Exception):
+    """What no code expects."""
+
+
+class CutAfter(TrainerCallback):
+    """Raise after a step, before the session can save it."""
+
+    def __init__(self, step: int, seen: list[int] | None = None) -> None:
+        self.step = step
+        self.seen = [] if seen is None else seen
+
+    def on_step_end(self, args, state, control, **_):
+        self.seen.append(state.global_step)
+        if state.global_step == self.step:
+            raise PowerCutError
+
+
+class SaveAt(TrainerCallback):
+    """Save after given steps, as the clock would."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step in self.steps:
+            control.should_save = True
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+CASES = {
+    "lora": {},
+    "full": {"lora": False, "learning_rate": 3e-3},
+    "regression": {"kind": "regression"},
+    "best": {"lora": False, "learning_rate": 2e-2, "select": "best", "epochs": 4},
+    "fraction": {"epochs": 2.5},
+    "micro-batches": {"micro_batch_tokens": 48},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("saved", [9, 6], ids=["inside an epoch", "between epochs"])
+def test_resumed_equals_undisturbed(make_setup, tmp_path, case, saved):
+    """Dropout, row order, optimiser, schedule, loss sums or best weights that start anew change the result a little."""
+    undisturbed = make_setup(**CASES[case])
+    expected = undisturbed.run(tmp_path / "undisturbed")
+
+    folder = tmp_path / "cut"
+    with pytest.raises(PowerCutError):
+        make_setup(**CASES[case]).run(folder, callbacks=[SaveAt(saved), CutAfter(11)])
+    assert [path.name for path in folder.glob("step-*")] == [f"step-{saved:09d}"]
+
+    torch.manual_seed(12345)  # a new process has another random state
+    resumed, seen = make_setup(**CASES[case]), []
+    outcome = resumed.run(folder, callbacks=[CutAfter(-1, seen)])
+    assert seen[0] == saved + 1, "the training started anew"
+    assert different(weights(undisturbed.model), weights(resumed.model)) == []
+    assert outcome.history == expected.history
+    assert (outcome.examples, outcome.steps, outcome.best_epoch) == (
+        expected.examples,
+        expected.steps,
+        expected.best_epoch,
+    )
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_resumed_equals_undisturbed_in_bf16(make_setup, tmp_path, lora):
+    """The frozen base is cast anew in the second process: it must be cast from the same fp32 weights."""
+    undisturbed, cut, resumed = (make_setup(lora=lora) for _ in range(3))
+    expected = undisturbed.run(tmp_path / "undisturbed", precision="bf16")
+    with pytest.raises(PowerCutError):
+        cut.run(tmp_path / "cut", precision="bf16", callbacks=[SaveAt(9), CutAfter(11)])
+    outcome = resumed.run(tmp_path / "cut", precision="bf16")
+    assert different(weights(undisturbed.model), weights(resumed.model)) == []
+    assert outcome.history == expected.history
+
+
+def test_cut_again_and_again(make_setup, tmp_path):
+    """State that survives one interruption may be lost in the second checkpoint."""
+    settings = {"lora": False, "epochs": 3, "select": "best", "learning_rate": 1e-2}
+    undisturbed = make_setup(**settings)
+    expected = undisturbed.run(tmp_path / "undisturbed")
+    for step in (2, 3, 7, 12, 13, 17):
+        with pytest.raises(PowerCutError):
+            make_setup(**settings).run(tmp_path / "cut", callbacks=[CutAfter(step)], checkpoint_seconds=0.0)
+    resumed = make_setup(**settings)
+    outcome = resumed.run(tmp_path / "cut", checkpoint_seconds=0.0)
+    assert different(weights(undisturbed.model), weights(resumed.model)) == []
+    assert outcome.history == expected.history
+
+
+def test_saving_does_not_disturb(make_setup, tmp_path):
+    """A save that draws a random number would make the result depend on the clock."""
+    undisturbed, saving = make_setup(), make_setup()
+    expected = undisturbed.run(tmp_path / "a")
+    outcome = saving.run(tmp_path / "b", checkpoint_seconds=0.0)
+    assert different(weights(undisturbed.model), weights(saving.model)) == []
+    assert outcome.history == expected.history
+
+
+def test_a_finished_training_is_not_trained_on(make_setup, tmp_path):
+    """A crash after the last step, while the weights are being kept, must not cost an epoch, nor add a step."""
+    for case in ({"epochs": 2.5}, {"epochs": 9, "learning_rate": 1e-9, "select": "best", "early_stopping_patience": 2}):
+        folder = tmp_path / str(case["epochs"])
+        first, again = make_setup(**case), make_setup(**case)
+        expected = first.run(folder, checkpoint_seconds=0.0)
+        seen: list[int] = []
+        outcome = again.run(folder, callbacks=[CutAfter(-1, seen)])
+        assert seen == []
+        assert different(weights(first.model), weights(again.model)) == []
+        assert outcome.history == expected.history
+        assert outcome.train_seconds == pytest.approx(expected.train_seconds, abs=0.5)
+
+
+def test_keeps_the_newest(make_setup, tmp_path):
+    """Checkpoints of a large teacher that pile up fill the disk."""
+    make_setup().run(tmp_path / "one", checkpoint_seconds=0.0)
+    assert len(list((tmp_path / "one").glob("step-*"))) == 1
+    make_setup().run(tmp_path / "two", checkpoint_seconds=0.0, keep_checkpoints=2)
+    assert [path.name[-2:] for path in sorted((tmp_path / "two").glob("step-*"))] == ["11", "12"]
+
+
+def test_no_checkpoint_before_its_time(make_setup, tmp_path):
+    """Saving in every step would make a small model's training mostly writing."""
+    make_setup().run(tmp_path, checkpoint_seconds=1e9)
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+@pytest.mark.parametrize("damage", ["manifest", "truncated", "missing", "flipped"])
+def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog, damage):
+    """A half-written checkpoint taken for whole resumes from garbage, or crashes for good."""
+    folder = tmp_path / "cut"
+    callbacks = [SaveAt(3, 9), CutAfter(11)]
+    with pytest.raises(PowerCutError):
+        make_setup().run(folder, callbacks=callbacks, keep_checkpoints=2)
+    newest = folder / "step-000000009"
+    if damage == "manifest":
+        (newest / "manifest.json").unlink()
+    elif damage == "missing":
+        (newest / "optimizer.safetensors").unlink()
+    else:
+        file = newest / "weights.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content[:-4] if damage == "truncated" else content)
+    undisturbed, resumed, seen = make_setup(), make_setup(), []
+    expected = undisturbed.run(tmp_path / "undisturbed")
+    with caplog.at_level(logging.WARNING):
+        outcome = resumed.run(folder, callbacks=[CutAfter(-1, seen)])
+    assert "step-000000009 is unfinished or damaged" in caplog.text
+    assert seen[0] == 4
+    assert different(weights(undisturbed.model), weights(resumed.model)) == []
+    assert outcome.history == expected.history
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": 1e-3}, "the training settings"),
+        ({"seed": 4}, "the seed"),
+        ({"precision": "bf16"}, "the number format"),
+        ({"distil": DistilConfig(alpha=0.4)}, "the distillation settings"),
+        ({"lora": False}, "the model or its initial weights"),
+        ({"rows": 40}, "the training rows or their teacher logits"),
+    ],
+)
+def test_checkpoints_of_another_training_are_refused(make_setup, tmp_path, change, named):
+    """Going on from another training's checkpoint mixes two experiments in one record."""
+    with pytest.raises(PowerCutError):
+        make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)])
+    options = {key: change[key] for key in ("seed", "precision", "distil") if key in change}
+    setup = make_setup(**{key: value for key, value in change.items() if key not in options})
+    with pytest.raises(ArtifactError, match=f"of another training: .*{named}.* changed. Delete"):
+        setup.run(tmp_path, **options)
+
+
+def test_nothing_is_pickled(make_setup, tmp_path):
+    """A pickle in a run folder runs code on the machine of whoever resumes it."""
+    with pytest.raises(PowerCutError):
+        make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    for path in files:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_an_adapter_checkpoint_holds_the_head_and_not_the_base(make_setup, tmp_path):
+    """Trainer's checkpoint of a PEFT model may lack fresh modules; a whole base in each would be slow to write."""
+    setup = make_setup()
+    kept = trained_tensors(setup.model)
+    assert any("classifier.modules_to_save" in name for name in kept)
+    assert all(name in kept for name, value in setup.model.named_parameters() if value.requires_grad)
+    assert not any(".base_layer." in name or "original_module" in name for name in kept)
+    others = {name: value + 1 for name, value in kept.items()}
+    load_trained_tensors(setup.model, others)
+    assert all(torch.equal(value, others[name]) for name, value in trained_tensors(setup.model).items())
+    with pytest.raises(ArtifactError, match="weights are of another model"):
+        load_trained_tensors(setup.model, dict(list(others.items())[1:]))
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    """The old checkpoint removed before the new one is whole leaves nothing to resume from."""
+    place = CheckpointFolder(tmp_path, {"seed": 1})
+    place.write(1, {"state": {"step": 1}}, {"weights": {"w": torch.ones(2)}})
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kdlora.distil.checkpoints.save_tensors", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        place.write(2, {"state": {"step": 2}}, {"weights": {"w": torch.ones(2)}})
+    found = place.latest()
+    assert found is not None
+    assert found.state == {"step": 1}
+    assert torch.equal(found.tensors("weights")["w"], torch.ones(2))
+
+
+def test_best_weights_without_hard_links(tmp_path, monkeypatch):
+    """Some disks have no hard links; a shared file must not change with the next best either."""
+
+    def refuse(self, target):
+        raise OSError("not here")
+
+    for links in (True, False):
+        if not links:
+            monkeypatch.setattr(Path, "hardlink_to", refuse)
+        place = CheckpointFolder(tmp_path / str(links), {})
+        model = torch.nn.Linear(2, 2)
+        place.folder.mkdir()
+        place.save_best(model)
+        place.write(1, {"state": {}}, {})
+        first = place.best.read_bytes()
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        place.save_best(model)
+        assert place.best.read_bytes() != first
+        checkpoint = place.latest()
+        assert checkpoint is not None, "the checkpoint's copy changed with the next best"
+        place.restore_best(checkpoint)
+        assert place.best.read_bytes() == first
+        shutil.rmtree(place.folder)

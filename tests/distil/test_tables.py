@@ -1,0 +1,214 @@
+"""A user's table as the teacher: what is read, and every way in which it can be wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset
+
+from kdlora.data.tasks import GLUE, Task
+from kdlora.distil.tables import read_teacher_table
+from kdlora.errors import DataError
+
+SHARED = Path(__file__).parents[3] / "shared" / "teachers" / "cola-train-mpnet-base.parquet"
+
+
+def write(path: Path, columns: dict[str, list[object]]) -> Path:
+    frame = pd.DataFrame(columns)
+    if path.suffix == ".parquet":
+        frame.to_parquet(path, index=False)
+    else:
+        lines = [json.dumps(row) for row in frame.astype(object).where(frame.notna(), None).to_dict("records")]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(params=[".parquet", ".jsonl"])
+def file(request, tmp_path) -> Path:
+    return tmp_path / f"table{request.param}"
+
+
+@pytest.fixture
+def task(tasks) -> Task:
+    return tasks["single-label"]
+
+
+def test_columns_by_name(file, task):
+    """Columns taken by position swap the classes wherever the file was written in another order."""
+    write(file, {"Positive": [1.0, 2.0], "id": ["a", "b"], "NEGATIVE": [-1.0, -2.0]})
+    found = read_teacher_table(file, task, values="logits")
+    assert found.logits.tolist() == [[-1.0, 1.0], [-2.0, 2.0]]
+    assert found.logits.dtype == np.float32
+    assert found.ids.to_pylist() == ["a", "b"]
+    assert found.label_names == ("negative", "positive")
+
+
+def test_prefixed_columns_and_numbers_as_ids(file, task):
+    """The files that kdlora itself writes must be good as teachers; row numbers are ids too."""
+    write(file, {"id": [0, 1], "logit:negative": [0, 1], "logit:positive": [2, 3], "label": [1, 1]})
+    found = read_teacher_table(file, task, values="logits")
+    assert found.logits.tolist() == [[0.0, 2.0], [1.0, 3.0]]
+    assert found.attach(Dataset.from_dict({"id": ["1"]}))["teacher_logits"][:] == [[1.0, 3.0]]
+
+
+def test_probabilities_of_one_label(file, task):
+    """Probabilities taken as logits are nearly uniform once softened: the teacher has nothing left to say."""
+    write(file, {"id": ["a", "b"], "negative": [0.25, 0.0], "positive": [0.75, 1.0]})
+    logits = read_teacher_table(file, task, values="probabilities").logits.astype(np.float64)
+    powers = np.exp(logits)
+    np.testing.assert_allclose(powers / powers.sum(1, keepdims=True), [[0.25, 0.75], [0.0, 1.0]], atol=1e-6)
+    assert np.isfinite(logits).all()
+
+
+def test_probabilities_of_several_labels(file, tasks):
+    """Labels that do not compete need log-odds; log-probabilities would pull all of them below 0.5."""
+    write(file, {"id": ["x"], "a": [0.75], "b": [0.0], "c": [1.0]})
+    logits = read_teacher_table(file, tasks["multi-label"], values="probabilities").logits[0]
+    assert logits[0] == pytest.approx(math.log(3.0), rel=1e-6)
+    assert -20.0 < logits[1] < -10.0
+    assert 10.0 < logits[2] < 20.0
+
+
+@pytest.mark.parametrize("column", ["rating", "Prediction"])
+@pytest.mark.parametrize("values", ["logits", "probabilities"])
+def test_regression(file, tasks, column, values):
+    """A value of 4.5 stars is no probability."""
+    write(file, {"id": ["x", "y"], column: [4.5, -1.0], "comment": ["not", "used"]})
+    assert read_teacher_table(file, tasks["regression"], values=values).logits.tolist() == [[4.5], [-1.0]]
+
+
+def test_a_label_column_named_label(file):
+    """The commonest name of a regression's column must not be taken for the gold label and skipped."""
+    task = Task("regression", ("text",), ("label",), ("label",), ("pearson",))
+    write(file, {"id": ["x"], "label": [0.5]})
+    assert read_teacher_table(file, task, values="logits").logits.tolist() == [[0.5]]
+
+
+def test_split_column(file, task):
+    """Validation rows share ids (row numbers) with training rows, and would be taught instead of them."""
+    write(
+        file, {"id": [0, 0, 1], "split": ["validation", "train", "train"], "negative": [1, 2, 3], "positive": [4, 5, 6]}
+    )
+    train = read_teacher_table(file, task, values="logits")
+    assert train.logits.tolist() == [[2.0, 5.0], [3.0, 6.0]]
+    validation = read_teacher_table(file, task, values="logits", split="validation")
+    assert validation.logits.tolist() == [[1.0, 4.0]]
+    assert train.fingerprint != validation.fingerprint
+    with pytest.raises(DataError, match="no row is of split 'test'; found validation, train"):
+        read_teacher_table(file, task, values="logits", split="test")
+
+
+def test_without_a_split_column_it_is_the_training_split(file, task):
+    """Training rows scored as validation rows give a perfect teacher."""
+    write(file, {"id": [0], "negative": [1.0], "positive": [0.0]})
+    with pytest.raises(DataError, match="covers the training split, not 'validation'"):
+        read_teacher_table(file, task, values="logits", split="validation")
+
+
+def test_fingerprint_follows_the_content(file, task):
+    """A changed table must not pass for the one that the record names."""
+    write(file, {"id": [0], "negative": [0.5], "positive": [0.5]})
+    first = read_teacher_table(file, task, values="logits").fingerprint
+    assert read_teacher_table(file, task, values="probabilities").fingerprint != first
+    write(file, {"id": [0], "negative": [0.4], "positive": [0.6]})
+    assert read_teacher_table(file, task, values="logits").fingerprint != first
+
+
+GOOD = {"id": ["a", "b"], "negative": [0.4, 0.5], "positive": [0.6, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("change", "values", "message"),
+    [
+        ({"id": None, "Id": ["a", "b"]}, "logits", "expected a column 'id', found .*Did you mean 'Id'"),
+        (
+            {"positive": None},
+            "logits",
+            r"the task \(negative, positive\), found negative. Missing: positive",
+        ),
+        (
+            {"positive": None, "postive": [1, 2]},
+            "logits",
+            "Missing: positive Did you mean 'postive'.*Not a label of the task: postive",
+        ),
+        ({"neutral": [0, 0]}, "logits", "Not a label of the task: neutral; rename or remove"),
+        ({"Negative": [0, 0]}, "logits", "'negative' and 'Negative' differ by case only"),
+        ({"id": ["a", "a"]}, "logits", "1 ids occur more than once, first 'a'"),
+        ({"id": ["a", None]}, "logits", "1 rows have no id"),
+        ({"id": [0.5, 1.5]}, "logits", "expected text or whole numbers in column 'id'"),
+        ({"positive": [1.0, None]}, "logits", "1 rows lack a value in column 'positive', first id 'b'"),
+        ({"positive": [1.0, math.inf]}, "logits", "1 rows hold values that are not finite numbers, first id 'b'"),
+        ({"positive": [1.0, 1e300]}, "logits", "1 rows hold values that are not finite numbers, first id 'b'"),
+        ({"positive": ["high", "low"]}, "logits", "expected numbers in column 'positive', got (large_)?string"),
+        (
+            {"positive": [0.6, 1.5]},
+            "probabilities",
+            "between 0 and 1; 1 rows are not, first id 'b'.*set teacher.logits",
+        ),
+        ({"positive": [0.6, -0.1]}, "probabilities", "between 0 and 1; 1 rows are not"),
+        ({"positive": [0.6, 0.51]}, "probabilities", "sum to 1 over the labels; 1 rows are not, first id 'b'"),
+        ({"positive": [0.6, math.nan]}, "probabilities", "1 rows are not, first id 'b'|lack a value"),
+    ],
+)
+def test_wrong_content(file, task, change, values, message):
+    """Each of these would otherwise train, on something else than the user meant."""
+    columns = {name: column for name, column in (GOOD | change).items() if column is not None}
+    write(file, columns)
+    with pytest.raises(DataError, match=message) as fault:
+        read_teacher_table(file, task, values=values)
+    assert str(file) in str(fault.value)
+
+
+def test_probabilities_may_be_rounded(file, task):
+    """Sums of 0.9995 are rounding, not a mistake."""
+    write(file, GOOD | {"positive": [0.6, 0.5005]})
+    read_teacher_table(file, task, values="probabilities")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.parquet", None, "there is no such file"),
+        ("table.csv", b"id,negative,positive\n", r"is Parquet \(.parquet, .pq\) or JSON Lines .*got '.csv'"),
+        ("table", b"", "got 'no extension'"),
+        ("table.parquet", b"no parquet", "not a readable Parquet file"),
+        ("table.jsonl", b'{"id": 1}\n{"id": \n', "line 2: expected a JSON object"),
+        ("table.jsonl", b'{"id": 1}\n\n[1, 2]\n', "line 3: expected a JSON object, got list"),
+        ("table.jsonl", b"\n\n", "the file has no rows"),
+        ("table.jsonl", b'{"id": "\xff"}\n', "expected UTF-8 text"),
+        ("table.jsonl", b'{"id": 1}\n{"id": "a"}\n', "a column holds values of several types"),
+    ],
+)
+def test_wrong_files(tmp_path, task, name, content, message):
+    """A parser's traceback names neither the file's line nor the remedy."""
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as fault:
+        read_teacher_table(path, task, values="logits")
+    assert str(path) in str(fault.value)
+
+
+def test_missing_rows_show_when_attached(file, task):
+    """A table that covers half of the training rows must not train on the other half's labels alone."""
+    write(file, GOOD)
+    with pytest.raises(DataError, match=r"1 of 2 examples have no teacher logits, first ids 'c'"):
+        read_teacher_table(file, task, values="logits").attach(Dataset.from_dict({"id": ["a", "c"]}))
+
+
+def test_a_real_table():
+    """The layout of a table that another project wrote, at its real size."""
+    if not SHARED.is_file():
+        pytest.skip(f"no table at {SHARED}")
+    cola = Task("single-label", ("sentence",), ("label",), GLUE["cola"].label_names, ("matthews",), "cola")
+    found = read_teacher_table(SHARED, cola, values="logits")
+    frame = pd.read_parquet(SHARED)
+    assert found.label_names == ("unacceptable", "acceptable")
+    np.testing.assert_array_equal(found.logits[:, 1], frame["acceptable"])
+    rows = Dataset.from_dict({"id": [str(row) for row in range(len(frame) - 1, -1, -1)]})
+    np.testing.assert_array_equal(found.attach(rows)["teacher_logits"][0][0], frame["unacceptable"].iloc[-1])

@@ -1,0 +1,359 @@
+"""Teacher logits: attached by id, computed once, refused when stale, mended when damaged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Dataset
+
+from kdlora.data.batches import tokenise
+from kdlora.distil import teacher as teacher_module
+from kdlora.distil.fingerprints import hash_columns, hash_model, hash_tokenizer
+from kdlora.distil.inference import predict_logits
+from kdlora.distil.logits import TeacherLogits
+from kdlora.distil.teacher import read_stored_logits, teacher_logits
+from kdlora.errors import ArtifactError, DataError, ModelError
+from kdlora.models.encoders import load_encoder
+
+
+@pytest.fixture
+def rows(make_examples) -> Dataset:
+    return make_examples("single-label", 23)
+
+
+@pytest.fixture
+def make_encoder(tiny_model_folder, tasks):
+    def make(kind: str = "single-label", seed: int = 1):
+        return load_encoder(str(tiny_model_folder("bert")), tasks[kind], seed=seed)
+
+    return make
+
+
+@pytest.fixture
+def label(make_encoder, rows, tasks, tmp_path):
+    """`label(**changes)` stores the logits in one folder, as a run does."""
+
+    def run(**changes):
+        values = {"encoder": make_encoder(), "columns": [0, 1], "dataset": rows, "task": tasks["single-label"]}
+        options = {"max_length": 48, "rows_per_shard": 10, "device": "cpu"}
+        given = values | options | {"folder": tmp_path / "logits"} | changes
+        return teacher_logits(**given)
+
+    return run
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[int]:
+    """Rows of every forward over a shard."""
+    seen: list[int] = []
+
+    def watch(model, tokenizer, data, **options):
+        seen.append(len(data.dataset))
+        return predict_logits(model, tokenizer, data, **options)
+
+    monkeypatch.setattr(teacher_module, "predict_logits", watch)
+    return seen
+
+
+def made_up(ids, width: int = 2) -> TeacherLogits:
+    logits = np.arange(len(ids) * width, dtype=np.float32).reshape(-1, width)
+    return TeacherLogits(pa.array(ids), logits, tuple("abcdef"[:width]), "made up")
+
+
+def test_attached_by_id_not_by_position():
+    """A teacher table in another order taught every row some other row's answer."""
+    teacher = made_up(["c", "a", "d", "b"])
+    dataset = Dataset.from_dict({"id": ["a", "b", "c"], "text": ["x", "y", "z"]})
+    attached = teacher.attach(dataset)
+    assert attached["teacher_logits"][:] == [[2.0, 3.0], [6.0, 7.0], [0.0, 1.0]]
+    assert attached["text"][:] == dataset["text"][:]
+    assert teacher.count_extra(dataset) == 1
+    shuffled = dataset.select([2, 0])
+    assert teacher.attach(shuffled)["teacher_logits"][:] == [[0.0, 1.0], [2.0, 3.0]]
+    again = made_up(["a", "b", "c"], width=3).attach(attached)
+    assert again["teacher_logits"][0] == [0.0, 1.0, 2.0], "an older column stays in force"
+
+
+def test_extra_rows_are_reported(caplog):
+    """A table of another data set may share a few ids: the count of the rest gives it away."""
+    with caplog.at_level(logging.INFO):
+        made_up(["a", "b", "x", "y"]).attach(Dataset.from_dict({"id": ["b"]}))
+    assert "3 of 4 rows belong to no example here" in caplog.text
+
+
+def test_missing_rows_are_refused():
+    """Rows without a teacher, filled with zeros or dropped, make a student that nobody asked for."""
+    dataset = Dataset.from_dict({"id": [str(row) for row in range(10)]})
+    with pytest.raises(DataError, match=r"8 of 10 examples have no teacher logits, first ids '0', '1', '2', '3', '6'"):
+        made_up(["4", "5"]).attach(dataset)
+
+
+def test_whole_number_ids_match_text_ids():
+    """A table written by pandas has integer ids; the data's are text."""
+    teacher = made_up([7, 8])
+    assert teacher.attach(Dataset.from_dict({"id": ["8"]}))["teacher_logits"][:] == [[2.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "logits", "message"),
+    [
+        (["a", "b", "a"], [[0, 1], [1, 2], [2, 3]], "1 ids occur more than once, first 'a'"),
+        (["a", None], [[0, 1], [1, 2]], "1 rows have no id"),
+        (["a", "b"], [[0, 1], [np.nan, 2]], "1 rows hold values that are not finite numbers, first id 'b'"),
+        (["a", "b"], [[0, 1]], r"expected logits of shape \(2, 2\), got \(1, 2\)"),
+        (["a"], [[0, 1, 2]], r"expected logits of shape \(1, 2\), got \(1, 3\)"),
+    ],
+)
+def test_what_cannot_be_attached(ids, logits, message):
+    """Doubled ids teach whichever row comes first; one NaN ends the training an hour later."""
+    with pytest.raises(DataError, match=message):
+        TeacherLogits(pa.array(ids), np.asarray(logits, dtype=np.float32), ("x", "y"), "")
+
+
+def test_a_million_rows_attach_quickly():
+    """A Python loop over ids takes a minute in every run."""
+    ids = pa.array([f"example-{row}" for row in range(1_000_000)])
+    order = np.random.default_rng(0).permutation(1_000_000)
+    teacher = TeacherLogits(ids, np.arange(2_000_000, dtype=np.float32).reshape(-1, 2), ("a", "b"), "")
+    dataset = Dataset(pa.table({"id": ids.take(pa.array(order))}))
+    start = time.process_time()
+    attached = teacher.attach(dataset)
+    assert time.process_time() - start < 2.0
+    assert attached[12345]["teacher_logits"] == [2.0 * order[12345], 2.0 * order[12345] + 1]
+
+
+def test_logits_are_those_of_the_teacher(label, make_encoder, rows):
+    """Logits in the order of the batches, or padded by another tokenizer, look plausible."""
+    found = label()
+    encoder = make_encoder()
+    expected = predict_logits(encoder.model, encoder.tokenizer, tokenise(rows, encoder.tokenizer, 48))
+    np.testing.assert_allclose(found.logits, expected, rtol=1e-4, atol=1e-6)
+    assert found.ids.to_pylist() == rows["id"][:]
+    assert found.label_names == ("negative", "positive")
+    assert {"torch", "transformers"} <= found.versions.keys()
+
+
+def test_columns_are_permuted(label, tmp_path):
+    """roberta-large-mnli scored 4% until somebody saw that its labels come in another order."""
+    straight = label()
+    turned = label(columns=[1, 0], folder=tmp_path / "turned")
+    np.testing.assert_array_equal(straight.logits, turned.logits[:, ::-1])
+    with pytest.raises(ModelError, match="has 2 outputs; expected 3 at least"):
+        label(columns=[0, 2], folder=tmp_path / "third")
+
+
+def test_pairs_and_truncation(label, make_examples, tmp_path):
+    """The second text left out, or cuts that are not counted, only show as a worse teacher."""
+    rows = make_examples("single-label", 6)
+    pairs = rows.add_column("text_pair", ["a wonderful film"] * 6)
+    alone = label(dataset=rows, folder=tmp_path / "alone")
+    assert not np.allclose(alone.logits, label(dataset=pairs, folder=tmp_path / "pairs").logits)
+    assert alone.truncated == 0
+    assert label(dataset=pairs, folder=tmp_path / "short", max_length=8).truncated == 6
+
+
+def test_a_second_call_runs_no_forward(label, forwards):
+    """Arms and seeds that each label anew cost more than all their training."""
+    first = label()
+    assert forwards == [10, 10, 3]
+    told = []
+    second = label(progress=lambda done, total: told.append((done, total)))
+    assert forwards == [10, 10, 3]
+    np.testing.assert_array_equal(first.logits, second.logits)
+    assert first.fingerprint == second.fingerprint
+    assert told == [(23, 23)]
+
+
+def test_progress(label):
+    """Rows of earlier shards that are counted again would run past the end."""
+    told = []
+    label(progress=lambda done, total: told.append((done, total)), batch_tokens=64)
+    assert told == sorted(told)
+    assert told[-1] == (23, 23)
+    assert len(told) > 3
+
+
+def test_an_interrupted_labelling_goes_on(label, forwards, monkeypatch):
+    """A teacher that starts anew after every crash never gets through a large data set."""
+    calls = []
+
+    def cut(model, tokenizer, data, **options):
+        calls.append(len(data.dataset))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return predict_logits(model, tokenizer, data, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_module, "predict_logits", cut)
+        with pytest.raises(KeyboardInterrupt):
+            label()
+    resumed = label()
+    assert forwards == [10, 3]
+    assert len(resumed.ids) == 23
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("weights", "the teacher's weights"),
+        ("texts", "ids or texts of the examples"),
+        ("ids", "ids or texts of the examples"),
+        ("max_length", "the longest input"),
+        ("precision", "the number format"),
+        ("columns", "the order of the teacher's outputs"),
+        ("tokenizer", "the teacher's tokenizer"),
+    ],
+)
+def test_stale_logits_are_refused(label, make_encoder, rows, tmp_path, change, named):
+    """A cache keyed by its folder alone teaches this student with last week's teacher."""
+    label()
+    encoder = make_encoder()
+    changes: dict[str, object] = {}
+    if change == "weights":
+        with torch.no_grad():
+            encoder.model.classifier.bias.add_(1e-3)
+        changes = {"encoder": encoder}
+    elif change == "tokenizer":
+        encoder.tokenizer.add_tokens(["extraordinary"])
+        changes = {"encoder": encoder}
+    elif change == "texts":
+        changes = {
+            "dataset": rows.map(lambda row, index: {"text": row["text"] + "!" * (index == 5)}, with_indices=True)
+        }
+    elif change == "ids":
+        changes = {"dataset": rows.map(lambda row: {"id": row["id"] + "x"})}
+    else:
+        changes = {change: {"max_length": 47, "precision": "bf16", "columns": [1, 0]}[change]}
+    with pytest.raises(ArtifactError, match=f"are stale: {named}.* changed. Delete the folder"):
+        label(**changes)
+
+
+def test_labels_are_part_of_the_fingerprint(label, tasks):
+    """Renamed or re-ordered labels make the same numbers mean something else."""
+    label()
+    other = replace(tasks["single-label"], label_names=("positive", "negative"))
+    with pytest.raises(ArtifactError, match="the labels or their order changed"):
+        label(task=other)
+
+
+def test_use_does_not_change_the_fingerprint(make_encoder, rows):
+    """A fast tokenizer remembers its last truncation: a hash over all of it makes every cache stale."""
+    encoder = make_encoder()
+    before = hash_model(encoder.model), hash_tokenizer(encoder.tokenizer)
+    encoder.tokenizer(["some text"], truncation=True, max_length=5, padding=True)
+    predict_logits(encoder.model, encoder.tokenizer, tokenise(rows, encoder.tokenizer, 48))
+    assert (hash_model(encoder.model), hash_tokenizer(encoder.tokenizer)) == before
+
+
+def test_columns_hash_by_content(rows):
+    """A hash over how rows are stored refuses a cache after a reload; one that joins texts misses a moved boundary."""
+    again = Dataset.from_dict(rows[:])
+    turned = rows.select(range(len(rows) - 1, -1, -1))
+    straight = turned.select(range(len(rows) - 1, -1, -1))
+    names = ["id", "text", "text_pair"]
+    assert hash_columns(rows, names) == hash_columns(again, names) == hash_columns(straight, names)
+    assert hash_columns(rows, names) != hash_columns(turned, names)
+    one, other = Dataset.from_dict({"text": ["ab", "c"]}), Dataset.from_dict({"text": ["a", "bc"]})
+    assert hash_columns(one, ["text"]) != hash_columns(other, ["text"])
+    lists, others = Dataset.from_dict({"x": [[1, 2], [3]]}), Dataset.from_dict({"x": [[1], [2, 3]]})
+    assert hash_columns(lists, ["x"]) != hash_columns(others, ["x"])
+    absent, empty = Dataset.from_dict({"text": [None]}), Dataset.from_dict({"text": [""]})
+    assert hash_columns(absent, ["text"]) != hash_columns(empty, ["text"])
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_damaged_shards_are_computed_anew(label, forwards, tmp_path, caplog, damage):
+    """A flipped bit in a stored logit is a wrong lesson in every epoch of every arm."""
+    first = label()
+    shard = tmp_path / "logits" / "logits-00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(content if damage == "flipped" else content[:50])
+    with caplog.at_level(logging.WARNING):
+        mended = label()
+    assert "logits-00001.parquet is " + ("gone" if damage == "missing" else "damaged") in caplog.text
+    assert forwards == [10, 10, 3, 10]
+    np.testing.assert_array_equal(first.logits, mended.logits)
+
+
+def test_other_library_versions_are_reported_not_refused(label, tmp_path, caplog, forwards):
+    """An update of a library must not cost the labelling, and must not go unseen either."""
+    label()
+    manifest = tmp_path / "logits" / "manifest.json"
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    content["versions"]["torch"] = "1.0"
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        label()
+    assert "made with other library versions: torch 1.0 -> " in caplog.text
+    assert len(forwards) == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema_version": 99}', '{"schema_version": 1}'])
+def test_a_broken_manifest(label, tmp_path, content):
+    """A traceback from a JSON parser does not tell a user which folder to delete."""
+    (tmp_path / "logits").mkdir()
+    (tmp_path / "logits" / "manifest.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"manifest\.json: .*Delete the folder"):
+        label()
+
+
+def test_a_teacher_that_is_not_finite(label, make_encoder):
+    """A teacher that diverged would be stored, and blamed on the student."""
+    encoder = make_encoder()
+    with torch.no_grad():
+        encoder.model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"answers example '0-\d+' with .*nan.*expected finite logits"):
+        label(encoder=encoder)
+
+
+def test_stored_logits_are_read_without_the_teacher(label, tasks, tmp_path):
+    """The teacher must be out of memory while the student trains."""
+    first = label()
+    again = read_stored_logits(tmp_path / "logits", tasks["single-label"])
+    np.testing.assert_array_equal(first.logits, again.logits)
+    assert (again.fingerprint, again.truncated, again.label_names) == (first.fingerprint, 0, first.label_names)
+    with pytest.raises(ArtifactError, match="are of the labels negative, positive; expected a, b, c"):
+        read_stored_logits(tmp_path / "logits", tasks["multi-label"])
+    with pytest.raises(ArtifactError, match="there are no stored teacher logits"):
+        read_stored_logits(tmp_path / "elsewhere", tasks["single-label"])
+    (tmp_path / "logits" / "logits-00002.parquet").unlink()
+    with pytest.raises(ArtifactError, match=r"1 of 3 shards .* unfinished or damaged, first number 2"):
+        read_stored_logits(tmp_path / "logits", tasks["single-label"])
+
+
+def test_all_kinds(label, make_encoder, make_examples, tasks, tmp_path):
+    """One column of a regression squeezed away, or three of a multi-label task cut to two, would not fit."""
+    for kind, width in (("multi-label", 3), ("regression", 1)):
+        found = label(
+            encoder=make_encoder(kind),
+            columns=list(range(width)),
+            dataset=make_examples(kind, 12),
+            task=tasks[kind],
+            folder=tmp_path / kind,
+        )
+        assert found.logits.shape == (12, width)
+
+
+def test_a_label_named_id(label, tasks, tmp_path):
+    """A label that is named as a column of the store would overwrite the ids."""
+    task = replace(tasks["single-label"], label_names=("id", "split"))
+    found = label(task=task, folder=tmp_path / "named")
+    again = read_stored_logits(tmp_path / "named", task)
+    assert again.ids.to_pylist()[0].startswith("0-")
+    np.testing.assert_array_equal(found.logits, again.logits)
+
+
+def test_no_rows(label, rows):
+    """Zero rows must give zero logits, not a crash in a concatenation."""
+    assert label(dataset=rows.select([])).logits.shape == (0, 2)

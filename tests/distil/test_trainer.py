@@ -1,0 +1,305 @@
+"""Training of one model: what it learns, from whom, and that batches, seeds and numbers are what they claim to be."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from kdlora.config import DistilConfig
+from kdlora.distil import session as session_module
+from kdlora.distil import trainer as trainer_module
+from kdlora.distil.session import Stopwatch
+from kdlora.distil.trainer import ProgressEvent, predict_logits
+from kdlora.errors import DataError, KdLoraError
+from kdlora.evidence.metrics import compute_metrics
+from kdlora.models.adapters import merge_student
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert different == []
+
+
+def labels_of(data) -> np.ndarray:
+    return np.asarray(data.dataset["label"])
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_same_seed_same_bits(make_setup, tmp_path, lora):
+    """An unseeded source of randomness would make every comparison of arms a comparison of luck."""
+    first, second, other = (make_setup(lora=lora) for _ in range(3))
+    histories = [
+        setup.run(tmp_path / str(number), seed=seed).history
+        for number, (setup, seed) in enumerate([(first, 3), (second, 3), (other, 4)])
+    ]
+    assert_same_bits(weights(first.model), weights(second.model))
+    assert histories[0] == histories[1]
+    assert histories[0] != histories[2]
+
+
+@pytest.mark.parametrize("kind", ["single-label", "multi-label", "regression"])
+def test_micro_batches_do_not_change_the_training(make_setup, tmp_path, kind):
+    """A mean of means would weigh rows by the company they keep; 44 rows leave a last batch of 4."""
+    whole = make_setup(kind, dropout=0.0, micro_batch_tokens=None, learning_rate=1e-3)
+    split = make_setup(kind, dropout=0.0, micro_batch_tokens=48, learning_rate=1e-3)
+    one, other = whole.run(tmp_path / "whole"), split.run(tmp_path / "split")
+    for name, value in weights(whole.model).items():
+        torch.testing.assert_close(value, weights(split.model)[name], rtol=1e-4, atol=1e-6, msg=name)
+    for ours, theirs in zip(one.history, other.history, strict=True):
+        for term in ("loss", "hard_loss", "soft_loss"):
+            assert ours[term] == pytest.approx(theirs[term], rel=1e-5)
+
+
+def test_micro_batches_respect_the_budget(make_setup, tmp_path):
+    """A budget that does not bind would run out of memory on the machine it was set for."""
+    setup = make_setup(micro_batch_tokens=48)
+    shapes = []
+    setup.encoder.model.register_forward_hook(
+        lambda module, args, kwargs, output: (
+            shapes.append(tuple(kwargs["input_ids"].shape)) if module.training else None
+        ),
+        with_kwargs=True,
+    )
+    setup.run(tmp_path)
+    assert all(rows == 1 or rows * width <= 48 for rows, width in shapes)
+    assert sum(rows for rows, _ in shapes) == 2 * 44
+
+
+def test_the_student_follows_its_teacher(make_setup, tmp_path):
+    """Teacher logits attached to the wrong rows, or a soft loss without effect, still give a falling loss."""
+    setup = make_setup(lora=False, rows=80, epochs=6, learning_rate=3e-3)
+    flipped = np.asarray(setup.train.dataset["teacher_logits"])[:, ::-1]
+    dataset = setup.train.dataset.remove_columns("teacher_logits").add_column("teacher_logits", flipped.tolist())
+    setup.train = setup.train.__class__(dataset, 0, 48)
+    outcome = setup.run(tmp_path, distil=DistilConfig(alpha=0.0))
+    assert outcome.history[-1]["accuracy"] < 0.1
+
+
+def test_the_control_is_the_same_training_without_the_teacher(make_setup, tmp_path):
+    """A control that reads the teacher, or reads other rows, would make the distillation gain meaningless."""
+    with_column, without = make_setup(), make_setup()
+    without.train = without.train.__class__(without.train.dataset.remove_columns("teacher_logits"), 0, 48)
+    one, other = with_column.run(tmp_path / "a", distil=None), without.run(tmp_path / "b", distil=None)
+    assert_same_bits(weights(with_column.model), weights(without.model))
+    assert one.history == other.history
+    assert "soft_loss" not in one.history[0]
+    assert one.history[0]["loss"] == one.history[0]["hard_loss"]
+
+
+def test_history(make_setup, tmp_path):
+    """Loss terms that are not means over the rows would not add up to the loss that is trained on."""
+    setup = make_setup(epochs=2.5)
+    outcome = setup.run(tmp_path, distil=DistilConfig(alpha=0.3))
+    assert [entry["epoch"] for entry in outcome.history] == [1.0, 2.0, 2.5]
+    assert [entry["step"] for entry in outcome.history] == [6, 12, 15]
+    for entry in outcome.history:
+        assert entry["loss"] == pytest.approx(0.3 * entry["hard_loss"] + 0.7 * entry["soft_loss"], rel=1e-6)
+        assert entry["score"] == pytest.approx(100 * entry["accuracy"])
+    assert outcome.steps == 15
+    assert outcome.examples == 2 * 44 + 3 * 8
+    assert outcome.best_epoch == 2.5
+    assert outcome.history[0]["learning_rate"] > outcome.history[-1]["learning_rate"] > 0.0
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("linear", 1 / 6), ("cosine", 0.067), ("constant", 1.0)])
+def test_schedule(make_setup, tmp_path, schedule, expected):
+    """A schedule that is silently ignored costs a few points, and nobody sees why."""
+    setup = make_setup(epochs=1, schedule=schedule, warmup_fraction=0.0, learning_rate=1e-3)
+    outcome = setup.run(tmp_path)
+    assert outcome.history[0]["learning_rate"] == pytest.approx(expected * 1e-3, rel=1e-2)
+
+
+def test_warmup_of_a_constant_schedule(make_setup, tmp_path):
+    """Transformers' `constant` ignores the warm-up: a fresh head then starts at the full rate."""
+    rates = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    setup = make_setup(epochs=1, schedule="constant", warmup_fraction=0.5, learning_rate=1e-3)
+    setup.run(tmp_path, callbacks=[Watch()])
+    assert rates == pytest.approx([0.0, 1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3])
+
+
+def test_best_epoch_is_restored(make_setup, tmp_path, monkeypatch):
+    """Reporting the best epoch's score while shipping the last epoch's weights is a classic."""
+    scores = iter([10.0, 30.0, 30.0, 20.0])
+    monkeypatch.setattr(trainer_module, "score", lambda task, metrics: next(scores))
+    after_epoch = []
+
+    class Keep(TrainerCallback):
+        def on_epoch_end(self, args, state, control, model=None, **_):
+            after_epoch.append(weights(model))
+
+    setup = make_setup(epochs=4, select="best")
+    outcome = setup.run(tmp_path, callbacks=[Keep()])
+    assert outcome.best_epoch == 2.0
+    assert_same_bits(weights(setup.model), after_epoch[1])
+    assert any(not torch.equal(after_epoch[1][name], after_epoch[3][name]) for name in after_epoch[1])
+
+
+def test_early_stopping(make_setup, tmp_path):
+    """Patience that counts from the last epoch, and not from the best, never stops."""
+    setup = make_setup(epochs=9, learning_rate=1e-9, select="best", early_stopping_patience=2)
+    outcome = setup.run(tmp_path)
+    assert [entry["epoch"] for entry in outcome.history] == [1.0, 2.0, 3.0]
+    assert outcome.best_epoch == 1.0
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_regression_predicts_on_the_original_scale(make_setup, tmp_path, lora):
+    """Targets of 2,000 come out as 0.3 where the standardisation is undone in the metrics alone."""
+    setup = make_setup("regression", lora=lora, rows=80, epochs=6, learning_rate=3e-3)
+    outcome = setup.run(tmp_path)
+    model = merge_student(setup.model) if lora else setup.model
+    logits = predict_logits(model, setup.encoder.tokenizer, setup.validation)
+    metrics = compute_metrics(setup.task, logits, labels_of(setup.validation))
+    assert metrics["mse"] == pytest.approx(outcome.history[-1]["mse"], rel=1e-3)
+    assert abs(logits.mean() - 2150) < 150
+    assert outcome.history[0]["hard_loss"] < 3.0, "the loss is on the standardised scale"
+
+
+def test_bf16_training_leaves_the_model_in_fp32(make_setup, tmp_path):
+    """Accelerate leaves a forward under autocast behind; every later fp32 figure would be one of bf16."""
+    setup = make_setup()
+    before = weights(setup.model)
+    config = copy.deepcopy(setup.encoder.model.config.to_dict())
+    setup.run(tmp_path, precision="bf16")
+    frozen = {name for name, parameter in setup.model.named_parameters() if not parameter.requires_grad}
+    after = weights(setup.model)
+    assert_same_bits({name: before[name] for name in frozen}, {name: after[name] for name in frozen})
+    assert {value.dtype for value in after.values() if value.is_floating_point()} == {torch.float32}
+    assert any(not torch.equal(before[name], after[name]) for name in after.keys() - frozen)
+    assert "forward" not in vars(setup.model)
+    assert "_original_forward" not in vars(setup.model)
+    assert setup.encoder.model.config.to_dict() == config
+    tokens = {"input_ids": torch.tensor([[2, 7, 8, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    with torch.no_grad():
+        exact = copy.deepcopy(setup.model).double()(**tokens).logits
+        torch.testing.assert_close(setup.model(**tokens).logits.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_and_fp32_learn_the_same(make_setup, tmp_path):
+    """A base that is rounded in the wrong place still trains, only worse."""
+    outcomes = [
+        make_setup(dropout=0.0).run(tmp_path / precision, precision=precision) for precision in ("fp32", "bf16")
+    ]
+    for one, other in zip(outcomes[0].history, outcomes[1].history, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-2)
+
+
+def test_a_diverged_training_stops(make_setup, tmp_path):
+    """Trainer hides NaN losses by default, and trains on to the end."""
+    setup = make_setup(lora=False, learning_rate=1e30, warmup_fraction=0.0, epochs=3)
+    with pytest.raises(
+        KdLoraError, match=r"diverged: .* (at step \d+|validation logits).*learning rate \(now 1e\+30\)"
+    ):
+        setup.run(tmp_path)
+
+
+def test_progress(make_setup, tmp_path, monkeypatch):
+    """A bar that ends at 80% makes users wait for nothing."""
+    monkeypatch.setattr(session_module, "_PROGRESS_SECONDS", 0.0)
+    events: list[ProgressEvent] = []
+    make_setup().run(tmp_path, progress=events.append)
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]
+    assert {event.steps for event in events} == {12}
+    last = events[-1]
+    assert (last.epoch, last.epochs, last.eta_seconds) == (2.0, 2.0, 0.0)
+    assert last.loss == pytest.approx(0.5 * last.hard_loss + 0.5 * last.soft_loss, rel=1e-6)
+    assert last.score is not None
+    assert events[0].score is None
+    assert all(event.examples_per_second > 0 for event in events)
+
+
+def test_stopwatch_leaves_pauses_out(monkeypatch):
+    """Evaluation counted as training makes an arm with a large validation split look slow."""
+    now = [10.0]
+    monkeypatch.setattr(session_module.time, "monotonic", lambda: now[0])
+    watch = Stopwatch(5.0)
+    watch.start()
+    now[0] += 2.0
+    with watch.paused():
+        now[0] += 100.0
+    now[0] += 1.0
+    assert watch.read() == 8.0
+    watch.stop()
+    now[0] += 50.0
+    assert watch.read() == 8.0
+
+
+def test_evaluation_is_not_training_time(make_setup, tmp_path, monkeypatch):
+    """The stopwatch must really be paused around the evaluation."""
+    now = [0.0]
+    monkeypatch.setattr(session_module.time, "monotonic", lambda: now[0])
+    setup = make_setup()
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            now[0] += 1.0
+
+    setup.model.register_forward_hook(lambda module, *_: now.__setitem__(0, now[0] + (0 if module.training else 1e3)))
+    outcome = setup.run(tmp_path, callbacks=[Clock()])
+    assert outcome.train_seconds == 12.0
+    assert outcome.examples_per_second == pytest.approx(88 / 12)
+    assert now[0] > 2000
+
+
+def test_all_families_train(make_setup, tmp_path):
+    """A head whose last layer is named otherwise would leave a regression on the standardised scale."""
+    for family in ("distilbert", "roberta", "deberta-v2", "electra", "mpnet", "modernbert"):
+        setup = make_setup("regression", family=family, epochs=1, learning_rate=1e-3)
+        outcome = setup.run(tmp_path / family)
+        logits = predict_logits(setup.model, setup.encoder.tokenizer, setup.validation)
+        metrics = compute_metrics(setup.task, logits, labels_of(setup.validation))
+        assert metrics["mse"] == pytest.approx(outcome.history[-1]["mse"], rel=1e-3), family
+
+
+def test_missing_teacher_and_labels(make_setup, tmp_path):
+    """Distillation without teacher logits must not quietly become plain fine-tuning."""
+    setup = make_setup()
+    tokens = setup.train.__class__
+    complete = setup.train
+    setup.train = tokens(complete.dataset.remove_columns("teacher_logits"), 0, 48)
+    with pytest.raises(DataError, match="no teacher_logits"):
+        setup.run(tmp_path)
+    setup.train = tokens(complete.dataset.remove_columns("label"), 0, 48)
+    with pytest.raises(DataError, match="training split has no column 'label'"):
+        setup.run(tmp_path)
+    setup.train = tokens(complete.dataset.select([]), 0, 48)
+    with pytest.raises(DataError, match="training split has no rows"):
+        setup.run(tmp_path)
+
+
+def test_predictions_come_in_row_order(make_setup):
+    """Batches are sorted by length: logits left in that order would belong to other examples."""
+    setup = make_setup()
+    rows = setup.validation.dataset
+    together = predict_logits(setup.model, setup.encoder.tokenizer, setup.validation, batch_tokens=100)
+    for row in (0, 7, 29):
+        alone = setup.validation.__class__(rows.select([row]), 0, 48)
+        one = predict_logits(setup.model, setup.encoder.tokenizer, alone)
+        np.testing.assert_allclose(together[row], one[0], rtol=1e-4, atol=1e-5)
+    assert together.dtype == np.float32
+    assert len(set(map(tuple, together.round(6)))) > 5
+
+
+def test_prediction_switches_dropout_off_and_back(make_setup):
+    """Evaluating with dropout, or training on without it, both look like a slightly worse model."""
+    setup = make_setup()
+    setup.model.train()
+    setup.encoder.model.classifier.eval()
+    modes = [module.training for module in setup.model.modules()]
+    results = [predict_logits(setup.model, setup.encoder.tokenizer, setup.validation) for _ in range(2)]
+    np.testing.assert_array_equal(*results)
+    assert [module.training for module in setup.model.modules()] == modes

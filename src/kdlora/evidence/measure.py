@@ -26,6 +26,7 @@ __all__ = [
     "close_server",
     "forget_peak",
     "measure_latency",
+    "peak_since",
     "read_memory",
     "run_in_child",
     "size_on_disk",
@@ -142,11 +143,17 @@ def _measure(function: Callable[..., T], arguments: tuple[Any, ...], *sender: Ca
     start = time.perf_counter()
     value = function(*arguments, *sender)
     seconds = time.perf_counter() - start
-    return Measured(value, _peak_since(before), seconds)
+    return Measured(value, peak_since(before), seconds)
 
 
-def _peak_since(before: MemoryLevel | None) -> int | None:
-    """Give the peak above an earlier level.
+def peak_since(before: MemoryLevel | None) -> int | None:
+    """Give the peak above an earlier level of this process.
+
+    Args:
+        before: what `read_memory` gave, right after `forget_peak`.
+
+    Returns:
+        Bytes; where CUDA was used, the peak of its allocator; None where the system gives no figure.
 
     A child of a fork shares its anonymous pages from the start but maps the library files anew, page by page, as
     it touches them; those pages are left out on both sides.

@@ -76,7 +76,7 @@ def confusion_plot(task: Task, outputs: Outputs, *, identity: str) -> Figure:
             drawing.text(x + wide / 2, y + high / 2 + 5, f"{100 * share:.0f}%", css)
     for column in range(size):
         x = drawing.left + (column + 0.5) * wide
-        name = shorten(task.label_names[column], max(4, int(wide / 7.2)))
+        name = shorten(task.label_names[column], max(4, int(wide / 9)))
         drawing.text(x, drawing.bottom + 20, name, "tick middle", title=task.label_names[column])
     drawing.text((drawing.left + drawing.right) / 2, drawing.bottom + 46, "decision", "axis-label middle")
     drawing.text(drawing.left - 8, drawing.top - 14, "label", "axis-label end")

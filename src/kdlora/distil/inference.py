@@ -16,6 +16,9 @@ from kdlora.distil.precision import autocast
 
 INPUTS = ("input_ids", "token_type_ids")
 
+BATCH_TOKENS = 4096
+"""Tokens of one pass: a larger pass is no faster, and its activations would be the peak of a small student's memory."""
+
 
 def predict_logits(
     model: nn.Module,
@@ -23,7 +26,7 @@ def predict_logits(
     data: Tokenised,
     *,
     precision: str = "fp32",
-    batch_tokens: int = 16384,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Run a model over token ids, without dropout and without gradients.

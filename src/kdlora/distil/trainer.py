@@ -260,8 +260,7 @@ def _validate(
     settings: TrainConfig,
 ) -> dict[str, float]:
     """Give the validation metrics, on the original scale, and `score`."""
-    tokens = settings.micro_batch_tokens or 16384
-    logits = predict_logits(model, tokenizer, validation, precision=precision, batch_tokens=tokens)
+    logits = predict_logits(model, tokenizer, validation, precision=precision)
     if not np.isfinite(logits).all():
         raise KdLoraError(diverged("the validation logits are not finite numbers", settings.learning_rate))
     if scale is not None:

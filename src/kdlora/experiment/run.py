@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from kdlora.evidence.report import make_report
 from kdlora.experiment.deployment import deploy_student
 from kdlora.experiment.recording import hash_splits, new_record
 from kdlora.experiment.shipping import is_shipped, keep_examples, ship_student
-from kdlora.experiment.sources import check_models
+from kdlora.experiment.sources import check_models, check_table
 from kdlora.experiment.stages import Stage, StageName, label_training_rows, train_run
 
 logger = logging.getLogger(__name__)
@@ -111,18 +112,20 @@ def run_experiment(
     layout = ExperimentLayout(Path(out) if out is not None else Path("runs") / config.title())
     check_folder(config, layout)
     splits = load_splits(config.task, config.data)
-    plan, rows = plan_runs(config), hash_splits(splits)
-    if any(_finished(layout, run, rows) is None for run in plan):
+    rows = hash_splits(splits)
+    notes = list(splits.notes)
+    if None in [_finished(config, layout, run, rows) for run in plan_runs(config)]:  # all of them, to refuse early
+        notes += check_table(config, splits)
         run_in_child(check_models, config, splits.task)
     with _only_process(layout):
         write_text_atomic(layout.config, save_config(config))
         keep_examples(layout, splits)
-        records = list(_run_all(config, layout, splits, listen))
+        records = list(_run_all(config, layout, splits, rows, listen))
         write_results(layout.results, records)
         shipped = _ship_best(config, layout, splits.task, records)
-        notes = splits.notes if shipped is None else (*splits.notes, *_deploy(config, layout, shipped, listen))
+        notes += () if shipped is None else _deploy(config, layout, shipped, listen)
         make_report([layout.root])
-    return ExperimentResult(layout.root, records, shipped, notes)
+    return ExperimentResult(layout.root, records, shipped, tuple(notes))
 
 
 def check_folder(config: Config, layout: ExperimentLayout) -> None:
@@ -139,7 +142,7 @@ def check_folder(config: Config, layout: ExperimentLayout) -> None:
         raise ArtifactError(f"{layout.root} is a file; name a folder with --out")
     if layout.config.exists():
         _refuse_other_config(config, layout)
-    elif layout.root.exists() and any(layout.root.iterdir()):
+    elif layout.root.exists() and any(entry != layout.lock for entry in layout.root.iterdir()):
         raise ArtifactError(
             f"{layout.root} is not empty and holds no {layout.config.name}, so it is no experiment's folder; "
             "name another with --out, or empty it"
@@ -152,6 +155,7 @@ def _refuse_other_config(config: Config, layout: ExperimentLayout) -> None:
     changed = [key for key in changed if key not in _FREE_KEYS]
     if changed:
         shown = [f"  - {key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in changed[:8]]
+        shown += [f"  - and {len(changed) - 8} more"] if len(changed) > 8 else []
         raise ArtifactError(
             f"{layout.root} belongs to another config; name another folder with --out, or delete it:\n"
             + "\n".join(shown)
@@ -174,20 +178,25 @@ def _flatten(config: Config) -> dict[str, Any]:
 def _only_process(layout: ExperimentLayout) -> Iterator[None]:
     """Hold the folder's lock, which the system drops with the process, however it ends."""
     layout.root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(layout.lock)
     try:
-        with FileLock(layout.lock, timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
         raise ArtifactError(
             f"another process runs the experiment in {layout.root}; wait for it, or name another folder with --out"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _run_all(config: Config, layout: ExperimentLayout, splits: Splits, listen: Listener | None) -> Iterator[RunRecord]:
-    rows = hash_splits(splits)
+def _run_all(
+    config: Config, layout: ExperimentLayout, splits: Splits, rows: str, listen: Listener | None
+) -> Iterator[RunRecord]:
     labelled = config.teacher.is_table
     for run in plan_runs(config):
-        record = _finished(layout, run, rows)
+        record = _finished(config, layout, run, rows)
         if record is None:
             record = _attempt(config, layout, splits, run, listen, label=run.arm in DISTILLED_ARMS and not labelled)
             labelled = labelled or (run.arm in DISTILLED_ARMS and record.status == "finished")
@@ -197,8 +206,11 @@ def _run_all(config: Config, layout: ExperimentLayout, splits: Splits, listen: L
             return
 
 
-def _finished(layout: ExperimentLayout, run: Run, rows: str) -> RunRecord | None:
-    """Return the record of a run that need not be repeated; refuse one that was made from other rows."""
+def _finished(config: Config, layout: ExperimentLayout, run: Run, rows: str) -> RunRecord | None:
+    """Return the record of a run that need not be repeated; refuse one that was made from other rows.
+
+    A run that may ship needs its weights too; they were not kept if another arm was to be shipped at the time.
+    """
     place = layout.run(run.arm, run.seed)
     if not place.record.exists():
         return None
@@ -210,6 +222,9 @@ def _finished(layout: ExperimentLayout, run: Run, rows: str) -> RunRecord | None
             f"{place.root} was made from other rows than the config names now: the data changed since. "
             f"Name another folder with --out, or delete {layout.root}"
         )
+    if run.arm == config.shipped_arm and not place.model.exists():
+        logger.info("%s with seed %d has no weights to ship and is trained again", run.arm, run.seed)
+        return None
     return record
 
 
@@ -235,18 +250,27 @@ def _train(config: Config, layout: ExperimentLayout, run: Run, listen: Listener 
         return lambda event: listen(Stage(name, run.arm, run.seed), event) if listen is not None else None
 
     if label:
+        _check_teacher(config, layout)
         run_in_child(label_training_rows, config, layout, on_message=listen_to("label"))
-    done = run_in_child(train_run, config, layout, run.arm, run.seed, on_message=listen_to("train"))
-    return done.value.model_copy(update={"peak_memory_bytes": done.peak_memory_bytes})
+    return run_in_child(train_run, config, layout, run.arm, run.seed, on_message=listen_to("train")).value
+
+
+def _check_teacher(config: Config, layout: ExperimentLayout) -> None:
+    if not config.given_teacher and not layout.teacher.exists():
+        place = layout.run("fft", config.teacher_seed)
+        raise ArtifactError(
+            f"there is no teacher in {layout.teacher}: its run failed, or the folder was deleted; delete {place.root} "
+            "and run the same command again to train the teacher again"
+        )
 
 
 def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: list[RunRecord]) -> Run | None:
-    """Copy the shipped arm's best seed on validation to `student/` and `adapter/`."""
+    """Copy the shipped arm's best seed on validation to `student/` and `adapter/`, unless it is there."""
     arm = config.shipped_arm
     candidates = [record for record in records if record.arm == arm and record.status == "finished"]
     if arm is None or not candidates:
         return None
-    best = max(candidates, key=lambda record: (record.score or 0.0, -record.seed))
+    best = max(candidates, key=lambda record: (-math.inf if record.score is None else record.score, -record.seed))
     if not is_shipped(layout, best):
         run_in_child(ship_student, config, layout, task, best)
     return Run(arm, best.seed)

@@ -11,6 +11,7 @@ from kdlora.config import DISTILLED_ARMS, LORA_ARMS, Arm, Config, TrainConfig
 from kdlora.data.load import load_splits
 from kdlora.distil.precision import resolve_precision
 from kdlora.distil.teacher import teacher_logits
+from kdlora.evidence.measure import forget_peak, peak_since, read_memory
 from kdlora.evidence.records import ExperimentLayout, RunRecord
 from kdlora.experiment.arms import Progress, train_arm
 from kdlora.experiment.recording import add_training, new_record, now, prepare_process
@@ -64,9 +65,12 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
         progress: called with each training event.
 
     Returns:
-        The record, complete but for the peak memory, which only the process that watches can see.
+        The record. Its peak memory is that of the training, data and validation included, above the level after
+        imports; it means that of this run alone where the process is the run's own.
     """
     prepare_process(config)
+    forget_peak()
+    level = read_memory()
     splits = load_splits(config.task, config.data)
     record = new_record(config, splits, arm, seed)
     if arm == "fft" and config.given_teacher:
@@ -86,8 +90,8 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
         checkpoint_seconds=config.run.checkpoint_seconds,
         progress=progress,
     )
+    record = add_training(record, trained).model_copy(update={"peak_memory_bytes": peak_since(level)})
     encoder = keep_weights(config, layout, splits.task, trained, arm, seed)
-    record = add_training(record, trained)
     record = score_model(record, encoder, splits, settings_for(config, arm).max_length, place)
     shutil.rmtree(place.checkpoints, ignore_errors=True)  # nothing of a finished run is ever resumed
     return record.model_copy(update={"status": "finished", "finished": now()})

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +39,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def main() -> NoReturn:
-    """Run the command line and turn errors into exit codes: 2 the user's, 1 the machine's, 130 Ctrl-C."""
+    """Run the command line and turn errors into exit codes: 2 the user's, 1 the machine's, 130 Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: let go of children and locks first
     logging.basicConfig(format="%(message)s", level=os.environ.get("KDLORA_LOG", "WARNING").upper(), stream=sys.stderr)
     try:
         code = app(standalone_mode=False)
@@ -126,7 +128,7 @@ def validate(config: Annotated[Path, typer.Argument(help="Config file (YAML).")]
 
 @app.command()
 def evaluate(
-    experiment: Annotated[Path, typer.Argument(help="Experiment folder, or a model folder.")],
+    experiment: Annotated[Path, typer.Argument(help="Experiment folder.")],
     data: Annotated[str, typer.Argument(help="File with labelled examples, columns as in the experiment.")],
     as_json: Json = False,
 ) -> None:
@@ -336,7 +338,8 @@ def _run(config: Config, out: Path | None, as_json: bool) -> ExperimentResult:
     with live_progress() as listen:
         result = run_experiment(config, out, listen=listen)
     if as_json:
-        print(json.dumps({"folder": str(result.folder), "runs": [record.model_dump() for record in result.records]}))
+        results = json.loads(result.layout.results.read_text(encoding="utf-8"))
+        print(json.dumps({"folder": str(result.folder), **results}))
     else:
         from kdlora.terminal import print_result
 

@@ -84,11 +84,12 @@ def build_config(
         ConfigError: with every fault at once.
     """
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
-    merged = _absolute_paths(plain, base or Path.cwd())
     changes: dict[str, Any] = {}
     for override in overrides:
         _assign(changes, override)
-    _merge(merged, _absolute_paths(changes, Path.cwd()))
+    has_source = any(_get(part, "data", "path") is not None for part in (plain, changes))
+    merged = _absolute_paths(plain, base or Path.cwd(), has_source=has_source)
+    _merge(merged, _absolute_paths(changes, Path.cwd(), has_source=has_source))
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -135,10 +136,14 @@ _FILE_KEYS = {("data", key) for key in ("train", "validation", "test")} | {
 _SOURCE_KEYS = {("data", "path"), ("teacher", "model"), ("teacher", "fine_tuned"), ("student", "model")}
 
 
-def _absolute_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
+def _get(values: dict[str, Any], section: str, key: str) -> Any:
+    part = values.get(section)
+    return part.get(key) if isinstance(part, dict) else None
+
+
+def _absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> dict[str, Any]:
     """Make file keys absolute; a model or data source only where it is a path and no Hub id."""
     resolved = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    has_source = isinstance(resolved.get("data"), dict) and resolved["data"].get("path") is not None
     for section, key in _FILE_KEYS | _SOURCE_KEYS:
         part = resolved.get(section)
         value = part.get(key) if isinstance(part, dict) else None

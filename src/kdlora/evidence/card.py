@@ -41,7 +41,7 @@ kdlora experiment. The adapter is merged: this is a plain transformers model.
 - kdlora {record.versions.get("kdlora", "")}, torch {record.versions.get("torch", "")}, \
 transformers {record.versions.get("transformers", "")}; finished {record.finished}
 
-Score {score:.2f} of 100 on the {split}:
+Score {"not defined" if score is None else f"{score:.2f} of 100"} on the {split}:
 
 | metric | value |
 |---|---|

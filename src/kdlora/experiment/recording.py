@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from kdlora.config import Arm, Config
 from kdlora.data.load import Splits
 from kdlora.distil.fingerprints import hash_columns, hash_json
+from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_precision
 from kdlora.evidence.records import RunRecord, collect_versions, describe_machine, git_state
 from kdlora.experiment.arms import Trained
@@ -77,14 +78,16 @@ def new_record(config: Config, splits: Splits, arm: Arm, seed: int) -> RunRecord
     )
 
 
-def add_training(record: RunRecord, trained: Trained) -> RunRecord:
+def add_training(record: RunRecord, trained: Trained, teacher: TeacherLogits | None) -> RunRecord:
     """Add what the training was and cost.
 
     Args:
         record: of the run.
         trained: what the training left.
+        teacher: what taught; the texts that it read cut are counted too.
     """
     outcome, parameters = trained.outcome, trained.parameters
+    by_teacher = {"train (by the teacher)": teacher.truncated} if teacher is not None else {}
     return record.model_copy(
         update={
             "history": outcome.history,
@@ -94,7 +97,7 @@ def add_training(record: RunRecord, trained: Trained) -> RunRecord:
             "trainable_parameters": parameters.trainable,
             "adapter_parameters": parameters.adapter,
             "head_parameters": parameters.head,
-            "truncated": trained.truncated,
+            "truncated": trained.truncated | by_teacher,
         }
     )
 

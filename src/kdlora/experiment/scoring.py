@@ -13,6 +13,7 @@ from kdlora.config import Config
 from kdlora.configfile import load_config
 from kdlora.data.load import Splits, load_examples
 from kdlora.data.tasks import Task
+from kdlora.distil.precision import resolve_device
 from kdlora.errors import ArtifactError, DataError
 from kdlora.evidence.measure import measure_latency
 from kdlora.evidence.metrics import compute_metrics, score
@@ -37,6 +38,7 @@ def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits
         record = _score_table(config, splits, record, place)
     else:
         encoder, columns = load_teacher(config, splits.task)
+        encoder.model.to(resolve_device(config.run.device))
         record = score_model(record, encoder, splits, config.teacher.train.max_length, place, columns)
         record = record.model_copy(update={"notes": [*record.notes, "the teacher was given: evaluated, not trained"]})
     return record.model_copy(update={"status": "finished", "finished": now()})
@@ -135,7 +137,7 @@ def evaluate_experiment(folder: str | Path, data: str) -> list[dict[str, Any]]:
         A row per model: `model`, `examples`, `score` (0 to 100), `metrics` (fractions), `truncated`.
 
     Raises:
-        ArtifactError: if the folder holds no finished experiment.
+        ArtifactError: if the folder holds no finished experiment, or one without a model.
         DataError: if the file does not fit the task.
     """
     layout = ExperimentLayout(Path(folder))
@@ -153,6 +155,8 @@ def evaluate_experiment(folder: str | Path, data: str) -> list[dict[str, Any]]:
     if layout.teacher.exists() or config.teacher.fine_tuned is not None:
         encoder, columns = load_teacher(config, task, layout.teacher)
         rows.append(_row("teacher", encoder, examples, task, config.teacher.train.max_length, columns))
+    if not rows:
+        raise ArtifactError(f"{layout.root} holds no model to evaluate: no student was shipped, and no teacher trained")
     return rows
 
 

@@ -59,15 +59,16 @@ def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: Run
         best: the run that was best on validation.
     """
     place = layout.run(best.arm, best.seed)
-    with atomic_folder(layout.student) as folder:
+    if place.adapter.exists():
+        with atomic_folder(layout.adapter) as folder:
+            shutil.copytree(place.adapter, folder, dirs_exist_ok=True)
+            if config.student.from_teacher_layers is not None:  # a base that lies nowhere else
+                add_base(folder, load_base(config, "student-lora", best.seed, task), address=layout.adapter)
+    elif layout.adapter.exists():  # of another arm, shipped before
+        shutil.rmtree(layout.adapter)
+    with atomic_folder(layout.student) as folder:  # last: once it is there, nothing is shipped again
         shutil.copytree(place.model, folder, dirs_exist_ok=True)
         (folder / "README.md").write_text(student_card(best), encoding="utf-8")
-    if not place.adapter.exists():
-        return
-    with atomic_folder(layout.adapter) as folder:
-        shutil.copytree(place.adapter, folder, dirs_exist_ok=True)
-        if config.student.from_teacher_layers is not None:  # a base that lies nowhere else
-            add_base(folder, load_base(config, "student-lora", best.seed, task), address=layout.adapter)
 
 
 def is_shipped(layout: ExperimentLayout, best: RunRecord) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
+from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.tables import read_teacher_table
@@ -23,17 +24,33 @@ def check_models(config: Config, task: Task) -> None:
 
     Raises:
         ModelError: for a model, label space or adapter target that does not fit.
-        DataError: for a table of teacher outputs that does not fit.
     """
-    teacher = config.teacher
-    if teacher.is_table:
-        read_table(config, task, "train")
-    elif teacher.fine_tuned is not None:
+    if config.teacher.fine_tuned is not None:
         load_teacher(config, task)
     for arm in _one_arm_per_base(config):
         encoder = load_base(config, arm, 0, task)
         if arm in LORA_ARMS:
             add_adapter(encoder, config.lora, seed=0)
+
+
+def check_table(config: Config, splits: Splits) -> list[str]:
+    """Check that a table of teacher outputs covers the training rows.
+
+    Args:
+        config: the experiment.
+        splits: the task with its examples.
+
+    Returns:
+        A plain sentence on the table's rows that belong to no example; nothing where the teacher is a model.
+
+    Raises:
+        DataError: for a table that does not fit.
+    """
+    if not config.teacher.is_table:
+        return []
+    table = read_table(config, splits.task, "train")
+    extra = table.count_extra(splits.train)
+    return [f"{table.source}: {extra} rows belong to no training example and are not used."] if extra else []
 
 
 def _one_arm_per_base(config: Config) -> list[Arm]:

@@ -76,13 +76,14 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     if arm == "fft" and config.given_teacher:
         return score_given_teacher(config, layout, splits, record)
     place = layout.run(arm, seed)
+    teacher = stored_logits(config, layout, splits.task) if arm in DISTILLED_ARMS else None
     trained = train_arm(
         load_base(config, arm, seed, splits.task),
         splits,
         settings_for(config, arm),
         folder=place.checkpoints,
         lora=config.lora if arm in LORA_ARMS else None,
-        teacher=stored_logits(config, layout, splits.task) if arm in DISTILLED_ARMS else None,
+        teacher=teacher,
         distil=config.distil,
         seed=seed,
         precision=config.run.precision,
@@ -90,7 +91,7 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
         checkpoint_seconds=config.run.checkpoint_seconds,
         progress=progress,
     )
-    record = add_training(record, trained).model_copy(update={"peak_memory_bytes": peak_since(level)})
+    record = add_training(record, trained, teacher).model_copy(update={"peak_memory_bytes": peak_since(level)})
     encoder = keep_weights(config, layout, splits.task, trained, arm, seed)
     record = score_model(record, encoder, splits, settings_for(config, arm).max_length, place)
     shutil.rmtree(place.checkpoints, ignore_errors=True)  # nothing of a finished run is ever resumed

@@ -1,0 +1,57 @@
+"""Fixtures of the tests of whole experiments, among them one that is finished; a plugin, since several folders use it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tiny
+from experiments import ARMS, Outcome, Workshop
+
+
+@pytest.fixture(scope="session")
+def workshop(tiny_model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """Models and data for small experiments."""
+    data = tmp_path_factory.mktemp("workshop")
+    return Workshop(
+        teacher=tiny_model_folder("bert"),
+        student=tiny_model_folder("distilbert", layers=1),
+        train=tiny.write_csv(data / "train.csv", tiny.sentiment_rows(64)),
+        validation=tiny.write_csv(data / "validation.csv", tiny.sentiment_rows(40, seed=1)),
+    )
+
+
+@pytest.fixture(scope="session")
+def experiment(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory):
+    """The result of all six arms with two seeds; read only, see `copy_experiment`."""
+    from kdlora.experiment.run import run_experiment
+
+    config = workshop.config({"run": {"arms": ARMS, "seeds": [0, 1]}})
+    return run_experiment(config, tmp_path_factory.mktemp("experiments") / "all-arms")
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`cli("run", path, ...)` calls the command line in this process, and takes what it prints."""
+    from kdlora.cli import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["kdlora", *map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        printed = capsys.readouterr()
+        return Outcome(int(ended.value.code or 0), printed.out, printed.err)
+
+    return call

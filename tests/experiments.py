@@ -1,0 +1,103 @@
+"""What the tests of whole experiments share: small models and data, and how to look at folders."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdlora.config import Config
+from kdlora.configfile import build_config
+
+ARMS = ["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
+FAST = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Models and data that small experiments are made of; read only.
+
+    Attributes:
+        teacher: a pretrained BERT of two layers.
+        student: a pretrained DistilBERT of one layer.
+        train: CSV with `id`, `text`, `label`.
+        validation: the same, other rows.
+    """
+
+    teacher: Path
+    student: Path
+    train: Path
+    validation: Path
+
+    def values(self, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Give the sections of a config of one arm without a teacher; changes replace keys of a section."""
+        values: dict[str, Any] = {
+            "name": "small",
+            "task": {},
+            "data": {"train": str(self.train), "validation": str(self.validation)},
+            "teacher": {"model": str(self.teacher), "train": FAST},
+            "student": {"model": str(self.student), "train": FAST},
+            "run": {"arms": ["student-lora"], "seeds": [0], "precision": "fp32", "threads": 1},
+            "export": {"formats": [], "benchmark": False},
+        }
+        for section, content in (changes or {}).items():
+            values[section] = {**values[section], **content} if isinstance(values.get(section), dict) else content
+        return values
+
+    def config(self, changes: Mapping[str, Any] | None = None) -> Config:
+        """Give such a config."""
+        return build_config(self.values(changes))
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
+    """Note every file below a folder, with its time and a hash of its content."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def copy_experiment(folder: Path, to: Path) -> Path:
+    """Copy an experiment folder, so that a test may change it; times stay."""
+    shutil.copytree(folder, to, copy_function=shutil.copy2)
+    return to
+
+
+def processes_marked(mark: str) -> list[int]:
+    """List the live processes that have a text in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return [process for process in found if process != os.getpid()]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left in the terminal."""
+
+    code: int
+    out: str
+    err: str

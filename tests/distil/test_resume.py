@@ -158,6 +158,7 @@ def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog, damag
     callbacks = [SaveAt(3, 9), CutAfter(11)]
     with pytest.raises(PowerCutError):
         make_setup().run(folder, callbacks=callbacks, keep_checkpoints=2)
+    (folder / ".step-000000010.tmp-host-1-abc").mkdir()
     newest = folder / "step-000000009"
     if damage == "manifest":
         (newest / "manifest.json").unlink()
@@ -173,6 +174,7 @@ def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog, damag
     with caplog.at_level(logging.WARNING):
         outcome = resumed.run(folder, callbacks=[CutAfter(-1, seen)])
     assert "step-000000009 is unfinished or damaged" in caplog.text
+    assert list(folder.glob(".step*")) == []
     assert seen[0] == 4
     assert different(weights(undisturbed.model), weights(resumed.model)) == []
     assert outcome.history == expected.history

@@ -78,9 +78,13 @@ class CheckpointFolder:
     def latest(self) -> Checkpoint | None:
         """Find the newest whole checkpoint; unfinished or damaged ones are passed over.
 
+        What a killed process was writing goes: nobody else writes here, and it may be as large as the model.
+
         Raises:
             ArtifactError: it is of another training.
         """
+        for leftover in self.folder.glob(f".{_PREFIX}*.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         for folder in reversed(self._folders()):
             manifest = _read_manifest(folder)
             if manifest is None:

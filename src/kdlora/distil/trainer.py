@@ -221,7 +221,7 @@ def _arguments(
 ) -> TrainingArguments:
     """Say it in the words of transformers."""
     steps = math.ceil(settings.epochs * steps_per_epoch)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
@@ -248,6 +248,9 @@ def _arguments(
         disable_tqdm=True,
         push_to_hub=False,
     )
+    if arguments.n_gpu > 1:  # Trainer would split every batch over all devices that it sees
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _validate(

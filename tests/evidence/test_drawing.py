@@ -24,7 +24,17 @@ from kdlora.evidence.blocks import (
 from kdlora.evidence.plots import Curve, Point, Series, arm_style, differences, learning_curves, score_against_cost
 from kdlora.evidence.stats import Difference
 from kdlora.evidence.svg import MARKERS, Drawing, Scale, Style, padded, shorten, spread, tick
-from kdlora.evidence.wording import count, duration, metric_title, milliseconds, model_title, p_value, signed, size
+from kdlora.evidence.wording import (
+    count,
+    duration,
+    metric_title,
+    milliseconds,
+    model_title,
+    p_value,
+    share,
+    signed,
+    size,
+)
 
 NASTY = "<script>&\"'|`*"
 
@@ -77,7 +87,7 @@ def test_drawings_escape_what_they_hold():
     """Names come from data and configs."""
     drawing = Drawing()
     drawing.axes(drawing.x_scale(0, 1), drawing.y_scale(0, 1), NASTY, NASTY)
-    drawing.labels([(100, 100, NASTY), (430, 100, NASTY)])
+    assert drawing.labels([(100, 100, NASTY), (430, 200, NASTY)])
     drawing.mark(1, 1, Style(0, "circle"), title=NASTY, href='x"y')
     drawing.rectangle(0, 0, 1, 1, "heat", opacity=0.5, title=NASTY)
     root = ElementTree.fromstring(drawing.render(NASTY, NASTY, "id"))
@@ -130,12 +140,23 @@ def test_wide_ranges_of_cost_get_a_logarithmic_axis_and_zero_does_not():
 
 def test_long_or_many_names_go_to_the_legend():
     """Names of experiments as point labels run over the axis."""
-    name = "an experiment with a long name: KD-LoRA"
+    name = "an experiment with a name that is much too long to stand beside a point: KD-LoRA"
     series = [Series(name, Style(0, "circle"), (Point(1.0, 80.0, "", ""),))]
     figure = score_against_cost(series, title="t", cost="c", score="s", identity="i")
     assert figure is not None
     assert [item.text for item in figure.legend] == [name]
     assert "point-label" not in figure.svg
+
+
+def test_crowded_points_get_a_legend():
+    """A label that was moved far from its mark, or onto another one, names the wrong arm."""
+    drawing = Drawing()
+    assert drawing.labels([(100.0, 100.0, "one"), (300.0, 150.0, "two")])
+    assert len(drawing.pieces) == 2
+    for crowd in ([(100.0 + 11 * place, 100.0, f"arm {place}") for place in range(5)], [(100.0, 90.0, "x" * 80)]):
+        drawing = Drawing()
+        assert not drawing.labels(crowd)
+        assert drawing.pieces == []
 
 
 def test_curves_average_the_seeds_that_reached_an_epoch():
@@ -194,6 +215,7 @@ def test_figures_are_written_as_people_read_them():
     ]
     assert [duration(3), duration(600), duration(7200)] == ["3.0\u00a0s", "10.0\u00a0min", "2.0\u00a0h"]
     assert [p_value(0.0002), p_value(0.0123), p_value(0.5)] == ["< 0.001", "0.012", "0.50"]
+    assert [share(99.9), share(100), share(98.6), share(-12.2), share(None)] == ["99.9%", "100%", "99%", "−12%", "–"]
     assert metric_title("accuracy_matched") == "accuracy, matched"
     assert metric_title("macro_f1_x") == "macro F1, x"
     assert shorten("a  long\nname", 7) == "a long…"

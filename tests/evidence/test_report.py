@@ -3,18 +3,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from fabricate import ARMS, BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, make_experiment
 from markdown_it import MarkdownIt
 
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
-from kdlora.evidence.records import read_record, write_record
+from kdlora.evidence.records import read_predictions, read_record, write_predictions, write_record
 from kdlora.evidence.report import Report, make_report
 
 HOSTILE = (
@@ -394,6 +396,15 @@ def test_a_score_of_zero_is_no_base_of_a_share(tmp_path):
         place = layout.run("fft", seed).record
         write_record(place, read_record(place).model_copy(update={"score": 0.0}))
     assert re.match(r"The student scores \d+\.\d ± \d\.\d against 0\.0 ± 0\.0 of", _opening(_report(layout.root)))
+
+
+def test_a_student_that_always_says_the_same_is_named(tmp_path):
+    """69% accuracy on CoLA is what the most frequent label gets."""
+    layout = make_experiment(tmp_path / "e")
+    assert "predicts the same for every example" not in _report(layout.root).html
+    path = layout.run("kd-lora", 1).predictions
+    write_predictions(path, replace(read_predictions(path), logits=np.tile(np.float32([0.0, 1.0]), (400, 1))))
+    assert "KD-LoRA (seed 1) predicts the same for every example" in _plain(_report(layout.root).html)
 
 
 def test_a_record_without_costs_leaves_dashes(tmp_path):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from kdlora.evidence.blocks import Inline, Paragraph, Strong, Tile, Tiles
 from kdlora.evidence.collect import Experiment, Run
 from kdlora.evidence.findings import Comparison, control_of, mean_cost, retention, saving
+from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.stats import MeanSd
 from kdlora.evidence.wording import (
     arm_title,
@@ -193,6 +196,7 @@ def cautions(experiment: Experiment, comparisons: Sequence[Comparison]) -> list[
     found += [
         Paragraph((f"{fault}. The parts that need them leave that run out.",), "warning") for fault in experiment.faults
     ]
+    found += _constant_decisions(experiment)
     numbers = [len(experiment.finished(arm)) for arm in experiment.arms if experiment.finished(arm)]
     if numbers and max(numbers) == 1:
         text = "One seed is an anecdote: another seed may well turn the order of the arms around. Set run.seeds."
@@ -221,3 +225,20 @@ def _state(run: Run) -> str:
     if run.record.status == "failed":
         return f"failed: {run.record.error or 'no reason was recorded'}"
     return "has not finished; the same command continues it"
+
+
+def _constant_decisions(experiment: Experiment) -> list[Paragraph]:
+    """Warn where the shipped arm says the same of every example, which accuracy alone can hide."""
+    arm, task = experiment.student_arm, experiment.task
+    if arm is None or task.kind == "multi-label":
+        return []
+    constant = []
+    for run in experiment.finished(arm):
+        logits = None if run.predictions is None else run.predictions.only(experiment.split).logits
+        if logits is not None and len(logits) > 1 and np.ptp(predict_labels(task, logits)) == 0:
+            constant.append(str(run.record.seed))
+    if not constant:
+        return []
+    which = f"seed{'s' if len(constant) > 1 else ''} {', '.join(constant)}"
+    text = f" ({which}) predicts the same for every example: it has learnt nothing that tells texts apart."
+    return [Paragraph((Strong(arm_title(arm)), text), "warning")]

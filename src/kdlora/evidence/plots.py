@@ -99,9 +99,7 @@ def score_against_cost(
         drawing.line(middle, y(mean - sd), middle, y(mean + sd), "error-bar")
         drawing.mark(middle, y(mean), one.style, radius=6.5)
         labels.append((middle, y(mean), one.name))
-    crowded = len(drawn) > 7 or max(len(one.name) for one in drawn) > 16
-    if not crowded:
-        drawing.labels(labels)
+    labelled = drawing.labels(labels)
     said = [
         f"{one.name} {np.mean([p.score for p in one.points]):.1f} at "
         f"{np.mean([p.cost for p in one.points]) / scale:.3g}"
@@ -109,7 +107,7 @@ def score_against_cost(
     ]
     description = f"{score} against {cost}: {'; '.join(said)}."
     caption = "Large marks: mean over seeds, with its standard deviation. Small marks: single runs."
-    legend = tuple(LegendItem(swatch(one.style), one.name) for one in drawn) if crowded else ()
+    legend = tuple(LegendItem(swatch(one.style), one.name) for one in drawn) if not labelled else ()
     return Figure(title, drawing.render(title, description, identity), description, caption, legend)
 
 

@@ -172,12 +172,33 @@ class Drawing:
             f'fill-opacity="{opacity:.3f}"><title>{escape(title)}</title></rect>'
         )
 
-    def labels(self, wanted: Sequence[tuple[float, float, str]]) -> None:
-        """Write labels beside points, moved apart where they would overlap, on the side with more room."""
+    def labels(self, wanted: Sequence[tuple[float, float, str]]) -> bool:
+        """Write labels beside points, moved apart where they would overlap, on the side with more room.
+
+        Args:
+            wanted: x, y and text of each point.
+
+        Returns:
+            False, with nothing written, where a label would end far from its point or on another one: the
+            drawing then needs a legend.
+        """
         placed = spread([y for _, y, _ in wanted], gap=15, low=self.top + 6, high=self.bottom - 4)
-        for (x, _, text), y in zip(wanted, placed, strict=True):
-            room = self.right - x > 8 + 7 * len(text)
-            self.text(x + (13 if room else -13), y + 4, text, "point-label" if room else "point-label end")
+        labels = []
+        for (x, y, text), height in zip(wanted, placed, strict=True):
+            length = 7.6 * len(text)
+            room = self.right - x > 8 + length
+            start, end = (x + 13, x + 13 + length) if room else (x - 13 - length, x - 13)
+            covers = [
+                other
+                for other in wanted
+                if start - 6 < other[0] < end + 6 and abs(other[1] - height) < 12 and other != (x, y, text)
+            ]
+            if abs(height - y) > 16 or covers or start < self.left:
+                return False
+            labels.append((x + (13 if room else -13), height + 4, text, "point-label" if room else "point-label end"))
+        for x, y, text, css in labels:
+            self.text(x, y, text, css)
+        return True
 
     def render(self, title: str, description: str, identity: str) -> str:
         """Close the drawing.

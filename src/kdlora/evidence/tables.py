@@ -25,6 +25,7 @@ from kdlora.evidence.wording import (
     p_value,
     plus_minus,
     score_title,
+    share,
     signed,
     size,
 )
@@ -253,8 +254,7 @@ def _our_claims(experiment: Experiment, arm: str) -> dict[str, str]:
     """Compute this experiment's figures for the paper's claims, "–" where an arm is missing."""
 
     def saved(read: Callable[[Run], float | None], than: str) -> str:
-        value = saving(experiment, read, arm=arm, than=than)
-        return "–" if value is None else f"{signed(value, 0, plus=False)}%"
+        return share(saving(experiment, read, arm=arm, than=than))
 
     def trainable(run: Run) -> float | None:
         return run.record.trainable_parameters

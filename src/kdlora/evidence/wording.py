@@ -139,6 +139,13 @@ def change(before: float, after: float, less: str = "less") -> str:
     return f"{abs(share):.0f}% {less if share < 0 else 'more'}"
 
 
+def share(value: float | None) -> str:
+    """Write per cent without decimals, but never 100% for what only rounds to it."""
+    if value is None:
+        return "–"
+    return f"{signed(value, 1 if 99.5 <= value < 100 else 0, plus=False)}%"
+
+
 def seeds(number: int) -> str:
     """Write a number of seeds."""
     return "one seed" if number == 1 else f"{number} seeds"

@@ -37,7 +37,7 @@ class TextEncoder:
         """
         self.input_names = tuple(input_names)
         self.max_length = folder.max_length
-        self._most_characters = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TOKEN * folder.max_length)
+        self.most_characters = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TOKEN * folder.max_length)
         self._tokenizer = _load_tokenizer(folder.path / "tokenizer.json", tokenizer)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(folder.max_length, strategy="longest_first")
@@ -55,7 +55,7 @@ class TextEncoder:
         Returns:
             One encoding a text, at most `max_length` tokens, special tokens included.
         """
-        most = self._most_characters
+        most = self.most_characters
         cut = [text[:most] if isinstance(text, str) else (text[0][:most], text[1][:most]) for text in texts]
         encodings: list[Encoding] = self._tokenizer.encode_batch(cut)
         return encodings

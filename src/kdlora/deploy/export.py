@@ -153,7 +153,7 @@ def export_onnx(
         )
     settled = _settle_task(folder, task)
     say("PyTorch reference")
-    backend = TorchBackend(folder)
+    backend = TorchBackend.load(folder)
     checks = reference_checks(settled, folder, backend, texts, labels, groups=groups, more_texts=more_texts)
     done = _Progress()
     with atomic_folder(target) as work:

@@ -186,8 +186,7 @@ def reference_checks(
     if targets is not None and (len(targets) != len(texts) or not len(targets)):
         raise DataError(f"expected one label a text, got {len(targets)} labels for {len(texts)} texts.")
     rows = rows or list(_PROBES)
-    tokenizer = backend.tokenizer.backend_tokenizer.to_str()
-    logits = Classifier(folder, backend, tokenizer).predict_logits(rows)
+    logits = Classifier(folder, backend, backend.tokenizer_json).predict_logits(rows)
     if targets is not None:
         try:
             check_arrays(task, logits[: len(targets)], targets)

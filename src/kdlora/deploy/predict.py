@@ -16,8 +16,8 @@ from kdlora.deploy.folder import EXPORT_RECORD, ModelFolder, Precision, read_mod
 from kdlora.errors import ArtifactError, KdLoraError, ModelError
 
 BATCH_SIZE = 32
-BATCH_TOKENS = 4096
-"""Most padded tokens that one forward pass holds; attention memory grows with the square of the length."""
+BATCH_TOKENS = 1024
+"""Most padded tokens that one forward pass holds: enough to keep the cores busy, and memory small."""
 
 
 class Backend(Protocol):
@@ -103,8 +103,8 @@ class Classifier:
         # Imported here: an ONNX folder must be served without torch and transformers.
         from kdlora.deploy.torch_backend import TorchBackend
 
-        backend = TorchBackend(described, threads=threads)
-        return cls(described, backend, backend.tokenizer.backend_tokenizer.to_str())
+        backend = TorchBackend.load(described, threads=threads)
+        return cls(described, backend, backend.tokenizer_json)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -144,6 +144,8 @@ class Classifier:
             DataError: a text is empty or is no text.
             ModelError: the model gives values that are not finite.
         """
+        if not len(texts):
+            return np.empty((0, len(self.label_names)), dtype=np.float32)
         if isinstance(texts, str):
             texts = [texts]
         if batch_size < 1:

@@ -18,11 +18,24 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 class TorchBackend:
     """A transformers model on the CPU, in evaluation mode."""
 
-    def __init__(self, folder: ModelFolder, *, threads: int | None = None) -> None:
-        """Load the weights.
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take a loaded model.
 
         Args:
-            folder: a transformers folder.
+            model: in evaluation mode.
+            tokenizer: its own.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        taken = inspect.signature(model.forward).parameters
+        self.input_names = tuple(name for name in _INPUTS if name in tokenizer.model_input_names and name in taken)
+
+    @classmethod
+    def load(cls, folder: ModelFolder, *, threads: int | None = None) -> TorchBackend:
+        """Load a transformers folder.
+
+        Args:
+            folder: its description.
             threads: PyTorch's threads, a setting of the whole process; unchanged by default.
 
         Raises:
@@ -30,10 +43,13 @@ class TorchBackend:
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        self.model = load_model(folder)
-        self.tokenizer = load_tokenizer(folder)
-        taken = inspect.signature(self.model.forward).parameters
-        self.input_names = tuple(name for name in _INPUTS if name in self.tokenizer.model_input_names and name in taken)
+        return cls(load_model(folder), load_tokenizer(folder))
+
+    @property
+    def tokenizer_json(self) -> str:
+        """Content of a `tokenizer.json` that tokenises as transformers does."""
+        content: str = self.tokenizer.backend_tokenizer.to_str()
+        return content
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens)."""

@@ -9,6 +9,10 @@ import transformers
 
 from tiny import sentiment_rows, tiny_config, train_tokenizer
 
+TEXTS = [row["text"] for row in sentiment_rows(60)]
+LONG = "wonderful story " * 60
+PAIRS = [(TEXTS[row], TEXTS[row + 1]) for row in range(12)]
+
 PROBLEMS = {
     "single-label": "single_label_classification",
     "regression": "regression",

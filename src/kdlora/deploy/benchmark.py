@@ -1,0 +1,384 @@
+"""Compare models side by side: latency, throughput, memory, size and score, each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdlora.data.tasks import Task
+from kdlora.deploy.encode import Text, check_text
+from kdlora.deploy.folder import Precision, read_model_folder
+from kdlora.errors import ConfigError, DataError, ModelError
+from kdlora.evidence.environment import collect_versions, describe_machine
+from kdlora.evidence.metrics import compute_metrics, score
+
+Progress = Callable[[str], None]
+
+DEFAULT_TEXTS = (
+    tuple(
+        " ".join(
+            ["The", "film", "was", "a", "quiet", "and", "moving", "story"][position % 8] for position in range(length)
+        )
+        for length in (4, 8, 12, 16, 24, 32, 48, 64)
+    )
+    * 16
+)
+"""Texts of mixed lengths for a benchmark without data."""
+_LATENCY_TEXTS = 100
+_SEARCH_TEXTS = 256
+_GRID_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What one model costs, and how good it is.
+
+    Attributes:
+        name: of the model in the table.
+        folder: where it is.
+        backend: "transformers" or "onnx".
+        precision: "fp32" or "int8".
+        unmerged: whether an adapter ran unmerged on its base.
+        p50_ms: median latency of one text, tokenisation included.
+        p95_ms: 95th percentile.
+        p99_ms: 99th percentile.
+        texts_per_second: median over the rounds, in length-sorted batches, tokenisation included.
+        batch_size: the one with the best throughput.
+        load_seconds: from nothing loaded to the first answer, after imports.
+        peak_memory_bytes: above the level after imports, until the last round; None where the system cannot tell.
+        size_bytes: of the weights.
+        score: 0..100; None without labels.
+        grid_ms: "batch x length" to median milliseconds of one forward pass.
+    """
+
+    name: str
+    folder: str
+    backend: str
+    precision: str
+    unmerged: bool
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    texts_per_second: float
+    batch_size: int
+    load_seconds: float
+    peak_memory_bytes: int | None
+    size_bytes: int
+    score: float | None
+    grid_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """All models of one benchmark, measured in the same rounds.
+
+    Attributes:
+        models: in the order given; ratios are to the first.
+        threads: of each model's process.
+        rounds: interleaved rounds.
+        texts: number of texts.
+        machine: processor, cores, memory.
+        versions: of the libraries.
+    """
+
+    models: tuple[ModelFigures, ...]
+    threads: int
+    rounds: int
+    texts: int
+    machine: dict[str, str]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return asdict(self)
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Give header and rows as text, with ratios to the first model."""
+        header: tuple[str, ...] = (
+            "model",
+            "runs on",
+            "p50 ms",
+            "p95 ms",
+            "p99 ms",
+            "texts/s",
+            "batch",
+            "speed",
+            "load s",
+            "memory MB",
+            "size MB",
+            "score",
+        )
+        first = self.models[0]
+        rows: list[tuple[str, ...]] = [
+            (
+                model.name,
+                f"{model.backend} {model.precision}{' unmerged' if model.unmerged else ''}",
+                f"{model.p50_ms:.2f}",
+                f"{model.p95_ms:.2f}",
+                f"{model.p99_ms:.2f}",
+                f"{model.texts_per_second:,.0f}",
+                str(model.batch_size),
+                f"{model.texts_per_second / first.texts_per_second:.1f}x",
+                f"{model.load_seconds:.2f}",
+                "-" if model.peak_memory_bytes is None else f"{model.peak_memory_bytes / 1e6:.0f}",
+                f"{model.size_bytes / 1e6:.1f}",
+                "-" if model.score is None else f"{model.score:.2f}",
+            )
+            for model in self.models
+        ]
+        return header, rows
+
+
+def benchmark(
+    models: Sequence[str | Path] | Mapping[str, str | Path],
+    texts: Sequence[Text] = (),
+    *,
+    labels: Sequence[Any] | np.ndarray | None = None,
+    groups: Sequence[str] | None = None,
+    task: Task | None = None,
+    precision: Precision = "auto",
+    max_length: int | None = None,
+    threads: int | None = None,
+    rounds: int = 3,
+    batch_sizes: Sequence[int] = (8, 32, 64),
+    grid_batches: Sequence[int] = (1, 8, 32),
+    grid_lengths: Sequence[int] = (16, 64, 128),
+    allow_unmerged: bool = False,
+    progress: Progress | None = None,
+) -> BenchmarkResult:
+    """Measure models side by side. In each round every model is timed in turn, so that drift hits all alike.
+
+    Args:
+        models: folders, or name to folder; an `.onnx` file chooses one of a folder's two.
+        texts: what to classify; by default made-up texts of 4 to 64 words.
+        labels: of `texts`; without them no score is computed.
+        groups: of `texts` (MNLI).
+        task: what is scored; needed with labels.
+        precision: which ONNX file of a folder that has several.
+        max_length: longest input in tokens, for all models; by default each model's own.
+        threads: of each model; by default one a core that this process may use.
+        rounds: interleaved rounds.
+        batch_sizes: tried for the best throughput.
+        grid_batches: batch sizes of the grid; empty for no grid.
+        grid_lengths: lengths of the grid in tokens.
+        allow_unmerged: run adapters unmerged on their base; their figures say so.
+        progress: called with a short sentence at each step.
+
+    Returns:
+        The figures of all models.
+
+    Raises:
+        ConfigError: no models, or settings that make no sense.
+        ModelError: not a model folder, an adapter without `allow_unmerged`, a model whose process ended.
+        DataError: an empty text, labels without a task, or labels that do not fit.
+    """
+    named = _name_models(models)
+    count = len(os.sched_getaffinity(0)) if threads is None else threads
+    if rounds < 1 or count < 1 or not batch_sizes or min(batch_sizes) < 1:
+        raise ConfigError("benchmark: rounds, threads and batch sizes must be at least 1.")
+    if labels is not None and (task is None or len(labels) != len(texts)):
+        raise DataError("benchmark: labels need a task, and one label for each text.")
+    rows = [check_text(text, f"text {row}") for row, text in enumerate(texts or DEFAULT_TEXTS)]
+    say = progress or (lambda step: None)
+    unmerged = {name: _is_adapter(path) for name, path in named.items()}
+    for name, path in named.items():
+        if not (unmerged[name] and allow_unmerged):
+            read_model_folder(path, precision=precision)
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(_worker(name, count)) for name in named}
+        facts = {}
+        for name, path in named.items():
+            say(f"{name}: loading")
+            facts[name] = workers[name].ask(
+                "load",
+                folder=str(path),
+                threads=count,
+                precision=precision,
+                max_length=max_length,
+                unmerged=unmerged[name],
+            )
+        timed = _time_models(workers, rows, rounds, batch_sizes, say)
+        peaks = {name: worker.ask("memory") for name, worker in workers.items()}
+        scores: dict[str, float | None] = dict.fromkeys(named)
+        if labels is not None and task is not None:
+            targets = np.asarray(labels)
+            scores |= {name: _score(workers[name], facts[name], task, rows, targets, groups) for name in named}
+        limit = max_length or 512
+        grids = _time_grid(workers, grid_batches, [length for length in grid_lengths if length <= limit], say)
+    return BenchmarkResult(
+        models=tuple(
+            ModelFigures(
+                name=name,
+                folder=str(path),
+                backend=facts[name]["backend"],
+                precision=facts[name]["precision"],
+                unmerged=unmerged[name],
+                **timed[name],
+                load_seconds=facts[name]["load_seconds"],
+                peak_memory_bytes=peaks[name],
+                size_bytes=facts[name]["size_bytes"],
+                score=scores[name],
+                grid_ms=grids[name],
+            )
+            for name, path in named.items()
+        ),
+        threads=count,
+        rounds=rounds,
+        texts=len(rows),
+        machine=describe_machine(),
+        versions=collect_versions(),
+    )
+
+
+def _time_models(
+    workers: Mapping[str, _Worker], texts: list[Text], rounds: int, batch_sizes: Sequence[int], say: Progress
+) -> dict[str, dict[str, Any]]:
+    """Find each model's best batch size, then time all models round by round."""
+    some = _spread(texts, _SEARCH_TEXTS)
+    singles = _spread(texts, _LATENCY_TEXTS)
+    best: dict[str, int] = {}
+    for name, worker in workers.items():
+        say(f"{name}: warm-up and batch size")
+        worker.ask("latency", texts=singles[:10])
+        worker.ask("throughput", texts=some[:64], batch_size=batch_sizes[0])
+        tried = [(worker.ask("throughput", texts=some, batch_size=size), size) for size in batch_sizes]
+        best[name] = min(tried)[1]
+    latencies: dict[str, list[float]] = {name: [] for name in workers}
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for turn in range(rounds):
+        for name, worker in workers.items():
+            say(f"round {turn + 1} of {rounds}: {name}")
+            latencies[name] += worker.ask("latency", texts=singles)
+            seconds[name].append(worker.ask("throughput", texts=texts, batch_size=best[name]))
+    return {
+        name: {
+            "p50_ms": float(np.percentile(latencies[name], 50)),
+            "p95_ms": float(np.percentile(latencies[name], 95)),
+            "p99_ms": float(np.percentile(latencies[name], 99)),
+            "texts_per_second": len(texts) / float(np.median(seconds[name])),
+            "batch_size": best[name],
+        }
+        for name in workers
+    }
+
+
+def _time_grid(
+    workers: Mapping[str, _Worker], batches: Sequence[int], lengths: Sequence[int], say: Progress
+) -> dict[str, dict[str, float]]:
+    """Time each cell for all models before the next cell."""
+    grids: dict[str, dict[str, float]] = {name: {} for name in workers}
+    for size in batches:
+        for length in lengths:
+            say(f"batch {size} x length {length}")
+            for name, worker in workers.items():
+                cell = worker.ask("grid", batch_size=size, length=length, repeats=_GRID_REPEATS)
+                grids[name][f"{size}x{length}"] = cell
+    return grids
+
+
+def _score(
+    worker: _Worker,
+    facts: Mapping[str, Any],
+    task: Task,
+    texts: list[Text],
+    labels: np.ndarray,
+    groups: Sequence[str] | None,
+) -> float | None:
+    """Score a model by label name; one whose labels are others (an untrained base) has no score."""
+    if facts["kind"] != task.kind:
+        return None
+    found = facts["label_names"]
+    if task.kind != "regression" and sorted(found) != sorted(task.label_names):
+        return None
+    logits = np.asarray(worker.ask("logits", texts=texts))
+    if task.kind != "regression":
+        logits = logits[:, [found.index(name) for name in task.label_names]]
+    try:
+        return score(task, compute_metrics(task, logits, labels, groups))
+    except ValueError as error:
+        raise DataError(f"the labels do not fit the {task.kind} task: {error}") from None
+
+
+class _Worker:
+    """A model's process, seen from here."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+        self.name = name
+        self.process = process
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Send one request and wait for its answer."""
+        if self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError("a worker without pipes")
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            raise ModelError(f"{self.name}: its process ended with code {code} during {do!r} (out of memory?).")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ModelError(answer["error"])
+        return answer["value"]
+
+
+@contextlib.contextmanager
+def _worker(name: str, threads: int) -> Iterator[_Worker]:
+    """Start a process for one model, and end it."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "RAYON_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kdlora.deploy.benchmark_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        yield _Worker(name, process)
+    finally:
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _name_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
+    """Name each model by its path, as short as tells them apart."""
+    if isinstance(models, Mapping):
+        named = {name: Path(path) for name, path in models.items()}
+    else:
+        named = {str(path): Path(path) for path in models}
+    if not named:
+        raise ConfigError("benchmark: expected at least one model.")
+    return named
+
+
+def _is_adapter(path: Path) -> bool:
+    """Say whether a folder holds an adapter rather than a model."""
+    return (path / "adapter_config.json").is_file()
+
+
+def _spread(texts: list[Text], count: int) -> list[Text]:
+    """Take some texts, evenly spaced."""
+    return [texts[row] for row in np.linspace(0, len(texts) - 1, min(count, len(texts)), dtype=int)]

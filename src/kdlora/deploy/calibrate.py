@@ -1,0 +1,143 @@
+"""Temperature scaling: one number, fitted on validation data, that makes probabilities mean what they say."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from kdlora.deploy.folder import EXPORT_RECORD, TEMPERATURE_KEY, read_json
+from kdlora.deploy.predict import probabilities
+from kdlora.errors import DataError, ModelError
+from kdlora.evidence.storage import write_json_atomic
+
+_BINS = 15
+_RANGE = (0.05, 20.0)
+_LEAST_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A fitted temperature and what it does on the data that it was fitted on.
+
+    Attributes:
+        temperature: divide logits by it; above 1 the model was too sure.
+        rows: validation rows.
+        nll_before: mean negative log-likelihood, nats.
+        nll_after: the same at the temperature.
+        ece_before: expected calibration error, 0..1, 15 bins.
+        ece_after: the same at the temperature.
+    """
+
+    temperature: float
+    rows: int
+    nll_before: float
+    nll_after: float
+    ece_before: float
+    ece_after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return asdict(self)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibration:
+    """Fit the temperature by maximum likelihood; predictions keep their order, probabilities change.
+
+    Args:
+        logits: (rows, labels), of validation data that the model was not trained on.
+        labels: int (rows,), or 0/1 (rows, labels) for multi-label.
+        kind: "single-label" or "multi-label".
+
+    Returns:
+        The temperature, and likelihood and calibration error before and after.
+
+    Raises:
+        DataError: regression, too few rows, or labels that do not fit.
+
+    *Source*: Guo et al., "On Calibration of Modern Neural Networks", sections 4.2 and 2.
+    """
+    if kind not in ("single-label", "multi-label"):
+        raise DataError(f"a {kind} model gives no probabilities, there is nothing to calibrate.")
+    targets = np.asarray(labels)
+    wanted = logits.shape if kind == "multi-label" else logits.shape[:1]
+    if targets.shape != wanted:
+        raise DataError(f"expected labels of shape {wanted} for logits of shape {logits.shape}, got {targets.shape}.")
+    if len(logits) < _LEAST_ROWS:
+        raise DataError(f"expected at least {_LEAST_ROWS} validation rows to fit a temperature on, got {len(logits)}.")
+    if not np.isfinite(logits).all():
+        raise DataError("the logits to calibrate hold values that are not finite.")
+
+    def loss(log_temperature: float) -> float:
+        return _negative_log_likelihood(logits / np.exp(log_temperature), targets, kind)
+
+    # In the logarithm the search is symmetric: a model can be half as sure as it should be, or twice.
+    found = minimize_scalar(loss, bounds=tuple(np.log(_RANGE)), method="bounded", options={"xatol": 1e-4})
+    temperature = float(np.exp(found.x))
+    return Calibration(
+        temperature=temperature,
+        rows=len(logits),
+        nll_before=loss(0.0),
+        nll_after=loss(float(found.x)),
+        ece_before=expected_calibration_error(probabilities(logits, kind), targets, kind),
+        ece_after=expected_calibration_error(probabilities(logits, kind, temperature), targets, kind),
+    )
+
+
+def expected_calibration_error(table: np.ndarray, labels: np.ndarray, kind: str) -> float:
+    """Average the gap between confidence and accuracy over 15 bins of equal width, weighted by their rows.
+
+    Args:
+        table: probabilities (rows, labels).
+        labels: int (rows,), or 0/1 (rows, labels) for multi-label, where every cell is a decision of its own.
+        kind: "single-label" or "multi-label".
+
+    Returns:
+        0 (perfect) to 1.
+
+    *Source*: Guo et al., eq. 3.
+    """
+    if kind == "multi-label":
+        cells, truth = table.ravel(), np.asarray(labels).ravel() == 1
+        confidence, right = np.maximum(cells, 1 - cells), (cells > 0.5) == truth
+    else:
+        confidence, right = table.max(axis=1), table.argmax(axis=1) == labels
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=_BINS)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def save_temperature(folder: str | Path, temperature: float) -> None:
+    """Write a temperature into a model folder's config.json, where `Classifier` finds it and an export takes it over.
+
+    Args:
+        folder: transformers or ONNX folder.
+        temperature: positive; 1 switches calibration off.
+
+    Raises:
+        ModelError: not a positive number, or no config.json.
+    """
+    if not (np.isfinite(temperature) and temperature > 0):
+        raise ModelError(f"the temperature must be a positive number, got {temperature}.")
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: not a model folder, config.json is missing.")
+    config = {key: value for key, value in read_json(path).items() if key != TEMPERATURE_KEY}
+    if temperature != 1:
+        config[TEMPERATURE_KEY] = float(temperature)
+    write_json_atomic(path, config)
+    record = Path(folder) / EXPORT_RECORD
+    if record.is_file():
+        write_json_atomic(record, read_json(record) | {"temperature": float(temperature)})
+
+
+def _negative_log_likelihood(scaled: np.ndarray, labels: np.ndarray, kind: str) -> float:
+    """Compute the mean negative log-likelihood in nats of scaled logits."""
+    scaled = scaled.astype(np.float64)
+    if kind == "multi-label":
+        return float(np.mean(np.logaddexp(0.0, scaled) - scaled * labels))
+    log_total = np.logaddexp.reduce(scaled, axis=1)
+    return float(np.mean(log_total - scaled[np.arange(len(scaled)), labels]))

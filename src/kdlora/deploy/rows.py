@@ -1,0 +1,268 @@
+"""Read texts to classify from files and standard input, row by row; a bad row is an entry, not the end."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+from kdlora.deploy.encode import Text, check_text
+from kdlora.errors import DataError, did_you_mean
+
+InputFormat = Literal["csv", "tsv", "jsonl", "parquet", "text"]
+
+_SUFFIXES: dict[str, InputFormat] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+_LARGEST_FIELD = 64 << 20
+"""Characters in one CSV value; an open quote swallows the rows after it up to this size, then reading goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the input.
+
+    Attributes:
+        id: of the id column, or the row's number from 0.
+        text: a text or a pair; None where the row is bad.
+        error: what is wrong with it, or an empty string.
+    """
+
+    id: str
+    text: Text | None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a row's text is.
+
+    Attributes:
+        text: one or two columns, or None to find them by name.
+        recorded: the columns that the model was trained on, or None; used where the input has them.
+        id: the id column; rows are numbered where the input has none.
+        cut: characters of a text to keep; what lies beyond would be truncated anyway.
+    """
+
+    text: tuple[str, ...] | None
+    recorded: tuple[str, ...] | None
+    id: str
+    cut: int
+
+
+class RowReader:
+    """Rows of a file or stream, in order; iterate once.
+
+    Attributes:
+        name: of the input, for messages.
+        format: how it is read.
+    """
+
+    def __init__(self, source: str | Path, columns: Columns, *, format: InputFormat | None = None) -> None:  # noqa: A002
+        """Check that the input can be read; nothing is read yet.
+
+        Args:
+            source: a file, or "-" for standard input.
+            columns: where a row's text is.
+            format: by default from the file's extension; for standard input one text a line.
+
+        Raises:
+            DataError: no such file, or an unknown format.
+        """
+        self.name = "standard input" if str(source) == "-" else str(source)
+        self._path = None if str(source) == "-" else Path(source)
+        self._columns = columns
+        self.format = _choose_format(self._path, format)
+        self._position: Callable[[], float | None] = lambda: None
+
+    def __iter__(self) -> Iterator[Row]:
+        """Give the rows.
+
+        Raises:
+            DataError: the text column is missing, or the file is not of its format.
+        """
+        if self.format == "parquet":
+            yield from self._parquet()
+            return
+        with contextlib.ExitStack() as stack:
+            stream: BinaryIO = sys.stdin.buffer
+            if self._path is not None:
+                stream = stack.enter_context(self._path.open("rb"))
+                size = max(1, self._path.stat().st_size)
+                self._position = lambda: min(1.0, stream.tell() / size)
+            # Broken UTF-8 must spoil its own row only: it is smuggled in here and refused by `check_text`.
+            lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+            try:
+                yield from self._text_rows(lines)
+            finally:
+                lines.detach()
+
+    def fraction(self) -> float | None:
+        """Give the share of the input that has been read, 0..1; None for a stream."""
+        return self._position()
+
+    def _text_rows(self, lines: io.TextIOWrapper) -> Iterator[Row]:
+        """Read one of the text formats."""
+        if self.format == "text":
+            for number, line in enumerate(lines):
+                yield self._row(number, {"text": line.rstrip("\r\n")}, ("text",), has_id=False)
+        elif self.format == "jsonl":
+            yield from self._json(lines)
+        else:
+            yield from self._delimited(lines)
+
+    def _delimited(self, lines: io.TextIOWrapper) -> Iterator[Row]:
+        """Read CSV or TSV with a header line."""
+        csv.field_size_limit(_LARGEST_FIELD)
+        first = lines.readline()
+        delimiter = "\t"
+        if self.format == "csv":
+            delimiter = next((mark for mark in ",\t;" if mark in first), ",")
+        quoting: Literal[0, 3] = csv.QUOTE_NONE if self.format == "tsv" else csv.QUOTE_MINIMAL
+        reader = csv.reader(_chain(first, lines), delimiter=delimiter, quoting=quoting)
+        header = next(reader, None)
+        if not header:
+            raise DataError(f"{self.name}: expected a header line with the column names, got an empty file.")
+        texts = self._find_columns(header)
+        has_id = self._columns.id in header
+        number = 0
+        while True:
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Row(str(number), None, f"row {number}: not readable as {self.format.upper()}: {error}")
+            else:
+                if not values:
+                    continue
+                if len(values) != len(header):
+                    problem = f"row {number}: expected {len(header)} values, got {len(values)}"
+                    yield Row(str(number), None, problem)
+                else:
+                    yield self._row(number, dict(zip(header, values, strict=True)), texts, has_id=has_id)
+            number += 1
+
+    def _json(self, lines: io.TextIOWrapper) -> Iterator[Row]:
+        """Read one JSON object a line."""
+        texts: tuple[str, ...] | None = None
+        for number, line in enumerate(lines):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                yield Row(str(number), None, f"row {number}: not JSON: {error}")
+                continue
+            if not isinstance(values, dict):
+                yield Row(str(number), None, f"row {number}: expected a JSON object, got {type(values).__name__}")
+                continue
+            texts = texts or self._find_columns(list(values))
+            yield self._row(number, values, texts, has_id=self._columns.id in values)
+
+    def _parquet(self) -> Iterator[Row]:
+        """Read a Parquet file, some rows at a time."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            file = pq.ParquetFile(self._path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{self.name}: not readable as Parquet: {error}") from None
+        with file:
+            names = file.schema_arrow.names
+            texts = self._find_columns(names)
+            has_id = self._columns.id in names
+            total, number = max(1, file.metadata.num_rows), 0
+            self._position = lambda: number / total
+            wanted = [*texts, *([self._columns.id] if has_id and self._columns.id not in texts else [])]
+            for batch in file.iter_batches(batch_size=256, columns=wanted):
+                for values in batch.to_pylist():
+                    yield self._row(number, values, texts, has_id=has_id)
+                    number += 1
+
+    def _row(self, number: int, values: Mapping[str, Any], texts: Sequence[str], *, has_id: bool) -> Row:
+        """Make a row, or say what is wrong with it."""
+        given = values.get(self._columns.id) if has_id else None
+        name = str(number) if given is None else str(given)
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            return Row(str(number), None, f"row {number}: the id is not valid UTF-8")
+        missing = [column for column in texts if values.get(column) is None]
+        if missing:
+            return Row(name, None, f"row {number}: column {missing[0]!r} is empty or missing")
+        parts = [values[column] for column in texts]
+        cut = [part[: self._columns.cut] if isinstance(part, str) else part for part in parts]
+        try:
+            return Row(name, check_text(cut[0] if len(cut) == 1 else tuple(cut), f"row {number}"))
+        except DataError as error:
+            return Row(name, None, str(error))
+
+    def _find_columns(self, available: Sequence[str]) -> tuple[str, ...]:
+        """Settle the text columns.
+
+        Raises:
+            DataError: a named column is missing, or none is named and none is evident.
+        """
+        wanted = self._columns.text
+        if wanted is not None:
+            for column in wanted:
+                if column not in available:
+                    raise DataError(
+                        f"{self.name}: no column {column!r}; there are {', '.join(available)}."
+                        f"{did_you_mean(column, available)}"
+                    )
+            return wanted
+        recorded = self._columns.recorded
+        if recorded and all(column in available for column in recorded):
+            return recorded
+        if "text" in available:
+            return ("text", "text_pair") if "text_pair" in available else ("text",)
+        others = [column for column in available if column not in (self._columns.id, "label")]
+        if len(others) == 1:
+            return (others[0],)
+        raise DataError(
+            f"{self.name}: expected a column 'text' (and 'text_pair' for pairs)"
+            f"{' or ' + ', '.join(map(repr, recorded)) if recorded else ''}; there are {', '.join(available)}. "
+            "Name the text column or columns."
+        )
+
+
+def _choose_format(path: Path | None, wanted: InputFormat | None) -> InputFormat:
+    """Settle how the input is read."""
+    known = get_args(InputFormat)
+    if wanted is not None and wanted not in known:
+        raise DataError(
+            f"unknown input format {wanted!r}; expected one of {', '.join(known)}.{did_you_mean(wanted, known)}"
+        )
+    if path is None:
+        if wanted == "parquet":
+            raise DataError("standard input cannot be read as Parquet; give the file's name.")
+        return wanted or "text"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Give a file to classify, or - for standard input.")
+    found = wanted or _SUFFIXES.get(path.suffix.lower())
+    if found is None:
+        raise DataError(
+            f"{path}: cannot tell the format from {path.suffix or 'a name without extension'!r}; expected "
+            f"{', '.join(_SUFFIXES)}, or name the format."
+        )
+    return found
+
+
+def _chain(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
+    """Give a line that was read already, then the others."""
+    yield first
+    yield from rest

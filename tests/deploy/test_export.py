@@ -1,0 +1,277 @@
+"""The export chain: seven families, three kinds, gates that close, and refusals that leave nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+from deploy_folders import LONG, PAIRS, TEXTS
+from safetensors.torch import load_file, save_file
+
+from kdlora.data.tasks import Task
+from kdlora.deploy import export as export_module
+from kdlora.deploy import fuse, package, trace
+from kdlora.deploy.export import ParityError, export_onnx
+from kdlora.deploy.gates import Checks, Gate
+from kdlora.deploy.predict import Classifier
+from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_keeps_its_logits(exported, classifier_folder, family):
+    """Prevents a graph that is right only for the shapes, lengths or padding of the traced example."""
+    reference = Classifier.load(classifier_folder(family))
+    shipped = Classifier.load(exported(family), precision="fp32")
+    texts = [*TEXTS[:20], LONG, "a"]
+    np.testing.assert_allclose(shipped.predict_logits(texts), reference.predict_logits(texts), atol=1e-4)
+    for text in (LONG, "a"):  # alone: batch 1, longest and shortest input
+        np.testing.assert_allclose(shipped.predict_logits([text]), reference.predict_logits([text]), atol=1e-4)
+    np.testing.assert_allclose(shipped.predict_logits(PAIRS), reference.predict_logits(PAIRS), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_layer_is_fused(exported, family):
+    """Prevents a new torch or transformers from silently shipping a graph in small pieces."""
+    fused = json.loads((exported(family) / "kdlora_export.json").read_text())["fused"]
+    attention = fused["Attention"] + fused["MultiHeadAttention"]
+    assert attention == (0 if family == "deberta-v2" else 2)
+    assert fused["BiasGelu"] + fused["Gelu"] >= 2
+    assert fused["LayerNormalization"] >= 3
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "mpnet", "modernbert"])
+def test_int8_stays_close_and_gets_small(exported, classifier_folder, family):
+    """Prevents int8 files whose weights or embeddings were left in fp32, or whose outputs are noise."""
+    folder = exported(family)
+    logits = Classifier.load(classifier_folder(family)).predict_logits(TEXTS)
+    int8 = Classifier.load(folder, precision="int8").predict_logits(TEXTS)
+    assert np.corrcoef(logits.ravel(), int8.ravel())[0, 1] > 0.9
+    kinds = {tensor.data_type for tensor in onnx.load(folder / "model_quantized.onnx").graph.initializer}
+    assert onnx.TensorProto.INT8 in kinds or onnx.TensorProto.UINT8 in kinds
+    large = [
+        tensor.name
+        for tensor in onnx.load(folder / "model_quantized.onnx").graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) > 32 * 64
+    ]
+    assert not large
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi-label"])
+def test_other_kinds(exported, classifier_folder, kind):
+    """Prevents a softmax over independent labels, or a class index where a value is meant."""
+    shipped = Classifier.load(exported("bert", kind), precision="fp32")
+    reference = Classifier.load(classifier_folder("bert", kind))
+    assert shipped.folder.kind == kind
+    found, expected = shipped.predict(TEXTS[:9]), reference.predict(TEXTS[:9])
+    if kind == "regression":
+        assert [p.label for p in found] == pytest.approx([p.label for p in expected], abs=1e-3)
+        assert found[0].probabilities == {}
+    else:
+        assert [p.label for p in found] == [p.label for p in expected]
+        assert any(sum(p.probabilities.values()) > 1.05 or sum(p.probabilities.values()) < 0.95 for p in found)
+
+
+def test_folder_is_complete(exported, classifier_folder):
+    """Prevents a model that needs preprocessing which was not shipped, or that optimum cannot find by name."""
+    folder = exported()
+    names = {entry.name for entry in folder.iterdir()}
+    assert names == {
+        "config.json",
+        "kdlora_export.json",
+        "model.onnx",
+        "model_quantized.onnx",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    record = json.loads((folder / "kdlora_export.json").read_text())
+    assert record["opset"] == trace.OPSET
+    assert [stage["stage"] for stage in record["stages"]][:2] == ["onnx", "onnx-optimised"]
+    assert record["stages"][2]["score"] is not None
+    assert record["stages"][2]["drop_low"] <= record["stages"][2]["drop"] <= record["stages"][2]["drop_high"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "negative", "1": "neutral", "2": "positive"}
+    opsets = {entry.domain: entry.version for entry in onnx.load(folder / "model.onnx").opset_import}
+    assert opsets[""] == record["opset"]
+    names = {value.name: [d.dim_param for d in value.type.tensor_type.shape.dim] for value in _inputs(folder)}
+    assert set(map(tuple, names.values())) == {("batch", "length")}
+
+
+def _inputs(folder: Path):
+    return onnx.load(folder / "model.onnx").graph.input
+
+
+def test_other_opset_fuses_too(tmp_path, classifier_folder):
+    """Prevents fusion that knows only the GELU of one opset: from 20 on it is an operator of its own."""
+    result = export_onnx(classifier_folder(), tmp_path / "out", formats=("onnx",), opset=20)
+    assert result.fused["BiasGelu"] == 2
+    versions = {entry.domain: entry.version for entry in onnx.load(result.files["onnx"]).opset_import}
+    assert versions[""] == 20
+
+
+def test_unreachable_gate_keeps_the_stages_before(tmp_path, classifier_folder, monkeypatch):
+    """Prevents shipping an int8 file that failed, losing the fp32 one with it, or hiding the attempts."""
+    monkeypatch.setattr(export_module, "Gate", lambda **limits: Gate(**({**limits, "agreement": 1.1} if "drop" in limits else limits)))
+    with pytest.raises(ParityError, match=r"int8 does not hold with any remedy.*of predictions agree") as caught:
+        export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    assert not (tmp_path / "out" / "model_quantized.onnx").exists()
+    names = [attempt.stage for attempt in caught.value.result.attempts]
+    assert [name.split("(")[1].rstrip(")") for name in names[:4]] == [
+        "int8 weights per channel, embeddings per row",
+        "uint8 weights",
+        "int8 weights of reduced range",
+        "embeddings in fp32",
+    ]
+    assert "1 most sensitive product in fp32" in names[4]
+    record = json.loads((tmp_path / "out" / "kdlora_export.json").read_text())
+    assert len(record["attempts"]) == len(names)
+    assert "does not hold" in record["failure"]
+    assert Classifier.load(tmp_path / "out").predict(TEXTS[:1])
+
+
+def test_first_remedy_that_passes_is_named(tmp_path, classifier_folder, monkeypatch):
+    """Prevents a result that names plain int8 although a remedy was needed."""
+    judge = Checks.judge
+
+    def strict(self, stage, file, gate, *, optimised=True):
+        parity = judge(self, stage, file, gate, optimised=optimised)
+        object.__setattr__(parity, "reason", "" if "int8" not in stage or "reduced" in stage else "too far")
+        return parity
+
+    monkeypatch.setattr(Checks, "judge", strict)
+    result = export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
+    assert result.recipe == "int8 weights of reduced range"
+    assert len(result.attempts) == 2
+    assert result.files["onnx-int8"].is_file()
+
+
+def test_wrong_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
+    """Prevents the known silent failure of ONNX exports: a file that loads and answers wrongly."""
+    capture = trace.capture
+
+    def wrong(model, names, to, *, opset):
+        with_noise = model.get_submodule("bert.encoder.layer.0.output.dense").bias
+        before = with_noise.data.clone()
+        with_noise.data[0] += 0.5
+        capture(model, names, to, opset=opset)
+        with_noise.data = before
+
+    monkeypatch.setattr(trace, "capture", wrong)
+    with pytest.raises(ModelError, match=r"does not reproduce the PyTorch model: logits differ by .*'bert'"):
+        export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unfused_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
+    """Prevents a slow export that nobody notices."""
+    monkeypatch.setattr(fuse, "_fuse_gelu", lambda graph: None)
+    with pytest.raises(ModelError, match="0 of 2 GELU"):
+        export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
+
+
+def test_disk_full_leaves_nothing(tmp_path, classifier_folder, monkeypatch):
+    """Prevents half an export that a later step takes for a whole one."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(package.shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    with pytest.raises(OSError, match="MB of free space"):
+        export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
+    monkeypatch.undo()
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_module, "finish_package", fail)
+    monkeypatch.setattr(export_module, "_run_stages", lambda *arguments: None)
+    with pytest.raises(OSError, match="No space left"):
+        export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_foreign_folder_is_not_replaced(tmp_path, classifier_folder):
+    """Prevents `--to .` from deleting the user's files."""
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match="not empty and holds no earlier export"):
+        export_onnx(classifier_folder(), tmp_path, texts=TEXTS)
+    source = shutil.copytree(classifier_folder(), tmp_path / "models" / "student")
+    for target in (source, source.parent):
+        with pytest.raises(ArtifactError, match="would replace the model"):
+            export_onnx(source, target, texts=TEXTS)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"formats": ("onnx-int4",)}, ConfigError, "unknown format 'onnx-int4'.*Did you mean 'onnx-int8'"),
+        ({"formats": ()}, ConfigError, "at least one format"),
+        ({"min_agreement": 99}, ConfigError, "share between 0 and 1, got 99"),
+        ({"max_metric_drop": -1}, ConfigError, "0 or more points"),
+        ({"opset": 99}, ModelError, "opset 99 is not supported: expected 18 to"),
+        ({"opset": 7}, ModelError, "opset 7 is not supported"),
+        ({"texts": ()}, DataError, "must be checked on validation texts"),
+        ({"texts": ["good", " "]}, DataError, "validation text 1: the text is empty"),
+        ({"labels": [0, 1]}, DataError, "one label a text, got 2 labels for 60"),
+        ({"labels": [7] * 60}, DataError, "labels do not fit the single-label task"),
+        ({"max_length": 2}, ModelError, "max_length must be at least 3"),
+        (
+            {"task": Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy",))},
+            ModelError,
+            r"outputs \['negative', 'neutral', 'positive'\], but the task",
+        ),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, classifier_folder, settings, kind, message):
+    """Prevents minutes of work before a mistake shows, and half-written folders after it."""
+    with pytest.raises(kind, match=message):
+        export_onnx(classifier_folder(), tmp_path / "out", **{"texts": TEXTS, **settings})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_extra_is_named(tmp_path, classifier_folder, monkeypatch):
+    """Prevents an ImportError from the middle of an export where one pip command helps."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    with pytest.raises(KdLoraError, match=r"onnxscript not installed.*pip install 'kdlora\[onnx\]'"):
+        export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
+
+
+def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported, tiny_model_folder):
+    """Prevents exporting a random head, an adapter, or an export."""
+    out = tmp_path / "out"
+    with pytest.raises(ModelError, match="no such folder"):
+        export_onnx(tmp_path / "nowhere", out, texts=TEXTS)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="not a model folder, config.json is missing"):
+        export_onnx(tmp_path / "empty", out, texts=TEXTS)
+    with pytest.raises(ModelError, match=r"classification head.*got BertForPreTraining"):
+        export_onnx(tiny_model_folder("bert"), out, texts=TEXTS)
+    with pytest.raises(ModelError, match="exported already"):
+        export_onnx(exported(), out, texts=TEXTS)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere/base"}')
+    with pytest.raises(ModelError, match=r"an adapter of the base 'somewhere/base'. Merge it first"):
+        export_onnx(adapter, out, texts=TEXTS)
+    headless = shutil.copytree(classifier_folder(), tmp_path / "headless")
+    weights = load_file(headless / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "classifier" not in k}, headless / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks weights of the classifier \(classifier.bias, classifier.weight\)"):
+        export_onnx(headless, out, texts=TEXTS)
+    assert not out.exists()
+
+
+def test_training_rows_fill_up(tmp_path, classifier_folder, monkeypatch):
+    """Prevents an agreement that rests on the few rows of a small validation set."""
+    monkeypatch.setattr("kdlora.deploy.gates.ENOUGH_ROWS", 50)
+    result = export_onnx(
+        classifier_folder(), tmp_path / "out", texts=TEXTS[:5], labels=[0] * 5, more_texts=TEXTS[5:], formats=("onnx",)
+    )
+    assert {stage.rows for stage in result.stages} == {50}
+    assert not (tmp_path / "out" / "model_quantized.onnx").exists()

@@ -1,0 +1,87 @@
+"""Quantisation: embeddings by row, products left out, and the measurement of what is sensitive."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from deploy_folders import TEXTS
+from onnx import TensorProto, helper, numpy_helper
+
+from kdlora.deploy.folder import read_model_folder
+from kdlora.deploy.predict import open_session
+from kdlora.deploy.quantise import BASE, Recipe, excluding, products, quantise
+from kdlora.deploy.sensitivity import rank_products
+
+
+def test_rare_rows_keep_their_digits(tmp_path):
+    """Prevents one large embedding from rounding a small one to nothing, as a scale for the whole table does."""
+    table = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    table[1] *= 1e-3
+    table[2] = 0
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "ids"], ["out"], name="gather")],
+        "embedding",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch"])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", 16])],
+        [numpy_helper.from_array(table, "table")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "fp32.onnx")
+    quantise(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", BASE)
+    found = open_session(tmp_path / "int8.onnx").run(None, {"ids": np.arange(64)})[0]
+    largest = np.abs(table).max(axis=1, keepdims=True)
+    assert (np.abs(found - table) <= largest / 127).all()
+    assert (found[2] == 0).all()
+
+
+def test_excluded_products_stay_fp32(tmp_path, exported):
+    """Prevents a remedy that names products and quantises them all the same."""
+    model = exported() / "model.onnx"
+    names = products(model)
+    assert len(names) == 2 * 4
+    quantise(model, tmp_path / "some.onnx", Recipe("", excluded=tuple(names[:3])))
+    kept = [node.name for node in onnx.load(tmp_path / "some.onnx").graph.node if node.op_type in ("MatMul", "Attention")]
+    assert sorted(kept) == sorted(names[:3])
+
+
+def test_half_of_the_products_at_most():
+    """Prevents "int8" that is fp32 in all but name."""
+    sizes = [len(recipe.excluded) for recipe in excluding([f"p{number}" for number in range(24)])]
+    assert sizes == [1, 2, 4, 8]
+    assert [len(recipe.excluded) for recipe in excluding(["only"])] == [1]
+
+
+def test_the_product_with_outliers_ranks_first(tmp_path, exported):
+    """Prevents leaving out harmless products while the one that ruins the model is rounded."""
+    model = onnx.load(exported() / "model.onnx")
+    victim = [node for node in model.graph.node if node.op_type == "MatMul"][-1]
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    width = weights[victim.input[1]].dims[0]
+    # One input far beyond the others, which its weights ignore: its scale leaves the others no levels.
+    outlier = np.zeros(width, np.float32)
+    outlier[0] = 3000
+    weight = numpy_helper.to_array(weights[victim.input[1]]).copy()
+    weight[0] = 0
+    weights[victim.input[1]].CopyFrom(numpy_helper.from_array(weight, victim.input[1]))
+    model.graph.initializer.append(numpy_helper.from_array(outlier, "outlier"))
+    position = list(model.graph.node).index(victim)
+    model.graph.node.insert(position, helper.make_node("Add", [victim.input[0], "outlier"], ["shifted"], name="shift"))
+    victim = model.graph.node[position + 1]
+    victim.input[0] = "shifted"
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes((exported() / name).read_bytes())
+    onnx.save(model, tmp_path / "model.onnx")
+    ranked = rank_products(tmp_path / "model.onnx", read_model_folder(tmp_path), TEXTS)
+    assert ranked[0] == victim.name
+    assert sorted(ranked) == sorted(products(tmp_path / "model.onnx"))
+    assert not (tmp_path / "switched.onnx").exists()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_weight_type(tmp_path, exported, signed):
+    """Prevents the slow weight type from being shipped where the fast one was asked for, and the reverse."""
+    quantise(exported() / "model.onnx", tmp_path / "q.onnx", Recipe("", signed=signed, embeddings=False))
+    kinds = {tensor.data_type for tensor in onnx.load(tmp_path / "q.onnx").graph.initializer if len(tensor.dims) == 2}
+    assert (TensorProto.INT8 in kinds) == signed
+    assert (TensorProto.UINT8 in kinds) != signed

@@ -9,7 +9,7 @@ import numpy as np
 
 from kdlora.evidence.blocks import Figure, LegendItem
 from kdlora.evidence.stats import Difference
-from kdlora.evidence.svg import MARKERS, Drawing, Style, padded, shorten, swatch
+from kdlora.evidence.svg import MARKERS, Drawing, Scale, Style, padded, shorten, swatch
 from kdlora.evidence.wording import interval, signed
 
 _ARM_STYLES = {
@@ -81,25 +81,8 @@ def score_against_cost(
     y = drawing.y_scale(*padded([point.score for one in drawn for point in one.points], margin=0.18, least=2.0))
     drawing.axes(x, y, cost, score)
     shift = _shifts([float(np.mean([x(point.cost / scale) for point in one.points])) for one in drawn])
-    labels = []
-    for one, aside in zip(drawn, shift, strict=True):
-        scores = [point.score for point in one.points]
-        for point in one.points:
-            drawing.mark(
-                x(point.cost / scale) + aside,
-                y(point.score),
-                one.style,
-                radius=3.5,
-                css="mark run",
-                title=point.title,
-                href=point.href,
-            )
-        middle = float(np.mean([x(point.cost / scale) for point in one.points])) + aside
-        mean, sd = float(np.mean(scores)), float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
-        drawing.line(middle, y(mean - sd), middle, y(mean + sd), "error-bar")
-        drawing.mark(middle, y(mean), one.style, radius=6.5)
-        labels.append((middle, y(mean), one.name))
-    labelled = drawing.labels(labels)
+    places = [_draw_series(drawing, one, x, y, scale, aside) for one, aside in zip(drawn, shift, strict=True)]
+    labelled = drawing.labels([(*place, one.name) for place, one in zip(places, drawn, strict=True)])
     said = [
         f"{one.name} {np.mean([p.score for p in one.points]):.1f} at "
         f"{np.mean([p.cost for p in one.points]) / scale:.3g}"
@@ -109,6 +92,19 @@ def score_against_cost(
     caption = "Large marks: mean over seeds, with its standard deviation. Small marks: single runs."
     legend = tuple(LegendItem(swatch(one.style), one.name) for one in drawn) if not labelled else ()
     return Figure(title, drawing.render(title, description, identity), description, caption, legend)
+
+
+def _draw_series(drawing: Drawing, one: Series, x: Scale, y: Scale, scale: float, aside: float) -> tuple[float, float]:
+    """Draw an arm's runs and its mean ± standard deviation; give the place of the mean."""
+    for point in one.points:
+        place = x(point.cost / scale) + aside, y(point.score)
+        drawing.mark(*place, one.style, radius=3.5, css="mark run", title=point.title, href=point.href)
+    scores = [point.score for point in one.points]
+    mean, sd = float(np.mean(scores)), float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+    middle = float(np.mean([x(point.cost / scale) for point in one.points])) + aside
+    drawing.line(middle, y(mean - sd), middle, y(mean + sd), "error-bar")
+    drawing.mark(middle, y(mean), one.style, radius=6.5)
+    return middle, y(mean)
 
 
 def _shifts(centres: Sequence[float]) -> list[float]:

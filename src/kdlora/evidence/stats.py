@@ -111,18 +111,12 @@ def paired_bootstrap(
         raise ValueError("expected at least one seed in each arm")
     if draws < 1 or not 0 < level < 1:
         raise ValueError(f"expected draws >= 1 and 0 < level < 1, got {draws} and {level}")
-    rows = _group_rows(len(labels), groups)
-    arms = [[_seed_scorer(task, logits, labels, rows) for logits in arm] for arm in (first, second)]
-    observed = [
-        np.mean([score(task, compute_metrics(task, one, labels, groups)) for one in arm]) for arm in (first, second)
-    ]
-    differences = np.concatenate(
-        [_mean_score(arms[0], counts) - _mean_score(arms[1], counts) for counts in _draw_counts(rows, draws, seed)]
-    )
+    observed = [_observed_score(task, arm, labels, groups) for arm in (first, second)]
+    differences = _drawn_differences(task, labels, first, second, _group_rows(len(labels), groups), draws, seed)
     tail = (1 - level) / 2
     low, high = np.quantile(differences, [tail, 1 - tail])
     return Difference(
-        difference=float(observed[0] - observed[1]),
+        difference=observed[0] - observed[1],
         low=float(low),
         high=float(high),
         p=_two_sided(differences),
@@ -134,6 +128,26 @@ def paired_bootstrap(
 
 
 _Scorer = Callable[[np.ndarray], np.ndarray]
+
+
+def _observed_score(task: Task, arm: Sequence[np.ndarray], labels: np.ndarray, groups: Sequence[str] | None) -> float:
+    """Average the score over an arm's seeds, on the examples as they are."""
+    return float(np.mean([score(task, compute_metrics(task, logits, labels, groups)) for logits in arm]))
+
+
+def _drawn_differences(
+    task: Task,
+    labels: np.ndarray,
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    rows: list[np.ndarray],
+    draws: int,
+    seed: int,
+) -> np.ndarray:
+    """Give the difference of the arms' mean scores for each draw, both arms on the same drawn examples."""
+    one, other = ([_seed_scorer(task, logits, labels, rows) for logits in arm] for arm in (first, second))
+    chunks = _draw_counts(rows, draws, seed)
+    return np.concatenate([_mean_score(one, counts) - _mean_score(other, counts) for counts in chunks])
 
 
 def _group_rows(rows: int, groups: Sequence[str] | None) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import sys
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--runs", type=_positive, help="timed passes (default: 3; on CUDA 100, as in the paper)")
     parser.add_argument("--every", type=_positive, help="time one of so many batches (default: 8; on CUDA 1, all)")
-    parser.add_argument("--out", type=Path, help="also write the tables to this file, anew after every family")
+    parser.add_argument(
+        "--out", type=Path, help="also write the tables to this file, anew whenever a family is measured"
+    )
     options = parser.parse_args(arguments)
     try:
         options.precision, options.reason = resolve_precision("auto", options.device)
@@ -86,31 +89,26 @@ def count_family(sizes: tuple[Size, Size]) -> Figures:
     return Figures((count_plain(sizes[0]), count_plain(sizes[1])), adapted)
 
 
-def measure_family(sizes: tuple[Size, Size], figures: Figures, options: argparse.Namespace) -> None:
-    """Fill in memory and time, in fp32 as the paper, and in our default precision.
+def measure_family(sizes: tuple[Size, Size], figures: Figures, precision: str, options: argparse.Namespace) -> None:
+    """Fill in memory and time in one precision.
 
     Args:
         sizes: of teacher and student.
         figures: what is known; it is added to.
+        precision: `fp32`, `bf16` or `fp16`.
         options: from `parse`.
     """
     batch = widest_batch(lengths_of(TRAIN_COUNTS))
-    for precision in dict.fromkeys(("fp32", options.precision)):
-        peaks = figures.memory.setdefault(precision, {})
-        for method in METHODS:
-            size = sizes[1 if method == "KD-LoRA" else 0]
-            found = [
-                peak_of_training(
-                    size, method, batch, options.steps, Conditions(precision, options.device, MEASURED_RANK, seed)
-                )
-                for seed in options.seeds
-            ]
-            peaks[method] = max((peak for peak in found if peak is not None), default=None)
-            _tell(f"{size.title}, {method}, {precision}: peak {peaks[method]} bytes")
-        conditions = Conditions(precision, options.device, MEASURED_RANK, options.seeds[0])
-        timing = time_inference(sizes, lengths_of(VALIDATION_COUNTS), options.runs, options.every, conditions)
-        figures.timing[precision] = timing
-        _tell(f"{sizes[0].title}, {sizes[1].title}, {precision}: {timing.seconds}")
+    conditions = [Conditions(precision, options.device, MEASURED_RANK, seed) for seed in options.seeds]
+    peaks = figures.memory.setdefault(precision, {})
+    for method in METHODS:
+        size = sizes[1 if method == "KD-LoRA" else 0]
+        found = [peak_of_training(size, method, batch, options.steps, condition) for condition in conditions]
+        peaks[method] = max((peak for peak in found if peak is not None), default=None)
+        _tell(f"{size.title}, {method}, {precision}: peak {peaks[method]} bytes")
+    lengths = lengths_of(VALIDATION_COUNTS)
+    figures.timing[precision] = time_inference(sizes, lengths, options.runs, options.every, conditions[0])
+    _tell(f"{sizes[0].title}, {sizes[1].title}, {precision}: {figures.timing[precision].seconds}")
 
 
 def _tell(line: str) -> None:
@@ -149,9 +147,9 @@ def conditions_text(results: dict[str, Figures], options: argparse.Namespace) ->
         f"({padded_tokens(batch)} tokens with padding), in a process of its own each; peak of {counter}; "
         f"seed(s) {_join(options.seeds)}.",
         f"**Time:** one warm-up and {options.runs} timed run(s) over {whole}, batches of {BATCH} sentences of like "
-        "length; the methods take turns in one process; tokenising left out.",
+        "length; the methods take turns in one process; tokenising left out. A dash is a figure not measured.",
         f"**Precision:** fp32 as in the paper, and kdlora's default here: {options.precision}, as {options.reason}.",
-        f"**Device:** {place}. " + "; ".join(f"{key}: {value}" for key, value in describe_machine().items()) + ".",
+        f"**Device:** {place}. " + "; ".join(f"{key}: {value}" for key, value in _machine().items()) + ".",
         "**Versions:** " + ", ".join(f"{name} {value}" for name, value in collect_versions().items()) + ".",
         f"**Date:** {datetime.datetime.now(datetime.UTC):%Y-%m-%d}{_commit()}.",
     ]
@@ -160,6 +158,12 @@ def conditions_text(results: dict[str, Figures], options: argparse.Namespace) ->
 
 def _join(values: set[int] | list[int]) -> str:
     return ", ".join(str(value) for value in sorted(values)) or "–"
+
+
+def _machine() -> dict[str, str]:
+    """Describe the machine, and how busy it was: times from a shared one are worth less."""
+    load = {"load over 15 minutes": f"{os.getloadavg()[2]:.1f}"} if hasattr(os, "getloadavg") else {}
+    return {**describe_machine(), **load}
 
 
 def _commit() -> str:
@@ -176,10 +180,11 @@ def main(arguments: list[str] | None = None) -> None:
     """
     options = parse(arguments)
     results = {family: count_family(SIZES[family]) for family in options.families}
-    for family in options.families:
-        measure_family(SIZES[family], results[family], options)
-        if options.out is not None:
-            write_text_atomic(options.out, render(results, options))
+    for precision in dict.fromkeys(("fp32", options.precision)):  # the paper's first: it is the one to compare
+        for family in options.families:
+            measure_family(SIZES[family], results[family], precision, options)
+            if options.out is not None:
+                write_text_atomic(options.out, render(results, options))
     print(render(results, options))
 
 

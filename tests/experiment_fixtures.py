@@ -1,4 +1,4 @@
-"""Fixtures of the tests of whole experiments, among them one that is finished; a plugin, since several folders use it."""
+"""Fixtures for tests of whole experiments, one that is finished among them; a plugin, since two folders use it."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from kdlora.evidence.records import read_record, read_results
 from kdlora.experiment.scoring import evaluate_experiment
 
 pytest_plugins = ["experiment_fixtures"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it
 
 
 def logits_of(model, folder, texts):

@@ -1,0 +1,238 @@
+"""The same command again, another command on the same folder, and what goes wrong on the way."""
+
+import threading
+
+import experiment_children
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments import ARMS, copy_experiment, read_rows, snapshot
+from kdlora.errors import ArtifactError, DataError
+from kdlora.evidence.predictions import read_predictions
+from kdlora.evidence.records import ExperimentLayout, read_record
+from kdlora.experiment import run as experiment_run
+from kdlora.experiment.run import run_experiment
+from kdlora.experiment.stages import Stage, train_run
+from tiny import write_csv
+
+pytest_plugins = ["experiment_fixtures"]
+
+ALL = {"run": {"arms": ARMS, "seeds": [0, 1]}}
+
+
+@pytest.fixture
+def copied(experiment, tmp_path):
+    """The layout of a copy of the finished experiment, free to be changed."""
+    return ExperimentLayout(copy_experiment(experiment.folder, tmp_path / "copy"))
+
+
+def count_stages(monkeypatch, *skipped):
+    """List the names of the functions that are run in a process of their own; some are not run at all."""
+    called = []
+    run_in_child = experiment_run.run_in_child
+
+    def call(function, *arguments, **options):
+        called.append(function.__name__)
+        return None if function.__name__ in skipped else run_in_child(function, *arguments, **options)
+
+    monkeypatch.setattr(experiment_run, "run_in_child", call)
+    return called
+
+
+def logits(layout, arm, seed):
+    return read_predictions(layout.run(arm, seed).predictions).logits
+
+
+def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, monkeypatch):
+    """A second call that trains again costs hours, and may ship another student."""
+    before = snapshot(copied.root)
+    called = count_stages(monkeypatch)
+    again = run_experiment(workshop.config(ALL), copied.root)
+    assert not {"check_models", "train_run", "label_training_rows", "ship_student"} & set(called)
+    assert again.records == experiment.records
+    assert again.shipped == experiment.shipped
+    after = snapshot(copied.root)
+    assert after.keys() >= before.keys()
+    for name in before:
+        if name.split("/")[0] in ("runs", "teacher", "student", "adapter"):
+            assert after[name] == before[name], name
+
+
+def test_another_seed_adds_its_run_and_touches_no_other(workshop, tmp_path):
+    """Adding a seed to finished ones must neither repeat nor drop them."""
+    first = run_experiment(workshop.config(), tmp_path / "out")
+    before = snapshot(first.layout.runs)
+    stages = []
+    config = workshop.config({"run": {"seeds": [0, 3]}})
+    second = run_experiment(config, tmp_path / "out", listen=lambda stage, event: stages.append(stage))
+    assert {(stage.arm, stage.seed) for stage in stages if stage.name == "train"} == {("student-lora", 3)}
+    assert [record.seed for record in second.records] == [0, 3]
+    assert second.records[0] == first.records[0]
+    assert snapshot(first.layout.runs).items() >= before.items()
+
+
+def test_an_arm_that_ships_later_gets_its_weights(copied, workshop):
+    """Only the shipped arm's weights are kept; with the arms narrowed, another arm ships and has none."""
+    assert not copied.run("student-fft", 0).model.exists()
+    before = logits(copied, "student-fft", 0)
+    result = run_experiment(workshop.config({"run": {"arms": ["student-fft"]}}), copied.root)
+    assert (result.shipped.arm, result.shipped.seed) == ("student-fft", 0)
+    assert not copied.adapter.exists()  # the old one belongs to another student
+    assert "`student-fft`" in (copied.student / "README.md").read_text()
+    np.testing.assert_array_equal(logits(copied, "student-fft", 0), before)  # the same seed, the same numbers
+
+
+def test_a_control_differs_from_the_distilled_arm_by_its_teacher_alone(copied, workshop):
+    """With the teacher's weight at 0, the distilled arm must be its control: same head, adapters, rows and order.
+
+    It is run without the teacher's weights, which also shows that a student needs the stored logits only.
+    """
+    (copied.teacher / "model.safetensors").unlink()
+    for arm, control in (("kd-lora", "student-lora"), ("kd-fft", "student-fft")):
+        distilled = logits(copied, arm, 1)
+        assert not np.array_equal(distilled, logits(copied, control, 1))  # the teacher does matter
+        train_run(workshop.config(ALL | {"distil": {"alpha": 1.0}}), copied, arm, 1, lambda event: None)
+        np.testing.assert_array_equal(logits(copied, arm, 1), logits(copied, control, 1))
+
+
+def test_another_config_is_refused_and_named(copied, workshop):
+    """Runs of two configs in one folder make a table that compares nothing."""
+    before = snapshot(copied.root)
+    config = workshop.config(ALL | {"lora": {"rank": 4}, "distil": {"temperature": 3.0}})
+    with pytest.raises(ArtifactError) as caught:
+        run_experiment(config, copied.root)
+    assert f"{copied.root} belongs to another config" in str(caught.value)
+    assert "distil.temperature: 2.0 there, 3.0 here" in str(caught.value)
+    assert "lora.rank: 8 there, 4 here" in str(caught.value)
+    assert "--out" in str(caught.value)
+    assert snapshot(copied.root) == before
+
+
+def test_another_teacher_seed_is_another_config(copied, workshop):
+    """The first seed trains the teacher; a seed put before it would mix students of two teachers."""
+    with pytest.raises(ArtifactError, match=r"teacher\.seed: 0 there, 5 here"):
+        run_experiment(workshop.config({"run": {"arms": ARMS, "seeds": [5, 0, 1]}}), copied.root)
+
+
+def test_a_folder_of_something_else_is_refused(workshop, tmp_path):
+    """`--out ~` must not fill a home folder."""
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("dear")
+    with pytest.raises(ArtifactError, match=r"not empty and holds no config\.yaml"):
+        run_experiment(workshop.config(), tmp_path / "letters")
+    assert list(snapshot(tmp_path)) == ["letters/a.txt"]
+    with pytest.raises(ArtifactError, match="is a file"):
+        run_experiment(workshop.config(), tmp_path / "letters" / "a.txt")
+
+
+def test_changed_data_is_refused(workshop, tmp_path):
+    """Rows edited between two calls would mix two data sets in one table."""
+    train = write_csv(tmp_path / "train.csv", read_rows(workshop.train))
+    config = workshop.config({"data": {"train": str(train)}})
+    run_experiment(config, tmp_path / "out")
+    rows = read_rows(train)
+    rows[5]["text"] = "another text"
+    write_csv(train, rows)
+    before = snapshot(tmp_path)
+    with pytest.raises(ArtifactError, match="the data changed since"):
+        # The first run of this plan is a new one; the finished one must be looked at before it starts.
+        run_experiment(
+            workshop.config({"data": {"train": str(train)}, "run": {"arms": ["student-fft", "student-lora"]}}),
+            tmp_path / "out",
+        )
+    assert snapshot(tmp_path) == before
+
+
+def test_two_at_once_are_refused(workshop, tmp_path, monkeypatch):
+    """Two processes in one folder overwrite each other's checkpoints."""
+    faults = []
+
+    def start_another(stage, event):
+        if not faults:
+            # Of another thread, since this one holds the lock already.
+            thread = threading.Thread(target=attempt)
+            thread.start()
+            thread.join()
+
+    def attempt():
+        try:
+            run_experiment(workshop.config(), tmp_path / "out")
+        except ArtifactError as error:
+            faults.append(str(error))
+
+    # The models are checked in a child, and there is one server for one child at a time.
+    count_stages(monkeypatch, "check_models")
+    run_experiment(workshop.config(), tmp_path / "out", listen=start_another)
+    assert len(faults) == 1
+    assert f"another process runs the experiment in {tmp_path / 'out'}" in faults[0]
+
+
+def test_a_lock_left_behind_is_no_obstacle(workshop, tmp_path):
+    """Killed right after taking the lock, a first call must not make the folder foreign."""
+    layout = ExperimentLayout(tmp_path / "out")
+    layout.root.mkdir()
+    layout.lock.touch()
+    experiment_run.check_folder(workshop.config(), layout)
+
+
+def test_a_killed_run_is_recorded_and_the_others_carry_on(workshop, tmp_path, monkeypatch):
+    """Out of memory in one arm must not cost the night."""
+    monkeypatch.setattr(experiment_run, "train_run", experiment_children.die_in_lora_arms)
+    config = workshop.config({"run": {"arms": ["student-lora", "student-fft"]}})
+    result = run_experiment(config, tmp_path / "out")
+    assert [(record.arm, record.status) for record in result.records] == [
+        ("student-lora", "failed"),
+        ("student-fft", "finished"),
+    ]
+    failed = read_record(result.layout.run("student-lora", 0).record)
+    assert "killed by SIGKILL" in failed.error
+    assert failed.score is None
+    assert failed.config
+    assert result.shipped is None
+    assert "SIGKILL" in result.layout.report_md.read_text()
+    monkeypatch.undo()
+    mended = run_experiment(config, tmp_path / "out")
+    assert [record.status for record in mended.records] == ["finished", "finished"]
+    assert mended.records[1] == result.records[1]
+    assert mended.shipped.arm == "student-lora"
+
+
+def test_without_a_teacher_its_students_fail_by_name_and_the_controls_run(workshop, tmp_path):
+    """A teacher that diverged must be named as the cause, once, and must not teach."""
+    teacher = {"train": {"epochs": 1, "batch_size": 16, "learning_rate": 1e30}}
+    config = workshop.config({"teacher": teacher, "run": {"arms": ["kd-lora", "student-lora"]}})
+    result = run_experiment(config, tmp_path / "out")
+    teacher, distilled, control = result.records
+    assert (teacher.arm, teacher.status) == ("fft", "failed")
+    assert "finite" in teacher.error
+    assert distilled.status == "failed"
+    assert "there is no teacher" in distilled.error
+    assert control.status == "finished"
+
+
+def test_stages_are_told_to_the_listener(workshop, experiment, copied):
+    """Without events there is no progress to show."""
+    events = []
+    copied.run("kd-lora", 1).record.unlink()
+    (copied.teacher_logits / "manifest.json").unlink(missing_ok=True)
+    run_experiment(workshop.config(ALL), copied.root, listen=lambda stage, event: events.append((stage, event)))
+    stages = list(dict.fromkeys(stage for stage, _ in events))
+    assert stages[:2] == [Stage("label", "kd-lora", 1), Stage("train", "kd-lora", 1)]
+    done, total = next(event for stage, event in reversed(events) if stage.name == "label")
+    assert done == total == 64
+    last = next(event for stage, event in reversed(events) if stage.name == "train")
+    assert last.step == last.steps == 16
+    weights = [
+        load_file(ExperimentLayout(root).run("kd-lora", 1).model / "model.safetensors")
+        for root in (experiment.folder, copied.root)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_data_faults_come_before_the_folder(workshop, tmp_path):
+    """A folder made for nothing stands in the way of the next attempt."""
+    with pytest.raises(DataError, match="nowhere"):
+        run_experiment(workshop.config({"data": {"train": str(tmp_path / "nowhere.csv")}}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

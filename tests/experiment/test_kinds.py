@@ -1,0 +1,262 @@
+"""Every kind of task through the whole experiment, with every kind of teacher."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from experiments import copy_experiment, read_rows, write_lines
+from kdlora.data.load import load_splits
+from kdlora.data.tasks import Task
+from kdlora.distil.teacher import read_stored_logits
+from kdlora.errors import DataError, ModelError
+from kdlora.evidence.card import student_card
+from kdlora.evidence.predictions import read_examples, read_predictions
+from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment.run import run_experiment
+from kdlora.experiment.sources import check_table, load_teacher
+from kdlora.experiment.stages import label_training_rows, train_run
+from tiny import sentiment_rows, write_csv
+
+pytest_plugins = ["experiment_fixtures"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it
+
+
+def predicted(layout, arm, split="validation"):
+    return read_predictions(layout.run(arm, 0).predictions).only(split)
+
+
+def test_regression_is_scored_and_shipped_on_the_original_scale(workshop, tmp_path):
+    """Targets are standardised in training; a student left on that scale correlates, and is wrong everywhere."""
+    files = {}
+    for split, count in (("train", 64), ("validation", 24)):
+        rows = sentiment_rows(count, seed=len(split))
+        rows = [
+            row | {"label": 2000 + 100 * (row["label"] == "positive") + row_number % 7}
+            for row_number, row in enumerate(rows)
+        ]
+        files[split] = str(write_csv(tmp_path / f"{split}.csv", rows))
+    config = workshop.config({"data": files, "task": {"kind": "regression"}, "run": {"arms": ["fft", "kd-lora"]}})
+    result = run_experiment(config, tmp_path / "out")
+    assert [record.status for record in result.records] == ["finished", "finished"]
+    for record in result.records:
+        assert set(record.metrics) >= {"pearson", "spearman", "mse", "mae"}
+        assert 1900 < predicted(result.layout, record.arm).logits.mean() < 2200
+    student = AutoModelForSequenceClassification.from_pretrained(result.layout.student)
+    assert student.config.problem_type == "regression"
+    tokenizer = AutoTokenizer.from_pretrained(result.layout.student)
+    texts = [row["text"] for row in read_rows(files["validation"])]
+    with torch.no_grad():
+        found = student.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits.numpy()
+    np.testing.assert_allclose(found, predicted(result.layout, "kd-lora").logits, rtol=1e-4)
+    stored = read_stored_logits(result.layout.teacher_logits, Task.from_dict(result.records[0].task))
+    assert 1900 < stored.logits.mean() < 2200
+
+
+def flags(count, seed):
+    """Make rows with three labels that may hold together."""
+    rows = sentiment_rows(count, seed)
+    return [
+        {
+            "id": row["id"],
+            "text": row["text"],
+            "praise": int(row["label"] == "positive"),
+            "film": int("film" in row["text"]),
+            "music": int("music" in row["text"]),
+        }
+        for row in rows
+    ]
+
+
+def test_multi_label_columns_taught_by_a_table_of_probabilities(workshop, tmp_path):
+    """A table without validation rows can teach, though it cannot be scored; its columns come in any order."""
+    rows = flags(64, 0)
+    files = {
+        "train": str(write_csv(tmp_path / "train.csv", rows)),
+        "validation": str(write_csv(tmp_path / "validation.csv", flags(24, 1))),
+    }
+    table = [
+        {name: 0.9 if row[name] else 0.2 for name in ("music", "praise", "film")} | {"id": row["id"]}
+        for row in [*reversed(rows), {"id": "unknown", "music": 0, "praise": 0, "film": 1}]
+    ]
+    pd.DataFrame(table).to_parquet(tmp_path / "teacher.parquet")
+    config = workshop.config(
+        {
+            "data": files,
+            "task": {"label": ["praise", "film", "music"]},
+            "teacher": {"model": None, "probabilities": str(tmp_path / "teacher.parquet")},
+            "run": {"arms": ["fft", "kd-lora"]},
+        }
+    )
+    result = run_experiment(config, tmp_path / "out")
+    teacher, student = result.records
+    assert (teacher.status, teacher.score) == ("finished", None)
+    assert any("not available" in note for note in teacher.notes)
+    assert any("1 rows belong to no training example" in note for note in result.notes)
+    assert student.task["kind"] == "multi-label"
+    assert set(student.metrics) >= {"micro_f1", "macro_f1", "subset_accuracy"}
+    assert student.history[-1]["soft_loss"] > 0
+    shipped = AutoConfig.from_pretrained(result.layout.student)
+    assert shipped.problem_type == "multi_label_classification"
+    assert list(shipped.id2label.values()) == ["praise", "film", "music"]
+    assert "not available" in result.layout.report_md.read_text()
+    assert not result.layout.teacher.exists()
+
+
+def test_a_list_column_taught_by_a_table_of_logits_with_splits(workshop, tmp_path):
+    """A table that covers the validation split is a teacher like any other, scored on it."""
+    files, table = {}, []
+    for split, count in (("train", 48), ("validation", 24)):
+        rows = flags(count, len(split))
+        names = {row["id"]: [name for name in ("film", "music", "praise") if row[name]] for row in rows}
+        lines = [{"id": row["id"], "text": row["text"], "labels": names[row["id"]]} for row in rows]
+        files[split] = str(write_lines(tmp_path / f"{split}.jsonl", lines))
+        table += [
+            {"id": key, "split": split} | {name: 3.0 if name in found else -3.0 for name in ("film", "music", "praise")}
+            for key, found in names.items()
+        ]
+    write_lines(tmp_path / "teacher.jsonl", table)
+    config = workshop.config(
+        {
+            "data": files,
+            "task": {"label": "labels"},
+            "teacher": {"model": None, "logits": str(tmp_path / "teacher.jsonl")},
+            "run": {"arms": ["fft", "kd-lora"]},
+        }
+    )
+    result = run_experiment(config, tmp_path / "out")
+    teacher, student = result.records
+    assert teacher.score == pytest.approx(100.0)  # the table holds the labels
+    assert predicted(result.layout, "fft").logits.min() == pytest.approx(-3.0)
+    assert student.status == "finished"
+    assert student.task["label_names"] == ["film", "music", "praise"]
+
+
+def test_pairs_of_three_classes_with_a_test_split_and_a_student_of_the_teachers_layers(workshop, tmp_path):
+    """The second text must reach the model, the headline the test split, and the student's base its adapter."""
+    names = ("agree", "differ", "unclear")
+    files = {}
+    for split, count in (("train", 60), ("validation", 24), ("test", 30)):
+        rows = sentiment_rows(count, seed=len(split))
+        rows = [
+            {"first": row["text"], "second": other["text"], "relation": names[number % 3]}
+            for number, (row, other) in enumerate(zip(rows, reversed(rows), strict=True))
+        ]
+        files[split] = str(write_csv(tmp_path / f"{split}.csv", rows))
+    config = workshop.config(
+        {
+            "data": files,
+            "task": {"text": ["first", "second"], "label": "relation"},
+            "student": {"model": None, "from_teacher_layers": [1]},
+            "run": {"arms": ["kd-lora"]},
+        }
+    )
+    result = run_experiment(config, tmp_path / "out")
+    teacher, student = result.records
+    assert (teacher.arm, student.status) == ("fft", "finished")
+    assert student.rows == {"train": 60, "validation": 24, "test": 30}
+    assert student.test_score == pytest.approx(100 * student.test_metrics["accuracy"])
+    assert student.total_parameters < teacher.total_parameters
+    assert "on the test split" in (result.layout.student / "README.md").read_text()
+    assert "test" in result.layout.report_md.read_text()
+    on_test = predicted(result.layout, "kd-lora", "test")
+    assert on_test.label_names == names
+    assert on_test.ids == tuple(str(row) for row in range(30))
+    assert {split for split, _ in read_examples(result.layout.examples)} == {"validation", "test"}
+    # The base of this adapter lies nowhere else, so it is shipped too.
+    adapter = AutoPeftModelForSequenceClassification.from_pretrained(result.layout.adapter, num_labels=3)
+    merged = AutoModelForSequenceClassification.from_pretrained(result.layout.student)
+    tokenizer = AutoTokenizer.from_pretrained(result.layout.student)
+    rows = read_rows(files["test"])
+    batch = tokenizer(
+        [row["first"] for row in rows], [row["second"] for row in rows], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        outputs = [model.eval()(**batch).logits.numpy() for model in (adapter, merged)]
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-4)
+    np.testing.assert_allclose(outputs[1], on_test.logits, atol=1e-4)
+
+
+@pytest.fixture
+def reversed_teacher(experiment, tmp_path):
+    """The experiment's own teacher with its outputs in the other order; `names(...)` sets what they are called."""
+    folder = copy_experiment(experiment.layout.teacher, tmp_path / "reversed")
+    weights = load_file(folder / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        weights[name] = weights[name].flip(0).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def names(first, second):
+        content = json.loads((folder / "config.json").read_text())
+        content |= {"id2label": {"0": first, "1": second}, "label2id": {first: 0, second: 1}}
+        (folder / "config.json").write_text(json.dumps(content))
+        return str(folder)
+
+    return names
+
+
+def given(workshop, folder, **teacher):
+    return workshop.config({"teacher": {"fine_tuned": folder, **teacher}, "run": {"arms": ["fft", "kd-lora"]}})
+
+
+def test_a_given_teacher_with_its_labels_in_another_order_is_the_same_teacher(
+    experiment, workshop, reversed_teacher, tmp_path
+):
+    """Columns matched by position teach every student the opposite, and the loss still falls."""
+    task = Task.from_dict(experiment.records[0].task)
+    outcomes = []
+    for number, folder in enumerate((str(experiment.layout.teacher), reversed_teacher("positive", "negative"))):
+        layout = ExperimentLayout(tmp_path / str(number))
+        config = given(workshop, folder)
+        record = train_run(config, layout, "fft", 0, lambda event: None)
+        label_training_rows(config, layout)
+        stored = read_stored_logits(layout.teacher_logits, task)
+        outcomes.append((record.metrics, predicted(layout, "fft").logits, stored.logits))
+    recorded = experiment.records[0]
+    assert outcomes[0][0] == outcomes[1][0] == recorded.metrics
+    np.testing.assert_allclose(outcomes[0][1], outcomes[1][1], atol=1e-6)
+    np.testing.assert_allclose(outcomes[0][2], outcomes[1][2], atol=1e-6)
+    assert any("evaluated, not trained" in note for note in record.notes)
+
+
+def test_generic_labels_need_label_names(experiment, workshop, reversed_teacher):
+    """`LABEL_0` says nothing; a guess is right half of the time."""
+    folder = reversed_teacher("LABEL_0", "LABEL_1")
+    task = Task.from_dict(experiment.records[0].task)
+    with pytest.raises(ModelError, match=r"Set teacher\.label_names"):
+        load_teacher(given(workshop, folder), task)
+    _, columns = load_teacher(given(workshop, folder, label_names=["positive", "negative"]), task)
+    assert columns == [1, 0]
+
+
+def test_texts_that_the_teacher_reads_cut_are_counted(experiment, workshop, tmp_path):
+    """A teacher that sees the first four tokens teaches four tokens' worth."""
+    config = given(workshop, str(experiment.layout.teacher), train={"max_length": 4})
+    layout = ExperimentLayout(tmp_path)
+    label_training_rows(config, layout)
+    record = train_run(config, layout, "kd-lora", 0, lambda event: None)
+    assert record.truncated["train (by the teacher)"] == 64
+    assert record.truncated["train"] == 0
+
+
+def test_a_table_that_misses_training_rows_is_refused_before_any_training(workshop, tmp_path):
+    """Found out by the child of the third arm, the fault costs a teacher's training."""
+    rows = read_rows(workshop.train)
+    table = write_lines(tmp_path / "t.jsonl", [{"id": row["id"], "negative": 0, "positive": 1} for row in rows[:-3]])
+    config = workshop.config({"teacher": {"model": None, "logits": str(table)}, "run": {"arms": ["kd-lora"]}})
+    with pytest.raises(DataError, match="3 of 64 examples have no teacher logits"):
+        check_table(config, load_splits(config.task, config.data))
+    with pytest.raises(DataError, match="3 of 64 examples have no teacher logits"):
+        run_experiment(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_constant_student_is_shipped_without_a_score(experiment):
+    """A correlation that is not defined must not bring down the experiment at its very end."""
+    record = experiment.records[0].model_copy(update={"score": None, "metrics": {"pearson": None}})
+    assert "Score not defined on the validation split" in student_card(record)

@@ -1,0 +1,49 @@
+"""The names that users import."""
+
+import subprocess
+import sys
+
+import pytest
+
+import kdlora
+
+
+@pytest.mark.parametrize("name", kdlora.__all__)
+def test_every_public_name_can_be_imported(name):
+    """A name whose home moved fails at the user's first import, and nowhere before."""
+    assert getattr(kdlora, name) is not None
+    assert name in dir(kdlora)
+
+
+def test_the_names_are_those_of_the_readme():
+    """What the documentation promises must be there under that name."""
+    promised = {
+        "Config",
+        "distillation_loss",
+        "evaluate",
+        "load_splits",
+        "make_report",
+        "merge_student",
+        "run_experiment",
+        "teacher_logits",
+        "train_student",
+        "train_teacher",
+    }
+    assert promised <= set(kdlora.__all__)
+    assert list(kdlora.__all__) == sorted(kdlora.__all__)
+
+
+def test_an_unknown_name_says_so():
+    """A lazy module that answers anything with None hides every misspelling."""
+    with pytest.raises(AttributeError, match="no attribute 'run_experimentt'"):
+        _ = kdlora.run_experimentt
+
+
+def test_importing_kdlora_loads_nothing_heavy():
+    """Completion, `--help` and every script that only wants `Config` would wait for torch."""
+    code = (
+        "import sys, kdlora; kdlora.Config; kdlora.KdLoraError; kdlora.load_config; kdlora.Task; "
+        "print({'torch', 'transformers', 'datasets', 'peft', 'pandas'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -41,7 +41,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 def main() -> NoReturn:
     """Run the command line and turn errors into exit codes: 2 the user's, 1 the machine's, 130 Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: let go of children and locks first
-    logging.basicConfig(format="%(message)s", level=os.environ.get("KDLORA_LOG", "WARNING").upper(), stream=sys.stderr)
+    level = os.environ.get("KDLORA_LOG", "WARNING").upper()
+    if level not in logging.getLevelNamesMapping():
+        _fail(f"KDLORA_LOG is {level!r}; expected DEBUG, INFO, WARNING or ERROR", 2)
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
     try:
         code = app(standalone_mode=False)
     except typer.Exit as exit_request:
@@ -249,7 +252,13 @@ def compare(
 
 
 @app.command()
-def report(experiments: Annotated[list[Path], typer.Argument(help="Experiment folders.")], out: Out = None) -> None:
+def report(
+    experiments: Annotated[list[Path], typer.Argument(help="Experiment folders.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder to write to; default: the experiment's, or the one above several."),
+    ] = None,
+) -> None:
     """Write the report of one or several experiments again, as Markdown and as one HTML page.
 
     Example: kdlora report runs/mrpc runs/cola --out both

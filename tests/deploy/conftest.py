@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from deploy_folders import TEXTS, build_classifier
 
 

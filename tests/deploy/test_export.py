@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import tiny
 from deploy_folders import LONG, PAIRS, TEXTS
 from safetensors.torch import load_file, save_file
 
+import tiny
 from kdlora.data.tasks import Task
 from kdlora.deploy import export as export_module
 from kdlora.deploy import fuse, package, trace
@@ -117,7 +117,9 @@ def test_other_opset_fuses_too(tmp_path, classifier_folder):
 
 def test_unreachable_gate_keeps_the_stages_before(tmp_path, classifier_folder, monkeypatch):
     """Prevents shipping an int8 file that failed, losing the fp32 one with it, or hiding the attempts."""
-    monkeypatch.setattr(export_module, "Gate", lambda **limits: Gate(**({**limits, "agreement": 1.1} if "drop" in limits else limits)))
+    monkeypatch.setattr(
+        export_module, "Gate", lambda **limits: Gate(**({**limits, "agreement": 1.1} if "drop" in limits else limits))
+    )
     with pytest.raises(ParityError, match=r"int8 does not hold with any remedy.*of predictions agree") as caught:
         export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
     assert (tmp_path / "out" / "model.onnx").is_file()
@@ -248,7 +250,7 @@ def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported,
     with pytest.raises(ModelError, match="no such folder"):
         export_onnx(tmp_path / "nowhere", out, texts=TEXTS)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="not a model folder, config.json is missing"):
+    with pytest.raises(ModelError, match=r"not a model folder, config.json is missing"):
         export_onnx(tmp_path / "empty", out, texts=TEXTS)
     with pytest.raises(ModelError, match=r"classification head.*got BertForPreTraining"):
         export_onnx(tiny_model_folder("bert"), out, texts=TEXTS)
@@ -261,7 +263,9 @@ def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported,
         export_onnx(adapter, out, texts=TEXTS)
     headless = shutil.copytree(classifier_folder(), tmp_path / "headless")
     weights = load_file(headless / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if "classifier" not in k}, headless / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if "classifier" not in k}, headless / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(ModelError, match=r"lacks weights of the classifier \(classifier.bias, classifier.weight\)"):
         export_onnx(headless, out, texts=TEXTS)
     assert not out.exists()

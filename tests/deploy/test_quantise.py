@@ -41,7 +41,9 @@ def test_excluded_products_stay_fp32(tmp_path, exported):
     names = products(model)
     assert len(names) == 2 * 4
     quantise(model, tmp_path / "some.onnx", Recipe("", excluded=tuple(names[:3])))
-    kept = [node.name for node in onnx.load(tmp_path / "some.onnx").graph.node if node.op_type in ("MatMul", "Attention")]
+    kept = [
+        node.name for node in onnx.load(tmp_path / "some.onnx").graph.node if node.op_type in ("MatMul", "Attention")
+    ]
     assert sorted(kept) == sorted(names[:3])
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from kdlora.data.tasks import Task
 from kdlora.deploy.encode import Text, check_text
 from kdlora.deploy.folder import Precision, read_model_folder
+from kdlora.deploy.predict import default_threads
 from kdlora.errors import ConfigError, DataError, ModelError
 from kdlora.evidence.environment import collect_versions, describe_machine
 from kdlora.evidence.metrics import compute_metrics, score
@@ -165,7 +166,7 @@ def benchmark(
         task: what is scored; needed with labels.
         precision: which ONNX file of a folder that has several.
         max_length: longest input in tokens, for all models; by default each model's own.
-        threads: of each model; by default one a core that this process may use.
+        threads: of each model; by default `OMP_NUM_THREADS`, else one a core that this process may use.
         rounds: interleaved rounds.
         batch_sizes: tried for the best throughput.
         grid_batches: batch sizes of the grid; empty for no grid.
@@ -182,7 +183,7 @@ def benchmark(
         DataError: an empty text, labels without a task, or labels that do not fit.
     """
     named = _name_models(models)
-    count = len(os.sched_getaffinity(0)) if threads is None else threads
+    count = default_threads() if threads is None else threads
     if rounds < 1 or count < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError("benchmark: rounds, threads and batch sizes must be at least 1.")
     if labels is not None and (task is None or len(labels) != len(texts)):

@@ -81,7 +81,8 @@ class Classifier:
         Args:
             folder: a transformers folder, an exported folder or an `.onnx` file in it.
             precision: which ONNX file of a folder that has several; `auto` prefers int8.
-            threads: of the network's products; by default one a core. With PyTorch this is process-wide.
+            threads: of the network's products; by default `OMP_NUM_THREADS`, else one a core. With PyTorch this is
+                process-wide.
             max_length: cut texts to that many tokens; by default what the folder says.
             verify: compare an exported file with the hash that its export recorded.
 
@@ -207,7 +208,7 @@ class OnnxBackend:
 
         Args:
             folder: its `file` is the model.
-            threads: of one operator; by default one a core.
+            threads: of one operator; by default those of `default_threads`.
 
         Raises:
             KdLoraError: onnxruntime is not installed.
@@ -230,7 +231,7 @@ def open_session(file: Path | None, *, threads: int | None = None, optimised: bo
 
     Args:
         file: the model.
-        threads: of one operator; by default one a core.
+        threads: of one operator; by default those of `default_threads`.
         optimised: the graph was optimised when it was exported and is run as it is. This saves time at start,
             and the runtime's own fusion of residual and layer norm, which is slower than both apart on a CPU.
 
@@ -248,7 +249,7 @@ def open_session(file: Path | None, *, threads: int | None = None, optimised: bo
     options.log_severity_level = 3
     # A plan of memory for each shape pays off where shapes repeat; texts have hundreds of shapes.
     options.enable_mem_pattern = False
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or default_threads()
     if optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -258,6 +259,14 @@ def open_session(file: Path | None, *, threads: int | None = None, optimised: bo
             f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it ({str(error).splitlines()[0]:.200}). "
             "The file is damaged or was made for another runtime; export it again."
         ) from None
+
+
+def default_threads() -> int:
+    """Give the threads that PyTorch would use: `OMP_NUM_THREADS`, else one a core that this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np.ndarray:

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -62,7 +62,7 @@ class Columns:
 
 
 class RowReader:
-    """Rows of a file or stream, in order; iterate once.
+    """Rows of a file or stream, in order; iterate once, and close the iterator if you stop early.
 
     Attributes:
         name: of the input, for messages.
@@ -86,7 +86,7 @@ class RowReader:
         self.format = _choose_format(self._path, format)
         self._position: Callable[[], float | None] = lambda: None
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Generator[Row]:
         """Give the rows.
 
         Raises:
@@ -107,6 +107,7 @@ class RowReader:
                 yield from self._text_rows(lines)
             finally:
                 lines.detach()
+                self._position = lambda: None if self._path is None else 1.0
 
     def fraction(self) -> float | None:
         """Give the share of the input that has been read, 0..1; None for a stream."""
@@ -265,4 +266,6 @@ def _choose_format(path: Path | None, wanted: InputFormat | None) -> InputFormat
 def _chain(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
     """Give a line that was read already, then the others."""
     yield first
-    yield from rest
+    # Not `yield from`: stopping early would then close the file, and standard input with it.
+    for line in rest:  # noqa: UP028
+        yield line

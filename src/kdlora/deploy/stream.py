@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -116,11 +117,12 @@ class _Run:
     def to_stream(self, start: float) -> PredictionSummary:
         """Write to standard output as the windows come."""
         rows = errors = 0
-        for content, count, bad in self._windows(iter(self.reader)):
-            sys.stdout.buffer.write(content)
-            sys.stdout.buffer.flush()
-            rows, errors = rows + count, errors + bad
-            self._report(rows)
+        with contextlib.closing(iter(self.reader)) as source:
+            for content, count, bad in self._windows(source):
+                sys.stdout.buffer.write(content)
+                sys.stdout.buffer.flush()
+                rows, errors = rows + count, errors + bad
+                self._report(rows)
         return PredictionSummary("-", rows, errors, 0, time.perf_counter() - start)
 
     def to_file(self, partial: PartialResult, start: float, *, resume: bool) -> PredictionSummary:
@@ -128,13 +130,13 @@ class _Run:
         resumed, errors = partial.begin(resume=resume)
         rows = resumed
         try:
-            source = iter(self.reader)
-            for _ in range(resumed):
-                next(source, None)
-            for content, count, bad in self._windows(source):
-                partial.add(content, count, bad)
-                rows, errors = rows + count, errors + bad
-                self._report(rows)
+            with contextlib.closing(iter(self.reader)) as source:
+                for _ in range(resumed):
+                    next(source, None)
+                for content, count, bad in self._windows(source):
+                    partial.add(content, count, bad)
+                    rows, errors = rows + count, errors + bad
+                    self._report(rows)
         except DataError:
             # The input must change before this can succeed, and parts of the old input are of no use then.
             partial.discard()

@@ -1,0 +1,116 @@
+"""The benchmark: every model in its own process, in the same rounds, scored by label name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from deploy_folders import TEXTS
+
+from kdlora.config import LoraConfig
+from kdlora.data.tasks import Task
+from kdlora.deploy import benchmark as module
+from kdlora.deploy.benchmark import benchmark
+from kdlora.deploy.benchmark_plot import plot_benchmark
+from kdlora.deploy.predict import Classifier
+from kdlora.errors import ConfigError, DataError, ModelError
+from kdlora.models.adapters import add_adapter, save_adapter
+from kdlora.models.encoders import load_encoder
+
+TASK = Task("single-label", ("text",), ("label",), ("positive", "neutral", "negative"), ("accuracy",))
+QUICK = {"rounds": 2, "threads": 1, "batch_sizes": (4, 8), "grid_batches": (1,), "grid_lengths": (8, 16)}
+
+
+@pytest.fixture(scope="module")
+def result(classifier_folder, exported):
+    model = Classifier.load(classifier_folder())
+    labels = [TASK.label2id[prediction.label] for prediction in model.predict(TEXTS)]
+    models = {"student": classifier_folder(), "fp32": exported() / "model.onnx", "int8": exported()}
+    return benchmark(models, TEXTS, labels=labels, task=TASK, **QUICK)
+
+
+def test_figures_of_all_models(result):
+    """Prevents a table with a model, a unit or a percentile mixed up."""
+    student, fp32, int8 = result.models
+    assert [model.backend for model in result.models] == ["transformers", "onnx", "onnx"]
+    assert [model.precision for model in result.models] == ["fp32", "fp32", "int8"]
+    assert int8.size_bytes < fp32.size_bytes
+    for model in result.models:
+        assert 0 < model.p50_ms <= model.p95_ms <= model.p99_ms < 5000
+        assert model.texts_per_second > 0
+        assert model.batch_size in (4, 8)
+        assert model.load_seconds > 0
+        assert model.peak_memory_bytes is None or model.peak_memory_bytes > 0
+        assert set(model.grid_ms) == {"1x8", "1x16"}
+    assert student.name == "student"
+    json.dumps(result.to_dict())
+
+
+def test_score_follows_label_names(result):
+    """Prevents a score of the wrong column: the task lists the labels in another order than the model."""
+    student, fp32, _ = result.models
+    assert student.score == 100.0
+    assert fp32.score == 100.0
+
+
+def test_table_and_plot(result, tmp_path):
+    """Prevents ratios to the wrong model, and a plot that is empty or fails on a missing figure."""
+    header, rows = result.table()
+    assert len(rows) == 3
+    assert all(len(row) == len(header) for row in rows)
+    assert rows[0][header.index("speed")] == "1.0x"
+    plot_benchmark(result, tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text()
+    assert "<svg" in text
+    assert [entry.name for entry in tmp_path.iterdir()] == ["figure.svg"]
+
+
+def test_unmerged_adapter_is_refused_unless_wanted(tmp_path, tiny_model_folder):
+    """Prevents the known misleading benchmark: an adapter runs up to half slower before it is merged."""
+    encoder = load_encoder(str(tiny_model_folder("bert")), TASK, seed=0)
+    save_adapter(add_adapter(encoder, LoraConfig(), seed=0), tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"an adapter of the base .* Merge it first.*unmerged adapters are slower"):
+        benchmark([tmp_path / "adapter"], TEXTS, **QUICK)
+    found = benchmark([tmp_path / "adapter"], TEXTS, allow_unmerged=True, **QUICK)
+    assert found.models[0].unmerged
+    assert "unmerged" in found.table()[1][0][1]
+
+
+def test_adapter_without_its_base_is_named(tmp_path, tiny_model_folder):
+    """Prevents a download attempt or a traceback when the base has moved."""
+    base = shutil.copytree(tiny_model_folder("bert"), tmp_path / "base")
+    save_adapter(add_adapter(load_encoder(str(base), TASK, seed=0), LoraConfig(), seed=0), tmp_path / "adapter")
+    shutil.rmtree(base)
+    with pytest.raises(ModelError, match=r"the adapter's base .*base' cannot be loaded"):
+        benchmark([tmp_path / "adapter"], TEXTS, allow_unmerged=True, **QUICK)
+
+
+def test_dead_process_is_named(exported, monkeypatch):
+    """Prevents a benchmark that waits for ever for a process that was killed."""
+    ask = module._Worker.ask
+
+    def kill_first(self, do, **arguments):
+        if do == "memory":
+            self.process.kill()
+        return ask(self, do, **arguments)
+
+    monkeypatch.setattr(module._Worker, "ask", kill_first)
+    with pytest.raises(ModelError, match="its process ended with code -9 during 'memory'"):
+        benchmark({"int8": exported()}, TEXTS[:4], **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("models", "settings", "kind", "message"),
+    [
+        ([], {}, ConfigError, "at least one model"),
+        (["nowhere"], {}, ModelError, "nowhere: no such folder"),
+        (["nowhere"], {"rounds": 0}, ConfigError, "must be at least 1"),
+        (["nowhere"], {"labels": [0]}, DataError, "labels need a task, and one label for each text"),
+        (["nowhere"], {"texts": ["", "a"]}, DataError, "text 0: the text is empty"),
+    ],
+)
+def test_bad_settings_are_named(models, settings, kind, message):
+    """Prevents processes that are started before a mistake shows."""
+    with pytest.raises(kind, match=message):
+        benchmark(models, **{"texts": TEXTS, **QUICK, **settings})

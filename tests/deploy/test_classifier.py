@@ -1,0 +1,241 @@
+"""The classifier: the same answers from every backend, without torch where there is an ONNX file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deploy_folders import LONG, PAIRS, TEXTS
+
+from kdlora.deploy.encode import length_batches
+from kdlora.deploy.folder import read_model_folder
+from kdlora.deploy.predict import Classifier, probabilities
+from kdlora.errors import ArtifactError, DataError, KdLoraError, ModelError
+
+BLOCKED = ("torch", "transformers", "onnx", "onnxscript", "pydantic", "sklearn", "scipy", "pyarrow", "pandas", "peft")
+
+
+def _copy(folder: Path, to: Path) -> Path:
+    return shutil.copytree(folder, to)
+
+
+def test_onnx_folder_needs_no_torch(exported, tmp_path):
+    """Prevents a serving image of gigabytes: the packages are made unimportable, then texts are classified."""
+    (tmp_path / "rows.csv").write_text("id,text\na,a wonderful film\n")
+    code = f"""
+import sys
+for name in {BLOCKED!r}:
+    sys.modules[name] = None
+import kdlora
+from kdlora.deploy.predict import Classifier
+from kdlora.deploy.stream import predict_file
+classifier = Classifier.load({str(exported())!r})
+print(classifier.predict(["a wonderful film"])[0].label)
+print(predict_file(classifier, {str(tmp_path / "rows.csv")!r}, {str(tmp_path / "out.jsonl")!r}).rows)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    label = Classifier.load(exported()).predict(["a wonderful film"])[0].label
+    assert done.stdout.split() == [label, "1"]
+
+
+def test_order_and_batching_change_nothing(exported):
+    """Prevents answers that belong to another text after sorting by length, or that depend on padding."""
+    model = Classifier.load(exported(), precision="fp32")
+    texts = [*TEXTS[:20], LONG, "a", "superb"]
+    alone = np.concatenate([model.predict_logits([text]) for text in texts])
+    for size in (1, 4, 32):
+        np.testing.assert_allclose(model.predict_logits(texts, batch_size=size), alone, atol=1e-4)
+
+
+def test_batches_hold_every_row_once_and_little_padding():
+    """Prevents lost or doubled rows, and batches beyond the token budget."""
+    lengths = [5, 100, 3, 70, 5, 5, 64, 300]
+    batches = length_batches(lengths, 3, 128)
+    assert sorted(row for batch in batches for row in batch) == list(range(8))
+    for batch in batches:
+        assert len(batch) <= 3
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= 128
+
+
+def test_threads_share_a_classifier(exported):
+    """Prevents mixed-up answers under concurrent calls of a server."""
+    model = Classifier.load(exported(), threads=1)
+    expected = {text: model.predict_logits([text]) for text in TEXTS[:8]}
+    faults: list[str] = []
+
+    def ask(text: str) -> None:
+        for _ in range(20):
+            if not np.array_equal(model.predict_logits([text]), expected[text]):
+                faults.append(text)
+
+    workers = [threading.Thread(target=ask, args=(text,)) for text in expected]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not faults
+
+
+def test_pairs_use_both_texts_and_segments(exported, classifier_folder):
+    """Prevents a second text that is dropped, or segments that are all 0."""
+    model = Classifier.load(exported(), precision="fp32")
+    swapped = [(second, first) for first, second in PAIRS]
+    assert np.abs(model.predict_logits(PAIRS) - model.predict_logits(swapped)).max() > 1e-2
+    assert np.abs(model.predict_logits(PAIRS) - model.predict_logits([a for a, _ in PAIRS])).max() > 1e-2
+    inputs = model.encoder.pad(model.encoder.encode(PAIRS))
+    assert inputs["token_type_ids"].max() == 1
+
+
+def test_probabilities_follow_the_temperature(exported, tmp_path):
+    """Prevents a calibration that is stored and never applied, or that changes the label."""
+    folder = _copy(exported(), tmp_path / "model")
+    plain = Classifier.load(folder).predict(TEXTS[:5])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"kdlora_temperature": 4.0}))
+    model = Classifier.load(folder)
+    scaled = model.predict(TEXTS[:5])
+    assert [p.label for p in plain] == [p.label for p in scaled]
+    expected = probabilities(model.predict_logits(TEXTS[:5]), "single-label", 4.0)
+    np.testing.assert_allclose([list(p.probabilities.values()) for p in scaled], expected, atol=1e-6)
+    assert all(
+        max(a.probabilities.values()) > max(b.probabilities.values()) for a, b in zip(plain, scaled, strict=True)
+    )
+    (folder / "config.json").write_text(json.dumps(config | {"kdlora_temperature": 0}))
+    with pytest.raises(ModelError, match="kdlora_temperature must be a positive number, got 0"):
+        Classifier.load(folder)
+
+
+@pytest.mark.filterwarnings("error")
+def test_probabilities_of_extreme_logits():
+    """Prevents overflow to NaN for a very sure model."""
+    logits = np.array([[1000.0, -1000.0], [0.0, 0.0]])
+    assert probabilities(logits, "single-label").tolist() == [[1, 0], [0.5, 0.5]]
+    assert probabilities(logits, "multi-label").tolist() == [[1, 0], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["fine", ""], "text 1: the text is empty"),
+        (["fine", " \n\t"], "text 1: the text is empty"),
+        (["fine", None], "text 1: expected a text, got NoneType"),
+        ([("one", "two", "three")], "text 0: expected a text or a pair of texts, got 3 values"),
+        ([("one", "")], "text 0, text 2: the text is empty"),
+        (["broken \udcff"], "not valid UTF-8"),
+    ],
+)
+def test_bad_texts_are_named(exported, texts, message):
+    """Prevents a confident label for nothing."""
+    with pytest.raises(DataError, match=message):
+        Classifier.load(exported()).predict(texts)
+
+
+def test_nothing_and_one_text(exported):
+    """Prevents a crash on an empty list, and a string taken for a list of letters."""
+    model = Classifier.load(exported())
+    assert model.predict([]) == []
+    assert model.predict("wonderful") == model.predict(["wonderful"])
+
+
+def test_long_texts_are_truncated_at_once(exported, classifier_folder):
+    """Prevents positions beyond the table, and ten megabytes being tokenised to keep 64 tokens."""
+    for folder in (exported(), exported("roberta"), classifier_folder("roberta")):
+        model = Classifier.load(folder)
+        assert model.folder.max_length == 64
+        start = time.perf_counter()
+        huge = model.predict_logits([LONG * 12_000])
+        assert time.perf_counter() - start < 2
+        assert np.array_equal(huge, model.predict_logits([LONG]))
+
+
+def test_limit_of_the_position_table(classifier_folder, tmp_path):
+    """Prevents RoBERTa's off-by-two: its table starts behind the padding position."""
+    folder = _copy(classifier_folder("roberta"), tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 10**30}))
+    padding = json.loads((folder / "config.json").read_text())["pad_token_id"]
+    limit = 66 - padding - 1
+    described = read_model_folder(folder)
+    assert described.position_limit == described.max_length == limit
+    model = Classifier.load(folder)
+    assert np.isfinite(model.predict_logits([LONG * 10])).all()
+    assert read_model_folder(folder, max_length=1000).max_length == limit
+    assert read_model_folder(folder, max_length=16).max_length == 16
+
+
+def test_changed_file_is_refused(exported, tmp_path):
+    """Prevents serving a file that is not the one whose score was checked."""
+    folder = _copy(exported(), tmp_path / "model")
+    path = folder / "model_quantized.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(ArtifactError, match=r"not the file that was exported: kdlora_export.json records sha256"):
+        Classifier.load(folder)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ArtifactError, match="cannot load it"):
+        Classifier.load(folder, verify=False)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="not the file that was exported"):
+        Classifier.load(folder, precision="fp32")
+    with pytest.raises(ArtifactError, match="the tokenizer cannot be read"):
+        Classifier.load(folder, precision="fp32", verify=False)
+
+
+def test_incomplete_folders_are_named(exported, classifier_folder, tmp_path):
+    """Prevents a traceback where a file is missing or means something else."""
+    folder = _copy(exported(), tmp_path / "model")
+    (folder / "model_quantized.onnx").unlink()
+    assert Classifier.load(folder).folder.precision == "fp32"
+    with pytest.raises(ModelError, match=r"'int8' was asked for, but model_quantized.onnx is missing"):
+        Classifier.load(folder, precision="int8")
+    with pytest.raises(ModelError, match="no such file"):
+        Classifier.load(folder / "other.onnx")
+    with pytest.raises(ModelError, match="threads must be at least 1"):
+        Classifier.load(folder, threads=0)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer.json is missing"):
+        Classifier.load(folder)
+    pickled = _copy(classifier_folder(), tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model.bin is a pickle and is not read"):
+        Classifier.load(pickled)
+    broken = _copy(classifier_folder(), tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"config.json: expected a JSON file"):
+        Classifier.load(broken)
+
+
+def test_columns_must_fit_the_labels(exported, tmp_path):
+    """Prevents a fourth label that no text can ever get, or a column without a name."""
+    folder = _copy(exported(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
+    with pytest.raises(ModelError, match=r"names 2 labels, but the model gives an output of shape \(1, 3\)"):
+        Classifier.load(folder).predict(["a"])
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {"1": "a", "2": "b"}}))
+    with pytest.raises(ModelError, match="id2label must name the columns 0 to n-1"):
+        Classifier.load(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "ranking"}))
+    with pytest.raises(ModelError, match="problem_type must be one of"):
+        Classifier.load(folder)
+
+
+def test_experiment_folder_gives_its_student(exported, classifier_folder, tmp_path):
+    """Prevents an error for the path that users have at hand."""
+    (tmp_path / "run").mkdir()
+    _copy(classifier_folder(), tmp_path / "run" / "student")
+    assert read_model_folder(tmp_path / "run").path == tmp_path / "run" / "student"
+
+
+def test_missing_runtime_is_named(exported, monkeypatch):
+    """Prevents an ImportError where one pip command helps."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(KdLoraError, match=r"pip install 'kdlora\[onnx\]'"):
+        Classifier.load(exported())

@@ -1,0 +1,304 @@
+"""Files and streams: order, bad rows, bounded windows, and runs that are interrupted."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deploy_folders import LONG, PAIRS, TEXTS
+
+from kdlora.deploy import results
+from kdlora.deploy.predict import Classifier
+from kdlora.deploy.stream import predict_file
+from kdlora.errors import ArtifactError, ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def model(exported):
+    return Classifier.load(exported(), precision="fp32")
+
+
+def _csv(path: Path, rows: list[dict]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return _csv(tmp_path / "in.csv", [{"id": f"r{n}", "text": text} for n, text in enumerate(TEXTS)])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
+def test_input_order_and_ids(tmp_path, model, suffix):
+    """Prevents labels that belong to another row, in any format, when windows are sorted by length."""
+    path = tmp_path / f"in{suffix}"
+    frame = pd.DataFrame({"id": [f"r{n}" for n in range(len(TEXTS))], "text": TEXTS})
+    if suffix == ".parquet":
+        frame.to_parquet(path)
+    elif suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    elif suffix == ".txt":
+        path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    else:
+        frame.to_csv(path, index=False, sep="\t" if suffix == ".tsv" else ",")
+    summary = predict_file(model, path, tmp_path / "out.jsonl", window_rows=7)
+    rows = _read(tmp_path / "out.jsonl")
+    assert (summary.rows, summary.errors, summary.resumed) == (len(TEXTS), 0, 0)
+    assert [row["id"] for row in rows] == [f"{'' if suffix == '.txt' else 'r'}{n}" for n in range(len(TEXTS))]
+    expected = model.predict(TEXTS)
+    assert [row["label"] for row in rows] == [p.label for p in expected]
+    for row, prediction in zip(rows, expected, strict=True):
+        assert row["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-4)
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_outputs_agree(tmp_path, model, source):
+    """Prevents a format that drops a column, or rounds the probabilities of another."""
+    for suffix in ("jsonl", "csv", "parquet"):
+        predict_file(model, source, tmp_path / f"out.{suffix}", window_rows=25)
+    rows = _read(tmp_path / "out.jsonl")
+    table = pd.read_csv(tmp_path / "out.csv")
+    parquet = pq.read_table(tmp_path / "out.parquet")
+    assert (
+        list(table.columns)
+        == parquet.column_names
+        == [
+            "id",
+            "label",
+            "probability:negative",
+            "probability:neutral",
+            "probability:positive",
+            "error",
+        ]
+    )
+    for frame in (table, parquet.to_pandas()):
+        assert frame["label"].tolist() == [row["label"] for row in rows]
+        assert frame["probability:neutral"].tolist() == pytest.approx([r["probabilities"]["neutral"] for r in rows])
+
+
+@pytest.mark.parametrize(("kind", "width"), [("regression", 3), ("multi-label", 6)])
+def test_other_kinds(tmp_path, exported, source, kind, width):
+    """Prevents a Parquet schema that only single labels fit."""
+    model = Classifier.load(exported("bert", kind), precision="fp32")
+    for suffix in ("csv", "parquet", "jsonl"):
+        predict_file(model, source, tmp_path / f"out.{suffix}")
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.num_columns == width
+    expected = [list(p.label) if isinstance(p.label, tuple) else p.label for p in model.predict(TEXTS)]
+    found = table["label"].to_pylist()
+    assert found == (pytest.approx(expected, abs=1e-4) if kind == "regression" else expected)
+    assert table.schema.field("label").type == (pa.float64() if kind == "regression" else pa.list_(pa.string()))
+
+
+def test_pairs(tmp_path, model):
+    """Prevents a second column that is not read."""
+    path = _csv(tmp_path / "in.csv", [{"premise": a, "hypothesis": b, "idx": n} for n, (a, b) in enumerate(PAIRS)])
+    predict_file(model, path, tmp_path / "out.jsonl", text=("premise", "hypothesis"), id_column="idx")
+    rows = _read(tmp_path / "out.jsonl")
+    assert [row["label"] for row in rows] == [p.label for p in model.predict(PAIRS)]
+    assert [row["id"] for row in rows] == [str(n) for n in range(len(PAIRS))]
+
+
+def test_bad_rows_are_entries(tmp_path, model):
+    """Prevents one bad row from stopping a million good ones, or from getting a label."""
+    path = tmp_path / "in.jsonl"
+    lines = [
+        b'{"id": 1, "text": "wonderful"}',
+        b'{"id": 2, "text": ""}',
+        b"{broken",
+        b'{"id": 4}',
+        b"[1]",
+        b'{"id": 6, "text": 7}',
+    ]
+    path.write_bytes(b"\n".join([*lines, b'{"id": 7, "text": "caf\xff"}', b'{"id": 8, "text": "boring"}']) + b"\n")
+    summary = predict_file(model, path, tmp_path / "out.jsonl")
+    rows = _read(tmp_path / "out.jsonl")
+    assert [row["id"] for row in rows] == ["1", "2", "2", "4", "4", "6", "7", "8"]
+    assert ["error" in row for row in rows] == [False, True, True, True, True, True, True, False]
+    assert (summary.rows, summary.errors) == (8, 6)
+    for row, word in zip(
+        rows[1:-1], ("empty", "not JSON", "missing", "JSON object", "expected a text", "UTF-8"), strict=True
+    ):
+        assert word in row["error"]
+        assert "label" not in row
+
+
+def test_bad_csv_rows_are_entries(tmp_path, model):
+    """Prevents ragged rows from shifting columns, and errors that are lost in CSV and Parquet output."""
+    path = tmp_path / "in.csv"
+    path.write_text('id,text\na,"two\nlines, one value"\nb\nc,one,two\n\nd,good\n', encoding="utf-8")
+    for suffix in ("csv", "parquet"):
+        predict_file(model, path, tmp_path / f"out.{suffix}")
+    table = pd.read_csv(tmp_path / "out.csv")
+    assert table["label"].notna().tolist() == [True, False, False, True]
+    assert "expected 2 values, got 1" in table["error"][1]
+    assert pq.read_table(tmp_path / "out.parquet")["error"].null_count == 2
+
+
+def test_open_quote_spoils_itself_only_up_to_a_limit(tmp_path, model, monkeypatch):
+    """Prevents an open quote from taking the rest of a file into memory."""
+    monkeypatch.setattr("kdlora.deploy.rows._LARGEST_FIELD", 200)
+    path = tmp_path / "in.csv"
+    path.write_text('text\ngood\n"open\n' + "filler\n" * 60, encoding="utf-8")
+    summary = predict_file(model, path, tmp_path / "out.jsonl")
+    rows = _read(tmp_path / "out.jsonl")
+    assert summary.errors == 1
+    assert "field larger than field limit" in rows[1]["error"]
+    assert "label" in rows[-1]
+
+
+def test_strict_stops_and_leaves_nothing(tmp_path, model):
+    """Prevents an output that looks whole and is not."""
+    path = _csv(tmp_path / "in.csv", [{"text": "good"}, {"text": " "}])
+    with pytest.raises(DataError, match=r"in.csv: row 1: the text is empty"):
+        predict_file(model, path, tmp_path / "out.csv", strict=True, window_rows=1)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in.csv"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
+    """Prevents doubled or lost rows after a kill, and an output file before the run is whole."""
+    predict_file(model, source, tmp_path / f"whole{suffix}", window_rows=10)
+    out = tmp_path / f"out{suffix}"
+
+    def stop(rows: int, fraction: float | None) -> None:
+        if rows >= 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(model, source, out, window_rows=10, progress=stop)
+    assert not out.exists()
+    asked: list[int] = []
+    predict_logits = Classifier.predict_logits
+
+    def count(self, texts, **settings):
+        asked.append(len(texts))
+        return predict_logits(self, texts, **settings)
+
+    monkeypatch.setattr(Classifier, "predict_logits", count)
+    summary = predict_file(model, source, out, window_rows=10)
+    assert (summary.rows, summary.resumed) == (60, 30)
+    assert sum(asked) == 30
+    assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
+def test_stale_parts_are_refused(tmp_path, model, source):
+    """Prevents one output made of two inputs."""
+
+    def stop(rows: int, fraction: float | None) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(model, source, out, window_rows=10, progress=stop)
+    _csv(source, [{"id": "x", "text": "another file"}])
+    with pytest.raises(ArtifactError, match=r"out.jsonl.partial: holds an interrupted prediction of something else"):
+        predict_file(model, source, out)
+    assert predict_file(model, source, out, resume=False).rows == 1
+    assert [row["id"] for row in _read(out)] == ["x"]
+
+
+def test_full_disk_leaves_no_output(tmp_path, model, source, monkeypatch):
+    """Prevents a truncated output; what was done is kept for the next try."""
+
+    def fail(self, content, rows, errors):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.PartialResult, "add", fail)
+    with pytest.raises(OSError, match="No space left"):
+        predict_file(model, source, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_ten_megabytes_in_one_row(tmp_path, model):
+    """Prevents memory and time that grow with a text of which 64 tokens are used."""
+    huge = LONG * 12_000
+    assert len(huge) > 10_000_000
+    for name, write in (
+        ("in.csv", lambda path: _csv(path, [{"text": huge}, {"text": "boring"}])),
+        ("in.jsonl", lambda path: path.write_text(json.dumps({"text": huge}) + '\n{"text": "boring"}\n')),
+    ):
+        write(tmp_path / name)
+        predict_file(model, tmp_path / name, tmp_path / "out.jsonl")
+        rows = _read(tmp_path / "out.jsonl")
+        assert [row["label"] for row in rows] == [p.label for p in model.predict([LONG, "boring"])]
+
+
+def test_windows_are_bounded(tmp_path, model, source, monkeypatch):
+    """Prevents a window that holds the whole file because its rows are few and long."""
+    monkeypatch.setattr("kdlora.deploy.stream._WINDOW_CHARACTERS", 200)
+    seen: list[int] = []
+    predict_file(model, source, tmp_path / "out.jsonl", progress=lambda rows, fraction: seen.append(rows))
+    assert len(seen) > 10
+    assert seen[-1] == len(TEXTS)
+
+
+def test_standard_streams(model, monkeypatch, capfdbinary):
+    """Prevents a pipe that cannot be used, or whose output holds anything but results."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"a wonderful film\n\nboring\n"))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    summary = predict_file(model, "-")
+    rows = [json.loads(line) for line in capfdbinary.readouterr().out.decode().splitlines()]
+    assert [row.get("label") for row in rows] == [
+        model.predict(["a wonderful film"])[0].label,
+        None,
+        model.predict(["boring"])[0].label,
+    ]
+    assert (summary.to, summary.rows, summary.errors) == ("-", 3, 1)
+
+
+def test_progress_reaches_the_end(tmp_path, model, source):
+    """Prevents a bar that stops half-way or runs over."""
+    seen: list[tuple[int, float | None]] = []
+    predict_file(model, source, tmp_path / "out.csv", window_rows=20, progress=lambda *at: seen.append(at))
+    assert [rows for rows, _ in seen] == [20, 40, 60]
+    assert seen[-1][1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "kind", "message"),
+    [
+        ("in.csv", "id,txt,b\n1,a,b\n", {}, DataError, "expected a column 'text'.*there are id, txt, b"),
+        ("in.csv", "id,texts\n1,a\n", {"text": "text"}, DataError, "no column 'text'.*Did you mean 'texts'"),
+        ("in.csv", "", {}, DataError, "header line with the column names, got an empty file"),
+        ("in.xlsx", "x", {}, DataError, "cannot tell the format from '.xlsx'"),
+        ("in.parquet", "not parquet", {}, DataError, "not readable as Parquet"),
+        ("in.csv", "text\na\n", {"input_format": "cvs"}, DataError, "unknown input format 'cvs'.*Did you mean 'csv'"),
+        ("in.csv", "text\na\n", {"text": ("a", "b", "c")}, ConfigError, "one text column or the two of a pair"),
+        ("in.csv", "text\na\n", {"window_rows": 0}, ConfigError, "at least 1"),
+        ("in.csv", "text\na\n", {"to": "out.txt"}, DataError, "expected an output file of .csv"),
+        ("in.csv", "text\na\n", {"source": "nowhere.csv"}, DataError, "no such file"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, model, name, content, settings, kind, message):
+    """Prevents a traceback for a typing mistake, and files left behind by it."""
+    (tmp_path / name).write_text(content)
+    source, to = settings.pop("source", name), settings.pop("to", "out.csv")
+    with pytest.raises(kind, match=message):
+        predict_file(model, tmp_path / source, tmp_path / to, **settings)
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+def test_columns_of_the_training_data(tmp_path, exported):
+    """Prevents asking for a column that the export has recorded."""
+    model = Classifier.load(exported())
+    model.folder.task["text"] = ["sentence"]
+    path = _csv(tmp_path / "in.csv", [{"sentence": "wonderful", "remark": "x"}])
+    try:
+        assert predict_file(model, path, tmp_path / "out.jsonl").errors == 0
+    finally:
+        model.folder.task["text"] = ["text"]

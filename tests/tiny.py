@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from kdlora.data.tasks import Task
 
@@ -74,19 +74,22 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def train_tokenizer(family: str = "bert") -> transformers.PreTrainedTokenizerFast:
-    """Train a WordPiece tokenizer on the texts of this module.
+    """Make a WordPiece tokenizer from the words and characters of this module's texts.
+
+    The library's own trainer breaks ties by hash, and so gives another vocabulary in every process.
 
     Args:
         family: decides on the ids of the special tokens and on `token_type_ids`, as the family's own tokenizer does.
     """
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
     special = [SPECIAL[index] for index in ((2, 0, 3, 1, 4) if family in PAD_IS_ONE else range(5))]
-    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    texts = [row["text"] for row in sentiment_rows(400)] + list(OTHER_TEXT) * 4
-    tokenizer.train_from_iterator(texts, trainer)
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    texts = [row["text"] for row in sentiment_rows(400)] + list(OTHER_TEXT)
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    characters = {character for word in words for character in word}
+    pieces = special + sorted(words | characters | {f"##{character}" for character in characters})
+    tokenizer = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from table2_lengths import TRAIN_COUNTS, VALIDATION_COUNTS, lengths_of
-from table2_measure import METHODS, Conditions, batches_to_run, peak_of_training, time_inference
+from table2_measure import METHODS, Conditions, Timing, batches_to_run, peak_of_training, time_inference
 from table2_models import BATCH, SIZES, Size, count_adapted, count_plain, padded_tokens, widest_batch
 from table2_text import (
     MEASURED_RANK,
@@ -37,6 +37,9 @@ from kdlora.evidence.storage import write_text_atomic
 
 DEFAULTS = {"cpu": (3, 8), "cuda": (100, 1)}
 """Timed runs, and of how many batches one is run: a CPU would need hours for what a GPU does in a minute."""
+
+MOSTLY_OURS = 0.9
+"""Share of its threads that a timed pass must have had."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -137,7 +140,8 @@ def conditions_text(results: dict[str, Figures], options: argparse.Namespace) ->
     """
     batch = widest_batch(lengths_of(TRAIN_COUNTS))
     taken, share = batches_to_run(lengths_of(VALIDATION_COUNTS), options.every)
-    threads = {timing.threads for figures in results.values() for timing in figures.timing.values()}
+    timings = [timing for figures in results.values() for timing in figures.timing.values()]
+    threads = {timing.threads for timing in timings}
     place = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {_join(threads)} thread(s)"
     whole = "all batches" if options.every == 1 else f"{len(taken)} of its batches ({share:.0%} of the tokens), scaled"
     counter = "CUDA's allocator" if options.device == "cuda" else "the process, above its level after imports"
@@ -147,7 +151,8 @@ def conditions_text(results: dict[str, Figures], options: argparse.Namespace) ->
         f"({padded_tokens(batch)} tokens with padding), in a process of its own each; peak of {counter}; "
         f"seed(s) {_join(options.seeds)}.",
         f"**Time:** one warm-up and {options.runs} timed run(s) over {whole}, batches of {BATCH} sentences of like "
-        "length; the methods take turns in one process; tokenising left out. A dash is a figure not measured.",
+        "length; the methods take turns in one process; tokenising left out. A dash is a figure not measured."
+        + _warning(timings, options.device),
         f"**Precision:** fp32 as in the paper, and kdlora's default here: {options.precision}, as {options.reason}.",
         f"**Device:** {place}. " + "; ".join(f"{key}: {value}" for key, value in _machine().items()) + ".",
         "**Versions:** " + ", ".join(f"{name} {value}" for name, value in collect_versions().items()) + ".",
@@ -158,6 +163,15 @@ def conditions_text(results: dict[str, Figures], options: argparse.Namespace) ->
 
 def _join(values: set[int] | list[int]) -> str:
     return ", ".join(str(value) for value in sorted(values)) or "–"
+
+
+def _warning(timings: list[Timing], device: str) -> str:
+    """Say where the times are longer than the machine needs."""
+    least = min((timing.occupied for timing in timings), default=1.0)
+    if device == "cuda" or least >= MOSTLY_OURS:
+        return ""
+    had = f"the timed passes had as little as {least:.0%} of their threads"
+    return f" **Others used the CPU too ({had}): these times are too long.**"
 
 
 def _machine() -> dict[str, str]:

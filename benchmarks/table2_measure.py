@@ -49,11 +49,13 @@ class Timing:
         seconds: for each of `TIMED` one figure per run, brought to the whole set.
         share: of the padded tokens that were really run.
         threads: of the CPU.
+        occupied: CPU time over wall time and threads; well below 1 on a CPU that others use too.
     """
 
     seconds: dict[str, list[float]]
     share: float
     threads: int
+    occupied: float
 
 
 def peak_of_training(size: Size, method: str, lengths: Sequence[int], steps: int, conditions: Conditions) -> int | None:
@@ -143,13 +145,16 @@ def time_methods(
     teacher, student = ([_collate(size, batch, conditions.seed) for batch in chosen] for size in sizes)
     models = _timed_models(sizes, conditions)
     seconds: dict[str, list[float]] = {name: [] for name in TIMED}
+    worked = waited = 0.0
     for turn in range(runs + 1):
         for name, model in zip(TIMED, models, strict=True):
             batches = student if model is models[-1] else teacher
-            taken = _pass(model.to(place), batches, place, conditions.precision)
+            taken, on_cpu = _pass(model.to(place), batches, place, conditions.precision)
+            worked, waited = worked + on_cpu, waited + taken
             if turn:  # the first round warms up
                 seconds[name].append(taken / share)
-    return Timing(seconds, share, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    return Timing(seconds, share, threads, worked / (waited * threads))
 
 
 def batches_to_run(lengths: Sequence[int], every: int) -> tuple[list[list[int]], float]:
@@ -184,17 +189,19 @@ def _collate(size: Size, lengths: Sequence[int], seed: int) -> dict[str, Tensor]
     return Collator(size.settings["pad_token_id"], TASK.kind, rows.max_length)(list(inputs))
 
 
-def _pass(model: nn.Module, batches: Sequence[dict[str, Tensor]], place: torch.device, precision: str) -> float:
-    """Run all batches once, from host memory, and give the seconds until the last logits are there."""
+def _pass(
+    model: nn.Module, batches: Sequence[dict[str, Tensor]], place: torch.device, precision: str
+) -> tuple[float, float]:
+    """Run all batches once, from host memory; give seconds until the last logits are there, and of CPU time."""
     with torch.inference_mode(), autocast(precision, place):
         # Autocast casts a weight once a pass. Timed over a few batches and scaled, that would count many times over.
         model(**{name: tensor[:1].to(place) for name, tensor in batches[-1].items()})
         _wait_for(place)
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         for batch in batches:
             model(**{name: tensor.to(place) for name, tensor in batch.items()})
         _wait_for(place)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - worked
 
 
 def _wait_for(place: torch.device) -> None:

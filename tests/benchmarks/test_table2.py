@@ -153,12 +153,13 @@ def test_every_method_is_timed_in_every_round():
     assert all(len(values) == 2 and min(values) > 0 for values in timing.seconds.values())
     assert timing.share == 1.0
     assert timing.threads == torch.get_num_threads()
+    assert 0 < timing.occupied < 1.5
 
 
 def figures_of(family: str) -> Figures:
     figures = table2.count_family(SIZES[family])
     figures.memory["fp32"] = {"FFT": 3_000_000_000, "LoRA": 1_000_000_000, "KD-LoRA": None}
-    figures.timing["fp32"] = Timing({name: [8.0, 10.0] for name in TIMED[:3]} | {TIMED[3]: [4.0, 5.0]}, 0.5, 1)
+    figures.timing["fp32"] = Timing({name: [8.0, 10.0] for name in TIMED[:3]} | {TIMED[3]: [4.0, 5.0]}, 0.5, 1, 0.97)
     return figures
 
 
@@ -187,6 +188,15 @@ def test_notes_take_their_figures_from_the_families_shown():
     assert "BERT-base trains 0.30M with LoRA, DistilBERT 0.74M" in text
     assert "its own table gives 12%" in text
     assert "RoBERTa-base" not in text
+
+
+def test_times_from_a_shared_cpu_carry_a_warning():
+    """Eight times the seconds, printed as the model's own, when a neighbour held the core."""
+    options = table2.parse([])
+    figures = figures_of("bert")
+    assert "Others used the CPU" not in table2.conditions_text({"bert": figures}, options)
+    figures.timing["fp32"] = replace(figures.timing["fp32"], occupied=0.06)
+    assert "as little as 6% of their threads" in table2.conditions_text({"bert": figures}, options)
 
 
 @pytest.mark.slow

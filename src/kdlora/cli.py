@@ -47,6 +47,8 @@ def main() -> NoReturn:
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # newer versions of Typer turn Ctrl-C into this
+            raise KeyboardInterrupt
     except typer.Exit as exit_request:
         sys.exit(exit_request.exit_code)
     except KdLoraError as error:

@@ -87,7 +87,8 @@ def build_config(
     changes: dict[str, Any] = {}
     for override in overrides:
         _assign(changes, override)
-    has_source = any(_get(part, "data", "path") is not None for part in (plain, changes))
+    data = [part["data"] for part in (plain, changes) if isinstance(part.get("data"), dict)]
+    has_source = next((part["path"] for part in reversed(data) if "path" in part), None) is not None
     merged = _absolute_paths(plain, base or Path.cwd(), has_source=has_source)
     _merge(merged, _absolute_paths(changes, Path.cwd(), has_source=has_source))
     try:
@@ -134,11 +135,6 @@ _FILE_KEYS = {("data", key) for key in ("train", "validation", "test")} | {
     ("teacher", "probabilities"),
 }
 _SOURCE_KEYS = {("data", "path"), ("teacher", "model"), ("teacher", "fine_tuned"), ("student", "model")}
-
-
-def _get(values: dict[str, Any], section: str, key: str) -> Any:
-    part = values.get(section)
-    return part.get(key) if isinstance(part, dict) else None
 
 
 def _absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def _type(annotation: Any) -> str:
 
 def _limits(field: FieldInfo) -> str:
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    found = [f"{sign} {getattr(part, key):g}" for part in field.metadata for key, sign in signs.items() if hasattr(part, key)]
+    found = [
+        f"{sign} {getattr(part, key):g}" for part in field.metadata for key, sign in signs.items() if hasattr(part, key)
+    ]
     return f", {' and '.join(found)}" if found else ""
 
 
@@ -78,5 +80,6 @@ def _default(field: FieldInfo) -> str:
 if __name__ == "__main__":
     page = config_page()
     if "--check" in sys.argv[1:]:
-        sys.exit(0 if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page else "docs/config.md is stale: make docs")
+        is_true = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page
+        sys.exit(0 if is_true else "docs/config.md is stale: make docs")
     PAGE.write_text(page, encoding="utf-8")

@@ -17,6 +17,7 @@ from kdlora.evidence.records import (
     Predictions,
     RunRecord,
     write_examples,
+    write_json_atomic,
     write_predictions,
     write_record,
     write_results,
@@ -153,6 +154,90 @@ def make_experiment(
         [ExampleText(str(row), "validation", f"{texts[row % len(texts)]} ({row})", pair) for row in range(rows)],
     )
     return layout
+
+
+def ship(
+    layout: ExperimentLayout,
+    *,
+    int8: bool = True,
+    calibrated: bool = False,
+    split: str = "validation",
+    names: Sequence[str] = ("teacher", "student", "student, ONNX", "student, int8"),
+    recipe: str = "uint8 weights, embeddings left in fp32",
+) -> None:
+    """Write what an export and a benchmark leave; without int8, every recipe has failed."""
+    models = [_shipped_model(name, place) for place, name in enumerate(names[: 4 if int8 else 3])]
+    calibration = {"temperature": 1.73, "rows": 400, "nll_before": 0.412, "nll_after": 0.305}
+    calibration |= {"ece_before": 0.0871, "ece_after": 0.0194}
+    write_json_atomic(
+        layout.benchmark,
+        {
+            "models": models,
+            "threads": 2,
+            "rounds": 3,
+            "texts": 1043,
+            "machine": {"cpu": "Intel Xeon", "cores": "2", "memory": "16.0 GiB"},
+            "versions": {"onnxruntime": "1.32.0"},
+            "split": split,
+            "calibration": calibration if calibrated else None,
+        },
+    )
+    closest = "int8 does not hold with any remedy; the closest was onnx-int8 (int8 weights per channel)"
+    reason = "97.31% of predictions agree, fewer than 99.00%; the score falls by 0.82 points, more than 0.50"
+    attempt = _stage("onnx-int8 (int8 weights per channel)", "onnx-optimised", 0.41, 0.9731, reason)
+    stages = [_stage("onnx", "pytorch", 2.4e-7, 1.0), _stage("onnx-optimised", "onnx", 1.8e-7, 1.0)]
+    if int8:
+        stages.append(_stage(f"onnx-int8 ({recipe})", "onnx-optimised", 0.0123, 0.99996))
+    write_json_atomic(
+        layout.export_record,
+        {
+            "schema_version": 1,
+            "opset": 18,
+            "recipe": recipe if int8 else "",
+            "fused": {"Attention": 6, "Gelu": 0, "LayerNormalization": 13},
+            "stages": stages,
+            "attempts": [attempt],
+            "failure": "" if int8 else f"{closest}: {reason}",
+        },
+    )
+
+
+def _shipped_model(name: str, place: int) -> dict[str, object]:
+    latency = (92.0, 9.6, 6.1, 3.2)[place]
+    cells = [(size, length) for size in (1, 8, 32) for length in (16, 64, 128)]
+    return {
+        "name": name,
+        "folder": "somewhere",
+        "backend": "onnx" if place > 1 else "transformers",
+        "precision": "int8" if place == 3 else "fp32",
+        "unmerged": False,
+        "p50_ms": latency,
+        "p95_ms": 1.3 * latency,
+        "p99_ms": 1.6 * latency,
+        "texts_per_second": (21.0, 180.0, 260.0, 640.0)[place],
+        "batch_size": 32,
+        "load_seconds": (0.9, 0.6, 0.31, 0.27)[place],
+        "peak_memory_bytes": (620_000_000, 150_000_000, 128_000_000, 61_000_000)[place],
+        "size_bytes": (438_000_000, 90_900_000, 91_000_000, 23_000_000)[place],
+        "score": (92.4, 91.2, 91.2, 91.05)[place],
+        "grid_ms": {f"{size}x{length}": latency * size * length / 16 for size, length in cells},
+    }
+
+
+def _stage(stage: str, reference: str, difference: float, agreement: float, reason: str = "") -> dict[str, object]:
+    lost = 0.82 if reason else 0.0
+    return {
+        "stage": stage,
+        "reference": reference,
+        "rows": 1243,
+        "largest_difference": difference,
+        "agreement": agreement,
+        "score": 91.2 - lost,
+        "drop": lost,
+        "drop_low": lost - 0.3,
+        "drop_high": lost + 0.3,
+        "reason": reason,
+    }
 
 
 def _predictions(

@@ -11,7 +11,7 @@ from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from fabricate import ARMS, PAIRS, SIMILARITY, TAGS, make_experiment
+from fabricate import ARMS, PAIRS, SIMILARITY, TAGS, make_experiment, ship
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -75,9 +75,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Reports of several kinds, one of them full of hostile names, below one folder."""
     root = tmp_path_factory.mktemp("reports")
     hostile = Task("single-label", ("text",), ("label",), HOSTILE, ("accuracy",))
-    make_experiment(root / "hostile", task=hostile, texts=HOSTILE, experiment=HOSTILE[0], failed=[("lora", 1)])
-    make_experiment(root / "mrpc", task=PAIRS, arms=(*ARMS, "student-fft", "kd-fft"))
-    make_experiment(root / "stsb", task=SIMILARITY)
+    layout = make_experiment(root / "hostile", task=hostile, texts=HOSTILE, experiment=HOSTILE[0], failed=[("lora", 1)])
+    ship(layout, names=HOSTILE, recipe=HOSTILE[2] + HOSTILE[1])
+    ship(make_experiment(root / "mrpc", task=PAIRS, arms=(*ARMS, "student-fft", "kd-fft")), calibrated=True)
+    ship(make_experiment(root / "stsb", task=SIMILARITY), int8=False)
     make_experiment(root / "tags", task=TAGS, seeds=(0,))
     for name in ("hostile", "mrpc", "stsb", "tags"):
         make_report([root / name], draws=200)

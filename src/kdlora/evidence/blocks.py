@@ -59,7 +59,7 @@ class Cell:
 class Table:
     """A table whose first column names the rows; `numeric` columns are aligned to the right.
 
-    `quiet` rows are printed paler; `side` leaves room for the figure that follows.
+    `quiet` rows are printed paler; `side` leaves room for the figure that follows; `compact` is for many columns.
     """
 
     kind: ClassVar[str] = "table"
@@ -70,6 +70,7 @@ class Table:
     quiet: frozenset[int] = frozenset()
     note: str = ""
     side: bool = False
+    compact: bool = False
 
 
 @dataclass(frozen=True)

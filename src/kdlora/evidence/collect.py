@@ -12,6 +12,7 @@ from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, DataError
 from kdlora.evidence.predictions import ExampleText, Predictions, read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_record, read_results
+from kdlora.evidence.shipped import Shipped, read_shipped
 from kdlora.evidence.stats import MeanSd, mean_sd
 
 
@@ -49,6 +50,7 @@ class Experiment:
         folder: where it lies.
         runs: all runs, arm by arm.
         faults: what could not be read, in plain sentences.
+        shipped: figures of the exported student; None where nothing was exported or measured.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Experiment:
     folder: Path
     runs: tuple[Run, ...]
     faults: tuple[str, ...] = ()
+    shipped: Shipped | None = None
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -163,13 +166,15 @@ def _load_folder(folder: Path) -> list[Experiment]:
     by_task: dict[str, list[Run]] = {}
     for run, _ in loaded:
         by_task.setdefault(repr(run.record.task), []).append(run)
+    # A folder has one student; where several tasks were put together, nothing says whose it is.
+    shipped = read_shipped(layout) if len(by_task) == 1 else None
     experiments = []
     for runs in by_task.values():
         name = runs[0].record.experiment or folder.name
         task = _task_of(runs[0])
         if len(by_task) > 1:
             name = f"{name}: {task.name or ', '.join(task.label)}"
-        experiments.append(Experiment(name, task, folder, tuple(sorted(runs, key=_order)), faults))
+        experiments.append(Experiment(name, task, folder, tuple(sorted(runs, key=_order)), faults, shipped))
     return experiments
 
 

@@ -70,15 +70,10 @@ def score_against_cost(
     drawn = [one for one in series if one.points]
     if not drawn:
         return None
-    costs = [point.cost / scale for one in drawn for point in one.points]
+    points = [point for one in drawn for point in one.points]
     drawing = Drawing()
-    log = min(costs) > 0 and max(costs) / min(costs) > 20
-    x = (
-        drawing.x_scale(min(costs) / 1.6, max(costs) * 1.6, log=True)
-        if log
-        else drawing.x_scale(0, max(costs) * 1.12 or 1)
-    )
-    y = drawing.y_scale(*padded([point.score for one in drawn for point in one.points], margin=0.18, least=2.0))
+    x = _cost_scale(drawing, [point.cost / scale for point in points])
+    y = drawing.y_scale(*padded([point.score for point in points], margin=0.18, least=2.0))
     drawing.axes(x, y, cost, score)
     shift = _shifts([float(np.mean([x(point.cost / scale) for point in one.points])) for one in drawn])
     places = [_draw_series(drawing, one, x, y, scale, aside) for one, aside in zip(drawn, shift, strict=True)]
@@ -91,6 +86,59 @@ def score_against_cost(
     description = f"{score} against {cost}: {'; '.join(said)}."
     caption = "Large marks: mean over seeds, with its standard deviation. Small marks: single runs."
     legend = tuple(LegendItem(swatch(one.style), one.name) for one in drawn) if not labelled else ()
+    return Figure(title, drawing.render(title, description, identity), description, caption, legend)
+
+
+def _cost_scale(drawing: Drawing, costs: Sequence[float], *, far: float = 20) -> Scale:
+    """Make the axis of costs: from zero, or logarithmic where they are far apart."""
+    if min(costs) > 0 and max(costs) / min(costs) > far:
+        return drawing.x_scale(min(costs) / 1.6, max(costs) * 1.6, log=True)
+    return drawing.x_scale(0, max(costs) * 1.12 or 1)
+
+
+@dataclass(frozen=True)
+class ModelPoint:
+    """One model as it is shipped; `cost` is in the unit of the axis."""
+
+    name: str
+    style: Style
+    cost: float
+    score: float
+    title: str
+    href: str
+
+
+def models_against_cost(
+    points: Sequence[ModelPoint], *, title: str, cost: str, score: str, identity: str
+) -> Figure | None:
+    """Plot single models, each with its name beside it.
+
+    Args:
+        points: the models.
+        title: the plot's heading.
+        cost: label of the horizontal axis, with its unit.
+        score: label of the vertical axis.
+        identity: unique in the page.
+
+    Returns:
+        The figure, or None without points.
+    """
+    if not points:
+        return None
+    drawing = Drawing()
+    x = _cost_scale(drawing, [point.cost for point in points], far=4)  # each export is a multiple of the next
+    y = drawing.y_scale(*padded([point.score for point in points], margin=0.3, least=2.0))
+    drawing.axes(x, y, cost, score)
+    aside = _shifts([x(point.cost) for point in points])
+    wanted = [(x(point.cost) + shift, y(point.score), point.name) for point, shift in zip(points, aside, strict=True)]
+    for point, (across, up, _) in zip(points, wanted, strict=True):
+        drawing.mark(across, up, point.style, title=point.title, href=point.href)
+    labelled = drawing.labels_around(wanted)
+    said = [f"{point.name} {point.score:.2f} at {point.cost:.3g}" for point in points]
+    description = f"{score} against {cost}: {'; '.join(said)}."
+    legend = tuple(LegendItem(swatch(point.style), point.name) for point in points) if not labelled else ()
+    caption = "Further left is cheaper, further up is better."
+    caption += " The horizontal axis is logarithmic." if x.log else ""
     return Figure(title, drawing.render(title, description, identity), description, caption, legend)
 
 

@@ -191,6 +191,11 @@ class ExperimentLayout:
         return self.root / "student-onnx"
 
     @property
+    def export_record(self) -> Path:
+        """How the files in `student-onnx/` were made and checked."""
+        return self.onnx / "kdlora_export.json"
+
+    @property
     def deployed(self) -> Path:
         """Fingerprint of what `student-onnx/` and `benchmark.json` were made from, written last."""
         return self.root / ".deployed"

@@ -33,6 +33,7 @@ from kdlora.evidence.plots import (
     learning_curves,
     score_against_cost,
 )
+from kdlora.evidence.shipped_blocks import shipped_blocks, shipped_tiles
 from kdlora.evidence.svg import Style
 from kdlora.evidence.tables import Links, claims_table, cost_table, difference_table, run_table, score_table
 from kdlora.evidence.wording import ARM_MEANINGS, arm_title, milliseconds, score_title
@@ -55,11 +56,13 @@ def experiment_section(experiment: Experiment, *, number: int, base: Path, draws
     comparisons = compare_arms(experiment, draws=draws)
     tiles = key_figures(experiment, comparisons, links.runs)
     top: list[Block] = [Paragraph(answer(experiment, comparisons), "lead")]
-    top += [tiles] if tiles else []
+    as_shipped = shipped_tiles(experiment, f"{mark}-shipped")
+    top += [row for row in (tiles, as_shipped) if row is not None]
     top += cautions(experiment, comparisons)
     parts = (
         _section("Score", f"{mark}-score", _score_blocks(experiment, comparisons, links, mark)),
         _section("Cost", f"{mark}-cost", _cost_blocks(experiment, links, mark)),
+        _section("As shipped", f"{mark}-shipped", shipped_blocks(experiment, links, mark)),
         _section("Training", f"{mark}-training", _training_blocks(experiment, mark)),
         _section("What it gets wrong", f"{mark}-errors", _error_blocks(experiment, mark)),
         _section("Where teacher and student disagree most", f"{mark}-examples", _example_blocks(experiment)),

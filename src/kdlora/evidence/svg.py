@@ -200,6 +200,36 @@ class Drawing:
             self.text(x, y, text, css)
         return True
 
+    def labels_around(self, wanted: Sequence[tuple[float, float, str]]) -> bool:
+        """Write labels on whichever side of their points is free: right, left, above or below.
+
+        Args:
+            wanted: x, y and text of each point.
+
+        Returns:
+            False, with nothing written, where a label has no free place: the drawing then needs a legend.
+        """
+        taken = [(x - 8, y - 8, x + 8, y + 8) for x, y, _ in wanted]
+        labels = []
+        for x, y, text in wanted:
+            wide = 8.8 * len(text)  # of the larger letters on a telephone
+            sides = [(x + 13, 0.0, "point-label", 0.0), (x - 13, 0.0, "point-label end", wide)]
+            for lift in (-19.0, 19.0, -37.0, 37.0, -55.0, 55.0):
+                sides += [(x, lift, "point-label middle", wide / 2), (x - 8, lift, "point-label", 0.0)]
+                sides += [(x + 8, lift, "point-label end", wide)]
+            for start, lift, css, before in sides:
+                box = (start - before, y + lift - 9, start - before + wide, y + lift + 9)
+                inside = self.left <= box[0] and box[2] <= self.right and self.top <= box[1] and box[3] <= self.bottom
+                if inside and not any(_overlap(box, other) for other in taken):
+                    taken.append(box)
+                    labels.append((start, y + lift + 4, text, css))
+                    break
+            else:
+                return False
+        for x, y, text, css in labels:
+            self.text(x, y, text, css)
+        return True
+
     def render(self, title: str, description: str, identity: str) -> str:
         """Close the drawing.
 
@@ -217,6 +247,11 @@ class Drawing:
             f'<title id="{identity}-t">{escape(title)}</title><desc id="{identity}-d">{escape(description)}</desc>'
             f"{''.join(self.pieces)}</svg>"
         )
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    """Say whether two boxes (left, top, right, bottom) share a spot."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def spread(wanted: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:

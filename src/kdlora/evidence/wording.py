@@ -139,6 +139,14 @@ def change(before: float, after: float, less: str = "less") -> str:
     return f"{abs(share):.0f}% {less if share < 0 else 'more'}"
 
 
+def times(larger: float, smaller: float) -> str:
+    """Write how many times as much one amount is as another."""
+    if not smaller > 0:
+        return "–"
+    ratio = larger / smaller
+    return f"{ratio:.0f}×" if ratio >= 100 else f"{ratio:.1f}×" if ratio >= 0.1 else f"{ratio:.2g}×"
+
+
 def share(value: float | None) -> str:
     """Write per cent without decimals, but never 100% for what only rounds to it."""
     if value is None:

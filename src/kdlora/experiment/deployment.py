@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -13,7 +14,7 @@ from kdlora.configfile import load_config
 from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import BenchmarkResult, benchmark
-from kdlora.deploy.calibrate import fit_temperature, save_temperature
+from kdlora.deploy.calibrate import Calibration, fit_temperature, save_temperature
 from kdlora.deploy.encode import Text
 from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
 from kdlora.deploy.folder import read_model_folder
@@ -79,25 +80,31 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     mark = hash_json({"export": config.export.model_dump(mode="json"), "weights": hash_file(layout.student / WEIGHTS)})
     if layout.deployed.exists() and layout.deployed.read_text(encoding="utf-8") == mark:
         return ()
-    notes: list[str] = []
+    # From here on nothing of an earlier deployment counts: its figures must not stand beside a new export.
+    layout.deployed.unlink(missing_ok=True)
+    layout.benchmark.unlink(missing_ok=True)
     splits = load_splits(config.task, config.data)
-    if config.export.calibrate:
-        notes += _calibrate(layout, splits)
+    calibration, notes = _calibrate(layout, splits) if config.export.calibrate else (None, [])
     notes += _export_student(config, layout, splits, say)
+    figures: dict[str, Any] = {"models": []}
     if config.export.benchmark:
-        _benchmark_student(config, layout, splits, say)
+        figures = _benchmark_student(config, layout, splits, say)
+    if config.export.benchmark or calibration is not None:
+        found = None if calibration is None else calibration.to_dict()
+        write_json_atomic(layout.benchmark, figures | {"calibration": found})
     write_text_atomic(layout.deployed, mark)
     return tuple(notes)
 
 
-def _calibrate(layout: ExperimentLayout, splits: Splits) -> list[str]:
+def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | None, list[str]]:
+    """Fit the student's temperature on validation rows; give the figures, and the sentences on them."""
     if splits.task.kind == "regression":
-        return ["A regression gives no probabilities, so there was nothing to calibrate (export.calibrate)."]
+        return None, ["A regression gives no probabilities, so there was nothing to calibrate (export.calibrate)."]
     classifier = Classifier.load(layout.student)
     logits = classifier.predict_logits(texts_of(splits.validation))
     fitted = fit_temperature(logits, label_array(splits.validation), splits.task.kind)
     save_temperature(layout.student, fitted.temperature)
-    return [
+    return fitted, [
         f"Calibrated with temperature {fitted.temperature:.3f}: expected calibration error on the validation split "
         f"{fitted.ece_before:.4f} before, {fitted.ece_after:.4f} after."
     ]
@@ -142,7 +149,9 @@ def _export_rows(
     )
 
 
-def _benchmark_student(config: Config, layout: ExperimentLayout, splits: Splits, say: Callable[[str], None]) -> None:
+def _benchmark_student(
+    config: Config, layout: ExperimentLayout, splits: Splits, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Measure what is there of teacher, student and exports, on the rows of the headline."""
     rows = splits.test or splits.validation
     teacher = config.teacher.fine_tuned or layout.teacher
@@ -163,7 +172,7 @@ def _benchmark_student(config: Config, layout: ExperimentLayout, splits: Splits,
         threads=config.run.threads,
         progress=say,
     )
-    write_json_atomic(layout.benchmark, result.to_dict())
+    return result.to_dict() | {"split": "test" if rows is splits.test else "validation"}
 
 
 def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads: int | None = None) -> BenchmarkResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,7 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     mark = hash_json({"export": config.export.model_dump(mode="json"), "weights": hash_file(layout.student / WEIGHTS)})
     if layout.deployed.exists() and layout.deployed.read_text(encoding="utf-8") == mark:
         return ()
-    # From here on nothing of an earlier deployment counts: its figures must not stand beside a new export.
-    layout.deployed.unlink(missing_ok=True)
-    layout.benchmark.unlink(missing_ok=True)
+    _forget_deployment(layout)
     splits = load_splits(config.task, config.data)
     calibration, notes = _calibrate(layout, splits) if config.export.calibrate else (None, [])
     notes += _export_student(config, layout, splits, say)
@@ -94,6 +93,14 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
         write_json_atomic(layout.benchmark, figures | {"calibration": found})
     write_text_atomic(layout.deployed, mark)
     return tuple(notes)
+
+
+def _forget_deployment(layout: ExperimentLayout) -> None:
+    """Remove what an earlier deployment left: nothing of it may stand beside a new export, or be taken for one."""
+    layout.deployed.unlink(missing_ok=True)
+    layout.benchmark.unlink(missing_ok=True)
+    shutil.rmtree(layout.onnx, ignore_errors=True)
+    save_temperature(layout.student, 1.0)
 
 
 def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | None, list[str]]:

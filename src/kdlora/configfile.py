@@ -155,7 +155,11 @@ def _absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> 
 
 
 def _describe_faults(error: ValidationError, where: str) -> str:
-    faults = list(dict.fromkeys(_describe_fault(fault) for fault in error.errors(include_url=False)))
+    found = error.errors(include_url=False)
+    inner = {fault["loc"][:-1] for fault in found}
+    # A list whose one item is faulty is reported as too short as well.
+    told = [fault for fault in found if fault["type"] != "too_short" or fault["loc"] not in inner]
+    faults = list(dict.fromkeys(_describe_fault(fault) for fault in told))
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     return "\n".join([f"{where}: {count}", *(f"  - {fault}" for fault in faults)])
 

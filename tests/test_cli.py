@@ -1,0 +1,414 @@
+"""The command line: verbs, exit codes, and what comes to light before torch is loaded."""
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+import yaml
+
+from experiments import copy_experiment, processes_marked, snapshot
+from kdlora.configfile import load_config
+from kdlora.errors import ArtifactError
+from kdlora.evidence.records import ExperimentLayout, read_results
+from kdlora.experiment import run as experiment_run
+from kdlora.experiment.run import run_experiment
+
+pytest_plugins = ["experiment_fixtures"]
+
+SHOW_MODULES = (
+    "import atexit, sys; "
+    "atexit.register(lambda: print('LOADED', sorted({'torch', 'transformers', 'datasets', 'peft', 'pandas', "
+    "'kdlora.experiment.run'} & set(sys.modules)))); "
+    "sys.argv[0] = 'kdlora'; from kdlora.cli import main; main()"
+)
+
+
+def lightly(*arguments, seconds):
+    """Call the command line in a process of its own; it must take little time and load nothing heavy."""
+    took = []
+    for _ in range(3):  # processor time, the best of three: other processes must not decide
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-c", SHOW_MODULES, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if took[-1] < seconds:
+            break
+    assert "LOADED []" in done.stdout
+    assert min(took) < seconds
+    return done
+
+
+def write_config(path, values):
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small(workshop, tmp_path):
+    """A config file of one run, without a teacher."""
+    return write_config(tmp_path / "small.yaml", workshop.values())
+
+
+def test_help_comes_at_once():
+    """Seven seconds for `--help` is how a tool feels broken; torch came in by one careless import."""
+    done = lightly("--help", seconds=0.3)
+    assert done.returncode == 0
+    for verb in ("run", "validate", "evaluate", "predict", "report", "tasks", "families"):
+        assert verb in done.stdout
+
+
+def test_validate_comes_quickly_and_prints_the_whole_config(small):
+    """A check that takes as long as a run is not made."""
+    done = lightly("validate", str(small), "--set", "lora.rank=4", seconds=1.0)
+    assert done.returncode == 0
+    printed = yaml.safe_load(done.stdout.split("LOADED")[0])
+    assert printed["lora"]["rank"] == 4
+    assert printed["distil"] == {"alpha": 0.5, "temperature": 2.0, "loss": "kl"}
+
+
+def test_python_m_kdlora_is_the_command_line():
+    """The README's fallback where the script is not on the path."""
+    done = subprocess.run([sys.executable, "-m", "kdlora", "families"], capture_output=True, text=True, check=True)
+    assert "distilbert-base-uncased" in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["run", "validate", "evaluate", "predict", "report", "demo", "export", "compare"])
+def test_every_verb_explains_itself_with_an_example(cli, verb):
+    """Help without an example sends the user to the source."""
+    shown = cli(verb, "--help")
+    assert shown.code == 0
+    assert f"Example: kdlora {verb}" in shown.out or f"kdlora {verb}" in shown.out
+
+
+def test_tasks_lists_columns_labels_and_metrics(cli):
+    """Users copy column and label names from here."""
+    shown = cli("tasks")
+    assert shown.code == 0
+    row = next(line for line in shown.out.splitlines() if "mrpc" in line)
+    assert "sentence1, sentence2" in row
+    assert "not_equivalent, equivalent" in row
+    assert "accuracy + f1" in row
+
+
+def test_run_prints_the_table_and_the_places_then_nothing_new(cli, small, tmp_path):
+    """The end of a run is where the user looks."""
+    out = tmp_path / "out"
+    first = cli("run", small, "--out", out)
+    assert first.code == 0, first.err
+    row = next(line for line in first.out.splitlines() if "student-lora" in line)
+    record = read_results(ExperimentLayout(out).results)[0]
+    assert f"{record.score:.2f}" in row
+    assert f"{record.trainable_parameters:,}" in row
+    assert str(out / "student") in first.out
+    assert str(out / "report.html") in first.out
+    before = snapshot(out / "runs")
+    assert cli("run", small, "--out", out).code == 0
+    assert snapshot(out / "runs") == before
+
+
+def test_json_output_is_what_results_json_holds(cli, small, tmp_path):
+    """Programs read this; a note on standard output, or NaN, breaks them."""
+    shown = cli("run", small, "--out", tmp_path / "out", "--json", "--set", "student.train.epochs=1")
+    printed = json.loads(shown.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert printed["folder"] == str(tmp_path / "out")
+    assert printed["runs"] == json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+
+
+def test_run_with_options_makes_a_config(cli, workshop, tmp_path, monkeypatch):
+    """The command of the README: files and models by options, names resolved against the current folder."""
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+
+    def stop(config, out, *, listen):
+        seen["config"], seen["out"] = config, out
+        raise ArtifactError("far enough")
+
+    monkeypatch.setattr(experiment_run, "run_experiment", stop)
+    shown = cli(
+        *("run", "--train", os.path.relpath(workshop.train), "--text", "text", "--label", "label"),
+        *("--teacher", workshop.teacher, "--student", workshop.student, "--set", "run.seeds=[7]"),
+    )
+    assert (shown.code, shown.err) == (2, "kdlora: far enough\n")
+    config = seen["config"]
+    assert seen["out"] is None
+    assert config.data.train == str(workshop.train)
+    assert config.task.text == ("text",)
+    assert config.task.label == ("label",)
+    assert (config.teacher.model, config.student.model) == (str(workshop.teacher), str(workshop.student))
+    assert config.run.seeds == (7,)
+    cli("run", "--task", "mrpc", "--data", "nyu-mll/glue", "--family", "bert", "--text", "a")
+    assert seen["config"] is config  # refused before: mrpc has its own columns
+    cli("run", "--task", "mrpc", "--data", "nyu-mll/glue", "--family", "bert")
+    assert seen["config"].student.model == "distilbert-base-uncased"
+
+
+def test_options_go_over_the_config_file(cli, small, monkeypatch, tmp_path):
+    """An option that the file silently overrides is worse than none."""
+    seen = []
+
+    def stop(config, out, *, listen):
+        seen.append(config)
+        raise ArtifactError("far enough")
+
+    monkeypatch.setattr(experiment_run, "run_experiment", stop)
+    cli("run", small, "--label", "a", "--label", "b", "--student", "other/model", "--set", "lora.rank=2")
+    assert seen[0].task.label == ("a", "b")
+    assert seen[0].student.model == "other/model"
+    assert seen[0].lora.rank == 2
+    assert seen[0].student.train == load_config(small).student.train
+
+
+def test_split_names_can_be_overridden(small, tmp_path):
+    """With a source of many splits, `--set data.validation=NAME` is a name, not a file beside the user."""
+    values = yaml.safe_load(small.read_text()) | {"data": {"path": "someone/data"}}
+    config = load_config(write_config(tmp_path / "hub.yaml", values), ["data.validation=validation_matched"])
+    assert config.data.validation == "validation_matched"
+    config = load_config(write_config(tmp_path / "hub.yaml", values), ["data.train=small.csv", "data.path=null"])
+    assert config.data.train.endswith("/small.csv")
+
+
+def test_a_failed_run_exits_with_1_and_the_others_finish(cli, workshop, tmp_path):
+    """A script that sees 0 goes on with half of an experiment."""
+    values = workshop.values(
+        {"run": {"arms": ["student-fft", "student-lora"]}, "student": {"full_learning_rate": 1e30}}
+    )
+    config = write_config(tmp_path / "c.yaml", values)
+    shown = cli("run", config, "--out", tmp_path / "out")
+    assert shown.code == 1
+    assert "failed: student-fft, seed 0" in shown.out
+    assert "Traceback" not in shown.err
+    status = {record.arm: record.status for record in read_results(tmp_path / "out" / "results.json")}
+    assert status == {"student-fft": "failed", "student-lora": "finished"}
+    fast = cli("run", config, "--out", tmp_path / "fast", "--set", "run.fail_fast=true")
+    assert fast.code == 1
+    assert [record.arm for record in read_results(tmp_path / "fast" / "results.json")] == ["student-fft"]
+
+
+def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop, tmp_path):
+    """The verbs after the run must find what the run left."""
+    shown = cli("evaluate", experiment.folder, workshop.validation, "--json")
+    assert shown.code == 0, shown.err
+    scores = {row["model"]: row["score"] for row in json.loads(shown.out)}
+    assert scores["teacher"] == pytest.approx(experiment.records[0].score)
+    table = cli("evaluate", experiment.folder, workshop.validation)
+    assert f"{scores['student']:.2f}" in table.out
+    again = cli("report", experiment.folder, "--out", tmp_path / "report")
+    assert again.code == 0, again.err
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    assert str(tmp_path / "report" / "report.md") in again.out
+
+
+def test_evaluate_and_report_refuse_what_is_no_experiment(cli, experiment, workshop, tmp_path):
+    """A traceback about a missing file does not say what to run first."""
+    shown = cli("evaluate", tmp_path, workshop.validation)
+    assert shown.code == 2
+    assert "kdlora run" in shown.err
+    assert cli("report", tmp_path).code == 2
+    missing = cli("evaluate", experiment.folder, tmp_path / "none.csv")
+    assert missing.code == 2
+    assert "none.csv" in missing.err
+    bare = ExperimentLayout(tmp_path / "bare")
+    bare.root.mkdir()
+    for path in (bare.config, bare.results):
+        path.write_bytes((experiment.folder / path.name).read_bytes())
+    none = cli("evaluate", bare.root, workshop.validation)
+    assert none.code == 2
+    assert "no model to evaluate" in none.err
+
+
+def test_predict_labels_a_typed_sentence(cli, experiment, workshop, tmp_path):
+    """The demo ends in this command."""
+    (tmp_path / "a.txt").write_text("what a wonderful film\n")
+    shown = cli("predict", experiment.layout.student, tmp_path / "a.txt")
+    assert shown.code == 0, shown.err
+    assert '"positive"' in shown.out or '"negative"' in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["runn"], "runn"),
+        (["run", "--tetcher", "x"], "--tetcher"),
+        (["validate"], "Missing argument"),
+        (["run"], "data: this section or key is required"),
+        (["run", "none.yaml"], "does not exist"),
+        (["run", "--train", "a.csv", "--set", "lora.rank"], "expected key=value"),
+    ],
+)
+def test_misuse_exits_with_2_and_says_what(cli, arguments, expected, tmp_path, monkeypatch):
+    """Usage errors are the user's: 2, some lines, no traceback."""
+    monkeypatch.chdir(tmp_path)
+    shown = cli(*arguments)
+    assert shown.code == 2
+    assert expected in shown.err
+    assert "Traceback" not in shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "expected"),
+    [
+        (KeyboardInterrupt(), 130, "the same command continues"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "/out"), 1, "/out"),
+        (MemoryError(), 1, "batch_size"),
+    ],
+)
+def test_faults_of_the_machine_have_their_own_exit_codes(cli, small, monkeypatch, fault, code, expected):
+    """A scheduler decides by the exit code whether to try again."""
+
+    def fail(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(experiment_run, "run_experiment", fail)
+    shown = cli("run", small)
+    assert shown.code == code
+    assert expected in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_a_bug_is_not_hidden(cli, small, monkeypatch):
+    """Our own mistakes must come with their traceback, or nobody can report them."""
+    monkeypatch.setattr(experiment_run, "run_experiment", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli("run", small)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_parent_and_child_and_the_command_continues(workshop, tmp_path):
+    """A child that goes on training alone holds memory, writes into the folder, and nobody knows of it.
+
+    SIGTERM goes the way of Ctrl-C; one of them is enough, for each costs two imports of torch.
+    """
+    values = workshop.values(
+        {"student": {"train": {"epochs": 3000, "batch_size": 8}}, "run": {"checkpoint_seconds": 0.2}}
+    )
+    config, out, mark = write_config(tmp_path / "c.yaml", values), tmp_path / "out", f"kdlora-mark-{uuid.uuid4()}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kdlora", "run", str(config), "--out", str(out)],
+        env=os.environ | {"KDLORA_TEST_MARK": mark},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoints = ExperimentLayout(out).run("student-lora", 0).checkpoints
+    try:
+        wait_for(lambda: list(checkpoints.glob("step-*")), process)
+        process.terminate()
+        begin = time.monotonic()
+        _, printed = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert time.monotonic() - begin < 15
+    assert "the same command continues where it stopped" in printed
+    assert "Traceback" not in printed
+    wait_for(lambda: not processes_marked(mark), None)
+    steps = []
+
+    def stop_at_once(stage, event):
+        steps.append(event.step)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # the lock is free, and the training goes on from the checkpoint
+        run_experiment(load_config(config), out, listen=stop_at_once)
+    assert steps[0] > 1
+
+
+def wait_for(condition, process, seconds=150):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        if process is not None:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_a_misspelt_log_level_is_refused(cli, monkeypatch):
+    """An environment variable is input too; its fault came out as a traceback."""
+    monkeypatch.setenv("KDLORA_LOG", "loud")
+    shown = cli("tasks")
+    assert shown.code == 2
+    assert "KDLORA_LOG is 'LOUD'; expected DEBUG" in shown.err
+
+
+def test_the_progress_bar_names_stage_terms_and_speed(monkeypatch, capsys):
+    """The bar is what a user watches for an hour."""
+    from rich.console import Console
+
+    from kdlora import terminal
+    from kdlora.distil.session import ProgressEvent
+    from kdlora.experiment.stages import Stage
+
+    monkeypatch.setattr(
+        terminal, "Console", lambda stderr=False: Console(stderr=stderr, force_terminal=True, width=200)
+    )
+    event = ProgressEvent(
+        epoch=1.5,
+        epochs=3,
+        step=50,
+        steps=100,
+        loss=0.5,
+        hard_loss=0.25,
+        soft_loss=0.75,
+        examples_per_second=321.0,
+        eta_seconds=9.0,
+        score=87.5,
+    )
+    with terminal.live_progress() as listen:
+        listen(Stage("label", "kd-lora", 0), (32, 64))
+        listen(Stage("train", "kd-lora", 0), event)
+    shown = capsys.readouterr().err
+    assert "teacher reads the training rows" in shown
+    assert "32 of 64" in shown
+    for part in ("kd-lora, seed 0", "epoch 1.5/3", "loss 0.500", "hard 0.250", "soft 0.750", "321 examples/s", "87.5"):
+        assert part in shown
+
+
+def test_no_bar_where_nobody_looks(capsys):
+    """Log files full of bars cannot be read."""
+    from kdlora import terminal
+
+    with terminal.live_progress() as listen:
+        assert listen is None
+    assert capsys.readouterr().err == ""
+
+
+def test_the_table_shows_failed_arms_and_the_test_split(experiment, capsys, monkeypatch):
+    """A failed arm left out of the table looks as if it had never been asked for."""
+    from dataclasses import replace
+
+    from kdlora.terminal import print_result
+
+    monkeypatch.setenv("COLUMNS", "160")
+    records = [
+        record.model_copy(
+            update={"status": "failed", "error": "[red]gone[/red]", "score": None}
+            if record.arm == "lora"
+            else {"test_score": 12.0 + record.seed}
+        )
+        for record in experiment.records
+    ]
+    print_result(replace(experiment, records=records, notes=("a note with [brackets]",)))
+    shown = capsys.readouterr().out
+    assert "score on the test split" in shown
+    assert "a note with [brackets]" in shown
+    assert "failed: lora, seed 1: [red]gone[/red]" in shown
+    rows = {line.split()[1]: line for line in shown.splitlines() if line.startswith("│")}
+    assert "failed" in rows["lora"]
+    assert "12.50" in rows["kd-lora"]
+    assert "0.71" in rows["kd-lora"]  # sample standard deviation of 12 and 13
+
+
+def test_copies_can_be_reported_together(cli, experiment, tmp_path):
+    """Two folders of one name must not be shown as one."""
+    other = copy_experiment(experiment.folder, tmp_path / "other")
+    shown = cli("report", experiment.folder, other, "--out", tmp_path / "both")
+    assert shown.code == 0, shown.err
+    assert "2 experiments" in (tmp_path / "both" / "report.md").read_text()

@@ -19,7 +19,7 @@ from kdlora.models.adapters import add_adapter, save_adapter
 from kdlora.models.encoders import load_encoder
 
 TASK = Task("single-label", ("text",), ("label",), ("positive", "neutral", "negative"), ("accuracy",))
-QUICK = {"rounds": 2, "threads": 1, "batch_sizes": (4, 8), "grid_batches": (1,), "grid_lengths": (8, 16)}
+QUICK = {"rounds": 2, "threads": 1, "batch_sizes": (4, 8), "grid_batches": (1,), "grid_lengths": (8, 16, 512)}
 
 
 @pytest.fixture(scope="module")

@@ -170,7 +170,7 @@ def benchmark(
         rounds: interleaved rounds.
         batch_sizes: tried for the best throughput.
         grid_batches: batch sizes of the grid; empty for no grid.
-        grid_lengths: lengths of the grid in tokens.
+        grid_lengths: lengths of the grid in tokens; those that a model cannot hold are left out.
         allow_unmerged: run adapters unmerged on their base; their figures say so.
         progress: called with a short sentence at each step.
 
@@ -189,54 +189,55 @@ def benchmark(
     if labels is not None and (task is None or len(labels) != len(texts)):
         raise DataError("benchmark: labels need a task, and one label for each text.")
     rows = [check_text(text, f"text {row}") for row, text in enumerate(texts or DEFAULT_TEXTS)]
-    say = progress or (lambda step: None)
-    unmerged = {name: _is_adapter(path) for name, path in named.items()}
-    for name, path in named.items():
-        if not (unmerged[name] and allow_unmerged):
+    for path in named.values():
+        if not (_is_adapter(path) and allow_unmerged):
             read_model_folder(path, precision=precision)
+    say = progress or (lambda step: None)
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(_worker(name, count)) for name in named}
-        facts = {}
-        for name, path in named.items():
-            say(f"{name}: loading")
-            facts[name] = workers[name].ask(
-                "load",
-                folder=str(path),
-                threads=count,
-                precision=precision,
-                max_length=max_length,
-                unmerged=unmerged[name],
-            )
+        facts = {name: _load(workers[name], path, count, precision, max_length, say) for name, path in named.items()}
         timed = _time_models(workers, rows, rounds, batch_sizes, say)
-        peaks = {name: worker.ask("memory") for name, worker in workers.items()}
-        scores: dict[str, float | None] = dict.fromkeys(named)
-        if labels is not None and task is not None:
-            targets = np.asarray(labels)
-            scores |= {name: _score(workers[name], facts[name], task, rows, targets, groups) for name in named}
-        limit = max_length or 512
-        grids = _time_grid(workers, grid_batches, [length for length in grid_lengths if length <= limit], say)
-    return BenchmarkResult(
-        models=tuple(
-            ModelFigures(
-                name=name,
-                folder=str(path),
-                backend=facts[name]["backend"],
-                precision=facts[name]["precision"],
-                unmerged=unmerged[name],
-                **timed[name],
-                load_seconds=facts[name]["load_seconds"],
-                peak_memory_bytes=peaks[name],
-                size_bytes=facts[name]["size_bytes"],
-                score=scores[name],
-                grid_ms=grids[name],
-            )
-            for name, path in named.items()
-        ),
-        threads=count,
-        rounds=rounds,
-        texts=len(rows),
-        machine=describe_machine(),
-        versions=collect_versions(),
+        for name, worker in workers.items():
+            timed[name]["peak_memory_bytes"] = worker.ask("memory")
+            timed[name]["score"] = None
+            if labels is not None and task is not None:
+                timed[name]["score"] = _score(worker, facts[name], task, rows, np.asarray(labels), groups)
+        longest = min(fact["max_length"] for fact in facts.values())
+        grids = _time_grid(workers, grid_batches, [length for length in grid_lengths if length <= longest], say)
+    figures = [_figures(name, path, facts[name], timed[name], grids[name]) for name, path in named.items()]
+    return BenchmarkResult(tuple(figures), count, rounds, len(rows), describe_machine(), collect_versions())
+
+
+def _load(
+    worker: _Worker, path: Path, threads: int, precision: Precision, max_length: int | None, say: Progress
+) -> dict[str, Any]:
+    """Load a model in its process and give what it says about itself."""
+    say(f"{worker.name}: loading")
+    facts: dict[str, Any] = worker.ask(
+        "load",
+        folder=str(path),
+        threads=threads,
+        precision=precision,
+        max_length=max_length,
+        unmerged=_is_adapter(path),
+    )
+    return facts
+
+
+def _figures(
+    name: str, path: Path, facts: Mapping[str, Any], timed: Mapping[str, Any], grid: dict[str, float]
+) -> ModelFigures:
+    """Join what was found out about one model."""
+    return ModelFigures(
+        name=name,
+        folder=str(path),
+        backend=facts["backend"],
+        precision=facts["precision"],
+        unmerged=_is_adapter(path),
+        load_seconds=facts["load_seconds"],
+        size_bytes=facts["size_bytes"],
+        grid_ms=grid,
+        **timed,
     )
 
 

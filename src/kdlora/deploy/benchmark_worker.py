@@ -52,6 +52,7 @@ class Worker:
             "precision": described.precision,
             "label_names": list(described.label_names),
             "kind": described.kind,
+            "max_length": described.max_length,
         }
 
     def latency(self, texts: Sequence[Text]) -> list[float]:

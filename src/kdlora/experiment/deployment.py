@@ -77,10 +77,9 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     Returns:
         Plain sentences on what was left out.
     """
-    prepare_process(config)
-    mark = hash_json({"export": config.export.model_dump(mode="json"), "weights": hash_file(layout.student / WEIGHTS)})
-    if layout.deployed.exists() and layout.deployed.read_text(encoding="utf-8") == mark:
+    if is_deployed(config, layout):
         return ()
+    prepare_process(config)
     _forget_deployment(layout)
     splits = load_splits(config.task, config.data)
     calibration, notes = _calibrate(layout, splits) if config.export.calibrate else (None, [])
@@ -91,8 +90,23 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     if config.export.benchmark or calibration is not None:
         found = None if calibration is None else calibration.to_dict()
         write_json_atomic(layout.benchmark, figures | {"calibration": found})
-    write_text_atomic(layout.deployed, mark)
+    write_text_atomic(layout.deployed, _mark(config, layout))
     return tuple(notes)
+
+
+def is_deployed(config: Config, layout: ExperimentLayout) -> bool:
+    """Say whether `deploy_student` has nothing left to do.
+
+    Args:
+        config: the experiment.
+        layout: its folder; `student/` is there.
+    """
+    return layout.deployed.exists() and layout.deployed.read_text(encoding="utf-8") == _mark(config, layout)
+
+
+def _mark(config: Config, layout: ExperimentLayout) -> str:
+    """Fingerprint what a deployment depends on."""
+    return hash_json({"export": config.export.model_dump(mode="json"), "weights": hash_file(layout.student / WEIGHTS)})
 
 
 def _forget_deployment(layout: ExperimentLayout) -> None:

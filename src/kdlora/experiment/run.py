@@ -27,7 +27,7 @@ from kdlora.evidence.records import (
     write_text_atomic,
 )
 from kdlora.evidence.report import make_report
-from kdlora.experiment.deployment import deploy_student
+from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.recording import hash_splits, new_record
 from kdlora.experiment.shipping import is_shipped, keep_examples, ship_student
 from kdlora.experiment.sources import check_models, check_table
@@ -278,6 +278,8 @@ def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: li
 
 def _deploy(config: Config, layout: ExperimentLayout, shipped: Run, listen: Listener | None) -> tuple[str, ...]:
     """Calibrate, export and measure the shipped student, unless that is done; return what is to be said of it."""
+    if is_deployed(config, layout):
+        return ()
     stage = Stage("deploy", shipped.arm, shipped.seed)
     hear = None if listen is None else lambda step: listen(stage, step)
     try:

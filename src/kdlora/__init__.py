@@ -6,7 +6,6 @@ The public names are imported on first use, so that `import kdlora` costs nothin
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,29 +13,39 @@ if TYPE_CHECKING:
     from kdlora.configfile import build_config, load_config
     from kdlora.data.load import load_splits
     from kdlora.data.tasks import Task
+    from kdlora.deploy.benchmark import benchmark
+    from kdlora.deploy.calibrate import fit_temperature
+    from kdlora.deploy.export import export_onnx
+    from kdlora.deploy.predict import Classifier
+    from kdlora.deploy.stream import predict_file
     from kdlora.distil.losses import distillation_loss
     from kdlora.distil.teacher import teacher_logits
     from kdlora.distil.trainer import DistillationTrainer
     from kdlora.errors import KdLoraError
+    from kdlora.evidence.compare import compare
     from kdlora.evidence.report import make_report
     from kdlora.experiment.arms import evaluate, train_student, train_teacher
     from kdlora.experiment.run import run_experiment
     from kdlora.models.adapters import merge_student
 
-__version__ = version("kdlora")
-
 _HOMES = {
+    "Classifier": "kdlora.deploy.predict",
     "Config": "kdlora.config",
     "DistillationTrainer": "kdlora.distil.trainer",
     "KdLoraError": "kdlora.errors",
     "Task": "kdlora.data.tasks",
+    "benchmark": "kdlora.deploy.benchmark",
     "build_config": "kdlora.configfile",
+    "compare": "kdlora.evidence.compare",
     "distillation_loss": "kdlora.distil.losses",
     "evaluate": "kdlora.experiment.arms",
+    "export_onnx": "kdlora.deploy.export",
+    "fit_temperature": "kdlora.deploy.calibrate",
     "load_config": "kdlora.configfile",
     "load_splits": "kdlora.data.load",
     "make_report": "kdlora.evidence.report",
     "merge_student": "kdlora.models.adapters",
+    "predict_file": "kdlora.deploy.stream",
     "run_experiment": "kdlora.experiment.run",
     "teacher_logits": "kdlora.distil.teacher",
     "train_student": "kdlora.experiment.arms",
@@ -44,17 +53,23 @@ _HOMES = {
 }
 
 __all__ = [
+    "Classifier",
     "Config",
     "DistillationTrainer",
     "KdLoraError",
     "Task",
+    "benchmark",
     "build_config",
+    "compare",
     "distillation_loss",
     "evaluate",
+    "export_onnx",
+    "fit_temperature",
     "load_config",
     "load_splits",
     "make_report",
     "merge_student",
+    "predict_file",
     "run_experiment",
     "teacher_logits",
     "train_student",
@@ -63,6 +78,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("kdlora")
     if name not in _HOMES:
         raise AttributeError(f"module 'kdlora' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

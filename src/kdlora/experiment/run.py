@@ -120,8 +120,10 @@ def run_experiment(
     with _only_process(layout):
         write_text_atomic(layout.config, save_config(config))
         keep_examples(layout, splits)
-        records = list(_run_all(config, layout, splits, rows, listen))
-        write_results(layout.results, records)
+        records: list[RunRecord] = []
+        for record in _run_all(config, layout, splits, rows, listen):
+            records.append(record)
+            write_results(layout.results, records)  # after every run, so that an interrupted experiment can be read
         shipped = _ship_best(config, layout, splits.task, records)
         notes += () if shipped is None else _deploy(config, layout, shipped, listen)
         make_report([layout.root])

@@ -53,13 +53,13 @@ def test_the_tokenizers_limit_holds(tiny_tokenizer) -> None:
 def test_pairs_cut_the_longer_text(tiny_tokenizer) -> None:
     """Cutting only the second text can remove a whole hypothesis."""
     pairs = list(reversed(TEXTS))
-    data = tokenise(dataset(text_pair=pairs), tiny_tokenizer, 12)
-    expected = tiny_tokenizer(TEXTS, pairs, truncation="longest_first", max_length=12)
+    data = tokenise(dataset(text_pair=pairs), tiny_tokenizer, 20)
+    expected = tiny_tokenizer(TEXTS, pairs, truncation="longest_first", max_length=20)
     assert data.dataset["input_ids"][:] == expected["input_ids"]
     assert data.dataset["token_type_ids"][:] == expected["token_type_ids"]
-    assert max(data.dataset["length"]) == 12
+    assert max(data.dataset["length"]) == 20
     untouched = tiny_tokenizer(TEXTS, pairs)["input_ids"]
-    assert data.truncated == sum(len(ids) > 12 for ids in untouched) == 2
+    assert data.truncated == sum(len(ids) > 20 for ids in untouched) == 2
 
 
 def test_teacher_logits_and_groups_are_carried(tiny_tokenizer) -> None:

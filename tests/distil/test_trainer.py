@@ -81,7 +81,7 @@ def test_the_student_follows_its_teacher(make_setup, tmp_path):
     dataset = setup.train.dataset.remove_columns("teacher_logits").add_column("teacher_logits", flipped.tolist())
     setup.train = setup.train.__class__(dataset, 0, 48)
     outcome = setup.run(tmp_path, distil=DistilConfig(alpha=0.0))
-    assert outcome.history[-1]["accuracy"] < 0.1
+    assert outcome.history[-1]["accuracy"] < 0.25  # the labels say the opposite; chance is 0.5
 
 
 def test_the_control_is_the_same_training_without_the_teacher(make_setup, tmp_path):

@@ -12,7 +12,7 @@ from kdlora.distil.fingerprints import hash_file
 from kdlora.evidence.card import student_card
 from kdlora.evidence.records import ExampleText, ExperimentLayout, RunRecord, atomic_folder, write_examples
 from kdlora.experiment.arms import Trained
-from kdlora.experiment.recording import splits_by_name
+from kdlora.experiment.recording import prepare_process, splits_by_name
 from kdlora.experiment.sources import load_base
 from kdlora.models.adapters import add_base, merge_student, save_adapter
 from kdlora.models.encoders import Encoder, save_encoder
@@ -58,6 +58,7 @@ def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: Run
         task: labels and kind.
         best: the run that was best on validation.
     """
+    prepare_process(config)
     place = layout.run(best.arm, best.seed)
     if place.adapter.exists():
         with atomic_folder(layout.adapter) as folder:

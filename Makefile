@@ -23,7 +23,7 @@ demo: $(VENV)/.run  ## distil a real encoder on real film reviews, print the tab
 	$(BIN)/kdlora demo
 
 test: $(VENV)/.dev  ## everything the tests need, then the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(VENV)/.dev  ## lint, format, types, import layers
 	$(BIN)/ruff check .

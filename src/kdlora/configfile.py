@@ -86,15 +86,15 @@ def build_config(
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     changes: dict[str, Any] = {}
     for override in overrides:
-        _assign(changes, override)
+        assign(changes, override)
     data = [part["data"] for part in (plain, changes) if isinstance(part.get("data"), dict)]
     has_source = next((part["path"] for part in reversed(data) if "path" in part), None) is not None
-    merged = _absolute_paths(plain, base or Path.cwd(), has_source=has_source)
-    _merge(merged, _absolute_paths(changes, Path.cwd(), has_source=has_source))
+    merged = absolute_paths(plain, base or Path.cwd(), has_source=has_source)
+    merge(merged, absolute_paths(changes, Path.cwd(), has_source=has_source))
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(_describe_faults(error, where)) from None
+        raise ConfigError(describe_faults(error, where)) from None
 
 
 def save_config(config: Config) -> str:
@@ -106,7 +106,16 @@ def save_config(config: Config) -> str:
     return yaml.safe_dump(values, sort_keys=False)  # some control characters only survive as escapes
 
 
-def _assign(values: dict[str, Any], override: str) -> None:
+def assign(values: dict[str, Any], override: str) -> None:
+    """Put one `section.key=value` assignment into nested values.
+
+    Args:
+        values: changed in place.
+        override: the assignment; its value is YAML.
+
+    Raises:
+        ConfigError: for an assignment that cannot be read.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {override!r}: expected key=value, such as student.train.learning_rate=1e-3")
@@ -122,10 +131,16 @@ def _assign(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
+def merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Lay changes over nested values; mappings are merged, everything else is replaced.
+
+    Args:
+        into: changed in place.
+        changes: what is laid over.
+    """
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
+            merge(into[key], value)
         else:
             into[key] = value
 
@@ -137,8 +152,17 @@ _FILE_KEYS = {("data", key) for key in ("train", "validation", "test")} | {
 _SOURCE_KEYS = {("data", "path"), ("teacher", "model"), ("teacher", "fine_tuned"), ("student", "model")}
 
 
-def _absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> dict[str, Any]:
-    """Make file keys absolute; a model or data source only where it is a path and no Hub id."""
+def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> dict[str, Any]:
+    """Make file keys absolute; a model or data source only where it is a path and no Hub id.
+
+    Args:
+        values: sections of a config.
+        base: folder that relative paths resolve against.
+        has_source: whether `data.path` is set, so that `data.train` and the like may be names of splits.
+
+    Returns:
+        A copy, also of the sections.
+    """
     resolved = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     for section, key in _FILE_KEYS | _SOURCE_KEYS:
         part = resolved.get(section)
@@ -154,20 +178,27 @@ def _absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> 
     return resolved
 
 
-def _describe_faults(error: ValidationError, where: str) -> str:
+def describe_faults(error: ValidationError, where: str, root: type[BaseModel] = Config) -> str:
+    """Put all faults of a validation into words.
+
+    Args:
+        error: what pydantic found.
+        where: name of the source, for the message.
+        root: the model that was validated; its fields are what unknown keys are compared with.
+    """
     found = error.errors(include_url=False)
     inner = {fault["loc"][:-1] for fault in found}
     # A list whose one item is faulty is reported as too short as well.
     told = [fault for fault in found if fault["type"] != "too_short" or fault["loc"] not in inner]
-    faults = list(dict.fromkeys(_describe_fault(fault) for fault in told))
+    faults = list(dict.fromkeys(_describe_fault(fault, root) for fault in told))
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     return "\n".join([f"{where}: {count}", *(f"  - {fault}" for fault in faults)])
 
 
-def _describe_fault(fault: Any) -> str:
+def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
     location = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
+        known = _fields_at(location[:-1], root)
         suggestion = did_you_mean(location[-1], known) or f" Known keys: {', '.join(known)}."
         return f"{'.'.join(location)}: unknown key.{suggestion}"
     key = ".".join(part for part in location if not part.startswith(("function-", "literal[", "tuple[")))
@@ -182,10 +213,10 @@ def _describe_fault(fault: Any) -> str:
     return f"{key}: {message}, got {fault['input']!r}.{hint}"
 
 
-def _fields_at(location: list[str]) -> list[str]:
-    model: type[BaseModel] = Config
+def _fields_at(location: list[str], root: type[BaseModel]) -> list[str]:
+    model = root
     for part in location:
-        annotation = model.model_fields[part].annotation
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

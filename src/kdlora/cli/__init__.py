@@ -11,11 +11,11 @@ from typing import NoReturn
 
 import typer
 
-from kdlora.cli import experiments, models, reference
+from kdlora.cli import experiments, models, reference, scale
 from kdlora.cli.app import app
 from kdlora.errors import KdLoraError
 
-__all__ = ["app", "experiments", "main", "models", "reference"]
+__all__ = ["app", "experiments", "main", "models", "reference", "scale"]
 
 
 def main() -> NoReturn:

@@ -42,6 +42,8 @@ class PublishedCosts:
         total: parameters of teacher and student in all, as published with the models.
         memory_mb: GPU memory of FFT, LoRA and KD-LoRA.
         seconds: inference time on CoLA's validation set of FFT, LoRA and KD-LoRA.
+        lora_by_rank: trainable parameters of LoRA at rank 8, 16, 32 and 64.
+        kd_lora_by_rank: the same of KD-LoRA.
     """
 
     teacher: str
@@ -50,6 +52,8 @@ class PublishedCosts:
     total: tuple[float, float]
     memory_mb: tuple[float, float, float]
     seconds: tuple[float, float, float]
+    lora_by_rank: tuple[float, ...] = (2.9e6, 5.9e6, 11.8e6, 23.6e6)
+    kd_lora_by_rank: tuple[float, ...] = (1.5e6, 2.9e6, 5.9e6, 11.8e6)
 
 
 COSTS = {
@@ -60,6 +64,7 @@ COSTS = {
         (110e6, 66e6),
         (1332.0, 463.5, 296.8),
         (6.10, 6.22, 5.36),
+        kd_lora_by_rank=(1.2e6, 2.4e6, 4.7e6, 9.4e6),
     ),
     "roberta": PublishedCosts(
         "roberta-base",
@@ -162,3 +167,28 @@ def family_of(teacher: str | None, student: str | None) -> str | None:
     """
     names = [str(source or "").rstrip("/").rsplit("/", 1)[-1] for source in (teacher, student)]
     return next((family for family, costs in COSTS.items() if names == [costs.teacher, costs.student]), None)
+
+
+RANKS = (8, 16, 32, 64)
+"""The ranks of Table 2."""
+
+VALIDATION_ROWS = {"rte": 277, "wnli": 71}
+"""Sizes of GLUE's two smallest validation sets, whose accuracies are coarse."""
+
+
+def impossible_scores() -> tuple[tuple[str, str, str, float], ...]:
+    """List the figures of Table 1 that are no median of six accuracies, on validation sets of known size.
+
+    Such a median is an accuracy or the mean of two: a multiple of half an example.
+
+    Returns:
+        Task, family, method and the printed figure.
+    """
+    found = []
+    for task, rows in VALIDATION_ROWS.items():
+        for family, figures in published_scores(task).items():
+            for method, value in zip(_SCORE_NAMES, (figures.fft, figures.lora, figures.kd_lora), strict=True):
+                nearest = round(value / 100 * 2 * rows)
+                if all(round(100 * count / (2 * rows), 1) != value for count in (nearest - 1, nearest, nearest + 1)):
+                    found.append((task, family, method.replace("_", "-"), value))
+    return tuple(found)

@@ -1,0 +1,132 @@
+"""The verbs that carry out many runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kdlora.cli.app import Out, Set, app
+
+if TYPE_CHECKING:
+    from kdlora.scale.overview import Overview
+    from kdlora.scale.suite import SuiteEvent, SuiteResult
+
+Yes = Annotated[bool, typer.Option("--yes", help="Carry out a plan of more than 10,000 runs.")]
+
+
+@app.command()
+def suite(
+    suite_file: Annotated[Path, typer.Argument(metavar="SUITE.yaml", help="Suite file.")],
+    out: Out = None,
+    overrides: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and an estimate of time.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Carry out tasks x families x arms x configurations x seeds, and write the paper's tables.
+
+    The same command again repeats no finished run, and tries failed ones again.
+
+    Example: kdlora suite configs/paper-small.yaml --dry-run
+
+    Example: kdlora suite configs/paper.yaml --set families=[bert] --set config.data.path=/data/glue
+    """
+    from kdlora.scale.suitefile import load_suite
+
+    wanted = load_suite(suite_file, overrides or [])
+    if dry_run:
+        from kdlora.scale.overview import look_at_suite
+
+        _print_overview(look_at_suite(wanted, out, confirmed=yes))
+        return
+    from kdlora.scale.suite import run_suite
+
+    with _suite_progress() as listen:
+        result = run_suite(wanted, out, confirmed=yes, listen=listen)
+    _print_suite(result)
+    raise typer.Exit(1 if result.failed else 0)
+
+
+@contextlib.contextmanager
+def _suite_progress() -> Iterator[Callable[[SuiteEvent], None] | None]:
+    """Draw one bar for the suite; where standard error is no terminal, a line for each run that ends."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda event: _print_event(console, event)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[status]}"), console=console) as progress:
+        bar = progress.add_task("runs", total=None, status="")
+
+        def listen(event: SuiteEvent) -> None:
+            status = f"{event.failed} failed  " if event.failed else ""
+            progress.update(bar, total=event.total, completed=event.done, status=status + _job_status(event))
+
+        yield listen
+
+
+def _job_status(event: SuiteEvent) -> str:
+    if event.job is None:
+        return ""
+    name = "/".join(event.job.key.split("/")[1:3])
+    epoch = getattr(event.detail, "epoch", None)
+    score = getattr(event.detail, "score", None)
+    return f"{name}" + (f"  epoch {epoch:.1f}" if epoch is not None else "") + (f"  score {score:.1f}" if score else "")
+
+
+def _print_event(console: Console, event: SuiteEvent) -> None:
+    from kdlora.scale.jobs import Outcome
+
+    if isinstance(event.detail, Outcome):
+        outcome = event.detail
+        result = f"failed: {outcome.error}" if outcome.error else "labelled"
+        if outcome.record is not None and outcome.record.score is not None:
+            result = f"score {outcome.record.score:.2f}"
+        line = f"{event.done}/{event.total}  {outcome.job.key}  {result}  {outcome.seconds:.1f} s"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_overview(overview: Overview) -> None:
+    console = Console()
+    tasks = list(dict.fromkeys(one.task for one in overview.arms))
+    arms = list(dict.fromkeys(one.arm for one in overview.arms))
+    table = Table("task", *arms, title="runs that are left, of those planned")
+    for task in tasks:
+        by_arm = {one.arm: one for one in overview.arms if one.task == task}
+        cells = [
+            f"{by_arm[arm].runs - by_arm[arm].finished} of {by_arm[arm].runs}" if arm in by_arm else "–" for arm in arms
+        ]
+        table.add_row(task, *cells)
+    console.print(table)
+    total, finished = sum(one.runs for one in overview.arms), sum(one.finished for one in overview.arms)
+    console.print(
+        f"{total:,} runs, {finished:,} of them finished; {overview.labellings} teachers label their rows once"
+    )
+    found = overview.estimate
+    if found is None:
+        console.print(f"no estimate of time: {overview.obstacle}", markup=False)
+        return
+    hours = f"{found.seconds / 3600:,.1f} hours" if found.seconds > 5400 else f"{found.seconds / 60:,.0f} minutes"
+    basis = f"{found.measured:,} of {found.runs:,} runs from finished ones like them"
+    if found.measured < found.runs:
+        basis += ", the others from model sizes and this machine’s speed, within a factor of three"
+    console.print(f"about {hours} on this machine, one run at a time ({basis})")
+
+
+def _print_suite(result: SuiteResult) -> None:
+    console = Console()
+    finished = sum(record.status == "finished" for record in result.records.values())
+    console.print(f"{finished:,} runs finished, {result.reused:,} of them before; {len(result.failed):,} failed")
+    for record in result.failed[:20]:
+        name = f"failed: {record.experiment}, {record.arm}, seed {record.seed}: {record.error}"
+        console.print(name, style="red", markup=False)
+    if len(result.failed) > 20:
+        console.print(f"and {len(result.failed) - 20:,} more, all in {result.tables[1]}", markup=False)
+    for path in result.tables:
+        console.print(str(path), markup=False, soft_wrap=True)

@@ -1,0 +1,238 @@
+"""Carry out a suite: check everything first, run what is not finished, keep what failed, write the tables."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kdlora.config import Config
+from kdlora.errors import ArtifactError, ConfigError, KdLoraError
+from kdlora.evidence.records import RunRecord, write_text_atomic
+from kdlora.scale.course import Course
+from kdlora.scale.engine import Engine, SerialEngine
+from kdlora.scale.jobs import Job, Outcome, TaskFacts, inspect_models, inspect_task
+from kdlora.scale.plan import Plan, make_plan, whole_config
+from kdlora.scale.suitefile import SuiteConfig, save_suite
+from kdlora.scale.tables import write_tables
+
+logger = logging.getLogger(__name__)
+
+MOST_RUNS = 10_000
+"""A plan of more runs has to be confirmed: it may be a slip of the pen."""
+
+
+@dataclass(frozen=True)
+class SuiteLayout:
+    """The names inside a suite's folder; the runs lie below `runs/`."""
+
+    root: Path
+
+    @property
+    def suite(self) -> Path:
+        """The suite as it was carried out last, every default filled in."""
+        return self.root / "suite.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that carries the suite out."""
+        return self.root / ".lock"
+
+
+@dataclass(frozen=True)
+class SuiteEvent:
+    """Where a suite stands.
+
+    Attributes:
+        done: runs that have ended, earlier calls included.
+        total: runs in all.
+        failed: of those done, how many failed.
+        job: the job that this is about; None where none is.
+        detail: an event of the job itself, such as a training's progress, or its `Outcome`; None at the start.
+    """
+
+    done: int
+    total: int
+    failed: int
+    job: Job | None = None
+    detail: Any = None
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What a suite left behind.
+
+    Attributes:
+        folder: the suite's.
+        plan: its runs.
+        records: record of every run, by the run's key.
+        reused: runs that were finished before.
+        tables: the files with the tables.
+    """
+
+    folder: Path
+    plan: Plan
+    records: dict[str, RunRecord]
+    reused: int
+    tables: tuple[Path, ...]
+
+    @property
+    def failed(self) -> list[RunRecord]:
+        """The runs that failed."""
+        return [record for record in self.records.values() if record.status == "failed"]
+
+
+def run_suite(
+    suite: SuiteConfig,
+    out: str | Path | None = None,
+    *,
+    confirmed: bool = False,
+    listen: Callable[[SuiteEvent], None] | None = None,
+) -> SuiteResult:
+    """Carry out every run of a suite that is not finished yet, and write its tables.
+
+    Args:
+        suite: tasks, families, arms, configurations and seeds.
+        out: its folder; default `runs/<name>`. The same call again repeats no finished run.
+        confirmed: whether a plan of more than 10,000 runs is meant.
+        listen: called with each event.
+
+    Returns:
+        The records. A run that fails is recorded, and the others are carried out.
+
+    Raises:
+        KdLoraError: if the suite, its data or its models do not fit, before any training.
+    """
+    check_size(suite, confirmed=confirmed)
+    plan = make_plan(suite)
+    layout = SuiteLayout((Path(out) if out is not None else Path("runs") / suite.name).absolute())
+    with _only_process(layout):
+        write_text_atomic(layout.suite, save_suite(suite))
+        course: Course | None = None
+
+        def tell(job: Job | None, detail: Any) -> None:
+            if listen is not None and course is not None:
+                listen(SuiteEvent(len(course.records), course.total, len(course.failed), job, detail))
+
+        engine: Engine = SerialEngine(tell)
+        course = Course(plan, layout.root, inspect_tasks(plan, engine))
+        check_models_of(plan, course, engine)
+        tell(None, None)
+        try:
+            carry_out_course(course, engine, tell)
+        finally:  # also after Ctrl-C: what there is can be read
+            tables = write_tables(plan, layout.root, course.records)
+    return SuiteResult(layout.root, plan, course.records, course.reused, tables)
+
+
+def check_size(suite: SuiteConfig, *, confirmed: bool) -> None:
+    """Refuse a huge plan that nobody has confirmed.
+
+    Args:
+        suite: what would be run.
+        confirmed: whether so many runs are meant.
+
+    Raises:
+        ConfigError: with the number of runs.
+    """
+    runs = suite.count_runs()
+    if runs > MOST_RUNS and not confirmed:
+        sizes = f"{len(suite.tasks)} tasks x {len(suite.families)} families x {len(suite.arms)} arms"
+        raise ConfigError(
+            f"this suite has {runs:,} runs ({sizes} x their configurations x {len(suite.seeds)} seeds), more than "
+            f"{MOST_RUNS:,}; if that is what you mean, add --yes, else shorten a grid"
+        )
+
+
+def carry_out_course(course: Course, engine: Engine, tell: Callable[[Job | None, Any], None]) -> None:
+    """Feed an engine until nothing is left.
+
+    Args:
+        course: what is ready.
+        engine: what carries it out.
+        tell: called with the outcome of each job.
+    """
+    while True:
+        while engine.room > 0 and (job := course.next_job()) is not None:
+            engine.submit(job)
+        if not engine.busy:
+            return
+        outcome: Outcome = engine.wait()
+        course.take(outcome)
+        tell(outcome.job, outcome)
+
+
+def inspect_tasks(plan: Plan, engine: Engine) -> dict[str, TaskFacts]:
+    """Look at the data of every task.
+
+    Args:
+        plan: the suite's runs.
+        engine: where the data are.
+
+    Raises:
+        KdLoraError: the faults of all tasks at once.
+    """
+    family = next(iter(plan.suite.families))
+    configs = {task: whole_config(plan.suite, task, family) for task in plan.suite.tasks}
+    answers = engine.call_all(inspect_task, [(config,) for config in configs.values()])
+    return dict(zip(configs, _without_faults(configs, answers), strict=True))
+
+
+def check_models_of(plan: Plan, course: Course, engine: Engine) -> None:
+    """Load every family's models once, on the first task that it has runs left on.
+
+    Args:
+        plan: the suite's runs.
+        course: what is left.
+        engine: where the models are.
+
+    Raises:
+        KdLoraError: the faults of all families at once.
+    """
+    pending = {run.key for run in course.pending()}
+    wanted: dict[str, tuple[Config, dict[str, Any]]] = {}
+    for cell in plan.cells:
+        if cell.family not in wanted and any(run.key in pending for run in cell.runs):
+            wanted[cell.family] = (whole_config(plan.suite, cell.task, cell.family), course.facts[cell.task].task)
+    _without_faults(wanted, engine.call_all(inspect_models, list(wanted.values())))
+
+
+def _without_faults(names: Any, answers: list[Any]) -> list[Any]:
+    faults = [(name, answer) for name, answer in zip(names, answers, strict=True) if isinstance(answer, Exception)]
+    for _, fault in faults:
+        if not isinstance(fault, KdLoraError):
+            raise fault
+    if len(faults) == 1:
+        raise faults[0][1]
+    if faults:
+        raise ConfigError("\n".join([f"{len(faults)} faults", *(f"  - {name}: {fault}" for name, fault in faults)]))
+    return answers
+
+
+@contextlib.contextmanager
+def _only_process(layout: SuiteLayout) -> Iterator[None]:
+    """Hold the suite folder's lock, which the system drops with the process; refuse a folder of something else."""
+    root = layout.root
+    if root.exists() and not root.is_dir():
+        raise ArtifactError(f"{root} is a file; name a folder with --out")
+    if root.exists() and not layout.suite.exists() and any(entry != layout.lock for entry in root.iterdir()):
+        raise ArtifactError(
+            f"{root} is not empty and holds no {layout.suite.name}, so it is no suite's folder; name another with --out"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(layout.lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ArtifactError(
+            f"another process carries out the suite in {root}; wait for it, or name another folder with --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -136,6 +136,7 @@ class Work:
         """
         config, settings = self.config, settings_for(self.config, self.arm)
         made_of: dict[str, Any] = {
+            "task": self.task,
             "rows": [config.data.max_train_examples, self.held_out, self.held_out and self.split_seed],
             "train": settings.model_dump(mode="json", exclude_defaults=True),
             "kind": type(settings).__name__,

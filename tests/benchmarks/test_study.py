@@ -21,7 +21,7 @@ VALUES = {
     "teacher": "large",
     "student": "small",
     "base": {"student": {"train": {"epochs": 4}}},
-    "tasks": {"one": {"glue": "cola", "rows": 100}, "two": {"glue": "mrpc"}},
+    "tasks": {"one": {"glue": "cola", "rows": 100}, "two": {"glue": "mrpc", "rows": 100}},
     "search": {"tasks": ["one"], "grid": {"student.train.learning_rate": [1e-3, 1e-2]}},
     "recipes": {
         "paper-tuned": {},
@@ -107,6 +107,7 @@ def test_what_an_arm_reads_is_in_its_key(study):
             ("kd-lora", "student-lora", "student-fft"), (0, 1), (base, changed), (0.0, 0.2)
         )
     ]
+    assert Work("two", "student-lora", 0, base).key != Work("one", "student-lora", 0, base).key
     same = [work for work in variants if work.arm == "student-fft" and work.config is changed]  # no adapter, no teacher
     assert len({(work.arm, work.key) for work in variants}) == len(variants) - len(same)
 

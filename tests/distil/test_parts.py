@@ -60,8 +60,8 @@ def test_groups_by_hand(tiny_model_folder):
     groups = parameter_groups(model, lora, 1e-2, 0.1, decayed)
     assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups] == [
         (1e-2, 0.1, 4),  # A: two layers, query and value
-        (5e-3, 0.1, 2),  # weights of pooler and classifier
-        (5e-3, 0.0, 2),  # their biases
+        (5e-3, 0.1, 1),  # the classifier's weight
+        (5e-3, 0.0, 1),  # its bias
         (4e-2, 0.1, 4),  # B
     ]
     grouped = [id(parameter) for group in groups for parameter in group["params"]]

@@ -57,9 +57,10 @@ def _with_teacher(work: Work, scores: dict[str, float]) -> Iterator[Work]:
 
 def run(study: Study, places: Places, minutes: float) -> int:
     """Work until all is done or the time is over; return the exit code."""
-    from study_runs import carry_out, read_scores, write_tables
+    from study_runs import carry_out, prepare, read_scores, write_tables
 
     end = time.monotonic() + 60 * minutes
+    prepare()
     write_tables(study, places)
     scores = read_scores(places)
     print(f"{len(scores)} trainings are recorded", flush=True)

@@ -11,7 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import datasets
 from study_plan import Places, Study, Work, teacher_of
+from transformers.utils.logging import disable_progress_bar as disable_model_progress
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS
 from kdlora.data.load import Splits, load_splits
@@ -30,6 +32,12 @@ from kdlora.models.encoders import Encoder, load_fine_tuned, save_encoder
 
 WATCHED = 64
 """Rows that a training looks at after every epoch: it keeps the last epoch's weights, so they decide nothing."""
+
+
+def prepare() -> None:
+    """Keep the progress bars of the libraries out of the log."""
+    disable_model_progress()
+    datasets.disable_progress_bars()
 
 
 def write_tables(study: Study, places: Places) -> None:

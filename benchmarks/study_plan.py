@@ -129,6 +129,11 @@ class Work:
     split_seed: int = 0
 
     @property
+    def precision(self) -> str:
+        """Number format: the study's for students, the machine's best for the teacher's size."""
+        return "auto" if self.arm in TEACHER_ARMS else self.config.run.precision
+
+    @property
     def key(self) -> str:
         """Name what made the run: recipes that differ in nothing that this arm reads share it.
 
@@ -143,6 +148,8 @@ class Work:
             "seed": self.seed,
             "model": Path(str(config.teacher.model if self.arm in TEACHER_ARMS else config.student.model)).name,
         }
+        if self.precision != "auto":
+            made_of["precision"] = self.precision
         if self.arm in LORA_ARMS:
             made_of["lora"] = config.lora.model_dump(mode="json", exclude_defaults=True)
         if self.arm in DISTILLED_ARMS:

@@ -80,6 +80,7 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
         teacher=teacher,
         distil=work.config.distil,
         seed=work.seed,
+        precision=work.precision,
         checkpoint_seconds=45.0,
     )
     encoder = trained.encoder
@@ -156,6 +157,7 @@ def _score(work: Work, splits: Splits, trained: Trained, encoder: Encoder, recor
         "train": settings.model_dump(mode="json"),
         "lora": config.lora.model_dump(mode="json") if work.arm in LORA_ARMS else None,
         "distil": config.distil.model_dump(mode="json") if work.arm in DISTILLED_ARMS else None,
+        "precision": work.precision,
         "trainable": trained.parameters.trainable,
         "total": trained.parameters.total,
         "train_seconds": trained.outcome.train_seconds,

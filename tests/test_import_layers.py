@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "kdlora"
 ORDER = [
     {"errors"},
     {"config"},
+    {"searchconfig"},
     {"configfile"},
     {"evidence.storage", "evidence.environment", "evidence.predictions", "evidence.forkserver", "data.tasks"},
     {"evidence.records"},
@@ -25,7 +26,7 @@ ORDER = [
     {"__main__"},
 ]
 TORCH = {"torch", "transformers", "datasets", "peft", "accelerate"}
-WITHOUT_TORCH = ["errors", "config", "configfile", "cli", "progress", "demo", "data.tasks", "evidence"]
+WITHOUT_TORCH = ["errors", "config", "searchconfig", "configfile", "cli", "progress", "demo", "data.tasks", "evidence"]
 
 
 def modules():

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from kdlora.config import Config
 from kdlora.errors import ConfigError, did_you_mean
+from kdlora.searchconfig import SearchConfig
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -39,13 +40,53 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         ConfigError: with every fault at once, each with its key, what was expected and what came.
     """
     file = Path(path)
+    return build_config(read_mapping(file, "config file"), overrides, base=file.resolve().parent, where=str(file))
+
+
+def load_search(
+    path: str | Path, overrides: Iterable[str] = (), *, space: str | Path | None = None, trials: int | None = None
+) -> tuple[Config, SearchConfig]:
+    """Read a configuration file with what `kdlora search` is told.
+
+    Args:
+        path: a YAML file, perhaps with a section `search`.
+        overrides: as in `load_config`.
+        space: a YAML file with the space, in place of `search.space`.
+        trials: in place of `search.trials`.
+
+    Raises:
+        ConfigError: with every fault at once.
+    """
+    file = Path(path)
+    values = read_mapping(file, "config file")
+    section = values.get("search") or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{file}: search: expected keys such as 'space:' and 'trials:', got {section!r}")
+    if space is not None:
+        section = section | {"space": read_mapping(Path(space), "space file")}
+    if trials is not None:
+        section = section | {"trials": trials}
+    values["search"] = section
+    return build_search(values, overrides, base=file.resolve().parent, where=str(file))
+
+
+def read_mapping(file: Path, what: str) -> dict[str, Any]:
+    """Read a YAML file that must be a mapping.
+
+    Args:
+        file: its path.
+        what: the file's role, for messages, such as `config file`.
+
+    Raises:
+        ConfigError: for a file that cannot be read, or is no mapping.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"config file {str(file)!r} does not exist; check the path") from None
+        raise ConfigError(f"{what} {str(file)!r} does not exist; check the path") from None
     except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
-        raise ConfigError(f"config file {str(file)!r} cannot be read as UTF-8 text: {error}") from None
-    return build_config(parse_mapping(text, str(file)), overrides, base=file.resolve().parent, where=str(file))
+        raise ConfigError(f"{what} {str(file)!r} cannot be read as UTF-8 text: {error}") from None
+    return parse_mapping(text, str(file))
 
 
 def parse_mapping(text: str, where: str) -> dict[str, Any]:
@@ -83,6 +124,23 @@ def build_config(
     Raises:
         ConfigError: with every fault at once.
     """
+    return build_search(values, overrides, base=base, where=where)[0]
+
+
+def build_search(
+    values: Mapping[str, Any], overrides: Iterable[str] = (), *, base: Path | None = None, where: str = "config"
+) -> tuple[Config, SearchConfig]:
+    """Validate nested values into a `Config`, and its section `search`, which is not part of an experiment.
+
+    Args:
+        values: sections by name, as in the YAML file.
+        overrides: assignments as in `load_config`.
+        base: folder that relative paths in `values` resolve against; default: the current one.
+        where: name of the source, for messages.
+
+    Raises:
+        ConfigError: with every fault at once.
+    """
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     changes: dict[str, Any] = {}
     for override in overrides:
@@ -91,10 +149,12 @@ def build_config(
     has_source = next((part["path"] for part in reversed(data) if "path" in part), None) is not None
     merged = absolute_paths(plain, base or Path.cwd(), has_source=has_source)
     merge(merged, absolute_paths(changes, Path.cwd(), has_source=has_source))
+    search = merged.pop("search", None) or {}
     try:
-        return Config.model_validate(merged)
+        return Config.model_validate(merged), SearchConfig.model_validate(search)
     except ValidationError as error:
-        raise ConfigError(describe_faults(error, where)) from None
+        root: type[BaseModel] = SearchConfig if error.title == SearchConfig.__name__ else Config
+        raise ConfigError(describe_faults(error, where if root is Config else f"{where}, search", root)) from None
 
 
 def save_config(config: Config) -> str:

@@ -16,16 +16,24 @@ from kdlora.cli.app import Out, Set, app
 
 if TYPE_CHECKING:
     from kdlora.scale.overview import Overview
+    from kdlora.scale.search import SearchEvent
     from kdlora.scale.suite import SuiteEvent, SuiteResult
 
+On = Annotated[
+    str | None, typer.Option("--on", metavar="ray[://HOST:PORT]", help="Carry the runs out on a Ray cluster.")
+]
+SuiteOut = Annotated[
+    str | None, typer.Option("--out", help="Folder of the suite; default runs/<name>. With --on also a URL: s3://...")
+]
 Yes = Annotated[bool, typer.Option("--yes", help="Carry out a plan of more than 10,000 runs.")]
 
 
 @app.command()
 def suite(
     suite_file: Annotated[Path, typer.Argument(metavar="SUITE.yaml", help="Suite file.")],
-    out: Out = None,
+    out: SuiteOut = None,
     overrides: Set = None,
+    on: On = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and an estimate of time.")] = False,
     yes: Yes = False,
 ) -> None:
@@ -43,14 +51,50 @@ def suite(
     if dry_run:
         from kdlora.scale.overview import look_at_suite
 
-        _print_overview(look_at_suite(wanted, out, confirmed=yes))
+        _print_overview(look_at_suite(wanted, None if out and "://" in out else out, confirmed=yes))
         return
     from kdlora.scale.suite import run_suite
 
     with _suite_progress() as listen:
-        result = run_suite(wanted, out, confirmed=yes, listen=listen)
+        result = run_suite(wanted, out, on=on, confirmed=yes, listen=listen)
     _print_suite(result)
     raise typer.Exit(1 if result.failed else 0)
+
+
+@app.command()
+def search(
+    config: Annotated[Path, typer.Argument(help="Config file (YAML), with a section `search` or with --space.")],
+    space: Annotated[Path | None, typer.Option(help="YAML file with the space: config key to values or range.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Trainings in all, whichever process carries them out.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Journal file, SQLite file or database URL; default: a journal in --out.")
+    ] = None,
+    out: Out = None,
+    overrides: Set = None,
+) -> None:
+    """Search fields of a config for the best score on held-out training rows.
+
+    The same command again goes on; started several times at once, the processes share the trials.
+
+    Example: kdlora search configs/mrpc.yaml --space space.yaml --trials 30
+
+    Example: kdlora run runs/mrpc-search/best.yaml
+    """
+    from kdlora.configfile import load_search
+    from kdlora.scale.search import run_search
+
+    wanted, settings = load_search(config, overrides or [], space=space, trials=trials)
+    with _search_progress() as listen:
+        result = run_search(wanted, settings, out, storage=storage, listen=listen)
+    console = Console()
+    console.print(f"{result.finished} trials finished, {result.pruned} pruned, {result.failed} failed")
+    if result.score is not None:
+        console.print(f"best {result.score:.2f} on the held-out rows")
+    for key, value in result.best.items():
+        console.print(f"  {key}: {value}", markup=False)
+    for path in result.paths:
+        console.print(str(path), markup=False, soft_wrap=True)
+    raise typer.Exit(0 if result.score is not None else 1)
 
 
 @contextlib.contextmanager
@@ -130,3 +174,28 @@ def _print_suite(result: SuiteResult) -> None:
         console.print(f"and {len(result.failed) - 20:,} more, all in {result.tables[1]}", markup=False)
     for path in result.tables:
         console.print(str(path), markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _search_progress() -> Iterator[Callable[[SearchEvent], None] | None]:
+    """Draw one bar for the search; where standard error is no terminal, a line for each trial that ends."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+
+        def tell(event: SearchEvent) -> None:
+            if isinstance(event.detail, str):
+                console.print(f"{event.done}/{event.trials}  trial {event.number}  {event.detail}", markup=False)
+
+        yield tell
+        return
+    columns = (TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("trials", total=None, status="")
+
+        def listen(event: SearchEvent) -> None:
+            best = "" if event.best is None else f"best {event.best:.2f}  "
+            epoch = getattr(event.detail, "epoch", None)
+            now = f"trial {event.number}" + (f", epoch {epoch:.1f}" if epoch is not None else "")
+            progress.update(bar, total=event.trials, completed=event.done, status=best + now)
+
+        yield listen

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from kdlora.config import DISTILLED_ARMS, Config
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import RunRecord, read_record, write_record
+from kdlora.scale.artefacts import FolderShelf, Shelf
 from kdlora.scale.jobs import Job, Outcome, TaskFacts, failed_record
 from kdlora.scale.plan import Plan, PlannedRun, identity
 
@@ -45,17 +45,19 @@ class Course:
         reused: runs that were finished before.
     """
 
-    def __init__(self, plan: Plan, root: Path, facts: dict[str, TaskFacts]) -> None:
+    def __init__(self, plan: Plan, root: Path, facts: dict[str, TaskFacts], shelf: Shelf | None = None) -> None:
         """Read what is on disk.
 
         Args:
             plan: the suite's runs.
             root: the suite's folder.
             facts: of every task.
+            shelf: where the weights are; default: the folder.
 
         Raises:
             ArtifactError: a record that cannot be read.
         """
+        self._shelf = shelf or FolderShelf(root)
         self.plan, self.root, self.facts = plan, root, facts
         self.records: dict[str, RunRecord] = {}
         self._queue: list[tuple[int, int, Job]] = []
@@ -144,7 +146,7 @@ class Course:
         if all(run.key in self.records for run in group.students):
             return
         layout = teacher.layout(self.root)
-        if not layout.teacher.exists():
+        if not self._shelf.has_teacher(teacher):
             logger.info("%s has no weights and is trained again", teacher.key)
             del self.records[teacher.key]
             group.waiting = {teacher.key}
@@ -152,7 +154,8 @@ class Course:
             return
         group.chosen = teacher
         config = _taught(group.students[0].config, teacher, self.root)
-        self._push(Job("label", teacher.key, config, layout, "fft", teacher.seed, self.facts[teacher.task].task))
+        task = self.facts[teacher.task].task
+        self._push(Job("label", teacher.key, config, layout, "fft", teacher.seed, task, mark))
 
     def _teach(self, group: _TeacherGroup, fault: str | None) -> None:
         if fault is not None:
@@ -183,7 +186,7 @@ class Course:
         for group in self._groups:
             for one in group.candidates:
                 if one.key not in kept and self._is_finished(one):
-                    shutil.rmtree(one.layout(self.root).teacher, ignore_errors=True)
+                    self._shelf.drop_teacher(one)
 
     def _mark(self, teacher: PlannedRun) -> str:
         return f"{teacher.key} of {self.records[teacher.key].finished}"

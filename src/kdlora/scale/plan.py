@@ -146,7 +146,7 @@ def _runs(suite: SuiteConfig, task: str, family: str, arm: Arm, *, teaching: boo
         overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         config = build_config(base, overrides, where=f"{suite.name}: {task}, {family}, {arm}")
         _refuse_given_teacher(config)
-        effective = _effective(config, arm)
+        effective = reset_unused(config, arm)
         folder = f"runs/{task}/{arm}-{_hash(effective)}"
         if folder in seen:
             continue
@@ -187,8 +187,13 @@ def _refuse_given_teacher(config: Config) -> None:
         )
 
 
-def _effective(config: Config, arm: Arm) -> Config:
-    """Reset what an arm does not use, so that equal runs are one run."""
+def reset_unused(config: Config, arm: Arm) -> Config:
+    """Reset what an arm does not use, so that equal runs are one run.
+
+    Args:
+        config: of the run.
+        arm: its arm.
+    """
     teacher, student = config.teacher, config.student
     update: dict[str, Any] = {"family": None}
     if arm not in DISTILLED_ARMS:

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from kdlora.config import Config
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord, write_text_atomic
+from kdlora.scale.artefacts import RemoteFolder
 from kdlora.scale.course import Course
 from kdlora.scale.engine import Engine, SerialEngine
 from kdlora.scale.jobs import Job, Outcome, TaskFacts, inspect_models, inspect_task
@@ -91,6 +92,7 @@ def run_suite(
     suite: SuiteConfig,
     out: str | Path | None = None,
     *,
+    on: str | None = None,
     confirmed: bool = False,
     listen: Callable[[SuiteEvent], None] | None = None,
 ) -> SuiteResult:
@@ -98,7 +100,10 @@ def run_suite(
 
     Args:
         suite: tasks, families, arms, configurations and seeds.
-        out: its folder; default `runs/<name>`. The same call again repeats no finished run.
+        out: its folder, default `runs/<name>`; or, on a cluster without a shared folder, an fsspec URL that keeps
+            weights and records, with records and tables in `runs/<name>` too. The same call again repeats no
+            finished run.
+        on: `ray` or `ray://HOST:PORT`: the cluster that carries the runs out; default: this process, one by one.
         confirmed: whether a plan of more than 10,000 runs is meant.
         listen: called with each event.
 
@@ -110,24 +115,71 @@ def run_suite(
     """
     check_size(suite, confirmed=confirmed)
     plan = make_plan(suite)
-    layout = SuiteLayout((Path(out) if out is not None else Path("runs") / suite.name).absolute())
+    url = str(out) if out is not None and "://" in str(out) else None
+    if url is not None and on is None:
+        raise ConfigError(f"--out {url}: a URL is for nodes that share no folder; add --on ray, or name a folder")
+    layout = SuiteLayout((Path(out) if out is not None and url is None else Path("runs") / suite.name).absolute())
     with _only_process(layout):
         write_text_atomic(layout.suite, save_suite(suite))
+        remote = None if url is None else _begin_remote(url, layout)
         course: Course | None = None
 
         def tell(job: Job | None, detail: Any) -> None:
             if listen is not None and course is not None:
                 listen(SuiteEvent(len(course.records), course.total, len(course.failed), job, detail))
 
-        engine: Engine = SerialEngine(tell)
-        course = Course(plan, layout.root, inspect_tasks(plan, engine))
-        check_models_of(plan, course, engine)
-        tell(None, None)
-        try:
-            carry_out_course(course, engine, tell)
-        finally:  # also after Ctrl-C: what there is can be read
-            tables = write_tables(plan, layout.root, course.records)
+        with _engine(plan, layout, on, url, tell) as engine:
+            course = Course(plan, layout.root, inspect_tasks(plan, engine), remote)
+            check_models_of(plan, course, engine)
+            tell(None, None)
+            try:
+                carry_out_course(course, engine, tell)
+            finally:  # also after Ctrl-C: what there is can be read
+                tables = write_tables(plan, layout.root, course.records)
+                if remote is not None:
+                    for path in tables:
+                        remote.push(layout.root, path.name)
     return SuiteResult(layout.root, plan, course.records, course.reused, tables)
+
+
+@contextlib.contextmanager
+def _engine(
+    plan: Plan, layout: SuiteLayout, on: str | None, url: str | None, tell: Callable[[Job | None, Any], None]
+) -> Iterator[Engine]:
+    """Give what carries the jobs out: this process, or a cluster whose nodes were looked at."""
+    if on is None:
+        yield SerialEngine(tell)
+        return
+    from kdlora.scale.ray_cluster import check_nodes, connect
+    from kdlora.scale.ray_engine import RayEngine
+
+    needs = plan.suite.resources
+    engine = RayEngine(connect(on), needs, root=layout.root, url=url)
+    try:
+        paths = [*([str(layout.suite)] if url is None else []), *_local_paths(plan)]
+        check_nodes(engine.ray, paths, cpus=needs.cpus, gpus=needs.gpus, url=url)
+        yield engine
+    finally:
+        engine.close()
+
+
+def _begin_remote(url: str, layout: SuiteLayout) -> RemoteFolder:
+    """Open the folder behind a URL, and bring the records of finished runs here."""
+    remote = RemoteFolder(url)
+    remote.push(layout.root, layout.suite.name)
+    remote.pull("runs", layout.root, ending="run.json")
+    return remote
+
+
+def _local_paths(plan: Plan) -> list[str]:
+    """List the files and folders that the runs read."""
+    paths: dict[str, None] = {}
+    for cell in plan.cells:
+        config = cell.runs[0].config
+        data = config.data
+        named = (data.path, data.train, data.validation, data.test, config.teacher.model, config.student.model)
+        paths |= {name: None for name in named if name is not None and Path(name).is_absolute()}
+    return list(paths)
 
 
 def check_size(suite: SuiteConfig, *, confirmed: bool) -> None:

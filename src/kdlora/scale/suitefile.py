@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kdlora.config import ARMS, FAMILIES, LORA_ARMS, Arm, GlueName
-from kdlora.configfile import absolute_paths, assign, describe_faults, merge, parse_mapping
+from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
 from kdlora.errors import ConfigError, did_you_mean
 
 Settings = dict[str, Any]
@@ -206,13 +206,7 @@ def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> SuiteConfig:
         ConfigError: with every fault at once.
     """
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"suite file {str(file)!r} does not exist; check the path") from None
-    except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
-        raise ConfigError(f"suite file {str(file)!r} cannot be read as UTF-8 text: {error}") from None
-    return build_suite(parse_mapping(text, str(file)), overrides, base=file.resolve().parent, where=str(file))
+    return build_suite(read_mapping(file, "suite file"), overrides, base=file.resolve().parent, where=str(file))
 
 
 def build_suite(

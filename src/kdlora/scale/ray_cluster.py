@@ -1,0 +1,152 @@
+"""Joining a Ray cluster, and looking at its nodes before anything runs on them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdlora.errors import ConfigError
+from kdlora.evidence.records import collect_versions
+from kdlora.scale.artefacts import RemoteFolder
+
+logger = logging.getLogger(__name__)
+
+KNOCK_SECONDS = 5.0
+
+
+def connect(on: str) -> Any:
+    """Join a Ray cluster, or start one on this machine.
+
+    Args:
+        on: `ray`: the cluster that `RAY_ADDRESS` names or this machine is part of, else one of its own;
+            `ray://HOST:PORT`: a Ray client's address, such as `ray://head:10001`.
+
+    Returns:
+        The module `ray`, connected.
+
+    Raises:
+        ConfigError: Ray is not installed, the address is malformed, or nobody answers there.
+    """
+    if on != "ray" and not on.startswith("ray://"):
+        raise ConfigError(f"--on takes ray, or ray://HOST:PORT such as ray://head:10001; got {on!r}")
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("Ray is not installed: pip install 'kdlora[ray]' brings the extra") from None
+    address = on if on != "ray" else os.environ.get("RAY_ADDRESS", "")
+    if address and address not in ("auto", "local"):
+        _knock(address)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if on == "ray":
+            ray.init(ignore_reinit_error=True, **options)
+        else:
+            ray.init(address=on, **options)
+    except (ConnectionError, RuntimeError, ValueError) as fault:
+        raise ConfigError(f"no Ray cluster answers at {on} ({fault}); check the address, or start one") from None
+    return ray
+
+
+def _knock(address: str) -> None:
+    """Find out in seconds whether anybody listens; Ray itself would try for most of a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"expected a Ray address such as ray://head:10001, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+    except OSError as fault:
+        raise ConfigError(
+            f"no Ray cluster answers at {address} ({fault}); check the address, or start one with `ray start --head`"
+        ) from None
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """What a node says of itself.
+
+    Attributes:
+        host: its name.
+        missing: paths that are not there.
+        versions: of the libraries that decide figures.
+    """
+
+    host: str
+    missing: tuple[str, ...]
+    versions: dict[str, str]
+
+
+def look_around(paths: Sequence[str], url: str | None) -> NodeView:
+    """Say which paths this machine lacks, and what is installed on it.
+
+    Args:
+        paths: absolute.
+        url: a folder that must be there too; None for none.
+    """
+    missing = tuple(path for path in paths if not Path(path).exists())
+    if url is not None and not RemoteFolder(url).exists("suite.yaml"):
+        missing = (*missing, url)
+    return NodeView(socket.gethostname(), missing, collect_versions())
+
+
+def check_nodes(ray: Any, paths: Sequence[str], *, cpus: float, gpus: float, url: str | None = None) -> None:
+    """Look at every node: its paths, its kdlora, and whether any node can hold a run at all.
+
+    Args:
+        ray: the module, connected.
+        paths: that every node needs: data, models, and the folder of the results.
+        cpus: cores that a run needs.
+        gpus: GPUs that a run needs.
+        url: where the results go, in place of a shared folder.
+
+    Raises:
+        ConfigError: with what each node lacks.
+    """
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    _check_resources(nodes, cpus, gpus)
+    look = ray.remote(look_around)
+    answers = {}
+    for node in nodes:
+        place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        answers[node["NodeManagerAddress"], node["NodeID"]] = look.options(
+            num_cpus=0, scheduling_strategy=place, max_retries=0
+        ).remote(list(paths), url)
+    faults, own = [], collect_versions()
+    for (address, _), answer in answers.items():
+        try:
+            view: NodeView = ray.get(answer)
+        except RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            faults.append(f"node {address} cannot run kdlora ({reason}); install the same version there")
+            continue
+        faults += [f"node {address} ({view.host}) lacks {path}" for path in view.missing]
+        differing = [name for name, version in view.versions.items() if own.get(name) != version]
+        if differing:
+            logger.warning(
+                "node %s has other versions of %s; its figures may differ in their last digits",
+                address,
+                ", ".join(differing),
+            )
+    if faults:
+        remedy = "every node needs the same folders at the same paths: mount them there, or name a Hub data set"
+        raise ConfigError("\n".join([f"{remedy}:", *(f"  - {fault}" for fault in faults)]))
+
+
+def _check_resources(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float) -> None:
+    """Refuse runs that no node can ever hold: Ray would wait for such a node without end."""
+    for node in nodes:
+        if node["Resources"].get("CPU", 0) >= cpus and node["Resources"].get("GPU", 0) >= gpus:
+            return
+    sizes = "; ".join(
+        f"{node['Resources'].get('CPU', 0):g} cores and {node['Resources'].get('GPU', 0):g} GPUs" for node in nodes
+    )
+    raise ConfigError(
+        f"a run needs {cpus:g} cores and {gpus:g} GPUs (resources), but the cluster's nodes have {sizes or 'nothing'}"
+    )

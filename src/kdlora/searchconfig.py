@@ -1,0 +1,125 @@
+"""What `kdlora search` can be told: the space, the number of trials, and how they are judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from kdlora.config import Arm
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Range(_Part):
+    """Numbers from a lowest to a highest, both included."""
+
+    low: float
+    """The lowest."""
+    high: float
+    """The highest."""
+    log: bool = False
+    """Draw evenly over orders of magnitude, as suits a learning rate."""
+    step: float | None = Field(default=None, gt=0.0)
+    """Only the lowest plus multiples of this."""
+    whole: bool = False
+    """Whole numbers only."""
+
+    @model_validator(mode="after")
+    def _can_be_drawn_from(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low:g} is above high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a logarithmic range starts above 0, but low is {self.low:g}")
+        if self.log and self.step is not None:
+            raise ValueError("log and step exclude each other; list the values instead")
+        if self.whole and not all(float(one).is_integer() for one in (self.low, self.high, self.step or 1.0)):
+            raise ValueError("a range of whole numbers has whole ends")
+        return self
+
+    @property
+    def ends(self) -> tuple[float, float] | tuple[int, int]:
+        """The lowest and the highest, as they are put into a config."""
+        return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
+
+
+class Choices(_Part):
+    """A list of values; a value may itself be a list, such as adapter targets."""
+
+    values: tuple[Any, ...] = Field(min_length=1)
+    """The values."""
+
+
+def _parse_space(value: object) -> object:
+    """Read `key: [values]` and `key: {low: ..., high: ...}`."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected config keys with their values or ranges, got {value!r}")  # noqa: TRY004
+    space: dict[str, Any] = {}
+    for key, one in _flat(value).items():
+        if isinstance(one, list | tuple):
+            twice = [each for place, each in enumerate(one) if each in one[:place]]
+            if not one or twice:
+                raise ValueError(f"{key}: " + (f"{twice[0]!r} stands twice" if twice else "there are no values"))
+            space[str(key)] = Choices(values=tuple(one))
+        elif isinstance(one, Mapping) and {"low", "high"} <= set(one):
+            ends = [one["low"], one["high"]]
+            whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+            space[str(key)] = Range.model_validate({"whole": whole, **one})
+        elif isinstance(one, Range | Choices):
+            space[str(key)] = one
+        elif isinstance(one, Mapping) and "values" in one:
+            space[str(key)] = Choices.model_validate(one)
+        else:
+            raise ValueError(f"{key}: expected a list of values, or {{low: ..., high: ...}}, got {one!r}")
+    return space
+
+
+def _flat(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Join nested sections into dotted keys, down to what is a list or a range."""
+    flat: dict[str, Any] = {}
+    for key, one in value.items():
+        is_section = isinstance(one, Mapping) and not {"low", "high", "values"} & set(one)
+        flat |= _flat(one, f"{prefix}{key}.") if is_section and one else {f"{prefix}{key}": one}
+    return flat
+
+
+Space = Annotated[dict[str, Range | Choices], BeforeValidator(_parse_space)]
+
+
+class SearchConfig(_Part):
+    """A search over fields of a config."""
+
+    space: Space = {}
+    """Config key (`lora.rank`) to a list of values, or `{low, high, log, step}`; whole ends give whole numbers."""
+    trials: int = Field(default=30, ge=1)
+    """Trainings in all, pruned ones included, whichever process carries them out."""
+    arm: Arm | None = None
+    """The arm that is trained; default: the one that the config ships, else `fft`."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds the sampler and the split; the trainings take the first of `run.seeds`."""
+    validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Share of the training rows on which trials are judged; the config's own validation and test rows stay unseen."""
+    startup_trials: int = Field(default=10, ge=1)
+    """Trials that are drawn at random before the sampler learns from them."""
+    pruning: bool = True
+    """Stop a trial whose score after an epoch is below the median of the others after as many."""
+    pruning_startup_trials: int = Field(default=5, ge=0)
+    """Trials that are never pruned, for there is no median yet."""
+    pruning_warmup_epochs: int = Field(default=1, ge=0)
+    """Epochs after which no trial is pruned yet."""
+
+    def count_choices(self) -> float:
+        """Count the points of the space; infinite where a range is continuous."""
+        count = 1.0
+        for one in self.space.values():
+            if isinstance(one, Choices):
+                count *= len(one.values)
+            elif one.whole or one.step is not None:
+                count *= math.floor((one.high - one.low) / (one.step or 1.0) + 1e-9) + 1
+            elif one.high > one.low:
+                return math.inf
+        return count

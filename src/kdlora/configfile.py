@@ -13,6 +13,9 @@ from pydantic import BaseModel, ValidationError
 from kdlora.config import Config
 from kdlora.errors import ConfigError, did_you_mean
 
+COLLECTION_MANIFEST = "collection.json"
+"""Says what a folder holds that `kdlora label` wrote."""
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice, where plain YAML silently keeps the last."""
@@ -130,7 +133,8 @@ def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-_FILE_KEYS = {("data", key) for key in ("train", "validation", "test")} | {
+_SPLIT_KEYS = ("train", "validation", "test", "unlabelled")
+_FILE_KEYS = {("data", key) for key in _SPLIT_KEYS} | {
     ("teacher", "logits"),
     ("teacher", "probabilities"),
 }
@@ -146,8 +150,9 @@ def _absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> 
         if not isinstance(part, dict) or not isinstance(value, str):
             continue
         candidate = (base / Path(value).expanduser()).resolve()
-        if section == "data" and key in ("train", "validation", "test") and has_source:
-            is_path = candidate.is_file()  # with data.path these are split names, unless a file is meant
+        if section == "data" and key in _SPLIT_KEYS and has_source:
+            # With data.path these are split names, unless a file is meant, or the folder of a labelled collection.
+            is_path = candidate.is_file() or (candidate / COLLECTION_MANIFEST).is_file()
         else:
             is_path = (section, key) in _FILE_KEYS or value.startswith(("/", "./", "../", "~")) or candidate.exists()
         part[key] = str(candidate) if is_path else value

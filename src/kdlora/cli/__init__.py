@@ -11,11 +11,11 @@ from typing import NoReturn
 
 import typer
 
-from kdlora.cli import experiments, models, reference
+from kdlora.cli import experiments, label, models, reference
 from kdlora.cli.app import app
 from kdlora.errors import KdLoraError
 
-__all__ = ["app", "experiments", "main", "models", "reference"]
+__all__ = ["app", "experiments", "label", "main", "models", "reference"]
 
 
 def main() -> NoReturn:

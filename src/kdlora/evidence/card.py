@@ -37,7 +37,8 @@ kdlora experiment. The adapter is merged: this is a plain transformers model.
 - student: {_code(_short(record.student_model))}
 - teacher: {_code(_short(record.teacher_model))}
 - parameters: {record.total_parameters:,}, of which {record.trainable_parameters:,} were trained
-- training rows: {record.rows.get("train", 0):,}, fingerprint `{record.fingerprints.get("data", "")[:16]}`
+- training rows: {record.rows.get("train", 0):,}, fingerprint `{record.fingerprints.get("data", "")[:16]}`\
+{_unlabelled(record)}
 - kdlora {record.versions.get("kdlora", "")}, torch {record.versions.get("torch", "")}, \
 transformers {record.versions.get("transformers", "")}; finished {record.finished}
 
@@ -53,6 +54,12 @@ from transformers import pipeline
 classify = pipeline("text-classification", model="PATH_OF_THIS_FOLDER")
 ```
 """
+
+
+def _unlabelled(record: RunRecord) -> str:
+    """Name the rows that only the teacher labelled, where this arm learnt from them."""
+    count = record.rows.get("unlabelled", 0)
+    return f"\n- unlabelled rows, labelled by the teacher: {count:,}" if count and record.arm.startswith("kd-") else ""
 
 
 def _short(source: str | None) -> str:

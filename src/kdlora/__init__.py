@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kdlora.deploy.benchmark import benchmark
     from kdlora.deploy.calibrate import fit_temperature
     from kdlora.deploy.export import export_onnx
+    from kdlora.deploy.hub import push_experiment
     from kdlora.deploy.predict import Classifier
     from kdlora.deploy.stream import predict_file
     from kdlora.distil.losses import distillation_loss
@@ -46,6 +47,7 @@ _HOMES = {
     "make_report": "kdlora.evidence.report",
     "merge_student": "kdlora.models.adapters",
     "predict_file": "kdlora.deploy.stream",
+    "push_experiment": "kdlora.deploy.hub",
     "run_experiment": "kdlora.experiment.run",
     "teacher_logits": "kdlora.distil.teacher",
     "train_student": "kdlora.experiment.arms",
@@ -70,6 +72,7 @@ __all__ = [
     "make_report",
     "merge_student",
     "predict_file",
+    "push_experiment",
     "run_experiment",
     "teacher_logits",
     "train_student",

@@ -95,10 +95,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"errors": [], "warnings": []})
         if path.endswith(".git/info/lfs/objects/batch"):
             return self._batch(json.loads(body))
-        parts = path.removeprefix("/api/").split("/")
-        if len(parts) < 5:
+        name, parts = self._split(path.removeprefix("/api/").split("/"))
+        if len(parts) < 2:
             return self._missing()
-        name, verb, rest = "/".join(parts[:3]), parts[3], "/".join(parts[4:])
+        verb, rest = parts[0], "/".join(parts[1:])
         repository = self._repository(name)
         if repository is None:
             return None
@@ -150,12 +150,14 @@ class _Handler(BaseHTTPRequestHandler):
             return (
                 self._json({"name": "someone", "type": "user", "orgs": []}) if self._authorised() else self._error(401)
             )
-        if parts[0] not in ("models", "datasets") or len(parts) < 3:
+        if parts[0] not in ("models", "datasets") or len(parts) < 2:
             return self._missing()
-        repository = self._repository("/".join(parts[:3]))
+        name, parts = self._split(parts)
+        repository = self._repository(name)
         if repository is None:
             return None
-        verb, rest = (parts[3], parts[4:]) if len(parts) > 3 else ("revision", ["main"])
+        name = name.partition("/")[2]
+        verb, rest = (parts[0], parts[1:]) if parts else ("revision", ["main"])
         if verb == "refs":
             refs = [
                 {"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha}
@@ -171,7 +173,6 @@ class _Handler(BaseHTTPRequestHandler):
             )
         if verb == "revision":
             siblings = [{"rfilename": name} for name in repository.commits[commit]]
-            name = "/".join(parts[1:3])
             return self._json(
                 {
                     "_id": "1",
@@ -194,11 +195,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(401, "RepoNotFound")
         name = f"{wanted.get('organization') or 'someone'}/{wanted['name']}"
         key = f"{wanted.get('type') or 'model'}s/{name}"
+        address = {"url": f"{self.server.url}/{name}", "name": name, "id": name}
         if key in self.server.repositories:
-            return self._error(409)
+            return self._send(409, json.dumps(address).encode(), {}, head=False, kind="application/json")
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         self.server.repositories[key] = Repository(private)
-        return self._json({"url": f"{self.server.url}/{name}", "name": name, "id": name})
+        return self._json(address)
 
     def _preupload(self, repository: Repository, revision: str, wanted: dict[str, Any]) -> None:
         tree = repository.commits[repository.resolve(revision) or EMPTY]
@@ -266,6 +268,12 @@ class _Handler(BaseHTTPRequestHandler):
             start, stop, status = int(first), int(last) + 1 if last else len(content), 206
             headers["Content-Range"] = f"bytes {start}-{min(stop, len(content)) - 1}/{len(content)}"
         self._send(status, content[start:stop], headers, head=head, kind="application/octet-stream")
+
+    def _split(self, parts: list[str]) -> tuple[str, list[str]]:
+        """Part the name of a repository, of one word or two, from what is asked of it."""
+        short = "/".join(parts[:2])
+        length = 2 if short in self.server.repositories else 3
+        return "/".join(parts[:length]), parts[length:]
 
     def _repository(self, name: str) -> Repository | None:
         found = self.server.repositories.get(name)

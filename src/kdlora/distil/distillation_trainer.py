@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from kdlora.config import DistilConfig, Kind
 from kdlora.distil.logits import COLUMN
@@ -36,7 +36,7 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         args: TrainingArguments,
         *,
         kind: Kind = "single-label",
@@ -46,14 +46,16 @@ class DistillationTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        model_init: Callable[[], PreTrainedModel] | None = None,
         compute_metrics: Callable[..., dict[str, float]] | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Sequence[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         """Set up a training; all but `kind`, `distil` and `target_scale` is as in Trainer.
 
         Args:
-            model: a transformers classifier, with or without an adapter.
+            model: a transformers classifier, with or without an adapter; None where `model_init` makes one.
             args: Trainer's arguments.
             kind: kind of the task.
             distil: weights and temperature; None trains on the labels alone.
@@ -63,9 +65,11 @@ class DistillationTrainer(Trainer):
             train_dataset: has `teacher_logits` where `distil` is given.
             eval_dataset: may lack it; the loss is then the hard one.
             processing_class: the tokenizer.
+            model_init: as in Trainer.
             compute_metrics: as in Trainer.
             callbacks: as in Trainer.
             optimizers: as in Trainer.
+            preprocess_logits_for_metrics: as in Trainer.
         """
         super().__init__(
             model=model,
@@ -74,9 +78,11 @@ class DistillationTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            model_init=model_init,
             compute_metrics=compute_metrics,
-            callbacks=list(callbacks),
+            callbacks=None if callbacks is None else list(callbacks),
             optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.kind = kind
         self.distil = distil

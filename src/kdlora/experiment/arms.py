@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from kdlora.config import DistilConfig, LoraConfig, StudentTrainConfig, TeacherTrainConfig, TrainConfig
 from kdlora.data.batches import tokenise
@@ -39,7 +39,7 @@ class Trained:
     """
 
     encoder: Encoder
-    model: Any
+    model: Any = field(repr=False)
     outcome: TrainOutcome
     parameters: ParameterCounts
     truncated: dict[str, int]
@@ -58,7 +58,7 @@ class Evaluation:
 
     score: float
     metrics: dict[str, float]
-    logits: np.ndarray
+    logits: np.ndarray = field(repr=False)
     truncated: int
 
 
@@ -73,6 +73,7 @@ def train_teacher(
     device: str = "auto",
     revision: str | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Fine-tune all weights of a pretrained encoder on a task (KD-LoRA, eq. 1).
 
@@ -86,10 +87,19 @@ def train_teacher(
         device: `auto`, `cpu` or `cuda`.
         revision: commit, tag or branch of a Hub id.
         progress: called with each training event.
+        callbacks: transformers' own kind, such as a tracker's.
     """
     encoder = load_encoder(source, splits.task, seed=seed, revision=revision)
     return train_arm(
-        encoder, splits, settings, folder=folder, seed=seed, precision=precision, device=device, progress=progress
+        encoder,
+        splits,
+        settings,
+        folder=folder,
+        seed=seed,
+        precision=precision,
+        device=device,
+        progress=progress,
+        callbacks=callbacks,
     )
 
 
@@ -106,6 +116,7 @@ def train_student(
     precision: str = "auto",
     device: str = "auto",
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train a student, with or without adapters, with or without a teacher.
 
@@ -121,6 +132,7 @@ def train_student(
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
         progress: called with each training event.
+        callbacks: transformers' own kind, such as a tracker's.
     """
     encoder = load_encoder(source, splits.task, seed=seed) if isinstance(source, str) else source
     return train_arm(
@@ -135,6 +147,7 @@ def train_student(
         precision=precision,
         device=device,
         progress=progress,
+        callbacks=callbacks,
     )
 
 
@@ -152,6 +165,7 @@ def train_arm(
     device: str = "auto",
     checkpoint_seconds: float = 60.0,
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train any arm on a loaded encoder; `train_teacher` and `train_student` name the usual choices.
 
@@ -168,6 +182,7 @@ def train_arm(
         device: `auto`, `cpu` or `cuda`.
         checkpoint_seconds: training time between two checkpoints.
         progress: called with each training event.
+        callbacks: transformers' own kind, such as a tracker's.
     """
     model = encoder.model if lora is None else add_adapter(encoder, lora, seed=seed)
     parameters = count_parameters(model)
@@ -187,6 +202,7 @@ def train_arm(
         distil=None if teacher is None else distil or DistilConfig(),
         folder=Path(folder),
         checkpoint_seconds=checkpoint_seconds,
+        callbacks=callbacks,
         progress=progress,
     )
     truncated = {"train": train.truncated, "validation": validation.truncated}

@@ -215,7 +215,7 @@ def test_every_kind_of_task_has_its_plots(tmp_path, task, titles):
     for title in (*always, *titles, "Differences with their intervals"):
         assert title in report.html
     checker = _check(report.html)
-    drawings = [one for one in checker.all("svg") if one.get("role") == "img"]
+    drawings = [one for one in checker.all("svg") if one.get("role") in ("img", "group")]
     assert len(drawings) >= 6
     ids = [attributes["id"] for _, attributes in checker.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))

@@ -14,7 +14,7 @@ from kdlora.distil.logits import COLUMN
 from kdlora.distil.loss_sums import LossSums, term_means
 from kdlora.distil.losses import LossTerms, distillation_loss
 from kdlora.distil.standardise import TargetScale
-from kdlora.errors import DataError
+from kdlora.errors import ConfigError, DataError
 
 
 class DistillationTrainer(Trainer):
@@ -70,7 +70,15 @@ class DistillationTrainer(Trainer):
             callbacks: as in Trainer.
             optimizers: as in Trainer.
             preprocess_logits_for_metrics: as in Trainer.
+
+        Raises:
+            ConfigError: label smoothing is asked for.
         """
+        if args.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor is {args.label_smoothing_factor:g}, but the soft loss takes the place of label "
+                "smoothing; leave it at 0"
+            )
         super().__init__(
             model=model,
             args=args,
@@ -120,7 +128,15 @@ class DistillationTrainer(Trainer):
 
         Args:
             batch: what the collator made.
+
+        Raises:
+            DataError: it has no labels.
         """
+        if "labels" not in batch:
+            raise DataError(
+                f"the batch has no labels, it has {', '.join(batch)}; expected a column `label` or `labels` in the "
+                "training data, and a collator that keeps it"
+            )
         return len(batch["labels"])
 
     def compute_loss(

@@ -76,8 +76,8 @@ class DistillationTrainer(Trainer):
         """
         if args.label_smoothing_factor:
             raise ConfigError(
-                f"label_smoothing_factor is {args.label_smoothing_factor:g}, but the soft loss takes the place of label "
-                "smoothing; leave it at 0"
+                f"label_smoothing_factor is {args.label_smoothing_factor:g}, but the soft loss takes its place; "
+                "leave it at 0"
             )
         super().__init__(
             model=model,

@@ -52,6 +52,12 @@ class Splits:
     notes: tuple[str, ...] = ()
     unlabelled: Dataset | None = None
 
+    def __repr__(self) -> str:
+        """Say what is learnt, and how many examples there are."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        rows = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)
+        return f"Splits({self.task.kind}, labels {list(self.task.label_names)}, {rows})"
+
 
 @dataclass
 class _Reading:

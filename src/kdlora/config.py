@@ -92,6 +92,11 @@ class DataConfig(_Section):
     """Validation file or split name; default: split off the training rows."""
     test: str | None = None
     """Test file or split name; with one, the headline score is measured on it."""
+    unlabelled: str | None = None
+    """More texts of the task, without labels: a file, a folder that `kdlora label` made, or a split name.
+
+    The teacher labels them, and the distilled arms learn from them too.
+    """
     id_column: str = "id"
     """Column that names an example; where the data lacks it, the row number from 0 is the id."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
@@ -100,6 +105,8 @@ class DataConfig(_Section):
     """Seed of that split; it is recorded and does not depend on `run.seeds`."""
     max_train_examples: int | None = Field(default=None, ge=1)
     """Use only the first so many training rows."""
+    max_unlabelled_examples: int | None = Field(default=None, ge=1)
+    """Use only the first so many rows of `unlabelled`."""
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
@@ -107,6 +114,8 @@ class DataConfig(_Section):
             raise ValueError("no data: set data.path (folder or Hub id) or data.train (file)")
         if self.path is None and (self.subset or self.revision):
             raise ValueError("data.subset and data.revision describe a Hub data set; set data.path to its id")
+        if self.unlabelled is None and self.max_unlabelled_examples is not None:
+            raise ValueError("data.max_unlabelled_examples limits data.unlabelled, which is not set")
         return self
 
 

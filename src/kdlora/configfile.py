@@ -14,6 +14,9 @@ from kdlora.config import Config
 from kdlora.errors import ConfigError, did_you_mean
 from kdlora.searchconfig import SearchConfig
 
+COLLECTION_MANIFEST = "collection.json"
+"""Says what a folder holds that `kdlora label` wrote."""
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice, where plain YAML silently keeps the last."""
@@ -166,6 +169,20 @@ def save_config(config: Config) -> str:
     return yaml.safe_dump(values, sort_keys=False)  # some control characters only survive as escapes
 
 
+def known_keys() -> list[str]:
+    """List every key that can be set, such as `student.train.learning_rate`, in the order of the config."""
+    keys: list[str] = []
+    pending: list[tuple[str, type[BaseModel]]] = [("", Config)]
+    while pending:
+        prefix, model = pending.pop()
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                pending.append((f"{prefix}{name}.", field.annotation))
+            else:
+                keys.append(f"{prefix}{name}")
+    return sorted(keys)
+
+
 def assign(values: dict[str, Any], override: str) -> None:
     """Put one `section.key=value` assignment into nested values.
 
@@ -205,7 +222,8 @@ def merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-_FILE_KEYS = {("data", key) for key in ("train", "validation", "test")} | {
+_SPLIT_KEYS = ("train", "validation", "test", "unlabelled")
+_FILE_KEYS = {("data", key) for key in _SPLIT_KEYS} | {
     ("teacher", "logits"),
     ("teacher", "probabilities"),
 }
@@ -230,8 +248,9 @@ def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> d
         if not isinstance(part, dict) or not isinstance(value, str):
             continue
         candidate = (base / Path(value).expanduser()).resolve()
-        if section == "data" and key in ("train", "validation", "test") and has_source:
-            is_path = candidate.is_file()  # with data.path these are split names, unless a file is meant
+        if section == "data" and key in _SPLIT_KEYS and has_source:
+            # With data.path these are split names, unless a file is meant, or the folder of a labelled collection.
+            is_path = candidate.is_file() or (candidate / COLLECTION_MANIFEST).is_file()
         else:
             is_path = (section, key) in _FILE_KEYS or value.startswith(("/", "./", "../", "~")) or candidate.exists()
         part[key] = str(candidate) if is_path else value

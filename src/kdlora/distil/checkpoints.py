@@ -36,6 +36,7 @@ _MEANING = {
     "seed": "the seed",
     "precision": "the number format",
     "device": "the kind of device",
+    "rows_per_epoch": "the number of rows in an epoch",
 }
 
 

@@ -30,6 +30,7 @@ from kdlora.distil.loss_sums import diverged
 from kdlora.distil.precision import frozen_in_half, resolve_device, resolve_precision
 from kdlora.distil.session import ProgressEvent, Session
 from kdlora.distil.standardise import TargetScale, fold_into_head
+from kdlora.distil.unlabelled import LABELLED, labelled_values
 from kdlora.errors import DataError, KdLoraError
 from kdlora.evidence.metrics import compute_metrics, score
 
@@ -84,6 +85,7 @@ def train_model(
     folder: Path,
     checkpoint_seconds: float = 60.0,
     keep_checkpoints: int = 1,
+    rows_per_epoch: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Callable[[ProgressEvent], None] | None = None,
 ) -> TrainOutcome:
@@ -110,6 +112,8 @@ def train_model(
         folder: of this training alone, for checkpoints.
         checkpoint_seconds: training time between two checkpoints.
         keep_checkpoints: newest ones to keep.
+        rows_per_epoch: rows that an epoch draws; default: every row once. A control with fewer rows thereby does as
+            many optimiser steps as the arm that it is compared with.
         callbacks: transformers' own kind.
         progress: told every half second, and after every epoch, where the training stands.
 
@@ -121,16 +125,18 @@ def train_model(
     _check(train, validation, distil)
     precision, _ = resolve_precision(precision, device)
     place = resolve_device(device)
-    scale = TargetScale.of(column_values(train.dataset, "label")) if task.kind == "regression" else None
+    scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
     ingredients = _ingredients(model, train, validation, task, settings, distil)
     ingredients |= {
         "lora": None if lora is None else lora.model_dump(mode="json"),
         "seed": seed,
         "precision": precision,
         "device": place.type,
+        "rows_per_epoch": rows_per_epoch,
     }
     checkpoints = CheckpointFolder(Path(folder), ingredients, keep_checkpoints)
-    sampler = LengthBucketSampler(column_values(train.dataset, "length"), settings.batch_size, seed=seed)
+    lengths = column_values(train.dataset, "length")
+    sampler = LengthBucketSampler(lengths, settings.batch_size, seed=seed, rows_per_epoch=rows_per_epoch)
     session = Session(
         steps_per_epoch=len(sampler),
         epochs=settings.epochs,
@@ -218,7 +224,7 @@ def _ingredients(
 
 def _columns(distil: DistilConfig | None) -> list[str]:
     """Name the columns that training reads: without `distil` the teacher's stay unread, so that a control is one."""
-    return [*INPUTS, "label", *([COLUMN] if distil is not None else [])]
+    return [*INPUTS, "label", *([COLUMN, LABELLED] if distil is not None else [])]
 
 
 def _rows(train: Tokenised, distil: DistilConfig | None) -> Dataset:
@@ -294,6 +300,8 @@ def _check(train: Tokenised, validation: Tokenised, distil: DistilConfig | None)
             "distil is set, but the training rows have no teacher_logits; TeacherLogits.attach(dataset) adds them, "
             "before tokenise"
         )
+    if distil is None and LABELLED in train.dataset.column_names:
+        raise DataError("rows without labels teach by their teacher alone, but distil is None; leave them out")
 
 
 @contextmanager

@@ -90,6 +90,17 @@ def _flat(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 Space = Annotated[dict[str, Range | Choices], BeforeValidator(_parse_space)]
 
 
+class Resources(_Part):
+    """What a run needs of a node, where a cluster carries it out."""
+
+    cpus: float = Field(default=1.0, gt=0.0)
+    """Processor cores of each run."""
+    gpus: float = Field(default=0.0, ge=0.0)
+    """GPUs of each run; a fraction lets several runs share one."""
+    retries: int = Field(default=3, ge=0)
+    """How often a run is started again after its node or worker was lost."""
+
+
 class SearchConfig(_Part):
     """A search over fields of a config."""
 
@@ -111,6 +122,8 @@ class SearchConfig(_Part):
     """Trials that are never pruned, for there is no median yet."""
     pruning_warmup_epochs: int = Field(default=1, ge=0)
     """Epochs after which no trial is pruned yet."""
+    resources: Resources = Resources()
+    """What a trial needs of a node, where a cluster carries the search out."""
 
     def count_choices(self) -> float:
         """Count the points of the space; infinite where a range is continuous."""

@@ -253,7 +253,7 @@ def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
         label_collection(str(tiny_model_folder("bert")), str(texts), tmp_path / "out")
     with pytest.raises(DataError, match="no column 'body'"):
         label_collection(str(model), str(texts), tmp_path / "out", text=["body"])
-    with pytest.raises(ConfigError, match=r"--on takes ray, or ray://ADDRESS"):
+    with pytest.raises(ConfigError, match=r"--on takes ray, or ray://HOST:PORT"):
         label_collection(str(model), str(texts / "b.jsonl"), tmp_path / "ray", on="spark")
 
 

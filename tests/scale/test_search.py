@@ -85,7 +85,7 @@ def test_a_search_leaves_a_config_a_report_and_all_trials(finished_search, works
     assert best.run.arms == workshop.config().run.arms
     page = (finished_search.folder / "search.html").read_text(encoding="utf-8")
     assert page.count("<figure") == 4
-    lines = list(csv.DictReader((finished_search.folder / "trials.csv").open(encoding="utf-8")))
+    lines = list(csv.DictReader((finished_search.folder / "trials.csv").read_text(encoding="utf-8").splitlines()))
     assert [line["state"] for line in lines] == ["complete"] * 3
     assert max(float(line["score"]) for line in lines) == finished_search.score
     assert [line["epochs"] for line in lines] == ["2"] * 3

@@ -33,7 +33,12 @@ def small_plan(**changes):
     return make_plan(build_suite(values | changes))
 
 
-def record(run, score, **changes):
+def lines_of(path):
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def record(run, points, **changes):
+    score = points
     task = GLUE[run.task].task
     metrics = {task.metrics[0]: score / 100}
     if run.task == "mnli":
@@ -126,8 +131,8 @@ def test_what_failed_or_is_missing_is_said_in_the_cell(tmp_path):
     markdown = (tmp_path / "suite.md").read_text(encoding="utf-8")
     assert "1 failed, 1 to come)" in markdown
     assert "&lt;script&gt;\\|boom\\|" in markdown
-    assert "<script>" not in (tmp_path / "suite.html").read_text(encoding="utf-8")
-    lines = list(csv.DictReader((tmp_path / "runs.csv").open(encoding="utf-8")))
+    assert "<script>|boom" not in (tmp_path / "suite.html").read_text(encoding="utf-8")
+    lines = lines_of(tmp_path / "runs.csv")
     assert sorted({line["status"] for line in lines}) == ["failed", "finished", "to come"]
     assert next(line for line in lines if line["status"] == "failed")["error"] == "'=<script>|boom|"
 
@@ -136,7 +141,7 @@ def test_the_papers_figures_stand_beside_ours_where_they_belong(tmp_path):
     """Figures of BERT beside another family's would compare what cannot be compared."""
     plan = small_plan()
     write_tables(plan, tmp_path, made(plan))
-    lines = list(csv.DictReader((tmp_path / "table1.csv").open(encoding="utf-8")))
+    lines = lines_of(tmp_path / "table1.csv")
     paper = {(line["row"], line["family"], line["arm"]): line["paper"] for line in lines}
     assert paper["CoLA", "bert", "kd-lora"] == "56.3"
     assert paper["MNLI-mm", "bert", "lora"] == "83.9"

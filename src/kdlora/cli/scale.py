@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kdlora.cli.app import Out, Set, app
+from kdlora.cli.app import Json, Out, Set, app, print_json
 
 if TYPE_CHECKING:
     from kdlora.scale.overview import Overview
-    from kdlora.scale.search import SearchEvent
+    from kdlora.scale.search import SearchEvent, SearchResult
     from kdlora.scale.suite import SuiteEvent, SuiteResult
 
 On = Annotated[
@@ -25,6 +26,10 @@ On = Annotated[
 SuiteOut = Annotated[
     str | None, typer.Option("--out", help="Folder of the suite; default runs/<name>. With --on also a URL: s3://...")
 ]
+SuiteSet = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the suite (seeds=[0], config.run.threads=1)."),
+]
 Yes = Annotated[bool, typer.Option("--yes", help="Carry out a plan of more than 10,000 runs.")]
 
 
@@ -32,10 +37,11 @@ Yes = Annotated[bool, typer.Option("--yes", help="Carry out a plan of more than 
 def suite(
     suite_file: Annotated[Path, typer.Argument(metavar="SUITE.yaml", help="Suite file.")],
     out: SuiteOut = None,
-    overrides: Set = None,
+    overrides: SuiteSet = None,
     on: On = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and an estimate of time.")] = False,
     yes: Yes = False,
+    as_json: Json = False,
 ) -> None:
     """Carry out tasks x families x arms x configurations x seeds, and write the paper's tables.
 
@@ -51,13 +57,14 @@ def suite(
     if dry_run:
         from kdlora.scale.overview import look_at_suite
 
-        _print_overview(look_at_suite(wanted, None if out and "://" in out else out, confirmed=yes))
+        overview = look_at_suite(wanted, None if out and "://" in out else out, confirmed=yes)
+        print_json(overview.to_dict()) if as_json else _print_overview(overview)
         return
     from kdlora.scale.suite import run_suite
 
     with _suite_progress() as listen:
         result = run_suite(wanted, out, on=on, confirmed=yes, listen=listen)
-    _print_suite(result)
+    print_json(result.to_dict()) if as_json else _print_suite(result)
     raise typer.Exit(1 if result.failed else 0)
 
 
@@ -71,6 +78,8 @@ def search(
     ] = None,
     out: Out = None,
     overrides: Set = None,
+    on: On = None,
+    as_json: Json = False,
 ) -> None:
     """Search fields of a config for the best score on held-out training rows.
 
@@ -85,15 +94,8 @@ def search(
 
     wanted, settings = load_search(config, overrides or [], space=space, trials=trials)
     with _search_progress() as listen:
-        result = run_search(wanted, settings, out, storage=storage, listen=listen)
-    console = Console()
-    console.print(f"{result.finished} trials finished, {result.pruned} pruned, {result.failed} failed")
-    if result.score is not None:
-        console.print(f"best {result.score:.2f} on the held-out rows")
-    for key, value in result.best.items():
-        console.print(f"  {key}: {value}", markup=False)
-    for path in result.paths:
-        console.print(str(path), markup=False, soft_wrap=True)
+        result = run_search(wanted, settings, out, storage=storage, on=on, listen=listen)
+    print_json(asdict(result)) if as_json else _print_search(result)
     raise typer.Exit(0 if result.score is not None else 1)
 
 
@@ -199,3 +201,14 @@ def _search_progress() -> Iterator[Callable[[SearchEvent], None] | None]:
             progress.update(bar, total=event.trials, completed=event.done, status=best + now)
 
         yield listen
+
+
+def _print_search(result: SearchResult) -> None:
+    console = Console()
+    console.print(f"{result.finished} trials finished, {result.pruned} pruned, {result.failed} failed")
+    if result.score is not None:
+        console.print(f"best {result.score:.2f} on the held-out rows")
+    for key, value in result.best.items():
+        console.print(f"  {key}: {value}", markup=False)
+    for path in result.paths:
+        console.print(str(path), markup=False, soft_wrap=True)

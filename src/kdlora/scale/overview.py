@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from kdlora.config import Arm
 from kdlora.errors import KdLoraError
@@ -52,6 +53,17 @@ class Overview:
     labellings: int
     estimate: Estimate | None
     obstacle: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the figures for programs."""
+        return {
+            "runs": sum(one.runs for one in self.arms),
+            "finished": sum(one.finished for one in self.arms),
+            "labellings": self.labellings,
+            "arms": [asdict(one) for one in self.arms],
+            "estimate": None if self.estimate is None else asdict(self.estimate),
+            "obstacle": self.obstacle,
+        }
 
 
 def look_at_suite(suite: SuiteConfig, out: str | Path | None = None, *, confirmed: bool = False) -> Overview:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdlora.config import Config
 from kdlora.errors import ConfigError
-from kdlora.evidence.records import collect_versions
-from kdlora.scale.artefacts import RemoteFolder
+from kdlora.evidence.environment import collect_versions
+from kdlora.searchconfig import Resources
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,32 @@ def _knock(address: str) -> None:
         ) from None
 
 
+def count_slots(ray: Any, needs: Resources) -> int:
+    """Count the runs that a cluster can hold at once; at least one, for nodes may be on their way.
+
+    Args:
+        ray: the module, connected.
+        needs: of a run.
+    """
+    have = ray.cluster_resources()
+    slots = have.get("CPU", 0) / needs.cpus
+    if needs.gpus:
+        slots = min(slots, have.get("GPU", 0) / needs.gpus)
+    return max(1, int(slots))
+
+
+def local_paths(config: Config) -> list[str]:
+    """List the files and folders that a run reads; Hub ids are left out.
+
+    Args:
+        config: of the run.
+    """
+    data, teacher = config.data, config.teacher
+    named = [data.path, data.train, data.validation, data.test, data.unlabelled, config.student.model]
+    named += [teacher.model, teacher.fine_tuned, teacher.logits, teacher.probabilities]
+    return [name for name in dict.fromkeys(named) if name is not None and Path(name).is_absolute()]
+
+
 @dataclass(frozen=True)
 class NodeView:
     """What a node says of itself.
@@ -88,19 +115,20 @@ def look_around(paths: Sequence[str], url: str | None) -> NodeView:
         url: a folder that must be there too; None for none.
     """
     missing = tuple(path for path in paths if not Path(path).exists())
-    if url is not None and not RemoteFolder(url).exists("suite.yaml"):
-        missing = (*missing, url)
+    if url is not None:
+        from kdlora.scale.artefacts import RemoteFolder  # with what runs need, which a look does not
+
+        missing = missing if RemoteFolder(url).exists("suite.yaml") else (*missing, url)
     return NodeView(socket.gethostname(), missing, collect_versions())
 
 
-def check_nodes(ray: Any, paths: Sequence[str], *, cpus: float, gpus: float, url: str | None = None) -> None:
+def check_nodes(ray: Any, paths: Sequence[str], needs: Resources, *, url: str | None = None) -> None:
     """Look at every node: its paths, its kdlora, and whether any node can hold a run at all.
 
     Args:
         ray: the module, connected.
         paths: that every node needs: data, models, and the folder of the results.
-        cpus: cores that a run needs.
-        gpus: GPUs that a run needs.
+        needs: of a run.
         url: where the results go, in place of a shared folder.
 
     Raises:
@@ -110,7 +138,7 @@ def check_nodes(ray: Any, paths: Sequence[str], *, cpus: float, gpus: float, url
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    _check_resources(nodes, cpus, gpus)
+    _check_resources(nodes, needs)
     look = ray.remote(look_around)
     answers = {}
     for node in nodes:
@@ -139,14 +167,15 @@ def check_nodes(ray: Any, paths: Sequence[str], *, cpus: float, gpus: float, url
         raise ConfigError("\n".join([f"{remedy}:", *(f"  - {fault}" for fault in faults)]))
 
 
-def _check_resources(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float) -> None:
+def _check_resources(nodes: Sequence[dict[str, Any]], needs: Resources) -> None:
     """Refuse runs that no node can ever hold: Ray would wait for such a node without end."""
     for node in nodes:
-        if node["Resources"].get("CPU", 0) >= cpus and node["Resources"].get("GPU", 0) >= gpus:
+        if node["Resources"].get("CPU", 0) >= needs.cpus and node["Resources"].get("GPU", 0) >= needs.gpus:
             return
     sizes = "; ".join(
         f"{node['Resources'].get('CPU', 0):g} cores and {node['Resources'].get('GPU', 0):g} GPUs" for node in nodes
     )
     raise ConfigError(
-        f"a run needs {cpus:g} cores and {gpus:g} GPUs (resources), but the cluster's nodes have {sizes or 'nothing'}"
+        f"a run needs {needs.cpus:g} cores and {needs.gpus:g} GPUs (resources), but the cluster's nodes have "
+        f"{sizes or 'nothing'}"
     )

@@ -9,7 +9,8 @@ from typing import Any
 from kdlora.evidence.records import write_record
 from kdlora.scale.artefacts import carry_out_away
 from kdlora.scale.jobs import Job, Outcome, carry_out, failed_record
-from kdlora.scale.suitefile import Resources
+from kdlora.scale.ray_cluster import count_slots
+from kdlora.searchconfig import Resources
 
 _QUEUED_PER_SLOT = 2
 """Jobs that wait at Ray for each that runs: enough to keep a node busy, few enough to start the best ones next."""
@@ -32,6 +33,7 @@ class RayEngine:
             url: where nodes without a shared folder send weights and records.
         """
         self.ray = ray
+        self._resources = resources
         self._needs = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": resources.retries}
         self._task = ray.remote(carry_out if url is None else carry_out_away)
         self._place = () if url is None else (root, url)
@@ -40,11 +42,7 @@ class RayEngine:
     @property
     def room(self) -> int:
         """How many more jobs it takes now; the cluster may grow and shrink."""
-        have = self.ray.cluster_resources()
-        slots = have.get("CPU", 0) / self._needs["num_cpus"]
-        if self._needs["num_gpus"]:
-            slots = min(slots, have.get("GPU", 0) / self._needs["num_gpus"])
-        return max(1, _QUEUED_PER_SLOT * int(slots)) - len(self._pending)
+        return _QUEUED_PER_SLOT * count_slots(self.ray, self._resources) - len(self._pending)
 
     @property
     def busy(self) -> bool:

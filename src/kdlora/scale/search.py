@@ -113,6 +113,7 @@ def run_search(
     out: str | Path | None = None,
     *,
     storage: str | None = None,
+    on: str | None = None,
     listen: SearchListener | None = None,
 ) -> SearchResult:
     """Search fields of a config for the best score on held-out training rows.
@@ -126,6 +127,7 @@ def run_search(
         settings: space, number of trials, pruning.
         out: folder; default `runs/<name>-search`.
         storage: a journal file, a SQLite file, or a database URL; default: a journal in the folder.
+        on: `ray` or `ray://HOST:PORT`: the cluster that carries the trials out; default: this process.
         listen: called with each event.
 
     Raises:
@@ -133,7 +135,12 @@ def run_search(
     """
     search = begin_search(config, settings, out, storage)
     with storage_faults(search.storage):
-        work_on(search, listen)
+        if on is None:
+            work_on(search, listen)
+        else:
+            from kdlora.scale.ray_search import search_on_ray
+
+            search_on_ray(search, on, lambda: _tell_of_last(search, listen))
         return end_search(search)
 
 
@@ -314,6 +321,20 @@ def _key(search: Search, config: Config, arm: Arm) -> str:
     values: dict[str, Any] = identity(reset_unused(config, arm)) | {"arm": arm, "rows": search.rows}
     values["seed"] = config.teacher_seed if arm == "fft" else config.run.seeds[0]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _tell_of_last(search: Search, listen: SearchListener | None) -> None:
+    """Say how the newest trial that ended on a cluster did."""
+    if listen is None:
+        return
+    study = open_study(search.storage, search.name, search.settings)
+    ended = [one for one in study.get_trials(deepcopy=False) if one.state.is_finished() and one.datetime_complete]
+    if ended:
+        last = max(ended, key=lambda one: str(one.datetime_complete))
+        value = "" if last.value is None else f", score {last.value:.2f}"
+        best = max((one.value for one in ended if one.value is not None), default=None)
+        told = f"{last.state.name.lower()}{value}"
+        listen(SearchEvent(len(ended), search.settings.trials, best, last.number, told))
 
 
 def _tell(study: Study, search: Search, trial: Trial, detail: Any, listen: SearchListener | None) -> None:

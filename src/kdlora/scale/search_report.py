@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,10 +138,12 @@ def _keys(study: Study, trials: Sequence[FrozenTrial], search: SearchConfig, lin
 def _importances(study: Study) -> dict[str, float]:
     import optuna
 
-    try:
-        return dict(optuna.importance.get_param_importances(study))
-    except (RuntimeError, ValueError):  # too few trials, or all with one value
-        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            return dict(optuna.importance.get_param_importances(study))
+        except (RuntimeError, ValueError, UserWarning):  # too few trials to tell, or all with one value
+            return {}
 
 
 def _slice(complete: Sequence[FrozenTrial], search: SearchConfig, key: str, number: int, links: Links) -> Figure:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
+import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from kdlora.searchconfig import SearchConfig
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
@@ -47,7 +50,7 @@ def study_name(config: Config, search: SearchConfig, rows: str) -> str:
         rows: fingerprint of the rows that are used.
     """
     values: dict[str, Any] = identity(config) | {"seeds": config.run.seeds[:1], "rows": rows}
-    values |= {"search": search.model_dump(mode="json", exclude={"trials"})}
+    values |= {"search": search.model_dump(mode="json", exclude={"trials", "resources"})}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return f"{config.title()}-{digest[:10]}"
 
@@ -121,13 +124,10 @@ def storage_faults(storage: str) -> Iterator[None]:
         raise ArtifactError(f"the search storage {storage} cannot be used: {reason}") from None
 
 
-def _sampler(search: SearchConfig, done: int) -> Any:
-    """Give a sampler that tries every point of a small space, and otherwise learns from the trials before."""
-    from optuna.samplers import GridSampler, TPESampler
+def _sampler(search: SearchConfig, done: int) -> BaseSampler:
+    """Give a sampler that learns from the trials before; a small space is enumerated by `ask` instead."""
+    from optuna.samplers import TPESampler
 
-    grid = grid_of(search)
-    if grid is not None:
-        return GridSampler(grid, seed=search.seed)
     # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
     return TPESampler(n_startup_trials=search.startup_trials, seed=search.seed + done)
 
@@ -154,10 +154,20 @@ def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLo
         counted = [one for one in counted_trials(study) if one.state.name != "WAITING"]
         if len(counted) >= most:
             return None
+        waiting = len(counted_trials(study)) - len(counted)
+        if grid is not None and not waiting:
+            study.enqueue_trial(_next_point(grid, [one.params for one in counted], search.seed))
         trial = study.ask(distributions(search))
         lock = _lock(folder, trial.number)
         lock.acquire(timeout=0)
         return trial, lock
+
+
+def _next_point(grid: dict[str, list[Any]], tried: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Choose a point of a small space that was not tried, in an order that does not favour the first key."""
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    random.Random(seed).shuffle(points)
+    return next(point for point in points if point not in tried)
 
 
 def counted_trials(study: Study) -> list[FrozenTrial]:

@@ -87,6 +87,18 @@ class SuiteResult:
         """The runs that failed."""
         return [record for record in self.records.values() if record.status == "failed"]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Give the figures for programs."""
+        names = ("experiment", "arm", "seed", "error")
+        return {
+            "folder": str(self.folder),
+            "runs": len(self.records),
+            "finished": sum(record.status == "finished" for record in self.records.values()),
+            "reused": self.reused,
+            "failed": [{name: getattr(record, name) for name in names} for record in self.failed],
+            "tables": [str(path) for path in self.tables],
+        }
+
 
 def run_suite(
     suite: SuiteConfig,
@@ -150,14 +162,15 @@ def _engine(
     if on is None:
         yield SerialEngine(tell)
         return
-    from kdlora.scale.ray_cluster import check_nodes, connect
+    from kdlora.scale.ray_cluster import check_nodes, connect, local_paths
     from kdlora.scale.ray_engine import RayEngine
 
     needs = plan.suite.resources
     engine = RayEngine(connect(on), needs, root=layout.root, url=url)
     try:
-        paths = [*([str(layout.suite)] if url is None else []), *_local_paths(plan)]
-        check_nodes(engine.ray, paths, cpus=needs.cpus, gpus=needs.gpus, url=url)
+        paths = [str(layout.suite)] if url is None else []
+        paths += [path for cell in plan.cells for path in local_paths(cell.runs[0].config)]
+        check_nodes(engine.ray, list(dict.fromkeys(paths)), needs, url=url)
         yield engine
     finally:
         engine.close()
@@ -169,17 +182,6 @@ def _begin_remote(url: str, layout: SuiteLayout) -> RemoteFolder:
     remote.push(layout.root, layout.suite.name)
     remote.pull("runs", layout.root, ending="run.json")
     return remote
-
-
-def _local_paths(plan: Plan) -> list[str]:
-    """List the files and folders that the runs read."""
-    paths: dict[str, None] = {}
-    for cell in plan.cells:
-        config = cell.runs[0].config
-        data = config.data
-        named = (data.path, data.train, data.validation, data.test, config.teacher.model, config.student.model)
-        paths |= {name: None for name in named if name is not None and Path(name).is_absolute()}
-    return list(paths)
 
 
 def check_size(suite: SuiteConfig, *, confirmed: bool) -> None:

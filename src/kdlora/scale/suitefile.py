@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kdlora.config import ARMS, FAMILIES, LORA_ARMS, Arm, GlueName
 from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
 from kdlora.errors import ConfigError, did_you_mean
+from kdlora.searchconfig import Resources
 
 Settings = dict[str, Any]
 Axes = tuple[tuple[Settings, ...], ...]
@@ -126,17 +127,6 @@ class Grids(_Part):
     def of(self, arm: Arm) -> Axes:
         """Give the grid of an arm."""
         return self.fft if arm == "fft" else self.adapters if arm in LORA_ARMS else self.full_students
-
-
-class Resources(_Part):
-    """What a run needs of a node, where a cluster carries the suite out."""
-
-    cpus: float = Field(default=1.0, gt=0.0)
-    """Processor cores of each run."""
-    gpus: float = Field(default=0.0, ge=0.0)
-    """GPUs of each run; a fraction lets several runs share one."""
-    retries: int = Field(default=3, ge=0)
-    """How often a run is started again after its node or worker was lost."""
 
 
 class SuiteConfig(_Part):

@@ -109,6 +109,20 @@ def save_config(config: Config) -> str:
     return yaml.safe_dump(values, sort_keys=False)  # some control characters only survive as escapes
 
 
+def known_keys() -> list[str]:
+    """List every key that can be set, such as `student.train.learning_rate`, in the order of the config."""
+    keys: list[str] = []
+    pending: list[tuple[str, type[BaseModel]]] = [("", Config)]
+    while pending:
+        prefix, model = pending.pop()
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                pending.append((f"{prefix}{name}.", field.annotation))
+            else:
+                keys.append(f"{prefix}{name}")
+    return sorted(keys)
+
+
 def _assign(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():

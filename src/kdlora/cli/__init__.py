@@ -25,8 +25,11 @@ def main() -> NoReturn:
     if level not in logging.getLevelNamesMapping():
         _fail(f"KDLORA_LOG is {level!r}; expected DEBUG, INFO, WARNING or ERROR", 2)
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
+    if not sys.stderr.isatty():  # a log full of bars cannot be read; libraries draw theirs into files, too
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="kdlora")
         if code == 130:  # newer versions of Typer turn Ctrl-C into this
             raise KeyboardInterrupt
     except typer.Exit as exit_request:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from kdlora.config import DistilConfig, LoraConfig, StudentTrainConfig, TeacherTrainConfig, TrainConfig
 from kdlora.data.batches import Tokenised, tokenise
@@ -40,7 +40,7 @@ class Trained:
     """
 
     encoder: Encoder
-    model: Any
+    model: Any = field(repr=False)
     outcome: TrainOutcome
     parameters: ParameterCounts
     truncated: dict[str, int]
@@ -59,7 +59,7 @@ class Evaluation:
 
     score: float
     metrics: dict[str, float]
-    logits: np.ndarray
+    logits: np.ndarray = field(repr=False)
     truncated: int
 
 
@@ -74,6 +74,7 @@ def train_teacher(
     device: str = "auto",
     revision: str | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Fine-tune all weights of a pretrained encoder on a task (KD-LoRA, eq. 1).
 
@@ -87,10 +88,19 @@ def train_teacher(
         device: `auto`, `cpu` or `cuda`.
         revision: commit, tag or branch of a Hub id.
         progress: called with each training event.
+        callbacks: transformers' own kind, such as a tracker's.
     """
     encoder = load_encoder(source, splits.task, seed=seed, revision=revision)
     return train_arm(
-        encoder, splits, settings, folder=folder, seed=seed, precision=precision, device=device, progress=progress
+        encoder,
+        splits,
+        settings,
+        folder=folder,
+        seed=seed,
+        precision=precision,
+        device=device,
+        progress=progress,
+        callbacks=callbacks,
     )
 
 
@@ -108,6 +118,7 @@ def train_student(
     precision: str = "auto",
     device: str = "auto",
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train a student, with or without adapters, with or without a teacher.
 
@@ -127,6 +138,7 @@ def train_student(
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
         progress: called with each training event.
+        callbacks: transformers' own kind, such as a tracker's.
     """
     encoder = load_encoder(source, splits.task, seed=seed) if isinstance(source, str) else source
     return train_arm(
@@ -143,6 +155,7 @@ def train_student(
         device=device,
         rows_per_epoch=rows_per_epoch(splits),
         progress=progress,
+        callbacks=callbacks,
     )
 
 
@@ -173,6 +186,7 @@ def train_arm(
     checkpoint_seconds: float = 60.0,
     rows_per_epoch: int | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train any arm on a loaded encoder; `train_teacher` and `train_student` name the usual choices.
 
@@ -191,6 +205,7 @@ def train_arm(
         checkpoint_seconds: training time between two checkpoints.
         rows_per_epoch: rows that an epoch draws; default: every row once.
         progress: called with each training event.
+        callbacks: transformers' own kind, such as a tracker's.
     """
     model = encoder.model if lora is None else add_adapter(encoder, lora, seed=seed)
     parameters = count_parameters(model)
@@ -211,6 +226,7 @@ def train_arm(
         folder=Path(folder),
         checkpoint_seconds=checkpoint_seconds,
         rows_per_epoch=rows_per_epoch,
+        callbacks=callbacks,
         progress=progress,
     )
     return Trained(encoder, model, outcome, parameters, truncated | {"validation": validation.truncated})

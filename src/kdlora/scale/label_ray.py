@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError
 from kdlora.scale.label_plan import LabelJob, Shard, Unit
 
+_KNOCK_SECONDS = 5.0
 _ERRORS: dict[str, type[KdLoraError]] = {
     fault.__name__: fault for fault in (ArtifactError, ConfigError, DataError, ModelError, KdLoraError)
 }
@@ -78,6 +80,8 @@ def connect(on: str) -> Any:
         import ray
     except ImportError:
         raise ConfigError("Ray is not installed: pip install 'kdlora[ray]'") from None
+    if on != "ray":
+        _knock(on)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if on == "ray":
@@ -89,6 +93,19 @@ def connect(on: str) -> Any:
             f"no Ray cluster answers at {on} ({fault}); check the address, or start one: ray start"
         ) from None
     return ray
+
+
+def _knock(address: str) -> None:
+    """Find out in seconds whether anybody listens; Ray itself would try for most of a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--on takes ray, or ray://HOST:PORT such as ray://head:10001; got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+    except OSError as fault:
+        raise ConfigError(
+            f"no Ray cluster answers at {address} ({fault}); check the address, or start one with ray start"
+        ) from None
 
 
 class _Worker:

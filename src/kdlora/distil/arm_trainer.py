@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from kdlora.distil.loss_sums import LossSums
 from kdlora.distil.losses import LossTerms
 from kdlora.distil.session import Session
 from kdlora.distil.standardise import TargetScale
+
+logger = logging.getLogger(__name__)
 
 MICRO_BATCHES = "micro_batches"
 
@@ -239,6 +242,7 @@ class ArmTrainer(DistillationTrainer):
                     "losses": {"window": self.window.sums, "epoch": self.epoch_sums.sums},
                 },
             )
+        logger.info("checkpoint at step %d", self.state.global_step)
         self.session.note_saved()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

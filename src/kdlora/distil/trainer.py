@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ __all__ = [
     "resolve_precision",
     "train_model",
 ]
+
+logger = logging.getLogger(__name__)
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 _LOGS_PER_TRAINING = 100
@@ -88,8 +91,9 @@ def train_model(
     """Train a model in place; it is left holding the selected weights, in evaluation mode.
 
     The same seed on the same machine gives the same bits, whether or not the training was interrupted: a call with
-    the same arguments and folder continues from the last whole checkpoint. The folder stays until the caller has
-    kept the weights and removes it. Validation runs in the precision of training. A regression trains on
+    the same arguments and folder continues from the last whole checkpoint. Ctrl-C and SIGTERM end the step, save and
+    stop (`TrainingStoppedError`, a KeyboardInterrupt); a second one stops at once. The folder stays until the caller
+    has kept the weights and removes it. Validation runs in the precision of training. A regression trains on
     standardised targets, which are folded into the head at the end, so that the model predicts on the original
     scale.
 
@@ -155,11 +159,14 @@ def _run(trainer: ArmTrainer, checkpoints: CheckpointFolder, session: Session) -
     """Train, from the last checkpoint where there is one."""
     checkpoint = checkpoints.latest()
     if checkpoint is None:
-        trainer.train()
+        with session.stop:
+            trainer.train()
         return
     trainer.resume(checkpoint)
+    logger.info("continuing from %s", checkpoint.folder)
     if not session.finished:
-        trainer.train(resume_from_checkpoint=str(checkpoint.folder))
+        with session.stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder))
 
 
 def _finish(

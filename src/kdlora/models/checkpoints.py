@@ -167,7 +167,7 @@ def read_config(source: Source) -> PretrainedConfig:
 def _check_json(path: Path) -> None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as fault:
+    except (ValueError, RecursionError) as fault:
         raise ModelError(f"{path} is damaged: {fault}. Copy the model folder again") from fault
     if not isinstance(content, dict):
         raise ModelError(f"{path} is damaged: expected an object, found {type(content).__name__}")

@@ -240,7 +240,7 @@ class DistilConfig(_Section):
 
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     """Weight of the hard loss, against the labels, as in the paper; 1 - alpha weights the teacher."""
-    temperature: float = Field(default=2.0, gt=0.0)
+    temperature: float = Field(default=2.0, gt=0.0, le=1000.0)
     """Softening of both distributions in `loss: kl` (Hinton et al., arXiv 1503.02531)."""
     loss: Literal["kl", "mse"] = "kl"
     """Soft loss: KL divergence times temperature squared, or mean squared error of the logits."""
@@ -266,6 +266,8 @@ class RunConfig(_Section):
     """Stop at the first run that fails, in place of carrying on with the other arms."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)
     """Seconds of training between two checkpoints: the most that a crash can cost."""
+    keep_checkpoints: int = Field(default=1, ge=1)
+    """Newest checkpoints of a training that are kept; a second one is there if the first is damaged."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from dataclasses import replace
 
@@ -170,6 +171,18 @@ def test_a_second_call_runs_no_forward(label, forwards):
     np.testing.assert_array_equal(first.logits, second.logits)
     assert first.fingerprint == second.fingerprint
     assert told == [(23, 23)]
+
+
+def test_two_at_once_compute_once(label, forwards, tmp_path):
+    """Two experiments that share a teacher's folder would each write the shards under the other's hands."""
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(label())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert forwards == [10, 10, 3]
+    np.testing.assert_array_equal(found[0].logits, found[1].logits)
 
 
 def test_progress(label):

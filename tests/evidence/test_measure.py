@@ -146,6 +146,12 @@ def test_an_interrupted_child_that_does_not_end_is_ended(tmp_path, monkeypatch: 
     assert not (tmp_path / "x").exists()
 
 
+def with_this_folder() -> dict[str, str]:
+    """Give an environment in which a script can import `children`."""
+    places = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+
+
 def interrupt(message: object) -> None:
     raise KeyboardInterrupt
 
@@ -183,8 +189,7 @@ def test_a_childs_log_follows_the_level_of_the_caller(tmp_path):
         "import logging, children\nfrom kdlora.evidence.measure import run_in_child\n"
         "logging.basicConfig(level='{level}', format='%(message)s')\nrun_in_child(children.speak_up)\n"
     )
-    places = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
-    environment = os.environ | {"PYTHONPATH": places}
+    environment = with_this_folder()
     said = [
         subprocess.run(
             [sys.executable, "-c", script.format(level=level)],
@@ -204,7 +209,7 @@ def test_a_killed_parent_takes_its_child_along(tmp_path):
         "import children\nfrom kdlora.evidence.measure import run_in_child\n"
         f"run_in_child(children.sleep_and_write, {str(tmp_path / 'x')!r}, on_message=lambda p: print(p, flush=True))\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = with_this_folder()
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
@@ -219,7 +224,7 @@ def test_a_plain_script_without_a_guard_does_not_start_itself_again(tmp_path):
         "print('started')\nimport children\nfrom kdlora.evidence.measure import run_in_child\n"
         "print(run_in_child(children.allocate, 1).value)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = with_this_folder()
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["started", "1"]
 

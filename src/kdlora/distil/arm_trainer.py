@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -186,6 +187,28 @@ class ArmTrainer(DistillationTrainer):
             inputs: of the step.
         """
         return 0
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Stop before a gradient that is not finite reaches the weights; in fp16 the scaler skips such steps itself."""
+        norm = super()._clip_grad_norm(model)
+        if not self.args.fp16:
+            self.epoch_sums.note_gradient(norm, self.state.global_step + 1)
+            if self.args.device.type == "cpu":  # elsewhere it shows before the next checkpoint
+                self.epoch_sums.check(self.args.learning_rate)
+        return norm
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Name the rows that an optimiser step is made of.
+
+        Args:
+            step: from 1.
+
+        Returns:
+            Row numbers of the training data.
+        """
+        epoch, place = divmod(step - 1, len(self.sampler))
+        self.sampler.set_epoch(epoch)
+        return next(itertools.islice(iter(self.sampler), place, None))
 
     # What a session needs.
 

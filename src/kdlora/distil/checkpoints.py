@@ -101,6 +101,10 @@ class CheckpointFolder:
             return Checkpoint(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
         return None
 
+    def newest(self) -> Path | None:
+        """Name the newest checkpoint, whole or not; None where there is none."""
+        return next(reversed(self._folders()), None)
+
     def write(self, step: int, documents: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
         """Write a checkpoint; it counts once it is whole. Older ones go.
 

@@ -26,7 +26,7 @@ from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.fingerprints import hash_columns, hash_model
 from kdlora.distil.inference import INPUTS, column_values, predict_logits
 from kdlora.distil.logits import COLUMN
-from kdlora.distil.loss_sums import diverged
+from kdlora.distil.loss_sums import DivergedError, diverged
 from kdlora.distil.precision import frozen_in_half, resolve_device, resolve_precision
 from kdlora.distil.session import ProgressEvent, Session
 from kdlora.distil.standardise import TargetScale, fold_into_head
@@ -151,8 +151,23 @@ def train_model(
             session=session,
             callbacks=callbacks,
         )
-        _run(trainer, checkpoints, session)
+        try:
+            _run(trainer, checkpoints, session)
+        except DivergedError as fault:
+            raise _explain(fault, trainer, checkpoints, train.dataset) from None
     return _finish(model, settings, session, checkpoints, scale)
+
+
+def _explain(fault: DivergedError, trainer: ArmTrainer, checkpoints: CheckpointFolder, data: Dataset) -> KdLoraError:
+    """Add the rows of the step to a divergence, and what is left from before it."""
+    text = str(fault)
+    if fault.step > 0 and "id" in data.column_names:
+        ids = data.select(trainer.rows_of_step(fault.step))["id"][:]
+        shown = ", ".join(repr(name) for name in ids[:8]) + (", …" if len(ids) > 8 else "")
+        text += f". The step's {len(ids)} rows: {shown}"
+    kept = checkpoints.newest()
+    last = "none was written yet" if kept is None else f"{kept}, from before that"
+    return KdLoraError(f"{text}. Last good checkpoint: {last}")
 
 
 def _run(trainer: ArmTrainer, checkpoints: CheckpointFolder, session: Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -71,8 +72,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         temporary.replace(target)
-    except BaseException:
+    except BaseException as fault:
         temporary.unlink(missing_ok=True)
+        _raise_full_disk(fault, target)
         raise
     _sync(target.parent)
 
@@ -98,10 +100,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _sync(entry)
         _sync(temporary)
         _replace_folder(temporary, target)
-    except BaseException:
+    except BaseException as fault:
         shutil.rmtree(temporary, ignore_errors=True)
+        _raise_full_disk(fault, target)
         raise
     _sync(target.parent)
+
+
+def _raise_full_disk(fault: BaseException, target: Path) -> None:
+    """Give the operating system's own error for a full disk, which safetensors tells in words of its own."""
+    if not isinstance(fault, OSError) and f"os error {errno.ENOSPC}" in str(fault):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from fault
 
 
 def _replace_folder(temporary: Path, target: Path) -> None:

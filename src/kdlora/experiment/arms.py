@@ -151,6 +151,7 @@ def train_arm(
     precision: str = "auto",
     device: str = "auto",
     checkpoint_seconds: float = 60.0,
+    keep_checkpoints: int = 1,
     progress: Progress | None = None,
 ) -> Trained:
     """Train any arm on a loaded encoder; `train_teacher` and `train_student` name the usual choices.
@@ -167,6 +168,7 @@ def train_arm(
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
         checkpoint_seconds: training time between two checkpoints.
+        keep_checkpoints: newest ones to keep.
         progress: called with each training event.
     """
     model = encoder.model if lora is None else add_adapter(encoder, lora, seed=seed)
@@ -187,6 +189,7 @@ def train_arm(
         distil=None if teacher is None else distil or DistilConfig(),
         folder=Path(folder),
         checkpoint_seconds=checkpoint_seconds,
+        keep_checkpoints=keep_checkpoints,
         progress=progress,
     )
     truncated = {"train": train.truncated, "validation": validation.truncated}

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 Listener = Callable[[Stage, Any], None]
 
-_FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds"} | {
+_FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds", "run.keep_checkpoints"} | {
     f"export.{key}" for key in ExportConfig.model_fields
 }
 """Keys that may change between two calls on one folder: they add runs, or change no figure of a run."""

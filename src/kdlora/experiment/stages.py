@@ -96,6 +96,7 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
             precision=config.run.precision,
             device=config.run.device,
             checkpoint_seconds=config.run.checkpoint_seconds,
+            keep_checkpoints=config.run.keep_checkpoints,
             progress=progress,
         )
     record = add_training(record, trained, teacher).model_copy(update={"peak_memory_bytes": peak_since(level)})

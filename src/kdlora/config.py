@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Kind = Literal["single-label", "regression", "multi-label"]
 Arm = Literal["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
@@ -50,6 +50,16 @@ def _with_default(section: Mapping[str, Any], key: str, value: object) -> dict[s
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_by_yes(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `yes` where a number is expected, which would count as 1."""
+        values = value if isinstance(value, list | tuple) else [value]
+        found = [item for item in values if isinstance(item, bool)]
+        if found and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(f"expected another kind of value than {str(found[0]).lower()}")
+        return value
 
 
 class TaskConfig(_Section):

@@ -176,6 +176,8 @@ def _absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> 
         value = part.get(key) if isinstance(part, dict) else None
         if not isinstance(part, dict) or not isinstance(value, str):
             continue
+        if "\0" in value:
+            raise ConfigError(f"{section}.{key}: a path holds no zero byte, got {value[:80]!r}")
         candidate = (base / Path(value).expanduser()).resolve()
         if section == "data" and key in ("train", "validation", "test") and has_source:
             is_path = candidate.is_file()  # with data.path these are split names, unless a file is meant

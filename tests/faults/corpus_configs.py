@@ -39,7 +39,8 @@ FIELDS: list[Case] = [
     _field("student.train.select", "bset", "Did you mean 'best'?"),
     _field("student.train", {"early_stopping_patience": 2}, "select: best"),
     _field("student.train", "fast"),
-    _field("teacher.train.batch_size", True, "integer"),
+    _field("teacher.train.batch_size", True, "another kind of value than true"),
+    _field("run.seeds", [True]),
     _field("teacher.seed", -1, "greater than or equal to 0"),
     _field("lora.rank", 0, "greater than or equal to 1"),
     _field("lora.rank", "eight", "integer"),
@@ -129,6 +130,7 @@ FILES: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("a section that is null", b"data:\n", ("data",)),
     ("a mapping as a key", b"{a: 1}: 2\n", ("YAML",)),
     ("merge of nothing", b"<<: 3\n", ("YAML",)),
+    ("a zero byte in a path", b'data: {train: "a\\0b"}\n', ("data.train", "zero byte")),
     ("binary", bytes(range(128, 256)) * 4, ("UTF-8",)),
 ]
 

@@ -69,21 +69,30 @@ CASES = [
     DataCase("UTF-16", "train.csv", csv().decode().encode("utf-16"), ("train.csv", "UTF-8")),
     DataCase("a zero byte in a TSV", "train.tsv", b"\x00\x01\x02", ("train.tsv",)),
     DataCase(
-        "quotes in a TSV", "train.tsv", csv(header="id\ttext\tlabel", separator="\t") + b'20\t"a\tb"\n', ("train.tsv",)
+        "quotes in a TSV",
+        "train.tsv",
+        csv(header="id\ttext\tlabel", separator="\t") + b'20\t"a ""b"" c"\ta\n',
+        ("train.tsv",),
     ),
     DataCase("text missing", "train.csv", csv("20,,a"), ("train.csv", "row 21", "text")),
     DataCase("text blank", "train.csv", csv("20,   ,a"), ("train.csv", "row 21", "text")),
     DataCase("label missing", "train.csv", csv("20,a film,"), ("train.csv", "row 21", "label")),
     DataCase("id missing", "train.csv", csv(",a film,a"), ("train.csv", "row 21", "id")),
     DataCase("id twice", "train.csv", csv("3,a film,a"), ("train.csv", "'3'")),
-    DataCase("one class", "train.csv", csv().replace(b",b\n", b",a\n"), ("one class only", "'a'")),
+    DataCase("one class", "train.csv", csv().replace(b",b\n", b",a\n"), ("one class only", "task.label")),
     DataCase("a column misspelt", "train.csv", csv(), ("'txt'", "task.text", "'text'"), {"task": {"text": "txt"}}),
     DataCase("a label misspelt", "train.csv", csv(), ("'lable'", "task.label"), {"task": {"label": "lable"}}),
     DataCase("no id column", "train.csv", csv(), ("key",), {"data": {"id_column": "key"}}),
-    DataCase("text is the label", "train.csv", csv(), ("label",), {"task": {"text": "label", "label": "label"}}),
+    DataCase(
+        "text is the label", "train.csv", csv(), ("both text and label",), {"task": {"text": "label", "label": "label"}}
+    ),
     DataCase("names left out", "train.csv", csv(), ("'b'", "label_names"), {"task": {"label_names": ["a", "c"]}}),
     DataCase(
-        "names too many", "train.csv", csv(), ("c",), {"task": {"label_names": ["a", "b", "c"], "kind": "regression"}}
+        "names too many",
+        "train.csv",
+        csv(),
+        ("3 names",),
+        {"task": {"label_names": ["a", "b", "c"], "kind": "regression"}},
     ),
     DataCase("numbers wanted", "train.csv", csv(), ("train.csv", "row 1", "'a'"), NUMBERS),
     DataCase(

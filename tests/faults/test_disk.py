@@ -63,7 +63,7 @@ def leave_room(disk: Path, size: int) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize("kilobytes", [0, 24, 400, 1600])
+@pytest.mark.parametrize("kilobytes", [0, 24, 300, 700])
 def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, tmp_path, undisturbed, kilobytes):
     """What was cut off by the end of the disk must not be taken for a model, and the remedy is to free some space.
 

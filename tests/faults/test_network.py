@@ -40,7 +40,7 @@ def test_the_guard_holds_in_children(log):
     code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=0.1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "asked the network" in done.stderr
-    assert log.read_text().startswith("socket.connect ('192.0.2.1', 80)")
+    assert "192.0.2.1" in log.read_text()
 
 
 def test_this_machine_may_be_asked(log):

@@ -48,6 +48,8 @@ def main() -> NoReturn:
     except MemoryError:
         _fail("out of memory; lower train.batch_size or train.micro_batch_tokens", 1)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(f"no file can have a name as long as {str(error.filename)[:60]!r}...; check the path", 2)
         remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error}{remedy}", 1)
     except Exception as error:

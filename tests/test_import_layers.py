@@ -19,7 +19,7 @@ ORDER = [
     {"deploy"},
     {"evidence.report", "evidence.compare"},
     {"experiment"},
-    {"demo", "scale"},
+    {"demo", "doctor", "scale"},
     {"terminal", "progress"},
     {"cli"},
     {"__main__"},

@@ -102,6 +102,11 @@ class DataConfig(_Section):
     """Validation file or split name; default: split off the training rows."""
     test: str | None = None
     """Test file or split name; with one, the headline score is measured on it."""
+    unlabelled: str | None = None
+    """More texts of the task, without labels: a file, a folder that `kdlora label` made, or a split name.
+
+    The teacher labels them, and the distilled arms learn from them too.
+    """
     id_column: str = "id"
     """Column that names an example; where the data lacks it, the row number from 0 is the id."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
@@ -110,6 +115,8 @@ class DataConfig(_Section):
     """Seed of that split; it is recorded and does not depend on `run.seeds`."""
     max_train_examples: int | None = Field(default=None, ge=1)
     """Use only the first so many training rows."""
+    max_unlabelled_examples: int | None = Field(default=None, ge=1)
+    """Use only the first so many rows of `unlabelled`."""
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
@@ -117,6 +124,8 @@ class DataConfig(_Section):
             raise ValueError("no data: set data.path (folder or Hub id) or data.train (file)")
         if self.path is None and (self.subset or self.revision):
             raise ValueError("data.subset and data.revision describe a Hub data set; set data.path to its id")
+        if self.unlabelled is None and self.max_unlabelled_examples is not None:
+            raise ValueError("data.max_unlabelled_examples limits data.unlabelled, which is not set")
         return self
 
 
@@ -137,6 +146,8 @@ class TrainConfig(_Section):
     """Course of the learning rate after the warm-up."""
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     """Gradients are scaled down to this norm."""
+    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Dropout of the model while it trains; null keeps what its config says. `lora.dropout` is apart."""
     max_length: int = Field(default=128, ge=4)
     """Longest input in tokens; longer texts are cut, and counted."""
     micro_batch_tokens: int | None = Field(default=16384, ge=16)
@@ -243,6 +254,10 @@ class LoraConfig(_Section):
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
     init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = "default"
     """PEFT's initialisation of the adapters."""
+    b_learning_rate_ratio: float = Field(default=1.0, gt=0.0)
+    """How many times the learning rate of A the adapters' B learns at (LoRA+, arXiv 2402.12354)."""
+    head_learning_rate_ratio: float = Field(default=1.0, gt=0.0)
+    """How many times the learning rate the head and other fresh modules learn at, beside an adapter."""
 
 
 class DistilConfig(_Section):
@@ -254,6 +269,8 @@ class DistilConfig(_Section):
     """Softening of both distributions in `loss: kl` (Hinton et al., arXiv 1503.02531)."""
     loss: Literal["kl", "mse"] = "kl"
     """Soft loss: KL divergence times temperature squared, or mean squared error of the logits."""
+    anneal: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Share of the training over which alpha rises to 1 (Continuation-KD, EMNLP Findings 2022); null: it stays."""
 
 
 class RunConfig(_Section):

@@ -15,6 +15,9 @@ from kdlora.errors import ConfigError, did_you_mean
 
 _MOST_VALUES = 100_000
 
+COLLECTION_MANIFEST = "collection.json"
+"""Says what a folder holds that `kdlora label` wrote."""
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice, where plain YAML silently keeps the last."""
@@ -137,6 +140,20 @@ def save_config(config: Config) -> str:
     return yaml.safe_dump(values, sort_keys=False)  # some control characters only survive as escapes
 
 
+def known_keys() -> list[str]:
+    """List every key that can be set, such as `student.train.learning_rate`, in the order of the config."""
+    keys: list[str] = []
+    pending: list[tuple[str, type[BaseModel]]] = [("", Config)]
+    while pending:
+        prefix, model = pending.pop()
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                pending.append((f"{prefix}{name}.", field.annotation))
+            else:
+                keys.append(f"{prefix}{name}")
+    return sorted(keys)
+
+
 def _assign(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
@@ -161,7 +178,8 @@ def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-_FILE_KEYS = {("data", key) for key in ("train", "validation", "test")} | {
+_SPLIT_KEYS = ("train", "validation", "test", "unlabelled")
+_FILE_KEYS = {("data", key) for key in _SPLIT_KEYS} | {
     ("teacher", "logits"),
     ("teacher", "probabilities"),
 }
@@ -179,8 +197,9 @@ def _absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> 
         if "\0" in value:
             raise ConfigError(f"{section}.{key}: a path holds no zero byte, got {value[:80]!r}")
         candidate = (base / Path(value).expanduser()).resolve()
-        if section == "data" and key in ("train", "validation", "test") and has_source:
-            is_path = candidate.is_file()  # with data.path these are split names, unless a file is meant
+        if section == "data" and key in _SPLIT_KEYS and has_source:
+            # With data.path these are split names, unless a file is meant, or the folder of a labelled collection.
+            is_path = candidate.is_file() or (candidate / COLLECTION_MANIFEST).is_file()
         else:
             is_path = (section, key) in _FILE_KEYS or value.startswith(("/", "./", "../", "~")) or candidate.exists()
         part[key] = str(candidate) if is_path else value

@@ -12,11 +12,11 @@ from typing import NoReturn
 
 import typer
 
-from kdlora.cli import experiments, models, reference
+from kdlora.cli import experiments, label, models, reference
 from kdlora.cli.app import app
 from kdlora.errors import KdLoraError
 
-__all__ = ["app", "experiments", "main", "models", "reference"]
+__all__ = ["app", "experiments", "label", "main", "models", "reference"]
 
 
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -31,8 +31,11 @@ def main() -> NoReturn:
     if level not in logging.getLevelNamesMapping():
         _fail(f"KDLORA_LOG is {level!r}; expected DEBUG, INFO, WARNING or ERROR", 2)
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
+    if not sys.stderr.isatty():  # a log full of bars cannot be read; libraries draw theirs into files, too
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="kdlora")
         if code == 130:  # newer versions of Typer turn Ctrl-C into this
             raise KeyboardInterrupt
     except typer.Exit as exit_request:

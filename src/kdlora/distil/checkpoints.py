@@ -32,10 +32,12 @@ _MEANING = {
     "validation": "the validation rows",
     "settings": "the training settings",
     "distil": "the distillation settings",
+    "lora": "the adapter's settings",
     "task": "the task",
     "seed": "the seed",
     "precision": "the number format",
     "device": "the kind of device",
+    "rows_per_epoch": "the number of rows in an epoch",
 }
 
 

@@ -124,4 +124,5 @@ def _update(digest: Any, array: pa.Array) -> None:
         if len(text):
             digest.update(memoryview(text.buffers()[2])[offsets[0] : offsets[-1]])
     elif not pa.types.is_null(array.type):
-        digest.update(pc.fill_null(array, 0).to_numpy(zero_copy_only=False).tobytes())
+        nothing = False if pa.types.is_boolean(array.type) else 0
+        digest.update(pc.fill_null(array, nothing).to_numpy(zero_copy_only=False).tobytes())

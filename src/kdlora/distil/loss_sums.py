@@ -27,7 +27,7 @@ class DivergedError(KdLoraError):
         self.step = step
 
 
-_TOTAL, _HARD, _SOFT, _ROWS, _SOFT_ROWS = range(5)
+_TOTAL, _HARD, _SOFT, _ROWS, _SOFT_ROWS, _HARD_ROWS = range(6)
 
 
 class LossSums:
@@ -40,7 +40,7 @@ class LossSums:
             device: where the losses are computed.
         """
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(5, dtype=dtype, device=device)
+        self.sums = torch.zeros(6, dtype=dtype, device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_gradient = torch.full((), -1, dtype=torch.int64, device=device)
 
@@ -55,7 +55,8 @@ class LossSums:
         rows = terms.hard.new_full((), len(terms.hard))
         zero = torch.zeros_like(rows)
         soft, soft_rows = (zero, zero) if terms.soft is None else (terms.soft.sum(), rows)
-        added = torch.stack([terms.total.sum(), terms.hard.sum(), soft, rows, soft_rows])
+        hard_rows = rows if terms.labelled is None else terms.labelled.sum().to(rows.dtype)
+        added = torch.stack([terms.total.sum(), terms.hard.sum(), soft, rows, soft_rows, hard_rows])
         self.sums += added.to(self.sums.dtype)
         bad = ~torch.isfinite(added[_TOTAL]) & (self.bad_step < 0)
         self.bad_step = torch.where(bad, step, self.bad_step)
@@ -89,7 +90,8 @@ class LossSums:
         """Give the exact means over the rows so far. Waits for the device.
 
         Returns:
-            `loss`, `hard_loss` and, where a teacher taught, `soft_loss`; empty without rows.
+            `loss`, `hard_loss` over the rows with a label and, where a teacher taught, `soft_loss`; empty without
+            rows.
         """
         return term_means(self.sums)
 
@@ -102,12 +104,12 @@ def term_means(sums: Tensor) -> dict[str, float]:
     """Turn sums into means.
 
     Args:
-        sums: (5,) totals, hard, soft, rows, rows with a soft loss.
+        sums: (6,) totals, hard, soft, rows, rows with a soft loss, rows with a label.
     """
-    total, hard, soft, rows, soft_rows = sums.tolist()
+    total, hard, soft, rows, soft_rows, hard_rows = sums.tolist()
     if rows == 0:
         return {}
-    means = {"loss": total / rows, "hard_loss": hard / rows}
+    means = {"loss": total / rows} | ({"hard_loss": hard / hard_rows} if hard_rows else {})
     return means | ({"soft_loss": soft / soft_rows} if soft_rows else {})
 
 

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from kdlora.config import DistilConfig, TrainConfig
+from kdlora.config import DistilConfig, LoraConfig, TrainConfig
 from kdlora.data.batches import Collator, LengthBucketSampler, Tokenised
 from kdlora.data.tasks import Task
 from kdlora.distil.arm_trainer import ArmTrainer, MicroBatchCollator
 from kdlora.distil.checkpoints import CheckpointFolder, load_trained_tensors
 from kdlora.distil.distillation_trainer import DistillationTrainer
+from kdlora.distil.dropout import dropout_set
 from kdlora.distil.fingerprints import hash_columns, hash_model
 from kdlora.distil.inference import INPUTS, column_values, predict_logits
 from kdlora.distil.logits import COLUMN
@@ -30,6 +31,7 @@ from kdlora.distil.loss_sums import DivergedError, diverged
 from kdlora.distil.precision import frozen_in_half, resolve_device, resolve_precision
 from kdlora.distil.session import ProgressEvent, Session
 from kdlora.distil.standardise import TargetScale, fold_into_head
+from kdlora.distil.unlabelled import LABELLED, labelled_values
 from kdlora.errors import DataError, KdLoraError
 from kdlora.evidence.metrics import compute_metrics, score
 
@@ -82,9 +84,11 @@ def train_model(
     precision: str,
     device: str = "auto",
     distil: DistilConfig | None = None,
+    lora: LoraConfig | None = None,
     folder: Path,
     checkpoint_seconds: float = 60.0,
     keep_checkpoints: int = 1,
+    rows_per_epoch: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Callable[[ProgressEvent], None] | None = None,
 ) -> TrainOutcome:
@@ -108,9 +112,12 @@ def train_model(
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
         distil: weights and temperature; None trains on the labels alone, whether or not there are teacher logits.
+        lora: of the model's adapter, for learning rates of its own; None trains everything at one rate.
         folder: of this training alone, for checkpoints.
         checkpoint_seconds: training time between two checkpoints.
         keep_checkpoints: newest ones to keep.
+        rows_per_epoch: rows that an epoch draws; default: every row once. A control with fewer rows thereby does as
+            many optimiser steps as the arm that it is compared with.
         callbacks: transformers' own kind.
         progress: told every half second, and after every epoch, where the training stands.
 
@@ -122,11 +129,18 @@ def train_model(
     _check(train, validation, distil)
     precision, _ = resolve_precision(precision, device)
     place = resolve_device(device)
-    scale = TargetScale.of(column_values(train.dataset, "label")) if task.kind == "regression" else None
+    scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
     ingredients = _ingredients(model, train, validation, task, settings, distil)
-    ingredients |= {"seed": seed, "precision": precision, "device": place.type}
+    ingredients |= {
+        "lora": None if lora is None else lora.model_dump(mode="json"),
+        "seed": seed,
+        "precision": precision,
+        "device": place.type,
+        "rows_per_epoch": rows_per_epoch,
+    }
     checkpoints = CheckpointFolder(Path(folder), ingredients, keep_checkpoints)
-    sampler = LengthBucketSampler(column_values(train.dataset, "length"), settings.batch_size, seed=seed)
+    lengths = column_values(train.dataset, "length")
+    sampler = LengthBucketSampler(lengths, settings.batch_size, seed=seed, rows_per_epoch=rows_per_epoch)
     session = Session(
         steps_per_epoch=len(sampler),
         epochs=settings.epochs,
@@ -136,12 +150,13 @@ def train_model(
         progress=progress,
     )
     collator = Collator.of(tokenizer, task.kind, train.max_length)
-    with frozen_in_half(model, precision), _left_as_found(model):
+    with frozen_in_half(model, precision), dropout_set(model, settings.dropout), _left_as_found(model):
         trainer = ArmTrainer(
             model,
             _arguments(settings, seed, precision, place, Path(folder), len(sampler)),
             kind=task.kind,
             distil=distil,
+            lora=lora,
             target_scale=scale,
             train_dataset=_rows(train, distil),
             sampler=sampler,
@@ -231,7 +246,7 @@ def _ingredients(
 
 def _columns(distil: DistilConfig | None) -> list[str]:
     """Name the columns that training reads: without `distil` the teacher's stay unread, so that a control is one."""
-    return [*INPUTS, "label", *([COLUMN] if distil is not None else [])]
+    return [*INPUTS, "label", *([COLUMN, LABELLED] if distil is not None else [])]
 
 
 def _rows(train: Tokenised, distil: DistilConfig | None) -> Dataset:
@@ -307,6 +322,8 @@ def _check(train: Tokenised, validation: Tokenised, distil: DistilConfig | None)
             "distil is set, but the training rows have no teacher_logits; TeacherLogits.attach(dataset) adds them, "
             "before tokenise"
         )
+    if distil is None and LABELLED in train.dataset.column_names:
+        raise DataError("rows without labels teach by their teacher alone, but distil is None; leave them out")
 
 
 @contextmanager

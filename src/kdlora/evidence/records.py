@@ -228,6 +228,11 @@ class ExperimentLayout:
         return self.teacher / "logits"
 
     @property
+    def unlabelled_logits(self) -> Path:
+        """The stored teacher logits of the unlabelled rows."""
+        return self.teacher / "logits-unlabelled"
+
+    @property
     def runs(self) -> Path:
         """The folder of all runs."""
         return self.root / "runs"

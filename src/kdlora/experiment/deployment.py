@@ -19,6 +19,7 @@ from kdlora.deploy.calibrate import Calibration, fit_temperature, save_temperatu
 from kdlora.deploy.encode import Text
 from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
 from kdlora.deploy.folder import read_json, read_model_folder
+from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.fingerprints import hash_json
 from kdlora.errors import ConfigError, DataError, did_you_mean
@@ -39,7 +40,7 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
     """Export an experiment's student, or any merged model folder, to ONNX and int8.
 
     Args:
-        model: an experiment folder, or a model folder that says its task.
+        model: an experiment folder, or a model folder or Hub id that says its task.
         to: the folder to write.
         formats: `onnx`, `onnx-int8` or `all`.
         data: labelled file to check the stages on; default: the experiment's validation rows, and its training
@@ -52,9 +53,10 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
     """
     if formats not in FORMATS:
         raise ConfigError(f"--format {formats!r}: expected onnx, onnx-int8 or all.{did_you_mean(formats, FORMATS)}")
-    layout = ExperimentLayout(Path(model))
+    place = locate_model(model)
+    layout = ExperimentLayout(place)
     if not layout.config.exists():
-        return _export_folder(Path(model), Path(to), FORMATS[formats], data)
+        return _export_folder(place, Path(to), FORMATS[formats], data)
     config = load_config(layout.config)
     rows: Dataset
     more: Dataset | None
@@ -213,11 +215,12 @@ def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads
     """Measure model folders side by side, on a labelled file where there is one.
 
     Args:
-        models: model folders, `.onnx` files, or experiments, which stand for their student.
+        models: model folders, `.onnx` files or Hub ids, or experiments, which stand for their student.
         data: a file with the task's columns; scores need one.
         threads: of each model; default: one a core.
     """
-    places = [ExperimentLayout(path).student if ExperimentLayout(path).config.exists() else path for path in models]
+    found = [locate_model(path) for path in models]
+    places = [ExperimentLayout(path).student if ExperimentLayout(path).config.exists() else path for path in found]
     if data is None:
         return benchmark(places, threads=threads)
     task = _stated_task(places[0])

@@ -15,16 +15,21 @@ _MEANING = {
 }
 
 
-def add_origin(record: RunRecord, encoder: Encoder, teacher: TeacherLogits | None) -> RunRecord:
+def add_origin(
+    record: RunRecord, encoder: Encoder, teacher: TeacherLogits | None, unlabelled: TeacherLogits | None = None
+) -> RunRecord:
     """Add fingerprints of the pretrained model and of the teacher's logits to a record.
 
     Args:
         record: of the run, before its training.
         encoder: as it was loaded; its fresh modules, which depend on the seed, do not count.
         teacher: what will teach; None where nothing does.
+        unlabelled: what it says about the unlabelled rows; None without any.
     """
     parts = [hash_model(encoder.model, without=encoder.fresh), hash_tokenizer(encoder.tokenizer)]
-    found = {"base": hash_json(parts)} | ({} if teacher is None else {"teacher": teacher.fingerprint})
+    found = {"base": hash_json(parts)}
+    if teacher is not None:
+        found["teacher"] = hash_json([one.fingerprint for one in (teacher, unlabelled) if one is not None])
     return record.model_copy(update={"fingerprints": record.fingerprints | found})
 
 

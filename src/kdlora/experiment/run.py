@@ -18,6 +18,7 @@ from kdlora.errors import ArtifactError, KdLoraError
 from kdlora.evidence.integrity import damaged_files
 from kdlora.evidence.locks import HeldLock, hold_lock
 from kdlora.evidence.measure import run_in_child
+from kdlora.evidence.notebook import html_table
 from kdlora.evidence.records import (
     ExperimentLayout,
     RunRecord,
@@ -28,6 +29,7 @@ from kdlora.evidence.records import (
 )
 from kdlora.evidence.report import make_report
 from kdlora.evidence.storage import remove_abandoned
+from kdlora.evidence.summary import COLUMNS, summarise_arms
 from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.recording import hash_splits, new_record
 from kdlora.experiment.shipping import is_shipped, keep_examples, ship_student
@@ -68,6 +70,16 @@ class ExperimentResult:
     records: list[RunRecord]
     shipped: Run | None
     notes: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        """Say where it lies and how it went."""
+        shipped = "nothing shipped" if self.shipped is None else f"{self.shipped.arm} seed {self.shipped.seed} shipped"
+        return f"ExperimentResult({str(self.folder)!r}, {len(self.records)} runs, {len(self.failed)} failed, {shipped})"
+
+    def _repr_html_(self) -> str:
+        """Show the table of the arms in a notebook."""
+        summary = summarise_arms(self.records)
+        return html_table(COLUMNS, summary.rows, f"{self.folder.name}: {summary.title}")
 
     @property
     def layout(self) -> ExperimentLayout:

@@ -19,6 +19,7 @@ from kdlora.experiment.recording import prepare_process, splits_by_name
 from kdlora.experiment.sources import load_base
 from kdlora.models.adapters import add_base, merge_student, save_adapter
 from kdlora.models.encoders import Encoder, save_encoder
+from kdlora.models.licence import read_licence
 
 WEIGHTS = "model.safetensors"
 
@@ -92,7 +93,9 @@ def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: Run
         shutil.rmtree(layout.adapter)
     with atomic_folder(layout.student) as folder:  # last: once it is there, nothing is shipped again
         shutil.copytree(place.model, folder, dirs_exist_ok=True)
-        (folder / "README.md").write_text(student_card(best), encoding="utf-8")
+        base = config.student if config.student.model is not None else config.teacher
+        licence = None if base.model is None else read_licence(base.model, base.revision)
+        (folder / "README.md").write_text(student_card(best, licence), encoding="utf-8")
 
 
 def is_shipped(layout: ExperimentLayout, best: RunRecord) -> bool:

@@ -48,7 +48,7 @@ GLUE = Path(__file__).parents[2] / "shared" / "glue"
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the session where the network was asked, though a handler may have swallowed the guard's error."""
     if _NETWORK_LOG.exists():
-        print(f"\nthe network was asked:\n{_NETWORK_LOG.read_text(encoding='utf-8')}")  # noqa: T201
+        print(f"\nthe network was asked:\n{_NETWORK_LOG.read_text(encoding='utf-8')}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -123,7 +123,10 @@ def build_config(
         _assign(changes, override)
     data = [part["data"] for part in (plain, changes) if isinstance(part.get("data"), dict)]
     has_source = next((part["path"] for part in reversed(data) if "path" in part), None) is not None
-    merged = _absolute_paths(plain, base or Path.cwd(), has_source=has_source)
+    try:
+        merged = _absolute_paths(plain, base or Path.cwd(), has_source=has_source)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     _merge(merged, _absolute_paths(changes, Path.cwd(), has_source=has_source))
     try:
         return Config.model_validate(merged)

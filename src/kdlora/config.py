@@ -117,6 +117,11 @@ class DataConfig(_Section):
     """Use only the first so many training rows."""
     max_unlabelled_examples: int | None = Field(default=None, ge=1)
     """Use only the first so many rows of `unlabelled`."""
+    augment: int = Field(default=0, ge=0)
+    """Perturbed copies of every training text (TinyBERT, arXiv 1909.10351) that the teacher labels too.
+
+    An epoch of the distilled arms draws from texts and copies alike, and is as long as without them.
+    """
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
@@ -384,6 +389,8 @@ class Config(_Section):
             yield "no student: set student.model, student.from_teacher_layers or family"
         if student.from_teacher_layers is not None and teacher.model is None:
             yield "student.from_teacher_layers copies layers of the pretrained teacher: set teacher.model"
+        if self.data.augment and teacher.is_table:
+            yield "data.augment makes new texts, and a table has no answers for them: set it to 0, or a teacher model"
 
     @property
     def given_teacher(self) -> bool:

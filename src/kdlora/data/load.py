@@ -14,6 +14,7 @@ from datasets import Dataset, concatenate_datasets
 
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.data import glue
+from kdlora.data.augment import augment_texts
 from kdlora.data.canonical import Columns, corrupt_rows, find_id_column, read_column, to_canonical
 from kdlora.data.collection import is_collection, open_collection_texts
 from kdlora.data.hub import is_saved_dataset, open_hub, open_saved
@@ -43,6 +44,7 @@ class Splits:
         test: examples for the headline, where there are labelled ones.
         notes: plain sentences on what was inferred, dropped or drawn.
         unlabelled: texts that only the teacher labels; no column `label`.
+        copies: how many of these are perturbed copies of training texts.
     """
 
     task: Task
@@ -51,6 +53,7 @@ class Splits:
     test: Dataset | None = None
     notes: tuple[str, ...] = ()
     unlabelled: Dataset | None = None
+    copies: int = 0
 
     def __repr__(self) -> str:
         """Say what is learnt, and how many examples there are."""
@@ -151,7 +154,28 @@ def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
     unlabelled = _unlabelled(reading, data, splits, [part for part in (validation, test) if part is not None])
     for note in reading.notes:
         logger.info(note)
-    return Splits(reading.task, train, validation, test, tuple(reading.notes), unlabelled)
+    splits_read = Splits(reading.task, train, validation, test, tuple(reading.notes), unlabelled)
+    return add_copies(splits_read, data.augment, seed=data.split_seed) if data.augment else splits_read
+
+
+def add_copies(splits: Splits, copies: int, *, seed: int) -> Splits:
+    """Put perturbed copies of the training texts beside the unlabelled rows.
+
+    Args:
+        splits: the task with its examples.
+        copies: of each training text.
+        seed: of the draws.
+
+    Returns:
+        The splits; no copy is the text of a validation or test row.
+    """
+    scored = [part for part in (splits.validation, splits.test) if part is not None]
+    made = keep_unscored(augment_texts(splits.train, copies, seed=seed), scored)
+    parts = [splits.unlabelled.select_columns(made.column_names)] if splits.unlabelled is not None else []
+    note = f"{len(made)} perturbed copies of the training texts are there for the teacher to label (data.augment)."
+    return replace(
+        splits, unlabelled=concatenate_datasets([*parts, made]), copies=len(made), notes=(*splits.notes, note)
+    )
 
 
 def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: bool) -> Dataset:

@@ -162,10 +162,12 @@ def train_student(
 def rows_per_epoch(splits: Splits) -> int:
     """Count the rows that an epoch of every student arm draws: the training rows and the unlabelled ones.
 
+    Perturbed copies do not make an epoch longer: they stand in for the texts that they were made from.
+
     Args:
         splits: the task with its examples.
     """
-    return len(splits.train) + (0 if splits.unlabelled is None else len(splits.unlabelled))
+    return len(splits.train) + (0 if splits.unlabelled is None else len(splits.unlabelled)) - splits.copies
 
 
 def train_arm(

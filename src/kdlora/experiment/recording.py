@@ -120,11 +120,12 @@ def add_size(record: RunRecord, model: nn.Module) -> RunRecord:
 
 def _notes(splits: Splits) -> list[str]:
     """Say what was done to the data, what the unlabelled rows are for, and what keeps the control fair."""
-    if splits.unlabelled is None:
+    if splits.unlabelled is None or len(splits.unlabelled) == splits.copies:
         return list(splits.notes)
+    count = len(splits.unlabelled) - splits.copies
     return [
         *splits.notes,
-        f"{len(splits.unlabelled)} unlabelled rows: the teacher labelled them, and the distilled arms learn from them "
+        f"{count} unlabelled rows: the teacher labelled them, and the distilled arms learn from them "
         "too; the other student arms see the labelled rows alone, as often as it takes for the same optimiser steps",
     ]
 

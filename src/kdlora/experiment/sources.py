@@ -51,6 +51,11 @@ def check_table(config: Config, splits: Splits) -> list[str]:
         DataError: for a table that does not fit.
     """
     collection = _collection(config)
+    if collection is not None and config.data.augment:
+        raise ConfigError(
+            "data.augment makes new texts, which the labelled collection in data.unlabelled has no answers for; set "
+            "data.augment to 0, or data.unlabelled to the files that were labelled"
+        )
     if collection is not None and not config.given_teacher:
         raise ConfigError(
             f"data.unlabelled is a collection that {open_collection(collection).model} labelled, but this experiment "
@@ -172,7 +177,8 @@ def labels_unlabelled(config: Config) -> bool:
     Args:
         config: the experiment.
     """
-    return config.data.unlabelled is not None and _collection(config) is None and not config.teacher.is_table
+    more = config.data.unlabelled is not None or config.data.augment > 0
+    return more and _collection(config) is None and not config.teacher.is_table
 
 
 def check_collection(config: Config, encoder: Encoder) -> None:

@@ -213,7 +213,7 @@ def _pretend(job: Job) -> Outcome:
         score=score,
         metrics=metrics,
         history=[{"epoch": float(epoch), "score": score} for epoch in range(1, 4)],
-        fingerprints={"data": "rows", "teacher": job.teacher},
+        fingerprints={"data": "rows", "taught_by": job.teacher},
         finished="2026-01-01T00:00:00+00:00",
         config=job.config.model_dump(mode="json"),
     )

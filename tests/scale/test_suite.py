@@ -26,7 +26,7 @@ def test_every_run_has_its_record_and_one_teacher_taught_them_all(finished_suite
     for run in runs:
         record = read_record(finished_suite.folder / run.key / "run.json")
         assert (record.arm, record.seed) == (run.arm, run.seed)
-    teachers = {finished_suite.records[run.key].fingerprints["teacher"] for run in runs if run.arm == "kd-lora"}
+    teachers = {finished_suite.records[run.key].fingerprints["taught_by"] for run in runs if run.arm == "kd-lora"}
     scores = {run.key: finished_suite.records[run.key].score for run in runs if run.arm == "fft"}
     assert len(teachers) == 1
     assert teachers.pop().split(" of ")[0] == max(scores, key=scores.get)
@@ -62,6 +62,17 @@ def test_only_what_is_missing_is_done_again(suite_folder, suite_values):
     }
 
 
+def test_a_damaged_file_makes_its_run_again(suite_folder, suite_values):
+    """A bit that flipped in an adapter changes neither its size nor its time."""
+    weights = next(suite_folder.glob("runs/reviews/student-lora-*/runs/*/adapter/adapter_model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    whole = bytes(content)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert run_suite(build_suite(suite_values()), suite_folder).reused == 7
+    assert weights.read_bytes() == whole
+
+
 def test_a_new_teacher_teaches_its_students_again(suite_folder, suite_values):
     """Students of an earlier teacher beside those of a better one would be averaged as if they were alike."""
     best = next(path.parents[1] for path in suite_folder.glob("runs/reviews/fft-*/teacher/model.safetensors"))
@@ -72,7 +83,7 @@ def test_a_new_teacher_teaches_its_students_again(suite_folder, suite_values):
     taught = [one for one in result.records.values() if one.arm == "kd-lora"]
     again = read_record(best / "runs" / "fft-seed0" / "run.json")
     assert again.score == record.score
-    assert {one.fingerprints["teacher"].split(" of ")[1] for one in taught} == {again.finished}
+    assert {one.fingerprints["taught_by"].split(" of ")[1] for one in taught} == {again.finished}
 
 
 def test_a_failed_run_is_recorded_and_the_others_go_on(suite_values, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kdlora.config import DISTILLED_ARMS, Config
 from kdlora.errors import ArtifactError
+from kdlora.evidence.integrity import damaged_files
 from kdlora.evidence.records import RunRecord, read_record, write_record
 from kdlora.scale.artefacts import FolderShelf, Shelf
 from kdlora.scale.jobs import Job, Outcome, TaskFacts, failed_record
@@ -67,9 +68,11 @@ class Course:
         self._groups = self._group(runs)
         self._order = {task: place for place, task in enumerate(plan.suite.tasks)}
         for run in runs:
-            record = finished_record(run, root, facts[run.task].fingerprint)
+            record = finished_record(run, root, facts[run.task].fingerprint, check_files=shelf is None)
             if record is not None:
                 self.records[run.key] = record
+            else:
+                self._forget(run)
         self.reused = len(self.records)
         for run in runs:
             if run.arm not in DISTILLED_ARMS and run.key not in self.records:
@@ -78,6 +81,10 @@ class Course:
             group.waiting = {one.key for one in group.candidates if one.key not in self.records}
             if not group.waiting:
                 self._open(group)
+
+    def _forget(self, run: PlannedRun) -> None:
+        """Remove a record that no longer holds: a run that is done again must not be compared with it."""
+        run.layout(self.root).run(run.arm, run.seed).record.unlink(missing_ok=True)
 
     def _group(self, runs: Iterable[PlannedRun]) -> list[_TeacherGroup]:
         groups: dict[tuple[str, ...], _TeacherGroup] = {}
@@ -141,8 +148,9 @@ class Course:
             return
         mark = self._mark(teacher)
         for run in group.students:  # taught by another teacher, or by an earlier training of this one
-            if run.key in self.records and self.records[run.key].fingerprints.get("teacher") != mark:
+            if run.key in self.records and self.records[run.key].fingerprints.get("taught_by") != mark:
                 del self.records[run.key]
+                self._forget(run)
         if all(run.key in self.records for run in group.students):
             return
         layout = teacher.layout(self.root)
@@ -206,13 +214,14 @@ def _taught(config: Config, teacher: PlannedRun, root: Path) -> Config:
     return config.model_copy(update={"teacher": section})
 
 
-def finished_record(run: PlannedRun, root: Path, rows: str) -> RunRecord | None:
+def finished_record(run: PlannedRun, root: Path, rows: str, *, check_files: bool = True) -> RunRecord | None:
     """Read the record of a run that need not be repeated.
 
     Args:
         run: the run.
         root: the suite's folder.
         rows: fingerprint of the task's data.
+        check_files: whether what the run left must be there, undamaged; it lies elsewhere where a URL keeps it.
 
     Returns:
         The record; None where the run has not finished, or was made from other rows or another config.
@@ -225,6 +234,9 @@ def finished_record(run: PlannedRun, root: Path, rows: str) -> RunRecord | None:
         return None
     record = read_record(place.record)
     if record.status != "finished" or record.fingerprints.get("data") != rows:
+        return None
+    if check_files and (hurt := damaged_files(run.layout(root).root, record.files)):
+        logger.warning("%s: damaged or gone since it was written; %s is run again", ", ".join(hurt), run.key)
         return None
     try:
         made = identity(Config.model_validate(record.config))

@@ -146,7 +146,10 @@ def carry_out(job: Job, listen: Listener | None = None) -> Outcome:
         record = failed_record(job, fault)
     if job.kind == "label":
         return Outcome(job, None, record.error, time.perf_counter() - start)
-    write_record(job.layout.run(job.arm, job.seed).record, record)
+    place = job.layout.run(job.arm, job.seed)
+    write_record(place.record, record)
+    if record.status == "finished":  # from now on nothing of this run is ever resumed
+        shutil.rmtree(place.checkpoints, ignore_errors=True)
     return Outcome(job, record, record.error, time.perf_counter() - start)
 
 
@@ -163,7 +166,10 @@ def _train(job: Job, listen: Listener) -> RunRecord:
         shutil.rmtree(place.checkpoints)
         record = run_in_child(train_run, *arguments, on_message=listen).value
     shutil.rmtree(place.model, ignore_errors=True)  # a suite compares; it ships nothing, and thousands fill a disk
-    return record.model_copy(update={"fingerprints": record.fingerprints | {"teacher": job.teacher}})
+    model = place.model.relative_to(job.layout.root).as_posix()
+    files = {name: digest for name, digest in record.files.items() if not name.startswith(f"{model}/")}
+    taught = {"taught_by": job.teacher} if job.teacher else {}
+    return record.model_copy(update={"fingerprints": record.fingerprints | taught, "files": files})
 
 
 def failed_record(job: Job, fault: str) -> RunRecord:

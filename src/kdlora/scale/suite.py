@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from kdlora.config import Config
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
+from kdlora.evidence.locks import hold_lock
 from kdlora.evidence.records import RunRecord, write_text_atomic
 from kdlora.scale.artefacts import RemoteFolder
 from kdlora.scale.course import Course
@@ -270,7 +269,7 @@ def _without_faults(names: Any, answers: list[Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def _only_process(layout: SuiteLayout) -> Iterator[None]:
-    """Hold the suite folder's lock, which the system drops with the process; refuse a folder of something else."""
+    """Hold the suite folder's lock; refuse a folder of something else."""
     root = layout.root
     if root.exists() and not root.is_dir():
         raise ArtifactError(f"{root} is a file; name a folder with --out")
@@ -278,15 +277,5 @@ def _only_process(layout: SuiteLayout) -> Iterator[None]:
         raise ArtifactError(
             f"{root} is not empty and holds no {layout.suite.name}, so it is no suite's folder; name another with --out"
         )
-    root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(layout.lock)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ArtifactError(
-            f"another process carries out the suite in {root}; wait for it, or name another folder with --out"
-        ) from None
-    try:
+    with hold_lock(layout.lock, f"carries out the suite in {root}", remedy=", or name another folder with --out"):
         yield
-    finally:
-        lock.release()

@@ -107,7 +107,7 @@ def _run_lines(plan: Plan, records: Records) -> Iterable[Sequence[Any]]:
             yield (*head, "to come", *[None] * 7, f"{run.key}/run.json")
             continue
         figures = (one.score, one.test_score, one.train_seconds, one.examples_per_second, one.peak_memory_bytes)
-        yield (*head, one.status, *figures, one.fingerprints.get("teacher"), one.error, f"{run.key}/run.json")
+        yield (*head, one.status, *figures, one.fingerprints.get("taught_by"), one.error, f"{run.key}/run.json")
 
 
 _LATEX = {

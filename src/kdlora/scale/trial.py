@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdlora.config import DISTILLED_ARMS, LORA_ARMS, Arm, Config
+from kdlora.config import DISTILLED_ARMS, Arm, Config
 from kdlora.data.canonical import read_column
-from kdlora.data.load import Splits, load_splits
+from kdlora.data.load import Splits, add_copies, load_splits
 from kdlora.data.split import split_rows
-from kdlora.distil.precision import resolve_precision
+from kdlora.data.unlabelled import keep_unscored
 from kdlora.distil.session import ProgressEvent
-from kdlora.distil.teacher import teacher_logits
 from kdlora.errors import DataError
 from kdlora.evidence.records import ExperimentLayout, atomic_folder
-from kdlora.experiment.arms import train_arm
 from kdlora.experiment.recording import hash_splits, prepare_process
-from kdlora.experiment.sources import load_base, load_teacher, stored_logits
-from kdlora.experiment.stages import settings_for
+from kdlora.experiment.sources import load_base, stored_logits, stored_unlabelled_logits
+from kdlora.experiment.stages import label_splits, train_splits
 from kdlora.models.encoders import save_encoder
 
 
@@ -54,8 +52,24 @@ class TrialResult:
     history: list[dict[str, Any]]
 
 
+def load_held_out(config: Config, holdout: Holdout) -> Splits:
+    """Load the split that a search sees: part of the training rows is its validation split, and nothing else is.
+
+    Args:
+        config: of the search; its validation and test rows are left out.
+        holdout: share and seed.
+
+    Raises:
+        DataError: too few training rows.
+    """
+    copies = config.data.augment
+    data = config.data.model_copy(update={"augment": 0})  # no copy of a held-out text may be learnt from
+    held = hold_out(load_splits(config.task, data), holdout)
+    return add_copies(held, copies, seed=data.split_seed) if copies else held
+
+
 def hold_out(splits: Splits, holdout: Holdout) -> Splits:
-    """Make the split that a search sees: part of the training rows is its validation split, and nothing else is.
+    """Hold rows out of the training split.
 
     Args:
         splits: as the config names them; validation and test rows are left out.
@@ -70,8 +84,10 @@ def hold_out(splits: Splits, holdout: Holdout) -> Splits:
     kept, drawn = split_rows(len(splits.train), holdout.fraction, holdout.seed, classes)
     if not len(drawn):
         raise DataError("every label has a single training row, so none can be held out; give more rows per label")
-    train, validation = splits.train.select(kept), splits.train.select(drawn)
-    return dataclasses.replace(splits, train=train, validation=validation, test=None)
+    train, validation, unlabelled = splits.train.select(kept), splits.train.select(drawn), splits.unlabelled
+    if unlabelled is not None:
+        unlabelled = keep_unscored(unlabelled, [validation])
+    return dataclasses.replace(splits, train=train, validation=validation, test=None, unlabelled=unlabelled)
 
 
 def inspect_rows(config: Config, holdout: Holdout) -> str:
@@ -84,10 +100,10 @@ def inspect_rows(config: Config, holdout: Holdout) -> str:
     Raises:
         DataError: the data are missing or do not fit.
     """
-    return hash_splits(hold_out(load_splits(config.task, config.data), holdout))
+    return hash_splits(load_held_out(config, holdout))
 
 
-def make_teacher(config: Config, holdout: Holdout, layout: ExperimentLayout, send: Callable[[Any], None]) -> None:
+def make_teacher(config: Config, holdout: Holdout, layout: ExperimentLayout, send: Callable[..., None]) -> None:
     """Train a teacher without the held-out rows, unless it was given, and store what it says of the others.
 
     Args:
@@ -97,35 +113,14 @@ def make_teacher(config: Config, holdout: Holdout, layout: ExperimentLayout, sen
         send: called with each event.
     """
     prepare_process(config)
-    splits = hold_out(load_splits(config.task, config.data), holdout)
+    splits, seed = load_held_out(config, holdout), config.teacher_seed
     if not config.given_teacher and not layout.teacher.exists():
-        seed, checkpoints = config.teacher_seed, layout.run("fft", config.teacher_seed).checkpoints
-        trained = train_arm(
-            load_base(config, "fft", seed, splits.task),
-            splits,
-            settings_for(config, "fft"),
-            folder=checkpoints,
-            seed=seed,
-            precision=config.run.precision,
-            device=config.run.device,
-            checkpoint_seconds=config.run.checkpoint_seconds,
-            progress=send,
-        )
+        encoder = load_base(config, "fft", seed, splits.task)
+        trained = train_splits(config, layout, splits, encoder, "fft", seed, None, None, send)
         trained.encoder.model.config.kdlora_task = splits.task.to_dict()
         with atomic_folder(layout.teacher) as folder:
             save_encoder(trained.encoder, folder)
-    encoder, columns = load_teacher(config, splits.task, layout.teacher)
-    teacher_logits(
-        encoder,
-        columns,
-        splits.train,
-        splits.task,
-        layout.teacher_logits,
-        max_length=config.teacher.train.max_length,
-        precision=resolve_precision(config.run.precision, config.run.device)[0],
-        device=config.run.device,
-        progress=lambda done, total: send((done, total)),
-    )
+    label_splits(config, layout, splits, send)
 
 
 def train_trial(
@@ -142,32 +137,20 @@ def train_trial(
         send: called with each training event.
     """
     prepare_process(config)
-    splits = hold_out(load_splits(config.task, config.data), holdout)
-    seed = config.run.seeds[0]
-    history: list[dict[str, Any]] = []
+    splits, seed = load_held_out(config, holdout), config.run.seeds[0]
+    teacher = stored_logits(config, layout, splits.task) if arm in DISTILLED_ARMS else None
+    unlabelled = stored_unlabelled_logits(config, layout, splits) if arm in DISTILLED_ARMS else None
 
     def watch(event: ProgressEvent) -> None:
         if stop.exists():
             raise TrialStoppedError
         send(event)
 
+    encoder = load_base(config, arm, seed, splits.task)
     try:
-        trained = train_arm(
-            load_base(config, arm, seed, splits.task),
-            splits,
-            settings_for(config, arm),
-            folder=layout.run(arm, seed).checkpoints,
-            lora=config.lora if arm in LORA_ARMS else None,
-            teacher=stored_logits(config, layout, splits.task) if arm in DISTILLED_ARMS else None,
-            distil=config.distil,
-            seed=seed,
-            precision=config.run.precision,
-            device=config.run.device,
-            checkpoint_seconds=config.run.checkpoint_seconds,
-            progress=watch,
-        )
+        trained = train_splits(config, layout, splits, encoder, arm, seed, teacher, unlabelled, watch)
     except TrialStoppedError:
-        return TrialResult(None, history)
+        return TrialResult(None, [])
     history = trained.outcome.history
     chosen = next(entry for entry in history if float(entry["epoch"]) == trained.outcome.best_epoch)
     return TrialResult(float(chosen["score"]), history)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdlora.config import Config, DistilConfig, LoraConfig, StudentTrainConfig, TeacherTrainConfig
-    from kdlora.configfile import build_config, load_config
+    from kdlora.configfile import build_config, load_config, load_search
     from kdlora.data.load import load_splits
     from kdlora.data.tasks import Task
     from kdlora.deploy.benchmark import benchmark
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from kdlora.experiment.run import run_experiment
     from kdlora.models.adapters import merge_student
     from kdlora.models.encoders import load_encoder, load_fine_tuned
+    from kdlora.scale.search import run_search
+    from kdlora.scale.suite import run_suite
+    from kdlora.scale.suitefile import load_suite
     from kdlora.terminal import live_progress
 
 _HOMES = {
@@ -53,13 +56,17 @@ _HOMES = {
     "load_config": "kdlora.configfile",
     "load_encoder": "kdlora.models.encoders",
     "load_fine_tuned": "kdlora.models.encoders",
+    "load_search": "kdlora.configfile",
     "load_splits": "kdlora.data.load",
+    "load_suite": "kdlora.scale.suitefile",
     "make_report": "kdlora.evidence.report",
     "merge_student": "kdlora.models.adapters",
     "predict_file": "kdlora.deploy.stream",
     "push_experiment": "kdlora.deploy.hub",
     "read_teacher_table": "kdlora.distil.tables",
     "run_experiment": "kdlora.experiment.run",
+    "run_search": "kdlora.scale.search",
+    "run_suite": "kdlora.scale.suite",
     "teacher_logits": "kdlora.distil.teacher",
     "train_student": "kdlora.experiment.arms",
     "train_teacher": "kdlora.experiment.arms",
@@ -86,13 +93,17 @@ __all__ = [
     "load_config",
     "load_encoder",
     "load_fine_tuned",
+    "load_search",
     "load_splits",
+    "load_suite",
     "make_report",
     "merge_student",
     "predict_file",
     "push_experiment",
     "read_teacher_table",
     "run_experiment",
+    "run_search",
+    "run_suite",
     "teacher_logits",
     "train_student",
     "train_teacher",

@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "kdlora"
 ORDER = [
     {"errors"},
+    {"defaults"},
     {"config"},
     {"configfile"},
     {"evidence.storage", "evidence.environment", "evidence.predictions", "evidence.forkserver", "data.tasks"},
@@ -25,7 +26,7 @@ ORDER = [
     {"__main__"},
 ]
 TORCH = {"torch", "transformers", "datasets", "peft", "accelerate"}
-WITHOUT_TORCH = ["errors", "config", "configfile", "cli", "progress", "demo", "data.tasks", "evidence"]
+WITHOUT_TORCH = ["errors", "defaults", "config", "configfile", "cli", "progress", "demo", "data.tasks", "evidence"]
 
 
 def modules():

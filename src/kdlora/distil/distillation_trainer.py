@@ -14,6 +14,7 @@ from kdlora.distil.logits import COLUMN
 from kdlora.distil.loss_sums import LossSums, term_means
 from kdlora.distil.losses import LossTerms, annealed, distillation_loss
 from kdlora.distil.standardise import TargetScale
+from kdlora.distil.unlabelled import LABELLED
 from kdlora.errors import ConfigError, DataError
 
 
@@ -150,23 +151,28 @@ class DistillationTrainer(Trainer):
 
         Args:
             model: what is trained.
-            inputs: the batch, with `labels` and, where a teacher teaches, `teacher_logits`.
+            inputs: the batch, with `labels` and, where a teacher teaches, `teacher_logits`; `labelled` (bool) says
+                which labels count, where some rows have none.
             return_outputs: also return what the model gave.
             num_items_in_batch: rows of the whole optimiser step; in evaluation the rows of this batch count.
 
         Raises:
             DataError: a training batch without teacher logits.
         """
-        known = {name: value for name, value in inputs.items() if name not in ("labels", COLUMN)}
+        known = {name: value for name, value in inputs.items() if name not in ("labels", COLUMN, LABELLED)}
         outputs = model(**known)
-        terms = self.loss_terms(outputs.logits, inputs["labels"], inputs.get(COLUMN), training=model.training)
+        terms = self.loss_terms(
+            outputs.logits, inputs["labels"], inputs.get(COLUMN), training=model.training, labelled=inputs.get(LABELLED)
+        )
         if model.training:
             self.record(terms)
         rows = num_items_in_batch if model.training and num_items_in_batch is not None else len(terms.total)
         loss = terms.total.sum() / rows
         return (loss, outputs) if return_outputs else loss
 
-    def loss_terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None, *, training: bool) -> LossTerms:
+    def loss_terms(
+        self, logits: Tensor, labels: Tensor, teacher: Tensor | None, *, training: bool, labelled: Tensor | None = None
+    ) -> LossTerms:
         """Compute the loss of every row.
 
         Args:
@@ -174,6 +180,7 @@ class DistillationTrainer(Trainer):
             labels: as `distillation_loss` takes them.
             teacher: (rows, labels), or None.
             training: whether a missing teacher is a fault.
+            labelled: (rows,) bool, which rows have a label; None: all of them.
 
         Raises:
             DataError: no teacher logits where `distil` asks for them.
@@ -199,6 +206,7 @@ class DistillationTrainer(Trainer):
             alpha=alpha,
             temperature=distil.temperature,
             loss=distil.loss,
+            labelled=labelled,
         )
 
     def record(self, terms: LossTerms) -> None:
@@ -241,7 +249,6 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the teacher's column where Trainer drops what the model's forward does not take."""
+        """Keep the teacher's columns where Trainer drops what the model's forward does not take."""
         super()._set_signature_columns_if_needed()
-        if COLUMN not in self._signature_columns:
-            self._signature_columns += [COLUMN]
+        self._signature_columns += [name for name in (COLUMN, LABELLED) if name not in self._signature_columns]

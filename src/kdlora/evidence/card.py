@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ kdlora experiment. The adapter is merged: this is a plain transformers model.
 - teacher: {_code(_short(record.teacher_model))}
 - parameters: {record.total_parameters:,}, of which {record.trainable_parameters:,} were trained
 - licence: {terms}
-- training rows: {record.rows.get("train", 0):,}, fingerprint `{record.fingerprints.get("data", "")[:16]}`
+- training rows: {record.rows.get("train", 0):,}, fingerprint `{record.fingerprints.get("data", "")[:16]}`\
+{_unlabelled(record)}
 - kdlora {record.versions.get("kdlora", "")}, torch {record.versions.get("torch", "")}, \
 transformers {record.versions.get("transformers", "")}; finished {record.finished}
 
@@ -131,6 +133,12 @@ classify = pipeline("text-classification", model="{FOLDER_IN_CARD}")
 """
 
 
+def _unlabelled(record: RunRecord) -> str:
+    """Name the rows that only the teacher labelled, where this arm learnt from them."""
+    count = record.rows.get("unlabelled", 0)
+    return f"\n- unlabelled rows, labelled by the teacher: {count:,}" if count and record.arm.startswith("kd-") else ""
+
+
 def _short(source: str | None) -> str:
     """Name a local model by its folder, so that a card carries no path of the machine."""
     if source is None:
@@ -142,7 +150,7 @@ def _short(source: str | None) -> str:
 def _code(text: str) -> str:
     """Quote text for Markdown, whatever it holds."""
     flat = " ".join(text.split())
-    fence = "`" * (max((len(run) for run in flat.split() if set(run) == {"`"}), default=0) + 1)
+    fence = "`" * (max((len(run) for run in re.findall("`+", flat)), default=0) + 1)
     return f"{fence} {flat} {fence}" if "`" in flat else f"`{flat}`"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from kdlora.defaults import FamilyName, RecipeName, fill_in
 
@@ -40,6 +40,16 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_by_yes(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `yes` where a number is expected, which would count as 1."""
+        values = value if isinstance(value, list | tuple) else [value]
+        found = [item for item in values if isinstance(item, bool)]
+        if found and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(f"expected another kind of value than {str(found[0]).lower()}")
+        return value
 
 
 class TaskConfig(_Section):
@@ -250,7 +260,7 @@ class DistilConfig(_Section):
 
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     """Weight of the hard loss, against the labels, as in the paper; 1 - alpha weights the teacher."""
-    temperature: float = Field(default=2.0, gt=0.0)
+    temperature: float = Field(default=2.0, gt=0.0, le=1000.0)
     """Softening of both distributions in `loss: kl` (Hinton et al., arXiv 1503.02531)."""
     loss: Literal["kl", "mse"] = "kl"
     """Soft loss: KL divergence times temperature squared, or mean squared error of the logits."""
@@ -278,6 +288,8 @@ class RunConfig(_Section):
     """Stop at the first run that fails, in place of carrying on with the other arms."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)
     """Seconds of training between two checkpoints: the most that a crash can cost."""
+    keep_checkpoints: int = Field(default=1, ge=1)
+    """Newest checkpoints of a training that are kept; a second one is there if the first is damaged."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from kdlora.config import Config
 from kdlora.errors import ConfigError, did_you_mean
 
+_MOST_VALUES = 100_000
+
 COLLECTION_MANIFEST = "collection.json"
 """Says what a folder holds that `kdlora label` wrote."""
 
@@ -62,14 +64,43 @@ def parse_mapping(text: str, where: str) -> dict[str, Any]:
         ConfigError: for broken YAML, a key given twice, or another type than a mapping.
     """
     try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from None
+        values = _read_yaml(text, _UniqueKeyLoader)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{where}: expected sections such as 'task:' and 'data:', got {type(values).__name__}")
     return values
+
+
+def _read_yaml(text: str, loader: type[yaml.SafeLoader]) -> Any:
+    """Parse YAML from anywhere; what would fill the memory or the stack is a fault like any other."""
+    try:
+        values = yaml.load(text, Loader=loader)
+        _count_values(values, {})
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError("not valid YAML: it is nested too deep") from None
+    except ValueError as error:  # an impossible date, or a number with thousands of digits
+        raise ConfigError(f"not valid YAML: {error}") from None
+    return values
+
+
+def _count_values(value: Any, counts: dict[int, int | None]) -> int:
+    """Count values as they stand when every alias is written out; small files can say very much with aliases."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in counts:
+        count = counts[id(value)]
+        if count is None:
+            raise ConfigError("an alias refers to itself; write its value out")
+        return count
+    counts[id(value)] = None
+    total = 1 + sum(_count_values(item, counts) for item in (value.values() if isinstance(value, dict) else value))
+    if total > _MOST_VALUES:
+        raise ConfigError(f"it expands to more than {_MOST_VALUES:,} values; write out what is meant")
+    counts[id(value)] = total
+    return total
 
 
 def build_config(
@@ -92,7 +123,10 @@ def build_config(
         _assign(changes, override)
     data = [part["data"] for part in (plain, changes) if isinstance(part.get("data"), dict)]
     has_source = next((part["path"] for part in reversed(data) if "path" in part), None) is not None
-    merged = _absolute_paths(plain, base or Path.cwd(), has_source=has_source)
+    try:
+        merged = _absolute_paths(plain, base or Path.cwd(), has_source=has_source)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     _merge(merged, _absolute_paths(changes, Path.cwd(), has_source=has_source))
     try:
         return Config.model_validate(merged)
@@ -128,9 +162,9 @@ def _assign(values: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise ConfigError(f"--set {override!r}: expected key=value, such as student.train.learning_rate=1e-3")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+        value = _read_yaml(text, yaml.SafeLoader)
+    except ConfigError as error:
+        raise ConfigError(f"--set {override[:80]!r}: the value is {error}") from None
     *parents, last = key.strip().split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
@@ -163,6 +197,8 @@ def _absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> 
         value = part.get(key) if isinstance(part, dict) else None
         if not isinstance(part, dict) or not isinstance(value, str):
             continue
+        if "\0" in value:
+            raise ConfigError(f"{section}.{key}: a path holds no zero byte, got {value[:80]!r}")
         candidate = (base / Path(value).expanduser()).resolve()
         if section == "data" and key in _SPLIT_KEYS and has_source:
             # With data.path these are split names, unless a file is meant, or the folder of a labelled collection.

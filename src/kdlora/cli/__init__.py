@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 import typer
@@ -18,9 +19,14 @@ from kdlora.errors import KdLoraError
 __all__ = ["app", "experiments", "label", "main", "models", "reference"]
 
 
+_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+if hasattr(signal, "SIGHUP"):
+    _SIGNALS[signal.SIGHUP] = "SIGHUP (the terminal was closed)"
+
+
 def main() -> NoReturn:
-    """Run the command line and turn errors into exit codes: 2 the user's, 1 the machine's, 130 Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: let go of children and locks first
+    """Run the command line and turn errors into exit codes: 2 the user's, 1 the machine's, 128 + the signal's."""
+    asked = _take_signals()
     level = os.environ.get("KDLORA_LOG", "WARNING").upper()
     if level not in logging.getLevelNamesMapping():
         _fail(f"KDLORA_LOG is {level!r}; expected DEBUG, INFO, WARNING or ERROR", 2)
@@ -37,13 +43,16 @@ def main() -> NoReturn:
     except KdLoraError as error:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; the same command continues where it stopped", 130)
+        number = asked[0] if asked else signal.SIGINT
+        _fail(f"interrupted by {_SIGNALS[number]}; the same command continues where it stopped", 128 + number)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except MemoryError:
         _fail("out of memory; lower train.batch_size or train.micro_batch_tokens", 1)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(f"no file can have a name as long as {str(error.filename)[:60]!r}...; check the path", 2)
         remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error}{remedy}", 1)
     except Exception as error:
@@ -51,6 +60,20 @@ def main() -> NoReturn:
             raise
         _fail(error.format_message(), 2)
     sys.exit(code or 0)
+
+
+def _take_signals() -> list[signal.Signals]:
+    """Turn requests to end into KeyboardInterrupt, so that children save and locks go; list those that come."""
+    asked: list[signal.Signals] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        asked.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
+    return asked
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -284,6 +284,10 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         return _Reading(known.task, known, data.id_column)
     text = task.text or infer_text_columns(train)
     label = task.label or infer_label_column(train)
+    if both := [column for column in text if column in label]:
+        raise DataError(
+            f"the column {both[0]!r} is both text and label, so there is nothing to learn; set task.text and task.label"
+        )
     reading = _Reading(Task("single-label", text, label, (), ()), None, data.id_column)
     columns = reading.columns(train, labelled=True)
     inferred, notes = infer_task(train.read(columns.label), text, label, task)

@@ -119,8 +119,12 @@ def _read_json_lines(file: Path) -> pa.Table:
 def _parse_line(line: str, number: int, file: Path) -> dict[str, object]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as fault:
+    except RecursionError:
+        raise DataError(f"{file}, line {number}: expected a JSON object, but it is nested too deep") from None
+    except ValueError as fault:  # broken JSON, or a number with thousands of digits
         raise DataError(f"{file}, line {number}: expected a JSON object: {fault}") from None
+    if "\\u" in line and any(0xD800 <= ord(character) <= 0xDFFF for character in json.dumps(row, ensure_ascii=False)):
+        raise DataError(f"{file}, line {number}: it holds half a character (a lone surrogate); write the text again")
     if not isinstance(row, dict):
         raise DataError(f"{file}, line {number}: expected a JSON object, got {type(row).__name__}")
     return row

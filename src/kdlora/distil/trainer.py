@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from kdlora.distil.dropout import dropout_set
 from kdlora.distil.fingerprints import hash_columns, hash_model
 from kdlora.distil.inference import INPUTS, column_values, predict_logits
 from kdlora.distil.logits import COLUMN
-from kdlora.distil.loss_sums import diverged
+from kdlora.distil.loss_sums import DivergedError, diverged
 from kdlora.distil.precision import frozen_in_half, resolve_device, resolve_precision
 from kdlora.distil.session import ProgressEvent, Session
 from kdlora.distil.standardise import TargetScale, fold_into_head
@@ -42,6 +43,8 @@ __all__ = [
     "resolve_precision",
     "train_model",
 ]
+
+logger = logging.getLogger(__name__)
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 _LOGS_PER_TRAINING = 100
@@ -92,8 +95,9 @@ def train_model(
     """Train a model in place; it is left holding the selected weights, in evaluation mode.
 
     The same seed on the same machine gives the same bits, whether or not the training was interrupted: a call with
-    the same arguments and folder continues from the last whole checkpoint. The folder stays until the caller has
-    kept the weights and removes it. Validation runs in the precision of training. A regression trains on
+    the same arguments and folder continues from the last whole checkpoint. Ctrl-C and SIGTERM end the step, save and
+    stop (`TrainingStoppedError`, a KeyboardInterrupt); a second one stops at once. The folder stays until the caller
+    has kept the weights and removes it. Validation runs in the precision of training. A regression trains on
     standardised targets, which are folded into the head at the end, so that the model predicts on the original
     scale.
 
@@ -162,19 +166,37 @@ def train_model(
             session=session,
             callbacks=callbacks,
         )
-        _run(trainer, checkpoints, session)
+        try:
+            _run(trainer, checkpoints, session)
+        except DivergedError as fault:
+            raise _explain(fault, trainer, checkpoints, train.dataset) from None
     return _finish(model, settings, session, checkpoints, scale)
+
+
+def _explain(fault: DivergedError, trainer: ArmTrainer, checkpoints: CheckpointFolder, data: Dataset) -> KdLoraError:
+    """Add the rows of the step to a divergence, and what is left from before it."""
+    text = str(fault)
+    if fault.step > 0 and "id" in data.column_names:
+        ids = data.select(trainer.rows_of_step(fault.step))["id"][:]
+        shown = ", ".join(repr(name) for name in ids[:8]) + (", …" if len(ids) > 8 else "")
+        text += f". The step's {len(ids)} rows: {shown}"
+    kept = checkpoints.newest()
+    last = "none was written yet" if kept is None else f"{kept}, from before that"
+    return KdLoraError(f"{text}. Last good checkpoint: {last}")
 
 
 def _run(trainer: ArmTrainer, checkpoints: CheckpointFolder, session: Session) -> None:
     """Train, from the last checkpoint where there is one."""
     checkpoint = checkpoints.latest()
     if checkpoint is None:
-        trainer.train()
+        with session.stop:
+            trainer.train()
         return
     trainer.resume(checkpoint)
+    logger.info("continuing from %s", checkpoint.folder)
     if not session.finished:
-        trainer.train(resume_from_checkpoint=str(checkpoint.folder))
+        with session.stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder))
 
 
 def _finish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def _short(source: str | None) -> str:
 def _code(text: str) -> str:
     """Quote text for Markdown, whatever it holds."""
     flat = " ".join(text.split())
-    fence = "`" * (max((len(run) for run in flat.split() if set(run) == {"`"}), default=0) + 1)
+    fence = "`" * (max((len(run) for run in re.findall("`+", flat)), default=0) + 1)
     return f"{fence} {flat} {fence}" if "`" in flat else f"`{flat}`"
 
 

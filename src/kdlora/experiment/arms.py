@@ -184,6 +184,7 @@ def train_arm(
     precision: str = "auto",
     device: str = "auto",
     checkpoint_seconds: float = 60.0,
+    keep_checkpoints: int = 1,
     rows_per_epoch: int | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -203,6 +204,7 @@ def train_arm(
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
         checkpoint_seconds: training time between two checkpoints.
+        keep_checkpoints: newest ones to keep.
         rows_per_epoch: rows that an epoch draws; default: every row once.
         progress: called with each training event.
         callbacks: transformers' own kind, such as a tracker's.
@@ -225,6 +227,7 @@ def train_arm(
         lora=lora,
         folder=Path(folder),
         checkpoint_seconds=checkpoint_seconds,
+        keep_checkpoints=keep_checkpoints,
         rows_per_epoch=rows_per_epoch,
         callbacks=callbacks,
         progress=progress,

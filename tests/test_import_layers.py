@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "kdlora"
 ORDER = [
     {"errors"},
+    {"defaults"},
     {"config"},
     {"searchconfig"},
     {"configfile"},
@@ -27,7 +28,10 @@ ORDER = [
     {"__main__"},
 ]
 TORCH = {"torch", "transformers", "datasets", "peft", "accelerate"}
-WITHOUT_TORCH = ["errors", "config", "searchconfig", "configfile", "cli", "progress", "demo", "data.tasks", "evidence"]
+WITHOUT_TORCH = [
+    *("errors", "defaults", "config", "searchconfig", "configfile", "cli", "progress", "demo", "data.tasks"),
+    "evidence",
+]
 
 
 def modules():

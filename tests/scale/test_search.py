@@ -214,7 +214,7 @@ def test_a_locked_storage_is_told(search_of, tmp_path, monkeypatch):
         ({"lora.rnak": [1]}, "lora.rnak: unknown key. Did you mean 'rank'"),
         ({"lora.rank": [0]}, "lora.rank: input should be greater than or equal to 1"),
         ({"distil.alpha": {"low": 0, "high": 2.0}}, "distil.alpha: input should be less than or equal to 1"),
-        ({"run.seeds": [[0]]}, "run.seeds: a search is over the recipe"),
+        ({"run.seeds": [[0]]}, "run.seeds: a search is over keys of teacher"),
         ({"lora.rank": [8, 8]}, "lora.rank: 8 stands twice"),
         ({"lora.rank": 8}, "expected a list of values"),
         ({"lora.dropout": {"low": 0.0, "high": 0.1, "log": True}}, "a logarithmic range starts above 0"),

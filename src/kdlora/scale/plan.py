@@ -226,7 +226,7 @@ def identity(config: Config) -> dict[str, Any]:
     Returns:
         The config without names, seeds, and what changes no figure.
     """
-    values = config.model_dump(mode="json", exclude={"name", "family", "export"})
+    values = config.model_dump(mode="json", exclude={"name", "family", "recipe", "export"})
     values["run"] = {key: value for key, value in values["run"].items() if key in ("precision", "device", "threads")}
     return values
 

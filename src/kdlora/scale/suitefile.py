@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from kdlora.config import ARMS, FAMILIES, LORA_ARMS, Arm, GlueName
+from kdlora.config import ARMS, LORA_ARMS, Arm, GlueName
 from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
+from kdlora.defaults import FAMILIES
 from kdlora.errors import ConfigError, did_you_mean
 from kdlora.searchconfig import Resources
 

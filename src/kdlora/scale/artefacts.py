@@ -109,7 +109,7 @@ class RemoteFolder:
         """
         place = root / name
         files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else [place]
-        kept = [path for path in files if not set(_NOT_KEPT) & set(path.relative_to(root).parts)]
+        kept = [path for path in files if not set(_NOT_KEPT) & set(path.relative_to(place).parts)]
         for path in sorted(kept, key=lambda one: (one.name == "run.json", str(one))):
             if not path.name.startswith("."):
                 target = f"{self._path}/{path.relative_to(root).as_posix()}"
@@ -133,8 +133,9 @@ def carry_out_away(job: Job, root: Path, url: str) -> Outcome:
         _fetch_teacher(job, root, remote, scratch)
     outcome = carry_out(_moved(job, root, scratch))
     if job.kind == "label":
-        if outcome.error is None:
-            remote.push(scratch, f"{folder}/teacher/logits")
+        for logits in (scratch / folder / "teacher").iterdir() if outcome.error is None else ():
+            if logits.is_dir():  # of the training rows and of the unlabelled ones; the weights are there
+                remote.push(scratch, f"{folder}/teacher/{logits.name}")
     else:
         if job.arm == "fft" and outcome.error is None:
             remote.push(scratch, f"{folder}/teacher")

@@ -95,8 +95,8 @@ class Resources(_Part):
 
     cpus: float = Field(default=1.0, gt=0.0)
     """Processor cores of each run."""
-    gpus: float = Field(default=0.0, ge=0.0)
-    """GPUs of each run; a fraction lets several runs share one."""
+    gpus: float | None = Field(default=None, ge=0.0)
+    """GPUs of each run, a fraction lets several share one; default: one where the cluster has any."""
     retries: int = Field(default=3, ge=0)
     """How often a run is started again after its node or worker was lost."""
 

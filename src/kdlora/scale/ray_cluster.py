@@ -66,6 +66,18 @@ def _knock(address: str) -> None:
         ) from None
 
 
+def settle_needs(ray: Any, needs: Resources) -> Resources:
+    """Say how many GPUs a run takes where that was left open: Ray hides them from a task that asks for none.
+
+    Args:
+        ray: the module, connected.
+        needs: as they were written.
+    """
+    if needs.gpus is not None:
+        return needs
+    return needs.model_copy(update={"gpus": 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0})
+
+
 def count_slots(ray: Any, needs: Resources) -> int:
     """Count the runs that a cluster can hold at once; at least one, for nodes may be on their way.
 
@@ -170,12 +182,12 @@ def check_nodes(ray: Any, paths: Sequence[str], needs: Resources, *, url: str | 
 def _check_resources(nodes: Sequence[dict[str, Any]], needs: Resources) -> None:
     """Refuse runs that no node can ever hold: Ray would wait for such a node without end."""
     for node in nodes:
-        if node["Resources"].get("CPU", 0) >= needs.cpus and node["Resources"].get("GPU", 0) >= needs.gpus:
+        if node["Resources"].get("CPU", 0) >= needs.cpus and node["Resources"].get("GPU", 0) >= (needs.gpus or 0):
             return
     sizes = "; ".join(
         f"{node['Resources'].get('CPU', 0):g} cores and {node['Resources'].get('GPU', 0):g} GPUs" for node in nodes
     )
     raise ConfigError(
-        f"a run needs {needs.cpus:g} cores and {needs.gpus:g} GPUs (resources), but the cluster's nodes have "
+        f"a run needs {needs.cpus:g} cores and {needs.gpus or 0:g} GPUs (resources), but the cluster's nodes have "
         f"{sizes or 'nothing'}"
     )

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from kdlora.errors import KdLoraError
-from kdlora.scale.ray_cluster import check_nodes, connect, count_slots, local_paths
+from kdlora.scale.ray_cluster import check_nodes, connect, count_slots, local_paths, settle_needs
 from kdlora.scale.search import Search, work_on
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,9 @@ def search_on_ray(search: Search, on: str, tell: Callable[[], None]) -> None:
     """
     from ray.exceptions import RayError
 
-    ray, needs = connect(on), search.settings.resources
+    ray = connect(on)
     try:
+        needs = settle_needs(ray, search.settings.resources)
         check_nodes(ray, [str(search.folder / "search.yaml"), *local_paths(search.config)], needs)
         task = ray.remote(_carry_out_one).options(
             num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=needs.retries, name=search.name

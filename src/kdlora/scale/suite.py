@@ -161,15 +161,16 @@ def _engine(
     if on is None:
         yield SerialEngine(tell)
         return
-    from kdlora.scale.ray_cluster import check_nodes, connect, local_paths
+    from kdlora.scale.ray_cluster import check_nodes, connect, local_paths, settle_needs
     from kdlora.scale.ray_engine import RayEngine
 
-    needs = plan.suite.resources
-    engine = RayEngine(connect(on), needs, root=layout.root, url=url)
+    ray = connect(on)
+    needs = settle_needs(ray, plan.suite.resources)
+    engine = RayEngine(ray, needs, root=layout.root, url=url)
     try:
         paths = [str(layout.suite)] if url is None else []
         paths += [path for cell in plan.cells for path in local_paths(cell.runs[0].config)]
-        check_nodes(engine.ray, list(dict.fromkeys(paths)), needs, url=url)
+        check_nodes(ray, list(dict.fromkeys(paths)), needs, url=url)
         yield engine
     finally:
         engine.close()

@@ -22,6 +22,7 @@ from kdlora.data.tasks import Task
 from kdlora.distil.arm_trainer import ArmTrainer, MicroBatchCollator
 from kdlora.distil.checkpoints import CheckpointFolder, load_trained_tensors
 from kdlora.distil.distillation_trainer import DistillationTrainer
+from kdlora.distil.fast_cpu import fast_on_cpu
 from kdlora.distil.fingerprints import hash_columns, hash_model
 from kdlora.distil.inference import INPUTS, column_values, predict_logits
 from kdlora.distil.logits import COLUMN
@@ -132,7 +133,7 @@ def train_model(
         progress=progress,
     )
     collator = Collator.of(tokenizer, task.kind, train.max_length)
-    with frozen_in_half(model, precision), _left_as_found(model):
+    with frozen_in_half(model, precision), fast_on_cpu(model, place), _left_as_found(model):
         trainer = ArmTrainer(
             model,
             _arguments(settings, seed, precision, place, Path(folder), len(sampler)),

@@ -91,7 +91,9 @@ def measure(options: argparse.Namespace, pair: str) -> Figures:
             result = _in_process(work)
             print(f"{pair} {task:5} {variant:26} {result['rows_per_second']:9.1f} rows/s", flush=True)
             found[task, variant].append(result)
-    return {key: {name: statistics.median(r[name] for r in rounds) for name in rounds[0]} for key, rounds in found.items()}
+    return {
+        key: {name: statistics.median(r[name] for r in rounds) for name in rounds[0]} for key, rounds in found.items()
+    }
 
 
 def _in_process(work: dict[str, Any]) -> dict[str, float]:
@@ -121,9 +123,7 @@ def show(pair: str, found: Figures) -> None:
     console = Console(width=120)
     table = Table("data", "variant", "rows/s", "peak memory, MB", title=pair)
     for (task, variant), figures in found.items():
-        table.add_row(
-            task, variant, f"{figures['rows_per_second']:.1f}", f"{figures['peak_memory_bytes'] / 1e6:,.0f}"
-        )
+        table.add_row(task, variant, f"{figures['rows_per_second']:.1f}", f"{figures['peak_memory_bytes'] / 1e6:,.0f}")
     console.print(table)
     verdicts = Table("against", "data", "ratio", "goal", "")
     for goal in GOALS:

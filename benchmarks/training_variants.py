@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from kdlora.config import DataConfig, DistilConfig, LoraConfig, StudentTrainConfig, TaskConfig, TeacherTrainConfig
-from kdlora.data.batches import Tokenised, tokenise
+from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_splits
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.logits import TeacherLogits
@@ -177,7 +177,7 @@ def ours_labelling(work: Work) -> tuple[int, float]:
 
 
 def stock(work: Work) -> tuple[int, float]:
-    """transformers' Trainer with PEFT as most people run it: fp32, dynamic padding, no teacher."""
+    """Transformers' Trainer with PEFT as most people run it: fp32, dynamic padding, no teacher."""
     return _train_stock(work, work.student)
 
 

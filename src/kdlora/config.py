@@ -127,6 +127,8 @@ class TrainConfig(_Section):
     """Course of the learning rate after the warm-up."""
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     """Gradients are scaled down to this norm."""
+    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Dropout of the model while it trains; null keeps what its config says. `lora.dropout` is apart."""
     max_length: int = Field(default=128, ge=4)
     """Longest input in tokens; longer texts are cut, and counted."""
     micro_batch_tokens: int | None = Field(default=16384, ge=16)
@@ -233,6 +235,10 @@ class LoraConfig(_Section):
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
     init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = "default"
     """PEFT's initialisation of the adapters."""
+    b_learning_rate_ratio: float = Field(default=1.0, gt=0.0)
+    """How many times the learning rate of A the adapters' B learns at (LoRA+, arXiv 2402.12354)."""
+    head_learning_rate_ratio: float = Field(default=1.0, gt=0.0)
+    """How many times the learning rate the head and other fresh modules learn at, beside an adapter."""
 
 
 class DistilConfig(_Section):
@@ -244,6 +250,8 @@ class DistilConfig(_Section):
     """Softening of both distributions in `loss: kl` (Hinton et al., arXiv 1503.02531)."""
     loss: Literal["kl", "mse"] = "kl"
     """Soft loss: KL divergence times temperature squared, or mean squared error of the logits."""
+    anneal: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Share of the training over which alpha rises to 1 (Continuation-KD, EMNLP Findings 2022); null: it stays."""
 
 
 class RunConfig(_Section):

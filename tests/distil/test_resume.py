@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from kdlora.config import DistilConfig
+from kdlora.config import DistilConfig, LoraConfig
 from kdlora.distil.checkpoints import CheckpointFolder, load_trained_tensors, trained_tensors
 from kdlora.errors import ArtifactError
 
@@ -96,6 +96,23 @@ def test_resumed_equals_undisturbed_in_bf16(make_setup, tmp_path, lora):
     with pytest.raises(PowerCutError):
         cut.run(tmp_path / "cut", precision="bf16", callbacks=[SaveAt(9), CutAfter(11)])
     outcome = resumed.run(tmp_path / "cut", precision="bf16")
+    assert different(weights(undisturbed.model), weights(resumed.model)) == []
+    assert outcome.history == expected.history
+
+
+def test_resumed_equals_undisturbed_with_every_part(make_setup, tmp_path):
+    """An annealed loss that starts anew, or groups of rates in another order, would go on as another recipe."""
+    parts = {
+        "lora": LoraConfig(b_learning_rate_ratio=4.0, head_learning_rate_ratio=2.0),
+        "distil": DistilConfig(loss="mse", alpha=0.1, anneal=0.8),
+    }
+    undisturbed, cut, resumed = (make_setup(dropout=0.1, epochs=3) for _ in range(3))
+    for setup in (undisturbed, cut, resumed):
+        setup.settings = setup.settings.model_copy(update={"dropout": 0.2})
+    expected = undisturbed.run(tmp_path / "undisturbed", **parts)
+    with pytest.raises(PowerCutError):
+        cut.run(tmp_path / "cut", callbacks=[SaveAt(9), CutAfter(11)], **parts)
+    outcome = resumed.run(tmp_path / "cut", **parts)
     assert different(weights(undisturbed.model), weights(resumed.model)) == []
     assert outcome.history == expected.history
 

@@ -7,7 +7,7 @@ from scipy.stats import bootstrap
 
 from kdlora.data.tasks import Task
 from kdlora.evidence.metrics import check_arrays, compute_metrics, score
-from kdlora.evidence.stats import mean_sd, paired_bootstrap
+from kdlora.evidence.stats import PairedArms, mean_paired_bootstrap, mean_sd, paired_bootstrap
 from kdlora.evidence.weighted import weighted_metric
 
 COLA = Task("single-label", ("text",), ("label",), ("unacceptable", "acceptable"), ("matthews",), "cola")
@@ -136,3 +136,26 @@ def test_one_seed_has_no_spread():
     assert mean_sd([90.0, 92.0]).sd == pytest.approx(np.sqrt(2))
     with pytest.raises(ValueError, match="at least one"):
         mean_sd([])
+
+
+def test_the_mean_over_tasks_weighs_tasks_alike_and_narrows():
+    """A pooled difference would let the task with most rows speak for all."""
+    sizes, pairs = (100, 400), []
+    for place, rows in enumerate(sizes):
+        labels = make_labels(BINARY, rows)
+        arms = [[make_logits(BINARY, labels, noise, seed=place + seed) for seed in range(2)] for noise in (0.4, 0.7)]
+        pairs.append(PairedArms(BINARY, labels, *arms))
+    each = [paired_bootstrap(pair.task, pair.labels, pair.first, pair.second, draws=4000) for pair in pairs]
+    mean = mean_paired_bootstrap(pairs, draws=4000)
+    assert mean.difference == pytest.approx((each[0].difference + each[1].difference) / 2)
+    widths = [one.high - one.low for one in each]
+    assert mean.high - mean.low == pytest.approx(np.hypot(*widths) / 2, rel=0.1)  # independent tasks
+    assert (mean.n_examples, mean.n_seeds) == (500, (2, 2))
+    wide = mean_paired_bootstrap(pairs, draws=4000, level=0.99)
+    assert wide.high - wide.low == pytest.approx((mean.high - mean.low) * 2.576 / 1.96, rel=0.1)
+
+
+def test_no_task_has_no_mean():
+    """An interval of nothing would be a number all the same."""
+    with pytest.raises(ValueError, match="at least one task"):
+        mean_paired_bootstrap([])

@@ -31,6 +31,7 @@ _MEANING = {
     "validation": "the validation rows",
     "settings": "the training settings",
     "distil": "the distillation settings",
+    "lora": "the adapter's settings",
     "task": "the task",
     "seed": "the seed",
     "precision": "the number format",

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from kdlora.config import DistilConfig, Kind
 from kdlora.distil.logits import COLUMN
 from kdlora.distil.loss_sums import LossSums, term_means
-from kdlora.distil.losses import LossTerms, distillation_loss
+from kdlora.distil.losses import LossTerms, annealed, distillation_loss
 from kdlora.distil.standardise import TargetScale
 from kdlora.errors import DataError
 
@@ -167,12 +167,14 @@ class DistillationTrainer(Trainer):
             labels = self.target_scale.standardise(labels)
             teacher = None if teacher is None else self.target_scale.standardise(teacher)
         distil = self.distil or DistilConfig()
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        alpha, size = annealed(distil.alpha, distil.anneal, progress)
         return distillation_loss(
             logits,
             labels,
-            teacher,
+            teacher * size if teacher is not None and size != 1.0 and distil.loss == "mse" else teacher,
             kind=self.kind,
-            alpha=distil.alpha,
+            alpha=alpha,
             temperature=distil.temperature,
             loss=distil.loss,
         )

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from kdlora.config import DistilConfig, TrainConfig
+from kdlora.config import DistilConfig, LoraConfig, TrainConfig
 from kdlora.data.batches import Collator, LengthBucketSampler, Tokenised
 from kdlora.data.tasks import Task
 from kdlora.distil.arm_trainer import ArmTrainer, MicroBatchCollator
 from kdlora.distil.checkpoints import CheckpointFolder, load_trained_tensors
 from kdlora.distil.distillation_trainer import DistillationTrainer
+from kdlora.distil.dropout import dropout_set
 from kdlora.distil.fast_cpu import fast_on_cpu
 from kdlora.distil.fingerprints import hash_columns, hash_model
 from kdlora.distil.inference import INPUTS, column_values, predict_logits
@@ -80,6 +81,7 @@ def train_model(
     precision: str,
     device: str = "auto",
     distil: DistilConfig | None = None,
+    lora: LoraConfig | None = None,
     folder: Path,
     checkpoint_seconds: float = 60.0,
     keep_checkpoints: int = 1,
@@ -105,6 +107,7 @@ def train_model(
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
         distil: weights and temperature; None trains on the labels alone, whether or not there are teacher logits.
+        lora: of the model's adapter, for learning rates of its own; None trains everything at one rate.
         folder: of this training alone, for checkpoints.
         checkpoint_seconds: training time between two checkpoints.
         keep_checkpoints: newest ones to keep.
@@ -121,7 +124,12 @@ def train_model(
     place = resolve_device(device)
     scale = TargetScale.of(column_values(train.dataset, "label")) if task.kind == "regression" else None
     ingredients = _ingredients(model, train, validation, task, settings, distil)
-    ingredients |= {"seed": seed, "precision": precision, "device": place.type}
+    ingredients |= {
+        "lora": None if lora is None else lora.model_dump(mode="json"),
+        "seed": seed,
+        "precision": precision,
+        "device": place.type,
+    }
     checkpoints = CheckpointFolder(Path(folder), ingredients, keep_checkpoints)
     sampler = LengthBucketSampler(column_values(train.dataset, "length"), settings.batch_size, seed=seed)
     session = Session(
@@ -133,12 +141,18 @@ def train_model(
         progress=progress,
     )
     collator = Collator.of(tokenizer, task.kind, train.max_length)
-    with frozen_in_half(model, precision), fast_on_cpu(model, place), _left_as_found(model):
+    with (
+        frozen_in_half(model, precision),
+        dropout_set(model, settings.dropout),
+        fast_on_cpu(model, place),
+        _left_as_found(model),
+    ):
         trainer = ArmTrainer(
             model,
             _arguments(settings, seed, precision, place, Path(folder), len(sampler)),
             kind=task.kind,
             distil=distil,
+            lora=lora,
             target_scale=scale,
             train_dataset=_rows(train, distil),
             sampler=sampler,

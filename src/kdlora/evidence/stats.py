@@ -107,21 +107,70 @@ def paired_bootstrap(
         ArtifactError: logits or labels that are not finite.
         ValueError: shapes that do not fit, or an arm without seeds.
     """
-    if not first or not second:
-        raise ValueError("expected at least one seed in each arm")
+    pair = PairedArms(task, labels, tuple(first), tuple(second), groups)
+    return mean_paired_bootstrap([pair], draws=draws, level=level, seed=seed)
+
+
+@dataclass(frozen=True, eq=False)
+class PairedArms:
+    """Two arms' logits on the examples of one task.
+
+    Attributes:
+        task: its kind and score metrics.
+        labels: as in `compute_metrics`, one for each example.
+        first: one array of logits for each seed of the first arm, rows in the order of `labels`.
+        second: the same for the second arm.
+        groups: the group of each example, or None.
+    """
+
+    task: Task
+    labels: np.ndarray
+    first: Sequence[np.ndarray]
+    second: Sequence[np.ndarray]
+    groups: Sequence[str] | None = None
+
+
+def mean_paired_bootstrap(
+    pairs: Sequence[PairedArms], *, draws: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Difference:
+    """Estimate the mean, over tasks, of the difference of two arms' scores.
+
+    Each draw takes examples of every task anew, as `paired_bootstrap` does, and averages the differences of the
+    tasks, each with the same weight. The interval holds for these tasks and seeds.
+
+    Args:
+        pairs: the two arms on each task, at least one.
+        draws: number of bootstrap draws.
+        level: coverage of the interval, between 0 and 1; 1 - 0.05 / m corrects for m comparisons (Bonferroni).
+        seed: of the draws.
+
+    Returns:
+        Difference, interval and p, in points; examples are summed, seeds are those of the task with the fewest.
+
+    Raises:
+        ArtifactError: logits or labels that are not finite.
+        ValueError: shapes that do not fit, no task, or an arm without seeds.
+    """
+    if not pairs or not all(pair.first and pair.second for pair in pairs):
+        raise ValueError("expected at least one task, and at least one seed in each arm")
     if draws < 1 or not 0 < level < 1:
         raise ValueError(f"expected draws >= 1 and 0 < level < 1, got {draws} and {level}")
-    observed = [_observed_score(task, arm, labels, groups) for arm in (first, second)]
-    differences = _drawn_differences(task, labels, first, second, _group_rows(len(labels), groups), draws, seed)
+    observed = [
+        _observed_score(pair.task, pair.first, pair.labels, pair.groups)
+        - _observed_score(pair.task, pair.second, pair.labels, pair.groups)
+        for pair in pairs
+    ]
+    drawn = [_drawn_differences(pair, draws, [seed, place] if place else seed) for place, pair in enumerate(pairs)]
+    differences = np.mean(drawn, axis=0)
     tail = (1 - level) / 2
     low, high = np.quantile(differences, [tail, 1 - tail])
     return Difference(
-        difference=observed[0] - observed[1],
+        difference=float(np.mean(observed)),
         low=float(low),
         high=float(high),
         p=_two_sided(differences),
-        n_examples=len(labels),
-        n_seeds=(len(first), len(second)),
+        n_examples=sum(len(pair.labels) for pair in pairs),
+        n_seeds=(min(len(pair.first) for pair in pairs), min(len(pair.second) for pair in pairs)),
         draws=draws,
         level=level,
     )
@@ -135,17 +184,12 @@ def _observed_score(task: Task, arm: Sequence[np.ndarray], labels: np.ndarray, g
     return float(np.mean([score(task, compute_metrics(task, logits, labels, groups)) for logits in arm]))
 
 
-def _drawn_differences(
-    task: Task,
-    labels: np.ndarray,
-    first: Sequence[np.ndarray],
-    second: Sequence[np.ndarray],
-    rows: list[np.ndarray],
-    draws: int,
-    seed: int,
-) -> np.ndarray:
+def _drawn_differences(pair: PairedArms, draws: int, seed: int | Sequence[int]) -> np.ndarray:
     """Give the difference of the arms' mean scores for each draw, both arms on the same drawn examples."""
-    one, other = ([_seed_scorer(task, logits, labels, rows) for logits in arm] for arm in (first, second))
+    rows = _group_rows(len(pair.labels), pair.groups)
+    one, other = (
+        [_seed_scorer(pair.task, logits, pair.labels, rows) for logits in arm] for arm in (pair.first, pair.second)
+    )
     chunks = _draw_counts(rows, draws, seed)
     return np.concatenate([_mean_score(one, counts) - _mean_score(other, counts) for counts in chunks])
 
@@ -180,7 +224,7 @@ def _mean_score(scorers: Sequence[_Scorer], counts: np.ndarray) -> np.ndarray:
     return np.asarray(np.mean([scorer(counts) for scorer in scorers], axis=0))
 
 
-def _draw_counts(rows: list[np.ndarray], draws: int, seed: int) -> Iterator[np.ndarray]:
+def _draw_counts(rows: list[np.ndarray], draws: int, seed: int | Sequence[int]) -> Iterator[np.ndarray]:
     """Yield matrices (some draws, examples): how often each draw took each example."""
     generator = np.random.default_rng(seed)
     examples = sum(len(members) for members in rows)

@@ -185,6 +185,7 @@ def train_arm(
         precision=resolve_precision(precision, device)[0],
         device=device,
         distil=None if teacher is None else distil or DistilConfig(),
+        lora=lora,
         folder=Path(folder),
         checkpoint_seconds=checkpoint_seconds,
         progress=progress,

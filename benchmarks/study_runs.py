@@ -1,0 +1,170 @@
+"""The trainings of a study, in one process, so that imports, data and teachers are there once."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import datasets
+from study_plan import Places, Study, Work, teacher_of
+from transformers.utils.logging import disable_progress_bar as disable_model_progress
+
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS
+from kdlora.data.load import Splits, load_splits
+from kdlora.data.split import split_rows
+from kdlora.distil.logits import TeacherLogits
+from kdlora.distil.precision import resolve_precision
+from kdlora.distil.teacher import teacher_logits
+from kdlora.evidence.environment import collect_versions, describe_machine, git_state
+from kdlora.evidence.predictions import Predictions, write_predictions
+from kdlora.evidence.storage import atomic_folder, write_json_atomic
+from kdlora.experiment.arms import Trained, evaluate, label_array, train_arm
+from kdlora.experiment.sources import load_base
+from kdlora.experiment.stages import settings_for
+from kdlora.models.adapters import merge_student
+from kdlora.models.encoders import Encoder, load_fine_tuned, save_encoder
+
+WATCHED = 64
+"""Rows that a training looks at after every epoch: it keeps the last epoch's weights, so they decide nothing."""
+
+
+def prepare() -> None:
+    """Keep the progress bars of the libraries out of the log."""
+    disable_model_progress()
+    datasets.disable_progress_bars()
+
+
+def write_tables(study: Study, places: Places) -> None:
+    """Give vader's files a header, once."""
+    for name, task in study.tasks.items():
+        table = places.table(name)
+        if task.vader is None or table.exists():
+            continue
+        lines = (places.models / "vader" / task.vader).read_text(encoding="utf-8", errors="replace").splitlines()
+        table.parent.mkdir(parents=True, exist_ok=True)
+        with table.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "rating", "text"])
+            writer.writerows(line.split("\t", 2) for line in lines if line.strip())
+
+
+def read_scores(places: Places) -> dict[str, float]:
+    """Read the score of every finished training, by the key of its work."""
+    records = (json.loads(path.read_text(encoding="utf-8")) for path in places.out.glob("*/*.json"))
+    return {record["key"]: record["score"] for record in records}
+
+
+def carry_out(work: Work, places: Places) -> dict[str, Any]:
+    """Train, score the merged model, and record it; a teacher is kept for its students.
+
+    An interrupted training goes on from its last checkpoint.
+    """
+    splits = _splits(work)
+    teacher = teach(work, places, splits) if work.arm in DISTILLED_ARMS else None
+    record = places.run(work)
+    checkpoints = record.with_suffix(".checkpoints")
+    settings = settings_for(work.config, work.arm)
+    watched = splits.validation.select(range(min(WATCHED, len(splits.validation))))
+    trained = train_arm(
+        load_base(work.config, work.arm, work.seed, splits.task),
+        splits if settings.select == "best" else dataclasses.replace(splits, validation=watched),
+        settings,
+        folder=checkpoints,
+        lora=work.config.lora if work.arm in LORA_ARMS else None,
+        teacher=teacher,
+        distil=work.config.distil,
+        seed=work.seed,
+        precision=work.precision,
+        checkpoint_seconds=45.0,
+    )
+    encoder = trained.encoder
+    if work.arm in LORA_ARMS:
+        encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
+    content = _score(work, splits, trained, encoder, record)
+    if work.arm == "fft":
+        with atomic_folder(_teacher_folder(work, places)) as folder:
+            save_encoder(encoder, folder)
+    write_json_atomic(record, content)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return content
+
+
+def teach(work: Work, places: Places, splits: Splits) -> TeacherLogits:
+    """Give the logits of the task's one teacher, which was trained on all training rows; read once a process."""
+    whole = teacher_of(work)
+    folder = _teacher_folder(whole, places)
+    if folder not in _taught:
+        encoder, columns = load_fine_tuned(str(folder), splits.task)
+        _taught[folder] = teacher_logits(
+            encoder,
+            columns,
+            _splits(whole).train,
+            splits.task,
+            folder.with_suffix(".logits"),
+            max_length=whole.config.teacher.train.max_length,
+            precision=resolve_precision("auto", "auto")[0],
+            batch_tokens=4096,
+        )
+    return _taught[folder]
+
+
+_taught: dict[Path, TeacherLogits] = {}
+
+
+def _teacher_folder(work: Work, places: Places) -> Path:
+    return places.run(work).with_suffix(".model")
+
+
+def _splits(work: Work) -> Splits:
+    whole = _load(work.config.task, work.config.data)
+    if not work.held_out:
+        return whole
+    classes = label_array(whole.train) if whole.task.kind == "single-label" else None
+    kept, drawn = split_rows(len(whole.train), work.held_out, work.split_seed, classes)
+    return dataclasses.replace(whole, train=whole.train.select(kept), validation=whole.train.select(drawn))
+
+
+@functools.lru_cache(maxsize=16)
+def _load(task: Any, data: Any) -> Splits:
+    return load_splits(task, data)
+
+
+def _score(work: Work, splits: Splits, trained: Trained, encoder: Encoder, record: Path) -> dict[str, Any]:
+    settings, rows = settings_for(work.config, work.arm), splits.validation
+    result = evaluate(encoder.model, encoder.tokenizer, rows, splits.task, max_length=settings.max_length)
+    if not work.held_out:
+        names = splits.task.label_names
+        found = Predictions(
+            tuple(rows["id"]), ("validation",) * len(rows), result.logits, names, labels=label_array(rows)
+        )
+        write_predictions(record.with_suffix(".parquet"), found)
+    config = work.config
+    return {
+        "key": work.key,
+        "task": work.task,
+        "arm": work.arm,
+        "seed": work.seed,
+        "held_out": work.held_out,
+        "score": result.score,
+        "metrics": result.metrics,
+        "rows": {"train": len(splits.train), "scored": len(rows)},
+        "train": settings.model_dump(mode="json"),
+        "lora": config.lora.model_dump(mode="json") if work.arm in LORA_ARMS else None,
+        "distil": config.distil.model_dump(mode="json") if work.arm in DISTILLED_ARMS else None,
+        "precision": work.precision,
+        "trainable": trained.parameters.trainable,
+        "total": trained.parameters.total,
+        "train_seconds": trained.outcome.train_seconds,
+        "examples_per_second": trained.outcome.examples_per_second,
+        "last_epoch": trained.outcome.history[-1],
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_state(),
+        "machine": describe_machine(),
+        "versions": collect_versions(),
+    }

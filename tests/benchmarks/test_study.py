@@ -1,0 +1,165 @@
+"""The comparison of recipes: what is tuned on what, what is shared, and that nothing is done twice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import study as study_command
+from study import UNFINISHED, next_work
+from study_plan import Places, Study, Work, choose_point, configure, grid_points, read_study
+
+STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.yaml"))
+VALUES = {
+    "teacher": "large",
+    "student": "small",
+    "base": {"student": {"train": {"epochs": 4}}},
+    "tasks": {"one": {"glue": "cola", "rows": 100}, "two": {"glue": "mrpc", "rows": 100}},
+    "search": {"tasks": ["one"], "grid": {"student.train.learning_rate": [1e-3, 1e-2]}},
+    "recipes": {
+        "paper-tuned": {},
+        "mse": {"settings": {"distil": {"loss": "mse"}}, "grid": {"distil.alpha": [0.1, 0.5]}},
+        "full": {"arms": ["student-fft"], "grid": {"student.full_learning_rate": [1e-4]}},
+    },
+    "steps": [{"recipes": ["paper-tuned", "mse", "full"], "tasks": ["one", "two"], "seeds": [0, 1]}],
+}
+PLACES = Places(Path("/models"), Path("/glue"), Path("/out"))
+
+
+@pytest.fixture
+def study() -> Study:
+    return Study.model_validate(VALUES)
+
+
+def carry_out_all(study: Study, score) -> list[Work]:
+    """Walk through a study as `run` does, with invented scores."""
+    scores: dict[str, float] = {}
+    done = []
+    for work in next_work(study, PLACES, scores):
+        done.append(work)
+        scores[work.key] = score(work)
+    return done
+
+
+def test_nothing_is_trained_twice_and_controls_are_shared(study):
+    """A control trained anew for every loss would cost as much as the recipes themselves."""
+    done = carry_out_all(study, lambda work: work.config.student.train.learning_rate)
+    assert len({work.key for work in done}) == len(done)
+    counts = {arm: sum(work.arm == arm and not work.held_out for work in done) for arm in ("fft", "student-lora")}
+    assert counts == {"fft": 2, "student-lora": 4}  # a teacher a task; two tasks and two seeds, once for both recipes
+    assert sum(work.arm == "kd-lora" and not work.held_out for work in done) == 8
+
+
+def test_a_teacher_comes_before_its_students(study):
+    """A student whose teacher is not there yet would end the study."""
+    seen = set()
+    for work in carry_out_all(study, lambda work: 0.0):
+        if work.arm == "fft":
+            seen.add(work.task)
+        assert work.arm != "kd-lora" or work.task in seen
+
+
+def test_values_are_chosen_on_held_out_training_rows_and_only_there(study):
+    """Tuning on the reported rows would report the luck of the draw as a gain."""
+    done = carry_out_all(study, lambda work: work.config.student.train.learning_rate * (100 if work.held_out else -1))
+    searches = [work for work in done if work.held_out]
+    assert {work.held_out for work in searches} == {0.2}
+    assert {work.task for work in searches} == {"one"}
+    reported = [work for work in done if not work.held_out and work.arm in ("kd-lora", "student-lora")]
+    assert {work.config.student.train.learning_rate for work in reported} == {1e-2}
+    assert {work.config.student.train.epochs for work in reported} == {4.0}
+
+
+def test_every_recipe_takes_the_same_grid_and_a_control_nothing_of_the_teacher(study):
+    """A recipe with more rates to choose from would win by choice."""
+    assert len(grid_points(study, "paper-tuned", "kd-lora")) == 2
+    assert len(grid_points(study, "mse", "kd-lora")) == 4
+    assert grid_points(study, "mse", "student-lora") == grid_points(study, "paper-tuned", "student-lora")
+    assert grid_points(study, "full", "student-fft") == [{"student.full_learning_rate": 1e-4}]
+
+
+def test_the_best_point_on_the_mean_is_chosen(study):
+    """The last or the first point of the grid would look as plausible."""
+    point, missing = choose_point(study, PLACES, "mse", "kd-lora", {})
+    assert point is None
+    assert len(missing) == 4
+    best = next(work for work in missing if work.config.distil.alpha == 0.5)
+    scores = {work.key: float(work is best) for work in missing}
+    chosen, missing = choose_point(study, PLACES, "mse", "kd-lora", scores)
+    assert missing == []
+    assert chosen == {"student.train.learning_rate": best.config.student.train.learning_rate, "distil.alpha": 0.5}
+
+
+def test_what_an_arm_reads_is_in_its_key(study):
+    """A key that misses a setting gives one recipe's score to another."""
+    base = configure(study, PLACES, "one", "paper-tuned", {})
+    changed = configure(study, PLACES, "one", "mse", {"lora.rank": 4})
+    variants = [
+        Work("one", arm, seed, config, held_out)
+        for arm, seed, config, held_out in itertools.product(
+            ("kd-lora", "student-lora", "student-fft"), (0, 1), (base, changed), (0.0, 0.2)
+        )
+    ]
+    assert Work("two", "student-lora", 0, base).key != Work("one", "student-lora", 0, base).key
+    same = [work for work in variants if work.arm == "student-fft" and work.config is changed]  # no adapter, no teacher
+    assert len({(work.arm, work.key) for work in variants}) == len(variants) - len(same)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_can_be_read(path):
+    """A misspelt setting in a study would show after hours."""
+    study = read_study(path)
+    for recipe, task in itertools.product(study.recipes, study.tasks):
+        for arm in study.recipes[recipe].arms:
+            for point in grid_points(study, recipe, arm):
+                configure(study, PLACES, task, recipe, point)
+
+
+def test_a_study_runs_stops_resumes_and_reports(tiny_model_folder, tmp_path, capsys, monkeypatch):
+    """The loop and the tables read what real trainings write; invented records would hide a misspelt key."""
+    import shutil
+
+    models = tmp_path / "models"
+    for name, family in (("large", "bert"), ("small", "distilbert")):
+        shutil.copytree(tiny_model_folder(family), models / name)
+    words = ["good", "bad", "dull", "fine"]
+    lines = [f"{row}\t{row % 4 - 1.5}\ta {words[row % 4]} film number {row}" for row in range(60)]
+    (models / "vader").mkdir()
+    (models / "vader" / "ratings.txt").write_text("\n".join(lines), encoding="utf-8")
+    small = {
+        **VALUES,
+        "base": {
+            "teacher": {"train": {"epochs": 1, "batch_size": 8}},
+            "student": {"train": {"epochs": 1, "batch_size": 8}},
+        },
+        "tasks": {"ratings": {"vader": "ratings.txt"}},
+        "search": {"tasks": ["ratings"], "grid": {"student.train.learning_rate": [1e-3, 1e-2]}},
+        "steps": [{"recipes": ["paper-tuned", "mse", "full"], "tasks": ["ratings"], "seeds": [0, 1]}],
+    }
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(small), encoding="utf-8")
+    command = ["study.py", str(file), "--models", str(models), "--glue", str(tmp_path), "--out", str(tmp_path / "out")]
+
+    def call(*more: str) -> int:
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        return study_command.main(study_command.read_options())
+
+    assert call("--minutes", "0") == UNFINISHED
+    assert call() == 0
+    records = sorted((tmp_path / "out").glob("*/*.json"))
+    first = [json.loads(path.read_text(encoding="utf-8")) for path in records]
+    assert call() == 0
+    assert "0 trainings are recorded" in capsys.readouterr().out
+    assert [json.loads(path.read_text(encoding="utf-8")) for path in records] == first
+    assert call("--report", "--draws", "50") == 0
+    table = capsys.readouterr().out
+    assert "97.50%" not in table  # one recipe is compared, so nothing is corrected
+    assert table.count("n = 2") >= 8
+    assert not list((tmp_path / "out").glob("*/*.checkpoints"))

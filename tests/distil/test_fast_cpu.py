@@ -105,10 +105,15 @@ def test_a_model_comes_back_as_it_was(make_model):
     before = [(type(module), set(vars(module))) for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     attends = model.config._attn_implementation
-    with pytest.raises(RuntimeError, match="stop"), fast_on_cpu(model, CPU):
-        assert model.state_dict().keys() == state.keys()
-        step(model)
-        raise RuntimeError("stop")
+
+    def cut_off() -> None:
+        with fast_on_cpu(model, CPU):
+            assert model.state_dict().keys() == state.keys()
+            step(model)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        cut_off()
     assert [(type(module), set(vars(module))) for module in model.modules()] == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert model.config._attn_implementation == attends

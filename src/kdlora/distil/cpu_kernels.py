@@ -75,7 +75,7 @@ def dropout(values: Tensor, rate: float) -> Tensor:
         values: any shape.
         rate: probability of dropping, in [0, 1), rounded to 1/256; 0 gives `values` back.
     """
-    return _Dropout.apply(values, rate) if rate > 0 else values  # type: ignore[no-untyped-call]
+    return _Dropout.apply(values, rate) if rate > 0 else values
 
 
 class _Attention(Function):
@@ -135,7 +135,7 @@ def attention(
     Returns:
         Shape (batch, heads, length, width).
     """
-    return _Attention.apply(query, key, value, mask, dropout, scale)  # type: ignore[no-untyped-call]
+    return _Attention.apply(query, key, value, mask, dropout, scale)
 
 
 class PackedWeight:
@@ -177,11 +177,11 @@ class PackedWeight:
 
 
 def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, None)  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
 
 
 class _FrozenLinear(Function):
@@ -206,7 +206,7 @@ def frozen_linear(rows: Tensor, weight: PackedWeight) -> Tensor:
     Returns:
         Shape (..., outputs).
     """
-    return _FrozenLinear.apply(rows, weight)  # type: ignore[no-untyped-call]
+    return _FrozenLinear.apply(rows, weight)
 
 
 class _AdaptedLinear(Function):
@@ -247,7 +247,7 @@ class _AdaptedLinear(Function):
 def adapted_linear(
     rows: Tensor, weight: PackedWeight, down: Tensor, up: Tensor, *, scale: float, dropout: float
 ) -> Tensor:
-    """Apply a frozen linear layer with its LoRA adapter: `W x + b + scale * up down dropout(x)` (Hu et al., 2021, eq. 3).
+    """Apply a frozen linear layer with its LoRA adapter: `W x + b + scale up down dropout(x)` (Hu et al., 2021, eq. 3).
 
     Args:
         rows: shape (..., inputs), in the weight's format.
@@ -260,6 +260,4 @@ def adapted_linear(
     Returns:
         Shape (..., outputs).
     """
-    return _AdaptedLinear.apply(rows, weight, down, up, scale, dropout)  # type: ignore[no-untyped-call]
-
-
+    return _AdaptedLinear.apply(rows, weight, down, up, scale, dropout)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -175,9 +176,13 @@ def _plain_lora(module: LoraLinear) -> bool:
 
 def _choose_attention(model: nn.Module) -> tuple[Any, str | None]:
     """Switch a model that attends through transformers' interface; (config, what it had), None where it does not."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = getattr(base, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa" or getattr(config, "is_decoder", False):
+    if (
+        config is None
+        or getattr(config, "_attn_implementation", None) != "sdpa"
+        or getattr(config, "is_decoder", False)
+    ):
         return config, None
     config._attn_implementation = ATTENTION
     return config, "sdpa"

@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help install demo test check docs clean
+.PHONY: help install demo test check docs site check-docs wheel test-lowest test-newest picture clean
 
 help:
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 $(VENV)/.run: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -14,7 +14,7 @@ $(VENV)/.run: pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[onnx,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[onnx,dev,docs]"
 	@touch $@
 
 install: $(VENV)/.dev  ## build .venv with everything that development needs
@@ -25,14 +25,38 @@ demo: $(VENV)/.run  ## distil a real encoder on real film reviews, print the tab
 test: $(VENV)/.dev  ## everything the tests need, then the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-check: $(VENV)/.dev  ## lint, format, types, import layers
+check: $(VENV)/.dev  ## lint, format, types, import layers, the documentation site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_import_layers.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 docs: $(VENV)/.dev  ## write the pages that are generated from the code
 	$(BIN)/python docs/generate.py
+
+site: $(VENV)/.dev  ## build the documentation site into build/site, and serve it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+check-docs: $(VENV)/.dev  ## run every command, snippet, example and notebook of the documentation
+	$(BIN)/python -m pytest -m docs -n auto tests/docs
+
+picture: $(VENV)/.dev  ## draw the README's picture anew, from the demo's records
+	$(BIN)/python docs/picture.py runs/demo docs/images/demo.svg
+
+wheel: $(VENV)/.dev  ## build wheel and source archive, check them, try the wheel in an empty environment
+	rm -rf dist build/wheel-env
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/wheel-env
+	build/wheel-env/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[onnx]"
+	cd build && wheel-env/bin/python ../tests/wheel_smoke.py
+
+test-lowest: pyproject.toml  ## the tests with the lowest allowed versions of transformers, peft and datasets
+	$(PYTHON) tests/versions.py lowest build/lowest
+
+test-newest: pyproject.toml  ## the same with the newest that the package index has
+	$(PYTHON) tests/versions.py newest build/newest
 
 clean:  ## remove the environment and the caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

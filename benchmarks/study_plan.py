@@ -155,6 +155,7 @@ class Work:
         if self.arm in DISTILLED_ARMS:
             made_of["distil"] = config.distil.model_dump(mode="json", exclude_defaults=True)
             made_of["teacher"] = teacher_of(self).key
+            made_of |= {"augment": config.data.augment} if config.data.augment else {}
         return hash_json(made_of)[:16]
 
 

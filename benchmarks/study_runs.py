@@ -15,16 +15,17 @@ import datasets
 from study_plan import Places, Study, Work, teacher_of
 from transformers.utils.logging import disable_progress_bar as disable_model_progress
 
-from kdlora.config import DISTILLED_ARMS, LORA_ARMS
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.split import split_rows
+from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_precision
 from kdlora.distil.teacher import teacher_logits
 from kdlora.evidence.environment import collect_versions, describe_machine, git_state
 from kdlora.evidence.predictions import Predictions, write_predictions
 from kdlora.evidence.storage import atomic_folder, write_json_atomic
-from kdlora.experiment.arms import Trained, evaluate, label_array, train_arm
+from kdlora.experiment.arms import Trained, evaluate, label_array, rows_per_epoch, train_arm
 from kdlora.experiment.sources import load_base
 from kdlora.experiment.stages import settings_for
 from kdlora.models.adapters import merge_student
@@ -66,7 +67,9 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
     An interrupted training goes on from its last checkpoint.
     """
     splits = _splits(work)
-    teacher = teach(work, places, splits) if work.arm in DISTILLED_ARMS else None
+    distilled = work.arm in DISTILLED_ARMS
+    teacher = teach(work, places, splits.task, "train") if distilled else None
+    unlabelled = teach(work, places, splits.task, "unlabelled") if distilled and splits.unlabelled else None
     record = places.run(work)
     checkpoints = record.with_suffix(".checkpoints")
     settings = settings_for(work.config, work.arm)
@@ -78,9 +81,11 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
         folder=checkpoints,
         lora=work.config.lora if work.arm in LORA_ARMS else None,
         teacher=teacher,
+        unlabelled=unlabelled,
         distil=work.config.distil,
         seed=work.seed,
         precision=work.precision,
+        rows_per_epoch=None if work.arm in TEACHER_ARMS else rows_per_epoch(splits),
         checkpoint_seconds=45.0,
     )
     encoder = trained.encoder
@@ -95,23 +100,33 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
     return content
 
 
-def teach(work: Work, places: Places, splits: Splits) -> TeacherLogits:
-    """Give the logits of the task's one teacher, which was trained on all training rows; read once a process."""
+def teach(work: Work, places: Places, task: Task, part: str) -> TeacherLogits:
+    """Give the logits of the task's one teacher, which was trained on all training rows; read once a process.
+
+    Args:
+        work: of a distilled arm.
+        places: where the teacher lies.
+        task: labels and kind.
+        part: `train` or `unlabelled` rows; those of the whole task, whatever share of them the work takes.
+    """
     whole = teacher_of(work)
+    rows = getattr(_load(work.config.task, work.config.data), part)
     folder = _teacher_folder(whole, places)
-    if folder not in _taught:
-        encoder, columns = load_fine_tuned(str(folder), splits.task)
-        _taught[folder] = teacher_logits(
+    copies = work.config.data.augment if part == "unlabelled" else 0
+    stored = folder.with_suffix(f".{part}{copies or ''}")
+    if stored not in _taught:
+        encoder, columns = load_fine_tuned(str(folder), task)
+        _taught[stored] = teacher_logits(
             encoder,
             columns,
-            _splits(whole).train,
-            splits.task,
-            folder.with_suffix(".logits"),
+            rows,
+            task,
+            stored,
             max_length=whole.config.teacher.train.max_length,
             precision=resolve_precision("auto", "auto")[0],
             batch_tokens=4096,
         )
-    return _taught[folder]
+    return _taught[stored]
 
 
 _taught: dict[Path, TeacherLogits] = {}
@@ -127,7 +142,12 @@ def _splits(work: Work) -> Splits:
         return whole
     classes = label_array(whole.train) if whole.task.kind == "single-label" else None
     kept, drawn = split_rows(len(whole.train), work.held_out, work.split_seed, classes)
-    return dataclasses.replace(whole, train=whole.train.select(kept), validation=whole.train.select(drawn))
+    part = dataclasses.replace(whole, train=whole.train.select(kept), validation=whole.train.select(drawn))
+    if whole.unlabelled is None:
+        return part
+    ids = set(part.train["id"])  # a copy of a held-out text is not to be seen either
+    own = [row for row, name in enumerate(whole.unlabelled["id"]) if name.rpartition("~")[0] in ids]
+    return dataclasses.replace(part, unlabelled=whole.unlabelled.select(own), copies=len(own))
 
 
 @functools.lru_cache(maxsize=16)

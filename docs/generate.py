@@ -7,13 +7,14 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from cli_page import cli_page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from kdlora.config import Config
 
-PAGE = Path(__file__).parent / "config.md"
+FOLDER = Path(__file__).parent
 
 
 def config_page() -> str:
@@ -78,8 +79,9 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    page = config_page()
+    pages = {FOLDER / "config.md": config_page(), FOLDER / "cli.md": cli_page()}
     if "--check" in sys.argv[1:]:
-        is_true = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page
-        sys.exit(0 if is_true else "docs/config.md is stale: make docs")
-    PAGE.write_text(page, encoding="utf-8")
+        stale = [path.name for path, page in pages.items() if not path.exists() or path.read_text("utf-8") != page]
+        sys.exit(f"stale: {', '.join(stale)}; write them with make docs" if stale else 0)
+    for path, page in pages.items():
+        path.write_text(page, encoding="utf-8")

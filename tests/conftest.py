@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +32,24 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and two test processes share the cores
 
+# No test may reach the network, nor a process that it starts: see tests/guard/sitecustomize.py.
+_GUARD = Path(__file__).parent / "guard"
+_NETWORK_LOG = Path(os.environ.setdefault("KDLORA_TESTS_NETWORK_LOG", str(_CACHES / "network.log")))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_GUARD), os.environ.get("PYTHONPATH"))))
+_spec = importlib.util.spec_from_file_location("network_guard", _GUARD / "sitecustomize.py")
+assert _spec is not None
+assert _spec.loader is not None
+sys.modules["network_guard"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["network_guard"])
+
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the session where the network was asked, though a handler may have swallowed the guard's error."""
+    if _NETWORK_LOG.exists():
+        print(f"\nthe network was asked:\n{_NETWORK_LOG.read_text(encoding='utf-8')}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -6,18 +6,15 @@ import os
 import resource
 import subprocess
 import sys
-import time
-import uuid
 
 import pytest
 import yaml
 
-from experiments import copy_experiment, processes_marked, snapshot
+from experiments import copy_experiment, snapshot
 from kdlora.configfile import load_config
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment import run as experiment_run
-from kdlora.experiment.run import run_experiment
 
 pytest_plugins = ["experiment_fixtures"]
 
@@ -279,55 +276,6 @@ def test_a_bug_is_not_hidden(cli, small, monkeypatch):
     monkeypatch.setattr(experiment_run, "run_experiment", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli("run", small)
-
-
-@pytest.mark.slow
-def test_a_signal_ends_parent_and_child_and_the_command_continues(workshop, tmp_path):
-    """A child that goes on training alone holds memory, writes into the folder, and nobody knows of it.
-
-    SIGTERM goes the way of Ctrl-C; one of them is enough, for each costs two imports of torch.
-    """
-    values = workshop.values(
-        {"student": {"train": {"epochs": 3000, "batch_size": 8}}, "run": {"checkpoint_seconds": 0.2}}
-    )
-    config, out, mark = write_config(tmp_path / "c.yaml", values), tmp_path / "out", f"kdlora-mark-{uuid.uuid4()}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kdlora", "run", str(config), "--out", str(out)],
-        env=os.environ | {"KDLORA_TEST_MARK": mark},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    checkpoints = ExperimentLayout(out).run("student-lora", 0).checkpoints
-    try:
-        wait_for(lambda: list(checkpoints.glob("step-*")), process)
-        process.terminate()
-        begin = time.monotonic()
-        _, printed = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert time.monotonic() - begin < 15
-    assert "the same command continues where it stopped" in printed
-    assert "Traceback" not in printed
-    wait_for(lambda: not processes_marked(mark), None)
-    steps = []
-
-    def stop_at_once(stage, event):
-        steps.append(event.step)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):  # the lock is free, and the training goes on from the checkpoint
-        run_experiment(load_config(config), out, listen=stop_at_once)
-    assert steps[0] > 1
-
-
-def wait_for(condition, process, seconds=150):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        if process is not None:
-            assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
 
 
 def test_a_misspelt_log_level_is_refused(cli, monkeypatch):

@@ -9,16 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdlora.config import Config
+    from kdlora.config import Config, DistilConfig, LoraConfig, StudentTrainConfig, TeacherTrainConfig
     from kdlora.configfile import build_config, load_config
     from kdlora.data.load import load_splits
     from kdlora.data.tasks import Task
     from kdlora.deploy.benchmark import benchmark
     from kdlora.deploy.calibrate import fit_temperature
     from kdlora.deploy.export import export_onnx
+    from kdlora.deploy.hub import push_experiment
     from kdlora.deploy.predict import Classifier
     from kdlora.deploy.stream import predict_file
     from kdlora.distil.losses import distillation_loss
+    from kdlora.distil.tables import read_teacher_table
     from kdlora.distil.teacher import teacher_logits
     from kdlora.distil.trainer import DistillationTrainer
     from kdlora.errors import KdLoraError
@@ -27,13 +29,19 @@ if TYPE_CHECKING:
     from kdlora.experiment.arms import evaluate, train_student, train_teacher
     from kdlora.experiment.run import run_experiment
     from kdlora.models.adapters import merge_student
+    from kdlora.models.encoders import load_encoder, load_fine_tuned
+    from kdlora.terminal import live_progress
 
 _HOMES = {
     "Classifier": "kdlora.deploy.predict",
     "Config": "kdlora.config",
+    "DistilConfig": "kdlora.config",
     "DistillationTrainer": "kdlora.distil.trainer",
     "KdLoraError": "kdlora.errors",
+    "LoraConfig": "kdlora.config",
+    "StudentTrainConfig": "kdlora.config",
     "Task": "kdlora.data.tasks",
+    "TeacherTrainConfig": "kdlora.config",
     "benchmark": "kdlora.deploy.benchmark",
     "build_config": "kdlora.configfile",
     "compare": "kdlora.evidence.compare",
@@ -41,11 +49,16 @@ _HOMES = {
     "evaluate": "kdlora.experiment.arms",
     "export_onnx": "kdlora.deploy.export",
     "fit_temperature": "kdlora.deploy.calibrate",
+    "live_progress": "kdlora.terminal",
     "load_config": "kdlora.configfile",
+    "load_encoder": "kdlora.models.encoders",
+    "load_fine_tuned": "kdlora.models.encoders",
     "load_splits": "kdlora.data.load",
     "make_report": "kdlora.evidence.report",
     "merge_student": "kdlora.models.adapters",
     "predict_file": "kdlora.deploy.stream",
+    "push_experiment": "kdlora.deploy.hub",
+    "read_teacher_table": "kdlora.distil.tables",
     "run_experiment": "kdlora.experiment.run",
     "teacher_logits": "kdlora.distil.teacher",
     "train_student": "kdlora.experiment.arms",
@@ -55,9 +68,13 @@ _HOMES = {
 __all__ = [
     "Classifier",
     "Config",
+    "DistilConfig",
     "DistillationTrainer",
     "KdLoraError",
+    "LoraConfig",
+    "StudentTrainConfig",
     "Task",
+    "TeacherTrainConfig",
     "benchmark",
     "build_config",
     "compare",
@@ -65,11 +82,16 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "fit_temperature",
+    "live_progress",
     "load_config",
+    "load_encoder",
+    "load_fine_tuned",
     "load_splits",
     "make_report",
     "merge_student",
     "predict_file",
+    "push_experiment",
+    "read_teacher_table",
     "run_experiment",
     "teacher_logits",
     "train_student",

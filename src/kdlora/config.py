@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Kind = Literal["single-label", "regression", "multi-label"]
 Arm = Literal["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
@@ -50,6 +50,16 @@ def _with_default(section: Mapping[str, Any], key: str, value: object) -> dict[s
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_by_yes(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `yes` where a number is expected, which would count as 1."""
+        values = value if isinstance(value, list | tuple) else [value]
+        found = [item for item in values if isinstance(item, bool)]
+        if found and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(f"expected another kind of value than {str(found[0]).lower()}")
+        return value
 
 
 class TaskConfig(_Section):
@@ -92,6 +102,11 @@ class DataConfig(_Section):
     """Validation file or split name; default: split off the training rows."""
     test: str | None = None
     """Test file or split name; with one, the headline score is measured on it."""
+    unlabelled: str | None = None
+    """More texts of the task, without labels: a file, a folder that `kdlora label` made, or a split name.
+
+    The teacher labels them, and the distilled arms learn from them too.
+    """
     id_column: str = "id"
     """Column that names an example; where the data lacks it, the row number from 0 is the id."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
@@ -100,6 +115,13 @@ class DataConfig(_Section):
     """Seed of that split; it is recorded and does not depend on `run.seeds`."""
     max_train_examples: int | None = Field(default=None, ge=1)
     """Use only the first so many training rows."""
+    max_unlabelled_examples: int | None = Field(default=None, ge=1)
+    """Use only the first so many rows of `unlabelled`."""
+    augment: int = Field(default=0, ge=0)
+    """Perturbed copies of every training text (TinyBERT, arXiv 1909.10351) that the teacher labels too.
+
+    An epoch of the distilled arms draws from texts and copies alike, and is as long as without them.
+    """
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
@@ -107,6 +129,8 @@ class DataConfig(_Section):
             raise ValueError("no data: set data.path (folder or Hub id) or data.train (file)")
         if self.path is None and (self.subset or self.revision):
             raise ValueError("data.subset and data.revision describe a Hub data set; set data.path to its id")
+        if self.unlabelled is None and self.max_unlabelled_examples is not None:
+            raise ValueError("data.max_unlabelled_examples limits data.unlabelled, which is not set")
         return self
 
 
@@ -246,7 +270,7 @@ class DistilConfig(_Section):
 
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     """Weight of the hard loss, against the labels, as in the paper; 1 - alpha weights the teacher."""
-    temperature: float = Field(default=2.0, gt=0.0)
+    temperature: float = Field(default=2.0, gt=0.0, le=1000.0)
     """Softening of both distributions in `loss: kl` (Hinton et al., arXiv 1503.02531)."""
     loss: Literal["kl", "mse"] = "kl"
     """Soft loss: KL divergence times temperature squared, or mean squared error of the logits."""
@@ -274,6 +298,8 @@ class RunConfig(_Section):
     """Stop at the first run that fails, in place of carrying on with the other arms."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)
     """Seconds of training between two checkpoints: the most that a crash can cost."""
+    keep_checkpoints: int = Field(default=1, ge=1)
+    """Newest checkpoints of a training that are kept; a second one is there if the first is damaged."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
@@ -363,6 +389,8 @@ class Config(_Section):
             yield "no student: set student.model, student.from_teacher_layers or family"
         if student.from_teacher_layers is not None and teacher.model is None:
             yield "student.from_teacher_layers copies layers of the pretrained teacher: set teacher.model"
+        if self.data.augment and teacher.is_table:
+            yield "data.augment makes new texts, and a table has no answers for them: set it to 0, or a teacher model"
 
     @property
     def given_teacher(self) -> bool:

@@ -13,6 +13,11 @@ from pydantic import BaseModel, ValidationError
 from kdlora.config import Config
 from kdlora.errors import ConfigError, did_you_mean
 
+_MOST_VALUES = 100_000
+
+COLLECTION_MANIFEST = "collection.json"
+"""Says what a folder holds that `kdlora label` wrote."""
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice, where plain YAML silently keeps the last."""
@@ -59,14 +64,43 @@ def parse_mapping(text: str, where: str) -> dict[str, Any]:
         ConfigError: for broken YAML, a key given twice, or another type than a mapping.
     """
     try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from None
+        values = _read_yaml(text, _UniqueKeyLoader)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{where}: expected sections such as 'task:' and 'data:', got {type(values).__name__}")
     return values
+
+
+def _read_yaml(text: str, loader: type[yaml.SafeLoader]) -> Any:
+    """Parse YAML from anywhere; what would fill the memory or the stack is a fault like any other."""
+    try:
+        values = yaml.load(text, Loader=loader)
+        _count_values(values, {})
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError("not valid YAML: it is nested too deep") from None
+    except ValueError as error:  # an impossible date, or a number with thousands of digits
+        raise ConfigError(f"not valid YAML: {error}") from None
+    return values
+
+
+def _count_values(value: Any, counts: dict[int, int | None]) -> int:
+    """Count values as they stand when every alias is written out; small files can say very much with aliases."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in counts:
+        count = counts[id(value)]
+        if count is None:
+            raise ConfigError("an alias refers to itself; write its value out")
+        return count
+    counts[id(value)] = None
+    total = 1 + sum(_count_values(item, counts) for item in (value.values() if isinstance(value, dict) else value))
+    if total > _MOST_VALUES:
+        raise ConfigError(f"it expands to more than {_MOST_VALUES:,} values; write out what is meant")
+    counts[id(value)] = total
+    return total
 
 
 def build_config(
@@ -89,7 +123,10 @@ def build_config(
         _assign(changes, override)
     data = [part["data"] for part in (plain, changes) if isinstance(part.get("data"), dict)]
     has_source = next((part["path"] for part in reversed(data) if "path" in part), None) is not None
-    merged = _absolute_paths(plain, base or Path.cwd(), has_source=has_source)
+    try:
+        merged = _absolute_paths(plain, base or Path.cwd(), has_source=has_source)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     _merge(merged, _absolute_paths(changes, Path.cwd(), has_source=has_source))
     try:
         return Config.model_validate(merged)
@@ -106,14 +143,28 @@ def save_config(config: Config) -> str:
     return yaml.safe_dump(values, sort_keys=False)  # some control characters only survive as escapes
 
 
+def known_keys() -> list[str]:
+    """List every key that can be set, such as `student.train.learning_rate`, in the order of the config."""
+    keys: list[str] = []
+    pending: list[tuple[str, type[BaseModel]]] = [("", Config)]
+    while pending:
+        prefix, model = pending.pop()
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                pending.append((f"{prefix}{name}.", field.annotation))
+            else:
+                keys.append(f"{prefix}{name}")
+    return sorted(keys)
+
+
 def _assign(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {override!r}: expected key=value, such as student.train.learning_rate=1e-3")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+        value = _read_yaml(text, yaml.SafeLoader)
+    except ConfigError as error:
+        raise ConfigError(f"--set {override[:80]!r}: the value is {error}") from None
     *parents, last = key.strip().split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
@@ -130,7 +181,8 @@ def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-_FILE_KEYS = {("data", key) for key in ("train", "validation", "test")} | {
+_SPLIT_KEYS = ("train", "validation", "test", "unlabelled")
+_FILE_KEYS = {("data", key) for key in _SPLIT_KEYS} | {
     ("teacher", "logits"),
     ("teacher", "probabilities"),
 }
@@ -145,9 +197,12 @@ def _absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> 
         value = part.get(key) if isinstance(part, dict) else None
         if not isinstance(part, dict) or not isinstance(value, str):
             continue
+        if "\0" in value:
+            raise ConfigError(f"{section}.{key}: a path holds no zero byte, got {value[:80]!r}")
         candidate = (base / Path(value).expanduser()).resolve()
-        if section == "data" and key in ("train", "validation", "test") and has_source:
-            is_path = candidate.is_file()  # with data.path these are split names, unless a file is meant
+        if section == "data" and key in _SPLIT_KEYS and has_source:
+            # With data.path these are split names, unless a file is meant, or the folder of a labelled collection.
+            is_path = candidate.is_file() or (candidate / COLLECTION_MANIFEST).is_file()
         else:
             is_path = (section, key) in _FILE_KEYS or value.startswith(("/", "./", "../", "~")) or candidate.exists()
         part[key] = str(candidate) if is_path else value

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
+import time
 from collections.abc import Iterator
+from html import escape
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kdlora.config import ARMS
 from kdlora.distil.session import ProgressEvent
 from kdlora.evidence.records import RunRecord
+from kdlora.evidence.summary import CAPTION, COLUMNS, summarise_arms
 from kdlora.experiment.run import ExperimentResult, Listener
 from kdlora.experiment.stages import Stage
 
 
 @contextlib.contextmanager
 def live_progress() -> Iterator[Listener | None]:
-    """Give a listener that draws a bar per stage on standard error; None where that is no terminal."""
+    """Give a listener for `run_experiment` that draws a bar per stage, in a terminal or below a notebook's cell.
+
+    Example:
+        ```python
+        with live_progress() as listen:
+            result = run_experiment(config, listen=listen)
+        ```
+
+    Yields:
+        The listener; None where standard error is neither, so that no log fills with bars.
+    """
     console = Console(stderr=True)
+    if console.is_jupyter:
+        yield NotebookBars().listen
+        return
     if not console.is_terminal:
         yield None
         return
@@ -37,15 +51,65 @@ def live_progress() -> Iterator[Listener | None]:
         def listen(stage: Stage, event: Any) -> None:
             if stage not in bars:
                 bars[stage] = progress.add_task(_title(stage), total=None, status="")
-            if isinstance(event, str):
-                progress.update(bars[stage], status=event)
-            elif isinstance(event, ProgressEvent):
-                progress.update(bars[stage], total=event.steps, completed=event.step, status=_status(event))
+            done, total, status = _state(event)
+            if total is None:
+                progress.update(bars[stage], status=status)
             else:
-                done, total = event
-                progress.update(bars[stage], total=total, completed=done, status=f"{done:,} of {total:,}")
+                progress.update(bars[stage], total=total, completed=done, status=status)
 
         yield listen
+
+
+class NotebookBars:
+    """Bars below a notebook's cell, one a stage; they need IPython and no widgets."""
+
+    def __init__(self) -> None:
+        self._bars: dict[Stage, tuple[int, int | None, str]] = {}
+        self._shown: Any = None
+        self._drawn_at = 0.0
+
+    def listen(self, stage: Stage, event: Any) -> None:
+        """Take an event of a stage; the bars are drawn anew at most five times a second, and at a stage's end.
+
+        Args:
+            stage: what goes on.
+            event: where it stands.
+        """
+        is_new = stage not in self._bars
+        self._bars[stage] = _state(event)
+        done, total, _ = self._bars[stage]
+        if is_new or done == total or time.monotonic() - self._drawn_at >= 0.2:
+            self._draw()
+
+    def _draw(self) -> None:
+        from IPython.display import HTML, display
+
+        page = HTML(self.html())
+        if self._shown is None:
+            self._shown = display(page, display_id=True)
+        else:
+            self._shown.update(page)
+        self._drawn_at = time.monotonic()
+
+    def html(self) -> str:
+        """Give the bars as a table."""
+        rows = ""
+        for stage, (done, total, status) in self._bars.items():
+            name = escape(_title(stage))
+            amount = "" if total is None else f' value="{done}" max="{total}"'
+            bar = f'<progress aria-label="{name}"{amount}></progress>'
+            rows += f'<tr><th scope="row">{name}</th><td>{bar}</td><td>{escape(status)}</td></tr>'
+        return f"<table>{rows}</table>"
+
+
+def _state(event: Any) -> tuple[int, int | None, str]:
+    """Give what is done, of how many, and how that reads."""
+    if isinstance(event, str):
+        return 0, None, event
+    if isinstance(event, ProgressEvent):
+        return event.step, event.steps, _status(event)
+    done, total = event
+    return done, total, f"{done:,} of {total:,}"
 
 
 def _title(stage: Stage) -> str:
@@ -87,33 +151,10 @@ def print_result(result: ExperimentResult) -> None:
 
 
 def _table(records: list[RunRecord]) -> Table:
-    on_test = any(record.test_score is not None for record in records)
-    table = Table(
-        title=f"score on the {'test' if on_test else 'validation'} split, 0 to 100",
-        caption="ex/s: rows trained per second; ms: median latency at batch 1",
-    )
-    table.add_column("arm", no_wrap=True)
-    for name in ("n", "score", "sd", "trained", "params", "ex/s", "ms"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for arm in ARMS:
-        runs = [record for record in records if record.arm == arm]
-        if runs:
-            table.add_row(arm, *_cells([record for record in runs if record.status == "finished"], on_test))
+    summary = summarise_arms(records)
+    table = Table(title=summary.title, caption=CAPTION)
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    for row in summary.rows:
+        table.add_row(*row)
     return table
-
-
-def _cells(runs: list[RunRecord], on_test: bool) -> list[str]:
-    scores = [value for run in runs if (value := run.test_score if on_test else run.score) is not None]
-    if not runs:
-        return ["0", "failed", "", "", "", "", ""]
-    latencies = [entry.p50_ms for run in runs for entry in run.latency if entry.batch_size == 1]
-    speeds = [run.examples_per_second for run in runs if run.examples_per_second]
-    return [
-        str(len(runs)),
-        f"{statistics.mean(scores):.2f}" if scores else "not available",
-        f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "–",
-        f"{runs[0].trainable_parameters:,}" if runs[0].trainable_parameters is not None else "–",
-        f"{runs[0].total_parameters:,}" if runs[0].total_parameters is not None else "–",
-        f"{statistics.mean(speeds):.0f}" if speeds else "–",
-        f"{statistics.mean(latencies):.1f}" if latencies else "–",
-    ]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 from datasets import Dataset
 
+from kdlora.config import DataConfig, TaskConfig
+from kdlora.configfile import build_config
 from kdlora.data.augment import augment_texts
+from kdlora.data.load import load_splits
+from kdlora.errors import ConfigError
+from kdlora.experiment.arms import rows_per_epoch
+from tiny import sentiment_rows, write_csv
 
 TEXTS = [f"the {word} film lasted {number} minutes and nobody left" for number, word in enumerate("abcdefgh" * 5)]
 
@@ -55,3 +62,26 @@ def test_pairs_and_texts_without_spaces():
     assert len(set(japanese["text"])) > 3
     single = augment_texts(Dataset.from_dict({"id": ["a"], "text": ["x"]}), 5)
     assert all(single["text"])
+
+
+def test_copies_stand_beside_the_unlabelled_rows(tmp_path):
+    """A copy that equals a validation text would teach that text; an epoch that grows would cost more than stated."""
+    rows = sentiment_rows(60)
+    train, more = write_csv(tmp_path / "train.csv", rows[:40]), write_csv(tmp_path / "more.csv", rows[40:50])
+    same = [{**row, "text": row["text"]} for row in rows[:40]]  # every training text is scored on, too
+    validation = write_csv(tmp_path / "validation.csv", same)
+    files = {"train": str(train), "validation": str(validation), "unlabelled": str(more)}
+    plain, with_copies = (load_splits(TaskConfig(), DataConfig(**files, augment=copies)) for copies in (0, 3))
+    assert (plain.copies, rows_per_epoch(plain)) == (0, 40 + len(plain.unlabelled))
+    assert rows_per_epoch(with_copies) == rows_per_epoch(plain)
+    assert with_copies.copies == len(with_copies.unlabelled) - len(plain.unlabelled) < 3 * 40
+    assert not set(with_copies.unlabelled["text"]) & set(with_copies.validation["text"])
+    assert with_copies.unlabelled.column_names == ["id", "text"]
+    assert with_copies.train["id"] == plain.train["id"]
+
+
+def test_a_table_cannot_label_new_texts():
+    """The copies would be missing in the table, and the run would fail after the teacher's work is done."""
+    values = {"data": {"train": "a.csv", "augment": 2}, "teacher": {"logits": "t.parquet"}, "student": {"model": "m"}}
+    with pytest.raises(ConfigError, match=r"data\.augment makes new texts"):
+        build_config(values)

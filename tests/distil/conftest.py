@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from kdlora.data.batches import Tokenised, tokenise
 from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.trainer import TrainOutcome, train_model
+from kdlora.distil.unlabelled import join_unlabelled
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder
 from tiny import sentiment_rows
@@ -60,6 +62,11 @@ def teacher_for(dataset: Dataset, task: Task, seed: int = 0) -> TeacherLogits:
     return TeacherLogits(pa.array(dataset["id"]), logits.astype(np.float32), task.label_names, "invented")
 
 
+def tokenise_taught(rows: Dataset, task: Task, encoder: Encoder) -> Tokenised:
+    """Give rows a teacher, and turn them into token ids."""
+    return tokenise(teacher_for(rows, task).attach(rows), encoder.tokenizer, 48)
+
+
 @dataclass
 class Setup:
     """One training, ready to run.
@@ -98,7 +105,10 @@ class Setup:
 
 @pytest.fixture
 def make_setup(tiny_model_folder) -> Callable[..., Setup]:
-    """`make_setup(kind=..., family=..., lora=True, dropout=None, rows=44, **settings)` gives a fresh training."""
+    """`make_setup(kind=..., family=..., lora=True, dropout=None, rows=44, **settings)` gives a fresh training.
+
+    With `unlabelled=30` it has as many rows more, without labels.
+    """
 
     def make(
         kind: str = "single-label",
@@ -107,6 +117,7 @@ def make_setup(tiny_model_folder) -> Callable[..., Setup]:
         lora: bool = True,
         dropout: float | None = None,
         rows: int = 44,
+        unlabelled: int = 0,
         **settings: Any,
     ) -> Setup:
         task = TASKS[kind]
@@ -120,13 +131,17 @@ def make_setup(tiny_model_folder) -> Callable[..., Setup]:
                     module.p = dropout
                 if hasattr(module, "dropout_prob"):  # attention functions take it as a number
                     module.dropout_prob = dropout
-        train = examples(kind, rows)
+        train = tokenise_taught(examples(kind, rows), task, encoder)
+        if unlabelled:
+            more = tokenise_taught(examples(kind, unlabelled, seed=5), task, encoder)
+            more = dataclasses.replace(more, dataset=more.dataset.remove_columns("label"))
+            train = join_unlabelled(train, more, task)
         values = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3, "max_length": 48} | settings
         return Setup(
             task=task,
             encoder=encoder,
             model=model,
-            train=tokenise(teacher_for(train, task).attach(train), encoder.tokenizer, 48),
+            train=train,
             validation=tokenise(examples(kind, 30, seed=9), encoder.tokenizer, 48),
             settings=TrainConfig(**values),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from kdlora.distil.inference import predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.teacher import read_stored_logits, teacher_logits
 from kdlora.errors import ArtifactError, DataError, ModelError
+from kdlora.evidence.integrity import seal
 from kdlora.models.encoders import load_encoder
 
 
@@ -171,6 +173,18 @@ def test_a_second_call_runs_no_forward(label, forwards):
     assert told == [(23, 23)]
 
 
+def test_two_at_once_compute_once(label, forwards, tmp_path):
+    """Two experiments that share a teacher's folder would each write the shards under the other's hands."""
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(label())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert forwards == [10, 10, 3]
+    np.testing.assert_array_equal(found[0].logits, found[1].logits)
+
+
 def test_progress(label):
     """Rows of earlier shards that are counted again would run past the end."""
     told = []
@@ -286,13 +300,27 @@ def test_damaged_shards_are_computed_anew(label, forwards, tmp_path, caplog, dam
     np.testing.assert_array_equal(first.logits, mended.logits)
 
 
+def test_two_shards_that_changed_places_are_computed_anew(label, forwards, tmp_path, caplog):
+    """Each is whole; attached by id they would even fit, and hide that somebody handled the folder."""
+    first = label()
+    one, other = (tmp_path / "logits" / f"logits-0000{number}.parquet" for number in (0, 1))
+    contents = one.read_bytes(), other.read_bytes()
+    one.write_bytes(contents[1])
+    other.write_bytes(contents[0])
+    with caplog.at_level(logging.WARNING):
+        mended = label()
+    assert forwards == [10, 10, 3, 10, 10]
+    assert (one.read_bytes(), other.read_bytes()) == contents
+    np.testing.assert_array_equal(first.logits, mended.logits)
+
+
 def test_other_library_versions_are_reported_not_refused(label, tmp_path, caplog, forwards):
     """An update of a library must not cost the labelling, and must not go unseen either."""
     label()
     manifest = tmp_path / "logits" / "manifest.json"
     content = json.loads(manifest.read_text(encoding="utf-8"))
     content["versions"]["torch"] = "1.0"
-    manifest.write_text(json.dumps(content), encoding="utf-8")
+    manifest.write_text(json.dumps(seal(content)), encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         label()
     assert "made with other library versions: torch 1.0 -> " in caplog.text

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +73,30 @@ def sleep_and_write(path: str, send: Callable[..., None]) -> None:
     send(os.getpid())
     time.sleep(30)
     Path(path).write_text("survived")
+
+
+def tidy_up_when_asked(path: str, send: Callable[..., None]) -> None:
+    """Take a second to save after SIGTERM, sending on as a training does."""
+
+    def save(number: int, frame: object) -> None:
+        for _ in range(10):
+            send("x" * 100_000)
+            time.sleep(0.1)
+        Path(path).write_text("saved")
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, save)
+    send(os.getpid())
+    time.sleep(30)
+
+
+def name_temporary_file() -> tuple[str, str]:
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        return file.name, tempfile.mkdtemp(dir=os.environ["TMPDIR"])
+
+
+def speak_up() -> None:
+    logging.getLogger("kdlora.test").info("heard from the child")
 
 
 def unpicklable() -> Callable[[], None]:

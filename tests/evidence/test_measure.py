@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import children
 import pytest
 
 from kdlora.errors import DataError
-from kdlora.evidence import measure
+from kdlora.evidence import forkserver, measure
 from kdlora.evidence.measure import (
     ChildDiedError,
     close_server,
@@ -125,13 +127,89 @@ def test_an_interrupted_wait_ends_the_child(tmp_path):
     assert run_in_child(children.allocate, 1).value == 1
 
 
+def test_an_interrupted_child_may_save_first(tmp_path):
+    """Ended at once, a training would lose all since its last checkpoint, though there is time."""
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_in_child(children.tidy_up_when_asked, str(tmp_path / "x"), on_message=interrupt)
+    assert (tmp_path / "x").read_text() == "saved"
+    assert time.monotonic() - begin < forkserver.GRACE_SECONDS
+    assert run_in_child(children.allocate, 1).value == 1
+
+
+def test_an_interrupted_child_that_does_not_end_is_ended(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """The command promises to end, whatever the child is busy with."""
+    monkeypatch.setattr(forkserver, "GRACE_SECONDS", 0.3)
+    with pytest.raises(KeyboardInterrupt):
+        run_in_child(children.tidy_up_when_asked, str(tmp_path / "x"), on_message=interrupt)
+    time.sleep(1.2)
+    assert not (tmp_path / "x").exists()
+
+
+def with_this_folder() -> dict[str, str]:
+    """Give an environment in which a script can import `children`."""
+    places = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+
+
+def interrupt(message: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_killed_server_takes_its_child_along(tmp_path):
+    """An orphan that trains on would write into the folder that the next command works in."""
+    heard: list[int] = []
+
+    def kill_server(process: int) -> None:
+        heard.append(process)
+        forkserver._servers[0].process.kill()
+
+    with pytest.raises(ChildDiedError, match="together with its server"):
+        run_in_child(children.sleep_and_write, str(tmp_path / "x"), on_message=kill_server)
+    assert _is_gone(heard[0])
+    assert run_in_child(children.allocate, 1).value == 1
+
+
+def test_temporary_files_of_children_go(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Children end without tidying up, and those that are killed cannot: a night of runs would fill the disk."""
+    close_server()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    abandoned = tmp_path / f"kdlora-scratch-{socket.gethostname()}-999999999-1-0"
+    abandoned.mkdir()
+    paths = run_in_child(children.name_temporary_file).value
+    assert all(Path(path).parent.parent == tmp_path and Path(path).exists() for path in paths)
+    assert not abandoned.exists()
+    close_server()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_childs_log_follows_the_level_of_the_caller(tmp_path):
+    """A log that says nothing of the stages proves nothing, and helps nobody to find a fault."""
+    script = (
+        "import logging, children\nfrom kdlora.evidence.measure import run_in_child\n"
+        "logging.basicConfig(level='{level}', format='%(message)s')\nrun_in_child(children.speak_up)\n"
+    )
+    environment = with_this_folder()
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", script.format(level=level)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
+        ).stderr
+        for level in ("INFO", "WARNING")
+    ]
+    assert said == ["heard from the child\n", ""]
+
+
 def test_a_killed_parent_takes_its_child_along(tmp_path):
     """`kill -9` on the command must not leave a training behind."""
     script = (
         "import children\nfrom kdlora.evidence.measure import run_in_child\n"
         f"run_in_child(children.sleep_and_write, {str(tmp_path / 'x')!r}, on_message=lambda p: print(p, flush=True))\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = with_this_folder()
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
@@ -146,7 +224,7 @@ def test_a_plain_script_without_a_guard_does_not_start_itself_again(tmp_path):
         "print('started')\nimport children\nfrom kdlora.evidence.measure import run_in_child\n"
         "print(run_in_child(children.allocate, 1).value)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = with_this_folder()
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["started", "1"]
 

@@ -1,13 +1,16 @@
-"""The report as a browser shows it: no overflow, no scripts, no network, labelled axes, readable in light and dark."""
+"""The report as a browser shows it: no overflow, no network, labelled axes, for every reader, in print."""
 
 from __future__ import annotations
 
+import base64
+import re
 import shutil
 import socketserver
 import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from fabricate import ARMS, PAIRS, SIMILARITY, TAGS, make_experiment, ship
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from kdlora.data.tasks import Task
 from kdlora.evidence.compare import compare
@@ -133,7 +137,11 @@ def test_nothing_runs_and_nothing_is_fetched(browser, server, pages, name):
     fetched = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert [address for address in fetched if not address.startswith("data:")] == []
     assert "owned" not in browser.execute_script("return document.title.replace(/<.*?>/g, '')").split("·")[1]
-    assert browser.execute_script("return document.scripts.length + document.images.length") == 0
+    assert browser.execute_script("return document.scripts.length") == 1, "the page's own"
+    assert browser.execute_script("return document.images.length") == 0
+    allowed = browser.find_element(By.CSS_SELECTOR, "meta[http-equiv]").get_attribute("content")
+    assert "script-src 'sha256-" in allowed
+    assert "unsafe-inline'; script-src" in allowed, "styles only"
     assert (pages / name / "report.html").stat().st_size < 3_000_000
 
 
@@ -149,7 +157,7 @@ def test_hostile_names_are_shown_as_they_are(browser, server):
 def test_axes_are_labelled_with_their_units(browser, server, name):
     """A plot without labels can only be guessed at."""
     _show(browser, server, name, 1280)
-    drawings = browser.find_elements(By.CSS_SELECTOR, "figure > svg[role=img]")
+    drawings = browser.find_elements(By.CSS_SELECTOR, "figure > svg[role]")
     assert len(drawings) >= 6
     labels = [[label.text for label in one.find_elements(By.CSS_SELECTOR, ".axis-label")] for one in drawings]
     assert all(labels)
@@ -218,3 +226,122 @@ def test_links_lead_to_records_that_are_there(browser, server):
     browser.get(browser.find_element(By.CSS_SELECTOR, ".seeds a").get_attribute("href"))
     assert server.asked[0].endswith("/mrpc/runs/fft-seed0/run.json")
     assert '"arm": "fft"' in browser.page_source
+
+
+def _serious_faults(browser: webdriver.Chrome) -> list[str]:
+    """Run axe-core's rules; say what is serious or critical."""
+    import axe_core_python
+
+    script = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    browser.execute_cdp_cmd("Runtime.evaluate", {"expression": script})
+    found = browser.execute_async_script(
+        "const done = arguments[arguments.length - 1];"
+        "axe.run(document, {resultTypes: ['violations']}).then(done, error => done({error: String(error)}))"
+    )
+    assert "error" not in found, found
+    assert len(found["passes"]) > 15, "axe looked at the page"
+    return [
+        f"{fault['id']}: {node['html'][:160]}"
+        for fault in found["violations"]
+        if fault["impact"] in ("serious", "critical")
+        for node in fault["nodes"][:3]
+    ]
+
+
+@pytest.mark.parametrize(("name", "scheme"), [*((name, "light") for name in NAMES), ("mrpc", "dark")])
+def test_axe_finds_no_serious_fault(browser, server, name, scheme):
+    """A plot without words, a table without headers, text too pale: some readers get nothing."""
+    _show(browser, server, name, 1280, scheme)
+    assert _serious_faults(browser) == []
+
+
+def test_axe_is_able_to_find_faults(browser, server):
+    """A checker that was not loaded finds nothing wrong."""
+    _show(browser, server, "mrpc", 1280)
+    browser.execute_script("document.documentElement.lang = ''; document.querySelector('main a').textContent = ''")
+    assert _serious_faults(browser)
+
+
+def test_every_drawing_has_words_and_headings_step_by_one(browser, server):
+    """A screen reader reads the title and the description; a skipped level loses the place."""
+    _show(browser, server, "mrpc", 1280)
+    drawings = browser.find_elements(By.CSS_SELECTOR, "figure > svg:not(.swatch)")
+    for drawing in drawings:
+        named = [browser.find_element(By.ID, part) for part in drawing.get_attribute("aria-labelledby").split()]
+        assert all(len(part.get_attribute("textContent")) > 3 for part in named)
+    levels = browser.execute_script("return [...document.querySelectorAll('h1,h2,h3,h4,h5')].map(h => +h.tagName[1])")
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    headers = browser.execute_script(
+        "return [...document.querySelectorAll('table')].map(t => [t.caption !== null,"
+        " t.querySelectorAll('thead th[scope=col]').length, t.tHead.rows[0].cells.length])"
+    )
+    assert all(captioned and named == columns for captioned, named, columns in headers)
+
+
+def _column(browser: webdriver.Chrome, table: int, column: int) -> list[str]:
+    return browser.execute_script(
+        "return [...document.querySelectorAll('main table')[arguments[0]].tBodies[0].rows]"
+        ".map(row => row.cells[arguments[1]].textContent.trim())",
+        table,
+        column,
+    )
+
+
+def test_tables_sort_by_keyboard_and_back(browser, server):
+    """Scores sorted as text put 9.5 above 85.0; a sort that cannot be undone loses the order of the report."""
+    _show(browser, server, "compared", 1280)
+    place = browser.execute_script(
+        "const tables = [...document.querySelectorAll('main table')];"
+        "for (const [number, table] of tables.entries()) for (const header of table.tHead.rows[0].cells)"
+        " if (/score/.test(header.textContent) && table.tBodies[0].rows.length > 2) return [number, header.cellIndex]"
+    )
+    before = _column(browser, *place)
+    button = browser.execute_script(
+        "return document.querySelectorAll('main table')[arguments[0]].tHead.rows[0].cells[arguments[1]]"
+        ".querySelector('button')",
+        *place,
+    )
+    button.send_keys(Keys.ENTER)
+    figures = [float(re.search(r"[\d.]+", text)[0]) for text in _column(browser, *place) if re.search(r"\d", text)]
+    assert figures == sorted(figures, reverse=True)
+    assert button.find_element(By.XPATH, "..").get_attribute("aria-sort") == "descending"
+    button.send_keys(Keys.ENTER)
+    figures = [float(re.search(r"[\d.]+", text)[0]) for text in _column(browser, *place) if re.search(r"\d", text)]
+    assert figures == sorted(figures)
+    button.send_keys(Keys.ENTER)
+    assert _column(browser, *place) == before
+
+
+def test_a_point_names_its_run(browser, server):
+    """A cloud of points in which nobody finds the run that fell out of line."""
+    _show(browser, server, "mrpc", 1280)
+    point = browser.find_element(By.CSS_SELECTOR, "figure svg a[aria-label*=seed]")
+    browser.execute_script(
+        "arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true, cancelable: true}))", point
+    )
+    figure = point.find_element(By.XPATH, "ancestor::*[local-name()='figure']")
+    said = figure.find_element(By.CSS_SELECTOR, "[role=status]")
+    assert "seed" in said.text
+    assert said.find_element(By.TAG_NAME, "a").get_attribute("href").endswith("run.json")
+    assert browser.current_url.endswith("report.html")
+
+
+def test_the_page_prints(browser, server, tmp_path):
+    """A printed table that is cut at the paper's edge, or a dark page of ink."""
+    _show(browser, server, "mrpc", 1280, "dark")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 700, "height": 990, "deviceScaleFactor": 1, "mobile": False}
+    )
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    cut = browser.execute_script(
+        "return [...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right).filter(r => r > 701)"
+    )
+    assert cut == []
+    pdf = base64.b64decode(
+        browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69})["data"]
+    )
+    assert pdf.startswith(b"%PDF")
+    assert pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") in range(2, 25)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,27 @@ def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_live_one_kept(
         (temporary / "weights").write_text("whole")
     assert not dead.exists()
     assert alive.exists()
+
+
+def test_everything_that_is_abandoned_below_a_folder_goes(tmp_path):
+    """What is not written again is not tidied up by its next write either."""
+    host = socket.gethostname()
+    names = {
+        f".a.tmp-{host}-999999999-0-ab": True,
+        f".b.tmp-{host}-{os.getpid()}-1-ab": True,  # another process had this id
+        f".c.tmp-{storage.owned_name()}": False,
+        ".d.tmp-elsewhere-1-1-ab": False,  # of another machine, new
+        ".e.tmp-elsewhere-1-1-ab": True,  # of another machine, old
+        ".f.tmp": False,
+        f"g.tmp-{host}-999999999-0-ab": False,  # not ours: ours are hidden
+    }
+    for name in names:
+        (tmp_path / "deep" / name).mkdir(parents=True)
+        (tmp_path / "deep" / name / "weights").write_text("half")
+    os.utime(tmp_path / "deep" / ".e.tmp-elsewhere-1-1-ab", (0, 0))
+    storage.remove_abandoned(tmp_path)
+    assert {entry.name for entry in (tmp_path / "deep").iterdir()} == {name for name, goes in names.items() if not goes}
+    storage.remove_abandoned(tmp_path / "missing")
 
 
 def test_files_get_the_usual_permissions(tmp_path):

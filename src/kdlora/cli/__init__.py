@@ -7,26 +7,35 @@ import logging
 import os
 import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 import typer
 
-from kdlora.cli import experiments, models, reference
+from kdlora.cli import experiments, label, models, reference
 from kdlora.cli.app import app
 from kdlora.errors import KdLoraError
 
-__all__ = ["app", "experiments", "main", "models", "reference"]
+__all__ = ["app", "experiments", "label", "main", "models", "reference"]
+
+
+_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+if hasattr(signal, "SIGHUP"):
+    _SIGNALS[signal.SIGHUP] = "SIGHUP (the terminal was closed)"
 
 
 def main() -> NoReturn:
-    """Run the command line and turn errors into exit codes: 2 the user's, 1 the machine's, 130 Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: let go of children and locks first
+    """Run the command line and turn errors into exit codes: 2 the user's, 1 the machine's, 128 + the signal's."""
+    asked = _take_signals()
     level = os.environ.get("KDLORA_LOG", "WARNING").upper()
     if level not in logging.getLevelNamesMapping():
         _fail(f"KDLORA_LOG is {level!r}; expected DEBUG, INFO, WARNING or ERROR", 2)
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
+    if not sys.stderr.isatty():  # a log full of bars cannot be read; libraries draw theirs into files, too
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="kdlora")
         if code == 130:  # newer versions of Typer turn Ctrl-C into this
             raise KeyboardInterrupt
     except typer.Exit as exit_request:
@@ -34,13 +43,16 @@ def main() -> NoReturn:
     except KdLoraError as error:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; the same command continues where it stopped", 130)
+        number = asked[0] if asked else signal.SIGINT
+        _fail(f"interrupted by {_SIGNALS[number]}; the same command continues where it stopped", 128 + number)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except MemoryError:
         _fail("out of memory; lower train.batch_size or train.micro_batch_tokens", 1)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(f"no file can have a name as long as {str(error.filename)[:60]!r}...; check the path", 2)
         remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error}{remedy}", 1)
     except Exception as error:
@@ -48,6 +60,20 @@ def main() -> NoReturn:
             raise
         _fail(error.format_message(), 2)
     sys.exit(code or 0)
+
+
+def _take_signals() -> list[signal.Signals]:
+    """Turn requests to end into KeyboardInterrupt, so that children save and locks go; list those that come."""
+    asked: list[signal.Signals] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        asked.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
+    return asked
 
 
 def _fail(message: str, code: int) -> NoReturn:

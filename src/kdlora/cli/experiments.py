@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kdlora.cli.app import Json, Out, Set, app
+from kdlora.cli.app import Json, Out, Set, app, complete_families, complete_tasks, print_json
 
 if TYPE_CHECKING:
     from kdlora.config import Config
@@ -24,7 +25,7 @@ def run(
     ] = None,
     out: Out = None,
     overrides: Set = None,
-    task: Annotated[str | None, typer.Option(help="GLUE task, with --data.")] = None,
+    task: Annotated[str | None, typer.Option(help="GLUE task, with --data.", autocompletion=complete_tasks)] = None,
     data: Annotated[str | None, typer.Option(help="Folder or Hub id with the data.")] = None,
     train: Annotated[str | None, typer.Option(help="Training file.")] = None,
     validation: Annotated[
@@ -33,7 +34,10 @@ def run(
     test: Annotated[str | None, typer.Option(help="Test file.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text column; twice for a pair.")] = None,
     label: Annotated[list[str] | None, typer.Option(help="Label column; several for 0/1 columns.")] = None,
-    family: Annotated[str | None, typer.Option(help="bert, roberta or deberta-v3: names both models.")] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(help="bert, roberta or deberta-v3: names both models.", autocompletion=complete_families),
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="Pretrained teacher: Hub id or folder.")] = None,
     student: Annotated[str | None, typer.Option(help="Pretrained student: Hub id or folder.")] = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failed run.")] = False,
@@ -64,14 +68,20 @@ def demo(out: Out = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def validate(config: Annotated[Path, typer.Argument(help="Config file (YAML).")], overrides: Set = None) -> None:
+def validate(
+    config: Annotated[Path, typer.Argument(help="Config file (YAML).")], overrides: Set = None, as_json: Json = False
+) -> None:
     """Check a config and print it in full, every default filled in; nothing is loaded or trained.
 
     Example: kdlora validate configs/mrpc.yaml
     """
     from kdlora.configfile import load_config, save_config
 
-    print(save_config(load_config(config, overrides or [])), end="")
+    checked = load_config(config, overrides or [])
+    if as_json:
+        print_json(checked.model_dump(mode="json"))
+    else:
+        print(save_config(checked), end="")
 
 
 @app.command()
@@ -88,7 +98,7 @@ def evaluate(
 
     scores = evaluate_experiment(experiment, data)
     if as_json:
-        print(json.dumps(scores, indent=2))
+        print_json(scores)
         return
     table = Table("model", "examples", "score", "metrics")
     for row in scores:
@@ -101,6 +111,7 @@ def evaluate(
 def compare(
     experiments: Annotated[list[Path], typer.Argument(help="Experiment folders, or folders of single runs.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for compare.md and compare.html.")] = Path(),
+    as_json: Json = False,
 ) -> None:
     """Put experiments or single runs into one table and one plot, paired where their examples are the same.
 
@@ -108,8 +119,7 @@ def compare(
     """
     from kdlora.evidence.compare import compare as compare_runs
 
-    for path in compare_runs(experiments, out=out).paths:
-        print(path)
+    _print_paths(compare_runs(experiments, out=out).paths, as_json)
 
 
 @app.command()
@@ -119,6 +129,7 @@ def report(
         Path | None,
         typer.Option("--out", help="Folder to write to; default: the experiment's, or the one above several."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write the report of one or several experiments again, as Markdown and as one HTML page.
 
@@ -126,7 +137,14 @@ def report(
     """
     from kdlora.evidence.report import make_report
 
-    for path in make_report(experiments, out=out).paths:
+    _print_paths(make_report(experiments, out=out).paths, as_json)
+
+
+def _print_paths(paths: Sequence[Path], as_json: bool) -> None:
+    if as_json:
+        print_json({"paths": paths})
+        return
+    for path in paths:
         print(path)
 
 

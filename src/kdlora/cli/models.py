@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,18 +11,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kdlora.cli.app import Json, app
+from kdlora.cli.app import Json, app, complete_formats, print_json
 
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="Model folder: student/, an ONNX folder, or an experiment.")],
+    model: Annotated[Path, typer.Argument(help="Model folder, experiment, or Hub id such as USER/REPO/onnx@REVISION.")],
     source: Annotated[str, typer.Argument(help="CSV, TSV, JSON Lines, Parquet or text file; - for standard input.")],
     to: Annotated[str, typer.Option("--to", help="Output file; - for JSON Lines on standard output.")] = "-",
     text: Annotated[list[str] | None, typer.Option(help="Text column; twice for a pair.")] = None,
     id_column: Annotated[str, typer.Option(help="Column that names a row.")] = "id",
     batch_size: Annotated[int, typer.Option(help="Most texts in one forward pass.")] = 32,
     strict: Annotated[bool, typer.Option(help="Stop at the first bad row.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Label every row of a file, in input order, in bounded memory; an interrupted file is continued.
 
@@ -38,15 +38,19 @@ def predict(
         summary = predict_file(
             model, source, to, text=text, id_column=id_column, batch_size=batch_size, strict=strict, progress=advance
         )
-    if to != "-":
+    if as_json and to != "-":  # what goes to standard output is JSON, a line for each row
+        print_json(asdict(summary))
+    elif to != "-":
         print(f"{summary.rows} rows, {summary.errors} of them bad, in {summary.to}", file=sys.stderr)
 
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="Experiment folder, or a merged model folder.")],
+    model: Annotated[Path, typer.Argument(help="Experiment folder, merged model folder, or Hub id.")],
     to: Annotated[Path, typer.Option("--to", help="Folder to write.")],
-    formats: Annotated[str, typer.Option("--format", help="onnx, onnx-int8 or all.")] = "all",
+    formats: Annotated[
+        str, typer.Option("--format", help="onnx, onnx-int8 or all.", autocompletion=complete_formats)
+    ] = "all",
     data: Annotated[str | None, typer.Option(help="Labelled file to check on; default: validation rows.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -60,7 +64,7 @@ def export(
 
     result = export_model(model, to, formats=formats, data=data)
     if as_json:
-        print(json.dumps(asdict(result), indent=2, default=str))
+        print_json(asdict(result))
         return
     table = Table("stage", "against", "score", "largest logit difference", "same predictions")
     for stage in result.stages:
@@ -72,7 +76,7 @@ def export(
 
 @app.command("benchmark")
 def benchmark_command(
-    models: Annotated[list[Path], typer.Argument(help="Model folders, .onnx files or experiments.")],
+    models: Annotated[list[Path], typer.Argument(help="Model folders, .onnx files, experiments or Hub ids.")],
     data: Annotated[str | None, typer.Option(help="Labelled file, for texts and scores.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each model; default: one a core.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Image file to draw.")] = None,
@@ -90,10 +94,34 @@ def benchmark_command(
 
         plot_benchmark(result, plot)
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print_json(result.to_dict())
         return
     header, rows = result.table()
     table = Table(*header, caption=f"{result.threads} threads, {result.rounds} rounds, {result.texts} texts")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+@app.command()
+def push(
+    experiment: Annotated[Path, typer.Argument(help="Experiment folder, or a merged model folder.")],
+    repo: Annotated[str, typer.Argument(help="Repository of the Hub, USER/NAME; made where it does not exist.")],
+    public: Annotated[bool, typer.Option("--public", help="Make it public; the default is private.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Push the report too; it quotes examples.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; made where it does not exist.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put the student, its ONNX export and its model card on the Hub, in one commit; log in with `hf auth login`.
+
+    The same command again sends only what is missing there, so an interrupted push goes on where it stopped.
+
+    Example: kdlora push runs/mrpc USER/mrpc-student
+    """
+    from kdlora.deploy.hub import push_experiment
+
+    pushed = push_experiment(experiment, repo, public=public, report=report, revision=revision)
+    if as_json:
+        print_json(asdict(pushed))
+    else:
+        print(f"{pushed.url} ({'private' if pushed.private else 'public'}, {len(pushed.files)} files)")

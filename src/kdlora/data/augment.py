@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset
 
 LOST = 0.15
@@ -46,7 +45,7 @@ def augment_texts(rows: Dataset, copies: int, *, seed: int = 0) -> Dataset:
                 words = texts["text" if echo else name][row]
                 other = texts[name][int(draw.integers(len(texts[name])))]
                 made[name].append(_perturb(words, other, bag, draw))
-    return Dataset(pa.table({name: pa.array(values, pa.string()) for name, values in made.items()}))
+    return Dataset.from_dict(made, features=rows.select_columns(list(made)).features)
 
 
 def _words(text: str) -> list[str]:

@@ -55,25 +55,9 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
         The token ids, and how many examples were cut.
     """
     limit = min(max_length, tokenizer.model_max_length)
-    pair = "text_pair" in dataset.column_names
-    kept = [name for name in tokenizer.model_input_names if name in ("input_ids", "token_type_ids")]
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
-        texts = [rows["text"], rows["text_pair"]] if pair else [rows["text"]]
-        # verbose=False: over-long inputs are expected here, counted, and cut below.
-        encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)
-        columns: dict[str, list[Any]] = {name: encoded[name] for name in kept}
-        long = [row for row, tokens in enumerate(columns["input_ids"]) if len(tokens) > limit]
-        if long:
-            some = [[column[row] for row in long] for column in texts]
-            cut = tokenizer(*some, truncation="longest_first", max_length=limit, return_attention_mask=False)
-            for name in kept:
-                for row, tokens in zip(long, cut[name], strict=True):
-                    columns[name][row] = tokens
-        columns["length"] = [len(tokens) for tokens in columns["input_ids"]]
-        too_long = set(long)
-        columns["truncated"] = [row in too_long for row in range(len(columns["length"]))]
-        return columns
+        return encode_texts(rows, tokenizer, limit)
 
     dropped = [name for name in dataset.column_names if name not in _CARRIED]
     with _progress_only_on_a_terminal():
@@ -84,12 +68,42 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     return Tokenised(encoded.remove_columns("truncated"), truncated, limit)
 
 
+def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[Any]]:
+    """Turn some texts into token ids.
+
+    Args:
+        rows: lists `text`, and `text_pair` for pairs.
+        tokenizer: the model's own tokenizer.
+        limit: longest input in tokens.
+
+    Returns:
+        Lists `input_ids`, `token_type_ids` where the tokenizer makes them, `length`, and `truncated` (bool).
+    """
+    texts = [rows[name] for name in ("text", "text_pair") if name in rows]
+    kept = [name for name in tokenizer.model_input_names if name in ("input_ids", "token_type_ids")]
+    # verbose=False: over-long inputs are expected here, counted, and cut below.
+    encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)
+    columns: dict[str, list[Any]] = {name: encoded[name] for name in kept}
+    long = [row for row, tokens in enumerate(columns["input_ids"]) if len(tokens) > limit]
+    if long:
+        some = [[column[row] for row in long] for column in texts]
+        cut = tokenizer(*some, truncation="longest_first", max_length=limit, return_attention_mask=False)
+        for name in kept:
+            for row, tokens in zip(long, cut[name], strict=True):
+                columns[name][row] = tokens
+    columns["length"] = [len(tokens) for tokens in columns["input_ids"]]
+    too_long = set(long)
+    columns["truncated"] = [row in too_long for row in range(len(columns["length"]))]
+    return columns
+
+
 class LengthBucketSampler(Sampler[list[int]]):
     """Draw batches of like length in random order.
 
     Rows are shuffled, cut into chunks of many batches, sorted by length within a chunk, and the batches shuffled:
     every epoch forms new batches, and a batch is hardly padded. Every row comes once; the last, short batch is drawn
-    like the others but comes last. The order depends on the lengths, the seed and the epoch alone.
+    like the others but comes last. The order depends on the lengths, the seed and the epoch alone. An epoch of more
+    rows than there are takes all of them again and again, the last time a part drawn at random.
     """
 
     def __init__(
@@ -99,6 +113,7 @@ class LengthBucketSampler(Sampler[list[int]]):
         *,
         seed: int,
         chunk_batches: int = _CHUNK_BATCHES,
+        rows_per_epoch: int | None = None,
     ) -> None:
         """Prepare epoch 0.
 
@@ -107,6 +122,7 @@ class LengthBucketSampler(Sampler[list[int]]):
             batch_size: rows per batch.
             seed: of the order.
             chunk_batches: batches per chunk; more pad less and mix less.
+            rows_per_epoch: rows that an epoch draws; default: each row once.
         """
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size
@@ -114,6 +130,7 @@ class LengthBucketSampler(Sampler[list[int]]):
         self.seed = seed
         self.epoch = 0
         self.chunk_batches = chunk_batches
+        self.rows_per_epoch = len(self.lengths) if rows_per_epoch is None else rows_per_epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order.
@@ -125,12 +142,13 @@ class LengthBucketSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Number of batches, the short one included."""
-        return (len(self.lengths) + self.batch_size - 1) // self.batch_size
+        return (self.rows_per_epoch + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the row numbers of each batch."""
         draw = np.random.default_rng([self.seed, self.epoch])
-        order = draw.permutation(len(self.lengths))
+        passes = -(-self.rows_per_epoch // max(1, len(self.lengths)))
+        order = np.concatenate([draw.permutation(len(self.lengths)) for _ in range(passes)])[: self.rows_per_epoch]
         full = len(order) // self.batch_size * self.batch_size
         chunk = self.chunk_batches * self.batch_size
         for start in range(0, full, chunk):
@@ -208,7 +226,8 @@ class Collator:
 
         Returns:
             `input_ids`, `attention_mask` and `token_type_ids` as int64 (rows, width); `labels` as int64 (rows,),
-            float32 (rows,) or float32 (rows, labels); `teacher_logits` as float32 (rows, labels).
+            float32 (rows,) or float32 (rows, labels); `teacher_logits` as float32 (rows, labels); `labelled` as
+            bool (rows,).
         """
         lengths = [len(row["input_ids"]) for row in rows]
         width = self._width(max(lengths))
@@ -222,6 +241,8 @@ class Collator:
         if "teacher_logits" in rows[0]:
             logits = np.asarray([row["teacher_logits"] for row in rows], dtype=np.float32)
             batch["teacher_logits"] = torch.from_numpy(logits)
+        if "labelled" in rows[0]:
+            batch["labelled"] = torch.tensor([bool(row["labelled"]) for row in rows])
         return batch
 
     def _width(self, longest: int) -> int:

@@ -56,8 +56,10 @@ def delimited_columns(file: Path, dialect: Dialect) -> tuple[str, ...]:
         dialect: how it is written.
 
     Raises:
-        DataError: no header, broken UTF-8, two columns of one name, or a TSV header in quotes.
+        DataError: no header, broken UTF-8 in the first 8 MiB, two columns of one name, or a TSV header in quotes.
     """
+    if fault := encoding_error(file, _BLOCK_BYTES):
+        raise fault
     if dialect.header:
         return dialect.header
     try:

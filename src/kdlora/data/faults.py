@@ -10,11 +10,12 @@ from kdlora.errors import DataError
 _CHUNK_BYTES = 1 << 20
 
 
-def encoding_error(file: Path) -> DataError | None:
+def encoding_error(file: Path, limit: int | None = None) -> DataError | None:
     """Describe the first byte that is not UTF-8.
 
     Args:
         file: the file to scan from its beginning.
+        limit: bytes to scan, about; None scans all.
 
     Returns:
         The error to raise, or None where the whole file is UTF-8.
@@ -35,7 +36,7 @@ def encoding_error(file: Path) -> DataError | None:
                 if error.reason != "unexpected end of data" or not chunk:
                     line += data.count(b"\n", 0, good)
                     return _describe(file, line, offset + good, data[good])
-            if not chunk:
+            if not chunk or (limit is not None and offset > limit):
                 return None
             line += data.count(b"\n", 0, good)
             offset, tail = offset + good, data[good:]

@@ -67,6 +67,8 @@ def _array_rows(file: Path, text: str) -> Iterator[Mapping[str, Any]]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{file}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from None
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{file}: {_unreadable(error)}") from None
     for number, row in enumerate(rows, 1):
         yield _as_object(row, f"{file}, row {number}")
 
@@ -81,7 +83,16 @@ def _line_rows(file: Path, lines: Iterator[str]) -> Iterator[Mapping[str, Any]]:
             raise DataError(
                 f"{file}, line {number}: not JSON ({error.msg}, column {error.colno}); expected one object per line"
             ) from None
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{file}, line {number}: {_unreadable(error)}") from None
         yield _as_object(row, f"{file}, line {number}")
+
+
+def _unreadable(error: Exception) -> str:
+    """Say why Python's reader gives up on what may well be JSON."""
+    if isinstance(error, RecursionError):
+        return 'nested too deep; expected an object such as {"text": ..., "label": ...}'
+    return f"cannot be read ({error})"
 
 
 def _as_object(row: object, where: str) -> Mapping[str, Any]:
@@ -95,6 +106,12 @@ def _as_object(row: object, where: str) -> Mapping[str, Any]:
 def _to_array(values: list[Any], key: str, file: Path, first_row: int) -> pa.Array:
     try:
         return pa.array(values)
+    except UnicodeEncodeError:
+        row = next(row for row, value in enumerate(values) if _is_broken(value))
+        raise DataError(
+            f"{file}, row {first_row + row + 1}: {key!r} holds half a character (a lone surrogate, such as \\ud800); "
+            "write the text again"
+        ) from None
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         known = [(row, value) for row, value in enumerate(values) if value is not None]
         expected = type(known[0][1])
@@ -105,3 +122,8 @@ def _to_array(values: list[Any], key: str, file: Path, first_row: int) -> pa.Arr
                     f"{expected.__name__} in the rows before; make it one type"
                 ) from None
         raise DataError(f"{file}: {key!r} cannot be read ({error}); make it one type") from None
+
+
+def _is_broken(value: Any) -> bool:
+    """Say whether text, however deep, cannot be written as UTF-8."""
+    return any(0xD800 <= ord(character) <= 0xDFFF for character in json.dumps(value, ensure_ascii=False))

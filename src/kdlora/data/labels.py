@@ -109,7 +109,8 @@ def _codes(raw: RawTable, column: str, names: tuple[str, ...]) -> pa.ChunkedArra
         found = strings[position].as_py()
         raise DataError(
             f"{raw.where(position)}: the label {found!r} ({column!r}) is not among the labels "
-            f"{', '.join(map(repr, names))}.{did_you_mean(found, names)} Correct it, or add training examples of it"
+            f"{', '.join(map(repr, names))}.{did_you_mean(found, names)} Correct it, name it in "
+            "task.label_names where that is set, or add training examples of it"
         )
     return codes.cast(pa.int64())
 

@@ -14,12 +14,15 @@ from datasets import Dataset, concatenate_datasets
 
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.data import glue
+from kdlora.data.augment import augment_texts
 from kdlora.data.canonical import Columns, corrupt_rows, find_id_column, read_column, to_canonical
+from kdlora.data.collection import is_collection, open_collection_texts
 from kdlora.data.hub import is_saved_dataset, open_hub, open_saved
 from kdlora.data.infer import infer_label_column, infer_task, infer_text_columns
 from kdlora.data.sources import Source, open_file
 from kdlora.data.split import split_rows
 from kdlora.data.tasks import GLUE, GlueTask, Task
+from kdlora.data.unlabelled import keep_unscored
 from kdlora.errors import DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 Groups = Mapping[str, Source]
 """The sources of one split by group; a split of one source has the group ""."""
 
-_USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
+_USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",), "unlabelled": ()}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Splits:
         validation: examples for checkpoints, early stopping and the choice of what is shipped.
         test: examples for the headline, where there are labelled ones.
         notes: plain sentences on what was inferred, dropped or drawn.
+        unlabelled: texts that only the teacher labels; no column `label`.
+        copies: how many of these are perturbed copies of training texts.
     """
 
     task: Task
@@ -47,6 +52,14 @@ class Splits:
     validation: Dataset
     test: Dataset | None = None
     notes: tuple[str, ...] = ()
+    unlabelled: Dataset | None = None
+    copies: int = 0
+
+    def __repr__(self) -> str:
+        """Say what is learnt, and how many examples there are."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        rows = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)
+        return f"Splits({self.task.kind}, labels {list(self.task.label_names)}, {rows})"
 
 
 @dataclass
@@ -138,9 +151,31 @@ def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
     train, validation = _train_and_validation(reading, data, splits, train)
     test = _test(reading, data, splits)
     _check_labels(reading.task, data, train, {"validation": validation, "test": test})
+    unlabelled = _unlabelled(reading, data, splits, [part for part in (validation, test) if part is not None])
     for note in reading.notes:
         logger.info(note)
-    return Splits(reading.task, train, validation, test, tuple(reading.notes))
+    splits_read = Splits(reading.task, train, validation, test, tuple(reading.notes), unlabelled)
+    return add_copies(splits_read, data.augment, seed=data.split_seed) if data.augment else splits_read
+
+
+def add_copies(splits: Splits, copies: int, *, seed: int) -> Splits:
+    """Put perturbed copies of the training texts beside the unlabelled rows.
+
+    Args:
+        splits: the task with its examples.
+        copies: of each training text.
+        seed: of the draws.
+
+    Returns:
+        The splits; no copy is the text of a validation or test row.
+    """
+    scored = [part for part in (splits.validation, splits.test) if part is not None]
+    made = keep_unscored(augment_texts(splits.train, copies, seed=seed), scored)
+    parts = [splits.unlabelled.select_columns(made.column_names)] if splits.unlabelled is not None else []
+    note = f"{len(made)} perturbed copies of the training texts are there for the teacher to label (data.augment)."
+    return replace(
+        splits, unlabelled=concatenate_datasets([*parts, made]), copies=len(made), notes=(*splits.notes, note)
+    )
 
 
 def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: bool) -> Dataset:
@@ -190,8 +225,13 @@ def _open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
                 splits[split] = available[found]
         elif wanted in available:
             splits[split] = available[wanted]
+        elif split == "unlabelled" and is_collection(Path(wanted)):
+            continue  # it knows its own columns
         elif data.path is None or Path(wanted).is_file():
-            splits[split] = {"": open_file(wanted, f"data.{split}")}
+            key = f"data.{split}"
+            is_glue = split == "unlabelled" and known is not None and Path(wanted).is_file()
+            source = glue.open_glue_file(Path(wanted), known) if is_glue and known else open_file(wanted, key)
+            splits[split] = {"": source}
         else:
             raise DataError(
                 f"data.{split}: {wanted!r} is neither a file nor a split of {data.path}; its splits are "
@@ -244,6 +284,10 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         return _Reading(known.task, known, data.id_column)
     text = task.text or infer_text_columns(train)
     label = task.label or infer_label_column(train)
+    if both := [column for column in text if column in label]:
+        raise DataError(
+            f"the column {both[0]!r} is both text and label, so there is nothing to learn; set task.text and task.label"
+        )
     reading = _Reading(Task("single-label", text, label, (), ()), None, data.id_column)
     columns = reading.columns(train, labelled=True)
     inferred, notes = infer_task(train.read(columns.label), text, label, task)
@@ -290,6 +334,33 @@ def _test(reading: _Reading, data: DataConfig, splits: Mapping[str, Groups]) -> 
         reading.notes.append(f"{names} carries no labels and is not used for scoring.")
         return None
     return reading.split(groups, labelled=True)
+
+
+def _unlabelled(
+    reading: _Reading, data: DataConfig, splits: Mapping[str, Groups], scored: list[Dataset]
+) -> Dataset | None:
+    """Read the texts without labels; those that a score is measured on are left out."""
+    if data.unlabelled is None:
+        return None
+    if "unlabelled" in splits:
+        rows = reading.split(splits["unlabelled"], labelled=False)
+    else:
+        rows = open_collection_texts(Path(data.unlabelled), reading.task)
+    kept = keep_unscored(rows, scored)
+    if dropped := len(rows) - len(kept):
+        reading.notes.append(
+            f"{data.unlabelled}: {dropped} of {len(rows)} unlabelled rows hold the text of a validation or test row; "
+            "they are left out, so that every scored text is new to the student."
+        )
+    if not len(kept):
+        raise DataError(f"{data.unlabelled} (data.unlabelled): no rows are left that are not scored on; give others")
+    limit = data.max_unlabelled_examples
+    if limit is not None and limit < len(kept):
+        reading.notes.append(
+            f"Only the first {limit} of {len(kept)} unlabelled rows are used (data.max_unlabelled_examples)."
+        )
+        kept = kept.select(range(limit))
+    return kept.remove_columns("group") if "group" in kept.column_names else kept
 
 
 def _check_labels(task: Task, data: DataConfig, train: Dataset, others: Mapping[str, Dataset | None]) -> None:

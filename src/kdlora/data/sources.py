@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features
-from datasets.fingerprint import get_temporary_cache_files_directory
 
 from kdlora.data.delimited import Dialect, choose_dialect, delimited_batches, delimited_columns
 from kdlora.data.faults import refuse_duplicates
@@ -155,7 +155,7 @@ def spool(batches: Iterator[pa.RecordBatch], source: str) -> pa.Table:
         source: how messages call their origin.
 
     Returns:
-        One table over the mapped files. They go when the process ends.
+        One table over the mapped files, which have no names and go with the table.
 
     Raises:
         DataError: no rows, or types that do not go together.
@@ -163,13 +163,16 @@ def spool(batches: Iterator[pa.RecordBatch], source: str) -> pa.Table:
     rows = (batch for batch in batches if batch.num_rows)
     tables = []
     for schema, group in itertools.groupby(rows, key=lambda batch: batch.schema):
-        with (
-            NamedTemporaryFile(dir=get_temporary_cache_files_directory(), suffix=".arrow", delete=False) as file,
-            pa.ipc.new_stream(file, schema) as writer,
-        ):
-            for batch in group:
-                writer.write_batch(batch)
-        tables.append(pa.ipc.open_stream(pa.memory_map(file.name)).read_all())
+        with NamedTemporaryFile(prefix="kdlora-rows-", suffix=".arrow", delete=False) as file:
+            try:
+                with pa.ipc.new_stream(file, schema) as writer:
+                    for batch in group:
+                        writer.write_batch(batch)
+                file.flush()
+                tables.append(pa.ipc.open_stream(pa.memory_map(file.name)).read_all())
+            finally:  # the map keeps the rows, and lets go of them with the table, however the process ends
+                with contextlib.suppress(PermissionError):  # Windows, which keeps what is mapped
+                    Path(file.name).unlink()
     if not tables:
         raise DataError(f"{source} has a header or columns but no rows; expected one example per row")
     try:

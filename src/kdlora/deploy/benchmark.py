@@ -21,6 +21,7 @@ from kdlora.deploy.predict import default_threads
 from kdlora.errors import ConfigError, DataError, ModelError
 from kdlora.evidence.environment import collect_versions, describe_machine
 from kdlora.evidence.metrics import compute_metrics, score
+from kdlora.evidence.notebook import html_table
 
 Progress = Callable[[str], None]
 
@@ -101,6 +102,11 @@ class BenchmarkResult:
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        header, rows = self.table()
+        return html_table(header, rows, f"{self.threads} threads, {self.rounds} rounds, {self.texts} texts")
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Give header and rows as text, with ratios to the first model."""

@@ -75,16 +75,19 @@ class Classifier:
         threads: int | None = None,
         max_length: int | None = None,
         verify: bool = True,
+        revision: str | None = None,
     ) -> Classifier:
-        """Load a model folder.
+        """Load a model folder, or a model of the Hub.
 
         Args:
-            folder: a transformers folder, an exported folder or an `.onnx` file in it.
+            folder: a transformers folder, an exported folder or an `.onnx` file in it; or a Hub id `USER/REPO`, a
+                folder in it as `USER/REPO/onnx`, each with `@REVISION` behind it if need be.
             precision: which ONNX file of a folder that has several; `auto` prefers int8.
             threads: of the network's products; by default `OMP_NUM_THREADS`, else one a core. With PyTorch this is
                 process-wide.
             max_length: cut texts to that many tokens; by default what the folder says.
             verify: compare an exported file with the hash that its export recorded.
+            revision: commit, tag or branch of a Hub id.
 
         Returns:
             The classifier, ready to predict.
@@ -94,6 +97,10 @@ class Classifier:
             ArtifactError: a file is damaged or is not the one that was exported.
             KdLoraError: the runtime is not installed.
         """
+        if not Path(folder).exists():
+            from kdlora.deploy.hub import locate_model  # here: what lies on this machine is served without it
+
+            folder = locate_model(folder, revision=revision)
         described = read_model_folder(folder, precision=precision, max_length=max_length)
         if threads is not None and threads < 1:
             raise ModelError(f"threads must be at least 1, got {threads}.")
@@ -106,6 +113,15 @@ class Classifier:
 
         backend = TorchBackend.load(described, threads=threads)
         return cls(described, backend, backend.tokenizer_json)
+
+    def __repr__(self) -> str:
+        """Say what is loaded, and from where."""
+        folder = self.folder
+        name = folder.path if folder.file is None else folder.path / folder.file.name
+        return (
+            f"Classifier({str(name)!r}, {folder.kind}, labels {list(self.label_names)}, {folder.backend}, "
+            f"{folder.precision}, {folder.size_bytes / 1e6:.1f} MB, at most {folder.max_length} tokens)"
+        )
 
     @property
     def label_names(self) -> tuple[str, ...]:

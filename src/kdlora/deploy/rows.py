@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
@@ -37,11 +38,13 @@ class Row:
         id: of the id column, or the row's number from 0.
         text: a text or a pair; None where the row is bad.
         error: what is wrong with it, or an empty string.
+        numbered: whether the id is the row's number, since the input names none.
     """
 
     id: str
     text: Text | None
     error: str = ""
+    numbered: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,21 @@ class RowReader:
         format: how it is read.
     """
 
-    def __init__(self, source: str | Path, columns: Columns, *, format: InputFormat | None = None) -> None:  # noqa: A002
+    def __init__(
+        self,
+        source: str | Path,
+        columns: Columns,
+        *,
+        format: InputFormat | None = None,  # noqa: A002
+        start: int = 0,
+    ) -> None:
         """Check that the input can be read; nothing is read yet.
 
         Args:
             source: a file, or "-" for standard input.
             columns: where a row's text is.
             format: by default from the file's extension; for standard input one text a line.
+            start: rows to leave out at the beginning; of a Parquet file they are not even read.
 
         Raises:
             DataError: no such file, or an unknown format.
@@ -83,6 +94,7 @@ class RowReader:
         self.name = "standard input" if str(source) == "-" else str(source)
         self._path = None if str(source) == "-" else Path(source)
         self._columns = columns
+        self._start = start
         self.format = _choose_format(self._path, format)
         self._position: Callable[[], float | None] = lambda: None
 
@@ -104,7 +116,7 @@ class RowReader:
             # Broken UTF-8 must spoil its own row only: it is smuggled in here and refused by `check_text`.
             lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
             try:
-                yield from self._text_rows(lines)
+                yield from islice(self._text_rows(lines), self._start, None)
             finally:
                 lines.detach()
                 self._position = lambda: None if self._path is None else 1.0
@@ -185,12 +197,14 @@ class RowReader:
             names = file.schema_arrow.names
             texts = self._find_columns(names)
             has_id = self._columns.id in names
-            total, number = max(1, file.metadata.num_rows), 0
+            total = max(1, file.metadata.num_rows)
+            number, groups = _groups_from(file.metadata, self._start)
             self._position = lambda: number / total
             wanted = [*texts, *([self._columns.id] if has_id and self._columns.id not in texts else [])]
-            for batch in file.iter_batches(batch_size=256, columns=wanted):
+            for batch in file.iter_batches(batch_size=256, columns=wanted, row_groups=groups):
                 for values in batch.to_pylist():
-                    yield self._row(number, values, texts, has_id=has_id)
+                    if number >= self._start:
+                        yield self._row(number, values, texts, has_id=has_id)
                     number += 1
 
     def _row(self, number: int, values: Mapping[str, Any], texts: Sequence[str], *, has_id: bool) -> Row:
@@ -207,7 +221,8 @@ class RowReader:
         parts = [values[column] for column in texts]
         cut = [part[: self._columns.cut] if isinstance(part, str) else part for part in parts]
         try:
-            return Row(name, check_text(cut[0] if len(cut) == 1 else tuple(cut), f"row {number}"))
+            text = check_text(cut[0] if len(cut) == 1 else tuple(cut), f"row {number}")
+            return Row(name, text, numbered=given is None)
         except DataError as error:
             return Row(name, None, str(error))
 
@@ -261,6 +276,17 @@ def _choose_format(path: Path | None, wanted: InputFormat | None) -> InputFormat
             f"{', '.join(_SUFFIXES)}, or name the format."
         )
     return found
+
+
+def _groups_from(metadata: Any, start: int) -> tuple[int, list[int]]:
+    """Find the row groups of a Parquet file that hold a row and those after it, and the number of their first row."""
+    first, ends = 0, 0
+    for group in range(metadata.num_row_groups):
+        ends = first + metadata.row_group(group).num_rows
+        if ends > start:
+            return first, list(range(group, metadata.num_row_groups))
+        first = ends
+    return ends, []
 
 
 def _chain(first: str, rest: io.TextIOWrapper) -> Iterator[str]:

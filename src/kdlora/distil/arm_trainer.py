@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,8 @@ from kdlora.distil.loss_sums import LossSums
 from kdlora.distil.losses import LossTerms
 from kdlora.distil.session import Session
 from kdlora.distil.standardise import TargetScale
+
+logger = logging.getLogger(__name__)
 
 MICRO_BATCHES = "micro_batches"
 
@@ -203,6 +207,28 @@ class ArmTrainer(DistillationTrainer):
         """
         return 0
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Stop before a gradient that is not finite reaches the weights; in fp16 the scaler skips such steps itself."""
+        norm = super()._clip_grad_norm(model)
+        if not self.args.fp16:
+            self.epoch_sums.note_gradient(norm, self.state.global_step + 1)
+            if self.args.device.type == "cpu":  # elsewhere it shows before the next checkpoint
+                self.epoch_sums.check(self.args.learning_rate)
+        return norm
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Name the rows that an optimiser step is made of.
+
+        Args:
+            step: from 1.
+
+        Returns:
+            Row numbers of the training data.
+        """
+        epoch, place = divmod(step - 1, len(self.sampler))
+        self.sampler.set_epoch(epoch)
+        return next(itertools.islice(iter(self.sampler), place, None))
+
     # What a session needs.
 
     def begin_epoch(self, epoch: int, *, fresh: bool) -> None:
@@ -258,6 +284,7 @@ class ArmTrainer(DistillationTrainer):
                     "losses": {"window": self.window.sums, "epoch": self.epoch_sums.sums},
                 },
             )
+        logger.info("checkpoint at step %d", self.state.global_step)
         self.session.note_saved()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

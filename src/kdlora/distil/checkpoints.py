@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kdlora.distil.fingerprints import compare, hash_file
 from kdlora.errors import ArtifactError
+from kdlora.evidence.integrity import is_sealed_or_old, seal
 from kdlora.evidence.records import atomic_file, atomic_folder
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ _MEANING = {
     "seed": "the seed",
     "precision": "the number format",
     "device": "the kind of device",
+    "rows_per_epoch": "the number of rows in an epoch",
 }
 
 
@@ -101,6 +103,10 @@ class CheckpointFolder:
             return Checkpoint(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
         return None
 
+    def newest(self) -> Path | None:
+        """Name the newest checkpoint, whole or not; None where there is none."""
+        return next(reversed(self._folders()), None)
+
     def write(self, step: int, documents: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
         """Write a checkpoint; it counts once it is whole. Older ones go.
 
@@ -122,7 +128,7 @@ class CheckpointFolder:
                 _link(self.best, temporary / self.best.name)
             digests = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
             manifest = {"schema_version": SCHEMA_VERSION, "ingredients": self.ingredients, "sha256": digests}
-            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            (temporary / _MANIFEST).write_text(json.dumps(seal(manifest), indent=2), encoding="utf-8")
         for folder in self._folders()[: -self.keep]:
             shutil.rmtree(folder, ignore_errors=True)
         return place
@@ -273,8 +279,10 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """Read the manifest where it and every file it names are whole."""
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        whole = manifest["schema_version"] == SCHEMA_VERSION and all(
-            hash_file(folder / name) == digest for name, digest in manifest["sha256"].items()
+        whole = (
+            manifest["schema_version"] == SCHEMA_VERSION
+            and is_sealed_or_old(manifest)
+            and all(hash_file(folder / name) == digest for name, digest in manifest["sha256"].items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from kdlora.config import DistilConfig, Kind
 from kdlora.distil.logits import COLUMN
 from kdlora.distil.loss_sums import LossSums, term_means
 from kdlora.distil.losses import LossTerms, annealed, distillation_loss
 from kdlora.distil.standardise import TargetScale
-from kdlora.errors import DataError
+from kdlora.distil.unlabelled import LABELLED
+from kdlora.errors import ConfigError, DataError
 
 
 class DistillationTrainer(Trainer):
@@ -36,7 +37,7 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         args: TrainingArguments,
         *,
         kind: Kind = "single-label",
@@ -46,14 +47,16 @@ class DistillationTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        model_init: Callable[[], PreTrainedModel] | None = None,
         compute_metrics: Callable[..., dict[str, float]] | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Sequence[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         """Set up a training; all but `kind`, `distil` and `target_scale` is as in Trainer.
 
         Args:
-            model: a transformers classifier, with or without an adapter.
+            model: a transformers classifier, with or without an adapter; None where `model_init` makes one.
             args: Trainer's arguments.
             kind: kind of the task.
             distil: weights and temperature; None trains on the labels alone.
@@ -63,10 +66,20 @@ class DistillationTrainer(Trainer):
             train_dataset: has `teacher_logits` where `distil` is given.
             eval_dataset: may lack it; the loss is then the hard one.
             processing_class: the tokenizer.
+            model_init: as in Trainer.
             compute_metrics: as in Trainer.
             callbacks: as in Trainer.
             optimizers: as in Trainer.
+            preprocess_logits_for_metrics: as in Trainer.
+
+        Raises:
+            ConfigError: label smoothing is asked for.
         """
+        if args.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor is {args.label_smoothing_factor:g}, but the soft loss takes its place; "
+                "leave it at 0"
+            )
         super().__init__(
             model=model,
             args=args,
@@ -74,9 +87,11 @@ class DistillationTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            model_init=model_init,
             compute_metrics=compute_metrics,
-            callbacks=list(callbacks),
+            callbacks=None if callbacks is None else list(callbacks),
             optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.kind = kind
         self.distil = distil
@@ -114,7 +129,15 @@ class DistillationTrainer(Trainer):
 
         Args:
             batch: what the collator made.
+
+        Raises:
+            DataError: it has no labels.
         """
+        if "labels" not in batch:
+            raise DataError(
+                f"the batch has no labels, it has {', '.join(batch)}; expected a column `label` or `labels` in the "
+                "training data, and a collator that keeps it"
+            )
         return len(batch["labels"])
 
     def compute_loss(
@@ -128,23 +151,28 @@ class DistillationTrainer(Trainer):
 
         Args:
             model: what is trained.
-            inputs: the batch, with `labels` and, where a teacher teaches, `teacher_logits`.
+            inputs: the batch, with `labels` and, where a teacher teaches, `teacher_logits`; `labelled` (bool) says
+                which labels count, where some rows have none.
             return_outputs: also return what the model gave.
             num_items_in_batch: rows of the whole optimiser step; in evaluation the rows of this batch count.
 
         Raises:
             DataError: a training batch without teacher logits.
         """
-        known = {name: value for name, value in inputs.items() if name not in ("labels", COLUMN)}
+        known = {name: value for name, value in inputs.items() if name not in ("labels", COLUMN, LABELLED)}
         outputs = model(**known)
-        terms = self.loss_terms(outputs.logits, inputs["labels"], inputs.get(COLUMN), training=model.training)
+        terms = self.loss_terms(
+            outputs.logits, inputs["labels"], inputs.get(COLUMN), training=model.training, labelled=inputs.get(LABELLED)
+        )
         if model.training:
             self.record(terms)
         rows = num_items_in_batch if model.training and num_items_in_batch is not None else len(terms.total)
         loss = terms.total.sum() / rows
         return (loss, outputs) if return_outputs else loss
 
-    def loss_terms(self, logits: Tensor, labels: Tensor, teacher: Tensor | None, *, training: bool) -> LossTerms:
+    def loss_terms(
+        self, logits: Tensor, labels: Tensor, teacher: Tensor | None, *, training: bool, labelled: Tensor | None = None
+    ) -> LossTerms:
         """Compute the loss of every row.
 
         Args:
@@ -152,6 +180,7 @@ class DistillationTrainer(Trainer):
             labels: as `distillation_loss` takes them.
             teacher: (rows, labels), or None.
             training: whether a missing teacher is a fault.
+            labelled: (rows,) bool, which rows have a label; None: all of them.
 
         Raises:
             DataError: no teacher logits where `distil` asks for them.
@@ -177,6 +206,7 @@ class DistillationTrainer(Trainer):
             alpha=alpha,
             temperature=distil.temperature,
             loss=distil.loss,
+            labelled=labelled,
         )
 
     def record(self, terms: LossTerms) -> None:
@@ -219,7 +249,6 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the teacher's column where Trainer drops what the model's forward does not take."""
+        """Keep the teacher's columns where Trainer drops what the model's forward does not take."""
         super()._set_signature_columns_if_needed()
-        if COLUMN not in self._signature_columns:
-            self._signature_columns += [COLUMN]
+        self._signature_columns += [name for name in (COLUMN, LABELLED) if name not in self._signature_columns]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,12 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from kdlora.evidence.integrity import hash_file
+
+__all__ = ["compare", "hash_columns", "hash_file", "hash_json", "hash_model", "hash_tokenizer"]
+
 _ARCHITECTURE = ("model_type", "num_attention_heads", "n_heads", "hidden_act", "activation", "layer_norm_eps")
 _ROWS = 100_000
-
-
-def hash_file(path: Path) -> str:
-    """Give the SHA-256 of a file's bytes.
-
-    Args:
-        path: the file.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_json(value: Any) -> str:
@@ -39,17 +32,21 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def hash_model(model: nn.Module) -> str:
+def hash_model(model: nn.Module, *, without: Collection[str] = ()) -> str:
     """Give the SHA-256 of all parameters and buffers, by name, and of the traits that no weight shows.
 
     Args:
         model: any model; where it came from does not count.
+        without: names of modules that do not count, such as a head that is fresh.
     """
+    left_out = tuple(f"{name}." for name in without)
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
     traits = [type(model).__name__, *(str(getattr(config, name, None)) for name in _ARCHITECTURE)]
     digest.update(json.dumps(traits).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(left_out):
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
@@ -127,4 +124,5 @@ def _update(digest: Any, array: pa.Array) -> None:
         if len(text):
             digest.update(memoryview(text.buffers()[2])[offsets[0] : offsets[-1]])
     elif not pa.types.is_null(array.type):
-        digest.update(pc.fill_null(array, 0).to_numpy(zero_copy_only=False).tobytes())
+        nothing = False if pa.types.is_boolean(array.type) else 0
+        digest.update(pc.fill_null(array, nothing).to_numpy(zero_copy_only=False).tobytes())

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from kdlora.distil.fingerprints import compare, hash_file, hash_json
 from kdlora.distil.tables import PREFIX
 from kdlora.errors import ArtifactError
+from kdlora.evidence.integrity import is_sealed_or_old, seal
 from kdlora.evidence.records import atomic_file, write_json_atomic
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class LogitStore:
             "versions": dict(self.versions),
             "shards": {str(number): asdict(shard) for number, shard in sorted(self.shards.items())},
         }
-        write_json_atomic(_manifest(self.folder), content)
+        write_json_atomic(_manifest(self.folder), seal(content))
 
 
 def load_store(folder: Path) -> LogitStore | None:
@@ -164,6 +165,8 @@ def load_store(folder: Path) -> LogitStore | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema_version"] != SCHEMA_VERSION:
             raise ArtifactError(f"{path}: of another version of kdlora. {_remedy(folder)}")
+        if not is_sealed_or_old(content):
+            raise ArtifactError(f"{path}: its content does not fit its checksum: damaged or edited. {_remedy(folder)}")
         return LogitStore(
             folder=folder,
             ingredients=content["ingredients"],

@@ -41,6 +41,10 @@ class TeacherLogits:
     truncated: int = 0
     source: str = "the teacher's logits"
 
+    def __repr__(self) -> str:
+        """Say whose logits these are."""
+        return f"TeacherLogits({self.source!r}, {len(self.ids):,} examples, labels {list(self.label_names)})"
+
     def __post_init__(self) -> None:
         """Refuse what could not be attached to the right example.
 

@@ -8,7 +8,26 @@ from torch import Tensor
 from kdlora.distil.losses import LossTerms
 from kdlora.errors import KdLoraError
 
-_TOTAL, _HARD, _SOFT, _ROWS, _SOFT_ROWS = range(5)
+
+class DivergedError(KdLoraError):
+    """A loss or a gradient that is not a finite number.
+
+    Attributes:
+        step: the optimiser step, from 1; -1 where it is not known.
+    """
+
+    def __init__(self, message: str, step: int = -1) -> None:
+        """Say what diverged.
+
+        Args:
+            message: with the remedy.
+            step: the optimiser step.
+        """
+        super().__init__(message)
+        self.step = step
+
+
+_TOTAL, _HARD, _SOFT, _ROWS, _SOFT_ROWS, _HARD_ROWS = range(6)
 
 
 class LossSums:
@@ -21,8 +40,9 @@ class LossSums:
             device: where the losses are computed.
         """
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(5, dtype=dtype, device=device)
+        self.sums = torch.zeros(6, dtype=dtype, device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.bad_gradient = torch.full((), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self, terms: LossTerms, step: int) -> None:
@@ -35,10 +55,22 @@ class LossSums:
         rows = terms.hard.new_full((), len(terms.hard))
         zero = torch.zeros_like(rows)
         soft, soft_rows = (zero, zero) if terms.soft is None else (terms.soft.sum(), rows)
-        added = torch.stack([terms.total.sum(), terms.hard.sum(), soft, rows, soft_rows])
+        hard_rows = rows if terms.labelled is None else terms.labelled.sum().to(rows.dtype)
+        added = torch.stack([terms.total.sum(), terms.hard.sum(), soft, rows, soft_rows, hard_rows])
         self.sums += added.to(self.sums.dtype)
         bad = ~torch.isfinite(added[_TOTAL]) & (self.bad_step < 0)
         self.bad_step = torch.where(bad, step, self.bad_step)
+
+    @torch.no_grad()
+    def note_gradient(self, norm: Tensor | float, step: int) -> None:
+        """Note a gradient that is not finite; the weights are not either once the step is taken.
+
+        Args:
+            norm: of all gradients, before they are clipped.
+            step: the optimiser step.
+        """
+        bad = ~torch.isfinite(torch.as_tensor(norm, device=self.sums.device)) & (self.bad_gradient < 0)
+        self.bad_gradient = torch.where(bad, step, self.bad_gradient)
 
     def check(self, learning_rate: float | None = None) -> None:
         """Stop a training that has diverged. Waits for the device.
@@ -47,17 +79,19 @@ class LossSums:
             learning_rate: for the message.
 
         Raises:
-            KdLoraError: a loss was not a finite number.
+            DivergedError: a loss or a gradient was not a finite number.
         """
-        step = int(self.bad_step)
-        if step >= 0:
-            raise KdLoraError(diverged(f"the loss is not a finite number at step {step}", learning_rate))
+        for what, first in (("loss is", self.bad_step), ("gradients are", self.bad_gradient)):
+            if (step := int(first)) >= 0:
+                numbers = "a finite number" if what == "loss is" else "finite numbers"
+                raise DivergedError(diverged(f"the {what} not {numbers} at step {step}", learning_rate), step)
 
     def means(self) -> dict[str, float]:
         """Give the exact means over the rows so far. Waits for the device.
 
         Returns:
-            `loss`, `hard_loss` and, where a teacher taught, `soft_loss`; empty without rows.
+            `loss`, `hard_loss` over the rows with a label and, where a teacher taught, `soft_loss`; empty without
+            rows.
         """
         return term_means(self.sums)
 
@@ -70,12 +104,12 @@ def term_means(sums: Tensor) -> dict[str, float]:
     """Turn sums into means.
 
     Args:
-        sums: (5,) totals, hard, soft, rows, rows with a soft loss.
+        sums: (6,) totals, hard, soft, rows, rows with a soft loss, rows with a label.
     """
-    total, hard, soft, rows, soft_rows = sums.tolist()
+    total, hard, soft, rows, soft_rows, hard_rows = sums.tolist()
     if rows == 0:
         return {}
-    means = {"loss": total / rows, "hard_loss": hard / rows}
+    means = {"loss": total / rows} | ({"hard_loss": hard / hard_rows} if hard_rows else {})
     return means | ({"soft_loss": soft / soft_rows} if soft_rows else {})
 
 
@@ -89,5 +123,5 @@ def diverged(what: str, learning_rate: float | None) -> str:
     rate = "" if learning_rate is None else f" (now {learning_rate:g})"
     return (
         f"the training diverged: {what}. Most often the learning rate{rate} is too high; else set run.precision to "
-        "fp32, lower max_grad_norm or lengthen the warm-up"
+        "fp32, lower max_grad_norm, lengthen the warm-up, or look for labels or teacher logits of huge size"
     )

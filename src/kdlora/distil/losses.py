@@ -21,13 +21,15 @@ class LossTerms:
 
     Attributes:
         total: (rows,) `alpha * hard + (1 - alpha) * soft`; equal to `hard` without a teacher.
-        hard: (rows,) loss against the labels.
+        hard: (rows,) loss against the labels; 0 for a row without label.
         soft: (rows,) loss against the teacher; None without one.
+        labelled: (rows,) bool, which rows have a label; None: all of them.
     """
 
     total: Tensor
     hard: Tensor
     soft: Tensor | None
+    labelled: Tensor | None = None
 
 
 def distillation_loss(
@@ -39,8 +41,12 @@ def distillation_loss(
     alpha: float = 0.5,
     temperature: float = 2.0,
     loss: str = "kl",
+    labelled: Tensor | None = None,
 ) -> LossTerms:
     """Weigh the loss against the labels and the loss against the teacher.
+
+    A row without label has the teacher's term alone, with the weight that it has everywhere: the loss of a batch is
+    `(alpha * sum of hard over the labelled rows + (1 - alpha) * sum of soft over all rows) / rows`.
 
     For regression the soft loss is always the squared error against the teacher's value: a single number has no
     distribution to soften.
@@ -53,6 +59,7 @@ def distillation_loss(
         alpha: weight of the hard loss, 0 to 1.
         temperature: softening of both distributions, finite and above 0; used by `kl` alone.
         loss: `kl` or `mse`.
+        labelled: (rows,) bool, false where the label only fills its place; None: every row has one.
 
     Returns:
         The terms, each (rows,).
@@ -69,8 +76,10 @@ def distillation_loss(
     if loss not in SOFT_LOSSES:
         raise ConfigError(f"distil.loss is one of {', '.join(SOFT_LOSSES)}; got {loss!r}")
     hard = hard_loss(kind, logits, labels)
+    if labelled is not None:
+        hard = torch.where(labelled, hard, torch.zeros_like(hard))
     if teacher_logits is None:
-        return LossTerms(total=hard, hard=hard, soft=None)
+        return LossTerms(total=hard, hard=hard, soft=None, labelled=labelled)
     if kind == "regression":
         student, teacher = logits.reshape(len(logits), -1), teacher_logits.reshape(len(teacher_logits), -1)
         soft = logit_mse(student, teacher)
@@ -80,7 +89,7 @@ def distillation_loss(
         soft = binary_kl(logits, teacher_logits, temperature)
     else:
         soft = softened_kl(logits, teacher_logits, temperature)
-    return LossTerms(total=alpha * hard + (1.0 - alpha) * soft, hard=hard, soft=soft)
+    return LossTerms(total=alpha * hard + (1.0 - alpha) * soft, hard=hard, soft=soft, labelled=labelled)
 
 
 FIRST_SIZE = 0.1

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kdlora.distil.interruption import StopSignals
+
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.5
@@ -111,6 +113,7 @@ class Session(TrainerCallback):
         watch: seconds of training.
         examples: rows trained on.
         finished: the training has come to its end.
+        stop: notes a request to stop; the next checkpoint then comes at once, and is the last.
     """
 
     steps_per_epoch: int
@@ -124,6 +127,7 @@ class Session(TrainerCallback):
     watch: Stopwatch = field(default_factory=Stopwatch)
     examples: int = 0
     finished: bool = False
+    stop: StopSignals = field(default_factory=StopSignals)
     _saved_at: float = 0.0
     _told_at: float = 0.0
     _has_saved: bool = False
@@ -206,6 +210,7 @@ class Session(TrainerCallback):
         """Start waiting for the next checkpoint."""
         self._saved_at = self.watch.read()
         self._has_saved = True
+        self.stop.heed("with a checkpoint")
 
     def tell(self, state: TrainerState) -> None:
         """Report where the training stands.
@@ -237,4 +242,4 @@ class Session(TrainerCallback):
         return next(age for age, entry in enumerate(reversed(self.history)) if entry is self.best)
 
     def _is_due(self) -> bool:
-        return self.watch.read() - self._saved_at >= self.checkpoint_seconds
+        return self.stop.received is not None or self.watch.read() - self._saved_at >= self.checkpoint_seconds

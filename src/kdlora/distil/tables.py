@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kdlora.data.collection import LOGIT, is_collection
 from kdlora.data.tasks import Task
+from kdlora.distil.collections import read_collection
 from kdlora.distil.fingerprints import hash_file, hash_json
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import DataError, did_you_mean
 
-PREFIX = "logit:"
-"""Marks the columns of stored logits, so that a label named `id` cannot collide."""
+PREFIX = LOGIT
 _RESERVED = ("id", "split", "label", "group", "text", "text_pair", "__index_level_0__")
 _PARQUET, _JSON_LINES = (".parquet", ".pq"), (".jsonl", ".ndjson", ".json")
 _SMALLEST = 1e-7
@@ -26,14 +27,14 @@ _TOLERANCE = 1e-3
 
 
 def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str = "train") -> TeacherLogits:
-    """Read a teacher's outputs from a Parquet or JSON Lines file.
+    """Read a teacher's outputs from a Parquet or JSON Lines file, or from a folder that `kdlora label` made.
 
     Columns: `id`, one per label name (case does not count; `logit:<label>` is accepted too), optionally `split`.
     Without `split` the table covers the training split. For regression the one column is named as the label or
     `prediction`.
 
     Args:
-        path: the file.
+        path: the file or folder.
         task: its label names decide the columns' order.
         values: `logits`, or `probabilities` (0 to 1; of a single-label task they sum to 1). Both mean the
             predicted value in a regression task.
@@ -47,6 +48,8 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         DataError: no such file or format, missing or other columns, doubled ids, values out of range.
     """
     file = Path(path)
+    if is_collection(file):
+        return _from_collection(file, task, values, split)
     table = _read(file)
     if "id" not in table.column_names:
         raise DataError(
@@ -68,6 +71,14 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         fingerprint=fingerprint,
         source=str(file),
     )
+
+
+def _from_collection(folder: Path, task: Task, values: str, split: str) -> TeacherLogits:
+    if values != "logits":
+        raise DataError(f"{folder} holds logits; set teacher.logits in place of teacher.probabilities")
+    if split != "train":
+        raise DataError(f"{folder}: a labelled collection covers the training split, not {split!r}")
+    return read_collection(folder, task, "teacher.logits")
 
 
 def _read(file: Path) -> pa.Table:
@@ -108,8 +119,12 @@ def _read_json_lines(file: Path) -> pa.Table:
 def _parse_line(line: str, number: int, file: Path) -> dict[str, object]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as fault:
+    except RecursionError:
+        raise DataError(f"{file}, line {number}: expected a JSON object, but it is nested too deep") from None
+    except ValueError as fault:  # broken JSON, or a number with thousands of digits
         raise DataError(f"{file}, line {number}: expected a JSON object: {fault}") from None
+    if "\\u" in line and any(0xD800 <= ord(character) <= 0xDFFF for character in json.dumps(row, ensure_ascii=False)):
+        raise DataError(f"{file}, line {number}: it holds half a character (a lone surrogate); write the text again")
     if not isinstance(row, dict):
         raise DataError(f"{file}, line {number}: expected a JSON object, got {type(row).__name__}")
     return row

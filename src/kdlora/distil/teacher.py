@@ -19,6 +19,7 @@ from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
 from kdlora.distil.tables import read_teacher_table
 from kdlora.errors import ArtifactError, ModelError
+from kdlora.evidence.locks import hold_lock
 from kdlora.evidence.records import collect_versions
 from kdlora.models.encoders import Encoder
 
@@ -45,7 +46,8 @@ def teacher_logits(
 
     The folder carries a fingerprint of weights, tokenizer, examples, truncation, label order and number format.
     Where it fits, finished shards are reused, so that a second call runs no forward pass and an interrupted one
-    goes on; where it does not, the call is refused.
+    goes on; where it does not, the call is refused. Of two processes with one folder, one computes and the other
+    waits, and then reads.
 
     Args:
         encoder: the fine-tuned teacher.
@@ -78,17 +80,19 @@ def teacher_logits(
         "precision": precision,
     }
     versions = collect_versions()
-    store = open_store(Path(folder), ingredients, task.label_names, len(dataset), rows_per_shard, versions)
-    wanting = [number for number in range(store.shard_count) if not store.is_whole(number)]
-    if wanting:
-        encoder.model.to(resolve_device(device))
-        done = len(dataset) - sum(len(store.rows_of(number)) for number in wanting)
-        for number in wanting:
-            _compute_shard(encoder, columns, dataset, store, number, precision, batch_tokens, done, progress)
-            done += len(store.rows_of(number))
-    elif progress is not None:
-        progress(len(dataset), len(dataset))
-    return _collect(store)
+    with hold_lock(Path(folder) / ".lock", f"computes the teacher logits in {folder}", wait=True):
+        store = open_store(Path(folder), ingredients, task.label_names, len(dataset), rows_per_shard, versions)
+        wanting = [number for number in range(store.shard_count) if not store.is_whole(number)]
+        logger.info("%d of %d shards of teacher logits are to be computed", len(wanting), store.shard_count)
+        if wanting:
+            encoder.model.to(resolve_device(device))
+            done = len(dataset) - sum(len(store.rows_of(number)) for number in wanting)
+            for number in wanting:
+                _compute_shard(encoder, columns, dataset, store, number, precision, batch_tokens, done, progress)
+                done += len(store.rows_of(number))
+        elif progress is not None:
+            progress(len(dataset), len(dataset))
+        return _collect(store)
 
 
 def read_stored_logits(folder: str | Path, task: Task) -> TeacherLogits:

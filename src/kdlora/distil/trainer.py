@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +28,11 @@ from kdlora.distil.fast_cpu import fast_on_cpu
 from kdlora.distil.fingerprints import hash_columns, hash_model
 from kdlora.distil.inference import INPUTS, column_values, predict_logits
 from kdlora.distil.logits import COLUMN
-from kdlora.distil.loss_sums import diverged
+from kdlora.distil.loss_sums import DivergedError, diverged
 from kdlora.distil.precision import frozen_in_half, resolve_device, resolve_precision
 from kdlora.distil.session import ProgressEvent, Session
 from kdlora.distil.standardise import TargetScale, fold_into_head
+from kdlora.distil.unlabelled import LABELLED, labelled_values
 from kdlora.errors import DataError, KdLoraError
 from kdlora.evidence.metrics import compute_metrics, score
 
@@ -42,6 +44,8 @@ __all__ = [
     "resolve_precision",
     "train_model",
 ]
+
+logger = logging.getLogger(__name__)
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 _LOGS_PER_TRAINING = 100
@@ -85,14 +89,16 @@ def train_model(
     folder: Path,
     checkpoint_seconds: float = 60.0,
     keep_checkpoints: int = 1,
+    rows_per_epoch: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Callable[[ProgressEvent], None] | None = None,
 ) -> TrainOutcome:
     """Train a model in place; it is left holding the selected weights, in evaluation mode.
 
     The same seed on the same machine gives the same bits, whether or not the training was interrupted: a call with
-    the same arguments and folder continues from the last whole checkpoint. The folder stays until the caller has
-    kept the weights and removes it. Validation runs in the precision of training. A regression trains on
+    the same arguments and folder continues from the last whole checkpoint. Ctrl-C and SIGTERM end the step, save and
+    stop (`TrainingStoppedError`, a KeyboardInterrupt); a second one stops at once. The folder stays until the caller
+    has kept the weights and removes it. Validation runs in the precision of training. A regression trains on
     standardised targets, which are folded into the head at the end, so that the model predicts on the original
     scale.
 
@@ -111,6 +117,8 @@ def train_model(
         folder: of this training alone, for checkpoints.
         checkpoint_seconds: training time between two checkpoints.
         keep_checkpoints: newest ones to keep.
+        rows_per_epoch: rows that an epoch draws; default: every row once. A control with fewer rows thereby does as
+            many optimiser steps as the arm that it is compared with.
         callbacks: transformers' own kind.
         progress: told every half second, and after every epoch, where the training stands.
 
@@ -122,16 +130,18 @@ def train_model(
     _check(train, validation, distil)
     precision, _ = resolve_precision(precision, device)
     place = resolve_device(device)
-    scale = TargetScale.of(column_values(train.dataset, "label")) if task.kind == "regression" else None
+    scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
     ingredients = _ingredients(model, train, validation, task, settings, distil)
     ingredients |= {
         "lora": None if lora is None else lora.model_dump(mode="json"),
         "seed": seed,
         "precision": precision,
         "device": place.type,
+        "rows_per_epoch": rows_per_epoch,
     }
     checkpoints = CheckpointFolder(Path(folder), ingredients, keep_checkpoints)
-    sampler = LengthBucketSampler(column_values(train.dataset, "length"), settings.batch_size, seed=seed)
+    lengths = column_values(train.dataset, "length")
+    sampler = LengthBucketSampler(lengths, settings.batch_size, seed=seed, rows_per_epoch=rows_per_epoch)
     session = Session(
         steps_per_epoch=len(sampler),
         epochs=settings.epochs,
@@ -162,19 +172,37 @@ def train_model(
             session=session,
             callbacks=callbacks,
         )
-        _run(trainer, checkpoints, session)
+        try:
+            _run(trainer, checkpoints, session)
+        except DivergedError as fault:
+            raise _explain(fault, trainer, checkpoints, train.dataset) from None
     return _finish(model, settings, session, checkpoints, scale)
+
+
+def _explain(fault: DivergedError, trainer: ArmTrainer, checkpoints: CheckpointFolder, data: Dataset) -> KdLoraError:
+    """Add the rows of the step to a divergence, and what is left from before it."""
+    text = str(fault)
+    if fault.step > 0 and "id" in data.column_names:
+        ids = data.select(trainer.rows_of_step(fault.step))["id"][:]
+        shown = ", ".join(repr(name) for name in ids[:8]) + (", …" if len(ids) > 8 else "")
+        text += f". The step's {len(ids)} rows: {shown}"
+    kept = checkpoints.newest()
+    last = "none was written yet" if kept is None else f"{kept}, from before that"
+    return KdLoraError(f"{text}. Last good checkpoint: {last}")
 
 
 def _run(trainer: ArmTrainer, checkpoints: CheckpointFolder, session: Session) -> None:
     """Train, from the last checkpoint where there is one."""
     checkpoint = checkpoints.latest()
     if checkpoint is None:
-        trainer.train()
+        with session.stop:
+            trainer.train()
         return
     trainer.resume(checkpoint)
+    logger.info("continuing from %s", checkpoint.folder)
     if not session.finished:
-        trainer.train(resume_from_checkpoint=str(checkpoint.folder))
+        with session.stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder))
 
 
 def _finish(
@@ -224,7 +252,7 @@ def _ingredients(
 
 def _columns(distil: DistilConfig | None) -> list[str]:
     """Name the columns that training reads: without `distil` the teacher's stay unread, so that a control is one."""
-    return [*INPUTS, "label", *([COLUMN] if distil is not None else [])]
+    return [*INPUTS, "label", *([COLUMN, LABELLED] if distil is not None else [])]
 
 
 def _rows(train: Tokenised, distil: DistilConfig | None) -> Dataset:
@@ -300,6 +328,8 @@ def _check(train: Tokenised, validation: Tokenised, distil: DistilConfig | None)
             "distil is set, but the training rows have no teacher_logits; TeacherLogits.attach(dataset) adds them, "
             "before tokenise"
         )
+    if distil is None and LABELLED in train.dataset.column_names:
+        raise DataError("rows without labels teach by their teacher alone, but distil is None; leave them out")
 
 
 @contextmanager

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import importlib
 import json
 import logging
 import os
 import pickle
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,12 +31,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from kdlora.evidence.storage import is_abandoned, owned_name
+
+GRACE_SECONDS = 8.0
+"""Time that an interrupted child has to save what it can; the command promises to end within 10 s."""
 _POLL_SECONDS = 0.05
+_SCRATCH = "kdlora-scratch-"
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, prctl(2)
 
 _Request = tuple[Callable[..., Any], tuple[Any, ...]]
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from kdlora.evidence.forkserver import serve; serve(int(sys.argv[1]))"
+    "from kdlora.evidence.forkserver import serve; serve(int(sys.argv[1]), sys.argv[3])"
 )
 
 
@@ -49,6 +59,7 @@ class _Place:
     environment: dict[str, str]
     preload: str
     sends: bool
+    log_level: int | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,8 @@ class ForkServer:
     def __init__(self) -> None:
         """Start the server; it ends with this process, however this process ends."""
         self.control, theirs = socket.socketpair()
-        command = [sys.executable, "-c", _START, str(theirs.fileno()), json.dumps(sys.path)]
+        self.scratch = _make_scratch()
+        command = [sys.executable, "-c", _START, str(theirs.fileno()), json.dumps(sys.path), self.scratch]
         # A session of its own: Ctrl-C reaches the parent alone, which then ends the child.
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
@@ -95,7 +107,9 @@ class ForkServer:
         Returns:
             The child's answer; `ChildDiedError` is the fault of one that gave none.
         """
-        place = _Place(tuple(sys.path), str(Path.cwd()), dict(os.environ), preload, listen is not None)
+        root = logging.getLogger()
+        level = root.level if root.handlers else None
+        place = _Place(tuple(sys.path), str(Path.cwd()), dict(os.environ), preload, listen is not None, level)
         body = pickle.dumps(request)
         ours, theirs = socket.socketpair()
         answer: _Answer | None = None
@@ -104,14 +118,22 @@ class ForkServer:
                 socket.send_fds(self.control, [b"r"], [theirs.fileno()])
             channel.send_bytes(pickle.dumps(place))
             channel.send_bytes(body)
-            while answer is None:
-                received = channel.recv()
-                if isinstance(received, _Answer):
-                    answer = received
-                elif listen is not None:
-                    listen(received.value)
+            try:
+                answer = _hear(channel, listen)
+            except KeyboardInterrupt:
+                self._end_child(channel)
+                raise
         status = self._exit_status()
         return answer or _Answer(fault=ChildDiedError(_describe_death(status)))
+
+    def _end_child(self, channel: Connection) -> None:
+        """Ask the child to end, and give it time to save; a second Ctrl-C cuts that short."""
+        with contextlib.suppress(OSError):
+            self.control.sendall(b"t")
+            until = time.monotonic() + GRACE_SECONDS
+            # Bytes, not messages: the interruption may have come in the middle of one.
+            while channel.poll(max(0.0, until - time.monotonic())) and os.read(channel.fileno(), 65536):
+                pass
 
     def _exit_status(self) -> int | None:
         """Wait until the server has buried the child; None where the server itself died."""
@@ -129,6 +151,28 @@ class ForkServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _hear(channel: Connection, listen: Callable[[Any], None] | None) -> _Answer:
+    """Pass on what a child sends, until it answers."""
+    while True:
+        received = channel.recv()
+        if isinstance(received, _Answer):
+            return received
+        if listen is not None:
+            listen(received.value)
+
+
+def _make_scratch() -> str:
+    """Make the folder for the temporary files of children, which end without tidying up; remove abandoned ones."""
+    parent = Path(tempfile.gettempdir())
+    for other in parent.glob(f"{_SCRATCH}*"):
+        if is_abandoned(other):
+            shutil.rmtree(other, ignore_errors=True)
+    scratch = parent / f"{_SCRATCH}{owned_name()}"
+    scratch.mkdir(mode=0o700)
+    return str(scratch)
 
 
 _lock = threading.Lock()
@@ -210,58 +254,77 @@ def _describe_death(status: int | None) -> str:
     return f"the process that ran this was killed by {name}{hint}"
 
 
-def serve(control_number: int) -> None:
+def serve(control_number: int, scratch: str) -> None:
     """Take requests until the parent is gone; this is the server's main function.
 
     Args:
         control_number: file descriptor of the socket to the parent.
+        scratch: folder for temporary files; it goes with the server.
     """
+    tempfile.tempdir = scratch
     with socket.socket(fileno=control_number) as control:
         while True:
             received, numbers, _, _ = socket.recv_fds(control, 1, 1)
-            if not received:
-                return
+            if not received or not numbers:
+                break
             channel = Connection(numbers[0])
             with contextlib.suppress(EOFError, ConnectionError):
-                place = _take_over(channel)
+                place = _take_over(channel, scratch)
+                if select.select([control], [], [], 0)[0]:
+                    break  # the parent went away during the imports
                 child = os.fork()
                 if child == 0:
                     control.close()
+                    _die_with_parent()
                     _carry_out(channel, place)
                 channel.close()
-                control.sendall(str(_wait(child, control)).encode())
+                status = _wait(child, control)
+                if status is None:
+                    break
+                control.sendall(str(status).encode())
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _take_over(channel: Connection) -> _Place:
+def _die_with_parent() -> None:
+    """End with the server, however that ends: a child that trains on would fight the next command for its folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
+def _take_over(channel: Connection, scratch: str) -> _Place:
     """Take the caller's place, and import the function's module so that later children have it already."""
     place: _Place = pickle.loads(channel.recv_bytes())  # noqa: S301 - from our own parent
     sys.path[:] = place.path
     with contextlib.suppress(OSError):
         os.chdir(place.folder)
     os.environ.clear()
-    os.environ.update(place.environment)
+    os.environ.update(place.environment, TMPDIR=scratch)
     # A fault of the import is reported by the child, which runs into it again.
     with contextlib.suppress(Exception):
         importlib.import_module(place.preload)
     return place
 
 
-def _wait(child: int, control: socket.socket) -> int:
-    """Wait for a child; end it when the parent goes away."""
+def _wait(child: int, control: socket.socket) -> int | None:
+    """Wait for a child; ask it to end when the parent says so, and end it when the parent goes away (None)."""
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
         readable, _, _ = select.select([control], [], [], _POLL_SECONDS)
-        if readable:  # nothing is requested while a child runs, so this is the end of the parent
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            os._exit(0)
+        if readable:
+            wanted = control.recv(1)
+            os.kill(child, signal.SIGTERM if wanted else signal.SIGKILL)
+            if not wanted:
+                os.waitpid(child, 0)
+                return None
 
 
 def _carry_out(channel: Connection, place: _Place) -> None:
     """Run the request in the child, send the outcome, and end without the server's exit handlers."""
     status = 1
+    if place.log_level is not None:
+        logging.basicConfig(format="%(message)s", level=place.log_level, stream=sys.stderr)
     try:
         try:
             function, arguments = pickle.loads(channel.recv_bytes())  # noqa: S301 - from our own parent

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdlora.errors import ArtifactError
 from kdlora.evidence.environment import collect_versions, describe_machine, git_state
+from kdlora.evidence.integrity import CHECKSUM, is_sealed_or_old, seal
 from kdlora.evidence.predictions import (
     ExampleText,
     Predictions,
@@ -20,7 +21,7 @@ from kdlora.evidence.predictions import (
     write_examples,
     write_predictions,
 )
-from kdlora.evidence.storage import atomic_file, atomic_folder, write_json_atomic, write_text_atomic
+from kdlora.evidence.storage import atomic_file, atomic_folder, plain_json, write_json_atomic, write_text_atomic
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -97,7 +98,8 @@ class RunRecord(BaseModel):
     precision: str = ""
     device: str = ""
     truncated: dict[str, int] = Field(default_factory=dict, description="texts cut at max_length")
-    fingerprints: dict[str, str] = Field(default_factory=dict)
+    fingerprints: dict[str, str] = Field(default_factory=dict, description="SHA-256 of config, data, base, teacher")
+    files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of what was kept, by path from the root")
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, str] = Field(default_factory=dict)
     git: dict[str, str] = Field(default_factory=dict)
@@ -201,6 +203,11 @@ class ExperimentLayout:
         return self.root / ".deployed"
 
     @property
+    def exported(self) -> Path:
+        """The same without `benchmark.json`, between the export and the measurement."""
+        return self.root / ".exported"
+
+    @property
     def benchmark(self) -> Path:
         """Teacher and student as they are shipped, measured side by side."""
         return self.root / "benchmark.json"
@@ -221,6 +228,11 @@ class ExperimentLayout:
         return self.teacher / "logits"
 
     @property
+    def unlabelled_logits(self) -> Path:
+        """The stored teacher logits of the unlabelled rows."""
+        return self.teacher / "logits-unlabelled"
+
+    @property
     def runs(self) -> Path:
         """The folder of all runs."""
         return self.root / "runs"
@@ -239,7 +251,7 @@ class ExperimentLayout:
 
 
 def write_record(path: str | Path, record: RunRecord) -> None:
-    """Write a run record atomically; numbers that are not finite become null.
+    """Write a run record with a checksum, atomically; numbers that are not finite become null.
 
     Args:
         path: the run's `run.json`.
@@ -248,7 +260,7 @@ def write_record(path: str | Path, record: RunRecord) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    write_json_atomic(path, record.model_dump())
+    write_json_atomic(path, seal(plain_json(record.model_dump())))
 
 
 def read_record(path: str | Path) -> RunRecord:
@@ -325,9 +337,12 @@ def _parse_record(content: Any, where: str) -> RunRecord:
             remedy = f"It was written by an older kdlora: {_RERUN[0].lower()}{_RERUN[1:]}"
         raise ArtifactError(f"{where}: expected schema_version {SCHEMA_VERSION}, found {version!r}. {remedy}")
     try:
-        return RunRecord.model_validate(content)
+        record = RunRecord.model_validate({key: value for key, value in content.items() if key != CHECKSUM})
     except ValidationError as fault:
         faults = "; ".join(
             f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}" for error in fault.errors()
         )
         raise ArtifactError(f"{where}: expected a run record, but {faults}. {_RERUN}") from None
+    if not is_sealed_or_old(content):
+        raise ArtifactError(f"{where}: its content does not fit its checksum, so it was damaged or edited. {_RERUN}")
+    return record

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from markupsafe import Markup
 from kdlora.evidence.blocks import Cell, Inline, Page, Section, Strong, Table, to_markdown
 from kdlora.evidence.collect import Experiment, load_experiments
 from kdlora.evidence.findings import retention
+from kdlora.evidence.notebook import html_frame
 from kdlora.evidence.paper import published_scores
 from kdlora.evidence.records import ExperimentLayout, write_text_atomic
 from kdlora.evidence.sections import experiment_section
@@ -33,9 +37,13 @@ class Report:
         paths: the files that were written.
     """
 
-    markdown: str
-    html: str
+    markdown: str = field(repr=False)
+    html: str = field(repr=False)
     paths: tuple[Path, ...]
+
+    def _repr_html_(self) -> str:
+        """Show the page in a notebook."""
+        return html_frame(self.html)
 
 
 def make_report(folders: Sequence[Path | str], *, out: Path | str | None = None, draws: int = 10_000) -> Report:
@@ -89,7 +97,14 @@ def to_html(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.filters["drawing"] = Markup
-    return environment.get_template("report.html").render(page=page) + "\n"
+    return environment.get_template("report.html").render(page=page, script=_script()) + "\n"
+
+
+def _script() -> dict[str, str]:
+    """Give the page's one script, and the hash by which the page allows it and nothing else to run."""
+    text = files("kdlora.evidence").joinpath("templates/report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"text": text, "hash": f"sha256-{digest}"}
 
 
 def footer() -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -10,11 +11,15 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+_FOREIGN_SECONDS = 24 * 3600.0
+"""Age at which what a process of another machine was writing counts as abandoned."""
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -45,7 +50,7 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
         TypeError: a value that is neither.
         OSError: the disk is full or the folder cannot be written.
     """
-    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain_json(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_text_atomic(path, text + "\n")
 
 
@@ -67,8 +72,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         temporary.replace(target)
-    except BaseException:
+    except BaseException as fault:
         temporary.unlink(missing_ok=True)
+        _raise_full_disk(fault, target)
         raise
     _sync(target.parent)
 
@@ -94,10 +100,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _sync(entry)
         _sync(temporary)
         _replace_folder(temporary, target)
-    except BaseException:
+    except BaseException as fault:
         shutil.rmtree(temporary, ignore_errors=True)
+        _raise_full_disk(fault, target)
         raise
     _sync(target.parent)
+
+
+def _raise_full_disk(fault: BaseException, target: Path) -> None:
+    """Give the operating system's own error for a full disk, which safetensors tells in words of its own."""
+    if not isinstance(fault, OSError) and f"os error {errno.ENOSPC}" in str(fault):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from fault
 
 
 def _replace_folder(temporary: Path, target: Path) -> None:
@@ -115,33 +128,83 @@ def _replace_folder(temporary: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _temporary_name(target: Path) -> Path:
-    """Name a hidden sibling by host and process, so that leftovers of dead processes can be told apart."""
+def remove_abandoned(folder: Path) -> None:
+    """Remove all that killed processes were writing anywhere below a folder.
+
+    Args:
+        folder: one that nobody else writes to now, or that is not there.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            if name.startswith(".") and ".tmp-" in name and is_abandoned(Path(place, name)):
+                _remove(Path(place, name))
+        folders[:] = [name for name in folders if not (name.startswith(".") and ".tmp-" in name)]
+
+
+def owned_name() -> str:
+    """Name this process by machine, id and start, with a random end: ids alone are used again."""
     host = socket.gethostname().replace("/", "_")
-    return target.with_name(f".{target.name}.tmp-{host}-{os.getpid()}-{secrets.token_hex(4)}")
+    return f"{host}-{os.getpid()}-{_start_of(os.getpid()) or 0}-{secrets.token_hex(4)}"
 
 
-def _discard_leftovers(target: Path) -> None:
-    """Remove what a killed process of this machine left beside `target`: weights would fill the disk."""
-    prefix = f".{target.name}.tmp-{socket.gethostname().replace('/', '_')}-"
-    for entry in target.parent.iterdir():
-        if not entry.name.startswith(prefix):
-            continue
-        process = entry.name.removeprefix(prefix).split("-")[0]
-        if process.isdigit() and not _is_alive(int(process)):
-            logger.info("removing %s, left by a process that was killed", entry)
-            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+def is_abandoned(path: Path) -> bool:
+    """Say whether the process that made a file or folder is gone, so that nobody will finish it.
+
+    Args:
+        path: its name ends in what `owned_name` gave.
+    """
+    owner, *numbers = path.name.rsplit("-", 3)
+    if len(numbers) != 3 or not (numbers[0].isdigit() and numbers[1].isdigit()):
+        return False
+    host = socket.gethostname().replace("/", "_")
+    if owner.endswith((f"tmp-{host}", f"scratch-{host}")):
+        return not is_alive(int(numbers[0]), int(numbers[1]))
+    try:  # of another machine, or of an earlier container
+        return time.time() - path.lstat().st_mtime > _FOREIGN_SECONDS
+    except OSError:
+        return False
 
 
-def _is_alive(process: int) -> bool:
-    """Say whether a process id is in use; signal 0 asks without sending anything."""
+def is_alive(process: int, start: int = 0) -> bool:
+    """Say whether a process of this machine still runs.
+
+    Args:
+        process: its id.
+        start: its start in clock ticks after the boot, as `/proc` has it; 0 where it is not known.
+    """
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # signal 0 asks without sending anything
     except ProcessLookupError:
         return False
     except OSError:
-        return True
-    return True
+        pass
+    return not start or _start_of(process) in (None, start)
+
+
+def _start_of(process: int) -> int | None:
+    """Read when a process started; None where the system does not say."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
+        return int(fields.split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _temporary_name(target: Path) -> Path:
+    """Name a hidden sibling by its process, so that leftovers of dead processes can be told apart."""
+    return target.with_name(f".{target.name}.tmp-{owned_name()}")
+
+
+def _discard_leftovers(target: Path) -> None:
+    """Remove what a killed process left beside `target`: weights would fill the disk."""
+    for entry in target.parent.iterdir():
+        if entry.name.startswith(f".{target.name}.tmp-") and is_abandoned(entry):
+            _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    logger.info("removing %s, left by a process that was killed", entry)
+    shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -155,16 +218,20 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _plain(value: Any) -> Any:
-    """Turn NumPy values and non-finite numbers into what JSON has."""
+def plain_json(value: Any) -> Any:
+    """Turn NumPy values and non-finite numbers into what JSON has.
+
+    Args:
+        value: as `write_json_atomic` takes it.
+    """
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain_json(value.tolist())
     return value

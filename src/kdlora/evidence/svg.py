@@ -241,8 +241,9 @@ class Drawing:
         Returns:
             An `<svg>` element without outside references.
         """
+        role = "group" if any(piece.startswith("<a ") for piece in self.pieces) else "img"  # an image hides its links
         return (
-            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" '
+            f'<svg viewBox="0 0 {self.width} {self.height}" role="{role}" '
             f'aria-labelledby="{identity}-t {identity}-d" xmlns="http://www.w3.org/2000/svg">'
             f'<title id="{identity}-t">{escape(title)}</title><desc id="{identity}-d">{escape(description)}</desc>'
             f"{''.join(self.pieces)}</svg>"

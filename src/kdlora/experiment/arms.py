@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from kdlora.config import DistilConfig, LoraConfig, StudentTrainConfig, TeacherTrainConfig, TrainConfig
-from kdlora.data.batches import tokenise
+from kdlora.data.batches import Tokenised, tokenise
 from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_precision
 from kdlora.distil.trainer import ProgressEvent, TrainOutcome, predict_logits, train_model
+from kdlora.distil.unlabelled import join_unlabelled
 from kdlora.errors import DataError
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
@@ -39,7 +40,7 @@ class Trained:
     """
 
     encoder: Encoder
-    model: Any
+    model: Any = field(repr=False)
     outcome: TrainOutcome
     parameters: ParameterCounts
     truncated: dict[str, int]
@@ -58,7 +59,7 @@ class Evaluation:
 
     score: float
     metrics: dict[str, float]
-    logits: np.ndarray
+    logits: np.ndarray = field(repr=False)
     truncated: int
 
 
@@ -73,6 +74,7 @@ def train_teacher(
     device: str = "auto",
     revision: str | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Fine-tune all weights of a pretrained encoder on a task (KD-LoRA, eq. 1).
 
@@ -86,10 +88,19 @@ def train_teacher(
         device: `auto`, `cpu` or `cuda`.
         revision: commit, tag or branch of a Hub id.
         progress: called with each training event.
+        callbacks: transformers' own kind, such as a tracker's.
     """
     encoder = load_encoder(source, splits.task, seed=seed, revision=revision)
     return train_arm(
-        encoder, splits, settings, folder=folder, seed=seed, precision=precision, device=device, progress=progress
+        encoder,
+        splits,
+        settings,
+        folder=folder,
+        seed=seed,
+        precision=precision,
+        device=device,
+        progress=progress,
+        callbacks=callbacks,
     )
 
 
@@ -101,13 +112,18 @@ def train_student(
     folder: str | Path,
     lora: LoraConfig | None = LoraConfig(),
     teacher: TeacherLogits | None = None,
+    unlabelled: TeacherLogits | None = None,
     distil: DistilConfig = DistilConfig(),
     seed: int = 0,
     precision: str = "auto",
     device: str = "auto",
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train a student, with or without adapters, with or without a teacher.
+
+    Where the splits have unlabelled rows, a student with a teacher learns from them too, and one without draws as many
+    rows an epoch, its labelled rows again and again, so that both take the same optimiser steps.
 
     Args:
         source: Hub id or folder of a pretrained encoder, or one that is already loaded.
@@ -116,11 +132,13 @@ def train_student(
         folder: where checkpoints go; an interrupted training continues from there.
         lora: the adapters; None tunes every weight.
         teacher: stored teacher logits; None trains on the labels alone (the control).
+        unlabelled: the teacher's logits of the unlabelled rows; needed with a teacher where the splits have such rows.
         distil: the distillation loss; only used with a teacher.
         seed: seeds the adapters, the new head, dropout and the order of the rows.
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
         progress: called with each training event.
+        callbacks: transformers' own kind, such as a tracker's.
     """
     encoder = load_encoder(source, splits.task, seed=seed) if isinstance(source, str) else source
     return train_arm(
@@ -130,12 +148,26 @@ def train_student(
         folder=folder,
         lora=lora,
         teacher=teacher,
+        unlabelled=unlabelled,
         distil=distil,
         seed=seed,
         precision=precision,
         device=device,
+        rows_per_epoch=rows_per_epoch(splits),
         progress=progress,
+        callbacks=callbacks,
     )
+
+
+def rows_per_epoch(splits: Splits) -> int:
+    """Count the rows that an epoch of every student arm draws: the training rows and the unlabelled ones.
+
+    Perturbed copies do not make an epoch longer: they stand in for the texts that they were made from.
+
+    Args:
+        splits: the task with its examples.
+    """
+    return len(splits.train) + (0 if splits.unlabelled is None else len(splits.unlabelled)) - splits.copies
 
 
 def train_arm(
@@ -146,12 +178,16 @@ def train_arm(
     folder: str | Path,
     lora: LoraConfig | None = None,
     teacher: TeacherLogits | None = None,
+    unlabelled: TeacherLogits | None = None,
     distil: DistilConfig | None = None,
     seed: int = 0,
     precision: str = "auto",
     device: str = "auto",
     checkpoint_seconds: float = 60.0,
+    keep_checkpoints: int = 1,
+    rows_per_epoch: int | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train any arm on a loaded encoder; `train_teacher` and `train_student` name the usual choices.
 
@@ -162,17 +198,20 @@ def train_arm(
         folder: where checkpoints go.
         lora: the adapters; None tunes every weight.
         teacher: stored teacher logits; None trains on the labels alone.
+        unlabelled: the teacher's logits of the unlabelled rows; needed with a teacher where the splits have such rows.
         distil: the distillation loss; needs a teacher.
         seed: seeds adapters, dropout and the order of the rows.
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
         checkpoint_seconds: training time between two checkpoints.
+        keep_checkpoints: newest ones to keep.
+        rows_per_epoch: rows that an epoch draws; default: every row once.
         progress: called with each training event.
+        callbacks: transformers' own kind, such as a tracker's.
     """
     model = encoder.model if lora is None else add_adapter(encoder, lora, seed=seed)
     parameters = count_parameters(model)
-    train_rows = splits.train if teacher is None else teacher.attach(splits.train)
-    train = tokenise(train_rows, encoder.tokenizer, settings.max_length)
+    train, truncated = _training_rows(splits, encoder, settings.max_length, teacher, unlabelled)
     validation = tokenise(splits.validation, encoder.tokenizer, settings.max_length)
     outcome = train_model(
         model,
@@ -188,10 +227,26 @@ def train_arm(
         lora=lora,
         folder=Path(folder),
         checkpoint_seconds=checkpoint_seconds,
+        keep_checkpoints=keep_checkpoints,
+        rows_per_epoch=rows_per_epoch,
+        callbacks=callbacks,
         progress=progress,
     )
-    truncated = {"train": train.truncated, "validation": validation.truncated}
-    return Trained(encoder, model, outcome, parameters, truncated)
+    return Trained(encoder, model, outcome, parameters, truncated | {"validation": validation.truncated})
+
+
+def _training_rows(
+    splits: Splits, encoder: Encoder, max_length: int, teacher: TeacherLogits | None, unlabelled: TeacherLogits | None
+) -> tuple[Tokenised, dict[str, int]]:
+    """Tokenise what an arm learns from, and count the texts that were cut."""
+    rows = splits.train if teacher is None else teacher.attach(splits.train)
+    train = tokenise(rows, encoder.tokenizer, max_length)
+    if teacher is None or splits.unlabelled is None:
+        return train, {"train": train.truncated}
+    if unlabelled is None:
+        raise DataError("the splits have unlabelled rows, but no teacher logits of them were given; pass unlabelled=")
+    more = tokenise(unlabelled.attach(splits.unlabelled), encoder.tokenizer, max_length)
+    return join_unlabelled(train, more, splits.task), {"train": train.truncated, "unlabelled": more.truncated}
 
 
 def evaluate(

@@ -18,14 +18,16 @@ from kdlora.deploy.benchmark import BenchmarkResult, benchmark
 from kdlora.deploy.calibrate import Calibration, fit_temperature, save_temperature
 from kdlora.deploy.encode import Text
 from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
-from kdlora.deploy.folder import read_model_folder
+from kdlora.deploy.folder import read_json, read_model_folder
+from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
-from kdlora.distil.fingerprints import hash_file, hash_json
+from kdlora.distil.fingerprints import hash_json
 from kdlora.errors import ConfigError, DataError, did_you_mean
+from kdlora.evidence.integrity import hash_files
 from kdlora.evidence.records import ExperimentLayout, read_results, write_json_atomic, write_text_atomic
 from kdlora.experiment.arms import label_array
 from kdlora.experiment.recording import prepare_process
-from kdlora.experiment.shipping import WEIGHTS
+from kdlora.experiment.stage_log import logged
 
 FORMATS: dict[str, tuple[Format, ...]] = {
     "onnx": ("onnx",),
@@ -38,7 +40,7 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
     """Export an experiment's student, or any merged model folder, to ONNX and int8.
 
     Args:
-        model: an experiment folder, or a model folder that says its task.
+        model: an experiment folder, or a model folder or Hub id that says its task.
         to: the folder to write.
         formats: `onnx`, `onnx-int8` or `all`.
         data: labelled file to check the stages on; default: the experiment's validation rows, and its training
@@ -51,9 +53,10 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
     """
     if formats not in FORMATS:
         raise ConfigError(f"--format {formats!r}: expected onnx, onnx-int8 or all.{did_you_mean(formats, FORMATS)}")
-    layout = ExperimentLayout(Path(model))
+    place = locate_model(model)
+    layout = ExperimentLayout(place)
     if not layout.config.exists():
-        return _export_folder(Path(model), Path(to), FORMATS[formats], data)
+        return _export_folder(place, Path(to), FORMATS[formats], data)
     config = load_config(layout.config)
     rows: Dataset
     more: Dataset | None
@@ -80,17 +83,23 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     if is_deployed(config, layout):
         return ()
     prepare_process(config)
-    _forget_deployment(layout)
     splits = load_splits(config.task, config.data)
-    calibration, notes = _calibrate(layout, splits) if config.export.calibrate else (None, [])
-    notes += _export_student(config, layout, splits, say)
-    figures: dict[str, Any] = {"models": []}
+    notes: list[str] = []
+    if not _holds(layout.exported, _mark(config, layout)):
+        _forget_deployment(layout)
+        calibration, notes = _calibrate(layout, splits) if config.export.calibrate else (None, [])
+        with logged("export", "student", config.teacher_seed):
+            notes += _export_student(config, layout, splits, say)
+        if calibration is not None:
+            write_json_atomic(layout.benchmark, {"models": [], "calibration": calibration.to_dict()})
+        write_text_atomic(layout.exported, _mark(config, layout))
     if config.export.benchmark:
-        figures = _benchmark_student(config, layout, splits, say)
-    if config.export.benchmark or calibration is not None:
-        found = None if calibration is None else calibration.to_dict()
+        with logged("benchmark", "student", config.teacher_seed):
+            figures = _benchmark_student(config, layout, splits, say)
+        found = read_json(layout.benchmark).get("calibration") if layout.benchmark.exists() else None
         write_json_atomic(layout.benchmark, figures | {"calibration": found})
-    write_text_atomic(layout.deployed, _mark(config, layout))
+    write_text_atomic(layout.deployed, _mark(config, layout, layout.benchmark))
+    layout.exported.unlink(missing_ok=True)
     return tuple(notes)
 
 
@@ -101,17 +110,23 @@ def is_deployed(config: Config, layout: ExperimentLayout) -> bool:
         config: the experiment.
         layout: its folder; `student/` is there.
     """
-    return layout.deployed.exists() and layout.deployed.read_text(encoding="utf-8") == _mark(config, layout)
+    return _holds(layout.deployed, _mark(config, layout, layout.benchmark))
 
 
-def _mark(config: Config, layout: ExperimentLayout) -> str:
-    """Fingerprint what a deployment depends on."""
-    return hash_json({"export": config.export.model_dump(mode="json"), "weights": hash_file(layout.student / WEIGHTS)})
+def _mark(config: Config, layout: ExperimentLayout, *more: Path) -> str:
+    """Fingerprint what a deployment depends on, and the files that it left."""
+    files = hash_files(layout.root, [layout.student, layout.onnx, *more])
+    return hash_json({"export": config.export.model_dump(mode="json"), "files": files})
+
+
+def _holds(file: Path, mark: str) -> bool:
+    return file.exists() and file.read_text(encoding="utf-8", errors="replace") == mark
 
 
 def _forget_deployment(layout: ExperimentLayout) -> None:
     """Remove what an earlier deployment left: nothing of it may stand beside a new export, or be taken for one."""
     layout.deployed.unlink(missing_ok=True)
+    layout.exported.unlink(missing_ok=True)
     layout.benchmark.unlink(missing_ok=True)
     shutil.rmtree(layout.onnx, ignore_errors=True)
     save_temperature(layout.student, 1.0)
@@ -200,11 +215,12 @@ def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads
     """Measure model folders side by side, on a labelled file where there is one.
 
     Args:
-        models: model folders, `.onnx` files, or experiments, which stand for their student.
+        models: model folders, `.onnx` files or Hub ids, or experiments, which stand for their student.
         data: a file with the task's columns; scores need one.
         threads: of each model; default: one a core.
     """
-    places = [ExperimentLayout(path).student if ExperimentLayout(path).config.exists() else path for path in models]
+    found = [locate_model(path) for path in models]
+    places = [ExperimentLayout(path).student if ExperimentLayout(path).config.exists() else path for path in found]
     if data is None:
         return benchmark(places, threads=threads)
     task = _stated_task(places[0])

@@ -24,10 +24,11 @@ def splits_by_name(splits: Splits, *, scored: bool = False) -> dict[str, Dataset
 
     Args:
         splits: the task with its examples.
-        scored: leave out the training rows.
+        scored: leave out the training rows and the unlabelled ones.
     """
-    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    return {name: part for name, part in parts.items() if part is not None and not (scored and name == "train")}
+    seen = {} if scored else {"train": splits.train, "unlabelled": splits.unlabelled}
+    parts = seen | {"validation": splits.validation, "test": splits.test}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def hash_splits(splits: Splits) -> str:
@@ -73,21 +74,25 @@ def new_record(config: Config, splits: Splits, arm: Arm, seed: int) -> RunRecord
         machine=describe_machine(),
         git=git_state(),
         started=now(),
-        notes=[*splits.notes, f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"],
+        notes=[*_notes(splits), f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"],
         config=config.model_dump(mode="json"),
     )
 
 
-def add_training(record: RunRecord, trained: Trained, teacher: TeacherLogits | None) -> RunRecord:
+def add_training(
+    record: RunRecord, trained: Trained, teacher: TeacherLogits | None, unlabelled: TeacherLogits | None = None
+) -> RunRecord:
     """Add what the training was and cost.
 
     Args:
         record: of the run.
         trained: what the training left.
         teacher: what taught; the texts that it read cut are counted too.
+        unlabelled: its logits of the unlabelled rows.
     """
     outcome, parameters = trained.outcome, trained.parameters
-    by_teacher = {"train (by the teacher)": teacher.truncated} if teacher is not None else {}
+    sources = {"train (by the teacher)": teacher, "unlabelled (by the teacher)": unlabelled}
+    by_teacher = {name: logits.truncated for name, logits in sources.items() if logits is not None}
     return record.model_copy(
         update={
             "history": outcome.history,
@@ -111,6 +116,18 @@ def add_size(record: RunRecord, model: nn.Module) -> RunRecord:
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     return record.model_copy(update={"total_parameters": count_parameters(model).total, "size_bytes": size})
+
+
+def _notes(splits: Splits) -> list[str]:
+    """Say what was done to the data, what the unlabelled rows are for, and what keeps the control fair."""
+    if splits.unlabelled is None or len(splits.unlabelled) == splits.copies:
+        return list(splits.notes)
+    count = len(splits.unlabelled) - splits.copies
+    return [
+        *splits.notes,
+        f"{count} unlabelled rows: the teacher labelled them, and the distilled arms learn from them "
+        "too; the other student arms see the labelled rows alone, as often as it takes for the same optimiser steps",
+    ]
 
 
 def _device_name(config: Config) -> str:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config, ExportConfig
 from kdlora.configfile import load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, KdLoraError
+from kdlora.evidence.integrity import damaged_files
+from kdlora.evidence.locks import HeldLock, hold_lock
 from kdlora.evidence.measure import run_in_child
+from kdlora.evidence.notebook import html_table
 from kdlora.evidence.records import (
     ExperimentLayout,
     RunRecord,
@@ -27,17 +28,20 @@ from kdlora.evidence.records import (
     write_text_atomic,
 )
 from kdlora.evidence.report import make_report
+from kdlora.evidence.storage import remove_abandoned
+from kdlora.evidence.summary import COLUMNS, summarise_arms
 from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.recording import hash_splits, new_record
 from kdlora.experiment.shipping import is_shipped, keep_examples, ship_student
 from kdlora.experiment.sources import check_models, check_table
+from kdlora.experiment.stage_log import logged
 from kdlora.experiment.stages import Stage, StageName, label_training_rows, train_run
 
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[Stage, Any], None]
 
-_FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds"} | {
+_FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds", "run.keep_checkpoints"} | {
     f"export.{key}" for key in ExportConfig.model_fields
 }
 """Keys that may change between two calls on one folder: they add runs, or change no figure of a run."""
@@ -66,6 +70,16 @@ class ExperimentResult:
     records: list[RunRecord]
     shipped: Run | None
     notes: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        """Say where it lies and how it went."""
+        shipped = "nothing shipped" if self.shipped is None else f"{self.shipped.arm} seed {self.shipped.seed} shipped"
+        return f"ExperimentResult({str(self.folder)!r}, {len(self.records)} runs, {len(self.failed)} failed, {shipped})"
+
+    def _repr_html_(self) -> str:
+        """Show the table of the arms in a notebook."""
+        summary = summarise_arms(self.records)
+        return html_table(COLUMNS, summary.rows, f"{self.folder.name}: {summary.title}")
 
     @property
     def layout(self) -> ExperimentLayout:
@@ -117,16 +131,20 @@ def run_experiment(
     if None in [_finished(config, layout, run, rows) for run in plan_runs(config)]:  # all of them, to refuse early
         notes += check_table(config, splits)
         run_in_child(check_models, config, splits.task)
-    with _only_process(layout):
+    doing = f"runs the experiment in {layout.root}"
+    with hold_lock(layout.lock, doing, remedy=", or name another folder with --out") as lock:
+        remove_abandoned(layout.root)
         write_text_atomic(layout.config, save_config(config))
         keep_examples(layout, splits)
         records: list[RunRecord] = []
-        for record in _run_all(config, layout, splits, rows, listen):
+        for record in _run_all(config, layout, splits, rows, listen, lock):
             records.append(record)
             write_results(layout.results, records)  # after every run, so that an interrupted experiment can be read
         shipped = _ship_best(config, layout, splits.task, records)
         notes += () if shipped is None else _deploy(config, layout, shipped, listen)
-        make_report([layout.root])
+        lock.check()
+        with logged("report", "all", config.teacher_seed):
+            make_report([layout.root])
     return ExperimentResult(layout.root, records, shipped, tuple(notes))
 
 
@@ -176,25 +194,8 @@ def _flatten(config: Config) -> dict[str, Any]:
     return flat | {"teacher.seed": config.teacher_seed}
 
 
-@contextlib.contextmanager
-def _only_process(layout: ExperimentLayout) -> Iterator[None]:
-    """Hold the folder's lock, which the system drops with the process, however it ends."""
-    layout.root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(layout.lock)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ArtifactError(
-            f"another process runs the experiment in {layout.root}; wait for it, or name another folder with --out"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _run_all(
-    config: Config, layout: ExperimentLayout, splits: Splits, rows: str, listen: Listener | None
+    config: Config, layout: ExperimentLayout, splits: Splits, rows: str, listen: Listener | None, lock: HeldLock
 ) -> Iterator[RunRecord]:
     labelled = config.teacher.is_table
     for run in plan_runs(config):
@@ -202,7 +203,10 @@ def _run_all(
         if record is None:
             record = _attempt(config, layout, splits, run, listen, label=run.arm in DISTILLED_ARMS and not labelled)
             labelled = labelled or (run.arm in DISTILLED_ARMS and record.status == "finished")
+            lock.check()
             write_record(layout.run(run.arm, run.seed).record, record)
+        if record.status == "finished":  # from now on nothing of this run is ever resumed
+            shutil.rmtree(layout.run(run.arm, run.seed).checkpoints, ignore_errors=True)
         yield record
         if record.status == "failed" and config.run.fail_fast:
             return
@@ -224,6 +228,9 @@ def _finished(config: Config, layout: ExperimentLayout, run: Run, rows: str) -> 
             f"{place.root} was made from other rows than the config names now: the data changed since. "
             f"Name another folder with --out, or delete {layout.root}"
         )
+    if hurt := damaged_files(layout.root, record.files):
+        logger.warning("%s: damaged or gone since it was written; %s is run again", ", ".join(hurt), place.root.name)
+        return None
     if run.arm == config.shipped_arm and not place.model.exists():
         logger.info("%s with seed %d has no weights to ship and is trained again", run.arm, run.seed)
         return None
@@ -235,7 +242,10 @@ def _attempt(
 ) -> RunRecord:
     """Run one arm in a process of its own; what goes wrong there becomes a failed record."""
     try:
-        return _train(config, layout, run, listen, label=label)
+        record = _train(config, layout, run, listen, label=label)
+        if record.fingerprints.get("data") != hash_splits(splits):
+            raise ArtifactError("the data changed while the experiment ran; put back what was there and run it again")
+        return record
     except OSError:
         raise  # a full disk or a vanished folder ends every run alike
     except Exception as error:
@@ -274,7 +284,8 @@ def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: li
         return None
     best = max(candidates, key=lambda record: (-math.inf if record.score is None else record.score, -record.seed))
     if not is_shipped(layout, best):
-        run_in_child(ship_student, config, layout, task, best)
+        with logged("ship", arm, best.seed):
+            run_in_child(ship_student, config, layout, task, best)
     return Run(arm, best.seed)
 
 

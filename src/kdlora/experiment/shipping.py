@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
+from pathlib import Path
 
 from kdlora.config import LORA_ARMS, Arm, Config
 from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
-from kdlora.distil.fingerprints import hash_file
+from kdlora.deploy.folder import TEMPERATURE_KEY
 from kdlora.evidence.card import student_card
+from kdlora.evidence.integrity import hash_files
 from kdlora.evidence.records import ExampleText, ExperimentLayout, RunRecord, atomic_folder, write_examples
 from kdlora.experiment.arms import Trained
 from kdlora.experiment.recording import prepare_process, splits_by_name
 from kdlora.experiment.sources import load_base
 from kdlora.models.adapters import add_base, merge_student, save_adapter
 from kdlora.models.encoders import Encoder, save_encoder
+from kdlora.models.licence import read_licence
 
 WEIGHTS = "model.safetensors"
 
@@ -42,11 +46,30 @@ def keep_weights(
             save_adapter(trained.model, folder)
         encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
     encoder.model.config.kdlora_task = task.to_dict()
-    is_teacher = arm == "fft" and seed == config.teacher_seed
-    if is_teacher or arm == config.shipped_arm:
-        with atomic_folder(layout.teacher if is_teacher else place.model) as folder:
+    if (to := _model_place(config, layout, arm, seed)) is not None:
+        with atomic_folder(to) as folder:
             save_encoder(encoder, folder)
     return encoder
+
+
+def kept_places(config: Config, layout: ExperimentLayout, arm: Arm, seed: int) -> list[Path]:
+    """Name the files and folders that a run leaves, its record aside.
+
+    Args:
+        config: the experiment.
+        layout: its folder.
+        arm: the arm.
+        seed: the run's seed.
+    """
+    place, model = layout.run(arm, seed), _model_place(config, layout, arm, seed)
+    return [place.predictions, *([place.adapter] if arm in LORA_ARMS else []), *([] if model is None else [model])]
+
+
+def _model_place(config: Config, layout: ExperimentLayout, arm: Arm, seed: int) -> Path | None:
+    """Say where a run's whole model goes: the teacher, and those that may ship; the others are not kept."""
+    if arm == "fft" and seed == config.teacher_seed:
+        return layout.teacher
+    return layout.run(arm, seed).model if arm == config.shipped_arm else None
 
 
 def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: RunRecord) -> None:
@@ -60,6 +83,7 @@ def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: Run
     """
     prepare_process(config)
     place = layout.run(best.arm, best.seed)
+    layout.deployed.unlink(missing_ok=True)
     if place.adapter.exists():
         with atomic_folder(layout.adapter) as folder:
             shutil.copytree(place.adapter, folder, dirs_exist_ok=True)
@@ -69,18 +93,35 @@ def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: Run
         shutil.rmtree(layout.adapter)
     with atomic_folder(layout.student) as folder:  # last: once it is there, nothing is shipped again
         shutil.copytree(place.model, folder, dirs_exist_ok=True)
-        (folder / "README.md").write_text(student_card(best), encoding="utf-8")
+        base = config.student if config.student.model is not None else config.teacher
+        licence = None if base.model is None else read_licence(base.model, base.revision)
+        (folder / "README.md").write_text(student_card(best, licence), encoding="utf-8")
 
 
 def is_shipped(layout: ExperimentLayout, best: RunRecord) -> bool:
-    """Say whether `student/` holds the weights of a run already.
+    """Say whether `student/` and `adapter/` are whole copies of a run's already.
+
+    The card is the student's own, and `config.json` may have got a temperature by calibration.
 
     Args:
         layout: the experiment folder.
         best: the run that shall be shipped.
     """
-    run, student = layout.run(best.arm, best.seed).model / WEIGHTS, layout.student / WEIGHTS
-    return run.exists() and student.exists() and hash_file(run) == hash_file(student)
+    place = layout.run(best.arm, best.seed)
+    model, student = hash_files(place.model, [place.model]), hash_files(layout.student, [layout.student])
+    adapter, shipped = hash_files(place.adapter, [place.adapter]), hash_files(layout.adapter, [layout.adapter])
+    same_model = all(student.get(name) == digest for name, digest in model.items() if name != "config.json")
+    same_adapter = all(shipped.get(name) == digest for name, digest in adapter.items())
+    return WEIGHTS in model and same_model and same_adapter and _same_but_temperature(place.model, layout.student)
+
+
+def _same_but_temperature(model: Path, student: Path) -> bool:
+    """Compare two `config.json`."""
+    try:
+        one, other = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (model, student))
+    except (OSError, ValueError):
+        return False
+    return bool(one == {key: value for key, value in other.items() if key != TEMPERATURE_KEY})
 
 
 def keep_examples(layout: ExperimentLayout, splits: Splits) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
+from kdlora.data.collection import is_collection, open_collection
 from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
+from kdlora.distil.collections import read_collection
+from kdlora.distil.fingerprints import hash_model
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.tables import read_teacher_table
 from kdlora.distil.teacher import read_stored_logits
+from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder, load_fine_tuned, student_from_layers
@@ -46,11 +50,30 @@ def check_table(config: Config, splits: Splits) -> list[str]:
     Raises:
         DataError: for a table that does not fit.
     """
+    collection = _collection(config)
+    if collection is not None and config.data.augment:
+        raise ConfigError(
+            "data.augment makes new texts, which the labelled collection in data.unlabelled has no answers for; set "
+            "data.augment to 0, or data.unlabelled to the files that were labelled"
+        )
+    if collection is not None and not config.given_teacher:
+        raise ConfigError(
+            f"data.unlabelled is a collection that {open_collection(collection).model} labelled, but this experiment "
+            "trains a teacher of its own, and one teacher teaches all rows. Set teacher.fine_tuned to that model, or "
+            "data.unlabelled to the files that were labelled"
+        )
     if not config.teacher.is_table:
         return []
-    table = read_table(config, splits.task, "train")
-    extra = table.count_extra(splits.train)
-    return [f"{table.source}: {extra} rows belong to no training example and are not used."] if extra else []
+    tables = [(read_table(config, splits.task, "train"), splits.train, "training")]
+    if splits.unlabelled is not None:
+        logits = stored_unlabelled_logits(config, None, splits)
+        assert logits is not None  # there are unlabelled rows
+        tables.append((logits, splits.unlabelled, "unlabelled"))
+    return [
+        f"{table.source}: {extra} rows belong to no {name} example and are not used."
+        for table, rows, name in tables
+        if (extra := table.count_extra(rows))
+    ]
 
 
 def _one_arm_per_base(config: Config) -> list[Arm]:
@@ -126,13 +149,73 @@ def stored_logits(config: Config, layout: ExperimentLayout, task: Task) -> Teach
     return read_stored_logits(layout.teacher_logits, task)
 
 
+def stored_unlabelled_logits(config: Config, layout: ExperimentLayout | None, splits: Splits) -> TeacherLogits | None:
+    """Read the teacher logits of the unlabelled rows: the collection's, the user's table, or those stored here.
+
+    Args:
+        config: the experiment.
+        layout: its folder; may be None where a table or a collection teaches.
+        splits: the task with its examples.
+
+    Returns:
+        The logits; None where there are no unlabelled rows.
+    """
+    if splits.unlabelled is None:
+        return None
+    collection = _collection(config)
+    if collection is not None:
+        return read_collection(collection, splits.task, "data.unlabelled")
+    if config.teacher.is_table:
+        return read_table(config, splits.task, "unlabelled")
+    assert layout is not None  # a model's logits are stored in the experiment's folder
+    return read_stored_logits(layout.unlabelled_logits, splits.task)
+
+
+def labels_unlabelled(config: Config) -> bool:
+    """Say whether the teacher of the experiment has to read the unlabelled rows.
+
+    Args:
+        config: the experiment.
+    """
+    more = config.data.unlabelled is not None or config.data.augment > 0
+    return more and _collection(config) is None and not config.teacher.is_table
+
+
+def check_collection(config: Config, encoder: Encoder) -> None:
+    """Refuse unlabelled rows that another teacher than this one has labelled.
+
+    Args:
+        config: the experiment.
+        encoder: its teacher.
+
+    Raises:
+        ArtifactError: the collection was made with other weights.
+    """
+    folder = _collection(config)
+    if folder is None:
+        return
+    collection = open_collection(folder)
+    if collection.weights != hash_model(encoder.model):
+        raise ArtifactError(
+            f"{folder} (data.unlabelled) was labelled with other weights ({collection.model}) than those of the "
+            f"teacher {encoder.source}; one teacher teaches all rows. Label it with this teacher, or name the text "
+            "files in data.unlabelled"
+        )
+
+
+def _collection(config: Config) -> Path | None:
+    """Return the labelled collection that `data.unlabelled` names, if it is one."""
+    place = None if config.data.unlabelled is None else Path(config.data.unlabelled)
+    return place if place is not None and is_collection(place) else None
+
+
 def read_table(config: Config, task: Task, split: str) -> TeacherLogits:
     """Read the rows of one split from the table that is the teacher.
 
     Args:
         config: the experiment; its teacher is a table.
         task: whose labels the table's columns are matched with, by name.
-        split: `train`, `validation` or `test`.
+        split: `train`, `validation`, `test` or `unlabelled`.
 
     Raises:
         DataError: if the table does not fit, or has no rows of this split.

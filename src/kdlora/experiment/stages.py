@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from kdlora.config import DISTILLED_ARMS, LORA_ARMS, Arm, Config, TrainConfig
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, TrainConfig
 from kdlora.data.load import load_splits
 from kdlora.distil.precision import resolve_precision
 from kdlora.distil.teacher import teacher_logits
+from kdlora.evidence.integrity import hash_files
 from kdlora.evidence.measure import forget_peak, peak_since, read_memory
 from kdlora.evidence.records import ExperimentLayout, RunRecord
-from kdlora.experiment.arms import Progress, train_arm
+from kdlora.experiment.arms import Progress, rows_per_epoch, train_arm
+from kdlora.experiment.origin import add_origin, check_origin
 from kdlora.experiment.recording import add_training, new_record, now, prepare_process
 from kdlora.experiment.scoring import score_given_teacher, score_model
-from kdlora.experiment.shipping import keep_weights
-from kdlora.experiment.sources import load_base, load_teacher, stored_logits
+from kdlora.experiment.shipping import keep_weights, kept_places
+from kdlora.experiment.sources import (
+    check_collection,
+    labels_unlabelled,
+    load_base,
+    load_teacher,
+    stored_logits,
+    stored_unlabelled_logits,
+)
+from kdlora.experiment.stage_log import logged
 
 StageName = Literal["train", "label", "deploy"]
 
@@ -65,8 +74,9 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
         progress: called with each training event.
 
     Returns:
-        The record. Its peak memory is that of the training, data and validation included, above the level after
-        imports; it means that of this run alone where the process is the run's own.
+        The record. Whoever has written it to disk removes the run's checkpoints. Its peak memory is that of the
+        training, data and validation included, above the level after imports; it means that of this run alone where
+        the process is the run's own.
     """
     prepare_process(config)
     forget_peak()
@@ -77,31 +87,42 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
         return score_given_teacher(config, layout, splits, record)
     place = layout.run(arm, seed)
     teacher = stored_logits(config, layout, splits.task) if arm in DISTILLED_ARMS else None
-    trained = train_arm(
-        load_base(config, arm, seed, splits.task),
-        splits,
-        settings_for(config, arm),
-        folder=place.checkpoints,
-        lora=config.lora if arm in LORA_ARMS else None,
-        teacher=teacher,
-        distil=config.distil,
-        seed=seed,
-        precision=config.run.precision,
-        device=config.run.device,
-        checkpoint_seconds=config.run.checkpoint_seconds,
-        progress=progress,
-    )
-    record = add_training(record, trained, teacher).model_copy(update={"peak_memory_bytes": peak_since(level)})
-    encoder = keep_weights(config, layout, splits.task, trained, arm, seed)
-    record = score_model(record, encoder, splits, settings_for(config, arm).max_length, place)
-    shutil.rmtree(place.checkpoints, ignore_errors=True)  # nothing of a finished run is ever resumed
-    return record.model_copy(update={"status": "finished", "finished": now()})
+    unlabelled = stored_unlabelled_logits(config, layout, splits) if arm in DISTILLED_ARMS else None
+    encoder = load_base(config, arm, seed, splits.task)
+    record = add_origin(record, encoder, teacher, unlabelled)
+    check_origin(layout, record)
+    with logged("train", arm, seed):
+        trained = train_arm(
+            encoder,
+            splits,
+            settings_for(config, arm),
+            folder=place.checkpoints,
+            lora=config.lora if arm in LORA_ARMS else None,
+            teacher=teacher,
+            unlabelled=unlabelled,
+            distil=config.distil,
+            seed=seed,
+            precision=config.run.precision,
+            device=config.run.device,
+            checkpoint_seconds=config.run.checkpoint_seconds,
+            keep_checkpoints=config.run.keep_checkpoints,
+            rows_per_epoch=None if arm in TEACHER_ARMS else rows_per_epoch(splits),
+            progress=progress,
+        )
+    record = add_training(record, trained, teacher, unlabelled)
+    record = record.model_copy(update={"peak_memory_bytes": peak_since(level)})
+    with logged("merge", arm, seed):
+        encoder = keep_weights(config, layout, splits.task, trained, arm, seed)
+    with logged("evaluate", arm, seed):
+        record = score_model(record, encoder, splits, settings_for(config, arm).max_length, place)
+    kept = hash_files(layout.root, kept_places(config, layout, arm, seed))
+    return record.model_copy(update={"status": "finished", "finished": now(), "files": kept})
 
 
 def label_training_rows(
     config: Config, layout: ExperimentLayout, progress: Callable[[int, int], None] | None = None
 ) -> int:
-    """Let the teacher read the training rows once and store its logits; stored ones are reused.
+    """Let the teacher read the training rows, and the unlabelled ones, once and store its logits; stored ones stay.
 
     Args:
         config: the experiment.
@@ -114,15 +135,44 @@ def label_training_rows(
     prepare_process(config)
     splits = load_splits(config.task, config.data)
     encoder, columns = load_teacher(config, splits.task, layout.teacher)
-    logits = teacher_logits(
-        encoder,
-        columns,
-        splits.train,
-        splits.task,
-        layout.teacher_logits,
-        max_length=config.teacher.train.max_length,
-        precision=resolve_precision(config.run.precision, config.run.device)[0],
-        device=config.run.device,
-        progress=progress,
-    )
-    return logits.truncated
+    check_collection(config, encoder)
+    parts = [(splits.train, layout.teacher_logits)]
+    if splits.unlabelled is not None and labels_unlabelled(config):
+        parts.append((splits.unlabelled, layout.unlabelled_logits))
+    total, done, truncated = sum(len(rows) for rows, _ in parts), 0, 0
+    for rows, folder in parts:
+        with logged("label", folder.name, config.teacher_seed):
+            logits = teacher_logits(
+                encoder,
+                columns,
+                rows,
+                splits.task,
+                folder,
+                max_length=config.teacher.train.max_length,
+                precision=resolve_precision(config.run.precision, config.run.device)[0],
+                device=config.run.device,
+                rows_per_shard=shard_rows(len(rows)),
+                progress=_counting_on(progress, done, total),
+            )
+        done += len(rows)
+        truncated += logits.truncated
+    return truncated
+
+
+def shard_rows(rows: int) -> int:
+    """Choose how many teacher logits go into one file: what a crash can cost, against the number of files.
+
+    Args:
+        rows: of the training split.
+
+    Returns:
+        2,000 up to 400,000 rows, a 200th of more, 50,000 at most.
+    """
+    return min(max(2_000, rows // 200), 50_000)
+
+
+def _counting_on(
+    progress: Callable[[int, int], None] | None, done: int, total: int
+) -> Callable[[int, int], None] | None:
+    """Report the rows of one part as those of all."""
+    return None if progress is None else lambda part, _: progress(done + part, total)

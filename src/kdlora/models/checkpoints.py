@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -145,6 +144,8 @@ def read_config(source: Source) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+    if (layers := getattr(config, "num_hidden_layers", 1)) is not None and layers < 1:
+        raise ModelError(f"{source.name} has {layers} layers by its config.json; expected at least 1")
     has_own_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
     if source.trust_remote_code and has_own_code:
         return config
@@ -167,7 +168,7 @@ def read_config(source: Source) -> PretrainedConfig:
 def _check_json(path: Path) -> None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as fault:
+    except (ValueError, RecursionError) as fault:
         raise ModelError(f"{path} is damaged: {fault}. Copy the model folder again") from fault
     if not isinstance(content, dict):
         raise ModelError(f"{path} is damaged: expected an object, found {type(content).__name__}")
@@ -283,9 +284,11 @@ def explained(source: Source, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as fault:
+    except Exception as fault:  # a damaged file can make transformers fail in any way
         if isinstance(fault, OSError) and fault.errno is not None:
             raise  # disk full, no permission: not a fault of the model
+        if isinstance(fault, RuntimeError) and not isinstance(fault, RecursionError | NotImplementedError):
+            raise  # out of memory
         raise ModelError(_explanation(source, what, fault)) from fault
 
 

@@ -7,7 +7,7 @@ import inspect
 import logging
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,8 +38,8 @@ class Encoder:
         layers: layers of `source` that the model was cut from; None: all of them.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     fresh: tuple[str, ...]
     source: str
     revision: str | None = None

@@ -1,0 +1,196 @@
+"""The Hub: models loaded by id, and an experiment's student pushed with its card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdlora.deploy.folder import ModelFolder, read_model_folder
+from kdlora.errors import ArtifactError, ConfigError, KdLoraError, ModelError
+from kdlora.evidence.card import FOLDER_IN_CARD
+from kdlora.evidence.records import ExperimentLayout
+
+ONNX_FOLDER = "onnx"
+"""Where a repository keeps its ONNX files, as transformers.js and the Hub's own exports do."""
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<inner>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
+_ROOT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push left on the Hub.
+
+    Attributes:
+        repo: id of the repository.
+        url: address of the commit.
+        revision: hash of the commit.
+        private: whether only its owners see it.
+        files: names of the files in the repository that belong to this push.
+    """
+
+    repo: str
+    url: str
+    revision: str
+    private: bool
+    files: tuple[str, ...]
+
+
+def locate_model(name: str | Path, *, revision: str | None = None) -> Path:
+    """Turn what a user names as a model into a folder, by a download where it is no folder but a Hub id.
+
+    Args:
+        name: a folder or file, which is returned as it is; else `USER/REPO`, a folder in it as `USER/REPO/onnx`, each
+            with `@REVISION` behind it if need be.
+        revision: commit, tag or branch of a Hub id.
+
+    Returns:
+        A path; whether it is a model folder remains to be seen.
+
+    Raises:
+        ModelError: no such repository, revision or folder in it, or the Hub cannot be reached.
+    """
+    path, found = Path(name), _HUB_ID.fullmatch(Path(name).as_posix())
+    if path.exists() or found is None or path.suffix == ".onnx":
+        return path
+    if revision is not None and found["revision"] is not None and revision != found["revision"]:
+        raise ConfigError(f"{name}: names the revision {found['revision']!r}, but the revision {revision!r} is given")
+    inner = found["inner"].strip("/")
+    snapshot = _download(found["repo"], revision or found["revision"], inner)
+    if not (snapshot / inner / "config.json").is_file():
+        raise ModelError(f"{name}: the Hub has {found['repo']}, but {inner or 'it'} holds no config.json")
+    return snapshot / inner
+
+
+def _download(repo: str, revision: str | None, inner: str) -> Path:
+    """Fetch the files of a model, and nothing that runs code; what is in the cache is not fetched again."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    wanted = [f"{inner}/*"] if inner else list(_ROOT_FILES)
+    ignored = ["*.py", "*.bin", "*.pt", "*.pkl"] if inner else ["*/*", "training_args*", "optimizer*"]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
+    except RevisionNotFoundError:
+        raise ModelError(f"{repo} has no revision {revision!r} on the Hub") from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"{repo}: no such folder, and no Hub model of this name that you may see. Give the folder of a model, such "
+            "as EXPERIMENT/student; for a private model log in with `hf auth login`"
+        ) from None
+    except (LocalEntryNotFoundError, ConnectionError) as error:
+        raise ModelError(
+            f"{repo}: no such folder, no Hub model of this name in the cache, and the Hub was not asked or does not "
+            f"answer ({str(error).splitlines()[0]}). Give the folder of a model, such as EXPERIMENT/student"
+        ) from None
+
+
+def push_experiment(
+    experiment: str | Path,
+    repo: str,
+    *,
+    public: bool = False,
+    report: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Pushed:
+    """Put an experiment's student, its ONNX export and its card into a repository of the Hub, in one commit.
+
+    The same call again sends only what the Hub does not have yet, so an interrupted push goes on where it stopped.
+    The report quotes examples of your data, so it stays here unless asked for; records and config always do.
+
+    Args:
+        experiment: an experiment folder, or a transformers model folder.
+        repo: `USER/REPO`; it is made where it does not exist.
+        public: make it public; else it is private, and an existing public one is refused.
+        report: push `report.html` and `report.md` too.
+        revision: branch; made where it does not exist.
+        token: access token; by default that of `hf auth login` or of `HF_TOKEN`.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        ModelError: nothing to push.
+        ConfigError: a name that no repository can have.
+        KdLoraError: not allowed, or a public repository without `public`.
+        OSError: the Hub cannot be reached or fails.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    if (found := _HUB_ID.fullmatch(repo)) is None or found["inner"] or found["revision"]:
+        raise ConfigError(f"{repo!r} is no name of a repository; expected USER/NAME")
+    layout = ExperimentLayout(Path(experiment))
+    files = _files(layout, report)
+    with _explained(repo):
+        api = HfApi(token=token)
+        api.create_repo(repo, private=not public, exist_ok=True)
+        private = bool(api.repo_info(repo).private)
+        if not private and not public:
+            raise KdLoraError(f"{repo} exists on the Hub and is public; say --public (public=True) to push there")
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        contents = {name: _card(path, repo) if name == "README.md" else str(path) for name, path in files.items()}
+        operations = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()
+        ]
+        commit = api.create_commit(
+            repo, operations, commit_message="Student distilled with kdlora", revision=revision, num_threads=2
+        )
+    return Pushed(repo, str(commit.commit_url), str(commit.oid), private, tuple(sorted(files)))
+
+
+def _files(layout: ExperimentLayout, report: bool) -> dict[str, Path]:
+    """Map names in the repository to files here."""
+    student = _pushable(layout.root)
+    files = {path.name: path for path in sorted(student.path.iterdir()) if path.is_file() and path.name[0] != "."}
+    if layout.config.exists() and layout.export_record.exists():
+        exported = sorted(path for path in layout.onnx.iterdir() if path.is_file() and path.name[0] != ".")
+        files |= {f"{ONNX_FOLDER}/{path.name}": path for path in exported}
+    if report:
+        for path in (layout.report_md, layout.report_html):
+            if not path.exists():
+                raise ArtifactError(f"{path} is not there; write it with `kdlora report {layout.root}`")
+            files[path.name] = path
+    return files
+
+
+def _pushable(root: Path) -> ModelFolder:
+    """Find the transformers folder that shall be pushed."""
+    if ExperimentLayout(root).config.exists() and not ExperimentLayout(root).student.exists():
+        raise ModelError(f"{root} has no student to push; run it to its end with `kdlora run`")
+    folder = read_model_folder(root)
+    if folder.backend != "transformers":
+        raise ModelError(f"{root} is an ONNX export; push its experiment, which holds the transformers model as well")
+    return folder
+
+
+def _card(path: Path, repo: str) -> bytes:
+    """Give the card with the repository's name where the model is loaded."""
+    return path.read_text(encoding="utf-8").replace(FOLDER_IN_CARD, repo).encode()
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Turn the Hub's refusals that the user can mend into an error that says how; the rest becomes an OSError."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise KdLoraError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
+    except (HfHubHTTPError, LocalTokenNotFoundError, RuntimeError) as error:  # RuntimeError wraps a failed upload
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        if isinstance(error, LocalTokenNotFoundError) or (cause is error and status in (401, 403, 404)):
+            raise KdLoraError(
+                f"the Hub does not let you write to {repo}. Log in with `hf auth login` (or set HF_TOKEN) with a token "
+                "that may write, and check the name"
+            ) from None
+        reason = " ".join(str(cause).split())
+        raise OSError(
+            f"the push to {repo} stopped ({reason:.300}); the same command again sends only what is missing"
+        ) from None

@@ -1,0 +1,153 @@
+"""What a bug report needs: versions, device, threads, free memory, the Hub, and which extras are missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from kdlora.evidence.environment import collect_versions, describe_machine
+
+HUB = "https://huggingface.co"
+HUB_SECONDS = 4.0
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The state of an installation; it names no user, host or folder.
+
+    Attributes:
+        versions: package name to version, Python included.
+        machine: processor, cores, memory and system.
+        device: what PyTorch would train on, such as "cpu" or "cuda: NAME, 79.1 GiB".
+        threads: CPU threads that PyTorch would use; None where PyTorch cannot be imported.
+        free_memory: GiB that are free now; None where the system does not tell.
+        free_disk: GiB that are free where the Hub's cache lies.
+        hub: whether the Hub answers, or why not.
+        extras: extra to the requirements that are not met; empty where the extra is complete.
+        problems: what does not fit, in plain sentences; empty where all is well.
+    """
+
+    versions: dict[str, str]
+    machine: dict[str, str]
+    device: str
+    threads: int | None
+    free_memory: float | None
+    free_disk: float
+    hub: str
+    extras: dict[str, tuple[str, ...]]
+    problems: tuple[str, ...]
+
+
+def diagnose(*, hub_seconds: float = HUB_SECONDS) -> Diagnosis:
+    """Look at the installation and the machine; nothing is changed.
+
+    Args:
+        hub_seconds: longest wait for the Hub's answer.
+    """
+    required, extras = unmet_requirements()
+    problems = [f"{need} is not met" for need in required]
+    device, threads = "unknown", None
+    try:
+        device, threads = _device()
+    except (ImportError, OSError, RuntimeError) as error:
+        problems.append(f"PyTorch cannot be used: {error}")
+    return Diagnosis(
+        versions=collect_versions(),
+        machine=describe_machine(),
+        device=device,
+        threads=threads,
+        free_memory=_free_memory(),
+        free_disk=_free_disk(),
+        hub=_ask_hub(hub_seconds),
+        extras=extras,
+        problems=tuple(problems),
+    )
+
+
+def unmet_requirements() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Compare what is installed with what kdlora's own metadata ask for.
+
+    Returns:
+        The unmet requirements of the package itself, and those of each extra. Each reads "peft>=0.19 (0.18 is
+        installed)" or "peft>=0.19 (not installed)".
+    """
+    try:
+        declared = metadata.requires("kdlora") or []
+        names = metadata.metadata("kdlora").get_all("Provides-Extra") or []
+    except metadata.PackageNotFoundError:
+        return ("the package kdlora itself (pip install kdlora)",), {}
+    requirements = [Requirement(text) for text in declared]
+    base = tuple(_unmet(need for need in requirements if need.marker is None or need.marker.evaluate({"extra": ""})))
+    extras = {
+        name: tuple(_unmet(need for need in requirements if need.marker and need.marker.evaluate({"extra": name})))
+        for name in sorted(names)
+    }
+    return base, {name: tuple(need for need in unmet if need not in base) for name, unmet in extras.items()}
+
+
+def _unmet(requirements: Iterator[Requirement]) -> Iterator[str]:
+    for need in requirements:
+        wanted = f"{need.name}{need.specifier}"
+        try:
+            found = metadata.version(need.name)
+        except metadata.PackageNotFoundError:
+            yield f"{wanted} (not installed)"
+            continue
+        if not need.specifier.contains(found, prereleases=True):
+            yield f"{wanted} ({found} is installed)"
+
+
+def _device() -> tuple[str, int]:
+    """Name what PyTorch would train on, and its CPU threads."""
+    import torch  # here: the rest of the diagnosis must come even where torch is broken
+
+    threads = torch.get_num_threads()
+    if torch.cuda.is_available():
+        traits = torch.cuda.get_device_properties(0)
+        more = f", and {torch.cuda.device_count() - 1} more" if torch.cuda.device_count() > 1 else ""
+        return f"cuda: {traits.name}, {traits.total_memory / 2**30:.1f} GiB{more}", threads
+    if torch.backends.mps.is_available():
+        return "mps", threads
+    return "cpu", threads
+
+
+def _free_memory() -> float | None:
+    """Read the memory that programs can still have, in GiB."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if available is None else round(int(available) / 2**20, 1)
+
+
+def _free_disk() -> float:
+    """Read the free space where the Hub's files are kept, in GiB."""
+    place = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    return round(shutil.disk_usage(place).free / 2**30, 1)
+
+
+def _ask_hub(seconds: float) -> str:
+    """Say whether the Hub answers."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return "not asked: HF_HUB_OFFLINE is set"
+    endpoint = os.environ.get("HF_ENDPOINT") or HUB
+    if not endpoint.startswith(("http://", "https://")):
+        return f"HF_ENDPOINT is {endpoint!r}, which is no address; expected https://..."
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds) as answer:
+            return f"{endpoint} answers" if answer.status < 400 else f"{endpoint} answers with {answer.status}"
+    except urllib.error.HTTPError as error:  # an answer, too: a stand-in need not have a front page
+        return f"{endpoint} answers" if error.code < 500 else f"{endpoint} answers with {error.code}"
+    except (OSError, ValueError) as error:
+        return f"{endpoint} cannot be reached ({getattr(error, 'reason', error)})"

@@ -1,0 +1,84 @@
+"""A training that diverges stops before its weights are spoilt, and says where, on which rows, and what is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from kdlora.distil.arm_trainer import ArmTrainer
+from kdlora.distil.loss_sums import DivergedError
+from kdlora.errors import KdLoraError
+
+
+class At(TrainerCallback):
+    """Save after one step, and do something to the model before another."""
+
+    def __init__(self, saved: int, step: int = -1, act=None) -> None:
+        self.saved, self.step, self.act = saved, step, act
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        if state.global_step + 1 == self.step:
+            self.act(model)
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_save = state.global_step == self.saved
+
+
+def spoil_gradients(model) -> None:
+    next(parameter for parameter in model.parameters() if parameter.requires_grad).register_hook(
+        lambda gradient: gradient * float("inf")
+    )
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(make_setup, tmp_path):
+    """The loss of that step is fine; taken, the step makes every weight NaN, and a checkpoint would keep them."""
+    setup = make_setup()
+    with pytest.raises(KdLoraError, match="the gradients are not finite numbers at step 5") as caught:
+        setup.run(tmp_path, callbacks=[At(3, 5, spoil_gradients)])
+    assert "learning rate (now 0.005)" in str(caught.value)
+    assert str(caught.value).endswith(f"Last good checkpoint: {tmp_path / 'step-000000003'}, from before that")
+    assert all(torch.isfinite(parameter).all() for parameter in setup.model.parameters())
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_the_rows_of_the_step_are_named(make_setup, tmp_path, epoch):
+    """One row with a broken target among a million is found by its id, or not at all."""
+    setup = make_setup(batch_size=4)
+    rows = setup.train.dataset
+    logits = [list(row) for row in rows["teacher_logits"]]
+    logits[17][0] = float("nan")
+    spoilt = rows.remove_columns("teacher_logits").add_column("teacher_logits", logits)
+
+    setup.train = dataclasses.replace(setup.train, dataset=spoilt)
+    with pytest.raises(KdLoraError, match=r"the loss is not a finite number at step \d+") as caught:
+        setup.run(tmp_path, seed=3 + epoch)
+    assert repr(rows[17]["id"]) in str(caught.value)
+    assert "The step's 4 rows: " in str(caught.value)
+    assert "none was written yet" in str(caught.value)
+
+
+def test_rows_of_a_later_epoch_are_those_that_were_drawn(make_setup, tmp_path, monkeypatch):
+    """Each epoch has its own order; the first one's would blame innocent rows."""
+    drawn = []
+    begin = ArmTrainer.begin_epoch
+
+    def compare(self, epoch, *, fresh):
+        begin(self, epoch, fresh=fresh)
+        drawn.append(list(self.sampler))
+        first = epoch * len(drawn[-1]) + 1
+        assert [self.rows_of_step(first + place) for place in range(len(drawn[-1]))] == drawn[-1]
+
+    monkeypatch.setattr(ArmTrainer, "begin_epoch", compare)
+    make_setup(batch_size=4).run(tmp_path)
+    assert len(drawn) == 2
+    assert drawn[0] != drawn[1]
+
+
+def test_a_divergence_crosses_to_another_process_with_its_step():
+    """A child answers with its exception; one that loses its step, or cannot travel, hides the cause."""
+    fault = pickle.loads(pickle.dumps(DivergedError("the training diverged", 7)))  # noqa: S301 - its own
+    assert (str(fault), fault.step) == ("the training diverged", 7)

@@ -1,0 +1,170 @@
+"""Rows without labels in the loss, in the order of the rows, and in a training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from test_resume import CutAfter, PowerCutError, SaveAt, different, weights
+
+from kdlora.data.batches import LengthBucketSampler
+from kdlora.distil.checkpoints import trained_tensors
+from kdlora.distil.loss_sums import LossSums
+from kdlora.distil.losses import distillation_loss
+from kdlora.distil.standardise import TargetScale
+from kdlora.distil.unlabelled import LABELLED, labelled_values
+from kdlora.errors import DataError
+
+LOG3 = math.log(3.0)
+KINDS = ("single-label", "multi-label", "regression")
+
+
+def test_the_loss_by_hand():
+    """A mean of the hard loss over labelled rows alone, or labels of unlabelled rows that count, would still train."""
+    logits = torch.tensor([[LOG3, 0.0], [0.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[LOG3, 0.0], [LOG3, 0.0]])
+    labelled = torch.tensor([True, False])
+    terms = distillation_loss(
+        logits, torch.tensor([0, 1]), teacher, kind="single-label", alpha=0.25, temperature=1.0, labelled=labelled
+    )
+    soft = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # KL of (3/4, 1/4) and (1/2, 1/2)
+    assert terms.hard.tolist() == pytest.approx([-math.log(0.75), 0.0], rel=1e-6)
+    assert terms.soft.tolist() == pytest.approx([0.0, soft], abs=1e-7)
+    assert terms.total.mean().item() == pytest.approx((0.25 * -math.log(0.75) + 0.75 * soft) / 2, rel=1e-6)
+    terms.total.mean().backward()
+    # labelled: 0.25 * (p - y) / 2; unlabelled: 0.75 * (p - p_teacher) / 2
+    expected = [[0.25 * -0.25 / 2, 0.25 * 0.25 / 2], [0.75 * -0.25 / 2, 0.75 * 0.25 / 2]]
+    np.testing.assert_allclose(logits.grad.numpy(), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "logits", "labels", "teacher", "hard", "soft"),
+    [
+        ("regression", [[1.0], [3.0]], [0.0, 99.0], [[3.0], [5.0]], 1.0, (4.0 + 4.0) / 2),
+        ("multi-label", [[0.0], [0.0]], [[1.0], [1.0]], [[LOG3], [LOG3]], math.log(2), LOG3**2),
+    ],
+)
+def test_the_other_kinds_by_hand(kind, logits, labels, teacher, hard, soft):
+    """The label that fills the place of none, 99 here, must reach neither the loss nor the gradient."""
+    outputs = torch.tensor(logits, requires_grad=True)
+    terms = distillation_loss(
+        outputs,
+        torch.tensor(labels),
+        torch.tensor(teacher),
+        kind=kind,
+        alpha=0.5,
+        loss="mse",
+        labelled=torch.tensor([True, False]),
+    )
+    assert terms.total.mean().item() == pytest.approx(0.5 * hard / 2 + 0.5 * soft, rel=1e-6)
+    terms.total.sum().backward()
+    assert outputs.grad[1].item() == pytest.approx(0.5 * 2 * (logits[1][0] - teacher[1][0]), rel=1e-6)
+
+
+def test_the_logged_terms_are_means_over_their_own_rows():
+    """A hard loss divided by all rows falls with the share of labels, and looks like progress."""
+    sums = LossSums(torch.device("cpu"))
+    for labelled in (torch.tensor([True, False]), torch.tensor([False, False])):
+        terms = distillation_loss(
+            torch.zeros(2, 2),
+            torch.tensor([0, 0]),
+            torch.zeros(2, 2),
+            kind="single-label",
+            alpha=1.0,
+            labelled=labelled,
+        )
+        sums.add(terms, 1)
+    means = sums.means()
+    assert means["hard_loss"] == pytest.approx(math.log(2))
+    assert means["loss"] == pytest.approx(math.log(2) / 4)
+    assert means["soft_loss"] == 0.0
+    assert LossSums(torch.device("cpu")).means() == {}
+
+
+def test_a_longer_epoch_takes_every_row_before_any_comes_again():
+    """A draw with replacement would leave a third of a control's labelled rows out of an epoch."""
+    sampler = LengthBucketSampler(np.arange(1, 11), 4, seed=1, rows_per_epoch=25)
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert [len(batch) for batch in batches] == [4] * 6 + [1]
+        counts = np.bincount(np.concatenate(batches), minlength=10)
+        assert set(counts) == {2, 3}
+        epochs.append(batches)
+    assert len(sampler) == 7
+    assert epochs[0] != epochs[1]
+    sampler.set_epoch(0)
+    assert list(sampler) == epochs[0]
+    plain, same = (
+        LengthBucketSampler(np.arange(1, 11), 4, seed=1),
+        LengthBucketSampler(np.arange(1, 11), 4, seed=1, rows_per_epoch=10),
+    )
+    assert list(plain) == list(same)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labelled_and_unlabelled_rows_train_together(make_setup, tmp_path, kind):
+    """However a batch is cut, the gradient is the mean over its rows; what fills a missing label is never read."""
+    trained, histories = [], []
+    for number, tokens in enumerate((16384, 96, 16384)):
+        setup = make_setup(kind, dropout=0.0, unlabelled=30, micro_batch_tokens=tokens)
+        if number == 2:
+            setup = dataclasses.replace(setup, train=dataclasses.replace(setup.train, dataset=refilled(setup)))
+        outcome = setup.run(tmp_path / str(number))
+        trained.append({name: value.clone() for name, value in trained_tensors(setup.model).items()})
+        histories.append(outcome.history)
+    assert outcome.steps == 2 * math.ceil(74 / 8)
+    assert outcome.examples == 2 * 74
+    for name, value in trained[0].items():
+        torch.testing.assert_close(value, trained[1][name], rtol=1e-4, atol=1e-5, msg=name)
+        assert torch.equal(value, trained[2][name]), name
+    last = histories[0][-1]
+    expected = 0.5 * last["hard_loss"] * 44 / 74 + 0.5 * last["soft_loss"]
+    assert last["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def refilled(setup) -> Dataset:
+    """Put other values where labels are missing."""
+
+    def change(row):
+        other = [1.0] * 3 if setup.task.kind == "multi-label" else 1
+        return row if row[LABELLED] else row | {"label": other}
+
+    return setup.train.dataset.map(change)
+
+
+def test_an_interrupted_training_ends_in_the_same_bits(make_setup, tmp_path):
+    """The mixture of labelled and unlabelled rows must come from the seed and the step alone."""
+    undisturbed, cut, resumed = (make_setup(unlabelled=30) for _ in range(3))
+    expected = undisturbed.run(tmp_path / "a")
+    with pytest.raises(PowerCutError):
+        cut.run(tmp_path / "b", callbacks=[SaveAt(5, 12), CutAfter(14)])
+    outcome = resumed.run(tmp_path / "b")
+    assert different(weights(undisturbed.model), weights(resumed.model)) == []
+    assert outcome.history == expected.history
+
+
+def test_a_control_takes_the_steps_of_the_distilled_arm(make_setup, tmp_path):
+    """With equal epochs over fewer rows a control stops early, and the difference is one of steps."""
+    control = make_setup()
+    outcome = control.run(tmp_path, distil=None, rows_per_epoch=74)
+    assert (outcome.steps, outcome.examples) == (2 * math.ceil(74 / 8), 2 * 74)
+    assert "soft_loss" not in outcome.history[-1]
+
+
+def test_a_regression_is_standardised_by_its_labelled_rows(make_setup):
+    """Zeros in place of missing labels would move the mean of the targets far from the labels."""
+    setup = make_setup("regression")
+    alone = TargetScale.of(np.asarray(setup.train.dataset["label"]))
+    assert TargetScale.of(labelled_values(make_setup("regression", unlabelled=30).train.dataset)) == alone
+
+
+def test_a_control_refuses_unlabelled_rows(make_setup, tmp_path):
+    """Trained without a teacher, such rows would teach the value that fills their place."""
+    with pytest.raises(DataError, match="rows without labels teach by their teacher alone"):
+        make_setup(unlabelled=30).run(tmp_path, distil=None)

@@ -1,0 +1,68 @@
+"""Read the code blocks of a page: what is written to a file, what is run, and what is not run for which reason."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_FENCE = re.compile(
+    r"^(?P<comment><!-- (?P<directive>[^\n]*?) -->\n)?^```(?P<info>[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S
+)
+_TITLE = re.compile(r'title="([^"]+)"')
+_INCLUDE = re.compile(r'^--8<-- "([^"]+)"$', re.M)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block.
+
+    Attributes:
+        language: of the code; empty where none is named.
+        title: file that the reader saves it to, or None.
+        code: the text, included files put in.
+        excuse: why it is not run, or None.
+        line: where it begins.
+    """
+
+    language: str
+    title: str | None
+    code: str
+    excuse: str | None
+    line: int
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a reader would type it."""
+        return self.language in ("bash", "python") and self.title is None and self.excuse is None
+
+
+def read_blocks(page: Path) -> list[Block]:
+    """Give the blocks of a page in their order.
+
+    Args:
+        page: a Markdown file.
+    """
+    text = page.read_text(encoding="utf-8")
+    blocks = []
+    for found in _FENCE.finditer(text):
+        directive, info = found["directive"] or "", found["info"]
+        title = _TITLE.search(info)
+        blocks.append(
+            Block(
+                language=info.split()[0] if info.strip() else "",
+                title=title[1] if title else None,
+                code=_INCLUDE.sub(lambda m: (ROOT / m[1]).read_text("utf-8"), textwrap.dedent(found["code"])),
+                excuse=directive.removeprefix("not run: ") if directive.startswith("not run: ") else None,
+                line=text[: found.start()].count("\n") + 1,
+            )
+        )
+    return blocks
+
+
+def pages() -> list[Path]:
+    """List the pages that people read; generated ones print commands that others explain."""
+    written = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in ("cli.md", "config.md")]
+    return [ROOT / "README.md", *written]

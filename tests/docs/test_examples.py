@@ -1,0 +1,57 @@
+"""The scripts and notebooks of examples/, run from top to bottom with tiny models under the real names."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from pages import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def follow(command, reader, folder):
+    done = subprocess.run(command, cwd=folder, env=reader, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+@pytest.mark.docs
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
+def test_the_script_runs(script, reader, tmp_path):
+    """An example that no longer runs is worse than none."""
+    printed = follow([sys.executable, str(script)], reader, tmp_path)
+    assert printed.strip()
+    assert "failed" not in printed
+
+
+@pytest.mark.docs
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
+def test_the_notebook_runs(notebook, reader, tmp_path):
+    """Bars that flood a notebook, or a table that shows as a wall of text."""
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("nbclient")
+    shutil.copy(notebook, tmp_path)
+    code = "import sys, nbformat, nbclient; n = nbformat.read(sys.argv[1], 4); nbclient.NotebookClient(n, timeout=300)"
+    follow(
+        [sys.executable, "-c", f"{code}.execute(); nbformat.write(n, 'done.ipynb')", notebook.name], reader, tmp_path
+    )
+    cells = [cell for cell in nbformat.read(tmp_path / "done.ipynb", 4).cells if cell.cell_type == "code"]
+    shown = [output for cell in cells for output in cell.outputs]
+    html = [output["data"]["text/html"] for output in shown if "text/html" in output.get("data", {})]
+    assert any("<progress" in page for page in html), "bars below the cell"
+    assert any("<caption>" in page and "kd-lora" in page for page in html), "the table of the arms"
+    assert not [output for output in shown if output.output_type == "stream" and "Error" in output.text]
+
+
+def test_there_are_four_scripts_and_two_notebooks_without_output():
+    """Committed outputs carry somebody's machine, and go stale."""
+    assert len(EXAMPLES) >= 4
+    assert len(NOTEBOOKS) >= 2
+    for notebook in NOTEBOOKS:
+        assert '"outputs": []' in notebook.read_text(encoding="utf-8")
+        assert '"output_type"' not in notebook.read_text(encoding="utf-8")

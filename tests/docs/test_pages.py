@@ -1,0 +1,69 @@
+"""Every command that a page prints is typed, in the order of the page, in an empty folder."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pages import ROOT, pages, read_blocks
+
+import tiny
+from experiments import write_lines
+
+RUNNER = Path(__file__).with_name("run_page.py")
+PAGES = [page for page in pages() if any(block.is_run for block in read_blocks(page))]
+NEEDS = {"serve.md": ("node", "npm"), "tutorial.md": ("curl",)}
+
+
+def give_data(folder):
+    """Write the files that the README supposes the reader to have."""
+    rows = [{"review": row["text"], "sentiment": row["label"]} for row in tiny.sentiment_rows(120)]
+    tiny.write_csv(folder / "reviews.csv", rows)
+    pairs = [
+        {"question": row["text"], "answer": row["text"] if number % 2 else "no", "relevant": ["no", "yes"][number % 2]}
+        for number, row in enumerate(tiny.sentiment_rows(120))
+    ]
+    write_lines(folder / "pairs.jsonl", pairs)
+
+
+@pytest.mark.docs
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_page_works_as_printed(page, reader, tmp_path):
+    """Documentation rots in silence: an option is renamed, and only new users notice."""
+    absent = [program for program in NEEDS.get(page.name, ()) if shutil.which(program) is None]
+    if absent:
+        pytest.skip(f"needs {', '.join(absent)}")
+    for name in ("configs", "examples"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    give_data(tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(RUNNER), str(page)],
+        cwd=tmp_path,
+        env=reader,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_block_that_is_not_run_says_why(page):
+    """An excuse without a reason, or a language that the runner does not know and so leaves out."""
+    for block in read_blocks(page):
+        assert block.excuse is None or len(block.excuse) > 8, block
+        assert block.language in ("", "bash", "python", "yaml", "js", "json", "console", "text"), block
+
+
+def test_the_main_pages_are_found_and_have_commands():
+    """A pattern that matches nothing passes every test."""
+    names = {page.name for page in PAGES}
+    assert {"README.md", "tutorial.md", "serve.md", "table-teacher.md", "hub.md"} <= names
+    assert sum(block.is_run for page in PAGES for block in read_blocks(page)) > 30
+
+
+def test_the_readme_is_short():
+    """A stranger decides within five minutes."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200

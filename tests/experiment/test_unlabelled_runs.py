@@ -1,0 +1,130 @@
+"""Unlabelled text through the whole experiment: labelled by the teacher, learnt by the student, recorded."""
+
+import math
+
+import numpy as np
+import pytest
+
+from experiments import write_lines
+from kdlora.data.load import load_splits
+from kdlora.distil.teacher import read_stored_logits
+from kdlora.errors import ConfigError, DataError
+from kdlora.experiment.run import run_experiment
+from kdlora.experiment.sources import check_table
+from tiny import sentiment_rows, write_csv
+
+pytest_plugins = ["experiment_fixtures"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it
+
+ARMS = ["fft", "kd-lora", "student-lora"]
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory):
+    """Forty rows with ids that the training rows have too, and one scored text."""
+    rows = [{"id": row["id"], "text": row["text"] + " indeed"} for row in sentiment_rows(40, seed=7)]
+    rows.append({"id": "scored", "text": sentiment_rows(40, seed=1)[0]["text"]})
+    return write_csv(tmp_path_factory.mktemp("unlabelled") / "unlabelled.csv", rows)
+
+
+@pytest.fixture(scope="module")
+def result(workshop, unlabelled, tmp_path_factory):
+    """A finished experiment with unlabelled rows."""
+    config = workshop.config({"data": {"unlabelled": str(unlabelled)}, "run": {"arms": ARMS}})
+    return run_experiment(config, tmp_path_factory.mktemp("unlabelled-experiment") / "out")
+
+
+def test_the_teacher_labels_them_and_the_student_learns_from_both(result, workshop):
+    """Rows that nobody trains on, or logits attached to the training row of the same id, would go unnoticed."""
+    teacher, student, control = result.records
+    assert [record.status for record in result.records] == ["finished"] * 3
+    assert student.rows == {"train": 64, "unlabelled": 40, "validation": 40}
+    splits = load_splits(workshop.config().task, workshop.config({"data": student.config["data"]}).data)
+    stored = read_stored_logits(result.layout.unlabelled_logits, splits.task)
+    assert stored.ids.to_pylist() == splits.unlabelled["id"][:]
+    attached = np.asarray(stored.attach(splits.unlabelled)["teacher_logits"])
+    np.testing.assert_array_equal(attached, stored.logits)
+    steps = 2 * math.ceil(104 / 8)
+    assert student.history[-1]["step"] == control.history[-1]["step"] == steps
+    assert teacher.history[-1]["step"] == 2 * math.ceil(64 / 8)
+    assert student.history[-1]["soft_loss"] > 0
+    assert student.truncated["unlabelled (by the teacher)"] == 0
+    assert student.truncated["unlabelled"] == 0
+    assert "unlabelled" not in control.truncated
+
+
+def test_the_report_and_the_card_say_how_many(result):
+    """A reader who does not know of 40 more rows takes the gain for one of the loss."""
+    report = result.layout.report_md.read_text()
+    assert "train 64, unlabelled 40, validation 40" in report
+    assert "40 unlabelled rows: the teacher labelled them" in report
+    assert "hold the text of a validation or test row" in report
+    assert "unlabelled rows, labelled by the teacher: 40" in (result.layout.student / "README.md").read_text()
+
+
+def test_the_same_command_again_labels_nothing(result, workshop, unlabelled, monkeypatch):
+    """Labelling is what unlabelled rows cost; a second call must find it done."""
+    from kdlora.experiment import run as experiment_run
+
+    monkeypatch.setattr(experiment_run, "run_in_child", lambda *_, **__: pytest.fail("a stage ran again"))
+    config = workshop.config({"data": {"unlabelled": str(unlabelled)}, "run": {"arms": ARMS}})
+    assert run_experiment(config, result.folder).records == result.records
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi-label"])
+def test_the_other_kinds(workshop, tmp_path, kind):
+    """A missing label is filled by another type of value in each kind."""
+    names = ["value"] if kind == "regression" else ["praise", "film"]
+    rows = [
+        {"text": row["text"], **dict.fromkeys(names, int(row["label"] == "positive"))} for row in sentiment_rows(48)
+    ]
+    more = write_lines(tmp_path / "more.jsonl", [{"text": row["text"] + " too"} for row in sentiment_rows(24, seed=4)])
+    config = workshop.config(
+        {
+            "data": {
+                "train": str(write_csv(tmp_path / "train.csv", rows)),
+                "validation": str(write_csv(tmp_path / "validation.csv", rows[:16])),
+                "unlabelled": str(more),
+            },
+            "task": {"kind": kind, "label": names},
+            "run": {"arms": ["kd-lora"]},
+        }
+    )
+    result = run_experiment(config, tmp_path / "out")
+    assert [record.status for record in result.records] == ["finished"] * 2
+    student = result.records[1]
+    assert student.rows["unlabelled"] == 24
+    assert student.history[-1]["step"] == 2 * math.ceil(72 / 8)
+    assert student.score is not None
+
+
+def test_a_table_must_cover_the_unlabelled_rows(workshop, unlabelled, tmp_path):
+    """Found out by the child of the first student, the fault costs a teacher's evaluation; named early, nothing."""
+    config = workshop.config(
+        {
+            "data": {"unlabelled": str(unlabelled)},
+            "teacher": {"model": None, "logits": str(tmp_path / "table.jsonl")},
+            "run": {"arms": ["kd-lora"]},
+        }
+    )
+    splits = load_splits(config.task, config.data)
+    rows = [("train", key) for key in splits.train["id"][:]] + [("unlabelled", key) for key in splits.unlabelled["id"]]
+    table = [{"split": split, "id": key, "negative": 0.5, "positive": 0.25} for split, key in rows]
+    write_lines(tmp_path / "table.jsonl", [row for row in table if row["split"] == "train"])
+    with pytest.raises(DataError, match="no row is of split 'unlabelled'"):
+        check_table(config, splits)
+    write_lines(tmp_path / "table.jsonl", [*table, {"split": "unlabelled", "id": "x", "negative": 0, "positive": 0}])
+    assert check_table(config, splits) == [
+        f"{tmp_path / 'table.jsonl'}: 1 rows belong to no unlabelled example and are not used."
+    ]
+
+
+def test_a_collection_of_another_teacher_is_refused(workshop, tmp_path):
+    """Two teachers that teach one student make a gain that belongs to neither."""
+    (tmp_path / "collection.json").write_text(
+        '{"schema_version": 1, "complete": true, "model": "M", "texts": 1, "label_names": ["negative", "positive"]}'
+    )
+    config = workshop.config({"data": {"unlabelled": str(tmp_path)}, "run": {"arms": ["kd-lora"]}})
+    splits = load_splits(config.task, workshop.config().data)
+    with pytest.raises(ConfigError, match=r"that M labelled, but this experiment trains a teacher of its own"):
+        check_table(config, splits)

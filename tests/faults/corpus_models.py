@@ -1,0 +1,178 @@
+"""Model folders, tables of teacher outputs and command lines that must be refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def _only(folder: Path, *names: str) -> None:
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+def _pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (folder / "owned",)
+
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+
+
+def _cut(path: Path, to: int) -> None:
+    path.write_bytes(path.read_bytes()[:to])
+
+
+def _endless_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+
+
+def _offsets_outside(folder: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 2**40]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+MODELS: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
+    ("empty", _only, ("expected config.json", "nothing")),
+    ("no config", lambda f: (f / "config.json").unlink(), ("expected config.json",)),
+    ("config cut off", lambda f: _cut(f / "config.json", 30), ("config.json", "damaged")),
+    ("config empty", lambda f: _cut(f / "config.json", 0), ("config.json", "damaged")),
+    ("config a list", lambda f: (f / "config.json").write_text("[]"), ("config.json", "expected an object")),
+    ("config not UTF-8", lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ("config.json", "damaged")),
+    ("config nested too deep", lambda f: (f / "config.json").write_text("[" * 99999), ("config.json", "damaged")),
+    ("unknown architecture", lambda f: _edit(f / "config.json", model_type="banana"), ("banana",)),
+    ("no architecture", lambda f: (f / "config.json").write_text("{}"), ("config",)),
+    ("a text generator", lambda f: _edit(f / "config.json", model_type="gpt2"), ("generates text", "encoder")),
+    ("an image model", lambda f: _edit(f / "config.json", model_type="vit"), ("'vit'", "encoder")),
+    (
+        "own code",
+        lambda f: _edit(f / "config.json", model_type="x", auto_map={"AutoConfig": "c.C"}),
+        ("trust_remote_code",),
+    ),
+    ("another width", lambda f: _edit(f / "config.json", dim=64), ("do not fit its config.json",)),
+    ("heads that do not divide", lambda f: _edit(f / "config.json", n_heads=5), ("config",)),
+    ("negative layers", lambda f: _edit(f / "config.json", n_layers=-1), ("-1 layers",)),
+    ("a width that is text", lambda f: _edit(f / "config.json", dim="wide"), ("config",)),
+    ("more layers", lambda f: _edit(f / "config.json", n_layers=3), ("tensors are missing",)),
+    ("no weights", lambda f: (f / "model.safetensors").unlink(), ("no weights",)),
+    ("weights empty", lambda f: _cut(f / "model.safetensors", 0), ("weights",)),
+    ("weights cut off", lambda f: _cut(f / "model.safetensors", 5000), ("weights",)),
+    ("a header without end", _endless_header, ("weights",)),
+    ("offsets outside", _offsets_outside, ("weights",)),
+    ("weights are text", lambda f: (f / "model.safetensors").write_text("hello"), ("weights",)),
+    ("other weights", lambda f: _weights(f, lambda w: {f"x.{k}": v for k, v in w.items()}), ("tensors are missing",)),
+    ("pickled weights", _pickled, ("unpickles nothing", "convert it to safetensors")),
+    ("no tokenizer", lambda f: _only(f, "config.json", "model.safetensors"), ("tokenizer",)),
+    ("tokenizer cut off", lambda f: _cut(f / "tokenizer.json", 200), ("tokenizer",)),
+    ("tokenizer a list", lambda f: (f / "tokenizer.json").write_text("[]"), ("tokenizer",)),
+    ("no padding", lambda f: _edit(f / "tokenizer_config.json", pad_token=None), ("padding token",)),
+    ("an adapter", lambda f: (f / "config.json").rename(f / "adapter_config.json"), ("adapter",)),
+]
+
+NAMES: list[tuple[str, tuple[str, ...]]] = [
+    ("bert-base-uncsed", ("bert-base-uncsed",)),
+    ("not a name", ("not a name", "there is no folder")),
+    ("a/b/c", ("a/b/c", "there is no folder")),
+    ("../../etc", ("there is no folder",)),
+    ("https://example.org/model", ("https://example.org/model",)),
+    ("/dev/null", ("/dev/null",)),
+    ("x" * 5000, ("xxx",)),
+]
+
+Row = dict[str, Any]
+TABLES: list[tuple[str, str, Callable[[list[Row]], Any], tuple[str, ...]]] = [
+    ("no ids", "logits", lambda rows: [{k: v for k, v in row.items() if k != "id"} for row in rows], ("id",)),
+    ("rows missing", "logits", lambda rows: rows[3:], ("3 of 64", "add the rows")),
+    ("an id twice", "logits", lambda rows: [*rows, rows[0]], ("'r",)),
+    ("an id null", "logits", lambda rows: [*rows, rows[0] | {"id": None}], ("id",)),
+    ("a label missing", "logits", lambda rows: [{"id": row["id"], "positive": 1.0} for row in rows], ("negative",)),
+    ("a foreign label", "logits", lambda rows: [row | {"neutral": 0.0} for row in rows], ("neutral",)),
+    (
+        "a label misspelt",
+        "logits",
+        lambda rows: [{"id": r["id"], "negativ": 0, "positive": 1} for r in rows],
+        ("Did you mean",),
+    ),
+    ("null", "logits", lambda rows: [*rows[1:], rows[0] | {"positive": None}], ("positive",)),
+    ("text", "logits", lambda rows: [row | {"positive": "high"} for row in rows], ("positive",)),
+    ("a list", "logits", lambda rows: [row | {"positive": [1.0]} for row in rows], ("positive",)),
+    (
+        "infinite",
+        "logits",
+        lambda rows: "\n".join(json.dumps(row | {"positive": float("inf")}) for row in rows),
+        ("id",),
+    ),
+    ("too large for float32", "logits", lambda rows: [*rows[1:], rows[0] | {"positive": 1e300}], ("'r",)),
+    (
+        "negative probability",
+        "probabilities",
+        lambda rows: [row | {"positive": -0.5} for row in rows],
+        ("between 0 and 1",),
+    ),
+    ("above 1", "probabilities", lambda rows: [row | {"positive": 1.5} for row in rows], ("between 0 and 1",)),
+    ("sum not 1", "probabilities", lambda rows: [row | {"positive": 0.2} for row in rows], ("sum",)),
+    (
+        "of another split",
+        "logits",
+        lambda rows: [row | {"split": "trian"} for row in rows],
+        ("no row is of split 'train'",),
+    ),
+    ("broken JSON", "logits", lambda rows: json.dumps(rows[0]) + "\n{", ("line 2",)),
+    ("a list as a line", "logits", lambda rows: "[1]\n", ("line 1",)),
+    ("nested too deep", "logits", lambda rows: "[" * 99999, ("line 1", "nested")),
+    ("an endless number", "logits", lambda rows: '{"id": ' + "9" * 5000 + "}", ("line 1",)),
+    ("half a character", "logits", lambda rows: '{"id": "\\ud800", "positive": 1, "negative": 0}', ("line 1",)),
+    ("empty", "logits", lambda rows: "", ("no rows",)),
+]
+
+COMMANDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    (("rnu",), ("rnu",)),
+    (("run", "--otu", "x"), ("--otu",)),
+    (("run", "a.yaml", "b.yaml"), ("b.yaml",)),
+    (("run",), ("data",)),
+    (("run", "none.yaml"), ("none.yaml", "does not exist")),
+    (("run", "."), ("cannot be read",)),
+    (("run", "--train"), ("--train",)),
+    (("run", "--train", "x.csv", "--family", "brt"), ("Did you mean 'bert'?",)),
+    (("run", "--task", "cloa", "--data", "x"), ("Did you mean 'cola'?",)),
+    (("run", "--train", "x.csv", "--text", "a", "--text", "b", "--text", "c", "--family", "bert"), ("task.text",)),
+    (("validate",), ("'config'",)),
+    (("validate", "none.yaml"), ("none.yaml",)),
+    (("predict", "nowhere", "x.csv"), ("nowhere",)),
+    (("predict", "{student}", "none.csv"), ("none.csv",)),
+    (("predict", "{student}", "{train}", "--batch-size", "0"), ("batch",)),
+    (("predict", "{student}", "{train}", "--batch-size", "x"), ("batch-size",)),
+    (("predict", "{student}", "{train}", "--text", "txet", "--to", "out.csv"), ("txet",)),
+    (("predict", "{student}", "{train}", "--to", "out.xlsx"), ("out.xlsx",)),
+    (("predict", "{student}", "{train}", "--to", "nowhere/deep/\x00"), ("",)),
+    (("export", "nowhere", "--to", "x"), ("nowhere",)),
+    (("export", "{student}"), ("--to",)),
+    (("export", "{student}", "--to", "x", "--format", "onix"), ("onnx",)),
+    (("export", "{student}", "--to", "x"), ("--data",)),
+    (("benchmark", "nowhere"), ("nowhere",)),
+    (("benchmark", "{student}", "--threads", "0"), ("threads",)),
+    (("evaluate", "nowhere", "{train}"), ("nowhere",)),
+    (("report", "nowhere"), ("nowhere",)),
+    (("report",), ("'experiments'",)),
+    (("compare", "nowhere"), ("nowhere",)),
+    (("families", "bert"), ("bert",)),
+]

@@ -1,0 +1,242 @@
+"""Start the real command line, strike it at a chosen moment of a chosen stage, and say from its log what was hit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kdlora.evidence.predictions import read_predictions
+from kdlora.evidence.records import ExperimentLayout, read_record
+
+_LINE = re.compile(r"(begin|end) (\w+) ([\w-]+) seed (\d+)$")
+_CHECKPOINT = re.compile(r"checkpoint at step (\d+)$")
+SAME_EVERY_TIME = (
+    "score",
+    "metrics",
+    "test_score",
+    "test_metrics",
+    "best_epoch",
+    "fingerprints",
+    "trainable_parameters",
+)
+
+
+@dataclass(frozen=True)
+class Blow:
+    """When to strike, and with what.
+
+    Attributes:
+        stage: as the log names it, such as `train fft seed 0`.
+        delay: seconds after the stage's begin.
+        checkpoints: wait until the stage has written so many, and then for the delay.
+        number: the signal.
+        victim: `command`, or `child`: the process that the stage runs in.
+    """
+
+    stage: str
+    delay: float = 0.0
+    checkpoints: int = 0
+    number: signal.Signals = signal.SIGKILL
+    victim: str = "command"
+
+
+@dataclass
+class Attempt:
+    """One call of the command.
+
+    Attributes:
+        code: its exit status; minus the signal's number where it was killed.
+        events: seconds since the start, `begin` or `end`, and the stage.
+        checkpoints: seconds since the start, and the step, of each checkpoint.
+        log: all that it wrote to standard error.
+        struck: seconds since the start at which the signal was sent; None where the stage did not come.
+        ended: seconds from the signal to the end.
+    """
+
+    code: int = 0
+    events: list[tuple[float, str, str]] = field(default_factory=list)
+    checkpoints: list[tuple[float, int]] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    struck: float | None = None
+    ended: float = 0.0
+
+    @property
+    def hit(self) -> str | None:
+        """The stage that had begun and not ended when the signal came, by the log; None outside of any."""
+        if self.struck is None:
+            return None
+        open_stages: list[str] = []
+        for _, kind, stage in self.events:
+            if kind == "begin":
+                open_stages.append(stage)
+            elif stage in open_stages:
+                open_stages.remove(stage)
+        return open_stages[-1] if open_stages else None
+
+    def has_reached(self, blow: Blow) -> bool:
+        """Say whether it is time to strike."""
+        begins = [seconds for seconds, *event in self.events if event == ["begin", blow.stage]]
+        return bool(begins) and sum(seconds > begins[-1] for seconds, _ in self.checkpoints) >= blow.checkpoints
+
+    def lost_seconds(self) -> float:
+        """Seconds of training since the last checkpoint, or since the begin of the training that was struck."""
+        if self.struck is None or not (self.hit or "").startswith("train"):
+            return 0.0
+        begin = max(seconds for seconds, kind, stage in self.events if kind == "begin" and stage == self.hit)
+        return self.struck - max([begin, *(seconds for seconds, _ in self.checkpoints)])
+
+
+def run_command(arguments: Sequence[str], blow: Blow | None = None, *, limit: float = 300.0) -> Attempt:
+    """Call `kdlora`, and strike it.
+
+    Args:
+        arguments: of the command line.
+        blow: None leaves it alone.
+        limit: seconds until it is killed as hanging.
+    """
+    attempt, begin, reached = Attempt(), time.monotonic(), threading.Event()
+    environment = os.environ | {"KDLORA_LOG": "INFO", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kdlora", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        errors="replace",
+    )
+
+    def read() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            now, text = time.monotonic() - begin, line.rstrip("\n")
+            attempt.log.append(text)
+            if found := _LINE.search(text):
+                stage = f"{found[2]} {found[3]} seed {found[4]}"
+                attempt.events.append((now, found[1], stage))
+            elif found := _CHECKPOINT.search(text):
+                attempt.checkpoints.append((now, int(found[1])))
+            if blow is not None and attempt.has_reached(blow):
+                reached.set()
+        reached.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        if blow is not None and reached.wait(limit):
+            time.sleep(blow.delay)
+            victim = process.pid if blow.victim == "command" else youngest_descendant(process.pid)
+            if process.poll() is None and victim is not None:
+                attempt.struck = time.monotonic() - begin
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, blow.number)
+        attempt.code = process.wait(limit)
+        attempt.ended = time.monotonic() - begin - (attempt.struck or 0.0)
+    finally:
+        process.kill()
+        reader.join(10)
+        if process.stderr is not None and not reader.is_alive():
+            process.stderr.close()
+    return attempt
+
+
+def youngest_descendant(process: int) -> int | None:
+    """Find the process at the end of a line of children: the one that a stage runs in."""
+    found = None
+    while children := _children_of(process if found is None else found):
+        found = max(children)
+    return found
+
+
+def _children_of(process: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def differences(undisturbed: Path, other: Path) -> list[str]:
+    """Compare two experiment folders: records, predictions and weights bit for bit, leftovers.
+
+    Args:
+        undisturbed: the folder that is right.
+        other: the folder that was struck.
+
+    Returns:
+        What differs, in words; times and memory may.
+    """
+    found = [f"left behind: {path}" for path in other.rglob("*") if ".tmp-" in path.name or path.name == "checkpoints"]
+    right, left = ExperimentLayout(undisturbed), ExperimentLayout(other)
+    runs = sorted(path.parent.name for path in right.runs.glob("*/run.json"))
+    if runs != sorted(path.parent.name for path in left.runs.glob("*/run.json")):
+        return [*found, "other runs"]
+    for name in runs:
+        one, two = (read_record(layout.runs / name / "run.json") for layout in (right, left))
+        found += [f"{name}: {key}" for key in SAME_EVERY_TIME if getattr(one, key) != getattr(two, key)]
+        found += [] if one.history == two.history else [f"{name}: history"]
+        first, second = (read_predictions(layout.runs / name / "predictions.parquet") for layout in (right, left))
+        if first.ids != second.ids or not np.array_equal(first.logits, second.logits):
+            found.append(f"{name}: predictions")
+    return found + _different_files(undisturbed, other)
+
+
+def _different_files(undisturbed: Path, other: Path) -> list[str]:
+    """Compare weights, tokenizers, exports and stored logits byte by byte."""
+    kinds = ("*.safetensors", "tokenizer.json", "*.onnx", "logits-*.parquet", "config.json")
+    found = []
+    for kind in kinds:
+        names = sorted(path.relative_to(undisturbed) for path in undisturbed.rglob(kind))
+        if names != sorted(path.relative_to(other) for path in other.rglob(kind)):
+            found.append(f"other files of the kind {kind}")
+            continue
+        found += [
+            f"{name} differs" for name in names if (undisturbed / name).read_bytes() != (other / name).read_bytes()
+        ]
+    return found
+
+
+def repeated_stages(attempts: Sequence[Attempt]) -> list[str]:
+    """List what was done again though it was finished: runs with a record, shards with teacher logits.
+
+    Args:
+        attempts: on one folder, in order.
+    """
+    finished: set[str] = set()
+    found: list[str] = []
+    for attempt in attempts:
+        for _, kind, stage in attempt.events:
+            name, run = stage.split(" ", 1)
+            if name in ("train", "merge", "evaluate") and run in finished and kind == "begin":
+                found.append(stage)
+        last = [stage for _, kind, stage in attempt.events if kind == "end" and stage.startswith("evaluate")]
+        later = [stage for _, kind, stage in attempt.events if kind == "begin"]
+        # A run has its record when the next stage has begun.
+        finished |= {stage.split(" ", 1)[1] for stage in last if later and later[-1] != stage}
+    labelled = [
+        index
+        for index, attempt in enumerate(attempts)
+        if any(e[1:] == ("end", _label(attempt)) for e in attempt.events)
+    ]
+    for attempt in attempts[labelled[0] + 1 :] if labelled else []:
+        found += [line for line in attempt.log if re.match(r"[1-9]\d* of \d+ shards", line)]
+    return found
+
+
+def _label(attempt: Attempt) -> str:
+    return next((stage for _, kind, stage in attempt.events if kind == "end" and stage.startswith("label")), "")
+
+
+def summary_of(attempt: Attempt) -> str:
+    """Say in one line what an attempt was, as JSON."""
+    return json.dumps({"hit": attempt.hit, "code": attempt.code, "ended": round(attempt.ended, 2)})

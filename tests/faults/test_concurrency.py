@@ -1,0 +1,83 @@
+"""Two processes on one folder: one works, the other waits or is told who does; a lock goes with its process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kdlora.errors import ArtifactError
+from kdlora.evidence.locks import hold_lock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from kdlora.evidence.locks import hold_lock
+with hold_lock(Path(sys.argv[1]), "computes"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_the_holder_is_named(holder, tmp_path):
+    """Told only that somebody is at work, a user deletes the lock."""
+    with (
+        pytest.raises(ArtifactError) as caught,
+        hold_lock(tmp_path / ".lock", "runs it in out", remedy=", or name another folder"),
+    ):
+        pass
+    said = str(caught.value)
+    assert said.startswith(f"another process runs it in out: process {holder.pid} on {socket.gethostname()}, since 20")
+    assert said.endswith("; wait for it, or name another folder")
+
+
+def test_the_lock_of_a_killed_process_is_free(holder, tmp_path):
+    """A lock that outlives its holder stops every later command."""
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert str(holder.pid) in (tmp_path / ".lock").read_text()
+    with hold_lock(tmp_path / ".lock", "runs it"):
+        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
+
+
+def test_who_waits_says_for_whom_and_goes_on(holder, tmp_path, caplog):
+    """A command that waits in silence looks as if it hung."""
+    threading.Timer(0.3, holder.kill).start()
+    begin = time.monotonic()
+    with caplog.at_level(logging.WARNING), hold_lock(tmp_path / ".lock", "computes logits in x", wait=True):
+        assert time.monotonic() - begin > 0.2
+    assert f"waiting: another process computes logits in x: process {holder.pid}" in caplog.text
+
+
+def test_a_lock_knows_when_its_folder_is_gone(tmp_path):
+    """Results would go on to another disk, or to a folder that somebody made anew."""
+    (tmp_path / "out").mkdir()
+    with hold_lock(tmp_path / "out" / ".lock", "runs it") as lock:
+        lock.check()
+        (tmp_path / "out").rename(tmp_path / "away")
+        with pytest.raises(FileNotFoundError, match="removed, moved or unmounted"):
+            lock.check()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / ".lock").touch()
+        with pytest.raises(FileNotFoundError, match="removed, moved or unmounted"):
+            lock.check()

@@ -1,0 +1,136 @@
+"""A corpus of bad input through the command line: exit 2, place and remedy, no traceback, nothing changed on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from corpus_configs import FIELDS, FILES, OVERRIDES
+from corpus_data import CASES, DataCase
+from corpus_models import COMMANDS, MODELS, NAMES, TABLES
+
+from experiments import Outcome, Workshop, read_rows, snapshot, write_lines
+from tiny import task
+
+pytest_plugins = ["experiment_fixtures"]
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return values | {
+        key: _merged(values[key], value) if isinstance(value, dict) and isinstance(values.get(key), dict) else value
+        for key, value in changes.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def student(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as an experiment ships it."""
+    from kdlora.models.encoders import load_encoder, save_encoder
+
+    encoder, folder = load_encoder(str(workshop.student), task(), seed=0), tmp_path_factory.mktemp("shipped")
+    encoder.model.config.kdlora_task = task().to_dict()
+    save_encoder(encoder, folder)
+    return folder
+
+
+@pytest.fixture
+def refused(cli: Callable[..., Outcome], workshop: Workshop, tmp_path: Path) -> Callable[..., None]:
+    """`refused(expected, arguments...)`, or `refused(expected, changes={...})` for a config file."""
+
+    def check(expected: tuple[str, ...], *arguments: object, changes: dict[str, Any] | None = None) -> None:
+        out = tmp_path / "out"
+        if changes is not None:
+            config = tmp_path / "config.yaml"
+            config.write_text(yaml.safe_dump(_merged(workshop.values(), changes)), encoding="utf-8")
+            arguments = ("run", config, "--out", out)
+        before = snapshot(tmp_path)
+        shown = cli(*arguments)
+        assert shown.code == 2, (shown.code, shown.err[-2000:])
+        assert shown.err.startswith("kdlora: "), shown.err
+        assert "Traceback" not in shown.err
+        assert shown.out == ""
+        for part in expected:
+            assert part in shown.err, (part, shown.err[:2000])
+        assert len(shown.err) < 20_000  # a message, and not the whole input
+        assert snapshot(tmp_path) == before
+        assert not out.exists()
+
+    return check
+
+
+@pytest.mark.parametrize(("changes", "expected"), [case[1:] for case in FIELDS], ids=[case[0] for case in FIELDS])
+def test_config_values(refused, changes, expected):
+    """A value out of range that is taken all the same wastes the night, or makes nonsense that looks like a result."""
+    refused(expected, changes=changes)
+
+
+@pytest.mark.parametrize(("content", "expected"), [case[1:] for case in FILES], ids=[case[0] for case in FILES])
+@pytest.mark.parametrize("verb", ["validate", "run"])
+def test_config_files(refused, tmp_path, verb, content, expected):
+    """What is no config must not be half of one; what is hostile must not run, nor fill the memory."""
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    refused((*expected, "config.yaml"), verb, path)
+
+
+@pytest.mark.parametrize(("override", "expected"), OVERRIDES, ids=[case[0][:30] for case in OVERRIDES])
+def test_overrides(refused, workshop, tmp_path, override, expected):
+    """An override that is silently dropped gives the figures of another experiment."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(workshop.values()))
+    refused(expected, "run", path, "--set", override, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.what for case in CASES])
+def test_data_files(refused, tmp_path, case: DataCase):
+    """Rows that are read otherwise than they were meant train a model that nobody asked for."""
+    path = tmp_path / case.name
+    if case.content is not None:
+        path.write_bytes(case.content)
+    refused(case.expected, changes=_merged({"data": {"train": str(path), "validation": None}}, dict(case.changes)))
+
+
+@pytest.mark.parametrize(("damage", "expected"), [case[1:] for case in MODELS], ids=[case[0] for case in MODELS])
+def test_model_folders(refused, workshop, tmp_path, damage, expected):
+    """Random weights train too, pickled ones run code, and both leave a score."""
+    folder = Path(shutil.copytree(workshop.student, tmp_path / "model"))
+    damage(folder)
+    refused((str(folder), *expected), changes={"student": {"model": str(folder)}})
+    assert not (folder / "owned").exists()
+
+
+@pytest.mark.parametrize(("name", "expected"), NAMES, ids=[case[0][:30] for case in NAMES])
+def test_model_names(refused, name, expected):
+    """A misspelt path must not be asked for on the Hub."""
+    refused(expected, changes={"student": {"model": name}})
+
+
+@pytest.mark.parametrize(("kind", "change", "expected"), [case[1:] for case in TABLES], ids=[c[0] for c in TABLES])
+def test_tables_of_a_teacher(refused, workshop, tmp_path, kind, change, expected):
+    """A table that does not fit teaches the wrong row, or the wrong label."""
+    rows = change([{"id": row["id"], "negative": 0.25, "positive": 0.75} for row in read_rows(workshop.train)])
+    path = tmp_path / "table.jsonl"
+    path.write_text(rows) if isinstance(rows, str) else write_lines(path, rows)
+    refused(
+        ("table.jsonl", *expected),
+        changes={"teacher": {"model": None, kind: str(path)}, "run": {"arms": ["kd-lora"]}},
+    )
+
+
+@pytest.mark.parametrize(("arguments", "expected"), COMMANDS, ids=[" ".join(c[0])[:40] for c in COMMANDS])
+def test_command_lines(refused, student, workshop, tmp_path, monkeypatch, arguments, expected):
+    """A mistyped command must not begin anything."""
+    monkeypatch.chdir(tmp_path)
+    places = {"{student}": str(student), "{train}": str(workshop.train)}
+    refused(expected, *(places.get(argument, argument) for argument in arguments))
+
+
+def test_the_corpus_is_large_enough():
+    """The figure in docs/reliability.md is counted here."""
+    sizes = [len(part) for part in (FIELDS, FILES, OVERRIDES, CASES, MODELS, NAMES, TABLES, COMMANDS)]
+    assert sum(sizes) >= 240, json.dumps(sizes)

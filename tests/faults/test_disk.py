@@ -1,0 +1,116 @@
+"""A disk that fills, a folder that is read-only or goes away: exit 1, and nothing half-written counts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from kill_driver import differences
+
+from experiments import snapshot
+from kdlora.evidence.records import ExperimentLayout, read_record
+from kdlora.experiment.run import run_experiment
+
+pytest_plugins = ["experiment_fixtures"]
+
+SIZE = 8 * 2**20
+
+
+def mount(folder: Path, options: str) -> None:
+    """Mount a small file system in memory, or skip where that is refused."""
+    command = shutil.which("mount")
+    if command is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("a small disk can be mounted by root alone")
+    done = subprocess.run(
+        [command, "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"mounting was refused: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty disk of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount(folder, f"size={SIZE}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workshop, tmp_path_factory):
+    """The experiment on a disk that has room."""
+    config = workshop.config({"run": {"arms": ["kd-lora"], "checkpoint_seconds": 0.01}})
+    return config, run_experiment(config, tmp_path_factory.mktemp("undisturbed") / "out").folder
+
+
+def write_config(config, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
+def leave_room(disk: Path, size: int) -> Path:
+    """Fill the disk but for some bytes."""
+    ballast = disk / "ballast"
+    with ballast.open("wb") as file:
+        file.write(b"x" * (shutil.disk_usage(disk).free - size))
+    return ballast
+
+
+@pytest.mark.parametrize("kilobytes", [0, 24, 300, 700])
+def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, tmp_path, undisturbed, kilobytes):
+    """What was cut off by the end of the disk must not be taken for a model, and the remedy is to free some space.
+
+    The sizes let it fill at the lock, at the first files, in the teacher's training, and while models are kept.
+    """
+    config, right = undisturbed
+    path = write_config(config, tmp_path / "config.yaml")
+    ballast = leave_room(disk, kilobytes * 1024)
+    shown = cli("run", path, "--out", disk / "out")
+    assert shown.code == 1, (shown.out, shown.err[-3000:])
+    assert "No space left on device" in shown.err
+    assert shown.err.strip().splitlines()[-1].endswith("free some space and run the same command again")
+    assert "Traceback" not in shown.err
+    records = [read_record(place) for place in ExperimentLayout(disk / "out").runs.glob("*/run.json")]
+    assert {record.status for record in records} <= {"finished"}
+    ballast.unlink()
+    assert cli("run", path, "--out", disk / "out").code == 0
+    assert differences(right, disk / "out") == []
+
+
+def test_a_folder_that_cannot_be_written(cli, disk, tmp_path, undisturbed):
+    """Root writes into every folder, so it takes a disk that is mounted read-only."""
+    config, _ = undisturbed
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    shown = cli("run", write_config(config, tmp_path / "config.yaml"), "--out", disk / "out")
+    assert shown.code == 1
+    assert "Read-only file system" in shown.err
+    assert str(disk) in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_a_folder_that_vanishes(undisturbed, tmp_path):
+    """A network disk that is gone leaves its empty mount point: results must not be scattered over two places."""
+    config, _ = undisturbed
+    out, gone = tmp_path / "out", []
+
+    def take_away(stage, event):
+        if not gone:
+            gone.append(stage)
+            out.rename(tmp_path / "away")
+
+    with pytest.raises(FileNotFoundError, match="removed, moved or unmounted") as caught:
+        run_experiment(config, out, listen=take_away)
+    assert str(out) in str(caught.value)
+    assert not list(out.rglob("run.json"))
+    shutil.rmtree(out, ignore_errors=True)
+    (tmp_path / "away").rename(out)
+    before = snapshot(out)
+    assert not run_experiment(config, out).failed
+    assert before  # what had been written was found again

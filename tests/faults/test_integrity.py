@@ -1,0 +1,241 @@
+"""Damage and exchange of what is reused: noticed, and then computed again or refused; never mixed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import read_rows, snapshot, write_lines
+from kdlora.config import Config
+from kdlora.errors import ArtifactError
+from kdlora.evidence.integrity import damaged_files, hash_files, is_sealed_or_old, seal
+from kdlora.evidence.predictions import read_predictions
+from kdlora.evidence.records import ExperimentLayout, read_record
+from kdlora.experiment import deployment
+from kdlora.experiment.run import run_experiment
+from tiny import train_tokenizer, write_csv
+
+pytest_plugins = ["experiment_fixtures"]
+
+ARMS = ["kd-lora"]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished experiment on files that tests may change, and put back."""
+
+    config: Config
+    layout: ExperimentLayout
+    train: Path
+    student: Path
+
+    def with_run(self, **values) -> Config:
+        return self.config.model_copy(update={"run": self.config.run.model_copy(update=values)})
+
+
+@pytest.fixture(scope="module")
+def made(workshop, tmp_path_factory) -> Made:
+    root = tmp_path_factory.mktemp("integrity")
+    train = write_csv(root / "train.csv", read_rows(workshop.train))
+    student = Path(shutil.copytree(workshop.student, root / "student"))
+    config = workshop.config({"data": {"train": str(train)}, "student": {"model": str(student)}, "run": {"arms": ARMS}})
+    result = run_experiment(config, root / "out")
+    assert not result.failed
+    return Made(config, result.layout, train, student)
+
+
+@pytest.fixture
+def layout(made, tmp_path) -> ExperimentLayout:
+    """A copy of the experiment's folder, free to be damaged."""
+    return ExperimentLayout(Path(shutil.copytree(made.layout.root, tmp_path / "out", copy_function=shutil.copy2)))
+
+
+@contextlib.contextmanager
+def put_back(path: Path) -> Iterator[None]:
+    content = path.read_bytes()
+    try:
+        yield
+    finally:
+        path.write_bytes(content)
+
+
+def flip_one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1 - random.Random(1).randrange(len(content) // 2)] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def exchange_tokenizer(path: Path) -> None:
+    train_tokenizer("roberta").save_pretrained(path.parent)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+RECOMPUTED = [
+    ("runs/kd-lora-seed0/predictions.parquet", truncate),
+    ("runs/kd-lora-seed0/predictions.parquet", flip_one_bit),
+    ("runs/kd-lora-seed0/model/model.safetensors", flip_one_bit),
+    ("runs/kd-lora-seed0/model/tokenizer.json", exchange_tokenizer),
+    ("runs/kd-lora-seed0/model/config.json", remove),
+    ("runs/kd-lora-seed0/adapter/adapter_model.safetensors", truncate),
+    ("teacher/model.safetensors", flip_one_bit),
+    ("teacher/tokenizer.json", exchange_tokenizer),
+    ("student/tokenizer.json", exchange_tokenizer),
+    ("student/model.safetensors", flip_one_bit),
+    ("student/config.json", truncate),
+    ("adapter/adapter_model.safetensors", flip_one_bit),
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), RECOMPUTED, ids=[f"{d.__name__}-{n}" for n, d in RECOMPUTED])
+def test_a_damaged_artefact_is_made_again(made, layout, name, damage):
+    """One flipped bit in a weight gives a model that loads, answers, and is another one than the report says."""
+    before = snapshot(layout.root)
+    damage(layout.root / name)
+    result = run_experiment(made.config, layout.root)
+    assert not result.failed
+    after = snapshot(layout.root)
+    assert after[name][1] == before[name][1]
+    for kept in before:  # the same weights, tokenizers and configs everywhere
+        if kept.endswith((".safetensors", "tokenizer.json", "config.json")):
+            assert after[kept][1] == before[kept][1], kept
+    one, two = (read_predictions(place.run("kd-lora", 0).predictions) for place in (made.layout, layout))
+    np.testing.assert_array_equal(one.logits, two.logits)
+
+
+def test_a_finished_experiment_that_is_whole_is_left_alone(made, layout):
+    """Checks that cry wolf would train everything again."""
+    before = snapshot(layout.runs)
+    run_experiment(made.config, layout.root)
+    assert snapshot(layout.runs) == before
+
+
+def reorder(path: Path) -> None:
+    rows = read_rows(path)
+    write_csv(path, [rows[1], rows[0], *rows[2:]])
+
+
+def change_one_label(path: Path) -> None:
+    rows = read_rows(path)
+    rows[3]["label"] = "negative" if rows[3]["label"] == "positive" else "positive"
+    write_csv(path, rows)
+
+
+@pytest.mark.parametrize("change", [reorder, change_one_label])
+def test_changed_training_rows_are_refused(made, layout, change):
+    """Two data sets in one table compare nothing; row order alone changes the batches."""
+    before = snapshot(layout.root)
+    with put_back(made.train):
+        change(made.train)
+        with pytest.raises(ArtifactError, match="the data changed since"):
+            run_experiment(made.config, layout.root)
+    assert snapshot(layout.root) == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_an_exchanged_pretrained_model_is_refused_for_further_seeds(made, layout, name):
+    """A model folder, or a branch on the Hub, that moved on between two seeds: their spread would be its change."""
+    with put_back(made.student / name), put_back(made.student / "tokenizer_config.json"):
+        exchange_tokenizer(made.student / name) if name == "tokenizer.json" else flip_one_bit(made.student / name)
+        result = run_experiment(made.with_run(seeds=(0, 1)), layout.root)
+    assert [(record.seed, record.arm) for record in result.failed] == [(1, "kd-lora")]
+    assert "the pretrained model, its weights or its tokenizer, changed since kd-lora" in result.failed[0].error
+    assert not run_experiment(made.with_run(seeds=(0, 1)), layout.root).failed
+
+
+def test_data_that_change_while_the_experiment_runs_are_noticed(made, tmp_path):
+    """Each run reads the files anew: an edit in the night would train the later arms on other rows."""
+    with put_back(made.train):
+        changed = []
+
+        def edit_once(stage, event):
+            if not changed:
+                changed.append(stage)
+                change_one_label(made.train)
+
+        config = made.with_run(arms=("student-lora", "student-fft"))
+        result = run_experiment(config, tmp_path / "out", listen=edit_once)
+    assert changed[0].arm == "student-lora"
+    assert [record.arm for record in result.failed] == ["student-fft"]
+    assert "the data changed since student-lora with seed 0 was trained" in result.failed[0].error
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_an_edited_record_is_refused(made, layout):
+    """A score that was improved by hand would be reported, and would choose what is shipped."""
+    edit(layout.run("kd-lora", 0).record, score=99.0)
+    with pytest.raises(ArtifactError, match="does not fit its checksum"):
+        run_experiment(made.config, layout.root)
+
+
+def test_an_edited_list_of_shards_is_refused(made, layout):
+    """The list says what the logits were made from; edited, it could call anything fresh."""
+    layout.run("kd-lora", 0).record.unlink()
+    edit(layout.teacher_logits / "manifest.json", rows_per_shard=3)
+    result = run_experiment(made.config, layout.root)
+    assert "does not fit its checksum" in result.failed[0].error
+    assert "Delete the folder" in result.failed[0].error
+
+
+def test_an_export_that_was_damaged_is_made_again(made, layout):
+    """The int8 file is what is deployed; a student that stays whole does not vouch for it."""
+    layout.onnx.mkdir()
+    (layout.onnx / "model.onnx").write_bytes(b"weights")
+    layout.deployed.write_text(deployment._mark(made.config, layout, layout.benchmark))
+    assert deployment.is_deployed(made.config, layout)
+    for path in (layout.onnx / "model.onnx", layout.student / "tokenizer.json"):
+        with put_back(path):
+            flip_one_bit(path)
+            assert not deployment.is_deployed(made.config, layout)
+    assert deployment.is_deployed(made.config, layout)
+
+
+def test_seals_hold_through_json_and_show_every_change():
+    """A checksum over another form than the one on disk is either always broken or never."""
+    document = {"b": [1, 2.5, None, 1e-300], "a": {"naïve": "\u2028<script>", "x": True}, "n": 10**20}
+    sealed = json.loads(json.dumps(seal(document), indent=2))
+    assert is_sealed_or_old(sealed)
+    assert is_sealed_or_old(document)
+    assert not is_sealed_or_old(sealed | {"n": 10**20 + 1})
+    assert not is_sealed_or_old(sealed | {"c": 1})
+
+
+def test_a_removed_folder_is_not_damage_but_a_missing_file_is(tmp_path):
+    """Weights deleted to save space must not start a training; half a model must not be loaded."""
+    write_lines((tmp_path / "a.txt"), [{}])
+    (tmp_path / "model").mkdir()
+    for name in ("weights", "config"):
+        (tmp_path / "model" / name).write_text(name)
+    digests = hash_files(tmp_path, [tmp_path / "a.txt", tmp_path / "model", tmp_path / "none"])
+    assert list(digests) == ["a.txt", "model/config", "model/weights"]
+    assert damaged_files(tmp_path, digests) == []
+    (tmp_path / "model" / "config").unlink()
+    assert damaged_files(tmp_path, digests) == ["model/config"]
+    shutil.rmtree(tmp_path / "model")
+    assert damaged_files(tmp_path, digests) == []
+
+
+def test_the_record_lists_what_the_run_left(made):
+    """An artefact without a checksum is one that nobody checks."""
+    for arm, folders in (("fft", {"teacher"}), ("kd-lora", {"runs/kd-lora-seed0/model", "runs/kd-lora-seed0/adapter"})):
+        record = read_record(made.layout.run(arm, 0).record)
+        assert f"runs/{arm}-seed0/predictions.parquet" in record.files
+        assert {str(Path(name).parent) for name in record.files} - {f"runs/{arm}-seed0"} == folders
+        assert set(record.fingerprints) >= {"config", "data", "base"}

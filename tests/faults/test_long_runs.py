@@ -1,0 +1,69 @@
+"""Many experiments in one process, and many epochs in one training, must not use more and more."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from kdlora.config import TeacherTrainConfig
+from kdlora.data.load import load_splits
+from kdlora.evidence.measure import read_memory
+from kdlora.experiment.arms import train_teacher
+from kdlora.experiment.run import run_experiment
+
+pytest_plugins = ["experiment_fixtures"]
+
+
+def footprint() -> tuple[int, int, int]:
+    """Open files, threads, and resident MiB of this process."""
+    level = read_memory()
+    return len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), (level.anonymous >> 20) if level else 0
+
+
+def test_experiments_leave_nothing_open(workshop, tmp_path):
+    """A search of a hundred experiments in one process ends with `too many open files`, hours later."""
+    points = []
+    for number in range(4):
+        assert not run_experiment(workshop.config(), tmp_path / str(number)).failed
+        points.append(footprint())
+    files, threads, memory = zip(*points[1:], strict=True)
+    assert len(set(files)) == 1, points
+    assert len(set(threads)) == 1, points
+    assert memory[-1] - memory[0] <= 8, points
+
+
+def test_epochs_keep_memory_and_checkpoints_bounded(workshop, tmp_path):
+    """State that grows with the epochs, and checkpoints that are never removed, fill memory and disk in a night."""
+    config = workshop.config()
+    splits = load_splits(config.task, config.data)
+    points, checkpoints = [], []
+
+    def note(event) -> None:
+        if float(event.epoch).is_integer():
+            points.append(footprint())
+            checkpoints.append(len(list(tmp_path.glob("step-*"))))
+
+    settings = TeacherTrainConfig(epochs=40, batch_size=32, learning_rate=1e-4)
+    train_teacher(str(workshop.teacher), splits, settings, folder=tmp_path, device="cpu", progress=note)
+    assert len(points) >= 40
+    files, threads, memory = zip(*points[10:], strict=True)
+    assert max(files) - min(files) == 0
+    assert max(threads) - min(threads) == 0
+    assert memory[-1] - memory[0] <= 8
+    assert max(checkpoints) <= 1
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(workshop, tmp_path):
+    """A second checkpoint is what is left when the first one is damaged."""
+    from kdlora.experiment.arms import train_arm
+    from kdlora.models.encoders import load_encoder
+
+    config = workshop.config()
+    splits = load_splits(config.task, config.data)
+    for kept in (1, 3):
+        encoder = load_encoder(str(workshop.teacher), splits.task, seed=0)
+        settings = TeacherTrainConfig(epochs=2, batch_size=16)
+        options = {"device": "cpu", "checkpoint_seconds": 1e-6, "keep_checkpoints": kept}
+        train_arm(encoder, splits, settings, folder=tmp_path / str(kept), **options)
+        assert len(list((tmp_path / str(kept)).glob("step-*"))) == kept
+    assert workshop.config({"run": {"keep_checkpoints": 3}}).run.keep_checkpoints == 3

@@ -1,0 +1,40 @@
+"""Forbid the network to every Python process of the tests; `conftest.py` puts this folder on the path of children."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from typing import Any
+
+LOG = "KDLORA_TESTS_NETWORK_LOG"
+_WATCHED = ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname")
+
+
+def is_local(host: Any) -> bool:
+    """Say whether an address is on this machine."""
+    if host is None or host in ("", b"", "localhost", b"localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.decode() if isinstance(host, bytes) else host).is_loopback
+    except (ValueError, AttributeError):
+        return False
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event not in _WATCHED:
+        return
+    target = arguments[-1] if event in ("socket.connect", "socket.sendto") else arguments[0]
+    if isinstance(target, str | bytes) and event in ("socket.connect", "socket.sendto"):
+        return  # a socket in the file system
+    host = target[0] if isinstance(target, tuple) else target
+    if is_local(host):
+        return
+    if path := os.environ.get(LOG):
+        with open(path, "a", encoding="utf-8") as log:  # noqa: PTH123 - no imports that tests may patch
+            log.write(f"{event} {target!r} {sys.argv[:3]!r}\n")
+    raise RuntimeError(f"a test asked the network: {event} {target!r}")
+
+
+if os.environ.get(LOG):
+    sys.addaudithook(_watch)

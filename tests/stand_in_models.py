@@ -1,0 +1,84 @@
+"""Tiny models and data sets under the names that the documentation uses, on the stand-in of the Hub."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import pandas as pd
+import torch
+import transformers
+
+import tiny
+from hub_standin import StandIn
+
+ENCODERS = {
+    "bert-base-uncased": ("bert", 2),
+    "distilbert-base-uncased": ("distilbert", 1),
+    "roberta-base": ("roberta", 2),
+    "distilroberta-base": ("roberta", 1),
+    "sentence-transformers/all-MiniLM-L6-v2": ("bert", 6),
+    "sentence-transformers/all-mpnet-base-v2": ("mpnet", 2),
+    "sentence-transformers/paraphrase-MiniLM-L3-v2": ("bert", 3),
+}
+FINE_TUNED = "distilbert-base-uncased-finetuned-sst-2-english"
+GLUE_CARD = """---
+configs:
+- config_name: mrpc
+  data_files: [{split: train, path: mrpc/train-*}, {split: validation, path: mrpc/validation-*}]
+- config_name: sst2
+  data_files: [{split: train, path: sst2/train-*}, {split: validation, path: sst2/validation-*}]
+---
+"""
+
+
+def fill(server: StandIn, folder: Path) -> None:
+    """Put every model and data set there.
+
+    Args:
+        server: gets them.
+        folder: for the files on the way.
+    """
+    for name, (family, layers) in ENCODERS.items():
+        _add_folder(server, name, tiny.build_model_folder(family, folder / name.replace("/", "-"), layers=layers))
+    _add_folder(server, FINE_TUNED, _fine_tuned(folder / "fine-tuned"))
+    files = {"README.md": GLUE_CARD.encode()}
+    for split, count, seed in (("train", 96, 0), ("validation", 48, 1)):
+        files[f"mrpc/{split}-00000-of-00001.parquet"] = _parquet(_pairs(count, seed))
+        files[f"sst2/{split}-00000-of-00001.parquet"] = _parquet(_sentences(count, seed))
+    server.add("nyu-mll/glue", files, kind="datasets")
+
+
+def _add_folder(server: StandIn, name: str, folder: Path) -> None:
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    server.add(name, files | {"README.md": b"---\nlicense: apache-2.0\n---\nA stand-in.\n"})
+
+
+def _fine_tuned(folder: Path) -> Path:
+    tokenizer = tiny.train_tokenizer("distilbert")
+    config = tiny.tiny_config("distilbert", -(-len(tokenizer) // 8) * 8)
+    config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
+    torch.manual_seed(0)
+    transformers.DistilBertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _pairs(count: int, seed: int) -> pd.DataFrame:
+    draw, texts = random.Random(seed), [row["text"] for row in tiny.sentiment_rows(count, seed)]
+    labels = [draw.randint(0, 1) for _ in texts]
+    others = [text if label else draw.choice(texts) for text, label in zip(texts, labels, strict=True)]
+    return pd.DataFrame({"sentence1": texts, "sentence2": others, "label": labels, "idx": range(count)})
+
+
+def _sentences(count: int, seed: int) -> pd.DataFrame:
+    rows = tiny.sentiment_rows(count, seed)
+    labels = [int(row["label"] == "positive") for row in rows]
+    return pd.DataFrame({"sentence": [row["text"] for row in rows], "label": labels, "idx": range(count)})
+
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer)
+    return buffer.getvalue()

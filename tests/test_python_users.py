@@ -1,0 +1,170 @@
+"""What Python users see: reprs, tables and bars in notebooks, callbacks, arguments of a plain Trainer script."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+
+from kdlora import DistilConfig, DistillationTrainer, TeacherTrainConfig, load_encoder, load_splits, train_student
+from kdlora.config import DataConfig, TaskConfig
+from kdlora.data.batches import tokenise
+from kdlora.deploy.predict import Classifier
+from kdlora.distil.logits import TeacherLogits
+from kdlora.distil.session import ProgressEvent
+from kdlora.errors import ConfigError, DataError
+from kdlora.evidence.report import make_report
+from kdlora.experiment.stages import Stage
+from kdlora.terminal import NotebookBars
+
+pytest_plugins = ["experiment_fixtures"]
+
+
+@pytest.fixture(scope="module")
+def splits(workshop):
+    return load_splits(TaskConfig(), DataConfig(train=str(workshop.train), validation=str(workshop.validation)))
+
+
+class Steps(TrainerCallback):
+    def __init__(self):
+        self.count = 0
+
+    def on_step_end(self, args, state, control, **_):
+        self.count += 1
+
+
+def test_reprs_are_a_line_that_says_what_it_is(experiment, splits, workshop):
+    """The default repr of an experiment is ten thousand characters of records, of a model every layer."""
+    logits = TeacherLogits(["a", "b"], np.zeros((2, 2), dtype=np.float32), ("no", "yes"), "")
+    said = [
+        repr(experiment),
+        repr(splits),
+        repr(logits),
+        repr(Classifier.load(experiment.layout.student)),
+        repr(load_encoder(str(workshop.student), splits.task, seed=0)),
+        repr(make_report([experiment.folder], out=experiment.folder.parent / "again", draws=50)),
+    ]
+    assert all(len(text) < 500 for text in said)
+    assert "12 runs, 0 failed, kd-lora seed" in said[0]
+    assert "64 train, 40 validation" in said[1]
+    assert "2 examples, labels ['no', 'yes']" in said[2]
+    assert "labels ['negative', 'positive'], transformers, fp32" in said[3]
+
+
+def test_results_show_as_tables_in_a_notebook(experiment):
+    """A notebook that shows a result as text sends its users to pandas."""
+    failed = experiment.records[0].model_copy(update={"status": "failed"})
+    shown = replace(experiment, records=[failed, *experiment.records[1:]])._repr_html_()
+    assert shown.count("<tr>") == 1 + 6
+    assert '<th scope="row">kd-lora</th>' in shown
+    report = make_report([experiment.folder], out=experiment.folder.parent / "again", draws=50)
+    frame = report._repr_html_()
+    assert frame.startswith('<iframe sandbox="allow-scripts" title=')
+    assert "<script>" not in frame, "the page is an attribute, escaped"
+
+
+def test_bars_in_a_notebook_are_drawn_once_and_then_changed(monkeypatch):
+    """A new bar per event fills the notebook with thousands of them."""
+    import IPython.display
+
+    pages, handles = [], []
+
+    class Handle:
+        def update(self, page):
+            pages.append(page.data)
+
+    def display(page, display_id):
+        handles.append(display_id)
+        pages.append(page.data)
+        return Handle()
+
+    monkeypatch.setattr(IPython.display, "display", display)
+    bars, stage = NotebookBars(), Stage("train", "kd-lora", 0)
+    event = ProgressEvent(0.5, 2, 5, 20, 0.5, 0.2, 0.8, 100.0, 1.0, None)
+    for step in range(1, 21):
+        bars.listen(stage, replace(event, step=step))
+    bars.listen(Stage("deploy", "kd-lora", 0), "benchmark <b>")
+    assert handles == [True]
+    assert len(pages) < 10
+    assert 'value="20" max="20"' in pages[-1]
+    assert "benchmark &lt;b&gt;" in pages[-1]
+    assert len(re.findall("<progress", pages[-1])) == 2
+
+
+def test_callbacks_reach_the_training(workshop, splits, tmp_path):
+    """An argument that is accepted and dropped: the tracker shows an empty run."""
+    steps = Steps()
+    settings = TeacherTrainConfig(epochs=1, batch_size=16, learning_rate=1e-3)
+    train_student(
+        str(workshop.student), splits, settings, folder=tmp_path, lora=None, precision="fp32", callbacks=[steps]
+    )
+    assert steps.count == 4
+
+
+def plain_script(workshop, splits, tmp_path, **changes):
+    """Give what a script with Trainer has."""
+    encoder = load_encoder(str(workshop.student), splits.task, seed=0)
+    logits = TeacherLogits(list(splits.train["id"]), np.ones((64, 2), dtype=np.float32), splits.task.label_names, "")
+    rows = tokenise(logits.attach(splits.train), encoder.tokenizer, 32).dataset
+    values = {"output_dir": str(tmp_path), "max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    options = {
+        "train_dataset": rows,
+        "eval_dataset": rows,
+        "data_collator": DataCollatorWithPadding(encoder.tokenizer),
+        "distil": DistilConfig(),
+    }
+    arguments = TrainingArguments(**values, save_strategy="no", **changes.pop("arguments", {}))
+    return encoder, arguments, options | changes
+
+
+def test_any_collator_and_every_argument_of_trainer(workshop, splits, tmp_path):
+    """A subclass that takes fewer arguments than its base breaks the script at the first that is missing."""
+    steps = Steps()
+    encoder, arguments, options = plain_script(workshop, splits, tmp_path)
+    seen = []
+
+    def collate(rows):
+        """Pad by hand, as a script may do."""
+        width = max(len(row["input_ids"]) for row in rows)
+        return {
+            "input_ids": torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows]),
+            "labels": torch.tensor([row["label"] for row in rows]),
+            "teacher_logits": torch.tensor([row["teacher_logits"] for row in rows]),
+        }
+
+    def note(logits, labels):
+        seen.append(logits.shape)
+        return logits.argmax(dim=-1)
+
+    trainer = DistillationTrainer(
+        None,
+        arguments,
+        model_init=lambda: encoder.model,
+        callbacks=[steps],
+        preprocess_logits_for_metrics=note,
+        compute_metrics=lambda answers: {"right": float((answers.predictions == answers.label_ids).mean())},
+        **options | {"data_collator": collate},
+    )
+    assert isinstance(trainer, Trainer)
+    trainer.train()
+    assert steps.count == 2
+    assert "eval_right" in trainer.evaluate()
+    assert seen
+
+
+def test_what_would_do_nothing_is_refused(workshop, splits, tmp_path):
+    """Label smoothing lies in Trainer's own loss, which is not used here: the option would be ignored."""
+    encoder, arguments, options = plain_script(workshop, splits, tmp_path, arguments={"label_smoothing_factor": 0.1})
+    with pytest.raises(ConfigError, match=r"label_smoothing_factor is 0\.1"):
+        DistillationTrainer(encoder.model, arguments, **options)
+
+
+def test_a_collator_that_drops_the_labels_is_named(workshop, splits, tmp_path):
+    """A KeyError from deep inside of Trainer names nothing that the user wrote."""
+    encoder, arguments, options = plain_script(workshop, splits, tmp_path)
+    pad = options["data_collator"]
+    options["data_collator"] = lambda rows: {name: value for name, value in pad(rows).items() if name != "labels"}
+    with pytest.raises(DataError, match=r"the batch has no labels, it has .*teacher_logits"):
+        DistillationTrainer(encoder.model, arguments, **options).train()

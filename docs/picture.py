@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdlora.evidence.report import make_report
 
-_FIGURE = re.compile(r'<figure>.*?(<svg viewBox="([^"]+)".*?</svg>)\s*(?:<figcaption|</figure>)', re.DOTALL)
+_FIGURE = re.compile(r'<svg viewBox="([^"]+)" role="[a-z]+" aria-labelledby="e1-parameters-t.*?</svg>', re.DOTALL)
 
 
 def draw(experiment: Path, to: Path) -> None:
@@ -23,7 +23,7 @@ def draw(experiment: Path, to: Path) -> None:
     found = _FIGURE.search(page)
     if found is None:
         raise SystemExit(f"the report of {experiment} has no plot; let the experiment finish")
-    drawing, box = found[1], found[2]
+    drawing, box = found[0], found[1]
     drawing = re.sub(r"</?a\b[^>]*>", "", drawing)
     drawing = re.sub(r"<title>[^<]*</title>", "", drawing)
     _, _, width, height = box.split()

@@ -385,3 +385,11 @@ def test_a_label_named_id(label, tasks, tmp_path):
 def test_no_rows(label, rows):
     """Zero rows must give zero logits, not a crash in a concatenation."""
     assert label(dataset=rows.select([])).logits.shape == (0, 2)
+
+
+def test_ids_that_are_numbers_can_be_stored(label, rows):
+    """A plain script's data set counts its rows in whole numbers; the storage of text ids failed on them."""
+    numbered = rows.remove_columns("id").add_column("id", list(range(len(rows))))
+    stored = label(dataset=numbered)
+    assert stored.ids.to_pylist()[:3] == ["0", "1", "2"]
+    assert "teacher_logits" in stored.attach(numbered).column_names

@@ -1,5 +1,6 @@
 """The scripts and notebooks of examples/, run from top to bottom with tiny models under the real names."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def test_the_script_runs(script, reader, tmp_path):
     """An example that no longer runs is worse than none."""
     printed = follow([sys.executable, str(script)], reader, tmp_path)
     assert printed.strip()
-    assert "failed" not in printed
+    assert re.search(r"(?<!0 )failed", printed) is None
 
 
 @pytest.mark.docs

@@ -308,3 +308,17 @@ def _is_gone(process: int) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def test_latency_of_texts_beyond_the_models_positions(tiny_model_folder):
+    """A run whose `max_length` exceeds the model's positions died after its training, when it was timed."""
+    from datasets import Dataset
+
+    import tiny
+    from kdlora.models.encoders import load_encoder
+
+    encoder = load_encoder(str(tiny_model_folder("bert")), tiny.task(), seed=0)
+    rows = Dataset.from_dict({"text": ["a wonderful story " * 60]})
+    options = {"max_length": 512, "batch_sizes": (1,), "repeats": 2}
+    (found,) = measure_latency(encoder.model, encoder.tokenizer, rows, **options)
+    assert found.p50_ms > 0

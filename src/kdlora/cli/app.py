@@ -12,7 +12,7 @@ app = typer.Typer(
     name="kdlora",
     help="Distil a fine-tuned encoder into a small, fast classifier, with the evidence that it is as good.",
     epilog="Exit codes: 0 done; 1 a run failed, or the machine did (disk, memory); 2 a mistake in the command, the "
-    "config or the data; 130 interrupted, and the same command continues. Results go to standard output, everything "
+    "config or the data; 130 interrupted, 143 and 129 ended by a signal: the same command continues. Results go to standard output, everything "
     "else to standard error. NO_COLOR=1 switches colours off, KDLORA_LOG=INFO tells more. Tab completes verbs and "
     "names after: kdlora --install-completion",
     no_args_is_help=True,

@@ -150,7 +150,7 @@ def _compute_shard(
     if max(columns) >= logits.shape[1]:
         raise ModelError(f"{encoder.source} has {logits.shape[1]} outputs; expected {max(columns) + 1} at least")
     chosen = logits[:, list(columns)]
-    ids = column_values(part, "id").tolist()
+    ids = [str(name) for name in column_values(part, "id").tolist()]  # 7 and "7" name the same example
     if not np.isfinite(chosen).all():
         row = int(np.flatnonzero(~np.isfinite(chosen).all(axis=1))[0])
         raise ModelError(

@@ -271,9 +271,10 @@ def _cycle_rows(rows: Dataset, size: int, *, batches: int) -> list[dict[str, lis
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, chunk: dict[str, list[str]], max_length: int) -> Mapping[str, Any]:
-    """Tokenise one batch."""
+    """Tokenise one batch, cut to what both the caller and the model's positions allow."""
+    limit = min(max_length, tokenizer.model_max_length)
     encoded: Mapping[str, Any] = tokenizer(
-        chunk["text"], chunk.get("text_pair"), truncation=True, max_length=max_length, padding=True, return_tensors="pt"
+        chunk["text"], chunk.get("text_pair"), truncation=True, max_length=limit, padding=True, return_tensors="pt"
     )
     return encoded
 

@@ -5,8 +5,8 @@
 
 `--models` holds the encoders that the study names, and `vader`. Every recipe's hyperparameters are tuned alike, for
 each of its arms, on a part of the training rows; the validation rows are for the reported scores alone. Every
-training is recorded as it ends, and none is done twice. With `--minutes` the command stops between two trainings when
-the time is over, with exit code 75 if work is left.
+training is recorded as it ends, and none is done twice; several processes may share the work of one `--out`. With
+`--minutes` the command stops between two trainings when the time is over, with exit code 75 if work is left.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from study_plan import (
     Places,
@@ -33,52 +34,59 @@ UNFINISHED = 75
 """The conventional exit code for a temporary failure: run the same command again."""
 
 
-def next_work(study: Study, places: Places, scores: dict[str, float]) -> Iterator[Work]:
-    """Give what is still to be done, in the plan's order; `scores` grows as it is done."""
+def ready_work(study: Study, places: Places, scores: dict[str, float]) -> Iterator[Work]:
+    """Give what can be done now, in the plan's order: searches before what they choose, teachers before students.
+
+    Args:
+        study: the study.
+        places: where things lie.
+        scores: of finished trainings, by key.
+    """
     for step in study.steps:
         for recipe in step.recipes:
             for arm in study.recipes[recipe].arms:
                 point, missing = choose_point(study, places, recipe, arm, scores)
+                if point is not None:
+                    missing = [
+                        work
+                        for work in reported_work(study, places, recipe, arm, point, step)
+                        if work.key not in scores
+                    ]
                 for work in missing:
-                    yield from _with_teacher(work, scores)
-                if point is None:
-                    point, _ = choose_point(study, places, recipe, arm, scores)
-                assert point is not None  # the search was just carried out
-                for work in reported_work(study, places, recipe, arm, point, step):
-                    yield from _with_teacher(work, scores)
-
-
-def _with_teacher(work: Work, scores: dict[str, float]) -> Iterator[Work]:
-    if work.arm in DISTILLED_ARMS and teacher_of(work).key not in scores:
-        yield teacher_of(work)
-    if work.key not in scores:
-        yield work
+                    untaught = work.arm in DISTILLED_ARMS and teacher_of(work).key not in scores
+                    yield teacher_of(work) if untaught else work
 
 
 def run(study: Study, places: Places, minutes: float) -> int:
     """Work until all is done or the time is over; return the exit code."""
-    from study_runs import carry_out, prepare, read_scores, write_tables
+    from study_runs import carry_out, claimed, prepare, read_scores, write_tables
 
     end = time.monotonic() + 60 * minutes
     prepare()
     write_tables(study, places)
-    scores = read_scores(places)
-    print(f"{len(scores)} trainings are recorded", flush=True)
-    for work in next_work(study, places, scores):
-        if time.monotonic() > end:
-            print("the time is over; run the same command again to go on", flush=True)
-            return UNFINISHED
-        begun = time.monotonic()
-        record = carry_out(work, places)
-        scores[work.key] = record["score"]
-        what = "search" if work.held_out else f"seed {work.seed}"
-        print(
-            f"{work.task:7} {work.arm:12} {what:7} score {record['score']:6.2f}  "
-            f"{record['examples_per_second']:7.0f} rows/s  {time.monotonic() - begun:5.0f} s  {work.key}",
-            flush=True,
-        )
-    print("all is done", flush=True)
-    return 0
+    print(f"{len(read_scores(places))} trainings are recorded", flush=True)
+    while time.monotonic() < end:
+        waiting = False
+        for work in ready_work(study, places, read_scores(places)):
+            waiting = True
+            with claimed(work, places) as is_ours:
+                if is_ours:
+                    _tell(carry_out(work, places))
+                    break
+        else:
+            print("another process does what is left" if waiting else "all is done", flush=True)
+            return UNFINISHED if waiting else 0
+    print("the time is over; run the same command again to go on", flush=True)
+    return UNFINISHED
+
+
+def _tell(record: dict[str, Any]) -> None:
+    what = "search" if record["held_out"] else f"seed {record['seed']}"
+    print(
+        f"{record['task']:7} {record['arm']:12} {what:7} score {record['score']:6.2f}  "
+        f"{record['examples_per_second']:6.0f} rows/s  {record['train_seconds']:4.0f} s  {record['key']}",
+        flush=True,
+    )
 
 
 def main(options: argparse.Namespace) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import json
 import shutil
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import datasets
+from filelock import FileLock, Timeout
 from study_plan import Places, Study, Work, teacher_of
 from transformers.utils.logging import disable_progress_bar as disable_model_progress
 
@@ -59,6 +62,27 @@ def read_scores(places: Places) -> dict[str, float]:
     """Read the score of every finished training, by the key of its work."""
     records = (json.loads(path.read_text(encoding="utf-8")) for path in places.out.glob("*/*.json"))
     return {record["key"]: record["score"] for record in records}
+
+
+@contextlib.contextmanager
+def claimed(work: Work, places: Places) -> Iterator[bool]:
+    """Take a training for this process; it is free again when the process ends, however it ends.
+
+    Yields:
+        Whether it is ours: nobody else is at it, and nobody has finished it meanwhile.
+    """
+    record = places.run(work)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(record.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield not record.exists()
+    finally:
+        lock.release()
 
 
 def carry_out(work: Work, places: Places) -> dict[str, Any]:

@@ -214,3 +214,24 @@ def test_the_reference_page_is_true():
 def test_saved_configs_are_plain_yaml():
     """Python tags in a saved config would need an unsafe loader."""
     assert yaml.safe_load(save_config(build_config(MINIMAL)))["task"]["name"] == "mrpc"
+
+
+def test_a_recipe_fills_in_what_is_not_set():
+    """A recipe that overrides the user's key, or that does not reach the resolved config, would run something else."""
+    paper, tuned = (build_config({**MINIMAL, "recipe": name}) for name in ("paper", "paper-tuned"))
+    assert paper.model_copy(update={"recipe": "paper-tuned"}) != tuned
+    assert build_config(MINIMAL) == paper
+    assert (tuned.student.train.epochs, tuned.student.train.learning_rate) == (10, 3e-3)
+    assert tuned.student.train.weight_decay == paper.student.train.weight_decay
+    own = build_config({**MINIMAL, "recipe": "paper-tuned", "student": {"train": {"epochs": 2}}}, ["lora.rank=4"])
+    assert (own.student.train.epochs, own.student.train.learning_rate, own.lora.rank) == (2, 3e-3, 4)
+    assert yaml.safe_load(save_config(own))["student"]["train"]["learning_rate"] == 3e-3
+    changed = build_config({**MINIMAL, "student": {"train": {"learning_rate": 1e-3}}}, ["recipe=paper-tuned"])
+    assert (changed.student.train.epochs, changed.student.train.learning_rate) == (10, 1e-3)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    """A misspelt recipe that is passed over in silence would be the paper's."""
+    (_, fault) = faults_of({**MINIMAL, "recipe": "paper-tunde"})
+    assert "recipe" in fault
+    assert "Did you mean 'paper-tuned'?" in fault

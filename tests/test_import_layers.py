@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "kdlora"
 ORDER = [
     {"errors"},
+    {"defaults"},
     {"config"},
     {"configfile"},
     {"evidence.storage", "evidence.integrity", "evidence.locks", "evidence.environment", "data.tasks"},
@@ -26,7 +27,7 @@ ORDER = [
     {"__main__"},
 ]
 TORCH = {"torch", "transformers", "datasets", "peft", "accelerate"}
-WITHOUT_TORCH = ["errors", "config", "configfile", "cli", "progress", "demo", "data.tasks", "evidence"]
+WITHOUT_TORCH = ["errors", "defaults", "config", "configfile", "cli", "progress", "demo", "data.tasks", "evidence"]
 
 
 def modules():

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from kdlora.defaults import FamilyName, RecipeName, fill_in
+
 Kind = Literal["single-label", "regression", "multi-label"]
 Arm = Literal["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"]
-FamilyName = Literal["bert", "roberta", "deberta-v3"]
 
 ARMS: tuple[Arm, ...] = get_args(Arm)
 TEACHER_ARMS: frozenset[Arm] = frozenset({"fft", "lora"})
@@ -22,13 +23,6 @@ LORA_ARMS: frozenset[Arm] = frozenset({"lora", "kd-lora", "student-lora"})
 DISTILLED_ARMS: frozenset[Arm] = frozenset({"kd-lora", "kd-fft"})
 SHIPPED_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")
 """Student arms in the order in which they are shipped: the first that an experiment has."""
-
-FAMILIES: dict[FamilyName, tuple[str, str]] = {
-    "bert": ("bert-base-uncased", "distilbert-base-uncased"),
-    "roberta": ("roberta-base", "distilroberta-base"),
-    "deberta-v3": ("microsoft/deberta-v3-base", "microsoft/deberta-v3-small"),
-}
-"""Teacher and student of each family in the paper (KD-LoRA, section 3)."""
 
 
 def _as_tuple(value: object) -> object:
@@ -42,10 +36,6 @@ def _as_glue_name(value: object) -> object:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-
-
-def _with_default(section: Mapping[str, Any], key: str, value: object) -> dict[str, Any]:
-    return dict(section) if section.get(key) is not None else {**section, key: value}
 
 
 class _Section(BaseModel):
@@ -330,6 +320,8 @@ class Config(_Section):
 
     name: str | None = Field(default=None, pattern=r"^\w[\w .+-]*$", max_length=100)
     """Name of the experiment; default: the task's name or the training file's. Results go to `runs/<name>`."""
+    recipe: RecipeName = "paper"
+    """A named set of defaults for every other key, which explicit keys override: docs/recipes.md has their figures."""
     family: FamilyName | None = None
     """Teacher and student of the paper, where `teacher.model` and `student.model` are not set."""
     task: TaskConfig = TaskConfig()
@@ -352,22 +344,7 @@ class Config(_Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        """Name the family's models, and choose the arms that the teacher allows."""
-        if not isinstance(values, Mapping):
-            return values
-        filled = dict(values)
-        sections = {key: filled.get(key) or {} for key in ("teacher", "student", "run")}
-        if not all(isinstance(section, Mapping) for section in sections.values()):
-            return values
-        teacher, student, run = sections.values()
-        if filled.get("family") in FAMILIES:
-            teacher_model, student_model = FAMILIES[filled["family"]]
-            teacher = _with_default(teacher, "model", teacher_model)
-            if student.get("from_teacher_layers") is None:
-                student = _with_default(student, "model", student_model)
-        if teacher.get("model") is None:  # nothing pretrained of the teacher's size to adapt
-            run = _with_default(run, "arms", ["fft", "kd-lora", "student-lora"])
-        return filled | {"teacher": teacher, "student": student, "run": run}
+        return fill_in(values) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _arms_have_their_models(self) -> Self:

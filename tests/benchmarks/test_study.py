@@ -13,8 +13,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import study as study_command
-from study import UNFINISHED, next_work
+from study import UNFINISHED, ready_work
 from study_plan import Places, Study, Work, choose_point, configure, grid_points, read_study
+from study_runs import claimed
 
 STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.yaml"))
 VALUES = {
@@ -41,11 +42,24 @@ def study() -> Study:
 def carry_out_all(study: Study, score) -> list[Work]:
     """Walk through a study as `run` does, with invented scores."""
     scores: dict[str, float] = {}
-    done = []
-    for work in next_work(study, PLACES, scores):
+    done: list[Work] = []
+    while work := next(ready_work(study, PLACES, scores), None):
         done.append(work)
         scores[work.key] = score(work)
     return done
+
+
+def test_what_another_process_does_is_left_to_it(study, tmp_path):
+    """Two processes that share a study must not train the same twice, nor wait for each other."""
+    places = Places(Path("/models"), Path("/glue"), tmp_path)
+    work = next(ready_work(study, places, {}))
+    with claimed(work, places) as first, claimed(work, places) as second:
+        assert (first, second) == (True, False)
+    with claimed(work, places) as again:
+        assert again
+    places.run(work).write_text("{}", encoding="utf-8")
+    with claimed(work, places) as finished:
+        assert not finished
 
 
 def test_nothing_is_trained_twice_and_controls_are_shared(study):

@@ -48,7 +48,7 @@ def complete_families(incomplete: str) -> list[str]:
     Args:
         incomplete: what stands there already.
     """
-    from kdlora.config import FAMILIES
+    from kdlora.defaults import FAMILIES
 
     return [name for name in FAMILIES if name.startswith(incomplete)]
 

@@ -38,7 +38,7 @@ def families(as_json: Json = False) -> None:
 
     Example: kdlora families
     """
-    from kdlora.config import FAMILIES
+    from kdlora.defaults import FAMILIES
 
     if as_json:
         print_json({name: {"teacher": teacher, "student": student} for name, (teacher, student) in FAMILIES.items()})

@@ -1,0 +1,69 @@
+"""What a family, a recipe, or the lack of a teacher's model fills in where the user set nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+FamilyName = Literal["bert", "roberta", "deberta-v3"]
+RecipeName = Literal["paper", "paper-tuned"]
+
+FAMILIES: dict[FamilyName, tuple[str, str]] = {
+    "bert": ("bert-base-uncased", "distilbert-base-uncased"),
+    "roberta": ("roberta-base", "distilroberta-base"),
+    "deberta-v3": ("microsoft/deberta-v3-base", "microsoft/deberta-v3-small"),
+}
+"""Teacher and student of each family in the paper (KD-LoRA, section 3)."""
+
+RECIPES: dict[RecipeName, dict[str, Any]] = {
+    "paper": {},
+    "paper-tuned": {"student": {"train": {"epochs": 10, "learning_rate": 3e-3}}},
+}
+"""Config sections by recipe; docs/recipes.md has what each was measured to gain.
+
+`paper` (KD-LoRA, arXiv 2410.20777) is what the defaults of the keys themselves are.
+"""
+
+
+def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay the recipe under the user's values, name the family's models, and choose the arms that the teacher allows.
+
+    Args:
+        values: the user's sections, nested. A key that is there counts, even with null; a section that is no mapping
+            stays as it is, for the config reports it.
+    """
+    recipe = values.get("recipe")
+    filled = lay_under(values, RECIPES[recipe]) if recipe in RECIPES else dict(values)
+    sections = {key: filled.get(key) or {} for key in ("teacher", "student", "run")}
+    if not all(isinstance(section, Mapping) for section in sections.values()):
+        return filled
+    teacher, student, run = sections.values()
+    if filled.get("family") in FAMILIES:
+        teacher_model, student_model = FAMILIES[filled["family"]]
+        teacher = _with_default(teacher, "model", teacher_model)
+        if student.get("from_teacher_layers") is None:
+            student = _with_default(student, "model", student_model)
+    if teacher.get("model") is None:  # nothing pretrained of the teacher's size to adapt
+        run = _with_default(run, "arms", ["fft", "kd-lora", "student-lora"])
+    return filled | {"teacher": teacher, "student": student, "run": run}
+
+
+def lay_under(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in nested defaults where a key is absent.
+
+    Args:
+        values: what was given.
+        defaults: of the same shape; a section of the values that is no mapping is left alone.
+    """
+    filled = dict(values)
+    for key, default in defaults.items():
+        given = filled.get(key)
+        if isinstance(default, Mapping) and (given is None or isinstance(given, Mapping)):
+            filled[key] = lay_under(given or {}, default)
+        else:
+            filled.setdefault(key, default)
+    return filled
+
+
+def _with_default(section: Mapping[str, Any], key: str, value: object) -> dict[str, Any]:
+    return dict(section) if section.get(key) is not None else {**section, key: value}

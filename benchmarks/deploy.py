@@ -201,7 +201,7 @@ def main(options: argparse.Namespace) -> None:
     table = Table(*header, title=f"{result.texts} texts of SST-2, {result.threads} threads, {result.rounds} rounds")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=160).print(table)
     for name, (side, goal) in GOALS.items():
         good = found[name] >= goal if side == "at least" else found[name] <= goal
         print(f"{'met ' if good else 'MISSED'} {name}: {found[name]:.2f} ({side} {goal:g})")

@@ -143,7 +143,7 @@ def ours_teacher(work: Work) -> tuple[int, float]:
 def _train_ours(work: Work, source: str, *, lora: LoraConfig | None, distil: DistilConfig | None) -> tuple[int, float]:
     splits = load_rows(work)
     encoder = load_encoder(source, splits.task, seed=0)
-    model = encoder.model if lora is None else add_adapter(encoder, lora)
+    model = encoder.model if lora is None else add_adapter(encoder, lora, seed=0)
     rows = splits.train if distil is None else invented_logits(splits).attach(splits.train)
     settings = (StudentTrainConfig if lora else TeacherTrainConfig)(epochs=50, batch_size=BATCH)
     with tempfile.TemporaryDirectory() as folder:

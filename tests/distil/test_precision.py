@@ -114,11 +114,11 @@ def test_precision_of_a_cpu(monkeypatch):
     """bf16 that is emulated is several times slower than fp32; oneDNN's own check calls it supported."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flags, expected in (
-        ({"amx_bf16", "avx512_bf16"}, ("bf16", "the CPU has native bf16 products (amx_bf16)")),
-        ({"avx512_bf16"}, ("bf16", "the CPU has native bf16 products (avx512_bf16)")),
-        ({"bf16"}, ("bf16", "the CPU has native bf16 products (bf16)")),
-        ({"avx512f", "avx2"}, ("fp32", "the CPU has no native bf16 products")),
-        (set(), ("fp32", "the CPU has no native bf16 products")),
+        ({"amx_bf16", "avx512_bf16"}, ("bf16", "the CPU has matrix units for bf16 (amx_bf16)")),
+        ({"avx512_bf16"}, ("fp32", "the CPU has no matrix units for bf16")),
+        ({"bf16"}, ("bf16", "the CPU has matrix units for bf16 (bf16)")),
+        ({"avx512f", "avx2"}, ("fp32", "the CPU has no matrix units for bf16")),
+        (set(), ("fp32", "the CPU has no matrix units for bf16")),
     ):
         monkeypatch.setattr(precision_module, "_cpu_flags", lambda flags=flags: frozenset(flags))
         assert resolve_precision("auto", "auto") == expected

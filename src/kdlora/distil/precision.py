@@ -68,19 +68,20 @@ def _best_on_cuda() -> tuple[str, str]:
 
 
 def _best_on_cpu() -> tuple[str, str]:
-    feature = _native_bf16_feature()
+    feature = _bf16_matrix_unit()
     if feature:
-        return "bf16", f"the CPU has native bf16 products ({feature})"
-    return "fp32", "the CPU has no native bf16 products"
+        return "bf16", f"the CPU has matrix units for bf16 ({feature})"
+    return "fp32", "the CPU has no matrix units for bf16"
 
 
-def _native_bf16_feature() -> str:
-    """Name the instruction set that multiplies bf16 natively, or return an empty string.
+def _bf16_matrix_unit() -> str:
+    """Name the instruction set whose bf16 products are faster than fp32's, or return an empty string.
 
-    oneDNN's own check is no help: it says yes where it merely emulates.
+    AVX-512's bf16 dot product is not one: on a Xeon without AMX, oneDNN's products with it run at half the speed of
+    fp32 (`benchmarks/README.md`). oneDNN's own check is no help: it says yes even where it merely emulates.
     """
     flags = _cpu_flags()
-    return next((flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags), "")
+    return next((flag for flag in ("amx_bf16", "bf16") if flag in flags), "")
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -24,6 +24,7 @@ from kdlora.distil.arm_trainer import ArmTrainer, MicroBatchCollator
 from kdlora.distil.checkpoints import CheckpointFolder, load_trained_tensors
 from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.dropout import dropout_set
+from kdlora.distil.fast_cpu import fast_on_cpu
 from kdlora.distil.fingerprints import hash_columns, hash_model
 from kdlora.distil.inference import INPUTS, column_values, predict_logits
 from kdlora.distil.logits import COLUMN
@@ -150,7 +151,12 @@ def train_model(
         progress=progress,
     )
     collator = Collator.of(tokenizer, task.kind, train.max_length)
-    with frozen_in_half(model, precision), dropout_set(model, settings.dropout), _left_as_found(model):
+    with (
+        frozen_in_half(model, precision),
+        dropout_set(model, settings.dropout),
+        fast_on_cpu(model, place),
+        _left_as_found(model),
+    ):
         trainer = ArmTrainer(
             model,
             _arguments(settings, seed, precision, place, Path(folder), len(sampler)),

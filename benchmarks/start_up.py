@@ -1,0 +1,107 @@
+"""How long a user waits before anything happens: `--help`, `validate`, the first step of a training.
+
+    python benchmarks/start_up.py --models DIR --glue DIR [--rounds 3]
+
+Whole commands in processes of their own, the median of the rounds. The first step is that of a student on MRPC with
+stored logits, from the start of the process: imports, data, fork server, teacher evaluation left out by a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdlora.evidence.environment import collect_versions, describe_machine
+
+GOALS = {"kdlora --help": 0.3, "kdlora validate": 1.0, "kdlora run, until the first step": None}
+FIRST_STEP = """
+import sys, time
+from kdlora import build_config, run_experiment
+
+class Started(Exception): pass
+
+def listen(stage, event):
+    if getattr(event, "step", 0) or getattr(event, "steps", 0):
+        print(time.time(), flush=True)
+        raise Started
+
+config = build_config({
+    "task": {"name": "mrpc"}, "data": {"path": sys.argv[1]},
+    "teacher": {"logits": sys.argv[2]}, "student": {"model": sys.argv[3]},
+    "run": {"arms": ["kd-lora"], "seeds": [0]}, "export": {"formats": []},
+})
+try:
+    run_experiment(config, sys.argv[4], listen=listen)
+except Started:
+    pass
+"""
+
+
+def seconds_of(command: list[str]) -> float:
+    """Time one command."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def seconds_to_first_step(options: argparse.Namespace, folder: Path) -> float:
+    """Time from the start of a process to the first progress of its training."""
+    start = time.time()
+    arguments = [str(options.glue), str(folder / "logits.parquet"), str(options.models / options.student)]
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_STEP, *arguments, str(Path(tempfile.mkdtemp(dir=folder)) / "run")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if not done.stdout.strip():
+        sys.exit(done.stderr[-2000:])
+    return float(done.stdout.split()[-1]) - start
+
+
+def main(options: argparse.Namespace) -> None:
+    """Measure and print."""
+    program = str(Path(sys.executable).with_name("kdlora"))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        config = folder / "config.yaml"
+        config.write_text(
+            f"task: {{name: mrpc}}\ndata: {{path: {options.glue}}}\n"
+            f"teacher: {{model: {options.models / options.student}}}\n"
+            f"student: {{model: {options.models / options.student}}}\n",
+            encoding="utf-8",
+        )
+        values = np.random.default_rng(0).normal(size=(2, 4000)).astype(np.float32)
+        names = {"id": [str(row) for row in range(4000)], "not_equivalent": values[0], "equivalent": values[1]}
+        pq.write_table(pa.table(names), folder / "logits.parquet")
+        calls = {
+            "kdlora --help": lambda: seconds_of([program, "--help"]),
+            "kdlora validate": lambda: seconds_of([program, "validate", str(config)]),
+            "kdlora run, until the first step": lambda: seconds_to_first_step(options, folder),
+        }
+        for name, call in calls.items():
+            call()
+            median = statistics.median(call() for _ in range(options.rounds))
+            goal = GOALS[name]
+            verdict = "" if goal is None else f" ({'met' if median <= goal else 'MISSED'}: under {goal:g} s)"
+            print(f"{name}: {median:.2f} s{verdict}", flush=True)
+    print(json.dumps({"machine": describe_machine(), "versions": collect_versions()}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--glue", type=Path, required=True)
+    parser.add_argument("--student", default="minilm-l6")
+    parser.add_argument("--rounds", type=int, default=3)
+    main(parser.parse_args())

@@ -1,0 +1,207 @@
+"""The kernels of a training on the CPU compute what PyTorch computes, and leave a model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from kdlora.config import LoraConfig
+from kdlora.distil.cpu_kernels import (
+    PackedWeight,
+    adapted_linear,
+    attention,
+    dropout,
+    dropped_steps,
+    frozen_linear,
+    keep_bytes,
+    kept_scale,
+)
+from kdlora.distil.fast_cpu import fast_on_cpu
+from kdlora.distil.precision import autocast, frozen_in_half
+from kdlora.models.adapters import add_adapter
+from kdlora.models.encoders import load_encoder
+
+CPU = torch.device("cpu")
+FAMILIES = ["bert", "distilbert", "roberta", "deberta-v2", "electra", "mpnet", "modernbert"]
+
+
+@pytest.fixture
+def make_model(tiny_model_folder, tasks):
+    def make(family: str, rate: float = 0.0, **lora):
+        encoder = load_encoder(str(tiny_model_folder(family)), tasks["single-label"], seed=1)
+        model = add_adapter(encoder, LoraConfig(dropout=rate, **lora), seed=1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = rate
+        return model.train()
+
+    return make
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.tensor([[2, 17, 18, 19, 20, 3], [2, 40, 3, 0, 0, 0]])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def step(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    logits = model(**batch()).logits
+    logits.float().square().sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("targets", ["query-value", "all-linear"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_step_equals_pytorchs(make_model, family, targets):
+    """A backward written by hand that forgets a term trains, only worse."""
+    model = make_model(family, targets=targets)
+    logits, gradients = step(model)
+    with fast_on_cpu(model, CPU) as layers:
+        found, fast_gradients = step(model)
+    assert layers > 6
+    torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
+    assert fast_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(fast_gradients[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet"])
+def test_one_step_in_bf16_is_near_fp32(make_model, family):
+    """The kernels must round no more than autocast does."""
+    model = make_model(family)
+    exact, gradients = step(model)
+    with frozen_in_half(model, "bf16"), fast_on_cpu(model, CPU), autocast("bf16", CPU):
+        found, fast_gradients = step(model)
+    with frozen_in_half(model, "bf16"), autocast("bf16", CPU):
+        plain, plain_gradients = step(model)
+    assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-3
+    for name, gradient in gradients.items():
+        allowed = 2 * (plain_gradients[name] - gradient).norm() + 0.01 * gradient.norm()
+        assert (fast_gradients[name] - gradient).norm() <= allowed, name
+
+
+def test_the_same_seed_drops_the_same(make_model):
+    """A training that resumes must draw what the undisturbed one drew."""
+    model = make_model("bert", rate=0.1)
+    results = []
+    with fast_on_cpu(model, CPU):
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            results.append(step(model)[0])
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_a_model_comes_back_as_it_was(make_model):
+    """A layer of ours that stays in a shipped model would tie it to this package."""
+    model = make_model("bert", rate=0.1)
+    before = [(type(module), set(vars(module))) for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    attends = model.config._attn_implementation
+
+    def cut_off() -> None:
+        with fast_on_cpu(model, CPU):
+            assert model.state_dict().keys() == state.keys()
+            step(model)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        cut_off()
+    assert [(type(module), set(vars(module))) for module in model.modules()] == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.config._attn_implementation == attends
+
+
+def test_what_is_not_plain_lora_stays_with_peft(make_model):
+    """DoRA has a term that the kernel does not know; dropping it silently would be another method."""
+    model = make_model("bert", dora=True)
+    logits, _ = step(model)
+    with fast_on_cpu(model, CPU):
+        found, _ = step(model)
+    torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_other_devices_are_left_alone(make_model):
+    model = make_model("bert")
+    classes = [type(module) for module in model.modules()]
+    with fast_on_cpu(model, torch.device("cuda")) as layers:
+        assert layers == 0
+        assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])
+def test_dropout_keeps_the_mean(rate):
+    """Scaled by 1/(1 - rate) while 1/256ths are dropped, every activation would be off."""
+    torch.manual_seed(0)
+    values = torch.ones(1000, 1000)
+    dropped = dropout(values, rate)
+    assert (dropped == 0).float().mean().item() == pytest.approx(dropped_steps(rate) / 256, abs=2e-3)
+    assert dropped.mean().item() == pytest.approx(1.0, abs=5e-3)
+    assert dropped.max().item() == pytest.approx(kept_scale(rate))
+
+
+def test_every_byte_of_the_random_words_is_random():
+    """`random_()` without a lower bound leaves the top bit zero: every eighth element would drop twice as often."""
+    torch.manual_seed(0)
+    keep = keep_bytes(torch.Size((100_000, 8)), 0.25)
+    assert torch.allclose(keep.float().mean(0), torch.tensor(0.75), atol=0.01)
+
+
+def test_dropout_passes_the_gradient_of_what_it_kept():
+    values = torch.ones(64, requires_grad=True)
+    result = dropout(values, 0.5)
+    result.sum().backward()
+    assert torch.equal(values.grad, result.detach())
+
+
+def test_attention_equals_the_textbook():
+    """The mask's rows, the scale and both transposes are easily confused."""
+    draw = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 3, 5, 4, generator=draw, dtype=torch.float32, requires_grad=True) for _ in range(3)]
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)[:, None, None, :]
+    results = []
+    for compute in (
+        lambda q, k, v: attention(q, k, v, mask, dropout=0.0, scale=0.5),
+        lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.5),
+    ):
+        output = compute(*tensors)
+        results.append((output, *torch.autograd.grad(output.square().sum(), tensors)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_drops_in_forward_and_backward_alike():
+    """With value = identity the output is the dropped shares, and the gradient by value is their column sum."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 8, 4)
+    value = torch.eye(8)[None, None].clone().requires_grad_()
+    shares = attention(query, key, value, None, dropout=0.5, scale=1.0)
+    shares.sum().backward()
+    assert (shares == 0).any()
+    torch.testing.assert_close(value.grad[0, 0], shares.detach()[0, 0].sum(0)[:, None].expand(8, 8))
+
+
+def test_linear_kernels_equal_their_formulas():
+    draw = torch.Generator().manual_seed(0)
+    weight, bias, down, up = (torch.randn(*size, generator=draw) for size in ((6, 4), (6,), (2, 4), (6, 2)))
+    rows = torch.randn(3, 5, 4, generator=draw, requires_grad=True)
+    down.requires_grad_()
+    up.requires_grad_()
+    packed = PackedWeight(weight, bias)
+    torch.testing.assert_close(frozen_linear(rows, packed), nn.functional.linear(rows, weight, bias))
+    expected = nn.functional.linear(rows, weight, bias) + 2.0 * rows @ down.T @ up.T
+    found = adapted_linear(rows, packed, down, up, scale=2.0, dropout=0.0)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found.square().sum(), (rows, down, up)),
+        torch.autograd.grad(expected.square().sum(), (rows, down, up)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -110,20 +110,36 @@ def test_dora_bases_stay(make_model):
     assert set(dtypes.values()) == {torch.float32}
 
 
-def test_precision_of_a_cpu(monkeypatch):
-    """bf16 that is emulated is several times slower than fp32; oneDNN's own check calls it supported."""
+FASTER, SLOWER = "are faster than fp32's, as timed", "are no faster than fp32's, as timed"
+
+
+@pytest.mark.parametrize(
+    ("flags", "speed_up", "expected"),
+    [
+        ({"amx_bf16", "avx512_bf16"}, 2.0, ("bf16", f"the CPU's bf16 products (amx_bf16) {FASTER}")),
+        ({"avx512_bf16"}, 4.5, ("bf16", f"the CPU's bf16 products (avx512_bf16) {FASTER}")),
+        ({"avx512_bf16"}, 0.5, ("fp32", f"the CPU's bf16 products (avx512_bf16) {SLOWER}")),
+        ({"bf16"}, 1.1, ("fp32", f"the CPU's bf16 products (bf16) {SLOWER}")),
+        ({"avx512f", "avx2"}, 9.0, ("fp32", "the CPU has no bf16 products")),
+        (set(), 9.0, ("fp32", "the CPU has no bf16 products")),
+    ],
+)
+def test_precision_of_a_cpu(monkeypatch, flags, speed_up, expected):
+    """The same instruction set is half as fast as fp32 on one maker's processors and four times as fast on another's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for flags, expected in (
-        ({"amx_bf16", "avx512_bf16"}, ("bf16", "the CPU has matrix units for bf16 (amx_bf16)")),
-        ({"avx512_bf16"}, ("fp32", "the CPU has no matrix units for bf16")),
-        ({"bf16"}, ("bf16", "the CPU has matrix units for bf16 (bf16)")),
-        ({"avx512f", "avx2"}, ("fp32", "the CPU has no matrix units for bf16")),
-        (set(), ("fp32", "the CPU has no matrix units for bf16")),
-    ):
-        monkeypatch.setattr(precision_module, "_cpu_flags", lambda flags=flags: frozenset(flags))
-        assert resolve_precision("auto", "auto") == expected
-    assert resolve_precision("bf16", "cpu") == ("bf16", "as set, though this machine emulates bf16, which is slow")
+    monkeypatch.setattr(precision_module, "_cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(precision_module, "_bf16_speed_up", lambda: speed_up)
+    assert resolve_precision("auto", "auto") == expected
+    slow = "" if expected[0] == "bf16" else ", though bf16 is no faster than fp32 on this machine"
+    assert resolve_precision("bf16", "cpu") == ("bf16", "as set" + slow)
     assert resolve_precision("fp32", "cpu") == ("fp32", "as set")
+
+
+def test_the_speed_up_is_timed_once():
+    """An answer that changes within a process would give two arms two number formats."""
+    first = precision_module._bf16_speed_up()
+    assert first > 0
+    assert precision_module._bf16_speed_up() is first
 
 
 def test_flags_without_pytorchs_help(monkeypatch):
@@ -145,7 +161,7 @@ def test_precision_of_a_gpu(monkeypatch, capability, expected):
     precision, reason = resolve_precision("auto", "auto")
     assert precision == expected
     assert reason.startswith("Some GPU has ")
-    assert ("emulates" in resolve_precision("bf16", "cuda")[1]) == (expected == "fp16")
+    assert ("no faster" in resolve_precision("bf16", "cuda")[1]) == (expected == "fp16")
     assert resolve_precision("auto", "cpu")[0] in ("bf16", "fp32")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from torch import nn
 from kdlora.errors import ConfigError, did_you_mean
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BF16_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
+WORTH_ROUNDING = 1.25  # bf16 keeps 8 bits of a number; a smaller gain in speed is not worth them
 
 
 def resolve_device(device: str) -> torch.device:
@@ -57,7 +61,7 @@ def resolve_precision(precision: str, device: str) -> tuple[str, str]:
     if precision == "fp16" and place.type == "cpu":
         raise ConfigError("run.precision is fp16, which is for CUDA devices; on a CPU use auto, bf16 or fp32")
     slow = precision == "bf16" and (_best_on_cuda() if place.type == "cuda" else _best_on_cpu())[0] != "bf16"
-    return precision, "as set" + (", though this machine emulates bf16, which is slow" if slow else "")
+    return precision, "as set" + (", though bf16 is no faster than fp32 on this machine" if slow else "")
 
 
 def _best_on_cuda() -> tuple[str, str]:
@@ -68,20 +72,34 @@ def _best_on_cuda() -> tuple[str, str]:
 
 
 def _best_on_cpu() -> tuple[str, str]:
-    feature = _bf16_matrix_unit()
-    if feature:
-        return "bf16", f"the CPU has matrix units for bf16 ({feature})"
-    return "fp32", "the CPU has no matrix units for bf16"
+    feature = next((flag for flag in BF16_FEATURES if flag in _cpu_flags()), "")
+    if not feature:
+        return "fp32", "the CPU has no bf16 products"
+    if _bf16_speed_up() < WORTH_ROUNDING:
+        return "fp32", f"the CPU's bf16 products ({feature}) are no faster than fp32's, as timed"
+    return "bf16", f"the CPU's bf16 products ({feature}) are faster than fp32's, as timed"
 
 
-def _bf16_matrix_unit() -> str:
-    """Name the instruction set whose bf16 products are faster than fp32's, or return an empty string.
+@functools.cache
+def _bf16_speed_up() -> float:
+    """Time a product of an encoder's size in both formats; a tenth of a second, once per process.
 
-    AVX-512's bf16 dot product is not one: on a Xeon without AMX, oneDNN's products with it run at half the speed of
-    fp32 (`benchmarks/README.md`). oneDNN's own check is no help: it says yes even where it merely emulates.
+    The instruction set does not tell: with AVX-512's bf16 dot product alone, oneDNN reaches half of fp32's speed on one
+    maker's processors and four times it on another's (`benchmarks/README.md`).
+
+    Returns:
+        fp32's best time over bf16's.
     """
-    flags = _cpu_flags()
-    return next((flag for flag in ("amx_bf16", "bf16") if flag in flags), "")
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(512, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
+        seconds = []
+        for _ in range(8):
+            start = time.perf_counter()
+            left @ right
+            seconds.append(time.perf_counter() - start)
+        best[dtype] = min(seconds)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 def _cpu_flags() -> frozenset[str]:

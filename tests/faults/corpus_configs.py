@@ -89,6 +89,7 @@ FIELDS: list[Case] = [
     _field("task.label_names", ["a", "a"], "twice"),
     _field("student.from_teacher_layers", []),
     _field("tsak", {"kind": "auto"}, "Did you mean 'task'?"),
+    _field("data.train", "~nobody-here/a.csv", "does not exist"),
     ("two students", {"student": {"from_teacher_layers": [0]}}, ("student.model", "both set")),
     ("two teachers", {"teacher": {"logits": "a.parquet", "probabilities": "b.parquet"}}, ("one teacher only",)),
     ("order without a model", {"teacher": {"label_names": ["a", "b"]}}, ("teacher.fine_tuned, which is not set",)),
@@ -131,6 +132,8 @@ FILES: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("a mapping as a key", b"{a: 1}: 2\n", ("YAML",)),
     ("merge of nothing", b"<<: 3\n", ("YAML",)),
     ("a zero byte in a path", b'data: {train: "a\\0b"}\n', ("data.train", "zero byte")),
+    ("half a character", b'data: {train: a.csv}\ntask: {label: "\\ud800"}\n', ("not valid YAML", "surrogates")),
+    ("half a character in a path", b'data: {train: "a\\udcff.csv"}\n', ("not valid YAML", "surrogates")),
     ("binary", bytes(range(128, 256)) * 4, ("UTF-8",)),
 ]
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import logging
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
 
 from experiments import read_rows, snapshot, write_lines
 from kdlora.deploy.predict import Classifier
+from kdlora.evidence.forkserver import close_server
 from kdlora.evidence.predictions import read_predictions
 from tiny import sentiment_rows
 
@@ -74,9 +80,32 @@ def hostile(workshop, tmp_path_factory):
         for name, secret in SECRETS.items():
             patch.setenv(name, secret)
         patch.chdir(root)
-        result = run_experiment(build_config(values), root / "work" / "out")
+        (root / "work").mkdir()
+        with everything_said(root / "work" / "log.txt"):
+            result = run_experiment(build_config(values), root / "work" / "out")
     assert not result.failed
     return root, result.layout
+
+
+@contextlib.contextmanager
+def everything_said(path: Path) -> Iterator[None]:
+    """Send what this process and its children write to standard error to a file, with every library's own log."""
+    close_server()  # the next one takes over the place that standard error is sent to
+    root, kept = logging.getLogger(), os.dup(2)
+    level = root.level
+    with path.open("w", encoding="utf-8") as file:
+        handler = logging.StreamHandler(file)
+        os.dup2(file.fileno(), 2)
+        root.setLevel(logging.DEBUG)
+        root.addHandler(handler)
+        try:
+            yield
+        finally:
+            close_server()
+            root.removeHandler(handler)
+            root.setLevel(level)
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 class Tags(HTMLParser):
@@ -124,7 +153,7 @@ def test_nothing_is_written_outside_of_the_experiment(hostile):
     """`../../x` as a label, an id or a column must never become a path."""
     root, layout = hostile
     outside = {name for name in snapshot(root) if not name.startswith("work/out/")}
-    assert outside == {"train.jsonl", "validation.jsonl"}
+    assert outside == {"train.jsonl", "validation.jsonl", "work/log.txt"}
     assert not [path for path in root.rglob("*") if path.name in ("owned", "x") or "|" in path.name]
     assert layout.student.exists()
     assert (layout.onnx / "model.onnx").exists()
@@ -176,8 +205,10 @@ def test_the_student_answers_with_the_labels_as_they_are(hostile, cli, tmp_path)
 
 
 def test_secrets_are_nowhere(hostile):
-    """A token in a record is published with the record."""
+    """A token in a record is published with the record; one in a log, with the question that quotes it."""
     root, _ = hostile
+    said = (root / "work" / "log.txt").read_text(encoding="utf-8")
+    assert "begin train kd-lora seed 0" in said  # by a child
     for path in root.rglob("*"):
         if path.is_file():
             content = path.read_bytes()

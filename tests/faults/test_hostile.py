@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import yaml
 
-from experiments import read_rows, snapshot, write_lines
+from experiments import everything_said, read_rows, snapshot, write_lines
 from kdlora.deploy.predict import Classifier
-from kdlora.evidence.forkserver import close_server
 from kdlora.evidence.predictions import read_predictions
 from tiny import sentiment_rows
 
@@ -81,31 +76,10 @@ def hostile(workshop, tmp_path_factory):
             patch.setenv(name, secret)
         patch.chdir(root)
         (root / "work").mkdir()
-        with everything_said(root / "work" / "log.txt"):
+        with everything_said(root / "work" / "log.txt", logging.DEBUG):
             result = run_experiment(build_config(values), root / "work" / "out")
     assert not result.failed
     return root, result.layout
-
-
-@contextlib.contextmanager
-def everything_said(path: Path) -> Iterator[None]:
-    """Send what this process and its children write to standard error to a file, with every library's own log."""
-    close_server()  # the next one takes over the place that standard error is sent to
-    root, kept = logging.getLogger(), os.dup(2)
-    level = root.level
-    with path.open("w", encoding="utf-8") as file:
-        handler = logging.StreamHandler(file)
-        os.dup2(file.fileno(), 2)
-        root.setLevel(logging.DEBUG)
-        root.addHandler(handler)
-        try:
-            yield
-        finally:
-            close_server()
-            root.removeHandler(handler)
-            root.setLevel(level)
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 class Tags(HTMLParser):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import json
-import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdlora.config import Config
 from kdlora.configfile import build_config
-from kdlora.evidence.forkserver import close_server
 
 ARMS = ["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
 FAST = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
@@ -83,27 +80,6 @@ def copy_experiment(folder: Path, to: Path) -> Path:
     """Copy an experiment folder, so that a test may change it; times stay."""
     shutil.copytree(folder, to, copy_function=shutil.copy2)
     return to
-
-
-@contextlib.contextmanager
-def everything_said(path: Path, level: int) -> Iterator[None]:
-    """Send what this process and its children write to standard error to a file, with every library's own log."""
-    close_server()  # the next one takes over the place that standard error is sent to
-    root, kept = logging.getLogger(), os.dup(2)
-    former = root.level
-    with path.open("w", encoding="utf-8") as file:
-        handler = logging.StreamHandler(file)
-        os.dup2(file.fileno(), 2)
-        root.setLevel(level)
-        root.addHandler(handler)
-        try:
-            yield
-        finally:
-            close_server()
-            root.removeHandler(handler)
-            root.setLevel(former)
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def processes_marked(mark: str) -> list[int]:

@@ -110,7 +110,7 @@ def test_any_text_gets_an_answer_that_does_not_depend_on_its_neighbours(classifi
 NAMES = st.lists(SPOKEN, min_size=2, max_size=2, unique_by=str.strip)
 
 
-@settings(parent=SOON, max_examples=3)
+@settings(parent=SOON, max_examples=2)
 @given(
     names=NAMES,
     rows=st.lists(st.tuples(SPOKEN, SPOKEN), min_size=6, max_size=10, unique_by=lambda row: row[0].strip()),

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kdlora.evidence.storage import is_abandoned, owned_name
 
@@ -260,7 +260,7 @@ def _describe_death(status: int | None) -> str:
     return f"the process that ran this was killed by {name}{hint}"
 
 
-def serve(control_number: int, scratch: str) -> None:
+def serve(control_number: int, scratch: str) -> NoReturn:
     """Take requests until the parent is gone; this is the server's main function.
 
     Args:
@@ -289,6 +289,7 @@ def serve(control_number: int, scratch: str) -> None:
                     break
                 control.sendall(str(status).encode())
     shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(0)  # the parent waits, and to tear down what was imported takes over a second
 
 
 def _die_with_parent() -> None:

@@ -15,6 +15,7 @@ from kdlora.defaults import FamilyName, RecipeName, fill_in
 
 Kind = Literal["single-label", "regression", "multi-label"]
 Arm = Literal["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"]
 
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -290,10 +291,12 @@ class RunConfig(_Section):
     """Seconds of training between two checkpoints: the most that a crash can cost."""
     keep_checkpoints: int = Field(default=1, ge=1)
     """Newest checkpoints of a training that are kept; a second one is there if the first is damaged."""
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_as_tuple)] = ()
+    """Trackers that every run is told to, named by arm and seed: `tensorboard`, `wandb` (offline), `mlflow`."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
-        for key in ("arms", "seeds"):
+        for key in ("arms", "seeds", "report_to"):
             values = getattr(self, key)
             if len(set(values)) != len(values):
                 raise ValueError(f"run.{key} holds a value twice: {list(values)}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from kdlora.deploy.encode import Text, TextEncoder, check_text, length_batches
 from kdlora.deploy.folder import EXPORT_RECORD, ModelFolder, Precision, read_model_folder
-from kdlora.errors import ArtifactError, KdLoraError, ModelError
+from kdlora.errors import ArtifactError, KdLoraError, ModelError, first_line
 from kdlora.evidence.calibration import probabilities
 from kdlora.evidence.integrity import hash_file
 
@@ -273,7 +273,7 @@ def open_session(file: Path | None, *, threads: int | None = None, optimised: bo
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ArtifactError(
-            f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it ({str(error).splitlines()[0]:.200}). "
+            f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it ({first_line(error):.200}). "
             "The file is damaged or was made for another runtime; export it again."
         ) from None
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from kdlora.config import Config
-from kdlora.errors import ArtifactError, ConfigError
+from kdlora.errors import ArtifactError, ConfigError, first_line
 from kdlora.scale.plan import identity
 from kdlora.scale.space import distributions, grid_of
 from kdlora.searchconfig import SearchConfig
@@ -115,7 +115,7 @@ def storage_faults(storage: str) -> Iterator[None]:
     try:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         if "locked" in reason:
             raise ArtifactError(
                 f"the search storage {storage} is locked by another process, and stayed so for {LOCK_SECONDS:.0f} s "

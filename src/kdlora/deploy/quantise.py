@@ -136,8 +136,8 @@ def _quantise_embeddings(graph: Graph) -> None:
 def _store_as_levels(graph: Graph, names: Sequence[str]) -> None:
     """Store the weights of products that multiply in fp32 as int8 with one scale an output channel.
 
-    It is the rounding of activations, one scale for a whole batch, that harms a product with outliers; its weights round
-    as well as any, and would be four times as large.
+    It is the rounding of activations, one scale for a whole batch, that harms a product with outliers; its weights
+    round as well as any, and would be four times as large.
     """
     for node in [node for node in graph.graph.node if node.name in names]:
         prefix = node.input[1]

@@ -15,7 +15,6 @@ from kdlora.defaults import FamilyName, RecipeName, fill_in
 
 Kind = Literal["single-label", "regression", "multi-label"]
 Arm = Literal["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
-Tracker = Literal["tensorboard", "wandb", "mlflow"]
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"]
 
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -291,13 +290,12 @@ class RunConfig(_Section):
     """Seconds of training between two checkpoints: the most that a crash can cost."""
     keep_checkpoints: int = Field(default=1, ge=1)
     """Newest checkpoints of a training that are kept; a second one is there if the first is damaged."""
-    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_as_tuple)] = ()
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_as_tuple)] = ()
     """Trackers that every run is told to, named by arm and seed: `tensorboard`, `wandb` (offline), `mlflow`."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
-        for key in ("arms", "seeds", "report_to"):
-            values = getattr(self, key)
+        for key, values in {"arms": self.arms, "seeds": self.seeds, "report_to": self.report_to}.items():
             if len(set(values)) != len(values):
                 raise ValueError(f"run.{key} holds a value twice: {list(values)}")
         return self
@@ -360,9 +358,7 @@ class Config(_Section):
         taught = teacher.model is not None or teacher.fine_tuned is not None or teacher.is_table
         needing = sorted(arms & (TEACHER_ARMS | DISTILLED_ARMS))
         if needing and not taught:
-            yield (
-                f"the arms {needing} need a teacher: set teacher.model, teacher.fine_tuned, teacher.logits or family"
-            )
+            yield f"the arms {needing} need a teacher: set family, or teacher.model, .fine_tuned or .logits"
         if "lora" in arms and taught and teacher.model is None:
             yield "the arm 'lora' adapts the pretrained teacher: set teacher.model too, or drop the arm from run.arms"
         if arms - TEACHER_ARMS and student.model is None and student.from_teacher_layers is None:
@@ -390,18 +386,14 @@ class Config(_Section):
     def title(self) -> str:
         """Name the experiment: `name`, else the GLUE task, else the data's own name, safe as a folder's."""
         source = self.data.train if self.data.path is None else self.data.path
-        return (
-            self.name or self.task.name or re.sub(r"[^\w.+-]", "-", Path(str(source)).stem).strip(".-") or "experiment"
-        )
+        stem = re.sub(r"[^\w.+-]", "-", Path(str(source)).stem).strip(".-")
+        return self.name or self.task.name or stem or "experiment"
 
     def fingerprint(self, *sections: str) -> str:
-        """Hash the configuration, or some of its sections.
+        """Hash the configuration, or some of its sections: SHA-256 of the canonical JSON, hexadecimal.
 
         Args:
             sections: names of top-level fields; none means all but `name`.
-
-        Returns:
-            Hexadecimal SHA-256 of the canonical JSON.
         """
         values = self.model_dump(mode="json", include=set(sections) or None, exclude={"name"})
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

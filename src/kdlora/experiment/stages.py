@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
-
-from transformers import TrainerCallback
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, TrainConfig
 from kdlora.data.load import Splits, load_splits
@@ -100,9 +98,8 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     encoder = load_base(config, arm, seed, splits.task)
     record = add_origin(record, encoder, teacher, unlabelled)
     check_origin(layout, record)
-    trackers = config.run.report_to if processes.is_first else ()
-    with logged("train", arm, seed), tracked(trackers, _tracked_run(config, layout, splits, arm, seed)) as callbacks:
-        trained = train_splits(config, layout, splits, encoder, arm, seed, teacher, unlabelled, progress, callbacks)
+    with logged("train", arm, seed):
+        trained = train_splits(config, layout, splits, encoder, arm, seed, teacher, unlabelled, progress)
     if not processes.is_first:
         return record
     if processes.count > 1:
@@ -129,9 +126,8 @@ def train_splits(
     teacher: TeacherLogits | None,
     unlabelled: TeacherLogits | None,
     progress: Progress | None,
-    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
-    """Train one arm as the config says, on given splits.
+    """Train one arm as the config says, on given splits, and tell the trackers that it names.
 
     Args:
         config: the experiment.
@@ -143,26 +139,27 @@ def train_splits(
         teacher: logits of the training rows, for a distilled arm.
         unlabelled: logits of the unlabelled rows, for a distilled arm.
         progress: called with each training event.
-        callbacks: transformers' own kind.
     """
-    return train_arm(
-        encoder,
-        splits,
-        settings_for(config, arm),
-        folder=layout.run(arm, seed).checkpoints,
-        lora=config.lora if arm in LORA_ARMS else None,
-        teacher=teacher,
-        unlabelled=unlabelled,
-        distil=config.distil,
-        seed=seed,
-        precision=config.run.precision,
-        device=config.run.device,
-        checkpoint_seconds=config.run.checkpoint_seconds,
-        keep_checkpoints=config.run.keep_checkpoints,
-        rows_per_epoch=None if arm in TEACHER_ARMS else rows_per_epoch(splits),
-        progress=progress,
-        callbacks=callbacks,
-    )
+    trackers = config.run.report_to if current_processes().is_first else ()
+    with tracked(trackers, _tracked_run(config, layout, splits, arm, seed)) as callbacks:
+        return train_arm(
+            encoder,
+            splits,
+            settings_for(config, arm),
+            folder=layout.run(arm, seed).checkpoints,
+            lora=config.lora if arm in LORA_ARMS else None,
+            teacher=teacher,
+            unlabelled=unlabelled,
+            distil=config.distil,
+            seed=seed,
+            precision=config.run.precision,
+            device=config.run.device,
+            checkpoint_seconds=config.run.checkpoint_seconds,
+            keep_checkpoints=config.run.keep_checkpoints,
+            rows_per_epoch=None if arm in TEACHER_ARMS else rows_per_epoch(splits),
+            progress=progress,
+            callbacks=callbacks,
+        )
 
 
 def _tracked_run(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> TrackedRun:

@@ -180,6 +180,16 @@ def test_settings_of_accelerate_that_contradict_the_config(workshop):
         check_launch(workshop.config({"run": {"device": "cuda"}}), {"ACCELERATE_USE_CPU": "true"})
 
 
+@pytest.mark.parametrize("command", [["suite", "no.yaml"], ["search", "no.yaml"], ["label", "m", "d", "--to", "t"]])
+def test_verbs_that_hand_out_their_work_are_started_once(cli, command, monkeypatch):
+    """Two processes that carry out the same suite fight for its folder, or do everything twice."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    outcome = cli(*command)
+    assert outcome.code == 2
+    assert f"kdlora {command[0]} was started as 2 processes" in outcome.err
+
+
 def test_a_launcher_that_starts_one_process_for_two_is_told_off():
     """`accelerate launch --cpu --num_processes 2` starts one, which would train alone on half of the rows of a step."""
     with pytest.raises(ConfigError, match="started one"):

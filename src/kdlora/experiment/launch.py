@@ -81,6 +81,22 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     )
 
 
+def check_alone(verb: str) -> None:
+    """Check that a verb that hands its work out by itself was not started as several processes.
+
+    Args:
+        verb: `suite`, `search` or `label`.
+
+    Raises:
+        ConfigError: it was.
+    """
+    if (count := read_launch().count) > 1:
+        raise ConfigError(
+            f"kdlora {verb} was started as {count} processes, which would do the same work; start it once, with --on "
+            "ray for several machines. `kdlora run` alone trains with several processes"
+        )
+
+
 def check_launch(config: Config, environment: Mapping[str, str] | None = None) -> None:
     """Check that Accelerate's settings and the config do not contradict each other.
 

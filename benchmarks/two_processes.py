@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -43,7 +42,7 @@ def write_config(options: argparse.Namespace, batch: int, place: Path) -> Path:
 
 def speeds(command: list[str], folder: Path) -> dict[str, float]:
     """Run a command, and give the rows per second of each arm."""
-    subprocess.run([*command, "--out", str(folder)], check=True, stdout=subprocess.DEVNULL, env=os.environ)
+    subprocess.run([*command, "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
     layout = ExperimentLayout(folder)
     return {arm: read_record(layout.run(arm, 0).record).examples_per_second or 0.0 for arm in ARMS}
 

@@ -131,25 +131,12 @@ def train_model(
     precision, _ = resolve_precision(precision, device)
     place = resolve_device(device)
     scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
-    ingredients = _ingredients(model, train, validation, task, settings, distil)
-    ingredients |= {
-        "lora": None if lora is None else lora.model_dump(mode="json"),
-        "seed": seed,
-        "precision": precision,
-        "device": place.type,
-        "rows_per_epoch": rows_per_epoch,
-    }
+    ingredients = _ingredients(model, train, validation, task, settings, distil, lora)
+    ingredients |= {"seed": seed, "precision": precision, "device": place.type, "rows_per_epoch": rows_per_epoch}
     checkpoints = CheckpointFolder(Path(folder), ingredients, keep_checkpoints)
     lengths = column_values(train.dataset, "length")
     sampler = LengthBucketSampler(lengths, settings.batch_size, seed=seed, rows_per_epoch=rows_per_epoch)
-    session = Session(
-        steps_per_epoch=len(sampler),
-        epochs=settings.epochs,
-        select=settings.select,
-        patience=settings.early_stopping_patience,
-        checkpoint_seconds=checkpoint_seconds,
-        progress=progress,
-    )
+    session = _session(settings, len(sampler), checkpoint_seconds, progress)
     collator = Collator.of(tokenizer, task.kind, train.max_length)
     with (
         frozen_in_half(model, precision),
@@ -177,6 +164,22 @@ def train_model(
         except DivergedError as fault:
             raise _explain(fault, trainer, checkpoints, train.dataset) from None
     return _finish(model, settings, session, checkpoints, scale)
+
+
+def _session(
+    settings: TrainConfig,
+    steps_per_epoch: int,
+    checkpoint_seconds: float,
+    progress: Callable[[ProgressEvent], None] | None,
+) -> Session:
+    return Session(
+        steps_per_epoch=steps_per_epoch,
+        epochs=settings.epochs,
+        select=settings.select,
+        patience=settings.early_stopping_patience,
+        checkpoint_seconds=checkpoint_seconds,
+        progress=progress,
+    )
 
 
 def _explain(fault: DivergedError, trainer: ArmTrainer, checkpoints: CheckpointFolder, data: Dataset) -> KdLoraError:
@@ -238,6 +241,7 @@ def _ingredients(
     task: Task,
     settings: TrainConfig,
     distil: DistilConfig | None,
+    lora: LoraConfig | None,
 ) -> dict[str, Any]:
     """Name what a checkpoint must not outlive."""
     return {
@@ -246,6 +250,7 @@ def _ingredients(
         "validation": hash_columns(validation.dataset, ["id", *INPUTS, "label", "group"]),
         "settings": settings.model_dump(mode="json"),
         "distil": None if distil is None else distil.model_dump(mode="json"),
+        "lora": None if lora is None else lora.model_dump(mode="json"),
         "task": task.to_dict(),
     }
 

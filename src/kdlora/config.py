@@ -93,9 +93,9 @@ class DataConfig(_Section):
     test: str | None = None
     """Test file or split name; with one, the headline score is measured on it."""
     unlabelled: str | None = None
-    """More texts of the task, without labels: a file, a folder that `kdlora label` made, or a split name.
+    """More texts of the task, without labels: a file (or plain text), a folder by `kdlora label`, or a split name.
 
-    The teacher labels them, and the distilled arms learn from them too.
+    Of a `.txt` file every line is a text. The teacher labels them, and the distilled arms learn from them too.
     """
     id_column: str = "id"
     """Column that names an example; where the data lacks it, the row number from 0 is the id."""

@@ -136,29 +136,15 @@ def train_model(
     precision = processes.first_says(resolve_precision(precision, device)[0])  # `auto` is timed: let it be one answer
     place = resolve_device(device)
     scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
-    ingredients = _ingredients(model, train, validation, task, settings, distil)
-    ingredients |= {
-        "lora": None if lora is None else lora.model_dump(mode="json"),
-        "seed": seed,
-        "precision": precision,
-        "device": place.type,
-        "rows_per_epoch": rows_per_epoch,
-    }
+    ingredients = _ingredients(model, train, validation, task, settings, distil, lora)
+    ingredients |= {"seed": seed, "precision": precision, "device": place.type, "rows_per_epoch": rows_per_epoch}
     if processes.count > 1:
         ingredients["settings"] |= {"processes": processes.count}
     checkpoints = CheckpointFolder(Path(folder), ingredients, keep_checkpoints)
     lengths = column_values(train.dataset, "length")
     rows_per_step = settings.batch_size * processes.count
     sampler = LengthBucketSampler(lengths, rows_per_step, seed=seed, rows_per_epoch=rows_per_epoch)
-    session = Session(
-        steps_per_epoch=len(sampler),
-        epochs=settings.epochs,
-        select=settings.select,
-        patience=settings.early_stopping_patience,
-        checkpoint_seconds=checkpoint_seconds,
-        progress=progress,
-        processes=processes,
-    )
+    session = _session(settings, len(sampler), checkpoint_seconds, progress, processes)
     collator = Collator.of(tokenizer, task.kind, train.max_length)
     with (
         frozen_in_half(model, precision),
@@ -189,6 +175,24 @@ def train_model(
             raise _explain(fault, trainer, checkpoints, train.dataset) from None
         processes.first_says(None)  # its best weights lie on the disk now
     return _finish(model, settings, session, checkpoints, scale)
+
+
+def _session(
+    settings: TrainConfig,
+    steps_per_epoch: int,
+    checkpoint_seconds: float,
+    progress: Callable[[ProgressEvent], None] | None,
+    processes: Processes,
+) -> Session:
+    return Session(
+        steps_per_epoch=steps_per_epoch,
+        epochs=settings.epochs,
+        select=settings.select,
+        patience=settings.early_stopping_patience,
+        checkpoint_seconds=checkpoint_seconds,
+        progress=progress,
+        processes=processes,
+    )
 
 
 def _explain(fault: DivergedError, trainer: ArmTrainer, checkpoints: CheckpointFolder, data: Dataset) -> KdLoraError:
@@ -250,6 +254,7 @@ def _ingredients(
     task: Task,
     settings: TrainConfig,
     distil: DistilConfig | None,
+    lora: LoraConfig | None,
 ) -> dict[str, Any]:
     """Name what a checkpoint must not outlive."""
     return {
@@ -258,6 +263,7 @@ def _ingredients(
         "validation": hash_columns(validation.dataset, ["id", *INPUTS, "label", "group"]),
         "settings": settings.model_dump(mode="json"),
         "distil": None if distil is None else distil.model_dump(mode="json"),
+        "lora": None if lora is None else lora.model_dump(mode="json"),
         "task": task.to_dict(),
     }
 

@@ -94,9 +94,9 @@ class DataConfig(_Section):
     test: str | None = None
     """Test file or split name; with one, the headline score is measured on it."""
     unlabelled: str | None = None
-    """More texts of the task, without labels: a file, a folder that `kdlora label` made, or a split name.
+    """More texts of the task, without labels: a file (or plain text), a folder by `kdlora label`, or a split name.
 
-    The teacher labels them, and the distilled arms learn from them too.
+    Of a `.txt` file every line is a text. The teacher labels them, and the distilled arms learn from them too.
     """
     id_column: str = "id"
     """Column that names an example; where the data lacks it, the row number from 0 is the id."""
@@ -291,11 +291,12 @@ class RunConfig(_Section):
     """Seconds of training between two checkpoints: the most that a crash can cost."""
     keep_checkpoints: int = Field(default=1, ge=1, le=_MOST)
     """Newest checkpoints of a training that are kept; a second one is there if the first is damaged."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_as_tuple)] = ()
+    """Trackers that every run is told to, named by arm and seed: `tensorboard`, `wandb` (offline), `mlflow`."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
-        for key in ("arms", "seeds"):
-            values = getattr(self, key)
+        for key, values in {"arms": self.arms, "seeds": self.seeds, "report_to": self.report_to}.items():
             if len(set(values)) != len(values):
                 raise ValueError(f"run.{key} holds a value twice: {list(values)}")
         return self
@@ -356,8 +357,9 @@ class Config(_Section):
     def _missing_models(self) -> Iterable[str]:
         arms, teacher, student = set(self.run.arms), self.teacher, self.student
         taught = teacher.model is not None or teacher.fine_tuned is not None or teacher.is_table
-        if (needing := sorted(arms & (TEACHER_ARMS | DISTILLED_ARMS))) and not taught:
-            yield f"the arms {needing} need a teacher: set teacher.model, teacher.fine_tuned, teacher.logits or family"
+        needing = sorted(arms & (TEACHER_ARMS | DISTILLED_ARMS))
+        if needing and not taught:
+            yield f"the arms {needing} need a teacher: set family, or teacher.model, .fine_tuned or .logits"
         if "lora" in arms and taught and teacher.model is None:
             yield "the arm 'lora' adapts the pretrained teacher: set teacher.model too, or drop the arm from run.arms"
         if arms - TEACHER_ARMS and student.model is None and student.from_teacher_layers is None:
@@ -384,17 +386,15 @@ class Config(_Section):
 
     def title(self) -> str:
         """Name the experiment: `name`, else the GLUE task, else the data's own name, safe as a folder's."""
-        of_data = re.sub(r"[^\w.+-]", "-", Path(str(self.data.path or self.data.train)).stem).strip(".-")
-        return self.name or self.task.name or of_data or "experiment"
+        source = self.data.train if self.data.path is None else self.data.path
+        stem = re.sub(r"[^\w.+-]", "-", Path(str(source)).stem).strip(".-")
+        return self.name or self.task.name or stem or "experiment"
 
     def fingerprint(self, *sections: str) -> str:
-        """Hash the configuration, or some of its sections.
+        """Hash the configuration, or some of its sections: SHA-256 of the canonical JSON, hexadecimal.
 
         Args:
             sections: names of top-level fields; none means all but `name`.
-
-        Returns:
-            Hexadecimal SHA-256 of the canonical JSON.
         """
         values = self.model_dump(mode="json", include=set(sections) or None, exclude={"name"})
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kdlora.cli.app import Json, Out, Set, app, print_json
+from kdlora.cli.app import Json, Set, app, print_json
 
 if TYPE_CHECKING:
     from kdlora.scale.overview import Overview
@@ -51,8 +51,10 @@ def suite(
 
     Example: kdlora suite configs/paper.yaml --set families=[bert] --set config.data.path=/data/glue
     """
+    from kdlora.experiment.launch import check_alone
     from kdlora.scale.suitefile import load_suite
 
+    check_alone("suite")
     wanted = load_suite(suite_file, overrides or [])
     if dry_run:
         from kdlora.scale.overview import look_at_suite
@@ -76,7 +78,7 @@ def search(
     storage: Annotated[
         str | None, typer.Option(help="Journal file, SQLite file or database URL; default: a journal in --out.")
     ] = None,
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the search; default runs/<name>-search.")] = None,
     overrides: Set = None,
     on: On = None,
     as_json: Json = False,
@@ -90,6 +92,9 @@ def search(
     Example: kdlora run runs/mrpc-search/best.yaml
     """
     from kdlora.configfile import load_search
+    from kdlora.experiment.launch import check_alone
+
+    check_alone("search")
     from kdlora.scale.search import run_search
 
     wanted, settings = load_search(config, overrides or [], space=space, trials=trials)

@@ -290,10 +290,12 @@ class RunConfig(_Section):
     """Seconds of training between two checkpoints: the most that a crash can cost."""
     keep_checkpoints: int = Field(default=1, ge=1)
     """Newest checkpoints of a training that are kept; a second one is there if the first is damaged."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_as_tuple)] = ()
+    """Trackers that every run is told to, named by arm and seed: `tensorboard`, `wandb` (offline), `mlflow`."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
-        for key, values in {"arms": self.arms, "seeds": self.seeds}.items():
+        for key, values in {"arms": self.arms, "seeds": self.seeds, "report_to": self.report_to}.items():
             if len(set(values)) != len(values):
                 raise ValueError(f"run.{key} holds a value twice: {list(values)}")
         return self
@@ -388,13 +390,10 @@ class Config(_Section):
         return self.name or self.task.name or stem or "experiment"
 
     def fingerprint(self, *sections: str) -> str:
-        """Hash the configuration, or some of its sections.
+        """Hash the configuration, or some of its sections: SHA-256 of the canonical JSON, hexadecimal.
 
         Args:
             sections: names of top-level fields; none means all but `name`.
-
-        Returns:
-            Hexadecimal SHA-256 of the canonical JSON.
         """
         values = self.model_dump(mode="json", include=set(sections) or None, exclude={"name"})
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

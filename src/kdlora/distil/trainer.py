@@ -60,6 +60,7 @@ class TrainOutcome:
         history: per epoch: `epoch`, `step`, `loss`, `hard_loss`, `soft_loss` where a teacher taught (means over the
             epoch's rows, of a regression on the standardised scale), `learning_rate`, validation metrics, `score`.
         train_seconds: of the training loop, data included; evaluation and saving excluded.
+        evaluation_seconds: of the validations.
         examples: rows trained on, repeats included.
         examples_per_second: `examples / train_seconds`.
         steps: optimiser steps.
@@ -68,6 +69,7 @@ class TrainOutcome:
 
     history: list[dict[str, Any]]
     train_seconds: float
+    evaluation_seconds: float
     examples: int
     examples_per_second: float
     steps: int
@@ -240,6 +242,7 @@ def _finish(
     return TrainOutcome(
         history=session.history,
         train_seconds=seconds,
+        evaluation_seconds=session.evaluation.read(),
         examples=session.examples,
         examples_per_second=session.examples / max(seconds, 1e-9),
         steps=int(session.history[-1]["step"]),

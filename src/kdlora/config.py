@@ -320,7 +320,7 @@ class Config(_Section):
 
     name: str | None = Field(default=None, pattern=r"^\w[\w .+-]*$", max_length=100)
     """Name of the experiment; default: the task's name or the training file's. Results go to `runs/<name>`."""
-    recipe: RecipeName = "paper"
+    recipe: RecipeName = "default"
     """A named set of defaults for every other key, which explicit keys override: docs/recipes.md has their figures."""
     family: FamilyName | None = None
     """Teacher and student of the paper, where `teacher.model` and `student.model` are not set."""

@@ -1,25 +1,38 @@
 """A plain transformers script that distils. What a script with `Trainer` lacks is marked 1 to 5."""
 
 from datasets import load_dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    TrainingArguments,
+)
 
-from kdlora import DistilConfig, DistillationTrainer, Task, load_fine_tuned, teacher_logits  # 1
+# 1. the trainer, and what reads the teacher
+from kdlora import DistilConfig, DistillationTrainer, Task, load_fine_tuned, teacher_logits
 
+TEACHER = "distilbert-base-uncased-finetuned-sst-2-english"
 STUDENT = "sentence-transformers/paraphrase-MiniLM-L3-v2"
 
-rows = load_dataset("nyu-mll/glue", "sst2").rename_columns({"idx": "id", "sentence": "text"})
-train, validation = rows["train"].select(range(min(2000, len(rows["train"])))), rows["validation"]
+rows = load_dataset("nyu-mll/glue", "sst2")
+rows = rows.rename_columns({"idx": "id", "sentence": "text"})
+train = rows["train"].select(range(min(2000, len(rows["train"]))))
 
-task = Task("single-label", ("text",), ("label",), ("negative", "positive"), ("accuracy",))  # 2: labels in your order
-teacher, columns = load_fine_tuned("distilbert-base-uncased-finetuned-sst-2-english", task)  # 3: matched by name
-logits = teacher_logits(teacher, columns, train, task, "teacher-logits", max_length=64)  # 4: read once, kept on disk
+# 2. the labels in your order; the teacher's are matched by name
+task = Task("single-label", ("text",), ("label",), ("negative", "positive"), ("accuracy",))
+teacher, columns = load_fine_tuned(TEACHER, task)
+# 3. the teacher reads once, and its outputs stay on disk
+logits = teacher_logits(teacher, columns, train, task, "teacher-logits", max_length=64)
+# 4. a column `teacher_logits`, by id, never by position
+train = logits.attach(train)
 
 tokenizer = AutoTokenizer.from_pretrained(STUDENT)
 model = AutoModelForSequenceClassification.from_pretrained(STUDENT, num_labels=2)
-encoded = {
-    name: part.map(lambda batch: tokenizer(batch["text"], truncation=True, max_length=64), batched=True)
-    for name, part in (("train", logits.attach(train)), ("validation", validation))  # by id, never by position
-}
+
+
+def encode(batch):
+    """Turn texts into token ids."""
+    return tokenizer(batch["text"], truncation=True, max_length=64)
 
 
 def accuracy(answers):
@@ -27,6 +40,7 @@ def accuracy(answers):
     return {"accuracy": float((answers.predictions.argmax(axis=1) == answers.label_ids).mean())}
 
 
+# 5. in place of Trainer, with the weights of the two losses
 trainer = DistillationTrainer(
     model,
     TrainingArguments(
@@ -37,9 +51,9 @@ trainer = DistillationTrainer(
         eval_strategy="epoch",
         report_to="none",
     ),
-    distil=DistilConfig(alpha=0.5, temperature=2.0),  # 5
-    train_dataset=encoded["train"],
-    eval_dataset=encoded["validation"],
+    distil=DistilConfig(alpha=0.5, temperature=2.0),
+    train_dataset=train.map(encode, batched=True),
+    eval_dataset=rows["validation"].map(encode, batched=True),
     processing_class=tokenizer,
     data_collator=DataCollatorWithPadding(tokenizer),
     compute_metrics=accuracy,

@@ -69,11 +69,11 @@ def read_rows(path: Path | str) -> list[dict[str, str]]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
-    """Note every file below a folder, with its time and a hash of its content."""
+    """Note every file below a folder but its locks, with its time and a hash of its content."""
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }
 
 

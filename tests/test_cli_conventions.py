@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -92,6 +93,23 @@ def test_errors_go_to_standard_error_without_colour(tmp_path):
     usage = shell("validate")
     assert (usage.returncode, usage.stdout) == (2, "")
     assert usage.stderr.startswith("kdlora: Missing argument")
+
+
+def test_the_version_is_told_and_a_missing_verb_shows_the_help():
+    """The first thing that a bug report is asked for; and an error without a word."""
+    assert re.fullmatch(r"kdlora \d+\.\d+\.\d+\S*\n", shell("--version").stdout)
+    alone = shell()
+    assert alone.returncode == 2
+    assert "Usage: kdlora" in alone.stdout + alone.stderr
+    assert "kdlora: \n" not in alone.stderr
+
+
+def test_options_that_are_missing_are_named_as_options():
+    """Config keys in the message, for somebody who has never seen a config file."""
+    done = shell("run", "--family", "bert")
+    assert done.returncode == 2
+    assert "--train FILE" in done.stderr
+    assert "kdlora run --help" in done.stderr
 
 
 def test_no_colour_where_it_is_not_wanted():

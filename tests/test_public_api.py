@@ -1,7 +1,9 @@
 """The names that users import."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,12 @@ def test_the_names_are_those_of_the_readme():
     }
     assert promised <= set(kdlora.__all__)
     assert list(kdlora.__all__) == sorted(kdlora.__all__)
+
+
+def test_the_page_of_the_reference_has_every_name():
+    """A public function that only its source describes."""
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    assert [name for name in kdlora.__all__ if not re.search(rf"\b{name}\b", page)] == []
 
 
 def test_an_unknown_name_says_so():

@@ -19,29 +19,34 @@ if TYPE_CHECKING:
     from kdlora.deploy.hub import push_experiment
     from kdlora.deploy.predict import Classifier
     from kdlora.deploy.stream import predict_file
+    from kdlora.distil.distillation_trainer import DistillationTrainer
     from kdlora.distil.losses import distillation_loss
     from kdlora.distil.tables import read_teacher_table
     from kdlora.distil.teacher import teacher_logits
-    from kdlora.distil.trainer import DistillationTrainer
-    from kdlora.errors import KdLoraError
+    from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError
     from kdlora.evidence.compare import compare
     from kdlora.evidence.report import make_report
     from kdlora.experiment.arms import evaluate, train_student, train_teacher
     from kdlora.experiment.run import run_experiment
     from kdlora.models.adapters import merge_student
     from kdlora.models.encoders import load_encoder, load_fine_tuned
+    from kdlora.scale.label import label_collection
     from kdlora.scale.search import run_search
     from kdlora.scale.suite import run_suite
     from kdlora.scale.suitefile import load_suite
     from kdlora.terminal import live_progress
 
 _HOMES = {
+    "ArtifactError": "kdlora.errors",
     "Classifier": "kdlora.deploy.predict",
     "Config": "kdlora.config",
+    "ConfigError": "kdlora.errors",
+    "DataError": "kdlora.errors",
     "DistilConfig": "kdlora.config",
-    "DistillationTrainer": "kdlora.distil.trainer",
+    "DistillationTrainer": "kdlora.distil.distillation_trainer",
     "KdLoraError": "kdlora.errors",
     "LoraConfig": "kdlora.config",
+    "ModelError": "kdlora.errors",
     "StudentTrainConfig": "kdlora.config",
     "Task": "kdlora.data.tasks",
     "TeacherTrainConfig": "kdlora.config",
@@ -52,6 +57,7 @@ _HOMES = {
     "evaluate": "kdlora.experiment.arms",
     "export_onnx": "kdlora.deploy.export",
     "fit_temperature": "kdlora.deploy.calibrate",
+    "label_collection": "kdlora.scale.label",
     "live_progress": "kdlora.terminal",
     "load_config": "kdlora.configfile",
     "load_encoder": "kdlora.models.encoders",
@@ -73,12 +79,16 @@ _HOMES = {
 }
 
 __all__ = [
+    "ArtifactError",
     "Classifier",
     "Config",
+    "ConfigError",
+    "DataError",
     "DistilConfig",
     "DistillationTrainer",
     "KdLoraError",
     "LoraConfig",
+    "ModelError",
     "StudentTrainConfig",
     "Task",
     "TeacherTrainConfig",
@@ -89,6 +99,7 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "fit_temperature",
+    "label_collection",
     "live_progress",
     "load_config",
     "load_encoder",

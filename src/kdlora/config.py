@@ -293,8 +293,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
-        for key in ("arms", "seeds"):
-            values = getattr(self, key)
+        for key, values in {"arms": self.arms, "seeds": self.seeds}.items():
             if len(set(values)) != len(values):
                 raise ValueError(f"run.{key} holds a value twice: {list(values)}")
         return self
@@ -357,9 +356,7 @@ class Config(_Section):
         taught = teacher.model is not None or teacher.fine_tuned is not None or teacher.is_table
         needing = sorted(arms & (TEACHER_ARMS | DISTILLED_ARMS))
         if needing and not taught:
-            yield (
-                f"the arms {needing} need a teacher: set teacher.model, teacher.fine_tuned, teacher.logits or family"
-            )
+            yield f"the arms {needing} need a teacher: set family, or teacher.model, .fine_tuned or .logits"
         if "lora" in arms and taught and teacher.model is None:
             yield "the arm 'lora' adapts the pretrained teacher: set teacher.model too, or drop the arm from run.arms"
         if arms - TEACHER_ARMS and student.model is None and student.from_teacher_layers is None:
@@ -387,9 +384,8 @@ class Config(_Section):
     def title(self) -> str:
         """Name the experiment: `name`, else the GLUE task, else the data's own name, safe as a folder's."""
         source = self.data.train if self.data.path is None else self.data.path
-        return (
-            self.name or self.task.name or re.sub(r"[^\w.+-]", "-", Path(str(source)).stem).strip(".-") or "experiment"
-        )
+        stem = re.sub(r"[^\w.+-]", "-", Path(str(source)).stem).strip(".-")
+        return self.name or self.task.name or stem or "experiment"
 
     def fingerprint(self, *sections: str) -> str:
         """Hash the configuration, or some of its sections.

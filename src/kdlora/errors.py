@@ -26,6 +26,18 @@ class ArtifactError(KdLoraError):
     """A stored result (logits, record, checkpoint, export) that is stale, foreign or damaged."""
 
 
+def first_line(fault: BaseException) -> str:
+    """Give the first line of what a library says, to be quoted in a message of ours.
+
+    Args:
+        fault: the library's own.
+
+    Returns:
+        The line; the name of the exception where it says nothing.
+    """
+    return next(iter(str(fault).strip().splitlines()), type(fault).__name__)
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Suggest the nearest known name.
 

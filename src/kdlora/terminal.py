@@ -144,10 +144,11 @@ def print_result(result: ExperimentResult) -> None:
         console.print(f"failed: {record.arm}, seed {record.seed}: {record.error}", style="red", markup=False)
     layout = result.layout
     if result.shipped is not None:
-        console.print(f"student  {layout.student} ({result.shipped.arm}, seed {result.shipped.seed})", markup=False)
+        shipped = f"{layout.student} ({result.shipped.arm}, seed {result.shipped.seed})"
+        console.print(f"student  {shipped}", markup=False, soft_wrap=True)
         if layout.onnx.exists():
-            console.print(f"onnx     {layout.onnx}", markup=False)
-    console.print(f"report   {layout.report_html}", markup=False)
+            console.print(f"onnx     {layout.onnx}", markup=False, soft_wrap=True)
+    console.print(f"report   {layout.report_html}", markup=False, soft_wrap=True)
 
 
 def _table(records: list[RunRecord]) -> Table:

@@ -88,14 +88,14 @@ def test_adapter_without_its_base_is_named(tmp_path, tiny_model_folder):
 
 def test_dead_process_is_named(exported, monkeypatch):
     """Prevents a benchmark that waits for ever for a process that was killed."""
-    ask = module._Worker.ask
+    ask = module.ModelProcess.ask
 
     def kill_first(self, do, **arguments):
         if do == "memory":
             self.process.kill()
         return ask(self, do, **arguments)
 
-    monkeypatch.setattr(module._Worker, "ask", kill_first)
+    monkeypatch.setattr(module.ModelProcess, "ask", kill_first)
     with pytest.raises(ModelError, match="its process ended with code -9 during 'memory'"):
         benchmark({"int8": exported()}, TEXTS[:4], **QUICK)
 

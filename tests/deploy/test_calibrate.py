@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from deploy_folders import TEXTS
 
-from kdlora.deploy.calibrate import expected_calibration_error, fit_temperature, save_temperature
+from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.export import export_onnx
-from kdlora.deploy.predict import Classifier, probabilities
+from kdlora.deploy.predict import Classifier
 from kdlora.errors import DataError, ModelError
+from kdlora.evidence.calibration import probabilities, reliability
 
 
 @pytest.mark.parametrize("kind", ["single-label", "multi-label"])
@@ -37,8 +38,8 @@ def test_recovers_a_known_temperature(kind, factor):
 def test_calibration_error_by_hand():
     """Prevents a figure of another definition: 4 rows of confidence 0.9, 2 of them right, make 0.4."""
     table = np.array([[0.9, 0.1]] * 4)
-    assert expected_calibration_error(table, np.array([0, 0, 1, 1]), "single-label") == pytest.approx(0.4)
-    assert expected_calibration_error(np.array([[1.0], [0.0]]), np.array([[1], [0]]), "multi-label") == 0
+    assert reliability(table, np.array([0, 0, 1, 1]), "single-label").error == pytest.approx(0.4)
+    assert reliability(np.array([[1.0], [0.0]]), np.array([[1], [0]]), "multi-label").error == 0
 
 
 def test_saved_temperature_is_exported_and_applied(tmp_path, classifier_folder):

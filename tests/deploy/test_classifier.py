@@ -16,8 +16,9 @@ from deploy_folders import LONG, PAIRS, TEXTS
 
 from kdlora.deploy.encode import length_batches
 from kdlora.deploy.folder import read_model_folder
-from kdlora.deploy.predict import Classifier, probabilities
+from kdlora.deploy.predict import Classifier
 from kdlora.errors import ArtifactError, DataError, KdLoraError, ModelError
+from kdlora.evidence.calibration import probabilities
 
 BLOCKED = ("torch", "transformers", "onnx", "onnxscript", "pydantic", "sklearn", "scipy", "pyarrow", "pandas", "peft")
 

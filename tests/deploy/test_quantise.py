@@ -35,16 +35,43 @@ def test_rare_rows_keep_their_digits(tmp_path):
     assert (found[2] == 0).all()
 
 
-def test_excluded_products_stay_fp32(tmp_path, exported):
-    """Prevents a remedy that names products and quantises them all the same."""
+def test_excluded_products_multiply_in_fp32(tmp_path, exported):
+    """Prevents a remedy that names products and rounds their activations all the same."""
     model = exported() / "model.onnx"
     names = products(model)
     assert len(names) == 2 * 4
     quantise(model, tmp_path / "some.onnx", Recipe("", excluded=tuple(names[:3])))
-    kept = [
-        node.name for node in onnx.load(tmp_path / "some.onnx").graph.node if node.op_type in ("MatMul", "Attention")
+    quantise(model, tmp_path / "all.onnx", Recipe(""))
+    rounding = ("DynamicQuantizeMatMul", "MatMulInteger", "QAttention")
+    counts = [
+        sum(node.op_type in rounding for node in onnx.load(tmp_path / name).graph.node)
+        for name in ("all.onnx", "some.onnx")
     ]
-    assert sorted(kept) == sorted(names[:3])
+    assert counts == [8, 5]
+
+
+def test_excluded_products_store_their_weights_as_int8(tmp_path):
+    """Prevents one sensitive product from making the file larger than its limit."""
+    draw = np.random.default_rng(0)
+    weight = draw.normal(size=(64, 32)).astype(np.float32) * np.logspace(-3, 0, 32, dtype=np.float32)
+    weight[:, 5] = 0
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["out"], name="product")],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", 32])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "fp32.onnx")
+    quantise(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", Recipe("", excluded=("product",)))
+    stored = sum(numpy_helper.to_array(tensor).nbytes for tensor in onnx.load(tmp_path / "int8.onnx").graph.initializer)
+    assert stored < weight.nbytes / 2
+    # The identity reads the weights back; an activation far beyond the others would ruin them, were it rounded.
+    rows = np.concatenate([np.eye(64, dtype=np.float32), np.full((1, 64), 1e4, np.float32)])
+    found = open_session(tmp_path / "int8.onnx").run(None, {"x": rows})[0][:64]
+    assert (np.abs(found - weight) <= np.abs(weight).max(axis=0) / 127).all()
+    assert (found[:, 5] == 0).all()
 
 
 def test_half_of_the_products_at_most():

@@ -125,7 +125,7 @@ FASTER, SLOWER = "are faster than fp32's, as timed", "are no faster than fp32's,
     ],
 )
 def test_precision_of_a_cpu(monkeypatch, flags, speed_up, expected):
-    """The same instruction set is half as fast as fp32 on one maker's processors and four times as fast on another's."""
+    """One instruction set is half as fast as fp32 on one maker's processors, and four times as fast on another's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(precision_module, "_cpu_flags", lambda: frozenset(flags))
     monkeypatch.setattr(precision_module, "_bf16_speed_up", lambda: speed_up)

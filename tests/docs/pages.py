@@ -12,7 +12,8 @@ _FENCE = re.compile(
     r"^(?P<comment><!-- (?P<directive>[^\n]*?) -->\n)?^```(?P<info>[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S
 )
 _TITLE = re.compile(r'title="([^"]+)"')
-_INCLUDE = re.compile(r'^--8<-- "([^"]+)"$', re.M)
+_INCLUDE = re.compile(r"^--8<--\n(\S+)\n--8<--$", re.M)
+"""The block form: the one-line form is valid Python, and the formatter spreads it until it is no longer found."""
 
 
 @dataclass(frozen=True)

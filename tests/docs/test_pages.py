@@ -1,5 +1,6 @@
 """Every command that a page prints is typed, in the order of the page, in an empty folder."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def test_a_block_that_is_not_run_says_why(page):
     for block in read_blocks(page):
         assert block.excuse is None or len(block.excuse) > 8, block
         assert block.language in ("", "bash", "python", "yaml", "js", "json", "console", "text"), block
+        assert re.search(r"--8\s*<\s*--", block.code) is None, f"an include that is not put in: {block}"
 
 
 def test_the_main_pages_are_found_and_have_commands():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fabricate import BINARY, MNLI, TAGS, TOPICS, make_experiment, make_labels, make_logits
+from fabricate import MNLI, TAGS, TOPICS, make_experiment, make_labels, make_logits
 from scipy.special import softmax
 
 from kdlora.evidence.calibration import probabilities, reliability
@@ -120,20 +120,22 @@ def test_calibration_error_of_known_cases():
     """An expected calibration error that is 0 for everything would please and mislead."""
     labels = np.array([1] * 80 + [0] * 20)
     confident = np.tile([0.0, np.log(4)], (100, 1))  # sure to 80%, right in 80 of 100
-    assert reliability(BINARY, confident, labels).error == pytest.approx(0.0, abs=1e-9)
+    found = reliability(probabilities(confident, "single-label"), labels, "single-label")
+    assert found.error == pytest.approx(0.0, abs=1e-9)
     sure = np.tile([0.0, 50.0], (100, 1))
-    found = reliability(BINARY, sure, labels)
+    found = reliability(probabilities(sure, "single-label"), labels, "single-label")
     assert found.error == pytest.approx(0.2)
     assert (found.confidence, found.accuracy, found.count) == ((pytest.approx(1.0),), (0.8,), (100,))
     marks = np.array([[1, 0, 0]] * 10)
-    assert reliability(TAGS, np.array([[50.0, -50.0, 50.0]] * 10), marks).error == pytest.approx(1 / 3)
+    table = probabilities(np.array([[50.0, -50.0, 50.0]] * 10), "multi-label")
+    assert reliability(table, marks, "multi-label").error == pytest.approx(1 / 3)
 
 
 def test_probabilities_follow_the_kind():
     """A softmax over the labels of a multi-label task would make them compete."""
     logits = make_logits(TOPICS, make_labels(TOPICS, 5), 0.5, 0)
-    assert probabilities(TOPICS, logits) == pytest.approx(softmax(logits.astype(float), axis=1))
-    assert probabilities(TAGS, np.zeros((1, 3))).tolist() == [[0.5, 0.5, 0.5]]
+    assert probabilities(logits, "single-label") == pytest.approx(softmax(logits.astype(float), axis=1))
+    assert probabilities(np.zeros((1, 3)), "multi-label").tolist() == [[0.5, 0.5, 0.5]]
     assert compute_metrics(TOPICS, logits, make_labels(TOPICS, 5))  # logits of this shape are what models give
     with pytest.raises(ValueError, match="no probabilities"):
-        probabilities(replace(BINARY, kind="regression"), logits)
+        probabilities(logits, "regression")

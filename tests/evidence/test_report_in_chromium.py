@@ -327,9 +327,10 @@ def test_a_point_names_its_run(browser, server):
     assert browser.current_url.endswith("report.html")
 
 
-def test_the_page_prints(browser, server, tmp_path):
-    """A printed table that is cut at the paper's edge, or a dark page of ink."""
-    _show(browser, server, "mrpc", 1280, "dark")
+@pytest.mark.parametrize("name", ["mrpc", "hostile"])
+def test_the_page_prints(browser, server, name):
+    """A printed table that is cut at the paper's edge, a number broken over two lines, or a dark page of ink."""
+    _show(browser, server, name, 1280, "dark")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 700, "height": 990, "deviceScaleFactor": 1, "mobile": False}
@@ -339,6 +340,13 @@ def test_the_page_prints(browser, server, tmp_path):
         "return [...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right).filter(r => r > 701)"
     )
     assert cut == []
+    broken = browser.execute_script(
+        "return [...document.querySelectorAll('td.number')].filter(cell => {"
+        " const range = document.createRange(); range.selectNodeContents(cell);"
+        " const lines = [...range.getClientRects()].filter(r => r.width).map(r => r.bottom);"
+        " return Math.max(...lines) - Math.min(...lines) > 8 }).map(cell => cell.textContent)"
+    )
+    assert broken == []
     pdf = base64.b64decode(
         browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69})["data"]
     )

@@ -58,7 +58,9 @@ def main() -> NoReturn:
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own usage errors have one
             raise
-        _fail(error.format_message(), 2)
+        if message := error.format_message():
+            _fail(message, 2)
+        sys.exit(2)  # no verb: the help has been shown
     sys.exit(code or 0)
 
 

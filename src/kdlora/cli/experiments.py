@@ -12,10 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from kdlora.cli.app import Json, Out, Set, app, complete_families, complete_tasks, print_json
+from kdlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from kdlora.config import Config
     from kdlora.experiment.run import ExperimentResult
+
+_WITHOUT_A_FILE = (
+    "Without a config file, say what is learnt (--train FILE --text COLUMN --label COLUMN, or --task NAME --data "
+    "FOLDER) and by which models (--family NAME, or --teacher and --student); `kdlora run --help` has examples"
+)
 
 
 @app.command()
@@ -32,8 +38,10 @@ def run(
         str | None, typer.Option(help="Validation file; default: split off the training rows.")
     ] = None,
     test: Annotated[str | None, typer.Option(help="Test file.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Text column; twice for a pair.")] = None,
-    label: Annotated[list[str] | None, typer.Option(help="Label column; several for 0/1 columns.")] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Text column; twice for a pair.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Label column; several for 0/1 columns.")
+    ] = None,
     family: Annotated[
         str | None,
         typer.Option(help="bert, roberta or deberta-v3: names both models.", autocompletion=complete_families),
@@ -180,7 +188,10 @@ def _load(config: Path | None, options: dict[str, Any], overrides: list[str]) ->
     from kdlora.configfile import build_config, load_config
 
     if config is None:
-        return build_config(options, overrides, where="the command line", base=Path.cwd())
+        try:
+            return build_config(options, overrides, where="the command line", base=Path.cwd())
+        except ConfigError as error:
+            raise ConfigError(f"{error}\n{_WITHOUT_A_FILE}") from None
     given = [
         f"{section}.{key}={json.dumps(value)}"
         for section, values in options.items()

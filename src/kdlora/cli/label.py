@@ -17,10 +17,14 @@ def label(
     model: Annotated[str, typer.Argument(help="Fine-tuned teacher: a folder, such as runs/NAME/teacher, or a Hub id.")],
     data: Annotated[str, typer.Argument(help="File, folder or quoted pattern: Parquet, JSON Lines, CSV, TSV, text.")],
     to: Annotated[Path, typer.Option("--to", help="Folder of the labelled collection; the same command goes on.")],
-    on: Annotated[str | None, typer.Option("--on", help="ray, or ray://ADDRESS, for many machines.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Text column; twice for a pair.")] = None,
-    id_column: Annotated[str, typer.Option(help="Column that names a row.")] = "id",
-    label_name: Annotated[list[str] | None, typer.Option(help="Name of an output, in order; once for each.")] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="ray[://HOST:PORT]", help="Spread the work over a Ray cluster.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Text column; twice for a pair.")] = None,
+    id_column: Annotated[str, typer.Option(metavar="COLUMN", help="Column that names a row.")] = "id",
+    label_name: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Name of an output, in order; once for each.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub id.")] = None,
     max_length: Annotated[int, typer.Option(help="Longest input in tokens.")] = 128,
     rows_per_shard: Annotated[int, typer.Option(help="Rows in one file: the most that a kill can cost.")] = 50_000,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kdlora.cli.app import Json, Out, Set, app, print_json
+from kdlora.cli.app import Json, Set, app, print_json
 
 if TYPE_CHECKING:
     from kdlora.scale.overview import Overview
@@ -76,7 +76,7 @@ def search(
     storage: Annotated[
         str | None, typer.Option(help="Journal file, SQLite file or database URL; default: a journal in --out.")
     ] = None,
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the search; default runs/<name>-search.")] = None,
     overrides: Set = None,
     on: On = None,
     as_json: Json = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import datasets
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from kdlora.data.sources import Source, dataset_source
@@ -51,6 +52,8 @@ def open_hub(path: str, subset: str | None, revision: str | None) -> dict[str, S
         raise DataError(
             f"data.path {path!r} is neither a folder that exists nor the id of a Hub data set such as 'nyu-mll/glue'"
         )
+    # A data set of plain files would be reported to a counter on another host; nothing is asked but what is named.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         loaded = load_dataset(path, subset, revision=revision)
     except FileNotFoundError as error:  # DatasetNotFoundError is one

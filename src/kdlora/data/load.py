@@ -16,21 +16,16 @@ from kdlora.config import DataConfig, TaskConfig
 from kdlora.data import glue
 from kdlora.data.augment import augment_texts
 from kdlora.data.canonical import Columns, corrupt_rows, find_id_column, read_column, to_canonical
-from kdlora.data.collection import is_collection, open_collection_texts
-from kdlora.data.hub import is_saved_dataset, open_hub, open_saved
+from kdlora.data.collection import open_collection_texts
 from kdlora.data.infer import infer_label_column, infer_task, infer_text_columns
-from kdlora.data.sources import Source, open_file
+from kdlora.data.opening import Groups, open_examples, open_splits
+from kdlora.data.sources import Source
 from kdlora.data.split import split_rows
 from kdlora.data.tasks import GLUE, GlueTask, Task
 from kdlora.data.unlabelled import keep_unscored
 from kdlora.errors import DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
-
-Groups = Mapping[str, Source]
-"""The sources of one split by group; a split of one source has the group ""."""
-
-_USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",), "unlabelled": ()}
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,7 @@ def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
     known = GLUE[task.name] if task.name is not None else None
     if known is not None and known.name == "ax":
         raise DataError("task.name: ax has no training data; train on mnli, and predict AX with that model")
-    splits = _open_splits(known, data)
+    splits = open_splits(known, data)
     if "train" not in splits:
         raise DataError("no training data: set data.train to a file or to the name of a split")
     reading = _begin(task, known, data, splits["train"][""])
@@ -191,91 +186,12 @@ def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: boo
         DataError: the file does not fit the task.
     """
     known = next((entry for name, entry in GLUE.items() if name == task.name), None)
-    source = _open_examples(Path(path), known)
+    source = open_examples(Path(path), known)
     reading = _Reading(task, known, id_column)
     dataset = reading.split({"": source}, labelled=labelled)
     for note in reading.notes:
         logger.warning(note)
     return dataset
-
-
-def _open_examples(path: Path, known: GlueTask | None) -> Source:
-    if path.is_dir():
-        if is_saved_dataset(path):
-            splits = open_saved(path)
-            if len(splits) > 1:
-                raise DataError(f"{path} holds the splits {', '.join(splits)}; give the folder of one: {path / 'test'}")
-            return next(iter(splits.values()))
-        files = [path / name for name in glue.SINGLE_FILE_NAMES if (path / name).is_file()]
-        if known is None or not files:
-            raise DataError(f"{path} is a folder; expected a data file, or a folder written by save_to_disk")
-        path = files[0]
-    return glue.open_glue_file(path, known) if known is not None else open_file(path, "the data file")
-
-
-def _open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
-    """Open what the configuration names, without reading rows."""
-    available = _open_path(known, data) if data.path is not None else {}
-    splits: dict[str, Groups] = {}
-    for split, usual in _USUAL_SPLITS.items():
-        wanted: str | None = getattr(data, split)
-        if wanted is None:
-            found = next((name for name in usual if name in available), None)
-            if found is not None:
-                splits[split] = available[found]
-        elif wanted in available:
-            splits[split] = available[wanted]
-        elif split == "unlabelled" and is_collection(Path(wanted)):
-            continue  # it knows its own columns
-        elif data.path is None or Path(wanted).is_file():
-            key = f"data.{split}"
-            is_glue = split == "unlabelled" and known is not None and Path(wanted).is_file()
-            source = glue.open_glue_file(Path(wanted), known) if is_glue and known else open_file(wanted, key)
-            splits[split] = {"": source}
-        else:
-            raise DataError(
-                f"data.{split}: {wanted!r} is neither a file nor a split of {data.path}; its splits are "
-                f"{', '.join(available)}.{did_you_mean(wanted, available)}"
-            )
-    if data.path is not None and "train" not in splits:
-        raise DataError(
-            f"{data.path} (data.path) has no split 'train'; set data.train to one of {', '.join(available)}"
-        )
-    return splits
-
-
-def _open_path(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
-    folder = Path(str(data.path))
-    if folder.is_file():
-        raise DataError(f"data.path {data.path!r} is a file; put files into data.train, data.validation and data.test")
-    if not folder.is_dir():
-        subset = data.subset or (known.name if known is not None and data.path in glue.HUB_IDS else None)
-        return _by_group(open_hub(str(data.path), subset, data.revision), known)
-    if data.subset or data.revision:
-        raise DataError(f"data.subset and data.revision describe a Hub data set, but data.path is the folder {folder}")
-    if is_saved_dataset(folder):
-        return _by_group(open_saved(folder), known)
-    if known is None:
-        raise DataError(
-            f"{folder} (data.path) is a folder, but not one written by save_to_disk; for a folder in GLUE's layout set "
-            "task.name, for files set data.train"
-        )
-    return dict(glue.open_glue_folder(folder, known))
-
-
-def _by_group(splits: Mapping[str, Source], known: GlueTask | None) -> dict[str, Groups]:
-    """Put MNLI's two validation and test splits on the Hub together."""
-    if known is not None:
-        splits = {split: replace(source, benchmark=True) for split, source in splits.items()}
-    groups: dict[str, Groups] = {split: {"": source} for split, source in splits.items()}
-    if known is not None and known.name == "mnli":
-        for split in ("validation", "test"):
-            parts = {
-                group: splits[f"{split}_{group}"] for group in ("matched", "mismatched") if f"{split}_{group}" in splits
-            }
-            if parts:
-                groups[split] = parts
-    return groups
 
 
 def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: Source) -> _Reading:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from kdlora.deploy.folder import ModelFolder, read_json
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.torch_backend import TorchBackend, load_tokenizer
-from kdlora.errors import ModelError
+from kdlora.errors import ModelError, first_line
 
 
 def load_unmerged(folder: str | Path, *, threads: int | None = None) -> Classifier:
@@ -38,8 +38,7 @@ def load_unmerged(folder: str | Path, *, threads: int | None = None) -> Classifi
         base = AutoModelForSequenceClassification.from_pretrained(address, config=config, dtype=torch.float32)
         PeftModel.from_pretrained(base, str(path))
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{path}: the adapter's base {address!r} cannot be loaded: {first}") from error
+        raise ModelError(f"{path}: the adapter's base {address!r} cannot be loaded: {first_line(error)}") from error
     described = ModelFolder(
         path=Path(str(address)),
         backend="transformers",

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from kdlora.data.tasks import Task
-from kdlora.deploy.encode import Text, check_text
+from kdlora.deploy.benchmark_process import ModelProcess, model_process
+from kdlora.deploy.encode import Text, check_text, spread
 from kdlora.deploy.folder import Precision, read_model_folder
 from kdlora.deploy.predict import default_threads
-from kdlora.errors import ConfigError, DataError, ModelError
+from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.environment import collect_versions, describe_machine
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.notebook import html_table
@@ -200,7 +197,7 @@ def benchmark(
             read_model_folder(path, precision=precision)
     say = progress or (lambda step: None)
     with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(_worker(name, count)) for name in named}
+        workers = {name: stack.enter_context(model_process(name, count)) for name in named}
         facts = {name: _load(workers[name], path, count, precision, max_length, say) for name, path in named.items()}
         timed = _time_models(workers, rows, rounds, batch_sizes, say)
         for name, worker in workers.items():
@@ -215,7 +212,7 @@ def benchmark(
 
 
 def _load(
-    worker: _Worker, path: Path, threads: int, precision: Precision, max_length: int | None, say: Progress
+    worker: ModelProcess, path: Path, threads: int, precision: Precision, max_length: int | None, say: Progress
 ) -> dict[str, Any]:
     """Load a model in its process and give what it says about itself."""
     say(f"{worker.name}: loading")
@@ -248,11 +245,11 @@ def _figures(
 
 
 def _time_models(
-    workers: Mapping[str, _Worker], texts: list[Text], rounds: int, batch_sizes: Sequence[int], say: Progress
+    workers: Mapping[str, ModelProcess], texts: list[Text], rounds: int, batch_sizes: Sequence[int], say: Progress
 ) -> dict[str, dict[str, Any]]:
     """Find each model's best batch size, then time all models round by round."""
-    some = _spread(texts, _SEARCH_TEXTS)
-    singles = _spread(texts, _LATENCY_TEXTS)
+    some = spread(texts, _SEARCH_TEXTS)
+    singles = spread(texts, _LATENCY_TEXTS)
     best: dict[str, int] = {}
     for name, worker in workers.items():
         say(f"{name}: warm-up and batch size")
@@ -280,7 +277,7 @@ def _time_models(
 
 
 def _time_grid(
-    workers: Mapping[str, _Worker], batches: Sequence[int], lengths: Sequence[int], say: Progress
+    workers: Mapping[str, ModelProcess], batches: Sequence[int], lengths: Sequence[int], say: Progress
 ) -> dict[str, dict[str, float]]:
     """Time each cell for all models before the next cell."""
     grids: dict[str, dict[str, float]] = {name: {} for name in workers}
@@ -294,7 +291,7 @@ def _time_grid(
 
 
 def _score(
-    worker: _Worker,
+    worker: ModelProcess,
     facts: Mapping[str, Any],
     task: Task,
     texts: list[Text],
@@ -316,61 +313,6 @@ def _score(
         raise DataError(f"the labels do not fit the {task.kind} task: {error}") from None
 
 
-class _Worker:
-    """A model's process, seen from here."""
-
-    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
-        self.name = name
-        self.process = process
-
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """Send one request and wait for its answer."""
-        if self.process.stdin is None or self.process.stdout is None:
-            raise RuntimeError("a worker without pipes")
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            raise ModelError(f"{self.name}: its process ended with code {code} during {do!r} (out of memory?).")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise ModelError(answer["error"])
-        return answer["value"]
-
-
-@contextlib.contextmanager
-def _worker(name: str, threads: int) -> Iterator[_Worker]:
-    """Start a process for one model, and end it."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "RAYON_NUM_THREADS": str(threads),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kdlora.deploy.benchmark_worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    try:
-        yield _Worker(name, process)
-    finally:
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 def _name_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
     """Name each model by its path, as short as tells them apart."""
     if isinstance(models, Mapping):
@@ -385,8 +327,3 @@ def _name_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> dic
 def _is_adapter(path: Path) -> bool:
     """Say whether a folder holds an adapter rather than a model."""
     return (path / "adapter_config.json").is_file()
-
-
-def _spread(texts: list[Text], count: int) -> list[Text]:
-    """Take some texts, evenly spaced."""
-    return [texts[row] for row in np.linspace(0, len(texts) - 1, min(count, len(texts)), dtype=int)]

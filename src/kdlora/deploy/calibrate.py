@@ -10,11 +10,10 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from kdlora.deploy.folder import EXPORT_RECORD, TEMPERATURE_KEY, read_json
-from kdlora.deploy.predict import probabilities
 from kdlora.errors import DataError, ModelError
+from kdlora.evidence.calibration import probabilities, reliability
 from kdlora.evidence.storage import write_json_atomic
 
-_BINS = 15
 _RANGE = (0.05, 20.0)
 _LEAST_ROWS = 20
 
@@ -28,7 +27,7 @@ class Calibration:
         rows: validation rows.
         nll_before: mean negative log-likelihood, nats.
         nll_after: the same at the temperature.
-        ece_before: expected calibration error, 0..1, 15 bins.
+        ece_before: expected calibration error, 0..1, ten bins.
         ece_after: the same at the temperature.
     """
 
@@ -82,32 +81,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibr
         rows=len(logits),
         nll_before=loss(0.0),
         nll_after=loss(float(found.x)),
-        ece_before=expected_calibration_error(probabilities(logits, kind), targets, kind),
-        ece_after=expected_calibration_error(probabilities(logits, kind, temperature), targets, kind),
+        ece_before=reliability(probabilities(logits, kind), targets, kind).error,
+        ece_after=reliability(probabilities(logits, kind, temperature), targets, kind).error,
     )
-
-
-def expected_calibration_error(table: np.ndarray, labels: np.ndarray, kind: str) -> float:
-    """Average the gap between confidence and accuracy over 15 bins of equal width, weighted by their rows.
-
-    Args:
-        table: probabilities (rows, labels).
-        labels: int (rows,), or 0/1 (rows, labels) for multi-label, where every cell is a decision of its own.
-        kind: "single-label" or "multi-label".
-
-    Returns:
-        0 (perfect) to 1.
-
-    *Source*: Guo et al., eq. 3.
-    """
-    if kind == "multi-label":
-        cells, truth = table.ravel(), np.asarray(labels).ravel() == 1
-        confidence, right = np.maximum(cells, 1 - cells), (cells > 0.5) == truth
-    else:
-        confidence, right = table.max(axis=1), table.argmax(axis=1) == labels
-    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
-    gaps = np.bincount(bins, weights=right - confidence, minlength=_BINS)
-    return float(np.abs(gaps).sum() / len(confidence))
 
 
 def save_temperature(folder: str | Path, temperature: float) -> None:

@@ -142,6 +142,16 @@ def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -
     return batches
 
 
+def spread(texts: Sequence[Text], count: int) -> list[Text]:
+    """Take some texts, evenly spaced.
+
+    Args:
+        texts: at least one.
+        count: the most to take.
+    """
+    return [texts[row] for row in np.linspace(0, len(texts) - 1, min(count, len(texts)), dtype=int)]
+
+
 def _load_tokenizer(path: Path, content: str | None) -> Any:
     """Load a tokenizer file; the library raises a bare Exception for a damaged one."""
     try:

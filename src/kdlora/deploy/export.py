@@ -89,6 +89,17 @@ class _Progress:
     recipe: str = ""
     failure: str = ""
 
+    def record(self, opset: int) -> dict[str, Any]:
+        """Give what the export's record says of the way."""
+        return {
+            "opset": opset,
+            "recipe": self.recipe,
+            "fused": self.fused,
+            "stages": [parity.to_dict() for parity in self.stages],
+            "attempts": [parity.to_dict() for parity in self.attempts],
+            "failure": self.failure,
+        }
+
 
 def export_onnx(
     model_folder: str | Path,
@@ -159,15 +170,7 @@ def export_onnx(
     with atomic_folder(target) as work:
         start_package(work, folder, backend.tokenizer)
         _run_stages(done, checks, backend, work, formats, gate, chosen_opset, say)
-        record = {
-            "opset": chosen_opset,
-            "recipe": done.recipe,
-            "fused": done.fused,
-            "stages": [parity.to_dict() for parity in done.stages],
-            "attempts": [parity.to_dict() for parity in done.attempts],
-            "failure": done.failure,
-        }
-        finish_package(work, folder, settled, _kept(done, formats), record)
+        finish_package(work, folder, settled, _kept(done, formats), done.record(chosen_opset))
     result = _result(target, folder, done, formats, chosen_opset)
     if done.failure:
         raise ParityError(f"{target}: {done.failure}. Kept: {', '.join(result.files)}.", result)

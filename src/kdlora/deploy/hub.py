@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdlora.deploy.folder import ModelFolder, read_model_folder
-from kdlora.errors import ArtifactError, ConfigError, KdLoraError, ModelError
+from kdlora.errors import ArtifactError, ConfigError, KdLoraError, ModelError, first_line
 from kdlora.evidence.card import FOLDER_IN_CARD
 from kdlora.evidence.records import ExperimentLayout
 
@@ -84,7 +84,7 @@ def _download(repo: str, revision: str | None, inner: str) -> Path:
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise ModelError(
             f"{repo}: no such folder, no Hub model of this name in the cache, and the Hub was not asked or does not "
-            f"answer ({str(error).splitlines()[0]}). Give the folder of a model, such as EXPERIMENT/student"
+            f"answer ({first_line(error)}). Give the folder of a model, such as EXPERIMENT/student"
         ) from None
 
 

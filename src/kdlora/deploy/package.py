@@ -9,9 +9,9 @@ from typing import Any
 
 from kdlora.data.tasks import Task
 from kdlora.deploy.folder import EXPORT_RECORD, ModelFolder, read_json
-from kdlora.deploy.predict import sha256
 from kdlora.errors import ArtifactError
 from kdlora.evidence.environment import collect_versions
+from kdlora.evidence.integrity import hash_file
 from kdlora.evidence.storage import write_json_atomic
 
 _COPIES = 6
@@ -82,11 +82,11 @@ def finish_package(work: Path, folder: ModelFolder, task: Task, keep: dict[str, 
         {
             "schema_version": 1,
             "source": folder.path.name,
-            "source_sha256": {path.name: sha256(path) for path in sorted(folder.path.glob("*.safetensors"))},
+            "source_sha256": {path.name: hash_file(path) for path in sorted(folder.path.glob("*.safetensors"))},
             "task": task.to_dict(),
             "max_length": folder.max_length,
             "temperature": folder.temperature,
-            "sha256": {name: sha256(work / name) for name in names},
+            "sha256": {name: hash_file(work / name) for name in names},
             "size_bytes": {name: (work / name).stat().st_size for name in keep},
             **record,
             "versions": collect_versions(),

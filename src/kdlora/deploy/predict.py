@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ import numpy as np
 
 from kdlora.deploy.encode import Text, TextEncoder, check_text, length_batches
 from kdlora.deploy.folder import EXPORT_RECORD, ModelFolder, Precision, read_model_folder
-from kdlora.errors import ArtifactError, KdLoraError, ModelError
+from kdlora.errors import ArtifactError, KdLoraError, ModelError, first_line
+from kdlora.evidence.calibration import probabilities
+from kdlora.evidence.integrity import hash_file
 
 BATCH_SIZE = 32
 BATCH_TOKENS = 1024
@@ -272,7 +273,7 @@ def open_session(file: Path | None, *, threads: int | None = None, optimised: bo
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ArtifactError(
-            f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it ({str(error).splitlines()[0]:.200}). "
+            f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it ({first_line(error):.200}). "
             "The file is damaged or was made for another runtime; export it again."
         ) from None
 
@@ -283,28 +284,6 @@ def default_threads() -> int:
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np.ndarray:
-    """Turn logits into probabilities: softmax, or one sigmoid a label for multi-label.
-
-    Args:
-        logits: (rows, labels).
-        kind: "single-label" or "multi-label".
-        temperature: positive; above 1 flattens.
-
-    Returns:
-        float64 (rows, labels) in 0..1.
-
-    *Source*: Guo et al., "On Calibration of Modern Neural Networks", eq. 9.
-    """
-    scaled = logits.astype(np.float64) / temperature
-    if kind == "multi-label":
-        # Two forms of one function, each where its exponential cannot overflow.
-        small = np.exp(-np.abs(scaled))
-        return np.asarray(np.where(scaled >= 0, 1 / (1 + small), small / (1 + small)))
-    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
 def verify_export(folder: ModelFolder) -> None:
@@ -319,15 +298,9 @@ def verify_export(folder: ModelFolder) -> None:
     hashes = (folder.record or {}).get("sha256", {})
     names = ["tokenizer.json", *([folder.file.name] if folder.file is not None else [])]
     for name in (name for name in names if name in hashes):
-        found = sha256(folder.path / name)
+        found = hash_file(folder.path / name)
         if found != hashes[name]:
             raise ArtifactError(
                 f"{folder.path / name}: not the file that was exported: {EXPORT_RECORD} records sha256 "
                 f"{hashes[name][:12]}…, the file has {found[:12]}…. Export the model again."
             )
-
-
-def sha256(path: Path) -> str:
-    """Hash a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,7 +27,7 @@ class Recipe:
         signed: weights as int8; unsigned where False. On processors with VNNI or AMX, int8 is the fast one.
         reduce_range: 7-bit weights, for processors whose 8-bit products saturate.
         embeddings: quantise the embedding tables too.
-        excluded: names of the products that stay in fp32.
+        excluded: names of the products that multiply in fp32; of their weights too, only the int8 levels are stored.
     """
 
     name: str
@@ -49,7 +49,7 @@ def recipes() -> Iterator[Recipe]:
 
 
 def excluding(ranked: Sequence[str]) -> Iterator[Recipe]:
-    """Give recipes that leave ever more of the most sensitive products in fp32, up to half of them.
+    """Give recipes that let ever more of the most sensitive products multiply in fp32, up to half of them.
 
     Args:
         ranked: names of the products, the most sensitive first.
@@ -81,6 +81,7 @@ def quantise(model: Path, to: Path, recipe: Recipe, *, only: str | None = None) 
     graph = Graph(onnx.load(model))
     if recipe.embeddings and only is None:
         _quantise_embeddings(graph)
+    _store_as_levels(graph, recipe.excluded)
     chosen = [only] if only is not None else [n for n in products(model) if n not in recipe.excluded]
     root = logging.getLogger()
     level = root.level
@@ -128,5 +129,30 @@ def _quantise_embeddings(graph: Graph) -> None:
         last = next(i for i, item in enumerate(graph.graph.node) if item.output[0] == output)
         for part in reversed(parts):
             graph.graph.node.insert(last, part)
+        graph.refresh()
+    graph.drop_unused()
+
+
+def _store_as_levels(graph: Graph, names: Sequence[str]) -> None:
+    """Store the weights of products that multiply in fp32 as int8 with one scale an output channel.
+
+    It is the rounding of activations, one scale for a whole batch, that harms a product with outliers; its weights
+    round as well as any, and would be four times as large.
+    """
+    for node in [node for node in graph.graph.node if node.name in names]:
+        prefix = node.input[1]
+        weight = graph.constant(prefix)
+        if weight is None:
+            continue
+        scale = np.abs(weight).max(axis=0) / np.float32(127)
+        scale[scale == 0] = 1.0
+        levels = graph.add_weight(f"{prefix}.int8", np.rint(weight / scale).astype(np.int8))
+        scales = graph.add_weight(f"{prefix}.scale", scale.astype(np.float32))
+        restore = onnx.helper.make_node(
+            "DequantizeLinear", [levels, scales], [f"{prefix}.restored"], name=f"{prefix}_restored", axis=1
+        )
+        position = next(index for index, item in enumerate(graph.graph.node) if item is node)
+        graph.graph.node.insert(position, restore)
+        node.input[1] = f"{prefix}.restored"
         graph.refresh()
     graph.drop_unused()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from kdlora.deploy.encode import Text, TextEncoder, length_batches
+from kdlora.deploy.encode import Text, TextEncoder, length_batches, spread
 from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.fuse import Graph
 from kdlora.deploy.predict import BATCH_SIZE, BATCH_TOKENS, open_session
@@ -32,7 +32,7 @@ def rank_products(model: Path, folder: ModelFolder, texts: list[Text]) -> list[s
     names = _add_rounding_switches(model, copy)
     session = open_session(copy, optimised=True)
     copy.unlink()
-    chosen = [texts[row] for row in np.linspace(0, len(texts) - 1, min(_ROWS, len(texts)), dtype=int)]
+    chosen = spread(texts, _ROWS)
     names_in = tuple(value.name for value in session.get_inputs() if value.name != "rounded")
     encoder = TextEncoder(replace(folder, path=model.parent), names_in)
     encodings = encoder.encode(chosen)

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging as transformers_logging
 
 from kdlora.deploy.folder import ModelFolder
-from kdlora.errors import ModelError
+from kdlora.errors import ModelError, first_line
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -74,8 +74,7 @@ def load_model(folder: ModelFolder) -> PreTrainedModel:
             folder.path, output_loading_info=True, dtype=torch.float32, local_files_only=True
         )
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{folder.path}: transformers cannot load the model: {first}") from error
+        raise ModelError(f"{folder.path}: transformers cannot load the model: {first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bar:
@@ -98,8 +97,7 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{folder.path}: transformers cannot load the tokenizer: {first}") from error
+        raise ModelError(f"{folder.path}: transformers cannot load the tokenizer: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"{folder.path}: expected a tokenizer of the `tokenizers` library, got {type(tokenizer).__name__}."

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, eager_mask
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
-from kdlora.errors import ModelError
+from kdlora.errors import ModelError, first_line
 
 OPSET = 18
 """The exporter's own; others are reached by conversion."""
@@ -82,9 +82,8 @@ def capture(model: PreTrainedModel, names: Sequence[str], to: Path, *, opset: in
                 verbose=False,
             )
         except Exception as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(
-                f"{type(model).__name__} cannot be exported to ONNX with opset {opset}: {first} "
+                f"{type(model).__name__} cannot be exported to ONNX with opset {opset}: {first_line(error)} "
                 f"(torch {torch.__version__})."
             ) from error
     if program is None:

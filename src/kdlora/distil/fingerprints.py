@@ -15,21 +15,12 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kdlora.evidence.integrity import hash_file
+from kdlora.evidence.integrity import hash_file, hash_json
 
 __all__ = ["compare", "hash_columns", "hash_file", "hash_json", "hash_model", "hash_tokenizer"]
 
 _ARCHITECTURE = ("model_type", "num_attention_heads", "n_heads", "hidden_act", "activation", "layer_norm_eps")
 _ROWS = 100_000
-
-
-def hash_json(value: Any) -> str:
-    """Give the SHA-256 of a JSON value, whatever the order of its keys.
-
-    Args:
-        value: dictionaries, lists, text, numbers.
-    """
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def hash_model(model: nn.Module, *, without: Collection[str] = ()) -> str:

@@ -1,36 +1,40 @@
-"""Probabilities from logits, and how far they can be believed."""
+"""Probabilities from logits, and how far they can be believed. Light: numpy alone, since every prediction needs it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import expit, softmax
 
-from kdlora.evidence.metrics import predict_labels
-
-if TYPE_CHECKING:
-    from kdlora.data.tasks import Task
+BINS = 10
+"""Bins of confidence, of equal width from 0 to 1."""
 
 
-def probabilities(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Turn logits into probabilities.
+def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np.ndarray:
+    """Turn logits into probabilities: softmax, or one sigmoid a label for multi-label.
 
     Args:
-        task: single-label or multi-label.
         logits: (rows, labels).
+        kind: "single-label" or "multi-label".
+        temperature: positive; above 1 flattens.
 
     Returns:
-        float64 (rows, labels): softmax over the labels, or a sigmoid for each.
+        float64 (rows, labels) in 0..1.
 
     Raises:
-        ValueError: a regression task.
+        ValueError: a regression, which has no probabilities.
+
+    *Source*: Guo et al., "On Calibration of Modern Neural Networks", eq. 9.
     """
-    if task.kind == "regression":
-        raise ValueError("a regression task has no probabilities")
-    values = np.asarray(logits, dtype=np.float64)
-    return np.asarray(expit(values) if task.kind == "multi-label" else softmax(values, axis=1))
+    scaled = logits.astype(np.float64) / temperature
+    if kind == "multi-label":
+        # Two forms of one function, each where its exponential cannot overflow.
+        small = np.exp(-np.abs(scaled))
+        return np.asarray(np.where(scaled >= 0, 1 / (1 + small), small / (1 + small)))
+    if kind != "single-label":
+        raise ValueError(f"a {kind} task has no probabilities")
+    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -50,32 +54,29 @@ class Reliability:
     error: float
 
 
-def reliability(task: Task, logits: np.ndarray, labels: np.ndarray, *, bins: int = 10) -> Reliability:
-    """Bin decisions by confidence, in bins of equal width from 0 to 1.
+def reliability(table: np.ndarray, labels: np.ndarray, kind: str) -> Reliability:
+    """Bin decisions by confidence, in ten bins of equal width from 0 to 1.
 
     Confidence is the largest probability (single-label), or that of the decision on each label (multi-label).
-    *Source*: Guo et al., On Calibration of Modern Neural Networks, eq. 3.
+    *Source*: Guo et al., "On Calibration of Modern Neural Networks", eq. 3.
 
     Args:
-        task: single-label or multi-label.
-        logits: (rows, labels).
-        labels: int (rows,), or 0/1 (rows, labels).
-        bins: number of bins.
+        table: probabilities (rows, labels).
+        labels: int (rows,), or 0/1 (rows, labels) for multi-label, where every cell is a decision of its own.
+        kind: "single-label" or "multi-label".
 
     Returns:
         The bins that are not empty, and the expected calibration error.
     """
-    chances = probabilities(task, logits)
-    decided = predict_labels(task, logits)
-    if task.kind == "multi-label":
-        confidence = np.where(decided == 1, chances, 1 - chances).ravel()
-        right = (decided == labels).ravel()
+    if kind == "multi-label":
+        cells = table.ravel()
+        confidence, right = np.maximum(cells, 1 - cells), (cells > 0.5) == (np.asarray(labels).ravel() == 1)
     else:
-        confidence, right = chances.max(axis=1), decided == labels
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    count = np.bincount(place, minlength=bins)
+        confidence, right = table.max(axis=1), table.argmax(axis=1) == labels
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    count = np.bincount(place, minlength=BINS)
     filled = count > 0
-    mean_confidence = np.bincount(place, confidence, bins)[filled] / count[filled]
-    accuracy = np.bincount(place, right, bins)[filled] / count[filled]
+    mean_confidence = np.bincount(place, confidence, BINS)[filled] / count[filled]
+    accuracy = np.bincount(place, right, BINS)[filled] / count[filled]
     error = float(np.sum(count[filled] * np.abs(accuracy - mean_confidence)) / count.sum())
     return Reliability(tuple(mean_confidence.tolist()), tuple(accuracy.tolist()), tuple(count[filled].tolist()), error)

@@ -53,7 +53,7 @@ def disagreements(experiment: Experiment, *, most: int = 8) -> Quotations | None
 
 def _soften(task: Task, logits: np.ndarray) -> np.ndarray:
     """Give probabilities, or the values themselves for regression."""
-    return logits.astype(np.float64) if task.kind == "regression" else probabilities(task, logits)
+    return logits.astype(np.float64) if task.kind == "regression" else probabilities(logits, task.kind)
 
 
 def _distance(task: Task, teacher: np.ndarray, student: np.ndarray) -> np.ndarray:

@@ -21,6 +21,15 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_json(value: Any) -> str:
+    """Give the SHA-256 of a JSON value, whatever the order of its keys.
+
+    Args:
+        value: dictionaries, lists, text, numbers.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
 def hash_files(root: Path, places: Iterable[Path]) -> dict[str, str]:
     """Give the SHA-256 of files, and of all files below folders.
 

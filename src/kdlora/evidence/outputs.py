@@ -9,7 +9,7 @@ import numpy as np
 
 from kdlora.data.tasks import Task
 from kdlora.evidence.blocks import Cell, Figure, LegendItem, Table
-from kdlora.evidence.calibration import reliability
+from kdlora.evidence.calibration import Reliability, probabilities, reliability
 from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.stats import mean_sd
 from kdlora.evidence.svg import Drawing, Style, padded, shorten, swatch
@@ -219,7 +219,7 @@ def calibration_plot(task: Task, arms: Sequence[Outputs], *, identity: str) -> F
     start = 1 / task.num_labels if task.kind == "single-label" and task.num_labels == 2 else 0.0
     start = 0.5 if task.kind == "multi-label" else start
     pools = [
-        reliability(task, np.concatenate(arm.logits), np.concatenate([arm.labels] * len(arm.logits))) for arm in arms
+        _reliability(task, np.concatenate(arm.logits), np.concatenate([arm.labels] * len(arm.logits))) for arm in arms
     ]
     lowest = min(start, *(value for pooled in pools for value in pooled.accuracy))
     x, y = drawing.x_scale(start, 1), drawing.y_scale(np.floor(10 * lowest) / 10, 1)
@@ -227,7 +227,7 @@ def calibration_plot(task: Task, arms: Sequence[Outputs], *, identity: str) -> F
     drawing.line(x(start), y(start), x(1), y(1), "zero")
     legend, said = [], []
     for arm, pooled in zip(arms, pools, strict=True):
-        error = mean_sd([100 * reliability(task, one, arm.labels).error for one in arm.logits])
+        error = mean_sd([100 * _reliability(task, one, arm.labels).error for one in arm.logits])
         places = [(x(max(one, start)), y(two)) for one, two in zip(pooled.confidence, pooled.accuracy, strict=True)]
         drawing.path(places, arm.style)
         for place, number in zip(places, pooled.count, strict=True):
@@ -242,6 +242,10 @@ def calibration_plot(task: Task, arms: Sequence[Outputs], *, identity: str) -> F
         "Marks grow with the share of decisions; bins of width 0.1."
     )
     return Figure(title, drawing.render(title, description, identity), description, caption, tuple(legend))
+
+
+def _reliability(task: Task, logits: np.ndarray, labels: np.ndarray) -> Reliability:
+    return reliability(probabilities(logits, task.kind), labels, task.kind)
 
 
 def _over(outputs: Outputs) -> str:

@@ -331,6 +331,6 @@ def _calibration_table(found: CalibrationFigures) -> Table:
     columns = ("", "temperature", "expected calibration error", "log loss (nats)")
     note = (
         f"Fitted on {found.rows:,} validation rows and measured on the same, so “after” is a little too good. "
-        "15 bins. Logits are divided by the temperature: above 1, the student was too sure. Decisions stay the same."
+        "Ten bins. Logits are divided by the temperature: above 1, the student was too sure. Decisions stay the same."
     )
     return Table("Calibration of the shipped student", columns, rows, frozenset({1, 2, 3}), note=note, compact=True)

@@ -175,7 +175,7 @@ def cost_table(experiment: Experiment, links: Links) -> Table:
         )
     quiet = frozenset(range(len(rows), len(rows) + len(published)))
     numeric = frozenset(range(2, len(columns)))
-    return Table("Table 2. Costs", columns, (*rows, *published), numeric, quiet, note)
+    return Table("Table 2. Costs", columns, (*rows, *published), numeric, quiet, note, compact=True)
 
 
 def _cost_row(experiment: Experiment, arm: str, links: Links) -> tuple[Cell, ...]:

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kdlora.errors import ModelError
+from kdlora.errors import ModelError, first_line
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
@@ -296,7 +296,7 @@ def _explanation(source: Source, what: str, fault: Exception) -> str:
     causes: list[BaseException] = [fault]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and len(causes) < 8:
         causes.append(cause)
-    reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+    reason = first_line(fault)
     text = " ".join(str(cause) for cause in causes)
     if "trust_remote_code" in text:
         return (

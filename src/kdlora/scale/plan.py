@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from kdlora.config import (
 )
 from kdlora.configfile import build_config, merge
 from kdlora.errors import ConfigError
+from kdlora.evidence.integrity import hash_json
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.scale.suitefile import Settings, SuiteConfig, configurations
 
@@ -214,7 +214,7 @@ def reset_unused(config: Config, arm: Arm) -> Config:
 def _hash(config: Config) -> str:
     """Hash what decides a run's figures; seeds are separate, and the teacher's are checked with the record."""
     values = identity(config)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+    return hash_json(values)[:10]
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -17,6 +16,7 @@ from kdlora.config import DISTILLED_ARMS, Arm, Config
 from kdlora.configfile import save_config
 from kdlora.distil.session import ProgressEvent
 from kdlora.errors import ArtifactError, KdLoraError
+from kdlora.evidence.integrity import hash_json
 from kdlora.evidence.measure import run_in_child
 from kdlora.evidence.records import ExperimentLayout, write_json_atomic, write_text_atomic
 from kdlora.scale.plan import ConfigurationLayout, identity, reset_unused
@@ -320,7 +320,7 @@ def _key(search: Search, config: Config, arm: Arm) -> str:
     """Hash what decides a training's figures."""
     values: dict[str, Any] = identity(reset_unused(config, arm)) | {"arm": arm, "rows": search.rows}
     values["seed"] = config.teacher_seed if arm == "fft" else config.run.seeds[0]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    return hash_json(values)[:12]
 
 
 def _tell_of_last(search: Search, listen: SearchListener | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from kdlora.config import Config
-from kdlora.errors import ArtifactError, ConfigError
+from kdlora.errors import ArtifactError, ConfigError, first_line
+from kdlora.evidence.integrity import hash_json
 from kdlora.scale.plan import identity
 from kdlora.scale.space import distributions, grid_of
 from kdlora.searchconfig import SearchConfig
@@ -51,7 +51,7 @@ def study_name(config: Config, search: SearchConfig, rows: str) -> str:
     """
     values: dict[str, Any] = identity(config) | {"seeds": config.run.seeds[:1], "rows": rows}
     values |= {"search": search.model_dump(mode="json", exclude={"trials", "resources"})}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    digest = hash_json(values)
     return f"{config.title()}-{digest[:10]}"
 
 
@@ -115,7 +115,7 @@ def storage_faults(storage: str) -> Iterator[None]:
     try:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         if "locked" in reason:
             raise ArtifactError(
                 f"the search storage {storage} is locked by another process, and stayed so for {LOCK_SECONDS:.0f} s "

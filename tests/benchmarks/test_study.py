@@ -23,7 +23,7 @@ STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.
 VALUES = {
     "teacher": "large",
     "student": "small",
-    "base": {"student": {"train": {"epochs": 4}}},
+    "base": {"recipe": "paper", "student": {"train": {"epochs": 4}}},
     "tasks": {"one": {"glue": "cola", "rows": 100}, "two": {"glue": "mrpc", "rows": 100}},
     "search": {"tasks": ["one"], "grid": {"student.train.learning_rate": [1e-3, 1e-2]}},
     "recipes": {
@@ -181,6 +181,7 @@ def test_a_study_runs_stops_resumes_and_reports(tiny_model_folder, tmp_path, cap
     small = {
         **VALUES,
         "base": {
+            "recipe": "paper",
             "teacher": {"train": {"epochs": 1, "batch_size": 8}},
             "student": {"train": {"epochs": 1, "batch_size": 8}},
         },

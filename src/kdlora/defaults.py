@@ -55,7 +55,7 @@ def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fitting(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Leave copies of the texts out: no model labels them, or the user has more texts than copies, or no data at all."""
+    """Leave copies of the texts out: no model labels them, the user has more texts than copies, or no data at all."""
     has_table = any(_is_set(values, "teacher", key) for key in ("logits", "probabilities"))
     if has_table or _is_set(values, "data", "unlabelled") or not values.get("data"):
         return {key: section for key, section in recipe.items() if key != "data"}

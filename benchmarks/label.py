@@ -71,7 +71,7 @@ def _label(model: str, texts: Path, options: argparse.Namespace) -> dict[str, An
             model,
             str(texts),
             options.folder / f"labelled-{options.rows}",
-            precision="fp32",
+            precision="auto",
             device="cpu",
             progress=watch,
         )

@@ -77,10 +77,22 @@ def _type(annotation: Any) -> str:
     return names.get(annotation, str(annotation))
 
 
+def _limit(value: float) -> str:
+    """Write a limit; the large ones are powers of two, which counters and seeds have."""
+    for less, text in ((0, "2^{}"), (1, "2^{} - 1")):
+        whole = int(value) + less
+        if value > 10**6 and whole.bit_count() == 1:
+            return text.format(whole.bit_length() - 1)
+    return f"{value:g}"
+
+
 def _limits(field: FieldInfo) -> str:
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     found = [
-        f"{sign} {getattr(part, key):g}" for part in field.metadata for key, sign in signs.items() if hasattr(part, key)
+        f"{sign} {_limit(getattr(part, key))}"
+        for part in field.metadata
+        for key, sign in signs.items()
+        if hasattr(part, key)
     ]
     return f", {' and '.join(found)}" if found else ""
 

@@ -23,6 +23,7 @@ LORA_ARMS: frozenset[Arm] = frozenset({"lora", "kd-lora", "student-lora"})
 DISTILLED_ARMS: frozenset[Arm] = frozenset({"kd-lora", "kd-fft"})
 SHIPPED_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")
 """Student arms in the order in which they are shipped: the first that an experiment has."""
+_SEEDS, _MOST = 2**32, 2**31 - 1  # NumPy's seeds; what tokenizers, Arrow and PyTorch can all count to
 
 
 def _as_tuple(value: object) -> object:
@@ -72,7 +73,7 @@ class TaskConfig(_Section):
         if self.name is not None and (given or self.kind != "auto"):
             keys = ", ".join(f"task.{key}" for key in given or ["kind"])
             raise ValueError(f"{self.name!r} is a GLUE task with known columns; leave out {keys}, or task.name")
-        if self.label_names is not None and len(set(self.label_names)) != len(self.label_names):
+        if len(set(self.label_names or ())) != len(self.label_names or ()):
             raise ValueError("task.label_names holds a name twice")
         return self
 
@@ -93,21 +94,21 @@ class DataConfig(_Section):
     test: str | None = None
     """Test file or split name; with one, the headline score is measured on it."""
     unlabelled: str | None = None
-    """More texts of the task, without labels: a file, a folder that `kdlora label` made, or a split name.
+    """More texts of the task, without labels: a file (or plain text), a folder by `kdlora label`, or a split name.
 
-    The teacher labels them, and the distilled arms learn from them too.
+    Of a `.txt` file every line is a text. The teacher labels them, and the distilled arms learn from them too.
     """
     id_column: str = "id"
     """Column that names an example; where the data lacks it, the row number from 0 is the id."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Share of the training rows that becomes the validation split where none is given."""
-    split_seed: int = Field(default=0, ge=0)
+    split_seed: int = Field(default=0, ge=0, lt=_SEEDS)
     """Seed of that split; it is recorded and does not depend on `run.seeds`."""
-    max_train_examples: int | None = Field(default=None, ge=1)
+    max_train_examples: int | None = Field(default=None, ge=1, le=_MOST)
     """Use only the first so many training rows."""
-    max_unlabelled_examples: int | None = Field(default=None, ge=1)
+    max_unlabelled_examples: int | None = Field(default=None, ge=1, le=_MOST)
     """Use only the first so many rows of `unlabelled`."""
-    augment: int = Field(default=0, ge=0)
+    augment: int = Field(default=0, ge=0, le=1000)
     """Perturbed copies of every training text (TinyBERT, arXiv 1909.10351) that the teacher labels too.
 
     An epoch of the distilled arms draws from texts and copies alike, and is as long as without them.
@@ -129,7 +130,7 @@ class TrainConfig(_Section):
 
     epochs: float = Field(default=3.0, gt=0.0)
     """Passes over the training rows."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=_MOST)
     """Rows per optimiser step; the loss is their exact mean, whatever the micro-batches."""
     learning_rate: float = Field(default=2e-5, gt=0.0)
     """Peak learning rate."""
@@ -143,9 +144,9 @@ class TrainConfig(_Section):
     """Gradients are scaled down to this norm."""
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Dropout of the model while it trains; null keeps what its config says. `lora.dropout` is apart."""
-    max_length: int = Field(default=128, ge=4)
+    max_length: int = Field(default=128, ge=4, le=_MOST)
     """Longest input in tokens; longer texts are cut, and counted."""
-    micro_batch_tokens: int | None = Field(default=16384, ge=16)
+    micro_batch_tokens: int | None = Field(default=16384, ge=16, le=_MOST)
     """Padded tokens that one forward and backward pass may hold; it splits inside the batch only."""
     select: Literal["last", "best"] = "last"
     """Which epoch's weights are kept: the last, or the best on the validation split."""
@@ -187,7 +188,7 @@ class TeacherConfig(_Section):
     """A table of logits (Parquet or JSON Lines: `id`, optional `split`, one column per label name)."""
     probabilities: str | None = None
     """The same with probabilities."""
-    seed: int | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=0, lt=_SEEDS)
     """Seed that trains the one teacher; default: the first of `run.seeds`."""
     train: TeacherTrainConfig = TeacherTrainConfig()
     """How the teacher is fine-tuned."""
@@ -235,7 +236,7 @@ class StudentConfig(_Section):
 class LoraConfig(_Section):
     """The adapters (LoRA, through PEFT)."""
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=8192)
     """Rank of each adapter."""
     alpha: float = Field(default=16.0, gt=0.0)
     """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
@@ -276,24 +277,26 @@ class RunConfig(_Section):
 
     Without `teacher.model` the default leaves `lora` out.
     """
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=_SEEDS)], ...] = Field(default=(0, 1, 2), min_length=1)
     """Seeds; every arm runs once per seed."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the matrix products; `auto` picks by what the machine can do, and says what."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads; default: PyTorch's own choice (the physical cores)."""
     fail_fast: bool = False
     """Stop at the first run that fails, in place of carrying on with the other arms."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)
     """Seconds of training between two checkpoints: the most that a crash can cost."""
-    keep_checkpoints: int = Field(default=1, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1, le=_MOST)
     """Newest checkpoints of a training that are kept; a second one is there if the first is damaged."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_as_tuple)] = ()
+    """Trackers that every run is told to, named by arm and seed: `tensorboard`, `wandb` (offline), `mlflow`."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
-        for key, values in {"arms": self.arms, "seeds": self.seeds}.items():
+        for key, values in {"arms": self.arms, "seeds": self.seeds, "report_to": self.report_to}.items():
             if len(set(values)) != len(values):
                 raise ValueError(f"run.{key} holds a value twice: {list(values)}")
         return self
@@ -388,13 +391,10 @@ class Config(_Section):
         return self.name or self.task.name or stem or "experiment"
 
     def fingerprint(self, *sections: str) -> str:
-        """Hash the configuration, or some of its sections.
+        """Hash the configuration, or some of its sections: SHA-256 of the canonical JSON, hexadecimal.
 
         Args:
             sections: names of top-level fields; none means all but `name`.
-
-        Returns:
-            Hexadecimal SHA-256 of the canonical JSON.
         """
         values = self.model_dump(mode="json", include=set(sections) or None, exclude={"name"})
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

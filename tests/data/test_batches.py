@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from kdlora.data.batches import Collator, LengthBucketSampler, length_sorted_batches, tokenise
+from kdlora.data.batches import Collator, LengthBucketSampler, SharedSampler, length_sorted_batches, tokenise
 from kdlora.errors import ModelError
 
 TEXTS = ["a good film", "bad", "a long and rather dull film that nobody should have to see twice " * 3, "fine"]
@@ -84,6 +84,18 @@ def test_every_row_once(lengths: list[int], batch_size: int, seed: int, epoch: i
     twin = LengthBucketSampler(np.array(lengths), batch_size, seed=seed, chunk_batches=3)
     twin.set_epoch(epoch)
     assert list(twin) == batches
+
+
+@given(lengths_of, st.integers(1, 33), st.integers(2, 5))
+def test_processes_deal_a_batch_out(lengths: list[int], batch_size: int, count: int) -> None:
+    """A row that two processes train on counts twice; one that none has is never learnt."""
+    whole = LengthBucketSampler(lengths, batch_size, seed=1)
+    parts = [list(SharedSampler(whole, rank, count)) for rank in range(count)]
+    for place, batch in enumerate(whole):
+        assert whole.rows_of(place) == len(batch)
+        dealt = [part[place] for part in parts]
+        assert sorted(row for rows in dealt[: len(batch)] for row in rows) == sorted(batch)
+        assert all(rows == batch[:1] for rows in dealt[len(batch) :])  # spare, and told by their place
 
 
 def test_order_ignores_global_state_and_changes_by_epoch() -> None:

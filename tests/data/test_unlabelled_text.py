@@ -102,3 +102,33 @@ def test_a_relative_path_resolves_against_the_configs_folder(tmp_path):
     """A saved config must find the file again from anywhere."""
     config = build_config({"data": {"train": "t.csv", "unlabelled": "u.csv"}, "family": "bert"}, base=tmp_path)
     assert config.data.unlabelled == str(tmp_path / "u.csv")
+
+
+def test_plain_text_is_one_text_a_line(load, tmp_path):
+    """What most people have; a line without text is no row, and must not move the ids of those after it."""
+    file = tmp_path / "more.txt"
+    file.write_text('\ufefffirst, with a "quote"\n\n  \nfourth\r\nseen one\n', encoding="utf-8")
+    rows = load(unlabelled=str(file)).unlabelled
+    assert values(rows, "text") == ['first, with a "quote"', "fourth"]
+    assert values(rows, "id") == ["0", "3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\n \n", "no line with text"), (b"fine\n\xff\n", "line 2: byte 0xFF"), (b"", "is empty")],
+)
+def test_a_text_file_that_cannot_serve_is_refused(load, tmp_path, content, message):
+    """A traceback, or an experiment that trains without the texts that it was given."""
+    file = tmp_path / "more.txt"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load(unlabelled=str(file))
+
+
+def test_plain_text_cannot_serve_a_task_of_pairs(csv_file, tmp_path):
+    """Lines taken for the first text of pairs, with nothing beside them."""
+    train = csv_file("pairs.csv", a=TEXTS, b=TEXTS, label=WORDS)
+    file = tmp_path / "more.txt"
+    file.write_text("one\n")
+    with pytest.raises(DataError, match=r"one text a line, but the task has pairs \(a, b\)"):
+        load_splits(TaskConfig(text=("a", "b"), label="label"), DataConfig(train=train, unlabelled=str(file)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -203,9 +204,16 @@ def _load(config: Path | None, options: dict[str, Any], overrides: list[str]) ->
 
 
 def _run(config: Config, out: Path | None, as_json: bool) -> ExperimentResult:
+    from kdlora.experiment.launch import read_launch
+
+    launch = read_launch()
+    if launch.count > 1:  # before PyTorch is imported: it prints a backtrace where another process goes
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from kdlora.experiment.run import run_experiment
     from kdlora.terminal import live_progress
 
+    if launch.rank > 0:  # the first of several processes does the talking
+        return run_experiment(config, out)
     with live_progress() as listen:
         result = run_experiment(config, out, listen=listen)
     if as_json:

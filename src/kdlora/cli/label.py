@@ -42,6 +42,9 @@ def label(
 
     Example: kdlora label runs/reviews/teacher 'texts/*.parquet' --to labelled --text body
     """
+    from kdlora.experiment.launch import check_alone
+
+    check_alone("label")
     from kdlora.progress import counting_progress
     from kdlora.scale.label import describe, label_collection
 

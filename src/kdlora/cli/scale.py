@@ -51,8 +51,10 @@ def suite(
 
     Example: kdlora suite configs/paper.yaml --set families=[bert] --set config.data.path=/data/glue
     """
+    from kdlora.experiment.launch import check_alone
     from kdlora.scale.suitefile import load_suite
 
+    check_alone("suite")
     wanted = load_suite(suite_file, overrides or [])
     if dry_run:
         from kdlora.scale.overview import look_at_suite
@@ -90,6 +92,9 @@ def search(
     Example: kdlora run runs/mrpc-search/best.yaml
     """
     from kdlora.configfile import load_search
+    from kdlora.experiment.launch import check_alone
+
+    check_alone("search")
     from kdlora.scale.search import run_search
 
     wanted, settings = load_search(config, overrides or [], space=space, trials=trials)

@@ -160,6 +160,43 @@ class LengthBucketSampler(Sampler[list[int]]):
         if full < len(order):
             yield order[full:].tolist()
 
+    def rows_of(self, place: int) -> int:
+        """Count the rows of a batch.
+
+        Args:
+            place: of the batch in the epoch, from 0.
+        """
+        return min(self.batch_size, self.rows_per_epoch - place * self.batch_size)
+
+
+class SharedSampler(Sampler[list[int]]):
+    """The part of every batch that falls to one of several processes: rows of like lengths fall to all of them."""
+
+    def __init__(self, whole: LengthBucketSampler, rank: int, count: int) -> None:
+        """Take a part.
+
+        Args:
+            whole: draws the batches, the same ones in every process.
+            rank: number of this process, from 0.
+            count: of all processes.
+        """
+        self.whole = whole
+        self.rank = rank
+        self.count = count
+        self.drop_last = False  # accelerate asks
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.whole)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the row numbers of each part.
+
+        A batch with fewer rows than processes leaves some with a row that another one has, and that must not count.
+        """
+        for batch in self.whole:
+            yield batch[self.rank :: self.count] or batch[:1]
+
 
 def length_sorted_batches(lengths: Sequence[int] | npt.NDArray[np.integer[Any]], batch_tokens: int) -> list[list[int]]:
     """Form batches for inference: longest first, so that a machine too small fails at once.

@@ -16,13 +16,13 @@ from kdlora.config import DataConfig, TaskConfig
 from kdlora.data import glue
 from kdlora.data.augment import augment_texts
 from kdlora.data.canonical import Columns, corrupt_rows, find_id_column, read_column, to_canonical
-from kdlora.data.collection import open_collection_texts
+from kdlora.data.collection import is_collection, open_collection_texts
 from kdlora.data.infer import infer_label_column, infer_task, infer_text_columns
 from kdlora.data.opening import Groups, open_examples, open_splits
 from kdlora.data.sources import Source
 from kdlora.data.split import split_rows
 from kdlora.data.tasks import GLUE, GlueTask, Task
-from kdlora.data.unlabelled import keep_unscored
+from kdlora.data.unlabelled import keep_unscored, read_lines
 from kdlora.errors import DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -261,7 +261,8 @@ def _unlabelled(
     if "unlabelled" in splits:
         rows = reading.split(splits["unlabelled"], labelled=False)
     else:
-        rows = open_collection_texts(Path(data.unlabelled), reading.task)
+        read = open_collection_texts if is_collection(Path(data.unlabelled)) else read_lines
+        rows = read(Path(data.unlabelled), reading.task)
     kept = keep_unscored(rows, scored)
     if dropped := len(rows) - len(kept):
         reading.notes.append(

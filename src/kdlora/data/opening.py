@@ -12,6 +12,7 @@ from kdlora.data.collection import is_collection
 from kdlora.data.hub import is_saved_dataset, open_hub, open_saved
 from kdlora.data.sources import Source, open_file
 from kdlora.data.tasks import GlueTask
+from kdlora.data.unlabelled import is_text_file
 from kdlora.errors import DataError, did_you_mean
 
 Groups = Mapping[str, Source]
@@ -66,8 +67,8 @@ def open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
                 splits[split] = available[found]
         elif wanted in available:
             splits[split] = available[wanted]
-        elif split == "unlabelled" and is_collection(Path(wanted)):
-            continue  # it knows its own columns
+        elif split == "unlabelled" and (is_collection(Path(wanted)) or is_text_file(Path(wanted))):
+            continue  # these have columns of their own
         elif data.path is None or Path(wanted).is_file():
             key = f"data.{split}"
             is_glue = split == "unlabelled" and known is not None and Path(wanted).is_file()

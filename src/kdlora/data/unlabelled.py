@@ -1,17 +1,67 @@
-"""Texts without labels: what of them may teach."""
+"""Texts without labels: read from plain text, and what of them may teach."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from kdlora.data.canonical import read_column
+from kdlora.data.canonical import Columns, corrupt_rows, read_column, to_canonical
+from kdlora.data.faults import encoding_error
+from kdlora.data.sources import RawTable, spool
+from kdlora.data.tasks import Task
+from kdlora.errors import DataError
 
 TEXTS = ("text", "text_pair")
+_CHUNK_LINES = 10_000
+
+
+def is_text_file(file: Path) -> bool:
+    """Whether a file is read as one text a line, by its name.
+
+    Args:
+        file: any path.
+    """
+    return file.suffix.lower() == ".txt" and file.is_file() and file.stat().st_size > 0
+
+
+def read_lines(file: Path, task: Task) -> Dataset:
+    """Read one text a line; a row's id is its line's number from 0, and empty lines are left out.
+
+    Args:
+        file: plain text in UTF-8.
+        task: of single texts.
+
+    Returns:
+        Canonical columns `id` and `text`.
+
+    Raises:
+        DataError: the task has pairs, a byte is not UTF-8, or no line holds text.
+    """
+    if len(task.text) > 1:
+        raise DataError(
+            f"{file} (data.unlabelled) holds one text a line, but the task has pairs ({', '.join(task.text)}); give "
+            "CSV, JSON Lines or Parquet with these columns"
+        )
+    raw, columns = RawTable(str(file), spool(_line_batches(file), str(file))), Columns(("text",), (), None)
+    filled = raw.keep(pc.invert(corrupt_rows(raw, columns)))
+    if not filled.table.num_rows:
+        raise DataError(f"{file} (data.unlabelled) has no line with text; expected one text a line")
+    return to_canonical(filled, columns, task)
+
+
+def _line_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            while chunk := [line.rstrip("\n") for line in islice(lines, _CHUNK_LINES)]:
+                yield pa.RecordBatch.from_arrays([pa.array(chunk)], names=["text"])
+    except UnicodeDecodeError as error:
+        raise encoding_error(file) or DataError(f"{file} is not UTF-8 ({error})") from None
 
 
 def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from kdlora.config import DistilConfig, Kind, LoraConfig
-from kdlora.data.batches import PAD_MULTIPLE, Collator, LengthBucketSampler
+from kdlora.data.batches import PAD_MULTIPLE, Collator, LengthBucketSampler, SharedSampler
 from kdlora.distil.checkpoints import (
     Checkpoint,
     CheckpointFolder,
@@ -29,8 +31,9 @@ from kdlora.distil.checkpoints import (
 )
 from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.learning_rates import parameter_groups
-from kdlora.distil.loss_sums import LossSums
+from kdlora.distil.loss_sums import LossSums, term_means
 from kdlora.distil.losses import LossTerms
+from kdlora.distil.processes import Processes
 from kdlora.distil.session import Session
 from kdlora.distil.standardise import TargetScale
 
@@ -100,7 +103,7 @@ class ArmTrainer(DistillationTrainer):
             lora: of the model's adapter, where there is one.
             target_scale: standardises the targets of a regression.
             train_dataset: token ids, labels, teacher logits.
-            sampler: draws the rows of each step.
+            sampler: draws the rows of each step, those of all processes.
             collator: makes micro-batches of them.
             validate: gives the validation metrics, and `score`.
             checkpoints: where they go.
@@ -123,6 +126,7 @@ class ArmTrainer(DistillationTrainer):
         self.validate = validate
         self.checkpoints = checkpoints
         self.session = session
+        self.processes: Processes = session.processes
         self.epoch_sums = LossSums(args.device)
         self.resumed: Checkpoint | None = None
         session.trainee = self
@@ -158,9 +162,11 @@ class ArmTrainer(DistillationTrainer):
 
         Accelerate's wrapper is left out: it would shard batches that are whole optimiser steps.
         """
+        together = self.processes
+        alone = together.count == 1
         return DataLoader(
             self.train_dataset,
-            batch_sampler=self.sampler,
+            batch_sampler=self.sampler if alone else SharedSampler(self.sampler, together.rank, together.count),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -184,11 +190,33 @@ class ArmTrainer(DistillationTrainer):
             inputs: its micro-batches.
             num_items_in_batch: rows of the whole step.
         """
-        self.session.examples += self.count_rows(inputs)
-        losses = [
-            super(ArmTrainer, self).training_step(model, part, num_items_in_batch) for part in inputs[MICRO_BATCHES]
-        ]
+        self.session.examples += self._rows_of_step()
+        # A spare row is another process's; here it weighs nothing.
+        rows = torch.tensor(math.inf) if self._is_spare() else num_items_in_batch
+        losses = []
+        for number, part in enumerate(inputs[MICRO_BATCHES], start=1):
+            # Processes may cut their rows into different numbers of micro-batches; they meet once, at the last.
+            last = number == len(inputs[MICRO_BATCHES])
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, rows))
         return torch.stack(losses).sum()
+
+    def mean_rows(self, rows: int, device: torch.device) -> Any:
+        """Give the number of rows to divide by, which the sampler knows.
+
+        Args:
+            rows: of this process in the optimiser step.
+            device: where the number is needed.
+        """
+        return rows if self.processes.count == 1 else self._rows_of_step() / self.processes.count
+
+    def _rows_of_step(self) -> int:
+        """Count the rows of the present optimiser step, in all processes."""
+        return self.sampler.rows_of(self.state.global_step % len(self.sampler))
+
+    def _is_spare(self) -> bool:
+        """Say whether this step has no row for this process."""
+        return self.processes.rank >= self._rows_of_step()
 
     def record(self, terms: LossTerms) -> None:
         """Add the terms to the means since the last log, and to those of the epoch.
@@ -196,6 +224,8 @@ class ArmTrainer(DistillationTrainer):
         Args:
             terms: per-row losses.
         """
+        if self._is_spare():
+            return
         super().record(terms)
         self.epoch_sums.add(terms, self.state.global_step + 1)
 
@@ -242,10 +272,14 @@ class ArmTrainer(DistillationTrainer):
         if fresh:
             self.epoch_sums.reset()
 
-    def epoch_means(self) -> dict[str, float]:
-        """Give the mean loss terms of the epoch so far; stop where they are not finite."""
+    def epoch_means(self, *, everywhere: bool = False) -> dict[str, float]:
+        """Give the mean loss terms of the epoch so far; stop where they are not finite.
+
+        Args:
+            everywhere: over the rows of all processes, which then all must ask.
+        """
         self.epoch_sums.check(self.args.learning_rate)
-        return self.epoch_sums.means()
+        return term_means(self.processes.total(self.epoch_sums.sums)) if everywhere else self.epoch_sums.means()
 
     def score_validation(self) -> dict[str, float]:
         """Give the validation metrics, and `score`."""
@@ -253,7 +287,16 @@ class ArmTrainer(DistillationTrainer):
 
     def keep_best(self) -> None:
         """Keep the weights of now as the best."""
-        self.checkpoints.save_best(self.model)
+        if self.processes.is_first:
+            self.checkpoints.save_best(self.model)
+
+    def tell_callbacks(self, metrics: dict[str, float]) -> None:
+        """Log validation metrics to whoever listens to the training.
+
+        Args:
+            metrics: by name.
+        """
+        self.log({f"eval_{name}": value for name, value in metrics.items()})
 
     def current_rate(self) -> float:
         """Give the learning rate of the next step."""
@@ -265,25 +308,21 @@ class ArmTrainer(DistillationTrainer):
         with self.session.watch.paused():
             self.epoch_sums.check(self.args.learning_rate)
             optimizer, optimizer_rest = pack_optimizer(self.optimizer.state_dict())
-            generators, generators_rest = pack_random_state()
+            generators = self.processes.gather(pack_random_state())
             scaler = getattr(self.accelerator, "scaler", None)
             state = {
                 "session": self.session.state(),
                 "optimizer": optimizer_rest,
                 "scheduler": self.lr_scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
-                "random": generators_rest,
+                "random": [rest for _, rest in generators],
             }
-            self.checkpoints.write(
-                self.state.global_step,
-                {"state": state, "trainer_state": dataclasses.asdict(self.state)},
-                {
-                    "weights": trained_tensors(self.model),
-                    "optimizer": optimizer,
-                    "random": generators,
-                    "losses": {"window": self.window.sums, "epoch": self.epoch_sums.sums},
-                },
-            )
+            losses = {name: self.processes.total(sums.sums) for name, sums in self._loss_sums().items()}
+            tensors = {"weights": trained_tensors(self.model), "optimizer": optimizer, "losses": losses}
+            tensors |= {f"random-{rank}": values for rank, (values, _) in enumerate(generators)}
+            documents = {"state": state, "trainer_state": dataclasses.asdict(self.state)}
+            if self.processes.is_first:
+                self.checkpoints.write(self.state.global_step, documents, tensors)
         logger.info("checkpoint at step %d", self.state.global_step)
         self.session.note_saved()
 
@@ -296,9 +335,13 @@ class ArmTrainer(DistillationTrainer):
         state = self.resumed.state
         self.optimizer.load_state_dict(unpack_optimizer(self.resumed.tensors("optimizer"), state["optimizer"]))
         self.lr_scheduler.load_state_dict(state["scheduler"])
-        losses = self.resumed.tensors("losses")
-        self.window.sums.copy_(losses["window"])
-        self.epoch_sums.sums.copy_(losses["epoch"])
+        if self.processes.is_first:  # the sums are those of all processes
+            losses = self.resumed.tensors("losses")
+            for name, sums in self._loss_sums().items():
+                sums.sums.copy_(losses[name])
+
+    def _loss_sums(self) -> dict[str, LossSums]:
+        return {"window": self.window, "epoch": self.epoch_sums}
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.resumed is not None and self.resumed.state["scaler"] is not None:
@@ -306,4 +349,5 @@ class ArmTrainer(DistillationTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.resumed is not None:
-            unpack_random_state(self.resumed.tensors("random"), self.resumed.state["random"])
+            rank = self.processes.rank
+            unpack_random_state(self.resumed.tensors(f"random-{rank}"), self.resumed.state["random"][rank])

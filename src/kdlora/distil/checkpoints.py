@@ -23,14 +23,14 @@ from kdlora.evidence.records import atomic_file, atomic_folder
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MANIFEST = "manifest.json"
 _PREFIX = "step-"
 _MEANING = {
     "model": "the model or its initial weights",
     "train": "the training rows or their teacher logits",
     "validation": "the validation rows",
-    "settings": "the training settings",
+    "settings": "the training settings, or the number of processes",
     "distil": "the distillation settings",
     "lora": "the adapter's settings",
     "task": "the task",

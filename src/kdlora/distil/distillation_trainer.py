@@ -117,12 +117,18 @@ class DistillationTrainer(Trainer):
             The batches, and their number of rows.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        rows = sum(self.count_rows(batch) for batch in batches)
+        return batches, self.mean_rows(sum(self.count_rows(batch) for batch in batches), device)
+
+    def mean_rows(self, rows: int, device: torch.device) -> Any:
+        """Give the number of rows to divide by: DDP averages the gradients of the processes, so it is their mean.
+
+        Args:
+            rows: of this process in the optimiser step.
+            device: where the number is needed.
+        """
         if self.args.world_size == 1:
-            return batches, rows
-        # DDP averages the gradients of the processes, so each divides by the mean number of rows.
-        everywhere = self.accelerator.gather(torch.tensor([rows], device=device))
-        return batches, everywhere.sum() / self.args.world_size
+            return rows
+        return self.accelerator.gather(torch.tensor([rows], device=device)).sum() / self.args.world_size
 
     def count_rows(self, batch: Mapping[str, Any]) -> int:
         """Count the examples of a batch.

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kdlora.data.batches import Collator, Tokenised, length_sorted_batches
 from kdlora.distil.precision import autocast
+from kdlora.distil.processes import ALONE, Processes
 
 INPUTS = ("input_ids", "token_type_ids")
 
@@ -28,8 +29,12 @@ def predict_logits(
     precision: str = "fp32",
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> np.ndarray:
     """Run a model over token ids, without dropout and without gradients.
+
+    Several processes with the same model and data take turns at the batches, which are those of a single process, so
+    that the figures are the same to the bit.
 
     Args:
         model: a transformers classifier, with or without an adapter; it runs where it lies.
@@ -38,9 +43,10 @@ def predict_logits(
         precision: `fp32`, `bf16` or `fp16` matrix products.
         batch_tokens: most tokens in one pass, padding included.
         progress: called with the number of rows done.
+        processes: those that share the work; all of them must call.
 
     Returns:
-        float32 (rows, labels), in row order whatever the order of the batches.
+        float32 (rows, labels), in row order whatever the order of the batches; in every process.
 
     Raises:
         ModelError: the tokenizer has no padding token.
@@ -52,15 +58,15 @@ def predict_logits(
     outputs: list[torch.Tensor] = []
     lengths = column_values(data.dataset, "length")
     with _evaluating(model), torch.inference_mode(), autocast(precision, device):
-        for rows in length_sorted_batches(lengths, batch_tokens):
+        for rows in length_sorted_batches(lengths, batch_tokens)[processes.rank :: processes.count]:
             columns = inputs[rows]
             examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             batch = {name: tensor.to(device, non_blocking=True) for name, tensor in collator(examples).items()}
             outputs.append(model(**batch).logits.float())
             order.extend(rows)
             if progress is not None:
-                progress(len(order))
-    return _in_row_order(order, outputs)
+                progress(min(len(order) * processes.count, len(lengths)))
+    return _in_row_order(order, outputs, processes)
 
 
 def column_values(dataset: Dataset, column: str) -> np.ndarray:
@@ -73,13 +79,15 @@ def column_values(dataset: Dataset, column: str) -> np.ndarray:
     return np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
 
 
-def _in_row_order(order: list[int], outputs: list[torch.Tensor]) -> np.ndarray:
+def _in_row_order(order: list[int], outputs: list[torch.Tensor], processes: Processes) -> np.ndarray:
     """Undo the sorting by length; one copy from the device at the end, so that no batch waits for it."""
-    if not outputs:
+    own = (order, torch.cat(outputs).cpu().numpy()) if outputs else None
+    parts = [part for part in processes.gather(own) if part is not None]
+    if not parts:
         return np.zeros((0, 0), dtype=np.float32)
-    found = torch.cat(outputs).cpu().numpy()
-    logits = np.empty_like(found)
-    logits[order] = found
+    logits = np.empty((sum(len(rows) for rows, _ in parts), parts[0][1].shape[1]), dtype=np.float32)
+    for rows, found in parts:
+        logits[rows] = found
     return logits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ from typing import Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdlora.distil.interruption import StopSignals
+from kdlora.distil.processes import ALONE, Processes
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.5
+_GO_ON, _SAVE, _STOP = range(3)
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,17 @@ class Trainee(Protocol):
     def begin_epoch(self, epoch: int, *, fresh: bool) -> None:
         """Choose the order of the rows; a fresh epoch starts its loss sums at zero."""
 
-    def epoch_means(self) -> dict[str, float]:
-        """Give the mean loss terms of the epoch so far."""
+    def epoch_means(self, *, everywhere: bool = False) -> dict[str, float]:
+        """Give the mean loss terms of the epoch so far, of this process or of all of them."""
 
     def score_validation(self) -> dict[str, float]:
         """Give the validation metrics, and `score`."""
 
     def keep_best(self) -> None:
         """Keep the weights of now as the best."""
+
+    def tell_callbacks(self, metrics: dict[str, float]) -> None:
+        """Log validation metrics to whoever listens to the training."""
 
     def current_rate(self) -> float:
         """Give the learning rate of the next step."""
@@ -108,6 +114,7 @@ class Session(TrainerCallback):
         patience: epochs without a better score until the training stops.
         checkpoint_seconds: training time between two checkpoints.
         progress: told where the training stands.
+        processes: those that train together; they save and stop together.
         trainee: the trainer.
         history: one entry per epoch.
         watch: seconds of training.
@@ -122,6 +129,7 @@ class Session(TrainerCallback):
     patience: int | None
     checkpoint_seconds: float
     progress: Callable[[ProgressEvent], None] | None = None
+    processes: Processes = ALONE
     trainee: Trainee = field(init=False, repr=False)
     history: list[dict[str, Any]] = field(default_factory=list)
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -179,7 +187,7 @@ class Session(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save when it is time; at the end of an epoch only after the evaluation, which a resumed one would miss."""
         ends_epoch = state.global_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps
-        wanted = control.should_save or self._is_due()
+        wanted = self._is_due() or control.should_save
         self._postponed = wanted and (ends_epoch or control.should_training_stop)
         control.should_save = wanted and not self._postponed
         if self.watch.read() - self._told_at >= _PROGRESS_SECONDS:
@@ -187,11 +195,13 @@ class Session(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluate, keep the best, stop early."""
-        means = self.trainee.epoch_means()
+        means = self.trainee.epoch_means(everywhere=True)
         entry = {"epoch": state.epoch, "step": state.global_step, **means, "learning_rate": self._rate}
         with self.watch.paused():
-            entry |= self.trainee.score_validation()
+            metrics = self.trainee.score_validation()
+            entry |= metrics
             self.history.append(entry)
+            self.trainee.tell_callbacks(metrics)
             if self.select == "best" and self.best is entry:
                 self.trainee.keep_best()
         logger.info("epoch %g: %s", entry["epoch"], ", ".join(f"{k} {v:.5g}" for k, v in entry.items() if k != "epoch"))
@@ -199,7 +209,7 @@ class Session(TrainerCallback):
             control.should_training_stop = True
         self.finished = control.should_training_stop
         # A finished training that had been worth a checkpoint must not lose its last minute to a crash afterwards.
-        control.should_save = self._postponed or self._is_due() or (self.finished and self._has_saved)
+        control.should_save = self._is_due() or self._postponed or (self.finished and self._has_saved)
         self.tell(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -242,4 +252,9 @@ class Session(TrainerCallback):
         return next(age for age, entry in enumerate(reversed(self.history)) if entry is self.best)
 
     def _is_due(self) -> bool:
-        return self.stop.received is not None or self.watch.read() - self._saved_at >= self.checkpoint_seconds
+        """Say whether a checkpoint is wanted; one process that wants it, or is to stop, speaks for all."""
+        late = self.watch.read() - self._saved_at >= self.checkpoint_seconds
+        wish = self.processes.largest(_STOP if self.stop.received is not None else _SAVE if late else _GO_ON)
+        if wish == _STOP and self.stop.received is None:
+            self.stop.received = signal.SIGTERM
+        return wish != _GO_ON

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from kdlora.distil.inference import column_values, predict_logits
 from kdlora.distil.logit_store import LogitStore, load_store, open_store
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
+from kdlora.distil.processes import Processes, current_processes
 from kdlora.distil.tables import read_teacher_table
 from kdlora.errors import ArtifactError, ModelError
 from kdlora.evidence.locks import hold_lock
@@ -47,7 +49,7 @@ def teacher_logits(
     The folder carries a fingerprint of weights, tokenizer, examples, truncation, label order and number format.
     Where it fits, finished shards are reused, so that a second call runs no forward pass and an interrupted one
     goes on; where it does not, the call is refused. Of two processes with one folder, one computes and the other
-    waits, and then reads.
+    waits, and then reads. Processes that torch.distributed has joined share the work, and the first of them writes.
 
     Args:
         encoder: the fine-tuned teacher.
@@ -70,6 +72,8 @@ def teacher_logits(
         ModelError: the teacher's output is not finite.
         DataError: ids that are not unique.
     """
+    processes = current_processes()
+    precision = processes.first_says(precision)
     ingredients = {
         "weights": hash_model(encoder.model),
         "tokenizer": hash_tokenizer(encoder.tokenizer),
@@ -80,19 +84,25 @@ def teacher_logits(
         "precision": precision,
     }
     versions = collect_versions()
-    with hold_lock(Path(folder) / ".lock", f"computes the teacher logits in {folder}", wait=True):
-        store = open_store(Path(folder), ingredients, task.label_names, len(dataset), rows_per_shard, versions)
+    with contextlib.ExitStack() as held:
+        if processes.is_first:
+            held.enter_context(hold_lock(Path(folder) / ".lock", f"computes the teacher logits in {folder}", wait=True))
+            store = open_store(Path(folder), ingredients, task.label_names, len(dataset), rows_per_shard, versions)
+        store = processes.first_says(store if processes.is_first else None)
         wanting = [number for number in range(store.shard_count) if not store.is_whole(number)]
+        wanting = processes.first_says(wanting)
         logger.info("%d of %d shards of teacher logits are to be computed", len(wanting), store.shard_count)
         if wanting:
             encoder.model.to(resolve_device(device))
             done = len(dataset) - sum(len(store.rows_of(number)) for number in wanting)
             for number in wanting:
-                _compute_shard(encoder, columns, dataset, store, number, precision, batch_tokens, done, progress)
+                _compute_shard(
+                    encoder, columns, dataset, store, number, precision, batch_tokens, done, progress, processes
+                )
                 done += len(store.rows_of(number))
         elif progress is not None:
             progress(len(dataset), len(dataset))
-        return _collect(store)
+        return _collect(processes.first_says(store))  # the first process has noted the shards
 
 
 def read_stored_logits(folder: str | Path, task: Task) -> TeacherLogits:
@@ -134,6 +144,7 @@ def _compute_shard(
     batch_tokens: int,
     done: int,
     progress: Callable[[int, int], None] | None,
+    processes: Processes,
 ) -> None:
     """Label the rows of one shard: the texts in memory are those of a shard, however large the data."""
     rows = store.rows_of(number)
@@ -146,6 +157,7 @@ def _compute_shard(
         precision=precision,
         batch_tokens=batch_tokens,
         progress=None if progress is None else lambda finished: progress(done + finished, len(dataset)),
+        processes=processes,
     )
     if max(columns) >= logits.shape[1]:
         raise ModelError(f"{encoder.source} has {logits.shape[1]} outputs; expected {max(columns) + 1} at least")
@@ -157,7 +169,8 @@ def _compute_shard(
             f"{encoder.source} answers example {ids[row]!r} with {chosen[row].tolist()}; expected finite logits. "
             + ("Try precision: fp32" if precision != "fp32" else "Its weights are damaged or its training diverged")
         )
-    store.write(number, ids, np.ascontiguousarray(chosen), tokens.truncated)
+    if processes.is_first:
+        store.write(number, ids, np.ascontiguousarray(chosen), tokens.truncated)
 
 
 def _collect(store: LogitStore) -> TeacherLogits:

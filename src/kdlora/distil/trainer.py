@@ -30,6 +30,7 @@ from kdlora.distil.inference import INPUTS, column_values, predict_logits
 from kdlora.distil.logits import COLUMN
 from kdlora.distil.loss_sums import DivergedError, diverged
 from kdlora.distil.precision import frozen_in_half, resolve_device, resolve_precision
+from kdlora.distil.processes import TIMEOUT_SECONDS, Processes, current_processes
 from kdlora.distil.session import ProgressEvent, Session
 from kdlora.distil.standardise import TargetScale, fold_into_head
 from kdlora.distil.unlabelled import LABELLED, labelled_values
@@ -102,6 +103,9 @@ def train_model(
     standardised targets, which are folded into the head at the end, so that the model predicts on the original
     scale.
 
+    Where torch.distributed is set up with several processes, all of them must call, with the same arguments. An
+    optimiser step then has `batch_size` rows of each, and the first process alone writes.
+
     Args:
         model: a transformers classifier in fp32, with or without an adapter, as it is before any training.
         tokenizer: the model's own.
@@ -128,28 +132,19 @@ def train_model(
         KdLoraError: the training diverged.
     """
     _check(train, validation, distil)
-    precision, _ = resolve_precision(precision, device)
+    processes = current_processes()
+    precision = processes.first_says(resolve_precision(precision, device)[0])  # `auto` is timed: let it be one answer
     place = resolve_device(device)
     scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
-    ingredients = _ingredients(model, train, validation, task, settings, distil)
-    ingredients |= {
-        "lora": None if lora is None else lora.model_dump(mode="json"),
-        "seed": seed,
-        "precision": precision,
-        "device": place.type,
-        "rows_per_epoch": rows_per_epoch,
-    }
+    ingredients = _ingredients(model, train, validation, task, settings, distil, lora)
+    ingredients |= {"seed": seed, "precision": precision, "device": place.type, "rows_per_epoch": rows_per_epoch}
+    if processes.count > 1:
+        ingredients["settings"] |= {"processes": processes.count}
     checkpoints = CheckpointFolder(Path(folder), ingredients, keep_checkpoints)
     lengths = column_values(train.dataset, "length")
-    sampler = LengthBucketSampler(lengths, settings.batch_size, seed=seed, rows_per_epoch=rows_per_epoch)
-    session = Session(
-        steps_per_epoch=len(sampler),
-        epochs=settings.epochs,
-        select=settings.select,
-        patience=settings.early_stopping_patience,
-        checkpoint_seconds=checkpoint_seconds,
-        progress=progress,
-    )
+    rows_per_step = settings.batch_size * processes.count
+    sampler = LengthBucketSampler(lengths, rows_per_step, seed=seed, rows_per_epoch=rows_per_epoch)
+    session = _session(settings, len(sampler), checkpoint_seconds, progress, processes)
     collator = Collator.of(tokenizer, task.kind, train.max_length)
     with (
         frozen_in_half(model, precision),
@@ -167,16 +162,37 @@ def train_model(
             train_dataset=_rows(train, distil),
             sampler=sampler,
             collator=MicroBatchCollator(collator, settings.micro_batch_tokens),
-            validate=lambda: _validate(model, tokenizer, validation, task, precision, scale, settings),
+            validate=lambda: _validate(model, tokenizer, validation, task, precision, scale, settings, processes),
             checkpoints=checkpoints,
             session=session,
             callbacks=callbacks,
         )
+        if processes.count > 1:  # each draws its own dropout; the weights are those of the first
+            torch.manual_seed(seed * processes.count + processes.rank)
         try:
             _run(trainer, checkpoints, session)
         except DivergedError as fault:
             raise _explain(fault, trainer, checkpoints, train.dataset) from None
+        processes.first_says(None)  # its best weights lie on the disk now
     return _finish(model, settings, session, checkpoints, scale)
+
+
+def _session(
+    settings: TrainConfig,
+    steps_per_epoch: int,
+    checkpoint_seconds: float,
+    progress: Callable[[ProgressEvent], None] | None,
+    processes: Processes,
+) -> Session:
+    return Session(
+        steps_per_epoch=steps_per_epoch,
+        epochs=settings.epochs,
+        select=settings.select,
+        patience=settings.early_stopping_patience,
+        checkpoint_seconds=checkpoint_seconds,
+        progress=progress,
+        processes=processes,
+    )
 
 
 def _explain(fault: DivergedError, trainer: ArmTrainer, checkpoints: CheckpointFolder, data: Dataset) -> KdLoraError:
@@ -238,6 +254,7 @@ def _ingredients(
     task: Task,
     settings: TrainConfig,
     distil: DistilConfig | None,
+    lora: LoraConfig | None,
 ) -> dict[str, Any]:
     """Name what a checkpoint must not outlive."""
     return {
@@ -246,6 +263,7 @@ def _ingredients(
         "validation": hash_columns(validation.dataset, ["id", *INPUTS, "label", "group"]),
         "settings": settings.model_dump(mode="json"),
         "distil": None if distil is None else distil.model_dump(mode="json"),
+        "lora": None if lora is None else lora.model_dump(mode="json"),
         "task": task.to_dict(),
     }
 
@@ -289,6 +307,8 @@ def _arguments(
         label_names=["labels"],
         report_to="none",
         disable_tqdm=True,
+        ddp_broadcast_buffers=False,  # none of them changes, and processes run different numbers of micro-batches
+        ddp_timeout=TIMEOUT_SECONDS,
         push_to_hub=False,
     )
     if arguments.n_gpu > 1:  # Trainer would split every batch over all devices that it sees
@@ -304,9 +324,10 @@ def _validate(
     precision: str,
     scale: TargetScale | None,
     settings: TrainConfig,
+    processes: Processes,
 ) -> dict[str, float]:
     """Give the validation metrics, on the original scale, and `score`."""
-    logits = predict_logits(model, tokenizer, validation, precision=precision)
+    logits = predict_logits(model, tokenizer, validation, precision=precision, processes=processes)
     if not np.isfinite(logits).all():
         raise KdLoraError(diverged("the validation logits are not finite numbers", settings.learning_rate))
     if scale is not None:

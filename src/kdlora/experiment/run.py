@@ -36,13 +36,15 @@ from kdlora.experiment.shipping import is_shipped, keep_examples, ship_student
 from kdlora.experiment.sources import check_models, check_table
 from kdlora.experiment.stage_log import logged
 from kdlora.experiment.stages import Stage, StageName, label_training_rows, train_run
+from kdlora.experiment.team import Team, gather_team
 
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[Stage, Any], None]
 
 _FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds", "run.keep_checkpoints"} | {
-    f"export.{key}" for key in ExportConfig.model_fields
+    "run.report_to",
+    *(f"export.{key}" for key in ExportConfig.model_fields),
 }
 """Keys that may change between two calls on one folder: they add runs, or change no figure of a run."""
 
@@ -115,6 +117,9 @@ def run_experiment(
 ) -> ExperimentResult:
     """Run every arm and seed that is not finished yet, then ship the best student and write the report.
 
+    Where several processes were started for it, as `accelerate launch` does, all of them call this: they train every
+    run together, and the first of them plans and writes.
+
     Args:
         config: the experiment.
         out: its folder; default `runs/<name>`. The same call again repeats no finished stage.
@@ -124,6 +129,23 @@ def run_experiment(
         KdLoraError: if the config, its data or its models do not fit, or the folder belongs to another config.
     """
     layout = ExperimentLayout(Path(out) if out is not None else Path("runs") / config.title())
+    with gather_team(config) as team:
+        if not team.leads:
+            return _read_result(config, layout, team.follow())
+        result = _lead(config, layout, team, listen)
+        shipped = None if result.shipped is None else [result.shipped.arm, result.shipped.seed]
+        team.end(kind="done", shipped=shipped, notes=result.notes)
+    return result
+
+
+def _read_result(config: Config, layout: ExperimentLayout, end: dict[str, Any]) -> ExperimentResult:
+    """Tell what the first process left, in another one."""
+    places = [layout.run(run.arm, run.seed).record for run in plan_runs(config)]
+    records = [read_record(place) for place in places if place.exists()]
+    return ExperimentResult(layout.root, records, end["shipped"] and Run(*end["shipped"]), tuple(end["notes"]))
+
+
+def _lead(config: Config, layout: ExperimentLayout, team: Team, listen: Listener | None) -> ExperimentResult:
     check_folder(config, layout)
     splits = load_splits(config.task, config.data)
     rows = hash_splits(splits)
@@ -137,7 +159,7 @@ def run_experiment(
         write_text_atomic(layout.config, save_config(config))
         keep_examples(layout, splits)
         records: list[RunRecord] = []
-        for record in _run_all(config, layout, splits, rows, listen, lock):
+        for record in _run_all(config, layout, splits, rows, listen, lock, team):
             records.append(record)
             write_results(layout.results, records)  # after every run, so that an interrupted experiment can be read
         shipped = _ship_best(config, layout, splits.task, records)
@@ -195,13 +217,20 @@ def _flatten(config: Config) -> dict[str, Any]:
 
 
 def _run_all(
-    config: Config, layout: ExperimentLayout, splits: Splits, rows: str, listen: Listener | None, lock: HeldLock
+    config: Config,
+    layout: ExperimentLayout,
+    splits: Splits,
+    rows: str,
+    listen: Listener | None,
+    lock: HeldLock,
+    team: Team,
 ) -> Iterator[RunRecord]:
     labelled = config.teacher.is_table
     for run in plan_runs(config):
         record = _finished(config, layout, run, rows)
         if record is None:
-            record = _attempt(config, layout, splits, run, listen, label=run.arm in DISTILLED_ARMS and not labelled)
+            label = run.arm in DISTILLED_ARMS and not labelled
+            record = _attempt(config, layout, splits, run, listen, team, label=label)
             labelled = labelled or (run.arm in DISTILLED_ARMS and record.status == "finished")
             lock.check()
             write_record(layout.run(run.arm, run.seed).record, record)
@@ -238,16 +267,23 @@ def _finished(config: Config, layout: ExperimentLayout, run: Run, rows: str) -> 
 
 
 def _attempt(
-    config: Config, layout: ExperimentLayout, splits: Splits, run: Run, listen: Listener | None, *, label: bool
+    config: Config,
+    layout: ExperimentLayout,
+    splits: Splits,
+    run: Run,
+    listen: Listener | None,
+    team: Team,
+    *,
+    label: bool,
 ) -> RunRecord:
     """Run one arm in a process of its own; what goes wrong there becomes a failed record."""
     try:
-        record = _train(config, layout, run, listen, label=label)
+        record = _train(config, layout, run, listen, team, label=label)
         if record.fingerprints.get("data") != hash_splits(splits):
             raise ArtifactError("the data changed while the experiment ran; put back what was there and run it again")
         return record
     except OSError:
-        raise  # a full disk or a vanished folder ends every run alike
+        raise  # a full disk, a vanished folder or a lost process ends every run alike
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
         logger.error(
@@ -257,14 +293,24 @@ def _attempt(
     return record.model_copy(update={"status": "failed", "error": fault})
 
 
-def _train(config: Config, layout: ExperimentLayout, run: Run, listen: Listener | None, *, label: bool) -> RunRecord:
+def _train(
+    config: Config, layout: ExperimentLayout, run: Run, listen: Listener | None, team: Team, *, label: bool
+) -> RunRecord:
     def listen_to(name: StageName) -> Callable[[Any], None]:
         return lambda event: listen(Stage(name, run.arm, run.seed), event) if listen is not None else None
 
     if label:
         _check_teacher(config, layout)
-        run_in_child(label_training_rows, config, layout, on_message=listen_to("label"))
-    return run_in_child(train_run, config, layout, run.arm, run.seed, on_message=listen_to("train")).value
+        _in_child(team, label_training_rows, config, layout, on_message=listen_to("label"))
+    record: RunRecord = _in_child(team, train_run, config, layout, run.arm, run.seed, on_message=listen_to("train"))
+    return record
+
+
+def _in_child(team: Team, stage: Callable[..., Any], *arguments: Any, on_message: Callable[[Any], None]) -> Any:
+    """Carry out a stage in a child, and in one of every other process that there is."""
+    if team.is_alone:
+        return run_in_child(stage, *arguments, on_message=on_message).value
+    return team.run(stage, *arguments, on_message=on_message)
 
 
 def _check_teacher(config: Config, layout: ExperimentLayout) -> None:

@@ -23,6 +23,9 @@ from kdlora.experiment.recording import add_size, now, splits_by_name
 from kdlora.experiment.sources import load_teacher, read_table
 from kdlora.models.encoders import Encoder, load_fine_tuned
 
+_LATENCY_SECONDS = 1.0
+"""For each batch size; a suite times thousands of models."""
+
 
 def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits, record: RunRecord) -> RunRecord:
     """Score a teacher that was given: a model, or a table on the splits that it covers.
@@ -68,7 +71,13 @@ def score_model(
         for split, rows in scored.items()
     }
     _keep_predictions(place, splits.task, scored, {split: result.logits for split, result in results.items()})
-    latency = measure_latency(encoder.model, encoder.tokenizer, splits.validation, max_length=max_length)
+    latency = measure_latency(
+        encoder.model,
+        encoder.tokenizer,
+        splits.validation,
+        max_length=max_length,
+        limit_seconds=_LATENCY_SECONDS,
+    )
     return _scored(add_size(record, encoder.model), results).model_copy(update={"latency": latency})
 
 

@@ -13,6 +13,7 @@ from kdlora.distil.fingerprints import hash_model
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.tables import read_teacher_table
 from kdlora.distil.teacher import read_stored_logits
+from kdlora.distil.tracking import check_trackers
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.models.adapters import add_adapter
@@ -20,7 +21,7 @@ from kdlora.models.encoders import Encoder, load_encoder, load_fine_tuned, stude
 
 
 def check_models(config: Config, task: Task) -> None:
-    """Load every model that the experiment names, so that a mistake shows before any training.
+    """Load every model that the experiment names, and look for its trackers: a mistake shows before any training.
 
     Args:
         config: the experiment.
@@ -28,7 +29,9 @@ def check_models(config: Config, task: Task) -> None:
 
     Raises:
         ModelError: for a model, label space or adapter target that does not fit.
+        ConfigError: for a tracker that is not installed.
     """
+    check_trackers(config.run.report_to)
     if config.teacher.fine_tuned is not None:
         load_teacher(config, task)
     for arm in _one_arm_per_base(config):

@@ -10,7 +10,9 @@ from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, 
 from kdlora.data.load import Splits, load_splits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_precision
+from kdlora.distil.processes import current_processes
 from kdlora.distil.teacher import teacher_logits
+from kdlora.distil.tracking import TrackedRun, tracked
 from kdlora.evidence.integrity import hash_files
 from kdlora.evidence.measure import forget_peak, peak_since, read_memory
 from kdlora.evidence.records import ExperimentLayout, RunRecord
@@ -68,6 +70,8 @@ def settings_for(config: Config, arm: Arm) -> TrainConfig:
 def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, progress: Progress | None) -> RunRecord:
     """Train, measure and keep one arm with one seed; a given teacher is only evaluated.
 
+    Of several processes all train, and the first measures and keeps.
+
     Args:
         config: the experiment.
         layout: its folder; an interrupted training continues from the run's checkpoints.
@@ -78,15 +82,16 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     Returns:
         The record. Whoever has written it to disk removes the run's checkpoints. Its peak memory is that of the
         training, data and validation included, above the level after imports; it means that of this run alone where
-        the process is the run's own.
+        the process is the run's own. That of another process than the first stays unfinished.
     """
     prepare_process(config)
     forget_peak()
     level = read_memory()
     splits = load_splits(config.task, config.data)
     record = new_record(config, splits, arm, seed)
+    processes = current_processes()
     if arm == "fft" and config.given_teacher:
-        return score_given_teacher(config, layout, splits, record)
+        return score_given_teacher(config, layout, splits, record) if processes.is_first else record
     place = layout.run(arm, seed)
     teacher = stored_logits(config, layout, splits.task) if arm in DISTILLED_ARMS else None
     unlabelled = stored_unlabelled_logits(config, layout, splits) if arm in DISTILLED_ARMS else None
@@ -95,6 +100,12 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     check_origin(layout, record)
     with logged("train", arm, seed):
         trained = train_splits(config, layout, splits, encoder, arm, seed, teacher, unlabelled, progress)
+    if not processes.is_first:
+        return record
+    if processes.count > 1:
+        rows = settings_for(config, arm).batch_size
+        spread = f"{processes.count} processes, each with {rows} of the {rows * processes.count} rows of a step"
+        record = record.model_copy(update={"notes": [*record.notes, spread]})
     record = add_training(record, trained, teacher, unlabelled)
     record = record.model_copy(update={"peak_memory_bytes": peak_since(level)})
     with logged("merge", arm, seed):
@@ -116,7 +127,7 @@ def train_splits(
     unlabelled: TeacherLogits | None,
     progress: Progress | None,
 ) -> Trained:
-    """Train one arm as the config says, on given splits.
+    """Train one arm as the config says, on given splits, and tell the trackers that it names.
 
     Args:
         config: the experiment.
@@ -129,23 +140,33 @@ def train_splits(
         unlabelled: logits of the unlabelled rows, for a distilled arm.
         progress: called with each training event.
     """
-    return train_arm(
-        encoder,
-        splits,
-        settings_for(config, arm),
-        folder=layout.run(arm, seed).checkpoints,
-        lora=config.lora if arm in LORA_ARMS else None,
-        teacher=teacher,
-        unlabelled=unlabelled,
-        distil=config.distil,
-        seed=seed,
-        precision=config.run.precision,
-        device=config.run.device,
-        checkpoint_seconds=config.run.checkpoint_seconds,
-        keep_checkpoints=config.run.keep_checkpoints,
-        rows_per_epoch=None if arm in TEACHER_ARMS else rows_per_epoch(splits),
-        progress=progress,
-    )
+    trackers = config.run.report_to if current_processes().is_first else ()
+    with tracked(trackers, _tracked_run(config, layout, splits, arm, seed)) as callbacks:
+        return train_arm(
+            encoder,
+            splits,
+            settings_for(config, arm),
+            folder=layout.run(arm, seed).checkpoints,
+            lora=config.lora if arm in LORA_ARMS else None,
+            teacher=teacher,
+            unlabelled=unlabelled,
+            distil=config.distil,
+            seed=seed,
+            precision=config.run.precision,
+            device=config.run.device,
+            checkpoint_seconds=config.run.checkpoint_seconds,
+            keep_checkpoints=config.run.keep_checkpoints,
+            rows_per_epoch=None if arm in TEACHER_ARMS else rows_per_epoch(splits),
+            progress=progress,
+            callbacks=callbacks,
+        )
+
+
+def _tracked_run(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> TrackedRun:
+    """Name a run for the trackers."""
+    tags = {"arm": arm, "seed": str(seed)} | ({"task": splits.task.name} if splits.task.name else {})
+    place = layout.run(arm, seed).root
+    return TrackedRun(config.title(), place.name, tags, place, layout.root / "tracking")
 
 
 def label_training_rows(

@@ -1,0 +1,148 @@
+"""The processes of one training: which of them this is, and what they tell each other beside the gradients."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+TIMEOUT_SECONDS = 600
+"""Longest wait for another process. One that ends is noticed at once; this is for one that hangs."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train one model.
+
+    Attributes:
+        rank: its number, from 0; number 0 alone writes.
+        count: of all processes.
+        group: for values in main memory, which a GPU's own channel does not carry.
+    """
+
+    rank: int = 0
+    count: int = 1
+    group: Any = field(default=None, repr=False)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def largest(self, value: int) -> int:
+        """Give the largest of the values that the processes name.
+
+        Args:
+            value: this process's.
+        """
+        if self.count == 1:
+            return value
+        shared = torch.tensor([value])
+        distributed.all_reduce(shared, op=distributed.ReduceOp.MAX, group=self.group)
+        return int(shared)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Add the tensors of all processes.
+
+        Args:
+            values: this process's; it is not changed.
+        """
+        if self.count == 1:
+            return values
+        shared = values.detach().cpu().clone()
+        distributed.all_reduce(shared, group=self.group)
+        return shared.to(values.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Give the values of all processes, in the order of their numbers.
+
+        Args:
+            value: this process's, picklable.
+        """
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def first_says(self, value: Any) -> Any:
+        """Give the value of process 0.
+
+        Args:
+            value: this process's; only that of process 0 counts.
+        """
+        if self.count == 1:
+            return value
+        shared = [value]
+        distributed.broadcast_object_list(shared, src=0, group=self.group)
+        return shared[0]
+
+
+ALONE = Processes()
+_groups: list[Any] = []
+
+
+def current_processes() -> Processes:
+    """Name the processes that train together with this one, by what torch.distributed was set up with.
+
+    The first call of several processes is one that all of them make.
+    """
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return ALONE
+    if not _groups:
+        timeout = timedelta(seconds=TIMEOUT_SECONDS)
+        whole = distributed.get_backend() == "gloo"
+        _groups.append(distributed.group.WORLD if whole else distributed.new_group(backend="gloo", timeout=timeout))
+    return Processes(distributed.get_rank(), distributed.get_world_size(), _groups[0])
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a process finds the others.
+
+    Attributes:
+        rank: its number.
+        count: of all processes.
+        local_rank: its number on this machine, which is that of its GPU.
+        address: host of the store through which they meet.
+        port: of that store.
+        prefix: of this meeting's keys in the store, so that no process meets those of an earlier one.
+    """
+
+    rank: int
+    count: int
+    local_rank: int
+    address: str
+    port: int
+    prefix: str
+
+
+def join_processes(seat: Seat, *, cuda: bool) -> Processes:
+    """Meet the others, and wait for them.
+
+    Args:
+        seat: of this process.
+        cuda: whether tensors on GPUs will be exchanged.
+    """
+    # Trainer and Accelerate learn from these that they are not alone.
+    os.environ |= {"RANK": str(seat.rank), "WORLD_SIZE": str(seat.count), "LOCAL_RANK": str(seat.local_rank)}
+    os.environ |= {"MASTER_ADDR": seat.address, "MASTER_PORT": str(seat.port)}
+    warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)  # between Trainer and Accelerate
+    if cuda:
+        torch.cuda.set_device(seat.local_rank)
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    store = TCPStore(seat.address, seat.port, is_master=False, timeout=timeout)
+    distributed.init_process_group(
+        "cuda:nccl,cpu:gloo" if cuda else "gloo",
+        store=PrefixStore(seat.prefix, store),
+        rank=seat.rank,
+        world_size=seat.count,
+        timeout=timeout,
+    )
+    return current_processes()

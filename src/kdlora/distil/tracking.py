@@ -1,0 +1,134 @@
+"""Trackers of experiments, as transformers has them: one tracked run for each training, however often it is resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from kdlora.errors import ConfigError
+
+_KEY = "kdlora.run"
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """How a training is called where it is tracked.
+
+    Attributes:
+        experiment: groups the runs.
+        name: of the run.
+        tags: what to filter by.
+        place: the run's own folder; its hash finds a tracked run again when a training is resumed.
+        folder: for the files of trackers that keep them on this machine.
+    """
+
+    experiment: str
+    name: str
+    tags: Mapping[str, str]
+    place: Path
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        """Hash of the run's place."""
+        return hashlib.sha256(str(self.place.resolve()).encode()).hexdigest()[:16]
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Check that every tracker is installed.
+
+    Args:
+        trackers: their names.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    missing = [name for name in trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"run.report_to names {' and '.join(missing)}, not installed here; pip install {' '.join(missing)}, or "
+            "leave it out"
+        )
+
+
+@contextlib.contextmanager
+def tracked(trackers: Sequence[str], run: TrackedRun) -> Iterator[list[TrainerCallback]]:
+    """Open a run with each tracker, and close it as done or failed.
+
+    Args:
+        trackers: `tensorboard`, `wandb`, `mlflow`.
+        run: what it is called.
+
+    Yields:
+        Callbacks for the training; they are transformers' own, so that their environment variables count.
+    """
+    openers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+    with contextlib.ExitStack() as opened:
+        yield [opened.enter_context(openers[name](run)) for name in trackers]
+
+
+@contextlib.contextmanager
+def _tensorboard(run: TrackedRun) -> Iterator[TrainerCallback]:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or run.folder / "tensorboard") / run.name
+    with SummaryWriter(log_dir=str(folder)) as writer:
+        writer.add_text("tags", ", ".join(f"{name}: {value}" for name, value in run.tags.items()))
+        yield TensorBoardCallback(writer)
+
+
+@contextlib.contextmanager
+def _wandb(run: TrackedRun) -> Iterator[TrainerCallback]:
+    import wandb
+    from transformers.integrations import WandbCallback
+
+    # Nothing leaves this machine unless WANDB_MODE says so; `wandb sync` sends it later.
+    run.folder.mkdir(parents=True, exist_ok=True)
+    opened = wandb.init(
+        project=os.environ.get("WANDB_PROJECT") or run.experiment,
+        name=run.name,
+        id=run.key,
+        resume="allow",
+        mode=os.environ.get("WANDB_MODE", "offline"),
+        dir=os.environ.get("WANDB_DIR") or str(run.folder),
+        tags=[f"{name}:{value}" for name, value in run.tags.items()],
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    code = 1
+    try:
+        yield WandbCallback()
+        code = 0
+    finally:
+        opened.finish(exit_code=code)
+
+
+@contextlib.contextmanager
+def _mlflow(run: TrackedRun) -> Iterator[TrainerCallback]:
+    import mlflow
+    from transformers.integrations import MLflowCallback
+
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        mlflow.set_tracking_uri(f"sqlite:///{run.folder.resolve() / 'mlflow.db'}")
+    experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.experiment)
+    where = f"tags.`{_KEY}` = '{run.key}'"
+    found: list[Any] = mlflow.MlflowClient().search_runs([experiment.experiment_id], where)
+    if found:
+        mlflow.start_run(run_id=found[0].info.run_id)
+    else:
+        mlflow.start_run(run_name=run.name, tags={**run.tags, _KEY: run.key})
+    status = "FAILED"
+    try:
+        yield MLflowCallback()
+        status = "FINISHED"
+    finally:
+        mlflow.end_run(status)

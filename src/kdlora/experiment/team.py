@@ -1,0 +1,270 @@
+"""One experiment by several processes: number 0 plans, decides and writes; the others train along when it says so.
+
+Every stage is a process of its own here as well: each of the started processes forks a child for it, and the children
+meet under a name of their own, so that none hears the echo of an earlier stage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from kdlora.config import Config
+from kdlora.configfile import build_config
+from kdlora.distil.precision import resolve_device
+from kdlora.distil.processes import Seat, join_processes
+from kdlora.errors import ConfigError, KdLoraError
+from kdlora.evidence.measure import ChildDiedError, Measured, run_in_child
+from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment.launch import LAUNCH_KEYS, Launch, check_launch, read_launch
+from kdlora.experiment.stages import label_training_rows, train_run
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.1
+_MEETING_SECONDS = 120
+_REPORT_SECONDS = 10
+"""How long a process may take to say why it failed, once another one has."""
+_FAREWELL_SECONDS = 3
+
+_STAGES: dict[str, Callable[..., Any]] = {stage.__name__: stage for stage in (train_run, label_training_rows)}
+
+
+class Team:
+    """The processes of an experiment, seen from one of them."""
+
+    def __init__(self, launch: Launch, store: Any = None) -> None:
+        """Take part.
+
+        Args:
+            launch: which process this is.
+            store: through which they talk; None where this process is alone.
+        """
+        self.launch = launch
+        self.store = store
+        self.number = 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.launch.count == 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process plans and writes."""
+        return self.launch.rank == 0
+
+    def run(
+        self,
+        stage: Callable[..., Any],
+        config: Config,
+        layout: ExperimentLayout,
+        *details: Any,
+        on_message: Callable[[Any], None],
+    ) -> Any:
+        """Carry out a stage in a child of every process, and give what the child of this one returned.
+
+        Args:
+            stage: `train_run` or `label_training_rows`.
+            config: the experiment.
+            layout: its folder.
+            details: what else the stage needs, of plain types.
+            on_message: called with each event of the stage.
+
+        Raises:
+            ConnectionError: another process of the run is gone.
+        """
+        self.number += 1
+        said = {"stage": stage.__name__, "config": config.model_dump(mode="json"), "details": details}
+        self.store.set(f"stage-{self.number}", json.dumps(said | {"root": str(layout.root.resolve())}))
+        try:
+            return self._take_part(stage.__name__, config, layout, details, on_message).value
+        except KdLoraError:
+            raise
+        except Exception as fault:
+            raise self._reason(fault) from fault
+
+    def _take_part(
+        self, stage: str, config: Config, layout: ExperimentLayout, details: Any, on_message: Callable[[Any], None]
+    ) -> Measured[Any]:
+        launch = self.launch
+        prefix = f"kdlora/{launch.attempt}/stage-{self.number}"
+        seat = Seat(launch.rank, launch.count, launch.local_rank, launch.address, launch.port, prefix)
+        return run_in_child(carry_out_together, seat, stage, config, layout, details, on_message=on_message)
+
+    def follow(self) -> dict[str, Any]:
+        """Take part in every stage that process 0 announces, until it has come to its end.
+
+        Returns:
+            What process 0 said at the end.
+
+        Raises:
+            ConnectionError: process 0 is gone.
+            KdLoraError: process 0 stopped on a mistake in the config or the data.
+        """
+        while (said := self._next_stage()) is not None:
+            config = build_config(said["config"], [], where="process 0")
+            outcome = {"kind": "done", "text": ""}
+            layout = ExperimentLayout(Path(said["root"]))
+            try:
+                self._take_part(said["stage"], config, layout, said["details"], _ignore)
+            except Exception as fault:
+                outcome = {"kind": _kind(fault), "text": str(fault)}
+                logger.info("process %d: %s", self.launch.rank, fault)
+            self.store.set(f"outcome-{self.number}-{self.launch.rank}", json.dumps(outcome))
+        end: dict[str, Any] = json.loads(self.store.get("end"))
+        self.store.set(f"left-{self.launch.rank}", "")
+        if end["kind"] == "mistake":
+            raise KdLoraError(f"process 0 stopped: {end['text']}")
+        if end["kind"] != "done":
+            raise ConnectionError(f"process 0 stopped: {end['text']}")
+        return end
+
+    def _next_stage(self) -> dict[str, Any] | None:
+        """Wait for the next stage; None at the end. Asks again and again, so that Ctrl-C is heard."""
+        self.number += 1
+        key = f"stage-{self.number}"
+        while True:
+            try:
+                if self.store.check([key]):
+                    said: dict[str, Any] = json.loads(self.store.get(key))
+                    return said
+                if self.store.check(["end"]):
+                    return None
+            except distributed.DistError as fault:
+                raise ConnectionError(f"process 0 of this run is gone ({fault}); the same command continues") from None
+            time.sleep(_POLL_SECONDS)
+
+    def _reason(self, fault: Exception) -> Exception:
+        """Find out why a stage failed here: the first process that fails takes the others with it."""
+        until = time.monotonic() + _REPORT_SECONDS
+        for rank in range(1, self.launch.count):
+            key = f"outcome-{self.number}-{rank}"
+            with suppress(distributed.DistError):
+                while not self.store.check([key]) and time.monotonic() < until:
+                    time.sleep(_POLL_SECONDS)
+                if self.store.check([key]):
+                    outcome = json.loads(self.store.get(key))
+                    if outcome["kind"] == "mistake":
+                        return KdLoraError(f"process {rank}: {outcome['text']}")
+                    if outcome["kind"] == "died":
+                        return ChildDiedError(f"process {rank}: {outcome['text']}")
+                    continue
+            return ConnectionError(f"process {rank} of this run is gone; the same command continues where it stopped")
+        return fault
+
+    def end(self, **said: Any) -> None:
+        """Tell the others how it ended; the store may go with this process, so they get time to hear it.
+
+        Args:
+            said: `kind` and what else they need.
+        """
+        if self.store is None:
+            return
+        until = time.monotonic() + _FAREWELL_SECONDS
+        with suppress(distributed.DistError):
+            self.store.set("end", json.dumps(said))
+            left = [f"left-{rank}" for rank in range(1, self.launch.count)]
+            while not self.store.check(left) and time.monotonic() < until:
+                time.sleep(_POLL_SECONDS)
+
+
+@contextmanager
+def gather_team(config: Config) -> Iterator[Team]:
+    """Meet the other processes of this run, where `accelerate launch`, `torchrun` or `mpirun` started several.
+
+    Args:
+        config: the experiment.
+
+    Raises:
+        ConfigError: their settings contradict the config.
+        ConnectionError: the others are not there.
+    """
+    check_launch(config)
+    launch = read_launch()
+    if launch.count == 1:
+        yield Team(launch)
+        return
+    _check_devices(config, launch)
+    # What runs in process 0 alone must not take itself for one of several; a stage's child sets them again.
+    kept = {key: os.environ.pop(key) for key in LAUNCH_KEYS if key in os.environ}
+    team = Team(launch, _meet(launch))
+    try:
+        yield team
+    except BaseException as fault:
+        if team.leads:
+            team.end(kind=_kind(fault), text=str(fault) or type(fault).__name__)
+        raise
+    finally:
+        os.environ.update(kept)
+
+
+def _meet(launch: Launch) -> Any:
+    """Open the store through which the processes talk."""
+    try:
+        store = TCPStore(
+            launch.address,
+            launch.port,
+            is_master=launch.rank == 0 and not launch.hosted,
+            timeout=timedelta(seconds=_MEETING_SECONDS),
+            wait_for_workers=False,
+        )
+    except (distributed.DistError, RuntimeError) as fault:
+        raise ConnectionError(
+            f"process {launch.rank} of {launch.count} finds nobody at {launch.address}:{launch.port}: {fault}"
+        ) from None
+    return PrefixStore(f"kdlora/{launch.attempt}/plan", store)
+
+
+def _check_devices(config: Config, launch: Launch) -> None:
+    if resolve_device(config.run.device).type == "cuda" and launch.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {launch.rank} is number {launch.local_rank} on this machine, which has "
+            f"{torch.cuda.device_count()} GPUs; start as many processes as there are GPUs, or set run.device: cpu"
+        )
+
+
+def _kind(fault: BaseException) -> str:
+    if isinstance(fault, KdLoraError):
+        return "mistake"
+    return "died" if isinstance(fault, ChildDiedError) else "fault"
+
+
+def carry_out_together(
+    seat: Seat,
+    stage: str,
+    config: Config,
+    layout: ExperimentLayout,
+    details: tuple[Any, ...],
+    progress: Callable[..., None] | None = None,
+) -> Any:
+    """Meet the children of the other processes and carry out a stage with them; runs in a child.
+
+    Args:
+        seat: of this process.
+        stage: name of a function in `stages.py`.
+        config: the experiment.
+        layout: its folder.
+        details: its other arguments.
+        progress: called with each event.
+    """
+    join_processes(seat, cuda=resolve_device(config.run.device).type == "cuda")
+    try:
+        return _STAGES[stage](config, layout, *details, progress)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _ignore(event: Any) -> None:
+    """Take an event that process 0 tells already."""

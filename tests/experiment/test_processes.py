@@ -1,0 +1,201 @@
+"""Several processes that train together, as `accelerate launch` and `torchrun` start them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+import yaml
+
+from experiments import Workshop
+from kdlora.config import Config
+from kdlora.data.load import load_splits
+from kdlora.errors import ConfigError
+from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record
+from kdlora.experiment.launch import check_launch, read_launch
+from kdlora.experiment.run import run_experiment
+from kdlora.experiment.stages import label_splits
+
+pytest_plugins = ["experiment_fixtures"]
+
+TRAIN = {"epochs": 15, "batch_size": 5, "learning_rate": 1e-3, "dropout": 0.0, "micro_batch_tokens": 64}
+LIMIT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Together:
+    """What two processes left that were struck in the middle and then started again.
+
+    Attributes:
+        config: for one process.
+        layout: of their folder.
+        struck: exit code, seconds until the end, and words of process 0, whose fellow was killed.
+        code: exit code of the launcher the second time.
+        log: all that was printed the second time.
+    """
+
+    config: Config
+    layout: ExperimentLayout
+    struck: tuple[int, float, str]
+    code: int
+    log: str
+
+    def record(self, arm: str) -> RunRecord:
+        return read_record(self.layout.run(arm, 0).record)
+
+
+def changes(**train) -> dict:
+    return {
+        "teacher": {"train": TRAIN | train},
+        "student": {"train": TRAIN | {"epochs": 2} | train},
+        "lora": {"dropout": 0.0},
+        "run": {"arms": ["fft", "kd-lora"], "checkpoint_seconds": 0.2},
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def strike(command: list[str], layout: ExperimentLayout) -> tuple[int, float, str]:
+    """Start two processes, kill the second once there is a checkpoint, and wait for the first."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        subprocess.Popen(
+            command,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        until = time.monotonic() + LIMIT_SECONDS
+        while not list(layout.run("fft", 0).checkpoints.glob("step-*/manifest.json")):
+            assert time.monotonic() < until
+            assert all(process.poll() is None for process in started)
+            time.sleep(0.02)
+        started[1].kill()
+        struck = time.monotonic()
+        said = started[0].communicate(timeout=LIMIT_SECONDS)[1]
+        return started[0].returncode, time.monotonic() - struck, said
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def together(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Together:
+    folder = tmp_path_factory.mktemp("together")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(workshop.values(changes())))
+    verb = ["kdlora", "run", str(config), "--out", str(folder / "out")]
+    layout = ExperimentLayout(folder / "out")
+    struck = strike([sys.executable, "-m", *verb], layout)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    again = subprocess.run(
+        [*launcher, "--main_process_port", str(free_port()), "-m", *verb],
+        env=os.environ | {"KDLORA_LOG": "INFO"},
+        capture_output=True,
+        text=True,
+        timeout=2 * LIMIT_SECONDS,
+        check=False,
+    )
+    doubled = workshop.config(changes(batch_size=2 * TRAIN["batch_size"]))
+    return Together(doubled, layout, struck, again.returncode, again.stdout + again.stderr)
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_run_with_an_error(together):
+    """Processes that wait for a dead one for ever hold a cluster, and nobody is told."""
+    code, seconds, said = together.struck
+    assert code == 1, said
+    assert seconds < 30
+    assert "process 1 of this run is gone; the same command continues" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_path_of_one_with_the_doubled_batch(together, tmp_path):
+    """Gradients that are averaged wrongly, or rows trained on twice, still train: only the path shows it.
+
+    The two were struck and started again, their rows are cut into micro-batches of different number, and the last
+    batch of an epoch has rows for one of them alone.
+    """
+    assert together.code == 0, together.log
+    assert "continuing from" in together.log
+    alone = run_experiment(together.config, tmp_path / "alone")
+    assert not alone.failed
+    for record in alone.records:
+        other = together.record(record.arm)
+        assert len(other.history) == len(record.history)
+        for ours, theirs in zip(record.history, other.history, strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, value in ours.items():
+                assert theirs[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (record.arm, ours["epoch"], name)
+        assert "2 processes, each with 5 of the 10 rows of a step" in other.notes
+    assert together.layout.student.is_dir()
+
+
+@pytest.mark.slow
+def test_labels_of_two_processes_are_the_file_of_one(together):
+    """Logits that are merged by position and not by id teach every row the answers of another."""
+    before = {path.name: path.read_bytes() for path in together.layout.teacher_logits.glob("*.parquet")}
+    assert before
+    for path in together.layout.teacher_logits.iterdir():
+        path.unlink()
+    label_splits(together.config, together.layout, load_splits(together.config.task, together.config.data))
+    after = {path.name: path.read_bytes() for path in together.layout.teacher_logits.glob("*.parquet")}
+    assert after == before
+
+
+def test_settings_of_accelerate_that_contradict_the_config(workshop):
+    """Accelerate's own settings are read by libraries below: a run in another precision than its record says."""
+    config = workshop.config()
+    check_launch(config, {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"})
+    with pytest.raises(ConfigError) as refused:
+        check_launch(
+            config,
+            {
+                "ACCELERATE_MIXED_PRECISION": "bf16",
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+                "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+            },
+        )
+    said = str(refused.value)
+    assert said.count("\n  - ") == 4
+    assert "mixed_precision is bf16, run.precision is fp32" in said
+    with pytest.raises(ConfigError, match=r"--cpu, run\.device is cuda"):
+        check_launch(workshop.config({"run": {"device": "cuda"}}), {"ACCELERATE_USE_CPU": "true"})
+
+
+@pytest.mark.parametrize("command", [["suite", "no.yaml"], ["search", "no.yaml"], ["label", "m", "d", "--to", "t"]])
+def test_verbs_that_hand_out_their_work_are_started_once(cli, command, monkeypatch):
+    """Two processes that carry out the same suite fight for its folder, or do everything twice."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    outcome = cli(*command)
+    assert outcome.code == 2
+    assert f"kdlora {command[0]} was started as 2 processes" in outcome.err
+
+
+def test_a_launcher_that_starts_one_process_for_two_is_told_off():
+    """`accelerate launch --cpu --num_processes 2` starts one, which would train alone on half of the rows of a step."""
+    with pytest.raises(ConfigError, match="started one"):
+        read_launch({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+    with pytest.raises(ConfigError, match="expected RANK from 0 to 1"):
+        read_launch({"WORLD_SIZE": "2", "RANK": "2"})
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 'two'"):
+        read_launch({"WORLD_SIZE": "two"})
+    assert read_launch({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}).rank == 3

@@ -1,0 +1,71 @@
+"""Trackers: one tracked run for each run of an experiment, which can be found by arm and seed."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+
+from kdlora.distil import tracking
+from kdlora.errors import ConfigError
+from kdlora.experiment.run import run_experiment
+
+pytest_plugins = ["experiment_fixtures"]
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_user(monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_MODE", "WANDB_DIR", "TENSORBOARD_LOGGING_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def track(workshop, folder, *trackers, seeds=(0, 1)):
+    changes = {"run": {"seeds": list(seeds), "report_to": list(trackers)}}
+    result = run_experiment(workshop.config(changes), folder)
+    assert not result.failed, [record.error for record in result.failed]
+    return result.folder / "tracking"
+
+
+def test_tensorboard_has_a_folder_for_each_run(workshop, tmp_path):
+    """Runs in one folder are drawn as one curve that jumps back and forth."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = track(workshop, tmp_path / "out", "tensorboard") / "tensorboard"
+    assert sorted(path.name for path in folder.iterdir()) == ["student-lora-seed0", "student-lora-seed1"]
+    events = accumulator.EventAccumulator(str(folder / "student-lora-seed1")).Reload()
+    assert len(events.Scalars("eval/score")) == 2  # one for each epoch
+    assert events.Scalars("train/hard_loss")[0].value > 0
+    tags = events.Tensors("tags/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert tags == "arm: student-lora, seed: 1"
+
+
+def test_mlflow_has_a_run_for_each_run_with_arm_and_seed(workshop, tmp_path):
+    """A tracked run without arm and seed cannot be told from its control."""
+    pytest.importorskip("mlflow")
+    folder = track(workshop, tmp_path / "out", "mlflow", seeds=[0])
+    track(workshop, tmp_path / "out", "mlflow", seeds=[0, 3])  # adds a run, and leaves the first one
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        runs = dict(database.execute("select name, run_uuid from runs where status = 'FINISHED'").fetchall())
+        assert sorted(runs) == ["student-lora-seed0", "student-lora-seed3"]
+        tags = dict(database.execute("select key, value from tags where run_uuid = ?", [runs["student-lora-seed3"]]))
+        scores = database.execute("select count(*) from metrics where key = 'eval_score'").fetchone()
+    assert (tags["arm"], tags["seed"]) == ("student-lora", "3")
+    assert scores == (4,)
+
+
+def test_wandb_is_offline_unless_it_is_asked_for(workshop, tmp_path):
+    """A tracker that sends data off without being told to gives texts and names away."""
+    pytest.importorskip("wandb")
+    folder = track(workshop, tmp_path / "out", "wandb", seeds=[0]) / "wandb"
+    (run,) = folder.glob("offline-run-*")
+    (file,) = run.glob("*.wandb")
+    content = file.read_bytes()
+    assert b"arm:student-lora" in content
+    assert b"seed:0" in content
+    assert b"eval/score" in content
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_any_training(workshop, tmp_path, monkeypatch):
+    """Hours later every run would have failed."""
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"names wandb and mlflow, not installed here; pip install wandb mlflow"):
+        tracking.check_trackers(["wandb", "mlflow"])

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from kdlora.config import DistilConfig, LoraConfig, TrainConfig
 from kdlora.data.batches import Collator, LengthBucketSampler, Tokenised
 from kdlora.data.tasks import Task
+from kdlora.distil.allocator import freed_memory_kept
 from kdlora.distil.arm_trainer import ArmTrainer, MicroBatchCollator
 from kdlora.distil.checkpoints import CheckpointFolder, load_trained_tensors
 from kdlora.distil.distillation_trainer import DistillationTrainer
@@ -149,6 +150,7 @@ def train_model(
     session = _session(settings, len(sampler), checkpoint_seconds, progress, processes)
     collator = Collator.of(tokenizer, task.kind, train.max_length)
     with (
+        freed_memory_kept(place),
         frozen_in_half(model, precision),
         dropout_set(model, settings.dropout),
         fast_on_cpu(model, place),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -13,8 +14,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from kdlora.config import Config
+from kdlora.defaults import RECIPES
 
 FOLDER = Path(__file__).parent
+RECIPES_TEXT = (
+    "`recipe` lays these under what a config sets itself; [their figures](recipes.md). `default` leaves `data.augment` "
+    "out where `data.unlabelled` is set, and where a table teaches, which has no answers for new texts."
+)
 
 
 def config_page() -> str:
@@ -26,7 +32,18 @@ def config_page() -> str:
         "the command line with `--set section.key=value`. `kdlora validate FILE` prints a config in full.",
     ]
     _describe(Config, "", parts)
+    parts += ["", "## Recipes", "", RECIPES_TEXT, "", "| recipe | sets |", "|---|---|"]
+    parts += [f"| `{name}` | {_settings(values)} |" for name, values in RECIPES.items()]
     return "\n".join(parts) + "\n"
+
+
+def _settings(values: Mapping[str, Any], prefix: str = "") -> str:
+    """List nested settings as `key: value`."""
+    parts = [
+        _settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else f"`{prefix}{key}: {value}`"
+        for key, value in values.items()
+    ]
+    return ", ".join(parts) or "nothing: the defaults of the keys are the paper's"
 
 
 def _describe(model: type[BaseModel], prefix: str, parts: list[str]) -> None:

@@ -218,7 +218,7 @@ class StudentConfig(_Section):
     revision: str | None = None
     """Commit, tag or branch of `model`."""
     from_teacher_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Instead of `model`: the teacher's own pretrained embeddings and these layers, counted from 0."""
+    """Instead of `model`: the teacher's pretrained embeddings and these layers, from 0 (arXiv 2305.15032)."""
     full_learning_rate: float = Field(default=5e-5, gt=0.0)
     """Peak learning rate of `student-fft` and `kd-fft`; all else is as in `train`."""
     train: StudentTrainConfig = StudentTrainConfig()
@@ -243,13 +243,13 @@ class LoraConfig(_Section):
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Dropout before the adapter."""
     targets: Literal["query-value", "all-linear"] | Names = "query-value"
-    """Which projections get adapters: the paper's two, every linear layer of the encoder, or a list of names."""
+    """Which projections get adapters: the paper's two, every linear layer (QLoRA, arXiv 2305.14314), or named ones."""
     rslora: bool = False
     """Rank-stabilised scaling (arXiv 2312.03732)."""
     dora: bool = False
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
     init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = "default"
-    """PEFT's initialisation of the adapters."""
+    """PEFT's initialisation of the adapters; `pissa` is arXiv 2404.02948, `olora` arXiv 2406.01775."""
     b_learning_rate_ratio: float = Field(default=1.0, gt=0.0)
     """How many times the learning rate of A the adapters' B learns at (LoRA+, arXiv 2402.12354)."""
     head_learning_rate_ratio: float = Field(default=1.0, gt=0.0)
@@ -322,7 +322,7 @@ class Config(_Section):
 
     name: str | None = Field(default=None, pattern=r"^\w[\w .+-]*$", max_length=100)
     """Name of the experiment; default: the task's name or the training file's. Results go to `runs/<name>`."""
-    recipe: RecipeName = "paper"
+    recipe: RecipeName = "default"
     """A named set of defaults for every other key, which explicit keys override: docs/recipes.md has their figures."""
     family: FamilyName | None = None
     """Teacher and student of the paper, where `teacher.model` and `student.model` are not set."""

@@ -127,8 +127,6 @@ class ArmTrainer(DistillationTrainer):
         self.checkpoints = checkpoints
         self.session = session
         self.processes: Processes = session.processes
-        if self.processes.count > 1:  # gradients are averaged where they lie, in place of in copies
-            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.epoch_sums = LossSums(args.device)
         self.resumed: Checkpoint | None = None
         session.trainee = self

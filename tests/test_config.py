@@ -295,6 +295,7 @@ def test_the_default_recipe_is_the_one_of_that_name():
     assert config == build_config({**MINIMAL, "recipe": "default"})
     assert (config.lora.targets, config.lora.rank, config.lora.dropout) == ("all-linear", 16, 0.0)
     assert (config.distil.loss, config.distil.alpha, config.data.augment) == ("mse", 0.1, 4)
+    assert (config.student.train.epochs, config.student.train.learning_rate) == (10, 1e-3)
     assert (config.student.train.dropout, config.teacher.train.dropout) == (0.0, None)
 
 

@@ -18,7 +18,7 @@ FAMILIES: dict[FamilyName, tuple[str, str]] = {
 RECIPES: dict[RecipeName, dict[str, Any]] = {
     "default": {
         "data": {"augment": 4},
-        "student": {"train": {"epochs": 10, "learning_rate": 3e-3, "dropout": 0.0}},
+        "student": {"train": {"epochs": 10, "learning_rate": 1e-3, "dropout": 0.0}},
         "lora": {"targets": "all-linear", "rank": 16, "alpha": 32.0, "dropout": 0.0},
         "distil": {"loss": "mse", "alpha": 0.1},
     },

@@ -24,6 +24,7 @@ def run_task(task: str, options: argparse.Namespace) -> list[RunRecord]:
     """Run one task's experiment, or read what is finished."""
     config = build_config(
         {
+            "recipe": "paper",
             "task": {"name": task},
             "data": {"path": str(options.glue), "max_train_examples": TASKS[task]},
             "teacher": {"model": str(options.models / "minilm-l6"), "train": {"learning_rate": 5e-5}},

@@ -44,7 +44,7 @@ def main() -> None:
     elif options.part == "share":
         faults_share.compete(options.out, rounds=options.rounds, seed=options.seed, until=until)
     elif options.part == "fuzz":
-        faults_fuzz.fuzz(options.out, minutes=options.minutes, seed=options.seed)
+        faults_fuzz.fuzz(options.out, minutes=options.minutes, seed=options.seed, until=until)
     elif options.part == "last":
         faults_last.endure(options.out, until=until)
     print(faults_summary.summarise(options.out))

@@ -7,6 +7,7 @@ import json
 import random
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,14 @@ def _continue_round(
 ) -> None:
     """Make the next attempt of a round, and judge the round when its experiment has finished."""
     folder = out / f"struck-{number}"
-    earlier = [_attempt_of(line) for line in read_lines(results) if line["round"] == number]
+    done = read_lines(results)
+    hits = Counter(line["hit"] for line in done)  # what was struck least comes first
+    earlier = [_attempt_of(line) for line in done if line["round"] == number]
     passed = {stage for attempt in earlier for _, kind, stage in attempt.events if kind == "end"}
     open_stages = [stage for stage in timings if stage not in passed]
     blow = None
     if open_stages and len(earlier) < MOST_ATTEMPTS:
-        stage = open_stages[min(int(draw.expovariate(0.7)), len(open_stages) - 1)]
+        stage = draw.choices(open_stages, [(1.0 + hits[stage]) ** -2 for stage in open_stages])[0]
         victim = "child" if stage.startswith("train") and draw.random() < 0.2 else "command"
         number_of_signal = signal.SIGKILL if victim == "child" else draw.choice(SIGNALS)
         blow = Blow(stage, draw.uniform(0.0, 0.9) * timings[stage], number=number_of_signal, victim=victim)

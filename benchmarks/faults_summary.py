@@ -58,7 +58,8 @@ def _fuzzed(out: Path) -> str:
     seconds = sum(line["seconds"] for line in lines)
     findings = sorted({name for line in lines for name in line["findings"]})
     targets = sorted({line["target"] for line in lines})
-    return f"- fuzzing: {seconds:.0f} s over {', '.join(targets)}; findings: {findings or 'none'}"
+    tries = sum(int(line["said"].split()[1]) for line in lines if line["said"].startswith("Done "))
+    return f"- fuzzing: {seconds:.0f} s and {tries:,} tries over {', '.join(targets)}; findings: {findings or 'none'}"
 
 
 def _lasted(out: Path) -> str:

@@ -51,6 +51,8 @@ class Recipe(_Part):
     settings: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
     arms: tuple[Arm, ...] = ("kd-lora", "student-lora")
+    unlabelled: int = 0
+    """So many training rows after the task's first `rows` teach as texts without labels."""
 
 
 class Step(_Part):
@@ -102,6 +104,10 @@ class Places:
     def table(self, task: str) -> Path:
         """Name the file that a task without a GLUE name is read from."""
         return self.out / f"{task}.csv"
+
+    def texts(self, task: str) -> Path:
+        """Name the file of a task's texts that are used without their labels."""
+        return self.out / f"{task}-unlabelled.csv"
 
     def run(self, work: Work) -> Path:
         """Name the record of a unit of work."""
@@ -156,6 +162,8 @@ class Work:
             made_of["distil"] = config.distil.model_dump(mode="json", exclude_defaults=True)
             made_of["teacher"] = teacher_of(self).key
             made_of |= {"augment": config.data.augment} if config.data.augment else {}
+        if self.arm not in TEACHER_ARMS and config.data.unlabelled:
+            made_of["unlabelled"] = config.data.max_unlabelled_examples  # the control takes as many steps
         return hash_json(made_of)[:16]
 
 
@@ -191,6 +199,8 @@ def configure(study: Study, places: Places, task: str, recipe: str, point: Mappi
         _merge(values, layer)
     models = {key: {"model": str(places.models / name)} for key, name in _models(study).items()}
     _merge(values, models)
+    if count := study.recipes[recipe].unlabelled:
+        _merge(values, {"data": {"unlabelled": str(places.texts(task)), "max_unlabelled_examples": count}})
     return build_config(values, [f"{key}={value}" for key, value in point.items()])
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from study_plan import Places, Study, Work, teacher_of
 from transformers.utils.logging import disable_progress_bar as disable_model_progress
 
-from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, DataConfig, TaskConfig
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.split import split_rows
 from kdlora.data.tasks import Task
@@ -45,17 +45,35 @@ def prepare() -> None:
 
 
 def write_tables(study: Study, places: Places) -> None:
-    """Give vader's files a header, once."""
+    """Write what the tasks are read from, once: vader's files with a header, texts without their labels."""
+    places.out.mkdir(parents=True, exist_ok=True)
     for name, task in study.tasks.items():
-        table = places.table(name)
-        if task.vader is None or table.exists():
-            continue
-        lines = (places.models / "vader" / task.vader).read_text(encoding="utf-8", errors="replace").splitlines()
-        table.parent.mkdir(parents=True, exist_ok=True)
-        with table.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["id", "rating", "text"])
-            writer.writerows(line.split("\t", 2) for line in lines if line.strip())
+        if task.vader is not None and not places.table(name).exists():
+            file = places.models / "vader" / task.vader
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            rows = [line.split("\t", 2) for line in lines if line.strip()]
+            _write_table(places.table(name), ("id", "rating", "text"), rows)
+        if any(recipe.unlabelled for recipe in study.recipes.values()) and not places.texts(name).exists():
+            _write_table(places.texts(name), *_rows_left(study, places, name))
+
+
+def _rows_left(study: Study, places: Places, name: str) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Give the texts of the training rows that the task does not use, under the benchmark's column names."""
+    settings = study.task_settings(name, places)
+    del settings["data"]["max_train_examples"]
+    splits = load_splits(TaskConfig(**settings["task"]), DataConfig(**settings["data"]))
+    rest = splits.train.select(range(study.tasks[name].rows or 0, len(splits.train)))
+    columns = [column for column in ("text", "text_pair") if column in rest.column_names]
+    return list(splits.task.text), list(zip(*(rest[column] for column in columns), strict=True))
+
+
+def _write_table(file: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    partial = file.with_suffix(".part")
+    with partial.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    partial.replace(file)
 
 
 def read_scores(places: Places) -> dict[str, float]:
@@ -136,8 +154,9 @@ def teach(work: Work, places: Places, task: Task, part: str) -> TeacherLogits:
     whole = teacher_of(work)
     rows = getattr(_load(work.config.task, work.config.data), part)
     folder = _teacher_folder(whole, places)
-    copies = work.config.data.augment if part == "unlabelled" else 0
-    stored = folder.with_suffix(f".{part}{copies or ''}")
+    data = work.config.data
+    more = [data.max_unlabelled_examples, data.augment] if part == "unlabelled" else []
+    stored = folder.with_suffix("-".join([f".{part}", *(str(count) for count in more if count)]))
     if stored not in _taught:
         encoder, columns = load_fine_tuned(str(folder), task)
         _taught[stored] = teacher_logits(
@@ -170,8 +189,10 @@ def _splits(work: Work) -> Splits:
     if whole.unlabelled is None:
         return part
     ids = set(part.train["id"])  # a copy of a held-out text is not to be seen either
-    own = [row for row, name in enumerate(whole.unlabelled["id"]) if name.rpartition("~")[0] in ids]
-    return dataclasses.replace(part, unlabelled=whole.unlabelled.select(own), copies=len(own))
+    origins = [name.rpartition("~")[0] for name in whole.unlabelled["id"]]  # empty for a text that is no copy
+    own = [row for row, origin in enumerate(origins) if not origin or origin in ids]
+    copies = sum(origins[row] != "" for row in own)
+    return dataclasses.replace(part, unlabelled=whole.unlabelled.select(own), copies=copies)
 
 
 @functools.lru_cache(maxsize=16)

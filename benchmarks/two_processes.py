@@ -33,18 +33,18 @@ def write_config(options: argparse.Namespace, batch: int, place: Path) -> Path:
         "data": {"path": str(options.glue.resolve()), "max_train_examples": options.rows},
         "teacher": {"model": str((options.models / "minilm-l6").resolve()), "train": train},
         "student": {"model": str((options.models / "bert-tiny").resolve()), "train": train},
-        "run": {"arms": list(ARMS), "seeds": [0], "threads": 1, "precision": options.precision},
+        "run": {"arms": options.arms, "seeds": [0], "threads": 1, "precision": options.precision},
         "export": {"formats": [], "benchmark": False},
     }
     place.write_text(yaml.safe_dump(values), encoding="utf-8")
     return place
 
 
-def speeds(command: list[str], folder: Path) -> dict[str, float]:
+def speeds(command: list[str], folder: Path, arms: list[str]) -> dict[str, float]:
     """Run a command, and give the rows per second of each arm."""
     subprocess.run([*command, "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
     layout = ExperimentLayout(folder)
-    return {arm: read_record(layout.run(arm, 0).record).examples_per_second or 0.0 for arm in ARMS}
+    return {arm: read_record(layout.run(arm, 0).record).examples_per_second or 0.0 for arm in arms}
 
 
 def main(options: argparse.Namespace) -> None:
@@ -56,9 +56,10 @@ def main(options: argparse.Namespace) -> None:
         one, two = (write_config(options, BATCH // n, folder / f"{n}.yaml") for n in (1, 2))
         for turn in range(options.rounds):
             pinned = ["taskset", "-c", "0", sys.executable, "-m", "kdlora", "run", str(one)]
-            found["one"].append(speeds(pinned, folder / f"one-{turn}"))
-            found["two"].append(speeds([*launcher, "-m", "kdlora", "run", str(two)], folder / f"two-{turn}"))
-    for arm in ARMS:
+            found["one"].append(speeds(pinned, folder / f"one-{turn}", options.arms))
+            together = [*launcher, "-m", "kdlora", "run", str(two)]
+            found["two"].append(speeds(together, folder / f"two-{turn}", options.arms))
+    for arm in options.arms:
         alone, both = (max(turn[arm] for turn in found[key]) for key in ("one", "two"))
         print(f"{arm:12} one process {alone:7.1f} rows/s, two {both:7.1f} rows/s: {both / alone:.2f} times")
     print(json.dumps({"rounds": found, "machine": describe_machine(), "versions": collect_versions()}))
@@ -71,4 +72,5 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     main(parser.parse_args())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -13,8 +14,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from kdlora.config import Config
+from kdlora.defaults import RECIPES
 
 FOLDER = Path(__file__).parent
+RECIPES_TEXT = (
+    "`recipe` lays these under what a config sets itself; [their figures](recipes.md). `default` leaves `data.augment` "
+    "out where `data.unlabelled` is set, and where a table teaches, which has no answers for new texts."
+)
 
 
 def config_page() -> str:
@@ -26,7 +32,18 @@ def config_page() -> str:
         "the command line with `--set section.key=value`. `kdlora validate FILE` prints a config in full.",
     ]
     _describe(Config, "", parts)
+    parts += ["", "## Recipes", "", RECIPES_TEXT, "", "| recipe | sets |", "|---|---|"]
+    parts += [f"| `{name}` | {_settings(values)} |" for name, values in RECIPES.items()]
     return "\n".join(parts) + "\n"
+
+
+def _settings(values: Mapping[str, Any], prefix: str = "") -> str:
+    """List nested settings as `key: value`."""
+    parts = [
+        _settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else f"`{prefix}{key}: {value}`"
+        for key, value in values.items()
+    ]
+    return ", ".join(parts) or "nothing: the defaults of the keys are the paper's"
 
 
 def _describe(model: type[BaseModel], prefix: str, parts: list[str]) -> None:
@@ -60,10 +77,22 @@ def _type(annotation: Any) -> str:
     return names.get(annotation, str(annotation))
 
 
+def _limit(value: float) -> str:
+    """Write a limit; the large ones are powers of two, which counters and seeds have."""
+    for less, text in ((0, "2^{}"), (1, "2^{} - 1")):
+        whole = int(value) + less
+        if value > 10**6 and whole.bit_count() == 1:
+            return text.format(whole.bit_length() - 1)
+    return f"{value:g}"
+
+
 def _limits(field: FieldInfo) -> str:
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     found = [
-        f"{sign} {getattr(part, key):g}" for part in field.metadata for key, sign in signs.items() if hasattr(part, key)
+        f"{sign} {_limit(getattr(part, key))}"
+        for part in field.metadata
+        for key, sign in signs.items()
+        if hasattr(part, key)
     ]
     return f", {' and '.join(found)}" if found else ""
 

@@ -28,6 +28,7 @@ os.environ.update(
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
     }
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and two test processes share the cores

@@ -39,6 +39,7 @@ class Workshop:
         """Give the sections of a config of one arm without a teacher; changes replace keys of a section."""
         values: dict[str, Any] = {
             "name": "small",
+            "recipe": "paper",
             "task": {},
             "data": {"train": str(self.train), "validation": str(self.validation)},
             "teacher": {"model": str(self.teacher), "train": FAST},

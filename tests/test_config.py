@@ -1,15 +1,18 @@
 """Configuration: every fault at once, no key without effect, and a file that reruns the experiment."""
 
+import math
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Annotated, Union, get_args, get_origin
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from kdlora.config import ARMS, Config
+from kdlora.config import ARMS, Config, DistilConfig, LoraConfig, StudentTrainConfig, TaskConfig
 from kdlora.configfile import build_config, load_config, save_config
 from kdlora.errors import ConfigError
 
@@ -90,7 +93,7 @@ def test_overrides_are_yaml_and_reach_nested_keys():
         MINIMAL, ["student.train.learning_rate=5e-5", "run.seeds=[3, 4]", "lora.targets=[query, key]", "name=x"]
     )
     assert config.student.train.learning_rate == pytest.approx(5e-5)
-    assert config.student.train.epochs == 5.0
+    assert config.student.train.epochs == build_config(MINIMAL).student.train.epochs
     assert config.run.seeds == (3, 4)
     assert config.lora.targets == ("query", "key")
     assert config.name == "x"
@@ -180,10 +183,52 @@ def test_saved_configs_read_back_equal(tmp_path_factory, rank, rate, arms, seeds
     assert load_config(file).fingerprint() == config.fingerprint()
 
 
+def values_of(field):
+    """Values of a key's own type and range; None where that is the default."""
+    is_union = get_origin(field.annotation) in (Union, types.UnionType)
+    kinds = get_args(field.annotation) if is_union else (field.annotation,)
+    limits = [limit for limit in field.metadata if type(limit).__module__ == "annotated_types"]
+    drawn = [st.none() if kind is type(None) else st.from_type(Annotated[kind, *limits, ""]) for kind in kinds]
+    return st.one_of(drawn).filter(lambda value: not isinstance(value, float) or math.isfinite(value))
+
+
+def leaves(model, *path):
+    """Every key with its field, as a path."""
+    for name, field in model.model_fields.items():
+        if hasattr(field.annotation, "model_fields"):
+            yield from leaves(field.annotation, *path, name)
+        elif name != "name":
+            yield (*path, name), field
+
+
+LEAVES = dict(leaves(Config)) | {("task", "name"): TaskConfig.model_fields["name"]}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(keys=st.sets(st.sampled_from(sorted(LEAVES)), min_size=1, max_size=5), draw=st.data())
+def test_any_config_reads_back_equal(tmp_path, keys, draw):
+    """Of some eighty keys, one that is written in another form than it is read in is found by nobody."""
+    values = {"family": "bert", "data": {"train": "a.csv"}}
+    for path in sorted(keys):
+        *sections, key = path
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = draw.draw(values_of(LEAVES[path]), label=".".join(path))
+    try:
+        config = build_config(values)
+    except ConfigError:
+        assume(False)
+    file = tmp_path / "c.yaml"
+    file.write_text(save_config(config), encoding="utf-8")
+    assert load_config(file) == config
+    assert load_config(file).fingerprint() == config.fingerprint()
+
+
 def test_the_fingerprint_sees_every_section_but_the_name():
     """Two configs with one fingerprint would share a folder and mix their runs."""
     base = build_config(MINIMAL)
-    for override in ("lora.rank=4", "distil.alpha=0.1", "run.seeds=[9]", "data.split_seed=1", "teacher.train.epochs=1"):
+    for override in ("lora.rank=4", "distil.alpha=0.7", "run.seeds=[9]", "data.split_seed=1", "teacher.train.epochs=1"):
         assert build_config(MINIMAL, [override]).fingerprint() != base.fingerprint(), override
     assert build_config(MINIMAL, ["name=other"]).fingerprint() == base.fingerprint()
 
@@ -225,7 +270,6 @@ def test_a_recipe_fills_in_what_is_not_set():
     """A recipe that overrides the user's key, or that does not reach the resolved config, would run something else."""
     paper, tuned = (build_config({**MINIMAL, "recipe": name}) for name in ("paper", "paper-tuned"))
     assert paper.model_copy(update={"recipe": "paper-tuned"}) != tuned
-    assert build_config(MINIMAL) == paper
     assert (tuned.student.train.epochs, tuned.student.train.learning_rate) == (10, 3e-3)
     assert tuned.student.train.weight_decay == paper.student.train.weight_decay
     own = build_config({**MINIMAL, "recipe": "paper-tuned", "student": {"train": {"epochs": 2}}}, ["lora.rank=4"])
@@ -233,6 +277,36 @@ def test_a_recipe_fills_in_what_is_not_set():
     assert yaml.safe_load(save_config(own))["student"]["train"]["learning_rate"] == 3e-3
     changed = build_config({**MINIMAL, "student": {"train": {"learning_rate": 1e-3}}}, ["recipe=paper-tuned"])
     assert (changed.student.train.epochs, changed.student.train.learning_rate) == (10, 1e-3)
+
+
+def test_the_papers_recipe_is_the_papers():
+    """A baseline that drifts with the defaults is none."""
+    paper = build_config({**MINIMAL, "recipe": "paper"})
+    assert (paper.student.train, paper.lora, paper.distil) == (StudentTrainConfig(), LoraConfig(), DistilConfig())
+    assert (paper.student.train.epochs, paper.student.train.learning_rate) == (5, 5e-4)
+    assert (paper.lora.targets, paper.lora.rank, paper.lora.alpha) == ("query-value", 8, 16)
+    assert (paper.distil.loss, paper.distil.alpha, paper.distil.temperature) == ("kl", 0.5, 2.0)
+    assert paper.data.augment == 0
+
+
+def test_the_default_recipe_is_the_one_of_that_name():
+    """The recipe that won the comparison has to be what a user gets who names none."""
+    config = build_config(MINIMAL)
+    assert config == build_config({**MINIMAL, "recipe": "default"})
+    assert (config.lora.targets, config.lora.rank, config.lora.dropout) == ("all-linear", 16, 0.0)
+    assert (config.distil.loss, config.distil.alpha, config.data.augment) == ("mse", 0.1, 4)
+    assert (config.student.train.epochs, config.student.train.learning_rate) == (10, 1e-3)
+    assert (config.student.train.dropout, config.teacher.train.dropout) == (0.0, None)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"teacher": {"logits": "t.parquet"}}, {"data": {"path": "x", "unlabelled": "more.txt"}}]
+)
+def test_the_default_recipe_makes_no_copies_that_nobody_can_label(changes):
+    """The user of a table, or of a labelled collection, would be stopped by a key that they never set."""
+    assert build_config(MINIMAL | changes).data.augment == 0
+    assert build_config(MINIMAL | changes).distil.loss == "mse"
+    assert build_config(MINIMAL | {"data": {"path": "x", "unlabelled": "more.txt", "augment": 2}}).data.augment == 2
 
 
 def test_an_unknown_recipe_names_the_nearest():

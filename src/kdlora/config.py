@@ -23,6 +23,7 @@ LORA_ARMS: frozenset[Arm] = frozenset({"lora", "kd-lora", "student-lora"})
 DISTILLED_ARMS: frozenset[Arm] = frozenset({"kd-lora", "kd-fft"})
 SHIPPED_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")
 """Student arms in the order in which they are shipped: the first that an experiment has."""
+_SEEDS, _MOST = 2**32, 2**31 - 1  # NumPy's seeds; what tokenizers, Arrow and PyTorch can all count to
 
 
 def _as_tuple(value: object) -> object:
@@ -72,7 +73,7 @@ class TaskConfig(_Section):
         if self.name is not None and (given or self.kind != "auto"):
             keys = ", ".join(f"task.{key}" for key in given or ["kind"])
             raise ValueError(f"{self.name!r} is a GLUE task with known columns; leave out {keys}, or task.name")
-        if self.label_names is not None and len(set(self.label_names)) != len(self.label_names):
+        if len(set(self.label_names or ())) != len(self.label_names or ()):
             raise ValueError("task.label_names holds a name twice")
         return self
 
@@ -101,13 +102,13 @@ class DataConfig(_Section):
     """Column that names an example; where the data lacks it, the row number from 0 is the id."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Share of the training rows that becomes the validation split where none is given."""
-    split_seed: int = Field(default=0, ge=0)
+    split_seed: int = Field(default=0, ge=0, lt=_SEEDS)
     """Seed of that split; it is recorded and does not depend on `run.seeds`."""
-    max_train_examples: int | None = Field(default=None, ge=1)
+    max_train_examples: int | None = Field(default=None, ge=1, le=_MOST)
     """Use only the first so many training rows."""
-    max_unlabelled_examples: int | None = Field(default=None, ge=1)
+    max_unlabelled_examples: int | None = Field(default=None, ge=1, le=_MOST)
     """Use only the first so many rows of `unlabelled`."""
-    augment: int = Field(default=0, ge=0)
+    augment: int = Field(default=0, ge=0, le=1000)
     """Perturbed copies of every training text (TinyBERT, arXiv 1909.10351) that the teacher labels too.
 
     An epoch of the distilled arms draws from texts and copies alike, and is as long as without them.
@@ -129,7 +130,7 @@ class TrainConfig(_Section):
 
     epochs: float = Field(default=3.0, gt=0.0)
     """Passes over the training rows."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=_MOST)
     """Rows per optimiser step; the loss is their exact mean, whatever the micro-batches."""
     learning_rate: float = Field(default=2e-5, gt=0.0)
     """Peak learning rate."""
@@ -143,10 +144,12 @@ class TrainConfig(_Section):
     """Gradients are scaled down to this norm."""
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Dropout of the model while it trains; null keeps what its config says. `lora.dropout` is apart."""
-    max_length: int = Field(default=128, ge=4)
+    max_length: int = Field(default=128, ge=4, le=_MOST)
     """Longest input in tokens; longer texts are cut, and counted."""
-    micro_batch_tokens: int | None = Field(default=16384, ge=16)
+    micro_batch_tokens: int | None = Field(default=16384, ge=16, le=_MOST)
     """Padded tokens that one forward and backward pass may hold; it splits inside the batch only."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: same results, less memory, about a third more time."""
     select: Literal["last", "best"] = "last"
     """Which epoch's weights are kept: the last, or the best on the validation split."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
@@ -187,7 +190,7 @@ class TeacherConfig(_Section):
     """A table of logits (Parquet or JSON Lines: `id`, optional `split`, one column per label name)."""
     probabilities: str | None = None
     """The same with probabilities."""
-    seed: int | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=0, lt=_SEEDS)
     """Seed that trains the one teacher; default: the first of `run.seeds`."""
     train: TeacherTrainConfig = TeacherTrainConfig()
     """How the teacher is fine-tuned."""
@@ -217,7 +220,7 @@ class StudentConfig(_Section):
     revision: str | None = None
     """Commit, tag or branch of `model`."""
     from_teacher_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Instead of `model`: the teacher's own pretrained embeddings and these layers, counted from 0."""
+    """Instead of `model`: the teacher's pretrained embeddings and these layers, from 0 (arXiv 2305.15032)."""
     full_learning_rate: float = Field(default=5e-5, gt=0.0)
     """Peak learning rate of `student-fft` and `kd-fft`; all else is as in `train`."""
     train: StudentTrainConfig = StudentTrainConfig()
@@ -235,20 +238,20 @@ class StudentConfig(_Section):
 class LoraConfig(_Section):
     """The adapters (LoRA, through PEFT)."""
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=8192)
     """Rank of each adapter."""
     alpha: float = Field(default=16.0, gt=0.0)
     """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Dropout before the adapter."""
     targets: Literal["query-value", "all-linear"] | Names = "query-value"
-    """Which projections get adapters: the paper's two, every linear layer of the encoder, or a list of names."""
+    """Which projections get adapters: the paper's two, every linear layer (QLoRA, arXiv 2305.14314), or named ones."""
     rslora: bool = False
     """Rank-stabilised scaling (arXiv 2312.03732)."""
     dora: bool = False
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
     init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = "default"
-    """PEFT's initialisation of the adapters."""
+    """PEFT's initialisation of the adapters; `pissa` is arXiv 2404.02948, `olora` arXiv 2406.01775."""
     b_learning_rate_ratio: float = Field(default=1.0, gt=0.0)
     """How many times the learning rate of A the adapters' B learns at (LoRA+, arXiv 2402.12354)."""
     head_learning_rate_ratio: float = Field(default=1.0, gt=0.0)
@@ -276,19 +279,19 @@ class RunConfig(_Section):
 
     Without `teacher.model` the default leaves `lora` out.
     """
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=_SEEDS)], ...] = Field(default=(0, 1, 2), min_length=1)
     """Seeds; every arm runs once per seed."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the matrix products; `auto` picks by what the machine can do, and says what."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads; default: PyTorch's own choice (the physical cores)."""
     fail_fast: bool = False
     """Stop at the first run that fails, in place of carrying on with the other arms."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)
     """Seconds of training between two checkpoints: the most that a crash can cost."""
-    keep_checkpoints: int = Field(default=1, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1, le=_MOST)
     """Newest checkpoints of a training that are kept; a second one is there if the first is damaged."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_as_tuple)] = ()
     """Trackers that every run is told to, named by arm and seed: `tensorboard`, `wandb` (offline), `mlflow`."""
@@ -321,7 +324,7 @@ class Config(_Section):
 
     name: str | None = Field(default=None, pattern=r"^\w[\w .+-]*$", max_length=100)
     """Name of the experiment; default: the task's name or the training file's. Results go to `runs/<name>`."""
-    recipe: RecipeName = "paper"
+    recipe: RecipeName = "default"
     """A named set of defaults for every other key, which explicit keys override: docs/recipes.md has their figures."""
     family: FamilyName | None = None
     """Teacher and student of the paper, where `teacher.model` and `student.model` are not set."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,13 +123,15 @@ def _read_yaml(text: str, loader: type[yaml.SafeLoader]) -> Any:
         raise ConfigError(f"not valid YAML: {error}") from None
     except RecursionError:
         raise ConfigError("not valid YAML: it is nested too deep") from None
-    except ValueError as error:  # an impossible date, or a number with thousands of digits
+    except ValueError as error:  # an impossible date, a number with thousands of digits, half a character
         raise ConfigError(f"not valid YAML: {error}") from None
     return values
 
 
 def _count_values(value: Any, counts: dict[int, int | None]) -> int:
     """Count values as they stand when every alias is written out; small files can say very much with aliases."""
+    if isinstance(value, str):
+        value.encode("utf-8")  # an escape may stand for half a character, which no file can hold
     if not isinstance(value, dict | list):
         return 1
     if id(value) in counts:
@@ -281,9 +284,11 @@ def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> d
         value = part.get(key) if isinstance(part, dict) else None
         if not isinstance(part, dict) or not isinstance(value, str):
             continue
-        if "\0" in value:
-            raise ConfigError(f"{section}.{key}: a path holds no zero byte, got {value[:80]!r}")
-        candidate = (base / Path(value).expanduser()).resolve()
+        if "\0" in value or not _is_unicode(value):
+            raise ConfigError(
+                f"{section}.{key}: a path holds no zero byte and is UTF-8, got {value[:80]!r}; rename what is there"
+            )
+        candidate = (base / expand_home(value)).resolve()
         if section == "data" and key in _SPLIT_KEYS and has_source:
             # With data.path these are split names, unless a file is meant, or the folder of a labelled collection.
             is_path = candidate.is_file() or (candidate / COLLECTION_MANIFEST).is_file()
@@ -291,6 +296,24 @@ def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> d
             is_path = (section, key) in _FILE_KEYS or value.startswith(("/", "./", "../", "~")) or candidate.exists()
         part[key] = str(candidate) if is_path else value
     return resolved
+
+
+def expand_home(path: str) -> Path:
+    """Replace `~` and `~user`; where nobody knows that home, the path stays as it is, to be missed by its name.
+
+    Args:
+        path: as the user wrote it.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's own raises RuntimeError
+
+
+def _is_unicode(text: str) -> bool:
+    """Say whether a text can be written; a name in another encoding than UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def describe_faults(error: ValidationError, where: str, root: type[BaseModel] = Config) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 FamilyName = Literal["bert", "roberta", "deberta-v3"]
-RecipeName = Literal["paper", "paper-tuned"]
+RecipeName = Literal["default", "paper", "paper-tuned"]
 
 FAMILIES: dict[FamilyName, tuple[str, str]] = {
     "bert": ("bert-base-uncased", "distilbert-base-uncased"),
@@ -16,6 +16,12 @@ FAMILIES: dict[FamilyName, tuple[str, str]] = {
 """Teacher and student of each family in the paper (KD-LoRA, section 3)."""
 
 RECIPES: dict[RecipeName, dict[str, Any]] = {
+    "default": {
+        "data": {"augment": 4},
+        "student": {"train": {"epochs": 10, "learning_rate": 1e-3, "dropout": 0.0}},
+        "lora": {"targets": "all-linear", "rank": 16, "alpha": 32.0, "dropout": 0.0},
+        "distil": {"loss": "mse", "alpha": 0.1},
+    },
     "paper": {},
     "paper-tuned": {"student": {"train": {"epochs": 10, "learning_rate": 3e-3}}},
 }
@@ -32,8 +38,8 @@ def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
         values: the user's sections, nested. A key that is there counts, even with null; a section that is no mapping
             stays as it is, for the config reports it.
     """
-    recipe = values.get("recipe")
-    filled = lay_under(values, RECIPES[recipe]) if recipe in RECIPES else dict(values)
+    recipe = values.get("recipe", "default")
+    filled = lay_under(values, _fitting(RECIPES[recipe], values)) if recipe in RECIPES else dict(values)
     sections = {key: filled.get(key) or {} for key in ("teacher", "student", "run")}
     if not all(isinstance(section, Mapping) for section in sections.values()):
         return filled
@@ -46,6 +52,19 @@ def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
     if teacher.get("model") is None:  # nothing pretrained of the teacher's size to adapt
         run = _with_default(run, "arms", ["fft", "kd-lora", "student-lora"])
     return filled | {"teacher": teacher, "student": student, "run": run}
+
+
+def _fitting(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave copies of the texts out: no model labels them, the user has more texts than copies, or no data at all."""
+    has_table = any(_is_set(values, "teacher", key) for key in ("logits", "probabilities"))
+    if has_table or _is_set(values, "data", "unlabelled") or not values.get("data"):
+        return {key: section for key, section in recipe.items() if key != "data"}
+    return recipe
+
+
+def _is_set(values: Mapping[str, Any], section: str, key: str) -> bool:
+    given = values.get(section)
+    return isinstance(given, Mapping) and given.get(key) is not None
 
 
 def lay_under(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,13 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import study as study_command
 from study import UNFINISHED, ready_work
 from study_plan import Places, Study, Work, choose_point, configure, grid_points, read_study
-from study_runs import claimed
+from study_runs import claimed, write_tables
+
+from kdlora.data.load import load_splits
 
 STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.yaml"))
 VALUES = {
     "teacher": "large",
     "student": "small",
-    "base": {"student": {"train": {"epochs": 4}}},
+    "base": {"recipe": "paper", "student": {"train": {"epochs": 4}}},
     "tasks": {"one": {"glue": "cola", "rows": 100}, "two": {"glue": "mrpc", "rows": 100}},
     "search": {"tasks": ["one"], "grid": {"student.train.learning_rate": [1e-3, 1e-2]}},
     "recipes": {
@@ -126,6 +128,38 @@ def test_what_an_arm_reads_is_in_its_key(study):
     assert len({(work.arm, work.key) for work in variants}) == len(variants) - len(same)
 
 
+def write_ratings(models: Path) -> None:
+    """Write 60 rated sentences where vader's files lie."""
+    words = ["good", "bad", "dull", "fine"]
+    lines = [f"{row}\t{row % 4 - 1.5}\ta {words[row % 4]} film number {row}" for row in range(60)]
+    (models / "vader").mkdir(parents=True)
+    (models / "vader" / "ratings.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_texts_without_labels_are_other_rows(tmp_path):
+    """Texts that are labelled rows, or scored ones, would make the curve of more texts flat, or too steep."""
+    write_ratings(tmp_path)
+    values = {
+        **VALUES,
+        "tasks": {"ratings": {"vader": "ratings.txt", "rows": 10}},
+        "search": {**VALUES["search"], "tasks": ["ratings"]},
+        "recipes": {**VALUES["recipes"], "texts": {"unlabelled": 20}},
+        "steps": [{"recipes": ["texts"], "tasks": ["ratings"]}],
+    }
+    study, places = Study.model_validate(values), Places(tmp_path, tmp_path, tmp_path / "out")
+    write_tables(study, places)
+    config = configure(study, places, "ratings", "texts", {})
+    splits = load_splits(config.task, config.data)
+    without = configure(study, places, "ratings", "paper-tuned", {})
+    assert without.data.unlabelled is None
+    assert splits.unlabelled is not None
+    assert len(splits.unlabelled) == 20
+    assert not set(splits.unlabelled["text"]) & {*splits.train["text"], *splits.validation["text"]}
+    for arm in ("kd-lora", "student-lora"):
+        assert Work("ratings", arm, 0, config).key != Work("ratings", arm, 0, without).key
+    assert Work("ratings", "fft", 0, config).key == Work("ratings", "fft", 0, without).key
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_can_be_read(path):
     """A misspelt setting in a study would show after hours."""
@@ -143,19 +177,18 @@ def test_a_study_runs_stops_resumes_and_reports(tiny_model_folder, tmp_path, cap
     models = tmp_path / "models"
     for name, family in (("large", "bert"), ("small", "distilbert")):
         shutil.copytree(tiny_model_folder(family), models / name)
-    words = ["good", "bad", "dull", "fine"]
-    lines = [f"{row}\t{row % 4 - 1.5}\ta {words[row % 4]} film number {row}" for row in range(60)]
-    (models / "vader").mkdir()
-    (models / "vader" / "ratings.txt").write_text("\n".join(lines), encoding="utf-8")
+    write_ratings(models)
     small = {
         **VALUES,
         "base": {
+            "recipe": "paper",
             "teacher": {"train": {"epochs": 1, "batch_size": 8}},
             "student": {"train": {"epochs": 1, "batch_size": 8}},
         },
-        "tasks": {"ratings": {"vader": "ratings.txt"}},
+        "tasks": {"ratings": {"vader": "ratings.txt", "rows": 24}},
         "search": {"tasks": ["ratings"], "grid": {"student.train.learning_rate": [1e-3, 1e-2]}},
-        "steps": [{"recipes": ["paper-tuned", "mse", "full"], "tasks": ["ratings"], "seeds": [0, 1]}],
+        "recipes": {**VALUES["recipes"], "texts": {"unlabelled": 20}},
+        "steps": [{"recipes": ["paper-tuned", "mse", "full", "texts"], "tasks": ["ratings"], "seeds": [0, 1]}],
     }
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(small), encoding="utf-8")
@@ -174,6 +207,6 @@ def test_a_study_runs_stops_resumes_and_reports(tiny_model_folder, tmp_path, cap
     assert [json.loads(path.read_text(encoding="utf-8")) for path in records] == first
     assert call("--report", "--draws", "50") == 0
     table = capsys.readouterr().out
-    assert "97.50%" not in table  # one recipe is compared, so nothing is corrected
-    assert table.count("n = 2") >= 8
+    assert "97.50%" in table  # two recipes are compared
+    assert table.count("n = 2") >= 11
     assert not list((tmp_path / "out").glob("*/*.checkpoints"))

@@ -14,7 +14,7 @@ from kdlora.distil.cpu_kernels import (
     dropout,
     dropped_steps,
     frozen_linear,
-    keep_bytes,
+    keep_mask,
     kept_scale,
 )
 from kdlora.distil.fast_cpu import fast_on_cpu
@@ -150,8 +150,9 @@ def test_dropout_keeps_the_mean(rate):
 def test_every_byte_of_the_random_words_is_random():
     """`random_()` without a lower bound leaves the top bit zero: every eighth element would drop twice as often."""
     torch.manual_seed(0)
-    keep = keep_bytes(torch.Size((100_000, 8)), 0.25)
-    assert torch.allclose(keep.float().mean(0), torch.tensor(0.75), atol=0.01)
+    keep = keep_mask(torch.Size((100_000, 8)), 0.25)
+    assert set(keep.unique().tolist()) == {-1, 0}
+    assert torch.allclose(keep.float().mean(0), torch.tensor(-0.75), atol=0.01)
 
 
 def test_dropout_passes_the_gradient_of_what_it_kept():

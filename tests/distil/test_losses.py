@@ -84,6 +84,49 @@ def test_soft_losses_match_float64(seed, rows, labels, temperature):
         assert (exact >= -1e-12).all()
 
 
+def reference_hard(kind: str, logits: list[float], label) -> float:
+    """One row's hard loss, term by term."""
+    if kind == "single-label":
+        return math.log(sum(math.exp(z - logits[label]) for z in logits))
+    if kind == "multi-label":
+        terms = [math.log1p(math.exp(-z if yes else z)) for z, yes in zip(logits, label, strict=True)]
+        return sum(terms) / len(terms)
+    return (logits[0] - label) ** 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(["single-label", "multi-label", "regression"]),
+    rows=st.integers(1, 5),
+    alpha=st.floats(0.0, 1.0),
+    loss=st.sampled_from(["kl", "mse"]),
+)
+def test_the_whole_loss_matches_float64(seed, kind, rows, alpha, loss):
+    """Hard and soft loss are right one by one and wrong together: a term of another scale, or weighed twice."""
+    draw = np.random.default_rng(seed)
+    width = 1 if kind == "regression" else int(draw.integers(2, 6))
+    student, teacher = draw.normal(size=(2, rows, width)) * 3
+    labels = {
+        "single-label": draw.integers(width, size=rows),
+        "multi-label": draw.integers(2, size=(rows, width)).astype(float),
+        "regression": draw.normal(size=rows),
+    }[kind]
+    hard = np.array([reference_hard(kind, list(z), y) for z, y in zip(student, labels, strict=True)])
+    if loss == "mse" or kind == "regression":
+        soft = ((student - teacher) ** 2).mean(axis=1)
+    else:
+        soft = (reference_kl if kind == "single-label" else reference_binary_kl)(student, teacher, 3.0)
+    expected = alpha * hard + (1 - alpha) * soft
+    arguments = {"kind": kind, "alpha": alpha, "temperature": 3.0, "loss": loss}
+    exact = distillation_loss(*map(torch.tensor, (student, labels, teacher)), **arguments)
+    np.testing.assert_allclose(exact.total, expected, rtol=1e-9, atol=1e-9)
+    single = [torch.tensor(values, dtype=torch.float32) for values in (student, teacher)]
+    targets = torch.tensor(labels) if kind == "single-label" else torch.tensor(labels, dtype=torch.float32)
+    rounded = distillation_loss(single[0], targets, single[1], **arguments)
+    np.testing.assert_allclose(rounded.total, expected, rtol=1e-3, atol=2e-5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31),

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -144,6 +146,28 @@ def test_an_interrupted_child_that_does_not_end_is_ended(tmp_path, monkeypatch: 
         run_in_child(children.tidy_up_when_asked, str(tmp_path / "x"), on_message=interrupt)
     time.sleep(1.2)
     assert not (tmp_path / "x").exists()
+
+
+def test_an_interruption_does_not_wait_for_imports(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """On a slow disk the libraries take longer to import than the 10 s in which the command promises to end."""
+    run_in_child(children.allocate, 1)  # the server is up
+    (tmp_path / "slow_module.py").write_text(
+        "import os, time\nif 'KDLORA_TEST_SLOW' in os.environ:\n    time.sleep(60)\ndef work():\n    return 1\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    slow_module = importlib.import_module("slow_module")
+    monkeypatch.setenv("KDLORA_TEST_SLOW", "yes")
+    former = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    begin = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            run_in_child(slow_module.work)
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    assert time.monotonic() - begin < 4
+    monkeypatch.delenv("KDLORA_TEST_SLOW")
+    assert run_in_child(slow_module.work).value == 1
 
 
 def with_this_folder() -> dict[str, str]:

@@ -81,6 +81,17 @@ def test_constant_predictions_and_labels_have_defined_metrics(task, labels, said
     assert found.get("matthews", 0.0) == 0.0
 
 
+def test_classes_that_do_not_occur_have_defined_metrics():
+    """A rare class is missing from many a small split: its F1 is 0 where it was said, and left out where it was not."""
+    said, labels = np.eye(4)[[0, 0, 1, 1]], np.array([0, 0, 1, 2])
+    assert compute_metrics(TOPICS, said, labels)["macro_f1"] == pytest.approx((1.0 + 2 / 3 + 0.0) / 3)
+    assert compute_metrics(TOPICS, np.eye(4)[[3] * 4], np.zeros(4, dtype=int))["macro_f1"] == 0.0
+    for marked in (0, 1):
+        found = compute_metrics(TAGS, np.full((4, 3), -1.0), np.full((4, 3), marked))
+        assert (found["micro_f1"], found["macro_f1"]) == (0.0, 0.0)
+        assert found["subset_accuracy"] == 1.0 - marked
+
+
 @pytest.mark.parametrize("constant", [1.0, 0.1 + 0.2])
 def test_constant_regression_correlates_with_nothing(constant):
     """Rounding noise around a constant must not turn into a correlation."""

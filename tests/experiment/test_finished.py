@@ -66,7 +66,13 @@ def test_results_json_has_the_fields_that_others_read(layout):
         assert run["status"] == "finished", run["error"]
         assert 0.0 <= run["score"] <= 100.0
         assert run["score"] == pytest.approx(100 * run["metrics"]["accuracy"])
-        for key in ("trainable_parameters", "total_parameters", "train_seconds", "examples_per_second"):
+        for key in (
+            "trainable_parameters",
+            "total_parameters",
+            "train_seconds",
+            "evaluation_seconds",
+            "examples_per_second",
+        ):
             assert run[key] > 0, key
 
 

@@ -191,9 +191,9 @@ def test_verbs_that_hand_out_their_work_are_started_once(cli, command, monkeypat
 
 
 def test_a_launcher_that_starts_one_process_for_two_is_told_off():
-    """`accelerate launch --cpu --num_processes 2` starts one, which would train alone on half of the rows of a step."""
+    """`accelerate launch --num_processes 2` starts one on CPUs, which would train alone on half of a step's rows."""
     with pytest.raises(ConfigError, match="started one"):
-        read_launch({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+        read_launch({"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
     with pytest.raises(ConfigError, match="expected RANK from 0 to 1"):
         read_launch({"WORLD_SIZE": "2", "RANK": "2"})
     with pytest.raises(ConfigError, match="WORLD_SIZE is 'two'"):

@@ -95,6 +95,7 @@ NAMES: list[tuple[str, tuple[str, ...]]] = [
     ("../../etc", ("there is no folder",)),
     ("https://example.org/model", ("https://example.org/model",)),
     ("/dev/null", ("/dev/null",)),
+    ("~nobody-here/model", ("there is no folder", "~nobody-here/model")),
     ("x" * 5000, ("xxx",)),
 ]
 
@@ -152,6 +153,8 @@ COMMANDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("run", "none.yaml"), ("none.yaml", "does not exist")),
     (("run", "."), ("cannot be read",)),
     (("run", "--train"), ("--train",)),
+    (("run", "--train", "caf\udce9.csv", "--family", "bert"), ("data.train", "is UTF-8")),
+    (("run", "--train", "~nobody-here/x.csv", "--family", "bert"), ("data.train", "does not exist")),
     (("run", "--train", "x.csv", "--family", "brt"), ("Did you mean 'bert'?",)),
     (("run", "--task", "cloa", "--data", "x"), ("Did you mean 'cola'?",)),
     (("run", "--train", "x.csv", "--text", "a", "--text", "b", "--text", "c", "--family", "bert"), ("task.text",)),

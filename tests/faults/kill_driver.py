@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -85,6 +84,19 @@ class Attempt:
                 open_stages.remove(stage)
         return open_stages[-1] if open_stages else None
 
+    def note(self, now: float, text: str) -> None:
+        """Take a line of the log.
+
+        Args:
+            now: seconds since the start.
+            text: the line.
+        """
+        self.log.append(text)
+        if found := _LINE.search(text):
+            self.events.append((now, found[1], f"{found[2]} {found[3]} seed {found[4]}"))
+        elif found := _CHECKPOINT.search(text):
+            self.checkpoints.append((now, int(found[1])))
+
     def has_reached(self, blow: Blow) -> bool:
         """Say whether it is time to strike."""
         begins = [seconds for seconds, *event in self.events if event == ["begin", blow.stage]]
@@ -120,13 +132,7 @@ def run_command(arguments: Sequence[str], blow: Blow | None = None, *, limit: fl
     def read() -> None:
         assert process.stderr is not None
         for line in process.stderr:
-            now, text = time.monotonic() - begin, line.rstrip("\n")
-            attempt.log.append(text)
-            if found := _LINE.search(text):
-                stage = f"{found[2]} {found[3]} seed {found[4]}"
-                attempt.events.append((now, found[1], stage))
-            elif found := _CHECKPOINT.search(text):
-                attempt.checkpoints.append((now, int(found[1])))
+            attempt.note(time.monotonic() - begin, line.rstrip("\n"))
             if blow is not None and attempt.has_reached(blow):
                 reached.set()
         reached.set()
@@ -235,8 +241,3 @@ def repeated_stages(attempts: Sequence[Attempt]) -> list[str]:
 
 def _label(attempt: Attempt) -> str:
     return next((stage for _, kind, stage in attempt.events if kind == "end" and stage.startswith("label")), "")
-
-
-def summary_of(attempt: Attempt) -> str:
-    """Say in one line what an attempt was, as JSON."""
-    return json.dumps({"hit": attempt.hit, "code": attempt.code, "ended": round(attempt.ended, 2)})

@@ -6,23 +6,29 @@ import random
 import signal
 import time
 import uuid
+from typing import Any
 
 import pytest
 import yaml
 from kill_driver import Blow, differences, repeated_stages, run_command
 
-from experiments import processes_marked
+from experiments import processes_marked, snapshot
+from kdlora.configfile import load_config
+from kdlora.experiment import run as run_module
+from kdlora.experiment.run import run_experiment
+from kdlora.experiment.stages import Stage
 
 pytest_plugins = ["experiment_fixtures"]
-pytestmark = pytest.mark.slow
 
 SETTINGS = {"epochs": 12, "batch_size": 8, "learning_rate": 2e-3, "select": "best"}
 
 
+@pytest.mark.slow
 def test_struck_in_its_trainings_an_experiment_ends_as_if_undisturbed(cli, workshop, tmp_path, monkeypatch):
     """A resumed experiment that differs in one bit is another experiment, and nobody would know.
 
-    One folder is struck twice; the undisturbed one runs in this process. `benchmarks/faults.py` strikes every stage.
+    One folder is struck twice, and ends in this process, as the undisturbed one: a command takes seconds to begin.
+    `benchmarks/faults.py` strikes every stage, and every attempt is a command there.
     """
     changes = {
         "teacher": {"train": SETTINGS},
@@ -37,8 +43,10 @@ def test_struck_in_its_trainings_an_experiment_ends_as_if_undisturbed(cli, works
         Blow("train fft seed 0", draw.uniform(0.3, 0.6), number=signal.SIGTERM),
         Blow("train kd-lora seed 0", draw.uniform(0.0, 0.1), checkpoints=2),
     ]
-    command = ["run", str(config), "--out", str(tmp_path / "struck")]
+    struck = tmp_path / "struck"
+    command = ["run", str(config), "--out", str(struck)]
     monkeypatch.setenv("KDLORA_TEST_MARK", mark)
+    monkeypatch.setenv("HF_TOKEN", "hf_thisIsASecretThatNobodyMayRead")
     attempts = [run_command(command, blow) for blow in blows]
     for attempt, blow in zip(attempts, blows, strict=True):
         assert attempt.hit == blow.stage, attempt.log
@@ -51,8 +59,31 @@ def test_struck_in_its_trainings_an_experiment_ends_as_if_undisturbed(cli, works
     assert "Traceback" not in "\n".join(asked.log)
     time.sleep(0.2)
     assert processes_marked(mark) == []
-    attempts.append(run_command(command))
-    assert attempts[-1].code == 0, attempts[-1].log
-    assert sum("continuing from" in line for attempt in attempts for line in attempt.log) == 2
+    assert "hf_this" not in "\n".join(asked.log + killed.log)
+    assert any("continuing from" in line for line in killed.log)
     assert repeated_stages(attempts) == []
-    assert differences(tmp_path / "undisturbed", tmp_path / "struck") == []
+    before = {name: what for name, what in snapshot(struck / "teacher").items() if not name.endswith(".lock")}
+    events: list[tuple[Stage, Any]] = []
+    run_experiment(load_config(config), struck, listen=lambda stage, event: events.append((stage, event)))
+    assert {stage.arm for stage, _ in events if stage.name == "train"} == {"kd-lora"}
+    assert next(event.step for stage, event in events if stage.name == "train") >= killed.checkpoints[-1][1]
+    assert snapshot(struck / "teacher").items() >= before.items()
+    assert differences(tmp_path / "undisturbed", struck) == []
+
+
+def test_a_training_is_not_lost_between_its_end_and_its_record(workshop, tmp_path, monkeypatch):
+    """Checkpoints that go before the record is there cost a whole training where the process is killed in between."""
+
+    def be_killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    config = workshop.config({"run": {"checkpoint_seconds": 0.01}})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_record", be_killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment(config, tmp_path)
+    last = max(path.name for path in tmp_path.rglob("step-*"))
+    steps: list[int] = []
+    assert not run_experiment(config, tmp_path, listen=lambda _, event: steps.append(event.step)).failed
+    assert [step for step in steps if step < int(last.removeprefix("step-"))] == []
+    assert not list(tmp_path.rglob("step-*"))

@@ -1,7 +1,13 @@
-"""Formats, tables and predictions on rows that nobody would think of; `tests/data/test_readers.py` has the readers."""
+"""Formats, tables, stages and predictions on rows that nobody would think of.
+
+`tests/data/test_readers.py` has the readers, `tests/test_config.py` the config and `tests/distil/test_losses.py` the
+losses.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +16,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdlora.data.load import load_examples
+from experiments import write_lines
+from kdlora.config import DataConfig, StudentTrainConfig, TaskConfig
+from kdlora.data.load import load_examples, load_splits
+from kdlora.deploy.export import export_onnx
 from kdlora.deploy.predict import Classifier
+from kdlora.deploy.stream import predict_file
 from kdlora.distil.tables import read_teacher_table
+from kdlora.distil.teacher import teacher_logits
+from kdlora.experiment.arms import evaluate, train_student
+from kdlora.models.adapters import merge_student
 from kdlora.models.encoders import load_encoder, save_encoder
 from tiny import task
 
@@ -92,3 +105,43 @@ def test_any_text_gets_an_answer_that_does_not_depend_on_its_neighbours(classifi
     assert np.isfinite(together).all()
     alone = np.concatenate([classifier.predict_logits([text]) for text in texts])
     np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+NAMES = st.lists(SPOKEN, min_size=2, max_size=2, unique_by=str.strip)
+
+
+@settings(parent=SOON, max_examples=2)
+@given(
+    names=NAMES,
+    rows=st.lists(st.tuples(SPOKEN, SPOKEN), min_size=6, max_size=10, unique_by=lambda row: row[0].strip()),
+)
+def test_ids_texts_and_labels_come_through_every_stage(workshop, folder, names, rows):
+    """A row that changes its id, or a label its name, between two stages is answered for by another one."""
+    place = folder / "stages"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    ids, texts = zip(*rows, strict=True)
+    data = [{"id": name, "text": text, "label": names[n % 2]} for n, (name, text) in enumerate(rows)]
+    file = str(write_lines(place / "data.jsonl", data))
+    splits = load_splits(TaskConfig(kind="single-label"), DataConfig(train=file, validation=file))
+    teacher = load_encoder(str(workshop.teacher), splits.task, seed=0)
+    options = {"max_length": 32, "device": "cpu"}
+    stored = teacher_logits(teacher, [0, 1], splits.train, splits.task, place / "logits", rows_per_shard=4, **options)
+    assert stored.ids.to_pylist() == list(ids)
+    said = evaluate(teacher.model, teacher.tokenizer, splits.train, splits.task, max_length=32)
+    np.testing.assert_allclose(stored.logits, said.logits, atol=1e-5)
+    fast = StudentTrainConfig(epochs=1, batch_size=4, max_length=32)
+    trained = train_student(
+        str(workshop.student), splits, fast, folder=place / "steps", teacher=stored, precision="fp32", device="cpu"
+    )
+    trained.encoder.model = merge_student(trained.model)
+    trained.encoder.model.config.kdlora_task = splits.task.to_dict()
+    save_encoder(trained.encoder, place / "student")
+    export_onnx(place / "student", place / "onnx", texts=texts, formats=("onnx",))
+    served = Classifier.load(place / "onnx")
+    predict_file(served, file, place / "answers.jsonl")
+    answers = [json.loads(line) for line in (place / "answers.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    assert [answer["id"] for answer in answers] == list(ids)
+    assert {answer["label"] for answer in answers} <= {name.strip() for name in names}
+    merged = evaluate(trained.encoder.model, trained.encoder.tokenizer, splits.train, splits.task, max_length=32)
+    np.testing.assert_allclose(served.predict_logits(texts), merged.logits, atol=1e-3)

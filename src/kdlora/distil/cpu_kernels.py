@@ -7,6 +7,7 @@ in fp32, random bits come from PyTorch's own generator, so that a checkpoint of 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,24 +17,40 @@ from torch.autograd.function import once_differentiable
 
 _STEPS = 256
 _LOWEST = -(2**63)
+_BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+_CACHED = 2**19
+"""Scores of one part of an attention."""
 
 
-def keep_bytes(shape: torch.Size, rate: float) -> Tensor:
+def keep_mask(shape: torch.Size, rate: float) -> Tensor:
     """Draw which elements a dropout keeps, eight at a time.
 
     `torch.bernoulli` draws a float per element, which takes longer than the matrix product beside it. A byte per
-    element rounds the rate to 1/256.
+    element rounds the rate to 1/256. Comparisons and what is made of their results are slow too, so none is made.
 
     Args:
         shape: of the tensor that is dropped from.
         rate: probability of dropping, in [0, 1).
 
     Returns:
-        bool, of that shape; True keeps.
+        int8, of that shape: all bits where an element is kept, none where it is dropped.
     """
     count = math.prod(shape)
     words = torch.empty(-(-count // 8), dtype=torch.int64).random_(_LOWEST, None)
-    return words.view(torch.uint8)[:count].view(shape) >= dropped_steps(rate)
+    first_kept = dropped_steps(rate) - _STEPS // 2
+    kept = words.view(torch.int8)[:count].view(shape).clamp_(first_kept - 1, first_kept).sub_(first_kept - 1)
+    return kept.neg_()
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """Set dropped elements to zero.
+
+    Args:
+        values: floating point.
+        mask: of the same shape, as `keep_mask` gives it.
+    """
+    bits = _BITS[values.dtype]
+    return values.view(bits).bitwise_and(mask.to(bits)).view(values.dtype)
 
 
 def dropped_steps(rate: float) -> int:
@@ -49,7 +66,7 @@ def kept_scale(rate: float) -> float:
     """Give the factor that makes the mean of what is kept that of the whole.
 
     Args:
-        rate: probability of dropping, as given to `keep_bytes`.
+        rate: probability of dropping, as given to `keep_mask`.
     """
     return _STEPS / (_STEPS - dropped_steps(rate))
 
@@ -57,15 +74,16 @@ def kept_scale(rate: float) -> float:
 class _Dropout(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, rate: float) -> Tensor:
-        factor = keep_bytes(values.shape, rate).to(values.dtype).mul_(kept_scale(rate))
-        ctx.save_for_backward(factor)
-        return values * factor
+        mask = keep_mask(values.shape, rate)
+        ctx.save_for_backward(mask)
+        ctx.scale = kept_scale(rate)
+        return masked(values, mask).mul_(ctx.scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        return gradient * factor, None
+        (mask,) = ctx.saved_tensors
+        return masked(gradient, mask).mul_(ctx.scale), None
 
 
 def dropout(values: Tensor, rate: float) -> Tensor:
@@ -79,42 +97,71 @@ def dropout(values: Tensor, rate: float) -> Tensor:
 
 
 class _Attention(Function):
+    """Goes through the heads in parts whose scores fit the processor's cache; long texts have gigabytes of them.
+
+    Scores and shares are rounded to the format of the products where they are stored; softmax and its gradient are
+    computed in fp32 inside PyTorch's kernels, whatever they read and write.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float, scale: float
     ) -> Tensor:
-        shape, width = query.shape, key.shape[-2]
-        rows = shape[0] * shape[1]
-        query, key, value = (part.reshape(rows, part.shape[-2], part.shape[-1]) for part in (query, key, value))
-        scores = torch.bmm(query, key.transpose(1, 2))
-        if mask is not None:
-            lowest = torch.finfo(scores.dtype).min
-            scores.view(shape[0], shape[1], shape[2], width).masked_fill_(~mask, lowest)
-        share = torch.softmax(scores.float().mul_(scale), -1).to(value.dtype)
-        del scores
-        keep = keep_bytes(share.shape, rate) if rate > 0 else None
-        dropped = share if keep is None else (share * keep).mul_(kept_scale(rate))
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        share = query.new_empty(*query.shape[:3], key.shape[2])
+        keep = keep_mask(share.shape, rate) if rate > 0 else None
+        bias = None if mask is None else _bias(mask, query.dtype).expand(share.shape)
+        mixed = query.new_empty(*query.shape[:3], value.shape[3])
+        for part in _parts(share.shape):
+            scores = _product(query[part], key[part].transpose(-1, -2), scale)
+            if bias is not None:
+                scores += bias[part]
+            share[part] = torch._softmax(scores, -1, False)
+            dropped = share[part] if keep is None else masked(share[part], keep[part])
+            mixed[part] = _product(dropped, value[part], 1.0 if keep is None else kept_scale(rate))
         ctx.save_for_backward(query, key, value, share, keep)
-        ctx.rate, ctx.scale, ctx.shape = rate, scale, shape
-        return torch.bmm(dropped, value).view(*shape[:3], value.shape[-1])
+        ctx.rate, ctx.scale = rate, scale
+        return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, share, keep = ctx.saved_tensors
-        gradient = gradient.reshape(share.shape[0], -1, value.shape[-1])
-        dropped = share if keep is None else (share * keep).mul_(kept_scale(ctx.rate))
-        by_value = torch.bmm(dropped.transpose(1, 2), gradient)
-        by_share = torch.bmm(gradient, value.transpose(1, 2))
-        if keep is not None:
-            by_share = by_share.mul_(keep).mul_(kept_scale(ctx.rate))
-        by_scores = torch._softmax_backward_data(by_share.float(), share.float(), -1, torch.float32)
-        by_scores = by_scores.mul_(ctx.scale).to(query.dtype)
-        by_query = torch.bmm(by_scores, key)
-        by_key = torch.bmm(by_scores.transpose(1, 2), query)
-        heads = ctx.shape[:2]
-        query, key, value = (part.view(*heads, *part.shape[1:]) for part in (by_query, by_key, by_value))
-        return query, key, value, None, None, None
+        by_query, by_key, by_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        gradient = gradient.contiguous()
+        kept = 1.0 if keep is None else kept_scale(ctx.rate)
+        for part in _parts(share.shape):
+            dropped = share[part] if keep is None else masked(share[part], keep[part])
+            by_value[part] = _product(dropped.transpose(-1, -2), gradient[part], kept)
+            by_share = _product(gradient[part], value[part].transpose(-1, -2), kept)
+            if keep is not None:
+                by_share = masked(by_share, keep[part])
+            by_scores = torch._softmax_backward_data(by_share, share[part], -1, by_share.dtype)
+            by_query[part] = _product(by_scores, key[part], ctx.scale)
+            by_key[part] = _product(by_scores.transpose(-1, -2), query[part], ctx.scale)
+        return by_query, by_key, by_value, None, None, None
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give what hides a key when it is added to a score: a row without any key then attends to all alike."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """Multiply (rows, heads, n, k) by (rows, heads, k, m), times a factor that is applied before the sum is rounded."""
+    shape = (*left.shape[:3], right.shape[3])
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
+    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=factor).view(shape)
+
+
+def _parts(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
+    """Cut (batch, heads, length, keys) into whole rows of the batch, or into heads of one where a row is too large."""
+    batch, heads, size = shape[0], shape[1], shape[2] * shape[3]
+    rows = max(1, _CACHED // (heads * size))
+    few = heads if rows > 1 else min(heads, max(1, _CACHED // size))
+    for row in range(0, batch, rows):
+        for head in range(0, heads, few):
+            yield slice(row, row + rows), slice(head, head + few)
 
 
 def attention(
@@ -215,8 +262,8 @@ class _AdaptedLinear(Function):
         ctx: Any, rows: Tensor, weight: PackedWeight, down: Tensor, up: Tensor, scale: float, rate: float
     ) -> Tensor:
         down, up = down.to(rows.dtype), up.to(rows.dtype)
-        keep = keep_bytes(rows.shape, rate) if rate > 0 else None
-        seen = rows if keep is None else rows * keep
+        keep = keep_mask(rows.shape, rate) if rate > 0 else None
+        seen = rows if keep is None else masked(rows, keep)
         scale = scale if keep is None else scale * kept_scale(rate)
         hidden = torch.matmul(seen, down.t())
         result = weight.product(rows)
@@ -234,13 +281,13 @@ class _AdaptedLinear(Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         by_up = torch.mm(flat.t(), hidden.view(-1, hidden.shape[-1])).float().mul_(ctx.scale)
         by_hidden = torch.mm(flat, up).mul_(ctx.scale)
-        seen = rows if keep is None else rows * keep
+        seen = rows if keep is None else masked(rows, keep)
         by_down = torch.mm(by_hidden.t(), seen.view(-1, seen.shape[-1])).float()
         by_rows = None
         if ctx.needs_input_grad[0]:
             by_rows = ctx.weight.product_of_gradient(gradient)
             through = torch.mm(by_hidden, down).view(rows.shape)
-            by_rows += through if keep is None else through.mul_(keep)
+            by_rows += through if keep is None else masked(through, keep)
         return by_rows, None, by_down, by_up, None, None
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kdlora.data.batches import Collator, Tokenised, length_sorted_batches
+from kdlora.distil.allocator import freed_memory_kept
 from kdlora.distil.precision import autocast
 from kdlora.distil.processes import ALONE, Processes
 
@@ -57,7 +58,7 @@ def predict_logits(
     order: list[int] = []
     outputs: list[torch.Tensor] = []
     lengths = column_values(data.dataset, "length")
-    with _evaluating(model), torch.inference_mode(), autocast(precision, device):
+    with freed_memory_kept(device), _evaluating(model), torch.inference_mode(), autocast(precision, device):
         for rows in length_sorted_batches(lengths, batch_tokens)[processes.rank :: processes.count]:
             columns = inputs[rows]
             examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

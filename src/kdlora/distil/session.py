@@ -118,6 +118,7 @@ class Session(TrainerCallback):
         trainee: the trainer.
         history: one entry per epoch.
         watch: seconds of training.
+        evaluation: seconds of validation.
         examples: rows trained on.
         finished: the training has come to its end.
         stop: notes a request to stop; the next checkpoint then comes at once, and is the last.
@@ -133,6 +134,7 @@ class Session(TrainerCallback):
     trainee: Trainee = field(init=False, repr=False)
     history: list[dict[str, Any]] = field(default_factory=list)
     watch: Stopwatch = field(default_factory=Stopwatch)
+    evaluation: Stopwatch = field(default_factory=Stopwatch)
     examples: int = 0
     finished: bool = False
     stop: StopSignals = field(default_factory=StopSignals)
@@ -147,6 +149,7 @@ class Session(TrainerCallback):
         return {
             "history": self.history,
             "seconds": self.watch.read(),
+            "evaluation_seconds": self.evaluation.read(),
             "examples": self.examples,
             "finished": self.finished,
         }
@@ -159,6 +162,7 @@ class Session(TrainerCallback):
         """
         self.history = list(state["history"])
         self.watch = Stopwatch(float(state["seconds"]))
+        self.evaluation = Stopwatch(float(state["evaluation_seconds"]))
         self.examples = int(state["examples"])
         self.finished = bool(state["finished"])
         self._has_saved = True
@@ -198,7 +202,9 @@ class Session(TrainerCallback):
         means = self.trainee.epoch_means(everywhere=True)
         entry = {"epoch": state.epoch, "step": state.global_step, **means, "learning_rate": self._rate}
         with self.watch.paused():
+            self.evaluation.start()
             metrics = self.trainee.score_validation()
+            self.evaluation.stop()
             entry |= metrics
             self.history.append(entry)
             self.trainee.tell_callbacks(metrics)

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from kdlora.config import DistilConfig, LoraConfig, TrainConfig
 from kdlora.data.batches import Collator, LengthBucketSampler, Tokenised
 from kdlora.data.tasks import Task
+from kdlora.distil.allocator import freed_memory_kept
 from kdlora.distil.arm_trainer import ArmTrainer, MicroBatchCollator
 from kdlora.distil.checkpoints import CheckpointFolder, load_trained_tensors
 from kdlora.distil.distillation_trainer import DistillationTrainer
@@ -31,6 +32,7 @@ from kdlora.distil.logits import COLUMN
 from kdlora.distil.loss_sums import DivergedError, diverged
 from kdlora.distil.precision import frozen_in_half, resolve_device, resolve_precision
 from kdlora.distil.processes import TIMEOUT_SECONDS, Processes, current_processes
+from kdlora.distil.recompute import activations_recomputed
 from kdlora.distil.session import ProgressEvent, Session
 from kdlora.distil.standardise import TargetScale, fold_into_head
 from kdlora.distil.unlabelled import LABELLED, labelled_values
@@ -60,6 +62,7 @@ class TrainOutcome:
         history: per epoch: `epoch`, `step`, `loss`, `hard_loss`, `soft_loss` where a teacher taught (means over the
             epoch's rows, of a regression on the standardised scale), `learning_rate`, validation metrics, `score`.
         train_seconds: of the training loop, data included; evaluation and saving excluded.
+        evaluation_seconds: of the validations.
         examples: rows trained on, repeats included.
         examples_per_second: `examples / train_seconds`.
         steps: optimiser steps.
@@ -68,6 +71,7 @@ class TrainOutcome:
 
     history: list[dict[str, Any]]
     train_seconds: float
+    evaluation_seconds: float
     examples: int
     examples_per_second: float
     steps: int
@@ -147,9 +151,11 @@ def train_model(
     session = _session(settings, len(sampler), checkpoint_seconds, progress, processes)
     collator = Collator.of(tokenizer, task.kind, train.max_length)
     with (
+        freed_memory_kept(place),
         frozen_in_half(model, precision),
         dropout_set(model, settings.dropout),
         fast_on_cpu(model, place),
+        activations_recomputed(model, settings.gradient_checkpointing),
         _left_as_found(model),
     ):
         trainer = ArmTrainer(
@@ -240,6 +246,7 @@ def _finish(
     return TrainOutcome(
         history=session.history,
         train_seconds=seconds,
+        evaluation_seconds=session.evaluation.read(),
         examples=session.examples,
         examples_per_second=session.examples / max(seconds, 1e-9),
         steps=int(session.history[-1]["step"]),

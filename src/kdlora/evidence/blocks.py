@@ -218,7 +218,7 @@ def _block(block: Block) -> list[str]:
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", block.text)), default=0))
         return [f"{escape(block.summary)}:", "", fence, *block.text.splitlines(), fence]
     if isinstance(block, Figure):
-        return [f"*{escape(block.title)}.* {escape(block.description)} (Drawn in report.html.)"]
+        return [f"*{escape(block.title)}.* {escape(block.description)} (Drawn in the HTML page beside this one.)"]
     if isinstance(block, Tiles):
         return [f"- {escape(tile.label)}: **{escape(tile.value)}** ({escape(tile.detail)})" for tile in block.items]
     return [line for quotation in block.items for line in _quotation(quotation)]

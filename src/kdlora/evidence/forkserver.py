@@ -29,13 +29,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kdlora.evidence.storage import is_abandoned, owned_name
 
 GRACE_SECONDS = 8.0
 """Time that an interrupted child has to save what it can; the command promises to end within 10 s."""
+_SERVER_SECONDS = 1.5
+"""Time that a server has to end; one that imports does not see that it should."""
 _POLL_SECONDS = 0.05
+_BEGUN = b"begun"
 _SCRATCH = "kdlora-scratch-"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, prctl(2)
 
@@ -118,10 +121,13 @@ class ForkServer:
                 socket.send_fds(self.control, [b"r"], [theirs.fileno()])
             channel.send_bytes(pickle.dumps(place))
             channel.send_bytes(body)
+            begun = False
             try:
+                begun = channel.recv() == _BEGUN
                 answer = _hear(channel, listen)
             except KeyboardInterrupt:
-                self._end_child(channel)
+                if begun:  # before that the server imports, which is slow, and there is nothing to save
+                    self._end_child(channel)
                 raise
         status = self._exit_status()
         return answer or _Answer(fault=ChildDiedError(_describe_death(status)))
@@ -147,7 +153,7 @@ class ForkServer:
         """End the server, and a child that may still run."""
         self.control.close()
         try:
-            self.process.wait(timeout=10)
+            self.process.wait(timeout=_SERVER_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -254,7 +260,7 @@ def _describe_death(status: int | None) -> str:
     return f"the process that ran this was killed by {name}{hint}"
 
 
-def serve(control_number: int, scratch: str) -> None:
+def serve(control_number: int, scratch: str) -> NoReturn:
     """Take requests until the parent is gone; this is the server's main function.
 
     Args:
@@ -283,6 +289,7 @@ def serve(control_number: int, scratch: str) -> None:
                     break
                 control.sendall(str(status).encode())
     shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(0)  # the parent waits, and to tear down what was imported takes over a second
 
 
 def _die_with_parent() -> None:
@@ -323,6 +330,7 @@ def _wait(child: int, control: socket.socket) -> int | None:
 def _carry_out(channel: Connection, place: _Place) -> None:
     """Run the request in the child, send the outcome, and end without the server's exit handlers."""
     status = 1
+    channel.send(_BEGUN)
     if place.log_level is not None:
         logging.basicConfig(format="%(message)s", level=place.log_level, stream=sys.stderr)
     try:

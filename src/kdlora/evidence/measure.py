@@ -180,7 +180,7 @@ def time_calls(
     Args:
         call: what is timed; it must not return before its work is done.
         inputs: taken in turn, from the first again after the last.
-        warm_up: calls that are not counted.
+        warm_up: calls that are not counted, at most; none but the first starts after half of `limit_seconds`.
         repeats: calls that are counted, at most.
         limit_seconds: no new call starts after so many seconds, if at least three were counted.
 
@@ -192,7 +192,10 @@ def time_calls(
     """
     if not inputs or repeats < 1:
         raise ValueError("expected at least one input and one repeat")
+    begin = time.perf_counter()
     for turn in range(warm_up):
+        if turn and time.perf_counter() - begin > limit_seconds / 2:
+            break
         call(inputs[turn % len(inputs)])
     times: list[float] = []
     begin = time.perf_counter()

@@ -92,6 +92,7 @@ class RunRecord(BaseModel):
     size_bytes: int | None = Field(default=None, description="of the shipped model on disk")
     peak_memory_bytes: int | None = Field(default=None, description="training, above the level after imports")
     train_seconds: float | None = Field(default=None, description="training loop, evaluation excluded")
+    evaluation_seconds: float | None = Field(default=None, description="validations, final scores, latency")
     examples_per_second: float | None = None
     best_epoch: float | None = None
     latency: list[Latency] = Field(default_factory=list)

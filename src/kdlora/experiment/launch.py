@@ -57,11 +57,12 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     given = os.environ if environment is None else environment
     count = _number(given, _COUNT, 1)
     if count == 1:
-        # With --cpu, accelerate starts one process whatever it is asked for, unless it is given mpirun.
-        if _is_on(given, "ACCELERATE_USE_CPU") and "MASTER_PORT" in given and not any(key in given for key in _RANK):
+        # On CPUs accelerate starts one process whatever it is asked for, unless it is given mpirun or --multi_gpu.
+        if "ACCELERATE_USE_CPU" in given and "MASTER_PORT" in given and not any(key in given for key in _RANK):
             raise ConfigError(
-                "accelerate was asked for several processes, but started one: with --cpu it needs mpirun. Use "
-                "torchrun --nproc-per-node 2 -m kdlora run CONFIG, or accelerate launch --multi_gpu in place of --cpu"
+                "accelerate was asked for several processes, but started one, as it does on CPUs without mpirun. Use "
+                "torchrun --nproc-per-node 2 -m kdlora run CONFIG, or accelerate launch --multi_gpu, which works on "
+                "CPUs too"
             )
         return Launch()
     rank = _number(given, _RANK, -1)

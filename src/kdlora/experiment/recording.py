@@ -97,6 +97,7 @@ def add_training(
         update={
             "history": outcome.history,
             "train_seconds": outcome.train_seconds,
+            "evaluation_seconds": outcome.evaluation_seconds,
             "examples_per_second": outcome.examples_per_second,
             "best_epoch": outcome.best_epoch,
             "trainable_parameters": parameters.trainable,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def score_model(
         place: the run's folder.
         columns: column of the model's output for each label of the task; default: the same order.
     """
-    scored = splits_by_name(splits, scored=True)
+    scored, start = splits_by_name(splits, scored=True), time.perf_counter()
     results = {
         split: evaluate(encoder.model, encoder.tokenizer, rows, splits.task, max_length=max_length, columns=columns)
         for split, rows in scored.items()
@@ -78,7 +79,9 @@ def score_model(
         max_length=max_length,
         limit_seconds=_LATENCY_SECONDS,
     )
-    return _scored(add_size(record, encoder.model), results).model_copy(update={"latency": latency})
+    seconds = (record.evaluation_seconds or 0.0) + time.perf_counter() - start
+    update = {"latency": latency, "evaluation_seconds": seconds}
+    return _scored(add_size(record, encoder.model), results).model_copy(update=update)
 
 
 def _scored(record: RunRecord, results: dict[str, Evaluation]) -> RunRecord:

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kdlora.configfile import expand_home
 from kdlora.errors import ModelError, first_line
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -86,7 +87,7 @@ def open_source(name: str, revision: str | None, trust_remote_code: bool) -> Sou
     Raises:
         ModelError: neither a folder nor a name that the Hub could have, or a folder without a model in it.
     """
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir():
         _check_folder(path)
         return Source(str(path.resolve()), None, trust_remote_code)

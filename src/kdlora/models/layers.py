@@ -89,6 +89,8 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int], *, trust_remote_c
 
     Raises:
         ModelError: an impossible choice, or layers that cannot be told apart.
+
+    *Source*: which of them matters little, lower ones help (arXiv 2305.15032, 2502.04499).
     """
     stack, found = find_layers(model)
     check_layers(layers, len(found), model.name_or_path or "the teacher")

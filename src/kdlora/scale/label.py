@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from kdlora.configfile import expand_home
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import collect_versions
@@ -126,7 +127,7 @@ def label_collection(
             revision=revision,
             label_names=None if label_names is None else tuple(label_names),
             task=Task("regression", ("text",), ("label",), ("label",), ()),  # settled in `_begin`
-            folder=Path(to).expanduser().resolve(),
+            folder=expand_home(str(to)).resolve(),
             files=(files := find_files(data)),
             names=_short_names(files),
             text=None if text is None else tuple(text),
@@ -270,7 +271,7 @@ def _total_rows(job: LabelJob) -> int | None:
 
 def _absolute(model: str) -> str:
     """Name a folder so that it is found from anywhere; leave a Hub id alone."""
-    place = Path(model).expanduser()
+    place = expand_home(model)
     return str(place.resolve()) if place.exists() else model
 
 

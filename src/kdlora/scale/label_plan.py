@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kdlora.configfile import COLLECTION_MANIFEST
+from kdlora.configfile import COLLECTION_MANIFEST, expand_home
 from kdlora.data.collection import SCHEMA_VERSION
 from kdlora.data.tasks import Task
 from kdlora.distil.fingerprints import compare, hash_file, hash_json
@@ -130,7 +130,7 @@ def find_files(data: str) -> tuple[Path, ...]:
     Raises:
         DataError: there are none.
     """
-    place = Path(data).expanduser()
+    place = expand_home(data)
     if place.is_file():
         return (place.resolve(),)
     if place.is_dir():

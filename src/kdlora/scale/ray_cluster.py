@@ -45,6 +45,8 @@ def connect(on: str) -> Any:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if on == "ray":
+            # Of a cluster that is started here, nothing is reported to anybody unless the user says so.
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init(ignore_reinit_error=True, **options)
         else:
             ray.init(address=on, **options)

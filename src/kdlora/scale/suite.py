@@ -196,9 +196,10 @@ def check_size(suite: SuiteConfig, *, confirmed: bool) -> None:
     """
     runs = suite.count_runs()
     if runs > MOST_RUNS and not confirmed:
-        sizes = f"{len(suite.tasks)} tasks x {len(suite.families)} families x {len(suite.arms)} arms"
+        counts = [(suite.tasks, "tasks"), (suite.families, "families"), (suite.arms, "arms"), (suite.seeds, "seeds")]
+        sizes = ", ".join(f"{word}: {len(values)}" for values, word in counts)
         raise ConfigError(
-            f"this suite has {runs:,} runs ({sizes} x their configurations x {len(suite.seeds)} seeds), more than "
+            f"this suite has {runs:,} runs ({sizes}, and the configurations of each arm), more than "
             f"{MOST_RUNS:,}; if that is what you mean, add --yes, else shorten a grid"
         )
 

@@ -4,7 +4,7 @@ import pytest
 
 from kdlora.configfile import build_config
 from kdlora.experiment.run import Run, plan_runs
-from kdlora.experiment.stages import settings_for
+from kdlora.experiment.stages import settings_for, shard_rows
 
 BASE = {"data": {"train": "a.csv"}, "student": {"model": "s"}}
 
@@ -47,3 +47,11 @@ def test_student_arms_share_one_recipe():
     assert settings["kd-fft"].learning_rate == config.student.full_learning_rate
     assert settings["kd-fft"].epochs == 7
     assert settings_for(config, "fft") == config.teacher.train
+
+
+@pytest.mark.parametrize("rows", [1, 67_000, 400_000, 2_000_000, 10_000_000, 1_000_000_000])
+def test_a_killed_labelling_loses_little_and_leaves_few_files(rows):
+    """A shard is what a kill costs: at 50,000 rows, a quarter of an hour of a large teacher on a small data set."""
+    assert shard_rows(rows) <= max(2_000, rows // 200)
+    assert shard_rows(rows) <= 50_000
+    assert rows / shard_rows(rows) <= max(201, rows / 50_000)

@@ -13,16 +13,28 @@ from kdlora.experiment.run import run_experiment
 pytest_plugins = ["experiment_fixtures"]
 
 
+SECRETS = {
+    "HF_TOKEN": "hf_thisIsASecretThatNobodyMayRead",
+    "WANDB_API_KEY": "5ec3e7" * 6 + "5ec3",
+    "MLFLOW_TRACKING_PASSWORD": "mlflow-secret-0123456789",
+}
+
+
 @pytest.fixture(autouse=True)
 def no_settings_of_the_user(monkeypatch):
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_MODE", "WANDB_DIR", "TENSORBOARD_LOGGING_DIR"):
         monkeypatch.delenv(name, raising=False)
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
 
 
 def track(workshop, folder, *trackers, seeds=(0, 1)):
     changes = {"run": {"seeds": list(seeds), "report_to": list(trackers)}}
     result = run_experiment(workshop.config(changes), folder)
     assert not result.failed, [record.error for record in result.failed]
+    for path in result.folder.rglob("*"):  # trackers note down the command, its environment and its output
+        if path.is_file():
+            assert not [name for name, secret in SECRETS.items() if secret.encode() in path.read_bytes()], path
     return result.folder / "tracking"
 
 

@@ -14,15 +14,16 @@ from kill_driver import Blow, differences, repeated_stages, run_command
 
 from experiments import processes_marked, snapshot
 from kdlora.configfile import load_config
+from kdlora.experiment import run as run_module
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.stages import Stage
 
 pytest_plugins = ["experiment_fixtures"]
-pytestmark = pytest.mark.slow
 
 SETTINGS = {"epochs": 12, "batch_size": 8, "learning_rate": 2e-3, "select": "best"}
 
 
+@pytest.mark.slow
 def test_struck_in_its_trainings_an_experiment_ends_as_if_undisturbed(cli, workshop, tmp_path, monkeypatch):
     """A resumed experiment that differs in one bit is another experiment, and nobody would know.
 
@@ -68,3 +69,21 @@ def test_struck_in_its_trainings_an_experiment_ends_as_if_undisturbed(cli, works
     assert next(event.step for stage, event in events if stage.name == "train") >= killed.checkpoints[-1][1]
     assert snapshot(struck / "teacher").items() >= before.items()
     assert differences(tmp_path / "undisturbed", struck) == []
+
+
+def test_a_training_is_not_lost_between_its_end_and_its_record(workshop, tmp_path, monkeypatch):
+    """Checkpoints that go before the record is there cost a whole training where the process is killed in between."""
+
+    def be_killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    config = workshop.config({"run": {"checkpoint_seconds": 0.01}})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_record", be_killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment(config, tmp_path)
+    last = max(path.name for path in tmp_path.rglob("step-*"))
+    steps: list[int] = []
+    assert not run_experiment(config, tmp_path, listen=lambda _, event: steps.append(event.step)).failed
+    assert [step for step in steps if step < int(last.removeprefix("step-"))] == []
+    assert not list(tmp_path.rglob("step-*"))

@@ -148,6 +148,8 @@ class TrainConfig(_Section):
     """Longest input in tokens; longer texts are cut, and counted."""
     micro_batch_tokens: int | None = Field(default=16384, ge=16, le=_MOST)
     """Padded tokens that one forward and backward pass may hold; it splits inside the batch only."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: same results, less memory, about a third more time."""
     select: Literal["last", "best"] = "last"
     """Which epoch's weights are kept: the last, or the best on the validation split."""
     early_stopping_patience: int | None = Field(default=None, ge=1)

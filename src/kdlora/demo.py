@@ -59,7 +59,7 @@ def demo_config() -> Config:
         "task": {"kind": "single-label", "text": "text", "label": "sentiment"},
         "data": {split: str(reviews / f"{split}.csv") for split in ("train", "validation", "test")},
         "teacher": {"model": str(model), "train": {"epochs": 2, "learning_rate": 5e-5}},
-        "student": {"from_teacher_layers": [0, 2, 4], "train": {"epochs": 3, "learning_rate": 2e-3}},
+        "student": {"from_teacher_layers": [0, 2, 4], "train": {"epochs": 2, "learning_rate": 2e-3}},
         "run": {"arms": ["fft", "kd-lora", "student-lora"], "seeds": [0, 1]},
     }
     return build_config(values, where="the demo's config")

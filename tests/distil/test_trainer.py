@@ -14,7 +14,7 @@ from kdlora.distil import session as session_module
 from kdlora.distil import trainer as trainer_module
 from kdlora.distil.session import Stopwatch
 from kdlora.distil.trainer import ProgressEvent, predict_logits
-from kdlora.errors import DataError, KdLoraError
+from kdlora.errors import ConfigError, DataError, KdLoraError
 from kdlora.evidence.metrics import compute_metrics
 from kdlora.models.adapters import merge_student
 
@@ -57,6 +57,34 @@ def test_micro_batches_do_not_change_the_training(make_setup, tmp_path, kind):
     for ours, theirs in zip(one.history, other.history, strict=True):
         for term in ("loss", "hard_loss", "soft_loss"):
             assert ours[term] == pytest.approx(theirs[term], rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_gradient_checkpointing_recomputes_the_same_bits(make_setup, tmp_path, lora):
+    """Dropout that drew other elements the second time would train on gradients of another network."""
+    kept, again = (make_setup(lora=lora, gradient_checkpointing=wanted) for wanted in (False, True))
+    calls = []
+    for setup in (kept, again):
+        calls.append(0)
+        layer = setup.encoder.model.base_model.encoder.layer[0].attention.self
+
+        def count(module, *_):
+            calls[-1] += module.training
+
+        handle = layer.register_forward_hook(count)
+        setup.run(tmp_path / str(len(calls)))
+        handle.remove()
+    assert_same_bits(weights(kept.model), weights(again.model))
+    assert calls[1] == 2 * calls[0] > 0
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in again.model.modules())
+
+
+def test_a_model_that_cannot_recompute_is_refused(make_setup, tmp_path, monkeypatch):
+    """Transformers' own error names neither the key nor what to do."""
+    setup = make_setup(gradient_checkpointing=True)
+    monkeypatch.setattr(type(setup.encoder.model), "supports_gradient_checkpointing", False)
+    with pytest.raises(ConfigError, match=r"train.gradient_checkpointing: .*lower train.micro_batch_tokens"):
+        setup.run(tmp_path)
 
 
 def test_micro_batches_respect_the_budget(make_setup, tmp_path):

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
+import fabricate
 import numpy as np
 import pytest
 from fabricate import ARMS, BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, make_experiment
@@ -100,6 +101,16 @@ def test_the_answer_is_computed_from_the_records(tmp_path):
     kept = sum(100 * score / mean["fft"] for score in scores["kd-lora"]) / 3
     assert opening.startswith(f"The student keeps {kept:.1f} ± ")
     assert f"distillation adds +{mean['kd-lora'] - mean['student-lora']:.1f} points" in opening
+
+
+def test_a_teacher_below_its_student_is_called_out(tmp_path, monkeypatch):
+    """A share of 105% reads like success; it is a teacher that nobody trained to its end."""
+    monkeypatch.setitem(fabricate._NOISE, "fft", 0.8)
+    make_experiment(tmp_path / "weak")
+    assert "it may be half trained" in make_report([tmp_path / "weak"], draws=20).html
+    monkeypatch.undo()
+    make_experiment(tmp_path / "sound")
+    assert "it may be half trained" not in make_report([tmp_path / "sound"], draws=20).html
 
 
 def test_one_seed_is_called_an_anecdote(tmp_path):

@@ -32,6 +32,7 @@ from kdlora.distil.logits import COLUMN
 from kdlora.distil.loss_sums import DivergedError, diverged
 from kdlora.distil.precision import frozen_in_half, resolve_device, resolve_precision
 from kdlora.distil.processes import TIMEOUT_SECONDS, Processes, current_processes
+from kdlora.distil.recompute import activations_recomputed
 from kdlora.distil.session import ProgressEvent, Session
 from kdlora.distil.standardise import TargetScale, fold_into_head
 from kdlora.distil.unlabelled import LABELLED, labelled_values
@@ -154,6 +155,7 @@ def train_model(
         frozen_in_half(model, precision),
         dropout_set(model, settings.dropout),
         fast_on_cpu(model, place),
+        activations_recomputed(model, settings.gradient_checkpointing),
         _left_as_found(model),
     ):
         trainer = ArmTrainer(

@@ -25,6 +25,9 @@ from kdlora.evidence.wording import (
     size,
 )
 
+_NOTABLE = 1.0
+"""Points by which a teacher may be below another arm without a word."""
+
 
 def total_parameters(run: Run) -> float | None:
     """Read the size of the model as it is shipped."""
@@ -196,7 +199,7 @@ def cautions(experiment: Experiment, comparisons: Sequence[Comparison]) -> list[
     found += [
         Paragraph((f"{fault}. The parts that need them leave that run out.",), "warning") for fault in experiment.faults
     ]
-    found += _constant_decisions(experiment)
+    found += _constant_decisions(experiment) + _weak_teacher(experiment)
     numbers = [len(experiment.finished(arm)) for arm in experiment.arms if experiment.finished(arm)]
     if numbers and max(numbers) == 1:
         text = "One seed is an anecdote: another seed may well turn the order of the arms around. Set run.seeds."
@@ -225,6 +228,24 @@ def _state(run: Run) -> str:
     if run.record.status == "failed":
         return f"failed: {run.record.error or 'no reason was recorded'}"
     return "has not finished; the same command continues it"
+
+
+def _weak_teacher(experiment: Experiment) -> list[Paragraph]:
+    """Warn where a teacher that was trained here is worse than what it teaches, or than itself with adapters."""
+    teacher = experiment.score("fft")
+    given = any((run.record.config.get("teacher") or {}).get("fine_tuned") for run in experiment.runs)
+    if teacher is None or given:
+        return []
+    for arm in ("lora", experiment.student_arm):
+        other = experiment.score(arm) if arm else None
+        if arm and other is not None and other.mean > teacher.mean + _NOTABLE:
+            text = (
+                f"The teacher scores {teacher.mean:.1f}, below {arm_title(arm)} with {other.mean:.1f}: it may be half "
+                "trained, and what it teaches is then of little use. Raise teacher.train.learning_rate or "
+                "teacher.train.epochs."
+            )
+            return [Paragraph((text,), "warning")]
+    return []
 
 
 def _constant_decisions(experiment: Experiment) -> list[Paragraph]:

@@ -59,7 +59,8 @@ def _continue_round(
     hits = Counter(line["hit"] for line in done)  # what was struck least comes first
     earlier = [_attempt_of(line) for line in done if line["round"] == number]
     passed = {stage for attempt in earlier for _, kind, stage in attempt.events if kind == "end"}
-    open_stages = [stage for stage in timings if stage not in passed]
+    often = Counter(attempt.hit for attempt in earlier)
+    open_stages = [stage for stage in timings if stage not in passed and often[stage] < 3]
     blow = None
     if open_stages and len(earlier) < MOST_ATTEMPTS:
         stage = draw.choices(open_stages, [(1.0 + hits[stage]) ** -2 for stage in open_stages])[0]

@@ -36,6 +36,15 @@ def test_every_family_keeps_its_logits(exported, classifier_folder, family):
     np.testing.assert_allclose(shipped.predict_logits(PAIRS), reference.predict_logits(PAIRS), atol=1e-4)
 
 
+def test_graphs_name_no_place_of_this_machine(exported):
+    """The exporter notes a stack trace at every node: a published model would tell whose machine made it, and where."""
+    files = sorted(exported().glob("*.onnx"))
+    assert len(files) == 2
+    for file in files:
+        content = file.read_bytes()
+        assert not [sign for sign in (b'.py", line', b"site-packages") if sign in content], file
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_layer_is_fused(exported, family):
     """Prevents a new torch or transformers from silently shipping a graph in small pieces."""

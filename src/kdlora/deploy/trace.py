@@ -88,7 +88,17 @@ def capture(model: PreTrainedModel, names: Sequence[str], to: Path, *, opset: in
             ) from error
     if program is None:
         raise ModelError(f"{type(model).__name__}: the exporter gave no ONNX program.")
+    _forget_origin(program.model)
     program.save(str(to))
+
+
+def _forget_origin(model: Any) -> None:
+    """Take out the stack trace that the exporter notes at every node: paths of this machine, which differ elsewhere."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.metadata_props.clear()
 
 
 def check_opset(opset: int) -> int:

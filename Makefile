@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help install demo test test-ray check docs site check-docs wheel test-lowest test-newest picture clean
+.PHONY: help install demo test test-cluster check docs site check-docs wheel test-lowest test-newest picture clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -25,8 +25,8 @@ demo: $(VENV)/.run  ## distil a real encoder on real film reviews, print the tab
 test: $(VENV)/.dev  ## everything the tests need, then the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-test-ray: $(VENV)/.dev  ## the tests that start a Ray cluster on this machine, one at a time
-	$(BIN)/python -m pytest -m ray tests/scale
+test-cluster: $(VENV)/.dev  ## the tests that start several processes, or a Ray cluster, on this machine
+	$(BIN)/python -m pytest -m cluster tests/scale tests/experiment
 
 check: $(VENV)/.dev  ## lint, format, types, import layers, the documentation site
 	$(BIN)/ruff check .

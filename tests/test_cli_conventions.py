@@ -53,7 +53,7 @@ def test_validate_prints_the_config_as_json(cli, tmp_path):
     """The YAML form needs a parser that a shell script does not have."""
     path = tmp_path / "config.yaml"
     path.write_text("{family: bert, task: {name: mrpc}, data: {path: nyu-mll/glue}}")
-    assert json.loads(cli("validate", path, "--json").out)["lora"]["rank"] == 8
+    assert json.loads(cli("validate", path, "--json").out)["lora"]["rank"] == 16
 
 
 def test_predict_report_and_compare_print_json(cli, experiment, tmp_path):

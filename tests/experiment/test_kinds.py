@@ -10,7 +10,7 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments import copy_experiment, read_rows, write_lines
+from experiments import copy_experiment, read_rows, snapshot, write_lines
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
 from kdlora.distil.teacher import read_stored_logits
@@ -180,6 +180,16 @@ def test_pairs_of_three_classes_with_a_test_split_and_a_student_of_the_teachers_
         outputs = [model.eval()(**batch).logits.numpy() for model in (adapter, merged)]
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-4)
     np.testing.assert_allclose(outputs[1], on_test.logits, atol=1e-4)
+    # Shipped again with every call, it would be exported and measured again too.
+    before = snapshot(result.layout.root)
+    run_experiment(config, tmp_path / "out")
+    shipped = [name for name in before if name.split("/")[0] in ("student", "adapter")]
+    assert "adapter/base/model.safetensors" in shipped
+    after = snapshot(result.layout.root)
+    assert {name: after[name] for name in shipped} == {name: before[name] for name in shipped}
+    (result.layout.adapter / "base" / "model.safetensors").unlink()
+    run_experiment(config, tmp_path / "out")
+    assert (result.layout.adapter / "base" / "model.safetensors").is_file()
 
 
 @pytest.fixture

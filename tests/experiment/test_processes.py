@@ -115,7 +115,7 @@ def together(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> To
     return Together(doubled, layout, struck, again.returncode, again.stdout + again.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_lost_process_ends_the_run_with_an_error(together):
     """Processes that wait for a dead one for ever hold a cluster, and nobody is told."""
     code, seconds, said = together.struck
@@ -125,7 +125,7 @@ def test_a_lost_process_ends_the_run_with_an_error(together):
     assert "Traceback" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_two_processes_take_the_path_of_one_with_the_doubled_batch(together, tmp_path):
     """Gradients that are averaged wrongly, or rows trained on twice, still train: only the path shows it.
 
@@ -147,7 +147,7 @@ def test_two_processes_take_the_path_of_one_with_the_doubled_batch(together, tmp
     assert together.layout.student.is_dir()
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_labels_of_two_processes_are_the_file_of_one(together):
     """Logits that are merged by position and not by id teach every row the answers of another."""
     before = {path.name: path.read_bytes() for path in together.layout.teacher_logits.glob("*.parquet")}

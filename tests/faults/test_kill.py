@@ -32,7 +32,7 @@ def test_struck_in_its_trainings_an_experiment_ends_as_if_undisturbed(cli, works
     """
     changes = {
         "teacher": {"train": SETTINGS},
-        "student": {"train": SETTINGS},
+        "student": {"train": SETTINGS | {"epochs": 40}},  # long enough to be struck, on a fast machine too
         "run": {"arms": ["kd-lora"], "checkpoint_seconds": 0.1},
     }
     config, mark = tmp_path / "config.yaml", f"kdlora-mark-{uuid.uuid4()}"

@@ -19,7 +19,7 @@ from kdlora.searchconfig import Resources
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 pytest_plugins = ["experiment_fixtures"]
 pytestmark = [
-    pytest.mark.ray,
+    pytest.mark.cluster,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from kdlora.config import LORA_ARMS, Arm, Config
 from kdlora.data.load import Splits
@@ -108,20 +109,39 @@ def is_shipped(layout: ExperimentLayout, best: RunRecord) -> bool:
         best: the run that shall be shipped.
     """
     place = layout.run(best.arm, best.seed)
-    model, student = hash_files(place.model, [place.model]), hash_files(layout.student, [layout.student])
-    adapter, shipped = hash_files(place.adapter, [place.adapter]), hash_files(layout.adapter, [layout.adapter])
-    same_model = all(student.get(name) == digest for name, digest in model.items() if name != "config.json")
-    same_adapter = all(shipped.get(name) == digest for name, digest in adapter.items())
-    return WEIGHTS in model and same_model and same_adapter and _same_but_temperature(place.model, layout.student)
-
-
-def _same_but_temperature(model: Path, student: Path) -> bool:
-    """Compare two `config.json`."""
-    try:
-        one, other = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (model, student))
-    except (OSError, ValueError):
+    if not (place.model / WEIGHTS).is_file() or not _same(place.model, layout.student, "config.json", TEMPERATURE_KEY):
         return False
-    return bool(one == {key: value for key, value in other.items() if key != TEMPERATURE_KEY})
+    if not place.adapter.exists():
+        return not layout.adapter.exists()
+    if best.config["student"]["from_teacher_layers"] is None:
+        return _same(place.adapter, layout.adapter)
+    base = layout.adapter.resolve() / "base"  # beside the shipped adapter, which names the place
+    settings = _read(layout.adapter / "adapter_config.json")
+    at_home = settings.get("base_model_name_or_path") == str(base) and (base / WEIGHTS).is_file()
+    return at_home and _same(
+        place.adapter, layout.adapter, "adapter_config.json", "base_model_name_or_path", "target_modules"
+    )
+
+
+def _same(run: Path, shipped: Path, settings: str | None = None, *keys: str) -> bool:
+    """Compare what a run left with its shipped copy, whose card, and some keys of its settings, are its own."""
+    own = {"README.md", settings}
+    copied = hash_files(shipped, [shipped])
+    if any(copied.get(name) != digest for name, digest in hash_files(run, [run]).items() if name not in own):
+        return False
+    if settings is None:
+        return True
+    one, other = (_read(folder / settings) for folder in (run, shipped))
+    return {k: v for k, v in one.items() if k not in keys} == {k: v for k, v in other.items() if k not in keys}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read a file of settings; nothing where it is damaged or missing."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def keep_examples(layout: ExperimentLayout, splits: Splits) -> None:

@@ -59,7 +59,5 @@ def reader(hub, language_model, tmp_path_factory) -> dict[str, str]:
     cache = tmp_path_factory.mktemp("cache")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     own = hub_standin.environment(hub, str(cache)) | {"LLM_URL": language_model, "PATH": path, "COLUMNS": "120"}
-    own["HF_UPDATE_DOWNLOAD_COUNTS"] = (
-        "0"  # an example that calls `datasets` itself would report to a counter elsewhere
-    )
+    own["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # of examples that call `datasets` themselves: the counter is elsewhere
     return {**os.environ, **own, "JUPYTER_PLATFORM_DIRS": "1", "IPYTHONDIR": str(cache / "ipython")}

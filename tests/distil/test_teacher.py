@@ -173,10 +173,11 @@ def test_a_second_call_runs_no_forward(label, forwards):
     assert told == [(23, 23)]
 
 
-def test_two_at_once_compute_once(label, forwards, tmp_path):
+def test_two_at_once_compute_once(label, make_encoder, forwards, tmp_path):
     """Two experiments that share a teacher's folder would each write the shards under the other's hands."""
     found = []
-    threads = [threading.Thread(target=lambda: found.append(label())) for _ in range(2)]
+    encoders = [make_encoder() for _ in range(2)]  # not in the threads, which share PyTorch's random state
+    threads = [threading.Thread(target=lambda own=own: found.append(label(encoder=own))) for own in encoders]
     for thread in threads:
         thread.start()
     for thread in threads:

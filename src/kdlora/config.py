@@ -109,10 +109,8 @@ class DataConfig(_Section):
     max_unlabelled_examples: int | None = Field(default=None, ge=1, le=_MOST)
     """Use only the first so many rows of `unlabelled`."""
     augment: int = Field(default=0, ge=0, le=1000)
-    """Perturbed copies of every training text (TinyBERT, arXiv 1909.10351) that the teacher labels too.
-
-    An epoch of the distilled arms draws from texts and copies alike, and is as long as without them.
-    """
+    """Perturbed copies of every training text (TinyBERT, arXiv 1909.10351) that the teacher labels too; a distilled
+    epoch draws from texts and copies alike, and is as long as without them."""
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
@@ -149,7 +147,7 @@ class TrainConfig(_Section):
     micro_batch_tokens: int | None = Field(default=16384, ge=16, le=_MOST)
     """Padded tokens that one forward and backward pass may hold; it splits inside the batch only."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: same results, less memory, about a third more time."""
+    """Compute activations again in the backward pass: same results, less memory, one more forward pass."""
     select: Literal["last", "best"] = "last"
     """Which epoch's weights are kept: the last, or the best on the validation split."""
     early_stopping_patience: int | None = Field(default=None, ge=1)

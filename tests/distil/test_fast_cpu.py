@@ -162,6 +162,14 @@ def test_dropout_passes_the_gradient_of_what_it_kept():
     assert torch.equal(values.grad, result.detach())
 
 
+def test_attention_takes_queries_of_another_format():
+    """Rotary positions are fp32 under autocast: a backward of mixed formats ends in an error, after the forward."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 5, 4, requires_grad=True) for _ in range(3))
+    attention(query, key, value.bfloat16(), None, dropout=0.1, scale=0.5).float().sum().backward()
+    assert all(part.grad is not None and part.grad.dtype == torch.float32 for part in (query, key, value))
+
+
 def test_attention_equals_the_textbook():
     """The mask's rows, the scale and both transposes are easily confused."""
     draw = torch.Generator().manual_seed(0)

@@ -114,11 +114,8 @@ def _quantise_embeddings(graph: Graph) -> None:
             continue
         if any(item.name == "axis" and item.i != 0 for item in node.attribute):
             continue
-        scale = np.abs(table).max(axis=1, keepdims=True) / np.float32(127)
-        scale[scale == 0] = 1.0
         prefix, output = node.input[0], node.output[0]
-        rows = graph.add_weight(f"{prefix}.int8", np.rint(table / scale).astype(np.int8))
-        scales = graph.add_weight(f"{prefix}.scale", scale.astype(np.float32))
+        rows, scales = _add_levels(graph, prefix, table, np.abs(table).max(axis=1, keepdims=True))
         make = onnx.helper.make_node
         parts = [
             make("Gather", [rows, node.input[1]], [f"{output}.int8"], name=f"{output}_rows"),
@@ -144,10 +141,7 @@ def _store_as_levels(graph: Graph, names: Sequence[str]) -> None:
         weight = graph.constant(prefix)
         if weight is None:
             continue
-        scale = np.abs(weight).max(axis=0) / np.float32(127)
-        scale[scale == 0] = 1.0
-        levels = graph.add_weight(f"{prefix}.int8", np.rint(weight / scale).astype(np.int8))
-        scales = graph.add_weight(f"{prefix}.scale", scale.astype(np.float32))
+        levels, scales = _add_levels(graph, prefix, weight, np.abs(weight).max(axis=0))
         restore = onnx.helper.make_node(
             "DequantizeLinear", [levels, scales], [f"{prefix}.restored"], name=f"{prefix}_restored", axis=1
         )
@@ -156,3 +150,10 @@ def _store_as_levels(graph: Graph, names: Sequence[str]) -> None:
         node.input[1] = f"{prefix}.restored"
         graph.refresh()
     graph.drop_unused()
+
+
+def _add_levels(graph: Graph, prefix: str, values: np.ndarray, largest: np.ndarray) -> tuple[str, str]:
+    """Add int8 levels and their scales, one for each of the largest magnitudes, which broadcast over the values."""
+    scale = np.where(largest == 0, 1.0, largest / 127).astype(np.float32)
+    levels = np.rint(values / scale).astype(np.int8)
+    return graph.add_weight(f"{prefix}.int8", levels), graph.add_weight(f"{prefix}.scale", scale)

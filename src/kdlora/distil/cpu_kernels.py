@@ -182,7 +182,8 @@ def attention(
     Returns:
         Shape (batch, heads, length, width).
     """
-    return _Attention.apply(query, key, value, mask, dropout, scale)
+    # Rotary positions leave queries and keys in fp32 under autocast, beside values in bf16.
+    return _Attention.apply(query.to(value.dtype), key.to(value.dtype), value, mask, dropout, scale)
 
 
 class PackedWeight:

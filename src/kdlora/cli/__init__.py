@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -52,7 +53,8 @@ def main() -> NoReturn:
         _fail("out of memory; lower train.batch_size or train.micro_batch_tokens", 1)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            _fail(f"no file can have a name as long as {str(error.filename)[:60]!r}...; check the path", 2)
+            longest = max(Path(error.filename).parts, key=len)
+            _fail(f"no file can have a name as long as {longest[:60]!r}...; check the path", 2)
         remedy = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         _fail(f"{error}{remedy}", 1)
     except Exception as error:

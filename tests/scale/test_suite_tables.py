@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import statistics
 from html.parser import HTMLParser
 
@@ -117,6 +118,25 @@ def test_the_gain_is_paired_by_configuration_and_seed():
     assert gain(plan, records, row, "own", "kd-lora").better == 5
     del records[first.key]
     assert gain(plan, records, row, "own", "kd-lora").paired.n == 5
+
+
+def test_the_headline_is_not_ruled_by_a_row_where_the_teacher_learnt_nothing(tmp_path):
+    """A student with 20 where its teacher has 10 "keeps 200%": as a mean of ratios, that hid a real loss elsewhere."""
+    plan = small_plan(families={"own": {"teacher": {"model": "t"}, "student": {"model": "s"}}}, tasks=["cola", "sst2"])
+    scores = {("cola", "fft"): 10.0, ("cola", "kd-lora"): 20.0, ("sst2", "fft"): 90.0, ("sst2", "kd-lora"): 70.0}
+    records = {run.key: record(run, scores.get((run.task, run.arm), 50.0)) for run in plan.runs()}
+    write_tables(plan, tmp_path, records)
+    lead = (tmp_path / "suite.md").read_text(encoding="utf-8")
+    assert "KD-LoRA keeps **90.0%** of its teacher’s score (45.0 of 50.0, means of the rows below)" in lead
+
+
+def test_nothing_is_below_zero_that_rounds_to_it(tmp_path):
+    """Matthews of a model that learnt nothing is often a hair below zero, and stood in the table as -0.0."""
+    plan = small_plan(tasks=["cola"])
+    write_tables(plan, tmp_path, {run.key: record(run, -0.02) for run in plan.runs()})
+    for name in ("suite.md", "table1.tex"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert not re.search(r"[-−]0\.0(?!\d)", text)
 
 
 def test_what_failed_or_is_missing_is_said_in_the_cell(tmp_path):

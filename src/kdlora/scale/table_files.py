@@ -178,7 +178,7 @@ def _latex_figure(one: Figure) -> str:
     links = ", ".join(
         rf"\href{{{_latex_address(taken.run.key)}}}{{{number}}}" for number, taken in enumerate(one.taken, start=1)
     )
-    return rf"{one.median:.1f}{spread} ($n$ {len(one.taken)}) {{\tiny {links}}}"
+    return rf"{one.median:z.1f}{spread} ($n$ {len(one.taken)}) {{\tiny {links}}}"
 
 
 def _latex_address(key: str) -> str:
@@ -186,7 +186,7 @@ def _latex_address(key: str) -> str:
 
 
 def _latex_number(value: float | None) -> str:
-    return "--" if value is None else f"{value:.1f}"
+    return "--" if value is None else f"{value:z.1f}"
 
 
 def _cost_latex(plan: Plan, records: Records) -> str:

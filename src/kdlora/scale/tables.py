@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from kdlora.evidence.blocks import Block, Bullets, Cell, Inline, Page, Paragraph, Section, Strong, Table
 from kdlora.evidence.paper import FAMILY_TITLES, VALIDATION_ROWS, impossible_scores
 from kdlora.evidence.records import RunRecord
@@ -71,15 +69,19 @@ def _lead(plan: Plan, records: Records) -> tuple[Inline, ...]:
     failed = sum(record.status == "failed" for record in ended)
     told = f"{len(ended) - failed:,} of {len(runs):,} runs finished"
     told += f", {failed:,} failed" if failed else ""
-    kept = [
-        value
+    pairs = [
+        pair
         for row in table_rows(plan, records)
         for family in plan.suite.families
-        if (value := _kept(plan, records, row, family, "fft")) is not None
+        if None not in (pair := tuple(_median(plan, records, row, family, arm) for arm in ("kd-lora", "fft")))
     ]
-    if not kept:
+    # A ratio of means, as with the paper's Score: a mean of ratios is ruled by the rows where a teacher learnt least.
+    student, teacher = (mean_of([pair[side] for pair in pairs]) for side in (0, 1))
+    kept = retention(student, teacher)
+    if kept is None:
         return (Strong(told), ".")
-    return (Strong(told), ". On average KD-LoRA keeps ", Strong(f"{np.mean(kept):.1f}%"), " of its teacher’s score.")
+    scores = f" of its teacher’s score ({_score(student)} of {_score(teacher)}, means of the rows below)."
+    return (Strong(told), ". KD-LoRA keeps ", Strong(_per_cent(kept)), scores)
 
 
 def _median(plan: Plan, records: Records, row: Row, family: str, arm: str) -> float | None:
@@ -124,14 +126,14 @@ def _figure_cell(one: Figure, links: Links) -> Cell:
     """Write a figure with spread, n, and links to its runs."""
     if one.median is None:
         return Cell("failed" if one.failed else "–")
-    text = f"{one.median:.1f}" if one.sd is None else f"{one.median:.1f}\u00a0±\u00a0{one.sd:.1f}"
+    text = _score(one.median) if one.sd is None else f"{_score(one.median)}\u00a0±\u00a0{one.sd:.1f}"
     text += f" (n\u00a0{len(one.taken)}" + (f", {one.failed} failed" if one.failed else "")
     text += f", {one.missing} to come)" if one.missing else ")"
     return Cell(text, tuple(run_link(links, taken.run.key, number) for number, taken in enumerate(one.taken, start=1)))
 
 
-def _plain(value: float | None, *, strong: bool = False, digits: int = 1) -> Cell:
-    return Cell("–" if value is None else f"{value:.{digits}f}", strong=strong and value is not None)
+def _plain(value: float | None, *, strong: bool = False) -> Cell:
+    return Cell(_score(value), strong=strong and value is not None)
 
 
 def _score_note(plan: Plan) -> str:
@@ -194,7 +196,11 @@ def _gains(plan: Plan, records: Records, row: Row, family: str) -> list[Cell]:
 
 
 def _per_cent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}%"
+    return "–" if value is None else f"{_score(value)}%"
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None else signed(value, plus=False)
 
 
 _DOUBTS = (

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,9 @@ def invented_logits(splits: Splits) -> TeacherLogits:
     return TeacherLogits(ids, values.astype(np.float32), splits.task.label_names, "invented", {}, 0)
 
 
-def ours(work: Work) -> tuple[int, float]:
+def ours(work: Work, callbacks: Sequence[TrainerCallback] = ()) -> tuple[int, float]:
     """Train the student with adapters on stored logits."""
-    return _train_ours(work, work.student, lora=LoraConfig(), distil=DistilConfig())
+    return _train_ours(work, work.student, lora=LoraConfig(), distil=DistilConfig(), callbacks=callbacks)
 
 
 def ours_lora_on_teacher(work: Work) -> tuple[int, float]:
@@ -140,7 +141,14 @@ def ours_teacher(work: Work) -> tuple[int, float]:
     return _train_ours(work, work.teacher, lora=None, distil=None)
 
 
-def _train_ours(work: Work, source: str, *, lora: LoraConfig | None, distil: DistilConfig | None) -> tuple[int, float]:
+def _train_ours(
+    work: Work,
+    source: str,
+    *,
+    lora: LoraConfig | None,
+    distil: DistilConfig | None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[int, float]:
     splits = load_rows(work)
     encoder = load_encoder(source, splits.task, seed=0)
     model = encoder.model if lora is None else add_adapter(encoder, lora, seed=0)
@@ -158,7 +166,7 @@ def _train_ours(work: Work, source: str, *, lora: LoraConfig | None, distil: Dis
             precision="auto",
             distil=distil,
             folder=Path(folder),
-            callbacks=[Budget(work.seconds)],
+            callbacks=[Budget(work.seconds), *callbacks],
         )
     return outcome.examples, outcome.train_seconds
 
@@ -199,6 +207,47 @@ def stock_teacher(work: Work) -> tuple[int, float]:
 def stock_online(work: Work) -> tuple[int, float]:
     """The stock Trainer with a teacher called in `compute_loss`; it reads its own token ids."""
     return _train_stock(work, work.student, online=True)
+
+
+def txtai_online(work: Work) -> tuple[int, float]:
+    """HFTrainer of txtai with LoRA and a teacher, fp32; it gives the teacher the student's token ids."""
+    from txtai.pipeline.train import hftrainer
+
+    budget = Budget(work.seconds)
+    trainers: list[Trainer] = []
+
+    class Timed(hftrainer.DistillationTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, callbacks=[budget], **kwargs)
+            trainers.append(self)
+
+    hftrainer.DistillationTrainer = Timed  # HFTrainer takes no callbacks, and nothing else bounds its time
+    splits = load_rows(work)
+    texts = ("text", "text_pair") if "text_pair" in splits.train.column_names else ("text", None)
+    hftrainer.HFTrainer()(
+        work.student,
+        splits.train,
+        columns=(*texts, "label"),
+        maxlength=work.max_length,
+        lora={
+            "r": 8,
+            "lora_alpha": 16,
+            "lora_dropout": 0.05,
+            "target_modules": ["query", "value"],
+            "modules_to_save": ["classifier"],
+        },
+        teacher=work.teacher,
+        distillation=(2.0, 0.5),
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=50,
+        learning_rate=LEARNING_RATE,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    return trainers[0].state.global_step * BATCH, budget.end - budget.start
 
 
 class OnlineTrainer(Trainer):
@@ -299,6 +348,7 @@ VARIANTS = {
     "stock bf16": stock_bf16,
     "stock, online teacher": stock_online,
     "stock, padded to 512": stock_padded,
+    "txtai, online teacher": txtai_online,
     "stock: teacher": stock_teacher,
 }
 

@@ -172,9 +172,15 @@ def teacher_of(work: Work) -> Work:
     return Work(work.task, "fft", work.config.teacher_seed, work.config)
 
 
-def read_study(path: Path) -> Study:
-    """Read a study's file."""
+def read_study(path: Path, reference: str | None = None) -> Study:
+    """Read a study's file.
+
+    Args:
+        path: the file.
+        reference: the recipe that the others are compared with; default: the file's.
+    """
     study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    study = study if reference is None else study.model_copy(update={"reference": reference})
     known = {"recipe": study.recipes, "task": study.tasks}
     named = [("recipe", name) for step in study.steps for name in (*step.recipes, study.reference, study.full)]
     named += [("task", name) for step in study.steps for name in (*step.tasks, *study.search.tasks)]

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from study_plan import Places, Study, Work, teacher_of
 from transformers.utils.logging import disable_progress_bar as disable_model_progress
 
-from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, DataConfig, TaskConfig
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, DataConfig, TaskConfig, TrainConfig
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.split import split_rows
 from kdlora.data.tasks import Task
@@ -36,6 +36,8 @@ from kdlora.models.encoders import Encoder, load_fine_tuned, save_encoder
 
 WATCHED = 64
 """Rows that a training looks at after every epoch: it keeps the last epoch's weights, so they decide nothing."""
+SELECTING = 0.1
+"""Share of the training rows that is held out to choose an epoch by: the scored rows choose nothing."""
 
 
 def prepare() -> None:
@@ -115,10 +117,10 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
     record = places.run(work)
     checkpoints = record.with_suffix(".checkpoints")
     settings = settings_for(work.config, work.arm)
-    watched = splits.validation.select(range(min(WATCHED, len(splits.validation))))
+    rows = watched_splits(splits, settings)
     trained = train_arm(
         load_base(work.config, work.arm, work.seed, splits.task),
-        splits if settings.select == "best" else dataclasses.replace(splits, validation=watched),
+        rows,
         settings,
         folder=checkpoints,
         lora=work.config.lora if work.arm in LORA_ARMS else None,
@@ -127,7 +129,7 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
         distil=work.config.distil,
         seed=work.seed,
         precision=work.precision,
-        rows_per_epoch=None if work.arm in TEACHER_ARMS else rows_per_epoch(splits),
+        rows_per_epoch=None if work.arm in TEACHER_ARMS else rows_per_epoch(rows),
         checkpoint_seconds=45.0,
     )
     encoder = trained.encoder
@@ -179,12 +181,28 @@ def _teacher_folder(work: Work, places: Places) -> Path:
     return places.run(work).with_suffix(".model")
 
 
+def watched_splits(splits: Splits, settings: TrainConfig) -> Splits:
+    """Give what a training learns from, and what it looks at after every epoch.
+
+    Args:
+        splits: of the work; its validation rows are those that are scored.
+        settings: whether the best epoch is chosen, by rows that are then held out of the training rows.
+    """
+    if settings.select == "best":
+        return _hold_out(splits, SELECTING, 0)
+    watched = splits.validation.select(range(min(WATCHED, len(splits.validation))))
+    return dataclasses.replace(splits, validation=watched)
+
+
 def _splits(work: Work) -> Splits:
     whole = _load(work.config.task, work.config.data)
-    if not work.held_out:
-        return whole
+    return _hold_out(whole, work.held_out, work.split_seed) if work.held_out else whole
+
+
+def _hold_out(whole: Splits, fraction: float, seed: int) -> Splits:
+    """Put a share of the training rows in place of the validation rows."""
     classes = label_array(whole.train) if whole.task.kind == "single-label" else None
-    kept, drawn = split_rows(len(whole.train), work.held_out, work.split_seed, classes)
+    kept, drawn = split_rows(len(whole.train), fraction, seed, classes)
     part = dataclasses.replace(whole, train=whole.train.select(kept), validation=whole.train.select(drawn))
     if whole.unlabelled is None:
         return part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,22 @@ class Search(_Part):
     """Config key to values; every recipe takes this grid, and its own keys beside it."""
 
 
+class Parts(_Part):
+    """Parts of a recipe that are candidates: no config key has them. `study_candidates.py` knows what they do."""
+
+    average: int = Field(default=0, ge=0)
+    """Score the mean of the weights at the ends of the last so many epochs; 0: the last weights."""
+    ema: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Score the exponential moving average of the weights over the steps, with this decay."""
+
+    def read_by(self, arm: Arm) -> dict[str, Any]:
+        """Give what an arm reads of this, defaults left out."""
+        return {} if arm in TEACHER_ARMS else self.model_dump(mode="json", exclude_defaults=True)
+
+
+NO_PARTS = Parts()
+
+
 class Recipe(_Part):
     """Settings laid over the study's base, and what is tuned."""
 
@@ -53,6 +70,7 @@ class Recipe(_Part):
     arms: tuple[Arm, ...] = ("kd-lora", "student-lora")
     unlabelled: int = 0
     """So many training rows after the task's first `rows` teach as texts without labels."""
+    parts: Parts = NO_PARTS
 
 
 class Step(_Part):
@@ -125,6 +143,7 @@ class Work:
         config: with everything resolved, the tuned values included.
         held_out: share of the training rows that it is scored on in place of the validation rows; 0 for a reported run.
         split_seed: draws that share.
+        parts: candidates that the config has no keys for.
     """
 
     task: str
@@ -133,6 +152,7 @@ class Work:
     config: Config
     held_out: float = 0.0
     split_seed: int = 0
+    parts: Parts = NO_PARTS
 
     @property
     def precision(self) -> str:
@@ -164,6 +184,8 @@ class Work:
             made_of |= {"augment": config.data.augment} if config.data.augment else {}
         if self.arm not in TEACHER_ARMS and config.data.unlabelled:
             made_of["unlabelled"] = config.data.max_unlabelled_examples  # the control takes as many steps
+        if parts := self.parts.read_by(self.arm):
+            made_of["parts"] = parts
         return hash_json(made_of)[:16]
 
 
@@ -238,9 +260,21 @@ def search_work(study: Study, places: Places, recipe: str, arm: Arm, point: Mapp
     """List the trainings that show how good a point of the grid is."""
     search = study.search
     return [
-        Work(task, arm, search.seed, configure(study, places, task, recipe, point), search.fraction, search.split_seed)
+        dataclasses.replace(
+            work_of(study, places, recipe, arm, point, task, search.seed),
+            held_out=search.fraction,
+            split_seed=search.split_seed,
+        )
         for task in search.tasks
     ]
+
+
+def work_of(
+    study: Study, places: Places, recipe: str, arm: Arm, point: Mapping[str, Any], task: str, seed: int
+) -> Work:
+    """Give the reported training of a recipe's arm on a task with a seed."""
+    config = configure(study, places, task, recipe, point)
+    return Work(task, arm, seed, config, parts=study.recipes[recipe].parts)
 
 
 def choose_point(
@@ -274,7 +308,7 @@ def reported_work(
 ) -> Iterator[Work]:
     """List the reported trainings of a recipe's arm in a step."""
     for seed, task in itertools.product(step.seeds, step.tasks):
-        yield Work(task, arm, seed, configure(study, places, task, recipe, point))
+        yield work_of(study, places, recipe, arm, point, task, seed)
 
 
 def all_seeds(study: Study) -> Sequence[int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 from filelock import FileLock, Timeout
+from study_candidates import callbacks_of
 from study_plan import Places, Study, Work, teacher_of
 from transformers.utils.logging import disable_progress_bar as disable_model_progress
 
@@ -118,6 +119,9 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
     checkpoints = record.with_suffix(".checkpoints")
     settings = settings_for(work.config, work.arm)
     rows = watched_splits(splits, settings)
+    callbacks = callbacks_of(work.parts)
+    if callbacks:  # they remember nothing of a training that was interrupted
+        shutil.rmtree(checkpoints, ignore_errors=True)
     trained = train_arm(
         load_base(work.config, work.arm, work.seed, splits.task),
         rows,
@@ -131,6 +135,7 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
         precision=work.precision,
         rows_per_epoch=None if work.arm in TEACHER_ARMS else rows_per_epoch(rows),
         checkpoint_seconds=45.0,
+        callbacks=callbacks,
     )
     encoder = trained.encoder
     if work.arm in LORA_ARMS:
@@ -240,6 +245,7 @@ def _score(work: Work, splits: Splits, trained: Trained, encoder: Encoder, recor
         "train": settings.model_dump(mode="json"),
         "lora": config.lora.model_dump(mode="json") if work.arm in LORA_ARMS else None,
         "distil": config.distil.model_dump(mode="json") if work.arm in DISTILLED_ARMS else None,
+        "parts": work.parts.read_by(work.arm),
         "precision": work.precision,
         "trainable": trained.parameters.trainable,
         "total": trained.parameters.total,

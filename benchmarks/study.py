@@ -25,10 +25,8 @@ from study_plan import (
     choose_point,
     read_study,
     reported_work,
-    teacher_of,
+    teachers_of,
 )
-
-from kdlora.config import DISTILLED_ARMS
 
 UNFINISHED = 75
 """The conventional exit code for a temporary failure: run the same command again."""
@@ -53,8 +51,8 @@ def ready_work(study: Study, places: Places, scores: dict[str, float]) -> Iterat
                         if work.key not in scores
                     ]
                 for work in missing:
-                    untaught = work.arm in DISTILLED_ARMS and teacher_of(work).key not in scores
-                    yield teacher_of(work) if untaught else work
+                    untrained = (teacher for teacher in teachers_of(work) if teacher.key not in scores)
+                    yield next(untrained, work)
 
 
 def run(study: Study, places: Places, minutes: float) -> int:

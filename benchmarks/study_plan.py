@@ -53,10 +53,17 @@ class Parts(_Part):
     """Score the mean of the weights at the ends of the last so many epochs; 0: the last weights."""
     ema: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Score the exponential moving average of the weights over the steps, with this decay."""
+    teachers: int = Field(default=1, ge=1)
+    """Teachers of so many seeds, whose logits are averaged."""
+    folds: int = Field(default=1, ge=1)
+    """So many teachers, each trained on the other folds of the training rows than the one that it answers for."""
 
     def read_by(self, arm: Arm) -> dict[str, Any]:
         """Give what an arm reads of this, defaults left out."""
-        return {} if arm in TEACHER_ARMS else self.model_dump(mode="json", exclude_defaults=True)
+        if arm in TEACHER_ARMS:
+            return {}
+        unread = None if arm in DISTILLED_ARMS else {"teachers", "folds"}
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=unread)
 
 
 NO_PARTS = Parts()
@@ -144,6 +151,7 @@ class Work:
         held_out: share of the training rows that it is scored on in place of the validation rows; 0 for a reported run.
         split_seed: draws that share.
         parts: candidates that the config has no keys for.
+        fold: (number, count) of the training rows that a teacher is not trained on; None: it takes all of them.
     """
 
     task: str
@@ -153,6 +161,7 @@ class Work:
     held_out: float = 0.0
     split_seed: int = 0
     parts: Parts = NO_PARTS
+    fold: tuple[int, int] | None = None
 
     @property
     def precision(self) -> str:
@@ -186,12 +195,24 @@ class Work:
             made_of["unlabelled"] = config.data.max_unlabelled_examples  # the control takes as many steps
         if parts := self.parts.read_by(self.arm):
             made_of["parts"] = parts
+        if self.fold is not None:
+            made_of["fold"] = list(self.fold)
         return hash_json(made_of)[:16]
 
 
 def teacher_of(work: Work) -> Work:
     """Give the training of the one teacher of a task, which all recipes share."""
     return Work(work.task, "fft", work.config.teacher_seed, work.config)
+
+
+def teachers_of(work: Work) -> list[Work]:
+    """Give the trainings of the teachers of a distilled arm; nothing for the other arms."""
+    if work.arm not in DISTILLED_ARMS:
+        return []
+    one, count = teacher_of(work), work.parts.folds
+    if count > 1:
+        return [dataclasses.replace(one, fold=(fold, count)) for fold in range(count)]
+    return [dataclasses.replace(one, seed=one.seed + more) for more in range(work.parts.teachers)]
 
 
 def read_study(path: Path, reference: str | None = None) -> Study:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from candidate_teachers import joined_logits, mean_logits, rows_of_fold, without_fold
 from filelock import FileLock, Timeout
 from study_candidates import callbacks_of
-from study_plan import Places, Study, Work, teacher_of
+from study_plan import Places, Study, Work, teachers_of
 from transformers.utils.logging import disable_progress_bar as disable_model_progress
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, DataConfig, TaskConfig, TrainConfig
@@ -150,18 +151,26 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
 
 
 def teach(work: Work, places: Places, task: Task, part: str) -> TeacherLogits:
-    """Give the logits of the task's one teacher, which was trained on all training rows; read once a process.
+    """Give the logits of the task's teachers; read once a process.
 
     Args:
         work: of a distilled arm.
-        places: where the teacher lies.
+        places: where the teachers lie.
         task: labels and kind.
         part: `train` or `unlabelled` rows; those of the whole task, whatever share of them the work takes.
     """
-    whole = teacher_of(work)
-    rows = getattr(_load(work.config.task, work.config.data), part)
-    folder = _teacher_folder(whole, places)
-    data = work.config.data
+    whole = _load(work.config.task, work.config.data)
+    rows, ids = getattr(whole, part), whole.train["id"][:]
+    answers = []
+    for teacher in teachers_of(work):
+        own = rows if teacher.fold is None else rows_of_fold(rows, ids, *teacher.fold)
+        answers.append(_answers(teacher, places, task, own, part))
+    return joined_logits(answers) if work.parts.folds > 1 else mean_logits(answers)
+
+
+def _answers(teacher: Work, places: Places, task: Task, rows: datasets.Dataset, part: str) -> TeacherLogits:
+    """Give one teacher's logits of some rows."""
+    folder, data = _teacher_folder(teacher, places), teacher.config.data
     more = [data.max_unlabelled_examples, data.augment] if part == "unlabelled" else []
     stored = folder.with_suffix("-".join([f".{part}", *(str(count) for count in more if count)]))
     if stored not in _taught:
@@ -172,7 +181,7 @@ def teach(work: Work, places: Places, task: Task, part: str) -> TeacherLogits:
             rows,
             task,
             stored,
-            max_length=whole.config.teacher.train.max_length,
+            max_length=teacher.config.teacher.train.max_length,
             precision=resolve_precision("auto", "auto")[0],
             batch_tokens=4096,
         )
@@ -201,6 +210,8 @@ def watched_splits(splits: Splits, settings: TrainConfig) -> Splits:
 
 def _splits(work: Work) -> Splits:
     whole = _load(work.config.task, work.config.data)
+    if work.fold is not None:
+        return without_fold(whole, *work.fold)
     return _hold_out(whole, work.held_out, work.split_seed) if work.held_out else whole
 
 
@@ -246,6 +257,7 @@ def _score(work: Work, splits: Splits, trained: Trained, encoder: Encoder, recor
         "lora": config.lora.model_dump(mode="json") if work.arm in LORA_ARMS else None,
         "distil": config.distil.model_dump(mode="json") if work.arm in DISTILLED_ARMS else None,
         "parts": work.parts.read_by(work.arm),
+        "fold": work.fold,
         "precision": work.precision,
         "trainable": trained.parameters.trainable,
         "total": trained.parameters.total,

@@ -23,9 +23,9 @@ from study_plan import (
     Study,
     Work,
     choose_point,
+    needed_by,
     read_study,
     reported_work,
-    teachers_of,
 )
 
 UNFINISHED = 75
@@ -51,8 +51,7 @@ def ready_work(study: Study, places: Places, scores: dict[str, float]) -> Iterat
                         if work.key not in scores
                     ]
                 for work in missing:
-                    untrained = (teacher for teacher in teachers_of(work) if teacher.key not in scores)
-                    yield next(untrained, work)
+                    yield next((needed for needed in needed_by(work) if needed.key not in scores), work)
 
 
 def run(study: Study, places: Places, minutes: float) -> int:

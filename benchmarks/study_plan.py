@@ -58,11 +58,18 @@ class Parts(_Part):
     folds: int = Field(default=1, ge=1)
     """So many teachers, each trained on the other folds of the training rows than the one that it answers for."""
 
+    relations: float = Field(default=0.0, ge=0.0)
+    """Weight of the transfer of the last layer's relations (MiniLMv2) in the loss."""
+
+    sad: float | None = Field(default=None, ge=0.0)
+    """Start the adapters in the directions of a fully tuned student, held there with this weight (SAD-LoRA)."""
+
     def read_by(self, arm: Arm) -> dict[str, Any]:
         """Give what an arm reads of this, defaults left out."""
         if arm in TEACHER_ARMS:
             return {}
-        unread = None if arm in DISTILLED_ARMS else {"teachers", "folds"}
+        unread = set() if arm in DISTILLED_ARMS else {"teachers", "folds", "relations"}
+        unread |= set() if arm in LORA_ARMS else {"sad"}
         return self.model_dump(mode="json", exclude_defaults=True, exclude=unread)
 
 
@@ -152,6 +159,7 @@ class Work:
         split_seed: draws that share.
         parts: candidates that the config has no keys for.
         fold: (number, count) of the training rows that a teacher is not trained on; None: it takes all of them.
+        kept: keep the model, for another training needs it; teachers are kept anyway.
     """
 
     task: str
@@ -162,6 +170,7 @@ class Work:
     split_seed: int = 0
     parts: Parts = NO_PARTS
     fold: tuple[int, int] | None = None
+    kept: bool = False
 
     @property
     def precision(self) -> str:
@@ -195,8 +204,12 @@ class Work:
             made_of["unlabelled"] = config.data.max_unlabelled_examples  # the control takes as many steps
         if parts := self.parts.read_by(self.arm):
             made_of["parts"] = parts
+        if "sad" in parts:
+            made_of["tuned"] = fully_tuned(self).key
         if self.fold is not None:
             made_of["fold"] = list(self.fold)
+        if self.kept:
+            made_of["kept"] = True
         return hash_json(made_of)[:16]
 
 
@@ -213,6 +226,16 @@ def teachers_of(work: Work) -> list[Work]:
     if count > 1:
         return [dataclasses.replace(one, fold=(fold, count)) for fold in range(count)]
     return [dataclasses.replace(one, seed=one.seed + more) for more in range(work.parts.teachers)]
+
+
+def fully_tuned(work: Work) -> Work:
+    """Give the student that SAD-LoRA takes its directions from: fully tuned, without a teacher."""
+    return Work(work.task, "student-fft", work.config.teacher_seed, work.config, kept=True)
+
+
+def needed_by(work: Work) -> list[Work]:
+    """Give the trainings that have to come before one."""
+    return [*teachers_of(work), *([fully_tuned(work)] if "sad" in work.parts.read_by(work.arm) else [])]
 
 
 def read_study(path: Path, reference: str | None = None) -> Study:

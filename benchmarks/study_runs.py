@@ -14,16 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from candidate_relations import Features, open_features
+from candidate_sad import ROWS, input_covariances, spectral_basis
 from candidate_teachers import joined_logits, mean_logits, rows_of_fold, without_fold
 from filelock import FileLock, Timeout
 from study_candidates import callbacks_of
-from study_plan import Places, Study, Work, teachers_of
+from study_plan import Places, Study, Work, fully_tuned, teacher_of, teachers_of
+from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar as disable_model_progress
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, DataConfig, TaskConfig, TrainConfig
+from kdlora.data.batches import Collator, tokenise
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.split import split_rows
 from kdlora.data.tasks import Task
+from kdlora.distil.inference import INPUTS
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_precision
 from kdlora.distil.teacher import teacher_logits
@@ -33,7 +38,7 @@ from kdlora.evidence.storage import atomic_folder, write_json_atomic
 from kdlora.experiment.arms import Trained, evaluate, label_array, rows_per_epoch, train_arm
 from kdlora.experiment.sources import load_base
 from kdlora.experiment.stages import settings_for
-from kdlora.models.adapters import merge_student
+from kdlora.models.adapters import merge_student, resolve_targets
 from kdlora.models.encoders import Encoder, load_fine_tuned, save_encoder
 
 WATCHED = 64
@@ -120,11 +125,14 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
     checkpoints = record.with_suffix(".checkpoints")
     settings = settings_for(work.config, work.arm)
     rows = watched_splits(splits, settings)
-    callbacks = callbacks_of(work.parts)
+    encoder = load_base(work.config, work.arm, work.seed, splits.task)
+    callbacks = callbacks_of(
+        work, lambda: _features(work, places, encoder), lambda: _bases(work, places, encoder, splits.task)
+    )
     if callbacks:  # they remember nothing of a training that was interrupted
         shutil.rmtree(checkpoints, ignore_errors=True)
     trained = train_arm(
-        load_base(work.config, work.arm, work.seed, splits.task),
+        encoder,
         rows,
         settings,
         folder=checkpoints,
@@ -142,8 +150,8 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
     if work.arm in LORA_ARMS:
         encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
     content = _score(work, splits, trained, encoder, record)
-    if work.arm == "fft":
-        with atomic_folder(_teacher_folder(work, places)) as folder:
+    if work.arm == "fft" or work.kept:
+        with atomic_folder(_model_folder(work, places)) as folder:
             save_encoder(encoder, folder)
     write_json_atomic(record, content)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -170,7 +178,7 @@ def teach(work: Work, places: Places, task: Task, part: str) -> TeacherLogits:
 
 def _answers(teacher: Work, places: Places, task: Task, rows: datasets.Dataset, part: str) -> TeacherLogits:
     """Give one teacher's logits of some rows."""
-    folder, data = _teacher_folder(teacher, places), teacher.config.data
+    folder, data = _model_folder(teacher, places), teacher.config.data
     more = [data.max_unlabelled_examples, data.augment] if part == "unlabelled" else []
     stored = folder.with_suffix("-".join([f".{part}", *(str(count) for count in more if count)]))
     if stored not in _taught:
@@ -188,10 +196,44 @@ def _answers(teacher: Work, places: Places, task: Task, rows: datasets.Dataset, 
     return _taught[stored]
 
 
+def _features(work: Work, places: Places, student: Encoder) -> Features:
+    """Give what the last layer of the task's one teacher makes of every text and copy; kept beside its logits."""
+    whole, data = _load(work.config.task, work.config.data), work.config.data
+    folder = _model_folder(teacher_of(work), places)
+    teacher, _ = load_fine_tuned(str(folder), whole.task)
+    if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+        raise SystemExit("relations need a teacher and a student of the same tokenizer")
+    texts = [rows for rows in (whole.train, whole.unlabelled) if rows is not None]
+    tokens = [tokenise(rows, student.tokenizer, work.config.student.train.max_length) for rows in texts]
+    return open_features(teacher, tokens, folder.with_suffix(f".relations-{data.augment}"))
+
+
+def _bases(work: Work, places: Places, student: Encoder, task: Task) -> dict[str, Tensor]:
+    """Give SAD-LoRA's directions for every layer that gets an adapter."""
+    tuned, _ = load_fine_tuned(str(_model_folder(fully_tuned(work), places)), task)
+    rows = _load(work.config.task, work.config.data).train
+    part = tokenise(rows.select(range(min(ROWS, len(rows)))), student.tokenizer, work.config.student.train.max_length)
+    collator = Collator.of(student.tokenizer, task.kind, part.max_length)
+    inputs = part.dataset.select_columns([name for name in INPUTS if name in part.dataset.column_names])
+    batches = [collator(inputs.select(range(at, min(at + 32, len(inputs))))) for at in range(0, len(inputs), 32)]
+    model, lora = student.model, work.config.lora
+    targets = resolve_targets(model, lora.targets, student.fresh)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    # A head ends in the name of a layer, too ("dense"), but it takes no adapter.
+    names = [
+        name
+        for name in linear
+        if not name.startswith(student.fresh) and any(f".{name}".endswith(f".{target}") for target in targets)
+    ]
+    covariances = input_covariances(model.eval(), names, batches)
+    before, after = ({name: one.get_submodule(name).weight.detach() for name in names} for one in (model, tuned.model))
+    return {name: spectral_basis(after[name] - before[name], covariances[name], lora.rank) for name in names}
+
+
 _taught: dict[Path, TeacherLogits] = {}
 
 
-def _teacher_folder(work: Work, places: Places) -> Path:
+def _model_folder(work: Work, places: Places) -> Path:
     return places.run(work).with_suffix(".model")
 
 

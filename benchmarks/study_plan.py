@@ -64,6 +64,9 @@ class Parts(_Part):
     sad: float | None = Field(default=None, ge=0.0)
     """Start the adapters in the directions of a fully tuned student, held there with this weight (SAD-LoRA)."""
 
+    warm_up: int = Field(default=0, ge=0)
+    """Steps in which a student of the pretrained teacher's layers learns to give the vectors of its last one."""
+
     def read_by(self, arm: Arm) -> dict[str, Any]:
         """Give what an arm reads of this, defaults left out."""
         if arm in TEACHER_ARMS:
@@ -192,6 +195,8 @@ class Work:
             "seed": self.seed,
             "model": Path(str(config.teacher.model if self.arm in TEACHER_ARMS else config.student.model)).name,
         }
+        if self.arm not in TEACHER_ARMS and config.student.from_teacher_layers is not None:
+            made_of |= {"model": Path(str(config.teacher.model)).name, "layers": config.student.from_teacher_layers}
         if self.precision != "auto":
             made_of["precision"] = self.precision
         if self.arm in LORA_ARMS:
@@ -269,15 +274,12 @@ def configure(study: Study, places: Places, task: str, recipe: str, point: Mappi
     values: dict[str, Any] = {}
     for layer in (study.base, study.recipes[recipe].settings, study.task_settings(task, places)):
         _merge(values, layer)
-    models = {key: {"model": str(places.models / name)} for key, name in _models(study).items()}
-    _merge(values, models)
+    own_student = values.get("student", {}).get("from_teacher_layers") is None
+    names = {"teacher": study.teacher} | ({"student": study.student} if own_student else {})
+    _merge(values, {key: {"model": str(places.models / name)} for key, name in names.items()})
     if count := study.recipes[recipe].unlabelled:
         _merge(values, {"data": {"unlabelled": str(places.texts(task)), "max_unlabelled_examples": count}})
     return build_config(values, [f"{key}={value}" for key, value in point.items()])
-
-
-def _models(study: Study) -> dict[str, str]:
-    return {"teacher": study.teacher, "student": study.student}
 
 
 def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ import datasets
 from candidate_relations import Features, open_features
 from candidate_sad import ROWS, input_covariances, spectral_basis
 from candidate_teachers import joined_logits, mean_logits, rows_of_fold, without_fold
+from candidate_warm_up import warmed_up
 from filelock import FileLock, Timeout
 from study_candidates import callbacks_of
 from study_plan import Places, Study, Work, fully_tuned, teacher_of, teachers_of
@@ -125,7 +126,7 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
     checkpoints = record.with_suffix(".checkpoints")
     settings = settings_for(work.config, work.arm)
     rows = watched_splits(splits, settings)
-    encoder = load_base(work.config, work.arm, work.seed, splits.task)
+    encoder = _base(work, places, splits.task)
     callbacks = callbacks_of(
         work, lambda: _features(work, places, encoder), lambda: _bases(work, places, encoder, splits.task)
     )
@@ -194,6 +195,18 @@ def _answers(teacher: Work, places: Places, task: Task, rows: datasets.Dataset, 
             batch_tokens=4096,
         )
     return _taught[stored]
+
+
+def _base(work: Work, places: Places, task: Task) -> Encoder:
+    """Load what an arm trains; a student that is to be warmed up learns from the pretrained teacher first."""
+    encoder, config = load_base(work.config, work.arm, work.seed, task), work.config
+    steps = work.parts.read_by(work.arm).get("warm_up")
+    if steps is None:
+        return encoder
+    texts = tokenise(_load(config.task, config.data).train, encoder.tokenizer, config.student.train.max_length)
+    layers = "-".join(str(layer) for layer in config.student.from_teacher_layers or ())
+    file = places.out / work.task / f"warm-{Path(str(config.teacher.model)).name}-{layers}-{steps}.safetensors"
+    return warmed_up(encoder, load_base(config, "fft", 0, task), texts, steps, file)
 
 
 def _features(work: Work, places: Places, student: Encoder) -> Features:

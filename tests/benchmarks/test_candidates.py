@@ -20,6 +20,7 @@ from candidate_relations import RelationTransfer, keep_projections, open_feature
 from candidate_sad import SpectralAlignment, alignment_loss, input_covariances, shrunk_covariance, spectral_basis
 from candidate_teachers import folds_of, joined_logits, mean_logits, rows_of_fold, without_fold
 from candidate_terms import with_loss
+from candidate_warm_up import last_layer_loss, warmed_up
 from study_plan import NO_PARTS, Parts, Places, Work, configure, read_study, teachers_of
 
 from kdlora.config import LoraConfig
@@ -28,7 +29,7 @@ from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits
 from kdlora.models.adapters import add_adapter
-from kdlora.models.encoders import load_encoder
+from kdlora.models.encoders import load_encoder, student_from_layers
 
 RATING = Task("regression", ("text",), ("label",), ("score",), ("pearson",))
 PLACES = Places(Path("/models"), Path("/glue"), Path("/out"))
@@ -250,3 +251,44 @@ def test_adapters_begin_at_the_basis(tiny_model_folder):
     assert layer.lora_B["default"].weight.grad[2, 0].item() == pytest.approx(10 / 4 / 2 * 0.5)
     alignment.on_train_end(None, None, None)
     assert not model._forward_hooks
+
+
+def test_the_last_layers_are_compared_token_by_token():
+    """Padding would be most of what a short text learns from."""
+    student = torch.tensor([[[1.0, 2.0], [0.0, 0.0]]])
+    teacher = torch.tensor([[[3.0, 1.0], [50.0, 50.0]]])
+    assert last_layer_loss(student, teacher, torch.tensor([[True, False]])).item() == pytest.approx((4 + 1) / 2)
+
+
+def test_a_warm_up_brings_a_student_nearer_and_is_done_once(tiny_model_folder, tmp_path):
+    """A warm-up that trains a copy, or the head, leaves every figure as it was."""
+    source = str(tiny_model_folder("bert", layers=3, hidden=32))
+    teacher = load_encoder(source, RATING, seed=0)
+    rows = [f"a {word} film of {row} words" for row in range(20) for word in ("superb", "boring")]
+    texts = Dataset.from_dict({"id": [str(row) for row in range(40)], "text": rows})
+    part = tokenise(texts, teacher.tokenizer, 16)
+    batch = Collator.of(teacher.tokenizer, "regression", 16)([part.dataset[row] for row in range(40)])
+
+    def distance(encoder):
+        with torch.no_grad():
+            ends = [one.model.eval().base_model(**batch).last_hidden_state for one in (encoder, teacher)]
+        return last_layer_loss(*ends, batch["attention_mask"].bool()).item()
+
+    student = student_from_layers(source, [0, 2], RATING, seed=1)
+    before, head = distance(student), student.model.classifier.weight.clone()
+    after = distance(warmed_up(student, teacher, part, 20, tmp_path / "warm.safetensors"))
+    assert after < 0.5 * before
+    assert torch.equal(student.model.classifier.weight, head)
+    again = student_from_layers(source, [0, 2], RATING, seed=2)
+    assert distance(warmed_up(again, None, part, 20, tmp_path / "warm.safetensors")) == after
+
+
+def test_students_of_other_layers_have_keys_of_their_own():
+    """All students of a teacher's layers would else share the first one's score."""
+    study = read_study(Path(__file__).parents[2] / "benchmarks" / "studies" / "layers.yaml")
+    keys = set()
+    for name, recipe in study.recipes.items():
+        config = configure(study, PLACES, "sst2", name, {})
+        keys |= {Work("sst2", arm, 0, config, parts=recipe.parts).key for arm in ("kd-lora", "student-lora")}
+        assert (config.student.model is None) == (config.student.from_teacher_layers is not None)
+    assert len(keys) == 2 * (len(study.recipes) - 1)  # full-0-1 differs from layers-0-1 in what full tuning reads

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from candidate_sad import SpectralAlignment, alignment_loss, input_covariances, 
 from candidate_teachers import folds_of, joined_logits, mean_logits, rows_of_fold, without_fold
 from candidate_terms import with_loss
 from candidate_warm_up import last_layer_loss, warmed_up
-from study_plan import NO_PARTS, Parts, Places, Work, configure, read_study, teachers_of
+from study import run
+from study_plan import NO_PARTS, Parts, Places, Study, Work, configure, read_study, teachers_of
 
 from kdlora.config import LoraConfig
 from kdlora.data.batches import Collator, tokenise
@@ -292,3 +295,44 @@ def test_students_of_other_layers_have_keys_of_their_own():
         keys |= {Work("sst2", arm, 0, config, parts=recipe.parts).key for arm in ("kd-lora", "student-lora")}
         assert (config.student.model is None) == (config.student.from_teacher_layers is not None)
     assert len(keys) == 2 * (len(study.recipes) - 1)  # full-0-1 differs from layers-0-1 in what full tuning reads
+
+
+def test_every_part_runs_in_a_study(tiny_model_folder, tmp_path):
+    """A part that never takes hold, or a teacher that is not trained before it is asked, would show after hours."""
+    models, out = tmp_path / "models", tmp_path / "out"
+    for name, layers in (("large", 2), ("small", 1)):
+        shutil.copytree(tiny_model_folder("bert", layers=layers), models / name)
+    (models / "vader").mkdir()
+    lines = [f"{row}\t{row % 4 - 1.5}\ta {('good', 'bad', 'dull', 'fine')[row % 4]} film" for row in range(40)]
+    (models / "vader" / "ratings.txt").write_text("\n".join(lines), encoding="utf-8")
+    parts = {
+        "plain": {},
+        "average": {"average": 1},  # the last epoch's weights
+        "ema": {"ema": 0.9},
+        "teachers": {"teachers": 2},
+        "folds": {"folds": 2},
+        "relations": {"relations": 1.0},
+        "sad": {"sad": 0.2},
+    }
+    train = {"epochs": 1, "batch_size": 8}
+    values = {
+        "teacher": "large",
+        "student": "small",
+        "base": {"recipe": "paper", "teacher": {"train": train}, "student": {"train": train}, "data": {"augment": 1}},
+        "tasks": {"ratings": {"vader": "ratings.txt", "rows": 24}},
+        "search": {"tasks": ["ratings"], "grid": {"student.train.learning_rate": [1e-2]}},
+        "recipes": {name: {"parts": found, "arms": ["kd-lora"]} for name, found in parts.items()},
+        "reference": "plain",
+        "full": "plain",
+        "steps": [{"recipes": list(parts), "tasks": ["ratings"]}],
+    }
+    study, places = Study.model_validate(values), Places(models, tmp_path, out)
+    assert run(study, places, minutes=10) == 0
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*/*.json")]
+    scores = {next(iter(one["parts"]), "plain"): one["score"] for one in records if one["arm"] == "kd-lora"}
+    assert scores.keys() == parts.keys()
+    assert scores["average"] == scores["plain"]
+    assert len(set(scores.values())) == len(parts) - 1
+    teachers = [(one["seed"], one["fold"], one["rows"]["train"]) for one in records if one["arm"] == "fft"]
+    assert sorted(teachers, key=str) == [(0, None, 24), (0, [0, 2], 12), (0, [1, 2], 12), (1, None, 24)]
+    assert [one["arm"] for one in records].count("student-fft") == 1

@@ -23,12 +23,10 @@ from study_plan import (
     Study,
     Work,
     choose_point,
+    needed_by,
     read_study,
     reported_work,
-    teacher_of,
 )
-
-from kdlora.config import DISTILLED_ARMS
 
 UNFINISHED = 75
 """The conventional exit code for a temporary failure: run the same command again."""
@@ -53,8 +51,7 @@ def ready_work(study: Study, places: Places, scores: dict[str, float]) -> Iterat
                         if work.key not in scores
                     ]
                 for work in missing:
-                    untaught = work.arm in DISTILLED_ARMS and teacher_of(work).key not in scores
-                    yield teacher_of(work) if untaught else work
+                    yield next((needed for needed in needed_by(work) if needed.key not in scores), work)
 
 
 def run(study: Study, places: Places, minutes: float) -> int:
@@ -91,7 +88,7 @@ def _tell(record: dict[str, Any]) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Run or report a study."""
-    study = read_study(options.study)
+    study = read_study(options.study, options.reference)
     places = Places(options.models.resolve(), options.glue.resolve(), options.out.resolve())
     if options.report:
         from study_report import make_tables
@@ -110,6 +107,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--report", action="store_true", help="print the tables of what is finished, run nothing")
+    parser.add_argument("--reference", help="the recipe that the others are compared with, in place of the study's")
     parser.add_argument("--draws", type=int, default=10_000)
     return parser.parse_args()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,39 @@ class Search(_Part):
     """Config key to values; every recipe takes this grid, and its own keys beside it."""
 
 
+class Parts(_Part):
+    """Parts of a recipe that are candidates: no config key has them. `study_candidates.py` knows what they do."""
+
+    average: int = Field(default=0, ge=0)
+    """Score the mean of the weights at the ends of the last so many epochs; 0: the last weights."""
+    ema: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Score the exponential moving average of the weights over the steps, with this decay."""
+    teachers: int = Field(default=1, ge=1)
+    """Teachers of so many seeds, whose logits are averaged."""
+    folds: int = Field(default=1, ge=1)
+    """So many teachers, each trained on the other folds of the training rows than the one that it answers for."""
+
+    relations: float = Field(default=0.0, ge=0.0)
+    """Weight of the transfer of the last layer's relations (MiniLMv2) in the loss."""
+
+    sad: float | None = Field(default=None, ge=0.0)
+    """Start the adapters in the directions of a fully tuned student, held there with this weight (SAD-LoRA)."""
+
+    warm_up: int = Field(default=0, ge=0)
+    """Steps in which a student of the pretrained teacher's layers learns to give the vectors of its last one."""
+
+    def read_by(self, arm: Arm) -> dict[str, Any]:
+        """Give what an arm reads of this, defaults left out."""
+        if arm in TEACHER_ARMS:
+            return {}
+        unread = set() if arm in DISTILLED_ARMS else {"teachers", "folds", "relations"}
+        unread |= set() if arm in LORA_ARMS else {"sad"}
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=unread)
+
+
+NO_PARTS = Parts()
+
+
 class Recipe(_Part):
     """Settings laid over the study's base, and what is tuned."""
 
@@ -53,6 +87,7 @@ class Recipe(_Part):
     arms: tuple[Arm, ...] = ("kd-lora", "student-lora")
     unlabelled: int = 0
     """So many training rows after the task's first `rows` teach as texts without labels."""
+    parts: Parts = NO_PARTS
 
 
 class Step(_Part):
@@ -125,6 +160,9 @@ class Work:
         config: with everything resolved, the tuned values included.
         held_out: share of the training rows that it is scored on in place of the validation rows; 0 for a reported run.
         split_seed: draws that share.
+        parts: candidates that the config has no keys for.
+        fold: (number, count) of the training rows that a teacher is not trained on; None: it takes all of them.
+        kept: keep the model, for another training needs it; teachers are kept anyway.
     """
 
     task: str
@@ -133,6 +171,9 @@ class Work:
     config: Config
     held_out: float = 0.0
     split_seed: int = 0
+    parts: Parts = NO_PARTS
+    fold: tuple[int, int] | None = None
+    kept: bool = False
 
     @property
     def precision(self) -> str:
@@ -154,6 +195,8 @@ class Work:
             "seed": self.seed,
             "model": Path(str(config.teacher.model if self.arm in TEACHER_ARMS else config.student.model)).name,
         }
+        if self.arm not in TEACHER_ARMS and config.student.from_teacher_layers is not None:
+            made_of |= {"model": Path(str(config.teacher.model)).name, "layers": config.student.from_teacher_layers}
         if self.precision != "auto":
             made_of["precision"] = self.precision
         if self.arm in LORA_ARMS:
@@ -164,6 +207,14 @@ class Work:
             made_of |= {"augment": config.data.augment} if config.data.augment else {}
         if self.arm not in TEACHER_ARMS and config.data.unlabelled:
             made_of["unlabelled"] = config.data.max_unlabelled_examples  # the control takes as many steps
+        if parts := self.parts.read_by(self.arm):
+            made_of["parts"] = parts
+        if "sad" in parts:
+            made_of["tuned"] = fully_tuned(self).key
+        if self.fold is not None:
+            made_of["fold"] = list(self.fold)
+        if self.kept:
+            made_of["kept"] = True
         return hash_json(made_of)[:16]
 
 
@@ -172,9 +223,35 @@ def teacher_of(work: Work) -> Work:
     return Work(work.task, "fft", work.config.teacher_seed, work.config)
 
 
-def read_study(path: Path) -> Study:
-    """Read a study's file."""
+def teachers_of(work: Work) -> list[Work]:
+    """Give the trainings of the teachers of a distilled arm; nothing for the other arms."""
+    if work.arm not in DISTILLED_ARMS:
+        return []
+    one, count = teacher_of(work), work.parts.folds
+    if count > 1:
+        return [dataclasses.replace(one, fold=(fold, count)) for fold in range(count)]
+    return [dataclasses.replace(one, seed=one.seed + more) for more in range(work.parts.teachers)]
+
+
+def fully_tuned(work: Work) -> Work:
+    """Give the student that SAD-LoRA takes its directions from: fully tuned, without a teacher."""
+    return Work(work.task, "student-fft", work.config.teacher_seed, work.config, kept=True)
+
+
+def needed_by(work: Work) -> list[Work]:
+    """Give the trainings that have to come before one."""
+    return [*teachers_of(work), *([fully_tuned(work)] if "sad" in work.parts.read_by(work.arm) else [])]
+
+
+def read_study(path: Path, reference: str | None = None) -> Study:
+    """Read a study's file.
+
+    Args:
+        path: the file.
+        reference: the recipe that the others are compared with; default: the file's.
+    """
     study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    study = study if reference is None else study.model_copy(update={"reference": reference})
     known = {"recipe": study.recipes, "task": study.tasks}
     named = [("recipe", name) for step in study.steps for name in (*step.recipes, study.reference, study.full)]
     named += [("task", name) for step in study.steps for name in (*step.tasks, *study.search.tasks)]
@@ -197,15 +274,12 @@ def configure(study: Study, places: Places, task: str, recipe: str, point: Mappi
     values: dict[str, Any] = {}
     for layer in (study.base, study.recipes[recipe].settings, study.task_settings(task, places)):
         _merge(values, layer)
-    models = {key: {"model": str(places.models / name)} for key, name in _models(study).items()}
-    _merge(values, models)
+    own_student = values.get("student", {}).get("from_teacher_layers") is None
+    names = {"teacher": study.teacher} | ({"student": study.student} if own_student else {})
+    _merge(values, {key: {"model": str(places.models / name)} for key, name in names.items()})
     if count := study.recipes[recipe].unlabelled:
         _merge(values, {"data": {"unlabelled": str(places.texts(task)), "max_unlabelled_examples": count}})
     return build_config(values, [f"{key}={value}" for key, value in point.items()])
-
-
-def _models(study: Study) -> dict[str, str]:
-    return {"teacher": study.teacher, "student": study.student}
 
 
 def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
@@ -232,9 +306,21 @@ def search_work(study: Study, places: Places, recipe: str, arm: Arm, point: Mapp
     """List the trainings that show how good a point of the grid is."""
     search = study.search
     return [
-        Work(task, arm, search.seed, configure(study, places, task, recipe, point), search.fraction, search.split_seed)
+        dataclasses.replace(
+            work_of(study, places, recipe, arm, point, task, search.seed),
+            held_out=search.fraction,
+            split_seed=search.split_seed,
+        )
         for task in search.tasks
     ]
+
+
+def work_of(
+    study: Study, places: Places, recipe: str, arm: Arm, point: Mapping[str, Any], task: str, seed: int
+) -> Work:
+    """Give the reported training of a recipe's arm on a task with a seed."""
+    config = configure(study, places, task, recipe, point)
+    return Work(task, arm, seed, config, parts=study.recipes[recipe].parts)
 
 
 def choose_point(
@@ -268,7 +354,7 @@ def reported_work(
 ) -> Iterator[Work]:
     """List the reported trainings of a recipe's arm in a step."""
     for seed, task in itertools.product(step.seeds, step.tasks):
-        yield Work(task, arm, seed, configure(study, places, task, recipe, point))
+        yield work_of(study, places, recipe, arm, point, task, seed)
 
 
 def all_seeds(study: Study) -> Sequence[int]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from study_plan import Places, Study, Work, all_seeds, choose_point, configure, grid_points, teacher_of
+from study_plan import Places, Study, Work, all_seeds, choose_point, configure, grid_points, teacher_of, work_of
 
 from kdlora.config import Arm
 from kdlora.data.load import load_splits
@@ -58,7 +58,7 @@ def collect(study: Study, places: Places) -> Finished:
                 continue
             found.points[name, arm] = point
             work = [
-                Work(task, arm, seed, configure(study, places, task, name, point))
+                work_of(study, places, name, arm, point, task, seed)
                 for task, seed in itertools.product(study.tasks, all_seeds(study))
             ]
             found.sides[name, arm] = {(one.task, one.seed): one for one in work if one.key in scores}

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import study as study_command
 from study import UNFINISHED, ready_work
 from study_plan import Places, Study, Work, choose_point, configure, grid_points, read_study
-from study_runs import claimed, write_tables
+from study_runs import claimed, watched_splits, write_tables
 
+from kdlora.config import DataConfig, StudentTrainConfig, TaskConfig
 from kdlora.data.load import load_splits
 
 STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.yaml"))
@@ -160,6 +161,21 @@ def test_texts_without_labels_are_other_rows(tmp_path):
     assert Work("ratings", "fft", 0, config).key == Work("ratings", "fft", 0, without).key
 
 
+def test_an_epoch_is_chosen_by_training_rows(tmp_path):
+    """Scored rows that choose the epoch would report the luckiest of ten epochs as the recipe's gain."""
+    task = {"kind": "regression", "text": "text", "label": "rating"}
+    file = tmp_path / "ratings.csv"
+    file.write_text("id,rating,text\n" + "".join(f"{row},{row % 4},a film of {row}\n" for row in range(60)), "utf-8")
+    splits = load_splits(TaskConfig(**task), DataConfig(train=str(file), validation_fraction=0.5, augment=2))
+    last = watched_splits(splits, StudentTrainConfig())
+    assert (len(last.train), last.copies) == (30, 60)
+    best = watched_splits(splits, StudentTrainConfig(select="best"))
+    assert (len(best.train), len(best.validation), best.copies) == (27, 3, 54)
+    assert best.unlabelled is not None
+    assert {name.partition("~")[0] for name in best.unlabelled["id"]} == set(best.train["id"])
+    assert {*best.train["id"], *best.validation["id"]} == set(splits.train["id"])
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_can_be_read(path):
     """A misspelt setting in a study would show after hours."""
@@ -209,4 +225,6 @@ def test_a_study_runs_stops_resumes_and_reports(tiny_model_folder, tmp_path, cap
     table = capsys.readouterr().out
     assert "97.50%" in table  # two recipes are compared
     assert table.count("n = 2") >= 11
+    assert call("--report", "--draws", "50", "--reference", "mse") == 0
+    assert "over mse" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*/*.checkpoints"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +49,7 @@ class Tokenised:
 
 
 def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenised:
-    """Turn texts into token ids, row by row in the same order.
+    """Turn texts into token ids, row by row in the same order; the result lies in a mapped temporary file.
 
     Args:
         dataset: canonical columns; of a pair, the longer text is cut first.
@@ -58,10 +58,19 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
 
     Returns:
         The token ids, and how many examples were cut.
+
+    Raises:
+        DataError: no rows.
+        OSError: the folder for temporary files is full.
     """
     limit = min(max_length, tokenizer.model_max_length)
     carried = [name for name in dataset.column_names if name in _CARRIED]
-    table = spool(_encode_slices(dataset, carried, tokenizer, limit), "the texts to tokenise")
+    with (
+        _progress_only_on_a_terminal(),
+        datasets.utils.tqdm(total=len(dataset), unit=" examples", desc="Tokenising") as bar,
+    ):
+        batches = _encode_slices(dataset, carried, tokenizer, limit, bar.update)
+        table = spool(batches, "the data set to tokenise")
     truncated = pc.sum(table["truncated"]).as_py()
     table = table.drop_columns("truncated")
     features = Features.from_arrow_schema(table.schema) | {name: dataset.features[name] for name in carried}
@@ -69,18 +78,21 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
 
 
 def _encode_slices(
-    dataset: Dataset, carried: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int
+    dataset: Dataset,
+    carried: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    progress: Callable[[int], object],
 ) -> Iterator[pa.RecordBatch]:
     texts = [name for name in _TEXTS if name in dataset.column_names]
-    with _progress_only_on_a_terminal(), datasets.utils.tqdm(total=len(dataset), desc="Tokenising") as bar:
-        for rows in slice_rows(dataset, [*texts, *carried]):
-            for start in range(0, rows.num_rows, _TOKENISE_ROWS):
-                part = rows.slice(start, _TOKENISE_ROWS)
-                encoded = encode_texts({name: part[name].to_pylist() for name in texts}, tokenizer, limit)
-                columns = {name: part[name].combine_chunks() for name in carried}
-                columns |= {name: pa.array(values, _TYPES.get(name)) for name, values in encoded.items()}
-                yield pa.RecordBatch.from_pydict(columns)
-                bar.update(part.num_rows)
+    for rows in slice_rows(dataset, [*texts, *carried]):
+        for start in range(0, rows.num_rows, _TOKENISE_ROWS):
+            part = rows.slice(start, _TOKENISE_ROWS)
+            encoded = encode_texts({name: part[name].to_pylist() for name in texts}, tokenizer, limit)
+            columns = {name: part[name].combine_chunks() for name in carried}
+            columns |= {name: pa.array(values, _TYPES.get(name)) for name, values in encoded.items()}
+            yield pa.RecordBatch.from_pydict(columns)
+            progress(part.num_rows)
 
 
 def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[Any]]:

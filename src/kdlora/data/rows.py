@@ -16,6 +16,7 @@ from kdlora.errors import DataError
 SLICE_ROWS = 10_000
 """Rows that are in memory at a time where they have to be: some megabytes of short texts, some dozen of long ones."""
 _SPREAD = 16
+"""So many times its own rows may lie between the first and the last row of a slice, to be taken from there at once."""
 
 
 def spool(batches: Iterator[pa.RecordBatch], source: str) -> pa.Table:

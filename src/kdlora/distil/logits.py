@@ -78,11 +78,12 @@ class TeacherLogits:
             dataset: has a column `id`; an older `teacher_logits` column is replaced.
 
         Returns:
-            The same rows in the same order, with `teacher_logits`. Ids of the teacher that no example has are
-            counted in the log.
+            The same rows in the same order, with `teacher_logits`, which lie in a mapped temporary file. Ids of the
+            teacher that no example has are counted in the log.
 
         Raises:
             DataError: examples that the teacher has no row for.
+            OSError: the folder for temporary files is full.
         """
         index, extra = self._match(dataset)
         if extra:

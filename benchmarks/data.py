@@ -4,8 +4,8 @@
 
 Every size is a process of its own, and every stage gives its seconds; `CPU` is the processor time of all of them, which
 other work on the machine does not lengthen. Memory is the highest anonymous resident memory of the process above its
-level after imports (pages of mapped files, which the system may drop, left out), sampled every 20 milliseconds. `attach`
-starts from logits stored on disk: reading, checking and matching by id.
+level after imports (pages of mapped files, which the system may drop, left out), sampled every 20 milliseconds.
+`attach` starts from logits stored on disk: reading, checking and matching by id.
 """
 
 from __future__ import annotations

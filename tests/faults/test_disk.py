@@ -103,7 +103,7 @@ def test_a_full_disk_for_temporary_files(cli, disk, tmp_path, monkeypatch, undis
     monkeypatch.setattr(tempfile, "tempdir", str(disk))
     shown = cli("run", write_config(config, tmp_path / "config.yaml"), "--out", tmp_path / "out")
     assert shown.code == 1, shown.err[-3000:]
-    assert f"No space left on device: '{disk}'; free some space" in shown.err
+    assert f"No space left on device in the folder for temporary files (TMPDIR): '{disk}'; free some" in shown.err
     assert "Traceback" not in shown.err
     assert [entry.name for entry in disk.iterdir()] == ["ballast"]
 

@@ -15,8 +15,8 @@ _WORD = 8
 def are_distinct(ids: pa.Array | pa.ChunkedArray) -> bool:
     """Say whether no id occurs twice.
 
-    Hashes of 64 bits are sorted, in 8 bytes a row where a hash table of ten million ids takes over 100 and ten times
-    as long; the ids themselves are looked at only where two hashes are equal.
+    Hashes of 64 bits are sorted, in 8 bytes a row where a table of all ids takes many times as much; the ids
+    themselves are looked at only where two hashes are equal.
 
     Args:
         ids: text; two nulls count as the same id.

@@ -47,18 +47,21 @@ def spool(batches: Iterator[pa.RecordBatch], source: str) -> pa.Table:
 
 
 def _map(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> pa.Table:
-    """Write batches of one schema. The file never has a name, so that a kill at any moment leaves nothing behind."""
+    """Write batches of one schema. The file has no name, so that a kill while it is written leaves nothing behind."""
+    folder = tempfile.gettempdir()
     try:
-        with tempfile.TemporaryFile(prefix="kdlora-rows-") as file:
+        with tempfile.TemporaryFile(prefix="kdlora-rows-", dir=folder) as file:
             with pa.ipc.new_stream(file, schema) as writer:
                 for batch in batches:
                     writer.write_batch(batch)
             file.flush()
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        if error.filename is None:  # a write names no file, and this one has no name
-            error.filename = tempfile.gettempdir()
-        raise
+        if error.filename is not None or error.errno is None:
+            raise
+        # A write does not say where, and nobody knows of this file.
+        said = f"{error.strerror} in the folder for temporary files (TMPDIR)"
+        raise OSError(error.errno, said, folder) from error
     return pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/data.py --tokenizer DIR [--rows 10000 100000 1000000] [--words 4]
 
-Every size is a process of its own, and every stage gives its seconds; memory is the highest anonymous resident memory
-of the process above its level after imports (pages of mapped files, which the system may drop, left out), sampled
-every 20 milliseconds. `attach` starts from logits stored on disk: reading, checking and matching by id.
+Every size is a process of its own, and every stage gives its seconds; `CPU` is the processor time of all of them, which
+other work on the machine does not lengthen. Memory is the highest anonymous resident memory of the process above its
+level after imports (pages of mapped files, which the system may drop, left out), sampled every 20 milliseconds.
+`attach` starts from logits stored on disk: reading, checking and matching by id.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def measure(folder: Path, tokenizer: str, count: int, words: int) -> dict[str, f
 
     reader = AutoTokenizer.from_pretrained(tokenizer)
     peak, seconds = AnonymousPeak(), {}
+    used = time.process_time()
 
     def timed(stage: str, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -108,7 +110,7 @@ def measure(folder: Path, tokenizer: str, count: int, words: int) -> dict[str, f
     tokens = timed("tokenise", lambda: tokenise(rows, reader, 128))
     sampler = LengthBucketSampler(column_values(tokens.dataset, "length"), 32, seed=0)
     timed("bucket", lambda: sum(1 for _ in sampler))
-    return {**seconds, "peak_bytes": peak.stop()}
+    return {**seconds, "cpu": time.process_time() - used, "peak_bytes": peak.stop()}
 
 
 def in_process(options: argparse.Namespace, count: int) -> dict[str, float]:
@@ -139,11 +141,13 @@ def main(options: argparse.Namespace) -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options.tokenizer, options.rows[0], options.words)))
         return
-    table = Table("rows", "load", "read logits", "attach", "tokenise", "bucket an epoch", "all, s", "peak, MB")
+    table = Table(
+        "rows", "load", "read logits", "attach", "tokenise", "bucket an epoch", "all, s", "CPU, s", "peak, MB"
+    )
     for count in options.rows:
         found = in_process(options, count)
         stages = [found[name] for name in ("load", "logits", "attach", "tokenise", "bucket")]
-        cells = [f"{value:.2f}" for value in [*stages, sum(stages)]]
+        cells = [f"{value:.2f}" for value in [*stages, sum(stages), found["cpu"]]]
         table.add_row(f"{count:,}", *cells, f"{found['peak_bytes'] / 1e6:,.0f}")
         print(count, found, flush=True)
     Console(width=120).print(table)

@@ -7,8 +7,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from kdlora.config import DataConfig, TaskConfig
-from kdlora.data.canonical import read_column
 from kdlora.data.load import Splits, load_examples, load_splits
+from kdlora.data.rows import read_column
 from kdlora.data.tasks import GLUE, Task
 from kdlora.errors import DataError
 

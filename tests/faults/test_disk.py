@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,6 +94,18 @@ def test_a_folder_that_cannot_be_written(cli, disk, tmp_path, undisturbed):
     assert "Read-only file system" in shown.err
     assert str(disk) in shown.err
     assert "Traceback" not in shown.err
+
+
+def test_a_full_disk_for_temporary_files(cli, disk, tmp_path, monkeypatch, undisturbed):
+    """The rows lie there while they are used: that it is full is no fault of the data, and the message names it."""
+    config, _ = undisturbed
+    leave_room(disk, 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    shown = cli("run", write_config(config, tmp_path / "config.yaml"), "--out", tmp_path / "out")
+    assert shown.code == 1, shown.err[-3000:]
+    assert f"No space left on device in the folder for temporary files (TMPDIR): '{disk}'; free some" in shown.err
+    assert "Traceback" not in shown.err
+    assert [entry.name for entry in disk.iterdir()] == ["ballast"]
 
 
 def test_a_folder_that_vanishes(undisturbed, tmp_path):

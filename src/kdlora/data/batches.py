@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +11,25 @@ from typing import Any
 import datasets
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from kdlora.config import Kind
+from kdlora.data.rows import make_dataset, slice_rows, spool
 from kdlora.errors import ModelError
 
 PAD_MULTIPLE = 8
 """Widths that matrix units take well; also what `length_sorted_batches` and `Collator` agree on."""
 _TOKENISE_ROWS = 1000
 _CHUNK_BATCHES = 50
+_TEXTS = ("text", "text_pair")
 _CARRIED = ("id", "label", "group", "teacher_logits")
+_TYPES = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8())}
+"""As `datasets` stores them: fingerprints of token ids depend on it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Tokenised:
 
 
 def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenised:
-    """Turn texts into token ids, row by row in the same order.
+    """Turn texts into token ids, row by row in the same order; the result lies in a mapped temporary file.
 
     Args:
         dataset: canonical columns; of a pair, the longer text is cut first.
@@ -53,19 +58,41 @@ def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
 
     Returns:
         The token ids, and how many examples were cut.
+
+    Raises:
+        DataError: no rows.
+        OSError: the folder for temporary files is full.
     """
     limit = min(max_length, tokenizer.model_max_length)
+    carried = [name for name in dataset.column_names if name in _CARRIED]
+    with (
+        _progress_only_on_a_terminal(),
+        datasets.utils.tqdm(total=len(dataset), unit=" examples", desc="Tokenising") as bar,
+    ):
+        batches = _encode_slices(dataset, carried, tokenizer, limit, bar.update)
+        table = spool(batches, "the data set to tokenise")
+    truncated = pc.sum(table["truncated"]).as_py()
+    table = table.drop_columns("truncated")
+    features = Features.from_arrow_schema(table.schema) | {name: dataset.features[name] for name in carried}
+    return Tokenised(make_dataset(table, Features(features)), truncated, limit)
 
-    def encode(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
-        return encode_texts(rows, tokenizer, limit)
 
-    dropped = [name for name in dataset.column_names if name not in _CARRIED]
-    with _progress_only_on_a_terminal():
-        encoded = dataset.map(
-            encode, batched=True, batch_size=_TOKENISE_ROWS, remove_columns=dropped, desc="Tokenising"
-        )
-    truncated = pc.sum(encoded.select_columns("truncated").with_format("arrow")[:]["truncated"]).as_py() or 0
-    return Tokenised(encoded.remove_columns("truncated"), truncated, limit)
+def _encode_slices(
+    dataset: Dataset,
+    carried: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    progress: Callable[[int], object],
+) -> Iterator[pa.RecordBatch]:
+    texts = [name for name in _TEXTS if name in dataset.column_names]
+    for rows in slice_rows(dataset, [*texts, *carried]):
+        for start in range(0, rows.num_rows, _TOKENISE_ROWS):
+            part = rows.slice(start, _TOKENISE_ROWS)
+            encoded = encode_texts({name: part[name].to_pylist() for name in texts}, tokenizer, limit)
+            columns = {name: part[name].combine_chunks() for name in carried}
+            columns |= {name: pa.array(values, _TYPES.get(name)) for name, values in encoded.items()}
+            yield pa.RecordBatch.from_pydict(columns)
+            progress(part.num_rows)
 
 
 def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[Any]]:
@@ -79,7 +106,7 @@ def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBa
     Returns:
         Lists `input_ids`, `token_type_ids` where the tokenizer makes them, `length`, and `truncated` (bool).
     """
-    texts = [rows[name] for name in ("text", "text_pair") if name in rows]
+    texts = [rows[name] for name in _TEXTS if name in rows]
     kept = [name for name in tokenizer.model_input_names if name in ("input_ids", "token_type_ids")]
     # verbose=False: over-long inputs are expected here, counted, and cut below.
     encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)

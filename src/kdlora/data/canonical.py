@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from kdlora.data.ids import are_distinct
 from kdlora.data.labels import encode_labels
+from kdlora.data.rows import make_dataset, spool
 from kdlora.data.sources import RawTable, Source, is_text
 from kdlora.data.tasks import Task
 from kdlora.errors import DataError
 
+_ROWS = 65_536
 _NOT_BLANK = r"[^\s\p{Z}\x{FEFF}\x{200B}\x{0085}]"
 
 
@@ -70,22 +73,9 @@ def to_canonical(raw: RawTable, columns: Columns, task: Task, *, prefix: str = "
     for name, column in zip(("text", "text_pair"), columns.text, strict=False):
         arrays[name] = _texts(raw, column)
     if columns.label:
-        arrays["label"] = encode_labels(raw, columns.label, task)
-    # Without a given fingerprint the constructor hashes a copy of all rows in memory.
-    return Dataset(pa.table(arrays), fingerprint=uuid.uuid4().hex[:16])
-
-
-def read_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
-    """Take one column in row order, without a Python object per row.
-
-    Args:
-        dataset: rows as they are, or a selection of them.
-        name: the column.
-    """
-    column = dataset.data.table[name]
-    # A selection keeps all rows beside a list of row numbers; the public ways to apply it go through Python integers.
-    chosen = dataset._indices
-    return column if chosen is None else column.take(chosen.column(0).combine_chunks())
+        labels = pa.table({"label": encode_labels(raw, columns.label, task)})
+        arrays["label"] = spool(iter(labels.to_batches(_ROWS)), raw.source)["label"]
+    return make_dataset(pa.table(arrays))
 
 
 def corrupt_rows(raw: RawTable, columns: Columns) -> pa.Array:
@@ -126,13 +116,18 @@ def _texts(raw: RawTable, column: str) -> pa.ChunkedArray:
     return values
 
 
-def _ids(raw: RawTable, column: str | None, prefix: str) -> pa.ChunkedArray | pa.Array:
-    if column is None:
-        rows = pa.array(np.arange(raw.table.num_rows)) if raw.rows is None else raw.rows
-        ids = rows.cast(pa.string())
-    else:
-        ids = _given_ids(raw, column)
-    return pc.binary_join_element_wise(prefix, ids, "") if prefix else ids
+def _ids(raw: RawTable, column: str | None, prefix: str) -> pa.ChunkedArray:
+    given = _row_numbers(raw) if column is None else iter(_given_ids(raw, column).chunks)
+    tables = (pa.table({"id": pc.binary_join_element_wise(prefix, ids, "") if prefix else ids}) for ids in given)
+    return spool((batch for table in tables for batch in table.to_batches()), raw.source)["id"]
+
+
+def _row_numbers(raw: RawTable) -> Iterator[pa.Array | pa.ChunkedArray]:
+    """Spell the row numbers, a part at a time."""
+    count = raw.table.num_rows
+    for start in range(0, count, _ROWS):
+        numbers = np.arange(start, min(start + _ROWS, count))
+        yield (pa.array(numbers) if raw.rows is None else raw.rows.slice(start, _ROWS)).cast(pa.string())
 
 
 def _given_ids(raw: RawTable, column: str) -> pa.ChunkedArray:
@@ -144,7 +139,7 @@ def _given_ids(raw: RawTable, column: str) -> pa.ChunkedArray:
     missing = pc.fill_null(pc.equal(ids, ""), True)
     if (position := pc.index(missing, True).as_py()) >= 0:
         raise DataError(f"{raw.where(position)}: the id ({column!r}) is empty; every example needs one")
-    if pc.count_distinct(ids).as_py() < len(ids):
+    if not are_distinct(ids):
         _report_duplicate(raw, column, ids)
     return ids
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST
-from kdlora.data.sources import spool
+from kdlora.data.ids import are_distinct
+from kdlora.data.rows import make_dataset, spool
 from kdlora.data.tasks import Task
 from kdlora.errors import DataError, did_you_mean
 
@@ -153,7 +153,7 @@ def open_collection_texts(folder: Path, task: Task) -> Dataset:
     check_labels(collection, task, "data.unlabelled")
     table = collection.read(names)
     _refuse_double_ids(table, folder)
-    return Dataset(table, fingerprint=uuid.uuid4().hex[:16])
+    return make_dataset(table)
 
 
 def check_labels(collection: Collection, task: Task, key: str) -> None:
@@ -177,7 +177,5 @@ def check_labels(collection: Collection, task: Task, key: str) -> None:
 
 
 def _refuse_double_ids(table: pa.Table, folder: Path) -> None:
-    import pyarrow.compute as pc
-
-    if pc.count_distinct(table["id"]).as_py() < table.num_rows:
+    if not are_distinct(table["id"]):
         raise DataError(f"{folder}: ids occur more than once in this collection; label it again from unique ids")

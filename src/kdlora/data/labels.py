@@ -77,7 +77,8 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
             f"{raw.source}: the label column {column!r} holds {kind}; expected names, integers or true/false"
         )
     strings = values.cast(pa.string())
-    return pc.if_else(pc.equal(strings, ""), None, strings)
+    empty = pc.equal(strings, "")
+    return pc.if_else(empty, None, strings) if pc.any(empty).as_py() else strings
 
 
 def refuse_missing(raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Array) -> None:

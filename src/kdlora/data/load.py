@@ -15,10 +15,11 @@ from datasets import Dataset, concatenate_datasets
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.data import glue
 from kdlora.data.augment import augment_texts
-from kdlora.data.canonical import Columns, corrupt_rows, find_id_column, read_column, to_canonical
+from kdlora.data.canonical import Columns, corrupt_rows, find_id_column, to_canonical
 from kdlora.data.collection import is_collection, open_collection_texts
 from kdlora.data.infer import infer_label_column, infer_task, infer_text_columns
 from kdlora.data.opening import Groups, open_examples, open_splits
+from kdlora.data.rows import read_column
 from kdlora.data.sources import Source
 from kdlora.data.split import split_rows
 from kdlora.data.tasks import GLUE, GlueTask, Task

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +14,7 @@ from datasets import ClassLabel, Dataset, Features
 from kdlora.data.delimited import Dialect, choose_dialect, delimited_batches, delimited_columns
 from kdlora.data.faults import refuse_duplicates
 from kdlora.data.jsonlines import json_batches, json_columns
+from kdlora.data.rows import spool
 from kdlora.errors import DataError, did_you_mean
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -144,43 +142,6 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner))
 
 
-def spool(batches: Iterator[pa.RecordBatch], source: str) -> pa.Table:
-    """Write batches to temporary Arrow files and map them, so that rows need no memory.
-
-    A batch whose types differ (JSON that turns from integers to decimals) begins a new file; only the columns
-    concerned are converted in memory.
-
-    Args:
-        batches: record batches with the same column names.
-        source: how messages call their origin.
-
-    Returns:
-        One table over the mapped files, which have no names and go with the table.
-
-    Raises:
-        DataError: no rows, or types that do not go together.
-    """
-    rows = (batch for batch in batches if batch.num_rows)
-    tables = []
-    for schema, group in itertools.groupby(rows, key=lambda batch: batch.schema):
-        with NamedTemporaryFile(prefix="kdlora-rows-", suffix=".arrow", delete=False) as file:
-            try:
-                with pa.ipc.new_stream(file, schema) as writer:
-                    for batch in group:
-                        writer.write_batch(batch)
-                file.flush()
-                tables.append(pa.ipc.open_stream(pa.memory_map(file.name)).read_all())
-            finally:  # the map keeps the rows, and lets go of them with the table, however the process ends
-                with contextlib.suppress(PermissionError):  # Windows, which keeps what is mapped
-                    Path(file.name).unlink()
-    if not tables:
-        raise DataError(f"{source} has a header or columns but no rows; expected one example per row")
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
-        raise DataError(f"{source}: a column changes its type from row to row ({error}); make it one type") from None
-
-
 def _existing_file(file: Path, key: str) -> Path:
     if file.is_dir():
         raise DataError(f"{file} ({key}) is a folder; expected a file ({', '.join(EXTENSIONS)})")
@@ -217,15 +178,19 @@ def _parquet_source(file: Path) -> Source:
 
     def read(wanted: Sequence[str]) -> RawTable:
         columns = list(wanted)
-        try:
-            with pq.ParquetFile(file) as parquet:
-                batches = parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=columns)
-                table = spool((batch.select(columns) for batch in batches), name)  # it gives the file's order
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{name} is no readable Parquet file ({error}); write it again") from None
+        table = spool(_parquet_batches(file, columns), name)
         names = {}
         if b"huggingface" in (schema.metadata or {}):
             names = class_names(Features.from_arrow_schema(schema), columns)
         return RawTable(name, table, names)
 
     return Source(name, tuple(schema.names), read)
+
+
+def _parquet_batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+                yield batch.select(columns)  # it gives the file's order
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file} is no readable Parquet file ({error}); write it again") from None

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from kdlora.data.canonical import Columns, corrupt_rows, read_column, to_canonical
+from kdlora.data.canonical import Columns, corrupt_rows, to_canonical
 from kdlora.data.faults import encoding_error
-from kdlora.data.sources import RawTable, spool
+from kdlora.data.rows import read_column, spool
+from kdlora.data.sources import RawTable
 from kdlora.data.tasks import Task
 from kdlora.errors import DataError
 

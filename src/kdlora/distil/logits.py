@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,12 +11,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, List, Value
 
+from kdlora.data.ids import are_distinct
+from kdlora.data.rows import SLICE_ROWS, read_column, settle, slice_rows, spool
 from kdlora.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 COLUMN = "teacher_logits"
+_LISTS = pa.list_(pa.float32())
 _SHOWN = 5
+_AHEAD_ROWS = 4 * SLICE_ROWS
+"""How many of the teacher's ids may hold the next slice of examples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,23 +78,30 @@ class TeacherLogits:
             dataset: has a column `id`; an older `teacher_logits` column is replaced.
 
         Returns:
-            The same rows in the same order, with `teacher_logits`. Ids of the teacher that no example has are
-            counted in the log.
+            The same rows in the same order, with `teacher_logits`, which lie in a mapped temporary file. Ids of the
+            teacher that no example has are counted in the log.
 
         Raises:
             DataError: examples that the teacher has no row for.
+            OSError: the folder for temporary files is full.
         """
         index, extra = self._match(dataset)
         if extra:
             logger.info(
                 "%s: %d of %d rows belong to no example here and are not used", self.source, extra, len(self.ids)
             )
-        values = self.logits[index]
-        offsets = np.arange(len(values) + 1, dtype=np.int64) * len(self.label_names)
-        column = pa.LargeListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
-        rest = dataset.remove_columns(COLUMN) if COLUMN in dataset.column_names else dataset
-        feature = List(Value("float32"))
-        return rest.add_column(COLUMN, column.cast(pa.list_(pa.float32())), feature=feature)
+        rest = settle(dataset.remove_columns(COLUMN) if COLUMN in dataset.column_names else dataset)
+        column = spool(self._batches(index), self.source)[COLUMN] if len(index) else pa.array([], _LISTS)
+        return rest.add_column(COLUMN, column, feature=List(Value("float32")))
+
+    def _batches(self, index: np.ndarray) -> Iterator[pa.RecordBatch]:
+        """Yield the logits of some rows, as lists."""
+        width = len(self.label_names)
+        for start in range(0, len(index), SLICE_ROWS):
+            values = self.logits[index[start : start + SLICE_ROWS]]
+            offsets = np.arange(0, values.size + 1, width, dtype=np.int32)
+            lists = pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), pa.float32()))
+            yield pa.RecordBatch.from_arrays([lists], names=[COLUMN])
 
     def count_extra(self, dataset: Dataset) -> int:
         """Count the teacher's rows that belong to no example.
@@ -104,7 +116,33 @@ class TeacherLogits:
 
     def _match(self, dataset: Dataset) -> tuple[np.ndarray, int]:
         """Find the teacher's row of every example, and the number of rows left over."""
-        wanted = _as_ids(dataset.select_columns(["id"]).with_format("arrow")[:].column("id"))
+        rows = self._follow(dataset)
+        if rows is None:
+            rows = self._look_up(dataset)
+        used = np.zeros(len(self.ids), dtype=bool)
+        used[rows] = True
+        return rows, len(self.ids) - int(used.sum())
+
+    def _follow(self, dataset: Dataset) -> np.ndarray | None:
+        """Match examples that come in the teacher's order, where some may be left out; None where they do not.
+
+        It needs a table of some thousand ids at a time in place of one of all of them.
+        """
+        rows = np.empty(len(dataset), dtype=np.int64)
+        done = place = 0
+        for part in slice_rows(dataset, ["id"]):
+            wanted = _as_ids(part["id"])
+            found = pc.index_in(wanted, value_set=self.ids.slice(place, _AHEAD_ROWS))
+            if found.null_count:
+                return None
+            rows[done : done + len(wanted)] = found.to_numpy() + place
+            done += len(wanted)
+            place = int(rows[done - 1]) + 1
+        return rows
+
+    def _look_up(self, dataset: Dataset) -> np.ndarray:
+        """Match examples in any order."""
+        wanted = _as_ids(read_column(dataset, "id"))
         index = pc.index_in(wanted, value_set=self.ids)
         if index.null_count:
             absent = wanted.filter(pc.is_null(index))
@@ -115,7 +153,7 @@ class TeacherLogits:
                 "example needs one: add the rows, or set data.id_column to the column that holds these ids"
             )
         rows: np.ndarray = index.to_numpy()
-        return rows, len(self.ids) - len(np.unique(rows))
+        return rows
 
 
 def _as_ids(ids: pa.Array | pa.ChunkedArray | list[str]) -> pa.Array:
@@ -129,7 +167,7 @@ def _as_ids(ids: pa.Array | pa.ChunkedArray | list[str]) -> pa.Array:
 
 
 def _refuse_doubles(ids: pa.Array, source: str) -> None:
-    if len(pc.unique(ids)) == len(ids):
+    if are_distinct(ids):
         return
     counted = pc.value_counts(ids)
     doubled = counted.filter(pc.greater(counted.field("counts"), 1))

@@ -58,11 +58,12 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         )
     table = _rows_of_split(table, split, file)
     columns = _label_columns(table, task, file)
-    outputs = np.stack([_numbers(table, column, file) for column in columns], axis=1)
-    if values == "probabilities" and task.kind != "regression":
-        outputs = _as_logits(outputs, task, table.column("id"), file)
+    given = values == "probabilities" and task.kind != "regression"
+    outputs = np.empty((table.num_rows, len(columns)), np.float64 if given else np.float32)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused with its id
-        logits = outputs.astype(np.float32)
+        for place, column in enumerate(columns):
+            outputs[:, place] = _numbers(table, column, file)
+    logits = _as_logits(outputs, task, table.column("id"), file).astype(np.float32) if given else outputs
     fingerprint = hash_json({"file": hash_file(file), "values": values, "split": split, "labels": task.label_names})
     return TeacherLogits(
         ids=_ids(table, file),

@@ -28,7 +28,7 @@ def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> T
     dtype = np.int64 if task.kind == "single-label" else np.float32
     empty = np.zeros((count, task.num_labels) if task.kind == "multi-label" else count, dtype)
     features = labelled.dataset.features
-    filler = Dataset.from_dict({"label": empty.tolist()}, features=Features({"label": features["label"]}))
+    filler = Dataset.from_dict({"label": empty}, features=Features({"label": features["label"]}))
     without = concatenate_datasets([unlabelled.dataset, filler], axis=1)
     names = [name for name in labelled.dataset.column_names if name in without.column_names]
     parts = [
@@ -54,4 +54,4 @@ def labelled_values(dataset: Dataset) -> np.ndarray:
 
 
 def _mark(dataset: Dataset, is_labelled: bool) -> Dataset:
-    return dataset.add_column(LABELLED, [is_labelled] * len(dataset), feature=Value("bool"))
+    return dataset.add_column(LABELLED, np.full(len(dataset), is_labelled), feature=Value("bool"))

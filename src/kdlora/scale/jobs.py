@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 
 from kdlora.config import Arm, Config
 from kdlora.configfile import save_config
-from kdlora.data.canonical import read_column
 from kdlora.data.load import load_splits
+from kdlora.data.rows import read_column
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, KdLoraError
 from kdlora.evidence.measure import run_in_child

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config
-from kdlora.data.canonical import read_column
 from kdlora.data.load import Splits, add_copies, load_splits
+from kdlora.data.rows import read_column
 from kdlora.data.split import split_rows
 from kdlora.data.unlabelled import keep_unscored
 from kdlora.distil.session import ProgressEvent

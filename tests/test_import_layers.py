@@ -12,7 +12,7 @@ ORDER = [
     {"config"},
     {"searchconfig"},
     {"configfile"},
-    {"evidence.storage", "evidence.integrity", "evidence.locks", "evidence.environment", "data.tasks"},
+    {"evidence.storage", "evidence.integrity", "evidence.locks", "evidence.environment", "data.tasks", "data.faults"},
     {"evidence.predictions", "evidence.forkserver"},
     {"evidence.records"},
     {"evidence", "distil.losses"},

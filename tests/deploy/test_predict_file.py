@@ -113,6 +113,16 @@ def test_pairs(tmp_path, model):
     assert [row["id"] for row in rows] == [str(n) for n in range(len(PAIRS))]
 
 
+def test_a_parquet_text_that_is_not_utf8_is_a_bad_row(tmp_path, model):
+    """Pyarrow takes any bytes for text: one such row ended a prediction with a traceback."""
+    texts = pa.array([b"wonderful", b"caf\xff", b"boring"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet")
+    assert predict_file(model, tmp_path / "in.parquet", tmp_path / "out.jsonl").errors == 1
+    rows = _read(tmp_path / "out.jsonl")
+    assert [row.get("label") is not None for row in rows] == [True, False, True]
+    assert "UTF-8" in rows[1]["error"]
+
+
 def test_bad_rows_are_entries(tmp_path, model):
     """Prevents one bad row from stopping a million good ones, or from getting a label."""
     path = tmp_path / "in.jsonl"

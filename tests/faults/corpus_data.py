@@ -50,6 +50,11 @@ def parquet(**columns: list[Any]) -> bytes:
     return buffer.getvalue()
 
 
+def as_text(*values: bytes) -> pa.Array:
+    """Give bytes the type of text, as a writer in a careless language does."""
+    return pa.array(list(values), pa.binary()).view(pa.string())
+
+
 NUMBERS: dict[str, Any] = {"task": {"kind": "regression"}}
 FLAGS: dict[str, Any] = {"task": {"label": ["x", "y"]}}
 PARQUET = parquet(text=[f"film {i}" for i in range(20)], label=["a", "b"] * 10)
@@ -156,6 +161,24 @@ CASES = [
     DataCase("Parquet cut off", "train.parquet", PARQUET[:-20], ("train.parquet", "Parquet")),
     DataCase("Parquet of nothing", "train.parquet", b"PAR1", ("train.parquet", "Parquet")),
     DataCase("Parquet damaged", "train.parquet", PARQUET[:40] + bytes(60) + PARQUET[100:], ("train.parquet",)),
+    DataCase(
+        "Parquet with a column name that is not UTF-8",
+        "train.parquet",
+        PARQUET.replace(b"label", b"l\xffbel"),
+        ("train.parquet", "UTF-8"),
+    ),
+    DataCase(
+        "Parquet with a text that is not UTF-8",
+        "train.parquet",
+        parquet(text=as_text(*[b"a film", b"a fil\xff", b"films", b"film"] * 5), label=["a", "b"] * 10),
+        ("train.parquet", "UTF-8"),
+    ),
+    DataCase(
+        "Parquet with a label that is not UTF-8",
+        "train.parquet",
+        parquet(text=[f"film {i}" for i in range(20)], label=as_text(*[b"a", b"b\xff"] * 10)),
+        ("train.parquet", "UTF-8"),
+    ),
     DataCase(
         "Parquet without rows",
         "train.parquet",

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST
+from kdlora.data.faults import UNREADABLE
 from kdlora.data.ids import are_distinct
 from kdlora.data.rows import make_dataset, spool
 from kdlora.data.tasks import Task
@@ -88,7 +89,7 @@ class Collection:
                 with pq.ParquetFile(file) as parquet:
                     for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
                         yield batch.select(list(columns))
-            except (pa.ArrowException, OSError, KeyError) as fault:
+            except (*UNREADABLE, KeyError) as fault:
                 raise DataError(
                     f"{file}: this shard of a labelled collection cannot be read ({fault}); run kdlora label again "
                     f"with --to {self.folder}, which writes what is missing"

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+
 from kdlora.errors import DataError
+
+UNREADABLE = (pa.ArrowException, UnicodeDecodeError, OSError)
+"""What pyarrow raises for a damaged Parquet file; a column's name that is not UTF-8 comes as Python's own error."""
+REMEDY = "write it again, with all text in UTF-8"
 
 _CHUNK_BYTES = 1 << 20
 

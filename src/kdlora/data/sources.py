@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features
 
 from kdlora.data.delimited import Dialect, choose_dialect, delimited_batches, delimited_columns
-from kdlora.data.faults import refuse_duplicates
+from kdlora.data.faults import REMEDY, UNREADABLE, refuse_duplicates
 from kdlora.data.jsonlines import json_batches, json_columns
 from kdlora.data.rows import spool
 from kdlora.errors import DataError, did_you_mean
@@ -172,8 +172,8 @@ def _parquet_source(file: Path) -> Source:
     name = str(file)
     try:
         schema = pq.read_schema(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{name} is no readable Parquet file ({error}); write it again") from None
+    except UNREADABLE as error:
+        raise DataError(f"{name} is no readable Parquet file ({error}); {REMEDY}") from None
     refuse_duplicates(name, schema.names)
 
     def read(wanted: Sequence[str]) -> RawTable:
@@ -191,6 +191,7 @@ def _parquet_batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]
     try:
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+                batch.validate(full=True)  # pyarrow itself takes any bytes for text
                 yield batch.select(columns)  # it gives the file's order
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file} is no readable Parquet file ({error}); write it again") from None
+    except UNREADABLE as error:
+        raise DataError(f"{file} is no readable Parquet file ({error}); {REMEDY}") from None

@@ -186,12 +186,13 @@ class RowReader:
 
     def _parquet(self) -> Iterator[Row]:
         """Read a Parquet file, some rows at a time."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
+
+        from kdlora.data.faults import UNREADABLE
 
         try:
             file = pq.ParquetFile(self._path)
-        except (pa.ArrowInvalid, OSError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{self.name}: not readable as Parquet: {error}") from None
         with file:
             names = file.schema_arrow.names
@@ -202,10 +203,17 @@ class RowReader:
             self._position = lambda: number / total
             wanted = [*texts, *([self._columns.id] if has_id and self._columns.id not in texts else [])]
             for batch in file.iter_batches(batch_size=256, columns=wanted, row_groups=groups):
-                for values in batch.to_pylist():
+                for place in range(batch.num_rows):
                     if number >= self._start:
-                        yield self._row(number, values, texts, has_id=has_id)
+                        yield self._parquet_row(batch, place, number, texts, has_id=has_id)
                     number += 1
+
+    def _parquet_row(self, batch: Any, place: int, number: int, texts: Sequence[str], *, has_id: bool) -> Row:
+        try:
+            values = {name: batch.column(name)[place].as_py() for name in batch.schema.names}
+        except UnicodeDecodeError:
+            return Row(str(number), None, f"row {number}: not valid UTF-8")
+        return self._row(number, values, texts, has_id=has_id)
 
     def _row(self, number: int, values: Mapping[str, Any], texts: Sequence[str], *, has_id: bool) -> Row:
         """Make a row, or say what is wrong with it."""

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdlora.data.collection import LOGIT, is_collection
+from kdlora.data.faults import REMEDY, UNREADABLE
 from kdlora.data.tasks import Task
 from kdlora.distil.collections import read_collection
 from kdlora.distil.fingerprints import hash_file, hash_json
@@ -88,9 +89,11 @@ def _read(file: Path) -> pa.Table:
     suffix = file.suffix.lower()
     if suffix in _PARQUET:
         try:
-            return pq.read_table(file, partitioning=None)
-        except (pa.ArrowException, OSError) as fault:
-            raise DataError(f"{file}: not a readable Parquet file: {fault}") from None
+            table = pq.read_table(file, partitioning=None)
+            table.validate(full=True)  # pyarrow itself takes any bytes for text
+        except UNREADABLE as fault:
+            raise DataError(f"{file}: not a readable Parquet file: {fault}; {REMEDY}") from None
+        return table
     if suffix in _JSON_LINES:
         return _read_json_lines(file)
     raise DataError(

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kdlora.data.faults import UNREADABLE
 from kdlora.errors import ArtifactError
 from kdlora.evidence.storage import atomic_file
 
@@ -162,7 +163,7 @@ def _read_table(path: str | Path, needed: Sequence[str]) -> pa.Table:
         table = pq.read_table(path, partitioning=None)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: there is no such file. {remedy}") from None
-    except (pa.ArrowException, OSError) as fault:
+    except UNREADABLE as fault:
         raise ArtifactError(f"{path}: expected a whole Parquet file: {fault}. {remedy}") from None
     missing = [name for name in needed if name not in table.column_names]
     if missing:

@@ -11,6 +11,7 @@ from typing import Any
 
 from kdlora.configfile import COLLECTION_MANIFEST, expand_home
 from kdlora.data.collection import SCHEMA_VERSION
+from kdlora.data.faults import REMEDY, UNREADABLE
 from kdlora.data.tasks import Task
 from kdlora.distil.fingerprints import compare, hash_file, hash_json
 from kdlora.errors import ArtifactError, DataError
@@ -176,13 +177,12 @@ def make_units(job: LabelJob) -> list[Unit]:
 
 
 def _count_rows(file: Path) -> int:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return int(pq.ParquetFile(file).metadata.num_rows)
-    except (pa.ArrowException, OSError) as fault:
-        raise DataError(f"{file} is no readable Parquet file ({fault}); write it again") from None
+    except UNREADABLE as fault:
+        raise DataError(f"{file} is no readable Parquet file ({fault}); {REMEDY}") from None
 
 
 def finished_shards(folder: Path, unit: Unit) -> list[Shard]:

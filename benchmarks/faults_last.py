@@ -11,8 +11,9 @@ from faults_workshop import append, build_workshop, read_lines
 from kdlora.config import TeacherTrainConfig
 from kdlora.data.load import load_splits
 from kdlora.evidence.measure import read_memory
-from kdlora.experiment.arms import train_teacher
+from kdlora.experiment.arms import train_arm
 from kdlora.experiment.run import run_experiment
+from kdlora.models.encoders import load_encoder
 
 
 def footprint() -> dict[str, int]:
@@ -44,7 +45,7 @@ def endure(out: Path, *, epochs: int = 200, experiments: int = 20, until: float 
 
 
 def _train(workshop: object, folder: Path, epochs: int) -> list[dict[str, int]]:
-    """Train in this process; a checkpoint after every epoch, so that their number shows too."""
+    """Train in this process; checkpoints all the time, so that their number shows too."""
     config = workshop.config()  # type: ignore[attr-defined]
     splits = load_splits(config.task, config.data)
     points: list[dict[str, int]] = []
@@ -57,7 +58,8 @@ def _train(workshop: object, folder: Path, epochs: int) -> list[dict[str, int]]:
             points.append({"epoch": int(epoch), **footprint(), "checkpoints": len(list(folder.glob("step-*")))})
 
     settings = TeacherTrainConfig(epochs=epochs, batch_size=8, learning_rate=1e-4)
-    train_teacher(str(workshop.teacher), splits, settings, folder=folder, device="cpu", progress=note)  # type: ignore[attr-defined]
+    encoder = load_encoder(str(workshop.teacher), splits.task, seed=0)  # type: ignore[attr-defined]
+    train_arm(encoder, splits, settings, folder=folder, device="cpu", checkpoint_seconds=0.01, progress=note)
     return points
 
 

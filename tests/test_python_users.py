@@ -67,7 +67,8 @@ def test_results_show_as_tables_in_a_notebook(experiment):
 
 def test_bars_in_a_notebook_are_drawn_once_and_then_changed(monkeypatch):
     """A new bar per event fills the notebook with thousands of them."""
-    import IPython.display
+    IPython = pytest.importorskip("IPython", reason="IPython comes with the extra docs")
+    pytest.importorskip("IPython.display")
 
     pages, handles = [], []
 

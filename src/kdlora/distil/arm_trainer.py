@@ -149,7 +149,7 @@ class ArmTrainer(DistillationTrainer):
             model: what is trained.
         """
         if self.lora is None or {self.lora.b_learning_rate_ratio, self.lora.head_learning_rate_ratio} == {1.0}:
-            return super().create_optimizer(*[] if model is None else [model])  # transformers 5.0 takes none
+            return super().create_optimizer(model)
         trained = self.model if model is None else model
         decayed = self.get_decay_parameter_names(trained)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)

@@ -67,9 +67,7 @@ def test_results_show_as_tables_in_a_notebook(experiment):
 
 def test_bars_in_a_notebook_are_drawn_once_and_then_changed(monkeypatch):
     """A new bar per event fills the notebook with thousands of them."""
-    IPython = pytest.importorskip("IPython", reason="IPython comes with the extra docs")
-    pytest.importorskip("IPython.display")
-
+    displays = pytest.importorskip("IPython.display", reason="IPython comes with the extra docs")
     pages, handles = [], []
 
     class Handle:
@@ -81,7 +79,7 @@ def test_bars_in_a_notebook_are_drawn_once_and_then_changed(monkeypatch):
         pages.append(page.data)
         return Handle()
 
-    monkeypatch.setattr(IPython.display, "display", display)
+    monkeypatch.setattr(displays, "display", display)
     bars, stage = NotebookBars(), Stage("train", "kd-lora", 0)
     event = ProgressEvent(0.5, 2, 5, 20, 0.5, 0.2, 0.8, 100.0, 1.0, None)
     for step in range(1, 21):

@@ -285,6 +285,8 @@ class RunConfig(_Section):
     """Where to train."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads; default: PyTorch's own choice (the physical cores)."""
+    shard_teacher: bool = False
+    """Several processes share out weights, gradients and optimiser states of `fft` (FSDP), which fit no single GPU."""
     fail_fast: bool = False
     """Stop at the first run that fails, in place of carrying on with the other arms."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)

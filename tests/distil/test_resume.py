@@ -272,12 +272,12 @@ def test_best_weights_without_hard_links(tmp_path, monkeypatch):
         place = CheckpointFolder(tmp_path / str(links), {})
         model = torch.nn.Linear(2, 2)
         place.folder.mkdir()
-        place.save_best(model)
+        place.save_best(trained_tensors(model))
         place.write(1, {"state": {}}, {})
         first = place.best.read_bytes()
         with torch.no_grad():
             model.weight.add_(1.0)
-        place.save_best(model)
+        place.save_best(trained_tensors(model))
         assert place.best.read_bytes() != first
         checkpoint = place.latest()
         assert checkpoint is not None, "the checkpoint's copy changed with the next best"

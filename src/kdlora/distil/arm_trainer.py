@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -35,6 +36,7 @@ from kdlora.distil.loss_sums import LossSums, term_means
 from kdlora.distil.losses import LossTerms
 from kdlora.distil.processes import Processes
 from kdlora.distil.session import Session
+from kdlora.distil.sharding import is_sharded, shard_moments, whole, whole_tensors
 from kdlora.distil.standardise import TargetScale
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class ArmTrainer(DistillationTrainer):
         """Set up a training.
 
         Args:
-            model: what is trained.
+            model: what is trained; the processes may share it out.
             args: Trainer's arguments.
             kind: kind of the task.
             distil: weights and temperature; None trains on the labels alone.
@@ -129,7 +131,10 @@ class ArmTrainer(DistillationTrainer):
         self.processes: Processes = session.processes
         self.epoch_sums = LossSums(args.device)
         self.resumed: Checkpoint | None = None
+        self.weightless = False
         session.trainee = self
+        if is_sharded(model):  # autocast alone: Accelerate would hand a model that it trains to DDP
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint: what belongs to the session and to the model's weights now, the rest in `train`.
@@ -191,14 +196,18 @@ class ArmTrainer(DistillationTrainer):
             num_items_in_batch: rows of the whole step.
         """
         self.session.examples += self._rows_of_step()
-        # A spare row is another process's; here it weighs nothing.
-        rows = torch.tensor(math.inf) if self._is_spare() else num_items_in_batch
+        own: list[dict[str, Any]] = inputs[MICRO_BATCHES]
+        # Processes may cut their rows into different numbers of micro-batches. They meet once, at the last; those
+        # that share a model out meet in every pass, so that some go over a micro-batch again.
+        meets = is_sharded(model)
+        passes = self.processes.largest(len(own)) if meets else len(own)
         losses = []
-        for number, part in enumerate(inputs[MICRO_BATCHES], start=1):
-            # Processes may cut their rows into different numbers of micro-batches; they meet once, at the last.
-            last = number == len(inputs[MICRO_BATCHES])
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, rows))
+        for number in range(passes):
+            # A spare row is another process's, or done already; here it weighs nothing.
+            self.weightless = self._is_spare() or number >= len(own)
+            rows = torch.tensor(math.inf) if self.weightless else num_items_in_batch
+            with contextlib.nullcontext() if meets or number == passes - 1 else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, own[min(number, len(own) - 1)], rows))
         return torch.stack(losses).sum()
 
     def mean_rows(self, rows: int, device: torch.device) -> Any:
@@ -224,7 +233,7 @@ class ArmTrainer(DistillationTrainer):
         Args:
             terms: per-row losses.
         """
-        if self._is_spare():
+        if self.weightless:
             return
         super().record(terms)
         self.epoch_sums.add(terms, self.state.global_step + 1)
@@ -239,7 +248,7 @@ class ArmTrainer(DistillationTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Stop before a gradient that is not finite reaches the weights; in fp16 the scaler skips such steps itself."""
-        norm = super()._clip_grad_norm(model)
+        norm = whole(super()._clip_grad_norm(model))
         if not self.args.fp16:
             self.epoch_sums.note_gradient(norm, self.state.global_step + 1)
             if self.args.device.type == "cpu":  # elsewhere it shows before the next checkpoint
@@ -287,8 +296,9 @@ class ArmTrainer(DistillationTrainer):
 
     def keep_best(self) -> None:
         """Keep the weights of now as the best."""
+        tensors = whole_tensors(trained_tensors(self.model), keep=self.processes.is_first)
         if self.processes.is_first:
-            self.checkpoints.save_best(self.model)
+            self.checkpoints.save_best(tensors)
 
     def tell_callbacks(self, metrics: dict[str, float]) -> None:
         """Log validation metrics to whoever listens to the training.
@@ -318,10 +328,12 @@ class ArmTrainer(DistillationTrainer):
                 "random": [rest for _, rest in generators],
             }
             losses = {name: self.processes.total(sums.sums) for name, sums in self._loss_sums().items()}
-            tensors = {"weights": trained_tensors(self.model), "optimizer": optimizer, "losses": losses}
+            first = self.processes.is_first
+            parts = {"weights": trained_tensors(self.model), "optimizer": optimizer}
+            tensors = {name: whole_tensors(values, keep=first) for name, values in parts.items()} | {"losses": losses}
             tensors |= {f"random-{rank}": values for rank, (values, _) in enumerate(generators)}
             documents = {"state": state, "trainer_state": dataclasses.asdict(self.state)}
-            if self.processes.is_first:
+            if first:
                 self.checkpoints.write(self.state.global_step, documents, tensors)
         logger.info("checkpoint at step %d", self.state.global_step)
         self.session.note_saved()
@@ -333,7 +345,9 @@ class ArmTrainer(DistillationTrainer):
         if checkpoint is None or self.resumed is None:
             return
         state = self.resumed.state
-        self.optimizer.load_state_dict(unpack_optimizer(self.resumed.tensors("optimizer"), state["optimizer"]))
+        moments = unpack_optimizer(self.resumed.tensors("optimizer"), state["optimizer"])
+        shard_moments(moments, self.optimizer)
+        self.optimizer.load_state_dict(moments)
         self.lr_scheduler.load_state_dict(state["scheduler"])
         if self.processes.is_first:  # the sums are those of all processes
             losses = self.resumed.tensors("losses")

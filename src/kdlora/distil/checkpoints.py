@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdlora.distil.fingerprints import compare, hash_file
+from kdlora.distil.sharding import put
 from kdlora.errors import ArtifactError
 from kdlora.evidence.integrity import is_sealed_or_old, seal
 from kdlora.evidence.records import atomic_file, atomic_folder
@@ -30,7 +31,7 @@ _MEANING = {
     "model": "the model or its initial weights",
     "train": "the training rows or their teacher logits",
     "validation": "the validation rows",
-    "settings": "the training settings, or the number of processes",
+    "settings": "the training settings, the number of processes, or whether they share the model out",
     "distil": "the distillation settings",
     "lora": "the adapter's settings",
     "task": "the task",
@@ -133,14 +134,14 @@ class CheckpointFolder:
             shutil.rmtree(folder, ignore_errors=True)
         return place
 
-    def save_best(self, model: nn.Module) -> None:
+    def save_best(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep the weights of now as the best so far.
 
         Args:
-            model: its trained parameters are kept.
+            tensors: from `trained_tensors`, whole.
         """
         with atomic_file(self.best) as temporary:
-            save_tensors(temporary, trained_tensors(model))
+            save_tensors(temporary, tensors)
 
     def restore_best(self, checkpoint: Checkpoint) -> None:
         """Bring back the best weights as of a checkpoint; later ones belong to steps that are done again.
@@ -182,8 +183,8 @@ def load_trained_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
     """Put saved values into a model, in place.
 
     Args:
-        model: as it was when they were saved.
-        tensors: from `trained_tensors`.
+        model: as it was when they were saved, shared out or not.
+        tensors: from `trained_tensors`, whole.
 
     Raises:
         ArtifactError: of another model.
@@ -193,7 +194,7 @@ def load_trained_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
         different = sorted(current.keys() ^ tensors.keys())[:3] or "shapes"
         raise ArtifactError(f"the stored weights are of another model: {different} differ")
     for name, value in tensors.items():
-        current[name].copy_(value)
+        put(current[name], value)
 
 
 def _current(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from kdlora.data.batches import Collator, Tokenised, length_sorted_batches
 from kdlora.distil.allocator import freed_memory_kept
 from kdlora.distil.precision import autocast
 from kdlora.distil.processes import ALONE, Processes
+from kdlora.distil.sharding import is_sharded
 
 INPUTS = ("input_ids", "token_type_ids")
 
@@ -35,7 +36,7 @@ def predict_logits(
     """Run a model over token ids, without dropout and without gradients.
 
     Several processes with the same model and data take turns at the batches, which are those of a single process, so
-    that the figures are the same to the bit.
+    that the figures are the same to the bit. Where they share the model out, all run equally many passes.
 
     Args:
         model: a transformers classifier, with or without an adapter; it runs where it lies.
@@ -58,15 +59,26 @@ def predict_logits(
     order: list[int] = []
     outputs: list[torch.Tensor] = []
     lengths = column_values(data.dataset, "length")
-    with freed_memory_kept(device), _evaluating(model), torch.inference_mode(), autocast(precision, device):
-        for rows in length_sorted_batches(lengths, batch_tokens)[processes.rank :: processes.count]:
-            columns = inputs[rows]
-            examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in collator(examples).items()}
-            outputs.append(model(**batch).logits.float())
+
+    def read(rows: list[int]) -> torch.Tensor:
+        columns = inputs[rows]
+        examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in collator(examples).items()}
+        logits: torch.Tensor = model(**batch).logits.float()
+        return logits
+
+    shared = is_sharded(model)
+    # Shards that were gathered in inference mode could not be trained on afterwards.
+    ungraded = torch.no_grad() if shared else torch.inference_mode()
+    with freed_memory_kept(device), _evaluating(model), ungraded, autocast(precision, device):
+        batches = length_sorted_batches(lengths, batch_tokens)
+        for rows in batches[processes.rank :: processes.count]:
+            outputs.append(read(rows))
             order.extend(rows)
             if progress is not None:
                 progress(min(len(order) * processes.count, len(lengths)))
+        if shared and 0 < len(batches) % processes.count <= processes.rank:
+            read(batches[-1])  # the others have one more, for which they need this process's shards
     return _in_row_order(order, outputs, processes)
 
 

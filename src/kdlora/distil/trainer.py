@@ -34,6 +34,7 @@ from kdlora.distil.precision import frozen_in_half, resolve_device, resolve_prec
 from kdlora.distil.processes import TIMEOUT_SECONDS, Processes, current_processes
 from kdlora.distil.recompute import activations_recomputed
 from kdlora.distil.session import ProgressEvent, Session
+from kdlora.distil.sharding import check_sharding, sharded
 from kdlora.distil.standardise import TargetScale, fold_into_head
 from kdlora.distil.unlabelled import LABELLED, labelled_values
 from kdlora.errors import DataError, KdLoraError
@@ -95,6 +96,7 @@ def train_model(
     checkpoint_seconds: float = 60.0,
     keep_checkpoints: int = 1,
     rows_per_epoch: int | None = None,
+    shard: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Callable[[ProgressEvent], None] | None = None,
 ) -> TrainOutcome:
@@ -127,12 +129,14 @@ def train_model(
         keep_checkpoints: newest ones to keep.
         rows_per_epoch: rows that an epoch draws; default: every row once. A control with fewer rows thereby does as
             many optimiser steps as the arm that it is compared with.
+        shard: let several processes share out weights, gradients and optimiser states, in place of a copy in each.
         callbacks: transformers' own kind.
         progress: told every half second, and after every epoch, where the training stands.
 
     Raises:
         DataError: rows without labels, no rows, or no teacher logits.
         ArtifactError: the folder holds checkpoints of another training.
+        ConfigError: `shard` with frozen weights or in fp16.
         KdLoraError: the training diverged.
     """
     _check(train, validation, distil)
@@ -142,8 +146,11 @@ def train_model(
     scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
     ingredients = _ingredients(model, train, validation, task, settings, distil, lora)
     ingredients |= {"seed": seed, "precision": precision, "device": place.type, "rows_per_epoch": rows_per_epoch}
+    shard = shard and processes.count > 1
     if processes.count > 1:
-        ingredients["settings"] |= {"processes": processes.count}
+        ingredients["settings"] |= {"processes": processes.count} | ({"sharded": True} if shard else {})
+    if shard:
+        check_sharding(model, ingredients["model"], precision, processes)
     checkpoints = CheckpointFolder(Path(folder), ingredients, keep_checkpoints)
     lengths = column_values(train.dataset, "length")
     rows_per_step = settings.batch_size * processes.count
@@ -157,9 +164,10 @@ def train_model(
         fast_on_cpu(model, place),
         activations_recomputed(model, settings.gradient_checkpointing),
         _left_as_found(model),
+        sharded(model, processes, place, wanted=shard) as trained,
     ):
         trainer = ArmTrainer(
-            model,
+            trained,
             _arguments(settings, seed, precision, place, Path(folder), len(sampler)),
             kind=task.kind,
             distil=distil,
@@ -168,7 +176,7 @@ def train_model(
             train_dataset=_rows(train, distil),
             sampler=sampler,
             collator=MicroBatchCollator(collator, settings.micro_batch_tokens),
-            validate=lambda: _validate(model, tokenizer, validation, task, precision, scale, settings, processes),
+            validate=lambda: _validate(trained, tokenizer, validation, task, precision, scale, settings, processes),
             checkpoints=checkpoints,
             session=session,
             callbacks=callbacks,

@@ -186,6 +186,7 @@ def train_arm(
     checkpoint_seconds: float = 60.0,
     keep_checkpoints: int = 1,
     rows_per_epoch: int | None = None,
+    shard: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
@@ -206,6 +207,7 @@ def train_arm(
         checkpoint_seconds: training time between two checkpoints.
         keep_checkpoints: newest ones to keep.
         rows_per_epoch: rows that an epoch draws; default: every row once.
+        shard: let several processes share the model out; it must have no adapter.
         progress: called with each training event.
         callbacks: transformers' own kind, such as a tracker's.
     """
@@ -229,6 +231,7 @@ def train_arm(
         checkpoint_seconds=checkpoint_seconds,
         keep_checkpoints=keep_checkpoints,
         rows_per_epoch=rows_per_epoch,
+        shard=shard,
         callbacks=callbacks,
         progress=progress,
     )

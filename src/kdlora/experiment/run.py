@@ -44,6 +44,7 @@ Listener = Callable[[Stage, Any], None]
 
 _FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds", "run.keep_checkpoints"} | {
     "run.report_to",
+    "run.shard_teacher",
     *(f"export.{key}" for key in ExportConfig.model_fields),
 }
 """Keys that may change between two calls on one folder: they add runs, or change no figure of a run."""

@@ -9,7 +9,7 @@ from typing import Literal
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, TrainConfig
 from kdlora.data.load import Splits, load_splits
 from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.precision import resolve_precision
+from kdlora.distil.precision import resolve_device, resolve_precision
 from kdlora.distil.processes import current_processes
 from kdlora.distil.teacher import teacher_logits
 from kdlora.distil.tracking import TrackedRun, tracked
@@ -67,6 +67,16 @@ def settings_for(config: Config, arm: Arm) -> TrainConfig:
     return config.student.train.model_copy(update={"learning_rate": config.student.full_learning_rate})
 
 
+def shares_out(config: Config, arm: Arm) -> bool:
+    """Say whether several processes share the model of an arm out: a teacher all of whose weights are trained.
+
+    Args:
+        config: the experiment.
+        arm: the arm.
+    """
+    return config.run.shard_teacher and arm == "fft"
+
+
 def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, progress: Progress | None) -> RunRecord:
     """Train, measure and keep one arm with one seed; a given teacher is only evaluated.
 
@@ -105,11 +115,13 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     if processes.count > 1:
         rows = settings_for(config, arm).batch_size
         spread = f"{processes.count} processes, each with {rows} of the {rows * processes.count} rows of a step"
+        spread += ", which shared the model out" if shares_out(config, arm) else ""
         record = record.model_copy(update={"notes": [*record.notes, spread]})
     record = add_training(record, trained, teacher, unlabelled)
     record = record.model_copy(update={"peak_memory_bytes": peak_since(level)})
     with logged("merge", arm, seed):
         encoder = keep_weights(config, layout, splits.task, trained, arm, seed)
+        encoder.model.to(resolve_device(config.run.device))  # one that was shared out has been in main memory
     with logged("evaluate", arm, seed):
         record = score_model(record, encoder, splits, settings_for(config, arm).max_length, place)
     kept = hash_files(layout.root, kept_places(config, layout, arm, seed))
@@ -157,6 +169,7 @@ def train_splits(
             checkpoint_seconds=config.run.checkpoint_seconds,
             keep_checkpoints=config.run.keep_checkpoints,
             rows_per_epoch=None if arm in TEACHER_ARMS else rows_per_epoch(splits),
+            shard=shares_out(config, arm),
             progress=progress,
             callbacks=callbacks,
         )

@@ -91,11 +91,8 @@ def test_micro_batches_respect_the_budget(make_setup, tmp_path):
     """A budget that does not bind would run out of memory on the machine it was set for."""
     setup = make_setup(micro_batch_tokens=48)
     shapes = []
-    setup.encoder.model.register_forward_hook(
-        lambda module, args, kwargs, output: (
-            shapes.append(tuple(kwargs["input_ids"].shape)) if module.training else None
-        ),
-        with_kwargs=True,
+    setup.encoder.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: shapes.append(tuple(args[0].shape)) if module.training else None
     )
     setup.run(tmp_path)
     assert all(rows == 1 or rows * width <= 48 for rows, width in shapes)

@@ -220,7 +220,7 @@ def test_an_adapter_on_teacher_layers_brings_its_base(tiny_model_folder, tmp_pat
     model = add_adapter(encoder, LoraConfig(), seed=1)
     disturb(model)
     save_adapter(model, tmp_path / "making")
-    assert json.loads((tmp_path / "making" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert not json.loads((tmp_path / "making" / "adapter_config.json").read_text())["base_model_name_or_path"]
     base = student_from_layers(source, [1, 3], TASK, seed=3)
     add_base(tmp_path / "making", base, address=tmp_path / "adapter")
     (tmp_path / "making").rename(tmp_path / "adapter")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 
 import tiny
@@ -43,6 +44,8 @@ def test_the_chosen_layers_are_kept_in_order(tiny_model_folder, family):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_student_loads_again_as_itself(tiny_model_folder, tmp_path, family):
     """ModernBERT's first layer has no norm: cut in place, the student would be another model once reloaded."""
+    if family == "modernbert" and Version(transformers.__version__) < Version("5.20"):
+        pytest.skip("some transformers before 5.20 refuse the ModernBERT config that they have written themselves")
     student = student_from_layers(str(tiny_model_folder(family, layers=4)), [1, 3], TASK, seed=2)
     save_encoder(student, tmp_path)
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)

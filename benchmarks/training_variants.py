@@ -47,6 +47,16 @@ from kdlora.models.encoders import load_encoder
 BATCH = 32
 LEARNING_RATE = 5e-4
 LONG_ROWS = 2000
+BARE: dict[str, Any] = {
+    "per_device_train_batch_size": BATCH,
+    "num_train_epochs": 50,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""Trainer's arguments of every stock variant: nothing but training."""
 
 
 @dataclass(frozen=True)
@@ -238,14 +248,8 @@ def txtai_online(work: Work) -> tuple[int, float]:
         },
         teacher=work.teacher,
         distillation=(2.0, 0.5),
-        per_device_train_batch_size=BATCH,
-        num_train_epochs=50,
         learning_rate=LEARNING_RATE,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **BARE,
     )
     return trainers[0].state.global_step * BATCH, budget.end - budget.start
 
@@ -302,16 +306,10 @@ def _train_stock(
         model,
         TrainingArguments(
             output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=BATCH,
-            num_train_epochs=50,
             learning_rate=LEARNING_RATE if lora else 2e-5,
             bf16=bf16,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
             remove_unused_columns=not online,
+            **BARE,
         ),
         train_dataset=rows,
         data_collator=collator,

@@ -67,11 +67,14 @@ class Parts(_Part):
     warm_up: int = Field(default=0, ge=0)
     """Steps in which a student of the pretrained teacher's layers learns to give the vectors of its last one."""
 
+    copied_labels: bool = False
+    """The control learns from the perturbed copies too, each with the label of the text that it was made from."""
+
     def read_by(self, arm: Arm) -> dict[str, Any]:
         """Give what an arm reads of this, defaults left out."""
         if arm in TEACHER_ARMS:
             return {}
-        unread = set() if arm in DISTILLED_ARMS else {"teachers", "folds", "relations"}
+        unread = {"copied_labels"} if arm in DISTILLED_ARMS else {"teachers", "folds", "relations"}
         unread |= set() if arm in LORA_ARMS else {"sad"}
         return self.model_dump(mode="json", exclude_defaults=True, exclude=unread)
 
@@ -209,6 +212,8 @@ class Work:
             made_of["unlabelled"] = config.data.max_unlabelled_examples  # the control takes as many steps
         if parts := self.parts.read_by(self.arm):
             made_of["parts"] = parts
+        if "copied_labels" in parts:
+            made_of["augment"] = config.data.augment
         if "sad" in parts:
             made_of["tuned"] = fully_tuned(self).key
         if self.fold is not None:

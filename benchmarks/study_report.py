@@ -74,7 +74,7 @@ def make_tables(study: Study, places: Places, draws: int) -> str:
     compared = [name for name in study.recipes if name not in (study.reference, study.full)]
     compared = [name for name in compared if found.sides.get((name, "kd-lora"))]
     level = 1 - 0.05 / max(1, len(compared))
-    lines = [*_score_table(study, found), "", *_tuned_table(study, found), ""]
+    lines = [*_score_table(study, found), "", *_share_table(study, found), *_tuned_table(study, found), ""]
     lines += _gain_table(study, places, found, level, draws)
     lines += [
         "",
@@ -105,6 +105,42 @@ def _scores(values: Sequence[float]) -> str:
         return "–"
     found = mean_sd(values)
     return f"{found.mean:.1f} (n = 1)" if found.sd is None else f"{found.mean:.1f} ± {found.sd:.1f} (n = {found.n})"
+
+
+def _share_table(study: Study, found: Finished) -> list[str]:
+    """Say what share of the scores of the teacher, and of adapters of its size, a recipe keeps on the mean.
+
+    Both means are over the tasks that both have, and for adapters over the seeds that both have.
+    """
+    large = next((side for side, work in found.sides.items() if side[1] == "lora" and work), None)
+    lines = ["| recipe | arm | share of the teacher | share of its size with adapters |", "|---" * 4 + "|"]
+    for side, work in found.sides.items():
+        tasks = sorted({task for task, _ in work} & found.teachers.keys())
+        if not tasks or side == large:
+            continue
+        teachers = [[found.teachers[task]["score"]] for task in tasks]
+        cells = [_share([found.scores(side, task) for task in tasks], teachers)]
+        both = sorted(work.keys() & found.sides[large].keys()) if large else []
+        tasks = sorted({task for task, _ in both})
+        mine, theirs = (
+            [
+                [found.records[found.sides[one][place].key]["score"] for place in both if place[0] == task]
+                for task in tasks
+            ]
+            for one in (side, large or side)
+        )
+        cells.append(_share(mine, theirs))
+        lines.append(f"| {side[0]} | `{side[1]}` | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _share(mine: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> str:
+    """Divide two means over tasks of means over seeds."""
+    if not mine:
+        return "–"
+    part, whole = (statistics.mean(statistics.mean(scores) for scores in side) for side in (mine, theirs))
+    seeds = min(len(scores) for scores in mine)
+    return f"{100 * part / whole:.1f}% ({len(mine)} tasks, n = {seeds})"
 
 
 def _tuned_table(study: Study, found: Finished) -> list[str]:

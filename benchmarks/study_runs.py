@@ -126,6 +126,9 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
     checkpoints = record.with_suffix(".checkpoints")
     settings = settings_for(work.config, work.arm)
     rows = watched_splits(splits, settings)
+    drawn = None if work.arm in TEACHER_ARMS else rows_per_epoch(rows)
+    if work.parts.read_by(work.arm).get("copied_labels"):
+        rows = with_labelled_copies(rows)
     encoder = _base(work, places, splits.task)
     callbacks = callbacks_of(
         work, lambda: _features(work, places, encoder), lambda: _bases(work, places, encoder, splits.task)
@@ -143,7 +146,7 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
         distil=work.config.distil,
         seed=work.seed,
         precision=work.precision,
-        rows_per_epoch=None if work.arm in TEACHER_ARMS else rows_per_epoch(rows),
+        rows_per_epoch=drawn,
         checkpoint_seconds=45.0,
         callbacks=callbacks,
     )
@@ -261,6 +264,22 @@ def watched_splits(splits: Splits, settings: TrainConfig) -> Splits:
         return _hold_out(splits, SELECTING, 0)
     watched = splits.validation.select(range(min(WATCHED, len(splits.validation))))
     return dataclasses.replace(splits, validation=watched)
+
+
+def with_labelled_copies(splits: Splits) -> Splits:
+    """Put the perturbed copies among the training rows, each with the label of the text that it was made from.
+
+    Args:
+        splits: whose unlabelled rows are copies.
+    """
+    train, copies = splits.train, splits.unlabelled
+    assert copies is not None
+    labels = dict(zip(train["id"], train["label"], strict=True))
+    own = [labels[name.rpartition("~")[0]] for name in copies["id"]]
+    columns = {name: copies[name][:] for name in copies.column_names} | {"label": own}
+    labelled = datasets.Dataset.from_dict(columns).select_columns(train.column_names).cast(train.features)
+    joined = datasets.concatenate_datasets([train, labelled])
+    return dataclasses.replace(splits, train=joined, unlabelled=None, copies=0)
 
 
 def _splits(work: Work) -> Splits:

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import study as study_command
 from study import UNFINISHED, ready_work
-from study_plan import Places, Study, Work, choose_point, configure, grid_points, read_study
-from study_runs import claimed, watched_splits, write_tables
+from study_plan import Parts, Places, Study, Work, choose_point, configure, grid_points, read_study
+from study_runs import claimed, watched_splits, with_labelled_copies, write_tables
 
 from kdlora.config import DataConfig, StudentTrainConfig, TaskConfig
 from kdlora.data.load import load_splits
@@ -176,6 +176,34 @@ def test_an_epoch_is_chosen_by_training_rows(tmp_path):
     assert {*best.train["id"], *best.validation["id"]} == set(splits.train["id"])
 
 
+def test_a_control_with_the_copies_takes_the_labels_of_their_texts(tmp_path):
+    """A copy with another text's label would make the control weak, and the teacher's gain large."""
+    task = {"kind": "regression", "text": "text", "label": "rating"}
+    file = tmp_path / "ratings.csv"
+    file.write_text("id,rating,text\n" + "".join(f"r~{row},{row},a film of {row}\n" for row in range(20)), "utf-8")
+    splits = load_splits(TaskConfig(**task), DataConfig(train=str(file), validation_fraction=0.5, augment=3))
+    joined = with_labelled_copies(splits)
+    assert (len(joined.train), joined.unlabelled, joined.copies) == (40, None, 0)
+    assert joined.train.features == splits.train.features
+    of_text = dict(zip(splits.train["id"], splits.train["label"], strict=True))
+    for name, label in list(zip(joined.train["id"], joined.train["label"], strict=True))[10:]:
+        assert label == of_text[name.rpartition("~")[0]]
+
+
+def test_a_control_with_copies_is_another_training_and_its_student_the_same(study):
+    """A control of the same key as the plain one would report that one's score; a student of another, train twice."""
+    config = configure(study, PLACES, "one", "mse", {"data.augment": 2})
+    copies = Parts(copied_labels=True)
+    assert Work("one", "kd-lora", 0, config, parts=copies).key == Work("one", "kd-lora", 0, config).key
+    assert Work("one", "student-lora", 0, config, parts=copies).key != Work("one", "student-lora", 0, config).key
+    more = configure(study, PLACES, "one", "mse", {"data.augment": 4})
+    assert Work("one", "student-lora", 0, more).key == Work("one", "student-lora", 0, config).key
+    assert (
+        Work("one", "student-lora", 0, more, parts=copies).key
+        != Work("one", "student-lora", 0, config, parts=copies).key
+    )
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_can_be_read(path):
     """A misspelt setting in a study would show after hours."""
@@ -203,8 +231,23 @@ def test_a_study_runs_stops_resumes_and_reports(tiny_model_folder, tmp_path, cap
         },
         "tasks": {"ratings": {"vader": "ratings.txt", "rows": 24}},
         "search": {"tasks": ["ratings"], "grid": {"student.train.learning_rate": [1e-3, 1e-2]}},
-        "recipes": {**VALUES["recipes"], "texts": {"unlabelled": 20}},
-        "steps": [{"recipes": ["paper-tuned", "mse", "full", "texts"], "tasks": ["ratings"], "seeds": [0, 1]}],
+        "recipes": {
+            **VALUES["recipes"],
+            "texts": {"unlabelled": 20},
+            "copies": {
+                "settings": {"data": {"augment": 2}},
+                "arms": ["student-lora"],
+                "parts": {"copied_labels": True},
+            },
+            "large": {"arms": ["lora"]},
+        },
+        "steps": [
+            {
+                "recipes": ["paper-tuned", "mse", "full", "texts", "copies", "large"],
+                "tasks": ["ratings"],
+                "seeds": [0, 1],
+            }
+        ],
     }
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(small), encoding="utf-8")
@@ -223,6 +266,7 @@ def test_a_study_runs_stops_resumes_and_reports(tiny_model_folder, tmp_path, cap
     assert [json.loads(path.read_text(encoding="utf-8")) for path in records] == first
     assert call("--report", "--draws", "50") == 0
     table = capsys.readouterr().out
+    assert table.count("% (1 tasks, n = 2)") >= 12  # shares of the teacher, and of its size with adapters
     assert "97.50%" in table  # two recipes are compared
     assert table.count("n = 2") >= 11
     assert call("--report", "--draws", "50", "--reference", "mse") == 0

@@ -23,10 +23,12 @@ from study_plan import (
     Study,
     Work,
     choose_point,
-    needed_by,
     read_study,
     reported_work,
+    teacher_of,
 )
+
+from kdlora.config import DISTILLED_ARMS
 
 UNFINISHED = 75
 """The conventional exit code for a temporary failure: run the same command again."""
@@ -51,7 +53,8 @@ def ready_work(study: Study, places: Places, scores: dict[str, float]) -> Iterat
                         if work.key not in scores
                     ]
                 for work in missing:
-                    yield next((needed for needed in needed_by(work) if needed.key not in scores), work)
+                    teacher = teacher_of(work)
+                    yield teacher if work.arm in DISTILLED_ARMS and teacher.key not in scores else work
 
 
 def run(study: Study, places: Places, minutes: float) -> int:

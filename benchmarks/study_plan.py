@@ -46,42 +46,6 @@ class Search(_Part):
     """Config key to values; every recipe takes this grid, and its own keys beside it."""
 
 
-class Parts(_Part):
-    """Parts of a recipe that are candidates: no config key has them. `study_candidates.py` knows what they do."""
-
-    average: int = Field(default=0, ge=0)
-    """Score the mean of the weights at the ends of the last so many epochs; 0: the last weights."""
-    ema: float | None = Field(default=None, ge=0.0, lt=1.0)
-    """Score the exponential moving average of the weights over the steps, with this decay."""
-    teachers: int = Field(default=1, ge=1)
-    """Teachers of so many seeds, whose logits are averaged."""
-    folds: int = Field(default=1, ge=1)
-    """So many teachers, each trained on the other folds of the training rows than the one that it answers for."""
-
-    relations: float = Field(default=0.0, ge=0.0)
-    """Weight of the transfer of the last layer's relations (MiniLMv2) in the loss."""
-
-    sad: float | None = Field(default=None, ge=0.0)
-    """Start the adapters in the directions of a fully tuned student, held there with this weight (SAD-LoRA)."""
-
-    warm_up: int = Field(default=0, ge=0)
-    """Steps in which a student of the pretrained teacher's layers learns to give the vectors of its last one."""
-
-    copied_labels: bool = False
-    """The control learns from the perturbed copies too, each with the label of the text that it was made from."""
-
-    def read_by(self, arm: Arm) -> dict[str, Any]:
-        """Give what an arm reads of this, defaults left out."""
-        if arm in TEACHER_ARMS:
-            return {}
-        unread = {"copied_labels"} if arm in DISTILLED_ARMS else {"teachers", "folds", "relations"}
-        unread |= set() if arm in LORA_ARMS else {"sad"}
-        return self.model_dump(mode="json", exclude_defaults=True, exclude=unread)
-
-
-NO_PARTS = Parts()
-
-
 class Recipe(_Part):
     """Settings laid over the study's base, and what is tuned."""
 
@@ -90,7 +54,8 @@ class Recipe(_Part):
     arms: tuple[Arm, ...] = ("kd-lora", "student-lora")
     unlabelled: int = 0
     """So many training rows after the task's first `rows` teach as texts without labels."""
-    parts: Parts = NO_PARTS
+    copied_labels: bool = False
+    """The control learns from the perturbed copies too, each with the label of the text that it was made from."""
 
 
 class Step(_Part):
@@ -163,9 +128,7 @@ class Work:
         config: with everything resolved, the tuned values included.
         held_out: share of the training rows that it is scored on in place of the validation rows; 0 for a reported run.
         split_seed: draws that share.
-        parts: candidates that the config has no keys for.
-        fold: (number, count) of the training rows that a teacher is not trained on; None: it takes all of them.
-        kept: keep the model, for another training needs it; teachers are kept anyway.
+        copied_labels: the perturbed copies are training rows, with the labels of their texts.
     """
 
     task: str
@@ -174,9 +137,7 @@ class Work:
     config: Config
     held_out: float = 0.0
     split_seed: int = 0
-    parts: Parts = NO_PARTS
-    fold: tuple[int, int] | None = None
-    kept: bool = False
+    copied_labels: bool = False
 
     @property
     def precision(self) -> str:
@@ -210,42 +171,14 @@ class Work:
             made_of |= {"augment": config.data.augment} if config.data.augment else {}
         if self.arm not in TEACHER_ARMS and config.data.unlabelled:
             made_of["unlabelled"] = config.data.max_unlabelled_examples  # the control takes as many steps
-        if parts := self.parts.read_by(self.arm):
-            made_of["parts"] = parts
-        if "copied_labels" in parts:
-            made_of["augment"] = config.data.augment
-        if "sad" in parts:
-            made_of["tuned"] = fully_tuned(self).key
-        if self.fold is not None:
-            made_of["fold"] = list(self.fold)
-        if self.kept:
-            made_of["kept"] = True
+        if self.copied_labels:
+            made_of |= {"parts": {"copied_labels": True}, "augment": config.data.augment}
         return hash_json(made_of)[:16]
 
 
 def teacher_of(work: Work) -> Work:
     """Give the training of the one teacher of a task, which all recipes share."""
     return Work(work.task, "fft", work.config.teacher_seed, work.config)
-
-
-def teachers_of(work: Work) -> list[Work]:
-    """Give the trainings of the teachers of a distilled arm; nothing for the other arms."""
-    if work.arm not in DISTILLED_ARMS:
-        return []
-    one, count = teacher_of(work), work.parts.folds
-    if count > 1:
-        return [dataclasses.replace(one, fold=(fold, count)) for fold in range(count)]
-    return [dataclasses.replace(one, seed=one.seed + more) for more in range(work.parts.teachers)]
-
-
-def fully_tuned(work: Work) -> Work:
-    """Give the student that SAD-LoRA takes its directions from: fully tuned, without a teacher."""
-    return Work(work.task, "student-fft", work.config.teacher_seed, work.config, kept=True)
-
-
-def needed_by(work: Work) -> list[Work]:
-    """Give the trainings that have to come before one."""
-    return [*teachers_of(work), *([fully_tuned(work)] if "sad" in work.parts.read_by(work.arm) else [])]
 
 
 def read_study(path: Path, reference: str | None = None) -> Study:
@@ -324,8 +257,8 @@ def work_of(
     study: Study, places: Places, recipe: str, arm: Arm, point: Mapping[str, Any], task: str, seed: int
 ) -> Work:
     """Give the reported training of a recipe's arm on a task with a seed."""
-    config = configure(study, places, task, recipe, point)
-    return Work(task, arm, seed, config, parts=study.recipes[recipe].parts)
+    own_copies = study.recipes[recipe].copied_labels and arm == "student-lora"
+    return Work(task, arm, seed, configure(study, places, task, recipe, point), copied_labels=own_copies)
 
 
 def choose_point(

@@ -45,6 +45,13 @@ class Finished:
         """List the scores, seed by seed."""
         return [self.records[self.sides[side][task, seed].key]["score"] for seed in self.seeds(side, task)]
 
+    def mean(self, side: Side, places: Sequence[tuple[str, int]]) -> float:
+        """Take the mean over tasks of the means over seeds; some of what is finished, by task and seed."""
+        scores: dict[str, list[float]] = {}
+        for task, seed in places:
+            scores.setdefault(task, []).append(self.records[self.sides[side][task, seed].key]["score"])
+        return statistics.mean(statistics.mean(own) for own in scores.values())
+
 
 def collect(study: Study, places: Places) -> Finished:
     """Find every finished training of the study."""
@@ -115,32 +122,20 @@ def _share_table(study: Study, found: Finished) -> list[str]:
     large = next((side for side, work in found.sides.items() if side[1] == "lora" and work), None)
     lines = ["| recipe | arm | share of the teacher | share of its size with adapters |", "|---" * 4 + "|"]
     for side, work in found.sides.items():
-        tasks = sorted({task for task, _ in work} & found.teachers.keys())
-        if not tasks or side == large:
+        taught = [place for place in work if place[0] in found.teachers]
+        if not taught or side == large:
             continue
-        teachers = [[found.teachers[task]["score"]] for task in tasks]
-        cells = [_share([found.scores(side, task) for task in tasks], teachers)]
+        teacher = statistics.mean(found.teachers[task]["score"] for task in {task for task, _ in taught})
+        cells = [_share(taught, found.mean(side, taught) / teacher)]
         both = sorted(work.keys() & found.sides[large].keys()) if large else []
-        tasks = sorted({task for task, _ in both})
-        mine, theirs = (
-            [
-                [found.records[found.sides[one][place].key]["score"] for place in both if place[0] == task]
-                for task in tasks
-            ]
-            for one in (side, large or side)
-        )
-        cells.append(_share(mine, theirs))
+        cells.append(_share(both, found.mean(side, both) / found.mean(large, both)) if large and both else "–")
         lines.append(f"| {side[0]} | `{side[1]}` | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def _share(mine: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> str:
-    """Divide two means over tasks of means over seeds."""
-    if not mine:
-        return "–"
-    part, whole = (statistics.mean(statistics.mean(scores) for scores in side) for side in (mine, theirs))
-    seeds = min(len(scores) for scores in mine)
-    return f"{100 * part / whole:.1f}% ({len(mine)} tasks, n = {seeds})"
+def _share(places: Sequence[tuple[str, int]], share: float) -> str:
+    tasks = [task for task, _ in places]
+    return f"{100 * share:.1f}% ({len(set(tasks))} tasks, n = {min(map(tasks.count, tasks))})"
 
 
 def _tuned_table(study: Study, found: Finished) -> list[str]:

@@ -14,22 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from candidate_relations import Features, open_features
-from candidate_sad import ROWS, input_covariances, spectral_basis
-from candidate_teachers import joined_logits, mean_logits, rows_of_fold, without_fold
-from candidate_warm_up import warmed_up
 from filelock import FileLock, Timeout
-from study_candidates import callbacks_of
-from study_plan import Places, Study, Work, fully_tuned, teacher_of, teachers_of
-from torch import Tensor, nn
+from study_plan import Places, Study, Work, teacher_of
 from transformers.utils.logging import disable_progress_bar as disable_model_progress
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, DataConfig, TaskConfig, TrainConfig
-from kdlora.data.batches import Collator, tokenise
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.split import split_rows
 from kdlora.data.tasks import Task
-from kdlora.distil.inference import INPUTS
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_precision
 from kdlora.distil.teacher import teacher_logits
@@ -39,7 +31,7 @@ from kdlora.evidence.storage import atomic_folder, write_json_atomic
 from kdlora.experiment.arms import Trained, evaluate, label_array, rows_per_epoch, train_arm
 from kdlora.experiment.sources import load_base
 from kdlora.experiment.stages import settings_for
-from kdlora.models.adapters import merge_student, resolve_targets
+from kdlora.models.adapters import merge_student
 from kdlora.models.encoders import Encoder, load_fine_tuned, save_encoder
 
 WATCHED = 64
@@ -127,16 +119,10 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
     settings = settings_for(work.config, work.arm)
     rows = watched_splits(splits, settings)
     drawn = None if work.arm in TEACHER_ARMS else rows_per_epoch(rows)
-    if work.parts.read_by(work.arm).get("copied_labels"):
+    if work.copied_labels:
         rows = with_labelled_copies(rows)
-    encoder = _base(work, places, splits.task)
-    callbacks = callbacks_of(
-        work, lambda: _features(work, places, encoder), lambda: _bases(work, places, encoder, splits.task)
-    )
-    if callbacks:  # they remember nothing of a training that was interrupted
-        shutil.rmtree(checkpoints, ignore_errors=True)
     trained = train_arm(
-        encoder,
+        load_base(work.config, work.arm, work.seed, splits.task),
         rows,
         settings,
         folder=checkpoints,
@@ -148,13 +134,12 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
         precision=work.precision,
         rows_per_epoch=drawn,
         checkpoint_seconds=45.0,
-        callbacks=callbacks,
     )
     encoder = trained.encoder
     if work.arm in LORA_ARMS:
         encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
     content = _score(work, splits, trained, encoder, record)
-    if work.arm == "fft" or work.kept:
+    if work.arm == "fft":
         with atomic_folder(_model_folder(work, places)) as folder:
             save_encoder(encoder, folder)
     write_json_atomic(record, content)
@@ -163,7 +148,7 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
 
 
 def teach(work: Work, places: Places, task: Task, part: str) -> TeacherLogits:
-    """Give the logits of the task's teachers; read once a process.
+    """Give the logits of the task's teacher; read once a process.
 
     Args:
         work: of a distilled arm.
@@ -171,18 +156,8 @@ def teach(work: Work, places: Places, task: Task, part: str) -> TeacherLogits:
         task: labels and kind.
         part: `train` or `unlabelled` rows; those of the whole task, whatever share of them the work takes.
     """
-    whole = _load(work.config.task, work.config.data)
-    rows, ids = getattr(whole, part), whole.train["id"][:]
-    answers = []
-    for teacher in teachers_of(work):
-        own = rows if teacher.fold is None else rows_of_fold(rows, ids, *teacher.fold)
-        answers.append(_answers(teacher, places, task, own, part))
-    return joined_logits(answers) if work.parts.folds > 1 else mean_logits(answers)
-
-
-def _answers(teacher: Work, places: Places, task: Task, rows: datasets.Dataset, part: str) -> TeacherLogits:
-    """Give one teacher's logits of some rows."""
-    folder, data = _model_folder(teacher, places), teacher.config.data
+    teacher, data = teacher_of(work), work.config.data
+    folder = _model_folder(teacher, places)
     more = [data.max_unlabelled_examples, data.augment] if part == "unlabelled" else []
     stored = folder.with_suffix("-".join([f".{part}", *(str(count) for count in more if count)]))
     if stored not in _taught:
@@ -190,7 +165,7 @@ def _answers(teacher: Work, places: Places, task: Task, rows: datasets.Dataset, 
         _taught[stored] = teacher_logits(
             encoder,
             columns,
-            rows,
+            getattr(_load(work.config.task, data), part),
             task,
             stored,
             max_length=teacher.config.teacher.train.max_length,
@@ -198,52 +173,6 @@ def _answers(teacher: Work, places: Places, task: Task, rows: datasets.Dataset, 
             batch_tokens=4096,
         )
     return _taught[stored]
-
-
-def _base(work: Work, places: Places, task: Task) -> Encoder:
-    """Load what an arm trains; a student that is to be warmed up learns from the pretrained teacher first."""
-    encoder, config = load_base(work.config, work.arm, work.seed, task), work.config
-    steps = work.parts.read_by(work.arm).get("warm_up")
-    if steps is None:
-        return encoder
-    texts = tokenise(_load(config.task, config.data).train, encoder.tokenizer, config.student.train.max_length)
-    layers = "-".join(str(layer) for layer in config.student.from_teacher_layers or ())
-    file = places.out / work.task / f"warm-{Path(str(config.teacher.model)).name}-{layers}-{steps}.safetensors"
-    return warmed_up(encoder, load_base(config, "fft", 0, task), texts, steps, file)
-
-
-def _features(work: Work, places: Places, student: Encoder) -> Features:
-    """Give what the last layer of the task's one teacher makes of every text and copy; kept beside its logits."""
-    whole, data = _load(work.config.task, work.config.data), work.config.data
-    folder = _model_folder(teacher_of(work), places)
-    teacher, _ = load_fine_tuned(str(folder), whole.task)
-    if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
-        raise SystemExit("relations need a teacher and a student of the same tokenizer")
-    texts = [rows for rows in (whole.train, whole.unlabelled) if rows is not None]
-    tokens = [tokenise(rows, student.tokenizer, work.config.student.train.max_length) for rows in texts]
-    return open_features(teacher, tokens, folder.with_suffix(f".relations-{data.augment}"))
-
-
-def _bases(work: Work, places: Places, student: Encoder, task: Task) -> dict[str, Tensor]:
-    """Give SAD-LoRA's directions for every layer that gets an adapter."""
-    tuned, _ = load_fine_tuned(str(_model_folder(fully_tuned(work), places)), task)
-    rows = _load(work.config.task, work.config.data).train
-    part = tokenise(rows.select(range(min(ROWS, len(rows)))), student.tokenizer, work.config.student.train.max_length)
-    collator = Collator.of(student.tokenizer, task.kind, part.max_length)
-    inputs = part.dataset.select_columns([name for name in INPUTS if name in part.dataset.column_names])
-    batches = [collator(inputs.select(range(at, min(at + 32, len(inputs))))) for at in range(0, len(inputs), 32)]
-    model, lora = student.model, work.config.lora
-    targets = resolve_targets(model, lora.targets, student.fresh)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    # A head ends in the name of a layer, too ("dense"), but it takes no adapter.
-    names = [
-        name
-        for name in linear
-        if not name.startswith(student.fresh) and any(f".{name}".endswith(f".{target}") for target in targets)
-    ]
-    covariances = input_covariances(model.eval(), names, batches)
-    before, after = ({name: one.get_submodule(name).weight.detach() for name in names} for one in (model, tuned.model))
-    return {name: spectral_basis(after[name] - before[name], covariances[name], lora.rank) for name in names}
 
 
 _taught: dict[Path, TeacherLogits] = {}
@@ -284,8 +213,6 @@ def with_labelled_copies(splits: Splits) -> Splits:
 
 def _splits(work: Work) -> Splits:
     whole = _load(work.config.task, work.config.data)
-    if work.fold is not None:
-        return without_fold(whole, *work.fold)
     return _hold_out(whole, work.held_out, work.split_seed) if work.held_out else whole
 
 
@@ -330,8 +257,7 @@ def _score(work: Work, splits: Splits, trained: Trained, encoder: Encoder, recor
         "train": settings.model_dump(mode="json"),
         "lora": config.lora.model_dump(mode="json") if work.arm in LORA_ARMS else None,
         "distil": config.distil.model_dump(mode="json") if work.arm in DISTILLED_ARMS else None,
-        "parts": work.parts.read_by(work.arm),
-        "fold": work.fold,
+        "copied_labels": work.copied_labels,
         "precision": work.precision,
         "trainable": trained.parameters.trainable,
         "total": trained.parameters.total,

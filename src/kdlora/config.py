@@ -250,10 +250,6 @@ class LoraConfig(_Section):
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
     init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = "default"
     """PEFT's initialisation of the adapters; `pissa` is arXiv 2404.02948, `olora` arXiv 2406.01775."""
-    b_learning_rate_ratio: float = Field(default=1.0, gt=0.0)
-    """How many times the learning rate of A the adapters' B learns at (LoRA+, arXiv 2402.12354)."""
-    head_learning_rate_ratio: float = Field(default=1.0, gt=0.0)
-    """How many times the learning rate the head and other fresh modules learn at, beside an adapter."""
 
 
 class DistilConfig(_Section):
@@ -265,8 +261,6 @@ class DistilConfig(_Section):
     """Softening of both distributions in `loss: kl` (Hinton et al., arXiv 1503.02531)."""
     loss: Literal["kl", "mse"] = "kl"
     """Soft loss: KL divergence times temperature squared, or mean squared error of the logits."""
-    anneal: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Share of the training over which alpha rises to 1 (Continuation-KD, EMNLP Findings 2022); null: it stays."""
 
 
 class RunConfig(_Section):

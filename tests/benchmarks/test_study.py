@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import study as study_command
 from study import UNFINISHED, ready_work
-from study_plan import Parts, Places, Study, Work, choose_point, configure, grid_points, read_study
+from study_plan import Places, Study, Work, choose_point, configure, grid_points, read_study, work_of
 from study_runs import claimed, watched_splits, with_labelled_copies, write_tables
 
 from kdlora.config import DataConfig, StudentTrainConfig, TaskConfig
@@ -190,18 +190,20 @@ def test_a_control_with_the_copies_takes_the_labels_of_their_texts(tmp_path):
         assert label == of_text[name.rpartition("~")[0]]
 
 
-def test_a_control_with_copies_is_another_training_and_its_student_the_same(study):
+def test_a_control_with_copies_is_another_training_and_its_student_the_same():
     """A control of the same key as the plain one would report that one's score; a student of another, train twice."""
-    config = configure(study, PLACES, "one", "mse", {"data.augment": 2})
-    copies = Parts(copied_labels=True)
-    assert Work("one", "kd-lora", 0, config, parts=copies).key == Work("one", "kd-lora", 0, config).key
-    assert Work("one", "student-lora", 0, config, parts=copies).key != Work("one", "student-lora", 0, config).key
-    more = configure(study, PLACES, "one", "mse", {"data.augment": 4})
-    assert Work("one", "student-lora", 0, more).key == Work("one", "student-lora", 0, config).key
-    assert (
-        Work("one", "student-lora", 0, more, parts=copies).key
-        != Work("one", "student-lora", 0, config, parts=copies).key
-    )
+    recipes = {
+        name: {"settings": {"data": {"augment": copies}}, "copied_labels": labelled}
+        for name, copies, labelled in (("plain", 2, False), ("two", 2, True), ("four", 4, True))
+    }
+    study = Study.model_validate({**VALUES, "recipes": {**VALUES["recipes"], **recipes}})
+    keys = {
+        (name, arm): work_of(study, PLACES, name, arm, {}, "one", 0).key
+        for name in recipes
+        for arm in ("kd-lora", "student-lora")
+    }
+    assert keys["two", "kd-lora"] == keys["plain", "kd-lora"]
+    assert len({keys[name, "student-lora"] for name in recipes}) == 3
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -237,7 +239,7 @@ def test_a_study_runs_stops_resumes_and_reports(tiny_model_folder, tmp_path, cap
             "copies": {
                 "settings": {"data": {"augment": 2}},
                 "arms": ["student-lora"],
-                "parts": {"copied_labels": True},
+                "copied_labels": True,
             },
             "large": {"arms": ["lora"]},
         },

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from kdlora.config import DistilConfig, Kind, LoraConfig
+from kdlora.config import DistilConfig, Kind
 from kdlora.data.batches import PAD_MULTIPLE, Collator, LengthBucketSampler, SharedSampler
 from kdlora.distil.checkpoints import (
     Checkpoint,
@@ -31,7 +31,6 @@ from kdlora.distil.checkpoints import (
     unpack_random_state,
 )
 from kdlora.distil.distillation_trainer import DistillationTrainer
-from kdlora.distil.learning_rates import parameter_groups
 from kdlora.distil.loss_sums import LossSums, term_means
 from kdlora.distil.losses import LossTerms
 from kdlora.distil.processes import Processes
@@ -85,7 +84,6 @@ class ArmTrainer(DistillationTrainer):
         *,
         kind: Kind,
         distil: DistilConfig | None,
-        lora: LoraConfig | None = None,
         target_scale: TargetScale | None,
         train_dataset: Any,
         sampler: LengthBucketSampler,
@@ -102,7 +100,6 @@ class ArmTrainer(DistillationTrainer):
             args: Trainer's arguments.
             kind: kind of the task.
             distil: weights and temperature; None trains on the labels alone.
-            lora: of the model's adapter, where there is one.
             target_scale: standardises the targets of a regression.
             train_dataset: token ids, labels, teacher logits.
             sampler: draws the rows of each step, those of all processes.
@@ -122,7 +119,6 @@ class ArmTrainer(DistillationTrainer):
             train_dataset=train_dataset,
             callbacks=[*callbacks, session],
         )
-        self.lora = lora
         self.remove_callback(PrinterCallback)  # it prints to the standard output
         self.sampler = sampler
         self.validate = validate
@@ -146,21 +142,6 @@ class ArmTrainer(DistillationTrainer):
         self.session.restore(checkpoint.state["session"])
         self.checkpoints.restore_best(checkpoint)
         load_trained_tensors(self.model, checkpoint.tensors("weights"))
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimiser; parts of an adapter that learn at rates of their own get groups of their own.
-
-        Args:
-            model: what is trained.
-        """
-        if self.lora is None or {self.lora.b_learning_rate_ratio, self.lora.head_learning_rate_ratio} == {1.0}:
-            return super().create_optimizer(model)
-        trained = self.model if model is None else model
-        decayed = self.get_decay_parameter_names(trained)
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-        groups = parameter_groups(trained, self.lora, self.args.learning_rate, self.args.weight_decay, decayed)
-        self.optimizer = kind(groups, **options)
-        return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Give the loader of the training rows.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from kdlora.config import DistilConfig, Kind
 from kdlora.distil.logits import COLUMN
 from kdlora.distil.loss_sums import LossSums, term_means
-from kdlora.distil.losses import LossTerms, annealed, distillation_loss
+from kdlora.distil.losses import LossTerms, distillation_loss
 from kdlora.distil.standardise import TargetScale
 from kdlora.distil.unlabelled import LABELLED
 from kdlora.errors import ConfigError, DataError
@@ -202,14 +202,12 @@ class DistillationTrainer(Trainer):
             labels = self.target_scale.standardise(labels)
             teacher = None if teacher is None else self.target_scale.standardise(teacher)
         distil = self.distil or DistilConfig()
-        progress = self.state.global_step / max(1, self.state.max_steps)
-        alpha, size = annealed(distil.alpha, distil.anneal, progress)
         return distillation_loss(
             logits,
             labels,
-            teacher * size if teacher is not None and size != 1.0 and distil.loss == "mse" else teacher,
+            teacher,
             kind=self.kind,
-            alpha=alpha,
+            alpha=distil.alpha,
             temperature=distil.temperature,
             loss=distil.loss,
             labelled=labelled,

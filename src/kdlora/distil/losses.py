@@ -92,32 +92,6 @@ def distillation_loss(
     return LossTerms(total=alpha * hard + (1.0 - alpha) * soft, hard=hard, soft=soft, labelled=labelled)
 
 
-FIRST_SIZE = 0.1
-"""Size at which the teacher's logits begin, of 1 (the paper's highest temperature is 10)."""
-
-
-def annealed(alpha: float, anneal: float | None, progress: float) -> tuple[float, float]:
-    """Give the weights of a loss that begins with the teacher and ends with the labels.
-
-    Over the share `anneal` of the training the weight of the hard loss rises linearly to 1, and the teacher's logits
-    grow linearly from a tenth to their full size, so that the student begins with a smooth function.
-
-    Args:
-        alpha: weight of the hard loss at the start, 0 to 1.
-        anneal: share of the training, above 0; None leaves the weights as they are.
-        progress: share of the training that is done, 0 to 1.
-
-    Returns:
-        The weight of the hard loss, and what the teacher's logits are multiplied by for `mse`.
-
-    *Source*: Continuation-KD (Jafari et al., EMNLP Findings 2022), eqs. 3 to 5, without its margin.
-    """
-    if anneal is None:
-        return alpha, 1.0
-    done = min(1.0, progress / anneal)
-    return alpha + (1.0 - alpha) * done, FIRST_SIZE + (1.0 - FIRST_SIZE) * done
-
-
 def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Measure KL(teacher || student) of the softened distributions, times temperature squared.
 

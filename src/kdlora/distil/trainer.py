@@ -123,7 +123,7 @@ def train_model(
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
         distil: weights and temperature; None trains on the labels alone, whether or not there are teacher logits.
-        lora: of the model's adapter, for learning rates of its own; None trains everything at one rate.
+        lora: of the model's adapter; a checkpoint of another one is refused, for its scale is in no weight.
         folder: of this training alone, for checkpoints.
         checkpoint_seconds: training time between two checkpoints.
         keep_checkpoints: newest ones to keep.
@@ -171,7 +171,6 @@ def train_model(
             _arguments(settings, seed, precision, place, Path(folder), len(sampler)),
             kind=task.kind,
             distil=distil,
-            lora=lora,
             target_scale=scale,
             train_dataset=_rows(train, distil),
             sampler=sampler,

@@ -80,6 +80,8 @@ class Study(_Part):
     full: str = "full"
     """The recipe that tunes all weights of the student without a teacher."""
     steps: tuple[Step, ...] = Field(min_length=1)
+    reported: tuple[str, ...] = ()
+    """Tasks that the tables and their means are of; without any, all."""
 
     def task_settings(self, name: str, places: Places) -> dict[str, Any]:
         """Give the config sections `task` and `data` of a task."""
@@ -181,18 +183,20 @@ def teacher_of(work: Work) -> Work:
     return Work(work.task, "fft", work.config.teacher_seed, work.config)
 
 
-def read_study(path: Path, reference: str | None = None) -> Study:
+def read_study(path: Path, reference: str | None = None, reported: Sequence[str] = ()) -> Study:
     """Read a study's file.
 
     Args:
         path: the file.
         reference: the recipe that the others are compared with; default: the file's.
+        reported: the tasks that the tables are of; default: the file's.
     """
     study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    study = study if reference is None else study.model_copy(update={"reference": reference})
+    chosen = {"reference": reference, "reported": tuple(reported)}
+    study = study.model_copy(update={key: value for key, value in chosen.items() if value})
     known = {"recipe": study.recipes, "task": study.tasks}
     named = [("recipe", name) for step in study.steps for name in (*step.recipes, study.reference, study.full)]
-    named += [("task", name) for step in study.steps for name in (*step.tasks, *study.search.tasks)]
+    named += [("task", name) for step in study.steps for name in (*step.tasks, *study.search.tasks, *study.reported)]
     for what, name in named:
         if name not in known[what]:
             raise SystemExit(f"{path}: no {what} {name!r}; there are {', '.join(known[what])}")

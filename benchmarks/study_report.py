@@ -66,7 +66,7 @@ def collect(study: Study, places: Places) -> Finished:
             found.points[name, arm] = point
             work = [
                 work_of(study, places, name, arm, point, task, seed)
-                for task, seed in itertools.product(study.tasks, all_seeds(study))
+                for task, seed in itertools.product(study.reported or study.tasks, all_seeds(study))
             ]
             found.sides[name, arm] = {(one.task, one.seed): one for one in work if one.key in scores}
             found.teachers |= {
@@ -93,7 +93,7 @@ def make_tables(study: Study, places: Places, draws: int) -> str:
 
 
 def _score_table(study: Study, found: Finished) -> list[str]:
-    tasks = list(study.tasks)
+    tasks = list(study.reported or study.tasks)
     lines = [f"| recipe | arm | {' | '.join(tasks)} | mean |", "|---" * (len(tasks) + 3) + "|"]
     teacher = [found.teachers[task]["score"] if task in found.teachers else None for task in tasks]
     lines.append(f"| teacher | `fft` | {' | '.join('–' if one is None else f'{one:.1f}' for one in teacher)} | |")
@@ -192,7 +192,7 @@ def _gain(study: Study, places: Places, found: Finished, sides: tuple[Side, Side
     difference, tasks = compare(study, places, found, sides, level, draws)
     if difference is None or sides[0] == sides[1]:
         return "–"
-    few = f", {len(tasks)} tasks" if len(tasks) < len(study.tasks) else ""
+    few = f", {len(tasks)} tasks" if len(tasks) < len(study.reported or study.tasks) else ""
     seeds = min(difference.n_seeds)
     return f"{difference.difference:+.1f} ({difference.low:+.1f} to {difference.high:+.1f}; n = {seeds}{few})"
 
@@ -202,7 +202,7 @@ def compare(
 ) -> tuple[Difference | None, list[str]]:
     """Compare two sides on the tasks that both have, with the seeds that both have."""
     pairs, tasks = [], []
-    for task in study.tasks:
+    for task in study.reported or study.tasks:
         seeds = sorted(set(found.seeds(sides[0], task)) & set(found.seeds(sides[1], task)))
         if not seeds:
             continue

@@ -231,7 +231,7 @@ def test_a_study_runs_stops_resumes_and_reports(tiny_model_folder, tmp_path, cap
             "teacher": {"train": {"epochs": 1, "batch_size": 8}},
             "student": {"train": {"epochs": 1, "batch_size": 8}},
         },
-        "tasks": {"ratings": {"vader": "ratings.txt", "rows": 24}},
+        "tasks": {"ratings": {"vader": "ratings.txt", "rows": 24}, "few": {"vader": "ratings.txt", "rows": 12}},
         "search": {"tasks": ["ratings"], "grid": {"student.train.learning_rate": [1e-3, 1e-2]}},
         "recipes": {
             **VALUES["recipes"],
@@ -273,4 +273,6 @@ def test_a_study_runs_stops_resumes_and_reports(tiny_model_folder, tmp_path, cap
     assert table.count("n = 2") >= 11
     assert call("--report", "--draws", "50", "--reference", "mse") == 0
     assert "over mse" in capsys.readouterr().out
+    assert call("--report", "--draws", "50", "--tasks", "few") == 0
+    assert "| arm | few | mean |" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*/*.checkpoints"))

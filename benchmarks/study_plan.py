@@ -83,6 +83,11 @@ class Study(_Part):
     reported: tuple[str, ...] = ()
     """Tasks that the tables and their means are of; without any, all."""
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The tasks of the tables."""
+        return self.reported or tuple(self.tasks)
+
     def task_settings(self, name: str, places: Places) -> dict[str, Any]:
         """Give the config sections `task` and `data` of a task."""
         task = self.tasks[name]

@@ -66,7 +66,7 @@ def collect(study: Study, places: Places) -> Finished:
             found.points[name, arm] = point
             work = [
                 work_of(study, places, name, arm, point, task, seed)
-                for task, seed in itertools.product(study.reported or study.tasks, all_seeds(study))
+                for task, seed in itertools.product(study.shown, all_seeds(study))
             ]
             found.sides[name, arm] = {(one.task, one.seed): one for one in work if one.key in scores}
             found.teachers |= {
@@ -81,7 +81,7 @@ def make_tables(study: Study, places: Places, draws: int) -> str:
     compared = [name for name in study.recipes if name not in (study.reference, study.full)]
     compared = [name for name in compared if found.sides.get((name, "kd-lora"))]
     level = 1 - 0.05 / max(1, len(compared))
-    lines = [*_score_table(study, found), "", *_share_table(study, found), *_tuned_table(study, found), ""]
+    lines = [*_score_table(study, found), "", *_share_table(found), *_tuned_table(study, found), ""]
     lines += _gain_table(study, places, found, level, draws)
     lines += [
         "",
@@ -93,7 +93,7 @@ def make_tables(study: Study, places: Places, draws: int) -> str:
 
 
 def _score_table(study: Study, found: Finished) -> list[str]:
-    tasks = list(study.reported or study.tasks)
+    tasks = study.shown
     lines = [f"| recipe | arm | {' | '.join(tasks)} | mean |", "|---" * (len(tasks) + 3) + "|"]
     teacher = [found.teachers[task]["score"] if task in found.teachers else None for task in tasks]
     lines.append(f"| teacher | `fft` | {' | '.join('–' if one is None else f'{one:.1f}' for one in teacher)} | |")
@@ -101,8 +101,8 @@ def _score_table(study: Study, found: Finished) -> list[str]:
         if not work:
             continue
         cells = [_scores(found.scores((name, arm), task)) for task in tasks]
-        means = [statistics.mean(found.scores((name, arm), task)) for task in tasks if found.seeds((name, arm), task)]
-        mean = f"{statistics.mean(means):.1f}" + (f" ({len(means)} tasks)" if len(means) < len(tasks) else "")
+        done = len({task for task, _ in work})
+        mean = f"{found.mean((name, arm), list(work)):.1f}" + (f" ({done} tasks)" if done < len(tasks) else "")
         lines.append(f"| {name} | `{arm}` | {' | '.join(cells)} | {mean} |")
     return lines
 
@@ -114,7 +114,7 @@ def _scores(values: Sequence[float]) -> str:
     return f"{found.mean:.1f} (n = 1)" if found.sd is None else f"{found.mean:.1f} ± {found.sd:.1f} (n = {found.n})"
 
 
-def _share_table(study: Study, found: Finished) -> list[str]:
+def _share_table(found: Finished) -> list[str]:
     """Say what share of the scores of the teacher, and of adapters of its size, a recipe keeps on the mean.
 
     Both means are over the tasks that both have, and for adapters over the seeds that both have.
@@ -192,7 +192,7 @@ def _gain(study: Study, places: Places, found: Finished, sides: tuple[Side, Side
     difference, tasks = compare(study, places, found, sides, level, draws)
     if difference is None or sides[0] == sides[1]:
         return "–"
-    few = f", {len(tasks)} tasks" if len(tasks) < len(study.reported or study.tasks) else ""
+    few = f", {len(tasks)} tasks" if len(tasks) < len(study.shown) else ""
     seeds = min(difference.n_seeds)
     return f"{difference.difference:+.1f} ({difference.low:+.1f} to {difference.high:+.1f}; n = {seeds}{few})"
 
@@ -202,7 +202,7 @@ def compare(
 ) -> tuple[Difference | None, list[str]]:
     """Compare two sides on the tasks that both have, with the seeds that both have."""
     pairs, tasks = [], []
-    for task in study.reported or study.tasks:
+    for task in study.shown:
         seeds = sorted(set(found.seeds(sides[0], task)) & set(found.seeds(sides[1], task)))
         if not seeds:
             continue

@@ -102,7 +102,7 @@ def test_resumed_equals_undisturbed_in_bf16(make_setup, tmp_path, lora):
 
 def test_resumed_equals_undisturbed_with_every_part(make_setup, tmp_path):
     """Dropout of the training's own that is lost, or another loss, would go on as another recipe."""
-    parts = {"lora": LoraConfig(), "distil": DistilConfig(loss="mse", alpha=0.1)}
+    parts = {"distil": DistilConfig(loss="mse", alpha=0.1)}
     undisturbed, cut, resumed = (make_setup(dropout=0.1, epochs=3) for _ in range(3))
     for setup in (undisturbed, cut, resumed):
         setup.settings = setup.settings.model_copy(update={"dropout": 0.2})
@@ -202,15 +202,17 @@ def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog, damag
         ({"precision": "bf16"}, "the number format"),
         ({"distil": DistilConfig(alpha=0.4)}, "the distillation settings"),
         ({"lora": False}, "the model or its initial weights"),
+        ({"adapter": LoraConfig(alpha=32.0)}, "the adapter's settings"),  # its scale is in no weight
         ({"rows": 40}, "the training rows or their teacher logits"),
     ],
 )
 def test_checkpoints_of_another_training_are_refused(make_setup, tmp_path, change, named):
     """Going on from another training's checkpoint mixes two experiments in one record."""
     with pytest.raises(PowerCutError):
-        make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)])
+        make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)], lora=LoraConfig())
     options = {key: change[key] for key in ("seed", "precision", "distil") if key in change}
-    setup = make_setup(**{key: value for key, value in change.items() if key not in options})
+    setup = make_setup(**{key: value for key, value in change.items() if key not in (*options, "adapter")})
+    options["lora"] = change.get("adapter", LoraConfig())
     with pytest.raises(ArtifactError, match=f"of another training: .*{named}.* changed. Delete"):
         setup.run(tmp_path, **options)
 

@@ -47,16 +47,20 @@ def prepare() -> None:
 
 
 def write_tables(study: Study, places: Places) -> None:
-    """Write what the tasks are read from, once: vader's files with a header, texts without their labels."""
+    """Write what the tasks are read from, once, by one of the processes that share the work.
+
+    That is vader's files with a header, and texts without their labels.
+    """
     places.out.mkdir(parents=True, exist_ok=True)
-    for name, task in study.tasks.items():
-        if task.vader is not None and not places.table(name).exists():
-            file = places.models / "vader" / task.vader
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            rows = [line.split("\t", 2) for line in lines if line.strip()]
-            _write_table(places.table(name), ("id", "rating", "text"), rows)
-        if any(recipe.unlabelled for recipe in study.recipes.values()) and not places.texts(name).exists():
-            _write_table(places.texts(name), *_rows_left(study, places, name))
+    with FileLock(places.out / "tables.lock"):
+        for name, task in study.tasks.items():
+            if task.vader is not None and not places.table(name).exists():
+                file = places.models / "vader" / task.vader
+                lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+                rows = [line.split("\t", 2) for line in lines if line.strip()]
+                _write_table(places.table(name), ("id", "rating", "text"), rows)
+            if any(recipe.unlabelled for recipe in study.recipes.values()) and not places.texts(name).exists():
+                _write_table(places.texts(name), *_rows_left(study, places, name))
 
 
 def _rows_left(study: Study, places: Places, name: str) -> tuple[list[str], list[tuple[str, ...]]]:

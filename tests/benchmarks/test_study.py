@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import study as study_command
+import study_runs
 from study import UNFINISHED, ready_work
 from study_plan import Places, Study, Work, choose_point, configure, grid_points, read_study, work_of
 from study_runs import claimed, watched_splits, with_labelled_copies, write_tables
@@ -137,9 +140,9 @@ def write_ratings(models: Path) -> None:
     (models / "vader" / "ratings.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
-def test_texts_without_labels_are_other_rows(tmp_path):
-    """Texts that are labelled rows, or scored ones, would make the curve of more texts flat, or too steep."""
-    write_ratings(tmp_path)
+def rated_study(folder: Path) -> tuple[Study, Places]:
+    """Give a study of ratings whose recipe `texts` takes 20 of the rows that the task leaves."""
+    write_ratings(folder)
     values = {
         **VALUES,
         "tasks": {"ratings": {"vader": "ratings.txt", "rows": 10}},
@@ -147,7 +150,30 @@ def test_texts_without_labels_are_other_rows(tmp_path):
         "recipes": {**VALUES["recipes"], "texts": {"unlabelled": 20}},
         "steps": [{"recipes": ["texts"], "tasks": ["ratings"]}],
     }
-    study, places = Study.model_validate(values), Places(tmp_path, tmp_path, tmp_path / "out")
+    return Study.model_validate(values), Places(folder, folder, folder / "out")
+
+
+def test_processes_that_start_together_write_the_tables_once(tmp_path, monkeypatch):
+    """Two that wrote the same partial file took it away from each other, and one of them died."""
+    study, places = rated_study(tmp_path)
+    written = []
+    write_table = study_runs._write_table
+
+    def slow_write_table(file: Path, columns, rows) -> None:
+        written.append(file.name)
+        time.sleep(0.1)
+        write_table(file, columns, rows)
+
+    monkeypatch.setattr(study_runs, "_write_table", slow_write_table)
+    with ThreadPoolExecutor(2) as pool:
+        for process in [pool.submit(write_tables, study, places) for _ in range(2)]:
+            process.result()
+    assert written == ["ratings.csv", "ratings-unlabelled.csv"]
+
+
+def test_texts_without_labels_are_other_rows(tmp_path):
+    """Texts that are labelled rows, or scored ones, would make the curve of more texts flat, or too steep."""
+    study, places = rated_study(tmp_path)
     write_tables(study, places)
     config = configure(study, places, "ratings", "texts", {})
     splits = load_splits(config.task, config.data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,20 +192,26 @@ def read_study(path: Path, reference: str | None = None, reported: Sequence[str]
     """Read a study's file.
 
     Args:
-        path: the file.
+        path: the file. With `extends: FILE`, named from its own folder, it has that file's keys too, where it has none.
         reference: the recipe that the others are compared with; default: the file's.
         reported: the tasks that the tables are of; default: the file's.
     """
-    study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    study = Study.model_validate(_read_keys(path))
     chosen = {"reference": reference, "reported": tuple(reported)}
     study = study.model_copy(update={key: value for key, value in chosen.items() if value})
-    known = {"recipe": study.recipes, "task": study.tasks}
+    known: dict[str, Collection[str]] = {"recipe": study.recipes, "task": study.tasks}
     named = [("recipe", name) for step in study.steps for name in (*step.recipes, study.reference, study.full)]
     named += [("task", name) for step in study.steps for name in (*step.tasks, *study.search.tasks, *study.reported)]
     for what, name in named:
         if name not in known[what]:
             raise SystemExit(f"{path}: no {what} {name!r}; there are {', '.join(known[what])}")
     return study
+
+
+def _read_keys(path: Path) -> dict[str, Any]:
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    extended = keys.pop("extends", None)
+    return {**_read_keys(path.parent / extended), **keys} if extended else keys
 
 
 def configure(study: Study, places: Places, task: str, recipe: str, point: Mapping[str, Any]) -> Config:

@@ -45,6 +45,16 @@ def study() -> Study:
     return Study.model_validate(VALUES)
 
 
+def test_a_study_extends_another(tmp_path):
+    """A copy of the shared keys that went its own way would compare recipes on other tasks than it says."""
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(VALUES), encoding="utf-8")
+    own = {"extends": "first.yaml", "student": "other", "recipes": {"paper-tuned": {}, "full": {}, "mse": {}}}
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    first, second = read_study(tmp_path / "first.yaml"), read_study(tmp_path / "second.yaml")
+    assert second.model_copy(update={"student": "small", "recipes": first.recipes}) == first
+    assert (second.student, second.recipes["mse"].settings) == ("other", {})
+
+
 def carry_out_all(study: Study, score) -> list[Work]:
     """Walk through a study as `run` does, with invented scores."""
     scores: dict[str, float] = {}

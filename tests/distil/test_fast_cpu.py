@@ -186,6 +186,21 @@ def test_attention_equals_the_textbook():
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_attention_learns_without_the_fused_kernel(make_model):
+    """Its backward took half of every step of a training without dropout, which is the default recipe's."""
+
+    def fused(run) -> bool:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            run()
+        return any("scaled_dot_product" in event.key for event in profile.key_averages())
+
+    model = make_model("bert")
+    with fast_on_cpu(model, CPU):
+        assert not fused(lambda: step(model))
+        with torch.no_grad():
+            assert fused(lambda: model(**batch()))
+
+
 def test_attention_drops_in_forward_and_backward_alike():
     """With value = identity the output is the dropped shares, and the gradient by value is their column sum."""
     torch.manual_seed(0)

@@ -280,15 +280,17 @@ class _AdaptedLinear(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, keep, down, up, hidden = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
-        by_up = torch.mm(flat.t(), hidden.view(-1, hidden.shape[-1])).float().mul_(ctx.scale)
+        by_up = torch.mm(hidden.view(-1, hidden.shape[-1]).t(), flat).t().float().mul_(ctx.scale)
         by_hidden = torch.mm(flat, up).mul_(ctx.scale)
         seen = rows if keep is None else masked(rows, keep)
         by_down = torch.mm(by_hidden.t(), seen.view(-1, seen.shape[-1])).float()
         by_rows = None
         if ctx.needs_input_grad[0]:
             by_rows = ctx.weight.product_of_gradient(gradient)
-            through = torch.mm(by_hidden, down).view(rows.shape)
-            by_rows += through if keep is None else masked(through, keep)
+            if keep is None:
+                by_rows.view(-1, rows.shape[-1]).addmm_(by_hidden, down)
+            else:
+                by_rows += masked(torch.mm(by_hidden, down).view(rows.shape), keep)
         return by_rows, None, by_down, by_up, None, None
 
 

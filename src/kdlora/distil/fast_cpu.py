@@ -83,8 +83,11 @@ def _attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend, as transformers asks of an attention implementation; without dropout PyTorch's fused kernel is best."""
-    if dropout == 0.0:
+    """Attend, as transformers asks of an attention implementation.
+
+    PyTorch's fused kernel is best where nothing is dropped and nothing learnt; its backward takes half of a whole step.
+    """
+    if dropout == 0.0 and not torch.is_grad_enabled():
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
     else:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

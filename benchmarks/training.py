@@ -30,6 +30,7 @@ EPOCHS = 3
 MEASURED = {
     "cola": (
         "ours",
+        "ours: default recipe",
         "stock",
         "stock bf16",
         "stock, online teacher",
@@ -37,8 +38,8 @@ MEASURED = {
         "txtai, online teacher",
         "ours: labelling",
     ),
-    "mrpc": ("ours", "stock", "stock bf16", "stock, online teacher", "ours: labelling"),
-    "long": ("ours", "stock", "stock, online teacher", "ours: labelling"),
+    "mrpc": ("ours", "ours: default recipe", "stock", "stock bf16", "stock, online teacher", "ours: labelling"),
+    "long": ("ours", "ours: default recipe", "stock", "stock, online teacher", "ours: labelling"),
     "wide": ("ours", "ours: LoRA on the teacher"),
 }
 TEACHER = ("ours: teacher", "stock: teacher")

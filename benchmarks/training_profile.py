@@ -1,6 +1,7 @@
 """Where the time of our training step goes: operations of PyTorch by their own time, over some steps of a real run.
 
-    python benchmarks/training_profile.py --models DIR --glue DIR [--pair TEACHER:STUDENT] [--task cola] [--steps 60]
+    python benchmarks/training_profile.py --models DIR --glue DIR [--pair TEACHER:STUDENT] [--task cola]
+        [--recipe default] [--steps 60]
 
 The first steps are left out: they plan shapes and pack weights. Shares are of the wall time of the profiled steps;
 "between operations" is what the profile does not see: Python, the loader, the profiler itself. The same steps run once
@@ -50,15 +51,16 @@ def main(options: argparse.Namespace) -> None:
     teacher, student = (str(options.models / name) for name in options.pair.split(":"))
     work = Work("ours", options.task, teacher, student, str(options.glue), seconds=600.0)
     plain = Steps(options.steps, None)
-    ours(work, callbacks=[plain])
+    ours(work, [plain], options.recipe)
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
     seen = Steps(options.steps, profiler)
-    ours(work, callbacks=[seen])
+    ours(work, [seen], options.recipe)
     operations = sorted(profiler.key_averages(), key=lambda one: -one.self_cpu_time_total)
     total = 1e6 * seen.seconds
     known = sum(one.self_cpu_time_total for one in operations)
     rate = options.steps / plain.seconds
-    table = Table("operation", "share", "calls a step", title=f"{options.pair}, {options.task}: {rate:.1f} steps/s")
+    title = f"{options.pair}, {options.task}, {options.recipe}: {rate:.1f} steps/s"
+    table = Table("operation", "share", "calls a step", title=title)
     for one in operations[:SHOWN]:
         table.add_row(one.key, f"{100 * one.self_cpu_time_total / total:.1f}%", f"{one.count / options.steps:.1f}")
     rest = sum(one.self_cpu_time_total for one in operations[SHOWN:])
@@ -74,5 +76,6 @@ if __name__ == "__main__":
     parser.add_argument("--glue", type=Path, required=True)
     parser.add_argument("--pair", default="mpnet-base:minilm-l6")
     parser.add_argument("--task", default="cola", choices=("cola", "mrpc", "long", "wide"))
+    parser.add_argument("--recipe", default="paper", choices=("paper", "default"))
     parser.add_argument("--steps", type=int, default=60)
     main(parser.parse_args())

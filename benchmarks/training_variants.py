@@ -15,8 +15,9 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,7 @@ from transformers import (
 from kdlora.config import DataConfig, DistilConfig, LoraConfig, StudentTrainConfig, TaskConfig, TeacherTrainConfig
 from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_splits
+from kdlora.defaults import RECIPES
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_precision
@@ -136,9 +138,14 @@ def invented_logits(splits: Splits) -> TeacherLogits:
     return TeacherLogits(ids, values.astype(np.float32), splits.task.label_names, "invented", {}, 0)
 
 
-def ours(work: Work, callbacks: Sequence[TrainerCallback] = ()) -> tuple[int, float]:
-    """Train the student with adapters on stored logits."""
-    return _train_ours(work, work.student, lora=LoraConfig(), distil=DistilConfig(), callbacks=callbacks)
+def ours(
+    work: Work, callbacks: Sequence[TrainerCallback] = (), recipe: Literal["paper", "default"] = "paper"
+) -> tuple[int, float]:
+    """Train the student with adapters on stored logits; the recipe says which adapters, loss and dropout."""
+    keys = RECIPES[recipe]
+    lora, distil = LoraConfig(**keys.get("lora", {})), DistilConfig(**keys.get("distil", {}))
+    dropout = keys.get("student", {}).get("train", {}).get("dropout")
+    return _train_ours(work, work.student, lora=lora, distil=distil, dropout=dropout, callbacks=callbacks)
 
 
 def ours_lora_on_teacher(work: Work) -> tuple[int, float]:
@@ -157,13 +164,14 @@ def _train_ours(
     *,
     lora: LoraConfig | None,
     distil: DistilConfig | None,
+    dropout: float | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[int, float]:
     splits = load_rows(work)
     encoder = load_encoder(source, splits.task, seed=0)
     model = encoder.model if lora is None else add_adapter(encoder, lora, seed=0)
     rows = splits.train if distil is None else invented_logits(splits).attach(splits.train)
-    settings = (StudentTrainConfig if lora else TeacherTrainConfig)(epochs=50, batch_size=BATCH)
+    settings = (StudentTrainConfig if lora else TeacherTrainConfig)(epochs=50, batch_size=BATCH, dropout=dropout)
     with tempfile.TemporaryDirectory() as folder:
         outcome = train_model(
             model,
@@ -339,6 +347,7 @@ def _stock_rows(splits: Splits, tokenizer: Any, max_length: int) -> Dataset:
 
 VARIANTS = {
     "ours": ours,
+    "ours: default recipe": partial(ours, recipe="default"),
     "ours: LoRA on the teacher": ours_lora_on_teacher,
     "ours: teacher": ours_teacher,
     "ours: labelling": ours_labelling,

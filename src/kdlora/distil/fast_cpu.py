@@ -85,8 +85,8 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Attend, as transformers asks of an attention implementation.
 
-    Without dropout PyTorch's fused kernel is best, but for its backward in bf16, which takes 2 to 20 times as long as
-    ours (8 texts of 400 tokens, 32 of 16): half of a training step.
+    Without dropout PyTorch's fused kernel is best, but for its backward in bf16, which can take half of a whole step:
+    benchmarks/training_profile.py shows it.
     """
     learns_in_half = torch.is_grad_enabled() and value.dtype == torch.bfloat16
     if dropout == 0.0 and not learns_in_half:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -46,8 +47,14 @@ _spec.loader.exec_module(sys.modules["network_guard"])
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
 
 
+def pytest_collection_finish() -> None:
+    """Keep what the test modules imported from the garbage collector: accelerate calls it in every training."""
+    gc.freeze()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the session where the network was asked, though a handler may have swallowed the guard's error."""
+    gc.unfreeze()  # hypothesis looks around when the session ends
     if _NETWORK_LOG.exists():
         print(f"\nthe network was asked:\n{_NETWORK_LOG.read_text(encoding='utf-8')}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from experiments import write_lines
@@ -110,7 +110,8 @@ def test_any_text_gets_an_answer_that_does_not_depend_on_its_neighbours(classifi
 NAMES = st.lists(SPOKEN, min_size=2, max_size=2, unique_by=str.strip)
 
 
-@settings(parent=SOON, max_examples=2)
+@example(names=["\x85a", "b "], rows=[(f"{number} ", f"text {number}") for number in range(6)])
+@settings(parent=SOON, max_examples=1, phases=[Phase.explicit, Phase.generate])  # to shrink would take minutes
 @given(
     names=NAMES,
     rows=st.lists(st.tuples(SPOKEN, SPOKEN), min_size=6, max_size=10, unique_by=lambda row: row[0].strip()),
@@ -142,6 +143,6 @@ def test_ids_texts_and_labels_come_through_every_stage(workshop, folder, names, 
     predict_file(served, file, place / "answers.jsonl")
     answers = [json.loads(line) for line in (place / "answers.jsonl").read_text(encoding="utf-8").split("\n") if line]
     assert [answer["id"] for answer in answers] == list(ids)
-    assert {answer["label"] for answer in answers} <= {name.strip() for name in names}
+    assert {answer["label"] for answer in answers} <= set(names)
     merged = evaluate(trained.encoder.model, trained.encoder.tokenizer, splits.train, splits.task, max_length=32)
     np.testing.assert_allclose(served.predict_logits(texts), merged.logits, atol=1e-3)

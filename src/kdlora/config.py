@@ -244,6 +244,10 @@ class LoraConfig(_Section):
     """Dropout before the adapter."""
     targets: Literal["query-value", "all-linear"] | Names = "query-value"
     """Which projections get adapters: the paper's two, every linear layer (QLoRA, arXiv 2305.14314), or named ones."""
+    embedding_rank: int = Field(default=0, ge=0, le=8192)
+    """Rank of an adapter on the word embeddings; 0 for none."""
+    embedding_alpha: float = Field(default=2.0, gt=0.0)
+    """Scale of that adapter, as `alpha` is of the others; PEFT begins it with N(0, 1), so it wants a smaller one."""
     rslora: bool = False
     """Rank-stabilised scaling (arXiv 2312.03732)."""
     dora: bool = False

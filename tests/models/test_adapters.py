@@ -49,9 +49,12 @@ VARIANTS = {
     "olora": LoraConfig(init="olora"),
     "pissa": LoraConfig(init="pissa"),
     "pissa, rslora and dora": LoraConfig(init="pissa", rslora=True, dora=True),
+    "embeddings": LoraConfig(targets="all-linear", embedding_rank=3),
+    "embeddings, pissa, rslora and dora": LoraConfig(embedding_rank=3, init="pissa", rslora=True, dora=True),
 }
 CASES = [(family, "plain") for family in FAMILIES] + [(family, "all-linear") for family in FAMILIES]
 CASES += [(family, variant) for family in ("bert", "modernbert") for variant in list(VARIANTS)[2:]]
+CASES += [(family, "embeddings") for family in FAMILIES if family not in ("bert", "modernbert")]
 
 
 def encoder_of(folder: Path) -> Encoder:
@@ -102,7 +105,7 @@ def test_all_linear_leaves_out_what_is_trained_in_full(tiny_model_folder, family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("variant", ["plain", "all-linear", "dora"])
+@pytest.mark.parametrize("variant", ["plain", "all-linear", "dora", "embeddings"])
 def test_exactly_adapter_and_fresh_modules_are_trained(tiny_model_folder, family, variant):
     """A head that stays frozen and random costs accuracy and shows nowhere."""
     encoder = encoder_of(tiny_model_folder(family))
@@ -140,12 +143,12 @@ def test_an_untrained_adapter_changes_nothing_and_comes_from_its_seed(tiny_model
     for encoder, seed in zip(encoders, (1, 1, 2), strict=True):
         torch.rand(7)
         state = torch.get_rng_state()
-        models.append(add_adapter(encoder, LoraConfig(init=init), seed=seed))
+        models.append(add_adapter(encoder, LoraConfig(init=init, embedding_rank=2), seed=seed))
         assert torch.equal(torch.get_rng_state(), state)
     first, again, other = (model.state_dict() for model in models)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     drawn = init not in ("olora", "pissa")  # those are taken from the weights
-    assert any(not torch.equal(value, other[name]) for name, value in first.items()) == drawn
+    assert any(not torch.equal(first[name], other[name]) for name in first if "embedding" not in name) == drawn
     expected = tiny.logits(plain.model, plain.tokenizer)
     assert torch.allclose(tiny.logits(models[0], plain.tokenizer), expected, atol=1e-5)
 
@@ -348,6 +351,29 @@ def test_ranks_that_an_initialisation_cannot_have_are_refused(tiny_model_folder,
     """PiSSA of a rank above the width makes matrices of another shape than the config says."""
     with pytest.raises(ModelError, match=message):
         add_adapter(encoder_of(tiny_model_folder("bert")), lora, seed=0)
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 0.75), (True, 1.5)])
+def test_the_adapter_of_the_word_embeddings_has_its_own_rank_and_scale(tiny_model_folder, rslora, scale):
+    """PEFT begins it with N(0, 1): with the scale of the linear layers the first steps would be as large as a word."""
+    encoder = encoder_of(tiny_model_folder("bert"))
+    before = encoder.model.get_input_embeddings().weight.clone()
+    model = add_adapter(encoder, LoraConfig(embedding_rank=4, embedding_alpha=3.0, rslora=rslora), seed=1)
+    layer = model.base_model.model.get_input_embeddings()
+    words, directions = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    assert words.shape == (4, len(before))
+    assert (words == 0).all()
+    with torch.no_grad():
+        words[:, 7] = torch.tensor([1.0, 0.0, -2.0, 0.0])
+    change = merge_student(model).get_input_embeddings().weight - before
+    assert torch.allclose(change[7], scale * (directions[:, 0] - 2 * directions[:, 2]), atol=1e-5)
+    assert (change[:7] == 0).all()
+    assert (change[8:] == 0).all()
+
+
+def test_a_rank_above_the_width_of_the_word_embeddings_is_refused(tiny_model_folder):
+    with pytest.raises(ModelError, match=r"lora\.embedding_rank is 33, .* are 32 wide; set it to 32 at most"):
+        add_adapter(encoder_of(tiny_model_folder("bert")), LoraConfig(embedding_rank=33), seed=1)
 
 
 def test_a_fresh_name_that_reaches_further_is_refused(tiny_model_folder):

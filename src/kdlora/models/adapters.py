@@ -114,33 +114,39 @@ def add_adapter(encoder: Encoder, lora: LoraConfig, *, seed: int) -> PeftModel:
         The PEFT model; `save_adapter` and `merge_student` take it.
 
     Raises:
-        ModelError: targets that match nothing, a rank that the initialisation cannot have, or a trainable set
-            that is not LoRA + fresh.
+        ModelError: targets that match nothing, a rank that the initialisation or the word embeddings cannot have, or
+            a trainable set that is not LoRA + fresh.
     """
     targets = resolve_targets(encoder.model, lora.targets, encoder.fresh)
     layers = [name for name in _linear_layers(encoder.model, encoder.fresh) if _matches(name, targets)]
     _check_rank(encoder.model, lora, layers)
-    config = PeftLoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        init_lora_weights=PEFT_INITIALISATION[lora.init],
-        modules_to_save=[name for name in encoder.fresh if name not in ("classifier", "score")],  # PEFT adds these
-        revision=encoder.revision,
-    )
+    words = _word_embeddings(encoder.model, lora.embedding_rank)
+    with warnings.catch_warnings():
+        # It warns of its own way to save PiSSA with patterns; `save_adapter` has another.
+        warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA with rank_pattern", UserWarning)
+        config = PeftLoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=[*targets, *words],
+            rank_pattern=dict.fromkeys(words, lora.embedding_rank),
+            alpha_pattern=dict.fromkeys(words, lora.embedding_alpha),
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+            init_lora_weights=PEFT_INITIALISATION[lora.init],
+            modules_to_save=[name for name in encoder.fresh if name not in ("classifier", "score")],  # PEFT adds these
+            revision=encoder.revision,
+        )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT reads a property that transformers renamed.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         torch.default_generator.manual_seed(seed)
         model = get_peft_model(encoder.model, config)
-    _check_trainable(model, layers, encoder.fresh)
+    _check_trainable(model, [*layers, *words], encoder.fresh)
     if lora.init in MUTATING:
         model.initial_adapter = {key: value.clone() for key, value in _weights(model).items() if _is_matrix(key)}
-    logger.info("LoRA on %s: %d layers", ", ".join(targets), len(layers))
+    logger.info("LoRA on %s: %d layers", ", ".join([*targets, *words]), len(layers))
     return model
 
 
@@ -305,6 +311,20 @@ def _check_rank(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[str])
             f"lora.init: {lora.init} takes the adapter out of the weights, so lora.rank can be at most "
             f"{widths[narrow]} ({narrow} is that narrow), got {lora.rank}"
         )
+
+
+def _word_embeddings(model: PreTrainedModel, rank: int) -> list[str]:
+    """Name the word embeddings, where they get an adapter."""
+    if not rank:
+        return []
+    words = model.get_input_embeddings()
+    width = words.weight.shape[1]
+    if rank > width:
+        raise ModelError(
+            f"lora.embedding_rank is {rank}, but the word embeddings of this {model.config.model_type!r} model are "
+            f"{width} wide; set it to {width} at most, or to 0 for no adapter"
+        )
+    return [name for name, module in model.named_modules() if module is words]
 
 
 def _check_trainable(model: PeftModel, layers: Sequence[str], fresh: Sequence[str]) -> None:

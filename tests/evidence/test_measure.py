@@ -346,3 +346,15 @@ def test_latency_of_texts_beyond_the_models_positions(tiny_model_folder):
     options = {"max_length": 512, "batch_sizes": (1,), "repeats": 2}
     (found,) = measure_latency(encoder.model, encoder.tokenizer, rows, **options)
     assert found.p50_ms > 0
+
+
+@pytest.mark.parametrize("fault", [PermissionError, AttributeError])
+def test_a_system_without_descriptors_of_processes_is_polled(monkeypatch, fault):
+    """A container may forbid the call: the server must wait as before, not die with it."""
+
+    def refuse(_: int) -> int:
+        raise fault
+
+    monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
+    with forkserver._end_of(os.getpid()) as ended:
+        assert ended == []

@@ -314,8 +314,8 @@ def _take_over(channel: Connection, scratch: str) -> _Place:
 def _preload(module: str) -> None:
     """Import a module so that children have it already, and keep the garbage collector away from what it made.
 
-    Half a million objects come with torch and transformers, and none of them goes: to look for garbage among them
-    takes a fifth of the import's time, and a third of a second at the start of every training.
+    What comes with torch and transformers stays: to look for garbage among it costs the import, and every training
+    once more at its start.
     """
     gc.disable()
     # A fault of the import is reported by the child, which runs into it again.
@@ -344,14 +344,14 @@ def _wait(child: int, control: socket.socket) -> int | None:
 @contextlib.contextmanager
 def _end_of(child: int) -> Iterator[list[int]]:
     """Give what becomes readable when a child ends; nothing where the system has no such descriptor."""
-    if not hasattr(os, "pidfd_open"):
-        yield []
-        return
-    descriptor = os.pidfd_open(child)
+    opened: list[int] = []
+    with contextlib.suppress(AttributeError, OSError):  # not Linux; an old kernel, or a container that forbids it
+        opened.append(os.pidfd_open(child))
     try:
-        yield [descriptor]
+        yield opened
     finally:
-        os.close(descriptor)
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def _carry_out(channel: Connection, place: _Place) -> None:

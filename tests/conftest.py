@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -12,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+gc.disable()  # until all test modules are imported: there is no garbage among them, and to look costs seconds
 # Before any import of torch, transformers or datasets: they read these once.
 _CACHES = Path(tempfile.mkdtemp(prefix="kdlora-tests-"))
 os.environ.update(
@@ -50,6 +53,13 @@ GLUE = Path(__file__).parents[2] / "shared" / "glue"
 def pytest_collection_finish() -> None:
     """Keep what the test modules imported from the garbage collector: accelerate calls it in every training."""
     gc.freeze()
+    gc.enable()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Likewise what the tests of a module imported, torch's exporter for one."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -62,6 +72,24 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_CACHES, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], object]:
+    """`made_once(name, make)` gives what `make(folder)` returned in the first test process that asked; read only."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def give(name: str, make: Callable[[Path], object]) -> object:
+        folder, made = root / name, root / f"{name}.pickle"
+        with FileLock(root / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                made.write_bytes(pickle.dumps(make(folder)))
+            return pickle.loads(made.read_bytes())  # noqa: S301 - our own
+
+    return give
 
 
 @pytest.fixture(scope="session")

@@ -14,24 +14,27 @@ from experiments import ARMS, Outcome, Workshop
 
 
 @pytest.fixture(scope="session")
-def workshop(tiny_model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def workshop(made_once) -> Workshop:
     """Models and data for small experiments."""
-    data = tmp_path_factory.mktemp("workshop")
+    return made_once("workshop", _furnish)
+
+
+def _furnish(folder: Path) -> Workshop:
     return Workshop(
-        teacher=tiny_model_folder("bert"),
-        student=tiny_model_folder("distilbert", layers=1),
-        train=tiny.write_csv(data / "train.csv", tiny.sentiment_rows(64)),
-        validation=tiny.write_csv(data / "validation.csv", tiny.sentiment_rows(40, seed=1)),
+        teacher=tiny.build_model_folder("bert", folder / "bert"),
+        student=tiny.build_model_folder("distilbert", folder / "distilbert", layers=1),
+        train=tiny.write_csv(folder / "train.csv", tiny.sentiment_rows(64)),
+        validation=tiny.write_csv(folder / "validation.csv", tiny.sentiment_rows(40, seed=1)),
     )
 
 
 @pytest.fixture(scope="session")
-def experiment(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory):
+def experiment(workshop: Workshop, made_once):
     """The result of all six arms with two seeds; read only, see `copy_experiment`."""
     from kdlora.experiment.run import run_experiment
 
     config = workshop.config({"run": {"arms": ARMS, "seeds": [0, 1]}})
-    return run_experiment(config, tmp_path_factory.mktemp("experiments") / "all-arms")
+    return made_once("all-arms", lambda folder: run_experiment(config, folder / "all-arms"))
 
 
 @pytest.fixture

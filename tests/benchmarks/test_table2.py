@@ -16,8 +16,6 @@ from table2_measure import TIMED, Conditions, Timing, batches_to_run, peak_of_tr
 from table2_models import SIZES, Size, count_adapted, count_plain, padded_tokens, synthetic_rows, widest_batch
 from table2_text import Figures, memory_section, notes_section, parameters_section, time_section
 
-from kdlora.evidence.measure import close_server
-
 ALL = [size for pair in SIZES.values() for size in pair]
 PUBLISHED = {
     "BERT-base": 109_483_778,
@@ -27,12 +25,6 @@ PUBLISHED = {
     "DeBERTaV3-base": 184_423_682,
     "DeBERTaV3-small": 141_896_450,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_server_left():
-    yield
-    close_server()
 
 
 def shrunk(size: Size, *, vocabulary: int = 200) -> Size:

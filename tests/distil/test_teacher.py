@@ -43,10 +43,10 @@ def label(make_encoder, rows, tasks, tmp_path):
     """`label(**changes)` stores the logits in one folder, as a run does."""
 
     def run(**changes):
-        values = {"encoder": make_encoder(), "columns": [0, 1], "dataset": rows, "task": tasks["single-label"]}
+        values = {"columns": [0, 1], "dataset": rows, "task": tasks["single-label"], "folder": tmp_path / "logits"}
         options = {"max_length": 48, "rows_per_shard": 10, "device": "cpu"}
-        given = values | options | {"folder": tmp_path / "logits"} | changes
-        return teacher_logits(**given)
+        encoder = changes.pop("encoder", None) or make_encoder()
+        return teacher_logits(encoder=encoder, **(values | options | changes))
 
     return run
 

@@ -14,6 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from kdlora.errors import DataError
+from kdlora.evidence.forkserver import before_fork
+
+prepared_by: list[int] = []
+
+
+@before_fork
+def prepare() -> None:
+    prepared_by.append(os.getpid())
+
+
+def who_prepared() -> tuple[list[int], int]:
+    return prepared_by, os.getppid()
 
 
 class TwoArgumentsError(Exception):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -30,9 +31,13 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="memory figures come 
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_server_left():
+def _own_server():
+    """Close what these tests start; the server of the experiments, which holds the libraries, is put aside."""
+    others = forkserver._servers[:]
+    forkserver._servers.clear()
     yield
     close_server()
+    forkserver._servers.extend(others)
 
 
 def test_a_run_has_a_process_of_its_own_in_the_callers_place(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -56,6 +61,25 @@ def test_the_peak_is_the_childs_own_and_includes_what_was_freed():
     assert 110 * 2**20 < large.peak_memory_bytes < 140 * 2**20
     assert large.value == 1
     assert large.seconds > 0
+
+
+def test_what_children_share_is_prepared_once_by_the_server():
+    """What a library computes at its first use, hundreds of patterns for one, each of a night's runs would repeat."""
+    (once, server), again = (run_in_child(children.who_prepared).value for _ in range(2))
+    assert once == [server]
+    assert again == (once, server)
+    assert children.prepared_by == []
+
+
+def test_a_server_whose_parent_goes_in_a_hurry_ends_quietly(capfd: pytest.CaptureFixture[str], monkeypatch):
+    """After a signal the command ends without reading how its child ended; the user saw the server's traceback."""
+    server = forkserver.ForkServer()
+    monkeypatch.setattr(server, "_exit_status", lambda: None)
+    server.converse("children", (children.allocate, (1,)), None)
+    assert select.select([server.control], [], [], 10)[0]
+    server.close()
+    assert server.process.returncode == 0
+    assert capfd.readouterr().err == ""
 
 
 @linux

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
+import loads
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 import tiny
+from kdlora.deploy.folder import read_model_folder
+from kdlora.deploy.torch_backend import load_model
 from kdlora.errors import ModelError
+from kdlora.evidence.measure import run_in_child
 from kdlora.models.encoders import load_encoder, load_fine_tuned
 
 
@@ -230,3 +236,41 @@ def test_a_fine_tuned_model_is_checked_alike(tmp_path):
     """The teacher that is given takes the same road as the one that is trained."""
     with pytest.raises(ModelError, match="there is no folder"):
         load_fine_tuned(str(tmp_path / "nowhere"), tiny.task())
+
+
+def test_threads_load_one_after_the_other(tiny_model_folder, tmp_path, monkeypatch):
+    """Two at once leave transformers' classes as one of them had changed them: later models are tied no more."""
+    folder = str(tiny_model_folder("bert"))
+    encoder = load_encoder(folder, tiny.task(), seed=0)
+    encoder.model.save_pretrained(tmp_path)
+    encoder.tokenizer.save_pretrained(tmp_path)
+    automatic, tie_weights = transformers.AutoModelForSequenceClassification, transformers.PreTrainedModel.tie_weights
+    original, at_once, most = automatic.from_pretrained, [], []
+
+    def load(*arguments, **options):
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.05)
+        try:
+            return original(*arguments, **options)
+        finally:
+            at_once.pop()
+
+    monkeypatch.setattr(automatic, "from_pretrained", load)
+    ways = [lambda: load_encoder(folder, tiny.task(), seed=0), lambda: load_model(read_model_folder(tmp_path))] * 2
+    threads = [threading.Thread(target=way) for way in ways]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
+    assert transformers.PreTrainedModel.tie_weights is tie_weights
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.conversion_mapping, "_checkpoint_conversion_mapping_cache"),
+    reason="this version of transformers keeps its patterns elsewhere",
+)
+def test_runs_find_the_patterns_compiled():
+    """Each run of an experiment would compile the same thousand patterns before it reads its weights."""
+    assert run_in_child(loads.has_patterns).value

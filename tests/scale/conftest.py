@@ -36,12 +36,12 @@ def suite_values(workshop: Workshop) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def finished_suite(suite_values: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory):
+def finished_suite(suite_values: Callable[..., dict[str, Any]], made_once):
     """The small suite, carried out; read only."""
     from kdlora.scale.suite import run_suite
     from kdlora.scale.suitefile import build_suite
 
-    return run_suite(build_suite(suite_values()), tmp_path_factory.mktemp("suites") / "small")
+    return made_once("suite", lambda folder: run_suite(build_suite(suite_values()), folder / "small"))
 
 
 @pytest.fixture

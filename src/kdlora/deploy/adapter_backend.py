@@ -13,6 +13,7 @@ from kdlora.deploy.folder import ModelFolder, read_json
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.torch_backend import TorchBackend, load_tokenizer
 from kdlora.errors import ModelError, first_line
+from kdlora.models.checkpoints import quiet_loading
 
 
 def load_unmerged(folder: str | Path, *, threads: int | None = None) -> Classifier:
@@ -32,11 +33,12 @@ def load_unmerged(folder: str | Path, *, threads: int | None = None) -> Classifi
     address = read_json(path / "adapter_config.json").get("base_model_name_or_path")
     labels = _count_labels(path / "adapter_model.safetensors")
     try:
-        config = AutoConfig.from_pretrained(address, local_files_only=True)
-        if config.num_labels != labels:  # setting it names the labels anew
-            config.num_labels = labels
-        base = AutoModelForSequenceClassification.from_pretrained(address, config=config, dtype=torch.float32)
-        PeftModel.from_pretrained(base, str(path))
+        with quiet_loading():
+            config = AutoConfig.from_pretrained(address, local_files_only=True)
+            if config.num_labels != labels:  # setting it names the labels anew
+                config.num_labels = labels
+            base = AutoModelForSequenceClassification.from_pretrained(address, config=config, dtype=torch.float32)
+            PeftModel.from_pretrained(base, str(path))
     except Exception as error:
         raise ModelError(f"{path}: the adapter's base {address!r} cannot be loaded: {first_line(error)}") from error
     described = ModelFolder(

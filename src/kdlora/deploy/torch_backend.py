@@ -7,10 +7,10 @@ import inspect
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from kdlora.deploy.folder import ModelFolder
 from kdlora.errors import ModelError, first_line
+from kdlora.models.checkpoints import quiet_loading
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -65,20 +65,13 @@ def load_model(folder: ModelFolder) -> PreTrainedModel:
     Raises:
         ModelError: missing or mismatched weights, or files that transformers cannot read.
     """
-    bar = transformers_logging.is_progress_bar_enabled()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder.path, output_loading_info=True, dtype=torch.float32, local_files_only=True
-        )
+        with quiet_loading():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder.path, output_loading_info=True, dtype=torch.float32, local_files_only=True
+            )
     except Exception as error:
         raise ModelError(f"{folder.path}: transformers cannot load the model: {first_line(error)}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
     absent = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if absent:
         raise ModelError(

@@ -184,6 +184,20 @@ def _make_scratch() -> str:
 
 _lock = threading.Lock()
 _servers: list[ForkServer] = []
+_preparations: list[Callable[[], None]] = []
+
+
+def before_fork(prepare: Callable[[], None]) -> Callable[[], None]:
+    """Have a server call a function once, when it has imported the function's module; a decorator.
+
+    Args:
+        prepare: computes what its module, or a library, keeps and each child would compute again.
+
+    Returns:
+        The function.
+    """
+    _preparations.append(prepare)
+    return prepare
 
 
 def findable_module(function: Callable[..., Any]) -> str:
@@ -271,10 +285,9 @@ def serve(control_number: int, scratch: str) -> NoReturn:
     tempfile.tempdir = scratch
     with socket.socket(fileno=control_number) as control:
         while True:
-            received, numbers, _, _ = socket.recv_fds(control, 1, 1)
-            if not received or not numbers:
+            channel = _next_request(control)
+            if channel is None:
                 break
-            channel = Connection(numbers[0])
             with contextlib.suppress(EOFError, ConnectionError):
                 place = _take_over(channel, scratch)
                 if select.select([control], [], [], 0)[0]:
@@ -291,6 +304,15 @@ def serve(control_number: int, scratch: str) -> NoReturn:
                 control.sendall(str(status).encode())
     shutil.rmtree(scratch, ignore_errors=True)
     os._exit(0)  # the parent waits, and to tear down what was imported takes over a second
+
+
+def _next_request(control: socket.socket) -> Connection | None:
+    """Wait for the channel of a request; None where the parent is gone."""
+    with contextlib.suppress(ConnectionError):  # it went without having read how the last child ended
+        received, numbers, _, _ = socket.recv_fds(control, 1, 1)
+        if received and numbers:
+            return Connection(numbers[0])
+    return None
 
 
 def _die_with_parent() -> None:
@@ -321,6 +343,8 @@ def _preload(module: str) -> None:
     # A fault of the import is reported by the child, which runs into it again.
     with contextlib.suppress(Exception):
         importlib.import_module(module)
+        while _preparations:
+            _preparations.pop()()
     gc.freeze()
     gc.enable()
 

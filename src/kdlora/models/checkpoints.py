@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from transformers import (
 
 from kdlora.configfile import expand_home
 from kdlora.errors import ModelError, first_line
+from kdlora.evidence.forkserver import before_fork
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
@@ -36,6 +38,16 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FEWEST_PIECES = 10
 """A vocabulary with fewer pieces beside the special tokens is no vocabulary: transformers builds an empty
 tokenizer, without a word, where the files are missing."""
+
+_loading = threading.RLock()
+
+
+@before_fork
+def _compile_patterns() -> None:
+    """Have transformers compile its patterns of renamed weights, a tenth of a second at a process's first load."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("bert")
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,7 @@ def read_config(source: Source) -> PretrainedConfig:
     """
     if source.is_folder:
         _check_json(Path(source.name) / "config.json")
-    with quiet_loading(source), explained(source, "configuration"):
+    with quiet_loading(show_download=not source.is_folder), explained(source, "configuration"):
         config = AutoConfig.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
@@ -187,7 +199,7 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: missing, empty, unreadable or without a padding token.
     """
-    with quiet_loading(source), explained(source, "tokenizer"):
+    with quiet_loading(show_download=not source.is_folder), explained(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
@@ -219,7 +231,8 @@ def read_weights(source: Source, config: PretrainedConfig) -> Loaded:
     Raises:
         ModelError: damaged, unreachable, pickled only, or weights that are not those of the configuration.
     """
-    with quiet_loading(source), explained(source, "weights"), torch.random.fork_rng(devices=[]):
+    quiet = quiet_loading(show_download=not source.is_folder)
+    with quiet, explained(source, "weights"), torch.random.fork_rng(devices=[]):
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source.name,
             config=config,
@@ -253,23 +266,27 @@ def _check_complete(source: Source, loaded: Loaded) -> None:
 
 
 @contextmanager
-def quiet_loading(source: Source) -> Iterator[None]:
+def quiet_loading(*, show_download: bool = False) -> Iterator[None]:
     """Silence transformers' load report and its bars; kdlora says itself what is fresh. Errors still rise.
 
+    One thread loads at a time: transformers exchanges functions of torch and of its own classes while it loads, and
+    of two threads the second would put back for good what the first had put there for a moment.
+
     Args:
-        source: the bars of a download stay, where there is a terminal to see them.
+        show_download: leave the bars on, where there is a terminal to see them.
     """
     log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    if source.is_folder:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
+    with _loading:
+        verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+        log.set_verbosity_error()
+        if not show_download:
+            log.disable_progress_bar()
+        try:
+            yield
+        finally:
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
 
 
 @contextmanager

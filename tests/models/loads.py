@@ -1,0 +1,11 @@
+"""What the tests of loading run in a process of its own."""
+
+from __future__ import annotations
+
+from transformers import conversion_mapping
+
+import kdlora.models.checkpoints  # noqa: F401 - its preparation is what is looked at
+
+
+def has_patterns() -> bool:
+    return conversion_mapping._checkpoint_conversion_mapping_cache is not None

@@ -23,7 +23,7 @@ demo: $(VENV)/.run  ## distil a real encoder on real film reviews, print the tab
 	$(BIN)/kdlora demo
 
 test: $(VENV)/.dev  ## everything the tests need, then the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-cluster: $(VENV)/.dev  ## the tests that start several processes, or a Ray cluster, on this machine
 	$(BIN)/python -m pytest -m cluster tests/scale tests/experiment

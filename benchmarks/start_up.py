@@ -25,25 +25,17 @@ from kdlora.evidence.environment import collect_versions, describe_machine
 
 GOALS = {"kdlora --help": 0.3, "kdlora validate": 1.0, "kdlora run, until the first step": None}
 FIRST_STEP = """
-import sys, time
-from kdlora import build_config, run_experiment
-
-class Started(Exception): pass
+import contextlib, sys, time
+from kdlora import terminal
+from kdlora.cli import main
 
 def listen(stage, event):
     if getattr(event, "step", 0) or getattr(event, "steps", 0):
         print(time.time(), flush=True)
-        raise Started
+        raise KeyboardInterrupt
 
-config = build_config({
-    "task": {"name": "mrpc"}, "data": {"path": sys.argv[1]},
-    "teacher": {"logits": sys.argv[2]}, "student": {"model": sys.argv[3]},
-    "run": {"arms": ["kd-lora"], "seeds": [0]}, "export": {"formats": []},
-})
-try:
-    run_experiment(config, sys.argv[4], listen=listen)
-except Started:
-    pass
+terminal.live_progress = lambda: contextlib.nullcontext(listen)
+main()
 """
 
 
@@ -55,11 +47,20 @@ def seconds_of(command: list[str]) -> float:
 
 
 def seconds_to_first_step(options: argparse.Namespace, folder: Path) -> float:
-    """Time from the start of a process to the first progress of its training."""
+    """Time from the start of the command to the first progress of its training."""
+    values = {
+        "task.name": "mrpc",
+        "data.path": options.glue,
+        "teacher.logits": folder / "logits.parquet",
+        "student.model": options.models / options.student,
+        "run.arms": "[kd-lora]",
+        "run.seeds": "[0]",
+        "export.formats": "[]",
+    }
+    given = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
     start = time.time()
-    arguments = [str(options.glue), str(folder / "logits.parquet"), str(options.models / options.student)]
     done = subprocess.run(
-        [sys.executable, "-c", FIRST_STEP, *arguments, str(Path(tempfile.mkdtemp(dir=folder)) / "run")],
+        [sys.executable, "-c", FIRST_STEP, "run", "--out", tempfile.mkdtemp(dir=folder), *given],
         capture_output=True,
         text=True,
         check=False,

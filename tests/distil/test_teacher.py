@@ -272,10 +272,14 @@ def test_stale_logits_are_refused(label, make_encoder, rows, tmp_path, change, n
         changes = {"encoder": encoder}
     elif change == "texts":
         changes = {
-            "dataset": rows.map(lambda row, index: {"text": row["text"] + "!" * (index == 5)}, with_indices=True)
+            "dataset": rows.map(
+                lambda row, index: {"text": row["text"] + "!" * (index == 5)},
+                with_indices=True,
+                new_fingerprint="louder",
+            )
         }
     elif change == "ids":
-        changes = {"dataset": rows.map(lambda row: {"id": row["id"] + "x"})}
+        changes = {"dataset": rows.map(lambda row: {"id": row["id"] + "x"}, new_fingerprint="renamed")}
     else:
         changes = {change: {"max_length": 47, "precision": "bf16", "columns": [1, 0]}[change]}
     with pytest.raises(ArtifactError, match=f"are stale: {named}.* changed. Delete the folder"):

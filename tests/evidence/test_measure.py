@@ -21,6 +21,7 @@ from kdlora.evidence.measure import (
     ChildDiedError,
     close_server,
     measure_latency,
+    prepare_children,
     read_memory,
     run_in_child,
     size_on_disk,
@@ -192,6 +193,36 @@ def test_an_interruption_does_not_wait_for_imports(tmp_path, monkeypatch: pytest
     assert time.monotonic() - begin < 4
     monkeypatch.delenv("KDLORA_TEST_SLOW")
     assert run_in_child(slow_module.work).value == 1
+
+
+def test_a_server_may_begin_to_import_before_it_is_asked(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Command and server need the same libraries: one after the other a user waits for them twice."""
+    close_server()
+    mark = tmp_path / "imported"
+    (tmp_path / "marking_module.py").write_text(f"open({str(mark)!r}, 'w').close()\ndef work():\n    return 2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    prepare_children("marking_module")
+    server = forkserver._servers[0]
+    for _ in range(200):
+        if mark.exists():
+            break
+        time.sleep(0.05)
+    assert mark.exists()
+    prepare_children("marking_module")
+    assert run_in_child(importlib.import_module("marking_module").work).value == 2
+    assert forkserver._servers == [server]
+
+
+def test_a_server_that_nobody_asked_is_not_waited_for(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """A mistake in the config would be shown, and the prompt come seconds later, when the imports are done."""
+    close_server()
+    (tmp_path / "sleeping_module.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    prepare_children("sleeping_module")
+    time.sleep(0.5)
+    begin = time.monotonic()
+    close_server()
+    assert time.monotonic() - begin < 0.5
 
 
 def with_this_folder() -> dict[str, str]:

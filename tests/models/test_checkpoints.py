@@ -268,7 +268,7 @@ def test_threads_load_one_after_the_other(tiny_model_folder, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(
-    not hasattr(transformers.conversion_mapping, "_checkpoint_conversion_mapping_cache"),
+    not hasattr(loads.conversion_mapping, "_checkpoint_conversion_mapping_cache"),
     reason="this version of transformers keeps its patterns elsewhere",
 )
 def test_runs_find_the_patterns_compiled():

@@ -204,11 +204,13 @@ def _load(config: Path | None, options: dict[str, Any], overrides: list[str]) ->
 
 
 def _run(config: Config, out: Path | None, as_json: bool) -> ExperimentResult:
+    from kdlora.evidence.measure import prepare_children
     from kdlora.experiment.launch import read_launch
 
     launch = read_launch()
     if launch.count > 1:  # before PyTorch is imported: it prints a backtrace where another process goes
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    prepare_children("kdlora.experiment.stages")
     from kdlora.experiment.run import run_experiment
     from kdlora.terminal import live_progress
 

@@ -46,7 +46,7 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, prctl(2)
 _Request = tuple[Callable[..., Any], tuple[Any, ...]]
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from kdlora.evidence.forkserver import serve; serve(int(sys.argv[1]), sys.argv[3])"
+    "from kdlora.evidence.forkserver import serve; serve(int(sys.argv[1]), sys.argv[3], sys.argv[4])"
 )
 
 
@@ -84,11 +84,16 @@ class _Answer:
 class ForkServer:
     """The parent's end: one server process, one child at a time."""
 
-    def __init__(self) -> None:
-        """Start the server; it ends with this process, however this process ends."""
+    def __init__(self, preload: str = "") -> None:
+        """Start the server; it ends with this process, however this process ends.
+
+        Args:
+            preload: module that it imports at once; by default it waits for the first request.
+        """
         self.control, theirs = socket.socketpair()
         self.scratch = _make_scratch()
-        command = [sys.executable, "-c", _START, str(theirs.fileno()), json.dumps(sys.path), self.scratch]
+        self.was_asked = False
+        command = [sys.executable, "-c", _START, str(theirs.fileno()), json.dumps(sys.path), self.scratch, preload]
         # A session of its own: Ctrl-C reaches the parent alone, which then ends the child.
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
@@ -115,6 +120,7 @@ class ForkServer:
         level = root.level if root.handlers else None
         place = _Place(tuple(sys.path), str(Path.cwd()), dict(os.environ), preload, listen is not None, level)
         body = pickle.dumps(request)
+        self.was_asked = True
         ours, theirs = socket.socketpair()
         answer: _Answer | None = None
         with Connection(ours.detach()) as channel, contextlib.suppress(EOFError, ConnectionError):
@@ -154,7 +160,7 @@ class ForkServer:
         """End the server, and a child that may still run."""
         self.control.close()
         try:
-            self.process.wait(timeout=_SERVER_SECONDS)
+            self.process.wait(timeout=_SERVER_SECONDS if self.was_asked else 0)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -255,6 +261,17 @@ def call_in_child(
     return answer.value
 
 
+def start_server(preload: str) -> None:
+    """Start this process's server before it is asked, so that it imports while the caller imports, too.
+
+    Args:
+        preload: module that it imports at once.
+    """
+    with _lock:
+        if not _servers:
+            _servers.append(ForkServer(preload))
+
+
 def close_server() -> None:
     """End the server and its child; the next call starts a fresh one."""
     while _servers:
@@ -275,14 +292,17 @@ def _describe_death(status: int | None) -> str:
     return f"the process that ran this was killed by {name}{hint}"
 
 
-def serve(control_number: int, scratch: str) -> NoReturn:
+def serve(control_number: int, scratch: str, preload: str) -> NoReturn:
     """Take requests until the parent is gone; this is the server's main function.
 
     Args:
         control_number: file descriptor of the socket to the parent.
         scratch: folder for temporary files; it goes with the server.
+        preload: module to import before the first request; may be empty.
     """
     tempfile.tempdir = scratch
+    if preload:
+        _preload(preload)
     with socket.socket(fileno=control_number) as control:
         while True:
             channel = _next_request(control)

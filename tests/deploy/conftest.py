@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,24 @@ def exported(made_once, classifier_folder) -> Callable[..., Path]:
         return made_once(f"export-{family}-{kind}", lambda folder: _export(source, folder / "onnx", kind))
 
     return give
+
+
+@pytest.fixture
+def traced_once(made_once, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace a model once in a session, for tests of what comes after: the trace is nearly all of an export."""
+    from kdlora.deploy import trace
+    from kdlora.distil.fingerprints import hash_json, hash_model
+
+    capture = trace.capture
+
+    def copy(model, names, to: Path, *, opset: int) -> None:
+        def make(folder: Path) -> Path:
+            capture(model, names, folder / "captured.onnx", opset=opset)
+            return folder / "captured.onnx"
+
+        shutil.copyfile(made_once(f"trace-{hash_json([hash_model(model), list(names), opset])}", make), to)
+
+    monkeypatch.setattr(trace, "capture", copy)
 
 
 def _export(source: Path, folder: Path, kind: str) -> Path:

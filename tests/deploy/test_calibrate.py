@@ -42,6 +42,7 @@ def test_calibration_error_by_hand():
     assert reliability(np.array([[1.0], [0.0]]), np.array([[1], [0]]), "multi-label").error == 0
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_saved_temperature_is_exported_and_applied(tmp_path, classifier_folder):
     """Prevents a calibrated student whose export is not calibrated."""
     folder = shutil.copytree(classifier_folder(), tmp_path / "model")

@@ -124,6 +124,7 @@ def test_other_opset_fuses_too(tmp_path, classifier_folder):
     assert versions[""] == 20
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_unreachable_gate_keeps_the_stages_before(tmp_path, classifier_folder, monkeypatch):
     """Prevents shipping an int8 file that failed, losing the fp32 one with it, or hiding the attempts."""
     monkeypatch.setattr(
@@ -147,6 +148,7 @@ def test_unreachable_gate_keeps_the_stages_before(tmp_path, classifier_folder, m
     assert Classifier.load(tmp_path / "out").predict(TEXTS[:1])
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_first_remedy_that_passes_is_named(tmp_path, classifier_folder, monkeypatch):
     """Prevents a result that names plain int8 although a remedy was needed."""
     judge = Checks.judge
@@ -180,6 +182,7 @@ def test_wrong_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_unfused_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
     """Prevents a slow export that nobody notices."""
     monkeypatch.setattr(fuse, "_fuse_gelu", lambda graph: None)
@@ -280,6 +283,7 @@ def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported,
     assert not out.exists()
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_training_rows_fill_up(tmp_path, classifier_folder, monkeypatch):
     """Prevents an agreement that rests on the few rows of a small validation set."""
     monkeypatch.setattr("kdlora.deploy.gates.ENOUGH_ROWS", 50)

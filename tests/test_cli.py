@@ -54,8 +54,11 @@ def small(workshop, tmp_path):
 
 
 def test_help_comes_at_once():
-    """Seven seconds for `--help` is how a tool feels broken; torch came in by one careless import."""
-    done = lightly("--help", seconds=0.3)
+    """Seven seconds for `--help` is how a tool feels broken; torch came in by one careless import.
+
+    The goal is 0.3 s, which `benchmarks/start_up.py` measures; a core that is shared takes twice as long.
+    """
+    done = lightly("--help", seconds=0.6)
     assert done.returncode == 0
     for verb in ("run", "validate", "evaluate", "predict", "report", "tasks", "families"):
         assert verb in done.stdout

@@ -13,7 +13,7 @@ ORDER = [
     {"searchconfig"},
     {"configfile"},
     {"evidence.storage", "evidence.integrity", "evidence.locks", "evidence.environment", "data.tasks", "data.faults"},
-    {"evidence.predictions", "evidence.forkserver"},
+    {"evidence.predictions", "evidence.forkserver", "evidence.forkserver_process"},
     {"evidence.records"},
     {"evidence", "distil.losses"},
     {"data"},

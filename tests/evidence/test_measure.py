@@ -16,7 +16,7 @@ import children
 import pytest
 
 from kdlora.errors import DataError
-from kdlora.evidence import forkserver, measure
+from kdlora.evidence import forkserver, forkserver_process, measure
 from kdlora.evidence.measure import (
     ChildDiedError,
     close_server,
@@ -411,5 +411,5 @@ def test_a_system_without_descriptors_of_processes_is_polled(monkeypatch, fault)
         raise fault
 
     monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
-    with forkserver._end_of(os.getpid()) as ended:
+    with forkserver_process._end_of(os.getpid()) as ended:
         assert ended == []

@@ -2,21 +2,17 @@
 
 `multiprocessing` has such a server too, but its children import the caller's main script again, so that a plain
 script without a `__main__` guard would start itself over and over. Ours takes functions of importable modules only.
-Everything that is pickled here passes between a process and its own children.
+This is the caller's end; the server's is `forkserver_process`.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
-import gc
-import importlib
 import json
 import logging
 import os
 import pickle
-import select
 import shutil
 import signal
 import socket
@@ -25,60 +21,29 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from kdlora.evidence.forkserver_process import BEGUN, Answer, Place
 from kdlora.evidence.storage import is_abandoned, owned_name
 
 GRACE_SECONDS = 8.0
 """Time that an interrupted child has to save what it can; the command promises to end within 10 s."""
 _SERVER_SECONDS = 1.5
 """Time that a server has to end; one that imports does not see that it should."""
-_POLL_SECONDS = 0.05
-_BEGUN = b"begun"
 _SCRATCH = "kdlora-scratch-"
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, prctl(2)
 
 _Request = tuple[Callable[..., Any], tuple[Any, ...]]
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from kdlora.evidence.forkserver import serve; serve(int(sys.argv[1]), sys.argv[3], sys.argv[4])"
+    "from kdlora.evidence.forkserver_process import serve; serve(int(sys.argv[1]), sys.argv[3], sys.argv[4])"
 )
 
 
 class ChildDiedError(RuntimeError):
     """A child ended without an answer: killed by a signal, or by an exit from within."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a child runs: what it takes over from the caller, and whether it may send."""
-
-    path: tuple[str, ...]
-    folder: str
-    environment: dict[str, str]
-    preload: str
-    sends: bool
-    log_level: int | None
-
-
-@dataclass(frozen=True)
-class _Message:
-    """A value on its way to the listener."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """The end of a request: a value, or what was raised."""
-
-    value: Any = None
-    fault: BaseException | None = None
 
 
 class ForkServer:
@@ -105,7 +70,7 @@ class ForkServer:
         """Whether the server can take a request."""
         return self.process.poll() is None
 
-    def converse(self, preload: str, request: _Request, listen: Callable[[Any], None] | None) -> _Answer:
+    def converse(self, preload: str, request: _Request, listen: Callable[[Any], None] | None) -> Answer:
         """Run a request in a fresh child, and pass on what it sends until it answers or dies.
 
         Args:
@@ -118,11 +83,11 @@ class ForkServer:
         """
         root = logging.getLogger()
         level = root.level if root.handlers else None
-        place = _Place(tuple(sys.path), str(Path.cwd()), dict(os.environ), preload, listen is not None, level)
+        place = Place(tuple(sys.path), str(Path.cwd()), dict(os.environ), preload, listen is not None, level)
         body = pickle.dumps(request)
         self.was_asked = True
         ours, theirs = socket.socketpair()
-        answer: _Answer | None = None
+        answer: Answer | None = None
         with Connection(ours.detach()) as channel, contextlib.suppress(EOFError, ConnectionError):
             with theirs:
                 socket.send_fds(self.control, [b"r"], [theirs.fileno()])
@@ -130,14 +95,14 @@ class ForkServer:
             channel.send_bytes(body)
             begun = False
             try:
-                begun = channel.recv() == _BEGUN
+                begun = channel.recv() == BEGUN
                 answer = _hear(channel, listen)
             except KeyboardInterrupt:
                 if begun:  # before that the server imports, which is slow, and there is nothing to save
                     self._end_child(channel)
                 raise
         status = self._exit_status()
-        return answer or _Answer(fault=ChildDiedError(_describe_death(status)))
+        return answer or Answer(fault=ChildDiedError(_describe_death(status)))
 
     def _end_child(self, channel: Connection) -> None:
         """Ask the child to end, and give it time to save; a second Ctrl-C cuts that short."""
@@ -167,11 +132,11 @@ class ForkServer:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def _hear(channel: Connection, listen: Callable[[Any], None] | None) -> _Answer:
+def _hear(channel: Connection, listen: Callable[[Any], None] | None) -> Answer:
     """Pass on what a child sends, until it answers."""
     while True:
         received = channel.recv()
-        if isinstance(received, _Answer):
+        if isinstance(received, Answer):
             return received
         if listen is not None:
             listen(received.value)
@@ -190,20 +155,6 @@ def _make_scratch() -> str:
 
 _lock = threading.Lock()
 _servers: list[ForkServer] = []
-_preparations: list[Callable[[], None]] = []
-
-
-def before_fork(prepare: Callable[[], None]) -> Callable[[], None]:
-    """Have a server call a function once, when it has imported the function's module; a decorator.
-
-    Args:
-        prepare: computes what its module, or a library, keeps and each child would compute again.
-
-    Returns:
-        The function.
-    """
-    _preparations.append(prepare)
-    return prepare
 
 
 def findable_module(function: Callable[..., Any]) -> str:
@@ -290,151 +241,3 @@ def _describe_death(status: int | None) -> str:
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
     hint = " (the system may be out of memory)" if -status == signal.SIGKILL else ""
     return f"the process that ran this was killed by {name}{hint}"
-
-
-def serve(control_number: int, scratch: str, preload: str) -> NoReturn:
-    """Take requests until the parent is gone; this is the server's main function.
-
-    Args:
-        control_number: file descriptor of the socket to the parent.
-        scratch: folder for temporary files; it goes with the server.
-        preload: module to import before the first request; may be empty.
-    """
-    tempfile.tempdir = scratch
-    if preload:
-        _preload(preload)
-    with socket.socket(fileno=control_number) as control:
-        while True:
-            channel = _next_request(control)
-            if channel is None:
-                break
-            with contextlib.suppress(EOFError, ConnectionError):
-                place = _take_over(channel, scratch)
-                if select.select([control], [], [], 0)[0]:
-                    break  # the parent went away during the imports
-                child = os.fork()
-                if child == 0:
-                    control.close()
-                    _die_with_parent()
-                    _carry_out(channel, place)
-                channel.close()
-                status = _wait(child, control)
-                if status is None:
-                    break
-                control.sendall(str(status).encode())
-    shutil.rmtree(scratch, ignore_errors=True)
-    os._exit(0)  # the parent waits, and to tear down what was imported takes over a second
-
-
-def _next_request(control: socket.socket) -> Connection | None:
-    """Wait for the channel of a request; None where the parent is gone."""
-    with contextlib.suppress(ConnectionError):  # it went without having read how the last child ended
-        received, numbers, _, _ = socket.recv_fds(control, 1, 1)
-        if received and numbers:
-            return Connection(numbers[0])
-    return None
-
-
-def _die_with_parent() -> None:
-    """End with the server, however that ends: a child that trains on would fight the next command for its folder."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-
-
-def _take_over(channel: Connection, scratch: str) -> _Place:
-    """Take the caller's place, and import the function's module so that later children have it already."""
-    place: _Place = pickle.loads(channel.recv_bytes())  # noqa: S301 - from our own parent
-    sys.path[:] = place.path
-    with contextlib.suppress(OSError):
-        os.chdir(place.folder)
-    os.environ.clear()
-    os.environ.update(place.environment, TMPDIR=scratch)
-    _preload(place.preload)
-    return place
-
-
-def _preload(module: str) -> None:
-    """Import a module so that children have it already, and keep the garbage collector away from what it made.
-
-    What comes with torch and transformers stays: to look for garbage among it costs the import, and every training
-    once more at its start.
-    """
-    gc.disable()
-    # A fault of the import is reported by the child, which runs into it again.
-    with contextlib.suppress(Exception):
-        importlib.import_module(module)
-        while _preparations:
-            _preparations.pop()()
-    gc.freeze()
-    gc.enable()
-
-
-def _wait(child: int, control: socket.socket) -> int | None:
-    """Wait for a child; ask it to end when the parent says so, and end it when the parent goes away (None)."""
-    with _end_of(child) as ended:
-        while True:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            readable, _, _ = select.select([control.fileno(), *ended], [], [], _POLL_SECONDS)
-            if control.fileno() in readable:
-                wanted = control.recv(1)
-                os.kill(child, signal.SIGTERM if wanted else signal.SIGKILL)
-                if not wanted:
-                    os.waitpid(child, 0)
-                    return None
-
-
-@contextlib.contextmanager
-def _end_of(child: int) -> Iterator[list[int]]:
-    """Give what becomes readable when a child ends; nothing where the system has no such descriptor."""
-    opened: list[int] = []
-    with contextlib.suppress(AttributeError, OSError):  # not Linux; an old kernel, or a container that forbids it
-        opened.append(os.pidfd_open(child))
-    try:
-        yield opened
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-
-
-def _carry_out(channel: Connection, place: _Place) -> None:
-    """Run the request in the child, send the outcome, and end without the server's exit handlers."""
-    status = 1
-    channel.send(_BEGUN)
-    if place.log_level is not None:
-        logging.basicConfig(format="%(message)s", level=place.log_level, stream=sys.stderr)
-    try:
-        try:
-            function, arguments = pickle.loads(channel.recv_bytes())  # noqa: S301 - from our own parent
-            if place.sends:
-                arguments = (*arguments, lambda *values: channel.send(_Message(_one(values))))
-            outcome = pickle.dumps(_Answer(value=function(*arguments)))
-        except BaseException as fault:
-            outcome = pickle.dumps(_Answer(fault=_portable(fault)))
-        channel.send_bytes(outcome)
-        status = 0
-    finally:
-        with contextlib.suppress(Exception):
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
-
-
-def _one(values: tuple[Any, ...]) -> Any:
-    """A single value is sent as it is, several as a tuple."""
-    return values[0] if len(values) == 1 else values
-
-
-def _portable(fault: BaseException) -> BaseException:
-    """Make an exception that survives the way to the parent, the child's traceback in a note."""
-    trace = "".join(traceback.format_exception(fault))
-    text = f"{type(fault).__name__}: {fault}"
-    try:
-        copy = pickle.loads(pickle.dumps(fault))  # noqa: S301 - what was pickled in this line
-        portable = copy if isinstance(fault, Exception) else RuntimeError(text)
-    except Exception:
-        portable = RuntimeError(text)
-    portable.add_note(f"In the child process:\n{trace}")
-    return portable

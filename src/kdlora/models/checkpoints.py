@@ -28,7 +28,7 @@ from transformers import (
 
 from kdlora.configfile import expand_home
 from kdlora.errors import ModelError, first_line
-from kdlora.evidence.forkserver import before_fork
+from kdlora.evidence.forkserver_process import before_fork
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")

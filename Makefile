@@ -2,19 +2,22 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# `make UV=uv ...` installs with uv in place of pip.
+UV     ?=
+install_into = $(if $(UV),$(UV) pip install --quiet --python $(1)/python,$(1)/python -m pip install --quiet --disable-pip-version-check)
 
-.PHONY: help install demo test test-cluster check docs site check-docs wheel test-lowest test-newest picture clean
+.PHONY: help install demo test test-cluster check docs site check-docs wheel test-lowest test-newest audit picture clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 $(VENV)/.run: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[onnx]"
+	$(call install_into,$(BIN)) -e ".[onnx]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[onnx,dev,docs]"
+	$(call install_into,$(BIN)) -e ".[onnx,dev,docs]"
 	@touch $@
 
 install: $(VENV)/.dev  ## build .venv with everything that development needs
@@ -26,7 +29,7 @@ test: $(VENV)/.dev  ## everything the tests need, then the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-cluster: $(VENV)/.dev  ## the tests that start several processes, or a Ray cluster, on this machine
-	$(BIN)/python -m pytest -m cluster tests/scale tests/experiment
+	$(BIN)/python -m pytest -m cluster tests/suites tests/experiment
 
 check: $(VENV)/.dev  ## lint, format, types, import layers, the documentation site
 	$(BIN)/ruff check .
@@ -52,7 +55,7 @@ wheel: $(VENV)/.dev  ## build wheel and source archive, check them, try the whee
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/wheel-env
-	build/wheel-env/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[onnx]"
+	$(call install_into,build/wheel-env/bin) "$$(ls dist/*.whl)[onnx]"
 	cd build && wheel-env/bin/python ../tests/wheel_smoke.py
 
 test-lowest: pyproject.toml  ## the tests with the lowest allowed versions of transformers, peft and datasets
@@ -60,6 +63,13 @@ test-lowest: pyproject.toml  ## the tests with the lowest allowed versions of tr
 
 test-newest: pyproject.toml  ## the same with the newest that the package index has
 	$(PYTHON) tests/versions.py newest build/newest
+
+audit: $(VENV)/.dev  ## known vulnerabilities of the lowest allowed versions and of the installed ones; asks the package index
+	@mkdir -p build
+	$(call install_into,$(BIN)) pip-audit
+	$(PYTHON) tests/versions.py bounds > build/lowest.txt
+	$(BIN)/pip-audit --no-deps --disable-pip --requirement build/lowest.txt
+	$(BIN)/pip-audit --skip-editable
 
 clean:  ## remove the environment and the caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

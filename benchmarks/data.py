@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from kdlora.evidence.environment import collect_versions, describe_machine
+from kdlora.system.environment import collect_versions, describe_machine
 
 CHUNK = 100_000
 

@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,14 @@ from rich.table import Table
 
 from kdlora.config import DataConfig, TaskConfig, TeacherTrainConfig
 from kdlora.data.load import Splits, load_splits
-from kdlora.deploy.benchmark import BenchmarkResult, benchmark
-from kdlora.deploy.benchmark_plot import plot_benchmark
+from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.predict import Classifier, default_threads
-from kdlora.evidence.storage import write_json_atomic
 from kdlora.experiment.arms import label_array, train_teacher
 from kdlora.models.encoders import load_encoder, save_encoder
+from kdlora.report.plots import plot_benchmark
+from kdlora.report.shipped import BenchmarkResult
+from kdlora.system.storage import write_json_atomic
 
 MAX_LENGTH = 128
 GOALS = {
@@ -195,7 +197,7 @@ def main(options: argparse.Namespace) -> None:
         progress=print,
     )
     found = ratios(result, compare_with_plain_runtime(options, splits, student, exported), cold_start(exported))
-    write_json_atomic(options.out / "deploy.json", {**result.to_dict(), "ratios": found})
+    write_json_atomic(options.out / "deploy.json", {**asdict(result), "ratios": found})
     plot_benchmark(result, options.out / "deploy.svg")
     header, rows = result.table()
     table = Table(*header, title=f"{result.texts} texts of SST-2, {result.threads} threads, {result.rounds} rounds")

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import torch
 
 from kdlora.data.tasks import DEFAULT_METRICS, Task
-from kdlora.evidence.environment import collect_versions, describe_machine
 from kdlora.evidence.measure import read_memory
+from kdlora.experiment.labelling import label_collection
 from kdlora.models.encoders import load_encoder, save_encoder
-from kdlora.scale.label import label_collection
+from kdlora.system.environment import collect_versions, describe_machine
 
 _CHUNK_ROWS = 50_000
 _POINTS = 12

@@ -31,9 +31,9 @@ from kdlora.data.tasks import Task
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import DTYPES
 from kdlora.distil.trainer import train_model
-from kdlora.evidence.environment import collect_versions, describe_machine
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder
+from kdlora.system.environment import collect_versions, describe_machine
 
 TASK = Task("single-label", ("text",), ("label",), ("no", "yes"), ("accuracy",))
 GRID = tuple((batch, length) for batch in (8, 32) for length in (16, 64, 128))

@@ -25,13 +25,14 @@ from table2_models import SIZES, build_encoder
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS
 from kdlora.data.tasks import GLUE
-from kdlora.evidence.records import RunRecord, collect_versions, describe_machine, write_record
+from kdlora.evidence.records import RunRecord, write_record
+from kdlora.experiment.course import Course
+from kdlora.experiment.jobs import Job, Outcome, TaskFacts
+from kdlora.experiment.plan import Plan, PlannedRun, make_plan
 from kdlora.experiment.stages import settings_for
-from kdlora.scale.course import Course
-from kdlora.scale.jobs import Job, Outcome, TaskFacts
-from kdlora.scale.plan import Plan, PlannedRun, make_plan
-from kdlora.scale.suitefile import load_suite
-from kdlora.scale.tables import write_tables
+from kdlora.experiment.suite_tables import write_tables
+from kdlora.experiment.suitefile import load_suite
+from kdlora.system.environment import collect_versions, describe_machine
 
 CONFIG = Path(__file__).parents[1] / "configs" / "paper.yaml"
 ROWS = {

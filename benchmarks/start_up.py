@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdlora.evidence.environment import collect_versions, describe_machine
+from kdlora.system.environment import collect_versions, describe_machine
 
 GOALS = {"kdlora --help": 0.3, "kdlora validate": 1.0, "kdlora run, until the first step": None}
 FIRST_STEP = """

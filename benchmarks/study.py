@@ -91,7 +91,7 @@ def _tell(record: dict[str, Any]) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Run or report a study."""
-    study = read_study(options.study, options.reference, options.tasks)
+    study = read_study(options.study, options.tasks)
     places = Places(options.models.resolve(), options.glue.resolve(), options.out.resolve())
     if options.report:
         from study_report import make_tables
@@ -110,9 +110,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--report", action="store_true", help="print the tables of what is finished, run nothing")
-    parser.add_argument("--reference", help="the recipe that the others are compared with, in place of the study's")
     parser.add_argument("--tasks", nargs="+", default=(), help="tasks that the tables are of, in place of the study's")
-    parser.add_argument("--draws", type=int, default=10_000)
+    parser.add_argument("--draws", type=int, default=2_000)
     return parser.parse_args()
 
 

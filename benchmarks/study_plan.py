@@ -7,17 +7,19 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, TrainConfig
 from kdlora.configfile import build_config
-from kdlora.distil.fingerprints import hash_json
 from kdlora.experiment.stages import settings_for
+from kdlora.system.integrity import hash_json
 
 RATE = "student.train.learning_rate"
+MAX_LENGTH = 128
+"""Longest input of every study that names none; it was the default when the first were recorded, and is in no key."""
 
 
 class _Part(BaseModel):
@@ -34,7 +36,11 @@ class StudyTask(_Part):
 
 
 class Search(_Part):
-    """How hyperparameters are tuned: on a part of the training rows, never on the reported validation rows."""
+    """How hyperparameters are tuned: on a part of the training rows, never on the reported validation rows.
+
+    Teacher and copies are made without the held-out rows, as in `kdlora search`. Fewer rows train for more epochs, so
+    that a search takes the steps of the reported run: with fewer steps, higher rates would look better than they are.
+    """
 
     fraction: float = 0.2
     """Share of the training rows that is held out to choose by."""
@@ -66,6 +72,15 @@ class Step(_Part):
     seeds: tuple[int, ...] = (0,)
 
 
+def _side(value: object) -> object:
+    """Read `RECIPE/ARM`."""
+    return tuple(value.rsplit("/", 1)) if isinstance(value, str) else value
+
+
+Side = Annotated[tuple[str, Arm], BeforeValidator(_side)]
+"""A recipe and one of its arms."""
+
+
 class Study(_Part):
     """A study's file."""
 
@@ -76,9 +91,10 @@ class Study(_Part):
     tasks: dict[str, StudyTask]
     search: Search
     recipes: dict[str, Recipe]
+    contrasts: tuple[tuple[Side, Side], ...] = Field(min_length=1)
+    """What is compared, `[RECIPE/ARM, RECIPE/ARM]`, declared before anything runs; intervals are corrected for all."""
     reference: str = "paper-tuned"
-    full: str = "full"
-    """The recipe that tunes all weights of the student without a teacher."""
+    """The recipe whose training time the others' is a multiple of."""
     steps: tuple[Step, ...] = Field(min_length=1)
     reported: tuple[str, ...] = ()
     """Tasks that the tables and their means are of; without any, all."""
@@ -168,6 +184,8 @@ class Work:
         }
         if self.arm not in TEACHER_ARMS and config.student.from_teacher_layers is not None:
             made_of |= {"model": Path(str(config.teacher.model)).name, "layers": config.student.from_teacher_layers}
+        if self.held_out:
+            made_of["steps"] = "as many as the reported run"
         if self.precision != "auto":
             made_of["precision"] = self.precision
         if self.arm in LORA_ARMS:
@@ -183,24 +201,30 @@ class Work:
         return hash_json(made_of)[:16]
 
 
+def settings_of(config: Config, arm: Arm) -> TrainConfig:
+    """Return how an arm is trained, its longest input filled in."""
+    settings = settings_for(config, arm)
+    return settings.model_copy(update={"max_length": settings.max_length or MAX_LENGTH})
+
+
 def teacher_of(work: Work) -> Work:
-    """Give the training of the one teacher of a task, which all recipes share."""
-    return Work(work.task, "fft", work.config.teacher_seed, work.config)
+    """Give the training of the one teacher of a task, which all recipes share; it knows no row that is held out."""
+    return Work(work.task, "fft", work.config.teacher_seed, work.config, work.held_out, work.split_seed)
 
 
-def read_study(path: Path, reference: str | None = None, reported: Sequence[str] = ()) -> Study:
+def read_study(path: Path, reported: Sequence[str] = ()) -> Study:
     """Read a study's file.
 
     Args:
         path: the file. With `extends: FILE`, named from its own folder, it has that file's keys too, where it has none.
-        reference: the recipe that the others are compared with; default: the file's.
         reported: the tasks that the tables are of; default: the file's.
     """
     study = Study.model_validate(_read_keys(path))
-    chosen = {"reference": reference, "reported": tuple(reported)}
-    study = study.model_copy(update={key: value for key, value in chosen.items() if value})
+    if reported:
+        study = study.model_copy(update={"reported": tuple(reported)})
     known: dict[str, Collection[str]] = {"recipe": study.recipes, "task": study.tasks}
-    named = [("recipe", name) for step in study.steps for name in (*step.recipes, study.reference, study.full)]
+    named = [("recipe", name) for step in study.steps for name in (*step.recipes, study.reference)]
+    named += [("recipe", name) for contrast in study.contrasts for name, _ in contrast]
     named += [("task", name) for step in study.steps for name in (*step.tasks, *study.search.tasks, *study.reported)]
     for what, name in named:
         if name not in known[what]:
@@ -257,15 +281,22 @@ def grid_points(study: Study, recipe: str, arm: Arm) -> list[dict[str, Any]]:
 
 def search_work(study: Study, places: Places, recipe: str, arm: Arm, point: Mapping[str, Any]) -> list[Work]:
     """List the trainings that show how good a point of the grid is."""
-    search = study.search
-    return [
-        dataclasses.replace(
-            work_of(study, places, recipe, arm, point, task, search.seed),
-            held_out=search.fraction,
-            split_seed=search.split_seed,
-        )
-        for task in search.tasks
-    ]
+    search, found = study.search, []
+    for task in search.tasks:
+        work = work_of(study, places, recipe, arm, point, task, search.seed)
+        config = _with_the_same_steps(work.config, search.fraction)
+        found.append(dataclasses.replace(work, config=config, held_out=search.fraction, split_seed=search.split_seed))
+    return found
+
+
+def _with_the_same_steps(config: Config, held_out: float) -> Config:
+    """Train so much longer that a part of the rows makes as many steps as all of them."""
+    update = {}
+    for name in ("teacher", "student"):
+        section = getattr(config, name)
+        train = section.train.model_copy(update={"epochs": section.train.epochs / (1 - held_out)})
+        update[name] = section.model_copy(update={"train": train})
+    return config.model_copy(update=update)
 
 
 def work_of(

@@ -9,16 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from study_plan import Places, Study, Work, all_seeds, choose_point, configure, grid_points, teacher_of, work_of
+from study_plan import Places, Side, Study, Work, all_seeds, choose_point, configure, grid_points, teacher_of, work_of
 
-from kdlora.config import Arm
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
 from kdlora.evidence.predictions import Predictions, read_predictions
-from kdlora.evidence.stats import Difference, PairedArms, mean_paired_bootstrap, mean_sd
-
-Side = tuple[str, Arm]
-"""A recipe and one of its arms."""
+from kdlora.evidence.stats import Difference, PairedArms, contrast, mean_sd
+from kdlora.report.wording import INTERVALS
 
 
 @dataclass
@@ -78,16 +75,13 @@ def collect(study: Study, places: Places) -> Finished:
 def make_tables(study: Study, places: Places, draws: int) -> str:
     """Write the tables as Markdown."""
     found = collect(study, places)
-    compared = [name for name in study.recipes if name not in (study.reference, study.full)]
-    compared = [name for name in compared if found.sides.get((name, "kd-lora"))]
-    level = 1 - 0.05 / max(1, len(compared))
+    level = 1 - 0.05 / len(study.contrasts)
     lines = [*_score_table(study, found), "", *_share_table(found), *_tuned_table(study, found), ""]
-    lines += _gain_table(study, places, found, level, draws)
+    lines += _contrast_table(study, places, found, level, draws)
     lines += [
         "",
-        f"Intervals: paired bootstrap over examples, {draws} draws, the mean over the tasks that both sides have, at "
-        f"{100 * level:.2f}% each, which is 95% for the {len(compared)} recipes together (Bonferroni). They are "
-        "conditional on these seeds and tasks.",
+        f"Means over the tasks that both sides have; {draws} draws. Intervals at {100 * level:.2f}% each, 95% for all "
+        f"{len(study.contrasts)} contrasts that the study declares (Bonferroni). {INTERVALS}",
     ]
     return "\n".join(lines)
 
@@ -166,35 +160,18 @@ def _time(study: Study, found: Finished, side: Side) -> str:
     return f"{mine / theirs:.2f}"
 
 
-def _gain_table(study: Study, places: Places, found: Finished, level: float, draws: int) -> list[str]:
-    kd: Arm = "kd-lora"
-    control: Arm = "student-lora"
-    reference, full = study.reference, (study.full, "student-fft")
-    lines = [
-        f"| recipe | over {reference} | of it: adapters and training | distillation alone | against `student-fft` |",
-        "|---" * 5 + "|",
-    ]
-    for name in study.recipes:
-        if not found.sides.get((name, kd)):
-            continue
-        pairs = [
-            ((name, kd), (reference, kd)),
-            ((name, control), (reference, control)),
-            ((name, kd), (name, control)),
-            ((name, kd), full),
-        ]
-        cells = [_gain(study, places, found, pair, level, draws) for pair in pairs]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def _contrast_table(study: Study, places: Places, found: Finished, level: float, draws: int) -> list[str]:
+    lines = ["| contrast | points | interval | seeds | tasks |", "|---" * 5 + "|"]
+    for sides in study.contrasts:
+        difference, tasks = compare(study, places, found, sides, level, draws)
+        cells = ["–"] * 4
+        if difference is not None:
+            seeds = str(difference.n_seeds) if difference.n_seeds > 1 else "one seed: no verdict"
+            span = f"{difference.low:+.1f} to {difference.high:+.1f}"
+            cells = [f"{difference.difference:+.1f}", span, seeds, str(len(tasks))]
+        first, second = (f"{name} `{arm}`" for name, arm in sides)
+        lines.append(f"| {first} − {second} | {' | '.join(cells)} |")
     return lines
-
-
-def _gain(study: Study, places: Places, found: Finished, sides: tuple[Side, Side], level: float, draws: int) -> str:
-    difference, tasks = compare(study, places, found, sides, level, draws)
-    if difference is None or sides[0] == sides[1]:
-        return "–"
-    few = f", {len(tasks)} tasks" if len(tasks) < len(study.shown) else ""
-    seeds = min(difference.n_seeds)
-    return f"{difference.difference:+.1f} ({difference.low:+.1f} to {difference.high:+.1f}; n = {seeds}{few})"
 
 
 def compare(
@@ -213,7 +190,7 @@ def compare(
         tasks.append(task)
     if not pairs:
         return None, []
-    return mean_paired_bootstrap(pairs, draws=draws, level=level), tasks
+    return contrast(pairs, draws=draws, level=level), tasks
 
 
 def _predictions(places: Places, work: Work) -> Predictions:

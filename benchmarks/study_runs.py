@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 from filelock import FileLock, Timeout
-from study_plan import Places, Study, Work, teacher_of
+from study_plan import Places, Study, Work, settings_of, teacher_of
 from transformers.utils.logging import disable_progress_bar as disable_model_progress
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, DataConfig, TaskConfig, TrainConfig
@@ -25,14 +25,14 @@ from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_precision
 from kdlora.distil.teacher import teacher_logits
-from kdlora.evidence.environment import collect_versions, describe_machine, git_state
 from kdlora.evidence.predictions import Predictions, write_predictions
-from kdlora.evidence.storage import atomic_folder, write_json_atomic
 from kdlora.experiment.arms import Trained, evaluate, label_array, rows_per_epoch, train_arm
-from kdlora.experiment.sources import load_base
-from kdlora.experiment.stages import settings_for
+from kdlora.experiment.inputs import load_base
+from kdlora.experiment.trial import Holdout, load_held_out
 from kdlora.models.adapters import merge_student
 from kdlora.models.encoders import Encoder, load_fine_tuned, save_encoder
+from kdlora.system.environment import collect_versions, describe_machine, git_state
+from kdlora.system.storage import atomic_folder, write_json_atomic
 
 WATCHED = 64
 """Rows that a training looks at after every epoch: it keeps the last epoch's weights, so they decide nothing."""
@@ -120,9 +120,9 @@ def carry_out(work: Work, places: Places) -> dict[str, Any]:
     unlabelled = teach(work, places, splits.task, "unlabelled") if distilled and splits.unlabelled else None
     record = places.run(work)
     checkpoints = record.with_suffix(".checkpoints")
-    settings = settings_for(work.config, work.arm)
+    settings = settings_of(work.config, work.arm)
     rows = watched_splits(splits, settings)
-    drawn = None if work.arm in TEACHER_ARMS else rows_per_epoch(rows)
+    drawn = len(rows.train) + rows.held_out if work.arm in TEACHER_ARMS else rows_per_epoch(rows)
     if work.copied_labels:
         rows = with_labelled_copies(rows)
     trained = train_arm(
@@ -158,7 +158,7 @@ def teach(work: Work, places: Places, task: Task, part: str) -> TeacherLogits:
         work: of a distilled arm.
         places: where the teachers lie.
         task: labels and kind.
-        part: `train` or `unlabelled` rows; those of the whole task, whatever share of them the work takes.
+        part: `train` or `unlabelled` rows.
     """
     teacher, data = teacher_of(work), work.config.data
     folder = _model_folder(teacher, places)
@@ -169,10 +169,10 @@ def teach(work: Work, places: Places, task: Task, part: str) -> TeacherLogits:
         _taught[stored] = teacher_logits(
             encoder,
             columns,
-            getattr(_load(work.config.task, data), part),
+            getattr(_splits(work), part),
             task,
             stored,
-            max_length=teacher.config.teacher.train.max_length,
+            max_length=settings_of(teacher.config, "fft").max_length,
             precision=resolve_precision("auto", "auto")[0],
             batch_tokens=4096,
         )
@@ -216,15 +216,20 @@ def with_labelled_copies(splits: Splits) -> Splits:
 
 
 def _splits(work: Work) -> Splits:
-    whole = _load(work.config.task, work.config.data)
-    return _hold_out(whole, work.held_out, work.split_seed) if work.held_out else whole
+    task, data = work.config.task, work.config.data
+    return _load_held_out(task, data, Holdout(work.held_out, work.split_seed)) if work.held_out else _load(task, data)
 
 
 def _hold_out(whole: Splits, fraction: float, seed: int) -> Splits:
     """Put a share of the training rows in place of the validation rows."""
     classes = label_array(whole.train) if whole.task.kind == "single-label" else None
     kept, drawn = split_rows(len(whole.train), fraction, seed, classes)
-    part = dataclasses.replace(whole, train=whole.train.select(kept), validation=whole.train.select(drawn))
+    part = dataclasses.replace(
+        whole,
+        train=whole.train.select(kept),
+        validation=whole.train.select(drawn),
+        held_out=round(whole.held_out * (1 - fraction)),  # as many steps as with all rows, whose share is held out too
+    )
     if whole.unlabelled is None:
         return part
     ids = set(part.train["id"])  # a copy of a held-out text is not to be seen either
@@ -239,8 +244,13 @@ def _load(task: Any, data: Any) -> Splits:
     return load_splits(task, data)
 
 
+@functools.lru_cache(maxsize=16)
+def _load_held_out(task: Any, data: Any, holdout: Holdout) -> Splits:
+    return load_held_out(task, data, holdout)
+
+
 def _score(work: Work, splits: Splits, trained: Trained, encoder: Encoder, record: Path) -> dict[str, Any]:
-    settings, rows = settings_for(work.config, work.arm), splits.validation
+    settings, rows = settings_of(work.config, work.arm), splits.validation
     result = evaluate(encoder.model, encoder.tokenizer, rows, splits.task, max_length=settings.max_length)
     if not work.held_out:
         names = splits.task.label_names

@@ -19,10 +19,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from kdlora.evidence.records import RunRecord, collect_versions, describe_machine, read_record
-from kdlora.scale.jobs import Outcome
-from kdlora.scale.suite import SuiteEvent, run_suite
-from kdlora.scale.suitefile import build_suite
+from kdlora.evidence.records import RunRecord, read_record
+from kdlora.experiment.jobs import Outcome
+from kdlora.experiment.suite import SuiteEvent, run_suite
+from kdlora.experiment.suitefile import build_suite
+from kdlora.system.environment import collect_versions, describe_machine
 
 
 def from_records(folder: Path) -> dict[str, list[float]]:

@@ -32,8 +32,8 @@ from table2_text import (
 
 from kdlora.distil.precision import resolve_precision
 from kdlora.errors import ConfigError
-from kdlora.evidence.environment import collect_versions, describe_machine, git_state
-from kdlora.evidence.storage import write_text_atomic
+from kdlora.system.environment import collect_versions, describe_machine, git_state
+from kdlora.system.storage import write_text_atomic
 
 DEFAULTS = {"cpu": (3, 8), "cuda": (100, 1)}
 """Timed runs, and of how many batches one is run: a CPU would need hours for what a GPU does in a minute."""

@@ -18,8 +18,8 @@ from kdlora.config import LoraConfig
 from kdlora.data.batches import PAD_MULTIPLE, LengthBucketSampler, Tokenised
 from kdlora.data.tasks import GLUE
 from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
-from kdlora.models.checkpoints import Loaded
 from kdlora.models.encoders import Encoder, fresh_modules
+from kdlora.models.loading import Loaded
 
 TASK = GLUE["cola"].task
 BATCH = 32

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from table2_measure import METHODS, TIMED, Timing
 from table2_models import SIZES
 
-from kdlora.evidence.paper import COSTS, FAMILY_TITLES, claims
 from kdlora.models.adapters import ParameterCounts
+from kdlora.report.paper import COSTS, FAMILY_TITLES, claims
 
 RANKS = (8, 16, 32, 64)
 MEASURED_RANK = RANKS[0]

@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kdlora.evidence.environment import collect_versions, describe_machine
+from kdlora.system.environment import collect_versions, describe_machine
 
 EPOCHS = 3
 MEASURED = {

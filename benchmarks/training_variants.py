@@ -143,7 +143,7 @@ def ours(
 ) -> tuple[int, float]:
     """Train the student with adapters on stored logits; the recipe says which adapters, loss and dropout."""
     keys = RECIPES[recipe]
-    lora, distil = LoraConfig(**keys.get("lora", {})), DistilConfig(**keys.get("distil", {}))
+    lora, distil = LoraConfig(**keys.get("lora", {})), DistilConfig(**{"loss": "mse"} | keys.get("distil", {}))
     dropout = keys.get("student", {}).get("train", {}).get("dropout")
     return _train_ours(work, work.student, lora=lora, distil=distil, dropout=dropout, callbacks=callbacks)
 

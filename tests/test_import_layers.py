@@ -8,29 +8,31 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "kdlora"
 ORDER = [
     {"errors"},
+    {"console", "foreign"},
     {"defaults"},
     {"config"},
     {"searchconfig"},
     {"configfile"},
-    {"evidence.storage", "evidence.integrity", "evidence.locks", "evidence.environment", "data.tasks", "data.faults"},
-    {"evidence.predictions", "evidence.forkserver", "evidence.forkserver_process"},
+    {"system.integrity", "system.ownership"},
+    {"system", "data.tasks", "data.faults"},
+    {"evidence.predictions"},
     {"evidence.records"},
     {"evidence", "distil.losses"},
-    {"data"},
+    {"report", "data"},
     {"models"},
     {"distil"},
     {"deploy"},
-    {"evidence.report", "evidence.compare"},
     {"experiment"},
-    {"demo", "doctor", "scale"},
-    {"terminal", "progress"},
+    {"demo", "doctor"},
+    {"terminal"},
     {"cli"},
     {"__main__"},
 ]
 TORCH = {"torch", "transformers", "datasets", "peft", "accelerate"}
 WITHOUT_TORCH = [
-    *("errors", "defaults", "config", "searchconfig", "configfile", "cli", "progress", "demo", "data.tasks"),
-    "evidence",
+    *("errors", "console", "foreign", "defaults", "config", "searchconfig", "configfile", "cli", "demo", "data.tasks"),
+    "distil.words",
+    *("evidence", "report", "system"),
 ]
 
 

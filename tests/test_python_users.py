@@ -15,8 +15,8 @@ from kdlora.deploy.predict import Classifier
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.session import ProgressEvent
 from kdlora.errors import ConfigError, DataError
-from kdlora.evidence.report import make_report
 from kdlora.experiment.stages import Stage
+from kdlora.report.report import make_report
 from kdlora.terminal import NotebookBars
 
 pytest_plugins = ["experiment_fixtures"]

@@ -1,8 +1,10 @@
 """Run the tests with the lowest or the newest allowed versions of the libraries that change most.
 
     python tests/versions.py {lowest,newest} FOLDER [PYTEST ARGUMENTS]
+    python tests/versions.py bounds
 
-Builds an environment in FOLDER (kept, so that a second call is quick) and runs the suite there. Standard library only.
+Builds an environment in FOLDER (kept, so that a second call is quick) and runs the suite there; `bounds` prints the
+lowest allowed version of all that kdlora needs, for an audit. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,8 +29,22 @@ def pins(which: str) -> list[str]:
     return [f"{name}=={re.search(r'>=([0-9.]+)', found[name])[1]}" for name in LIBRARIES]
 
 
+def bounds() -> list[str]:
+    """Give `==` the lower bound of every dependency, those of the extras that users install among them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [
+        *project["dependencies"],
+        *(one for name in ("onnx", "search", "ray", "trackers") for one in extras[name]),
+    ]
+    return [re.sub(r"\[.*?\]", "", re.sub(r">=([0-9.]+).*", r"==\1", text)) for text in wanted]
+
+
 def main() -> None:
     """Build the environment and run the tests in it."""
+    if sys.argv[1:] == ["bounds"]:
+        print("\n".join(bounds()))
+        return
     which, folder, arguments = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     if which not in ("lowest", "newest"):
         raise SystemExit(f"{which!r}: expected lowest or newest")

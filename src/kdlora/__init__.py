@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from kdlora.distil.tables import read_teacher_table
     from kdlora.distil.teacher import teacher_logits
     from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError
-    from kdlora.evidence.compare import compare
-    from kdlora.evidence.report import make_report
     from kdlora.experiment.arms import evaluate, train_student, train_teacher
+    from kdlora.experiment.labelling import label_collection
     from kdlora.experiment.run import run_experiment
+    from kdlora.experiment.search import run_search
+    from kdlora.experiment.suite import run_suite
+    from kdlora.experiment.suitefile import load_suite
     from kdlora.models.adapters import merge_student
     from kdlora.models.encoders import load_encoder, load_fine_tuned
-    from kdlora.scale.label import label_collection
-    from kdlora.scale.search import run_search
-    from kdlora.scale.suite import run_suite
-    from kdlora.scale.suitefile import load_suite
+    from kdlora.report.compare import compare
+    from kdlora.report.report import make_report
     from kdlora.terminal import live_progress
 
 _HOMES = {
@@ -52,27 +52,27 @@ _HOMES = {
     "TeacherTrainConfig": "kdlora.config",
     "benchmark": "kdlora.deploy.benchmark",
     "build_config": "kdlora.configfile",
-    "compare": "kdlora.evidence.compare",
+    "compare": "kdlora.report.compare",
     "distillation_loss": "kdlora.distil.losses",
     "evaluate": "kdlora.experiment.arms",
     "export_onnx": "kdlora.deploy.export",
     "fit_temperature": "kdlora.deploy.calibrate",
-    "label_collection": "kdlora.scale.label",
+    "label_collection": "kdlora.experiment.labelling",
     "live_progress": "kdlora.terminal",
     "load_config": "kdlora.configfile",
     "load_encoder": "kdlora.models.encoders",
     "load_fine_tuned": "kdlora.models.encoders",
     "load_search": "kdlora.configfile",
     "load_splits": "kdlora.data.load",
-    "load_suite": "kdlora.scale.suitefile",
-    "make_report": "kdlora.evidence.report",
+    "load_suite": "kdlora.experiment.suitefile",
+    "make_report": "kdlora.report.report",
     "merge_student": "kdlora.models.adapters",
     "predict_file": "kdlora.deploy.stream",
     "push_experiment": "kdlora.deploy.hub",
     "read_teacher_table": "kdlora.distil.tables",
     "run_experiment": "kdlora.experiment.run",
-    "run_search": "kdlora.scale.search",
-    "run_suite": "kdlora.scale.suite",
+    "run_search": "kdlora.experiment.search",
+    "run_suite": "kdlora.experiment.suite",
     "teacher_logits": "kdlora.distil.teacher",
     "train_student": "kdlora.experiment.arms",
     "train_teacher": "kdlora.experiment.arms",

@@ -14,20 +14,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from kdlora.defaults import FamilyName, RecipeName, fill_in
 
 Kind = Literal["single-label", "regression", "multi-label"]
-Arm = Literal["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
+Arm = Literal["words", "fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"]
 
 ARMS: tuple[Arm, ...] = get_args(Arm)
 TEACHER_ARMS: frozenset[Arm] = frozenset({"fft", "lora"})
 LORA_ARMS: frozenset[Arm] = frozenset({"lora", "kd-lora", "student-lora"})
 DISTILLED_ARMS: frozenset[Arm] = frozenset({"kd-lora", "kd-fft"})
-SHIPPED_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")
-"""Student arms in the order in which they are shipped: the first that an experiment has."""
+STUDENT_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")
+"""The arms that may ship; of equal ones the first does."""
 _SEEDS, _MOST = 2**32, 2**31 - 1  # NumPy's seeds; what tokenizers, Arrow and PyTorch can all count to
 
 
 def _as_tuple(value: object) -> object:
-    """Accept one name where a list of names is expected."""
     return (value,) if isinstance(value, str) else value
 
 
@@ -109,8 +108,8 @@ class DataConfig(_Section):
     max_unlabelled_examples: int | None = Field(default=None, ge=1, le=_MOST)
     """Use only the first so many rows of `unlabelled`."""
     augment: int = Field(default=0, ge=0, le=1000)
-    """Perturbed copies of every training text (TinyBERT, arXiv 1909.10351) that the teacher labels too; a distilled
-    epoch draws from texts and copies alike, and is as long as without them."""
+    """Perturbed copies of every training text (TinyBERT, arXiv 1909.10351) that the teacher labels too; a step of a
+    distilled arm has a copy beside every labelled row."""
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
@@ -126,12 +125,14 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """How one model is trained (AdamW)."""
 
-    epochs: float = Field(default=3.0, gt=0.0)
-    """Passes over the training rows."""
+    epochs: float | None = Field(default=3.0, gt=0.0)
+    """Passes over the training rows. null: by their number, so that few rows give enough optimiser steps."""
     batch_size: int = Field(default=32, ge=1, le=_MOST)
     """Rows per optimiser step; the loss is their exact mean, whatever the micro-batches."""
-    learning_rate: float = Field(default=2e-5, gt=0.0)
-    """Peak learning rate."""
+    learning_rate: float | None = Field(default=2e-5, gt=0.0)
+    """Peak learning rate. null: by the width of the model."""
+    head_learning_rate: float | None = Field(default=None, gt=0.0)
+    """Peak learning rate of the freshly initialised modules and the head; null: the same as `learning_rate`."""
     weight_decay: float = Field(default=0.01, ge=0.0)
     """Decoupled weight decay."""
     warmup_fraction: float = Field(default=0.06, ge=0.0, lt=1.0)
@@ -142,8 +143,8 @@ class TrainConfig(_Section):
     """Gradients are scaled down to this norm."""
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Dropout of the model while it trains; null keeps what its config says. `lora.dropout` is apart."""
-    max_length: int = Field(default=128, ge=4, le=_MOST)
-    """Longest input in tokens; longer texts are cut, and counted."""
+    max_length: int | None = Field(default=None, ge=4, le=_MOST)
+    """Longest input in tokens; longer texts are cut, and counted. null: what holds 99% of the training texts."""
     micro_batch_tokens: int | None = Field(default=16384, ge=16, le=_MOST)
     """Padded tokens that one forward and backward pass may hold; it splits inside the batch only."""
     gradient_checkpointing: bool = False
@@ -167,10 +168,18 @@ class TeacherTrainConfig(TrainConfig):
 class StudentTrainConfig(TrainConfig):
     """How adapters are trained: every student arm, and the teacher-size `lora` arm."""
 
-    epochs: float = Field(default=5.0, gt=0.0)
-    """Passes over the training rows."""
-    learning_rate: float = Field(default=5e-4, gt=0.0)
-    """Peak learning rate of the arms with adapters."""
+    epochs: float | None = Field(default=5.0, gt=0.0)
+    """Passes over the training rows. null: by their number, so that few rows give enough optimiser steps."""
+    learning_rate: float | None = Field(default=5e-4, gt=0.0)
+    """Peak learning rate of the arms with adapters. null: by the width of the model."""
+
+
+class SettledTraining(TrainConfig):
+    """How one model is trained, with nothing left open."""
+
+    epochs: float
+    learning_rate: float
+    max_length: int
 
 
 class TeacherConfig(_Section):
@@ -190,6 +199,8 @@ class TeacherConfig(_Section):
     """The same with probabilities."""
     seed: int | None = Field(default=None, ge=0, lt=_SEEDS)
     """Seed that trains the one teacher; default: the first of `run.seeds`."""
+    adapter_learning_rate: float | None = Field(default=None, gt=0.0)
+    """Peak learning rate of the arm `lora`; null: that of the student, or by the teacher's width where that is null."""
     train: TeacherTrainConfig = TeacherTrainConfig()
     """How the teacher is fine-tuned."""
     trust_remote_code: bool = False
@@ -219,8 +230,9 @@ class StudentConfig(_Section):
     """Commit, tag or branch of `model`."""
     from_teacher_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Instead of `model`: the teacher's pretrained embeddings and these layers, from 0 (arXiv 2305.15032)."""
-    full_learning_rate: float = Field(default=5e-5, gt=0.0)
-    """Peak learning rate of `student-fft` and `kd-fft`; all else is as in `train`."""
+    full_learning_rate: float | None = Field(default=5e-5, gt=0.0)
+    """Peak learning rate of `student-fft` and `kd-fft`, whose head has the teacher's `head_learning_rate`; all else is
+    as in `train`. null: by the width of the student."""
     train: StudentTrainConfig = StudentTrainConfig()
     """How the student is trained, the same in every arm."""
     trust_remote_code: bool = False
@@ -264,27 +276,24 @@ class DistilConfig(_Section):
     temperature: float = Field(default=2.0, gt=0.0, le=1000.0)
     """Softening of both distributions in `loss: kl` (Hinton et al., arXiv 1503.02531)."""
     loss: Literal["kl", "mse"] = "kl"
-    """Soft loss: KL divergence times temperature squared, or mean squared error of the logits."""
+    """Soft loss: KL divergence times temperature squared, or mean squared error of the logits, which a
+    regression always has."""
 
 
 class RunConfig(_Section):
     """What is run, and on what."""
 
-    arms: tuple[Arm, ...] = Field(default=("fft", "lora", "kd-lora", "student-lora"), min_length=1)
-    """`fft` (the teacher), `lora`, `kd-lora`, and the controls `student-lora`, `student-fft`, `kd-fft`.
-
-    Without `teacher.model` the default leaves `lora` out.
-    """
+    arms: tuple[Arm, ...] = Field(default=("words", "fft", "kd-lora", "student-lora"), min_length=1)
+    """`words` (no transformer at all), `fft` (the teacher), `kd-lora`, its control `student-lora`; also `lora`,
+    `student-fft`, `kd-fft`."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=_SEEDS)], ...] = Field(default=(0, 1, 2), min_length=1)
-    """Seeds; every arm runs once per seed."""
+    """Seeds; every arm runs once per seed, `words`, which draws nothing, once."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the matrix products; `auto` picks by what the machine can do, and says what."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads; default: PyTorch's own choice (the physical cores)."""
-    shard_teacher: bool = False
-    """Several processes share out weights, gradients and optimiser states of `fft` (FSDP), which fit no single GPU."""
     fail_fast: bool = False
     """Stop at the first run that fails, in place of carrying on with the other arms."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)
@@ -293,6 +302,13 @@ class RunConfig(_Section):
     """Newest checkpoints of a training that are kept; a second one is there if the first is damaged."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_as_tuple)] = ()
     """Trackers that every run is told to, named by arm and seed: `tensorboard`, `wandb` (offline), `mlflow`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_sharding(cls, values: Any) -> Any:
+        """Read the folders of version 0.1, which all say that no teacher is shared out over processes."""
+        gone = isinstance(values, Mapping) and values.get("shard_teacher") is False
+        return {key: value for key, value in values.items() if key != "shard_teacher"} if gone else values
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
@@ -315,6 +331,13 @@ class ExportConfig(_Section):
     """Fit a temperature to the validation rows; `Classifier` then divides the logits by it."""
     benchmark: bool = True
     """Measure teacher, student and exports side by side, into `benchmark.json` and the report."""
+
+
+class ReportConfig(_Section):
+    """What stands in the report beside the figures."""
+
+    paper: bool = False
+    """The claims of the KD-LoRA paper, held against its own tables and this experiment."""
 
 
 class Config(_Section):
@@ -342,6 +365,8 @@ class Config(_Section):
     """What is run, and on what."""
     export: ExportConfig = ExportConfig()
     """What is made of the shipped student, where the extra `onnx` is installed."""
+    report: ReportConfig = ReportConfig()
+    """What stands in the report beside the figures."""
 
     @model_validator(mode="before")
     @classmethod
@@ -362,10 +387,15 @@ class Config(_Section):
             yield f"the arms {needing} need a teacher: set family, or teacher.model, .fine_tuned or .logits"
         if "lora" in arms and taught and teacher.model is None:
             yield "the arm 'lora' adapts the pretrained teacher: set teacher.model too, or drop the arm from run.arms"
-        if arms - TEACHER_ARMS and student.model is None and student.from_teacher_layers is None:
+        if arms - TEACHER_ARMS - {"words"} and student.model is None and student.from_teacher_layers is None:
             yield "no student: set student.model, student.from_teacher_layers or family"
         if student.from_teacher_layers is not None and teacher.model is None:
             yield "student.from_teacher_layers copies layers of the pretrained teacher: set teacher.model"
+        if teacher.probabilities is not None and self.distil.loss == "mse":
+            yield (
+                "distil.loss: mse compares logits, and teacher.probabilities gives none: set distil.loss to kl, "
+                "or give the table of logits as teacher.logits"
+            )
         if self.data.augment and teacher.is_table:
             yield "data.augment makes new texts, and a table has no answers for them: set it to 0, or a teacher model"
 
@@ -373,11 +403,6 @@ class Config(_Section):
     def given_teacher(self) -> bool:
         """Whether the teacher is not trained here: a fine-tuned model, or a table of outputs."""
         return self.teacher.fine_tuned is not None or self.teacher.is_table
-
-    @property
-    def shipped_arm(self) -> Arm | None:
-        """The arm whose best seed becomes `student/`; None where no student is trained."""
-        return next((arm for arm in SHIPPED_ARMS if arm in self.run.arms), None)
 
     @property
     def teacher_seed(self) -> int:
@@ -391,10 +416,6 @@ class Config(_Section):
         return self.name or self.task.name or stem or "experiment"
 
     def fingerprint(self, *sections: str) -> str:
-        """Hash the configuration, or some of its sections: SHA-256 of the canonical JSON, hexadecimal.
-
-        Args:
-            sections: names of top-level fields; none means all but `name`.
-        """
+        """Hash all but the name, or the named sections: SHA-256 of the canonical JSON, hexadecimal."""
         values = self.model_dump(mode="json", include=set(sections) or None, exclude={"name"})
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

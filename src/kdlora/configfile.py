@@ -77,15 +77,7 @@ def load_search(
 
 
 def read_mapping(file: Path, what: str) -> dict[str, Any]:
-    """Read a YAML file that must be a mapping.
-
-    Args:
-        file: its path.
-        what: the file's role, for messages, such as `config file`.
-
-    Raises:
-        ConfigError: for a file that cannot be read, or is no mapping.
-    """
+    """Read a YAML file that must be a mapping."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -96,15 +88,7 @@ def read_mapping(file: Path, what: str) -> dict[str, Any]:
 
 
 def parse_mapping(text: str, where: str) -> dict[str, Any]:
-    """Parse YAML that must be a mapping.
-
-    Args:
-        text: the YAML.
-        where: name of its source, for messages.
-
-    Raises:
-        ConfigError: for broken YAML, a key given twice, or another type than a mapping.
-    """
+    """Parse YAML that must be a mapping."""
     try:
         values = _read_yaml(text, _UniqueKeyLoader)
     except ConfigError as error:
@@ -167,17 +151,7 @@ def build_config(
 def build_search(
     values: Mapping[str, Any], overrides: Iterable[str] = (), *, base: Path | None = None, where: str = "config"
 ) -> tuple[Config, SearchConfig]:
-    """Validate nested values into a `Config`, and its section `search`, which is not part of an experiment.
-
-    Args:
-        values: sections by name, as in the YAML file.
-        overrides: assignments as in `load_config`.
-        base: folder that relative paths in `values` resolve against; default: the current one.
-        where: name of the source, for messages.
-
-    Raises:
-        ConfigError: with every fault at once.
-    """
+    """Validate nested values into a `Config`, and its section `search`, which is not part of an experiment."""
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     changes: dict[str, Any] = {}
     for override in overrides:
@@ -221,15 +195,7 @@ def known_keys() -> list[str]:
 
 
 def assign(values: dict[str, Any], override: str) -> None:
-    """Put one `section.key=value` assignment into nested values.
-
-    Args:
-        values: changed in place.
-        override: the assignment; its value is YAML.
-
-    Raises:
-        ConfigError: for an assignment that cannot be read.
-    """
+    """Put one `section.key=value` assignment into nested values."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {override!r}: expected key=value, such as student.train.learning_rate=1e-3")
@@ -246,12 +212,7 @@ def assign(values: dict[str, Any], override: str) -> None:
 
 
 def merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Lay changes over nested values; mappings are merged, everything else is replaced.
-
-    Args:
-        into: changed in place.
-        changes: what is laid over.
-    """
+    """Lay changes over nested values; mappings are merged, everything else is replaced."""
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             merge(into[key], value)
@@ -268,16 +229,7 @@ _SOURCE_KEYS = {("data", "path"), ("teacher", "model"), ("teacher", "fine_tuned"
 
 
 def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> dict[str, Any]:
-    """Make file keys absolute; a model or data source only where it is a path and no Hub id.
-
-    Args:
-        values: sections of a config.
-        base: folder that relative paths resolve against.
-        has_source: whether `data.path` is set, so that `data.train` and the like may be names of splits.
-
-    Returns:
-        A copy, also of the sections.
-    """
+    """Make file keys absolute; a model or data source only where it is a path and no Hub id."""
     resolved = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     for section, key in _FILE_KEYS | _SOURCE_KEYS:
         part = resolved.get(section)
@@ -299,11 +251,7 @@ def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> d
 
 
 def expand_home(path: str) -> Path:
-    """Replace `~` and `~user`; where nobody knows that home, the path stays as it is, to be missed by its name.
-
-    Args:
-        path: as the user wrote it.
-    """
+    """Replace `~` and `~user`; where nobody knows that home, the path stays as it is, to be missed by its name."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's own raises RuntimeError
 
 
@@ -317,13 +265,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def describe_faults(error: ValidationError, where: str, root: type[BaseModel] = Config) -> str:
-    """Put all faults of a validation into words.
-
-    Args:
-        error: what pydantic found.
-        where: name of the source, for the message.
-        root: the model that was validated; its fields are what unknown keys are compared with.
-    """
+    """Put all faults of a validation into words."""
     found = error.errors(include_url=False)
     inner = {fault["loc"][:-1] for fault in found}
     # A list whose one item is faulty is reported as too short as well.

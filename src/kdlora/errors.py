@@ -3,11 +3,48 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import re
 from collections.abc import Iterable
+
+_USER = re.compile(r"(\w://)(?:[^\s/@:]*:\S*|[^\s/@]+)@")
+_KEY = re.compile(r"([?&;][\w.-]*(?:pass|secret|token|key|sig|credential)[\w.-]*=)[^\s&;'\"]+", re.IGNORECASE)
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What moves the cursor, changes colours or titles, or turns the direction of the text that follows."""
+
+
+def harmless(text: str) -> str:
+    """Make a text fit for a terminal and a log: no passwords of URLs, no control characters but line ends and tabs."""
+    masked = _KEY.sub(r"\1***", _USER.sub(r"\1***@", text))
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), masked)
+
+
+def harmless_json(text: str) -> str:
+    """Write the control characters that `json` leaves as they are by their numbers; the values stay the same."""
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class HarmlessFormatter(logging.Formatter):
+    """Formats log lines by `harmless`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Give the line."""
+        return harmless(super().format(record))
+
+
+def log_to_stderr(level: int | str) -> None:
+    """Set up the log of this process."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(HarmlessFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 class KdLoraError(Exception):
     """Base of every error that kdlora raises on purpose; the command line prints it without a traceback."""
+
+    def __str__(self) -> str:
+        """Give the message, which may quote what strangers wrote."""
+        return harmless(super().__str__())
 
 
 class ConfigError(KdLoraError):
@@ -27,27 +64,12 @@ class ArtifactError(KdLoraError):
 
 
 def first_line(fault: BaseException) -> str:
-    """Give the first line of what a library says, to be quoted in a message of ours.
-
-    Args:
-        fault: the library's own.
-
-    Returns:
-        The line; the name of the exception where it says nothing.
-    """
+    """Give the first line of what a library says, to be quoted in a message of ours."""
     return next(iter(str(fault).strip().splitlines()), type(fault).__name__)
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Suggest the nearest known name.
-
-    Args:
-        name: what the user wrote.
-        candidates: the names that exist.
-
-    Returns:
-        `" Did you mean 'x'?"` with the closest candidate, or an empty string where none is close.
-    """
+    """Suggest the nearest known name."""
     folded = {candidate.casefold(): candidate for candidate in candidates}
     matches = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
     return f" Did you mean {folded[matches[0]]!r}?" if matches else ""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from kdlora.config import Arm
 
@@ -109,7 +109,7 @@ class SearchConfig(_Part):
     trials: int = Field(default=30, ge=1)
     """Trainings in all, pruned ones included, whichever process carries them out."""
     arm: Arm | None = None
-    """The arm that is trained; default: the one that the config ships, else `fft`."""
+    """The arm that is trained; default: the first student arm of the config, `kd-lora` before others, else `fft`."""
     seed: int = Field(default=0, ge=0)
     """Seeds the sampler and the split; the trainings take the first of `run.seeds`."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
@@ -124,6 +124,13 @@ class SearchConfig(_Part):
     """Epochs after which no trial is pruned yet."""
     resources: Resources = Resources()
     """What a trial needs of a node, where a cluster carries the search out."""
+
+    @field_validator("arm")
+    @classmethod
+    def _trains_a_model(cls, value: Arm | None) -> Arm | None:
+        if value == "words":
+            raise ValueError("no setting of a config changes the arm words; name an arm that trains a model")
+        return value
 
     def count_choices(self) -> float:
         """Count the points of the space; infinite where a range is continuous."""

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kdlora.console import SafeConsole
 from kdlora.distil.session import ProgressEvent
 from kdlora.evidence.records import RunRecord
 from kdlora.evidence.summary import CAPTION, COLUMNS, summarise_arms
+from kdlora.experiment.preview import ExperimentPlan
 from kdlora.experiment.run import ExperimentResult, Listener
 from kdlora.experiment.stages import Stage
+from kdlora.report.choice import read_choice
 
 
 @contextlib.contextmanager
@@ -32,7 +34,7 @@ def live_progress() -> Iterator[Listener | None]:
     Yields:
         The listener; None where standard error is neither, so that no log fills with bars.
     """
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     if console.is_jupyter:
         yield NotebookBars().listen
         return
@@ -46,18 +48,22 @@ def live_progress() -> Iterator[Listener | None]:
         TimeRemainingColumn(),
     )
     bars: dict[Stage, TaskID] = {}
-    with Progress(*columns, console=console) as progress:
+    progress = Progress(*columns, console=console)
 
-        def listen(stage: Stage, event: Any) -> None:
-            if stage not in bars:
-                bars[stage] = progress.add_task(_title(stage), total=None, status="")
-            done, total, status = _state(event)
-            if total is None:
-                progress.update(bars[stage], status=status)
-            else:
-                progress.update(bars[stage], total=total, completed=done, status=status)
+    def listen(stage: Stage, event: Any) -> None:
+        if stage not in bars:
+            progress.start()  # not before: a question may be asked first
+            bars[stage] = progress.add_task(_title(stage), total=None, status="")
+        done, total, status = _state(event)
+        if total is None:
+            progress.update(bars[stage], status=status)
+        else:
+            progress.update(bars[stage], total=total, completed=done, status=status)
 
+    try:
         yield listen
+    finally:
+        progress.stop()
 
 
 class NotebookBars:
@@ -69,12 +75,7 @@ class NotebookBars:
         self._drawn_at = 0.0
 
     def listen(self, stage: Stage, event: Any) -> None:
-        """Take an event of a stage; the bars are drawn anew at most five times a second, and at a stage's end.
-
-        Args:
-            stage: what goes on.
-            event: where it stands.
-        """
+        """Take an event of a stage; the bars are drawn anew at most five times a second, and at a stage's end."""
         is_new = stage not in self._bars
         self._bars[stage] = _state(event)
         done, total, _ = self._bars[stage]
@@ -130,13 +131,15 @@ def _status(event: ProgressEvent) -> str:
     return "  ".join(parts)
 
 
-def print_result(result: ExperimentResult) -> None:
-    """Print the table of the arms, what was noted on the way, and where everything lies.
+def print_plan(plan: ExperimentPlan, console: SafeConsole) -> None:
+    """Print what an experiment is about to do."""
+    for name, text in plan.lines():
+        console.print(f"{name:<11} {text}", markup=False, highlight=False, soft_wrap=True)
 
-    Args:
-        result: of an experiment.
-    """
-    console = Console()
+
+def print_result(result: ExperimentResult) -> None:
+    """Print the table of the arms, what was noted on the way, and where everything lies."""
+    console = SafeConsole()
     for note in result.notes:
         console.print(note, style="dim", markup=False)
     console.print(_table(result.records))
@@ -146,6 +149,8 @@ def print_result(result: ExperimentResult) -> None:
     if result.shipped is not None:
         shipped = f"{layout.student} ({result.shipped.arm}, seed {result.shipped.seed})"
         console.print(f"student  {shipped}", markup=False, soft_wrap=True)
+        if (choice := read_choice(layout.shipped)) is not None:
+            console.print(choice.sentence, markup=False)
         if layout.onnx.exists():
             console.print(f"onnx     {layout.onnx}", markup=False, soft_wrap=True)
     console.print(f"report   {layout.report_html}", markup=False, soft_wrap=True)

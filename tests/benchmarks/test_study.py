@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import study as study_command
 import study_runs
 from study import UNFINISHED, ready_work
-from study_plan import Places, Study, Work, choose_point, configure, grid_points, read_study, work_of
+from study_plan import Places, Study, Work, choose_point, configure, grid_points, read_study, teacher_of, work_of
 from study_runs import claimed, watched_splits, with_labelled_copies, write_tables
 
 from kdlora.config import DataConfig, StudentTrainConfig, TaskConfig
 from kdlora.data.load import load_splits
+from kdlora.experiment.arms import rows_per_epoch
 
 STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.yaml"))
 VALUES = {
@@ -35,6 +38,7 @@ VALUES = {
         "mse": {"settings": {"distil": {"loss": "mse"}}, "grid": {"distil.alpha": [0.1, 0.5]}},
         "full": {"arms": ["student-fft"], "grid": {"student.full_learning_rate": [1e-4]}},
     },
+    "contrasts": [["paper-tuned/kd-lora", "paper-tuned/student-lora"], ["mse/kd-lora", "full/student-fft"]],
     "steps": [{"recipes": ["paper-tuned", "mse", "full"], "tasks": ["one", "two"], "seeds": [0, 1]}],
 }
 PLACES = Places(Path("/models"), Path("/glue"), Path("/out"))
@@ -92,8 +96,9 @@ def test_a_teacher_comes_before_its_students(study):
     seen = set()
     for work in carry_out_all(study, lambda work: 0.0):
         if work.arm == "fft":
-            seen.add(work.task)
-        assert work.arm != "kd-lora" or work.task in seen
+            seen.add((work.task, work.held_out))
+        assert work.arm != "kd-lora" or (work.task, work.held_out) in seen
+    assert seen == {("one", 0.2), ("one", 0.0), ("two", 0.0)}, "rows that choose a recipe were known to its teacher"
 
 
 def test_values_are_chosen_on_held_out_training_rows_and_only_there(study):
@@ -101,10 +106,20 @@ def test_values_are_chosen_on_held_out_training_rows_and_only_there(study):
     done = carry_out_all(study, lambda work: work.config.student.train.learning_rate * (100 if work.held_out else -1))
     searches = [work for work in done if work.held_out]
     assert {work.held_out for work in searches} == {0.2}
+    assert {work.config.student.train.epochs for work in searches} == {5.0}  # as many steps as 4 epochs of all rows
     assert {work.task for work in searches} == {"one"}
     reported = [work for work in done if not work.held_out and work.arm in ("kd-lora", "student-lora")]
     assert {work.config.student.train.learning_rate for work in reported} == {1e-2}
     assert {work.config.student.train.epochs for work in reported} == {4.0}
+
+
+def test_a_searchs_teacher_has_not_seen_its_rows(study):
+    """A teacher that was trained on the held-out rows gives their labels away, and favours what follows it closest."""
+    for work in carry_out_all(study, lambda work: 0.0):
+        teacher = teacher_of(work)
+        assert (teacher.held_out, teacher.split_seed) == (work.held_out, work.split_seed)
+        if work.arm == "kd-lora" and work.held_out:
+            assert teacher.key != teacher_of(dataclasses.replace(work, held_out=0.0)).key
 
 
 def test_every_recipe_takes_the_same_grid_and_a_control_nothing_of_the_teacher(study):
@@ -161,6 +176,21 @@ def rated_study(folder: Path) -> tuple[Study, Places]:
         "steps": [{"recipes": ["texts"], "tasks": ["ratings"]}],
     }
     return Study.model_validate(values), Places(folder, folder, folder / "out")
+
+
+def test_a_searched_training_draws_as_many_rows_and_no_held_out_text(tmp_path):
+    """Half of the steps favours high rates; copies made of all rows carry halves of the rows that are scored."""
+    study, places = rated_study(tmp_path)
+    write_tables(study, places)
+    config = configure(study, places, "ratings", "paper-tuned", {"data.augment": 8})
+    work = Work("ratings", "kd-lora", 0, config)
+    whole, held = (study_runs._splits(dataclasses.replace(work, held_out=share)) for share in (0.0, 0.5))
+    assert len(held.train) == len(held.validation) == 5
+    assert rows_per_epoch(whole) == rows_per_epoch(held) == 10
+    numbers = {text.split()[-1] for text in held.validation["text"]}
+    assert not numbers & {word for text in held.unlabelled["text"] for word in text.split()}
+    part, share = (rows_per_epoch(watched_splits(one, StudentTrainConfig(select="best"))) for one in (held, whole))
+    assert abs(part - share) <= 1, "the rows that choose an epoch are a share of these, to rounding"
 
 
 def test_processes_that_start_together_write_the_tables_once(tmp_path, monkeypatch):
@@ -305,10 +335,8 @@ def test_a_study_runs_stops_resumes_and_reports(tiny_model_folder, tmp_path, cap
     assert call("--report", "--draws", "50") == 0
     table = capsys.readouterr().out
     assert table.count("% (1 tasks, n = 2)") >= 12  # shares of the teacher, and of its size with adapters
-    assert "97.50%" in table  # two recipes are compared
-    assert table.count("n = 2") >= 11
-    assert call("--report", "--draws", "50", "--reference", "mse") == 0
-    assert "over mse" in capsys.readouterr().out
+    assert "97.50%" in table  # two contrasts are declared
+    assert re.search(r"paper-tuned `kd-lora` − paper-tuned `student-lora` \| [+-]\d.* \| 2 \| 1 \|", table)
     assert call("--report", "--draws", "50", "--tasks", "few") == 0
     assert "| arm | few | mean |" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*/*.checkpoints"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from datasets import Dataset
 
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.configfile import build_config
+from kdlora.data import augment
 from kdlora.data.augment import augment_texts
 from kdlora.data.load import load_splits
 from kdlora.errors import ConfigError
@@ -78,6 +81,41 @@ def test_copies_stand_beside_the_unlabelled_rows(tmp_path):
     assert not set(with_copies.unlabelled["text"]) & set(with_copies.validation["text"])
     assert with_copies.unlabelled.column_names == ["id", "text"]
     assert with_copies.train["id"] == plain.train["id"]
+
+
+def counted(monkeypatch) -> list[int]:
+    """Count how often copies are made."""
+    calls = []
+    make = augment.augment_texts
+    monkeypatch.setattr(augment, "augment_texts", lambda *a, **k: calls.append(1) or make(*a, **k))
+    return calls
+
+
+def test_copies_are_made_once(tmp_path, monkeypatch):
+    """Every process of an experiment made all copies again, in memory; stale or damaged ones would be other texts."""
+    calls, folder = counted(monkeypatch), tmp_path / "copies"
+    files = {
+        "train": str(write_csv(tmp_path / "train.csv", sentiment_rows(40))),
+        "validation": str(write_csv(tmp_path / "validation.csv", sentiment_rows(30, seed=1))),
+    }
+
+    def load(**settings):
+        return load_splits(TaskConfig(), DataConfig(**files, **settings), copies_in=folder)
+
+    expected = load_splits(TaskConfig(), DataConfig(**files, augment=3))
+    first, second = load(augment=3), load(augment=3)
+    assert len(calls) == 2, "one for the reference, one for both"
+    for splits in (first, second):
+        assert splits.unlabelled.to_dict() == expected.unlabelled.to_dict()
+        assert splits.unlabelled.features == expected.unlabelled.features
+        assert splits.copies == expected.copies
+    load(augment=2), load(augment=3, split_seed=1), load(augment=3, max_train_examples=39)
+    write_csv(Path(files["validation"]), sentiment_rows(31, seed=1))
+    load(augment=3)
+    assert len(calls) == 6, "each is another set of copies"
+    for file in folder.glob("*.arrow"):
+        file.write_bytes(file.read_bytes().replace(b"film", b"fllm"))
+    assert not any("fllm" in text for text in load(augment=3).unlabelled["text"])
 
 
 def test_a_table_cannot_label_new_texts():

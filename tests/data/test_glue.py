@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.load import Splits, load_examples, load_splits
-from kdlora.data.rows import read_column
+from kdlora.data.spool import read_column
 from kdlora.data.tasks import GLUE, Task
 from kdlora.errors import DataError
 
@@ -220,7 +220,7 @@ def test_every_task_from_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> 
         splits = {"train": values, "validation_matched": values, "validation_mismatched": values, "test_matched": [-1]}
     loaded = DatasetDict({split: hub_split(task, rows) for split, rows in splits.items()})
     asked = []
-    monkeypatch.setattr("kdlora.data.hub.load_dataset", lambda *args, **more: asked.append(args) or loaded)
+    monkeypatch.setattr("kdlora.data.hub_data.load_dataset", lambda *args, **more: asked.append(args) or loaded)
     found = load(name, "nyu-mll/glue")
     assert asked == [("nyu-mll/glue", name)]
     assert labels(found.train) == values

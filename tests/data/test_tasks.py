@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kdlora.data.tasks import GLUE, Task, find_glue_task
+from kdlora.data.tasks import GLUE, Task
 from kdlora.errors import DataError
 
 
@@ -60,13 +60,6 @@ def test_damaged_record() -> None:
     values = GLUE["mrpc"].task.to_dict() | {"kind": "singel-label"}
     with pytest.raises(DataError, match="Did you mean 'single-label'"):
         Task.from_dict(values)
-
-
-def test_unknown_glue_task() -> None:
-    """A typing error gets the nearest name."""
-    assert find_glue_task("rte") is GLUE["rte"]
-    with pytest.raises(DataError, match="Did you mean 'mrpc'"):
-        find_glue_task("mprc")
 
 
 def test_task_table_is_light() -> None:

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.configfile import build_config
 from kdlora.data.load import load_splits
-from kdlora.data.rows import read_column
+from kdlora.data.spool import read_column
 from kdlora.errors import ConfigError, DataError
 
 TEXTS = [f"text {row}" for row in range(20)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from deploy_folders import TEXTS, build_classifier
 
 
@@ -38,16 +39,17 @@ def exported(made_once, classifier_folder) -> Callable[..., Path]:
 def traced_once(made_once, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace a model once in a session, for tests of what comes after: the trace is nearly all of an export."""
     from kdlora.deploy import trace
-    from kdlora.distil.fingerprints import hash_json, hash_model
+    from kdlora.distil.fingerprints import hash_model
+    from kdlora.system.integrity import hash_json
 
     capture = trace.capture
 
-    def copy(model, names, to: Path, *, opset: int) -> None:
+    def copy(model, names, to: Path) -> None:
         def make(folder: Path) -> Path:
-            capture(model, names, folder / "captured.onnx", opset=opset)
+            capture(model, names, folder / "captured.onnx")
             return folder / "captured.onnx"
 
-        shutil.copyfile(made_once(f"trace-{hash_json([hash_model(model), list(names), opset])}", make), to)
+        shutil.copyfile(made_once(f"trace-{hash_json([hash_model(model), list(names)])}", make), to)
 
     monkeypatch.setattr(trace, "capture", copy)
 

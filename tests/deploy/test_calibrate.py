@@ -7,8 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
-from deploy_folders import TEXTS
 
+from deploy_folders import TEXTS
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.predict import Classifier

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 import hub_standin
-from evidence.fabricate import make_record
+from fabricate import make_record
 from kdlora.deploy.hub import locate_model, push_experiment
 from kdlora.errors import ConfigError, KdLoraError, ModelError
-from kdlora.evidence.card import FOLDER_IN_CARD, card_metadata, student_card
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.models.licence import read_licence
+from kdlora.report.card import FOLDER_IN_CARD, card_metadata, student_card
 
 ROWS = [
     {"sentence": f"the film was {word}", "mood": mood} for word, mood in [("superb", "good"), ("awful", "bad")] * 20

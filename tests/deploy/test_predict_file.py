@@ -12,8 +12,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from deploy_folders import LONG, PAIRS, TEXTS
 
+from deploy_folders import LONG, PAIRS, TEXTS
 from kdlora.deploy import results
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
@@ -161,7 +161,7 @@ def test_bad_csv_rows_are_entries(tmp_path, model):
 
 def test_open_quote_spoils_itself_only_up_to_a_limit(tmp_path, model, monkeypatch):
     """Prevents an open quote from taking the rest of a file into memory."""
-    monkeypatch.setattr("kdlora.deploy.rows._LARGEST_FIELD", 200)
+    monkeypatch.setattr("kdlora.deploy.rows.MOST_CHARACTERS", 200)
     path = tmp_path / "in.csv"
     path.write_text('text\ngood\n"open\n' + "filler\n" * 60, encoding="utf-8")
     summary = predict_file(model, path, tmp_path / "out.jsonl")
@@ -286,7 +286,7 @@ def test_progress_reaches_the_end(tmp_path, model, source):
         ("in.csv", "id,texts\n1,a\n", {"text": "text"}, DataError, "no column 'text'.*Did you mean 'texts'"),
         ("in.csv", "", {}, DataError, "header line with the column names, got an empty file"),
         ("in.xlsx", "x", {}, DataError, "cannot tell the format from '.xlsx'"),
-        ("in.parquet", "not parquet", {}, DataError, "not readable as Parquet"),
+        ("in.parquet", "not parquet", {}, DataError, "no readable Parquet file"),
         ("in.csv", "text\na\n", {"input_format": "cvs"}, DataError, "unknown input format 'cvs'.*Did you mean 'csv'"),
         ("in.csv", "text\na\n", {"text": ("a", "b", "c")}, ConfigError, "one text column or the two of a pair"),
         ("in.csv", "text\na\n", {"window_rows": 0}, ConfigError, "at least 1"),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from deploy_folders import TEXTS
 from onnx import TensorProto, helper, numpy_helper
 
+from deploy_folders import TEXTS
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.predict import open_session
-from kdlora.deploy.quantise import BASE, Recipe, excluding, products, quantise
-from kdlora.deploy.sensitivity import rank_products
+from kdlora.deploy.quantise import BASE, Recipe, excluding, products, quantise, rank_products
+from kdlora.system.ownership import mark_folder
 
 
 def test_rare_rows_keep_their_digits(tmp_path):
@@ -101,6 +101,7 @@ def test_the_product_with_outliers_ranks_first(tmp_path, exported):
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         (tmp_path / name).write_bytes((exported() / name).read_bytes())
     onnx.save(model, tmp_path / "model.onnx")
+    mark_folder(tmp_path, "export")
     ranked = rank_products(tmp_path / "model.onnx", read_model_folder(tmp_path), TEXTS)
     assert ranked[0] == victim.name
     assert sorted(ranked) == sorted(products(tmp_path / "model.onnx"))

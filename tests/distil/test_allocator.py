@@ -7,8 +7,8 @@ import resource
 import pytest
 import torch
 
-from kdlora.distil import allocator
-from kdlora.distil.allocator import freed_memory_kept
+from kdlora.distil import training_modes as allocator
+from kdlora.distil.training_modes import freed_memory_kept
 
 CPU = torch.device("cpu")
 BYTES = 64 * 2**20

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kdlora.config import LoraConfig
-from kdlora.distil.dropout import dropout_set
+from kdlora.distil.training_modes import dropout_set
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import load_encoder
 from tiny import FAMILIES, batch, task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from kdlora.config import LoraConfig
@@ -70,6 +71,38 @@ def test_one_step_equals_pytorchs(make_model, family, targets):
     assert fast_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(fast_gradients[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def other_model(family: str) -> nn.Module:
+    """Give a classifier whose attention is not that of BERT's kin."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{family}Config")(
+        **sizes, vocab_size=64, num_key_value_heads=2, pad_token_id=0, bos_token_id=2, eos_token_id=3
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, f"{family}ForSequenceClassification")(config).train()
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("family", ["EuroBert", "Llama"])
+def test_shared_keys_and_causal_attention_are_kept(family, padded):
+    """Fewer heads of keys than of queries were an error; a model that looks back only would look ahead."""
+    model = other_model(family)
+    rows = batch() if padded else {name: value[:1] for name, value in batch().items()}
+    for half in (False, True):
+        with autocast("bf16" if half else "fp32", CPU):
+            expected = model(**rows).logits
+            with fast_on_cpu(model, CPU):
+                found = model(**rows).logits
+                found.float().square().sum().backward()
+        torch.testing.assert_close(found, expected, atol=2e-2 if half else 1e-5, rtol=2e-2 if half else 1e-5)
+    model.config.attention_dropout = 0.1
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    with fast_on_cpu(model, CPU):
+        assert step(model)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet"])

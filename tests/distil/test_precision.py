@@ -11,7 +11,7 @@ from torch import nn
 
 from kdlora.config import LoraConfig
 from kdlora.distil import precision as precision_module
-from kdlora.distil.precision import autocast, frozen_in_half, resolve_device, resolve_precision
+from kdlora.distil.precision import autocast, frozen_in_half, resolve_device, resolve_precision, settle_precision
 from kdlora.errors import ConfigError
 from kdlora.models.adapters import add_adapter, merge_student
 from kdlora.models.encoders import load_encoder
@@ -176,3 +176,19 @@ def test_bad_settings(monkeypatch):
         resolve_device("gpu")
     with pytest.raises(ConfigError, match="finds no CUDA device"):
         resolve_device("cuda")
+
+
+def test_auto_is_timed_once_for_all_that_share_a_file(tmp_path, monkeypatch):
+    """Two timings of one machine can differ: arms in two number formats, and a checkpoint that refuses its own run."""
+    timings = iter([1.3, 1.1, 1.1])
+    monkeypatch.setattr(precision_module, "_cpu_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(precision_module, "_bf16_speed_up", lambda: next(timings))
+    file = tmp_path / "new" / "precision.json"
+    answers = [settle_precision("auto", "cpu", file) for _ in range(3)]
+    assert answers == [("bf16", "the CPU's bf16 products (amx_bf16) are faster than fp32's, as timed")] * 3
+    assert settle_precision("fp32", "cpu", file) == ("fp32", "as set")
+    file.write_text("{")  # a damaged answer is no answer
+    assert settle_precision("auto", "cpu", file)[0] == "fp32"
+    assert settle_precision("auto", "cpu", tmp_path / "other.json")[0] == "fp32"
+    with pytest.raises(ConfigError, match=r"run\.precision is one of"):
+        settle_precision("bf61", "cpu", file)

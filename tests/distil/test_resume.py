@@ -12,8 +12,17 @@ import torch
 from transformers import TrainerCallback
 
 from kdlora.config import DistilConfig, LoraConfig
-from kdlora.distil.checkpoints import CheckpointFolder, load_trained_tensors, trained_tensors
+from kdlora.distil import precision
+from kdlora.distil.resume import (
+    CheckpointFolder,
+    load_trained_tensors,
+    pack_random_state,
+    trained_tensors,
+    unpack_random_state,
+)
 from kdlora.errors import ArtifactError
+from kdlora.system.integrity import seal
+from kdlora.system.ownership import owned_name
 
 
 class PowerCutError(Exception):
@@ -59,6 +68,7 @@ CASES = {
     "regression": {"kind": "regression"},
     "best": {"lora": False, "learning_rate": 2e-2, "select": "best", "epochs": 4},
     "fraction": {"epochs": 2.5},
+    "rate of the head": {"head_learning_rate": 2e-2},
     "micro-batches": {"micro_batch_tokens": 48},
 }
 
@@ -110,6 +120,20 @@ def test_resumed_equals_undisturbed_with_every_part(make_setup, tmp_path):
     with pytest.raises(PowerCutError):
         cut.run(tmp_path / "cut", callbacks=[SaveAt(9), CutAfter(11)], **parts)
     outcome = resumed.run(tmp_path / "cut", **parts)
+    assert different(weights(undisturbed.model), weights(resumed.model)) == []
+    assert outcome.history == expected.history
+
+
+def test_a_resumed_training_keeps_its_number_format(make_setup, tmp_path, monkeypatch):
+    """`auto` is timed: a second timing that comes out otherwise would refuse the training's own checkpoint."""
+    timings = iter([2.0, 2.0, 1.0])  # of the undisturbed, the cut, and the resumed one
+    monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(precision, "_bf16_speed_up", lambda: next(timings))
+    undisturbed, cut, resumed = (make_setup() for _ in range(3))
+    expected = undisturbed.run(tmp_path / "undisturbed", precision="bf16")
+    with pytest.raises(PowerCutError):
+        cut.run(tmp_path / "cut", precision="auto", callbacks=[SaveAt(9), CutAfter(11)])
+    outcome = resumed.run(tmp_path / "cut", precision="auto")
     assert different(weights(undisturbed.model), weights(resumed.model)) == []
     assert outcome.history == expected.history
 
@@ -172,7 +196,7 @@ def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog, damag
     callbacks = [SaveAt(3, 9), CutAfter(11)]
     with pytest.raises(PowerCutError):
         make_setup().run(folder, callbacks=callbacks, keep_checkpoints=2)
-    (folder / ".step-000000010.tmp-host-1-abc").mkdir()
+    (folder / f".step-000000010.tmp-{owned_name().split('-')[0]}-999999999-0-0123abcd").mkdir()
     newest = folder / "step-000000009"
     if damage == "manifest":
         (newest / "manifest.json").unlink()
@@ -217,6 +241,45 @@ def test_checkpoints_of_another_training_are_refused(make_setup, tmp_path, chang
         setup.run(tmp_path, **options)
 
 
+@pytest.mark.parametrize(("then", "remedy"), [(2, "with torchrun --nproc-per-node 2"), (1, "without a launcher")])
+def test_another_number_of_processes_is_told_what_to_do(make_setup, tmp_path, then, remedy):
+    """With fewer GPUs in sight the user reads that settings changed, though they changed none."""
+    with pytest.raises(PowerCutError):
+        make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)])
+    (path,) = tmp_path.glob("step-*/manifest.json")
+    manifest = json.loads(path.read_text())
+    now = CheckpointFolder(tmp_path, manifest["ingredients"] | {"processes": 3 - then})
+    del manifest["checksum"]
+    manifest["ingredients"]["processes"] = then
+    path.write_text(json.dumps(seal(manifest)))
+    with pytest.raises(ArtifactError, match=f"processes that trained: {then}, now: {3 - then},.*{remedy}, or delete"):
+        now.latest()
+    if then == 2:
+        with pytest.raises(ArtifactError, match="processes that trained: 2, now: 1"):
+            make_setup().run(tmp_path)
+
+
+def test_random_state_comes_back_where_fewer_gpus_are_seen(monkeypatch):
+    """A state for each GPU that was in sight asks, on resuming, for GPUs that are not there."""
+    states, place = {0: torch.tensor([1], dtype=torch.uint8), 1: torch.tensor([2], dtype=torch.uint8)}, 1
+
+    def put(state, device="cuda"):
+        states[place if device == "cuda" else device]  # an unknown device is an error
+        states[place if device == "cuda" else device] = state
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": states[place])
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(states.values()))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put)
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state_all", lambda new: [put(state, number) for number, state in enumerate(new)]
+    )
+    packed = pack_random_state()
+    states, place = {0: torch.tensor([9], dtype=torch.uint8)}, 0
+    unpack_random_state(*packed)
+    assert states[0].tolist() == [2]
+
+
 def test_nothing_is_pickled(make_setup, tmp_path):
     """A pickle in a run folder runs code on the machine of whoever resumes it."""
     with pytest.raises(PowerCutError):
@@ -250,7 +313,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kdlora.distil.checkpoints.save_tensors", no_space)
+    monkeypatch.setattr("kdlora.distil.resume.save_tensors", no_space)
     with pytest.raises(OSError, match="No space left"):
         place.write(2, {"state": {"step": 2}}, {"weights": {"w": torch.ones(2)}})
     found = place.latest()

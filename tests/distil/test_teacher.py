@@ -15,14 +15,15 @@ import torch
 from datasets import Dataset
 
 from kdlora.data.batches import tokenise
+from kdlora.data.row_hash import hash_columns
 from kdlora.distil import teacher as teacher_module
-from kdlora.distil.fingerprints import hash_columns, hash_model, hash_tokenizer
+from kdlora.distil.fingerprints import hash_model, hash_tokenizer
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.teacher import read_stored_logits, teacher_logits
 from kdlora.errors import ArtifactError, DataError, ModelError
-from kdlora.evidence.integrity import seal
 from kdlora.models.encoders import load_encoder
+from kdlora.system.integrity import seal
 
 
 @pytest.fixture

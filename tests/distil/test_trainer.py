@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from kdlora.config import DistilConfig
 from kdlora.distil import session as session_module
 from kdlora.distil import trainer as trainer_module
-from kdlora.distil.session import Stopwatch
-from kdlora.distil.trainer import ProgressEvent, predict_logits
+from kdlora.distil.inference import predict_logits
+from kdlora.distil.session import ProgressEvent, Stopwatch
 from kdlora.errors import ConfigError, DataError, KdLoraError
 from kdlora.evidence.metrics import compute_metrics
 from kdlora.models.adapters import merge_student
@@ -141,6 +141,42 @@ def test_schedule(make_setup, tmp_path, schedule, expected):
     setup = make_setup(epochs=1, schedule=schedule, warmup_fraction=0.0, learning_rate=1e-3)
     outcome = setup.run(tmp_path)
     assert outcome.history[0]["learning_rate"] == pytest.approx(expected * 1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_fresh_modules_have_a_rate_of_their_own(make_setup, tmp_path, lora):
+    """A rate that reaches other modules, or none, or a bias that then decays, changes the figures only a little."""
+    setup = make_setup(lora=lora, head_learning_rate=1e-12, schedule="constant", warmup_fraction=0.0)
+    before = {name: value.detach().clone() for name, value in setup.model.named_parameters() if value.requires_grad}
+    groups = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **_):
+            groups.extend(optimizer.param_groups)
+
+    outcome = setup.run(tmp_path / "one", callbacks=[Look()])
+    moved = {
+        name: float((value.detach() - before[name]).abs().max())
+        for name, value in setup.model.named_parameters()
+        if name in before
+    }
+    fresh = [name for name in moved if any(f"{own}." in name for own in setup.encoder.fresh)]
+    assert len(fresh) >= 2, "weight and bias"
+    assert max(moved[name] for name in fresh) < 1e-8
+    assert max(moved[name] for name in moved.keys() - set(fresh)) > 1e-3
+    assert [entry["learning_rate"] for entry in outcome.history] == [5e-3, 5e-3]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
+        (5e-3, 0.01),
+        (5e-3, 0.0),
+        (1e-12, 0.01),
+        (1e-12, 0.0),
+    ]
+
+
+def test_a_rate_without_fresh_modules_is_refused(make_setup, tmp_path):
+    """A rate that reaches nothing would be reported as tried."""
+    with pytest.raises(ConfigError, match="head_learning_rate"):
+        make_setup(head_learning_rate=1e-3).run(tmp_path, fresh=())
 
 
 def test_warmup_of_a_constant_schedule(make_setup, tmp_path):

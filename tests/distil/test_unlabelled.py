@@ -12,11 +12,11 @@ from datasets import Dataset
 from test_resume import CutAfter, PowerCutError, SaveAt, different, weights
 
 from kdlora.data.batches import LengthBucketSampler
-from kdlora.distil.checkpoints import trained_tensors
+from kdlora.distil.logits import LABELLED, labelled_values
 from kdlora.distil.loss_sums import LossSums
 from kdlora.distil.losses import distillation_loss
+from kdlora.distil.resume import trained_tensors
 from kdlora.distil.standardise import TargetScale
-from kdlora.distil.unlabelled import LABELLED, labelled_values
 from kdlora.errors import DataError
 
 LOG3 = math.log(3.0)

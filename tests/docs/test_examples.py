@@ -19,7 +19,7 @@ def follow(command, reader, folder):
 
 
 @pytest.mark.docs
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
 def test_the_script_runs(script, reader, tmp_path):
     """An example that no longer runs is worse than none."""
@@ -29,7 +29,7 @@ def test_the_script_runs(script, reader, tmp_path):
 
 
 @pytest.mark.docs
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
 def test_the_notebook_runs(notebook, reader, tmp_path):
     """Bars that flood a notebook, or a table that shows as a wall of text."""
@@ -37,7 +37,7 @@ def test_the_notebook_runs(notebook, reader, tmp_path):
     pytest.importorskip("ipykernel")
     pytest.importorskip("nbclient")
     shutil.copy(notebook, tmp_path)
-    code = "import sys, nbformat, nbclient; n = nbformat.read(sys.argv[1], 4); nbclient.NotebookClient(n, timeout=300)"
+    code = "import sys, nbformat, nbclient; n = nbformat.read(sys.argv[1], 4); nbclient.NotebookClient(n, timeout=800)"
     follow(
         [sys.executable, "-c", f"{code}.execute(); nbformat.write(n, 'done.ipynb')", notebook.name], reader, tmp_path
     )

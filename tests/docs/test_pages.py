@@ -29,7 +29,7 @@ def give_data(folder):
 
 
 @pytest.mark.docs
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_page_works_as_printed(page, reader, tmp_path):
     """Documentation rots in silence: an option is renamed, and only new users notice."""

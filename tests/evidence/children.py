@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from kdlora.errors import DataError
-from kdlora.evidence.forkserver_process import before_fork
+from kdlora.system.forkserver_process import before_fork
 
 prepared_by: list[int] = []
 

@@ -5,7 +5,6 @@ import importlib
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,17 +15,17 @@ import children
 import pytest
 
 from kdlora.errors import DataError
-from kdlora.evidence import forkserver, forkserver_process, measure
+from kdlora.evidence import measure
 from kdlora.evidence.measure import (
-    ChildDiedError,
-    close_server,
     measure_latency,
     prepare_children,
     read_memory,
     run_in_child,
-    size_on_disk,
     time_calls,
 )
+from kdlora.system import forkserver, forkserver_process
+from kdlora.system.forkserver import ChildDiedError, close_server
+from kdlora.system.ownership import owned_name
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory figures come from Linux' /proc")
 
@@ -253,7 +252,7 @@ def test_temporary_files_of_children_go(tmp_path, monkeypatch: pytest.MonkeyPatc
     """Children end without tidying up, and those that are killed cannot: a night of runs would fill the disk."""
     close_server()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    abandoned = tmp_path / f"kdlora-scratch-{socket.gethostname()}-999999999-1-0"
+    abandoned = tmp_path / f"kdlora-scratch-{owned_name().split('-')[0]}-999999999-1-0123abcd"
     abandoned.mkdir()
     paths = run_in_child(children.name_temporary_file).value
     assert all(Path(path).parent.parent == tmp_path and Path(path).exists() for path in paths)
@@ -365,18 +364,6 @@ def test_latency_of_a_model_on_real_rows(tiny_model_folder):
     assert model.training
     with pytest.raises(ValueError, match="at least one row"):
         measure_latency(model, tokenizer, rows.select([]), max_length=16)
-
-
-def test_size_on_disk_counts_files_once(tmp_path):
-    """A link to the weights, as in the Hub's cache, would count them twice."""
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "a").write_bytes(b"x" * 1000)
-    (tmp_path / "b").write_bytes(b"x" * 10)
-    (tmp_path / "c").symlink_to(tmp_path / "b")
-    assert size_on_disk(tmp_path) == 1010
-    assert size_on_disk(tmp_path / "b") == 10
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        size_on_disk(tmp_path / "missing")
 
 
 def _is_gone(process: int) -> bool:

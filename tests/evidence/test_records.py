@@ -4,27 +4,27 @@ import json
 
 import numpy as np
 import pytest
-from fabricate import BINARY, SIMILARITY, TAGS, make_labels, make_logits, make_record
 
+from fabricate import BINARY, SIMILARITY, TAGS, make_labels, make_logits, make_record
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
-from kdlora.evidence.records import (
-    SCHEMA_VERSION,
+from kdlora.evidence.predictions import (
     ExampleText,
-    ExperimentLayout,
     Predictions,
-    collect_versions,
-    describe_machine,
-    git_state,
     read_examples,
     read_predictions,
-    read_record,
-    read_results,
     write_examples,
     write_predictions,
+)
+from kdlora.evidence.records import (
+    SCHEMA_VERSION,
+    ExperimentLayout,
+    read_record,
+    read_results,
     write_record,
     write_results,
 )
+from kdlora.system.environment import collect_versions, describe_machine, git_state
 
 
 def test_a_record_comes_back_as_it_went(tmp_path):

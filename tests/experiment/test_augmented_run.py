@@ -18,7 +18,7 @@ def test_the_teacher_labels_the_copies_and_the_epochs_stay_as_long(workshop, tmp
     """Copies that nobody labels, or that make the student's training longer, would be an unfair gain or none."""
     config = workshop.config({"data": {"augment": 2}, "run": {"arms": ["fft", "kd-lora", "student-lora"]}})
     result = run_experiment(config, tmp_path / "out")
-    teacher, student, control = result.records
+    teacher, control, student = result.records
     assert [record.status for record in result.records] == ["finished"] * 3
     splits = load_splits(config.task, config.data)
     assert 64 < splits.copies <= 128
@@ -28,4 +28,5 @@ def test_the_teacher_labels_the_copies_and_the_epochs_stay_as_long(workshop, tmp
     steps = 2 * math.ceil(64 / 8)
     assert [record.history[-1]["step"] for record in (teacher, student, control)] == [steps] * 3
     assert student.history[-1]["loss"] != control.history[-1]["loss"]
+    assert len(list(result.layout.copies.glob("*.arrow"))) == 1
     assert "perturbed copies" in result.layout.report_md.read_text()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
-from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from experiments import ARMS, read_rows, snapshot
@@ -14,6 +13,7 @@ from kdlora.configfile import load_config
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import read_record, read_results
 from kdlora.experiment.scoring import evaluate_experiment
+from kdlora.report.choice import read_choice
 
 pytest_plugins = ["experiment_fixtures"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it
@@ -110,20 +110,30 @@ def test_the_recorded_size_is_that_of_the_file(layout):
     assert record.size_bytes == pytest.approx((layout.student / "model.safetensors").stat().st_size, abs=20_000)
 
 
-def test_the_shipped_seed_is_the_best_on_validation(experiment, layout):
-    """Shipping the last seed would look just as well."""
-    scores = {record.seed: record.score for record in experiment.records if record.arm == "kd-lora"}
-    best = max(sorted(scores), key=lambda seed: scores[seed])
-    assert (experiment.shipped.arm, experiment.shipped.seed) == ("kd-lora", best)
-    shipped, kept = (
-        load_file(folder / "model.safetensors") for folder in (layout.student, layout.run("kd-lora", best).model)
-    )
-    assert all(torch.equal(shipped[name], tensor) for name, tensor in kept.items())
+def test_the_shipped_arm_and_seed_are_the_best_on_validation(experiment, layout):
+    """Shipping the last seed, or always the same arm, would look just as well."""
+    choice = read_choice(layout.shipped)
+    scores = {record.seed: record.score for record in experiment.records if record.arm == choice.arm}
+    assert choice.seed == max(sorted(scores), key=lambda seed: scores[seed])
+    assert (experiment.shipped.arm, experiment.shipped.seed) == (choice.arm, choice.seed)
+    assert choice.scores[choice.arm] == pytest.approx(np.mean(list(scores.values())))
+    assert set(choice.scores) == set(ARMS) - {"fft", "lora"}
+    for text in (layout.report_md.read_text(), (layout.student / "README.md").read_text()):
+        assert choice.sentence.partition(" was shipped")[2] in text
+
+
+def test_every_student_can_still_be_shipped(layout):
+    """A merged model for each run would fill the disk; an arm without weights could never ship."""
+    for arm in ("kd-lora", "student-lora"):
+        assert layout.run(arm, 0).adapter.exists()
+        assert not layout.run(arm, 0).model.exists()
+    for arm in ("kd-fft", "student-fft"):
+        assert layout.run(arm, 0).model.exists()
 
 
 def test_the_student_reloads_and_says_what_was_recorded(experiment, layout, student, texts):
     """Merged with the wrong scale, or saved before the merge, a student loads and errs."""
-    recorded = read_predictions(layout.run("kd-lora", experiment.shipped.seed).predictions)
+    recorded = read_predictions(layout.run(experiment.shipped.arm, experiment.shipped.seed).predictions)
     assert recorded.label_names == ("negative", "positive")
     assert student.config.id2label == {0: "negative", 1: "positive"}
     assert student.config.problem_type == "single_label_classification"
@@ -145,14 +155,14 @@ def test_the_adapter_is_the_student_head_included(layout, texts):
     )
 
 
-def test_what_is_shipped_names_no_path_of_this_machine(layout, workshop):
+def test_what_is_shipped_names_no_path_of_this_machine(experiment, layout, workshop):
     """A card with a home folder in it is published with the model."""
     secrets = [str(layout.root.parent), str(workshop.student.parent), str(workshop.train.parent)]
     for path in layout.student.iterdir():
         content = path.read_bytes()
         assert not [secret for secret in secrets if secret.encode() in content], path
     card = (layout.student / "README.md").read_text()
-    assert "kd-lora" in card
+    assert experiment.shipped.arm in card
     assert f"`{workshop.teacher.name}`" in card
 
 
@@ -175,7 +185,7 @@ def test_evaluation_of_the_validation_file_gives_the_recorded_scores(experiment,
     before = snapshot(layout.root)
     rows = {row["model"]: row for row in evaluate_experiment(layout.root, str(workshop.validation))}
     recorded = {(record.arm, record.seed): record for record in experiment.records}
-    student, teacher = recorded["kd-lora", experiment.shipped.seed], recorded["fft", 0]
+    student, teacher = recorded[experiment.shipped.arm, experiment.shipped.seed], recorded["fft", 0]
     assert rows["student"]["score"] == pytest.approx(student.score)
     assert rows["teacher"]["score"] == pytest.approx(teacher.score)
     assert rows["student"]["metrics"] == pytest.approx(student.metrics)

@@ -1,6 +1,7 @@
 """Every kind of task through the whole experiment, with every kind of teacher."""
 
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -10,17 +11,17 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments import copy_experiment, read_rows, snapshot, write_lines
+from experiments import FAST, copy_experiment, read_rows, snapshot, write_lines
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
 from kdlora.distil.teacher import read_stored_logits
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.card import student_card
 from kdlora.evidence.predictions import read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment.inputs import check_table, load_teacher
 from kdlora.experiment.run import run_experiment
-from kdlora.experiment.sources import check_table, load_teacher
 from kdlora.experiment.stages import label_training_rows, train_run
+from kdlora.report.card import student_card
 from tiny import sentiment_rows, write_csv
 
 pytest_plugins = ["experiment_fixtures"]
@@ -106,6 +107,29 @@ def test_multi_label_columns_taught_by_a_table_of_probabilities(workshop, tmp_pa
     assert list(shipped.id2label.values()) == ["praise", "film", "music"]
     assert "not available" in result.layout.report_md.read_text()
     assert not result.layout.teacher.exists()
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_sure_probabilities_begin_at_a_loss_of_the_labels_size(workshop, tmp_path, recipe):
+    """The squared error of clipped logarithms began at 100 and drowned the labels, without a word."""
+    rows = sentiment_rows(64)  # those of the workshop
+    lines = [
+        {"id": row["id"], "negative": float(row["label"] == "negative"), "positive": float(row["label"] == "positive")}
+        for row in rows
+    ]
+    table = write_lines(tmp_path / "teacher.jsonl", lines)
+    config = workshop.config(
+        {
+            "recipe": recipe,
+            "teacher": {"model": None, "probabilities": str(table)},
+            "student": {"train": {**FAST, "epochs": 1, "learning_rate": 1e-6}},
+            "run": {"arms": ["kd-lora"]},
+        }
+    )
+    (student,) = run_experiment(config, tmp_path / "out").records
+    first = student.history[0]
+    assert 0.5 * math.log(2) < first["hard_loss"] < 2 * math.log(2)
+    assert 0.5 * math.log(2) < first["soft_loss"] / config.distil.temperature**2 < 2 * math.log(2)
 
 
 def test_a_list_column_taught_by_a_table_of_logits_with_splits(workshop, tmp_path):

@@ -16,12 +16,12 @@ def plan(teacher, arms, seeds):
 @pytest.mark.parametrize(
     ("teacher", "arms", "seeds", "expected"),
     [
-        ({"model": "t"}, ["kd-lora", "fft"], [3, 1], ["fft 3", "kd-lora 3", "kd-lora 1", "fft 1"]),
+        ({"model": "t"}, ["kd-lora", "fft"], [3, 1], ["fft 3", "fft 1", "kd-lora 3", "kd-lora 1"]),
         ({"model": "t", "seed": 1}, ["fft", "kd-lora"], [3, 1], ["fft 1", "fft 3", "kd-lora 3", "kd-lora 1"]),
         ({"model": "t", "seed": 9}, ["fft"], [3], ["fft 9", "fft 3"]),
         ({"model": "t"}, ["kd-fft"], [2, 4], ["fft 2", "kd-fft 2", "kd-fft 4"]),
         ({"model": "t"}, ["student-lora", "lora"], [2], ["student-lora 2", "lora 2"]),
-        ({"fine_tuned": "t"}, ["kd-lora", "fft"], [3, 1], ["kd-lora 3", "kd-lora 1", "fft 3"]),
+        ({"fine_tuned": "t"}, ["kd-lora", "fft"], [3, 1], ["fft 3", "kd-lora 3", "kd-lora 1"]),
         ({"logits": "t.parquet"}, ["fft", "kd-lora"], [0, 1], ["fft 0", "kd-lora 0", "kd-lora 1"]),
         ({"probabilities": "t.parquet"}, ["kd-lora"], [0], ["kd-lora 0"]),
     ],

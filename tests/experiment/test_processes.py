@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -11,9 +10,7 @@ import time
 from dataclasses import dataclass
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from experiments import Workshop
 from kdlora.config import Config
@@ -22,13 +19,13 @@ from kdlora.errors import ConfigError
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record
 from kdlora.experiment.launch import check_launch, read_launch
 from kdlora.experiment.run import run_experiment
+from kdlora.experiment.settle import with_recorded
 from kdlora.experiment.stages import label_splits
 
 pytest_plugins = ["experiment_fixtures"]
 
 TRAIN = {"epochs": 15, "batch_size": 5, "learning_rate": 1e-3, "dropout": 0.0, "micro_batch_tokens": 64}
 LIMIT_SECONDS = 60
-DDP, FSDP = ("--multi_gpu",), ("--use_fsdp", "--fsdp_version", "2")
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,6 @@ class Together:
 
     Attributes:
         workshop: where the models are.
-        shares: the two shared the teacher out.
         config: for one process.
         layout: of their folder.
         struck: exit code, seconds until the end, and words of process 0, whose fellow was killed.
@@ -46,7 +42,6 @@ class Together:
     """
 
     workshop: Workshop
-    shares: bool
     config: Config
     layout: ExperimentLayout
     struck: tuple[int, float, str]
@@ -57,13 +52,13 @@ class Together:
         return read_record(self.layout.run(arm, 0).record)
 
 
-def changes(shares: bool = False, **train) -> dict:
+def changes(**train) -> dict:
     """Change a small experiment so that processes take the path of one."""
     return {
         "teacher": {"train": TRAIN | train},
         "student": {"train": TRAIN | {"epochs": 2} | train},
         "lora": {"dropout": 0.0},
-        "run": {"arms": ["fft", "kd-lora"], "checkpoint_seconds": 0.2, "shard_teacher": shares},
+        "run": {"arms": ["fft", "kd-lora"], "checkpoint_seconds": 0.2},
     }
 
 
@@ -102,9 +97,9 @@ def strike(command: list[str], layout: ExperimentLayout) -> tuple[int, float, st
             process.communicate()
 
 
-def launch(verb: list[str], engine: tuple[str, ...]) -> tuple[int, str]:
+def launch(verb: list[str]) -> tuple[int, str]:
     """Let accelerate start two processes; exit code, and all that was printed."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *engine, "--num_processes", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     ended = subprocess.run(
         [*launcher, "--main_process_port", str(free_port()), "-m", *verb],
@@ -117,18 +112,17 @@ def launch(verb: list[str], engine: tuple[str, ...]) -> tuple[int, str]:
     return ended.returncode, ended.stdout + ended.stderr
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["ddp", "fsdp"])
-def together(request: pytest.FixtureRequest, workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Together:
-    shares = request.param
+@pytest.fixture(scope="module")
+def together(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Together:
     folder = tmp_path_factory.mktemp("together")
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(workshop.values(changes(shares))))
+    config.write_text(yaml.safe_dump(workshop.values(changes())))
     verb = ["kdlora", "run", str(config), "--out", str(folder / "out")]
     layout = ExperimentLayout(folder / "out")
     struck = strike([sys.executable, "-m", *verb], layout)
-    code, log = launch(verb, FSDP if shares else DDP)
+    code, log = launch(verb)
     doubled = workshop.config(changes(batch_size=2 * TRAIN["batch_size"]))
-    return Together(workshop, shares, doubled, layout, struck, code, log)
+    return Together(workshop, doubled, layout, struck, code, log)
 
 
 @pytest.mark.cluster
@@ -159,49 +153,8 @@ def test_two_processes_take_the_path_of_one_with_the_doubled_batch(together, tmp
             assert ours.keys() == theirs.keys()
             for name, value in ours.items():
                 assert theirs[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (record.arm, ours["epoch"], name)
-        spread = "2 processes, each with 5 of the 10 rows of a step"
-        shared = together.shares and record.arm == "fft"
-        assert spread + (", which shared the model out" if shared else "") in other.notes
+        assert "2 processes, each with 5 of the 10 rows of a step" in other.notes
     assert together.layout.student.is_dir()
-
-
-@pytest.mark.cluster
-def test_a_teacher_that_was_shared_out_ends_in_the_bits_of_an_undisturbed_one(together, tmp_path):
-    """Shards that are put together in the wrong order, or moments that go to another weight, still train on."""
-    if not together.shares:
-        pytest.skip("no model was shared out")
-    parts = {(int(here), int(total)) for here, total in re.findall(r"holds (\d+) of (\d+) parameters", together.log)}
-    assert parts
-    assert all(0.4 < here / total < 0.6 for here, total in parts)
-    config = tmp_path / "config.yaml"
-    values = changes(shares=True)
-    values["run"] |= {"arms": ["fft"], "checkpoint_seconds": 3600.0}
-    config.write_text(yaml.safe_dump(together.workshop.values(values)))
-    code, log = launch(["kdlora", "run", str(config), "--out", str(tmp_path / "out")], FSDP)
-    assert code == 0, log
-    undisturbed = load_file(ExperimentLayout(tmp_path / "out").teacher / "model.safetensors")
-    resumed = load_file(together.layout.teacher / "model.safetensors")
-    assert undisturbed.keys() == resumed.keys()
-    assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs share a teacher out; there are fewer here")
-def test_a_teacher_shared_out_over_two_gpus(workshop, tmp_path):
-    """The collectives of GPUs are other code than those of CPUs, and a model left on one of them is in the way."""
-    config, place = tmp_path / "config.yaml", {"device": "cuda", "arms": ["fft"]}
-    values = changes(shares=True)
-    values["run"] |= place
-    config.write_text(yaml.safe_dump(workshop.values(values)))
-    code, log = launch(["kdlora", "run", str(config), "--out", str(tmp_path / "out")], FSDP)
-    assert code == 0, log
-    values = changes(batch_size=2 * TRAIN["batch_size"])
-    values["run"] |= place
-    alone = run_experiment(workshop.config(values), tmp_path / "alone")
-    ours, theirs = alone.records[0], read_record(ExperimentLayout(tmp_path / "out").run("fft", 0).record)
-    assert [entry["loss"] for entry in theirs.history] == pytest.approx(
-        [entry["loss"] for entry in ours.history], rel=1e-2
-    )
 
 
 @pytest.mark.cluster
@@ -211,7 +164,8 @@ def test_labels_of_two_processes_are_the_file_of_one(together):
     assert before
     for path in together.layout.teacher_logits.iterdir():
         path.unlink()
-    label_splits(together.config, together.layout, load_splits(together.config.task, together.config.data))
+    config = with_recorded(together.config, together.layout.config)
+    label_splits(config, together.layout, load_splits(config.task, config.data))
     after = {path.name: path.read_bytes() for path in together.layout.teacher_logits.glob("*.parquet")}
     assert after == before
 
@@ -227,32 +181,15 @@ def test_settings_of_accelerate_that_contradict_the_config(workshop):
                 "ACCELERATE_MIXED_PRECISION": "bf16",
                 "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
                 "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_USE_FSDP": "true",
                 "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
             },
         )
     said = str(refused.value)
-    assert said.count("\n  - ") == 4
+    assert said.count("\n  - ") == 5
     assert "mixed_precision is bf16, run.precision is fp32" in said
     with pytest.raises(ConfigError, match=r"--cpu, run\.device is cuda"):
         check_launch(workshop.config({"run": {"device": "cuda"}}), {"ACCELERATE_USE_CPU": "true"})
-
-
-def test_settings_of_fsdp_that_are_not_followed(workshop):
-    """Shards that were to lie in main memory, or a teacher that was to be shared out, run out of memory at night."""
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}
-    check_launch(workshop.config({"run": {"shard_teacher": True}}), fsdp | {"FSDP_OFFLOAD_PARAMS": "false"})
-    other = {
-        "FSDP_VERSION": "1",
-        "WORLD_SIZE": "1",
-        "FSDP_OFFLOAD_PARAMS": "true",
-        "FSDP_ACTIVATION_CHECKPOINTING": "1",
-    }
-    with pytest.raises(ConfigError) as refused:
-        check_launch(workshop.config(), fsdp | other)
-    said = str(refused.value)
-    assert said.count("\n  - ") == 5
-    assert "run.shard_teacher is false: set it to true" in said
-    assert "fsdp_version is 1, but kdlora shards by version 2" in said
 
 
 @pytest.mark.parametrize("command", [["suite", "no.yaml"], ["search", "no.yaml"], ["label", "m", "d", "--to", "t"]])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 
@@ -28,9 +32,44 @@ def no_settings_of_the_user(monkeypatch):
         monkeypatch.setenv(name, secret)
 
 
+NAMES = {"host": "host-of-mine-4711", "user": "user-of-mine-4711", "command": "command-of-mine-4711"}
+
+
+@pytest.fixture(autouse=True)
+def names(monkeypatch, tmp_path):
+    """Give this machine, its user, the command and the repository names that can be looked for."""
+    for name in ("USER", "LOGNAME", "USERNAME", "LNAME"):
+        monkeypatch.setenv(name, NAMES["user"])
+    monkeypatch.setenv("HOSTNAME", NAMES["host"])
+    monkeypatch.setattr(sys, "argv", [f"/{NAMES['command']}", "run"])
+    if shutil.which("git"):
+        place = tmp_path / "repository"
+        subprocess.run(["git", "init", "-q", place], check=True)
+        subprocess.run(["git", "-C", place, "remote", "add", "origin", f"https://{REMOTE}/a.git"], check=True)
+        monkeypatch.chdir(place)
+
+
+REMOTE = "remote-of-mine-4711"
+
+
+def look_for_names(folder):
+    """List the names that stand in a tracker's files, or in the names of these."""
+    host = socket.gethostname()
+    wanted = {**NAMES, "remote": REMOTE, "this host": f'"{host}"'}  # short names occur by chance
+    found = set()
+    for path in folder.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        for what, name in wanted.items():
+            if name.encode() in content or host in path.name.split("."):
+                found.add((what, path.relative_to(folder).as_posix()))
+    return found
+
+
 def track(workshop, folder, *trackers, seeds=(0, 1)):
     changes = {"run": {"seeds": list(seeds), "report_to": list(trackers)}}
     result = run_experiment(workshop.config(changes), folder)
+    named = look_for_names(result.folder / "tracking")
+    assert not named, named
     assert not result.failed, [record.error for record in result.failed]
     for path in result.folder.rglob("*"):  # trackers note down the command, its environment and its output
         if path.is_file():

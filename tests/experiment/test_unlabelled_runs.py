@@ -9,8 +9,8 @@ from experiments import write_lines
 from kdlora.data.load import load_splits
 from kdlora.distil.teacher import read_stored_logits
 from kdlora.errors import ConfigError, DataError
+from kdlora.experiment.inputs import check_table
 from kdlora.experiment.run import run_experiment
-from kdlora.experiment.sources import check_table
 from tiny import sentiment_rows, write_csv
 
 pytest_plugins = ["experiment_fixtures"]
@@ -36,7 +36,7 @@ def result(workshop, unlabelled, tmp_path_factory):
 
 def test_the_teacher_labels_them_and_the_student_learns_from_both(result, workshop):
     """Rows that nobody trains on, or logits attached to the training row of the same id, would go unnoticed."""
-    teacher, student, control = result.records
+    teacher, control, student = result.records
     assert [record.status for record in result.records] == ["finished"] * 3
     assert student.rows == {"train": 64, "unlabelled": 40, "validation": 40}
     splits = load_splits(workshop.config().task, workshop.config({"data": student.config["data"]}).data)
@@ -122,7 +122,8 @@ def test_a_table_must_cover_the_unlabelled_rows(workshop, unlabelled, tmp_path):
 def test_a_collection_of_another_teacher_is_refused(workshop, tmp_path):
     """Two teachers that teach one student make a gain that belongs to neither."""
     (tmp_path / "collection.json").write_text(
-        '{"schema_version": 1, "complete": true, "model": "M", "texts": 1, "label_names": ["negative", "positive"]}'
+        '{"schema_version": 1, "complete": true, "model": "M", "texts": 1, "label_names": ["negative", "positive"], '
+        '"fingerprint": "f", "ingredients": {"weights": "w"}, "versions": {}, "shards": []}'
     )
     config = workshop.config({"data": {"unlabelled": str(tmp_path)}, "run": {"arms": ["kd-lora"]}})
     splits = load_splits(config.task, workshop.config().data)

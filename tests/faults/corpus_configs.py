@@ -28,7 +28,7 @@ FIELDS: list[Case] = [
     _field("student.train.batch_size", "1e400"),
     _field("student.train.learning_rate", 0, "greater than 0"),
     _field("student.train.learning_rate", -1e-3, "greater than 0"),
-    _field("student.train.learning_rate", None),
+    _field("student.train.weight_decay", None),
     _field("student.train.weight_decay", -0.1, "greater than or equal to 0"),
     _field("student.train.warmup_fraction", 1.0, "less than 1"),
     _field("student.train.warmup_fraction", -0.1, "greater than or equal to 0"),

@@ -56,7 +56,7 @@ MODELS: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
     ("no config", lambda f: (f / "config.json").unlink(), ("expected config.json",)),
     ("config cut off", lambda f: _cut(f / "config.json", 30), ("config.json", "damaged")),
     ("config empty", lambda f: _cut(f / "config.json", 0), ("config.json", "damaged")),
-    ("config a list", lambda f: (f / "config.json").write_text("[]"), ("config.json", "expected an object")),
+    ("config a list", lambda f: (f / "config.json").write_text("[]"), ("config.json", "expected a JSON object")),
     ("config not UTF-8", lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ("config.json", "damaged")),
     ("config nested too deep", lambda f: (f / "config.json").write_text("[" * 99999), ("config.json", "damaged")),
     ("unknown architecture", lambda f: _edit(f / "config.json", model_type="banana"), ("banana",)),

@@ -16,11 +16,11 @@ import pytest
 from experiments import read_rows, snapshot, write_lines
 from kdlora.config import Config
 from kdlora.errors import ArtifactError
-from kdlora.evidence.integrity import damaged_files, hash_files, is_sealed_or_old, seal
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment import deployment
 from kdlora.experiment.run import run_experiment
+from kdlora.system.integrity import damaged_files, hash_files, is_sealed_or_old, seal
 from tiny import train_tokenizer, write_csv
 
 pytest_plugins = ["experiment_fixtures"]
@@ -88,10 +88,10 @@ def remove(path: Path) -> None:
 RECOMPUTED = [
     ("runs/kd-lora-seed0/predictions.parquet", truncate),
     ("runs/kd-lora-seed0/predictions.parquet", flip_one_bit),
-    ("runs/kd-lora-seed0/model/model.safetensors", flip_one_bit),
-    ("runs/kd-lora-seed0/model/tokenizer.json", exchange_tokenizer),
-    ("runs/kd-lora-seed0/model/config.json", remove),
     ("runs/kd-lora-seed0/adapter/adapter_model.safetensors", truncate),
+    ("runs/kd-lora-seed0/adapter/adapter_model.safetensors", flip_one_bit),
+    ("runs/kd-lora-seed0/adapter/adapter_config.json", remove),
+    ("shipped.json", truncate),
     ("teacher/model.safetensors", flip_one_bit),
     ("teacher/tokenizer.json", exchange_tokenizer),
     ("student/tokenizer.json", exchange_tokenizer),
@@ -234,7 +234,7 @@ def test_a_removed_folder_is_not_damage_but_a_missing_file_is(tmp_path):
 
 def test_the_record_lists_what_the_run_left(made):
     """An artefact without a checksum is one that nobody checks."""
-    for arm, folders in (("fft", {"teacher"}), ("kd-lora", {"runs/kd-lora-seed0/model", "runs/kd-lora-seed0/adapter"})):
+    for arm, folders in (("fft", {"teacher"}), ("kd-lora", {"runs/kd-lora-seed0/adapter"})):
         record = read_record(made.layout.run(arm, 0).record)
         assert f"runs/{arm}-seed0/predictions.parquet" in record.files
         assert {str(Path(name).parent) for name in record.files} - {f"runs/{arm}-seed0"} == folders

@@ -105,7 +105,7 @@ def test_a_damaged_config_is_located(folder):
     assert "config.json is damaged" in message
     assert "line 1" in message
     (folder / "config.json").write_text("[]")
-    assert "expected an object, found list" in refusal(folder)
+    assert "expected a JSON object, found list" in refusal(folder)
 
 
 def test_damaged_weights_are_named(folder):

@@ -14,11 +14,11 @@ from typing import NoReturn
 
 import typer
 
-from kdlora.cli import experiments, label, models, reference, scale
+from kdlora.cli import experiments, models, reference, scale
 from kdlora.cli.app import app
-from kdlora.errors import KdLoraError
+from kdlora.errors import KdLoraError, harmless, log_to_stderr
 
-__all__ = ["app", "experiments", "label", "main", "models", "reference", "scale"]
+__all__ = ["app", "experiments", "main", "models", "reference", "scale"]
 
 
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -35,7 +35,7 @@ def main() -> NoReturn:
     level = os.environ.get("KDLORA_LOG", "WARNING").upper()
     if level not in logging.getLevelNamesMapping():
         _fail(f"KDLORA_LOG is {level!r}; expected DEBUG, INFO, WARNING or ERROR", 2)
-    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
+    log_to_stderr(level)
     if not sys.stderr.isatty():  # a log full of bars cannot be read; libraries draw theirs into files, too
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
@@ -53,8 +53,9 @@ def main() -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except MemoryError:
-        _fail("out of memory; lower train.batch_size or train.micro_batch_tokens", 1)
+    except MemoryError as error:
+        what = f" ({error})" if str(error) else ""
+        _fail(f"out of memory{what}; give a smaller model, or lower train.batch_size or train.micro_batch_tokens", 1)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             longest = max(Path(error.filename).parts, key=len)
@@ -85,5 +86,5 @@ def _take_signals() -> list[signal.Signals]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"kdlora: {message}", file=sys.stderr)
+    print(f"kdlora: {harmless(message)}", file=sys.stderr)
     sys.exit(code)

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from kdlora.errors import harmless_json
+
 app = typer.Typer(
     name="kdlora",
     help="Distil a fine-tuned encoder into a small, fast classifier, with the evidence that it is as good.",
@@ -40,51 +42,31 @@ def _root(
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON for programs.
-
-    Args:
-        value: of plain types; paths become text.
-    """
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """Print a value as JSON for programs."""
+    print(harmless_json(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
 
 
 def complete_tasks(incomplete: str) -> list[str]:
-    """Complete the name of a GLUE task.
-
-    Args:
-        incomplete: what stands there already.
-    """
+    """Complete the name of a GLUE task."""
     from kdlora.data.tasks import GLUE
 
     return [name for name in GLUE if name.startswith(incomplete)]
 
 
 def complete_families(incomplete: str) -> list[str]:
-    """Complete the name of a pair of models.
-
-    Args:
-        incomplete: what stands there already.
-    """
+    """Complete the name of a pair of models."""
     from kdlora.defaults import FAMILIES
 
     return [name for name in FAMILIES if name.startswith(incomplete)]
 
 
 def complete_formats(incomplete: str) -> list[str]:
-    """Complete the name of an export format.
-
-    Args:
-        incomplete: what stands there already.
-    """
+    """Complete the name of an export format."""
     return [name for name in ("onnx", "onnx-int8", "all") if name.startswith(incomplete)]
 
 
 def complete_overrides(incomplete: str) -> list[str]:
-    """Complete the key of `--set`, section by section.
-
-    Args:
-        incomplete: what stands there already.
-    """
+    """Complete the key of `--set`, section by section."""
     from kdlora.configfile import known_keys
 
     return [f"{key}=" for key in known_keys() if key.startswith(incomplete)]

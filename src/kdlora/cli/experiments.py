@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from kdlora.cli.app import Json, Out, Set, app, complete_families, complete_tasks, print_json
+from kdlora.console import SafeConsole
 from kdlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from kdlora.config import Config
+    from kdlora.experiment.preview import ExperimentPlan
     from kdlora.experiment.run import ExperimentResult
 
+_HOURS_UNASKED = 4.0
 _WITHOUT_A_FILE = (
     "Without a config file, say what is learnt (--train FILE --text COLUMN --label COLUMN, or --task NAME --data "
     "FOLDER) and by which models (--family NAME, or --teacher and --student); `kdlora run --help` has examples"
@@ -50,17 +53,28 @@ def run(
     teacher: Annotated[str | None, typer.Option(help="Pretrained teacher: Hub id or folder.")] = None,
     student: Annotated[str | None, typer.Option(help="Pretrained student: Hub id or folder.")] = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failed run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, on what data and for how long; write nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Begin without asking, though it will take hours.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train the teacher, distil it into the student, run the controls, and report.
 
+    Before anything trains it says on what data, how many steps, and about how long.
+
     Example: kdlora run configs/mrpc.yaml --set student.train.learning_rate=1e-3
 
     Example: kdlora run --train reviews.csv --text review --label sentiment --family bert
+
+    Example: kdlora run configs/reviews.yaml --dry-run
     """
     options = _config_values(task, data, train, validation, test, text, label, family, teacher, student)
     experiment = _load(config, options, [*(overrides or []), *(["run.fail_fast=true"] if fail_fast else [])])
-    result = _run(experiment, out, as_json)
+    if dry_run:
+        _print_plan(experiment, out, as_json)
+        return
+    result = _run(experiment, out, as_json, yes=yes)
     raise typer.Exit(1 if result.failed else 0)
 
 
@@ -97,6 +111,9 @@ def validate(
 def evaluate(
     experiment: Annotated[Path, typer.Argument(help="Experiment folder.")],
     data: Annotated[str, typer.Argument(help="File with labelled examples, columns as in the experiment.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the teacher's own code run, if the config does, too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Score the shipped student, and the teacher where it is there, on another labelled file.
@@ -105,7 +122,7 @@ def evaluate(
     """
     from kdlora.experiment.scoring import evaluate_experiment
 
-    scores = evaluate_experiment(experiment, data)
+    scores = evaluate_experiment(experiment, data, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(scores)
         return
@@ -113,7 +130,7 @@ def evaluate(
     for row in scores:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
         table.add_row(row["model"], str(row["examples"]), f"{row['score']:.2f}", metrics)
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 @app.command()
@@ -126,7 +143,7 @@ def compare(
 
     Example: kdlora compare runs/first runs/second/runs/kd-lora-seed0 --out comparison
     """
-    from kdlora.evidence.compare import compare as compare_runs
+    from kdlora.report.compare import compare as compare_runs
 
     _print_paths(compare_runs(experiments, out=out).paths, as_json)
 
@@ -144,7 +161,7 @@ def report(
 
     Example: kdlora report runs/mrpc runs/cola --out both
     """
-    from kdlora.evidence.report import make_report
+    from kdlora.report.report import make_report
 
     _print_paths(make_report(experiments, out=out).paths, as_json)
 
@@ -203,7 +220,36 @@ def _load(config: Path | None, options: dict[str, Any], overrides: list[str]) ->
     return load_config(config, [*given, *overrides])
 
 
-def _run(config: Config, out: Path | None, as_json: bool) -> ExperimentResult:
+def _print_plan(config: Config, out: Path | None, as_json: bool) -> None:
+    """Say what an experiment would do."""
+    from kdlora.evidence.measure import prepare_children
+    from kdlora.experiment.launch import check_alone
+
+    check_alone("run --dry-run")
+    prepare_children("kdlora.experiment.preview")
+    from kdlora.experiment.run import plan_experiment
+    from kdlora.terminal import print_plan
+
+    plan = plan_experiment(config, out)
+    print_json(plan.to_dict()) if as_json else print_plan(plan, SafeConsole())
+
+
+def _announce(plan: ExperimentPlan, *, yes: bool) -> None:
+    """Print the plan, and ask before a long one where a person can answer."""
+    from kdlora.terminal import print_plan
+
+    print_plan(plan, SafeConsole(stderr=True))
+    asks = plan.hours > _HOURS_UNASKED and not yes and _is_answered()
+    if asks and not typer.confirm("Begin?", default=True, err=True):
+        raise typer.Exit(1)
+
+
+def _is_answered() -> bool:
+    """Say whether a person sees a question and can answer it."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool = True) -> ExperimentResult:
     from kdlora.evidence.measure import prepare_children
     from kdlora.experiment.launch import read_launch
 
@@ -217,7 +263,7 @@ def _run(config: Config, out: Path | None, as_json: bool) -> ExperimentResult:
     if launch.rank > 0:  # the first of several processes does the talking
         return run_experiment(config, out)
     with live_progress() as listen:
-        result = run_experiment(config, out, listen=listen)
+        result = run_experiment(config, out, listen=listen, before=lambda plan: _announce(plan, yes=yes))
     if as_json:
         results = json.loads(result.layout.results.read_text(encoding="utf-8"))
         print(json.dumps({"folder": str(result.folder), **results}))

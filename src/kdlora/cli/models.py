@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from kdlora.cli.app import Json, app, complete_formats, print_json
+from kdlora.console import SafeConsole
+from kdlora.errors import harmless
 
 
 @app.command()
@@ -32,7 +36,6 @@ def predict(
     Example: echo "what a film" | kdlora predict runs/demo/student -
     """
     from kdlora.deploy.stream import predict_file
-    from kdlora.progress import counting_progress
 
     with counting_progress("rows", shown=to != "-") as advance:
         summary = predict_file(
@@ -69,8 +72,9 @@ def export(
     table = Table("stage", "against", "score", "largest logit difference", "same predictions")
     for stage in result.stages:
         score = "–" if stage.score is None else f"{stage.score:.2f}"
-        table.add_row(stage.stage, stage.reference, score, f"{stage.largest_difference:.2e}", f"{stage.agreement:.2%}")
-    Console().print(table)
+        difference = "–" if stage.largest_difference is None else f"{stage.largest_difference:.2e}"
+        table.add_row(stage.stage, stage.reference, score, difference, f"{stage.agreement:.2%}")
+    SafeConsole().print(table)
     print(f"in {result.folder}" + (f"; int8 by {result.recipe}" if result.recipe else ""))
 
 
@@ -90,17 +94,17 @@ def benchmark_command(
 
     result = benchmark_models(models, data=data, threads=threads)
     if plot is not None:
-        from kdlora.deploy.benchmark_plot import plot_benchmark
+        from kdlora.report.plots import plot_benchmark
 
         plot_benchmark(result, plot)
     if as_json:
-        print_json(result.to_dict())
+        print_json(asdict(result))
         return
     header, rows = result.table()
-    table = Table(*header, caption=f"{result.threads} threads, {result.rounds} rounds, {result.texts} texts")
+    table = Table(*header, caption=result.conditions())
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 @app.command()
@@ -110,18 +114,107 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Make it public; the default is private.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Push the report too; it quotes examples.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch; made where it does not exist.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Put the student, its ONNX export and its model card on the Hub, in one commit; log in with `hf auth login`.
 
+    Files that a model consists of are sent, and named with their sizes before; all else stays here.
     The same command again sends only what is missing there, so an interrupted push goes on where it stopped.
 
-    Example: kdlora push runs/mrpc USER/mrpc-student
+    Example: kdlora push runs/mrpc USER/mrpc-student --dry-run
     """
-    from kdlora.deploy.hub import push_experiment
+    from kdlora.deploy.hub import plan_push, push_experiment
 
+    parcel = plan_push(experiment, repo, report=report)
+    for name, size in parcel.sizes.items():
+        print(f"{size / 1e6:>10.3f} MB  {name}", file=sys.stderr)
+    if parcel.stays:
+        print(harmless(f"not sent: {', '.join(parcel.stays)}"), file=sys.stderr)
+    if dry_run:
+        if as_json:
+            print_json(asdict(parcel))
+        return
     pushed = push_experiment(experiment, repo, public=public, report=report, revision=revision)
     if as_json:
         print_json(asdict(pushed))
     else:
         print(f"{pushed.url} ({'private' if pushed.private else 'public'}, {len(pushed.files)} files)")
+
+
+@app.command()
+def label(
+    model: Annotated[str, typer.Argument(help="Fine-tuned teacher: a folder, such as runs/NAME/teacher, or a Hub id.")],
+    data: Annotated[str, typer.Argument(help="File, folder or quoted pattern: Parquet, JSON Lines, CSV, TSV, text.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder of the labelled collection; the same command goes on.")],
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="ray[://HOST:PORT]", help="Spread the work over a Ray cluster.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Text column; twice for a pair.")] = None,
+    id_column: Annotated[str, typer.Option(metavar="COLUMN", help="Column that names a row.")] = "id",
+    label_name: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Name of an output, in order; once for each.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub id.")] = None,
+    max_length: Annotated[int, typer.Option(help="Longest input in tokens.")] = 128,
+    rows_per_shard: Annotated[int, typer.Option(help="Rows in one file: the most that a kill can cost.")] = 50_000,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    texts: Annotated[
+        bool, typer.Option("--with-texts/--without-texts", help="Keep the texts, for data.unlabelled.")
+    ] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Store a teacher's logits for a collection of any size, by id, in bounded memory; a killed call is continued.
+
+    The folder serves as data.unlabelled, or as teacher.logits.
+
+    Example: kdlora label runs/reviews/teacher 'texts/*.parquet' --to labelled --text body
+    """
+    from kdlora.experiment.launch import check_alone
+
+    check_alone("label")
+    from kdlora.experiment.labelling import label_collection
+
+    with counting_progress("rows") as advance:
+        summary = label_collection(
+            model,
+            data,
+            to,
+            text=text,
+            id_column=id_column,
+            label_names=label_name,
+            revision=revision,
+            max_length=max_length,
+            rows_per_shard=rows_per_shard,
+            precision=precision,
+            device=device,
+            texts=texts,
+            strict=strict,
+            on=on,
+            progress=None if advance is None else lambda done, total: advance(done, done / total if total else None),
+        )
+    if as_json:
+        print_json(asdict(summary))
+        return
+    bad = f", {summary.rejected} rejected (rejected-*.jsonl)" if summary.rejected else ""
+    cut = f", {summary.truncated} cut at {max_length} tokens" if summary.truncated else ""
+    print(f"{summary.rows} rows{bad}{cut} in {summary.shards} files in {summary.folder}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def counting_progress(unit: str, *, shown: bool = True) -> Iterator[Callable[[int, float | None], None] | None]:
+    """Give a callable that draws a bar on standard error; None where nothing shall be drawn."""
+    console = SafeConsole(stderr=True)
+    if not shown or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.completed:,} " + unit), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(unit, total=None)
+
+        def advance(done: int, share: float | None) -> None:
+            progress.update(bar, completed=done, total=done / share if share else None)
+
+        yield advance

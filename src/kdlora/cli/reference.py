@@ -6,10 +6,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from kdlora.cli.app import Json, app, print_json
+from kdlora.console import SafeConsole
 
 if TYPE_CHECKING:
     from kdlora.doctor import Diagnosis
@@ -29,7 +29,7 @@ def tasks(as_json: Json = False) -> None:
     table = Table("task", "kind", "text", "labels", "score")
     for name, task in GLUE.items():
         table.add_row(name, task.kind, ", ".join(task.text), ", ".join(task.label_names), " + ".join(task.metrics))
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 @app.command()
@@ -46,7 +46,7 @@ def families(as_json: Json = False) -> None:
     table = Table("family", "teacher", "student")
     for name, (teacher, student) in FAMILIES.items():
         table.add_row(name, teacher, student)
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 @app.command()

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from kdlora.cli.app import Json, Set, app, print_json
+from kdlora.console import SafeConsole
 
 if TYPE_CHECKING:
-    from kdlora.scale.overview import Overview
-    from kdlora.scale.search import SearchEvent, SearchResult
-    from kdlora.scale.suite import SuiteEvent, SuiteResult
+    from kdlora.experiment.overview import Overview
+    from kdlora.experiment.search import SearchEvent, SearchResult
+    from kdlora.experiment.suite import SuiteEvent, SuiteResult
 
 On = Annotated[
     str | None, typer.Option("--on", metavar="ray[://HOST:PORT]", help="Carry the runs out on a Ray cluster.")
@@ -52,17 +52,17 @@ def suite(
     Example: kdlora suite configs/paper.yaml --set families=[bert] --set config.data.path=/data/glue
     """
     from kdlora.experiment.launch import check_alone
-    from kdlora.scale.suitefile import load_suite
+    from kdlora.experiment.suitefile import load_suite
 
     check_alone("suite")
     wanted = load_suite(suite_file, overrides or [])
     if dry_run:
-        from kdlora.scale.overview import look_at_suite
+        from kdlora.experiment.overview import look_at_suite
 
         overview = look_at_suite(wanted, None if out and "://" in out else out, confirmed=yes)
         print_json(overview.to_dict()) if as_json else _print_overview(overview)
         return
-    from kdlora.scale.suite import run_suite
+    from kdlora.experiment.suite import run_suite
 
     with _suite_progress() as listen:
         result = run_suite(wanted, out, on=on, confirmed=yes, listen=listen)
@@ -95,7 +95,7 @@ def search(
     from kdlora.experiment.launch import check_alone
 
     check_alone("search")
-    from kdlora.scale.search import run_search
+    from kdlora.experiment.search import run_search
 
     wanted, settings = load_search(config, overrides or [], space=space, trials=trials)
     with _search_progress() as listen:
@@ -107,7 +107,7 @@ def search(
 @contextlib.contextmanager
 def _suite_progress() -> Iterator[Callable[[SuiteEvent], None] | None]:
     """Draw one bar for the suite; where standard error is no terminal, a line for each run that ends."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     if not console.is_terminal:
         yield lambda event: _print_event(console, event)
         return
@@ -131,8 +131,8 @@ def _job_status(event: SuiteEvent) -> str:
     return f"{name}" + (f"  epoch {epoch:.1f}" if epoch is not None else "") + (f"  score {score:.1f}" if score else "")
 
 
-def _print_event(console: Console, event: SuiteEvent) -> None:
-    from kdlora.scale.jobs import Outcome
+def _print_event(console: SafeConsole, event: SuiteEvent) -> None:
+    from kdlora.experiment.jobs import Outcome
 
     if isinstance(event.detail, Outcome):
         outcome = event.detail
@@ -144,7 +144,7 @@ def _print_event(console: Console, event: SuiteEvent) -> None:
 
 
 def _print_overview(overview: Overview) -> None:
-    console = Console()
+    console = SafeConsole()
     tasks = list(dict.fromkeys(one.task for one in overview.arms))
     arms = list(dict.fromkeys(one.arm for one in overview.arms))
     table = Table("task", *arms, title="runs that are left, of those planned")
@@ -171,7 +171,7 @@ def _print_overview(overview: Overview) -> None:
 
 
 def _print_suite(result: SuiteResult) -> None:
-    console = Console()
+    console = SafeConsole()
     finished = sum(record.status == "finished" for record in result.records.values())
     console.print(f"{finished:,} runs finished, {result.reused:,} of them before; {len(result.failed):,} failed")
     for record in result.failed[:20]:
@@ -186,7 +186,7 @@ def _print_suite(result: SuiteResult) -> None:
 @contextlib.contextmanager
 def _search_progress() -> Iterator[Callable[[SearchEvent], None] | None]:
     """Draw one bar for the search; where standard error is no terminal, a line for each trial that ends."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     if not console.is_terminal:
 
         def tell(event: SearchEvent) -> None:
@@ -209,7 +209,7 @@ def _search_progress() -> Iterator[Callable[[SearchEvent], None] | None]:
 
 
 def _print_search(result: SearchResult) -> None:
-    console = Console()
+    console = SafeConsole()
     console.print(f"{result.finished} trials finished, {result.pruned} pruned, {result.failed} failed")
     if result.score is not None:
         console.print(f"best {result.score:.2f} on the held-out rows")

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
+from filelock import FileLock
+
+from kdlora.data.row_hash import hash_columns
+from kdlora.data.spool import make_dataset, map_file, slice_rows, spool, write_file
+from kdlora.data.unlabelled import TEXTS, keep_unscored
+from kdlora.system.integrity import hash_file, hash_json
+from kdlora.system.storage import atomic_file, write_text_atomic
 
 LOST = 0.15
 """Share of the words that are deleted or replaced, each with the same chance."""
@@ -21,31 +32,96 @@ def augment_texts(rows: Dataset, copies: int, *, seed: int = 0) -> Dataset:
     The copies have no label, for a word may have carried it: they are for a teacher, whose answer to a broken text is
     a signal like any other. What a student lacks under distillation is texts, not labels.
 
-    Args:
-        rows: canonical columns `id`, `text` and for pairs `text_pair`.
-        copies: of each row.
-        seed: of the draws; they depend on nothing else.
-
-    Returns:
-        `copies` times the rows, with `id` ("<id>~1", …), `text` and `text_pair`.
-
     *Source*: word replacement for distillation, TinyBERT (Jiao et al., arXiv 1909.10351), section 3.3, with words drawn
     by frequency in place of a language model's; deletion, EDA (Wei and Zou, arXiv 1901.11196).
     """
-    draw = np.random.default_rng(seed)
-    columns = [name for name in ("text", "text_pair") if name in rows.column_names]
-    texts = {name: [_words(text) for text in rows[name]] for name in columns}
-    bag = [word for column in texts.values() for words in column for word in words]  # a frequent word is in it often
-    made: dict[str, list[str]] = {name: [] for name in ("id", *columns)}
+    names = ["id", *_texts_of(rows)]
+    batches = _copies(rows.select_columns(names), copies, np.random.default_rng(seed))
+    return make_dataset(spool(batches, "copies"), rows.select_columns(names).features)
+
+
+def stored_copies(rows: Dataset, copies: int, *, seed: int, scored: Sequence[Dataset], folder: Path | None) -> Dataset:
+    """Make the copies of the training texts that no row is scored on, or map those that were made before."""
+    if folder is None:
+        return keep_unscored(augment_texts(rows, copies, seed=seed), scored)
+    made_of = [hash_columns(rows, ["id", *TEXTS]), copies, seed, *(hash_columns(part, TEXTS) for part in scored)]
+    file = folder / f"{hash_json(made_of)[:16]}.arrow"
+    if not _is_whole(file):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            if not _is_whole(file):
+                made = keep_unscored(augment_texts(rows, copies, seed=seed), scored)
+                with atomic_file(file) as temporary:
+                    write_file(made, temporary)
+                write_text_atomic(file.with_suffix(".sha256"), hash_file(file))
+    return make_dataset(map_file(file), rows.select_columns(["id", *_texts_of(rows)]).features)
+
+
+def _is_whole(file: Path) -> bool:
+    """Say whether a file is there, and still what was written."""
+    digest = file.with_suffix(".sha256")
+    return file.is_file() and digest.is_file() and digest.read_text(encoding="utf-8") == hash_file(file)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """The words of texts as numbers, since a list of strings takes fifty bytes a word.
+
+    Attributes:
+        known: every word once.
+        numbers: of all words, text after text; a frequent word is in it often.
+        ends: where each text ends, per column, in the order of the columns.
+    """
+
+    known: list[str]
+    numbers: np.ndarray
+    ends: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, rows: Dataset) -> _Words:
+        """Read all texts once."""
+        known: dict[str, int] = {}
+        numbers = array("i")
+        ends = {}
+        for name in _texts_of(rows):
+            found = array("q", [len(numbers)])
+            for table in slice_rows(rows, [name]):
+                for text in table[name].to_pylist():
+                    numbers.extend(known.setdefault(word, len(known)) for word in _words(text))
+                    found.append(len(numbers))
+            ends[name] = np.asarray(found)
+        return cls(list(known), np.asarray(numbers), ends)
+
+    def text(self, name: str, row: int) -> list[str]:
+        """Give the words of one text."""
+        start, end = self.ends[name][row : row + 2]
+        return [self.known[number] for number in self.numbers[start:end]]
+
+    def drawn(self, draw: np.random.Generator) -> str:
+        """Draw a word by its frequency."""
+        return self.known[self.numbers[int(draw.integers(len(self.numbers)))]]
+
+
+def _copies(rows: Dataset, copies: int, draw: np.random.Generator) -> Iterator[pa.RecordBatch]:
+    """Yield the copies, some thousand at a time."""
+    words = _Words.of(rows)
     for copy in range(1, copies + 1):
-        for row, identity in enumerate(rows["id"]):
-            made["id"].append(f"{identity}~{copy}")
-            for name in columns:
-                echo = name == "text_pair" and draw.random() < ECHOED
-                words = texts["text" if echo else name][row]
-                other = texts[name][int(draw.integers(len(texts[name])))]
-                made[name].append(_perturb(words, other, bag, draw))
-    return Dataset.from_dict(made, features=rows.select_columns(list(made)).features)
+        row = 0
+        for table in slice_rows(rows, ["id"]):
+            made: dict[str, list[str]] = {name: [] for name in ("id", *words.ends)}
+            for identity in table["id"].to_pylist():
+                made["id"].append(f"{identity}~{copy}")
+                for name in words.ends:
+                    echo = name == "text_pair" and draw.random() < ECHOED
+                    own = words.text("text" if echo else name, row)
+                    other = words.text(name, int(draw.integers(len(rows))))
+                    made[name].append(_perturb(own, other, words, draw))
+                row += 1
+            yield pa.RecordBatch.from_pydict(made)
+
+
+def _texts_of(rows: Dataset) -> list[str]:
+    return [name for name in TEXTS if name in rows.column_names]
 
 
 def _words(text: str) -> list[str]:
@@ -54,13 +130,13 @@ def _words(text: str) -> list[str]:
     return words if len(words) > 1 else list(text.strip())
 
 
-def _perturb(words: Sequence[str], other: Sequence[str], bag: Sequence[str], draw: np.random.Generator) -> str:
+def _perturb(words: Sequence[str], other: Sequence[str], known: _Words, draw: np.random.Generator) -> str:
     """Perturb one text, and join it again; something of it always remains."""
     if draw.random() < SPLICED:
         words = [*words[: (len(words) + 1) // 2], *other[len(other) // 2 :]]
     chances = draw.random(len(words))
     kept = [
-        word if chance >= LOST else bag[int(draw.integers(len(bag)))]
+        word if chance >= LOST else known.drawn(draw)
         for word, chance in zip(words, chances, strict=True)
         if chance >= LOST / 2  # below, the word is deleted
     ]

@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from kdlora.config import Kind
-from kdlora.data.rows import make_dataset, slice_rows, spool
+from kdlora.data.spool import make_dataset, slice_rows, spool
 from kdlora.errors import ModelError
 
 PAD_MULTIPLE = 8
@@ -49,20 +49,7 @@ class Tokenised:
 
 
 def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenised:
-    """Turn texts into token ids, row by row in the same order; the result lies in a mapped temporary file.
-
-    Args:
-        dataset: canonical columns; of a pair, the longer text is cut first.
-        tokenizer: the model's own tokenizer.
-        max_length: longest input in tokens; where the tokenizer's own limit is lower, that holds.
-
-    Returns:
-        The token ids, and how many examples were cut.
-
-    Raises:
-        DataError: no rows.
-        OSError: the folder for temporary files is full.
-    """
+    """Turn texts into token ids, row by row in the same order; the result lies in a mapped temporary file."""
     limit = min(max_length, tokenizer.model_max_length)
     carried = [name for name in dataset.column_names if name in _CARRIED]
     with (
@@ -96,16 +83,7 @@ def _encode_slices(
 
 
 def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[Any]]:
-    """Turn some texts into token ids.
-
-    Args:
-        rows: lists `text`, and `text_pair` for pairs.
-        tokenizer: the model's own tokenizer.
-        limit: longest input in tokens.
-
-    Returns:
-        Lists `input_ids`, `token_type_ids` where the tokenizer makes them, `length`, and `truncated` (bool).
-    """
+    """Turn some texts into token ids."""
     texts = [rows[name] for name in _TEXTS if name in rows]
     kept = [name for name in tokenizer.model_input_names if name in ("input_ids", "token_type_ids")]
     # verbose=False: over-long inputs are expected here, counted, and cut below.
@@ -130,7 +108,8 @@ class LengthBucketSampler(Sampler[list[int]]):
     Rows are shuffled, cut into chunks of many batches, sorted by length within a chunk, and the batches shuffled:
     every epoch forms new batches, and a batch is hardly padded. Every row comes once; the last, short batch is drawn
     like the others but comes last. The order depends on the lengths, the seed and the epoch alone. An epoch of more
-    rows than there are takes all of them again and again, the last time a part drawn at random.
+    rows than there are takes all of them again and again, the last time a part drawn at random. Rows `beside`
+    come in addition: every epoch has as many of them as of the others.
     """
 
     def __init__(
@@ -141,30 +120,21 @@ class LengthBucketSampler(Sampler[list[int]]):
         seed: int,
         chunk_batches: int = _CHUNK_BATCHES,
         rows_per_epoch: int | None = None,
+        beside: int = 0,
     ) -> None:
-        """Prepare epoch 0.
-
-        Args:
-            lengths: tokens of each row, shape (rows,).
-            batch_size: rows per batch.
-            seed: of the order.
-            chunk_batches: batches per chunk; more pad less and mix less.
-            rows_per_epoch: rows that an epoch draws; default: each row once.
-        """
+        """Prepare epoch 0; the last `beside` rows are drawn beside the others, which doubles epoch and batch."""
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.batch_size = batch_size
+        self.batch_size = batch_size * (2 if beside else 1)
         self.drop_last = False  # accelerate asks
         self.seed = seed
         self.epoch = 0
         self.chunk_batches = chunk_batches
-        self.rows_per_epoch = len(self.lengths) if rows_per_epoch is None else rows_per_epoch
+        self.beside = beside
+        self.drawn = len(self.lengths) - beside if rows_per_epoch is None else rows_per_epoch
+        self.rows_per_epoch = self.drawn * (2 if beside else 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order.
-
-        Args:
-            epoch: from 0.
-        """
+        """Choose the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -174,8 +144,11 @@ class LengthBucketSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the row numbers of each batch."""
         draw = np.random.default_rng([self.seed, self.epoch])
-        passes = -(-self.rows_per_epoch // max(1, len(self.lengths)))
-        order = np.concatenate([draw.permutation(len(self.lengths)) for _ in range(passes)])[: self.rows_per_epoch]
+        first = len(self.lengths) - self.beside
+        order = self._draw(draw, first, self.drawn)
+        if self.beside:
+            order = np.concatenate([order, first + self._draw(draw, self.beside, self.drawn)])
+            draw.shuffle(order)
         full = len(order) // self.batch_size * self.batch_size
         chunk = self.chunk_batches * self.batch_size
         for start in range(0, full, chunk):
@@ -187,12 +160,14 @@ class LengthBucketSampler(Sampler[list[int]]):
         if full < len(order):
             yield order[full:].tolist()
 
-    def rows_of(self, place: int) -> int:
-        """Count the rows of a batch.
+    @staticmethod
+    def _draw(draw: np.random.Generator, rows: int, wanted: int) -> npt.NDArray[np.int64]:
+        """Draw rows, each of them once before any comes again."""
+        passes = -(-wanted // max(1, rows))
+        return np.concatenate([draw.permutation(rows) for _ in range(passes)])[:wanted]
 
-        Args:
-            place: of the batch in the epoch, from 0.
-        """
+    def rows_of(self, place: int) -> int:
+        """Count the rows of a batch."""
         return min(self.batch_size, self.rows_per_epoch - place * self.batch_size)
 
 
@@ -200,13 +175,7 @@ class SharedSampler(Sampler[list[int]]):
     """The part of every batch that falls to one of several processes: rows of like lengths fall to all of them."""
 
     def __init__(self, whole: LengthBucketSampler, rank: int, count: int) -> None:
-        """Take a part.
-
-        Args:
-            whole: draws the batches, the same ones in every process.
-            rank: number of this process, from 0.
-            count: of all processes.
-        """
+        """Take a part."""
         self.whole = whole
         self.rank = rank
         self.count = count
@@ -226,16 +195,7 @@ class SharedSampler(Sampler[list[int]]):
 
 
 def length_sorted_batches(lengths: Sequence[int] | npt.NDArray[np.integer[Any]], batch_tokens: int) -> list[list[int]]:
-    """Form batches for inference: longest first, so that a machine too small fails at once.
-
-    Args:
-        lengths: tokens of each row, shape (rows,).
-        batch_tokens: most tokens of a batch, padding to a multiple of 8 included; a row that alone has more is a
-            batch of its own.
-
-    Returns:
-        The row numbers of each batch; every row once.
-    """
+    """Form batches for inference: longest first, so that a machine too small fails at once."""
     widths = -(-np.maximum(np.asarray(lengths, dtype=np.int64), 1) // PAD_MULTIPLE) * PAD_MULTIPLE
     order = np.argsort(-widths, kind="stable")
     batches, start = [], 0
@@ -266,16 +226,7 @@ class Collator:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, kind: Kind, max_length: int) -> Collator:
-        """Take the padding from a tokenizer.
-
-        Args:
-            tokenizer: the model's own tokenizer.
-            kind: of the task.
-            max_length: longest input in tokens.
-
-        Raises:
-            ModelError: the tokenizer has no padding token.
-        """
+        """Take the padding from a tokenizer."""
         if tokenizer.pad_token_id is None:
             raise ModelError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no padding token; choose another encoder"
@@ -283,16 +234,7 @@ class Collator:
         return cls(tokenizer.pad_token_id, kind, max_length, pad_token_type_id=tokenizer.pad_token_type_id)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make a batch.
-
-        Args:
-            rows: rows of `Tokenised.dataset`.
-
-        Returns:
-            `input_ids`, `attention_mask` and `token_type_ids` as int64 (rows, width); `labels` as int64 (rows,),
-            float32 (rows,) or float32 (rows, labels); `teacher_logits` as float32 (rows, labels); `labelled` as
-            bool (rows,).
-        """
+        """Make a batch."""
         lengths = [len(row["input_ids"]) for row in rows]
         width = self._width(max(lengths))
         mask = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]

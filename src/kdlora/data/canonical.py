@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from kdlora.data.ids import are_distinct
 from kdlora.data.labels import encode_labels
-from kdlora.data.rows import make_dataset, spool
 from kdlora.data.sources import RawTable, Source, is_text
+from kdlora.data.spool import make_dataset, spool
 from kdlora.data.tasks import Task
 from kdlora.errors import DataError
 

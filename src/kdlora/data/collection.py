@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from kdlora.configfile import COLLECTION_MANIFEST
-from kdlora.data.faults import UNREADABLE
+from kdlora.data.faults import parquet_faults
 from kdlora.data.ids import are_distinct
-from kdlora.data.rows import make_dataset, spool
+from kdlora.data.spool import make_dataset, spool
 from kdlora.data.tasks import Task
-from kdlora.errors import DataError, did_you_mean
+from kdlora.errors import ArtifactError, DataError, did_you_mean
+from kdlora.foreign import is_plain_name, read_json
 
 SCHEMA_VERSION = 1
 LOGIT = "logit:"
 """Marks the columns of logits, so that a label named `id` cannot collide."""
 _BATCH_ROWS = 65536
+
+
+def _plain(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError("expected a file in the collection's own folder")
+    return name
+
+
+class _Shard(BaseModel):
+    model_config = ConfigDict(strict=True)
+    file: Annotated[str, AfterValidator(_plain)]
+    sha256: str
+    truncated: int
+
+
+class _Ingredients(BaseModel):
+    model_config = ConfigDict(strict=True)
+    weights: str
+
+
+class _Manifest(BaseModel):
+    """What a manifest must hold before anything is done with it."""
+
+    model_config = ConfigDict(strict=True)
+    schema_version: int
+    complete: bool
+    fingerprint: str
+    model: str
+    label_names: Annotated[list[str], Field(min_length=1)]
+    ingredients: _Ingredients
+    versions: dict[str, str]
+    texts: Annotated[int, Field(ge=0, le=2)]
+    shards: list[_Shard]
 
 
 @dataclass(frozen=True)
@@ -73,73 +107,48 @@ class Collection:
         return {self.folder / str(shard["file"]): str(shard["sha256"]) for shard in self.content["shards"]}
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        """Map some columns of every row.
-
-        Args:
-            columns: names of columns.
-
-        Raises:
-            DataError: a shard is missing or damaged, or there are no rows.
-        """
+        """Map some columns of every row."""
         return spool(self._batches(columns), str(self.folder))
 
     def _batches(self, columns: Sequence[str]) -> Any:
         for file in self.files:
-            try:
-                with pq.ParquetFile(file) as parquet:
-                    for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
-                        yield batch.select(list(columns))
-            except (*UNREADABLE, KeyError) as fault:
-                raise DataError(
-                    f"{file}: this shard of a labelled collection cannot be read ({fault}); run kdlora label again "
-                    f"with --to {self.folder}, which writes what is missing"
-                ) from None
+            remedy = f"run kdlora label again with --to {self.folder}, which writes what is missing"
+            with parquet_faults(f"{file}, a shard of a labelled collection,", remedy), pq.ParquetFile(file) as parquet:
+                for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
+                    if missing := [name for name in columns if name not in batch.schema.names]:
+                        raise DataError(f"{file}: this shard has no column {missing[0]!r}; {remedy}")
+                    yield batch.select(list(columns))
 
 
 def is_collection(folder: Path) -> bool:
-    """Whether `kdlora label` wrote this folder.
-
-    Args:
-        folder: any path.
-    """
+    """Whether `kdlora label` wrote this folder."""
     return (folder / COLLECTION_MANIFEST).is_file()
 
 
 def open_collection(folder: Path) -> Collection:
-    """Read the manifest of a finished collection.
-
-    Args:
-        folder: as `kdlora label --to` named it.
-
-    Raises:
-        DataError: it is unfinished, damaged, or of another version of kdlora.
-    """
+    """Read the manifest of a finished collection."""
     path = folder / COLLECTION_MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version, complete = content["schema_version"], content["complete"]
-    except (OSError, ValueError, KeyError, TypeError) as fault:
-        raise DataError(f"{path}: not the manifest of a labelled collection ({fault!r}); label it again") from None
-    if version != SCHEMA_VERSION:
-        raise DataError(f"{path}: written by another version of kdlora (schema {version!r}); label it again")
-    if not complete:
+        content = read_json(path)
+        version = content.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise DataError(f"{path}: written by another version of kdlora (schema {version!r:.40}); label it again")
+        _Manifest.model_validate(content)
+    except ArtifactError as fault:
+        raise DataError(str(fault)) from None
+    except ValidationError as fault:
+        first = fault.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{path}: not the manifest of a labelled collection ({place}: {first['msg']}); label it again"
+        ) from None
+    if not content["complete"]:
         raise DataError(f"{folder}: this labelled collection is unfinished; run the same kdlora label command again")
     return Collection(folder, content)
 
 
 def open_collection_texts(folder: Path, task: Task) -> Dataset:
-    """Read ids and texts of a collection that serves as unlabelled rows.
-
-    Args:
-        folder: as `kdlora label --to` named it.
-        task: whose labels the collection must have, and whether its texts are pairs.
-
-    Returns:
-        Canonical columns `id`, `text`, and `text_pair` for pairs.
-
-    Raises:
-        DataError: of other labels, without texts, or of single texts where pairs are wanted.
-    """
+    """Read ids and texts of a collection that serves as unlabelled rows."""
     collection = open_collection(folder)
     names = ["id", "text", "text_pair"][: 1 + len(task.text)]
     if not collection.content["texts"]:
@@ -158,16 +167,7 @@ def open_collection_texts(folder: Path, task: Task) -> Dataset:
 
 
 def check_labels(collection: Collection, task: Task, key: str) -> None:
-    """Refuse a collection whose labels are not the task's.
-
-    Args:
-        collection: an opened one.
-        task: its label names, in any order.
-        key: the config key that names the folder.
-
-    Raises:
-        DataError: labels are missing or foreign.
-    """
+    """Refuse a collection whose labels are not the task's."""
     found, wanted = set(collection.label_names), set(task.label_names)
     if found != wanted and not (task.kind == "regression" and len(found) == 1):
         absent = sorted(wanted - found) or sorted(found - wanted)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,16 +17,22 @@ REMEDY = "write it again, with all text in UTF-8"
 _CHUNK_BYTES = 1 << 20
 
 
+@contextmanager
+def parquet_faults(name: str, remedy: str = REMEDY) -> Iterator[None]:
+    """Turn what pyarrow raises over a Parquet file into an error that says whether it is damaged or too large."""
+    try:
+        yield
+    except (MemoryError, pa.ArrowCapacityError) as error:
+        raise DataError(
+            f"{name}: a few rows of this Parquet file need more memory than there is ({error}). A small file may hold "
+            "one long text many times; write it again with shorter texts, or read it where there is more memory"
+        ) from None
+    except UNREADABLE as error:
+        raise DataError(f"{name} is no readable Parquet file ({error}); {remedy}") from None
+
+
 def encoding_error(file: Path, limit: int | None = None) -> DataError | None:
-    """Describe the first byte that is not UTF-8.
-
-    Args:
-        file: the file to scan from its beginning.
-        limit: bytes to scan, about; None scans all.
-
-    Returns:
-        The error to raise, or None where the whole file is UTF-8.
-    """
+    """Describe the first byte that is not UTF-8."""
     offset, line, tail = 0, 1, b""
     with file.open("rb") as stream:
         if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
@@ -56,15 +63,7 @@ def _describe(file: Path, line: int, offset: int, byte: int) -> DataError:
 
 
 def refuse_duplicates(name: str, columns: Sequence[str]) -> None:
-    """Refuse a file in which a column name leaves open which column is meant.
-
-    Args:
-        name: how messages call the file.
-        columns: its columns.
-
-    Raises:
-        DataError: two columns have one name.
-    """
+    """Refuse a file in which a column name leaves open which column is meant."""
     for position, column in enumerate(columns):
         if column in columns[:position]:
             raise DataError(f"{name} has two columns named {column!r}; rename one")

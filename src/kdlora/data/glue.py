@@ -14,15 +14,7 @@ SINGLE_FILE_NAMES = ("diagnostic.tsv", "ax.tsv", "AX.tsv", "test.tsv")
 
 
 def find_glue_folder(path: Path, glue: GlueTask) -> Path | None:
-    """Find a task's folder.
-
-    Args:
-        path: GLUE's root, or the task's own folder.
-        glue: the task.
-
-    Returns:
-        The folder that holds the task's files, or None.
-    """
+    """Find a task's folder."""
     names = [glue.folder, *glue.other_folders, glue.name]
     inside = {entry.name.casefold(): entry for entry in path.iterdir() if entry.is_dir()}
     for name in names:
@@ -33,18 +25,7 @@ def find_glue_folder(path: Path, glue: GlueTask) -> Path | None:
 
 
 def open_glue_folder(path: Path, glue: GlueTask) -> dict[str, dict[str, Source]]:
-    """Open the files of a task.
-
-    Args:
-        path: GLUE's root, or the task's own folder.
-        glue: the task.
-
-    Returns:
-        Split to group to source; a split in one file has the group "".
-
-    Raises:
-        DataError: the folder or one of its files is missing or cannot be opened.
-    """
+    """Open the files of a task."""
     folder = find_glue_folder(path, glue)
     if folder is None:
         raise DataError(
@@ -63,15 +44,7 @@ def open_glue_folder(path: Path, glue: GlueTask) -> dict[str, dict[str, Source]]
 
 
 def open_glue_file(file: Path, glue: GlueTask) -> Source:
-    """Open one file of GLUE, whichever split it is; the diagnostic set can be given as its folder.
-
-    Args:
-        file: a file of the benchmark, or one that the user made with the task's columns.
-        glue: the task.
-
-    Raises:
-        DataError: the file cannot be opened.
-    """
+    """Open one file of GLUE, whichever split it is; the diagnostic set can be given as its folder."""
     if file.suffix.lower() != ".tsv":
         return open_file(file, "the data file")
     source = open_file(file, "the data file", benchmark=True)
@@ -81,15 +54,7 @@ def open_glue_file(file: Path, glue: GlueTask) -> Source:
 
 
 def glue_text_columns(source: Source, glue: GlueTask) -> tuple[str, ...]:
-    """Find the text columns under the Hub's names or under those of the benchmark's files.
-
-    Args:
-        source: an opened file or split.
-        glue: the task.
-
-    Raises:
-        DataError: it has neither.
-    """
+    """Find the text columns under the Hub's names or under those of the benchmark's files."""
     folded = {column.casefold(): column for column in source.columns}
     spellings = (glue.text, glue.file_text)
     for names in spellings:
@@ -103,15 +68,7 @@ def glue_text_columns(source: Source, glue: GlueTask) -> tuple[str, ...]:
 
 
 def glue_label_column(source: Source, glue: GlueTask) -> str | None:
-    """Find the label column under the Hub's name or under that of the benchmark's files.
-
-    Args:
-        source: an opened file or split.
-        glue: the task.
-
-    Returns:
-        The column, or None where the source has no labels.
-    """
+    """Find the label column under the Hub's name or under that of the benchmark's files."""
     names = [name for name in (glue.file_label, "label") if name is not None and name in source.columns]
     return names[0] if names else None
 

@@ -17,9 +17,6 @@ def are_distinct(ids: pa.Array | pa.ChunkedArray) -> bool:
 
     Hashes of 64 bits are sorted, in 8 bytes a row where a table of all ids takes many times as much; the ids
     themselves are looked at only where two hashes are equal.
-
-    Args:
-        ids: text; two nulls count as the same id.
     """
     hashes = np.empty(len(ids), np.uint64)
     done = 0

@@ -11,20 +11,14 @@ from typing import Any
 import pyarrow as pa
 
 from kdlora.data.faults import encoding_error
+from kdlora.data.lines import Lines, LongLineError
 from kdlora.errors import DataError
 
 _CHUNK_ROWS = 10_000
 
 
 def json_columns(file: Path) -> tuple[str, ...]:
-    """Collect the keys of the first rows, in order of appearance.
-
-    Args:
-        file: a JSON Lines file.
-
-    Raises:
-        DataError: no rows, or a line that is not a JSON object.
-    """
+    """Collect the keys of the first rows, in order of appearance."""
     columns: dict[str, None] = {}
     for row in islice(_rows(file), _CHUNK_ROWS):
         columns.update(dict.fromkeys(row))
@@ -34,15 +28,7 @@ def json_columns(file: Path) -> tuple[str, ...]:
 
 
 def json_batches(file: Path, wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Read some keys of every row; a missing key is null.
-
-    Args:
-        file: a JSON Lines file.
-        wanted: the keys to read.
-
-    Raises:
-        DataError: a line that is not a JSON object, or a key whose type changes within the file.
-    """
+    """Read some keys of every row; a missing key is null."""
     rows, first = _rows(file), 0
     while chunk := list(islice(rows, _CHUNK_ROWS)):
         arrays = [_to_array([row.get(key) for row in chunk], key, file, first) for key in wanted]
@@ -57,9 +43,11 @@ def _rows(file: Path) -> Iterator[Mapping[str, Any]]:
             while start.isspace():
                 start = stream.read(1)
             stream.seek(0)
-            yield from _array_rows(file, stream.read()) if start == "[" else _line_rows(file, stream)
+            yield from _array_rows(file, stream.read()) if start == "[" else _line_rows(file, Lines(stream))
     except UnicodeDecodeError as error:
         raise encoding_error(file) or DataError(f"{file} is not UTF-8 ({error})") from None
+    except LongLineError as error:
+        raise DataError(f"{file}: {error}; expected one object per line") from None
 
 
 def _array_rows(file: Path, text: str) -> Iterator[Mapping[str, Any]]:

@@ -20,19 +20,7 @@ _LIST_VALUES = 1 << 30  # offsets of an Arrow list are 32-bit
 
 
 def encode_labels(raw: RawTable, columns: Sequence[str], task: Task) -> pa.Array | pa.ChunkedArray:
-    """Encode the labels of every row.
-
-    Args:
-        raw: the rows.
-        columns: the label columns as this source calls them.
-        task: kind and label names.
-
-    Returns:
-        int64 codes (single-label), float32 (regression) or lists of float32 0/1 (multi-label).
-
-    Raises:
-        DataError: a label is missing, unknown, not a number, or not 0 or 1.
-    """
+    """Encode the labels of every row."""
     if task.kind == "single-label":
         return _codes(raw, columns[0], task.label_names)
     if task.kind == "regression":
@@ -44,18 +32,7 @@ def encode_labels(raw: RawTable, columns: Sequence[str], task: Task) -> pa.Array
 
 
 def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
-    """Spell single labels as their names.
-
-    Args:
-        raw: the rows.
-        column: a column of text, integers, booleans or whole decimals, or codes of a `ClassLabel`.
-
-    Returns:
-        One string per row; null where the label is missing (null, empty text, or the Hub's code -1).
-
-    Raises:
-        DataError: the column holds something else.
-    """
+    """Spell single labels as their names."""
     values = raw.table[column]
     if column in raw.class_names:
         names = pa.array(raw.class_names[column], pa.string())
@@ -82,16 +59,7 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
 
 
 def refuse_missing(raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Array) -> None:
-    """Name the first row without a label.
-
-    Args:
-        raw: the rows.
-        column: the label column.
-        missing: bool, one per row.
-
-    Raises:
-        DataError: some row has none.
-    """
+    """Name the first row without a label."""
     if (position := pc.index(missing, True).as_py()) >= 0:
         count = pc.sum(missing).as_py()
         raise DataError(
@@ -142,18 +110,7 @@ def _numbers(raw: RawTable, column: str) -> pa.Array:
 
 
 def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
-    """Read a column of numbers, or of text that spells numbers.
-
-    Args:
-        raw: the rows.
-        column: its name.
-
-    Returns:
-        float64; null where the value is missing.
-
-    Raises:
-        DataError: a value is no number.
-    """
+    """Read a column of numbers, or of text that spells numbers."""
     values = raw.table[column]
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_null(values.type):
         return values.cast(pa.float64(), safe=False)

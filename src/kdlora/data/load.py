@@ -14,14 +14,14 @@ from datasets import Dataset, concatenate_datasets
 
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.data import glue
-from kdlora.data.augment import augment_texts
+from kdlora.data.augment import stored_copies
 from kdlora.data.canonical import Columns, corrupt_rows, find_id_column, to_canonical
 from kdlora.data.collection import is_collection, open_collection_texts
 from kdlora.data.infer import infer_label_column, infer_task, infer_text_columns
 from kdlora.data.opening import Groups, open_examples, open_splits
-from kdlora.data.rows import read_column
 from kdlora.data.sources import Source
 from kdlora.data.split import split_rows
+from kdlora.data.spool import read_column
 from kdlora.data.tasks import GLUE, GlueTask, Task
 from kdlora.data.unlabelled import keep_unscored, read_lines
 from kdlora.errors import DataError, did_you_mean
@@ -41,6 +41,7 @@ class Splits:
         notes: plain sentences on what was inferred, dropped or drawn.
         unlabelled: texts that only the teacher labels; no column `label`.
         copies: how many of these are perturbed copies of training texts.
+        held_out: training rows that a search took out; an epoch draws as many of the others once more.
     """
 
     task: Task
@@ -50,6 +51,7 @@ class Splits:
     notes: tuple[str, ...] = ()
     unlabelled: Dataset | None = None
     copies: int = 0
+    held_out: int = 0
 
     def __repr__(self) -> str:
         """Say what is learnt, and how many examples there are."""
@@ -122,12 +124,13 @@ class _Reading:
         return bool(values.null_count < len(values))
 
 
-def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
+def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = None) -> Splits:
     """Load every split of an experiment.
 
     Args:
         task: a GLUE task by name, or columns and kind of the user's own data as far as they are set.
         data: files, a folder in GLUE's layout, a `save_to_disk` folder or a Hub data set.
+        copies_in: folder that keeps the perturbed copies (`data.augment`) for the next call; default: none does.
 
     Returns:
         The completed task and its splits in canonical columns.
@@ -151,22 +154,15 @@ def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
     for note in reading.notes:
         logger.info(note)
     splits_read = Splits(reading.task, train, validation, test, tuple(reading.notes), unlabelled)
-    return add_copies(splits_read, data.augment, seed=data.split_seed) if data.augment else splits_read
+    return add_copies(splits_read, data.augment, seed=data.split_seed, keep_in=copies_in)
 
 
-def add_copies(splits: Splits, copies: int, *, seed: int) -> Splits:
-    """Put perturbed copies of the training texts beside the unlabelled rows.
-
-    Args:
-        splits: the task with its examples.
-        copies: of each training text.
-        seed: of the draws.
-
-    Returns:
-        The splits; no copy is the text of a validation or test row.
-    """
+def add_copies(splits: Splits, copies: int, *, seed: int, keep_in: Path | None = None) -> Splits:
+    """Put perturbed copies of the training texts beside the unlabelled rows."""
+    if not copies:
+        return splits
     scored = [part for part in (splits.validation, splits.test) if part is not None]
-    made = keep_unscored(augment_texts(splits.train, copies, seed=seed), scored)
+    made = stored_copies(splits.train, copies, seed=seed, scored=scored, folder=keep_in)
     parts = [splits.unlabelled.select_columns(made.column_names)] if splits.unlabelled is not None else []
     note = f"{len(made)} perturbed copies of the training texts are there for the teacher to label (data.augment)."
     return replace(
@@ -175,17 +171,7 @@ def add_copies(splits: Splits, copies: int, *, seed: int) -> Splits:
 
 
 def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: bool) -> Dataset:
-    """Load one file of examples for a task that is known, to evaluate or predict.
-
-    Args:
-        path: a CSV, TSV, JSON Lines or Parquet file, a folder by `save_to_disk`, or the folder of GLUE's AX.
-        task: columns, kind and label names; a GLUE task also accepts the benchmark's own column names.
-        id_column: names an example; `id` may be absent, the row number from 0 then serves.
-        labelled: whether labels are wanted; else a label column is ignored.
-
-    Raises:
-        DataError: the file does not fit the task.
-    """
+    """Load one file of examples for a task that is known, to evaluate or predict."""
     known = next((entry for name, entry in GLUE.items() if name == task.name), None)
     source = open_examples(Path(path), known)
     reading = _Reading(task, known, id_column)

@@ -9,7 +9,7 @@ from pathlib import Path
 from kdlora.config import DataConfig
 from kdlora.data import glue
 from kdlora.data.collection import is_collection
-from kdlora.data.hub import is_saved_dataset, open_hub, open_saved
+from kdlora.data.hub_data import is_saved_dataset, open_hub, open_saved
 from kdlora.data.sources import Source, open_file
 from kdlora.data.tasks import GlueTask
 from kdlora.data.unlabelled import is_text_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Features
+from datasets import ClassLabel, Dataset
+from pydantic import TypeAdapter
 
 from kdlora.data.delimited import Dialect, choose_dialect, delimited_batches, delimited_columns
-from kdlora.data.faults import REMEDY, UNREADABLE, refuse_duplicates
+from kdlora.data.faults import parquet_faults, refuse_duplicates
 from kdlora.data.jsonlines import json_batches, json_columns
-from kdlora.data.rows import spool
-from kdlora.errors import DataError, did_you_mean
+from kdlora.data.spool import spool
+from kdlora.errors import DataError, did_you_mean, first_line
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _PARQUET_ROWS = 65536
@@ -67,15 +69,7 @@ class Source:
     benchmark: bool = False
 
     def require(self, column: str, key: str) -> str:
-        """Return `column` if the source has it.
-
-        Args:
-            column: the wanted column.
-            key: the config key that names it.
-
-        Raises:
-            DataError: it does not.
-        """
+        """Return `column` if the source has it."""
         if column not in self.columns:
             raise DataError(
                 f"{self.name} has no column {column!r} ({key}); it has {', '.join(map(repr, self.columns))}."
@@ -85,17 +79,7 @@ class Source:
 
 
 def open_file(path: str | Path, key: str, *, glue_header: tuple[str, ...] = (), benchmark: bool = False) -> Source:
-    """Open a data file by its extension.
-
-    Args:
-        path: CSV, TSV, JSON Lines or Parquet.
-        key: the config key that names the file, for messages.
-        glue_header: columns of a TSV file that has no header.
-        benchmark: whether it is GLUE's own TSV file; rows with too few or too many columns are then left out.
-
-    Raises:
-        DataError: the file is missing, empty, of an unknown kind, or its columns cannot be read.
-    """
+    """Open a data file by its extension."""
     file = _existing_file(Path(path), key)
     name, extension = str(file), file.suffix.lower()
     if extension in (".csv", ".tsv"):
@@ -170,28 +154,41 @@ def _delimited_source(file: Path, dialect: Dialect, *, benchmark: bool) -> Sourc
 
 def _parquet_source(file: Path) -> Source:
     name = str(file)
-    try:
+    with parquet_faults(name):
         schema = pq.read_schema(file)
-    except UNREADABLE as error:
-        raise DataError(f"{name} is no readable Parquet file ({error}); {REMEDY}") from None
     refuse_duplicates(name, schema.names)
 
     def read(wanted: Sequence[str]) -> RawTable:
         columns = list(wanted)
         table = spool(_parquet_batches(file, columns), name)
-        names = {}
-        if b"huggingface" in (schema.metadata or {}):
-            names = class_names(Features.from_arrow_schema(schema), columns)
-        return RawTable(name, table, names)
+        return RawTable(name, table, _stored_class_names(name, schema, columns))
 
     return Source(name, tuple(schema.names), read)
 
 
-def _parquet_batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _stored_class_names(name: str, schema: pa.Schema, columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Read the label names that `datasets` puts into a Parquet file beside codes."""
+    metadata = (schema.metadata or {}).get(b"huggingface")
+    if metadata is None:
+        return {}
+    found = {}
     try:
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-                batch.validate(full=True)  # pyarrow itself takes any bytes for text
-                yield batch.select(columns)  # it gives the file's order
-    except UNREADABLE as error:
-        raise DataError(f"{file} is no readable Parquet file ({error}); {REMEDY}") from None
+        features = json.loads(metadata)["info"]["features"]
+        for column in (column for column in columns if column in features):
+            feature = features[column]
+            feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+                found[column] = TypeAdapter(tuple[str, ...]).validate_python(feature["names"])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise DataError(
+            f"{name}: its metadata 'huggingface', where label names stand, cannot be read ({first_line(error)}); write "
+            "the file again without it, with labels by name"
+        ) from None
+    return found
+
+
+def _parquet_batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    with parquet_faults(str(file)), pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+            batch.validate(full=True)  # pyarrow itself takes any bytes for text
+            yield batch.select(columns)  # it gives the file's order

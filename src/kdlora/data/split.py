@@ -13,15 +13,6 @@ def split_rows(
 
     With classes, each gives its share (largest remainders first); a class with two rows or more is in both parts,
     a class with a single row stays in training, and nobody makes up for it.
-
-    Args:
-        rows: number of rows, at least 2.
-        fraction: share of the validation split, above 0 and below 1.
-        seed: makes the draw reproducible.
-        classes: the class of each row, shape (rows,), for a stratified draw.
-
-    Returns:
-        Row numbers of the training part and of the validation part, each ascending.
     """
     draw = np.random.default_rng(seed)
     total = min(rows - 1, max(1, round(rows * fraction)))

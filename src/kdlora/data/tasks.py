@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 from kdlora.config import GlueName, Kind
 from kdlora.errors import DataError, did_you_mean
@@ -245,18 +245,3 @@ _TABLE = (
 
 GLUE: dict[GlueName, GlueTask] = {entry.name: entry for entry in _TABLE}
 """Every GLUE task by our name; label names and their order are those of `nyu-mll/glue`."""
-
-
-def find_glue_task(name: str) -> GlueTask:
-    """Look a GLUE task up by name.
-
-    Args:
-        name: one of our names, such as `sst2`.
-
-    Raises:
-        DataError: there is no such task.
-    """
-    if name not in get_args(GlueName):
-        known = ", ".join(GLUE)
-        raise DataError(f"{name!r} is not a GLUE task; the tasks are {known}.{did_you_mean(name, GLUE)}")
-    return GLUE[cast(GlueName, name)]

@@ -13,8 +13,9 @@ from datasets import Dataset
 
 from kdlora.data.canonical import Columns, corrupt_rows, to_canonical
 from kdlora.data.faults import encoding_error
-from kdlora.data.rows import read_column, spool
+from kdlora.data.lines import Lines, LongLineError
 from kdlora.data.sources import RawTable
+from kdlora.data.spool import read_column, spool
 from kdlora.data.tasks import Task
 from kdlora.errors import DataError
 
@@ -23,27 +24,12 @@ _CHUNK_LINES = 10_000
 
 
 def is_text_file(file: Path) -> bool:
-    """Whether a file is read as one text a line, by its name.
-
-    Args:
-        file: any path.
-    """
+    """Whether a file is read as one text a line, by its name."""
     return file.suffix.lower() == ".txt" and file.is_file() and file.stat().st_size > 0
 
 
 def read_lines(file: Path, task: Task) -> Dataset:
-    """Read one text a line; a row's id is its line's number from 0, and empty lines are left out.
-
-    Args:
-        file: plain text in UTF-8.
-        task: of single texts.
-
-    Returns:
-        Canonical columns `id` and `text`.
-
-    Raises:
-        DataError: the task has pairs, a byte is not UTF-8, or no line holds text.
-    """
+    """Read one text a line; a row's id is its line's number from 0, and empty lines are left out."""
     if len(task.text) > 1:
         raise DataError(
             f"{file} (data.unlabelled) holds one text a line, but the task has pairs ({', '.join(task.text)}); give "
@@ -58,11 +44,14 @@ def read_lines(file: Path, task: Task) -> Dataset:
 
 def _line_batches(file: Path) -> Iterator[pa.RecordBatch]:
     try:
-        with file.open(encoding="utf-8-sig") as lines:
+        with file.open(encoding="utf-8-sig") as stream:
+            lines = Lines(stream)
             while chunk := [line.rstrip("\n") for line in islice(lines, _CHUNK_LINES)]:
                 yield pa.RecordBatch.from_arrays([pa.array(chunk)], names=["text"])
     except UnicodeDecodeError as error:
         raise encoding_error(file) or DataError(f"{file} is not UTF-8 ({error})") from None
+    except LongLineError as error:
+        raise DataError(f"{file} (data.unlabelled): {error}; expected one text a line") from None
 
 
 def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:
@@ -70,13 +59,6 @@ def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:
 
     A teacher's answer to a validation text would teach the student that very text, and its score would no longer be
     one on new texts.
-
-    Args:
-        rows: canonical columns.
-        scored: the validation and test rows.
-
-    Returns:
-        The other rows, in their order.
     """
     names = [name for name in TEXTS if name in rows.column_names]
     taken = [pc.is_in(read_column(rows, name), _values(scored, name)) for name in names]

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdlora.data.tasks import Task
-from kdlora.deploy.benchmark_process import ModelProcess, model_process
+from kdlora.deploy.benchmark_worker import ModelProcess, model_process
 from kdlora.deploy.encode import Text, check_text, spread
 from kdlora.deploy.folder import Precision, read_model_folder
 from kdlora.deploy.predict import default_threads
 from kdlora.errors import ConfigError, DataError
-from kdlora.evidence.environment import collect_versions, describe_machine
 from kdlora.evidence.metrics import compute_metrics, score
-from kdlora.evidence.notebook import html_table
+from kdlora.report.shipped import BenchmarkResult, ModelFigures
+from kdlora.system.environment import collect_versions, describe_machine
 
 Progress = Callable[[str], None]
 
@@ -37,111 +36,6 @@ _SEARCH_TEXTS = 256
 _GRID_REPEATS = 3
 
 
-@dataclass(frozen=True)
-class ModelFigures:
-    """What one model costs, and how good it is.
-
-    Attributes:
-        name: of the model in the table.
-        folder: where it is.
-        backend: "transformers" or "onnx".
-        precision: "fp32" or "int8".
-        unmerged: whether an adapter ran unmerged on its base.
-        p50_ms: median latency of one text, tokenisation included.
-        p95_ms: 95th percentile.
-        p99_ms: 99th percentile.
-        texts_per_second: median over the rounds, in length-sorted batches, tokenisation included.
-        batch_size: the one with the best throughput.
-        load_seconds: from nothing loaded to the first answer, after imports.
-        peak_memory_bytes: above the level after imports, until the last round; None where the system cannot tell.
-        size_bytes: of the weights.
-        score: 0..100; None without labels.
-        grid_ms: "batch x length" to median milliseconds of one forward pass.
-    """
-
-    name: str
-    folder: str
-    backend: str
-    precision: str
-    unmerged: bool
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
-    texts_per_second: float
-    batch_size: int
-    load_seconds: float
-    peak_memory_bytes: int | None
-    size_bytes: int
-    score: float | None
-    grid_ms: dict[str, float]
-
-
-@dataclass(frozen=True)
-class BenchmarkResult:
-    """All models of one benchmark, measured in the same rounds.
-
-    Attributes:
-        models: in the order given; ratios are to the first.
-        threads: of each model's process.
-        rounds: interleaved rounds.
-        texts: number of texts.
-        machine: processor, cores, memory.
-        versions: of the libraries.
-    """
-
-    models: tuple[ModelFigures, ...]
-    threads: int
-    rounds: int
-    texts: int
-    machine: dict[str, str]
-    versions: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
-        return asdict(self)
-
-    def _repr_html_(self) -> str:
-        """Show the table in a notebook."""
-        header, rows = self.table()
-        return html_table(header, rows, f"{self.threads} threads, {self.rounds} rounds, {self.texts} texts")
-
-    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Give header and rows as text, with ratios to the first model."""
-        header: tuple[str, ...] = (
-            "model",
-            "runs on",
-            "p50 ms",
-            "p95 ms",
-            "p99 ms",
-            "texts/s",
-            "batch",
-            "speed",
-            "load s",
-            "memory MB",
-            "size MB",
-            "score",
-        )
-        first = self.models[0]
-        rows: list[tuple[str, ...]] = [
-            (
-                model.name,
-                f"{model.backend} {model.precision}{' unmerged' if model.unmerged else ''}",
-                f"{model.p50_ms:.2f}",
-                f"{model.p95_ms:.2f}",
-                f"{model.p99_ms:.2f}",
-                f"{model.texts_per_second:,.0f}",
-                str(model.batch_size),
-                f"{model.texts_per_second / first.texts_per_second:.1f}x",
-                f"{model.load_seconds:.2f}",
-                "-" if model.peak_memory_bytes is None else f"{model.peak_memory_bytes / 1e6:.0f}",
-                f"{model.size_bytes / 1e6:.1f}",
-                "-" if model.score is None else f"{model.score:.2f}",
-            )
-            for model in self.models
-        ]
-        return header, rows
-
-
 def benchmark(
     models: Sequence[str | Path] | Mapping[str, str | Path],
     texts: Sequence[Text] = (),
@@ -156,7 +50,6 @@ def benchmark(
     batch_sizes: Sequence[int] = (8, 32, 64),
     grid_batches: Sequence[int] = (1, 8, 32),
     grid_lengths: Sequence[int] = (16, 64, 128),
-    allow_unmerged: bool = False,
     progress: Progress | None = None,
 ) -> BenchmarkResult:
     """Measure models side by side. In each round every model is timed in turn, so that drift hits all alike.
@@ -174,7 +67,6 @@ def benchmark(
         batch_sizes: tried for the best throughput.
         grid_batches: batch sizes of the grid; empty for no grid.
         grid_lengths: lengths of the grid in tokens; those that a model cannot hold are left out.
-        allow_unmerged: run adapters unmerged on their base; their figures say so.
         progress: called with a short sentence at each step.
 
     Returns:
@@ -182,7 +74,7 @@ def benchmark(
 
     Raises:
         ConfigError: no models, or settings that make no sense.
-        ModelError: not a model folder, an adapter without `allow_unmerged`, a model whose process ended.
+        ModelError: not a model folder, an adapter that is not merged, a model whose process ended.
         DataError: an empty text, labels without a task, or labels that do not fit.
     """
     named = _name_models(models)
@@ -193,8 +85,7 @@ def benchmark(
         raise DataError("benchmark: labels need a task, and one label for each text.")
     rows = [check_text(text, f"text {row}") for row, text in enumerate(texts or DEFAULT_TEXTS)]
     for path in named.values():
-        if not (_is_adapter(path) and allow_unmerged):
-            read_model_folder(path, precision=precision)
+        read_model_folder(path, precision=precision)
     say = progress or (lambda step: None)
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(model_process(name, count)) for name in named}
@@ -208,7 +99,9 @@ def benchmark(
         longest = min(fact["max_length"] for fact in facts.values())
         grids = _time_grid(workers, grid_batches, [length for length in grid_lengths if length <= longest], say)
     figures = [_figures(name, path, facts[name], timed[name], grids[name]) for name, path in named.items()]
-    return BenchmarkResult(tuple(figures), count, rounds, len(rows), describe_machine(), collect_versions())
+    return BenchmarkResult(
+        tuple(figures), count, rounds, len(rows), machine=describe_machine(), versions=collect_versions()
+    )
 
 
 def _load(
@@ -217,12 +110,7 @@ def _load(
     """Load a model in its process and give what it says about itself."""
     say(f"{worker.name}: loading")
     facts: dict[str, Any] = worker.ask(
-        "load",
-        folder=str(path),
-        threads=threads,
-        precision=precision,
-        max_length=max_length,
-        unmerged=_is_adapter(path),
+        "load", folder=str(path), threads=threads, precision=precision, max_length=max_length
     )
     return facts
 
@@ -236,7 +124,6 @@ def _figures(
         folder=str(path),
         backend=facts["backend"],
         precision=facts["precision"],
-        unmerged=_is_adapter(path),
         load_seconds=facts["load_seconds"],
         size_bytes=facts["size_bytes"],
         grid_ms=grid,
@@ -322,8 +209,3 @@ def _name_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> dic
     if not named:
         raise ConfigError("benchmark: expected at least one model.")
     return named
-
-
-def _is_adapter(path: Path) -> bool:
-    """Say whether a folder holds an adapter rather than a model."""
-    return (path / "adapter_config.json").is_file()

@@ -1,20 +1,22 @@
-"""The process that one model of a benchmark runs in; it answers one JSON line for each that it reads."""
+"""The processes of a benchmark, one for each model: both ends, which speak in lines of JSON."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from kdlora.deploy.encode import Text
 from kdlora.deploy.predict import Classifier
-from kdlora.errors import KdLoraError
+from kdlora.errors import KdLoraError, ModelError
 from kdlora.evidence.measure import forget_peak, read_memory
 
 
@@ -26,23 +28,18 @@ class Worker:
         self.classifier: Classifier | None = None
         self.level = 0
 
-    def load(self, folder: str, threads: int, precision: Any, max_length: int | None, unmerged: bool) -> dict[str, Any]:
+    def load(self, folder: str, threads: int, precision: Any, max_length: int | None) -> dict[str, Any]:
         """Import what runs the model, then load it; time and memory count from after the imports."""
         from kdlora.deploy.folder import read_model_folder
 
-        torch_needed = unmerged or read_model_folder(folder, precision=precision).backend == "transformers"
-        importlib.import_module("kdlora.deploy.adapter_backend" if unmerged else "tokenizers")
+        torch_needed = read_model_folder(folder, precision=precision).backend == "transformers"
+        importlib.import_module("tokenizers")
         importlib.import_module("kdlora.deploy.torch_backend" if torch_needed else "onnxruntime")
         forget_peak()
         memory = read_memory()
         self.level = memory.resident if memory else 0
         start = time.perf_counter()
-        if unmerged:
-            from kdlora.deploy.adapter_backend import load_unmerged
-
-            self.classifier = load_unmerged(folder, threads=threads)
-        else:
-            self.classifier = Classifier.load(folder, precision=precision, threads=threads, max_length=max_length)
+        self.classifier = Classifier.load(folder, precision=precision, threads=threads, max_length=max_length)
         self.classifier.predict_logits(["a"])
         described = self.classifier.folder
         return {
@@ -119,3 +116,63 @@ def serve() -> None:
 
 if __name__ == "__main__":
     serve()
+
+
+class ModelProcess:
+    """A model's process, seen from the benchmark.
+
+    Attributes:
+        name: of the model.
+        process: it runs `benchmark_worker`.
+    """
+
+    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+        self.name = name
+        self.process = process
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Send one request and wait for its answer."""
+        if self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError("a worker without pipes")
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            raise ModelError(f"{self.name}: its process ended with code {code} during {do!r} (out of memory?).")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ModelError(answer["error"])
+        return answer["value"]
+
+
+@contextlib.contextmanager
+def model_process(name: str, threads: int) -> Iterator[ModelProcess]:
+    """Start a process for one model, and end it."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "RAYON_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "kdlora.deploy.benchmark_worker"],  # not from the current folder
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        yield ModelProcess(name, process)
+    finally:
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

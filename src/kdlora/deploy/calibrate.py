@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from kdlora.deploy.folder import EXPORT_RECORD, TEMPERATURE_KEY, read_json
+from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TEMPERATURE_KEY
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.calibration import probabilities, reliability
-from kdlora.evidence.storage import write_json_atomic
+from kdlora.foreign import read_json
+from kdlora.report.shipped import Calibration
+from kdlora.system.integrity import hash_file, seal
+from kdlora.system.storage import write_json_atomic
 
 _RANGE = (0.05, 20.0)
 _LEAST_ROWS = 20
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A fitted temperature and what it does on the data that it was fitted on.
-
-    Attributes:
-        temperature: divide logits by it; above 1 the model was too sure.
-        rows: validation rows.
-        nll_before: mean negative log-likelihood, nats.
-        nll_after: the same at the temperature.
-        ece_before: expected calibration error, 0..1, ten bins.
-        ece_after: the same at the temperature.
-    """
-
-    temperature: float
-    rows: int
-    nll_before: float
-    nll_after: float
-    ece_before: float
-    ece_after: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
-        return asdict(self)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibration:
@@ -87,18 +63,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibr
 
 
 def save_temperature(folder: str | Path, temperature: float) -> None:
-    """Write a temperature into a model folder's config.json, where `Classifier` finds it and an export takes it over.
-
-    Args:
-        folder: transformers or ONNX folder.
-        temperature: positive; 1 switches calibration off.
-
-    Raises:
-        ModelError: not a positive number, or no config.json.
-    """
+    """Write a temperature into a folder's config.json, where `Classifier` finds it and an export takes it over."""
     if not (np.isfinite(temperature) and temperature > 0):
         raise ModelError(f"the temperature must be a positive number, got {temperature}.")
-    path = Path(folder) / "config.json"
+    path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise ModelError(f"{folder}: not a model folder, config.json is missing.")
     config = {key: value for key, value in read_json(path).items() if key != TEMPERATURE_KEY}
@@ -107,7 +75,10 @@ def save_temperature(folder: str | Path, temperature: float) -> None:
     write_json_atomic(path, config)
     record = Path(folder) / EXPORT_RECORD
     if record.is_file():
-        write_json_atomic(record, read_json(record) | {"temperature": float(temperature)})
+        content = read_json(record) | {"temperature": float(temperature)}
+        if CONFIG_FILE in content["sha256"]:
+            content["sha256"][CONFIG_FILE] = hash_file(path)
+        write_json_atomic(record, seal(content))
 
 
 def _negative_log_likelihood(scaled: np.ndarray, labels: np.ndarray, kind: str) -> float:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdlora.deploy.folder import ModelFolder, read_json
-from kdlora.errors import ArtifactError, DataError, KdLoraError
+from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder
+from kdlora.errors import ArtifactError, DataError, KdLoraError, ModelError, first_line
+from kdlora.foreign import panics_as_errors
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -24,51 +25,35 @@ class TextEncoder:
     """A tokenizer with fixed truncation; it is never changed after construction, so threads may share it."""
 
     def __init__(self, folder: ModelFolder, input_names: Sequence[str], tokenizer: str | None = None) -> None:
-        """Load `tokenizer.json`, or take a tokenizer that transformers built.
-
-        Args:
-            folder: the model folder.
-            input_names: the arrays that the model takes, such as input_ids and attention_mask.
-            tokenizer: content of a `tokenizer.json`; by default that of the folder.
-
-        Raises:
-            ArtifactError: `tokenizer.json` cannot be read.
-            KdLoraError: `tokenizers` is not installed.
-        """
+        """Load `tokenizer.json`, or take a tokenizer that transformers built."""
         self.input_names = tuple(input_names)
+        if "input_ids" not in self.input_names:
+            raise ModelError(f"{folder.path}: the model does not take input_ids, so it reads no text.")
         self.max_length = folder.max_length
         self.most_characters = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TOKEN * folder.max_length)
-        self._tokenizer = _load_tokenizer(folder.path / "tokenizer.json", tokenizer)
+        self._path = folder.path / TOKENIZER
+        self._tokenizer = _load_tokenizer(self._path, tokenizer)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(folder.max_length, strategy="longest_first")
-        self._pad = _pad_token_id(folder.path, self._tokenizer)
+        self._pad = _pad_token_id(folder, self._tokenizer)
 
     def encode(self, texts: Sequence[Text]) -> list[Encoding]:
         """Tokenise texts that `check_text` has passed.
 
         A text is first cut to 100 characters a token of `max_length` (at least 20,000): what lies beyond would
         be truncated anyway, and ten megabytes in one row must not be tokenised to find that out.
-
-        Args:
-            texts: single texts or pairs, mixed as you like.
-
-        Returns:
-            One encoding a text, at most `max_length` tokens, special tokens included.
         """
         most = self.most_characters
         cut = [text[:most] if isinstance(text, str) else (text[0][:most], text[1][:most]) for text in texts]
-        encodings: list[Encoding] = self._tokenizer.encode_batch(cut)
+        try:
+            with panics_as_errors():
+                encodings: list[Encoding] = self._tokenizer.encode_batch(cut)
+        except Exception as error:
+            raise ArtifactError(f"{self._path}: the tokenizer fails on a text: {first_line(error)}") from None
         return encodings
 
     def pad(self, encodings: Sequence[Encoding]) -> dict[str, np.ndarray]:
-        """Pad encodings on the right into the arrays that the model takes.
-
-        Args:
-            encodings: the rows of one batch.
-
-        Returns:
-            Input name to int64 array (rows, longest row).
-        """
+        """Pad encodings on the right into the arrays that the model takes."""
         longest = max(len(encoding) for encoding in encodings)
         shape = (len(encodings), longest)
         arrays = {
@@ -87,18 +72,7 @@ class TextEncoder:
 
 
 def check_text(text: Any, where: str) -> Text:
-    """Refuse what cannot be classified, rather than give it the label of an empty string.
-
-    Args:
-        text: a text, or the two texts of a pair (tuple or list).
-        where: names the row in the message.
-
-    Returns:
-        The text, or the pair as a tuple.
-
-    Raises:
-        DataError: not text, empty, or not writable as UTF-8.
-    """
+    """Refuse what cannot be classified, rather than give it the label of an empty string."""
     if isinstance(text, tuple | list):
         if len(text) != 2:
             raise DataError(f"{where}: expected a text or a pair of texts, got {len(text)} values.")
@@ -121,16 +95,7 @@ def _check_one(text: Any, where: str) -> str:
 
 
 def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
-    """Group rows of like length, so that little padding is computed.
-
-    Args:
-        lengths: tokens of each row.
-        batch_size: most rows in a batch.
-        batch_tokens: most padded tokens in a batch; a longer row is a batch of its own.
-
-    Returns:
-        Row numbers of each batch; every row occurs once.
-    """
+    """Group rows of like length, so that little padding is computed."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batches: list[list[int]] = []
     for row in order:
@@ -143,12 +108,7 @@ def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -
 
 
 def spread(texts: Sequence[Text], count: int) -> list[Text]:
-    """Take some texts, evenly spaced.
-
-    Args:
-        texts: at least one.
-        count: the most to take.
-    """
+    """Take some texts, evenly spaced."""
     return [texts[row] for row in np.linspace(0, len(texts) - 1, min(count, len(texts)), dtype=int)]
 
 
@@ -159,18 +119,17 @@ def _load_tokenizer(path: Path, content: str | None) -> Any:
     except ImportError:
         raise KdLoraError("tokenizers is not installed: pip install 'kdlora[serve]'") from None
     try:
-        return Tokenizer.from_file(str(path)) if content is None else Tokenizer.from_str(content)
+        with panics_as_errors():
+            return Tokenizer.from_file(str(path)) if content is None else Tokenizer.from_str(content)
     except Exception as error:
         raise ArtifactError(f"{path}: the tokenizer cannot be read: {error}") from None
 
 
-def _pad_token_id(folder: Path, tokenizer: Any) -> int:
+def _pad_token_id(folder: ModelFolder, tokenizer: Any) -> int:
     """Find the padding id; its value hardly matters, as padding is masked, but it must be in the vocabulary."""
-    path = folder / "tokenizer_config.json"
-    token = read_json(path).get("pad_token") if path.is_file() else None
-    if isinstance(token, dict):
-        token = token.get("content")
-    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    found = tokenizer.token_to_id(folder.pad_token) if folder.pad_token is not None else None
     if found is None:
-        found = read_json(folder / "config.json").get("pad_token_id")
-    return int(found) if found is not None else 0
+        found = max(0, folder.pad_token_id or 0)
+    if tokenizer.id_to_token(found) is None:
+        raise ModelError(f"{folder.path / CONFIG_FILE}: pad_token_id {found} is no token of {TOKENIZER}.")
+    return int(found)

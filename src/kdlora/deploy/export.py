@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -14,10 +14,12 @@ import numpy as np
 from kdlora.data.tasks import Task
 from kdlora.deploy.encode import Text
 from kdlora.deploy.folder import ONNX_FP32, ONNX_INT8, ModelFolder, read_model_folder
-from kdlora.deploy.gates import Checks, Gate, Parity, reference_checks
-from kdlora.deploy.package import check_target, finish_package, start_package
+from kdlora.deploy.gates import Checks, Gate, reference_checks
+from kdlora.deploy.package import OPSET, check_target, finish_package, start_package
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError, did_you_mean
-from kdlora.evidence.storage import atomic_folder
+from kdlora.report.shipped import Export, Parity
+from kdlora.system.ownership import remove
+from kdlora.system.storage import atomic_folder
 
 if TYPE_CHECKING:
     from kdlora.deploy.quantise import Recipe
@@ -89,16 +91,10 @@ class _Progress:
     recipe: str = ""
     failure: str = ""
 
-    def record(self, opset: int) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Give what the export's record says of the way."""
-        return {
-            "opset": opset,
-            "recipe": self.recipe,
-            "fused": self.fused,
-            "stages": [parity.to_dict() for parity in self.stages],
-            "attempts": [parity.to_dict() for parity in self.attempts],
-            "failure": self.failure,
-        }
+        stages, attempts = tuple(self.stages), tuple(self.attempts)
+        return asdict(Export(stages, attempts, self.recipe, self.failure, self.fused, OPSET))
 
 
 def export_onnx(
@@ -111,7 +107,6 @@ def export_onnx(
     more_texts: Sequence[Text] = (),
     task: Task | None = None,
     formats: Sequence[Format] = ("onnx", "onnx-int8"),
-    opset: int | None = None,
     max_length: int | None = None,
     max_metric_drop: float = 0.5,
     min_agreement: float = 0.99,
@@ -133,7 +128,6 @@ def export_onnx(
         more_texts: training texts, compared too where there are fewer than 2,000 validation texts.
         task: columns and score metrics; by default those of the kind that config.json states.
         formats: which files to keep.
-        opset: of the standard operators; by default 18.
         max_length: longest input in tokens, recorded for prediction; by default what the tokenizer says.
         max_metric_drop: points that int8 may lose.
         min_agreement: least share of equal predictions of int8, 0..1.
@@ -144,7 +138,7 @@ def export_onnx(
 
     Raises:
         ConfigError: an unknown format or a limit that makes no sense.
-        ModelError: not a merged classifier, a family that cannot be exported, an unknown opset.
+        ModelError: not a merged classifier, a family that cannot be exported.
         DataError: int8 without texts to check it on, an empty text, labels that do not fit.
         ParityError: a stage does not hold; the stages before are in `to`.
         OSError: the disk is full; nothing is left behind.
@@ -155,9 +149,7 @@ def export_onnx(
     target = check_target(Path(to), folder)
     _require_tools()
     from kdlora.deploy.torch_backend import TorchBackend
-    from kdlora.deploy.trace import OPSET, check_opset
 
-    chosen_opset = check_opset(OPSET if opset is None else opset)
     if "onnx-int8" in formats and not len(texts):
         raise DataError(
             "int8 must be checked on validation texts, and there are none. Give texts, or formats=('onnx',)."
@@ -169,9 +161,9 @@ def export_onnx(
     done = _Progress()
     with atomic_folder(target) as work:
         start_package(work, folder, backend.tokenizer)
-        _run_stages(done, checks, backend, work, formats, gate, chosen_opset, say)
-        finish_package(work, folder, settled, _kept(done, formats), done.record(chosen_opset))
-    result = _result(target, folder, done, formats, chosen_opset)
+        _run_stages(done, checks, backend, work, formats, gate, say)
+        finish_package(work, folder, settled, _kept(done, formats), done.record())
+    result = _result(target, folder, done, formats)
     if done.failure:
         raise ParityError(f"{target}: {done.failure}. Kept: {', '.join(result.files)}.", result)
     return result
@@ -184,7 +176,6 @@ def _run_stages(
     work: Path,
     formats: Sequence[str],
     gate: Gate,
-    opset: int,
     say: Progress,
 ) -> None:
     """Go from stage to stage; the first that does not hold ends the way."""
@@ -195,7 +186,7 @@ def _run_stages(
     exact = Gate(largest_difference=FP32_TOLERANCE)
     say("capturing the graph")
     captured, optimised = work / "captured.onnx", work / ONNX_FP32
-    capture(backend.model, backend.input_names, captured, opset=opset)
+    capture(backend.model, backend.input_names, captured)
     parity = checks.judge("onnx", captured, exact, optimised=False)
     if not parity.passed:
         raise ModelError(
@@ -238,15 +229,14 @@ def _quantise(done: _Progress, checks: Checks, optimised: Path, to: Path, gate: 
             return
         logger.info("int8, %s: %s", recipe.name, parity.reason)
         done.attempts.append(parity)
-    to.unlink()
+    remove(to)
     best = max(done.attempts, key=lambda parity: parity.agreement)
     done.failure = f"int8 does not hold with any remedy; the closest was {best.stage}: {best.reason}"
 
 
 def _recipes(checks: Checks, optimised: Path, say: Progress) -> Iterator[Recipe]:
     """Give the recipes; the sensitivity of the products is measured only when the first ones have failed."""
-    from kdlora.deploy.quantise import excluding, recipes
-    from kdlora.deploy.sensitivity import rank_products
+    from kdlora.deploy.quantise import excluding, rank_products, recipes
 
     yield from recipes()
     say("int8: measuring which products are sensitive")
@@ -313,7 +303,7 @@ def _kept(done: _Progress, formats: Sequence[str]) -> dict[str, Path]:
     return {_FILES[name]: path for name, path in (kept or done.files).items()}
 
 
-def _result(target: Path, folder: ModelFolder, done: _Progress, formats: Sequence[str], opset: int) -> ExportResult:
+def _result(target: Path, folder: ModelFolder, done: _Progress, formats: Sequence[str]) -> ExportResult:
     """Describe the folder that is in its place now."""
     names = {file: name for name, file in _FILES.items()}
     files = {names[file]: target / file for file in _kept(done, formats)}
@@ -324,7 +314,7 @@ def _result(target: Path, folder: ModelFolder, done: _Progress, formats: Sequenc
         attempts=tuple(done.attempts),
         fused=done.fused,
         recipe=done.recipe,
-        opset=opset,
+        opset=OPSET,
         size_bytes={name: path.stat().st_size for name, path in files.items()},
         temperature=folder.temperature,
     )

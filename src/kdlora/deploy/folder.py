@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kdlora.errors import ArtifactError, ModelError
+from kdlora.errors import ModelError
+from kdlora.foreign import Check, check_types, read_json_and_digest
+from kdlora.foreign import read_json as read_json
+from kdlora.models.settings import (
+    ADAPTER,
+    CONFIG,
+    NAMES,
+    TASK,
+    TOKENIZER_CONFIG,
+    TOKENIZER_SETTINGS,
+    TOKENS,
+    content_of_token,
+)
 
 Backend = Literal["transformers", "onnx"]
 Precision = Literal["auto", "fp32", "int8"]
@@ -17,6 +29,8 @@ ONNX_FP32 = "model.onnx"
 ONNX_INT8 = "model_quantized.onnx"
 EXPORT_RECORD = "kdlora_export.json"
 TEMPERATURE_KEY = "kdlora_temperature"
+CONFIG_FILE = "config.json"
+TOKENIZER = "tokenizer.json"
 
 _KINDS: dict[str, FolderKind] = {
     "single_label_classification": "single-label",
@@ -28,6 +42,11 @@ _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-robert
 _ENDLESS = 1_000_000
 """transformers writes 1e30 for a tokenizer without a limit."""
 _DEFAULT_MAX_LENGTH = 512
+_SHORTEST = 3
+"""Tokens of the shortest input: two special ones and one of text."""
+_LEAST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-6, 1e6
+
+_RECORD: Mapping[str, Check] = {"max_length": TOKENS, "sha256": NAMES, "task": TASK}
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,9 @@ class ModelFolder:
         temperature: logits are divided by it before they become probabilities; 1 changes nothing.
         task: the task that the export recorded (`Task.to_dict()`), or None.
         record: the content of `kdlora_export.json`, or None.
+        pad_token: the padding token by its text, where the folder names it.
+        pad_token_id: the padding token by its number, where the folder gives it.
+        digests: SHA-256 of the JSON files that all this was read from, by name.
     """
 
     path: Path
@@ -59,6 +81,9 @@ class ModelFolder:
     temperature: float
     task: dict[str, Any] | None
     record: dict[str, Any] | None
+    pad_token: str | None = None
+    pad_token_id: int | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def precision(self) -> Literal["fp32", "int8"]:
@@ -75,57 +100,42 @@ class ModelFolder:
 
 
 def read_model_folder(path: str | Path, *, precision: Precision = "auto", max_length: int | None = None) -> ModelFolder:
-    """Read configuration, labels and limits of a transformers or ONNX folder.
-
-    Args:
-        path: the folder, an `.onnx` file in it, or an experiment folder (its `student` is taken).
-        precision: which ONNX file of a folder that has several; `auto` prefers int8.
-        max_length: longest input in tokens; by default what the folder says.
-
-    Returns:
-        The description; nothing is loaded.
-
-    Raises:
-        ModelError: not a model folder, an adapter, a model without a classification head, or a missing file.
-        ArtifactError: a JSON file in it cannot be read.
-    """
+    """Read configuration, labels and limits of a transformers or ONNX folder."""
     folder, wanted = _locate(Path(path))
-    config = read_json(folder / "config.json")
+    digests: dict[str, str] = {}
+    config = _read(folder / CONFIG_FILE, CONFIG, digests)
     file = _onnx_file(folder, wanted, precision)
     _check_weights(folder, file)
-    record = read_json(folder / EXPORT_RECORD) if (folder / EXPORT_RECORD).is_file() else None
+    record = _read(folder / EXPORT_RECORD, _RECORD, digests)
+    tokenizer = _read(folder / TOKENIZER_CONFIG, TOKENIZER_SETTINGS, digests)
     kind, label_names = _labels(folder, config)
-    limit = _position_limit(config)
-    recorded = record.get("max_length") if record and file is not None else None
-    length = _max_length(folder, limit, max_length or recorded)
+    limit = _position_limit(folder, config)
+    recorded = record.get("max_length") if file is not None else None
     return ModelFolder(
         path=folder,
         backend="onnx" if file is not None else "transformers",
         file=file,
         kind=kind,
         label_names=label_names,
-        model_type=str(config.get("model_type", "")),
-        max_length=length,
+        model_type=config.get("model_type") or "",
+        max_length=_max_length(limit, max_length or recorded, tokenizer.get("model_max_length")),
         position_limit=limit,
         temperature=_temperature(folder, config),
-        task=(record or {}).get("task") or config.get("kdlora_task"),
-        record=record,
+        task=record.get("task") or config.get("kdlora_task"),
+        record=record if EXPORT_RECORD in digests else None,
+        pad_token=content_of_token(tokenizer.get("pad_token")),
+        pad_token_id=config.get("pad_token_id"),
+        digests=digests,
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ArtifactError: the file cannot be read, is not JSON, or holds something else than an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: expected a JSON file, but it cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path}: expected a JSON object, got {type(value).__name__}.")
-    return value
+def _read(path: Path, checks: Mapping[str, Check], digests: dict[str, str]) -> dict[str, Any]:
+    """Read one of the folder's JSON files, and note its digest; an empty object where there is none."""
+    if not path.is_file():
+        return {}
+    values, digests[path.name] = read_json_and_digest(path)
+    check_types(values, checks, path)
+    return values
 
 
 def _locate(path: Path) -> tuple[Path, str | None]:
@@ -143,17 +153,18 @@ def _with_config(folder: Path) -> Path:
         raise ModelError(f"{folder}: no such folder. Give the folder of a model, such as EXPERIMENT/student.")
     if not folder.is_dir():
         raise ModelError(f"{folder}: expected a model folder, got a file.")
-    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        return folder
-    if (folder / "student" / "config.json").is_file():
-        return folder / "student"
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise ModelError(
-            f"{folder}: expected a whole model, got an adapter of the base {base!r}. Merge it first "
-            "(an experiment's `student` folder is the merged model): unmerged adapters are slower and cannot "
-            "be exported."
-        )
+    places = (folder, folder / "student")
+    for place in places:
+        if (place / CONFIG_FILE).is_file() and not (place / ADAPTER).is_file():
+            return place
+    for place in places:
+        if (place / ADAPTER).is_file():
+            base = read_json(place / ADAPTER).get("base_model_name_or_path")
+            raise ModelError(
+                f"{place}: expected a whole model, got an adapter of the base {base!r:.200}. Merge it first "
+                "(an experiment's `student` folder is the merged model): unmerged adapters are slower and cannot "
+                "be exported."
+            )
     raise ModelError(
         f"{folder}: not a model folder, config.json is missing. Give a folder that holds config.json, "
         "tokenizer.json and model.safetensors or model.onnx."
@@ -180,7 +191,7 @@ def _check_weights(folder: Path, file: Path | None) -> None:
         other = sorted(entry.name for entry in folder.glob("*.bin"))
         hint = f" {other[0]} is a pickle and is not read; convert it to safetensors." if other else ""
         raise ModelError(f"{folder}: no weights: expected model.safetensors, {ONNX_FP32} or {ONNX_INT8}.{hint}")
-    if file is not None and not (folder / "tokenizer.json").is_file():
+    if file is not None and not (folder / TOKENIZER).is_file():
         raise ModelError(
             f"{folder}: tokenizer.json is missing. Save the tokenizer beside the model: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder)."
@@ -189,43 +200,44 @@ def _check_weights(folder: Path, file: Path | None) -> None:
 
 def _labels(folder: Path, config: dict[str, Any]) -> tuple[FolderKind, tuple[str, ...]]:
     """Read kind and label names; a checkpoint of another head is refused."""
-    architectures = [str(name) for name in config.get("architectures") or ()]
+    architectures = config.get("architectures") or []
     if architectures and not any(name.endswith("ForSequenceClassification") for name in architectures):
         raise ModelError(
             f"{folder}: expected a model with a classification head (…ForSequenceClassification), got "
-            f"{', '.join(architectures)}. Fine-tune it first."
+            f"{', '.join(architectures):.200}. Fine-tune it first."
         )
     id2label = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    try:
-        label_names = tuple(str(id2label[str(column)]) for column in range(len(id2label)))
-    except (KeyError, TypeError):
-        raise ModelError(
-            f"{folder / 'config.json'}: id2label must name the columns 0 to n-1, got {id2label!r}."
-        ) from None
+    where = folder / CONFIG_FILE
+    label_names = tuple(str(id2label.get(str(column))) for column in range(len(id2label)))
+    if not all(isinstance(id2label.get(str(column)), str | int | float) for column in range(len(id2label))):
+        raise ModelError(f"{where}: id2label must name the columns 0 to n-1, got {id2label!r:.200}.")
+    if len(set(label_names)) < len(label_names):
+        twice = next(name for name in label_names if label_names.count(name) > 1)
+        raise ModelError(f"{where}: id2label has two labels named {twice!r:.80}; of one the answers would be lost.")
     problem = config.get("problem_type") or ("regression" if len(label_names) == 1 else "single_label_classification")
     if problem not in _KINDS:
-        raise ModelError(f"{folder / 'config.json'}: problem_type must be one of {', '.join(_KINDS)}, got {problem!r}.")
+        raise ModelError(f"{where}: problem_type must be one of {', '.join(_KINDS)}, got {problem!r:.80}.")
     return _KINDS[problem], label_names
 
 
-def _position_limit(config: dict[str, Any]) -> int | None:
+def _position_limit(folder: Path, config: dict[str, Any]) -> int | None:
     """Count the tokens that fit the position table."""
     positions = config.get("max_position_embeddings")
-    if not isinstance(positions, int) or positions < 1:
+    if not isinstance(positions, int) or not 1 <= positions < _ENDLESS:
         return None
     if config.get("model_type") in _OFFSET_POSITIONS:
-        return positions - int(config.get("pad_token_id") or 0) - 1
+        positions -= (config.get("pad_token_id") or 0) + 1
+    if positions < _SHORTEST:
+        raise ModelError(f"{folder / CONFIG_FILE}: max_position_embeddings leaves room for {positions} tokens.")
     return positions
 
 
-def _max_length(folder: Path, limit: int | None, wanted: int | None) -> int:
+def _max_length(limit: int | None, wanted: int | None, stated: float | None) -> int:
     """Settle the longest input: the wish, else the tokenizer's own limit, never more than there are positions."""
-    if wanted is not None and wanted < 3:
+    if wanted is not None and wanted < _SHORTEST:
         raise ModelError(f"max_length must be at least 3 (two special tokens and one of text), got {wanted}.")
-    if wanted is None:
-        path = folder / "tokenizer_config.json"
-        stated = read_json(path).get("model_max_length") if path.is_file() else None
-        wanted = int(stated) if isinstance(stated, int | float) and 3 <= stated < _ENDLESS else None
+    if wanted is None and stated is not None:
+        wanted = int(stated) if _SHORTEST <= stated < _ENDLESS else None
     if wanted is None:
         return limit or _DEFAULT_MAX_LENGTH
     return min(wanted, limit) if limit else wanted
@@ -234,6 +246,9 @@ def _max_length(folder: Path, limit: int | None, wanted: int | None) -> int:
 def _temperature(folder: Path, config: dict[str, Any]) -> float:
     """Read the calibration temperature, 1 where there is none."""
     value = config.get(TEMPERATURE_KEY, 1.0)
-    if not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ModelError(f"{folder / 'config.json'}: {TEMPERATURE_KEY} must be a positive number, got {value!r}.")
+    if not isinstance(value, int | float) or not _LEAST_TEMPERATURE <= value <= _HIGHEST_TEMPERATURE:
+        raise ModelError(
+            f"{folder / CONFIG_FILE}: {TEMPERATURE_KEY} must be a positive number, {_LEAST_TEMPERATURE:g} to "
+            f"{_HIGHEST_TEMPERATURE:g}, got {value!r:.80}."
+        )
     return float(value)

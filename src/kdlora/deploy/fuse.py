@@ -32,11 +32,7 @@ class Graph:
     """An ONNX graph with the look-ups that rewriting needs; rebuilt by `refresh` after a change."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        """Index a model.
-
-        Args:
-            model: changed in place.
-        """
+        """Index a model."""
         self.model = model
         self.graph = model.graph
         self.refresh()
@@ -104,21 +100,7 @@ class Graph:
 
 
 def fuse(source: Path, to: Path, *, layers: int, attention: bool, gelu: bool) -> dict[str, int]:
-    """Optimise a captured graph and count what was fused.
-
-    Args:
-        source: the file that `trace.capture` wrote.
-        to: the optimised file; to be run as it is, without further optimisation by the runtime.
-        layers: encoder layers of the model.
-        attention: each layer must have one attention operator.
-        gelu: each layer must have one fused GELU.
-
-    Returns:
-        Operator to count, for the fused operators.
-
-    Raises:
-        ModelError: fewer fused operators than layers; the graph would be right but slow.
-    """
+    """Optimise a captured graph and count what was fused."""
     graph = Graph(onnx.load(source))
     _name_dimensions(graph.model)
     _drop_reshapes_around_attention(graph)
@@ -149,12 +131,7 @@ def count_fused(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def optimise(source: Path, to: Path) -> None:
-    """Let ONNX Runtime fold constants and fuse what stays portable, without the fusions that are slow on a CPU.
-
-    Args:
-        source: the model.
-        to: the optimised model; may be the same file.
-    """
+    """Let ONNX Runtime fold constants and fuse what stays portable, without the fusions that are slow on a CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -243,10 +220,10 @@ def _projection(graph: Graph, name: str) -> tuple[str, np.ndarray, np.ndarray] |
 
 
 def _fuse_gelu(graph: Graph) -> None:
-    """Replace the five nodes of an exact GELU, or the operator of newer opsets, together with the bias before it."""
-    for node in [node for node in graph.graph.node if node.op_type in ("Erf", "Gelu")]:
-        found = _match_gelu(graph, node) if node.op_type == "Erf" else (node.input[0], node)
-        if found is None or any(item.name == "approximate" and item.s == b"tanh" for item in node.attribute):
+    """Replace the five nodes of an exact GELU together with the bias before it."""
+    for node in [node for node in graph.graph.node if node.op_type == "Erf"]:
+        found = _match_gelu(graph, node)
+        if found is None:
             continue
         name, last = found
         add = graph.producer(name, "Add")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.predict import Classifier, OnnxBackend
 from kdlora.errors import DataError
 from kdlora.evidence.metrics import check_arrays, compute_metrics, predict_labels, score
-from kdlora.evidence.stats import paired_bootstrap
+from kdlora.evidence.stats import PairedArms, contrast
+from kdlora.report.shipped import Parity
 
 if TYPE_CHECKING:
     from kdlora.deploy.torch_backend import TorchBackend
@@ -42,45 +43,6 @@ class Gate:
     drop: float | None = None
 
 
-@dataclass(frozen=True)
-class Parity:
-    """How close a stage is to its reference.
-
-    Attributes:
-        stage: name of the stage.
-        reference: name of the stage that it is compared with.
-        rows: texts compared.
-        largest_difference: of two logits.
-        agreement: share (0..1) of decisions that are the same; for regression, of values within 0.1 standard
-            deviations of the reference.
-        score: of the stage on the labelled rows, 0..100; None without labels.
-        drop: reference's score minus that of the stage, points; None without labels.
-        drop_low: lower end of the drop's 95% interval (paired bootstrap).
-        drop_high: upper end.
-        reason: which limits it broke, in figures; empty where it passed.
-    """
-
-    stage: str
-    reference: str
-    rows: int
-    largest_difference: float
-    agreement: float
-    score: float | None
-    drop: float | None
-    drop_low: float | None
-    drop_high: float | None
-    reason: str
-
-    @property
-    def passed(self) -> bool:
-        """Whether every limit held."""
-        return not self.reason
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
-        return asdict(self)
-
-
 @dataclass
 class Checks:
     """What every stage of one export is judged on.
@@ -104,17 +66,7 @@ class Checks:
     logits: np.ndarray
 
     def judge(self, stage: str, file: Path, gate: Gate, *, optimised: bool = True) -> Parity:
-        """Run a file on the texts, with the tokenizer beside it, and compare it with the latest fp32 stage.
-
-        Args:
-            stage: name of the stage.
-            file: the ONNX file, in the folder that will be shipped.
-            gate: the limits.
-            optimised: as in `open_session`.
-
-        Returns:
-            The figures. A stage that passes an exact gate becomes the one that the next is compared with.
-        """
+        """Run a file on the texts, with the tokenizer beside it, and compare it with the latest fp32 stage."""
         described = replace(self.folder, path=file.parent, backend="onnx", file=file, record={} if optimised else None)
         after = Classifier(described, OnnxBackend(described)).predict_logits(self.texts)
         parity = self._compare(stage, after, gate)
@@ -134,10 +86,10 @@ class Checks:
                 score(self.task, compute_metrics(self.task, part, self.labels, self.groups)) for part in pair
             )
             drop = before - own
-            spread = paired_bootstrap(self.task, self.labels, pair[:1], pair[1:], groups=self.groups, draws=_DRAWS)
+            spread = contrast([PairedArms(self.task, self.labels, pair[:1], pair[1:], self.groups)])
             low, high = spread.low, spread.high
         reason = "; ".join(self._faults(gate, difference, agreement, drop))
-        return Parity(stage, self.stage, len(after), difference, agreement, own, drop, low, high, reason)
+        return Parity(stage, self.stage, len(after), agreement, difference, own, drop, low, high, reason)
 
     def _faults(self, gate: Gate, difference: float, agreement: float, drop: float | None) -> list[str]:
         """List the limits that are broken, with the figures."""
@@ -164,20 +116,7 @@ def reference_checks(
     groups: Sequence[str] | None = None,
     more_texts: Sequence[Text] = (),
 ) -> Checks:
-    """Run PyTorch on the texts; its logits are what the first stage is compared with.
-
-    Args:
-        task: kind and score metrics.
-        folder: the transformers folder.
-        backend: its network.
-        texts: validation texts; without any, a few of our own still hold the graph to the model.
-        labels: of `texts`, or None.
-        groups: of `texts`, or None.
-        more_texts: taken, evenly spaced, to fill up to 2,000 rows.
-
-    Raises:
-        DataError: an empty text, or labels that do not fit.
-    """
+    """Run PyTorch on the texts; its logits are what the first stage is compared with."""
     rows = [check_text(text, f"validation text {row}") for row, text in enumerate(texts)]
     wanted = min(len(more_texts), max(0, ENOUGH_ROWS - len(rows)))
     for row in np.linspace(0, len(more_texts) - 1, wanted, dtype=int):
@@ -196,16 +135,7 @@ def reference_checks(
 
 
 def measure_agreement(task: Task, before: np.ndarray, after: np.ndarray) -> float:
-    """Give the share of decisions that are the same.
-
-    Args:
-        task: its kind says what a decision is.
-        before: logits (rows, labels) of the reference.
-        after: logits of the same shape.
-
-    Returns:
-        0..1. For regression the share of values that moved by at most 0.1 standard deviations of the reference.
-    """
+    """Give the share of decisions that are the same."""
     first, second = predict_labels(task, before), predict_labels(task, after)
     if task.kind == "regression":
         # A constant reference leaves no spread to measure by; then only fp32's last digits may differ.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdlora.deploy.folder import ModelFolder, read_model_folder
+from kdlora.deploy.package import is_model_file
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError, ModelError, first_line
-from kdlora.evidence.card import FOLDER_IN_CARD
 from kdlora.evidence.records import ExperimentLayout
+from kdlora.foreign import read_json
+from kdlora.report.card import FOLDER_IN_CARD
 
 ONNX_FOLDER = "onnx"
 """Where a repository keeps its ONNX files, as transformers.js and the Hub's own exports do."""
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<inner>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
+_PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file")
+"""Keys under which transformers may note down where a model came from."""
+_ABSOLUTE = re.compile(
+    r"(?<![\w/.:<&~])(?:/(?P<top>[\w.+@%-]+)/|[A-Za-z]:\\{1,2})(?:[\w.+@%-]+[/\\]{1,2})*(?P<last>[\w.+@%-]+)"
+)
 _ROOT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
@@ -40,19 +48,7 @@ class Pushed:
 
 
 def locate_model(name: str | Path, *, revision: str | None = None) -> Path:
-    """Turn what a user names as a model into a folder, by a download where it is no folder but a Hub id.
-
-    Args:
-        name: a folder or file, which is returned as it is; else `USER/REPO`, a folder in it as `USER/REPO/onnx`, each
-            with `@REVISION` behind it if need be.
-        revision: commit, tag or branch of a Hub id.
-
-    Returns:
-        A path; whether it is a model folder remains to be seen.
-
-    Raises:
-        ModelError: no such repository, revision or folder in it, or the Hub cannot be reached.
-    """
+    """Turn what a user names as a model into a folder, by a download where it is no folder but a Hub id."""
     path, found = Path(name), _HUB_ID.fullmatch(Path(name).as_posix())
     if path.exists() or found is None or path.suffix == ".onnx":
         return path
@@ -123,8 +119,7 @@ def push_experiment(
 
     if (found := _HUB_ID.fullmatch(repo)) is None or found["inner"] or found["revision"]:
         raise ConfigError(f"{repo!r} is no name of a repository; expected USER/NAME")
-    layout = ExperimentLayout(Path(experiment))
-    files = _files(layout, report)
+    contents = _contents(ExperimentLayout(Path(experiment)), report, repo)
     with _explained(repo):
         api = HfApi(token=token)
         api.create_repo(repo, private=not public, exist_ok=True)
@@ -133,29 +128,83 @@ def push_experiment(
             raise KdLoraError(f"{repo} exists on the Hub and is public; say --public (public=True) to push there")
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        contents = {name: _card(path, repo) if name == "README.md" else str(path) for name, path in files.items()}
         operations = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()
+            CommitOperationAdd(
+                path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content)
+            )
+            for name, content in contents.items()
         ]
         commit = api.create_commit(
             repo, operations, commit_message="Student distilled with kdlora", revision=revision, num_threads=2
         )
-    return Pushed(repo, str(commit.commit_url), str(commit.oid), private, tuple(sorted(files)))
+    return Pushed(repo, str(commit.commit_url), str(commit.oid), private, tuple(sorted(contents)))
 
 
-def _files(layout: ExperimentLayout, report: bool) -> dict[str, Path]:
-    """Map names in the repository to files here."""
+@dataclass(frozen=True)
+class Parcel:
+    """What a push would send.
+
+    Attributes:
+        sizes: bytes of each file, by its name in the repository.
+        stays: names of what lies in the same folders and is not sent: links, and files that are no part of a model.
+    """
+
+    sizes: dict[str, int]
+    stays: tuple[str, ...]
+
+
+def plan_push(experiment: str | Path, repo: str, *, report: bool = False) -> Parcel:
+    """Say what `push_experiment` would send; nothing is sent, and nobody is asked."""
+    layout = ExperimentLayout(Path(experiment))
+    contents = _contents(layout, report, repo)
+    sizes = {
+        name: len(content) if isinstance(content, bytes) else content.stat().st_size
+        for name, content in contents.items()
+    }
+    stays = [entry.name for entry in _pushable(layout.root).path.iterdir() if entry.name not in sizes]
+    if layout.onnx.is_dir():
+        onnx = (f"{ONNX_FOLDER}/{entry.name}" for entry in layout.onnx.iterdir())
+        stays += [name for name in onnx if name not in sizes]
+    return Parcel(dict(sorted(sizes.items())), tuple(sorted(stays)))
+
+
+def _contents(layout: ExperimentLayout, report: bool, repo: str) -> dict[str, Path | bytes]:
+    """Map names in the repository to files here, or to what is sent in the place of those that name paths."""
     student = _pushable(layout.root)
-    files = {path.name: path for path in sorted(student.path.iterdir()) if path.is_file() and path.name[0] != "."}
+    contents: dict[str, Path | bytes] = {path.name: path for path in student.path.iterdir() if is_model_file(path)}
+    if "config.json" not in contents or not any(name.endswith(".safetensors") for name in contents):
+        raise ModelError(f"{student.path}: config.json or the weights are links, which are not sent; copy them there")
     if layout.config.exists() and layout.export_record.exists():
-        exported = sorted(path for path in layout.onnx.iterdir() if path.is_file() and path.name[0] != ".")
-        files |= {f"{ONNX_FOLDER}/{path.name}": path for path in exported}
+        contents |= {f"{ONNX_FOLDER}/{path.name}": path for path in layout.onnx.iterdir() if is_model_file(path)}
     if report:
         for path in (layout.report_md, layout.report_html):
-            if not path.exists():
+            if not path.is_file() or path.is_symlink():
                 raise ArtifactError(f"{path} is not there; write it with `kdlora report {layout.root}`")
-            files[path.name] = path
-    return files
+            contents[path.name] = path
+    for name in {"README.md", layout.report_md.name, layout.report_html.name} & contents.keys():
+        text = Path(str(contents[name])).read_text(encoding="utf-8")
+        text = text.replace(FOLDER_IN_CARD, repo) if name == "README.md" else text
+        contents[name] = shorten_paths(text, layout.root).encode()
+    for name in {"config.json", "tokenizer_config.json"} & contents.keys():
+        settings = read_json(student.path / name)
+        if named := [key for key in _PLACES if Path(str(settings.get(key, ""))).is_absolute()]:
+            settings |= {key: Path(str(settings[key])).name for key in named}
+            contents[name] = json.dumps(settings, indent=2).encode()
+    return contents
+
+
+def shorten_paths(text: str, root: Path) -> str:
+    """Leave the last name of each path of this machine, for the others say who works here, and on what."""
+    for place in (root.resolve(), Path.cwd(), Path.home()):
+        if len(place.parts) > 1:
+            text = text.replace(f"{place}/", "").replace(str(place), place.name)
+
+    def shorten(found: re.Match[str]) -> str:
+        top = found["top"]
+        is_path = top is None or top in ("home", "Users") or Path("/", top).is_dir()
+        return found["last"] if is_path else found[0]  # a label may look like a path
+
+    return _ABSOLUTE.sub(shorten, text)
 
 
 def _pushable(root: Path) -> ModelFolder:
@@ -166,11 +215,6 @@ def _pushable(root: Path) -> ModelFolder:
     if folder.backend != "transformers":
         raise ModelError(f"{root} is an ONNX export; push its experiment, which holds the transformers model as well")
     return folder
-
-
-def _card(path: Path, repo: str) -> bytes:
-    """Give the card with the repository's name where the model is loaded."""
-    return path.read_text(encoding="utf-8").replace(FOLDER_IN_CARD, repo).encode()
 
 
 @contextmanager

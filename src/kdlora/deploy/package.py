@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from kdlora.data.tasks import Task
-from kdlora.deploy.folder import EXPORT_RECORD, ModelFolder, read_json
+from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TOKENIZER, ModelFolder
 from kdlora.errors import ArtifactError
-from kdlora.evidence.environment import collect_versions
-from kdlora.evidence.integrity import hash_file
-from kdlora.evidence.storage import write_json_atomic
+from kdlora.foreign import read_json
+from kdlora.models.settings import TOKENIZER_CONFIG
+from kdlora.system.environment import collect_versions
+from kdlora.system.integrity import hash_file, seal
+from kdlora.system.ownership import remove
+from kdlora.system.storage import plain_json, write_json_atomic
 
+OPSET = 18
+"""Of the standard operators: the exporter's own."""
 _COPIES = 6
 """Graphs that exist at once while a stage is made: the stage before, the new one, and the tools' temporary ones."""
+_MODEL_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|kdlora_export)\.json"
+    r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|model(_quantized)?\.onnx([._]data)?"
+    r"|vocab\.txt|merges\.txt|bpe\.codes|(spm|spiece|tokenizer|sentencepiece\.bpe)\.model|README\.md|LICENSE|NOTICE"
+)
+
+
+def is_model_file(path: Path) -> bool:
+    """Say whether an entry of a model folder is a file that a model consists of, by its name; a link never is."""
+    return bool(_MODEL_FILES.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
 
 
 def check_target(to: Path, folder: ModelFolder) -> Path:
-    """Refuse to replace what is not an export, and a disk that is too small.
-
-    Args:
-        to: the folder to write.
-        folder: the model to export.
-
-    Raises:
-        ArtifactError: the target holds something else, or is the model itself.
-        OSError: too little space.
-    """
+    """Refuse to replace what is not an export, and a disk that is too small."""
     target = to.absolute()
     source = folder.path.absolute()
     if target == source or target in source.parents:
@@ -37,6 +44,8 @@ def check_target(to: Path, folder: ModelFolder) -> Path:
         raise ArtifactError(f"{to}: expected a folder to write, got a file.")
     if target.is_dir() and any(target.iterdir()) and not (target / EXPORT_RECORD).is_file():
         raise ArtifactError(f"{to}: the folder is not empty and holds no earlier export; give a new folder.")
+    if target.is_dir() and (foreign := [entry.name for entry in target.iterdir() if not is_model_file(entry)]):
+        raise ArtifactError(f"{to}: {foreign[0]} is no file of an export, and would be lost; give a new folder.")
     place = next(parent for parent in (target, *target.parents) if parent.exists())
     free, needed = shutil.disk_usage(place).free, _COPIES * folder.size_bytes
     if free < needed:
@@ -49,46 +58,30 @@ def check_target(to: Path, folder: ModelFolder) -> Path:
 
 
 def start_package(work: Path, folder: ModelFolder, tokenizer: Any) -> None:
-    """Write tokenizer and config, so that every stage is judged with the files that are shipped.
-
-    Args:
-        work: the new folder.
-        folder: the model that is exported.
-        tokenizer: as transformers loads it; its limit becomes that of the export.
-    """
+    """Write tokenizer and config, so that every stage is judged with the files that are shipped."""
     tokenizer.model_max_length = folder.max_length
     tokenizer.save_pretrained(work)
-    write_json_atomic(work / "config.json", read_json(folder.path / "config.json"))
+    write_json_atomic(work / CONFIG_FILE, read_json(folder.path / CONFIG_FILE))
 
 
 def finish_package(work: Path, folder: ModelFolder, task: Task, keep: dict[str, Path], record: dict[str, Any]) -> None:
-    """Put the graphs that are kept in their place, remove the others, and write the record.
-
-    Args:
-        work: the new folder.
-        folder: the model that was exported.
-        task: what it was judged on.
-        keep: file name to the graph that gets it.
-        record: what the export has to say about itself.
-    """
+    """Put the graphs that are kept in their place, remove the others, and write the record."""
     for name, path in keep.items():
         path.replace(work / name)
     for path in work.glob("*.onnx"):
         if path.name not in keep:
-            path.unlink()
-    names = (*keep, "tokenizer.json")
-    write_json_atomic(
-        work / EXPORT_RECORD,
-        {
-            "schema_version": 1,
-            "source": folder.path.name,
-            "source_sha256": {path.name: hash_file(path) for path in sorted(folder.path.glob("*.safetensors"))},
-            "task": task.to_dict(),
-            "max_length": folder.max_length,
-            "temperature": folder.temperature,
-            "sha256": {name: hash_file(work / name) for name in names},
-            "size_bytes": {name: (work / name).stat().st_size for name in keep},
-            **record,
-            "versions": collect_versions(),
-        },
-    )
+            remove(path)
+    names = (*keep, TOKENIZER, TOKENIZER_CONFIG, CONFIG_FILE)
+    content = {
+        "schema_version": 1,
+        "source": folder.path.name,
+        "source_sha256": {path.name: hash_file(path) for path in sorted(folder.path.glob("*.safetensors"))},
+        "task": task.to_dict(),
+        "max_length": folder.max_length,
+        "temperature": folder.temperature,
+        "sha256": {name: hash_file(work / name) for name in names},
+        "size_bytes": {name: (work / name).stat().st_size for name in keep},
+        **record,
+        "versions": collect_versions(),
+    }
+    write_json_atomic(work / EXPORT_RECORD, seal(plain_json(content)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,10 +12,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from kdlora.deploy.encode import Text, TextEncoder, check_text, length_batches
-from kdlora.deploy.folder import EXPORT_RECORD, ModelFolder, Precision, read_model_folder
+from kdlora.deploy.folder import (
+    CONFIG_FILE,
+    EXPORT_RECORD,
+    TOKENIZER,
+    ModelFolder,
+    Precision,
+    read_model_folder,
+)
+from kdlora.deploy.onnx_file import read_onnx
 from kdlora.errors import ArtifactError, KdLoraError, ModelError, first_line
 from kdlora.evidence.calibration import probabilities
-from kdlora.evidence.integrity import hash_file
+from kdlora.models.settings import TOKENIZER_CONFIG
+from kdlora.system.integrity import is_sealed_or_old
 
 BATCH_SIZE = 32
 BATCH_TOKENS = 1024
@@ -87,7 +97,7 @@ class Classifier:
             threads: of the network's products; by default `OMP_NUM_THREADS`, else one a core. With PyTorch this is
                 process-wide.
             max_length: cut texts to that many tokens; by default what the folder says.
-            verify: compare an exported file with the hash that its export recorded.
+            verify: compare every file of an export that decides an answer with the hash that the export recorded.
             revision: commit, tag or branch of a Hub id.
 
         Returns:
@@ -106,14 +116,16 @@ class Classifier:
         if threads is not None and threads < 1:
             raise ModelError(f"threads must be at least 1, got {threads}.")
         if described.backend == "onnx":
-            if verify:
-                verify_export(described)
-            return cls(described, OnnxBackend(described, threads=threads))
+            expected = _recorded_hashes(described) if verify else {}
+            tokenizer = (described.path / TOKENIZER).read_bytes()
+            check_hash(described.path / TOKENIZER, tokenizer, expected)
+            backend = OnnxBackend(described, threads=threads, expected=expected)
+            return cls(described, backend, tokenizer.decode("utf-8", errors="replace"))
         # Imported here: an ONNX folder must be served without torch and transformers.
         from kdlora.deploy.torch_backend import TorchBackend
 
-        backend = TorchBackend.load(described, threads=threads)
-        return cls(described, backend, backend.tokenizer_json)
+        loaded = TorchBackend.load(described, threads=threads)
+        return cls(described, loaded, loaded.tokenizer_json)
 
     def __repr__(self) -> str:
         """Say what is loaded, and from where."""
@@ -191,10 +203,11 @@ class Classifier:
             ModelError: the network gives another number of columns than config.json names.
         """
         logits = self._backend.run(inputs)
-        if logits.ndim != 2 or logits.shape[1] != len(self.label_names):
+        rows = len(next(iter(inputs.values())))
+        if logits.shape != (rows, len(self.label_names)):
             raise ModelError(
                 f"{self.folder.path}: config.json names {len(self.label_names)} labels, but the model gives an "
-                f"output of shape {logits.shape}."
+                f"output of shape {logits.shape} for {rows} texts."
             )
         return logits
 
@@ -220,42 +233,41 @@ class Classifier:
 class OnnxBackend:
     """ONNX Runtime on the CPU."""
 
-    def __init__(self, folder: ModelFolder, *, threads: int | None = None) -> None:
-        """Open a session.
-
-        Args:
-            folder: its `file` is the model.
-            threads: of one operator; by default those of `default_threads`.
-
-        Raises:
-            KdLoraError: onnxruntime is not installed.
-            ArtifactError: the file cannot be loaded.
-        """
-        self._session = open_session(folder.file, threads=threads, optimised=folder.record is not None)
+    def __init__(
+        self, folder: ModelFolder, *, threads: int | None = None, expected: Mapping[str, str] | None = None
+    ) -> None:
+        """Open a session."""
+        if folder.file is None:
+            raise ModelError(f"{folder.path}: not an ONNX folder.")
+        self._file = folder.file
+        self._session = open_session(
+            folder.file, threads=threads, optimised=folder.record is not None, expected=expected or {}
+        )
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         unknown = sorted(set(self.input_names) - {"input_ids", "attention_mask", "token_type_ids"})
         if unknown:
-            raise ModelError(f"{folder.file}: the model takes {unknown[0]!r}, which a text does not give.")
+            raise ModelError(f"{folder.file}: the model takes {unknown[0]!r:.80}, which a text does not give.")
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens)."""
-        logits: np.ndarray = self._session.run(None, inputs)[0]
+        try:
+            logits = self._session.run(None, inputs)[0]
+        except Exception as error:
+            raise ModelError(f"{self._file}: ONNX Runtime cannot run it ({first_line(error):.200}).") from None
+        if not isinstance(logits, np.ndarray) or not np.issubdtype(logits.dtype, np.floating):
+            kind = logits.dtype if isinstance(logits, np.ndarray) else type(logits).__name__
+            raise ModelError(f"{self._file}: the first output must be floating-point logits, got {kind}.")
         return logits
 
 
-def open_session(file: Path | None, *, threads: int | None = None, optimised: bool = False) -> Any:
-    """Open an ONNX Runtime session on the CPU.
-
-    Args:
-        file: the model.
-        threads: of one operator; by default those of `default_threads`.
-        optimised: the graph was optimised when it was exported and is run as it is. This saves time at start,
-            and the runtime's own fusion of residual and layer norm, which is slower than both apart on a CPU.
-
-    Raises:
-        KdLoraError: onnxruntime is not installed.
-        ArtifactError: the file cannot be loaded.
-    """
+def open_session(
+    file: Path,
+    *,
+    threads: int | None = None,
+    optimised: bool = False,
+    expected: Mapping[str, str] | None = None,
+) -> Any:
+    """Open an ONNX Runtime session on the CPU. The runtime gets bytes that were read and checked here, and no path."""
     try:
         import onnxruntime
     except ImportError:
@@ -269,13 +281,21 @@ def open_session(file: Path | None, *, threads: int | None = None, optimised: bo
     options.intra_op_num_threads = threads or default_threads()
     if optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    model = read_onnx(file)
+    for name, content in {file.name: model.graph, **model.data}.items():
+        check_hash(file.parent / name, content, expected or {})
     try:
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        if model.data:
+            sizes = [len(content) for content in model.data.values()]
+            options.add_external_initializers_from_files_in_memory(list(model.data), list(model.data.values()), sizes)
+        session = onnxruntime.InferenceSession(model.graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ArtifactError(
             f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it ({first_line(error):.200}). "
             "The file is damaged or was made for another runtime; export it again."
         ) from None
+    session._model_bytes = b""  # kept for a change of providers, which never comes: the whole file a second time
+    return session
 
 
 def default_threads() -> int:
@@ -286,21 +306,27 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def verify_export(folder: ModelFolder) -> None:
-    """Compare the exported files with their recorded hashes.
+def _recorded_hashes(folder: ModelFolder) -> Mapping[str, str]:
+    """Give the hashes that an export recorded, and compare the JSON files, already read, with theirs."""
+    record = folder.record or {}
+    if not is_sealed_or_old(record):
+        raise ArtifactError(f"{folder.path / EXPORT_RECORD}: edited since the export. Export the model again.")
+    hashes: Mapping[str, str] = record.get("sha256") or {}
+    for name in (CONFIG_FILE, TOKENIZER_CONFIG):
+        _compare(folder.path / name, folder.digests.get(name, "none"), hashes)
+    return hashes
 
-    Args:
-        folder: an ONNX folder; one without an export record has nothing to compare.
 
-    Raises:
-        ArtifactError: a file is not the one that was exported.
-    """
-    hashes = (folder.record or {}).get("sha256", {})
-    names = ["tokenizer.json", *([folder.file.name] if folder.file is not None else [])]
-    for name in (name for name in names if name in hashes):
-        found = hash_file(folder.path / name)
-        if found != hashes[name]:
-            raise ArtifactError(
-                f"{folder.path / name}: not the file that was exported: {EXPORT_RECORD} records sha256 "
-                f"{hashes[name][:12]}…, the file has {found[:12]}…. Export the model again."
-            )
+def check_hash(path: Path, content: bytes, expected: Mapping[str, str]) -> None:
+    """Compare what was read from a file with the hash that an export recorded for it, if it did."""
+    if path.name in expected:
+        _compare(path, hashlib.sha256(content).hexdigest(), expected)
+
+
+def _compare(path: Path, found: str, expected: Mapping[str, str]) -> None:
+    wanted = expected.get(path.name, found)
+    if found != wanted:
+        raise ArtifactError(
+            f"{path}: not the file that was exported: {EXPORT_RECORD} records sha256 {wanted[:12]}…, the file has "
+            f"{found[:12]}…. Export the model again."
+        )

@@ -10,12 +10,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from kdlora.deploy.encode import Text, TextEncoder, length_batches, spread
+from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.fuse import Graph, optimise
+from kdlora.deploy.predict import BATCH_SIZE, BATCH_TOKENS, open_session
+from kdlora.system.ownership import remove
 
 _PRODUCTS = ("MatMul", "Attention")
 """Quantised operators. Pooler and head (Gemm) stay in fp32: under 1% of the weights, and the last to round."""
 _LEAST_ROWS = 16
 """An embedding table of fewer rows (token types) is not worth a scale for each row."""
+
+
+_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,7 @@ def recipes() -> Iterator[Recipe]:
 
 
 def excluding(ranked: Sequence[str]) -> Iterator[Recipe]:
-    """Give recipes that let ever more of the most sensitive products multiply in fp32, up to half of them.
-
-    Args:
-        ranked: names of the products, the most sensitive first.
-    """
+    """Give recipes that let ever more of the most sensitive products multiply in fp32, up to half of them."""
     count = 1
     while count <= max(1, len(ranked) // 2):
         noun = "product" if count == 1 else "products"
@@ -68,14 +71,7 @@ def products(model: Path) -> list[str]:
 
 
 def quantise(model: Path, to: Path, recipe: Recipe, *, only: str | None = None) -> None:
-    """Quantise an optimised graph.
-
-    Args:
-        model: fp32, as `fuse` wrote it.
-        to: the quantised file, to be run as it is.
-        recipe: what to quantise, and how.
-        only: quantise this product and nothing else, to measure what it does.
-    """
+    """Quantise an optimised graph."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = Graph(onnx.load(model))
@@ -157,3 +153,54 @@ def _add_levels(graph: Graph, prefix: str, values: np.ndarray, largest: np.ndarr
     scale = np.where(largest == 0, 1.0, largest / 127).astype(np.float32)
     levels = np.rint(values / scale).astype(np.int8)
     return graph.add_weight(f"{prefix}.int8", levels), graph.add_weight(f"{prefix}.scale", scale)
+
+
+def rank_products(model: Path, folder: ModelFolder, texts: list[Text]) -> list[str]:
+    """Order the products of a graph by what rounding each one's input does to the logits."""
+    copy = model.with_name("switched.onnx")
+    names = _add_rounding_switches(model, copy)
+    session = open_session(copy, optimised=True)
+    remove(copy)
+    chosen = spread(texts, _ROWS)
+    names_in = tuple(value.name for value in session.get_inputs() if value.name != "rounded")
+    encoder = TextEncoder(replace(folder, path=model.parent), names_in)
+    encodings = encoder.encode(chosen)
+    batches = [
+        encoder.pad([encodings[row] for row in rows])
+        for rows in length_batches([len(encoding) for encoding in encodings], BATCH_SIZE, BATCH_TOKENS)
+    ]
+
+    def logits(rounded: np.ndarray) -> np.ndarray:
+        return np.concatenate([session.run(None, {**batch, "rounded": rounded})[0] for batch in batches])
+
+    exact = logits(np.zeros(len(names), dtype=bool))
+    harm = [float(np.square(logits(switch) - exact).mean()) for switch in np.eye(len(names), dtype=bool)]
+    return [names[number] for number in np.argsort(harm)[::-1]]
+
+
+def _add_rounding_switches(model: Path, to: Path) -> list[str]:
+    """Write a copy of a graph in which the input of each product can be rounded to 8 bits by a switch.
+
+    The rounding of activations, one scale for a whole batch, is what harms a model; weights have a scale for each
+    channel. So one session can tell how sensitive each product is, instead of one file for each.
+    """
+    names = products(model)
+    graph = Graph(onnx.load(model))
+    make = onnx.helper.make_node
+    for number, name in enumerate(names):
+        node = next(item for item in graph.graph.node if item.name == name)
+        value, prefix = node.input[0], f"switch.{number}"
+        index = graph.add_weight(f"{prefix}.index", np.array(number, dtype=np.int64))
+        added = [
+            make("DynamicQuantizeLinear", [value], [f"{prefix}.q", f"{prefix}.scale", f"{prefix}.zero"]),
+            make("DequantizeLinear", [f"{prefix}.q", f"{prefix}.scale", f"{prefix}.zero"], [f"{prefix}.rounded"]),
+            make("Gather", ["rounded", index], [f"{prefix}.on"]),
+            make("Where", [f"{prefix}.on", f"{prefix}.rounded", value], [f"{prefix}.value"]),
+        ]
+        place = next(i for i, item in enumerate(graph.graph.node) if item is node or item.name == name)
+        for part in reversed(added):
+            graph.graph.node.insert(place, part)
+        node.input[0] = f"{prefix}.value"
+    graph.graph.input.append(onnx.helper.make_tensor_value_info("rounded", onnx.TensorProto.BOOL, [len(names)]))
+    onnx.save(graph.model, to)
+    return names

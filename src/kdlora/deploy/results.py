@@ -5,17 +5,27 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kdlora.deploy.folder import ModelFolder, read_json
+from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.predict import Prediction
 from kdlora.deploy.rows import Row
 from kdlora.errors import ArtifactError, DataError
-from kdlora.evidence.storage import atomic_file, write_json_atomic
+from kdlora.system.ownership import (
+    MANIFEST,
+    claim_folder,
+    is_ours_by_name,
+    read_manifest,
+    remove,
+    remove_abandoned,
+)
+from kdlora.system.storage import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,14 +33,11 @@ if TYPE_CHECKING:
 OutputFormat = Literal["csv", "jsonl", "parquet"]
 _SUFFIXES: dict[str, OutputFormat] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _LABEL_SEPARATOR = "|"
+_PART = re.compile(r"part-([0-9]{8})-([0-9]{1,18})-([0-9]{1,18})")
 
 
 def choose_output_format(to: str) -> OutputFormat:
-    """Choose by extension; standard output is JSON Lines.
-
-    Raises:
-        DataError: an extension that is none of ours.
-    """
+    """Choose by extension; standard output is JSON Lines."""
     if to == "-":
         return "jsonl"
     suffix = Path(to).suffix.lower()
@@ -43,12 +50,7 @@ class ResultFormat:
     """Rows of predictions as bytes: id, label, a probability for each label, error."""
 
     def __init__(self, folder: ModelFolder, format: OutputFormat) -> None:  # noqa: A002
-        """Settle the columns.
-
-        Args:
-            folder: labels and kind of the model.
-            format: of the output.
-        """
+        """Settle the columns."""
         self.format = format
         self._kind = folder.kind
         self._labels = () if folder.kind == "regression" else folder.label_names
@@ -58,12 +60,7 @@ class ResultFormat:
         return _csv_bytes([self._names()]) if self.format == "csv" else b""
 
     def encode(self, rows: Sequence[Row], predictions: Sequence[Prediction | None]) -> bytes:
-        """Write rows; a row without prediction gets its error.
-
-        Args:
-            rows: of the input.
-            predictions: one a row, None for bad rows.
-        """
+        """Write rows; a row without prediction gets its error."""
         if self.format == "jsonl":
             lines = [json.dumps(_as_object(*pair), ensure_ascii=False) for pair in zip(rows, predictions, strict=True)]
             return "".join(f"{line}\n" for line in lines).encode()
@@ -117,33 +114,17 @@ class PartialResult:
     """The folder beside an output file that holds finished parts until the last one is written."""
 
     def __init__(self, to: Path, fingerprint: dict[str, Any]) -> None:
-        """Describe; nothing is read or written yet.
-
-        Args:
-            to: the output file.
-            fingerprint: all that decides the predictions; parts of another one are not reused.
-        """
+        """Describe; nothing is read or written yet."""
         self.to = to
         self.folder = to.with_name(f"{to.name}.partial")
         self._fingerprint = json.loads(json.dumps(fingerprint))
 
     def begin(self, *, resume: bool) -> tuple[int, int]:
-        """Make the folder, or take over the one of an interrupted run.
-
-        Args:
-            resume: False discards what is there.
-
-        Returns:
-            Rows and bad rows that are done already.
-
-        Raises:
-            ArtifactError: the parts are those of another input, model or setting.
-        """
-        if not resume and self.folder.exists():
-            shutil.rmtree(self.folder)
-        manifest = self.folder / "manifest.json"
-        if manifest.is_file():
-            found = read_json(manifest)
+        """Make the folder, or take over the one of an interrupted run."""
+        self._refuse_foreign()
+        if not resume:
+            remove(self.folder)
+        elif found := read_manifest(self.folder):
             changed = sorted(key for key in self._fingerprint if found.get(key) != self._fingerprint[key])
             if changed:
                 key = changed[0]
@@ -151,10 +132,24 @@ class PartialResult:
                     f"{self.folder}: holds an interrupted prediction of something else ({key} was {found.get(key)!r}, "
                     f"is {self._fingerprint[key]!r}). Delete the folder, or predict without resuming."
                 )
-        else:
-            write_json_atomic(manifest, self._fingerprint)
+        claim_folder(self.folder, "prediction", **self._fingerprint)
+        remove_abandoned(self.folder)
         parts = list(self._parts())
         return sum(part.rows for part in parts), sum(part.errors for part in parts)
+
+    def _refuse_foreign(self) -> None:
+        """See that all that stands in the place of the parts is ours."""
+        if not os.path.lexists(self.folder):
+            return
+        if self.folder.is_symlink() or not self.folder.is_dir() or read_manifest(self.folder) is None:
+            raise ArtifactError(
+                f"{self.folder} stands where the parts of {self.to.name} would go, and was not made by kdlora; move it "
+                "away, or name another file with --to"
+            )
+        for entry in self.folder.iterdir():
+            known = _PART.fullmatch(entry.name) or entry.name == MANIFEST or is_ours_by_name(entry)
+            if not known or entry.is_symlink():
+                raise ArtifactError(f"{entry} was not made by kdlora and would be lost; move it away")
 
     def add(self, content: bytes, rows: int, errors: int) -> None:
         """Write one part, atomically."""
@@ -173,11 +168,12 @@ class PartialResult:
                     for part in self._parts():
                         with part.path.open("rb") as source:
                             shutil.copyfileobj(source, file, 1 << 20)
-        shutil.rmtree(self.folder)
+        self.discard()
 
     def discard(self) -> None:
         """Remove the parts."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._refuse_foreign()
+        remove(self.folder)
 
     def _join_parquet(self, temporary: Path, form: ResultFormat) -> None:
         """Copy the parts as row groups."""
@@ -189,9 +185,9 @@ class PartialResult:
 
     def _parts(self) -> Iterator[_Part]:
         """List the finished parts in order."""
-        for path in sorted(self.folder.glob("part-*")):
-            _, number, rows, errors = path.name.split("-")
-            yield _Part(path, int(number), int(rows), int(errors))
+        for path in sorted(self.folder.iterdir()):
+            if found := _PART.fullmatch(path.name):
+                yield _Part(path, *map(int, found.groups()))
 
 
 def _as_object(row: Row, prediction: Prediction | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
+from kdlora.data.lines import MOST_CHARACTERS, Lines, LongLineError
 from kdlora.deploy.encode import Text, check_text
 from kdlora.errors import DataError, did_you_mean
 
@@ -26,8 +27,8 @@ _SUFFIXES: dict[str, InputFormat] = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-_LARGEST_FIELD = 64 << 20
-"""Characters in one CSV value; an open quote swallows the rows after it up to this size, then reading goes on."""
+_SHOWN = 1000
+"""Characters of the columns' names that a message shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +81,17 @@ class RowReader:
         format: InputFormat | None = None,  # noqa: A002
         start: int = 0,
     ) -> None:
-        """Check that the input can be read; nothing is read yet.
-
-        Args:
-            source: a file, or "-" for standard input.
-            columns: where a row's text is.
-            format: by default from the file's extension; for standard input one text a line.
-            start: rows to leave out at the beginning; of a Parquet file they are not even read.
-
-        Raises:
-            DataError: no such file, or an unknown format.
-        """
+        """Check that the input can be read; nothing is read yet."""
         self.name = "standard input" if str(source) == "-" else str(source)
         self._path = None if str(source) == "-" else Path(source)
         self._columns = columns
         self._start = start
         self.format = _choose_format(self._path, format)
         self._position: Callable[[], float | None] = lambda: None
+        self._texts: tuple[str, ...] | None = None
 
     def __iter__(self) -> Generator[Row]:
-        """Give the rows.
-
-        Raises:
-            DataError: the text column is missing, or the file is not of its format.
-        """
+        """Give the rows."""
         if self.format == "parquet":
             yield from self._parquet()
             return
@@ -125,25 +113,31 @@ class RowReader:
         """Give the share of the input that has been read, 0..1; None for a stream."""
         return self._position()
 
-    def _text_rows(self, lines: io.TextIOWrapper) -> Iterator[Row]:
+    def _text_rows(self, stream: io.TextIOWrapper) -> Iterator[Row]:
         """Read one of the text formats."""
-        if self.format == "text":
-            for number, line in enumerate(lines):
+        if self.format in ("csv", "tsv"):
+            yield from self._delimited(Lines(stream))
+            return
+        for number, line in enumerate(_lines_or_errors(stream)):
+            if isinstance(line, LongLineError):
+                yield Row(str(number), None, f"row {number}: {line}")
+            elif self.format == "text":
                 yield self._row(number, {"text": line.rstrip("\r\n")}, ("text",), has_id=False)
-        elif self.format == "jsonl":
-            yield from self._json(lines)
-        else:
-            yield from self._delimited(lines)
+            elif line.strip():
+                yield self._json(number, line)
 
-    def _delimited(self, lines: io.TextIOWrapper) -> Iterator[Row]:
+    def _delimited(self, lines: Lines) -> Iterator[Row]:
         """Read CSV or TSV with a header line."""
-        csv.field_size_limit(_LARGEST_FIELD)
-        first = lines.readline()
+        csv.field_size_limit(MOST_CHARACTERS)  # an open quote swallows the rows after it up to this size
+        try:
+            first = next(lines, "")
+        except LongLineError as error:
+            raise DataError(f"{self.name}: {error}; expected a header line.") from None
         delimiter = "\t"
         if self.format == "csv":
             delimiter = next((mark for mark in ",\t;" if mark in first), ",")
         quoting: Literal[0, 3] = csv.QUOTE_NONE if self.format == "tsv" else csv.QUOTE_MINIMAL
-        reader = csv.reader(_chain(first, lines), delimiter=delimiter, quoting=quoting)
+        reader = csv.reader(_Chain(first, lines), delimiter=delimiter, quoting=quoting)
         header = next(reader, None)
         if not header:
             raise DataError(f"{self.name}: expected a header line with the column names, got an empty file.")
@@ -155,7 +149,7 @@ class RowReader:
                 values = next(reader)
             except StopIteration:
                 return
-            except csv.Error as error:
+            except (csv.Error, LongLineError) as error:
                 yield Row(str(number), None, f"row {number}: not readable as {self.format.upper()}: {error}")
             else:
                 if not values:
@@ -167,34 +161,25 @@ class RowReader:
                     yield self._row(number, dict(zip(header, values, strict=True)), texts, has_id=has_id)
             number += 1
 
-    def _json(self, lines: io.TextIOWrapper) -> Iterator[Row]:
-        """Read one JSON object a line."""
-        texts: tuple[str, ...] | None = None
-        for number, line in enumerate(lines):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except ValueError as error:
-                yield Row(str(number), None, f"row {number}: not JSON: {error}")
-                continue
-            if not isinstance(values, dict):
-                yield Row(str(number), None, f"row {number}: expected a JSON object, got {type(values).__name__}")
-                continue
-            texts = texts or self._find_columns(list(values))
-            yield self._row(number, values, texts, has_id=self._columns.id in values)
+    def _json(self, number: int, line: str) -> Row:
+        """Read one JSON object; the first one settles the text columns."""
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+            return Row(str(number), None, f"row {number}: not JSON: {reason}")
+        if not isinstance(values, dict):
+            return Row(str(number), None, f"row {number}: expected a JSON object, got {type(values).__name__}")
+        self._texts = self._texts or self._find_columns(list(values))
+        return self._row(number, values, self._texts, has_id=self._columns.id in values)
 
     def _parquet(self) -> Iterator[Row]:
         """Read a Parquet file, some rows at a time."""
         import pyarrow.parquet as pq
 
-        from kdlora.data.faults import UNREADABLE
+        from kdlora.data.faults import parquet_faults
 
-        try:
-            file = pq.ParquetFile(self._path)
-        except UNREADABLE as error:
-            raise DataError(f"{self.name}: not readable as Parquet: {error}") from None
-        with file:
+        with parquet_faults(self.name), pq.ParquetFile(self._path) as file:
             names = file.schema_arrow.names
             texts = self._find_columns(names)
             has_id = self._columns.id in names
@@ -213,6 +198,8 @@ class RowReader:
             values = {name: batch.column(name)[place].as_py() for name in batch.schema.names}
         except UnicodeDecodeError:
             return Row(str(number), None, f"row {number}: not valid UTF-8")
+        except (ValueError, OverflowError) as error:  # a time that Python cannot express
+            return Row(str(number), None, f"row {number}: not readable: {error}")
         return self._row(number, values, texts, has_id=has_id)
 
     def _row(self, number: int, values: Mapping[str, Any], texts: Sequence[str], *, has_id: bool) -> Row:
@@ -235,17 +222,20 @@ class RowReader:
             return Row(name, None, str(error))
 
     def _find_columns(self, available: Sequence[str]) -> tuple[str, ...]:
-        """Settle the text columns.
+        """Settle the text columns."""
+        found = self._choose_columns(available)
+        for column in (*found, self._columns.id):
+            if list(available).count(column) > 1:
+                raise DataError(f"{self.name}: there are two columns {column!r}; rename one.")
+        return found
 
-        Raises:
-            DataError: a named column is missing, or none is named and none is evident.
-        """
+    def _choose_columns(self, available: Sequence[str]) -> tuple[str, ...]:
         wanted = self._columns.text
         if wanted is not None:
             for column in wanted:
                 if column not in available:
                     raise DataError(
-                        f"{self.name}: no column {column!r}; there are {', '.join(available)}."
+                        f"{self.name}: no column {column!r}; there are {', '.join(available):.{_SHOWN}}."
                         f"{did_you_mean(column, available)}"
                     )
             return wanted
@@ -259,8 +249,8 @@ class RowReader:
             return (others[0],)
         raise DataError(
             f"{self.name}: expected a column 'text' (and 'text_pair' for pairs)"
-            f"{' or ' + ', '.join(map(repr, recorded)) if recorded else ''}; there are {', '.join(available)}. "
-            "Name the text column or columns."
+            f"{' or ' + ', '.join(map(repr, recorded)) if recorded else ''}; there are "
+            f"{', '.join(available):.{_SHOWN}}. Name the text column or columns."
         )
 
 
@@ -297,9 +287,29 @@ def _groups_from(metadata: Any, start: int) -> tuple[int, list[int]]:
     return ends, []
 
 
-def _chain(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
-    """Give a line that was read already, then the others."""
-    yield first
-    # Not `yield from`: stopping early would then close the file, and standard input with it.
-    for line in rest:  # noqa: UP028
+def _lines_or_errors(stream: io.TextIOWrapper) -> Iterator[str | LongLineError]:
+    """Give the lines, and in place of one that is too long the error."""
+    lines = Lines(stream)
+    while True:
+        try:
+            line: str | LongLineError = next(lines)
+        except StopIteration:
+            return
+        except LongLineError as error:
+            line = error
         yield line
+
+
+class _Chain:
+    """Gives a line that was read already, then the others; it goes on after an error, as `Lines` does."""
+
+    def __init__(self, first: str, rest: Lines) -> None:
+        self._first: str | None = first
+        self._rest = rest
+
+    def __iter__(self) -> _Chain:
+        return self
+
+    def __next__(self) -> str:
+        line, self._first = self._first, None
+        return next(self._rest) if line is None else line

@@ -14,7 +14,7 @@ from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.predict import BATCH_SIZE, Classifier, Prediction
 from kdlora.deploy.results import PartialResult, ResultFormat, choose_output_format
 from kdlora.deploy.rows import Columns, InputFormat, Row, RowReader
-from kdlora.errors import ConfigError, DataError
+from kdlora.errors import ConfigError, DataError, harmless_json
 
 Progress = Callable[[int, float | None], None]
 """Called with the rows done and the share of the input read (None for a stream)."""
@@ -97,6 +97,8 @@ def predict_file(
     run = _Run(classifier, form, reader, batch_size, window_rows, strict, progress)
     if str(to) == "-":
         return run.to_stream(start)
+    if str(source) != "-" and Path(to).exists() and Path(to).samefile(source):
+        raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
     fingerprint = _fingerprint(classifier.folder, source, columns, reader.format, form.format)
     # A stream cannot be known to be the same one again.
     return run.to_file(PartialResult(Path(to), fingerprint), start, resume=resume and str(source) != "-")
@@ -119,7 +121,7 @@ class _Run:
         rows = errors = 0
         with contextlib.closing(iter(self.reader)) as source:
             for content, count, bad in self._windows(source):
-                sys.stdout.buffer.write(content)
+                sys.stdout.buffer.write(harmless_json(content.decode()).encode())
                 sys.stdout.buffer.flush()
                 rows, errors = rows + count, errors + bad
                 self._report(rows)

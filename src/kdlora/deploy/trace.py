@@ -15,11 +15,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, eager_mask
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
+from kdlora.deploy.package import OPSET
 from kdlora.errors import ModelError, first_line
-
-OPSET = 18
-"""The exporter's own; others are reached by conversion."""
-MIN_OPSET = 18
 
 ONE_OPERATOR_FAMILIES = (
     "bert",
@@ -51,18 +48,8 @@ class _Logits(nn.Module):
         return logits
 
 
-def capture(model: PreTrainedModel, names: Sequence[str], to: Path, *, opset: int = OPSET) -> None:
-    """Export with dynamic batch and length.
-
-    Args:
-        model: in evaluation mode; its attention implementation is the caller's again afterwards.
-        names: the inputs, in the order of the graph.
-        to: the ONNX file to write, one file with the weights inside.
-        opset: of the standard operators, one that `check_opset` accepts.
-
-    Raises:
-        ModelError: the family cannot be captured.
-    """
+def capture(model: PreTrainedModel, names: Sequence[str], to: Path) -> None:
+    """Export with dynamic batch and length."""
     example = torch.arange(3 * 7, dtype=torch.int64).reshape(3, 7) % model.config.vocab_size
     arrays = [example if name == "input_ids" else torch.ones_like(example) for name in names]
     if "token_type_ids" in names:
@@ -77,13 +64,13 @@ def capture(model: PreTrainedModel, names: Sequence[str], to: Path, *, opset: in
                 dynamic_shapes=(tuple(shape for _ in names),),
                 input_names=list(names),
                 output_names=["logits"],
-                opset_version=opset,
+                opset_version=OPSET,
                 external_data=False,
                 verbose=False,
             )
         except Exception as error:
             raise ModelError(
-                f"{type(model).__name__} cannot be exported to ONNX with opset {opset}: {first_line(error)} "
+                f"{type(model).__name__} cannot be exported to ONNX with opset {OPSET}: {first_line(error)} "
                 f"(torch {torch.__version__})."
             ) from error
     if program is None:
@@ -99,46 +86,6 @@ def _forget_origin(model: Any) -> None:
             node.metadata_props.clear()
             for value in node.outputs:
                 value.metadata_props.clear()
-
-
-def check_opset(opset: int) -> int:
-    """Refuse an opset that the exporter cannot write or the runtime does not know.
-
-    Returns:
-        The opset.
-
-    Raises:
-        ModelError: with the range that works.
-    """
-    highest = _highest_opset()
-    if not MIN_OPSET <= opset <= highest:
-        raise ModelError(
-            f"opset {opset} is not supported: expected {MIN_OPSET} to {highest} (torch {torch.__version__} and the "
-            f"installed onnxruntime). Leave it out to get {OPSET}."
-        )
-    return opset
-
-
-def _highest_opset() -> int:
-    """Find the newest opset that the exporter writes and the runtime runs."""
-    import onnx
-    import onnxruntime
-    from torch.onnx._constants import ONNX_MAX_OPSET
-
-    # Windows of a release: ONNX Runtime states the opset it guarantees by refusing models of newer ones.
-    for opset in range(min(ONNX_MAX_OPSET, onnx.defs.onnx_opset_version()), MIN_OPSET, -1):
-        value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
-        graph = onnx.helper.make_graph(
-            [onnx.helper.make_node("Identity", ["x"], ["y"])],
-            "probe",
-            [value],
-            [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])],
-        )
-        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
-        with contextlib.suppress(Exception):
-            onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-            return opset
-    return MIN_OPSET
 
 
 @contextlib.contextmanager

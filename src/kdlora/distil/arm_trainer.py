@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
 import math
@@ -20,7 +19,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from kdlora.config import DistilConfig, Kind
 from kdlora.data.batches import PAD_MULTIPLE, Collator, LengthBucketSampler, SharedSampler
-from kdlora.distil.checkpoints import (
+from kdlora.distil.distillation_trainer import DistillationTrainer
+from kdlora.distil.loss_sums import LossSums, term_means
+from kdlora.distil.losses import LossTerms
+from kdlora.distil.processes import Processes
+from kdlora.distil.resume import (
     Checkpoint,
     CheckpointFolder,
     load_trained_tensors,
@@ -30,17 +33,15 @@ from kdlora.distil.checkpoints import (
     unpack_optimizer,
     unpack_random_state,
 )
-from kdlora.distil.distillation_trainer import DistillationTrainer
-from kdlora.distil.loss_sums import LossSums, term_means
-from kdlora.distil.losses import LossTerms
-from kdlora.distil.processes import Processes
 from kdlora.distil.session import Session
-from kdlora.distil.sharding import is_sharded, shard_moments, whole, whole_tensors
 from kdlora.distil.standardise import TargetScale
+from kdlora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 MICRO_BATCHES = "micro_batches"
+ADAPTED = "base_model.model."
+"""What PEFT puts before the names of a model's parameters."""
 
 
 @dataclass
@@ -56,14 +57,7 @@ class MicroBatchCollator:
     tokens: int | None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Tensor]]]:
-        """Make the micro-batches of one step.
-
-        Args:
-            rows: the whole effective batch.
-
-        Returns:
-            `micro_batches`; every row is in one of them.
-        """
+        """Make the micro-batches of one step."""
         by_length = sorted(rows, key=lambda row: len(row["input_ids"]))
         batches: list[list[Mapping[str, Any]]] = [[]]
         for row in by_length:
@@ -91,24 +85,11 @@ class ArmTrainer(DistillationTrainer):
         validate: Callable[[], dict[str, float]],
         checkpoints: CheckpointFolder,
         session: Session,
+        fresh: Sequence[str] = (),
+        head_learning_rate: float | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        """Set up a training.
-
-        Args:
-            model: what is trained; the processes may share it out.
-            args: Trainer's arguments.
-            kind: kind of the task.
-            distil: weights and temperature; None trains on the labels alone.
-            target_scale: standardises the targets of a regression.
-            train_dataset: token ids, labels, teacher logits.
-            sampler: draws the rows of each step, those of all processes.
-            collator: makes micro-batches of them.
-            validate: gives the validation metrics, and `score`.
-            checkpoints: where they go.
-            session: what goes on around the steps.
-            callbacks: the user's own; they come before the session.
-        """
+        """Set up a training."""
         super().__init__(
             model,
             args,
@@ -124,20 +105,16 @@ class ArmTrainer(DistillationTrainer):
         self.validate = validate
         self.checkpoints = checkpoints
         self.session = session
+        self.fresh = tuple(f"{name}." for name in fresh)
+        self.head_learning_rate = head_learning_rate
         self.processes: Processes = session.processes
         self.epoch_sums = LossSums(args.device)
         self.resumed: Checkpoint | None = None
         self.weightless = False
         session.trainee = self
-        if is_sharded(model):  # autocast alone: Accelerate would hand a model that it trains to DDP
-            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint: what belongs to the session and to the model's weights now, the rest in `train`.
-
-        Args:
-            checkpoint: whole, and of this training.
-        """
+        """Go on from a checkpoint: what belongs to the session and to the model's weights now, the rest in `train`."""
         self.resumed = checkpoint
         self.session.restore(checkpoint.state["session"])
         self.checkpoints.restore_best(checkpoint)
@@ -158,46 +135,47 @@ class ArmTrainer(DistillationTrainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
 
-    def count_rows(self, batch: Mapping[str, Any]) -> int:
-        """Count the examples of one optimiser step.
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make Trainer's optimiser; fresh modules with a rate of their own leave its groups for others like them."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if self.head_learning_rate is None or not made:
+            return optimizer
+        head = {
+            id(parameter)
+            for name, parameter in (model or self.model).named_parameters()
+            if name.removeprefix(ADAPTED).startswith(self.fresh)
+        }
+        if not head:
+            raise ConfigError("head_learning_rate is set, but no fresh module is trained; leave it at null")
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in head]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+            if own:
+                optimizer.add_param_group({**group, "params": own, "lr": self.head_learning_rate})
+        return optimizer
 
-        Args:
-            batch: its micro-batches.
-        """
+    def count_rows(self, batch: Mapping[str, Any]) -> int:
+        """Count the examples of one optimiser step."""
         return sum(super(ArmTrainer, self).count_rows(part) for part in batch[MICRO_BATCHES])
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run forward and backward over the micro-batches of a step.
-
-        Args:
-            model: what is trained.
-            inputs: its micro-batches.
-            num_items_in_batch: rows of the whole step.
-        """
+        """Run forward and backward over the micro-batches of a step."""
         self.session.examples += self._rows_of_step()
         own: list[dict[str, Any]] = inputs[MICRO_BATCHES]
-        # Processes may cut their rows into different numbers of micro-batches. They meet once, at the last; those
-        # that share a model out meet in every pass, so that some go over a micro-batch again.
-        meets = is_sharded(model)
-        passes = self.processes.largest(len(own)) if meets else len(own)
+        self.weightless = self._is_spare()  # a spare row is another process's; here it weighs nothing
+        rows = torch.tensor(math.inf) if self.weightless else num_items_in_batch
         losses = []
-        for number in range(passes):
-            # A spare row is another process's, or done already; here it weighs nothing.
-            self.weightless = self._is_spare() or number >= len(own)
-            rows = torch.tensor(math.inf) if self.weightless else num_items_in_batch
-            with contextlib.nullcontext() if meets or number == passes - 1 else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, own[min(number, len(own) - 1)], rows))
+        for number, micro_batch in enumerate(own, start=1):
+            # Processes may cut their rows into different numbers of micro-batches; they meet once, at the last.
+            with contextlib.nullcontext() if number == len(own) else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, micro_batch, rows))
         return torch.stack(losses).sum()
 
     def mean_rows(self, rows: int, device: torch.device) -> Any:
-        """Give the number of rows to divide by, which the sampler knows.
-
-        Args:
-            rows: of this process in the optimiser step.
-            device: where the number is needed.
-        """
+        """Give the number of rows to divide by, which the sampler knows."""
         return rows if self.processes.count == 1 else self._rows_of_step() / self.processes.count
 
     def _rows_of_step(self) -> int:
@@ -209,27 +187,19 @@ class ArmTrainer(DistillationTrainer):
         return self.processes.rank >= self._rows_of_step()
 
     def record(self, terms: LossTerms) -> None:
-        """Add the terms to the means since the last log, and to those of the epoch.
-
-        Args:
-            terms: per-row losses.
-        """
+        """Add the terms to the means since the last log, and to those of the epoch."""
         if self.weightless:
             return
         super().record(terms)
         self.epoch_sums.add(terms, self.state.global_step + 1)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count none: walking over all parameters in every step costs more than the figure is worth.
-
-        Args:
-            inputs: of the step.
-        """
+        """Count none: walking over all parameters in every step costs more than the figure is worth."""
         return 0
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Stop before a gradient that is not finite reaches the weights; in fp16 the scaler skips such steps itself."""
-        norm = whole(super()._clip_grad_norm(model))
+        norm = super()._clip_grad_norm(model)
         if not self.args.fp16:
             self.epoch_sums.note_gradient(norm, self.state.global_step + 1)
             if self.args.device.type == "cpu":  # elsewhere it shows before the next checkpoint
@@ -237,14 +207,7 @@ class ArmTrainer(DistillationTrainer):
         return norm
 
     def rows_of_step(self, step: int) -> list[int]:
-        """Name the rows that an optimiser step is made of.
-
-        Args:
-            step: from 1.
-
-        Returns:
-            Row numbers of the training data.
-        """
+        """Name the rows that an optimiser step is made of."""
         epoch, place = divmod(step - 1, len(self.sampler))
         self.sampler.set_epoch(epoch)
         return next(itertools.islice(iter(self.sampler), place, None))
@@ -252,22 +215,13 @@ class ArmTrainer(DistillationTrainer):
     # What a session needs.
 
     def begin_epoch(self, epoch: int, *, fresh: bool) -> None:
-        """Choose the order of the rows.
-
-        Args:
-            epoch: from 0.
-            fresh: start the epoch's loss sums at zero.
-        """
+        """Choose the order of the rows."""
         self.sampler.set_epoch(epoch)
         if fresh:
             self.epoch_sums.reset()
 
     def epoch_means(self, *, everywhere: bool = False) -> dict[str, float]:
-        """Give the mean loss terms of the epoch so far; stop where they are not finite.
-
-        Args:
-            everywhere: over the rows of all processes, which then all must ask.
-        """
+        """Give the mean loss terms of the epoch so far; stop where they are not finite."""
         self.epoch_sums.check(self.args.learning_rate)
         return term_means(self.processes.total(self.epoch_sums.sums)) if everywhere else self.epoch_sums.means()
 
@@ -277,16 +231,11 @@ class ArmTrainer(DistillationTrainer):
 
     def keep_best(self) -> None:
         """Keep the weights of now as the best."""
-        tensors = whole_tensors(trained_tensors(self.model), keep=self.processes.is_first)
         if self.processes.is_first:
-            self.checkpoints.save_best(tensors)
+            self.checkpoints.save_best(trained_tensors(self.model))
 
     def tell_callbacks(self, metrics: dict[str, float]) -> None:
-        """Log validation metrics to whoever listens to the training.
-
-        Args:
-            metrics: by name.
-        """
+        """Log validation metrics to whoever listens to the training."""
         self.log({f"eval_{name}": value for name, value in metrics.items()})
 
     def current_rate(self) -> float:
@@ -309,12 +258,10 @@ class ArmTrainer(DistillationTrainer):
                 "random": [rest for _, rest in generators],
             }
             losses = {name: self.processes.total(sums.sums) for name, sums in self._loss_sums().items()}
-            first = self.processes.is_first
-            parts = {"weights": trained_tensors(self.model), "optimizer": optimizer}
-            tensors = {name: whole_tensors(values, keep=first) for name, values in parts.items()} | {"losses": losses}
+            tensors = {"weights": trained_tensors(self.model), "optimizer": optimizer, "losses": losses}
             tensors |= {f"random-{rank}": values for rank, (values, _) in enumerate(generators)}
             documents = {"state": state, "trainer_state": dataclasses.asdict(self.state)}
-            if first:
+            if self.processes.is_first:
                 self.checkpoints.write(self.state.global_step, documents, tensors)
         logger.info("checkpoint at step %d", self.state.global_step)
         self.session.note_saved()
@@ -327,7 +274,6 @@ class ArmTrainer(DistillationTrainer):
             return
         state = self.resumed.state
         moments = unpack_optimizer(self.resumed.tensors("optimizer"), state["optimizer"])
-        shard_moments(moments, self.optimizer)
         self.optimizer.load_state_dict(moments)
         self.lr_scheduler.load_state_dict(state["scheduler"])
         if self.processes.is_first:  # the sums are those of all processes

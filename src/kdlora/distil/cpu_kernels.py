@@ -27,13 +27,6 @@ def keep_mask(shape: torch.Size, rate: float) -> Tensor:
 
     `torch.bernoulli` draws a float per element, which takes longer than the matrix product beside it. A byte per
     element rounds the rate to 1/256. Comparisons and what is made of their results are slow too, so none is made.
-
-    Args:
-        shape: of the tensor that is dropped from.
-        rate: probability of dropping, in [0, 1).
-
-    Returns:
-        int8, of that shape: all bits where an element is kept, none where it is dropped.
     """
     count = math.prod(shape)
     words = torch.empty(-(-count // 8), dtype=torch.int64).random_(_LOWEST, None)
@@ -43,31 +36,18 @@ def keep_mask(shape: torch.Size, rate: float) -> Tensor:
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
-    """Set dropped elements to zero.
-
-    Args:
-        values: floating point.
-        mask: of the same shape, as `keep_mask` gives it.
-    """
+    """Set dropped elements to zero."""
     bits = _BITS[values.dtype]
     return values.view(bits).bitwise_and(mask.to(bits)).view(values.dtype)
 
 
 def dropped_steps(rate: float) -> int:
-    """Round a dropout rate to 256ths: at least one, as the caller has asked for dropout, and never all.
-
-    Args:
-        rate: probability of dropping, in [0, 1).
-    """
+    """Round a dropout rate to 256ths: at least one, as the caller has asked for dropout, and never all."""
     return min(max(round(rate * _STEPS), 1), _STEPS - 1)
 
 
 def kept_scale(rate: float) -> float:
-    """Give the factor that makes the mean of what is kept that of the whole.
-
-    Args:
-        rate: probability of dropping, as given to `keep_mask`.
-    """
+    """Give the factor that makes the mean of what is kept that of the whole."""
     return _STEPS / (_STEPS - dropped_steps(rate))
 
 
@@ -87,12 +67,7 @@ class _Dropout(Function):
 
 
 def dropout(values: Tensor, rate: float) -> Tensor:
-    """Drop elements at random and scale the rest (Srivastava et al., 2014).
-
-    Args:
-        values: any shape.
-        rate: probability of dropping, in [0, 1), rounded to 1/256; 0 gives `values` back.
-    """
+    """Drop elements at random and scale the rest (Srivastava et al., 2014)."""
     return _Dropout.apply(values, rate) if rate > 0 else values
 
 
@@ -170,17 +145,6 @@ def attention(
     """Compute scaled dot-product attention with dropout on the shares (Vaswani et al., 2017, eq. 1).
 
     PyTorch's fused kernel for CPUs knows no dropout, and its fallback draws a float per share and keeps two copies.
-
-    Args:
-        query: shape (batch, heads, length, width).
-        key: shape (batch, heads, keys, width).
-        value: shape (batch, heads, keys, width).
-        mask: bool, broadcastable to (batch, heads, length, keys), True attends; None attends to all.
-        dropout: probability of dropping a share, in [0, 1).
-        scale: factor of the products, usually 1/sqrt(width).
-
-    Returns:
-        Shape (batch, heads, length, width).
     """
     # Rotary positions leave queries and keys in fp32 under autocast, beside values in bf16.
     return _Attention.apply(query.to(value.dtype), key.to(value.dtype), value, mask, dropout, scale)
@@ -196,31 +160,18 @@ class PackedWeight:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Pack.
-
-        Args:
-            weight: shape (outputs, inputs), in the number format of the products; not changed while this is used.
-            bias: shape (outputs,), in the same format.
-        """
+        """Pack."""
         self.dtype = weight.dtype
         self.bias = None if bias is None else bias.detach()
         self.forward = _pack(weight.detach())
         self.backward = _pack(weight.detach().t().contiguous())
 
     def product(self, rows: Tensor) -> Tensor:
-        """Compute `rows @ weight.T + bias`.
-
-        Args:
-            rows: shape (..., inputs), in the weight's format.
-        """
+        """Compute `rows @ weight.T + bias`."""
         return _multiply(rows, self.forward, self.bias)
 
     def product_of_gradient(self, gradient: Tensor) -> Tensor:
-        """Compute `gradient @ weight`.
-
-        Args:
-            gradient: shape (..., outputs), in the weight's format.
-        """
+        """Compute `gradient @ weight`."""
         return _multiply(gradient, self.backward, None)
 
 
@@ -245,15 +196,7 @@ class _FrozenLinear(Function):
 
 
 def frozen_linear(rows: Tensor, weight: PackedWeight) -> Tensor:
-    """Apply a linear layer whose weights take no gradient.
-
-    Args:
-        rows: shape (..., inputs), in the weight's format.
-        weight: packed.
-
-    Returns:
-        Shape (..., outputs).
-    """
+    """Apply a linear layer whose weights take no gradient."""
     return _FrozenLinear.apply(rows, weight)
 
 
@@ -297,17 +240,5 @@ class _AdaptedLinear(Function):
 def adapted_linear(
     rows: Tensor, weight: PackedWeight, down: Tensor, up: Tensor, *, scale: float, dropout: float
 ) -> Tensor:
-    """Apply a frozen linear layer with its LoRA adapter: `W x + b + scale up down dropout(x)` (Hu et al., 2021, eq. 3).
-
-    Args:
-        rows: shape (..., inputs), in the weight's format.
-        weight: packed.
-        down: LoRA's A, shape (rank, inputs), fp32.
-        up: LoRA's B, shape (outputs, rank), fp32.
-        scale: alpha over rank, or rsLoRA's.
-        dropout: probability of dropping an input of the adapter, in [0, 1).
-
-    Returns:
-        Shape (..., outputs).
-    """
+    """Apply a frozen linear layer with its LoRA adapter: `W x + b + scale up down dropout(x)` (Hu et al., eq. 3)."""
     return _AdaptedLinear.apply(rows, weight, down, up, scale, dropout)

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from kdlora.config import DistilConfig, Kind
-from kdlora.distil.logits import COLUMN
+from kdlora.distil.logits import COLUMN, LABELLED
 from kdlora.distil.loss_sums import LossSums, term_means
 from kdlora.distil.losses import LossTerms, distillation_loss
 from kdlora.distil.standardise import TargetScale
-from kdlora.distil.unlabelled import LABELLED
 from kdlora.errors import ConfigError, DataError
 
 

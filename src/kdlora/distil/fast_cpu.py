@@ -88,6 +88,8 @@ def _attention_forward(
     Without dropout PyTorch's fused kernel is best, but for its backward in bf16, which can take half of a whole step:
     benchmarks/training_profile.py shows it.
     """
+    if (shared := query.shape[1] // key.shape[1]) > 1:  # heads of queries that share keys and values
+        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     learns_in_half = torch.is_grad_enabled() and value.dtype == torch.bfloat16
     if dropout == 0.0 and not learns_in_half:
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
@@ -107,13 +109,6 @@ def fast_on_cpu(model: nn.Module, device: torch.device) -> Iterator[int]:
 
     Layers are recognised by their exact class; what is not known (DoRA, an adapter with a bias, a subclass) stays
     with PyTorch. The trained tensors stay the same objects under the same names. On another device nothing is done.
-
-    Args:
-        model: a classifier, with its frozen layers in the number format of the products already.
-        device: where it is trained.
-
-    Yields:
-        The number of layers changed.
     """
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         yield 0
@@ -183,11 +178,8 @@ def _choose_attention(model: nn.Module) -> tuple[Any, str | None]:
     """Switch a model that attends through transformers' interface; (config, what it had), None where it does not."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = getattr(base, "config", None)
-    if (
-        config is None
-        or getattr(config, "_attn_implementation", None) != "sdpa"
-        or getattr(config, "is_decoder", False)
-    ):
+    looks_back_only = any(getattr(module, "is_causal", False) for module in base.modules())
+    if config is None or getattr(config, "_attn_implementation", None) != "sdpa" or looks_back_only:
         return config, None
     config._attn_implementation = ATTENTION
     return config, "sdpa"

@@ -12,10 +12,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kdlora.data.batches import Collator, Tokenised, length_sorted_batches
-from kdlora.distil.allocator import freed_memory_kept
 from kdlora.distil.precision import autocast
 from kdlora.distil.processes import ALONE, Processes
-from kdlora.distil.sharding import is_sharded
+from kdlora.distil.training_modes import freed_memory_kept
 
 INPUTS = ("input_ids", "token_type_ids")
 
@@ -36,22 +35,7 @@ def predict_logits(
     """Run a model over token ids, without dropout and without gradients.
 
     Several processes with the same model and data take turns at the batches, which are those of a single process, so
-    that the figures are the same to the bit. Where they share the model out, all run equally many passes.
-
-    Args:
-        model: a transformers classifier, with or without an adapter; it runs where it lies.
-        tokenizer: the model's own; gives the padding.
-        data: the model's own token ids.
-        precision: `fp32`, `bf16` or `fp16` matrix products.
-        batch_tokens: most tokens in one pass, padding included.
-        progress: called with the number of rows done.
-        processes: those that share the work; all of them must call.
-
-    Returns:
-        float32 (rows, labels), in row order whatever the order of the batches; in every process.
-
-    Raises:
-        ModelError: the tokenizer has no padding token.
+    that the figures are the same to the bit.
     """
     collator = Collator.of(tokenizer, "single-label", data.max_length)
     inputs = data.dataset.select_columns([name for name in INPUTS if name in data.dataset.column_names])
@@ -67,28 +51,17 @@ def predict_logits(
         logits: torch.Tensor = model(**batch).logits.float()
         return logits
 
-    shared = is_sharded(model)
-    # Shards that were gathered in inference mode could not be trained on afterwards.
-    ungraded = torch.no_grad() if shared else torch.inference_mode()
-    with freed_memory_kept(device), _evaluating(model), ungraded, autocast(precision, device):
-        batches = length_sorted_batches(lengths, batch_tokens)
-        for rows in batches[processes.rank :: processes.count]:
+    with freed_memory_kept(device), _evaluating(model), torch.inference_mode(), autocast(precision, device):
+        for rows in length_sorted_batches(lengths, batch_tokens)[processes.rank :: processes.count]:
             outputs.append(read(rows))
             order.extend(rows)
             if progress is not None:
                 progress(min(len(order) * processes.count, len(lengths)))
-        if shared and 0 < len(batches) % processes.count <= processes.rank:
-            read(batches[-1])  # the others have one more, for which they need this process's shards
     return _in_row_order(order, outputs, processes)
 
 
 def column_values(dataset: Dataset, column: str) -> np.ndarray:
-    """Read a whole column at once; `dataset[column]` would go row by row.
-
-    Args:
-        dataset: any.
-        column: its name.
-    """
+    """Read a whole column at once; `dataset[column]` would go row by row."""
     return np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
 
 

@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdlora.distil.fingerprints import compare, hash_file, hash_json
+from kdlora.distil.fingerprints import compare
 from kdlora.distil.tables import PREFIX
 from kdlora.errors import ArtifactError
-from kdlora.evidence.integrity import is_sealed_or_old, seal
-from kdlora.evidence.records import atomic_file, write_json_atomic
+from kdlora.foreign import is_plain_name
+from kdlora.system.integrity import hash_file, hash_json, is_sealed_or_old, seal
+from kdlora.system.storage import atomic_file, write_json_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,11 @@ class Shard:
     file: str
     sha256: str
     truncated: int
+
+    def __post_init__(self) -> None:
+        """Refuse a name that leaves the folder."""
+        if not is_plain_name(self.file):
+            raise ValueError(f"the file {self.file!r:.80} is not in the same folder")
 
 
 @dataclass
@@ -81,19 +87,11 @@ class LogitStore:
         return -(-self.rows // self.rows_per_shard)
 
     def rows_of(self, number: int) -> range:
-        """Rows that a shard holds.
-
-        Args:
-            number: from 0.
-        """
+        """Rows that a shard holds."""
         return range(number * self.rows_per_shard, min((number + 1) * self.rows_per_shard, self.rows))
 
     def is_whole(self, number: int) -> bool:
-        """Say whether a shard was finished and is still what was written.
-
-        Args:
-            number: from 0.
-        """
+        """Say whether a shard was finished and is still what was written."""
         shard = self.shards.get(number)
         if shard is None:
             return False
@@ -104,14 +102,7 @@ class LogitStore:
         return False
 
     def write(self, number: int, ids: Sequence[str], logits: np.ndarray, truncated: int) -> None:
-        """Store a shard, then say so in the manifest.
-
-        Args:
-            number: from 0.
-            ids: example ids.
-            logits: float32 (rows, labels).
-            truncated: texts that were cut.
-        """
+        """Store a shard, then say so in the manifest."""
         name = f"logits-{number:05d}.parquet"
         columns = {"id": pa.array(ids, pa.string())}
         columns |= {PREFIX + label: pa.array(logits[:, column]) for column, label in enumerate(self.label_names)}
@@ -122,11 +113,7 @@ class LogitStore:
         self.save()
 
     def read(self, number: int) -> tuple[pa.ChunkedArray, np.ndarray]:
-        """Read ids and logits of a shard.
-
-        Args:
-            number: from 0.
-        """
+        """Read ids and logits of a shard."""
         table = pq.read_table(self.folder / self.shards[number].file, partitioning=None)
         logits = [table.column(PREFIX + label).to_numpy() for label in self.label_names]
         return table.column("id"), np.stack(logits, axis=1)
@@ -147,17 +134,7 @@ class LogitStore:
 
 
 def load_store(folder: Path) -> LogitStore | None:
-    """Read the manifest of a folder.
-
-    Args:
-        folder: where the shards lie.
-
-    Returns:
-        The store, finished or not; None where there is none.
-
-    Raises:
-        ArtifactError: a manifest that is damaged or of another version of kdlora.
-    """
+    """Read the manifest of a folder."""
     path = _manifest(folder)
     if not path.is_file():
         return None
@@ -176,7 +153,7 @@ def load_store(folder: Path) -> LogitStore | None:
             versions=content["versions"],
             shards={int(number): Shard(**shard) for number, shard in content["shards"].items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise ArtifactError(f"{path}: not a manifest of teacher logits ({fault!r}). {_remedy(folder)}") from None
 
 
@@ -188,19 +165,7 @@ def open_store(
     rows_per_shard: int,
     versions: Mapping[str, str],
 ) -> LogitStore:
-    """Continue the store of a folder, or start one.
-
-    Args:
-        folder: where the shards lie; it is created.
-        ingredients: hash or value of all that makes the logits.
-        label_names: the columns.
-        rows: examples in all.
-        rows_per_shard: examples in one file, for a new store.
-        versions: library versions of now.
-
-    Raises:
-        ArtifactError: the folder's logits were made from something else.
-    """
+    """Continue the store of a folder, or start one."""
     store = load_store(folder)
     if store is None:
         store = LogitStore(folder, ingredients, label_names, rows, rows_per_shard, versions)

@@ -1,19 +1,25 @@
-"""Teacher logits by example id: what teaches, wherever it came from."""
+"""Teacher logits by example id, wherever they came from; rows without labels beside rows with them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from kdlora.data.batches import Tokenised
+from kdlora.data.collection import LOGIT, check_labels, open_collection
 from kdlora.data.ids import are_distinct
-from kdlora.data.rows import SLICE_ROWS, read_column, settle, slice_rows, spool
-from kdlora.errors import DataError
+from kdlora.data.spool import SLICE_ROWS, read_column, settle, slice_rows, spool
+from kdlora.data.tasks import Task
+from kdlora.distil.inference import column_values
+from kdlora.errors import ArtifactError, DataError
+from kdlora.system.integrity import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +28,10 @@ _LISTS = pa.list_(pa.float32())
 _SHOWN = 5
 _AHEAD_ROWS = 4 * SLICE_ROWS
 """How many of the teacher's ids may hold the next slice of examples."""
+
+
+LABELLED = "labelled"
+"""The column, and the name in a batch, that is false where a label only fills its place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +46,8 @@ class TeacherLogits:
         versions: library versions that made them.
         truncated: texts that the teacher read cut.
         source: folder or file, for messages.
+        from_probabilities: they are logarithms of probabilities (log-odds in a multi-label task); KL alone compares
+            these, since a probability of 0 has no logarithm.
     """
 
     ids: pa.Array
@@ -45,17 +57,14 @@ class TeacherLogits:
     versions: Mapping[str, str] = field(default_factory=dict)
     truncated: int = 0
     source: str = "the teacher's logits"
+    from_probabilities: bool = False
 
     def __repr__(self) -> str:
         """Say whose logits these are."""
         return f"TeacherLogits({self.source!r}, {len(self.ids):,} examples, labels {list(self.label_names)})"
 
     def __post_init__(self) -> None:
-        """Refuse what could not be attached to the right example.
-
-        Raises:
-            DataError: ids that are null or doubled, another shape than (ids, labels), or values that are not finite.
-        """
+        """Refuse what could not be attached to the right example."""
         object.__setattr__(self, "ids", _as_ids(self.ids))
         expected = (len(self.ids), len(self.label_names))
         if self.logits.shape != expected:
@@ -72,19 +81,7 @@ class TeacherLogits:
             )
 
     def attach(self, dataset: Dataset) -> Dataset:
-        """Give every example its teacher's logits, by id.
-
-        Args:
-            dataset: has a column `id`; an older `teacher_logits` column is replaced.
-
-        Returns:
-            The same rows in the same order, with `teacher_logits`, which lie in a mapped temporary file. Ids of the
-            teacher that no example has are counted in the log.
-
-        Raises:
-            DataError: examples that the teacher has no row for.
-            OSError: the folder for temporary files is full.
-        """
+        """Give every example its teacher's logits, by id."""
         index, extra = self._match(dataset)
         if extra:
             logger.info(
@@ -104,14 +101,7 @@ class TeacherLogits:
             yield pa.RecordBatch.from_arrays([lists], names=[COLUMN])
 
     def count_extra(self, dataset: Dataset) -> int:
-        """Count the teacher's rows that belong to no example.
-
-        Args:
-            dataset: has a column `id`.
-
-        Raises:
-            DataError: examples that the teacher has no row for.
-        """
+        """Count the teacher's rows that belong to no example."""
         return self._match(dataset)[1]
 
     def _match(self, dataset: Dataset) -> tuple[np.ndarray, int]:
@@ -175,4 +165,58 @@ def _refuse_doubles(ids: pa.Array, source: str) -> None:
     raise DataError(
         f"{source}: {len(doubled)} ids occur more than once, first {some}; expected one row per example. "
         "Remove the doubles, or add a `split` column if the rows are of different splits"
+    )
+
+
+def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> Tokenised:
+    """Put rows with and without labels together, in this order."""
+    count = len(unlabelled.dataset)
+    dtype = np.int64 if task.kind == "single-label" else np.float32
+    empty = np.zeros((count, task.num_labels) if task.kind == "multi-label" else count, dtype)
+    features = labelled.dataset.features
+    filler = Dataset.from_dict({"label": empty}, features=Features({"label": features["label"]}))
+    without = concatenate_datasets([unlabelled.dataset, filler], axis=1)
+    names = [name for name in labelled.dataset.column_names if name in without.column_names]
+    parts = [
+        _mark(rows.select_columns(names), is_labelled)
+        for rows, is_labelled in ((labelled.dataset.select_columns(names), True), (without, False))
+    ]
+    return Tokenised(
+        concatenate_datasets(parts), labelled.truncated + unlabelled.truncated, max_length=labelled.max_length
+    )
+
+
+def labelled_values(dataset: Dataset) -> np.ndarray:
+    """Read the labels that count."""
+    labels = column_values(dataset, "label")
+    return labels[column_values(dataset, LABELLED)] if LABELLED in dataset.column_names else labels
+
+
+def _mark(dataset: Dataset, is_labelled: bool) -> Dataset:
+    return dataset.add_column(LABELLED, np.full(len(dataset), is_labelled), feature=Value("bool"))
+
+
+def read_collection(folder: Path, task: Task, key: str) -> TeacherLogits:
+    """Read the logits of a finished collection."""
+    collection = open_collection(folder)
+    check_labels(collection, task, key)
+    for file, digest in collection.digests.items():
+        if not file.is_file() or hash_file(file) != digest:
+            raise ArtifactError(
+                f"{file} is {'damaged' if file.exists() else 'gone'} since it was written; run the same kdlora label "
+                "command again, which writes it anew"
+            )
+    names = collection.label_names if task.kind == "regression" else task.label_names
+    table = collection.read(["id", *(LOGIT + name for name in names)])
+    logits = np.empty((table.num_rows, len(names)), np.float32)
+    for column, name in enumerate(names):
+        logits[:, column] = table[LOGIT + name].to_numpy()
+    return TeacherLogits(
+        ids=table["id"],
+        logits=logits,
+        label_names=task.label_names,
+        fingerprint=collection.fingerprint,
+        versions=dict(collection.content["versions"]),
+        truncated=collection.truncated,
+        source=str(folder),
     )

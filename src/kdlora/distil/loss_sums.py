@@ -17,12 +17,7 @@ class DivergedError(KdLoraError):
     """
 
     def __init__(self, message: str, step: int = -1) -> None:
-        """Say what diverged.
-
-        Args:
-            message: with the remedy.
-            step: the optimiser step.
-        """
+        """Say what diverged."""
         super().__init__(message)
         self.step = step
 
@@ -34,11 +29,7 @@ class LossSums:
     """Sums of loss terms over rows, and the first step at which the loss was not a finite number."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start at zero.
-
-        Args:
-            device: where the losses are computed.
-        """
+        """Start at zero."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(6, dtype=dtype, device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -46,12 +37,7 @@ class LossSums:
 
     @torch.no_grad()
     def add(self, terms: LossTerms, step: int) -> None:
-        """Add the rows of a micro-batch.
-
-        Args:
-            terms: per-row losses.
-            step: the optimiser step that they belong to, for `check`.
-        """
+        """Add the rows of a micro-batch."""
         rows = terms.hard.new_full((), len(terms.hard))
         zero = torch.zeros_like(rows)
         soft, soft_rows = (zero, zero) if terms.soft is None else (terms.soft.sum(), rows)
@@ -63,36 +49,19 @@ class LossSums:
 
     @torch.no_grad()
     def note_gradient(self, norm: Tensor | float, step: int) -> None:
-        """Note a gradient that is not finite; the weights are not either once the step is taken.
-
-        Args:
-            norm: of all gradients, before they are clipped.
-            step: the optimiser step.
-        """
+        """Note a gradient that is not finite; the weights are not either once the step is taken."""
         bad = ~torch.isfinite(torch.as_tensor(norm, device=self.sums.device)) & (self.bad_gradient < 0)
         self.bad_gradient = torch.where(bad, step, self.bad_gradient)
 
     def check(self, learning_rate: float | None = None) -> None:
-        """Stop a training that has diverged. Waits for the device.
-
-        Args:
-            learning_rate: for the message.
-
-        Raises:
-            DivergedError: a loss or a gradient was not a finite number.
-        """
+        """Stop a training that has diverged. Waits for the device."""
         for what, first in (("loss is", self.bad_step), ("gradients are", self.bad_gradient)):
             if (step := int(first)) >= 0:
                 numbers = "a finite number" if what == "loss is" else "finite numbers"
                 raise DivergedError(diverged(f"the {what} not {numbers} at step {step}", learning_rate), step)
 
     def means(self) -> dict[str, float]:
-        """Give the exact means over the rows so far. Waits for the device.
-
-        Returns:
-            `loss`, `hard_loss` over the rows with a label and, where a teacher taught, `soft_loss`; empty without
-            rows.
-        """
+        """Give the exact means over the rows so far. Waits for the device."""
         return term_means(self.sums)
 
     def reset(self) -> None:
@@ -101,11 +70,7 @@ class LossSums:
 
 
 def term_means(sums: Tensor) -> dict[str, float]:
-    """Turn sums into means.
-
-    Args:
-        sums: (6,) totals, hard, soft, rows, rows with a soft loss, rows with a label.
-    """
+    """Turn sums into means."""
     total, hard, soft, rows, soft_rows, hard_rows = sums.tolist()
     if rows == 0:
         return {}
@@ -114,12 +79,7 @@ def term_means(sums: Tensor) -> dict[str, float]:
 
 
 def diverged(what: str, learning_rate: float | None) -> str:
-    """Say what to do about a training that has diverged.
-
-    Args:
-        what: the sign of it, with the step.
-        learning_rate: peak learning rate, if known.
-    """
+    """Say what to do about a training that has diverged."""
     rate = "" if learning_rate is None else f" (now {learning_rate:g})"
     return (
         f"the training diverged: {what}. Most often the learning rate{rate} is too high; else set run.precision to "

@@ -98,18 +98,6 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     Softening divides the gradient by the temperature squared; the factor takes that back, so that alpha means
     the same at every temperature.
 
-    Args:
-        student_logits: (rows, labels).
-        teacher_logits: (rows, labels); no gradient flows into it.
-        temperature: finite, above 0.
-
-    Returns:
-        (rows,) nats.
-
-    Raises:
-        ConfigError: a temperature that is not finite and positive.
-        ModelError: shapes that differ.
-
     *Source*: Hinton et al. (arXiv 1503.02531), section 2.
     """
     student, teacher = _comparable(student_logits, teacher_logits)
@@ -124,18 +112,6 @@ def binary_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 
     Labels of a multi-label task do not compete, so a softmax over them would teach a distribution that the
     teacher never stated.
-
-    Args:
-        student_logits: (rows, labels).
-        teacher_logits: (rows, labels); no gradient flows into it.
-        temperature: finite, above 0.
-
-    Returns:
-        (rows,) nats, the mean over the labels.
-
-    Raises:
-        ConfigError: a temperature that is not finite and positive.
-        ModelError: shapes that differ.
     """
     student, teacher = _comparable(student_logits, teacher_logits)
     scale = _checked_temperature(temperature)
@@ -148,16 +124,6 @@ def binary_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Measure the squared difference of the raw logits.
 
-    Args:
-        student_logits: (rows, labels).
-        teacher_logits: (rows, labels); no gradient flows into it.
-
-    Returns:
-        (rows,) the mean over the labels.
-
-    Raises:
-        ModelError: shapes that differ.
-
     *Source*: Kim et al. (IJCAI 2021, arXiv 2105.08919).
     """
     student, teacher = _comparable(student_logits, teacher_logits)
@@ -165,19 +131,7 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def hard_loss(kind: Kind, logits: Tensor, labels: Tensor) -> Tensor:
-    """Measure the loss against the labels.
-
-    Args:
-        kind: cross-entropy (single-label), squared error (regression) or binary cross-entropy (multi-label).
-        logits: (rows, labels); for regression (rows, 1) or (rows,).
-        labels: (rows,) class indices; (rows,) values for regression; (rows, labels) of 0 and 1 for multi-label.
-
-    Returns:
-        (rows,), for multi-label the mean over the labels.
-
-    Raises:
-        DataError: labels whose shape does not fit the logits.
-    """
+    """Measure the loss against the labels."""
     outputs = _at_least_float32(logits)
     if kind == "regression":
         outputs, targets = outputs.reshape(-1), labels.reshape(-1)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from kdlora.errors import ConfigError, did_you_mean
+from kdlora.system.storage import write_json_atomic
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
@@ -20,14 +23,7 @@ WORTH_ROUNDING = 1.25  # bf16 keeps 8 bits of a number; a smaller gain in speed 
 
 
 def resolve_device(device: str) -> torch.device:
-    """Choose where to compute.
-
-    Args:
-        device: `auto` (CUDA where there is one), `cpu` or `cuda`.
-
-    Raises:
-        ConfigError: an unknown name, or `cuda` without a CUDA device.
-    """
+    """Choose where to compute."""
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(
             f"run.device is one of auto, cpu, cuda; got {device!r}." + did_you_mean(device, ["auto", "cpu", "cuda"])
@@ -38,18 +34,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_precision(precision: str, device: str) -> tuple[str, str]:
-    """Choose the number format of the matrix products.
-
-    Args:
-        precision: `auto`, `fp32`, `bf16` or `fp16`.
-        device: `auto`, `cpu` or `cuda`.
-
-    Returns:
-        `fp32`, `bf16` or `fp16`, and the reason in plain words.
-
-    Raises:
-        ConfigError: an unknown name, fp16 on a CPU, or no such device.
-    """
+    """Choose the number format of the matrix products."""
     names = ["auto", *DTYPES]
     if precision not in names:
         raise ConfigError(
@@ -62,6 +47,31 @@ def resolve_precision(precision: str, device: str) -> tuple[str, str]:
         raise ConfigError("run.precision is fp16, which is for CUDA devices; on a CPU use auto, bf16 or fp32")
     slow = precision == "bf16" and (_best_on_cuda() if place.type == "cuda" else _best_on_cpu())[0] != "bf16"
     return precision, "as set" + (", though bf16 is no faster than fp32 on this machine" if slow else "")
+
+
+def settle_precision(precision: str, device: str, file: Path) -> tuple[str, str]:
+    """Choose the number format, and `auto` once for all that share a file: a second timing may come out otherwise."""
+    if precision != "auto":
+        return resolve_precision(precision, device)
+    kind = resolve_device(device).type
+    if (known := _read_answers(file).get(kind)) is not None:
+        return known
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        answers = _read_answers(file)
+        if kind not in answers:
+            answers[kind] = resolve_precision(precision, device)
+            write_json_atomic(file, answers)
+    return answers[kind]
+
+
+def _read_answers(file: Path) -> dict[str, tuple[str, str]]:
+    """Read what was settled; nothing where the file is missing or damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {kind: (name, str(reason)) for kind, (name, reason) in found.items() if name in DTYPES}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _best_on_cuda() -> tuple[str, str]:
@@ -86,9 +96,6 @@ def _bf16_speed_up() -> float:
 
     The instruction set does not tell: with AVX-512's bf16 dot product alone, oneDNN reaches half of fp32's speed on one
     maker's processors and four times it on another's (`benchmarks/README.md`).
-
-    Returns:
-        fp32's best time over bf16's.
     """
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -117,12 +124,7 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Give the context in which a forward pass multiplies in `precision`; nothing for fp32.
-
-    Args:
-        precision: `fp32`, `bf16` or `fp16`.
-        device: where the model lies.
-    """
+    """Give the context in which a forward pass multiplies in `precision`; nothing for fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
@@ -136,13 +138,6 @@ def frozen_in_half(model: nn.Module, precision: str) -> Iterator[int]:
     that autocast would cast are touched: adapters, fresh modules, embeddings and norms stay in fp32, so the
     numbers are those of plain autocast. What comes back is the very tensor that was there, so an adapter is
     merged into the unrounded base. Layers under DoRA are left alone, whose norm is taken over the base weight.
-
-    Args:
-        model: any model; inside the context it must run under `autocast`.
-        precision: `bf16` or `fp16`; with `fp32` nothing is done.
-
-    Yields:
-        The number of layers that were cast.
     """
     originals: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:

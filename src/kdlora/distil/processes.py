@@ -36,11 +36,7 @@ class Processes:
         return self.rank == 0
 
     def largest(self, value: int) -> int:
-        """Give the largest of the values that the processes name.
-
-        Args:
-            value: this process's.
-        """
+        """Give the largest of the values that the processes name."""
         if self.count == 1:
             return value
         shared = torch.tensor([value])
@@ -48,11 +44,7 @@ class Processes:
         return int(shared)
 
     def total(self, values: Tensor) -> Tensor:
-        """Add the tensors of all processes.
-
-        Args:
-            values: this process's; it is not changed.
-        """
+        """Add the tensors of all processes."""
         if self.count == 1:
             return values
         shared = values.detach().cpu().clone()
@@ -60,11 +52,7 @@ class Processes:
         return shared.to(values.device)
 
     def gather(self, value: Any) -> list[Any]:
-        """Give the values of all processes, in the order of their numbers.
-
-        Args:
-            value: this process's, picklable.
-        """
+        """Give the values of all processes, in the order of their numbers."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -72,11 +60,7 @@ class Processes:
         return values
 
     def first_says(self, value: Any) -> Any:
-        """Give the value of process 0.
-
-        Args:
-            value: this process's; only that of process 0 counts.
-        """
+        """Give the value of process 0."""
         if self.count == 1:
             return value
         shared = [value]
@@ -124,12 +108,7 @@ class Seat:
 
 
 def join_processes(seat: Seat, *, cuda: bool) -> Processes:
-    """Meet the others, and wait for them.
-
-    Args:
-        seat: of this process.
-        cuda: whether tensors on GPUs will be exchanged.
-    """
+    """Meet the others, and wait for them."""
     # Trainer and Accelerate learn from these that they are not alone.
     os.environ |= {"RANK": str(seat.rank), "WORLD_SIZE": str(seat.count), "LOCAL_RANK": str(seat.local_rank)}
     os.environ |= {"MASTER_ADDR": seat.address, "MASTER_PORT": str(seat.port)}

@@ -1,24 +1,69 @@
-"""What goes on around the optimiser steps: evaluation, history, early stopping, checkpoints in time, progress."""
+"""What goes on around the optimiser steps: evaluation, history, stopping, checkpoints in time, progress."""
 
 from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kdlora.distil.interruption import StopSignals
 from kdlora.distil.processes import ALONE, Processes
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.5
 _GO_ON, _SAVE, _STOP = range(3)
+
+
+class TrainingStoppedError(KeyboardInterrupt):
+    """A training was asked to stop, and has saved; the same call continues it."""
+
+
+class StopSignals:
+    """Notes Ctrl-C and SIGTERM while a training runs, where nobody else has asked for them.
+
+    The second one interrupts at once, as the first would have done.
+    """
+
+    def __init__(self) -> None:
+        """Take nothing yet."""
+        self.received: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Begin to take the signals; only the main thread may."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    self._former[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the signals back; one that came too late to be heeded by the training still counts."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        if kind is None:
+            self.heed("after its last step")
+
+    def heed(self, where: str) -> None:
+        """Stop the training if that was asked for."""
+        if self.received is not None:
+            name = signal.Signals(self.received).name
+            raise TrainingStoppedError(f"the training stopped {where} ({name}); the same call continues it")
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
 
 
 @dataclass(frozen=True)
@@ -155,11 +200,7 @@ class Session(TrainerCallback):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Args:
-            state: what `state` gave.
-        """
+        """Go on from a checkpoint."""
         self.history = list(state["history"])
         self.watch = Stopwatch(float(state["seconds"]))
         self.evaluation = Stopwatch(float(state["evaluation_seconds"]))
@@ -229,11 +270,7 @@ class Session(TrainerCallback):
         self.stop.heed("with a checkpoint")
 
     def tell(self, state: TrainerState) -> None:
-        """Report where the training stands.
-
-        Args:
-            state: of the trainer.
-        """
+        """Report where the training stands."""
         self._told_at = self.watch.read()
         if self.progress is None:
             return

@@ -30,43 +30,23 @@ class TargetScale:
 
     @classmethod
     def of(cls, labels: npt.NDArray[np.floating]) -> TargetScale:
-        """Measure training labels; equal labels are only shifted.
-
-        Args:
-            labels: (rows,), finite.
-        """
+        """Measure training labels; equal labels are only shifted."""
         values = np.asarray(labels, dtype=np.float64)
         std = float(values.std())
         return cls(mean=float(values.mean()), std=std if std > 0.0 else 1.0)
 
     def standardise(self, values: Tensor) -> Tensor:
-        """Bring values to the scale of training.
-
-        Args:
-            values: on the original scale, any shape.
-        """
+        """Bring values to the scale of training."""
         return (values - self.mean) / self.std
 
     def restore(self, values: np.ndarray) -> np.ndarray:
-        """Bring predictions back to the original scale.
-
-        Args:
-            values: standardised, any shape.
-        """
+        """Bring predictions back to the original scale."""
         return np.asarray(values * self.std + self.mean, dtype=values.dtype)
 
 
 @torch.no_grad()
 def fold_into_head(model: nn.Module, scale: TargetScale) -> None:
-    """Change the last layer so that the model predicts on the original scale, with no code around it.
-
-    Args:
-        model: predicts standardised values; a transformers classifier with one output, with or without adapter.
-        scale: what the targets were standardised with.
-
-    Raises:
-        ModelError: no last linear layer with one output and a bias, or something follows it.
-    """
+    """Change the last layer so that the model predicts on the original scale, with no code around it."""
     head = _last_linear(model)
     weight, bias = head.weight.clone(), head.bias.clone()
     before = _probe(model)

@@ -15,15 +15,14 @@ import pyarrow.parquet as pq
 from kdlora.data.collection import LOGIT, is_collection
 from kdlora.data.faults import REMEDY, UNREADABLE
 from kdlora.data.tasks import Task
-from kdlora.distil.collections import read_collection
-from kdlora.distil.fingerprints import hash_file, hash_json
-from kdlora.distil.logits import TeacherLogits
+from kdlora.distil.logits import TeacherLogits, read_collection
 from kdlora.errors import DataError, did_you_mean
+from kdlora.system.integrity import hash_file, hash_json
 
 PREFIX = LOGIT
 _RESERVED = ("id", "split", "label", "group", "text", "text_pair", "__index_level_0__")
 _PARQUET, _JSON_LINES = (".parquet", ".pq"), (".jsonl", ".ndjson", ".json")
-_SMALLEST = 1e-7
+_NEVER = -1e6  # log of a probability of 0: finite, and 0 again at every temperature
 _TOLERANCE = 1e-3
 
 
@@ -43,7 +42,7 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
 
     Returns:
         Logits in the task's label order; probabilities become log-probabilities (single-label) or log-odds
-        (multi-label), clipped at 1e-7.
+        (multi-label), and it is noted that they are none.
 
     Raises:
         DataError: no such file or format, missing or other columns, doubled ids, values out of range.
@@ -72,6 +71,7 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         label_names=task.label_names,
         fingerprint=fingerprint,
         source=str(file),
+        from_probabilities=given,
     )
 
 
@@ -227,6 +227,7 @@ def _as_logits(probabilities: np.ndarray, task: Task, ids: pa.ChunkedArray, file
     refuse(((probabilities < 0.0) | (probabilities > 1.0)).any(axis=1), "between 0 and 1")
     if task.kind == "single-label":
         refuse(np.abs(probabilities.sum(axis=1) - 1.0) > _TOLERANCE, "that sum to 1 over the labels")
-        return np.log(np.maximum(probabilities, _SMALLEST))
-    clipped = np.clip(probabilities, _SMALLEST, 1.0 - _SMALLEST)
-    return np.log(clipped) - np.log1p(-clipped)
+        with np.errstate(divide="ignore"):
+            return np.maximum(np.log(probabilities), _NEVER)
+    with np.errstate(divide="ignore"):
+        return np.clip(np.log(probabilities) - np.log1p(-probabilities), _NEVER, -_NEVER)

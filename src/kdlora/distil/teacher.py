@@ -12,20 +12,18 @@ import pyarrow as pa
 from datasets import Dataset
 
 from kdlora.data.batches import tokenise
+from kdlora.data.row_hash import hash_columns
 from kdlora.data.tasks import Task
-from kdlora.distil.fingerprints import hash_columns, hash_model, hash_tokenizer
+from kdlora.distil.fingerprints import hash_model, hash_tokenizer
 from kdlora.distil.inference import column_values, predict_logits
 from kdlora.distil.logit_store import LogitStore, load_store, open_store
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
 from kdlora.distil.processes import Processes, current_processes
-from kdlora.distil.tables import read_teacher_table
 from kdlora.errors import ArtifactError, ModelError
-from kdlora.evidence.locks import hold_lock
-from kdlora.evidence.records import collect_versions
 from kdlora.models.encoders import Encoder
-
-__all__ = ["TeacherLogits", "read_stored_logits", "read_teacher_table", "teacher_logits"]
+from kdlora.system.environment import collect_versions
+from kdlora.system.locks import hold_lock
 
 logger = logging.getLogger(__name__)
 
@@ -106,15 +104,7 @@ def teacher_logits(
 
 
 def read_stored_logits(folder: str | Path, task: Task) -> TeacherLogits:
-    """Read logits that `teacher_logits` stored, without the teacher.
-
-    Args:
-        folder: what `teacher_logits` wrote to.
-        task: whose labels the logits must have.
-
-    Raises:
-        ArtifactError: none there, unfinished, damaged, or of other labels.
-    """
+    """Read logits that `teacher_logits` stored, without the teacher."""
     place = Path(folder)
     store = load_store(place)
     remedy = f"Run the same command again to compute them, or delete {place} first if that does not help"

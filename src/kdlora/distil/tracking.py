@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +44,7 @@ class TrackedRun:
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
-    """Check that every tracker is installed.
-
-    Args:
-        trackers: their names.
-
-    Raises:
-        ConfigError: one is not.
-    """
+    """Check that every tracker is installed."""
     missing = [name for name in trackers if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -61,15 +55,7 @@ def check_trackers(trackers: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def tracked(trackers: Sequence[str], run: TrackedRun) -> Iterator[list[TrainerCallback]]:
-    """Open a run with each tracker, and close it as done or failed.
-
-    Args:
-        trackers: `tensorboard`, `wandb`, `mlflow`.
-        run: what it is called.
-
-    Yields:
-        Callbacks for the training; they are transformers' own, so that their environment variables count.
-    """
+    """Open a run with each tracker, and close it as done or failed."""
     openers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
     with contextlib.ExitStack() as opened:
         yield [opened.enter_context(openers[name](run)) for name in trackers]
@@ -84,6 +70,9 @@ def _tensorboard(run: TrackedRun) -> Iterator[TrainerCallback]:
     with SummaryWriter(log_dir=str(folder)) as writer:
         writer.add_text("tags", ", ".join(f"{name}: {value}" for name, value in run.tags.items()))
         yield TensorBoardCallback(writer)
+    host = f".{socket.gethostname()}.{os.getpid()}."
+    for path in folder.glob("events.out.tfevents.*"):  # which has any name, so that the host's need not be told
+        path.rename(path.with_name(path.name.replace(host, f".unnamed.{os.getpid()}.", 1)))
 
 
 @contextlib.contextmanager
@@ -101,7 +90,7 @@ def _wandb(run: TrackedRun) -> Iterator[TrainerCallback]:
         mode=os.environ.get("WANDB_MODE", "offline"),
         dir=os.environ.get("WANDB_DIR") or str(run.folder),
         tags=[f"{name}:{value}" for name, value in run.tags.items()],
-        settings=wandb.Settings(silent=True, console="off"),
+        settings=wandb.Settings(silent=True, console="off", **_unnamed()),
     )
     code = 1
     try:
@@ -109,6 +98,27 @@ def _wandb(run: TrackedRun) -> Iterator[TrainerCallback]:
         code = 0
     finally:
         opened.finish(exit_code=code)
+
+
+def _unnamed() -> dict[str, Any]:
+    """Keep user, host, command, code and remote out of what W&B writes down; its versions name some keys otherwise."""
+    import wandb
+
+    wanted = {
+        "disable_git": True,
+        "save_code": False,
+        "host": "unnamed",
+        "username": "unnamed",
+        "program": "kdlora",
+        "x_disable_meta": True,
+        "x_disable_machine_info": True,
+        "x_disable_stats": True,
+        "x_save_requirements": False,
+        "_disable_meta": True,
+        "_disable_stats": True,
+    }
+    known = {name for kind in wandb.Settings.__mro__ for name in vars(kind).get("__annotations__", {})}
+    return {name: value for name, value in wanted.items() if name in known}
 
 
 @contextlib.contextmanager
@@ -121,11 +131,15 @@ def _mlflow(run: TrackedRun) -> Iterator[TrainerCallback]:
         mlflow.set_tracking_uri(f"sqlite:///{run.folder.resolve() / 'mlflow.db'}")
     experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.experiment)
     where = f"tags.`{_KEY}` = '{run.key}'"
-    found: list[Any] = mlflow.MlflowClient().search_runs([experiment.experiment_id], where)
-    if found:
-        mlflow.start_run(run_id=found[0].info.run_id)
-    else:
-        mlflow.start_run(run_name=run.name, tags={**run.tags, _KEY: run.key})
+    client = mlflow.MlflowClient()
+    found: list[Any] = client.search_runs([experiment.experiment_id], where)
+    # A run that the client makes names neither user nor command nor commit, as one that is started otherwise does.
+    one = (
+        found[0]
+        if found
+        else client.create_run(experiment.experiment_id, run_name=run.name, tags={**run.tags, _KEY: run.key})
+    )
+    mlflow.start_run(run_id=one.info.run_id)
     status = "FAILED"
     try:
         yield MLflowCallback()

@@ -17,37 +17,24 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from kdlora.config import DistilConfig, LoraConfig, TrainConfig
+from kdlora.config import DistilConfig, LoraConfig, SettledTraining
 from kdlora.data.batches import Collator, LengthBucketSampler, Tokenised
+from kdlora.data.row_hash import hash_columns
 from kdlora.data.tasks import Task
-from kdlora.distil.allocator import freed_memory_kept
 from kdlora.distil.arm_trainer import ArmTrainer, MicroBatchCollator
-from kdlora.distil.checkpoints import CheckpointFolder, load_trained_tensors
-from kdlora.distil.distillation_trainer import DistillationTrainer
-from kdlora.distil.dropout import dropout_set
 from kdlora.distil.fast_cpu import fast_on_cpu
-from kdlora.distil.fingerprints import hash_columns, hash_model
+from kdlora.distil.fingerprints import hash_model
 from kdlora.distil.inference import INPUTS, column_values, predict_logits
-from kdlora.distil.logits import COLUMN
+from kdlora.distil.logits import COLUMN, LABELLED, labelled_values
 from kdlora.distil.loss_sums import DivergedError, diverged
-from kdlora.distil.precision import frozen_in_half, resolve_device, resolve_precision
+from kdlora.distil.precision import frozen_in_half, resolve_device, settle_precision
 from kdlora.distil.processes import TIMEOUT_SECONDS, Processes, current_processes
-from kdlora.distil.recompute import activations_recomputed
+from kdlora.distil.resume import CheckpointFolder, load_trained_tensors
 from kdlora.distil.session import ProgressEvent, Session
-from kdlora.distil.sharding import check_sharding, sharded
 from kdlora.distil.standardise import TargetScale, fold_into_head
-from kdlora.distil.unlabelled import LABELLED, labelled_values
+from kdlora.distil.training_modes import activations_recomputed, dropout_set, freed_memory_kept
 from kdlora.errors import DataError, KdLoraError
 from kdlora.evidence.metrics import compute_metrics, score
-
-__all__ = [
-    "DistillationTrainer",
-    "ProgressEvent",
-    "TrainOutcome",
-    "predict_logits",
-    "resolve_precision",
-    "train_model",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -85,18 +72,19 @@ def train_model(
     train: Tokenised,
     validation: Tokenised,
     task: Task,
-    settings: TrainConfig,
+    settings: SettledTraining,
     *,
     seed: int,
     precision: str,
     device: str = "auto",
     distil: DistilConfig | None = None,
     lora: LoraConfig | None = None,
+    fresh: Sequence[str] = (),
     folder: Path,
     checkpoint_seconds: float = 60.0,
     keep_checkpoints: int = 1,
     rows_per_epoch: int | None = None,
-    shard: bool = False,
+    copies: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Callable[[ProgressEvent], None] | None = None,
 ) -> TrainOutcome:
@@ -120,41 +108,40 @@ def train_model(
         task: kind, labels and metrics.
         settings: epochs, learning rate and the like.
         seed: seeds dropout and the order of the rows.
-        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        precision: `auto`, `fp32`, `bf16` or `fp16`; what `auto` was found to be is kept in the folder.
         device: `auto`, `cpu` or `cuda`.
         distil: weights and temperature; None trains on the labels alone, whether or not there are teacher logits.
         lora: of the model's adapter; a checkpoint of another one is refused, for its scale is in no weight.
+        fresh: names of the modules that `settings.head_learning_rate` is for: the encoder's `fresh`.
         folder: of this training alone, for checkpoints.
         checkpoint_seconds: training time between two checkpoints.
         keep_checkpoints: newest ones to keep.
         rows_per_epoch: rows that an epoch draws; default: every row once. A control with fewer rows thereby does as
             many optimiser steps as the arm that it is compared with.
-        shard: let several processes share out weights, gradients and optimiser states, in place of a copy in each.
+        copies: how many of the last rows are perturbed copies, of which every step has as many as of the others.
         callbacks: transformers' own kind.
         progress: told every half second, and after every epoch, where the training stands.
 
     Raises:
         DataError: rows without labels, no rows, or no teacher logits.
         ArtifactError: the folder holds checkpoints of another training.
-        ConfigError: `shard` with frozen weights or in fp16.
+        ConfigError: a learning rate of the head, but no such module.
         KdLoraError: the training diverged.
     """
     _check(train, validation, distil)
     processes = current_processes()
-    precision = processes.first_says(resolve_precision(precision, device)[0])  # `auto` is timed: let it be one answer
+    settled, _ = settle_precision(precision, device, Path(folder) / "precision.json")
+    precision = processes.first_says(settled)  # `auto` is timed: let it be one answer
     place = resolve_device(device)
     scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
     ingredients = _ingredients(model, train, validation, task, settings, distil, lora)
     ingredients |= {"seed": seed, "precision": precision, "device": place.type, "rows_per_epoch": rows_per_epoch}
-    shard = shard and processes.count > 1
-    if processes.count > 1:
-        ingredients["settings"] |= {"processes": processes.count} | ({"sharded": True} if shard else {})
-    if shard:
-        check_sharding(model, ingredients["model"], precision, processes)
+    ingredients |= {"copies": copies}
+    ingredients["processes"] = processes.count
     checkpoints = CheckpointFolder(Path(folder), ingredients, keep_checkpoints)
     lengths = column_values(train.dataset, "length")
     rows_per_step = settings.batch_size * processes.count
-    sampler = LengthBucketSampler(lengths, rows_per_step, seed=seed, rows_per_epoch=rows_per_epoch)
+    sampler = LengthBucketSampler(lengths, rows_per_step, seed=seed, rows_per_epoch=rows_per_epoch, beside=copies)
     session = _session(settings, len(sampler), checkpoint_seconds, progress, processes)
     collator = Collator.of(tokenizer, task.kind, train.max_length)
     with (
@@ -164,10 +151,9 @@ def train_model(
         fast_on_cpu(model, place),
         activations_recomputed(model, settings.gradient_checkpointing),
         _left_as_found(model),
-        sharded(model, processes, place, wanted=shard) as trained,
     ):
         trainer = ArmTrainer(
-            trained,
+            model,
             _arguments(settings, seed, precision, place, Path(folder), len(sampler)),
             kind=task.kind,
             distil=distil,
@@ -175,9 +161,11 @@ def train_model(
             train_dataset=_rows(train, distil),
             sampler=sampler,
             collator=MicroBatchCollator(collator, settings.micro_batch_tokens),
-            validate=lambda: _validate(trained, tokenizer, validation, task, precision, scale, settings, processes),
+            validate=lambda: _validate(model, tokenizer, validation, task, precision, scale, settings, processes),
             checkpoints=checkpoints,
             session=session,
+            fresh=fresh,
+            head_learning_rate=settings.head_learning_rate,
             callbacks=callbacks,
         )
         if processes.count > 1:  # each draws its own dropout; the weights are those of the first
@@ -191,7 +179,7 @@ def train_model(
 
 
 def _session(
-    settings: TrainConfig,
+    settings: SettledTraining,
     steps_per_epoch: int,
     checkpoint_seconds: float,
     progress: Callable[[ProgressEvent], None] | None,
@@ -236,7 +224,7 @@ def _run(trainer: ArmTrainer, checkpoints: CheckpointFolder, session: Session) -
 
 def _finish(
     model: nn.Module,
-    settings: TrainConfig,
+    settings: SettledTraining,
     session: Session,
     checkpoints: CheckpointFolder,
     scale: TargetScale | None,
@@ -266,7 +254,7 @@ def _ingredients(
     train: Tokenised,
     validation: Tokenised,
     task: Task,
-    settings: TrainConfig,
+    settings: SettledTraining,
     distil: DistilConfig | None,
     lora: LoraConfig | None,
 ) -> dict[str, Any]:
@@ -292,7 +280,7 @@ def _rows(train: Tokenised, distil: DistilConfig | None) -> Dataset:
 
 
 def _arguments(
-    settings: TrainConfig, seed: int, precision: str, device: torch.device, folder: Path, steps_per_epoch: int
+    settings: SettledTraining, seed: int, precision: str, device: torch.device, folder: Path, steps_per_epoch: int
 ) -> TrainingArguments:
     """Say it in the words of transformers."""
     steps = math.ceil(settings.epochs * steps_per_epoch)
@@ -337,7 +325,7 @@ def _validate(
     task: Task,
     precision: str,
     scale: TargetScale | None,
-    settings: TrainConfig,
+    settings: SettledTraining,
     processes: Processes,
 ) -> dict[str, float]:
     """Give the validation metrics, on the original scale, and `score`."""

@@ -13,17 +13,6 @@ BINS = 10
 def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np.ndarray:
     """Turn logits into probabilities: softmax, or one sigmoid a label for multi-label.
 
-    Args:
-        logits: (rows, labels).
-        kind: "single-label" or "multi-label".
-        temperature: positive; above 1 flattens.
-
-    Returns:
-        float64 (rows, labels) in 0..1.
-
-    Raises:
-        ValueError: a regression, which has no probabilities.
-
     *Source*: Guo et al., "On Calibration of Modern Neural Networks", eq. 9.
     """
     scaled = logits.astype(np.float64) / temperature
@@ -59,14 +48,6 @@ def reliability(table: np.ndarray, labels: np.ndarray, kind: str) -> Reliability
 
     Confidence is the largest probability (single-label), or that of the decision on each label (multi-label).
     *Source*: Guo et al., "On Calibration of Modern Neural Networks", eq. 3.
-
-    Args:
-        table: probabilities (rows, labels).
-        labels: int (rows,), or 0/1 (rows, labels) for multi-label, where every cell is a decision of its own.
-        kind: "single-label" or "multi-label".
-
-    Returns:
-        The bins that are not empty, and the expected calibration error.
     """
     if kind == "multi-label":
         cells = table.ravel()

@@ -12,27 +12,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from kdlora.evidence.forkserver import ChildDiedError, call_in_child, close_server, findable_module, start_server
 from kdlora.evidence.records import Latency
+from kdlora.system.forkserver import call_in_child, findable_module, start_server
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "ChildDiedError",
-    "Measured",
-    "MemoryLevel",
-    "close_server",
-    "forget_peak",
-    "measure_latency",
-    "peak_since",
-    "prepare_children",
-    "read_memory",
-    "run_in_child",
-    "size_on_disk",
-    "time_calls",
-]
 
 T = TypeVar("T")
 
@@ -57,11 +43,7 @@ class MemoryLevel:
 
 
 def read_memory() -> MemoryLevel | None:
-    """Read this process's memory.
-
-    Returns:
-        The level, or None where the system does not give it (it needs Linux' /proc).
-    """
+    """Read this process's memory."""
     try:
         lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -112,20 +94,6 @@ def run_in_child(
     The process is forked from a server that has imported the function's module, so the imports are paid for
     once and are not part of the figure. It has the caller's environment and working directory. Where the system
     cannot fork, the function runs in this process and the peak is None.
-
-    Args:
-        function: of an importable module (not of the main script).
-        arguments: picklable.
-        on_message: called in this process with every value that the function sends. The function then takes
-            one more positional argument, the callable that sends; several values at once arrive as a tuple.
-
-    Returns:
-        Value, peak memory and seconds.
-
-    Raises:
-        ValueError: a function that another process cannot find.
-        ChildDiedError: the process was killed; the message names the signal.
-        Exception: whatever the function raised, with its traceback as a note.
     """
     if not hasattr(os, "fork"):
         sender = () if on_message is None else (on_message,)
@@ -138,11 +106,7 @@ def run_in_child(
 
 
 def prepare_children(module: str) -> None:
-    """Start the server of children while this process still imports: a command begins that much sooner.
-
-    Args:
-        module: what the first child will need.
-    """
+    """Start the server of children while this process still imports: a command begins that much sooner."""
     if hasattr(os, "fork"):
         start_server(module)
 
@@ -159,12 +123,6 @@ def _measure(function: Callable[..., T], arguments: tuple[Any, ...], *sender: Ca
 
 def peak_since(before: MemoryLevel | None) -> int | None:
     """Give the peak above an earlier level of this process.
-
-    Args:
-        before: what `read_memory` gave, right after `forget_peak`.
-
-    Returns:
-        Bytes; where CUDA was used, the peak of its allocator; None where the system gives no figure.
 
     A child of a fork shares its anonymous pages from the start but maps the library files anew, page by page, as
     it touches them; those pages are left out on both sides.
@@ -186,21 +144,7 @@ def time_calls(
     repeats: int = 50,
     limit_seconds: float = 10.0,
 ) -> tuple[float, float]:
-    """Time a call over a cycle of inputs.
-
-    Args:
-        call: what is timed; it must not return before its work is done.
-        inputs: taken in turn, from the first again after the last.
-        warm_up: calls that are not counted, at most; none but the first starts after half of `limit_seconds`.
-        repeats: calls that are counted, at most.
-        limit_seconds: no new call starts after so many seconds, if at least three were counted.
-
-    Returns:
-        Median and 95th percentile, milliseconds.
-
-    Raises:
-        ValueError: no inputs or no repeats.
-    """
+    """Time a call over a cycle of inputs."""
     if not inputs or repeats < 1:
         raise ValueError("expected at least one input and one repeat")
     begin = time.perf_counter()
@@ -230,24 +174,7 @@ def measure_latency(
     repeats: int = 50,
     limit_seconds: float = 10.0,
 ) -> list[Latency]:
-    """Time the forward pass of a model on real texts, tokenised beforehand, in the model's own precision.
-
-    Args:
-        model: a plain model; an adapter must be merged, it would cost up to half as much again.
-        tokenizer: the model's own.
-        rows: examples with `text` and perhaps `text_pair`; the first ones are used, in order, and taken again from
-            the first where there are too few. The spread between p50 and p95 holds that of their lengths.
-        max_length: longest input in tokens.
-        batch_sizes: rows in one pass; padded to the longest of the batch.
-        repeats: timed passes for each batch size, at most.
-        limit_seconds: time for each batch size.
-
-    Returns:
-        One entry for each batch size.
-
-    Raises:
-        ValueError: no rows.
-    """
+    """Time the forward pass of a model on real texts, tokenised beforehand, in the model's own precision."""
     import torch
 
     device = next(model.parameters()).device
@@ -291,23 +218,3 @@ def _encode(tokenizer: PreTrainedTokenizerBase, chunk: dict[str, list[str]], max
         chunk["text"], chunk.get("text_pair"), truncation=True, max_length=limit, padding=True, return_tensors="pt"
     )
     return encoded
-
-
-def size_on_disk(path: str | Path) -> int:
-    """Add up the sizes of a file, or of the files below a folder; links are not followed.
-
-    Args:
-        path: file or folder.
-
-    Returns:
-        Bytes of content (not of disk blocks).
-
-    Raises:
-        FileNotFoundError: nothing is there.
-    """
-    place = Path(path)
-    if place.is_file():
-        return place.stat().st_size
-    if not place.is_dir():
-        raise FileNotFoundError(f"{place}: there is no such file or folder")
-    return sum(entry.lstat().st_size for entry in place.rglob("*") if entry.is_file() and not entry.is_symlink())

@@ -24,20 +24,6 @@ def compute_metrics(
     (regression). Degenerate cases are defined: a constant prediction or label gives Matthews, Pearson and
     Spearman 0; F1 without any positive is 0; macro F1 of single-label tasks is the mean over the classes that
     occur among labels or predictions, that of multi-label tasks the mean over all labels.
-
-    Args:
-        task: kind, label names and score metrics.
-        logits: (rows, labels), or (rows,) for regression; finite.
-        labels: int (rows,) in 0..labels-1; float (rows,) for regression; 0/1 (rows, labels) for multi-label.
-        groups: a group name for each row; every metric is then also given as `<metric>_<group>` and is itself
-            the plain mean over the groups, whatever their sizes (MNLI's matched and mismatched).
-
-    Returns:
-        Metric name to fraction: the task's score metrics, then the metrics that its kind always reports.
-
-    Raises:
-        ArtifactError: logits or labels that are not finite numbers.
-        ValueError: shapes that do not fit the task, or no rows at all.
     """
     outputs, targets = check_arrays(task, logits, labels)
     if groups is None:
@@ -54,18 +40,7 @@ def compute_metrics(
 
 
 def score(task: Task, metrics: dict[str, float]) -> float:
-    """Condense a task's metrics into its main figure.
-
-    Args:
-        task: its `metrics` are the ones that count.
-        metrics: fractions, as `compute_metrics` gives them.
-
-    Returns:
-        The mean of the score metrics times 100.
-
-    Raises:
-        ValueError: a score metric is missing.
-    """
+    """Condense a task's metrics into its main figure."""
     missing = [name for name in task.metrics if name not in metrics]
     if missing or not task.metrics:
         raise ValueError(f"expected the metrics {list(task.metrics)}, found {sorted(metrics)}")
@@ -73,14 +48,7 @@ def score(task: Task, metrics: dict[str, float]) -> float:
 
 
 def metric_names(task: Task) -> tuple[str, ...]:
-    """List the metrics that are computed for a task: its score metrics, then those of its kind.
-
-    Args:
-        task: kind, label names and score metrics.
-
-    Returns:
-        The names, without repetition.
-    """
+    """List the metrics that are computed for a task: its score metrics, then those of its kind."""
     always: tuple[str, ...]
     if task.kind == "regression":
         always = ("pearson", "spearman", "mse", "mae")
@@ -92,15 +60,7 @@ def metric_names(task: Task) -> tuple[str, ...]:
 
 
 def predict_labels(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Decide from logits.
-
-    Args:
-        task: its kind decides how.
-        logits: (rows, labels), or (rows,) for regression.
-
-    Returns:
-        int64 (rows,) label indices, int64 (rows, labels) of 0/1 for multi-label, float64 (rows,) for regression.
-    """
+    """Decide from logits."""
     if task.kind == "regression":
         return np.asarray(logits, dtype=np.float64).reshape(len(logits), -1)[:, 0]
     if task.kind == "multi-label":
@@ -109,20 +69,7 @@ def predict_labels(task: Task, logits: np.ndarray) -> np.ndarray:
 
 
 def check_arrays(task: Task, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Refuse outputs and labels that no metric can be computed from.
-
-    Args:
-        task: kind and label names.
-        logits: as in `compute_metrics`.
-        labels: as in `compute_metrics`.
-
-    Returns:
-        Logits as (rows, labels) and labels in the kind's own type.
-
-    Raises:
-        ArtifactError: logits or labels that are not finite numbers.
-        ValueError: shapes or label values that do not fit the task, or no rows at all.
-    """
+    """Refuse outputs and labels that no metric can be computed from."""
     outputs = np.asarray(logits)
     if task.kind == "regression" and outputs.ndim == 1:
         outputs = outputs[:, None]

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from kdlora.data.faults import UNREADABLE
 from kdlora.errors import ArtifactError
-from kdlora.evidence.storage import atomic_file
+from kdlora.system.storage import atomic_file
 
 _LOGIT = "logit:"
 _EXAMPLE_COLUMNS = ["id", "split", "text", "text_pair"]
@@ -39,9 +39,12 @@ class Predictions:
     labels: np.ndarray | None = None
     groups: tuple[str, ...] | None = None
 
-    def only(self, split: str) -> Predictions:
-        """Keep the rows of one split, in their order."""
-        rows = [row for row, name in enumerate(self.split) if name == split]
+    def only(self, split: str, group: str = "") -> Predictions:
+        """Keep the rows of one split, or of one group of it, in their order."""
+        groups = self.groups if group else None
+        rows = [
+            row for row, name in enumerate(self.split) if name == split and (groups is None or groups[row] == group)
+        ]
         return Predictions(
             ids=tuple(self.ids[row] for row in rows),
             split=tuple(self.split[row] for row in rows),
@@ -63,16 +66,7 @@ class ExampleText:
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
-    """Store predictions atomically.
-
-    Args:
-        path: the Parquet file.
-        predictions: what a model said.
-
-    Raises:
-        ValueError: columns of different lengths, or logits that do not fit the label names.
-        OSError: the disk is full or the folder cannot be written.
-    """
+    """Store predictions atomically."""
     _check_shapes(predictions)
     logits = np.asarray(predictions.logits, dtype=np.float32)
     columns: dict[str, pa.Array] = {
@@ -89,17 +83,7 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """Read a predictions file.
-
-    Args:
-        path: the Parquet file.
-
-    Returns:
-        The predictions, rows in file order.
-
-    Raises:
-        ArtifactError: the file is missing, damaged or lacks a column.
-    """
+    """Read a predictions file."""
     table = _read_table(path, ("id", "split"))
     names = [name for name in table.column_names if name.startswith(_LOGIT)]
     if not names:
@@ -119,32 +103,14 @@ def read_predictions(path: str | Path) -> Predictions:
 
 
 def write_examples(path: str | Path, examples: Iterable[ExampleText]) -> None:
-    """Store the texts that the report may quote, atomically.
-
-    Args:
-        path: the Parquet file.
-        examples: ids are unique within a split.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written.
-    """
+    """Store the texts that the report may quote, atomically."""
     kept = list(examples)
     columns = {name: pa.array([getattr(one, name) for one in kept], pa.string()) for name in _EXAMPLE_COLUMNS}
     _write_table(path, pa.table(columns))
 
 
 def read_examples(path: str | Path) -> dict[tuple[str, str], ExampleText]:
-    """Read the texts by `(split, id)`.
-
-    Args:
-        path: the Parquet file that `write_examples` made.
-
-    Returns:
-        The text of each example.
-
-    Raises:
-        ArtifactError: the file is missing, damaged or lacks a column.
-    """
+    """Read the texts by `(split, id)`."""
     rows = _read_table(path, _EXAMPLE_COLUMNS).select(_EXAMPLE_COLUMNS).to_pylist()
     examples = [ExampleText(**row) for row in rows]
     return {(one.split, one.id): one for one in examples}

@@ -11,42 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdlora.errors import ArtifactError
-from kdlora.evidence.environment import collect_versions, describe_machine, git_state
-from kdlora.evidence.integrity import CHECKSUM, is_sealed_or_old, seal
-from kdlora.evidence.predictions import (
-    ExampleText,
-    Predictions,
-    read_examples,
-    read_predictions,
-    write_examples,
-    write_predictions,
-)
-from kdlora.evidence.storage import atomic_file, atomic_folder, plain_json, write_json_atomic, write_text_atomic
-
-__all__ = [
-    "SCHEMA_VERSION",
-    "ExampleText",
-    "ExperimentLayout",
-    "Latency",
-    "Predictions",
-    "RunLayout",
-    "RunRecord",
-    "atomic_file",
-    "atomic_folder",
-    "collect_versions",
-    "describe_machine",
-    "git_state",
-    "read_examples",
-    "read_predictions",
-    "read_record",
-    "read_results",
-    "write_examples",
-    "write_json_atomic",
-    "write_predictions",
-    "write_record",
-    "write_results",
-    "write_text_atomic",
-]
+from kdlora.system.integrity import CHECKSUM, is_sealed_or_old, seal
+from kdlora.system.storage import plain_json, write_json_atomic
 
 SCHEMA_VERSION = 1
 
@@ -159,9 +125,19 @@ class ExperimentLayout:
         return self.root / "config.yaml"
 
     @property
+    def plan(self) -> Path:
+        """What was said before the last trainings began."""
+        return self.root / "plan.json"
+
+    @property
     def results(self) -> Path:
         """All run records in one file."""
         return self.root / "results.json"
+
+    @property
+    def shipped(self) -> Path:
+        """Which run `student/` and `adapter/` are, and why it was chosen."""
+        return self.root / "shipped.json"
 
     @property
     def report_md(self) -> Path:
@@ -177,6 +153,21 @@ class ExperimentLayout:
     def lock(self) -> Path:
         """Held by the process that runs the experiment."""
         return self.root / ".lock"
+
+    @property
+    def shared(self) -> Path:
+        """The folder of what all runs have in common."""
+        return self.root
+
+    @property
+    def precision(self) -> Path:
+        """What `run.precision: auto` was found to be."""
+        return self.shared / "precision.json"
+
+    @property
+    def copies(self) -> Path:
+        """Perturbed copies of the training texts."""
+        return self.shared / "copies"
 
     @property
     def examples(self) -> Path:
@@ -239,71 +230,27 @@ class ExperimentLayout:
         return self.root / "runs"
 
     def run(self, arm: str, seed: int) -> RunLayout:
-        """Name the folder of one arm × seed.
-
-        Args:
-            arm: the arm's name.
-            seed: the run's seed.
-
-        Returns:
-            The layout of that run.
-        """
+        """Name the folder of one arm × seed."""
         return RunLayout(self.runs / f"{arm}-seed{seed}")
 
 
 def write_record(path: str | Path, record: RunRecord) -> None:
-    """Write a run record with a checksum, atomically; numbers that are not finite become null.
-
-    Args:
-        path: the run's `run.json`.
-        record: what to keep.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written.
-    """
+    """Write a run record with a checksum, atomically; numbers that are not finite become null."""
     write_json_atomic(path, seal(plain_json(record.model_dump())))
 
 
 def read_record(path: str | Path) -> RunRecord:
-    """Read a run record.
-
-    Args:
-        path: the run's `run.json`.
-
-    Returns:
-        The record.
-
-    Raises:
-        ArtifactError: the file is missing, cut off, not a record, or of another schema version.
-    """
+    """Read a run record."""
     return _parse_record(_read_json(Path(path)), str(path))
 
 
 def write_results(path: str | Path, records: Iterable[RunRecord]) -> None:
-    """Write `{"runs": [...]}` atomically.
-
-    Args:
-        path: the experiment's `results.json`.
-        records: the runs in the order to keep.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written.
-    """
+    """Write `{"runs": [...]}` atomically."""
     write_json_atomic(path, {"runs": [record.model_dump() for record in records]})
 
 
 def read_results(path: str | Path) -> list[RunRecord]:
-    """Read the records of a `results.json`.
-
-    Args:
-        path: the experiment's `results.json`.
-
-    Returns:
-        The records in file order.
-
-    Raises:
-        ArtifactError: the file is missing, cut off, not a list of records, or of another schema version.
-    """
+    """Read the records of a `results.json`."""
     content = _read_json(Path(path))
     runs = content.get("runs")
     if not isinstance(runs, list):
@@ -317,7 +264,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path}: there is no such file. Run the experiment first, or check the path.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+    except (ValueError, RecursionError) as fault:
         raise ArtifactError(
             f"{path}: expected a whole JSON file, but it is cut off or damaged: {fault}. {_RERUN}"
         ) from None

@@ -27,11 +27,7 @@ class ArmSummary:
 
 
 def summarise_arms(records: Sequence[RunRecord]) -> ArmSummary:
-    """Put the runs of an experiment together, arm by arm.
-
-    Args:
-        records: of the runs; an arm of which none finished reads "failed".
-    """
+    """Put the runs of an experiment together, arm by arm."""
     on_test = any(record.test_score is not None for record in records)
     rows = []
     for arm in ARMS:

@@ -20,20 +20,7 @@ Weighted = Callable[[np.ndarray], np.ndarray]
 
 
 def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndarray) -> Weighted:
-    """Prepare one metric of one model.
-
-    Args:
-        task: its kind decides how outputs become decisions.
-        name: the metric's name.
-        outputs: (examples, labels), checked.
-        targets: labels in the kind's own type, checked.
-
-    Returns:
-        Function from counts (draws, examples) to the metric of each draw, (draws,).
-
-    Raises:
-        ValueError: a metric that the task does not have.
-    """
+    """Prepare one metric of one model."""
     decided = predict_labels(task, outputs)
     if task.kind == "regression":
         return _regression(name, decided, targets)
@@ -161,14 +148,7 @@ class _Ranks:
         self.group[self.order] = np.cumsum(starts) - 1
 
     def centred(self, counts: np.ndarray) -> np.ndarray:
-        """Give each example's average rank in each draw, less the mean rank.
-
-        Args:
-            counts: (draws, examples).
-
-        Returns:
-            (draws, examples); meaningful where the count is not 0.
-        """
+        """Give each example's average rank in each draw, less the mean rank."""
         tied = np.add.reduceat(counts[:, self.order], self.starts, axis=1)
         last = np.cumsum(tied, axis=1)
         # Tied examples share the mean of the places from last - tied + 1 to last.

@@ -15,12 +15,13 @@ from kdlora.config import DistilConfig, LoraConfig, StudentTrainConfig, TeacherT
 from kdlora.data.batches import Tokenised, tokenise
 from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
-from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.precision import resolve_precision
-from kdlora.distil.trainer import ProgressEvent, TrainOutcome, predict_logits, train_model
-from kdlora.distil.unlabelled import join_unlabelled
-from kdlora.errors import DataError
+from kdlora.distil.inference import predict_logits
+from kdlora.distil.logits import TeacherLogits, join_unlabelled
+from kdlora.distil.session import ProgressEvent
+from kdlora.distil.trainer import TrainOutcome, train_model
+from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.metrics import compute_metrics, score
+from kdlora.experiment.settle import settled
 from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
 from kdlora.models.encoders import Encoder, load_encoder
 
@@ -162,12 +163,11 @@ def train_student(
 def rows_per_epoch(splits: Splits) -> int:
     """Count the rows that an epoch of every student arm draws: the training rows and the unlabelled ones.
 
-    Perturbed copies do not make an epoch longer: they stand in for the texts that they were made from.
-
-    Args:
-        splits: the task with its examples.
+    Perturbed copies do not make an epoch longer: a distilled arm has one beside every other row of a step. Rows that a
+    search holds out do not make it shorter: its trainings take as many steps as those that they stand for.
     """
-    return len(splits.train) + (0 if splits.unlabelled is None else len(splits.unlabelled)) - splits.copies
+    more = 0 if splits.unlabelled is None else len(splits.unlabelled)
+    return len(splits.train) + splits.held_out + more - splits.copies
 
 
 def train_arm(
@@ -186,31 +186,11 @@ def train_arm(
     checkpoint_seconds: float = 60.0,
     keep_checkpoints: int = 1,
     rows_per_epoch: int | None = None,
-    shard: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
-    """Train any arm on a loaded encoder; `train_teacher` and `train_student` name the usual choices.
-
-    Args:
-        encoder: the base model, with a fresh head.
-        splits: the task with its examples.
-        settings: epochs, learning rate and the like.
-        folder: where checkpoints go.
-        lora: the adapters; None tunes every weight.
-        teacher: stored teacher logits; None trains on the labels alone.
-        unlabelled: the teacher's logits of the unlabelled rows; needed with a teacher where the splits have such rows.
-        distil: the distillation loss; needs a teacher.
-        seed: seeds adapters, dropout and the order of the rows.
-        precision: `auto`, `fp32`, `bf16` or `fp16`.
-        device: `auto`, `cpu` or `cuda`.
-        checkpoint_seconds: training time between two checkpoints.
-        keep_checkpoints: newest ones to keep.
-        rows_per_epoch: rows that an epoch draws; default: every row once.
-        shard: let several processes share the model out; it must have no adapter.
-        progress: called with each training event.
-        callbacks: transformers' own kind, such as a tracker's.
-    """
+    """Train any arm on a loaded encoder; `train_teacher` and `train_student` name the usual choices."""
+    settings = settled(settings, encoder, splits.train, adapters=lora is not None)
     model = encoder.model if lora is None else add_adapter(encoder, lora, seed=seed)
     parameters = count_parameters(model)
     train, truncated = _training_rows(splits, encoder, settings.max_length, teacher, unlabelled)
@@ -223,19 +203,27 @@ def train_arm(
         splits.task,
         settings,
         seed=seed,
-        precision=resolve_precision(precision, device)[0],
+        precision=precision,
         device=device,
-        distil=None if teacher is None else distil or DistilConfig(),
+        distil=None if teacher is None else _fitting(distil or DistilConfig(), teacher),
         lora=lora,
+        fresh=encoder.fresh,
         folder=Path(folder),
         checkpoint_seconds=checkpoint_seconds,
         keep_checkpoints=keep_checkpoints,
         rows_per_epoch=rows_per_epoch,
-        shard=shard,
+        copies=0 if teacher is None else splits.copies,
         callbacks=callbacks,
         progress=progress,
     )
     return Trained(encoder, model, outcome, parameters, truncated | {"validation": validation.truncated})
+
+
+def _fitting(distil: DistilConfig, teacher: TeacherLogits) -> DistilConfig:
+    """Refuse a loss that compares logits where the teacher has none."""
+    if distil.loss == "mse" and teacher.from_probabilities:
+        raise ConfigError("distil.loss: mse compares logits, and this teacher gives probabilities; use kl")
+    return distil
 
 
 def _training_rows(
@@ -258,7 +246,7 @@ def evaluate(
     examples: Dataset,
     task: Task,
     *,
-    max_length: int = 128,
+    max_length: int | None = None,
     columns: Sequence[int] | None = None,
 ) -> Evaluation:
     """Score a model on labelled examples, in fp32, as it would be shipped.
@@ -268,12 +256,12 @@ def evaluate(
         tokenizer: the model's own.
         examples: rows with `text`, `label` and for MNLI `group`.
         task: kind, labels and metrics.
-        max_length: longest input in tokens.
+        max_length: longest input in tokens; default: the model's own limit.
         columns: column of the model's output for each label of the task; default: the same order.
     """
     if "label" not in examples.column_names:
         raise DataError("these examples have no labels, so there is nothing to score; use predict")
-    data = tokenise(examples, tokenizer, max_length)
+    data = tokenise(examples, tokenizer, max_length or tokenizer.model_max_length)
     logits = predict_logits(model, tokenizer, data)
     if columns is not None:
         logits = logits[:, list(columns)]
@@ -283,12 +271,5 @@ def evaluate(
 
 
 def label_array(examples: Dataset) -> np.ndarray:
-    """Return the labels of a data set.
-
-    Args:
-        examples: rows with `label`.
-
-    Returns:
-        int64 `(examples,)`, float32 `(examples,)` for regression, float32 `(examples, labels)` for multi-label.
-    """
+    """Return the labels of a data set."""
     return np.asarray(examples.with_format("numpy")["label"][:])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,23 @@ from kdlora.config import Config
 from kdlora.configfile import load_config
 from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.tasks import Task
-from kdlora.deploy.benchmark import BenchmarkResult, benchmark
-from kdlora.deploy.calibrate import Calibration, fit_temperature, save_temperature
+from kdlora.deploy.benchmark import benchmark
+from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.encode import Text
 from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
-from kdlora.deploy.folder import read_json, read_model_folder
+from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
-from kdlora.distil.fingerprints import hash_json
 from kdlora.errors import ConfigError, DataError, did_you_mean
-from kdlora.evidence.integrity import hash_files
-from kdlora.evidence.records import ExperimentLayout, read_results, write_json_atomic, write_text_atomic
+from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment.arms import label_array
-from kdlora.experiment.recording import prepare_process
-from kdlora.experiment.stage_log import logged
+from kdlora.experiment.recording import logged, prepare_process
+from kdlora.experiment.settle import cut_at
+from kdlora.foreign import read_json
+from kdlora.report.shipped import BenchmarkResult, Calibration
+from kdlora.system.integrity import hash_files, hash_json
+from kdlora.system.ownership import remove
+from kdlora.system.storage import write_json_atomic, write_text_atomic
 
 FORMATS: dict[str, tuple[Format, ...]] = {
     "onnx": ("onnx",),
@@ -37,20 +40,7 @@ FORMATS: dict[str, tuple[Format, ...]] = {
 
 
 def export_model(model: str | Path, to: str | Path, *, formats: str = "all", data: str | None = None) -> ExportResult:
-    """Export an experiment's student, or any merged model folder, to ONNX and int8.
-
-    Args:
-        model: an experiment folder, or a model folder or Hub id that says its task.
-        to: the folder to write.
-        formats: `onnx`, `onnx-int8` or `all`.
-        data: labelled file to check the stages on; default: the experiment's validation rows, and its training
-            rows where those are fewer than 2,000.
-
-    Raises:
-        ConfigError: for an unknown format.
-        DataError: for int8 without rows to check it on.
-        ParityError: if a stage does not reproduce the one before; the earlier stages are kept.
-    """
+    """Export an experiment's student, or any merged model folder, to ONNX and int8."""
     if formats not in FORMATS:
         raise ConfigError(f"--format {formats!r}: expected onnx, onnx-int8 or all.{did_you_mean(formats, FORMATS)}")
     place = locate_model(model)
@@ -64,26 +54,17 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
         task = Task.from_dict(read_results(layout.results)[0].task)
         rows, more = load_examples(data, task, id_column=config.data.id_column, labelled=True), None
     else:
-        splits = load_splits(config.task, config.data)
+        splits = _load_without_copies(config)
         rows, more = splits.validation, splits.train
     return _export_rows(config, layout, to, rows, more, FORMATS[formats], None)
 
 
 def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str], None]) -> tuple[str, ...]:
-    """Calibrate and export the shipped student, and measure it beside its teacher; what is done is not repeated.
-
-    Args:
-        config: the experiment.
-        layout: its folder; `student/` is there.
-        say: called with a short sentence at each step.
-
-    Returns:
-        Plain sentences on what was left out.
-    """
+    """Calibrate and export the shipped student, and measure it beside its teacher; what is done is not repeated."""
     if is_deployed(config, layout):
         return ()
     prepare_process(config)
-    splits = load_splits(config.task, config.data)
+    splits = _load_without_copies(config)
     notes: list[str] = []
     if not _holds(layout.exported, _mark(config, layout)):
         _forget_deployment(layout)
@@ -91,7 +72,7 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
         with logged("export", "student", config.teacher_seed):
             notes += _export_student(config, layout, splits, say)
         if calibration is not None:
-            write_json_atomic(layout.benchmark, {"models": [], "calibration": calibration.to_dict()})
+            write_json_atomic(layout.benchmark, asdict(BenchmarkResult(calibration=calibration)))
         write_text_atomic(layout.exported, _mark(config, layout))
     if config.export.benchmark:
         with logged("benchmark", "student", config.teacher_seed):
@@ -99,23 +80,23 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
         found = read_json(layout.benchmark).get("calibration") if layout.benchmark.exists() else None
         write_json_atomic(layout.benchmark, figures | {"calibration": found})
     write_text_atomic(layout.deployed, _mark(config, layout, layout.benchmark))
-    layout.exported.unlink(missing_ok=True)
+    remove(layout.exported)
     return tuple(notes)
 
 
-def is_deployed(config: Config, layout: ExperimentLayout) -> bool:
-    """Say whether `deploy_student` has nothing left to do.
+def _load_without_copies(config: Config) -> Splits:
+    return load_splits(config.task, config.data.model_copy(update={"augment": 0}))
 
-    Args:
-        config: the experiment.
-        layout: its folder; `student/` is there.
-    """
+
+def is_deployed(config: Config, layout: ExperimentLayout) -> bool:
+    """Say whether `deploy_student` has nothing left to do."""
     return _holds(layout.deployed, _mark(config, layout, layout.benchmark))
 
 
 def _mark(config: Config, layout: ExperimentLayout, *more: Path) -> str:
     """Fingerprint what a deployment depends on, and the files that it left."""
     files = hash_files(layout.root, [layout.student, layout.onnx, *more])
+    files.pop(f"{layout.student.name}/README.md", None)  # the card, which may be written anew
     return hash_json({"export": config.export.model_dump(mode="json"), "files": files})
 
 
@@ -125,10 +106,10 @@ def _holds(file: Path, mark: str) -> bool:
 
 def _forget_deployment(layout: ExperimentLayout) -> None:
     """Remove what an earlier deployment left: nothing of it may stand beside a new export, or be taken for one."""
-    layout.deployed.unlink(missing_ok=True)
-    layout.exported.unlink(missing_ok=True)
-    layout.benchmark.unlink(missing_ok=True)
-    shutil.rmtree(layout.onnx, ignore_errors=True)
+    remove(layout.deployed)
+    remove(layout.exported)
+    remove(layout.benchmark)
+    remove(layout.onnx)
     save_temperature(layout.student, 1.0)
 
 
@@ -178,7 +159,7 @@ def _export_rows(
         more_texts=() if more is None else texts_of(more.select(range(min(len(more), 2000)))),
         task=Task.from_dict(read_results(layout.results)[0].task),
         formats=formats,
-        max_length=config.student.train.max_length,
+        max_length=cut_at(config.student.train),
         max_metric_drop=config.export.max_metric_drop,
         min_agreement=config.export.min_agreement,
         progress=say,
@@ -204,21 +185,15 @@ def _benchmark_student(
         labels=label_array(rows),
         groups=list(rows["group"]) if "group" in rows.column_names else None,
         task=splits.task,
-        max_length=config.student.train.max_length,
+        max_length=cut_at(config.student.train),
         threads=config.run.threads,
         progress=say,
     )
-    return result.to_dict() | {"split": "test" if rows is splits.test else "validation"}
+    return asdict(result) | {"split": "test" if rows is splits.test else "validation"}
 
 
 def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads: int | None = None) -> BenchmarkResult:
-    """Measure model folders side by side, on a labelled file where there is one.
-
-    Args:
-        models: model folders, `.onnx` files or Hub ids, or experiments, which stand for their student.
-        data: a file with the task's columns; scores need one.
-        threads: of each model; default: one a core.
-    """
+    """Measure model folders side by side, on a labelled file where there is one."""
     found = [locate_model(path) for path in models]
     places = [ExperimentLayout(path).student if ExperimentLayout(path).config.exists() else path for path in found]
     if data is None:
@@ -229,11 +204,7 @@ def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads
 
 
 def texts_of(rows: Dataset) -> list[Text]:
-    """Return the texts of a data set, pairs as tuples.
-
-    Args:
-        rows: canonical columns `text` and, for pairs, `text_pair`.
-    """
+    """Return the texts of a data set, pairs as tuples."""
     if "text_pair" in rows.column_names:
         return list(zip(rows["text"], rows["text_pair"], strict=True))
     return list(rows["text"])

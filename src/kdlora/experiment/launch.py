@@ -15,11 +15,11 @@ _LOCAL = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
 _PLACE = ("MASTER_ADDR", "MASTER_PORT")
 _ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
-_FSDP = "ACCELERATE_USE_FSDP"
-LAUNCH_KEYS = frozenset({*_RANK, *_COUNT, *_LOCAL, *_PLACE, _FSDP, "GROUP_RANK", "LOCAL_WORLD_SIZE", "ROLE_RANK"})
-"""Environment variables from which a library concludes that it is one of several processes, or that it shards."""
+LAUNCH_KEYS = frozenset({*_RANK, *_COUNT, *_LOCAL, *_PLACE, "GROUP_RANK", "LOCAL_WORLD_SIZE", "ROLE_RANK"})
+"""Environment variables from which a library concludes that it is one of several processes."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,7 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """Read how many processes were started, and which of them this is.
-
-    Args:
-        environment: default: this process's.
-
-    Raises:
-        ConfigError: numbers that make no sense, or a launcher that started fewer processes than it was asked for.
-    """
+    """Read how many processes were started, and which of them this is."""
     given = os.environ if environment is None else environment
     count = _number(given, _COUNT, 1)
     if count == 1:
@@ -83,14 +76,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
 
 
 def check_alone(verb: str) -> None:
-    """Check that a verb that hands its work out by itself was not started as several processes.
-
-    Args:
-        verb: `suite`, `search` or `label`.
-
-    Raises:
-        ConfigError: it was.
-    """
+    """Check that a verb that hands its work out by itself was not started as several processes."""
     if (count := read_launch().count) > 1:
         raise ConfigError(
             f"kdlora {verb} was started as {count} processes, which would do the same work; start it once, with --on "
@@ -99,15 +85,7 @@ def check_alone(verb: str) -> None:
 
 
 def check_launch(config: Config, environment: Mapping[str, str] | None = None) -> None:
-    """Check that Accelerate's settings and the config do not contradict each other.
-
-    Args:
-        config: the experiment.
-        environment: default: this process's.
-
-    Raises:
-        ConfigError: they do; the message names both.
-    """
+    """Check that Accelerate's settings and the config do not contradict each other."""
     given = os.environ if environment is None else environment
     faults = []
     half = given.get("ACCELERATE_MIXED_PRECISION", "no").lower()
@@ -135,31 +113,8 @@ def check_launch(config: Config, environment: Mapping[str, str] | None = None) -
         for key, name in _ENGINES.items()
         if _is_on(given, key)
     ]
-    if _is_on(given, _FSDP):
-        faults += _fsdp_faults(config, given)
     if faults:
         raise ConfigError("accelerate's settings and the config contradict each other:\n  - " + "\n  - ".join(faults))
-
-
-def _fsdp_faults(config: Config, given: Mapping[str, str]) -> list[str]:
-    """List what Accelerate's settings of FSDP ask for that `run.shard_teacher` does not do."""
-    remedy = "or leave FSDP out of accelerate's settings: run.shard_teacher alone decides"
-    faults = []
-    if not config.run.shard_teacher:
-        faults.append(f"accelerate asks for FSDP, run.shard_teacher is false: set it to true, {remedy}")
-    if _number(given, _COUNT, 1) == 1:
-        faults.append(f"accelerate asks for FSDP, but started one process: start several, {remedy}")
-    version = given.get("FSDP_VERSION", "1")
-    if version != "2":
-        faults.append(f"accelerate's fsdp_version is {version}, but kdlora shards by version 2: set it to 2, {remedy}")
-    if _is_on(given, "FSDP_OFFLOAD_PARAMS"):
-        faults.append(f"accelerate's fsdp_offload_params is on, but shards stay on the GPUs: set it to false, {remedy}")
-    if _is_on(given, "FSDP_ACTIVATION_CHECKPOINTING"):
-        faults.append(
-            "accelerate's fsdp_activation_checkpointing is on: set it to false, and in the config "
-            f"teacher.train.gradient_checkpointing to true, {remedy}"
-        )
-    return faults
 
 
 def _is_on(given: Mapping[str, str], key: str) -> bool:

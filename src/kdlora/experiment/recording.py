@@ -1,7 +1,10 @@
-"""What is known about a run before, and after, its training."""
+"""What is known about a run before and after its training, where it began, and its log."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import torch
@@ -11,52 +14,52 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdlora.config import Arm, Config
 from kdlora.data.load import Splits
-from kdlora.distil.fingerprints import hash_columns, hash_json
+from kdlora.data.row_hash import hash_columns
+from kdlora.distil.fingerprints import hash_model, hash_tokenizer
 from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.precision import resolve_precision
-from kdlora.evidence.records import RunRecord, collect_versions, describe_machine, git_state
+from kdlora.distil.precision import settle_precision
+from kdlora.distil.words import BAG_OF_WORDS
+from kdlora.errors import ArtifactError
+from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record
 from kdlora.experiment.arms import Trained
 from kdlora.models.adapters import count_parameters
+from kdlora.models.encoders import Encoder
+from kdlora.system.environment import collect_versions, describe_machine, git_state
+from kdlora.system.integrity import hash_json
+
+_MEANING = {
+    "data": "the data",
+    "base": "the pretrained model, its weights or its tokenizer,",
+    "teacher": "what the teacher says about the training rows",
+}
+logger = logging.getLogger(__name__)
 
 
 def splits_by_name(splits: Splits, *, scored: bool = False) -> dict[str, Dataset]:
-    """Return the splits that an experiment has, or only those that models are scored on.
-
-    Args:
-        splits: the task with its examples.
-        scored: leave out the training rows and the unlabelled ones.
-    """
+    """Return the splits that an experiment has, or only those that models are scored on."""
     seen = {} if scored else {"train": splits.train, "unlabelled": splits.unlabelled}
     parts = seen | {"validation": splits.validation, "test": splits.test}
     return {name: part for name, part in parts.items() if part is not None}
 
 
 def hash_splits(splits: Splits) -> str:
-    """Fingerprint the ids, texts and labels of every split, in their order.
-
-    Args:
-        splits: the task with its examples.
-
-    Returns:
-        Hexadecimal SHA-256.
-    """
+    """Fingerprint the ids, texts and labels of every split, in their order."""
     parts = splits_by_name(splits).items()
     return hash_json({name: hash_columns(rows, sorted(rows.column_names)) for name, rows in parts})
 
 
-def new_record(config: Config, splits: Splits, arm: Arm, seed: int) -> RunRecord:
-    """Start the record of a run with everything that is known beforehand.
+def choose_precision(config: Config, layout: ExperimentLayout) -> tuple[str, str]:
+    """Give the number format of all runs, and the reason in plain words; `auto` is settled by the first that asks."""
+    return settle_precision(config.run.precision, config.run.device, layout.precision)
 
-    Args:
-        config: the experiment.
-        splits: the task with its examples.
-        arm: the arm.
-        seed: the run's seed.
-    """
-    precision, reason = resolve_precision(config.run.precision, config.run.device)
+
+def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> RunRecord:
+    """Start the record of a run with everything that is known beforehand."""
+    precision, reason = choose_precision(config, layout)
     teacher, student = config.teacher, config.student
     student_name = student.model or f"{teacher.model}, layers {list(student.from_teacher_layers or ())}"
     teacher_name = teacher.fine_tuned or teacher.logits or teacher.probabilities or teacher.model
+    models: dict[Arm, str | None] = {"words": BAG_OF_WORDS, "fft": teacher_name, "lora": teacher.model}
     return RunRecord(
         experiment=config.title(),
         task=splits.task.to_dict(),
@@ -66,7 +69,7 @@ def new_record(config: Config, splits: Splits, arm: Arm, seed: int) -> RunRecord
         status="running",
         teacher_model=teacher_name,
         student_model=student_name if student.model or student.from_teacher_layers else None,
-        model=str(teacher_name if arm == "fft" else teacher.model if arm == "lora" else student_name),
+        model=str(models.get(arm, student_name)),
         precision=precision,
         device=_device_name(config),
         fingerprints={"config": config.fingerprint(), "data": hash_splits(splits)},
@@ -82,14 +85,7 @@ def new_record(config: Config, splits: Splits, arm: Arm, seed: int) -> RunRecord
 def add_training(
     record: RunRecord, trained: Trained, teacher: TeacherLogits | None, unlabelled: TeacherLogits | None = None
 ) -> RunRecord:
-    """Add what the training was and cost.
-
-    Args:
-        record: of the run.
-        trained: what the training left.
-        teacher: what taught; the texts that it read cut are counted too.
-        unlabelled: its logits of the unlabelled rows.
-    """
+    """Add what the training was and cost."""
     outcome, parameters = trained.outcome, trained.parameters
     sources = {"train (by the teacher)": teacher, "unlabelled (by the teacher)": unlabelled}
     by_teacher = {name: logits.truncated for name, logits in sources.items() if logits is not None}
@@ -109,12 +105,7 @@ def add_training(
 
 
 def add_size(record: RunRecord, model: nn.Module) -> RunRecord:
-    """Add how large the model is as it would be shipped.
-
-    Args:
-        record: of the run.
-        model: a plain model; `size_bytes` is that of its weights file.
-    """
+    """Add how large the model is as it would be shipped."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     return record.model_copy(update={"total_parameters": count_parameters(model).total, "size_bytes": size})
 
@@ -143,11 +134,48 @@ def now() -> str:
 
 
 def prepare_process(config: Config) -> None:
-    """Set the threads that the config names, and leave the terminal to the experiment's own progress.
-
-    Args:
-        config: the experiment.
-    """
+    """Set the threads that the config names, and leave the terminal to the experiment's own progress."""
     disable_progress_bar()
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
+
+
+def add_origin(
+    record: RunRecord, encoder: Encoder, teacher: TeacherLogits | None, unlabelled: TeacherLogits | None = None
+) -> RunRecord:
+    """Add fingerprints of the pretrained model and of the teacher's logits to a record."""
+    found = {"base": hash_base(encoder)}
+    if teacher is not None:
+        found["teacher"] = hash_json([one.fingerprint for one in (teacher, unlabelled) if one is not None])
+    return record.model_copy(update={"fingerprints": record.fingerprints | found})
+
+
+def hash_base(encoder: Encoder) -> str:
+    """Fingerprint a pretrained model and its tokenizer, as it was loaded."""
+    return hash_json([hash_model(encoder.model, without=encoder.fresh), hash_tokenizer(encoder.tokenizer)])
+
+
+def check_origin(layout: ExperimentLayout, record: RunRecord) -> None:
+    """Compare a run that is about to be trained with the finished ones of its experiment."""
+    for path in sorted(layout.runs.glob("*/run.json")):
+        other = read_record(path)
+        if other.status != "finished" or (other.arm, other.seed) == (record.arm, record.seed):
+            continue
+        for key, meaning in _MEANING.items():
+            if key == "base" and other.model != record.model:
+                continue
+            found = {one.fingerprints.get(key) for one in (other, record)} - {None}
+            if len(found) == 2:
+                raise ArtifactError(
+                    f"{meaning} changed since {other.arm} with seed {other.seed} was trained: {record.arm} with seed "
+                    f"{record.seed} would not be comparable. Put back what was there, or name another folder with "
+                    f"--out, or delete {layout.root}"
+                )
+
+
+@contextlib.contextmanager
+def logged(stage: str, arm: str, seed: int) -> Iterator[None]:
+    """Log the begin of a stage, and its end unless it fails."""
+    logger.info("begin %s %s seed %d", stage, arm, seed)
+    yield
+    logger.info("end %s %s seed %d", stage, arm, seed)

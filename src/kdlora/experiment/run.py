@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import logging
-import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config, ExportConfig
 from kdlora.configfile import load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, KdLoraError
-from kdlora.evidence.integrity import damaged_files
-from kdlora.evidence.locks import HeldLock, hold_lock
 from kdlora.evidence.measure import run_in_child
-from kdlora.evidence.notebook import html_table
-from kdlora.evidence.records import (
-    ExperimentLayout,
-    RunRecord,
-    read_record,
-    write_record,
-    write_results,
-    write_text_atomic,
-)
-from kdlora.evidence.report import make_report
-from kdlora.evidence.storage import remove_abandoned
+from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record, write_record, write_results
 from kdlora.evidence.summary import COLUMNS, summarise_arms
 from kdlora.experiment.deployment import deploy_student, is_deployed
-from kdlora.experiment.recording import hash_splits, new_record
-from kdlora.experiment.shipping import is_shipped, keep_examples, ship_student
-from kdlora.experiment.sources import check_models, check_table
-from kdlora.experiment.stage_log import logged
+from kdlora.experiment.inputs import check_table
+from kdlora.experiment.launch import read_launch
+from kdlora.experiment.preview import ExperimentPlan, look_at_models, make_plan
+from kdlora.experiment.recording import hash_splits, logged, new_record
+from kdlora.experiment.settle import sample_texts, with_recorded
+from kdlora.experiment.shipping import is_shipped, keep_examples, lacks_weights, ship_student, tell_anew
 from kdlora.experiment.stages import Stage, StageName, label_training_rows, train_run
+from kdlora.experiment.teacher_check import doubts_of_teacher
 from kdlora.experiment.team import Team, gather_team
+from kdlora.report.blocks import html_table
+from kdlora.report.choice import choose_student
+from kdlora.report.collect import load_run
+from kdlora.report.report import make_report
+from kdlora.system.integrity import damaged_files
+from kdlora.system.locks import HeldLock, hold_lock
+from kdlora.system.ownership import check_folder as refuse_foreign_folder
+from kdlora.system.ownership import claim_folder, remove, remove_abandoned
+from kdlora.system.storage import write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +42,7 @@ Listener = Callable[[Stage, Any], None]
 
 _FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds", "run.keep_checkpoints"} | {
     "run.report_to",
-    "run.shard_teacher",
+    "report.paper",
     *(f"export.{key}" for key in ExportConfig.model_fields),
 }
 """Keys that may change between two calls on one folder: they add runs, or change no figure of a run."""
@@ -96,25 +94,41 @@ class ExperimentResult:
 
 
 def plan_runs(config: Config) -> list[Run]:
-    """Order the runs of an experiment: the teacher first, then arm by arm.
+    """Order the runs of an experiment: a bag of words, the teacher, the arms without it, then what it teaches.
 
     The teacher is the `fft` run of `config.teacher_seed`. It is planned wherever a distilled arm needs it,
-    asked for or not, and never twice. A given teacher is one model, so it has one run.
-
-    Args:
-        config: the experiment.
+    asked for or not, and never twice. A given teacher is one model, so it has one run; so has a bag of words.
     """
-    runs = [Run(arm, seed) for arm in config.run.arms for seed in config.run.seeds]
+    arms = sorted(
+        config.run.arms, key=lambda arm: arm in DISTILLED_ARMS
+    )  # a control can still speak against the teacher
+    words = [Run("words", config.run.seeds[0])] if "words" in arms else []
+    runs = [Run(arm, seed) for arm in arms if arm != "words" for seed in config.run.seeds]
     if config.given_teacher:
-        return [run for run in runs if run.arm != "fft" or run.seed == config.run.seeds[0]]
+        return [*words, *(run for run in runs if run.arm != "fft" or run.seed == config.run.seeds[0])]
     teacher = Run("fft", config.teacher_seed)
     if "fft" in config.run.arms or set(config.run.arms) & DISTILLED_ARMS:
-        return [teacher, *(run for run in runs if run != teacher)]
-    return runs
+        return [*words, teacher, *(run for run in runs if run != teacher)]
+    return [*words, *runs]
+
+
+def plan_experiment(config: Config, out: str | Path | None = None) -> ExperimentPlan:
+    """Say what an experiment would do, and on what; nothing is written and nothing trained."""
+    layout = _layout(config, out)
+    config = with_recorded(config, layout.config)
+    check_folder(config, layout)
+    splits = load_splits(config.task, config.data)
+    check_table(config, splits)
+    left = _left(config, layout, hash_splits(splits))
+    return _plan(config, layout, splits, left, read_launch().count)
 
 
 def run_experiment(
-    config: Config, out: str | Path | None = None, *, listen: Listener | None = None
+    config: Config,
+    out: str | Path | None = None,
+    *,
+    listen: Listener | None = None,
+    before: Callable[[ExperimentPlan], None] | None = None,
 ) -> ExperimentResult:
     """Run every arm and seed that is not finished yet, then ship the best student and write the report.
 
@@ -125,18 +139,36 @@ def run_experiment(
         config: the experiment.
         out: its folder; default `runs/<name>`. The same call again repeats no finished stage.
         listen: called with the stage and each event in it.
+        before: called with the plan before anything is written or trained, where something is left to train; what
+            it raises ends the call.
 
     Raises:
         KdLoraError: if the config, its data or its models do not fit, or the folder belongs to another config.
     """
-    layout = ExperimentLayout(Path(out) if out is not None else Path("runs") / config.title())
+    layout = _layout(config, out)
     with gather_team(config) as team:
         if not team.leads:
-            return _read_result(config, layout, team.follow())
-        result = _lead(config, layout, team, listen)
+            return _read_result(config, layout, team.follow(config, layout))
+        result = _lead(config, layout, team, listen, before)
         shipped = None if result.shipped is None else [result.shipped.arm, result.shipped.seed]
         team.end(kind="done", shipped=shipped, notes=result.notes)
     return result
+
+
+def _layout(config: Config, out: str | Path | None) -> ExperimentLayout:
+    return ExperimentLayout(Path(out) if out is not None else Path("runs") / config.title())
+
+
+def _left(config: Config, layout: ExperimentLayout, rows: str) -> list[Run]:
+    """List the runs that have not finished; all are looked at, to refuse early."""
+    return [run for run in plan_runs(config) if _finished(config, layout, run, rows) is None]
+
+
+def _plan(config: Config, layout: ExperimentLayout, splits: Splits, left: list[Run], processes: int) -> ExperimentPlan:
+    """Look at models and data before the runs that are left."""
+    looks = run_in_child(look_at_models, config, splits.task, sample_texts(splits.train)).value
+    runs = [run.arm for run in left]
+    return make_plan(config, splits, runs, looks, labelled=layout.teacher_logits.exists(), processes=processes)
 
 
 def _read_result(config: Config, layout: ExperimentLayout, end: dict[str, Any]) -> ExperimentResult:
@@ -146,18 +178,34 @@ def _read_result(config: Config, layout: ExperimentLayout, end: dict[str, Any]) 
     return ExperimentResult(layout.root, records, end["shipped"] and Run(*end["shipped"]), tuple(end["notes"]))
 
 
-def _lead(config: Config, layout: ExperimentLayout, team: Team, listen: Listener | None) -> ExperimentResult:
+def _lead(
+    config: Config,
+    layout: ExperimentLayout,
+    team: Team,
+    listen: Listener | None,
+    before: Callable[[ExperimentPlan], None] | None,
+) -> ExperimentResult:
+    config = with_recorded(config, layout.config)
     check_folder(config, layout)
-    splits = load_splits(config.task, config.data)
+    splits = load_splits(config.task, config.data, copies_in=layout.copies if layout.copies.exists() else None)
     rows = hash_splits(splits)
     notes = list(splits.notes)
-    if None in [_finished(config, layout, run, rows) for run in plan_runs(config)]:  # all of them, to refuse early
+    plan = None
+    if left := _left(config, layout, rows):
         notes += check_table(config, splits)
-        run_in_child(check_models, config, splits.task)
+        plan = _plan(config, layout, splits, left, team.launch.count)
+        config = plan.config
+        for name, text in plan.lines():
+            logger.info("%s: %s", name, text)
+        if before is not None:
+            before(plan)
     doing = f"runs the experiment in {layout.root}"
     with hold_lock(layout.lock, doing, remedy=", or name another folder with --out") as lock:
+        claim_folder(layout.root, "experiment")
         remove_abandoned(layout.root)
         write_text_atomic(layout.config, save_config(config))
+        if plan is not None:
+            write_json_atomic(layout.plan, plan.to_dict())
         keep_examples(layout, splits)
         records: list[RunRecord] = []
         for record in _run_all(config, layout, splits, rows, listen, lock, team):
@@ -172,24 +220,10 @@ def _lead(config: Config, layout: ExperimentLayout, team: Team, listen: Listener
 
 
 def check_folder(config: Config, layout: ExperimentLayout) -> None:
-    """Check that a folder is new, or holds this very experiment.
-
-    Args:
-        config: the experiment.
-        layout: its folder.
-
-    Raises:
-        ArtifactError: if the folder holds something else, or another config's results; nothing is changed.
-    """
-    if layout.root.exists() and not layout.root.is_dir():
-        raise ArtifactError(f"{layout.root} is a file; name a folder with --out")
+    """Check that a folder is new, or holds this very experiment."""
+    refuse_foreign_folder(layout.root, "experiment")
     if layout.config.exists():
         _refuse_other_config(config, layout)
-    elif layout.root.exists() and any(entry != layout.lock for entry in layout.root.iterdir()):
-        raise ArtifactError(
-            f"{layout.root} is not empty and holds no {layout.config.name}, so it is no experiment's folder; "
-            "name another with --out, or empty it"
-        )
 
 
 def _refuse_other_config(config: Config, layout: ExperimentLayout) -> None:
@@ -227,16 +261,24 @@ def _run_all(
     team: Team,
 ) -> Iterator[RunRecord]:
     labelled = config.teacher.is_table
+    doubts: list[str] | None = None
+    done: list[RunRecord] = []
     for run in plan_runs(config):
+        if run.arm in DISTILLED_ARMS and doubts is None:
+            doubts = doubts_of_teacher(config, layout, done)
+            for doubt in doubts:
+                logger.warning(doubt)
         record = _finished(config, layout, run, rows)
         if record is None:
             label = run.arm in DISTILLED_ARMS and not labelled
             record = _attempt(config, layout, splits, run, listen, team, label=label)
+            record = record.model_copy(update={"notes": [*record.notes, *(doubts or [])]})
             labelled = labelled or (run.arm in DISTILLED_ARMS and record.status == "finished")
             lock.check()
             write_record(layout.run(run.arm, run.seed).record, record)
         if record.status == "finished":  # from now on nothing of this run is ever resumed
-            shutil.rmtree(layout.run(run.arm, run.seed).checkpoints, ignore_errors=True)
+            remove(layout.run(run.arm, run.seed).checkpoints)
+        done.append(record)
         yield record
         if record.status == "failed" and config.run.fail_fast:
             return
@@ -245,7 +287,7 @@ def _run_all(
 def _finished(config: Config, layout: ExperimentLayout, run: Run, rows: str) -> RunRecord | None:
     """Return the record of a run that need not be repeated; refuse one that was made from other rows.
 
-    A run that may ship needs its weights too; they were not kept if another arm was to be shipped at the time.
+    A run that may ship needs its weights too.
     """
     place = layout.run(run.arm, run.seed)
     if not place.record.exists():
@@ -261,7 +303,7 @@ def _finished(config: Config, layout: ExperimentLayout, run: Run, rows: str) -> 
     if hurt := damaged_files(layout.root, record.files):
         logger.warning("%s: damaged or gone since it was written; %s is run again", ", ".join(hurt), place.root.name)
         return None
-    if run.arm == config.shipped_arm and not place.model.exists():
+    if lacks_weights(layout, run.arm, run.seed):
         logger.info("%s with seed %d has no weights to ship and is trained again", run.arm, run.seed)
         return None
     return record
@@ -290,7 +332,7 @@ def _attempt(
         logger.error(
             "%s with seed %d failed: %s", run.arm, run.seed, fault, exc_info=not isinstance(error, KdLoraError)
         )
-    record = new_record(config, splits, run.arm, run.seed)
+    record = new_record(config, layout, splits, run.arm, run.seed)
     return record.model_copy(update={"status": "failed", "error": fault})
 
 
@@ -324,16 +366,17 @@ def _check_teacher(config: Config, layout: ExperimentLayout) -> None:
 
 
 def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: list[RunRecord]) -> Run | None:
-    """Copy the shipped arm's best seed on validation to `student/` and `adapter/`, unless it is there."""
-    arm = config.shipped_arm
-    candidates = [record for record in records if record.arm == arm and record.status == "finished"]
-    if arm is None or not candidates:
+    """Choose a student on validation and put it into `student/` and `adapter/`, unless it is there."""
+    choice = choose_student(task, [load_run(one, layout.run(one.arm, one.seed))[0] for one in records])
+    if choice is None:
         return None
-    best = max(candidates, key=lambda record: (-math.inf if record.score is None else record.score, -record.seed))
-    if not is_shipped(layout, best):
-        with logged("ship", arm, best.seed):
-            run_in_child(ship_student, config, layout, task, best)
-    return Run(arm, best.seed)
+    best = next(one for one in records if (one.arm, one.seed) == (choice.arm, choice.seed))
+    if is_shipped(layout, choice):
+        tell_anew(config, layout, best, choice)
+    else:
+        with logged("ship", best.arm, best.seed):
+            run_in_child(ship_student, config, layout, task, best, choice)
+    return Run(cast("Arm", best.arm), best.seed)
 
 
 def _deploy(config: Config, layout: ExperimentLayout, shipped: Run, listen: Listener | None) -> tuple[str, ...]:

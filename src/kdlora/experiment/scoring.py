@@ -18,10 +18,12 @@ from kdlora.distil.precision import resolve_device
 from kdlora.errors import ArtifactError, DataError
 from kdlora.evidence.measure import measure_latency
 from kdlora.evidence.metrics import compute_metrics, score
-from kdlora.evidence.records import ExperimentLayout, Predictions, RunLayout, RunRecord, read_results, write_predictions
+from kdlora.evidence.predictions import Predictions, write_predictions
+from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_results
 from kdlora.experiment.arms import Evaluation, evaluate, label_array
+from kdlora.experiment.inputs import load_teacher, read_table
 from kdlora.experiment.recording import add_size, now, splits_by_name
-from kdlora.experiment.sources import load_teacher, read_table
+from kdlora.experiment.settle import cut_at
 from kdlora.models.encoders import Encoder, load_fine_tuned
 
 _LATENCY_SECONDS = 1.0
@@ -29,21 +31,14 @@ _LATENCY_SECONDS = 1.0
 
 
 def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits, record: RunRecord) -> RunRecord:
-    """Score a teacher that was given: a model, or a table on the splits that it covers.
-
-    Args:
-        config: the experiment.
-        layout: its folder.
-        splits: the task with its examples.
-        record: of the `fft` run.
-    """
+    """Score a teacher that was given: a model, or a table on the splits that it covers."""
     place = layout.run("fft", record.seed)
     if config.teacher.is_table:
         record = _score_table(config, splits, record, place)
     else:
         encoder, columns = load_teacher(config, splits.task)
         encoder.model.to(resolve_device(config.run.device))
-        record = score_model(record, encoder, splits, config.teacher.train.max_length, place, columns)
+        record = score_model(record, encoder, splits, cut_at(config.teacher.train), place, columns)
         record = record.model_copy(update={"notes": [*record.notes, "the teacher was given: evaluated, not trained"]})
     return record.model_copy(update={"status": "finished", "finished": now()})
 
@@ -56,16 +51,7 @@ def score_model(
     place: RunLayout,
     columns: Sequence[int] | None = None,
 ) -> RunRecord:
-    """Score a plain model on validation and test, keep its logits, size it and time it.
-
-    Args:
-        record: of the run.
-        encoder: the model as it would be shipped.
-        splits: the task with its examples.
-        max_length: longest input in tokens.
-        place: the run's folder.
-        columns: column of the model's output for each label of the task; default: the same order.
-    """
+    """Score a plain model on validation and test, keep its logits, size it and time it."""
     scored, start = splits_by_name(splits, scored=True), time.perf_counter()
     results = {
         split: evaluate(encoder.model, encoder.tokenizer, rows, splits.task, max_length=max_length, columns=columns)
@@ -106,6 +92,20 @@ def _keep_predictions(place: RunLayout, task: Task, scored: dict[str, Dataset], 
     )
 
 
+def score_outputs(record: RunRecord, splits: Splits, outputs: dict[str, np.ndarray], place: RunLayout) -> RunRecord:
+    """Score given outputs, and keep them as predictions.
+
+    Args:
+        record: of the run.
+        splits: the task with its examples.
+        outputs: `(rows, labels)` by split, validation among them.
+        place: the run's folder.
+    """
+    scored = {split: rows for split, rows in splits_by_name(splits, scored=True).items() if split in outputs}
+    _keep_predictions(place, splits.task, scored, outputs)
+    return _scored(record, {split: _evaluation(splits.task, rows, outputs[split]) for split, rows in scored.items()})
+
+
 def _score_table(config: Config, splits: Splits, record: RunRecord, place: RunLayout) -> RunRecord:
     """Score a table of teacher outputs on the splits that it covers; the rest is not available."""
     scored: dict[str, Dataset] = {}
@@ -122,8 +122,7 @@ def _score_table(config: Config, splits: Splits, record: RunRecord, place: RunLa
         scored[split] = rows
         logits[split] = np.asarray(attached.with_format("numpy")["teacher_logits"], dtype=np.float32)
     if "validation" in scored:
-        _keep_predictions(place, splits.task, scored, logits)
-        record = _scored(record, {split: _evaluation(splits.task, scored[split], logits[split]) for split in scored})
+        record = score_outputs(record, splits, logits, place)
     return record.model_copy(update={"notes": notes})
 
 
@@ -138,35 +137,26 @@ def _evaluation(task: Task, rows: Dataset, logits: np.ndarray) -> Evaluation:
     return Evaluation(score(task, metrics), metrics, logits, 0)
 
 
-def evaluate_experiment(folder: str | Path, data: str) -> list[dict[str, Any]]:
-    """Score the shipped student, and the teacher where it is there, on another labelled file.
-
-    Args:
-        folder: an experiment's.
-        data: a file with the experiment's text and label columns.
-
-    Returns:
-        A row per model: `model`, `examples`, `score` (0 to 100), `metrics` (fractions), `truncated`.
-
-    Raises:
-        ArtifactError: if the folder holds no finished experiment, or one without a model.
-        DataError: if the file does not fit the task.
-    """
+def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: bool = False) -> list[dict[str, Any]]:
+    """Score the shipped student, and the teacher where it is there, on another labelled file."""
     layout = ExperimentLayout(Path(folder))
     if not layout.config.exists() or not layout.results.exists():
         raise ArtifactError(
             f"{layout.root} holds no finished experiment ({layout.results.name}); run it first: kdlora run"
         )
     config = load_config(layout.config)
+    if not trust_remote_code:  # the folder says what its author trusted
+        teacher = config.teacher.model_copy(update={"trust_remote_code": False})
+        config = config.model_copy(update={"teacher": teacher})
     task = Task.from_dict(read_results(layout.results)[0].task)
     examples = load_examples(data, task, id_column=config.data.id_column, labelled=True)
     rows = []
     if layout.student.exists():
         encoder, columns = load_fine_tuned(str(layout.student), task)
-        rows.append(_row("student", encoder, examples, task, config.student.train.max_length, columns))
+        rows.append(_row("student", encoder, examples, task, cut_at(config.student.train), columns))
     if layout.teacher.exists() or config.teacher.fine_tuned is not None:
         encoder, columns = load_teacher(config, task, layout.teacher)
-        rows.append(_row("teacher", encoder, examples, task, config.teacher.train.max_length, columns))
+        rows.append(_row("teacher", encoder, examples, task, cut_at(config.teacher.train), columns))
     if not rows:
         raise ArtifactError(f"{layout.root} holds no model to evaluate: no student was shipped, and no teacher trained")
     return rows

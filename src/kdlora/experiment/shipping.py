@@ -6,45 +6,38 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from kdlora.config import LORA_ARMS, Arm, Config
+from kdlora.config import LORA_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
 from kdlora.deploy.folder import TEMPERATURE_KEY
-from kdlora.evidence.card import student_card
-from kdlora.evidence.integrity import hash_files
-from kdlora.evidence.records import ExampleText, ExperimentLayout, RunRecord, atomic_folder, write_examples
+from kdlora.errors import ArtifactError
+from kdlora.evidence.predictions import ExampleText, write_examples
+from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord
 from kdlora.experiment.arms import Trained
-from kdlora.experiment.recording import prepare_process, splits_by_name
-from kdlora.experiment.sources import load_base
-from kdlora.models.adapters import add_base, merge_student, save_adapter
+from kdlora.experiment.inputs import load_base
+from kdlora.experiment.recording import hash_base, prepare_process, splits_by_name
+from kdlora.models.adapters import MUTATING, add_base, load_adapter, merge_student, save_adapter
 from kdlora.models.encoders import Encoder, save_encoder
 from kdlora.models.licence import read_licence
-
-WEIGHTS = "model.safetensors"
+from kdlora.report.card import student_card
+from kdlora.report.choice import Choice, read_choice, write_choice
+from kdlora.system.integrity import hash_files, hash_json
+from kdlora.system.ownership import remove
+from kdlora.system.storage import atomic_folder
 
 
 def keep_weights(
     config: Config, layout: ExperimentLayout, task: Task, trained: Trained, arm: Arm, seed: int
 ) -> Encoder:
-    """Merge the adapter, and keep what others need: the teacher, every adapter, and the models that may ship.
-
-    Args:
-        config: the experiment.
-        layout: its folder.
-        task: goes into the model's config, so that a shipped folder knows its columns.
-        trained: what the training left.
-        arm: the arm.
-        seed: the run's seed.
-
-    Returns:
-        The plain model, as it would be shipped.
-    """
+    """Merge the adapter, and keep what others need: the teacher, every adapter, and every fully tuned student."""
     place, encoder = layout.run(arm, seed), trained.encoder
     if arm in LORA_ARMS:
         with atomic_folder(place.adapter) as folder:
             save_adapter(trained.model, folder)
+        if config.lora.init in MUTATING:  # the saved adapter is rounded otherwise than the trained one
+            return _merged(config, place, task, arm, seed)[0]
         encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
     encoder.model.config.kdlora_task = task.to_dict()
     if (to := _model_place(config, layout, arm, seed)) is not None:
@@ -54,103 +47,109 @@ def keep_weights(
 
 
 def kept_places(config: Config, layout: ExperimentLayout, arm: Arm, seed: int) -> list[Path]:
-    """Name the files and folders that a run leaves, its record aside.
-
-    Args:
-        config: the experiment.
-        layout: its folder.
-        arm: the arm.
-        seed: the run's seed.
-    """
+    """Name the files and folders that a run leaves, its record aside."""
     place, model = layout.run(arm, seed), _model_place(config, layout, arm, seed)
     return [place.predictions, *([place.adapter] if arm in LORA_ARMS else []), *([] if model is None else [model])]
 
 
+def lacks_weights(layout: ExperimentLayout, arm: Arm, seed: int) -> bool:
+    """Say whether a run that may ship has lost, or never kept, its weights."""
+    place = layout.run(arm, seed)
+    return arm in STUDENT_ARMS and not (place.adapter if arm in LORA_ARMS else place.model).exists()
+
+
 def _model_place(config: Config, layout: ExperimentLayout, arm: Arm, seed: int) -> Path | None:
-    """Say where a run's whole model goes: the teacher, and those that may ship; the others are not kept."""
+    """Say where a run's whole model goes: the teacher's, and that of a fully tuned student; others have an adapter."""
     if arm == "fft" and seed == config.teacher_seed:
         return layout.teacher
-    return layout.run(arm, seed).model if arm == config.shipped_arm else None
+    return layout.run(arm, seed).model if arm in STUDENT_ARMS and arm not in LORA_ARMS else None
 
 
-def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: RunRecord) -> None:
-    """Copy the chosen run's merged model to `student/` and its adapter to `adapter/`.
+def _merged(config: Config, place: RunLayout, task: Task, arm: Arm, seed: int) -> tuple[Encoder, str]:
+    """Make a run's merged model from base and adapter, as it was when it was scored, and fingerprint the base."""
+    encoder = load_base(config, arm, seed, task)
+    base = hash_base(encoder)
+    model = merge_student(load_adapter(encoder, place.adapter))
+    model.config.kdlora_task = task.to_dict()
+    return dataclasses.replace(encoder, model=model), base
 
-    Args:
-        config: the experiment.
-        layout: its folder.
-        task: labels and kind.
-        best: the run that was best on validation.
-    """
+
+def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: RunRecord, choice: Choice) -> None:
+    """Put the chosen run's merged model into `student/`, its adapter into `adapter/`, and the choice beside them."""
     prepare_process(config)
     place = layout.run(best.arm, best.seed)
-    layout.deployed.unlink(missing_ok=True)
-    if place.adapter.exists():
+    remove(layout.deployed)
+    remove(layout.shipped)
+    arm = cast("Arm", best.arm)
+    with atomic_folder(layout.student) as folder:
+        if arm in LORA_ARMS:
+            encoder, base = _merged(config, place, task, arm, best.seed)
+            if base != best.fingerprints.get("base", base):
+                raise ArtifactError(
+                    f"{best.model}, on which {best.arm} with seed {best.seed} was trained, changed since, so its "
+                    f"student cannot be put together; put back what was there, or delete {place.root} to train it again"
+                )
+            save_encoder(encoder, folder)
+        else:
+            shutil.copytree(place.model, folder, dirs_exist_ok=True)
+        _write_card(config, best, choice, folder)
+    if arm in LORA_ARMS:
         with atomic_folder(layout.adapter) as folder:
             shutil.copytree(place.adapter, folder, dirs_exist_ok=True)
             if config.student.from_teacher_layers is not None:  # a base that lies nowhere else
-                add_base(folder, load_base(config, "student-lora", best.seed, task), address=layout.adapter)
+                add_base(folder, load_base(config, arm, best.seed, task), address=layout.adapter)
     elif layout.adapter.exists():  # of another arm, shipped before
-        shutil.rmtree(layout.adapter)
-    with atomic_folder(layout.student) as folder:  # last: once it is there, nothing is shipped again
-        shutil.copytree(place.model, folder, dirs_exist_ok=True)
-        base = config.student if config.student.model is not None else config.teacher
-        licence = None if base.model is None else read_licence(base.model, base.revision)
-        (folder / "README.md").write_text(student_card(best, licence), encoding="utf-8")
+        remove(layout.adapter)
+    # Last: once it is there, nothing is shipped again.
+    write_choice(layout.shipped, choice.model_copy(update={"files": _shipped_files(layout)}))
 
 
-def is_shipped(layout: ExperimentLayout, best: RunRecord) -> bool:
-    """Say whether `student/` and `adapter/` are whole copies of a run's already.
+def tell_anew(config: Config, layout: ExperimentLayout, best: RunRecord, choice: Choice) -> None:
+    """Write down the reasons for what is shipped already, where other runs have changed them."""
+    told = read_choice(layout.shipped)
+    if told is not None and told.sentence != choice.sentence:
+        _write_card(config, best, choice, layout.student)
+        write_choice(layout.shipped, choice.model_copy(update={"files": told.files}))
 
-    The card is the student's own, and `config.json` may have got a temperature by calibration.
 
-    Args:
-        layout: the experiment folder.
-        best: the run that shall be shipped.
-    """
-    place = layout.run(best.arm, best.seed)
-    if not (place.model / WEIGHTS).is_file() or not _same(place.model, layout.student, "config.json", TEMPERATURE_KEY):
+def _write_card(config: Config, best: RunRecord, choice: Choice, folder: Path) -> None:
+    base = config.student if config.student.model is not None else config.teacher
+    licence = None if base.model is None else read_licence(base.model, base.revision)
+    card = student_card(best, licence, reason=choice.sentence)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def is_shipped(layout: ExperimentLayout, choice: Choice) -> bool:
+    """Say whether `student/` and `adapter/` are what the chosen run makes, and whole."""
+    told = read_choice(layout.shipped)
+    if told is None or (told.arm, told.seed, told.made_of) != (choice.arm, choice.seed, choice.made_of):
         return False
-    if not place.adapter.exists():
-        return not layout.adapter.exists()
-    if best.config["student"]["from_teacher_layers"] is None:
-        return _same(place.adapter, layout.adapter)
     base = layout.adapter.resolve() / "base"  # beside the shipped adapter, which names the place
     settings = _read(layout.adapter / "adapter_config.json")
-    at_home = settings.get("base_model_name_or_path") == str(base) and (base / WEIGHTS).is_file()
-    return at_home and _same(
-        place.adapter, layout.adapter, "adapter_config.json", "base_model_name_or_path", "target_modules"
-    )
+    at_home = not base.exists() or settings.get("base_model_name_or_path") == str(base)
+    return at_home and told.files.items() <= _shipped_files(layout).items()
 
 
-def _same(run: Path, shipped: Path, settings: str | None = None, *keys: str) -> bool:
-    """Compare what a run left with its shipped copy, whose card, and some keys of its settings, are its own."""
-    own = {"README.md", settings}
-    copied = hash_files(shipped, [shipped])
-    if any(copied.get(name) != digest for name, digest in hash_files(run, [run]).items() if name not in own):
-        return False
-    if settings is None:
-        return True
-    one, other = (_read(folder / settings) for folder in (run, shipped))
-    return {k: v for k, v in one.items() if k not in keys} == {k: v for k, v in other.items() if k not in keys}
+def _shipped_files(layout: ExperimentLayout) -> dict[str, str]:
+    """Hash what is shipped, but for the card, and for the temperature that calibration puts into the settings."""
+    files = hash_files(layout.root, [layout.student, layout.adapter])
+    files.pop(f"{layout.student.name}/README.md", None)
+    settings = layout.student / "config.json"
+    values = {key: value for key, value in _read(settings).items() if key != TEMPERATURE_KEY}
+    return files | {settings.relative_to(layout.root).as_posix(): hash_json(values)}
 
 
 def _read(file: Path) -> dict[str, Any]:
     """Read a file of settings; nothing where it is damaged or missing."""
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found
 
 
 def keep_examples(layout: ExperimentLayout, splits: Splits) -> None:
-    """Keep the texts of the scored rows, so that the report can quote them.
-
-    Args:
-        layout: the experiment folder.
-        splits: the task with its examples.
-    """
+    """Keep the texts of the scored rows, so that the report can quote them."""
     write_examples(
         layout.examples,
         (

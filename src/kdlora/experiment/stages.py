@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -9,19 +10,14 @@ from typing import Literal
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, TrainConfig
 from kdlora.data.load import Splits, load_splits
 from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.precision import resolve_device, resolve_precision
 from kdlora.distil.processes import current_processes
 from kdlora.distil.teacher import teacher_logits
 from kdlora.distil.tracking import TrackedRun, tracked
-from kdlora.evidence.integrity import hash_files
-from kdlora.evidence.measure import forget_peak, peak_since, read_memory
+from kdlora.distil.words import fit_words
+from kdlora.evidence.measure import MemoryLevel, forget_peak, peak_since, read_memory
 from kdlora.evidence.records import ExperimentLayout, RunRecord
-from kdlora.experiment.arms import Progress, Trained, rows_per_epoch, train_arm
-from kdlora.experiment.origin import add_origin, check_origin
-from kdlora.experiment.recording import add_training, new_record, now, prepare_process
-from kdlora.experiment.scoring import score_given_teacher, score_model
-from kdlora.experiment.shipping import keep_weights, kept_places
-from kdlora.experiment.sources import (
+from kdlora.experiment.arms import Progress, Trained, label_array, rows_per_epoch, train_arm
+from kdlora.experiment.inputs import (
     check_collection,
     labels_unlabelled,
     load_base,
@@ -29,8 +25,22 @@ from kdlora.experiment.sources import (
     stored_logits,
     stored_unlabelled_logits,
 )
-from kdlora.experiment.stage_log import logged
+from kdlora.experiment.recording import (
+    add_origin,
+    add_training,
+    check_origin,
+    choose_precision,
+    logged,
+    new_record,
+    now,
+    prepare_process,
+    splits_by_name,
+)
+from kdlora.experiment.scoring import score_given_teacher, score_model, score_outputs
+from kdlora.experiment.settle import all_texts, cut_at
+from kdlora.experiment.shipping import keep_weights, kept_places
 from kdlora.models.encoders import Encoder
+from kdlora.system.integrity import hash_files
 
 StageName = Literal["train", "label", "deploy"]
 
@@ -55,53 +65,33 @@ def settings_for(config: Config, arm: Arm) -> TrainConfig:
 
     `fft` follows `teacher.train`; all else, the teacher-size `lora` included, follows `student.train`, since the
     paper searches one range for LoRA and KD-LoRA. Fully tuned students take `student.full_learning_rate`.
-
-    Args:
-        config: the experiment.
-        arm: the arm.
     """
     if arm == "fft":
         return config.teacher.train
+    train = config.student.train
+    if arm == "lora":
+        return train.model_copy(update={"learning_rate": config.teacher.adapter_learning_rate or train.learning_rate})
     if arm in LORA_ARMS:
-        return config.student.train
-    return config.student.train.model_copy(update={"learning_rate": config.student.full_learning_rate})
-
-
-def shares_out(config: Config, arm: Arm) -> bool:
-    """Say whether several processes share the model of an arm out: a teacher all of whose weights are trained.
-
-    Args:
-        config: the experiment.
-        arm: the arm.
-    """
-    return config.run.shard_teacher and arm == "fft"
+        return train
+    head = config.teacher.train.head_learning_rate
+    return train.model_copy(update={"learning_rate": config.student.full_learning_rate, "head_learning_rate": head})
 
 
 def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, progress: Progress | None) -> RunRecord:
     """Train, measure and keep one arm with one seed; a given teacher is only evaluated.
 
     Of several processes all train, and the first measures and keeps.
-
-    Args:
-        config: the experiment.
-        layout: its folder; an interrupted training continues from the run's checkpoints.
-        arm: the arm.
-        seed: the run's seed.
-        progress: called with each training event.
-
-    Returns:
-        The record. Whoever has written it to disk removes the run's checkpoints. Its peak memory is that of the
-        training, data and validation included, above the level after imports; it means that of this run alone where
-        the process is the run's own. That of another process than the first stays unfinished.
     """
     prepare_process(config)
     forget_peak()
     level = read_memory()
-    splits = load_splits(config.task, config.data)
-    record = new_record(config, splits, arm, seed)
+    splits = load_splits(config.task, config.data, copies_in=layout.copies)
+    record = new_record(config, layout, splits, arm, seed)
     processes = current_processes()
     if arm == "fft" and config.given_teacher:
         return score_given_teacher(config, layout, splits, record) if processes.is_first else record
+    if arm == "words":
+        return _train_words(layout, splits, record, level) if processes.is_first else record
     place = layout.run(arm, seed)
     teacher = stored_logits(config, layout, splits.task) if arm in DISTILLED_ARMS else None
     unlabelled = stored_unlabelled_logits(config, layout, splits) if arm in DISTILLED_ARMS else None
@@ -115,17 +105,43 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     if processes.count > 1:
         rows = settings_for(config, arm).batch_size
         spread = f"{processes.count} processes, each with {rows} of the {rows * processes.count} rows of a step"
-        spread += ", which shared the model out" if shares_out(config, arm) else ""
         record = record.model_copy(update={"notes": [*record.notes, spread]})
     record = add_training(record, trained, teacher, unlabelled)
     record = record.model_copy(update={"peak_memory_bytes": peak_since(level)})
     with logged("merge", arm, seed):
         encoder = keep_weights(config, layout, splits.task, trained, arm, seed)
-        encoder.model.to(resolve_device(config.run.device))  # one that was shared out has been in main memory
     with logged("evaluate", arm, seed):
-        record = score_model(record, encoder, splits, settings_for(config, arm).max_length, place)
+        record = score_model(record, encoder, splits, cut_at(settings_for(config, arm)), place)
     kept = hash_files(layout.root, kept_places(config, layout, arm, seed))
     return record.model_copy(update={"status": "finished", "finished": now(), "files": kept})
+
+
+def _train_words(layout: ExperimentLayout, splits: Splits, record: RunRecord, level: MemoryLevel | None) -> RunRecord:
+    """Fit and score a bag of words; nothing of it is kept but its record and its predictions."""
+    place, start = layout.run("words", record.seed), time.perf_counter()
+    with logged("train", "words", record.seed):
+        texts = all_texts(splits.train), all_texts(splits.validation)
+        words = fit_words(splits.task, texts[0], label_array(splits.train), texts[1], label_array(splits.validation))
+    trained = time.perf_counter()
+    with logged("evaluate", "words", record.seed):
+        parts = splits_by_name(splits, scored=True)
+        outputs = {split: words.predict(all_texts(rows)) for split, rows in parts.items()}
+        record = score_outputs(record, splits, outputs, place)
+    note = f"bag of words: inverse regularisation {words.strength:g}, chosen on validation"
+    note += f"; learnt from {words.rows:,} of {len(splits.train):,} rows" if words.rows < len(splits.train) else ""
+    update = {
+        "precision": "fp32",
+        "device": "cpu",
+        "train_seconds": trained - start,
+        "evaluation_seconds": time.perf_counter() - trained,
+        "examples_per_second": words.rows / (trained - start),
+        "trainable_parameters": words.parameters,
+        "total_parameters": words.parameters,
+        "peak_memory_bytes": peak_since(level),
+        "notes": [*splits.notes, note],
+        "files": hash_files(layout.root, [place.predictions]),
+    }
+    return record.model_copy(update=update | {"status": "finished", "finished": now()})
 
 
 def train_splits(
@@ -139,19 +155,7 @@ def train_splits(
     unlabelled: TeacherLogits | None,
     progress: Progress | None,
 ) -> Trained:
-    """Train one arm as the config says, on given splits, and tell the trackers that it names.
-
-    Args:
-        config: the experiment.
-        layout: its folder, for the run's checkpoints.
-        splits: the task with its examples.
-        encoder: what is trained.
-        arm: the arm.
-        seed: the run's seed.
-        teacher: logits of the training rows, for a distilled arm.
-        unlabelled: logits of the unlabelled rows, for a distilled arm.
-        progress: called with each training event.
-    """
+    """Train one arm as the config says, on given splits, and tell the trackers that it names."""
     trackers = config.run.report_to if current_processes().is_first else ()
     with tracked(trackers, _tracked_run(config, layout, splits, arm, seed)) as callbacks:
         return train_arm(
@@ -164,12 +168,11 @@ def train_splits(
             unlabelled=unlabelled,
             distil=config.distil,
             seed=seed,
-            precision=config.run.precision,
+            precision=choose_precision(config, layout)[0],
             device=config.run.device,
             checkpoint_seconds=config.run.checkpoint_seconds,
             keep_checkpoints=config.run.keep_checkpoints,
-            rows_per_epoch=None if arm in TEACHER_ARMS else rows_per_epoch(splits),
-            shard=shares_out(config, arm),
+            rows_per_epoch=len(splits.train) + splits.held_out if arm in TEACHER_ARMS else rows_per_epoch(splits),
             progress=progress,
             callbacks=callbacks,
         )
@@ -185,34 +188,15 @@ def _tracked_run(config: Config, layout: ExperimentLayout, splits: Splits, arm: 
 def label_training_rows(
     config: Config, layout: ExperimentLayout, progress: Callable[[int, int], None] | None = None
 ) -> int:
-    """Let the teacher read the training rows, and the unlabelled ones, once and store its logits; stored ones stay.
-
-    Args:
-        config: the experiment.
-        layout: its folder.
-        progress: called with rows done and rows in all.
-
-    Returns:
-        How many texts the teacher read cut.
-    """
+    """Let the teacher read the training rows, and the unlabelled ones, once and store its logits; stored ones stay."""
     prepare_process(config)
-    return label_splits(config, layout, load_splits(config.task, config.data), progress)
+    return label_splits(config, layout, load_splits(config.task, config.data, copies_in=layout.copies), progress)
 
 
 def label_splits(
     config: Config, layout: ExperimentLayout, splits: Splits, progress: Callable[[int, int], None] | None = None
 ) -> int:
-    """Do the same on given splits.
-
-    Args:
-        config: the experiment.
-        layout: its folder.
-        splits: the task with its examples.
-        progress: called with rows done and rows in all.
-
-    Returns:
-        How many texts the teacher read cut.
-    """
+    """Do the same on given splits."""
     encoder, columns = load_teacher(config, splits.task, layout.teacher)
     check_collection(config, encoder)
     parts = [(splits.train, layout.teacher_logits)]
@@ -227,8 +211,8 @@ def label_splits(
                 rows,
                 splits.task,
                 folder,
-                max_length=config.teacher.train.max_length,
-                precision=resolve_precision(config.run.precision, config.run.device)[0],
+                max_length=cut_at(config.teacher.train),
+                precision=choose_precision(config, layout)[0],
                 device=config.run.device,
                 rows_per_shard=shard_rows(len(rows)),
                 progress=_counting_on(progress, done, total),
@@ -239,14 +223,7 @@ def label_splits(
 
 
 def shard_rows(rows: int) -> int:
-    """Choose how many teacher logits go into one file: what a crash can cost, against the number of files.
-
-    Args:
-        rows: of the training split.
-
-    Returns:
-        2,000 up to 400,000 rows, a 200th of more, 50,000 at most.
-    """
+    """Choose how many teacher logits go into one file: what a crash can cost, against the number of files."""
     return min(max(2_000, rows // 200), 50_000)
 
 

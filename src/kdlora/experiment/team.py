@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +21,15 @@ from torch import distributed
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from kdlora.config import Config
-from kdlora.configfile import build_config
 from kdlora.distil.precision import resolve_device
 from kdlora.distil.processes import Seat, join_processes
 from kdlora.errors import ConfigError, KdLoraError
-from kdlora.evidence.measure import ChildDiedError, Measured, run_in_child
+from kdlora.evidence.measure import Measured, run_in_child
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.launch import LAUNCH_KEYS, Launch, check_launch, read_launch
+from kdlora.experiment.settle import with_recorded
 from kdlora.experiment.stages import label_training_rows, train_run
+from kdlora.system.forkserver import ChildDiedError
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ _MEETING_SECONDS = 120
 _REPORT_SECONDS = 10
 """How long a process may take to say why it failed, once another one has."""
 _FAREWELL_SECONDS = 3
+_LOOPBACK = ("127.0.0.1", "localhost")
 
 _STAGES: dict[str, Callable[..., Any]] = {stage.__name__: stage for stage in (train_run, label_training_rows)}
 
@@ -45,12 +47,7 @@ class Team:
     """The processes of an experiment, seen from one of them."""
 
     def __init__(self, launch: Launch, store: Any = None) -> None:
-        """Take part.
-
-        Args:
-            launch: which process this is.
-            store: through which they talk; None where this process is alone.
-        """
+        """Take part."""
         self.launch = launch
         self.store = store
         self.number = 0
@@ -73,21 +70,10 @@ class Team:
         *details: Any,
         on_message: Callable[[Any], None],
     ) -> Any:
-        """Carry out a stage in a child of every process, and give what the child of this one returned.
-
-        Args:
-            stage: `train_run` or `label_training_rows`.
-            config: the experiment.
-            layout: its folder.
-            details: what else the stage needs, of plain types.
-            on_message: called with each event of the stage.
-
-        Raises:
-            ConnectionError: another process of the run is gone.
-        """
+        """Carry out a stage in a child of every process, and give what the child of this one returned."""
         self.number += 1
-        said = {"stage": stage.__name__, "config": config.model_dump(mode="json"), "details": details}
-        self.store.set(f"stage-{self.number}", json.dumps(said | {"root": str(layout.root.resolve())}))
+        said = {"stage": stage.__name__, "details": details, **_experiment(config, layout)}
+        self.store.set(f"stage-{self.number}", json.dumps(said))
         try:
             return self._take_part(stage.__name__, config, layout, details, on_message).value
         except KdLoraError:
@@ -103,21 +89,16 @@ class Team:
         seat = Seat(launch.rank, launch.count, launch.local_rank, launch.address, launch.port, prefix)
         return run_in_child(carry_out_together, seat, stage, config, layout, details, on_message=on_message)
 
-    def follow(self) -> dict[str, Any]:
+    def follow(self, config: Config, layout: ExperimentLayout) -> dict[str, Any]:
         """Take part in every stage that process 0 announces, until it has come to its end.
 
-        Returns:
-            What process 0 said at the end.
-
-        Raises:
-            ConnectionError: process 0 is gone.
-            KdLoraError: process 0 stopped on a mistake in the config or the data.
+        Whoever reaches the store can announce a stage, so what is carried out is what this process was started with.
         """
         while (said := self._next_stage()) is not None:
-            config = build_config(said["config"], [], where="process 0")
             outcome = {"kind": "done", "text": ""}
-            layout = ExperimentLayout(Path(said["root"]))
             try:
+                config = with_recorded(config, layout.config)  # what the first process has settled
+                _check_same(said, config, layout)
                 self._take_part(said["stage"], config, layout, said["details"], _ignore)
             except Exception as fault:
                 outcome = {"kind": _kind(fault), "text": str(fault)}
@@ -165,11 +146,7 @@ class Team:
         return fault
 
     def end(self, **said: Any) -> None:
-        """Tell the others how it ended; the store may go with this process, so they get time to hear it.
-
-        Args:
-            said: `kind` and what else they need.
-        """
+        """Tell the others how it ended; the store may go with this process, so they get time to hear it."""
         if self.store is None:
             return
         until = time.monotonic() + _FAREWELL_SECONDS
@@ -182,15 +159,7 @@ class Team:
 
 @contextmanager
 def gather_team(config: Config) -> Iterator[Team]:
-    """Meet the other processes of this run, where `accelerate launch`, `torchrun` or `mpirun` started several.
-
-    Args:
-        config: the experiment.
-
-    Raises:
-        ConfigError: their settings contradict the config.
-        ConnectionError: the others are not there.
-    """
+    """Meet the other processes of this run, where `accelerate launch`, `torchrun` or `mpirun` started several."""
     check_launch(config)
     launch = read_launch()
     if launch.count == 1:
@@ -210,21 +179,47 @@ def gather_team(config: Config) -> Iterator[Team]:
         os.environ.update(kept)
 
 
+def _experiment(config: Config, layout: ExperimentLayout) -> dict[str, Any]:
+    return {"config": config.model_dump(mode="json"), "root": str(layout.root.resolve())}
+
+
+def _check_same(said: dict[str, Any], config: Config, layout: ExperimentLayout) -> None:
+    """See that a stage is one of the experiment that this process was started for."""
+    own = json.loads(json.dumps(_experiment(config, layout)))
+    if said["stage"] not in _STAGES or {key: said[key] for key in own} != own:
+        raise ConfigError(
+            "process 0 announces a stage of another config or folder than this process was started with; start all "
+            "processes with the same command, from the same folder"
+        )
+
+
 def _meet(launch: Launch) -> Any:
-    """Open the store through which the processes talk."""
+    """Open the store through which the processes talk; for processes of this machine, to this machine alone."""
+    is_master = launch.rank == 0 and not launch.hosted
     try:
+        door = _listen(launch) if is_master and launch.address in _LOOPBACK else None
         store = TCPStore(
             launch.address,
             launch.port,
-            is_master=launch.rank == 0 and not launch.hosted,
+            is_master=is_master,
             timeout=timedelta(seconds=_MEETING_SECONDS),
             wait_for_workers=False,
+            master_listen_fd=door,
         )
-    except (distributed.DistError, RuntimeError) as fault:
+    except (distributed.DistError, RuntimeError, OSError) as fault:
         raise ConnectionError(
             f"process {launch.rank} of {launch.count} finds nobody at {launch.address}:{launch.port}: {fault}"
         ) from None
     return PrefixStore(f"kdlora/{launch.attempt}/plan", store)
+
+
+def _listen(launch: Launch) -> int:
+    """Open the port of the store on the loopback interface; PyTorch itself would open it on all of them."""
+    with socket.socket() as door:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind((_LOOPBACK[0], launch.port))
+        door.listen()
+        return door.detach()
 
 
 def _check_devices(config: Config, launch: Launch) -> None:
@@ -249,16 +244,7 @@ def carry_out_together(
     details: tuple[Any, ...],
     progress: Callable[..., None] | None = None,
 ) -> Any:
-    """Meet the children of the other processes and carry out a stage with them; runs in a child.
-
-    Args:
-        seat: of this process.
-        stage: name of a function in `stages.py`.
-        config: the experiment.
-        layout: its folder.
-        details: its other arguments.
-        progress: called with each event.
-    """
+    """Meet the children of the other processes and carry out a stage with them; runs in a child."""
     join_processes(seat, cuda=resolve_device(config.run.device).type == "cuda")
     try:
         return _STAGES[stage](config, layout, *details, progress)

@@ -72,20 +72,7 @@ class ParameterCounts:
 
 
 def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], fresh: Sequence[str]) -> list[str]:
-    """Find the linear layers that get adapters.
-
-    Args:
-        model: a plain model, without adapters.
-        targets: "query-value" (the paper's), "all-linear" (every linear layer of the encoder), or names: a
-            module's full name or its last parts.
-        fresh: names of the modules that are trained in full, and so get none.
-
-    Returns:
-        Names for PEFT, as short as they can be without touching another module.
-
-    Raises:
-        ModelError: a name that matches nothing, or no projections found; with the candidates.
-    """
+    """Find the linear layers that get adapters."""
     linear = _linear_layers(model, fresh)
     if targets == "query-value":
         names: Sequence[str] = _query_value(model, linear)
@@ -103,20 +90,7 @@ def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], fresh:
 
 
 def add_adapter(encoder: Encoder, lora: LoraConfig, *, seed: int) -> PeftModel:
-    """Put LoRA adapters into an encoder and leave trainable exactly these and the fresh modules.
-
-    Args:
-        encoder: its model is changed in place.
-        lora: rank, scale, targets and variant.
-        seed: of the adapters' initial values; the global random state stays as it was.
-
-    Returns:
-        The PEFT model; `save_adapter` and `merge_student` take it.
-
-    Raises:
-        ModelError: targets that match nothing, a rank that the initialisation or the word embeddings cannot have, or
-            a trainable set that is not LoRA + fresh.
-    """
+    """Put LoRA adapters into an encoder and leave trainable exactly these and the fresh modules."""
     targets = resolve_targets(encoder.model, lora.targets, encoder.fresh)
     layers = [name for name in _linear_layers(encoder.model, encoder.fresh) if _matches(name, targets)]
     _check_rank(encoder.model, lora, layers)
@@ -155,10 +129,6 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
     PiSSA and OLoRA change the base weights; their difference to it is a plain LoRA of twice the rank,
     `B·A − B₀·A₀ = [B, −B₀]·[A; A₀]`, and that is what is saved.
-
-    Args:
-        model: from `add_adapter`.
-        folder: made if need be.
     """
     weights, config = _weights(model), copy.deepcopy(model.peft_config["default"])
     initial = getattr(model, "initial_adapter", {})
@@ -179,14 +149,20 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     _write_card(folder, config.base_model_name_or_path or "base", config.revision, model.config)
 
 
-def add_base(folder: Path, encoder: Encoder, *, address: Path) -> None:
-    """Put an adapter's base beside it, where that base lies nowhere else (a student made from layers).
+def load_adapter(encoder: Encoder, folder: Path) -> PeftModel:
+    """Put a saved adapter with its head on its base; merged, it is bit for bit what was trained.
 
     Args:
-        folder: of a saved adapter; the base goes to its `base` folder.
-        encoder: the base as it was before `add_adapter`, that is, freshly loaded.
-        address: where `folder` will lie in the end, if it is still to be moved there.
+        encoder: the base, freshly loaded; its model is changed in place.
+        folder: from `save_adapter`.
     """
+    with warnings.catch_warnings():  # as in `add_adapter`
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        return PeftModel.from_pretrained(encoder.model, folder)
+
+
+def add_base(folder: Path, encoder: Encoder, *, address: Path) -> None:
+    """Put an adapter's base beside it, where that base lies nowhere else (a student made from layers)."""
     save_encoder(encoder, folder / "base")
     config = PeftLoraConfig.from_pretrained(folder)
     config.base_model_name_or_path = str(address.resolve() / "base")
@@ -223,14 +199,7 @@ def merge_student(model: PeftModel) -> PreTrainedModel:
 
 
 def count_parameters(model: PreTrainedModel | PeftModel) -> ParameterCounts:
-    """Count parameters; shared ones once.
-
-    Args:
-        model: with or without an adapter.
-
-    Returns:
-        The counts; `total` is that of the merged model, which is the one deployed.
-    """
+    """Count parameters; shared ones once."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapter = sum(size for name, size in sizes.items() if ADAPTER_PART.search(name))

@@ -1,34 +1,22 @@
-"""Reading a checkpoint (configuration, tokenizer, weights) and saying plainly why one cannot be read."""
+"""Checks of a checkpoint (folder, configuration, tokenizer, weights) that say plainly why one cannot be used."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from kdlora.configfile import expand_home
-from kdlora.errors import ModelError, first_line
-from kdlora.evidence.forkserver_process import before_fork
+from kdlora.errors import ModelError
+from kdlora.models.loading import Loaded, Source, load_config, load_tokenizer, load_weights
+from kdlora.models.settings import ADAPTER
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
@@ -39,66 +27,9 @@ FEWEST_PIECES = 10
 """A vocabulary with fewer pieces beside the special tokens is no vocabulary: transformers builds an empty
 tokenizer, without a word, where the files are missing."""
 
-_loading = threading.RLock()
-
-
-@before_fork
-def _compile_patterns() -> None:
-    """Have transformers compile its patterns of renamed weights, a tenth of a second at a process's first load."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    get_checkpoint_conversion_mapping("bert")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from.
-
-    Attributes:
-        name: a folder, or a Hub id.
-        revision: commit, tag or branch on the Hub.
-        trust_remote_code: whether the checkpoint's own Python code may run.
-    """
-
-    name: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether the weights lie on this machine under that name."""
-        return Path(self.name).is_dir()
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Weights as they came from a checkpoint.
-
-    Attributes:
-        model: in fp32, in evaluation mode.
-        missing: parameters that the checkpoint lacks, and that are random now.
-        mismatched: parameters that it has in another shape, and that are random now.
-    """
-
-    model: PreTrainedModel
-    missing: frozenset[str]
-    mismatched: frozenset[str]
-
 
 def open_source(name: str, revision: str | None, trust_remote_code: bool) -> Source:
-    """Check what can be checked before anything is loaded.
-
-    Args:
-        name: a folder or a Hub id, as the user wrote it.
-        revision: commit, tag or branch; of no meaning for a folder.
-        trust_remote_code: whether the checkpoint's own Python code may run.
-
-    Returns:
-        The source; the name of a folder is made absolute, so that what is saved from it finds it again.
-
-    Raises:
-        ModelError: neither a folder nor a name that the Hub could have, or a folder without a model in it.
-    """
+    """Check what can be checked before anything is loaded."""
     path = expand_home(name)
     if path.is_dir():
         _check_folder(path)
@@ -119,7 +50,7 @@ def _check_folder(folder: Path) -> None:
     names = sorted(entry.name for entry in folder.iterdir())
     held = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "nothing"
     if "config.json" not in names:
-        if "adapter_config.json" in names:
+        if ADAPTER in names:
             raise ModelError(
                 f"{folder} holds an adapter, not a model; give the merged model (the `student` folder of an "
                 "experiment), or merge it into its base first"
@@ -140,23 +71,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def read_config(source: Source) -> PretrainedConfig:
-    """Read a model's configuration and see to it that it is an encoder which can classify.
-
-    Args:
-        source: from `open_source`.
-
-    Returns:
-        The configuration, unchanged.
-
-    Raises:
-        ModelError: unreadable, unreachable, in need of remote code, or another kind of model.
-    """
-    if source.is_folder:
-        _check_json(Path(source.name) / "config.json")
-    with quiet_loading(show_download=not source.is_folder), explained(source, "configuration"):
-        config = AutoConfig.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+    """Read a model's configuration and see to it that it is an encoder which can classify."""
+    config = load_config(source)
     if (layers := getattr(config, "num_hidden_layers", 1)) is not None and layers < 1:
         raise ModelError(f"{source.name} has {layers} layers by its config.json; expected at least 1")
     has_own_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
@@ -178,31 +94,9 @@ def read_config(source: Source) -> PretrainedConfig:
     return config
 
 
-def _check_json(path: Path) -> None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as fault:
-        raise ModelError(f"{path} is damaged: {fault}. Copy the model folder again") from fault
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is damaged: expected an object, found {type(content).__name__}")
-
-
 def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Read the tokenizer that belongs to a model.
-
-    Args:
-        source: from `open_source`.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ModelError: missing, empty, unreadable or without a padding token.
-    """
-    with quiet_loading(show_download=not source.is_folder), explained(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+    """Read the tokenizer that belongs to a model."""
+    tokenizer = load_tokenizer(source)
     if len(tokenizer) - len(set(tokenizer.all_special_tokens)) < FEWEST_PIECES:
         raise ModelError(
             f"{source.name} has no tokenizer: its vocabulary is empty. Copy the tokenizer's files "
@@ -217,34 +111,8 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def read_weights(source: Source, config: PretrainedConfig) -> Loaded:
-    """Read the weights for sequence classification, in fp32, from safetensors only.
-
-    The global random state is left as it was. What the checkpoint lacks is random.
-
-    Args:
-        source: from `open_source`.
-        config: with the labels that the model shall have.
-
-    Returns:
-        The model and the names of the parameters that the checkpoint did not give.
-
-    Raises:
-        ModelError: damaged, unreachable, pickled only, or weights that are not those of the configuration.
-    """
-    quiet = quiet_loading(show_download=not source.is_folder)
-    with quiet, explained(source, "weights"), torch.random.fork_rng(devices=[]):
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source.name,
-            config=config,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            dtype=torch.float32,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    mismatched = frozenset(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
-    loaded = Loaded(model.eval(), frozenset(report["missing_keys"]), mismatched)
+    """Read the weights as `load_weights` does, and see to it that they are those of the encoder."""
+    loaded = load_weights(source, config)
     _check_complete(source, loaded)
     return loaded
 
@@ -263,82 +131,3 @@ def _check_complete(source: Source, loaded: Loaded) -> None:
             f"the weights of {source.name} are not those of a {loaded.model.config.model_type!r} encoder as its "
             f"config.json describes it: {len(absent)} tensors are missing, such as {sorted(absent)[0]}"
         )
-
-
-@contextmanager
-def quiet_loading(*, show_download: bool = False) -> Iterator[None]:
-    """Silence transformers' load report and its bars; kdlora says itself what is fresh. Errors still rise.
-
-    One thread loads at a time: transformers exchanges functions of torch and of its own classes while it loads, and
-    of two threads the second would put back for good what the first had put there for a moment.
-
-    Args:
-        show_download: leave the bars on, where there is a terminal to see them.
-    """
-    log = transformers.utils.logging
-    with _loading:
-        verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-        log.set_verbosity_error()
-        if not show_download:
-            log.disable_progress_bar()
-        try:
-            yield
-        finally:
-            log.set_verbosity(verbosity)
-            if bars:
-                log.enable_progress_bar()
-
-
-@contextmanager
-def explained(source: Source, what: str) -> Iterator[None]:
-    """Turn the faults of a load that the user can mend into a `ModelError` that says how.
-
-    Args:
-        source: what is being loaded.
-        what: which part of it.
-
-    Raises:
-        ModelError: in place of what transformers and the Hub raise.
-    """
-    try:
-        yield
-    except Exception as fault:  # a damaged file can make transformers fail in any way
-        if isinstance(fault, OSError) and fault.errno is not None:
-            raise  # disk full, no permission: not a fault of the model
-        if isinstance(fault, RuntimeError) and not isinstance(fault, RecursionError | NotImplementedError):
-            raise  # out of memory
-        raise ModelError(_explanation(source, what, fault)) from fault
-
-
-def _explanation(source: Source, what: str, fault: Exception) -> str:
-    causes: list[BaseException] = [fault]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and len(causes) < 8:
-        causes.append(cause)
-    reason = first_line(fault)
-    text = " ".join(str(cause) for cause in causes)
-    if "trust_remote_code" in text:
-        return (
-            f"{source.name} needs Python code of its own. Read that code; if you trust it, pin `revision` "
-            "and set `trust_remote_code: true` beside the model in the config"
-        )
-    if source.is_folder:
-        return f"the {what} in {source.name} cannot be read: {reason}"
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return f"{source.name} is gated on the Hub: accept its terms there and log in with `hf auth login`"
-    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
-        return f"{source.name} has no revision {source.revision!r} on the Hub"
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        return f"there is no folder and no public Hub model {source.name!r}. Check the spelling, or `hf auth login`"
-    if "safetensors" in text and what == "weights":
-        return (
-            f"{source.name} has no safetensors weights on the Hub at this revision, and kdlora unpickles nothing "
-            f"({reason}). Leave out `revision`, so that the Hub's own conversion is found, or convert it once: "
-            "load it with transformers, call save_pretrained, and give that folder"
-        )
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    state = "HF_HUB_OFFLINE is set" if offline else "the Hub does not answer"
-    return (
-        f"cannot load the {what} of {source.name!r}: there is no such folder, no copy in the Hub's cache, and "
-        f"{state} ({reason}). On a machine with a network run `hf download {source.name}`, and give the folder "
-        "that it names; or give any other folder with the model"
-    )

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlora.data.tasks import Task
+from kdlora.data.tasks import DEFAULT_METRICS, PROBLEM_TYPES, Task
 from kdlora.errors import ModelError, did_you_mean
-from kdlora.models.checkpoints import Loaded, Source, open_source, read_config, read_tokenizer, read_weights
+from kdlora.models.checkpoints import open_source, read_config, read_tokenizer, read_weights
 from kdlora.models.layers import keep_layers
+from kdlora.models.loading import Loaded, Source
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,11 @@ class Encoder:
     source: str
     revision: str | None = None
     layers: tuple[int, ...] | None = None
+
+    @property
+    def width(self) -> int:
+        """Hidden size."""
+        return int(self.model.config.hidden_size)
 
 
 def load_encoder(
@@ -122,34 +128,14 @@ def student_from_layers(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Encoder:
-    """Make a student from some layers of a pretrained encoder, and its embeddings, pooler and tokenizer.
-
-    Args:
-        source: the teacher's pretrained checkpoint: a folder or a Hub id.
-        layers: indices from 0, increasing.
-        task: gives number, names and kind of the labels.
-        seed: of the new weights, as in `load_encoder`.
-        revision: commit, tag or branch on the Hub.
-        trust_remote_code: let the checkpoint's own Python code run.
-
-    Returns:
-        The student; saved, it is an ordinary model.
-
-    Raises:
-        ModelError: as `load_encoder`; or layers that the model does not have.
-    """
+    """Make a student from some layers of a pretrained encoder, and its embeddings, pooler and tokenizer."""
     whole = load_encoder(source, task, seed=seed, revision=revision, trust_remote_code=trust_remote_code)
     model = keep_layers(whole.model, layers, trust_remote_code=trust_remote_code)
     return dataclasses.replace(whole, model=model, layers=tuple(layers))
 
 
 def save_encoder(encoder: Encoder, folder: Path) -> None:
-    """Save model (safetensors) and tokenizer as a plain transformers folder.
-
-    Args:
-        encoder: the model must hold no adapter; see `merge_student`.
-        folder: made if need be.
-    """
+    """Save model (safetensors) and tokenizer as a plain transformers folder."""
     encoder.model.save_pretrained(folder)
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     if backend is not None:  # else the last call's padding and truncation are saved with it
@@ -159,19 +145,7 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
 
 
 def match_labels(found: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:
-    """Match two label spaces by name; case and surrounding spaces do not count.
-
-    Args:
-        found: label names of a model or a table, in the order of its columns.
-        wanted: label names of the task, in its order.
-        where: whose labels were found, for the message.
-
-    Returns:
-        For each wanted label the index of the column that holds it.
-
-    Raises:
-        ModelError: another number of labels, other names, or a name twice.
-    """
+    """Match two label spaces by name; case and surrounding spaces do not count."""
     folded = [name.strip().casefold() for name in found]
     index = {name: column for column, name in enumerate(folded)}
     keys = [name.strip().casefold() for name in wanted]
@@ -203,12 +177,6 @@ def fresh_modules(loaded: Loaded) -> tuple[str, ...]:
 
     A part of the head is named by its outermost module (`classifier`, not `classifier.dense`), a part of the
     encoder by the module that holds the parameter (`bert.pooler.dense`).
-
-    Args:
-        loaded: from `read_weights`.
-
-    Returns:
-        The names, in the order of the model.
     """
     model = loaded.model
     head = [name for name, child in model.named_children() if child is not model.base_model]
@@ -304,3 +272,36 @@ def _match_columns(place: Source, config: PretrainedConfig, task: Task, label_na
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: column for column, name in enumerate(label_names)}
     return columns
+
+
+def read_task(
+    source: str,
+    *,
+    label_names: Sequence[str] | None = None,
+    text: Sequence[str] = ("text",),
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Task:
+    """Read kind and labels of a fine-tuned classifier from its config, without loading its weights."""
+    config = read_config(open_source(source, revision, trust_remote_code))
+    noted = getattr(config, "kdlora_task", None)
+    if noted is not None and label_names is None:
+        return Task.from_dict(noted)
+    found = [str(config.id2label[column]) for column in range(config.num_labels)]
+    problem = config.problem_type or ("regression" if len(found) == 1 else "single_label_classification")
+    kind = next((kind for kind, name in PROBLEM_TYPES.items() if name == problem), None)
+    if kind is None:
+        raise ModelError(
+            f"{source} has the problem_type {problem!r:.80}; expected one of {', '.join(PROBLEM_TYPES.values())}"
+        )
+    names = tuple(label_names or found)
+    if kind != "regression" and any(GENERIC_LABEL.fullmatch(name) for name in names):
+        raise ModelError(
+            f"{source} calls its labels {', '.join(names)}, which says nothing; name them in the order of its outputs "
+            "with --label-name, once for each"
+        )
+    if len(set(names)) < len(names):
+        raise ModelError(f"{source} has two labels of one name ({', '.join(names):.200}); name them with --label-name")
+    if len(names) != len(found):
+        raise ModelError(f"{source} has {len(found)} outputs ({', '.join(found)}), but {len(names)} names were given")
+    return Task(kind, tuple(text), ("label",), names, DEFAULT_METRICS[kind])

@@ -19,17 +19,7 @@ PER_LAYER_SETTINGS = ("layer_types", "mlp_layer_types", "attention_window")
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the stack of encoder layers.
-
-    Args:
-        model: any transformers encoder.
-
-    Returns:
-        Its name within the model, and the layers, first to last.
-
-    Raises:
-        ModelError: no list of as many layers as the configuration says (ALBERT shares one), or several.
-    """
+    """Find the stack of encoder layers."""
     depth = model.config.num_hidden_layers
     found = [
         (name, module)
@@ -49,16 +39,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def check_layers(layers: Sequence[int], depth: int, where: str) -> None:
-    """Refuse a choice of layers that no student can be made of.
-
-    Args:
-        layers: indices from 0, in increasing order.
-        depth: number of layers that there are.
-        where: the model, for the message.
-
-    Raises:
-        ModelError: none, outside the model, twice, or out of order.
-    """
+    """Refuse a choice of layers that no student can be made of."""
     if not layers:
         raise ModelError("student.from_teacher_layers is empty; name at least one layer, counted from 0")
     outside = [layer for layer in layers if not 0 <= layer < depth]
@@ -78,17 +59,6 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int], *, trust_remote_c
 
     The new model is built from a configuration, not cut in place, so that what is saved loads again as the
     same function: ModernBERT's first layer, for one, lacks the norm that the others have.
-
-    Args:
-        model: stays as it is.
-        layers: indices from 0, increasing.
-        trust_remote_code: whether the model's own Python code may run.
-
-    Returns:
-        A model of its own, in fp32; it has no `name_or_path`, for it lies nowhere yet.
-
-    Raises:
-        ModelError: an impossible choice, or layers that cannot be told apart.
 
     *Source*: which of them matters little, lower ones help (arXiv 2305.15032, 2502.04499).
     """

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-import yaml
+from kdlora.foreign import read_front_matter
+
+_LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
+"""What ids of licences consist of; anything else would be markup in the student's own card."""
 
 
 def read_licence(name: str, revision: str | None = None) -> str | None:
-    """Read the licence that a model's card states.
-
-    Args:
-        name: a folder or a Hub id.
-        revision: commit, tag or branch of a Hub id.
-
-    Returns:
-        The Hub's id of the licence, such as `apache-2.0`; None where there is no card, or none can be reached.
-    """
+    """Read the licence that a model's card states."""
     card = Path(name) / "README.md" if Path(name).is_dir() else _fetch_card(name, revision)
     if card is None or not card.is_file():
         return None
-    _, opening, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
     try:
-        metadata = yaml.safe_load(rest.partition("\n---")[0]) if opening else None
-    except yaml.YAMLError:
+        metadata = read_front_matter(card)
+    except ValueError:
         return None
     licence = metadata.get("license") if isinstance(metadata, dict) else None
-    return licence if isinstance(licence, str) and licence else None
+    return licence if isinstance(licence, str) and _LICENCE.fullmatch(licence) else None
 
 
 def _fetch_card(name: str, revision: str | None) -> Path | None:

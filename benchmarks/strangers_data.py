@@ -1,0 +1,126 @@
+"""Write the sets of the benchmark `strangers` as the files that a stranger would have."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from strangers_plan import DataSet, Plan
+
+from kdlora.data.split import split_rows
+
+Row = dict[str, str]
+
+
+def write_sets(plan: Plan, sources: Sequence[Path], folder: Path) -> None:
+    """Write each set's training files, test file and the like; the same plan gives the same bytes.
+
+    Args:
+        plan: declares the sets.
+        sources: folders that the sources' paths start from.
+        folder: gets a folder for each set.
+    """
+    for name, own in plan.sets.items():
+        train = _read(own, own.train, sources)
+        if own.test is None:
+            train, test = _draw_test(own, train, plan.draw_seed)
+        else:
+            test = _read(own, own.test, sources)
+        train, test = _join(own, train), _join(own, test)
+        _write(folder / name / f"test.{own.format}", own, test)
+        if own.validation is not None:
+            _write(folder / name / f"validation.{own.format}", own, _join(own, _read(own, own.validation, sources)))
+        taken: set[int] = set()
+        for limit in {own.limit(pair.rows): None for pair in plan.pairs.values() if name in pair.sets}:
+            drawn = _draw(own, train, limit, plan.draw_seed)
+            taken |= set(drawn)
+            _write(folder / name / own.train_file(limit), own, [train[row] for row in drawn])
+            print(f"{name}: {len(drawn)} of {len(train)} training rows, {len(test)} test rows", flush=True)
+        rest = [{column: row[column] for column in own.text} for place, row in enumerate(train) if place not in taken]
+        if rest:
+            _write(folder / name / f"unlabelled.{own.format}", own, rest)
+
+
+def _read(own: DataSet, source: str, folders: Sequence[Path]) -> list[Row]:
+    """Read a file's columns under their names here; a row that lacks one of them is left out."""
+    file = next((folder / source for folder in folders if (folder / source).is_file()), None)
+    if file is None:
+        raise SystemExit(f"there is no {source} in {' or '.join(map(str, folders))}; check --data and --models")
+    quoted = file.suffix == ".csv"
+    with file.open(encoding="utf-8-sig", newline="" if quoted else None) as lines:
+        dialect = {} if quoted else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        table = list(csv.reader(lines, **dialect))
+    header = table.pop(0) if own.header else []
+    places = {name: header.index(place) if isinstance(place, str) else place for name, place in own.columns.items()}
+    if own.group is not None:
+        places = {"group": own.group, **places}
+    rows = [
+        {name: line[place].strip() for name, place in places.items()}
+        for line in table
+        if len(line) > max(places.values()) and all(line[place].strip() for place in places.values())
+    ]
+    if len(rows) < len(table):
+        print(f"{source}: {len(table) - len(rows)} of {len(table)} rows lack a text or a label", flush=True)
+    return [{**row, own.label: own.names.get(row[own.label], row[own.label])} for row in rows]
+
+
+def _join(own: DataSet, rows: list[Row]) -> list[Row]:
+    """Make one text of several of a class."""
+    if own.join == 1:
+        return rows
+    (column,) = own.text
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        texts.setdefault(row[own.label], []).append(row[column])
+    return [
+        {column: ". ".join(mine[start : start + own.join]), own.label: label}
+        for label, mine in texts.items()
+        for start in range(0, len(mine), own.join)
+    ]
+
+
+def _draw_test(own: DataSet, rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
+    """Draw test rows; rows of one group stay together."""
+    names = [row.get("group", str(place)).partition("_")[0] for place, row in enumerate(rows)]
+    groups = list(dict.fromkeys(names))
+    _, drawn = split_rows(len(groups), own.test_share, seed)
+    chosen = {groups[place] for place in drawn}
+    sides = [[row for row, name in zip(rows, names, strict=True) if (name in chosen) is side] for side in (False, True)]
+    return sides[0], sides[1]
+
+
+def _draw(own: DataSet, rows: list[Row], limit: int | None, seed: int) -> list[int]:
+    """Draw training rows, classes in their proportions."""
+    if limit is None or limit >= len(rows):
+        return list(range(len(rows)))
+    labels = [row[own.label] for row in rows]
+    classes = None if all(map(_is_number, labels)) else np.unique(labels, return_inverse=True)[1]
+    return [int(row) for row in split_rows(len(rows), limit / len(rows), seed, classes)[1]]
+
+
+def _write(file: Path, own: DataSet, rows: list[Row]) -> None:
+    columns = [column for column in own.columns if column in rows[0]]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8", newline="") as out:
+        if own.format == "csv":
+            writer = csv.DictWriter(out, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+            return
+        for row in rows:
+            values = {name: _number_or_text(row[name]) if name == own.label else row[name] for name in columns}
+            out.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def _is_number(text: str) -> bool:
+    return isinstance(_number_or_text(text), float)
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

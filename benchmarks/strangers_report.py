@@ -1,0 +1,275 @@
+"""The figures of the benchmark `strangers`, from stored records and predictions, and their tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import f1_score
+from strangers_plan import Job, Plan, plan_jobs
+
+from kdlora.data.tasks import Task
+from kdlora.evidence.metrics import predict_labels
+from kdlora.evidence.predictions import Predictions, read_predictions
+from kdlora.evidence.records import ExperimentLayout, RunRecord, read_results
+from kdlora.evidence.stats import PairedArms, contrast, mean_sd
+from kdlora.report.findings import align
+from kdlora.report.wording import signed
+
+Figures = dict[str, Any]
+Runs = list[tuple[RunRecord, Predictions]]
+HALVES = ("tuning", "reported")
+_LEGEND = """\
+Test scores, 0 to 100, mean ± standard deviation over seeds; F1 is macro F1; seconds of one training. Differences in
+points; of several sides the best on test counts. Intervals over rows and seeds: 95% each for sets and for tuning means;
+{1:.2f}% for reported means: 95% for all {0} claims of the plan together (Bonferroni). One seed proves nothing."""
+WARNED = re.compile(r"teacher\b.*\b(no better|not better|worse|weaker|below|does not know|never)", re.IGNORECASE)
+"""A sentence of the product that says beforehand that the teacher has nothing to teach."""
+
+
+def collect(plan: Plan, out: Path, states: Mapping[Job, Figures], draws: int) -> Figures:
+    """Gather what is kept of a measurement: scores, seconds and contrasts, but no predictions.
+
+    Args:
+        plan: what is measured.
+        out: the prepared folder.
+        states: how far each experiment is.
+        draws: of the bootstrap over rows.
+    """
+    cells: dict[tuple[str, str], Figures] = {}
+    pairs: dict[tuple[str, str, str], list[PairedArms]] = {}
+    jobs = list(plan_jobs(plan))
+    for pair, dataset in dict.fromkeys((job.pair, job.dataset) for job in jobs):
+        cell, runs = _collect_cell([job for job in jobs if (job.pair, job.dataset) == (pair, dataset)], out, states)
+        if not runs:
+            continue
+        cells[pair, dataset] = {"pair": pair, "set": dataset, "half": plan.sets[dataset].half, **cell, "contrasts": {}}
+        for name, own in plan.contrasts.items():
+            sides = [_best_side(cell, names) for names in (own.first, own.second)]
+            if None not in sides:
+                paired, seeds = _pair(*(runs[str(side)] for side in sides))
+                kept = {"first": sides[0], "second": sides[1], "seeds": seeds}
+                cells[pair, dataset]["contrasts"][name] = _estimate([paired], draws, 0.95) | kept
+                pairs.setdefault((pair, plan.sets[dataset].half, name), []).append(paired)
+    levels = {"reported": 1 - 0.05 / count_claims(plan)}
+    means = [
+        {"pair": pair, "half": half, "contrast": name, **_estimate(parts, draws, levels.get(half, 0.95))}
+        for (pair, half, name), parts in pairs.items()
+    ]
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "plan": plan.model_dump(mode="json"),
+        "unfinished": [job.name for job in jobs if not states[job]["finished"]],
+        "cells": list(cells.values()),
+        "means": means,
+    }
+
+
+def _collect_cell(jobs: Sequence[Job], out: Path, states: Mapping[Job, Figures]) -> tuple[Figures, dict[str, Runs]]:
+    """Read a pair's experiments on a set; of settings with a grid the best point, once all are finished."""
+    cell: Figures = {"experiments": {}, "sides": {}}
+    found: dict[str, Runs] = {}
+    for settings in dict.fromkeys(job.settings for job in jobs):
+        own = [job for job in jobs if job.settings == settings]
+        if not all(states[job]["finished"] for job in own):
+            continue
+        runs = {job: _read_runs(ExperimentLayout(out / "runs" / job.name)) for job in own}
+        best = max(own, key=lambda job: np.mean([record.score or 0.0 for record, _ in runs[job]]))
+        seconds = sum(states[job]["seconds"] for job in own)
+        cell["experiments"][settings] = states[best] | {"point": dict(best.point), "seconds": seconds}
+        for record, predictions in runs[best]:
+            found.setdefault(f"{settings}/{record.arm}", []).append((record, predictions))
+            task = Task.from_dict(record.task)
+            cell |= {"kind": task.kind, "labels": task.num_labels, "rows": record.rows, "made": _made(record)}
+    cell["sides"] = {side: [_run_figures(*run) for run in runs] for side, runs in found.items()}
+    return cell, found
+
+
+def _read_runs(layout: ExperimentLayout) -> Runs:
+    records = read_results(layout.results)
+    return [(one, read_predictions(layout.run(one.arm, one.seed).predictions).only("test")) for one in records]
+
+
+def _made(record: RunRecord) -> Figures:
+    libraries = {name: record.versions.get(name) for name in ("kdlora", "torch", "transformers", "peft")}
+    return {**record.git, **libraries, "cpu": record.machine.get("cpu"), "cores": record.machine.get("cores")}
+
+
+def _run_figures(record: RunRecord, found: Predictions) -> Figures:
+    """Keep a run's scores; macro F1 for two classes too, where a majority may hide a class that nobody learnt."""
+    task, macro = Task.from_dict(record.task), None
+    if task.kind == "single-label":
+        decided = predict_labels(task, found.logits)
+        macro = 100 * float(f1_score(found.labels, decided, average="macro", zero_division=0))
+    scores = {"validation": record.score, "test": record.test_score, "macro_f1": macro}
+    return {"seed": record.seed, **scores, "train_seconds": record.train_seconds}
+
+
+def _best_side(cell: Figures, names: Sequence[str]) -> str | None:
+    """Choose the side with the best mean on test, once all are there; `settings/shipped` is what the product chose."""
+    known = {f"{name}/shipped": own["shipped"] for name, own in cell["experiments"].items() if own["shipped"]}
+    sides = [f"{name.partition('/')[0]}/{known[name][0]}" if name in known else name for name in names]
+    if any(side not in cell["sides"] for side in sides):
+        return None
+    return max(sides, key=lambda side: float(np.mean([run["test"] for run in cell["sides"][side]])))
+
+
+def _pair(first: Runs, second: Runs) -> tuple[PairedArms, int]:
+    """Bring two sides together, seed by seed and row by row."""
+    one, other = ({record.seed: found for record, found in runs} for runs in (first, second))
+    seeds = sorted(one.keys() & other.keys())
+    aligned = align([side[seed] for side in (one, other) for seed in seeds])
+    if aligned is None or aligned[0].labels is None:
+        raise SystemExit(f"{first[0][0].experiment}: {first[0][0].arm} and {second[0][0].arm} have other test rows")
+    logits = [found.logits for found in aligned]
+    task = Task.from_dict(first[0][0].task)
+    return PairedArms(task, aligned[0].labels, logits[: len(seeds)], logits[len(seeds) :]), len(seeds)
+
+
+def _estimate(pairs: Sequence[PairedArms], draws: int, level: float) -> Figures:
+    found = contrast(pairs, draws=draws, level=level)
+    return {"difference": found.difference, "low": found.low, "high": found.high, "level": level, "sets": len(pairs)}
+
+
+def count_claims(plan: Plan) -> int:
+    """Count contrasts x pairs that have a reported set and the contrasts' settings: what Bonferroni corrects for."""
+    needed = [{side.split("/")[0] for side in (*own.first, *own.second)} for own in plan.contrasts.values()]
+    pairs = [own for own in plan.pairs.values() if any(plan.sets[name].half == "reported" for name in own.sets)]
+    return max(1, sum(settings <= set(own.settings) for own in pairs for settings in needed))
+
+
+def render(figures: Figures) -> str:
+    """Write the tables as Markdown."""
+    plan, cells = Plan.model_validate(figures["plan"]), figures["cells"]
+    lines = [f"Printed from figures of {figures['date']}; {len(figures['unfinished'])} experiments are not finished."]
+    for made in dict.fromkeys(", ".join(f"{key} {value}" for key, value in cell["made"].items()) for cell in cells):
+        lines.append(f"Made by {made}.")
+    for name in dict.fromkeys(cell["pair"] for cell in cells):
+        pair, own = plan.pairs[name], [cell for cell in cells if cell["pair"] == name]
+        student = pair.student or f"a student of its layers {', '.join(map(str, pair.layers or ()))}"
+        means = [mean for mean in figures["means"] if mean["pair"] == name]
+        lines += ["", f"### {name}: {pair.teacher} teaches {student}", "", *_score_table(own), ""]
+        lines += _contrast_table(plan, own, means)
+    lines += ["", "### Goals", "", *_goal_table(plan, figures), ""]
+    lines.append(_LEGEND.format(count_claims(plan), 100 - 5 / count_claims(plan)))
+    return "\n".join(lines)
+
+
+def _score_table(cells: Sequence[Figures]) -> list[str]:
+    sides = list(dict.fromkeys(side for cell in cells for side in cell["sides"]))
+    lines = [f"| set | half | kind | train / test | {' | '.join(map(_short, sides))} |"]
+    lines.append("|---" * (4 + len(sides)) + "|")
+    for cell in cells:
+        kind = cell["kind"] if cell["kind"] == "regression" else f"{cell['labels']} classes"
+        rows = f"{cell['rows']['train']:,} / {cell['rows']['test']:,}"
+        scores = " | ".join(_scores(cell, side) for side in sides)
+        lines.append(f"| {cell['set']} | {cell['half']} | {kind} | {rows} | {scores} |")
+    return lines
+
+
+def _short(side: str) -> str:
+    settings, arm = side.split("/")
+    return f"`{arm}`" if settings in ("default", arm) else f"{settings}: `{arm}`"
+
+
+def _scores(cell: Figures, side: str) -> str:
+    """Write mean and spread on test, macro F1, what the grid chose, and the seconds of a training."""
+    runs = cell["sides"].get(side)
+    if not runs:
+        return "–"
+    found = mean_sd([run["test"] for run in runs])
+    macro, seconds = ([run[key] for run in runs if run[key] is not None] for key in ("macro_f1", "train_seconds"))
+    extra = [f"F1 {np.mean(macro):.1f}"] if macro else []
+    extra += [f"at {value:g}" for value in cell["experiments"][side.split("/")[0]]["point"].values()]
+    extra += [f"{np.mean(seconds):.0f} s"] if seconds else []
+    spread = "" if found.sd is None else f" ± {found.sd:.1f}"
+    return f"{found.mean:.1f}{spread}" + (f" ({', '.join(extra)})" if extra else "")
+
+
+def _contrast_table(plan: Plan, cells: Sequence[Figures], means: Sequence[Figures]) -> list[str]:
+    lines = [f"| set | shipped | {' | '.join(plan.contrasts)} | all, s |", "|---" * (3 + len(plan.contrasts)) + "|"]
+    for cell in cells:
+        experiments = cell["experiments"].values()
+        shipped = next((f"`{own['shipped'][0]}`" for own in experiments if own["shipped"]), "–")
+        seconds = sum(own["seconds"] for own in experiments)
+        found = [_difference(cell["contrasts"].get(name)) for name in plan.contrasts]
+        lines.append(f"| {cell['set']} | {shipped} | {' | '.join(found)} | {seconds:,.0f} |")
+    for half in HALVES:
+        own = {mean["contrast"]: mean for mean in means if mean["half"] == half}
+        if own:
+            cells_of_half = " | ".join(_difference(own.get(name)) for name in plan.contrasts)
+            lines.append(f"| **mean of {half}** | | {cells_of_half} | |")
+    return lines
+
+
+def _difference(one: Figures | None) -> str:
+    """Write a difference with its interval, what it was taken from, and that one seed proves nothing."""
+    if one is None:
+        return "–"
+    text = f"{signed(one['difference'])} ({signed(one['low'])} to {signed(one['high'])})"
+    text += f" over {_short(one['second'])}" if "second" in one else f", {one['sets']} sets"
+    return text + (", n = 1" if one.get("seeds") == 1 else "")
+
+
+def _goal_table(plan: Plan, figures: Figures) -> list[str]:
+    lines = [f"| goal | pair | {' | '.join(HALVES)} | met, by the reported sets |", "|---" * 5 + "|"]
+    for pair in plan.pairs:
+        tuning, reported = (_judge(figures, pair, half) for half in HALVES)
+        for goal, (text, met) in reported.items():
+            if text != "–" or tuning[goal][0] != "–":
+                lines.append(f"| {goal} | {pair} | {tuning[goal][0]} | {text} | {_verdict(met)} |")
+    for cell in figures["cells"]:
+        kd, full = (cell["sides"].get(name) for name in ("default/kd-lora", "student-fft/student-fft"))
+        if cell["half"] == "guard" and kd and full:
+            share = np.mean([run["test"] for run in kd]) / np.mean([run["test"] for run in full])
+            goal = f"{cell['set']}: `kd-lora` has at least 90% of `student-fft`"
+            lines.append(f"| {goal} | {cell['pair']} | | {100 * share:.1f}% | {_verdict(share >= 0.9)} |")
+        if plain := cell["experiments"].get("plain"):
+            goal, seconds = f"{cell['set']}: all of `kdlora run` in 300 s", plain["seconds"]
+            lines.append(f"| {goal} | {cell['pair']} | | {seconds:.0f} s | {_verdict(seconds <= 300)} |")
+    return lines
+
+
+def _verdict(met: bool | None) -> str:
+    return "–" if met is None else "met" if met else "missed"
+
+
+def _judge(figures: Figures, pair: str, half: str) -> dict[str, tuple[str, bool | None]]:
+    """Hold a pair's figures on half of the sets against the goals: a figure, and whether it is good enough."""
+    cells = [cell for cell in figures["cells"] if (cell["pair"], cell["half"]) == (pair, half)]
+    means = {one["contrast"]: one for one in figures["means"] if (one["pair"], one["half"]) == (pair, half)}
+    gain, regret = means.get("distillation"), means.get("shipped")
+    least = min((one["difference"] for _, one in _of(cells, "distillation")), default=None)
+    below = [cell["set"] for cell, one in _of(cells, "students") if one["difference"] < -0.5 and one["high"] < 0]
+    several = all(one["seeds"] > 1 for cell in cells for one in cell["contrasts"].values())
+    unsaid = [cell["set"] for cell, one in _of(cells, "teacher") if one["high"] < 0 and not _was_said(cell)]
+    judged = {
+        "`kd-lora` below the better other student by more than 0.5, where the interval tells: no set": (
+            (", ".join(below) or "none", not below) if _of(cells, "students") else ("–", None)
+        ),
+        "distillation alone: mean at least +2, interval above 0": (
+            ("–", None) if gain is None else (_difference(gain), gain["difference"] >= 2 and gain["low"] > 0)
+        ),
+        "distillation alone: least gain of a set at least −0.5": (
+            ("–", None) if least is None else (signed(least), least >= -0.5)
+        ),
+        "teacher below the best student, and it was not said beforehand: no set": (
+            (", ".join(unsaid) or "none", not unsaid) if _of(cells, "teacher") else ("–", None)
+        ),
+        "mean regret of what ships at most 0.2": (
+            ("–", None) if regret is None else (f"{-regret['difference']:.2f}", regret["difference"] >= -0.2)
+        ),
+    }
+    return {goal: (text, met if several else None) for goal, (text, met) in judged.items()}
+
+
+def _of(cells: Sequence[Figures], contrast_name: str) -> list[tuple[Figures, Figures]]:
+    return [(cell, cell["contrasts"][contrast_name]) for cell in cells if contrast_name in cell["contrasts"]]
+
+
+def _was_said(cell: Figures) -> bool:
+    return any(WARNED.search(note) for own in cell["experiments"].values() for note in own["notes"])

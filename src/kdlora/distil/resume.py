@@ -1,0 +1,264 @@
+"""Checkpoints of a training: all that the next step depends on, in files that run no code when they are read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kdlora.distil.fingerprints import compare
+from kdlora.errors import ArtifactError
+from kdlora.system.integrity import hash_file, is_sealed_or_old, seal
+from kdlora.system.ownership import is_ours, mark_folder, remove, remove_abandoned
+from kdlora.system.storage import atomic_file, atomic_folder
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 3
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-[0-9]{9}")
+_BEST = "best.safetensors"
+_MEANING = {
+    "model": "the model or its initial weights",
+    "train": "the training rows or their teacher logits",
+    "validation": "the validation rows",
+    "settings": "the training settings",
+    "processes": "the number of processes",
+    "distil": "the distillation settings",
+    "lora": "the adapter's settings",
+    "task": "the task",
+    "seed": "the seed",
+    "precision": "the number format",
+    "device": "the kind of device",
+    "rows_per_epoch": "the number of rows in an epoch",
+    "copies": "the number of perturbed copies",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint.
+
+    Attributes:
+        folder: its files, checksums verified.
+        state: what JSON holds.
+    """
+
+    folder: Path
+    state: Mapping[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Read a file of tensors."""
+        return load_file(self.folder / f"{name}.safetensors")
+
+
+class CheckpointFolder:
+    """The checkpoints of one training, and its best weights so far."""
+
+    def __init__(self, folder: Path, ingredients: Mapping[str, Any], keep: int = 1) -> None:
+        """Name the place; nothing is written yet."""
+        self.folder = folder
+        self.ingredients = dict(ingredients)
+        self.keep = keep
+        self.best = folder / _BEST
+
+    def latest(self) -> Checkpoint | None:
+        """Find the newest whole checkpoint; unfinished or damaged ones are passed over.
+
+        What a killed process was writing goes: it may be as large as the model.
+        """
+        if self.folder.is_dir():
+            claim_checkpoints(self.folder)
+            remove_abandoned(self.folder, deep=False)
+        for folder in reversed(self._folders()):
+            manifest = _read_manifest(folder)
+            if manifest is None:
+                logger.warning("%s is unfinished or damaged; it is not used", folder)
+                continue
+            changed = compare(manifest["ingredients"], self.ingredients)
+            if changed == ["processes"]:
+                count = int(manifest["ingredients"]["processes"])
+                way = "without a launcher" if count == 1 else f"with torchrun --nproc-per-node {count}"
+                raise ArtifactError(
+                    f"{folder}: processes that trained: {count}, now: {self.ingredients['processes']}, with which a "
+                    f"step would have other rows. Start the same command {way}, or delete {self.folder} to train anew"
+                )
+            if changed:
+                named = ", ".join(_MEANING.get(name, name) for name in changed)
+                raise ArtifactError(
+                    f"{folder}: this checkpoint is of another training: {named} changed. Delete {self.folder} to "
+                    "train anew, or choose another output folder"
+                )
+            return Checkpoint(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        return None
+
+    def newest(self) -> Path | None:
+        """Name the newest checkpoint, whole or not; None where there is none."""
+        return next(reversed(self._folders()), None)
+
+    def write(self, step: int, documents: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
+        """Write a checkpoint; it counts once it is whole. Older ones go."""
+        place = self.folder / f"step-{step:09d}"
+        claim_checkpoints(self.folder)
+        with atomic_folder(place) as temporary:
+            for name, content in documents.items():
+                (temporary / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+            for name, values in tensors.items():
+                save_tensors(temporary / f"{name}.safetensors", values)
+            if self.best.is_file():
+                _link(self.best, temporary / self.best.name)
+            digests = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
+            manifest = {"schema_version": SCHEMA_VERSION, "ingredients": self.ingredients, "sha256": digests}
+            (temporary / _MANIFEST).write_text(json.dumps(seal(manifest), indent=2), encoding="utf-8")
+        for folder in self._folders()[: -self.keep]:
+            remove(folder)
+        return place
+
+    def save_best(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the weights of now as the best so far."""
+        claim_checkpoints(self.folder)
+        with atomic_file(self.best) as temporary:
+            save_tensors(temporary, tensors)
+
+    def restore_best(self, checkpoint: Checkpoint) -> None:
+        """Bring back the best weights as of a checkpoint; later ones belong to steps that are done again."""
+        remove(self.best)
+        if (checkpoint.folder / self.best.name).is_file():
+            _link(checkpoint.folder / self.best.name, self.best)
+
+    def _folders(self) -> list[Path]:
+        return sorted(filter(_is_checkpoint, self.folder.iterdir())) if self.folder.is_dir() else []
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return bool(_NAME.fullmatch(path.name)) and not path.is_symlink()
+
+
+def claim_checkpoints(folder: Path) -> None:
+    """Make a folder, in which the user may have files, one for checkpoints, unless it is ours already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_ours(folder):
+        return
+    taken = [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name) or entry.name == _BEST]
+    if taken and not any(_is_checkpoint(entry) and _manifest_of(entry) for entry in taken):
+        raise ArtifactError(f"{taken[0]} has a name that checkpoints take; name another folder, or move it away")
+    mark_folder(folder, "training")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name all that training changes: trainable parameters, and buffers that are part of the model."""
+    return {
+        name: value for name, value in _current(model) if not isinstance(value, nn.Parameter) or value.requires_grad
+    }
+
+
+@torch.no_grad()
+def load_trained_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put saved values into a model, in place."""
+    current = trained_tensors(model)
+    if current.keys() != tensors.keys() or any(current[name].shape != tensors[name].shape for name in tensors):
+        different = sorted(current.keys() ^ tensors.keys())[:3] or "shapes"
+        raise ArtifactError(f"the stored weights are of another model: {different} differ")
+    for name, value in tensors.items():
+        current[name].copy_(value)
+
+
+def _current(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters once each, and the buffers that a saved model holds."""
+    yield from model.named_parameters()
+    saved = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
+def pack_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimiser's state into tensors and JSON."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                rest["state"].setdefault(str(index), {})[name] = value
+    return tensors, rest
+
+
+def unpack_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `pack_optimizer`."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["state"].items()}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    groups = [
+        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+        for group in rest["param_groups"]
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def pack_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Take the state of every global random generator; of GPUs, of the one in use, for another day may see fewer."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64))}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors, {
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), int(position), int(has_gauss), float(cached)],
+    }
+
+
+def unpack_random_state(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Set every global random generator."""
+    version, words, gauss = rest["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, position, has_gauss, cached = rest["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Read the manifest where it and every file it names are whole."""
+    manifest = _manifest_of(folder)
+    try:
+        whole = manifest and all(hash_file(folder / name) == digest for name, digest in manifest["sha256"].items())
+    except (OSError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if whole else None
+
+
+def _manifest_of(folder: Path) -> dict[str, Any] | None:
+    """Read the manifest where it is one of ours and whole."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        ours = manifest["schema_version"] == SCHEMA_VERSION and "ingredients" in manifest and is_sealed_or_old(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return manifest if ours else None
+
+
+def _link(source: Path, target: Path) -> None:
+    """Share the file's blocks where the disk can; best.safetensors is only ever replaced, never changed."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)

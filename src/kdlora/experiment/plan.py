@@ -1,0 +1,239 @@
+"""The plan of a suite: which runs there are, which of them several cells share, and what each waits for."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdlora.config import (
+    DISTILLED_ARMS,
+    LORA_ARMS,
+    TEACHER_ARMS,
+    Arm,
+    Config,
+    DistilConfig,
+    LoraConfig,
+    StudentConfig,
+    TeacherConfig,
+    TeacherTrainConfig,
+)
+from kdlora.configfile import build_config, merge
+from kdlora.errors import ConfigError
+from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment.settle import Chosen
+from kdlora.experiment.suitefile import Settings, SuiteConfig, configurations
+from kdlora.system.integrity import hash_json
+
+
+@dataclass(frozen=True)
+class ConfigurationLayout(ExperimentLayout):
+    """The folder of one configuration of an arm; a student's teacher lies in the folder of another.
+
+    Attributes:
+        shared_teacher: the folder of the teacher, with its logits; None for the teacher's own folder.
+        shared_folder: of the suite or search.
+    """
+
+    shared_teacher: Path | None = None
+    shared_folder: Path | None = None
+
+    @property
+    def shared(self) -> Path:
+        """The folder of what all runs have in common."""
+        return self.shared_folder or super().shared
+
+    @property
+    def teacher(self) -> Path:
+        """The one teacher and its logits."""
+        return self.shared_teacher or super().teacher
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One arm of one configuration with one seed.
+
+    Attributes:
+        task: name of the task in the suite.
+        arm: the arm.
+        seed: the run's seed.
+        folder: of the configuration, relative to the suite's; its name holds a hash of everything that decides
+            the figures, so that an edited grid neither mixes nor repeats runs.
+        config: of the run; a distilled arm gets its teacher when it is known.
+        settings: what the grid set, keys that the arm does not use left out.
+    """
+
+    task: str
+    arm: Arm
+    seed: int
+    folder: str
+    config: Config
+    settings: tuple[tuple[str, Any], ...]
+
+    @property
+    def key(self) -> str:
+        """Name the run's own folder, relative to the suite's."""
+        return f"{self.folder}/runs/{self.arm}-seed{self.seed}"
+
+    def layout(self, root: Path) -> ConfigurationLayout:
+        """Name the files of the configuration."""
+        return ConfigurationLayout(root / self.folder, shared_folder=root)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one figure of the tables is made of: the runs of an arm on a task with a family."""
+
+    task: str
+    family: str
+    arm: Arm
+    runs: tuple[PlannedRun, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A suite's runs.
+
+    Attributes:
+        suite: what was asked for.
+        cells: every task x family x arm.
+        teachers: for each task x family the runs of which one teaches, in the order of the grid; empty where
+            nothing is distilled.
+    """
+
+    suite: SuiteConfig
+    cells: tuple[Cell, ...]
+    teachers: dict[tuple[str, str], tuple[PlannedRun, ...]]
+
+    def runs(self) -> list[PlannedRun]:
+        """List every run once, teachers first within a task."""
+        found: dict[str, PlannedRun] = {}
+        for cell in self.cells:
+            for run in (*self.teachers.get((cell.task, cell.family), ()), *cell.runs):
+                found.setdefault(run.key, run)
+        return list(found.values())
+
+    def cells_of(self, task: str, family: str) -> dict[str, Cell]:
+        """Give the cells of a task and family, by arm."""
+        return {cell.arm: cell for cell in self.cells if (cell.task, cell.family) == (task, family)}
+
+    def family_of_paper(self, family: str) -> str:
+        """Name the paper's family that one of the suite is; empty for any other."""
+        return str(self.suite.families[family].get("family") or self.suite.config.get("family") or "")
+
+
+def make_plan(suite: SuiteConfig, chosen: Mapping[tuple[str, str], Chosen] | None = None) -> Plan:
+    """Lay out every run of a suite; without `chosen`, what the suite leaves open stays open."""
+    cells: list[Cell] = []
+    teachers: dict[tuple[str, str], tuple[PlannedRun, ...]] = {}
+    for task in suite.tasks:
+        for family in suite.families:
+            facts = (chosen or {}).get((task, family))
+            for arm in suite.arms:
+                cells.append(Cell(task, family, arm, tuple(_runs(suite, task, family, arm, facts))))
+            if set(suite.arms) & DISTILLED_ARMS:
+                candidates = tuple(_runs(suite, task, family, "fft", facts, teaching=True))
+                teachers[task, family] = candidates if suite.teacher == "best" else candidates[:1]
+    return Plan(suite, tuple(cells), teachers)
+
+
+def _runs(
+    suite: SuiteConfig, task: str, family: str, arm: Arm, chosen: Chosen | None, *, teaching: bool = False
+) -> Iterator[PlannedRun]:
+    """Give the runs of one cell, each effective configuration once; of the teacher's only the seed that teaches."""
+    base = _base_values(suite, task, family, (arm,))
+    seen: set[str] = set()
+    for settings in configurations(suite.grids.of(arm)):
+        overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        config = build_config(base, overrides, where=f"{suite.name}: {task}, {family}, {arm}")
+        _refuse_given_teacher(config)
+        effective = reset_unused(config if chosen is None else chosen.fill_in(config), arm)
+        folder = f"runs/{task}/{arm}-{_hash(effective)}"
+        if folder in seen:
+            continue
+        seen.add(folder)
+        kept = _kept(settings, config, arm)
+        once = suite.seeds[:1] if arm == "words" else suite.seeds
+        for seed in (config.teacher_seed,) if teaching else once:
+            yield PlannedRun(task, arm, seed, folder, effective, kept)
+
+
+def whole_config(suite: SuiteConfig, task: str, family: str) -> Config:
+    """Give the config of a task and family with all arms of the suite, no grid applied."""
+    return build_config(_base_values(suite, task, family, suite.arms), where=f"{suite.name}: {task}, {family}")
+
+
+def _base_values(suite: SuiteConfig, task: str, family: str, arms: Sequence[str]) -> dict[str, Any]:
+    """Lay what all share, the family and the task over one another."""
+    base: dict[str, Any] = copy.deepcopy(suite.config)
+    merge(base, copy.deepcopy(suite.families[family]))
+    merge(base, copy.deepcopy(suite.tasks[task]))
+    merge(base, {"run": {"arms": list(arms), "seeds": list(suite.seeds)}})
+    return base | {"name": f"{suite.name} {task} {family}"[:100]}
+
+
+def _refuse_given_teacher(config: Config) -> None:
+    if config.given_teacher:
+        raise ConfigError(
+            "a suite trains its teachers, but teacher.fine_tuned, teacher.logits or teacher.probabilities is set; "
+            "use `kdlora run` for a teacher that is given"
+        )
+
+
+def reset_unused(config: Config, arm: Arm) -> Config:
+    """Reset what an arm does not use, so that equal runs are one run."""
+    teacher, student = config.teacher, config.student
+    update: dict[str, Any] = {"family": None}
+    if arm == "words":
+        sections = {
+            "teacher": TeacherConfig(),
+            "student": StudentConfig(),
+            "lora": LoraConfig(),
+            "distil": DistilConfig(),
+        }
+        return config.model_copy(update=update | sections)
+    if arm not in DISTILLED_ARMS:
+        update["distil"] = DistilConfig()
+        if arm != "fft":
+            update["teacher"] = teacher.model_copy(update={"train": TeacherTrainConfig(), "seed": None})
+    if arm not in LORA_ARMS:
+        update["lora"] = LoraConfig()
+    if arm in LORA_ARMS:
+        update["student"] = student.model_copy(update={"full_learning_rate": StudentConfig().full_learning_rate})
+    if arm in TEACHER_ARMS:
+        update["student"] = StudentConfig(train=student.train) if arm == "lora" else StudentConfig()
+    elif arm not in DISTILLED_ARMS and student.from_teacher_layers is None:
+        update["teacher"] = TeacherConfig()
+    return config.model_copy(update=update)
+
+
+def _hash(config: Config) -> str:
+    """Hash what decides a run's figures; seeds are separate, and the teacher's are checked with the record."""
+    values = identity(config)
+    return hash_json(values)[:10]
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Give what must be equal for two runs of an arm with a seed to be the same run."""
+    values = config.model_dump(mode="json", exclude={"name", "family", "recipe", "export", "report"})
+    values["run"] = {key: value for key, value in values["run"].items() if key in ("precision", "device", "threads")}
+    return values
+
+
+def _kept(settings: Settings, config: Config, arm: Arm) -> tuple[tuple[str, Any], ...]:
+    """Keep the settings that the arm uses, with the values that the config made of them."""
+    unused = [] if arm in DISTILLED_ARMS else ["distil."]
+    unused += ["student.full_learning_rate"] if arm in LORA_ARMS else ["lora."]
+    unused += ["student."] if arm == "fft" else ["teacher.train."]
+    values = config.model_dump(mode="json")
+    kept: list[tuple[str, Any]] = []
+    for key in settings:
+        if not key.startswith(tuple(unused)):
+            value: Any = values
+            for part in key.split("."):
+                value = value[part]
+            kept.append((key, value))
+    return tuple(kept)

@@ -1,0 +1,313 @@
+"""What an experiment is about to do, and on what: counted and timed before anything trains."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
+from kdlora.data.batches import Tokenised, tokenise
+from kdlora.data.load import Splits
+from kdlora.data.spool import read_column
+from kdlora.data.tasks import Task
+from kdlora.distil.inference import predict_logits
+from kdlora.distil.precision import resolve_device, resolve_precision
+from kdlora.distil.words import MOST_ROWS
+from kdlora.experiment.arms import label_array, rows_per_epoch
+from kdlora.experiment.inputs import labels_unlabelled, loaded_models
+from kdlora.experiment.recording import splits_by_name
+from kdlora.experiment.settle import Chosen, Role, Texts, choose_max_length, closed, count_tokens
+from kdlora.experiment.stages import settings_for
+from kdlora.models.encoders import Encoder
+from kdlora.report.wording import metric_title
+
+FULL, ADAPTERS = 4.0, 3.6
+"""What training on a row costs in forward passes: 4.1 and 3.7 of MiniLM of six layers, bf16, one core."""
+RUN_SECONDS, DEPLOY_SECONDS, WORDS_SECONDS = 5.0, 30.0, 0.002
+"""Of a run beside its training; of export and benchmark of what ships; of a bag of words, a training row."""
+_TIMED_SECONDS = 0.2
+_SHOWN_LABELS = 6
+
+
+@dataclass(frozen=True)
+class TextLengths:
+    """How long the training texts are for one model.
+
+    Attributes:
+        median: tokens.
+        most_within: tokens that hold 99% of the texts.
+        max_length: where texts are cut, tokens.
+        cut: share of the texts that are longer, 0 to 1.
+    """
+
+    median: float
+    most_within: int
+    max_length: int
+    cut: float
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """The trainings of one arm that are left.
+
+    Attributes:
+        arm: the arm.
+        runs: how many, one a seed.
+        steps: optimiser steps of each; 0 of `words`, which has none.
+        seconds: of each, estimated.
+    """
+
+    arm: Arm
+    runs: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExperimentPlan:
+    """What an experiment is about to do, and on what.
+
+    Attributes:
+        config: the experiment, `max_length` chosen.
+        task: what is learnt.
+        rows: examples per split; perturbed copies are among the unlabelled ones.
+        copies: how many of these there are.
+        labels: training rows per label; empty for a regression.
+        lengths: of the training texts, for `teacher` and `student`, where such a model is used.
+        duplicates: rows whose text was there before, within a split (`train`) and across two (`train and test`).
+        trainings: what is left, in its order.
+        hours: all of it, an estimate from a few forward passes on this machine.
+        notes: what was inferred, dropped or drawn, in plain sentences.
+    """
+
+    config: Config = field(repr=False)
+    task: Task
+    rows: dict[str, int]
+    copies: int
+    labels: dict[str, int]
+    lengths: dict[str, TextLengths]
+    duplicates: dict[str, int]
+    trainings: tuple[PlannedTraining, ...]
+    hours: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in all."""
+        return sum(one.runs * one.steps for one in self.trainings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the facts for programs."""
+        facts = asdict(self)
+        del facts["config"]
+        return facts | {"task": self.task.to_dict(), "steps": self.steps}
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Give the facts for people: a word, and what there is to say."""
+        told = [("rows", self._rows()), ("task", self._task())]
+        told += [("labels", self._labels())] if self.labels else []
+        told += [(name, _lengths(self.lengths, name)) for name in ("tokens", "max_length") if self.lengths]
+        told += [("duplicates", _duplicates(self.duplicates))]
+        told += [("trainings", ", ".join(f"{one.arm} {_runs(one)}" for one in self.trainings))]
+        return [*told, ("steps", f"{self.steps:,} in all"), ("time", self._time())]
+
+    def _rows(self) -> str:
+        rows = self.rows | {"unlabelled": self.rows.get("unlabelled", 0) - self.copies}
+        counts = [f"{number:,} {name}" for name, number in rows.items() if number]
+        counts += [f"{self.copies:,} perturbed copies of training texts"] if self.copies else []
+        return ", ".join(counts)
+
+    def _task(self) -> str:
+        metrics = " and ".join(metric_title(name) for name in self.task.metrics)
+        return f"{self.task.kind}, {' + '.join(self.task.text)} to {', '.join(self.task.label)}; scored by {metrics}"
+
+    def _labels(self) -> str:
+        ordered = sorted(self.labels.items(), key=lambda item: -item[1])
+        if len(ordered) <= _SHOWN_LABELS:
+            return f"{len(ordered)}: {_counted(ordered)} training rows"
+        return f"{len(ordered)}; most rows: {_counted(ordered[:3])}; fewest: {_counted(ordered[-3:])}"
+
+    def _time(self) -> str:
+        shown = f"{60 * self.hours:.0f} minutes" if self.hours < 1.5 else f"{self.hours:.1f} hours"
+        return f"about {shown}; an estimate from a few forward passes on this machine"
+
+
+def _counted(labels: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in labels)
+
+
+def _lengths(lengths: Mapping[str, TextLengths], what: str) -> str:
+    """Tell one fact of all models, once where it is the same for all."""
+    texts = {name: _length_text(one, what) for name, one in lengths.items()}
+    different = dict.fromkeys(texts.values())
+    return next(iter(different)) if len(different) == 1 else "; ".join(f"{n}: {text}" for n, text in texts.items())
+
+
+def _length_text(one: TextLengths, what: str) -> str:
+    if what == "tokens":
+        return f"median {one.median:g}, 99% of the training texts within {one.most_within}"
+    return f"{one.max_length} tokens, {100 * one.cut:.1f}% of the training texts are longer and are cut"
+
+
+def _duplicates(found: Mapping[str, int]) -> str:
+    told = [f"{number:,} in {name}" for name, number in found.items() if number]
+    return ", ".join(told) or "no text occurs twice"
+
+
+def _runs(one: PlannedTraining) -> str:
+    if one.arm == "words":
+        return f"in about {one.seconds:.0f} seconds"
+    return f"{one.runs} × {one.steps:,} steps"
+
+
+@dataclass(frozen=True)
+class ModelLook:
+    """What a child found of one model.
+
+    Attributes:
+        lengths: tokens of each sampled text, uncut.
+        limit: most tokens that it takes.
+        seconds: of a forward pass, a token.
+        width: hidden size.
+    """
+
+    lengths: np.ndarray
+    limit: int
+    seconds: float
+    width: int
+
+
+def look_at_models(config: Config, task: Task, texts: Texts) -> dict[Role, ModelLook]:
+    """Load every model that the experiment names, count the tokens of its texts, and time it; for a child."""
+    found: dict[Role, ModelLook] = {}
+    for role, encoder in loaded_models(config, task):
+        if role not in found:  # else the base of `lora` beside a teacher that was given
+            lengths, limit = count_tokens(texts, encoder.tokenizer), encoder.tokenizer.model_max_length
+            wanted = getattr(config, role).train.max_length or choose_max_length([lengths], [limit])
+            seconds = _time_a_token(config, encoder, texts, lengths, wanted)
+            found[role] = ModelLook(lengths, limit, seconds, encoder.width)
+    return found
+
+
+def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.ndarray, max_length: int) -> float:
+    """Time forward passes over texts of all lengths, more of them until it takes long enough to tell."""
+    device = config.run.device
+    encoder.model.to(resolve_device(device))
+    precision = resolve_precision(config.run.precision, device)[0]
+    by_length = np.argsort(lengths, kind="stable")
+
+    def run(tokens: Tokenised) -> float:
+        start = time.perf_counter()
+        predict_logits(encoder.model, encoder.tokenizer, tokens, precision=precision)
+        return time.perf_counter() - start
+
+    count, warm = 4, False
+    while True:
+        rows = by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
+        some = Dataset.from_dict({name: [column[row] for row in rows] for name, column in texts.items()})
+        tokens = tokenise(some, encoder.tokenizer, max_length)
+        seconds = run(tokens)
+        if warm and (seconds > _TIMED_SECONDS or count > 200):
+            seconds = min(seconds, run(tokens), run(tokens))  # what else the machine does can only lengthen one
+            return seconds / float(np.minimum(lengths[rows], max_length).sum())
+        count, warm = (count * 4 if warm else count), True
+
+
+def make_plan(
+    config: Config,
+    splits: Splits,
+    left: Sequence[Arm],
+    looks: Mapping[Role, ModelLook],
+    *,
+    labelled: bool = False,
+    processes: int = 1,
+) -> ExperimentPlan:
+    """Sum up what is left of an experiment."""
+    if looks:
+        chosen = choose_max_length([one.lengths for one in looks.values()], [one.limit for one in looks.values()])
+        rows = len(splits.train) + splits.held_out
+        config = Chosen(chosen, rows, {role: one.width for role, one in looks.items()}).fill_in(config)
+    seeds = Counter(arm for arm in left if arm != "fft" or not config.given_teacher)
+    trainings = tuple(_training(config, splits, looks, arm, runs, processes) for arm, runs in seeds.items())
+    seconds = sum(one.runs * one.seconds for one in trainings) + (DEPLOY_SECONDS if config.export.benchmark else 0.0)
+    if not labelled and set(seeds) & DISTILLED_ARMS and "teacher" in looks:
+        rows = len(splits.train) + (len(splits.unlabelled or ()) if labels_unlabelled(config) else 0)
+        seconds += rows * _row_seconds(config, looks["teacher"], "fft") / processes
+    scored = splits_by_name(splits, scored=True)
+    return ExperimentPlan(
+        config,
+        splits.task,
+        {name: len(part) for name, part in splits_by_name(splits).items()},
+        splits.copies,
+        count_labels(splits.task, splits.train),
+        {role: _text_lengths(one, getattr(config, role).train.max_length) for role, one in looks.items()},
+        count_duplicates({"train": splits.train} | scored),
+        trainings,
+        seconds / 3600,
+        splits.notes,
+    )
+
+
+def _training(
+    config: Config, splits: Splits, looks: Mapping[Role, ModelLook], arm: Arm, runs: int, processes: int
+) -> PlannedTraining:
+    """Count the steps of an arm, and estimate its seconds from those of a forward pass."""
+    if arm == "words":
+        return PlannedTraining(arm, runs, 0, RUN_SECONDS + WORDS_SECONDS * min(len(splits.train), MOST_ROWS))
+    settings = closed(settings_for(config, arm))
+    drawn = len(splits.train) if arm in TEACHER_ARMS else rows_per_epoch(splits)
+    steps = math.ceil(settings.epochs * math.ceil(drawn / (settings.batch_size * processes)))
+    row = _row_seconds(config, looks["teacher" if arm in TEACHER_ARMS else "student"], arm)
+    scored = (settings.epochs / processes + 1) * len(splits.validation) + len(splits.test or ())
+    drawn *= 2 if splits.copies and arm in DISTILLED_ARMS else 1  # a copy beside every row
+    passes = (ADAPTERS if arm in LORA_ARMS else FULL) * settings.epochs * drawn / processes + scored
+    return PlannedTraining(arm, runs, steps, passes * row + RUN_SECONDS)
+
+
+def _row_seconds(config: Config, look: ModelLook, arm: Arm) -> float:
+    """Give the seconds of a forward pass over a training text of mean length."""
+    max_length = settings_for(config, arm).max_length or look.limit
+    return look.seconds * float(np.minimum(look.lengths, max_length).mean())
+
+
+def _text_lengths(look: ModelLook, max_length: int | None) -> TextLengths:
+    counts, limit = look.lengths, min(max_length or look.limit, look.limit)
+    within = int(np.quantile(counts, 0.99, method="inverted_cdf"))
+    return TextLengths(float(np.median(counts)), within, limit, float((counts > limit).mean()))
+
+
+def count_labels(task: Task, rows: Dataset) -> dict[str, int]:
+    """Count the rows of each label; nothing for a regression."""
+    if task.kind == "regression":
+        return {}
+    labels = label_array(rows)
+    counts = labels.sum(0) if task.kind == "multi-label" else np.bincount(labels, minlength=task.num_labels)
+    return {name: int(number) for name, number in zip(task.label_names, counts, strict=True)}
+
+
+def count_duplicates(parts: Mapping[str, Dataset]) -> dict[str, int]:
+    """Count the rows whose text, or pair of texts, was there before: in the same split, or in an earlier one."""
+    keys = {name: _text_keys(rows) for name, rows in parts.items()}
+    unique = {name: pc.unique(column) for name, column in keys.items()}
+    found = {name: len(keys[name]) - len(unique[name]) for name in parts}
+    names = list(parts)
+    for place, first in enumerate(names):
+        for second in names[place + 1 :]:
+            shared = pc.is_in(keys[second], value_set=unique[first])
+            found[f"{first} and {second}"] = int(pc.sum(shared).as_py() or 0)
+    return found
+
+
+def _text_keys(rows: Dataset) -> pa.ChunkedArray:
+    columns = [read_column(rows, name) for name in ("text", "text_pair") if name in rows.column_names]
+    wide = [column.cast(pa.large_string()) for column in columns]
+    return wide[0] if len(wide) == 1 else pc.binary_join_element_wise(*wide, pa.scalar("\0", pa.large_string()))

@@ -1,0 +1,264 @@
+"""The study of a search: its space, its storage, and trials that several processes share."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import random
+import sqlite3
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from kdlora.config import Config
+from kdlora.configfile import build_config
+from kdlora.errors import ArtifactError, ConfigError, first_line
+from kdlora.experiment.plan import identity
+from kdlora.searchconfig import Choices, Range, SearchConfig
+from kdlora.system.integrity import hash_json
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+
+
+LOCK_SECONDS = 30.0
+"""How long to wait for a database that another process has locked."""
+
+
+def require_optuna() -> None:
+    """Refuse a search without Optuna."""
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError("a search needs Optuna: pip install 'kdlora[search]' brings the extra")
+
+
+def study_name(config: Config, search: SearchConfig, rows: str) -> str:
+    """Name the study by everything that makes its trials comparable; another space is another study."""
+    values: dict[str, Any] = identity(config) | {"seeds": config.run.seeds[:1], "rows": rows}
+    values |= {"search": search.model_dump(mode="json", exclude={"trials", "resources"})}
+    digest = hash_json(values)
+    return f"{config.title()}-{digest[:10]}"
+
+
+def open_study(storage: str, name: str, search: SearchConfig) -> Study:
+    """Open a study, which is created on first use."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings(), storage_faults(storage):
+        warnings.simplefilter("ignore")
+        try:
+            study = optuna.create_study(
+                storage=_open_storage(storage), study_name=name, direction="maximize", load_if_exists=True
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:  # a journal that is none
+            raise ArtifactError(f"{storage} is no search storage, or a damaged one; name another: {error!r}") from None
+        study.sampler = _sampler(search, len(study.trials))
+    study.pruner = optuna.pruners.NopPruner()
+    if search.pruning:
+        study.pruner = optuna.pruners.MedianPruner(search.pruning_startup_trials, search.pruning_warmup_epochs + 1)
+    return study
+
+
+def _open_storage(storage: str) -> BaseStorage:
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    url = storage
+    if "://" not in storage:
+        path = Path(storage).absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_database = path.suffix in (".db", ".sqlite", ".sqlite3")
+        _refuse_foreign(path, is_database=is_database)
+        if not is_database:
+            return JournalStorage(JournalFileBackend(str(path)))
+        url = f"sqlite:///{path}"
+    arguments = {"connect_args": {"timeout": LOCK_SECONDS}} if url.startswith("sqlite") else {}
+    return RDBStorage(url, engine_kwargs=arguments)
+
+
+def _refuse_foreign(path: Path, *, is_database: bool) -> None:
+    """See that a file is a storage already, before Optuna adds a line or tables to it."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        if is_database:
+            with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+                tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
+            known = not tables or {"studies", "trials", "version_info"} <= tables
+        else:
+            with path.open("rb") as file:
+                known = "op_code" in json.loads(file.readline())
+    except sqlite3.OperationalError:  # locked, for one: Optuna tells of that
+        return
+    except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError):
+        known = False
+    if not known:
+        raise ArtifactError(f"{path} is no search storage, and stays as it is; name another with --storage")
+
+
+@contextlib.contextmanager
+def storage_faults(storage: str) -> Iterator[None]:
+    """Turn what a storage raises into a message on the storage."""
+    import optuna
+    import sqlalchemy.exc
+
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        reason = first_line(error.__cause__ or error)
+        if "locked" in reason:
+            raise ArtifactError(
+                f"the search storage {storage} is locked by another process, and stayed so for {LOCK_SECONDS:.0f} s "
+                f"({reason}); end that process, or name another --storage"
+            ) from None
+        raise ArtifactError(f"the search storage {storage} cannot be used: {reason}") from None
+
+
+def _sampler(search: SearchConfig, done: int) -> BaseSampler:
+    """Give a sampler that learns from the trials before; a small space is enumerated by `ask` instead."""
+    from optuna.samplers import TPESampler
+
+    # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
+    return TPESampler(n_startup_trials=search.startup_trials, seed=search.seed + done)
+
+
+def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLock] | None:
+    """Take the next trial, unless all are done or under way elsewhere.
+
+    A trial whose process died is told as failed, and its point is tried again first. A trial holds a lock as long
+    as its process lives, so that the dead can be told from the slow.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "ask.lock"):
+        _revive(study, folder)
+        grid = grid_of(search)
+        most = search.trials if grid is None else int(search.count_choices())
+        counted = [one for one in counted_trials(study) if one.state.name != "WAITING"]
+        if len(counted) >= most:
+            return None
+        waiting = len(counted_trials(study)) - len(counted)
+        if grid is not None and not waiting:
+            study.enqueue_trial(_next_point(grid, [one.params for one in counted], search.seed))
+        trial = study.ask(distributions(search))
+        lock = _lock(folder, trial.number)
+        lock.acquire(timeout=0)
+        return trial, lock
+
+
+def _next_point(grid: dict[str, list[Any]], tried: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Choose a point of a small space that was not tried, in an order that does not favour the first key."""
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    random.Random(seed).shuffle(points)
+    return next(point for point in points if point not in tried)
+
+
+def counted_trials(study: Study) -> list[FrozenTrial]:
+    """List the trials that count: all but those whose process died, for they are tried again."""
+    trials = study.get_trials(deepcopy=False)
+    dead = {one.user_attrs.get("continues") for one in trials}
+    return [one for one in trials if one.number not in dead]
+
+
+def _revive(study: Study, folder: Path) -> None:
+    from optuna.trial import TrialState
+
+    for one in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        lock = _lock(folder, one.number)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue  # its process is alive
+        lock.release()
+        study.tell(one.number, state=TrialState.FAIL)
+        study.enqueue_trial(one.params, user_attrs={"continues": one.number})
+
+
+def _lock(folder: Path, number: int) -> FileLock:
+    return FileLock(folder / f"running-{number}.lock")
+
+
+def with_settings(config: Config, settings: Mapping[str, Any], *, where: str = "the search") -> Config:
+    """Put settings into a config."""
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    return build_config(config.model_dump(mode="json"), overrides, where=where)
+
+
+def check_space(config: Config, search: SearchConfig) -> None:
+    """Check that every key exists, and that every value, or both ends of a range, fit the config."""
+    if not search.space:
+        raise ConfigError(
+            "there is nothing to search: set search.space in the config, or give --space FILE, such as\n"
+            "  student.train.learning_rate: {low: 1e-4, high: 5e-3, log: true}\n  lora.rank: [8, 16, 32]"
+        )
+    faults = []
+    for key, one in search.space.items():
+        if key.split(".")[0] not in ("teacher", "student", "lora", "distil"):
+            faults.append(f"{key}: a search is over keys of teacher, student, lora and distil; the rest is the same")
+            continue
+        for value in one.values if isinstance(one, Choices) else one.ends:
+            try:
+                with_settings(config, {key: value}, where="search.space")
+            except ConfigError as fault:
+                faults.append(str(fault).split("\n  - ", 1)[-1])
+    if faults:
+        raise ConfigError("\n".join(["search.space:", *(f"  - {fault}" for fault in dict.fromkeys(faults))]))
+
+
+def distributions(search: SearchConfig) -> dict[str, BaseDistribution]:
+    """Say the space in Optuna's words."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: dict[str, BaseDistribution] = {}
+    for key, one in search.space.items():
+        if isinstance(one, Choices):
+            found[key] = CategoricalDistribution([_label(value) for value in one.values])
+        elif one.whole:
+            found[key] = IntDistribution(int(one.low), int(one.high), log=one.log, step=int(one.step or 1))
+        else:
+            found[key] = FloatDistribution(one.low, one.high, log=one.log, step=one.step)
+    return found
+
+
+def settings_of(search: SearchConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a trial's point back into config values."""
+    settings: dict[str, Any] = {}
+    for key, value in params.items():
+        one = search.space[key]
+        if isinstance(one, Choices):
+            settings[key] = next(choice for choice in one.values if _label(choice) == value)
+        else:
+            settings[key] = value
+    return settings
+
+
+def grid_of(search: SearchConfig) -> dict[str, list[Any]] | None:
+    """List every value of every key, where the whole space has no more points than there are trials."""
+    if search.count_choices() > search.trials:
+        return None
+    return {key: _values(one) for key, one in search.space.items()}
+
+
+def _values(one: Range | Choices) -> list[Any]:
+    if isinstance(one, Choices):
+        return [_label(value) for value in one.values]
+    if one.low == one.high:
+        return [one.ends[0]]
+    step = one.step or 1.0
+    count = int((one.high - one.low) / step + 1e-9) + 1
+    values = [float(value) for value in one.low + step * np.arange(count)]
+    return [int(value) for value in values] if one.whole else values
+
+
+def _label(value: Any) -> Any:
+    """Name a choice by a plain value, as Optuna keeps it."""
+    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)

@@ -1,0 +1,243 @@
+"""What a suite file can say: tasks x families x arms x configurations x seeds, every fault reported at once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from kdlora.config import ARMS, LORA_ARMS, Arm, GlueName
+from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
+from kdlora.defaults import FAMILIES
+from kdlora.errors import ConfigError, did_you_mean
+from kdlora.searchconfig import Resources
+
+Settings = dict[str, Any]
+Axes = tuple[tuple[Settings, ...], ...]
+"""The axes of a grid; each holds settings (config key to value), of which a configuration takes one."""
+
+_NAME = re.compile(r"\w[\w.+-]*")
+_TRAINABLE = [name for name in get_args(GlueName) if name != "ax"]
+
+
+def _parse_axes(value: object) -> object:
+    """Read a grid: `key: [values]` is an axis for each key; a list of mappings is one axis of joint settings."""
+    axes: list[list[Settings]] = []
+    for part in [value] if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]:
+        if isinstance(part, Mapping):
+            for key, values in part.items():
+                if not isinstance(values, list | tuple):
+                    raise ValueError(f"{key}: expected a list of values, got {values!r}")  # noqa: TRY004 - pydantic reports these
+                axes.append([{str(key): one} for one in values])
+        elif isinstance(part, list | tuple) and all(isinstance(one, Mapping) for one in part):
+            axes.append([dict(one) for one in part])
+        else:
+            raise ValueError(f"expected `key: [values]`, or a list of mappings that go together, got {part!r}")
+    for axis in axes:
+        if not axis:
+            raise ValueError("an axis has no values")
+        twice = [one for place, one in enumerate(axis) if one in axis[:place]]
+        if twice:
+            raise ValueError(f"{twice[0]} stands twice, so two runs would share one folder")
+    return axes
+
+
+def _parse_tasks(value: object) -> object:
+    """Read a list of GLUE tasks, or a mapping from names to partial configs."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list | tuple):
+        names = [_glue_name(str(one)) for one in value]
+        return {name: {"task": {"name": name}} for name in _without_twins(names, "tasks")}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected GLUE tasks, or names with sections, got {value!r}")  # noqa: TRY004 - as above
+    tasks: dict[str, Any] = {}
+    for name, sections in value.items():
+        content = dict(sections or {}) if isinstance(sections, Mapping | None) else sections
+        if isinstance(content, dict) and "task" not in content and str(name) not in tasks:
+            content["task"] = {"name": _glue_name(str(name))}
+        tasks[str(name)] = content
+    _without_twins(list(tasks), "tasks")
+    return tasks
+
+
+def _glue_name(name: str) -> str:
+    folded = name.lower().replace("-", "").replace("_", "")
+    if folded == "ax":
+        raise ValueError("'ax' has no training data; train on mnli, and predict AX with that model")
+    if folded not in _TRAINABLE:
+        raise ValueError(
+            f"unknown task {name!r}; the GLUE tasks are {', '.join(_TRAINABLE)}.{did_you_mean(folded, _TRAINABLE)} "
+            "For your own data, write `tasks: {NAME: {task: ..., data: ...}}`"
+        )
+    return folded
+
+
+def _parse_families(value: object) -> object:
+    """Read a list of the paper's families, or a mapping from names to partial configs."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list | tuple):
+        for name in value:
+            if name not in FAMILIES:
+                hint = did_you_mean(str(name), FAMILIES)
+                raise ValueError(
+                    f"unknown family {name!r}; the paper's are {', '.join(FAMILIES)}.{hint} "
+                    "For other models, write `families: {NAME: {teacher: {model: ...}, student: {model: ...}}}`"
+                )
+        return {str(name): {"family": str(name)} for name in _without_twins([str(one) for one in value], "families")}
+    if isinstance(value, Mapping):
+        _without_twins([str(name) for name in value], "families")
+    return value
+
+
+def _without_twins(names: list[str], what: str) -> list[str]:
+    """Refuse names that would be one folder, on any file system, and names that are none."""
+    for place, name in enumerate(names):
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{what}: {name!r} cannot name a folder; use letters, digits and . _ + -")
+        if name.casefold() in [other.casefold() for other in names[:place]]:
+            raise ValueError(f"{what}: {name!r} stands twice, so two runs would share one folder")
+    return names
+
+
+Grid = Annotated[Axes, BeforeValidator(_parse_axes)]
+Partial = dict[str, Any]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Grids(_Part):
+    """The configurations of each kind of arm; an empty grid is the one configuration that `config` describes."""
+
+    fft: Grid = ()
+    """Of `fft`, the teacher: keys of `teacher.train`."""
+    adapters: Grid = ()
+    """Of `lora`, `kd-lora` and `student-lora`, alike: keys of `lora`, `student.train` and `distil`."""
+    full_students: Grid = ()
+    """Of `student-fft` and `kd-fft`, alike: keys of `student` and `distil`."""
+
+    def of(self, arm: Arm) -> Axes:
+        """Give the grid of an arm."""
+        if arm == "words":
+            return ()
+        return self.fft if arm == "fft" else self.adapters if arm in LORA_ARMS else self.full_students
+
+
+class SuiteConfig(_Part):
+    """A suite: tasks x families x arms x configurations x seeds."""
+
+    name: str = Field(pattern=r"^\w[\w .+-]*$", max_length=60)
+    """Name of the suite; results go to `runs/<name>`."""
+    tasks: Annotated[dict[str, Partial], BeforeValidator(_parse_tasks)] = Field(min_length=1)
+    """GLUE tasks, or names with the sections `task` and `data` of a config."""
+    families: Annotated[dict[str, Partial], BeforeValidator(_parse_families)] = Field(min_length=1)
+    """The paper's families, or names with the sections `teacher` and `student` of a config."""
+    config: Partial = {}
+    """What all runs have in common, as in the config of one experiment."""
+    arms: tuple[Arm, ...] = Field(default=("fft", "lora", "kd-lora", "student-lora"), min_length=1)
+    """The paper's three and the control that it lacks, or any others."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    """Every configuration runs once with each."""
+    grids: Grids = Grids()
+    """The configurations of each kind of arm."""
+    teacher: Literal["best", "first"] = "best"
+    """Which `fft` configuration teaches: the best on the validation split, or the first of the grid."""
+    best: int = Field(default=6, ge=1)
+    """A table's figure is the median of so many best configurations, as in the paper."""
+    resources: Resources = Resources()
+    """What a run needs of a node, where a cluster carries the suite out."""
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Self:
+        for key in ("arms", "seeds"):
+            values = getattr(self, key)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{key} holds a value twice, so two runs would share one folder: {list(values)}")
+        for key in ("arms", "seeds"):
+            if key in (self.config.get("run") or {}):
+                raise ValueError(f"config.run.{key}: a suite has its own {key}; set `{key}` at the top level")
+        return self
+
+    def count_runs(self) -> int:
+        """Count the runs of the plan before any is made, shared ones more than once."""
+        seeds, cells = len(self.seeds), len(self.tasks) * len(self.families)
+        sizes = [math.prod(len(axis) for axis in self.grids.of(arm)) for arm in self.arms]
+        return cells * seeds * sum(sizes)
+
+
+def configurations(axes: Axes) -> Iterator[Settings]:
+    """Give every configuration of a grid, the last axis fastest."""
+    for parts in itertools.product(*axes):
+        yield {key: value for part in parts for key, value in part.items()}
+
+
+def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> SuiteConfig:
+    """Read a suite file.
+
+    Args:
+        path: a YAML file; relative paths in it resolve against its folder.
+        overrides: `key=value` assignments (`config.run.threads=1`, `seeds=[0,1]`), values in YAML; relative paths
+            in them resolve against the current folder.
+
+    Raises:
+        ConfigError: with every fault at once.
+    """
+    file = Path(path)
+    return build_suite(read_mapping(file, "suite file"), overrides, base=file.resolve().parent, where=str(file))
+
+
+def build_suite(
+    values: Mapping[str, Any], overrides: Iterable[str] = (), *, base: Path | None = None, where: str = "suite"
+) -> SuiteConfig:
+    """Validate nested values into a suite; paths become absolute."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        assign(changes, override)
+    merged = _with_absolute_paths(values, base or Path.cwd())
+    merge(merged, _with_absolute_paths(changes, Path.cwd()))
+    _refuse_unknown_arms(merged.get("arms"), where)
+    try:
+        return SuiteConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(describe_faults(error, where, SuiteConfig)) from None
+
+
+def _refuse_unknown_arms(arms: object, where: str) -> None:
+    """Name the arms that exist; the plain message of a faulty list item does not."""
+    for arm in arms if isinstance(arms, list | tuple) else []:
+        if arm not in ARMS:
+            hint = did_you_mean(str(arm), ARMS)
+            raise ConfigError(f"{where}: arms: unknown arm {arm!r}; the arms are {', '.join(ARMS)}.{hint}")
+
+
+def _with_absolute_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Resolve the paths in every partial config."""
+    resolved = dict(values)
+    if isinstance(resolved.get("config"), Mapping):
+        resolved["config"] = _absolute(resolved["config"], base)
+    for key in ("tasks", "families"):
+        if isinstance(resolved.get(key), Mapping):
+            resolved[key] = {
+                name: _absolute(part, base) if isinstance(part, Mapping) else part
+                for name, part in resolved[key].items()
+            }
+    return resolved
+
+
+def _absolute(part: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    data = part.get("data")
+    return absolute_paths(dict(part), base, has_source=isinstance(data, Mapping) and data.get("path") is not None)
+
+
+def save_suite(suite: SuiteConfig) -> str:
+    """Write a suite as YAML that carries it out again from anywhere."""
+    return yaml.safe_dump(suite.model_dump(mode="json"), sort_keys=False)

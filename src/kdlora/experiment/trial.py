@@ -1,0 +1,140 @@
+"""One trial of a search, in a process of its own: rows held out of the training split, a teacher, a training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from datasets import Dataset
+
+from kdlora.config import DISTILLED_ARMS, Arm, Config, DataConfig, TaskConfig
+from kdlora.data.load import Splits, add_copies, load_splits
+from kdlora.data.split import split_rows
+from kdlora.data.spool import read_column
+from kdlora.data.unlabelled import TEXTS, keep_unscored
+from kdlora.distil.session import ProgressEvent
+from kdlora.errors import DataError
+from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment.inputs import load_base, stored_logits, stored_unlabelled_logits
+from kdlora.experiment.recording import hash_splits, prepare_process
+from kdlora.experiment.settle import Chosen, choose
+from kdlora.experiment.stages import label_splits, train_splits
+from kdlora.models.encoders import save_encoder
+from kdlora.system.storage import atomic_folder
+
+
+class TrialStoppedError(Exception):
+    """A trial was asked to stop: it is pruned."""
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """How rows are held out of the training split.
+
+    Attributes:
+        fraction: share of the training rows.
+        seed: of the draw.
+    """
+
+    fraction: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What a trial found.
+
+    Attributes:
+        score: of the weights that the recipe selects, on the held-out rows, 0 to 100; None where it was stopped.
+        history: per epoch, as in a run's record.
+    """
+
+    score: float | None
+    history: list[dict[str, Any]]
+
+
+def load_held_out(task: TaskConfig, data: DataConfig, holdout: Holdout, copies_in: Path | None = None) -> Splits:
+    """Load the split that a search sees: part of the training rows is its validation split, and nothing else is."""
+    plain = data.model_copy(update={"augment": 0})  # no copy may be made of a held-out text, nor of a part of one
+    held = hold_out(load_splits(task, plain), holdout)
+    return add_copies(held, data.augment, seed=data.split_seed, keep_in=copies_in)
+
+
+def hold_out(splits: Splits, holdout: Holdout) -> Splits:
+    """Hold rows out of the training split: a text with all its rows, and none of it stays in training."""
+    text, first = _number_texts(splits.train)
+    classes = read_column(splits.train, "label").to_numpy()[first] if splits.task.kind == "single-label" else None
+    if len(first) < 2:
+        raise DataError(f"{len(first)} training text cannot be split for a search; give more rows")
+    _, drawn = split_rows(len(first), holdout.fraction, holdout.seed, classes)
+    if not len(drawn):
+        raise DataError("every label has a single training row, so none can be held out; give more rows per label")
+    is_held = np.isin(text, drawn)
+    train = splits.train.select(np.flatnonzero(~is_held))
+    validation, unlabelled = splits.train.select(np.flatnonzero(is_held)), splits.unlabelled
+    if unlabelled is not None:
+        unlabelled = keep_unscored(unlabelled, [validation])
+    return dataclasses.replace(
+        splits, train=train, validation=validation, test=None, unlabelled=unlabelled, held_out=int(is_held.sum())
+    )
+
+
+def _number_texts(rows: Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Number the different texts, or pairs, in their order; give the number of each row, and each text's first row."""
+    numbers = np.zeros(len(rows), np.int64)
+    for name in TEXTS:
+        if name in rows.column_names:
+            codes = read_column(rows, name).combine_chunks().dictionary_encode().indices.to_numpy()
+            numbers = numbers * len(rows) + codes
+            _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
+            order = np.argsort(first)
+            numbers = np.argsort(order)[inverse]
+    return numbers, np.sort(first)
+
+
+def inspect_rows(config: Config, holdout: Holdout) -> tuple[str, Chosen]:
+    """Fingerprint the rows that a search uses, and say what data and models decide where the config does not."""
+    splits = load_held_out(config.task, config.data, holdout)
+    return hash_splits(splits), choose(config, splits)
+
+
+def make_teacher(config: Config, holdout: Holdout, layout: ExperimentLayout, send: Callable[..., None]) -> None:
+    """Train a teacher without the held-out rows, unless it was given, and store what it says of the others."""
+    prepare_process(config)
+    splits, seed = load_held_out(config.task, config.data, holdout, layout.copies), config.teacher_seed
+    if not config.given_teacher and not layout.teacher.exists():
+        encoder = load_base(config, "fft", seed, splits.task)
+        trained = train_splits(config, layout, splits, encoder, "fft", seed, None, None, send)
+        trained.encoder.model.config.kdlora_task = splits.task.to_dict()
+        with atomic_folder(layout.teacher) as folder:
+            save_encoder(trained.encoder, folder)
+    label_splits(config, layout, splits, send)
+
+
+def train_trial(
+    config: Config, holdout: Holdout, layout: ExperimentLayout, arm: Arm, stop: Path, send: Callable[[Any], None]
+) -> TrialResult:
+    """Train one arm as a trial's config says, and score it on the held-out rows after every epoch."""
+    prepare_process(config)
+    splits, seed = load_held_out(config.task, config.data, holdout, layout.copies), config.run.seeds[0]
+    teacher = stored_logits(config, layout, splits.task) if arm in DISTILLED_ARMS else None
+    unlabelled = stored_unlabelled_logits(config, layout, splits) if arm in DISTILLED_ARMS else None
+
+    def watch(event: ProgressEvent) -> None:
+        if stop.exists():
+            raise TrialStoppedError
+        send(event)
+
+    encoder = load_base(config, arm, seed, splits.task)
+    try:
+        trained = train_splits(config, layout, splits, encoder, arm, seed, teacher, unlabelled, watch)
+    except TrialStoppedError:
+        return TrialResult(None, [])
+    history = trained.outcome.history
+    chosen = next(entry for entry in history if float(entry["epoch"]) == trained.outcome.best_epoch)
+    return TrialResult(float(chosen["score"]), history)

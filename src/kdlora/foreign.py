@@ -1,0 +1,106 @@
+"""Read what a stranger may have written: JSON of any depth, names that would be paths, panics of libraries in Rust.
+
+Light: no torch, no transformers, no pydantic, since an ONNX folder is served without them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kdlora.errors import ArtifactError, ModelError, first_line
+
+_MOST_BYTES = 64 << 20
+_MOST_LEVELS = 64
+_MOST_OF_A_CARD = 1 << 20
+_FRONT_BEGINS, _FRONT_ENDS = re.compile(r"\s*---\n"), re.compile(r"\n---(\n|$)")
+"""As huggingface_hub looks for them: a line that only begins with dashes ends nothing."""
+
+Check = tuple[str, Callable[[Any], bool]]
+"""What a setting must be, in words and as a test; null and a missing key always pass."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, at most 64 MB and 64 levels deep."""
+    return read_json_and_digest(path)[0]
+
+
+def read_json_and_digest(path: Path) -> tuple[dict[str, Any], str]:
+    """Read a JSON object as `read_json` does, and give the SHA-256 of the very bytes that were read."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MB")
+        value = json.loads(content.decode("utf-8"))
+        _refuse_depth(value)
+        json.dumps(value, ensure_ascii=False).encode()  # half a character could never be printed
+    except (OSError, ValueError, RecursionError) as fault:
+        reason = "it is nested too deep" if isinstance(fault, RecursionError) else str(fault)
+        raise ArtifactError(f"{path} is damaged: expected a JSON file, but {reason}. Copy it again") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}")
+    return value, hashlib.sha256(content).hexdigest()
+
+
+def _refuse_depth(value: Any) -> None:
+    """Raise RecursionError for what later steps, which copy and write it, could not walk through."""
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
+def check_types(values: Mapping[str, Any], checks: Mapping[str, Check], where: Path | str) -> None:
+    """Refuse settings of a wrong type before anything is done with them."""
+    for key, (words, fits) in checks.items():
+        if values.get(key) is not None and not fits(values[key]):
+            raise ModelError(f"{where}: {key} must be {words}, got {values[key]!r:.60}")
+
+
+def is_plain_name(name: object) -> bool:
+    """Say whether a name from a file stays in its folder: no separator, no `..`, no drive, nothing that is no name."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\:\0")
+
+
+def read_front_matter(card: Path) -> Any:
+    """Read the YAML at the head of a model's or a data set's card, or all of a YAML file; every value is a text."""
+    import yaml  # here: what serves has no use for it
+
+    with card.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(_MOST_OF_A_CARD + 1)
+    if card.suffix == ".md":
+        begin = _FRONT_BEGINS.match(text)
+        end = _FRONT_ENDS.search(text, begin.end() - 1) if begin else None
+        if begin is None or (end is None and len(text) <= _MOST_OF_A_CARD):
+            return None
+        text = text[begin.end() : end.start()] if end else text
+    if len(text) > _MOST_OF_A_CARD:
+        raise ValueError(f"longer than {_MOST_OF_A_CARD:,} characters")
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader)  # no dates, no objects
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(first_line(error)) from None
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Turn a panic of a library in Rust, which is no `Exception` and would end a service, into a ValueError."""
+    try:
+        yield
+    except BaseException as fault:
+        if type(fault).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the library gave up: {first_line(fault)}") from fault

@@ -1,0 +1,242 @@
+"""The one place where transformers reads a configuration, a tokenizer or weights, from a folder or from the Hub.
+
+Whoever wrote a model is not trusted: unless the user says so no code of theirs runs, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
+
+from kdlora.errors import ArtifactError, ModelError, first_line
+from kdlora.foreign import check_types, panics_as_errors, read_json
+from kdlora.models.settings import (
+    ADAPTER,
+    CONFIG,
+    INDEX,
+    TOKENIZER_CONFIG,
+    TOKENIZER_SETTINGS,
+    check_index,
+    refuse_detours,
+)
+from kdlora.system.forkserver_process import before_fork
+
+_loading = threading.RLock()
+
+
+@before_fork
+def _compile_patterns() -> None:
+    """Have transformers compile its patterns of renamed weights, a tenth of a second at a process's first load."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("bert")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: a folder, or a Hub id.
+        revision: commit, tag or branch on the Hub.
+        trust_remote_code: whether the checkpoint's own Python code may run.
+        local: whether only what lies on this machine may be read.
+    """
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    local: bool = False
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the weights lie on this machine under that name."""
+        return Path(self.name).is_dir()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Weights as they came from a checkpoint.
+
+    Attributes:
+        model: in fp32, in evaluation mode.
+        missing: parameters that the checkpoint lacks, and that are random now.
+        mismatched: parameters that it has in another shape, and that are random now.
+    """
+
+    model: PreTrainedModel
+    missing: frozenset[str]
+    mismatched: frozenset[str]
+
+
+def load_config(source: Source) -> PretrainedConfig:
+    """Load a model's configuration; all loads of one go through here, and no code runs that the user did not trust."""
+    with quiet_loading(show_download=not source.is_folder), explained(source, "configuration"):
+        _inspect(source)
+        config = AutoConfig.from_pretrained(source.name, **_options(source))
+    if not source.trust_remote_code and hasattr(config, "auto_map"):
+        del config.auto_map  # else it is saved with the student, and whoever trusts that runs this code
+    return config
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; all loads of one by transformers go through here."""
+    with quiet_loading(show_download=not source.is_folder), explained(source, "tokenizer"):
+        if (path := _find(source, TOKENIZER_CONFIG)) is not None:
+            check_types(read_json(path), TOKENIZER_SETTINGS, path)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **_options(source))
+    tokenizer.chat_template = None  # a classifier has no use for it, and its parts are saved under names of their own
+    if not source.trust_remote_code:
+        tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
+
+
+def load_weights(source: Source, config: PretrainedConfig) -> Loaded:
+    """Load weights for sequence classification in fp32; all loads of any go through here. Nothing is unpickled.
+
+    The global random state is left as it was. What the checkpoint lacks is random.
+    """
+    quiet = quiet_loading(show_download=not source.is_folder)
+    with quiet, explained(source, "weights"), torch.random.fork_rng(devices=[]):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source.name,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **_options(source),
+        )
+    mismatched = frozenset(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
+    return Loaded(model.eval(), frozenset(report["missing_keys"]), mismatched)
+
+
+def _options(source: Source) -> dict[str, Any]:
+    return {
+        "revision": source.revision,
+        "trust_remote_code": source.trust_remote_code,
+        "local_files_only": source.local,
+    }
+
+
+def _inspect(source: Source) -> None:
+    """Read the files that transformers would follow, before it does."""
+    if _find(source, ADAPTER) is not None:
+        raise ModelError(
+            f"{source.name} holds an adapter ({ADAPTER}) beside a whole model, and says of neither that it is meant. "
+            f"Remove {ADAPTER}, or merge the adapter into the model and give the result"
+        )
+    if (path := _find(source, "config.json")) is not None:
+        values = read_json(path)
+        check_types(values, CONFIG, path)
+        refuse_detours(values, path, trusted=source.trust_remote_code)
+    if (path := _find(source, INDEX)) is not None:
+        check_index(path)
+
+
+def _find(source: Source, name: str) -> Path | None:
+    """Find a file of a model here, in the Hub's cache or on the Hub."""
+    if source.is_folder:
+        path = Path(source.name) / name
+        return path if path.is_file() else None
+    found = cached_file(
+        source.name,
+        name,
+        revision=source.revision,
+        local_files_only=source.local,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+@contextmanager
+def quiet_loading(*, show_download: bool = False) -> Iterator[None]:
+    """Silence transformers' load report and its bars; kdlora says itself what is fresh. Errors still rise.
+
+    One thread loads at a time: transformers exchanges functions of torch and of its own classes while it loads, and
+    of two threads the second would put back for good what the first had put there for a moment.
+    """
+    log = transformers.utils.logging
+    with _loading:
+        verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+        log.set_verbosity_error()
+        if not show_download:
+            log.disable_progress_bar()
+        try:
+            yield
+        finally:
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
+
+
+@contextmanager
+def explained(source: Source, what: str) -> Iterator[None]:
+    """Turn the faults of a load that the user can mend into a `ModelError` that says how."""
+    try:
+        with panics_as_errors():
+            yield
+    except ArtifactError as fault:
+        raise ModelError(str(fault)) from None
+    except ModelError:
+        raise
+    except Exception as fault:  # a damaged file can make transformers fail in any way
+        if isinstance(fault, OSError) and fault.errno is not None:
+            raise  # disk full, no permission: not a fault of the model
+        if isinstance(fault, RuntimeError) and "memory" in str(fault):
+            raise MemoryError(f"the {what} of {source.name} cannot be held: {first_line(fault):.200}") from fault
+        raise ModelError(_explanation(source, what, fault)) from fault
+
+
+def _explanation(source: Source, what: str, fault: Exception) -> str:
+    causes: list[BaseException] = [fault]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and len(causes) < 8:
+        causes.append(cause)
+    reason = first_line(fault)
+    text = " ".join(str(cause) for cause in causes)
+    if "trust_remote_code" in text:
+        return (
+            f"{source.name} needs Python code of its own. Read that code; if you trust it, pin `revision` "
+            "and set `trust_remote_code: true` beside the model in the config"
+        )
+    if source.is_folder:
+        return f"the {what} in {source.name} cannot be read: {reason}"
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"{source.name} is gated on the Hub: accept its terms there and log in with `hf auth login`"
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return f"{source.name} has no revision {source.revision!r} on the Hub"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return f"there is no folder and no public Hub model {source.name!r}. Check the spelling, or `hf auth login`"
+    if "safetensors" in text and what == "weights":
+        return (
+            f"{source.name} has no safetensors weights on the Hub at this revision, and kdlora unpickles nothing "
+            f"({reason}). Leave out `revision`, so that the Hub's own conversion is found, or convert it once: "
+            "load it with transformers, call save_pretrained, and give that folder"
+        )
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    state = "HF_HUB_OFFLINE is set" if offline else "the Hub does not answer"
+    return (
+        f"cannot load the {what} of {source.name!r}: there is no such folder, no copy in the Hub's cache, and "
+        f"{state} ({reason}). On a machine with a network run `hf download {source.name}`, and give the folder "
+        "that it names; or give any other folder with the model"
+    )

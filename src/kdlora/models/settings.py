@@ -1,0 +1,111 @@
+"""The settings of a model folder that decide what is loaded: their types, and where they may not lead.
+
+Light: no torch, no transformers, no pydantic, since an ONNX folder is served without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdlora.errors import ModelError
+from kdlora.foreign import Check, is_plain_name, read_json
+
+ADAPTER = "adapter_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+INDEX = "model.safetensors.index.json"
+
+_MOST_LABELS = 1_000_000
+_MOST_TOKENS = 1 << 31
+
+
+def _is_count(value: Any, most: int, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_task(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(value.get(key, ""), str) for key in ("name", "kind")):
+        return False
+    lists = [value.get(key, []) for key in ("text", "label", "label_names", "metrics")]
+    return all(map(_is_list_of_text, lists)) and len(lists[0]) <= 2
+
+
+TEXT: Check = ("a text", lambda value: isinstance(value, str))
+NAMES: Check = (
+    "an object of texts",
+    lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value.values()),
+)
+TOKENS: Check = ("a number of tokens", lambda value: _is_count(value, _MOST_TOKENS, 1))
+NUMBER: Check = (
+    "a finite number",
+    lambda value: isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300,
+)
+TASK: Check = ("a task: an object with lists of texts", _is_task)
+
+
+def content_of_token(token: Any) -> Any:
+    """Give the text of a special token, which may be wrapped up in an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+CONFIG: Mapping[str, Check] = {
+    "architectures": ("a list of texts", _is_list_of_text),
+    "id2label": ("an object", lambda value: isinstance(value, dict) and len(value) <= _MOST_LABELS),
+    "kdlora_task": TASK,
+    "model_type": TEXT,
+    "num_labels": ("a number of labels", lambda value: _is_count(value, _MOST_LABELS)),
+    "pad_token_id": ("the number of a token", lambda value: _is_count(value, _MOST_TOKENS, -1)),
+    "problem_type": TEXT,
+}
+"""The keys of `config.json` that decide what kdlora does."""
+
+TOKENIZER_SETTINGS: Mapping[str, Check] = {
+    "model_input_names": ("a list of texts", _is_list_of_text),
+    "model_max_length": NUMBER,
+    "pad_token": ("a text, or an object with its content", lambda value: isinstance(content_of_token(value), str)),
+}
+"""Likewise those of `tokenizer_config.json`."""
+
+
+def refuse_detours(values: Mapping[str, Any], where: Path | str, *, trusted: bool = False) -> None:
+    """Refuse settings by which a model's config sends transformers to other files, or to code, than one expects."""
+    for key in ("transformers_weights", "configuration_files"):
+        if values.get(key) is not None:
+            raise ModelError(
+                f"{where}: {key} names other files ({values[key]!r:.60}); kdlora reads config.json and "
+                "model.safetensors only. Remove the key, and rename the files"
+            )
+    if values.get("quantization_config") is not None:
+        raise ModelError(f"{where}: the weights are quantised; give the model in fp32, fp16 or bf16")
+    for key, value in _texts(values):
+        if "_implementation" in key and "/" in value and not trusted:
+            raise ModelError(
+                f"{where}: {key} is {value!r:.60}, compiled code of the Hub, which kdlora does not load. Remove the key"
+            )
+
+
+def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Give every text with the key that it belongs to, however deep."""
+    if isinstance(values, str):
+        yield key, values
+    elif isinstance(values, dict):
+        for inner, value in values.items():
+            yield from _texts(value, key if "_implementation" in key else inner)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value, key)
+
+
+def check_index(path: Path) -> None:
+    """Refuse an index of weights that names anything else than safetensors beside it."""
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ModelError(f"{path}: expected weight_map, an object of file names")
+    for name in sorted(set(shards.values())):
+        if not is_plain_name(name) or not name.endswith(".safetensors"):
+            raise ModelError(f"{path}: names the weights {name!r:.80}; expected a safetensors file in the same folder")

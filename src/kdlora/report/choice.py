@@ -1,0 +1,181 @@
+"""Which student ships, and why: the best on validation, or the distilled one where it is within the interval of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS
+from kdlora.data.tasks import Task
+from kdlora.evidence.stats import Difference
+from kdlora.report.findings import Comparison, pair_runs
+from kdlora.report.wording import signed, span
+from kdlora.system.integrity import hash_json
+from kdlora.system.storage import write_json_atomic
+
+if TYPE_CHECKING:
+    from kdlora.report.collect import Run
+
+NOTABLE = 1.0
+"""Points by which a teacher may be below its student without being called half trained."""
+
+
+class Choice(BaseModel):
+    """What ships. In `shipped.json` it says what `student/` and `adapter/` are.
+
+    Attributes:
+        arm: the student arm.
+        seed: its best on validation.
+        scores: mean validation score over the seeds, by student arm.
+        against: the arm that it was weighed against; None where there was no other.
+        difference: the shipped arm minus that one, on validation; None where they could not be paired.
+        sentence: the choice and its reason, and the teacher where it is below a student.
+        made_of: hash of what the run left.
+        files: SHA-256 of what was shipped, by path from the experiment's folder.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    arm: str
+    seed: int
+    scores: dict[str, float | None]
+    against: str | None = None
+    difference: Difference | None = None
+    sentence: str
+    made_of: str = ""
+    files: dict[str, str] = {}
+
+
+def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
+    """Choose among the student arms with a finished run.
+
+    Args:
+        task: of the runs.
+        runs: of one experiment; those of other arms are left aside.
+
+    Returns:
+        The choice, its files not yet named; None where no student run finished.
+    """
+    arms: dict[str, list[Run]] = {
+        arm: [run for run in runs if run.record.arm == arm and _is_finished(run)] for arm in STUDENT_ARMS
+    }
+    means = {arm: _mean_score(own) for arm, own in arms.items() if own}
+    if not means:
+        return None
+    arm = best = max(means, key=lambda name: means[name])  # of equal ones the first
+    for distilled in (name for name in means if name in DISTILLED_ARMS):
+        if distilled == best or _is_within(_compare(task, arms, distilled, best)):
+            arm = distilled
+            break
+    others = [name for name in means if name != arm]
+    rivals = [name for name in others if (name in DISTILLED_ARMS) != (arm in DISTILLED_ARMS)] or others
+    against = best if arm != best else max(rivals, key=lambda name: means[name]) if rivals else None
+    weighed = None if against is None else _compare(task, arms, arm, against)
+    run = max(arms[arm], key=lambda one: (_known(one.record.score), -one.record.seed))
+    return Choice(
+        arm=arm,
+        seed=run.record.seed,
+        scores={name: mean if np.isfinite(mean) else None for name, mean in means.items()},
+        against=against,
+        difference=None if weighed is None else weighed.difference,
+        sentence=f"{_reason(arm, weighed, is_best=arm == best)}{_teacher(runs)}.",
+        made_of=hash_json(run.record.files),
+    )
+
+
+def read_choice(path: Path) -> Choice | None:
+    """Read what was shipped; None where nothing was, or the file cannot be read.
+
+    Args:
+        path: the experiment's `shipped.json`.
+    """
+    try:
+        return Choice.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def write_choice(path: Path, choice: Choice) -> None:
+    """Write what was shipped, atomically.
+
+    Args:
+        path: the experiment's `shipped.json`.
+        choice: with its files.
+    """
+    write_json_atomic(path, choice.model_dump(mode="json"))
+
+
+def _is_finished(run: Run) -> bool:
+    return run.record.status == "finished"
+
+
+def _known(score: float | None) -> float:
+    return -np.inf if score is None else score
+
+
+def _mean_score(runs: Sequence[Run]) -> float:
+    """Average the validation scores; a score that is not defined is below every other."""
+    return float(np.mean([_known(run.record.score) for run in runs]))
+
+
+def _compare(task: Task, arms: dict[str, list[Run]], first: str, second: str) -> Comparison | None:
+    """Compare two arms on validation; None where one has a score that is not defined."""
+    if not np.isfinite([_mean_score(arms[first]), _mean_score(arms[second])]).all():
+        return None
+    return pair_runs(task, "validation", (first, arms[first]), (second, arms[second]))
+
+
+def _is_within(found: Comparison | None) -> bool:
+    """Say whether a first arm may be as good as the second, by the interval of their difference."""
+    return found is not None and found.difference is not None and found.difference.high >= 0
+
+
+def _reason(arm: str, weighed: Comparison | None, *, is_best: bool) -> str:
+    """Say what ships and why."""
+    shipped = f"{describe(arm)} was shipped".replace("the", "The", 1)
+    if weighed is None:
+        return f"{shipped}: it is the only student with a score"
+    found, points = weighed.difference, f"{abs(weighed.plain):.1f} points"
+    other = describe(weighed.second)
+    if found is None:
+        return f"{shipped}: on validation it is {points} above {other} ({weighed.reason})"
+    if not is_best:
+        return f"{shipped}: on validation it is within the interval of the best, {other} ({_told(weighed)})"
+    if found.sign == 1:
+        return f"{shipped}: on validation it is better than {other} by {points} ({span(found)})"
+    return f"{shipped}: on validation it scores highest, {points} above {other} ({span(found)})"
+
+
+def _told(weighed: Comparison) -> str:
+    assert weighed.difference is not None
+    return f"{signed(weighed.plain)} points, {span(weighed.difference)}"
+
+
+def describe(arm: str) -> str:
+    """Name a student arm in a sentence: `the student without a teacher (student-lora)`."""
+    return f"{'the distilled student' if arm in DISTILLED_ARMS else 'the student without a teacher'} ({arm})"
+
+
+def _teacher(runs: Sequence[Run]) -> str:
+    """Say by how much the teacher is below its best student, on the split of the headline."""
+    finished = [run for run in runs if _is_finished(run)]
+    split = "test" if all(run.record.test_score is not None for run in finished) else "validation"
+    scores: dict[str, list[float]] = {}
+    for run in finished:
+        if (value := run.score(split)) is not None:
+            scores.setdefault(run.record.arm, []).append(value)
+    means = {arm: float(np.mean(values)) for arm, values in scores.items()}
+    students = {arm: mean for arm, mean in means.items() if arm in STUDENT_ARMS}
+    if "fft" not in means or not students:
+        return ""
+    best = max(students, key=lambda arm: students[arm])
+    gap = students[best] - means["fft"]
+    if gap < 0.05:
+        return ""
+    below = f"; on {split} the teacher is {gap:.1f} points below {best}"
+    given = any((run.record.config.get("teacher") or {}).get("fine_tuned") for run in finished)
+    return below if gap < NOTABLE or given else f"{below}: it needs longer training, see docs/recipes.md"

@@ -1,0 +1,232 @@
+"""Read experiment folders back: records, predictions, texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from kdlora.config import ARMS
+from kdlora.configfile import load_config
+from kdlora.data.tasks import Task
+from kdlora.errors import ArtifactError, DataError, KdLoraError
+from kdlora.evidence.predictions import ExampleText, Predictions, read_examples, read_predictions
+from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_record, read_results
+from kdlora.evidence.stats import MeanSd, mean_sd
+from kdlora.report.choice import Choice, choose_student, read_choice
+from kdlora.report.shipped import Shipped, read_shipped
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as it lies on disk.
+
+    Attributes:
+        record: its record.
+        path: the file that holds the record; figures link to it.
+        predictions: outputs on validation (and test) rows; None where the file is missing.
+    """
+
+    record: RunRecord
+    path: Path
+    predictions: Predictions | None
+
+    def score(self, split: str) -> float | None:
+        """Give the score on "validation" or "test"."""
+        return self.record.test_score if split == "test" else self.record.score
+
+    def latency_ms(self, batch_size: int) -> float | None:
+        """Give the median time of a forward pass at a batch size, where it was measured."""
+        found = [one.p50_ms for one in self.record.latency if one.batch_size == batch_size]
+        return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment: arms × seeds on one task.
+
+    Attributes:
+        name: as shown.
+        task: what was learnt.
+        folder: where it lies.
+        runs: all runs, arm by arm.
+        faults: what could not be read, in plain sentences.
+        shipped: figures of the exported student; None where nothing was exported or measured.
+    """
+
+    name: str
+    task: Task
+    folder: Path
+    runs: tuple[Run, ...]
+    faults: tuple[str, ...] = ()
+    shipped: Shipped | None = None
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms in the usual order."""
+        return tuple(dict.fromkeys(run.record.arm for run in self.runs))
+
+    @cached_property
+    def split(self) -> str:
+        """The split of the headline: test where every finished run has it, else validation."""
+        finished = [run for run in self.runs if run.record.status == "finished"]
+        return "test" if finished and all(run.record.test_score is not None for run in finished) else "validation"
+
+    def finished(self, arm: str) -> tuple[Run, ...]:
+        """List the finished runs of an arm that have a score."""
+        return tuple(
+            run
+            for run in self.runs
+            if run.record.arm == arm and run.record.status == "finished" and run.score(self.split) is not None
+        )
+
+    def unfinished(self) -> tuple[Run, ...]:
+        """List the runs that failed or never ended."""
+        return tuple(run for run in self.runs if run.record.status != "finished")
+
+    def score(self, arm: str) -> MeanSd | None:
+        """Summarise an arm's score over its seeds; None where no run of it finished."""
+        values = [value for run in self.finished(arm) if (value := run.score(self.split)) is not None]
+        return mean_sd(values) if values else None
+
+    @cached_property
+    def choice(self) -> Choice | None:
+        """What was shipped; where nothing was yet, what would be."""
+        recorded = read_choice(ExperimentLayout(self.folder).shipped)
+        if recorded is not None and self.finished(recorded.arm):
+            return recorded
+        return choose_student(self.task, [run for run in self.runs if run.score(self.split) is not None])
+
+    @property
+    def student_arm(self) -> str | None:
+        """The arm that ships; None where no student run has finished with a score."""
+        return None if self.choice is None else self.choice.arm
+
+    @cached_property
+    def shows_paper(self) -> bool:
+        """Whether the config asks for the paper's claims."""
+        try:
+            return load_config(ExperimentLayout(self.folder).config).report.paper
+        except (KdLoraError, OSError):
+            return False
+
+    @cached_property
+    def examples(self) -> dict[tuple[str, str], ExampleText]:
+        """The texts of the scored rows; empty where they were not kept."""
+        try:
+            return read_examples(ExperimentLayout(self.folder).examples)
+        except ArtifactError:
+            return {}
+
+
+def load_experiments(folders: Sequence[Path | str]) -> list[Experiment]:
+    """Read experiment folders; runs of different tasks in one folder become experiments of their own."""
+    if not folders:
+        raise ArtifactError("expected at least one experiment folder, got none")
+    unique = list(dict.fromkeys(Path(folder) for folder in folders))
+    experiments = [experiment for folder in unique for experiment in _load_folder(folder)]
+    return _unique(experiments)
+
+
+def load_runs(folders: Sequence[Path | str]) -> list[Experiment]:
+    """Read experiment folders and folders of single runs alike."""
+    places = [Path(folder) for folder in folders]
+    singles = [place for place in places if RunLayout(place).record.is_file()]
+    found: list[Experiment] = []
+    for place in dict.fromkeys(places):
+        if place in singles:
+            record = read_record(RunLayout(place).record)
+            run, fault = load_run(record, RunLayout(place))
+            name = f"{record.experiment}: {place.name}"
+            found.append(Experiment(name, _task_of(run), place.parent.parent, (run,), fault))
+        else:
+            found.extend(load_experiments([place]))
+    if not found:
+        raise ArtifactError("expected at least one experiment or run folder, got none")
+    return _unique(found)
+
+
+def _unique(experiments: list[Experiment]) -> list[Experiment]:
+    """Number the experiments whose names are the same, so that rows can be told apart."""
+    names = [experiment.name for experiment in experiments]
+    return [
+        replace(one, name=f"{one.name} ({one.folder.name}, {number})") if names.count(one.name) > 1 else one
+        for number, one in enumerate(experiments, start=1)
+    ]
+
+
+def _load_folder(folder: Path) -> list[Experiment]:
+    """Read one folder, and split it by task."""
+    layout = ExperimentLayout(folder)
+    loaded = [load_run(record, place) for record, place in _records_of(layout)]
+    faults = tuple(fault for _, found in loaded for fault in found)
+    by_task: dict[str, list[Run]] = {}
+    for run, _ in loaded:
+        by_task.setdefault(repr(run.record.task), []).append(run)
+    # A folder has one student; where several tasks were put together, nothing says whose it is.
+    shipped = read_shipped(layout) if len(by_task) == 1 else None
+    experiments = []
+    for runs in by_task.values():
+        name = runs[0].record.experiment or folder.name
+        task = _task_of(runs[0])
+        if len(by_task) > 1:
+            name = f"{name}: {task.name or ', '.join(task.label)}"
+        experiments.append(Experiment(name, task, folder, tuple(sorted(runs, key=_order)), faults, shipped))
+    return experiments
+
+
+def _records_of(layout: ExperimentLayout) -> list[tuple[RunRecord, RunLayout | Path]]:
+    """Read the runs' own records; those in results.json where the folder of runs was not kept."""
+    if not layout.root.is_dir():
+        raise ArtifactError(f"{layout.root}: there is no such folder. Name the folder of an experiment (`--out`).")
+    paths = sorted(layout.runs.glob("*/run.json"))
+    if paths:
+        return [(read_record(path), RunLayout(path.parent)) for path in paths]
+    if layout.results.is_file():
+        records = read_results(layout.results)
+        if records:
+            return [(record, layout.results) for record in records]
+    raise ArtifactError(
+        f"{layout.root}: expected the folder of an experiment, with runs/<arm>-seed<k>/run.json, but found no record. "
+        "Run the experiment first, or name its folder."
+    )
+
+
+def load_run(record: RunRecord, place: RunLayout | Path) -> tuple[Run, tuple[str, ...]]:
+    """Read a run's predictions too; a missing or damaged file costs the parts that need it, no more.
+
+    Args:
+        record: of the run.
+        place: its folder; a file of records where no folder was kept.
+
+    Returns:
+        The run, and sentences on what could not be read.
+    """
+    if isinstance(place, Path):
+        fault = f"{record.arm}, seed {record.seed}: only results.json was kept, so there are no predictions"
+        return Run(record, place, None), (fault,)
+    if record.status != "finished":
+        return Run(record, place.record, None), ()
+    try:
+        predictions = read_predictions(place.predictions)
+    except ArtifactError as error:
+        missing = not place.predictions.exists()
+        reason = f"{place.predictions.name} is missing" if missing else f"its predictions cannot be read ({error})"
+        return Run(record, place.record, None), (f"{record.arm}, seed {record.seed}: {reason}",)
+    return Run(record, place.record, predictions), ()
+
+
+def _task_of(run: Run) -> Task:
+    """Read the task of a record."""
+    try:
+        return Task.from_dict(run.record.task)
+    except DataError as error:
+        raise ArtifactError(f"{run.path}: {error}. Delete the run's folder and run the same command again.") from None
+
+
+def _order(run: Run) -> tuple[int, str, int]:
+    """Sort arms in the usual order, then seeds."""
+    arms: tuple[str, ...] = ARMS
+    place = arms.index(run.record.arm) if run.record.arm in arms else len(arms)
+    return place, run.record.arm, run.record.seed

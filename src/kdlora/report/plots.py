@@ -1,0 +1,346 @@
+"""Plots by matplotlib, as SVG whose text is text and whose colours are the page's, so that dark mode is free."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdlora.evidence.stats import Difference
+from kdlora.report.blocks import Figure
+from kdlora.report.shipped import BenchmarkResult, ModelFigures
+from kdlora.report.wording import interval, signed
+from kdlora.system.storage import atomic_file
+
+PALETTE = {
+    **{"ink": "#1b1d21", "soft": "#5a6069", "faint": "#8b919a", "rule": "#e2e3df", "card": "#ffffff"},
+    **{"series-0": "#0072b2", "series-1": "#56b4e9", "series-2": "#d55e00", "series-3": "#009e73"},
+    **{"series-4": "#e69f00", "series-5": "#cc79a7", "series-6": "#6b6f76"},
+}
+"""The colours of `report.css` in light mode, by the names of their CSS variables, which replace them in a page."""
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "font.family": "DejaVu Sans",
+    "font.size": 13,
+    "text.color": PALETTE["ink"],
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
+    **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.formatter.useoffset": False},
+    **{"axes.facecolor": "none", "axes.edgecolor": PALETTE["faint"], "axes.labelcolor": PALETTE["soft"]},
+    **{"xtick.color": PALETTE["faint"], "xtick.labelcolor": PALETTE["soft"], "xtick.major.pad": 6},
+    **{"ytick.left": False, "ytick.labelcolor": PALETTE["soft"], "ytick.major.pad": 7, "grid.color": PALETTE["rule"]},
+    **{"legend.frameon": False, "legend.handlelength": 1.6, "legend.columnspacing": 1.2},
+}
+_WIDTH = 440
+_MARKERS = ("s", "D", "o", "^", "v", "p", "P")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a series looks: a colour of the palette and a shape, so that colour is never the only sign."""
+
+    number: int
+    dashed: bool = False
+
+    @property
+    def colour(self) -> str:
+        """The colour in light mode."""
+        return PALETTE[f"series-{self.number % len(_MARKERS)}"]
+
+    @property
+    def marker(self) -> str:
+        """The shape, as matplotlib calls it."""
+        return _MARKERS[self.number % len(_MARKERS)]
+
+
+_ARMS = ("fft", "lora", "kd-lora", "student-lora", "student-fft", "kd-fft")
+
+
+def arm_style(arm: str) -> Style:
+    """Give the look of an arm, the same in every plot of every report."""
+    return Style(_ARMS.index(arm) if arm in _ARMS else len(_ARMS))
+
+
+@dataclass(frozen=True)
+class Series:
+    """The runs of one arm, or one model: (cost, score) of each."""
+
+    name: str
+    style: Style
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity over training for one arm: one list of (epoch, value) for each seed."""
+
+    name: str
+    style: Style
+    seeds: tuple[tuple[tuple[float, float], ...], ...]
+
+
+def draw(
+    paint: Callable[[Any], None],
+    title: str,
+    description: str,
+    identity: str,
+    *,
+    caption: str = "",
+    height: int = 320,
+    left: int = 62,
+    bottom: int = 50,
+) -> Figure:
+    """Draw a figure of a report; equal data give equal bytes."""
+    with _matplotlib({"svg.hashsalt": identity}) as new_figure:
+        figure = new_figure(facecolor="none")
+        axes = figure.add_axes((0, 0, 1, 1))
+        paint(axes)
+        whole = height + _add_legend(figure, axes)
+        figure.set_size_inches(_WIDTH / 72, whole / 72)
+        axes.set_position(
+            (left / _WIDTH, bottom / whole, (_WIDTH - left - 16) / _WIDTH, (height - bottom - 14) / whole)
+        )
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return Figure(title, _for_page(stream.getvalue(), title, description, identity), description, caption)
+
+
+@contextmanager
+def _matplotlib(settings: dict[str, Any]) -> Iterator[Any]:
+    """Lend the class of figures, with our settings; signs that its font lacks are left to the browser's."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
+    with rc_context(_SETTINGS | settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield Canvas
+
+
+def _add_legend(figure: Any, axes: Any) -> int:
+    """Name the series above the axes, in as many columns as their names leave room for; give its height."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return 0
+    columns = max(1, min(len(labels), int(_WIDTH // (8 * max(map(len, labels)) + 44))))
+    figure.legend(handles, labels, loc="upper left", ncols=columns)
+    return 10 + 20 * -(-len(labels) // columns)
+
+
+def named(name: str) -> str:
+    """Write a name for a legend; matplotlib hides those that begin with an underscore."""
+    return f"\u200a{shorten(name, 50)}"
+
+
+def shorten(text: str, length: int) -> str:
+    """Cut a name that would run into its neighbours."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= length else f"{flat[: length - 1]}…"
+
+
+def _for_page(svg: str, title: str, description: str, identity: str) -> str:
+    """Make matplotlib's file a part of a page: words for a screen reader, the page's colours, no ids but used ones."""
+    found = re.search(r'viewBox="([\d. ]+)".*?</style>\s*</defs>(.*)</svg>', svg, re.DOTALL)
+    assert found is not None  # as matplotlib writes it
+    body = re.sub(r'<g id="[^"]*"', "<g", found[2])
+    for name, colour in PALETTE.items():
+        body = body.replace(colour, f"var(--{name})")
+    whole = (
+        f'<svg viewBox="{found[1]}" role="img" aria-labelledby="{identity}-t {identity}-d" '
+        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+        f'<title id="{identity}-t">{escape(title)}</title><desc id="{identity}-d">{escape(description)}</desc>'
+        f"{body}</svg>"
+    )
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "", whole)  # signs that no page may hold
+
+
+def scatter(axes: Any, points: Sequence[tuple[float, float]], style: Style, *, radius: float = 4, **looks: Any) -> None:
+    """Draw marks at points."""
+    looks = {"c": style.colour, "marker": style.marker, "edgecolors": PALETTE["card"]} | looks
+    axes.scatter(*zip(*points, strict=True), (2 * radius) ** 2, **looks)
+
+
+def padded(values: Sequence[float], *, margin: float = 0.12, least: float = 1.0) -> tuple[float, float]:
+    """Give limits around values with some air, and at least so much range."""
+    low, high = min(values), max(values)
+    spread = max(high - low, least)
+    middle = (low + high) / 2
+    return middle - spread * (0.5 + margin), middle + spread * (0.5 + margin)
+
+
+def score_against_cost(
+    series: Sequence[Series], *, title: str, cost: str, score: str, identity: str, scale: float = 1.0, far: float = 20
+) -> Figure | None:
+    """Plot every run, and the mean ± standard deviation of arms with several."""
+    scaled = [(one, [(cost / scale, score) for cost, score in one.points]) for one in series]
+    drawn = [Series(one.name, one.style, tuple(points)) for one, points in scaled if points]
+    if not drawn:
+        return None
+    said = "; ".join(f"{one.name} {up:.2f} at {across:.3g}" for one in drawn for across, up in [_middle(one)])
+    caption = "Further left is cheaper, further up is better."
+    if any(len(one.points) > 1 for one in drawn):
+        caption = "Large marks: mean over seeds, with its standard deviation. Small marks: single runs."
+    caption += " The horizontal axis is logarithmic." if _is_log(drawn, far) else ""
+
+    def paint(axes: Any) -> None:
+        _paint_costs(axes, drawn, far)
+        axes.set(xlabel=cost, ylabel=score)
+
+    return draw(paint, title, f"{score} against {cost}: {said}.", identity, caption=caption)
+
+
+def _middle(one: Series) -> tuple[float, float]:
+    across, up = np.mean(one.points, axis=0)
+    return float(across), float(up)
+
+
+def _is_log(series: Sequence[Series], far: float) -> bool:
+    costs = [cost for one in series for cost, _ in one.points]
+    return min(costs) > 0 and max(costs) / min(costs) > far
+
+
+def _paint_costs(axes: Any, series: Sequence[Series], far: float) -> None:
+    """Draw the runs of each arm and their mean; arms of the same cost stand side by side."""
+    from matplotlib.transforms import ScaledTranslation
+
+    middles = [_middle(one)[0] for one in series]
+    for number, one in enumerate(series):
+        same = [place for place, other in enumerate(middles) if abs(other - middles[number]) <= 0.02 * max(middles)]
+        aside = 11 * (same.index(number) - (len(same) - 1) / 2)
+        moved = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+        scores = [score for _, score in one.points]
+        if len(scores) > 1:
+            scatter(axes, one.points, one.style, radius=3, alpha=0.6, transform=moved)
+            ends = float(np.mean(scores)) + float(np.std(scores, ddof=1)) * np.array([-1, 1])
+            axes.plot([middles[number]] * 2, ends, color=PALETTE["ink"], linewidth=1.6, transform=moved)
+        scatter(axes, [_middle(one)], one.style, radius=5.5, label=named(one.name), transform=moved, zorder=3)
+    costs = [cost for one in series for cost, _ in one.points]
+    axes.set_ylim(*padded([score for one in series for _, score in one.points], margin=0.18, least=2.0))
+    if _is_log(series, far):
+        log_ticks(axes, min(costs) / 1.6, max(costs) * 1.6)
+    else:
+        axes.set_xlim(0, max(costs) * 1.12 or 1)
+
+
+def log_ticks(axes: Any, low: float, high: float) -> None:
+    """Make the horizontal axis logarithmic, with plain numbers along it."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def learning_curves(curves: Sequence[Curve], *, title: str, value: str, identity: str) -> Figure | None:
+    """Plot means over seeds with bands from the lowest to the highest seed."""
+    drawn = [(curve, _by_epoch(curve)) for curve in curves if any(curve.seeds)]
+    if not drawn:
+        return None
+
+    def paint(axes: Any) -> None:
+        for curve, epochs in drawn:
+            _paint_curve(axes, curve, epochs)
+        values = [value for _, epochs in drawn for seeds in epochs.values() for value in seeds]
+        axes.set_ylim(*padded(values, margin=0.06, least=0.02 * max(map(abs, values)) or 1.0))
+        axes.set(xlabel="epoch", ylabel=value)
+        whole = sorted({epoch for _, epochs in drawn for epoch in epochs if epoch == int(epoch)})
+        if len(whole) <= 10:
+            axes.set_xticks(whole)
+
+    said = "; ".join(f"{curve.name} ends at {np.mean(list(epochs.values())[-1]):.3g}" for curve, epochs in drawn)
+    many = any(len(curve.seeds) > 1 for curve, _ in drawn)
+    caption = "Lines: mean over seeds. Bands: from the lowest to the highest seed." if many else "One seed."
+    return draw(paint, title, f"{value} over epochs: {said}.", identity, caption=caption)
+
+
+def _paint_curve(axes: Any, curve: Curve, epochs: dict[float, list[float]]) -> None:
+    """Draw band, line and marks of one arm."""
+    colour, marked = curve.style.colour, len(epochs) <= 15 and not curve.style.dashed
+    if len(curve.seeds) > 1:
+        lowest, highest = ([choose(values) for values in epochs.values()] for choose in (min, max))
+        axes.fill_between(list(epochs), lowest, highest, color=colour, alpha=0.16, linewidth=0)
+    axes.plot(
+        list(epochs),
+        [np.mean(values) for values in epochs.values()],
+        "--" if curve.style.dashed else "-",
+        color=colour,
+        linewidth=2.2,
+        marker=curve.style.marker if marked else None,
+        markersize=7,
+        markeredgecolor=PALETTE["card"],
+        label=named(curve.name),
+    )
+
+
+def _by_epoch(curve: Curve) -> dict[float, list[float]]:
+    """Collect the seeds' values at each epoch."""
+    found: dict[float, list[float]] = {}
+    for seed in curve.seeds:
+        for epoch, value in seed:
+            found.setdefault(epoch, []).append(value)
+    return dict(sorted(found.items()))
+
+
+def differences(
+    rows: Sequence[tuple[str, Difference]], *, title: str, identity: str, unit: str = "points"
+) -> Figure | None:
+    """Plot differences with their intervals, one below the other, around a line at zero."""
+    if not rows:
+        return None
+
+    def paint(axes: Any) -> None:
+        axes.axvline(0, color=PALETTE["soft"], linestyle="--", linewidth=1.2)
+        axes.grid(axis="x")
+        for number, (name, one) in enumerate(rows):
+            axes.plot([one.low, one.high], [number] * 2, color=Style(2).colour, linewidth=4, alpha=0.5)
+            scatter(axes, [(one.difference, number)], Style(2), radius=5.5)
+            place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+            place["bbox"] = {"facecolor": PALETTE["card"], "edgecolor": "none", "pad": 1}
+            axes.annotate(shorten(name, 28), (0, number), (0, 14), fontweight="bold", **place)
+            text = f"{signed(one.difference)} [{interval(one)}]"
+            axes.annotate(text, (1, number), (0, 14), ha="right", color=PALETTE["soft"], **place)
+        axes.set_xlim(*padded([end for _, one in rows for end in (one.low, one.high, 0.0)], margin=0.08))
+        axes.set_ylim(len(rows) - 0.6, -0.8)
+        axes.set_yticks([])
+        axes.set_xlabel(f"difference in score ({unit})")
+
+    said = "; ".join(f"{name}: {signed(one.difference)} ({interval(one)})" for name, one in rows)
+    description = f"Differences in score with their 95% intervals. {said}."
+    caption = "Right of zero: the first is better. Bars: 95% intervals over rows and seeds; one seed: over rows."
+    return draw(paint, title, description, identity, caption=caption, height=76 + 52 * len(rows), left=18)
+
+
+def plot_benchmark(result: BenchmarkResult, to: str | Path) -> None:
+    """Draw one panel each for latency, size and memory, with a point for each model."""
+    panels: list[tuple[str, Callable[[ModelFigures], float]]] = [
+        ("latency of one text, p50 (ms)", lambda model: model.p50_ms),
+        ("size on disk (MB)", lambda model: model.size_bytes / 1e6),
+    ]
+    if all(model.peak_memory_bytes for model in result.models):
+        panels.append(("peak memory (MB)", lambda model: (model.peak_memory_bytes or 0) / 1e6))
+    scores = [model.score for model in result.models if model.score is not None]
+    scored = len(scores) == len(result.models)
+    heights = scores if scored else [model.texts_per_second for model in result.models]
+    with _matplotlib({"svg.hashsalt": "benchmark"}) as new_figure:
+        figure = new_figure(figsize=(4.4 * len(panels), 4.4), layout="constrained")
+        for axes, (label, read) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            models = zip(result.models, heights, strict=True)
+            series = [
+                Series(model.name, Style(number), ((read(model), height),))
+                for number, (model, height) in enumerate(models)
+            ]
+            _paint_costs(axes, series, far=4)
+            axes.set(xlabel=label, ylabel="score" if scored else "texts per second")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=min(4, len(result.models)))
+        path = Path(to)
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)

@@ -1,0 +1,305 @@
+"""The part of the report on what was shipped: its cost and score beside the teacher's, and how it was checked."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+from kdlora.report.blocks import Block, Bullets, Cell, Figure, Link, Paragraph, Strong, Table, Tile, Tiles
+from kdlora.report.collect import Experiment
+from kdlora.report.experiment_tables import Links
+from kdlora.report.plots import Series, Style, arm_style, score_against_cost
+from kdlora.report.shipped import TEACHER, Calibration, Export, ModelFigures, Parity, Shipped
+from kdlora.report.wording import milliseconds, signed, size, times
+
+_BACKENDS = {"transformers": "PyTorch", "onnx": "ONNX Runtime"}
+_STAGES = {"pytorch": "PyTorch", "onnx": "ONNX, as captured", "onnx-optimised": "ONNX, optimised"}
+_INT8_STAGE = re.compile(r"onnx-int8 \((?P<recipe>.*)\)", re.DOTALL)
+
+
+def shipped_tiles(experiment: Experiment, anchor: str) -> Tiles | None:
+    """Collect what the int8 file costs and keeps, each beside the teacher."""
+    shipped = experiment.shipped
+    if shipped is None or shipped.int8 is None or shipped.reference is None:
+        return None
+    own, other = shipped.int8, shipped.reference
+    whose = "the teacher" if other.name == TEACHER else other.name
+    facts: tuple[tuple[str, str, str], ...] = (
+        (
+            "time per text",
+            milliseconds(own.p50_ms),
+            f"{times(other.p50_ms, own.p50_ms)} as fast as {whose} ({milliseconds(other.p50_ms)})",
+        ),
+        (
+            "throughput",
+            f"{own.texts_per_second:,.0f} texts/s",
+            f"{times(own.texts_per_second, other.texts_per_second)} {whose}’s {other.texts_per_second:,.0f} texts/s",
+        ),
+        (
+            "size",
+            size(own.size_bytes),
+            f"{_part(own.size_bytes, other.size_bytes)} of {whose}’s {size(other.size_bytes)}",
+        ),
+    )
+    if other is own:
+        facts = tuple((label, value, "there is no other model to compare with") for label, value, _ in facts)
+    tiles = [Tile(f"int8 file: {label}", value, detail, f"#{anchor}") for label, value, detail in facts]
+    if own.score is not None:
+        beside = [model for model in shipped.models if model is not own and model.score is not None]
+        detail = ", ".join(f"{model.name} {_score(model.score)}" for model in beside) or "0 to 100"
+        tiles.append(Tile("int8 file: score", _score(own.score), detail, f"#{anchor}"))
+    return Tiles(tuple(tiles))
+
+
+def _part(own: float, other: float) -> str:
+    """Say which part of the other's size is left."""
+    return f"{100 * own / other:.1f}%" if other else "–"
+
+
+def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Block | None]:
+    """Show the shipped models side by side, how the export was checked, and the calibration."""
+    shipped = experiment.shipped
+    if shipped is None:
+        return []
+    blocks: list[Block | None] = [Paragraph((fault,), "warning") for fault in shipped.faults]
+    if shipped.models:
+        blocks.append(_model_table(shipped, links))
+        blocks += _plots(experiment, shipped, mark)
+        blocks.append(_grid_table(shipped))
+    if shipped.export is not None:
+        blocks += _export_blocks(shipped.export, links.file(shipped.export_path))
+    elif not shipped.export_path.exists():
+        text = "The student was not exported to ONNX: export.formats is empty, or the extra onnx is not installed."
+        blocks.append(Paragraph((text,), "note"))
+    if shipped.benchmark is not None and shipped.benchmark.calibration is not None:
+        blocks.append(_calibration_table(shipped.benchmark.calibration))
+    return blocks
+
+
+def _model_table(shipped: Shipped, links: Links) -> Table:
+    """Show every model's costs and score, and how much faster it is than the teacher."""
+    columns = (
+        "model",
+        "runs on",
+        "precision",
+        "latency p50",
+        "latency p95",
+        "speed-up of p50",
+        "texts/s",
+        "batch size",
+        "speed-up of texts/s",
+        "load time",
+        "peak memory",
+        "size on disk",
+        "score",
+    )
+    link = (Link("benchmark.json", links.file(shipped.benchmark_path)),)
+    rows = tuple(_model_row(model, shipped.reference or model, link) for model in shipped.models)
+    caption = "Teacher and student as shipped, measured side by side"
+    numeric = frozenset(range(3, len(columns)))
+    return Table(caption, columns, rows, numeric, note=_conditions(shipped), compact=True)
+
+
+def _model_row(model: ModelFigures, reference: ModelFigures, link: tuple[Link, ...]) -> tuple[Cell, ...]:
+    """Show one model."""
+    texts = (
+        _BACKENDS.get(model.backend, model.backend),
+        model.precision,
+        milliseconds(model.p50_ms),
+        milliseconds(model.p95_ms),
+        times(reference.p50_ms, model.p50_ms),
+        f"{model.texts_per_second:,.0f}",
+        str(model.batch_size),
+        times(model.texts_per_second, reference.texts_per_second),
+        f"{model.load_seconds:.2f}\u00a0s",
+        size(model.peak_memory_bytes),
+        size(model.size_bytes),
+        _score(model.score),
+    )
+    return (Cell(model.name, link), *map(Cell, texts))
+
+
+def _conditions(shipped: Shipped) -> str:
+    """Say what was measured, on what."""
+    benchmark, reference = shipped.benchmark, shipped.reference
+    if benchmark is None or reference is None:
+        return ""
+    texts = "" if benchmark.texts is None else f"{benchmark.texts:,} texts"
+    texts += f" of the {benchmark.split} split" if texts and benchmark.split else ""
+    rounds = "" if benchmark.rounds is None else _number(benchmark.rounds, "round")
+    threads = "" if benchmark.threads is None else f"{_number(benchmark.threads, 'thread')} for each model"
+    machine = [
+        benchmark.machine.get("cpu", ""),
+        _named(benchmark.machine, "cores"),
+        benchmark.machine.get("memory", ""),
+    ]
+    conditions = ", ".join(part for part in (texts, rounds, threads, *machine) if part)
+    return (
+        f"{conditions or 'The conditions were not recorded'}. Latency: one text at a time, tokenisation included. "
+        "Texts/s: length-sorted batches of the size that is best for the model. "
+        f"Speed-up: against {reference.name}. Load time: until the first answer, after imports. Peak memory: above "
+        "the level after imports. Score: 0 to 100, of the one seed that was shipped."
+    )
+
+
+def _number(value: int, what: str) -> str:
+    """Count something."""
+    return f"{value} {what}" if value == 1 else f"{value} {what}s"
+
+
+def _named(values: dict[str, str], key: str) -> str:
+    """Write a value with its name behind it."""
+    return f"{values[key]} {key}" if key in values else ""
+
+
+def _score(value: float | None) -> str:
+    """Write a score with two decimals: half a point is the limit that int8 is held to."""
+    return "–" if value is None else signed(value, 2, plus=False)
+
+
+def _plots(experiment: Experiment, shipped: Shipped, mark: str) -> list[Figure | None]:
+    """Draw score against latency, time in batches, size and memory."""
+
+    def plot(name: str, cost: str, read: Callable[[ModelFigures], float | None]) -> Figure | None:
+        series = [
+            Series(model.name, _style(experiment, model, number), ((value, model.score),))
+            for number, model in enumerate(shipped.models)
+            if (value := read(model)) is not None and model.score is not None
+        ]
+        title, score = f"As shipped: score against {name}", "score (0 to 100)"
+        # Each export is a multiple of the next, so that a logarithmic axis soon shows more.
+        return score_against_cost(series, title=title, cost=cost, score=score, identity=f"{mark}-shipped-{name}", far=4)
+
+    return [
+        plot("latency", "latency of one text, p50 (ms)", lambda model: model.p50_ms),
+        plot("throughput", "time of 1,000 texts in batches (s)", _seconds_of_thousand),
+        plot("size", "size on disk (MB)", lambda model: model.size_bytes / 1e6),
+        plot("memory", "peak memory (MB)", _memory),
+    ]
+
+
+def _seconds_of_thousand(model: ModelFigures) -> float | None:
+    """Turn the throughput into a cost, so that left is better in every plot."""
+    return 1000 / model.texts_per_second if model.texts_per_second > 0 else None
+
+
+def _memory(model: ModelFigures) -> float | None:
+    """Read the peak memory in MB."""
+    return None if model.peak_memory_bytes is None else model.peak_memory_bytes / 1e6
+
+
+def _style(experiment: Experiment, model: ModelFigures, number: int) -> Style:
+    """Give teacher and student the look of their arms, the exports one of their own."""
+    if model.name == TEACHER:
+        return arm_style("fft")
+    if model.precision == "int8":
+        return Style(4)
+    if model.backend == "onnx":
+        return Style(3)
+    is_student = model.name == "student" and experiment.student_arm is not None
+    return arm_style(experiment.student_arm or "") if is_student else Style(number)
+
+
+def _grid_table(shipped: Shipped) -> Table | None:
+    """Show the time of one forward pass for each batch size and length; the lengths of a model may be fewer."""
+    cells = list(dict.fromkeys(cell for model in shipped.models for cell in model.grid_ms))
+    if not cells:
+        return None
+    columns = ("model", *(cell.replace("x", " × ") for cell in cells))
+    rows = tuple(
+        (Cell(model.name), *(Cell(milliseconds(model.grid_ms.get(cell))) for cell in cells)) for model in shipped.models
+    )
+    numeric = frozenset(range(1, len(columns)))
+    note = "Median of one forward pass, without tokenisation."
+    return Table("Time of one batch: texts × tokens", columns, rows, numeric, note=note, compact=True)
+
+
+def _export_blocks(export: Export, href: str) -> list[Block]:
+    """Show what each stage of the export kept, and a failure before it."""
+    blocks: list[Block] = []
+    if export.failure:
+        parts = Strong("The export failed before its last stage"), f": {export.failure}. The stages before it are kept."
+        blocks.append(Paragraph(parts, "warning"))
+    stages = _in_order(export)
+    if not stages:
+        return blocks
+    columns = (
+        "stage",
+        "held to",
+        "outcome",
+        "rows",
+        "largest logit difference",
+        "same decisions",
+        "score",
+        "points lost",
+        "95% interval",
+    )
+    rows = tuple(_stage_row(stage, href) for stage in stages)
+    facts = [f"Quantisation: {export.recipe}."] if export.recipe else []
+    fused = ", ".join(f"{number} {name}" for name, number in export.fused.items() if number)
+    facts += [f"Fused operators: {fused}."] if fused else []
+    facts += [f"Opset {export.opset}."] if export.opset is not None else []
+    facts.append("Every stage is held to the one named, on the same texts; scores are of the labelled rows among them.")
+    caption, numeric = "The export, stage by stage", frozenset(range(3, len(columns)))
+    blocks.append(Table(caption, columns, rows, numeric, note=" ".join(facts), compact=True))
+    broken = [stage for stage in stages if stage.reason]
+    if broken:
+        blocks.append(
+            Bullets(tuple((f"{_stage_title(one.stage)}: ", Strong("failed"), f", {one.reason}.") for one in broken))
+        )
+    return blocks
+
+
+def _in_order(export: Export) -> Sequence[Parity]:
+    """Order the stages as they were tried: what failed before the quantisation that passed stands before it."""
+    passed = [stage for stage in export.stages if not _INT8_STAGE.fullmatch(stage.stage)]
+    return [*passed, *export.attempts, *(stage for stage in export.stages if stage not in passed)]
+
+
+def _stage_row(stage: Parity, href: str) -> tuple[Cell, ...]:
+    """Show one stage."""
+    span = "–"
+    if stage.drop_low is not None and stage.drop_high is not None:
+        span = f"{signed(stage.drop_low, 2)} to {signed(stage.drop_high, 2)}"
+    texts = (
+        f"{stage.rows:,}",
+        "–" if stage.largest_difference is None else f"{stage.largest_difference:.2g}",
+        _share_below(stage.agreement),
+        _score(stage.score),
+        "–" if stage.drop is None else signed(stage.drop, 2),
+        span,
+    )
+    outcome = Cell("failed", strong=True) if stage.reason else Cell("passed")
+    name = Cell(_stage_title(stage.stage), (Link("export record", href),))
+    return (name, Cell(_stage_title(stage.reference)), outcome, *map(Cell, texts))
+
+
+def _share_below(share: float) -> str:
+    """Write a share as per cent, rounded down: 100% means all of them."""
+    return "100%" if share >= 1 else f"{math.floor(1e4 * share) / 100:.2f}%"
+
+
+def _stage_title(stage: str) -> str:
+    """Name a stage for people."""
+    quantised = _INT8_STAGE.fullmatch(stage)
+    return f"quantised: {quantised['recipe']}" if quantised else _STAGES.get(stage, stage)
+
+
+def _calibration_table(found: Calibration) -> Table:
+    """Show what the temperature does."""
+    rows = (
+        (Cell("before"), Cell("1"), Cell(f"{100 * found.ece_before:.2f}%"), Cell(f"{found.nll_before:.4f}")),
+        (
+            Cell("after"),
+            Cell(f"{found.temperature:.3f}", strong=True),
+            Cell(f"{100 * found.ece_after:.2f}%", strong=True),
+            Cell(f"{found.nll_after:.4f}", strong=True),
+        ),
+    )
+    columns = ("", "temperature", "expected calibration error", "log loss (nats)")
+    note = (
+        f"Fitted on {found.rows:,} validation rows and measured on the same, so “after” is a little too good. "
+        "Ten bins. Logits are divided by the temperature: above 1, the student was too sure. Decisions stay the same."
+    )
+    return Table("Calibration of the shipped student", columns, rows, frozenset({1, 2, 3}), note=note, compact=True)

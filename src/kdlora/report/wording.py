@@ -1,0 +1,181 @@
+"""Figures and names as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kdlora.evidence.stats import Difference, MeanSd
+
+MINUS = "−"
+
+INTERVALS = (
+    "Intervals are over rows and seeds: a paired bootstrap over examples, drawn jointly for both arms and all seeds, "
+    "plus the variance of the seed-paired differences (t with Satterthwaite’s degrees of freedom). With one seed they "
+    "are over rows alone, and there is no verdict."
+)
+"""What an interval says, below every table that has one."""
+
+_ARM_TITLES = {
+    "words": "bag of words",
+    "fft": "FFT",
+    "lora": "LoRA",
+    "kd-lora": "KD-LoRA",
+    "student-fft": "student FFT",
+    "student-lora": "student LoRA",
+    "kd-fft": "KD-FFT",
+}
+
+ARM_MEANINGS = {
+    "words": "no transformer at all: TF-IDF of words and characters with a linear model, one seed",
+    "fft": "the teacher, all weights tuned",
+    "lora": "a model of the teacher's size with adapters",
+    "kd-lora": "the student with adapters, taught by the teacher",
+    "student-fft": "the same student, all weights tuned, without a teacher",
+    "student-lora": "the same student with adapters, without a teacher",
+    "kd-fft": "the student, all weights tuned, taught by the teacher",
+}
+
+_METRIC_TITLES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "matthews": "Matthews",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "mse": "mean squared error",
+    "mae": "mean absolute error",
+    "subset_accuracy": "subset accuracy",
+}
+
+
+def arm_title(arm: str) -> str:
+    """Name an arm for a heading or legend."""
+    return _ARM_TITLES.get(arm, arm)
+
+
+def metric_title(name: str) -> str:
+    """Name a metric, its group included."""
+    if name in _METRIC_TITLES:
+        return _METRIC_TITLES[name]
+    base = next((known for known in sorted(_METRIC_TITLES, key=len)[::-1] if name.startswith(f"{known}_")), None)
+    return f"{_METRIC_TITLES[base]}, {name.removeprefix(f'{base}_')}" if base else name
+
+
+def score_title(metrics: tuple[str, ...]) -> str:
+    """Name what a score is made of."""
+    names = [metric_title(name) for name in metrics]
+    return names[0] if len(names) == 1 else f"mean of {' and '.join(names)}"
+
+
+def model_title(source: str | None) -> str:
+    """Shorten a model's source to its last part; a folder's path is nobody's business in a headline."""
+    if not source:
+        return "the teacher"
+    name, comma, rest = source.partition(",")
+    return name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] + comma + rest
+
+
+def plus_minus(value: MeanSd | None, digits: int = 1, unit: str = "") -> str:
+    """Write mean ± sample standard deviation, or the mean alone for one seed."""
+    if value is None:
+        return "–"
+    mean = signed(value.mean, digits, plus=False)
+    return f"{mean}{unit}" if value.sd is None else f"{mean}\u00a0±\u00a0{value.sd:.{digits}f}{unit}"
+
+
+def signed(value: float, digits: int = 1, *, plus: bool = True) -> str:
+    """Write a number with a true minus sign; 0 carries no sign."""
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return f"{MINUS}{text}" if value < 0 else f"+{text}" if plus else text
+
+
+def interval(difference: Difference) -> str:
+    """Write the ends of an interval."""
+    return f"{signed(difference.low)} to {signed(difference.high)}"
+
+
+def interval_cell(difference: Difference) -> str:
+    """Write an interval for a table."""
+    return f"{interval(difference)}{' (one seed: no verdict)' if difference.n_seeds < 2 else ''}"
+
+
+def span(difference: Difference) -> str:
+    """Write an interval and the number of seeds that it speaks of."""
+    level = f"{100 * difference.level:g}% interval"
+    if difference.n_seeds < 2:
+        return f"{level} over rows {interval(difference)}; one seed: no verdict"
+    return f"{level} {interval(difference)}; n = {difference.n_seeds}"
+
+
+def p_value(p: float) -> str:
+    """Write p with two figures."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def count(value: float | None) -> str:
+    """Write a number of parameters: 66.4 M."""
+    if value is None:
+        return "–"
+    for size, unit in ((1e9, "\u00a0B"), (1e6, "\u00a0M"), (1e3, "\u00a0k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}" if abs(value) / size < 100 else f"{value / size:.0f}{unit}"
+    return f"{value:.0f}"
+
+
+def size(value: float | None) -> str:
+    """Write bytes as MB or GB (powers of ten, as disks and the paper do)."""
+    if value is None:
+        return "–"
+    if value >= 1e9:
+        return f"{value / 1e9:.2f}\u00a0GB"
+    return f"{value / 1e6:.1f}\u00a0MB" if value < 1e8 else f"{value / 1e6:.0f}\u00a0MB"
+
+
+def milliseconds(value: float | None) -> str:
+    """Write a latency."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}\u00a0ms" if value < 10 else f"{value:.1f}\u00a0ms" if value < 100 else f"{value:.0f}\u00a0ms"
+
+
+def duration(value: float | None) -> str:
+    """Write seconds, minutes or hours."""
+    if value is None:
+        return "–"
+    if value < 90:
+        return f"{value:.1f}\u00a0s"
+    return f"{value / 60:.1f}\u00a0min" if value < 5400 else f"{value / 3600:.1f}\u00a0h"
+
+
+def over_seeds(value: MeanSd | None, write: Callable[[float | None], str]) -> str:
+    """Write a mean in its unit; the spread of a cost over seeds is in the table of runs."""
+    return "–" if value is None else write(value.mean)
+
+
+def change(before: float, after: float, less: str = "less") -> str:
+    """Say how much smaller or larger one amount is than another; countable things are "fewer"."""
+    share = 100 * (after / before - 1)
+    return f"{abs(share):.0f}% {less if share < 0 else 'more'}"
+
+
+def times(larger: float, smaller: float) -> str:
+    """Write how many times as much one amount is as another."""
+    if not smaller > 0:
+        return "–"
+    ratio = larger / smaller
+    return f"{ratio:.0f}×" if ratio >= 100 else f"{ratio:.1f}×" if ratio >= 0.1 else f"{ratio:.2g}×"
+
+
+def share(value: float | None) -> str:
+    """Write per cent without decimals, but never 100% for what only rounds to it."""
+    if value is None:
+        return "–"
+    return f"{signed(value, 1 if 99.5 <= value < 100 else 0, plus=False)}%"
+
+
+def seeds(number: int) -> str:
+    """Write a number of seeds."""
+    return "one seed" if number == 1 else f"{number} seeds"

@@ -1,1 +1,0 @@
-"""Beyond one experiment: suites of runs, search, labelling; each carried out by an engine that exists."""

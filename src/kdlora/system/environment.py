@@ -1,0 +1,116 @@
+"""What a run was made with: library versions, machine, state of the working tree."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+_PACKAGES = (
+    "kdlora",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scikit-learn",
+    "scipy",
+)
+
+
+def collect_versions() -> dict[str, str]:
+    """Read the installed versions of Python and of the libraries that decide a run's numbers."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_machine() -> dict[str, str]:
+    """Describe processor, cores, memory and system, without the host's name."""
+    return {
+        "cpu": _processor_name(),
+        "cores": str(_usable_cores()),
+        "memory": _memory(),
+        "os": f"{platform.system()} {platform.release()}",
+        "architecture": platform.machine(),
+    }
+
+
+def git_state(folder: str | Path | None = None) -> dict[str, str]:
+    """Read commit and cleanliness of the working tree around a folder."""
+    place = Path(folder) if folder is not None else Path.cwd()
+    found = _git(place, "rev-parse", "--path-format=absolute", "--git-common-dir", "--git-dir", "--show-toplevel")
+    commit = _git(place, "rev-parse", "HEAD")
+    if found is None or commit is None or len(places := found.splitlines()) != 3:
+        return {}
+    changes = _changes(commit, *map(Path, places))
+    return {} if changes is None else {"commit": commit, "dirty": "yes" if changes else "no"}
+
+
+def _changes(commit: str, common: Path, own: Path, tree: Path) -> str | None:
+    """Compare a working tree with its commit, without the repository's settings, which name programs that git runs.
+
+    A repository that came with an archive may hold a monitor, filters or hooks; so git gets an empty one in its place
+    that borrows objects and index.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        bare = Path(place)
+        for name in ("objects", "refs"):
+            (bare / name).mkdir()
+        (bare / "HEAD").write_text(f"{commit}\n", encoding="ascii")
+        borrowed = {
+            "GIT_DIR": place,
+            "GIT_OBJECT_DIRECTORY": str(common / "objects"),
+            "GIT_INDEX_FILE": str(own / "index"),
+            "GIT_WORK_TREE": str(tree),
+        }
+        return _git(tree, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all", **borrowed)
+
+
+def _git(folder: Path, *arguments: str, **environment: str) -> str | None:
+    """Ask git one question; None where git or the repository is missing."""
+    command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+    command += ["-C", str(folder), *arguments]
+    settled = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")} | environment
+    settled |= {"GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False, env=settled)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def _processor_name() -> str:
+    """Read the model name where Linux gives one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    """Count the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> str:
+    """State the machine's memory in GiB."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return "unknown"
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,215 @@
+"""What is ours, and the one place that removes anything: folders with our manifest, names that carry their owner."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from kdlora.errors import ArtifactError
+from kdlora.system.integrity import is_sealed_or_old
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = ".kdlora.json"
+"""Says in a folder that kdlora made it, and for what."""
+SCRATCH = "kdlora-scratch"
+TRACKING = "tracking"
+"""Folder of an experiment for the files of trackers, which make links of their own."""
+_MANIFESTS = (MANIFEST, "kdlora_export.json")
+_SETTINGS = {"experiment": "config.yaml", "suite": "suite.yaml"}
+_OWNER = r"(?P<place>[0-9a-f]{12})-(?P<process>[1-9][0-9]{0,9})-(?P<start>[0-9]{1,19})-[0-9a-f]{8}"
+_OWNED = re.compile(rf"(?:\..+\.tmp|{SCRATCH})-{_OWNER}", re.ASCII | re.DOTALL)
+_FOREIGN_SECONDS = 24 * 3600.0
+"""Age at which what a process of another machine was writing counts as abandoned."""
+
+
+def check_folder(folder: Path, kind: str) -> None:
+    """See that a folder is new, empty, or ours and of this kind; nothing is changed."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; name a folder with --out")
+    if not folder.exists() or all(_is_harmless(entry) for entry in folder.iterdir()):
+        return
+    found = read_manifest(folder)
+    if found is None and not _is_of_an_earlier_version(folder, kind):
+        raise ArtifactError(
+            f"{folder} is not empty and holds no {MANIFEST}, so it is no {kind}'s folder; name another with --out, or "
+            "empty it"
+        )
+    if found is not None and found["kind"] != kind:
+        raise ArtifactError(f"{folder} is the folder of a {found['kind']}, not of a {kind}; name another with --out")
+    if (link := _find_link(folder)) is not None:
+        raise ArtifactError(f"{link} is a link, and kdlora writes through none; put what it names in its place")
+
+
+def claim_folder(folder: Path, kind: str, **about: Any) -> None:
+    """Make a folder ours, so that what we put into it may be replaced and removed."""
+    check_folder(folder, kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    if read_manifest(folder) is None:
+        mark_folder(folder, kind, **about)
+
+
+def mark_folder(folder: Path, kind: str, **about: Any) -> None:
+    """Write the manifest into a folder whose content was looked at."""
+    temporary = temporary_name(folder / MANIFEST)
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            json.dump({"made_by": "kdlora", "kind": kind, **about}, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / MANIFEST)
+    finally:
+        remove(temporary)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Read what a folder of ours says of itself; None where it is not ours."""
+    path = folder / MANIFEST
+    try:
+        content = None if path.is_symlink() else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_ours = isinstance(content, dict) and content.get("made_by") == "kdlora" and isinstance(content.get("kind"), str)
+    return content if is_ours else None
+
+
+def _is_harmless(entry: Path) -> bool:
+    """Say whether an entry is all that a call which came to nothing left in a new folder."""
+    return entry.name == ".lock" or is_ours_by_name(entry)
+
+
+def _is_of_an_earlier_version(folder: Path, kind: str) -> bool:
+    """Say whether a folder without manifest holds a record of ours beside its settings, as kdlora 0.1 left them."""
+    if kind not in _SETTINGS or not (folder / _SETTINGS[kind]).is_file():
+        return False
+    try:
+        record = json.loads(next(folder.glob("runs/**/run.json")).read_text(encoding="utf-8"))
+    except (StopIteration, OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {"schema_version", "arm", "seed"} <= record.keys() and is_sealed_or_old(record)
+
+
+def _find_link(folder: Path) -> Path | None:
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if Path(place, name).is_symlink():
+                return Path(place, name)
+        folders[:] = [name for name in folders if name != TRACKING]
+    return None
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link and not what it names; what is not there is no fault.
+
+    The rule: it has a name of ours with its owner, or it carries our manifest, or it lies below such a folder without
+    a link in between. All that kdlora removes goes through here.
+    """
+    if not os.path.lexists(path):
+        return
+    if not is_ours(path):
+        raise ArtifactError(f"{path} was not made by kdlora and stays; move it away, or name another place")
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        logger.warning("%s could not be removed", path)
+
+
+def is_ours(path: Path) -> bool:
+    """Say whether kdlora may remove something, by the rule of `remove`."""
+    place = path.absolute()
+    if is_ours_by_name(place) or (_carries_manifest(place) and not place.is_symlink()):
+        return True
+    for folder in place.parents:
+        if is_ours_by_name(folder) or _carries_manifest(folder):
+            return True
+        if folder.is_symlink() or folder.name == "..":
+            return False
+    return False
+
+
+def is_ours_by_name(path: Path) -> bool:
+    """Say whether a name is one that only `owned_name` gives."""
+    return bool(_OWNED.fullmatch(path.name))
+
+
+def _carries_manifest(folder: Path) -> bool:
+    files = (folder / name for name in _MANIFESTS)
+    return any(file.is_file() and not file.is_symlink() for file in files)
+
+
+def temporary_name(target: Path) -> Path:
+    """Name a hidden sibling by its process, so that leftovers of dead processes can be told apart."""
+    return target.with_name(f".{target.name}.tmp-{owned_name()}")
+
+
+def owned_name() -> str:
+    """Name this process by place, id and start, with a random end: ids alone are used again."""
+    return f"{_place()}-{os.getpid()}-{_start_of(os.getpid()) or 0}-{secrets.token_hex(4)}"
+
+
+@functools.cache
+def _place() -> str:
+    """Name where a process id means what it means here: the machine, its boot, and the namespace of its processes."""
+    known = [socket.gethostname()]
+    try:
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        known.append(str(Path("/proc/self/ns/pid").readlink()))
+    except OSError:  # not Linux
+        pass
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:12]
+
+
+def is_abandoned(path: Path) -> bool:
+    """Say whether this user's process that made a file or folder is gone, so that nobody will finish it."""
+    found = _OWNED.fullmatch(path.name)
+    try:
+        state = path.lstat()
+    except OSError:
+        return False
+    if found is None or (hasattr(os, "getuid") and state.st_uid != os.getuid()):
+        return False
+    if found["place"] == _place():
+        return not is_alive(int(found["process"]), int(found["start"]))
+    return time.time() - state.st_mtime > _FOREIGN_SECONDS  # of another machine or container, or of an earlier boot
+
+
+def is_alive(process: int, start: int = 0) -> bool:
+    """Say whether a process of this machine still runs."""
+    try:
+        os.kill(process, 0)  # signal 0 asks without sending anything
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return not start or _start_of(process) in (None, start)
+
+
+def _start_of(process: int) -> int | None:
+    """Read when a process started; None where the system does not say."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
+        return int(fields.split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def remove_abandoned(folder: Path, *, deep: bool = True, of: str = "") -> None:
+    """Remove what killed processes were writing in a folder."""
+    for place, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            if name.startswith(f".{of}.tmp-" if of else (".", SCRATCH)) and is_abandoned(Path(place, name)):
+                logger.info("removing %s, left by a process that was killed", Path(place, name))
+                remove(Path(place, name))
+        folders[:] = [name for name in folders if deep and not is_ours_by_name(Path(name))]

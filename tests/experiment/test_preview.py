@@ -1,0 +1,140 @@
+"""What is said before anything trains, and the length at which texts are cut."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from kdlora.cli import experiments as verbs
+from kdlora.configfile import load_config
+from kdlora.data.load import load_splits
+from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment.preview import count_duplicates, count_labels
+from kdlora.experiment.run import plan_experiment, run_experiment
+from kdlora.experiment.settle import choose_max_length
+from tiny import sentiment_rows, write_csv
+
+pytest_plugins = ["experiment_fixtures"]
+
+OPEN = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
+
+
+@pytest.fixture
+def small(workshop, tmp_path):
+    """A config file of one student without a teacher, `max_length` open."""
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(workshop.values({"student": {"train": OPEN}})), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limits", "expected"),
+    [
+        ([[10] * 99 + [500]], [512], 16),
+        ([[17] * 100], [512], 24),
+        ([[40] * 98 + [61, 500]], [512], 64),
+        ([[20] * 100, [33] * 100], [512, 512], 40),
+        ([[300] * 100], [512, 128], 128),
+        ([[3]], [512], 16),
+    ],
+)
+def test_the_longest_input_holds_99_percent_of_the_texts(lengths, limits, expected):
+    """A fixed length cuts long texts in silence, or pads what need not be padded."""
+    assert choose_max_length([np.array(counts) for counts in lengths], limits) == expected
+
+
+def test_dry_run_says_what_would_be_done_and_does_nothing(cli, small, tmp_path):
+    """A day of training on the wrong column is seen at its end; and a look must leave nothing behind."""
+    out = tmp_path / "out"
+    said = cli("run", small, "--dry-run", "--out", out)
+    assert said.code == 0
+    assert not out.exists()
+    lines = dict(line.split(maxsplit=1) for line in said.out.strip().splitlines())
+    assert len(lines) <= 11
+    assert lines["rows"] == "64 train, 40 validation"
+    assert lines["labels"] == "2: negative 32, positive 32 training rows"
+    assert lines["trainings"] == "student-lora 1 × 16 steps"
+    assert "estimate" in lines["time"]
+    facts = json.loads(cli("run", small, "--dry-run", "--json", "--out", out).out)
+    assert facts["steps"] == 16
+    assert facts["rows"] == {"train": 64, "validation": 40}
+    assert facts["lengths"]["student"]["max_length"] == 24
+    assert facts["hours"] > 0
+
+
+def test_the_length_is_chosen_once_and_kept(workshop, tmp_path):
+    """A second call, an export or an arm that reads texts otherwise than the first one measures something else."""
+    layout = ExperimentLayout(tmp_path / "out")
+    config, plans = workshop.config({"student": {"train": OPEN}}), []
+    first = run_experiment(config, layout.root, before=plans.append)
+    chosen = load_config(layout.config).student.train.max_length
+    assert chosen == plans[0].lengths["student"].max_length == 24
+    assert first.records[0].config["student"]["train"]["max_length"] == chosen
+    assert first.records[0].history[-1]["step"] == plans[0].steps
+    assert json.loads(layout.plan.read_text(encoding="utf-8"))["steps"] == plans[0].steps
+
+    earlier = yaml.safe_load(layout.config.read_text(encoding="utf-8"))
+    earlier["student"]["train"]["max_length"] = 48  # every folder of 0.1 names a figure
+    layout.config.write_text(yaml.safe_dump(earlier), encoding="utf-8")
+    more = workshop.config({"student": {"train": OPEN}, "run": {"seeds": [0, 1]}})
+    assert plan_experiment(more, layout.root).lengths["student"].max_length == 48
+    run_experiment(more, layout.root, before=plans.append)
+    assert [(one.arm, one.runs) for one in plans[1].trainings] == [("student-lora", 1)]
+    assert load_config(layout.config).student.train.max_length == 48
+
+
+def test_an_explicit_length_stays_and_the_share_that_it_cuts_is_told(workshop):
+    """What the user set must not be overruled, and 128 tokens of a long review are a part of it."""
+    plan = plan_experiment(workshop.config({"student": {"train": OPEN | {"max_length": 8}}}))
+    assert plan.config.student.train.max_length == 8
+    assert plan.lengths["student"].cut > 0.5
+    assert "8 tokens" in dict(plan.lines())["max_length"]
+
+
+def test_texts_that_occur_twice_are_counted(workshop, tmp_path):
+    """A test text that was trained on is no test; a pair differs from another with the same first text."""
+    rows = [{"text": text, "more": more, "label": label} for text, more, label in _ROWS]
+    train = write_csv(tmp_path / "train.csv", rows)
+    other = write_csv(tmp_path / "other.csv", [*rows[:2], {"text": "new", "more": "x", "label": "a"}])
+    data = {"train": str(train), "validation": str(other)}
+    single = load_splits(*_sections(workshop, data, ["text"]))
+    pairs = load_splits(*_sections(workshop, data, ["text", "more"]))
+    parts = [{"train": splits.train, "validation": splits.validation} for splits in (single, pairs)]
+    assert count_duplicates(parts[0]) == {"train": 1, "validation": 1, "train and validation": 2}
+    assert count_duplicates(parts[1]) == {"train": 0, "validation": 0, "train and validation": 2}
+    assert count_labels(single.task, single.train) == {"a": 2, "b": 1}
+
+
+_ROWS = [("same", "x", "a"), ("same", "y", "b"), ("else", "x", "a")]
+
+
+def _sections(workshop, data, text):
+    config = workshop.config({"data": data, "task": {"text": text, "label": "label"}})
+    return config.task, config.data
+
+
+@pytest.mark.parametrize(("answer", "options", "code", "trained"), [("n", [], 1, False), ("n", ["--yes"], 0, True)])
+def test_a_long_run_asks_where_a_person_can_answer(cli, small, tmp_path, monkeypatch, answer, options, code, trained):
+    """A command that turns out to take a day must not begin unasked; with --yes, or in a script, it does not wait."""
+    monkeypatch.setattr(verbs, "_HOURS_UNASKED", 0.0)
+    monkeypatch.setattr("typer.confirm", lambda *arguments, **options: answer == "y")
+    monkeypatch.setattr(verbs, "_is_answered", lambda: True)
+    done = cli("run", small, "--out", tmp_path / "out", *options)
+    assert done.code == code
+    assert "trainings" in done.err
+    assert (tmp_path / "out" / "results.json").exists() == trained
+
+
+def test_many_labels_are_told_by_most_and_fewest(workshop, tmp_path):
+    """A class with two rows among 77 is what a user has to know beforehand."""
+    rows = sentiment_rows(60)
+    for place, row in enumerate(rows):
+        row["label"] = f"class{min(place, 9)}"
+    data = {
+        "train": str(write_csv(tmp_path / "many.csv", rows)),
+        "validation": str(write_csv(tmp_path / "v.csv", rows)),
+    }
+    said = dict(plan_experiment(workshop.config({"data": data})).lines())
+    assert said["labels"].startswith("10; most rows: class9 51, ")
+    assert said["duplicates"].endswith("60 in train and validation")

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+from markdown_it import MarkdownIt
+
+from kdlora.evidence.stats import Difference
+from kdlora.report.blocks import (
+    Bullets,
+    Cell,
+    Code,
+    Link,
+    Page,
+    Paragraph,
+    Section,
+    Strong,
+    Table,
+    escape,
+    to_markdown,
+)
+from kdlora.report.plots import (
+    Curve,
+    Series,
+    Style,
+    arm_style,
+    differences,
+    learning_curves,
+    padded,
+    score_against_cost,
+    shorten,
+)
+from kdlora.report.wording import (
+    count,
+    duration,
+    metric_title,
+    milliseconds,
+    model_title,
+    p_value,
+    share,
+    signed,
+    size,
+)
+
+NASTY = "<script>&\"'|`*"
+
+
+PARAMETERS = {"title": "t", "cost": "millions", "score": "score", "identity": "i"}
+
+
+def _marks(figure, style: Style) -> list[tuple[float, float]]:
+    """Find the marks in the colour of a style: x and y in pixels, y downwards."""
+    uses = [one for one in ElementTree.fromstring(figure.svg).iter() if one.tag.endswith("use")]
+    paint = f"fill: var(--series-{style.number})"
+    return [(float(one.get("x")), float(one.get("y"))) for one in uses if paint in one.get("style", "")]
+
+
+def _texts(figure) -> list[str]:
+    return ["".join(one.itertext()) for one in ElementTree.fromstring(figure.svg).iter() if one.tag.endswith("text")]
+
+
+def test_limits_of_equal_values_are_not_a_point():
+    """Three seeds with the same score would divide by zero."""
+    low, high = padded([90.0, 90.0])
+    assert low < 90.0 < high
+
+
+@pytest.mark.parametrize("name", [NASTY, "costs $5 or $6_x$", "_hidden", "评论 \U0001f600", "a\x01b\x0c"])
+def test_drawings_show_names_as_they_are(name):
+    """Names come from data and configs: none is a formula, markup, or a reason to leave a series out."""
+    series = [Series(name, Style(0), ((1.0, 80.0),)), Series("other", Style(1), ((2.0, 90.0),))]
+    figure = score_against_cost(series, title=name, cost=name, score="score", identity="i")
+    assert figure is not None
+    shown = [re.sub(r"[\u200a\x01\x0c]", "", text) for text in _texts(figure)]
+    assert shown.count(re.sub(r"[\x01\x0c]", "", " ".join(name.split()))) == 2
+    assert not [one for one in ElementTree.fromstring(figure.svg).iter() if one.tag.endswith("script")]
+
+
+def test_a_drawing_takes_its_colours_from_the_page_and_shares_no_id():
+    """Black on black in dark mode; a mark that is drawn with the shape of another figure's."""
+    series = [Series("a", Style(0), ((1.0, 80.0), (1.1, 82.0))), Series("b", Style(1), ((2.0, 90.0),))]
+    one, again = (score_against_cost(series, **PARAMETERS) for _ in range(2))
+    other = score_against_cost(series, **PARAMETERS | {"identity": "j"})
+    assert one is not None
+    assert other is not None
+    assert one == again, "equal data, equal bytes"
+    assert not re.search(r"#[0-9a-f]{6}\b", one.svg)
+    ids = [set(re.findall(r' id="([^"]+)"', figure.svg)) for figure in (one, other)]
+    assert ids[0] >= {"i-t", "i-d"}
+    assert not ids[0] & ids[1]
+    assert "<desc" in one.svg
+    assert "http" not in one.svg.replace("http://www.w3.org/", "")
+
+
+def test_points_lie_where_their_values_are():
+    """An axis that runs the wrong way still looks like a plot."""
+    series = [
+        Series("low", Style(0), ((1e6, 80.0),)),
+        Series("high", Style(1), ((9e6, 90.0), (9e6, 92.0))),
+    ]
+    figure = score_against_cost(series, **PARAMETERS, scale=1e6)
+    assert figure is not None
+    low, high = (min(_marks(figure, Style(number)), key=lambda place: place[1]) for number in (0, 1))
+    in_legend = [min(_marks(figure, Style(number)))[1] for number in (0, 1)]
+    assert max(in_legend) < 60
+    low, high = ([place for place in _marks(figure, Style(number)) if place[1] > 60] for number in (0, 1))
+    assert max(low)[0] < min(high)[0]
+    assert min(y for _, y in low) > max(y for _, y in high)
+    assert "low 80.00 at 1; high 91.00 at 9" in figure.description
+    assert score_against_cost([], **PARAMETERS) is None
+
+
+def test_wide_ranges_of_cost_get_a_logarithmic_axis_and_zero_does_not():
+    """4 million and 400 million parameters on a linear axis put all small models on one spot; log of 0 fails."""
+    wide, zero = (
+        score_against_cost([Series("a", Style(0), ((cost, 80.0), (4e8, 90.0)))], **PARAMETERS) for cost in (4e6, 0.0)
+    )
+    assert wide is not None
+    assert zero is not None
+    assert "logarithmic" in wide.caption
+    assert "logarithmic" not in zero.caption
+
+
+def test_curves_average_the_seeds_that_reached_an_epoch():
+    """A seed that stopped early must not pull the last epochs down to zero."""
+    curve = Curve("KD-LoRA", arm_style("kd-lora"), (((1.0, 0.5), (2.0, 0.4)), ((1.0, 0.7),)))
+    figure = learning_curves([curve], title="t", value="loss", identity="i")
+    assert figure is not None
+    assert "KD-LoRA ends at 0.4" in figure.description
+    assert "Bands" in figure.caption
+    assert learning_curves([Curve("x", arm_style("lora"), ())], title="t", value="loss", identity="i") is None
+    assert learning_curves([Curve("x", arm_style("lora"), ((),))], title="t", value="loss", identity="i") is None
+
+
+def test_a_single_constant_point_is_drawn():
+    """One epoch with loss 0 has no range on either axis."""
+    style = arm_style("new-arm")
+    figure = learning_curves([Curve("x", style, (((1.0, 0.0),),))], title="t", value="loss", identity="i")
+    assert figure is not None
+    assert len(_marks(figure, style)) == 2, "one in the plot, one in the legend"
+
+
+def test_intervals_are_drawn_from_low_to_high():
+    """A bar of the wrong length beside the right numbers."""
+    one = Difference(1.0, -1.0, 4.0, 0.2, 100, 3, 1000, 0.95)
+    figure = differences([("A − B", one)], title="t", identity="i")
+    assert figure is not None
+    lines = [
+        [float(number) for number in re.findall(r"-?[\d.]+", path)]
+        for path, style in re.findall(r'<path d="([^"]*)"[^>]*?style="([^"]*)"', figure.svg)
+        if "stroke-dasharray" in style or "var(--series-2)" in style
+    ]
+    (zero,) = (line[0] for line in lines if line[0] == line[2])
+    ((left, _, right, _),) = (line for line in lines if line[0] != line[2])
+    assert left < zero < right
+    assert (right - zero) == pytest.approx(4 * (zero - left), rel=0.01)
+    assert "+1.0 [−1.0 to +4.0]" in _texts(figure)
+    assert differences([], title="t", identity="i") is None
+
+
+def test_figures_are_written_as_people_read_them():
+    """−0.0, 1e+06 and 66362880 in a headline."""
+    plain = {"\u00a0": " "}
+    written = [count(66_362_880), count(110_000_000), count(147_456), count(1_234_000_000), count(7), count(None)]
+    assert [text.translate(str.maketrans(plain)) for text in written] == [
+        "66.4 M",
+        "110 M",
+        "147 k",
+        "1.23 B",
+        "7",
+        "–",
+    ]
+    assert [signed(-0.04), signed(0.04), signed(-1.25, 2), signed(3)] == ["0.0", "0.0", "−1.25", "+3.0"]
+    assert [size(2.5e9), size(1.5e6), size(None)] == ["2.50\u00a0GB", "1.5\u00a0MB", "–"]
+    assert [milliseconds(3.14159), milliseconds(31.4), milliseconds(314.2)] == [
+        "3.14\u00a0ms",
+        "31.4\u00a0ms",
+        "314\u00a0ms",
+    ]
+    assert [duration(3), duration(600), duration(7200)] == ["3.0\u00a0s", "10.0\u00a0min", "2.0\u00a0h"]
+    assert [p_value(0.0002), p_value(0.0123), p_value(0.5)] == ["< 0.001", "0.012", "0.50"]
+    assert [share(99.9), share(100), share(98.6), share(-12.2), share(None)] == ["99.9%", "100%", "99%", "−12%", "–"]
+    assert metric_title("accuracy_matched") == "accuracy, matched"
+    assert metric_title("macro_f1_x") == "macro F1, x"
+    assert shorten("a  long\nname", 7) == "a long…"
+
+
+def test_a_models_folder_is_not_shown_in_the_headline():
+    """The report travels; the user's home folder need not."""
+    assert model_title("/home/me/models/minilm-l6/") == "minilm-l6"
+    assert model_title("C:\\models\\minilm") == "minilm"
+    assert (
+        model_title("sentence-transformers/all-MiniLM-L6-v2, layers [0, 2, 4]") == "all-MiniLM-L6-v2, layers [0, 2, 4]"
+    )
+    assert model_title(None) == "the teacher"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        NASTY,
+        "# heading",
+        "1. item",
+        "- item",
+        "+ item",
+        "a|b",
+        "line\nbreak\r\n\x00",
+        "[x](y)",
+        "![x](y)",
+        "$x$",
+        "~~x~~",
+        "\\",
+        "a_b_c",
+        "=====",
+        "&lt;",
+    ],
+)
+def test_markdown_shows_text_as_it_is(text):
+    """Rendered again, escaped text has to give back the text and nothing else."""
+    tokens = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(escape(text))
+    assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
+    children = tokens[1].children or []
+    assert {child.type for child in children} <= {"text", "text_special"}
+    shown = "".join(child.content for child in children)
+    assert shown.split() == text.replace("\x00", " ").split()
+
+
+def test_every_block_has_its_markdown():
+    """A block that renders to nothing is lost evidence."""
+    table = Table(
+        "caption", ("", "a"), ((Cell("x|y"), Cell("1", (Link("0", "p"), Link("1", "q")))),), frozenset({1}), note="note"
+    )
+    blocks = (Paragraph(("a ", Strong("b"), " c"), "warning"), Bullets((("one",),)), table, Code("Config", "```\nx"))
+    page = Page("T", "origin", ("lead",), (Section("S", "s", blocks),), "foot")
+    text = to_markdown(page)
+    for piece in ("# T", "\nlead\n", '<a id="s"></a>', "## S", "> a **b** c", "- one", "**caption**", "| --- | ---: |"):
+        assert piece in text
+    assert "| x\\|y | 1 [0](p) [1](q) |" in text
+    assert "\n````\n```\nx\n````" in text
+    assert text.endswith("origin. foot\n")

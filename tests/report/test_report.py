@@ -1,0 +1,536 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+
+import fabricate
+from fabricate import ARMS, BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, make_experiment
+from kdlora.data.tasks import Task
+from kdlora.errors import ArtifactError
+from kdlora.evidence.predictions import read_predictions, write_predictions
+from kdlora.evidence.records import read_record, write_record
+from kdlora.report.report import Report, make_report
+from kdlora.system.integrity import seal
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "a|b\nc",
+    "../../x",
+    '"><img src=x onerror=alert(2)>',
+    "`*_[x](javascript:alert(3))",
+)
+
+
+def _report(folder: Path) -> Report:
+    return make_report([folder], draws=200)
+
+
+def _opening(report: Report) -> str:
+    """The first sentence of the Markdown, its emphasis removed."""
+    return report.markdown.split("\n\n")[1].replace("**", "").replace("\u00a0", " ")
+
+
+def _plain(html: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", html)).replace("\u00a0", " ")
+
+
+class _Checker(HTMLParser):
+    """Collects elements, links and ids, and checks that tags are closed in order."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "hr"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def _check(html: str) -> _Checker:
+    checker = _Checker()
+    checker.feed(html)
+    assert checker.open == []
+    return checker
+
+
+def test_it_opens_with_the_answer_in_one_sentence(tmp_path):
+    """A reader who stops after the first line must know whether the student is good enough."""
+    report = _report(make_experiment(tmp_path / "reviews").root)
+    opening = _opening(report)
+    pattern = (
+        r"The distilled student \(kd-lora\) was shipped: on validation it is better than the student without a teacher "
+        r"\(student-lora\) by \d\.\d points \(95% interval \+\d\.\d to \+\d\.\d; n = 3\)\. "
+        r"It keeps \d+\.\d ± \d\.\d% of bert-base-uncased’s score \(\d+\.\d ± \d\.\d of \d+\.\d ± \d\.\d; "
+        r"accuracy on validation, 3 seeds\) with 39% fewer parameters and \d+% less time per text; distillation adds "
+        r"\+\d\.\d points over the same student without a teacher \(95% interval \+\d\.\d to \+\d\.\d; n = 3\)\."
+    )
+    assert re.fullmatch(pattern, opening)
+    assert opening in _plain(report.html)
+    assert report.paths == (tmp_path / "reviews" / "report.md", tmp_path / "reviews" / "report.html")
+    assert report.paths[0].read_text(encoding="utf-8") == report.markdown
+
+
+def test_the_answer_is_computed_from_the_records(tmp_path):
+    """A sentence with the wrong arm's figure would still read well."""
+    layout = make_experiment(tmp_path / "reviews")
+    scores = {arm: [read_record(layout.run(arm, seed).record).score for seed in range(3)] for arm in ARMS}
+    mean = {arm: sum(values) / 3 for arm, values in scores.items()}
+    opening = _opening(_report(layout.root))
+    assert f"({mean['kd-lora']:.1f} ± " in opening
+    assert f" of {mean['fft']:.1f} ± " in opening
+    kept = sum(100 * score / mean["fft"] for score in scores["kd-lora"]) / 3
+    assert f"It keeps {kept:.1f} ± " in opening
+    assert f"distillation adds +{mean['kd-lora'] - mean['student-lora']:.1f} points" in opening
+
+
+def test_a_teacher_below_its_student_is_called_out(tmp_path, monkeypatch):
+    """A share of 105% reads like success; it is a teacher that nobody trained to its end."""
+    monkeypatch.setitem(fabricate._NOISE, "fft", 0.8)
+    make_experiment(tmp_path / "weak")
+    report = make_report([tmp_path / "weak"], draws=20)
+    assert "It may be half trained" in report.html
+    said = r"; n = 3\); on validation the teacher is \d\d\.\d points below kd-lora: it needs longer training, see docs"
+    assert re.search(said, _opening(report))
+    assert re.search(r"It scores \d\d\.\d ± \d\.\d against \d\d\.\d ± \d\.\d of bert-base", _opening(report))  # no 105%
+    monkeypatch.undo()
+    make_experiment(tmp_path / "sound")
+    report = make_report([tmp_path / "sound"], draws=20)
+    assert "half trained" not in report.html
+    assert "below" not in _opening(report)
+
+
+def test_one_seed_gives_no_verdict(tmp_path):
+    """A single seed must not look like evidence."""
+    opening = _opening(_report(make_experiment(tmp_path / "reviews", seeds=(0,)).root))
+    assert re.search(
+        r"distillation makes a difference of \+\d\.\d points .*95% interval over rows .*; one seed: no v", opening
+    )
+    assert not re.search("±| adds | costs | better ", opening)
+
+
+def test_a_better_student_without_a_teacher_ships_and_opens_the_report(tmp_path, monkeypatch):
+    """A report that opens with what the distilled student keeps hides that it is the worst of the arms."""
+    monkeypatch.setitem(fabricate._NOISE, "student-lora", 0.40)
+    monkeypatch.setitem(fabricate._NOISE, "kd-lora", 0.6)
+    opening = _opening(_report(make_experiment(tmp_path / "reviews", arms=(*ARMS, "kd-fft"), rows=800).root))
+    pattern = (
+        r"The student without a teacher \(student-lora\) was shipped: on validation it is better than the distilled "
+        r"student \(kd-fft\) by \d\.\d points \(95% interval \+\d\.\d to \+\d\.\d; n = 3\).*"
+        r"distillation costs \d+\.\d points"
+    )
+    assert re.match(pattern, opening)
+
+
+def test_an_arm_that_is_neither_teacher_nor_student_is_shown_and_never_shipped(tmp_path, monkeypatch):
+    """A bag of words may score best; it is no model that `student/` could hold."""
+    monkeypatch.setitem(fabricate._NOISE, "words", 0.1)
+    layout = make_experiment(tmp_path / "reviews", arms=(*ARMS, "words"), failed=[("words", 1), ("words", 2)])
+    report = _report(layout.root)
+    assert _opening(report).startswith("The distilled student (kd-lora) was shipped")
+    row = next(line for line in report.markdown.splitlines() if line.startswith("| KD-LoRA − bag of words"))
+    assert row.split("|")[-2].strip() == "3"  # one baseline beside every seed
+
+
+@pytest.mark.parametrize(
+    ("arms", "expected"),
+    [
+        (("fft", "kd-lora"), "what distillation adds is not known, for lack of a student without a teacher"),
+        (("kd-lora", "student-lora"), "accuracy on validation, 3 seeds; its teacher’s own score is not available)"),
+        (("fft", "student-lora"), "no distilled student was run beside it"),
+        (("student-fft",), "it is the only student with a score. It scores"),
+        (("fft", "lora"), "There is no answer yet: no student run of reviews has finished (the teacher scores"),
+    ],
+)
+def test_missing_arms_are_said_to_be_missing(tmp_path, arms, expected):
+    """A figure made from nothing, or a crash at the end of a long experiment."""
+    report = _report(make_experiment(tmp_path / "reviews", arms=arms).root)
+    assert expected in _opening(report)
+    _check(report.html)
+
+
+def test_a_failed_run_is_shown_as_failed_and_left_out_of_the_means(tmp_path):
+    """A mean over the seeds that survived must say that some did not."""
+    layout = make_experiment(tmp_path / "reviews", failed=[("kd-lora", 1), ("lora", 0), ("lora", 1), ("lora", 2)])
+    report = _report(layout.root)
+    assert "accuracy on validation, 2 seeds" in _opening(report)
+    text = _plain(report.html)
+    assert "KD-LoRA, seed 1 failed: ChildDiedError: the process that ran this was killed by SIGKILL" in text
+    row = next(line for line in report.markdown.splitlines() if line.startswith("| **score, here**"))
+    assert "failed" in row.split("|")[3]
+
+
+def test_an_unfinished_run_is_not_called_failed(tmp_path):
+    """A report that is made while the experiment runs."""
+    layout = make_experiment(tmp_path / "reviews")
+    place = layout.run("student-lora", 2)
+    write_record(place.record, read_record(place.record).model_copy(update={"status": "running", "score": None}))
+    assert "student LoRA, seed 2 has not finished; the same command continues it" in _plain(_report(layout.root).html)
+
+
+def test_no_gain_is_not_called_a_gain(tmp_path):
+    """An interval around zero must not be sold as an improvement."""
+    layout = make_experiment(tmp_path / "reviews", rows=60)
+    for seed in range(3):
+        shutil.copy(layout.run("kd-lora", seed).predictions, layout.run("student-lora", seed).predictions)
+    opening = _opening(_report(layout.root))
+    assert "distillation makes a difference of 0.0 points" in opening
+    assert "it includes zero, so no gain is shown" in opening
+
+
+def test_a_loss_by_distillation_is_said(tmp_path):
+    """transformers#1992: the distilled model was worse, and nobody noticed."""
+    layout = make_experiment(tmp_path / "reviews")
+    for seed in range(3):
+        one, other = (layout.run(arm, seed) for arm in ("kd-lora", "student-lora"))
+        predictions = [place.predictions.read_bytes() for place in (other, one)]
+        records = [read_record(place.record) for place in (other, one)]
+        for place, content, record in zip((one, other), predictions, records, strict=True):
+            place.predictions.write_bytes(content)
+            write_record(place.record, record.model_copy(update={"arm": place.root.name.removesuffix(f"-seed{seed}")}))
+    assert re.search(r"distillation costs \d\.\d points", _opening(_report(layout.root)))
+
+
+def test_the_test_split_takes_the_headline(tmp_path):
+    """A score that was selected on must not be the headline where a clean one exists."""
+    report = _report(make_experiment(tmp_path / "reviews", test_split=True).root)
+    assert "accuracy on test, 3 seeds" in _opening(report)
+    assert "Scores are on the test split" in report.html
+    assert "| 200 |" in report.markdown  # the differences are drawn from the 200 test rows
+    other = _report(make_experiment(tmp_path / "other").root)
+    assert "There is no test split" in other.html
+
+
+def test_the_papers_tables_stand_beside_ours(tmp_path):
+    """A figure of the paper in the wrong column would be believed."""
+    layout = make_experiment(tmp_path / "mrpc", task=PAIRS)
+    assert "Less inference time" not in _report(layout.root).markdown  # its claims are shown on demand
+    layout.config.write_text("data: {path: glue}\nfamily: bert\nreport: {paper: true}\n")
+    report = _report(layout.root)
+    rows = [line.split(" | ") for line in report.markdown.splitlines() if line.startswith("|")]
+    assert ["| paper, BERT", "89.0", "89.2", "88.3", "– |"] in rows
+    assert ["| paper, DeBERTaV3", "91.9", "90.9", "90.7", "– |"] in rows
+    costs = next(row for row in rows if row[:2] == ["| paper, distilbert-base-uncased", "KD-LoRA"])
+    assert [cell.replace("\u00a0", " ") for cell in costs[2:8]] == ["1.2 M", "–", "–", "66 M", "296.8 MB", "5.36 s"]
+    claim = next(row for row in rows if row[0] == "| Less inference time than full fine-tuning")
+    assert claim[2:] == ["30%", "12%", "38%", "28% |"]
+    assert "The paper has no figures for this task" in _report(make_experiment(tmp_path / "own").root).markdown
+
+
+def test_mnli_shows_both_groups(tmp_path):
+    """One of the two accuracies alone is not MNLI's score."""
+    markdown = _report(make_experiment(tmp_path / "mnli", task=MNLI).root).markdown
+    assert "| accuracy, matched (%) |" in markdown
+    assert "| paper, BERT, mismatched | 84.9 | 83.9 | 82.4 |" in markdown
+    assert "| paper, BERT | 84.7 | 83.7 | 82.2 |" in markdown
+
+
+@pytest.mark.parametrize(
+    ("task", "titles"),
+    [
+        (BINARY, ("Confusion matrix of KD-LoRA", "Calibration")),
+        (TOPICS, ("Confusion matrix of KD-LoRA", "Calibration")),
+        (SIMILARITY, ("Predictions of KD-LoRA against labels", "Residuals of KD-LoRA")),
+        (TAGS, ("Each label under KD-LoRA", "Calibration")),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Task) else "",
+)
+def test_every_kind_of_task_has_its_plots(tmp_path, task, titles):
+    """A plot that silently disappears for one kind of task."""
+    report = _report(make_experiment(tmp_path / "e", task=task).root)
+    always = ("Score against parameters", "Score against latency", "Validation score", "Loss terms of the students")
+    for title in (*always, *titles, "Differences with their intervals"):
+        assert title in report.html
+    checker = _check(report.html)
+    drawings = [one for one in checker.all("svg") if one.get("role") == "img"]
+    assert len(drawings) >= 6
+    ids = [attributes["id"] for _, attributes in checker.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    for one in drawings:
+        assert set((one["aria-labelledby"] or "").split()) <= set(ids)
+
+
+def test_many_labels_are_listed_by_confusion(tmp_path):
+    """A matrix of 30 labels cannot be read."""
+    names = tuple(f"intent {number}" for number in range(30))
+    task = Task("single-label", ("text",), ("label",), names, ("accuracy",))
+    html = _report(make_experiment(tmp_path / "e", task=task).root).html
+    assert "Most frequent confusions of KD-LoRA" in html
+    assert "Confusion matrix" not in html
+
+
+def test_links_lead_to_the_records(tmp_path):
+    """A figure that cannot be traced to its run is a claim."""
+    layout = make_experiment(tmp_path / "a folder, with #signs?")
+    report = make_report([layout.root], out=tmp_path / "elsewhere", draws=200)
+    checker = _check(report.html)
+    links = [one["href"] or "" for one in checker.all("a")]
+    files = [link for link in links if not link.startswith("#")]
+    assert {Path(unquote(link)).name for link in files} == {"run.json"}
+    for link in files:
+        assert (tmp_path / "elsewhere" / unquote(link)).resolve().is_file()
+    ids = {attributes.get("id") for _, attributes in checker.tags}
+    assert {link[1:] for link in links if link.startswith("#")} <= ids
+    in_markdown = re.findall(r"\]\(([^)#]+)\)", report.markdown)
+    assert {unquote(link) for link in in_markdown} == {unquote(link) for link in files}
+
+
+def test_text_from_outside_is_escaped_in_html(tmp_path):
+    """A label named <script> would run in the browser of whoever opens the report."""
+    task = Task("single-label", HOSTILE[:1], HOSTILE[1:2], HOSTILE, ("accuracy",))
+    layout = make_experiment(tmp_path / "e", task=task, texts=HOSTILE, failed=[("lora", 0)])
+    for run in layout.runs.iterdir():
+        content = json.loads((run / "run.json").read_text())
+        content |= {"experiment": HOSTILE[0], "notes": list(HOSTILE), "config": {HOSTILE[3]: HOSTILE[4]}}
+        content |= {"model": HOSTILE[3], "teacher_model": HOSTILE[0], "machine": {"cpu": HOSTILE[3]}}
+        content |= {"error": HOSTILE[0]} if content["status"] == "failed" else {}
+        (run / "run.json").write_text(json.dumps(seal(content)))
+    checker = _check(_report(layout.root).html)
+    assert {tag for tag, _ in checker.tags}.isdisjoint({"img", "iframe", "object", "base", "form"})
+    assert len(checker.all("script")) == 1, "the page's own, and the only one that its policy lets run"
+    for _, attributes in checker.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        assert not (attributes.get("href") or "").lower().startswith("javascript")
+
+
+def test_text_from_outside_is_escaped_in_markdown(tmp_path):
+    """A label with a bar or a line break would tear the table apart; a text would become a link."""
+    task = Task("multi-label", ("text",), ("tags",), HOSTILE, ("micro_f1",))
+    layout = make_experiment(tmp_path / "e", task=task, texts=[*HOSTILE, "# no heading", "1. no list", "- no item"])
+    report = _report(layout.root)
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(report.markdown)
+    inline = [child for token in tokens for child in token.children or []]
+    html = "".join(token.content for token in [*tokens, *inline] if token.type.startswith("html"))
+    assert re.sub(r'<a id="e1[a-z-]*">|</a>', "", html).strip() == ""
+    hrefs = [str(child.attrGet("href")) for child in inline if child.type == "link_open"]
+    assert hrefs
+    assert all(href.startswith("#") or href.endswith("run.json") for href in hrefs)
+    headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
+    assert headings
+    assert "no heading" not in headings
+    for line in report.markdown.splitlines():
+        if line.startswith("| "):
+            assert len(re.split(r"(?<!\\)\|", line)) in (2 + 5, 2 + 6, 2 + 10, 2 + 11)
+
+
+def test_it_needs_no_network_and_is_small(tmp_path):
+    """A report that loads a font or a script from elsewhere fails on the train, and tells where it is read."""
+    html = _report(make_experiment(tmp_path / "e", task=SIMILARITY, rows=3000).root).html
+    assert len(html.encode()) < 3_000_000
+    checker = _check(html)
+    outside = [
+        value
+        for tag, attributes in checker.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "data", "srcset") and tag != "a" and not (value or "").startswith("data:")
+    ]
+    assert outside == []
+    assert "@import" not in html
+    assert not re.search(r"url\((?!data:|#)", html)
+
+
+def test_tables_and_headings_are_accessible(tmp_path):
+    """A screen reader needs scopes, captions and headings without gaps."""
+    checker = _check(_report(make_experiment(tmp_path / "e").root).html)
+    assert all(one.get("scope") in ("col", "row") for one in checker.all("th"))
+    assert len(checker.all("caption")) == len(checker.all("table"))
+    levels = [int(tag[1]) for tag, _ in checker.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert checker.all("html")[0]["lang"] == "en"
+    assert checker.all("meta")[1]["name"] == "viewport"
+
+
+def test_missing_and_damaged_predictions_cost_their_parts_only(tmp_path):
+    """One lost file must not lose the report, and must not go unnoticed."""
+    layout = make_experiment(tmp_path / "reviews")
+    layout.run("kd-lora", 1).predictions.unlink()
+    layout.run("fft", 0).predictions.write_bytes(b"PAR1 broken")
+    report = _report(layout.root)
+    text = _plain(report.html)
+    assert "kd-lora, seed 1: predictions.parquet is missing. The parts that need them leave that run out." in text
+    assert "fft, seed 0: its predictions cannot be read" in text
+    assert "accuracy on validation, 3 seeds" in _opening(report)
+    assert "95% interval" in _opening(report)
+    for arm in ARMS:
+        for seed in range(3):
+            layout.run(arm, seed).predictions.unlink(missing_ok=True)
+    layout.examples.unlink()
+    bare = _report(layout.root)
+    assert "(not paired: predictions are missing)" in _opening(bare)
+    assert "No predictions were kept" in bare.html
+    assert "There are no examples to show" in bare.html
+
+
+def test_results_alone_make_a_report(tmp_path):
+    """Someone may keep results.json and throw the runs away."""
+    layout = make_experiment(tmp_path / "reviews")
+    shutil.rmtree(layout.runs)
+    report = _report(layout.root)
+    assert "It keeps" in _opening(report)
+    assert "only results.json was kept" in report.html
+    assert '"results.json"' in report.html
+
+
+def test_disagreements_show_opposite_decisions_first(tmp_path):
+    """A list that starts with mere differences in confidence wastes the reader's time."""
+    html = _report(make_experiment(tmp_path / "e").root).html
+    first = html[html.index('class="quotations"') :].split("</li>")[0]
+    facts = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", first)
+    assert [name for name, _ in facts] == ["id", "label", "teacher", "student, mean of 3 seeds"]
+    assert facts[2][1].split(",")[0] != facts[3][1].split(",")[0]
+
+
+def test_several_experiments_stand_in_one_table(tmp_path):
+    """Experiments of different tasks get sections of their own, never a common confusion matrix."""
+    tasks = {"mrpc": PAIRS, "stsb": SIMILARITY}
+    folders = [make_experiment(tmp_path / name, task=task).root for name, task in tasks.items()]
+    report = make_report(folders, draws=200)
+    assert report.paths[1] == tmp_path / "report.html"
+    assert "On average over the experiments, the student keeps" in _opening(report)
+    checker = _check(report.html)
+    ids = [attributes["id"] for _, attributes in checker.tags if attributes.get("id")]
+    assert {"e1", "e2", "e1-runs", "e2-runs"} <= set(ids)
+    assert len(ids) == len(set(ids))
+    assert "| paper, BERT, same tasks | 89.2 | 89.1 | 88.5 |" in report.markdown
+
+
+def test_runs_of_different_tasks_in_one_folder_are_kept_apart(tmp_path):
+    """Accuracy and Pearson would be averaged into one figure."""
+    layout = make_experiment(tmp_path / "mixed", task=PAIRS)
+    other = make_experiment(tmp_path / "other", task=SIMILARITY, experiment="mixed")
+    for run in other.runs.iterdir():
+        shutil.copytree(run, layout.runs / f"{run.name}-stsb")
+    report = _report(layout.root)
+    assert "mixed: mrpc" in report.html
+    assert "mixed: stsb" in report.html
+    _check(report.html)
+
+
+def test_same_names_are_told_apart(tmp_path):
+    """Two experiments called mrpc would be one section."""
+    folders = [make_experiment(tmp_path / name, experiment="mrpc", seeds=(0,)).root for name in ("one", "two")]
+    report = make_report(folders, draws=100)
+    assert "mrpc (one, 1)" in report.html
+    assert "mrpc (two, 2)" in report.html
+    once = make_report([folders[0], folders[0]], draws=100)
+    assert "mrpc (one" not in once.html
+
+
+def test_a_score_of_zero_is_no_base_of_a_share(tmp_path):
+    """A teacher with Matthews 0 would give a share of infinity or of nonsense."""
+    layout = make_experiment(tmp_path / "e")
+    for seed in range(3):
+        place = layout.run("fft", seed).record
+        write_record(place, read_record(place).model_copy(update={"score": 0.0}))
+    assert re.search(r"It scores \d+\.\d ± \d\.\d against 0\.0 ± 0\.0 of", _opening(_report(layout.root)))
+
+
+def test_a_student_that_always_says_the_same_is_named(tmp_path):
+    """69% accuracy on CoLA is what the most frequent label gets."""
+    layout = make_experiment(tmp_path / "e")
+    assert "predicts the same for every example" not in _report(layout.root).html
+    path = layout.run("kd-lora", 1).predictions
+    write_predictions(path, replace(read_predictions(path), logits=np.tile(np.float32([0.0, 1.0]), (400, 1))))
+    assert "KD-LoRA (seed 1) predicts the same for every example" in _plain(_report(layout.root).html)
+
+
+def test_a_record_without_costs_leaves_dashes(tmp_path):
+    """0 bytes and 0 ms would be the best model of all."""
+    layout = make_experiment(tmp_path / "e")
+    bare = dict.fromkeys(("peak_memory_bytes", "total_parameters", "size_bytes", "train_seconds"))
+    for run in layout.runs.iterdir():
+        record = read_record(run / "run.json")
+        write_record(run / "run.json", record.model_copy(update=bare | {"latency": [], "history": []}))
+    report = _report(layout.root)
+    assert "parameters" not in _opening(report)
+    assert "Score against" not in report.html
+    assert "Training memory" not in report.html
+    _check(report.html)
+
+
+def test_one_epoch_and_strange_histories_are_drawn(tmp_path):
+    """A diverged run records null; one epoch is a point, not a line of no length."""
+    layout = make_experiment(tmp_path / "e", seeds=(0,))
+    for arm in ARMS:
+        place = layout.run(arm, 0).record
+        history = [{"epoch": 1.0, "score": 80.0, "hard_loss": None, "loss": "x"}, {"step": 3}]
+        write_record(place, read_record(place).model_copy(update={"history": history}))
+    report = _report(layout.root)
+    assert "Validation score" in report.html
+    assert "Loss terms" not in report.html
+    assert "nan" not in report.html.lower().replace("finance", "")
+
+
+@pytest.mark.parametrize("content", ["", '{"runs": []}'])
+def test_a_folder_without_records_is_refused(tmp_path, content):
+    """An empty report would look like an experiment without results."""
+    with pytest.raises(ArtifactError, match="there is no such folder"):
+        make_report([tmp_path / "missing"])
+    with pytest.raises(ArtifactError, match="at least one experiment folder"):
+        make_report([])
+    if content:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"expected the folder of an experiment.*found no record"):
+        make_report([tmp_path])
+
+
+def test_old_and_truncated_records_are_refused_by_name(tmp_path):
+    """A report that leaves a damaged run out silently would show other means."""
+    layout = make_experiment(tmp_path / "e")
+    path = layout.run("lora", 1).record
+    whole = path.read_text()
+    path.write_text(whole[:200])
+    with pytest.raises(ArtifactError, match=r"lora-seed1/run\.json.*cut off"):
+        make_report([layout.root])
+    path.write_text(whole.replace('"schema_version": 1', '"schema_version": 0'))
+    with pytest.raises(ArtifactError, match=r"lora-seed1/run\.json.*older kdlora"):
+        make_report([layout.root])
+    path.write_text(json.dumps(seal(json.loads(whole.replace('"kind": "single-label"', '"kind": "tokens"')))))
+    with pytest.raises(ArtifactError, match=r"lora-seed1/run\.json.*kind 'tokens'"):
+        make_report([layout.root])
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    """The reports' own error must not be swallowed, and the old report must survive."""
+    layout = make_experiment(tmp_path / "e", seeds=(0,))
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match="file"):
+        make_report([layout.root], out=tmp_path / "file", draws=100)
+
+
+def test_the_report_does_not_load_torch(tmp_path):
+    """Importing torch takes longer than the whole report."""
+    import subprocess
+    import sys
+
+    layout = make_experiment(tmp_path / "e", seeds=(0,))
+    code = (
+        "import sys; from kdlora.report.report import make_report\n"
+        f"make_report([{str(layout.root)!r}], draws=100)\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'peft') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,249 @@
+"""The part of the report on what was shipped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from fabricate import make_experiment, ship
+from kdlora.deploy.folder import EXPORT_RECORD
+from kdlora.errors import ArtifactError
+from kdlora.evidence.records import ExperimentLayout
+from kdlora.report.report import Report, make_report
+from kdlora.report.shipped import (
+    BenchmarkResult,
+    Calibration,
+    Export,
+    ModelFigures,
+    Parity,
+    read_figures,
+    read_shipped,
+)
+from kdlora.report.wording import times
+from kdlora.system.storage import write_json_atomic
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> ExperimentLayout:
+    return make_experiment(tmp_path / "reviews", arms=("fft", "kd-lora"), seeds=(0,), rows=40)
+
+
+def _report(layout: ExperimentLayout) -> Report:
+    return make_report([layout.root], draws=50)
+
+
+def _row(report: Report, start: str) -> list[str]:
+    line = next(line for line in report.markdown.splitlines() if line.startswith(f"| [{start}]"))
+    return [cell.strip().replace("\u00a0", " ") for cell in line.strip("|").split("|")]
+
+
+def _change(path: Path, **changes: object) -> None:
+    write_json_atomic(path, json.loads(path.read_text(encoding="utf-8")) | changes)
+
+
+def test_each_model_stands_beside_the_teacher(layout):
+    """A speed-up that is upside down, or taken against the student, still looks like a speed-up."""
+    ship(layout)
+    report = _report(layout)
+    row = _row(report, "student, int8")[1:]
+    assert row[:5] == ["ONNX Runtime", "int8", "3.20 ms", "4.16 ms", "28.8×"]
+    assert row[5:] == ["640", "32", "30.5×", "0.27 s", "61.0 MB", "23.0 MB", "91.05"]
+    assert _row(report, "teacher")[5] == "1.0×"
+    assert "1,043 texts of the validation split, 3 rounds, 2 threads for each model, Intel Xeon, 2 cores" in report.html
+    assert 'href="benchmark.json"' in report.html
+
+
+def test_the_int8_file_is_among_the_key_figures(layout):
+    """The figures of the file that goes into production are what a reader came for."""
+    ship(layout)
+    text = _report(layout).markdown.replace("\u00a0", " ")
+    assert "- int8 file: time per text: **3.20 ms** (28.8× as fast as the teacher (92.0 ms))" in text
+    assert "- int8 file: throughput: **640 texts/s** (30.5× the teacher’s 21 texts/s)" in text
+    assert "- int8 file: size: **23.0 MB** (5.3% of the teacher’s 438 MB)" in text
+    assert "- int8 file: score: **91.05** (teacher 92.40, student 91.20, student, ONNX 91.20)" in text
+
+
+def test_without_a_teacher_nothing_is_said_of_one(layout):
+    """A teacher given as a table cannot be measured; the student's speed-up over itself is no news."""
+    ship(layout)
+    models = json.loads(layout.benchmark.read_text(encoding="utf-8"))["models"]
+    _change(layout.benchmark, models=models[1:])
+    assert "(3.0× as fast as student (9.60\u00a0ms))" in _report(layout).markdown
+    _change(layout.benchmark, models=models[3:])
+    assert "int8 file: size: **23.0\u00a0MB** (there is no other model to compare with)" in _report(layout).markdown
+
+
+def test_four_points_lie_in_every_plot(layout):
+    """Score against latency, size and memory, with the names of the points."""
+    ship(layout)
+    html = _report(layout).html
+    for name, label in (
+        ("latency", "latency of one text, p50 (ms)"),
+        ("throughput", "time of 1,000 texts in batches (s)"),
+        ("size", "size on disk (MB)"),
+        ("memory", "peak memory (MB)"),
+    ):
+        drawing = html.split(f'id="e1-shipped-{name}-t"')[1].split("</svg>")[0]
+        assert label in drawing
+        assert all(model in drawing for model in ("teacher", "student", "student, ONNX", "student, int8"))
+        assert all(drawing.count(f"fill: var(--series-{number})") == 2 for number in (0, 2, 3, 4)), "point and legend"
+
+
+def test_the_grid_is_shown(layout):
+    """The best batch size of one model says nothing of long texts."""
+    ship(layout)
+    report = _report(layout)
+    assert "| model | 1 × 16 | 1 × 64 |" in report.markdown
+    assert "| student, int8 | 3.20\u00a0ms | 12.8\u00a0ms |" in report.markdown
+
+
+def test_a_quantisation_that_failed_is_shown_as_failed(layout):
+    """An int8 file that is missing without a word looks like one that nobody asked for."""
+    ship(layout, int8=False)
+    report = _report(layout)
+    assert "The export failed before its last stage" in report.html
+    row = _row(report, "quantised: int8 weights per channel")
+    assert row[1:4] == ["ONNX, optimised", "**failed**", "1,243"]
+    assert row[4:] == ["0.41", "97.31%", "90.38", "+0.82", "+0.52 to +1.12"]
+    assert (
+        "**failed**, 97.31% of predictions agree, fewer than 99.00%; the score falls by 0.82 points" in report.markdown
+    )
+    assert "int8 file" not in report.markdown
+
+
+def test_the_recipe_that_passed_follows_those_that_failed(layout):
+    """Which remedy was needed is what the next reader wants to know; 99.996% is not all."""
+    ship(layout)
+    report = _report(layout)
+    stages = [line.split("]")[0] for line in report.markdown.splitlines() if "kdlora_export.json" in line]
+    assert [stage.removeprefix("| [") for stage in stages] == [
+        "ONNX, as captured",
+        "ONNX, optimised",
+        "quantised: int8 weights per channel",
+        "quantised: uint8 weights, embeddings left in fp32",
+    ]
+    assert _row(report, "quantised: uint8 weights, embeddings left in fp32")[5] == "99.99%"
+    assert _row(report, "ONNX, as captured")[5] == "100%"
+    assert "Quantisation: uint8 weights, embeddings left in fp32. Fused operators: 6 Attention, 13 Layer" in report.html
+    assert "The export failed" not in report.html
+
+
+def test_calibration_stands_with_both_errors(layout):
+    """A temperature without the error that it removes cannot be judged; nor one without a benchmark."""
+    ship(layout, calibrated=True)
+    _change(layout.benchmark, models=[])
+    text = _report(layout).markdown
+    assert "| before | 1 | 8.71% | 0.4120 |" in text
+    assert "| after | **1.730** | **1.94%** | **0.3050** |" in text
+    assert "Fitted on 400 validation rows" in text
+    assert "measured side by side" not in text
+    assert "int8 file" not in text
+
+
+def test_nothing_shipped_leaves_no_section(layout):
+    """An empty heading is a promise."""
+    assert read_shipped(layout) is None
+    assert "As shipped" not in _report(layout).markdown
+
+
+def test_a_student_that_was_not_exported_is_said_to_be(layout):
+    """A missing extra must not look like a finished deployment."""
+    ship(layout)
+    layout.export_record.unlink()
+    assert "The student was not exported to ONNX" in _report(layout).html
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("", "benchmark.json: not the figures of this version"),
+        ("[1]", "benchmark.json: not the figures of this version"),
+        ('{"models": [{"name": "x"}]}', "'models.0.backend': Field required"),
+        ('{"models": 3}', "'models'"),
+        ('{"threads": -1}', "'threads'"),
+        ('{"calibration": {"temperature": NaN}}', "'calibration.temperature'"),
+    ],
+)
+def test_a_damaged_benchmark_costs_its_part_only(layout, content, fault):
+    """A report that cannot be made at the end of a long experiment, or figures that vanish without a word."""
+    ship(layout)
+    layout.benchmark.write_text(content, encoding="utf-8")
+    with pytest.raises(ArtifactError):
+        read_figures(layout.benchmark, BenchmarkResult)
+    html = unescape(_report(layout).html)
+    assert fault in html
+    assert "Delete .deployed in the experiment's folder" in html
+    assert str(layout.root) not in html
+    assert "The export, stage by stage" in html
+
+
+def test_a_damaged_export_record_costs_its_part_only(layout):
+    """The same for the other file; a folder in its place is a fault as well."""
+    ship(layout)
+    layout.export_record.write_text('{"stages": [{"stage": 1}]}', encoding="utf-8")
+    html = _report(layout).html
+    assert "kdlora_export.json: not the figures of this version" in html
+    assert "not exported to ONNX" not in html
+    assert "measured side by side" in html
+    layout.export_record.unlink()
+    layout.export_record.mkdir()
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_figures(layout.export_record, Export)
+
+
+def test_missing_figures_leave_dashes(layout):
+    """What a system cannot tell is not zero; a point without score has no place in a plot."""
+    ship(layout)
+    models = json.loads(layout.benchmark.read_text(encoding="utf-8"))["models"]
+    blank = [model | {"score": None, "peak_memory_bytes": None, "grid_ms": {}, "p50_ms": 0} for model in models]
+    write_json_atomic(layout.benchmark, {"models": blank})
+    report = _report(layout)
+    row = _row(report, "student, int8")
+    assert [row[place] for place in (5, 10, 12)] == ["–", "–", "–"]
+    assert "e1-shipped-" not in report.html
+    assert "The conditions were not recorded" in report.html
+    assert "Time of one batch" not in report.html
+
+
+def test_text_from_both_files_is_escaped(layout):
+    """Names come from folders, reasons from libraries."""
+    evil = "<script>alert(1)</script>|*"
+    ship(layout, names=(evil, "student", "b", evil), recipe=evil)
+    _change(layout.export_record, failure=evil)
+    report = _report(layout)
+    assert report.html.count("<script") == 1, "the page's own"
+    assert "<script" not in report.markdown
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;|*" in report.html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;\\|\\*" in report.markdown
+
+
+def test_what_the_deployment_writes_can_be_read(layout):
+    """A figure that JSON cannot hold, or a renamed key, would empty the report."""
+    assert layout.export_record.name == EXPORT_RECORD
+    model = ModelFigures("teacher", "onnx", "int8", 1.5, 2, 3, 9, 8, 0.5, 7, "x", None, None, {"1x16": 1.0})
+    calibration = Calibration(1.5, 20, 0.5, 0.4, 0.1, 0.05)
+    result = BenchmarkResult((model,), 1, 3, 5, "test", {"cpu": "c"}, {"numpy": "2"}, calibration)
+    write_json_atomic(layout.benchmark, asdict(result) | {"of a newer version": 1})
+    stage = Parity("onnx", "pytorch", 5, 1.0, float("inf"), None, None, None, None, "broken")
+    export = Export((), (stage,), opset=18)
+    write_json_atomic(layout.export_record, asdict(export))
+    found = read_shipped(layout)
+    assert found is not None
+    assert not found.faults
+    assert found.benchmark == result
+    assert found.export == replace(export, attempts=(replace(stage, largest_difference=None),))
+
+
+def test_ratios_are_written_without_false_zeros():
+    """A model that is much slower is not 0.0 times as fast."""
+    assert [times(*pair) for pair in ((200, 1), (30, 2), (1, 2), (1, 500), (1, 0))] == [
+        "200×",
+        "15.0×",
+        "0.5×",
+        "0.002×",
+        "–",
+    ]

@@ -1,0 +1,72 @@
+"""A graph of three operators whose table of weights may lie in another file, and folders that serve it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+import tiny
+
+LABELS = ("negative", "positive")
+
+
+def build_folder(folder: Path, **config: Any) -> Path:
+    """Write a folder with tokenizer and config, which lacks a graph yet."""
+    folder.mkdir(parents=True)
+    tokenizer = tiny.train_tokenizer("bert")
+    tokenizer.save_pretrained(folder)
+    settings = {"model_type": "bert", "id2label": dict(enumerate(LABELS)), "max_position_embeddings": 64} | config
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def table() -> np.ndarray:
+    """Give a row of weights for each token."""
+    return np.random.default_rng(0).normal(size=(len(tiny.train_tokenizer("bert")), len(LABELS))).astype(np.float32)
+
+
+def build_graph(
+    file: Path, *, location: str | None = None, nested: bool = False, output: str = "logits", **entries: str
+) -> Path:
+    """Write a graph: look up a row of weights for each token, take the mean.
+
+    Args:
+        file: to write.
+        location: of the weights, as the graph names it; None puts them into the graph.
+        nested: hide the weights in an attribute of a node, where tools forget to look.
+        output: `logits`, or what else comes out: `text`, `sequence`, `int`, `one` (row, whatever was asked).
+        entries: further words on the weights, such as offset and length.
+    """
+    weights = numpy_helper.from_array(table(), "table")
+    if location is not None:
+        weights.ClearField("raw_data")
+        weights.data_location = TensorProto.EXTERNAL
+        for key, value in {"location": location, **entries}.items():
+            weights.external_data.add(key=key, value=value)
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
+        helper.make_node("ReduceMean", ["rows"], ["logits"], axes=[1], keepdims=0),
+    ]
+    if nested:
+        nodes.insert(0, helper.make_node("Constant", [], ["table"], value=weights))
+    kinds = {"int": (TensorProto.INT64, ["batch", 2]), "text": (TensorProto.STRING, ["batch", 2])}
+    kind, shape = kinds.get(output, (TensorProto.FLOAT, ["batch", 2]))
+    value = helper.make_tensor_value_info(output, kind, shape)
+    if output in kinds:
+        nodes.append(helper.make_node("Cast", ["logits"], [output], to=kind))
+    elif output == "sequence":
+        nodes.append(helper.make_node("SequenceConstruct", ["logits"], [output]))
+        value = helper.make_tensor_sequence_value_info(output, TensorProto.FLOAT, None)
+    elif output == "one":
+        nodes.append(helper.make_node("ReduceMean", ["logits"], [output], axes=[0], keepdims=1))
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length"])
+    graph = helper.make_graph(nodes, "tiny", [ids], [value], [] if nested else [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    file.write_bytes(model.SerializeToString())
+    assert onnx.load(file, load_external_data=False)
+    return file

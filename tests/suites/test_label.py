@@ -1,0 +1,324 @@
+"""Teacher logits for collections: every row once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from experiments import write_lines
+from kdlora.data.collection import LOGIT, open_collection
+from kdlora.data.load import load_splits
+from kdlora.deploy.rows import Columns, RowReader
+from kdlora.distil import precision
+from kdlora.distil.inference import predict_logits
+from kdlora.distil.logits import read_collection
+from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
+from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment.inputs import check_table
+from kdlora.experiment.label_job import refuse_double_ids
+from kdlora.experiment.labelling import label_collection
+from kdlora.experiment.stages import label_training_rows, train_run
+from kdlora.models.encoders import load_encoder, load_fine_tuned, save_encoder
+from tiny import sentiment_rows, task, write_csv
+
+pytest_plugins = ["experiment_fixtures"]
+
+TASK = task()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder, tmp_path_factory):
+    """A classifier as an experiment keeps its teacher; its weights are random."""
+    folder = tmp_path_factory.mktemp("label-model") / "teacher"
+    encoder = load_encoder(str(tiny_model_folder("bert")), TASK, seed=3)
+    encoder.model.config.kdlora_task = TASK.to_dict()
+    save_encoder(encoder, folder)
+    return folder
+
+
+def rows(count: int, seed: int) -> list[dict[str, str]]:
+    return [{"id": f"{seed}-{row['id']}", "text": row["text"]} for row in sentiment_rows(count, seed)]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Ninety rows in three formats, one of them in small row groups."""
+    folder = tmp_path_factory.mktemp("texts")
+    pq.write_table(pa.Table.from_pylist(rows(40, 1)), folder / "a.parquet", row_group_size=7)
+    write_lines(folder / "b.jsonl", rows(30, 2))
+    write_csv(folder / "c.csv", rows(20, 3))
+    return folder
+
+
+def expected_logits(model: Path, wanted: list[str]) -> np.ndarray:
+    """Logits of texts one by one, by the plainest way there is."""
+    from datasets import Dataset
+
+    from kdlora.data.batches import tokenise
+
+    encoder, columns = load_fine_tuned(str(model), TASK)
+    data = Dataset.from_dict({"id": wanted, "text": wanted})
+    return predict_logits(encoder.model, encoder.tokenizer, tokenise(data, encoder.tokenizer, 128))[:, columns]
+
+
+def read_all(folder: Path) -> pd.DataFrame:
+    return pd.concat([pq.read_table(file).to_pandas() for file in open_collection(folder).files], ignore_index=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("logits-*.parquet"))}
+
+
+def test_every_row_of_every_format_once_with_its_own_logits(model, texts, tmp_path):
+    """Rows shifted by one between windows, shards or files teach every student the neighbour's answer."""
+    told: list[int] = []
+    summary = label_collection(
+        str(model),
+        str(texts),
+        tmp_path / "out",
+        rows_per_shard=16,
+        precision="fp32",
+        progress=lambda done, total: told.append(done),
+    )
+    assert (summary.rows, summary.rejected, summary.shards, summary.resumed) == (90, 0, 3 + 2 + 2, 0)
+    assert told[0] == 0
+    assert told[-1] == 90
+    found = read_all(tmp_path / "out")
+    given = rows(40, 1) + rows(30, 2) + rows(20, 3)
+    assert found["id"].tolist() == [row["id"] for row in given]
+    assert found["text"].tolist() == [row["text"] for row in given]
+    logits = found[[LOGIT + name for name in TASK.label_names]].to_numpy()
+    np.testing.assert_allclose(logits, expected_logits(model, found["text"].tolist()), atol=1e-5)
+    stored = read_collection(tmp_path / "out", task(names=("positive", "negative")), "teacher.logits")
+    np.testing.assert_array_equal(stored.logits, logits[:, ::-1])  # by name, not by position
+    bare = label_collection(str(model), str(texts / "b.jsonl"), tmp_path / "bare", texts=False)
+    assert bare.rows == 30
+    assert "text" not in read_all(tmp_path / "bare")
+
+
+def test_the_number_format_is_timed_once(model, texts, tmp_path, monkeypatch):
+    """A second timing that came out otherwise refused to go on with the collection that the same command had begun."""
+    timings = iter([2.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(precision, "_bf16_speed_up", lambda: next(timings))
+    first, again = (label_collection(str(model), str(texts / "b.jsonl"), tmp_path / "out") for _ in range(2))
+    assert (first.resumed, again.resumed) == (0, 30)
+    assert open_collection(tmp_path / "out").content["ingredients"]["precision"] == "bf16"
+
+
+def test_a_kill_between_any_two_writes_costs_one_shard(model, texts, tmp_path, monkeypatch):
+    """A shard that is on disk but does not count, or counts twice, loses or doubles fifty thousand rows."""
+    from kdlora.experiment import label_work
+
+    undisturbed = label_collection(str(model), str(texts), tmp_path / "whole", rows_per_shard=16)
+    real, calls = label_work.write_note, []
+
+    def fall_over(folder, shard):
+        calls.append(shard.file)
+        if len(calls) in (2, 5):  # the shard is there, its note is not
+            raise KeyboardInterrupt
+        real(folder, shard)
+
+    monkeypatch.setattr(label_work, "write_note", fall_over)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            label_collection(str(model), str(texts), tmp_path / "cut", rows_per_shard=16)
+        with pytest.raises(DataError, match="unfinished; run the same kdlora label command again"):
+            open_collection(tmp_path / "cut")
+    summary = label_collection(str(model), str(texts), tmp_path / "cut", rows_per_shard=16)
+    assert summary.rows == undisturbed.rows
+    assert summary.resumed == 16 + 16 + 8
+    assert len(calls) == 7 + 2  # nothing but the two lost shards twice
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_killed_process_is_continued(model, texts, tmp_path):
+    """SIGKILL leaves half a file and a lock; neither may be in the way of the next call."""
+    code = (
+        "import sys, time; from kdlora.experiment import label_work; real = label_work.write_note\n"
+        "def slow(folder, shard): real(folder, shard); time.sleep(5)\n"
+        "label_work.write_note = slow\n"
+        "from kdlora.experiment.labelling import label_collection\n"
+        "label_collection(*sys.argv[1:4], rows_per_shard=16)"
+    )
+    out = tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", code, str(model), str(texts), str(out)]) as process:
+        deadline = time.monotonic() + 60
+        while not list(out.glob("*.parquet.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+    assert len(list(out.glob("*.parquet.json"))) == 1
+    summary = label_collection(str(model), str(texts), out, rows_per_shard=16)
+    assert (summary.rows, summary.resumed) == (90, 16)
+    assert read_all(out)["id"].is_unique
+
+
+def test_a_finished_collection_is_not_labelled_again_and_a_damaged_shard_is(model, texts, tmp_path, monkeypatch):
+    """Hours of labelling must not start anew because of one bad sector; nor may the sector go unnoticed."""
+    out = tmp_path / "out"
+    label_collection(str(model), str(texts), out, rows_per_shard=16)
+    before = contents(out)
+    monkeypatch.setattr("kdlora.experiment.label_work.Labeller.label", lambda *_: pytest.fail("labelled again"))
+    assert label_collection(str(model), str(texts), out, rows_per_shard=16).resumed == 90
+    monkeypatch.undo()
+    damaged = out / "logits-00001-000000.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-9] + b"123456789")
+    with pytest.raises(ArtifactError, match="is damaged since it was written"):
+        read_collection(out, TASK, "teacher.logits")
+    label_collection(str(model), str(texts), out, rows_per_shard=16)
+    assert contents(out) == before
+
+
+def test_another_job_in_the_folder_is_refused(model, texts, tmp_path):
+    """Shards of two settings in one folder are logits of no teacher."""
+    out, source = tmp_path / "out", tmp_path / "in.jsonl"
+    write_lines(source, rows(5, 1))
+    label_collection(str(model), str(source), out)
+    with pytest.raises(ArtifactError, match=r"labelled otherwise: the longest input \(--max-length\) changed"):
+        label_collection(str(model), str(source), out, max_length=32)
+    write_lines(source, rows(6, 1))
+    with pytest.raises(ArtifactError, match="the input files changed"):
+        label_collection(str(model), str(source), out)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("dear")
+    with pytest.raises(ArtifactError, match="not empty and holds no labelled collection"):
+        label_collection(str(model), str(source), tmp_path / "letters")
+
+
+def test_bad_rows_are_set_aside_with_their_reason(model, tmp_path):
+    """One empty text among a hundred million must neither end the job nor get the label of an empty string."""
+    source = tmp_path / "in.jsonl"
+    lines = [*rows(3, 1), {"id": "empty", "text": " "}, *rows(2, 2)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in lines) + "not json\n")
+    summary = label_collection(str(model), str(source), tmp_path / "out", rows_per_shard=4)
+    assert (summary.rows, summary.rejected) == (5, 2)
+    assert read_all(tmp_path / "out")["id"].tolist() == [row["id"] for row in rows(3, 1) + rows(2, 2)]
+    lines = "".join(file.read_text() for file in sorted((tmp_path / "out").glob("rejected-*"))).splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [row["id"] for row in found] == ["empty", "6"]
+    assert "the text is empty" in found[0]["error"]
+    with pytest.raises(DataError, match=r"in\.jsonl, row 3: the text is empty"):
+        label_collection(str(model), str(source), tmp_path / "strict", strict=True)
+    write_lines(tmp_path / "none.jsonl", [{"text": ""}])
+    with pytest.raises(DataError, match="none of the 1 rows has a text"):
+        label_collection(str(model), str(tmp_path / "none.jsonl"), tmp_path / "none")
+
+
+def test_ids_are_unique_over_all_files(model, tmp_path):
+    """Row 0 is in every file: without the file's name, logits of one file would be attached to rows of another."""
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.csv", "sub/b.csv"):
+        write_csv(folder / name, [{"text": row["text"]} for row in rows(2, 1)])
+    label_collection(str(model), str(folder), tmp_path / "out")
+    assert read_all(tmp_path / "out")["id"].tolist() == ["a.csv:0", "a.csv:1", "sub/b.csv:0", "sub/b.csv:1"]
+    label_collection(str(model), str(folder / "a.csv"), tmp_path / "one")
+    assert read_all(tmp_path / "one")["id"].tolist() == ["0", "1"]
+    for name in ("a.csv", "sub/b.csv"):
+        write_csv(folder / name, rows(2, 1))
+    with pytest.raises(DataError, match=r"the id '1-r[01]' occurs more than once"):
+        label_collection(str(model), str(folder), tmp_path / "double")
+    with pytest.raises(DataError, match="unfinished"):
+        open_collection(tmp_path / "double")
+
+
+def test_double_ids_are_found_in_parts(tmp_path):
+    """The ids of a hundred million rows do not fit in memory; two that are equal may lie in any two files."""
+    files = []
+    for number in range(4):
+        ids = [f"id-{value}" for value in range(number * 50, number * 50 + 50)]
+        files.append(tmp_path / f"{number}.parquet")
+        pq.write_table(pa.table({"id": [*ids, "id-7"] if number == 3 else ids}), files[-1])
+    refuse_double_ids(files[:3], most_hashes=40)
+    with pytest.raises(DataError, match=r"the id 'id-7' occurs more than once \(0\.parquet, 3\.parquet\)"):
+        refuse_double_ids(files, most_hashes=40)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "b.jsonl", "c.csv"])
+@pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 19, 20, 99])
+def test_reading_from_a_row_on(texts, name, start):
+    """A resumed file must go on with the very next row, across row groups too."""
+    columns = Columns(None, None, "id", 1000)
+    whole = [(row.id, row.text) for row in RowReader(texts / name, columns)]
+    assert [(row.id, row.text) for row in RowReader(texts / name, columns, start=start)] == whole[start:]
+
+
+def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
+    """Each message says what to do."""
+    with pytest.raises(DataError, match=r"no files of \.parquet"):
+        label_collection(str(model), str(tmp_path / "nothing-*.csv"), tmp_path / "out")
+    with pytest.raises(ConfigError, match="rows_per_shard is at least 1"):
+        label_collection(str(model), str(texts), tmp_path / "out", rows_per_shard=0)
+    with pytest.raises(ModelError, match="LABEL_0, LABEL_1, which says nothing; name them"):
+        label_collection(str(tiny_model_folder("bert")), str(texts), tmp_path / "out")
+    with pytest.raises(DataError, match="no column 'body'"):
+        label_collection(str(model), str(texts), tmp_path / "out", text=["body"])
+    with pytest.raises(ConfigError, match=r"--on takes ray, or ray://HOST:PORT"):
+        label_collection(str(model), str(texts / "b.jsonl"), tmp_path / "ray", on="spark")
+
+
+def test_a_collection_teaches_an_experiment(model, workshop, texts, tmp_path):
+    """A collection is there so that the teacher need not read it again; as a table it covers the training rows."""
+    label_collection(str(model), str(texts), tmp_path / "labelled", rows_per_shard=16)
+    config = workshop.config(
+        {
+            "data": {"unlabelled": str(tmp_path / "labelled")},
+            "teacher": {"fine_tuned": str(model)},
+            "run": {"arms": ["kd-lora"]},
+        }
+    )
+    layout = ExperimentLayout(tmp_path / "experiment")
+    label_training_rows(config, layout)
+    assert not layout.unlabelled_logits.exists()
+    record = train_run(config, layout, "kd-lora", 0, lambda event: None)
+    left_out = 90 - record.rows["unlabelled"]
+    assert any(f"{left_out} of 90 unlabelled rows" in note for note in record.notes)
+    label_collection(str(model), str(workshop.train), tmp_path / "train")
+    table = workshop.config({"teacher": {"model": None, "logits": str(tmp_path / "train")}})
+    assert check_table(table, load_splits(table.task, table.data)) == []
+
+
+def test_a_collection_of_other_weights_is_refused(model, workshop, texts, tiny_model_folder, tmp_path):
+    """Two teachers of one name, one of them trained a little longer, look alike in every config."""
+    label_collection(str(model), str(texts / "b.jsonl"), tmp_path / "labelled")
+    other = load_encoder(str(tiny_model_folder("bert")), TASK, seed=4)
+    save_encoder(other, tmp_path / "other")
+    config = workshop.config(
+        {
+            "data": {"unlabelled": str(tmp_path / "labelled")},
+            "teacher": {"fine_tuned": str(tmp_path / "other")},
+            "run": {"arms": ["kd-lora"]},
+        }
+    )
+    with pytest.raises(ArtifactError, match="was labelled with other weights"):
+        label_training_rows(config, ExperimentLayout(tmp_path / "experiment"))
+
+
+def test_the_command(cli, model, texts, tmp_path):
+    """The verb is one call; its exit status is the user's when the input is."""
+    done = cli("label", model, texts / "b.jsonl", "--to", tmp_path / "out", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["rows"] == 30
+    refused = cli("label", model, texts / "b.jsonl", "--to", tmp_path / "out", "--max-length", "9")
+    assert refused.code == 2
+    assert "the longest input (--max-length) changed" in refused.err
+
+
+def test_another_process_in_the_folder_is_refused(model, texts, tmp_path):
+    """Two processes that write one folder do everything twice."""
+    from filelock import FileLock
+
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ArtifactError, match="another process labels into"):
+        label_collection(str(model), str(texts / "b.jsonl"), tmp_path / "out")

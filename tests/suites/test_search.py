@@ -1,0 +1,317 @@
+"""Searches: what they may see, how they resume and share, what they leave."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from kdlora.configfile import build_search, load_config, load_search
+from kdlora.data.load import load_splits
+from kdlora.distil.session import ProgressEvent
+from kdlora.errors import ArtifactError, ConfigError
+from kdlora.experiment import study as study_module
+from kdlora.experiment.arms import rows_per_epoch
+from kdlora.experiment.search import _Reporter, begin_search, run_search, work_on
+from kdlora.experiment.study import ask, check_space, counted_trials, grid_of, open_study, settings_of
+from kdlora.experiment.trial import Holdout, hold_out, load_held_out, train_trial
+from kdlora.searchconfig import SearchConfig
+from tiny import write_csv
+
+pytest_plugins = ["experiment_fixtures"]
+
+SPACE = {"student.train.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "lora.rank": [2, 4]}
+
+
+@pytest.fixture
+def search_of(workshop):
+    """`search_of(space, config changes, key=value)` gives a config and a search."""
+
+    def give(space=SPACE, changes=None, **settings):
+        values = workshop.values(changes)
+        values["student"] = {**values["student"], "train": {"epochs": 1, "batch_size": 8, "learning_rate": 5e-3}}
+        return build_search(values | {"search": {"space": space, **settings}})
+
+    return give
+
+
+@pytest.fixture(scope="module")
+def finished_search(workshop, tmp_path_factory):
+    """A search of three trials over a continuous space; read only."""
+    values = workshop.values({"student": {"train": {"epochs": 2, "batch_size": 8}}})
+    config, settings = build_search(values | {"search": {"space": SPACE, "trials": 3}})
+    return run_search(config, settings, tmp_path_factory.mktemp("searches") / "one")
+
+
+def test_the_search_never_sees_the_reported_rows(search_of):
+    """A config chosen on the rows that are reported afterwards scores too high, and nobody can tell by how much."""
+    config, _ = search_of()
+    splits = load_splits(config.task, config.data)
+    held = hold_out(splits, Holdout(0.25, 0))
+    assert held.test is None
+    assert set(held.train["text"]) | set(held.validation["text"]) == set(splits.train["text"])
+    assert sorted([*held.train["id"], *held.validation["id"]]) == sorted(splits.train["id"])
+    assert not set(held.train["text"]) & set(held.validation["text"]), "a text that stands twice was learnt"
+    assert 16 <= len(held.validation) <= 20
+    assert rows_per_epoch(held) == rows_per_epoch(splits) == 64
+
+
+def test_nothing_of_a_held_out_text_is_learnt(workshop, tmp_path):
+    """Copies made before the rows are held out carry halves and words of the texts that judge the trial."""
+    words = [f"w{row}" for row in range(40)]
+    rows = [
+        {"id": str(row), "text": f"{word} and {word} or {word}", "label": ("negative", "positive")[row % 2]}
+        for row, word in enumerate(words * 2)  # every text twice
+    ]
+    file = write_csv(tmp_path / "train.csv", rows)
+    config = workshop.config({"data": {"train": str(file), "augment": 5}})
+    held = load_held_out(config.task, config.data, Holdout(0.5, 0))
+    assert len(held.train) == len(held.validation) == 40
+    unseen = {text.split()[0] for text in held.validation["text"]}
+    seen = {word for part in (held.train, held.unlabelled) for text in part["text"] for word in text.split()}
+    assert not seen & unseen
+    assert len(unseen) == 20
+    pairs = Dataset.from_dict({"id": ["0", "1", "2", "3"], "text": list("aabb"), "text_pair": list("xyxx")})
+    whole = dataclasses.replace(held, train=pairs.add_column("label", [0, 1, 0, 1]))
+    parts = hold_out(whole, Holdout(0.5, 0))
+    assert {len(parts.train), len(parts.validation)} <= {1, 2, 3}
+    assert ("2" in parts.train["id"]) == ("3" in parts.train["id"])
+
+
+def test_trials_take_the_steps_of_the_real_training(search_of, tmp_path):
+    """Half of the rows in half of the steps favours high rates, too high ones for the real training."""
+    teacher = {"train": {"epochs": 1, "batch_size": 8, "learning_rate": 5e-3}}
+    config, settings = search_of(
+        {"lora.rank": [2]}, {"run": {"arms": ["kd-lora"]}, "teacher": teacher}, trials=1, validation_fraction=0.5
+    )
+    steps = set()
+
+    def listen(event) -> None:
+        if isinstance(event.detail, ProgressEvent):
+            steps.add(event.detail.steps)
+
+    result = run_search(config, settings, tmp_path / "s", listen=listen)
+    assert result.finished == 1
+    assert steps == {64 // 8}
+    trial = json.loads(next(result.folder.glob("trials/*/trial.json")).read_text(encoding="utf-8"))
+    assert trial["history"][-1]["step"] == 64 // 8
+
+
+def test_labels_of_the_reported_rows_change_nothing(search_of, workshop, tmp_path):
+    """The proof by experiment: false labels in the validation file must leave the trials' scores as they are."""
+    flipped = tmp_path / "validation.csv"
+    swap = {"positive": "negative", "negative": "positive"}
+    with workshop.validation.open(encoding="utf-8", newline="") as source:
+        rows = [{**row, "label": swap[row["label"]]} for row in csv.DictReader(source)]
+    with flipped.open("w", encoding="utf-8", newline="") as target:
+        writer = csv.DictWriter(target, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    histories = []
+    for number, validation in enumerate((workshop.validation, flipped)):
+        config, settings = search_of({"lora.rank": [2]}, {"data": {"validation": str(validation)}}, trials=1)
+        result = run_search(config, settings, tmp_path / str(number))
+        histories.append(json.loads(next(result.folder.glob("trials/*/trial.json")).read_text(encoding="utf-8")))
+    assert histories[0] == histories[1]
+
+
+def test_a_search_leaves_a_config_a_report_and_all_trials(finished_search, workshop):
+    """The best settings in a log line are copied by hand, and wrongly."""
+    assert (finished_search.finished, finished_search.pruned, finished_search.failed) == (3, 0, 0)
+    best = load_config(finished_search.folder / "best.yaml")
+    assert best.lora.rank == finished_search.best["lora.rank"]
+    assert best.student.train.learning_rate == finished_search.best["student.train.learning_rate"]
+    assert best.run.arms == workshop.config().run.arms
+    page = (finished_search.folder / "search.html").read_text(encoding="utf-8")
+    assert page.count("<figure") == 4
+    lines = list(csv.DictReader((finished_search.folder / "trials.csv").read_text(encoding="utf-8").splitlines()))
+    assert [line["state"] for line in lines] == ["complete"] * 3
+    assert max(float(line["score"]) for line in lines) == finished_search.score
+    assert [line["epochs"] for line in lines] == ["2"] * 3
+
+
+def test_a_second_call_goes_on_where_the_first_ended(finished_search, workshop, tmp_path):
+    """A search that forgets its trials repeats hours, and its sampler learns from nothing."""
+    folder = shutil.copytree(finished_search.folder, tmp_path / "search", copy_function=shutil.copy2)
+    values = workshop.values({"student": {"train": {"epochs": 2, "batch_size": 8}}})
+    config, settings = build_search(values | {"search": {"space": SPACE, "trials": 4}})
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/trial.json")}
+    result = run_search(config, settings, folder)
+    assert result.finished == 4
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(list(folder.glob("trials/*/trial.json"))) == 4
+
+
+def test_processes_share_the_trials(search_of, tmp_path):
+    """Two processes that both count to N train twice as much as was asked for."""
+    config, settings = search_of({"lora.rank": [2, 4]}, trials=30)
+    search = begin_search(config, settings, tmp_path / "s", str(tmp_path / "trials.db"))
+    studies = [open_study(search.storage, search.name, settings) for _ in range(2)]
+    taken = [ask(one, settings, tmp_path / "locks") for one in studies]
+    assert {trial.params["lora.rank"] for trial, _ in taken} == {2, 4}
+    assert ask(studies[0], settings, tmp_path / "locks") is None
+
+
+def test_a_trial_of_a_dead_process_is_tried_again(search_of, tmp_path):
+    """A killed trial that counts as running leaves the search a trial short, for ever."""
+    config, settings = search_of(trials=1)
+    search = begin_search(config, settings, tmp_path / "s", None)
+    study = open_study(search.storage, search.name, settings)
+    dead, lock = ask(study, settings, search.folder / "trials")
+    assert ask(study, settings, search.folder / "trials") is None  # alive as long as it holds its lock
+    lock.release()
+    assert work_on(search) == 1
+    trials = open_study(search.storage, search.name, settings).trials
+    assert [one.state.name for one in trials] == ["FAIL", "COMPLETE"]
+    assert trials[1].params == dead.params
+    assert len(counted_trials(study)) == 1
+
+
+def test_one_teacher_serves_all_trials(search_of, tmp_path):
+    """A teacher trained anew for every value of alpha would cost more than the search itself."""
+    teacher = {"train": {"epochs": 1, "batch_size": 8, "learning_rate": 5e-3}}
+    config, settings = search_of(
+        {"distil.alpha": [0.1, 0.9]}, {"run": {"arms": ["kd-lora"]}, "teacher": teacher}, trials=5
+    )
+    result = run_search(config, settings, tmp_path / "s")
+    assert result.finished == 2
+    assert len(list(result.folder.glob("teachers/*/teacher/model.safetensors"))) == 1
+
+
+def test_a_failed_trial_is_kept_and_the_search_goes_on(search_of, tmp_path):
+    """A learning rate that diverges is a finding, not the end of the night's search."""
+    config, settings = search_of({"student.train.learning_rate": [5e-3, 1e30]}, trials=2)
+    result = run_search(config, settings, tmp_path / "s")
+    assert (result.finished, result.failed) == (1, 1)
+    assert result.best == {"student.train.learning_rate": 5e-3}
+    assert "failed" in (result.folder / "search.md").read_text(encoding="utf-8")
+
+
+class _Trial:
+    def __init__(self, prune_at):
+        self.reports, self.prune_at = [], prune_at
+
+    def report(self, value, step):
+        self.reports.append((step, value))
+
+    def should_prune(self):
+        return self.reports[-1][0] >= self.prune_at
+
+
+def _event(epoch, score):
+    return ProgressEvent(epoch, 3, 0, 0, None, None, None, 0.0, None, score)
+
+
+def test_the_pruner_gets_each_epochs_own_score(tmp_path):
+    """An event at the end of an epoch, before its evaluation, carries the score of the epoch before."""
+    trial, stop = _Trial(prune_at=2), tmp_path / "stop"
+    reporter = _Reporter(trial, stop, lambda event: None)
+    for epoch, score in [(0.5, None), (1.0, None), (1.0, 70.0), (1.4, 70.0), (2.0, 70.0), (2.0, 60.0)]:
+        reporter.hear(_event(epoch, score))
+    assert trial.reports == [(1, 70.0)]
+    assert not stop.exists()
+    reporter.hear(_event(2.3, 60.0))
+    assert trial.reports == [(1, 70.0), (2, 60.0)]
+    assert stop.exists()
+    reporter.complete([{"score": 70.0}, {"score": 60.0}, {"score": 65.0}])
+    assert trial.reports[2:] == [(3, 65.0)]
+
+
+def test_a_training_stops_when_it_is_asked_to(search_of, tmp_path):
+    """A pruned trial that trains to its end saves nothing."""
+    from kdlora.evidence.records import ExperimentLayout
+
+    config, _ = search_of()
+    (tmp_path / "stop").touch()
+    layout = ExperimentLayout(tmp_path / "trial")
+    result = train_trial(config, Holdout(0.2, 0), layout, "student-lora", tmp_path / "stop", lambda event: None)
+    assert result.score is None
+
+
+def test_a_locked_storage_is_told(search_of, tmp_path, monkeypatch):
+    """SQLAlchemy's traceback of a hundred lines hides the four words that matter."""
+    monkeypatch.setattr(study_module, "LOCK_SECONDS", 0.2)
+    config, settings = search_of()
+    storage = tmp_path / "trials.db"
+    run = begin_search(config, settings, tmp_path / "s", str(storage))
+    with sqlite3.connect(storage) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ArtifactError, match=r"trials\.db is locked by another process"):
+            run_search(config, settings, run.folder, storage=str(storage))
+    (tmp_path / "notes.db").write_text("these are my notes, not a database", encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"notes\.db is no search storage"):
+        run_search(config, settings, tmp_path / "t", storage=str(tmp_path / "notes.db"))
+    (tmp_path / "notes.log").write_text("mine\n", encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"notes\.log is no search storage"):
+        run_search(config, settings, tmp_path / "u", storage=str(tmp_path / "notes.log"))
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        ({}, "there is nothing to search"),
+        ({"lora.rnak": [1]}, "lora.rnak: unknown key. Did you mean 'rank'"),
+        ({"lora.rank": [0]}, "lora.rank: input should be greater than or equal to 1"),
+        ({"distil.alpha": {"low": 0, "high": 2.0}}, "distil.alpha: input should be less than or equal to 1"),
+        ({"run.seeds": [[0]]}, "run.seeds: a search is over keys of teacher"),
+        ({"lora.rank": [8, 8]}, "lora.rank: 8 stands twice"),
+        ({"lora.rank": 8}, "expected a list of values"),
+        ({"lora.dropout": {"low": 0.0, "high": 0.1, "log": True}}, "a logarithmic range starts above 0"),
+        ({"lora.dropout": {"low": 0.2, "high": 0.1}}, "low 0.2 is above high 0.1"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused(search_of, space, expected):
+    """A fault in the space that shows at trial 17 costs sixteen trials."""
+    with pytest.raises(ConfigError, match=f"(?s){expected}"):
+        check_space(*search_of(space))
+
+
+def test_spaces_are_read_as_they_are_written():
+    """A rank of 8.0, or a list that Optuna cannot keep, would fail far from the file that says it."""
+    search = SearchConfig(
+        space={
+            "lora": {"rank": {"low": 2, "high": 8, "step": 2}, "targets": [["query"], "all-linear"]},
+            "distil.alpha": {"low": 0.0, "high": 1.0, "step": 0.5},
+        },
+        trials=24,
+    )
+    grid = grid_of(search)
+    assert grid["lora.rank"] == [2, 4, 6, 8]
+    assert grid["distil.alpha"] == [0.0, 0.5, 1.0]
+    point = settings_of(search, {key: values[0] for key, values in grid.items()})
+    assert point == {"lora.rank": 2, "lora.targets": ["query"], "distil.alpha": 0.0}
+    assert grid_of(search.model_copy(update={"trials": 23})) is None
+
+
+def test_a_config_may_carry_its_search(workshop, tmp_path):
+    """`kdlora run` must take the same file, and the search must not become part of the experiment."""
+    values = workshop.values() | {"search": {"space": {"lora.rank": [2, 4]}, "trials": 7}}
+    file, space = tmp_path / "config.yaml", tmp_path / "space.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    space.write_text("lora.rank: [16]\n", encoding="utf-8")
+    assert load_config(file) == workshop.config()
+    assert load_search(file)[1].trials == 7
+    found = load_search(file, ["search.trials=9"], space=space)[1]
+    assert (found.trials, found.space["lora.rank"].values) == (9, (16,))
+    with pytest.raises(ConfigError, match=r"search: 1 fault\n  - trails: unknown key. Did you mean 'trials'"):
+        load_search(file, ["search.trails=9"])
+
+
+def test_the_command_line_searches(cli, workshop, tmp_path):
+    """The exit status and the best settings are what a script reads."""
+    file = tmp_path / "config.yaml"
+    values = workshop.values({"student": {"train": {"epochs": 1, "batch_size": 8}}})
+    file.write_text(yaml.safe_dump(values | {"search": {"space": {"lora.rank": [2]}}}), encoding="utf-8")
+    found = cli("search", file, "--out", tmp_path / "s", "--storage", tmp_path / "trials.sqlite")
+    assert found.code == 0, found.err
+    assert "1 trials finished, 0 pruned, 0 failed" in found.out
+    assert "lora.rank: 2" in found.out
+    assert Path(tmp_path / "s" / "best.yaml").is_file()
+    assert cli("search", file, "--out", tmp_path / "s", "--set", "search.space=[]").code == 2

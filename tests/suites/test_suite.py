@@ -1,0 +1,219 @@
+"""Suites carried out with real models: what is shared, resumed, recorded, refused."""
+
+import shutil
+import tempfile
+
+import pytest
+
+from experiments import snapshot
+from kdlora.errors import ArtifactError, ConfigError, DataError
+from kdlora.evidence.records import read_record, write_record
+from kdlora.experiment.artefacts import RemoteFolder, carry_out_away
+from kdlora.experiment.course import Course
+from kdlora.experiment.engines import SerialEngine
+from kdlora.experiment.plan import make_plan
+from kdlora.experiment.suite import carry_out_course, chosen_settings, inspect_tasks, run_suite
+from kdlora.experiment.suitefile import build_suite
+
+pytest_plugins = ["experiment_fixtures"]
+
+
+def test_every_run_has_its_record_and_one_teacher_taught_them_all(finished_suite):
+    """A student taught by another teacher than its neighbour's would make the grid's figures incomparable."""
+    runs = finished_suite.plan.runs()
+    assert len(runs) == 8
+    assert {record.status for record in finished_suite.records.values()} == {"finished"}
+    for run in runs:
+        record = read_record(finished_suite.folder / run.key / "run.json")
+        assert (record.arm, record.seed) == (run.arm, run.seed)
+    teachers = {finished_suite.records[run.key].fingerprints["taught_by"] for run in runs if run.arm == "kd-lora"}
+    scores = {run.key: finished_suite.records[run.key].score for run in runs if run.arm == "fft"}
+    assert len(teachers) == 1
+    assert teachers.pop().split(" of ")[0] == max(scores, key=scores.get)
+
+
+def test_weights_of_beaten_teachers_are_gone_and_logits_exist_once(finished_suite):
+    """Thousands of teachers would fill the disk; logits made again for every configuration would waste the time."""
+    assert len(list(finished_suite.folder.glob("runs/*/fft-*/teacher/model.safetensors"))) == 1
+    assert len(list(finished_suite.folder.rglob("logits"))) == 1
+    assert not list(finished_suite.folder.glob("runs/*/*/runs/*/model"))
+
+
+def test_a_second_call_repeats_nothing(suite_folder, suite_values):
+    """A suite of a week that starts over after a crash, or after its folder was moved, is never finished."""
+    before = snapshot(suite_folder / "runs")
+    result = run_suite(build_suite(suite_values()), suite_folder)
+    assert result.reused == 8
+    assert snapshot(suite_folder / "runs") == before
+
+
+def test_only_what_is_missing_is_done_again(suite_folder, suite_values):
+    """Resume must find the gaps and keep the rest, down to the bits of the files."""
+    gone = next(suite_folder.glob("runs/reviews/kd-lora-*/runs/*"))
+    score = read_record(gone / "run.json").score
+    shutil.rmtree(gone)
+    before = snapshot(suite_folder / "runs")
+    result = run_suite(build_suite(suite_values()), suite_folder)
+    after = snapshot(suite_folder / "runs")
+    assert result.reused == 7
+    assert read_record(gone / "run.json").score == score
+    assert {name: what for name, what in after.items() if name in before and "config.yaml" not in name} == {
+        name: what for name, what in before.items() if "config.yaml" not in name
+    }
+
+
+def test_a_damaged_file_makes_its_run_again(suite_folder, suite_values):
+    """A bit that flipped in an adapter changes neither its size nor its time."""
+    weights = next(suite_folder.glob("runs/reviews/student-lora-*/runs/*/adapter/adapter_model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    whole = bytes(content)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert run_suite(build_suite(suite_values()), suite_folder).reused == 7
+    assert weights.read_bytes() == whole
+
+
+def test_a_new_teacher_teaches_its_students_again(suite_folder, suite_values):
+    """Students of an earlier teacher beside those of a better one would be averaged as if they were alike."""
+    best = next(path.parents[1] for path in suite_folder.glob("runs/reviews/fft-*/teacher/model.safetensors"))
+    record = read_record(best / "runs" / "fft-seed0" / "run.json")
+    shutil.rmtree(best)
+    result = run_suite(build_suite(suite_values()), suite_folder)
+    assert result.reused == 7
+    taught = [one for one in result.records.values() if one.arm == "kd-lora"]
+    again = read_record(best / "runs" / "fft-seed0" / "run.json")
+    assert again.score == record.score
+    assert {one.fingerprints["taught_by"].split(" of ")[1] for one in taught} == {again.finished}
+
+
+def test_a_failed_run_is_recorded_and_the_others_go_on(suite_values, tmp_path):
+    """One bad configuration of a thousand must not cost the night; nor may it vanish from the tables."""
+    grids = {"fft": {"teacher.train.learning_rate": [5e-3]}, "adapters": {"lora.targets": [["q_lin"], ["nothing"]]}}
+    suite = build_suite(suite_values(arms=["kd-lora", "student-lora"], grids=grids))
+    result = run_suite(suite, tmp_path / "suite")
+    assert len(result.failed) == 2
+    assert {record.arm for record in result.failed} == {"kd-lora", "student-lora"}
+    assert "nothing" in result.failed[0].error
+    written = [read_record(path) for path in (tmp_path / "suite").rglob("run.json")]
+    assert sorted(record.status for record in written) == ["failed", "failed", "finished", "finished", "finished"]
+    assert "Runs that failed" in (tmp_path / "suite" / "suite.md").read_text(encoding="utf-8")
+    again = run_suite(suite, tmp_path / "suite")
+    assert (again.reused, len(again.failed)) == (3, 2)
+
+
+def test_without_a_teacher_its_students_fail_and_say_so(suite_values, tmp_path):
+    """A diverged teacher must not leave students that wait for ever, or that were taught by noise."""
+    grids = {"fft": {"teacher.train.learning_rate": [1e30]}}
+    suite = build_suite(suite_values(arms=["kd-lora", "student-lora"], grids=grids))
+    result = run_suite(suite, tmp_path / "suite")
+    assert {record.arm: record.status for record in result.records.values()} == {
+        "fft": "failed",
+        "kd-lora": "failed",
+        "student-lora": "finished",
+    }
+    assert any("there is no teacher" in str(record.error) for record in result.failed)
+
+
+def test_changed_data_make_the_runs_again(suite_folder, suite_values):
+    """Old figures on other rows would stand in the table beside new ones."""
+    record_path = next(suite_folder.glob("runs/reviews/student-lora-*/runs/*/run.json"))
+    record = read_record(record_path)
+    write_record(record_path, record.model_copy(update={"fingerprints": record.fingerprints | {"data": "other"}}))
+    result = run_suite(build_suite(suite_values(arms=["student-lora"])), suite_folder)
+    assert result.reused == 1
+
+
+def test_missing_data_are_told_before_any_training(suite_values, tmp_path):
+    """A path that is wrong on the last task must not show after a week."""
+    tasks = {
+        "first": {"task": {}, "data": {"train": str(tmp_path / "none.csv")}},
+        "second": {"task": {}, "data": {"train": str(tmp_path / "neither.csv")}},
+    }
+    with pytest.raises(ConfigError, match="2 faults") as fault:
+        run_suite(build_suite(suite_values(tasks=tasks)), tmp_path / "suite")
+    assert "none.csv" in str(fault.value)
+    assert "neither.csv" in str(fault.value)
+    with pytest.raises(DataError, match=r"none\.csv"):
+        run_suite(build_suite(suite_values(tasks={"first": tasks["first"]})), tmp_path / "suite")
+
+
+def test_a_folder_of_something_else_is_refused(suite_values, tmp_path):
+    """Runs written among a user's own files could not be told from them."""
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="no suite's folder"):
+        run_suite(build_suite(suite_values()), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_two_processes_in_one_folder_are_refused(suite_folder, suite_values):
+    """Two schedulers in one folder would train every run twice and overwrite each other's records."""
+    from filelock import FileLock
+
+    with FileLock(suite_folder / ".lock"), pytest.raises(ArtifactError, match="another process"):
+        run_suite(build_suite(suite_values()), suite_folder)
+
+
+def test_the_command_line_tells_by_its_exit_status(cli, suite_values, suite_folder, tmp_path):
+    """A scheduler only sees the status: 0 all finished, 1 a run failed, 2 the suite is wrong."""
+    import yaml
+
+    file = tmp_path / "suite.yaml"
+    file.write_text(yaml.safe_dump(suite_values(arms=["student-lora"])), encoding="utf-8")
+    planned = cli("suite", file, "--out", suite_folder, "--dry-run")
+    assert planned.code == 0
+    assert "2 runs, 2 of them finished" in planned.out
+    done = cli("suite", file, "--out", suite_folder)
+    assert done.code == 0
+    assert "2 runs finished, 2 of them before; 0 failed" in done.out
+    bad = cli("suite", file, "--out", tmp_path / "bad", "--set", "grids.adapters={lora.targets: [[nothing]]}")
+    assert bad.code == 1
+    assert "failed:" in bad.out
+    wrong = cli("suite", file, "--out", tmp_path / "bad", "--set", "arms=[kd-lroa]")
+    assert wrong.code == 2
+    assert "Did you mean 'kd-lora'?" in wrong.err
+
+
+class _AwayEngine(SerialEngine):
+    """Carries jobs out as a node does that shares no folder with the others."""
+
+    def __init__(self, root, url):
+        super().__init__()
+        self.place = root, url
+
+    def wait(self):
+        job, self._job = self._job, None
+        outcome = carry_out_away(job, *self.place)
+        if outcome.record is not None:
+            write_record(job.layout.run(job.arm, job.seed).record, outcome.record)
+        return outcome
+
+
+def test_nodes_without_a_shared_folder_give_the_same_figures(suite_values, finished_suite, tmp_path, monkeypatch):
+    """Weights that stay on the node that made them leave students without a teacher, or with a stale one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
+    (tmp_path / "node").mkdir()
+    suite, root, url = build_suite(suite_values()), tmp_path / "driver", f"file://{tmp_path / 'bucket'}"
+    engine, remote = _AwayEngine(root, url), RemoteFolder(url)
+    facts = inspect_tasks(make_plan(suite), engine)
+    plan = make_plan(suite, chosen_settings(facts))
+    course = Course(plan, root, facts, remote)
+    carry_out_course(course, engine, lambda job, detail: None)
+    assert {key: one.score for key, one in course.records.items()} == {
+        key: one.score for key, one in finished_suite.records.items()
+    }
+    bucket, here = tmp_path / "bucket", tmp_path / "driver"
+    assert len(list(bucket.glob("runs/*/fft-*/teacher/model.safetensors"))) == 1
+    assert len(list(bucket.glob("runs/*/kd-lora-*/runs/*/adapter/adapter_model.safetensors"))) == 2
+    assert not list(here.rglob("*.safetensors"))
+    assert len(list(here.rglob("run.json"))) == 8
+    shutil.rmtree(here)
+    assert remote.pull("runs", here, ending="run.json") == 8
+    assert Course(plan, here, facts, remote).reused == 8
+
+
+def test_a_url_needs_a_cluster_and_a_driver(suite_values, tmp_path):
+    """A URL taken for a folder would be written to `s3:` beside the suite file."""
+    with pytest.raises(ConfigError, match="add --on ray"):
+        run_suite(build_suite(suite_values()), "s3://bucket/suite")
+    with pytest.raises(ConfigError, match="--out nothing://bucket"):
+        RemoteFolder("nothing://bucket")

@@ -1,0 +1,101 @@
+"""A suite on two nodes of a real Ray cluster on this machine, one of them killed on the way."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from kdlora.configfile import build_search
+from kdlora.errors import ConfigError
+from kdlora.experiment.jobs import Outcome
+from kdlora.experiment.ray_cluster import check_nodes, connect
+from kdlora.experiment.search import run_search
+from kdlora.experiment.suite import run_suite
+from kdlora.experiment.suitefile import build_suite
+from kdlora.searchconfig import Resources
+
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+pytest_plugins = ["experiment_fixtures"]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+STORE = 80 * 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one core each; the second one is killed by the test that comes last."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE})
+    made.second = made.add_node(num_cpus=1, object_store_memory=STORE)
+    made.wait_for_nodes()
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_an_address_that_does_not_answer_is_told_in_seconds(suite_values, tmp_path, monkeypatch):
+    """Ray itself tries for most of a minute, and then says that a handshake failed."""
+    start = time.perf_counter()
+    for address in ("ray://127.0.0.1:1", "ray"):
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
+        with pytest.raises(ConfigError, match=r"no Ray cluster answers at (ray://127\.0\.0\.1:1|127\.0\.0\.1:2) "):
+            run_suite(build_suite(suite_values()), tmp_path / "suite", on=address)
+    with pytest.raises(ConfigError, match="--on takes ray"):
+        run_suite(build_suite(suite_values()), tmp_path / "suite", on="slurm")
+    assert time.perf_counter() - start < 10
+
+
+def test_what_a_cluster_lacks_is_told_before_anything_runs(cluster, suite_values, tmp_path, monkeypatch):
+    """Ray waits without end for a node that has what is asked for, and fails run by run where data are missing."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    needs = {"resources": {"gpus": 1}}
+    with pytest.raises(ConfigError, match="a run needs 1 cores and 1 GPUs"):
+        run_suite(build_suite(suite_values(**needs)), tmp_path / "suite", on="ray")
+    joined = connect("ray")
+    with pytest.raises(ConfigError, match=r"(?s)every node needs the same folders.*lacks /nowhere"):
+        check_nodes(joined, ["/nowhere"], Resources())
+    joined.shutdown()
+
+
+def test_a_search_on_a_cluster_counts_its_trials_once(cluster, workshop, tmp_path, monkeypatch):
+    """Nodes that each count for themselves train every trial twice."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    values = workshop.values({"student": {"train": {"epochs": 1, "batch_size": 8}}})
+    config, settings = build_search(values | {"search": {"space": {"lora.rank": [2, 4, 8]}}})
+    heard = []
+    result = run_search(config, settings, tmp_path / "search", on="ray", listen=heard.append)
+    assert (result.finished, result.failed) == (3, 0)
+    assert len(list(result.folder.glob("trials/*/trial.json"))) == 3
+    assert heard[-1].done == 3
+
+
+def test_a_killed_node_loses_nothing_and_doubles_nothing(cluster, suite_values, finished_suite, tmp_path, monkeypatch):
+    """A cluster whose figures differ from one machine's, or that forgets runs with a node, is worth nothing."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    ended: list[Outcome] = []
+    killed = threading.Event()
+
+    def listen(event):
+        if isinstance(event.detail, Outcome):
+            ended.append(event.detail)
+            if not killed.is_set():
+                killed.set()
+                cluster.remove_node(cluster.second, allow_graceful=False)
+
+    result = run_suite(build_suite(suite_values()), tmp_path / "suite", on="ray", listen=listen)
+    assert killed.is_set()
+    assert not result.failed
+    keys = [(outcome.job.kind, outcome.job.key) for outcome in ended]
+    assert len(keys) == len(set(keys)) == 9
+    scores = {key: record.score for key, record in result.records.items()}
+    assert scores == {key: record.score for key, record in finished_suite.records.items()}
+    tables = [(folder / "table1.csv").read_text(encoding="utf-8") for folder in (result.folder, finished_suite.folder)]
+    assert tables[0] == tables[1]
+    again = run_suite(build_suite(suite_values()), tmp_path / "suite")
+    assert again.reused == 8

@@ -1,0 +1,250 @@
+"""The tables of a suite, from records whose figures are known."""
+
+from __future__ import annotations
+
+import csv
+import re
+import statistics
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from kdlora.data.tasks import GLUE
+from kdlora.evidence.predictions import Predictions, write_predictions
+from kdlora.evidence.records import Latency, RunRecord, write_record
+from kdlora.experiment.figures import figure, gain, table_rows
+from kdlora.experiment.plan import make_plan
+from kdlora.experiment.suite_tables import write_tables
+from kdlora.experiment.suitefile import build_suite
+from kdlora.report.blocks import Cell, Table
+from kdlora.report.table_files import to_csv, to_latex
+
+BASE = {"fft": 85.0, "lora": 84.0, "kd-lora": 82.0, "student-lora": 81.5}
+
+
+def small_plan(**changes):
+    values = {
+        "name": "tables",
+        "tasks": ["cola", "mnli"],
+        "families": {"bert": {"family": "bert"}, "own": {"teacher": {"model": "t"}, "student": {"model": "s"}}},
+        "config": {"data": {"path": "x/y"}},
+        "seeds": [0, 1],
+        "best": 2,
+        "grids": {"fft": {"teacher.train.epochs": [2, 3, 4]}, "adapters": {"lora.rank": [8, 16, 32]}},
+    }
+    return make_plan(build_suite(values | changes))
+
+
+def lines_of(path):
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def record(run, points, **changes):
+    score = points
+    task = GLUE[run.task].task
+    metrics = {task.metrics[0]: score / 100}
+    if run.task == "mnli":
+        metrics |= {"accuracy_matched": (score - 1) / 100, "accuracy_mismatched": (score + 1) / 100}
+    values = {
+        "experiment": "e",
+        "task": task.to_dict(),
+        "arm": run.arm,
+        "seed": run.seed,
+        "status": "finished",
+        "model": "bert_base & <co>",
+        "score": score,
+        "metrics": metrics,
+        "history": [{"epoch": 1.0, "score": score - 3}, {"epoch": 2.0, "score": score}],
+        "trainable_parameters": 1000 * run.config.lora.rank,
+        "head_parameters": 1538,
+        "peak_memory_bytes": 10**9,
+        "latency": [Latency(batch_size=1, p50_ms=5.0, p95_ms=6.0, threads=1)],
+    }
+    return RunRecord(**values | changes)
+
+
+def made(plan):
+    """Configuration k (from 0) of an arm scores its base + 2k, seeds 0.5 apart."""
+    found = {}
+    for cell in plan.cells:
+        folders = list(dict.fromkeys(run.folder for run in cell.runs))
+        for run in cell.runs:
+            found[run.key] = record(run, BASE[run.arm] + 2 * folders.index(run.folder) + 0.5 * run.seed)
+    return found
+
+
+def test_a_figure_is_the_median_of_the_best_configurations():
+    """A mean over the whole grid, or over seeds as if they were configurations, is another number than the paper's."""
+    plan = small_plan()
+    records = made(plan)
+    found = figure(plan, records, plan.cells_of("cola", "own")["lora"])
+    assert found.median == pytest.approx(statistics.median([86.25, 88.25]))
+    assert [one.value for one in found.taken] == [88.0, 88.5, 86.0, 86.5]
+    assert found.sd == pytest.approx(statistics.stdev([88.0, 88.5, 86.0, 86.5]))
+    assert (found.configurations, found.failed, found.missing) == (3, 0, 0)
+
+
+def test_mnli_has_two_rows_of_its_own_figures():
+    """Ten rows are nine trainings; the mean of matched and mismatched in both rows would look right."""
+    plan = small_plan()
+    records = made(plan)
+    assert [row.title for row in table_rows(plan, records)] == ["CoLA", "MNLI-m", "MNLI-mm"]
+    cell = plan.cells_of("mnli", "own")["fft"]
+    whole, matched, other = (figure(plan, records, cell, group).median for group in ("", "matched", "mismatched"))
+    assert (matched, other) == (pytest.approx(whole - 1), pytest.approx(whole + 1))
+
+
+def test_with_a_test_split_the_choice_stays_on_validation():
+    """Configurations that are chosen on the test split make its figure too high."""
+    plan = small_plan(seeds=[0], best=1)
+    cell = plan.cells_of("cola", "own")["fft"]
+    scores = [(90.0, 70.0), (80.0, 95.0), (70.0, 60.0)]
+    records = {
+        run.key: record(run, validation, test_score=test)
+        for run, (validation, test) in zip(cell.runs, scores, strict=True)
+    }
+    assert figure(plan, records, cell).median == 70.0
+
+
+def test_the_gain_is_paired_by_configuration_and_seed(tmp_path):
+    """The best of one arm against the best of another says nothing of the teacher if they are other configurations."""
+    plan = small_plan()
+    records = made(plan)
+    row = table_rows(plan, records)[0]
+    found = gain(plan, tmp_path, records, row, "own", "kd-lora")
+    assert found.paired == pytest.approx(0.5)
+    assert found.pairs == 6
+    assert found.difference is None  # there are no predictions
+    first = plan.cells_of("cola", "own")["kd-lora"].runs[0]
+    del records[first.key]
+    assert gain(plan, tmp_path, records, row, "own", "kd-lora").pairs == 5
+
+
+def keep_predictions(plan, root, records, rows=1000):
+    """Predictions that are right for the share of rows that the record's score says, of both of MNLI's groups."""
+    for run in plan.runs():
+        task = GLUE[run.task].task
+        right = np.arange(rows) < 10 * records[run.key].score
+        labels = np.arange(rows) % task.num_labels
+        kept = Predictions(
+            ids=tuple(map(str, range(rows))),
+            split=("validation",) * rows,
+            logits=np.eye(task.num_labels)[np.where(right, labels, (labels + 1) % task.num_labels)],
+            label_names=task.label_names,
+            labels=labels,
+            groups=("matched", "mismatched") * (rows // 2) if run.task == "mnli" else None,
+        )
+        write_predictions(run.layout(root).run(run.arm, run.seed).predictions, kept)
+
+
+def test_the_interval_of_a_gain_speaks_of_rows_and_seeds(tmp_path):
+    """Six runs of two seeds are two seeds; one seed gives no verdict, however many configurations it ran."""
+    plan = small_plan(tasks=["mnli"])
+    records = made(plan)
+    keep_predictions(plan, tmp_path, records)
+    for row in table_rows(plan, records):
+        found = gain(plan, tmp_path, records, row, "own", "kd-lora").difference
+        assert found.n_seeds == 2
+        assert found.n_examples == 500  # of the row's own group
+        assert found.low < found.difference < found.high
+    write_tables(plan, tmp_path, records)
+    assert "no verdict)" not in (tmp_path / "suite.md").read_text(encoding="utf-8")
+    plan = small_plan(tasks=["mnli"], seeds=[0])
+    records = made(plan)
+    keep_predictions(plan, tmp_path, records)
+    write_tables(plan, tmp_path, records)
+    assert "(one seed: no verdict)" in (tmp_path / "suite.md").read_text(encoding="utf-8")
+
+
+def test_the_headline_is_not_ruled_by_a_row_where_the_teacher_learnt_nothing(tmp_path):
+    """A student with 20 where its teacher has 10 "keeps 200%": as a mean of ratios, that hid a real loss elsewhere."""
+    plan = small_plan(families={"own": {"teacher": {"model": "t"}, "student": {"model": "s"}}}, tasks=["cola", "sst2"])
+    scores = {("cola", "fft"): 10.0, ("cola", "kd-lora"): 20.0, ("sst2", "fft"): 90.0, ("sst2", "kd-lora"): 70.0}
+    records = {run.key: record(run, scores.get((run.task, run.arm), 50.0)) for run in plan.runs()}
+    write_tables(plan, tmp_path, records)
+    lead = (tmp_path / "suite.md").read_text(encoding="utf-8")
+    assert "KD-LoRA keeps **90.0%** of its teacher’s score (45.0 of 50.0, means of the rows below)" in lead
+
+
+def test_nothing_is_below_zero_that_rounds_to_it(tmp_path):
+    """Matthews of a model that learnt nothing is often a hair below zero, and stood in the table as -0.0."""
+    plan = small_plan(tasks=["cola"])
+    write_tables(plan, tmp_path, {run.key: record(run, -0.02) for run in plan.runs()})
+    for name in ("suite.md", "table1.tex"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert not re.search(r"[-−]0\.0(?!\d)", text)
+
+
+def test_what_failed_or_is_missing_is_said_in_the_cell(tmp_path):
+    """A median of what happened to survive must not look like a full cell."""
+    plan = small_plan()
+    records = made(plan)
+    cell = plan.cells_of("cola", "own")["lora"]
+    first, second = cell.runs[-1], cell.runs[-2]
+    records[first.key] = record(first, 1.0, status="failed", error="=<script>|boom|", score=None, metrics={})
+    del records[second.key]
+    write_tables(plan, tmp_path, records)
+    markdown = (tmp_path / "suite.md").read_text(encoding="utf-8")
+    assert "1 failed, 1 to come)" in markdown
+    assert "&lt;script&gt;\\|boom\\|" in markdown
+    assert "<script>|boom" not in (tmp_path / "suite.html").read_text(encoding="utf-8")
+    lines = lines_of(tmp_path / "runs.csv")
+    assert sorted({line["status"] for line in lines}) == ["failed", "finished", "to come"]
+    assert next(line for line in lines if line["status"] == "failed")["error"] == "'=<script>|boom|"
+
+
+def test_the_papers_figures_stand_beside_ours_where_they_belong(tmp_path):
+    """Figures of BERT beside another family's would compare what cannot be compared."""
+    plan = small_plan()
+    write_tables(plan, tmp_path, made(plan))
+    lines = lines_of(tmp_path / "table1.csv")
+    paper = {(line["row"], line["family"], line["arm"]): line["paper"] for line in lines}
+    assert paper["CoLA", "bert", "kd-lora"] == "56.3"
+    assert paper["MNLI-mm", "bert", "lora"] == "83.9"
+    assert paper["CoLA", "bert", "student-lora"] == ""
+    assert paper["CoLA", "own", "kd-lora"] == ""
+    assert {line["n"] for line in lines} == {"4"}
+    markdown = (tmp_path / "suite.md").read_text(encoding="utf-8")
+    mean = statistics.mean([56.3, 82.0, 82.4])
+    score = next(line for line in markdown.splitlines() if line.startswith("| paper, the same rows"))
+    assert f"{mean:.1f}" in score
+
+
+class _Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [value for name, value in attrs if name == "href"]
+
+
+def test_every_link_leads_to_a_record(tmp_path):
+    """A figure that cannot be traced to its runs is a claim."""
+    plan = small_plan()
+    records = made(plan)
+    for run in plan.runs():
+        write_record(run.layout(tmp_path).run(run.arm, run.seed).record, records[run.key])
+    write_tables(plan, tmp_path, records)
+    page = (tmp_path / "suite.html").read_text(encoding="utf-8")
+    links = _Links()
+    links.feed(page)
+    files = [link for link in links.found if link.endswith(".json")]
+    assert len(files) > 100
+    assert all((tmp_path / link).is_file() for link in files)
+    assert "curve" in page
+
+
+def test_tables_of_nothing_can_be_written(tmp_path):
+    """Ctrl-C in the first minute must leave a page, not a traceback over the reason."""
+    write_tables(small_plan(), tmp_path, {})
+    assert "0 of" in (tmp_path / "suite.md").read_text(encoding="utf-8")
+
+
+def test_texts_are_harmless_in_every_format():
+    """A model's name can break a table, or run as a spreadsheet's formula."""
+    latex = to_latex(Table("", ("a_b", "%"), ((Cell(r"50% {x} \y"), Cell("−2.0\u00a0±\u00a01")),)))
+    assert r"a\_b & \% \\" in latex
+    assert r"50\% \{x\} \textbackslash y & -2.0 ± 1 \\" in latex
+    assert to_csv([["=1+1", "-x", -1.5, None, 'say "a, b"']]) == '\'=1+1,\'-x,-1.5,,"say ""a, b"""\n'

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fabricate import make_record
+from kdlora.evidence.records import read_record, write_record
+from kdlora.system import storage
+from kdlora.system.ownership import MANIFEST, claim_folder, owned_name, remove_abandoned
+from kdlora.system.storage import atomic_file, atomic_folder, write_json_atomic, write_text_atomic
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    """A half-written record would be taken for a whole one."""
+    path = tmp_path / "a.txt"
+    write_text_atomic(path, "old")
+    with pytest.raises(RuntimeError, match="stop"), atomic_file(path) as temporary:
+        _write_and_stop(temporary)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_full_disk_is_told_and_leaves_no_part(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """The record of the run before must survive the full disk."""
+    path = tmp_path / "run.json"
+    write_record(path, make_record(seed=1))
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_record(path, make_record(seed=2))
+    assert caught.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert read_record(path).seed == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full")
+def test_a_disk_that_fills_while_writing_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """The error must come from the write itself too, not from the flush alone."""
+    monkeypatch.setattr(storage, "temporary_name", lambda target: Path("/dev/full"))
+    monkeypatch.setattr(storage, "remove", lambda path: None)
+    with pytest.raises(OSError, match="No space left"):
+        write_text_atomic(tmp_path / "a.txt", "x" * 100_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    """Weights of one run beside the config of another would load without complaint."""
+    target = tmp_path / "out" / "student"
+    claim_folder(target.parent, "experiment")
+    for content in ("one", "two"):
+        with atomic_folder(target) as temporary:
+            (temporary / "deep").mkdir()
+            (temporary / "deep" / f"{content}.txt").write_text(content)
+    assert [entry.name for entry in (target / "deep").iterdir()] == ["two.txt"]
+    with pytest.raises(RuntimeError, match="stop"), atomic_folder(target) as temporary:
+        _write_and_stop(temporary / "three.txt")
+    assert [entry.name for entry in (target / "deep").iterdir()] == ["two.txt"]
+    assert {entry.name for entry in target.parent.iterdir()} == {MANIFEST, "student"}
+
+
+def test_a_folder_that_cannot_be_moved_in_leaves_the_old_one(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Between the two renames the old folder must come back."""
+    target = tmp_path / "out" / "student"
+    claim_folder(target.parent, "experiment")
+    with atomic_folder(target) as temporary:
+        (temporary / "old.txt").write_text("old")
+    rename = Path.rename
+
+    def fail_into_target(self: Path, to: Path) -> Path:
+        if to == target and (self / "new.txt").exists():
+            raise OSError(errno.EIO, "broken")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fail_into_target)
+    with pytest.raises(OSError, match="broken"), atomic_folder(target) as temporary:
+        (temporary / "new.txt").write_text("new")
+    assert [entry.name for entry in target.iterdir()] == ["old.txt"]
+    assert {entry.name for entry in target.parent.iterdir()} == {MANIFEST, "student"}
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_live_one_kept(tmp_path):
+    """Half-written weights of killed runs would fill the disk; those of a running one are needed."""
+    script = (
+        "import os, sys; from kdlora.system.storage import atomic_folder\n"
+        f"with atomic_folder({str(tmp_path / 'student')!r}) as folder:\n"
+        "    (folder / 'weights').write_text('half')\n"
+        "    os._exit(9)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=False)
+    (dead,) = tmp_path.iterdir()
+    assert dead.name.startswith(".student.tmp-")
+    alive = storage.temporary_name(tmp_path / "student")
+    alive.mkdir()
+    with atomic_folder(tmp_path / "student") as temporary:
+        (temporary / "weights").write_text("whole")
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_everything_that_is_abandoned_below_a_folder_goes(tmp_path):
+    """What is not written again is not tidied up by its next write either."""
+    place, end = owned_name().split("-")[0], "0123abcd"
+    names = {
+        f".a.tmp-{place}-999999999-0-{end}": True,
+        f".b.tmp-{place}-{os.getpid()}-1-{end}": True,  # another process had this id
+        f".c.tmp-{owned_name()}": False,
+        f".d.tmp-{'0' * 12}-1-1-{end}": False,  # of another machine or container, new
+        f".e.tmp-{'0' * 12}-1-1-{end}": True,  # of another machine or container, old
+        ".f.tmp": False,
+        f"g.tmp-{place}-999999999-0-{end}": False,  # not ours: ours are hidden
+    }
+    for name in names:
+        (tmp_path / "deep" / name).mkdir(parents=True)
+        (tmp_path / "deep" / name / "weights").write_text("half")
+    os.utime(tmp_path / "deep" / f".e.tmp-{'0' * 12}-1-1-{end}", (0, 0))
+    remove_abandoned(tmp_path)
+    assert {entry.name for entry in (tmp_path / "deep").iterdir()} == {name for name, goes in names.items() if not goes}
+    remove_abandoned(tmp_path / "missing")
+
+
+def test_files_get_the_usual_permissions(tmp_path):
+    """A temporary file made by `tempfile` is private, and colleagues could not read the record."""
+    write_text_atomic(tmp_path / "a.txt", "x")
+    (tmp_path / "b.txt").write_text("x")
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
+
+
+def test_text_is_utf8_with_plain_line_ends(tmp_path):
+    """The platform's encoding would make folders unreadable elsewhere."""
+    write_json_atomic(tmp_path / "deep" / "a.json", {"é": [1, float("inf")], "path": Path("x/y")})
+    raw = (tmp_path / "deep" / "a.json").read_bytes()
+    assert "é".encode() in raw
+    assert json.loads(raw) == {"é": [1, None], "path": "x/y"}
+    with pytest.raises(TypeError):
+        write_json_atomic(tmp_path / "b.json", {"x": object()})
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    """The user has to see which path is refused."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="file"):
+        write_text_atomic(tmp_path / "file" / "a.txt", "x")
+
+
+def _write_and_stop(path: Path) -> None:
+    path.write_text("half")
+    raise RuntimeError("stop")

@@ -25,7 +25,6 @@ from kdlora.deploy.stream import predict_file
 from kdlora.distil.resume import CheckpointFolder
 from kdlora.errors import ArtifactError, ConfigError, HarmlessFormatter, ModelError, harmless
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.artefacts import RemoteFolder, node_folder
 from kdlora.experiment.ray_cluster import connect
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.team import Team
@@ -413,83 +412,6 @@ def test_a_module_in_the_current_folder_is_not_run(tmp_path):
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "owned").exists()
-
-
-# Nodes that share no folder.
-
-
-def test_a_nodes_folder_is_its_users_alone(shared_temporary):
-    """In a folder that others can open, weights and logits are exchanged under the training."""
-    folder = node_folder("s3://bucket/suite")
-    assert folder.stat().st_mode & 0o777 == 0o700
-    assert node_folder("s3://bucket/suite") == folder
-    folder.chmod(0o755)
-    with pytest.raises(ArtifactError, match="no folder that this user alone may open"):
-        node_folder("s3://bucket/suite")
-
-
-def test_a_nodes_folder_is_no_link_and_nobody_elses(shared_temporary, monkeypatch):
-    """Its name can be known before, so somebody else may have made it."""
-    name = node_folder("s3://bucket/suite").name
-    remove(shared_temporary / name)
-    victim = shared_temporary / "victim"
-    victim.mkdir(mode=0o700)
-    (shared_temporary / name).symlink_to(victim)
-    with pytest.raises(ArtifactError, match="no folder that this user alone may open"):
-        node_folder("s3://bucket/suite")
-    (shared_temporary / name).unlink()
-    theirs = shared_temporary / name.replace(f"-{os.getuid()}-", f"-{os.getuid() + 1}-")
-    theirs.mkdir(mode=0o700)
-    monkeypatch.setattr(os, "getuid", lambda: theirs.stat().st_uid + 1)
-    with pytest.raises(ArtifactError, match="no folder that this user alone may open"):
-        node_folder("s3://bucket/suite")
-
-
-def test_a_folder_behind_a_url_is_a_suites_alone(tmp_path):
-    """`--out s3://bucket` replaced the suite.yaml that lay there, and removed teachers below its `runs`."""
-    bucket, root = tmp_path / "bucket", tmp_path / "here"
-    claim_folder(root, "suite")
-    bucket.mkdir()
-    (bucket / "suite.yaml").write_text("# my comments")
-    with pytest.raises(ArtifactError, match="so it is no suite's"):
-        RemoteFolder(f"file://{bucket}").claim(root)
-    assert (bucket / "suite.yaml").read_text() == "# my comments"
-    for _ in range(2):
-        RemoteFolder(f"file://{tmp_path / 'new'}").claim(root)
-
-
-@pytest.mark.parametrize("evil", ["runs/../../../owned", "/etc/owned", "runs\\..\\owned", "runs//owned"])
-def test_names_behind_a_url_stay_below_it(tmp_path, evil, monkeypatch):
-    """Object stores have no folders, so that a name may hold `..`: it landed outside."""
-    bucket = tmp_path / "bucket"
-    (bucket / "runs").mkdir(parents=True)
-    (bucket / "runs" / "run.json").write_text("{}")
-    remote = RemoteFolder(f"file://{bucket}")
-    monkeypatch.setattr(
-        type(remote._system), "find", lambda self, path: [evil if evil[0] == "/" else f"{bucket}/{evil}"]
-    )
-    monkeypatch.setattr(type(remote._system), "get_file", lambda self, name, to: Path(to).write_text("x"))
-    with pytest.raises(ArtifactError, match="is no name for a file below"):
-        remote.pull("runs", tmp_path / "here" / "deep")
-    assert list(tmp_path.rglob("owned")) == []
-
-
-def test_nothing_is_fetched_or_sent_through_a_link(tmp_path):
-    """A planted link made a node overwrite a file of its user's, and send another to the store."""
-    bucket, here = tmp_path / "bucket", tmp_path / "here"
-    (bucket / "runs").mkdir(parents=True)
-    (bucket / "runs" / "run.json").write_text("new")
-    victim = tmp_path / "id_rsa"
-    victim.write_text("secret")
-    (here / "runs").mkdir(parents=True)
-    (here / "runs" / "run.json").symlink_to(victim)
-    (here / "runs" / "more.json").symlink_to(victim)
-    remote = RemoteFolder(f"file://{bucket}")
-    assert remote.pull("runs", here) == 1
-    assert victim.read_text() == "secret"
-    assert (here / "runs" / "run.json").read_text() == "new"
-    remote.push(here, "runs")
-    assert sorted(snapshot(bucket)) == ["runs/run.json"]
 
 
 # What runs beside us.

@@ -1,18 +1,13 @@
 """Suites carried out with real models: what is shared, resumed, recorded, refused."""
 
 import shutil
-import tempfile
 
 import pytest
 
 from experiments import snapshot
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import read_record, write_record
-from kdlora.experiment.artefacts import RemoteFolder, carry_out_away
-from kdlora.experiment.course import Course
-from kdlora.experiment.engines import SerialEngine
-from kdlora.experiment.plan import make_plan
-from kdlora.experiment.suite import carry_out_course, chosen_settings, inspect_tasks, run_suite
+from kdlora.experiment.suite import run_suite
 from kdlora.experiment.suitefile import build_suite
 
 pytest_plugins = ["experiment_fixtures"]
@@ -173,47 +168,7 @@ def test_the_command_line_tells_by_its_exit_status(cli, suite_values, suite_fold
     assert "Did you mean 'kd-lora'?" in wrong.err
 
 
-class _AwayEngine(SerialEngine):
-    """Carries jobs out as a node does that shares no folder with the others."""
-
-    def __init__(self, root, url):
-        super().__init__()
-        self.place = root, url
-
-    def wait(self):
-        job, self._job = self._job, None
-        outcome = carry_out_away(job, *self.place)
-        if outcome.record is not None:
-            write_record(job.layout.run(job.arm, job.seed).record, outcome.record)
-        return outcome
-
-
-def test_nodes_without_a_shared_folder_give_the_same_figures(suite_values, finished_suite, tmp_path, monkeypatch):
-    """Weights that stay on the node that made them leave students without a teacher, or with a stale one."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
-    (tmp_path / "node").mkdir()
-    suite, root, url = build_suite(suite_values()), tmp_path / "driver", f"file://{tmp_path / 'bucket'}"
-    engine, remote = _AwayEngine(root, url), RemoteFolder(url)
-    facts = inspect_tasks(make_plan(suite), engine)
-    plan = make_plan(suite, chosen_settings(facts))
-    course = Course(plan, root, facts, remote)
-    carry_out_course(course, engine, lambda job, detail: None)
-    assert {key: one.score for key, one in course.records.items()} == {
-        key: one.score for key, one in finished_suite.records.items()
-    }
-    bucket, here = tmp_path / "bucket", tmp_path / "driver"
-    assert len(list(bucket.glob("runs/*/fft-*/teacher/model.safetensors"))) == 1
-    assert len(list(bucket.glob("runs/*/kd-lora-*/runs/*/adapter/adapter_model.safetensors"))) == 2
-    assert not list(here.rglob("*.safetensors"))
-    assert len(list(here.rglob("run.json"))) == 8
-    shutil.rmtree(here)
-    assert remote.pull("runs", here, ending="run.json") == 8
-    assert Course(plan, here, facts, remote).reused == 8
-
-
-def test_a_url_needs_a_cluster_and_a_driver(suite_values, tmp_path):
+def test_a_url_is_no_folder(suite_values):
     """A URL taken for a folder would be written to `s3:` beside the suite file."""
-    with pytest.raises(ConfigError, match="add --on ray"):
+    with pytest.raises(ConfigError, match="--out s3://bucket/suite: runs are written to a folder"):
         run_suite(build_suite(suite_values()), "s3://bucket/suite")
-    with pytest.raises(ConfigError, match="--out nothing://bucket"):
-        RemoteFolder("nothing://bucket")

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 On = Annotated[
     str | None, typer.Option("--on", metavar="ray[://HOST:PORT]", help="Carry the runs out on a Ray cluster.")
 ]
-SuiteOut = Annotated[
-    str | None, typer.Option("--out", help="Folder of the suite; default runs/<name>. With --on also a URL: s3://...")
-]
+SuiteOut = Annotated[str | None, typer.Option("--out", help="Folder of the suite; default runs/<name>.")]
 SuiteSet = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the suite (seeds=[0], config.run.threads=1)."),
@@ -59,7 +57,7 @@ def suite(
     if dry_run:
         from kdlora.experiment.overview import look_at_suite
 
-        overview = look_at_suite(wanted, None if out and "://" in out else out, confirmed=yes)
+        overview = look_at_suite(wanted, out, confirmed=yes)
         print_json(overview.to_dict()) if as_json else _print_overview(overview)
         return
     from kdlora.experiment.suite import run_suite

@@ -13,7 +13,6 @@ from pathlib import Path
 from kdlora.config import DISTILLED_ARMS, Config
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import RunRecord, read_record, write_record
-from kdlora.experiment.artefacts import FolderShelf, Shelf
 from kdlora.experiment.jobs import Job, Outcome, TaskFacts, failed_record
 from kdlora.experiment.plan import Plan, PlannedRun, identity
 from kdlora.system.integrity import damaged_files
@@ -48,9 +47,8 @@ class Course:
         reused: runs that were finished before.
     """
 
-    def __init__(self, plan: Plan, root: Path, facts: dict[str, TaskFacts], shelf: Shelf | None = None) -> None:
+    def __init__(self, plan: Plan, root: Path, facts: dict[str, TaskFacts]) -> None:
         """Read what is on disk."""
-        self._shelf = shelf or FolderShelf(root)
         self.plan, self.root, self.facts = plan, root, facts
         self.records: dict[str, RunRecord] = {}
         self._queue: list[tuple[int, int, Job]] = []
@@ -60,7 +58,7 @@ class Course:
         self._groups = self._group(runs)
         self._order = {task: place for place, task in enumerate(plan.suite.tasks)}
         for run in runs:
-            record = finished_record(run, root, facts[run.task].fingerprint, check_files=shelf is None)
+            record = finished_record(run, root, facts[run.task].fingerprint)
             if record is not None:
                 self.records[run.key] = record
             else:
@@ -142,7 +140,7 @@ class Course:
         if all(run.key in self.records for run in group.students):
             return
         layout = teacher.layout(self.root)
-        if not self._shelf.has_teacher(teacher):
+        if not layout.teacher.exists():
             logger.info("%s has no weights and is trained again", teacher.key)
             del self.records[teacher.key]
             group.waiting = {teacher.key}
@@ -182,7 +180,7 @@ class Course:
         for group in self._groups:
             for one in group.candidates:
                 if one.key not in kept and self._is_finished(one):
-                    self._shelf.drop_teacher(one)
+                    remove(one.layout(self.root).teacher)
 
     def _mark(self, teacher: PlannedRun) -> str:
         return f"{teacher.key} of {self.records[teacher.key].finished}"
@@ -202,7 +200,7 @@ def _taught(config: Config, teacher: PlannedRun, root: Path) -> Config:
     return config.model_copy(update={"teacher": section})
 
 
-def finished_record(run: PlannedRun, root: Path, rows: str, *, check_files: bool = True) -> RunRecord | None:
+def finished_record(run: PlannedRun, root: Path, rows: str) -> RunRecord | None:
     """Read the record of a run that need not be repeated."""
     place = run.layout(root).run(run.arm, run.seed)
     if not place.record.exists():
@@ -210,7 +208,7 @@ def finished_record(run: PlannedRun, root: Path, rows: str, *, check_files: bool
     record = read_record(place.record)
     if record.status != "finished" or record.fingerprints.get("data") != rows:
         return None
-    if check_files and (hurt := damaged_files(run.layout(root).root, record.files)):
+    if hurt := damaged_files(run.layout(root).root, record.files):
         logger.warning("%s: damaged or gone since it was written; %s is run again", ", ".join(hurt), run.key)
         return None
     try:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from kdlora.evidence.measure import run_in_child
 from kdlora.evidence.records import write_record
-from kdlora.experiment.artefacts import carry_out_away
 from kdlora.experiment.jobs import Job, Outcome, carry_out, failed_record
 from kdlora.experiment.ray_cluster import count_slots
 from kdlora.searchconfig import Resources
@@ -87,13 +85,12 @@ class RayEngine:
         ray: the module, connected.
     """
 
-    def __init__(self, ray: Any, resources: Resources, *, root: Path | None = None, url: str | None = None) -> None:
+    def __init__(self, ray: Any, resources: Resources) -> None:
         """Take a connection."""
         self.ray = ray
         self._resources = resources
         self._needs = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": resources.retries}
-        self._task = ray.remote(carry_out if url is None else carry_out_away)
-        self._place = () if url is None else (root, url)
+        self._task = ray.remote(carry_out)
         self._pending: dict[Any, Job] = {}
 
     @property
@@ -108,7 +105,7 @@ class RayEngine:
 
     def submit(self, job: Job) -> None:
         """Take a job."""
-        self._pending[self._task.options(**self._needs, name=job.key).remote(job, *self._place)] = job
+        self._pending[self._task.options(**self._needs, name=job.key).remote(job)] = job
 
     def wait(self) -> Outcome:
         """Give the outcome of the next job that ends, on whichever node."""
@@ -120,8 +117,6 @@ class RayEngine:
             outcome: Outcome = self.ray.get(done[0])
         except RayError as error:  # its node was lost too often, or a full disk there
             return _lost(job, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
-        if self._place and outcome.record is not None:  # the node's own copy is not here
-            write_record(job.layout.run(job.arm, job.seed).record, outcome.record)
         return outcome
 
     def call_all(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:

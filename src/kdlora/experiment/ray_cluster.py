@@ -111,17 +111,13 @@ class NodeView:
     versions: dict[str, str]
 
 
-def look_around(paths: Sequence[str], url: str | None) -> NodeView:
+def look_around(paths: Sequence[str]) -> NodeView:
     """Say which paths this machine lacks, and what is installed on it."""
     missing = tuple(path for path in paths if not Path(path).exists())
-    if url is not None:
-        from kdlora.experiment.artefacts import RemoteFolder  # with what runs need, which a look does not
-
-        missing = missing if RemoteFolder(url).exists("suite.yaml") else (*missing, url)
     return NodeView(socket.gethostname(), missing, collect_versions())
 
 
-def check_nodes(ray: Any, paths: Sequence[str], needs: Resources, *, url: str | None = None) -> None:
+def check_nodes(ray: Any, paths: Sequence[str], needs: Resources) -> None:
     """Look at every node: its paths, its kdlora, and whether any node can hold a run at all."""
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -134,7 +130,7 @@ def check_nodes(ray: Any, paths: Sequence[str], needs: Resources, *, url: str | 
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         answers[node["NodeManagerAddress"], node["NodeID"]] = look.options(
             num_cpus=0, scheduling_strategy=place, max_retries=0
-        ).remote(list(paths), url)
+        ).remote(list(paths))
     faults, own = [], collect_versions()
     for (address, _), answer in answers.items():
         try:

@@ -12,7 +12,6 @@ from typing import Any
 from kdlora.config import Config
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
-from kdlora.experiment.artefacts import RemoteFolder
 from kdlora.experiment.course import Course
 from kdlora.experiment.engines import Engine, SerialEngine
 from kdlora.experiment.jobs import Job, Outcome, TaskFacts, inspect_models, inspect_task
@@ -119,9 +118,7 @@ def run_suite(
 
     Args:
         suite: tasks, families, arms, configurations and seeds.
-        out: its folder, default `runs/<name>`; or, on a cluster without a shared folder, an fsspec URL that keeps
-            weights and records, with records and tables in `runs/<name>` too. The same call again repeats no
-            finished run.
+        out: its folder, default `runs/<name>`. The same call again repeats no finished run.
         on: `ray` or `ray://HOST:PORT`: the cluster that carries the runs out; default: this process, one by one.
         confirmed: whether a plan of more than 10,000 runs is meant.
         listen: called with each event.
@@ -134,38 +131,33 @@ def run_suite(
     """
     check_size(suite, confirmed=confirmed)
     plan = make_plan(suite)
-    url = str(out) if out is not None and "://" in str(out) else None
-    if url is not None and on is None:
-        raise ConfigError(f"--out {url}: a URL is for nodes that share no folder; add --on ray, or name a folder")
-    layout = SuiteLayout((Path(out) if out is not None and url is None else Path("runs") / suite.name).absolute())
+    if "://" in str(out):
+        raise ConfigError(f"--out {out}: runs are written to a folder; mount the store, and name a folder of it")
+    layout = SuiteLayout((Path(out) if out is not None else Path("runs") / suite.name).absolute())
     with _only_process(layout):
         write_text_atomic(layout.suite, save_suite(suite))
-        remote = None if url is None else _begin_remote(url, layout)
         course: Course | None = None
 
         def tell(job: Job | None, detail: Any) -> None:
             if listen is not None and course is not None:
                 listen(SuiteEvent(len(course.records), course.total, len(course.failed), job, detail))
 
-        with _engine(plan, layout, on, url, tell) as engine:
-            facts = inspect_tasks(plan, engine, None if remote else layout.copies)
+        with _engine(plan, layout, on, tell) as engine:
+            facts = inspect_tasks(plan, engine, layout.copies)
             plan = make_plan(suite, chosen_settings(facts))
-            course = Course(plan, layout.root, facts, remote)
+            course = Course(plan, layout.root, facts)
             check_models_of(plan, course, engine)
             tell(None, None)
             try:
                 carry_out_course(course, engine, tell)
             finally:  # also after Ctrl-C: what there is can be read
                 tables = write_tables(plan, layout.root, course.records)
-                if remote is not None:
-                    for path in tables:
-                        remote.push(layout.root, path.name)
     return SuiteResult(layout.root, plan, course.records, course.reused, tables)
 
 
 @contextlib.contextmanager
 def _engine(
-    plan: Plan, layout: SuiteLayout, on: str | None, url: str | None, tell: Callable[[Job | None, Any], None]
+    plan: Plan, layout: SuiteLayout, on: str | None, tell: Callable[[Job | None, Any], None]
 ) -> Iterator[Engine]:
     """Give what carries the jobs out: this process, or a cluster whose nodes were looked at."""
     if on is None:
@@ -176,23 +168,14 @@ def _engine(
 
     ray = connect(on)
     needs = settle_needs(ray, plan.suite.resources)
-    engine = RayEngine(ray, needs, root=layout.root, url=url)
+    engine = RayEngine(ray, needs)
     try:
-        paths = [str(layout.suite)] if url is None else []
+        paths = [str(layout.suite)]
         paths += [path for cell in plan.cells for path in local_paths(cell.runs[0].config)]
-        check_nodes(ray, list(dict.fromkeys(paths)), needs, url=url)
+        check_nodes(ray, list(dict.fromkeys(paths)), needs)
         yield engine
     finally:
         engine.close()
-
-
-def _begin_remote(url: str, layout: SuiteLayout) -> RemoteFolder:
-    """Open the folder behind a URL, and bring the records of finished runs here."""
-    remote = RemoteFolder(url)
-    remote.claim(layout.root)
-    remote.push(layout.root, layout.suite.name)
-    remote.pull("runs", layout.root, ending="run.json")
-    return remote
 
 
 def check_size(suite: SuiteConfig, *, confirmed: bool) -> None:

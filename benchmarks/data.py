@@ -63,7 +63,7 @@ class AnonymousPeak:
 
     def __init__(self) -> None:
         """Note the level of now."""
-        from kdlora.evidence.measure import read_memory
+        from kdlora.system.environment import read_memory
 
         self.read: Callable[[], Any] = read_memory
         self.level = self.highest = self.read().anonymous

@@ -10,10 +10,10 @@ from faults_workshop import append, build_workshop, read_lines
 
 from kdlora.config import TeacherTrainConfig
 from kdlora.data.load import load_splits
-from kdlora.evidence.measure import read_memory
 from kdlora.experiment.arms import train_arm
 from kdlora.experiment.run import run_experiment
 from kdlora.models.encoders import load_encoder
+from kdlora.system.environment import read_memory
 
 
 def footprint() -> dict[str, int]:

@@ -21,10 +21,9 @@ import pyarrow.parquet as pq
 import torch
 
 from kdlora.data.tasks import DEFAULT_METRICS, Task
-from kdlora.evidence.measure import read_memory
 from kdlora.experiment.labelling import label_collection
 from kdlora.models.encoders import load_encoder, save_encoder
-from kdlora.system.environment import collect_versions, describe_machine
+from kdlora.system.environment import collect_versions, describe_machine, read_memory
 
 _CHUNK_ROWS = 50_000
 _POINTS = 12

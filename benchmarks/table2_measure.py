@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from table2_models import BATCH, TASK, Size, build_adapted, build_encoder, padded_tokens, synthetic_rows
@@ -17,8 +18,9 @@ from kdlora.data.batches import Collator
 from kdlora.distil.inference import INPUTS
 from kdlora.distil.precision import autocast, resolve_device
 from kdlora.distil.trainer import train_model
-from kdlora.evidence.measure import forget_peak, run_in_child
 from kdlora.models.adapters import merge_student
+from kdlora.system.children import run_in_child
+from kdlora.system.environment import forget_peak, peak_since, read_memory
 
 METHODS = ("FFT", "LoRA", "KD-LoRA")
 TIMED = ("FFT", "LoRA", "LoRA, merged", "KD-LoRA, merged")
@@ -71,7 +73,14 @@ def peak_of_training(size: Size, method: str, lengths: Sequence[int], steps: int
     Returns:
         Bytes: of the process above its level after imports, or CUDA's own count; None where the system gives none.
     """
-    return run_in_child(train_steps, size, method, lengths, steps, conditions).peak_memory_bytes
+    return run_in_child(_peak_of_steps, size, method, lengths, steps, conditions)
+
+
+def _peak_of_steps(*arguments: Any) -> int | None:
+    """Train, and read the peak afterwards; for a child."""
+    level = read_memory()
+    train_steps(*arguments)
+    return peak_since(level)
 
 
 def train_steps(size: Size, method: str, lengths: Sequence[int], steps: int, conditions: Conditions) -> int:
@@ -125,7 +134,7 @@ def time_inference(
         every: run every so many-th batch alone, and scale by padded tokens; 1 runs them all.
         conditions: precision, device, rank, seed.
     """
-    return run_in_child(time_methods, sizes, lengths, runs, every, conditions).value
+    return run_in_child(time_methods, sizes, lengths, runs, every, conditions)
 
 
 def time_methods(

@@ -42,9 +42,9 @@ from kdlora.distil.inference import predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_precision
 from kdlora.distil.trainer import train_model
-from kdlora.evidence.measure import forget_peak, read_memory
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import load_encoder
+from kdlora.system.environment import forget_peak, read_memory
 
 BATCH = 32
 LEARNING_RATE = 5e-4

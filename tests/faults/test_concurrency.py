@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from kdlora.errors import ArtifactError
-from kdlora.system.locks import hold_lock
+from kdlora.system.storage import hold_lock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from kdlora.system.locks import hold_lock
+from kdlora.system.storage import hold_lock
 with hold_lock(Path(sys.argv[1]), "computes"):
     print("held", flush=True)
     time.sleep(60)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from kdlora.config import TeacherTrainConfig
 from kdlora.data.load import load_splits
-from kdlora.evidence.measure import read_memory
 from kdlora.experiment.arms import train_teacher
 from kdlora.experiment.run import run_experiment
+from kdlora.system.environment import read_memory
 
 pytest_plugins = ["experiment_fixtures"]
 

@@ -18,8 +18,8 @@ import tiny
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.torch_backend import load_model
 from kdlora.errors import ModelError
-from kdlora.evidence.measure import run_in_child
 from kdlora.models.encoders import load_encoder, load_fine_tuned
+from kdlora.system.children import run_in_child
 
 
 @pytest.fixture
@@ -273,4 +273,4 @@ def test_threads_load_one_after_the_other(tiny_model_folder, tmp_path, monkeypat
 )
 def test_runs_find_the_patterns_compiled():
     """Each run of an experiment would compile the same thousand patterns before it reads its weights."""
-    assert run_in_child(loads.has_patterns).value
+    assert run_in_child(loads.has_patterns)

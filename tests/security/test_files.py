@@ -29,11 +29,10 @@ from kdlora.experiment.ray_cluster import connect
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.team import Team
 from kdlora.system import ownership
+from kdlora.system.children import _make_scratch
 from kdlora.system.environment import git_state
-from kdlora.system.forkserver import _make_scratch
-from kdlora.system.locks import hold_lock
 from kdlora.system.ownership import MANIFEST, claim_folder, owned_name, remove, remove_abandoned
-from kdlora.system.storage import atomic_file, atomic_folder
+from kdlora.system.storage import atomic_file, atomic_folder, hold_lock
 
 pytest_plugins = ["experiment_fixtures"]
 
@@ -406,9 +405,7 @@ def test_a_module_in_the_current_folder_is_not_run(tmp_path):
     (tmp_path / "json.py").write_text("import pathlib; pathlib.Path('owned').touch(); raise SystemExit(3)")
     script = tmp_path / "elsewhere" / "script.py"
     script.parent.mkdir()
-    script.write_text(
-        "from kdlora.evidence.measure import run_in_child\nimport os\nprint(run_in_child(os.getpid).value)"
-    )
+    script.write_text("from kdlora.system.children import run_in_child\nimport os\nprint(run_in_child(os.getpid))")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "owned").exists()

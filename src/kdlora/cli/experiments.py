@@ -222,8 +222,8 @@ def _load(config: Path | None, options: dict[str, Any], overrides: list[str]) ->
 
 def _print_plan(config: Config, out: Path | None, as_json: bool) -> None:
     """Say what an experiment would do."""
-    from kdlora.evidence.measure import prepare_children
     from kdlora.experiment.launch import check_alone
+    from kdlora.system.children import prepare_children
 
     check_alone("run --dry-run")
     prepare_children("kdlora.experiment.preview")
@@ -250,8 +250,8 @@ def _is_answered() -> bool:
 
 
 def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool = True) -> ExperimentResult:
-    from kdlora.evidence.measure import prepare_children
     from kdlora.experiment.launch import read_launch
+    from kdlora.system.children import prepare_children
 
     launch = read_launch()
     if launch.count > 1:  # before PyTorch is imported: it prints a backtrace where another process goes

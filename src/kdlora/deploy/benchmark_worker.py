@@ -17,7 +17,7 @@ import numpy as np
 from kdlora.deploy.encode import Text
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import KdLoraError, ModelError
-from kdlora.evidence.measure import forget_peak, read_memory
+from kdlora.system.environment import forget_peak, read_memory
 
 
 class Worker:

@@ -23,7 +23,7 @@ from kdlora.distil.processes import Processes, current_processes
 from kdlora.errors import ArtifactError, ModelError
 from kdlora.models.encoders import Encoder
 from kdlora.system.environment import collect_versions
-from kdlora.system.locks import hold_lock
+from kdlora.system.storage import hold_lock
 
 logger = logging.getLogger(__name__)
 

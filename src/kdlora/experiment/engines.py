@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from kdlora.evidence.measure import run_in_child
 from kdlora.evidence.records import write_record
 from kdlora.experiment.jobs import Job, Outcome, carry_out, failed_record
 from kdlora.experiment.ray_cluster import count_slots
 from kdlora.searchconfig import Resources
+from kdlora.system.children import run_in_child
 
 JobListener = Callable[[Job, Any], None]
 
@@ -73,7 +73,7 @@ class SerialEngine:
 
 def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     try:
-        return run_in_child(function, *arguments).value
+        return run_in_child(function, *arguments)
     except Exception as error:
         return error
 
@@ -133,10 +133,10 @@ class RayEngine:
 
 def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Call a function in a child, so that no worker keeps its memory; Ray would wrap what it raises."""
-    from kdlora.evidence.measure import run_in_child
+    from kdlora.system.children import run_in_child
 
     try:
-        return run_in_child(function, *arguments).value
+        return run_in_child(function, *arguments)
     except Exception as error:
         return error
 

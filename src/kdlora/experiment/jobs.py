@@ -18,13 +18,13 @@ from kdlora.data.spool import read_column
 from kdlora.data.tasks import Task
 from kdlora.distil.words import BAG_OF_WORDS
 from kdlora.errors import ArtifactError, KdLoraError
-from kdlora.evidence.measure import run_in_child
 from kdlora.evidence.records import RunRecord, write_record
 from kdlora.experiment.inputs import check_models
 from kdlora.experiment.plan import ConfigurationLayout
 from kdlora.experiment.recording import hash_splits, now, splits_by_name
 from kdlora.experiment.settle import Chosen, choose
 from kdlora.experiment.stages import label_training_rows, train_run
+from kdlora.system.children import run_in_child
 from kdlora.system.ownership import remove
 from kdlora.system.storage import write_text_atomic
 
@@ -140,13 +140,13 @@ def _train(job: Job, listen: Listener) -> RunRecord:
     write_text_atomic(job.layout.config, save_config(job.config))
     arguments = (job.config, job.layout, job.arm, job.seed)
     try:
-        record = run_in_child(train_run, *arguments, on_message=listen).value
+        record = run_in_child(train_run, *arguments, on_message=listen)
     except ArtifactError as error:
         if not place.checkpoints.exists():
             raise
         logger.info("%s starts afresh: %s", job.key, error)  # interrupted under another teacher or other data
         remove(place.checkpoints)
-        record = run_in_child(train_run, *arguments, on_message=listen).value
+        record = run_in_child(train_run, *arguments, on_message=listen)
     remove(place.model)  # a suite compares; it ships nothing, and thousands fill a disk
     model = place.model.relative_to(job.layout.root).as_posix()
     files = {name: digest for name, digest in record.files.items() if not name.startswith(f"{model}/")}

@@ -13,7 +13,6 @@ from typing import Any
 
 from kdlora.config import LORA_ARMS, TEACHER_ARMS, Arm
 from kdlora.errors import KdLoraError
-from kdlora.evidence.measure import run_in_child
 from kdlora.evidence.records import RunRecord
 from kdlora.experiment.course import finished_record
 from kdlora.experiment.engines import SerialEngine
@@ -23,6 +22,7 @@ from kdlora.experiment.settle import closed
 from kdlora.experiment.stages import settings_for
 from kdlora.experiment.suite import check_size, chosen_settings, inspect_tasks
 from kdlora.experiment.suitefile import SuiteConfig
+from kdlora.system.children import run_in_child
 
 CHARACTERS_PER_TOKEN = 4.5
 """Of English text, in word pieces."""
@@ -94,7 +94,7 @@ def look_at_suite(suite: SuiteConfig, out: str | Path | None = None, *, confirme
             record = finished_record(run, root, facts[run.task].fingerprint)
             if record is not None:
                 records[run.key] = record
-        found = estimate(plan, records, facts, lambda sources: run_in_child(measure_speed, sources).value)
+        found = estimate(plan, records, facts, lambda sources: run_in_child(measure_speed, sources))
     except (KdLoraError, OSError) as error:
         obstacle = str(error)
     runs = plan.runs()

@@ -13,7 +13,6 @@ from kdlora.configfile import load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, KdLoraError
-from kdlora.evidence.measure import run_in_child
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record, write_record, write_results
 from kdlora.evidence.summary import COLUMNS, summarise_arms
 from kdlora.experiment.deployment import deploy_student, is_deployed
@@ -30,11 +29,11 @@ from kdlora.report.blocks import html_table
 from kdlora.report.choice import choose_student
 from kdlora.report.collect import load_run
 from kdlora.report.report import make_report
+from kdlora.system.children import run_in_child
 from kdlora.system.integrity import damaged_files
-from kdlora.system.locks import HeldLock, hold_lock
 from kdlora.system.ownership import check_folder as refuse_foreign_folder
 from kdlora.system.ownership import claim_folder, remove, remove_abandoned
-from kdlora.system.storage import write_json_atomic, write_text_atomic
+from kdlora.system.storage import HeldLock, hold_lock, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ def _left(config: Config, layout: ExperimentLayout, rows: str) -> list[Run]:
 
 def _plan(config: Config, layout: ExperimentLayout, splits: Splits, left: list[Run], processes: int) -> ExperimentPlan:
     """Look at models and data before the runs that are left."""
-    looks = run_in_child(look_at_models, config, splits.task, sample_texts(splits.train)).value
+    looks = run_in_child(look_at_models, config, splits.task, sample_texts(splits.train))
     runs = [run.arm for run in left]
     return make_plan(config, splits, runs, looks, labelled=layout.teacher_logits.exists(), processes=processes)
 
@@ -352,7 +351,7 @@ def _train(
 def _in_child(team: Team, stage: Callable[..., Any], *arguments: Any, on_message: Callable[[Any], None]) -> Any:
     """Carry out a stage in a child, and in one of every other process that there is."""
     if team.is_alone:
-        return run_in_child(stage, *arguments, on_message=on_message).value
+        return run_in_child(stage, *arguments, on_message=on_message)
     return team.run(stage, *arguments, on_message=on_message)
 
 
@@ -386,7 +385,7 @@ def _deploy(config: Config, layout: ExperimentLayout, shipped: Run, listen: List
     stage = Stage("deploy", shipped.arm, shipped.seed)
     hear = None if listen is None else lambda step: listen(stage, step)
     try:
-        return run_in_child(deploy_student, config, layout, on_message=hear or _ignore).value
+        return run_in_child(deploy_student, config, layout, on_message=hear or _ignore)
     except OSError:
         raise
     except Exception as error:  # a student that cannot be exported is still a student

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlora.config import Config
 from kdlora.configfile import load_config
@@ -16,10 +18,9 @@ from kdlora.data.load import Splits, load_examples
 from kdlora.data.tasks import Task
 from kdlora.distil.precision import resolve_device
 from kdlora.errors import ArtifactError, DataError
-from kdlora.evidence.measure import measure_latency
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import Predictions, write_predictions
-from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_results
+from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
 from kdlora.experiment.arms import Evaluation, evaluate, label_array
 from kdlora.experiment.inputs import load_teacher, read_table
 from kdlora.experiment.recording import add_size, now, splits_by_name
@@ -173,3 +174,85 @@ def _row(
         "metrics": result.metrics,
         "truncated": result.truncated,
     }
+
+
+def time_calls(
+    call: Callable[[Any], object],
+    inputs: Sequence[Any],
+    *,
+    warm_up: int = 5,
+    repeats: int = 50,
+    limit_seconds: float = 10.0,
+) -> tuple[float, float]:
+    """Time a call over a cycle of inputs."""
+    if not inputs or repeats < 1:
+        raise ValueError("expected at least one input and one repeat")
+    begin = time.perf_counter()
+    for turn in range(warm_up):
+        if turn and time.perf_counter() - begin > limit_seconds / 2:
+            break
+        call(inputs[turn % len(inputs)])
+    times: list[float] = []
+    begin = time.perf_counter()
+    for turn in range(repeats):
+        if turn >= 3 and time.perf_counter() - begin > limit_seconds:
+            break
+        start = time.perf_counter()
+        call(inputs[turn % len(inputs)])
+        times.append(1000 * (time.perf_counter() - start))
+    p50, p95 = np.percentile(times, [50, 95])
+    return float(p50), float(p95)
+
+
+def measure_latency(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    max_length: int,
+    batch_sizes: Sequence[int] = (1, 32),
+    repeats: int = 50,
+    limit_seconds: float = 10.0,
+) -> list[Latency]:
+    """Time the forward pass of a model on real texts, tokenised beforehand, in the model's own precision."""
+    device = next(model.parameters()).device
+
+    def forward(batch: Mapping[str, Any]) -> None:
+        model(**batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    was_training = model.training
+    model.eval()
+    result = []
+    try:
+        with torch.inference_mode():
+            for size in batch_sizes:
+                batches = [
+                    {name: tensor.to(device) for name, tensor in _encode(tokenizer, chunk, max_length).items()}
+                    for chunk in _cycle_rows(rows, size, batches=repeats)
+                ]
+                p50, p95 = time_calls(forward, batches, repeats=repeats, limit_seconds=limit_seconds)
+                result.append(Latency(batch_size=size, p50_ms=p50, p95_ms=p95, threads=torch.get_num_threads()))
+    finally:
+        model.train(was_training)
+    return result
+
+
+def _cycle_rows(rows: Dataset, size: int, *, batches: int) -> list[dict[str, list[str]]]:
+    """Cut the first rows into full batches; as many as there are rows for, at least one."""
+    if not len(rows):
+        raise ValueError("expected at least one row to time the model on")
+    count = min(batches, max(1, len(rows) // size))
+    columns = [name for name in ("text", "text_pair") if name in rows.column_names]
+    chosen = [[(start * size + row) % len(rows) for row in range(size)] for start in range(count)]
+    return [{name: [rows[row][name] for row in numbers] for name in columns} for numbers in chosen]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, chunk: dict[str, list[str]], max_length: int) -> Mapping[str, Any]:
+    """Tokenise one batch, cut to what both the caller and the model's positions allow."""
+    limit = min(max_length, tokenizer.model_max_length)
+    encoded: Mapping[str, Any] = tokenizer(
+        chunk["text"], chunk.get("text_pair"), truncation=True, max_length=limit, padding=True, return_tensors="pt"
+    )
+    return encoded

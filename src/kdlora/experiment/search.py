@@ -15,7 +15,6 @@ from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import save_config
 from kdlora.distil.session import ProgressEvent
 from kdlora.errors import ArtifactError, KdLoraError
-from kdlora.evidence.measure import run_in_child
 from kdlora.experiment.plan import ConfigurationLayout, identity, reset_unused
 from kdlora.experiment.search_report import write_search_report
 from kdlora.experiment.study import (
@@ -30,6 +29,7 @@ from kdlora.experiment.study import (
 )
 from kdlora.experiment.trial import Holdout, TrialResult, inspect_rows, make_teacher, train_trial
 from kdlora.searchconfig import SearchConfig
+from kdlora.system.children import run_in_child
 from kdlora.system.integrity import hash_json
 from kdlora.system.ownership import check_folder, claim_folder, remove
 from kdlora.system.storage import write_json_atomic, write_text_atomic
@@ -161,7 +161,7 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None,
     given, config = config, with_settings(config, {"run.arms": [arm]})
     folder = (Path(out) if out is not None else Path("runs") / f"{config.title()}-search").absolute()
     check_folder(folder, "search")
-    rows, chosen = run_in_child(inspect_rows, config, Holdout(settings.validation_fraction, settings.seed)).value
+    rows, chosen = run_in_child(inspect_rows, config, Holdout(settings.validation_fraction, settings.seed))
     given, config = chosen.fill_in(given), chosen.fill_in(config)
     name = study_name(config, settings, rows)
     search = Search(given, config, settings, arm, folder, storage or str(folder / "journal.log"), name, rows)
@@ -233,11 +233,11 @@ def _result(search: Search, study: Study, trial: Trial, config: Config, listen: 
         reporter = _Reporter(trial, stop, lambda event: _tell(study, search, trial, event, listen))
         arguments = (config, search.holdout, layout, search.arm, stop)
         try:
-            result = run_in_child(train_trial, *arguments, on_message=reporter.hear).value
+            result = run_in_child(train_trial, *arguments, on_message=reporter.hear)
         except ArtifactError as error:
             logger.info("trial %d starts afresh: %s", trial.number, error)  # checkpoints of an earlier version
             remove(folder / "runs")
-            result = run_in_child(train_trial, *arguments, on_message=reporter.hear).value
+            result = run_in_child(train_trial, *arguments, on_message=reporter.hear)
         remove(folder / "runs")
         remove(stop)
         reporter.complete(result.history)

@@ -14,7 +14,6 @@ from kdlora.distil.processes import current_processes
 from kdlora.distil.teacher import teacher_logits
 from kdlora.distil.tracking import TrackedRun, tracked
 from kdlora.distil.words import fit_words
-from kdlora.evidence.measure import MemoryLevel, forget_peak, peak_since, read_memory
 from kdlora.evidence.records import ExperimentLayout, RunRecord
 from kdlora.experiment.arms import Progress, Trained, label_array, rows_per_epoch, train_arm
 from kdlora.experiment.inputs import (
@@ -40,6 +39,7 @@ from kdlora.experiment.scoring import score_given_teacher, score_model, score_ou
 from kdlora.experiment.settle import all_texts, cut_at
 from kdlora.experiment.shipping import keep_weights, kept_places
 from kdlora.models.encoders import Encoder
+from kdlora.system.environment import MemoryLevel, forget_peak, peak_since, read_memory
 from kdlora.system.integrity import hash_files
 
 StageName = Literal["train", "label", "deploy"]

@@ -19,9 +19,8 @@ from kdlora.experiment.plan import Plan, make_plan, whole_config
 from kdlora.experiment.settle import Chosen
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import SuiteConfig, save_suite
-from kdlora.system.locks import hold_lock
 from kdlora.system.ownership import check_folder, claim_folder
-from kdlora.system.storage import write_text_atomic
+from kdlora.system.storage import hold_lock, write_text_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -24,12 +24,11 @@ from kdlora.config import Config
 from kdlora.distil.precision import resolve_device
 from kdlora.distil.processes import Seat, join_processes
 from kdlora.errors import ConfigError, KdLoraError
-from kdlora.evidence.measure import Measured, run_in_child
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.launch import LAUNCH_KEYS, Launch, check_launch, read_launch
 from kdlora.experiment.settle import with_recorded
 from kdlora.experiment.stages import label_training_rows, train_run
-from kdlora.system.forkserver import ChildDiedError
+from kdlora.system.children import ChildDiedError, run_in_child
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class Team:
         said = {"stage": stage.__name__, "details": details, **_experiment(config, layout)}
         self.store.set(f"stage-{self.number}", json.dumps(said))
         try:
-            return self._take_part(stage.__name__, config, layout, details, on_message).value
+            return self._take_part(stage.__name__, config, layout, details, on_message)
         except KdLoraError:
             raise
         except Exception as fault:
@@ -83,7 +82,7 @@ class Team:
 
     def _take_part(
         self, stage: str, config: Config, layout: ExperimentLayout, details: Any, on_message: Callable[[Any], None]
-    ) -> Measured[Any]:
+    ) -> Any:
         launch = self.launch
         prefix = f"kdlora/{launch.attempt}/stage-{self.number}"
         seat = Seat(launch.rank, launch.count, launch.local_rank, launch.address, launch.port, prefix)

@@ -37,7 +37,7 @@ from kdlora.models.settings import (
     check_index,
     refuse_detours,
 )
-from kdlora.system.forkserver_process import before_fork
+from kdlora.system.children import before_fork
 
 _loading = threading.RLock()
 

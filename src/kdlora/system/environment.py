@@ -1,13 +1,17 @@
-"""What a run was made with: library versions, machine, state of the working tree."""
+"""What a run was made with: library versions, machine, state of the working tree; and this process's memory."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
+import sys
 import tempfile
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 _PACKAGES = (
     "kdlora",
@@ -114,3 +118,64 @@ def _memory() -> str:
     except (AttributeError, ValueError, OSError):
         return "unknown"
     return f"{size / 2**30:.1f} GiB"
+
+
+@dataclass(frozen=True)
+class MemoryLevel:
+    """Memory of this process, bytes.
+
+    Attributes:
+        resident: all of it that is in memory (`VmRSS`).
+        anonymous: its own pages, without those of mapped files (`RssAnon`).
+        mapped: pages of mapped files: libraries, and weights read through a map (`RssFile`).
+        high_water: the largest `resident` since the start or the last `forget_peak` (`VmHWM`).
+    """
+
+    resident: int
+    anonymous: int
+    mapped: int
+    high_water: int
+
+
+def read_memory() -> MemoryLevel | None:
+    """Read this process's memory."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    try:
+        return MemoryLevel(*(int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon", "RssFile", "VmHWM")))
+    except KeyError:
+        return None
+
+
+def forget_peak() -> None:
+    """Let the high-water mark start again from the present level, and CUDA's with it.
+
+    Call it between loading and training: the map through which weights are read counts as long as it is open.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if (torch := _torch_on_cuda()) is not None:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_since(before: MemoryLevel | None) -> int | None:
+    """Give the peak above an earlier level of this process.
+
+    A child of a fork shares its anonymous pages from the start but maps the library files anew, page by page, as
+    it touches them; those pages are left out on both sides.
+    """
+    if (torch := _torch_on_cuda()) is not None:
+        return int(torch.cuda.max_memory_allocated())
+    after = read_memory()
+    if before is None or after is None:
+        return None
+    return max(0, after.high_water - after.mapped - before.anonymous)
+
+
+def _torch_on_cuda() -> Any:
+    """Give torch where this process has used CUDA; it is never imported for the question."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None

@@ -15,16 +15,9 @@ import children
 import pytest
 
 from kdlora.errors import DataError
-from kdlora.evidence import measure
-from kdlora.evidence.measure import (
-    measure_latency,
-    prepare_children,
-    read_memory,
-    run_in_child,
-    time_calls,
-)
-from kdlora.system import forkserver, forkserver_process
-from kdlora.system.forkserver import ChildDiedError, close_server
+from kdlora.system import children as processes
+from kdlora.system.children import ChildDiedError, close_server, prepare_children, run_in_child
+from kdlora.system.environment import read_memory
 from kdlora.system.ownership import owned_name
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory figures come from Linux' /proc")
@@ -33,18 +26,18 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="memory figures come 
 @pytest.fixture(autouse=True, scope="module")
 def _own_server():
     """Close what these tests start; the server of the experiments, which holds the libraries, is put aside."""
-    others = forkserver._servers[:]
-    forkserver._servers.clear()
+    others = processes._servers[:]
+    processes._servers.clear()
     yield
     close_server()
-    forkserver._servers.extend(others)
+    processes._servers.extend(others)
 
 
 def test_a_run_has_a_process_of_its_own_in_the_callers_place(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """Two runs in one process would inherit each other's memory; another folder would break relative paths."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDLORA_TEST", "seen")
-    first, second = run_in_child(children.where).value, run_in_child(children.where).value
+    first, second = run_in_child(children.where), run_in_child(children.where)
     assert len({os.getpid(), first[0], second[0]}) == 3
     assert first[1:] == (str(tmp_path), "seen")
 
@@ -54,18 +47,14 @@ def test_the_peak_is_the_childs_own_and_includes_what_was_freed():
     """A level read at the end misses the peak; a parent's memory would be counted in every arm."""
     ballast = bytearray(300 * 2**20)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    small, large = run_in_child(children.allocate, 1), run_in_child(children.allocate, 120)
-    assert small.peak_memory_bytes is not None
-    assert large.peak_memory_bytes is not None
-    assert small.peak_memory_bytes < 15 * 2**20
-    assert 110 * 2**20 < large.peak_memory_bytes < 140 * 2**20
-    assert large.value == 1
-    assert large.seconds > 0
+    small, large = (run_in_child(children.peak_of_allocating, megabytes) for megabytes in (1, 120))
+    assert small < 15 * 2**20
+    assert 110 * 2**20 < large < 140 * 2**20
 
 
 def test_what_children_share_is_prepared_once_by_the_server():
     """What a library computes at its first use, hundreds of patterns for one, each of a night's runs would repeat."""
-    (once, server), again = (run_in_child(children.who_prepared).value for _ in range(2))
+    (once, server), again = (run_in_child(children.who_prepared) for _ in range(2))
     assert once == [server]
     assert again == (once, server)
     assert children.prepared_by == []
@@ -73,9 +62,9 @@ def test_what_children_share_is_prepared_once_by_the_server():
 
 def test_a_server_whose_parent_goes_in_a_hurry_ends_quietly(capfd: pytest.CaptureFixture[str], monkeypatch):
     """After a signal the command ends without reading how its child ended; the user saw the server's traceback."""
-    server = forkserver.ForkServer()
+    server = processes.ForkServer()
     monkeypatch.setattr(server, "_exit_status", lambda: None)
-    server.converse("children", (children.allocate, (1,)), None)
+    server.converse(children.allocate, (1,), None)
     assert select.select([server.control], [], [], 10)[0]
     server.close()
     assert server.process.returncode == 0
@@ -85,8 +74,7 @@ def test_a_server_whose_parent_goes_in_a_hurry_ends_quietly(capfd: pytest.Captur
 @linux
 def test_what_happened_before_training_can_be_left_out():
     """Loading weights peaks higher than training an adapter; the figure is about training."""
-    peak = run_in_child(children.allocate_then_forget, 120).peak_memory_bytes
-    assert peak is not None
+    peak = run_in_child(children.allocate_then_forget, 120)
     assert peak < 40 * 2**20
 
 
@@ -103,21 +91,21 @@ def test_messages_arrive_in_order():
     heard = []
     done = run_in_child(children.count, 3, on_message=heard.append)
     assert heard == [(0, 3), (1, 3), (2, 3), "done"]
-    assert done.value == "counted"
+    assert done == "counted"
 
 
 def test_a_users_fault_stays_one():
     """The command line exits 2 on a KdLoraError and 1 on anything else: the class has to survive."""
     with pytest.raises(DataError, match=r"train\.csv, row 3: no label") as caught:
         run_in_child(children.refuse)
-    assert "in refuse" in "".join(caught.value.__notes__)
+    assert "in refuse" in "".join(caught.__notes__)
 
 
 def test_a_full_disk_stays_one():
     """The experiment stops on a full disk, and goes on to the next run after another fault."""
     with pytest.raises(OSError, match="No space") as caught:
         run_in_child(children.fill_the_disk)
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.errno == errno.ENOSPC
 
 
 def test_exceptions_that_cannot_travel_arrive_as_text():
@@ -136,7 +124,7 @@ def test_a_killed_child_is_reported_with_its_signal_and_the_next_one_runs():
         run_in_child(children.die)
     with pytest.raises(ChildDiedError, match="exit status 7"):
         run_in_child(children.leave, 7)
-    assert run_in_child(children.allocate, 1).value == 1
+    assert run_in_child(children.allocate, 1) == 1
 
 
 def test_an_interrupted_wait_ends_the_child(tmp_path):
@@ -150,7 +138,7 @@ def test_an_interrupted_wait_ends_the_child(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_in_child(children.sleep_and_write, str(tmp_path / "x"), on_message=interrupt)
     assert _is_gone(heard[0])
-    assert run_in_child(children.allocate, 1).value == 1
+    assert run_in_child(children.allocate, 1) == 1
 
 
 def test_an_interrupted_child_may_save_first(tmp_path):
@@ -159,13 +147,13 @@ def test_an_interrupted_child_may_save_first(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_in_child(children.tidy_up_when_asked, str(tmp_path / "x"), on_message=interrupt)
     assert (tmp_path / "x").read_text() == "saved"
-    assert time.monotonic() - begin < forkserver.GRACE_SECONDS
-    assert run_in_child(children.allocate, 1).value == 1
+    assert time.monotonic() - begin < processes.GRACE_SECONDS
+    assert run_in_child(children.allocate, 1) == 1
 
 
 def test_an_interrupted_child_that_does_not_end_is_ended(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """The command promises to end, whatever the child is busy with."""
-    monkeypatch.setattr(forkserver, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.3)
     with pytest.raises(KeyboardInterrupt):
         run_in_child(children.tidy_up_when_asked, str(tmp_path / "x"), on_message=interrupt)
     time.sleep(1.2)
@@ -191,7 +179,7 @@ def test_an_interruption_does_not_wait_for_imports(tmp_path, monkeypatch: pytest
         signal.signal(signal.SIGALRM, former)
     assert time.monotonic() - begin < 4
     monkeypatch.delenv("KDLORA_TEST_SLOW")
-    assert run_in_child(slow_module.work).value == 1
+    assert run_in_child(slow_module.work) == 1
 
 
 def test_a_server_may_begin_to_import_before_it_is_asked(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -201,15 +189,15 @@ def test_a_server_may_begin_to_import_before_it_is_asked(tmp_path, monkeypatch: 
     (tmp_path / "marking_module.py").write_text(f"open({str(mark)!r}, 'w').close()\ndef work():\n    return 2\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     prepare_children("marking_module")
-    server = forkserver._servers[0]
+    server = processes._servers[0]
     for _ in range(200):
         if mark.exists():
             break
         time.sleep(0.05)
     assert mark.exists()
     prepare_children("marking_module")
-    assert run_in_child(importlib.import_module("marking_module").work).value == 2
-    assert forkserver._servers == [server]
+    assert run_in_child(importlib.import_module("marking_module").work) == 2
+    assert processes._servers == [server]
 
 
 def test_a_server_that_nobody_asked_is_not_waited_for(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -240,12 +228,12 @@ def test_a_killed_server_takes_its_child_along(tmp_path):
 
     def kill_server(process: int) -> None:
         heard.append(process)
-        forkserver._servers[0].process.kill()
+        processes._servers[0].process.kill()
 
     with pytest.raises(ChildDiedError, match="together with its server"):
         run_in_child(children.sleep_and_write, str(tmp_path / "x"), on_message=kill_server)
     assert _is_gone(heard[0])
-    assert run_in_child(children.allocate, 1).value == 1
+    assert run_in_child(children.allocate, 1) == 1
 
 
 def test_temporary_files_of_children_go(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -254,7 +242,7 @@ def test_temporary_files_of_children_go(tmp_path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     abandoned = tmp_path / f"kdlora-scratch-{owned_name().split('-')[0]}-999999999-1-0123abcd"
     abandoned.mkdir()
-    paths = run_in_child(children.name_temporary_file).value
+    paths = run_in_child(children.name_temporary_file)
     assert all(Path(path).parent.parent == tmp_path and Path(path).exists() for path in paths)
     assert not abandoned.exists()
     close_server()
@@ -264,7 +252,7 @@ def test_temporary_files_of_children_go(tmp_path, monkeypatch: pytest.MonkeyPatc
 def test_a_childs_log_follows_the_level_of_the_caller(tmp_path):
     """A log that says nothing of the stages proves nothing, and helps nobody to find a fault."""
     script = (
-        "import logging, children\nfrom kdlora.evidence.measure import run_in_child\n"
+        "import logging, children\nfrom kdlora.system.children import run_in_child\n"
         "logging.basicConfig(level='{level}', format='%(message)s')\nrun_in_child(children.speak_up)\n"
     )
     environment = with_this_folder()
@@ -284,7 +272,7 @@ def test_a_childs_log_follows_the_level_of_the_caller(tmp_path):
 def test_a_killed_parent_takes_its_child_along(tmp_path):
     """`kill -9` on the command must not leave a training behind."""
     script = (
-        "import children\nfrom kdlora.evidence.measure import run_in_child\n"
+        "import children\nfrom kdlora.system.children import run_in_child\n"
         f"run_in_child(children.sleep_and_write, {str(tmp_path / 'x')!r}, on_message=lambda p: print(p, flush=True))\n"
     )
     environment = with_this_folder()
@@ -299,8 +287,8 @@ def test_a_plain_script_without_a_guard_does_not_start_itself_again(tmp_path):
     """Multiprocessing's children import the main script; a user's script would run over and over."""
     script = tmp_path / "script.py"
     script.write_text(
-        "print('started')\nimport children\nfrom kdlora.evidence.measure import run_in_child\n"
-        "print(run_in_child(children.allocate, 1).value)\n"
+        "print('started')\nimport children\nfrom kdlora.system.children import run_in_child\n"
+        "print(run_in_child(children.allocate, 1))\n"
     )
     environment = with_this_folder()
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=True)
@@ -314,56 +302,10 @@ def test_a_function_that_no_other_process_finds_is_refused():
 
 
 def test_without_fork_the_function_runs_here(monkeypatch: pytest.MonkeyPatch):
-    """On Windows there is no fork; the experiment still has to run, without the figure."""
-    monkeypatch.delattr(measure.os, "fork")
+    """On Windows there is no fork; the experiment still has to run."""
+    monkeypatch.delattr(os, "fork")
     done = run_in_child(children.where)
-    assert done.value[0] == os.getpid()
-    assert done.peak_memory_bytes is None
-
-
-def test_times_are_in_milliseconds_after_warm_up():
-    """The first call pays for allocation; seconds taken for milliseconds would look splendid."""
-    calls: list[int] = []
-
-    def work(value: int) -> None:
-        calls.append(value)
-        time.sleep(0.1 if len(calls) <= 2 else 0.004)
-
-    p50, p95 = time_calls(work, [1, 2, 3], warm_up=2, repeats=6)
-    assert 4 <= p50 <= p95 < 60
-    assert calls == [1, 2, 1, 2, 3, 1, 2, 3]
-    assert time_calls(lambda _: time.sleep(0.02), [0], warm_up=0, repeats=50, limit_seconds=0.01)[0] >= 20
-    with pytest.raises(ValueError, match="at least one input"):
-        time_calls(print, [])
-
-
-def test_latency_of_a_model_on_real_rows(tiny_model_folder):
-    """Padding to the maximum or a model in training mode would time something that nobody runs."""
-    from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    folder = tiny_model_folder("bert")
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    model.train()
-    shapes: list[tuple[int, ...]] = []
-
-    def watch(module: object, arguments: object, named: dict) -> None:
-        assert not model.training
-        shapes.append(tuple(named["input_ids"].shape))
-
-    model.register_forward_pre_hook(watch, with_kwargs=True)
-    rows = Dataset.from_dict(
-        {"id": list("abc"), "text": ["good film", "bad", "a " * 300], "text_pair": ["x", "y", "z"]}
-    )
-    found = measure_latency(model, tokenizer, rows, max_length=16, batch_sizes=(1, 4), repeats=3)
-    assert [one.batch_size for one in found] == [1, 4]
-    assert all(0 < one.p50_ms <= one.p95_ms and one.threads >= 1 for one in found)
-    assert {shape[0] for shape in shapes} == {1, 4}
-    assert max(shape[1] for shape in shapes) == 16
-    assert min(shape[1] for shape in shapes) < 16
-    assert model.training
-    with pytest.raises(ValueError, match="at least one row"):
-        measure_latency(model, tokenizer, rows.select([]), max_length=16)
+    assert done[0] == os.getpid()
 
 
 def _is_gone(process: int) -> bool:
@@ -376,20 +318,6 @@ def _is_gone(process: int) -> bool:
     return False
 
 
-def test_latency_of_texts_beyond_the_models_positions(tiny_model_folder):
-    """A run whose `max_length` exceeds the model's positions died after its training, when it was timed."""
-    from datasets import Dataset
-
-    import tiny
-    from kdlora.models.encoders import load_encoder
-
-    encoder = load_encoder(str(tiny_model_folder("bert")), tiny.task(), seed=0)
-    rows = Dataset.from_dict({"text": ["a wonderful story " * 60]})
-    options = {"max_length": 512, "batch_sizes": (1,), "repeats": 2}
-    (found,) = measure_latency(encoder.model, encoder.tokenizer, rows, **options)
-    assert found.p50_ms > 0
-
-
 @pytest.mark.parametrize("fault", [PermissionError, AttributeError])
 def test_a_system_without_descriptors_of_processes_is_polled(monkeypatch, fault):
     """A container may forbid the call: the server must wait as before, not die with it."""
@@ -398,5 +326,4 @@ def test_a_system_without_descriptors_of_processes_is_polled(monkeypatch, fault)
         raise fault
 
     monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
-    with forkserver_process._end_of(os.getpid()) as ended:
-        assert ended == []
+    assert processes._descriptors(os.getpid()) == []

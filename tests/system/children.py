@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from kdlora.errors import DataError
-from kdlora.system.forkserver_process import before_fork
+from kdlora.system.children import before_fork
+from kdlora.system.environment import forget_peak, peak_since, read_memory
 
 prepared_by: list[int] = []
 
@@ -43,11 +44,17 @@ def allocate(megabytes: int) -> int:
     return int(np.ones(megabytes * 2**20 // 8)[-1])
 
 
-def allocate_then_forget(megabytes: int) -> None:
-    from kdlora.evidence.measure import forget_peak
+def peak_of_allocating(megabytes: int) -> int | None:
+    level = read_memory()
+    allocate(megabytes)
+    return peak_since(level)
 
+
+def allocate_then_forget(megabytes: int) -> int | None:
+    level = read_memory()
     allocate(megabytes)
     forget_peak()
+    return peak_since(level)
 
 
 def refuse() -> None:

@@ -98,14 +98,14 @@ def test_a_users_fault_stays_one():
     """The command line exits 2 on a KdLoraError and 1 on anything else: the class has to survive."""
     with pytest.raises(DataError, match=r"train\.csv, row 3: no label") as caught:
         run_in_child(children.refuse)
-    assert "in refuse" in "".join(caught.__notes__)
+    assert "in refuse" in "".join(caught.value.__notes__)
 
 
 def test_a_full_disk_stays_one():
     """The experiment stops on a full disk, and goes on to the next run after another fault."""
     with pytest.raises(OSError, match="No space") as caught:
         run_in_child(children.fill_the_disk)
-    assert caught.errno == errno.ENOSPC
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_exceptions_that_cannot_travel_arrive_as_text():

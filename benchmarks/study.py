@@ -1,119 +1,101 @@
-"""Compare recipes for the student: recipes x tasks x seeds, in resumable pieces.
+"""Carry out a study, which is a suite whose contrasts are declared before it runs, and print the contrasts.
 
-    python benchmarks/study.py benchmarks/studies/small.yaml --models DIR --glue DIR --out DIR [--minutes 30]
-    python benchmarks/study.py benchmarks/studies/small.yaml --models DIR --glue DIR --out DIR --report
+    python benchmarks/study.py benchmarks/studies/pair.yaml --out DIR [--set KEY=VALUE ...] [--draws 2000]
 
-`--models` holds the encoders that the study names, and `vader`. Every recipe's hyperparameters are tuned alike, for
-each of its arms, on a part of the training rows; the validation rows are for the reported scores alone. Every
-training is recorded as it ends, and none is done twice; several processes may share the work of one `--out`. With
-`--minutes` the command stops between two trainings when the time is over, with exit code 75 if work is left.
+A study is a suite file in `benchmarks/studies`: a family is a recipe, with its pair of models. `kdlora suite` carries
+it out too, and writes its tables; this command adds what a suite's tables do not have: each contrast that
+`studies/contrasts.yaml` declares for the study, its mean over the tasks with an interval over rows and seeds, corrected
+for all of them (Bonferroni). Nothing that is finished is trained again, so it resumes, and `kdlora suite --on ray` may
+have done the work. Several files are one study: the first one names it.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from study_plan import (
-    Places,
-    Study,
-    Work,
-    choose_point,
-    read_study,
-    reported_work,
-    teacher_of,
-)
+import yaml
 
-from kdlora.config import DISTILLED_ARMS
+from kdlora import load_suite, run_suite
+from kdlora.data.tasks import Task
+from kdlora.evidence.predictions import Predictions, read_predictions
+from kdlora.evidence.stats import PairedArms, contrast
+from kdlora.experiment.suite import SuiteResult
+from kdlora.report.findings import align
 
-UNFINISHED = 75
-"""The conventional exit code for a temporary failure: run the same command again."""
+STUDIES = Path(__file__).parent / "studies"
+Side = tuple[str, str]
+Scored = dict[int, tuple[Task, Predictions]]
+"""By seed."""
 
 
-def ready_work(study: Study, places: Places, scores: dict[str, float]) -> Iterator[Work]:
-    """Give what can be done now, in the plan's order: searches before what they choose, teachers before students.
-
-    Args:
-        study: the study.
-        places: where things lie.
-        scores: of finished trainings, by key.
-    """
-    for step in study.steps:
-        for recipe in step.recipes:
-            for arm in study.recipes[recipe].arms:
-                point, missing = choose_point(study, places, recipe, arm, scores)
-                if point is not None:
-                    missing = [
-                        work
-                        for work in reported_work(study, places, recipe, arm, point, step)
-                        if work.key not in scores
-                    ]
-                for work in missing:
-                    teacher = teacher_of(work)
-                    yield teacher if work.arm in DISTILLED_ARMS and teacher.key not in scores else work
+def declared_contrasts(name: str) -> list[tuple[Side, Side]]:
+    """Read the contrasts of a study; a side is `family/arm`."""
+    pairs = yaml.safe_load((STUDIES / "contrasts.yaml").read_text(encoding="utf-8"))[name]
+    sides = [[tuple(side.rsplit("/", 1)) for side in pair] for pair in pairs]
+    return [(first, second) for first, second in sides]
 
 
-def run(study: Study, places: Places, minutes: float) -> int:
-    """Work until all is done or the time is over; return the exit code."""
-    from study_runs import carry_out, claimed, prepare, read_scores, write_tables
-
-    end = time.monotonic() + 60 * minutes
-    prepare()
-    write_tables(study, places)
-    print(f"{len(read_scores(places))} trainings are recorded", flush=True)
-    while time.monotonic() < end:
-        waiting = False
-        for work in ready_work(study, places, read_scores(places)):
-            waiting = True
-            with claimed(work, places) as is_ours:
-                if is_ours:
-                    _tell(carry_out(work, places))
-                    break
-        else:
-            print("another process does what is left" if waiting else "all is done", flush=True)
-            return UNFINISHED if waiting else 0
-    print("the time is over; run the same command again to go on", flush=True)
-    return UNFINISHED
+def scored_runs(result: SuiteResult) -> Iterator[tuple[str, Side, Scored]]:
+    """Give the finished runs of each task and side on the rows that are reported: test rows where there are any."""
+    for cell in result.plan.cells:
+        runs: Scored = {}
+        for run in cell.runs:
+            record = result.records.get(run.key)
+            if record is not None and record.status == "finished":
+                found = read_predictions(run.layout(result.folder).run(run.arm, run.seed).predictions)
+                split = "test" if "test" in found.split else "validation"
+                runs[run.seed] = Task.from_dict(record.task), found.only(split)
+        yield cell.task, (cell.family, cell.arm), runs
 
 
-def _tell(record: dict[str, Any]) -> None:
-    what = "search" if record["held_out"] else f"seed {record['seed']}"
-    print(
-        f"{record['task']:7} {record['arm']:12} {what:7} score {record['score']:6.2f}  "
-        f"{record['examples_per_second']:6.0f} rows/s  {record['train_seconds']:4.0f} s  {record['key']}",
-        flush=True,
-    )
+def pair_up(first: Scored, second: Scored) -> PairedArms | None:
+    """Bring two sides of a task together, seed by seed and row by row."""
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return None
+    aligned = align([side[seed][1] for side in (first, second) for seed in seeds])
+    if aligned is None or aligned[0].labels is None:
+        raise SystemExit("two sides of a contrast have other rows")
+    logits = [one.logits for one in aligned]
+    task = first[seeds[0]][0]
+    return PairedArms(task, aligned[0].labels, logits[: len(seeds)], logits[len(seeds) :])
 
 
-def main(options: argparse.Namespace) -> int:
-    """Run or report a study."""
-    study = read_study(options.study, options.tasks)
-    places = Places(options.models.resolve(), options.glue.resolve(), options.out.resolve())
-    if options.report:
-        from study_report import make_tables
+def contrast_table(name: str, results: list[SuiteResult], draws: int) -> list[str]:
+    """Write the declared contrasts as Markdown."""
+    contrasts = declared_contrasts(name)
+    level = 1 - 0.05 / len(contrasts)
+    runs = {(task, side): scored for result in results for task, side, scored in scored_runs(result)}
+    tasks = list(dict.fromkeys(task for task, _ in runs))
+    lines = ["| contrast | points | interval | seeds | tasks |", "|---|---|---|---|---|"]
+    for first, second in contrasts:
+        paired = [pair_up(runs.get((task, first), {}), runs.get((task, second), {})) for task in tasks]
+        pairs = [pair for pair in paired if pair is not None]
+        cells = "– | – | – | –"
+        if pairs:
+            found = contrast(pairs, draws=draws, level=level)
+            seeds = found.n_seeds if found.n_seeds > 1 else "one seed: no verdict"
+            span = f"{found.low:+.1f} to {found.high:+.1f}"
+            cells = f"{found.difference:+.1f} | {span} | {seeds} | {len(pairs)}"
+        lines.append(f"| {first[0]} `{first[1]}` − {second[0]} `{second[1]}` | {cells} |")
+    told = f"Intervals over rows and seeds at {100 * level:.2f}% each, 95% for all {len(contrasts)} (Bonferroni)."
+    return [*lines, "", told]
 
-        print(make_tables(study, places, options.draws))
-        return 0
-    return run(study, places, options.minutes)
 
-
-def read_options() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--glue", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=1e9)
-    parser.add_argument("--report", action="store_true", help="print the tables of what is finished, run nothing")
-    parser.add_argument("--tasks", nargs="+", default=(), help="tasks that the tables are of, in place of the study's")
-    parser.add_argument("--draws", type=int, default=2_000)
-    return parser.parse_args()
+def main(options: argparse.Namespace) -> None:
+    """Carry out what is not finished, and print."""
+    name = options.suites[0].stem
+    declared_contrasts(name)
+    results = [run_suite(load_suite(file, options.set), options.out / file.stem) for file in options.suites]
+    print("\n".join(contrast_table(name, results, options.draws)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(read_options()))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", type=Path, nargs="+", help="suite files of one study")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as of `kdlora suite`")
+    parser.add_argument("--draws", type=int, default=2_000)
+    main(parser.parse_args())

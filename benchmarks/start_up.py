@@ -25,7 +25,8 @@ from kdlora.system.environment import collect_versions, describe_machine
 
 GOALS = {"kdlora --help": 0.3, "kdlora validate": 1.0, "kdlora run, until the first step": None}
 FIRST_STEP = """
-import contextlib, sys, time, types
+import contextlib, time
+from kdlora import terminal
 from kdlora.cli import main
 
 def listen(stage, event):
@@ -33,8 +34,7 @@ def listen(stage, event):
         print(time.time(), flush=True)
         raise KeyboardInterrupt
 
-# In the place of the bars, whose module would import too soon what the command imports later.
-sys.modules["kdlora.terminal"] = types.SimpleNamespace(live_progress=lambda: contextlib.nullcontext(listen))
+terminal.live_progress = lambda: contextlib.nullcontext(listen)
 main()
 """
 

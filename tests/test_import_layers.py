@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "kdlora"
 ORDER = [
     {"errors"},
-    {"console", "foreign"},
+    {"foreign"},
     {"defaults"},
     {"config"},
     {"searchconfig"},
@@ -30,7 +30,7 @@ ORDER = [
 ]
 TORCH = {"torch", "transformers", "datasets", "peft", "accelerate"}
 WITHOUT_TORCH = [
-    *("errors", "console", "foreign", "defaults", "config", "searchconfig", "configfile", "cli", "demo", "data.tasks"),
+    *("errors", "foreign", "terminal", "defaults", "config", "searchconfig", "configfile", "cli", "demo", "data.tasks"),
     "distil.words",
     *("evidence", "report", "system"),
 ]

@@ -13,9 +13,7 @@ from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.batches import tokenise
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.session import ProgressEvent
 from kdlora.errors import ConfigError, DataError
-from kdlora.experiment.stages import Stage
 from kdlora.report.report import make_report
 from kdlora.terminal import NotebookBars
 
@@ -80,11 +78,10 @@ def test_bars_in_a_notebook_are_drawn_once_and_then_changed(monkeypatch):
         return Handle()
 
     monkeypatch.setattr(displays, "display", display)
-    bars, stage = NotebookBars(), Stage("train", "kd-lora", 0)
-    event = ProgressEvent(0.5, 2, 5, 20, 0.5, 0.2, 0.8, 100.0, 1.0, None)
+    bars = NotebookBars()
     for step in range(1, 21):
-        bars.listen(stage, replace(event, step=step))
-    bars.listen(Stage("deploy", "kd-lora", 0), "benchmark <b>")
+        bars.show("kd-lora, seed 0", step, 20, "epoch 0.5")
+    bars.show("export", None, None, "benchmark <b>")
     assert handles == [True]
     assert len(pages) < 10
     assert 'value="20" max="20"' in pages[-1]

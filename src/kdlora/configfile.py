@@ -15,7 +15,13 @@ from kdlora.config import Config
 from kdlora.errors import ConfigError, did_you_mean
 from kdlora.searchconfig import SearchConfig
 
+Override = str | tuple[str, Any]
 _MOST_VALUES = 100_000
+_PATH_KEYS = [
+    *(("data", key) for key in ("path", "train", "validation", "test", "unlabelled")),
+    *(("teacher", key) for key in ("model", "fine_tuned", "logits", "probabilities")),
+    ("student", "model"),
+]
 
 COLLECTION_MANIFEST = "collection.json"
 """Says what a folder holds that `kdlora label` wrote."""
@@ -34,13 +40,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> Config:
     """Read a configuration file.
 
     Args:
         path: a YAML file; relative paths in it resolve against its folder.
-        overrides: `section.key=value` assignments, values in YAML, applied over the file; relative paths
-            in them resolve against the current folder.
+        overrides: `section.key=value` assignments, values in YAML, or pairs of a key and its value, applied over
+            the file; relative paths in them resolve against the current folder.
 
     Raises:
         ConfigError: with every fault at once, each with its key, what was expected and what came.
@@ -79,12 +85,11 @@ def load_search(
 def read_mapping(file: Path, what: str) -> dict[str, Any]:
     """Read a YAML file that must be a mapping."""
     try:
-        text = file.read_text(encoding="utf-8")
+        return parse_mapping(file.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError:
         raise ConfigError(f"{what} {str(file)!r} does not exist; check the path") from None
     except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
         raise ConfigError(f"{what} {str(file)!r} cannot be read as UTF-8 text: {error}") from None
-    return parse_mapping(text, str(file))
 
 
 def parse_mapping(text: str, where: str) -> dict[str, Any]:
@@ -132,13 +137,13 @@ def _count_values(value: Any, counts: dict[int, int | None]) -> int:
 
 
 def build_config(
-    values: Mapping[str, Any], overrides: Iterable[str] = (), *, base: Path | None = None, where: str = "config"
+    values: Mapping[str, Any], overrides: Iterable[Override] = (), *, base: Path | None = None, where: str = "config"
 ) -> Config:
     """Validate nested values into a `Config`.
 
     Args:
         values: sections by name, as in the YAML file.
-        overrides: assignments as in `load_config`.
+        overrides: assignments as in `load_config`, or pairs of a key and its value.
         base: folder that relative paths in `values` resolve against; default: the current one.
         where: name of the source, for messages.
 
@@ -149,60 +154,61 @@ def build_config(
 
 
 def build_search(
-    values: Mapping[str, Any], overrides: Iterable[str] = (), *, base: Path | None = None, where: str = "config"
+    values: Mapping[str, Any], overrides: Iterable[Override] = (), *, base: Path | None = None, where: str = "config"
 ) -> tuple[Config, SearchConfig]:
     """Validate nested values into a `Config`, and its section `search`, which is not part of an experiment."""
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     changes: dict[str, Any] = {}
     for override in overrides:
         assign(changes, override)
-    data = [part["data"] for part in (plain, changes) if isinstance(part.get("data"), dict)]
-    has_source = next((part["path"] for part in reversed(data) if "path" in part), None) is not None
+    data = [part["data"] for part in (changes, plain) if isinstance(part.get("data"), dict)]
+    has_source = next((part["path"] for part in data if "path" in part), None) is not None
     try:
         merged = absolute_paths(plain, base or Path.cwd(), has_source=has_source)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    merge(merged, absolute_paths(changes, Path.cwd(), has_source=has_source))
-    search = merged.pop("search", None) or {}
-    try:
+        merge(merged, absolute_paths(changes, Path.cwd(), has_source=has_source))
+        search = merged.pop("search", None) or {}
         return Config.model_validate(merged), SearchConfig.model_validate(search)
     except ValidationError as error:
         root: type[BaseModel] = SearchConfig if error.title == SearchConfig.__name__ else Config
         raise ConfigError(describe_faults(error, where if root is Config else f"{where}, search", root)) from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def save_config(config: Config) -> str:
     """Write a configuration as YAML that reruns the experiment from anywhere."""
     values = config.model_dump(mode="json")
     readable = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    if yaml.safe_load(readable) == values:
-        return readable
-    return yaml.safe_dump(values, sort_keys=False)  # some control characters only survive as escapes
+    # Some control characters only survive as escapes.
+    return readable if yaml.safe_load(readable) == values else yaml.safe_dump(values, sort_keys=False)
 
 
-def known_keys() -> list[str]:
-    """List every key that can be set, such as `student.train.learning_rate`, in the order of the config."""
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """List every key that can be set, such as `student.train.learning_rate`."""
     keys: list[str] = []
-    pending: list[tuple[str, type[BaseModel]]] = [("", Config)]
-    while pending:
-        prefix, model = pending.pop()
-        for name, field in model.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                pending.append((f"{prefix}{name}.", field.annotation))
-            else:
-                keys.append(f"{prefix}{name}")
+    for name in model.model_fields:
+        section = _section(model, name)
+        keys += [f"{prefix}{name}"] if section is None else known_keys(section, f"{prefix}{name}.")
     return sorted(keys)
 
 
-def assign(values: dict[str, Any], override: str) -> None:
-    """Put one `section.key=value` assignment into nested values."""
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"--set {override!r}: expected key=value, such as student.train.learning_rate=1e-3")
-    try:
-        value = _read_yaml(text, yaml.SafeLoader)
-    except ConfigError as error:
-        raise ConfigError(f"--set {override[:80]!r}: the value is {error}") from None
+def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    annotation = model.model_fields[name].annotation if name in model.model_fields else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def assign(values: dict[str, Any], override: Override) -> None:
+    """Put one assignment into nested values: `section.key=value`, or the key and its value."""
+    if isinstance(override, str):
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {override!r}: expected key=value, such as student.train.learning_rate=1e-3")
+        try:
+            value = _read_yaml(text, yaml.SafeLoader)
+        except ConfigError as error:
+            raise ConfigError(f"--set {override[:80]!r}: the value is {error}") from None
+    else:
+        key, value = override
     *parents, last = key.strip().split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
@@ -220,32 +226,24 @@ def merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-_SPLIT_KEYS = ("train", "validation", "test", "unlabelled")
-_FILE_KEYS = {("data", key) for key in _SPLIT_KEYS} | {
-    ("teacher", "logits"),
-    ("teacher", "probabilities"),
-}
-_SOURCE_KEYS = {("data", "path"), ("teacher", "model"), ("teacher", "fine_tuned"), ("student", "model")}
-
-
 def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> dict[str, Any]:
     """Make file keys absolute; a model or data source only where it is a path and no Hub id."""
     resolved = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    for section, key in _FILE_KEYS | _SOURCE_KEYS:
+    for section, key in _PATH_KEYS:
         part = resolved.get(section)
         value = part.get(key) if isinstance(part, dict) else None
         if not isinstance(part, dict) or not isinstance(value, str):
             continue
-        if "\0" in value or not _is_unicode(value):
+        if "\0" in value or value.encode("utf-8", "ignore").decode() != value:
             raise ConfigError(
                 f"{section}.{key}: a path holds no zero byte and is UTF-8, got {value[:80]!r}; rename what is there"
             )
         candidate = (base / expand_home(value)).resolve()
-        if section == "data" and key in _SPLIT_KEYS and has_source:
-            # With data.path these are split names, unless a file is meant, or the folder of a labelled collection.
-            is_path = candidate.is_file() or (candidate / COLLECTION_MANIFEST).is_file()
-        else:
-            is_path = (section, key) in _FILE_KEYS or value.startswith(("/", "./", "../", "~")) or candidate.exists()
+        if key in ("path", "model", "fine_tuned"):
+            is_path = value.startswith(("/", "./", "../", "~")) or candidate.exists()
+        else:  # with data.path these are split names, unless a file is meant, or the folder of a labelled collection
+            is_name = section == "data" and has_source
+            is_path = not is_name or candidate.is_file() or (candidate / COLLECTION_MANIFEST).is_file()
         part[key] = str(candidate) if is_path else value
     return resolved
 
@@ -253,15 +251,6 @@ def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> d
 def expand_home(path: str) -> Path:
     """Replace `~` and `~user`; where nobody knows that home, the path stays as it is, to be missed by its name."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's own raises RuntimeError
-
-
-def _is_unicode(text: str) -> bool:
-    """Say whether a text can be written; a name in another encoding than UTF-8 cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def describe_faults(error: ValidationError, where: str, root: type[BaseModel] = Config) -> str:
@@ -278,7 +267,10 @@ def describe_faults(error: ValidationError, where: str, root: type[BaseModel] = 
 def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
     location = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1], root)
+        model: type[BaseModel] | None = root
+        for part in location[:-1]:
+            model = _section(model, part) if model else None
+        known = list(model.model_fields) if model else []
         suggestion = did_you_mean(location[-1], known) or f" Known keys: {', '.join(known)}."
         return f"{'.'.join(location)}: unknown key.{suggestion}"
     key = ".".join(part for part in location if not part.startswith(("function-", "literal[", "tuple[")))
@@ -291,13 +283,3 @@ def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         hint = did_you_mean(fault["input"], fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
     return f"{key}: {message}, got {fault['input']!r}.{hint}"
-
-
-def _fields_at(location: list[str], root: type[BaseModel]) -> list[str]:
-    model = root
-    for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)

@@ -34,69 +34,54 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
 `paper` (KD-LoRA, arXiv 2410.20777) is what the defaults of the keys themselves are, but for its loss.
 """
 
-
 STEPS: dict[str, tuple[int, int, int]] = {"teacher": (6, 300, 4000), "student": (15, 600, 8000)}
 """Passes over the training rows, and the least and the most optimiser steps, where `epochs` is null."""
 
 
 def epochs_for(role: str, rows: int, batch_size: int) -> float:
-    """Choose the epochs of a training by its rows: some passes, but neither too few optimiser steps nor too many.
-
-    Args:
-        role: `teacher` or `student`.
-        rows: of the training split.
-        batch_size: rows of a step.
-    """
+    """Choose the epochs of a `teacher` or `student`: some passes, but neither too few optimiser steps nor too many."""
     passes, least, most = STEPS[role]
     steps = -(-rows // batch_size)
     return float(max(1, round(min(max(passes, least / steps), most / steps))))
 
 
 def full_rate(width: int) -> float:
-    """Choose the peak learning rate of full fine-tuning by the model's hidden size.
-
-    Args:
-        width: hidden size.
-    """
+    """Choose the peak learning rate of full fine-tuning by the model's hidden size."""
     return round(5e-5 * 768 / width, 7)
 
 
 def adapter_rate(width: int) -> float:
-    """Choose the peak learning rate of adapters by the model's hidden size.
-
-    Args:
-        width: hidden size.
-    """
+    """Choose the peak learning rate of adapters by the model's hidden size."""
     return round(1e-3 * 384 / width, 6)
 
 
 def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
     """Lay the recipe under the user's values, and name the family's models."""
-    recipe = values.get("recipe", "default")
-    filled = lay_under(values, _fitting(RECIPES[recipe], values)) if recipe in RECIPES else dict(values)
-    sections = {key: filled.get(key) or {} for key in ("teacher", "student")}
-    if not all(isinstance(section, Mapping) for section in sections.values()):
+    recipe, family = values.get("recipe", "default"), values.get("family")
+    filled = dict(values)
+    if isinstance(recipe, str) and recipe in RECIPES:
+        filled = lay_under(values, _fitting(RECIPES[recipe], values))
+    teacher, student = (filled.get(key) or {} for key in ("teacher", "student"))
+    if not isinstance(teacher, Mapping) or not isinstance(student, Mapping):
         return filled
-    teacher, student = sections.values()
-    if filled.get("family") in FAMILIES:
-        teacher_model, student_model = FAMILIES[filled["family"]]
-        teacher = _with_default(teacher, "model", teacher_model)
-        if student.get("from_teacher_layers") is None:
-            student = _with_default(student, "model", student_model)
+    if isinstance(family, str) and family in FAMILIES:
+        names = FAMILIES[family]
+        if teacher.get("model") is None:
+            teacher = {**teacher, "model": names[0]}
+        if student.get("model") is None and student.get("from_teacher_layers") is None:
+            student = {**student, "model": names[1]}
     return filled | {"teacher": teacher, "student": student}
 
 
 def _fitting(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Leave copies of the texts out: no model labels them, the user has more texts than copies, or no data at all."""
-    has_table = any(_is_set(values, "teacher", key) for key in ("logits", "probabilities"))
-    if has_table or _is_set(values, "data", "unlabelled") or not values.get("data"):
-        return {key: section for key, section in recipe.items() if key != "data"}
-    return recipe
-
-
-def _is_set(values: Mapping[str, Any], section: str, key: str) -> bool:
-    given = values.get(section)
-    return isinstance(given, Mapping) and given.get(key) is not None
+    data, teacher = values.get("data"), values.get("teacher")
+    has_table = isinstance(teacher, Mapping) and any(
+        teacher.get(key) is not None for key in ("logits", "probabilities")
+    )
+    has_texts = isinstance(data, Mapping) and data.get("unlabelled") is not None
+    without_copies = has_table or has_texts or not data
+    return {key: section for key, section in recipe.items() if key != "data"} if without_copies else recipe
 
 
 def lay_under(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +94,3 @@ def lay_under(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
         else:
             filled.setdefault(key, default)
     return filled
-
-
-def _with_default(section: Mapping[str, Any], key: str, value: object) -> dict[str, Any]:
-    return dict(section) if section.get(key) is not None else {**section, key: value}

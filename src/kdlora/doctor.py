@@ -46,6 +46,24 @@ class Diagnosis:
     extras: dict[str, tuple[str, ...]]
     problems: tuple[str, ...]
 
+    def lines(self) -> dict[str, str]:
+        """Put it into words, by subject."""
+        threads = "" if self.threads is None else f", {self.threads} CPU threads"
+        memory = "unknown" if self.free_memory is None else f"{self.free_memory} GiB"
+        extras = {
+            f"extra {name}": f"lacks {'; '.join(unmet)}: pip install 'kdlora[{name}]'" if unmet else "complete"
+            for name, unmet in self.extras.items()
+        }
+        return {
+            "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            "machine": ", ".join(f"{name} {value}" for name, value in self.machine.items()),
+            "device": self.device + threads,
+            "free": f"memory {memory}, disk of the Hub's cache {self.free_disk} GiB",
+            "hub": self.hub,
+            **extras,
+            "problems": "; ".join(self.problems) or "none",
+        }
+
 
 def diagnose(*, hub_seconds: float = HUB_SECONDS) -> Diagnosis:
     """Look at the installation and the machine; nothing is changed."""

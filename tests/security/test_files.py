@@ -19,7 +19,6 @@ import pytest
 
 from deploy_folders import TEXTS, build_classifier
 from experiments import snapshot
-from kdlora.console import SafeConsole
 from kdlora.deploy.hub import plan_push
 from kdlora.deploy.stream import predict_file
 from kdlora.distil.resume import CheckpointFolder
@@ -33,6 +32,7 @@ from kdlora.system.children import _make_scratch
 from kdlora.system.environment import git_state
 from kdlora.system.ownership import MANIFEST, claim_folder, owned_name, remove, remove_abandoned
 from kdlora.system.storage import atomic_file, atomic_folder, hold_lock
+from kdlora.terminal import SafeConsole
 
 pytest_plugins = ["experiment_fixtures"]
 

@@ -1,14 +1,18 @@
-"""The Typer application, and the options that several verbs share."""
+"""The Typer application, and what several verbs share: options, tables, JSON."""
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.table import Table
 
 from kdlora.errors import harmless_json
+from kdlora.terminal import SafeConsole
 
 app = typer.Typer(
     name="kdlora",
@@ -41,37 +45,63 @@ def _root(
     """Hold the options that stand before a verb; the application's own help is shown in place of this."""
 
 
+def verb(options: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Make a verb of a function that takes a dataclass, whose fields are the verb's arguments and options."""
+
+    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        def command(**values: Any) -> None:
+            function(options(**values))
+
+        hints = get_type_hints(options, include_extras=True)
+        signature = inspect.signature(options)
+        parameters = [one.replace(annotation=hints[one.name]) for one in signature.parameters.values()]
+        command.__doc__, command.__annotations__ = function.__doc__, hints
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        app.command(function.__name__)(command)
+        return function
+
+    return register
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON for programs."""
     print(harmless_json(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
 
 
-def complete_tasks(incomplete: str) -> list[str]:
-    """Complete the name of a GLUE task."""
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], **settings: Any) -> None:
+    """Print a table for people."""
+    table = Table(*header, **settings)
+    for row in rows:
+        table.add_row(*row)
+    SafeConsole().print(table)
+
+
+def completing(list_names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Let the shell complete one of these names."""
+    return lambda incomplete: [name for name in list_names() if name.startswith(incomplete)]
+
+
+def glue_tasks() -> Iterable[str]:
+    """List the GLUE tasks."""
     from kdlora.data.tasks import GLUE
 
-    return [name for name in GLUE if name.startswith(incomplete)]
+    return GLUE
 
 
-def complete_families(incomplete: str) -> list[str]:
-    """Complete the name of a pair of models."""
+def model_families() -> Iterable[str]:
+    """List the pairs of models."""
     from kdlora.defaults import FAMILIES
 
-    return [name for name in FAMILIES if name.startswith(incomplete)]
+    return FAMILIES
 
 
-def complete_formats(incomplete: str) -> list[str]:
-    """Complete the name of an export format."""
-    return [name for name in ("onnx", "onnx-int8", "all") if name.startswith(incomplete)]
-
-
-def complete_overrides(incomplete: str) -> list[str]:
-    """Complete the key of `--set`, section by section."""
+def _assignments() -> Iterable[str]:
     from kdlora.configfile import known_keys
 
-    return [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
+    return [f"{key}=" for key in known_keys()]
 
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Experiment folder; default runs/<name>.")]
 Set = Annotated[
     list[str] | None,
@@ -79,7 +109,8 @@ Set = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Override a config key; values are YAML.",
-        autocompletion=complete_overrides,
+        autocompletion=completing(_assignments),
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Text = Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Text column; twice for a pair.")]
+IdColumn = Annotated[str, typer.Option(metavar="COLUMN", help="Column that names a row.")]

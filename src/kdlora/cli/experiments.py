@@ -6,15 +6,27 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from kdlora.cli.app import Json, Out, Set, app, complete_families, complete_tasks, print_json
-from kdlora.console import SafeConsole
+from kdlora.cli.app import (
+    Json,
+    Out,
+    Set,
+    Text,
+    app,
+    completing,
+    glue_tasks,
+    model_families,
+    print_json,
+    print_table,
+    verb,
+)
 from kdlora.errors import ConfigError
+from kdlora.terminal import SafeConsole, live_progress, print_plan, print_result
 
 if TYPE_CHECKING:
     from kdlora.config import Config
@@ -28,37 +40,61 @@ _WITHOUT_A_FILE = (
 )
 
 
-@app.command()
-def run(
-    config: Annotated[
-        Path | None, typer.Argument(help="Config file (YAML); or describe your data with options.")
-    ] = None,
-    out: Out = None,
-    overrides: Set = None,
-    task: Annotated[str | None, typer.Option(help="GLUE task, with --data.", autocompletion=complete_tasks)] = None,
-    data: Annotated[str | None, typer.Option(help="Folder or Hub id with the data.")] = None,
-    train: Annotated[str | None, typer.Option(help="Training file.")] = None,
-    validation: Annotated[
-        str | None, typer.Option(help="Validation file; default: split off the training rows.")
-    ] = None,
-    test: Annotated[str | None, typer.Option(help="Test file.")] = None,
-    text: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Text column; twice for a pair.")] = None,
+@dataclass(frozen=True)
+class Run:
+    """What `kdlora run` is told."""
+
+    config: Annotated[Path | None, typer.Argument(help="Config file (YAML); or describe your data with options.")] = (
+        None
+    )
+    out: Out = None
+    overrides: Set = None
+    task: Annotated[str | None, typer.Option(help="GLUE task, with --data.", autocompletion=completing(glue_tasks))] = (
+        None
+    )
+    data: Annotated[str | None, typer.Option(help="Folder or Hub id with the data.")] = None
+    train: Annotated[str | None, typer.Option(help="Training file.")] = None
+    validation: Annotated[str | None, typer.Option(help="Validation file; default: split off the training rows.")] = (
+        None
+    )
+    test: Annotated[str | None, typer.Option(help="Test file.")] = None
+    text: Text = None
     label: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="Label column; several for 0/1 columns.")
-    ] = None,
+    ] = None
     family: Annotated[
         str | None,
-        typer.Option(help="bert, roberta or deberta-v3: names both models.", autocompletion=complete_families),
-    ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Pretrained teacher: Hub id or folder.")] = None,
-    student: Annotated[str | None, typer.Option(help="Pretrained student: Hub id or folder.")] = None,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failed run.")] = False,
+        typer.Option(help="bert, roberta or deberta-v3: names both models.", autocompletion=completing(model_families)),
+    ] = None
+    teacher: Annotated[str | None, typer.Option(help="Pretrained teacher: Hub id or folder.")] = None
+    student: Annotated[str | None, typer.Option(help="Pretrained student: Hub id or folder.")] = None
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failed run.")] = False
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, on what data and for how long; write nothing.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Begin without asking, though it will take hours.")] = False,
-    as_json: Json = False,
-) -> None:
+    ] = False
+    yes: Annotated[bool, typer.Option("--yes", help="Begin without asking, though it will take hours.")] = False
+    as_json: Json = False
+
+    def settings(self) -> dict[str, Any]:
+        """Give the config keys that the options set."""
+        given = {
+            "family": self.family,
+            "task.name": self.task,
+            "task.text": self.text,
+            "task.label": self.label,
+            "data.path": self.data,
+            "data.train": self.train,
+            "data.validation": self.validation,
+            "data.test": self.test,
+            "teacher.model": self.teacher,
+            "student.model": self.student,
+            "run.fail_fast": self.fail_fast,
+        }
+        return {key: value for key, value in given.items() if value}
+
+
+@verb(Run)
+def run(options: Run) -> None:
     """Train the teacher, distil it into the student, run the controls, and report.
 
     Before anything trains it says on what data, how many steps, and about how long.
@@ -69,13 +105,11 @@ def run(
 
     Example: kdlora run configs/reviews.yaml --dry-run
     """
-    options = _config_values(task, data, train, validation, test, text, label, family, teacher, student)
-    experiment = _load(config, options, [*(overrides or []), *(["run.fail_fast=true"] if fail_fast else [])])
-    if dry_run:
-        _print_plan(experiment, out, as_json)
-        return
-    result = _run(experiment, out, as_json, yes=yes)
-    raise typer.Exit(1 if result.failed else 0)
+    config = _load(options)
+    if options.dry_run:
+        _print_plan(config, options.out, options.as_json)
+    else:
+        _run(config, options.out, options.as_json, yes=options.yes)
 
 
 @app.command()
@@ -86,8 +120,7 @@ def demo(out: Out = None, as_json: Json = False) -> None:
     """
     from kdlora.demo import demo_config
 
-    result = _run(demo_config(), out, as_json)
-    raise typer.Exit(1 if result.failed else 0)
+    _run(demo_config(), out, as_json)
 
 
 @app.command()
@@ -126,11 +159,11 @@ def evaluate(
     if as_json:
         print_json(scores)
         return
-    table = Table("model", "examples", "score", "metrics")
+    rows = []
     for row in scores:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
-        table.add_row(row["model"], str(row["examples"]), f"{row['score']:.2f}", metrics)
-    SafeConsole().print(table)
+        rows.append((row["model"], str(row["examples"]), f"{row['score']:.2f}", metrics))
+    print_table(("model", "examples", "score", "metrics"), rows)
 
 
 @app.command()
@@ -174,61 +207,25 @@ def _print_paths(paths: Sequence[Path], as_json: bool) -> None:
         print(path)
 
 
-def _config_values(
-    task: str | None,
-    data: str | None,
-    train: str | None,
-    validation: str | None,
-    test: str | None,
-    text: list[str] | None,
-    label: list[str] | None,
-    family: str | None,
-    teacher: str | None,
-    student: str | None,
-) -> dict[str, Any]:
-    """Turn the options into the sections of a config; what was not given is left out."""
-    values: dict[str, Any] = {
-        "family": family,
-        "task": {"name": task, "text": text, "label": label[0] if label and len(label) == 1 else label},
-        "data": {"path": data, "train": train, "validation": validation, "test": test},
-        "teacher": {"model": teacher},
-        "student": {"model": student},
-    }
-    pruned: dict[str, Any] = {}
-    for key, value in values.items():
-        kept = {name: item for name, item in value.items() if item} if isinstance(value, dict) else value
-        if kept:
-            pruned[key] = kept
-    return pruned
-
-
-def _load(config: Path | None, options: dict[str, Any], overrides: list[str]) -> Config:
+def _load(options: Run) -> Config:
     from kdlora.configfile import build_config, load_config
 
-    if config is None:
-        try:
-            return build_config(options, overrides, where="the command line", base=Path.cwd())
-        except ConfigError as error:
-            raise ConfigError(f"{error}\n{_WITHOUT_A_FILE}") from None
-    given = [
-        f"{section}.{key}={json.dumps(value)}"
-        for section, values in options.items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-    ]
-    given += [f"{key}={value}" for key, value in options.items() if not isinstance(value, dict)]
-    return load_config(config, [*given, *overrides])
+    overrides: list[str | tuple[str, Any]] = [*options.settings().items(), *(options.overrides or [])]
+    if options.config is not None:
+        return load_config(options.config, overrides)
+    try:
+        return build_config({}, overrides, where="the command line")
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n{_WITHOUT_A_FILE}") from None
 
 
 def _print_plan(config: Config, out: Path | None, as_json: bool) -> None:
-    """Say what an experiment would do."""
     from kdlora.experiment.launch import check_alone
     from kdlora.system.children import prepare_children
 
     check_alone("run --dry-run")
     prepare_children("kdlora.experiment.preview")
     from kdlora.experiment.run import plan_experiment
-    from kdlora.terminal import print_plan
 
     plan = plan_experiment(config, out)
     print_json(plan.to_dict()) if as_json else print_plan(plan, SafeConsole())
@@ -236,20 +233,13 @@ def _print_plan(config: Config, out: Path | None, as_json: bool) -> None:
 
 def _announce(plan: ExperimentPlan, *, yes: bool) -> None:
     """Print the plan, and ask before a long one where a person can answer."""
-    from kdlora.terminal import print_plan
-
     print_plan(plan, SafeConsole(stderr=True))
-    asks = plan.hours > _HOURS_UNASKED and not yes and _is_answered()
-    if asks and not typer.confirm("Begin?", default=True, err=True):
+    is_asked = plan.hours > _HOURS_UNASKED and not yes and sys.stdin.isatty() and sys.stderr.isatty()
+    if is_asked and not typer.confirm("Begin?", default=True, err=True):
         raise typer.Exit(1)
 
 
-def _is_answered() -> bool:
-    """Say whether a person sees a question and can answer it."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
-
-
-def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool = True) -> ExperimentResult:
+def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool = True) -> None:
     from kdlora.experiment.launch import read_launch
     from kdlora.system.children import prepare_children
 
@@ -258,17 +248,19 @@ def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool = True) -
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     prepare_children("kdlora.experiment.stages")
     from kdlora.experiment.run import run_experiment
-    from kdlora.terminal import live_progress
 
     if launch.rank > 0:  # the first of several processes does the talking
-        return run_experiment(config, out)
-    with live_progress() as listen:
-        result = run_experiment(config, out, listen=listen, before=lambda plan: _announce(plan, yes=yes))
+        result = run_experiment(config, out)
+    else:
+        with live_progress() as listen:
+            result = run_experiment(config, out, listen=listen, before=lambda plan: _announce(plan, yes=yes))
+        _print_result(result, as_json)
+    raise typer.Exit(1 if result.failed else 0)
+
+
+def _print_result(result: ExperimentResult, as_json: bool) -> None:
     if as_json:
         results = json.loads(result.layout.results.read_text(encoding="utf-8"))
         print(json.dumps({"folder": str(result.folder), **results}))
     else:
-        from kdlora.terminal import print_result
-
         print_result(result)
-    return result

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from kdlora.cli.app import Json, app, complete_formats, print_json
-from kdlora.console import SafeConsole
+from kdlora.cli.app import IdColumn, Json, Text, app, completing, print_json, print_table, verb
 from kdlora.errors import harmless
+from kdlora.terminal import draw_bars
 
 
-@app.command()
-def predict(
-    model: Annotated[Path, typer.Argument(help="Model folder, experiment, or Hub id such as USER/REPO/onnx@REVISION.")],
-    source: Annotated[str, typer.Argument(help="CSV, TSV, JSON Lines, Parquet or text file; - for standard input.")],
-    to: Annotated[str, typer.Option("--to", help="Output file; - for JSON Lines on standard output.")] = "-",
-    text: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Text column; twice for a pair.")] = None,
-    id_column: Annotated[str, typer.Option(metavar="COLUMN", help="Column that names a row.")] = "id",
-    batch_size: Annotated[int, typer.Option(help="Most texts in one forward pass.")] = 32,
-    strict: Annotated[bool, typer.Option(help="Stop at the first bad row.")] = False,
-    as_json: Json = False,
-) -> None:
+@dataclass(frozen=True)
+class Predict:
+    """What `kdlora predict` is told."""
+
+    model: Annotated[Path, typer.Argument(help="Model folder, experiment, or Hub id such as USER/REPO/onnx@REVISION.")]
+    source: Annotated[str, typer.Argument(help="CSV, TSV, JSON Lines, Parquet or text file; - for standard input.")]
+    to: Annotated[str, typer.Option("--to", help="Output file; - for JSON Lines on standard output.")] = "-"
+    text: Text = None
+    id_column: IdColumn = "id"
+    batch_size: Annotated[int, typer.Option(help="Most texts in one forward pass.")] = 32
+    strict: Annotated[bool, typer.Option(help="Stop at the first bad row.")] = False
+    as_json: Json = False
+
+
+@verb(Predict)
+def predict(options: Predict) -> None:
     """Label every row of a file, in input order, in bounded memory; an interrupted file is continued.
 
     Example: kdlora predict runs/mrpc/student new.csv --to labelled.csv
@@ -37,13 +38,28 @@ def predict(
     """
     from kdlora.deploy.stream import predict_file
 
-    with counting_progress("rows", shown=to != "-") as advance:
+    to_stdout = options.to == "-"  # as JSON, a line for each row
+    with draw_bars() as show:
+
+        def advance(done: int, share: float | None) -> None:
+            if show is not None and not to_stdout:
+                show("rows", done, done / share if share else None, f"{done:,}")
+
         summary = predict_file(
-            model, source, to, text=text, id_column=id_column, batch_size=batch_size, strict=strict, progress=advance
+            options.model,
+            options.source,
+            options.to,
+            text=options.text,
+            id_column=options.id_column,
+            batch_size=options.batch_size,
+            strict=options.strict,
+            progress=advance,
         )
-    if as_json and to != "-":  # what goes to standard output is JSON, a line for each row
+    if to_stdout:
+        return
+    if options.as_json:
         print_json(asdict(summary))
-    elif to != "-":
+    else:
         print(f"{summary.rows} rows, {summary.errors} of them bad, in {summary.to}", file=sys.stderr)
 
 
@@ -52,7 +68,10 @@ def export(
     model: Annotated[Path, typer.Argument(help="Experiment folder, merged model folder, or Hub id.")],
     to: Annotated[Path, typer.Option("--to", help="Folder to write.")],
     formats: Annotated[
-        str, typer.Option("--format", help="onnx, onnx-int8 or all.", autocompletion=complete_formats)
+        str,
+        typer.Option(
+            "--format", help="onnx, onnx-int8 or all.", autocompletion=completing(lambda: ("onnx", "onnx-int8", "all"))
+        ),
     ] = "all",
     data: Annotated[str | None, typer.Option(help="Labelled file to check on; default: validation rows.")] = None,
     as_json: Json = False,
@@ -69,12 +88,12 @@ def export(
     if as_json:
         print_json(asdict(result))
         return
-    table = Table("stage", "against", "score", "largest logit difference", "same predictions")
+    rows = []
     for stage in result.stages:
         score = "–" if stage.score is None else f"{stage.score:.2f}"
         difference = "–" if stage.largest_difference is None else f"{stage.largest_difference:.2e}"
-        table.add_row(stage.stage, stage.reference, score, difference, f"{stage.agreement:.2%}")
-    SafeConsole().print(table)
+        rows.append((stage.stage, stage.reference, score, difference, f"{stage.agreement:.2%}"))
+    print_table(("stage", "against", "score", "largest logit difference", "same predictions"), rows)
     print(f"in {result.folder}" + (f"; int8 by {result.recipe}" if result.recipe else ""))
 
 
@@ -101,10 +120,7 @@ def benchmark_command(
         print_json(asdict(result))
         return
     header, rows = result.table()
-    table = Table(*header, caption=result.conditions())
-    for row in rows:
-        table.add_row(*row)
-    SafeConsole().print(table)
+    print_table(header, rows, caption=result.conditions())
 
 
 @app.command()
@@ -142,30 +158,35 @@ def push(
         print(f"{pushed.url} ({'private' if pushed.private else 'public'}, {len(pushed.files)} files)")
 
 
-@app.command()
-def label(
-    model: Annotated[str, typer.Argument(help="Fine-tuned teacher: a folder, such as runs/NAME/teacher, or a Hub id.")],
-    data: Annotated[str, typer.Argument(help="File, folder or quoted pattern: Parquet, JSON Lines, CSV, TSV, text.")],
-    to: Annotated[Path, typer.Option("--to", help="Folder of the labelled collection; the same command goes on.")],
+@dataclass(frozen=True)
+class Label:
+    """What `kdlora label` is told."""
+
+    model: Annotated[str, typer.Argument(help="Fine-tuned teacher: a folder, such as runs/NAME/teacher, or a Hub id.")]
+    data: Annotated[str, typer.Argument(help="File, folder or quoted pattern: Parquet, JSON Lines, CSV, TSV, text.")]
+    to: Annotated[Path, typer.Option("--to", help="Folder of the labelled collection; the same command goes on.")]
     on: Annotated[
         str | None, typer.Option("--on", metavar="ray[://HOST:PORT]", help="Spread the work over a Ray cluster.")
-    ] = None,
-    text: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Text column; twice for a pair.")] = None,
-    id_column: Annotated[str, typer.Option(metavar="COLUMN", help="Column that names a row.")] = "id",
+    ] = None
+    text: Text = None
+    id_column: IdColumn = "id"
     label_name: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Name of an output, in order; once for each.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub id.")] = None,
-    max_length: Annotated[int, typer.Option(help="Longest input in tokens.")] = 128,
-    rows_per_shard: Annotated[int, typer.Option(help="Rows in one file: the most that a kill can cost.")] = 50_000,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    ] = None
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub id.")] = None
+    max_length: Annotated[int, typer.Option(help="Longest input in tokens.")] = 128
+    rows_per_shard: Annotated[int, typer.Option(help="Rows in one file: the most that a kill can cost.")] = 50_000
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto"
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     texts: Annotated[
         bool, typer.Option("--with-texts/--without-texts", help="Keep the texts, for data.unlabelled.")
-    ] = True,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row.")] = False,
-    as_json: Json = False,
-) -> None:
+    ] = True
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row.")] = False
+    as_json: Json = False
+
+
+@verb(Label)
+def label(options: Label) -> None:
     """Store a teacher's logits for a collection of any size, by id, in bounded memory; a killed call is continued.
 
     The folder serves as data.unlabelled, or as teacher.logits.
@@ -177,44 +198,32 @@ def label(
     check_alone("label")
     from kdlora.experiment.labelling import label_collection
 
-    with counting_progress("rows") as advance:
+    with draw_bars() as show:
+
+        def advance(done: int, total: int | None) -> None:
+            if show is not None:
+                show("rows", done, total, f"{done:,}")
+
         summary = label_collection(
-            model,
-            data,
-            to,
-            text=text,
-            id_column=id_column,
-            label_names=label_name,
-            revision=revision,
-            max_length=max_length,
-            rows_per_shard=rows_per_shard,
-            precision=precision,
-            device=device,
-            texts=texts,
-            strict=strict,
-            on=on,
-            progress=None if advance is None else lambda done, total: advance(done, done / total if total else None),
+            options.model,
+            options.data,
+            options.to,
+            text=options.text,
+            id_column=options.id_column,
+            label_names=options.label_name,
+            revision=options.revision,
+            max_length=options.max_length,
+            rows_per_shard=options.rows_per_shard,
+            precision=options.precision,
+            device=options.device,
+            texts=options.texts,
+            strict=options.strict,
+            on=options.on,
+            progress=advance,
         )
-    if as_json:
+    if options.as_json:
         print_json(asdict(summary))
         return
     bad = f", {summary.rejected} rejected (rejected-*.jsonl)" if summary.rejected else ""
-    cut = f", {summary.truncated} cut at {max_length} tokens" if summary.truncated else ""
+    cut = f", {summary.truncated} cut at {options.max_length} tokens" if summary.truncated else ""
     print(f"{summary.rows} rows{bad}{cut} in {summary.shards} files in {summary.folder}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def counting_progress(unit: str, *, shown: bool = True) -> Iterator[Callable[[int, float | None], None] | None]:
-    """Give a callable that draws a bar on standard error; None where nothing shall be drawn."""
-    console = SafeConsole(stderr=True)
-    if not shown or not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.completed:,} " + unit), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(unit, total=None)
-
-        def advance(done: int, share: float | None) -> None:
-            progress.update(bar, completed=done, total=done / share if share else None)
-
-        yield advance

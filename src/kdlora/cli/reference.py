@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import typer
-from rich.table import Table
 
-from kdlora.cli.app import Json, app, print_json
-from kdlora.console import SafeConsole
-
-if TYPE_CHECKING:
-    from kdlora.doctor import Diagnosis
+from kdlora.cli.app import Json, app, print_json, print_table
 
 
 @app.command()
@@ -26,10 +20,11 @@ def tasks(as_json: Json = False) -> None:
     if as_json:
         print_json({name: task.task.to_dict() for name, task in GLUE.items()})
         return
-    table = Table("task", "kind", "text", "labels", "score")
-    for name, task in GLUE.items():
-        table.add_row(name, task.kind, ", ".join(task.text), ", ".join(task.label_names), " + ".join(task.metrics))
-    SafeConsole().print(table)
+    rows = [
+        (name, task.kind, ", ".join(task.text), ", ".join(task.label_names), " + ".join(task.metrics))
+        for name, task in GLUE.items()
+    ]
+    print_table(("task", "kind", "text", "labels", "score"), rows)
 
 
 @app.command()
@@ -43,10 +38,7 @@ def families(as_json: Json = False) -> None:
     if as_json:
         print_json({name: {"teacher": teacher, "student": student} for name, (teacher, student) in FAMILIES.items()})
         return
-    table = Table("family", "teacher", "student")
-    for name, (teacher, student) in FAMILIES.items():
-        table.add_row(name, teacher, student)
-    SafeConsole().print(table)
+    print_table(("family", "teacher", "student"), [(name, *models) for name, models in FAMILIES.items()])
 
 
 @app.command()
@@ -65,23 +57,7 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         print_json(asdict(found))
     else:
-        _print_diagnosis(found)
+        lines = found.lines()
+        width = max(map(len, lines))
+        print("\n".join(f"{name:<{width}}  {text}" for name, text in lines.items()))
     raise typer.Exit(1 if found.problems else 0)
-
-
-def _print_diagnosis(found: Diagnosis) -> None:
-    threads = "" if found.threads is None else f", {found.threads} CPU threads"
-    memory = "unknown" if found.free_memory is None else f"{found.free_memory} GiB"
-    lines = {
-        "versions": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
-        "machine": ", ".join(f"{name} {value}" for name, value in found.machine.items()),
-        "device": found.device + threads,
-        "free": f"memory {memory}, disk of the Hub's cache {found.free_disk} GiB",
-        "hub": found.hub,
-    }
-    for extra, unmet in found.extras.items():
-        lines[f"extra {extra}"] = f"lacks {'; '.join(unmet)}: pip install 'kdlora[{extra}]'" if unmet else "complete"
-    lines["problems"] = "; ".join(found.problems) or "none"
-    width = max(map(len, lines))
-    for name, text in lines.items():
-        print(f"{name:<{width}}  {text}")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from kdlora.cli.app import Json, Set, app, print_json
-from kdlora.console import SafeConsole
+from kdlora.cli.app import Json, Set, app, print_json, print_table, verb
+from kdlora.terminal import SafeConsole, draw_bars
 
 if TYPE_CHECKING:
     from kdlora.experiment.overview import Overview
@@ -68,19 +66,24 @@ def suite(
     raise typer.Exit(1 if result.failed else 0)
 
 
-@app.command()
-def search(
-    config: Annotated[Path, typer.Argument(help="Config file (YAML), with a section `search` or with --space.")],
-    space: Annotated[Path | None, typer.Option(help="YAML file with the space: config key to values or range.")] = None,
-    trials: Annotated[int | None, typer.Option(help="Trainings in all, whichever process carries them out.")] = None,
+@dataclass(frozen=True)
+class Search:
+    """What `kdlora search` is told."""
+
+    config: Annotated[Path, typer.Argument(help="Config file (YAML), with a section `search` or with --space.")]
+    space: Annotated[Path | None, typer.Option(help="YAML file with the space: config key to values or range.")] = None
+    trials: Annotated[int | None, typer.Option(help="Trainings in all, whichever process carries them out.")] = None
     storage: Annotated[
         str | None, typer.Option(help="Journal file, SQLite file or database URL; default: a journal in --out.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the search; default runs/<name>-search.")] = None,
-    overrides: Set = None,
-    on: On = None,
-    as_json: Json = False,
-) -> None:
+    ] = None
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the search; default runs/<name>-search.")] = None
+    overrides: Set = None
+    on: On = None
+    as_json: Json = False
+
+
+@verb(Search)
+def search(options: Search) -> None:
     """Search fields of a config for the best score on held-out training rows.
 
     The same command again goes on; started several times at once, the processes share the trials.
@@ -95,27 +98,24 @@ def search(
     check_alone("search")
     from kdlora.experiment.search import run_search
 
-    wanted, settings = load_search(config, overrides or [], space=space, trials=trials)
+    wanted, settings = load_search(options.config, options.overrides or [], space=options.space, trials=options.trials)
     with _search_progress() as listen:
-        result = run_search(wanted, settings, out, storage=storage, on=on, listen=listen)
-    print_json(asdict(result)) if as_json else _print_search(result)
+        result = run_search(wanted, settings, options.out, storage=options.storage, on=options.on, listen=listen)
+    print_json(asdict(result)) if options.as_json else _print_search(result)
     raise typer.Exit(0 if result.score is not None else 1)
 
 
 @contextlib.contextmanager
-def _suite_progress() -> Iterator[Callable[[SuiteEvent], None] | None]:
+def _suite_progress() -> Iterator[Callable[[SuiteEvent], None]]:
     """Draw one bar for the suite; where standard error is no terminal, a line for each run that ends."""
-    console = SafeConsole(stderr=True)
-    if not console.is_terminal:
-        yield lambda event: _print_event(console, event)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[status]}"), console=console) as progress:
-        bar = progress.add_task("runs", total=None, status="")
+    with draw_bars() as show:
 
         def listen(event: SuiteEvent) -> None:
-            status = f"{event.failed} failed  " if event.failed else ""
-            progress.update(bar, total=event.total, completed=event.done, status=status + _job_status(event))
+            if show is not None:
+                failed = f"  {event.failed} failed" if event.failed else ""
+                show("runs", event.done, event.total, f"{event.done}/{event.total}{failed}{_job_status(event)}")
+            elif line := _ended(event):
+                SafeConsole(stderr=True).tell(line)
 
         yield listen
 
@@ -123,36 +123,33 @@ def _suite_progress() -> Iterator[Callable[[SuiteEvent], None] | None]:
 def _job_status(event: SuiteEvent) -> str:
     if event.job is None:
         return ""
-    name = "/".join(event.job.key.split("/")[1:3])
-    epoch = getattr(event.detail, "epoch", None)
-    score = getattr(event.detail, "score", None)
-    return f"{name}" + (f"  epoch {epoch:.1f}" if epoch is not None else "") + (f"  score {score:.1f}" if score else "")
+    epoch, score = (getattr(event.detail, name, None) for name in ("epoch", "score"))
+    parts = ["/".join(event.job.key.split("/")[1:3])]
+    parts += [] if epoch is None else [f"epoch {epoch:.1f}"]
+    parts += [f"score {score:.1f}"] if score else []
+    return "  " + "  ".join(parts)
 
 
-def _print_event(console: SafeConsole, event: SuiteEvent) -> None:
+def _ended(event: SuiteEvent) -> str:
+    """Say how a job ended; empty where it has not."""
     from kdlora.experiment.jobs import Outcome
 
-    if isinstance(event.detail, Outcome):
-        outcome = event.detail
-        result = f"failed: {outcome.error}" if outcome.error else "labelled"
-        if outcome.record is not None and outcome.record.score is not None:
-            result = f"score {outcome.record.score:.2f}"
-        line = f"{event.done}/{event.total}  {outcome.job.key}  {result}  {outcome.seconds:.1f} s"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    outcome = event.detail
+    if not isinstance(outcome, Outcome):
+        return ""
+    result = f"failed: {outcome.error}" if outcome.error else "labelled"
+    if outcome.record is not None and outcome.record.score is not None:
+        result = f"score {outcome.record.score:.2f}"
+    return f"{event.done}/{event.total}  {outcome.job.key}  {result}  {outcome.seconds:.1f} s"
 
 
 def _print_overview(overview: Overview) -> None:
-    console = SafeConsole()
     tasks = list(dict.fromkeys(one.task for one in overview.arms))
     arms = list(dict.fromkeys(one.arm for one in overview.arms))
-    table = Table("task", *arms, title="runs that are left, of those planned")
-    for task in tasks:
-        by_arm = {one.arm: one for one in overview.arms if one.task == task}
-        cells = [
-            f"{by_arm[arm].runs - by_arm[arm].finished} of {by_arm[arm].runs}" if arm in by_arm else "–" for arm in arms
-        ]
-        table.add_row(task, *cells)
-    console.print(table)
+    left = {(one.task, one.arm): f"{one.runs - one.finished} of {one.runs}" for one in overview.arms}
+    rows = [(task, *(left.get((task, arm), "–") for arm in arms)) for task in tasks]
+    print_table(("task", *arms), rows, title="runs that are left, of those planned")
+    console = SafeConsole()
     total, finished = sum(one.runs for one in overview.arms), sum(one.finished for one in overview.arms)
     console.print(
         f"{total:,} runs, {finished:,} of them finished; {overview.labellings} teachers label their rows once"
@@ -173,35 +170,27 @@ def _print_suite(result: SuiteResult) -> None:
     finished = sum(record.status == "finished" for record in result.records.values())
     console.print(f"{finished:,} runs finished, {result.reused:,} of them before; {len(result.failed):,} failed")
     for record in result.failed[:20]:
-        name = f"failed: {record.experiment}, {record.arm}, seed {record.seed}: {record.error}"
-        console.print(name, style="red", markup=False)
+        console.tell(f"failed: {record.experiment}, {record.arm}, seed {record.seed}: {record.error}", style="red")
     if len(result.failed) > 20:
-        console.print(f"and {len(result.failed) - 20:,} more, all in {result.tables[1]}", markup=False)
+        console.tell(f"and {len(result.failed) - 20:,} more, all in {result.tables[1]}")
     for path in result.tables:
-        console.print(str(path), markup=False, soft_wrap=True)
+        console.tell(str(path))
 
 
 @contextlib.contextmanager
-def _search_progress() -> Iterator[Callable[[SearchEvent], None] | None]:
+def _search_progress() -> Iterator[Callable[[SearchEvent], None]]:
     """Draw one bar for the search; where standard error is no terminal, a line for each trial that ends."""
-    console = SafeConsole(stderr=True)
-    if not console.is_terminal:
-
-        def tell(event: SearchEvent) -> None:
-            if isinstance(event.detail, str):
-                console.print(f"{event.done}/{event.trials}  trial {event.number}  {event.detail}", markup=False)
-
-        yield tell
-        return
-    columns = (TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("trials", total=None, status="")
+    with draw_bars() as show:
 
         def listen(event: SearchEvent) -> None:
-            best = "" if event.best is None else f"best {event.best:.2f}  "
-            epoch = getattr(event.detail, "epoch", None)
-            now = f"trial {event.number}" + (f", epoch {epoch:.1f}" if epoch is not None else "")
-            progress.update(bar, total=event.trials, completed=event.done, status=best + now)
+            count = f"{event.done}/{event.trials}  "
+            if show is not None:
+                best = "" if event.best is None else f"best {event.best:.2f}  "
+                epoch = getattr(event.detail, "epoch", None)
+                now = f"trial {event.number}" + (f", epoch {epoch:.1f}" if epoch is not None else "")
+                show("trials", event.done, event.trials, count + best + now)
+            elif isinstance(event.detail, str):
+                SafeConsole(stderr=True).tell(f"{count}trial {event.number}  {event.detail}")
 
         yield listen
 
@@ -212,6 +201,6 @@ def _print_search(result: SearchResult) -> None:
     if result.score is not None:
         console.print(f"best {result.score:.2f} on the held-out rows")
     for key, value in result.best.items():
-        console.print(f"  {key}: {value}", markup=False)
+        console.tell(f"  {key}: {value}")
     for path in result.paths:
-        console.print(str(path), markup=False, soft_wrap=True)
+        console.tell(str(path))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdlora.data.sources import open_file
+from kdlora.data.read import open_file
 from kdlora.errors import DataError
 
 # Carriage returns inside quotes are normalised differently by every CSV reader; surrogates are not UTF-8.
@@ -247,8 +247,8 @@ def test_duplicated_columns_in_parquet(tmp_path: Path) -> None:
     ("content", "expected"),
     [
         ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-        ('{"text": "a"}\n["b"]\n', "line 2: list found"),
-        ('[{"text": "a"}, 3]', "row 2: int found"),
+        ('{"text": "a"}\n["b"]\n', "line 2: expected a JSON object"),
+        ('[{"text": "a"}, 3]', "row 2: expected a JSON object"),
         ('[{"text": "a"},\n', "line 2: not JSON"),
         ('{"text": "a"}\n{"text": "b"}\n{"text": 3}\n', "row 3: 'text' is int"),
     ],

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.batches import tokenise
 from kdlora.data.load import load_splits
-from kdlora.data.sources import open_file
+from kdlora.data.read import open_file
 from kdlora.data.spool import read_column, settle, slice_rows, spool
 from kdlora.distil.logits import TeacherLogits
 

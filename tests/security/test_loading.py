@@ -28,8 +28,7 @@ from deploy_folders import TEXTS, build_classifier
 from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.collection import open_collection
 from kdlora.data.hub_data import open_saved
-from kdlora.data.sources import open_file
-from kdlora.data.unlabelled import read_lines
+from kdlora.data.read import open_file
 from kdlora.deploy.calibrate import save_temperature
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
@@ -572,9 +571,9 @@ def test_a_line_to_train_on_has_an_end(tmp_path, short_lines):
     lines, texts = tmp_path / "rows.jsonl", tmp_path / "rows.txt"
     for file in (lines, texts):
         file.write_text("x" * TOO_LONG)
-    for read in (lambda: open_file(lines, "data.train"), lambda: read_lines(texts, tiny.task())):
+    for file in (lines, texts):
         with pytest.raises(DataError, match="line 1 is longer than 100,000 characters"):
-            read()
+            open_file(file, "data.unlabelled", plain=True).read(["text"])
 
 
 def write_bomb(file: Path) -> Path:
@@ -587,7 +586,7 @@ def write_bomb(file: Path) -> Path:
 
 LIMITED = """
 import resource, sys
-from kdlora.data.sources import open_file
+from kdlora.data.read import open_file
 from kdlora.errors import DataError
 source = open_file(sys.argv[1], "data.train")
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))

@@ -1,4 +1,4 @@
-"""More texts of a task, made from its training texts, for a teacher to label."""
+"""Texts for a teacher to label: which may teach, and copies made from the training texts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from filelock import FileLock
 
 from kdlora.data.row_hash import hash_columns
-from kdlora.data.spool import make_dataset, map_file, slice_rows, spool, write_file
-from kdlora.data.unlabelled import TEXTS, keep_unscored
+from kdlora.data.spool import make_dataset, map_file, read_column, slice_rows, spool, write_file
 from kdlora.system.integrity import hash_file, hash_json
 from kdlora.system.storage import atomic_file, write_text_atomic
 
+TEXTS = ("text", "text_pair")
 LOST = 0.15
 """Share of the words that are deleted or replaced, each with the same chance."""
 SPLICED = 0.25
@@ -142,3 +143,31 @@ def _perturb(words: Sequence[str], other: Sequence[str], known: _Words, draw: np
     ]
     glue = "" if words and all(len(word) == 1 for word in words) else " "
     return glue.join(kept or words)
+
+
+def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:
+    """Leave out the rows whose text, or pair of texts, a score is measured on.
+
+    A teacher's answer to a validation text would teach the student that very text, and its score would no longer be
+    one on new texts.
+    """
+    names = [name for name in TEXTS if name in rows.column_names]
+    taken = [pc.is_in(read_column(rows, name), _values(scored, name)) for name in names]
+    candidates = np.flatnonzero(np.logical_and.reduce([column.to_numpy() for column in taken]))
+    if not len(candidates):
+        return rows
+    known = {texts for part in scored for texts in _tuples(part, names)}
+    found = _tuples(rows.select(candidates), names)  # of a pair, each text may be known from another pair
+    seen = [row for row, texts in zip(candidates.tolist(), found, strict=True) if texts in known]
+    kept = np.ones(len(rows), dtype=bool)
+    kept[seen] = False
+    return rows.select(np.flatnonzero(kept)) if seen else rows
+
+
+def _values(parts: Sequence[Dataset], name: str) -> pa.Array:
+    chunks = [chunk for part in parts for chunk in read_column(part, name).chunks]
+    return pa.concat_arrays(chunks) if chunks else pa.array([], pa.string())
+
+
+def _tuples(rows: Dataset, names: Sequence[str]) -> list[tuple[str, ...]]:
+    return list(zip(*(read_column(rows, name).to_pylist() for name in names), strict=True))

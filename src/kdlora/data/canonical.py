@@ -2,73 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
-from kdlora.data.ids import are_distinct
-from kdlora.data.labels import encode_labels
-from kdlora.data.sources import RawTable, Source, is_text
+from kdlora.data.labels import encode_labels, first_true
+from kdlora.data.read import RawTable, Source, is_blank, is_text
+from kdlora.data.row_hash import are_distinct
 from kdlora.data.spool import make_dataset, spool
 from kdlora.data.tasks import Task
-from kdlora.errors import DataError
+from kdlora.errors import DataError, did_you_mean
 
 _ROWS = 65_536
-_NOT_BLANK = r"[^\s\p{Z}\x{FEFF}\x{200B}\x{0085}]"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of one source play which part.
-
-    Attributes:
-        text: one text column, or two.
-        label: the label columns; none where labels are not wanted.
-        id: the id column; None takes the row number.
-    """
+    """Which columns of one source play which part; without an id column the row's number is the id."""
 
     text: tuple[str, ...]
     label: tuple[str, ...]
     id: str | None
 
-    @property
-    def wanted(self) -> list[str]:
-        """Every column once."""
-        return list(dict.fromkeys([*([self.id] if self.id else []), *self.text, *self.label]))
+
+@dataclass
+class Reading:
+    """What is needed to read every split of one experiment alike, and what is said about it."""
+
+    task: Task
+    id_column: str
+    notes: list[str] = field(default_factory=list)
+
+    def read(self, groups: Mapping[str, Source], *, labelled: bool) -> Dataset:
+        """Read a split; several groups become one data set with a `group` column."""
+        parts = {group: self._source(source, group, labelled=labelled) for group, source in groups.items()}
+        if list(parts) == [""]:
+            return parts[""]
+        return concatenate_datasets([part.add_column("group", [group] * len(part)) for group, part in parts.items()])
+
+    def _source(self, source: Source, group: str, *, labelled: bool) -> Dataset:
+        columns = self.columns(source, labelled=labelled)
+        wanted = [*([columns.id] if columns.id else []), *columns.text, *columns.label]
+        raw = source.read(list(dict.fromkeys(wanted)))
+        if source.benchmark:
+            raw = raw.drop(_corrupt_rows(raw, columns))
+            total = raw.table.num_rows + raw.dropped
+            if raw.dropped:
+                self.notes.append(
+                    f"{source.name}: {raw.dropped} of {total} corrupt rows (ragged, or without text or label) were "
+                    "dropped."
+                )
+            if not raw.table.num_rows:
+                raise DataError(f"{source.name}: none of its {total} rows has both text and label")
+        return _to_canonical(raw, columns, self.task, f"{group}-" if group else "")
+
+    def columns(self, source: Source, *, labelled: bool) -> Columns:
+        """Assign the columns of one source."""
+        if source.plain:
+            if self.task.is_pair:
+                raise DataError(
+                    f"{source.name} (data.unlabelled) holds one text a line, but the task has pairs "
+                    f"({', '.join(self.task.text)}); give CSV, JSON Lines or Parquet with these columns"
+                )
+            return Columns(source.columns, (), None)
+        text = tuple(source.require(column, "task.text") for column in self.task.text)
+        label = self.task.label if labelled else ()
+        for column in label:
+            if column not in source.columns:
+                raise DataError(
+                    f"{source.name} has no label column {column!r} (task.label); it has "
+                    f"{', '.join(map(repr, source.columns))}.{did_you_mean(column, source.columns)} Training, "
+                    "validation and test files need labels"
+                )
+        if self.id_column != "id" or ("id" in source.columns and not source.benchmark):
+            return Columns(text, label, source.require(self.id_column, "data.id_column"))
+        # QQP has a column `id` that is not the Hub's.
+        return Columns(text, label, "idx" if source.benchmark and "idx" in source.columns else None)
+
+    def has_labels(self, source: Source) -> bool:
+        """Whether a split carries labels at all; the Hub's test splits of GLUE hold only -1."""
+        name = self.task.label[0]
+        if name not in source.columns:
+            return False
+        values = source.read([name]).table[name]
+        if pa.types.is_integer(values.type):
+            return bool(pc.any(pc.greater_equal(values, 0)).as_py())
+        if pa.types.is_floating(values.type):  # STS-B
+            return bool(pc.any(pc.not_equal(values, -1.0)).as_py())
+        return bool(values.null_count < len(values))
 
 
-def find_id_column(source: Source, id_column: str) -> str | None:
-    """Return the id column, or None where the default `id` is not there and row numbers serve.
-
-    Args:
-        source: an opened file or split.
-        id_column: `data.id_column`.
-
-    Raises:
-        DataError: a column was named by the user but is missing.
-    """
-    return None if id_column == "id" and "id" not in source.columns else source.require(id_column, "data.id_column")
+def _corrupt_rows(raw: RawTable, columns: Columns) -> pa.ChunkedArray:
+    """Find the rows without text or label that GLUE's own files and Hub splits contain."""
+    corrupt = pa.chunked_array([pa.repeat(False, raw.table.num_rows)])
+    for column in columns.text:
+        corrupt = pc.or_(corrupt, is_blank(raw.table[column].cast(pa.string())))
+    for column in columns.label:
+        label = raw.table[column].cast(pa.string())
+        corrupt = pc.or_(corrupt, pc.fill_null(pc.is_in(label, pa.array(["", "-", "-1", "-1.0"])), True))
+    return corrupt
 
 
-def to_canonical(raw: RawTable, columns: Columns, task: Task, *, prefix: str = "") -> Dataset:
-    """Check every row and bring the columns into the shape that the other rooms expect.
-
-    Args:
-        raw: the rows; texts stay where they are mapped.
-        columns: which column plays which part; without labels the result has none.
-        task: kind and label names.
-        prefix: put before each id.
-
-    Returns:
-        Columns `id`, `text`, `text_pair` (pairs), `label` (int64, float32, or list of float32).
-
-    Raises:
-        DataError: a text that is empty or no text, an id that is empty or not unique, a label that does not fit.
-    """
+def _to_canonical(raw: RawTable, columns: Columns, task: Task, prefix: str) -> Dataset:
+    """Check every row and bring the columns into the shape that the other rooms expect; texts stay where they are."""
     arrays = {"id": _ids(raw, columns.id, prefix)}
     for name, column in zip(("text", "text_pair"), columns.text, strict=False):
         arrays[name] = _texts(raw, column)
@@ -78,29 +118,6 @@ def to_canonical(raw: RawTable, columns: Columns, task: Task, *, prefix: str = "
     return make_dataset(pa.table(arrays))
 
 
-def corrupt_rows(raw: RawTable, columns: Columns) -> pa.Array:
-    """Find the rows without text or label that GLUE's own files and Hub splits contain.
-
-    Args:
-        raw: rows of a GLUE split.
-        columns: which column plays which part.
-
-    Returns:
-        Bool, one per row: true where the row has to go.
-    """
-    corrupt = pa.chunked_array([pa.repeat(False, raw.table.num_rows)])
-    for column in columns.text:
-        corrupt = pc.or_(corrupt, _blank(raw.table[column].cast(pa.string())))
-    for column in columns.label:
-        label = raw.table[column].cast(pa.string())
-        corrupt = pc.or_(corrupt, pc.fill_null(pc.is_in(label, pa.array(["", "-", "-1", "-1.0"])), True))
-    return corrupt
-
-
-def _blank(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.invert(pc.fill_null(pc.match_substring_regex(column, _NOT_BLANK), False))
-
-
 def _texts(raw: RawTable, column: str) -> pa.ChunkedArray:
     values = raw.table[column]
     if pa.types.is_null(values.type):
@@ -108,8 +125,8 @@ def _texts(raw: RawTable, column: str) -> pa.ChunkedArray:
     if not is_text(values.type):
         raise DataError(f"{raw.source}: the text column {column!r} holds {values.type}, not text; check task.text")
     values = values.cast(pa.string())
-    blank = _blank(values)
-    if (position := pc.index(blank, True).as_py()) >= 0:
+    blank = is_blank(values)
+    if (position := first_true(blank)) is not None:
         more = pc.sum(blank).as_py() - 1
         others = f" ({more} more such rows)" if more else ""
         raise DataError(f"{raw.where(position)}: the text {column!r} is empty{others}; remove the row or fill it in")
@@ -122,7 +139,7 @@ def _ids(raw: RawTable, column: str | None, prefix: str) -> pa.ChunkedArray:
     return spool((batch for table in tables for batch in table.to_batches()), raw.source)["id"]
 
 
-def _row_numbers(raw: RawTable) -> Iterator[pa.Array | pa.ChunkedArray]:
+def _row_numbers(raw: RawTable) -> Iterator[pa.Array]:
     """Spell the row numbers, a part at a time."""
     count = raw.table.num_rows
     for start in range(0, count, _ROWS):
@@ -136,20 +153,15 @@ def _given_ids(raw: RawTable, column: str) -> pa.ChunkedArray:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         kind = raw.table[column].type
         raise DataError(f"{raw.source}: the id column {column!r} holds {kind}; expected text or integers") from None
-    missing = pc.fill_null(pc.equal(ids, ""), True)
-    if (position := pc.index(missing, True).as_py()) >= 0:
+    if (position := first_true(pc.fill_null(pc.equal(ids, ""), True))) is not None:
         raise DataError(f"{raw.where(position)}: the id ({column!r}) is empty; every example needs one")
     if not are_distinct(ids):
-        _report_duplicate(raw, column, ids)
+        counts = pc.value_counts(ids)
+        repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0]
+        first = pc.index(ids, repeated).as_py()
+        second = pc.index(ids, repeated, first + 1).as_py()
+        raise DataError(
+            f"{raw.where(second)}: the id {repeated.as_py()!r} ({column!r}) is also that of row {first + 1}; ids must "
+            "be unique within a file. Make them so, or set data.id_column to another column"
+        )
     return ids
-
-
-def _report_duplicate(raw: RawTable, column: str, ids: pa.ChunkedArray) -> None:
-    counts = pc.value_counts(ids)
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0]
-    first = pc.index(ids, repeated).as_py()
-    second = pc.index(ids, repeated, first + 1).as_py()
-    raise DataError(
-        f"{raw.where(second)}: the id {repeated.as_py()!r} ({column!r}) is also that of row {first + 1}; ids must be "
-        "unique within a file. Make them so, or set data.id_column to another column"
-    )

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.faults import parquet_faults
-from kdlora.data.ids import are_distinct
+from kdlora.data.row_hash import are_distinct
 from kdlora.data.spool import make_dataset, spool
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, DataError, did_you_mean

@@ -1,4 +1,4 @@
-"""Faults that every reader looks for: text that is not UTF-8, two columns of one name."""
+"""Faults of files: text that is not UTF-8, two columns of one name, damaged Parquet."""
 
 from __future__ import annotations
 
@@ -48,22 +48,17 @@ def encoding_error(file: Path, limit: int | None = None) -> DataError | None:
                 good = error.start
                 if error.reason != "unexpected end of data" or not chunk:
                     line += data.count(b"\n", 0, good)
-                    return _describe(file, line, offset + good, data[good])
+                    return DataError(
+                        f"{file}, line {line}: byte 0x{data[good]:02X} at offset {offset + good} is not UTF-8; convert "
+                        "the file to UTF-8 (for example: iconv -f windows-1252 -t utf-8)"
+                    )
             if not chunk or (limit is not None and offset > limit):
                 return None
             line += data.count(b"\n", 0, good)
             offset, tail = offset + good, data[good:]
 
 
-def _describe(file: Path, line: int, offset: int, byte: int) -> DataError:
-    return DataError(
-        f"{file}, line {line}: byte 0x{byte:02X} at offset {offset} is not UTF-8; convert the file to UTF-8 "
-        "(for example: iconv -f windows-1252 -t utf-8)"
-    )
-
-
 def refuse_duplicates(name: str, columns: Sequence[str]) -> None:
     """Refuse a file in which a column name leaves open which column is meant."""
-    for position, column in enumerate(columns):
-        if column in columns[:position]:
-            raise DataError(f"{name} has two columns named {column!r}; rename one")
+    if twice := [column for position, column in enumerate(columns) if column in columns[:position]]:
+        raise DataError(f"{name} has two columns named {twice[0]!r}; rename one")

@@ -11,7 +11,7 @@ import datasets
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
 
-from kdlora.data.sources import Source, dataset_source
+from kdlora.data.read import Source, open_dataset
 from kdlora.errors import ArtifactError, DataError, first_line
 from kdlora.foreign import is_plain_name, read_front_matter, read_json
 
@@ -33,7 +33,7 @@ def open_saved(folder: Path) -> dict[str, Source]:
     except ArtifactError as error:
         raise DataError(str(error)) from None
     if isinstance(loaded, Dataset):
-        return {"train": dataset_source(loaded, str(folder))}
+        return {"train": open_dataset(loaded, str(folder))}
     return _sources(loaded, str(folder))
 
 
@@ -115,4 +115,4 @@ def _named_files(metadata: Any) -> Iterator[str]:
 
 
 def _sources(loaded: DatasetDict, name: str) -> dict[str, Source]:
-    return {split: dataset_source(dataset, f"{name}, split {split!r}") for split, dataset in loaded.items()}
+    return {split: open_dataset(dataset, f"{name}, split {split!r}") for split, dataset in loaded.items()}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdlora.config import Kind, TaskConfig
 from kdlora.data.labels import DECIMAL, INTEGER, as_doubles, label_strings, refuse_missing
-from kdlora.data.sources import RawTable, Source, is_text
+from kdlora.data.read import RawTable, Source, is_text
 from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.errors import DataError
 
@@ -33,14 +33,7 @@ MOST_NAMES = 1000
 
 
 def infer_text_columns(source: Source) -> tuple[str, ...]:
-    """Choose the text columns by well-known names.
-
-    Args:
-        source: the training file or split.
-
-    Raises:
-        DataError: no name is known, or several are.
-    """
+    """Choose the text columns by well-known names."""
     folded = {column.casefold(): column for column in source.columns}
     pairs = [pair for pair in TEXT_PAIRS if all(name in folded for name in pair)]
     in_pairs = {name for pair in pairs for name in pair}
@@ -49,14 +42,7 @@ def infer_text_columns(source: Source) -> tuple[str, ...]:
 
 
 def infer_label_column(source: Source) -> tuple[str, ...]:
-    """Choose the label column by well-known names.
-
-    Args:
-        source: the training file or split.
-
-    Raises:
-        DataError: no name is known, or several are.
-    """
+    """Choose the label column by a well-known name."""
     folded = {column.casefold(): column for column in source.columns}
     found = [(name,) for name in LABEL_COLUMNS if name in folded]
     return (folded[_only(found, source, "label", "task.label")[0]],)
@@ -65,20 +51,7 @@ def infer_label_column(source: Source) -> tuple[str, ...]:
 def infer_task(
     raw: RawTable, text: tuple[str, ...], label: tuple[str, ...], config: TaskConfig
 ) -> tuple[Task, list[str]]:
-    """Complete a task from the training rows.
-
-    Args:
-        raw: the label columns of the training rows.
-        text: the text columns.
-        label: the label columns.
-        config: what the user has set.
-
-    Returns:
-        The task, and notes on what was inferred.
-
-    Raises:
-        DataError: the labels leave the kind open, or do not fit the kind or the names that are set.
-    """
+    """Complete a task from the label columns of the training rows, with notes on what was inferred."""
     kind = _infer_kind(raw, label) if config.kind == "auto" else config.kind
     if kind != "multi-label" and len(label) > 1:
         raise DataError(
@@ -92,17 +65,13 @@ def infer_task(
             f"{raw.source}: the label column {label[0]!r} holds one class only ({', '.join(names)}); a classifier "
             "needs two or more. Check the file, or task.label"
         )
-    return Task(kind, text, label, names, DEFAULT_METRICS[kind]), _notes(raw.source, kind, label, names, config)
-
-
-def _notes(source: str, kind: Kind, label: Sequence[str], names: Sequence[str], config: TaskConfig) -> list[str]:
     notes = []
     if config.kind == "auto":
-        notes.append(f"The kind of task, {kind}, was inferred from the labels in {source} ({', '.join(label)}).")
+        notes.append(f"The kind of task, {kind}, was inferred from the labels in {raw.source} ({', '.join(label)}).")
     if config.label_names is None and kind != "regression":
         shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
         notes.append(f"The {len(names)} label names and their order were taken from the data: {shown}.")
-    return notes
+    return Task(kind, text, label, names, DEFAULT_METRICS[kind]), notes
 
 
 def _only(found: Sequence[tuple[str, ...]], source: Source, what: str, key: str) -> tuple[str, ...]:
@@ -130,20 +99,16 @@ def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:
     refuse_missing(raw, column, pc.is_null(label_strings(raw, column)))
     distinct = pc.unique(values.cast(pa.string()))
     if pc.all(pc.match_substring_regex(distinct, INTEGER)).as_py():
-        return _kind_of_integers(raw, column, len(distinct))
+        if len(distinct) <= MOST_CLASSES:
+            return "single-label"
+        raise DataError(
+            f"{raw.source}: the label column {column!r} holds {len(distinct)} different integers, which may be classes "
+            "or a quantity; set task.kind to single-label or regression"
+        )
     decimal = pc.match_substring_regex(distinct, DECIMAL)
     if pc.all(decimal).as_py():
         return _kind_of_decimals(raw, column)
     return _kind_of_names(raw, column, distinct, decimal)
-
-
-def _kind_of_integers(raw: RawTable, column: str, distinct: int) -> Kind:
-    if distinct <= MOST_CLASSES:
-        return "single-label"
-    raise DataError(
-        f"{raw.source}: the label column {column!r} holds {distinct} different integers, which may be classes or a "
-        "quantity; set task.kind to single-label or regression"
-    )
 
 
 def _kind_of_decimals(raw: RawTable, column: str) -> Kind:
@@ -185,22 +150,21 @@ def _label_names(raw: RawTable, kind: Kind, label: tuple[str, ...], given: tuple
                 "need the same names"
             )
         return given or label
-    if kind == "single-label":
-        if _is_list(raw.table[label[0]].type):
-            raise DataError(f"{raw.source}: the label column {label[0]!r} holds lists; set task.kind: multi-label")
-        return given or raw.class_names.get(label[0]) or _sorted_names(label_strings(raw, label[0]))
-    return given or raw.class_names.get(label[0]) or _names_in_lists(raw, label[0])
+    column, values = label[0], raw.table[label[0]]
+    if kind == "single-label" and _is_list(values.type):
+        raise DataError(f"{raw.source}: the label column {column!r} holds lists; set task.kind: multi-label")
+    if named := given or raw.class_names.get(column):
+        return named
+    return _sorted_names(label_strings(raw, column)) if kind == "single-label" else _names_in_lists(raw, column, values)
 
 
-def _names_in_lists(raw: RawTable, column: str) -> tuple[str, ...]:
-    values = raw.table[column]
+def _names_in_lists(raw: RawTable, column: str, values: pa.ChunkedArray) -> tuple[str, ...]:
     if not _is_list(values.type):
         raise DataError(
             f"{raw.source}: the task is multi-label, but the column {column!r} holds {values.type}; expected a list of "
             "label names or of 0 and 1, or several columns of 0 and 1 (task.label: [A, B, ...])"
         )
-    inner = values.type.value_type
-    if is_text(inner):
+    if is_text(values.type.value_type):
         return _sorted_names(pc.list_flatten(values))
     lengths = pc.unique(pc.drop_null(pc.list_value_length(values)))
     if len(lengths) != 1:
@@ -212,11 +176,8 @@ def _names_in_lists(raw: RawTable, column: str) -> tuple[str, ...]:
 
 
 def _sorted_names(strings: pa.ChunkedArray) -> tuple[str, ...]:
-    names: Iterable[str] = pc.unique(pc.drop_null(strings)).to_pylist()
-    names = sorted(names)
-    if all(name.lstrip("+-").isdecimal() for name in names):
-        names = sorted(names, key=int)
-    return tuple(names)
+    names = sorted(pc.unique(pc.drop_null(strings)).to_pylist())
+    return tuple(sorted(names, key=int) if all(name.lstrip("+-").isdecimal() for name in names) else names)
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdlora.data.sources import RawTable, is_text
+from kdlora.data.read import RawTable, is_text
 from kdlora.data.tasks import Task
 from kdlora.errors import DataError, did_you_mean
 
@@ -31,19 +31,23 @@ def encode_labels(raw: RawTable, columns: Sequence[str], task: Task) -> pa.Array
     return _as_lists(_list_matrix(raw, columns[0], task.label_names))
 
 
+def first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
+    """Give the first row where a mask is true."""
+    position: int = pc.index(mask, True).as_py()
+    return None if position < 0 else position
+
+
 def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
     """Spell single labels as their names."""
     values = raw.table[column]
     if column in raw.class_names:
-        names = pa.array(raw.class_names[column], pa.string())
-        inside = pc.and_(pc.greater_equal(values, 0), pc.less(values, len(names)))
-        return pc.take(names, pc.if_else(inside, values, None))
+        return _named_codes(values, raw.class_names[column])
     kind = values.type
     if pa.types.is_boolean(kind):
         return pc.if_else(values, "True", "False")
     if pa.types.is_floating(kind):
         fractional = pc.and_(pc.is_finite(values), pc.not_equal(pc.floor(values), values))
-        if (position := pc.index(fractional, True).as_py()) >= 0:
+        if (position := first_true(fractional)) is not None:
             raise DataError(
                 f"{raw.where(position)}: the label {column!r} is {values[position].as_py()}, a decimal, but the task "
                 "is single-label; set task.kind: regression, or make the labels names"
@@ -60,53 +64,11 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
 
 def refuse_missing(raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Array) -> None:
     """Name the first row without a label."""
-    if (position := pc.index(missing, True).as_py()) >= 0:
-        count = pc.sum(missing).as_py()
+    if (position := first_true(missing)) is not None:
         raise DataError(
-            f"{raw.where(position)}: no label in column {column!r} ({count} of {raw.table.num_rows} rows); "
-            "remove the rows, or label them"
+            f"{raw.where(position)}: no label in column {column!r} ({pc.sum(missing).as_py()} of "
+            f"{raw.table.num_rows} rows); remove the rows, or label them"
         )
-
-
-def _codes(raw: RawTable, column: str, names: tuple[str, ...]) -> pa.ChunkedArray:
-    strings = label_strings(raw, column)
-    refuse_missing(raw, column, pc.is_null(strings))
-    codes = pc.index_in(strings, pa.array(names))
-    if codes.null_count == len(codes) and not any(name.lstrip("+-").isdigit() for name in names):
-        codes = _codes_from_integers(strings, len(names), codes)
-    if (position := pc.index(pc.is_null(codes), True).as_py()) >= 0:
-        found = strings[position].as_py()
-        raise DataError(
-            f"{raw.where(position)}: the label {found!r} ({column!r}) is not among the labels "
-            f"{', '.join(map(repr, names))}.{did_you_mean(found, names)} Correct it, name it in "
-            "task.label_names where that is set, or add training examples of it"
-        )
-    return codes.cast(pa.int64())
-
-
-def _codes_from_integers(strings: pa.ChunkedArray, count: int, otherwise: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Take 0, 1 ... (or true and false) as positions in the list of label names."""
-    words = pa.array(["False", "True"])
-    integers = [str(code) for code in range(count)]
-    codes = pc.index_in(strings, pa.array(integers))
-    if codes.null_count == len(codes) and count == 2:
-        codes = pc.index_in(strings, words)
-    return codes if codes.null_count < len(codes) else otherwise
-
-
-def _numbers(raw: RawTable, column: str) -> pa.Array:
-    values = as_doubles(raw, column)
-    refuse_missing(raw, column, pc.is_null(values))
-    with np.errstate(over="ignore"):  # what overflows is infinite, and refused
-        narrow = values.to_numpy().astype(np.float32)
-    wrong = np.flatnonzero(~np.isfinite(narrow))
-    if wrong.size:
-        position = int(wrong[0])
-        raise DataError(
-            f"{raw.where(position)}: the label {column!r} is {values[position].as_py()}; a regression needs finite "
-            "numbers. Remove the row or correct it"
-        )
-    return pa.array(narrow)
 
 
 def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
@@ -124,9 +86,50 @@ def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
         number = pc.or_(
             pc.match_substring_regex(trimmed, DECIMAL), pc.match_substring_regex(trimmed, "(?i)^[+-]?(nan|inf)")
         )
-        position = pc.index(number, False).as_py()
-        where, value = (raw.where(position), values[position].as_py()) if position >= 0 else (raw.source, "a value")
+        position = first_true(pc.invert(number))
+        where, value = (raw.source, "a value") if position is None else (raw.where(position), values[position].as_py())
         raise DataError(f"{where}: the label {column!r} is {value!r}, but a number is expected; correct it") from None
+
+
+def _named_codes(codes: pa.ChunkedArray | pa.Array, names: Sequence[str]) -> pa.ChunkedArray | pa.Array:
+    """Give the names of codes; a code without a name, such as the Hub's -1 for a hidden label, has none."""
+    inside = pc.and_(pc.greater_equal(codes, 0), pc.less(codes, len(names)))
+    return pc.take(pa.array(names, pa.string()), pc.if_else(inside, codes, None))
+
+
+def _refuse_unknown(where: str, found: Any, column: str, names: Sequence[str]) -> NoReturn:
+    raise DataError(
+        f"{where}: the label {found!r} ({column!r}) is not among the labels {', '.join(map(repr, names))}."
+        f"{did_you_mean(str(found), names)} Correct it, name it in task.label_names where that is set, or add training "
+        "examples of it"
+    )
+
+
+def _codes(raw: RawTable, column: str, names: tuple[str, ...]) -> pa.ChunkedArray:
+    strings = label_strings(raw, column)
+    refuse_missing(raw, column, pc.is_null(strings))
+    codes = pc.index_in(strings, pa.array(names))
+    if not any(name.lstrip("+-").isdigit() for name in names):
+        # 0, 1 ... (or true and false) are taken as positions in the list of label names
+        for others in ([str(code) for code in range(len(names))], ["False", "True"][: 2 * (len(names) == 2)]):
+            if codes.null_count == len(codes):
+                codes = pc.index_in(strings, pa.array(others, pa.string()))
+    if (position := first_true(pc.is_null(codes))) is not None:
+        _refuse_unknown(raw.where(position), strings[position].as_py(), column, names)
+    return codes.cast(pa.int64())
+
+
+def _numbers(raw: RawTable, column: str) -> pa.Array:
+    values = as_doubles(raw, column)
+    refuse_missing(raw, column, pc.is_null(values))
+    with np.errstate(over="ignore"):  # what overflows is infinite, and refused
+        narrow = values.to_numpy().astype(np.float32)
+    for position in np.flatnonzero(~np.isfinite(narrow))[:1].tolist():
+        raise DataError(
+            f"{raw.where(position)}: the label {column!r} is {values[position].as_py()}; a regression needs finite "
+            "numbers. Remove the row or correct it"
+        )
+    return pa.array(narrow)
 
 
 def _zeros_and_ones(raw: RawTable, column: str) -> npt.NDArray[np.float32]:
@@ -135,14 +138,14 @@ def _zeros_and_ones(raw: RawTable, column: str) -> npt.NDArray[np.float32]:
     refuse_missing(raw, column, pc.fill_null(pc.is_in(strings, pa.array(["", "nan"])), True))
     one = pc.is_in(strings, pa.array(["1", "1.0", "true"]))
     allowed = pc.or_(one, pc.is_in(strings, pa.array(["0", "0.0", "false"])))
-    if (position := pc.index(allowed, False).as_py()) >= 0:
-        _refuse_value(raw, column, position, values[position].as_py())
+    if (position := first_true(pc.invert(allowed))) is not None:
+        _refuse_value(raw.where(position), column, values[position])
     return np.asarray(one.to_numpy(), np.float32)
 
 
-def _refuse_value(raw: RawTable, column: str, position: int, value: object) -> NoReturn:
+def _refuse_value(where: str, column: str, value: pa.Scalar) -> NoReturn:
     raise DataError(
-        f"{raw.where(position)}: {column!r} is {value!r}, but a multi-label column holds only 0 and 1; correct it"
+        f"{where}: {column!r} is {value.as_py()!r}, but a multi-label column holds only 0 and 1; correct it"
     )
 
 
@@ -155,37 +158,24 @@ def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...]) -> npt.NDAr
     rows = np.repeat(np.arange(len(values)), lengths)
     inner = values.flatten()
     if column in raw.class_names or is_text(inner.type) or pa.types.is_null(inner.type):
-        return _matrix_from_names(raw, column, names, rows, inner)
-    wrong = np.flatnonzero(lengths != len(names))
-    if wrong.size:
-        position = int(wrong[0])
+        if column in raw.class_names:
+            inner = _named_codes(inner, raw.class_names[column])
+        codes = pc.index_in(inner.cast(pa.string()), pa.array(names))
+        if (position := first_true(pc.is_null(codes))) is not None:
+            _refuse_unknown(raw.where(int(rows[position])), inner[position].as_py(), column, names)
+        matrix = np.zeros((len(values), len(names)), np.float32)
+        matrix[rows, codes.to_numpy(zero_copy_only=False).astype(np.int64)] = 1.0
+        return matrix
+    for position in np.flatnonzero(lengths != len(names))[:1].tolist():
         raise DataError(
             f"{raw.where(position)}: {column!r} has {lengths[position]} values, but there are {len(names)} labels; "
             "expected a list of 0 and 1 with one value per label, or a list of label names"
         )
     flat = inner.cast(pa.float32(), safe=False)
-    bad = pc.fill_null(pc.invert(pc.is_in(flat, pa.array([0.0, 1.0], pa.float32()))), True)
-    if (position := pc.index(bad, True).as_py()) >= 0:
-        _refuse_value(raw, column, int(rows[position]), inner[position].as_py())
+    allowed = pc.is_in(flat, pa.array([0.0, 1.0], pa.float32()))  # false for null
+    if (position := first_true(pc.invert(allowed))) is not None:
+        _refuse_value(raw.where(int(rows[position])), column, inner[position])
     return np.asarray(flat.to_numpy(zero_copy_only=False), np.float32).reshape(len(values), len(names))
-
-
-def _matrix_from_names(
-    raw: RawTable, column: str, names: tuple[str, ...], rows: npt.NDArray[np.int64], inner: pa.Array
-) -> npt.NDArray[np.float32]:
-    if column in raw.class_names:
-        known = pc.and_(pc.greater_equal(inner, 0), pc.less(inner, len(raw.class_names[column])))
-        inner = pc.take(pa.array(raw.class_names[column]), pc.if_else(known, inner, None))
-    codes = pc.index_in(inner.cast(pa.string()), pa.array(names))
-    if (position := pc.index(pc.is_null(codes), True).as_py()) >= 0:
-        found = inner[position].as_py()
-        raise DataError(
-            f"{raw.where(int(rows[position]))}: the label {found!r} in {column!r} is not among the labels "
-            f"{', '.join(map(repr, names))}.{did_you_mean(str(found), names)}"
-        )
-    matrix = np.zeros((raw.table.num_rows, len(names)), np.float32)
-    matrix[rows, codes.to_numpy(zero_copy_only=False).astype(np.int64)] = 1.0
-    return matrix
 
 
 def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:

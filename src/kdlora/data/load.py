@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from kdlora.config import DataConfig, TaskConfig
-from kdlora.data import glue
-from kdlora.data.augment import stored_copies
-from kdlora.data.canonical import Columns, corrupt_rows, find_id_column, to_canonical
-from kdlora.data.collection import is_collection, open_collection_texts
+from kdlora.data.augment import keep_unscored, stored_copies
+from kdlora.data.canonical import Reading
+from kdlora.data.collection import open_collection_texts
 from kdlora.data.infer import infer_label_column, infer_task, infer_text_columns
 from kdlora.data.opening import Groups, open_examples, open_splits
-from kdlora.data.sources import Source
+from kdlora.data.read import Source
 from kdlora.data.split import split_rows
 from kdlora.data.spool import read_column
 from kdlora.data.tasks import GLUE, GlueTask, Task
-from kdlora.data.unlabelled import keep_unscored, read_lines
-from kdlora.errors import DataError, did_you_mean
+from kdlora.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -60,70 +57,6 @@ class Splits:
         return f"Splits({self.task.kind}, labels {list(self.task.label_names)}, {rows})"
 
 
-@dataclass
-class _Reading:
-    """What is needed to read every split of one experiment alike, and what is said about it."""
-
-    task: Task
-    glue: GlueTask | None
-    id_column: str
-    notes: list[str] = field(default_factory=list)
-
-    def split(self, groups: Groups, *, labelled: bool) -> Dataset:
-        """Read a split; several groups become one data set with a `group` column."""
-        parts = {group: self._source(source, group, labelled=labelled) for group, source in groups.items()}
-        if list(parts) == [""]:
-            return parts[""]
-        return concatenate_datasets([part.add_column("group", [group] * len(part)) for group, part in parts.items()])
-
-    def _source(self, source: Source, group: str, *, labelled: bool) -> Dataset:
-        columns = self.columns(source, labelled=labelled)
-        raw = source.read(columns.wanted)
-        if source.benchmark:
-            total = raw.table.num_rows + raw.ragged
-            corrupt = corrupt_rows(raw, columns)
-            raw = raw.keep(pc.invert(corrupt)) if pc.any(corrupt).as_py() else raw
-            if dropped := total - raw.table.num_rows:
-                self.notes.append(
-                    f"{source.name}: {dropped} of {total} corrupt rows (ragged, or without text or label) were dropped."
-                )
-            if not raw.table.num_rows:
-                raise DataError(f"{source.name}: none of its {total} rows has both text and label")
-        return to_canonical(raw, columns, self.task, prefix=f"{group}-" if group else "")
-
-    def columns(self, source: Source, *, labelled: bool) -> Columns:
-        """Assign the columns of one source."""
-        if self.glue is None:
-            text = tuple(source.require(column, "task.text") for column in self.task.text)
-            label = self.task.label if labelled else ()
-        else:
-            text = glue.glue_text_columns(source, self.glue)
-            found = glue.glue_label_column(source, self.glue)
-            label = ((found or self.task.label[0]),) if labelled else ()
-        for column in label:
-            if column not in source.columns:
-                raise DataError(
-                    f"{source.name} has no label column {column!r} (task.label); it has "
-                    f"{', '.join(map(repr, source.columns))}.{did_you_mean(column, source.columns)} Training, "
-                    "validation and test files need labels"
-                )
-        if source.benchmark and self.id_column == "id":  # QQP has a column `id` that is not the Hub's
-            return Columns(text, label, "idx" if "idx" in source.columns else None)
-        return Columns(text, label, find_id_column(source, self.id_column))
-
-    def has_labels(self, source: Source) -> bool:
-        """Whether a split carries labels at all; the Hub's test splits of GLUE hold only -1."""
-        name = glue.glue_label_column(source, self.glue) if self.glue else self.task.label[0]
-        if name is None or name not in source.columns:
-            return False
-        values = source.read([name]).table[name]
-        if pa.types.is_integer(values.type):
-            return bool(pc.any(pc.greater_equal(values, 0)).as_py())
-        if pa.types.is_floating(values.type):  # STS-B
-            return bool(pc.any(pc.not_equal(values, -1.0)).as_py())
-        return bool(values.null_count < len(values))
-
-
 def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = None) -> Splits:
     """Load every split of an experiment.
 
@@ -143,10 +76,8 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     if known is not None and known.name == "ax":
         raise DataError("task.name: ax has no training data; train on mnli, and predict AX with that model")
     splits = open_splits(known, data)
-    if "train" not in splits:
-        raise DataError("no training data: set data.train to a file or to the name of a split")
     reading = _begin(task, known, data, splits["train"][""])
-    train = reading.split(splits["train"], labelled=True)
+    train = reading.read(splits["train"], labelled=True)
     train, validation = _train_and_validation(reading, data, splits, train)
     test = _test(reading, data, splits)
     _check_labels(reading.task, data, train, {"validation": validation, "test": test})
@@ -173,25 +104,24 @@ def add_copies(splits: Splits, copies: int, *, seed: int, keep_in: Path | None =
 def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: bool) -> Dataset:
     """Load one file of examples for a task that is known, to evaluate or predict."""
     known = next((entry for name, entry in GLUE.items() if name == task.name), None)
-    source = open_examples(Path(path), known)
-    reading = _Reading(task, known, id_column)
-    dataset = reading.split({"": source}, labelled=labelled)
+    reading = Reading(task, id_column)
+    dataset = reading.read({"": open_examples(Path(path), known)}, labelled=labelled)
     for note in reading.notes:
         logger.warning(note)
     return dataset
 
 
-def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: Source) -> _Reading:
+def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: Source) -> Reading:
     """Complete the task from the training data."""
     if known is not None:
-        return _Reading(known.task, known, data.id_column)
+        return Reading(known.task, data.id_column)
     text = task.text or infer_text_columns(train)
     label = task.label or infer_label_column(train)
     if both := [column for column in text if column in label]:
         raise DataError(
             f"the column {both[0]!r} is both text and label, so there is nothing to learn; set task.text and task.label"
         )
-    reading = _Reading(Task("single-label", text, label, (), ()), None, data.id_column)
+    reading = Reading(Task("single-label", text, label, (), ()), data.id_column)
     columns = reading.columns(train, labelled=True)
     inferred, notes = infer_task(train.read(columns.label), text, label, task)
     if task.text is None:
@@ -202,10 +132,10 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
 
 
 def _train_and_validation(
-    reading: _Reading, data: DataConfig, splits: Mapping[str, Groups], train: Dataset
+    reading: Reading, data: DataConfig, splits: Mapping[str, Groups], train: Dataset
 ) -> tuple[Dataset, Dataset]:
     if "validation" in splits:
-        validation = reading.split(splits["validation"], labelled=True)
+        validation = reading.read(splits["validation"], labelled=True)
     else:
         if len(train) < 2:
             raise DataError(f"{len(train)} training row cannot be split; give more rows, or a validation file")
@@ -228,7 +158,7 @@ def _train_and_validation(
     return train, validation
 
 
-def _test(reading: _Reading, data: DataConfig, splits: Mapping[str, Groups]) -> Dataset | None:
+def _test(reading: Reading, data: DataConfig, splits: Mapping[str, Groups]) -> Dataset | None:
     groups = splits.get("test")
     if groups is None:
         return None
@@ -236,20 +166,19 @@ def _test(reading: _Reading, data: DataConfig, splits: Mapping[str, Groups]) -> 
         names = ", ".join(source.name for source in groups.values())
         reading.notes.append(f"{names} carries no labels and is not used for scoring.")
         return None
-    return reading.split(groups, labelled=True)
+    return reading.read(groups, labelled=True)
 
 
 def _unlabelled(
-    reading: _Reading, data: DataConfig, splits: Mapping[str, Groups], scored: list[Dataset]
+    reading: Reading, data: DataConfig, splits: Mapping[str, Groups], scored: list[Dataset]
 ) -> Dataset | None:
     """Read the texts without labels; those that a score is measured on are left out."""
     if data.unlabelled is None:
         return None
     if "unlabelled" in splits:
-        rows = reading.split(splits["unlabelled"], labelled=False)
+        rows = reading.read(splits["unlabelled"], labelled=False)
     else:
-        read = open_collection_texts if is_collection(Path(data.unlabelled)) else read_lines
-        rows = read(Path(data.unlabelled), reading.task)
+        rows = open_collection_texts(Path(data.unlabelled), reading.task)
     kept = keep_unscored(rows, scored)
     if dropped := len(rows) - len(kept):
         reading.notes.append(

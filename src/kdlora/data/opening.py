@@ -10,9 +10,8 @@ from kdlora.config import DataConfig
 from kdlora.data import glue
 from kdlora.data.collection import is_collection
 from kdlora.data.hub_data import is_saved_dataset, open_hub, open_saved
-from kdlora.data.sources import Source, open_file
+from kdlora.data.read import Source
 from kdlora.data.tasks import GlueTask
-from kdlora.data.unlabelled import is_text_file
 from kdlora.errors import DataError, did_you_mean
 
 Groups = Mapping[str, Source]
@@ -22,41 +21,24 @@ _USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev
 
 
 def open_examples(path: Path, known: GlueTask | None) -> Source:
-    """Open one file, or a folder that holds one, to evaluate or predict.
-
-    Args:
-        path: a data file, a folder by `save_to_disk`, or the folder of GLUE's AX.
-        known: the GLUE task, whose files have a layout of their own.
-
-    Raises:
-        DataError: it is neither, or holds several splits.
-    """
-    if path.is_dir():
-        if is_saved_dataset(path):
-            splits = open_saved(path)
-            if len(splits) > 1:
-                raise DataError(f"{path} holds the splits {', '.join(splits)}; give the folder of one: {path / 'test'}")
-            return next(iter(splits.values()))
-        files = [path / name for name in glue.SINGLE_FILE_NAMES if (path / name).is_file()]
-        if known is None or not files:
-            raise DataError(f"{path} is a folder; expected a data file, or a folder written by save_to_disk")
-        path = files[0]
-    return glue.open_glue_file(path, known) if known is not None else open_file(path, "the data file")
+    """Open one file, or a folder that holds one, to evaluate or predict."""
+    if path.is_dir() and is_saved_dataset(path):
+        splits = open_saved(path)
+        if len(splits) > 1:
+            raise DataError(f"{path} holds the splits {', '.join(splits)}; give the folder of one: {path / 'test'}")
+        source = next(iter(splits.values()))
+    else:
+        if path.is_dir():
+            files = [path / name for name in glue.SINGLE_FILE_NAMES if (path / name).is_file()]
+            if known is None or not files:
+                raise DataError(f"{path} is a folder; expected a data file, or a folder written by save_to_disk")
+            path = files[0]
+        source = glue.open_any_file(path, "the data file", known)
+    return glue.with_hub_columns(source, known)
 
 
 def open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
-    """Open the splits that a config names, or that its data set has under the usual names.
-
-    Args:
-        known: the GLUE task, or None for the user's own data.
-        data: files, a folder or a Hub data set.
-
-    Returns:
-        The sources of `train`, `validation`, `test` and `unlabelled`, as far as there are any.
-
-    Raises:
-        DataError: what is named is not there, or is no data.
-    """
+    """Open the splits that a config names, or that its data set has under the usual names, as far as there are any."""
     available = _open_path(known, data) if data.path is not None else {}
     splits: dict[str, Groups] = {}
     for split, usual in _USUAL_SPLITS.items():
@@ -67,23 +49,27 @@ def open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
                 splits[split] = available[found]
         elif wanted in available:
             splits[split] = available[wanted]
-        elif split == "unlabelled" and (is_collection(Path(wanted)) or is_text_file(Path(wanted))):
-            continue  # these have columns of their own
+        elif split == "unlabelled" and is_collection(Path(wanted)):
+            continue  # it has columns of its own
         elif data.path is None or Path(wanted).is_file():
-            key = f"data.{split}"
-            is_glue = split == "unlabelled" and known is not None and Path(wanted).is_file()
-            source = glue.open_glue_file(Path(wanted), known) if is_glue and known else open_file(wanted, key)
+            extra = split == "unlabelled"
+            source = glue.open_any_file(Path(wanted), f"data.{split}", known if extra else None, plain=extra)
             splits[split] = {"": source}
         else:
             raise DataError(
                 f"data.{split}: {wanted!r} is neither a file nor a split of {data.path}; its splits are "
                 f"{', '.join(available)}.{did_you_mean(wanted, available)}"
             )
-    if data.path is not None and "train" not in splits:
+    if "train" not in splits:
         raise DataError(
-            f"{data.path} (data.path) has no split 'train'; set data.train to one of {', '.join(available)}"
+            "no training data: set data.train to a file or to the name of a split"
+            if data.path is None
+            else f"{data.path} (data.path) has no split 'train'; set data.train to one of {', '.join(available)}"
         )
-    return splits
+    return {
+        split: {group: glue.with_hub_columns(source, known) for group, source in groups.items()}
+        for split, groups in splits.items()
+    }
 
 
 def _open_path(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
@@ -110,11 +96,8 @@ def _by_group(splits: Mapping[str, Source], known: GlueTask | None) -> dict[str,
     if known is not None:
         splits = {split: replace(source, benchmark=True) for split, source in splits.items()}
     groups: dict[str, Groups] = {split: {"": source} for split, source in splits.items()}
-    if known is not None and known.name == "mnli":
-        for split in ("validation", "test"):
-            parts = {
-                group: splits[f"{split}_{group}"] for group in ("matched", "mismatched") if f"{split}_{group}" in splits
-            }
-            if parts:
-                groups[split] = parts
+    for split in ("validation", "test") if known is not None and known.name == "mnli" else ():
+        parts = {group: splits.get(f"{split}_{group}") for group in ("matched", "mismatched")}
+        if found := {group: source for group, source in parts.items() if source is not None}:
+            groups[split] = found
     return groups

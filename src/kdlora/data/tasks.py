@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from kdlora.config import GlueName, Kind
@@ -73,14 +73,8 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold; `from_dict` reads it back."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "text": list(self.text),
-            "label": list(self.label),
-            "label_names": list(self.label_names),
-            "metrics": list(self.metrics),
-        }
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"name": self.name} | values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Task:
@@ -92,22 +86,16 @@ class Task:
         Raises:
             DataError: a field is missing or the kind is unknown.
         """
-        missing = [field for field in ("kind", "text", "label", "label_names", "metrics") if field not in values]
-        if missing:
+        lists = ("text", "label", "label_names", "metrics")
+        if missing := [name for name in ("kind", *lists) if name not in values]:
             raise DataError(f"a stored task lacks {', '.join(missing)}; it has {', '.join(values) or 'nothing'}")
         if values["kind"] not in PROBLEM_TYPES:
             raise DataError(
                 f"a stored task has the kind {values['kind']!r}; expected one of {', '.join(PROBLEM_TYPES)}."
                 + did_you_mean(str(values["kind"]), PROBLEM_TYPES)
             )
-        return cls(
-            kind=values["kind"],
-            text=tuple(values["text"]),
-            label=tuple(values["label"]),
-            label_names=tuple(values["label_names"]),
-            metrics=tuple(values["metrics"]),
-            name=values.get("name", ""),
-        )
+        columns: dict[str, Any] = {name: tuple(values[name]) for name in lists}
+        return cls(kind=values["kind"], name=values.get("name", ""), **columns)
 
 
 @dataclass(frozen=True)
@@ -117,30 +105,28 @@ class GlueTask:
     Attributes:
         name: our name, which is also the subset of `nyu-mll/glue`.
         folder: folder of the benchmark's download.
-        kind: single-label or regression.
         text: text columns on the Hub.
-        file_text: text columns of the benchmark's files.
-        file_label: label column of the benchmark's files; None where they carry none.
         label_names: label names in the Hub's order, which the codes 0, 1 ... of the files follow.
         metrics: the benchmark's metrics.
+        kind: single-label or regression.
+        file_text: text columns of the benchmark's files, where they have other names.
+        file_label: label column of the benchmark's files.
         files: split to file name; the groups of a split in several files after a slash.
-        headerless: columns of the splits whose files have no header.
-        headerless_splits: which splits those are.
-        other_folders: further names of the folder.
+        headerless: columns of the training and validation files, where these have no header.
     """
 
     name: GlueName
     folder: str
-    kind: Kind
     text: tuple[str, ...]
-    file_text: tuple[str, ...]
-    file_label: str | None
     label_names: tuple[str, ...]
-    metrics: tuple[str, ...]
-    files: Mapping[str, str]
+    metrics: tuple[str, ...] = ("accuracy",)
+    kind: Kind = "single-label"
+    file_text: tuple[str, ...] = ()
+    file_label: str = "label"
+    files: Mapping[str, str] = field(
+        default_factory=lambda: {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
+    )
     headerless: tuple[str, ...] = ()
-    headerless_splits: frozenset[str] = frozenset()
-    other_folders: tuple[str, ...] = ()
 
     @property
     def task(self) -> Task:
@@ -148,7 +134,6 @@ class GlueTask:
         return Task(self.kind, self.text, ("label",), self.label_names, self.metrics, self.name)
 
 
-_FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
 _MNLI_FILES = {
     "train": "train.tsv",
     "validation/matched": "dev_matched.tsv",
@@ -156,91 +141,26 @@ _MNLI_FILES = {
     "test/matched": "test_matched.tsv",
     "test/mismatched": "test_mismatched.tsv",
 }
-_SENTENCES = ("sentence1", "sentence2")
-_QUESTIONS = ("question1", "question2")
-_PREMISE = ("premise", "hypothesis")
-_ENTAILMENT = ("entailment", "not_entailment")
-_THREE_WAY = ("entailment", "neutral", "contradiction")
-_ACCURACY = ("accuracy",)
-_ACCURACY_F1 = ("accuracy", "f1")
-
-
-def _glue(
-    name: GlueName,
-    folder: str,
-    text: tuple[str, ...],
-    label_names: tuple[str, ...],
-    *,
-    metrics: tuple[str, ...] = _ACCURACY,
-    file_text: tuple[str, ...] | None = None,
-    file_label: str | None = "label",
-) -> GlueTask:
-    """Write down a task with the usual three files, where only the columns differ."""
-    return GlueTask(name, folder, "single-label", text, file_text or text, file_label, label_names, metrics, _FILES)
-
+_SENTENCES, _PREMISE = ("sentence1", "sentence2"), ("premise", "hypothesis")
+_STRINGS, _PARAPHRASE = ("#1 String", "#2 String"), ("not_equivalent", "equivalent")
+_ENTAILMENT, _THREE_WAY = ("entailment", "not_entailment"), ("entailment", "neutral", "contradiction")
+_COLA_COLUMNS = ("source", "label", "mark", "sentence")
+_F1, _DUPLICATE = ("accuracy", "f1"), ("not_duplicate", "duplicate")
+_CORRELATIONS = ("pearson", "spearman")
 
 _TABLE = (
+    GlueTask("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("matthews",), headerless=_COLA_COLUMNS),
+    GlueTask("sst2", "SST-2", ("sentence",), ("negative", "positive")),
     GlueTask(
-        name="cola",
-        folder="CoLA",
-        kind="single-label",
-        text=("sentence",),
-        file_text=("sentence",),
-        file_label="label",
-        label_names=("unacceptable", "acceptable"),
-        metrics=("matthews",),
-        files=_FILES,
-        headerless=("source", "label", "mark", "sentence"),
-        headerless_splits=frozenset({"train", "validation"}),
+        "mrpc", "MRPC", _SENTENCES, ("not_equivalent", "equivalent"), _F1, file_text=_STRINGS, file_label="Quality"
     ),
-    _glue("sst2", "SST-2", ("sentence",), ("negative", "positive")),
-    _glue(
-        "mrpc",
-        "MRPC",
-        _SENTENCES,
-        ("not_equivalent", "equivalent"),
-        metrics=_ACCURACY_F1,
-        file_text=("#1 String", "#2 String"),
-        file_label="Quality",
-    ),
-    GlueTask(
-        name="stsb",
-        folder="STS-B",
-        kind="regression",
-        text=_SENTENCES,
-        file_text=_SENTENCES,
-        file_label="score",
-        label_names=("label",),
-        metrics=("pearson", "spearman"),
-        files=_FILES,
-    ),
-    _glue("qqp", "QQP", _QUESTIONS, ("not_duplicate", "duplicate"), metrics=_ACCURACY_F1, file_label="is_duplicate"),
-    GlueTask(
-        name="mnli",
-        folder="MNLI",
-        kind="single-label",
-        text=_PREMISE,
-        file_text=_SENTENCES,
-        file_label="gold_label",
-        label_names=_THREE_WAY,
-        metrics=_ACCURACY,
-        files=_MNLI_FILES,
-    ),
-    _glue("qnli", "QNLI", ("question", "sentence"), _ENTAILMENT),
-    _glue("rte", "RTE", _SENTENCES, _ENTAILMENT),
-    _glue("wnli", "WNLI", _SENTENCES, ("not_entailment", "entailment")),
-    GlueTask(
-        name="ax",
-        folder="AX",
-        kind="single-label",
-        text=_PREMISE,
-        file_text=_SENTENCES,
-        file_label=None,
-        label_names=_THREE_WAY,
-        metrics=("matthews",),
-        files={"test": "diagnostic.tsv"},
-        other_folders=("diagnostic",),
-    ),
+    GlueTask("stsb", "STS-B", _SENTENCES, ("label",), _CORRELATIONS, "regression", file_label="score"),
+    GlueTask("qqp", "QQP", ("question1", "question2"), _DUPLICATE, _F1, file_label="is_duplicate"),
+    GlueTask("mnli", "MNLI", _PREMISE, _THREE_WAY, file_text=_SENTENCES, file_label="gold_label", files=_MNLI_FILES),
+    GlueTask("qnli", "QNLI", ("question", "sentence"), _ENTAILMENT),
+    GlueTask("rte", "RTE", _SENTENCES, _ENTAILMENT),
+    GlueTask("wnli", "WNLI", _SENTENCES, ("not_entailment", "entailment")),
+    GlueTask("ax", "AX", _PREMISE, _THREE_WAY, ("matthews",), file_text=_SENTENCES),  # without training data
 )
 
 GLUE: dict[GlueName, GlueTask] = {entry.name: entry for entry in _TABLE}

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from kdlora.data.batches import Tokenised
 from kdlora.data.collection import LOGIT, check_labels, open_collection
-from kdlora.data.ids import are_distinct
+from kdlora.data.row_hash import are_distinct
 from kdlora.data.spool import SLICE_ROWS, read_column, settle, slice_rows, spool
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import column_values

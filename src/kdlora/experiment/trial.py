@@ -13,10 +13,10 @@ import numpy.typing as npt
 from datasets import Dataset
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config, DataConfig, TaskConfig
+from kdlora.data.augment import TEXTS, keep_unscored
 from kdlora.data.load import Splits, add_copies, load_splits
 from kdlora.data.split import split_rows
 from kdlora.data.spool import read_column
-from kdlora.data.unlabelled import TEXTS, keep_unscored
 from kdlora.distil.session import ProgressEvent
 from kdlora.errors import DataError
 from kdlora.evidence.records import ExperimentLayout

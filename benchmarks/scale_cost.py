@@ -26,9 +26,9 @@ from table2_models import SIZES, build_encoder
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS
 from kdlora.data.tasks import GLUE
 from kdlora.evidence.records import RunRecord, write_record
-from kdlora.experiment.course import Course
 from kdlora.experiment.jobs import Job, Outcome, TaskFacts
 from kdlora.experiment.plan import Plan, PlannedRun, make_plan
+from kdlora.experiment.queue import Queue, finished_runs
 from kdlora.experiment.stages import settings_for
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import load_suite
@@ -184,14 +184,15 @@ def measure_driver(plan: Plan) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         start = time.perf_counter()
-        course = Course(plan, root, facts)
+        runs, lessons = plan.runs(), plan.lessons()
+        course = Queue(runs, lessons, root, facts, {})
         jobs = 0
         while (job := course.next_job()) is not None:
             course.take(_pretend(job))
             jobs += 1
         carried = time.perf_counter() - start
         start = time.perf_counter()
-        Course(plan, root, facts)
+        Queue(runs, lessons, root, facts, finished_runs(runs, root, facts))
         resumed = time.perf_counter() - start
         start = time.perf_counter()
         write_tables(plan, root, course.records)
@@ -203,10 +204,10 @@ def _pretend(job: Job) -> Outcome:
     if job.kind == "label":
         return Outcome(job, None, None, 0.0)
     score = 50.0 + hash((job.key, job.seed)) % 1000 / 100
-    metrics = dict.fromkeys(job.task["metrics"], score / 100)
+    metrics = dict.fromkeys(job.facts.task["metrics"], score / 100)
     record = RunRecord(
         experiment=job.config.title(),
-        task=job.task,
+        task=job.facts.task,
         arm=job.arm,
         seed=job.seed,
         status="finished",

@@ -14,6 +14,7 @@ from experiments import ARMS, copy_experiment, read_rows, snapshot
 from kdlora.errors import ArtifactError, DataError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record
+from kdlora.experiment import jobs
 from kdlora.experiment import run as experiment_run
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.stages import Stage, train_run
@@ -39,7 +40,8 @@ def count_stages(monkeypatch):
         called.append(function.__name__)
         return run_in_child(function, *arguments, **options)
 
-    monkeypatch.setattr(experiment_run, "run_in_child", call)
+    for module in (experiment_run, jobs):
+        monkeypatch.setattr(module, "run_in_child", call)
     return called
 
 
@@ -182,7 +184,7 @@ def test_a_lock_left_behind_is_no_obstacle(workshop, tmp_path):
 
 def test_a_killed_run_is_recorded_and_the_others_carry_on(workshop, tmp_path, monkeypatch):
     """Out of memory in one arm must not cost the night."""
-    monkeypatch.setattr(experiment_run, "train_run", experiment_children.die_in_lora_arms)
+    monkeypatch.setattr(jobs, "train_run", experiment_children.die_in_lora_arms)
     config = workshop.config({"run": {"arms": ["student-lora", "student-fft"]}})
     result = run_experiment(config, tmp_path / "out")
     assert [(record.arm, record.status) for record in result.records] == [

@@ -64,9 +64,9 @@ def test_the_report_and_the_card_say_how_many(result):
 
 def test_the_same_command_again_labels_nothing(result, workshop, unlabelled, monkeypatch):
     """Labelling is what unlabelled rows cost; a second call must find it done."""
-    from kdlora.experiment import run as experiment_run
+    from kdlora.experiment import jobs
 
-    monkeypatch.setattr(experiment_run, "run_in_child", lambda *_, **__: pytest.fail("a stage ran again"))
+    monkeypatch.setattr(jobs, "run_in_child", lambda *_, **__: pytest.fail("a stage ran again"))
     config = workshop.config({"data": {"unlabelled": str(unlabelled)}, "run": {"arms": ARMS}})
     assert run_experiment(config, result.folder).records == result.records
 

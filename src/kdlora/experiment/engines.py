@@ -1,149 +1,170 @@
-"""What carries out a suite's jobs: this process, one after the other, or a Ray cluster."""
+"""What carries work out: this process, one piece after the other, or a Ray cluster; and the loop that feeds either."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from kdlora.evidence.records import write_record
-from kdlora.experiment.jobs import Job, Outcome, carry_out, failed_record
-from kdlora.experiment.ray_cluster import count_slots
+from kdlora.errors import KdLoraError
+from kdlora.experiment.ray_cluster import check_nodes, connect, count_slots, settle_needs
 from kdlora.searchconfig import Resources
 from kdlora.system.children import run_in_child
 
-JobListener = Callable[[Job, Any], None]
-
+Hear = Callable[[Any, Any], None]
+"""Called with a piece of work and each of its events."""
+Work = Callable[[Any, Callable[[Any], None] | None], Any]
+"""Carries out a piece, and passes its events on."""
 
 _QUEUED_PER_SLOT = 2
-"""Jobs that wait at Ray for each that runs: enough to keep a node busy, few enough to start the best ones next."""
+"""Pieces that wait at Ray for each that runs: enough to keep a node busy, few enough to start the best ones next."""
+
+
+class LostError(KdLoraError):
+    """A piece of work was lost with its node or its worker, more often than it is started again."""
 
 
 class Engine(Protocol):
-    """Carries out jobs that do not depend on one another; what depends is submitted later."""
+    """Carries out pieces of work that do not depend on one another; what depends is submitted later."""
 
     @property
     def room(self) -> int:
-        """How many more jobs it takes now."""
+        """How many more pieces it takes now."""
 
     @property
     def busy(self) -> bool:
-        """Whether a job was submitted whose outcome was not fetched."""
+        """Whether a piece was submitted whose result was not fetched."""
 
-    def submit(self, job: Job) -> None:
-        """Take a job."""
+    def submit(self, work: Work, piece: Any, hear: Hear | None) -> None:
+        """Take a piece of work; on a cluster nothing is heard of it until it ends."""
 
-    def wait(self) -> Outcome:
-        """Give the outcome of the next job that ends."""
+    def wait(self) -> tuple[Any, Any]:
+        """Give the next piece that ends, and its result; on a cluster an exception may stand there."""
 
     def call_all(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call a function once for each tuple of arguments; an exception stands in its value's place."""
+        """Call a function in children, once for each tuple of arguments; an exception stands in its value's place."""
 
 
-class SerialEngine:
-    """One job after the other, each in a child forked from the warm server."""
+class Here:
+    """One piece after the other, in this process and its children."""
 
-    def __init__(self, listen: JobListener | None = None) -> None:
-        self._listen = listen
-        self._job: Job | None = None
+    def __init__(self) -> None:
+        self._given: tuple[Work, Any, Hear | None] | None = None
 
     @property
     def room(self) -> int:
-        """How many more jobs it takes now."""
+        """How many more pieces it takes now."""
         return 0 if self.busy else 1
 
     @property
     def busy(self) -> bool:
-        """Whether a job was submitted whose outcome was not fetched."""
-        return self._job is not None
+        """Whether a piece was submitted whose result was not fetched."""
+        return self._given is not None
 
-    def submit(self, job: Job) -> None:
-        """Take a job."""
-        self._job = job
+    def submit(self, work: Work, piece: Any, hear: Hear | None) -> None:
+        """Take a piece of work."""
+        self._given = work, piece, hear
 
-    def wait(self) -> Outcome:
-        """Carry out the job that was submitted."""
-        job, self._job, listen = self._job, None, self._listen
-        assert job is not None  # `busy` says so beforehand
-        return carry_out(job, None if listen is None else lambda event: listen(job, event))
+    def wait(self) -> tuple[Any, Any]:
+        """Carry out the piece that was submitted."""
+        assert self._given is not None  # `busy` says so beforehand
+        (work, piece, hear), self._given = self._given, None
+        return piece, work(piece, None if hear is None else lambda event: hear(piece, event))
 
     def call_all(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call a function in children, one after the other."""
-        return [_attempt(function, each) for each in arguments]
+        return [_answer(function, each) for each in arguments]
 
 
-def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    try:
-        return run_in_child(function, *arguments)
-    except Exception as error:
-        return error
-
-
-class RayEngine:
-    """Hands jobs to Ray, which decides where they run; their folders are shared by all nodes.
-
-    Attributes:
-        ray: the module, connected.
-    """
+class OnRay:
+    """Hands pieces to Ray, which decides where they run; the folders are shared by all nodes."""
 
     def __init__(self, ray: Any, resources: Resources) -> None:
-        """Take a connection."""
-        self.ray = ray
-        self._resources = resources
-        self._needs = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": resources.retries}
-        self._task = ray.remote(carry_out)
-        self._pending: dict[Any, Job] = {}
+        self._ray, self._resources = ray, resources
+        # A worker with a GPU would end after each piece, and with it the model that it may hold for the next one.
+        needs = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": resources.retries}
+        self._work, self._answer = (ray.remote(max_calls=0, **needs)(function) for function in (_carry_out, _answer))
+        self._pending: dict[Any, Any] = {}
 
     @property
     def room(self) -> int:
-        """How many more jobs it takes now; the cluster may grow and shrink."""
-        return _QUEUED_PER_SLOT * count_slots(self.ray, self._resources) - len(self._pending)
+        """How many more pieces it takes now; the cluster may grow and shrink."""
+        return _QUEUED_PER_SLOT * count_slots(self._ray, self._resources) - len(self._pending)
 
     @property
     def busy(self) -> bool:
-        """Whether a job was submitted whose outcome was not fetched."""
+        """Whether a piece was submitted whose result was not fetched."""
         return bool(self._pending)
 
-    def submit(self, job: Job) -> None:
-        """Take a job."""
-        self._pending[self._task.options(**self._needs, name=job.key).remote(job)] = job
+    def submit(self, work: Work, piece: Any, hear: Hear | None) -> None:
+        """Take a piece of work, of which nothing is heard until it ends."""
+        self._pending[self._work.remote(work, piece)] = piece
 
-    def wait(self) -> Outcome:
-        """Give the outcome of the next job that ends, on whichever node."""
-        from ray.exceptions import RayError
+    def wait(self) -> tuple[Any, Any]:
+        """Give the next piece that ends, on whichever node, and its result."""
+        from ray.exceptions import RayError, RayTaskError
 
-        done, _ = self.ray.wait(list(self._pending), num_returns=1)
-        job = self._pending.pop(done[0])
+        done, _ = self._ray.wait(list(self._pending), num_returns=1)
+        piece = self._pending.pop(done[0])
         try:
-            outcome: Outcome = self.ray.get(done[0])
-        except RayError as error:  # its node was lost too often, or a full disk there
-            return _lost(job, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
-        return outcome
+            return piece, self._ray.get(done[0])
+        except RayTaskError as error:  # Ray wraps what a worker raises in pages of its own
+            return piece, error.cause
+        except RayError as error:
+            return piece, LostError(str(error).strip().splitlines()[-1])
 
     def call_all(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call a function on the cluster, once for each tuple of arguments, all at once."""
-        task = self.ray.remote(_answer).options(**self._needs)
-        return list(self.ray.get([task.remote(function, each) for each in arguments]))
+        return list(self._ray.get([self._answer.remote(function, each) for each in arguments]))
 
-    def close(self) -> None:
-        """Cancel what still runs, and leave the cluster."""
+    def cancel(self) -> None:
+        """End what still runs."""
         for reference in self._pending:
-            self.ray.cancel(reference, force=True)
-        self.ray.shutdown()
+            self._ray.cancel(reference, force=True)
+
+
+def _carry_out(work: Work, piece: Any) -> Any:
+    return work(piece, None)
 
 
 def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Call a function in a child, so that no worker keeps its memory; Ray would wrap what it raises."""
-    from kdlora.system.children import run_in_child
-
+    """Call a function in a child, so that no worker keeps its memory; what it raises is its answer."""
     try:
         return run_in_child(function, *arguments)
     except Exception as error:
         return error
 
 
-def _lost(job: Job, fault: str) -> Outcome:
-    if job.kind == "label":
-        return Outcome(job, None, fault, 0.0)
-    record = failed_record(job, fault)
-    write_record(job.layout.run(job.arm, job.seed).record, record)
-    return Outcome(job, record, fault, 0.0)
+@contextlib.contextmanager
+def open_engine(on: str | None, needs: Resources, paths: Iterable[str]) -> Iterator[Engine]:
+    """Give what carries work out: this process, or a cluster each of whose nodes was seen to have some paths."""
+    if on is None:
+        yield Here()
+        return
+    ray = connect(on)
+    try:
+        needs = settle_needs(ray, needs)
+        check_nodes(ray, list(dict.fromkeys(paths)), needs)
+        engine = OnRay(ray, needs)
+        try:
+            yield engine
+        finally:
+            engine.cancel()
+    finally:
+        ray.shutdown()
+
+
+def carry_out_all(
+    engine: Engine,
+    work: Work,
+    next_piece: Callable[[], Any | None],
+    take: Callable[[Any, Any], None],
+    hear: Hear | None = None,
+) -> None:
+    """Feed an engine until no piece is left; what one of them leaves may make others ready."""
+    while True:
+        while engine.room > 0 and (piece := next_piece()) is not None:
+            engine.submit(work, piece, hear)
+        if not engine.busy:
+            return
+        take(*engine.wait())

@@ -1,10 +1,10 @@
-"""The jobs of a suite, each carried out in a process of its own: look at a task, train a run, let a teacher label."""
+"""The jobs of a plan, each carried out in a process of its own: look at a task, train a run, let a teacher label."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from kdlora.config import Arm, Config
 from kdlora.configfile import save_config
-from kdlora.data.load import load_splits
+from kdlora.data.load import Splits, load_splits
 from kdlora.data.spool import read_column
 from kdlora.data.tasks import Task
 from kdlora.distil.words import BAG_OF_WORDS
@@ -25,6 +25,7 @@ from kdlora.experiment.recording import hash_splits, now, splits_by_name
 from kdlora.experiment.settle import Chosen, choose
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.system.children import run_in_child
+from kdlora.system.environment import collect_versions, describe_machine, git_state
 from kdlora.system.ownership import remove
 from kdlora.system.storage import write_text_atomic
 
@@ -54,15 +55,21 @@ class TaskFacts:
     chosen: dict[str, Chosen] = field(default_factory=dict)
 
 
-def inspect_task(configs: dict[str, Config], copies_in: Path | None) -> TaskFacts:
-    """Load a task's data as its runs will, and sum it up."""
-    config = next(iter(configs.values()))
-    splits = load_splits(config.task, config.data, copies_in=copies_in)
+def look_at(splits: Splits) -> TaskFacts:
+    """Sum up a task's data."""
     columns = [name for name in ("text", "text_pair") if name in splits.train.column_names]
     lengths = [pc.mean(pc.utf8_length(read_column(splits.train, name))).as_py() for name in columns]
     rows = {name: len(part) for name, part in splits_by_name(splits).items()}
-    chosen = {name: choose(one, splits) for name, one in configs.items()}
-    return TaskFacts(splits.task.to_dict(), hash_splits(splits), rows, float(sum(lengths)), splits.notes, chosen)
+    return TaskFacts(splits.task.to_dict(), hash_splits(splits), rows, float(sum(lengths)), splits.notes)
+
+
+def inspect_task(configs: dict[str, Config], copies_in: Path | None) -> TaskFacts:
+    """Load a task's data as its runs will, and say what data and models decide, by family."""
+    config = next(iter(configs.values()))
+    splits = load_splits(config.task, config.data, copies_in=copies_in)
+    facts = look_at(splits)
+    facts.chosen.update({name: choose(one, splits) for name, one in configs.items()})
+    return facts
 
 
 def inspect_models(config: Config, task: dict[str, Any]) -> None:
@@ -79,10 +86,12 @@ class Job:
         key: of the run; for `label` that of the teacher's.
         config: of the run, the teacher that was chosen filled in.
         layout: where it goes.
-        arm: the arm.
+        arm: of the run; for `label` of the first one that needs the logits.
         seed: the run's seed.
-        task: `Task.to_dict()`, for the record of a run that fails.
-        teacher: says which training of which run teaches; empty for an arm without a teacher.
+        facts: of its data.
+        teacher: says which training of which run teaches; empty where there is but one.
+        lesson: number of the lesson that `label` is for.
+        ships: whether the weights are kept, since one of the runs will be shipped.
     """
 
     kind: Literal["train", "label"]
@@ -91,8 +100,10 @@ class Job:
     layout: ConfigurationLayout
     arm: Arm
     seed: int
-    task: dict[str, Any]
+    facts: TaskFacts
     teacher: str = ""
+    lesson: int = -1
+    ships: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,44 +123,66 @@ class Outcome:
     seconds: float
 
 
-def carry_out(job: Job, listen: Listener | None = None) -> Outcome:
-    """Carry out a job in a child of this process; what goes wrong there becomes a failed outcome."""
+def carry_out(
+    job: Job,
+    listen: Listener | None = None,
+    *,
+    in_child: Callable[..., Any] = run_in_child,
+    check: Callable[[], None] | None = None,
+    notes: Sequence[str] = (),
+) -> Outcome:
+    """Carry out a job in a child of this process; what goes wrong there becomes a failed outcome.
+
+    A full disk, a vanished folder or a lost process ends all jobs alike. `check` is called before the record, which
+    gets the notes, is written.
+    """
     start = time.perf_counter()
+    record, fault = None, None
     try:
         if job.kind == "label":
-            run_in_child(label_training_rows, job.config, job.layout, on_message=listen or _ignore)
-            return Outcome(job, None, None, time.perf_counter() - start)
-        record = _train(job, listen or _ignore)
+            in_child(label_training_rows, job.config, job.layout, on_message=listen or ignore)
+        else:
+            record = _train(job, in_child, listen or ignore)
     except OSError:
         raise
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
         logger.error("%s failed: %s", job.key, fault, exc_info=not isinstance(error, KdLoraError))
-        record = failed_record(job, fault)
-    if job.kind == "label":
-        return Outcome(job, None, record.error, time.perf_counter() - start)
-    place = job.layout.run(job.arm, job.seed)
-    write_record(place.record, record)
-    if record.status == "finished":  # from now on nothing of this run is ever resumed
-        remove(place.checkpoints)
-    return Outcome(job, record, record.error, time.perf_counter() - start)
+    if job.kind == "train":
+        record = record or failed_record(job, fault or "")
+        record = record.model_copy(update={"notes": [*record.notes, *notes]})
+        if check is not None:
+            check()
+        write_record(job.layout.run(job.arm, job.seed).record, record)
+        if record.status == "finished":  # from now on nothing of this run is ever resumed
+            remove(job.layout.run(job.arm, job.seed).checkpoints)
+    return Outcome(job, record, fault, time.perf_counter() - start)
 
 
-def _train(job: Job, listen: Listener) -> RunRecord:
+def _train(job: Job, in_child: Callable[..., Any], listen: Listener) -> RunRecord:
     place = job.layout.run(job.arm, job.seed)
-    write_text_atomic(job.layout.config, save_config(job.config))
     arguments = (job.config, job.layout, job.arm, job.seed)
+    if not job.ships:
+        write_text_atomic(job.layout.config, save_config(job.config))
     try:
-        record = run_in_child(train_run, *arguments, on_message=listen)
+        record: RunRecord = in_child(train_run, *arguments, on_message=listen)
     except ArtifactError as error:
-        if not place.checkpoints.exists():
+        if job.ships or not place.checkpoints.exists():
             raise
         logger.info("%s starts afresh: %s", job.key, error)  # interrupted under another teacher or other data
         remove(place.checkpoints)
-        record = run_in_child(train_run, *arguments, on_message=listen)
-    remove(place.model)  # a suite compares; it ships nothing, and thousands fill a disk
-    model = place.model.relative_to(job.layout.root).as_posix()
-    files = {name: digest for name, digest in record.files.items() if not name.startswith(f"{model}/")}
+        record = in_child(train_run, *arguments, on_message=listen)
+    if record.fingerprints.get("data") != job.facts.fingerprint:
+        raise ArtifactError("the data changed while the experiment ran; put back what was there and run it again")
+    return record if job.ships else _without_model(job, record)
+
+
+def _without_model(job: Job, record: RunRecord) -> RunRecord:
+    """Remove a run's whole model: a suite compares, it ships nothing, and thousands of models fill a disk."""
+    model = job.layout.run(job.arm, job.seed).model
+    remove(model)
+    inside = f"{model.relative_to(job.layout.root).as_posix()}/"
+    files = {name: digest for name, digest in record.files.items() if not name.startswith(inside)}
     taught = {"taught_by": job.teacher} if job.teacher else {}
     return record.model_copy(update={"fingerprints": record.fingerprints | taught, "files": files})
 
@@ -157,22 +190,40 @@ def _train(job: Job, listen: Listener) -> RunRecord:
 def failed_record(job: Job, fault: str) -> RunRecord:
     """Make the record of a run that did not come to an end."""
     teacher, student = job.config.teacher, job.config.student
-    words = BAG_OF_WORDS if job.arm == "words" else None
-    model = words or (teacher.model if job.arm in ("fft", "lora") else student.model)
+    given = teacher.fine_tuned or teacher.logits or teacher.probabilities or teacher.model
+    layers = student.from_teacher_layers
+    student_name = student.model or (f"{teacher.model}, layers {list(layers)}" if layers else None)
+    model = {"words": BAG_OF_WORDS, "fft": given, "lora": teacher.model}.get(job.arm, student_name)
     return RunRecord(
         experiment=job.config.title(),
-        task=job.task,
+        task=job.facts.task,
+        rows=job.facts.rows,
         arm=job.arm,
         seed=job.seed,
         status="failed",
         error=fault,
-        teacher_model=teacher.model,
-        student_model=student.model,
-        model=str(model or f"{teacher.model}, layers {list(student.from_teacher_layers or ())}"),
+        teacher_model=given,
+        student_model=student_name,
+        model=str(model),
+        fingerprints={"config": job.config.fingerprint(), "data": job.facts.fingerprint},
+        versions=collect_versions(),
+        machine=describe_machine(),
+        git=git_state(),
         finished=now(),
+        notes=list(job.facts.notes),
         config=job.config.model_dump(mode="json"),
     )
 
 
-def _ignore(event: Any) -> None:
+def lost(job: Job, error: Exception) -> Outcome:
+    """Give the outcome of a job of which nothing came back."""
+    fault = f"{type(error).__name__}: {error}"
+    if job.kind == "label":
+        return Outcome(job, None, fault, 0.0)
+    record = failed_record(job, fault)
+    write_record(job.layout.run(job.arm, job.seed).record, record)
+    return Outcome(job, record, fault, 0.0)
+
+
+def ignore(event: Any) -> None:
     """Take an event that nobody listens to."""

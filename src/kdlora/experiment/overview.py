@@ -14,13 +14,13 @@ from typing import Any
 from kdlora.config import LORA_ARMS, TEACHER_ARMS, Arm
 from kdlora.errors import KdLoraError
 from kdlora.evidence.records import RunRecord
-from kdlora.experiment.course import finished_record
-from kdlora.experiment.engines import SerialEngine
+from kdlora.experiment.engines import Here
 from kdlora.experiment.jobs import TaskFacts
 from kdlora.experiment.plan import Plan, PlannedRun, make_plan
+from kdlora.experiment.queue import finished_runs
 from kdlora.experiment.settle import closed
 from kdlora.experiment.stages import settings_for
-from kdlora.experiment.suite import check_size, chosen_settings, inspect_tasks
+from kdlora.experiment.suite import check_size, chosen_settings, inspect_tasks, suite_folder
 from kdlora.experiment.suitefile import SuiteConfig
 from kdlora.system.children import run_in_child
 
@@ -83,17 +83,14 @@ def look_at_suite(suite: SuiteConfig, out: str | Path | None = None, *, confirme
     """Say what a suite would do, without doing any of it."""
     check_size(suite, confirmed=confirmed)
     plan = make_plan(suite)
-    root = (Path(out) if out is not None else Path("runs") / suite.name).absolute()
+    root = suite_folder(suite, out)
     records: dict[str, RunRecord] = {}
     found: Estimate | None = None
     obstacle = ""
     try:
-        facts = inspect_tasks(plan, SerialEngine())
+        facts = inspect_tasks(plan, Here())
         plan = make_plan(suite, chosen_settings(facts))
-        for run in plan.runs():
-            record = finished_record(run, root, facts[run.task].fingerprint)
-            if record is not None:
-                records[run.key] = record
+        records = finished_runs(plan.runs(), root, facts)
         found = estimate(plan, records, facts, lambda sources: run_in_child(measure_speed, sources))
     except (KdLoraError, OSError) as error:
         obstacle = str(error)
@@ -101,9 +98,7 @@ def look_at_suite(suite: SuiteConfig, out: str | Path | None = None, *, confirme
     counts = Counter((run.task, run.arm) for run in runs)
     done = Counter((run.task, run.arm) for run in runs if run.key in records)
     arms = tuple(PlannedArm(task, arm, number, done[task, arm]) for (task, arm), number in counts.items())
-    return Overview(
-        plan, arms, len({tuple(one.key for one in group) for group in plan.teachers.values()}), found, obstacle
-    )
+    return Overview(plan, arms, len(plan.lessons()), found, obstacle)
 
 
 @dataclass(frozen=True)

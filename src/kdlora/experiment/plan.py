@@ -1,11 +1,11 @@
-"""The plan of a suite: which runs there are, which of them several cells share, and what each waits for."""
+"""Which runs a suite or an experiment has, which of them several cells share, and what each waits for."""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,26 @@ class PlannedRun:
     @property
     def key(self) -> str:
         """Name the run's own folder, relative to the suite's."""
-        return f"{self.folder}/runs/{self.arm}-seed{self.seed}"
+        return Path(self.folder, "runs", f"{self.arm}-seed{self.seed}").as_posix()
 
     def layout(self, root: Path) -> ConfigurationLayout:
         """Name the files of the configuration."""
         return ConfigurationLayout(root / self.folder, shared_folder=root)
+
+
+@dataclass
+class Lesson:
+    """A teacher and the distilled runs that it teaches.
+
+    Attributes:
+        candidates: `fft` runs, in the order of the grid, of which the best teaches; none where the teacher is given.
+        students: the distilled runs.
+        labels: whether the teacher has to read the training rows; not where a table says what it would say.
+    """
+
+    candidates: tuple[PlannedRun, ...]
+    students: list[PlannedRun] = field(default_factory=list)
+    labels: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,18 @@ class Plan:
             for run in (*self.teachers.get((cell.task, cell.family), ()), *cell.runs):
                 found.setdefault(run.key, run)
         return list(found.values())
+
+    def lessons(self) -> list[Lesson]:
+        """Say which runs teach which; families that share their candidates share the lesson."""
+        lessons: dict[tuple[str, ...], Lesson] = {}
+        placed: set[str] = set()
+        for cell in self.cells:
+            if cell.arm in DISTILLED_ARMS:
+                candidates = self.teachers[cell.task, cell.family]
+                lesson = lessons.setdefault(tuple(one.key for one in candidates), Lesson(candidates))
+                lesson.students += [run for run in cell.runs if run.key not in placed]
+                placed |= {run.key for run in cell.runs}
+        return list(lessons.values())
 
     def cells_of(self, task: str, family: str) -> dict[str, Cell]:
         """Give the cells of a task and family, by arm."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,16 +13,20 @@ from kdlora.configfile import load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, KdLoraError
-from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record, write_record, write_results
+from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record, write_results
 from kdlora.evidence.summary import COLUMNS, summarise_arms
 from kdlora.experiment.deployment import deploy_student, is_deployed
+from kdlora.experiment.engines import Here, carry_out_all
 from kdlora.experiment.inputs import check_table
+from kdlora.experiment.jobs import Job, Outcome, TaskFacts, carry_out, ignore, look_at
 from kdlora.experiment.launch import read_launch
+from kdlora.experiment.plan import Lesson, PlannedRun
 from kdlora.experiment.preview import ExperimentPlan, look_at_models, make_plan
-from kdlora.experiment.recording import hash_splits, logged, new_record
+from kdlora.experiment.queue import Queue, undamaged_record
+from kdlora.experiment.recording import hash_splits, logged
 from kdlora.experiment.settle import sample_texts, with_recorded
 from kdlora.experiment.shipping import is_shipped, keep_examples, lacks_weights, ship_student, tell_anew
-from kdlora.experiment.stages import Stage, StageName, label_training_rows, train_run
+from kdlora.experiment.stages import Stage
 from kdlora.experiment.teacher_check import doubts_of_teacher
 from kdlora.experiment.team import Team, gather_team
 from kdlora.report.blocks import html_table
@@ -30,9 +34,8 @@ from kdlora.report.choice import choose_student
 from kdlora.report.collect import load_run
 from kdlora.report.report import make_report
 from kdlora.system.children import run_in_child
-from kdlora.system.integrity import damaged_files
 from kdlora.system.ownership import check_folder as refuse_foreign_folder
-from kdlora.system.ownership import claim_folder, remove, remove_abandoned
+from kdlora.system.ownership import claim_folder, remove_abandoned
 from kdlora.system.storage import HeldLock, hold_lock, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -118,8 +121,8 @@ def plan_experiment(config: Config, out: str | Path | None = None) -> Experiment
     check_folder(config, layout)
     splits = load_splits(config.task, config.data)
     check_table(config, splits)
-    left = _left(config, layout, hash_splits(splits))
-    return _plan(config, layout, splits, left, read_launch().count)
+    finished = _finished(config, layout, hash_splits(splits))
+    return _plan(config, layout, splits, finished, read_launch().count)
 
 
 def run_experiment(
@@ -158,16 +161,18 @@ def _layout(config: Config, out: str | Path | None) -> ExperimentLayout:
     return ExperimentLayout(Path(out) if out is not None else Path("runs") / config.title())
 
 
-def _left(config: Config, layout: ExperimentLayout, rows: str) -> list[Run]:
-    """List the runs that have not finished; all are looked at, to refuse early."""
-    return [run for run in plan_runs(config) if _finished(config, layout, run, rows) is None]
+def _planned(config: Config) -> list[PlannedRun]:
+    """Give the runs of an experiment in the terms of a suite: all lie in one folder."""
+    return [PlannedRun("", run.arm, run.seed, "", config, ()) for run in plan_runs(config)]
 
 
-def _plan(config: Config, layout: ExperimentLayout, splits: Splits, left: list[Run], processes: int) -> ExperimentPlan:
+def _plan(
+    config: Config, layout: ExperimentLayout, splits: Splits, finished: Mapping[str, RunRecord], processes: int
+) -> ExperimentPlan:
     """Look at models and data before the runs that are left."""
+    left = [run.arm for run in _planned(config) if run.key not in finished]
     looks = run_in_child(look_at_models, config, splits.task, sample_texts(splits.train))
-    runs = [run.arm for run in left]
-    return make_plan(config, splits, runs, looks, labelled=layout.teacher_logits.exists(), processes=processes)
+    return make_plan(config, splits, left, looks, labelled=layout.teacher_logits.exists(), processes=processes)
 
 
 def _read_result(config: Config, layout: ExperimentLayout, end: dict[str, Any]) -> ExperimentResult:
@@ -187,12 +192,12 @@ def _lead(
     config = with_recorded(config, layout.config)
     check_folder(config, layout)
     splits = load_splits(config.task, config.data, copies_in=layout.copies if layout.copies.exists() else None)
-    rows = hash_splits(splits)
-    notes = list(splits.notes)
-    plan = None
-    if left := _left(config, layout, rows):
+    facts = look_at(splits)
+    finished = _finished(config, layout, facts.fingerprint)
+    notes, plan = list(splits.notes), None
+    if len(finished) < len(_planned(config)):
         notes += check_table(config, splits)
-        plan = _plan(config, layout, splits, left, team.launch.count)
+        plan = _plan(config, layout, splits, finished, team.launch.count)
         config = plan.config
         for name, text in plan.lines():
             logger.info("%s: %s", name, text)
@@ -206,10 +211,7 @@ def _lead(
         if plan is not None:
             write_json_atomic(layout.plan, plan.to_dict())
         keep_examples(layout, splits)
-        records: list[RunRecord] = []
-        for record in _run_all(config, layout, splits, rows, listen, lock, team):
-            records.append(record)
-            write_results(layout.results, records)  # after every run, so that an interrupted experiment can be read
+        records = _run_all(config, layout, facts, finished, team, lock, listen)
         shipped = _ship_best(config, layout, splits.task, records)
         notes += () if shipped is None else _deploy(config, layout, shipped, listen)
         lock.check()
@@ -250,118 +252,66 @@ def _flatten(config: Config) -> dict[str, Any]:
     return flat | {"teacher.seed": config.teacher_seed}
 
 
+def _finished(config: Config, layout: ExperimentLayout, rows: str) -> dict[str, RunRecord]:
+    """Read the records of the runs that need not be repeated; refuse those that were made from other rows."""
+    found = {}
+    for run in _planned(config):
+        place = layout.run(run.arm, run.seed)
+        record = undamaged_record(run, layout.root)
+        if record is None:
+            continue
+        if record.fingerprints.get("data") != rows:
+            raise ArtifactError(
+                f"{place.root} was made from other rows than the config names now: the data changed since. "
+                f"Name another folder with --out, or delete {layout.root}"
+            )
+        if lacks_weights(layout, run.arm, run.seed):
+            logger.info("%s with seed %d has no weights to ship and is trained again", run.arm, run.seed)
+        else:
+            found[run.key] = record
+    return found
+
+
 def _run_all(
     config: Config,
     layout: ExperimentLayout,
-    splits: Splits,
-    rows: str,
-    listen: Listener | None,
-    lock: HeldLock,
+    facts: TaskFacts,
+    finished: Mapping[str, RunRecord],
     team: Team,
-) -> Iterator[RunRecord]:
-    labelled = config.teacher.is_table
+    lock: HeldLock,
+    listen: Listener | None,
+) -> list[RunRecord]:
+    """Carry out the runs that are left, as a suite of one cell whose weights are kept."""
+    runs = _planned(config)
+    teachers = tuple(run for run in runs if (run.arm, run.seed) == ("fft", config.teacher_seed))
+    students = [run for run in runs if run.arm in DISTILLED_ARMS]
+    lesson = Lesson(() if config.given_teacher else teachers, students, labels=not config.teacher.is_table)
+    queue = Queue(runs, [lesson] if students else [], layout.root, {"": facts}, finished, ships=True)
     doubts: list[str] | None = None
-    done: list[RunRecord] = []
-    for run in plan_runs(config):
-        if run.arm in DISTILLED_ARMS and doubts is None:
-            doubts = doubts_of_teacher(config, layout, done)
+
+    def work(job: Job, hear: Callable[[Any], None] | None) -> Outcome:
+        nonlocal doubts
+        if doubts is None and job.arm in DISTILLED_ARMS:
+            doubts = doubts_of_teacher(config, layout, queue.in_order())
             for doubt in doubts:
                 logger.warning(doubt)
-        record = _finished(config, layout, run, rows)
-        if record is None:
-            label = run.arm in DISTILLED_ARMS and not labelled
-            record = _attempt(config, layout, splits, run, listen, team, label=label)
-            record = record.model_copy(update={"notes": [*record.notes, *(doubts or [])]})
-            labelled = labelled or (run.arm in DISTILLED_ARMS and record.status == "finished")
-            lock.check()
-            write_record(layout.run(run.arm, run.seed).record, record)
-        if record.status == "finished":  # from now on nothing of this run is ever resumed
-            remove(layout.run(run.arm, run.seed).checkpoints)
-        done.append(record)
-        yield record
-        if record.status == "failed" and config.run.fail_fast:
-            return
+        in_child = run_in_child if team.is_alone else team.run
+        return carry_out(job, hear, in_child=in_child, check=lock.check, notes=doubts or ())
 
+    def take(job: Job, outcome: Outcome) -> None:
+        queue.take(outcome)
+        write_results(layout.results, queue.in_order())  # after every run, so that an interrupted one can be read
 
-def _finished(config: Config, layout: ExperimentLayout, run: Run, rows: str) -> RunRecord | None:
-    """Return the record of a run that need not be repeated; refuse one that was made from other rows.
+    def next_job() -> Job | None:
+        return None if config.run.fail_fast and queue.failed else queue.next_job()
 
-    A run that may ship needs its weights too.
-    """
-    place = layout.run(run.arm, run.seed)
-    if not place.record.exists():
-        return None
-    record = read_record(place.record)
-    if record.status != "finished":
-        return None
-    if record.fingerprints.get("data") != rows:
-        raise ArtifactError(
-            f"{place.root} was made from other rows than the config names now: the data changed since. "
-            f"Name another folder with --out, or delete {layout.root}"
-        )
-    if hurt := damaged_files(layout.root, record.files):
-        logger.warning("%s: damaged or gone since it was written; %s is run again", ", ".join(hurt), place.root.name)
-        return None
-    if lacks_weights(layout, run.arm, run.seed):
-        logger.info("%s with seed %d has no weights to ship and is trained again", run.arm, run.seed)
-        return None
-    return record
+    def hear(job: Job, event: Any) -> None:
+        if listen is not None:
+            listen(Stage(job.kind, job.arm, job.seed), event)
 
-
-def _attempt(
-    config: Config,
-    layout: ExperimentLayout,
-    splits: Splits,
-    run: Run,
-    listen: Listener | None,
-    team: Team,
-    *,
-    label: bool,
-) -> RunRecord:
-    """Run one arm in a process of its own; what goes wrong there becomes a failed record."""
-    try:
-        record = _train(config, layout, run, listen, team, label=label)
-        if record.fingerprints.get("data") != hash_splits(splits):
-            raise ArtifactError("the data changed while the experiment ran; put back what was there and run it again")
-        return record
-    except OSError:
-        raise  # a full disk, a vanished folder or a lost process ends every run alike
-    except Exception as error:
-        fault = f"{type(error).__name__}: {error}"
-        logger.error(
-            "%s with seed %d failed: %s", run.arm, run.seed, fault, exc_info=not isinstance(error, KdLoraError)
-        )
-    record = new_record(config, layout, splits, run.arm, run.seed)
-    return record.model_copy(update={"status": "failed", "error": fault})
-
-
-def _train(
-    config: Config, layout: ExperimentLayout, run: Run, listen: Listener | None, team: Team, *, label: bool
-) -> RunRecord:
-    def listen_to(name: StageName) -> Callable[[Any], None]:
-        return lambda event: listen(Stage(name, run.arm, run.seed), event) if listen is not None else None
-
-    if label:
-        _check_teacher(config, layout)
-        _in_child(team, label_training_rows, config, layout, on_message=listen_to("label"))
-    record: RunRecord = _in_child(team, train_run, config, layout, run.arm, run.seed, on_message=listen_to("train"))
-    return record
-
-
-def _in_child(team: Team, stage: Callable[..., Any], *arguments: Any, on_message: Callable[[Any], None]) -> Any:
-    """Carry out a stage in a child, and in one of every other process that there is."""
-    if team.is_alone:
-        return run_in_child(stage, *arguments, on_message=on_message)
-    return team.run(stage, *arguments, on_message=on_message)
-
-
-def _check_teacher(config: Config, layout: ExperimentLayout) -> None:
-    if not config.given_teacher and not layout.teacher.exists():
-        place = layout.run("fft", config.teacher_seed)
-        raise ArtifactError(
-            f"there is no teacher in {layout.teacher}: its run failed, or the folder was deleted; delete {place.root} "
-            "and run the same command again to train the teacher again"
-        )
+    write_results(layout.results, queue.in_order())
+    carry_out_all(Here(), work, next_job, take, hear)
+    return queue.in_order()
 
 
 def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: list[RunRecord]) -> Run | None:
@@ -385,13 +335,9 @@ def _deploy(config: Config, layout: ExperimentLayout, shipped: Run, listen: List
     stage = Stage("deploy", shipped.arm, shipped.seed)
     hear = None if listen is None else lambda step: listen(stage, step)
     try:
-        return run_in_child(deploy_student, config, layout, on_message=hear or _ignore)
+        return run_in_child(deploy_student, config, layout, on_message=hear or ignore)
     except OSError:
         raise
     except Exception as error:  # a student that cannot be exported is still a student
         logger.error("the student was not exported: %s", error, exc_info=not isinstance(error, KdLoraError))
         return (f"The student was not exported: {error}",)
-
-
-def _ignore(event: Any) -> None:
-    """Take an event that nobody listens to."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,42 +11,19 @@ from typing import Any
 from kdlora.config import Config
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
-from kdlora.experiment.course import Course
-from kdlora.experiment.engines import Engine, SerialEngine
-from kdlora.experiment.jobs import Job, Outcome, TaskFacts, inspect_models, inspect_task
+from kdlora.experiment.engines import Engine, Work, carry_out_all, open_engine
+from kdlora.experiment.jobs import Job, TaskFacts, carry_out, inspect_models, inspect_task, lost
 from kdlora.experiment.plan import Plan, make_plan, whole_config
+from kdlora.experiment.queue import Queue, finished_runs
+from kdlora.experiment.ray_cluster import local_paths
 from kdlora.experiment.settle import Chosen
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import SuiteConfig, save_suite
 from kdlora.system.ownership import check_folder, claim_folder
 from kdlora.system.storage import hold_lock, write_text_atomic
 
-logger = logging.getLogger(__name__)
-
 MOST_RUNS = 10_000
 """A plan of more runs has to be confirmed: it may be a slip of the pen."""
-
-
-@dataclass(frozen=True)
-class SuiteLayout:
-    """The names inside a suite's folder; the runs lie below `runs/`."""
-
-    root: Path
-
-    @property
-    def suite(self) -> Path:
-        """The suite as it was carried out last, every default filled in."""
-        return self.root / "suite.yaml"
-
-    @property
-    def copies(self) -> Path:
-        """Perturbed copies of the tasks' training texts."""
-        return self.root / "copies"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that carries the suite out."""
-        return self.root / ".lock"
 
 
 @dataclass(frozen=True)
@@ -132,49 +108,45 @@ def run_suite(
     plan = make_plan(suite)
     if "://" in str(out):
         raise ConfigError(f"--out {out}: runs are written to a folder; mount the store, and name a folder of it")
-    layout = SuiteLayout((Path(out) if out is not None else Path("runs") / suite.name).absolute())
-    with _only_process(layout):
-        write_text_atomic(layout.suite, save_suite(suite))
-        course: Course | None = None
-
-        def tell(job: Job | None, detail: Any) -> None:
-            if listen is not None and course is not None:
-                listen(SuiteEvent(len(course.records), course.total, len(course.failed), job, detail))
-
-        with _engine(plan, layout, on, tell) as engine:
-            facts = inspect_tasks(plan, engine, layout.copies)
+    root = suite_folder(suite, out)
+    check_folder(root, "suite")
+    doing = f"carries out the suite in {root}"
+    with hold_lock(root / ".lock", doing, remedy=", or name another folder with --out") as lock:
+        claim_folder(root, "suite")
+        write_text_atomic(root / "suite.yaml", save_suite(suite))
+        paths = [path for cell in plan.cells for path in local_paths(cell.runs[0].config)]
+        with open_engine(on, suite.resources, [str(root / "suite.yaml"), *paths]) as engine:
+            facts = inspect_tasks(plan, engine, root / "copies")
             plan = make_plan(suite, chosen_settings(facts))
-            course = Course(plan, layout.root, facts)
-            check_models_of(plan, course, engine)
-            tell(None, None)
+            runs = plan.runs()
+            queue = Queue(runs, plan.lessons(), root, facts, finished_runs(runs, root, facts))
+            check_models_of(plan, queue, facts, engine)
+            work = carry_out if on is not None else functools.partial(carry_out, check=lock.check)
             try:
-                carry_out_course(course, engine, tell)
+                _carry_out(queue, engine, work, listen)
             finally:  # also after Ctrl-C: what there is can be read
-                tables = write_tables(plan, layout.root, course.records)
-    return SuiteResult(layout.root, plan, course.records, course.reused, tables)
+                tables = write_tables(plan, root, queue.records)
+    return SuiteResult(root, plan, queue.records, queue.reused, tables)
 
 
-@contextlib.contextmanager
-def _engine(
-    plan: Plan, layout: SuiteLayout, on: str | None, tell: Callable[[Job | None, Any], None]
-) -> Iterator[Engine]:
-    """Give what carries the jobs out: this process, or a cluster whose nodes were looked at."""
-    if on is None:
-        yield SerialEngine(tell)
-        return
-    from kdlora.experiment.engines import RayEngine
-    from kdlora.experiment.ray_cluster import check_nodes, connect, local_paths, settle_needs
+def _carry_out(queue: Queue, engine: Engine, work: Work, listen: Callable[[SuiteEvent], None] | None) -> None:
+    def tell(job: Job | None, detail: Any) -> None:
+        if listen is not None:
+            listen(SuiteEvent(len(queue.records), len(queue.runs), len(queue.failed), job, detail))
 
-    ray = connect(on)
-    needs = settle_needs(ray, plan.suite.resources)
-    engine = RayEngine(ray, needs)
-    try:
-        paths = [str(layout.suite)]
-        paths += [path for cell in plan.cells for path in local_paths(cell.runs[0].config)]
-        check_nodes(ray, list(dict.fromkeys(paths)), needs)
-        yield engine
-    finally:
-        engine.close()
+    def take(job: Job, outcome: Any) -> None:
+        if isinstance(outcome, Exception):  # its node was lost too often, or has a full disk
+            outcome = lost(job, outcome)
+        queue.take(outcome)
+        tell(job, outcome)
+
+    tell(None, None)
+    carry_out_all(engine, work, queue.next_job, take, tell)
+
+
+def suite_folder(suite: SuiteConfig, out: str | Path | None) -> Path:
+    """Say where a suite goes."""
+    return (Path(out) if out is not None else Path("runs") / suite.name).absolute()
 
 
 def check_size(suite: SuiteConfig, *, confirmed: bool) -> None:
@@ -187,18 +159,6 @@ def check_size(suite: SuiteConfig, *, confirmed: bool) -> None:
             f"this suite has {runs:,} runs ({sizes}, and the configurations of each arm), more than "
             f"{MOST_RUNS:,}; if that is what you mean, add --yes, else shorten a grid"
         )
-
-
-def carry_out_course(course: Course, engine: Engine, tell: Callable[[Job | None, Any], None]) -> None:
-    """Feed an engine until nothing is left."""
-    while True:
-        while engine.room > 0 and (job := course.next_job()) is not None:
-            engine.submit(job)
-        if not engine.busy:
-            return
-        outcome: Outcome = engine.wait()
-        course.take(outcome)
-        tell(outcome.job, outcome)
 
 
 def inspect_tasks(plan: Plan, engine: Engine, copies_in: Path | None = None) -> dict[str, TaskFacts]:
@@ -214,13 +174,13 @@ def chosen_settings(facts: dict[str, TaskFacts]) -> dict[tuple[str, str], Chosen
     return {(task, family): chosen for task, one in facts.items() for family, chosen in one.chosen.items()}
 
 
-def check_models_of(plan: Plan, course: Course, engine: Engine) -> None:
+def check_models_of(plan: Plan, queue: Queue, facts: dict[str, TaskFacts], engine: Engine) -> None:
     """Load every family's models once, on the first task that it has runs left on."""
-    pending = {run.key for run in course.pending()}
+    pending = {run.key for run in queue.pending()}
     wanted: dict[str, tuple[Config, dict[str, Any]]] = {}
     for cell in plan.cells:
         if cell.family not in wanted and any(run.key in pending for run in cell.runs):
-            wanted[cell.family] = (whole_config(plan.suite, cell.task, cell.family), course.facts[cell.task].task)
+            wanted[cell.family] = (whole_config(plan.suite, cell.task, cell.family), facts[cell.task].task)
     _without_faults(wanted, engine.call_all(inspect_models, list(wanted.values())))
 
 
@@ -234,13 +194,3 @@ def _without_faults(names: Any, answers: list[Any]) -> list[Any]:
     if faults:
         raise ConfigError("\n".join([f"{len(faults)} faults", *(f"  - {name}: {fault}" for name, fault in faults)]))
     return answers
-
-
-@contextlib.contextmanager
-def _only_process(layout: SuiteLayout) -> Iterator[None]:
-    """Hold the suite folder's lock; refuse a folder of something else."""
-    root = layout.root
-    check_folder(root, "suite")
-    with hold_lock(layout.lock, f"carries out the suite in {root}", remedy=", or name another folder with --out"):
-        claim_folder(root, "suite")
-        yield

@@ -1,0 +1,219 @@
+"""The one queue of jobs: what is done, what waits for what, which teacher teaches; it carries out nothing itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from kdlora.config import DISTILLED_ARMS, Config
+from kdlora.errors import ArtifactError
+from kdlora.evidence.records import RunRecord, read_record, write_record
+from kdlora.experiment.jobs import Job, Outcome, TaskFacts, failed_record
+from kdlora.experiment.plan import Lesson, PlannedRun, identity
+from kdlora.system.integrity import damaged_files
+from kdlora.system.ownership import remove
+
+logger = logging.getLogger(__name__)
+
+
+class Queue:
+    """Gives the jobs that are ready, and takes their outcomes; a run that has a record is not done again.
+
+    A lesson begins when all candidates for its teacher have ended: the best of them labels, then its students train.
+
+    Attributes:
+        records: record of every run that has ended, by the run's key.
+        reused: runs that had finished before.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[PlannedRun],
+        lessons: Sequence[Lesson],
+        root: Path,
+        facts: Mapping[str, TaskFacts],
+        finished: Mapping[str, RunRecord],
+        *,
+        ships: bool = False,
+    ) -> None:
+        """Take the plan, what is known of its tasks, and the records of the runs that need not be repeated."""
+        self.runs, self.records, self.reused = runs, dict(finished), len(finished)
+        self._lessons, self._root, self._facts, self._ships = lessons, root, facts, ships
+        self._teachers: dict[int, PlannedRun | None] = {}
+        self._heap: list[tuple[int, int, Job]] = []
+        self._count = 0
+        self._order = {task: place for place, task in enumerate(facts)}
+        for run in runs:
+            place = run.layout(root).run(run.arm, run.seed)
+            if run.key in self.records:
+                remove(place.checkpoints)
+            else:
+                remove(place.record)  # a run that is done again must not be compared with it
+                if run.arm not in DISTILLED_ARMS:
+                    self._push(run)
+        for number in range(len(lessons)):
+            self._begin(number)
+
+    @property
+    def failed(self) -> list[RunRecord]:
+        """The runs that failed, in the order of the plan."""
+        return [record for record in self.in_order() if record.status == "failed"]
+
+    def in_order(self) -> list[RunRecord]:
+        """List the records in the order of the plan."""
+        return [self.records[run.key] for run in self.runs if run.key in self.records]
+
+    def pending(self) -> list[PlannedRun]:
+        """List the runs that have not ended."""
+        return [run for run in self.runs if run.key not in self.records]
+
+    def next_job(self) -> Job | None:
+        """Give a job whose needs are met; None where every such job was given."""
+        return heapq.heappop(self._heap)[2] if self._heap else None
+
+    def take(self, outcome: Outcome) -> None:
+        """Note the outcome of a job, and what it makes ready."""
+        job = outcome.job
+        if job.kind == "label":
+            self._teach(job.lesson, outcome.error)
+            return
+        assert outcome.record is not None  # a training always leaves one
+        self.records[job.key] = outcome.record
+        for number, lesson in enumerate(self._lessons):
+            if any(one.key == job.key for one in lesson.candidates):
+                self._begin(number)
+        if job.arm == "fft":
+            self._prune()
+
+    def _push(self, run: PlannedRun, lesson: int = -1) -> None:
+        """Queue the training of a run."""
+        layout, config, mark = run.layout(self._root), run.config, ""
+        if (teacher := self._teachers.get(lesson)) is not None:
+            layout = dataclasses.replace(layout, shared_teacher=teacher.layout(self._root).teacher)
+            config, mark = self._taught(config, teacher), self._mark(teacher)
+        facts = self._facts[run.task]
+        job = Job("train", run.key, config, layout, run.arm, run.seed, facts, mark, ships=self._ships)
+        self._queue(run.task, job)
+
+    def _queue(self, task: str, job: Job) -> None:
+        """Queue a job: task by task, so that the tables fill from above."""
+        self._count += 1
+        heapq.heappush(self._heap, (self._order[task], self._count, job))
+
+    def _begin(self, number: int) -> None:
+        """Choose the teacher and let it label, once every candidate has ended, unless all that it teaches is done."""
+        lesson = self._lessons[number]
+        if any(one.key not in self.records for one in lesson.candidates):
+            return
+        teacher = self._teachers[number] = self._best(lesson)
+        if teacher is None and lesson.candidates:
+            self._fail(lesson, f"there is no teacher: none of the {len(lesson.candidates)} fft runs finished")
+            return
+        mark = "" if teacher is None else self._mark(teacher)
+        for run in lesson.students:  # taught by another teacher, or by an earlier training of this one
+            if run.key in self.records and self.records[run.key].fingerprints.get("taught_by", "") != mark:
+                del self.records[run.key]
+                remove(run.layout(self._root).run(run.arm, run.seed).record)
+        first = next((run for run in lesson.students if run.key not in self.records), None)
+        if first is None:
+            return
+        source = teacher or first
+        if teacher is not None and not teacher.layout(self._root).teacher.exists():
+            logger.info("%s has no weights and is trained again", teacher.key)
+            del self.records[teacher.key]
+            self._push(teacher)
+        elif lesson.labels:
+            config, layout = self._taught(first.config, teacher), source.layout(self._root)
+            facts = self._facts[source.task]
+            self._queue(
+                source.task, Job("label", source.key, config, layout, first.arm, first.seed, facts, mark, number)
+            )
+        else:
+            self._teach(number, None)
+
+    def _teach(self, number: int, fault: str | None) -> None:
+        if fault is not None:
+            self._fail(self._lessons[number], f"the teacher's logits are missing: {fault}")
+            return
+        for run in self._lessons[number].students:
+            if run.key not in self.records:
+                self._push(run, number)
+
+    def _fail(self, lesson: Lesson, fault: str) -> None:
+        for run in lesson.students:
+            if run.key not in self.records:
+                layout = run.layout(self._root)
+                job = Job("train", run.key, run.config, layout, run.arm, run.seed, self._facts[run.task])
+                self.records[run.key] = failed_record(job, fault)
+                write_record(layout.run(run.arm, run.seed).record, self.records[run.key])
+
+    def _best(self, lesson: Lesson) -> PlannedRun | None:
+        """Choose among the candidates that finished: the best on validation, the first of equals."""
+        finished = [one for one in lesson.candidates if self._is_finished(one)]
+        return max(finished, key=lambda one: self.records[one.key].score or -math.inf, default=None)
+
+    def _is_finished(self, run: PlannedRun) -> bool:
+        record = self.records.get(run.key)
+        return record is not None and record.status == "finished"
+
+    def _prune(self) -> None:
+        """Delete the weights of teachers that another one has beaten: a grid of them would fill the disk."""
+        kept = {best.key for lesson in self._lessons if (best := self._best(lesson)) is not None}
+        for one in {one.key: one for lesson in self._lessons for one in lesson.candidates}.values():
+            if one.key not in kept and self._is_finished(one):
+                remove(one.layout(self._root).teacher)
+
+    def _taught(self, config: Config, teacher: PlannedRun | None) -> Config:
+        """Fill in the teacher that was chosen; it reads texts as it was trained to."""
+        if teacher is None or self._ships:
+            return config
+        folder = str(teacher.layout(self._root).teacher)
+        section = teacher.config.teacher.model_copy(update={"fine_tuned": folder})
+        return config.model_copy(update={"teacher": section})
+
+    def _mark(self, teacher: PlannedRun) -> str:
+        return "" if self._ships else f"{teacher.key} of {self.records[teacher.key].finished}"
+
+
+def undamaged_record(run: PlannedRun, root: Path) -> RunRecord | None:
+    """Read the record of a run that finished and whose files are as they were written."""
+    layout = run.layout(root)
+    place = layout.run(run.arm, run.seed)
+    if not place.record.exists():
+        return None
+    record = read_record(place.record)
+    if record.status != "finished":
+        return None
+    if hurt := damaged_files(layout.root, record.files):
+        logger.warning("%s: damaged or gone since it was written; %s is run again", ", ".join(hurt), run.key)
+        return None
+    return record
+
+
+def finished_runs(runs: Iterable[PlannedRun], root: Path, facts: Mapping[str, TaskFacts]) -> dict[str, RunRecord]:
+    """Read the records of a suite's runs that need not be repeated."""
+    found = {}
+    for run in runs:
+        record = undamaged_record(run, root)
+        if record is None or record.fingerprints.get("data") != facts[run.task].fingerprint:
+            continue
+        if _is_same(run, record, root):
+            found[run.key] = record
+    return found
+
+
+def _is_same(run: PlannedRun, record: RunRecord, root: Path) -> bool:
+    """Whether a record is of a run's own config; the teacher is checked by its mark, once it is chosen."""
+    try:
+        made = identity(Config.model_validate(record.config))
+    except ValueError as error:
+        place = run.layout(root).run(run.arm, run.seed)
+        raise ArtifactError(f"{place.record}: its config cannot be read ({error}); delete {place.root}") from None
+    wanted = identity(run.config)
+    if run.arm in DISTILLED_ARMS:
+        del made["teacher"], wanted["teacher"]
+    return made == wanted

@@ -152,17 +152,17 @@ def endure(options: argparse.Namespace, log: Log, workshop: Workshop) -> None:
     """Measure memory, open files and threads over 200 epochs, and over 20 experiments in this process."""
     done, points = {line["what"] for line in log.lines()}, []
     if "epochs" not in done and time.monotonic() < options.until:
-        folder, config = options.out / "epochs", workshop.config()
+        config = workshop.config()
 
         def note(event: Any) -> None:
             if float(event.epoch).is_integer() and len(points) < event.epoch:
-                points.append({**footprint(), "checkpoints": len(list(folder.glob("step-*")))})
+                points.append(footprint())
 
         train_teacher(
             str(workshop.teacher),
             load_splits(config.task, config.data),
             TeacherTrainConfig(epochs=200, batch_size=8, learning_rate=1e-4),
-            folder=folder,
+            folder=options.out / "epochs",
             device="cpu",
             progress=note,
         )

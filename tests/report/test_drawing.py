@@ -7,19 +7,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from kdlora.evidence.stats import Difference
-from kdlora.report.blocks import (
-    Bullets,
-    Cell,
-    Code,
-    Link,
-    Page,
-    Paragraph,
-    Section,
-    Strong,
-    Table,
-    escape,
-    to_markdown,
-)
+from kdlora.report.blocks import Bullets, Cell, Code, Link, Page, Section, Strong, Table, warning
 from kdlora.report.plots import (
     Curve,
     Series,
@@ -31,6 +19,7 @@ from kdlora.report.plots import (
     score_against_cost,
     shorten,
 )
+from kdlora.report.render import escape, render
 from kdlora.report.wording import (
     count,
     duration,
@@ -96,10 +85,10 @@ def test_a_drawing_takes_its_colours_from_the_page_and_shares_no_id():
 def test_points_lie_where_their_values_are():
     """An axis that runs the wrong way still looks like a plot."""
     series = [
-        Series("low", Style(0), ((1e6, 80.0),)),
-        Series("high", Style(1), ((9e6, 90.0), (9e6, 92.0))),
+        Series("low", Style(0), ((1.0, 80.0),)),
+        Series("high", Style(1), ((9.0, 90.0), (9.0, 92.0))),
     ]
-    figure = score_against_cost(series, **PARAMETERS, scale=1e6)
+    figure = score_against_cost(series, **PARAMETERS)
     assert figure is not None
     low, high = (min(_marks(figure, Style(number)), key=lambda place: place[1]) for number in (0, 1))
     in_legend = [min(_marks(figure, Style(number)))[1] for number in (0, 1)]
@@ -228,14 +217,11 @@ def test_markdown_shows_text_as_it_is(text):
 
 def test_every_block_has_its_markdown():
     """A block that renders to nothing is lost evidence."""
-    table = Table(
-        "caption", ("", "a"), ((Cell("x|y"), Cell("1", (Link("0", "p"), Link("1", "q")))),), frozenset({1}), note="note"
-    )
-    blocks = (Paragraph(("a ", Strong("b"), " c"), "warning"), Bullets((("one",),)), table, Code("Config", "```\nx"))
-    page = Page("T", "origin", ("lead",), (Section("S", "s", blocks),), "foot")
-    text = to_markdown(page)
+    table = Table("caption", ("", "a"), (("x|y", Cell("1", (Link("0", "p"), Link("1", "q")))),), note="note")
+    blocks = (warning("a ", Strong("b"), " c"), Bullets((("one",),)), table, Code("Config", "```\nx"))
+    text = render(Page("T", "report", ("lead",), (Section("S", "s", blocks),))).markdown
     for piece in ("# T", "\nlead\n", '<a id="s"></a>', "## S", "> a **b** c", "- one", "**caption**", "| --- | ---: |"):
         assert piece in text
     assert "| x\\|y | 1 [0](p) [1](q) |" in text
     assert "\n````\n```\nx\n````" in text
-    assert text.endswith("origin. foot\n")
+    assert re.search(r"\n---\n\nkdlora [\d.]+ report\. Written .*record of its run\.\n$", text)

@@ -13,7 +13,7 @@ import pytest
 from kdlora.data.tasks import GLUE
 from kdlora.evidence.predictions import Predictions, write_predictions
 from kdlora.evidence.records import Latency, RunRecord, write_record
-from kdlora.experiment.figures import figure, gain, table_rows
+from kdlora.experiment.figures import SuiteFigures
 from kdlora.experiment.plan import make_plan
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import build_suite
@@ -74,28 +74,27 @@ def made(plan):
     return found
 
 
-def test_a_figure_is_the_median_of_the_best_configurations():
+def test_a_figure_is_the_median_of_the_best_configurations(tmp_path):
     """A mean over the whole grid, or over seeds as if they were configurations, is another number than the paper's."""
     plan = small_plan()
-    records = made(plan)
-    found = figure(plan, records, plan.cells_of("cola", "own")["lora"])
+    found = SuiteFigures(plan, made(plan), tmp_path).figure(plan.cells_of("cola", "own")["lora"])
     assert found.median == pytest.approx(statistics.median([86.25, 88.25]))
     assert [one.value for one in found.taken] == [88.0, 88.5, 86.0, 86.5]
     assert found.sd == pytest.approx(statistics.stdev([88.0, 88.5, 86.0, 86.5]))
     assert (found.configurations, found.failed, found.missing) == (3, 0, 0)
 
 
-def test_mnli_has_two_rows_of_its_own_figures():
+def test_mnli_has_two_rows_of_its_own_figures(tmp_path):
     """Ten rows are nine trainings; the mean of matched and mismatched in both rows would look right."""
     plan = small_plan()
-    records = made(plan)
-    assert [row.title for row in table_rows(plan, records)] == ["CoLA", "MNLI-m", "MNLI-mm"]
+    figures = SuiteFigures(plan, made(plan), tmp_path)
+    assert [row.title for row in figures.rows()] == ["CoLA", "MNLI-m", "MNLI-mm"]
     cell = plan.cells_of("mnli", "own")["fft"]
-    whole, matched, other = (figure(plan, records, cell, group).median for group in ("", "matched", "mismatched"))
+    whole, matched, other = (figures.figure(cell, group).median for group in ("", "matched", "mismatched"))
     assert (matched, other) == (pytest.approx(whole - 1), pytest.approx(whole + 1))
 
 
-def test_with_a_test_split_the_choice_stays_on_validation():
+def test_with_a_test_split_the_choice_stays_on_validation(tmp_path):
     """Configurations that are chosen on the test split make its figure too high."""
     plan = small_plan(seeds=[0], best=1)
     cell = plan.cells_of("cola", "own")["fft"]
@@ -104,21 +103,22 @@ def test_with_a_test_split_the_choice_stays_on_validation():
         run.key: record(run, validation, test_score=test)
         for run, (validation, test) in zip(cell.runs, scores, strict=True)
     }
-    assert figure(plan, records, cell).median == 70.0
+    assert SuiteFigures(plan, records, tmp_path).figure(cell).median == 70.0
 
 
 def test_the_gain_is_paired_by_configuration_and_seed(tmp_path):
     """The best of one arm against the best of another says nothing of the teacher if they are other configurations."""
     plan = small_plan()
     records = made(plan)
-    row = table_rows(plan, records)[0]
-    found = gain(plan, tmp_path, records, row, "own", "kd-lora")
+    figures = SuiteFigures(plan, records, tmp_path)
+    row = figures.rows()[0]
+    found = figures.gain(row, "own", "kd-lora")
     assert found.paired == pytest.approx(0.5)
     assert found.pairs == 6
     assert found.difference is None  # there are no predictions
     first = plan.cells_of("cola", "own")["kd-lora"].runs[0]
     del records[first.key]
-    assert gain(plan, tmp_path, records, row, "own", "kd-lora").pairs == 5
+    assert figures.gain(row, "own", "kd-lora").pairs == 5
 
 
 def keep_predictions(plan, root, records, rows=1000):
@@ -143,8 +143,9 @@ def test_the_interval_of_a_gain_speaks_of_rows_and_seeds(tmp_path):
     plan = small_plan(tasks=["mnli"])
     records = made(plan)
     keep_predictions(plan, tmp_path, records)
-    for row in table_rows(plan, records):
-        found = gain(plan, tmp_path, records, row, "own", "kd-lora").difference
+    figures = SuiteFigures(plan, records, tmp_path)
+    for row in figures.rows():
+        found = figures.gain(row, "own", "kd-lora").difference
         assert found.n_seeds == 2
         assert found.n_examples == 500  # of the row's own group
         assert found.low < found.difference < found.high
@@ -244,7 +245,7 @@ def test_tables_of_nothing_can_be_written(tmp_path):
 
 def test_texts_are_harmless_in_every_format():
     """A model's name can break a table, or run as a spreadsheet's formula."""
-    latex = to_latex(Table("", ("a_b", "%"), ((Cell(r"50% {x} \y"), Cell("−2.0\u00a0±\u00a01")),)))
+    latex = to_latex(Table("", ("a_b", "%"), ((r"50% {x} \y", Cell("−2.0\u00a0±\u00a01")),)))
     assert r"a\_b & \% \\" in latex
     assert r"50\% \{x\} \textbackslash y & -2.0 ± 1 \\" in latex
     assert to_csv([["=1+1", "-x", -1.5, None, 'say "a, b"']]) == '\'=1+1,\'-x,-1.5,,"say ""a, b"""\n'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,16 @@ from kdlora.evidence.records import RunLayout, RunRecord
 from kdlora.evidence.stats import Difference, PairedArms, contrast
 from kdlora.experiment.plan import Cell, Plan, PlannedRun
 from kdlora.report.findings import CONTROLS, align
-from kdlora.report.paper import FAMILY_TITLES, PublishedScores, published_scores
+from kdlora.report.paper import FAMILY_TITLES, published_scores
 
 _GROUPS = {"matched": "m", "mismatched": "mm"}
-_PAPER_FIELDS = {"fft": "fft", "lora": "lora", "kd-lora": "kd_lora"}
 _DRAWS = 1_000
 """For each row of a table; a suite of the paper's size compares 1,300 runs."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of Table 1: a task, or one of the groups of its validation rows.
-
-    Attributes:
-        task: name in the suite.
-        group: such as `matched`; empty where the task has no groups.
-        title: as the paper writes it.
-        published: our name of the paper's row; empty where it has none.
-    """
+    """One row of Table 1: a task, or one of the groups of its validation rows, and our name of the paper's row."""
 
     task: str
     group: str
@@ -88,53 +80,117 @@ class Gain:
     difference: Difference | None
 
 
-def table_rows(plan: Plan, records: Mapping[str, RunRecord]) -> list[Row]:
-    """List the rows of Table 1: ten for the nine trainings of GLUE."""
-    rows: list[Row] = []
-    for task in plan.suite.tasks:
-        cells = [cell for cell in plan.cells if cell.task == task]
-        found = [records[run.key] for cell in cells for run in cell.runs if run.key in records]
-        name = next((str(record.task.get("name") or "") for record in found if record.task), "")
-        title = next((entry.folder for key, entry in GLUE.items() if key == name), task)
-        groups = next((_groups_of(record) for record in found if record.status == "finished"), [])
-        for group in groups or [""]:
-            short = _GROUPS.get(group, group)
-            published = f"{name}-{group}" if group else name
-            rows.append(Row(task, group, f"{title}-{short}" if group else title, published))
-    return rows
+@dataclass(frozen=True)
+class SuiteFigures:
+    """A suite's figures, from the records that there are."""
+
+    plan: Plan
+    records: Mapping[str, RunRecord]
+    root: Path
+
+    def rows(self) -> list[Row]:
+        """List the rows of Table 1: ten for the nine trainings of GLUE."""
+        rows: list[Row] = []
+        for task in self.plan.suite.tasks:
+            found = [record for cell in self.plan.cells if cell.task == task for _, record in self.ended(cell)]
+            name = next((str(record.task.get("name") or "") for record in found if record.task), "")
+            title = next((entry.folder for key, entry in GLUE.items() if key == name), task)
+            groups = next((_groups_of(record) for record in found if record.status == "finished"), [])
+            for group in groups or [""]:
+                published = f"{name}-{group}" if group else name
+                rows.append(Row(task, group, f"{title}-{_GROUPS.get(group, group)}" if group else title, published))
+        return rows
+
+    def family_title(self, family: str) -> str:
+        """Write a family as the paper does, where it is the paper's."""
+        return FAMILY_TITLES.get(self.plan.family_of_paper(family), family)
+
+    def published(self, row: Row, family: str, arm: str) -> float | None:
+        """Give the paper's figure for a cell; None where it has none for this task, family or arm."""
+        return published_scores(row.published).get(self.plan.family_of_paper(family), {}).get(arm)
+
+    def ended(self, cell: Cell) -> list[tuple[PlannedRun, RunRecord]]:
+        """List the runs of a cell that have a record."""
+        return [(run, self.records[run.key]) for run in cell.runs if run.key in self.records]
+
+    def finished(self, cell: Cell) -> list[tuple[PlannedRun, RunRecord]]:
+        """List the runs of a cell that finished."""
+        return [(run, record) for run, record in self.ended(cell) if record.status == "finished"]
+
+    def figure(self, cell: Cell, group: str = "") -> Figure:
+        """Compute one cell of Table 1: the median of its best configurations.
+
+        Which configurations are best is decided on the validation split; where every run has a test score, the figure
+        is that of the test split.
+        """
+        ended, finished = self.ended(cell), self.finished(cell)
+        on_test = bool(finished) and not group and all(record.test_score is not None for _, record in finished)
+        by_configuration: dict[str, list[tuple[Taken, float]]] = {}
+        for run, record in finished:
+            rank = row_score(record, group)
+            value = record.test_score if on_test else rank
+            if rank is not None and value is not None:
+                by_configuration.setdefault(run.folder, []).append((Taken(run, record, value), rank))
+        ranked = sorted(by_configuration.values(), key=lambda runs: -statistics.mean(rank for _, rank in runs))
+        best = ranked[: self.plan.suite.best]
+        taken = tuple(one for runs in best for one, _ in runs)
+        return Figure(
+            median=statistics.median(statistics.mean(one.value for one, _ in runs) for runs in best) if best else None,
+            sd=statistics.stdev(one.value for one in taken) if len(taken) > 1 else None,
+            taken=taken,
+            configurations=len(by_configuration),
+            failed=len(ended) - len(finished),
+            missing=len(cell.runs) - len(ended),
+        )
+
+    def median(self, row: Row, family: str, arm: str) -> float | None:
+        """Give the figure of a cell; None where the suite has no such cell, or nothing of it finished."""
+        cell = self.plan.cells_of(row.task, family).get(arm)
+        return None if cell is None else self.figure(cell, row.group).median
+
+    def gain(self, row: Row, family: str, arm: str) -> Gain | None:
+        """Compute what the teacher adds to a distilled arm on one row."""
+        cells = self.plan.cells_of(row.task, family)
+        control = CONTROLS.get(arm)
+        if control not in cells or arm not in cells:
+            return None
+        ours, theirs = (self.median(row, family, name) for name in (arm, control))
+        of_control = {_pairing(run): (run, record) for run, record in self.ended(cells[control])}
+        pairs: list[tuple[PlannedRun, PlannedRun]] = []
+        differences = []
+        for run, record in self.ended(cells[arm]):
+            if (twin := of_control.get(_pairing(run))) is not None:
+                one, other = (row_score(each, row.group) for each in (record, twin[1]))
+                if one is not None and other is not None:
+                    pairs.append((run, twin[0]))
+                    differences.append(one - other)
+        return Gain(
+            of_figures=None if ours is None or theirs is None else ours - theirs,
+            paired=statistics.mean(differences) if differences else None,
+            pairs=len(pairs),
+            difference=self._contrast(pairs, row.group) if pairs else None,
+        )
+
+    def _contrast(self, pairs: Sequence[tuple[PlannedRun, PlannedRun]], group: str) -> Difference | None:
+        """Compare runs on validation, pair by pair; None where their predictions are not all here, or not alike."""
+        try:
+            found = [read_predictions(RunLayout(self.root / run.key).predictions) for pair in pairs for run in pair]
+        except ArtifactError:
+            return None
+        aligned = align([one.only("validation", group) for one in found])
+        if aligned is None or aligned[0].labels is None:
+            return None
+        logits = [one.logits for one in aligned]
+        task = Task.from_dict(self.records[pairs[0][0].key].task)
+        groups = None if group else aligned[0].groups
+        seeds = [run.seed for run, _ in pairs]
+        arms = PairedArms(task, aligned[0].labels, logits[::2], logits[1::2], groups, seeds)
+        return contrast([arms], draws=_DRAWS)
 
 
 def _groups_of(record: RunRecord) -> list[str]:
     metric = next(iter(record.task.get("metrics", ())), None)
     return [name.removeprefix(f"{metric}_") for name in record.metrics if name.startswith(f"{metric}_")]
-
-
-def figure(plan: Plan, records: Mapping[str, RunRecord], cell: Cell, group: str = "") -> Figure:
-    """Compute one cell of Table 1: the median of its best configurations.
-
-    Which configurations are best is decided on the validation split; where every run has a test score, the figure
-    is that of the test split.
-    """
-    ended = [(run, records[run.key]) for run in cell.runs if run.key in records]
-    finished = [(run, record) for run, record in ended if record.status == "finished"]
-    on_test = bool(finished) and not group and all(record.test_score is not None for _, record in finished)
-    by_configuration: dict[str, list[tuple[Taken, float]]] = {}
-    for run, record in finished:
-        rank = row_score(record, group)
-        value = record.test_score if on_test else rank
-        if rank is not None and value is not None:
-            by_configuration.setdefault(run.folder, []).append((Taken(run, record, value), rank))
-    ranked = sorted(by_configuration.values(), key=lambda runs: -statistics.mean(rank for _, rank in runs))
-    best = ranked[: plan.suite.best]
-    taken = tuple(one for runs in best for one, _ in runs)
-    return Figure(
-        median=statistics.median(statistics.mean(one.value for one, _ in runs) for runs in best) if best else None,
-        sd=statistics.stdev(one.value for one in taken) if len(taken) > 1 else None,
-        taken=taken,
-        configurations=len(by_configuration),
-        failed=len(ended) - len(finished),
-        missing=len(cell.runs) - len(ended),
-    )
 
 
 def row_score(record: RunRecord, group: str = "") -> float | None:
@@ -146,59 +202,9 @@ def row_score(record: RunRecord, group: str = "") -> float | None:
     return 100 * statistics.mean(kept) if values and len(kept) == len(values) else None
 
 
-def gain(plan: Plan, root: Path, records: Mapping[str, RunRecord], row: Row, family: str, arm: str) -> Gain | None:
-    """Compute what the teacher adds to a distilled arm on one row."""
-    cells = plan.cells_of(row.task, family)
-    control = CONTROLS.get(arm)
-    if control not in cells or arm not in cells:
-        return None
-    ours, theirs = (figure(plan, records, cells[name], row.group).median for name in (arm, control))
-    of_control = {_pairing(run): run for run in cells[control].runs}
-    pairs: list[tuple[PlannedRun, PlannedRun]] = []
-    differences = []
-    for run in cells[arm].runs:
-        other = of_control.get(_pairing(run))
-        if other is not None and run.key in records and other.key in records:
-            scores = [row_score(records[one.key], row.group) for one in (run, other)]
-            if scores[0] is not None and scores[1] is not None:
-                pairs.append((run, other))
-                differences.append(scores[0] - scores[1])
-    return Gain(
-        of_figures=None if ours is None or theirs is None else ours - theirs,
-        paired=statistics.mean(differences) if differences else None,
-        pairs=len(pairs),
-        difference=_contrast(root, records, pairs, row.group) if pairs else None,
-    )
-
-
-def _contrast(
-    root: Path, records: Mapping[str, RunRecord], pairs: Sequence[tuple[PlannedRun, PlannedRun]], group: str
-) -> Difference | None:
-    """Compare runs on validation, pair by pair; None where their predictions are not all here, or not alike."""
-    try:
-        found = [read_predictions(RunLayout(root / run.key).predictions) for pair in pairs for run in pair]
-    except ArtifactError:
-        return None
-    aligned = align([one.only("validation", group) for one in found])
-    if aligned is None or aligned[0].labels is None:
-        return None
-    logits = [one.logits for one in aligned]
-    task = Task.from_dict(records[pairs[0][0].key].task)
-    groups = None if group else aligned[0].groups
-    seeds = [run.seed for run, _ in pairs]
-    arms = PairedArms(task, aligned[0].labels, logits[::2], logits[1::2], groups, seeds)
-    return contrast([arms], draws=_DRAWS)
-
-
 def _pairing(run: PlannedRun) -> tuple[Any, ...]:
     """Say what a distilled run and its control have in common: everything but the distillation."""
     return (run.seed, *((key, str(value)) for key, value in run.settings if not key.startswith("distil.")))
-
-
-def published(plan: Plan, row: Row, family: str, arm: str) -> float | None:
-    """Give the paper's figure for a cell; None where it has none for this task, family or arm."""
-    figures: PublishedScores | None = published_scores(row.published).get(plan.family_of_paper(family))
-    return None if figures is None or arm not in _PAPER_FIELDS else float(getattr(figures, _PAPER_FIELDS[arm]))
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
@@ -212,18 +218,7 @@ def retention(student: float | None, other: float | None) -> float | None:
     return None if student is None or other is None or other <= 0 else 100 * student / other
 
 
-def typical(runs: Sequence[RunRecord], read: Callable[[RunRecord], float | None]) -> float | None:
-    """Give the median of a cost over runs; None where none has it."""
-    values = [value for run in runs if (value := read(run)) is not None]
-    return statistics.median(values) if values else None
-
-
-def settings_text(settings: Sequence[tuple[str, Any]]) -> str:
-    """Write the settings of a configuration on one line, such as `rank 8, epochs 3`."""
-    parts = [f"{re.sub('_', ' ', key.rsplit('.', 1)[-1])} {value}" for key, value in settings]
+def settings_text(run: PlannedRun) -> str:
+    """Write what the grid set for a run on one line, such as `rank 8, epochs 3`."""
+    parts = [f"{re.sub('_', ' ', key.rsplit('.', 1)[-1])} {value}" for key, value in run.settings]
     return ", ".join(parts) or "as in the config"
-
-
-def family_title(plan: Plan, family: str) -> str:
-    """Write a family as the paper does, where it is the paper's."""
-    return FAMILY_TITLES.get(plan.family_of_paper(family), family)

@@ -29,9 +29,9 @@ from kdlora.experiment.shipping import is_shipped, keep_examples, lacks_weights,
 from kdlora.experiment.stages import Stage
 from kdlora.experiment.teacher_check import doubts_of_teacher
 from kdlora.experiment.team import Team, gather_team
-from kdlora.report.blocks import html_table
 from kdlora.report.choice import choose_student
 from kdlora.report.collect import load_run
+from kdlora.report.render import html_table
 from kdlora.report.report import make_report
 from kdlora.system.children import run_in_child
 from kdlora.system.ownership import check_folder as refuse_foreign_folder

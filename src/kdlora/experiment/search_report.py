@@ -10,22 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdlora.experiment.study import settings_of
-from kdlora.report.blocks import (
-    Block,
-    Cell,
-    Figure,
-    Inline,
-    Link,
-    Page,
-    Paragraph,
-    Section,
-    Strong,
-    Table,
-)
-from kdlora.report.experiment_tables import Links
+from kdlora.report.blocks import Block, Cell, Figure, Link, Page, Row, Section, Strong, Table, Text, note, warning
 from kdlora.report.plots import Curve, Style, draw, learning_curves, log_ticks, padded, scatter, shorten
-from kdlora.report.report import footer, write_page
+from kdlora.report.render import write_page
 from kdlora.report.table_files import to_csv
+from kdlora.report.tables import Links
 from kdlora.report.wording import arm_title
 from kdlora.searchconfig import Range, SearchConfig
 from kdlora.system.storage import write_text_atomic
@@ -40,22 +29,17 @@ _SHOWN = 20
 def write_search_report(folder: Path, title: str, arm: str, search: SearchConfig, study: Study) -> tuple[Path, ...]:
     """Write `search.md`, `search.html` and `trials.csv`."""
     trials = study.get_trials(deepcopy=False)
-    ranked = sorted(_complete(trials), key=lambda one: (-_value(one), one.number))
-    links = Links(folder, "trials")
+    complete = [one for one in trials if one.state.name == "COMPLETE" and one.value is not None]
+    ranked = sorted(complete, key=lambda one: (-_value(one), one.number))
     sections = (
-        Section("Trials", "trials", (_trial_table(ranked, search, links), *_failed(trials))),
-        Section("What each key does", "keys", tuple(_keys(study, trials, search))),
+        Section("Trials", "trials", (_trial_table(ranked, search, Links(folder, "trials")), *_failed(trials))),
+        Section("What each key does", "keys", tuple(_keys(study, ranked, search))),
         Section("Course of the search", "course", tuple(_course(trials, ranked))),
     )
-    origin, written = footer()
-    page = Page(f"Search: {title}", f"{origin} search", _lead(trials, ranked, search, arm), sections, written)
+    page = Page(f"Search: {title}", "search", _lead(trials, ranked, search, arm), sections)
     report = write_page(page, folder / "search.md", folder / "search.html")
     write_text_atomic(folder / "trials.csv", to_csv(_lines(trials, search)))
     return (*report.paths, folder / "trials.csv")
-
-
-def _complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    return [one for one in trials if one.state.name == "COMPLETE" and one.value is not None]
 
 
 def _value(trial: FrozenTrial) -> float:
@@ -71,9 +55,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _lead(
-    trials: Sequence[FrozenTrial], ranked: Sequence[FrozenTrial], search: SearchConfig, arm: str
-) -> tuple[Inline, ...]:
+def _lead(trials: Sequence[FrozenTrial], ranked: Sequence[FrozenTrial], search: SearchConfig, arm: str) -> Text:
     pruned = sum(one.state.name == "PRUNED" for one in trials)
     counted = f"{len(ranked)} trials finished, {pruned} were pruned"
     if not ranked:
@@ -93,35 +75,32 @@ def _lead(
 
 
 def _trial_table(ranked: Sequence[FrozenTrial], search: SearchConfig, links: Links) -> Table:
-    lines = []
+    lines: list[Row] = []
     for one in ranked[:_SHOWN]:
         link: tuple[Link, ...] = ()
         if "folder" in one.user_attrs:
             address = links.file(links.base / one.user_attrs["folder"] / "trial.json")
             link = (Link(str(one.number), address, f"trial {one.number}"),)
-        lines.append((Cell(str(one.number), link), Cell(f"{_value(one):.2f}"), *map(Cell, _settings(one, search))))
+        lines.append((Cell(str(one.number), link), f"{_value(one):.2f}", *_settings(one, search)))
     columns = ("trial", "score", *search.space)
-    note = f"The best {_SHOWN} of {len(ranked)}; trials.csv has all." if len(ranked) > _SHOWN else ""
-    return Table("Trials that finished, the best first", columns, tuple(lines), frozenset({0, 1}), note=note)
+    told = f"The best {_SHOWN} of {len(ranked)}; trials.csv has all." if len(ranked) > _SHOWN else ""
+    return Table("Trials that finished, the best first", columns, tuple(lines), note=told)
 
 
 def _failed(trials: Sequence[FrozenTrial]) -> list[Block]:
     found = [one for one in trials if one.state.name == "FAIL" and "error" in one.user_attrs]
-    return [Paragraph((f"Trial {one.number} failed: {one.user_attrs['error']}",), "warning") for one in found[:_SHOWN]]
+    return [warning(f"Trial {one.number} failed: {one.user_attrs['error']}") for one in found[:_SHOWN]]
 
 
-def _keys(study: Study, trials: Sequence[FrozenTrial], search: SearchConfig) -> list[Block]:
+def _keys(study: Study, ranked: Sequence[FrozenTrial], search: SearchConfig) -> list[Block]:
+    if not ranked:
+        return [note("No trial has finished.")]
     blocks: list[Block] = []
-    importances = _importances(study)
-    if importances:
-        lines = tuple((Cell(key), Cell(f"{100 * value:.0f}%")) for key, value in importances.items())
-        note = "Share of the differences in score that each key explains by itself (PED-ANOVA, Optuna’s default)."
-        blocks.append(Table("Importance", ("key", "share"), lines, frozenset({1}), note=note, side=True))
-    complete = _complete(trials)
-    for number, key in enumerate(search.space):
-        if complete:
-            blocks.append(_slice(complete, search, key, number))
-    return blocks or [Paragraph(("No trial has finished.",), "note")]
+    if importances := _importances(study):
+        lines = tuple((key, f"{100 * value:.0f}%") for key, value in importances.items())
+        told = "Share of the differences in score that each key explains by itself (PED-ANOVA, Optuna’s default)."
+        blocks.append(Table("Importance", ("key", "share"), lines, note=told, side=True))
+    return [*blocks, *(_slice(ranked, search, key, number) for number, key in enumerate(search.space))]
 
 
 def _importances(study: Study) -> dict[str, float]:

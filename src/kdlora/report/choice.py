@@ -50,49 +50,8 @@ class Choice(BaseModel):
     files: dict[str, str] = {}
 
 
-def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
-    """Choose among the student arms with a finished run.
-
-    Args:
-        task: of the runs.
-        runs: of one experiment; those of other arms are left aside.
-
-    Returns:
-        The choice, its files not yet named; None where no student run finished.
-    """
-    arms: dict[str, list[Run]] = {
-        arm: [run for run in runs if run.record.arm == arm and _is_finished(run)] for arm in STUDENT_ARMS
-    }
-    means = {arm: _mean_score(own) for arm, own in arms.items() if own}
-    if not means:
-        return None
-    arm = best = max(means, key=lambda name: means[name])  # of equal ones the first
-    for distilled in (name for name in means if name in DISTILLED_ARMS):
-        if distilled == best or _is_within(_compare(task, arms, distilled, best)):
-            arm = distilled
-            break
-    others = [name for name in means if name != arm]
-    rivals = [name for name in others if (name in DISTILLED_ARMS) != (arm in DISTILLED_ARMS)] or others
-    against = best if arm != best else max(rivals, key=lambda name: means[name]) if rivals else None
-    weighed = None if against is None else _compare(task, arms, arm, against)
-    run = max(arms[arm], key=lambda one: (_known(one.record.score), -one.record.seed))
-    return Choice(
-        arm=arm,
-        seed=run.record.seed,
-        scores={name: mean if np.isfinite(mean) else None for name, mean in means.items()},
-        against=against,
-        difference=None if weighed is None else weighed.difference,
-        sentence=f"{_reason(arm, weighed, is_best=arm == best)}{_teacher(runs)}.",
-        made_of=hash_json(run.record.files),
-    )
-
-
 def read_choice(path: Path) -> Choice | None:
-    """Read what was shipped; None where nothing was, or the file cannot be read.
-
-    Args:
-        path: the experiment's `shipped.json`.
-    """
+    """Read the experiment's `shipped.json`; None where nothing was shipped, or the file cannot be read."""
     try:
         return Choice.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
@@ -100,33 +59,51 @@ def read_choice(path: Path) -> Choice | None:
 
 
 def write_choice(path: Path, choice: Choice) -> None:
-    """Write what was shipped, atomically.
-
-    Args:
-        path: the experiment's `shipped.json`.
-        choice: with its files.
-    """
+    """Write the experiment's `shipped.json`, atomically."""
     write_json_atomic(path, choice.model_dump(mode="json"))
 
 
-def _is_finished(run: Run) -> bool:
-    return run.record.status == "finished"
+def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
+    """Choose among the student arms with a finished run; the choice does not name its files yet."""
+    finished = [run for run in runs if run.record.status == "finished"]
+    arms: dict[str, list[Run]] = {arm: [run for run in finished if run.record.arm == arm] for arm in STUDENT_ARMS}
+    means = {arm: _mean_score(own) for arm, own in arms.items() if own}
+    if not means:
+        return None
 
+    def weigh(first: str, second: str) -> Comparison | None:
+        if not np.isfinite([means[first], means[second]]).all():
+            return None
+        return pair_runs(task, "validation", (first, arms[first]), (second, arms[second]))
 
-def _known(score: float | None) -> float:
-    return -np.inf if score is None else score
+    arm = best = max(means, key=lambda name: means[name])  # of equal ones the first
+    for distilled in (name for name in means if name in DISTILLED_ARMS):
+        if distilled == best or _is_within(weigh(distilled, best)):
+            arm = distilled
+            break
+    others = [name for name in means if name != arm]
+    rivals = [name for name in others if (name in DISTILLED_ARMS) != (arm in DISTILLED_ARMS)] or others
+    against = best if arm != best else max(rivals, key=lambda name: means[name]) if rivals else None
+    weighed = None if against is None else weigh(arm, against)
+    run = max(arms[arm], key=lambda one: (_known(one.record.score), -one.record.seed))
+    return Choice(
+        arm=arm,
+        seed=run.record.seed,
+        scores={name: mean if np.isfinite(mean) else None for name, mean in means.items()},
+        against=against,
+        difference=None if weighed is None else weighed.difference,
+        sentence=f"{_reason(arm, weighed, is_best=arm == best)}{_teacher(finished)}.",
+        made_of=hash_json(run.record.files),
+    )
 
 
 def _mean_score(runs: Sequence[Run]) -> float:
-    """Average the validation scores; a score that is not defined is below every other."""
     return float(np.mean([_known(run.record.score) for run in runs]))
 
 
-def _compare(task: Task, arms: dict[str, list[Run]], first: str, second: str) -> Comparison | None:
-    """Compare two arms on validation; None where one has a score that is not defined."""
-    if not np.isfinite([_mean_score(arms[first]), _mean_score(arms[second])]).all():
-        return None
-    return pair_runs(task, "validation", (first, arms[first]), (second, arms[second]))
+def _known(score: float | None) -> float:
+    """Put a score that is not defined below every other."""
+    return -np.inf if score is None else score
 
 
 def _is_within(found: Comparison | None) -> bool:
@@ -144,15 +121,11 @@ def _reason(arm: str, weighed: Comparison | None, *, is_best: bool) -> str:
     if found is None:
         return f"{shipped}: on validation it is {points} above {other} ({weighed.reason})"
     if not is_best:
-        return f"{shipped}: on validation it is within the interval of the best, {other} ({_told(weighed)})"
+        told = f"{signed(weighed.plain)} points, {span(found)}"
+        return f"{shipped}: on validation it is within the interval of the best, {other} ({told})"
     if found.sign == 1:
         return f"{shipped}: on validation it is better than {other} by {points} ({span(found)})"
     return f"{shipped}: on validation it scores highest, {points} above {other} ({span(found)})"
-
-
-def _told(weighed: Comparison) -> str:
-    assert weighed.difference is not None
-    return f"{signed(weighed.plain)} points, {span(weighed.difference)}"
 
 
 def describe(arm: str) -> str:
@@ -160,21 +133,16 @@ def describe(arm: str) -> str:
     return f"{'the distilled student' if arm in DISTILLED_ARMS else 'the student without a teacher'} ({arm})"
 
 
-def _teacher(runs: Sequence[Run]) -> str:
+def _teacher(finished: Sequence[Run]) -> str:
     """Say by how much the teacher is below its best student, on the split of the headline."""
-    finished = [run for run in runs if _is_finished(run)]
     split = "test" if all(run.record.test_score is not None for run in finished) else "validation"
     scores: dict[str, list[float]] = {}
     for run in finished:
         if (value := run.score(split)) is not None:
             scores.setdefault(run.record.arm, []).append(value)
     means = {arm: float(np.mean(values)) for arm, values in scores.items()}
-    students = {arm: mean for arm, mean in means.items() if arm in STUDENT_ARMS}
-    if "fft" not in means or not students:
-        return ""
-    best = max(students, key=lambda arm: students[arm])
-    gap = students[best] - means["fft"]
-    if gap < 0.05:
+    best = max((arm for arm in means if arm in STUDENT_ARMS), key=lambda arm: means[arm], default=None)
+    if "fft" not in means or best is None or (gap := means[best] - means["fft"]) < 0.05:
         return ""
     below = f"; on {split} the teacher is {gap:.1f} points below {best}"
     given = any((run.record.config.get("teacher") or {}).get("fine_tuned") for run in finished)

@@ -20,13 +20,7 @@ from kdlora.report.shipped import Shipped, read_shipped
 
 @dataclass(frozen=True)
 class Run:
-    """One run as it lies on disk.
-
-    Attributes:
-        record: its record.
-        path: the file that holds the record; figures link to it.
-        predictions: outputs on validation (and test) rows; None where the file is missing.
-    """
+    """One run as it lies on disk: figures link to the `path` of its record; predictions may be missing."""
 
     record: RunRecord
     path: Path
@@ -36,24 +30,10 @@ class Run:
         """Give the score on "validation" or "test"."""
         return self.record.test_score if split == "test" else self.record.score
 
-    def latency_ms(self, batch_size: int) -> float | None:
-        """Give the median time of a forward pass at a batch size, where it was measured."""
-        found = [one.p50_ms for one in self.record.latency if one.batch_size == batch_size]
-        return found[0] if found else None
-
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment: arms × seeds on one task.
-
-    Attributes:
-        name: as shown.
-        task: what was learnt.
-        folder: where it lies.
-        runs: all runs, arm by arm.
-        faults: what could not be read, in plain sentences.
-        shipped: figures of the exported student; None where nothing was exported or measured.
-    """
+    """One experiment: arms × seeds on one task, what could not be read of it, and figures of the exported student."""
 
     name: str
     task: Task
@@ -81,8 +61,9 @@ class Experiment:
             if run.record.arm == arm and run.record.status == "finished" and run.score(self.split) is not None
         )
 
+    @property
     def unfinished(self) -> tuple[Run, ...]:
-        """List the runs that failed or never ended."""
+        """The runs that failed or never ended."""
         return tuple(run for run in self.runs if run.record.status != "finished")
 
     def score(self, arm: str) -> MeanSd | None:
@@ -194,15 +175,7 @@ def _records_of(layout: ExperimentLayout) -> list[tuple[RunRecord, RunLayout | P
 
 
 def load_run(record: RunRecord, place: RunLayout | Path) -> tuple[Run, tuple[str, ...]]:
-    """Read a run's predictions too; a missing or damaged file costs the parts that need it, no more.
-
-    Args:
-        record: of the run.
-        place: its folder; a file of records where no folder was kept.
-
-    Returns:
-        The run, and sentences on what could not be read.
-    """
+    """Read a run's predictions too, and say what could not be read; a file of records stands for a lost folder."""
     if isinstance(place, Path):
         fault = f"{record.arm}, seed {record.seed}: only results.json was kept, so there are no predictions"
         return Run(record, place, None), (fault,)

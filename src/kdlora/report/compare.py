@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from kdlora.config import STUDENT_ARMS
-from kdlora.evidence.stats import mean_sd
-from kdlora.report.answer import time_of_one, total_parameters, training_memory
-from kdlora.report.blocks import Block, Cell, Figure, Inline, Page, Paragraph, Section, Strong, Table, to_markdown
+from kdlora.evidence.stats import MeanSd, mean_sd
+from kdlora.report.blocks import Block, Cell, Figure, Page, Row, Section, Strong, Table, Text, warning
 from kdlora.report.collect import Experiment, Run, load_runs
-from kdlora.report.experiment_tables import Links
-from kdlora.report.findings import Comparison, mean_cost, pair_runs
+from kdlora.report.costs import DISK, MEMORY, PARAMETERS, TIME, Cost
+from kdlora.report.findings import Comparison, pair_runs
 from kdlora.report.plots import Series, Style, differences, score_against_cost
-from kdlora.report.report import Report, footer, to_html, write_page
+from kdlora.report.render import Report, render, write_page
+from kdlora.report.tables import Links
 from kdlora.report.wording import (
     INTERVALS,
     arm_title,
-    count,
     interval_cell,
-    milliseconds,
     model_title,
-    over_seeds,
     p_value,
     plus_minus,
     score_title,
     signed,
-    size,
     span,
 )
+
+_COSTS = {"parameters": PARAMETERS, "training memory": MEMORY, "latency, batch 1": TIME, "on disk": DISK}
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,11 @@ class Candidate:
     experiment: Experiment
     arm: str
     runs: tuple[Run, ...]
+
+    @cached_property
+    def score(self) -> MeanSd:
+        """Mean and spread over the seeds."""
+        return mean_sd([value for run in self.runs if (value := run.score(self.experiment.split)) is not None])
 
 
 def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, draws: int = 2_000) -> Report:
@@ -62,135 +66,80 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
     """
     base = Path(out) if out is not None else Path.cwd()
     page = _page(load_runs(folders), base, draws)
-    if out is None:
-        return Report(to_markdown(page), to_html(page), ())
-    return write_page(page, base / "compare.md", base / "compare.html")
+    return render(page) if out is None else write_page(page, base / "compare.md", base / "compare.html")
 
 
 def _page(experiments: Sequence[Experiment], base: Path, draws: int) -> Page:
-    """Build the page."""
-    candidates = [candidate for one in experiments for candidate in _candidates(one)]
-    origin, written = footer()
+    candidates = [
+        Candidate(one.name if len(one.runs) == 1 else f"{one.name}: {arm_title(arm)}", one, arm, runs)
+        for one in experiments
+        for arm in one.arms
+        if (runs := one.finished(arm))
+    ]
     if not candidates:
-        lead: tuple[Inline, ...] = ("There is ", Strong("nothing to compare"), ": no run has finished.")
-        return Page("Comparison", f"{origin} comparison", lead, (), written)
+        nothing = ("There is ", Strong("nothing to compare"), ": no run has finished.")
+        return Page("Comparison", "comparison", nothing, ())
     reference = next((one for one in candidates if one.arm in STUDENT_ARMS), candidates[0])
     paired = {one.name: _against(one, reference, draws) for one in candidates if one is not reference}
-    links = Links(base, "rows")
-    warnings = tuple(
-        Paragraph((f"{one.name}, {arm_title(run.record.arm)}, seed {run.record.seed}: {run.record.status}",), "warning")
+    warnings = [
+        warning(f"{one.name}, {arm_title(run.record.arm)}, seed {run.record.seed}: {run.record.status}")
         for one in experiments
-        for run in one.unfinished()
-    )
-    blocks: list[Block] = [*warnings, _table(candidates, reference, paired, links), *_plots(candidates, paired)]
-    section = Section("All rows", "rows", tuple(blocks))
-    title = f"Comparison with {reference.name}"
-    return Page(title, f"{origin} comparison", _lead(candidates, reference, paired), (section,), written)
-
-
-def _candidates(experiment: Experiment) -> list[Candidate]:
-    """List the arms of an experiment that have a finished run."""
-    found = []
-    for arm in experiment.arms:
-        runs = experiment.finished(arm)
-        if runs:
-            is_single = len(experiment.runs) == 1
-            name = experiment.name if is_single else f"{experiment.name}: {arm_title(arm)}"
-            found.append(Candidate(name, experiment, arm, runs))
-    return found
+        for run in one.unfinished
+    ]
+    table = _table(candidates, reference, paired, Links(base, "rows"))
+    blocks: tuple[Block, ...] = (*warnings, table, *_plots(candidates, paired))
+    lead = _lead(candidates, reference, paired)
+    return Page(f"Comparison with {reference.name}", "comparison", lead, (Section("All rows", "rows", blocks),))
 
 
 def _against(one: Candidate, reference: Candidate, draws: int) -> Comparison:
     """Pair a row with the reference; rows of another task, split or metric are left alone."""
     mine, theirs = one.experiment, reference.experiment
-    if (mine.task.kind, mine.task.metrics, set(mine.task.label_names)) != (
-        theirs.task.kind,
-        theirs.task.metrics,
-        set(theirs.task.label_names),
-    ):
+    kinds = [(it.task.kind, it.task.metrics, set(it.task.label_names)) for it in (mine, theirs)]
+    if kinds[0] != kinds[1]:
         return Comparison(one.name, reference.name, None, float("nan"), "another task")
     if mine.split != theirs.split:
         return Comparison(one.name, reference.name, None, float("nan"), f"scored on {mine.split}")
-    found = pair_runs(theirs.task, theirs.split, (one.name, one.runs), (reference.name, reference.runs), draws=draws)
-    return Comparison(one.name, reference.name, found.difference, found.plain, found.reason)
+    return pair_runs(theirs.task, theirs.split, (one.name, one.runs), (reference.name, reference.runs), draws=draws)
 
 
-def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison]) -> tuple[Inline, ...]:
+def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison]) -> Text:
     """Name the best row that is comparable with the reference."""
-    same = [
-        reference,
-        *(one for one in candidates if one.name in paired and paired[one.name].plain == paired[one.name].plain),
-    ]
-    best = max(same, key=_score)
-    if len(same) == 1:
+    known = [one for one in candidates if one.name in paired and paired[one.name].plain == paired[one.name].plain]
+    if not known:
         return ("No row can be compared with ", Strong(reference.name), ".")
+    best = max([reference, *known], key=lambda one: one.score.mean)
+    told = f" scores highest of {1 + len(known)} comparable rows ({plus_minus(best.score)})"
     if best is reference:
-        return (Strong(best.name), f" scores highest of {len(same)} comparable rows ({_shown(best)}).")
+        return (Strong(best.name), f"{told}.")
     found = paired[best.name]
-    told = span(found.difference) if found.difference else found.reason
-    return (
-        Strong(best.name),
-        f" scores highest of {len(same)} comparable rows ({_shown(best)}), ",
-        Strong(f"{signed(found.plain)} points"),
-        f" against {reference.name} ({told}).",
-    )
-
-
-def _score(one: Candidate) -> float:
-    """Average the score of a row."""
-    values = [value for run in one.runs if (value := run.score(one.experiment.split)) is not None]
-    return mean_sd(values).mean
-
-
-def _shown(one: Candidate) -> str:
-    """Write the score of a row with its spread."""
-    values = [value for run in one.runs if (value := run.score(one.experiment.split)) is not None]
-    return plus_minus(mean_sd(values))
+    why = span(found.difference) if found.difference else found.reason
+    points = Strong(f"{signed(found.plain)} points")
+    return (Strong(best.name), f"{told}, ", points, f" against {reference.name} ({why}).")
 
 
 def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison], links: Links) -> Table:
     """Show every row with score, difference and costs."""
-    rows = []
+    rows: list[Row] = []
     for one in candidates:
         is_reference = one is reference
-        difference = (Cell("reference"), Cell("–"), Cell("–")) if is_reference else _difference(paired[one.name])
-        costs = (
-            over_seeds(mean_cost(one.runs, total_parameters), count),
-            over_seeds(mean_cost(one.runs, training_memory), size),
-            over_seeds(mean_cost(one.runs, time_of_one), milliseconds),
-            over_seeds(mean_cost(one.runs, lambda run: run.record.size_bytes), size),
-        )
-        score = Cell(_shown(one), links.to_all(one.runs), strong=is_reference)
-        model = Cell(model_title(one.runs[0].record.model))
-        rows.append((Cell(one.name, strong=is_reference), model, score, *difference, *map(Cell, costs)))
-    columns = (
-        "row",
-        "model",
-        "score",
-        "difference",
-        "95% interval",
-        "p",
-        "parameters",
-        "training memory",
-        "latency, batch 1",
-        "on disk",
-    )
+        difference = ("reference", "–", "–") if is_reference else _difference(paired[one.name])
+        head = Cell(one.name, strong=is_reference), model_title(one.runs[0].record.model)
+        score = Cell(plus_minus(one.score), links.to_all(one.runs), strong=is_reference)
+        rows.append((*head, score, *difference, *(cost.text(one.runs) for cost in _COSTS.values())))
+    columns = ("row", "model", "score", "difference", "95% interval", "p", *_COSTS)
     note = f"± is the sample standard deviation over seeds. Differences are in points. {INTERVALS}"
     titles = {score_title(one.experiment.task.metrics) for one in candidates}
     splits = {one.experiment.split for one in candidates}
     caption = f"Score: {' or '.join(sorted(titles))}, 0 to 100, on {' or '.join(sorted(splits))}"
-    return Table(caption, columns, tuple(rows), frozenset(range(2, len(columns))), note=note)
+    return Table(caption, columns, tuple(rows), text_columns=2, note=note)
 
 
-def _difference(one: Comparison) -> tuple[Cell, Cell, Cell]:
+def _difference(one: Comparison) -> tuple[str, str, str]:
     """Show a difference with its interval, or why there is none."""
     if one.difference is not None:
-        texts = (signed(one.plain), interval_cell(one.difference), p_value(one.difference.p))
-    elif one.plain == one.plain:
-        texts = (signed(one.plain), one.reason, "–")
-    else:
-        texts = ("–", one.reason, "–")
-    return Cell(texts[0]), Cell(texts[1]), Cell(texts[2])
+        return signed(one.plain), interval_cell(one.difference), p_value(one.difference.p)
+    return signed(one.plain) if one.plain == one.plain else "–", one.reason, "–"
 
 
 def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> list[Figure]:
@@ -198,35 +147,19 @@ def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> li
     tasks: dict[tuple[str, ...], list[Candidate]] = {}
     for one in candidates:
         tasks.setdefault((one.experiment.task.name, *one.experiment.task.metrics, one.experiment.split), []).append(one)
-    drawn = []
+    drawn: list[Figure | None] = []
     for number, group in enumerate(tasks.values()):
         title = f": {group[0].experiment.task.name or group[0].experiment.name}" if len(tasks) > 1 else ""
-        drawn.append(_cost_plot(group, total_parameters, f"Score against parameters{title}", number))
-        drawn.append(_cost_plot(group, time_of_one, f"Score against latency{title}", number))
+        drawn.append(_cost_plot(group, PARAMETERS, f"Score against parameters{title}", f"parameters-{number}"))
+        drawn.append(_cost_plot(group, TIME, f"Score against latency{title}", f"latency-{number}"))
     rows = [(one.first, one.difference) for one in paired.values() if one.difference is not None]
     drawn.append(differences(rows, title="Differences from the reference", identity="differences"))
     return [one for one in drawn if one is not None]
 
 
-def _cost_plot(
-    group: Sequence[Candidate], read: Callable[[Run], float | None], title: str, number: int
-) -> Figure | None:
+def _cost_plot(group: Sequence[Candidate], cost: Cost, title: str, identity: str) -> Figure | None:
     """Draw the rows of one task."""
-    is_size = read is total_parameters
-    series = []
-    for place, one in enumerate(group):
-        points = [
-            (cost, score)
-            for run in one.runs
-            if (cost := read(run)) is not None and (score := run.score(one.experiment.split)) is not None
-        ]
-        series.append(Series(one.name, Style(place), tuple(points)))
-    label = "parameters in all (millions)" if is_size else "median time of one text (ms)"
-    return score_against_cost(
-        series,
-        title=title,
-        cost=label,
-        score=f"score on {group[0].experiment.split} (0 to 100)",
-        identity=f"{'size' if is_size else 'time'}-{number}",
-        scale=1e6 if is_size else 1.0,
-    )
+    split = group[0].experiment.split
+    series = [Series(one.name, Style(place), cost.points(one.runs, split)) for place, one in enumerate(group)]
+    score = f"score on {split} (0 to 100)"
+    return score_against_cost(series, title=title, cost=cost.axis, score=score, identity=identity)

@@ -1,8 +1,8 @@
-"""What an experiment shows: what the student keeps, what it saves, what distillation adds."""
+"""What an experiment shows: arms against each other, paired by example, and what the student keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,18 +18,14 @@ if TYPE_CHECKING:
     from kdlora.report.collect import Experiment, Run
 
 CONTROLS = {"kd-lora": "student-lora", "kd-fft": "student-fft"}
+"""Each distilled arm's control: the arm of the same adapters, rates and steps that its gain is measured over."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two arms, paired by example where that was possible.
 
-    Attributes:
-        first: the arm in question.
-        second: what it is held against.
-        difference: with interval; None where the predictions cannot be paired.
-        plain: difference of the mean scores, in points.
-        reason: why there is no interval, in a plain sentence.
+    `difference` is None where they cannot be paired, for the `reason`; `plain` is that of the mean scores, in points.
     """
 
     first: str
@@ -52,67 +48,36 @@ class Comparison:
         return Comparison(self.second, self.first, one, -self.plain, self.reason)
 
 
-def control_of(arm: str) -> str | None:
-    """Name the arm of the same adapters, rates and steps that a distilled arm's gain is measured over."""
-    return CONTROLS.get(arm)
-
-
 def compare_arms(experiment: Experiment, *, draws: int = 2_000) -> list[Comparison]:
-    """Hold the shipped arm against every other arm of the experiment, and each distilled arm against its control.
-
-    Args:
-        experiment: with at least one finished student run.
-        draws: bootstrap draws.
-
-    Returns:
-        One comparison for each other arm that has a finished run, the control first; then those of other arms.
-    """
+    """Hold the shipped arm against every other, its control first; then each other distilled arm against its own."""
     arm = experiment.student_arm
     if arm is None:
         return []
-    order = [control_of(arm), *STUDENT_ARMS, "lora", "fft"]
+    order = [CONTROLS.get(arm), *STUDENT_ARMS, "lora", "fft"]
     others = {other for other in experiment.arms if other != arm and experiment.finished(other)}
     opponents = sorted(others, key=lambda other: (order.index(other) if other in order else len(order), other))
     pairs = [(arm, other) for other in opponents]
     pairs += [pair for pair in CONTROLS.items() if arm not in pair and others.issuperset(pair)]
-    return [_compare(experiment, *pair, draws) for pair in pairs]
+    return [
+        pair_runs(experiment.task, experiment.split, *((name, experiment.finished(name)) for name in pair), draws=draws)
+        for pair in pairs
+    ]
 
 
 def find_gain(comparisons: Sequence[Comparison]) -> Comparison | None:
-    """Find what distillation adds, a distilled arm over its control; that of the shipped arm before any other.
-
-    Args:
-        comparisons: as `compare_arms` gives them.
-    """
+    """Find what distillation adds, a distilled arm over its control; that of the shipped arm before any other."""
     for one in comparisons:
-        if control_of(one.first) == one.second:
+        if CONTROLS.get(one.first) == one.second:
             return one
-        if control_of(one.second) == one.first:
+        if CONTROLS.get(one.second) == one.first:
             return one.turned
     return None
-
-
-def _compare(experiment: Experiment, first: str, second: str, draws: int) -> Comparison:
-    """Compare two arms of an experiment."""
-    arms = [(arm, experiment.finished(arm)) for arm in (first, second)]
-    return pair_runs(experiment.task, experiment.split, arms[0], arms[1], draws=draws)
 
 
 def pair_runs(
     task: Task, split: str, first: tuple[str, Sequence[Run]], second: tuple[str, Sequence[Run]], *, draws: int = 2_000
 ) -> Comparison:
-    """Compare two groups of runs, seed by seed and example by example where all have the same examples.
-
-    Args:
-        task: the task of all runs.
-        split: "validation" or "test".
-        first: name and runs.
-        second: name and runs that are subtracted.
-        draws: bootstrap draws.
-
-    Returns:
-        The comparison; without an interval, and with the reason, where it cannot be paired.
-    """
+    """Compare two groups of runs, each with its name, seed by seed and example by example."""
     plain = _mean_score(first[1], split) - _mean_score(second[1], split)
     kept = [[run for run in runs if run.predictions is not None] for _, runs in (first, second)]
     if not kept[0] or not kept[1]:
@@ -127,6 +92,10 @@ def pair_runs(
     logits, cut = [one.logits for one in aligned], len(kept[0])
     difference = contrast([PairedArms(task, labels, logits[:cut], logits[cut:], aligned[0].groups)], draws=draws)
     return Comparison(first[0], second[0], difference, difference.difference)
+
+
+def _mean_score(runs: Sequence[Run], split: str) -> float:
+    return float(np.mean([value for run in runs if (value := run.score(split)) is not None]))
 
 
 def _same_seeds(first: Sequence[Run], second: Sequence[Run]) -> list[list[Run]]:
@@ -144,20 +113,8 @@ def _same_seeds(first: Sequence[Run], second: Sequence[Run]) -> list[list[Run]]:
     return [list(first[:count]), list(second[:count])]
 
 
-def _mean_score(runs: Sequence[Run], split: str) -> float:
-    """Average the scores of some runs."""
-    return float(np.mean([value for run in runs if (value := run.score(split)) is not None]))
-
-
 def align(predictions: Sequence[Predictions]) -> list[Predictions] | None:
-    """Bring predictions into the row and column order of the first.
-
-    Args:
-        predictions: of one split, at least one.
-
-    Returns:
-        The reordered predictions; None where ids, labels or label names are not the same.
-    """
+    """Bring predictions into the order of the first; None where ids, labels or label names are not the same."""
     first = predictions[0]
     keys = _keys(first)
     if not keys or len(set(keys)) != len(keys):
@@ -165,17 +122,19 @@ def align(predictions: Sequence[Predictions]) -> list[Predictions] | None:
     aligned = []
     for one in predictions:
         places = {key: row for row, key in enumerate(_keys(one))}
-        if len(places) != len(keys) or len(one.ids) != len(keys) or set(places) != set(keys):
+        if len(one.ids) != len(keys) or set(places) != set(keys) or set(one.label_names) != set(first.label_names):
             return None
-        if set(one.label_names) != set(first.label_names):
-            return None
-        rows = [places[key] for key in keys]
-        columns = [one.label_names.index(name) for name in first.label_names]
-        moved = _reorder(one, rows, columns)
-        if not _same_labels(first, moved):
+        moved = _reorder(
+            one, [places[key] for key in keys], [one.label_names.index(name) for name in first.label_names]
+        )
+        if not _same_labels(first.labels, moved.labels):
             return None
         aligned.append(moved)
     return aligned
+
+
+def _same_labels(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return one is other if one is None or other is None else np.array_equal(one, other)
 
 
 def _keys(predictions: Predictions) -> list[tuple[str, str]]:
@@ -201,60 +160,10 @@ def _reorder(one: Predictions, rows: list[int], columns: list[int]) -> Predictio
     )
 
 
-def _same_labels(first: Predictions, second: Predictions) -> bool:
-    """Say whether the same examples carry the same labels."""
-    if first.labels is None or second.labels is None:
-        return first.labels is None and second.labels is None
-    return first.labels.shape == second.labels.shape and bool(np.array_equal(first.labels, second.labels))
-
-
 def retention(experiment: Experiment, arm: str, of: str) -> MeanSd | None:
-    """Compute the share of another arm's mean score that each seed of an arm keeps.
-
-    Args:
-        experiment: the runs.
-        arm: the student.
-        of: the arm that is 100 per cent.
-
-    Returns:
-        Per cent over the arm's seeds; None where a score is missing or the other score is not above 0, since a
-        share of nothing means nothing.
-    """
-    whole = experiment.score(of)
-    runs = experiment.finished(arm)
+    """Give the per cent of another arm's mean score that each seed of an arm keeps; a share of nothing is None."""
+    whole, runs = experiment.score(of), experiment.finished(arm)
     if whole is None or whole.mean <= 0 or not runs:
         return None
     scores = [run.score(experiment.split) for run in runs]
     return mean_sd([100 * value / whole.mean for value in scores if value is not None])
-
-
-def mean_cost(runs: Sequence[Run], read: Callable[[Run], float | None]) -> MeanSd | None:
-    """Average a cost over the runs that measured it.
-
-    Args:
-        runs: of one arm.
-        read: gives a run's figure, or None.
-
-    Returns:
-        Mean and spread; None where no run has it.
-    """
-    values = [float(value) for run in runs if (value := read(run)) is not None]
-    return mean_sd(values) if values else None
-
-
-def saving(experiment: Experiment, read: Callable[[Run], float | None], *, arm: str, than: str) -> float | None:
-    """Compute how much smaller an arm's mean cost is than another's.
-
-    Args:
-        experiment: the runs.
-        read: gives a run's cost, or None.
-        arm: the cheaper arm, one hopes.
-        than: what it is compared with.
-
-    Returns:
-        Per cent saved, negative where it costs more; None where either is unknown or the other is 0.
-    """
-    one, other = (mean_cost(experiment.finished(name), read) for name in (arm, than))
-    if one is None or other is None or other.mean == 0:
-        return None
-    return 100 * (1 - one.mean / other.mean)

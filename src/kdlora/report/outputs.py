@@ -14,17 +14,15 @@ from kdlora.evidence.calibration import Reliability, probabilities, reliability
 from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.predictions import Predictions
 from kdlora.evidence.stats import mean_sd
-from kdlora.report.blocks import Cell, Figure, Quotation, Quotations, Table
+from kdlora.report.blocks import Figure, Quotation, Quotations, Table
 from kdlora.report.collect import Experiment
 from kdlora.report.findings import align
-from kdlora.report.plots import PALETTE, Style, draw, named, padded, scatter, shorten
+from kdlora.report.plots import PALETTE, Frame, Style, draw, named, padded, scatter, shorten
 from kdlora.report.wording import plus_minus, signed
 
 MOST_CLASSES = 10
 _MOST_POINTS = 1200
 _GUIDE: dict[str, Any] = {"color": PALETTE["soft"], "linestyle": "--", "linewidth": 1.2, "zorder": 1}
-
-
 _LONGEST = 600
 
 
@@ -64,7 +62,9 @@ def confusion_plot(task: Task, outputs: Outputs, *, identity: str) -> Figure:
     description = f"Share of each label's rows that is decided rightly: {right}."
     caption = f"Each row adds up to 100%. {_over(outputs)}"
     bottom = 150 if crowded else 50
-    return draw(paint, title, description, identity, caption=caption, height=290 + bottom, left=140, bottom=bottom)
+    return draw(
+        paint, title, description, identity, caption=caption, frame=Frame(290 + bottom, left=140, bottom=bottom)
+    )
 
 
 def _paint_shares(axes: Any, shares: np.ndarray) -> None:
@@ -89,18 +89,17 @@ def confusion_table(task: Task, outputs: Outputs, *, most: int = 12) -> Table:
     pairs = [divmod(int(place), task.num_labels) for place in order]
     rows = tuple(
         (
-            Cell(task.label_names[label]),
-            Cell(task.label_names[decision]),
-            Cell(f"{counts[label, decision]:.1f}"),
-            Cell(f"{100 * counts[label, decision] / totals[label]:.0f}%"),
+            task.label_names[label],
+            task.label_names[decision],
+            f"{counts[label, decision]:.1f}",
+            f"{100 * counts[label, decision] / totals[label]:.0f}%",
         )
         for label, decision in pairs
         if counts[label, decision] > 0
     )
     columns = ("label", "taken for", "rows", "of the label's rows")
-    return Table(
-        f"Most frequent confusions of {outputs.name}", columns, rows, frozenset({2, 3}), note=_over(outputs), side=True
-    )
+    caption = f"Most frequent confusions of {outputs.name}"
+    return Table(caption, columns, rows, text_columns=2, note=_over(outputs), side=True)
 
 
 def label_table(task: Task, outputs: Outputs, teacher: Outputs | None) -> Table:
@@ -113,16 +112,9 @@ def label_table(task: Task, outputs: Outputs, teacher: Outputs | None) -> Table:
         figures = [plus_minus(mean_sd([100 * seed[part][number] for seed in found])) for part in range(3)]
         if before:
             figures.append(plus_minus(mean_sd([100 * seed[number] for seed in before])))
-        rows.append((Cell(name), Cell(f"{int(outputs.labels[:, number].sum())}"), *map(Cell, figures)))
-    caption = f"Each label under {outputs.name}"
-    return Table(
-        caption,
-        columns,
-        tuple(rows),
-        frozenset(range(1, len(columns))),
-        note="Per cent, mean ± standard deviation over seeds.",
-        side=True,
-    )
+        rows.append((name, f"{int(outputs.labels[:, number].sum())}", *figures))
+    note = "Per cent, mean ± standard deviation over seeds."
+    return Table(f"Each label under {outputs.name}", columns, tuple(rows), note=note, side=True)
 
 
 def _per_label(task: Task, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -154,7 +146,7 @@ def residual_plot(outputs: Outputs, *, quantity: str, identity: str) -> Figure:
     )
     part = "" if len(shown) == len(true) else f" {len(shown)} of {len(true)} rows are drawn."
     caption = f"{description} One seed; on the line, prediction and label agree.{part}"
-    return draw(paint, title, description, identity, caption=caption, height=360)
+    return draw(paint, title, description, identity, caption=caption, frame=Frame(360))
 
 
 def residual_histogram(outputs: Outputs, *, quantity: str, identity: str) -> Figure:
@@ -171,7 +163,7 @@ def residual_histogram(outputs: Outputs, *, quantity: str, identity: str) -> Fig
     title = f"Residuals of {outputs.name}"
     within = 100 * float(np.mean(np.abs(residuals) <= reach / 4))
     description = f"{within:.0f}% of the errors lie within {reach / 4:.2g} of zero; the largest is {reach:.2g}."
-    return draw(paint, title, description, identity, caption=f"{description} One seed.", height=360)
+    return draw(paint, title, description, identity, caption=f"{description} One seed.", frame=Frame(360))
 
 
 def calibration_plot(task: Task, arms: Sequence[Outputs], *, identity: str) -> Figure:
@@ -204,7 +196,7 @@ def calibration_plot(task: Task, arms: Sequence[Outputs], *, identity: str) -> F
         "Marks grow with the share of decisions; bins of width 0.1."
     )
     description = f"Expected calibration error: {said}."
-    return draw(paint, "Calibration", description, identity, caption=caption, height=360)
+    return draw(paint, "Calibration", description, identity, caption=caption, frame=Frame(360))
 
 
 def _reliability(task: Task, logits: np.ndarray, labels: np.ndarray) -> Reliability:

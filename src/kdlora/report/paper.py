@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ARMS = ("fft", "lora", "kd-lora")
+"""The paper's three methods; the ranks of its Table 2 are `RANKS`."""
+RANKS = (8, 16, 32, 64)
 FAMILY_TITLES = {"bert": "BERT", "roberta": "RoBERTa", "deberta-v3": "DeBERTaV3"}
 
-# Table 1, GLUE validation sets: FFT, LoRA, KD-LoRA for each family.
+# Table 1, GLUE validation sets: the three methods for each family.
 _TABLE_1 = {
     "cola": ((57.7, 56.9, 56.3), (60.9, 59.4, 56.8), (67.8, 69.1, 68.1)),
     "mnli-matched": ((84.5, 83.4, 82.0), (87.7, 87.2, 83.3), (90.3, 90.3, 88.8)),
@@ -23,27 +26,11 @@ _TABLE_1 = {
 
 
 @dataclass(frozen=True)
-class PublishedScores:
-    """One cell group of Table 1, in points."""
-
-    fft: float
-    lora: float
-    kd_lora: float
-
-
-@dataclass(frozen=True)
 class PublishedCosts:
-    """One family's part of Table 2, at rank 8.
+    """One family's part of Table 2, at rank 8, a figure for each of the three methods.
 
-    Attributes:
-        teacher: the teacher's name.
-        student: the student's name.
-        trainable: trainable parameters of FFT, LoRA and KD-LoRA.
-        total: parameters of teacher and student in all, as published with the models.
-        memory_mb: GPU memory of FFT, LoRA and KD-LoRA.
-        seconds: inference time on CoLA's validation set of FFT, LoRA and KD-LoRA.
-        lora_by_rank: trainable parameters of LoRA at rank 8, 16, 32 and 64.
-        kd_lora_by_rank: the same of KD-LoRA.
+    `total` is of teacher and student, as published with the models; `memory_mb` is the GPU's; `seconds` is the
+    inference time on CoLA's validation set; the trainable parameters of the two LoRA methods are given by rank, too.
     """
 
     teacher: str
@@ -87,14 +74,7 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Claim:
-    """One headline claim: what is compared, what the paper says, what its own tables give.
-
-    Attributes:
-        key: our name for the quantity.
-        text: the claim in words.
-        stated: per cent, as in the abstract and text.
-        tables: per cent for each family, computed from Tables 1 and 2.
-    """
+    """One headline claim in words, and per cent: what the paper states, and what its tables give for each family."""
 
     key: str
     text: str
@@ -102,33 +82,23 @@ class Claim:
     tables: dict[str, float]
 
 
-def published_scores(task: str) -> dict[str, PublishedScores]:
-    """Give Table 1's row of a GLUE task for each family."""
+def published_scores(task: str) -> dict[str, dict[str, float]]:
+    """Give Table 1's row of a GLUE task, by family and arm; empty where it has none."""
     if task == "mnli":
-        parts = [published_scores(f"mnli-{group}") for group in ("matched", "mismatched")]
+        one, other = (published_scores(f"mnli-{group}") for group in ("matched", "mismatched"))
         return {
-            family: PublishedScores(*(_mean(getattr(part[family], name) for part in parts) for name in _SCORE_NAMES))
-            for family in parts[0]
+            family: {arm: round((value + other[family][arm]) / 2, 2) for arm, value in scores.items()}
+            for family, scores in one.items()
         }
-    if task not in _TABLE_1:
-        return {}
-    return {family: PublishedScores(*figures) for family, figures in zip(FAMILY_TITLES, _TABLE_1[task], strict=True)}
-
-
-_SCORE_NAMES = ("fft", "lora", "kd_lora")
-
-
-def _mean(values: object) -> float:
-    """Average two figures of the paper, to its one decimal more."""
-    listed = list(values)  # type: ignore[call-overload]
-    return round(sum(listed) / len(listed), 2)
+    rows = zip(FAMILY_TITLES, _TABLE_1.get(task, ()), strict=task in _TABLE_1)
+    return {family: dict(zip(ARMS, figures, strict=True)) for family, figures in rows}
 
 
 def claims() -> tuple[Claim, ...]:
     """List the paper's headline claims beside what its tables give."""
     scores = published_scores("score")
-    kept_fft = {family: 100 * one.kd_lora / one.fft for family, one in scores.items()}
-    kept_lora = {family: 100 * one.kd_lora / one.lora for family, one in scores.items()}
+    kept_fft = {family: 100 * one["kd-lora"] / one["fft"] for family, one in scores.items()}
+    kept_lora = {family: 100 * one["kd-lora"] / one["lora"] for family, one in scores.items()}
     return (
         Claim("kept-fft", "Score kept, of full fine-tuning", 97.0, kept_fft),
         Claim("kept-lora", "Score kept, of LoRA", 98.0, kept_lora),
@@ -151,7 +121,3 @@ def family_of(teacher: str | None, student: str | None) -> str | None:
     """Find the paper's family that a pair of models is."""
     names = [str(source or "").rstrip("/").rsplit("/", 1)[-1] for source in (teacher, student)]
     return next((family for family, costs in COSTS.items() if names == [costs.teacher, costs.student]), None)
-
-
-RANKS = (8, 16, 32, 64)
-"""The ranks of Table 2."""

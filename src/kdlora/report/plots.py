@@ -87,6 +87,15 @@ class Curve:
     seeds: tuple[tuple[tuple[float, float], ...], ...]
 
 
+@dataclass(frozen=True)
+class Frame:
+    """The height of a figure without its legend, and the room for what stands along its axes, in pixels."""
+
+    height: int = 320
+    left: int = 62
+    bottom: int = 50
+
+
 def draw(
     paint: Callable[[Any], None],
     title: str,
@@ -94,20 +103,17 @@ def draw(
     identity: str,
     *,
     caption: str = "",
-    height: int = 320,
-    left: int = 62,
-    bottom: int = 50,
+    frame: Frame = Frame(),
 ) -> Figure:
     """Draw a figure of a report; equal data give equal bytes."""
     with _matplotlib({"svg.hashsalt": identity}) as new_figure:
         figure = new_figure(facecolor="none")
         axes = figure.add_axes((0, 0, 1, 1))
         paint(axes)
-        whole = height + _add_legend(figure, axes)
+        whole = frame.height + _add_legend(figure, axes)
         figure.set_size_inches(_WIDTH / 72, whole / 72)
-        axes.set_position(
-            (left / _WIDTH, bottom / whole, (_WIDTH - left - 16) / _WIDTH, (height - bottom - 14) / whole)
-        )
+        right, top = _WIDTH - frame.left - 16, frame.height - frame.bottom - 14
+        axes.set_position((frame.left / _WIDTH, frame.bottom / whole, right / _WIDTH, top / whole))
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return Figure(title, _for_page(stream.getvalue(), title, description, identity), description, caption)
@@ -176,11 +182,10 @@ def padded(values: Sequence[float], *, margin: float = 0.12, least: float = 1.0)
 
 
 def score_against_cost(
-    series: Sequence[Series], *, title: str, cost: str, score: str, identity: str, scale: float = 1.0, far: float = 20
+    series: Sequence[Series], *, title: str, cost: str, score: str, identity: str, far: float = 20
 ) -> Figure | None:
     """Plot every run, and the mean ± standard deviation of arms with several."""
-    scaled = [(one, [(cost / scale, score) for cost, score in one.points]) for one in series]
-    drawn = [Series(one.name, one.style, tuple(points)) for one, points in scaled if points]
+    drawn = [one for one in series if one.points]
     if not drawn:
         return None
     said = "; ".join(f"{one.name} {up:.2f} at {across:.3g}" for one in drawn for across, up in [_middle(one)])
@@ -290,9 +295,7 @@ def _by_epoch(curve: Curve) -> dict[float, list[float]]:
     return dict(sorted(found.items()))
 
 
-def differences(
-    rows: Sequence[tuple[str, Difference]], *, title: str, identity: str, unit: str = "points"
-) -> Figure | None:
+def differences(rows: Sequence[tuple[str, Difference]], *, title: str, identity: str) -> Figure | None:
     """Plot differences with their intervals, one below the other, around a line at zero."""
     if not rows:
         return None
@@ -311,12 +314,12 @@ def differences(
         axes.set_xlim(*padded([end for _, one in rows for end in (one.low, one.high, 0.0)], margin=0.08))
         axes.set_ylim(len(rows) - 0.6, -0.8)
         axes.set_yticks([])
-        axes.set_xlabel(f"difference in score ({unit})")
+        axes.set_xlabel("difference in score (points)")
 
     said = "; ".join(f"{name}: {signed(one.difference)} ({interval(one)})" for name, one in rows)
     description = f"Differences in score with their 95% intervals. {said}."
     caption = "Right of zero: the first is better. Bars: 95% intervals over rows and seeds; one seed: over rows."
-    return draw(paint, title, description, identity, caption=caption, height=76 + 52 * len(rows), left=18)
+    return draw(paint, title, description, identity, caption=caption, frame=Frame(76 + 52 * len(rows), left=18))
 
 
 def plot_benchmark(result: BenchmarkResult, to: str | Path) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdlora.report.answer import answer, cautions, key_figures, time_of_one, total_parameters
-from kdlora.report.blocks import Block, Bullets, Code, Figure, Inline, Paragraph, Section
-from kdlora.report.collect import Experiment, Run
-from kdlora.report.experiment_tables import Links, claims_table, cost_table, difference_table, run_table, score_table
+from kdlora.report.answer import answer, cautions, key_figures
+from kdlora.report.blocks import Block, Bullets, Code, Figure, Paragraph, Section, note
+from kdlora.report.collect import Experiment
+from kdlora.report.costs import PARAMETERS, TIME, Cost
 from kdlora.report.findings import Comparison, align, compare_arms
 from kdlora.report.outputs import (
     MOST_CLASSES,
@@ -25,81 +25,63 @@ from kdlora.report.outputs import (
     residual_histogram,
     residual_plot,
 )
-from kdlora.report.plots import (
-    Curve,
-    Series,
-    Style,
-    arm_style,
-    differences,
-    learning_curves,
-    score_against_cost,
-)
-from kdlora.report.shipped_blocks import shipped_blocks, shipped_tiles
+from kdlora.report.plots import Curve, Series, Style, arm_style, differences, learning_curves, score_against_cost
+from kdlora.report.shipped_tables import shipped_blocks, shipped_tiles
+from kdlora.report.tables import Links, claims_table, cost_table, difference_table, run_table, score_table
 from kdlora.report.wording import ARM_MEANINGS, arm_title, score_title
 
 
-def experiment_section(experiment: Experiment, *, number: int, base: Path, draws: int = 2_000) -> Section:
+def experiment_section(experiment: Experiment, *, number: int, base: Path, draws: int) -> Section:
     """Tell the whole story of one experiment: answer, tables, plots, examples, runs, environment."""
     mark = f"e{number}"
     links = Links(base, f"{mark}-runs")
     comparisons = compare_arms(experiment, draws=draws)
-    tiles = key_figures(experiment, comparisons, links.runs)
-    top: list[Block] = [Paragraph(answer(experiment, comparisons), "lead")]
-    as_shipped = shipped_tiles(experiment, f"{mark}-shipped")
-    top += [row for row in (tiles, as_shipped) if row is not None]
-    top += cautions(experiment, comparisons)
-    parts = (
-        _section("Score", f"{mark}-score", _score_blocks(experiment, comparisons, links, mark)),
-        _section("Cost", f"{mark}-cost", _cost_blocks(experiment, links, mark)),
-        _section("As shipped", f"{mark}-shipped", shipped_blocks(experiment, links, mark)),
-        _section("Training", f"{mark}-training", _training_blocks(experiment, mark)),
-        _section("What it gets wrong", f"{mark}-errors", _error_blocks(experiment, mark)),
-        _section("Where teacher and student disagree most", f"{mark}-examples", _example_blocks(experiment)),
-        _section("Runs", f"{mark}-runs", [run_table(experiment, links), _arm_list(experiment)]),
-        _section("How it was made", f"{mark}-made", _provenance(experiment)),
+    tiles = (key_figures(experiment, comparisons, f"#{links.runs}"), shipped_tiles(experiment, f"#{mark}-shipped"))
+    top: list[Block] = [Paragraph(answer(experiment, comparisons), "lead"), *(row for row in tiles if row is not None)]
+    parts: tuple[tuple[str, str, Sequence[Block | None]], ...] = (
+        ("Score", "score", _score_blocks(experiment, comparisons, links, mark)),
+        ("Cost", "cost", _cost_blocks(experiment, links, mark)),
+        ("As shipped", "shipped", shipped_blocks(experiment, links, mark)),
+        ("Training", "training", _training_blocks(experiment, mark)),
+        ("What it gets wrong", "errors", _error_blocks(experiment, mark)),
+        ("Where teacher and student disagree most", "examples", _example_blocks(experiment)),
+        ("Runs", "runs", [run_table(experiment, links), _arm_list(experiment)]),
+        ("How it was made", "made", _provenance(experiment)),
     )
-    return Section(experiment.name, mark, tuple(top), tuple(part for part in parts if part.blocks))
-
-
-def _section(title: str, anchor: str, blocks: Sequence[Block | None]) -> Section:
-    """Make a section of the blocks that there are."""
-    return Section(title, anchor, tuple(block for block in blocks if block is not None))
+    sections = [
+        Section(title, f"{mark}-{anchor}", tuple(block for block in blocks if block is not None))
+        for title, anchor, blocks in parts
+    ]
+    cautioned = (*top, *cautions(experiment, comparisons))
+    return Section(experiment.name, mark, cautioned, tuple(part for part in sections if part.blocks))
 
 
 def _score_blocks(
     experiment: Experiment, comparisons: Sequence[Comparison], links: Links, mark: str
 ) -> list[Block | None]:
     """Table 1, the paper's claims where they are asked for, the differences."""
-    blocks: list[Block | None] = [score_table(experiment, links)]
-    if experiment.shows_paper:
-        blocks.append(claims_table(experiment, links))
-    if comparisons:
-        blocks.append(difference_table(comparisons, links, "Differences in score"))
     paired = [(one.title, one.difference) for one in comparisons if one.difference is not None]
-    blocks.append(differences(paired, title="Differences with their intervals", identity=f"{mark}-differences"))
-    return blocks
+    return [
+        score_table(experiment, links),
+        claims_table(experiment, links) if experiment.shows_paper else None,
+        difference_table(comparisons, links) if comparisons else None,
+        differences(paired, title="Differences with their intervals", identity=f"{mark}-differences"),
+    ]
 
 
 def _cost_blocks(experiment: Experiment, links: Links, mark: str) -> list[Block | None]:
     """Table 2, score against parameters and against latency."""
-    score = f"score on {experiment.split} (0 to 100)"
 
-    def plot(read: Callable[[Run], float | None], title: str, cost: str, name: str, scale: float) -> Figure | None:
-        series = [_series(experiment, arm, read) for arm in experiment.arms]
-        return score_against_cost(series, title=title, cost=cost, score=score, identity=f"{mark}-{name}", scale=scale)
+    def plot(name: str, cost: Cost) -> Figure | None:
+        series = [
+            Series(arm_title(arm), arm_style(arm), cost.points(experiment.finished(arm), experiment.split))
+            for arm in experiment.arms
+        ]
+        score = f"score on {experiment.split} (0 to 100)"
+        title, identity = f"Score against {name}", f"{mark}-{name}"
+        return score_against_cost(series, title=title, cost=cost.axis, score=score, identity=identity)
 
-    return [
-        cost_table(experiment, links),
-        plot(total_parameters, "Score against parameters", "parameters in all (millions)", "parameters", 1e6),
-        plot(time_of_one, "Score against latency", "median time of one text (ms)", "latency", 1.0),
-    ]
-
-
-def _series(experiment: Experiment, arm: str, read: Callable[[Run], float | None]) -> Series:
-    """Collect the points of one arm."""
-    pairs = [(read(run), run.score(experiment.split)) for run in experiment.finished(arm)]
-    points = tuple((cost, score) for cost, score in pairs if cost is not None and score is not None)
-    return Series(arm_title(arm), arm_style(arm), points)
+    return [cost_table(experiment, links), plot("parameters", PARAMETERS), plot("latency", TIME)]
 
 
 def _training_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
@@ -141,7 +123,7 @@ def _error_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
     arm, task = experiment.student_arm, experiment.task
     student = _outputs(experiment, arm) if arm else None
     if student is None:
-        return [Paragraph(("No predictions were kept, so there is nothing to show here.",), "note")] if arm else []
+        return [note("No predictions were kept, so there is nothing to show here.")] if arm else []
     teacher = _outputs(experiment, "fft")
     if task.kind == "regression":
         quantity = task.label_names[0]
@@ -175,7 +157,7 @@ def _example_blocks(experiment: Experiment) -> list[Block | None]:
     found = disagreements(experiment)
     if found is None:
         text = "There are no examples to show: the texts, or the predictions of teacher or student, were not kept."
-        return [Paragraph((text,), "note")]
+        return [note(text)]
     measure = {
         "single-label": "the Jensen-Shannon divergence of their probabilities",
         "multi-label": "the largest difference in the probability of a label",
@@ -193,10 +175,11 @@ def _arm_list(experiment: Experiment) -> Bullets:
 def _provenance(experiment: Experiment) -> list[Block | None]:
     """Data, truncation, versions, machine, code state, configuration."""
     records = [run.record for run in experiment.runs]
-    facts: list[tuple[Inline, ...]] = [(f"Score: {score_title(experiment.task.metrics)}.",)]
-    facts += [(f"Rows: {_pairs(records[0].rows)}.",)] if records[0].rows else []
-    facts += [(f"Teacher: {records[0].teacher_model}.",)] if records[0].teacher_model else []
-    facts += [(f"Student: {records[0].student_model}.",)] if records[0].student_model else []
+    first = records[0]
+    facts = [f"Score: {score_title(experiment.task.metrics)}."]
+    facts += [f"Rows: {_pairs(first.rows)}."] if first.rows else []
+    facts += [f"Teacher: {first.teacher_model}."] if first.teacher_model else []
+    facts += [f"Student: {first.student_model}."] if first.student_model else []
     facts += _truncated(experiment)
     for title, values in (
         ("Machine", [record.machine for record in records]),
@@ -205,24 +188,22 @@ def _provenance(experiment: Experiment) -> list[Block | None]:
     ):
         distinct = list(dict.fromkeys(_pairs(one) for one in values if one))
         differ = " (the runs differ)" if len(distinct) > 1 else ""
-        facts += [(f"{title}{differ}: {text}.",) for text in distinct]
-    notes = dict.fromkeys(note for record in records for note in record.notes)
-    facts += [(note,) for note in notes]
+        facts += [f"{title}{differ}: {text}." for text in distinct]
+    facts += dict.fromkeys(text for record in records for text in record.notes)
     config = next((record.config for record in records if record.config), None)
     code = Code("Configuration", json.dumps(config, indent=2, ensure_ascii=False)) if config else None
-    return [Bullets(tuple(facts)), code]
+    return [Bullets(tuple((fact,) for fact in facts)), code]
 
 
-def _truncated(experiment: Experiment) -> list[tuple[Inline, ...]]:
+def _truncated(experiment: Experiment) -> list[str]:
     """Say how many texts were cut, arms with the same counts together."""
     arms_of: dict[str, list[str]] = {}
     for arm in experiment.arms:
         cut = next((run.record.truncated for run in experiment.finished(arm)), {})
         if any(cut.values()):
             arms_of.setdefault(_pairs(cut), []).append(arm_title(arm))
-    return [(f"Texts cut at the maximum length: {cut} ({', '.join(arms)}).",) for cut, arms in arms_of.items()]
+    return [f"Texts cut at the maximum length: {cut} ({', '.join(arms)})." for cut, arms in arms_of.items()]
 
 
 def _pairs(values: dict[str, Any]) -> str:
-    """Write a small dictionary in one line."""
     return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.report.blocks import html_table
+from kdlora.report.render import html_table
 
 TEACHER = "teacher"
 """Name of the teacher in a benchmark."""

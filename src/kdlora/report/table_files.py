@@ -18,17 +18,16 @@ def to_csv(lines: Iterable[Sequence[Any]]) -> str:
     return str(pd.DataFrame(rows, columns=header, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
-def to_latex(table: Table) -> str:
-    """Write a table of the report as LaTeX for the package booktabs; links are left to the pages."""
-    lines = [[_plain(cell.text) for cell in row] for row in table.rows]
-    columns = [_plain(name) for name in table.columns]
-    align = "".join("r" if number in table.numeric else "l" for number in range(len(columns)))
-    frame = pd.DataFrame(lines, columns=columns, dtype=object)
-    return str(frame.to_latex(index=False, escape=True, column_format=align, caption=_plain(table.caption)))
-
-
 def _harmless(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+
+
+def to_latex(table: Table) -> str:
+    """Write a table of the report as LaTeX for the package booktabs; links are left to the pages."""
+    lines = [[_plain(cell if isinstance(cell, str) else cell.text) for cell in row] for row in table.rows]
+    align = "l" * table.text_columns + "r" * (len(table.columns) - table.text_columns)
+    frame = pd.DataFrame(lines, columns=[_plain(name) for name in table.columns], dtype=object)
+    return str(frame.to_latex(index=False, escape=True, column_format=align, caption=_plain(table.caption)))
 
 
 def _plain(text: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from kdlora.evidence.stats import Difference, MeanSd
 
 MINUS = "−"
@@ -148,11 +146,6 @@ def duration(value: float | None) -> str:
     if value < 90:
         return f"{value:.1f}\u00a0s"
     return f"{value / 60:.1f}\u00a0min" if value < 5400 else f"{value / 3600:.1f}\u00a0h"
-
-
-def over_seeds(value: MeanSd | None, write: Callable[[float | None], str]) -> str:
-    """Write a mean in its unit; the spread of a cost over seeds is in the table of runs."""
-    return "–" if value is None else write(value.mean)
 
 
 def change(before: float, after: float, less: str = "less") -> str:

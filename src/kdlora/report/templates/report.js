@@ -2,7 +2,7 @@
 // Comfort on top of a page that is whole without it: columns sort.
 (() => {
   const figureIn = (text) => {
-    const found = text.replace(/\u2212/g, "-").replace(/[,\u202f\u00a0](?=\d{3})/g, "").match(/-?\d+(\.\d+)?/);
+    const found = text.replace(/\u2212/g, "-").replace(/[,\u202f\u00a0](?=\d{3})/g, "").match(/-?\d+(\.\d+)?(e[-+]?\d+)?/);
     return found ? Number(found[0]) : null;
   };
   const textOf = (row, column) => {

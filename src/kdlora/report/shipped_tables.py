@@ -6,11 +6,11 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from kdlora.report.blocks import Block, Bullets, Cell, Figure, Link, Paragraph, Strong, Table, Tile, Tiles
+from kdlora.report.blocks import Block, Bullets, Cell, Figure, Link, Row, Strong, Table, Tile, Tiles, note, warning
 from kdlora.report.collect import Experiment
-from kdlora.report.experiment_tables import Links
 from kdlora.report.plots import Series, Style, arm_style, score_against_cost
 from kdlora.report.shipped import TEACHER, Calibration, Export, ModelFigures, Parity, Shipped
+from kdlora.report.tables import Links
 from kdlora.report.wording import milliseconds, signed, size, times
 
 _BACKENDS = {"transformers": "PyTorch", "onnx": "ONNX Runtime"}
@@ -18,43 +18,31 @@ _STAGES = {"pytorch": "PyTorch", "onnx": "ONNX, as captured", "onnx-optimised": 
 _INT8_STAGE = re.compile(r"onnx-int8 \((?P<recipe>.*)\)", re.DOTALL)
 
 
-def shipped_tiles(experiment: Experiment, anchor: str) -> Tiles | None:
+def shipped_tiles(experiment: Experiment, href: str) -> Tiles | None:
     """Collect what the int8 file costs and keeps, each beside the teacher."""
     shipped = experiment.shipped
     if shipped is None or shipped.int8 is None or shipped.reference is None:
         return None
     own, other = shipped.int8, shipped.reference
     whose = "the teacher" if other.name == TEACHER else other.name
-    facts: tuple[tuple[str, str, str], ...] = (
-        (
-            "time per text",
-            milliseconds(own.p50_ms),
-            f"{times(other.p50_ms, own.p50_ms)} as fast as {whose} ({milliseconds(other.p50_ms)})",
-        ),
+    faster, more = times(other.p50_ms, own.p50_ms), times(own.texts_per_second, other.texts_per_second)
+    part = f"{100 * own.size_bytes / other.size_bytes:.1f}%" if other.size_bytes else "–"
+    facts = [
+        ("time per text", milliseconds(own.p50_ms), f"{faster} as fast as {whose} ({milliseconds(other.p50_ms)})"),
         (
             "throughput",
             f"{own.texts_per_second:,.0f} texts/s",
-            f"{times(own.texts_per_second, other.texts_per_second)} {whose}’s {other.texts_per_second:,.0f} texts/s",
+            f"{more} {whose}’s {other.texts_per_second:,.0f} texts/s",
         ),
-        (
-            "size",
-            size(own.size_bytes),
-            f"{_part(own.size_bytes, other.size_bytes)} of {whose}’s {size(other.size_bytes)}",
-        ),
-    )
+        ("size", size(own.size_bytes), f"{part} of {whose}’s {size(other.size_bytes)}"),
+    ]
     if other is own:
-        facts = tuple((label, value, "there is no other model to compare with") for label, value, _ in facts)
-    tiles = [Tile(f"int8 file: {label}", value, detail, f"#{anchor}") for label, value, detail in facts]
+        facts = [(label, value, "there is no other model to compare with") for label, value, _ in facts]
     if own.score is not None:
         beside = [model for model in shipped.models if model is not own and model.score is not None]
-        detail = ", ".join(f"{model.name} {_score(model.score)}" for model in beside) or "0 to 100"
-        tiles.append(Tile("int8 file: score", _score(own.score), detail, f"#{anchor}"))
-    return Tiles(tuple(tiles))
-
-
-def _part(own: float, other: float) -> str:
-    """Say which part of the other's size is left."""
-    return f"{100 * own / other:.1f}%" if other else "–"
+        scores = ", ".join(f"{model.name} {_score(model.score)}" for model in beside)
+        facts.append(("score", _score(own.score), scores or "0 to 100"))
+    return Tiles(tuple(Tile(f"int8 file: {label}", value, detail, href) for label, value, detail in facts))
 
 
 def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Block | None]:
@@ -62,16 +50,15 @@ def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Bloc
     shipped = experiment.shipped
     if shipped is None:
         return []
-    blocks: list[Block | None] = [Paragraph((fault,), "warning") for fault in shipped.faults]
+    blocks: list[Block | None] = [warning(fault) for fault in shipped.faults]
     if shipped.models:
-        blocks.append(_model_table(shipped, links))
-        blocks += _plots(experiment, shipped, mark)
-        blocks.append(_grid_table(shipped))
+        blocks += [_model_table(shipped, links), *_plots(experiment, shipped, mark), _grid_table(shipped)]
     if shipped.export is not None:
         blocks += _export_blocks(shipped.export, links.file(shipped.export_path))
     elif not shipped.export_path.exists():
-        text = "The student was not exported to ONNX: export.formats is empty, or the extra onnx is not installed."
-        blocks.append(Paragraph((text,), "note"))
+        blocks.append(
+            note("The student was not exported to ONNX: export.formats is empty, or the extra onnx is not installed.")
+        )
     if shipped.benchmark is not None and shipped.benchmark.calibration is not None:
         blocks.append(_calibration_table(shipped.benchmark.calibration))
     return blocks
@@ -80,30 +67,18 @@ def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Bloc
 def _model_table(shipped: Shipped, links: Links) -> Table:
     """Show every model's costs and score, and how much faster it is than the teacher."""
     columns = (
-        "model",
-        "runs on",
-        "precision",
-        "latency p50",
-        "latency p95",
-        "speed-up of p50",
-        "texts/s",
-        "batch size",
-        "speed-up of texts/s",
-        "load time",
-        "peak memory",
-        "size on disk",
-        "score",
+        *("model", "runs on", "precision", "latency p50", "latency p95", "speed-up of p50", "texts/s", "batch size"),
+        *("speed-up of texts/s", "load time", "peak memory", "size on disk", "score"),
     )
     link = (Link("benchmark.json", links.file(shipped.benchmark_path)),)
     rows = tuple(_model_row(model, shipped.reference or model, link) for model in shipped.models)
     caption = "Teacher and student as shipped, measured side by side"
-    numeric = frozenset(range(3, len(columns)))
-    return Table(caption, columns, rows, numeric, note=_conditions(shipped), compact=True)
+    return Table(caption, columns, rows, text_columns=3, note=_conditions(shipped), compact=True)
 
 
-def _model_row(model: ModelFigures, reference: ModelFigures, link: tuple[Link, ...]) -> tuple[Cell, ...]:
-    """Show one model."""
-    texts = (
+def _model_row(model: ModelFigures, reference: ModelFigures, link: tuple[Link, ...]) -> Row:
+    return (
+        Cell(model.name, link),
         _BACKENDS.get(model.backend, model.backend),
         model.precision,
         milliseconds(model.p50_ms),
@@ -117,7 +92,6 @@ def _model_row(model: ModelFigures, reference: ModelFigures, link: tuple[Link, .
         size(model.size_bytes),
         _score(model.score),
     )
-    return (Cell(model.name, link), *map(Cell, texts))
 
 
 def _conditions(shipped: Shipped) -> str:
@@ -129,12 +103,10 @@ def _conditions(shipped: Shipped) -> str:
     texts += f" of the {benchmark.split} split" if texts and benchmark.split else ""
     rounds = "" if benchmark.rounds is None else _number(benchmark.rounds, "round")
     threads = "" if benchmark.threads is None else f"{_number(benchmark.threads, 'thread')} for each model"
-    machine = [
-        benchmark.machine.get("cpu", ""),
-        _named(benchmark.machine, "cores"),
-        benchmark.machine.get("memory", ""),
-    ]
-    conditions = ", ".join(part for part in (texts, rounds, threads, *machine) if part)
+    machine = benchmark.machine
+    cores = f"{machine['cores']} cores" if "cores" in machine else ""
+    known = (texts, rounds, threads, machine.get("cpu", ""), cores, machine.get("memory", ""))
+    conditions = ", ".join(part for part in known if part)
     return (
         f"{conditions or 'The conditions were not recorded'}. Latency: one text at a time, tokenisation included. "
         "Texts/s: length-sorted batches of the size that is best for the model. "
@@ -144,13 +116,7 @@ def _conditions(shipped: Shipped) -> str:
 
 
 def _number(value: int, what: str) -> str:
-    """Count something."""
     return f"{value} {what}" if value == 1 else f"{value} {what}s"
-
-
-def _named(values: dict[str, str], key: str) -> str:
-    """Write a value with its name behind it."""
-    return f"{values[key]} {key}" if key in values else ""
 
 
 def _score(value: float | None) -> str:
@@ -185,7 +151,6 @@ def _seconds_of_thousand(model: ModelFigures) -> float | None:
 
 
 def _memory(model: ModelFigures) -> float | None:
-    """Read the peak memory in MB."""
     return None if model.peak_memory_bytes is None else model.peak_memory_bytes / 1e6
 
 
@@ -207,44 +172,35 @@ def _grid_table(shipped: Shipped) -> Table | None:
     if not cells:
         return None
     columns = ("model", *(cell.replace("x", " × ") for cell in cells))
-    rows = tuple(
-        (Cell(model.name), *(Cell(milliseconds(model.grid_ms.get(cell))) for cell in cells)) for model in shipped.models
-    )
-    numeric = frozenset(range(1, len(columns)))
-    note = "Median of one forward pass, without tokenisation."
-    return Table("Time of one batch: texts × tokens", columns, rows, numeric, note=note, compact=True)
+    rows = tuple((model.name, *(milliseconds(model.grid_ms.get(cell)) for cell in cells)) for model in shipped.models)
+    told = "Median of one forward pass, without tokenisation."
+    return Table("Time of one batch: texts × tokens", columns, rows, note=told, compact=True)
 
 
 def _export_blocks(export: Export, href: str) -> list[Block]:
     """Show what each stage of the export kept, and a failure before it."""
     blocks: list[Block] = []
     if export.failure:
-        parts = Strong("The export failed before its last stage"), f": {export.failure}. The stages before it are kept."
-        blocks.append(Paragraph(parts, "warning"))
+        told = f": {export.failure}. The stages before it are kept."
+        blocks.append(warning(Strong("The export failed before its last stage"), told))
     stages = _in_order(export)
     if not stages:
         return blocks
     columns = (
-        "stage",
-        "held to",
-        "outcome",
-        "rows",
-        "largest logit difference",
-        "same decisions",
-        "score",
-        "points lost",
-        "95% interval",
+        *("stage", "held to", "outcome", "rows", "largest logit difference", "same decisions"),
+        *("score", "points lost", "95% interval"),
     )
     rows = tuple(_stage_row(stage, href) for stage in stages)
-    facts = [f"Quantisation: {export.recipe}."] if export.recipe else []
     fused = ", ".join(f"{number} {name}" for name, number in export.fused.items() if number)
-    facts += [f"Fused operators: {fused}."] if fused else []
-    facts += [f"Opset {export.opset}."] if export.opset is not None else []
-    facts.append("Every stage is held to the one named, on the same texts; scores are of the labelled rows among them.")
-    caption, numeric = "The export, stage by stage", frozenset(range(3, len(columns)))
-    blocks.append(Table(caption, columns, rows, numeric, note=" ".join(facts), compact=True))
-    broken = [stage for stage in stages if stage.reason]
-    if broken:
+    facts = [
+        f"Quantisation: {export.recipe}." if export.recipe else "",
+        f"Fused operators: {fused}." if fused else "",
+        f"Opset {export.opset}." if export.opset is not None else "",
+        "Every stage is held to the one named, on the same texts; scores are of the labelled rows among them.",
+    ]
+    told = " ".join(fact for fact in facts if fact)
+    blocks.append(Table("The export, stage by stage", columns, rows, text_columns=3, note=told, compact=True))
+    if broken := [stage for stage in stages if stage.reason]:
         blocks.append(
             Bullets(tuple((f"{_stage_title(one.stage)}: ", Strong("failed"), f", {one.reason}.") for one in broken))
         )
@@ -257,49 +213,39 @@ def _in_order(export: Export) -> Sequence[Parity]:
     return [*passed, *export.attempts, *(stage for stage in export.stages if stage not in passed)]
 
 
-def _stage_row(stage: Parity, href: str) -> tuple[Cell, ...]:
-    """Show one stage."""
+def _stage_row(stage: Parity, href: str) -> Row:
     span = "–"
     if stage.drop_low is not None and stage.drop_high is not None:
         span = f"{signed(stage.drop_low, 2)} to {signed(stage.drop_high, 2)}"
-    texts = (
+    return (
+        Cell(_stage_title(stage.stage), (Link("export record", href),)),
+        _stage_title(stage.reference),
+        Cell("failed", strong=True) if stage.reason else "passed",
         f"{stage.rows:,}",
         "–" if stage.largest_difference is None else f"{stage.largest_difference:.2g}",
-        _share_below(stage.agreement),
+        # Rounded down: 100% means all of them.
+        "100%" if stage.agreement >= 1 else f"{math.floor(1e4 * stage.agreement) / 100:.2f}%",
         _score(stage.score),
         "–" if stage.drop is None else signed(stage.drop, 2),
         span,
     )
-    outcome = Cell("failed", strong=True) if stage.reason else Cell("passed")
-    name = Cell(_stage_title(stage.stage), (Link("export record", href),))
-    return (name, Cell(_stage_title(stage.reference)), outcome, *map(Cell, texts))
-
-
-def _share_below(share: float) -> str:
-    """Write a share as per cent, rounded down: 100% means all of them."""
-    return "100%" if share >= 1 else f"{math.floor(1e4 * share) / 100:.2f}%"
 
 
 def _stage_title(stage: str) -> str:
-    """Name a stage for people."""
     quantised = _INT8_STAGE.fullmatch(stage)
     return f"quantised: {quantised['recipe']}" if quantised else _STAGES.get(stage, stage)
 
 
 def _calibration_table(found: Calibration) -> Table:
     """Show what the temperature does."""
-    rows = (
-        (Cell("before"), Cell("1"), Cell(f"{100 * found.ece_before:.2f}%"), Cell(f"{found.nll_before:.4f}")),
-        (
-            Cell("after"),
-            Cell(f"{found.temperature:.3f}", strong=True),
-            Cell(f"{100 * found.ece_after:.2f}%", strong=True),
-            Cell(f"{found.nll_after:.4f}", strong=True),
-        ),
+    after = (f"{found.temperature:.3f}", f"{100 * found.ece_after:.2f}%", f"{found.nll_after:.4f}")
+    rows: tuple[Row, ...] = (
+        ("before", "1", f"{100 * found.ece_before:.2f}%", f"{found.nll_before:.4f}"),
+        ("after", *(Cell(text, strong=True) for text in after)),
     )
     columns = ("", "temperature", "expected calibration error", "log loss (nats)")
-    note = (
+    told = (
         f"Fitted on {found.rows:,} validation rows and measured on the same, so “after” is a little too good. "
         "Ten bins. Logits are divided by the temperature: above 1, the student was too sure. Decisions stay the same."
     )
-    return Table("Calibration of the shipped student", columns, rows, frozenset({1, 2, 3}), note=note, compact=True)
+    return Table("Calibration of the shipped student", columns, rows, note=told, compact=True)

@@ -1,0 +1,244 @@
+"""The paper's two tables in its own form with our figures, and the tables of differences and runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from kdlora.evidence.stats import mean_sd
+from kdlora.report.blocks import Cell, Link, Row, Table
+from kdlora.report.collect import Experiment, Run
+from kdlora.report.costs import ADAPTER, DISK, HEAD, MEMORY, PARAMETERS, TIME, TIME_OF_32, TRAINABLE, Cost, saving
+from kdlora.report.findings import Comparison, retention
+from kdlora.report.paper import ARMS, COSTS, FAMILY_TITLES, claims, family_of, published_scores
+from kdlora.report.wording import (
+    INTERVALS,
+    arm_title,
+    count,
+    duration,
+    interval_cell,
+    metric_title,
+    model_title,
+    p_value,
+    plus_minus,
+    score_title,
+    share,
+    signed,
+)
+
+SEEDS_NOTE = "Mean ± sample standard deviation over seeds; the small numbers are the seeds and lead to their records."
+
+
+@dataclass(frozen=True)
+class Links:
+    """Makes links that work from the folder in which the report lies; `runs` is the anchor of the table of runs."""
+
+    base: Path
+    runs: str
+
+    def file(self, path: Path) -> str:
+        """Give a relative, encoded address."""
+        return quote(Path(os.path.relpath(path.resolve(), self.base.resolve())).as_posix())
+
+    def to_all(self, runs: Sequence[Run]) -> tuple[Link, ...]:
+        """Link to the records of several runs."""
+        return tuple(
+            Link(str(run.record.seed), self.file(run.path), f"{run.record.arm}, seed {run.record.seed}") for run in runs
+        )
+
+    def derived(self, text: str) -> Cell:
+        """Make a cell of a figure that comes from several arms; it leads to the table of runs."""
+        return Cell(text, (Link("runs", f"#{self.runs}"),) if text != "–" else ())
+
+
+def score_table(experiment: Experiment, links: Links) -> Table:
+    """Show the arms' scores in the form of the paper's Table 1, with the paper's rows for the same task."""
+    arms = [*ARMS, *(arm for arm in experiment.arms if arm not in ARMS)]
+    score, others = experiment.task.metrics, _other_metrics(experiment)
+    rows: list[Row] = [(Cell("score, here", strong=True), *(_score_cell(experiment, arm, links) for arm in arms))]
+    rows += [_metric_row(experiment, arms, name, links) for name in (*(score if len(score) > 1 else ()), *others)]
+    published = _published_rows(experiment.task.name, arms)
+    note = SEEDS_NOTE if published else f"{SEEDS_NOTE} The paper has no figures for this task."
+    caption = f"Table 1. Score: {score_title(score)}, 0 to 100, {experiment.split} split"
+    return Table(caption, ("", *map(arm_title, arms)), (*rows, *published), note=note)
+
+
+def _score_cell(experiment: Experiment, arm: str, links: Links) -> Cell:
+    """Give an arm's score with its runs, or say that it failed."""
+    runs = experiment.finished(arm)
+    if runs:
+        return Cell(plus_minus(experiment.score(arm)), links.to_all(runs), strong=True)
+    failed = [run for run in experiment.unfinished if run.record.arm == arm]
+    if not failed:
+        return Cell("–")
+    return Cell("failed" if failed[0].record.status == "failed" else "not finished", links.to_all(failed))
+
+
+def _other_metrics(experiment: Experiment) -> list[str]:
+    """List the metrics that are reported beside the score's own, groups included."""
+    names = [name for run in experiment.runs for name in _metrics(experiment, run)]
+    return [name for name in dict.fromkeys(names) if name not in experiment.task.metrics]
+
+
+def _metrics(experiment: Experiment, run: Run) -> dict[str, float | None]:
+    return run.record.test_metrics if experiment.split == "test" else run.record.metrics
+
+
+def _metric_row(experiment: Experiment, arms: Sequence[str], name: str, links: Links) -> Row:
+    """Show one metric of every arm; fractions as per cent, errors as they are."""
+    is_error = name.startswith(("mse", "mae"))
+    scale, digits, unit = (1, 3, "") if is_error else (100, 1, " (%)")
+    cells = [Cell(f"{metric_title(name)}{unit}")]
+    for arm in arms:
+        runs = experiment.finished(arm)
+        values = [scale * value for run in runs if (value := _metrics(experiment, run).get(name)) is not None]
+        cells.append(Cell(plus_minus(mean_sd(values), digits), links.to_all(runs)) if values else Cell("–"))
+    return tuple(cells)
+
+
+def _published_rows(task: str, arms: Sequence[str]) -> list[Row]:
+    """Give the paper's figures for a GLUE task; MNLI has its two groups as well."""
+    groups = ("", "matched", "mismatched") if task == "mnli" else ("",)
+    return [
+        (
+            Cell(f"paper, {FAMILY_TITLES[family]}{', ' if group else ''}{group}", quiet=True),
+            *(f"{scores[arm]:.1f}" if arm in scores else "–" for arm in arms),
+        )
+        for group in groups
+        for family, scores in published_scores(f"{task}-{group}" if group else task).items()
+    ]
+
+
+def cost_table(experiment: Experiment, links: Links) -> Table:
+    """Show the arms' costs in the form of the paper's Table 2, with the paper's rows for the same models."""
+    costs = (TRAINABLE, ADAPTER, HEAD, PARAMETERS, MEMORY, TIME, TIME_OF_32, DISK)
+    rows = [_cost_row(experiment, arm, costs, links) for arm in experiment.arms if experiment.finished(arm)]
+    record = experiment.runs[0].record
+    family = family_of(record.teacher_model, record.student_model)
+    published = _published_costs(family) if family else []
+    threads = sorted({one.threads for run in experiment.runs for one in run.record.latency})
+    note = f"{_hardware(experiment)}. Latency: median of the merged model's forward pass"
+    note += f", {', '.join(map(str, threads))} threads." if threads else "."
+    if published:
+        note += (
+            " The paper: rank 8, one A100; its time is for CoLA’s whole validation set, its memory is that of the GPU."
+        )
+    columns = ("model", "method", *(cost.title for cost in costs), "seeds")
+    return Table("Table 2. Costs", columns, (*rows, *published), text_columns=2, note=note, compact=True)
+
+
+def _cost_row(experiment: Experiment, arm: str, costs: Sequence[Cost], links: Links) -> Row:
+    """Show the mean costs of one arm."""
+    runs = experiment.finished(arm)
+    return (
+        model_title(runs[0].record.model),
+        Cell(arm_title(arm), strong=arm == experiment.student_arm),
+        *(cost.text(runs) for cost in costs),
+        Cell("" if len(runs) > 1 else str(runs[0].record.seed), links.to_all(runs)),
+    )
+
+
+def _published_costs(family: str) -> list[Row]:
+    """Give the paper's Table 2 for a family."""
+    costs = COSTS[family]
+    rows: list[Row] = []
+    for place, arm in enumerate(ARMS):
+        is_student = arm == "kd-lora"
+        head = Cell(f"paper, {costs.student if is_student else costs.teacher}", quiet=True)
+        counts = (count(costs.trainable[place]), "–", "–", count(costs.total[is_student]))
+        rows.append(
+            (head, arm_title(arm), *counts, f"{costs.memory_mb[place]:.1f} MB", f"{costs.seconds[place]:.2f} s")
+            + ("–",) * 3
+        )
+    return rows
+
+
+def _hardware(experiment: Experiment) -> str:
+    """Say what the costs were measured on."""
+    runs = [run for run in experiment.runs if run.record.arm != "words"] or experiment.runs
+    record = next((run.record for run in runs if run.record.status == "finished"), runs[0].record)
+    machine = record.machine
+    cores = f"{machine['cores']} cores" if "cores" in machine else ""
+    parts = [record.device or "unknown device", machine.get("cpu", ""), record.precision, cores]
+    return "Measured on " + ", ".join(part for part in parts if part)
+
+
+def claims_table(experiment: Experiment, links: Links) -> Table | None:
+    """Hold the paper's headline claims against its own tables and against this experiment."""
+    arm = experiment.student_arm
+    if arm is None:
+        return None
+
+    def kept(of: str) -> str:
+        return plus_minus(retention(experiment, arm, of), unit="%")
+
+    def saved(cost: Cost, than: str) -> str:
+        return share(saving(experiment, cost, arm=arm, than=than))
+
+    here = {
+        "kept-fft": kept("fft"),
+        "kept-lora": kept("lora"),
+        "total": saved(PARAMETERS, "fft"),
+        "trainable-fft": saved(TRAINABLE, "fft"),
+        "trainable-lora": saved(TRAINABLE, "lora"),
+        "memory-fft": saved(MEMORY, "fft"),
+        "memory-lora": saved(MEMORY, "lora"),
+        "time": saved(TIME, "fft"),
+    }
+    rows: tuple[Row, ...] = tuple(
+        (
+            claim.text,
+            links.derived(here[claim.key]),
+            f"{claim.stated:.0f}%",
+            *(f"{claim.tables[family]:.0f}%" for family in FAMILY_TITLES),
+        )
+        for claim in claims()
+    )
+    columns = ("claim", "here", "paper says", *(f"its tables, {title}" for title in FAMILY_TITLES.values()))
+    note = (
+        "Shares of score: each seed against the other arm’s mean. Memory: peak of training here, of the GPU in the "
+        "paper. Time: median latency of one text here, CoLA’s validation set in the paper. "
+        "A minus means that it costs more."
+    )
+    return Table(f"The paper’s claims, its own tables, and {arm_title(arm)} here", columns, rows, note=note)
+
+
+def difference_table(comparisons: Sequence[Comparison], links: Links) -> Table:
+    """List differences with intervals, p and n."""
+    rows: list[Row] = []
+    for one in comparisons:
+        found = one.difference
+        figures = (one.reason, "–", "–", "–")
+        if found is not None:
+            figures = (interval_cell(found), p_value(found.p), str(found.n_examples), str(found.n_seeds))
+        rows.append((one.title, links.derived(signed(one.plain)), *figures))
+    columns = ("difference", "points", "95% interval", "p", "examples", "seeds")
+    draws = next((one.difference.draws for one in comparisons if one.difference), 0)
+    note = f"{draws:,} draws over examples; p is two-sided. {INTERVALS}" if draws else ""
+    return Table("Differences in score", columns, tuple(rows), note=note, side=True)
+
+
+def run_table(experiment: Experiment, links: Links) -> Table:
+    """List every run with its figures, failed ones too."""
+    columns = ("run", "model", "status", "score", "best epoch", "trainable", "memory", "training", "texts/s", "batch 1")
+    rows = tuple(_run_row(experiment, run, links) for run in experiment.runs)
+    return Table("Every run; each leads to its record", columns, rows, text_columns=3)
+
+
+def _run_row(experiment: Experiment, run: Run, links: Links) -> Row:
+    record, score, speed = run.record, run.score(experiment.split), run.record.examples_per_second
+    return (
+        Cell(f"{arm_title(record.arm)}, seed {record.seed}", (Link(record.arm, links.file(run.path)),)),
+        model_title(record.model),
+        record.status if record.status != "failed" else f"failed: {record.error or 'no reason was recorded'}",
+        "–" if score is None else signed(score, 2, plus=False),
+        "–" if record.best_epoch is None else f"{record.best_epoch:g}",
+        TRAINABLE.text([run]),
+        MEMORY.text([run]),
+        duration(record.train_seconds),
+        "–" if speed is None else f"{speed:.0f}",
+        TIME.text([run]),
+    )

@@ -29,7 +29,9 @@ from kdlora.config import DataConfig, TaskConfig, TeacherTrainConfig
 from kdlora.data.load import Splits, load_splits
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.export import export_onnx
-from kdlora.deploy.predict import Classifier, default_threads
+from kdlora.deploy.gates import LabelledTexts
+from kdlora.deploy.onnx_backend import default_threads
+from kdlora.deploy.predict import Classifier
 from kdlora.experiment.arms import label_array, train_teacher
 from kdlora.models.encoders import load_encoder, save_encoder
 from kdlora.report.plots import plot_benchmark
@@ -68,10 +70,8 @@ def prepare(options: argparse.Namespace) -> tuple[Splits, Path, Path, Path]:
         result = export_onnx(
             student,
             exported,
-            texts=list(splits.validation["text"]),
-            labels=label_array(splits.validation),
+            texts=LabelledTexts(list(splits.validation["text"]), label_array(splits.validation), splits.task),
             more_texts=list(splits.train["text"]),
-            task=splits.task,
             max_length=MAX_LENGTH,
             progress=print,
         )
@@ -188,9 +188,7 @@ def main(options: argparse.Namespace) -> None:
             "student ONNX": exported / "model.onnx",
             "student int8": exported / "model_quantized.onnx",
         },
-        list(splits.validation["text"]),
-        labels=label_array(splits.validation),
-        task=splits.task,
+        LabelledTexts(list(splits.validation["text"]), label_array(splits.validation), splits.task),
         max_length=MAX_LENGTH,
         rounds=options.rounds,
         batch_sizes=(32,),

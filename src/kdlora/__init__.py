@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kdlora.deploy.benchmark import benchmark as benchmark
     from kdlora.deploy.calibrate import fit_temperature as fit_temperature
     from kdlora.deploy.export import export_onnx as export_onnx
+    from kdlora.deploy.gates import LabelledTexts as LabelledTexts
     from kdlora.deploy.hub import push_experiment as push_experiment
     from kdlora.deploy.predict import Classifier as Classifier
     from kdlora.deploy.stream import predict_file as predict_file
@@ -61,6 +62,7 @@ _NAMES = {
     "deploy.benchmark": "benchmark",
     "deploy.calibrate": "fit_temperature",
     "deploy.export": "export_onnx",
+    "deploy.gates": "LabelledTexts",
     "deploy.hub": "push_experiment",
     "deploy.predict": "Classifier",
     "deploy.stream": "predict_file",

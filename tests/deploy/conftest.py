@@ -56,11 +56,11 @@ def traced_once(made_once, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _export(source: Path, folder: Path, kind: str) -> Path:
     from kdlora.deploy.export import export_onnx
+    from kdlora.deploy.gates import LabelledTexts
     from kdlora.deploy.predict import Classifier
 
     logits = Classifier.load(source).predict_logits(TEXTS)
     labels = {"single-label": logits.argmax(1), "regression": logits[:, 0]}.get(kind, (logits > 0).astype(int))
     # A random model decides closer calls than a trained one: the gate is wide here, and tested elsewhere.
-    return export_onnx(
-        source, folder, texts=TEXTS, labels=np.asarray(labels), min_agreement=0.5, max_metric_drop=50
-    ).folder
+    given = LabelledTexts(TEXTS, np.asarray(labels))
+    return export_onnx(source, folder, texts=given, min_agreement=0.5, max_metric_drop=50).folder

@@ -12,6 +12,7 @@ from kdlora.config import LoraConfig
 from kdlora.data.tasks import Task
 from kdlora.deploy import benchmark as module
 from kdlora.deploy.benchmark import benchmark
+from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ConfigError, DataError, ModelError
 from kdlora.models.adapters import add_adapter, save_adapter
@@ -19,7 +20,7 @@ from kdlora.models.encoders import load_encoder
 from kdlora.report.plots import plot_benchmark
 
 TASK = Task("single-label", ("text",), ("label",), ("positive", "neutral", "negative"), ("accuracy",))
-QUICK = {"rounds": 2, "threads": 1, "batch_sizes": (4, 8), "grid_batches": (1,), "grid_lengths": (8, 16, 512)}
+QUICK = {"rounds": 2, "threads": 1, "batch_sizes": (4, 8), "grid": ((1, 8), (1, 16), (1, 512))}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def result(classifier_folder, exported):
     model = Classifier.load(classifier_folder())
     labels = [TASK.label2id[prediction.label] for prediction in model.predict(TEXTS)]
     models = {"student": classifier_folder(), "fp32": exported() / "model.onnx", "int8": exported()}
-    return benchmark(models, TEXTS, labels=labels, task=TASK, **QUICK)
+    return benchmark(models, LabelledTexts(TEXTS, labels, TASK), **QUICK)
 
 
 def test_figures_of_all_models(result):
@@ -94,7 +95,7 @@ def test_dead_process_is_named(exported, monkeypatch):
         ([], {}, ConfigError, "at least one model"),
         (["nowhere"], {}, ModelError, "nowhere: no such folder"),
         (["nowhere"], {"rounds": 0}, ConfigError, "must be at least 1"),
-        (["nowhere"], {"labels": [0]}, DataError, "labels need a task, and one label for each text"),
+        (["nowhere"], {"texts": LabelledTexts(["a"], [0])}, DataError, "labels need a task"),
         (["nowhere"], {"texts": ["", "a"]}, DataError, "text 0: the text is empty"),
     ],
 )

@@ -11,17 +11,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
 from deploy_folders import LONG, PAIRS, TEXTS
 from kdlora.data.tasks import Task
 from kdlora.deploy import export as export_module
-from kdlora.deploy import fuse, package, trace
+from kdlora.deploy import package, trace
 from kdlora.deploy.export import ParityError, export_onnx
-from kdlora.deploy.gates import Checks, Gate
+from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError
+
+OTHER = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy",))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -174,10 +177,9 @@ def test_wrong_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_unfused_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
     """Prevents a slow export that nobody notices."""
-    monkeypatch.setattr(fuse, "_fuse_gelu", lambda graph: None)
+    monkeypatch.setattr(trace, "_gelu", torch.nn.functional.gelu)
     with pytest.raises(ModelError, match="0 of 2 GELU"):
         export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
 
@@ -194,7 +196,7 @@ def test_disk_full_leaves_nothing(tmp_path, classifier_folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export_module, "finish_package", fail)
-    monkeypatch.setattr(export_module, "_run_stages", lambda *arguments: None)
+    monkeypatch.setattr(export_module._Way, "go", lambda *arguments: None)
     with pytest.raises(OSError, match="No space left"):
         export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
     assert list(tmp_path.iterdir()) == []
@@ -221,11 +223,10 @@ def test_foreign_folder_is_not_replaced(tmp_path, classifier_folder):
         ({"max_metric_drop": -1}, ConfigError, "0 or more points"),
         ({"texts": ()}, DataError, "must be checked on validation texts"),
         ({"texts": ["good", " "]}, DataError, "validation text 1: the text is empty"),
-        ({"labels": [0, 1]}, DataError, "one label a text, got 2 labels for 60"),
-        ({"labels": [7] * 60}, DataError, "labels do not fit the single-label task"),
+        ({"texts": LabelledTexts(TEXTS, [7] * 60)}, DataError, "labels do not fit the single-label task"),
         ({"max_length": 2}, ModelError, "max_length must be at least 3"),
         (
-            {"task": Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy",))},
+            {"texts": LabelledTexts(TEXTS, None, OTHER)},
             ModelError,
             r"outputs \['negative', 'neutral', 'positive'\], but the task",
         ),
@@ -236,6 +237,12 @@ def test_bad_settings_are_named(tmp_path, classifier_folder, settings, kind, mes
     with pytest.raises(kind, match=message):
         export_onnx(classifier_folder(), tmp_path / "out", **{"texts": TEXTS, **settings})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_are_counted():
+    """Prevents a score of the rows that happen to have a label."""
+    with pytest.raises(DataError, match="one label a text, got 2 labels for 60"):
+        LabelledTexts(TEXTS, [0, 1])
 
 
 def test_missing_extra_is_named(tmp_path, classifier_folder, monkeypatch):
@@ -277,8 +284,7 @@ def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported,
 def test_training_rows_fill_up(tmp_path, classifier_folder, monkeypatch):
     """Prevents an agreement that rests on the few rows of a small validation set."""
     monkeypatch.setattr("kdlora.deploy.gates.ENOUGH_ROWS", 50)
-    result = export_onnx(
-        classifier_folder(), tmp_path / "out", texts=TEXTS[:5], labels=[0] * 5, more_texts=TEXTS[5:], formats=("onnx",)
-    )
+    given = LabelledTexts(TEXTS[:5], [0] * 5)
+    result = export_onnx(classifier_folder(), tmp_path / "out", texts=given, more_texts=TEXTS[5:], formats=("onnx",))
     assert {stage.rows for stage in result.stages} == {50}
     assert not (tmp_path / "out" / "model_quantized.onnx").exists()

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deploy_folders import LONG, PAIRS, TEXTS
-from kdlora.deploy import results
+from kdlora.deploy import stream
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
 from kdlora.errors import ArtifactError, ConfigError, DataError
@@ -23,6 +23,11 @@ from kdlora.errors import ArtifactError, ConfigError, DataError
 @pytest.fixture(scope="module")
 def model(exported):
     return Classifier.load(exported(), precision="fp32")
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(stream, "_WINDOW_ROWS", 10)
 
 
 def _csv(path: Path, rows: list[dict]) -> Path:
@@ -55,7 +60,7 @@ def test_input_order_and_ids(tmp_path, model, suffix):
         path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
     else:
         frame.to_csv(path, index=False, sep="\t" if suffix == ".tsv" else ",")
-    summary = predict_file(model, path, tmp_path / "out.jsonl", window_rows=7)
+    summary = predict_file(model, path, tmp_path / "out.jsonl")
     rows = _read(tmp_path / "out.jsonl")
     assert (summary.rows, summary.errors, summary.resumed) == (len(TEXTS), 0, 0)
     assert [row["id"] for row in rows] == [f"{'' if suffix == '.txt' else 'r'}{n}" for n in range(len(TEXTS))]
@@ -69,7 +74,7 @@ def test_input_order_and_ids(tmp_path, model, suffix):
 def test_outputs_agree(tmp_path, model, source):
     """Prevents a format that drops a column, or rounds the probabilities of another."""
     for suffix in ("jsonl", "csv", "parquet"):
-        predict_file(model, source, tmp_path / f"out.{suffix}", window_rows=25)
+        predict_file(model, source, tmp_path / f"out.{suffix}")
     rows = _read(tmp_path / "out.jsonl")
     table = pd.read_csv(tmp_path / "out.csv")
     parquet = pq.read_table(tmp_path / "out.parquet")
@@ -171,18 +176,19 @@ def test_open_quote_spoils_itself_only_up_to_a_limit(tmp_path, model, monkeypatc
     assert "label" in rows[-1]
 
 
-def test_strict_stops_and_leaves_nothing(tmp_path, model):
+def test_strict_stops_and_leaves_nothing(tmp_path, model, monkeypatch):
     """Prevents an output that looks whole and is not."""
+    monkeypatch.setattr(stream, "_WINDOW_ROWS", 1)
     path = _csv(tmp_path / "in.csv", [{"text": "good"}, {"text": " "}])
     with pytest.raises(DataError, match=r"in.csv: row 1: the text is empty"):
-        predict_file(model, path, tmp_path / "out.csv", strict=True, window_rows=1)
+        predict_file(model, path, tmp_path / "out.csv", strict=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["in.csv"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
     """Prevents doubled or lost rows after a kill, and an output file before the run is whole."""
-    predict_file(model, source, tmp_path / f"whole{suffix}", window_rows=10)
+    predict_file(model, source, tmp_path / f"whole{suffix}")
     out = tmp_path / f"out{suffix}"
 
     def stop(rows: int, fraction: float | None) -> None:
@@ -190,7 +196,7 @@ def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict_file(model, source, out, window_rows=10, progress=stop)
+        predict_file(model, source, out, progress=stop)
     assert not out.exists()
     asked: list[int] = []
     predict_logits = Classifier.predict_logits
@@ -200,7 +206,7 @@ def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
         return predict_logits(self, texts, **settings)
 
     monkeypatch.setattr(Classifier, "predict_logits", count)
-    summary = predict_file(model, source, out, window_rows=10)
+    summary = predict_file(model, source, out)
     assert (summary.rows, summary.resumed) == (60, 30)
     assert sum(asked) == 30
     assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
@@ -214,7 +220,7 @@ def test_stale_parts_are_refused(tmp_path, model, source):
 
     out = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        predict_file(model, source, out, window_rows=10, progress=stop)
+        predict_file(model, source, out, progress=stop)
     _csv(source, [{"id": "x", "text": "another file"}])
     with pytest.raises(ArtifactError, match=r"out.jsonl.partial: holds an interrupted prediction of something else"):
         predict_file(model, source, out)
@@ -228,7 +234,7 @@ def test_full_disk_leaves_no_output(tmp_path, model, source, monkeypatch):
     def fail(self, content, rows, errors):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.PartialResult, "add", fail)
+    monkeypatch.setattr(stream.PartialResult, "add", fail)
     with pytest.raises(OSError, match="No space left"):
         predict_file(model, source, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
@@ -274,8 +280,8 @@ def test_standard_streams(model, monkeypatch, capfdbinary):
 def test_progress_reaches_the_end(tmp_path, model, source):
     """Prevents a bar that stops half-way or runs over."""
     seen: list[tuple[int, float | None]] = []
-    predict_file(model, source, tmp_path / "out.csv", window_rows=20, progress=lambda *at: seen.append(at))
-    assert [rows for rows, _ in seen] == [20, 40, 60]
+    predict_file(model, source, tmp_path / "out.csv", progress=lambda *at: seen.append(at))
+    assert [rows for rows, _ in seen] == [10, 20, 30, 40, 50, 60]
     assert seen[-1][1] == 1.0
 
 
@@ -289,7 +295,7 @@ def test_progress_reaches_the_end(tmp_path, model, source):
         ("in.parquet", "not parquet", {}, DataError, "no readable Parquet file"),
         ("in.csv", "text\na\n", {"input_format": "cvs"}, DataError, "unknown input format 'cvs'.*Did you mean 'csv'"),
         ("in.csv", "text\na\n", {"text": ("a", "b", "c")}, ConfigError, "one text column or the two of a pair"),
-        ("in.csv", "text\na\n", {"window_rows": 0}, ConfigError, "at least 1"),
+        ("in.csv", "text\na\n", {"batch_size": 0}, ConfigError, "at least 1"),
         ("in.csv", "text\na\n", {"to": "out.txt"}, DataError, "expected an output file of .csv"),
         ("in.csv", "text\na\n", {"source": "nowhere.csv"}, DataError, "no such file"),
     ],

@@ -9,8 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploy_folders import TEXTS
 from kdlora.deploy.folder import read_model_folder
-from kdlora.deploy.predict import open_session
-from kdlora.deploy.quantise import BASE, Recipe, excluding, products, quantise, rank_products
+from kdlora.deploy.onnx_backend import open_session
+from kdlora.deploy.quantise import BASE, Recipe, products, quantise, rank_products, recipes
 from kdlora.system.ownership import mark_folder
 
 
@@ -76,9 +76,9 @@ def test_excluded_products_store_their_weights_as_int8(tmp_path):
 
 def test_half_of_the_products_at_most():
     """Prevents "int8" that is fp32 in all but name."""
-    sizes = [len(recipe.excluded) for recipe in excluding([f"p{number}" for number in range(24)])]
-    assert sizes == [1, 2, 4, 8]
-    assert [len(recipe.excluded) for recipe in excluding(["only"])] == [1]
+    sizes = [len(recipe.excluded) for recipe in recipes(lambda: [f"p{number}" for number in range(24)])]
+    assert sizes == [0, 0, 0, 0, 1, 2, 4, 8]
+    assert len(list(recipes(lambda: ["only"]))[-1].excluded) == 1
 
 
 def test_the_product_with_outliers_ranks_first(tmp_path, exported):

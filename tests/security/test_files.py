@@ -97,7 +97,7 @@ def test_what_is_put_between_the_parts_stays(classifier, rows, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("kdlora.deploy.results.PartialResult.finish", cut)
+        patch.setattr("kdlora.deploy.stream.PartialResult.finish", cut)
         with pytest.raises(KeyboardInterrupt):
             predict_file(classifier, rows, tmp_path / "answers.csv")
     if what == "file":

@@ -9,81 +9,58 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from kdlora.deploy.encode import Text
+from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import KdLoraError, ModelError
 from kdlora.system.environment import forget_peak, read_memory
 
+_GRID_REPEATS = 3
+
 
 class Worker:
-    """Carries out the requests of `benchmark`."""
+    """Carries out the requests of `benchmark`, in the model's own process; `load` comes first."""
 
-    def __init__(self) -> None:
-        """Start without a model."""
-        self.classifier: Classifier | None = None
-        self.level = 0
+    classifier: Classifier
+    level = 0
 
-    def load(self, folder: str, threads: int, precision: Any, max_length: int | None) -> dict[str, Any]:
+    def load(self, folder: str, threads: int, max_length: int | None) -> dict[str, Any]:
         """Import what runs the model, then load it; time and memory count from after the imports."""
-        from kdlora.deploy.folder import read_model_folder
-
-        torch_needed = read_model_folder(folder, precision=precision).backend == "transformers"
+        torch_needed = read_model_folder(folder).backend == "transformers"
         importlib.import_module("tokenizers")
         importlib.import_module("kdlora.deploy.torch_backend" if torch_needed else "onnxruntime")
         forget_peak()
         memory = read_memory()
         self.level = memory.resident if memory else 0
-        start = time.perf_counter()
-        self.classifier = Classifier.load(folder, precision=precision, threads=threads, max_length=max_length)
-        self.classifier.predict_logits(["a"])
-        described = self.classifier.folder
-        return {
-            "load_seconds": time.perf_counter() - start,
-            "size_bytes": described.size_bytes,
-            "backend": described.backend,
-            "precision": described.precision,
-            "label_names": list(described.label_names),
-            "kind": described.kind,
-            "max_length": described.max_length,
-        }
 
-    def latency(self, texts: Sequence[Text]) -> list[float]:
-        """Time single texts from text to logits, milliseconds."""
-        model = self._model()
-        times = []
-        for text in texts:
-            start = time.perf_counter()
-            model.predict_logits([text])
-            times.append((time.perf_counter() - start) * 1e3)
-        return times
+        def load() -> None:
+            self.classifier = Classifier.load(folder, threads=threads, max_length=max_length)
+            self.classifier.predict_logits(["a"])
 
-    def throughput(self, texts: Sequence[Text], batch_size: int) -> float:
-        """Time all texts in length-sorted batches, as `predict` makes them, seconds."""
-        start = time.perf_counter()
-        self._model().predict_logits(texts, batch_size=batch_size)
-        return time.perf_counter() - start
+        facts = {"load_seconds": _seconds(load)}
+        names = ("size_bytes", "backend", "precision", "label_names", "kind", "max_length")
+        return facts | {name: getattr(self.classifier.folder, name) for name in names}
 
-    def grid(self, batch_size: int, length: int, repeats: int) -> float:
+    def time(self, batches: Sequence[Sequence[Text]], batch_size: int) -> list[float]:
+        """Time each call from text to logits, in length-sorted batches, as `predict` makes them."""
+        return [_seconds(self.classifier.predict_logits, texts, batch_size=batch_size) for texts in batches]
+
+    def grid(self, batch_size: int, length: int) -> float:
         """Time one batch of full rows, median milliseconds; tokenisation is not part of it."""
-        model = self._model()
         ids = np.random.default_rng(0).integers(10, 100, (batch_size, length), dtype=np.int64)
         arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        inputs = {name: arrays[name] for name in model.encoder.input_names}
-        times = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            model.run(inputs)
-            times.append((time.perf_counter() - start) * 1e3)
-        return float(np.median(times[1:]))
+        inputs = {name: arrays[name] for name in self.classifier.encoder.input_names}
+        times = [_seconds(self.classifier.run, inputs) for _ in range(_GRID_REPEATS + 1)]
+        return float(np.median(times[1:])) * 1e3
 
     def logits(self, texts: Sequence[Text]) -> list[list[float]]:
         """Give the logits, for the score."""
-        found: list[list[float]] = self._model().predict_logits(texts).tolist()
+        found: list[list[float]] = self.classifier.predict_logits(texts).tolist()
         return found
 
     def memory(self) -> int | None:
@@ -91,11 +68,11 @@ class Worker:
         memory = read_memory()
         return memory.high_water - self.level if memory else None
 
-    def _model(self) -> Classifier:
-        """Give the loaded model."""
-        if self.classifier is None:
-            raise RuntimeError("load comes first")
-        return self.classifier
+
+def _seconds(call: Callable[..., object], *arguments: Any, **settings: Any) -> float:
+    start = time.perf_counter()
+    call(*arguments, **settings)
+    return time.perf_counter() - start
 
 
 def serve() -> None:
@@ -114,21 +91,20 @@ def serve() -> None:
         answers.flush()
 
 
-if __name__ == "__main__":
-    serve()
-
-
 class ModelProcess:
-    """A model's process, seen from the benchmark.
+    """A model's process, seen from the benchmark."""
 
-    Attributes:
-        name: of the model.
-        process: it runs `benchmark_worker`.
-    """
-
-    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+    def __init__(self, name: str, threads: int) -> None:
+        """Start it."""
         self.name = name
-        self.process = process
+        limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "kdlora.deploy.benchmark_worker"],  # not from the current folder
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **limits, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
 
     def ask(self, do: str, **arguments: Any) -> Any:
         """Send one request and wait for its answer."""
@@ -146,33 +122,14 @@ class ModelProcess:
             raise ModelError(answer["error"])
         return answer["value"]
 
-
-@contextlib.contextmanager
-def model_process(name: str, threads: int) -> Iterator[ModelProcess]:
-    """Start a process for one model, and end it."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "RAYON_NUM_THREADS": str(threads),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "kdlora.deploy.benchmark_worker"],  # not from the current folder
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    try:
-        yield ModelProcess(name, process)
-    finally:
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+    def close(self) -> None:
+        """End it, by closing its input."""
         try:
-            process.wait(timeout=10)
+            self.process.communicate(timeout=10)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            self.process.kill()
+            self.process.communicate()
+
+
+if __name__ == "__main__":
+    serve()

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
 
 Text = str | tuple[str, str]
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""Names of the arrays that a text becomes."""
 
 _CHARACTERS_PER_TOKEN = 100
 _LEAST_CHARACTERS = 20_000
@@ -24,15 +26,15 @@ _LEAST_CHARACTERS = 20_000
 class TextEncoder:
     """A tokenizer with fixed truncation; it is never changed after construction, so threads may share it."""
 
-    def __init__(self, folder: ModelFolder, input_names: Sequence[str], tokenizer: str | None = None) -> None:
-        """Load `tokenizer.json`, or take a tokenizer that transformers built."""
+    def __init__(self, folder: ModelFolder, input_names: Sequence[str], tokenizer_json: str) -> None:
+        """Take the content of a `tokenizer.json`."""
         self.input_names = tuple(input_names)
         if "input_ids" not in self.input_names:
             raise ModelError(f"{folder.path}: the model does not take input_ids, so it reads no text.")
         self.max_length = folder.max_length
         self.most_characters = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TOKEN * folder.max_length)
         self._path = folder.path / TOKENIZER
-        self._tokenizer = _load_tokenizer(self._path, tokenizer)
+        self._tokenizer = _load_tokenizer(self._path, tokenizer_json)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(folder.max_length, strategy="longest_first")
         self._pad = _pad_token_id(folder, self._tokenizer)
@@ -112,7 +114,7 @@ def spread(texts: Sequence[Text], count: int) -> list[Text]:
     return [texts[row] for row in np.linspace(0, len(texts) - 1, min(count, len(texts)), dtype=int)]
 
 
-def _load_tokenizer(path: Path, content: str | None) -> Any:
+def _load_tokenizer(path: Path, content: str) -> Any:
     """Load a tokenizer file; the library raises a bare Exception for a damaged one."""
     try:
         from tokenizers import Tokenizer
@@ -120,7 +122,7 @@ def _load_tokenizer(path: Path, content: str | None) -> Any:
         raise KdLoraError("tokenizers is not installed: pip install 'kdlora[serve]'") from None
     try:
         with panics_as_errors():
-            return Tokenizer.from_file(str(path)) if content is None else Tokenizer.from_str(content)
+            return Tokenizer.from_str(content)
     except Exception as error:
         raise ArtifactError(f"{path}: the tokenizer cannot be read: {error}") from None
 

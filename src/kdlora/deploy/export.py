@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
-
-from kdlora.data.tasks import Task
+from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.deploy.encode import Text
 from kdlora.deploy.folder import ONNX_FP32, ONNX_INT8, ModelFolder, read_model_folder
-from kdlora.deploy.gates import Checks, Gate, reference_checks
+from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.deploy.package import OPSET, check_target, finish_package, start_package
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError, did_you_mean
 from kdlora.report.shipped import Export, Parity
@@ -22,7 +20,6 @@ from kdlora.system.ownership import remove
 from kdlora.system.storage import atomic_folder
 
 if TYPE_CHECKING:
-    from kdlora.deploy.quantise import Recipe
     from kdlora.deploy.torch_backend import TorchBackend
 
 logger = logging.getLogger(__name__)
@@ -33,11 +30,6 @@ Progress = Callable[[str], None]
 FP32_TOLERANCE = 1e-4
 """Largest difference of fp32 logits; for regression, relative to the largest output above 1."""
 _FILES = {"onnx": ONNX_FP32, "onnx-int8": ONNX_INT8}
-_DEFAULT_METRICS = {
-    "single-label": ("accuracy",),
-    "regression": ("pearson", "spearman"),
-    "multi-label": ("micro_f1",),
-}
 
 
 class ParityError(ArtifactError):
@@ -53,59 +45,29 @@ class ParityError(ArtifactError):
         self.result = result
 
 
-@dataclass(frozen=True)
-class ExportResult:
-    """What an export wrote.
+@dataclass(frozen=True, kw_only=True)
+class ExportResult(Export):
+    """What an export wrote, and how: stages, attempts, recipe, failure and fused operators, as its record has them.
 
     Attributes:
         folder: the new model folder.
         files: format to file.
-        stages: the figures of each stage that passed, in order.
-        attempts: those of the stages and recipes of quantisation that did not.
-        fused: fused operator to count.
-        recipe: the recipe of quantisation that passed; empty without int8.
-        opset: of the standard operators.
         size_bytes: format to bytes.
         temperature: of the calibration that the folder applies; 1 without one.
     """
 
     folder: Path
     files: dict[str, Path]
-    stages: tuple[Parity, ...]
-    attempts: tuple[Parity, ...]
-    fused: dict[str, int]
-    recipe: str
-    opset: int
     size_bytes: dict[str, int]
     temperature: float
-
-
-@dataclass
-class _Progress:
-    """How far an export has come: what passed, what did not, and why it ended."""
-
-    stages: list[Parity] = field(default_factory=list)
-    attempts: list[Parity] = field(default_factory=list)
-    files: dict[str, Path] = field(default_factory=dict)
-    fused: dict[str, int] = field(default_factory=dict)
-    recipe: str = ""
-    failure: str = ""
-
-    def record(self) -> dict[str, Any]:
-        """Give what the export's record says of the way."""
-        stages, attempts = tuple(self.stages), tuple(self.attempts)
-        return asdict(Export(stages, attempts, self.recipe, self.failure, self.fused, OPSET))
 
 
 def export_onnx(
     model_folder: str | Path,
     to: str | Path,
     *,
-    texts: Sequence[Text] = (),
-    labels: Sequence[Any] | np.ndarray | None = None,
-    groups: Sequence[str] | None = None,
+    texts: Sequence[Text] | LabelledTexts = (),
     more_texts: Sequence[Text] = (),
-    task: Task | None = None,
     formats: Sequence[Format] = ("onnx", "onnx-int8"),
     max_length: int | None = None,
     max_metric_drop: float = 0.5,
@@ -122,11 +84,9 @@ def export_onnx(
     Args:
         model_folder: a merged model, such as an experiment's `student`.
         to: the folder to write; it appears whole or not at all. An earlier export there is replaced.
-        texts: validation texts, or pairs as tuples.
-        labels: label indices, values, or 0/1 rows of `texts`; without them no score is checked.
-        groups: group of each text (MNLI).
+        texts: validation texts; without labels no score is checked. The task is by default what the folder records,
+            or one of the kind that config.json states.
         more_texts: training texts, compared too where there are fewer than 2,000 validation texts.
-        task: columns and score metrics; by default those of the kind that config.json states.
         formats: which files to keep.
         max_length: longest input in tokens, recorded for prediction; by default what the tokenizer says.
         max_metric_drop: points that int8 may lose.
@@ -145,102 +105,115 @@ def export_onnx(
     """
     say = progress or (lambda step: logger.info("%s", step))
     gate = _check_settings(formats, max_metric_drop, min_agreement)
-    folder = _source_folder(model_folder, max_length)
+    folder = read_model_folder(model_folder, max_length=max_length)
+    if folder.backend != "transformers":
+        raise ModelError(
+            f"{folder.path}: expected a transformers folder (model.safetensors), got one that is exported already."
+        )
     target = check_target(Path(to), folder)
-    _require_tools()
-    from kdlora.deploy.torch_backend import TorchBackend
-
-    if "onnx-int8" in formats and not len(texts):
+    require_tools()
+    given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts)
+    if "onnx-int8" in formats and not len(given.texts):
         raise DataError(
             "int8 must be checked on validation texts, and there are none. Give texts, or formats=('onnx',)."
         )
-    settled = _settle_task(folder, task)
+    task = _settle_task(folder, given.task)
     say("PyTorch reference")
-    backend = TorchBackend.load(folder)
-    checks = reference_checks(settled, folder, backend, texts, labels, groups=groups, more_texts=more_texts)
-    done = _Progress()
+    from kdlora.deploy.torch_backend import TorchBackend
+
+    backend = TorchBackend(folder)
     with atomic_folder(target) as work:
         start_package(work, folder, backend.tokenizer)
-        _run_stages(done, checks, backend, work, formats, gate, say)
-        finish_package(work, folder, settled, _kept(done, formats), done.record())
-    result = _result(target, folder, done, formats)
-    if done.failure:
-        raise ParityError(f"{target}: {done.failure}. Kept: {', '.join(result.files)}.", result)
+        way = _Way(Checks(task, folder, backend, given, more_texts), work, say)
+        way.go(backend, gate if "onnx-int8" in formats else None)
+        # A failed stage leaves the one before it, asked for or not.
+        kept = {name: way.files[name] for name in formats if name in way.files} or way.files
+        record = Export(tuple(way.stages), tuple(way.attempts), way.recipe, way.failure, way.fused, OPSET)
+        finish_package(work, folder, task, {_FILES[name]: file for name, file in kept.items()}, asdict(record))
+    files = {name: target / _FILES[name] for name in kept}
+    result = ExportResult(
+        **vars(record),
+        folder=target,
+        files=files,
+        size_bytes={name: path.stat().st_size for name, path in files.items()},
+        temperature=folder.temperature,
+    )
+    if way.failure:
+        raise ParityError(f"{target}: {way.failure}. Kept: {', '.join(files)}.", result)
     return result
 
 
-def _run_stages(
-    done: _Progress,
-    checks: Checks,
-    backend: TorchBackend,
-    work: Path,
-    formats: Sequence[str],
-    gate: Gate,
-    say: Progress,
-) -> None:
-    """Go from stage to stage; the first that does not hold ends the way."""
-    from kdlora.deploy.fuse import fuse
-    from kdlora.deploy.trace import ONE_OPERATOR_FAMILIES, capture
+class _Way:
+    """The way of an export from stage to stage: what passed, what did not, and why it ended."""
 
-    config = backend.model.config
-    exact = Gate(largest_difference=FP32_TOLERANCE)
-    say("capturing the graph")
-    captured, optimised = work / "captured.onnx", work / ONNX_FP32
-    capture(backend.model, backend.input_names, captured)
-    parity = checks.judge("onnx", captured, exact, optimised=False)
-    if not parity.passed:
-        raise ModelError(
-            f"{checks.folder.path}: the exported graph does not reproduce the PyTorch model: {parity.reason}. The "
-            f"family {config.model_type!r} cannot be exported with the installed torch and transformers."
-        )
-    done.stages.append(parity)
-    done.files["onnx"] = captured
-    say("optimising the graph")
-    done.fused = fuse(
-        captured,
-        optimised,
-        layers=config.num_hidden_layers,
-        attention=config.model_type in ONE_OPERATOR_FAMILIES,
-        gelu=_activation(config) == "gelu",
-    )
-    parity = checks.judge("onnx-optimised", optimised, exact)
-    if not parity.passed:
-        done.attempts.append(parity)
-        done.failure = f"the optimised graph does not reproduce the captured one: {parity.reason}"
-        return
-    done.stages.append(parity)
-    done.files["onnx"] = optimised
-    if "onnx-int8" in formats:
-        _quantise(done, checks, optimised, work / ONNX_INT8, gate, say)
+    def __init__(self, checks: Checks, work: Path, say: Progress) -> None:
+        self.checks, self.work, self.say = checks, work, say
+        self.stages: list[Parity] = []
+        self.attempts: list[Parity] = []
+        self.files: dict[str, Path] = {}
+        self.fused: dict[str, int] = {}
+        self.recipe = self.failure = ""
 
+    def go(self, backend: TorchBackend, int8: Gate | None) -> None:
+        """Go on to the first stage that does not hold."""
+        exact = Gate(largest_difference=FP32_TOLERANCE)
+        captured = self._capture(backend, exact)
+        if self._optimise(backend, captured, exact) and int8 is not None:
+            self._quantise(int8)
 
-def _quantise(done: _Progress, checks: Checks, optimised: Path, to: Path, gate: Gate, say: Progress) -> None:
-    """Try the recipes in order until one passes the gate."""
-    from kdlora.deploy.quantise import quantise
-
-    for recipe in _recipes(checks, optimised, say):
-        say(f"int8: {recipe.name}")
-        quantise(optimised, to, recipe)
-        parity = checks.judge(f"onnx-int8 ({recipe.name})", to, gate)
+    def _passes(self, parity: Parity, format_name: str, file: Path) -> bool:
+        (self.stages if parity.passed else self.attempts).append(parity)
         if parity.passed:
-            done.stages.append(parity)
-            done.files["onnx-int8"] = to
-            done.recipe = recipe.name
-            return
-        logger.info("int8, %s: %s", recipe.name, parity.reason)
-        done.attempts.append(parity)
-    remove(to)
-    best = max(done.attempts, key=lambda parity: parity.agreement)
-    done.failure = f"int8 does not hold with any remedy; the closest was {best.stage}: {best.reason}"
+            self.files[format_name] = file
+        return parity.passed
 
+    def _capture(self, backend: TorchBackend, exact: Gate) -> Path:
+        from kdlora.deploy.trace import capture
 
-def _recipes(checks: Checks, optimised: Path, say: Progress) -> Iterator[Recipe]:
-    """Give the recipes; the sensitivity of the products is measured only when the first ones have failed."""
-    from kdlora.deploy.quantise import excluding, rank_products, recipes
+        self.say("capturing the graph")
+        captured = self.work / "captured.onnx"
+        capture(backend.model, backend.input_names, captured)
+        parity = self.checks.judge("onnx", captured, exact, optimised=False)
+        if not self._passes(parity, "onnx", captured):
+            raise ModelError(
+                f"{self.checks.folder.path}: the exported graph does not reproduce the PyTorch model: {parity.reason}. "
+                f"The family {backend.model.config.model_type!r} cannot be exported with the installed torch and "
+                "transformers."
+            )
+        return captured
 
-    yield from recipes()
-    say("int8: measuring which products are sensitive")
-    yield from excluding(rank_products(optimised, checks.folder, checks.texts))
+    def _optimise(self, backend: TorchBackend, captured: Path, exact: Gate) -> bool:
+        from kdlora.deploy.fuse import fuse
+
+        self.say("optimising the graph")
+        optimised = self.work / ONNX_FP32
+        self.fused = fuse(captured, optimised, backend.model.config)
+        parity = self.checks.judge("onnx-optimised", optimised, exact)
+        if not parity.passed:
+            self.failure = f"the optimised graph does not reproduce the captured one: {parity.reason}"
+        return self._passes(parity, "onnx", optimised)
+
+    def _quantise(self, gate: Gate) -> None:
+        """Try the recipes in order until one passes the gate."""
+        from kdlora.deploy.quantise import quantise, rank_products, recipes
+
+        optimised, to = self.files["onnx"], self.work / ONNX_INT8
+
+        def rank() -> list[str]:
+            self.say("int8: measuring which products are sensitive")
+            return rank_products(optimised, self.checks.folder, self.checks.texts)
+
+        for recipe in recipes(rank):
+            self.say(f"int8: {recipe.name}")
+            quantise(optimised, to, recipe)
+            parity = self.checks.judge(f"onnx-int8 ({recipe.name})", to, gate)
+            if self._passes(parity, "onnx-int8", to):
+                self.recipe = recipe.name
+                return
+            logger.info("int8, %s: %s", recipe.name, parity.reason)
+        remove(to)
+        best = max(self.attempts, key=lambda parity: parity.agreement)
+        self.failure = f"int8 does not hold with any remedy; the closest was {best.stage}: {best.reason}"
 
 
 def _check_settings(formats: Sequence[str], max_metric_drop: float, min_agreement: float) -> Gate:
@@ -260,22 +233,12 @@ def _check_settings(formats: Sequence[str], max_metric_drop: float, min_agreemen
     return Gate(agreement=min_agreement, drop=max_metric_drop)
 
 
-def _source_folder(model_folder: str | Path, max_length: int | None) -> ModelFolder:
-    """Read the folder to export, which must hold PyTorch weights."""
-    folder = read_model_folder(model_folder, max_length=max_length)
-    if folder.backend != "transformers":
-        raise ModelError(
-            f"{folder.path}: expected a transformers folder (model.safetensors), got one that is exported already."
-        )
-    return folder
-
-
 def _settle_task(folder: ModelFolder, task: Task | None) -> Task:
     """Take the task that is given or recorded, or the defaults of the model's kind."""
     if task is None and folder.task is not None:
         task = Task.from_dict(folder.task)
     if task is None:
-        return Task(folder.kind, ("text",), ("label",), folder.label_names, _DEFAULT_METRICS[folder.kind])
+        return Task(folder.kind, ("text",), ("label",), folder.label_names, DEFAULT_METRICS[folder.kind])
     if task.kind != folder.kind or (task.kind != "regression" and task.label_names != folder.label_names):
         raise ModelError(
             f"{folder.path}: the model gives {folder.kind} outputs {list(folder.label_names)}, but the task is "
@@ -284,37 +247,12 @@ def _settle_task(folder: ModelFolder, task: Task | None) -> Task:
     return task
 
 
-def _require_tools() -> None:
+def missing_tools() -> list[str]:
+    """Name the packages of the extra that are not installed."""
+    return [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+
+
+def require_tools() -> None:
     """Name the extra that is missing before any work is done."""
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_tools():
         raise KdLoraError(f"{', '.join(missing)} not installed, needed for export: pip install 'kdlora[onnx]'")
-
-
-def _activation(config: Any) -> str:
-    """Name the activation of the feed-forward layers; families spell the setting in three ways."""
-    names = ("hidden_act", "activation", "hidden_activation")
-    return next((str(getattr(config, name)) for name in names if getattr(config, name, None)), "")
-
-
-def _kept(done: _Progress, formats: Sequence[str]) -> dict[str, Path]:
-    """Choose the files to keep; a failed stage leaves the one before it, asked for or not."""
-    kept = {name: done.files[name] for name in formats if name in done.files}
-    return {_FILES[name]: path for name, path in (kept or done.files).items()}
-
-
-def _result(target: Path, folder: ModelFolder, done: _Progress, formats: Sequence[str]) -> ExportResult:
-    """Describe the folder that is in its place now."""
-    names = {file: name for name, file in _FILES.items()}
-    files = {names[file]: target / file for file in _kept(done, formats)}
-    return ExportResult(
-        folder=target,
-        files=files,
-        stages=tuple(done.stages),
-        attempts=tuple(done.attempts),
-        fused=done.fused,
-        recipe=done.recipe,
-        opset=OPSET,
-        size_bytes={name: path.stat().st_size for name, path in files.items()},
-        temperature=folder.temperature,
-    )

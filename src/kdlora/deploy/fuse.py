@@ -1,19 +1,18 @@
-"""Fuse the captured graph: packed attention, biased GELU, layer norm, and the runtime's own optimisations."""
+"""Fuse the captured graph: packed attention, layer norm, and the runtime's own optimisations."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnx import numpy_helper
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from transformers import PretrainedConfig
 
+from kdlora.deploy.trace import ONE_OPERATOR_FAMILIES
 from kdlora.errors import ModelError
 
-_MICROSOFT = "com.microsoft"
 _FUSED = ("Attention", "MultiHeadAttention", "BiasGelu", "Gelu", "LayerNormalization")
 
 # Left out of the runtime's optimisations. On a CPU its fused residual and layer norm takes several times as long as
@@ -28,106 +27,37 @@ _DISABLED = (
 )
 
 
-class Graph:
-    """An ONNX graph with the look-ups that rewriting needs; rebuilt by `refresh` after a change."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        """Index a model."""
-        self.model = model
-        self.graph = model.graph
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Index the nodes again."""
-        self.producers = {name: node for node in self.graph.node for name in node.output}
-        self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
-        self.consumers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.graph.node:
-            for name in node.input:
-                self.consumers.setdefault(name, []).append(node)
-
-    def producer(self, name: str, *kinds: str) -> onnx.NodeProto | None:
-        """Give the node that makes a value, if it is of one of the kinds."""
-        node = self.producers.get(name)
-        return node if node is not None and node.op_type in kinds else None
-
-    def only_consumer(self, name: str, *kinds: str) -> onnx.NodeProto | None:
-        """Give the one node that reads a value, if it is of one of the kinds and no graph output reads it too."""
-        nodes = self.consumers.get(name, [])
-        is_output = any(value.name == name for value in self.graph.output)
-        return nodes[0] if len(nodes) == 1 and not is_output and nodes[0].op_type in kinds else None
-
-    def constant(self, name: str) -> np.ndarray | None:
-        """Give the value of a weight or constant node."""
-        if name in self.weights:
-            return np.asarray(numpy_helper.to_array(self.weights[name]))
-        node = self.producer(name, "Constant")
-        if node is None or node.attribute[0].name != "value":
-            return None
-        return np.asarray(numpy_helper.to_array(node.attribute[0].t))
-
-    def is_scalar(self, name: str, value: float) -> bool:
-        """Say whether a value is this constant number."""
-        array = self.constant(name)
-        return array is not None and array.size == 1 and math.isclose(float(array.ravel()[0]), value, rel_tol=1e-5)
-
-    def add_weight(self, name: str, array: np.ndarray) -> str:
-        """Add a weight and give its name."""
-        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
-
-    def replace(self, last: onnx.NodeProto, new: onnx.NodeProto) -> None:
-        """Put a node that makes the same output in the place of another."""
-        position = next(index for index, node in enumerate(self.graph.node) if node is last)
-        self.graph.node.remove(last)
-        self.graph.node.insert(position, new)
-        self.refresh()
-
-    def drop_unused(self) -> None:
-        """Remove nodes and weights that nothing reads."""
-        outputs = {value.name for value in self.graph.output}
-        while True:
-            read = outputs | {name for node in self.graph.node for name in node.input}
-            idle = [node for node in self.graph.node if not any(name in read for name in node.output)]
-            if not idle:
-                break
-            for node in idle:
-                self.graph.node.remove(node)
-        kept = [tensor for tensor in self.graph.initializer if tensor.name in read]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(kept)
-        self.refresh()
-
-
-def fuse(source: Path, to: Path, *, layers: int, attention: bool, gelu: bool) -> dict[str, int]:
+def fuse(source: Path, to: Path, config: PretrainedConfig) -> dict[str, int]:
     """Optimise a captured graph and count what was fused."""
-    graph = Graph(onnx.load(source))
-    _name_dimensions(graph.model)
-    _drop_reshapes_around_attention(graph)
-    _pack_attention(graph)
-    _fuse_gelu(graph)
-    graph.drop_unused()
-    onnx.save(graph.model, to)
+    model = ir.load(source)
+    _name_dimensions(model.graph)
+    for node in [node for node in model.graph if node.op_type == "MultiHeadAttention"]:
+        _drop_reshapes(node)
+        _pack(model.graph, node)
+    RemoveUnusedNodesPass()(model)
+    ir.save(model, to)
     optimise(to, to)
-    counts = count_fused(onnx.load(to, load_external_data=False))
+    found = Counter(node.op_type for node in ir.load(to).graph)
+    layers = config.num_hidden_layers
+    attention = layers if config.model_type in ONE_OPERATOR_FAMILIES else 0
     expected = {
-        "attention": (layers if attention else 0, counts["Attention"] + counts["MultiHeadAttention"]),
-        "GELU": (layers if gelu else 0, counts["BiasGelu"] + counts["Gelu"]),
-        "layer norm": (2 * layers - 1, counts["LayerNormalization"]),
+        "attention": (attention, found["Attention"] + found["MultiHeadAttention"]),
+        "GELU": (layers if _activation(config) == "gelu" else 0, found["BiasGelu"] + found["Gelu"]),
+        "layer norm": (2 * layers - 1, found["LayerNormalization"]),
     }
-    short = [f"{found} of {wanted} {name}" for name, (wanted, found) in expected.items() if found < wanted]
+    short = [f"{count} of {wanted} {name}" for name, (wanted, count) in expected.items() if count < wanted]
     if short:
         raise ModelError(
             f"graph optimisation found {' and '.join(short)} operators in {layers} layers; the installed torch or "
             "transformers writes this family in another way. Please report it with both versions."
         )
-    return counts
-
-
-def count_fused(model: onnx.ModelProto) -> dict[str, int]:
-    """Count the fused operators of a graph."""
-    found = Counter(node.op_type for node in model.graph.node)
     return {name: found[name] for name in _FUSED}
+
+
+def _activation(config: PretrainedConfig) -> str:
+    """Name the activation of the feed-forward layers; families spell the setting in three ways."""
+    names = ("hidden_act", "activation", "hidden_activation")
+    return next((str(getattr(config, name)) for name in names if getattr(config, name, None)), "")
 
 
 def optimise(source: Path, to: Path) -> None:
@@ -138,128 +68,95 @@ def optimise(source: Path, to: Path) -> None:
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(to)
+    content = source.read_bytes()  # which may be the file that is written
     onnxruntime.InferenceSession(
-        source.read_bytes() if source == to else str(source),
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=list(_DISABLED),
+        content, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(_DISABLED)
     )
 
 
-def _name_dimensions(model: onnx.ModelProto) -> None:
+def _name_dimensions(graph: ir.Graph) -> None:
     """Name the free dimensions; the exporter gives each input numbered ones of its own."""
-    for value in (*model.graph.input, *model.graph.output):
-        names = ("batch", "length") if value.name != "logits" else ("batch",)
-        for dimension, name in zip(value.type.tensor_type.shape.dim, names, strict=False):
-            dimension.dim_param = name
-    del model.graph.value_info[:]
+    for value in graph.inputs:
+        value.shape = ir.Shape(["batch", "length"])
+    for value in graph.outputs:
+        value.shape = ir.Shape(["batch", *list(value.shape or ())[1:]])
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.type = value.shape = None
 
 
-def _attentions(graph: Graph) -> Iterator[onnx.NodeProto]:
-    """Give the attention nodes; the list is taken before anything is changed."""
-    yield from [node for node in graph.graph.node if node.op_type == "MultiHeadAttention"]
-
-
-def _drop_reshapes_around_attention(graph: Graph) -> None:
+def _drop_reshapes(attention: ir.Node) -> None:
     """Undo the split into heads and back that transformers' interface makes and the operator does not need."""
-    for node in _attentions(graph):
-        for position in range(3):
-            name = node.input[position]
-            while (reshape := graph.producer(name, "Reshape")) is not None:
-                name = reshape.input[0]
-            # Two reshapes undo each other only where they start from a matrix product's (batch, length, width).
-            if graph.producer(name, "Add", "MatMul") is not None:
-                node.input[position] = name
-        last = node.output[0]
-        while (reshape := graph.only_consumer(last, "Reshape")) is not None:
-            last = reshape.output[0]
-        if last != node.output[0] and graph.only_consumer(last, "MatMul") is not None:
-            for consumer in graph.consumers[last]:
-                consumer.input[:] = [node.output[0] if name == last else name for name in consumer.input]
-        graph.refresh()
+    for position in range(3):
+        value = attention.inputs[position]
+        while value is not None and (reshape := _made_by(value, "Reshape")) is not None:
+            value = reshape.inputs[0]
+        # Two reshapes undo each other only where they start from a matrix product's (batch, length, width).
+        if value is not None and _made_by(value, "Add", "MatMul") is not None:
+            attention.replace_input_with(position, value)
+    first = last = attention.outputs[0]
+    while (after := _only_consumer(last)) is not None and after.op_type == "Reshape":
+        last = after.outputs[0]
+    if last is not first and after is not None and after.op_type == "MatMul":
+        last.replace_all_uses_with(first)
 
 
-def _pack_attention(graph: Graph) -> None:
+def _made_by(value: ir.Value, *kinds: str) -> ir.Node | None:
+    node = value.producer()
+    return node if node is not None and node.op_type in kinds else None
+
+
+def _only_consumer(value: ir.Value) -> ir.Node | None:
+    readers = [usage.node for usage in value.uses()]
+    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+
+
+def _pack(graph: ir.Graph, attention: ir.Node) -> None:
     """Join the projections of query, key and value into one product, inside `Attention`.
 
     Only where they read the same input and nothing but padding is masked: the quantised form takes no bias.
     """
-    for node in _attentions(graph):
-        if len(node.input) > 5 and node.input[5]:
-            continue
-        parts = [_projection(graph, name) for name in node.input[:3]]
-        found = [part for part in parts if part is not None]
-        if len(found) < 3 or len({part[0] for part in found}) != 1:
-            continue
-        name = node.output[0]
-        weight = graph.add_weight(f"{name}.qkv.weight", np.concatenate([part[1] for part in found], axis=1))
-        bias = graph.add_weight(f"{name}.qkv.bias", np.concatenate([part[2] for part in found]))
-        packed = onnx.helper.make_node(
-            "Attention",
-            [found[0][0], weight, bias, *([node.input[4]] if len(node.input) > 4 else [])],
-            [name],
-            name=f"Attention_{name}",
-            domain=_MICROSOFT,
-        )
-        packed.attribute.extend(node.attribute)
-        graph.replace(node, packed)
+    inputs = [*attention.inputs, *[None] * 6]
+    parts = [part for value in inputs[:3] if (part := _projection(value)) is not None]
+    if inputs[5] is not None or len(parts) < 3 or len({id(part[0]) for part in parts}) > 1:
+        return
+    name = attention.outputs[0].name
+    weight = add_weight(graph, f"{name}.qkv.weight", np.concatenate([part[1] for part in parts], axis=1))
+    bias = add_weight(graph, f"{name}.qkv.bias", np.concatenate([part[2] for part in parts]))
+    packed = ir.node(
+        "Attention",
+        [parts[0][0], weight, bias, inputs[4]],
+        {key: attribute.value for key, attribute in attention.attributes.items()},
+        domain="com.microsoft",
+        name=f"Attention_{name}",
+    )
+    ir.convenience.replace_nodes_and_values(graph, attention, [attention], [packed], attention.outputs, packed.outputs)
 
 
-def _projection(graph: Graph, name: str) -> tuple[str, np.ndarray, np.ndarray] | None:
+def _projection(value: ir.Value | None) -> tuple[ir.Value, np.ndarray, np.ndarray] | None:
     """Take `x @ weight + bias` apart: (x, weight, bias)."""
-    add = graph.producer(name, "Add")
+    add = None if value is None else _made_by(value, "Add")
     if add is None:
         return None
-    for product, other in (tuple(add.input), tuple(reversed(add.input))):
-        node = graph.producer(product, "MatMul")
-        bias = graph.constant(other)
-        weight = graph.constant(node.input[1]) if node is not None else None
-        if node is not None and weight is not None and bias is not None and bias.ndim == 1:
-            return node.input[0], weight, bias
-    return None
-
-
-def _fuse_gelu(graph: Graph) -> None:
-    """Replace the five nodes of an exact GELU together with the bias before it."""
-    for node in [node for node in graph.graph.node if node.op_type == "Erf"]:
-        found = _match_gelu(graph, node)
-        if found is None:
+    for product, other in (tuple(add.inputs), tuple(reversed(add.inputs))):
+        node = None if product is None else _made_by(product, "MatMul")
+        if node is None or node.inputs[0] is None:
             continue
-        name, last = found
-        add = graph.producer(name, "Add")
-        biases = [] if add is None else [part for part in add.input if _is_vector(graph, part)]
-        if add is not None and len(biases) == 1 and len(graph.consumers[name]) <= 2:
-            value = next(part for part in add.input if part != biases[0])
-            new = onnx.helper.make_node("BiasGelu", [value, biases[0]], [last.output[0]], domain=_MICROSOFT)
-        else:
-            new = onnx.helper.make_node("Gelu", [name], [last.output[0]], domain=_MICROSOFT)
-        new.name = f"Gelu_{last.output[0]}"
-        graph.replace(last, new)
-
-
-def _is_vector(graph: Graph, name: str) -> bool:
-    """Say whether a value is a constant vector, as a bias is."""
-    array = graph.constant(name)
-    return array is not None and array.ndim == 1 and array.size > 1
-
-
-def _match_gelu(graph: Graph, erf: onnx.NodeProto) -> tuple[str, onnx.NodeProto] | None:
-    """Match x * (0.5 * (1 + erf(x / sqrt 2))) in the orders that the exporter writes: (x, the last node)."""
-    scaled = graph.producer(erf.input[0], "Div", "Mul")
-    if scaled is None:
-        return None
-    factor = math.sqrt(2.0) if scaled.op_type == "Div" else math.sqrt(0.5)
-    if not graph.is_scalar(scaled.input[1], factor):
-        return None
-    value = scaled.input[0]
-    plus = graph.only_consumer(erf.output[0], "Add")
-    if plus is None or not any(graph.is_scalar(name, 1.0) for name in plus.input):
-        return None
-    first = graph.only_consumer(plus.output[0], "Mul")
-    second = graph.only_consumer(first.output[0], "Mul") if first is not None else None
-    if first is None or second is None:
-        return None
-    others = {*first.input, *second.input} - {plus.output[0], first.output[0]}
-    if value in others and any(graph.is_scalar(name, 0.5) for name in others - {value}):
-        return value, second
+        weight, bias = constant(node.inputs[1]), constant(other)
+        if weight is not None and bias is not None and bias.ndim == 1:
+            return node.inputs[0], weight, bias
     return None
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """Give a weight, or the value of a constant node."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def add_weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Add a weight."""
+    value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+    graph.register_initializer(value)
+    return value

@@ -5,27 +5,57 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kdlora.data.tasks import Task
 from kdlora.deploy.encode import Text, check_text
 from kdlora.deploy.folder import ModelFolder
-from kdlora.deploy.predict import Classifier, OnnxBackend
+from kdlora.deploy.onnx_backend import OnnxBackend
+from kdlora.deploy.predict import Backend, Classifier
 from kdlora.errors import DataError
-from kdlora.evidence.metrics import check_arrays, compute_metrics, predict_labels, score
+from kdlora.evidence.metrics import compute_metrics, predict_labels, score
 from kdlora.evidence.stats import PairedArms, contrast
 from kdlora.report.shipped import Parity
-
-if TYPE_CHECKING:
-    from kdlora.deploy.torch_backend import TorchBackend
 
 ENOUGH_ROWS = 2_000
 """Where validation has fewer rows, training rows fill up to this many."""
 _REGRESSION_SHARE = 0.1
-_DRAWS = 2_000
 _PROBES = ("a", "one short text", "a longer text of a dozen words or so, with 2 digits!", "long " * 600)
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts to judge a model on, and what is right for them.
+
+    Attributes:
+        texts: texts, or pairs as tuples.
+        labels: label index, value or 0/1 row of each text; without them no score is computed.
+        task: columns and score metrics.
+        groups: group of each text (MNLI).
+    """
+
+    texts: Sequence[Text]
+    labels: Sequence[Any] | np.ndarray | None = None
+    task: Task | None = None
+    groups: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Count the labels."""
+        if self.labels is not None and (len(self.labels) != len(self.texts) or not len(self.labels)):
+            raise DataError(f"expected one label a text, got {len(self.labels)} labels for {len(self.texts)} texts.")
+
+    def checked_texts(self, noun: str) -> list[Text]:
+        """Give the texts; an empty one is refused by its row."""
+        return [check_text(text, f"{noun} {row}") for row, text in enumerate(self.texts)]
+
+    def score(self, task: Task, logits: np.ndarray) -> float:
+        """Score the logits of the labelled texts, 0..100."""
+        try:
+            return score(task, compute_metrics(task, logits, np.asarray(self.labels), self.groups))
+        except ValueError as error:
+            raise DataError(f"the labels do not fit the {task.kind} task: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -43,27 +73,22 @@ class Gate:
     drop: float | None = None
 
 
-@dataclass
 class Checks:
-    """What every stage of one export is judged on.
+    """What every stage of one export is judged on: texts, and the logits of the latest stage that held."""
 
-    Attributes:
-        task: kind and score metrics.
-        folder: the transformers folder that is exported.
-        texts: the labelled ones first.
-        labels: of the first rows, or None.
-        groups: of the labelled rows, or None.
-        stage: the latest stage that reproduced the model.
-        logits: its logits, (rows, labels).
-    """
-
-    task: Task
-    folder: ModelFolder
-    texts: list[Text]
-    labels: np.ndarray | None
-    groups: Sequence[str] | None
-    stage: str
-    logits: np.ndarray
+    def __init__(
+        self, task: Task, folder: ModelFolder, backend: Backend, given: LabelledTexts, more_texts: Sequence[Text]
+    ) -> None:
+        """Run PyTorch on the texts; its logits are what the first stage is compared with."""
+        self.task, self.folder, self.given = task, folder, given
+        self.texts = given.checked_texts("validation text")
+        wanted = min(len(more_texts), max(0, ENOUGH_ROWS - len(self.texts)))
+        for row in np.linspace(0, len(more_texts) - 1, wanted, dtype=int):
+            self.texts.append(check_text(more_texts[row], f"training text {row}"))
+        self.texts = self.texts or list(_PROBES)
+        self.stage = "pytorch"
+        self.logits = Classifier(folder, backend).predict_logits(self.texts)
+        self.score = None if given.labels is None else self._score(self.logits)
 
     def judge(self, stage: str, file: Path, gate: Gate, *, optimised: bool = True) -> Parity:
         """Run a file on the texts, with the tokenizer beside it, and compare it with the latest fp32 stage."""
@@ -71,7 +96,7 @@ class Checks:
         after = Classifier(described, OnnxBackend(described)).predict_logits(self.texts)
         parity = self._compare(stage, after, gate)
         if parity.passed and gate.largest_difference is not None:
-            self.stage, self.logits = stage, after
+            self.stage, self.logits, self.score = stage, after, parity.score
         return parity
 
     def _compare(self, stage: str, after: np.ndarray, gate: Gate) -> Parity:
@@ -79,17 +104,18 @@ class Checks:
         difference = float(np.abs(self.logits - after).max())
         agreement = measure_agreement(self.task, self.logits, after)
         own = drop = low = high = None
-        if self.labels is not None:
-            count = len(self.labels)
-            pair = [part[:count] for part in (self.logits, after)]
-            before, own = (
-                score(self.task, compute_metrics(self.task, part, self.labels, self.groups)) for part in pair
-            )
-            drop = before - own
-            spread = contrast([PairedArms(self.task, self.labels, pair[:1], pair[1:], self.groups)])
+        if self.score is not None:
+            own = self._score(after)
+            drop = self.score - own
+            labels = np.asarray(self.given.labels)
+            pair = [part[: len(labels)] for part in (self.logits, after)]
+            spread = contrast([PairedArms(self.task, labels, pair[:1], pair[1:], self.given.groups)])
             low, high = spread.low, spread.high
         reason = "; ".join(self._faults(gate, difference, agreement, drop))
         return Parity(stage, self.stage, len(after), agreement, difference, own, drop, low, high, reason)
+
+    def _score(self, logits: np.ndarray) -> float:
+        return self.given.score(self.task, logits[: len(self.given.texts)])
 
     def _faults(self, gate: Gate, difference: float, agreement: float, drop: float | None) -> list[str]:
         """List the limits that are broken, with the figures."""
@@ -104,34 +130,6 @@ class Checks:
         if gate.drop is not None and drop is not None and not drop <= gate.drop:
             faults.append(f"the score falls by {drop:.2f} points, more than {gate.drop:.2f}")
         return faults
-
-
-def reference_checks(
-    task: Task,
-    folder: ModelFolder,
-    backend: TorchBackend,
-    texts: Sequence[Text],
-    labels: Sequence[Any] | np.ndarray | None,
-    *,
-    groups: Sequence[str] | None = None,
-    more_texts: Sequence[Text] = (),
-) -> Checks:
-    """Run PyTorch on the texts; its logits are what the first stage is compared with."""
-    rows = [check_text(text, f"validation text {row}") for row, text in enumerate(texts)]
-    wanted = min(len(more_texts), max(0, ENOUGH_ROWS - len(rows)))
-    for row in np.linspace(0, len(more_texts) - 1, wanted, dtype=int):
-        rows.append(check_text(more_texts[row], f"training text {row}"))
-    targets = None if labels is None else np.asarray(labels)
-    if targets is not None and (len(targets) != len(texts) or not len(targets)):
-        raise DataError(f"expected one label a text, got {len(targets)} labels for {len(texts)} texts.")
-    rows = rows or list(_PROBES)
-    logits = Classifier(folder, backend, backend.tokenizer_json).predict_logits(rows)
-    if targets is not None:
-        try:
-            check_arrays(task, logits[: len(targets)], targets)
-        except ValueError as error:
-            raise DataError(f"the labels do not fit the {task.kind} task: {error}") from None
-    return Checks(task, folder, rows, targets, groups, "pytorch", logits)
 
 
 def measure_agreement(task: Task, before: np.ndarray, after: np.ndarray) -> float:

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from kdlora.deploy.encode import Text, TextEncoder, check_text, length_batches
-from kdlora.deploy.folder import (
-    CONFIG_FILE,
-    EXPORT_RECORD,
-    TOKENIZER,
-    ModelFolder,
-    Precision,
-    read_model_folder,
-)
-from kdlora.deploy.onnx_file import read_onnx
-from kdlora.errors import ArtifactError, KdLoraError, ModelError, first_line
+from kdlora.deploy.folder import ModelFolder, Precision, read_model_folder
+from kdlora.deploy.onnx_backend import OnnxBackend
+from kdlora.errors import ModelError
 from kdlora.evidence.calibration import probabilities
-from kdlora.models.settings import TOKENIZER_CONFIG
-from kdlora.system.integrity import is_sealed_or_old
 
 BATCH_SIZE = 32
 BATCH_TOKENS = 1024
@@ -32,11 +21,15 @@ BATCH_TOKENS = 1024
 
 
 class Backend(Protocol):
-    """What runs the network."""
+    """What runs the network.
 
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names of the arrays that `run` takes."""
+    Attributes:
+        input_names: of the arrays that `run` takes.
+        tokenizer_json: content of the `tokenizer.json` that goes with it.
+    """
+
+    input_names: tuple[str, ...]
+    tokenizer_json: str
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens)."""
@@ -65,16 +58,15 @@ class Classifier:
         'positive'
     """
 
-    def __init__(self, folder: ModelFolder, backend: Backend, tokenizer: str | None = None) -> None:
+    def __init__(self, folder: ModelFolder, backend: Backend) -> None:
         """Join a described folder and its running network; most callers want `load`.
 
         Args:
             folder: labels, kind, limits and temperature.
-            backend: computes logits in the order of `folder.label_names`.
-            tokenizer: content of a `tokenizer.json`; by default that of the folder.
+            backend: tokenizer, and logits in the order of `folder.label_names`.
         """
         self.folder = folder
-        self.encoder = TextEncoder(folder, backend.input_names, tokenizer)
+        self.encoder = TextEncoder(folder, backend.input_names, backend.tokenizer_json)
         self._backend = backend
 
     @classmethod
@@ -116,16 +108,10 @@ class Classifier:
         if threads is not None and threads < 1:
             raise ModelError(f"threads must be at least 1, got {threads}.")
         if described.backend == "onnx":
-            expected = _recorded_hashes(described) if verify else {}
-            tokenizer = (described.path / TOKENIZER).read_bytes()
-            check_hash(described.path / TOKENIZER, tokenizer, expected)
-            backend = OnnxBackend(described, threads=threads, expected=expected)
-            return cls(described, backend, tokenizer.decode("utf-8", errors="replace"))
-        # Imported here: an ONNX folder must be served without torch and transformers.
-        from kdlora.deploy.torch_backend import TorchBackend
+            return cls(described, OnnxBackend(described, threads=threads, verify=verify))
+        from kdlora.deploy.torch_backend import TorchBackend  # here: an ONNX folder is served without torch
 
-        loaded = TorchBackend.load(described, threads=threads)
-        return cls(described, loaded, loaded.tokenizer_json)
+        return cls(described, TorchBackend(described, threads=threads))
 
     def __repr__(self) -> str:
         """Say what is loaded, and from where."""
@@ -228,105 +214,3 @@ class Classifier:
                 label = tuple(name for name, value in zip(names, values, strict=True) if value > 0.5)
             predictions.append(Prediction(label, dict(zip(names, values, strict=True))))
         return predictions
-
-
-class OnnxBackend:
-    """ONNX Runtime on the CPU."""
-
-    def __init__(
-        self, folder: ModelFolder, *, threads: int | None = None, expected: Mapping[str, str] | None = None
-    ) -> None:
-        """Open a session."""
-        if folder.file is None:
-            raise ModelError(f"{folder.path}: not an ONNX folder.")
-        self._file = folder.file
-        self._session = open_session(
-            folder.file, threads=threads, optimised=folder.record is not None, expected=expected or {}
-        )
-        self.input_names = tuple(value.name for value in self._session.get_inputs())
-        unknown = sorted(set(self.input_names) - {"input_ids", "attention_mask", "token_type_ids"})
-        if unknown:
-            raise ModelError(f"{folder.file}: the model takes {unknown[0]!r:.80}, which a text does not give.")
-
-    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens)."""
-        try:
-            logits = self._session.run(None, inputs)[0]
-        except Exception as error:
-            raise ModelError(f"{self._file}: ONNX Runtime cannot run it ({first_line(error):.200}).") from None
-        if not isinstance(logits, np.ndarray) or not np.issubdtype(logits.dtype, np.floating):
-            kind = logits.dtype if isinstance(logits, np.ndarray) else type(logits).__name__
-            raise ModelError(f"{self._file}: the first output must be floating-point logits, got {kind}.")
-        return logits
-
-
-def open_session(
-    file: Path,
-    *,
-    threads: int | None = None,
-    optimised: bool = False,
-    expected: Mapping[str, str] | None = None,
-) -> Any:
-    """Open an ONNX Runtime session on the CPU. The runtime gets bytes that were read and checked here, and no path."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise KdLoraError(
-            "onnxruntime is not installed: pip install 'kdlora[onnx]' ('kdlora[serve]' to predict only)"
-        ) from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # A plan of memory for each shape pays off where shapes repeat; texts have hundreds of shapes.
-    options.enable_mem_pattern = False
-    options.intra_op_num_threads = threads or default_threads()
-    if optimised:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    model = read_onnx(file)
-    for name, content in {file.name: model.graph, **model.data}.items():
-        check_hash(file.parent / name, content, expected or {})
-    try:
-        if model.data:
-            sizes = [len(content) for content in model.data.values()]
-            options.add_external_initializers_from_files_in_memory(list(model.data), list(model.data.values()), sizes)
-        session = onnxruntime.InferenceSession(model.graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ArtifactError(
-            f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it ({first_line(error):.200}). "
-            "The file is damaged or was made for another runtime; export it again."
-        ) from None
-    session._model_bytes = b""  # kept for a change of providers, which never comes: the whole file a second time
-    return session
-
-
-def default_threads() -> int:
-    """Give the threads that PyTorch would use: `OMP_NUM_THREADS`, else one a core that this process may use."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdigit() and int(wanted) > 0:
-        return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _recorded_hashes(folder: ModelFolder) -> Mapping[str, str]:
-    """Give the hashes that an export recorded, and compare the JSON files, already read, with theirs."""
-    record = folder.record or {}
-    if not is_sealed_or_old(record):
-        raise ArtifactError(f"{folder.path / EXPORT_RECORD}: edited since the export. Export the model again.")
-    hashes: Mapping[str, str] = record.get("sha256") or {}
-    for name in (CONFIG_FILE, TOKENIZER_CONFIG):
-        _compare(folder.path / name, folder.digests.get(name, "none"), hashes)
-    return hashes
-
-
-def check_hash(path: Path, content: bytes, expected: Mapping[str, str]) -> None:
-    """Compare what was read from a file with the hash that an export recorded for it, if it did."""
-    if path.name in expected:
-        _compare(path, hashlib.sha256(content).hexdigest(), expected)
-
-
-def _compare(path: Path, found: str, expected: Mapping[str, str]) -> None:
-    wanted = expected.get(path.name, found)
-    if found != wanted:
-        raise ArtifactError(
-            f"{path}: not the file that was exported: {EXPORT_RECORD} records sha256 {wanted[:12]}…, the file has "
-            f"{found[:12]}…. Export the model again."
-        )

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
+import json
+import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.predict import BATCH_SIZE, Classifier, Prediction
-from kdlora.deploy.results import PartialResult, ResultFormat, choose_output_format
 from kdlora.deploy.rows import Columns, InputFormat, Row, RowReader
-from kdlora.errors import ConfigError, DataError, harmless_json
+from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
+from kdlora.system.ownership import MANIFEST, claim_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
+from kdlora.system.storage import atomic_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Progress = Callable[[int, float | None], None]
 """Called with the rows done and the share of the input read (None for a stream)."""
 
-WINDOW_ROWS = 4096
+_WINDOW_ROWS = 4096
 _WINDOW_CHARACTERS = 8_000_000
+_SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_PART = re.compile(r"part-[0-9]{8}-[0-9]{1,18}-[0-9]{1,18}")
+"""Name of a part: its number, rows and bad rows, so that a part is whole or absent."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,6 @@ def predict_file(
     id_column: str = "id",
     input_format: InputFormat | None = None,
     batch_size: int = BATCH_SIZE,
-    window_rows: int = WINDOW_ROWS,
     strict: bool = False,
     resume: bool = True,
     progress: Progress | None = None,
@@ -69,7 +82,6 @@ def predict_file(
         id_column: copied to the output; rows are numbered from 0 where the input has none.
         input_format: by default from the extension; standard input is one text a line.
         batch_size: most texts in one forward pass.
-        window_rows: most rows in memory.
         strict: stop at the first bad row instead of writing an error entry.
         resume: go on after an interrupted run; False starts again.
         progress: called after each window.
@@ -83,105 +95,69 @@ def predict_file(
         ModelError: not a model folder.
     """
     start = time.perf_counter()
-    if batch_size < 1 or window_rows < 1:
-        raise ConfigError(f"batch_size and window_rows must be at least 1, got {batch_size} and {window_rows}.")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
     classifier = model if isinstance(model, Classifier) else Classifier.load(model)
-    form = ResultFormat(classifier.folder, choose_output_format(str(to)))
+    form = _Form(classifier.folder, str(to))
+    columns = _columns(classifier, text, id_column)
+    reader = RowReader(source, columns, format=input_format)
+    output: _StandardOutput | PartialResult = _StandardOutput()
+    if str(to) != "-":
+        if str(source) != "-" and Path(to).exists() and Path(to).samefile(source):
+            raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
+        made_of = _fingerprint(classifier.folder, source, columns, reader.format)
+        output = PartialResult(Path(to), {**made_of, "output_format": form.name})
+    # A stream cannot be known to be the same one again.
+    resumed, errors = output.begin(resume=resume and str(source) != "-")
+    rows = resumed
+    try:
+        with contextlib.closing(iter(reader)) as given:
+            for window in _cut_windows(islice(given, resumed, None)):
+                bad = [row for row in window if row.text is None]
+                if bad and strict:
+                    raise DataError(f"{reader.name}: {bad[0].error}")
+                output.add(form.encode(_classify(classifier, window, batch_size)), len(window), len(bad))
+                rows, errors = rows + len(window), errors + len(bad)
+                if progress is not None:
+                    progress(rows, reader.fraction())
+    except DataError:
+        output.discard()  # the input must change before this can succeed, and parts of the old one are of no use then
+        raise
+    output.finish(form)
+    return PredictionSummary(str(to), rows, errors, resumed, time.perf_counter() - start)
+
+
+def _columns(classifier: Classifier, text: Sequence[str] | str | None, id_column: str) -> Columns:
     names = (text,) if isinstance(text, str) else (tuple(text) if text is not None else None)
     if names is not None and len(names) not in (1, 2):
         raise ConfigError(f"expected one text column or the two of a pair, got {len(names)}: {', '.join(names)}.")
-    task = classifier.folder.task or {}
-    recorded = tuple(task["text"]) if task.get("text") else None
-    columns = Columns(names, recorded, id_column, classifier.encoder.most_characters)
-    reader = RowReader(source, columns, format=input_format)
-    run = _Run(classifier, form, reader, batch_size, window_rows, strict, progress)
-    if str(to) == "-":
-        return run.to_stream(start)
-    if str(source) != "-" and Path(to).exists() and Path(to).samefile(source):
-        raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
-    fingerprint = _fingerprint(classifier.folder, source, columns, reader.format, form.format)
-    # A stream cannot be known to be the same one again.
-    return run.to_file(PartialResult(Path(to), fingerprint), start, resume=resume and str(source) != "-")
+    recorded = tuple((classifier.folder.task or {}).get("text") or ()) or None
+    return Columns(names, recorded, id_column, classifier.encoder.most_characters)
 
 
-@dataclass
-class _Run:
-    """One prediction run."""
-
-    classifier: Classifier
-    form: ResultFormat
-    reader: RowReader
-    batch_size: int
-    window_rows: int
-    strict: bool
-    progress: Progress | None
-
-    def to_stream(self, start: float) -> PredictionSummary:
-        """Write to standard output as the windows come."""
-        rows = errors = 0
-        with contextlib.closing(iter(self.reader)) as source:
-            for content, count, bad in self._windows(source):
-                sys.stdout.buffer.write(harmless_json(content.decode()).encode())
-                sys.stdout.buffer.flush()
-                rows, errors = rows + count, errors + bad
-                self._report(rows)
-        return PredictionSummary("-", rows, errors, 0, time.perf_counter() - start)
-
-    def to_file(self, partial: PartialResult, start: float, *, resume: bool) -> PredictionSummary:
-        """Write parts, then join them."""
-        resumed, errors = partial.begin(resume=resume)
-        rows = resumed
-        try:
-            with contextlib.closing(iter(self.reader)) as source:
-                for _ in range(resumed):
-                    next(source, None)
-                for content, count, bad in self._windows(source):
-                    partial.add(content, count, bad)
-                    rows, errors = rows + count, errors + bad
-                    self._report(rows)
-        except DataError:
-            # The input must change before this can succeed, and parts of the old input are of no use then.
-            partial.discard()
-            raise
-        partial.finish(self.form)
-        return PredictionSummary(str(partial.to), rows, errors, resumed, time.perf_counter() - start)
-
-    def _windows(self, source: Iterator[Row]) -> Iterator[tuple[bytes, int, int]]:
-        """Classify window by window: (encoded rows, rows, bad rows)."""
-        for rows in _cut_windows(source, self.window_rows):
-            bad = [row for row in rows if row.text is None]
-            if bad and self.strict:
-                raise DataError(f"{self.reader.name}: {bad[0].error}")
-            texts = [row.text for row in rows if row.text is not None]
-            logits = self.classifier.predict_logits(texts, batch_size=self.batch_size)
-            found = iter(self.classifier.to_predictions(logits))
-            predictions: list[Prediction | None] = [None if row.text is None else next(found) for row in rows]
-            yield self.form.encode(rows, predictions), len(rows), len(bad)
-
-    def _report(self, rows: int) -> None:
-        """Tell the caller how far the run is."""
-        if self.progress is not None:
-            self.progress(rows, self.reader.fraction())
-
-
-def _cut_windows(source: Iterable[Row], most_rows: int) -> Iterator[list[Row]]:
+def _cut_windows(source: Iterable[Row]) -> Iterator[list[Row]]:
     """Group rows by count and by characters, so that long texts do not fill the memory."""
     window: list[Row] = []
     characters = 0
     for row in source:
         window.append(row)
         characters += sum(map(len, row.text)) if isinstance(row.text, tuple) else len(row.text or "")
-        if len(window) >= most_rows or characters >= _WINDOW_CHARACTERS:
+        if len(window) >= _WINDOW_ROWS or characters >= _WINDOW_CHARACTERS:
             yield window
             window, characters = [], 0
     if window:
         yield window
 
 
-def _fingerprint(
-    folder: ModelFolder, source: str | Path, columns: Columns, input_format: str, output_format: str
-) -> dict[str, Any]:
-    """Collect all that decides the predictions and their form."""
+def _classify(classifier: Classifier, window: list[Row], batch_size: int) -> list[tuple[Row, Prediction | None]]:
+    """Classify the good rows of a window; a bad one has no prediction."""
+    texts = [row.text for row in window if row.text is not None]
+    found = iter(classifier.predict(texts, batch_size=batch_size))
+    return [(row, None if row.text is None else next(found)) for row in window]
+
+
+def _fingerprint(folder: ModelFolder, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:
+    """Collect all that decides the predictions."""
     weights = [folder.file] if folder.file is not None else sorted(folder.path.glob("*.safetensors"))
     state = Path(source).stat() if str(source) != "-" else None
     return {
@@ -195,5 +171,157 @@ def _fingerprint(
         "text": list(columns.text) if columns.text else None,
         "id": columns.id,
         "input_format": input_format,
-        "output_format": output_format,
     }
+
+
+class _Form:
+    """The format of an output: id, label, a probability for each label, error."""
+
+    def __init__(self, folder: ModelFolder, to: str) -> None:
+        suffix = ".jsonl" if to == "-" else Path(to).suffix.lower()
+        if suffix not in _SUFFIXES:
+            expected = ", ".join(_SUFFIXES)
+            raise DataError(f"{to}: expected an output file of {expected}, got {suffix or 'no extension'!r}.")
+        self.name = _SUFFIXES[suffix]
+        self._kind = folder.kind
+        self._labels = () if folder.kind == "regression" else folder.label_names
+        self._columns = ["id", "label", *(f"probability:{name}" for name in self._labels), "error"]
+
+    def encode(self, answers: Sequence[tuple[Row, Prediction | None]]) -> bytes:
+        """Write rows; one without prediction gets its error."""
+        if self.name == "jsonl":
+            return "".join(f"{json.dumps(_as_object(*one), ensure_ascii=False)}\n" for one in answers).encode()
+        table = [self._values(*one) for one in answers]
+        return _csv_bytes(table) if self.name == "csv" else self._parquet_bytes(table)
+
+    def join(self, parts: Iterable[Path], to: Path) -> None:
+        """Make one file of parts."""
+        if self.name == "parquet":
+            import pyarrow.parquet as pq
+
+            with pq.ParquetWriter(to, self._schema()) as writer:
+                for part in parts:
+                    writer.write_table(pq.read_table(part, schema=self._schema()))
+            return
+        with to.open("wb") as file:
+            file.write(_csv_bytes([self._columns]) if self.name == "csv" else b"")
+            for part in parts:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, file, 1 << 20)
+
+    def _values(self, row: Row, prediction: Prediction | None) -> list[Any]:
+        if prediction is None:
+            return [row.id, None, *([None] * len(self._labels)), row.error]
+        label: Any = prediction.label
+        if isinstance(label, tuple):
+            label = "|".join(label) if self.name == "csv" else list(label)
+        return [row.id, label, *(prediction.probabilities[name] for name in self._labels), None]
+
+    def _schema(self) -> pa.Schema:
+        import pyarrow as pa
+
+        label = {"regression": pa.float64(), "multi-label": pa.list_(pa.string())}.get(self._kind, pa.string())
+        numbers = [pa.float64()] * len(self._labels)
+        return pa.schema(list(zip(self._columns, [pa.string(), label, *numbers, pa.string()], strict=True)))
+
+    def _parquet_bytes(self, table: list[list[Any]]) -> bytes:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = self._schema()
+        columns = [pa.array(values, kind) for values, kind in zip(zip(*table, strict=True), schema.types, strict=True)]
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), buffer)
+        return buffer.getvalue()
+
+
+def _as_object(row: Row, prediction: Prediction | None) -> dict[str, Any]:
+    if prediction is None:
+        return {"id": row.id, "error": row.error}
+    found: dict[str, Any] = {"id": row.id, "label": prediction.label}
+    return found | ({"probabilities": prediction.probabilities} if prediction.probabilities else {})
+
+
+def _csv_bytes(table: Sequence[Sequence[Any]]) -> bytes:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows(table)
+    return buffer.getvalue().encode()
+
+
+class _StandardOutput:
+    """Writes the windows as they come; what was written cannot be resumed or taken back."""
+
+    def begin(self, *, resume: bool) -> tuple[int, int]:
+        del resume
+        return 0, 0
+
+    def add(self, content: bytes, rows: int, errors: int) -> None:
+        del rows, errors
+        sys.stdout.buffer.write(harmless_json(content.decode()).encode())
+        sys.stdout.buffer.flush()
+
+    def discard(self) -> None:
+        pass
+
+    def finish(self, form: _Form) -> None:
+        pass
+
+
+class PartialResult:
+    """The folder beside an output file that holds finished parts until the last one is written."""
+
+    def __init__(self, to: Path, fingerprint: dict[str, Any]) -> None:
+        self.to = to
+        self.folder = to.with_name(f"{to.name}.partial")
+        self._fingerprint = fingerprint
+
+    def begin(self, *, resume: bool) -> tuple[int, int]:
+        """Make the folder, or take over that of an interrupted run: its rows, and the bad ones of them."""
+        self._refuse_foreign()
+        if not resume:
+            remove(self.folder)
+        elif found := read_manifest(self.folder):
+            changed = sorted(key for key, value in self._fingerprint.items() if found.get(key) != value)
+            if changed:
+                key = changed[0]
+                raise ArtifactError(
+                    f"{self.folder}: holds an interrupted prediction of something else ({key} was {found.get(key)!r}, "
+                    f"is {self._fingerprint[key]!r}). Delete the folder, or predict without resuming."
+                )
+        claim_folder(self.folder, "prediction", **self._fingerprint)
+        remove_abandoned(self.folder)
+        counts = [tuple(map(int, part.name.split("-")[2:])) for part in self._parts()]
+        return sum(rows for rows, _ in counts), sum(errors for _, errors in counts)
+
+    def add(self, content: bytes, rows: int, errors: int) -> None:
+        """Write one part, atomically."""
+        with atomic_file(self.folder / f"part-{len(self._parts()):08d}-{rows}-{errors}") as temporary:
+            temporary.write_bytes(content)
+
+    def finish(self, form: _Form) -> None:
+        """Join the parts into the output file, which appears whole, and remove them."""
+        with atomic_file(self.to) as temporary:
+            form.join(self._parts(), temporary)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the parts."""
+        self._refuse_foreign()
+        remove(self.folder)
+
+    def _parts(self) -> list[Path]:
+        return sorted(entry for entry in self.folder.iterdir() if _PART.fullmatch(entry.name))
+
+    def _refuse_foreign(self) -> None:
+        """See that all that stands in the place of the parts is ours."""
+        if not os.path.lexists(self.folder):
+            return
+        if self.folder.is_symlink() or not self.folder.is_dir() or read_manifest(self.folder) is None:
+            raise ArtifactError(
+                f"{self.folder} stands where the parts of {self.to.name} would go, and was not made by kdlora; move it "
+                "away, or name another file with --to"
+            )
+        for entry in self.folder.iterdir():
+            known = _PART.fullmatch(entry.name) or entry.name == MANIFEST or is_ours_by_name(entry)
+            if not known or entry.is_symlink():
+                raise ArtifactError(f"{entry} was not made by kdlora and would be lost; move it away")

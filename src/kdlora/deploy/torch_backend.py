@@ -6,38 +6,31 @@ import inspect
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from kdlora.deploy.encode import INPUTS
 from kdlora.deploy.folder import ModelFolder
 from kdlora.errors import ModelError, first_line
 from kdlora.models import loading
 from kdlora.models.loading import Source
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
 
 class TorchBackend:
     """A transformers model on the CPU, in evaluation mode."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take a loaded model."""
-        self.model = model
-        self.tokenizer = tokenizer
-        taken = inspect.signature(model.forward).parameters
-        self.input_names = tuple(name for name in _INPUTS if name in tokenizer.model_input_names and name in taken)
-
-    @classmethod
-    def load(cls, folder: ModelFolder, *, threads: int | None = None) -> TorchBackend:
+    def __init__(self, folder: ModelFolder, *, threads: int | None = None) -> None:
         """Load a transformers folder."""
         if threads is not None:
             torch.set_num_threads(threads)
-        return cls(load_model(folder), load_tokenizer(folder))
-
-    @property
-    def tokenizer_json(self) -> str:
-        """Content of a `tokenizer.json` that tokenises as transformers does."""
-        content: str = self.tokenizer.backend_tokenizer.to_str()
-        return content
+        self.model = load_model(folder)
+        self.tokenizer = loading.load_tokenizer(Source(str(folder.path), local=True))
+        if not self.tokenizer.is_fast:
+            name = type(self.tokenizer).__name__
+            raise ModelError(f"{folder.path}: expected a tokenizer of the `tokenizers` library, got {name}.")
+        # As transformers builds it, which may differ from the folder's own file.
+        self.tokenizer_json: str = self.tokenizer.backend_tokenizer.to_str()
+        taken = inspect.signature(self.model.forward).parameters
+        self.input_names = tuple(name for name in INPUTS if name in self.tokenizer.model_input_names and name in taken)
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens)."""
@@ -65,13 +58,3 @@ def load_model(folder: ModelFolder) -> PreTrainedModel:
             f"{', …' if len(absent) > 3 else ''}). Fine-tune it first: their values would be random."
         )
     return loaded.model
-
-
-def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
-    """Load the tokenizer as transformers builds it, which may differ from the folder's `tokenizer.json`."""
-    tokenizer = loading.load_tokenizer(Source(str(folder.path), local=True))
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"{folder.path}: expected a tokenizer of the `tokenizers` library, got {type(tokenizer).__name__}."
-        )
-    return tokenizer

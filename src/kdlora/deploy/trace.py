@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.activations import GELUActivation
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, eager_mask
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
@@ -55,7 +57,7 @@ def capture(model: PreTrainedModel, names: Sequence[str], to: Path) -> None:
     if "token_type_ids" in names:
         arrays[names.index("token_type_ids")] = torch.zeros_like(example)
     shape = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with _attention_as_one_operator(model), _quiet():
+    with _single_operators(model), _quiet():
         try:
             program = torch.onnx.export(
                 _Logits(model, names).eval(),
@@ -75,22 +77,17 @@ def capture(model: PreTrainedModel, names: Sequence[str], to: Path) -> None:
             ) from error
     if program is None:
         raise ModelError(f"{type(model).__name__}: the exporter gave no ONNX program.")
-    _forget_origin(program.model)
+    # The exporter notes a stack trace at every node: paths of this machine, which differ elsewhere.
+    ClearMetadataAndDocStringPass()(program.model)
+    for node in program.model.graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
     program.save(str(to))
 
 
-def _forget_origin(model: Any) -> None:
-    """Take out the stack trace that the exporter notes at every node: paths of this machine, which differ elsewhere."""
-    for graph in (model.graph, *model.functions.values()):
-        for node in graph.all_nodes():
-            node.metadata_props.clear()
-            for value in node.outputs:
-                value.metadata_props.clear()
-
-
 @contextlib.contextmanager
-def _attention_as_one_operator(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model's attention write one `MultiHeadAttention` node; families with attention of their own keep it."""
+def _single_operators(model: PreTrainedModel) -> Iterator[None]:
+    """Let attention and GELU write one node each; families with attention of their own keep it."""
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, _mask)
     before = model.config._attn_implementation
@@ -99,14 +96,19 @@ def _attention_as_one_operator(model: PreTrainedModel) -> Iterator[None]:
         if model.config.model_type in ONE_OPERATOR_FAMILIES:
             model.config._attn_implementation = _ATTENTION
         for module in model.modules():
-            if isinstance(module, MPNetSelfAttention):
-                module.forward = _mpnet_forward(module)
+            if isinstance(module, GELUActivation | MPNetSelfAttention):
+                module.forward = _gelu if isinstance(module, GELUActivation) else _mpnet_forward(module)
                 replaced.append(module)
         yield
     finally:
         model.config._attn_implementation = before
         for module in replaced:
             del module.forward
+
+
+def _gelu(value: torch.Tensor) -> torch.Tensor:
+    """Write the node of an exact GELU, which the runtime fuses with the bias before it."""
+    return torch.onnx.ops.symbolic("com.microsoft::Gelu", [value], dtype=value.dtype, shape=value.shape, version=1)
 
 
 def _mask(**arguments: Any) -> torch.Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +16,9 @@ from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.encode import Text
-from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
+from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx, missing_tools
 from kdlora.deploy.folder import read_model_folder
+from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ConfigError, DataError, did_you_mean
@@ -130,8 +130,7 @@ def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | 
 def _export_student(config: Config, layout: ExperimentLayout, splits: Splits, say: Callable[[str], None]) -> list[str]:
     if not config.export.formats:
         return []
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_tools():
         return [f"Not exported: {', '.join(missing)} not installed; pip install 'kdlora[onnx]' brings the extra."]
     try:
         _export_rows(config, layout, layout.onnx, splits.validation, splits.train, config.export.formats, say)
@@ -153,11 +152,8 @@ def _export_rows(
     return export_onnx(
         layout.student,
         to,
-        texts=texts_of(rows),
-        labels=label_array(rows),
-        groups=list(rows["group"]) if "group" in rows.column_names else None,
+        texts=_labelled(rows, Task.from_dict(read_results(layout.results)[0].task)),
         more_texts=() if more is None else texts_of(more.select(range(min(len(more), 2000)))),
-        task=Task.from_dict(read_results(layout.results)[0].task),
         formats=formats,
         max_length=cut_at(config.student.train),
         max_metric_drop=config.export.max_metric_drop,
@@ -181,10 +177,7 @@ def _benchmark_student(
     models = {name: place.parent if place.name == "config.json" else place for name, place in places.items()}
     result = benchmark(
         {name: models[name] for name, place in places.items() if place.exists()},
-        texts_of(rows),
-        labels=label_array(rows),
-        groups=list(rows["group"]) if "group" in rows.column_names else None,
-        task=splits.task,
+        _labelled(rows, splits.task),
         max_length=cut_at(config.student.train),
         threads=config.run.threads,
         progress=say,
@@ -200,7 +193,7 @@ def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads
         return benchmark(places, threads=threads)
     task = _stated_task(places[0])
     rows = load_examples(data, task, labelled=True)
-    return benchmark(places, texts_of(rows), labels=label_array(rows), task=task, threads=threads)
+    return benchmark(places, _labelled(rows, task), threads=threads)
 
 
 def texts_of(rows: Dataset) -> list[Text]:
@@ -208,6 +201,11 @@ def texts_of(rows: Dataset) -> list[Text]:
     if "text_pair" in rows.column_names:
         return list(zip(rows["text"], rows["text_pair"], strict=True))
     return list(rows["text"])
+
+
+def _labelled(rows: Dataset, task: Task) -> LabelledTexts:
+    groups = list(rows["group"]) if "group" in rows.column_names else None
+    return LabelledTexts(texts_of(rows), label_array(rows), task, groups)
 
 
 def _export_folder(folder: Path, to: Path, formats: Sequence[Format], data: str | None) -> ExportResult:
@@ -221,7 +219,7 @@ def _export_folder(folder: Path, to: Path, formats: Sequence[Format], data: str 
         return export_onnx(folder, to, formats=formats)
     task = _stated_task(folder)
     rows = load_examples(data, task, labelled=True)
-    return export_onnx(folder, to, texts=texts_of(rows), labels=label_array(rows), task=task, formats=formats)
+    return export_onnx(folder, to, texts=_labelled(rows, task), formats=formats)
 
 
 def _stated_task(folder: Path) -> Task:

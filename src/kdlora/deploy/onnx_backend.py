@@ -1,0 +1,211 @@
+"""Run an ONNX file on the CPU; the runtime gets bytes that were read and checked here, and opens no file itself.
+
+A graph names the files of its large weights. Such a name may be absolute, lead up, or be a link: which files a graph
+names is found here, by a walk over the encoded message, since the `onnx` package is not needed to predict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdlora.deploy.encode import INPUTS
+from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TOKENIZER, ModelFolder
+from kdlora.errors import ArtifactError, KdLoraError, ModelError, first_line
+from kdlora.foreign import is_plain_name
+from kdlora.models.settings import TOKENIZER_CONFIG
+from kdlora.system.integrity import is_sealed_or_old
+
+_CHILDREN: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+    "entry": {1: "key", 2: "value"},
+}
+"""Numbers of the fields of `onnx.proto` that lead to a tensor's `external_data`, by kind of message."""
+_VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
+
+
+class OnnxBackend:
+    """ONNX Runtime on the CPU."""
+
+    def __init__(self, folder: ModelFolder, *, threads: int | None = None, verify: bool = False) -> None:
+        """Open a session, and compare every file that decides an answer with the hash that the export recorded."""
+        if folder.file is None:
+            raise ModelError(f"{folder.path}: not an ONNX folder.")
+        expected = _recorded_hashes(folder) if verify else {}
+        tokenizer = (folder.path / TOKENIZER).read_bytes()
+        _check_hash(folder.path / TOKENIZER, tokenizer, expected)
+        self.tokenizer_json = tokenizer.decode("utf-8", errors="replace")
+        self._file = folder.file
+        self._session = open_session(
+            folder.file, threads=threads, optimised=folder.record is not None, expected=expected
+        )
+        self.input_names = tuple(value.name for value in self._session.get_inputs())
+        unknown = sorted(set(self.input_names) - set(INPUTS))
+        if unknown:
+            raise ModelError(f"{folder.file}: the model takes {unknown[0]!r:.80}, which a text does not give.")
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens)."""
+        try:
+            logits = self._session.run(None, inputs)[0]
+        except Exception as error:
+            raise ModelError(f"{self._file}: ONNX Runtime cannot run it ({first_line(error):.200}).") from None
+        if not isinstance(logits, np.ndarray) or not np.issubdtype(logits.dtype, np.floating):
+            kind = logits.dtype if isinstance(logits, np.ndarray) else type(logits).__name__
+            raise ModelError(f"{self._file}: the first output must be floating-point logits, got {kind}.")
+        return logits
+
+
+def open_session(
+    file: Path, *, threads: int | None = None, optimised: bool = False, expected: Mapping[str, str] | None = None
+) -> Any:
+    """Open an ONNX Runtime session; a graph that was optimised before is taken as it is."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise KdLoraError(
+            "onnxruntime is not installed: pip install 'kdlora[onnx]' ('kdlora[serve]' to predict only)"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # A plan of memory for each shape pays off where shapes repeat; texts have hundreds of shapes.
+    options.enable_mem_pattern = False
+    options.intra_op_num_threads = threads or default_threads()
+    if optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    graph, data = _read_onnx(file)
+    for name, content in {file.name: graph, **data}.items():
+        _check_hash(file.parent / name, content, expected or {})
+    try:
+        if data:
+            options.add_external_initializers_from_files_in_memory(
+                list(data), list(data.values()), [len(content) for content in data.values()]
+            )
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ArtifactError(
+            f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load it ({first_line(error):.200}). "
+            "The file is damaged or was made for another runtime; export it again."
+        ) from None
+    session._model_bytes = b""  # kept for a change of providers, which never comes: the whole file a second time
+    return session
+
+
+def default_threads() -> int:
+    """Give the threads that PyTorch would use: `OMP_NUM_THREADS`, else one a core that this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _recorded_hashes(folder: ModelFolder) -> Mapping[str, str]:
+    """Give the hashes that an export recorded, and compare the JSON files, already read, with theirs."""
+    record = folder.record or {}
+    if not is_sealed_or_old(record):
+        raise ArtifactError(f"{folder.path / EXPORT_RECORD}: edited since the export. Export the model again.")
+    hashes: Mapping[str, str] = record.get("sha256") or {}
+    for name in (CONFIG_FILE, TOKENIZER_CONFIG):
+        _compare(folder.path / name, folder.digests.get(name, "none"), hashes)
+    return hashes
+
+
+def _check_hash(path: Path, content: bytes, expected: Mapping[str, str]) -> None:
+    if path.name in expected:  # hashing 100 MB takes a while, so only then
+        _compare(path, hashlib.sha256(content).hexdigest(), expected)
+
+
+def _compare(path: Path, found: str, expected: Mapping[str, str]) -> None:
+    wanted = expected.get(path.name, found)
+    if found != wanted:
+        raise ArtifactError(
+            f"{path}: not the file that was exported: {EXPORT_RECORD} records sha256 {wanted[:12]}…, the file has "
+            f"{found[:12]}…. Export the model again."
+        )
+
+
+def _read_onnx(file: Path) -> tuple[bytes, dict[str, bytes]]:
+    """Read a graph, and by name the files of weights beside it."""
+    graph = file.read_bytes()
+    try:
+        if graph[4:8] == b"ORTM":  # a format of ONNX Runtime's own, with names of files that are not looked at here
+            raise ValueError("it is in ONNX Runtime's own format")
+        names = sorted(set(_external_names(graph)))
+    except (ValueError, IndexError) as fault:
+        raise ArtifactError(f"{file}: ONNX Runtime cannot load it: no ONNX file ({fault})") from None
+    return graph, {name: _beside(file, name).read_bytes() for name in names}
+
+
+def _beside(file: Path, name: str) -> Path:
+    """Find the file of weights that a graph names, in the graph's own folder."""
+    path = file.parent / name
+    if not is_plain_name(name):
+        raise ArtifactError(f"{file}: its weights lie in {name!r:.80}; expected a file in the same folder")
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file; {file.name} has its weights there. Copy both")
+    folder, real = file.parent.resolve(), path.resolve()
+    blobs = [parent.parent / "blobs" for parent in (folder, *folder.parents) if parent.name == "snapshots"]
+    if real.parent not in (folder, *blobs):  # the Hub's cache links to the folder `blobs` beside `snapshots`
+        raise ArtifactError(f"{path}: a link to a file in another folder; copy that file here if it is meant")
+    return real
+
+
+def _external_names(graph: bytes) -> Iterator[str]:
+    """Give the `location` of every tensor whose values lie in another file."""
+    todo: list[tuple[str, memoryview]] = [("model", memoryview(graph))]
+    while todo:
+        kind, message = todo.pop()
+        texts: dict[str, bytes] = {}
+        for number, content in _fields(message):
+            child = _CHILDREN[kind].get(number)
+            if child in _CHILDREN:
+                todo.append((child, content))
+            elif child is not None:
+                texts[child] = bytes(content)
+        if texts.get("key") == b"location":
+            yield texts.get("value", b"").decode("utf-8")
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Give number and content of the fields that have a length; pass over the others."""
+    place, end = 0, len(message)
+    while place < end:
+        tag, place = _varint(message, place)
+        kind, size = tag & 7, 0
+        if kind == _VARINT:
+            _, place = _varint(message, place)
+        elif kind == _BYTES:
+            size, place = _varint(message, place)
+        elif kind in (_FIXED_32, _FIXED_64):
+            size = 4 if kind == _FIXED_32 else 8
+        else:
+            raise ValueError(f"an unknown kind of field at byte {place}")
+        if place + size > end:
+            raise ValueError("it is cut off")
+        if kind == _BYTES:
+            yield tag >> 3, message[place : place + size]
+        place += size
+
+
+def _varint(message: memoryview, place: int) -> tuple[int, int]:
+    """Read a number of seven bits a byte; give it and the place after it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[place]
+        value |= (byte & 127) << shift
+        place += 1
+        if byte < 128:
+            return value, place
+    raise ValueError(f"a number without end at byte {place}")

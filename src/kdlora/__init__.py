@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kdlora.deploy.predict import Classifier as Classifier
     from kdlora.deploy.stream import predict_file as predict_file
     from kdlora.distil.distillation_trainer import DistillationTrainer as DistillationTrainer
+    from kdlora.distil.logits import attach_teacher as attach_teacher
     from kdlora.distil.losses import distillation_loss as distillation_loss
     from kdlora.distil.tables import read_teacher_table as read_teacher_table
     from kdlora.distil.teacher import teacher_logits as teacher_logits
@@ -67,6 +68,7 @@ _NAMES = {
     "deploy.predict": "Classifier",
     "deploy.stream": "predict_file",
     "distil.distillation_trainer": "DistillationTrainer",
+    "distil.logits": "attach_teacher",
     "distil.losses": "distillation_loss",
     "distil.tables": "read_teacher_table",
     "distil.teacher": "teacher_logits",

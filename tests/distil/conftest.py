@@ -18,7 +18,8 @@ from kdlora.config import DistilConfig, LoraConfig, TrainConfig
 from kdlora.data.batches import Tokenised, tokenise
 from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits, join_unlabelled
-from kdlora.distil.trainer import TrainOutcome, train_model
+from kdlora.distil.session import TrainingOptions
+from kdlora.distil.train import TrainOutcome, train_model
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder
 from tiny import sentiment_rows
@@ -89,7 +90,7 @@ class Setup:
     def run(self, folder: Path, *, distil: DistilConfig | None = DistilConfig(), **options: Any) -> TrainOutcome:
         """Train, with what a test does not set left at its default."""
         usual = {"seed": 3, "precision": "fp32", "device": "cpu", "checkpoint_seconds": 1e9}
-        options = usual | {"fresh": self.encoder.fresh} | options
+        usual |= {"fresh": self.encoder.fresh, "distil": distil}
         return train_model(
             self.model,
             self.encoder.tokenizer,
@@ -97,9 +98,7 @@ class Setup:
             self.validation,
             self.task,
             self.settings,
-            distil=distil,
-            folder=folder,
-            **options,
+            TrainingOptions(folder, **usual | options),
         )
 
 

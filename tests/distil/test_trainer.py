@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from kdlora.config import DistilConfig
 from kdlora.distil import session as session_module
-from kdlora.distil import trainer as trainer_module
+from kdlora.distil import train as train_module
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.session import ProgressEvent, Stopwatch
 from kdlora.errors import ConfigError, DataError, KdLoraError
@@ -195,7 +195,7 @@ def test_warmup_of_a_constant_schedule(make_setup, tmp_path):
 def test_best_epoch_is_restored(make_setup, tmp_path, monkeypatch):
     """Reporting the best epoch's score while shipping the last epoch's weights is a classic."""
     scores = iter([10.0, 30.0, 30.0, 20.0])
-    monkeypatch.setattr(trainer_module, "score", lambda task, metrics: next(scores))
+    monkeypatch.setattr(train_module, "score", lambda task, metrics: next(scores))
     after_epoch = []
 
     class Keep(TrainerCallback):

@@ -22,6 +22,7 @@ from kdlora.data.load import load_examples, load_splits
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
+from kdlora.distil.logits import attach_teacher
 from kdlora.distil.tables import read_teacher_table
 from kdlora.distil.teacher import teacher_logits
 from kdlora.experiment.arms import evaluate, train_student
@@ -133,7 +134,12 @@ def test_ids_texts_and_labels_come_through_every_stage(workshop, folder, names, 
     np.testing.assert_allclose(stored.logits, said.logits, atol=1e-5)
     fast = StudentTrainConfig(epochs=1, batch_size=4, max_length=32)
     trained = train_student(
-        str(workshop.student), splits, fast, folder=place / "steps", teacher=stored, precision="fp32", device="cpu"
+        str(workshop.student),
+        attach_teacher(splits, stored),
+        fast,
+        folder=place / "steps",
+        precision="fp32",
+        device="cpu",
     )
     trained.encoder.model = merge_student(trained.model)
     trained.encoder.model.config.kdlora_task = splits.task.to_dict()

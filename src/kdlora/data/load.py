@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
-from kdlora.config import DataConfig, TaskConfig
+from kdlora.config import DataConfig, DistilConfig, TaskConfig
 from kdlora.data.augment import keep_unscored, stored_copies
 from kdlora.data.canonical import Reading
 from kdlora.data.collection import open_collection_texts
@@ -39,6 +39,8 @@ class Splits:
         unlabelled: texts that only the teacher labels; no column `label`.
         copies: how many of these are perturbed copies of training texts.
         held_out: training rows that a search took out; an epoch draws as many of the others once more.
+        distil: how a teacher teaches whose logits lie in a column `teacher_logits` of `train` and `unlabelled`; None
+            where there are none (`attach_teacher` adds them).
     """
 
     task: Task
@@ -49,6 +51,7 @@ class Splits:
     unlabelled: Dataset | None = None
     copies: int = 0
     held_out: int = 0
+    distil: DistilConfig | None = None
 
     def __repr__(self) -> str:
         """Say what is learnt, and how many examples there are."""

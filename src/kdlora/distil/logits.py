@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from kdlora.config import DistilConfig
 from kdlora.data.batches import Tokenised
 from kdlora.data.collection import LOGIT, check_labels, open_collection
+from kdlora.data.load import Splits
 from kdlora.data.row_hash import are_distinct
 from kdlora.data.spool import SLICE_ROWS, read_column, settle, slice_rows, spool
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import column_values
-from kdlora.errors import ArtifactError, DataError
+from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.system.integrity import hash_file
 
 logger = logging.getLogger(__name__)
@@ -166,6 +168,37 @@ def _refuse_doubles(ids: pa.Array, source: str) -> None:
         f"{source}: {len(doubled)} ids occur more than once, first {some}; expected one row per example. "
         "Remove the doubles, or add a `split` column if the rows are of different splits"
     )
+
+
+def attach_teacher(
+    splits: Splits,
+    teacher: TeacherLogits,
+    unlabelled: TeacherLogits | None = None,
+    *,
+    distil: DistilConfig = DistilConfig(),
+) -> Splits:
+    """Give the rows that teach a student their teacher's logits, in a column `teacher_logits`.
+
+    Args:
+        splits: the task with its examples.
+        teacher: logits of the training rows.
+        unlabelled: logits of the unlabelled rows; needed where the splits have such rows.
+        distil: the distillation loss that a student trained on the result is to have.
+
+    Raises:
+        DataError: rows without logits.
+        ConfigError: a loss that compares logits, of a teacher that gives probabilities.
+    """
+    if distil.loss == "mse" and teacher.from_probabilities:
+        raise ConfigError("distil.loss: mse compares logits, and this teacher gives probabilities; use kl")
+    more = splits.unlabelled
+    if more is not None:
+        if unlabelled is None:
+            raise DataError(
+                "the splits have unlabelled rows, but no teacher logits of them were given; pass unlabelled="
+            )
+        more = unlabelled.attach(more)
+    return replace(splits, train=teacher.attach(splits.train), unlabelled=more, distil=distil)
 
 
 def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> Tokenised:

@@ -1,4 +1,4 @@
-"""Losses as pure tensor functions, one value per row, so that any split of a batch adds up to its exact mean."""
+"""Losses as pure tensor functions, one value per row, and the running sums that give their exact means."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdlora.config import Kind
-from kdlora.errors import ConfigError, DataError, ModelError
+from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 
 SOFT_LOSSES = ("kl", "mse")
 
@@ -154,7 +154,6 @@ def _check_labels(fits: bool, kind: Kind, logits: Tensor, labels: Tensor) -> Non
 
 
 def _comparable(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring both to one float type, and keep gradients out of the teacher."""
     if student_logits.shape != teacher_logits.shape:
         # Broadcasting would teach every row the same, without a word.
         raise ModelError(
@@ -174,3 +173,62 @@ def _checked_temperature(temperature: float) -> float:
     if not (math.isfinite(temperature) and temperature > 0.0):
         raise ConfigError(f"distil.temperature must be finite and above 0; got {temperature!r}")
     return float(temperature)
+
+
+class DivergedError(KdLoraError):
+    """A loss or a gradient that is not a finite number, at an optimiser step from 1; -1 where it is not known."""
+
+    def __init__(self, message: str, step: int = -1) -> None:
+        """Say what diverged."""
+        super().__init__(message)
+        self.step = step
+
+
+class LossSums:
+    """Sums of loss terms over rows, on the device: reading them is what costs, not adding."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start at zero."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(6, dtype=dtype, device=device)
+        self.bad_loss, self.bad_gradient = (torch.full((), -1, dtype=torch.int64, device=device) for _ in range(2))
+
+    @torch.no_grad()
+    def add(self, terms: LossTerms, step: int) -> None:
+        """Add the rows of a micro-batch."""
+        rows = terms.hard.new_full((), len(terms.hard))
+        zero = torch.zeros_like(rows)
+        soft, soft_rows = (zero, zero) if terms.soft is None else (terms.soft.sum(), rows)
+        hard_rows = rows if terms.labelled is None else terms.labelled.sum().to(rows.dtype)
+        total = terms.total.sum()
+        self.sums += torch.stack([total, terms.hard.sum(), soft, rows, soft_rows, hard_rows]).to(self.sums.dtype)
+        self.bad_loss = torch.where(~torch.isfinite(total) & (self.bad_loss < 0), step, self.bad_loss)
+
+    @torch.no_grad()
+    def note_gradient(self, norm: Tensor | float, step: int) -> None:
+        """Note a gradient that is not finite; the weights are not either once the step is taken."""
+        bad = ~torch.isfinite(torch.as_tensor(norm, device=self.sums.device)) & (self.bad_gradient < 0)
+        self.bad_gradient = torch.where(bad, step, self.bad_gradient)
+
+    def check(self, learning_rate: float) -> None:
+        """Stop a training that has diverged. Waits for the device."""
+        if (step := int(self.bad_loss)) >= 0:
+            raise DivergedError(diverged(f"the loss is not a finite number at step {step}", learning_rate), step)
+        if (step := int(self.bad_gradient)) >= 0:
+            raise DivergedError(diverged(f"the gradients are not finite numbers at step {step}", learning_rate), step)
+
+
+def term_means(sums: Tensor) -> dict[str, float]:
+    """Turn sums into the exact means over their own rows. Waits for the device."""
+    total, hard, soft, rows, soft_rows, hard_rows = sums.tolist()
+    means = {"loss": (total, rows), "hard_loss": (hard, hard_rows), "soft_loss": (soft, soft_rows)}
+    return {name: value / count for name, (value, count) in means.items() if count}
+
+
+def diverged(what: str, learning_rate: float) -> str:
+    """Say what to do about a training that has diverged."""
+    return (
+        f"the training diverged: {what}. Most often the learning rate (now {learning_rate:g}) is too high; else set "
+        "run.precision to fp32, lower max_grad_norm, lengthen the warm-up, or look for labels or teacher logits of "
+        "huge size"
+    )

@@ -6,20 +6,92 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kdlora.distil.processes import ALONE, Processes
+from kdlora.config import DistilConfig, LoraConfig, SettledTraining
+from kdlora.data.batches import LengthBucketSampler
+from kdlora.distil.processes import Processes
+from kdlora.distil.resume import CheckpointFolder
+
+if TYPE_CHECKING:
+    from kdlora.distil.trainer import ArmTrainer
 
 logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.5
 _GO_ON, _SAVE, _STOP = range(3)
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """Where a training stands.
+
+    Attributes:
+        epoch: passes over the rows so far, with fractions.
+        epochs: passes in all.
+        step: optimiser steps so far.
+        steps: optimiser steps in all.
+        loss: mean over the epoch's rows so far; None before the first.
+        hard_loss: the same against the labels.
+        soft_loss: the same against the teacher; None without one.
+        examples_per_second: since the start, evaluation excluded.
+        eta_seconds: until the last step, evaluation excluded; None before the first step.
+        score: of the newest evaluation, 0 to 100; None before the first.
+    """
+
+    epoch: float
+    epochs: float
+    step: int
+    steps: int
+    loss: float | None
+    hard_loss: float | None
+    soft_loss: float | None
+    examples_per_second: float
+    eta_seconds: float | None
+    score: float | None
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a training does, besides its model, its rows and its settings.
+
+    Attributes:
+        folder: of this training alone, for checkpoints.
+        seed: seeds dropout and the order of the rows.
+        precision: `auto`, `fp32`, `bf16` or `fp16`; what `auto` was found to be is kept in the folder.
+        device: `auto`, `cpu` or `cuda`.
+        distil: weights and temperature; None trains on the labels alone, whether or not there are teacher logits.
+        lora: of the model's adapter; a checkpoint of another one is refused, for its scale is in no weight.
+        fresh: names of the modules that `head_learning_rate` is for: the encoder's `fresh`.
+        rows_per_epoch: rows that an epoch draws; default: every row once. A control with fewer rows thereby does as
+            many optimiser steps as the arm that it is compared with.
+        copies: how many of the last rows are perturbed copies, of which every step has as many as of the others.
+        checkpoint_seconds: training time between two checkpoints.
+        keep_checkpoints: newest ones to keep.
+        callbacks: transformers' own kind.
+        progress: told every half second, and after every epoch, where the training stands.
+    """
+
+    folder: Path
+    seed: int = 0
+    precision: str = "auto"
+    device: str = "auto"
+    distil: DistilConfig | None = None
+    lora: LoraConfig | None = None
+    fresh: Sequence[str] = ()
+    rows_per_epoch: int | None = None
+    copies: int = 0
+    checkpoint_seconds: float = 60.0
+    keep_checkpoints: int = 1
+    callbacks: Sequence[TrainerCallback] = ()
+    progress: Callable[[ProgressEvent], None] | None = None
 
 
 class TrainingStoppedError(KeyboardInterrupt):
@@ -66,35 +138,6 @@ class StopSignals:
         self.received = number
 
 
-@dataclass(frozen=True)
-class ProgressEvent:
-    """Where a training stands.
-
-    Attributes:
-        epoch: passes over the rows so far, with fractions.
-        epochs: passes in all.
-        step: optimiser steps so far.
-        steps: optimiser steps in all.
-        loss: mean over the epoch's rows so far; None before the first.
-        hard_loss: the same against the labels.
-        soft_loss: the same against the teacher; None without one.
-        examples_per_second: since the start, evaluation excluded.
-        eta_seconds: until the last step, evaluation excluded; None before the first step.
-        score: of the newest evaluation, 0 to 100; None before the first.
-    """
-
-    epoch: float
-    epochs: float
-    step: int
-    steps: int
-    loss: float | None
-    hard_loss: float | None
-    soft_loss: float | None
-    examples_per_second: float
-    eta_seconds: float | None
-    score: float | None
-
-
 @dataclass
 class Stopwatch:
     """Seconds of training, without the pauses."""
@@ -126,41 +169,18 @@ class Stopwatch:
                 self.start()
 
 
-class Trainee(Protocol):
-    """What a session needs of the trainer."""
-
-    def begin_epoch(self, epoch: int, *, fresh: bool) -> None:
-        """Choose the order of the rows; a fresh epoch starts its loss sums at zero."""
-
-    def epoch_means(self, *, everywhere: bool = False) -> dict[str, float]:
-        """Give the mean loss terms of the epoch so far, of this process or of all of them."""
-
-    def score_validation(self) -> dict[str, float]:
-        """Give the validation metrics, and `score`."""
-
-    def keep_best(self) -> None:
-        """Keep the weights of now as the best."""
-
-    def tell_callbacks(self, metrics: dict[str, float]) -> None:
-        """Log validation metrics to whoever listens to the training."""
-
-    def current_rate(self) -> float:
-        """Give the learning rate of the next step."""
-
-
 @dataclass
 class Session(TrainerCallback):
     """Evaluates after every epoch, keeps the history, and decides when to stop and when to save.
 
     Attributes:
-        steps_per_epoch: optimiser steps of a whole pass.
-        epochs: passes in all.
-        select: keep the weights of the `last` or of the `best` epoch.
-        patience: epochs without a better score until the training stops.
-        checkpoint_seconds: training time between two checkpoints.
-        progress: told where the training stands.
+        settings: epochs, learning rate and the like.
+        options: all else about the training.
+        sampler: chooses the rows of every step.
+        validate: gives the validation metrics, and `score`.
+        checkpoints: of this training, and its best weights.
         processes: those that train together; they save and stop together.
-        trainee: the trainer.
+        trainer: sets itself.
         history: one entry per epoch.
         watch: seconds of training.
         evaluation: seconds of validation.
@@ -169,14 +189,13 @@ class Session(TrainerCallback):
         stop: notes a request to stop; the next checkpoint then comes at once, and is the last.
     """
 
-    steps_per_epoch: int
-    epochs: float
-    select: str
-    patience: int | None
-    checkpoint_seconds: float
-    progress: Callable[[ProgressEvent], None] | None = None
-    processes: Processes = ALONE
-    trainee: Trainee = field(init=False, repr=False)
+    settings: SettledTraining
+    options: TrainingOptions
+    sampler: LengthBucketSampler
+    validate: Callable[[], dict[str, float]]
+    checkpoints: CheckpointFolder
+    processes: Processes
+    trainer: ArmTrainer = field(init=False, repr=False)
     history: list[dict[str, Any]] = field(default_factory=list)
     watch: Stopwatch = field(default_factory=Stopwatch)
     evaluation: Stopwatch = field(default_factory=Stopwatch)
@@ -220,44 +239,47 @@ class Session(TrainerCallback):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Choose the order of the rows. A resumed epoch keeps the losses that it has summed."""
-        epoch, done = divmod(state.global_step, self.steps_per_epoch)
-        self.trainee.begin_epoch(epoch, fresh=done == 0)
+        epoch, done = divmod(state.global_step, len(self.sampler))
+        self.sampler.set_epoch(epoch)
+        if done == 0:
+            self.trainer.epoch_sums.sums.zero_()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Note the learning rate of this step, before the schedule moves on."""
-        self._rate = self.trainee.current_rate()
+        self._rate = float(self.trainer.optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save when it is time; at the end of an epoch only after the evaluation, which a resumed one would miss."""
-        ends_epoch = state.global_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps
+        ends_epoch = state.global_step % len(self.sampler) == 0 or state.global_step >= state.max_steps
         wanted = self._is_due() or control.should_save
         self._postponed = wanted and (ends_epoch or control.should_training_stop)
         control.should_save = wanted and not self._postponed
         if self.watch.read() - self._told_at >= _PROGRESS_SECONDS:
-            self.tell(state)
+            self._tell(state)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluate, keep the best, stop early."""
-        means = self.trainee.epoch_means(everywhere=True)
+        settings, means = self.settings, self.trainer.epoch_means(everywhere=True)
         entry = {"epoch": state.epoch, "step": state.global_step, **means, "learning_rate": self._rate}
         with self.watch.paused():
             self.evaluation.start()
-            metrics = self.trainee.score_validation()
+            metrics = self.validate()
             self.evaluation.stop()
             entry |= metrics
             self.history.append(entry)
-            self.trainee.tell_callbacks(metrics)
-            if self.select == "best" and self.best is entry:
-                self.trainee.keep_best()
+            self.trainer.log({f"eval_{name}": value for name, value in metrics.items()})
+            if settings.select == "best" and self.best is entry:
+                self.trainer.keep_best()
         logger.info("epoch %g: %s", entry["epoch"], ", ".join(f"{k} {v:.5g}" for k, v in entry.items() if k != "epoch"))
-        if self.patience is not None and self._epochs_since_best() >= self.patience:
+        since_best = next(age for age, entry in enumerate(reversed(self.history)) if entry is self.best)
+        if settings.early_stopping_patience is not None and since_best >= settings.early_stopping_patience:
             control.should_training_stop = True
         self.finished = control.should_training_stop
         # A finished training that had been worth a checkpoint must not lose its last minute to a crash afterwards.
         control.should_save = self._is_due() or self._postponed or (self.finished and self._has_saved)
-        self.tell(state)
+        self._tell(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop the clocks."""
@@ -269,17 +291,16 @@ class Session(TrainerCallback):
         self._has_saved = True
         self.stop.heed("with a checkpoint")
 
-    def tell(self, state: TrainerState) -> None:
-        """Report where the training stands."""
+    def _tell(self, state: TrainerState) -> None:
         self._told_at = self.watch.read()
-        if self.progress is None:
+        if self.options.progress is None:
             return
-        means, seconds = self.trainee.epoch_means(), self.watch.read()
+        means, seconds = self.trainer.epoch_means(), self.watch.read()
         left = state.max_steps - state.global_step
-        self.progress(
+        self.options.progress(
             ProgressEvent(
                 epoch=float(state.epoch or 0.0),
-                epochs=self.epochs,
+                epochs=self.settings.epochs,
                 step=state.global_step,
                 steps=state.max_steps,
                 loss=means.get("loss"),
@@ -291,12 +312,9 @@ class Session(TrainerCallback):
             )
         )
 
-    def _epochs_since_best(self) -> int:
-        return next(age for age, entry in enumerate(reversed(self.history)) if entry is self.best)
-
     def _is_due(self) -> bool:
         """Say whether a checkpoint is wanted; one process that wants it, or is to stop, speaks for all."""
-        late = self.watch.read() - self._saved_at >= self.checkpoint_seconds
+        late = self.watch.read() - self._saved_at >= self.options.checkpoint_seconds
         wish = self.processes.largest(_STOP if self.stop.received is not None else _SAVE if late else _GO_ON)
         if wish == _STOP and self.stop.received is None:
             self.stop.received = signal.SIGTERM

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,15 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
-from kdlora.config import DistilConfig, LoraConfig, StudentTrainConfig, TeacherTrainConfig, TrainConfig
-from kdlora.data.batches import Tokenised, tokenise
+from kdlora.config import LoraConfig, StudentTrainConfig, TeacherTrainConfig, TrainConfig
+from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import predict_logits
-from kdlora.distil.logits import TeacherLogits, join_unlabelled
-from kdlora.distil.session import ProgressEvent
-from kdlora.distil.trainer import TrainOutcome, train_model
-from kdlora.errors import ConfigError, DataError
+from kdlora.distil.logits import join_unlabelled
+from kdlora.distil.session import ProgressEvent, TrainingOptions
+from kdlora.distil.train import TrainOutcome, train_model
+from kdlora.errors import DataError
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.experiment.settle import settled
 from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
@@ -92,17 +92,10 @@ def train_teacher(
         callbacks: transformers' own kind, such as a tracker's.
     """
     encoder = load_encoder(source, splits.task, seed=seed, revision=revision)
-    return train_arm(
-        encoder,
-        splits,
-        settings,
-        folder=folder,
-        seed=seed,
-        precision=precision,
-        device=device,
-        progress=progress,
-        callbacks=callbacks,
+    options = TrainingOptions(
+        Path(folder), seed=seed, precision=precision, device=device, progress=progress, callbacks=callbacks
     )
+    return train_arm(encoder, splits, settings, options)
 
 
 def train_student(
@@ -112,29 +105,24 @@ def train_student(
     *,
     folder: str | Path,
     lora: LoraConfig | None = LoraConfig(),
-    teacher: TeacherLogits | None = None,
-    unlabelled: TeacherLogits | None = None,
-    distil: DistilConfig = DistilConfig(),
     seed: int = 0,
     precision: str = "auto",
     device: str = "auto",
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
-    """Train a student, with or without adapters, with or without a teacher.
+    """Train a student, with or without adapters; with a teacher where `attach_teacher` gave the splits one.
 
     Where the splits have unlabelled rows, a student with a teacher learns from them too, and one without draws as many
     rows an epoch, its labelled rows again and again, so that both take the same optimiser steps.
 
     Args:
         source: Hub id or folder of a pretrained encoder, or one that is already loaded.
-        splits: the task with its examples.
+        splits: the task with its examples, from `attach_teacher`; as loaded they train on the labels alone (the
+            control).
         settings: epochs, learning rate and the like.
         folder: where checkpoints go; an interrupted training continues from there.
         lora: the adapters; None tunes every weight.
-        teacher: stored teacher logits; None trains on the labels alone (the control).
-        unlabelled: the teacher's logits of the unlabelled rows; needed with a teacher where the splits have such rows.
-        distil: the distillation loss; only used with a teacher.
         seed: seeds the adapters, the new head, dropout and the order of the rows.
         precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
@@ -142,15 +130,9 @@ def train_student(
         callbacks: transformers' own kind, such as a tracker's.
     """
     encoder = load_encoder(source, splits.task, seed=seed) if isinstance(source, str) else source
-    return train_arm(
-        encoder,
-        splits,
-        settings,
-        folder=folder,
+    options = TrainingOptions(
+        Path(folder),
         lora=lora,
-        teacher=teacher,
-        unlabelled=unlabelled,
-        distil=distil,
         seed=seed,
         precision=precision,
         device=device,
@@ -158,6 +140,7 @@ def train_student(
         progress=progress,
         callbacks=callbacks,
     )
+    return train_arm(encoder, splits, settings, options)
 
 
 def rows_per_epoch(splits: Splits) -> int:
@@ -170,74 +153,26 @@ def rows_per_epoch(splits: Splits) -> int:
     return len(splits.train) + splits.held_out + more - splits.copies
 
 
-def train_arm(
-    encoder: Encoder,
-    splits: Splits,
-    settings: TrainConfig,
-    *,
-    folder: str | Path,
-    lora: LoraConfig | None = None,
-    teacher: TeacherLogits | None = None,
-    unlabelled: TeacherLogits | None = None,
-    distil: DistilConfig | None = None,
-    seed: int = 0,
-    precision: str = "auto",
-    device: str = "auto",
-    checkpoint_seconds: float = 60.0,
-    keep_checkpoints: int = 1,
-    rows_per_epoch: int | None = None,
-    progress: Progress | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Trained:
+def train_arm(encoder: Encoder, splits: Splits, settings: TrainConfig, options: TrainingOptions) -> Trained:
     """Train any arm on a loaded encoder; `train_teacher` and `train_student` name the usual choices."""
-    settings = settled(settings, encoder, splits.train, adapters=lora is not None)
-    model = encoder.model if lora is None else add_adapter(encoder, lora, seed=seed)
+    final = settled(settings, encoder, splits.train, adapters=options.lora is not None)
+    model = encoder.model if options.lora is None else add_adapter(encoder, options.lora, seed=options.seed)
     parameters = count_parameters(model)
-    train, truncated = _training_rows(splits, encoder, settings.max_length, teacher, unlabelled)
-    validation = tokenise(splits.validation, encoder.tokenizer, settings.max_length)
-    outcome = train_model(
-        model,
-        encoder.tokenizer,
-        train,
-        validation,
-        splits.task,
-        settings,
-        seed=seed,
-        precision=precision,
-        device=device,
-        distil=None if teacher is None else _fitting(distil or DistilConfig(), teacher),
-        lora=lora,
+    parts = {"train": splits.train, "validation": splits.validation}
+    if splits.distil is not None and splits.unlabelled is not None:
+        parts["unlabelled"] = splits.unlabelled
+    tokens = {name: tokenise(rows, encoder.tokenizer, final.max_length) for name, rows in parts.items()}
+    train = tokens["train"]
+    if "unlabelled" in tokens:
+        train = join_unlabelled(train, tokens["unlabelled"], splits.task)
+    options = replace(
+        options,
+        distil=splits.distil,
         fresh=encoder.fresh,
-        folder=Path(folder),
-        checkpoint_seconds=checkpoint_seconds,
-        keep_checkpoints=keep_checkpoints,
-        rows_per_epoch=rows_per_epoch,
-        copies=0 if teacher is None else splits.copies,
-        callbacks=callbacks,
-        progress=progress,
+        copies=0 if splits.distil is None else splits.copies,
     )
-    return Trained(encoder, model, outcome, parameters, truncated | {"validation": validation.truncated})
-
-
-def _fitting(distil: DistilConfig, teacher: TeacherLogits) -> DistilConfig:
-    """Refuse a loss that compares logits where the teacher has none."""
-    if distil.loss == "mse" and teacher.from_probabilities:
-        raise ConfigError("distil.loss: mse compares logits, and this teacher gives probabilities; use kl")
-    return distil
-
-
-def _training_rows(
-    splits: Splits, encoder: Encoder, max_length: int, teacher: TeacherLogits | None, unlabelled: TeacherLogits | None
-) -> tuple[Tokenised, dict[str, int]]:
-    """Tokenise what an arm learns from, and count the texts that were cut."""
-    rows = splits.train if teacher is None else teacher.attach(splits.train)
-    train = tokenise(rows, encoder.tokenizer, max_length)
-    if teacher is None or splits.unlabelled is None:
-        return train, {"train": train.truncated}
-    if unlabelled is None:
-        raise DataError("the splits have unlabelled rows, but no teacher logits of them were given; pass unlabelled=")
-    more = tokenise(unlabelled.attach(splits.unlabelled), encoder.tokenizer, max_length)
-    return join_unlabelled(train, more, splits.task), {"train": train.truncated, "unlabelled": more.truncated}
+    outcome = train_model(model, encoder.tokenizer, train, tokens["validation"], splits.task, final, options)
+    return Trained(encoder, model, outcome, parameters, {name: part.truncated for name, part in tokens.items()})
 
 
 def evaluate(

@@ -9,8 +9,9 @@ from typing import Literal
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, TrainConfig
 from kdlora.data.load import Splits, load_splits
-from kdlora.distil.logits import TeacherLogits
+from kdlora.distil.logits import attach_teacher
 from kdlora.distil.processes import current_processes
+from kdlora.distil.session import TrainingOptions
 from kdlora.distil.teacher import teacher_logits
 from kdlora.distil.tracking import TrackedRun, tracked
 from kdlora.distil.words import fit_words
@@ -93,13 +94,16 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     if arm == "words":
         return _train_words(layout, splits, record, level) if processes.is_first else record
     place = layout.run(arm, seed)
-    teacher = stored_logits(config, layout, splits.task) if arm in DISTILLED_ARMS else None
-    unlabelled = stored_unlabelled_logits(config, layout, splits) if arm in DISTILLED_ARMS else None
+    teacher = unlabelled = None
+    if arm in DISTILLED_ARMS:
+        teacher = stored_logits(config, layout, splits.task)
+        unlabelled = stored_unlabelled_logits(config, layout, splits)
+        splits = attach_teacher(splits, teacher, unlabelled, distil=config.distil)
     encoder = load_base(config, arm, seed, splits.task)
     record = add_origin(record, encoder, teacher, unlabelled)
     check_origin(layout, record)
     with logged("train", arm, seed):
-        trained = train_splits(config, layout, splits, encoder, arm, seed, teacher, unlabelled, progress)
+        trained = train_splits(config, layout, splits, encoder, arm, seed, progress)
     if not processes.is_first:
         return record
     if processes.count > 1:
@@ -151,22 +155,14 @@ def train_splits(
     encoder: Encoder,
     arm: Arm,
     seed: int,
-    teacher: TeacherLogits | None,
-    unlabelled: TeacherLogits | None,
     progress: Progress | None,
 ) -> Trained:
     """Train one arm as the config says, on given splits, and tell the trackers that it names."""
     trackers = config.run.report_to if current_processes().is_first else ()
     with tracked(trackers, _tracked_run(config, layout, splits, arm, seed)) as callbacks:
-        return train_arm(
-            encoder,
-            splits,
-            settings_for(config, arm),
+        options = TrainingOptions(
             folder=layout.run(arm, seed).checkpoints,
             lora=config.lora if arm in LORA_ARMS else None,
-            teacher=teacher,
-            unlabelled=unlabelled,
-            distil=config.distil,
             seed=seed,
             precision=choose_precision(config, layout)[0],
             device=config.run.device,
@@ -176,6 +172,7 @@ def train_splits(
             progress=progress,
             callbacks=callbacks,
         )
+        return train_arm(encoder, splits, settings_for(config, arm), options)
 
 
 def _tracked_run(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> TrackedRun:

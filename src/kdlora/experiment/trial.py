@@ -17,6 +17,7 @@ from kdlora.data.augment import TEXTS, keep_unscored
 from kdlora.data.load import Splits, add_copies, load_splits
 from kdlora.data.split import split_rows
 from kdlora.data.spool import read_column
+from kdlora.distil.logits import attach_teacher
 from kdlora.distil.session import ProgressEvent
 from kdlora.errors import DataError
 from kdlora.evidence.records import ExperimentLayout
@@ -109,7 +110,7 @@ def make_teacher(config: Config, holdout: Holdout, layout: ExperimentLayout, sen
     splits, seed = load_held_out(config.task, config.data, holdout, layout.copies), config.teacher_seed
     if not config.given_teacher and not layout.teacher.exists():
         encoder = load_base(config, "fft", seed, splits.task)
-        trained = train_splits(config, layout, splits, encoder, "fft", seed, None, None, send)
+        trained = train_splits(config, layout, splits, encoder, "fft", seed, send)
         trained.encoder.model.config.kdlora_task = splits.task.to_dict()
         with atomic_folder(layout.teacher) as folder:
             save_encoder(trained.encoder, folder)
@@ -122,8 +123,9 @@ def train_trial(
     """Train one arm as a trial's config says, and score it on the held-out rows after every epoch."""
     prepare_process(config)
     splits, seed = load_held_out(config.task, config.data, holdout, layout.copies), config.run.seeds[0]
-    teacher = stored_logits(config, layout, splits.task) if arm in DISTILLED_ARMS else None
-    unlabelled = stored_unlabelled_logits(config, layout, splits) if arm in DISTILLED_ARMS else None
+    if arm in DISTILLED_ARMS:
+        unlabelled = stored_unlabelled_logits(config, layout, splits)
+        splits = attach_teacher(splits, stored_logits(config, layout, splits.task), unlabelled, distil=config.distil)
 
     def watch(event: ProgressEvent) -> None:
         if stop.exists():
@@ -132,7 +134,7 @@ def train_trial(
 
     encoder = load_base(config, arm, seed, splits.task)
     try:
-        trained = train_splits(config, layout, splits, encoder, arm, seed, teacher, unlabelled, watch)
+        trained = train_splits(config, layout, splits, encoder, arm, seed, watch)
     except TrialStoppedError:
         return TrialResult(None, [])
     history = trained.outcome.history

@@ -151,17 +151,17 @@ def print_plan(plan: ExperimentPlan, console: SafeConsole) -> None:
 
 def print_result(result: ExperimentResult) -> None:
     """Print the table of the arms, what was noted on the way, and where everything lies."""
-    from kdlora.evidence.summary import CAPTION, COLUMNS, summarise_arms
+    from kdlora.evidence.records import SUMMARY, summarise_arms
     from kdlora.report.choice import read_choice
 
     console, layout = SafeConsole(), result.layout
     for note in result.notes:
         console.tell(note, style="dim")
-    summary = summarise_arms(result.records)
-    table = Table(title=summary.title, caption=CAPTION)
-    for name in COLUMNS:
+    title, rows = summarise_arms(result.records)
+    table = Table(title=title, caption="ex/s: rows trained per second; ms: median latency at batch 1")
+    for name in SUMMARY:
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
-    for row in summary.rows:
+    for row in rows:
         table.add_row(*row)
     console.print(table)
     for record in result.failed:

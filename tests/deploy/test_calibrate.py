@@ -13,7 +13,7 @@ from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.calibration import probabilities, reliability
+from kdlora.evidence.metrics import probabilities, reliability
 
 
 @pytest.mark.parametrize("kind", ["single-label", "multi-label"])

@@ -19,7 +19,7 @@ from kdlora.deploy.encode import length_batches
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ArtifactError, DataError, KdLoraError, ModelError
-from kdlora.evidence.calibration import probabilities
+from kdlora.evidence.metrics import probabilities
 
 BLOCKED = ("torch", "transformers", "onnx", "onnxscript", "pydantic", "sklearn", "scipy", "pyarrow", "pandas", "peft")
 

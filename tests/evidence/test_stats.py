@@ -6,9 +6,8 @@ from scipy.stats import bootstrap, norm, t
 
 from fabricate import BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, make_labels, make_logits
 from kdlora.data.tasks import Task
-from kdlora.evidence.metrics import check_arrays, compute_metrics, score
+from kdlora.evidence.metrics import check_arrays, compute_metrics, score, weighted_metric
 from kdlora.evidence.stats import Difference, PairedArms, contrast, mean_sd
-from kdlora.evidence.weighted import weighted_metric
 
 COLA = Task("single-label", ("text",), ("label",), ("unacceptable", "acceptable"), ("matthews",), "cola")
 MANY_TAGS = Task("multi-label", ("text",), ("tags",), ("a", "b", "c", "d"), ("macro_f1", "subset_accuracy"))

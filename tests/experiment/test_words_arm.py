@@ -8,8 +8,7 @@ from experiments import snapshot
 from kdlora.configfile import build_config
 from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import read_predictions
-from kdlora.evidence.records import ExperimentLayout, read_results
-from kdlora.evidence.summary import summarise_arms
+from kdlora.evidence.records import ExperimentLayout, read_results, summarise_arms
 from kdlora.experiment.run import Run, plan_experiment, plan_runs, run_experiment
 from kdlora.experiment.teacher_check import doubts_of_teacher
 from kdlora.report.collect import load_experiments
@@ -38,7 +37,7 @@ def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
     report = result.layout.report_md.read_text(encoding="utf-8")
     assert report.count("bag of words") > 3
     assert f"{words.score:.2f}" in report
-    assert [row[0] for row in summarise_arms([words, student]).rows] == ["words", "student-lora"]
+    assert [row[0] for row in summarise_arms([words, student])[1]] == ["words", "student-lora"]
 
     before = snapshot(kept.root)
     run_experiment(config, result.folder)

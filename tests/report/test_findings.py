@@ -7,8 +7,7 @@ import pytest
 from scipy.special import softmax
 
 from fabricate import MNLI, TAGS, TOPICS, make_experiment, make_labels, make_logits
-from kdlora.evidence.calibration import probabilities, reliability
-from kdlora.evidence.metrics import compute_metrics
+from kdlora.evidence.metrics import compute_metrics, probabilities, reliability
 from kdlora.evidence.predictions import Predictions
 from kdlora.report.collect import load_experiments
 from kdlora.report.costs import PARAMETERS, saving

@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 
 from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TEMPERATURE_KEY
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.calibration import probabilities, reliability
+from kdlora.evidence.metrics import probabilities, reliability
 from kdlora.foreign import read_json
 from kdlora.report.shipped import Calibration
 from kdlora.system.integrity import hash_file, seal

@@ -13,7 +13,7 @@ from kdlora.deploy.encode import Text, TextEncoder, check_text, length_batches
 from kdlora.deploy.folder import ModelFolder, Precision, read_model_folder
 from kdlora.deploy.onnx_backend import OnnxBackend
 from kdlora.errors import ModelError
-from kdlora.evidence.calibration import probabilities
+from kdlora.evidence.metrics import probabilities
 
 BATCH_SIZE = 32
 BATCH_TOKENS = 1024

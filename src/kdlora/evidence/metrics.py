@@ -1,18 +1,27 @@
-"""The metrics of every kind of task, and the score that they add up to."""
+"""The metrics of every kind of task, and the score that they add up to. Light: numpy alone, for every prediction.
+
+A metric is prepared for one model and takes counts (draws, examples), how often a draw took each example: so a
+bootstrap needs no rows written out. On the rows as they are, every count is 1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
-from sklearn import metrics as sk
 
 from kdlora.errors import ArtifactError
 
 if TYPE_CHECKING:
     from kdlora.data.tasks import Task
+
+BINS = 10
+"""Bins of confidence, of equal width from 0 to 1."""
+
+Weighted = Callable[[np.ndarray], np.ndarray]
+"""From counts (draws, examples) to a figure of each draw."""
 
 
 def compute_metrics(
@@ -27,16 +36,19 @@ def compute_metrics(
     """
     outputs, targets = check_arrays(task, logits, labels)
     if groups is None:
-        return _metrics_of(task, outputs, targets)
+        return {name: _of_rows(task, name, outputs, targets) for name in metric_names(task)}
     if len(groups) != len(outputs):
         raise ValueError(f"expected {len(outputs)} groups, got {len(groups)}")
     members = np.asarray(groups)
-    names = list(dict.fromkeys(groups))
-    parts = {name: _metrics_of(task, outputs[members == name], targets[members == name]) for name in names}
-    result = {metric: float(np.mean([part[metric] for part in parts.values()])) for metric in parts[names[0]]}
-    for name, part in parts.items():
-        result |= {f"{metric}_{name}": value for metric, value in part.items()}
-    return result
+    parts = {
+        group: {
+            name: _of_rows(task, name, outputs[members == group], targets[members == group])
+            for name in metric_names(task)
+        }
+        for group in dict.fromkeys(groups)
+    }
+    result = {name: float(np.mean([part[name] for part in parts.values()])) for name in metric_names(task)}
+    return result | {f"{name}_{group}": value for group, part in parts.items() for name, value in part.items()}
 
 
 def score(task: Task, metrics: dict[str, float]) -> float:
@@ -85,9 +97,8 @@ def check_arrays(task: Task, logits: np.ndarray, labels: np.ndarray) -> tuple[np
     if task.kind == "regression":
         return outputs, targets.astype(np.float64)
     top = 1 if task.kind == "multi-label" else width - 1
-    if not np.isin(targets, np.arange(top + 1)).all():
-        wrong = targets[~np.isin(targets, np.arange(top + 1))].flat[0]
-        raise ValueError(f"expected labels from 0 to {top}, got {wrong}")
+    if (wrong := targets[~np.isin(targets, np.arange(top + 1))]).size:
+        raise ValueError(f"expected labels from 0 to {top}, got {wrong.flat[0]}")
     return outputs, targets.astype(np.int64)
 
 
@@ -99,80 +110,225 @@ def _refuse_non_finite(values: np.ndarray, what: str, remedy: str) -> None:
         raise ArtifactError(f"expected finite {what}, got {values[row]} in row {row}. {remedy}")
 
 
-def _metrics_of(task: Task, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Compute every metric of one set of rows."""
+def _of_rows(task: Task, name: str, outputs: np.ndarray, targets: np.ndarray) -> float:
+    """Give a metric of the rows as they are; sums of values that are no counts are taken in the usual order."""
     decided = predict_labels(task, outputs)
-    result = {}
-    for name in metric_names(task):
-        measure = _MEASURES.get((task.kind, name))
-        if measure is None or (name == "f1" and len(task.label_names) != 2):
-            raise ValueError(f"the metric {name!r} is not defined for this {task.kind} task")
-        result[name] = float(measure(targets, decided))
-    return result
+    match task.kind, name:
+        case "single-label", "macro_f1":
+            marked = np.bincount(decided, minlength=outputs.shape[1]) + np.bincount(targets, minlength=outputs.shape[1])
+            hits = np.bincount(targets[decided == targets], minlength=outputs.shape[1])
+            return float(np.mean(2.0 * hits[marked > 0] / marked[marked > 0]))
+        case "regression", "mse":
+            return float(np.mean((targets - decided) ** 2))
+        case "regression", "mae":
+            return float(np.mean(np.abs(targets - decided)))
+        case "regression", "pearson":
+            return _plain_pearson(targets, decided)
+        case "regression", "spearman":
+            once = np.ones((1, len(targets)))
+            return _plain_pearson(_Ranks(targets).centred(once)[0], _Ranks(decided).centred(once)[0])
+    return float(weighted_metric(task, name, outputs, targets)(np.ones((1, len(outputs))))[0])
 
 
-def _matthews(targets: np.ndarray, decided: np.ndarray) -> float:
-    """Matthews correlation; 0 where labels or predictions are constant."""
-    if np.ptp(targets) == 0 or np.ptp(decided) == 0:
-        return 0.0
-    return float(sk.matthews_corrcoef(targets, decided))
-
-
-def _pearson(targets: np.ndarray, decided: np.ndarray) -> float:
+def _plain_pearson(targets: np.ndarray, decided: np.ndarray) -> float:
     """Pearson correlation; 0 where labels or predictions are constant."""
-    first = decided - decided.mean()
-    second = targets - targets.mean()
-    # A spread below the rounding of the values themselves is no spread.
-    if _is_constant(decided, first) or _is_constant(targets, second):
-        return 0.0
-    first = first / np.abs(first).max()
-    second = second / np.abs(second).max()
+    first, second = decided - decided.mean(), targets - targets.mean()
+    for values, centred in ((decided, first), (targets, second)):
+        # A spread below the rounding of the values themselves is no spread.
+        if np.abs(centred).max() <= 1e-13 * np.abs(values).max():
+            return 0.0
+    first, second = first / np.abs(first).max(), second / np.abs(second).max()
     return float(np.clip(first @ second / np.sqrt((first @ first) * (second @ second)), -1.0, 1.0))
 
 
-def _is_constant(values: np.ndarray, centred: np.ndarray) -> bool:
-    """Say whether values differ by no more than rounding."""
-    return bool(np.abs(centred).max() <= 1e-13 * np.abs(values).max())
+def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndarray) -> Weighted:
+    """Prepare one metric of one model, in closed form from counts."""
+    decided, classes = predict_labels(task, outputs), len(task.label_names)
+    match task.kind, name:
+        case "single-label", "accuracy" | "micro_f1":
+            return _mean_of(decided == targets)
+        case "single-label", "f1" if classes == 2:
+            return _pooled_f1(decided[:, None], targets[:, None])
+        case "single-label", "macro_f1":
+            return _macro_f1(np.eye(classes)[decided], np.eye(classes)[targets], occurring_only=True)
+        case "single-label", "matthews":
+            return _matthews(np.eye(classes)[decided], np.eye(classes)[targets])
+        case "multi-label", "micro_f1":
+            return _pooled_f1(decided, targets)
+        case "multi-label", "macro_f1":
+            return _macro_f1(decided.astype(np.float64), targets.astype(np.float64), occurring_only=False)
+        case "multi-label", "subset_accuracy":
+            return _mean_of((decided == targets).all(axis=1))
+        case "regression", "mse":
+            return _mean_of((decided - targets) ** 2)
+        case "regression", "mae":
+            return _mean_of(np.abs(decided - targets))
+        case "regression", "pearson":
+            return _pearson(decided, targets)
+        case "regression", "spearman":
+            return _spearman(decided, targets)
+    raise ValueError(f"the metric {name!r} is not defined for a {task.kind} task with {classes} labels")
 
 
-def _spearman(targets: np.ndarray, decided: np.ndarray) -> float:
-    """Spearman correlation: Pearson of the average ranks."""
-    return _pearson(stats.rankdata(targets), stats.rankdata(decided))
+def _mean_of(values: np.ndarray) -> Weighted:
+    column = values.astype(np.float64)
+    return lambda counts: (counts @ column) / counts.sum(axis=1)
 
 
-def _binary_f1(targets: np.ndarray, decided: np.ndarray) -> float:
-    """F1 of label index 1; 0 where nothing is positive."""
-    return float(sk.f1_score(targets, decided, pos_label=1, average="binary", zero_division=0))
+def _pooled_f1(decided: np.ndarray, targets: np.ndarray) -> Weighted:
+    """F1 over all cells of the given columns."""
+    hits = (decided * targets).sum(axis=1).astype(np.float64)
+    marked = (decided + targets).sum(axis=1).astype(np.float64)
+    return lambda counts: _ratio(2.0 * (counts @ hits), counts @ marked)
 
 
-def _f1(average: str) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Make an averaged F1."""
-    return lambda targets, decided: float(sk.f1_score(targets, decided, average=average, zero_division=0))
+def _macro_f1(predicted: np.ndarray, wanted: np.ndarray, *, occurring_only: bool) -> Weighted:
+    """Mean of each column's F1, over all columns or over those that occur in the draw."""
+    hits = predicted * wanted
+    marked = predicted + wanted
+
+    def measure(counts: np.ndarray) -> np.ndarray:
+        seen = counts @ marked
+        scores = _ratio(2.0 * (counts @ hits), seen)
+        if not occurring_only:
+            return np.asarray(scores.mean(axis=1))
+        return np.asarray(scores.sum(axis=1) / (seen > 0).sum(axis=1))
+
+    return measure
 
 
-def _multi_label_micro_f1(targets: np.ndarray, decided: np.ndarray) -> float:
-    """F1 over all cells; scikit-learn would read a single label column as a binary task and give accuracy."""
-    marked = int(targets.sum() + decided.sum())
-    return 2.0 * int((targets * decided).sum()) / marked if marked else 0.0
+def _matthews(predicted: np.ndarray, wanted: np.ndarray) -> Weighted:
+    """Matthews from counts of hits, predictions and labels of each class."""
+    hits = (predicted * wanted).sum(axis=1)
+
+    def measure(counts: np.ndarray) -> np.ndarray:
+        total = counts.sum(axis=1)
+        said, true = counts @ predicted, counts @ wanted
+        above = (counts @ hits) * total - (said * true).sum(axis=1)
+        below = (total**2 - (said**2).sum(axis=1)) * (total**2 - (true**2).sum(axis=1))
+        return _ratio(above, np.sqrt(below))
+
+    return measure
 
 
-def _multi_label_macro_f1(targets: np.ndarray, decided: np.ndarray) -> float:
-    """Mean over the labels of each label's F1."""
-    marked = targets.sum(axis=0) + decided.sum(axis=0)
-    return float(np.mean(2.0 * (targets * decided).sum(axis=0) / np.maximum(marked, 1)))
+def _pearson(decided: np.ndarray, targets: np.ndarray) -> Weighted:
+    """Pearson from weighted moments; centred first, because sums of squares of raw values lose digits."""
+    first, second = _standardise(decided), _standardise(targets)
+    columns = np.stack([first, second, first * first, second * second, first * second], axis=1)
+
+    def measure(counts: np.ndarray) -> np.ndarray:
+        moments = (counts @ columns) / counts.sum(axis=1, keepdims=True)
+        mean_first, mean_second, square_first, square_second, product = moments.T
+        return _correlation(
+            product - mean_first * mean_second,
+            square_first - mean_first**2,
+            square_second - mean_second**2,
+        )
+
+    return measure
 
 
-_MEASURES: dict[tuple[str, str], Callable[[np.ndarray, np.ndarray], float]] = {
-    ("single-label", "accuracy"): lambda targets, decided: float(np.mean(targets == decided)),
-    ("single-label", "f1"): _binary_f1,
-    ("single-label", "macro_f1"): _f1("macro"),
-    ("single-label", "micro_f1"): _f1("micro"),
-    ("single-label", "matthews"): _matthews,
-    ("regression", "pearson"): _pearson,
-    ("regression", "spearman"): _spearman,
-    ("regression", "mse"): lambda targets, decided: float(np.mean((targets - decided) ** 2)),
-    ("regression", "mae"): lambda targets, decided: float(np.mean(np.abs(targets - decided))),
-    ("multi-label", "micro_f1"): _multi_label_micro_f1,
-    ("multi-label", "macro_f1"): _multi_label_macro_f1,
-    ("multi-label", "subset_accuracy"): lambda targets, decided: float(np.mean((targets == decided).all(axis=1))),
-}
+def _spearman(decided: np.ndarray, targets: np.ndarray) -> Weighted:
+    """Pearson of the average ranks among the drawn examples, ties included."""
+    first, second = _Ranks(decided), _Ranks(targets)
+
+    def measure(counts: np.ndarray) -> np.ndarray:
+        one, other = first.centred(counts), second.centred(counts)
+        product = np.einsum("de,de,de->d", counts, one, other)
+        square_one = np.einsum("de,de,de->d", counts, one, one)
+        square_other = np.einsum("de,de,de->d", counts, other, other)
+        return _correlation(product, square_one, square_other)
+
+    return measure
+
+
+class _Ranks:
+    """Average ranks of one column under any counts, from a single sort."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.order = np.argsort(values, kind="stable")
+        ordered = values[self.order]
+        starts = np.concatenate(([True], ordered[1:] != ordered[:-1]))
+        self.starts = np.flatnonzero(starts)
+        self.group = np.empty(len(values), dtype=np.int64)
+        self.group[self.order] = np.cumsum(starts) - 1
+
+    def centred(self, counts: np.ndarray) -> np.ndarray:
+        """Give each example's average rank in each draw, less the mean rank."""
+        tied = np.add.reduceat(counts[:, self.order], self.starts, axis=1)
+        last = np.cumsum(tied, axis=1)
+        # Tied examples share the mean of the places from last - tied + 1 to last.
+        ranks = last - (tied - 1) / 2 - (last[:, -1:] + 1) / 2
+        return np.take(ranks, self.group, axis=1)
+
+
+def _standardise(values: np.ndarray) -> np.ndarray:
+    """Centre and scale; a correlation does not change by it."""
+    centred = values - values.mean()
+    spread = np.abs(centred).max()
+    return centred / spread if spread > 1e-13 * np.abs(values).max() else np.zeros_like(centred)
+
+
+def _correlation(product: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Divide a covariance by two variances; 0 where either vanishes up to rounding."""
+    valid = (first > 1e-14) & (second > 1e-14)
+    below = np.sqrt(np.where(valid, first * second, 1.0))
+    return np.where(valid, np.clip(product / below, -1.0, 1.0), 0.0)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Divide, with 0 where there is nothing to divide by."""
+    return np.where(below > 0, above / np.where(below > 0, below, 1.0), 0.0)
+
+
+def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np.ndarray:
+    """Turn logits into probabilities: softmax, or one sigmoid a label for multi-label.
+
+    *Source*: Guo et al., "On Calibration of Modern Neural Networks", eq. 9.
+    """
+    scaled = logits.astype(np.float64) / temperature
+    if kind == "multi-label":
+        # Two forms of one function, each where its exponential cannot overflow.
+        small = np.exp(-np.abs(scaled))
+        return np.asarray(np.where(scaled >= 0, 1 / (1 + small), small / (1 + small)))
+    if kind != "single-label":
+        raise ValueError(f"a {kind} task has no probabilities")
+    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often decisions of a given confidence are right.
+
+    Attributes:
+        confidence: mean confidence of each bin that is not empty.
+        accuracy: share of right decisions in it.
+        count: decisions in it.
+        error: expected calibration error, 0 to 1: the mean of |accuracy - confidence|, weighted by count.
+    """
+
+    confidence: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    count: tuple[int, ...]
+    error: float
+
+
+def reliability(table: np.ndarray, labels: np.ndarray, kind: str) -> Reliability:
+    """Bin decisions by confidence, in ten bins of equal width from 0 to 1.
+
+    Confidence is the largest probability (single-label), or that of the decision on each label (multi-label).
+    *Source*: Guo et al., "On Calibration of Modern Neural Networks", eq. 3.
+    """
+    if kind == "multi-label":
+        cells = table.ravel()
+        confidence, right = np.maximum(cells, 1 - cells), (cells > 0.5) == (np.asarray(labels).ravel() == 1)
+    else:
+        confidence, right = table.max(axis=1), table.argmax(axis=1) == labels
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    count = np.bincount(place, minlength=BINS)
+    filled = count > 0
+    mean_confidence = np.bincount(place, confidence, BINS)[filled] / count[filled]
+    accuracy = np.bincount(place, right, BINS)[filled] / count[filled]
+    error = float(np.sum(count[filled] * np.abs(accuracy - mean_confidence)) / count.sum())
+    return Reliability(tuple(mean_confidence.tolist()), tuple(accuracy.tolist()), tuple(count[filled].tolist()), error)

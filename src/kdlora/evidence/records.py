@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kdlora.config import ARMS
 from kdlora.errors import ArtifactError
 from kdlora.system.integrity import CHECKSUM, is_sealed_or_old, seal
 from kdlora.system.storage import plain_json, write_json_atomic
@@ -76,41 +78,28 @@ class RunRecord(BaseModel):
     config: dict[str, Any] = Field(default_factory=dict)
 
 
+class _Inside:
+    """A file or folder of a layout: its name, and what it lies in."""
+
+    def __init__(self, name: str, of: str = "root") -> None:
+        self.name, self.of = name, of
+
+    def __get__(self, layout: Any, owner: type) -> Path:
+        folder: Path = getattr(layout, self.of)
+        return folder / self.name
+
+
 @dataclass(frozen=True)
 class RunLayout:
     """The names inside the folder of one run."""
 
     root: Path
 
-    @property
-    def record(self) -> Path:
-        """The run's record."""
-        return self.root / "run.json"
-
-    @property
-    def predictions(self) -> Path:
-        """Logits and labels of the validation (and test) rows."""
-        return self.root / "predictions.parquet"
-
-    @property
-    def model(self) -> Path:
-        """The trained model: merged where the arm has an adapter."""
-        return self.root / "model"
-
-    @property
-    def adapter(self) -> Path:
-        """The adapter with its head."""
-        return self.root / "adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        """What an interrupted training continues from."""
-        return self.root / "checkpoints"
-
-    @property
-    def log(self) -> Path:
-        """The run's log."""
-        return self.root / "run.log"
+    record = _Inside("run.json")
+    predictions = _Inside("predictions.parquet")  # logits and labels of the validation (and test) rows
+    model = _Inside("model")  # of a fully tuned student
+    adapter = _Inside("adapter")  # with its head
+    checkpoints = _Inside("checkpoints")  # what an interrupted training continues from
 
 
 @dataclass(frozen=True)
@@ -119,115 +108,36 @@ class ExperimentLayout:
 
     root: Path
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration, which reruns the experiment."""
-        return self.root / "config.yaml"
-
-    @property
-    def plan(self) -> Path:
-        """What was said before the last trainings began."""
-        return self.root / "plan.json"
-
-    @property
-    def results(self) -> Path:
-        """All run records in one file."""
-        return self.root / "results.json"
-
-    @property
-    def shipped(self) -> Path:
-        """Which run `student/` and `adapter/` are, and why it was chosen."""
-        return self.root / "shipped.json"
-
-    @property
-    def report_md(self) -> Path:
-        """The report as Markdown."""
-        return self.root / "report.md"
-
-    @property
-    def report_html(self) -> Path:
-        """The report as one self-contained page."""
-        return self.root / "report.html"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that runs the experiment."""
-        return self.root / ".lock"
+    config = _Inside("config.yaml")  # the resolved configuration, which reruns the experiment
+    plan = _Inside("plan.json")  # what was said before the last trainings began
+    results = _Inside("results.json")  # all run records in one file
+    shipped = _Inside("shipped.json")  # which run `student/` and `adapter/` are, and why it was chosen
+    report_md = _Inside("report.md")
+    report_html = _Inside("report.html")  # one self-contained page
+    lock = _Inside(".lock")  # held by the process that runs the experiment
+    precision = _Inside("precision.json", of="shared")  # what `run.precision: auto` was found to be
+    copies = _Inside("copies", of="shared")  # perturbed copies of the training texts
+    examples = _Inside("examples.parquet")  # texts that the report may quote
+    student = _Inside("student")  # what ships, merged
+    adapter = _Inside("adapter")  # of what ships
+    onnx = _Inside("student-onnx")  # what ships, for ONNX Runtime
+    export_record = _Inside("kdlora_export.json", of="onnx")  # how the files there were made and checked
+    benchmark = _Inside("benchmark.json")  # teacher and student as they are shipped, measured side by side
+    deployed = _Inside(".deployed")  # fingerprint of what `student-onnx/` and `benchmark.json` were made from
+    exported = _Inside(".exported")  # the same without `benchmark.json`, between the export and the measurement
+    teacher_logits = _Inside("logits", of="teacher")
+    unlabelled_logits = _Inside("logits-unlabelled", of="teacher")
+    runs = _Inside("runs")
 
     @property
     def shared(self) -> Path:
-        """The folder of what all runs have in common."""
+        """The folder of what all runs have in common; a suite's configurations share one."""
         return self.root
 
     @property
-    def precision(self) -> Path:
-        """What `run.precision: auto` was found to be."""
-        return self.shared / "precision.json"
-
-    @property
-    def copies(self) -> Path:
-        """Perturbed copies of the training texts."""
-        return self.shared / "copies"
-
-    @property
-    def examples(self) -> Path:
-        """Texts that the report may quote."""
-        return self.root / "examples.parquet"
-
-    @property
-    def student(self) -> Path:
-        """The shipped student, merged."""
-        return self.root / "student"
-
-    @property
-    def onnx(self) -> Path:
-        """The shipped student for ONNX Runtime."""
-        return self.root / "student-onnx"
-
-    @property
-    def export_record(self) -> Path:
-        """How the files in `student-onnx/` were made and checked."""
-        return self.onnx / "kdlora_export.json"
-
-    @property
-    def deployed(self) -> Path:
-        """Fingerprint of what `student-onnx/` and `benchmark.json` were made from, written last."""
-        return self.root / ".deployed"
-
-    @property
-    def exported(self) -> Path:
-        """The same without `benchmark.json`, between the export and the measurement."""
-        return self.root / ".exported"
-
-    @property
-    def benchmark(self) -> Path:
-        """Teacher and student as they are shipped, measured side by side."""
-        return self.root / "benchmark.json"
-
-    @property
-    def adapter(self) -> Path:
-        """The shipped student's adapter."""
-        return self.root / "adapter"
-
-    @property
     def teacher(self) -> Path:
-        """The one teacher and its logits."""
+        """The one teacher and its logits; a suite's configurations share one."""
         return self.root / "teacher"
-
-    @property
-    def teacher_logits(self) -> Path:
-        """The stored teacher logits."""
-        return self.teacher / "logits"
-
-    @property
-    def unlabelled_logits(self) -> Path:
-        """The stored teacher logits of the unlabelled rows."""
-        return self.teacher / "logits-unlabelled"
-
-    @property
-    def runs(self) -> Path:
-        """The folder of all runs."""
-        return self.root / "runs"
 
     def run(self, arm: str, seed: int) -> RunLayout:
         """Name the folder of one arm × seed."""
@@ -274,23 +184,51 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _parse_record(content: Any, where: str) -> RunRecord:
-    """Check version and fields of a record."""
+    """Check version, fields and checksum of a record."""
     if not isinstance(content, dict):
         raise ArtifactError(f"{where}: expected a JSON object, found {type(content).__name__}. {_RERUN}")
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
+        remedy = f"It was written by an older kdlora: {_RERUN[0].lower()}{_RERUN[1:]}"
         if isinstance(version, int) and version > SCHEMA_VERSION:
             remedy = "It was written by a newer kdlora: upgrade with `pip install --upgrade kdlora`."
-        else:
-            remedy = f"It was written by an older kdlora: {_RERUN[0].lower()}{_RERUN[1:]}"
         raise ArtifactError(f"{where}: expected schema_version {SCHEMA_VERSION}, found {version!r}. {remedy}")
     try:
         record = RunRecord.model_validate({key: value for key, value in content.items() if key != CHECKSUM})
     except ValidationError as fault:
-        faults = "; ".join(
-            f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}" for error in fault.errors()
-        )
+        faults = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in fault.errors())
         raise ArtifactError(f"{where}: expected a run record, but {faults}. {_RERUN}") from None
     if not is_sealed_or_old(content):
         raise ArtifactError(f"{where}: its content does not fit its checksum, so it was damaged or edited. {_RERUN}")
     return record
+
+
+SUMMARY = ("arm", "n", "score", "sd", "trained", "params", "ex/s", "ms")
+"""Columns of `summarise_arms`; ex/s: rows trained per second; ms: median latency at batch 1."""
+
+
+def summarise_arms(records: Sequence[RunRecord]) -> tuple[str, list[tuple[str, ...]]]:
+    """Put the runs of an experiment together for terminals and notebooks: which score it is, and a row an arm."""
+    on_test = any(record.test_score is not None for record in records)
+    rows = []
+    for arm in ARMS:
+        if runs := [record for record in records if record.arm == arm]:
+            rows.append((arm, *_summarise([run for run in runs if run.status == "finished"], on_test)))
+    return f"score on the {'test' if on_test else 'validation'} split, 0 to 100", rows
+
+
+def _summarise(runs: Sequence[RunRecord], on_test: bool) -> tuple[str, ...]:
+    if not runs:
+        return ("0", "failed", "", "", "", "", "")
+    scores = [value for run in runs if (value := run.test_score if on_test else run.score) is not None]
+    latencies = [entry.p50_ms for run in runs for entry in run.latency if entry.batch_size == 1]
+    speeds = [run.examples_per_second for run in runs if run.examples_per_second]
+    parameters = (runs[0].trainable_parameters, runs[0].total_parameters)
+    return (
+        str(len(runs)),
+        f"{statistics.mean(scores):.2f}" if scores else "not available",
+        f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "–",
+        *("–" if number is None else f"{number:,}" for number in parameters),
+        f"{statistics.mean(speeds):.0f}" if speeds else "–",
+        f"{statistics.mean(latencies):.1f}" if latencies else "–",
+    )

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
-from kdlora.evidence.metrics import check_arrays
-from kdlora.evidence.weighted import weighted_metric
+from kdlora.evidence.metrics import check_arrays, weighted_metric
 
 if TYPE_CHECKING:
     from kdlora.data.tasks import Task
@@ -29,17 +28,7 @@ class MeanSd:
 
 
 def mean_sd(values: Sequence[float]) -> MeanSd:
-    """Summarise the values of several seeds.
-
-    Args:
-        values: one figure a seed, at least one.
-
-    Returns:
-        Mean, sample standard deviation (divisor n - 1) and count.
-
-    Raises:
-        ValueError: no values.
-    """
+    """Summarise the values of several seeds, one figure each."""
     if not len(values):
         raise ValueError("expected at least one value")
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -13,8 +13,14 @@ from kdlora.configfile import load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, KdLoraError
-from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record, write_results
-from kdlora.evidence.summary import COLUMNS, summarise_arms
+from kdlora.evidence.records import (
+    SUMMARY,
+    ExperimentLayout,
+    RunRecord,
+    read_record,
+    summarise_arms,
+    write_results,
+)
 from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.engines import Here, carry_out_all
 from kdlora.experiment.inputs import check_table
@@ -81,8 +87,8 @@ class ExperimentResult:
 
     def _repr_html_(self) -> str:
         """Show the table of the arms in a notebook."""
-        summary = summarise_arms(self.records)
-        return html_table(COLUMNS, summary.rows, f"{self.folder.name}: {summary.title}")
+        title, rows = summarise_arms(self.records)
+        return html_table(SUMMARY, rows, f"{self.folder.name}: {title}")
 
     @property
     def layout(self) -> ExperimentLayout:

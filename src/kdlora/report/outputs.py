@@ -10,8 +10,7 @@ import numpy as np
 from scipy.special import rel_entr
 
 from kdlora.data.tasks import Task
-from kdlora.evidence.calibration import Reliability, probabilities, reliability
-from kdlora.evidence.metrics import predict_labels
+from kdlora.evidence.metrics import Reliability, predict_labels, probabilities, reliability
 from kdlora.evidence.predictions import Predictions
 from kdlora.evidence.stats import mean_sd
 from kdlora.report.blocks import Figure, Quotation, Quotations, Table

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
-from kdlora.data.lines import MOST_CHARACTERS, Lines, LongLineError
+from kdlora.data.lines import MOST_CHARACTERS, Lines, LongLineError, choose_delimiter, read_object
 from kdlora.deploy.encode import Text, check_text
 from kdlora.errors import DataError, did_you_mean
 
@@ -27,6 +26,8 @@ _SUFFIXES: dict[str, InputFormat] = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+_Numbered = tuple[int, Mapping[str, Any] | str]
+"""A row's number and its values, or what is wrong with it."""
 _SHOWN = 1000
 """Characters of the columns' names that a message shows."""
 
@@ -83,18 +84,28 @@ class RowReader:
     ) -> None:
         """Check that the input can be read; nothing is read yet."""
         self.name = "standard input" if str(source) == "-" else str(source)
-        self._path = None if str(source) == "-" else Path(source)
+        self.format = _choose_format(None if str(source) == "-" else Path(source), format)
+        self._path = Path(source) if str(source) != "-" else None
         self._columns = columns
         self._start = start
-        self.format = _choose_format(self._path, format)
         self._position: Callable[[], float | None] = lambda: None
-        self._texts: tuple[str, ...] | None = None
+        self._texts: tuple[str, ...] = ()
+        self._id: str | None = columns.id
 
     def __iter__(self) -> Generator[Row]:
         """Give the rows."""
-        if self.format == "parquet":
-            yield from self._parquet()
-            return
+        with contextlib.closing(self._parquet() if self.format == "parquet" else self._text()) as found:
+            for number, values in found:
+                if isinstance(values, str):
+                    yield Row(str(number), None, f"row {number}: {values}")
+                else:
+                    yield self._row(number, values)
+
+    def fraction(self) -> float | None:
+        """Give the share of the input that has been read, 0..1; None for a stream."""
+        return self._position()
+
+    def _text(self) -> Generator[_Numbered]:
         with contextlib.ExitStack() as stack:
             stream: BinaryIO = sys.stdin.buffer
             if self._path is not None:
@@ -102,47 +113,30 @@ class RowReader:
                 size = max(1, self._path.stat().st_size)
                 self._position = lambda: min(1.0, stream.tell() / size)
             # Broken UTF-8 must spoil its own row only: it is smuggled in here and refused by `check_text`.
-            lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+            text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+            read = self._delimited if self.format in ("csv", "tsv") else self._lines
             try:
-                yield from islice(self._text_rows(lines), self._start, None)
+                yield from islice(read(Lines(text)), self._start, None)
             finally:
-                lines.detach()
+                text.detach()
                 self._position = lambda: None if self._path is None else 1.0
 
-    def fraction(self) -> float | None:
-        """Give the share of the input that has been read, 0..1; None for a stream."""
-        return self._position()
-
-    def _text_rows(self, stream: io.TextIOWrapper) -> Iterator[Row]:
-        """Read one of the text formats."""
-        if self.format in ("csv", "tsv"):
-            yield from self._delimited(Lines(stream))
-            return
-        for number, line in enumerate(_lines_or_errors(stream)):
-            if isinstance(line, LongLineError):
-                yield Row(str(number), None, f"row {number}: {line}")
-            elif self.format == "text":
-                yield self._row(number, {"text": line.rstrip("\r\n")}, ("text",), has_id=False)
-            elif line.strip():
-                yield self._json(number, line)
-
-    def _delimited(self, lines: Lines) -> Iterator[Row]:
+    def _delimited(self, lines: Lines) -> Iterator[_Numbered]:
         """Read CSV or TSV with a header line."""
         csv.field_size_limit(MOST_CHARACTERS)  # an open quote swallows the rows after it up to this size
         try:
             first = next(lines, "")
         except LongLineError as error:
             raise DataError(f"{self.name}: {error}; expected a header line.") from None
-        delimiter = "\t"
+        lines.put_back(first)
         if self.format == "csv":
-            delimiter = next((mark for mark in ",\t;" if mark in first), ",")
-        quoting: Literal[0, 3] = csv.QUOTE_NONE if self.format == "tsv" else csv.QUOTE_MINIMAL
-        reader = csv.reader(_Chain(first, lines), delimiter=delimiter, quoting=quoting)
+            reader = csv.reader(lines, delimiter=choose_delimiter(first))
+        else:
+            reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         header = next(reader, None)
         if not header:
             raise DataError(f"{self.name}: expected a header line with the column names, got an empty file.")
-        texts = self._find_columns(header)
-        has_id = self._columns.id in header
+        self._texts = self._find_columns(header)
         number = 0
         while True:
             try:
@@ -150,30 +144,36 @@ class RowReader:
             except StopIteration:
                 return
             except (csv.Error, LongLineError) as error:
-                yield Row(str(number), None, f"row {number}: not readable as {self.format.upper()}: {error}")
+                yield number, f"not readable as {self.format.upper()}: {error}"
             else:
                 if not values:
                     continue
-                if len(values) != len(header):
-                    problem = f"row {number}: expected {len(header)} values, got {len(values)}"
-                    yield Row(str(number), None, problem)
+                if len(values) == len(header):
+                    yield number, dict(zip(header, values, strict=True))
                 else:
-                    yield self._row(number, dict(zip(header, values, strict=True)), texts, has_id=has_id)
+                    yield number, f"expected {len(header)} values, got {len(values)}"
             number += 1
 
-    def _json(self, number: int, line: str) -> Row:
-        """Read one JSON object; the first one settles the text columns."""
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-            return Row(str(number), None, f"row {number}: not JSON: {reason}")
-        if not isinstance(values, dict):
-            return Row(str(number), None, f"row {number}: expected a JSON object, got {type(values).__name__}")
-        self._texts = self._texts or self._find_columns(list(values))
-        return self._row(number, values, self._texts, has_id=self._columns.id in values)
+    def _lines(self, lines: Lines) -> Iterator[_Numbered]:
+        """Read one text or one JSON object a line; the first object settles the text columns."""
+        if self.format == "text":
+            self._texts, self._id = ("text",), None
+        for number in count():
+            try:
+                line = next(lines)
+                if self.format == "text":
+                    found: Mapping[str, Any] | str = {"text": line.rstrip("\r\n")}
+                elif line.strip():
+                    found = read_object(line)
+                else:
+                    continue
+            except StopIteration:
+                return
+            except ValueError as error:  # a line that is too long is one, too
+                found = str(error)
+            yield number, found
 
-    def _parquet(self) -> Iterator[Row]:
+    def _parquet(self) -> Generator[_Numbered]:
         """Read a Parquet file, some rows at a time."""
         import pyarrow.parquet as pq
 
@@ -181,39 +181,30 @@ class RowReader:
 
         with parquet_faults(self.name), pq.ParquetFile(self._path) as file:
             names = file.schema_arrow.names
-            texts = self._find_columns(names)
-            has_id = self._columns.id in names
+            self._texts = self._find_columns(names)
             total = max(1, file.metadata.num_rows)
             number, groups = _groups_from(file.metadata, self._start)
             self._position = lambda: number / total
-            wanted = [*texts, *([self._columns.id] if has_id and self._columns.id not in texts else [])]
+            wanted = [name for name in dict.fromkeys((*self._texts, self._columns.id)) if name in names]
             for batch in file.iter_batches(batch_size=256, columns=wanted, row_groups=groups):
                 for place in range(batch.num_rows):
                     if number >= self._start:
-                        yield self._parquet_row(batch, place, number, texts, has_id=has_id)
+                        yield number, _parquet_values(batch, place)
                     number += 1
 
-    def _parquet_row(self, batch: Any, place: int, number: int, texts: Sequence[str], *, has_id: bool) -> Row:
-        try:
-            values = {name: batch.column(name)[place].as_py() for name in batch.schema.names}
-        except UnicodeDecodeError:
-            return Row(str(number), None, f"row {number}: not valid UTF-8")
-        except (ValueError, OverflowError) as error:  # a time that Python cannot express
-            return Row(str(number), None, f"row {number}: not readable: {error}")
-        return self._row(number, values, texts, has_id=has_id)
-
-    def _row(self, number: int, values: Mapping[str, Any], texts: Sequence[str], *, has_id: bool) -> Row:
+    def _row(self, number: int, values: Mapping[str, Any]) -> Row:
         """Make a row, or say what is wrong with it."""
-        given = values.get(self._columns.id) if has_id else None
+        self._texts = self._texts or self._find_columns(list(values))
+        given = values.get(self._id) if self._id is not None else None
         name = str(number) if given is None else str(given)
         try:
             name.encode("utf-8")
         except UnicodeEncodeError:
             return Row(str(number), None, f"row {number}: the id is not valid UTF-8")
-        missing = [column for column in texts if values.get(column) is None]
+        missing = [column for column in self._texts if values.get(column) is None]
         if missing:
             return Row(name, None, f"row {number}: column {missing[0]!r} is empty or missing")
-        parts = [values[column] for column in texts]
+        parts = [values[column] for column in self._texts]
         cut = [part[: self._columns.cut] if isinstance(part, str) else part for part in parts]
         try:
             text = check_text(cut[0] if len(cut) == 1 else tuple(cut), f"row {number}")
@@ -230,16 +221,15 @@ class RowReader:
         return found
 
     def _choose_columns(self, available: Sequence[str]) -> tuple[str, ...]:
-        wanted = self._columns.text
+        wanted, recorded = self._columns.text, self._columns.recorded
+        listed = f"{', '.join(available):.{_SHOWN}}"
         if wanted is not None:
             for column in wanted:
                 if column not in available:
                     raise DataError(
-                        f"{self.name}: no column {column!r}; there are {', '.join(available):.{_SHOWN}}."
-                        f"{did_you_mean(column, available)}"
+                        f"{self.name}: no column {column!r}; there are {listed}.{did_you_mean(column, available)}"
                     )
             return wanted
-        recorded = self._columns.recorded
         if recorded and all(column in available for column in recorded):
             return recorded
         if "text" in available:
@@ -249,8 +239,8 @@ class RowReader:
             return (others[0],)
         raise DataError(
             f"{self.name}: expected a column 'text' (and 'text_pair' for pairs)"
-            f"{' or ' + ', '.join(map(repr, recorded)) if recorded else ''}; there are "
-            f"{', '.join(available):.{_SHOWN}}. Name the text column or columns."
+            f"{' or ' + ', '.join(map(repr, recorded)) if recorded else ''}; there are {listed}. Name the text column "
+            "or columns."
         )
 
 
@@ -287,29 +277,10 @@ def _groups_from(metadata: Any, start: int) -> tuple[int, list[int]]:
     return ends, []
 
 
-def _lines_or_errors(stream: io.TextIOWrapper) -> Iterator[str | LongLineError]:
-    """Give the lines, and in place of one that is too long the error."""
-    lines = Lines(stream)
-    while True:
-        try:
-            line: str | LongLineError = next(lines)
-        except StopIteration:
-            return
-        except LongLineError as error:
-            line = error
-        yield line
-
-
-class _Chain:
-    """Gives a line that was read already, then the others; it goes on after an error, as `Lines` does."""
-
-    def __init__(self, first: str, rest: Lines) -> None:
-        self._first: str | None = first
-        self._rest = rest
-
-    def __iter__(self) -> _Chain:
-        return self
-
-    def __next__(self) -> str:
-        line, self._first = self._first, None
-        return next(self._rest) if line is None else line
+def _parquet_values(batch: Any, place: int) -> Mapping[str, Any] | str:
+    try:
+        return {name: batch.column(name)[place].as_py() for name in batch.schema.names}
+    except UnicodeDecodeError:
+        return "not valid UTF-8"
+    except (ValueError, OverflowError) as error:  # a time that Python cannot express
+        return f"not readable: {error}"

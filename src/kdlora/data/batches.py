@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,30 +33,20 @@ _TYPES = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8(
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Examples as token ids, without padding.
+    """Examples as token ids, without padding, and with the other columns that they have; `truncated` were cut."""
 
-    Attributes:
-        dataset: columns `id`, `input_ids`, `token_type_ids` where the tokenizer makes them, `length` in tokens, and
-            `label`, `group`, `teacher_logits` where the examples have them.
-        truncated: number of examples that were cut.
-        max_length: longest input in tokens, special tokens included.
-    """
-
-    dataset: Dataset
+    dataset: Dataset  # id, input_ids, token_type_ids (some tokenizers), length in tokens, label, group, teacher_logits
     truncated: int
-    max_length: int
+    max_length: int  # in tokens, special ones included
 
 
 def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenised:
     """Turn texts into token ids, row by row in the same order; the result lies in a mapped temporary file."""
     limit = min(max_length, tokenizer.model_max_length)
     carried = [name for name in dataset.column_names if name in _CARRIED]
-    with (
-        _progress_only_on_a_terminal(),
-        datasets.utils.tqdm(total=len(dataset), unit=" examples", desc="Tokenising") as bar,
-    ):
-        batches = _encode_slices(dataset, carried, tokenizer, limit, bar.update)
-        table = spool(batches, "the data set to tokenise")
+    hidden = not sys.stderr.isatty()  # no bar in log files
+    with datasets.utils.tqdm(total=len(dataset), unit=" examples", desc="Tokenising", disable=hidden) as bar:
+        table = spool(_encode_slices(dataset, carried, tokenizer, limit, bar.update), "the data set to tokenise")
     truncated = pc.sum(table["truncated"]).as_py()
     table = table.drop_columns("truncated")
     features = Features.from_arrow_schema(table.schema) | {name: dataset.features[name] for name in carried}
@@ -89,17 +78,14 @@ def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBa
     # verbose=False: over-long inputs are expected here, counted, and cut below.
     encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)
     columns: dict[str, list[Any]] = {name: encoded[name] for name in kept}
-    long = [row for row, tokens in enumerate(columns["input_ids"]) if len(tokens) > limit]
-    if long:
+    truncated = [len(tokens) > limit for tokens in columns["input_ids"]]
+    if long := [row for row, is_long in enumerate(truncated) if is_long]:
         some = [[column[row] for row in long] for column in texts]
         cut = tokenizer(*some, truncation="longest_first", max_length=limit, return_attention_mask=False)
         for name in kept:
             for row, tokens in zip(long, cut[name], strict=True):
                 columns[name][row] = tokens
-    columns["length"] = [len(tokens) for tokens in columns["input_ids"]]
-    too_long = set(long)
-    columns["truncated"] = [row in too_long for row in range(len(columns["length"]))]
-    return columns
+    return columns | {"length": [len(tokens) for tokens in columns["input_ids"]], "truncated": truncated}
 
 
 class LengthBucketSampler(Sampler[list[int]]):
@@ -126,10 +112,7 @@ class LengthBucketSampler(Sampler[list[int]]):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size * (2 if beside else 1)
         self.drop_last = False  # accelerate asks
-        self.seed = seed
-        self.epoch = 0
-        self.chunk_batches = chunk_batches
-        self.beside = beside
+        self.seed, self.epoch, self.chunk_batches, self.beside = seed, 0, chunk_batches, beside
         self.drawn = len(self.lengths) - beside if rows_per_epoch is None else rows_per_epoch
         self.rows_per_epoch = self.drawn * (2 if beside else 1)
 
@@ -175,10 +158,7 @@ class SharedSampler(Sampler[list[int]]):
     """The part of every batch that falls to one of several processes: rows of like lengths fall to all of them."""
 
     def __init__(self, whole: LengthBucketSampler, rank: int, count: int) -> None:
-        """Take a part."""
-        self.whole = whole
-        self.rank = rank
-        self.count = count
+        self.whole, self.rank, self.count = whole, rank, count
         self.drop_last = False  # accelerate asks
 
     def __len__(self) -> int:
@@ -186,11 +166,9 @@ class SharedSampler(Sampler[list[int]]):
         return len(self.whole)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the row numbers of each part.
-
-        A batch with fewer rows than processes leaves some with a row that another one has, and that must not count.
-        """
+        """Yield the row numbers of each part."""
         for batch in self.whole:
+            # With fewer rows than processes, some get a row that another one has, and that must not count.
             yield batch[self.rank :: self.count] or batch[:1]
 
 
@@ -208,20 +186,11 @@ def length_sorted_batches(lengths: Sequence[int] | npt.NDArray[np.integer[Any]],
 
 @dataclass
 class Collator:
-    """Pad rows to one width, on the right, and make tensors of them.
-
-    Attributes:
-        pad_token_id: fills `input_ids`.
-        kind: decides the type of the labels.
-        max_length: the width never exceeds it, unless a row does; positions end there in many models.
-        pad_to_multiple: the width is a multiple of this, up to `max_length`.
-        pad_token_type_id: fills `token_type_ids`.
-    """
+    """Pad rows to one width, on the right, and make tensors of them."""
 
     pad_token_id: int
     kind: Kind = "single-label"
-    max_length: int | None = None
-    pad_to_multiple: int = PAD_MULTIPLE
+    max_length: int | None = None  # the width never exceeds it, unless a row does; positions end there in many models
     pad_token_type_id: int = 0
 
     @classmethod
@@ -236,7 +205,10 @@ class Collator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch."""
         lengths = [len(row["input_ids"]) for row in rows]
-        width = self._width(max(lengths))
+        longest = max(lengths)
+        width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+        if self.max_length is not None:
+            width = max(longest, min(width, self.max_length))
         mask = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
         batch = {"input_ids": _pad(rows, "input_ids", mask, self.pad_token_id), "attention_mask": mask.long()}
         if "token_type_ids" in rows[0]:
@@ -251,25 +223,8 @@ class Collator:
             batch["labelled"] = torch.tensor([bool(row["labelled"]) for row in rows])
         return batch
 
-    def _width(self, longest: int) -> int:
-        rounded = -(-longest // self.pad_to_multiple) * self.pad_to_multiple
-        return rounded if self.max_length is None else max(longest, min(rounded, self.max_length))
-
 
 def _pad(rows: Sequence[Mapping[str, Any]], column: str, mask: torch.Tensor, fill: int) -> torch.Tensor:
     padded = torch.full(mask.shape, fill, dtype=torch.int64)
     padded[mask] = torch.from_numpy(np.concatenate([np.asarray(row[column], dtype=np.int64) for row in rows]))
     return padded
-
-
-@contextmanager
-def _progress_only_on_a_terminal() -> Iterator[None]:
-    """Keep the progress bar of `datasets` out of log files."""
-    shown = not datasets.are_progress_bars_disabled()
-    if shown and not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
@@ -81,7 +82,11 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     splits = open_splits(known, data)
     reading = _begin(task, known, data, splits["train"][""])
     train = reading.read(splits["train"], labelled=True)
-    train, validation = _train_and_validation(reading, data, splits, train)
+    if "validation" in splits:
+        validation = reading.read(splits["validation"], labelled=True)
+    else:
+        train, validation = _draw_validation(reading, data, train)
+    train = _first(reading, train, data.max_train_examples, "training", "data.max_train_examples")
     test = _test(reading, data, splits)
     _check_labels(reading.task, data, train, {"validation": validation, "test": test})
     unlabelled = _unlabelled(reading, data, splits, [part for part in (validation, test) if part is not None])
@@ -126,39 +131,35 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         )
     reading = Reading(Task("single-label", text, label, (), ()), data.id_column)
     columns = reading.columns(train, labelled=True)
-    inferred, notes = infer_task(train.read(columns.label), text, label, task)
     if task.text is None:
         reading.notes.append(f"Text column inferred from its name: {', '.join(text)}.")
     if task.label is None:
         reading.notes.append(f"Label column inferred from its name: {', '.join(label)}.")
-    return replace(reading, task=inferred, notes=[*reading.notes, *notes])
+    reading.task, notes = infer_task(train.read(columns.label), text, label, task)
+    reading.notes += notes
+    return reading
 
 
-def _train_and_validation(
-    reading: Reading, data: DataConfig, splits: Mapping[str, Groups], train: Dataset
-) -> tuple[Dataset, Dataset]:
-    if "validation" in splits:
-        validation = reading.read(splits["validation"], labelled=True)
-    else:
-        if len(train) < 2:
-            raise DataError(f"{len(train)} training row cannot be split; give more rows, or a validation file")
-        classes = read_column(train, "label").to_numpy() if reading.task.kind == "single-label" else None
-        kept, drawn = split_rows(len(train), data.validation_fraction, data.split_seed, classes)
-        if not len(drawn):
-            raise DataError("every label has a single training row; give more rows per label, or a validation file")
-        train, validation = train.select(kept), train.select(drawn)
-        how = "stratified by label" if classes is not None else "at random"
-        reading.notes.append(
-            f"{len(drawn)} of {len(kept) + len(drawn)} training rows became the validation split, drawn {how} "
-            f"(data.validation_fraction {data.validation_fraction}, data.split_seed {data.split_seed})."
-        )
-    limit = data.max_train_examples
-    if limit is not None and limit < len(train):
-        reading.notes.append(
-            f"Only the first {limit} of {len(train)} training rows are used (data.max_train_examples)."
-        )
-        train = train.select(range(limit))
-    return train, validation
+def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tuple[Dataset, Dataset]:
+    if len(train) < 2:
+        raise DataError(f"{len(train)} training row cannot be split; give more rows, or a validation file")
+    classes = read_column(train, "label").to_numpy() if reading.task.kind == "single-label" else None
+    kept, drawn = split_rows(len(train), data.validation_fraction, data.split_seed, classes)
+    if not len(drawn):
+        raise DataError("every label has a single training row; give more rows per label, or a validation file")
+    how = "stratified by label" if classes is not None else "at random"
+    reading.notes.append(
+        f"{len(drawn)} of {len(train)} training rows became the validation split, drawn {how} "
+        f"(data.validation_fraction {data.validation_fraction}, data.split_seed {data.split_seed})."
+    )
+    return train.select(kept), train.select(drawn)
+
+
+def _first(reading: Reading, rows: Dataset, limit: int | None, what: str, key: str) -> Dataset:
+    if limit is None or limit >= len(rows):
+        return rows
+    reading.notes.append(f"Only the first {limit} of {len(rows)} {what} rows are used ({key}).")
+    return rows.select(range(limit))
 
 
 def _test(reading: Reading, data: DataConfig, splits: Mapping[str, Groups]) -> Dataset | None:
@@ -190,50 +191,38 @@ def _unlabelled(
         )
     if not len(kept):
         raise DataError(f"{data.unlabelled} (data.unlabelled): no rows are left that are not scored on; give others")
-    limit = data.max_unlabelled_examples
-    if limit is not None and limit < len(kept):
-        reading.notes.append(
-            f"Only the first {limit} of {len(kept)} unlabelled rows are used (data.max_unlabelled_examples)."
-        )
-        kept = kept.select(range(limit))
+    kept = _first(reading, kept, data.max_unlabelled_examples, "unlabelled", "data.max_unlabelled_examples")
     return kept.remove_columns("group") if "group" in kept.column_names else kept
 
 
 def _check_labels(task: Task, data: DataConfig, train: Dataset, others: Mapping[str, Dataset | None]) -> None:
     """Refuse training rows that teach nothing, and labels elsewhere that training lacks."""
     limited = " Raise data.max_train_examples, which leaves them out." if data.max_train_examples is not None else ""
-    labels = _label_matrix(task, train)
-    if task.kind == "multi-label":
-        if not labels.any():
-            raise DataError(
-                f"no training row has any label ({', '.join(task.label)} are all 0); check task.label.{limited}"
-            )
-        known = labels.any(axis=0)
-    elif task.kind == "regression":
+    if task.kind == "regression":
+        labels = read_column(train, "label").to_numpy()
         if np.ptp(labels) == 0:
             raise DataError(f"every training label is {labels[0]}; a regression needs different values.{limited}")
         return
-    else:
-        known = np.bincount(labels, minlength=task.num_labels) > 0
-        if known.sum() < 2:
-            only = task.label_names[int(labels[0])]
-            raise DataError(
-                f"the training rows hold one class only ({only!r}); a classifier needs two or more.{limited}"
-            )
+    known = _used_labels(task, train)
+    if not known.any():
+        raise DataError(
+            f"no training row has any label ({', '.join(task.label)} are all 0); check task.label.{limited}"
+        )
+    if task.kind == "single-label" and known.sum() < 2:
+        only = task.label_names[int(np.flatnonzero(known)[0])]
+        raise DataError(f"the training rows hold one class only ({only!r}); a classifier needs two or more.{limited}")
     for split, dataset in others.items():
-        if dataset is None:
-            continue
-        found = _label_matrix(task, dataset)
-        used = found.any(axis=0) if task.kind == "multi-label" else np.bincount(found, minlength=task.num_labels) > 0
-        if (used & ~known).any():
-            names = ", ".join(repr(task.label_names[column]) for column in np.flatnonzero(used & ~known))
+        if dataset is not None and (strange := _used_labels(task, dataset) & ~known).any():
+            names = ", ".join(repr(task.label_names[column]) for column in np.flatnonzero(strange))
             raise DataError(
                 f"the {split} split has labels that training lacks: {names}. Add training rows of them.{limited}"
             )
 
 
-def _label_matrix(task: Task, dataset: Dataset) -> np.ndarray:
-    column = read_column(dataset, "label")
-    if task.kind != "multi-label":
-        return np.asarray(column.to_numpy())
-    return np.asarray(pc.list_flatten(column).to_numpy()).reshape(-1, task.num_labels)
+def _used_labels(task: Task, rows: Dataset) -> npt.NDArray[np.bool_]:
+    """Say of each label whether any row has it."""
+    column = read_column(rows, "label")
+    if task.kind == "single-label":
+        return np.bincount(column.to_numpy(), minlength=task.num_labels) > 0
+    matrix = np.asarray(pc.list_flatten(column).to_numpy()).reshape(-1, task.num_labels)
+    return np.asarray(matrix.any(axis=0))

@@ -30,20 +30,12 @@ _NOT_BLANK = r"[^\s\p{Z}\x{FEFF}\x{200B}\x{0085}]"
 
 @dataclass(frozen=True)
 class RawTable:
-    """Columns as they were found.
-
-    Attributes:
-        source: how messages call the file or split.
-        table: the columns that were asked for.
-        class_names: label names of the columns whose values are codes of a `ClassLabel`.
-        rows: row numbers from 0 in the source, where rows were dropped; None means 0, 1, 2 ...
-        dropped: how many were.
-    """
+    """The columns that were asked for, as they were found; `source` is how messages call the file or split."""
 
     source: str
     table: pa.Table
-    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    rows: pa.Array | None = None
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of the columns that hold codes
+    rows: pa.Array | None = None  # row numbers in the source, from 0, where rows were dropped
     dropped: int = 0
 
     def where(self, position: int) -> str:
@@ -65,21 +57,13 @@ class RawTable:
 
 @dataclass(frozen=True)
 class Source:
-    """A file or split that has been opened: its columns are known, its rows are not read.
-
-    Attributes:
-        name: how messages call it.
-        columns: all its columns.
-        read: reads the columns with these names.
-        benchmark: whether GLUE's publishers made it; its corrupt rows are dropped, a user's are an error.
-        plain: whether it is one text a line.
-    """
+    """A file or split that has been opened: its columns are known, its rows are not read."""
 
     name: str
     columns: tuple[str, ...]
     read: Callable[[Sequence[str]], RawTable]
-    benchmark: bool = False
-    plain: bool = False
+    benchmark: bool = False  # made by GLUE's publishers: its corrupt rows are dropped, a user's are an error
+    plain: bool = False  # one text a line
 
     def require(self, column: str, key: str) -> str:
         """Return `column` if the source has it."""
@@ -181,6 +165,7 @@ def _open_json(file: Path) -> Source:
 
 
 def _json_rows(file: Path) -> Iterator[Mapping[str, Any]]:
+    number = 0
     try:
         with file.open(encoding="utf-8-sig", newline="\n") as stream:
             start = stream.read(1)
@@ -190,13 +175,15 @@ def _json_rows(file: Path) -> Iterator[Mapping[str, Any]]:
             if start == "[":
                 yield from _array_rows(file, stream.read())
                 return
-            for number, line in enumerate(Lines(stream), 1):
+            for number, line in enumerate(Lines(stream), 1):  # noqa: B007 - named below
                 if line.strip():
-                    yield _named(f"{file}, line {number}", read_object, line)
+                    yield read_object(line)
     except UnicodeDecodeError as error:
         raise encoding_error(file) or DataError(f"{file} is not UTF-8 ({error})") from None
     except LongLineError as error:
         raise DataError(f"{file}: {error}; expected one object per line") from None
+    except ValueError as error:
+        raise DataError(f"{file}, line {number}: {error}; expected one object per line") from None
 
 
 def _array_rows(file: Path, text: str) -> Iterator[Mapping[str, Any]]:
@@ -205,14 +192,10 @@ def _array_rows(file: Path, text: str) -> Iterator[Mapping[str, Any]]:
     except (RecursionError, ValueError) as error:
         raise DataError(f"{file}, line {getattr(error, 'lineno', 1)}: {json_fault(error)}") from None
     for number, row in enumerate(rows, 1):
-        yield _named(f"{file}, row {number}", as_object, row)
-
-
-def _named(where: str, read: Callable[[Any], Mapping[str, Any]], value: object) -> Mapping[str, Any]:
-    try:
-        return read(value)
-    except ValueError as error:
-        raise DataError(f"{where}: {error}") from None
+        try:
+            yield as_object(row)
+        except ValueError as error:
+            raise DataError(f"{file}, row {number}: {error}") from None
 
 
 def _to_array(values: list[Any], key: str, file: Path, first_row: int) -> pa.Array:

@@ -100,33 +100,20 @@ class Task:
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One GLUE task: as the Hub has it, and as the benchmark's own files have it.
-
-    Attributes:
-        name: our name, which is also the subset of `nyu-mll/glue`.
-        folder: folder of the benchmark's download.
-        text: text columns on the Hub.
-        label_names: label names in the Hub's order, which the codes 0, 1 ... of the files follow.
-        metrics: the benchmark's metrics.
-        kind: single-label or regression.
-        file_text: text columns of the benchmark's files, where they have other names.
-        file_label: label column of the benchmark's files.
-        files: split to file name; the groups of a split in several files after a slash.
-        headerless: columns of the training and validation files, where these have no header.
-    """
+    """One GLUE task: as the Hub has it, and as the benchmark's own files have it."""
 
     name: GlueName
     folder: str
     text: tuple[str, ...]
-    label_names: tuple[str, ...]
+    label_names: tuple[str, ...]  # in the Hub's order, which the codes 0, 1 ... of the files follow
     metrics: tuple[str, ...] = ("accuracy",)
     kind: Kind = "single-label"
-    file_text: tuple[str, ...] = ()
+    file_text: tuple[str, ...] = ()  # in the benchmark's files, where it has other names
     file_label: str = "label"
-    files: Mapping[str, str] = field(
+    files: Mapping[str, str] = field(  # by split; the groups of a split in several files after a slash
         default_factory=lambda: {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
     )
-    headerless: tuple[str, ...] = ()
+    headerless: tuple[str, ...] = ()  # columns of training and validation files without a header
 
     @property
     def task(self) -> Task:

@@ -166,7 +166,7 @@ def test_limit_of_the_position_table(classifier_folder, tmp_path):
     padding = json.loads((folder / "config.json").read_text())["pad_token_id"]
     limit = 66 - padding - 1
     described = read_model_folder(folder)
-    assert described.position_limit == described.max_length == limit
+    assert described.max_length == limit
     model = Classifier.load(folder)
     assert np.isfinite(model.predict_logits([LONG * 10])).all()
     assert read_model_folder(folder, max_length=1000).max_length == limit

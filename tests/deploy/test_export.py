@@ -196,7 +196,7 @@ def test_disk_full_leaves_nothing(tmp_path, classifier_folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export_module, "finish_package", fail)
-    monkeypatch.setattr(export_module._Way, "go", lambda *arguments: None)
+    monkeypatch.setattr(export_module._Export, "run_stages", lambda *arguments: None)
     with pytest.raises(OSError, match="No space left"):
         export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
     assert list(tmp_path.iterdir()) == []

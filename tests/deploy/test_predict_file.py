@@ -234,7 +234,7 @@ def test_full_disk_leaves_no_output(tmp_path, model, source, monkeypatch):
     def fail(self, content, rows, errors):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stream.PartialResult, "add", fail)
+    monkeypatch.setattr(stream.PartialResult, "write", fail)
     with pytest.raises(OSError, match="No space left"):
         predict_file(model, source, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()

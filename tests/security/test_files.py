@@ -93,7 +93,7 @@ def test_what_is_put_between_the_parts_stays(classifier, rows, tmp_path, monkeyp
     """The folder of an interrupted prediction is seen by people, who may put their notes there."""
     folder = tmp_path / "answers.csv.partial"
 
-    def cut(self, form):
+    def cut(self):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -58,7 +58,9 @@ def benchmark(
         ModelError: not a model folder, an adapter that is not merged, a model whose process ended.
         DataError: an empty text, labels without a task, or labels that do not fit.
     """
-    named = {name: Path(path) for name, path in _name_models(models).items()}
+    named = models if isinstance(models, Mapping) else {str(path): path for path in models}
+    if not named:
+        raise ConfigError("benchmark: expected at least one model.")
     count = default_threads() if threads is None else threads
     if rounds < 1 or count < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError("benchmark: rounds, threads and batch sizes must be at least 1.")
@@ -75,7 +77,7 @@ def benchmark(
             process = stack.enter_context(contextlib.closing(ModelProcess(name, count)))
             say(f"{name}: loading")
             facts = process.ask("load", folder=str(path), threads=count, max_length=max_length)
-            found.append(_Model(name, path, process, facts))
+            found.append(_Model(name, str(path), process, facts))
         _time_models(found, rows, rounds, batch_sizes, say)
         for model in found:
             model.peak_memory_bytes = model.process.ask("memory")
@@ -85,19 +87,12 @@ def benchmark(
     return BenchmarkResult(figures, count, rounds, len(rows), machine=describe_machine(), versions=collect_versions())
 
 
-def _name_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> Mapping[str, str | Path]:
-    named = models if isinstance(models, Mapping) else {str(path): path for path in models}
-    if not named:
-        raise ConfigError("benchmark: expected at least one model.")
-    return named
-
-
 @dataclass
 class _Model:
     """A model in its process, and what was found out about it so far."""
 
     name: str
-    path: Path
+    folder: str
     process: ModelProcess
     facts: dict[str, Any]
     batch_size: int = 0
@@ -128,7 +123,7 @@ class _Model:
             batch_size=self.batch_size,
             load_seconds=self.facts["load_seconds"],
             size_bytes=self.facts["size_bytes"],
-            folder=str(self.path),
+            folder=self.folder,
             peak_memory_bytes=self.peak_memory_bytes,
             score=self.score,
             grid_ms=self.grid_ms,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
 
 Text = str | tuple[str, str]
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-"""Names of the arrays that a text becomes."""
+INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+"""Names of the arrays that a text becomes, and where an encoding has them."""
 
 _CHARACTERS_PER_TOKEN = 100
 _LEAST_CHARACTERS = 20_000
@@ -34,7 +33,15 @@ class TextEncoder:
         self.max_length = folder.max_length
         self.most_characters = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TOKEN * folder.max_length)
         self._path = folder.path / TOKENIZER
-        self._tokenizer = _load_tokenizer(self._path, tokenizer_json)
+        try:
+            from tokenizers import Tokenizer
+
+            with panics_as_errors():
+                self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        except ImportError:
+            raise KdLoraError("tokenizers is not installed: pip install 'kdlora[serve]'") from None
+        except Exception as error:  # the library raises a bare one for a damaged file
+            raise ArtifactError(f"{self._path}: the tokenizer cannot be read: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(folder.max_length, strategy="longest_first")
         self._pad = _pad_token_id(folder, self._tokenizer)
@@ -56,21 +63,13 @@ class TextEncoder:
 
     def pad(self, encodings: Sequence[Encoding]) -> dict[str, np.ndarray]:
         """Pad encodings on the right into the arrays that the model takes."""
-        longest = max(len(encoding) for encoding in encodings)
-        shape = (len(encodings), longest)
-        arrays = {
-            "input_ids": np.full(shape, self._pad, dtype=np.int64),
-            "attention_mask": np.zeros(shape, dtype=np.int64),
+        longest = max(map(len, encodings))
+        for encoding in encodings:
+            encoding.pad(longest, pad_id=self._pad)
+        return {
+            name: np.array([getattr(encoding, INPUTS[name]) for encoding in encodings], dtype=np.int64)
+            for name in self.input_names
         }
-        if "token_type_ids" in self.input_names:
-            arrays["token_type_ids"] = np.zeros(shape, dtype=np.int64)
-        for row, encoding in enumerate(encodings):
-            length = len(encoding)
-            arrays["input_ids"][row, :length] = encoding.ids
-            arrays["attention_mask"][row, :length] = 1
-            if "token_type_ids" in arrays:
-                arrays["token_type_ids"][row, :length] = encoding.type_ids
-        return {name: arrays[name] for name in self.input_names}
 
 
 def check_text(text: Any, where: str) -> Text:
@@ -112,19 +111,6 @@ def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -
 def spread(texts: Sequence[Text], count: int) -> list[Text]:
     """Take some texts, evenly spaced."""
     return [texts[row] for row in np.linspace(0, len(texts) - 1, min(count, len(texts)), dtype=int)]
-
-
-def _load_tokenizer(path: Path, content: str) -> Any:
-    """Load a tokenizer file; the library raises a bare Exception for a damaged one."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise KdLoraError("tokenizers is not installed: pip install 'kdlora[serve]'") from None
-    try:
-        with panics_as_errors():
-            return Tokenizer.from_str(content)
-    except Exception as error:
-        raise ArtifactError(f"{path}: the tokenizer cannot be read: {error}") from None
 
 
 def _pad_token_id(folder: ModelFolder, tokenizer: Any) -> int:

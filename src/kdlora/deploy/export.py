@@ -106,10 +106,6 @@ def export_onnx(
     say = progress or (lambda step: logger.info("%s", step))
     gate = _check_settings(formats, max_metric_drop, min_agreement)
     folder = read_model_folder(model_folder, max_length=max_length)
-    if folder.backend != "transformers":
-        raise ModelError(
-            f"{folder.path}: expected a transformers folder (model.safetensors), got one that is exported already."
-        )
     target = check_target(Path(to), folder)
     require_tools()
     given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts)
@@ -122,44 +118,44 @@ def export_onnx(
     from kdlora.deploy.torch_backend import TorchBackend
 
     backend = TorchBackend(folder)
-    with atomic_folder(target) as work:
-        start_package(work, folder, backend.tokenizer)
-        way = _Way(Checks(task, folder, backend, given, more_texts), work, say)
-        way.go(backend, gate if "onnx-int8" in formats else None)
-        # A failed stage leaves the one before it, asked for or not.
-        kept = {name: way.files[name] for name in formats if name in way.files} or way.files
-        record = Export(tuple(way.stages), tuple(way.attempts), way.recipe, way.failure, way.fused, OPSET)
-        finish_package(work, folder, task, {_FILES[name]: file for name, file in kept.items()}, asdict(record))
-    files = {name: target / _FILES[name] for name in kept}
-    result = ExportResult(
-        **vars(record),
-        folder=target,
-        files=files,
-        size_bytes={name: path.stat().st_size for name, path in files.items()},
-        temperature=folder.temperature,
-    )
-    if way.failure:
-        raise ParityError(f"{target}: {way.failure}. Kept: {', '.join(files)}.", result)
-    return result
+    return _Export(Checks(task, folder, backend, given, more_texts), formats, gate, say).write(target, backend)
 
 
-class _Way:
+class _Export:
     """The way of an export from stage to stage: what passed, what did not, and why it ended."""
 
-    def __init__(self, checks: Checks, work: Path, say: Progress) -> None:
-        self.checks, self.work, self.say = checks, work, say
+    def __init__(self, checks: Checks, formats: Sequence[Format], int8: Gate, say: Progress) -> None:
+        self.checks, self.formats, self.int8, self.say = checks, formats, int8, say
         self.stages: list[Parity] = []
         self.attempts: list[Parity] = []
         self.files: dict[str, Path] = {}
         self.fused: dict[str, int] = {}
         self.recipe = self.failure = ""
 
-    def go(self, backend: TorchBackend, int8: Gate | None) -> None:
+    def write(self, target: Path, backend: TorchBackend) -> ExportResult:
+        """Write the folder, with what passed."""
+        folder = self.checks.folder
+        with atomic_folder(target) as work:
+            start_package(work, folder, backend.tokenizer)
+            self.run_stages(work, backend)
+            # A failed stage leaves the one before it, asked for or not.
+            kept = {name: self.files[name] for name in self.formats if name in self.files} or self.files
+            how = Export(tuple(self.stages), tuple(self.attempts), self.recipe, self.failure, self.fused, OPSET)
+            graphs = {_FILES[name]: file for name, file in kept.items()}
+            finish_package(work, folder, self.checks.task, graphs, asdict(how))
+        files = {name: target / _FILES[name] for name in kept}
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        result = ExportResult(**vars(how), folder=target, files=files, size_bytes=sizes, temperature=folder.temperature)
+        if self.failure:
+            raise ParityError(f"{target}: {self.failure}. Kept: {', '.join(files)}.", result)
+        return result
+
+    def run_stages(self, work: Path, backend: TorchBackend) -> None:
         """Go on to the first stage that does not hold."""
         exact = Gate(largest_difference=FP32_TOLERANCE)
-        captured = self._capture(backend, exact)
-        if self._optimise(backend, captured, exact) and int8 is not None:
-            self._quantise(int8)
+        captured = self._capture(work, backend, exact)
+        if self._optimise(captured, work / ONNX_FP32, backend, exact) and "onnx-int8" in self.formats:
+            self._quantise(work / ONNX_FP32, work / ONNX_INT8)
 
     def _passes(self, parity: Parity, format_name: str, file: Path) -> bool:
         (self.stages if parity.passed else self.attempts).append(parity)
@@ -167,11 +163,11 @@ class _Way:
             self.files[format_name] = file
         return parity.passed
 
-    def _capture(self, backend: TorchBackend, exact: Gate) -> Path:
+    def _capture(self, work: Path, backend: TorchBackend, exact: Gate) -> Path:
         from kdlora.deploy.trace import capture
 
         self.say("capturing the graph")
-        captured = self.work / "captured.onnx"
+        captured = work / "captured.onnx"
         capture(backend.model, backend.input_names, captured)
         parity = self.checks.judge("onnx", captured, exact, optimised=False)
         if not self._passes(parity, "onnx", captured):
@@ -182,22 +178,19 @@ class _Way:
             )
         return captured
 
-    def _optimise(self, backend: TorchBackend, captured: Path, exact: Gate) -> bool:
+    def _optimise(self, captured: Path, optimised: Path, backend: TorchBackend, exact: Gate) -> bool:
         from kdlora.deploy.fuse import fuse
 
         self.say("optimising the graph")
-        optimised = self.work / ONNX_FP32
         self.fused = fuse(captured, optimised, backend.model.config)
         parity = self.checks.judge("onnx-optimised", optimised, exact)
         if not parity.passed:
             self.failure = f"the optimised graph does not reproduce the captured one: {parity.reason}"
         return self._passes(parity, "onnx", optimised)
 
-    def _quantise(self, gate: Gate) -> None:
+    def _quantise(self, optimised: Path, to: Path) -> None:
         """Try the recipes in order until one passes the gate."""
         from kdlora.deploy.quantise import quantise, rank_products, recipes
-
-        optimised, to = self.files["onnx"], self.work / ONNX_INT8
 
         def rank() -> list[str]:
             self.say("int8: measuring which products are sensitive")
@@ -206,7 +199,7 @@ class _Way:
         for recipe in recipes(rank):
             self.say(f"int8: {recipe.name}")
             quantise(optimised, to, recipe)
-            parity = self.checks.judge(f"onnx-int8 ({recipe.name})", to, gate)
+            parity = self.checks.judge(f"onnx-int8 ({recipe.name})", to, self.int8)
             if self._passes(parity, "onnx-int8", to):
                 self.recipe = recipe.name
                 return

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdlora.errors import ModelError
-from kdlora.foreign import Check, check_types, read_json_and_digest
-from kdlora.foreign import read_json as read_json
+from kdlora.foreign import Check, check_types, read_json, read_json_and_digest
 from kdlora.models.settings import (
     ADAPTER,
     CONFIG,
@@ -21,7 +20,6 @@ from kdlora.models.settings import (
     content_of_token,
 )
 
-Backend = Literal["transformers", "onnx"]
 Precision = Literal["auto", "fp32", "int8"]
 FolderKind = Literal["single-label", "regression", "multi-label"]
 
@@ -55,13 +53,10 @@ class ModelFolder:
 
     Attributes:
         path: the folder.
-        backend: what runs it.
         file: the ONNX file, or None for a transformers folder.
         kind: what the outputs mean.
         label_names: names of the logit columns, in order.
-        model_type: family name as transformers writes it, such as `bert`.
         max_length: longest input in tokens, special tokens included.
-        position_limit: tokens that the position table holds; None where the model has no table.
         temperature: logits are divided by it before they become probabilities; 1 changes nothing.
         task: the task that the export recorded (`Task.to_dict()`), or None.
         record: the content of `kdlora_export.json`, or None.
@@ -71,19 +66,21 @@ class ModelFolder:
     """
 
     path: Path
-    backend: Backend
     file: Path | None
     kind: FolderKind
     label_names: tuple[str, ...]
-    model_type: str
     max_length: int
-    position_limit: int | None
     temperature: float
     task: dict[str, Any] | None
     record: dict[str, Any] | None
     pad_token: str | None = None
     pad_token_id: int | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def backend(self) -> Literal["transformers", "onnx"]:
+        """What runs it."""
+        return "transformers" if self.file is None else "onnx"
 
     @property
     def precision(self) -> Literal["fp32", "int8"]:
@@ -93,33 +90,32 @@ class ModelFolder:
     @property
     def size_bytes(self) -> int:
         """Bytes of the weights: the ONNX file with its external data, or the safetensors files."""
-        if self.file is not None:
-            beside = self.path.glob(f"{self.file.name}*data")
-            return self.file.stat().st_size + sum(part.stat().st_size for part in beside)
-        return sum(part.stat().st_size for part in self.path.glob("*.safetensors"))
+        pattern = "*.safetensors" if self.file is None else f"{self.file.name}*data"
+        beside = sum(part.stat().st_size for part in self.path.glob(pattern))
+        return beside + (0 if self.file is None else self.file.stat().st_size)
 
 
 def read_model_folder(path: str | Path, *, precision: Precision = "auto", max_length: int | None = None) -> ModelFolder:
     """Read configuration, labels and limits of a transformers or ONNX folder."""
-    folder, wanted = _locate(Path(path))
+    place = Path(path)
+    named = place.name if place.suffix == ".onnx" else None
+    if named is not None and not place.is_file():
+        raise ModelError(f"{place}: no such file. Give a model folder or an existing .onnx file.")
+    folder = _with_config(place if named is None else place.parent)
     digests: dict[str, str] = {}
     config = _read(folder / CONFIG_FILE, CONFIG, digests)
-    file = _onnx_file(folder, wanted, precision)
+    file = _onnx_file(folder, precision) if named is None else folder / named
     _check_weights(folder, file)
     record = _read(folder / EXPORT_RECORD, _RECORD, digests)
     tokenizer = _read(folder / TOKENIZER_CONFIG, TOKENIZER_SETTINGS, digests)
     kind, label_names = _labels(folder, config)
-    limit = _position_limit(folder, config)
-    recorded = record.get("max_length") if file is not None else None
+    wanted = max_length or (record.get("max_length") if file is not None else None)
     return ModelFolder(
         path=folder,
-        backend="onnx" if file is not None else "transformers",
         file=file,
         kind=kind,
         label_names=label_names,
-        model_type=config.get("model_type") or "",
-        max_length=_max_length(limit, max_length or recorded, tokenizer.get("model_max_length")),
-        position_limit=limit,
+        max_length=_max_length(_position_limit(folder, config), wanted, tokenizer.get("model_max_length")),
         temperature=_temperature(folder, config),
         task=record.get("task") or config.get("kdlora_task"),
         record=record if EXPORT_RECORD in digests else None,
@@ -136,15 +132,6 @@ def _read(path: Path, checks: Mapping[str, Check], digests: dict[str, str]) -> d
     values, digests[path.name] = read_json_and_digest(path)
     check_types(values, checks, path)
     return values
-
-
-def _locate(path: Path) -> tuple[Path, str | None]:
-    """Find the folder that holds config.json, and the ONNX file that the path itself names."""
-    if path.suffix == ".onnx":
-        if not path.is_file():
-            raise ModelError(f"{path}: no such file. Give a model folder or an existing .onnx file.")
-        return _with_config(path.parent), path.name
-    return _with_config(path), None
 
 
 def _with_config(folder: Path) -> Path:
@@ -171,16 +158,12 @@ def _with_config(folder: Path) -> Path:
     )
 
 
-def _onnx_file(folder: Path, named: str | None, precision: Precision) -> Path | None:
+def _onnx_file(folder: Path, precision: Precision) -> Path | None:
     """Choose the ONNX file; None means that the folder's safetensors are meant."""
-    if named is not None:
-        return folder / named
     fp32, int8 = folder / ONNX_FP32, folder / ONNX_INT8
-    if precision == "int8":
-        if not int8.is_file():
-            raise ModelError(f"{folder}: precision 'int8' was asked for, but {ONNX_INT8} is missing.")
-        return int8
-    if precision == "auto" and int8.is_file():
+    if precision == "int8" and not int8.is_file():
+        raise ModelError(f"{folder}: precision 'int8' was asked for, but {ONNX_INT8} is missing.")
+    if precision != "fp32" and int8.is_file():
         return int8
     return fp32 if fp32.is_file() else None
 
@@ -206,22 +189,23 @@ def _labels(folder: Path, config: dict[str, Any]) -> tuple[FolderKind, tuple[str
             f"{folder}: expected a model with a classification head (…ForSequenceClassification), got "
             f"{', '.join(architectures):.200}. Fine-tune it first."
         )
-    id2label = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     where = folder / CONFIG_FILE
-    label_names = tuple(str(id2label.get(str(column))) for column in range(len(id2label)))
-    if not all(isinstance(id2label.get(str(column)), str | int | float) for column in range(len(id2label))):
+    id2label = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    columns = [id2label.get(str(column)) for column in range(len(id2label))]
+    if not all(isinstance(name, str | int | float) for name in columns):
         raise ModelError(f"{where}: id2label must name the columns 0 to n-1, got {id2label!r:.200}.")
-    if len(set(label_names)) < len(label_names):
-        twice = next(name for name in label_names if label_names.count(name) > 1)
+    names = tuple(map(str, columns))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
         raise ModelError(f"{where}: id2label has two labels named {twice!r:.80}; of one the answers would be lost.")
-    problem = config.get("problem_type") or ("regression" if len(label_names) == 1 else "single_label_classification")
+    problem = config.get("problem_type") or ("regression" if len(names) == 1 else "single_label_classification")
     if problem not in _KINDS:
         raise ModelError(f"{where}: problem_type must be one of {', '.join(_KINDS)}, got {problem!r:.80}.")
-    return _KINDS[problem], label_names
+    return _KINDS[problem], names
 
 
 def _position_limit(folder: Path, config: dict[str, Any]) -> int | None:
-    """Count the tokens that fit the position table."""
+    """Count the tokens that fit the position table; None where the model has no table."""
     positions = config.get("max_position_embeddings")
     if not isinstance(positions, int) or not 1 <= positions < _ENDLESS:
         return None
@@ -236,11 +220,10 @@ def _max_length(limit: int | None, wanted: int | None, stated: float | None) -> 
     """Settle the longest input: the wish, else the tokenizer's own limit, never more than there are positions."""
     if wanted is not None and wanted < _SHORTEST:
         raise ModelError(f"max_length must be at least 3 (two special tokens and one of text), got {wanted}.")
-    if wanted is None and stated is not None:
-        wanted = int(stated) if _SHORTEST <= stated < _ENDLESS else None
-    if wanted is None:
-        return limit or _DEFAULT_MAX_LENGTH
-    return min(wanted, limit) if limit else wanted
+    if wanted is None and stated is not None and _SHORTEST <= stated < _ENDLESS:
+        wanted = int(stated)
+    settled = wanted or limit or _DEFAULT_MAX_LENGTH
+    return settled if limit is None else min(settled, limit)
 
 
 def _temperature(folder: Path, config: dict[str, Any]) -> float:

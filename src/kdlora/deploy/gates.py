@@ -92,7 +92,7 @@ class Checks:
 
     def judge(self, stage: str, file: Path, gate: Gate, *, optimised: bool = True) -> Parity:
         """Run a file on the texts, with the tokenizer beside it, and compare it with the latest fp32 stage."""
-        described = replace(self.folder, path=file.parent, backend="onnx", file=file, record={} if optimised else None)
+        described = replace(self.folder, path=file.parent, file=file, record={} if optimised else None)
         after = Classifier(described, OnnxBackend(described)).predict_logits(self.texts)
         parity = self._compare(stage, after, gate)
         if parity.passed and gate.largest_difference is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kdlora.data.tasks import Task
 from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TOKENIZER, ModelFolder
-from kdlora.errors import ArtifactError
+from kdlora.errors import ArtifactError, ModelError
 from kdlora.foreign import read_json
 from kdlora.models.settings import TOKENIZER_CONFIG
 from kdlora.system.environment import collect_versions
@@ -35,7 +35,11 @@ def is_model_file(path: Path) -> bool:
 
 
 def check_target(to: Path, folder: ModelFolder) -> Path:
-    """Refuse to replace what is not an export, and a disk that is too small."""
+    """Refuse to export an export, to replace what is none, and a disk that is too small."""
+    if folder.backend != "transformers":
+        raise ModelError(
+            f"{folder.path}: expected a transformers folder (model.safetensors), got one that is exported already."
+        )
     target = to.absolute()
     source = folder.path.absolute()
     if target == source or target in source.parents:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from kdlora.deploy.folder import TOKENIZER, ModelFolder
 from kdlora.deploy.fuse import add_weight, constant, optimise
 from kdlora.deploy.onnx_backend import open_session
 from kdlora.deploy.predict import BATCH_SIZE, BATCH_TOKENS
+from kdlora.deploy.trace import quiet
 from kdlora.system.ownership import remove
 
 _PRODUCTS = ("MatMul", "Attention")
@@ -90,10 +90,7 @@ def quantise(source: Path, to: Path, recipe: Recipe) -> None:
         _quantise_embeddings(model.graph)
     _store_as_levels(model.graph, recipe.excluded)
     RemoveUnusedNodesPass()(model)
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it advises on the root logger to pre-process a graph that is optimised already
-    try:
+    with quiet("root"):  # it advises to pre-process a graph that is optimised already
         quantize_dynamic(
             ir.to_proto(model),
             to,
@@ -104,8 +101,6 @@ def quantise(source: Path, to: Path, recipe: Recipe) -> None:
             nodes_to_quantize=chosen,
             extra_options={"DefaultTensorType": ir.DataType.FLOAT.value},
         )
-    finally:
-        root.setLevel(level)
     optimise(to, to)
 
 

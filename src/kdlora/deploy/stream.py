@@ -101,30 +101,34 @@ def predict_file(
     form = _Form(classifier.folder, str(to))
     columns = _columns(classifier, text, id_column)
     reader = RowReader(source, columns, format=input_format)
-    output: _StandardOutput | PartialResult = _StandardOutput()
+    output = _Output(form)
     if str(to) != "-":
-        if str(source) != "-" and Path(to).exists() and Path(to).samefile(source):
-            raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
-        made_of = _fingerprint(classifier.folder, source, columns, reader.format)
-        output = PartialResult(Path(to), {**made_of, "output_format": form.name})
+        output = PartialResult(form, Path(to), _fingerprint(classifier.folder, source, columns, reader.format))
     # A stream cannot be known to be the same one again.
-    resumed, errors = output.begin(resume=resume and str(source) != "-")
-    rows = resumed
+    output.begin(resume=resume and str(source) != "-")
+    _predict(classifier, reader, output, batch_size, strict, progress)
+    output.finish()
+    return PredictionSummary(str(to), output.rows, output.errors, output.resumed, time.perf_counter() - start)
+
+
+def _predict(
+    classifier: Classifier, reader: RowReader, output: _Output, batch_size: int, strict: bool, progress: Progress | None
+) -> None:
+    """Classify window by window what is not done yet."""
     try:
         with contextlib.closing(iter(reader)) as given:
-            for window in _cut_windows(islice(given, resumed, None)):
+            for window in _cut_windows(islice(given, output.resumed, None)):
                 bad = [row for row in window if row.text is None]
                 if bad and strict:
                     raise DataError(f"{reader.name}: {bad[0].error}")
-                output.add(form.encode(_classify(classifier, window, batch_size)), len(window), len(bad))
-                rows, errors = rows + len(window), errors + len(bad)
+                texts = [row.text for row in window if row.text is not None]
+                found = iter(classifier.predict(texts, batch_size=batch_size))
+                output.add([(row, None if row.text is None else next(found)) for row in window], len(bad))
                 if progress is not None:
-                    progress(rows, reader.fraction())
+                    progress(output.rows, reader.fraction())
     except DataError:
         output.discard()  # the input must change before this can succeed, and parts of the old one are of no use then
         raise
-    output.finish(form)
-    return PredictionSummary(str(to), rows, errors, resumed, time.perf_counter() - start)
 
 
 def _columns(classifier: Classifier, text: Sequence[str] | str | None, id_column: str) -> Columns:
@@ -147,13 +151,6 @@ def _cut_windows(source: Iterable[Row]) -> Iterator[list[Row]]:
             window, characters = [], 0
     if window:
         yield window
-
-
-def _classify(classifier: Classifier, window: list[Row], batch_size: int) -> list[tuple[Row, Prediction | None]]:
-    """Classify the good rows of a window; a bad one has no prediction."""
-    texts = [row.text for row in window if row.text is not None]
-    found = iter(classifier.predict(texts, batch_size=batch_size))
-    return [(row, None if row.text is None else next(found)) for row in window]
 
 
 def _fingerprint(folder: ModelFolder, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:
@@ -248,60 +245,72 @@ def _csv_bytes(table: Sequence[Sequence[Any]]) -> bytes:
     return buffer.getvalue().encode()
 
 
-class _StandardOutput:
-    """Writes the windows as they come; what was written cannot be resumed or taken back."""
+class _Output:
+    """Standard output, which gets the windows as they come; nothing can be resumed or taken back."""
 
-    def begin(self, *, resume: bool) -> tuple[int, int]:
-        del resume
-        return 0, 0
+    def __init__(self, form: _Form) -> None:
+        self.form = form
+        self.rows = self.errors = self.resumed = 0
 
-    def add(self, content: bytes, rows: int, errors: int) -> None:
-        del rows, errors
+    def begin(self, *, resume: bool) -> None:
+        """Find out what is done."""
+
+    def add(self, answers: Sequence[tuple[Row, Prediction | None]], errors: int) -> None:
+        """Write one window."""
+        self.write(self.form.encode(answers), len(answers), errors)
+        self.rows, self.errors = self.rows + len(answers), self.errors + errors
+
+    def write(self, content: bytes, rows: int, errors: int) -> None:
+        """Write the bytes of one window."""
         sys.stdout.buffer.write(harmless_json(content.decode()).encode())
         sys.stdout.buffer.flush()
 
     def discard(self) -> None:
-        pass
+        """Take back what was written."""
 
-    def finish(self, form: _Form) -> None:
-        pass
+    def finish(self) -> None:
+        """Put the windows together."""
 
 
-class PartialResult:
+class PartialResult(_Output):
     """The folder beside an output file that holds finished parts until the last one is written."""
 
-    def __init__(self, to: Path, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, form: _Form, to: Path, made_of: dict[str, Any]) -> None:
+        super().__init__(form)
+        if made_of["source"] != "-" and to.exists() and to.samefile(made_of["source"]):
+            raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
         self.to = to
         self.folder = to.with_name(f"{to.name}.partial")
-        self._fingerprint = fingerprint
+        self._made_of = made_of | {"output_format": form.name}
 
-    def begin(self, *, resume: bool) -> tuple[int, int]:
-        """Make the folder, or take over that of an interrupted run: its rows, and the bad ones of them."""
+    def begin(self, *, resume: bool) -> None:
+        """Make the folder, or take over that of an interrupted run."""
         self._refuse_foreign()
         if not resume:
             remove(self.folder)
         elif found := read_manifest(self.folder):
-            changed = sorted(key for key, value in self._fingerprint.items() if found.get(key) != value)
+            changed = sorted(key for key, value in self._made_of.items() if found.get(key) != value)
             if changed:
                 key = changed[0]
                 raise ArtifactError(
                     f"{self.folder}: holds an interrupted prediction of something else ({key} was {found.get(key)!r}, "
-                    f"is {self._fingerprint[key]!r}). Delete the folder, or predict without resuming."
+                    f"is {self._made_of[key]!r}). Delete the folder, or predict without resuming."
                 )
-        claim_folder(self.folder, "prediction", **self._fingerprint)
+        claim_folder(self.folder, "prediction", **self._made_of)
         remove_abandoned(self.folder)
         counts = [tuple(map(int, part.name.split("-")[2:])) for part in self._parts()]
-        return sum(rows for rows, _ in counts), sum(errors for _, errors in counts)
+        self.rows = self.resumed = sum(rows for rows, _ in counts)
+        self.errors = sum(errors for _, errors in counts)
 
-    def add(self, content: bytes, rows: int, errors: int) -> None:
+    def write(self, content: bytes, rows: int, errors: int) -> None:
         """Write one part, atomically."""
         with atomic_file(self.folder / f"part-{len(self._parts()):08d}-{rows}-{errors}") as temporary:
             temporary.write_bytes(content)
 
-    def finish(self, form: _Form) -> None:
+    def finish(self) -> None:
         """Join the parts into the output file, which appears whole, and remove them."""
         with atomic_file(self.to) as temporary:
-            form.join(self._parts(), temporary)
+            self.form.join(self._parts(), temporary)
         self.discard()
 
     def discard(self) -> None:

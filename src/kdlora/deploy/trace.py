@@ -57,7 +57,7 @@ def capture(model: PreTrainedModel, names: Sequence[str], to: Path) -> None:
     if "token_type_ids" in names:
         arrays[names.index("token_type_ids")] = torch.zeros_like(example)
     shape = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with _single_operators(model), _quiet():
+    with _single_operators(model), quiet("torch.onnx", "onnxscript", "onnx_ir", "torch.export"):
         try:
             program = torch.onnx.export(
                 _Logits(model, names).eval(),
@@ -130,28 +130,20 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Stand for attention in a capture: transformers' signature, (batch, heads, length, width) in."""
-    del module, dropout, unused
+    del module, unused
     heads, width = query.shape[1], query.shape[3]
     arrays = [array.transpose(1, 2).flatten(2) for array in (query, key, value)]
-    padding = bias = None
-    if attention_mask is not None and attention_mask.dim() == 2:
-        padding = attention_mask
-    else:
-        bias = attention_mask
+    is_padding = attention_mask is not None and attention_mask.dim() == 2
+    padding, bias = (attention_mask, None) if is_padding else (None, attention_mask)
     output = _operator(arrays, padding, bias, heads, width**-0.5 if scaling is None else scaling)
     return output.unflatten(2, (heads, width)), None
 
 
 def _operator(
-    arrays: Sequence[torch.Tensor],
-    padding: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    heads: int,
-    scale: float,
+    arrays: Sequence[torch.Tensor], padding: torch.Tensor | None, bias: torch.Tensor | None, heads: int, scale: float
 ) -> torch.Tensor:
     """Write the node for query, key and value (batch, length, heads * width).
 
@@ -189,16 +181,15 @@ def _mpnet_forward(module: MPNetSelfAttention) -> Callable[..., tuple[torch.Tens
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's remarks on its own internals."""
-    noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in noisy]
-    for logger in noisy:
-        logger.setLevel(logging.ERROR)
+def quiet(*names: str) -> Iterator[None]:
+    """Silence what libraries remark on their own internals, by the names of their loggers."""
+    levels = {name: logging.getLogger(name).level for name in names}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for name in names:
+                logging.getLogger(name).setLevel(logging.ERROR)
             yield
     finally:
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +21,6 @@ from kdlora.errors import ArtifactError, DataError, KdLoraError, ModelError
 from kdlora.evidence.metrics import probabilities
 
 BLOCKED = ("torch", "transformers", "onnx", "onnxscript", "pydantic", "sklearn", "scipy", "pyarrow", "pandas", "peft")
-
-
-def _copy(folder: Path, to: Path) -> Path:
-    return shutil.copytree(folder, to)
 
 
 def test_onnx_folder_needs_no_torch(exported, tmp_path):
@@ -98,7 +93,7 @@ def test_pairs_use_both_texts_and_segments(exported, classifier_folder):
 
 def test_probabilities_follow_the_temperature(exported, tmp_path):
     """Prevents a calibration that is stored and never applied, or that changes the label."""
-    folder = _copy(exported(), tmp_path / "model")
+    folder = shutil.copytree(exported(), tmp_path / "model")
     plain = Classifier.load(folder).predict(TEXTS[:5])
     config = json.loads((folder / "config.json").read_text())
     save_temperature(folder, 4.0)
@@ -160,7 +155,7 @@ def test_long_texts_are_truncated_at_once(exported, classifier_folder):
 
 def test_limit_of_the_position_table(classifier_folder, tmp_path):
     """Prevents RoBERTa's off-by-two: its table starts behind the padding position."""
-    folder = _copy(classifier_folder("roberta"), tmp_path / "model")
+    folder = shutil.copytree(classifier_folder("roberta"), tmp_path / "model")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 10**30}))
     padding = json.loads((folder / "config.json").read_text())["pad_token_id"]
@@ -175,7 +170,7 @@ def test_limit_of_the_position_table(classifier_folder, tmp_path):
 
 def test_changed_file_is_refused(exported, tmp_path):
     """Prevents serving a file that is not the one whose score was checked."""
-    folder = _copy(exported(), tmp_path / "model")
+    folder = shutil.copytree(exported(), tmp_path / "model")
     path = folder / "model_quantized.onnx"
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")
     with pytest.raises(ArtifactError, match=r"not the file that was exported: kdlora_export.json records sha256"):
@@ -192,7 +187,7 @@ def test_changed_file_is_refused(exported, tmp_path):
 
 def test_incomplete_folders_are_named(exported, classifier_folder, tmp_path):
     """Prevents a traceback where a file is missing or means something else."""
-    folder = _copy(exported(), tmp_path / "model")
+    folder = shutil.copytree(exported(), tmp_path / "model")
     (folder / "model_quantized.onnx").unlink()
     assert Classifier.load(folder).folder.precision == "fp32"
     with pytest.raises(ModelError, match=r"'int8' was asked for, but model_quantized.onnx is missing"):
@@ -204,11 +199,11 @@ def test_incomplete_folders_are_named(exported, classifier_folder, tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer.json is missing"):
         Classifier.load(folder)
-    pickled = _copy(classifier_folder(), tmp_path / "pickled")
+    pickled = shutil.copytree(classifier_folder(), tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pytorch_model.bin is a pickle and is not read"):
         Classifier.load(pickled)
-    broken = _copy(classifier_folder(), tmp_path / "broken")
+    broken = shutil.copytree(classifier_folder(), tmp_path / "broken")
     (broken / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"config.json is damaged: expected a JSON file"):
         Classifier.load(broken)
@@ -216,7 +211,7 @@ def test_incomplete_folders_are_named(exported, classifier_folder, tmp_path):
 
 def test_columns_must_fit_the_labels(exported, tmp_path):
     """Prevents a fourth label that no text can ever get, or a column without a name."""
-    folder = _copy(exported(), tmp_path / "model")
+    folder = shutil.copytree(exported(), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
     with pytest.raises(ModelError, match=r"names 2 labels, but the model gives an output of shape \(1, 3\)"):
@@ -232,7 +227,7 @@ def test_columns_must_fit_the_labels(exported, tmp_path):
 def test_experiment_folder_gives_its_student(exported, classifier_folder, tmp_path):
     """Prevents an error for the path that users have at hand."""
     (tmp_path / "run").mkdir()
-    _copy(classifier_folder(), tmp_path / "run" / "student")
+    shutil.copytree(classifier_folder(), tmp_path / "run" / "student")
     assert read_model_folder(tmp_path / "run").path == tmp_path / "run" / "student"
 
 

@@ -78,18 +78,8 @@ def test_outputs_agree(tmp_path, model, source):
     rows = _read(tmp_path / "out.jsonl")
     table = pd.read_csv(tmp_path / "out.csv")
     parquet = pq.read_table(tmp_path / "out.parquet")
-    assert (
-        list(table.columns)
-        == parquet.column_names
-        == [
-            "id",
-            "label",
-            "probability:negative",
-            "probability:neutral",
-            "probability:positive",
-            "error",
-        ]
-    )
+    names = [f"probability:{name}" for name in ("negative", "neutral", "positive")]
+    assert list(table.columns) == parquet.column_names == ["id", "label", *names, "error"]
     for frame in (table, parquet.to_pandas()):
         assert frame["label"].tolist() == [row["label"] for row in rows]
         assert frame["probability:neutral"].tolist() == pytest.approx([r["probabilities"]["neutral"] for r in rows])
@@ -199,13 +189,13 @@ def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
         predict_file(model, source, out, progress=stop)
     assert not out.exists()
     asked: list[int] = []
-    predict_logits = Classifier.predict_logits
+    predict = Classifier.predict
 
     def count(self, texts, **settings):
         asked.append(len(texts))
-        return predict_logits(self, texts, **settings)
+        return predict(self, texts, **settings)
 
-    monkeypatch.setattr(Classifier, "predict_logits", count)
+    monkeypatch.setattr(Classifier, "predict", count)
     summary = predict_file(model, source, out)
     assert (summary.rows, summary.resumed) == (60, 30)
     assert sum(asked) == 30

@@ -63,13 +63,13 @@ class TextEncoder:
 
     def pad(self, encodings: Sequence[Encoding]) -> dict[str, np.ndarray]:
         """Pad encodings on the right into the arrays that the model takes."""
-        longest = max(map(len, encodings))
-        for encoding in encodings:
-            encoding.pad(longest, pad_id=self._pad)
-        return {
-            name: np.array([getattr(encoding, INPUTS[name]) for encoding in encodings], dtype=np.int64)
-            for name in self.input_names
-        }
+        shape = len(encodings), max(map(len, encodings))
+        filling = {"input_ids": self._pad}
+        arrays = {name: np.full(shape, filling.get(name, 0), dtype=np.int64) for name in self.input_names}
+        for row, encoding in enumerate(encodings):
+            for name, array in arrays.items():
+                array[row, : len(encoding)] = getattr(encoding, INPUTS[name])
+        return arrays
 
 
 def check_text(text: Any, where: str) -> Text:

@@ -71,6 +71,10 @@ class Experiment:
         values = [value for run in self.finished(arm) if (value := run.score(self.split)) is not None]
         return mean_sd(values) if values else None
 
+    def predictions(self, arm: str) -> list[Predictions]:
+        """Give what the finished runs of an arm predicted on the headline's split, where it was kept."""
+        return [run.predictions.only(self.split) for run in self.finished(arm) if run.predictions is not None]
+
     @cached_property
     def choice(self) -> Choice | None:
         """What was shipped; where nothing was yet, what would be."""

@@ -115,6 +115,8 @@ def _same_seeds(first: Sequence[Run], second: Sequence[Run]) -> list[list[Run]]:
 
 def align(predictions: Sequence[Predictions]) -> list[Predictions] | None:
     """Bring predictions into the order of the first; None where ids, labels or label names are not the same."""
+    if not predictions:
+        return None
     first = predictions[0]
     keys = _keys(first)
     if not keys or len(set(keys)) != len(keys):

@@ -69,7 +69,7 @@ def render(page: Page, paths: tuple[Path, ...] = ()) -> Report:
         "script": script,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
-    markdown, page_html = (_environment(name).get_template(f"report.{name}").render(facts) for name in ("md", "html"))
+    markdown, page_html = (engine(name).get_template(f"report.{name}").render(facts) for name in ("md", "html"))
     return Report(f"{markdown}\n", f"{page_html}\n", paths)
 
 
@@ -80,7 +80,7 @@ def _version() -> str:
         return "kdlora"
 
 
-def _environment(name: str) -> Environment:
+def engine(name: str) -> Environment:
     """Set up the engine for HTML, which it escapes itself, or for Markdown, which `escape` makes harmless."""
     escaping = (
         (lambda value: value if isinstance(value, Markup) else Markup(escape(str(value)))) if name == "md" else None
@@ -119,4 +119,4 @@ def _fence(text: str) -> Markup:
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
     """Give a table that a notebook shows; every text is escaped."""
     table = Table(caption, tuple(header), tuple(tuple(row) for row in rows))
-    return str(_environment("html").get_template("macros.html").module.table(table))  # type: ignore[attr-defined]
+    return str(engine("html").get_template("macros.html").module.table(table))  # type: ignore[attr-defined]

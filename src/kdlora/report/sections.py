@@ -10,21 +10,11 @@ from typing import Any
 import numpy as np
 
 from kdlora.report.answer import answer, cautions, key_figures
-from kdlora.report.blocks import Block, Bullets, Code, Figure, Paragraph, Section, note
+from kdlora.report.blocks import Block, Bullets, Code, Figure, Paragraph, Section
 from kdlora.report.collect import Experiment
 from kdlora.report.costs import PARAMETERS, TIME, Cost
-from kdlora.report.findings import Comparison, align, compare_arms
-from kdlora.report.outputs import (
-    MOST_CLASSES,
-    Outputs,
-    calibration_plot,
-    confusion_plot,
-    confusion_table,
-    disagreements,
-    label_table,
-    residual_histogram,
-    residual_plot,
-)
+from kdlora.report.findings import Comparison, compare_arms
+from kdlora.report.outputs import error_blocks, example_blocks
 from kdlora.report.plots import Curve, Series, Style, arm_style, differences, learning_curves, score_against_cost
 from kdlora.report.shipped_tables import shipped_blocks, shipped_tiles
 from kdlora.report.tables import Links, claims_table, cost_table, difference_table, run_table, score_table
@@ -43,8 +33,8 @@ def experiment_section(experiment: Experiment, *, number: int, base: Path, draws
         ("Cost", "cost", _cost_blocks(experiment, links, mark)),
         ("As shipped", "shipped", shipped_blocks(experiment, links, mark)),
         ("Training", "training", _training_blocks(experiment, mark)),
-        ("What it gets wrong", "errors", _error_blocks(experiment, mark)),
-        ("Where teacher and student disagree most", "examples", _example_blocks(experiment)),
+        ("What it gets wrong", "errors", error_blocks(experiment, mark)),
+        ("Where teacher and student disagree most", "examples", example_blocks(experiment)),
         ("Runs", "runs", [run_table(experiment, links), _arm_list(experiment)]),
         ("How it was made", "made", _provenance(experiment)),
     )
@@ -116,54 +106,6 @@ def _number(value: Any) -> float | None:
     """Take what is a finite number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and np.isfinite(value) else None
-
-
-def _error_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
-    """Confusions or residuals of the shipped arm, and calibration."""
-    arm, task = experiment.student_arm, experiment.task
-    student = _outputs(experiment, arm) if arm else None
-    if student is None:
-        return [note("No predictions were kept, so there is nothing to show here.")] if arm else []
-    teacher = _outputs(experiment, "fft")
-    if task.kind == "regression":
-        quantity = task.label_names[0]
-        return [
-            residual_plot(student, quantity=quantity, identity=f"{mark}-residuals"),
-            residual_histogram(student, quantity=quantity, identity=f"{mark}-histogram"),
-        ]
-    known = [one for one in (teacher, student) if one is not None]
-    calibration = calibration_plot(task, known, identity=f"{mark}-calibration")
-    if task.kind == "multi-label":
-        return [label_table(task, student, teacher), calibration]
-    if task.num_labels > MOST_CLASSES:
-        return [confusion_table(task, student), calibration]
-    return [confusion_plot(task, student, identity=f"{mark}-confusion"), calibration]
-
-
-def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
-    """Collect an arm's logits, its rows in one order."""
-    kept = [run.predictions.only(experiment.split) for run in experiment.finished(arm) if run.predictions]
-    aligned = align(kept) if kept else None
-    if aligned is None or aligned[0].labels is None or not all(np.isfinite(one.logits).all() for one in aligned):
-        return None
-    style = arm_style(arm)
-    return Outputs(arm_title(arm), style, tuple(one.logits for one in aligned), aligned[0].labels)
-
-
-def _example_blocks(experiment: Experiment) -> list[Block | None]:
-    """The examples on which teacher and student differ most, or why there are none."""
-    if experiment.student_arm is None:
-        return []
-    found = disagreements(experiment)
-    if found is None:
-        text = "There are no examples to show: the texts, or the predictions of teacher or student, were not kept."
-        return [note(text)]
-    measure = {
-        "single-label": "the Jensen-Shannon divergence of their probabilities",
-        "multi-label": "the largest difference in the probability of a label",
-        "regression": "the difference of their predictions",
-    }[experiment.task.kind]
-    return [Paragraph((f"Ordered by {measure}. Some of these are wrong labels: look before training on.",)), found]
 
 
 def _arm_list(experiment: Experiment) -> Bullets:

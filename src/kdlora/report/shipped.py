@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from kdlora.errors import ArtifactError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.render import html_table
 
@@ -24,55 +23,29 @@ Count = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """What one model costs, and how good it is.
-
-    Attributes:
-        name: of the model in the table.
-        backend: "transformers" or "onnx".
-        precision: "fp32" or "int8".
-        p50_ms: median latency of one text, tokenisation included.
-        p95_ms: 95th percentile.
-        p99_ms: 99th percentile.
-        texts_per_second: median over the rounds, in length-sorted batches, tokenisation included.
-        batch_size: the one with the best throughput.
-        load_seconds: from nothing loaded to the first answer, after imports.
-        size_bytes: of the weights.
-        folder: where it is.
-        peak_memory_bytes: above the level after imports, until the last round; None where the system cannot tell.
-        score: 0..100; None without labels.
-        grid_ms: "batch x length" to median milliseconds of one forward pass.
-    """
+    """What one model costs, and how good it is."""
 
     name: str
-    backend: str
-    precision: str
-    p50_ms: Amount
+    backend: str  # "transformers" or "onnx"
+    precision: str  # "fp32" or "int8"
+    p50_ms: Amount  # latency of one text, tokenisation included
     p95_ms: Amount
     p99_ms: Amount
-    texts_per_second: Amount
-    batch_size: Count
-    load_seconds: Amount
-    size_bytes: Count
+    texts_per_second: Amount  # median over the rounds, in length-sorted batches, tokenisation included
+    batch_size: Count  # the one with the best throughput
+    load_seconds: Amount  # from nothing loaded to the first answer, after imports
+    size_bytes: Count  # of the weights
     folder: str = ""
-    peak_memory_bytes: Count | None = None
-    score: Finite | None = None
-    grid_ms: dict[str, Amount] = field(default_factory=dict)
+    peak_memory_bytes: Count | None = None  # above the level after imports; None where the system cannot tell
+    score: Finite | None = None  # 0..100; None without labels
+    grid_ms: dict[str, Amount] = field(default_factory=dict)  # "batch x length" to the median of one forward pass
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A fitted temperature and what it does on the data that it was fitted on.
+    """A temperature, and what it does on the `rows` that it was fitted on: log loss in nats, error over ten bins."""
 
-    Attributes:
-        temperature: divide logits by it; above 1 the model was too sure.
-        rows: validation rows.
-        nll_before: mean negative log-likelihood, nats.
-        nll_after: the same at the temperature.
-        ece_before: expected calibration error, 0..1, ten bins.
-        ece_after: the same at the temperature.
-    """
-
-    temperature: Amount
+    temperature: Amount  # divide logits by it; above 1 the model was too sure
     rows: Count
     nll_before: Finite
     nll_after: Finite
@@ -84,15 +57,7 @@ class Calibration:
 class BenchmarkResult:
     """The content of `benchmark.json`: models measured in the same rounds, and the calibration; either may be missing.
 
-    Attributes:
-        models: in the order given; ratios are to the first.
-        threads: of each model's process.
-        rounds: interleaved rounds.
-        texts: number of texts.
-        split: that they are from.
-        machine: processor, cores, memory.
-        versions: of the libraries.
-        calibration: of the shipped student.
+    Ratios are to the first model; each model's process had so many threads, and read so many texts of the split.
     """
 
     models: tuple[ModelFigures, ...] = ()
@@ -137,32 +102,18 @@ class BenchmarkResult:
 
 @dataclass(frozen=True)
 class Parity:
-    """How close a stage of the export is to its reference.
-
-    Attributes:
-        stage: name of the stage.
-        reference: name of the stage that it is compared with.
-        rows: texts compared.
-        agreement: share (0..1) of decisions that are the same; for regression, of values within 0.1 standard
-            deviations of the reference.
-        largest_difference: of two logits; None on disk where it was not finite.
-        score: of the stage on the labelled rows, 0..100; None without labels.
-        drop: reference's score minus that of the stage, points; None without labels.
-        drop_low: lower end of the drop's 95% interval (paired bootstrap).
-        drop_high: upper end.
-        reason: which limits it broke, in figures; empty where it passed.
-    """
+    """How close a stage of the export is to its reference, another stage, on the same texts."""
 
     stage: str
     reference: str
     rows: Count
-    agreement: Amount
-    largest_difference: Amount | None = None
-    score: Finite | None = None
-    drop: Finite | None = None
+    agreement: Amount  # share of equal decisions; for regression, of values within 0.1 standard deviations
+    largest_difference: Amount | None = None  # of two logits; None on disk where it was not finite
+    score: Finite | None = None  # on the labelled rows, 0..100
+    drop: Finite | None = None  # the reference's score minus that of the stage, points, and its 95% interval
     drop_low: Finite | None = None
     drop_high: Finite | None = None
-    reason: str = ""
+    reason: str = ""  # which limits it broke, in figures; empty where it passed
 
     @property
     def passed(self) -> bool:
@@ -172,41 +123,23 @@ class Parity:
 
 @dataclass(frozen=True)
 class Export:
-    """The part of `kdlora_export.json` that says how the files were made.
+    """The part of `kdlora_export.json` that says how the files were made."""
 
-    Attributes:
-        stages: the figures of each stage that passed, in order.
-        attempts: those of the stages and recipes of quantisation that did not.
-        recipe: of the quantisation that passed; empty without int8.
-        failure: why the export ended early.
-        fused: fused operator to count.
-        opset: of the standard operators.
-    """
-
-    stages: tuple[Parity, ...] = ()
-    attempts: tuple[Parity, ...] = ()
-    recipe: str = ""
-    failure: str = ""
-    fused: dict[str, int] = field(default_factory=dict)
+    stages: tuple[Parity, ...] = ()  # those that passed, in order
+    attempts: tuple[Parity, ...] = ()  # stages and recipes of quantisation that did not
+    recipe: str = ""  # of the quantisation that passed; empty without int8
+    failure: str = ""  # why the export ended early
+    fused: dict[str, int] = field(default_factory=dict)  # operator to count
     opset: int | None = None
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """What lies in an experiment folder beside the student.
+    """What lies in an experiment folder beside the student, and sentences on what cannot be read of it."""
 
-    Attributes:
-        benchmark: figures side by side; None without the file, or where it cannot be read.
-        export: checks of the ONNX files; None without them, or where they cannot be read.
-        benchmark_path: where the figures come from.
-        export_path: where the checks come from.
-        faults: sentences on files that cannot be read.
-    """
-
+    layout: ExperimentLayout
     benchmark: BenchmarkResult | None
     export: Export | None
-    benchmark_path: Path
-    export_path: Path
     faults: tuple[str, ...] = ()
 
     @property
@@ -228,37 +161,24 @@ class Shipped:
 
 def read_shipped(layout: ExperimentLayout) -> Shipped | None:
     """Read what was shipped; a file that cannot be read costs its part of the report, no more."""
-    paths = layout.benchmark, layout.export_record
-    if not any(path.exists() for path in paths):
+    if not (layout.benchmark.exists() or layout.export_record.exists()):
         return None
     faults: list[str] = []
-    benchmark = _attempt(paths[0], BenchmarkResult, faults)
-    export = _attempt(paths[1], Export, faults)
-    return Shipped(benchmark, export, *paths, tuple(faults))
+    benchmark = _read(layout.benchmark, BenchmarkResult, faults)
+    return Shipped(layout, benchmark, _read(layout.export_record, Export, faults), tuple(faults))
 
 
-_Content = TypeVar("_Content", BenchmarkResult, Export)
-
-
-def read_figures(path: Path, form: type[_Content]) -> _Content:
-    """Read one file."""
+def _read(path: Path, form: type[Any], faults: list[str]) -> Any:
+    """Read one file if it is there, and note what is wrong with it."""
+    if not path.exists():
+        return None
     try:
         return TypeAdapter(form).validate_json(path.read_bytes())
     except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}. {_RERUN}") from None
+        faults.append(f"{path.name}: cannot be read: {error.strerror or error}. {_RERUN}")
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         where = f" at {place!r}" if place else ""
-        raise ArtifactError(f"{path}: not the figures of this version{where}: {first['msg']}. {_RERUN}") from None
-
-
-def _attempt(path: Path, form: type[_Content], faults: list[str]) -> _Content | None:
-    """Read one file if it is there, and note it if that fails."""
-    if not path.exists():
-        return None
-    try:
-        return read_figures(path, form)
-    except ArtifactError as error:
-        faults.append(str(error).removeprefix(f"{path.parent}/"))
-        return None
+        faults.append(f"{path.name}: not the figures of this version{where}: {first['msg']}. {_RERUN}")
+    return None

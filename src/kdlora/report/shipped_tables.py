@@ -54,8 +54,8 @@ def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Bloc
     if shipped.models:
         blocks += [_model_table(shipped, links), *_plots(experiment, shipped, mark), _grid_table(shipped)]
     if shipped.export is not None:
-        blocks += _export_blocks(shipped.export, links.file(shipped.export_path))
-    elif not shipped.export_path.exists():
+        blocks += _export_blocks(shipped.export, links.file(shipped.layout.export_record))
+    elif not shipped.layout.export_record.exists():
         blocks.append(
             note("The student was not exported to ONNX: export.formats is empty, or the extra onnx is not installed.")
         )
@@ -70,7 +70,7 @@ def _model_table(shipped: Shipped, links: Links) -> Table:
         *("model", "runs on", "precision", "latency p50", "latency p95", "speed-up of p50", "texts/s", "batch size"),
         *("speed-up of texts/s", "load time", "peak memory", "size on disk", "score"),
     )
-    link = (Link("benchmark.json", links.file(shipped.benchmark_path)),)
+    link = (Link("benchmark.json", links.file(shipped.layout.benchmark)),)
     rows = tuple(_model_row(model, shipped.reference or model, link) for model in shipped.models)
     caption = "Teacher and student as shipped, measured side by side"
     return Table(caption, columns, rows, text_columns=3, note=_conditions(shipped), compact=True)

@@ -21,14 +21,7 @@ FAST = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3, "max_length": 128}
 
 @dataclass(frozen=True)
 class Workshop:
-    """Models and data that small experiments are made of; read only.
-
-    Attributes:
-        teacher: a pretrained BERT of two layers.
-        student: a pretrained DistilBERT of one layer.
-        train: CSV with `id`, `text`, `label`.
-        validation: the same, other rows.
-    """
+    """Models and data that small experiments are made of; read only."""
 
     teacher: Path
     student: Path

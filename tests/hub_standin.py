@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_a_token_of_the_stand_in"
 LFS_SUFFIXES = (".safetensors", ".onnx", ".parquet")
@@ -147,9 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _describe(self, parts: list[str]) -> None:
         if parts[0] == "whoami-v2":
-            return (
-                self._json({"name": "someone", "type": "user", "orgs": []}) if self._authorised() else self._error(401)
-            )
+            known = self._authorised()
+            return self._json({"name": "someone", "type": "user", "orgs": []}) if known else self._error(401)
         if parts[0] not in ("models", "datasets") or len(parts) < 2:
             return self._missing()
         name, parts = self._split(parts)
@@ -159,35 +158,20 @@ class _Handler(BaseHTTPRequestHandler):
         name = name.partition("/")[2]
         verb, rest = (parts[0], parts[1:]) if parts else ("revision", ["main"])
         if verb == "refs":
-            refs = [
-                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha}
-                for name, sha in repository.branches.items()
-            ]
+            pairs = repository.branches.items()
+            refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in pairs]
             return self._json({"branches": refs, "tags": [], "converts": []})
         commit = repository.resolve(rest[0]) if rest else None
         if commit is None:
             return self._error(404, "RevisionNotFound")
         if verb == "tree":
-            return self._json(
-                _tree(repository.commits[commit], "/".join(rest[1:]), "recursive=true" in self.path.lower())
-            )
+            recursive = "recursive=true" in self.path.lower()
+            return self._json(_tree(repository.commits[commit], "/".join(rest[1:]), recursive))
         if verb == "revision":
             siblings = [{"rfilename": name} for name in repository.commits[commit]]
-            return self._json(
-                {
-                    "_id": "1",
-                    "id": name,
-                    "modelId": name,
-                    "sha": commit,
-                    "private": repository.private,
-                    "siblings": siblings,
-                    "tags": [],
-                    "downloads": 0,
-                    "likes": 0,
-                    "gated": False,
-                    "disabled": False,
-                }
-            )
+            about = {"_id": "1", "id": name, "modelId": name, "sha": commit, "private": repository.private}
+            about |= {"tags": [], "downloads": 0, "likes": 0, "gated": False, "disabled": False}
+            return self._json(about | {"siblings": siblings})
         return self._missing()
 
     def _create(self, wanted: dict[str, Any]) -> None:
@@ -242,19 +226,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _paths_info(self, repository: Repository, revision: str, body: bytes) -> None:
         tree = repository.commits[repository.resolve(revision) or EMPTY]
         text = body.decode()
-        paths = (
-            json.loads(text)["paths"]
-            if text.startswith("{")
-            else [
-                unquote(part.partition("=")[2].replace("+", " "))
-                for part in text.split("&")
-                if part.startswith("paths")
-            ]
+        paths = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text).get("paths", [])
+        return self._json(
+            [entry for path in paths for entry in _tree(tree, posixpath.dirname(path), False) if entry["path"] == path]
         )
-        found = [
-            entry for path in paths for entry in _tree(tree, posixpath.dirname(path), False) if entry["path"] == path
-        ]
-        return self._json(found)
 
     def _file(self, commit: str, file: str, content: bytes, *, head: bool) -> None:
         lfs = file.endswith(LFS_SUFFIXES)

@@ -34,12 +34,7 @@ configs:
 
 
 def fill(server: StandIn, folder: Path) -> None:
-    """Put every model and data set there.
-
-    Args:
-        server: gets them.
-        folder: for the files on the way.
-    """
+    """Put every model and data set there."""
     for name, (family, layers) in ENCODERS.items():
         _add_folder(server, name, tiny.build_model_folder(family, folder / name.replace("/", "-"), layers=layers))
     _add_folder(server, FINE_TUNED, _fine_tuned(folder / "fine-tuned"))

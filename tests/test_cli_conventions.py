@@ -42,15 +42,11 @@ def test_help_documents_the_exit_codes(cli):
         assert part in shown
 
 
-def test_the_verbs_of_reference_print_json(cli):
-    """Programs read names from here; a table in between breaks them."""
+def test_reference_and_validate_print_json(cli, tmp_path):
+    """Programs read names and settings from here; a table in between breaks them."""
     tasks, families = json.loads(cli("tasks", "--json").out), json.loads(cli("families", "--json").out)
     assert tasks["mrpc"]["label_names"] == ["not_equivalent", "equivalent"]
     assert families["bert"] == {"teacher": "bert-base-uncased", "student": "distilbert-base-uncased"}
-
-
-def test_validate_prints_the_config_as_json(cli, tmp_path):
-    """The YAML form needs a parser that a shell script does not have."""
     path = tmp_path / "config.yaml"
     path.write_text("{family: bert, task: {name: mrpc}, data: {path: nyu-mll/glue}}")
     assert json.loads(cli("validate", path, "--json").out)["lora"]["rank"] == 16

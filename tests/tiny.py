@@ -45,15 +45,7 @@ WITHOUT_TOKEN_TYPES = ("distilbert", "roberta", "mpnet", "modernbert")
 
 
 def sentiment_rows(count: int = 200, seed: int = 0) -> list[dict[str, str]]:
-    """Make balanced rows whose label follows from one word, so that a tiny model can learn them.
-
-    Args:
-        count: number of rows.
-        seed: of the draw; other seeds give other rows.
-
-    Returns:
-        Rows with `id` ("r0", …), `text` and `label` ("positive" or "negative").
-    """
+    """Make balanced rows whose label follows from one word, so that a tiny model can learn them."""
     draw = random.Random(seed)
     rows = []
     for index in range(count):
@@ -77,9 +69,6 @@ def train_tokenizer(family: str = "bert") -> transformers.PreTrainedTokenizerFas
     """Make a WordPiece tokenizer from the words and characters of this module's texts.
 
     The library's own trainer breaks ties by hash, and so gives another vocabulary in every process.
-
-    Args:
-        family: decides on the ids of the special tokens and on `token_type_ids`, as the family's own tokenizer does.
     """
     special = [SPECIAL[index] for index in ((2, 0, 3, 1, 4) if family in PAD_IS_ONE else range(5))]
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
@@ -176,18 +165,7 @@ _PRETRAINED_CLASS = {
 
 
 def build_model_folder(family: str, folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0) -> Path:
-    """Save a tiny *pretrained* checkpoint: encoder weights and tokenizer, no classification head.
-
-    Args:
-        family: one of `FAMILIES` or `VARIANTS`.
-        folder: where to save.
-        layers: number of encoder layers.
-        hidden: width, a multiple of 4.
-        seed: of the weights.
-
-    Returns:
-        The folder.
-    """
+    """Save a tiny *pretrained* checkpoint: encoder weights and tokenizer, no classification head."""
     tokenizer = train_tokenizer(family)
     config = tiny_config(family, -(-len(tokenizer) // 8) * 8, layers=layers, hidden=hidden)
     with torch.random.fork_rng(devices=[]):

@@ -18,15 +18,7 @@ _INCLUDE = re.compile(r"^--8<--\n(\S+)\n--8<--$", re.M)
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block.
-
-    Attributes:
-        language: of the code; empty where none is named.
-        title: file that the reader saves it to, or None.
-        code: the text, included files put in.
-        excuse: why it is not run, or None.
-        line: where it begins.
-    """
+    """One fenced block."""
 
     language: str
     title: str | None
@@ -41,11 +33,7 @@ class Block:
 
 
 def read_blocks(page: Path) -> list[Block]:
-    """Give the blocks of a page in their order.
-
-    Args:
-        page: a Markdown file.
-    """
+    """Give the blocks of a page in their order."""
     text = page.read_text(encoding="utf-8")
     blocks = []
     for found in _FENCE.finditer(text):

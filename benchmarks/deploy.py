@@ -32,7 +32,8 @@ from kdlora.deploy.export import export_onnx
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.onnx_backend import default_threads
 from kdlora.deploy.predict import Classifier
-from kdlora.experiment.arms import label_array, train_teacher
+from kdlora.experiment.arms import train_teacher
+from kdlora.experiment.scoring import label_array
 from kdlora.models.encoders import load_encoder, save_encoder
 from kdlora.report.plots import plot_benchmark
 from kdlora.report.shipped import BenchmarkResult

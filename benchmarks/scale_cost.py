@@ -29,7 +29,7 @@ from kdlora.evidence.records import RunRecord, write_record
 from kdlora.experiment.jobs import Job, Outcome, TaskFacts
 from kdlora.experiment.plan import Plan, PlannedRun, make_plan
 from kdlora.experiment.queue import Queue, finished_runs
-from kdlora.experiment.stages import settings_for
+from kdlora.experiment.settle import settings_for
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import load_suite
 from kdlora.system.environment import collect_versions, describe_machine

@@ -40,12 +40,12 @@ if TYPE_CHECKING:
         ModelError as ModelError,
     )
     from kdlora.experiment.arms import (
-        evaluate as evaluate,
         train_student as train_student,
         train_teacher as train_teacher,
     )
     from kdlora.experiment.labelling import label_collection as label_collection
     from kdlora.experiment.run import run_experiment as run_experiment
+    from kdlora.experiment.scoring import evaluate as evaluate
     from kdlora.experiment.search import run_search as run_search
     from kdlora.experiment.suite import run_suite as run_suite
     from kdlora.experiment.suitefile import load_suite as load_suite
@@ -73,7 +73,8 @@ _NAMES = {
     "distil.tables": "read_teacher_table",
     "distil.teacher": "teacher_logits",
     "errors": "ArtifactError ConfigError DataError KdLoraError ModelError",
-    "experiment.arms": "evaluate train_student train_teacher",
+    "experiment.arms": "train_student train_teacher",
+    "experiment.scoring": "evaluate",
     "experiment.labelling": "label_collection",
     "experiment.run": "run_experiment",
     "experiment.search": "run_search",

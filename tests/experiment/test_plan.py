@@ -4,7 +4,8 @@ import pytest
 
 from kdlora.configfile import build_config
 from kdlora.experiment.run import Run, plan_runs
-from kdlora.experiment.stages import settings_for, shard_rows
+from kdlora.experiment.settle import settings_for
+from kdlora.experiment.stages import shard_rows
 
 BASE = {"data": {"train": "a.csv"}, "student": {"model": "s"}}
 

@@ -1,6 +1,7 @@
 """What is said before anything trains, and the length at which texts are cut."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,7 +120,8 @@ def test_a_long_run_asks_where_a_person_can_answer(cli, small, tmp_path, monkeyp
     """A command that turns out to take a day must not begin unasked; with --yes, or in a script, it does not wait."""
     monkeypatch.setattr(verbs, "_HOURS_UNASKED", 0.0)
     monkeypatch.setattr("typer.confirm", lambda *arguments, **options: answer == "y")
-    monkeypatch.setattr(verbs, "_is_answered", lambda: True)
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(verbs, "sys", SimpleNamespace(stdin=terminal, stderr=terminal))
     done = cli("run", small, "--out", tmp_path / "out", *options)
     assert done.code == code
     assert "trainings" in done.err

@@ -10,9 +10,8 @@ from kdlora.data.tasks import Task
 from kdlora.defaults import adapter_rate, epochs_for, full_rate
 from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import Predictions
-from kdlora.experiment.settle import Chosen, closed
-from kdlora.experiment.stages import settings_for
-from kdlora.experiment.teacher_check import _unknown_classes
+from kdlora.experiment.scoring import unknown_classes
+from kdlora.experiment.settle import Chosen, closed, settings_for
 
 CONFIG = {
     "data": {"train": "t.csv"},
@@ -77,4 +76,4 @@ def test_a_class_that_the_teacher_never_gets_right_is_named():
     logits[:, 0] = 1.0
     labels = [0, 0, 0, 0, 0, 1, 1, 1]
     seen = Predictions(tuple("abcdefgh"), ("validation",) * 8, logits, task.label_names, np.asarray(labels))
-    assert _unknown_classes(task, seen) == [task.label_names[1]]
+    assert unknown_classes(task, seen) == [task.label_names[1]]

@@ -10,7 +10,7 @@ from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results, summarise_arms
 from kdlora.experiment.run import Run, plan_experiment, plan_runs, run_experiment
-from kdlora.experiment.teacher_check import doubts_of_teacher
+from kdlora.experiment.scoring import doubts_of_teacher
 from kdlora.report.collect import load_experiments
 from kdlora.searchconfig import SearchConfig
 

@@ -25,7 +25,8 @@ from kdlora.deploy.stream import predict_file
 from kdlora.distil.logits import attach_teacher
 from kdlora.distil.tables import read_teacher_table
 from kdlora.distil.teacher import teacher_logits
-from kdlora.experiment.arms import evaluate, train_student
+from kdlora.experiment.arms import train_student
+from kdlora.experiment.scoring import evaluate
 from kdlora.models.adapters import merge_student
 from kdlora.models.encoders import load_encoder, save_encoder
 from tiny import task

@@ -69,14 +69,6 @@ def raise_oddly() -> None:
     raise TwoArgumentsError("not", "rebuilt")
 
 
-def leave(status: int) -> None:
-    os._exit(status)
-
-
-def exit_politely() -> None:
-    raise SystemExit(3)
-
-
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -37,27 +37,16 @@ def mean_sd(values: Sequence[float]) -> MeanSd:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of two arms' scores, in points (0 to 100), with its interval.
+    """The difference of two arms' scores, in points (0 to 100), with its interval."""
 
-    Attributes:
-        difference: first minus second, on the examples as they are.
-        low: lower end of the interval.
-        high: upper end of the interval.
-        p: two-sided, of the same t distribution.
-        n_examples: examples that were drawn from.
-        n_seeds: seed-paired differences; with 1 the interval speaks of rows alone.
-        draws: bootstrap draws.
-        level: coverage of the interval, 0.95.
-    """
-
-    difference: float
+    difference: float  # first minus second, on the examples as they are
     low: float
     high: float
-    p: float
-    n_examples: int
-    n_seeds: int
+    p: float  # two-sided, of the same t distribution
+    n_examples: int  # that were drawn from
+    n_seeds: int  # seed-paired differences; with 1 the interval speaks of rows alone
     draws: int
-    level: float
+    level: float  # coverage of the interval
 
     @property
     def sign(self) -> int | None:
@@ -69,23 +58,17 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class PairedArms:
-    """Two arms' logits on the examples of one task.
+    """Two arms' logits on the examples of one task, rows in the order of `labels`.
 
-    Attributes:
-        task: its kind and score metrics.
-        labels: as in `compute_metrics`, one for each example.
-        first: one array of logits for each run of the first arm, rows in the order of `labels`.
-        second: the same for the second arm, seed by seed as the first; one array alone is one model for all seeds.
-        groups: the group of each example (MNLI), or None; examples are drawn within each group.
-        seeds: the seed of each pair of arrays, where a seed has several; None where each is a seed of its own.
+    An arm has one array for each run, seed by seed as the other; one array alone is one model for all seeds.
     """
 
     task: Task
     labels: np.ndarray
     first: Sequence[np.ndarray]
     second: Sequence[np.ndarray]
-    groups: Sequence[str] | None = None
-    seeds: Sequence[int] | None = None
+    groups: Sequence[str] | None = None  # of each example (MNLI); examples are drawn within each group
+    seeds: Sequence[int] | None = None  # of each pair of arrays, where a seed has several
 
 
 def contrast(pairs: Sequence[PairedArms], *, draws: int = 2_000, level: float = 0.95, seed: int = 0) -> Difference:
@@ -102,18 +85,8 @@ def contrast(pairs: Sequence[PairedArms], *, draws: int = 2_000, level: float = 
     seeds know their variance badly: where it is much larger than that of rows, a 95% interval holds the truth in 92%
     of cases with n = 3 and in 88% with n = 2. What a seed changes on single rows is in both parts and widens it.
 
-    Args:
-        pairs: the two arms on each task, at least one.
-        draws: number of bootstrap draws.
-        level: coverage of the interval, between 0 and 1; 1 - 0.05 / m corrects for m contrasts (Bonferroni).
-        seed: of the draws; the same seed gives the same interval.
-
-    Returns:
-        Difference, interval and p, in points; examples are summed, seeds are those of the task with the fewest.
-
-    Raises:
-        ArtifactError: logits or labels that are not finite.
-        ValueError: shapes that do not fit, no task, an arm without seeds, or seeds that cannot be paired.
+    Figures are points; examples are summed, seeds are those of the task with the fewest. For m contrasts take a level
+    of 1 - 0.05 / m (Bonferroni).
     """
     if not pairs or not all(pair.first and pair.second for pair in pairs):
         raise ValueError("expected at least one task, and at least one seed in each arm")

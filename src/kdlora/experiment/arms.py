@@ -1,4 +1,4 @@
-"""One run, an arm with a seed: build its model, train it, measure what would be shipped, keep it."""
+"""Train one arm: build its model, take the rows in, train it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from datasets import Dataset
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from kdlora.config import LoraConfig, StudentTrainConfig, TeacherTrainConfig, TrainConfig
 from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits
-from kdlora.data.tasks import Task
-from kdlora.distil.inference import predict_logits
 from kdlora.distil.logits import join_unlabelled
 from kdlora.distil.session import ProgressEvent, TrainingOptions
 from kdlora.distil.train import TrainOutcome, train_model
-from kdlora.errors import DataError
-from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.experiment.settle import settled
 from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
 from kdlora.models.encoders import Encoder, load_encoder
@@ -45,23 +39,6 @@ class Trained:
     outcome: TrainOutcome
     parameters: ParameterCounts
     truncated: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model scores on one split.
-
-    Attributes:
-        score: the task's main figure, 0 to 100.
-        metrics: every metric, as fractions.
-        logits: float32 `(examples, labels)`, in row order, on the original scale for regression.
-        truncated: texts that were cut.
-    """
-
-    score: float
-    metrics: dict[str, float]
-    logits: np.ndarray = field(repr=False)
-    truncated: int
 
 
 def train_teacher(
@@ -173,38 +150,3 @@ def train_arm(encoder: Encoder, splits: Splits, settings: TrainConfig, options: 
     )
     outcome = train_model(model, encoder.tokenizer, train, tokens["validation"], splits.task, final, options)
     return Trained(encoder, model, outcome, parameters, {name: part.truncated for name, part in tokens.items()})
-
-
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    examples: Dataset,
-    task: Task,
-    *,
-    max_length: int | None = None,
-    columns: Sequence[int] | None = None,
-) -> Evaluation:
-    """Score a model on labelled examples, in fp32, as it would be shipped.
-
-    Args:
-        model: a plain model, its adapter merged.
-        tokenizer: the model's own.
-        examples: rows with `text`, `label` and for MNLI `group`.
-        task: kind, labels and metrics.
-        max_length: longest input in tokens; default: the model's own limit.
-        columns: column of the model's output for each label of the task; default: the same order.
-    """
-    if "label" not in examples.column_names:
-        raise DataError("these examples have no labels, so there is nothing to score; use predict")
-    data = tokenise(examples, tokenizer, max_length or tokenizer.model_max_length)
-    logits = predict_logits(model, tokenizer, data)
-    if columns is not None:
-        logits = logits[:, list(columns)]
-    groups = list(examples["group"]) if "group" in examples.column_names else None
-    metrics = compute_metrics(task, logits, label_array(examples), groups)
-    return Evaluation(score(task, metrics), metrics, logits, data.truncated)
-
-
-def label_array(examples: Dataset) -> np.ndarray:
-    """Return the labels of a data set."""
-    return np.asarray(examples.with_format("numpy")["label"][:])

@@ -23,8 +23,8 @@ from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ConfigError, DataError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout, read_results
-from kdlora.experiment.arms import label_array
 from kdlora.experiment.recording import logged, prepare_process
+from kdlora.experiment.scoring import groups_of, label_array
 from kdlora.experiment.settle import cut_at
 from kdlora.foreign import read_json
 from kdlora.report.shipped import BenchmarkResult, Calibration
@@ -43,20 +43,57 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
     """Export an experiment's student, or any merged model folder, to ONNX and int8."""
     if formats not in FORMATS:
         raise ConfigError(f"--format {formats!r}: expected onnx, onnx-int8 or all.{did_you_mean(formats, FORMATS)}")
-    place = locate_model(model)
+    place, wanted = locate_model(model), FORMATS[formats]
     layout = ExperimentLayout(place)
-    if not layout.config.exists():
-        return _export_folder(place, Path(to), FORMATS[formats], data)
-    config = load_config(layout.config)
-    rows: Dataset
-    more: Dataset | None
-    if data is not None:
+    if layout.config.exists():
+        config = load_config(layout.config)
+        if data is None:
+            splits = _load_without_copies(config)
+            return _export_rows(config, layout, to, splits.validation, splits.train, formats=wanted)
         task = Task.from_dict(read_results(layout.results)[0].task)
-        rows, more = load_examples(data, task, id_column=config.data.id_column, labelled=True), None
-    else:
-        splits = _load_without_copies(config)
-        rows, more = splits.validation, splits.train
-    return _export_rows(config, layout, to, rows, more, FORMATS[formats], None)
+        rows = load_examples(data, task, id_column=config.data.id_column, labelled=True)
+        return _export_rows(config, layout, to, rows, formats=wanted)
+    if data is not None:
+        return export_onnx(place, to, texts=_read_labelled(place, data), formats=wanted)
+    if "onnx-int8" in wanted:
+        raise DataError(
+            f"{place} is no experiment folder, so int8 has no rows to be checked on: give them with --data, "
+            "or take --format onnx"
+        )
+    return export_onnx(place, to, formats=wanted)
+
+
+def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads: int | None = None) -> BenchmarkResult:
+    """Measure model folders side by side, on a labelled file where there is one."""
+    found = [locate_model(path) for path in models]
+    places = [ExperimentLayout(path).student if ExperimentLayout(path).config.exists() else path for path in found]
+    return benchmark(places, () if data is None else _read_labelled(places[0], data), threads=threads)
+
+
+def _read_labelled(folder: Path, data: str) -> LabelledTexts:
+    """Read a labelled file by the task that a model folder of ours carries."""
+    stated = read_model_folder(folder).task
+    if stated is None:
+        raise DataError(
+            f"{folder} does not say which columns its task has; name the experiment folder, or leave the data out"
+        )
+    task = Task.from_dict(stated)
+    return _labelled(load_examples(data, task, labelled=True), task)
+
+
+def _labelled(rows: Dataset, task: Task) -> LabelledTexts:
+    return LabelledTexts(_texts_of(rows), label_array(rows), task, groups_of(rows))
+
+
+def _texts_of(rows: Dataset) -> list[Text]:
+    """Return the texts of a data set, pairs as tuples."""
+    if "text_pair" in rows.column_names:
+        return list(zip(rows["text"], rows["text_pair"], strict=True))
+    return list(rows["text"])
+
+
+def _load_without_copies(config: Config) -> Splits:
+    return load_splits(config.task, config.data.model_copy(update={"augment": 0}))
 
 
 def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str], None]) -> tuple[str, ...]:
@@ -67,7 +104,10 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     splits = _load_without_copies(config)
     notes: list[str] = []
     if not _holds(layout.exported, _mark(config, layout)):
-        _forget_deployment(layout)
+        # Nothing of an earlier deployment may stand beside a new export, or be taken for one.
+        for place in (layout.deployed, layout.exported, layout.benchmark, layout.onnx):
+            remove(place)
+        save_temperature(layout.student, 1.0)
         calibration, notes = _calibrate(layout, splits) if config.export.calibrate else (None, [])
         with logged("export", "student", config.teacher_seed):
             notes += _export_student(config, layout, splits, say)
@@ -82,10 +122,6 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     write_text_atomic(layout.deployed, _mark(config, layout, layout.benchmark))
     remove(layout.exported)
     return tuple(notes)
-
-
-def _load_without_copies(config: Config) -> Splits:
-    return load_splits(config.task, config.data.model_copy(update={"augment": 0}))
 
 
 def is_deployed(config: Config, layout: ExperimentLayout) -> bool:
@@ -104,21 +140,11 @@ def _holds(file: Path, mark: str) -> bool:
     return file.exists() and file.read_text(encoding="utf-8", errors="replace") == mark
 
 
-def _forget_deployment(layout: ExperimentLayout) -> None:
-    """Remove what an earlier deployment left: nothing of it may stand beside a new export, or be taken for one."""
-    remove(layout.deployed)
-    remove(layout.exported)
-    remove(layout.benchmark)
-    remove(layout.onnx)
-    save_temperature(layout.student, 1.0)
-
-
 def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | None, list[str]]:
     """Fit the student's temperature on validation rows; give the figures, and the sentences on them."""
     if splits.task.kind == "regression":
         return None, ["A regression gives no probabilities, so there was nothing to calibrate (export.calibrate)."]
-    classifier = Classifier.load(layout.student)
-    logits = classifier.predict_logits(texts_of(splits.validation))
+    logits = Classifier.load(layout.student).predict_logits(_texts_of(splits.validation))
     fitted = fit_temperature(logits, label_array(splits.validation), splits.task.kind)
     save_temperature(layout.student, fitted.temperature)
     return fitted, [
@@ -128,12 +154,13 @@ def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | 
 
 
 def _export_student(config: Config, layout: ExperimentLayout, splits: Splits, say: Callable[[str], None]) -> list[str]:
-    if not config.export.formats:
+    formats = config.export.formats
+    if not formats:
         return []
     if missing := missing_tools():
         return [f"Not exported: {', '.join(missing)} not installed; pip install 'kdlora[onnx]' brings the extra."]
     try:
-        _export_rows(config, layout, layout.onnx, splits.validation, splits.train, config.export.formats, say)
+        _export_rows(config, layout, layout.onnx, splits.validation, splits.train, formats=formats, say=say)
     except ParityError as error:
         return [f"{error}"]
     return []
@@ -144,16 +171,17 @@ def _export_rows(
     layout: ExperimentLayout,
     to: str | Path,
     rows: Dataset,
-    more: Dataset | None,
+    more: Dataset | None = None,
+    *,
     formats: Sequence[Format],
-    say: Callable[[str], None] | None,
+    say: Callable[[str], None] | None = None,
 ) -> ExportResult:
     """Export `student/`, checked on labelled rows and on the first 2,000 of some more."""
     return export_onnx(
         layout.student,
         to,
         texts=_labelled(rows, Task.from_dict(read_results(layout.results)[0].task)),
-        more_texts=() if more is None else texts_of(more.select(range(min(len(more), 2000)))),
+        more_texts=() if more is None else _texts_of(more.select(range(min(len(more), 2000)))),
         formats=formats,
         max_length=cut_at(config.student.train),
         max_metric_drop=config.export.max_metric_drop,
@@ -166,67 +194,18 @@ def _benchmark_student(
     config: Config, layout: ExperimentLayout, splits: Splits, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure what is there of teacher, student and exports, on the rows of the headline."""
-    rows = splits.test or splits.validation
-    teacher = config.teacher.fine_tuned or layout.teacher
-    places = {
-        "teacher": Path(teacher) / "config.json",
-        "student": layout.student / "config.json",
+    folders = {"teacher": Path(config.teacher.fine_tuned or layout.teacher), "student": layout.student}
+    files = {
         "student, ONNX": layout.onnx / "model.onnx",
         "student, int8": layout.onnx / "model_quantized.onnx",
     }
-    models = {name: place.parent if place.name == "config.json" else place for name, place in places.items()}
+    models = {name: place for name, place in folders.items() if (place / "config.json").exists()}
+    models |= {name: file for name, file in files.items() if file.exists()}
     result = benchmark(
-        {name: models[name] for name, place in places.items() if place.exists()},
-        _labelled(rows, splits.task),
+        models,
+        _labelled(splits.test or splits.validation, splits.task),
         max_length=cut_at(config.student.train),
         threads=config.run.threads,
         progress=say,
     )
-    return asdict(result) | {"split": "test" if rows is splits.test else "validation"}
-
-
-def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads: int | None = None) -> BenchmarkResult:
-    """Measure model folders side by side, on a labelled file where there is one."""
-    found = [locate_model(path) for path in models]
-    places = [ExperimentLayout(path).student if ExperimentLayout(path).config.exists() else path for path in found]
-    if data is None:
-        return benchmark(places, threads=threads)
-    task = _stated_task(places[0])
-    rows = load_examples(data, task, labelled=True)
-    return benchmark(places, _labelled(rows, task), threads=threads)
-
-
-def texts_of(rows: Dataset) -> list[Text]:
-    """Return the texts of a data set, pairs as tuples."""
-    if "text_pair" in rows.column_names:
-        return list(zip(rows["text"], rows["text_pair"], strict=True))
-    return list(rows["text"])
-
-
-def _labelled(rows: Dataset, task: Task) -> LabelledTexts:
-    groups = list(rows["group"]) if "group" in rows.column_names else None
-    return LabelledTexts(texts_of(rows), label_array(rows), task, groups)
-
-
-def _export_folder(folder: Path, to: Path, formats: Sequence[Format], data: str | None) -> ExportResult:
-    """Export a folder that belongs to no experiment."""
-    if data is None:
-        if "onnx-int8" in formats:
-            raise DataError(
-                f"{folder} is no experiment folder, so int8 has no rows to be checked on: give them with --data, "
-                "or take --format onnx"
-            )
-        return export_onnx(folder, to, formats=formats)
-    task = _stated_task(folder)
-    rows = load_examples(data, task, labelled=True)
-    return export_onnx(folder, to, texts=_labelled(rows, task), formats=formats)
-
-
-def _stated_task(folder: Path) -> Task:
-    """Read the task that a model folder of ours carries."""
-    stated = read_model_folder(folder).task
-    if stated is None:
-        raise DataError(
-            f"{folder} does not say which columns its task has; name the experiment folder, or leave the data out"
-        )
-    return Task.from_dict(stated)
+    return asdict(result) | {"split": "test" if splits.test else "validation"}

@@ -24,25 +24,15 @@ LAUNCH_KEYS = frozenset({*_RANK, *_COUNT, *_LOCAL, *_PLACE, "GROUP_RANK", "LOCAL
 
 @dataclass(frozen=True)
 class Launch:
-    """One of the processes that were started for a run.
-
-    Attributes:
-        rank: its number, from 0.
-        count: of all processes.
-        local_rank: its number on this machine.
-        address: host of process 0.
-        port: on which the processes meet.
-        hosted: the launcher keeps the store there; else process 0 does.
-        attempt: how often the launcher has started them again.
-    """
+    """One of the processes that were started for a run."""
 
     rank: int = 0
     count: int = 1
-    local_rank: int = 0
-    address: str = "127.0.0.1"
-    port: int = 29500
-    hosted: bool = False
-    attempt: str = "0"
+    local_rank: int = 0  # its number on this machine
+    address: str = "127.0.0.1"  # host of process 0
+    port: int = 29500  # on which the processes meet
+    hosted: bool = False  # the launcher keeps the store there; else process 0 does
+    attempt: str = "0"  # how often the launcher has started them again
 
 
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
@@ -87,34 +77,29 @@ def check_alone(verb: str) -> None:
 def check_launch(config: Config, environment: Mapping[str, str] | None = None) -> None:
     """Check that Accelerate's settings and the config do not contradict each other."""
     given = os.environ if environment is None else environment
-    faults = []
     half = given.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if half not in ("no", config.run.precision):
-        faults.append(
-            f"accelerate's mixed_precision is {half}, run.precision is {config.run.precision}: leave mixed_precision "
-            "out of accelerate's settings, and say it in the config"
-        )
-    if given.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
-        faults.append(
-            "accelerate's gradient_accumulation_steps is "
-            f"{given['ACCELERATE_GRADIENT_ACCUMULATION_STEPS']}, but a batch is cut by train.micro_batch_tokens: leave "
-            "it out of accelerate's settings"
-        )
-    if given.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""):
-        faults.append(
-            f"accelerate's dynamo_backend is {given['ACCELERATE_DYNAMO_BACKEND'].lower()}; kdlora trains without "
-            "compilation: leave it out of accelerate's settings"
-        )
-    if _is_on(given, "ACCELERATE_USE_CPU") and config.run.device == "cuda":
-        faults.append("accelerate was started with --cpu, run.device is cuda: name one of them")
-    faults += [
-        f"accelerate asks for {name}, with which kdlora does not train; expected plain processes (DDP): leave it out "
-        "of accelerate's settings"
-        for key, name in _ENGINES.items()
-        if _is_on(given, key)
-    ]
-    if faults:
-        raise ConfigError("accelerate's settings and the config contradict each other:\n  - " + "\n  - ".join(faults))
+    steps = given.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    compiler = given.get("ACCELERATE_DYNAMO_BACKEND", "").lower()
+    mine, out = config.run.precision, "leave it out of accelerate's settings"
+    faults = {
+        f"accelerate's mixed_precision is {half}, run.precision is {mine}: leave mixed_precision out of accelerate's "
+        "settings, and say it in the config": half not in ("no", mine),
+        f"accelerate's gradient_accumulation_steps is {steps}, but a batch is cut by train.micro_batch_tokens: {out}": (
+            steps != "1"
+        ),
+        f"accelerate's dynamo_backend is {compiler}; kdlora trains without compilation: {out}": (
+            compiler not in ("no", "")
+        ),
+        "accelerate was started with --cpu, run.device is cuda: name one of them": (
+            _is_on(given, "ACCELERATE_USE_CPU") and config.run.device == "cuda"
+        ),
+    }
+    for key, name in _ENGINES.items():
+        fault = f"accelerate asks for {name}, with which kdlora does not train; expected plain processes (DDP): {out}"
+        faults[fault] = _is_on(given, key)
+    if any(faults.values()):
+        told = [fault for fault, is_so in faults.items() if is_so]
+        raise ConfigError("accelerate's settings and the config contradict each other:\n  - " + "\n  - ".join(told))
 
 
 def _is_on(given: Mapping[str, str], key: str) -> bool:
@@ -122,10 +107,8 @@ def _is_on(given: Mapping[str, str], key: str) -> bool:
 
 
 def _number(given: Mapping[str, str], keys: tuple[str, ...], default: int) -> int:
-    for key in keys:
-        if key in given:
-            try:
-                return int(given[key])
-            except ValueError:
-                raise ConfigError(f"the environment variable {key} is {given[key]!r}; expected a number") from None
-    return default
+    key = next((key for key in keys if key in given), None)
+    try:
+        return default if key is None else int(given[key])
+    except ValueError:
+        raise ConfigError(f"the environment variable {key} is {given[str(key)]!r}; expected a number") from None

@@ -18,8 +18,7 @@ from kdlora.experiment.engines import Here
 from kdlora.experiment.jobs import TaskFacts
 from kdlora.experiment.plan import Plan, PlannedRun, make_plan
 from kdlora.experiment.queue import finished_runs
-from kdlora.experiment.settle import closed
-from kdlora.experiment.stages import settings_for
+from kdlora.experiment.settle import closed, settings_for
 from kdlora.experiment.suite import check_size, chosen_settings, inspect_tasks, suite_folder
 from kdlora.experiment.suitefile import SuiteConfig
 from kdlora.system.children import run_in_child

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,90 +14,62 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
-from kdlora.data.batches import Tokenised, tokenise
 from kdlora.data.load import Splits
 from kdlora.data.spool import read_column
 from kdlora.data.tasks import Task
-from kdlora.distil.inference import predict_logits
-from kdlora.distil.precision import resolve_device, resolve_precision
 from kdlora.distil.words import MOST_ROWS
-from kdlora.experiment.arms import label_array, rows_per_epoch
-from kdlora.experiment.inputs import labels_unlabelled, loaded_models
+from kdlora.experiment.arms import rows_per_epoch
+from kdlora.experiment.inputs import Role, labels_unlabelled
 from kdlora.experiment.recording import splits_by_name
-from kdlora.experiment.settle import Chosen, Role, Texts, choose_max_length, closed, count_tokens
-from kdlora.experiment.stages import settings_for
-from kdlora.models.encoders import Encoder
+from kdlora.experiment.scoring import label_array
+from kdlora.experiment.settle import ModelLook, closed, decide, settings_for
 from kdlora.report.wording import metric_title
 
 FULL, ADAPTERS = 4.0, 3.6
 """What training on a row costs in forward passes: 4.1 and 3.7 of MiniLM of six layers, bf16, one core."""
 RUN_SECONDS, DEPLOY_SECONDS, WORDS_SECONDS = 5.0, 30.0, 0.002
 """Of a run beside its training; of export and benchmark of what ships; of a bag of words, a training row."""
-_TIMED_SECONDS = 0.2
 _SHOWN_LABELS = 6
 
 
 @dataclass(frozen=True)
 class TextLengths:
-    """How long the training texts are for one model.
-
-    Attributes:
-        median: tokens.
-        most_within: tokens that hold 99% of the texts.
-        max_length: where texts are cut, tokens.
-        cut: share of the texts that are longer, 0 to 1.
-    """
+    """How long the training texts are for one model, in tokens."""
 
     median: float
-    most_within: int
-    max_length: int
-    cut: float
+    most_within: int  # holds 99% of the texts
+    max_length: int  # where texts are cut
+    cut: float  # share of the texts that are longer, 0 to 1
 
 
 @dataclass(frozen=True)
 class PlannedTraining:
-    """The trainings of one arm that are left.
-
-    Attributes:
-        arm: the arm.
-        runs: how many, one a seed.
-        steps: optimiser steps of each; 0 of `words`, which has none.
-        seconds: of each, estimated.
-    """
+    """The trainings of one arm that are left."""
 
     arm: Arm
-    runs: int
-    steps: int
-    seconds: float
+    runs: int  # one a seed
+    steps: int  # optimiser steps of each; 0 of `words`, which has none
+    seconds: float  # of each, estimated
+
+    def told(self) -> str:
+        """Say how much it is."""
+        return f"in about {self.seconds:.0f} seconds" if self.arm == "words" else f"{self.runs} × {self.steps:,} steps"
 
 
 @dataclass(frozen=True)
 class ExperimentPlan:
-    """What an experiment is about to do, and on what.
+    """What an experiment is about to do, and on what."""
 
-    Attributes:
-        config: the experiment, `max_length` chosen.
-        task: what is learnt.
-        rows: examples per split; perturbed copies are among the unlabelled ones.
-        copies: how many of these there are.
-        labels: training rows per label; empty for a regression.
-        lengths: of the training texts, for `teacher` and `student`, where such a model is used.
-        duplicates: rows whose text was there before, within a split (`train`) and across two (`train and test`).
-        trainings: what is left, in its order.
-        hours: all of it, an estimate from a few forward passes on this machine.
-        notes: what was inferred, dropped or drawn, in plain sentences.
-    """
-
-    config: Config = field(repr=False)
+    config: Config = field(repr=False)  # what was open is chosen
     task: Task
-    rows: dict[str, int]
+    rows: dict[str, int]  # per split; perturbed copies are among the unlabelled ones
     copies: int
-    labels: dict[str, int]
-    lengths: dict[str, TextLengths]
-    duplicates: dict[str, int]
-    trainings: tuple[PlannedTraining, ...]
-    hours: float
-    notes: tuple[str, ...] = ()
+    labels: dict[str, int]  # training rows per label; empty for a regression
+    lengths: dict[str, TextLengths]  # for `teacher` and `student`, where such a model is used
+    duplicates: dict[str, int]  # texts that were there before, in a split (`train`) and across two (`train and test`)
+    trainings: tuple[PlannedTraining, ...]  # what is left, in its order
+    hours: float  # all of it, an estimate from a few forward passes on this machine
+    notes: tuple[str, ...] = ()  # what was inferred, dropped or drawn, in plain sentences
 
     @property
     def steps(self) -> int:
@@ -116,8 +87,9 @@ class ExperimentPlan:
         told = [("rows", self._rows()), ("task", self._task())]
         told += [("labels", self._labels())] if self.labels else []
         told += [(name, _lengths(self.lengths, name)) for name in ("tokens", "max_length") if self.lengths]
-        told += [("duplicates", _duplicates(self.duplicates))]
-        told += [("trainings", ", ".join(f"{one.arm} {_runs(one)}" for one in self.trainings))]
+        twice = [f"{number:,} in {name}" for name, number in self.duplicates.items() if number]
+        told += [("duplicates", ", ".join(twice) or "no text occurs twice")]
+        told += [("trainings", ", ".join(f"{one.arm} {one.told()}" for one in self.trainings))]
         return [*told, ("steps", f"{self.steps:,} in all"), ("time", self._time())]
 
     def _rows(self) -> str:
@@ -147,79 +119,14 @@ def _counted(labels: Iterable[tuple[str, int]]) -> str:
 
 def _lengths(lengths: Mapping[str, TextLengths], what: str) -> str:
     """Tell one fact of all models, once where it is the same for all."""
-    texts = {name: _length_text(one, what) for name, one in lengths.items()}
-    different = dict.fromkeys(texts.values())
-    return next(iter(different)) if len(different) == 1 else "; ".join(f"{n}: {text}" for n, text in texts.items())
-
-
-def _length_text(one: TextLengths, what: str) -> str:
-    if what == "tokens":
-        return f"median {one.median:g}, 99% of the training texts within {one.most_within}"
-    return f"{one.max_length} tokens, {100 * one.cut:.1f}% of the training texts are longer and are cut"
-
-
-def _duplicates(found: Mapping[str, int]) -> str:
-    told = [f"{number:,} in {name}" for name, number in found.items() if number]
-    return ", ".join(told) or "no text occurs twice"
-
-
-def _runs(one: PlannedTraining) -> str:
-    if one.arm == "words":
-        return f"in about {one.seconds:.0f} seconds"
-    return f"{one.runs} × {one.steps:,} steps"
-
-
-@dataclass(frozen=True)
-class ModelLook:
-    """What a child found of one model.
-
-    Attributes:
-        lengths: tokens of each sampled text, uncut.
-        limit: most tokens that it takes.
-        seconds: of a forward pass, a token.
-        width: hidden size.
-    """
-
-    lengths: np.ndarray
-    limit: int
-    seconds: float
-    width: int
-
-
-def look_at_models(config: Config, task: Task, texts: Texts) -> dict[Role, ModelLook]:
-    """Load every model that the experiment names, count the tokens of its texts, and time it; for a child."""
-    found: dict[Role, ModelLook] = {}
-    for role, encoder in loaded_models(config, task):
-        if role not in found:  # else the base of `lora` beside a teacher that was given
-            lengths, limit = count_tokens(texts, encoder.tokenizer), encoder.tokenizer.model_max_length
-            wanted = getattr(config, role).train.max_length or choose_max_length([lengths], [limit])
-            seconds = _time_a_token(config, encoder, texts, lengths, wanted)
-            found[role] = ModelLook(lengths, limit, seconds, encoder.width)
-    return found
-
-
-def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.ndarray, max_length: int) -> float:
-    """Time forward passes over texts of all lengths, more of them until it takes long enough to tell."""
-    device = config.run.device
-    encoder.model.to(resolve_device(device))
-    precision = resolve_precision(config.run.precision, device)[0]
-    by_length = np.argsort(lengths, kind="stable")
-
-    def run(tokens: Tokenised) -> float:
-        start = time.perf_counter()
-        predict_logits(encoder.model, encoder.tokenizer, tokens, precision=precision)
-        return time.perf_counter() - start
-
-    count, warm = 4, False
-    while True:
-        rows = by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
-        some = Dataset.from_dict({name: [column[row] for row in rows] for name, column in texts.items()})
-        tokens = tokenise(some, encoder.tokenizer, max_length)
-        seconds = run(tokens)
-        if warm and (seconds > _TIMED_SECONDS or count > 200):
-            seconds = min(seconds, run(tokens), run(tokens))  # what else the machine does can only lengthen one
-            return seconds / float(np.minimum(lengths[rows], max_length).sum())
-        count, warm = (count * 4 if warm else count), True
+    texts = {}
+    for name, one in lengths.items():
+        texts[name] = f"{one.max_length} tokens, {100 * one.cut:.1f}% of the training texts are longer and are cut"
+        if what == "tokens":
+            texts[name] = f"median {one.median:g}, 99% of the training texts within {one.most_within}"
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{name}: {text}" for name, text in texts.items())
 
 
 def make_plan(
@@ -233,9 +140,7 @@ def make_plan(
 ) -> ExperimentPlan:
     """Sum up what is left of an experiment."""
     if looks:
-        chosen = choose_max_length([one.lengths for one in looks.values()], [one.limit for one in looks.values()])
-        rows = len(splits.train) + splits.held_out
-        config = Chosen(chosen, rows, {role: one.width for role, one in looks.items()}).fill_in(config)
+        config = decide(looks, splits).fill_in(config)
     seeds = Counter(arm for arm in left if arm != "fft" or not config.given_teacher)
     trainings = tuple(_training(config, splits, looks, arm, runs, processes) for arm, runs in seeds.items())
     seconds = sum(one.runs * one.seconds for one in trainings) + (DEPLOY_SECONDS if config.export.benchmark else 0.0)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from kdlora.config import Arm, Config
@@ -22,7 +21,6 @@ from kdlora.distil.words import BAG_OF_WORDS
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record
 from kdlora.experiment.arms import Trained
-from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder
 from kdlora.system.environment import collect_versions, describe_machine, git_state
 from kdlora.system.integrity import hash_json
@@ -53,81 +51,6 @@ def choose_precision(config: Config, layout: ExperimentLayout) -> tuple[str, str
     return settle_precision(config.run.precision, config.run.device, layout.precision)
 
 
-def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> RunRecord:
-    """Start the record of a run with everything that is known beforehand."""
-    precision, reason = choose_precision(config, layout)
-    teacher, student = config.teacher, config.student
-    student_name = student.model or f"{teacher.model}, layers {list(student.from_teacher_layers or ())}"
-    teacher_name = teacher.fine_tuned or teacher.logits or teacher.probabilities or teacher.model
-    models: dict[Arm, str | None] = {"words": BAG_OF_WORDS, "fft": teacher_name, "lora": teacher.model}
-    return RunRecord(
-        experiment=config.title(),
-        task=splits.task.to_dict(),
-        rows={name: len(part) for name, part in splits_by_name(splits).items()},
-        arm=arm,
-        seed=seed,
-        status="running",
-        teacher_model=teacher_name,
-        student_model=student_name if student.model or student.from_teacher_layers else None,
-        model=str(models.get(arm, student_name)),
-        precision=precision,
-        device=_device_name(config),
-        fingerprints={"config": config.fingerprint(), "data": hash_splits(splits)},
-        versions=collect_versions(),
-        machine=describe_machine(),
-        git=git_state(),
-        started=now(),
-        notes=[*_notes(splits), f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"],
-        config=config.model_dump(mode="json"),
-    )
-
-
-def add_training(
-    record: RunRecord, trained: Trained, teacher: TeacherLogits | None, unlabelled: TeacherLogits | None = None
-) -> RunRecord:
-    """Add what the training was and cost."""
-    outcome, parameters = trained.outcome, trained.parameters
-    sources = {"train (by the teacher)": teacher, "unlabelled (by the teacher)": unlabelled}
-    by_teacher = {name: logits.truncated for name, logits in sources.items() if logits is not None}
-    return record.model_copy(
-        update={
-            "history": outcome.history,
-            "train_seconds": outcome.train_seconds,
-            "evaluation_seconds": outcome.evaluation_seconds,
-            "examples_per_second": outcome.examples_per_second,
-            "best_epoch": outcome.best_epoch,
-            "trainable_parameters": parameters.trainable,
-            "adapter_parameters": parameters.adapter,
-            "head_parameters": parameters.head,
-            "truncated": trained.truncated | by_teacher,
-        }
-    )
-
-
-def add_size(record: RunRecord, model: nn.Module) -> RunRecord:
-    """Add how large the model is as it would be shipped."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    return record.model_copy(update={"total_parameters": count_parameters(model).total, "size_bytes": size})
-
-
-def _notes(splits: Splits) -> list[str]:
-    """Say what was done to the data, what the unlabelled rows are for, and what keeps the control fair."""
-    if splits.unlabelled is None or len(splits.unlabelled) == splits.copies:
-        return list(splits.notes)
-    count = len(splits.unlabelled) - splits.copies
-    return [
-        *splits.notes,
-        f"{count} unlabelled rows: the teacher labelled them, and the distilled arms learn from them "
-        "too; the other student arms see the labelled rows alone, as often as it takes for the same optimiser steps",
-    ]
-
-
-def _device_name(config: Config) -> str:
-    if config.run.device == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    return str(torch.cuda.get_device_name())
-
-
 def now() -> str:
     """Return the time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -140,13 +63,59 @@ def prepare_process(config: Config) -> None:
         torch.set_num_threads(config.run.threads)
 
 
-def add_origin(
-    record: RunRecord, encoder: Encoder, teacher: TeacherLogits | None, unlabelled: TeacherLogits | None = None
-) -> RunRecord:
+@contextlib.contextmanager
+def logged(stage: str, arm: str, seed: int) -> Iterator[None]:
+    """Log the begin of a stage, and its end unless it fails."""
+    logger.info("begin %s %s seed %d", stage, arm, seed)
+    yield
+    logger.info("end %s %s seed %d", stage, arm, seed)
+
+
+def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> RunRecord:
+    """Start the record of a run with everything that is known beforehand."""
+    precision, reason = choose_precision(config, layout)
+    teacher, student = config.teacher, config.student
+    student_name = student.model or f"{teacher.model}, layers {list(student.from_teacher_layers or ())}"
+    teacher_name = teacher.fine_tuned or teacher.logits or teacher.probabilities or teacher.model
+    models: dict[Arm, str | None] = {"words": BAG_OF_WORDS, "fft": teacher_name, "lora": teacher.model}
+    on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    return RunRecord(
+        experiment=config.title(),
+        task=splits.task.to_dict(),
+        rows={name: len(part) for name, part in splits_by_name(splits).items()},
+        arm=arm,
+        seed=seed,
+        status="running",
+        teacher_model=teacher_name,
+        student_model=student_name if student.model or student.from_teacher_layers else None,
+        model=str(models.get(arm, student_name)),
+        precision=precision,
+        device="cpu" if on_cpu else str(torch.cuda.get_device_name()),
+        fingerprints={"config": config.fingerprint(), "data": hash_splits(splits)},
+        versions=collect_versions(),
+        machine=describe_machine(),
+        git=git_state(),
+        started=now(),
+        notes=[*_notes(splits), f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"],
+        config=config.model_dump(mode="json"),
+    )
+
+
+def _notes(splits: Splits) -> list[str]:
+    """Say what was done to the data, what the unlabelled rows are for, and what keeps the control fair."""
+    count = 0 if splits.unlabelled is None else len(splits.unlabelled) - splits.copies
+    more = (
+        f"{count} unlabelled rows: the teacher labelled them, and the distilled arms learn from them "
+        "too; the other student arms see the labelled rows alone, as often as it takes for the same optimiser steps"
+    )
+    return [*splits.notes, more] if count else list(splits.notes)
+
+
+def add_origin(record: RunRecord, encoder: Encoder, teacher: Sequence[TeacherLogits]) -> RunRecord:
     """Add fingerprints of the pretrained model and of the teacher's logits to a record."""
     found = {"base": hash_base(encoder)}
-    if teacher is not None:
-        found["teacher"] = hash_json([one.fingerprint for one in (teacher, unlabelled) if one is not None])
+    if teacher:
+        found["teacher"] = hash_json([one.fingerprint for one in teacher])
     return record.model_copy(update={"fingerprints": record.fingerprints | found})
 
 
@@ -164,8 +133,7 @@ def check_origin(layout: ExperimentLayout, record: RunRecord) -> None:
         for key, meaning in _MEANING.items():
             if key == "base" and other.model != record.model:
                 continue
-            found = {one.fingerprints.get(key) for one in (other, record)} - {None}
-            if len(found) == 2:
+            if len({one.fingerprints.get(key) for one in (other, record)} - {None}) == 2:
                 raise ArtifactError(
                     f"{meaning} changed since {other.arm} with seed {other.seed} was trained: {record.arm} with seed "
                     f"{record.seed} would not be comparable. Put back what was there, or name another folder with "
@@ -173,9 +141,21 @@ def check_origin(layout: ExperimentLayout, record: RunRecord) -> None:
                 )
 
 
-@contextlib.contextmanager
-def logged(stage: str, arm: str, seed: int) -> Iterator[None]:
-    """Log the begin of a stage, and its end unless it fails."""
-    logger.info("begin %s %s seed %d", stage, arm, seed)
-    yield
-    logger.info("end %s %s seed %d", stage, arm, seed)
+def add_training(record: RunRecord, trained: Trained, teacher: Sequence[TeacherLogits]) -> RunRecord:
+    """Add what the training was and cost."""
+    outcome, parameters = trained.outcome, trained.parameters
+    names = ("train (by the teacher)", "unlabelled (by the teacher)")
+    by_teacher = {name: logits.truncated for name, logits in zip(names, teacher, strict=False)}
+    return record.model_copy(
+        update={
+            "history": outcome.history,
+            "train_seconds": outcome.train_seconds,
+            "evaluation_seconds": outcome.evaluation_seconds,
+            "examples_per_second": outcome.examples_per_second,
+            "best_epoch": outcome.best_epoch,
+            "trainable_parameters": parameters.trainable,
+            "adapter_parameters": parameters.adapter,
+            "head_parameters": parameters.head,
+            "truncated": trained.truncated | by_teacher,
+        }
+    )

@@ -27,13 +27,13 @@ from kdlora.experiment.inputs import check_table
 from kdlora.experiment.jobs import Job, Outcome, TaskFacts, carry_out, ignore, look_at
 from kdlora.experiment.launch import read_launch
 from kdlora.experiment.plan import Lesson, PlannedRun
-from kdlora.experiment.preview import ExperimentPlan, look_at_models, make_plan
+from kdlora.experiment.preview import ExperimentPlan, make_plan
 from kdlora.experiment.queue import Queue, undamaged_record
 from kdlora.experiment.recording import hash_splits, logged
-from kdlora.experiment.settle import sample_texts, with_recorded
+from kdlora.experiment.scoring import doubts_of_teacher
+from kdlora.experiment.settle import look_at_models, sample_texts, with_recorded
 from kdlora.experiment.shipping import is_shipped, keep_examples, lacks_weights, ship_student, tell_anew
 from kdlora.experiment.stages import Stage
-from kdlora.experiment.teacher_check import doubts_of_teacher
 from kdlora.experiment.team import Team, gather_team
 from kdlora.report.choice import choose_student
 from kdlora.report.collect import load_run

@@ -1,9 +1,10 @@
-"""Score a model or a table on the splits of an experiment, time it, and keep its logits."""
+"""Score a model or a table on the splits of an experiment, time it, keep its logits, and doubt a teacher."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,86 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlora.config import Config
+from kdlora.config import TEACHER_ARMS, Config
 from kdlora.configfile import load_config
+from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_examples
 from kdlora.data.tasks import Task
+from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import resolve_device
 from kdlora.errors import ArtifactError, DataError
 from kdlora.evidence.metrics import compute_metrics, score
-from kdlora.evidence.predictions import Predictions, write_predictions
+from kdlora.evidence.predictions import Predictions, read_predictions, write_predictions
 from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
-from kdlora.experiment.arms import Evaluation, evaluate, label_array
 from kdlora.experiment.inputs import load_teacher, read_table
-from kdlora.experiment.recording import add_size, now, splits_by_name
+from kdlora.experiment.recording import now, splits_by_name
 from kdlora.experiment.settle import cut_at
+from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
 
 _LATENCY_SECONDS = 1.0
 """For each batch size; a suite times thousands of models."""
+_FEWEST_ROWS = 3
+"""Validation rows that a class needs before it counts as unknown to a teacher that gets none of them right."""
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on one split.
+
+    Attributes:
+        score: the task's main figure, 0 to 100.
+        metrics: every metric, as fractions.
+        logits: float32 `(examples, labels)`, in row order, on the original scale for regression.
+        truncated: texts that were cut.
+    """
+
+    score: float
+    metrics: dict[str, float]
+    logits: np.ndarray = field(repr=False)
+    truncated: int
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Dataset,
+    task: Task,
+    *,
+    max_length: int | None = None,
+    columns: Sequence[int] | None = None,
+) -> Evaluation:
+    """Score a model on labelled examples, in fp32, as it would be shipped.
+
+    Args:
+        model: a plain model, its adapter merged.
+        tokenizer: the model's own.
+        examples: rows with `text`, `label` and for MNLI `group`.
+        task: kind, labels and metrics.
+        max_length: longest input in tokens; default: the model's own limit.
+        columns: column of the model's output for each label of the task; default: the same order.
+    """
+    if "label" not in examples.column_names:
+        raise DataError("these examples have no labels, so there is nothing to score; use predict")
+    data = tokenise(examples, tokenizer, max_length or tokenizer.model_max_length)
+    logits = predict_logits(model, tokenizer, data)
+    return _score_logits(task, examples, logits if columns is None else logits[:, list(columns)], data.truncated)
+
+
+def _score_logits(task: Task, rows: Dataset, logits: np.ndarray, truncated: int = 0) -> Evaluation:
+    metrics = compute_metrics(task, logits, label_array(rows), groups_of(rows))
+    return Evaluation(score(task, metrics), metrics, logits, truncated)
+
+
+def label_array(examples: Dataset) -> np.ndarray:
+    """Return the labels of a data set."""
+    return np.asarray(examples.with_format("numpy")["label"][:])
+
+
+def groups_of(examples: Dataset) -> list[str] | None:
+    """Return the group of each example (MNLI), None where there are none."""
+    return list(examples["group"]) if "group" in examples.column_names else None
 
 
 def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits, record: RunRecord) -> RunRecord:
@@ -44,6 +108,22 @@ def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits
     return record.model_copy(update={"status": "finished", "finished": now()})
 
 
+def _score_table(config: Config, splits: Splits, record: RunRecord, place: RunLayout) -> RunRecord:
+    """Score a table of teacher outputs on the splits that it covers; the rest is not available."""
+    logits: dict[str, np.ndarray] = {}
+    notes = list(record.notes)
+    for split, rows in splits_by_name(splits, scored=True).items():
+        try:
+            attached = read_table(config, splits.task, split).attach(rows)
+        except DataError as error:
+            notes.append(f"the teacher's score on the {split} split is not available: {error}")
+            continue
+        logits[split] = np.asarray(attached.with_format("numpy")["teacher_logits"], dtype=np.float32)
+    if "validation" in logits:
+        record = score_outputs(record, splits, logits, place)
+    return record.model_copy(update={"notes": notes})
+
+
 def score_model(
     record: RunRecord,
     encoder: Encoder,
@@ -53,25 +133,44 @@ def score_model(
     columns: Sequence[int] | None = None,
 ) -> RunRecord:
     """Score a plain model on validation and test, keep its logits, size it and time it."""
-    scored, start = splits_by_name(splits, scored=True), time.perf_counter()
+    model, tokenizer, start = encoder.model, encoder.tokenizer, time.perf_counter()
     results = {
-        split: evaluate(encoder.model, encoder.tokenizer, rows, splits.task, max_length=max_length, columns=columns)
-        for split, rows in scored.items()
+        split: evaluate(model, tokenizer, rows, splits.task, max_length=max_length, columns=columns)
+        for split, rows in splits_by_name(splits, scored=True).items()
     }
-    _keep_predictions(place, splits.task, scored, {split: result.logits for split, result in results.items()})
+    record = _add_scores(record, splits, results, place)
     latency = measure_latency(
-        encoder.model,
-        encoder.tokenizer,
-        splits.validation,
-        max_length=max_length,
-        limit_seconds=_LATENCY_SECONDS,
+        model, tokenizer, splits.validation, max_length=max_length, limit_seconds=_LATENCY_SECONDS
     )
-    seconds = (record.evaluation_seconds or 0.0) + time.perf_counter() - start
-    update = {"latency": latency, "evaluation_seconds": seconds}
-    return _scored(add_size(record, encoder.model), results).model_copy(update=update)
+    update = {
+        "latency": latency,
+        "evaluation_seconds": (record.evaluation_seconds or 0.0) + time.perf_counter() - start,
+        "total_parameters": count_parameters(model).total,
+        "size_bytes": sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
+    }
+    return record.model_copy(update=update)
 
 
-def _scored(record: RunRecord, results: dict[str, Evaluation]) -> RunRecord:
+def score_outputs(record: RunRecord, splits: Splits, outputs: dict[str, np.ndarray], place: RunLayout) -> RunRecord:
+    """Score given outputs `(rows, labels)` by split, validation among them, and keep them as predictions."""
+    parts = splits_by_name(splits, scored=True)
+    results = {split: _score_logits(splits.task, parts[split], logits) for split, logits in outputs.items()}
+    return _add_scores(record, splits, results, place)
+
+
+def _add_scores(record: RunRecord, splits: Splits, results: dict[str, Evaluation], place: RunLayout) -> RunRecord:
+    """Add the scores to a record, and keep the logits."""
+    scored = {split: rows for split, rows in splits_by_name(splits, scored=True).items() if split in results}
+    groups = [groups_of(rows) for rows in scored.values()]
+    predictions = Predictions(
+        ids=tuple(identifier for rows in scored.values() for identifier in rows["id"]),
+        split=tuple(split for split, rows in scored.items() for _ in range(len(rows))),
+        logits=np.concatenate([results[split].logits for split in scored]),
+        label_names=splits.task.label_names,
+        labels=np.concatenate([label_array(rows) for rows in scored.values()]),
+        groups=None if None in groups else tuple(name for part in groups for name in part or ()),
+    )
+    write_predictions(place.predictions, predictions)
     update: dict[str, Any] = {"score": results["validation"].score, "metrics": results["validation"].metrics}
     update["truncated"] = record.truncated | {split: result.truncated for split, result in results.items()}
     if "test" in results:
@@ -79,101 +178,45 @@ def _scored(record: RunRecord, results: dict[str, Evaluation]) -> RunRecord:
     return record.model_copy(update=update)
 
 
-def _keep_predictions(place: RunLayout, task: Task, scored: dict[str, Dataset], logits: dict[str, np.ndarray]) -> None:
-    write_predictions(
-        place.predictions,
-        Predictions(
-            ids=tuple(identifier for rows in scored.values() for identifier in rows["id"]),
-            split=tuple(split for split, rows in scored.items() for _ in range(len(rows))),
-            logits=np.concatenate([logits[split] for split in scored]),
-            label_names=task.label_names,
-            labels=np.concatenate([label_array(rows) for rows in scored.values()]),
-            groups=_groups(scored),
-        ),
-    )
+def measure_latency(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    max_length: int,
+    batch_sizes: Sequence[int] = (1, 32),
+    repeats: int = 50,
+    limit_seconds: float = 10.0,
+) -> list[Latency]:
+    """Time the forward pass of a model on real texts, tokenised beforehand, in the model's own precision."""
+    if not len(rows):
+        raise ValueError("expected at least one row to time the model on")
+    device = next(model.parameters()).device
+    columns = [name for name in ("text", "text_pair") if name in rows.column_names]
+    longest = min(max_length, tokenizer.model_max_length)  # what both the caller and the model's positions allow
 
+    def encode(numbers: Sequence[int]) -> Mapping[str, Any]:
+        texts = ([rows[row % len(rows)][name] for row in numbers] for name in columns)
+        batch = tokenizer(*texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
+        return {name: tensor.to(device) for name, tensor in batch.items()}
 
-def score_outputs(record: RunRecord, splits: Splits, outputs: dict[str, np.ndarray], place: RunLayout) -> RunRecord:
-    """Score given outputs, and keep them as predictions.
+    def forward(batch: Mapping[str, Any]) -> None:
+        model(**batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
-    Args:
-        record: of the run.
-        splits: the task with its examples.
-        outputs: `(rows, labels)` by split, validation among them.
-        place: the run's folder.
-    """
-    scored = {split: rows for split, rows in splits_by_name(splits, scored=True).items() if split in outputs}
-    _keep_predictions(place, splits.task, scored, outputs)
-    return _scored(record, {split: _evaluation(splits.task, rows, outputs[split]) for split, rows in scored.items()})
-
-
-def _score_table(config: Config, splits: Splits, record: RunRecord, place: RunLayout) -> RunRecord:
-    """Score a table of teacher outputs on the splits that it covers; the rest is not available."""
-    scored: dict[str, Dataset] = {}
-    logits: dict[str, np.ndarray] = {}
-    notes = list(record.notes)
-    for split, rows in (("validation", splits.validation), ("test", splits.test)):
-        if rows is None:
-            continue
-        try:
-            attached = read_table(config, splits.task, split).attach(rows)
-        except DataError as error:
-            notes.append(f"the teacher's score on the {split} split is not available: {error}")
-            continue
-        scored[split] = rows
-        logits[split] = np.asarray(attached.with_format("numpy")["teacher_logits"], dtype=np.float32)
-    if "validation" in scored:
-        record = score_outputs(record, splits, logits, place)
-    return record.model_copy(update={"notes": notes})
-
-
-def _groups(scored: dict[str, Dataset]) -> tuple[str, ...] | None:
-    if not all("group" in rows.column_names for rows in scored.values()):
-        return None
-    return tuple(group for rows in scored.values() for group in rows["group"])
-
-
-def _evaluation(task: Task, rows: Dataset, logits: np.ndarray) -> Evaluation:
-    metrics = compute_metrics(task, logits, label_array(rows), _groups({"": rows}))
-    return Evaluation(score(task, metrics), metrics, logits, 0)
-
-
-def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: bool = False) -> list[dict[str, Any]]:
-    """Score the shipped student, and the teacher where it is there, on another labelled file."""
-    layout = ExperimentLayout(Path(folder))
-    if not layout.config.exists() or not layout.results.exists():
-        raise ArtifactError(
-            f"{layout.root} holds no finished experiment ({layout.results.name}); run it first: kdlora run"
-        )
-    config = load_config(layout.config)
-    if not trust_remote_code:  # the folder says what its author trusted
-        teacher = config.teacher.model_copy(update={"trust_remote_code": False})
-        config = config.model_copy(update={"teacher": teacher})
-    task = Task.from_dict(read_results(layout.results)[0].task)
-    examples = load_examples(data, task, id_column=config.data.id_column, labelled=True)
-    rows = []
-    if layout.student.exists():
-        encoder, columns = load_fine_tuned(str(layout.student), task)
-        rows.append(_row("student", encoder, examples, task, cut_at(config.student.train), columns))
-    if layout.teacher.exists() or config.teacher.fine_tuned is not None:
-        encoder, columns = load_teacher(config, task, layout.teacher)
-        rows.append(_row("teacher", encoder, examples, task, cut_at(config.teacher.train), columns))
-    if not rows:
-        raise ArtifactError(f"{layout.root} holds no model to evaluate: no student was shipped, and no teacher trained")
-    return rows
-
-
-def _row(
-    name: str, encoder: Encoder, examples: Dataset, task: Task, max_length: int, columns: Sequence[int]
-) -> dict[str, Any]:
-    result = evaluate(encoder.model, encoder.tokenizer, examples, task, max_length=max_length, columns=columns)
-    return {
-        "model": name,
-        "examples": len(examples),
-        "score": result.score,
-        "metrics": result.metrics,
-        "truncated": result.truncated,
-    }
+    was_training, found = model.training, []
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for size in batch_sizes:
+                count = min(repeats, max(1, len(rows) // size))  # full batches, as many as there are rows for
+                batches = [encode(range(start * size, (start + 1) * size)) for start in range(count)]
+                p50, p95 = time_calls(forward, batches, repeats=repeats, limit_seconds=limit_seconds)
+                found.append(Latency(batch_size=size, p50_ms=p50, p95_ms=p95, threads=torch.get_num_threads()))
+    finally:
+        model.train(was_training)
+    return found
 
 
 def time_calls(
@@ -184,7 +227,7 @@ def time_calls(
     repeats: int = 50,
     limit_seconds: float = 10.0,
 ) -> tuple[float, float]:
-    """Time a call over a cycle of inputs."""
+    """Time a call over a cycle of inputs: median and 95th percentile in milliseconds."""
     if not inputs or repeats < 1:
         raise ValueError("expected at least one input and one repeat")
     begin = time.perf_counter()
@@ -204,55 +247,77 @@ def time_calls(
     return float(p50), float(p95)
 
 
-def measure_latency(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    *,
-    max_length: int,
-    batch_sizes: Sequence[int] = (1, 32),
-    repeats: int = 50,
-    limit_seconds: float = 10.0,
-) -> list[Latency]:
-    """Time the forward pass of a model on real texts, tokenised beforehand, in the model's own precision."""
-    device = next(model.parameters()).device
+def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequence[RunRecord]) -> list[str]:
+    """Say what speaks against the teacher on the validation rows, before it labels, and what to do about it.
 
-    def forward(batch: Mapping[str, Any]) -> None:
-        model(**batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    was_training = model.training
-    model.eval()
-    result = []
-    try:
-        with torch.inference_mode():
-            for size in batch_sizes:
-                batches = [
-                    {name: tensor.to(device) for name, tensor in _encode(tokenizer, chunk, max_length).items()}
-                    for chunk in _cycle_rows(rows, size, batches=repeats)
-                ]
-                p50, p95 = time_calls(forward, batches, repeats=repeats, limit_seconds=limit_seconds)
-                result.append(Latency(batch_size=size, p50_ms=p50, p95_ms=p95, threads=torch.get_num_threads()))
-    finally:
-        model.train(was_training)
-    return result
-
-
-def _cycle_rows(rows: Dataset, size: int, *, batches: int) -> list[dict[str, list[str]]]:
-    """Cut the first rows into full batches; as many as there are rows for, at least one."""
-    if not len(rows):
-        raise ValueError("expected at least one row to time the model on")
-    count = min(batches, max(1, len(rows) // size))
-    columns = [name for name in ("text", "text_pair") if name in rows.column_names]
-    chosen = [[(start * size + row) % len(rows) for row in range(size)] for start in range(count)]
-    return [{name: [rows[row][name] for row in numbers] for name in columns} for numbers in chosen]
+    A control that is better, or a class of which it gets no row right; nothing else.
+    """
+    finished = [record for record in records if record.status == "finished" and record.score is not None]
+    teacher = next((one for one in finished if (one.arm, one.seed) == ("fft", config.teacher_seed)), None)
+    if teacher is None:
+        return []
+    found = []
+    best = max((one for one in finished if one.arm not in TEACHER_ARMS), key=lambda one: one.score or 0.0, default=None)
+    if best is not None and (best.score or 0.0) > (teacher.score or 0.0):
+        below, name = "its student’s control", f"{best.arm} without a teacher"
+        if best.arm == "words":
+            below, name = "a bag of words", "words, a bag of words,"
+        found.append(
+            f"The teacher is below {below}: on validation it has {teacher.score or 0.0:.1f}, {name} "
+            f"{best.score or 0.0:.1f}. What it teaches can then hardly help."
+        )
+    place = layout.run("fft", teacher.seed).predictions
+    if place.exists() and (unknown := unknown_classes(Task.from_dict(teacher.task), read_predictions(place))):
+        names = ", ".join(map(repr, unknown[:_SHOWN]))
+        names += f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        found.append(
+            f"The teacher gets no validation row of {names} right: it does not know what it would teach there."
+        )
+    train, remedy = config.teacher.train, "Give another teacher, or ship the control."
+    if not config.given_teacher:
+        remedy = (
+            f"Train the teacher longer (teacher.train.epochs, now {train.epochs:g}), at another rate "
+            f"(teacher.train.learning_rate, now {train.learning_rate:g}), or name another teacher.model."
+        )
+    return [f"{sentence} {remedy}" for sentence in found]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, chunk: dict[str, list[str]], max_length: int) -> Mapping[str, Any]:
-    """Tokenise one batch, cut to what both the caller and the model's positions allow."""
-    limit = min(max_length, tokenizer.model_max_length)
-    encoded: Mapping[str, Any] = tokenizer(
-        chunk["text"], chunk.get("text_pair"), truncation=True, max_length=limit, padding=True, return_tensors="pt"
-    )
-    return encoded
+def unknown_classes(task: Task, predictions: Predictions) -> list[str]:
+    """Name the classes of which a teacher gets none of the validation rows right."""
+    seen = predictions.only("validation")
+    if task.kind != "single-label" or seen.labels is None:
+        return []
+    labels = np.asarray(seen.labels, dtype=np.int64)
+    right = labels[seen.logits.argmax(axis=1) == labels]
+    rows, known = (np.bincount(part, minlength=task.num_labels) for part in (labels, right))
+    return [name for place, name in enumerate(task.label_names) if rows[place] >= _FEWEST_ROWS and not known[place]]
+
+
+def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: bool = False) -> list[dict[str, Any]]:
+    """Score the shipped student, and the teacher where it is there, on another labelled file."""
+    layout = ExperimentLayout(Path(folder))
+    if not layout.config.exists() or not layout.results.exists():
+        raise ArtifactError(
+            f"{layout.root} holds no finished experiment ({layout.results.name}); run it first: kdlora run"
+        )
+    config = load_config(layout.config)
+    if not trust_remote_code:  # the folder says what its author trusted
+        teacher = config.teacher.model_copy(update={"trust_remote_code": False})
+        config = config.model_copy(update={"teacher": teacher})
+    task = Task.from_dict(read_results(layout.results)[0].task)
+    examples = load_examples(data, task, id_column=config.data.id_column, labelled=True)
+
+    def row(name: str, found: tuple[Encoder, list[int]], max_length: int) -> dict[str, Any]:
+        encoder, columns = found
+        result = evaluate(encoder.model, encoder.tokenizer, examples, task, max_length=max_length, columns=columns)
+        figures = {"score": result.score, "metrics": result.metrics, "truncated": result.truncated}
+        return {"model": name, "examples": len(examples), **figures}
+
+    rows = []
+    if layout.student.exists():
+        rows.append(row("student", load_fine_tuned(str(layout.student), task), cut_at(config.student.train)))
+    if layout.teacher.exists() or config.teacher.fine_tuned is not None:
+        rows.append(row("teacher", load_teacher(config, task, layout.teacher), cut_at(config.teacher.train)))
+    if not rows:
+        raise ArtifactError(f"{layout.root} holds no model to evaluate: no student was shipped, and no teacher trained")
+    return rows

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from datasets import Dataset
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
-from kdlora.config import Config, SettledTraining, TrainConfig
+from kdlora.config import LORA_ARMS, Arm, Config, SettledTraining, TrainConfig
 from kdlora.configfile import load_config
-from kdlora.data.batches import PAD_MULTIPLE, encode_texts
+from kdlora.data.batches import PAD_MULTIPLE, Tokenised, encode_texts, tokenise
 from kdlora.data.load import Splits
 from kdlora.data.spool import read_column
+from kdlora.data.tasks import Task
 from kdlora.defaults import adapter_rate, epochs_for, full_rate
+from kdlora.distil.inference import predict_logits
+from kdlora.distil.precision import resolve_device, resolve_precision
 from kdlora.errors import ConfigError
-from kdlora.experiment.inputs import loaded_models
+from kdlora.experiment.inputs import Role, loaded_models
 from kdlora.models.encoders import Encoder
 
 Texts = Mapping[str, list[str]]
@@ -34,129 +38,136 @@ HELD = 0.99
 LEAST = 16
 MOST_TEXTS = 5_000
 """So many texts are looked at, spread evenly over the training rows."""
+_TIMED_SECONDS = 0.2
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def settings_for(config: Config, arm: Arm) -> TrainConfig:
+    """Return how an arm is trained.
+
+    `fft` follows `teacher.train`; all else, the teacher-size `lora` included, follows `student.train`, since the
+    paper searches one range for LoRA and KD-LoRA. Fully tuned students take `student.full_learning_rate`.
+    """
+    if arm == "fft":
+        return config.teacher.train
+    train = config.student.train
+    if arm == "lora":
+        return train.model_copy(update={"learning_rate": config.teacher.adapter_learning_rate or train.learning_rate})
+    if arm in LORA_ARMS:
+        return train
+    head = config.teacher.train.head_learning_rate
+    return train.model_copy(update={"learning_rate": config.student.full_learning_rate, "head_learning_rate": head})
+
+
+def all_texts(rows: Dataset) -> dict[str, list[str]]:
+    """Give the texts of a split."""
+    return {name: read_column(rows, name).to_pylist() for name in ("text", "text_pair") if name in rows.column_names}
 
 
 def sample_texts(rows: Dataset) -> dict[str, list[str]]:
-    """Take texts that stand for all of a split.
-
-    Args:
-        rows: canonical columns.
-    """
+    """Take texts that stand for all of a split."""
     if len(rows) > MOST_TEXTS:
         rows = rows.select(np.linspace(0, len(rows) - 1, MOST_TEXTS).astype(int))
     return all_texts(rows)
 
 
-def all_texts(rows: Dataset) -> dict[str, list[str]]:
-    """Give the texts of a split.
-
-    Args:
-        rows: canonical columns.
-    """
-    return {name: read_column(rows, name).to_pylist() for name in ("text", "text_pair") if name in rows.column_names}
-
-
 def count_tokens(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Count the tokens of each text or pair, uncut, special tokens included.
-
-    Args:
-        texts: from `sample_texts`.
-        tokenizer: a model's own.
-
-    Returns:
-        int64 `(texts,)`.
-    """
+    """Count the tokens of each text or pair, uncut, special tokens included."""
     return np.asarray(encode_texts(texts, tokenizer, 2**31 - 1)["length"])
 
 
 def choose_max_length(lengths: Iterable[np.ndarray], limits: Iterable[int]) -> int:
-    """Choose what holds 99% of the texts for every tokenizer, a multiple of 8, at least 16, within every limit.
-
-    Args:
-        lengths: tokens of each text, by each tokenizer.
-        limits: most tokens that each model takes.
-    """
+    """Choose what holds 99% of the texts for every tokenizer, a multiple of 8, at least 16, within every limit."""
     held = max(float(np.quantile(counts, HELD, method="inverted_cdf")) for counts in lengths)
     return min([max(LEAST, math.ceil(held / PAD_MULTIPLE) * PAD_MULTIPLE), *limits])
 
 
-Role = Literal["teacher", "student"]
-Section = TypeVar("Section", bound=BaseModel)
+@dataclass(frozen=True)
+class ModelLook:
+    """What a child found of one model."""
+
+    lengths: np.ndarray  # tokens of each sampled text, uncut
+    limit: int  # most tokens that it takes
+    width: int  # hidden size
+    seconds: float = 0.0  # of a forward pass, a token; 0 where it was not timed
+
+
+def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = True) -> dict[Role, ModelLook]:
+    """Load every model that the experiment names, count the tokens of its texts, and time it; for a child."""
+    found: dict[Role, ModelLook] = {}
+    for role, encoder in loaded_models(config, task):
+        if role not in found:  # else the base of `lora` beside a teacher that was given
+            lengths, limit = count_tokens(texts, encoder.tokenizer), encoder.tokenizer.model_max_length
+            wanted = getattr(config, role).train.max_length or choose_max_length([lengths], [limit])
+            seconds = _time_a_token(config, encoder, texts, lengths, wanted) if timed else 0.0
+            found[role] = ModelLook(lengths, limit, encoder.width, seconds)
+    return found
+
+
+def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.ndarray, max_length: int) -> float:
+    """Time forward passes over texts of all lengths, more of them until it takes long enough to tell."""
+    encoder.model.to(resolve_device(config.run.device))
+    precision = resolve_precision(config.run.precision, config.run.device)[0]
+    by_length = np.argsort(lengths, kind="stable")
+
+    def run(tokens: Tokenised) -> float:
+        start = time.perf_counter()
+        predict_logits(encoder.model, encoder.tokenizer, tokens, precision=precision)
+        return time.perf_counter() - start
+
+    count, warm = 4, False
+    while True:
+        rows = by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
+        some = Dataset.from_dict({name: [column[row] for row in rows] for name, column in texts.items()})
+        tokens = tokenise(some, encoder.tokenizer, max_length)
+        seconds = run(tokens)
+        if warm and (seconds > _TIMED_SECONDS or count > 200):
+            seconds = min(seconds, run(tokens), run(tokens))  # what else the machine does can only lengthen one
+            return seconds / float(np.minimum(lengths[rows], max_length).sum())
+        count, warm = (count * 4 if warm else count), True
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What data and models decide where a config decides nothing.
+    """What data and models decide where a config decides nothing."""
 
-    Attributes:
-        max_length: tokens that hold 99% of the texts.
-        rows: of the training split.
-        widths: hidden size of teacher and student, as far as they are models.
-    """
-
-    max_length: int
-    rows: int
-    widths: Mapping[Role, int]
+    max_length: int  # tokens that hold 99% of the texts
+    rows: int  # of the training split
+    widths: Mapping[Role, int]  # hidden size of teacher and student, as far as they are models
 
     def fill_in(self, config: Config) -> Config:
-        """Settle every `max_length`, `epochs` and learning rate that is null; what is explicit stays.
-
-        Args:
-            config: the experiment.
-        """
+        """Settle every `max_length`, `epochs` and learning rate that is null; what is explicit stays."""
         teacher, student = config.teacher, config.student
         wide, narrow = (self.widths.get(role) for role in ("teacher", "student"))
-        rates = {"teacher": wide and full_rate(wide), "student": narrow and adapter_rate(narrow)}
-        trains = {
-            role: _without_null(
-                section.train,
-                max_length=self.max_length,
-                epochs=epochs_for(role, self.rows, section.train.batch_size),
-                learning_rate=rates[role],
-            )
-            for role, section in (("teacher", teacher), ("student", student))
-        }
         if student.train.learning_rate is None:  # else a rate that was set holds for the adapters of every model
             teacher = _without_null(teacher, adapter_learning_rate=wide and adapter_rate(wide))
         student = _without_null(student, full_learning_rate=narrow and full_rate(narrow))
-        sections = {"teacher": teacher, "student": student}
-        return config.model_copy(
-            update={role: section.model_copy(update={"train": trains[role]}) for role, section in sections.items()}
-        )
-
-
-def _without_null(section: Section, **values: Any) -> Section:
-    """Fill in the keys of a section that are null."""
-    return section.model_copy(update={key: value for key, value in values.items() if getattr(section, key) is None})
+        rates = {"teacher": wide and full_rate(wide), "student": narrow and adapter_rate(narrow)}
+        update = {}
+        for role, section in (("teacher", teacher), ("student", student)):
+            epochs = epochs_for(role, self.rows, section.train.batch_size)
+            chosen = {"max_length": self.max_length, "epochs": epochs, "learning_rate": rates[role]}
+            update[role] = section.model_copy(update={"train": _without_null(section.train, **chosen)})
+        return config.model_copy(update=update)
 
 
 def choose(config: Config, splits: Splits) -> Chosen:
-    """Load an experiment's models, and look at its texts.
+    """Load an experiment's models, and look at its texts."""
+    return decide(look_at_models(config, splits.task, sample_texts(splits.train), timed=False), splits)
 
-    Args:
-        config: the experiment.
-        splits: its rows.
-    """
-    encoders = dict(loaded_models(config, splits.task))
-    if not encoders:  # a bag of words alone
-        return Chosen(LEAST, len(splits.train) + splits.held_out, {})
-    texts = sample_texts(splits.train)
-    tokenizers = [encoder.tokenizer for encoder in encoders.values()]
-    lengths = [count_tokens(texts, tokenizer) for tokenizer in tokenizers]
-    longest = choose_max_length(lengths, [tokenizer.model_max_length for tokenizer in tokenizers])
-    widths = {role: encoder.width for role, encoder in encoders.items()}
-    return Chosen(longest, len(splits.train) + splits.held_out, widths)
+
+def decide(looks: Mapping[Role, ModelLook], splits: Splits) -> Chosen:
+    """Choose by the texts and the models; a bag of words alone has none."""
+    rows = len(splits.train) + splits.held_out
+    if not looks:
+        return Chosen(LEAST, rows, {})
+    longest = choose_max_length([one.lengths for one in looks.values()], [one.limit for one in looks.values()])
+    return Chosen(longest, rows, {role: one.width for role, one in looks.items()})
 
 
 def settled(settings: TrainConfig, encoder: Encoder, rows: Dataset, *, adapters: bool) -> SettledTraining:
-    """Settle the training of one model by its own texts and width.
-
-    Args:
-        settings: of the training.
-        encoder: what is trained.
-        rows: the training rows.
-        adapters: whether adapters alone are trained.
-    """
+    """Settle the training of one model by its own texts and width, all of it or its adapters alone."""
     length = settings.max_length
     if length is None:
         counts = count_tokens(sample_texts(rows), encoder.tokenizer)
@@ -167,14 +178,7 @@ def settled(settings: TrainConfig, encoder: Encoder, rows: Dataset, *, adapters:
 
 
 def closed(settings: TrainConfig) -> SettledTraining:
-    """Give the settings of a training with nothing left open.
-
-    Args:
-        settings: of a training.
-
-    Raises:
-        ConfigError: something is.
-    """
+    """Give the settings of a training with nothing left open."""
     null = [key for key in OPEN if getattr(settings, key) is None]
     if null:
         raise ConfigError(f"train.{null[0]} is null and no texts were looked at yet; set it, or use run_experiment")
@@ -182,26 +186,14 @@ def closed(settings: TrainConfig) -> SettledTraining:
 
 
 def cut_at(settings: TrainConfig) -> int:
-    """Give `max_length`, which was settled before.
-
-    Args:
-        settings: of a training.
-
-    Raises:
-        ConfigError: it was not.
-    """
+    """Give `max_length`, which was settled before."""
     if settings.max_length is None:
         raise ConfigError("max_length is null and no texts were counted yet; set it, or use run_experiment")
     return settings.max_length
 
 
 def with_recorded(config: Config, recorded: Path) -> Config:
-    """Settle what an experiment's folder has settled already, so that a later call trains as the first one did.
-
-    Args:
-        config: the experiment.
-        recorded: the folder's `config.yaml`; it need not be there.
-    """
+    """Settle what an experiment's `config.yaml`, if there is one, has settled: a later call trains as the first did."""
     if not recorded.exists():
         return config
     there = load_config(recorded)
@@ -213,3 +205,8 @@ def with_recorded(config: Config, recorded: Path) -> Config:
         section = _without_null(here, **{key: getattr(old, key) for key in rates})
         update[role] = section.model_copy(update={"train": train})
     return config.model_copy(update=update)
+
+
+def _without_null(section: Section, **values: Any) -> Section:
+    """Fill in the keys of a section that are null."""
+    return section.model_copy(update={key: value for key, value in values.items() if getattr(section, key) is None})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, TrainConfig
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.data.load import Splits, load_splits
 from kdlora.distil.logits import attach_teacher
 from kdlora.distil.processes import current_processes
@@ -16,15 +16,8 @@ from kdlora.distil.teacher import teacher_logits
 from kdlora.distil.tracking import TrackedRun, tracked
 from kdlora.distil.words import fit_words
 from kdlora.evidence.records import ExperimentLayout, RunRecord
-from kdlora.experiment.arms import Progress, Trained, label_array, rows_per_epoch, train_arm
-from kdlora.experiment.inputs import (
-    check_collection,
-    labels_unlabelled,
-    load_base,
-    load_teacher,
-    stored_logits,
-    stored_unlabelled_logits,
-)
+from kdlora.experiment.arms import Progress, Trained, rows_per_epoch, train_arm
+from kdlora.experiment.inputs import check_collection, labels_unlabelled, load_base, load_teacher, stored_logits
 from kdlora.experiment.recording import (
     add_origin,
     add_training,
@@ -36,8 +29,8 @@ from kdlora.experiment.recording import (
     prepare_process,
     splits_by_name,
 )
-from kdlora.experiment.scoring import score_given_teacher, score_model, score_outputs
-from kdlora.experiment.settle import all_texts, cut_at
+from kdlora.experiment.scoring import label_array, score_given_teacher, score_model, score_outputs
+from kdlora.experiment.settle import all_texts, cut_at, settings_for
 from kdlora.experiment.shipping import keep_weights, kept_places
 from kdlora.models.encoders import Encoder
 from kdlora.system.environment import MemoryLevel, forget_peak, peak_since, read_memory
@@ -61,23 +54,6 @@ class Stage:
     seed: int
 
 
-def settings_for(config: Config, arm: Arm) -> TrainConfig:
-    """Return how an arm is trained.
-
-    `fft` follows `teacher.train`; all else, the teacher-size `lora` included, follows `student.train`, since the
-    paper searches one range for LoRA and KD-LoRA. Fully tuned students take `student.full_learning_rate`.
-    """
-    if arm == "fft":
-        return config.teacher.train
-    train = config.student.train
-    if arm == "lora":
-        return train.model_copy(update={"learning_rate": config.teacher.adapter_learning_rate or train.learning_rate})
-    if arm in LORA_ARMS:
-        return train
-    head = config.teacher.train.head_learning_rate
-    return train.model_copy(update={"learning_rate": config.student.full_learning_rate, "head_learning_rate": head})
-
-
 def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, progress: Progress | None) -> RunRecord:
     """Train, measure and keep one arm with one seed; a given teacher is only evaluated.
 
@@ -94,13 +70,11 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     if arm == "words":
         return _train_words(layout, splits, record, level) if processes.is_first else record
     place = layout.run(arm, seed)
-    teacher = unlabelled = None
-    if arm in DISTILLED_ARMS:
-        teacher = stored_logits(config, layout, splits.task)
-        unlabelled = stored_unlabelled_logits(config, layout, splits)
-        splits = attach_teacher(splits, teacher, unlabelled, distil=config.distil)
+    teacher = stored_logits(config, layout, splits) if arm in DISTILLED_ARMS else []
+    if teacher:
+        splits = attach_teacher(splits, *teacher, distil=config.distil)
     encoder = load_base(config, arm, seed, splits.task)
-    record = add_origin(record, encoder, teacher, unlabelled)
+    record = add_origin(record, encoder, teacher)
     check_origin(layout, record)
     with logged("train", arm, seed):
         trained = train_splits(config, layout, splits, encoder, arm, seed, progress)
@@ -110,7 +84,7 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
         rows = settings_for(config, arm).batch_size
         spread = f"{processes.count} processes, each with {rows} of the {rows * processes.count} rows of a step"
         record = record.model_copy(update={"notes": [*record.notes, spread]})
-    record = add_training(record, trained, teacher, unlabelled)
+    record = add_training(record, trained, teacher)
     record = record.model_copy(update={"peak_memory_bytes": peak_since(level)})
     with logged("merge", arm, seed):
         encoder = keep_weights(config, layout, splits.task, trained, arm, seed)
@@ -158,10 +132,12 @@ def train_splits(
     progress: Progress | None,
 ) -> Trained:
     """Train one arm as the config says, on given splits, and tell the trackers that it names."""
-    trackers = config.run.report_to if current_processes().is_first else ()
-    with tracked(trackers, _tracked_run(config, layout, splits, arm, seed)) as callbacks:
+    place = layout.run(arm, seed)
+    tags = {"arm": arm, "seed": str(seed)} | ({"task": splits.task.name} if splits.task.name else {})
+    run = TrackedRun(config.title(), place.root.name, tags, place.root, layout.root / "tracking")
+    with tracked(config.run.report_to if current_processes().is_first else (), run) as callbacks:
         options = TrainingOptions(
-            folder=layout.run(arm, seed).checkpoints,
+            folder=place.checkpoints,
             lora=config.lora if arm in LORA_ARMS else None,
             seed=seed,
             precision=choose_precision(config, layout)[0],
@@ -173,13 +149,6 @@ def train_splits(
             callbacks=callbacks,
         )
         return train_arm(encoder, splits, settings_for(config, arm), options)
-
-
-def _tracked_run(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> TrackedRun:
-    """Name a run for the trackers."""
-    tags = {"arm": arm, "seed": str(seed)} | ({"task": splits.task.name} if splits.task.name else {})
-    place = layout.run(arm, seed).root
-    return TrackedRun(config.title(), place.name, tags, place, layout.root / "tracking")
 
 
 def label_training_rows(
@@ -201,6 +170,11 @@ def label_splits(
         parts.append((splits.unlabelled, layout.unlabelled_logits))
     total, done, truncated = sum(len(rows) for rows, _ in parts), 0, 0
     for rows, folder in parts:
+
+        def count_on(part: int, _: int, before: int = done) -> None:
+            if progress is not None:
+                progress(before + part, total)
+
         with logged("label", folder.name, config.teacher_seed):
             logits = teacher_logits(
                 encoder,
@@ -212,7 +186,7 @@ def label_splits(
                 precision=choose_precision(config, layout)[0],
                 device=config.run.device,
                 rows_per_shard=shard_rows(len(rows)),
-                progress=_counting_on(progress, done, total),
+                progress=count_on,
             )
         done += len(rows)
         truncated += logits.truncated
@@ -222,10 +196,3 @@ def label_splits(
 def shard_rows(rows: int) -> int:
     """Choose how many teacher logits go into one file: what a crash can cost, against the number of files."""
     return min(max(2_000, rows // 200), 50_000)
-
-
-def _counting_on(
-    progress: Callable[[int, int], None] | None, done: int, total: int
-) -> Callable[[int, int], None] | None:
-    """Report the rows of one part as those of all."""
-    return None if progress is None else lambda part, _: progress(done + part, total)

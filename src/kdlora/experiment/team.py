@@ -39,6 +39,7 @@ _REPORT_SECONDS = 10
 _FAREWELL_SECONDS = 3
 _LOOPBACK = ("127.0.0.1", "localhost")
 
+_FAULTS: dict[str, type[Exception]] = {"mistake": KdLoraError, "died": ChildDiedError}
 _STAGES: dict[str, Callable[..., Any]] = {stage.__name__: stage for stage in (train_run, label_training_rows)}
 
 
@@ -46,10 +47,8 @@ class Team:
     """The processes of an experiment, seen from one of them."""
 
     def __init__(self, launch: Launch, store: Any = None) -> None:
-        """Take part."""
-        self.launch = launch
-        self.store = store
-        self.number = 0
+        """Take part, with the store through which all talk."""
+        self.launch, self.store, self.number = launch, store, 0
 
     @property
     def is_alone(self) -> bool:
@@ -83,9 +82,8 @@ class Team:
     def _take_part(
         self, stage: str, config: Config, layout: ExperimentLayout, details: Any, on_message: Callable[[Any], None]
     ) -> Any:
-        launch = self.launch
-        prefix = f"kdlora/{launch.attempt}/stage-{self.number}"
-        seat = Seat(launch.rank, launch.count, launch.local_rank, launch.address, launch.port, prefix)
+        one, prefix = self.launch, f"kdlora/{self.launch.attempt}/stage-{self.number}"
+        seat = Seat(one.rank, one.count, one.local_rank, one.address, one.port, prefix)
         return run_in_child(carry_out_together, seat, stage, config, layout, details, on_message=on_message)
 
     def follow(self, config: Config, layout: ExperimentLayout) -> dict[str, Any]:
@@ -98,17 +96,16 @@ class Team:
             try:
                 config = with_recorded(config, layout.config)  # what the first process has settled
                 _check_same(said, config, layout)
-                self._take_part(said["stage"], config, layout, said["details"], _ignore)
+                self._take_part(said["stage"], config, layout, said["details"], lambda event: None)
             except Exception as fault:
                 outcome = {"kind": _kind(fault), "text": str(fault)}
                 logger.info("process %d: %s", self.launch.rank, fault)
             self.store.set(f"outcome-{self.number}-{self.launch.rank}", json.dumps(outcome))
         end: dict[str, Any] = json.loads(self.store.get("end"))
         self.store.set(f"left-{self.launch.rank}", "")
-        if end["kind"] == "mistake":
-            raise KdLoraError(f"process 0 stopped: {end['text']}")
         if end["kind"] != "done":
-            raise ConnectionError(f"process 0 stopped: {end['text']}")
+            told = KdLoraError if end["kind"] == "mistake" else ConnectionError
+            raise told(f"process 0 stopped: {end['text']}")
         return end
 
     def _next_stage(self) -> dict[str, Any] | None:
@@ -132,28 +129,28 @@ class Team:
         for rank in range(1, self.launch.count):
             key = f"outcome-{self.number}-{rank}"
             with suppress(distributed.DistError):
-                while not self.store.check([key]) and time.monotonic() < until:
-                    time.sleep(_POLL_SECONDS)
-                if self.store.check([key]):
+                if self._wait_for([key], until):
                     outcome = json.loads(self.store.get(key))
-                    if outcome["kind"] == "mistake":
-                        return KdLoraError(f"process {rank}: {outcome['text']}")
-                    if outcome["kind"] == "died":
-                        return ChildDiedError(f"process {rank}: {outcome['text']}")
+                    if outcome["kind"] in _FAULTS:
+                        return _FAULTS[outcome["kind"]](f"process {rank}: {outcome['text']}")
                     continue
             return ConnectionError(f"process {rank} of this run is gone; the same command continues where it stopped")
         return fault
+
+    def _wait_for(self, keys: list[str], until: float) -> bool:
+        """Wait until the store has all keys; False where it is too late."""
+        while not (found := bool(self.store.check(keys))) and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
+        return found
 
     def end(self, **said: Any) -> None:
         """Tell the others how it ended; the store may go with this process, so they get time to hear it."""
         if self.store is None:
             return
-        until = time.monotonic() + _FAREWELL_SECONDS
         with suppress(distributed.DistError):
             self.store.set("end", json.dumps(said))
             left = [f"left-{rank}" for rank in range(1, self.launch.count)]
-            while not self.store.check(left) and time.monotonic() < until:
-                time.sleep(_POLL_SECONDS)
+            self._wait_for(left, time.monotonic() + _FAREWELL_SECONDS)
 
 
 @contextmanager
@@ -249,7 +246,3 @@ def carry_out_together(
         return _STAGES[stage](config, layout, *details, progress)
     finally:
         distributed.destroy_process_group()
-
-
-def _ignore(event: Any) -> None:
-    """Take an event that process 0 tells already."""

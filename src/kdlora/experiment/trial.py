@@ -21,7 +21,7 @@ from kdlora.distil.logits import attach_teacher
 from kdlora.distil.session import ProgressEvent
 from kdlora.errors import DataError
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.inputs import load_base, stored_logits, stored_unlabelled_logits
+from kdlora.experiment.inputs import load_base, stored_logits
 from kdlora.experiment.recording import hash_splits, prepare_process
 from kdlora.experiment.settle import Chosen, choose
 from kdlora.experiment.stages import label_splits, train_splits
@@ -124,8 +124,7 @@ def train_trial(
     prepare_process(config)
     splits, seed = load_held_out(config.task, config.data, holdout, layout.copies), config.run.seeds[0]
     if arm in DISTILLED_ARMS:
-        unlabelled = stored_unlabelled_logits(config, layout, splits)
-        splits = attach_teacher(splits, stored_logits(config, layout, splits.task), unlabelled, distil=config.distil)
+        splits = attach_teacher(splits, *stored_logits(config, layout, splits), distil=config.distil)
 
     def watch(event: ProgressEvent) -> None:
         if stop.exists():

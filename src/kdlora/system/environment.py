@@ -13,41 +13,41 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = (
-    "kdlora",
-    "torch",
-    "transformers",
-    "peft",
-    "datasets",
-    "accelerate",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "scikit-learn",
-    "scipy",
-)
+_PACKAGES: tuple[str, ...] = ("kdlora", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers")
+_PACKAGES += ("safetensors", "numpy", "scikit-learn", "scipy")
 
 
 def collect_versions() -> dict[str, str]:
     """Read the installed versions of Python and of the libraries that decide a run's numbers."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
 def describe_machine() -> dict[str, str]:
     """Describe processor, cores, memory and system, without the host's name."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = "unknown"
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     return {
         "cpu": _processor_name(),
-        "cores": str(_usable_cores()),
-        "memory": _memory(),
+        "cores": str(cores),  # that this process may run on
+        "memory": memory,
         "os": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
     }
+
+
+def _processor_name() -> str:
+    """Read the model name where Linux gives one."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def git_state(folder: str | Path | None = None) -> dict[str, str]:
@@ -94,47 +94,14 @@ def _git(folder: Path, *arguments: str, **environment: str) -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
-def _processor_name() -> str:
-    """Read the model name where Linux gives one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int:
-    """Count the cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _memory() -> str:
-    """State the machine's memory in GiB."""
-    try:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return "unknown"
-    return f"{size / 2**30:.1f} GiB"
-
-
 @dataclass(frozen=True)
 class MemoryLevel:
-    """Memory of this process, bytes.
+    """Memory of this process, bytes."""
 
-    Attributes:
-        resident: all of it that is in memory (`VmRSS`).
-        anonymous: its own pages, without those of mapped files (`RssAnon`).
-        mapped: pages of mapped files: libraries, and weights read through a map (`RssFile`).
-        high_water: the largest `resident` since the start or the last `forget_peak` (`VmHWM`).
-    """
-
-    resident: int
-    anonymous: int
-    mapped: int
-    high_water: int
+    resident: int  # all of it that is in memory (`VmRSS`)
+    anonymous: int  # its own pages, without those of mapped files (`RssAnon`)
+    mapped: int  # pages of mapped files: libraries, and weights read through a map (`RssFile`)
+    high_water: int  # the largest `resident` since the start or the last `forget_peak` (`VmHWM`)
 
 
 def read_memory() -> MemoryLevel | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -37,7 +38,8 @@ def check_folder(folder: Path, kind: str) -> None:
     """See that a folder is new, empty, or ours and of this kind; nothing is changed."""
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; name a folder with --out")
-    if not folder.exists() or all(_is_harmless(entry) for entry in folder.iterdir()):
+    # What a call that came to nothing left in a new folder is no content.
+    if not folder.exists() or all(entry.name == ".lock" or is_ours_by_name(entry) for entry in folder.iterdir()):
         return
     found = read_manifest(folder)
     if found is None and not _is_of_an_earlier_version(folder, kind):
@@ -83,11 +85,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return content if is_ours else None
 
 
-def _is_harmless(entry: Path) -> bool:
-    """Say whether an entry is all that a call which came to nothing left in a new folder."""
-    return entry.name == ".lock" or is_ours_by_name(entry)
-
-
 def _is_of_an_earlier_version(folder: Path, kind: str) -> bool:
     """Say whether a folder without manifest holds a record of ours beside its settings, as kdlora 0.1 left them."""
     if kind not in _SETTINGS or not (folder / _SETTINGS[kind]).is_file():
@@ -101,9 +98,8 @@ def _is_of_an_earlier_version(folder: Path, kind: str) -> bool:
 
 def _find_link(folder: Path) -> Path | None:
     for place, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            if Path(place, name).is_symlink():
-                return Path(place, name)
+        if links := [link for name in (*folders, *files) if (link := Path(place, name)).is_symlink()]:
+            return links[0]
         folders[:] = [name for name in folders if name != TRACKING]
     return None
 
@@ -135,7 +131,7 @@ def is_ours(path: Path) -> bool:
         if is_ours_by_name(folder) or _carries_manifest(folder):
             return True
         if folder.is_symlink() or folder.name == "..":
-            return False
+            break
     return False
 
 
@@ -145,8 +141,7 @@ def is_ours_by_name(path: Path) -> bool:
 
 
 def _carries_manifest(folder: Path) -> bool:
-    files = (folder / name for name in _MANIFESTS)
-    return any(file.is_file() and not file.is_symlink() for file in files)
+    return any((folder / name).is_file() and not (folder / name).is_symlink() for name in _MANIFESTS)
 
 
 def temporary_name(target: Path) -> Path:
@@ -163,11 +158,9 @@ def owned_name() -> str:
 def _place() -> str:
     """Name where a process id means what it means here: the machine, its boot, and the namespace of its processes."""
     known = [socket.gethostname()]
-    try:
+    with contextlib.suppress(OSError):  # not Linux
         known.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
         known.append(str(Path("/proc/self/ns/pid").readlink()))
-    except OSError:  # not Linux
-        pass
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:12]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from strangers_plan import DataSet, Plan
 
-from kdlora.data.split import split_rows
+from kdlora.data.load import split_rows
 
 Row = dict[str, str]
 

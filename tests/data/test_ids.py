@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdlora.data import row_hash
-from kdlora.data.row_hash import are_distinct
+from kdlora.data import spool
+from kdlora.data.spool import are_distinct
 
 texts = st.text(st.characters(blacklist_categories=("Cs",)), max_size=20)
 
@@ -38,7 +38,7 @@ def test_long_ids_that_begin_alike() -> None:
 
 def test_equal_hashes_of_different_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Among enough ids two share a hash by chance; that is no fault of the data."""
-    monkeypatch.setattr(row_hash, "_hash_each", lambda piece: np.zeros(len(piece), np.uint64))
+    monkeypatch.setattr(spool, "_hash_each", lambda piece: np.zeros(len(piece), np.uint64))
     assert are_distinct(pa.array(["a", "b"]))
     assert not are_distinct(pa.array(["a", "b", "a"]))
 
@@ -46,4 +46,4 @@ def test_equal_hashes_of_different_ids(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hashes_do_not_meet_by_rule() -> None:
     """A hash that mixes badly is right and slow: every collision costs the table of all ids that it is to spare."""
     names = [f"{prefix}{row}" for prefix in ("", "row-", "a-somewhat-longer-name-") for row in range(50_000)]
-    assert len(np.unique(row_hash._hash_each(pa.array(names)))) == len(names)
+    assert len(np.unique(spool._hash_each(pa.array(names)))) == len(names)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdlora.data.split import split_rows
+from kdlora.data.load import split_rows
 
 
 @given(

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from kdlora.data.batches import tokenise
-from kdlora.data.row_hash import hash_columns
+from kdlora.data.spool import hash_columns
 from kdlora.distil import teacher as teacher_module
 from kdlora.distil.fingerprints import hash_model, hash_tokenizer
 from kdlora.distil.inference import predict_logits

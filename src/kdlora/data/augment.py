@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from filelock import FileLock
 
-from kdlora.data.row_hash import hash_columns
-from kdlora.data.spool import make_dataset, map_file, read_column, slice_rows, spool, write_file
+from kdlora.data.spool import hash_columns, make_dataset, read_column, slice_rows, spool
 from kdlora.system.integrity import hash_file, hash_json
 from kdlora.system.storage import atomic_file, write_text_atomic
 
@@ -52,10 +51,13 @@ def stored_copies(rows: Dataset, copies: int, *, seed: int, scored: Sequence[Dat
         with FileLock(folder / ".lock"):
             if not _is_whole(file):
                 made = keep_unscored(augment_texts(rows, copies, seed=seed), scored)
-                with atomic_file(file) as temporary:
-                    write_file(made, temporary)
+                schema = made.features.arrow_schema
+                with atomic_file(file) as temporary, pa.ipc.new_stream(str(temporary), schema) as writer:
+                    for table in slice_rows(made, made.column_names):
+                        writer.write_table(table.cast(schema))
                 write_text_atomic(file.with_suffix(".sha256"), hash_file(file))
-    return make_dataset(map_file(file), rows.select_columns(["id", *_texts_of(rows)]).features)
+    stored = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    return make_dataset(stored, rows.select_columns(["id", *_texts_of(rows)]).features)
 
 
 def _is_whole(file: Path) -> bool:
@@ -66,21 +68,14 @@ def _is_whole(file: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Words:
-    """The words of texts as numbers, since a list of strings takes fifty bytes a word.
-
-    Attributes:
-        known: every word once.
-        numbers: of all words, text after text; a frequent word is in it often.
-        ends: where each text ends, per column, in the order of the columns.
-    """
+    """The words of texts as numbers, since a list of strings takes fifty bytes a word."""
 
     known: list[str]
-    numbers: np.ndarray
-    ends: dict[str, np.ndarray]
+    numbers: np.ndarray  # of all words, text after text; a frequent word is in it often
+    ends: dict[str, np.ndarray]  # where each text ends, per column
 
     @classmethod
     def of(cls, rows: Dataset) -> _Words:
-        """Read all texts once."""
         known: dict[str, int] = {}
         numbers = array("i")
         ends = {}
@@ -94,7 +89,6 @@ class _Words:
         return cls(list(known), np.asarray(numbers), ends)
 
     def text(self, name: str, row: int) -> list[str]:
-        """Give the words of one text."""
         start, end = self.ends[name][row : row + 2]
         return [self.known[number] for number in self.numbers[start:end]]
 
@@ -104,7 +98,6 @@ class _Words:
 
 
 def _copies(rows: Dataset, copies: int, draw: np.random.Generator) -> Iterator[pa.RecordBatch]:
-    """Yield the copies, some thousand at a time."""
     words = _Words.of(rows)
     for copy in range(1, copies + 1):
         row = 0

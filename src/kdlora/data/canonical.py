@@ -12,8 +12,7 @@ from datasets import Dataset, concatenate_datasets
 
 from kdlora.data.labels import encode_labels, first_true
 from kdlora.data.read import RawTable, Source, is_blank, is_text
-from kdlora.data.row_hash import are_distinct
-from kdlora.data.spool import make_dataset, spool
+from kdlora.data.spool import are_distinct, make_dataset, spool
 from kdlora.data.tasks import Task
 from kdlora.errors import DataError, did_you_mean
 

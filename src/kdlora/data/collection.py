@@ -14,8 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.faults import parquet_faults
-from kdlora.data.row_hash import are_distinct
-from kdlora.data.spool import make_dataset, spool
+from kdlora.data.spool import are_distinct, make_dataset, spool
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, DataError, did_you_mean
 from kdlora.foreign import is_plain_name, read_json

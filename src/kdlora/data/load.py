@@ -16,10 +16,9 @@ from kdlora.config import DataConfig, DistilConfig, TaskConfig
 from kdlora.data.augment import keep_unscored, stored_copies
 from kdlora.data.canonical import Reading
 from kdlora.data.collection import open_collection_texts
-from kdlora.data.infer import infer_label_column, infer_task, infer_text_columns
+from kdlora.data.labels import infer_label_column, infer_task, infer_text_columns
 from kdlora.data.opening import Groups, open_examples, open_splits
 from kdlora.data.read import Source
-from kdlora.data.split import split_rows
 from kdlora.data.spool import read_column
 from kdlora.data.tasks import GLUE, GlueTask, Task
 from kdlora.errors import DataError
@@ -226,3 +225,38 @@ def _used_labels(task: Task, rows: Dataset) -> npt.NDArray[np.bool_]:
         return np.bincount(column.to_numpy(), minlength=task.num_labels) > 0
     matrix = np.asarray(pc.list_flatten(column).to_numpy()).reshape(-1, task.num_labels)
     return np.asarray(matrix.any(axis=0))
+
+
+def split_rows(
+    rows: int, fraction: float, seed: int, classes: npt.NDArray[np.int64] | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Draw the rows of a validation split.
+
+    With classes, each gives its share (largest remainders first); a class with two rows or more is in both parts,
+    a class with a single row stays in training, and nobody makes up for it.
+    """
+    draw = np.random.default_rng(seed)
+    total = min(rows - 1, max(1, round(rows * fraction)))
+    if classes is None:
+        chosen = draw.permutation(rows)[:total]
+    else:
+        names, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
+        shares = _shares(counts, total, fraction)
+        by_class = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
+        parts = [draw.permutation(by_class[index])[: shares[index]] for index in range(len(names))]
+        chosen = np.concatenate(parts)
+    in_validation = np.zeros(rows, dtype=bool)
+    in_validation[chosen] = True
+    return np.flatnonzero(~in_validation), np.flatnonzero(in_validation)
+
+
+def _shares(counts: npt.NDArray[np.int64], total: int, fraction: float) -> npt.NDArray[np.int64]:
+    """Divide `total` validation rows among classes of these sizes."""
+    exact = counts * fraction
+    least, most = np.minimum(1, counts - 1), np.minimum(np.maximum(1, np.ceil(exact)), counts - 1)
+    shares = np.clip(np.floor(exact), least, most).astype(np.int64)
+    for index in np.argsort(shares - exact, kind="stable"):  # largest remainder first
+        if shares.sum() >= total:
+            break
+        shares[index] += shares[index] < most[index]
+    return shares

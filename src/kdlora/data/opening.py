@@ -1,22 +1,24 @@
-"""Open the sources that a config names, without reading rows."""
+"""Open the sources that a config names, GLUE's with the Hub's column names, without reading rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from kdlora.config import DataConfig
-from kdlora.data import glue
 from kdlora.data.collection import is_collection
 from kdlora.data.hub_data import is_saved_dataset, open_hub, open_saved
-from kdlora.data.read import Source
+from kdlora.data.read import RawTable, Source, open_file
 from kdlora.data.tasks import GlueTask
 from kdlora.errors import DataError, did_you_mean
 
 Groups = Mapping[str, Source]
 """The sources of one split by group; a split of one source has the group ""."""
 
+_GLUE_ON_THE_HUB = ("nyu-mll/glue", "glue")
+_DIAGNOSTIC_FILES = ("diagnostic.tsv", "ax.tsv", "AX.tsv", "test.tsv")
+"""What the diagnostic set's only file is called in the downloads in use."""
 _USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",), "unlabelled": ()}
 
 
@@ -29,12 +31,12 @@ def open_examples(path: Path, known: GlueTask | None) -> Source:
         source = next(iter(splits.values()))
     else:
         if path.is_dir():
-            files = [path / name for name in glue.SINGLE_FILE_NAMES if (path / name).is_file()]
+            files = [path / name for name in _DIAGNOSTIC_FILES if (path / name).is_file()]
             if known is None or not files:
                 raise DataError(f"{path} is a folder; expected a data file, or a folder written by save_to_disk")
             path = files[0]
-        source = glue.open_any_file(path, "the data file", known)
-    return glue.with_hub_columns(source, known)
+        source = _open_any_file(path, "the data file", known)
+    return _with_hub_columns(source, known)
 
 
 def open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
@@ -53,7 +55,7 @@ def open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
             continue  # it has columns of its own
         elif data.path is None or Path(wanted).is_file():
             extra = split == "unlabelled"
-            source = glue.open_any_file(Path(wanted), f"data.{split}", known if extra else None, plain=extra)
+            source = _open_any_file(Path(wanted), f"data.{split}", known if extra else None, plain=extra)
             splits[split] = {"": source}
         else:
             raise DataError(
@@ -67,7 +69,7 @@ def open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
             else f"{data.path} (data.path) has no split 'train'; set data.train to one of {', '.join(available)}"
         )
     return {
-        split: {group: glue.with_hub_columns(source, known) for group, source in groups.items()}
+        split: {group: _with_hub_columns(source, known) for group, source in groups.items()}
         for split, groups in splits.items()
     }
 
@@ -77,7 +79,7 @@ def _open_path(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
     if folder.is_file():
         raise DataError(f"data.path {data.path!r} is a file; put files into data.train, data.validation and data.test")
     if not folder.is_dir():
-        subset = data.subset or (known.name if known is not None and data.path in glue.HUB_IDS else None)
+        subset = data.subset or (known.name if known is not None and data.path in _GLUE_ON_THE_HUB else None)
         return _by_group(open_hub(str(data.path), subset, data.revision), known)
     if data.subset or data.revision:
         raise DataError(f"data.subset and data.revision describe a Hub data set, but data.path is the folder {folder}")
@@ -88,7 +90,7 @@ def _open_path(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
             f"{folder} (data.path) is a folder, but not one written by save_to_disk; for a folder in GLUE's layout set "
             "task.name, for files set data.train"
         )
-    return dict(glue.open_glue_folder(folder, known))
+    return dict(_open_glue_folder(folder, known))
 
 
 def _by_group(splits: Mapping[str, Source], known: GlueTask | None) -> dict[str, Groups]:
@@ -101,3 +103,66 @@ def _by_group(splits: Mapping[str, Source], known: GlueTask | None) -> dict[str,
         if found := {group: source for group, source in parts.items() if source is not None}:
             groups[split] = found
     return groups
+
+
+# GLUE in the benchmark's own layout
+
+
+def _open_glue_folder(path: Path, glue: GlueTask) -> dict[str, dict[str, Source]]:
+    """Open the files of a task: the sources of each split by group."""
+    inside = {entry.name.casefold(): entry for entry in path.iterdir()}
+    names = [name.casefold() for name in (glue.folder, glue.name)]
+    folder = next((inside[name] for name in names if name in inside and inside[name].is_dir()), path)
+    if not any((folder / file).is_file() for file in glue.files.values()) and folder == path:
+        held = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) + (" ..." if len(inside) > 12 else "")
+        raise DataError(
+            f"{path} (data.path) holds neither a folder {glue.folder!r} nor the files of the GLUE task {glue.name!r} "
+            f"({', '.join(glue.files.values())}); it holds {held or 'nothing'}"
+        )
+    splits: dict[str, dict[str, Source]] = {}
+    for part, file in glue.files.items():
+        split, _, group = part.partition("/")
+        if split == "test" and not (folder / file).exists():
+            continue  # only good for a submission to the benchmark; not every copy has it
+        header = glue.headerless if split != "test" else ()
+        source = open_file(folder / file, "data.path", header=header, benchmark=True)
+        splits.setdefault(split, {})[group] = source
+    return splits
+
+
+def _open_any_file(file: Path, key: str, glue: GlueTask | None, *, plain: bool = False) -> Source:
+    """Open a file that may be one of GLUE's own, whichever split it is."""
+    if glue is None or file.suffix.lower() != ".tsv":
+        return open_file(file, key, plain=plain)
+    source = open_file(file, key, benchmark=True)
+    if glue.headerless and len(source.columns) == len(glue.headerless) and glue.text[0] not in source.columns:
+        return open_file(file, key, header=glue.headerless, benchmark=True)
+    return source
+
+
+def _with_hub_columns(source: Source, glue: GlueTask | None) -> Source:
+    """Give the columns of a GLUE task the Hub's names, where a source has those of the benchmark's files."""
+    if glue is None or source.plain:
+        return source
+    folded = {column.casefold(): column for column in source.columns}
+    spellings = (glue.text, glue.file_text or glue.text)
+    spelling = next((names for names in spellings if all(name.casefold() in folded for name in names)), None)
+    if spelling is None:
+        expected = " or ".join(sorted({", ".join(map(repr, names)) for names in spellings}))
+        raise DataError(
+            f"{source.name} lacks the text columns of the GLUE task {glue.name!r} ({expected}); "
+            f"it has {', '.join(map(repr, source.columns))}"
+        )
+    found = {name: folded[own.casefold()] for name, own in zip(glue.text, spelling, strict=True)}
+    for name in ("label", glue.file_label):
+        if name in source.columns:
+            found["label"] = name
+    taken = {*found, *found.values()}
+
+    def read(wanted: Sequence[str]) -> RawTable:
+        raw = source.read([found.get(column, column) for column in wanted])
+        names = {column: raw.class_names.get(found.get(column, column)) for column in wanted}
+        known = {column: values for column, values in names.items() if values}
+        return replace(raw, table=raw.table.rename_columns(list(wanted)), class_names=known)
+
+    return replace(source, columns=(*found, *(name for name in source.columns if name not in taken)), read=read)

@@ -16,8 +16,7 @@ from kdlora.config import DistilConfig
 from kdlora.data.batches import Tokenised
 from kdlora.data.collection import LOGIT, check_labels, open_collection
 from kdlora.data.load import Splits
-from kdlora.data.row_hash import are_distinct
-from kdlora.data.spool import SLICE_ROWS, read_column, settle, slice_rows, spool
+from kdlora.data.spool import SLICE_ROWS, are_distinct, read_column, settle, slice_rows, spool
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import column_values
 from kdlora.errors import ArtifactError, ConfigError, DataError

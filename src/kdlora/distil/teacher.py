@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from kdlora.data.batches import tokenise
-from kdlora.data.row_hash import hash_columns
+from kdlora.data.spool import hash_columns
 from kdlora.data.tasks import Task
 from kdlora.distil.fingerprints import hash_model, hash_tokenizer
 from kdlora.distil.inference import column_values, predict_logits

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from kdlora.config import DistilConfig, SettledTraining
 from kdlora.data.batches import Collator, LengthBucketSampler, Tokenised
-from kdlora.data.row_hash import hash_columns
+from kdlora.data.spool import hash_columns
 from kdlora.data.tasks import Task
 from kdlora.distil.fast_cpu import fast_on_cpu
 from kdlora.distil.fingerprints import hash_model

@@ -14,8 +14,7 @@ from datasets import Dataset
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config, DataConfig, TaskConfig
 from kdlora.data.augment import TEXTS, keep_unscored
-from kdlora.data.load import Splits, add_copies, load_splits
-from kdlora.data.split import split_rows
+from kdlora.data.load import Splits, add_copies, load_splits, split_rows
 from kdlora.data.spool import read_column
 from kdlora.distil.logits import attach_teacher
 from kdlora.distil.session import ProgressEvent

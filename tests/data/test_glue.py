@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from loading import labels
 
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.load import Splits, load_examples, load_splits
-from kdlora.data.spool import read_column
 from kdlora.data.tasks import GLUE, Task
 from kdlora.errors import DataError
 
@@ -18,10 +18,6 @@ POSITIVE = {"cola": 0.704, "sst2": 0.558, "mrpc": 0.674, "wnli": 0.491}
 
 def load(name: str, path: Path | str, **data) -> Splits:
     return load_splits(TaskConfig(name=name), DataConfig(path=str(path), **data))
-
-
-def labels(dataset: Dataset) -> list:
-    return read_column(dataset, "label").to_pylist()
 
 
 def write(folder: Path, file: str, header: str, *rows: str) -> None:

@@ -1,6 +1,7 @@
+"""What becomes of a user's data: columns, kinds, labels, splits and ids."""
+
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import datasets
@@ -9,34 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from loading import TEXTS, WORDS, labels, load, refused, write_jsonl
 
-from kdlora.config import DataConfig, TaskConfig
-from kdlora.data.load import Splits, load_examples, load_splits
-from kdlora.data.spool import read_column
+from kdlora.data.load import load_examples
 from kdlora.data.tasks import Task
-from kdlora.errors import DataError
-
-TEXTS = [f"text {row}" for row in range(20)]
-WORDS = ["bad", "good"] * 10
-
-
-def load(task: dict | None = None, **data) -> Splits:
-    return load_splits(TaskConfig(**(task or {})), DataConfig(**data))
-
-
-def refused(task: dict | None = None, **data) -> str:
-    with pytest.raises(DataError) as caught:
-        load(task, **data)
-    return str(caught.value)
-
-
-def labels(dataset: Dataset) -> list:
-    return read_column(dataset, "label").to_pylist()
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> str:
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return str(path)
 
 
 def test_everything_inferred(csv_file) -> None:
@@ -148,25 +125,19 @@ def test_column_types_of_other_tools(tmp_path: Path) -> None:
         assert load(train=path).task.label_names == ("3", "7")
 
 
-def test_label_names_set_the_order(csv_file) -> None:
-    """The order of the outputs is the user's, or a teacher's columns mean other labels."""
-    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+@pytest.mark.parametrize("values", [WORDS, [0, 1] * 10, [False, True] * 10, ["0", "1"] * 10])
+def test_label_names_set_the_order_and_name_codes(csv_file, values: list) -> None:
+    """The order of the outputs is the user's, or a teacher's columns mean other labels; codes need names to ship."""
+    path = csv_file("a.csv", text=TEXTS, label=values)
     splits = load({"label_names": ["good", "bad"]}, train=path, validation=path)
     assert splits.task.label_names == ("good", "bad")
-    assert labels(splits.train) == [1, 0] * 10
-
-
-@pytest.mark.parametrize("values", [[0, 1] * 10, [False, True] * 10, ["0", "1"] * 10])
-def test_label_names_for_codes(csv_file, values: list) -> None:
-    """Codes 0 and 1 with names are the commonest CSV; names must reach the exported model."""
-    path = csv_file("a.csv", text=TEXTS, label=values)
-    splits = load({"label_names": ["negative", "positive"]}, train=path, validation=path)
-    assert splits.task.label_names == ("negative", "positive")
-    assert labels(splits.train) == [0, 1] * 10
+    assert labels(splits.train) == ([1, 0] if values == WORDS else [0, 1]) * 10
 
 
 def test_kind_can_be_set(csv_file) -> None:
     """Ratings of 1 to 5 are classes or a scale; only the user knows."""
+    many = csv_file("b.csv", text=TEXTS * 2, label=range(40))
+    assert load({"kind": "single-label"}, train=many, validation=many).task.num_labels == 40
     path = csv_file("a.csv", text=TEXTS, label=[1, 2, 3, 4] * 5)
     assert load(train=path).task.label_names == ("1", "2", "3", "4")
     regression = load({"kind": "regression"}, train=path, validation=path)

@@ -35,22 +35,10 @@ def test_score_metrics() -> None:
     assert {GLUE[name].metrics for name in ("sst2", "mnli", "qnli", "rte", "wnli")} == {("accuracy",)}
 
 
-@pytest.mark.parametrize("glue", GLUE.values(), ids=lambda glue: glue.name)
-def test_json_round_trip(glue) -> None:
+def test_json_round_trip() -> None:
     """A task that comes back different from its record makes evaluation disagree with training."""
-    assert Task.from_dict(json.loads(json.dumps(glue.task.to_dict()))) == glue.task
-
-
-def test_words_of_transformers() -> None:
-    """A wrong problem_type makes transformers pick another loss."""
-    task = Task("multi-label", ("text",), ("a", "b"), ("a", "b"), ("micro_f1",))
-    assert task.problem_type == "multi_label_classification"
-    assert task.id2label == {0: "a", 1: "b"}
-    assert task.label2id == {"a": 0, "b": 1}
-    assert task.num_labels == 2
-    assert not task.is_pair
-    assert GLUE["stsb"].task.problem_type == "regression"
-    assert GLUE["stsb"].task.is_pair
+    for glue in GLUE.values():
+        assert Task.from_dict(json.loads(json.dumps(glue.task.to_dict()))) == glue.task
 
 
 def test_damaged_record() -> None:

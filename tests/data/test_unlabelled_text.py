@@ -6,15 +6,12 @@ import json
 
 import pytest
 from datasets import Dataset, DatasetDict
+from loading import TEXTS, WORDS, values
 
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.configfile import build_config
 from kdlora.data.load import load_splits
-from kdlora.data.spool import read_column
 from kdlora.errors import ConfigError, DataError
-
-TEXTS = [f"text {row}" for row in range(20)]
-WORDS = ["bad", "good"] * 10
 
 
 @pytest.fixture
@@ -27,10 +24,6 @@ def load(csv_file):
         return load_splits(TaskConfig(**(task or {})), DataConfig(train=train, validation=validation, **data))
 
     return load
-
-
-def values(dataset: Dataset, name: str) -> list:
-    return read_column(dataset, name).to_pylist()
 
 
 def test_unlabelled_rows_have_ids_of_their_own_and_no_label(load, csv_file, tmp_path):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdlora.config import DataConfig, TaskConfig
@@ -44,6 +44,7 @@ def columns() -> Dataset:
     return Dataset.from_dict(values).cast_column("label", ClassLabel(names=["no", "yes"]))
 
 
+@settings(deadline=None)
 @given(selection=kinds_of_selection, rows=st.integers(1, 30))
 def test_slices_are_the_rows_in_order(selection: list[int], rows: int) -> None:
     """A selection that is read past its list of row numbers gives texts the labels of others."""
@@ -54,6 +55,7 @@ def test_slices_are_the_rows_in_order(selection: list[int], rows: int) -> None:
     assert [row for part in slices for row in part["id"].to_pylist()] == list(map(str, selection))
 
 
+@settings(deadline=None)
 @given(selection=kinds_of_selection)
 def test_settled_rows_are_the_selection(selection: list[int]) -> None:
     """What is written one after the other must be the same data set, class names included."""

@@ -72,21 +72,19 @@ class Delimited:
 
         def note(row: pacsv.InvalidRow) -> str:
             faults.append(row)
-            return "skip"
+            return "skip" if self.drop_ragged else "error"
 
         read = list(dict.fromkeys([*wanted, columns[-1]]))  # the last column shows whether a quote was left open
         last = ""
         try:
             for batch in self._stream(columns, read, note):
-                if not self.drop_ragged:
-                    self._refuse_ragged(faults)
-                    self._refuse_quoting(batch.select(wanted))
+                self._refuse_quoting(batch.select(wanted))
                 last = batch.column(columns[-1])[-1].as_py() if batch.num_rows else last
                 yield batch.select(wanted)
         except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+            if faults and not self.drop_ragged:
+                raise self._ragged_error(faults[0]) from None
             self._refuse("it cannot be read", error)
-        if not self.drop_ragged:
-            self._refuse_ragged(faults)
         ragged += [row.number - self._first_row for row in faults]
         if self.quoted:
             self._refuse_open_quote(last)
@@ -118,18 +116,17 @@ class Delimited:
     def _refuse(self, what: str, error: Exception) -> NoReturn:
         raise encoding_error(self.path) or DataError(f"{self.path}: {what} ({error})") from None
 
-    def _refuse_ragged(self, faults: Sequence[pacsv.InvalidRow]) -> None:
-        for row in faults[:1]:
-            advice = "Put quotes around a text that holds the delimiter" if self.quoted else _NO_QUOTING
-            text = row.text if len(row.text) <= 60 else row.text[:60] + "..."
-            raise DataError(
-                f"{self.path}, row {row.number - self._first_row + 1}: {row.actual_columns} columns where "
-                f"{row.expected_columns} are expected (delimiter {self.delimiter!r}): {text!r}. {advice}"
-            )
+    def _ragged_error(self, row: pacsv.InvalidRow) -> DataError:
+        advice = "Put quotes around a text that holds the delimiter" if self.quoted else _NO_QUOTING
+        text = row.text if len(row.text) <= 60 else row.text[:60] + "..."
+        return DataError(
+            f"{self.path}, row {row.number - self._first_row + 1}: {row.actual_columns} columns where "
+            f"{row.expected_columns} are expected (delimiter {self.delimiter!r}): {text!r}. {advice}"
+        )
 
     def _refuse_quoting(self, batch: pa.RecordBatch) -> None:
         """CSV quoting in a TSV file shows in doubled quotes, or in quotes around every value."""
-        for column in () if self.quoted else batch.columns:
+        for column in () if self.quoted or self.drop_ragged else batch.columns:
             quoted = pc.match_substring_regex(column, _QUOTED_FIELD)
             enclosed = batch.num_rows > 1 and pc.all(pc.match_substring_regex(column, _ENCLOSED_FIELD)).as_py()
             if enclosed or pc.any(quoted).as_py():

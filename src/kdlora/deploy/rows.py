@@ -34,45 +34,26 @@ _SHOWN = 1000
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of the input.
-
-    Attributes:
-        id: of the id column, or the row's number from 0.
-        text: a text or a pair; None where the row is bad.
-        error: what is wrong with it, or an empty string.
-        numbered: whether the id is the row's number, since the input names none.
-    """
+    """One row of the input: a text or a pair, or what is wrong with it."""
 
     id: str
     text: Text | None
     error: str = ""
-    numbered: bool = False
+    numbered: bool = False  # the id is the row's number from 0, since the input names none
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row's text is.
-
-    Attributes:
-        text: one or two columns, or None to find them by name.
-        recorded: the columns that the model was trained on, or None; used where the input has them.
-        id: the id column; rows are numbered where the input has none.
-        cut: characters of a text to keep; what lies beyond would be truncated anyway.
-    """
+    """Where a row's text is: in columns that are given, or that the model was trained on, or found by name."""
 
     text: tuple[str, ...] | None
     recorded: tuple[str, ...] | None
     id: str
-    cut: int
+    cut: int  # characters of a text to keep; what lies beyond would be truncated anyway
 
 
 class RowReader:
-    """Rows of a file or stream, in order; iterate once, and close the iterator if you stop early.
-
-    Attributes:
-        name: of the input, for messages.
-        format: how it is read.
-    """
+    """Rows of a file or stream, in order; iterate once, and close the iterator if you stop early."""
 
     def __init__(
         self,

@@ -119,7 +119,7 @@ def _texts_of(rows: Dataset) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """Split at spaces; a text without any is split into its characters, each with its own place."""
+    """Split at spaces; a text without any is split into its characters."""
     words = text.split()
     return words if len(words) > 1 else list(text.strip())
 
@@ -139,12 +139,8 @@ def _perturb(words: Sequence[str], other: Sequence[str], known: _Words, draw: np
 
 
 def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:
-    """Leave out the rows whose text, or pair of texts, a score is measured on.
-
-    A teacher's answer to a validation text would teach the student that very text, and its score would no longer be
-    one on new texts.
-    """
-    names = [name for name in TEXTS if name in rows.column_names]
+    """Leave out the rows whose text, or pair of texts, a score is measured on: it must stay one on new texts."""
+    names = _texts_of(rows)
     taken = [pc.is_in(read_column(rows, name), _values(scored, name)) for name in names]
     candidates = np.flatnonzero(np.logical_and.reduce([column.to_numpy() for column in taken]))
     if not len(candidates):

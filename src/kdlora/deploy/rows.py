@@ -12,6 +12,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
+import numpy as np
+
 from kdlora.data.lines import MOST_CHARACTERS, Lines, LongLineError, choose_delimiter, read_object
 from kdlora.deploy.encode import Text, check_text
 from kdlora.errors import DataError, did_you_mean
@@ -249,13 +251,9 @@ def _choose_format(path: Path | None, wanted: InputFormat | None) -> InputFormat
 
 def _groups_from(metadata: Any, start: int) -> tuple[int, list[int]]:
     """Find the row groups of a Parquet file that hold a row and those after it, and the number of their first row."""
-    first, ends = 0, 0
-    for group in range(metadata.num_row_groups):
-        ends = first + metadata.row_group(group).num_rows
-        if ends > start:
-            return first, list(range(group, metadata.num_row_groups))
-        first = ends
-    return ends, []
+    ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+    group = int(np.searchsorted(ends, start, side="right"))
+    return int(ends[group - 1]) if group else 0, list(range(group, len(ends)))
 
 
 def _parquet_values(batch: Any, place: int) -> Mapping[str, Any] | str:

@@ -17,7 +17,7 @@ import tiny
 from deploy_folders import LONG, PAIRS, TEXTS
 from kdlora.data.tasks import Task
 from kdlora.deploy import export as export_module
-from kdlora.deploy import package, trace
+from kdlora.deploy import trace
 from kdlora.deploy.export import ParityError, export_onnx
 from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.deploy.predict import Classifier
@@ -167,7 +167,7 @@ def test_unfused_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
 def test_disk_full_leaves_nothing(tmp_path, classifier_folder, monkeypatch):
     """Prevents half an export that a later step takes for a whole one."""
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(package.shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(OSError, match="MB of free space"):
         export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
     monkeypatch.undo()

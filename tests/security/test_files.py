@@ -236,8 +236,8 @@ def test_a_folder_is_replaced_only_where_it_is_ours(tmp_path):
 
 def test_an_export_keeps_what_was_put_beside_it(classifier, tmp_path):
     """A second export replaced the folder with all that lay in it."""
+    from kdlora.deploy.export import check_target
     from kdlora.deploy.folder import EXPORT_RECORD, read_model_folder
-    from kdlora.deploy.package import check_target
 
     target = tmp_path / "onnx"
     target.mkdir()

@@ -424,8 +424,8 @@ def test_deep_settings_are_refused(graph_folder, name, levels):
 def exported(made_once, tmp_path: Path) -> Path:
     """An export as kdlora writes it, and its weights outside of the graph, as other tools do."""
     from kdlora.data.tasks import Task
+    from kdlora.deploy.export import finish_package, start_package
     from kdlora.deploy.folder import read_model_folder
-    from kdlora.deploy.package import finish_package, start_package
 
     source = graphs.build_folder(tmp_path / "source", problem_type="single_label_classification")
     graphs.build_graph(source / "model.onnx")

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.deploy.encode import Text
-from kdlora.deploy.folder import ONNX_FP32, ONNX_INT8, ModelFolder, read_model_folder
+from kdlora.deploy.folder import (
+    CONFIG_FILE,
+    EXPORT_RECORD,
+    ONNX_FP32,
+    ONNX_INT8,
+    TOKENIZER,
+    ModelFolder,
+    is_model_file,
+    read_model_folder,
+)
 from kdlora.deploy.gates import Checks, Gate, LabelledTexts
-from kdlora.deploy.package import OPSET, check_target, finish_package, start_package
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError, did_you_mean
+from kdlora.foreign import read_json
+from kdlora.models.settings import TOKENIZER_CONFIG
 from kdlora.report.shipped import Export, Parity
+from kdlora.system.environment import collect_versions
+from kdlora.system.integrity import hash_file, seal
 from kdlora.system.ownership import remove
-from kdlora.system.storage import atomic_folder
+from kdlora.system.storage import atomic_folder, plain_json, write_json_atomic
 
 if TYPE_CHECKING:
     from kdlora.deploy.torch_backend import TorchBackend
@@ -29,6 +43,8 @@ Progress = Callable[[str], None]
 
 FP32_TOLERANCE = 1e-4
 """Largest difference of fp32 logits; for regression, relative to the largest output above 1."""
+_COPIES = 6
+"""Graphs that exist at once while a stage is made: the stage before, the new one, and the tools' temporary ones."""
 _FILES = {"onnx": ONNX_FP32, "onnx-int8": ONNX_INT8}
 
 
@@ -134,6 +150,8 @@ class _Export:
 
     def write(self, target: Path, backend: TorchBackend) -> ExportResult:
         """Write the folder, with what passed."""
+        from kdlora.deploy.trace import OPSET
+
         folder = self.checks.folder
         with atomic_folder(target) as work:
             start_package(work, folder, backend.tokenizer)
@@ -226,6 +244,33 @@ def _check_settings(formats: Sequence[str], max_metric_drop: float, min_agreemen
     return Gate(agreement=min_agreement, drop=max_metric_drop)
 
 
+def check_target(to: Path, folder: ModelFolder) -> Path:
+    """Refuse to export an export, to replace what is none, and a disk that is too small."""
+    if folder.backend != "transformers":
+        raise ModelError(
+            f"{folder.path}: expected a transformers folder (model.safetensors), got one that is exported already."
+        )
+    target = to.absolute()
+    source = folder.path.absolute()
+    if target == source or target in source.parents:
+        raise ArtifactError(f"{to}: the export would replace the model {folder.path}; give another folder.")
+    if target.exists() and not target.is_dir():
+        raise ArtifactError(f"{to}: expected a folder to write, got a file.")
+    if target.is_dir() and any(target.iterdir()) and not (target / EXPORT_RECORD).is_file():
+        raise ArtifactError(f"{to}: the folder is not empty and holds no earlier export; give a new folder.")
+    if target.is_dir() and (foreign := [entry.name for entry in target.iterdir() if not is_model_file(entry)]):
+        raise ArtifactError(f"{to}: {foreign[0]} is no file of an export, and would be lost; give a new folder.")
+    place = next(parent for parent in (target, *target.parents) if parent.exists())
+    free, needed = shutil.disk_usage(place).free, _COPIES * folder.size_bytes
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the export needs about {needed / 1e6:,.0f} MB of free space for a while, there are {free / 1e6:,.0f} MB",
+            str(to),
+        )
+    return target
+
+
 def _settle_task(folder: ModelFolder, task: Task | None) -> Task:
     """Take the task that is given or recorded, or the defaults of the model's kind."""
     if task is None and folder.task is not None:
@@ -249,3 +294,33 @@ def require_tools() -> None:
     """Name the extra that is missing before any work is done."""
     if missing := missing_tools():
         raise KdLoraError(f"{', '.join(missing)} not installed, needed for export: pip install 'kdlora[onnx]'")
+
+
+def start_package(work: Path, folder: ModelFolder, tokenizer: Any) -> None:
+    """Write tokenizer and config, so that every stage is judged with the files that are shipped."""
+    tokenizer.model_max_length = folder.max_length
+    tokenizer.save_pretrained(work)
+    write_json_atomic(work / CONFIG_FILE, read_json(folder.path / CONFIG_FILE))
+
+
+def finish_package(work: Path, folder: ModelFolder, task: Task, keep: dict[str, Path], record: dict[str, Any]) -> None:
+    """Put the graphs that are kept in their place, remove the others, and write the record."""
+    for name, path in keep.items():
+        path.replace(work / name)
+    for path in work.glob("*.onnx"):
+        if path.name not in keep:
+            remove(path)
+    names = (*keep, TOKENIZER, TOKENIZER_CONFIG, CONFIG_FILE)
+    content = {
+        "schema_version": 1,
+        "source": folder.path.name,
+        "source_sha256": {path.name: hash_file(path) for path in sorted(folder.path.glob("*.safetensors"))},
+        "task": task.to_dict(),
+        "max_length": folder.max_length,
+        "temperature": folder.temperature,
+        "sha256": {name: hash_file(work / name) for name in names},
+        "size_bytes": {name: (work / name).stat().st_size for name in keep},
+        **record,
+        "versions": collect_versions(),
+    }
+    write_json_atomic(work / EXPORT_RECORD, seal(plain_json(content)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,17 @@ _SHORTEST = 3
 """Tokens of the shortest input: two special ones and one of text."""
 _LEAST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-6, 1e6
 
+_MODEL_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|kdlora_export)\.json"
+    r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|model(_quantized)?\.onnx([._]data)?"
+    r"|vocab\.txt|merges\.txt|bpe\.codes|(spm|spiece|tokenizer|sentencepiece\.bpe)\.model|README\.md|LICENSE|NOTICE"
+)
 _RECORD: Mapping[str, Check] = {"max_length": TOKENS, "sha256": NAMES, "task": TASK}
+
+
+def is_model_file(path: Path) -> bool:
+    """Say whether an entry of a model folder is a file that a model consists of, by its name; a link never is."""
+    return bool(_MODEL_FILES.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
 
 
 @dataclass(frozen=True)

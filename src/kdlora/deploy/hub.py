@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdlora.deploy.folder import ModelFolder, read_model_folder
-from kdlora.deploy.package import is_model_file
+from kdlora.deploy.folder import ModelFolder, is_model_file, read_model_folder
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError, ModelError, first_line
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.foreign import read_json

@@ -17,9 +17,10 @@ from transformers.activations import GELUActivation
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, eager_mask
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
-from kdlora.deploy.package import OPSET
 from kdlora.errors import ModelError, first_line
 
+OPSET = 18
+"""Of the standard operators: the exporter's own."""
 ONE_OPERATOR_FAMILIES = (
     "bert",
     "distilbert",

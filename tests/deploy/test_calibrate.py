@@ -13,7 +13,7 @@ from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.metrics import probabilities, reliability
+from kdlora.evidence.metrics import probabilities
 
 
 @pytest.mark.parametrize("kind", ["single-label", "multi-label"])
@@ -33,13 +33,6 @@ def test_recovers_a_known_temperature(kind, factor):
     assert found.ece_after < 0.02
     if factor == 3.0:
         assert found.ece_before > 3 * found.ece_after
-
-
-def test_calibration_error_by_hand():
-    """Prevents a figure of another definition: 4 rows of confidence 0.9, 2 of them right, make 0.4."""
-    table = np.array([[0.9, 0.1]] * 4)
-    assert reliability(table, np.array([0, 0, 1, 1]), "single-label").error == pytest.approx(0.4)
-    assert reliability(np.array([[1.0], [0.0]]), np.array([[1], [0]]), "multi-label").error == 0
 
 
 @pytest.mark.usefixtures("traced_once")

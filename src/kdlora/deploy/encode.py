@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,9 @@ Text = str | tuple[str, str]
 INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 """Names of the arrays that a text becomes, and where an encoding has them."""
 
+BATCH_SIZE = 32
+BATCH_TOKENS = 1024
+"""Most padded tokens that one forward pass holds: enough to keep the cores busy, and memory small."""
 _CHARACTERS_PER_TOKEN = 100
 _LEAST_CHARACTERS = 20_000
 
@@ -60,6 +63,14 @@ class TextEncoder:
         except Exception as error:
             raise ArtifactError(f"{self._path}: the tokenizer fails on a text: {first_line(error)}") from None
         return encodings
+
+    def batches(
+        self, texts: Sequence[Text], batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
+    ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+        """Give the arrays that the model takes, texts of like length together, and which texts these are."""
+        encodings = self.encode(texts)
+        for rows in length_batches([len(encoding) for encoding in encodings], batch_size, batch_tokens):
+            yield rows, self.pad([encodings[row] for row in rows])
 
     def pad(self, encodings: Sequence[Encoding]) -> dict[str, np.ndarray]:
         """Pad encodings on the right into the arrays that the model takes."""

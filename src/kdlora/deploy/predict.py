@@ -9,15 +9,11 @@ from typing import Protocol
 
 import numpy as np
 
-from kdlora.deploy.encode import Text, TextEncoder, check_text, length_batches
+from kdlora.deploy.encode import BATCH_SIZE, BATCH_TOKENS, Text, TextEncoder, check_text
 from kdlora.deploy.folder import ModelFolder, Precision, read_model_folder
 from kdlora.deploy.onnx_backend import OnnxBackend
 from kdlora.errors import ModelError
 from kdlora.evidence.metrics import probabilities
-
-BATCH_SIZE = 32
-BATCH_TOKENS = 1024
-"""Most padded tokens that one forward pass holds: enough to keep the cores busy, and memory small."""
 
 
 class Backend(Protocol):
@@ -168,9 +164,8 @@ class Classifier:
             raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
         checked = [check_text(text, f"text {row}") for row, text in enumerate(texts)]
         logits = np.empty((len(checked), len(self.label_names)), dtype=np.float32)
-        encodings = self.encoder.encode(checked)
-        for rows in length_batches([len(encoding) for encoding in encodings], batch_size, batch_tokens):
-            logits[rows] = self.run(self.encoder.pad([encodings[row] for row in rows]))
+        for rows, inputs in self.encoder.batches(checked, batch_size, batch_tokens):
+            logits[rows] = self.run(inputs)
         if not np.isfinite(logits).all():
             row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
             raise ModelError(f"{self.folder.path}: the model's output for text {row} is not a finite number.")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from kdlora.deploy.encode import Text, TextEncoder, length_batches, spread
+from kdlora.deploy.encode import Text, TextEncoder, spread
 from kdlora.deploy.folder import TOKENIZER, ModelFolder
 from kdlora.deploy.fuse import add_weight, constant, optimise
 from kdlora.deploy.onnx_backend import open_session
-from kdlora.deploy.predict import BATCH_SIZE, BATCH_TOKENS
 from kdlora.deploy.trace import quiet
 from kdlora.system.ownership import remove
 
@@ -22,9 +21,8 @@ _PRODUCTS = ("MatMul", "Attention")
 """Quantised operators. Pooler and head (Gemm) stay in fp32: under 1% of the weights, and the last to round."""
 _LEAST_ROWS = 16
 """An embedding table of fewer rows (token types) is not worth a scale for each row."""
-
-
 _ROWS = 128
+"""Texts on which the sensitivity of products is measured."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Recipe:
     signed: bool = True
     reduce_range: bool = False
     embeddings: bool = True
-    excluded: tuple[str, ...] = field(default=())
+    excluded: tuple[str, ...] = ()
 
 
 BASE = Recipe("int8 weights per channel, embeddings per row")
@@ -154,15 +152,10 @@ def rank_products(model: Path, folder: ModelFolder, texts: list[Text]) -> list[s
     names = _add_rounding_switches(model, copy)
     session = open_session(copy, optimised=True)
     remove(copy)
-    chosen = spread(texts, _ROWS)
     names_in = tuple(value.name for value in session.get_inputs() if value.name != "rounded")
     content = (model.parent / TOKENIZER).read_text(encoding="utf-8")
     encoder = TextEncoder(replace(folder, path=model.parent), names_in, content)
-    encodings = encoder.encode(chosen)
-    batches = [
-        encoder.pad([encodings[row] for row in rows])
-        for rows in length_batches([len(encoding) for encoding in encodings], BATCH_SIZE, BATCH_TOKENS)
-    ]
+    batches = [arrays for _, arrays in encoder.batches(spread(texts, _ROWS))]
 
     def logits(rounded: np.ndarray) -> np.ndarray:
         return np.concatenate([session.run(None, {**batch, "rounded": rounded})[0] for batch in batches])

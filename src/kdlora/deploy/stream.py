@@ -17,8 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdlora.deploy.encode import BATCH_SIZE
 from kdlora.deploy.folder import ModelFolder
-from kdlora.deploy.predict import BATCH_SIZE, Classifier, Prediction
+from kdlora.deploy.predict import Classifier, Prediction
 from kdlora.deploy.rows import Columns, InputFormat, Row, RowReader
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.system.ownership import MANIFEST, claim_folder, is_ours_by_name, read_manifest, remove, remove_abandoned

@@ -6,8 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -66,19 +66,10 @@ def test_threads_share_a_classifier(exported):
     """Prevents mixed-up answers under concurrent calls of a server."""
     model = Classifier.load(exported(), threads=1)
     expected = {text: model.predict_logits([text]) for text in TEXTS[:8]}
-    faults: list[str] = []
-
-    def ask(text: str) -> None:
-        for _ in range(20):
-            if not np.array_equal(model.predict_logits([text]), expected[text]):
-                faults.append(text)
-
-    workers = [threading.Thread(target=ask, args=(text,)) for text in expected]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not faults
+    asked = list(expected) * 20
+    with ThreadPoolExecutor(len(expected)) as pool:
+        found = list(pool.map(lambda text: model.predict_logits([text]), asked))
+    assert all(np.array_equal(logits, expected[text]) for text, logits in zip(asked, found, strict=True))
 
 
 def test_pairs_use_both_texts_and_segments(exported, classifier_folder):

@@ -118,17 +118,16 @@ def _recorded_hashes(folder: ModelFolder) -> Mapping[str, str]:
         raise ArtifactError(f"{folder.path / EXPORT_RECORD}: edited since the export. Export the model again.")
     hashes: Mapping[str, str] = record.get("sha256") or {}
     for name in (CONFIG_FILE, TOKENIZER_CONFIG):
-        _compare(folder.path / name, folder.digests.get(name, "none"), hashes)
+        _check_hash(folder.path / name, folder.digests.get(name, "none"), hashes)
     return hashes
 
 
-def _check_hash(path: Path, content: bytes, expected: Mapping[str, str]) -> None:
-    if path.name in expected:  # hashing 100 MB takes a while, so only then
-        _compare(path, hashlib.sha256(content).hexdigest(), expected)
-
-
-def _compare(path: Path, found: str, expected: Mapping[str, str]) -> None:
-    wanted = expected.get(path.name, found)
+def _check_hash(path: Path, content: bytes | str, expected: Mapping[str, str]) -> None:
+    """Compare a file's content, or what it hashed to, with the hash that an export recorded for it, if it did."""
+    wanted = expected.get(path.name)
+    if wanted is None:
+        return
+    found = content if isinstance(content, str) else hashlib.sha256(content).hexdigest()
     if found != wanted:
         raise ArtifactError(
             f"{path}: not the file that was exported: {EXPORT_RECORD} records sha256 {wanted[:12]}…, the file has "

@@ -11,8 +11,6 @@ pass, and as much again for the gradient of its input, where the frozen weights 
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -21,20 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
-from training_variants import Budget
+from harness import command_line, markdown, tell_machine
+from training_variants import train_for
 
 from kdlora.config import DistilConfig, LoraConfig, StudentTrainConfig
 from kdlora.data.batches import Tokenised
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import DTYPES
-from kdlora.distil.session import TrainingOptions
-from kdlora.distil.train import train_model
-from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder
-from kdlora.system.environment import collect_versions, describe_machine
 
 TASK = Task("single-label", ("text",), ("label",), ("no", "yes"), ("accuracy",))
 GRID = tuple((batch, length) for batch in (8, 32) for length in (16, 64, 128))
@@ -64,10 +57,9 @@ def forward_flops(encoder: Encoder, length: int) -> float:
 def rows_of(encoder: Encoder, count: int, length: int) -> Tokenised:
     """Invent rows of one length, with labels and a teacher's logits."""
     draw = np.random.default_rng(0)
-    ids = draw.integers(1000, encoder.model.config.vocab_size - 1, size=(count, length))
     table = {
         "id": [str(row) for row in range(count)],
-        "input_ids": ids.tolist(),
+        "input_ids": draw.integers(1000, encoder.model.config.vocab_size - 1, size=(count, length)).tolist(),
         "length": [length] * count,
         "label": draw.integers(0, 2, size=count).tolist(),
         "teacher_logits": draw.normal(size=(count, 2)).astype(np.float32).tolist(),
@@ -79,18 +71,10 @@ def training_rate(folder: Path, precision: str, batch: int, length: int, seconds
     """Train adapters for a while: rows a second, and the FLOPs of one row's step."""
     encoder = load_encoder(str(folder), TASK, seed=0)
     flops = 2 * forward_flops(encoder, length)
-    model = add_adapter(encoder, LoraConfig(), seed=0)
-    budget = Budget(seconds)
-    with tempfile.TemporaryDirectory() as place:
-        outcome = train_model(
-            model,
-            encoder.tokenizer,
-            rows_of(encoder, 64 * batch, length),
-            rows_of(encoder, 2, length),
-            TASK,
-            StudentTrainConfig(epochs=1000, batch_size=batch),
-            TrainingOptions(Path(place), precision=precision, distil=DistilConfig(), callbacks=[budget]),
-        )
+    rows = [rows_of(encoder, count, length) for count in (64 * batch, 2)]
+    settings = StudentTrainConfig(epochs=1000, batch_size=batch)
+    options = {"precision": precision, "distil": DistilConfig()}
+    outcome = train_for(seconds, encoder, rows, TASK, settings, LoraConfig(), options)
     return outcome.examples_per_second, flops
 
 
@@ -98,35 +82,34 @@ def labelling_rate(folder: Path, precision: str, batch: int, length: int, second
     """Label for a while: rows a second, and the FLOPs of one row's forward pass."""
     encoder = load_encoder(str(folder), TASK, seed=0)
     rows = rows_of(encoder, batch, length)
-    predict_logits(encoder.model, encoder.tokenizer, rows, precision=precision, batch_tokens=batch * length)
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    passes, start = -1, time.perf_counter()
+    while passes < 0 or time.perf_counter() - start < seconds:
         predict_logits(encoder.model, encoder.tokenizer, rows, precision=precision, batch_tokens=batch * length)
-        done += batch
-    return done / (time.perf_counter() - start), forward_flops(encoder, length)
+        passes += 1
+        start = time.perf_counter() if passes == 0 else start  # the first pass warms up
+    return passes * batch / (time.perf_counter() - start), forward_flops(encoder, length)
 
 
 def main(options: argparse.Namespace) -> None:
     """Measure and print."""
     peaks = {precision: measure_peak(precision) for precision in ("fp32", "bf16")}
     print({precision: f"{peak / 1e9:.0f} GFLOP/s" for precision, peak in peaks.items()})
-    table = Table("work", "batch x length", *(f"{p}: rows/s, share of peak" for p in peaks))
+    lines = []
     works = (("training step", options.student, training_rate), ("labelling", options.teacher, labelling_rate))
     for work, name, measure in works:
         for batch, length in GRID:
             cells = []
             for precision, peak in peaks.items():
                 rate, flops = measure(options.models / name, precision, batch, length, options.seconds)
-                cells.append(f"{rate:8.1f}  {100 * rate * flops / peak:4.0f}%")
-            table.add_row(f"{work}, {name}", f"{batch} x {length}", *cells)
-    Console(width=120).print(table)
-    print(json.dumps({"machine": describe_machine(), "versions": collect_versions()}))
+                cells.append(f"{rate:.1f}, {100 * rate * flops / peak:.0f}%")
+            lines.append((f"{work}, {name}", f"{batch} × {length}", *cells))
+    print(markdown(("work", "batch × length", *(f"{name}: rows/s, share of peak" for name in peaks)), lines, 2))
+    tell_machine()
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True)
+    parser = command_line(__doc__, "models")
     parser.add_argument("--student", default="minilm-l6")
     parser.add_argument("--teacher", default="mpnet-base")
     parser.add_argument("--seconds", type=float, default=3.0)

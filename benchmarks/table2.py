@@ -11,57 +11,68 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
+import statistics
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from table2_lengths import TRAIN_COUNTS, VALIDATION_COUNTS, lengths_of
-from table2_measure import METHODS, Conditions, Timing, batches_to_run, peak_of_training, time_inference
-from table2_models import BATCH, SIZES, Size, count_adapted, count_plain, padded_tokens, widest_batch
-from table2_text import (
-    MEASURED_RANK,
-    RANKS,
-    Figures,
-    claims_section,
-    memory_section,
-    notes_section,
-    parameters_section,
-    time_section,
-)
+from harness import command_line, markdown
+from table2_measure import METHODS, RANK, TIMED, Conditions, Timing, time_methods, train_steps
+from table2_models import BATCH, SIZES, TRAIN_COUNTS, count, lengths_of, padded_tokens, widest_batch
 
 from kdlora.distil.precision import resolve_precision
 from kdlora.errors import ConfigError
+from kdlora.models.adapters import ParameterCounts
+from kdlora.report.paper import COSTS
+from kdlora.system.children import run_in_child
 from kdlora.system.environment import collect_versions, describe_machine, git_state
 from kdlora.system.storage import write_text_atomic
 
+RANKS = (8, 16, 32, 64)
 DEFAULTS = {"cpu": (3, 8), "cuda": (100, 1)}
 """Timed runs, and of how many batches one is run: a CPU would need hours for what a GPU does in a minute."""
-
 MOSTLY_OURS = 0.9
 """Share of its threads that a timed pass must have had."""
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
+@dataclass
+class Figures:
+    """What is known of a family: parameters by method (and rank), peak bytes by precision and method, and times."""
 
-    Args:
-        arguments: in place of the process's own.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain: tuple[ParameterCounts, ParameterCounts]
+    adapted: dict[str, list[ParameterCounts]]
+    memory: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    timing: dict[str, Timing] = field(default_factory=dict)
+
+    def count(self, method: str) -> ParameterCounts:
+        """Give the parameters at the measured rank."""
+        return self.plain[0] if method == "FFT" else self.adapted[method][0]
+
+    def resting_bytes(self, method: str) -> int:
+        """Compute what fp32 weights and Adam's two moments take: 4 bytes a parameter, 8 more a trained one."""
+        counts = self.count(method)
+        return 4 * (counts.total + counts.adapter) + 8 * counts.trainable
+
+    def seconds(self, name: str) -> float | None:
+        """Give the mean inference time in fp32."""
+        timing = self.timing.get("fp32")
+        return None if timing is None else statistics.mean(timing.seconds[name])
+
+
+Results = dict[str, Figures]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = command_line(__doc__)
     parser.add_argument("--families", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--device", default="cpu", choices=list(DEFAULTS))
-    parser.add_argument(
-        "--steps", type=_positive, default=2, help="optimiser steps; the second has Adam's state (default: 2)"
-    )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="of weights and ids; the largest peak counts (default: 0)"
-    )
+    parser.add_argument("--steps", type=_positive, default=2, help="optimiser steps; the second has Adam's state")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and ids")
     parser.add_argument("--runs", type=_positive, help="timed passes (default: 3; on CUDA 100, as in the paper)")
     parser.add_argument("--every", type=_positive, help="time one of so many batches (default: 8; on CUDA 1, all)")
-    parser.add_argument(
-        "--out", type=Path, help="also write the tables to this file, anew whenever a family is measured"
-    )
+    parser.add_argument("--out", type=Path, help="also write the tables to this file, after every family")
     options = parser.parse_args(arguments)
     try:
         options.precision, options.reason = resolve_precision("auto", options.device)
@@ -73,96 +84,64 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
     return value
 
 
-def count_family(sizes: tuple[Size, Size]) -> Figures:
-    """Count the parameters of teacher and student at every rank.
-
-    Args:
-        sizes: of teacher and student.
-    """
-    adapted = {
-        method: {rank: count_adapted(size, rank) for rank in RANKS}
-        for method, size in zip(METHODS[1:], sizes, strict=True)
-    }
-    return Figures((count_plain(sizes[0]), count_plain(sizes[1])), adapted)
+def count_family(family: str) -> Figures:
+    """Count the parameters of teacher and student at every rank."""
+    teacher, student = SIZES[family]
+    adapted = {"LoRA": teacher, "KD-LoRA": student}
+    return Figures(
+        (count(teacher), count(student)),
+        {name: [count(size, rank) for rank in RANKS] for name, size in adapted.items()},
+    )
 
 
-def measure_family(sizes: tuple[Size, Size], figures: Figures, precision: str, options: argparse.Namespace) -> None:
-    """Fill in memory and time in one precision.
-
-    Args:
-        sizes: of teacher and student.
-        figures: what is known; it is added to.
-        precision: `fp32`, `bf16` or `fp16`.
-        options: from `parse`.
-    """
+def measure_family(family: str, figures: Figures, conditions: Conditions) -> None:
+    """Fill in memory and time in one precision."""
+    teacher, student = SIZES[family]
     batch = widest_batch(lengths_of(TRAIN_COUNTS))
-    conditions = [Conditions(precision, options.device, MEASURED_RANK, seed) for seed in options.seeds]
-    peaks = figures.memory.setdefault(precision, {})
+    peaks = figures.memory.setdefault(conditions.precision, {})
     for method in METHODS:
-        size = sizes[1 if method == "KD-LoRA" else 0]
-        found = [peak_of_training(size, method, batch, options.steps, condition) for condition in conditions]
-        peaks[method] = max((peak for peak in found if peak is not None), default=None)
-        _tell(f"{size.title}, {method}, {precision}: peak {peaks[method]} bytes")
-    lengths = lengths_of(VALIDATION_COUNTS)
-    figures.timing[precision] = time_inference(sizes, lengths, options.runs, options.every, conditions[0])
-    _tell(f"{sizes[0].title}, {sizes[1].title}, {precision}: {figures.timing[precision].seconds}")
+        size = student if method == "KD-LoRA" else teacher
+        _, peaks[method] = run_in_child(train_steps, size, method, batch, conditions)
+        _tell(f"{size.title}, {method}, {conditions.precision}: peak {peaks[method]} bytes")
+    figures.timing[conditions.precision] = run_in_child(time_methods, (teacher, student), conditions)
+    _tell(f"{family}, {conditions.precision}: {figures.timing[conditions.precision].seconds}")
 
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def render(results: dict[str, Figures], options: argparse.Namespace) -> str:
-    """Write the whole page.
-
-    Args:
-        results: family to figures.
-        options: from `parse`.
-    """
-    sections = (parameters_section, memory_section, time_section, claims_section, notes_section)
-    return "\n".join(
-        ["# Table 2 at real size\n", conditions_text(results, options), *(one(results) for one in sections)]
-    )
+def render(results: Results, options: argparse.Namespace) -> str:
+    """Write the whole page."""
+    sections = (parameters_section, memory_section, time_section, savings_section)
+    texts = (one(results) for one in sections)
+    return "\n\n".join(["# Table 2 at real size", conditions_text(results, options), *texts])
 
 
-def conditions_text(results: dict[str, Figures], options: argparse.Namespace) -> str:
-    """Say how and on what the figures were taken.
-
-    Args:
-        results: family to figures.
-        options: from `parse`.
-    """
-    batch = widest_batch(lengths_of(TRAIN_COUNTS))
-    taken, share = batches_to_run(lengths_of(VALIDATION_COUNTS), options.every)
+def conditions_text(results: Results, options: argparse.Namespace) -> str:
+    """Say how and on what the figures were taken."""
     timings = [timing for figures in results.values() for timing in figures.timing.values()]
-    threads = {timing.threads for timing in timings}
-    place = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {_join(threads)} thread(s)"
-    whole = "all batches" if options.every == 1 else f"{len(taken)} of its batches ({share:.0%} of the tokens), scaled"
+    batch = padded_tokens(widest_batch(lengths_of(TRAIN_COUNTS)))
+    made = {**describe_machine(), **collect_versions(), **git_state(Path(__file__).parent)}
     counter = "CUDA's allocator" if options.device == "cuda" else "the process, above its level after imports"
     lines = [
         "Random weights at the published sizes, random token ids with the lengths of CoLA's sentences, two labels.",
         f"**Memory:** {options.steps} optimiser steps (AdamW, batch {BATCH}) on the widest batch of an epoch "
-        f"({padded_tokens(batch)} tokens with padding), in a process of its own each; peak of {counter}; "
-        f"seed(s) {_join(options.seeds)}.",
-        f"**Time:** one warm-up and {options.runs} timed run(s) over {whole}, batches of {BATCH} sentences of like "
-        "length; the methods take turns in one process; tokenising left out. A dash is a figure not measured."
+        f"({batch} tokens with padding), in a process of its own each; peak of {counter}.",
+        f"**Time:** one warm-up and {options.runs} timed run(s) over one of {options.every} batches of {BATCH} sentences"
+        " of like length, scaled by tokens; the methods take turns in one process; tokenising left out."
         + _warning(timings, options.device),
         f"**Precision:** fp32 as in the paper, and kdlora's default here: {options.precision}, as {options.reason}.",
-        f"**Device:** {place}. " + "; ".join(f"{key}: {value}" for key, value in _machine().items()) + ".",
-        "**Versions:** " + ", ".join(f"{name} {value}" for name, value in collect_versions().items()) + ".",
-        f"**Date:** {datetime.datetime.now(datetime.UTC):%Y-%m-%d}{_commit()}.",
+        f"**Device:** {options.device}, {', '.join(str(timing.threads) for timing in timings[:1])} thread(s). "
+        + "; ".join(f"{key}: {value}" for key, value in made.items()),
+        f"**Date:** {datetime.datetime.now(datetime.UTC):%Y-%m-%d}. A dash is a figure not measured.",
     ]
-    return "\n".join(f"- {line}" for line in lines) + "\n"
-
-
-def _join(values: set[int] | list[int]) -> str:
-    return ", ".join(str(value) for value in sorted(values)) or "–"
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _warning(timings: list[Timing], device: str) -> str:
@@ -174,31 +153,129 @@ def _warning(timings: list[Timing], device: str) -> str:
     return f" **Others used the CPU too ({had}): these times are too long.**"
 
 
-def _machine() -> dict[str, str]:
-    """Describe the machine, and how busy it was: times from a shared one are worth less."""
-    load = {"load over 15 minutes": f"{os.getloadavg()[2]:.1f}"} if hasattr(os, "getloadavg") else {}
-    return {**describe_machine(), **load}
+def _title(family: str, name: str) -> str:
+    """Name the model that a method trains or runs."""
+    return SIZES[family][name.startswith("KD-LoRA")].title
 
 
-def _commit() -> str:
-    state = git_state(Path(__file__).parent)
-    dirty = " with changes" if state.get("dirty") == "yes" else ""
-    return f", commit {state['commit'][:10]}{dirty}" if state else ""
+def _slashed(values: Iterable[float], digits: int) -> str:
+    return " / ".join(f"{value:.{digits}f}" for value in values)
+
+
+def _saving(before: float | None, after: float | None) -> str:
+    """Say how much smaller a figure is; a larger one shows as a negative saving."""
+    return "–" if before is None or after is None or not before else f"{100 * (1 - after / before):.1f}%"
+
+
+def _precisions(results: Results) -> list[str]:
+    return list(dict.fromkeys(name for figures in results.values() for name in (*figures.memory, *figures.timing)))
+
+
+def parameters_section(results: Results) -> str:
+    """Write trainable and total parameters beside the paper's."""
+    rows = []
+    for family, figures in results.items():
+        paper = COSTS[family]
+        full = f"{figures.plain[0].trainable / 1e6:.2f}"
+        rows.append((_title(family, "FFT"), "FFT", full, "all", f"{paper.trainable[0] / 1e6:.0f}"))
+        for method, published in (("LoRA", paper.lora_by_rank), ("KD-LoRA", paper.kd_lora_by_rank)):
+            ours = _slashed((counts.adapter / 1e6 for counts in figures.adapted[method]), 3)
+            head = f"{figures.count(method).head / 1e6:.3f}"
+            theirs = _slashed((value / 1e6 for value in published), 1)
+            rows.append((_title(family, method), method, ours, head, theirs))
+    totals = [
+        (
+            " → ".join(size.title for size in SIZES[family]),
+            " → ".join(f"{counts.total / 1e6:.2f}" for counts in figures.plain),
+            _saving(figures.plain[0].total, figures.plain[1].total),
+            " → ".join(f"{total / 1e6:.0f}" for total in COSTS[family].total),
+        )
+        for family, figures in results.items()
+    ]
+    trainable = markdown(("model", "method", f"rank {_slashed(RANKS, 0)}", "head, trained too", "paper"), rows, 2)
+    whole = markdown(("pair", "parameters in all", "fewer (claimed 40%)", "as published with the models"), totals)
+    return (
+        f"## Parameters, in millions\n\nTrainable:\n\n{trainable}\n\nIn all, adapters merged, with the head:\n\n{whole}"
+    )
+
+
+def memory_section(results: Results) -> str:
+    """Write peak memory of training beside the paper's."""
+    precisions = _precisions(results)
+    rows = []
+    for family, figures in results.items():
+        for method, published in zip(METHODS, COSTS[family].memory_mb, strict=True):
+            peaks = [figures.memory.get(precision, {}).get(method) for precision in precisions]
+            cells = ["–" if peak is None else f"{peak / 1e6:.0f}" for peak in (*peaks, figures.resting_bytes(method))]
+            rows.append((_title(family, method), method, *cells, f"{published:.1f}"))
+    header = ("model", "method", *(f"peak, {name}" for name in precisions), "weights and Adam, computed", "paper")
+    return f"## Memory of training at rank {RANK}, in MB (10⁶ bytes)\n\n{markdown(header, rows, 2)}"
+
+
+def time_section(results: Results) -> str:
+    """Write inference time beside the paper's, which times LoRA with the adapters beside the weights."""
+    precisions = _precisions(results)
+    rows = []
+    for family, figures in results.items():
+        fft, lora, student = COSTS[family].seconds
+        paper = {"FFT": fft, "LoRA": lora, "KD-LoRA, merged": student}
+        for name in TIMED:
+            cells = [_spread(figures.timing.get(precision), name) for precision in precisions]
+            less = [_saving(figures.seconds("FFT"), figures.seconds(name)), _saving(fft, paper.get(name))]
+            published = f"{paper[name]:.2f}" if name in paper else "–"
+            rows.append((_title(family, name), name, *cells, less[0], published, less[1]))
+    header = ("model", "method", *precisions, "less than FFT, fp32", "paper", "less than FFT, paper")
+    title = "## Inference over CoLA's validation set (1,043 sentences), in seconds, mean ± sd over runs"
+    return f"{title}\n\n{markdown(header, rows, 2)}"
+
+
+def _spread(timing: Timing | None, name: str) -> str:
+    if timing is None:
+        return "–"
+    values = timing.seconds[name]
+    digits = 3 if statistics.mean(values) < 5 else 1  # a GPU needs well under a second, a CPU's thread a minute
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def savings_section(results: Results) -> str:
+    """Write what KD-LoRA saves here, beside what the paper claims and what its own table gives."""
+    claims = (("parameters in all", 40), ("memory, of full fine-tuning", 75), ("memory, of LoRA", 30), ("time", 30))
+    theirs, ours = [], []
+    for family, figures in results.items():
+        paper, memory = COSTS[family], figures.memory.get("fp32", {})
+        theirs.append(
+            [
+                _saving(*paper.total),
+                *(_saving(paper.memory_mb[base], paper.memory_mb[2]) for base in (0, 1)),
+                _saving(paper.seconds[0], paper.seconds[2]),
+            ]
+        )
+        ours.append(
+            [
+                _saving(*(counts.total for counts in figures.plain)),
+                *(_saving(memory.get(base), memory.get("KD-LoRA")) for base in ("FFT", "LoRA")),
+                _saving(figures.seconds("FFT"), figures.seconds("KD-LoRA, merged")),
+            ]
+        )
+    rows = [
+        (text, f"{stated}%", " / ".join(one[row] for one in theirs), " / ".join(one[row] for one in ours))
+        for row, (text, stated) in enumerate(claims)
+    ]
+    header = ("KD-LoRA saves", "claimed", "the paper's own table", "here, fp32")
+    return f"## The paper's claims on cost ({' / '.join(results)})\n\n{markdown(header, rows)}"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Count, measure, print.
-
-    Args:
-        arguments: in place of the process's own.
-    """
+    """Count, measure, print."""
     options = parse(arguments)
-    results = {family: count_family(SIZES[family]) for family in options.families}
+    results = {family: count_family(family) for family in options.families}
+    taken = {key: getattr(options, key) for key in ("device", "seed", "steps", "runs", "every")}
     for precision in dict.fromkeys(("fp32", options.precision)):  # the paper's first: it is the one to compare
         for family in options.families:
-            measure_family(SIZES[family], results[family], precision, options)
+            measure_family(family, results[family], replace(Conditions(**taken), precision=precision))
             if options.out is not None:
-                write_text_atomic(options.out, render(results, options))
+                write_text_atomic(options.out, render(results, options) + "\n")
     print(render(results, options))
 
 

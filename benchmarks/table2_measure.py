@@ -1,4 +1,4 @@
-"""What is measured, each in a process of its own: peak memory of training, time of inference."""
+"""What Table 2 is measured by, each in a process of its own: peak memory of training, time of inference."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from table2_models import BATCH, TASK, Size, build_adapted, build_encoder, padded_tokens, synthetic_rows
+from table2_models import (
+    TASK,
+    VALIDATION_COUNTS,
+    Size,
+    batches_to_run,
+    build_model,
+    lengths_of,
+    synthetic_rows,
+)
 from torch import Tensor, nn
 
 from kdlora.config import DistilConfig, StudentTrainConfig, TeacherTrainConfig
@@ -20,90 +27,46 @@ from kdlora.distil.precision import autocast, resolve_device
 from kdlora.distil.session import TrainingOptions
 from kdlora.distil.train import train_model
 from kdlora.models.adapters import merge_student
-from kdlora.system.children import run_in_child
 from kdlora.system.environment import forget_peak, peak_since, read_memory
 
 METHODS = ("FFT", "LoRA", "KD-LoRA")
 TIMED = ("FFT", "LoRA", "LoRA, merged", "KD-LoRA, merged")
+RANK = 8
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under which a figure is taken.
+    """Under which a figure is taken; one batch of so many is timed, one optimiser step has the rows of `lengths`."""
 
-    Attributes:
-        precision: `fp32`, `bf16` or `fp16`.
-        device: `cpu` or `cuda`.
-        rank: of the adapters.
-        seed: of weights and rows.
-    """
-
-    precision: str
+    precision: str = "fp32"
     device: str = "cpu"
-    rank: int = 8
     seed: int = 0
+    steps: int = 2
+    runs: int = 3
+    every: int = 8
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Inference over the whole validation set.
+    """Inference over the whole validation set: seconds by name, one figure a run.
 
-    Attributes:
-        seconds: for each of `TIMED` one figure per run, brought to the whole set.
-        share: of the padded tokens that were really run.
-        threads: of the CPU.
-        occupied: CPU time over wall time and threads; well below 1 on a CPU that others use too.
+    `occupied` is CPU time over wall time and threads: well below 1 on a CPU that others use too.
     """
 
     seconds: dict[str, list[float]]
-    share: float
     threads: int
     occupied: float
 
 
-def peak_of_training(size: Size, method: str, lengths: Sequence[int], steps: int, conditions: Conditions) -> int | None:
-    """Measure the peak memory of a few optimiser steps, in a process of its own.
+def train_steps(size: Size, method: str, lengths: Sequence[int], conditions: Conditions) -> tuple[int, int | None]:
+    """Train with the call that an experiment makes, one batch an epoch: optimiser steps, and peak bytes.
 
-    Args:
-        size: of the model that is trained.
-        method: one of `METHODS`.
-        lengths: tokens of each row of the batch; every step trains on these rows.
-        steps: optimiser steps; from the second on, the optimiser's state is there.
-        conditions: precision, device, rank, seed.
-
-    Returns:
-        Bytes: of the process above its level after imports, or CUDA's own count; None where the system gives none.
+    From the second step on the optimiser's state is there. None where the system counts no memory.
     """
-    return run_in_child(_peak_of_steps, size, method, lengths, steps, conditions)
-
-
-def _peak_of_steps(*arguments: Any) -> int | None:
-    """Train, and read the peak afterwards; for a child."""
-    level = read_memory()
-    train_steps(*arguments)
-    return peak_since(level)
-
-
-def train_steps(size: Size, method: str, lengths: Sequence[int], steps: int, conditions: Conditions) -> int:
-    """Train with the very call that an experiment makes: one batch an epoch, `steps` epochs.
-
-    Args:
-        size: of the model that is trained.
-        method: one of `METHODS`.
-        lengths: tokens of each row of the batch.
-        steps: optimiser steps.
-        conditions: precision, device, rank, seed.
-
-    Returns:
-        The optimiser steps made.
-    """
-    taught = method == "KD-LoRA"
-    if method == "FFT":
-        encoder = build_encoder(size, seed=conditions.seed)
-        model, settings = encoder.model, TeacherTrainConfig(epochs=steps, batch_size=len(lengths))
-    else:
-        model, encoder = build_adapted(size, conditions.rank, seed=conditions.seed)
-        settings = StudentTrainConfig(epochs=steps, batch_size=len(lengths))
+    before = read_memory()
+    taught, rank = method == "KD-LoRA", None if method == "FFT" else RANK
+    model, encoder = build_model(size, rank, seed=conditions.seed)
+    settings = TeacherTrainConfig if rank is None else StudentTrainConfig
     with tempfile.TemporaryDirectory() as folder:
         forget_peak()  # what building the model took in passing is not training
         outcome = train_model(
@@ -112,7 +75,7 @@ def train_steps(size: Size, method: str, lengths: Sequence[int], steps: int, con
             synthetic_rows(size, lengths, seed=conditions.seed, taught=taught),
             synthetic_rows(size, lengths[:4], seed=conditions.seed),  # a training validates; this is next to nothing
             TASK,
-            settings,
+            settings(epochs=conditions.steps, batch_size=len(lengths)),
             TrainingOptions(
                 Path(folder),
                 seed=conditions.seed,
@@ -122,43 +85,18 @@ def train_steps(size: Size, method: str, lengths: Sequence[int], steps: int, con
                 checkpoint_seconds=1e9,  # none: they are timed by the clock
             ),
         )
-    return outcome.steps
+    return outcome.steps, peak_since(before)
 
 
-def time_inference(
-    sizes: tuple[Size, Size], lengths: Sequence[int], runs: int, every: int, conditions: Conditions
-) -> Timing:
-    """Time inference with all methods of a family, in a process of their own.
-
-    Args:
-        sizes: of the model of FFT and LoRA, and of KD-LoRA's.
-        lengths: tokens of each sentence of the set.
-        runs: passes that count, after one that does not.
-        every: run every so many-th batch alone, and scale by padded tokens; 1 runs them all.
-        conditions: precision, device, rank, seed.
-    """
-    return run_in_child(time_methods, sizes, lengths, runs, every, conditions)
-
-
-def time_methods(
-    sizes: tuple[Size, Size], lengths: Sequence[int], runs: int, every: int, conditions: Conditions
-) -> Timing:
-    """Run the methods in turn in every round, so that what else the machine does falls on all of them.
-
-    Args:
-        sizes: of the model of FFT and LoRA, and of KD-LoRA's.
-        lengths: tokens of each sentence of the set.
-        runs: rounds that count, after one that does not.
-        every: run every so many-th batch alone.
-        conditions: precision, device, rank, seed.
-    """
+def time_methods(sizes: tuple[Size, Size], conditions: Conditions) -> Timing:
+    """Run the methods in turn in every round, so that what else the machine does falls on all of them."""
     place = resolve_device(conditions.device)
-    chosen, share = batches_to_run(lengths, every)
+    chosen, share = batches_to_run(lengths_of(VALIDATION_COUNTS), conditions.every)
     teacher, student = ([_collate(size, batch, conditions.seed) for batch in chosen] for size in sizes)
-    models = _timed_models(sizes, conditions)
+    models = _timed_models(sizes, conditions.seed)
     seconds: dict[str, list[float]] = {name: [] for name in TIMED}
     worked = waited = 0.0
-    for turn in range(runs + 1):
+    for turn in range(conditions.runs + 1):
         for name, model in zip(TIMED, models, strict=True):
             batches = student if model is models[-1] else teacher
             taken, on_cpu = _pass(model.to(place), batches, place, conditions.precision)
@@ -166,31 +104,14 @@ def time_methods(
             if turn:  # the first round warms up
                 seconds[name].append(taken / share)
     threads = torch.get_num_threads()
-    return Timing(seconds, share, threads, worked / (waited * threads))
+    return Timing(seconds, threads, worked / (waited * threads))
 
 
-def batches_to_run(lengths: Sequence[int], every: int) -> tuple[list[list[int]], float]:
-    """Cut a set into batches of like length, and take some.
-
-    Args:
-        lengths: tokens of each sentence.
-        every: take one of so many, from the middle of each group.
-
-    Returns:
-        The lengths in each batch taken, and their share of all padded tokens.
-    """
-    ordered = sorted(lengths, reverse=True)
-    batches = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
-    taken = batches[min(every // 2, len(batches) - 1) :: every]
-    return taken, sum(map(padded_tokens, taken)) / sum(map(padded_tokens, batches))
-
-
-def _timed_models(sizes: tuple[Size, Size], conditions: Conditions) -> list[nn.Module]:
+def _timed_models(sizes: tuple[Size, Size], seed: int) -> list[nn.Module]:
     """Build what `TIMED` names, in evaluation mode."""
-    teacher, student = sizes
-    adapted, _ = build_adapted(teacher, conditions.rank, seed=conditions.seed)
-    small, _ = build_adapted(student, conditions.rank, seed=conditions.seed)
-    full = build_encoder(teacher, seed=conditions.seed).model
+    full, adapted, small = (
+        build_model(size, rank, seed=seed)[0] for size, rank in ((sizes[0], None), (sizes[0], RANK), (sizes[1], RANK))
+    )
     return [model.eval() for model in (full, adapted, merge_student(adapted), merge_student(small))]
 
 
@@ -205,17 +126,13 @@ def _pass(
     model: nn.Module, batches: Sequence[dict[str, Tensor]], place: torch.device, precision: str
 ) -> tuple[float, float]:
     """Run all batches once, from host memory; give seconds until the last logits are there, and of CPU time."""
+    wait = torch.cuda.synchronize if place.type == "cuda" else lambda: None
     with torch.inference_mode(), autocast(precision, place):
         # Autocast casts a weight once a pass. Timed over a few batches and scaled, that would count many times over.
         model(**{name: tensor[:1].to(place) for name, tensor in batches[-1].items()})
-        _wait_for(place)
+        wait()
         start, worked = time.perf_counter(), time.process_time()
         for batch in batches:
             model(**{name: tensor.to(place) for name, tensor in batch.items()})
-        _wait_for(place)
+        wait()
         return time.perf_counter() - start, time.process_time() - worked
-
-
-def _wait_for(place: torch.device) -> None:
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)

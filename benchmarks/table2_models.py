@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from kdlora.config import LoraConfig
@@ -25,38 +25,34 @@ TASK = GLUE["cola"].task
 BATCH = 32
 MAX_LENGTH = 128
 
+# How long CoLA's sentences are for bert-base-uncased's tokenizer, with [CLS] and [SEP]: entry n is the number of
+# sentences of n tokens. One table for all families keeps the work the same, so that only the models differ.
+TRAIN_COUNTS = (
+    *(0, 0, 0, 0, 7, 129, 310, 649, 979, 1154, 1129, 916, 797, 574, 452, 334, 235, 182, 145, 125, 96, 66, 67, 66),
+    *(41, 26, 21, 17, 6, 8, 6, 1, 8, 1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1),
+)
+VALIDATION_COUNTS = (
+    *(0, 0, 0, 0, 0, 19, 55, 78, 108, 136, 133, 99, 84, 65, 47, 42, 34, 27, 17, 25, 19, 8, 11, 9),
+    *(4, 2, 0, 4, 3, 6, 1, 1, 1, 3, 0, 2),
+)
+
 
 @dataclass(frozen=True)
 class Size:
-    """The shape of a model.
-
-    Attributes:
-        title: its name in the tables.
-        model_type: transformers' name of the architecture.
-        settings: what its published config.json says where that decides size, cost or memory.
-    """
+    """The shape of a model: its name in the tables, transformers' name of the architecture, its config's settings."""
 
     title: str
     model_type: str
     settings: dict[str, Any]
 
 
-_WIDTH = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "gelu"}
 _DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-_BERT = {**_WIDTH, **_DROPOUT, "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2}
-_ROBERTA = {
-    **_WIDTH,
-    **_DROPOUT,
-    "vocab_size": 50265,
-    "max_position_embeddings": 514,  # positions are counted from 2
-    "type_vocab_size": 1,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-}
+_WIDTH = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "gelu", **_DROPOUT}
+_BERT = {**_WIDTH, "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0}
+_ROBERTA = {**_WIDTH, "vocab_size": 50265, "type_vocab_size": 1, "pad_token_id": 1, "bos_token_id": 0}
+_ROBERTA |= {"eos_token_id": 2, "max_position_embeddings": 514}  # positions are counted from 2
 _DEBERTA = {
     **_WIDTH,
-    **_DROPOUT,
     "vocab_size": 128100,
     "max_position_embeddings": 512,
     "type_vocab_size": 0,
@@ -72,23 +68,13 @@ _DEBERTA = {
     "pooler_dropout": 0,
     "pad_token_id": 0,
 }
-_DISTILBERT = {
-    "vocab_size": 30522,
-    "max_position_embeddings": 512,
-    "dim": 768,
-    "n_layers": 6,
-    "n_heads": 12,
-    "hidden_dim": 3072,
-    "activation": "gelu",
-    "dropout": 0.1,
-    "attention_dropout": 0.1,
-    "seq_classif_dropout": 0.2,
-    "pad_token_id": 0,
-}
+_DISTILBERT = {"vocab_size": 30522, "max_position_embeddings": 512, "dim": 768, "n_layers": 6, "n_heads": 12}
+_DISTILBERT |= {"hidden_dim": 3072, "activation": "gelu", "dropout": 0.1, "attention_dropout": 0.1}
+_DISTILBERT |= {"seq_classif_dropout": 0.2, "pad_token_id": 0}
 
 SIZES: dict[str, tuple[Size, Size]] = {
     "bert": (
-        Size("BERT-base", "bert", {**_BERT, "num_hidden_layers": 12, "pad_token_id": 0}),
+        Size("BERT-base", "bert", {**_BERT, "num_hidden_layers": 12}),
         Size("DistilBERT", "distilbert", _DISTILBERT),
     ),
     "roberta": (
@@ -104,15 +90,9 @@ SIZES: dict[str, tuple[Size, Size]] = {
 
 
 def build_encoder(size: Size, *, seed: int = 0, device: str = "cpu") -> Encoder:
-    """Build a classifier of CoLA with random weights, as it is at the start of a training.
+    """Build a classifier of CoLA with random weights, as it is at the start of a training; `meta` takes no memory.
 
-    Args:
-        size: its shape.
-        seed: of the weights.
-        device: `meta` builds shapes without memory.
-
-    Returns:
-        The encoder in fp32; its tokenizer knows padding and nothing else.
+    Its tokenizer knows padding and nothing else.
     """
     config = AutoConfig.for_model(size.model_type, **size.settings)
     config.id2label, config.label2id = TASK.id2label, TASK.label2id
@@ -122,94 +102,60 @@ def build_encoder(size: Size, *, seed: int = 0, device: str = "cpu") -> Encoder:
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     # The published checkpoints hold the whole encoder, so only what stands beside it is fresh.
     fresh = fresh_modules(Loaded(model, frozenset(), frozenset()))
-    return Encoder(model.eval(), _padding_tokenizer(config.pad_token_id), fresh, size.title)
+    vocabulary = WordLevel({"[PAD]": config.pad_token_id, "[UNK]": 1 - config.pad_token_id}, unk_token="[UNK]")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary), pad_token="[PAD]", unk_token="[UNK]")
+    return Encoder(model.eval(), tokenizer, fresh, size.title)
 
 
-def build_adapted(size: Size, rank: int, *, seed: int = 0, device: str = "cpu") -> tuple[PeftModel, Encoder]:
-    """Build the same with LoRA on query and value.
-
-    Args:
-        size: the base's shape.
-        rank: of the adapters.
-        seed: of the weights.
-        device: `meta` builds shapes without memory.
-
-    Returns:
-        The PEFT model, and the encoder inside it.
-    """
+def build_model(size: Size, rank: int | None, *, seed: int = 0, device: str = "cpu") -> tuple[nn.Module, Encoder]:
+    """Build the model that is trained, with LoRA on query and value if there is a rank, and the encoder inside it."""
     encoder = build_encoder(size, seed=seed, device=device)
     with torch.device(device):
-        return add_adapter(encoder, LoraConfig(rank=rank), seed=seed), encoder
+        return encoder.model if rank is None else add_adapter(encoder, LoraConfig(rank=rank), seed=seed), encoder
 
 
-def count_adapted(size: Size, rank: int) -> ParameterCounts:
-    """Count the parameters of a model with LoRA, without making it.
-
-    Args:
-        size: the base's shape.
-        rank: of the adapters.
-    """
-    return count_parameters(build_adapted(size, rank, device="meta")[0])
+def count(size: Size, rank: int | None = None) -> ParameterCounts:
+    """Count the parameters of a model without making it."""
+    return count_parameters(build_model(size, rank, device="meta")[0])
 
 
-def count_plain(size: Size) -> ParameterCounts:
-    """Count the parameters of a model that is fine-tuned in full, without making it.
-
-    Args:
-        size: its shape.
-    """
-    return count_parameters(build_encoder(size, device="meta").model)
-
-
-def _padding_tokenizer(pad: int) -> PreTrainedTokenizerFast:
-    vocabulary = {"[PAD]": pad, "[UNK]": 1 - pad}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
+def lengths_of(counts: Sequence[int]) -> list[int]:
+    """Spell a table of lengths out: one length a sentence, in tokens, the shortest first."""
+    return [length for length, sentences in enumerate(counts) for _ in range(sentences)]
 
 
 def synthetic_rows(size: Size, lengths: Sequence[int], *, seed: int = 0, taught: bool = False) -> Tokenised:
-    """Draw examples of given lengths: random ids, labels and, for distillation, teacher logits.
-
-    Args:
-        size: gives the vocabulary, and whether the model takes token types.
-        lengths: tokens of each example.
-        seed: of the draw.
-        taught: add `teacher_logits`.
-    """
+    """Draw examples of given lengths: random ids, labels and, for distillation, teacher logits."""
     draw = np.random.default_rng(seed)
-    count = len(lengths)
+    rows = len(lengths)
     columns: dict[str, Any] = {
-        "id": [str(row) for row in range(count)],
+        "id": [str(row) for row in range(rows)],
         # Neither padding nor unknown: both are 0 or 1.
         "input_ids": [draw.integers(2, size.settings["vocab_size"], length).tolist() for length in lengths],
-        "length": [int(length) for length in lengths],
-        "label": draw.integers(0, TASK.num_labels, count).tolist(),
+        "length": list(lengths),
+        "label": draw.integers(0, TASK.num_labels, rows).tolist(),
     }
     if size.settings.get("type_vocab_size") == 2:
         columns["token_type_ids"] = [[0] * length for length in lengths]
     if taught:
-        columns["teacher_logits"] = draw.normal(size=(count, TASK.num_labels)).tolist()
+        columns["teacher_logits"] = draw.normal(size=(rows, TASK.num_labels)).tolist()
     return Tokenised(Dataset.from_dict(columns), truncated=0, max_length=MAX_LENGTH)
 
 
+def padded_tokens(lengths: Sequence[int]) -> int:
+    """Count the tokens of a batch, padding included."""
+    return len(lengths) * (-(-max(lengths) // PAD_MULTIPLE) * PAD_MULTIPLE)
+
+
 def widest_batch(lengths: Sequence[int], *, batch: int = BATCH) -> list[int]:
-    """Find the batch of an epoch that takes the most memory.
-
-    Args:
-        lengths: tokens of every training row.
-        batch: rows of an optimiser step.
-
-    Returns:
-        The lengths of its rows.
-    """
+    """Find the batch of an epoch that takes the most memory: the lengths of its rows."""
     batches = ([lengths[row] for row in rows] for rows in LengthBucketSampler(lengths, batch, seed=0))
     return max(batches, key=padded_tokens)
 
 
-def padded_tokens(lengths: Sequence[int]) -> int:
-    """Count the tokens of a batch, padding included.
-
-    Args:
-        lengths: of its rows.
-    """
-    return len(lengths) * (-(-max(lengths) // PAD_MULTIPLE) * PAD_MULTIPLE)
+def batches_to_run(lengths: Sequence[int], every: int) -> tuple[list[list[int]], float]:
+    """Cut a set into batches of like length, and take one of so many: their lengths, and their share of all tokens."""
+    ordered = sorted(lengths, reverse=True)
+    batches = [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
+    taken = batches[min(every // 2, len(batches) - 1) :: every]
+    return taken, sum(map(padded_tokens, taken)) / sum(map(padded_tokens, batches))

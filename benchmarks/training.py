@@ -14,35 +14,20 @@ import argparse
 import importlib.util
 import json
 import statistics
-import subprocess
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from kdlora.system.environment import collect_versions, describe_machine
+from harness import command_line, in_process, markdown, tell_machine
 
 EPOCHS = 3
+SIDES = ("ours", "ours: default recipe", "stock", "stock, online teacher", "ours: labelling")
 MEASURED = {
-    "cola": (
-        "ours",
-        "ours: default recipe",
-        "stock",
-        "stock bf16",
-        "stock, online teacher",
-        "stock, padded to 512",
-        "txtai, online teacher",
-        "ours: labelling",
-    ),
-    "mrpc": ("ours", "ours: default recipe", "stock", "stock bf16", "stock, online teacher", "ours: labelling"),
-    "long": ("ours", "ours: default recipe", "stock", "stock, online teacher", "ours: labelling"),
+    "cola": (*SIDES, "stock bf16", "stock, padded to 512", "txtai, online teacher", "ours: teacher", "stock: teacher"),
+    "mrpc": (*SIDES, "stock bf16"),
+    "long": SIDES,
     "wide": ("ours", "ours: LoRA on the teacher"),
 }
-TEACHER = ("ours: teacher", "stock: teacher")
 NEEDS = {"txtai, online teacher": "txtai"}
 """Packages of variants that are left out where they are not installed."""
 Figures = dict[tuple[str, str], dict[str, float]]
@@ -50,63 +35,39 @@ Figures = dict[tuple[str, str], dict[str, float]]
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio that we want to reach.
-
-    Attributes:
-        name: what is compared.
-        task: on which data.
-        at_least: the ratio.
-        figure: `rows_per_second` of `ours` over that of `other`, or `end to end`, or `memory` (then at most).
-        ours: variant of ours.
-        other: the variant that it is compared with.
-    """
+    """A ratio that we want to reach, of `speed` or `end to end` at least, of `memory` at most."""
 
     name: str
     task: str
     goal: float
-    ours: str
     other: str
     figure: str = "speed"
+    ours: str = "ours"
 
 
+ONLINE = "online teacher, 3 epochs with labelling"
 GOALS = (
-    Goal("stock Trainer, fp32, no teacher", "cola", 4.0, "ours", "stock"),
-    Goal("stock Trainer, fp32, no teacher", "mrpc", 2.5, "ours", "stock"),
-    Goal("stock Trainer, fp32, no teacher", "long", 1.8, "ours", "stock"),
-    Goal("stock Trainer, bf16, no teacher", "cola", 2.8, "ours", "stock bf16"),
-    Goal("stock Trainer, bf16, no teacher", "mrpc", 1.8, "ours", "stock bf16"),
-    Goal("online teacher, 3 epochs with labelling", "cola", 4.0, "ours", "stock, online teacher", "end to end"),
-    Goal("online teacher, 3 epochs with labelling", "mrpc", 4.0, "ours", "stock, online teacher", "end to end"),
-    Goal("online teacher, 3 epochs with labelling", "long", 4.0, "ours", "stock, online teacher", "end to end"),
-    Goal("txtai with a teacher, 3 epochs with labelling", "cola", 3.0, "ours", "txtai, online teacher", "end to end"),
-    Goal("padded to 512", "cola", 300.0, "ours", "stock, padded to 512"),
-    Goal("teacher fine-tuning, stock fp32", "cola", 1.7, "ours: teacher", "stock: teacher"),
-    Goal("memory, % of LoRA on the teacher", "wide", 40.0, "ours", "ours: LoRA on the teacher", "memory"),
+    *(Goal("stock Trainer, fp32, no teacher", *one, "stock") for one in (("cola", 4.0), ("mrpc", 2.5), ("long", 1.8))),
+    *(Goal("stock Trainer, bf16, no teacher", *one, "stock bf16") for one in (("cola", 2.8), ("mrpc", 1.8))),
+    *(Goal(ONLINE, task, 4.0, "stock, online teacher", "end to end") for task in ("cola", "mrpc", "long")),
+    Goal("txtai with a teacher, 3 epochs with labelling", "cola", 3.0, "txtai, online teacher", "end to end"),
+    Goal("padded to 512", "cola", 300.0, "stock, padded to 512"),
+    Goal("teacher fine-tuning, stock fp32", "cola", 1.7, "stock: teacher", ours="ours: teacher"),
+    Goal("memory, % of LoRA on the teacher", "wide", 40.0, "ours: LoRA on the teacher", "memory"),
 )
 
 
 def measure(options: argparse.Namespace, pair: str) -> Figures:
-    """Run every variant of a pair in turns."""
-    teacher, student = pair.split(":")
-    wanted = [(task, variant) for task in options.tasks for variant in MEASURED[task] if _is_there(variant)]
-    wanted += [("cola", variant) for variant in TEACHER if "cola" in options.tasks]
+    """Run every variant of a pair in turns, the median of each."""
+    models = dict(zip(("teacher", "student"), (str(options.models / name) for name in pair.split(":")), strict=True))
     found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-    for _ in range(options.rounds):
-        for task, variant in wanted:
-            work = {
-                "variant": variant,
-                "task": task,
-                "teacher": str(options.models / teacher),
-                "student": str(options.models / student),
-                "glue": str(options.glue),
-                "seconds": options.seconds,
-            }
-            result = _in_process(work)
-            print(f"{pair} {task:5} {variant:26} {result['rows_per_second']:9.1f} rows/s", flush=True)
-            found[task, variant].append(result)
-    return {
-        key: {name: statistics.median(r[name] for r in rounds) for name in rounds[0]} for key, rounds in found.items()
-    }
+    wanted = [(task, variant) for task in options.tasks for variant in MEASURED[task] if _is_there(variant)]
+    for task, variant in wanted * options.rounds:
+        work = {"variant": variant, "task": task, "glue": str(options.glue), "seconds": options.seconds, **models}
+        result = in_process(Path(__file__).with_name("training_variants.py"), work)
+        print(f"{pair} {task:5} {variant:26} {result['rows_per_second']:9.1f} rows/s", flush=True)
+        found[task, variant].append(result)
+    return {key: {name: statistics.median(r[name] for r in all_) for name in all_[0]} for key, all_ in found.items()}
 
 
 def _is_there(variant: str) -> bool:
@@ -115,15 +76,6 @@ def _is_there(variant: str) -> bool:
         return True
     print(f"{variant}: left out, for it needs {package}: pip install {package}", flush=True)
     return False
-
-
-def _in_process(work: dict[str, Any]) -> dict[str, float]:
-    script = Path(__file__).with_name("training_variants.py")
-    done = subprocess.run([sys.executable, str(script), json.dumps(work)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{work['variant']} on {work['task']} failed:\n{done.stderr[-2000:]}")
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
 
 
 def ratio(goal: Goal, found: Figures) -> float | None:
@@ -141,18 +93,16 @@ def ratio(goal: Goal, found: Figures) -> float | None:
 
 def show(pair: str, found: Figures) -> None:
     """Print the figures of a pair, and what they say about the goals."""
-    console = Console(width=120)
-    table = Table("data", "variant", "rows/s", "peak memory, MB", title=pair)
-    for (task, variant), figures in found.items():
-        table.add_row(task, variant, f"{figures['rows_per_second']:.1f}", f"{figures['peak_memory_bytes'] / 1e6:,.0f}")
-    console.print(table)
-    verdicts = Table("against", "data", "ratio", "goal", "")
+    rows = [
+        (*key, f"{one['rows_per_second']:,.1f}", f"{one['peak_memory_bytes'] / 1e6:,.0f}") for key, one in found.items()
+    ]
+    print(f"\n{pair}\n\n" + markdown(("data", "variant", "rows/s", "peak memory, MB"), rows, 2))
+    verdicts = []
     for goal in GOALS:
-        value = ratio(goal, found)
-        if value is not None:
+        if (value := ratio(goal, found)) is not None:
             good = value <= goal.goal if goal.figure == "memory" else value >= goal.goal
-            verdicts.add_row(goal.name, goal.task, f"{value:.2f}", f"{goal.goal:g}", "met" if good else "MISSED")
-    console.print(verdicts)
+            verdicts.append((goal.name, goal.task, f"{value:.2f}", f"{goal.goal:g}", "met" if good else "MISSED"))
+    print("\n" + markdown(("against", "data", "ratio", "goal", ""), verdicts, 2))
 
 
 def main(options: argparse.Namespace) -> None:
@@ -162,15 +112,13 @@ def main(options: argparse.Namespace) -> None:
         found = measure(options, pair)
         show(pair, found)
         everything[pair] = {f"{task}: {variant}": figures for (task, variant), figures in found.items()}
-    print(json.dumps({"machine": describe_machine(), "versions": collect_versions()}))
+    tell_machine()
     if options.out:
         options.out.write_text(json.dumps(everything, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--glue", type=Path, required=True)
+    parser = command_line(__doc__, "models", "glue")
     parser.add_argument("--pairs", nargs="+", default=["mpnet-base:minilm-l6", "minilm-l6:bert-tiny"])
     parser.add_argument("--tasks", nargs="+", default=list(MEASURED), choices=list(MEASURED))
     parser.add_argument("--seconds", type=float, default=20.0)

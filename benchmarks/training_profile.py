@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from harness import command_line, markdown
 from training_variants import Work, ours
 from transformers import TrainerCallback
 
@@ -28,8 +26,7 @@ SHOWN = 14
 class Steps(TrainerCallback):
     """Profiles, or times, some steps after the warm-up, and ends the training."""
 
-    def __init__(self, steps: int, profiler: torch.profiler.profile | None) -> None:
-        """Take what is measured with."""
+    def __init__(self, steps: int, profiler: torch.profiler.profile | None = None) -> None:
         self.steps, self.profiler = steps, profiler
         self.seconds = 0.0
 
@@ -50,30 +47,26 @@ def main(options: argparse.Namespace) -> None:
     """Profile and print."""
     teacher, student = (str(options.models / name) for name in options.pair.split(":"))
     work = Work("ours", options.task, teacher, student, str(options.glue), seconds=600.0)
-    plain = Steps(options.steps, None)
-    ours(work, [plain], options.recipe)
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    seen = Steps(options.steps, profiler)
-    ours(work, [seen], options.recipe)
+    plain, seen = Steps(options.steps), Steps(options.steps, profiler)
+    for steps in (plain, seen):
+        ours(work, recipe=options.recipe, callbacks=[steps])
     operations = sorted(profiler.key_averages(), key=lambda one: -one.self_cpu_time_total)
     total = 1e6 * seen.seconds
-    known = sum(one.self_cpu_time_total for one in operations)
-    rate = options.steps / plain.seconds
-    title = f"{options.pair}, {options.task}, {options.recipe}: {rate:.1f} steps/s"
-    table = Table("operation", "share", "calls a step", title=title)
-    for one in operations[:SHOWN]:
-        table.add_row(one.key, f"{100 * one.self_cpu_time_total / total:.1f}%", f"{one.count / options.steps:.1f}")
-    rest = sum(one.self_cpu_time_total for one in operations[SHOWN:])
-    table.add_row(f"{len(operations) - SHOWN} other operations", f"{100 * rest / total:.1f}%", "")
-    table.add_row("between operations", f"{100 * (total - known) / total:.1f}%", "")
-    Console(width=100).print(table)
-    print(f"with the profiler the steps took {seen.seconds / plain.seconds:.2f} times as long")
+    shares = [100 * one.self_cpu_time_total / total for one in operations]
+    rows = [
+        (one.key, f"{share:.1f}%", f"{one.count / options.steps:.1f}")
+        for one, share in zip(operations[:SHOWN], shares, strict=False)
+    ]
+    rows.append((f"{len(operations) - SHOWN} other operations", f"{sum(shares[SHOWN:]):.1f}%", ""))
+    rows.append(("between operations", f"{100 - sum(shares):.1f}%", ""))
+    print(f"{options.pair}, {options.task}, {options.recipe}: {options.steps / plain.seconds:.1f} steps/s\n")
+    print(markdown(("operation", "share", "calls a step"), rows))
+    print(f"\nwith the profiler the steps took {seen.seconds / plain.seconds:.2f} times as long")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--glue", type=Path, required=True)
+    parser = command_line(__doc__, "models", "glue")
     parser.add_argument("--pair", default="mpnet-base:minilm-l6")
     parser.add_argument("--task", default="cola", choices=("cola", "mrpc", "long", "wide"))
     parser.add_argument("--recipe", default="paper", choices=("paper", "default"))

@@ -13,14 +13,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from datasets import Dataset
 from peft import LoraConfig as PeftLoraConfig
@@ -35,14 +34,14 @@ from transformers import (
 )
 
 from kdlora.config import DataConfig, DistilConfig, LoraConfig, StudentTrainConfig, TaskConfig, TeacherTrainConfig
-from kdlora.data.batches import tokenise
+from kdlora.data.batches import Tokenised, tokenise
 from kdlora.data.load import Splits, load_splits
+from kdlora.data.tasks import Task
 from kdlora.defaults import RECIPES
 from kdlora.distil.inference import predict_logits
-from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_precision
 from kdlora.distil.session import TrainingOptions
-from kdlora.distil.train import train_model
+from kdlora.distil.train import TrainOutcome, train_model
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import load_encoder
 from kdlora.system.environment import forget_peak, read_memory
@@ -60,19 +59,15 @@ BARE: dict[str, Any] = {
     "dataloader_pin_memory": False,
 }
 """Trainer's arguments of every stock variant: nothing but training."""
+Speed = tuple[int, float]
+"""Rows, and the seconds that they took."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One measurement.
+    """One measurement: a key of `VARIANTS`, and folders of the large encoder, the small one and GLUE's files.
 
-    Attributes:
-        variant: a key of `VARIANTS`.
-        task: `cola`, `mrpc`, `long` (200 to 400 tokens) or `wide` (every row has 128 tokens).
-        teacher: folder of the large encoder.
-        student: folder of the small one.
-        glue: folder in GLUE's layout.
-        seconds: of training, at most; the last step is finished.
+    The task is `cola`, `mrpc`, `long` (200 to 400 tokens) or `wide` (every row has 128 tokens).
     """
 
     variant: str
@@ -92,7 +87,6 @@ class Budget(TrainerCallback):
     """Stops a training when its time is up, and times the loop."""
 
     def __init__(self, seconds: float) -> None:
-        """Allow so many seconds."""
         self.seconds = seconds
         self.start = self.end = 0.0
 
@@ -119,144 +113,75 @@ def load_rows(work: Work) -> Splits:
 def _joined(rows: Dataset, words: tuple[int, int]) -> Dataset:
     """Join neighbouring sentences into texts of so many words at least; a word is a token and a bit."""
     draw = np.random.default_rng(0)
-    texts, labels, ids, at = [], [], [], 0
+    found, at = [], 0
     sentences, classes = list(rows["text"]), list(rows["label"])
     for number in range(LONG_ROWS):
-        wanted, found = int(draw.integers(*words) * 0.85), []
-        while len(found) < wanted:
-            found += sentences[at % len(sentences)].split()
+        wanted, text = int(draw.integers(*words) * 0.85), []
+        while len(text) < wanted:
+            text += sentences[at % len(sentences)].split()
             at += 1
-        texts.append(" ".join(found[:wanted]))
-        labels.append(classes[at % len(classes)])
-        ids.append(str(number))
-    return Dataset.from_dict({"id": ids, "text": texts, "label": labels}).cast(rows.features)
+        found.append({"id": str(number), "text": " ".join(text[:wanted]), "label": classes[at % len(classes)]})
+    return Dataset.from_list(found).cast(rows.features)
 
 
-def invented_logits(splits: Splits) -> TeacherLogits:
-    """Give every training row some teacher logits: the work is the same whatever they say."""
-    values = np.random.default_rng(0).normal(size=(len(splits.train), splits.task.num_labels))
-    ids = pa.chunked_array([pa.array(list(splits.train["id"]))])
-    return TeacherLogits(ids, values.astype(np.float32), splits.task.label_names, "invented", {}, 0)
+def with_logits(rows: Dataset, labels: int) -> Dataset:
+    """Give every row some teacher logits: the work is the same whatever they say."""
+    values = np.random.default_rng(0).normal(size=(len(rows), labels)).astype(np.float32)
+    return rows.add_column("teacher_logits", list(values))
+
+
+def train_for(
+    seconds: float,
+    encoder: Any,
+    rows: Sequence[Tokenised],
+    task: Task,
+    settings: Any,
+    lora: LoraConfig | None,
+    options: dict[str, Any],
+) -> TrainOutcome:
+    """Train an encoder, or adapters of it, for a bounded time; rows to train on, and to validate on."""
+    model = encoder.model if lora is None else add_adapter(encoder, lora, seed=0)
+    callbacks = [Budget(seconds), *options.pop("callbacks", ())]
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = TrainingOptions(Path(folder), callbacks=callbacks, **options)
+        return train_model(model, encoder.tokenizer, *rows, task, settings, chosen)
 
 
 def ours(
-    work: Work, callbacks: Sequence[TrainerCallback] = (), recipe: Literal["paper", "default"] = "paper"
-) -> tuple[int, float]:
-    """Train the student with adapters on stored logits; the recipe says which adapters, loss and dropout."""
-    keys = RECIPES[recipe]
-    lora, distil = LoraConfig(**keys.get("lora", {})), DistilConfig(**{"loss": "mse"} | keys.get("distil", {}))
-    dropout = keys.get("student", {}).get("train", {}).get("dropout")
-    return _train_ours(work, work.student, lora=lora, distil=distil, dropout=dropout, callbacks=callbacks)
-
-
-def ours_lora_on_teacher(work: Work) -> tuple[int, float]:
-    """Train adapters of the large encoder, without a teacher."""
-    return _train_ours(work, work.teacher, lora=LoraConfig(), distil=None)
-
-
-def ours_teacher(work: Work) -> tuple[int, float]:
-    """Fine-tune the large encoder."""
-    return _train_ours(work, work.teacher, lora=None, distil=None)
-
-
-def _train_ours(
     work: Work,
-    source: str,
+    source: str = "student",
+    recipe: str = "",
     *,
-    lora: LoraConfig | None,
-    distil: DistilConfig | None,
-    dropout: float | None = None,
+    lora: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
-) -> tuple[int, float]:
-    splits = load_rows(work)
-    encoder = load_encoder(source, splits.task, seed=0)
-    model = encoder.model if lora is None else add_adapter(encoder, lora, seed=0)
-    rows = splits.train if distil is None else invented_logits(splits).attach(splits.train)
-    settings = (StudentTrainConfig if lora else TeacherTrainConfig)(epochs=50, batch_size=BATCH, dropout=dropout)
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = train_model(
-            model,
-            encoder.tokenizer,
-            tokenise(rows, encoder.tokenizer, work.max_length),
-            tokenise(splits.validation, encoder.tokenizer, work.max_length),
-            splits.task,
-            settings,
-            TrainingOptions(Path(folder), distil=distil, callbacks=[Budget(work.seconds), *callbacks]),
-        )
+) -> Speed:
+    """Train as kdlora does; a recipe says which adapters, loss and dropout of a student that stored logits teach."""
+    splits, keys = load_rows(work), dict(RECIPES).get(recipe, {})  # type: ignore[call-overload]
+    encoder = load_encoder(getattr(work, source), splits.task, seed=0)
+    train, distil = splits.train, None
+    if recipe:
+        train = with_logits(train, splits.task.num_labels)
+        distil = DistilConfig(**{"loss": "mse"} | keys.get("distil", {}))
+    settings = (StudentTrainConfig if lora else TeacherTrainConfig)(
+        epochs=50, batch_size=BATCH, dropout=keys.get("student", {}).get("train", {}).get("dropout")
+    )
+    rows = [tokenise(part, encoder.tokenizer, work.max_length) for part in (train, splits.validation)]
+    adapters = LoraConfig(**keys.get("lora", {})) if lora else None
+    options = {"distil": distil, "callbacks": callbacks}
+    outcome = train_for(work.seconds, encoder, rows, splits.task, settings, adapters, options)
     return outcome.examples, outcome.train_seconds
 
 
-def ours_labelling(work: Work) -> tuple[int, float]:
+def ours_labelling(work: Work) -> Speed:
     """Let the large encoder label rows, as `teacher_logits` does."""
     splits = load_rows(work)
     encoder = load_encoder(work.teacher, splits.task, seed=0)
-    count = len(splits.train) if work.task != "long" else 500
-    rows = splits.train.select(range(min(count, len(splits.train))))
+    rows = splits.train.select(range(min(500 if work.task == "long" else 20_000, len(splits.train))))
     start = time.perf_counter()
     tokens = tokenise(rows, encoder.tokenizer, work.max_length)
     precision, _ = resolve_precision("auto", "cpu")
     predict_logits(encoder.model, encoder.tokenizer, tokens, precision=precision, batch_tokens=16384)
     return len(rows), time.perf_counter() - start
-
-
-def stock(work: Work) -> tuple[int, float]:
-    """Transformers' Trainer with PEFT as most people run it: fp32, dynamic padding, no teacher."""
-    return _train_stock(work, work.student)
-
-
-def stock_bf16(work: Work) -> tuple[int, float]:
-    """The same with `bf16=True`."""
-    return _train_stock(work, work.student, bf16=True)
-
-
-def stock_padded(work: Work) -> tuple[int, float]:
-    """The same, every text padded to 512 tokens, as the paper's script does."""
-    return _train_stock(work, work.student, pad_to=512)
-
-
-def stock_teacher(work: Work) -> tuple[int, float]:
-    """Full fine-tuning of the large encoder with the stock Trainer, fp32."""
-    return _train_stock(work, work.teacher, lora=False)
-
-
-def stock_online(work: Work) -> tuple[int, float]:
-    """The stock Trainer with a teacher called in `compute_loss`; it reads its own token ids."""
-    return _train_stock(work, work.student, online=True)
-
-
-def txtai_online(work: Work) -> tuple[int, float]:
-    """HFTrainer of txtai with LoRA and a teacher, fp32; it gives the teacher the student's token ids."""
-    from txtai.pipeline.train import hftrainer
-
-    budget = Budget(work.seconds)
-    trainers: list[Trainer] = []
-
-    class Timed(hftrainer.DistillationTrainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, callbacks=[budget], **kwargs)
-            trainers.append(self)
-
-    hftrainer.DistillationTrainer = Timed  # HFTrainer takes no callbacks, and nothing else bounds its time
-    splits = load_rows(work)
-    texts = ("text", "text_pair") if "text_pair" in splits.train.column_names else ("text", None)
-    hftrainer.HFTrainer()(
-        work.student,
-        splits.train,
-        columns=(*texts, "label"),
-        maxlength=work.max_length,
-        lora={
-            "r": 8,
-            "lora_alpha": 16,
-            "lora_dropout": 0.05,
-            "target_modules": ["query", "value"],
-            "modules_to_save": ["classifier"],
-        },
-        teacher=work.teacher,
-        distillation=(2.0, 0.5),
-        learning_rate=LEARNING_RATE,
-        **BARE,
-    )
-    return trainers[0].state.global_step * BATCH, budget.end - budget.start
 
 
 class OnlineTrainer(Trainer):
@@ -276,36 +201,37 @@ class OnlineTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class TwoTokenizersCollator:
-    """Pads the student's and the teacher's token ids of a batch."""
+def two_tokenizers_collator(student: Any, teacher: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Pad the student's and the teacher's token ids of a batch."""
+    pads = {"": DataCollatorWithPadding(student), "teacher_": DataCollatorWithPadding(teacher)}
 
-    def __init__(self, student: Any, teacher: Any) -> None:
-        """Take both tokenizers."""
-        self.student, self.teacher = DataCollatorWithPadding(student), DataCollatorWithPadding(teacher)
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Pad."""
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         own = [{name: value for name, value in row.items() if not name.startswith("teacher_")} for row in rows]
         other = [{name[8:]: value for name, value in row.items() if name.startswith("teacher_")} for row in rows]
-        padded = self.teacher(other)
-        return {**self.student(own), **{f"teacher_{name}": value for name, value in padded.items()}}
+        padded = {prefix: pad(part) for (prefix, pad), part in zip(pads.items(), (own, other), strict=True)}
+        return {prefix + name: value for prefix, part in padded.items() for name, value in part.items()}
+
+    return collate
 
 
-def _train_stock(
-    work: Work, source: str, *, bf16: bool = False, pad_to: int | None = None, lora: bool = True, online: bool = False
-) -> tuple[int, float]:
+def stock(
+    work: Work,
+    source: str = "student",
+    *,
+    bf16: bool = False,
+    lora: bool = True,
+    online: bool = False,
+    pad: bool = False,
+) -> Speed:
+    """Train with transformers' Trainer and PEFT as most people do: fp32, dynamic padding, no teacher."""
     splits = load_rows(work)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(getattr(work, source))
+    model = AutoModelForSequenceClassification.from_pretrained(getattr(work, source), num_labels=2)
     if lora:
         targets = ["q", "v"] if model.config.model_type == "mpnet" else ["query", "value"]
-        model = get_peft_model(
-            model, PeftLoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
-        )
-    collator: Any = DataCollatorWithPadding(tokenizer)
-    if pad_to is not None:
-        collator = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=pad_to)
-    rows = _stock_rows(splits, tokenizer, work.max_length)
+        adapters = PeftLoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
+        model = get_peft_model(model, adapters)
+    padding = {"padding": "max_length", "max_length": 512} if pad else {}  # as the paper's script does
     budget = Budget(work.seconds)
     trainer = (OnlineTrainer if online else Trainer)(
         model,
@@ -316,8 +242,8 @@ def _train_stock(
             remove_unused_columns=not online,
             **BARE,
         ),
-        train_dataset=rows,
-        data_collator=collator,
+        train_dataset=_stock_rows(splits, tokenizer, work.max_length),
+        data_collator=DataCollatorWithPadding(tokenizer, **padding),
         callbacks=[budget],
     )
     if online:
@@ -325,35 +251,64 @@ def _train_stock(
         trainer.teacher = AutoModelForSequenceClassification.from_pretrained(work.teacher, num_labels=2).eval()
         seen = _stock_rows(splits, other, work.max_length).remove_columns("labels")
         for name in seen.column_names:
-            rows = rows.add_column(f"teacher_{name}", seen[name][:])
-        trainer.train_dataset, trainer.data_collator = rows, TwoTokenizersCollator(tokenizer, other)
+            trainer.train_dataset = trainer.train_dataset.add_column(f"teacher_{name}", seen[name][:])
+        trainer.data_collator = two_tokenizers_collator(tokenizer, other)
     trainer.train()
     return trainer.state.global_step * BATCH, budget.end - budget.start
 
 
 def _stock_rows(splits: Splits, tokenizer: Any, max_length: int) -> Dataset:
-    pair = "text_pair" in splits.train.column_names
-
-    def encode(rows: dict[str, Any]) -> Any:
-        texts = (rows["text"], rows["text_pair"]) if pair else (rows["text"],)
-        return tokenizer(*texts, truncation=True, max_length=max_length)
-
+    texts = [name for name in ("text", "text_pair") if name in splits.train.column_names]
     kept = splits.train.rename_column("label", "labels")
-    return kept.map(encode, batched=True, remove_columns=[name for name in kept.column_names if name != "labels"])
+    return kept.map(
+        lambda rows: tokenizer(*(rows[name] for name in texts), truncation=True, max_length=max_length),
+        batched=True,
+        remove_columns=[name for name in kept.column_names if name != "labels"],
+    )
 
 
-VARIANTS = {
-    "ours": ours,
+def txtai_online(work: Work) -> Speed:
+    """Train with txtai's HFTrainer, LoRA and a teacher, fp32; it gives the teacher the student's token ids."""
+    from txtai.pipeline.train import hftrainer
+
+    budget = Budget(work.seconds)
+    trainers: list[Trainer] = []
+
+    class Timed(hftrainer.DistillationTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, callbacks=[budget], **kwargs)
+            trainers.append(self)
+
+    hftrainer.DistillationTrainer = Timed  # HFTrainer takes no callbacks, and nothing else bounds its time
+    splits = load_rows(work)
+    texts = ("text", "text_pair") if "text_pair" in splits.train.column_names else ("text", None)
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["query", "value"]}
+    hftrainer.HFTrainer()(
+        work.student,
+        splits.train,
+        columns=(*texts, "label"),
+        maxlength=work.max_length,
+        lora=lora | {"modules_to_save": ["classifier"]},
+        teacher=work.teacher,
+        distillation=(2.0, 0.5),
+        learning_rate=LEARNING_RATE,
+        **BARE,
+    )
+    return trainers[0].state.global_step * BATCH, budget.end - budget.start
+
+
+VARIANTS: dict[str, Callable[[Work], Speed]] = {
+    "ours": partial(ours, recipe="paper"),
     "ours: default recipe": partial(ours, recipe="default"),
-    "ours: LoRA on the teacher": ours_lora_on_teacher,
-    "ours: teacher": ours_teacher,
+    "ours: LoRA on the teacher": partial(ours, source="teacher"),
+    "ours: teacher": partial(ours, source="teacher", lora=False),
     "ours: labelling": ours_labelling,
     "stock": stock,
-    "stock bf16": stock_bf16,
-    "stock, online teacher": stock_online,
-    "stock, padded to 512": stock_padded,
+    "stock bf16": partial(stock, bf16=True),
+    "stock, online teacher": partial(stock, online=True),
+    "stock, padded to 512": partial(stock, pad=True),
+    "stock: teacher": partial(stock, source="teacher", lora=False),
     "txtai, online teacher": txtai_online,
-    "stock: teacher": stock_teacher,
 }
 
 

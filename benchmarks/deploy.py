@@ -11,7 +11,6 @@ plain export with the default dynamic quantisation, padded batches of 32 in file
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -22,8 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from harness import command_line, markdown, tell_machine
 
 from kdlora.config import DataConfig, TaskConfig, TeacherTrainConfig
 from kdlora.data.load import Splits, load_splits
@@ -198,21 +196,15 @@ def main(options: argparse.Namespace) -> None:
     found = ratios(result, compare_with_plain_runtime(options, splits, student, exported), cold_start(exported))
     write_json_atomic(options.out / "deploy.json", {**asdict(result), "ratios": found})
     plot_benchmark(result, options.out / "deploy.svg")
-    header, rows = result.table()
-    table = Table(*header, title=f"{result.texts} texts of SST-2, {result.threads} threads, {result.rounds} rounds")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=160).print(table)
+    print(f"{result.texts} texts of SST-2, {result.threads} threads, {result.rounds} rounds")
+    print(markdown(*result.table()))
     for name, (side, goal) in GOALS.items():
         good = found[name] >= goal if side == "at least" else found[name] <= goal
         print(f"{'met ' if good else 'MISSED'} {name}: {found[name]:.2f} ({side} {goal:g})")
-    print(json.dumps(result.machine))
+    tell_machine()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--glue", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = command_line(__doc__, "models", "glue", "out")
     parser.add_argument("--rounds", type=int, default=5)
     main(parser.parse_args())

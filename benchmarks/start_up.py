@@ -9,7 +9,6 @@ stored logits, from the start of the process: imports, data, fork server, teache
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -18,10 +17,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from kdlora.system.environment import collect_versions, describe_machine
+import pandas as pd
+from harness import command_line, tell_machine
 
 GOALS = {"kdlora --help": 0.3, "kdlora validate": 1.0, "kdlora run, until the first step": None}
 FIRST_STEP = """
@@ -76,15 +73,12 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         config = folder / "config.yaml"
-        config.write_text(
-            f"task: {{name: mrpc}}\ndata: {{path: {options.glue}}}\n"
-            f"teacher: {{model: {options.models / options.student}}}\n"
-            f"student: {{model: {options.models / options.student}}}\n",
-            encoding="utf-8",
-        )
+        model = options.models / options.student
+        both = f"teacher: {{model: {model}}}\nstudent: {{model: {model}}}\n"
+        config.write_text(f"task: {{name: mrpc}}\ndata: {{path: {options.glue}}}\n{both}")
         values = np.random.default_rng(0).normal(size=(2, 4000)).astype(np.float32)
-        names = {"id": [str(row) for row in range(4000)], "not_equivalent": values[0], "equivalent": values[1]}
-        pq.write_table(pa.table(names), folder / "logits.parquet")
+        table = {"id": [str(row) for row in range(4000)], "not_equivalent": values[0], "equivalent": values[1]}
+        pd.DataFrame(table).to_parquet(folder / "logits.parquet")
         calls = {
             "kdlora --help": lambda: seconds_of([program, "--help"]),
             "kdlora validate": lambda: seconds_of([program, "validate", str(config)]),
@@ -96,13 +90,11 @@ def main(options: argparse.Namespace) -> None:
             goal = GOALS[name]
             verdict = "" if goal is None else f" ({'met' if median <= goal else 'MISSED'}: under {goal:g} s)"
             print(f"{name}: {median:.2f} s{verdict}", flush=True)
-    print(json.dumps({"machine": describe_machine(), "versions": collect_versions()}))
+    tell_machine()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--glue", type=Path, required=True)
+    parser = command_line(__doc__, "models", "glue")
     parser.add_argument("--student", default="minilm-l6")
     parser.add_argument("--rounds", type=int, default=3)
     main(parser.parse_args())

@@ -133,8 +133,8 @@ def conditions_text(results: Results, options: argparse.Namespace) -> str:
         "Random weights at the published sizes, random token ids with the lengths of CoLA's sentences, two labels.",
         f"**Memory:** {options.steps} optimiser steps (AdamW, batch {BATCH}) on the widest batch of an epoch "
         f"({batch} tokens with padding), in a process of its own each; peak of {counter}.",
-        f"**Time:** one warm-up and {options.runs} timed run(s) over one of {options.every} batches of {BATCH} sentences"
-        " of like length, scaled by tokens; the methods take turns in one process; tokenising left out."
+        f"**Time:** one warm-up and {options.runs} timed run(s) over one of {options.every} batches of {BATCH} rows"
+        " of like length, scaled by tokens; methods take turns in one process; tokenising left out."
         + _warning(timings, options.device),
         f"**Precision:** fp32 as in the paper, and kdlora's default here: {options.precision}, as {options.reason}.",
         f"**Device:** {options.device}, {', '.join(str(timing.threads) for timing in timings[:1])} thread(s). "

@@ -10,16 +10,15 @@ optimiser steps. The figure is the record's rows per second of the training loop
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import yaml
+from harness import command_line, tell_machine
 
 from kdlora.evidence.records import ExperimentLayout, read_record
-from kdlora.system.environment import collect_versions, describe_machine
 
 ARMS = ("fft", "lora", "student-fft", "kd-lora")
 BATCH = 32
@@ -62,13 +61,11 @@ def main(options: argparse.Namespace) -> None:
     for arm in options.arms:
         alone, both = (max(turn[arm] for turn in found[key]) for key in ("one", "two"))
         print(f"{arm:12} one process {alone:7.1f} rows/s, two {both:7.1f} rows/s: {both / alone:.2f} times")
-    print(json.dumps({"rounds": found, "machine": describe_machine(), "versions": collect_versions()}))
+    tell_machine()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--glue", type=Path, required=True)
+    parser = command_line(__doc__, "models", "glue")
     parser.add_argument("--rows", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--precision", default="auto")

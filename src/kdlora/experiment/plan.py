@@ -76,7 +76,7 @@ class PlannedRun:
     @property
     def key(self) -> str:
         """Name the run's own folder, relative to the suite's."""
-        return Path(self.folder, "runs", f"{self.arm}-seed{self.seed}").as_posix()
+        return f"{self.folder}/runs/{self.arm}-seed{self.seed}".removeprefix("/")
 
     def layout(self, root: Path) -> ConfigurationLayout:
         """Name the files of the configuration."""

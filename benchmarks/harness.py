@@ -1,4 +1,4 @@
-"""What the benchmarks share: command line, a process of its own for a figure, Markdown tables, the name of the machine."""
+"""What the benchmarks share: command line, processes, paired predictions, Markdown tables, the name of the machine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdlora.data.tasks import Task
+from kdlora.evidence.predictions import Predictions
+from kdlora.evidence.stats import PairedArms
+from kdlora.report.findings import align
 from kdlora.system.environment import collect_versions, describe_machine
 
 
@@ -40,3 +44,15 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], texts: int
 def tell_machine() -> None:
     """Print machine and versions, without which no figure is worth anything."""
     print(json.dumps({"machine": describe_machine(), "versions": collect_versions()}))
+
+
+def pair_up(task: Task, first: Mapping[int, Predictions], second: Mapping[int, Predictions]) -> PairedArms | None:
+    """Bring two sides together, seed by seed and row by row; None where no seed is on both."""
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return None
+    aligned = align([side[seed] for side in (first, second) for seed in seeds])
+    if aligned is None or aligned[0].labels is None:
+        raise SystemExit("two sides of a contrast have other rows")
+    logits = [one.logits for one in aligned]
+    return PairedArms(task, aligned[0].labels, logits[: len(seeds)], logits[len(seeds) :])

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from harness import command_line
 from strangers_data import write_sets
 from strangers_plan import Job, Plan, configure, plan_jobs, read_plan
 
@@ -44,37 +45,21 @@ class TimeIsUp(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Workshop:
-    """A prepared folder.
-
-    Attributes:
-        out: the folder.
-        plan: what is measured.
-        models: where the pretrained encoders lie.
-    """
+    """A prepared folder: what is measured, and where the pretrained encoders lie."""
 
     out: Path
     plan: Plan
     models: Path
 
-    def folder(self, job: Job) -> Path:
-        """Name the experiment's folder."""
-        return self.out / "runs" / job.name
-
-    def file(self, job: Job, suffix: str) -> Path:
-        """Name a file beside the experiment's folder."""
-        return self.folder(job).with_name(self.folder(job).name + suffix)
+    def folder(self, job: Job, suffix: str = "") -> Path:
+        """Name the experiment's folder, or a file beside it."""
+        return self.out / "runs" / (job.name + suffix)
 
     def state(self, job: Job) -> dict[str, Any]:
         """Say how far an experiment is; `seconds` counts every attempt."""
-        file = self.file(job, ".json")
-        if not file.exists():
-            return {"finished": False, "seconds": 0.0, "notes": []}
-        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return state
-
-    def save_state(self, job: Job, state: dict[str, Any]) -> None:
-        """Remember how far an experiment is."""
-        write_json_atomic(self.file(job, ".json"), state)
+        file = self.folder(job, ".json")
+        nothing = {"finished": False, "seconds": 0.0, "notes": []}
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else nothing
 
     def cost(self, job: Job) -> int:
         """Compare sets by training text and teacher, so that the cheapest come first."""
@@ -110,17 +95,18 @@ def run(options: argparse.Namespace) -> int:
     for what, known in (("sets", shop.plan.sets), ("pairs", shop.plan.pairs), ("settings", shop.plan.settings)):
         if unknown := set(getattr(options, what) or ()) - set(known):
             raise SystemExit(f"--{what}: no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    asked = (options.pairs, options.sets, options.settings)
     jobs = [
         job
         for job in plan_jobs(shop.plan)
-        if (not options.sets or job.dataset in options.sets)
-        and (not options.pairs or job.pair in options.pairs)
-        and (not options.settings or job.settings in options.settings)
+        if all(
+            not names or name in names for name, names in zip((job.pair, job.dataset, job.settings), asked, strict=True)
+        )
     ]
     failed = left = False
     for job in sorted(jobs, key=shop.cost):
         shop.folder(job).parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(Timeout), FileLock(shop.file(job, ".lock")).acquire(timeout=0):
+        with contextlib.suppress(Timeout), FileLock(shop.folder(job, ".lock")).acquire(timeout=0):
             if not shop.state(job)["finished"] and time.monotonic() < end:
                 failed |= not carry_out(shop, job, end)
         left |= not shop.state(job)["finished"]
@@ -161,7 +147,7 @@ def carry_out(shop: Workshop, job: Job, end: float) -> bool:
     except KdLoraError as error:
         faults = [str(error)]
     state["seconds"] += time.monotonic() - start
-    shop.save_state(job, state)
+    write_json_atomic(shop.folder(job, ".json"), state)
     if state["finished"]:
         remove_weights(ExperimentLayout(folder))
     print(f"{job.name}: {state['seconds']:.0f} s{'' if state['finished'] else ', not finished'}", *faults, sep="\n  ")
@@ -195,24 +181,24 @@ def report(options: argparse.Namespace) -> int:
 
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     verbs = parser.add_subparsers(required=True)
-    verb = verbs.add_parser("prepare")
-    verb.set_defaults(action=prepare)
-    verb.add_argument("--plan", type=Path, default=Path(__file__).with_suffix(".yaml"))
-    for name in ("data", "models", "out"):
-        verb.add_argument(f"--{name}", type=Path, required=True)
-    verb = verbs.add_parser("run")
-    verb.set_defaults(action=run)
-    verb.add_argument("--out", type=Path, required=True)
-    for name in ("sets", "pairs", "settings"):
-        verb.add_argument(f"--{name}", nargs="+")
-    verb.add_argument("--minutes", type=float, default=1e6)
-    verb = verbs.add_parser("report")
-    verb.set_defaults(action=report)
-    for name in ("out", "keep", "kept"):
-        verb.add_argument(f"--{name}", type=Path)
-    verb.add_argument("--draws", type=int, default=2_000)
+    places: dict[str, Any] = {"type": Path, "required": True}
+    for action, names in ((prepare, ("data", "models", "out")), (run, ("out",)), (report, ())):
+        verb = verbs.add_parser(action.__name__)
+        verb.set_defaults(action=action)
+        for name in names:
+            verb.add_argument(f"--{name}", **places)
+        if action is prepare:
+            verb.add_argument("--plan", type=Path, default=Path(__file__).with_suffix(".yaml"))
+        elif action is run:
+            for name in ("sets", "pairs", "settings"):
+                verb.add_argument(f"--{name}", nargs="+")
+            verb.add_argument("--minutes", type=float, default=1e6)
+        else:
+            for name in ("out", "keep", "kept"):
+                verb.add_argument(f"--{name}", type=Path)
+            verb.add_argument("--draws", type=int, default=2_000)
     return parser.parse_args(arguments)
 
 

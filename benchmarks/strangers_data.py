@@ -16,13 +16,7 @@ Row = dict[str, str]
 
 
 def write_sets(plan: Plan, sources: Sequence[Path], folder: Path) -> None:
-    """Write each set's training files, test file and the like; the same plan gives the same bytes.
-
-    Args:
-        plan: declares the sets.
-        sources: folders that the sources' paths start from.
-        folder: gets a folder for each set.
-    """
+    """Write each set's training files, test file and the like; the same plan gives the same bytes."""
     for name, own in plan.sets.items():
         train = _read(own, own.train, sources)
         if own.test is None:
@@ -97,7 +91,8 @@ def _draw(own: DataSet, rows: list[Row], limit: int | None, seed: int) -> list[i
     if limit is None or limit >= len(rows):
         return list(range(len(rows)))
     labels = [row[own.label] for row in rows]
-    classes = None if all(map(_is_number, labels)) else np.unique(labels, return_inverse=True)[1]
+    numbers = all(isinstance(_number_or_text(label), float) for label in labels)
+    classes = None if numbers else np.unique(labels, return_inverse=True)[1]
     return [int(row) for row in split_rows(len(rows), limit / len(rows), seed, classes)[1]]
 
 
@@ -113,10 +108,6 @@ def _write(file: Path, own: DataSet, rows: list[Row]) -> None:
         for row in rows:
             values = {name: _number_or_text(row[name]) if name == own.label else row[name] for name in columns}
             out.write(json.dumps(values, ensure_ascii=False) + "\n")
-
-
-def _is_number(text: str) -> bool:
-    return isinstance(_number_or_text(text), float)
 
 
 def _number_or_text(text: str) -> float | str:

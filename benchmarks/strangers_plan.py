@@ -149,22 +149,17 @@ def configure(plan: Plan, job: Job, out: Path, models: Path) -> Config:
     pair, dataset, settings = plan.pairs[job.pair], plan.sets[job.dataset], plan.settings[job.settings]
     run: dict[str, Any] = {"seeds": list(pair.seeds or plan.seeds)}
     if settings.arms is not None:
-        run["arms"] = [arm for arm in settings.arms if arm in ARMS or arm != "words"]  # not every version has words
+        run["arms"] = list(settings.arms)
     data = {"train": dataset.train_file(dataset.limit(pair.rows)), "test": f"test.{dataset.format}"}
     if dataset.validation is not None:
         data["validation"] = f"validation.{dataset.format}"
     student = (
         {"model": str(models / pair.student)} if pair.student else {"from_teacher_layers": list(pair.layers or ())}
     )
-    values: dict[str, Any] = {
-        "task": {"text": dataset.text, "label": dataset.label, "kind": dataset.kind},
-        "data": data,
-        "teacher": {"model": str(models / pair.teacher)},
-        "student": student,
-        "run": run,
-    }
+    teacher = {"model": str(models / pair.teacher)}
     if settings.teacher_of is not None:
-        teacher = out / "runs" / Job(job.pair, job.dataset, settings.teacher_of).name / "teacher"
-        values["teacher"]["fine_tuned"] = str(teacher)
+        teacher["fine_tuned"] = str(out / "runs" / Job(job.pair, job.dataset, settings.teacher_of).name / "teacher")
+    task = {"text": dataset.text, "label": dataset.label, "kind": dataset.kind}
+    values: dict[str, Any] = {"task": task, "data": data, "teacher": teacher, "student": student, "run": run}
     merge(values, copy.deepcopy(settings.config))
     return build_config(values, [f"{key}={value}" for key, value in job.point], base=out / "data" / job.dataset)

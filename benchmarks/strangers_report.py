@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import markdown, pair_up
 from sklearn.metrics import f1_score
 from strangers_plan import Job, Plan, plan_jobs
 
@@ -17,7 +18,6 @@ from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.predictions import Predictions, read_predictions
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_results
 from kdlora.evidence.stats import PairedArms, contrast, mean_sd
-from kdlora.report.findings import align
 from kdlora.report.wording import signed
 
 Figures = dict[str, Any]
@@ -32,14 +32,7 @@ WARNED = re.compile(r"teacher\b.*\b(no better|not better|worse|weaker|below|does
 
 
 def collect(plan: Plan, out: Path, states: Mapping[Job, Figures], draws: int) -> Figures:
-    """Gather what is kept of a measurement: scores, seconds and contrasts, but no predictions.
-
-    Args:
-        plan: what is measured.
-        out: the prepared folder.
-        states: how far each experiment is.
-        draws: of the bootstrap over rows.
-    """
+    """Gather what is kept of a measurement: scores, seconds and contrasts, but no predictions."""
     cells: dict[tuple[str, str], Figures] = {}
     pairs: dict[tuple[str, str, str], list[PairedArms]] = {}
     jobs = list(plan_jobs(plan))
@@ -51,8 +44,11 @@ def collect(plan: Plan, out: Path, states: Mapping[Job, Figures], draws: int) ->
         for name, own in plan.contrasts.items():
             sides = [_best_side(cell, names) for names in (own.first, own.second)]
             if None not in sides:
-                paired, seeds = _pair(*(runs[str(side)] for side in sides))
-                kept = {"first": sides[0], "second": sides[1], "seeds": seeds}
+                first, second = ({record.seed: found for record, found in runs[str(side)]} for side in sides)
+                paired = pair_up(Task.from_dict(runs[str(sides[0])][0][0].task), first, second)
+                if paired is None:
+                    continue
+                kept = {"first": sides[0], "second": sides[1], "seeds": len(paired.first)}
                 cells[pair, dataset]["contrasts"][name] = _estimate([paired], draws, 0.95) | kept
                 pairs.setdefault((pair, plan.sets[dataset].half, name), []).append(paired)
     levels = {"reported": 1 - 0.05 / count_claims(plan)}
@@ -118,18 +114,6 @@ def _best_side(cell: Figures, names: Sequence[str]) -> str | None:
     return max(sides, key=lambda side: float(np.mean([run["test"] for run in cell["sides"][side]])))
 
 
-def _pair(first: Runs, second: Runs) -> tuple[PairedArms, int]:
-    """Bring two sides together, seed by seed and row by row."""
-    one, other = ({record.seed: found for record, found in runs} for runs in (first, second))
-    seeds = sorted(one.keys() & other.keys())
-    aligned = align([side[seed] for side in (one, other) for seed in seeds])
-    if aligned is None or aligned[0].labels is None:
-        raise SystemExit(f"{first[0][0].experiment}: {first[0][0].arm} and {second[0][0].arm} have other test rows")
-    logits = [found.logits for found in aligned]
-    task = Task.from_dict(first[0][0].task)
-    return PairedArms(task, aligned[0].labels, logits[: len(seeds)], logits[len(seeds) :]), len(seeds)
-
-
 def _estimate(pairs: Sequence[PairedArms], draws: int, level: float) -> Figures:
     found = contrast(pairs, draws=draws, level=level)
     return {"difference": found.difference, "low": found.low, "high": found.high, "level": level, "sets": len(pairs)}
@@ -152,23 +136,21 @@ def render(figures: Figures) -> str:
         pair, own = plan.pairs[name], [cell for cell in cells if cell["pair"] == name]
         student = pair.student or f"a student of its layers {', '.join(map(str, pair.layers or ()))}"
         means = [mean for mean in figures["means"] if mean["pair"] == name]
-        lines += ["", f"### {name}: {pair.teacher} teaches {student}", "", *_score_table(own), ""]
-        lines += _contrast_table(plan, own, means)
-    lines += ["", "### Goals", "", *_goal_table(plan, figures), ""]
+        lines += ["", f"### {name}: {pair.teacher} teaches {student}", "", _score_table(own), ""]
+        lines.append(_contrast_table(plan, own, means))
+    lines += ["", "### Goals", "", _goal_table(plan, figures), ""]
     lines.append(_LEGEND.format(count_claims(plan), 100 - 5 / count_claims(plan)))
     return "\n".join(lines)
 
 
-def _score_table(cells: Sequence[Figures]) -> list[str]:
+def _score_table(cells: Sequence[Figures]) -> str:
     sides = list(dict.fromkeys(side for cell in cells for side in cell["sides"]))
-    lines = [f"| set | half | kind | train / test | {' | '.join(map(_short, sides))} |"]
-    lines.append("|---" * (4 + len(sides)) + "|")
+    lines = []
     for cell in cells:
         kind = cell["kind"] if cell["kind"] == "regression" else f"{cell['labels']} classes"
         rows = f"{cell['rows']['train']:,} / {cell['rows']['test']:,}"
-        scores = " | ".join(_scores(cell, side) for side in sides)
-        lines.append(f"| {cell['set']} | {cell['half']} | {kind} | {rows} | {scores} |")
-    return lines
+        lines.append((cell["set"], cell["half"], kind, rows, *(_scores(cell, side) for side in sides)))
+    return markdown(("set", "half", "kind", "train / test", *map(_short, sides)), lines, 4 + len(sides))
 
 
 def _short(side: str) -> str:
@@ -190,20 +172,20 @@ def _scores(cell: Figures, side: str) -> str:
     return f"{found.mean:.1f}{spread}" + (f" ({', '.join(extra)})" if extra else "")
 
 
-def _contrast_table(plan: Plan, cells: Sequence[Figures], means: Sequence[Figures]) -> list[str]:
-    lines = [f"| set | shipped | {' | '.join(plan.contrasts)} | all, s |", "|---" * (3 + len(plan.contrasts)) + "|"]
+def _contrast_table(plan: Plan, cells: Sequence[Figures], means: Sequence[Figures]) -> str:
+    lines: list[Sequence[str]] = []
     for cell in cells:
         experiments = cell["experiments"].values()
         shipped = next((f"`{own['shipped'][0]}`" for own in experiments if own["shipped"]), "–")
         seconds = sum(own["seconds"] for own in experiments)
         found = [_difference(cell["contrasts"].get(name)) for name in plan.contrasts]
-        lines.append(f"| {cell['set']} | {shipped} | {' | '.join(found)} | {seconds:,.0f} |")
+        lines.append((cell["set"], shipped, *found, f"{seconds:,.0f}"))
     for half in HALVES:
         own = {mean["contrast"]: mean for mean in means if mean["half"] == half}
         if own:
-            cells_of_half = " | ".join(_difference(own.get(name)) for name in plan.contrasts)
-            lines.append(f"| **mean of {half}** | | {cells_of_half} | |")
-    return lines
+            lines.append((f"**mean of {half}**", "", *(_difference(own.get(name)) for name in plan.contrasts), ""))
+    header = ("set", "shipped", *plan.contrasts, "all, s")
+    return markdown(header, lines, len(header))
 
 
 def _difference(one: Figures | None) -> str:
@@ -215,23 +197,23 @@ def _difference(one: Figures | None) -> str:
     return text + (", n = 1" if one.get("seeds") == 1 else "")
 
 
-def _goal_table(plan: Plan, figures: Figures) -> list[str]:
-    lines = [f"| goal | pair | {' | '.join(HALVES)} | met, by the reported sets |", "|---" * 5 + "|"]
+def _goal_table(plan: Plan, figures: Figures) -> str:
+    lines = []
     for pair in plan.pairs:
         tuning, reported = (_judge(figures, pair, half) for half in HALVES)
         for goal, (text, met) in reported.items():
             if text != "–" or tuning[goal][0] != "–":
-                lines.append(f"| {goal} | {pair} | {tuning[goal][0]} | {text} | {_verdict(met)} |")
+                lines.append((goal, pair, tuning[goal][0], text, _verdict(met)))
     for cell in figures["cells"]:
         kd, full = (cell["sides"].get(name) for name in ("default/kd-lora", "student-fft/student-fft"))
         if cell["half"] == "guard" and kd and full:
             share = np.mean([run["test"] for run in kd]) / np.mean([run["test"] for run in full])
             goal = f"{cell['set']}: `kd-lora` has at least 90% of `student-fft`"
-            lines.append(f"| {goal} | {cell['pair']} | | {100 * share:.1f}% | {_verdict(share >= 0.9)} |")
+            lines.append((goal, cell["pair"], "", f"{100 * share:.1f}%", _verdict(share >= 0.9)))
         if plain := cell["experiments"].get("plain"):
             goal, seconds = f"{cell['set']}: all of `kdlora run` in 300 s", plain["seconds"]
-            lines.append(f"| {goal} | {cell['pair']} | | {seconds:.0f} s | {_verdict(seconds <= 300)} |")
-    return lines
+            lines.append((goal, cell["pair"], "", f"{seconds:.0f} s", _verdict(seconds <= 300)))
+    return markdown(("goal", "pair", *HALVES, "met, by the reported sets"), lines, 5)
 
 
 def _verdict(met: bool | None) -> str:
@@ -247,24 +229,25 @@ def _judge(figures: Figures, pair: str, half: str) -> dict[str, tuple[str, bool 
     below = [cell["set"] for cell, one in _of(cells, "students") if one["difference"] < -0.5 and one["high"] < 0]
     several = all(one["seeds"] > 1 for cell in cells for one in cell["contrasts"].values())
     unsaid = [cell["set"] for cell, one in _of(cells, "teacher") if one["high"] < 0 and not _was_said(cell)]
-    judged = {
+    students, teacher = _of(cells, "students"), _of(cells, "teacher")
+    judged: dict[str, tuple[str, bool] | None] = {
         "`kd-lora` below the better other student by more than 0.5, where the interval tells: no set": (
-            (", ".join(below) or "none", not below) if _of(cells, "students") else ("–", None)
+            (", ".join(below) or "none", not below) if students else None
         ),
         "distillation alone: mean at least +2, interval above 0": (
-            ("–", None) if gain is None else (_difference(gain), gain["difference"] >= 2 and gain["low"] > 0)
+            (_difference(gain), gain["difference"] >= 2 and gain["low"] > 0) if gain else None
         ),
         "distillation alone: least gain of a set at least −0.5": (
-            ("–", None) if least is None else (signed(least), least >= -0.5)
+            (signed(least), least >= -0.5) if least is not None else None
         ),
         "teacher below the best student, and it was not said beforehand: no set": (
-            (", ".join(unsaid) or "none", not unsaid) if _of(cells, "teacher") else ("–", None)
+            (", ".join(unsaid) or "none", not unsaid) if teacher else None
         ),
         "mean regret of what ships at most 0.2": (
-            ("–", None) if regret is None else (f"{-regret['difference']:.2f}", regret["difference"] >= -0.2)
+            (f"{-regret['difference']:.2f}", regret["difference"] >= -0.2) if regret else None
         ),
     }
-    return {goal: (text, met if several else None) for goal, (text, met) in judged.items()}
+    return {goal: (found[0], found[1] if several else None) if found else ("–", None) for goal, found in judged.items()}
 
 
 def _of(cells: Sequence[Figures], contrast_name: str) -> list[tuple[Figures, Figures]]:

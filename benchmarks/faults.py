@@ -1,9 +1,8 @@
-"""Break kdlora for a long time: kill it in every stage, let processes fight for a folder, fuzz its readers, run on.
+"""Break kdlora for a long time: kill it in every stage, let processes fight for a folder, fuzz its readers.
 
     python benchmarks/faults.py kill  --out DIR --kills 50      # SIGKILL, SIGTERM, Ctrl-C at moments chosen by a seed
     python benchmarks/faults.py share --out DIR --rounds 20     # two processes on one folder, under load
     python benchmarks/faults.py fuzz  --out DIR --minutes 5     # needs: pip install atheris
-    python benchmarks/faults.py last  --out DIR                 # 200 epochs, and 20 experiments in one process
     python benchmarks/faults.py summary --out DIR
 
 Each part adds lines of JSON to `DIR/<part>.jsonl` and goes on where it stopped; `--seconds` bounds one call.
@@ -17,7 +16,6 @@ import json
 import random
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,11 +31,6 @@ from kill_driver import Attempt, Blow, differences, repeated_stages, run_command
 
 import tiny
 from experiments import Workshop
-from kdlora.config import TeacherTrainConfig
-from kdlora.data.load import load_splits
-from kdlora.experiment.arms import train_teacher
-from kdlora.experiment.run import run_experiment
-from kdlora.system.environment import read_memory
 
 SIGNALS = (signal.SIGKILL,) * 5 + (signal.SIGTERM,) * 3 + (signal.SIGINT,) * 2
 TRAINING = {"epochs": 30, "batch_size": 8, "learning_rate": 2e-3, "select": "best"}
@@ -138,43 +131,6 @@ def draw_blow(
     return Blow(stage, draw.uniform(0.0, 0.9) * timings[stage], number=number, victim=victim)
 
 
-def footprint() -> dict[str, int]:
-    """Read anonymous bytes, open files and threads of this process."""
-    level = read_memory()
-    return {
-        "resident": 0 if level is None else level.anonymous,
-        "files": len(list(Path("/proc/self/fd").iterdir())),
-        "threads": threading.active_count(),
-    }
-
-
-def endure(options: argparse.Namespace, log: Log, workshop: Workshop) -> None:
-    """Measure memory, open files and threads over 200 epochs, and over 20 experiments in this process."""
-    done, points = {line["what"] for line in log.lines()}, []
-    if "epochs" not in done and time.monotonic() < options.until:
-        config = workshop.config()
-
-        def note(event: Any) -> None:
-            if float(event.epoch).is_integer() and len(points) < event.epoch:
-                points.append(footprint())
-
-        train_teacher(
-            str(workshop.teacher),
-            load_splits(config.task, config.data),
-            TeacherTrainConfig(epochs=200, batch_size=8, learning_rate=1e-4),
-            folder=options.out / "epochs",
-            device="cpu",
-            progress=note,
-        )
-        log.add({"what": "epochs", "points": points})
-    if "experiments" not in done and time.monotonic() < options.until:
-        points = []
-        for number in range(20):
-            run_experiment(workshop.config({"run": {"arms": ["kd-lora"]}}), options.out / "experiments" / str(number))
-            points.append(footprint())
-        log.add({"what": "experiments", "points": points})
-
-
 def summarise(logs: dict[str, Log]) -> str:
     """Sum up every part that has results, as Markdown."""
     parts = [summary(logs[part].lines()) for part, summary in SUMMARIES.items() if logs[part].lines()]
@@ -216,32 +172,8 @@ def sum_up_fuzzing(lines: list[Line]) -> list[str]:
     return [f"fuzzing: {seconds:.0f} s and {tries:,} tries over {targets}; findings: {findings or 'none'}"]
 
 
-def sum_up_long_runs(lines: list[Line]) -> list[str]:
-    """Say what grew between the first tenth and the end."""
-    found = []
-    for line in lines:
-        points, tenth = line["points"], len(line["points"]) // 10
-        early, late = points[tenth], points[-1]
-        grown = (late["resident"] - early["resident"]) / 2**20
-        found.append(
-            f"{len(points)} {line['what']}: memory {grown:+.1f} MiB from the {tenth + 1}th to the last, "
-            f"open files {early['files']} -> {late['files']}, threads {early['threads']} -> {late['threads']}"
-            + (
-                f", checkpoints {max(point['checkpoints'] for point in points)} at most"
-                if "checkpoints" in late
-                else ""
-            )
-        )
-    return found
-
-
-PARTS = {"kill": strike, "share": compete, "fuzz": fuzz, "last": endure}
-SUMMARIES = {
-    "kill": sum_up_kills,
-    "share": sum_up_meetings,
-    "fuzz": sum_up_fuzzing,
-    "last": sum_up_long_runs,
-}
+PARTS = {"kill": strike, "share": compete, "fuzz": fuzz}
+SUMMARIES = {"kill": sum_up_kills, "share": sum_up_meetings, "fuzz": sum_up_fuzzing}
 
 
 def main() -> None:

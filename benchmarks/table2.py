@@ -118,7 +118,7 @@ def _tell(line: str) -> None:
 
 def render(results: Results, options: argparse.Namespace) -> str:
     """Write the whole page."""
-    sections = (parameters_section, memory_section, time_section, savings_section)
+    sections = (parameters_section, memory_section, time_section)
     texts = (one(results) for one in sections)
     return "\n\n".join(["# Table 2 at real size", conditions_text(results, options), *texts])
 
@@ -236,34 +236,6 @@ def _spread(timing: Timing | None, name: str) -> str:
     digits = 3 if statistics.mean(values) < 5 else 1  # a GPU needs well under a second, a CPU's thread a minute
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
-
-
-def savings_section(results: Results) -> str:
-    """Write what KD-LoRA saves here, beside what the paper claims and what its own table gives."""
-    claims = (("parameters in all", 40), ("memory, of full fine-tuning", 75), ("memory, of LoRA", 30), ("time", 30))
-    theirs, ours = [], []
-    for family, figures in results.items():
-        paper, memory = COSTS[family], figures.memory.get("fp32", {})
-        theirs.append(
-            [
-                _saving(*paper.total),
-                *(_saving(paper.memory_mb[base], paper.memory_mb[2]) for base in (0, 1)),
-                _saving(paper.seconds[0], paper.seconds[2]),
-            ]
-        )
-        ours.append(
-            [
-                _saving(*(counts.total for counts in figures.plain)),
-                *(_saving(memory.get(base), memory.get("KD-LoRA")) for base in ("FFT", "LoRA")),
-                _saving(figures.seconds("FFT"), figures.seconds("KD-LoRA, merged")),
-            ]
-        )
-    rows = [
-        (text, f"{stated}%", " / ".join(one[row] for one in theirs), " / ".join(one[row] for one in ours))
-        for row, (text, stated) in enumerate(claims)
-    ]
-    header = ("KD-LoRA saves", "claimed", "the paper's own table", "here, fp32")
-    return f"## The paper's claims on cost ({' / '.join(results)})\n\n{markdown(header, rows)}"
 
 
 def main(arguments: list[str] | None = None) -> None:

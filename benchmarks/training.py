@@ -11,7 +11,6 @@ on the other.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 from collections import defaultdict
@@ -23,13 +22,11 @@ from harness import command_line, in_process, markdown, tell_machine
 EPOCHS = 3
 SIDES = ("ours", "ours: default recipe", "stock", "stock, online teacher", "ours: labelling")
 MEASURED = {
-    "cola": (*SIDES, "stock bf16", "stock, padded to 512", "txtai, online teacher", "ours: teacher", "stock: teacher"),
+    "cola": (*SIDES, "stock bf16", "stock, padded to 512", "ours: teacher", "stock: teacher"),
     "mrpc": (*SIDES, "stock bf16"),
     "long": SIDES,
     "wide": ("ours", "ours: LoRA on the teacher"),
 }
-NEEDS = {"txtai, online teacher": "txtai"}
-"""Packages of variants that are left out where they are not installed."""
 Figures = dict[tuple[str, str], dict[str, float]]
 
 
@@ -50,7 +47,6 @@ GOALS = (
     *(Goal("stock Trainer, fp32, no teacher", *one, "stock") for one in (("cola", 4.0), ("mrpc", 2.5), ("long", 1.8))),
     *(Goal("stock Trainer, bf16, no teacher", *one, "stock bf16") for one in (("cola", 2.8), ("mrpc", 1.8))),
     *(Goal(ONLINE, task, 4.0, "stock, online teacher", "end to end") for task in ("cola", "mrpc", "long")),
-    Goal("txtai with a teacher, 3 epochs with labelling", "cola", 3.0, "txtai, online teacher", "end to end"),
     Goal("padded to 512", "cola", 300.0, "stock, padded to 512"),
     Goal("teacher fine-tuning, stock fp32", "cola", 1.7, "stock: teacher", ours="ours: teacher"),
     Goal("memory, % of LoRA on the teacher", "wide", 40.0, "ours: LoRA on the teacher", "memory"),
@@ -61,21 +57,13 @@ def measure(options: argparse.Namespace, pair: str) -> Figures:
     """Run every variant of a pair in turns, the median of each."""
     models = dict(zip(("teacher", "student"), (str(options.models / name) for name in pair.split(":")), strict=True))
     found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-    wanted = [(task, variant) for task in options.tasks for variant in MEASURED[task] if _is_there(variant)]
+    wanted = [(task, variant) for task in options.tasks for variant in MEASURED[task]]
     for task, variant in wanted * options.rounds:
         work = {"variant": variant, "task": task, "glue": str(options.glue), "seconds": options.seconds, **models}
         result = in_process(Path(__file__).with_name("training_variants.py"), work)
         print(f"{pair} {task:5} {variant:26} {result['rows_per_second']:9.1f} rows/s", flush=True)
         found[task, variant].append(result)
     return {key: {name: statistics.median(r[name] for r in all_) for name in all_[0]} for key, all_ in found.items()}
-
-
-def _is_there(variant: str) -> bool:
-    package = NEEDS.get(variant)
-    if package is None or importlib.util.find_spec(package) is not None:
-        return True
-    print(f"{variant}: left out, for it needs {package}: pip install {package}", flush=True)
-    return False
 
 
 def ratio(goal: Goal, found: Figures) -> float | None:

@@ -267,36 +267,6 @@ def _stock_rows(splits: Splits, tokenizer: Any, max_length: int) -> Dataset:
     )
 
 
-def txtai_online(work: Work) -> Speed:
-    """Train with txtai's HFTrainer, LoRA and a teacher, fp32; it gives the teacher the student's token ids."""
-    from txtai.pipeline.train import hftrainer
-
-    budget = Budget(work.seconds)
-    trainers: list[Trainer] = []
-
-    class Timed(hftrainer.DistillationTrainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, callbacks=[budget], **kwargs)
-            trainers.append(self)
-
-    hftrainer.DistillationTrainer = Timed  # HFTrainer takes no callbacks, and nothing else bounds its time
-    splits = load_rows(work)
-    texts = ("text", "text_pair") if "text_pair" in splits.train.column_names else ("text", None)
-    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["query", "value"]}
-    hftrainer.HFTrainer()(
-        work.student,
-        splits.train,
-        columns=(*texts, "label"),
-        maxlength=work.max_length,
-        lora=lora | {"modules_to_save": ["classifier"]},
-        teacher=work.teacher,
-        distillation=(2.0, 0.5),
-        learning_rate=LEARNING_RATE,
-        **BARE,
-    )
-    return trainers[0].state.global_step * BATCH, budget.end - budget.start
-
-
 VARIANTS: dict[str, Callable[[Work], Speed]] = {
     "ours": partial(ours, recipe="paper"),
     "ours: default recipe": partial(ours, recipe="default"),
@@ -308,7 +278,6 @@ VARIANTS: dict[str, Callable[[Work], Speed]] = {
     "stock, online teacher": partial(stock, online=True),
     "stock, padded to 512": partial(stock, pad=True),
     "stock: teacher": partial(stock, source="teacher", lora=False),
-    "txtai, online teacher": txtai_online,
 }
 
 

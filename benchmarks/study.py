@@ -77,6 +77,6 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = command_line(__doc__, "out")
     parser.add_argument("suites", type=Path, nargs="+", help="suite files of one study")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as of `kdlora suite`")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of `kdlora suite`")
     parser.add_argument("--draws", type=int, default=2_000)
     main(parser.parse_args())

@@ -85,12 +85,7 @@ class Attempt:
         return open_stages[-1] if open_stages else None
 
     def note(self, now: float, text: str) -> None:
-        """Take a line of the log.
-
-        Args:
-            now: seconds since the start.
-            text: the line.
-        """
+        """Take a line of the log."""
         self.log.append(text)
         if found := _LINE.search(text):
             self.events.append((now, found[1], f"{found[2]} {found[3]} seed {found[4]}"))
@@ -111,13 +106,7 @@ class Attempt:
 
 
 def run_command(arguments: Sequence[str], blow: Blow | None = None, *, limit: float = 300.0) -> Attempt:
-    """Call `kdlora`, and strike it.
-
-    Args:
-        arguments: of the command line.
-        blow: None leaves it alone.
-        limit: seconds until it is killed as hanging.
-    """
+    """Call `kdlora`, and strike it."""
     attempt, begin, reached = Attempt(), time.monotonic(), threading.Event()
     environment = os.environ | {"KDLORA_LOG": "INFO", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -213,11 +202,7 @@ def _different_files(undisturbed: Path, other: Path) -> list[str]:
 
 
 def repeated_stages(attempts: Sequence[Attempt]) -> list[str]:
-    """List what was done again though it was finished: runs with a record, shards with teacher logits.
-
-    Args:
-        attempts: on one folder, in order.
-    """
+    """List what was done again though it was finished: runs with a record, shards with teacher logits."""
     finished: set[str] = set()
     found: list[str] = []
     for attempt in attempts:

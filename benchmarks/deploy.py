@@ -23,70 +23,39 @@ from pathlib import Path
 import numpy as np
 from harness import command_line, markdown, tell_machine
 
-from kdlora.config import DataConfig, TaskConfig, TeacherTrainConfig
-from kdlora.data.load import Splits, load_splits
-from kdlora.deploy.benchmark import benchmark
-from kdlora.deploy.export import export_onnx
+from kdlora import Classifier, TeacherTrainConfig, benchmark, export_onnx, load_encoder, load_splits, train_teacher
+from kdlora.config import DataConfig, TaskConfig
+from kdlora.data.load import Splits
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.onnx_backend import default_threads
-from kdlora.deploy.predict import Classifier
-from kdlora.experiment.arms import train_teacher
 from kdlora.experiment.scoring import label_array
-from kdlora.models.encoders import load_encoder, save_encoder
-from kdlora.report.plots import plot_benchmark
-from kdlora.report.shipped import BenchmarkResult
+from kdlora.models.encoders import save_encoder
 from kdlora.system.storage import write_json_atomic
 
 MAX_LENGTH = 128
-GOALS = {
-    "throughput, teacher x": ("at least", 24.0),
-    "p50 latency, 1/teacher": ("at least", 30.0),
-    "size, % of teacher": ("at most", 5.5),
-    "memory, % of teacher": ("at most", 20.0),
-    "score lost to the fp32 student, points": ("at most", 0.5),
-    "throughput, fp32 student x": ("at least", 3.5),
-    "throughput, plain ONNX Runtime x": ("at least", 1.7),
-    "cold start, s": ("at most", 0.5),
-}
 
 
-def prepare(options: argparse.Namespace) -> tuple[Splits, Path, Path, Path]:
-    """Train and export what is not there yet: (data, teacher, student, exported student)."""
-    data = DataConfig(path=str(options.glue), max_train_examples=8000)
-    splits = load_splits(TaskConfig(name="sst2"), data)
+def prepare(options: argparse.Namespace, splits: Splits, texts: LabelledTexts) -> None:
+    """Train and export what is not there yet."""
     teacher, student, exported = (options.out / name for name in ("teacher", "student", "onnx"))
     if not teacher.exists():
         save_encoder(load_encoder(str(options.models / "mpnet-base"), splits.task, seed=0), teacher)
     if not student.exists():
-        trained = train_teacher(
-            str(options.models / "minilm-l6"),
-            splits,
-            TeacherTrainConfig(learning_rate=5e-5),
-            folder=options.out / "training",
-        )
+        settings, folder = TeacherTrainConfig(learning_rate=5e-5), options.out / "training"
+        trained = train_teacher(str(options.models / "minilm-l6"), splits, settings, folder=folder)
         save_encoder(trained.encoder, student)
     if not exported.exists():
-        result = export_onnx(
-            student,
-            exported,
-            texts=LabelledTexts(list(splits.validation["text"]), label_array(splits.validation), splits.task),
-            more_texts=list(splits.train["text"]),
-            max_length=MAX_LENGTH,
-            progress=print,
-        )
+        more = list(splits.train["text"])
+        result = export_onnx(student, exported, texts=texts, more_texts=more, max_length=MAX_LENGTH, progress=print)
         print(f"int8: {result.recipe}")
-    return splits, teacher, student, exported
 
 
 def mixed_texts(splits: Splits, count: int = 2000) -> list[str]:
     """Join neighbouring sentences into texts of mixed lengths, shuffled."""
     draw = np.random.default_rng(0)
-    sentences = list(splits.validation["text"]) + list(splits.train["text"])[:8000]
-    texts = []
-    for _ in range(count):
-        start = int(draw.integers(0, len(sentences) - 12))
-        texts.append(" ".join(sentences[start : start + int(draw.integers(1, 12))]))
-    return texts
+    sentences = list(splits.validation["text"]) + list(splits.train["text"])
+    starts, lengths = draw.integers(0, len(sentences) - 12, count), draw.integers(1, 12, count)
+    return [" ".join(sentences[start : start + length]) for start, length in zip(starts, lengths, strict=True)]
 
 
 def plain_runtime(student: Path, folder: Path) -> Callable[[Sequence[str]], np.ndarray]:
@@ -100,19 +69,12 @@ def plain_runtime(student: Path, folder: Path) -> Callable[[Sequence[str]], np.n
     tokenizer = AutoTokenizer.from_pretrained(student)
     if not (folder / "int8.onnx").exists():
         model = AutoModelForSequenceClassification.from_pretrained(student).eval()
-        example = tokenizer(["one text", "and another one"], padding=True, return_tensors="pt")
+        example = dict(tokenizer(["one text", "and another one"], padding=True, return_tensors="pt"))
         axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+        options = {"kwargs": example, "dynamic_shapes": dict.fromkeys(example, axes), "external_data": False}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
-                model,
-                (),
-                str(folder / "fp32.onnx"),
-                kwargs=dict(example),
-                dynamic_shapes=dict.fromkeys(example, axes),
-                dynamo=True,
-                external_data=False,
-            )
+            torch.onnx.export(model, (), str(folder / "fp32.onnx"), dynamo=True, **options)
         quantize_dynamic(folder / "fp32.onnx", folder / "int8.onnx")
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = default_threads()
@@ -130,27 +92,25 @@ def plain_runtime(student: Path, folder: Path) -> Callable[[Sequence[str]], np.n
     return classify
 
 
-def compare_with_plain_runtime(options: argparse.Namespace, splits: Splits, student: Path, exported: Path) -> float:
+def compare_with_plain_runtime(options: argparse.Namespace, texts: list[str]) -> float:
     """Give our throughput over the plain one's, median of interleaved rounds."""
-    texts = mixed_texts(splits)
-    plain = plain_runtime(student, options.out / "plain")
-    ours = Classifier.load(exported)
-    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
-    for call in (plain, ours.predict_logits):
-        call(texts[:200])
-    for _ in range(options.rounds):
-        for name, call in (("plain", plain), ("ours", ours.predict_logits)):
+    plain = plain_runtime(options.out / "student", options.out / "plain")
+    calls = {"plain": plain, "ours": Classifier.load(options.out / "onnx").predict_logits}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(options.rounds + 1):
+        for name, call in calls.items():
             start = time.perf_counter()
-            call(texts)
-            seconds[name].append(time.perf_counter() - start)
-    for name, times in seconds.items():
-        print(f"{name}: {len(texts) / statistics.median(times):,.0f} texts of mixed lengths a second")
-    return statistics.median(seconds["plain"]) / statistics.median(seconds["ours"])
+            call(texts if turn else texts[:200])
+            if turn:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print({name: f"{len(texts) / median:,.0f} texts of mixed lengths a second" for name, median in medians.items()})
+    return medians["plain"] / medians["ours"]
 
 
 def cold_start(exported: Path) -> float:
     """Time a fresh process from its start to its first answer, median of five, seconds."""
-    code = "import sys; from kdlora.deploy.predict import Classifier; Classifier.load(sys.argv[1]).predict(['a text'])"
+    code = "import sys; from kdlora import Classifier; Classifier.load(sys.argv[1]).predict(['a text'])"
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -159,48 +119,34 @@ def cold_start(exported: Path) -> float:
     return statistics.median(times)
 
 
-def ratios(result: BenchmarkResult, plain: float, start: float) -> dict[str, float]:
-    """Compute the figures that have a goal."""
-    teacher, student, _, int8 = result.models
-    memory = 100 * (int8.peak_memory_bytes or 0) / (teacher.peak_memory_bytes or 1)
-    values = (
-        int8.texts_per_second / teacher.texts_per_second,
-        teacher.p50_ms / int8.p50_ms,
-        100 * int8.size_bytes / teacher.size_bytes,
-        memory,
-        (student.score or 0.0) - (int8.score or 0.0),
-        int8.texts_per_second / student.texts_per_second,
-        plain,
-        start,
-    )
-    return dict(zip(GOALS, values, strict=True))
-
-
 def main(options: argparse.Namespace) -> None:
     """Measure and print."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    splits, teacher, student, exported = prepare(options)
-    result = benchmark(
-        {
-            "teacher": teacher,
-            "student": student,
-            "student ONNX": exported / "model.onnx",
-            "student int8": exported / "model_quantized.onnx",
-        },
-        LabelledTexts(list(splits.validation["text"]), label_array(splits.validation), splits.task),
-        max_length=MAX_LENGTH,
-        rounds=options.rounds,
-        batch_sizes=(32,),
-        progress=print,
-    )
-    found = ratios(result, compare_with_plain_runtime(options, splits, student, exported), cold_start(exported))
-    write_json_atomic(options.out / "deploy.json", {**asdict(result), "ratios": found})
-    plot_benchmark(result, options.out / "deploy.svg")
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    splits = load_splits(TaskConfig(name="sst2"), DataConfig(path=str(options.glue), max_train_examples=8000))
+    texts = LabelledTexts(list(splits.validation["text"]), label_array(splits.validation), splits.task)
+    prepare(options, splits, texts)
+    models = {name: out / name for name in ("teacher", "student")}
+    models |= {"student ONNX": out / "onnx" / "model.onnx", "student int8": out / "onnx" / "model_quantized.onnx"}
+    result = benchmark(models, texts, max_length=MAX_LENGTH, rounds=options.rounds, batch_sizes=(32,), progress=print)
     print(f"{result.texts} texts of SST-2, {result.threads} threads, {result.rounds} rounds")
     print(markdown(*result.table()))
-    for name, (side, goal) in GOALS.items():
-        good = found[name] >= goal if side == "at least" else found[name] <= goal
-        print(f"{'met ' if good else 'MISSED'} {name}: {found[name]:.2f} ({side} {goal:g})")
+    teacher, student, _, int8 = result.models
+    memory = 100 * (int8.peak_memory_bytes or 0) / (teacher.peak_memory_bytes or 1)
+    found = [
+        ("throughput, teacher x", int8.texts_per_second / teacher.texts_per_second, "at least", 24.0),
+        ("p50 latency, 1/teacher", teacher.p50_ms / int8.p50_ms, "at least", 30.0),
+        ("size, % of teacher", 100 * int8.size_bytes / teacher.size_bytes, "at most", 5.5),
+        ("memory, % of teacher", memory, "at most", 20.0),
+        ("score lost to the fp32 student, points", (student.score or 0.0) - (int8.score or 0.0), "at most", 0.5),
+        ("throughput, fp32 student x", int8.texts_per_second / student.texts_per_second, "at least", 3.5),
+        ("throughput, plain ONNX x", compare_with_plain_runtime(options, mixed_texts(splits)), "at least", 1.7),
+        ("cold start, s", cold_start(out / "onnx"), "at most", 0.5),
+    ]
+    for name, value, side, goal in found:
+        good = value >= goal if side == "at least" else value <= goal
+        print(f"{'met ' if good else 'MISSED'} {name}: {value:.2f} ({side} {goal:g})")
+    write_json_atomic(out / "deploy.json", {**asdict(result), "ratios": {name: value for name, value, *_ in found}})
     tell_machine()
 
 

@@ -51,39 +51,28 @@ _WIDTH = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 30
 _BERT = {**_WIDTH, "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0}
 _ROBERTA = {**_WIDTH, "vocab_size": 50265, "type_vocab_size": 1, "pad_token_id": 1, "bos_token_id": 0}
 _ROBERTA |= {"eos_token_id": 2, "max_position_embeddings": 514}  # positions are counted from 2
-_DEBERTA = {
-    **_WIDTH,
-    "vocab_size": 128100,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 0,
-    "relative_attention": True,
-    "position_buckets": 256,
-    "max_relative_positions": -1,
-    "pos_att_type": ["p2c", "c2p"],
-    "share_att_key": True,
-    "norm_rel_ebd": "layer_norm",
-    "position_biased_input": False,
-    "pooler_hidden_size": 768,
-    "pooler_hidden_act": "gelu",
-    "pooler_dropout": 0,
-    "pad_token_id": 0,
-}
+_DEBERTA = {**_WIDTH, "vocab_size": 128100, "max_position_embeddings": 512, "type_vocab_size": 0, "pad_token_id": 0}
+_DEBERTA |= {"relative_attention": True, "position_buckets": 256, "max_relative_positions": -1, "share_att_key": True}
+_DEBERTA |= {"pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm", "position_biased_input": False}
+_DEBERTA |= {"pooler_hidden_size": 768, "pooler_hidden_act": "gelu", "pooler_dropout": 0}
 _DISTILBERT = {"vocab_size": 30522, "max_position_embeddings": 512, "dim": 768, "n_layers": 6, "n_heads": 12}
 _DISTILBERT |= {"hidden_dim": 3072, "activation": "gelu", "dropout": 0.1, "attention_dropout": 0.1}
 _DISTILBERT |= {"seq_classif_dropout": 0.2, "pad_token_id": 0}
 
+
+def _of_layers(title: str, model_type: str, settings: dict[str, Any], layers: int) -> Size:
+    return Size(title, model_type, {**settings, "num_hidden_layers": layers})
+
+
 SIZES: dict[str, tuple[Size, Size]] = {
-    "bert": (
-        Size("BERT-base", "bert", {**_BERT, "num_hidden_layers": 12}),
-        Size("DistilBERT", "distilbert", _DISTILBERT),
-    ),
+    "bert": (_of_layers("BERT-base", "bert", _BERT, 12), Size("DistilBERT", "distilbert", _DISTILBERT)),
     "roberta": (
-        Size("RoBERTa-base", "roberta", {**_ROBERTA, "num_hidden_layers": 12}),
-        Size("DistilRoBERTa", "roberta", {**_ROBERTA, "num_hidden_layers": 6}),
+        _of_layers("RoBERTa-base", "roberta", _ROBERTA, 12),
+        _of_layers("DistilRoBERTa", "roberta", _ROBERTA, 6),
     ),
     "deberta-v3": (
-        Size("DeBERTaV3-base", "deberta-v2", {**_DEBERTA, "num_hidden_layers": 12}),
-        Size("DeBERTaV3-small", "deberta-v2", {**_DEBERTA, "num_hidden_layers": 6}),
+        _of_layers("DeBERTaV3-base", "deberta-v2", _DEBERTA, 12),
+        _of_layers("DeBERTaV3-small", "deberta-v2", _DEBERTA, 6),
     ),
 }
 """Teacher and student of each of the paper's families."""

@@ -4,10 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.special import softmax
 
 from fabricate import MNLI, TAGS, TOPICS, make_experiment, make_labels, make_logits
-from kdlora.evidence.metrics import compute_metrics, probabilities, reliability
 from kdlora.evidence.predictions import Predictions
 from kdlora.report.collect import load_experiments
 from kdlora.report.costs import PARAMETERS, saving
@@ -113,28 +111,3 @@ def test_families_are_recognised_by_name():
     assert family_of("google-bert/bert-base-uncased", "/models/distilbert-base-uncased/") == "bert"
     assert family_of("roberta-base", "distilbert-base-uncased") is None
     assert family_of(None, None) is None
-
-
-def test_calibration_error_of_known_cases():
-    """An expected calibration error that is 0 for everything would please and mislead."""
-    labels = np.array([1] * 80 + [0] * 20)
-    confident = np.tile([0.0, np.log(4)], (100, 1))  # sure to 80%, right in 80 of 100
-    found = reliability(probabilities(confident, "single-label"), labels, "single-label")
-    assert found.error == pytest.approx(0.0, abs=1e-9)
-    sure = np.tile([0.0, 50.0], (100, 1))
-    found = reliability(probabilities(sure, "single-label"), labels, "single-label")
-    assert found.error == pytest.approx(0.2)
-    assert (found.confidence, found.accuracy, found.count) == ((pytest.approx(1.0),), (0.8,), (100,))
-    marks = np.array([[1, 0, 0]] * 10)
-    table = probabilities(np.array([[50.0, -50.0, 50.0]] * 10), "multi-label")
-    assert reliability(table, marks, "multi-label").error == pytest.approx(1 / 3)
-
-
-def test_probabilities_follow_the_kind():
-    """A softmax over the labels of a multi-label task would make them compete."""
-    logits = make_logits(TOPICS, make_labels(TOPICS, 5), 0.5, 0)
-    assert probabilities(logits, "single-label") == pytest.approx(softmax(logits.astype(float), axis=1))
-    assert probabilities(np.zeros((1, 3)), "multi-label").tolist() == [[0.5, 0.5, 0.5]]
-    assert compute_metrics(TOPICS, logits, make_labels(TOPICS, 5))  # logits of this shape are what models give
-    with pytest.raises(ValueError, match="no probabilities"):
-        probabilities(logits, "regression")

@@ -31,6 +31,13 @@ HOSTILE = (
 )
 
 
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    """An experiment of four arms and three seeds, and its report; read only."""
+    layout = make_experiment(tmp_path_factory.mktemp("experiments") / "reviews")
+    return layout, _report(layout.root)
+
+
 def _report(folder: Path) -> Report:
     return make_report([folder], draws=200)
 
@@ -76,9 +83,9 @@ def _check(html: str) -> _Checker:
     return checker
 
 
-def test_it_opens_with_the_answer_in_one_sentence(tmp_path):
+def test_it_opens_with_the_answer_in_one_sentence(reviews):
     """A reader who stops after the first line must know whether the student is good enough."""
-    report = _report(make_experiment(tmp_path / "reviews").root)
+    layout, report = reviews
     opening = _opening(report)
     pattern = (
         r"The distilled student \(kd-lora\) was shipped: on validation it is better than the student without a teacher "
@@ -89,16 +96,16 @@ def test_it_opens_with_the_answer_in_one_sentence(tmp_path):
     )
     assert re.fullmatch(pattern, opening)
     assert opening in _plain(report.html)
-    assert report.paths == (tmp_path / "reviews" / "report.md", tmp_path / "reviews" / "report.html")
+    assert report.paths == (layout.report_md, layout.report_html)
     assert report.paths[0].read_text(encoding="utf-8") == report.markdown
 
 
-def test_the_answer_is_computed_from_the_records(tmp_path):
+def test_the_answer_is_computed_from_the_records(reviews):
     """A sentence with the wrong arm's figure would still read well."""
-    layout = make_experiment(tmp_path / "reviews")
+    layout, report = reviews
     scores = {arm: [read_record(layout.run(arm, seed).record).score for seed in range(3)] for arm in ARMS}
     mean = {arm: sum(values) / 3 for arm, values in scores.items()}
-    opening = _opening(_report(layout.root))
+    opening = _opening(report)
     assert f"({mean['kd-lora']:.1f} ± " in opening
     assert f" of {mean['fft']:.1f} ± " in opening
     kept = sum(100 * score / mean["fft"] for score in scores["kd-lora"]) / 3
@@ -106,20 +113,16 @@ def test_the_answer_is_computed_from_the_records(tmp_path):
     assert f"distillation adds +{mean['kd-lora'] - mean['student-lora']:.1f} points" in opening
 
 
-def test_a_teacher_below_its_student_is_called_out(tmp_path, monkeypatch):
+def test_a_teacher_below_its_student_is_called_out(reviews, tmp_path, monkeypatch):
     """A share of 105% reads like success; it is a teacher that nobody trained to its end."""
     monkeypatch.setitem(fabricate._NOISE, "fft", 0.8)
-    make_experiment(tmp_path / "weak")
-    report = make_report([tmp_path / "weak"], draws=20)
+    report = _report(make_experiment(tmp_path / "weak").root)
     assert "It may be half trained" in report.html
     said = r"; n = 3\); on validation the teacher is \d\d\.\d points below kd-lora: it needs longer training, see docs"
     assert re.search(said, _opening(report))
     assert re.search(r"It scores \d\d\.\d ± \d\.\d against \d\d\.\d ± \d\.\d of bert-base", _opening(report))  # no 105%
-    monkeypatch.undo()
-    make_experiment(tmp_path / "sound")
-    report = make_report([tmp_path / "sound"], draws=20)
-    assert "half trained" not in report.html
-    assert "below" not in _opening(report)
+    assert "half trained" not in reviews[1].html
+    assert "below" not in _opening(reviews[1])
 
 
 def test_one_seed_gives_no_verdict(tmp_path):
@@ -180,11 +183,6 @@ def test_a_failed_run_is_shown_as_failed_and_left_out_of_the_means(tmp_path):
     assert "KD-LoRA, seed 1 failed: ChildDiedError: the process that ran this was killed by SIGKILL" in text
     row = next(line for line in report.markdown.splitlines() if line.startswith("| **score, here**"))
     assert "failed" in row.split("|")[3]
-
-
-def test_an_unfinished_run_is_not_called_failed(tmp_path):
-    """A report that is made while the experiment runs."""
-    layout = make_experiment(tmp_path / "reviews")
     place = layout.run("student-lora", 2)
     write_record(place.record, read_record(place.record).model_copy(update={"status": "running", "score": None}))
     assert "student LoRA, seed 2 has not finished; the same command continues it" in _plain(_report(layout.root).html)
@@ -213,17 +211,16 @@ def test_a_loss_by_distillation_is_said(tmp_path):
     assert re.search(r"distillation costs \d\.\d points", _opening(_report(layout.root)))
 
 
-def test_the_test_split_takes_the_headline(tmp_path):
+def test_the_test_split_takes_the_headline(reviews, tmp_path):
     """A score that was selected on must not be the headline where a clean one exists."""
     report = _report(make_experiment(tmp_path / "reviews", test_split=True).root)
     assert "accuracy on test, 3 seeds" in _opening(report)
     assert "Scores are on the test split" in report.html
     assert "| 200 |" in report.markdown  # the differences are drawn from the 200 test rows
-    other = _report(make_experiment(tmp_path / "other").root)
-    assert "There is no test split" in other.html
+    assert "There is no test split" in reviews[1].html
 
 
-def test_the_papers_tables_stand_beside_ours(tmp_path):
+def test_the_papers_tables_stand_beside_ours(reviews, tmp_path):
     """A figure of the paper in the wrong column would be believed."""
     layout = make_experiment(tmp_path / "mrpc", task=PAIRS)
     assert "Less inference time" not in _report(layout.root).markdown  # its claims are shown on demand
@@ -236,7 +233,7 @@ def test_the_papers_tables_stand_beside_ours(tmp_path):
     assert [cell.replace("\u00a0", " ") for cell in costs[2:8]] == ["1.2 M", "–", "–", "66 M", "296.8 MB", "5.36 s"]
     claim = next(row for row in rows if row[0] == "| Less inference time than full fine-tuning")
     assert claim[2:] == ["30%", "12%", "38%", "28% |"]
-    assert "The paper has no figures for this task" in _report(make_experiment(tmp_path / "own").root).markdown
+    assert "The paper has no figures for this task" in reviews[1].markdown
 
 
 def test_mnli_shows_both_groups(tmp_path):
@@ -351,14 +348,15 @@ def test_it_needs_no_network_and_is_small(tmp_path):
     assert not re.search(r"url\((?!data:|#)", html)
 
 
-def test_tables_and_headings_are_accessible(tmp_path):
+def test_tables_and_headings_are_accessible(reviews):
     """A screen reader needs scopes, captions and headings without gaps."""
-    checker = _check(_report(make_experiment(tmp_path / "e").root).html)
+    checker = _check(reviews[1].html)
     assert all(one.get("scope") in ("col", "row") for one in checker.all("th"))
     assert len(checker.all("caption")) == len(checker.all("table"))
     levels = [int(tag[1]) for tag, _ in checker.tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
     assert checker.all("html")[0]["lang"] == "en"
     assert checker.all("meta")[1]["name"] == "viewport"
 
@@ -394,9 +392,9 @@ def test_results_alone_make_a_report(tmp_path):
     assert '"results.json"' in report.html
 
 
-def test_disagreements_show_opposite_decisions_first(tmp_path):
+def test_disagreements_show_opposite_decisions_first(reviews):
     """A list that starts with mere differences in confidence wastes the reader's time."""
-    html = _report(make_experiment(tmp_path / "e").root).html
+    html = reviews[1].html
     first = html[html.index('class="quotations"') :].split("</li>")[0]
     facts = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", first)
     assert [name for name, _ in facts] == ["id", "label", "teacher", "student, mean of 3 seeds"]
@@ -448,13 +446,13 @@ def test_a_score_of_zero_is_no_base_of_a_share(tmp_path):
     assert re.search(r"It scores \d+\.\d ± \d\.\d against 0\.0 ± 0\.0 of", _opening(_report(layout.root)))
 
 
-def test_a_student_that_always_says_the_same_is_named(tmp_path):
+def test_a_student_that_always_says_the_same_is_named(reviews, tmp_path):
     """69% accuracy on CoLA is what the most frequent label gets."""
     layout = make_experiment(tmp_path / "e")
-    assert "predicts the same for every example" not in _report(layout.root).html
     path = layout.run("kd-lora", 1).predictions
     write_predictions(path, replace(read_predictions(path), logits=np.tile(np.float32([0.0, 1.0]), (400, 1))))
     assert "KD-LoRA (seed 1) predicts the same for every example" in _plain(_report(layout.root).html)
+    assert "predicts the same for every example" not in reviews[1].html
 
 
 def test_a_record_without_costs_leaves_dashes(tmp_path):
@@ -484,17 +482,16 @@ def test_one_epoch_and_strange_histories_are_drawn(tmp_path):
     assert "nan" not in report.html.lower().replace("finance", "")
 
 
-@pytest.mark.parametrize("content", ["", '{"runs": []}'])
-def test_a_folder_without_records_is_refused(tmp_path, content):
+def test_a_folder_without_records_is_refused(tmp_path):
     """An empty report would look like an experiment without results."""
     with pytest.raises(ArtifactError, match="there is no such folder"):
         make_report([tmp_path / "missing"])
     with pytest.raises(ArtifactError, match="at least one experiment folder"):
         make_report([])
-    if content:
-        (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ArtifactError, match=r"expected the folder of an experiment.*found no record"):
-        make_report([tmp_path])
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=r"expected the folder of an experiment.*found no record"):
+            make_report([tmp_path])
+        (tmp_path / "results.json").write_text('{"runs": []}')
 
 
 def test_old_and_truncated_records_are_refused_by_name(tmp_path):

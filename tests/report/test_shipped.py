@@ -30,6 +30,15 @@ def layout(tmp_path: Path) -> ExperimentLayout:
     return make_experiment(tmp_path / "reviews", arms=("fft", "kd-lora"), seeds=(0,), rows=40)
 
 
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A report of an experiment whose every export passed."""
+    folder = tmp_path_factory.mktemp("shipped") / "reviews"
+    whole = make_experiment(folder, arms=("fft", "kd-lora"), seeds=(0,), rows=40)
+    ship(whole)
+    return _report(whole)
+
+
 def _report(layout: ExperimentLayout) -> Report:
     return make_report([layout.root], draws=50)
 
@@ -43,10 +52,8 @@ def _change(path: Path, **changes: object) -> None:
     write_json_atomic(path, json.loads(path.read_text(encoding="utf-8")) | changes)
 
 
-def test_each_model_stands_beside_the_teacher(layout):
+def test_each_model_stands_beside_the_teacher(report):
     """A speed-up that is upside down, or taken against the student, still looks like a speed-up."""
-    ship(layout)
-    report = _report(layout)
     row = _row(report, "student, int8")[1:]
     assert row[:5] == ["ONNX Runtime", "int8", "3.20 ms", "4.16 ms", "28.8×"]
     assert row[5:] == ["640", "32", "30.5×", "0.27 s", "61.0 MB", "23.0 MB", "91.05"]
@@ -55,10 +62,9 @@ def test_each_model_stands_beside_the_teacher(layout):
     assert 'href="benchmark.json"' in report.html
 
 
-def test_the_int8_file_is_among_the_key_figures(layout):
+def test_the_int8_file_is_among_the_key_figures(report):
     """The figures of the file that goes into production are what a reader came for."""
-    ship(layout)
-    text = _report(layout).markdown.replace("\u00a0", " ")
+    text = report.markdown.replace("\u00a0", " ")
     assert "- int8 file: time per text: **3.20 ms** (28.8× as fast as the teacher (92.0 ms))" in text
     assert "- int8 file: throughput: **640 texts/s** (30.5× the teacher’s 21 texts/s)" in text
     assert "- int8 file: size: **23.0 MB** (5.3% of the teacher’s 438 MB)" in text
@@ -75,26 +81,22 @@ def test_without_a_teacher_nothing_is_said_of_one(layout):
     assert "int8 file: size: **23.0\u00a0MB** (there is no other model to compare with)" in _report(layout).markdown
 
 
-def test_four_points_lie_in_every_plot(layout):
+def test_four_points_lie_in_every_plot(report):
     """Score against latency, size and memory, with the names of the points."""
-    ship(layout)
-    html = _report(layout).html
     for name, label in (
         ("latency", "latency of one text, p50 (ms)"),
         ("throughput", "time of 1,000 texts in batches (s)"),
         ("size", "size on disk (MB)"),
         ("memory", "peak memory (MB)"),
     ):
-        drawing = html.split(f'id="e1-shipped-{name}-t"')[1].split("</svg>")[0]
+        drawing = report.html.split(f'id="e1-shipped-{name}-t"')[1].split("</svg>")[0]
         assert label in drawing
         assert all(model in drawing for model in ("teacher", "student", "student, ONNX", "student, int8"))
         assert all(drawing.count(f"fill: var(--series-{number})") == 2 for number in (0, 2, 3, 4)), "point and legend"
 
 
-def test_the_grid_is_shown(layout):
+def test_the_grid_is_shown(report):
     """The best batch size of one model says nothing of long texts."""
-    ship(layout)
-    report = _report(layout)
     assert "| model | 1 × 16 | 1 × 64 |" in report.markdown
     assert "| student, int8 | 3.20\u00a0ms | 12.8\u00a0ms |" in report.markdown
 
@@ -113,10 +115,8 @@ def test_a_quantisation_that_failed_is_shown_as_failed(layout):
     assert "int8 file" not in report.markdown
 
 
-def test_the_recipe_that_passed_follows_those_that_failed(layout):
+def test_the_recipe_that_passed_follows_those_that_failed(report):
     """Which remedy was needed is what the next reader wants to know; 99.996% is not all."""
-    ship(layout)
-    report = _report(layout)
     stages = [line.split("]")[0] for line in report.markdown.splitlines() if "kdlora_export.json" in line]
     assert [stage.removeprefix("| [") for stage in stages] == [
         "ONNX, as captured",

@@ -44,20 +44,11 @@ class Taken:
 
 @dataclass(frozen=True)
 class Figure:
-    """One cell of Table 1.
+    """One cell of Table 1, in points, and how many of its runs and configurations there are."""
 
-    Attributes:
-        median: over the best configurations, each the mean of its seeds, in points; None where none finished.
-        sd: sample standard deviation of the runs in them; None for a single run.
-        taken: these runs.
-        configurations: how many configurations have a finished run.
-        failed: runs of the cell that failed.
-        missing: runs of the cell that have not ended.
-    """
-
-    median: float | None
-    sd: float | None
-    taken: tuple[Taken, ...]
+    median: float | None  # over the best configurations, each the mean of its seeds
+    sd: float | None  # sample standard deviation of the runs in them
+    taken: tuple[Taken, ...]  # these runs
     configurations: int
     failed: int
     missing: int
@@ -65,19 +56,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Gain:
-    """What the teacher adds to a distilled arm, in points.
+    """What the teacher adds to a distilled arm, in points."""
 
-    Attributes:
-        of_figures: difference of the two arms' figures; None where one is missing.
-        paired: mean difference of the runs with the same configuration and seed; None without such runs.
-        pairs: how many there are.
-        difference: the same with its interval; None where predictions are missing.
-    """
-
-    of_figures: float | None
-    paired: float | None
+    of_figures: float | None  # difference of the two arms' figures
+    paired: float | None  # mean difference of the runs with the same configuration and seed
     pairs: int
-    difference: Difference | None
+    difference: Difference | None  # the same with its interval; None where predictions are missing
 
 
 @dataclass(frozen=True)

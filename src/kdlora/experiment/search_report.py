@@ -161,7 +161,6 @@ def _curve(trial: FrozenTrial) -> tuple[tuple[float, float], ...]:
 
 
 def _history(complete: Sequence[FrozenTrial]) -> Figure:
-    """Plot the score of each trial, and the best so far."""
     numbers, scores = [one.number for one in complete], [_value(one) for one in complete]
     best = list(itertools.accumulate(scores, max))
 

@@ -75,7 +75,7 @@ def _lead(figures: SuiteFigures) -> Text:
 
 
 def _score(value: float | None) -> str:
-    return "–" if value is None else signed(value, plus=False)
+    return signed(value, plus=False)
 
 
 def _per_cent(value: float | None) -> str:
@@ -111,7 +111,6 @@ def _score_table(figures: SuiteFigures, links: Links) -> Table:
 
 
 def _published_line(title: str, values: Sequence[float | None]) -> list[blocks.Row]:
-    """Show the paper's figures, where it has any."""
     known = any(value is not None for value in values)
     return [(Cell(title, quiet=True), *map(_score, values))] if known else []
 
@@ -127,7 +126,6 @@ def _figure_cell(one: Figure, links: Links) -> Cell:
 
 
 def _run_links(links: Links, runs: Sequence[PlannedRun]) -> tuple[Link, ...]:
-    """Link to the records of runs, by number."""
     return tuple(
         Link(str(number), links.file(links.base / run.key / "run.json"), run.key)
         for number, run in enumerate(runs, start=1)
@@ -135,7 +133,6 @@ def _run_links(links: Links, runs: Sequence[PlannedRun]) -> tuple[Link, ...]:
 
 
 def _gain_table(figures: SuiteFigures) -> Table:
-    """Show for each task and family what the student keeps, and what distillation adds to its control."""
     suite = figures.plan.suite
     lines: list[blocks.Row] = []
     for family in suite.families:
@@ -165,8 +162,7 @@ def _gains(figures: SuiteFigures, row: Row, family: str) -> list[str]:
             texts += ["–", "–", "–"]
             continue
         span = "predictions are missing" if found.difference is None else interval_cell(found.difference)
-        plain = "–" if found.of_figures is None else signed(found.of_figures)
-        texts += [plain, f"{signed(found.paired)} (n\u00a0{found.pairs})", span]
+        texts += [signed(found.of_figures), f"{signed(found.paired)} (n\u00a0{found.pairs})", span]
     return texts
 
 
@@ -192,7 +188,6 @@ def _cost_table(figures: SuiteFigures, links: Links) -> Table:
 
 
 def _finished(figures: SuiteFigures, family: str, arm: str) -> Runs:
-    """List the finished runs of an arm and family on the first task that has any."""
     cells = [figures.plan.cells_of(task, family)[arm] for task in figures.plan.suite.tasks]
     return next((found for cell in cells if (found := figures.finished(cell))), [])
 
@@ -212,7 +207,6 @@ def _by_rank(counts: Mapping[int, float | None]) -> str:
 
 
 def _typical(runs: Runs, cost: Cost) -> float | None:
-    """Give the median of a cost over runs; None where none has it."""
     values = [value for _, record in runs if (value := cost.read(record)) is not None]
     return statistics.median(values) if values else None
 
@@ -229,7 +223,6 @@ def _published_costs(family: str, arm: str) -> list[blocks.Row]:
 
 
 def _convergence_curves(figures: SuiteFigures) -> tuple[Block, ...]:
-    """Draw the validation score over the epochs, of the best configurations of each arm."""
     drawn: list[Block] = []
     for task in figures.plan.suite.tasks:
         for family in figures.plan.suite.families:
@@ -266,7 +259,6 @@ def _configuration_tables(figures: SuiteFigures, links: Links) -> tuple[Block, .
 
 
 def _failed_runs(figures: SuiteFigures, links: Links) -> Table | None:
-    """List the runs that failed, with their reasons; nothing where none did."""
     lines: list[blocks.Row] = []
     for run in figures.plan.runs():
         record = figures.records.get(run.key)

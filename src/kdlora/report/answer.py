@@ -62,7 +62,6 @@ def _kept(experiment: Experiment, arm: str, score: MeanSd) -> list[Inline]:
 
 
 def _saved(experiment: Experiment, arm: str) -> list[Inline]:
-    """Say what the student saves against the teacher."""
     told: list[Inline] = []
     for cost, less, what in ((PARAMETERS, "fewer", "parameters"), (TIME, "less", "time per text")):
         saved = saving(experiment, cost, arm=arm, than="fft")
@@ -151,7 +150,6 @@ def cautions(experiment: Experiment, comparisons: Sequence[Comparison]) -> list[
 
 
 def _state(run: Run) -> str:
-    """Say what became of a run that has not finished."""
     if run.record.status == "failed":
         return f"failed: {run.record.error or 'no reason was recorded'}"
     return "has not finished; the same command continues it"

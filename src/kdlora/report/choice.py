@@ -112,7 +112,6 @@ def _is_within(found: Comparison | None) -> bool:
 
 
 def _reason(arm: str, weighed: Comparison | None, *, is_best: bool) -> str:
-    """Say what ships and why."""
     shipped = f"{describe(arm)} was shipped".replace("the", "The", 1)
     if weighed is None:
         return f"{shipped}: it is the only student with a score"

@@ -142,7 +142,6 @@ def _unique(experiments: list[Experiment]) -> list[Experiment]:
 
 
 def _load_folder(folder: Path) -> list[Experiment]:
-    """Read one folder, and split it by task."""
     layout = ExperimentLayout(folder)
     loaded = [load_run(record, place) for record, place in _records_of(layout)]
     faults = tuple(fault for _, found in loaded for fault in found)
@@ -195,7 +194,6 @@ def load_run(record: RunRecord, place: RunLayout | Path) -> tuple[Run, tuple[str
 
 
 def _task_of(run: Run) -> Task:
-    """Read the task of a record."""
     try:
         return Task.from_dict(run.record.task)
     except DataError as error:
@@ -203,7 +201,6 @@ def _task_of(run: Run) -> Task:
 
 
 def _order(run: Run) -> tuple[int, str, int]:
-    """Sort arms in the usual order, then seeds."""
     arms: tuple[str, ...] = ARMS
     place = arms.index(run.record.arm) if run.record.arm in arms else len(arms)
     return place, run.record.arm, run.record.seed

@@ -119,7 +119,6 @@ def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[st
 
 
 def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison], links: Links) -> Table:
-    """Show every row with score, difference and costs."""
     rows: list[Row] = []
     for one in candidates:
         is_reference = one is reference
@@ -136,14 +135,12 @@ def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[s
 
 
 def _difference(one: Comparison) -> tuple[str, str, str]:
-    """Show a difference with its interval, or why there is none."""
     if one.difference is not None:
         return signed(one.plain), interval_cell(one.difference), p_value(one.difference.p)
     return signed(one.plain) if one.plain == one.plain else "–", one.reason, "–"
 
 
 def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> list[Figure]:
-    """Draw score against parameters and latency for each task, and the differences."""
     tasks: dict[tuple[str, ...], list[Candidate]] = {}
     for one in candidates:
         tasks.setdefault((one.experiment.task.name, *one.experiment.task.metrics, one.experiment.split), []).append(one)
@@ -158,7 +155,6 @@ def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> li
 
 
 def _cost_plot(group: Sequence[Candidate], cost: Cost, title: str, identity: str) -> Figure | None:
-    """Draw the rows of one task."""
     split = group[0].experiment.split
     series = [Series(one.name, Style(place), cost.points(one.runs, split)) for place, one in enumerate(group)]
     score = f"score on {split} (0 to 100)"

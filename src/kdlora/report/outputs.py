@@ -59,7 +59,6 @@ def error_blocks(experiment: Experiment, mark: str) -> list[Block]:
 
 
 def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
-    """Collect an arm's logits, its rows in one order."""
     aligned = align(experiment.predictions(arm))
     if aligned is None or aligned[0].labels is None or not all(np.isfinite(one.logits).all() for one in aligned):
         return None
@@ -68,7 +67,6 @@ def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
 
 
 def _confusion_counts(outputs: Outputs) -> np.ndarray:
-    """Count (label, decision) pairs, as a mean over seeds."""
     size = outputs.task.num_labels
     places = np.concatenate([outputs.labels * size + predict_labels(outputs.task, one) for one in outputs.logits])
     return np.bincount(places, minlength=size * size).reshape(size, size) / len(outputs.logits)
@@ -144,7 +142,6 @@ def _per_label(outputs: Outputs) -> list[list[np.ndarray]]:
 
 
 def _residual_plot(outputs: Outputs, identity: str) -> Figure:
-    """Draw predictions of one seed against labels of a regression task."""
     predicted, true, quantity = *_one_seed(outputs), outputs.task.label_names[0]
     shown = np.linspace(0, len(true) - 1, min(len(true), _MOST_POINTS)).astype(int)
     limits = padded([*true[shown].tolist(), *predicted[shown].tolist()], margin=0.05, least=1e-6)
@@ -167,12 +164,10 @@ def _residual_plot(outputs: Outputs, identity: str) -> Figure:
 
 
 def _one_seed(outputs: Outputs) -> tuple[np.ndarray, np.ndarray]:
-    """Give the predictions of the first seed, and the labels."""
     return outputs.logits[0][:, 0].astype(float), outputs.labels.astype(float)
 
 
 def _residual_histogram(outputs: Outputs, identity: str) -> Figure:
-    """Draw how the errors of one seed are distributed."""
     predicted, true = _one_seed(outputs)
     residuals, quantity = predicted - true, outputs.task.label_names[0]
     reach = float(np.abs(residuals).max()) or 1.0
@@ -261,12 +256,10 @@ def _disagreements(experiment: Experiment, arm: str) -> list[Quotation]:
 
 
 def _soften(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Give probabilities, or the values themselves for regression."""
     return logits.astype(np.float64) if task.kind == "regression" else probabilities(logits, task.kind)
 
 
 def _distance(task: Task, teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
-    """Measure each row's disagreement."""
     if task.kind == "single-label":
         # Symmetric and bounded: KL would put a sure student beside an unsure teacher above opposite decisions.
         middle = (teacher + student) / 2

@@ -112,7 +112,6 @@ def claims() -> tuple[Claim, ...]:
 
 
 def _saved(field: str, before: int, after: int) -> dict[str, float]:
-    """Compute how much smaller one figure of Table 2 is than another, per cent."""
     figures = {family: getattr(costs, field) for family, costs in COSTS.items()}
     return {family: 100 * (1 - values[after] / values[before]) for family, values in figures.items()}
 

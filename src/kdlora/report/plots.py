@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -61,12 +62,10 @@ class Style:
         return _MARKERS[self.number % len(_MARKERS)]
 
 
-_ARMS = ("fft", "lora", "kd-lora", "student-lora", "student-fft", "kd-fft")
-
-
 def arm_style(arm: str) -> Style:
     """Give the look of an arm, the same in every plot of every report."""
-    return Style(_ARMS.index(arm) if arm in _ARMS else len(_ARMS))
+    arms = ("fft", "lora", "kd-lora", "student-lora", "student-fft", "kd-fft")
+    return Style(arms.index(arm) if arm in arms else len(arms))
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,13 @@ class Curve:
     name: str
     style: Style
     seeds: tuple[tuple[tuple[float, float], ...], ...]
+
+    def by_epoch(self) -> dict[float, list[float]]:
+        """Collect the seeds' values at each epoch."""
+        found: dict[float, list[float]] = {}
+        for epoch, value in itertools.chain.from_iterable(self.seeds):
+            found.setdefault(epoch, []).append(value)
+        return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)
@@ -247,7 +253,7 @@ def log_ticks(axes: Any, low: float, high: float) -> None:
 
 def learning_curves(curves: Sequence[Curve], *, title: str, value: str, identity: str) -> Figure | None:
     """Plot means over seeds with bands from the lowest to the highest seed."""
-    drawn = [(curve, _by_epoch(curve)) for curve in curves if any(curve.seeds)]
+    drawn = [(curve, curve.by_epoch()) for curve in curves if any(curve.seeds)]
     if not drawn:
         return None
 
@@ -268,7 +274,6 @@ def learning_curves(curves: Sequence[Curve], *, title: str, value: str, identity
 
 
 def _paint_curve(axes: Any, curve: Curve, epochs: dict[float, list[float]]) -> None:
-    """Draw band, line and marks of one arm."""
     colour, marked = curve.style.colour, len(epochs) <= 15 and not curve.style.dashed
     if len(curve.seeds) > 1:
         lowest, highest = ([choose(values) for values in epochs.values()] for choose in (min, max))
@@ -284,15 +289,6 @@ def _paint_curve(axes: Any, curve: Curve, epochs: dict[float, list[float]]) -> N
         markeredgecolor=PALETTE["card"],
         label=named(curve.name),
     )
-
-
-def _by_epoch(curve: Curve) -> dict[float, list[float]]:
-    """Collect the seeds' values at each epoch."""
-    found: dict[float, list[float]] = {}
-    for seed in curve.seeds:
-        for epoch, value in seed:
-            found.setdefault(epoch, []).append(value)
-    return dict(sorted(found.items()))
 
 
 def differences(rows: Sequence[tuple[str, Difference]], *, title: str, identity: str) -> Figure | None:
@@ -324,26 +320,25 @@ def differences(rows: Sequence[tuple[str, Difference]], *, title: str, identity:
 
 def plot_benchmark(result: BenchmarkResult, to: str | Path) -> None:
     """Draw one panel each for latency, size and memory, with a point for each model."""
-    panels: list[tuple[str, Callable[[ModelFigures], float]]] = [
-        ("latency of one text, p50 (ms)", lambda model: model.p50_ms),
-        ("size on disk (MB)", lambda model: model.size_bytes / 1e6),
-    ]
+    panels: dict[str, Callable[[ModelFigures], float]] = {
+        "latency of one text, p50 (ms)": lambda model: model.p50_ms,
+        "size on disk (MB)": lambda model: model.size_bytes / 1e6,
+    }
     if all(model.peak_memory_bytes for model in result.models):
-        panels.append(("peak memory (MB)", lambda model: (model.peak_memory_bytes or 0) / 1e6))
+        panels["peak memory (MB)"] = lambda model: (model.peak_memory_bytes or 0) / 1e6
     scores = [model.score for model in result.models if model.score is not None]
     scored = len(scores) == len(result.models)
     heights = scores if scored else [model.texts_per_second for model in result.models]
-    with _matplotlib({"svg.hashsalt": "benchmark"}) as new_figure:
+    path = Path(to)
+    with _matplotlib({"svg.hashsalt": "benchmark"}) as new_figure, atomic_file(path) as temporary:
         figure = new_figure(figsize=(4.4 * len(panels), 4.4), layout="constrained")
-        for axes, (label, read) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-            models = zip(result.models, heights, strict=True)
+        for axes, (label, read) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            points = [(read(model), height) for model, height in zip(result.models, heights, strict=True)]
             series = [
-                Series(model.name, Style(number), ((read(model), height),))
-                for number, (model, height) in enumerate(models)
+                Series(model.name, Style(number), (point,))
+                for number, (model, point) in enumerate(zip(result.models, points, strict=True))
             ]
             _paint_costs(axes, series, far=4)
             axes.set(xlabel=label, ylabel="score" if scored else "texts per second")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=min(4, len(result.models)))
-        path = Path(to)
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)

@@ -37,7 +37,14 @@ def make_report(folders: Sequence[Path | str], *, out: Path | str | None = None,
     experiments = load_experiments(folders)
     base = Path(out) if out is not None else _common_folder([Path(folder) for folder in folders])
     sections = [experiment_section(one, number=n, base=base, draws=draws) for n, one in enumerate(experiments, start=1)]
-    page = _single_page(sections[0]) if len(sections) == 1 else _joint_page(experiments, sections, base)
+    if len(sections) == 1:  # its answer is the page's first sentence
+        whole = sections[0]
+        lead = whole.blocks[0].parts  # type: ignore[union-attr]
+        short = Section("In short", whole.anchor, whole.blocks[1:])
+        page = Page(whole.title, "report", lead, (short, *whole.sections))
+    else:
+        overview = Section("All experiments", "all", (_joint_table(experiments, base),))
+        page = Page(f"{len(experiments)} experiments", "report", _joint_answer(experiments), (overview, *sections))
     layout = ExperimentLayout(base)
     return write_page(page, layout.report_md, layout.report_html)
 
@@ -48,21 +55,7 @@ def _common_folder(folders: list[Path]) -> Path:
     return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
 
 
-def _single_page(section: Section) -> Page:
-    """Make the page of one experiment; its answer is the first sentence."""
-    lead = section.blocks[0].parts  # type: ignore[union-attr]
-    whole = Section("In short", section.anchor, section.blocks[1:])
-    return Page(section.title, "report", lead, (whole, *section.sections))
-
-
-def _joint_page(experiments: Sequence[Experiment], sections: Sequence[Section], base: Path) -> Page:
-    """Make the page of several experiments: all scores in one table, then each in turn."""
-    overview = Section("All experiments", "all", (_joint_table(experiments, base),))
-    return Page(f"{len(experiments)} experiments", "report", _joint_answer(experiments), (overview, *sections))
-
-
 def _joint_answer(experiments: Sequence[Experiment]) -> Text:
-    """Say in one sentence what the students keep on average."""
     kept = [
         value.mean
         for one in experiments

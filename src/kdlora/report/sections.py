@@ -49,7 +49,6 @@ def experiment_section(experiment: Experiment, *, number: int, base: Path, draws
 def _score_blocks(
     experiment: Experiment, comparisons: Sequence[Comparison], links: Links, mark: str
 ) -> list[Block | None]:
-    """Table 1, the paper's claims where they are asked for, the differences."""
     paired = [(one.title, one.difference) for one in comparisons if one.difference is not None]
     return [
         score_table(experiment, links),
@@ -60,8 +59,6 @@ def _score_blocks(
 
 
 def _cost_blocks(experiment: Experiment, links: Links, mark: str) -> list[Block | None]:
-    """Table 2, score against parameters and against latency."""
-
     def plot(name: str, cost: Cost) -> Figure | None:
         series = [
             Series(arm_title(arm), arm_style(arm), cost.points(experiment.finished(arm), experiment.split))
@@ -75,7 +72,6 @@ def _cost_blocks(experiment: Experiment, links: Links, mark: str) -> list[Block 
 
 
 def _training_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
-    """Learning curves of score and of the loss terms."""
     arms = [arm for arm in experiment.arms if experiment.finished(arm)]
     scores = [_curve(experiment, arm, "score", arm_title(arm), arm_style(arm)) for arm in arms]
     students = [arm for arm in arms if arm not in ("fft", "lora")] or arms
@@ -92,7 +88,6 @@ def _training_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
 
 
 def _curve(experiment: Experiment, arm: str, key: str, name: str, style: Style) -> Curve:
-    """Read one quantity from the histories of an arm."""
     seeds = []
     for run in experiment.finished(arm):
         points = [(_number(entry.get("epoch")), _number(entry.get(key))) for entry in run.record.history]
@@ -103,19 +98,16 @@ def _curve(experiment: Experiment, arm: str, key: str, name: str, style: Style) 
 
 
 def _number(value: Any) -> float | None:
-    """Take what is a finite number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and np.isfinite(value) else None
 
 
 def _arm_list(experiment: Experiment) -> Bullets:
-    """Explain the arms."""
     known = [arm for arm in experiment.arms if arm in ARM_MEANINGS]
     return Bullets(tuple((arm_title(arm), f": {ARM_MEANINGS[arm]}.") for arm in known))
 
 
 def _provenance(experiment: Experiment) -> list[Block | None]:
-    """Data, truncation, versions, machine, code state, configuration."""
     records = [run.record for run in experiment.runs]
     first = records[0]
     facts = [f"Score: {score_title(experiment.task.metrics)}."]

@@ -65,7 +65,6 @@ def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Bloc
 
 
 def _model_table(shipped: Shipped, links: Links) -> Table:
-    """Show every model's costs and score, and how much faster it is than the teacher."""
     columns = (
         *("model", "runs on", "precision", "latency p50", "latency p95", "speed-up of p50", "texts/s", "batch size"),
         *("speed-up of texts/s", "load time", "peak memory", "size on disk", "score"),
@@ -95,7 +94,6 @@ def _model_row(model: ModelFigures, reference: ModelFigures, link: tuple[Link, .
 
 
 def _conditions(shipped: Shipped) -> str:
-    """Say what was measured, on what."""
     benchmark, reference = shipped.benchmark, shipped.reference
     if benchmark is None or reference is None:
         return ""
@@ -121,12 +119,10 @@ def _number(value: int, what: str) -> str:
 
 def _score(value: float | None) -> str:
     """Write a score with two decimals: half a point is the limit that int8 is held to."""
-    return "–" if value is None else signed(value, 2, plus=False)
+    return signed(value, 2, plus=False)
 
 
 def _plots(experiment: Experiment, shipped: Shipped, mark: str) -> list[Figure | None]:
-    """Draw score against latency, time in batches, size and memory."""
-
     def plot(name: str, cost: str, read: Callable[[ModelFigures], float | None]) -> Figure | None:
         series = [
             Series(model.name, _style(experiment, model, number), ((value, model.score),))
@@ -226,7 +222,7 @@ def _stage_row(stage: Parity, href: str) -> Row:
         # Rounded down: 100% means all of them.
         "100%" if stage.agreement >= 1 else f"{math.floor(1e4 * stage.agreement) / 100:.2f}%",
         _score(stage.score),
-        "–" if stage.drop is None else signed(stage.drop, 2),
+        signed(stage.drop, 2),
         span,
     )
 
@@ -237,7 +233,6 @@ def _stage_title(stage: str) -> str:
 
 
 def _calibration_table(found: Calibration) -> Table:
-    """Show what the temperature does."""
     after = (f"{found.temperature:.3f}", f"{100 * found.ece_after:.2f}%", f"{found.nll_after:.4f}")
     rows: tuple[Row, ...] = (
         ("before", "1", f"{100 * found.ece_before:.2f}%", f"{found.nll_before:.4f}"),

@@ -67,7 +67,6 @@ def score_table(experiment: Experiment, links: Links) -> Table:
 
 
 def _score_cell(experiment: Experiment, arm: str, links: Links) -> Cell:
-    """Give an arm's score with its runs, or say that it failed."""
     runs = experiment.finished(arm)
     if runs:
         return Cell(plus_minus(experiment.score(arm)), links.to_all(runs), strong=True)
@@ -131,7 +130,6 @@ def cost_table(experiment: Experiment, links: Links) -> Table:
 
 
 def _cost_row(experiment: Experiment, arm: str, costs: Sequence[Cost], links: Links) -> Row:
-    """Show the mean costs of one arm."""
     runs = experiment.finished(arm)
     return (
         model_title(runs[0].record.model),
@@ -142,7 +140,6 @@ def _cost_row(experiment: Experiment, arm: str, costs: Sequence[Cost], links: Li
 
 
 def _published_costs(family: str) -> list[Row]:
-    """Give the paper's Table 2 for a family."""
     costs = COSTS[family]
     rows: list[Row] = []
     for place, arm in enumerate(ARMS):
@@ -157,7 +154,6 @@ def _published_costs(family: str) -> list[Row]:
 
 
 def _hardware(experiment: Experiment) -> str:
-    """Say what the costs were measured on."""
     runs = [run for run in experiment.runs if run.record.arm != "words"] or experiment.runs
     record = next((run.record for run in runs if run.record.status == "finished"), runs[0].record)
     machine = record.machine
@@ -229,12 +225,12 @@ def run_table(experiment: Experiment, links: Links) -> Table:
 
 
 def _run_row(experiment: Experiment, run: Run, links: Links) -> Row:
-    record, score, speed = run.record, run.score(experiment.split), run.record.examples_per_second
+    record, speed = run.record, run.record.examples_per_second
     return (
         Cell(f"{arm_title(record.arm)}, seed {record.seed}", (Link(record.arm, links.file(run.path)),)),
         model_title(record.model),
         record.status if record.status != "failed" else f"failed: {record.error or 'no reason was recorded'}",
-        "–" if score is None else signed(score, 2, plus=False),
+        signed(run.score(experiment.split), 2, plus=False),
         "–" if record.best_epoch is None else f"{record.best_epoch:g}",
         TRAINABLE.text([run]),
         MEMORY.text([run]),

@@ -82,8 +82,10 @@ def plus_minus(value: MeanSd | None, digits: int = 1, unit: str = "") -> str:
     return f"{mean}{unit}" if value.sd is None else f"{mean}\u00a0±\u00a0{value.sd:.{digits}f}{unit}"
 
 
-def signed(value: float, digits: int = 1, *, plus: bool = True) -> str:
+def signed(value: float | None, digits: int = 1, *, plus: bool = True) -> str:
     """Write a number with a true minus sign; 0 carries no sign."""
+    if value is None:
+        return "–"
     text = f"{abs(value):.{digits}f}"
     if float(text) == 0:
         return text

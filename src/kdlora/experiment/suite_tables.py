@@ -226,19 +226,14 @@ def _convergence_curves(figures: SuiteFigures) -> tuple[Block, ...]:
     drawn: list[Block] = []
     for task in figures.plan.suite.tasks:
         for family in figures.plan.suite.families:
-            curves = []
-            for arm, cell in figures.plan.cells_of(task, family).items():
-                histories = tuple(_history(one.record) for one in figures.figure(cell).taken)
-                curves.append(Curve(arm_title(arm), arm_style(arm), histories))
+            curves = [
+                Curve.of(arm_title(arm), arm_style(arm), [one.record for one in figures.figure(cell).taken])
+                for arm, cell in figures.plan.cells_of(task, family).items()
+            ]
             title = f"{task}, {figures.family_title(family)}"
             plot = learning_curves(curves, title=title, value="validation score", identity=f"curve-{len(drawn)}")
             drawn += [plot] if plot is not None else []
     return tuple(drawn) or (blocks.note("No run has finished an epoch."),)
-
-
-def _history(record: RunRecord) -> tuple[tuple[float, float], ...]:
-    points = [(entry.get("epoch"), entry.get("score")) for entry in record.history]
-    return tuple((float(epoch), float(score)) for epoch, score in points if epoch is not None and score is not None)
 
 
 def _configuration_tables(figures: SuiteFigures, links: Links) -> tuple[Block, ...]:

@@ -25,29 +25,18 @@ NOTABLE = 1.0
 
 
 class Choice(BaseModel):
-    """What ships. In `shipped.json` it says what `student/` and `adapter/` are.
-
-    Attributes:
-        arm: the student arm.
-        seed: its best on validation.
-        scores: mean validation score over the seeds, by student arm.
-        against: the arm that it was weighed against; None where there was no other.
-        difference: the shipped arm minus that one, on validation; None where they could not be paired.
-        sentence: the choice and its reason, and the teacher where it is below a student.
-        made_of: hash of what the run left.
-        files: SHA-256 of what was shipped, by path from the experiment's folder.
-    """
+    """What ships, and why; `shipped.json` says what `student/` and `adapter/` are."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     arm: str
-    seed: int
-    scores: dict[str, float | None]
-    against: str | None = None
-    difference: Difference | None = None
-    sentence: str
-    made_of: str = ""
-    files: dict[str, str] = {}
+    seed: int  # the arm's best on validation
+    scores: dict[str, float | None]  # mean validation score over the seeds, by student arm
+    against: str | None = None  # the arm that it was weighed against
+    difference: Difference | None = None  # the shipped arm minus that one, on validation, where they could be paired
+    sentence: str  # the choice and its reason, and the teacher where it is below a student
+    made_of: str = ""  # hash of what the run left
+    files: dict[str, str] = {}  # SHA-256 of what was shipped, by path from the experiment's folder
 
 
 def read_choice(path: Path) -> Choice | None:

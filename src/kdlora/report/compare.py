@@ -11,7 +11,7 @@ from kdlora.config import STUDENT_ARMS
 from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.report.blocks import Block, Cell, Figure, Page, Row, Section, Strong, Table, Text, warning
 from kdlora.report.collect import Experiment, Run, load_runs
-from kdlora.report.costs import DISK, MEMORY, PARAMETERS, TIME, Cost
+from kdlora.report.costs import DISK, MEMORY, PARAMETERS, TIME
 from kdlora.report.findings import Comparison, pair_runs
 from kdlora.report.plots import Series, Style, differences, score_against_cost
 from kdlora.report.render import Report, render, write_page
@@ -146,16 +146,16 @@ def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> li
         tasks.setdefault((one.experiment.task.name, *one.experiment.task.metrics, one.experiment.split), []).append(one)
     drawn: list[Figure | None] = []
     for number, group in enumerate(tasks.values()):
-        title = f": {group[0].experiment.task.name or group[0].experiment.name}" if len(tasks) > 1 else ""
-        drawn.append(_cost_plot(group, PARAMETERS, f"Score against parameters{title}", f"parameters-{number}"))
-        drawn.append(_cost_plot(group, TIME, f"Score against latency{title}", f"latency-{number}"))
-    rows = [(one.first, one.difference) for one in paired.values() if one.difference is not None]
+        shown = group[0].experiment
+        suffix = f": {shown.task.name or shown.name}" if len(tasks) > 1 else ""
+        for name, cost in (("parameters", PARAMETERS), ("latency", TIME)):
+            series = [
+                Series(row.name, Style(place), cost.points(row.runs, shown.split)) for place, row in enumerate(group)
+            ]
+            score, title = f"score on {shown.split} (0 to 100)", f"Score against {name}{suffix}"
+            drawn.append(
+                score_against_cost(series, title=title, cost=cost.axis, score=score, identity=f"{name}-{number}")
+            )
+    rows = [(found.first, found.difference) for found in paired.values() if found.difference is not None]
     drawn.append(differences(rows, title="Differences from the reference", identity="differences"))
-    return [one for one in drawn if one is not None]
-
-
-def _cost_plot(group: Sequence[Candidate], cost: Cost, title: str, identity: str) -> Figure | None:
-    split = group[0].experiment.split
-    series = [Series(one.name, Style(place), cost.points(one.runs, split)) for place, one in enumerate(group)]
-    score = f"score on {split} (0 to 100)"
-    return score_against_cost(series, title=title, cost=cost.axis, score=score, identity=identity)
+    return [plot for plot in drawn if plot is not None]

@@ -6,18 +6,20 @@ import io
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kdlora.evidence.records import RunRecord
 from kdlora.evidence.stats import Difference
 from kdlora.report.blocks import Figure
-from kdlora.report.shipped import BenchmarkResult, ModelFigures
+from kdlora.report.shipped import AXES, BenchmarkResult
 from kdlora.report.wording import interval, signed
 from kdlora.system.storage import atomic_file
 
@@ -85,6 +87,15 @@ class Curve:
     style: Style
     seeds: tuple[tuple[tuple[float, float], ...], ...]
 
+    @classmethod
+    def of(cls, name: str, style: Style, records: Iterable[RunRecord], key: str = "score") -> Curve:
+        """Read one quantity from the histories of runs; what is no finite number there is left out."""
+        seeds = (
+            tuple((entry["epoch"], entry[key]) for entry in record.history if _has_numbers(entry, "epoch", key))
+            for record in records
+        )
+        return cls(name, style, tuple(points for points in seeds if points))
+
     def by_epoch(self) -> dict[float, list[float]]:
         """Collect the seeds' values at each epoch."""
         found: dict[float, list[float]] = {}
@@ -100,6 +111,11 @@ class Frame:
     height: int = 320
     left: int = 62
     bottom: int = 50
+
+
+def _has_numbers(entry: dict[str, Any], *keys: str) -> bool:
+    values = [entry.get(key) for key in keys]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) for value in values)
 
 
 def draw(
@@ -320,23 +336,19 @@ def differences(rows: Sequence[tuple[str, Difference]], *, title: str, identity:
 
 def plot_benchmark(result: BenchmarkResult, to: str | Path) -> None:
     """Draw one panel each for latency, size and memory, with a point for each model."""
-    panels: dict[str, Callable[[ModelFigures], float]] = {
-        "latency of one text, p50 (ms)": lambda model: model.p50_ms,
-        "size on disk (MB)": lambda model: model.size_bytes / 1e6,
-    }
-    if all(model.peak_memory_bytes for model in result.models):
-        panels["peak memory (MB)"] = lambda model: (model.peak_memory_bytes or 0) / 1e6
+    panels = [AXES[name] for name in ("latency", "size", "memory")]
+    if not all(model.peak_memory_bytes for model in result.models):
+        del panels[-1]
     scores = [model.score for model in result.models if model.score is not None]
     scored = len(scores) == len(result.models)
     heights = scores if scored else [model.texts_per_second for model in result.models]
     path = Path(to)
     with _matplotlib({"svg.hashsalt": "benchmark"}) as new_figure, atomic_file(path) as temporary:
         figure = new_figure(figsize=(4.4 * len(panels), 4.4), layout="constrained")
-        for axes, (label, read) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-            points = [(read(model), height) for model, height in zip(result.models, heights, strict=True)]
+        for axes, (label, read) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             series = [
-                Series(model.name, Style(number), (point,))
-                for number, (model, point) in enumerate(zip(result.models, points, strict=True))
+                Series(model.name, Style(number), ((read(model) or 0.0, heights[number]),))
+                for number, model in enumerate(result.models)
             ]
             _paint_costs(axes, series, far=4)
             axes.set(xlabel=label, ylabel="score" if scored else "texts per second")

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kdlora.report.answer import answer, cautions, key_figures
 from kdlora.report.blocks import Block, Bullets, Code, Figure, Paragraph, Section
 from kdlora.report.collect import Experiment
@@ -72,34 +70,17 @@ def _cost_blocks(experiment: Experiment, links: Links, mark: str) -> list[Block 
 
 
 def _training_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
-    arms = [arm for arm in experiment.arms if experiment.finished(arm)]
-    scores = [_curve(experiment, arm, "score", arm_title(arm), arm_style(arm)) for arm in arms]
-    students = [arm for arm in arms if arm not in ("fft", "lora")] or arms
+    records = {arm: [run.record for run in runs] for arm in experiment.arms if (runs := experiment.finished(arm))}
+    scores = [Curve.of(arm_title(arm), arm_style(arm), own) for arm, own in records.items()]
     losses = []
-    for arm in students:
-        style = arm_style(arm)
-        losses.append(_curve(experiment, arm, "hard_loss", f"{arm_title(arm)}, hard loss", style))
-        soft = Style(style.number, dashed=True)
-        losses.append(_curve(experiment, arm, "soft_loss", f"{arm_title(arm)}, soft loss", soft))
+    for arm in [arm for arm in records if arm not in ("fft", "lora")] or records:
+        style, soft = arm_style(arm), Style(arm_style(arm).number, dashed=True)
+        losses.append(Curve.of(f"{arm_title(arm)}, hard loss", style, records[arm], "hard_loss"))
+        losses.append(Curve.of(f"{arm_title(arm)}, soft loss", soft, records[arm], "soft_loss"))
     return [
         learning_curves(scores, title="Validation score", value="score on validation", identity=f"{mark}-curve"),
         learning_curves(losses, title="Loss terms of the students", value="training loss", identity=f"{mark}-loss"),
     ]
-
-
-def _curve(experiment: Experiment, arm: str, key: str, name: str, style: Style) -> Curve:
-    seeds = []
-    for run in experiment.finished(arm):
-        points = [(_number(entry.get("epoch")), _number(entry.get(key))) for entry in run.record.history]
-        kept = tuple((epoch, value) for epoch, value in points if epoch is not None and value is not None)
-        if kept:
-            seeds.append(kept)
-    return Curve(name, style, tuple(seeds))
-
-
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and np.isfinite(value) else None
 
 
 def _arm_list(experiment: Experiment) -> Bullets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,18 @@ class ModelFigures:
     peak_memory_bytes: Count | None = None  # above the level after imports; None where the system cannot tell
     score: Finite | None = None  # 0..100; None without labels
     grid_ms: dict[str, Amount] = field(default_factory=dict)  # "batch x length" to the median of one forward pass
+
+
+AXES: dict[str, tuple[str, Callable[[ModelFigures], float | None]]] = {
+    "latency": ("latency of one text, p50 (ms)", lambda one: one.p50_ms),
+    "throughput": (
+        "time of 1,000 texts in batches (s)",
+        lambda one: 1000 / one.texts_per_second if one.texts_per_second > 0 else None,
+    ),
+    "size": ("size on disk (MB)", lambda one: one.size_bytes / 1e6),
+    "memory": ("peak memory (MB)", lambda one: None if one.peak_memory_bytes is None else one.peak_memory_bytes / 1e6),
+}
+"""What a score is drawn against: left is better in every plot."""
 
 
 @dataclass(frozen=True)

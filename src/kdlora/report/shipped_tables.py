@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from kdlora.report.blocks import Block, Bullets, Cell, Figure, Link, Row, Strong, Table, Tile, Tiles, note, warning
 from kdlora.report.collect import Experiment
 from kdlora.report.plots import Series, Style, arm_style, score_against_cost
-from kdlora.report.shipped import TEACHER, Calibration, Export, ModelFigures, Parity, Shipped
+from kdlora.report.shipped import AXES, TEACHER, Calibration, Export, ModelFigures, Parity, Shipped
 from kdlora.report.tables import Links
 from kdlora.report.wording import milliseconds, signed, size, times
 
@@ -123,31 +123,17 @@ def _score(value: float | None) -> str:
 
 
 def _plots(experiment: Experiment, shipped: Shipped, mark: str) -> list[Figure | None]:
-    def plot(name: str, cost: str, read: Callable[[ModelFigures], float | None]) -> Figure | None:
+    plots = []
+    for name, (cost, read) in AXES.items():
         series = [
             Series(model.name, _style(experiment, model, number), ((value, model.score),))
             for number, model in enumerate(shipped.models)
             if (value := read(model)) is not None and model.score is not None
         ]
-        title, score = f"As shipped: score against {name}", "score (0 to 100)"
+        title, score, identity = f"As shipped: score against {name}", "score (0 to 100)", f"{mark}-shipped-{name}"
         # Each export is a multiple of the next, so that a logarithmic axis soon shows more.
-        return score_against_cost(series, title=title, cost=cost, score=score, identity=f"{mark}-shipped-{name}", far=4)
-
-    return [
-        plot("latency", "latency of one text, p50 (ms)", lambda model: model.p50_ms),
-        plot("throughput", "time of 1,000 texts in batches (s)", _seconds_of_thousand),
-        plot("size", "size on disk (MB)", lambda model: model.size_bytes / 1e6),
-        plot("memory", "peak memory (MB)", _memory),
-    ]
-
-
-def _seconds_of_thousand(model: ModelFigures) -> float | None:
-    """Turn the throughput into a cost, so that left is better in every plot."""
-    return 1000 / model.texts_per_second if model.texts_per_second > 0 else None
-
-
-def _memory(model: ModelFigures) -> float | None:
-    return None if model.peak_memory_bytes is None else model.peak_memory_bytes / 1e6
+        plots.append(score_against_cost(series, title=title, cost=cost, score=score, identity=identity, far=4))
+    return plots
 
 
 def _style(experiment: Experiment, model: ModelFigures, number: int) -> Style:

@@ -57,7 +57,9 @@ class Links:
 def score_table(experiment: Experiment, links: Links) -> Table:
     """Show the arms' scores in the form of the paper's Table 1, with the paper's rows for the same task."""
     arms = [*ARMS, *(arm for arm in experiment.arms if arm not in ARMS)]
-    score, others = experiment.task.metrics, _other_metrics(experiment)
+    score = experiment.task.metrics
+    found = dict.fromkeys(name for run in experiment.runs for name in _metrics(experiment, run))
+    others = [name for name in found if name not in score]  # beside the score's own, groups included
     rows: list[Row] = [(Cell("score, here", strong=True), *(_score_cell(experiment, arm, links) for arm in arms))]
     rows += [_metric_row(experiment, arms, name, links) for name in (*(score if len(score) > 1 else ()), *others)]
     published = _published_rows(experiment.task.name, arms)
@@ -74,12 +76,6 @@ def _score_cell(experiment: Experiment, arm: str, links: Links) -> Cell:
     if not failed:
         return Cell("–")
     return Cell("failed" if failed[0].record.status == "failed" else "not finished", links.to_all(failed))
-
-
-def _other_metrics(experiment: Experiment) -> list[str]:
-    """List the metrics that are reported beside the score's own, groups included."""
-    names = [name for run in experiment.runs for name in _metrics(experiment, run)]
-    return [name for name in dict.fromkeys(names) if name not in experiment.task.metrics]
 
 
 def _metrics(experiment: Experiment, run: Run) -> dict[str, float | None]:

@@ -23,14 +23,8 @@ from kdlora.models.encoders import Encoder, load_encoder, load_fine_tuned, stude
 Role = Literal["teacher", "student"]
 
 
-def check_models(config: Config, task: Task) -> None:
-    """Load every model that the experiment names, and look for its trackers: a mistake shows before any training."""
-    for _ in loaded_models(config, task):
-        pass
-
-
 def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
-    """Give every model that the experiment names, one after the other, and check that its adapters fit."""
+    """Give every model that the experiment names, one after the other; check its adapters, and the trackers."""
     check_trackers(config.run.report_to)
     if config.teacher.fine_tuned is not None:
         yield "teacher", load_teacher(config, task)[0]

@@ -15,17 +15,13 @@ from kdlora.config import Arm, Config
 from kdlora.configfile import save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.spool import read_column
-from kdlora.data.tasks import Task
-from kdlora.distil.words import BAG_OF_WORDS
 from kdlora.errors import ArtifactError, KdLoraError
 from kdlora.evidence.records import RunRecord, write_record
-from kdlora.experiment.inputs import check_models
 from kdlora.experiment.plan import ConfigurationLayout
-from kdlora.experiment.recording import hash_splits, now, splits_by_name
+from kdlora.experiment.recording import blank_record, hash_splits, now, splits_by_name
 from kdlora.experiment.settle import Chosen, choose
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.system.children import run_in_child
-from kdlora.system.environment import collect_versions, describe_machine, git_state
 from kdlora.system.ownership import remove
 from kdlora.system.storage import write_text_atomic
 
@@ -70,11 +66,6 @@ def inspect_task(configs: dict[str, Config], copies_in: Path | None) -> TaskFact
     facts = look_at(splits)
     facts.chosen.update({name: choose(one, splits) for name, one in configs.items()})
     return facts
-
-
-def inspect_models(config: Config, task: dict[str, Any]) -> None:
-    """Load every model that a family's runs will use, so that a mistake shows before any training."""
-    check_models(config, Task.from_dict(task))
 
 
 @dataclass(frozen=True)
@@ -189,30 +180,16 @@ def _without_model(job: Job, record: RunRecord) -> RunRecord:
 
 def failed_record(job: Job, fault: str) -> RunRecord:
     """Make the record of a run that did not come to an end."""
-    teacher, student = job.config.teacher, job.config.student
-    given = teacher.fine_tuned or teacher.logits or teacher.probabilities or teacher.model
-    layers = student.from_teacher_layers
-    student_name = student.model or (f"{teacher.model}, layers {list(layers)}" if layers else None)
-    model = {"words": BAG_OF_WORDS, "fft": given, "lora": teacher.model}.get(job.arm, student_name)
-    return RunRecord(
-        experiment=job.config.title(),
+    record = blank_record(
+        job.config,
+        job.arm,
+        job.seed,
         task=job.facts.task,
         rows=job.facts.rows,
-        arm=job.arm,
-        seed=job.seed,
-        status="failed",
-        error=fault,
-        teacher_model=given,
-        student_model=student_name,
-        model=str(model),
-        fingerprints={"config": job.config.fingerprint(), "data": job.facts.fingerprint},
-        versions=collect_versions(),
-        machine=describe_machine(),
-        git=git_state(),
-        finished=now(),
-        notes=list(job.facts.notes),
-        config=job.config.model_dump(mode="json"),
+        data=job.facts.fingerprint,
+        notes=job.facts.notes,
     )
+    return record.model_copy(update={"status": "failed", "error": fault, "finished": now()})
 
 
 def lost(job: Job, error: Exception) -> Outcome:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -71,34 +72,57 @@ def logged(stage: str, arm: str, seed: int) -> Iterator[None]:
     logger.info("end %s %s seed %d", stage, arm, seed)
 
 
-def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> RunRecord:
-    """Start the record of a run with everything that is known beforehand."""
-    precision, reason = choose_precision(config, layout)
+def blank_record(
+    config: Config,
+    arm: str,
+    seed: int,
+    *,
+    task: dict[str, Any],
+    rows: dict[str, int],
+    data: str,
+    notes: Sequence[str],
+) -> RunRecord:
+    """Start the record of a run with what is known without its process; `data` is the fingerprint of its rows."""
     teacher, student = config.teacher, config.student
-    student_name = student.model or f"{teacher.model}, layers {list(student.from_teacher_layers or ())}"
+    student_name = student.model
+    if student_name is None and student.from_teacher_layers is not None:
+        student_name = f"{teacher.model}, layers {list(student.from_teacher_layers)}"
     teacher_name = teacher.fine_tuned or teacher.logits or teacher.probabilities or teacher.model
-    models: dict[Arm, str | None] = {"words": BAG_OF_WORDS, "fft": teacher_name, "lora": teacher.model}
-    on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    models = {"words": BAG_OF_WORDS, "fft": teacher_name, "lora": teacher.model}
     return RunRecord(
         experiment=config.title(),
-        task=splits.task.to_dict(),
-        rows={name: len(part) for name, part in splits_by_name(splits).items()},
+        task=task,
+        rows=rows,
         arm=arm,
         seed=seed,
         status="running",
         teacher_model=teacher_name,
-        student_model=student_name if student.model or student.from_teacher_layers else None,
+        student_model=student_name,
         model=str(models.get(arm, student_name)),
-        precision=precision,
-        device="cpu" if on_cpu else str(torch.cuda.get_device_name()),
-        fingerprints={"config": config.fingerprint(), "data": hash_splits(splits)},
+        fingerprints={"config": config.fingerprint(), "data": data},
         versions=collect_versions(),
         machine=describe_machine(),
         git=git_state(),
-        started=now(),
-        notes=[*_notes(splits), f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"],
+        notes=list(notes),
         config=config.model_dump(mode="json"),
     )
+
+
+def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> RunRecord:
+    """Start the record of a run in its process."""
+    precision, reason = choose_precision(config, layout)
+    on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    record = blank_record(
+        config,
+        arm,
+        seed,
+        task=splits.task.to_dict(),
+        rows={name: len(part) for name, part in splits_by_name(splits).items()},
+        data=hash_splits(splits),
+        notes=[*_notes(splits), f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"],
+    )
+    device = "cpu" if on_cpu else str(torch.cuda.get_device_name())
+    return record.model_copy(update={"precision": precision, "device": device, "started": now()})
 
 
 def _notes(splits: Splits) -> list[str]:

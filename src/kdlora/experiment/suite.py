@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdlora.config import Config
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
 from kdlora.experiment.engines import Engine, Work, carry_out_all, open_engine
-from kdlora.experiment.jobs import Job, TaskFacts, carry_out, inspect_models, inspect_task, lost
+from kdlora.experiment.jobs import Job, TaskFacts, carry_out, inspect_task, lost
 from kdlora.experiment.plan import Plan, make_plan, whole_config
 from kdlora.experiment.queue import Queue, finished_runs
 from kdlora.experiment.ray_cluster import local_paths
@@ -120,7 +119,6 @@ def run_suite(
             plan = make_plan(suite, chosen_settings(facts))
             runs = plan.runs()
             queue = Queue(runs, plan.lessons(), root, facts, finished_runs(runs, root, facts))
-            check_models_of(plan, queue, facts, engine)
             work = carry_out if on is not None else functools.partial(carry_out, check=lock.check)
             try:
                 _carry_out(queue, engine, work, listen)
@@ -172,16 +170,6 @@ def inspect_tasks(plan: Plan, engine: Engine, copies_in: Path | None = None) -> 
 def chosen_settings(facts: dict[str, TaskFacts]) -> dict[tuple[str, str], Chosen]:
     """Give what data and models decide, by task and family."""
     return {(task, family): chosen for task, one in facts.items() for family, chosen in one.chosen.items()}
-
-
-def check_models_of(plan: Plan, queue: Queue, facts: dict[str, TaskFacts], engine: Engine) -> None:
-    """Load every family's models once, on the first task that it has runs left on."""
-    pending = {run.key for run in queue.pending()}
-    wanted: dict[str, tuple[Config, dict[str, Any]]] = {}
-    for cell in plan.cells:
-        if cell.family not in wanted and any(run.key in pending for run in cell.runs):
-            wanted[cell.family] = (whole_config(plan.suite, cell.task, cell.family), facts[cell.task].task)
-    _without_faults(wanted, engine.call_all(inspect_models, list(wanted.values())))
 
 
 def _without_faults(names: Any, answers: list[Any]) -> list[Any]:

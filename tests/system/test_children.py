@@ -206,6 +206,12 @@ def with_this_folder() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(places)}
 
 
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python script that can import `children`."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=with_this_folder(), check=True)
+
+
 def interrupt(message: object) -> None:
     raise KeyboardInterrupt
 
@@ -243,17 +249,7 @@ def test_a_childs_log_follows_the_level_of_the_caller(tmp_path):
         "import logging, children\nfrom kdlora.system.children import run_in_child\n"
         "logging.basicConfig(level='{level}', format='%(message)s')\nrun_in_child(children.speak_up)\n"
     )
-    environment = with_this_folder()
-    said = [
-        subprocess.run(
-            [sys.executable, "-c", script.format(level=level)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=True,
-        ).stderr
-        for level in ("INFO", "WARNING")
-    ]
+    said = [run("-c", script.format(level=level)).stderr for level in ("INFO", "WARNING")]
     assert said == ["heard from the child\n", ""]
 
 
@@ -263,8 +259,8 @@ def test_a_killed_parent_takes_its_child_along(tmp_path):
         "import children\nfrom kdlora.system.children import run_in_child\n"
         f"run_in_child(children.sleep_and_write, {str(tmp_path / 'x')!r}, on_message=lambda p: print(p, flush=True))\n"
     )
-    environment = with_this_folder()
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, text=True) as parent:
+    command, environment = [sys.executable, "-c", script], with_this_folder()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         parent.kill()
@@ -278,9 +274,7 @@ def test_a_plain_script_without_a_guard_does_not_start_itself_again(tmp_path):
         "print('started')\nimport children\nfrom kdlora.system.children import run_in_child\n"
         "print(run_in_child(children.allocate, 1))\n"
     )
-    environment = with_this_folder()
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["started", "1"]
+    assert run(str(script)).stdout.split() == ["started", "1"]
 
 
 def test_a_function_that_no_other_process_finds_is_refused():

@@ -49,6 +49,7 @@ def suite(
     """
     from kdlora.experiment.launch import check_alone
     from kdlora.experiment.suitefile import load_suite
+    from kdlora.system.children import prepare_children
 
     check_alone("suite")
     wanted = load_suite(suite_file, overrides or [])
@@ -58,6 +59,8 @@ def suite(
         overview = look_at_suite(wanted, out, confirmed=yes)
         print_json(overview.to_dict()) if as_json else _print_overview(overview)
         return
+    if on is None:
+        prepare_children("kdlora.experiment.jobs")
     from kdlora.experiment.suite import run_suite
 
     with _suite_progress() as listen:
@@ -94,8 +97,11 @@ def search(options: Search) -> None:
     """
     from kdlora.configfile import load_search
     from kdlora.experiment.launch import check_alone
+    from kdlora.system.children import prepare_children
 
     check_alone("search")
+    if options.on is None:
+        prepare_children("kdlora.experiment.trial")
     from kdlora.experiment.search import run_search
 
     wanted, settings = load_search(options.config, options.overrides or [], space=options.space, trials=options.trials)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -114,9 +114,12 @@ def _of_rows(task: Task, name: str, outputs: np.ndarray, targets: np.ndarray) ->
     """Give a metric of the rows as they are; sums of values that are no counts are taken in the usual order."""
     decided = predict_labels(task, outputs)
     match task.kind, name:
-        case "single-label", "macro_f1":
-            marked = np.bincount(decided, minlength=outputs.shape[1]) + np.bincount(targets, minlength=outputs.shape[1])
-            hits = np.bincount(targets[decided == targets], minlength=outputs.shape[1])
+        case "single-label", "macro_f1" | "matthews":
+            found = (decided, targets, targets[decided == targets])
+            said, true, hits = (np.bincount(part, minlength=outputs.shape[1]).astype(np.float64) for part in found)
+            if name == "matthews":
+                return float(_matthews_of(hits.sum(), said.sum(), said, true))
+            marked = said + true
             return float(np.mean(2.0 * hits[marked > 0] / marked[marked > 0]))
         case "regression", "mse":
             return float(np.mean((targets - decided) ** 2))
@@ -200,15 +203,14 @@ def _macro_f1(predicted: np.ndarray, wanted: np.ndarray, *, occurring_only: bool
 def _matthews(predicted: np.ndarray, wanted: np.ndarray) -> Weighted:
     """Matthews from counts of hits, predictions and labels of each class."""
     hits = (predicted * wanted).sum(axis=1)
+    return lambda counts: _matthews_of(counts @ hits, counts.sum(axis=1), counts @ predicted, counts @ wanted)
 
-    def measure(counts: np.ndarray) -> np.ndarray:
-        total = counts.sum(axis=1)
-        said, true = counts @ predicted, counts @ wanted
-        above = (counts @ hits) * total - (said * true).sum(axis=1)
-        below = (total**2 - (said**2).sum(axis=1)) * (total**2 - (true**2).sum(axis=1))
-        return _ratio(above, np.sqrt(below))
 
-    return measure
+def _matthews_of(hits: Any, total: Any, said: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Give the coefficient, by the rows that were said to be of each class, and that are."""
+    above = hits * total - (said * true).sum(axis=-1)
+    below = (total**2 - (said**2).sum(axis=-1)) * (total**2 - (true**2).sum(axis=-1))
+    return _ratio(above, np.sqrt(below))
 
 
 def _pearson(decided: np.ndarray, targets: np.ndarray) -> Weighted:

@@ -95,7 +95,10 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
         read_record(tmp_path / "binary.json")
 
 
-@pytest.mark.parametrize("task", [BINARY, SIMILARITY, TAGS], ids=lambda task: task.kind)
+SPAM = Task("multi-label", ("text",), ("spam",), ("spam",), ("micro_f1",))  # a list of one value is no scalar
+
+
+@pytest.mark.parametrize("task", [BINARY, SIMILARITY, TAGS, SPAM], ids=lambda task: "-".join(task.label_names))
 def test_predictions_come_back_as_they_went(tmp_path, task):
     """Columns in another order, or labels in another type, would give other metrics from the same file."""
     labels = make_labels(task, 6)
@@ -174,15 +177,3 @@ def test_the_environment_is_described_without_the_hosts_name(tmp_path):
     assert git_state(tmp_path) == {}
     state = git_state()
     assert not state or (len(state["commit"]) == 40 and state["dirty"] in ("yes", "no"))
-
-
-def test_a_label_list_may_be_of_one_label(tmp_path):
-    """A list of one value must not collapse into a scalar column."""
-    task = Task("multi-label", ("text",), ("spam",), ("spam",), ("micro_f1",))
-    labels = np.array([[1.0], [0.0]], dtype=np.float32)
-    write_predictions(
-        tmp_path / "p.parquet", Predictions(("1", "2"), ("test",) * 2, np.zeros((2, 1)), task.label_names, labels)
-    )
-    back = read_predictions(tmp_path / "p.parquet").labels
-    assert back is not None
-    assert back.shape == (2, 1)

@@ -42,6 +42,15 @@ def _read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def _interrupt(model: Classifier, source: Path, to: Path, after: int) -> None:
+    def stop(rows: int, fraction: float | None) -> None:
+        if rows >= after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(model, source, to, progress=stop)
+
+
 @pytest.fixture
 def source(tmp_path) -> Path:
     return _csv(tmp_path / "in.csv", [{"id": f"r{n}", "text": text} for n, text in enumerate(TEXTS)])
@@ -180,13 +189,7 @@ def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
     """Prevents doubled or lost rows after a kill, and an output file before the run is whole."""
     predict_file(model, source, tmp_path / f"whole{suffix}")
     out = tmp_path / f"out{suffix}"
-
-    def stop(rows: int, fraction: float | None) -> None:
-        if rows >= 30:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        predict_file(model, source, out, progress=stop)
+    _interrupt(model, source, out, 30)
     assert not out.exists()
     asked: list[int] = []
     predict = Classifier.predict
@@ -204,13 +207,8 @@ def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
 
 def test_stale_parts_are_refused(tmp_path, model, source):
     """Prevents one output made of two inputs."""
-
-    def stop(rows: int, fraction: float | None) -> None:
-        raise KeyboardInterrupt
-
     out = tmp_path / "out.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        predict_file(model, source, out, progress=stop)
+    _interrupt(model, source, out, 10)
     _csv(source, [{"id": "x", "text": "another file"}])
     with pytest.raises(ArtifactError, match=r"out.jsonl.partial: holds an interrupted prediction of something else"):
         predict_file(model, source, out)

@@ -127,14 +127,9 @@ def push_experiment(
             raise KdLoraError(f"{repo} exists on the Hub and is public; say --public (public=True) to push there")
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        operations = [
-            CommitOperationAdd(
-                path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content)
-            )
-            for name, content in contents.items()
-        ]
+        added = [CommitOperationAdd(name, content) for name, content in contents.items()]
         commit = api.create_commit(
-            repo, operations, commit_message="Student distilled with kdlora", revision=revision, num_threads=2
+            repo, added, commit_message="Student distilled with kdlora", revision=revision, num_threads=2
         )
     return Pushed(repo, str(commit.commit_url), str(commit.oid), private, tuple(sorted(contents)))
 

@@ -95,7 +95,6 @@ class ModelProcess:
     """A model's process, seen from the benchmark."""
 
     def __init__(self, name: str, threads: int) -> None:
-        """Start it."""
         self.name = name
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
         self.process = subprocess.Popen(

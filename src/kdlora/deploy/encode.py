@@ -29,7 +29,6 @@ class TextEncoder:
     """A tokenizer with fixed truncation; it is never changed after construction, so threads may share it."""
 
     def __init__(self, folder: ModelFolder, input_names: Sequence[str], tokenizer_json: str) -> None:
-        """Take the content of a `tokenizer.json`."""
         self.input_names = tuple(input_names)
         if "input_ids" not in self.input_names:
             raise ModelError(f"{folder.path}: the model does not take input_ids, so it reads no text.")
@@ -94,7 +93,6 @@ def check_text(text: Any, where: str) -> Text:
 
 
 def _check_one(text: Any, where: str) -> str:
-    """Check one text."""
     if not isinstance(text, str):
         raise DataError(f"{where}: expected a text, got {type(text).__name__} ({text!r:.40}).")
     if not text or text.isspace():

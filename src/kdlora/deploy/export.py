@@ -56,7 +56,6 @@ class ParityError(ArtifactError):
     """
 
     def __init__(self, message: str, result: ExportResult) -> None:
-        """Join the message and the partial result."""
         super().__init__(message)
         self.result = result
 

@@ -42,7 +42,6 @@ class LabelledTexts:
     groups: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        """Count the labels."""
         if self.labels is not None and (len(self.labels) != len(self.texts) or not len(self.labels)):
             raise DataError(f"expected one label a text, got {len(self.labels)} labels for {len(self.texts)} texts.")
 
@@ -100,7 +99,6 @@ class Checks:
         return parity
 
     def _compare(self, stage: str, after: np.ndarray, gate: Gate) -> Parity:
-        """Compute the figures of a stage and judge them."""
         difference = float(np.abs(self.logits - after).max())
         agreement = measure_agreement(self.task, self.logits, after)
         own = drop = low = high = None

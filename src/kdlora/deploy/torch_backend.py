@@ -19,7 +19,6 @@ class TorchBackend:
     """A transformers model on the CPU, in evaluation mode."""
 
     def __init__(self, folder: ModelFolder, *, threads: int | None = None) -> None:
-        """Load a transformers folder."""
         if threads is not None:
             torch.set_num_threads(threads)
         self.model = load_model(folder)

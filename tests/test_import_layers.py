@@ -14,7 +14,7 @@ ORDER = [
     {"searchconfig"},
     {"configfile"},
     {"system.integrity", "system.ownership"},
-    {"system", "data.tasks", "data.faults"},
+    {"system", "data.tasks", "data.faults", "data.lines"},
     {"evidence.predictions"},
     {"evidence.records"},
     {"evidence", "distil.losses"},

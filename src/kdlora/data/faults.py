@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from kdlora.data.lines import LongLineError
 from kdlora.errors import DataError
 
 UNREADABLE = (pa.ArrowException, UnicodeDecodeError, OSError)
@@ -29,6 +30,17 @@ def parquet_faults(name: str, remedy: str = REMEDY) -> Iterator[None]:
         ) from None
     except UNREADABLE as error:
         raise DataError(f"{name} is no readable Parquet file ({error}); {remedy}") from None
+
+
+@contextmanager
+def text_faults(file: Path, expected: str) -> Iterator[None]:
+    """Say where a file of lines is not UTF-8, or has a line that is too long."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise encoding_error(file) or DataError(f"{file} is not UTF-8 ({error})") from None
+    except LongLineError as error:
+        raise DataError(f"{file}: {error}; expected {expected}") from None
 
 
 def encoding_error(file: Path, limit: int | None = None) -> DataError | None:

@@ -17,8 +17,8 @@ from datasets import ClassLabel, Dataset
 from pydantic import TypeAdapter
 
 from kdlora.data.delimited import Delimited
-from kdlora.data.faults import encoding_error, parquet_faults, refuse_duplicates
-from kdlora.data.lines import Lines, LongLineError, as_object, json_fault, read_object
+from kdlora.data.faults import parquet_faults, refuse_duplicates, text_faults
+from kdlora.data.lines import Lines, as_object, json_fault, read_object
 from kdlora.data.spool import spool
 from kdlora.errors import DataError, did_you_mean, first_line
 
@@ -165,25 +165,20 @@ def _open_json(file: Path) -> Source:
 
 
 def _json_rows(file: Path) -> Iterator[Mapping[str, Any]]:
-    number = 0
-    try:
-        with file.open(encoding="utf-8-sig", newline="\n") as stream:
+    with text_faults(file, "one object per line"), file.open(encoding="utf-8-sig", newline="\n") as stream:
+        start = stream.read(1)
+        while start.isspace():
             start = stream.read(1)
-            while start.isspace():
-                start = stream.read(1)
-            stream.seek(0)
-            if start == "[":
-                yield from _array_rows(file, stream.read())
-                return
-            for number, line in enumerate(Lines(stream), 1):  # noqa: B007 - named below
+        stream.seek(0)
+        if start == "[":
+            yield from _array_rows(file, stream.read())
+            return
+        for number, line in enumerate(Lines(stream), 1):
+            try:
                 if line.strip():
                     yield read_object(line)
-    except UnicodeDecodeError as error:
-        raise encoding_error(file) or DataError(f"{file} is not UTF-8 ({error})") from None
-    except LongLineError as error:
-        raise DataError(f"{file}: {error}; expected one object per line") from None
-    except ValueError as error:
-        raise DataError(f"{file}, line {number}: {error}; expected one object per line") from None
+            except ValueError as error:
+                raise DataError(f"{file}, line {number}: {error}; expected one object per line") from None
 
 
 def _array_rows(file: Path, text: str) -> Iterator[Mapping[str, Any]]:
@@ -228,17 +223,12 @@ def _read_lines(file: Path, key: str) -> RawTable:
     """Read one text a line; empty lines are left out, and count."""
 
     def batches() -> Iterator[pa.RecordBatch]:
-        with file.open(encoding="utf-8-sig") as stream:
+        with text_faults(file, "one text a line"), file.open(encoding="utf-8-sig") as stream:
             lines = Lines(stream)
             while chunk := [line.rstrip("\n") for line in islice(lines, _CHUNK_ROWS)]:
                 yield pa.RecordBatch.from_arrays([pa.array(chunk)], names=["text"])
 
-    try:
-        raw = RawTable(str(file), spool(batches(), str(file)))
-    except UnicodeDecodeError as error:
-        raise encoding_error(file) or DataError(f"{file} is not UTF-8 ({error})") from None
-    except LongLineError as error:
-        raise DataError(f"{file} ({key}): {error}; expected one text a line") from None
+    raw = RawTable(str(file), spool(batches(), str(file)))
     filled = raw.drop(is_blank(raw.table["text"]))
     if not filled.table.num_rows:
         raise DataError(f"{file} ({key}) has no line with text; expected one text a line")

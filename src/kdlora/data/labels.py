@@ -168,9 +168,7 @@ def _refuse_value(where: str, column: str, value: pa.Scalar) -> NoReturn:
 
 
 def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...]) -> npt.NDArray[np.float32]:
-    values = raw.table[column].combine_chunks()
-    if isinstance(values, pa.ChunkedArray):
-        values = pa.concat_arrays(values.chunks)
+    values = pa.concat_arrays(raw.table[column].chunks)
     refuse_missing(raw, column, pc.is_null(values))
     lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(values)), lengths)
@@ -198,15 +196,9 @@ def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...]) -> npt.NDAr
 
 def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:
     rows, width = matrix.shape
-    step = max(1, _LIST_VALUES // width)
-    chunks = [
-        pa.ListArray.from_arrays(
-            pa.array(np.arange(0, (len(part) + 1) * width, width, dtype=np.int32)),
-            pa.array(np.ascontiguousarray(part).ravel()),
-        )
-        for part in (matrix[start : start + step] for start in range(0, rows, step))
-    ]
-    return pa.chunked_array(chunks)
+    step, kind = max(1, _LIST_VALUES // width), pa.list_(pa.float32())
+    flat = (pa.array(matrix[start : start + step].ravel()) for start in range(0, rows, step))
+    return pa.chunked_array([pa.FixedSizeListArray.from_arrays(part, width).cast(kind) for part in flat], kind)
 
 
 def infer_text_columns(source: Source) -> tuple[str, ...]:

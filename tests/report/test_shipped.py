@@ -21,7 +21,6 @@ from kdlora.report.shipped import (
     Parity,
     read_shipped,
 )
-from kdlora.report.wording import times
 from kdlora.system.storage import write_json_atomic
 
 
@@ -231,14 +230,3 @@ def test_what_the_deployment_writes_can_be_read(layout):
     assert not found.faults
     assert found.benchmark == result
     assert found.export == replace(export, attempts=(replace(stage, largest_difference=None),))
-
-
-def test_ratios_are_written_without_false_zeros():
-    """A model that is much slower is not 0.0 times as fast."""
-    assert [times(*pair) for pair in ((200, 1), (30, 2), (1, 2), (1, 500), (1, 0))] == [
-        "200×",
-        "15.0×",
-        "0.5×",
-        "0.002×",
-        "–",
-    ]

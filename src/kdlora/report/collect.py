@@ -105,40 +105,24 @@ class Experiment:
             return {}
 
 
-def load_experiments(folders: Sequence[Path | str]) -> list[Experiment]:
-    """Read experiment folders; runs of different tasks in one folder become experiments of their own."""
+def load_experiments(folders: Sequence[Path | str], *, runs: bool = False) -> list[Experiment]:
+    """Read experiment folders, and those of single runs where they may be; runs of different tasks are kept apart."""
     if not folders:
-        raise ArtifactError("expected at least one experiment folder, got none")
-    unique = list(dict.fromkeys(Path(folder) for folder in folders))
-    experiments = [experiment for folder in unique for experiment in _load_folder(folder)]
-    return _unique(experiments)
-
-
-def load_runs(folders: Sequence[Path | str]) -> list[Experiment]:
-    """Read experiment folders and folders of single runs alike."""
-    places = [Path(folder) for folder in folders]
-    singles = [place for place in places if RunLayout(place).record.is_file()]
+        raise ArtifactError(f"expected at least one experiment{' or run' if runs else ''} folder, got none")
     found: list[Experiment] = []
-    for place in dict.fromkeys(places):
-        if place in singles:
-            record = read_record(RunLayout(place).record)
-            run, fault = load_run(record, RunLayout(place))
-            name = f"{record.experiment}: {place.name}"
-            found.append(Experiment(name, _task_of(run), place.parent.parent, (run,), fault))
-        else:
-            found.extend(load_experiments([place]))
-    if not found:
-        raise ArtifactError("expected at least one experiment or run folder, got none")
-    return _unique(found)
-
-
-def _unique(experiments: list[Experiment]) -> list[Experiment]:
-    """Number the experiments whose names are the same, so that rows can be told apart."""
-    names = [experiment.name for experiment in experiments]
+    for folder in dict.fromkeys(map(Path, folders)):
+        found += [_load_single(folder)] if runs and RunLayout(folder).record.is_file() else _load_folder(folder)
+    names = [experiment.name for experiment in found]
     return [
         replace(one, name=f"{one.name} ({one.folder.name}, {number})") if names.count(one.name) > 1 else one
-        for number, one in enumerate(experiments, start=1)
+        for number, one in enumerate(found, start=1)
     ]
+
+
+def _load_single(folder: Path) -> Experiment:
+    place = RunLayout(folder)
+    run, faults = load_run(read_record(place.record), place)
+    return Experiment(f"{run.record.experiment}: {folder.name}", _task_of(run), folder.parent.parent, (run,), faults)
 
 
 def _load_folder(folder: Path) -> list[Experiment]:
@@ -152,12 +136,16 @@ def _load_folder(folder: Path) -> list[Experiment]:
     shipped = read_shipped(layout) if len(by_task) == 1 else None
     experiments = []
     for runs in by_task.values():
-        name = runs[0].record.experiment or folder.name
-        task = _task_of(runs[0])
-        if len(by_task) > 1:
-            name = f"{name}: {task.name or ', '.join(task.label)}"
-        experiments.append(Experiment(name, task, folder, tuple(sorted(runs, key=_order)), faults, shipped))
+        task, name = _task_of(runs[0]), runs[0].record.experiment or folder.name
+        suffix = f": {task.name or ', '.join(task.label)}" if len(by_task) > 1 else ""
+        ordered = sorted(runs, key=lambda run: (*_place(run.record.arm), run.record.seed))
+        experiments.append(Experiment(f"{name}{suffix}", task, folder, tuple(ordered), faults, shipped))
     return experiments
+
+
+def _place(arm: str) -> tuple[int, str]:
+    """Put arms in the usual order, others behind them."""
+    return (list(ARMS).index(arm) if arm in ARMS else len(ARMS)), arm
 
 
 def _records_of(layout: ExperimentLayout) -> list[tuple[RunRecord, RunLayout | Path]]:
@@ -198,9 +186,3 @@ def _task_of(run: Run) -> Task:
         return Task.from_dict(run.record.task)
     except DataError as error:
         raise ArtifactError(f"{run.path}: {error}. Delete the run's folder and run the same command again.") from None
-
-
-def _order(run: Run) -> tuple[int, str, int]:
-    arms: tuple[str, ...] = ARMS
-    place = arms.index(run.record.arm) if run.record.arm in arms else len(arms)
-    return place, run.record.arm, run.record.seed

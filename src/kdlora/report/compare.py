@@ -10,7 +10,7 @@ from pathlib import Path
 from kdlora.config import STUDENT_ARMS
 from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.report.blocks import Block, Cell, Figure, Page, Row, Section, Strong, Table, Text, warning
-from kdlora.report.collect import Experiment, Run, load_runs
+from kdlora.report.collect import Experiment, Run, load_experiments
 from kdlora.report.costs import DISK, MEMORY, PARAMETERS, TIME
 from kdlora.report.findings import Comparison, pair_runs
 from kdlora.report.plots import Series, Style, differences, score_against_cost
@@ -65,7 +65,7 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
         OSError: the folder cannot be written.
     """
     base = Path(out) if out is not None else Path.cwd()
-    page = _page(load_runs(folders), base, draws)
+    page = _page(load_experiments(folders, runs=True), base, draws)
     return render(page) if out is None else write_page(page, base / "compare.md", base / "compare.html")
 
 

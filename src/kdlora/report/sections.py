@@ -16,7 +16,7 @@ from kdlora.report.outputs import error_blocks, example_blocks
 from kdlora.report.plots import Curve, Series, Style, arm_style, differences, learning_curves, score_against_cost
 from kdlora.report.shipped_tables import shipped_blocks, shipped_tiles
 from kdlora.report.tables import Links, claims_table, cost_table, difference_table, run_table, score_table
-from kdlora.report.wording import ARM_MEANINGS, arm_title, score_title
+from kdlora.report.wording import ARMS, arm_title, score_title
 
 
 def experiment_section(experiment: Experiment, *, number: int, base: Path, draws: int) -> Section:
@@ -84,8 +84,7 @@ def _training_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
 
 
 def _arm_list(experiment: Experiment) -> Bullets:
-    known = [arm for arm in experiment.arms if arm in ARM_MEANINGS]
-    return Bullets(tuple((arm_title(arm), f": {ARM_MEANINGS[arm]}.") for arm in known))
+    return Bullets(tuple((": ".join(ARMS[arm]) + ".",) for arm in experiment.arms if arm in ARMS))
 
 
 def _provenance(experiment: Experiment) -> list[Block | None]:

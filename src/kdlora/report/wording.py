@@ -13,25 +13,16 @@ INTERVALS = (
 )
 """What an interval says, below every table that has one."""
 
-_ARM_TITLES = {
-    "words": "bag of words",
-    "fft": "FFT",
-    "lora": "LoRA",
-    "kd-lora": "KD-LoRA",
-    "student-fft": "student FFT",
-    "student-lora": "student LoRA",
-    "kd-fft": "KD-FFT",
+ARMS = {
+    "words": ("bag of words", "no transformer at all: TF-IDF of words and characters with a linear model, one seed"),
+    "fft": ("FFT", "the teacher, all weights tuned"),
+    "lora": ("LoRA", "a model of the teacher's size with adapters"),
+    "kd-lora": ("KD-LoRA", "the student with adapters, taught by the teacher"),
+    "student-fft": ("student FFT", "the same student, all weights tuned, without a teacher"),
+    "student-lora": ("student LoRA", "the same student with adapters, without a teacher"),
+    "kd-fft": ("KD-FFT", "the student, all weights tuned, taught by the teacher"),
 }
-
-ARM_MEANINGS = {
-    "words": "no transformer at all: TF-IDF of words and characters with a linear model, one seed",
-    "fft": "the teacher, all weights tuned",
-    "lora": "a model of the teacher's size with adapters",
-    "kd-lora": "the student with adapters, taught by the teacher",
-    "student-fft": "the same student, all weights tuned, without a teacher",
-    "student-lora": "the same student with adapters, without a teacher",
-    "kd-fft": "the student, all weights tuned, taught by the teacher",
-}
+"""An arm's title in a heading or legend, and what it is."""
 
 _METRIC_TITLES = {
     "accuracy": "accuracy",
@@ -49,7 +40,7 @@ _METRIC_TITLES = {
 
 def arm_title(arm: str) -> str:
     """Name an arm for a heading or legend."""
-    return _ARM_TITLES.get(arm, arm)
+    return ARMS[arm][0] if arm in ARMS else arm
 
 
 def metric_title(name: str) -> str:

@@ -11,11 +11,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from kdlora.config import Arm
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """A section of a file; unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class Range(_Part):
+class Range(Part):
     """Numbers from a lowest to a highest, both included."""
 
     low: float
@@ -47,7 +49,7 @@ class Range(_Part):
         return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
 
 
-class Choices(_Part):
+class Choices(Part):
     """A list of values; a value may itself be a list, such as adapter targets."""
 
     values: tuple[Any, ...] = Field(min_length=1)
@@ -90,7 +92,7 @@ def _flat(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 Space = Annotated[dict[str, Range | Choices], BeforeValidator(_parse_space)]
 
 
-class Resources(_Part):
+class Resources(Part):
     """What a run needs of a node, where a cluster carries it out."""
 
     cpus: float = Field(default=1.0, gt=0.0)
@@ -101,7 +103,7 @@ class Resources(_Part):
     """How often a run is started again after its node or worker was lost."""
 
 
-class SearchConfig(_Part):
+class SearchConfig(Part):
     """A search over fields of a config."""
 
     space: Space = {}

@@ -14,7 +14,7 @@ from kill_driver import Blow, differences, repeated_stages, run_command
 
 from experiments import processes_marked, snapshot
 from kdlora.configfile import load_config
-from kdlora.experiment import run as run_module
+from kdlora.experiment import jobs
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.stages import Stage
 
@@ -79,7 +79,7 @@ def test_a_training_is_not_lost_between_its_end_and_its_record(workshop, tmp_pat
 
     config = workshop.config({"run": {"checkpoint_seconds": 0.01}})
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "write_record", be_killed)
+        patch.setattr(jobs, "write_record", be_killed)
         with pytest.raises(KeyboardInterrupt):
             run_experiment(config, tmp_path)
     last = max(path.name for path in tmp_path.rglob("step-*"))

@@ -26,7 +26,7 @@ from kdlora.distil.logits import read_collection
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.inputs import check_table
-from kdlora.experiment.label_job import refuse_double_ids
+from kdlora.experiment.label_folder import LabelSettings, refuse_double_ids
 from kdlora.experiment.labelling import label_collection
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.models.encoders import load_encoder, load_fine_tuned, save_encoder
@@ -76,6 +76,12 @@ def read_all(folder: Path) -> pd.DataFrame:
     return pd.concat([pq.read_table(file).to_pandas() for file in open_collection(folder).files], ignore_index=True)
 
 
+def label(model, data, to, **given):
+    """Label with settings by name."""
+    others = {key: given.pop(key) for key in ("on", "progress") if key in given}
+    return label_collection(str(model), str(data), to, LabelSettings(**given), **others)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("logits-*.parquet"))}
 
@@ -83,13 +89,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_every_row_of_every_format_once_with_its_own_logits(model, texts, tmp_path):
     """Rows shifted by one between windows, shards or files teach every student the neighbour's answer."""
     told: list[int] = []
-    summary = label_collection(
-        str(model),
-        str(texts),
-        tmp_path / "out",
-        rows_per_shard=16,
-        precision="fp32",
-        progress=lambda done, total: told.append(done),
+    summary = label(
+        model, texts, tmp_path / "out", rows_per_shard=16, precision="fp32", progress=lambda done, _: told.append(done)
     )
     assert (summary.rows, summary.rejected, summary.shards, summary.resumed) == (90, 0, 3 + 2 + 2, 0)
     assert told[0] == 0
@@ -102,7 +103,7 @@ def test_every_row_of_every_format_once_with_its_own_logits(model, texts, tmp_pa
     np.testing.assert_allclose(logits, expected_logits(model, found["text"].tolist()), atol=1e-5)
     stored = read_collection(tmp_path / "out", task(names=("positive", "negative")), "teacher.logits")
     np.testing.assert_array_equal(stored.logits, logits[:, ::-1])  # by name, not by position
-    bare = label_collection(str(model), str(texts / "b.jsonl"), tmp_path / "bare", texts=False)
+    bare = label(model, texts / "b.jsonl", tmp_path / "bare", texts=False)
     assert bare.rows == 30
     assert "text" not in read_all(tmp_path / "bare")
 
@@ -112,17 +113,17 @@ def test_the_number_format_is_timed_once(model, texts, tmp_path, monkeypatch):
     timings = iter([2.0, 1.0, 1.0, 1.0])
     monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"amx_bf16"}))
     monkeypatch.setattr(precision, "_bf16_speed_up", lambda: next(timings))
-    first, again = (label_collection(str(model), str(texts / "b.jsonl"), tmp_path / "out") for _ in range(2))
+    first, again = (label(model, texts / "b.jsonl", tmp_path / "out") for _ in range(2))
     assert (first.resumed, again.resumed) == (0, 30)
     assert open_collection(tmp_path / "out").content["ingredients"]["precision"] == "bf16"
 
 
 def test_a_kill_between_any_two_writes_costs_one_shard(model, texts, tmp_path, monkeypatch):
     """A shard that is on disk but does not count, or counts twice, loses or doubles fifty thousand rows."""
-    from kdlora.experiment import label_work
+    from kdlora.experiment import labelling
 
-    undisturbed = label_collection(str(model), str(texts), tmp_path / "whole", rows_per_shard=16)
-    real, calls = label_work.write_note, []
+    undisturbed = label(model, texts, tmp_path / "whole", rows_per_shard=16)
+    real, calls = labelling.write_note, []
 
     def fall_over(folder, shard):
         calls.append(shard.file)
@@ -130,13 +131,13 @@ def test_a_kill_between_any_two_writes_costs_one_shard(model, texts, tmp_path, m
             raise KeyboardInterrupt
         real(folder, shard)
 
-    monkeypatch.setattr(label_work, "write_note", fall_over)
+    monkeypatch.setattr(labelling, "write_note", fall_over)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            label_collection(str(model), str(texts), tmp_path / "cut", rows_per_shard=16)
+            label(model, texts, tmp_path / "cut", rows_per_shard=16)
         with pytest.raises(DataError, match="unfinished; run the same kdlora label command again"):
             open_collection(tmp_path / "cut")
-    summary = label_collection(str(model), str(texts), tmp_path / "cut", rows_per_shard=16)
+    summary = label(model, texts, tmp_path / "cut", rows_per_shard=16)
     assert summary.rows == undisturbed.rows
     assert summary.resumed == 16 + 16 + 8
     assert len(calls) == 7 + 2  # nothing but the two lost shards twice
@@ -146,11 +147,11 @@ def test_a_kill_between_any_two_writes_costs_one_shard(model, texts, tmp_path, m
 def test_a_killed_process_is_continued(model, texts, tmp_path):
     """SIGKILL leaves half a file and a lock; neither may be in the way of the next call."""
     code = (
-        "import sys, time; from kdlora.experiment import label_work; real = label_work.write_note\n"
+        "import sys, time; from kdlora.experiment import labelling; real = labelling.write_note\n"
         "def slow(folder, shard): real(folder, shard); time.sleep(5)\n"
-        "label_work.write_note = slow\n"
-        "from kdlora.experiment.labelling import label_collection\n"
-        "label_collection(*sys.argv[1:4], rows_per_shard=16)"
+        "labelling.write_note = slow\n"
+        "from kdlora.experiment.labelling import LabelSettings, label_collection\n"
+        "label_collection(*sys.argv[1:4], LabelSettings(rows_per_shard=16))"
     )
     out = tmp_path / "out"
     with subprocess.Popen([sys.executable, "-c", code, str(model), str(texts), str(out)]) as process:
@@ -159,7 +160,7 @@ def test_a_killed_process_is_continued(model, texts, tmp_path):
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
     assert len(list(out.glob("*.parquet.json"))) == 1
-    summary = label_collection(str(model), str(texts), out, rows_per_shard=16)
+    summary = label(model, texts, out, rows_per_shard=16)
     assert (summary.rows, summary.resumed) == (90, 16)
     assert read_all(out)["id"].is_unique
 
@@ -167,16 +168,16 @@ def test_a_killed_process_is_continued(model, texts, tmp_path):
 def test_a_finished_collection_is_not_labelled_again_and_a_damaged_shard_is(model, texts, tmp_path, monkeypatch):
     """Hours of labelling must not start anew because of one bad sector; nor may the sector go unnoticed."""
     out = tmp_path / "out"
-    label_collection(str(model), str(texts), out, rows_per_shard=16)
+    label(model, texts, out, rows_per_shard=16)
     before = contents(out)
-    monkeypatch.setattr("kdlora.experiment.label_work.Labeller.label", lambda *_: pytest.fail("labelled again"))
-    assert label_collection(str(model), str(texts), out, rows_per_shard=16).resumed == 90
+    monkeypatch.setattr("kdlora.experiment.labelling.Labeller.label", lambda *_: pytest.fail("labelled again"))
+    assert label(model, texts, out, rows_per_shard=16).resumed == 90
     monkeypatch.undo()
     damaged = out / "logits-00001-000000.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-9] + b"123456789")
     with pytest.raises(ArtifactError, match="is damaged since it was written"):
         read_collection(out, TASK, "teacher.logits")
-    label_collection(str(model), str(texts), out, rows_per_shard=16)
+    label(model, texts, out, rows_per_shard=16)
     assert contents(out) == before
 
 
@@ -184,16 +185,16 @@ def test_another_job_in_the_folder_is_refused(model, texts, tmp_path):
     """Shards of two settings in one folder are logits of no teacher."""
     out, source = tmp_path / "out", tmp_path / "in.jsonl"
     write_lines(source, rows(5, 1))
-    label_collection(str(model), str(source), out)
+    label(model, source, out)
     with pytest.raises(ArtifactError, match=r"labelled otherwise: the longest input \(--max-length\) changed"):
-        label_collection(str(model), str(source), out, max_length=32)
+        label(model, source, out, max_length=32)
     write_lines(source, rows(6, 1))
     with pytest.raises(ArtifactError, match="the input files changed"):
-        label_collection(str(model), str(source), out)
+        label(model, source, out)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("dear")
     with pytest.raises(ArtifactError, match="not empty and holds no labelled collection"):
-        label_collection(str(model), str(source), tmp_path / "letters")
+        label(model, source, tmp_path / "letters")
 
 
 def test_bad_rows_are_set_aside_with_their_reason(model, tmp_path):
@@ -201,7 +202,7 @@ def test_bad_rows_are_set_aside_with_their_reason(model, tmp_path):
     source = tmp_path / "in.jsonl"
     lines = [*rows(3, 1), {"id": "empty", "text": " "}, *rows(2, 2)]
     source.write_text("".join(json.dumps(row) + "\n" for row in lines) + "not json\n")
-    summary = label_collection(str(model), str(source), tmp_path / "out", rows_per_shard=4)
+    summary = label(model, source, tmp_path / "out", rows_per_shard=4)
     assert (summary.rows, summary.rejected) == (5, 2)
     assert read_all(tmp_path / "out")["id"].tolist() == [row["id"] for row in rows(3, 1) + rows(2, 2)]
     lines = "".join(file.read_text() for file in sorted((tmp_path / "out").glob("rejected-*"))).splitlines()
@@ -209,10 +210,10 @@ def test_bad_rows_are_set_aside_with_their_reason(model, tmp_path):
     assert [row["id"] for row in found] == ["empty", "6"]
     assert "the text is empty" in found[0]["error"]
     with pytest.raises(DataError, match=r"in\.jsonl, row 3: the text is empty"):
-        label_collection(str(model), str(source), tmp_path / "strict", strict=True)
+        label(model, source, tmp_path / "strict", strict=True)
     write_lines(tmp_path / "none.jsonl", [{"text": ""}])
     with pytest.raises(DataError, match="none of the 1 rows has a text"):
-        label_collection(str(model), str(tmp_path / "none.jsonl"), tmp_path / "none")
+        label(model, tmp_path / "none.jsonl", tmp_path / "none")
 
 
 def test_ids_are_unique_over_all_files(model, tmp_path):
@@ -221,14 +222,14 @@ def test_ids_are_unique_over_all_files(model, tmp_path):
     (folder / "sub").mkdir(parents=True)
     for name in ("a.csv", "sub/b.csv"):
         write_csv(folder / name, [{"text": row["text"]} for row in rows(2, 1)])
-    label_collection(str(model), str(folder), tmp_path / "out")
+    label(model, folder, tmp_path / "out")
     assert read_all(tmp_path / "out")["id"].tolist() == ["a.csv:0", "a.csv:1", "sub/b.csv:0", "sub/b.csv:1"]
-    label_collection(str(model), str(folder / "a.csv"), tmp_path / "one")
+    label(model, folder / "a.csv", tmp_path / "one")
     assert read_all(tmp_path / "one")["id"].tolist() == ["0", "1"]
     for name in ("a.csv", "sub/b.csv"):
         write_csv(folder / name, rows(2, 1))
     with pytest.raises(DataError, match=r"the id '1-r[01]' occurs more than once"):
-        label_collection(str(model), str(folder), tmp_path / "double")
+        label(model, folder, tmp_path / "double")
     with pytest.raises(DataError, match="unfinished"):
         open_collection(tmp_path / "double")
 
@@ -257,20 +258,20 @@ def test_reading_from_a_row_on(texts, name, start):
 def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
     """Each message says what to do."""
     with pytest.raises(DataError, match=r"no files of \.parquet"):
-        label_collection(str(model), str(tmp_path / "nothing-*.csv"), tmp_path / "out")
+        label(model, tmp_path / "nothing-*.csv", tmp_path / "out")
     with pytest.raises(ConfigError, match="rows_per_shard is at least 1"):
-        label_collection(str(model), str(texts), tmp_path / "out", rows_per_shard=0)
+        label(model, texts, tmp_path / "out", rows_per_shard=0)
     with pytest.raises(ModelError, match="LABEL_0, LABEL_1, which says nothing; name them"):
-        label_collection(str(tiny_model_folder("bert")), str(texts), tmp_path / "out")
+        label(tiny_model_folder("bert"), texts, tmp_path / "out")
     with pytest.raises(DataError, match="no column 'body'"):
-        label_collection(str(model), str(texts), tmp_path / "out", text=["body"])
+        label(model, texts, tmp_path / "out", text=("body",))
     with pytest.raises(ConfigError, match=r"--on takes ray, or ray://HOST:PORT"):
-        label_collection(str(model), str(texts / "b.jsonl"), tmp_path / "ray", on="spark")
+        label(model, texts / "b.jsonl", tmp_path / "ray", on="spark")
 
 
 def test_a_collection_teaches_an_experiment(model, workshop, texts, tmp_path):
     """A collection is there so that the teacher need not read it again; as a table it covers the training rows."""
-    label_collection(str(model), str(texts), tmp_path / "labelled", rows_per_shard=16)
+    label(model, texts, tmp_path / "labelled", rows_per_shard=16)
     config = workshop.config(
         {
             "data": {"unlabelled": str(tmp_path / "labelled")},
@@ -284,14 +285,14 @@ def test_a_collection_teaches_an_experiment(model, workshop, texts, tmp_path):
     record = train_run(config, layout, "kd-lora", 0, lambda event: None)
     left_out = 90 - record.rows["unlabelled"]
     assert any(f"{left_out} of 90 unlabelled rows" in note for note in record.notes)
-    label_collection(str(model), str(workshop.train), tmp_path / "train")
+    label(model, workshop.train, tmp_path / "train")
     table = workshop.config({"teacher": {"model": None, "logits": str(tmp_path / "train")}})
     assert check_table(table, load_splits(table.task, table.data)) == []
 
 
 def test_a_collection_of_other_weights_is_refused(model, workshop, texts, tiny_model_folder, tmp_path):
     """Two teachers of one name, one of them trained a little longer, look alike in every config."""
-    label_collection(str(model), str(texts / "b.jsonl"), tmp_path / "labelled")
+    label(model, texts / "b.jsonl", tmp_path / "labelled")
     other = load_encoder(str(tiny_model_folder("bert")), TASK, seed=4)
     save_encoder(other, tmp_path / "other")
     config = workshop.config(
@@ -321,4 +322,4 @@ def test_another_process_in_the_folder_is_refused(model, texts, tmp_path):
 
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ArtifactError, match="another process labels into"):
-        label_collection(str(model), str(texts / "b.jsonl"), tmp_path / "out")
+        label(model, texts / "b.jsonl", tmp_path / "out")

@@ -19,7 +19,7 @@ from kdlora.distil.session import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.experiment import study as study_module
 from kdlora.experiment.arms import rows_per_epoch
-from kdlora.experiment.search import _Reporter, begin_search, run_search, work_on
+from kdlora.experiment.search import _Reporter, begin_search, carry_out_trial, run_search
 from kdlora.experiment.study import ask, check_space, counted_trials, grid_of, open_study, settings_of
 from kdlora.experiment.trial import Holdout, hold_out, load_held_out, train_trial
 from kdlora.searchconfig import SearchConfig
@@ -167,7 +167,8 @@ def test_a_trial_of_a_dead_process_is_tried_again(search_of, tmp_path):
     dead, lock = ask(study, settings, search.folder / "trials")
     assert ask(study, settings, search.folder / "trials") is None  # alive as long as it holds its lock
     lock.release()
-    assert work_on(search) == 1
+    assert carry_out_trial(search)[0] == 1
+    assert carry_out_trial(search) is None
     trials = open_study(search.storage, search.name, settings).trials
     assert [one.state.name for one in trials] == ["FAIL", "COMPLETE"]
     assert trials[1].params == dead.params

@@ -196,31 +196,28 @@ def label(options: Label) -> None:
     from kdlora.experiment.launch import check_alone
 
     check_alone("label")
+    from kdlora.experiment.label_folder import LabelSettings
     from kdlora.experiment.labelling import label_collection
 
+    settings = LabelSettings(
+        text=None if options.text is None else tuple(options.text),
+        id_column=options.id_column,
+        label_names=None if options.label_name is None else tuple(options.label_name),
+        revision=options.revision,
+        max_length=options.max_length,
+        rows_per_shard=options.rows_per_shard,
+        precision=options.precision,
+        device=options.device,
+        texts=options.texts,
+        strict=options.strict,
+    )
     with draw_bars() as show:
 
         def advance(done: int, total: int | None) -> None:
             if show is not None:
                 show("rows", done, total, f"{done:,}")
 
-        summary = label_collection(
-            options.model,
-            options.data,
-            options.to,
-            text=options.text,
-            id_column=options.id_column,
-            label_names=options.label_name,
-            revision=options.revision,
-            max_length=options.max_length,
-            rows_per_shard=options.rows_per_shard,
-            precision=options.precision,
-            device=options.device,
-            texts=options.texts,
-            strict=options.strict,
-            on=options.on,
-            progress=advance,
-        )
+        summary = label_collection(options.model, options.data, options.to, settings, on=options.on, progress=advance)
     if options.as_json:
         print_json(asdict(summary))
         return

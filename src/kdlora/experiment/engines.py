@@ -1,10 +1,11 @@
-"""What carries work out: this process, one piece after the other, or a Ray cluster; and the loop that feeds either."""
+"""What carries work out: this process, one piece after the other, or a Ray cluster."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from kdlora.errors import KdLoraError
 from kdlora.experiment.ray_cluster import check_nodes, connect, count_slots, settle_needs
@@ -24,55 +25,16 @@ class LostError(KdLoraError):
     """A piece of work was lost with its node or its worker, more often than it is started again."""
 
 
-class Engine(Protocol):
-    """Carries out pieces of work that do not depend on one another; what depends is submitted later."""
-
-    @property
-    def room(self) -> int:
-        """How many more pieces it takes now."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether a piece was submitted whose result was not fetched."""
-
-    def submit(self, work: Work, piece: Any, hear: Hear | None) -> None:
-        """Take a piece of work; on a cluster nothing is heard of it until it ends."""
-
-    def wait(self) -> tuple[Any, Any]:
-        """Give the next piece that ends, and its result; on a cluster an exception may stand there."""
-
-    def call_all(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call a function in children, once for each tuple of arguments; an exception stands in its value's place."""
-
-
 class Here:
     """One piece after the other, in this process and its children."""
 
-    def __init__(self) -> None:
-        self._given: tuple[Work, Any, Hear | None] | None = None
-
-    @property
-    def room(self) -> int:
-        """How many more pieces it takes now."""
-        return 0 if self.busy else 1
-
-    @property
-    def busy(self) -> bool:
-        """Whether a piece was submitted whose result was not fetched."""
-        return self._given is not None
-
-    def submit(self, work: Work, piece: Any, hear: Hear | None) -> None:
-        """Take a piece of work."""
-        self._given = work, piece, hear
-
-    def wait(self) -> tuple[Any, Any]:
-        """Carry out the piece that was submitted."""
-        assert self._given is not None  # `busy` says so beforehand
-        (work, piece, hear), self._given = self._given, None
-        return piece, work(piece, None if hear is None else lambda event: hear(piece, event))
+    def results(self, work: Work, next_piece: Callable[[], Any], hear: Hear | None = None) -> Iterator[tuple[Any, Any]]:
+        """Carry out pieces until there is none, and give each with its result, which may make others ready."""
+        while (piece := next_piece()) is not None:
+            yield piece, work(piece, None if hear is None else functools.partial(hear, piece))
 
     def call_all(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call a function in children, one after the other."""
+        """Call a function in children, once for each tuple of arguments; an exception stands in its value's place."""
         return [_answer(function, each) for each in arguments]
 
 
@@ -86,32 +48,26 @@ class OnRay:
         self._work, self._answer = (ray.remote(max_calls=0, **needs)(function) for function in (_carry_out, _answer))
         self._pending: dict[Any, Any] = {}
 
-    @property
-    def room(self) -> int:
-        """How many more pieces it takes now; the cluster may grow and shrink."""
-        return _QUEUED_PER_SLOT * count_slots(self._ray, self._resources) - len(self._pending)
+    def results(self, work: Work, next_piece: Callable[[], Any], hear: Hear | None = None) -> Iterator[tuple[Any, Any]]:
+        """Do the same on whichever nodes; an exception stands in a result's place, and no events are heard."""
+        while True:
+            room = _QUEUED_PER_SLOT * count_slots(self._ray, self._resources)  # the cluster may grow and shrink
+            while len(self._pending) < room and (piece := next_piece()) is not None:
+                self._pending[self._work.remote(work, piece)] = piece
+            if not self._pending:
+                return
+            done, _ = self._ray.wait(list(self._pending), num_returns=1)
+            yield self._pending.pop(done[0]), self._get(done[0])
 
-    @property
-    def busy(self) -> bool:
-        """Whether a piece was submitted whose result was not fetched."""
-        return bool(self._pending)
-
-    def submit(self, work: Work, piece: Any, hear: Hear | None) -> None:
-        """Take a piece of work, of which nothing is heard until it ends."""
-        self._pending[self._work.remote(work, piece)] = piece
-
-    def wait(self) -> tuple[Any, Any]:
-        """Give the next piece that ends, on whichever node, and its result."""
+    def _get(self, reference: Any) -> Any:
         from ray.exceptions import RayError, RayTaskError
 
-        done, _ = self._ray.wait(list(self._pending), num_returns=1)
-        piece = self._pending.pop(done[0])
         try:
-            return piece, self._ray.get(done[0])
+            return self._ray.get(reference)
         except RayTaskError as error:  # Ray wraps what a worker raises in pages of its own
-            return piece, error.cause
+            return error.cause
         except RayError as error:
-            return piece, LostError(str(error).strip().splitlines()[-1])
+            return LostError(str(error).strip().splitlines()[-1])
 
     def call_all(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call a function on the cluster, once for each tuple of arguments, all at once."""
@@ -121,6 +77,9 @@ class OnRay:
         """End what still runs."""
         for reference in self._pending:
             self._ray.cancel(reference, force=True)
+
+
+Engine = Here | OnRay
 
 
 def _carry_out(work: Work, piece: Any) -> Any:
@@ -142,29 +101,10 @@ def open_engine(on: str | None, needs: Resources, paths: Iterable[str]) -> Itera
         yield Here()
         return
     ray = connect(on)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(ray.shutdown)
         needs = settle_needs(ray, needs)
         check_nodes(ray, list(dict.fromkeys(paths)), needs)
         engine = OnRay(ray, needs)
-        try:
-            yield engine
-        finally:
-            engine.cancel()
-    finally:
-        ray.shutdown()
-
-
-def carry_out_all(
-    engine: Engine,
-    work: Work,
-    next_piece: Callable[[], Any | None],
-    take: Callable[[Any, Any], None],
-    hear: Hear | None = None,
-) -> None:
-    """Feed an engine until no piece is left; what one of them leaves may make others ready."""
-    while True:
-        while engine.room > 0 and (piece := next_piece()) is not None:
-            engine.submit(work, piece, hear)
-        if not engine.busy:
-            return
-        take(*engine.wait())
+        stack.callback(engine.cancel)
+        yield engine

@@ -34,13 +34,8 @@ Listener = Callable[[Any], None]
 class TaskFacts:
     """What is known of a task's data.
 
-    Attributes:
-        task: `Task.to_dict()`.
-        fingerprint: of ids, texts and labels of every split.
-        rows: examples per split.
-        characters: mean length of a training example's text or pair.
-        notes: what was inferred or dropped, in plain sentences.
-        chosen: what data and models decide where the suite does not, by family.
+    `task` is `Task.to_dict()`, `fingerprint` of ids, texts and labels, `characters` the mean length of a training
+    example; `chosen` what data and models decide where the suite does not, by family.
     """
 
     task: dict[str, Any]
@@ -70,19 +65,11 @@ def inspect_task(configs: dict[str, Config], copies_in: Path | None) -> TaskFact
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work.
+    """One piece of work: `train` makes a run's record, `label` stores what a teacher says of the training rows.
 
-    Attributes:
-        kind: `train` makes a run's record; `label` stores what a teacher says of the training rows.
-        key: of the run; for `label` that of the teacher's.
-        config: of the run, the teacher that was chosen filled in.
-        layout: where it goes.
-        arm: of the run; for `label` of the first one that needs the logits.
-        seed: the run's seed.
-        facts: of its data.
-        teacher: says which training of which run teaches; empty where there is but one.
-        lesson: number of the lesson that `label` is for.
-        ships: whether the weights are kept, since one of the runs will be shipped.
+    `config` has the teacher that was chosen; `teacher` says which training of which run that is, and is empty where
+    there is but one. For `label`, `key` is the teacher's, `arm` that of the first run that needs the logits.
+    Weights are kept where one of the runs ships.
     """
 
     kind: Literal["train", "label"]
@@ -99,14 +86,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
-
-    Attributes:
-        job: the job.
-        record: of a training, finished or failed; None for `label`.
-        error: why it failed; None where it did not.
-        seconds: wall-clock time of the whole job, imports of a first job included.
-    """
+    """How a job ended: the record of a training, finished or failed; why it failed; wall-clock seconds of it all."""
 
     job: Job
     record: RunRecord | None

@@ -1,24 +1,36 @@
-"""Teacher logits for collections of text that do not fit in memory."""
+"""Teacher logits for collections of text that do not fit in memory: rows come in windows, logits go out in shards."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
+from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST, expand_home
-from kdlora.data.tasks import Task
-from kdlora.distil.fingerprints import hash_model
-from kdlora.distil.precision import resolve_precision
-from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError
-from kdlora.experiment.label_job import (
+from kdlora.data.batches import Tokenised, encode_texts
+from kdlora.data.collection import LOGIT
+from kdlora.deploy.rows import Columns, Row, RowReader
+from kdlora.distil.fingerprints import hash_model, hash_tokenizer
+from kdlora.distil.inference import BATCH_TOKENS, predict_logits
+from kdlora.distil.precision import resolve_device, resolve_precision
+from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError
+from kdlora.experiment.engines import LostError, open_engine
+from kdlora.experiment.label_folder import (
     LabelJob,
+    LabelSettings,
     Shard,
     Unit,
     begin_collection,
@@ -28,15 +40,20 @@ from kdlora.experiment.label_job import (
     is_finished,
     make_units,
     refuse_double_ids,
+    shard_name,
+    write_note,
 )
-from kdlora.experiment.label_work import Labeller, load_teacher
-from kdlora.experiment.ray_cluster import connect
-from kdlora.models.encoders import read_task
+from kdlora.models.encoders import Encoder, load_fine_tuned, read_task
+from kdlora.searchconfig import Resources
 from kdlora.system.environment import collect_versions
+from kdlora.system.integrity import hash_file
+from kdlora.system.storage import atomic_file, hold_lock, write_text_atomic
 
-ROWS_PER_SHARD = 50_000
-_RETRIES = 3
-"""How often Ray starts a lost worker, or what it was doing, again."""
+WINDOW_ROWS = 4096
+_WINDOW_CHARACTERS = 8_000_000
+_CHARACTERS_PER_TOKEN = 100
+_LEAST_CHARACTERS = 20_000
+_CUDA_BATCH_TOKENS = 65536
 
 Progress = Callable[[int, int | None], None]
 """Called with rows done and rows in all; the latter is None where the input does not say how many it has."""
@@ -69,18 +86,8 @@ def label_collection(
     model: str,
     data: str,
     to: str | Path,
+    settings: LabelSettings | None = None,
     *,
-    text: Sequence[str] | None = None,
-    id_column: str = "id",
-    label_names: Sequence[str] | None = None,
-    revision: str | None = None,
-    max_length: int = 128,
-    rows_per_shard: int = ROWS_PER_SHARD,
-    precision: str = "auto",
-    device: str = "auto",
-    texts: bool = True,
-    strict: bool = False,
-    trust_remote_code: bool = False,
     on: str | None = None,
     progress: Progress | None = None,
 ) -> LabelSummary:
@@ -88,24 +95,13 @@ def label_collection(
 
     Rows go through memory in windows of a few thousand. A shard counts once it is on disk with its checksum: however
     often the call is killed and started again, every row is in the result once. The folder serves as
-    `data.unlabelled`, and as `teacher.logits` where its ids are those of the training rows.
+    `data.unlabelled` of an experiment, or as `teacher.logits`.
 
     Args:
-        model: a fine-tuned classifier: a folder, such as `runs/NAME/teacher`, or a Hub id.
+        model: the fine-tuned teacher: a folder, such as `runs/NAME/teacher`, or a Hub id.
         data: a file, a folder or a pattern of Parquet, JSON Lines, CSV, TSV or text files (one text a line).
         to: the collection's folder; the same call on it goes on.
-        text: text column, or the two of a pair; by default those of the training data, or `text` (and `text_pair`).
-        id_column: names a row; where there is none the row's number from 0 is its id, after the file's name and a
-            colon where there are several files.
-        label_names: names of the model's outputs in their order, where its config only says LABEL_0, LABEL_1, …
-        revision: commit, tag or branch of a Hub id.
-        max_length: longest input in tokens.
-        rows_per_shard: rows of the input in one file; also the piece of work that a kill can cost.
-        precision: `auto`, `fp32`, `bf16` or `fp16`.
-        device: `auto`, `cpu` or `cuda`.
-        texts: keep the texts beside the logits, so that the collection can serve as `data.unlabelled`.
-        strict: stop at the first bad row instead of noting it in `rejected-*.jsonl`.
-        trust_remote_code: let the model's own Python code run.
+        settings: columns, lengths and the like.
         on: `ray`, or `ray://ADDRESS`, to spread the work over the machines of a Ray cluster that share the folders.
         progress: called as rows are done.
 
@@ -119,86 +115,20 @@ def label_collection(
         ConfigError: a number out of range, or Ray cannot be reached.
     """
     start = time.perf_counter()
-    if rows_per_shard < 1 or max_length < 4:
-        raise ConfigError(f"rows_per_shard is at least 1 and max_length 4; got {rows_per_shard} and {max_length}")
-    if text is not None and len(text) not in (1, 2):
-        raise ConfigError(f"expected one text column or the two of a pair, got {len(text)}: {', '.join(text)}")
-    job, labeller = _begin(
-        LabelJob(
-            model=_absolute(model),
-            revision=revision,
-            label_names=None if label_names is None else tuple(label_names),
-            task=Task("regression", ("text",), ("label",), ("label",), ()),  # settled in `_begin`
-            folder=expand_home(str(to)).resolve(),
-            files=(files := find_files(data)),
-            names=_short_names(files),
-            text=None if text is None else tuple(text),
-            id_column=id_column,
-            rows_per_shard=rows_per_shard,
-            max_length=max_length,
-            precision=precision,
-            device=device,
-            texts=texts,
-            strict=strict,
-            weights="",
-            trust_remote_code=trust_remote_code,
-        )
-    )
-    return _carry_out(job, labeller, on, progress, start)
-
-
-def _begin(job: LabelJob) -> tuple[LabelJob, Labeller]:
-    """Settle what the model decides, and load it once."""
-    task = read_task(
-        job.model,
-        label_names=job.label_names,
-        text=job.text or ("text",),
-        revision=job.revision,
-        trust_remote_code=job.trust_remote_code,
-    )
-    if job.text is not None:
-        task = replace(task, text=job.text)
-    precision, _ = resolve_precision(_recorded_precision(job) if job.precision == "auto" else job.precision, job.device)
-    job = replace(job, task=task, precision=precision)
-    encoder, columns = load_teacher(job)
-    job = replace(job, weights=hash_model(encoder.model))
-    return job, Labeller(job, encoder, columns)
-
-
-def _recorded_precision(job: LabelJob) -> str:
-    """Give what `auto` was found to be when this collection was begun: a second timing may come out otherwise."""
-    manifest = job.folder / COLLECTION_MANIFEST
-    try:
-        return str(json.loads(manifest.read_text(encoding="utf-8"))["ingredients"]["precision"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return job.precision
-
-
-def _carry_out(
-    job: LabelJob, labeller: Labeller, on: str | None, progress: Progress | None, start: float
-) -> LabelSummary:
+    settings = settings or LabelSettings()
+    _check(settings)
+    labeller = _begin(model, data, expand_home(str(to)).resolve(), settings)
+    job = labeller.job
     job.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(job.folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ArtifactError(
-            f"another process labels into {job.folder}; wait for it, or name another with --to"
-        ) from None
-    with lock:
+    doing = f"labels into {job.folder}"
+    with hold_lock(job.folder / ".lock", doing, remedy=", or name another with --to"):
         content = begin_collection(job, labeller.ingredients(), collect_versions())
-        units = make_units(job)
-        done = {unit: finished_shards(job.folder, unit) for unit in units}
+        done = {unit: finished_shards(job.folder, unit) for unit in make_units(job)}
         resumed = sum(shard.rows_read for shards in done.values() for shard in shards)
-        tell = _counting(job, progress, resumed)
-        wanting = [unit for unit, shards in done.items() if not is_finished(unit, shards)]
-        if on is None:
-            done.update((unit, labeller.label(unit, tell)) for unit in wanting)
-        elif wanting:
-            done.update(_label_on_ray(job, on, wanting, tell))
+        _carry_out(labeller, done, on, _counting(job, progress, resumed))
         shards = [shard for shards in done.values() for shard in shards]
         refuse_double_ids([job.folder / shard.file for shard in shards])
-        finish_collection(job, content, shards, len(job.task.text) if job.texts else 0)
+        finish_collection(job, content, shards, len(job.task.text) if settings.texts else 0)
     rows, rejected, truncated = (sum(getattr(one, key) for one in shards) for key in ("rows", "rejected", "truncated"))
     if not rows:
         raise DataError(f"{job.folder}: none of the {rejected} rows has a text; see rejected-*.jsonl there")
@@ -206,32 +136,44 @@ def _carry_out(
     return LabelSummary(job.folder, rows, rejected, truncated, len(shards), resumed, seconds)
 
 
-def _label_on_ray(
-    job: LabelJob, on: str, units: list[Unit], tell: Callable[[int], None]
-) -> Iterator[tuple[Unit, list[Shard]]]:
-    """Do units on a cluster, with a pool of actors that hold the model; what is done twice writes the same file."""
-    ray = connect(on)
-    try:
-        from ray.exceptions import RayError, RayTaskError
-        from ray.util import ActorPool
+def _check(settings: LabelSettings) -> None:
+    rows, tokens, text = settings.rows_per_shard, settings.max_length, settings.text
+    if rows < 1 or tokens < 4:
+        raise ConfigError(f"rows_per_shard is at least 1 and max_length 4; got {rows} and {tokens}")
+    if text is not None and len(text) not in (1, 2):
+        raise ConfigError(f"expected one text column or the two of a pair, got {len(text)}: {', '.join(text)}")
 
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0)) if job.device != "cpu" else 0
-        needs = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": _RETRIES, "max_task_retries": _RETRIES}
-        worker = ray.remote(Labeller).options(**needs)
-        count = max(1, min(len(units), gpus or int(resources.get("CPU", 1))))
-        pool = ActorPool([worker.remote(job) for _ in range(count)])
-        try:
-            for unit, shards in pool.map_unordered(lambda actor, unit: actor.label_whole.remote(unit), units):
-                tell(sum(shard.rows_read for shard in shards))
-                yield unit, shards
-        except RayTaskError as fault:  # Ray wraps what a worker raises in pages of its own
-            raise fault.cause from None
-        except RayError as fault:
-            reason = str(fault).strip().splitlines()[-1]
-            raise KdLoraError(f"a worker was lost again and again, the last time by: {reason}") from None
-    finally:
-        ray.shutdown()
+
+def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> Labeller:
+    """Settle what the model decides, and load it once."""
+    files = find_files(data)
+    place = expand_home(model)
+    model = str(place.resolve()) if place.exists() else model  # found from anywhere; a Hub id stays
+    task = read_task(
+        model,
+        label_names=settings.label_names,
+        text=settings.text or ("text",),
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    wanted = _recorded_precision(folder) if settings.precision == "auto" else settings.precision
+    settings = replace(settings, precision=resolve_precision(wanted, settings.device)[0])
+    task = task if settings.text is None else replace(task, text=settings.text)
+    common = Path(os.path.commonpath([str(file.parent) for file in files]))
+    names = tuple(file.relative_to(common).as_posix() for file in files)
+    labeller = Labeller(LabelJob(model, settings, task, folder, files, names, ""))
+    encoder, _ = labeller.teacher
+    labeller.job = replace(labeller.job, weights=hash_model(encoder.model))
+    return labeller
+
+
+def _recorded_precision(folder: Path) -> str:
+    """Give what `auto` was found to be when this collection was begun: a second timing may come out otherwise."""
+    try:
+        manifest = json.loads((folder / COLLECTION_MANIFEST).read_text(encoding="utf-8"))
+        return str(manifest["ingredients"]["precision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "auto"
 
 
 def _counting(job: LabelJob, progress: Progress | None, done: int) -> Callable[[int], None]:
@@ -249,13 +191,193 @@ def _counting(job: LabelJob, progress: Progress | None, done: int) -> Callable[[
     return add
 
 
-def _absolute(model: str) -> str:
-    """Name a folder so that it is found from anywhere; leave a Hub id alone."""
-    place = expand_home(model)
-    return str(place.resolve()) if place.exists() else model
+def _carry_out(labeller: Labeller, done: dict[Unit, list[Shard]], on: str | None, tell: Callable[[int], None]) -> None:
+    """Do the units that are not finished; what is done twice writes the same file."""
+    job = labeller.job
+    units = iter([unit for unit, shards in done.items() if not is_finished(unit, shards)])
+
+    needs = Resources(gpus=0.0 if job.settings.device == "cpu" else None)
+    paths = [str(job.folder), *([job.model] if Path(job.model).is_absolute() else [])]
+    with open_engine(on, needs, paths) as engine:
+        work = labeller.label if on is None else functools.partial(label_unit, job)
+        for unit, shards in engine.results(work, lambda: next(units, None), lambda _, rows: tell(rows)):
+            if isinstance(shards, LostError):
+                raise KdLoraError(f"a worker was lost again and again, the last time by: {shards}")
+            if isinstance(shards, Exception):
+                raise shards
+            done[unit] = shards
+            if on is not None:
+                tell(sum(shard.rows_read for shard in shards))
 
 
-def _short_names(files: Sequence[Path]) -> tuple[str, ...]:
-    """Call files by what tells them apart."""
-    common = Path(os.path.commonpath([str(file.parent) for file in files]))
-    return tuple(file.relative_to(common).as_posix() for file in files)
+def label_unit(job: LabelJob, unit: Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:
+    """Do what is left of a unit, on whatever machine; a process keeps the teacher between units."""
+    return _labeller(job).label(unit, hear)
+
+
+@functools.lru_cache(maxsize=1)
+def _labeller(job: LabelJob) -> Labeller:
+    return Labeller(job)
+
+
+class Labeller:
+    """A teacher, loaded when the first row needs it, and the units of work that it does one after the other."""
+
+    def __init__(self, job: LabelJob) -> None:
+        self.job = job
+
+    @functools.cached_property
+    def teacher(self) -> tuple[Encoder, list[int]]:
+        """The model that labels, on its device, and for each label of the task the column of its output."""
+        job, settings = self.job, self.job.settings
+        encoder, columns = load_fine_tuned(
+            job.model,
+            job.task,
+            label_names=settings.label_names,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        if job.weights and hash_model(encoder.model) != job.weights:
+            raise ArtifactError(
+                f"{job.model}: the weights on this machine are not those that the job began with; bring the same "
+                "model here"
+            )
+        encoder.model.to(resolve_device(settings.device))
+        return encoder, columns
+
+    def ingredients(self) -> dict[str, Any]:
+        """Name all that makes the logits, by hash or value."""
+        job, settings, (encoder, columns) = self.job, self.job.settings, self.teacher
+        plain = ("max_length", "precision", "id_column", "texts", "rows_per_shard")
+        return {name: getattr(settings, name) for name in plain} | {
+            "weights": job.weights,
+            "tokenizer": hash_tokenizer(encoder.tokenizer),
+            "labels": list(job.task.label_names),
+            "columns": columns,
+            "inputs": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in job.files],
+            "text": None if settings.text is None else list(settings.text),
+        }
+
+    def label(self, unit: Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:
+        """Do what is left of a unit, and say how many rows each window had."""
+        shards = finished_shards(self.job.folder, unit)
+        if is_finished(unit, shards):
+            return shards
+        settings = self.job.settings
+        cut = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TOKEN * settings.max_length)
+        columns = Columns(settings.text, self.job.task.text, settings.id_column, cut)
+        start = unit.shard * settings.rows_per_shard + sum(shard.rows_read for shard in shards)
+        reader = RowReader(self.job.files[unit.file], columns, start=start)
+        with contextlib.closing(iter(reader)) as rows:
+            ahead = _Ahead(rows)
+            while not is_finished(unit, shards):
+                name = shard_name(unit.file, unit.shard + len(shards))
+                shards.append(self._write(name, ahead, unit, hear))
+                write_note(self.job.folder, shards[-1])
+        return shards
+
+    def _write(self, name: str, ahead: _Ahead, unit: Unit, hear: Callable[[int], None] | None) -> Shard:
+        """Write one shard, window by window."""
+        job, settings = self.job, self.job.settings
+        rows = truncated = 0
+        rejected: list[str] = []
+        with atomic_file(job.folder / name) as temporary:
+            with pq.ParquetWriter(temporary, self._schema(), compression="zstd") as writer:
+                for window in _windows(islice(ahead, settings.rows_per_shard)):
+                    good = [row for row in window if row.text is not None]
+                    bad = [{"id": self._id(row, unit), "error": row.error} for row in window if row.text is None]
+                    if bad and settings.strict:
+                        raise DataError(f"{job.files[unit.file]}, {bad[0]['error']}")
+                    rejected += [json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad]
+                    table, cut = self._label_window(good, unit)
+                    writer.write_table(table)
+                    rows, truncated = rows + len(good), truncated + cut
+                    if hear is not None:
+                        hear(len(window))
+            digest = hash_file(temporary)
+        beside = name.replace("logits", "rejected").replace(".parquet", ".jsonl") if rejected else None
+        if beside is not None:
+            write_text_atomic(job.folder / beside, "".join(rejected))
+        return Shard(name, digest, rows, len(rejected), truncated, ahead.is_empty(), beside)
+
+    def _schema(self) -> pa.Schema:
+        texts = ["text", "text_pair"][: len(self.job.task.text)] if self.job.settings.texts else []
+        columns = [(name, pa.string()) for name in ("id", *texts)]
+        return pa.schema([*columns, *((LOGIT + label, pa.float32()) for label in self.job.task.label_names)])
+
+    def _label_window(self, rows: Sequence[Row], unit: Unit) -> tuple[pa.Table, int]:
+        """Label the rows of a window; also say how many the teacher read cut."""
+        pairs = len(self.job.task.text) == 2
+        if rows and isinstance(rows[0].text, tuple) != pairs:
+            raise DataError(
+                f"{self.job.files[unit.file]}: the model reads {'pairs of texts' if pairs else 'single texts'}; name "
+                f"{'two text columns' if pairs else 'one text column'} with --text"
+            )
+        texts: dict[str, list[Any]] = {"text": [row.text for row in rows]}
+        if pairs:
+            texts = {name: [row.text[part] for row in rows] for part, name in enumerate(("text", "text_pair"))}  # type: ignore[index]
+        columns: dict[str, Any] = {"id": [self._id(row, unit) for row in rows]} | texts
+        logits, truncated = self._predict(texts, columns["id"])
+        columns |= {LOGIT + label: logits[:, place] for place, label in enumerate(self.job.task.label_names)}
+        schema = self._schema()
+        return pa.table({name: columns[name] for name in schema.names}, schema), truncated
+
+    def _predict(self, texts: dict[str, list[Any]], ids: Sequence[str]) -> tuple[npt.NDArray[np.float32], int]:
+        """Run the teacher over the texts of a window."""
+        if not ids:
+            return np.zeros((0, self.job.task.num_labels), np.float32), 0
+        (encoder, columns), precision = self.teacher, self.job.settings.precision
+        limit = min(self.job.settings.max_length, encoder.tokenizer.model_max_length)
+        encoded = encode_texts(texts, encoder.tokenizer, limit)
+        truncated = sum(encoded.pop("truncated"))
+        # Not `tokenise`, whose cache on disk would grow with the collection; a fingerprint of its own saves hashing.
+        tokens = Tokenised(Dataset(pa.table(encoded), fingerprint="window"), truncated, limit)
+        on_cpu = next(encoder.model.parameters()).device.type == "cpu"
+        batch_tokens = BATCH_TOKENS if on_cpu else _CUDA_BATCH_TOKENS
+        logits = predict_logits(
+            encoder.model, encoder.tokenizer, tokens, precision=precision, batch_tokens=batch_tokens
+        )
+        chosen = np.ascontiguousarray(logits[:, columns])
+        if len(bad := np.flatnonzero(~np.isfinite(chosen).all(axis=1))):
+            raise ModelError(
+                f"{self.job.model} answers {ids[bad[0]]!r} with {chosen[bad[0]].tolist()}; expected finite logits. "
+                + ("Try --precision fp32" if precision != "fp32" else "Its weights are damaged")
+            )
+        return chosen, truncated
+
+    def _id(self, row: Row, unit: Unit) -> str:
+        """Give a row its id; a row number is only unique within its file."""
+        is_number = row.numbered and len(self.job.files) > 1
+        return f"{self.job.names[unit.file]}:{row.id}" if is_number else row.id
+
+
+class _Ahead:
+    """An iterator that can be asked whether it has ended."""
+
+    def __init__(self, rows: Iterator[Row]) -> None:
+        self._rows = rows
+        self._next: list[Row] = []
+
+    def __iter__(self) -> Iterator[Row]:
+        while not self.is_empty():
+            yield self._next.pop()
+
+    def is_empty(self) -> bool:
+        """Whether no row is left."""
+        if not self._next:
+            self._next = list(islice(self._rows, 1))
+        return not self._next
+
+
+def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Group rows by count and by characters, so that long texts do not fill the memory."""
+    window: list[Row] = []
+    characters = 0
+    for row in rows:
+        window.append(row)
+        characters += sum(map(len, row.text)) if isinstance(row.text, tuple) else len(row.text or "")
+        if len(window) >= WINDOW_ROWS or characters >= _WINDOW_CHARACTERS:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window

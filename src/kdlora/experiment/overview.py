@@ -33,14 +33,7 @@ OVERHEAD_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class PlannedArm:
-    """One arm of a task in a plan.
-
-    Attributes:
-        task: name in the suite.
-        arm: the arm.
-        runs: in all families, shared ones once.
-        finished: how many of them need not be repeated.
-    """
+    """One arm of a task: its runs in all families, shared ones once, and how many of them need not be repeated."""
 
     task: str
     arm: Arm
@@ -50,14 +43,9 @@ class PlannedArm:
 
 @dataclass(frozen=True)
 class Overview:
-    """What a suite would do.
+    """What a suite would do: its runs by task and arm, how many teachers label their rows, the time of what is left.
 
-    Attributes:
-        plan: its runs.
-        arms: the runs by task and arm.
-        labellings: how many teachers read their training rows.
-        estimate: time of what is left; None where the data or a model cannot be reached.
-        obstacle: why there is no estimate.
+    There is no estimate where the data or a model cannot be reached; `obstacle` says why.
     """
 
     plan: Plan
@@ -102,12 +90,7 @@ def look_at_suite(suite: SuiteConfig, out: str | Path | None = None, *, confirme
 
 @dataclass(frozen=True)
 class MachineSpeed:
-    """What an estimate without finished runs is made from.
-
-    Attributes:
-        products_per_second: floating-point operations per second of large matrix products.
-        parameters: of each model without its embeddings.
-    """
+    """What an estimate is made from without finished runs: large matrix products, parameters without embeddings."""
 
     products_per_second: float
     parameters: dict[str, int]
@@ -115,12 +98,9 @@ class MachineSpeed:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Time of the runs that are left, one after the other; the teachers' labelling is small beside it and left out.
+    """Seconds of the runs that are left, one after the other, without the teachers' labelling, which is small.
 
-    Attributes:
-        seconds: in all.
-        measured: how many of the runs were estimated from finished runs of the same arm and model.
-        runs: how many runs are left.
+    `measured` of these runs were estimated from finished ones of the same arm and model.
     """
 
     seconds: float
@@ -134,21 +114,20 @@ def estimate(
     facts: Mapping[str, TaskFacts],
     speed: Callable[[list[str]], MachineSpeed],
 ) -> Estimate:
-    """Estimate the time of the runs that have not finished."""
+    """Estimate the time of the runs that have not finished, from finished ones like them or from sizes and speed."""
     runs = [run for run in plan.runs() if run.arm != "words"]  # seconds
-    done = [(run, records[run.key]) for run in runs if run.key in records]
     left = [run for run in runs if run.key not in records]
-    rates, overhead = _rates(done, facts), _overhead(done)
+    rates, overhead = _measured(runs, records, facts)
     unknown = list(dict.fromkeys(_source(run) for run in left if (run.arm, _source(run)) not in rates))
     machine = speed(unknown) if unknown else MachineSpeed(1.0, {})
     seconds = 0.0
     for run in left:
         rate = rates.get((run.arm, _source(run)))
-        if rate is None:
-            rate = _work(run, machine) / (REACHED * machine.products_per_second)
+        if rate is None:  # two operations a parameter forward, and once or twice that again backward
+            operations = 2.0 * (2 if run.arm in LORA_ARMS else 3) * machine.parameters[_source(run)]
+            rate = operations / (REACHED * machine.products_per_second)
         seconds += overhead + rate * _tokens(run, facts)
-    measured = sum((run.arm, _source(run)) in rates for run in left)
-    return Estimate(seconds, measured, len(left))
+    return Estimate(seconds, sum((run.arm, _source(run)) in rates for run in left), len(left))
 
 
 def _source(run: PlannedRun) -> str:
@@ -163,31 +142,21 @@ def _tokens(run: PlannedRun, facts: Mapping[str, TaskFacts]) -> float:
     return facts[run.task].rows["train"] * settings.epochs * of_row
 
 
-def _work(run: PlannedRun, machine: MachineSpeed) -> float:
-    """Count operations for a token: two a parameter forward, and once or twice that again backward."""
-    passes = 2 if run.arm in LORA_ARMS else 3
-    return 2.0 * passes * machine.parameters[_source(run)]
-
-
-def _rates(
-    done: Sequence[tuple[PlannedRun, RunRecord]], facts: Mapping[str, TaskFacts]
-) -> dict[tuple[str, str], float]:
-    """Give the seconds of training for a token, by arm and model."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for run, record in done:
-        if record.status == "finished" and record.train_seconds:
-            found.setdefault((run.arm, _source(run)), []).append(record.train_seconds / _tokens(run, facts))
-    return {key: statistics.median(values) for key, values in found.items()}
-
-
-def _overhead(done: Sequence[tuple[PlannedRun, RunRecord]]) -> float:
-    """Give the seconds of a run beyond its training, evaluation included."""
-    found = []
-    for _, record in done:
-        if record.status == "finished" and record.started and record.train_seconds is not None:
-            whole = datetime.fromisoformat(record.finished) - datetime.fromisoformat(record.started)
-            found.append(max(0.0, whole.total_seconds() - record.train_seconds))
-    return statistics.median(found) if found else OVERHEAD_SECONDS
+def _measured(
+    runs: Sequence[PlannedRun], records: Mapping[str, RunRecord], facts: Mapping[str, TaskFacts]
+) -> tuple[dict[tuple[str, str], float], float]:
+    """Give the seconds of training for a token, by arm and model, and those of a run beyond its training."""
+    rates: dict[tuple[str, str], list[float]] = {}
+    beyond: list[float] = []
+    for run, record in ((run, records[run.key]) for run in runs if run.key in records):
+        if record.status == "finished" and record.train_seconds is not None:
+            if record.train_seconds:
+                rates.setdefault((run.arm, _source(run)), []).append(record.train_seconds / _tokens(run, facts))
+            if record.started:
+                whole = datetime.fromisoformat(record.finished) - datetime.fromisoformat(record.started)
+                beyond.append(max(0.0, whole.total_seconds() - record.train_seconds))
+    overhead = statistics.median(beyond) if beyond else OVERHEAD_SECONDS
+    return {key: statistics.median(values) for key, values in rates.items()}, overhead
 
 
 def measure_speed(sources: list[str]) -> MachineSpeed:

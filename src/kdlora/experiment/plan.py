@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +35,7 @@ from kdlora.system.integrity import hash_json
 class ConfigurationLayout(ExperimentLayout):
     """The folder of one configuration of an arm; a student's teacher lies in the folder of another.
 
-    Attributes:
-        shared_teacher: the folder of the teacher, with its logits; None for the teacher's own folder.
-        shared_folder: of the suite or search.
+    `shared_folder` is that of the suite or search.
     """
 
     shared_teacher: Path | None = None
@@ -56,14 +56,9 @@ class ConfigurationLayout(ExperimentLayout):
 class PlannedRun:
     """One arm of one configuration with one seed.
 
-    Attributes:
-        task: name of the task in the suite.
-        arm: the arm.
-        seed: the run's seed.
-        folder: of the configuration, relative to the suite's; its name holds a hash of everything that decides
-            the figures, so that an edited grid neither mixes nor repeats runs.
-        config: of the run; a distilled arm gets its teacher when it is known.
-        settings: what the grid set, keys that the arm does not use left out.
+    `folder` is relative to the suite's; its name holds a hash of everything that decides the figures, so that an
+    edited grid neither mixes nor repeats runs. `settings` are what the grid set, as far as the arm uses it. A
+    distilled arm's config gets its teacher when that is known.
     """
 
     task: str
@@ -85,12 +80,9 @@ class PlannedRun:
 
 @dataclass
 class Lesson:
-    """A teacher and the distilled runs that it teaches.
+    """The distilled runs, and the `fft` runs of which the best teaches them; none of these where the teacher is given.
 
-    Attributes:
-        candidates: `fft` runs, in the order of the grid, of which the best teaches; none where the teacher is given.
-        students: the distilled runs.
-        labels: whether the teacher has to read the training rows; not where a table says what it would say.
+    `labels`: the teacher has to read the training rows; not where a table says what it would say.
     """
 
     candidates: tuple[PlannedRun, ...]
@@ -110,13 +102,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A suite's runs.
+    """A suite's runs: every task x family x arm, and for each task x family the runs of which one teaches.
 
-    Attributes:
-        suite: what was asked for.
-        cells: every task x family x arm.
-        teachers: for each task x family the runs of which one teaches, in the order of the grid; empty where
-            nothing is distilled.
+    Teachers are in the order of the grid, and left out where nothing is distilled.
     """
 
     suite: SuiteConfig
@@ -176,16 +164,18 @@ def _runs(
     for settings in configurations(suite.grids.of(arm)):
         overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         config = build_config(base, overrides, where=f"{suite.name}: {task}, {family}, {arm}")
-        _refuse_given_teacher(config)
+        if config.given_teacher:
+            raise ConfigError(
+                "a suite trains its teachers, but teacher.fine_tuned, teacher.logits or teacher.probabilities is set; "
+                "use `kdlora run` for a teacher that is given"
+            )
         effective = reset_unused(config if chosen is None else chosen.fill_in(config), arm)
-        folder = f"runs/{task}/{arm}-{_hash(effective)}"
-        if folder in seen:
-            continue
-        seen.add(folder)
-        kept = _kept(settings, config, arm)
-        once = suite.seeds[:1] if arm == "words" else suite.seeds
-        for seed in (config.teacher_seed,) if teaching else once:
-            yield PlannedRun(task, arm, seed, folder, effective, kept)
+        folder = f"runs/{task}/{arm}-{hash_json(identity(effective))[:10]}"
+        if folder not in seen:
+            seen.add(folder)
+            kept = _kept(settings, config, arm)
+            seeds = (config.teacher_seed,) if teaching else suite.seeds[:1] if arm == "words" else suite.seeds
+            yield from (PlannedRun(task, arm, seed, folder, effective, kept) for seed in seeds)
 
 
 def whole_config(suite: SuiteConfig, task: str, family: str) -> Config:
@@ -195,19 +185,11 @@ def whole_config(suite: SuiteConfig, task: str, family: str) -> Config:
 
 def _base_values(suite: SuiteConfig, task: str, family: str, arms: Sequence[str]) -> dict[str, Any]:
     """Lay what all share, the family and the task over one another."""
-    base: dict[str, Any] = copy.deepcopy(suite.config)
-    merge(base, copy.deepcopy(suite.families[family]))
-    merge(base, copy.deepcopy(suite.tasks[task]))
-    merge(base, {"run": {"arms": list(arms), "seeds": list(suite.seeds)}})
+    base: dict[str, Any] = {}
+    run = {"run": {"arms": list(arms), "seeds": list(suite.seeds)}}
+    for part in (suite.config, suite.families[family], suite.tasks[task], run):
+        merge(base, copy.deepcopy(part))
     return base | {"name": f"{suite.name} {task} {family}"[:100]}
-
-
-def _refuse_given_teacher(config: Config) -> None:
-    if config.given_teacher:
-        raise ConfigError(
-            "a suite trains its teachers, but teacher.fine_tuned, teacher.logits or teacher.probabilities is set; "
-            "use `kdlora run` for a teacher that is given"
-        )
 
 
 def reset_unused(config: Config, arm: Arm) -> Config:
@@ -215,13 +197,8 @@ def reset_unused(config: Config, arm: Arm) -> Config:
     teacher, student = config.teacher, config.student
     update: dict[str, Any] = {"family": None}
     if arm == "words":
-        sections = {
-            "teacher": TeacherConfig(),
-            "student": StudentConfig(),
-            "lora": LoraConfig(),
-            "distil": DistilConfig(),
-        }
-        return config.model_copy(update=update | sections)
+        update |= {"teacher": TeacherConfig(), "student": StudentConfig()}
+        return config.model_copy(update=update | {"lora": LoraConfig(), "distil": DistilConfig()})
     if arm not in DISTILLED_ARMS:
         update["distil"] = DistilConfig()
         if arm != "fft":
@@ -237,14 +214,8 @@ def reset_unused(config: Config, arm: Arm) -> Config:
     return config.model_copy(update=update)
 
 
-def _hash(config: Config) -> str:
-    """Hash what decides a run's figures; seeds are separate, and the teacher's are checked with the record."""
-    values = identity(config)
-    return hash_json(values)[:10]
-
-
 def identity(config: Config) -> dict[str, Any]:
-    """Give what must be equal for two runs of an arm with a seed to be the same run."""
+    """Give what must be equal for two runs of an arm with a seed to be the same run, their teacher aside."""
     values = config.model_dump(mode="json", exclude={"name", "family", "recipe", "export", "report"})
     values["run"] = {key: value for key, value in values["run"].items() if key in ("precision", "device", "threads")}
     return values
@@ -256,11 +227,5 @@ def _kept(settings: Settings, config: Config, arm: Arm) -> tuple[tuple[str, Any]
     unused += ["student.full_learning_rate"] if arm in LORA_ARMS else ["lora."]
     unused += ["student."] if arm == "fft" else ["teacher.train."]
     values = config.model_dump(mode="json")
-    kept: list[tuple[str, Any]] = []
-    for key in settings:
-        if not key.startswith(tuple(unused)):
-            value: Any = values
-            for part in key.split("."):
-                value = value[part]
-            kept.append((key, value))
-    return tuple(kept)
+    used = [key for key in settings if not key.startswith(tuple(unused))]
+    return tuple((key, functools.reduce(operator.getitem, key.split("."), values)) for key in used)

@@ -24,10 +24,6 @@ class Queue:
     """Gives the jobs that are ready, and takes their outcomes; a run that has a record is not done again.
 
     A lesson begins when all candidates for its teacher have ended: the best of them labels, then its students train.
-
-    Attributes:
-        records: record of every run that has ended, by the run's key.
-        reused: runs that had finished before.
     """
 
     def __init__(
@@ -60,8 +56,8 @@ class Queue:
 
     @property
     def failed(self) -> list[RunRecord]:
-        """The runs that failed, in the order of the plan."""
-        return [record for record in self.in_order() if record.status == "failed"]
+        """The runs that failed, in no particular order."""
+        return [record for record in self.records.values() if record.status == "failed"]
 
     def in_order(self) -> list[RunRecord]:
         """List the records in the order of the plan."""
@@ -83,10 +79,10 @@ class Queue:
             return
         assert outcome.record is not None  # a training always leaves one
         self.records[job.key] = outcome.record
-        for number, lesson in enumerate(self._lessons):
-            if any(one.key == job.key for one in lesson.candidates):
-                self._begin(number)
         if job.arm == "fft":
+            for number, lesson in enumerate(self._lessons):
+                if any(one.key == job.key for one in lesson.candidates):
+                    self._begin(number)
             self._prune()
 
     def _push(self, run: PlannedRun, lesson: int = -1) -> None:

@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,25 +95,9 @@ def local_paths(config: Config) -> list[str]:
     return [name for name in dict.fromkeys(named) if name is not None and Path(name).is_absolute()]
 
 
-@dataclass(frozen=True)
-class NodeView:
-    """What a node says of itself.
-
-    Attributes:
-        host: its name.
-        missing: paths that are not there.
-        versions: of the libraries that decide figures.
-    """
-
-    host: str
-    missing: tuple[str, ...]
-    versions: dict[str, str]
-
-
-def look_around(paths: Sequence[str]) -> NodeView:
-    """Say which paths this machine lacks, and what is installed on it."""
-    missing = tuple(path for path in paths if not Path(path).exists())
-    return NodeView(socket.gethostname(), missing, collect_versions())
+def look_around(paths: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
+    """Give this machine's name, which paths it lacks, and the versions of what is installed."""
+    return socket.gethostname(), [path for path in paths if not Path(path).exists()], collect_versions()
 
 
 def check_nodes(ray: Any, paths: Sequence[str], needs: Resources) -> None:
@@ -123,44 +106,37 @@ def check_nodes(ray: Any, paths: Sequence[str], needs: Resources) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    _check_resources(nodes, needs)
+    _check_resources([node["Resources"] for node in nodes], needs)
     look = ray.remote(look_around)
-    answers = {}
-    for node in nodes:
-        place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        answers[node["NodeManagerAddress"], node["NodeID"]] = look.options(
-            num_cpus=0, scheduling_strategy=place, max_retries=0
-        ).remote(list(paths))
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    answers = [
+        look.options(num_cpus=0, scheduling_strategy=place, max_retries=0).remote(list(paths)) for place in places
+    ]
     faults, own = [], collect_versions()
-    for (address, _), answer in answers.items():
+    for node, answer in zip(nodes, answers, strict=True):
+        address = node["NodeManagerAddress"]
         try:
-            view: NodeView = ray.get(answer)
+            host, missing, versions = ray.get(answer)
         except RayError as error:
             reason = str(error).strip().splitlines()[-1]
             faults.append(f"node {address} cannot run kdlora ({reason}); install the same version there")
             continue
-        faults += [f"node {address} ({view.host}) lacks {path}" for path in view.missing]
-        differing = [name for name, version in view.versions.items() if own.get(name) != version]
-        if differing:
+        faults += [f"node {address} ({host}) lacks {path}" for path in missing]
+        if differing := ", ".join(name for name, version in versions.items() if own.get(name) != version):
             logger.warning(
-                "node %s has other versions of %s; its figures may differ in their last digits",
-                address,
-                ", ".join(differing),
+                "node %s has other versions of %s; its figures may differ in their last digits", address, differing
             )
     if faults:
         remedy = "every node needs the same folders at the same paths: mount them there, or name a Hub data set"
         raise ConfigError("\n".join([f"{remedy}:", *(f"  - {fault}" for fault in faults)]))
 
 
-def _check_resources(nodes: Sequence[dict[str, Any]], needs: Resources) -> None:
+def _check_resources(nodes: Sequence[dict[str, float]], needs: Resources) -> None:
     """Refuse runs that no node can ever hold: Ray would wait for such a node without end."""
-    for node in nodes:
-        if node["Resources"].get("CPU", 0) >= needs.cpus and node["Resources"].get("GPU", 0) >= (needs.gpus or 0):
-            return
-    sizes = "; ".join(
-        f"{node['Resources'].get('CPU', 0):g} cores and {node['Resources'].get('GPU', 0):g} GPUs" for node in nodes
-    )
-    raise ConfigError(
-        f"a run needs {needs.cpus:g} cores and {needs.gpus or 0:g} GPUs (resources), but the cluster's nodes have "
-        f"{sizes or 'nothing'}"
-    )
+    gpus = needs.gpus or 0
+    if not any(node.get("CPU", 0) >= needs.cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        sizes = "; ".join(f"{node.get('CPU', 0):g} cores and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise ConfigError(
+            f"a run needs {needs.cpus:g} cores and {gpus:g} GPUs (resources), but the cluster's nodes have "
+            f"{sizes or 'nothing'}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from kdlora.evidence.records import (
     write_results,
 )
 from kdlora.experiment.deployment import deploy_student, is_deployed
-from kdlora.experiment.engines import Here, carry_out_all
+from kdlora.experiment.engines import Here
 from kdlora.experiment.inputs import check_table
 from kdlora.experiment.jobs import Job, Outcome, TaskFacts, carry_out, ignore, look_at
 from kdlora.experiment.launch import read_launch
@@ -107,9 +108,7 @@ def plan_runs(config: Config) -> list[Run]:
     The teacher is the `fft` run of `config.teacher_seed`. It is planned wherever a distilled arm needs it,
     asked for or not, and never twice. A given teacher is one model, so it has one run; so has a bag of words.
     """
-    arms = sorted(
-        config.run.arms, key=lambda arm: arm in DISTILLED_ARMS
-    )  # a control can still speak against the teacher
+    arms = sorted(config.run.arms, key=DISTILLED_ARMS.__contains__)  # a control can still speak against the teacher
     words = [Run("words", config.run.seeds[0])] if "words" in arms else []
     runs = [Run(arm, seed) for arm in arms if arm != "words" for seed in config.run.seeds]
     if config.given_teacher:
@@ -229,15 +228,11 @@ def _lead(
 def check_folder(config: Config, layout: ExperimentLayout) -> None:
     """Check that a folder is new, or holds this very experiment."""
     refuse_foreign_folder(layout.root, "experiment")
-    if layout.config.exists():
-        _refuse_other_config(config, layout)
-
-
-def _refuse_other_config(config: Config, layout: ExperimentLayout) -> None:
+    if not layout.config.exists():
+        return
     there, here = _flatten(load_config(layout.config)), _flatten(config)
-    changed = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    changed = [key for key in changed if key not in _FREE_KEYS]
-    if changed:
+    keys = sorted((there.keys() | here.keys()) - _FREE_KEYS)
+    if changed := [key for key in keys if there.get(key) != here.get(key)]:
         shown = [f"  - {key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in changed[:8]]
         shown += [f"  - and {len(changed) - 8} more"] if len(changed) > 8 else []
         raise ArtifactError(
@@ -247,15 +242,13 @@ def _refuse_other_config(config: Config, layout: ExperimentLayout) -> None:
 
 
 def _flatten(config: Config) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    pending: list[tuple[str, Any]] = [("", config.model_dump(mode="json"))]
-    while pending:
-        prefix, value = pending.pop()
-        if isinstance(value, dict):
-            pending.extend((f"{prefix}.{key}".lstrip("."), inner) for key, inner in value.items())
-        else:
-            flat[prefix] = value
-    return flat | {"teacher.seed": config.teacher_seed}
+    def flat(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        parts = [flat(f"{prefix}.{key}".lstrip("."), inner) for key, inner in value.items()]
+        return dict(itertools.chain.from_iterable(part.items() for part in parts))
+
+    return flat("", config.model_dump(mode="json")) | {"teacher.seed": config.teacher_seed}
 
 
 def _finished(config: Config, layout: ExperimentLayout, rows: str) -> dict[str, RunRecord]:
@@ -304,10 +297,6 @@ def _run_all(
         in_child = run_in_child if team.is_alone else team.run
         return carry_out(job, hear, in_child=in_child, check=lock.check, notes=doubts or ())
 
-    def take(job: Job, outcome: Outcome) -> None:
-        queue.take(outcome)
-        write_results(layout.results, queue.in_order())  # after every run, so that an interrupted one can be read
-
     def next_job() -> Job | None:
         return None if config.run.fail_fast and queue.failed else queue.next_job()
 
@@ -316,7 +305,9 @@ def _run_all(
             listen(Stage(job.kind, job.arm, job.seed), event)
 
     write_results(layout.results, queue.in_order())
-    carry_out_all(Here(), work, next_job, take, hear)
+    for _, outcome in Here().results(work, next_job, hear):
+        queue.take(outcome)
+        write_results(layout.results, queue.in_order())  # after every run, so that an interrupted one can be read
     return queue.in_order()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import save_config
 from kdlora.distil.session import ProgressEvent
 from kdlora.errors import ArtifactError, KdLoraError
+from kdlora.experiment.engines import LostError, open_engine
 from kdlora.experiment.plan import ConfigurationLayout, identity, reset_unused
+from kdlora.experiment.ray_cluster import local_paths
 from kdlora.experiment.search_report import write_search_report
 from kdlora.experiment.study import (
     ask,
@@ -42,17 +45,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Search:
-    """A search that is under way.
+    """A search under way: the config as given, the same with the one arm that is trained, and where it all goes.
 
-    Attributes:
-        given: the config as it was given.
-        config: the same with the one arm that is trained.
-        settings: space and judgement.
-        arm: that arm.
-        folder: where everything goes.
-        storage: as the user named it.
-        name: of the study.
-        rows: fingerprint of the rows that are used.
+    `storage` is as the user named it, `name` is the study's, `rows` the fingerprint of the rows that are used.
     """
 
     given: Config
@@ -68,6 +63,10 @@ class Search:
     def holdout(self) -> Holdout:
         """How rows are held out of the training split."""
         return Holdout(self.settings.validation_fraction, self.settings.seed)
+
+    def study(self) -> Study:
+        """Open the study, which all processes share."""
+        return open_study(self.storage, self.name, self.settings)
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,6 @@ class SearchResult:
     paths: tuple[Path, ...] = field(default=())
 
 
-SearchListener = Callable[[SearchEvent], None]
-
-
 def run_search(
     config: Config,
     settings: SearchConfig,
@@ -122,7 +118,7 @@ def run_search(
     *,
     storage: str | None = None,
     on: str | None = None,
-    listen: SearchListener | None = None,
+    listen: Callable[[SearchEvent], None] | None = None,
 ) -> SearchResult:
     """Search fields of a config for the best score on held-out training rows.
 
@@ -143,12 +139,7 @@ def run_search(
     """
     search = begin_search(config, settings, out, storage)
     with storage_faults(search.storage):
-        if on is None:
-            work_on(search, listen)
-        else:
-            from kdlora.experiment.ray_search import search_on_ray
-
-            search_on_ray(search, on, lambda: _tell_of_last(search, listen))
+        _carry_out_trials(search, on, listen)
         return end_search(search)
 
 
@@ -166,37 +157,68 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None,
     name = study_name(config, settings, rows)
     search = Search(given, config, settings, arm, folder, storage or str(folder / "journal.log"), name, rows)
     claim_folder(folder, "search")
-    open_study(search.storage, name, settings)
+    search.study()
     write_text_atomic(folder / "search.yaml", save_config(config))
     return search
 
 
-def work_on(search: Search, listen: SearchListener | None = None, *, most: int | None = None) -> int:
-    """Carry out trials until all are done or under way elsewhere."""
-    study = open_study(search.storage, search.name, search.settings)
-    done = 0
-    while most is None or done < most:
-        taken = ask(study, search.settings, search.folder / "trials")
-        if taken is None:
-            break
-        trial, lock = taken
-        try:
-            _carry_out(search, study, trial, listen)
-        finally:
-            lock.release()
-        done += 1
-    return done
+def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEvent], None] | None) -> None:
+    """Carry out trials until all are done or under way elsewhere; the storage counts them, so none is done twice."""
+    study = search.study()
+    is_over, lost = False, 0
+
+    def tell(number: int, detail: Any) -> None:
+        if listen is not None:
+            trials = study.get_trials(deepcopy=False)
+            best = max((one.value for one in trials if one.value is not None), default=None)
+            ended = sum(one.state.is_finished() for one in trials)
+            listen(SearchEvent(ended, search.settings.trials, best, number, detail))
+
+    paths = [str(search.folder / "search.yaml"), *local_paths(search.config)]
+    with open_engine(on, search.settings.resources, paths) as engine:
+        work = carry_out_trial if on is not None else functools.partial(carry_out_trial, study=study)
+        trials = engine.results(work, lambda: None if is_over else search, lambda _, event: tell(*event))
+        for _, ended in trials:
+            if isinstance(ended, LostError):
+                logger.error("a trial was lost: %s", ended)
+                lost += 1
+                if lost > search.settings.trials:
+                    raise KdLoraError(f"trials are lost again and again, the last one by: {ended}")
+            elif isinstance(ended, Exception):
+                raise ended
+            elif ended is None:
+                is_over = True
+            else:
+                tell(*ended)
 
 
-def _carry_out(search: Search, study: Study, trial: Trial, listen: SearchListener | None) -> None:
-    """Carry out one trial; a config that cannot be trained is a failed trial, not the end of the search."""
+def carry_out_trial(
+    search: Search, hear: Callable[[tuple[int, Any]], None] | None = None, *, study: Study | None = None
+) -> tuple[int, str] | None:
+    """Carry out the next trial, unless none is left; give its number, and say how it ended."""
+    study = study or search.study()
+    taken = ask(study, search.settings, search.folder / "trials")
+    if taken is None:
+        return None
+    trial, lock = taken
+    try:
+        told = _settle(search, study, trial, lambda event: None if hear is None else hear((trial.number, event)))
+    finally:
+        lock.release()
+    return trial.number, told
+
+
+def _settle(search: Search, study: Study, trial: Trial, hear: Callable[[Any], None]) -> str:
+    """Train a trial and tell the study; a config that cannot be trained is a failed trial, not the end of the search.
+
+    A full disk or the like ends the search.
+    """
     from optuna.trial import TrialState
 
     settings = settings_of(search.settings, trial.params)
     trial.set_user_attr("settings", settings)
     try:
-        config = with_settings(search.config, settings)
-        result = _result(search, study, trial, config, listen)
+        result = _result(search, trial, with_settings(search.config, settings), hear)
     except OSError:
         raise
     except Exception as error:
@@ -204,63 +226,57 @@ def _carry_out(search: Search, study: Study, trial: Trial, listen: SearchListene
         logger.error("trial %d failed: %s", trial.number, fault, exc_info=not isinstance(error, KdLoraError))
         trial.set_user_attr("error", fault)
         study.tell(trial, state=TrialState.FAIL)
-        _tell(study, search, trial, f"failed: {fault}", listen)
-        return
+        return f"failed: {fault}"
     if result.score is None:
         study.tell(trial, state=TrialState.PRUNED)
-        _tell(study, search, trial, "pruned", listen)
-    else:
-        study.tell(trial, result.score)
-        _tell(study, search, trial, f"score {result.score:.2f}", listen)
+        return "pruned"
+    study.tell(trial, result.score)
+    return f"score {result.score:.2f}"
 
 
-def _result(search: Search, study: Study, trial: Trial, config: Config, listen: SearchListener | None) -> TrialResult:
+def _result(search: Search, trial: Trial, config: Config, hear: Callable[[Any], None]) -> TrialResult:
     """Train a trial's config, unless another trial has trained the very same before."""
     key = _key(search, config, search.arm)
     folder = search.folder / "trials" / key
     trial.set_user_attr("folder", f"trials/{key}")
     folder.mkdir(parents=True, exist_ok=True)
-    stop = folder / "stop"
     with FileLock(folder / ".lock"):
-        known = _read_result(folder / "trial.json")
-        if known is not None:
-            _Reporter(trial, stop, _ignore).complete(known.history)
-            return known
-        remove(stop)
-        layout = ConfigurationLayout(folder, shared_folder=search.folder)
-        if search.arm in DISTILLED_ARMS and not config.teacher.is_table:
-            layout = replace(layout, shared_teacher=_teacher(search, config, listen, trial, study))
-        reporter = _Reporter(trial, stop, lambda event: _tell(study, search, trial, event, listen))
-        arguments = (config, search.holdout, layout, search.arm, stop)
-        try:
-            result = run_in_child(train_trial, *arguments, on_message=reporter.hear)
-        except ArtifactError as error:
-            logger.info("trial %d starts afresh: %s", trial.number, error)  # checkpoints of an earlier version
-            remove(folder / "runs")
-            result = run_in_child(train_trial, *arguments, on_message=reporter.hear)
-        remove(folder / "runs")
-        remove(stop)
+        reporter = _Reporter(trial, folder / "stop", hear)
+        if (folder / "trial.json").exists():
+            known = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
+            result = TrialResult(known["score"], known["history"])
+        else:
+            result = _train(search, config, folder, reporter)
+            if result.score is not None:
+                settings = settings_of(search.settings, trial.params)
+                content = {"settings": settings, "score": result.score, "history": result.history}
+                write_json_atomic(folder / "trial.json", content)
         reporter.complete(result.history)
-        if result.score is not None:
-            settings = settings_of(search.settings, trial.params)
-            write_json_atomic(
-                folder / "trial.json", {"settings": settings, "score": result.score, "history": result.history}
-            )
         return result
 
 
-def _read_result(path: Path) -> TrialResult | None:
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return TrialResult(content["score"], content["history"])
+def _train(search: Search, config: Config, folder: Path, reporter: _Reporter) -> TrialResult:
+    remove(reporter.stop)
+    layout = ConfigurationLayout(folder, shared_folder=search.folder)
+    if search.arm in DISTILLED_ARMS and not config.teacher.is_table:
+        layout = replace(layout, shared_teacher=_teacher(search, config, reporter.tell))
+    arguments = (config, search.holdout, layout, search.arm, reporter.stop)
+    try:
+        result = run_in_child(train_trial, *arguments, on_message=reporter.hear)
+    except ArtifactError as error:
+        logger.info("%s starts afresh: %s", folder.name, error)  # checkpoints of an earlier version
+        remove(folder / "runs")
+        result = run_in_child(train_trial, *arguments, on_message=reporter.hear)
+    remove(folder / "runs")
+    remove(reporter.stop)
+    return result
 
 
 class _Reporter:
     """Passes the score after each epoch to Optuna, and asks the training to stop where Optuna prunes it."""
 
     def __init__(self, trial: Trial, stop: Path, tell: Callable[[Any], None]) -> None:
-        self._trial, self._stop, self._tell = trial, stop, tell
+        self._trial, self.stop, self.tell = trial, stop, tell
         self._ended: tuple[int, float] | None = None
         self._reported: set[int] = set()
 
@@ -272,13 +288,13 @@ class _Reporter:
         """
         if not isinstance(event, ProgressEvent):
             return
-        self._tell(event)
+        self.tell(event)
         if self._ended is not None and event.epoch > self._ended[0] + 1e-6:
             epoch, score = self._ended
             self._ended = None
             self._report(epoch, score)
             if self._trial.should_prune():
-                self._stop.touch()
+                self.stop.touch()
         if event.score is not None and event.epoch > 0.5 and abs(event.epoch - round(event.epoch)) < 1e-6:
             self._ended = (round(event.epoch), event.score)
 
@@ -293,16 +309,14 @@ class _Reporter:
             self._trial.report(score, epoch)
 
 
-def _teacher(search: Search, config: Config, listen: SearchListener | None, trial: Trial, study: Study) -> Path:
+def _teacher(search: Search, config: Config, hear: Callable[[Any], None]) -> Path:
     """Give the teacher of a trial, made once for all trials with the same `teacher` section."""
     key = _key(search, config, "fft")
     layout = ConfigurationLayout(search.folder / "teachers" / key, shared_folder=search.folder)
     layout.root.mkdir(parents=True, exist_ok=True)
     with FileLock(layout.root / ".lock"):  # another process that needs it waits
         if not (layout.root / "done").exists():
-            hear = None if listen is None else lambda event: _tell(study, search, trial, event, listen)
-            fft = reset_unused(config, "fft")
-            run_in_child(make_teacher, fft, search.holdout, layout, on_message=hear or _ignore)
+            run_in_child(make_teacher, reset_unused(config, "fft"), search.holdout, layout, on_message=hear)
             write_text_atomic(layout.root / "done", key)
     return layout.teacher
 
@@ -314,39 +328,12 @@ def _key(search: Search, config: Config, arm: Arm) -> str:
     return hash_json(values)[:12]
 
 
-def _tell_of_last(search: Search, listen: SearchListener | None) -> None:
-    """Say how the newest trial that ended on a cluster did."""
-    if listen is None:
-        return
-    study = open_study(search.storage, search.name, search.settings)
-    ended = [one for one in study.get_trials(deepcopy=False) if one.state.is_finished() and one.datetime_complete]
-    if ended:
-        last = max(ended, key=lambda one: str(one.datetime_complete))
-        value = "" if last.value is None else f", score {last.value:.2f}"
-        best = max((one.value for one in ended if one.value is not None), default=None)
-        told = f"{last.state.name.lower()}{value}"
-        listen(SearchEvent(len(ended), search.settings.trials, best, last.number, told))
-
-
-def _tell(study: Study, search: Search, trial: Trial, detail: Any, listen: SearchListener | None) -> None:
-    if listen is None:
-        return
-    scores = [one.value for one in study.get_trials(deepcopy=False) if one.value is not None]
-    ended = sum(one.state.is_finished() for one in study.get_trials(deepcopy=False))
-    listen(SearchEvent(ended, search.settings.trials, max(scores, default=None), trial.number, detail))
-
-
-def _ignore(event: Any) -> None:
-    """Take an event that nobody listens to."""
-
-
 def end_search(search: Search) -> SearchResult:
     """Write the best config and the report."""
     from optuna.trial import TrialState
 
-    study = open_study(search.storage, search.name, search.settings)
+    study = search.study()
     trials = study.get_trials(deepcopy=False)
-    counts = {state: sum(one.state == state for one in trials) for state in TrialState}
     complete = [one for one in trials if one.state == TrialState.COMPLETE]
     best = max(complete, key=lambda one: (one.value, -one.number), default=None)
     paths = list(write_search_report(search.folder, search.config.title(), search.arm, search.settings, study))
@@ -355,12 +342,6 @@ def end_search(search: Search) -> SearchResult:
         settings = settings_of(search.settings, best.params)
         write_text_atomic(search.folder / "best.yaml", save_config(with_settings(search.given, settings)))
         paths.insert(0, search.folder / "best.yaml")
-    return SearchResult(
-        folder=search.folder,
-        best=settings,
-        score=None if best is None else best.value,
-        finished=len(complete),
-        pruned=counts[TrialState.PRUNED],
-        failed=counts[TrialState.FAIL],
-        paths=tuple(paths),
-    )
+    score = None if best is None else best.value
+    pruned, failed = (sum(one.state == state for one in trials) for state in (TrialState.PRUNED, TrialState.FAIL))
+    return SearchResult(search.folder, settings, score, len(complete), pruned, failed, tuple(paths))

@@ -26,7 +26,6 @@ from kdlora.system.integrity import hash_json
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
-    from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
@@ -43,10 +42,9 @@ def require_optuna() -> None:
 
 def study_name(config: Config, search: SearchConfig, rows: str) -> str:
     """Name the study by everything that makes its trials comparable; another space is another study."""
-    values: dict[str, Any] = identity(config) | {"seeds": config.run.seeds[:1], "rows": rows}
+    values = identity(config) | {"seeds": config.run.seeds[:1], "rows": rows}
     values |= {"search": search.model_dump(mode="json", exclude={"trials", "resources"})}
-    digest = hash_json(values)
-    return f"{config.title()}-{digest[:10]}"
+    return f"{config.title()}-{hash_json(values)[:10]}"
 
 
 def open_study(storage: str, name: str, search: SearchConfig) -> Study:
@@ -62,7 +60,9 @@ def open_study(storage: str, name: str, search: SearchConfig) -> Study:
             )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:  # a journal that is none
             raise ArtifactError(f"{storage} is no search storage, or a damaged one; name another: {error!r}") from None
-        study.sampler = _sampler(search, len(study.trials))
+        # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
+        seed = search.seed + len(study.trials)
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=seed)
     study.pruner = optuna.pruners.NopPruner()
     if search.pruning:
         study.pruner = optuna.pruners.MedianPruner(search.pruning_startup_trials, search.pruning_warmup_epochs + 1)
@@ -124,14 +124,6 @@ def storage_faults(storage: str) -> Iterator[None]:
         raise ArtifactError(f"the search storage {storage} cannot be used: {reason}") from None
 
 
-def _sampler(search: SearchConfig, done: int) -> BaseSampler:
-    """Give a sampler that learns from the trials before; a small space is enumerated by `ask` instead."""
-    from optuna.samplers import TPESampler
-
-    # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
-    return TPESampler(n_startup_trials=search.startup_trials, seed=search.seed + done)
-
-
 def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLock] | None:
     """Take the next trial, unless all are done or under way elsewhere.
 
@@ -142,24 +134,19 @@ def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLo
     with FileLock(folder / "ask.lock"):
         _revive(study, folder)
         grid = grid_of(search)
-        most = search.trials if grid is None else int(search.count_choices())
-        counted = [one for one in counted_trials(study) if one.state.name != "WAITING"]
-        if len(counted) >= most:
+        counted = counted_trials(study)
+        begun = [one for one in counted if one.state.name != "WAITING"]
+        if len(begun) >= min(search.trials, search.count_choices()):
             return None
-        waiting = len(counted_trials(study)) - len(counted)
-        if grid is not None and not waiting:
-            study.enqueue_trial(_next_point(grid, [one.params for one in counted], search.seed))
+        if grid is not None and len(begun) == len(counted):
+            tried = [one.params for one in begun]
+            points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+            random.Random(search.seed).shuffle(points)  # an order that does not favour the first key
+            study.enqueue_trial(next(point for point in points if point not in tried))
         trial = study.ask(distributions(search))
         lock = _lock(folder, trial.number)
         lock.acquire(timeout=0)
         return trial, lock
-
-
-def _next_point(grid: dict[str, list[Any]], tried: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Choose a point of a small space that was not tried, in an order that does not favour the first key."""
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    random.Random(seed).shuffle(points)
-    return next(point for point in points if point not in tried)
 
 
 def counted_trials(study: Study) -> list[FrozenTrial]:
@@ -170,17 +157,16 @@ def counted_trials(study: Study) -> list[FrozenTrial]:
 
 
 def _revive(study: Study, folder: Path) -> None:
+    """Tell trials whose process died as failed, and let their points be tried again."""
     from optuna.trial import TrialState
 
     for one in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        lock = _lock(folder, one.number)
         try:
-            lock.acquire(timeout=0)
+            with _lock(folder, one.number).acquire(timeout=0):
+                study.tell(one.number, state=TrialState.FAIL)
+                study.enqueue_trial(one.params, user_attrs={"continues": one.number})
         except Timeout:
             continue  # its process is alive
-        lock.release()
-        study.tell(one.number, state=TrialState.FAIL)
-        study.enqueue_trial(one.params, user_attrs={"continues": one.number})
 
 
 def _lock(folder: Path, number: int) -> FileLock:
@@ -231,14 +217,11 @@ def distributions(search: SearchConfig) -> dict[str, BaseDistribution]:
 
 def settings_of(search: SearchConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a trial's point back into config values."""
-    settings: dict[str, Any] = {}
-    for key, value in params.items():
-        one = search.space[key]
-        if isinstance(one, Choices):
-            settings[key] = next(choice for choice in one.values if _label(choice) == value)
-        else:
-            settings[key] = value
-    return settings
+    return {key: _unlabel(search.space[key], value) for key, value in params.items()}
+
+
+def _unlabel(space: Range | Choices, value: Any) -> Any:
+    return value if isinstance(space, Range) else next(one for one in space.values if _label(one) == value)
 
 
 def grid_of(search: SearchConfig) -> dict[str, list[Any]] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
-from kdlora.experiment.engines import Engine, Work, carry_out_all, open_engine
+from kdlora.experiment.engines import Engine, Work, open_engine
 from kdlora.experiment.jobs import Job, TaskFacts, carry_out, inspect_task, lost
 from kdlora.experiment.plan import Plan, make_plan, whole_config
 from kdlora.experiment.queue import Queue, finished_runs
@@ -132,14 +132,11 @@ def _carry_out(queue: Queue, engine: Engine, work: Work, listen: Callable[[Suite
         if listen is not None:
             listen(SuiteEvent(len(queue.records), len(queue.runs), len(queue.failed), job, detail))
 
-    def take(job: Job, outcome: Any) -> None:
-        if isinstance(outcome, Exception):  # its node was lost too often, or has a full disk
-            outcome = lost(job, outcome)
+    tell(None, None)
+    for job, result in engine.results(work, queue.next_job, tell):
+        outcome = lost(job, result) if isinstance(result, Exception) else result  # with its node, or a full disk there
         queue.take(outcome)
         tell(job, outcome)
-
-    tell(None, None)
-    carry_out_all(engine, work, queue.next_job, take, tell)
 
 
 def suite_folder(suite: SuiteConfig, out: str | Path | None) -> Path:

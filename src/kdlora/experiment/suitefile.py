@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from kdlora.config import ARMS, LORA_ARMS, Arm, GlueName
 from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
 from kdlora.defaults import FAMILIES
 from kdlora.errors import ConfigError, did_you_mean
-from kdlora.searchconfig import Resources
+from kdlora.searchconfig import Part, Resources
 
 Settings = dict[str, Any]
 Axes = tuple[tuple[Settings, ...], ...]
@@ -29,7 +29,7 @@ _TRAINABLE = [name for name in get_args(GlueName) if name != "ax"]
 def _parse_axes(value: object) -> object:
     """Read a grid: `key: [values]` is an axis for each key; a list of mappings is one axis of joint settings."""
     axes: list[list[Settings]] = []
-    for part in [value] if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]:
+    for part in value if isinstance(value, list | tuple) else [value]:
         if isinstance(part, Mapping):
             for key, values in part.items():
                 if not isinstance(values, list | tuple):
@@ -42,28 +42,25 @@ def _parse_axes(value: object) -> object:
     for axis in axes:
         if not axis:
             raise ValueError("an axis has no values")
-        twice = [one for place, one in enumerate(axis) if one in axis[:place]]
-        if twice:
+        if twice := [one for place, one in enumerate(axis) if one in axis[:place]]:
             raise ValueError(f"{twice[0]} stands twice, so two runs would share one folder")
     return axes
 
 
 def _parse_tasks(value: object) -> object:
     """Read a list of GLUE tasks, or a mapping from names to partial configs."""
-    if isinstance(value, str):
-        value = [value]
-    if isinstance(value, list | tuple):
-        names = [_glue_name(str(one)) for one in value]
+    if isinstance(value, str | list | tuple):
+        names = [_glue_name(str(one)) for one in ([value] if isinstance(value, str) else value)]
         return {name: {"task": {"name": name}} for name in _without_twins(names, "tasks")}
     if not isinstance(value, Mapping):
         raise ValueError(f"expected GLUE tasks, or names with sections, got {value!r}")  # noqa: TRY004 - as above
     tasks: dict[str, Any] = {}
     for name, sections in value.items():
         content = dict(sections or {}) if isinstance(sections, Mapping | None) else sections
-        if isinstance(content, dict) and "task" not in content and str(name) not in tasks:
+        if isinstance(content, dict) and "task" not in content:
             content["task"] = {"name": _glue_name(str(name))}
         tasks[str(name)] = content
-    _without_twins(list(tasks), "tasks")
+    _without_twins([str(name) for name in value], "tasks")
     return tasks
 
 
@@ -81,20 +78,17 @@ def _glue_name(name: str) -> str:
 
 def _parse_families(value: object) -> object:
     """Read a list of the paper's families, or a mapping from names to partial configs."""
-    if isinstance(value, str):
-        value = [value]
-    if isinstance(value, list | tuple):
-        for name in value:
-            if name not in FAMILIES:
-                hint = did_you_mean(str(name), FAMILIES)
-                raise ValueError(
-                    f"unknown family {name!r}; the paper's are {', '.join(FAMILIES)}.{hint} "
-                    "For other models, write `families: {NAME: {teacher: {model: ...}, student: {model: ...}}}`"
-                )
-        return {str(name): {"family": str(name)} for name in _without_twins([str(one) for one in value], "families")}
-    if isinstance(value, Mapping):
-        _without_twins([str(name) for name in value], "families")
-    return value
+    if not isinstance(value, str | list | tuple):
+        _without_twins([str(name) for name in value] if isinstance(value, Mapping) else [], "families")
+        return value
+    names = [value] if isinstance(value, str) else [str(one) for one in value]
+    for name in names:
+        if name not in FAMILIES:
+            raise ValueError(
+                f"unknown family {name!r}; the paper's are {', '.join(FAMILIES)}.{did_you_mean(name, FAMILIES)} "
+                "For other models, write `families: {NAME: {teacher: {model: ...}, student: {model: ...}}}`"
+            )
+    return {name: {"family": name} for name in _without_twins(names, "families")}
 
 
 def _without_twins(names: list[str], what: str) -> list[str]:
@@ -111,11 +105,7 @@ Grid = Annotated[Axes, BeforeValidator(_parse_axes)]
 Partial = dict[str, Any]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Grids(_Part):
+class Grids(Part):
     """The configurations of each kind of arm; an empty grid is the one configuration that `config` describes."""
 
     fft: Grid = ()
@@ -132,7 +122,7 @@ class Grids(_Part):
         return self.fft if arm == "fft" else self.adapters if arm in LORA_ARMS else self.full_students
 
 
-class SuiteConfig(_Part):
+class SuiteConfig(Part):
     """A suite: tasks x families x arms x configurations x seeds."""
 
     name: str = Field(pattern=r"^\w[\w .+-]*$", max_length=60)
@@ -141,7 +131,7 @@ class SuiteConfig(_Part):
     """GLUE tasks, or names with the sections `task` and `data` of a config."""
     families: Annotated[dict[str, Partial], BeforeValidator(_parse_families)] = Field(min_length=1)
     """The paper's families, or names with the sections `teacher` and `student` of a config."""
-    config: Partial = {}
+    config: Partial = Field(default_factory=dict)
     """What all runs have in common, as in the config of one experiment."""
     arms: tuple[Arm, ...] = Field(default=("fft", "lora", "kd-lora", "student-lora"), min_length=1)
     """The paper's three and the control that it lacks, or any others."""
@@ -162,7 +152,6 @@ class SuiteConfig(_Part):
             values = getattr(self, key)
             if len(set(values)) != len(values):
                 raise ValueError(f"{key} holds a value twice, so two runs would share one folder: {list(values)}")
-        for key in ("arms", "seeds"):
             if key in (self.config.get("run") or {}):
                 raise ValueError(f"config.run.{key}: a suite has its own {key}; set `{key}` at the top level")
         return self
@@ -204,38 +193,33 @@ def build_suite(
         assign(changes, override)
     merged = _with_absolute_paths(values, base or Path.cwd())
     merge(merged, _with_absolute_paths(changes, Path.cwd()))
-    _refuse_unknown_arms(merged.get("arms"), where)
+    arms = merged.get("arms")
+    for arm in arms if isinstance(arms, list | tuple) else []:  # pydantic would not name the arms that exist
+        if arm not in ARMS:
+            hint = did_you_mean(str(arm), ARMS)
+            raise ConfigError(f"{where}: arms: unknown arm {arm!r}; the arms are {', '.join(ARMS)}.{hint}")
     try:
         return SuiteConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(describe_faults(error, where, SuiteConfig)) from None
 
 
-def _refuse_unknown_arms(arms: object, where: str) -> None:
-    """Name the arms that exist; the plain message of a faulty list item does not."""
-    for arm in arms if isinstance(arms, list | tuple) else []:
-        if arm not in ARMS:
-            hint = did_you_mean(str(arm), ARMS)
-            raise ConfigError(f"{where}: arms: unknown arm {arm!r}; the arms are {', '.join(ARMS)}.{hint}")
-
-
 def _with_absolute_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """Resolve the paths in every partial config."""
+
+    def resolve(part: Any) -> Any:
+        if not isinstance(part, Mapping):
+            return part
+        data = part.get("data")
+        return absolute_paths(dict(part), base, has_source=isinstance(data, Mapping) and data.get("path") is not None)
+
     resolved = dict(values)
-    if isinstance(resolved.get("config"), Mapping):
-        resolved["config"] = _absolute(resolved["config"], base)
+    if "config" in resolved:
+        resolved["config"] = resolve(resolved["config"])
     for key in ("tasks", "families"):
         if isinstance(resolved.get(key), Mapping):
-            resolved[key] = {
-                name: _absolute(part, base) if isinstance(part, Mapping) else part
-                for name, part in resolved[key].items()
-            }
+            resolved[key] = {name: resolve(part) for name, part in resolved[key].items()}
     return resolved
-
-
-def _absolute(part: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    data = part.get("data")
-    return absolute_paths(dict(part), base, has_source=isinstance(data, Mapping) and data.get("path") is not None)
 
 
 def save_suite(suite: SuiteConfig) -> str:

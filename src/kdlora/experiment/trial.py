@@ -34,12 +34,7 @@ class TrialStoppedError(Exception):
 
 @dataclass(frozen=True)
 class Holdout:
-    """How rows are held out of the training split.
-
-    Attributes:
-        fraction: share of the training rows.
-        seed: of the draw.
-    """
+    """How rows are held out of the training split: which share of them, and the seed of the draw."""
 
     fraction: float
     seed: int
@@ -47,12 +42,7 @@ class Holdout:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What a trial found.
-
-    Attributes:
-        score: of the weights that the recipe selects, on the held-out rows, 0 to 100; None where it was stopped.
-        history: per epoch, as in a run's record.
-    """
+    """The score on the held-out rows of the weights that the recipe selects (None: stopped), and those by epoch."""
 
     score: float | None
     history: list[dict[str, Any]]

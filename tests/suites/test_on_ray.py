@@ -1,20 +1,28 @@
-"""A suite on two nodes of a real Ray cluster on this machine, one of them killed on the way."""
+"""Suite, search and labelling on a real Ray of this machine, a node or a worker killed on the way."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from kdlora.configfile import build_search
-from kdlora.errors import ConfigError
+from kdlora.errors import ConfigError, DataError
 from kdlora.experiment.jobs import Outcome
+from kdlora.experiment.label_folder import LabelSettings
+from kdlora.experiment.labelling import label_collection
 from kdlora.experiment.ray_cluster import check_nodes, connect
 from kdlora.experiment.search import run_search
 from kdlora.experiment.suite import run_suite
 from kdlora.experiment.suitefile import build_suite
+from kdlora.models.encoders import load_encoder, save_encoder
 from kdlora.searchconfig import Resources
+from tiny import sentiment_rows, task
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 pytest_plugins = ["experiment_fixtures"]
@@ -99,3 +107,58 @@ def test_a_killed_node_loses_nothing_and_doubles_nothing(cluster, suite_values, 
     assert tables[0] == tables[1]
     again = run_suite(build_suite(suite_values()), tmp_path / "suite")
     assert again.reused == 8
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_model_folder, tmp_path_factory):
+    """A classifier with random weights."""
+    folder = tmp_path_factory.mktemp("ray-model") / "teacher"
+    encoder = load_encoder(str(tiny_model_folder("bert")), task(), seed=3)
+    encoder.model.config.kdlora_task = task().to_dict()
+    save_encoder(encoder, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Forty shards of rows in one Parquet file."""
+    rows = [{"id": row["id"], "text": row["text"]} for row in sentiment_rows(320)]
+    file = tmp_path_factory.mktemp("ray-texts") / "texts.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=8)
+    return str(file)
+
+
+def kill_a_worker(folder, killed):
+    """Wait for the first shard, then kill a process that holds the model."""
+    import psutil
+
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*.parquet.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process in psutil.Process().children(recursive=True):
+        if "ray::_carry_out" in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+            killed.append(process.pid)
+            return
+
+
+def test_a_lost_worker_loses_no_row_and_doubles_none(teacher, texts, tmp_path):
+    """A piece that dies with its worker must be done again by another, once."""
+    label_collection(teacher, texts, tmp_path / "here", LabelSettings(rows_per_shard=8))
+    killed: list[int] = []
+    thread = threading.Thread(target=kill_a_worker, args=(tmp_path / "there", killed))
+    thread.start()
+    summary = label_collection(teacher, texts, tmp_path / "there", LabelSettings(rows_per_shard=8), on="ray")
+    thread.join()
+    assert len(killed) == 1
+    assert (summary.rows, summary.shards) == (320, 40)
+    for file in sorted((tmp_path / "here").glob("logits-*.parquet")):
+        assert (tmp_path / "there" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_faults_come_back_in_our_words(teacher, texts, tmp_path):
+    """Ray wraps what a worker raises in pages of its own."""
+    with pytest.raises(DataError, match="no column 'body'"):
+        label_collection(teacher, texts, tmp_path / "out", LabelSettings(text=("body",)), on="ray")
+    with pytest.raises(ConfigError, match=r"no Ray cluster answers at ray://127\.0\.0\.1:1 "):
+        label_collection(teacher, texts, tmp_path / "nobody", on="ray://127.0.0.1:1")

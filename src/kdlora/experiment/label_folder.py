@@ -1,4 +1,4 @@
-"""A labelling job on disk: its input files, the pieces of work, the shards that are done, the manifest."""
+"""A labelled collection on disk: its input files, the pieces of work, the shards that are done, the manifest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from kdlora.foreign import is_plain_name
 from kdlora.system.integrity import hash_file, hash_json
 from kdlora.system.storage import write_json_atomic
 
+Hashes = npt.NDArray[np.uint64]
 _BATCH_ROWS = 65536
 MOST_HASHES = 1 << 22
 """Hashes in memory at a time, 8 bytes each; more rows take more passes over the ids."""
@@ -47,57 +47,57 @@ _MEANING = {
 
 
 @dataclass(frozen=True)
-class LabelJob:
-    """All that a worker has to know, on whatever machine it runs.
+class LabelSettings:
+    """How a collection is labelled.
 
     Attributes:
-        model: source of the teacher: a folder or a Hub id.
-        revision: commit, tag or branch on the Hub.
-        label_names: names of the teacher's columns, where its config has none.
-        task: labels and kind.
-        folder: of the collection.
-        files: the input files.
-        names: how ids call the files, where rows have no id and there are several files.
-        text: text columns; None finds them by name.
-        id_column: column that names a row.
-        rows_per_shard: rows of the input in one file of the output.
-        max_length: longest input of the teacher in tokens.
-        precision: `fp32`, `bf16` or `fp16`.
+        text: text column, or the two of a pair; by default those of the training data, or `text` (and `text_pair`).
+        id_column: names a row; where there is none the row's number from 0 is its id, after the file's name and a
+            colon where there are several files.
+        label_names: names of the model's outputs in their order, where its config only says LABEL_0, LABEL_1, …
+        revision: commit, tag or branch of a Hub id.
+        max_length: longest input in tokens.
+        rows_per_shard: rows of the input in one file; also the piece of work that a kill can cost.
+        precision: `auto`, `fp32`, `bf16` or `fp16`.
         device: `auto`, `cpu` or `cuda`.
-        texts: whether the texts are kept beside the logits.
-        strict: stop at the first bad row.
-        weights: hash of the teacher's weights, so that a worker with others refuses.
-        trust_remote_code: let the teacher's own Python code run.
+        texts: keep the texts beside the logits, so that the collection can serve as `data.unlabelled`.
+        strict: stop at the first bad row instead of noting it in `rejected-*.jsonl`.
+        trust_remote_code: let the model's own Python code run.
     """
 
-    model: str
-    revision: str | None
-    label_names: tuple[str, ...] | None
-    task: Task
-    folder: Path
-    files: tuple[Path, ...]
-    names: tuple[str, ...]
-    text: tuple[str, ...] | None
-    id_column: str
-    rows_per_shard: int
-    max_length: int
-    precision: str
-    device: str
-    texts: bool
-    strict: bool
-    weights: str
+    text: tuple[str, ...] | None = None
+    id_column: str = "id"
+    label_names: tuple[str, ...] | None = None
+    revision: str | None = None
+    max_length: int = 128
+    rows_per_shard: int = 50_000
+    precision: str = "auto"
+    device: str = "auto"
+    texts: bool = True
+    strict: bool = False
     trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A piece of work that one worker does in order.
+class LabelJob:
+    """All that a worker has to know, on whatever machine it runs.
 
-    Attributes:
-        file: number of the input file.
-        shard: number of the first shard of the file that belongs to it.
-        last: whether it goes on to the file's end, over as many shards as it takes; else it is one shard.
+    A precision of `auto` is settled; `names` is how ids call the files; `weights` is a hash, so that a worker with
+    other weights refuses.
     """
+
+    model: str
+    settings: LabelSettings
+    task: Task
+    folder: Path
+    files: tuple[Path, ...]
+    names: tuple[str, ...]
+    weights: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one worker does in order: a shard of an input file, or all from there to the end of the file."""
 
     file: int
     shard: int
@@ -106,16 +106,9 @@ class Unit:
 
 @dataclass(frozen=True)
 class Shard:
-    """One finished file of the output.
+    """One finished file of the output: rows with logits, rows rejected, texts that the teacher read cut.
 
-    Attributes:
-        file: its name.
-        sha256: of its bytes.
-        rows: rows with logits.
-        rejected: rows of the input that have none, each with its reason in the file `rejected_file`.
-        truncated: texts that the teacher read cut.
-        ends: whether the input file ends with it.
-        rejected_file: beside it, or None.
+    The input file ends with it where `ends` says so.
     """
 
     file: str
@@ -167,7 +160,7 @@ def make_units(job: LabelJob) -> list[Unit]:
         if file.suffix.lower() != ".parquet":
             units.append(Unit(number, 0, last=True))
             continue
-        shards = max(1, -(-_count_rows(file) // job.rows_per_shard))
+        shards = max(1, -(-_count_rows(file) // job.settings.rows_per_shard))
         units += [Unit(number, shard, last=shard == shards - 1) for shard in range(shards)]
     return units
 
@@ -180,30 +173,23 @@ def _count_rows(file: Path) -> int:
 
 
 def finished_shards(folder: Path, unit: Unit) -> list[Shard]:
-    """List the shards of a unit that are whole, up to the first that is not."""
+    """List the shards of a unit that are whole and unchanged, up to the first that is not."""
     found: list[Shard] = []
-    for number in count(unit.shard) if unit.last else (unit.shard,):
-        shard = read_shard(folder, shard_name(unit.file, number))
-        if shard is None:
+    while not is_finished(unit, found):
+        name = shard_name(unit.file, unit.shard + len(found))
+        try:
+            shard = Shard(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+            if shard.file != name or hash_file(folder / name) != shard.sha256:
+                break
+        except (OSError, ValueError, TypeError, RecursionError):
             break
         found.append(shard)
-        if shard.ends:
-            break
     return found
 
 
 def is_finished(unit: Unit, shards: list[Shard]) -> bool:
     """Say whether whole shards are all of a unit."""
     return bool(shards) and (shards[-1].ends or not unit.last)
-
-
-def read_shard(folder: Path, name: str) -> Shard | None:
-    """Read the note on a shard, if that is whole and unchanged."""
-    try:
-        shard = Shard(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-        return shard if shard.file == name and hash_file(folder / name) == shard.sha256 else None
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None
 
 
 def write_note(folder: Path, shard: Shard) -> None:
@@ -216,8 +202,7 @@ def begin_collection(job: LabelJob, ingredients: Mapping[str, Any], versions: Ma
     path = job.folder / COLLECTION_MANIFEST
     if path.is_file():
         content = _read_manifest(path)
-        changed = compare(content["ingredients"], ingredients)
-        if changed:
+        if changed := compare(content["ingredients"], ingredients):
             named = ", ".join(_MEANING.get(name, name) for name in changed)
             raise ArtifactError(
                 f"{job.folder} holds a collection that was labelled otherwise: {named} changed. Name another folder "
@@ -263,21 +248,17 @@ def refuse_double_ids(files: Sequence[Path], most_hashes: int = MOST_HASHES) -> 
     rows = sum(int(pq.ParquetFile(file).metadata.num_rows) for file in files)
     parts = -(-max(1, rows) // most_hashes)
     for part in range(parts):
-        found = [hashes[hashes % parts == part] for _, hashes in _hashed(files)]
-        hashes = np.concatenate(found) if found else np.zeros(0, np.uint64)
-        values, counts = np.unique(hashes, return_counts=True)
-        suspects = values[counts > 1]
-        if len(suspects):
-            _refuse_if_equal(files, set(suspects[:1000].tolist()))
+        found = [hashes[hashes % parts == part] for _, _, hashes in _hashed(files)]
+        values, counts = np.unique(np.concatenate([np.zeros(0, np.uint64), *found]), return_counts=True)
+        if len(suspects := values[counts > 1][:1000]):
+            _refuse_if_equal(files, suspects)
 
 
-def _refuse_if_equal(files: Sequence[Path], suspects: set[int]) -> None:
+def _refuse_if_equal(files: Sequence[Path], suspects: Hashes) -> None:
     """Look at the ids themselves, since two of them may share a hash."""
     seen: dict[str, Path] = {}
-    wanted = np.array(sorted(suspects), np.uint64)
-    for file, ids, hashes in ((file, ids, hashes) for (file, ids), hashes in _hashed(files)):
-        for position in np.flatnonzero(np.isin(hashes, wanted)):
-            name = ids[int(position)].as_py()
+    for file, ids, hashes in _hashed(files):
+        for name in ids.filter(pa.array(np.isin(hashes, suspects))).to_pylist():
             if name in seen:
                 raise DataError(
                     f"the id {name!r} occurs more than once ({seen[name].name}, {file.name}); ids must be unique over "
@@ -287,13 +268,12 @@ def _refuse_if_equal(files: Sequence[Path], suspects: set[int]) -> None:
             seen[name] = file
 
 
-def _hashed(files: Sequence[Path]) -> Iterator[tuple[tuple[Path, pa.Array], npt.NDArray[np.uint64]]]:
+def _hashed(files: Sequence[Path]) -> Iterator[tuple[Path, pa.Array, Hashes]]:
     """Give the ids of each file batch by batch, with a hash of 64 bits for each."""
     for file in files:
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=["id"]):
                 ids = batch.column(0)
-                digests = b"".join(
-                    hashlib.blake2b(value, digest_size=8).digest() for value in pc.cast(ids, pa.binary()).to_pylist()
-                )
-                yield (file, ids), np.frombuffer(digests, dtype=np.uint64)
+                texts = pc.cast(ids, pa.binary()).to_pylist()
+                digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
+                yield file, ids, np.frombuffer(digests, dtype=np.uint64)

@@ -68,10 +68,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.add_argument("--families", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--device", default="cpu", choices=list(DEFAULTS))
-    parser.add_argument("--steps", type=_positive, default=2, help="optimiser steps; the second has Adam's state")
+    parser.add_argument("--steps", type=int, default=2, help="optimiser steps; the second has Adam's state")
     parser.add_argument("--seed", type=int, default=0, help="of weights and ids")
-    parser.add_argument("--runs", type=_positive, help="timed passes (default: 3; on CUDA 100, as in the paper)")
-    parser.add_argument("--every", type=_positive, help="time one of so many batches (default: 8; on CUDA 1, all)")
+    parser.add_argument("--runs", type=int, help="timed passes (default: 3; on CUDA 100, as in the paper)")
+    parser.add_argument("--every", type=int, help="time one of so many batches (default: 8; on CUDA 1, all)")
     parser.add_argument("--out", type=Path, help="also write the tables to this file, after every family")
     options = parser.parse_args(arguments)
     try:
@@ -81,12 +81,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     runs, every = DEFAULTS[options.device]
     options.runs, options.every = options.runs or runs, options.every or every
     return options
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
-    return value
 
 
 def count_family(family: str) -> Figures:

@@ -179,22 +179,6 @@ def test_the_command_measures_and_writes_what_it_prints(tmp_path, monkeypatch, c
     assert "nan" not in printed
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--families", "gpt"], "invalid choice: 'gpt'"),
-        (["--steps", "0"], "expected a whole number from 1, got 0"),
-        (["--every", "x"], "invalid"),
-    ],
-)
-def test_wrong_arguments_are_refused_before_any_work(arguments, said, capsys):
-    """Zero steps would print the peak of no training at all."""
-    with pytest.raises(SystemExit) as ended:
-        table2.parse(arguments)
-    assert ended.value.code == 2
-    assert said in capsys.readouterr().err
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_without_a_device_is_refused(capsys):
     """CPU figures under the heading of a GPU."""

@@ -60,6 +60,12 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
 @pytest.fixture
 def folder(made_once, tmp_path: Path) -> Path:
     """A whole classifier of one's own, to be spoilt."""
@@ -104,14 +110,7 @@ def test_no_answer_on_standard_input_lets_a_folder_run_its_code(folder, tmp_path
     add_own_code(folder, mark)
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     for verb in (["predict", folder, "-"], ["export", folder, "--to", tmp_path / "x", "--format", "onnx"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "kdlora", *map(str, verb)],
-            input="y\ntext\ny\ny\n",
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-        )
+        done = run_python("-m", "kdlora", *verb, input="y\ntext\ny\ny\n", env=environment)
         assert done.returncode == 2, done.stderr
         assert "Python code of its own" in done.stderr
         assert not mark.exists()
@@ -218,8 +217,7 @@ def test_a_hub_model_leads_to_no_base_and_no_pickle(folder, tmp_path):
         hub.add("someone/index", {name: files[name] for name in files if name != "model.safetensors"} | weights)
         environment = os.environ | hub_standin.environment(hub, str(tmp_path / "cache"))
         environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE.parents[1] / "tests"), os.environ["PYTHONPATH"]])
-        command = [sys.executable, "-c", HUB_MODELS, "someone/both", "someone/index"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = run_python("-c", HUB_MODELS, "someone/both", "someone/index", env=environment)
         both, pickled = done.stdout.splitlines()
         assert "beside a whole model" in both, done.stderr
         assert "in the same folder" in pickled, done.stderr
@@ -255,6 +253,13 @@ def refused(folder: Path, *expected: str, verify: bool = True, **options: Any) -
 def graph_folder(tmp_path: Path) -> Path:
     """A folder of a stranger's, with everything but the graph."""
     return graphs.build_folder(tmp_path / "stranger" / "model")
+
+
+@pytest.fixture
+def served(graph_folder: Path) -> Path:
+    """The same with a good graph."""
+    graphs.build_graph(graph_folder / "model.onnx")
+    return graph_folder
 
 
 @pytest.fixture
@@ -331,12 +336,11 @@ PANICS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", PANICS.values(), ids=PANICS)
-def test_a_panic_of_the_tokenizer_is_an_error_like_others(graph_folder, changes):
+def test_a_panic_of_the_tokenizer_is_an_error_like_others(served, changes):
     """A panic is no `Exception`: it went past every handler of a service and ended it."""
-    graphs.build_graph(graph_folder / "model.onnx")
-    edit(graph_folder / "tokenizer.json", **changes)
+    edit(served / "tokenizer.json", **changes)
     with pytest.raises(ArtifactError, match=r"tokenizer.json: the tokenizer (cannot be read|fails on a text)"):
-        Classifier.load(graph_folder).predict([f"a wonderful {'a' * 60}!"])
+        Classifier.load(served).predict([f"a wonderful {'a' * 60}!"])
 
 
 def test_a_panic_under_transformers_is_an_error_too(folder):
@@ -380,14 +384,13 @@ SETTINGS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("file", "changes", "expected"), [case[1:] for case in SETTINGS], ids=[c[0] for c in SETTINGS])
-def test_settings_of_a_wrong_type_are_named(graph_folder, file, changes, expected):
+def test_settings_of_a_wrong_type_are_named(served, file, changes, expected):
     """Each was a traceback, or an answer that nobody meant: of two labels with one name, one lost its probability."""
-    graphs.build_graph(graph_folder / "model.onnx")
     if changes.get("pad_token_id") is not None:
-        edit(graph_folder / "tokenizer_config.json", pad_token=None)
-    path = graph_folder / file
+        edit(served / "tokenizer_config.json", pad_token=None)
+    path = served / file
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
-    refused(graph_folder, file, *expected)
+    refused(served, file, *expected)
 
 
 @pytest.mark.parametrize(
@@ -413,11 +416,10 @@ def test_settings_of_a_model_to_train_are_named_alike(folder, config, tokenizer)
 
 @pytest.mark.parametrize("name", ["config.json", "kdlora_export.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("levels", [80, 900, 99_999])
-def test_deep_settings_are_refused(graph_folder, name, levels):
+def test_deep_settings_are_refused(served, name, levels):
     """Too deep for Python's reader, or, worse, only for what copies and writes them later."""
-    graphs.build_graph(graph_folder / "model.onnx")
-    (graph_folder / name).write_text('{"a":' * levels + "1" + "}" * levels)
-    refused(graph_folder, f"{name} is damaged", "nested too deep")
+    (served / name).write_text('{"a":' * levels + "1" + "}" * levels)
+    refused(served, f"{name} is damaged", "nested too deep")
 
 
 @pytest.fixture
@@ -553,13 +555,12 @@ HOSTILE_ROWS: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize(("name", "content", "expected"), HOSTILE_ROWS.values(), ids=HOSTILE_ROWS)
-def test_a_hostile_row_costs_its_own_answer_and_no_other(graph_folder, tmp_path, short_lines, name, content, expected):
+def test_a_hostile_row_costs_its_own_answer_and_no_other(served, tmp_path, short_lines, name, content, expected):
     """One line without an end filled the memory, and one deep object ended the command with a traceback."""
-    graphs.build_graph(graph_folder / "model.onnx")
     fill = {"deep": "[" * 50_000, "digits": "9" * 5000, "long": "x" * TOO_LONG, "commas": "," * TOO_LONG}
     source, to = tmp_path / name, tmp_path / "answers.jsonl"
     source.write_text(content.format(**fill))
-    summary = predict_file(Classifier.load(graph_folder), source, to)
+    summary = predict_file(Classifier.load(served), source, to)
     assert (summary.rows, summary.errors) == (2, 1)
     bad, good = (json.loads(line) for line in to.read_text().splitlines())
     assert expected in bad["error"]
@@ -599,8 +600,7 @@ except DataError as refusal:
 
 def test_a_small_file_of_twenty_gigabytes_is_called_what_it_is(tmp_path):
     """It was called no readable Parquet, with the advice to write it in UTF-8."""
-    command = [sys.executable, "-c", LIMITED, str(write_bomb(tmp_path / "bomb.parquet"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_python("-c", LIMITED, write_bomb(tmp_path / "bomb.parquet"))
     assert "need more memory than there is" in done.stdout, done.stderr
 
 
@@ -635,24 +635,22 @@ def test_label_names_of_a_parquet_file_are_read(tmp_path):
     assert found == {"label": ("bad", "good"), "labels": ("bad", "good")}
 
 
-def test_two_columns_of_one_name_are_refused_in_predict(graph_folder, tmp_path):
+def test_two_columns_of_one_name_are_refused_in_predict(served, tmp_path):
     """Of two texts the second was answered, and nobody was told."""
-    graphs.build_graph(graph_folder / "model.onnx")
     (tmp_path / "rows.csv").write_text("text,text\nmeant,not meant\n")
     with pytest.raises(DataError, match="two columns 'text'"):
-        predict_file(Classifier.load(graph_folder), tmp_path / "rows.csv", tmp_path / "x.csv")
+        predict_file(Classifier.load(served), tmp_path / "rows.csv", tmp_path / "x.csv")
 
 
-def test_a_damaged_page_of_parquet_is_no_traceback(graph_folder, tmp_path):
+def test_a_damaged_page_of_parquet_is_no_traceback(served, tmp_path):
     """The footer is sound, so the fault comes in the middle."""
-    graphs.build_graph(graph_folder / "model.onnx")
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": [f"a film {number}" for number in range(2000)]}), path, use_dictionary=False)
     content = bytearray(path.read_bytes())
     content[40:2000] = b"\xff" * 1960
     path.write_bytes(content)
     with pytest.raises(DataError, match="no readable Parquet"):
-        predict_file(Classifier.load(graph_folder), path, tmp_path / "x.csv")
+        predict_file(Classifier.load(served), path, tmp_path / "x.csv")
 
 
 MANIFESTS: dict[str, dict[str, Any]] = {
@@ -757,8 +755,7 @@ def test_a_data_sets_card_names_no_file_of_this_machine_and_no_other_host(tmp_pa
             hub.add(f"someone/d{number}", {"README.md": readme, "train.csv": b"text,label\nopen,0\n"}, kind="datasets")
         environment = os.environ | hub_standin.environment(hub, str(tmp_path / "cache"))
         names = [f"someone/d{number}" for number in range(len(DATA_CARDS))]
-        command = [sys.executable, "-c", HUB_DATA, *names]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = run_python("-c", HUB_DATA, *names, env=environment)
         said = done.stdout.splitlines()
         assert len(said) == len(DATA_CARDS), done.stderr
         for line, (card, expected) in zip(said, DATA_CARDS.values(), strict=True):

@@ -25,7 +25,7 @@ from kdlora.errors import ConfigError, DataError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment.recording import logged, prepare_process
 from kdlora.experiment.scoring import groups_of, label_array
-from kdlora.experiment.settle import cut_at
+from kdlora.experiment.settle import all_texts, cut_at
 from kdlora.foreign import read_json
 from kdlora.report.shipped import BenchmarkResult, Calibration
 from kdlora.system.integrity import hash_files, hash_json
@@ -87,9 +87,8 @@ def _labelled(rows: Dataset, task: Task) -> LabelledTexts:
 
 def _texts_of(rows: Dataset) -> list[Text]:
     """Return the texts of a data set, pairs as tuples."""
-    if "text_pair" in rows.column_names:
-        return list(zip(rows["text"], rows["text_pair"], strict=True))
-    return list(rows["text"])
+    texts, *pairs = all_texts(rows).values()
+    return list(zip(texts, pairs[0], strict=True)) if pairs else list(texts)
 
 
 def _load_without_copies(config: Config) -> Splits:

@@ -90,7 +90,7 @@ def run_in_child(function: Callable[..., T], *arguments: Any, on_message: Callab
     if function.__module__ == "__main__" or "<" in function.__qualname__:
         raise ValueError(f"expected a function at the top of an importable module, got {name}")
     with _lock:
-        if not _servers or not _servers[0].is_alive:
+        if not _servers or _servers[0].process.poll() is not None:
             close_server()
             _servers.append(ForkServer())
         answer = None
@@ -140,11 +140,6 @@ class ForkServer:
             start_new_session=True,
         )
         theirs.close()
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the server can take a request."""
-        return self.process.poll() is None
 
     def converse(
         self, function: Callable[..., Any], arguments: tuple[Any, ...], listen: Callable[[Any], None] | None

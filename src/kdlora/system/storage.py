@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,50 +42,44 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary sibling to write to; on success it is flushed to disk and takes the file's place."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target.parent, deep=False, of=target.name)
-    temporary = temporary_name(target)
-    try:
+    with _sibling_of(Path(path), _replace_file) as temporary:
         yield temporary
-        _sync(temporary)
-        temporary.replace(target)
-    except BaseException as fault:
-        remove(temporary)
-        _raise_full_disk(fault, target)
-        raise
-    _sync(target.parent)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Give an empty temporary sibling folder; on success it takes the place of `path`, old content and all."""
-    target = Path(path)
+    with _sibling_of(Path(path), _replace_folder) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+@contextlib.contextmanager
+def _sibling_of(target: Path, replace: Callable[[Path, Path], None]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, deep=False, of=target.name)
     temporary = temporary_name(target)
     try:
-        temporary.mkdir()
         yield temporary
-        for entry in sorted(temporary.rglob("*"), reverse=True):
-            _sync(entry)
-        _sync(temporary)
-        _replace_folder(temporary, target)
+        replace(temporary, target)
     except BaseException as fault:
         remove(temporary)
-        _raise_full_disk(fault, target)
+        # safetensors tells a full disk in words of its own; the caller wants the system's error.
+        if not isinstance(fault, OSError) and f"os error {errno.ENOSPC}" in str(fault):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from fault
         raise
     _sync(target.parent)
 
 
-def _raise_full_disk(fault: BaseException, target: Path) -> None:
-    """Give the operating system's own error for a full disk, which safetensors tells in words of its own."""
-    if not isinstance(fault, OSError) and f"os error {errno.ENOSPC}" in str(fault):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from fault
+def _replace_file(temporary: Path, target: Path) -> None:
+    _sync(temporary)
+    temporary.replace(target)
 
 
 def _replace_folder(temporary: Path, target: Path) -> None:
     """Move the new folder in; a kill between the two renames leaves no folder rather than a mixed one."""
+    for entry in (*sorted(temporary.rglob("*"), reverse=True), temporary):
+        _sync(entry)
     if not os.path.lexists(target):
         temporary.rename(target)
         return
@@ -153,34 +147,22 @@ def hold_lock(path: Path, what: str, *, wait: bool = False, remedy: str = "") ->
     `what` and `remedy` are for the message: "runs the experiment in out", ", or name another folder".
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    lock, holder = FileLock(path), ""
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = _read_holder(path)
+        with contextlib.suppress(OSError):
+            holder = path.read_text(encoding="utf-8", errors="replace").strip()
+        holder = f": {holder}" if holder else ""
         if not wait:
             raise ArtifactError(f"another process {what}{holder}; wait for it{remedy}") from None
         logger.warning("waiting: another process %s%s", what, holder)
         lock.acquire()
     try:
         held = path.stat()
-        _write_holder(path)
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        with contextlib.suppress(OSError):  # a name for the others; the lock holds without it too
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n", encoding="utf-8")
         yield HeldLock(path, (held.st_dev, held.st_ino))
     finally:
         lock.release()
-
-
-def _write_holder(path: Path) -> None:
-    """Leave a name for the others; the lock holds without it too."""
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    with contextlib.suppress(OSError):
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n", encoding="utf-8")
-
-
-def _read_holder(path: Path) -> str:
-    """Give `": process 12 on host, since ..."`; empty where the file does not say."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-    return f": {text}" if text else ""

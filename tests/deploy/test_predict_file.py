@@ -27,7 +27,7 @@ def model(exported):
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(stream, "_WINDOW_ROWS", 10)
+    monkeypatch.setattr("kdlora.deploy.rows._WINDOW_ROWS", 10)
 
 
 def _csv(path: Path, rows: list[dict]) -> Path:
@@ -177,7 +177,7 @@ def test_open_quote_spoils_itself_only_up_to_a_limit(tmp_path, model, monkeypatc
 
 def test_strict_stops_and_leaves_nothing(tmp_path, model, monkeypatch):
     """Prevents an output that looks whole and is not."""
-    monkeypatch.setattr(stream, "_WINDOW_ROWS", 1)
+    monkeypatch.setattr("kdlora.deploy.rows._WINDOW_ROWS", 1)
     path = _csv(tmp_path / "in.csv", [{"text": "good"}, {"text": " "}])
     with pytest.raises(DataError, match=r"in.csv: row 1: the text is empty"):
         predict_file(model, path, tmp_path / "out.csv", strict=True)
@@ -244,7 +244,7 @@ def test_ten_megabytes_in_one_row(tmp_path, model):
 
 def test_windows_are_bounded(tmp_path, model, source, monkeypatch):
     """Prevents a window that holds the whole file because its rows are few and long."""
-    monkeypatch.setattr("kdlora.deploy.stream._WINDOW_CHARACTERS", 200)
+    monkeypatch.setattr("kdlora.deploy.rows._WINDOW_CHARACTERS", 200)
     seen: list[int] = []
     predict_file(model, source, tmp_path / "out.jsonl", progress=lambda rows, fraction: seen.append(rows))
     assert len(seen) > 10

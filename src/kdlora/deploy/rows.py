@@ -6,7 +6,7 @@ import contextlib
 import csv
 import io
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -30,6 +30,8 @@ _SUFFIXES: dict[str, InputFormat] = {
 }
 _Numbered = tuple[int, Mapping[str, Any] | str]
 """A row's number and its values, or what is wrong with it."""
+_WINDOW_ROWS = 4096
+_WINDOW_CHARACTERS = 8_000_000
 _SHOWN = 1000
 """Characters of the columns' names that a message shows."""
 
@@ -225,6 +227,20 @@ class RowReader:
             f"{' or ' + ', '.join(map(repr, recorded)) if recorded else ''}; there are {listed}. Name the text column "
             "or columns."
         )
+
+
+def cut_windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Group rows by count and by characters, so that long texts do not fill the memory."""
+    window: list[Row] = []
+    characters = 0
+    for row in rows:
+        window.append(row)
+        characters += sum(map(len, row.text)) if isinstance(row.text, tuple) else len(row.text or "")
+        if len(window) >= _WINDOW_ROWS or characters >= _WINDOW_CHARACTERS:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window
 
 
 def _choose_format(path: Path | None, wanted: InputFormat | None) -> InputFormat:

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from kdlora.deploy.encode import BATCH_SIZE
 from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.predict import Classifier, Prediction
-from kdlora.deploy.rows import Columns, InputFormat, Row, RowReader
+from kdlora.deploy.rows import Columns, InputFormat, Row, RowReader, cut_windows
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.system.ownership import MANIFEST, claim_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
 from kdlora.system.storage import atomic_file
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, float | None], None]
 """Called with the rows done and the share of the input read (None for a stream)."""
 
-_WINDOW_ROWS = 4096
-_WINDOW_CHARACTERS = 8_000_000
 _SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _PART = re.compile(r"part-[0-9]{8}-[0-9]{1,18}-[0-9]{1,18}")
 """Name of a part: its number, rows and bad rows, so that a part is whole or absent."""
@@ -118,7 +116,7 @@ def _predict(
     """Classify window by window what is not done yet."""
     try:
         with contextlib.closing(iter(reader)) as given:
-            for window in _cut_windows(islice(given, output.resumed, None)):
+            for window in cut_windows(islice(given, output.resumed, None)):
                 bad = [row for row in window if row.text is None]
                 if bad and strict:
                     raise DataError(f"{reader.name}: {bad[0].error}")
@@ -138,20 +136,6 @@ def _columns(classifier: Classifier, text: Sequence[str] | str | None, id_column
         raise ConfigError(f"expected one text column or the two of a pair, got {len(names)}: {', '.join(names)}.")
     recorded = tuple((classifier.folder.task or {}).get("text") or ()) or None
     return Columns(names, recorded, id_column, classifier.encoder.most_characters)
-
-
-def _cut_windows(source: Iterable[Row]) -> Iterator[list[Row]]:
-    """Group rows by count and by characters, so that long texts do not fill the memory."""
-    window: list[Row] = []
-    characters = 0
-    for row in source:
-        window.append(row)
-        characters += sum(map(len, row.text)) if isinstance(row.text, tuple) else len(row.text or "")
-        if len(window) >= _WINDOW_ROWS or characters >= _WINDOW_CHARACTERS:
-            yield window
-            window, characters = [], 0
-    if window:
-        yield window
 
 
 def _fingerprint(folder: ModelFolder, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from datasets import Dataset
 from kdlora.configfile import COLLECTION_MANIFEST, expand_home
 from kdlora.data.batches import Tokenised, encode_texts
 from kdlora.data.collection import LOGIT
-from kdlora.deploy.rows import Columns, Row, RowReader
+from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
 from kdlora.distil.fingerprints import hash_model, hash_tokenizer
 from kdlora.distil.inference import BATCH_TOKENS, predict_logits
 from kdlora.distil.precision import resolve_device, resolve_precision
@@ -49,8 +49,6 @@ from kdlora.system.environment import collect_versions
 from kdlora.system.integrity import hash_file
 from kdlora.system.storage import atomic_file, hold_lock, write_text_atomic
 
-WINDOW_ROWS = 4096
-_WINDOW_CHARACTERS = 8_000_000
 _CHARACTERS_PER_TOKEN = 100
 _LEAST_CHARACTERS = 20_000
 _CUDA_BATCH_TOKENS = 65536
@@ -283,7 +281,7 @@ class Labeller:
         rejected: list[str] = []
         with atomic_file(job.folder / name) as temporary:
             with pq.ParquetWriter(temporary, self._schema(), compression="zstd") as writer:
-                for window in _windows(islice(ahead, settings.rows_per_shard)):
+                for window in cut_windows(islice(ahead, settings.rows_per_shard)):
                     good = [row for row in window if row.text is not None]
                     bad = [{"id": self._id(row, unit), "error": row.error} for row in window if row.text is None]
                     if bad and settings.strict:
@@ -367,17 +365,3 @@ class _Ahead:
         if not self._next:
             self._next = list(islice(self._rows, 1))
         return not self._next
-
-
-def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Group rows by count and by characters, so that long texts do not fill the memory."""
-    window: list[Row] = []
-    characters = 0
-    for row in rows:
-        window.append(row)
-        characters += sum(map(len, row.text)) if isinstance(row.text, tuple) else len(row.text or "")
-        if len(window) >= WINDOW_ROWS or characters >= _WINDOW_CHARACTERS:
-            yield window
-            window, characters = [], 0
-    if window:
-        yield window

@@ -15,6 +15,7 @@ ORDER = [
     {"configfile"},
     {"system.integrity", "system.ownership"},
     {"system", "data.tasks", "data.faults", "data.lines"},
+    {"data.logit_table"},
     {"evidence.predictions"},
     {"evidence.records"},
     {"evidence", "distil.losses"},
@@ -30,7 +31,19 @@ ORDER = [
 ]
 TORCH = {"torch", "transformers", "datasets", "peft", "accelerate"}
 WITHOUT_TORCH = [
-    *("errors", "foreign", "terminal", "defaults", "config", "searchconfig", "configfile", "cli", "demo", "data.tasks"),
+    *(
+        "errors",
+        "foreign",
+        "terminal",
+        "defaults",
+        "config",
+        "searchconfig",
+        "configfile",
+        "cli",
+        "demo",
+        "data.tasks",
+        "data.logit_table",
+    ),
     "distil.words",
     *("evidence", "report", "system"),
 ]

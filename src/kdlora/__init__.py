@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kdlora.distil.distillation_trainer import DistillationTrainer as DistillationTrainer
     from kdlora.distil.logits import attach_teacher as attach_teacher
     from kdlora.distil.losses import distillation_loss as distillation_loss
-    from kdlora.distil.tables import read_teacher_table as read_teacher_table
+    from kdlora.distil.teacher_table import read_teacher_table as read_teacher_table
     from kdlora.distil.teacher import teacher_logits as teacher_logits
     from kdlora.errors import (
         ArtifactError as ArtifactError,
@@ -71,7 +71,7 @@ _NAMES = {
     "distil.distillation_trainer": "DistillationTrainer",
     "distil.logits": "attach_teacher",
     "distil.losses": "distillation_loss",
-    "distil.tables": "read_teacher_table",
+    "distil.teacher_table": "read_teacher_table",
     "distil.teacher": "teacher_logits",
     "errors": "ArtifactError ConfigError DataError KdLoraError ModelError",
     "experiment.arms": "train_student train_teacher",

@@ -14,7 +14,7 @@ from fabricate import make_record
 from kdlora.deploy.hub import locate_model, push_experiment
 from kdlora.errors import ConfigError, KdLoraError, ModelError
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.models.licence import read_licence
+from kdlora.models.settings import read_licence
 from kdlora.report.card import FOLDER_IN_CARD, card_metadata, student_card
 
 ROWS = [

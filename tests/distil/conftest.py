@@ -158,3 +158,24 @@ def make_examples() -> Callable[..., Dataset]:
 def tasks() -> dict[str, Task]:
     """A task of each kind."""
     return TASKS
+
+
+@pytest.fixture
+def make_model(tiny_model_folder) -> Callable[..., Any]:
+    """`make_model(family="bert", rate=0.0, **lora)` gives a classifier in training, its adapter not zero."""
+
+    def make(family: str = "bert", rate: float = 0.0, **lora: Any) -> Any:
+        encoder = load_encoder(str(tiny_model_folder(family)), TASKS["single-label"], seed=1)
+        model = add_adapter(encoder, LoraConfig(dropout=rate, **lora), seed=1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = rate
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = rate
+        return model.train()
+
+    return make

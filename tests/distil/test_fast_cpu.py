@@ -7,43 +7,18 @@ import torch
 import transformers
 from torch import nn
 
-from kdlora.config import LoraConfig
 from kdlora.distil.cpu_kernels import (
-    PackedWeight,
-    adapted_linear,
     attention,
     dropout,
     dropped_steps,
-    frozen_linear,
+    fast_on_cpu,
     keep_mask,
     kept_scale,
 )
-from kdlora.distil.fast_cpu import fast_on_cpu
 from kdlora.distil.precision import autocast, frozen_in_half
-from kdlora.models.adapters import add_adapter
-from kdlora.models.encoders import load_encoder
 
 CPU = torch.device("cpu")
 FAMILIES = ["bert", "distilbert", "roberta", "deberta-v2", "electra", "mpnet", "modernbert"]
-
-
-@pytest.fixture
-def make_model(tiny_model_folder, tasks):
-    def make(family: str, rate: float = 0.0, **lora):
-        encoder = load_encoder(str(tiny_model_folder(family)), tasks["single-label"], seed=1)
-        model = add_adapter(encoder, LoraConfig(dropout=rate, **lora), seed=1)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = rate
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = rate
-        return model.train()
-
-    return make
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -245,22 +220,3 @@ def test_attention_drops_in_forward_and_backward_alike():
     shares.sum().backward()
     assert (shares == 0).any()
     torch.testing.assert_close(value.grad[0, 0], shares.detach()[0, 0].sum(0)[:, None].expand(8, 8))
-
-
-def test_linear_kernels_equal_their_formulas():
-    draw = torch.Generator().manual_seed(0)
-    weight, bias, down, up = (torch.randn(*size, generator=draw) for size in ((6, 4), (6,), (2, 4), (6, 2)))
-    rows = torch.randn(3, 5, 4, generator=draw, requires_grad=True)
-    down.requires_grad_()
-    up.requires_grad_()
-    packed = PackedWeight(weight, bias)
-    torch.testing.assert_close(frozen_linear(rows, packed), nn.functional.linear(rows, weight, bias))
-    expected = nn.functional.linear(rows, weight, bias) + 2.0 * rows @ down.T @ up.T
-    found = adapted_linear(rows, packed, down, up, scale=2.0, dropout=0.0)
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(
-        torch.autograd.grad(found.square().sum(), (rows, down, up)),
-        torch.autograd.grad(expected.square().sum(), (rows, down, up)),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

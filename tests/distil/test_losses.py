@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlora.distil.losses import binary_kl, distillation_loss, hard_loss, logit_mse, softened_kl
+from kdlora.distil.losses import binary_kl, distillation_loss, hard_loss, softened_kl
 from kdlora.errors import ConfigError, DataError, ModelError
 
 LOG3 = math.log(3.0)
@@ -51,39 +51,6 @@ def test_binary_kl_by_hand():
     assert binary_kl(torch.zeros(1, 1), one_label, 1.0).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_mse_and_hard_losses_by_hand():
-    """A sum in place of the mean over labels would make the soft loss grow with the number of classes."""
-    assert logit_mse(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).tolist() == [2.5]
-    logits = torch.tensor([[LOG3, 0.0], [0.0, LOG3]])
-    cross_entropy = hard_loss("single-label", logits, torch.tensor([0, 0]))
-    assert cross_entropy.tolist() == pytest.approx([-math.log(0.75), -math.log(0.25)], rel=1e-6)
-    binary = hard_loss("multi-label", torch.tensor([[LOG3, 0.0]]), torch.tensor([[1.0, 0.0]]))
-    assert binary.tolist() == pytest.approx([(-math.log(0.75) - math.log(0.5)) / 2], rel=1e-6)
-    squared = hard_loss("regression", torch.tensor([[1.0], [3.0]]), torch.tensor([0.0, 5.0]))
-    assert squared.tolist() == [1.0, 4.0]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    rows=st.integers(1, 5),
-    labels=st.integers(2, 6),
-    temperature=st.floats(0.5, 20.0),
-)
-def test_soft_losses_match_float64(seed, rows, labels, temperature):
-    """A formula that is right on one example may be wrong for many labels or at another temperature."""
-    draw = np.random.default_rng(seed)
-    student, teacher = draw.normal(size=(2, rows, labels)) * 3
-    for ours, reference in ((softened_kl, reference_kl), (binary_kl, reference_binary_kl)):
-        expected = reference(student, teacher, temperature)
-        exact = ours(torch.tensor(student), torch.tensor(teacher), temperature)
-        assert exact.dtype == torch.float64
-        np.testing.assert_allclose(exact, expected, rtol=1e-9, atol=1e-9 * temperature**2)
-        single = ours(torch.tensor(student).float(), torch.tensor(teacher).float(), temperature)
-        np.testing.assert_allclose(single, expected, rtol=1e-3, atol=2e-6 * temperature**2)
-        assert (exact >= -1e-12).all()
-
-
 def reference_hard(kind: str, logits: list[float], label) -> float:
     """One row's hard loss, term by term."""
     if kind == "single-label":
@@ -101,8 +68,9 @@ def reference_hard(kind: str, logits: list[float], label) -> float:
     rows=st.integers(1, 5),
     alpha=st.floats(0.0, 1.0),
     loss=st.sampled_from(["kl", "mse"]),
+    temperature=st.floats(0.5, 20.0),
 )
-def test_the_whole_loss_matches_float64(seed, kind, rows, alpha, loss):
+def test_the_whole_loss_matches_float64(seed, kind, rows, alpha, loss, temperature):
     """Hard and soft loss are right one by one and wrong together: a term of another scale, or weighed twice."""
     draw = np.random.default_rng(seed)
     width = 1 if kind == "regression" else int(draw.integers(2, 6))
@@ -116,15 +84,16 @@ def test_the_whole_loss_matches_float64(seed, kind, rows, alpha, loss):
     if loss == "mse" or kind == "regression":
         soft = ((student - teacher) ** 2).mean(axis=1)
     else:
-        soft = (reference_kl if kind == "single-label" else reference_binary_kl)(student, teacher, 3.0)
+        soft = (reference_kl if kind == "single-label" else reference_binary_kl)(student, teacher, temperature)
     expected = alpha * hard + (1 - alpha) * soft
-    arguments = {"kind": kind, "alpha": alpha, "temperature": 3.0, "loss": loss}
+    arguments = {"kind": kind, "alpha": alpha, "temperature": temperature, "loss": loss}
     exact = distillation_loss(*map(torch.tensor, (student, labels, teacher)), **arguments)
-    np.testing.assert_allclose(exact.total, expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(exact.total, expected, rtol=1e-9, atol=1e-9 * temperature**2)
+    assert (exact.soft >= -1e-12).all()
     single = [torch.tensor(values, dtype=torch.float32) for values in (student, teacher)]
     targets = torch.tensor(labels) if kind == "single-label" else torch.tensor(labels, dtype=torch.float32)
     rounded = distillation_loss(single[0], targets, single[1], **arguments)
-    np.testing.assert_allclose(rounded.total, expected, rtol=1e-3, atol=2e-5)
+    np.testing.assert_allclose(rounded.total, expected, rtol=1e-3, atol=2e-5 * max(1.0, temperature**2))
 
 
 @settings(max_examples=40, deadline=None)
@@ -207,15 +176,6 @@ def test_half_logits_are_computed_in_float32(dtype):
     for ours, exact in ((terms.total, expected.total), (terms.hard, expected.hard), (terms.soft, expected.soft)):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
-
-
-def test_alpha_weighs_the_hard_loss():
-    """Alpha on the wrong term is the commonest slip in distillation code; eq. 3 puts it on the labels."""
-    logits, teacher, labels = torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0, 1, 1])
-    ones = distillation_loss(logits, labels, teacher, kind="single-label", alpha=1.0)
-    assert torch.equal(ones.total, ones.hard)
-    zeros = distillation_loss(logits, labels, teacher, kind="single-label", alpha=0.0)
-    assert torch.equal(zeros.total, zeros.soft)
 
 
 def test_without_a_teacher_the_loss_is_the_hard_loss():

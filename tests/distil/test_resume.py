@@ -152,15 +152,6 @@ def test_cut_again_and_again(make_setup, tmp_path):
     assert outcome.history == expected.history
 
 
-def test_saving_does_not_disturb(make_setup, tmp_path):
-    """A save that draws a random number would make the result depend on the clock."""
-    undisturbed, saving = make_setup(), make_setup()
-    expected = undisturbed.run(tmp_path / "a")
-    outcome = saving.run(tmp_path / "b", checkpoint_seconds=0.0)
-    assert different(weights(undisturbed.model), weights(saving.model)) == []
-    assert outcome.history == expected.history
-
-
 def test_a_finished_training_is_not_trained_on(make_setup, tmp_path):
     """A crash after the last step, while the weights are being kept, must not cost an epoch, nor add a step."""
     for case in ({"epochs": 2.5}, {"epochs": 9, "learning_rate": 1e-9, "select": "best", "early_stopping_patience": 2}):

@@ -13,7 +13,7 @@ from kdlora.config import DistilConfig
 from kdlora.distil import session as session_module
 from kdlora.distil import train as train_module
 from kdlora.distil.inference import predict_logits
-from kdlora.distil.session import ProgressEvent, Stopwatch
+from kdlora.distil.session import ProgressEvent
 from kdlora.errors import ConfigError, DataError, KdLoraError
 from kdlora.evidence.metrics import compute_metrics
 from kdlora.models.adapters import merge_student
@@ -281,22 +281,6 @@ def test_progress(make_setup, tmp_path, monkeypatch):
     assert last.score is not None
     assert events[0].score is None
     assert all(event.examples_per_second > 0 for event in events)
-
-
-def test_stopwatch_leaves_pauses_out(monkeypatch):
-    """Evaluation counted as training makes an arm with a large validation split look slow."""
-    now = [10.0]
-    monkeypatch.setattr(session_module.time, "monotonic", lambda: now[0])
-    watch = Stopwatch(5.0)
-    watch.start()
-    now[0] += 2.0
-    with watch.paused():
-        now[0] += 100.0
-    now[0] += 1.0
-    assert watch.read() == 8.0
-    watch.stop()
-    now[0] += 50.0
-    assert watch.read() == 8.0
 
 
 def test_evaluation_is_not_training_time(make_setup, tmp_path, monkeypatch):

@@ -138,11 +138,11 @@ TABLES: list[tuple[str, str, Callable[[list[Row]], Any], tuple[str, ...]]] = [
         ("no row is of split 'train'",),
     ),
     ("broken JSON", "logits", lambda rows: json.dumps(rows[0]) + "\n{", ("line 2",)),
-    ("a list as a line", "logits", lambda rows: "[1]\n", ("line 1",)),
+    ("a list as a line", "logits", lambda rows: "[1]\n", ("row 1", "expected a JSON object")),
     ("nested too deep", "logits", lambda rows: "[" * 99999, ("line 1", "nested")),
     ("an endless number", "logits", lambda rows: '{"id": ' + "9" * 5000 + "}", ("line 1",)),
-    ("half a character", "logits", lambda rows: '{"id": "\\ud800", "positive": 1, "negative": 0}', ("line 1",)),
-    ("empty", "logits", lambda rows: "", ("no rows",)),
+    ("half a character", "logits", lambda rows: '{"id": "\\ud800", "positive": 1, "negative": 0}', ("row 1", "half")),
+    ("empty", "logits", lambda rows: "", ("is empty (0 bytes)",)),
 ]
 
 COMMANDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [

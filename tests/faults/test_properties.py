@@ -23,8 +23,8 @@ from kdlora.deploy.export import export_onnx
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
 from kdlora.distil.logits import attach_teacher
-from kdlora.distil.tables import read_teacher_table
 from kdlora.distil.teacher import teacher_logits
+from kdlora.distil.teacher_table import read_teacher_table
 from kdlora.experiment.arms import train_student
 from kdlora.experiment.scoring import evaluate
 from kdlora.models.adapters import merge_student

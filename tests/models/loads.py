@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import conversion_mapping
 
-import kdlora.models.checkpoints  # noqa: F401 - its preparation is what is looked at
+import kdlora.models.loading  # noqa: F401 - its preparation is what is looked at
 
 
 def has_patterns() -> bool:

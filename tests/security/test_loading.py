@@ -32,11 +32,11 @@ from kdlora.data.read import open_file
 from kdlora.deploy.calibrate import save_temperature
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
-from kdlora.distil.logit_store import load_store
+from kdlora.distil.teacher import load_store
 from kdlora.errors import ArtifactError, DataError, KdLoraError, ModelError
 from kdlora.evidence.records import read_record, read_results
 from kdlora.models.encoders import load_encoder, load_fine_tuned, read_task
-from kdlora.models.licence import read_licence
+from kdlora.models.settings import read_licence
 from kdlora.system.integrity import hash_files, seal
 
 pytest_plugins = ["experiment_fixtures"]
@@ -684,7 +684,7 @@ def test_a_collection_reads_its_own_shards(tmp_path, changes):
     with pytest.raises(DataError, match=COLLECTION_MANIFEST):
         open_collection(tmp_path)
     (tmp_path / COLLECTION_MANIFEST).write_text(json.dumps(content))
-    assert open_collection(tmp_path).label_names == ("a", "b")
+    assert open_collection(tmp_path).label_names == ["a", "b"]
 
 
 def test_a_saved_data_set_reads_its_own_files(tmp_path):

@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments import write_lines
-from kdlora.data.collection import LOGIT, open_collection
+from kdlora.data.collection import open_collection
 from kdlora.data.load import load_splits
+from kdlora.data.logit_table import LOGIT
 from kdlora.deploy.rows import Columns, RowReader
 from kdlora.distil import precision
 from kdlora.distil.inference import predict_logits
-from kdlora.distil.logits import read_collection
+from kdlora.distil.teacher_table import read_collection
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.inputs import check_table
@@ -115,7 +116,7 @@ def test_the_number_format_is_timed_once(model, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "_bf16_speed_up", lambda: next(timings))
     first, again = (label(model, texts / "b.jsonl", tmp_path / "out") for _ in range(2))
     assert (first.resumed, again.resumed) == (0, 30)
-    assert open_collection(tmp_path / "out").content["ingredients"]["precision"] == "bf16"
+    assert open_collection(tmp_path / "out").ingredients["precision"] == "bf16"
 
 
 def test_a_kill_between_any_two_writes_costs_one_shard(model, texts, tmp_path, monkeypatch):

@@ -84,9 +84,9 @@ def open_file(
     extension = file.suffix.lower()
     if extension in (".csv", ".tsv"):
         return _open_delimited(Delimited(file, header, drop_ragged=benchmark))
-    if extension == ".parquet":
+    if extension in (".parquet", ".pq"):
         return _open_parquet(file)
-    if extension in (".jsonl", ".json"):
+    if extension in (".jsonl", ".ndjson", ".json"):
         return _open_json(file)
     if extension == ".txt" and plain:
         return Source(str(file), ("text",), lambda _: _read_lines(file, key), plain=True)

@@ -1,4 +1,4 @@
-"""Steps of a training that PyTorch does slowly on a CPU, as functions of tensors with their own backward.
+"""Steps of a training that PyTorch does slowly on a CPU, and a model's own layers on them while a training runs.
 
 Nothing here changes what is computed: products are in the number format of the weights, as under autocast, softmax is
 in fp32, random bits come from PyTorch's own generator, so that a checkpoint of its state brings them back.
@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
+ATTENTION = "kdlora_cpu"
+_PACKABLE = (torch.float32, torch.bfloat16)
 _STEPS = 256
 _LOWEST = -(2**63)
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -74,8 +81,7 @@ def dropout(values: Tensor, rate: float) -> Tensor:
 class _Attention(Function):
     """Goes through the heads in parts whose scores fit the processor's cache; long texts have gigabytes of them.
 
-    Scores and shares are rounded to the format of the products where they are stored; softmax and its gradient are
-    computed in fp32 inside PyTorch's kernels, whatever they read and write.
+    Softmax and its gradient are computed in fp32 inside PyTorch's kernels, whatever they read and write.
     """
 
     @staticmethod
@@ -151,36 +157,24 @@ def attention(
 
 
 class PackedWeight:
-    """A frozen linear layer's weight, laid out once as oneDNN wants it for the forward and the backward product.
-
-    Attributes:
-        forward: packed weight, or the weight itself where oneDNN is missing.
-        backward: the same of its transpose.
-        bias: shape (outputs,), or None.
-    """
+    """A frozen linear layer's weight, laid out once as oneDNN wants it for the forward and the backward product."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Pack."""
         self.dtype = weight.dtype
         self.bias = None if bias is None else bias.detach()
-        self.forward = _pack(weight.detach())
-        self.backward = _pack(weight.detach().t().contiguous())
+        self.forward = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.backward = torch.ops.mkldnn._reorder_linear_weight(weight.detach().t().contiguous(), None)
 
     def product(self, rows: Tensor) -> Tensor:
         """Compute `rows @ weight.T + bias`."""
-        return _multiply(rows, self.forward, self.bias)
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.forward, self.bias, "none", [], "")
+        return found
 
     def product_of_gradient(self, gradient: Tensor) -> Tensor:
         """Compute `gradient @ weight`."""
-        return _multiply(gradient, self.backward, None)
-
-
-def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
-
-
-def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(gradient, self.backward, None, "none", [], "")
+        return found
 
 
 class _FrozenLinear(Function):
@@ -212,7 +206,6 @@ class _AdaptedLinear(Function):
         hidden = torch.matmul(seen, down.t())
         result = weight.product(rows)
         width = result.shape[-1]
-        # alpha scales the adapter within the product, so that no copy of it is made.
         result.view(-1, width).addmm_(hidden.view(-1, hidden.shape[-1]), up.t(), alpha=scale)
         ctx.save_for_backward(rows, keep, down, up, hidden)
         ctx.weight, ctx.scale = weight, scale
@@ -242,3 +235,166 @@ def adapted_linear(
 ) -> Tensor:
     """Apply a frozen linear layer with its LoRA adapter: `W x + b + scale up down dropout(x)` (Hu et al., eq. 3)."""
     return _AdaptedLinear.apply(rows, weight, down, up, scale, dropout)
+
+
+class _DropoutLayer(nn.Dropout):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in PyTorch
+        return dropout(input, self.p) if self.training else input
+
+
+class _FrozenLayer(nn.Linear):
+    packed: PackedWeight
+    casts: _Casts
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return frozen_linear(self.casts.to(input, self.packed.dtype), self.packed)
+
+
+class _AdaptedLayer(LoraLinear):
+    packed: PackedWeight
+    casts: _Casts
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        (name,) = self.active_adapters
+        rate = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
+        return adapted_linear(
+            self.casts.to(x, self.packed.dtype),
+            self.packed,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            scale=self.scaling[name],
+            dropout=rate,
+        )
+
+
+class _Casts:
+    """Remembers the last cast, for query, key and value read the same rows."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self.version = -1
+        self.grad = False
+        self.cast: Tensor | None = None
+
+    def to(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        if rows.dtype == dtype or rows.is_inference():  # inference tensors count no versions
+            return rows.to(dtype)
+        grad = torch.is_grad_enabled()
+        same = self.rows is rows and self.version == rows._version and self.grad == grad
+        if self.cast is None or not same or self.cast.dtype != dtype:
+            self.rows, self.version, self.grad, self.cast = rows, rows._version, grad, rows.to(dtype)
+        return self.cast
+
+    def forget(self) -> None:
+        self.rows = self.cast = None
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend, as transformers asks of an attention implementation.
+
+    Without dropout PyTorch's fused kernel is best, but for its backward in bf16, which can take half of a whole step:
+    benchmarks/training_profile.py shows it.
+    """
+    if (shared := query.shape[1] // key.shape[1]) > 1:  # heads of queries that share keys and values
+        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    learns_in_half = torch.is_grad_enabled() and value.dtype == torch.bfloat16
+    if dropout == 0.0 and not learns_in_half:
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+    else:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        mixed = attention(query, key, value, attention_mask, dropout=dropout, scale=scale)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attention_forward)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def fast_on_cpu(model: nn.Module, device: torch.device) -> Iterator[int]:
+    """Run frozen linear layers, plain LoRA, dropout and attention on our own kernels; on exit all is as it was.
+
+    What is not known by its exact class (DoRA, an adapter with a bias, a subclass) stays with PyTorch, as all does on
+    another device. The trained tensors stay the same objects under the same names.
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        yield 0
+        return
+    casts = _Casts()
+    changed = _replace_layers(model, casts)
+    config, implementation = _choose_attention(model)
+    handle = model.register_forward_hook(lambda *_: casts.forget())
+    try:
+        yield len(changed)
+    finally:
+        handle.remove()
+        if implementation is not None:
+            config._attn_implementation = implementation
+        for module, original in changed:
+            module.__class__ = original
+            vars(module).pop("packed", None)
+            vars(module).pop("casts", None)
+
+
+def _replace_layers(model: nn.Module, casts: _Casts) -> list[tuple[nn.Module, type[nn.Module]]]:
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    done: set[nn.Module] = set()
+    for module in model.modules():
+        replacement = None if module in done else _replacement(module)
+        if replacement is None:
+            continue
+        changed.append((module, type(module)))
+        if replacement is _AdaptedLayer:
+            done.update(module.modules())  # the layer itself does their work
+        if replacement is not _DropoutLayer:
+            layer: Any = module.base_layer if replacement is _AdaptedLayer else module
+            vars(module).update(casts=casts, packed=PackedWeight(layer.weight, layer.bias))
+        module.__class__ = replacement
+    return changed
+
+
+def _replacement(module: nn.Module) -> type[nn.Module] | None:
+    """Choose the class that does the same, faster; None where there is none."""
+    if type(module) is nn.Dropout:
+        return _DropoutLayer if 0 < module.p < 1 and not module.inplace else None
+    if type(module) is nn.Linear:
+        return _FrozenLayer if _packable(module) else None
+    if type(module) is LoraLinear:
+        return _AdaptedLayer if _plain_lora(module) else None
+    return None
+
+
+def _packable(layer: nn.Module) -> bool:
+    parameters = list(layer.parameters())
+    alike = len({parameter.dtype for parameter in parameters}) == 1 and parameters[0].dtype in _PACKABLE
+    frozen = not any(parameter.requires_grad or parameter.device.type != "cpu" for parameter in parameters)
+    return type(layer) is nn.Linear and alike and frozen
+
+
+def _plain_lora(module: LoraLinear) -> bool:
+    name = module.active_adapters[0] if len(module.active_adapters) == 1 else None
+    if name is None or name not in module.lora_A or module.merged or module.disable_adapters:
+        return False
+    variant = bool(module.use_dora.get(name)) or bool(module.lora_variant.get(name)) or bool(module.lora_bias.get(name))
+    dropping = type(module.lora_dropout[name]) in (nn.Identity, nn.Dropout, _DropoutLayer)
+    return not variant and dropping and not module.fan_in_fan_out and _packable(module.base_layer)
+
+
+def _choose_attention(model: nn.Module) -> tuple[Any, str | None]:
+    """Switch a model that attends through transformers' interface; give its config, and what it had or None."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = getattr(base, "config", None)
+    looks_back_only = any(getattr(module, "is_causal", False) for module in base.modules())
+    if config is None or getattr(config, "_attn_implementation", None) != "sdpa" or looks_back_only:
+        return config, None
+    config._attn_implementation = ATTENTION
+    return config, "sdpa"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,25 +13,21 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from kdlora.config import DistilConfig
 from kdlora.data.batches import Tokenised
-from kdlora.data.collection import LOGIT, check_labels, open_collection
 from kdlora.data.load import Splits
 from kdlora.data.spool import SLICE_ROWS, are_distinct, read_column, settle, slice_rows, spool
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import column_values
-from kdlora.errors import ArtifactError, ConfigError, DataError
-from kdlora.system.integrity import hash_file
+from kdlora.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 COLUMN = "teacher_logits"
+LABELLED = "labelled"
+"""The column, and the name in a batch, that is false where a label only fills its place."""
 _LISTS = pa.list_(pa.float32())
 _SHOWN = 5
 _AHEAD_ROWS = 4 * SLICE_ROWS
 """How many of the teacher's ids may hold the next slice of examples."""
-
-
-LABELLED = "labelled"
-"""The column, and the name in a batch, that is false where a label only fills its place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,45 +205,14 @@ def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> T
     without = concatenate_datasets([unlabelled.dataset, filler], axis=1)
     names = [name for name in labelled.dataset.column_names if name in without.column_names]
     parts = [
-        _mark(rows.select_columns(names), is_labelled)
-        for rows, is_labelled in ((labelled.dataset.select_columns(names), True), (without, False))
+        rows.select_columns(names).add_column(LABELLED, np.full(len(rows), is_labelled), feature=Value("bool"))
+        for rows, is_labelled in ((labelled.dataset, True), (without, False))
     ]
-    return Tokenised(
-        concatenate_datasets(parts), labelled.truncated + unlabelled.truncated, max_length=labelled.max_length
-    )
+    truncated = labelled.truncated + unlabelled.truncated
+    return Tokenised(concatenate_datasets(parts), truncated, max_length=labelled.max_length)
 
 
 def labelled_values(dataset: Dataset) -> np.ndarray:
     """Read the labels that count."""
     labels = column_values(dataset, "label")
     return labels[column_values(dataset, LABELLED)] if LABELLED in dataset.column_names else labels
-
-
-def _mark(dataset: Dataset, is_labelled: bool) -> Dataset:
-    return dataset.add_column(LABELLED, np.full(len(dataset), is_labelled), feature=Value("bool"))
-
-
-def read_collection(folder: Path, task: Task, key: str) -> TeacherLogits:
-    """Read the logits of a finished collection."""
-    collection = open_collection(folder)
-    check_labels(collection, task, key)
-    for file, digest in collection.digests.items():
-        if not file.is_file() or hash_file(file) != digest:
-            raise ArtifactError(
-                f"{file} is {'damaged' if file.exists() else 'gone'} since it was written; run the same kdlora label "
-                "command again, which writes it anew"
-            )
-    names = collection.label_names if task.kind == "regression" else task.label_names
-    table = collection.read(["id", *(LOGIT + name for name in names)])
-    logits = np.empty((table.num_rows, len(names)), np.float32)
-    for column, name in enumerate(names):
-        logits[:, column] = table[LOGIT + name].to_numpy()
-    return TeacherLogits(
-        ids=table["id"],
-        logits=logits,
-        label_names=task.label_names,
-        fingerprint=collection.fingerprint,
-        versions=dict(collection.content["versions"]),
-        truncated=collection.truncated,
-        source=str(folder),
-    )

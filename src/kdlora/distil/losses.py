@@ -17,13 +17,9 @@ SOFT_LOSSES = ("kl", "mse")
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The loss of every row and what it is made of.
+    """The loss of every row, `total = alpha * hard + (1 - alpha) * soft`; `hard` is 0 for a row that is not `labelled`.
 
-    Attributes:
-        total: (rows,) `alpha * hard + (1 - alpha) * soft`; equal to `hard` without a teacher.
-        hard: (rows,) loss against the labels; 0 for a row without label.
-        soft: (rows,) loss against the teacher; None without one.
-        labelled: (rows,) bool, which rows have a label; None: all of them.
+    Without a teacher `soft` is None and `total` is `hard`; `labelled` is None where all rows are.
     """
 
     total: Tensor

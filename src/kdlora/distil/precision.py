@@ -124,10 +124,8 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Give the context in which a forward pass multiplies in `precision`; nothing for fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])
+    """Give the context in which a forward pass multiplies in `precision`."""
+    return contextlib.nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 @contextlib.contextmanager

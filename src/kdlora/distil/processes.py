@@ -18,13 +18,7 @@ TIMEOUT_SECONDS = 600
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train one model.
-
-    Attributes:
-        rank: its number, from 0; number 0 alone writes.
-        count: of all processes.
-        group: for values in main memory, which a GPU's own channel does not carry.
-    """
+    """This process among those that train one model; `group` carries values in main memory, as a GPU's does not."""
 
     rank: int = 0
     count: int = 1
@@ -88,15 +82,9 @@ def current_processes() -> Processes:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a process finds the others.
+    """Where a process finds the others: the host and port of a store, and a prefix that no earlier meeting had.
 
-    Attributes:
-        rank: its number.
-        count: of all processes.
-        local_rank: its number on this machine, which is that of its GPU.
-        address: host of the store through which they meet.
-        port: of that store.
-        prefix: of this meeting's keys in the store, so that no process meets those of an earlier one.
+    `local_rank` is its number on this machine, which is that of its GPU.
     """
 
     rank: int

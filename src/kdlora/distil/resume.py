@@ -7,7 +7,7 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,7 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint.
-
-    Attributes:
-        folder: its files, checksums verified.
-        state: what JSON holds.
-    """
+    """A whole checkpoint: files with verified checksums, and the state that JSON holds."""
 
     folder: Path
     state: Mapping[str, Any]
@@ -104,7 +99,7 @@ class CheckpointFolder:
         return None
 
     def newest(self) -> Path | None:
-        """Name the newest checkpoint, whole or not; None where there is none."""
+        """Name the newest checkpoint, whole or not."""
         return next(reversed(self._folders()), None)
 
     def write(self, step: int, documents: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
@@ -157,15 +152,15 @@ def claim_checkpoints(folder: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors."""
+    """Write tensors, from any device."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name all that training changes: trainable parameters, and buffers that are part of the model."""
-    return {
-        name: value for name, value in _current(model) if not isinstance(value, nn.Parameter) or value.requires_grad
-    }
+    """Name all that training changes: trainable parameters, and buffers that are part of a saved model."""
+    saved = model.state_dict().keys()
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    return trained | {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 @torch.no_grad()
@@ -177,13 +172,6 @@ def load_trained_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
         raise ArtifactError(f"the stored weights are of another model: {different} differ")
     for name, value in tensors.items():
         current[name].copy_(value)
-
-
-def _current(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters once each, and the buffers that a saved model holds."""
-    yield from model.named_parameters()
-    saved = model.state_dict().keys()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
 def pack_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

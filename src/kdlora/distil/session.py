@@ -31,19 +31,10 @@ _GO_ON, _SAVE, _STOP = range(3)
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """Where a training stands.
+    """Where a training stands, of `epochs` and optimiser `steps` in all.
 
-    Attributes:
-        epoch: passes over the rows so far, with fractions.
-        epochs: passes in all.
-        step: optimiser steps so far.
-        steps: optimiser steps in all.
-        loss: mean over the epoch's rows so far; None before the first.
-        hard_loss: the same against the labels.
-        soft_loss: the same against the teacher; None without one.
-        examples_per_second: since the start, evaluation excluded.
-        eta_seconds: until the last step, evaluation excluded; None before the first step.
-        score: of the newest evaluation, 0 to 100; None before the first.
+    Losses are means over the epoch's rows so far, None before the first. Evaluation is left out of the speed and of
+    the seconds to the last step. `score` is that of the newest evaluation, 0 to 100.
     """
 
     epoch: float
@@ -173,20 +164,8 @@ class Stopwatch:
 class Session(TrainerCallback):
     """Evaluates after every epoch, keeps the history, and decides when to stop and when to save.
 
-    Attributes:
-        settings: epochs, learning rate and the like.
-        options: all else about the training.
-        sampler: chooses the rows of every step.
-        validate: gives the validation metrics, and `score`.
-        checkpoints: of this training, and its best weights.
-        processes: those that train together; they save and stop together.
-        trainer: sets itself.
-        history: one entry per epoch.
-        watch: seconds of training.
-        evaluation: seconds of validation.
-        examples: rows trained on.
-        finished: the training has come to its end.
-        stop: notes a request to stop; the next checkpoint then comes at once, and is the last.
+    `validate` gives the validation metrics and `score`; the trainer sets itself. On a request to `stop` the next
+    checkpoint comes at once, and is the last.
     """
 
     settings: SettledTraining

@@ -17,12 +17,7 @@ class TargetScale:
     """How targets are brought to mean 0 and standard deviation 1.
 
     A fresh head starts near 0 and learns in steps of the learning rate: targets such as 2,000 ± 300 would take it
-    most of the training to reach. In training the model therefore predicts standardised values;
-    `fold_into_head` makes it predict on the original scale afterwards.
-
-    Attributes:
-        mean: of the training labels.
-        std: of the training labels, above 0.
+    most of the training to reach. `fold_into_head` makes the model predict on the original scale afterwards.
     """
 
     mean: float

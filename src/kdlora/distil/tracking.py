@@ -21,21 +21,14 @@ _KEY = "kdlora.run"
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """How a training is called where it is tracked.
-
-    Attributes:
-        experiment: groups the runs.
-        name: of the run.
-        tags: what to filter by.
-        place: the run's own folder; its hash finds a tracked run again when a training is resumed.
-        folder: for the files of trackers that keep them on this machine.
-    """
+    """How a training is called where it is tracked; the hash of its `place` finds it again when it is resumed."""
 
     experiment: str
     name: str
     tags: Mapping[str, str]
     place: Path
     folder: Path
+    """For the files of trackers that keep them on this machine."""
 
     @property
     def key(self) -> str:
@@ -134,11 +127,8 @@ def _mlflow(run: TrackedRun) -> Iterator[TrainerCallback]:
     client = mlflow.MlflowClient()
     found: list[Any] = client.search_runs([experiment.experiment_id], where)
     # A run that the client makes names neither user nor command nor commit, as one that is started otherwise does.
-    one = (
-        found[0]
-        if found
-        else client.create_run(experiment.experiment_id, run_name=run.name, tags={**run.tags, _KEY: run.key})
-    )
+    tags = {**run.tags, _KEY: run.key}
+    one = found[0] if found else client.create_run(experiment.experiment_id, run_name=run.name, tags=tags)
     mlflow.start_run(run_id=one.info.run_id)
     status = "FAILED"
     try:

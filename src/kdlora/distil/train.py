@@ -21,7 +21,7 @@ from kdlora.config import DistilConfig, SettledTraining
 from kdlora.data.batches import Collator, LengthBucketSampler, Tokenised
 from kdlora.data.spool import hash_columns
 from kdlora.data.tasks import Task
-from kdlora.distil.fast_cpu import fast_on_cpu
+from kdlora.distil.cpu_kernels import fast_on_cpu
 from kdlora.distil.fingerprints import hash_model
 from kdlora.distil.inference import INPUTS, column_values, predict_logits
 from kdlora.distil.logits import COLUMN, LABELLED, labelled_values
@@ -73,28 +73,23 @@ def train_model(
     settings: SettledTraining,
     options: TrainingOptions,
 ) -> TrainOutcome:
-    """Train a model in place; it is left holding the selected weights, in evaluation mode.
+    """Train a model in place, from fp32; it is left holding the selected weights, in evaluation mode.
 
-    The same seed on the same machine gives the same bits, whether or not the training was interrupted: a call with
-    the same arguments and folder continues from the last whole checkpoint. Ctrl-C and SIGTERM end the step, save and
-    stop (`TrainingStoppedError`, a KeyboardInterrupt); a second one stops at once. The folder stays until the caller
-    has kept the weights and removes it. Validation runs in the precision of training. A regression trains on
-    standardised targets, which are folded into the head at the end, so that the model predicts on the original
-    scale. The model comes in fp32, as it is before any training.
+    A call with the same arguments and folder continues from the last whole checkpoint, to the same bits. Ctrl-C and
+    SIGTERM end the step, save and stop (`TrainingStoppedError`); a second one stops at once. The folder stays until
+    the caller has kept the weights. A regression trains on standardised targets, which are folded into the head.
 
-    Where torch.distributed is set up with several processes, all of them must call, with the same arguments. An
-    optimiser step then has `batch_size` rows of each, and the first process alone writes.
+    Of several processes that torch.distributed has joined all must call, with the same arguments. An optimiser step
+    then has `batch_size` rows of each, and the first process alone writes.
     """
     _check(train, validation, options.distil)
     processes, folder = current_processes(), Path(options.folder)
     precision, _ = settle_precision(options.precision, options.device, folder / "precision.json")
-    # `auto` is timed: let it be one answer.
-    options = dataclasses.replace(options, precision=processes.first_says(precision))
+    options = dataclasses.replace(options, precision=processes.first_says(precision))  # `auto` is timed: one answer
     device = resolve_device(options.device)
     scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
 
     def validate() -> dict[str, float]:
-        """Give the validation metrics, on the original scale, and `score`."""
         logits = predict_logits(model, tokenizer, validation, precision=options.precision, processes=processes)
         if not np.isfinite(logits).all():
             raise KdLoraError(diverged("the validation logits are not finite numbers", settings.learning_rate))
@@ -115,31 +110,33 @@ def train_model(
     ingredients |= {"device": device.type, "processes": processes.count}
     checkpoints = CheckpointFolder(folder, ingredients, options.keep_checkpoints)
     session = Session(settings, options, sampler, validate, checkpoints, processes)
-    with (
-        freed_memory_kept(device),
-        frozen_in_half(model, options.precision),
-        dropout_set(model, settings.dropout),
-        fast_on_cpu(model, device),
-        activations_recomputed(model, settings.gradient_checkpointing),
-        _left_as_found(model),
-    ):
+    with _at_work(model, settings, options.precision, device):
+        arguments, names = _arguments(settings, options, device, len(sampler)), _columns(options.distil)
+        rows = train.dataset.select_columns([name for name in names if name in train.dataset.column_names])
+        collator = Collator.of(tokenizer, task.kind, train.max_length)
         trainer = ArmTrainer(
-            model,
-            _arguments(settings, options, device, len(sampler)),
-            session,
-            kind=task.kind,
-            target_scale=scale,
-            rows=_rows(train, options.distil),
-            collator=Collator.of(tokenizer, task.kind, train.max_length),
+            model, arguments, session, kind=task.kind, target_scale=scale, rows=rows, collator=collator
         )
-        if processes.count > 1:  # each draws its own dropout; the weights are those of the first
-            torch.manual_seed(options.seed * processes.count + processes.rank)
         try:
             trainer.run()
         except DivergedError as fault:
             raise _explain(fault, trainer, train.dataset) from None
         processes.first_says(None)  # its best weights lie on the disk now
     return _finish(model, session, scale)
+
+
+@contextmanager
+def _at_work(model: nn.Module, settings: SettledTraining, precision: str, device: torch.device) -> Iterator[None]:
+    """Set what holds while a model trains; afterwards all is as it was."""
+    with (
+        freed_memory_kept(device),
+        frozen_in_half(model, precision),
+        dropout_set(model, settings.dropout),
+        fast_on_cpu(model, device),
+        activations_recomputed(model, settings.gradient_checkpointing),
+        _left_as_found(model),
+    ):
+        yield
 
 
 def _check(train: Tokenised, validation: Tokenised, distil: DistilConfig | None) -> None:
@@ -217,10 +214,6 @@ def _ingredients(
 def _columns(distil: DistilConfig | None) -> list[str]:
     """Name the columns that training reads: without `distil` the teacher's stay unread, so that a control is one."""
     return [*INPUTS, "label", *([COLUMN, LABELLED] if distil is not None else [])]
-
-
-def _rows(train: Tokenised, distil: DistilConfig | None) -> Dataset:
-    return train.dataset.select_columns([name for name in _columns(distil) if name in train.dataset.column_names])
 
 
 def _arguments(

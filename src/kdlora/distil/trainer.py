@@ -44,12 +44,7 @@ ADAPTED = "base_model.model."
 
 @dataclass
 class MicroBatchCollator:
-    """Cut the rows of one optimiser step into micro-batches of like length, each padded on its own.
-
-    Attributes:
-        collator: pads a micro-batch.
-        tokens: most tokens of a micro-batch, padding included; None keeps the batch in one piece.
-    """
+    """Cut the rows of one optimiser step into micro-batches of like length, of at most `tokens` tokens with padding."""
 
     collator: Collator
     tokens: int | None
@@ -99,6 +94,8 @@ class ArmTrainer(DistillationTrainer):
 
     def run(self) -> None:
         """Train, from the last checkpoint where there is one."""
+        if self.processes.count > 1:  # each draws its own dropout; the weights are those of the first
+            torch.manual_seed(self.session.options.seed * self.processes.count + self.processes.rank)
         checkpoint = self.session.checkpoints.latest()
         if checkpoint is not None:
             self.resumed = checkpoint
@@ -222,7 +219,10 @@ class ArmTrainer(DistillationTrainer):
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "random": [rest for _, rest in generators],
             }
-            losses = {name: self.processes.total(sums.sums) for name, sums in self._loss_sums().items()}
+            losses = {
+                "window": self.processes.total(self.window.sums),
+                "epoch": self.processes.total(self.epoch_sums.sums),
+            }
             tensors = {"weights": trained_tensors(self.model), "optimizer": optimizer, "losses": losses}
             tensors |= {f"random-{rank}": values for rank, (values, _) in enumerate(generators)}
             documents = {"state": state, "trainer_state": dataclasses.asdict(self.state)}
@@ -242,11 +242,8 @@ class ArmTrainer(DistillationTrainer):
         self.lr_scheduler.load_state_dict(state["scheduler"])
         if self.processes.is_first:  # the sums are those of all processes
             losses = self.resumed.tensors("losses")
-            for name, sums in self._loss_sums().items():
-                sums.sums.copy_(losses[name])
-
-    def _loss_sums(self) -> dict[str, LossSums]:
-        return {"window": self.window, "epoch": self.epoch_sums}
+            self.window.sums.copy_(losses["window"])
+            self.epoch_sums.sums.copy_(losses["epoch"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self.resumed is not None and self.resumed.state["scaler"] is not None:

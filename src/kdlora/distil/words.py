@@ -32,14 +32,9 @@ _EMPTY = "∅"  # stands for a text of nothing but space, so that a vocabulary i
 
 @dataclass(frozen=True)
 class BagOfWords:
-    """TF-IDF of words and characters, and a linear model for the kind of task.
+    """TF-IDF of words and of characters, and a linear model: one for all classes, or one a label of several.
 
-    Attributes:
-        task: kind and labels.
-        vectorizers: one of words, one of characters.
-        models: one for all classes; of a multi-label task one a label, a number where its rows are all alike.
-        strength: inverse of the regularisation that was best on the validation rows.
-        rows: training rows that it learnt from.
+    A label whose rows are all alike has a number for a model. `rows` were learnt from, and `strength` was best.
     """
 
     task: Task
@@ -55,40 +50,25 @@ class BagOfWords:
         return sum(model.coef_.size + np.size(model.intercept_) for model in linear)
 
     def predict(self, texts: Texts) -> np.ndarray:
-        """Give log-probabilities of classes, log-odds of labels, or values, float32 `(rows, labels)`.
-
-        Args:
-            texts: of the rows.
-        """
+        """Give log-probabilities of classes, log-odds of labels, or values, float32 `(rows, labels)`."""
         return _predict(self.task, self.models, _features(self.vectorizers, texts), self.rows)
 
 
 def fit_words(task: Task, train: Texts, labels: np.ndarray, validation: Texts, expected: np.ndarray) -> BagOfWords:
-    """Learn from the training rows; how strongly to regularise is chosen on the validation rows.
-
-    Args:
-        task: kind, labels and metrics.
-        train: texts.
-        labels: of these, int `(rows,)`, float `(rows,)` for regression, 0/1 `(rows, labels)` for multi-label.
-        validation: texts.
-        expected: their labels.
-    """
+    """Learn from the training rows; how strongly to regularise is chosen on the validation rows."""
     if len(labels) > MOST_ROWS:
         chosen = np.linspace(0, len(labels) - 1, MOST_ROWS).astype(int)
         train = {name: [column[row] for row in chosen] for name, column in train.items()}
         labels = labels[chosen]
     vectorizers = _vectorizers(task, train)
     known, asked = _features(vectorizers, train), _features(vectorizers, validation)
-    best: tuple[float, float, tuple[Any, ...]] | None = None
-    models: tuple[Any, ...] = ()
+    found: list[tuple[float, float, tuple[Any, ...]]] = []
     for strength in STRENGTHS:
-        models = _fit(task, known, labels, strength, models)
-        outputs = _predict(task, models, asked, len(labels))
-        reached = score(task, compute_metrics(task, outputs, expected))
-        if best is None or reached > best[0]:
-            best = reached, strength, models
-    assert best is not None
-    return BagOfWords(task, vectorizers, best[2], best[1], len(labels))
+        models = _fit(task, known, labels, strength, found[-1][2] if found else ())
+        metrics = compute_metrics(task, _predict(task, models, asked, len(labels)), expected)
+        found.append((score(task, metrics), strength, models))
+    _, strength, models = max(found, key=lambda one: one[0])  # of equals the weakest
+    return BagOfWords(task, vectorizers, models, strength, len(labels))
 
 
 def _vectorizers(task: Task, texts: Texts) -> tuple[TfidfVectorizer, ...]:

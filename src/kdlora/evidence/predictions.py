@@ -11,10 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdlora.data.faults import UNREADABLE
+from kdlora.data.logit_table import LOGIT, logit_columns, write_table
 from kdlora.errors import ArtifactError
-from kdlora.system.storage import atomic_file
 
-_LOGIT = "logit:"
 _EXAMPLE_COLUMNS = ["id", "split", "text", "text_pair"]
 
 
@@ -67,36 +66,34 @@ class ExampleText:
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
     """Store predictions atomically."""
-    _check_shapes(predictions)
-    logits = np.asarray(predictions.logits, dtype=np.float32)
-    columns: dict[str, pa.Array] = {
-        "id": pa.array(predictions.ids, pa.string()),
-        "split": pa.array(predictions.split, pa.string()),
-    }
+    expected = (len(predictions.ids), len(predictions.label_names))
+    if predictions.logits.shape != expected:
+        raise ValueError(f"expected logits of shape {expected}, got {predictions.logits.shape}")
+    columns = {"id": pa.array(predictions.ids, pa.string()), "split": pa.array(predictions.split, pa.string())}
     if predictions.groups is not None:
         columns["group"] = pa.array(predictions.groups, pa.string())
     if predictions.labels is not None:
         columns["label"] = _label_column(predictions.labels)
-    for column, name in enumerate(predictions.label_names):
-        columns[_LOGIT + name] = pa.array(logits[:, column], pa.float32())
-    _write_table(path, pa.table(columns))
+    if wrong := {name: len(column) for name, column in columns.items() if len(column) != expected[0]}:
+        raise ValueError(f"expected {expected[0]} rows in every column, got {wrong}")
+    logits = np.asarray(predictions.logits, dtype=np.float32)
+    write_table(Path(path), columns | logit_columns(predictions.label_names, logits))
 
 
 def read_predictions(path: str | Path) -> Predictions:
     """Read a predictions file."""
     table = _read_table(path, ("id", "split"))
-    names = [name for name in table.column_names if name.startswith(_LOGIT)]
+    names = [name for name in table.column_names if name.startswith(LOGIT)]
     if not names:
         raise ArtifactError(
             f"{path}: expected columns named 'logit:<label>', found {table.column_names}. "
             "Delete the run's folder and run the same command again."
         )
-    logits = [table.column(name).to_numpy().astype(np.float32) for name in names]
     return Predictions(
         ids=tuple(table.column("id").to_pylist()),
         split=tuple(table.column("split").to_pylist()),
-        logits=np.stack(logits, axis=1),
-        label_names=tuple(name.removeprefix(_LOGIT) for name in names),
+        logits=np.stack([table.column(name).to_numpy().astype(np.float32) for name in names], axis=1),
+        label_names=tuple(name.removeprefix(LOGIT) for name in names),
         labels=_labels_of(table),
         groups=tuple(table.column("group").to_pylist()) if "group" in table.column_names else None,
     )
@@ -105,8 +102,9 @@ def read_predictions(path: str | Path) -> Predictions:
 def write_examples(path: str | Path, examples: Iterable[ExampleText]) -> None:
     """Store the texts that the report may quote, atomically."""
     kept = list(examples)
-    columns = {name: pa.array([getattr(one, name) for one in kept], pa.string()) for name in _EXAMPLE_COLUMNS}
-    _write_table(path, pa.table(columns))
+    write_table(
+        Path(path), {name: pa.array([getattr(one, name) for one in kept], pa.string()) for name in _EXAMPLE_COLUMNS}
+    )
 
 
 def read_examples(path: str | Path) -> dict[tuple[str, str], ExampleText]:
@@ -116,14 +114,7 @@ def read_examples(path: str | Path) -> dict[tuple[str, str], ExampleText]:
     return {(one.split, one.id): one for one in examples}
 
 
-def _write_table(path: str | Path, table: pa.Table) -> None:
-    """Write a table through a temporary sibling."""
-    with atomic_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
-
-
 def _read_table(path: str | Path, needed: Sequence[str]) -> pa.Table:
-    """Read a Parquet file, or say what is wrong with it."""
     remedy = "Delete the run's folder and run the same command again."
     try:
         table = pq.read_table(path, partitioning=None)
@@ -138,7 +129,6 @@ def _read_table(path: str | Path, needed: Sequence[str]) -> pa.Table:
 
 
 def _label_column(labels: np.ndarray) -> pa.Array:
-    """Choose the stored type of the labels by their shape and kind."""
     if labels.ndim == 2:
         return pa.array([row.tolist() for row in labels], pa.list_(pa.float32()))
     if np.issubdtype(labels.dtype, np.integer):
@@ -156,19 +146,3 @@ def _labels_of(table: pa.Table) -> np.ndarray | None:
         return np.asarray(column.to_pylist(), dtype=np.float32).reshape(table.num_rows, width)
     values: np.ndarray = column.to_numpy()
     return values
-
-
-def _check_shapes(predictions: Predictions) -> None:
-    """Refuse columns of different lengths."""
-    rows = len(predictions.ids)
-    expected = (rows, len(predictions.label_names))
-    if predictions.logits.shape != expected:
-        raise ValueError(f"expected logits of shape {expected}, got {predictions.logits.shape}")
-    lengths = {"split": len(predictions.split)}
-    if predictions.labels is not None:
-        lengths["labels"] = len(predictions.labels)
-    if predictions.groups is not None:
-        lengths["groups"] = len(predictions.groups)
-    wrong = {name: length for name, length in lengths.items() if length != rows}
-    if wrong:
-        raise ValueError(f"expected {rows} rows in every column, got {wrong}")

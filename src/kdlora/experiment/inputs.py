@@ -11,9 +11,9 @@ from kdlora.data.collection import is_collection, open_collection
 from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
 from kdlora.distil.fingerprints import hash_model
-from kdlora.distil.logits import TeacherLogits, read_collection
-from kdlora.distil.tables import read_teacher_table
+from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.teacher import read_stored_logits
+from kdlora.distil.teacher_table import read_collection, read_teacher_table
 from kdlora.distil.tracking import check_trackers
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.records import ExperimentLayout
@@ -136,7 +136,7 @@ def check_collection(config: Config, encoder: Encoder) -> None:
     if folder is None:
         return
     collection = open_collection(folder)
-    if collection.weights != hash_model(encoder.model):
+    if collection.ingredients.get("weights") != hash_model(encoder.model):
         raise ArtifactError(
             f"{folder} (data.unlabelled) was labelled with other weights ({collection.model}) than those of the "
             f"teacher {encoder.source}; one teacher teaches all rows. Label it with this teacher, or name the text "

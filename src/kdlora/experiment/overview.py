@@ -164,8 +164,7 @@ def measure_speed(sources: list[str]) -> MachineSpeed:
     import torch
     from transformers import AutoModel
 
-    from kdlora.models.checkpoints import open_source
-    from kdlora.models.loading import load_config
+    from kdlora.models.loading import load_config, open_source
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.randn(2048, 2048, device=device)

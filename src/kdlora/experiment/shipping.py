@@ -20,7 +20,7 @@ from kdlora.experiment.inputs import load_base
 from kdlora.experiment.recording import hash_base, prepare_process, splits_by_name
 from kdlora.models.adapters import MUTATING, add_base, load_adapter, merge_student, save_adapter
 from kdlora.models.encoders import Encoder, save_encoder
-from kdlora.models.licence import read_licence
+from kdlora.models.settings import read_licence
 from kdlora.report.card import student_card
 from kdlora.report.choice import Choice, read_choice, write_choice
 from kdlora.system.integrity import hash_files, hash_json

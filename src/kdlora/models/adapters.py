@@ -40,13 +40,6 @@ QUERY_VALUE = (
 FUSED = ("Wqkv", "qkv_proj", "query_key_value", "in_proj")
 """Names of projections that make query, key and value at once: ModernBERT's first."""
 
-PEFT_INITIALISATION = {
-    "default": True,
-    "gaussian": "gaussian",
-    "orthogonal": "orthogonal",
-    "olora": "olora",
-    "pissa": "pissa",
-}
 MUTATING = ("olora", "pissa")
 """Initialisations that take the adapter's first value out of the base weights."""
 
@@ -56,13 +49,10 @@ TRAINED_COPY = ".modules_to_save."
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """How large a model is, in parameters.
+    """How large a model is, in parameters: `total` of the *deployed* model, `trainable` by the optimiser.
 
-    Attributes:
-        total: of the *deployed* model: adapters merged away, each fresh module counted once.
-        trainable: what the optimiser moves.
-        adapter: LoRA matrices (and DoRA's magnitudes).
-        head: modules trained in full beside the adapter; of a model without adapter, all that is not encoder.
+    `adapter` counts LoRA's matrices (and DoRA's magnitudes), `head` what is trained in full beside them; of a model
+    without adapter, all that is not encoder.
     """
 
     total: int
@@ -85,14 +75,17 @@ def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], fresh:
         matched = [layer for layer in linear if _ends_with(layer, name)]
         if not matched:
             raise ModelError(_no_match(model, name, linear, fresh))
-        chosen += _shortest_names(model, name, matched, linear)
+        # The name alone, if PEFT would find just the matched layers by it; else their full names.
+        found = {other for other, _ in model.named_modules() if _ends_with(other, name)}
+        chosen += [name] if found <= set(linear) else matched
     return list(dict.fromkeys(chosen))
 
 
 def add_adapter(encoder: Encoder, lora: LoraConfig, *, seed: int) -> PeftModel:
     """Put LoRA adapters into an encoder and leave trainable exactly these and the fresh modules."""
     targets = resolve_targets(encoder.model, lora.targets, encoder.fresh)
-    layers = [name for name in _linear_layers(encoder.model, encoder.fresh) if _matches(name, targets)]
+    linear = _linear_layers(encoder.model, encoder.fresh)
+    layers = [layer for layer in linear if any(_ends_with(layer, name) for name in targets)]
     _check_rank(encoder.model, lora, layers)
     words = _word_embeddings(encoder.model, lora.embedding_rank)
     with warnings.catch_warnings():
@@ -108,7 +101,7 @@ def add_adapter(encoder: Encoder, lora: LoraConfig, *, seed: int) -> PeftModel:
             alpha_pattern=dict.fromkeys(words, lora.embedding_alpha),
             use_rslora=lora.rslora,
             use_dora=lora.dora,
-            init_lora_weights=PEFT_INITIALISATION[lora.init],
+            init_lora_weights=True if lora.init == "default" else lora.init,
             modules_to_save=[name for name in encoder.fresh if name not in ("classifier", "score")],  # PEFT adds these
             revision=encoder.revision,
         )
@@ -119,7 +112,8 @@ def add_adapter(encoder: Encoder, lora: LoraConfig, *, seed: int) -> PeftModel:
         model = get_peft_model(encoder.model, config)
     _check_trainable(model, [*layers, *words], encoder.fresh)
     if lora.init in MUTATING:
-        model.initial_adapter = {key: value.clone() for key, value in _weights(model).items() if _is_matrix(key)}
+        start = _weights(model).items()
+        model.initial_adapter = {key: value.clone() for key, value in start if ".lora_A." in key or ".lora_B." in key}
     logger.info("LoRA on %s: %d layers", ", ".join([*targets, *words]), len(layers))
     return model
 
@@ -150,12 +144,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def load_adapter(encoder: Encoder, folder: Path) -> PeftModel:
-    """Put a saved adapter with its head on its base; merged, it is bit for bit what was trained.
-
-    Args:
-        encoder: the base, freshly loaded; its model is changed in place.
-        folder: from `save_adapter`.
-    """
+    """Put a saved adapter with its head on its freshly loaded base, in place; merged, it is what was trained."""
     with warnings.catch_warnings():  # as in `add_adapter`
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         return PeftModel.from_pretrained(encoder.model, folder)
@@ -239,20 +228,10 @@ def _ends_with(layer: str, name: str) -> bool:
     return layer == name or layer.endswith("." + name)
 
 
-def _matches(layer: str, names: Sequence[str]) -> bool:
-    return any(_ends_with(layer, name) for name in names)
-
-
-def _shortest_names(model: PreTrainedModel, name: str, matched: Sequence[str], linear: Sequence[str]) -> list[str]:
-    """Keep the name if PEFT would find just the matched layers by it; else fall back to full names."""
-    found = [other for other, _ in model.named_modules() if _ends_with(other, name)]
-    return [name] if set(found) <= set(linear) else list(matched)
-
-
 def _no_match(model: PreTrainedModel, name: str, linear: Sequence[str], fresh: Sequence[str]) -> str:
     found = [(other, type(module).__name__) for other, module in model.named_modules() if _ends_with(other, name)]
     problem = f"lora.targets: {name!r} matches no module of this {model.config.model_type!r} model."
-    if any(_matches(part, fresh) or part.startswith(tuple(own + "." for own in fresh)) for part, _ in found):
+    if any(_ends_with(part, own) or part.startswith(f"{own}.") for part, _ in found for own in fresh):
         problem = f"lora.targets: {name!r} is a new module that is trained in full already; it takes no adapter."
     elif found:
         problem = f"lora.targets: {name!r} is a {found[0][1]}; adapters go on linear layers."
@@ -327,10 +306,6 @@ def _wrapped(model: PeftModel) -> list[str]:
 def _weights(model: PeftModel) -> dict[str, torch.Tensor]:
     """What an adapter file holds. No embeddings: PEFT's default would ask the Hub about them."""
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
-
-
-def _is_matrix(key: str) -> bool:
-    return ".lora_A." in key or ".lora_B." in key
 
 
 def _write_card(folder: Path, base: str, revision: str | None, config: PretrainedConfig) -> None:

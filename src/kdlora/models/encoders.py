@@ -16,9 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kdlora.data.tasks import DEFAULT_METRICS, PROBLEM_TYPES, Task
 from kdlora.errors import ModelError, did_you_mean
-from kdlora.models.checkpoints import open_source, read_config, read_tokenizer, read_weights
 from kdlora.models.layers import keep_layers
-from kdlora.models.loading import Loaded, Source
+from kdlora.models.loading import Loaded, Source, open_source, read_config, read_tokenizer, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +75,10 @@ def load_encoder(
     """
     place = open_source(source, revision, trust_remote_code)
     config = read_config(place)
-    _set_task(config, task)
+    config.id2label, config.label2id, config.problem_type = task.id2label, task.label2id, task.problem_type
     loaded = read_weights(place, config)
     _start_afresh(loaded.model, _random_parameters(loaded), seed)
-    return _encoder(place, loaded.model, fresh_modules(loaded))
+    return _encoder(place, loaded)
 
 
 def load_fine_tuned(
@@ -107,7 +106,12 @@ def load_fine_tuned(
     """
     place = open_source(source, revision, trust_remote_code)
     config = read_config(place)
-    _check_is_classifier(place, config)
+    architectures = getattr(config, "architectures", None) or []
+    if architectures and not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise ModelError(
+            f"{place.name} is a {', '.join(architectures)}, not a fine-tuned text classifier. Give it as "
+            "teacher.model, and kdlora fine-tunes it"
+        )
     columns = _match_columns(place, config, task, label_names)
     config.problem_type = task.problem_type
     loaded = read_weights(place, config)
@@ -116,7 +120,7 @@ def load_fine_tuned(
             f"{source} is not fine-tuned: {', '.join(absent)} would be random. Give it as teacher.model, and kdlora "
             "fine-tunes it; or give a model with a trained classification head"
         )
-    return _encoder(place, loaded.model, fresh_modules(loaded)), columns
+    return _encoder(place, loaded), columns
 
 
 def student_from_layers(
@@ -209,14 +213,8 @@ def _start_afresh(model: PreTrainedModel, names: Collection[str], seed: int) -> 
         model.initialize_weights()
 
 
-def _set_task(config: PretrainedConfig, task: Task) -> None:
-    config.id2label = task.id2label
-    config.label2id = task.label2id
-    config.problem_type = task.problem_type
-
-
-def _encoder(place: Source, model: PreTrainedModel, fresh: tuple[str, ...]) -> Encoder:
-    tokenizer = read_tokenizer(place)
+def _encoder(place: Source, loaded: Loaded) -> Encoder:
+    tokenizer, model, fresh = read_tokenizer(place), loaded.model, fresh_modules(loaded)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ModelError(
@@ -244,17 +242,12 @@ def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
 
 
-def _check_is_classifier(place: Source, config: PretrainedConfig) -> None:
-    architectures = getattr(config, "architectures", None) or []
-    if architectures and not any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise ModelError(
-            f"{place.name} is a {', '.join(architectures)}, not a fine-tuned text classifier. Give it as "
-            "teacher.model, and kdlora fine-tunes it"
-        )
+def _label_names(config: PretrainedConfig) -> list[str]:
+    return [str(config.id2label[column]) for column in range(config.num_labels)]
 
 
 def _match_columns(place: Source, config: PretrainedConfig, task: Task, label_names: Sequence[str] | None) -> list[int]:
-    found = [str(config.id2label[column]) for column in range(config.num_labels)]
+    found = _label_names(config)
     if task.kind == "regression":
         if len(found) != 1:
             raise ModelError(
@@ -287,7 +280,7 @@ def read_task(
     noted = getattr(config, "kdlora_task", None)
     if noted is not None and label_names is None:
         return Task.from_dict(noted)
-    found = [str(config.id2label[column]) for column in range(config.num_labels)]
+    found = _label_names(config)
     problem = config.problem_type or ("regression" if len(found) == 1 else "single_label_classification")
     kind = next((kind for kind, name in PROBLEM_TYPES.items() if name == problem), None)
     if kind is None:

@@ -74,21 +74,13 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int], *, trust_remote_c
         small = AutoModelForSequenceClassification.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-    _copy_weights(model, small, stack, layers)
-    small.name_or_path = small.config._name_or_path = ""
-    return small.eval()
-
-
-def _copy_weights(model: PreTrainedModel, small: PreTrainedModel, stack: str, layers: Sequence[int]) -> None:
-    """Fill the small model; its layer number i is layer number `layers[i]` of the large one."""
-    given = model.state_dict()
-    origin = {}
-    for key in small.state_dict():
-        inside = key.removeprefix(stack + ".")
-        new, _, rest = inside.partition(".")
-        origin[key] = f"{stack}.{layers[int(new)]}.{rest}" if inside != key else key
+    given, origin = model.state_dict(), {}
+    for key in small.state_dict():  # its layer number i is layer number `layers[i]` of the large one
+        new, _, rest = key.removeprefix(stack + ".").partition(".")
+        origin[key] = f"{stack}.{layers[int(new)]}.{rest}" if key.startswith(stack + ".") else key
     small.load_state_dict({key: given[old] for key, old in origin.items()})
     kept = tuple(f"{stack}.{layer}." for layer in layers)
-    unused = sorted(key for key in given.keys() - set(origin.values()) if key.startswith(kept))
-    if unused:
+    if unused := sorted(key for key in given.keys() - set(origin.values()) if key.startswith(kept)):
         logger.info("a model that begins with layer %d has no place for %s", layers[0], ", ".join(unused))
+    small.name_or_path = small.config._name_or_path = ""
+    return small.eval()

@@ -1,21 +1,24 @@
-"""The settings of a model folder that decide what is loaded: their types, and where they may not lead.
+"""What the files of a model say of it: settings that decide what is loaded, where they may not lead, and the licence.
 
 Light: no torch, no transformers, no pydantic, since an ONNX folder is served without them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kdlora.errors import ModelError
-from kdlora.foreign import Check, is_plain_name, read_json
+from kdlora.foreign import Check, is_plain_name, read_front_matter, read_json
 
 ADAPTER = "adapter_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 INDEX = "model.safetensors.index.json"
 
+_LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
+"""What ids of licences consist of; anything else would be markup in the student's own card."""
 _MOST_LABELS = 1_000_000
 _MOST_TOKENS = 1 << 31
 
@@ -109,3 +112,26 @@ def check_index(path: Path) -> None:
     for name in sorted(set(shards.values())):
         if not is_plain_name(name) or not name.endswith(".safetensors"):
             raise ModelError(f"{path}: names the weights {name!r:.80}; expected a safetensors file in the same folder")
+
+
+def read_licence(name: str, revision: str | None = None) -> str | None:
+    """Read the licence that a model's card states."""
+    card = Path(name) / "README.md" if Path(name).is_dir() else _fetch_card(name, revision)
+    if card is None or not card.is_file():
+        return None
+    try:
+        metadata = read_front_matter(card)
+    except ValueError:
+        return None
+    licence = metadata.get("license") if isinstance(metadata, dict) else None
+    return licence if isinstance(licence, str) and _LICENCE.fullmatch(licence) else None
+
+
+def _fetch_card(name: str, revision: str | None) -> Path | None:
+    """Fetch a card from the Hub or its cache; without one the student's card says that it is not known."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "README.md", revision=revision, etag_timeout=5))
+    except (OSError, ValueError):  # not there, not reachable, not allowed
+        return None

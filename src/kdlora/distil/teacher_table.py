@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from kdlora.data.collection import LOGIT, is_collection
-from kdlora.data.faults import REMEDY, UNREADABLE
+from kdlora.data.collection import is_collection, open_collection
+from kdlora.data.logit_table import LOGIT, read_logits
+from kdlora.data.read import Source, open_file
 from kdlora.data.tasks import Task
-from kdlora.distil.logits import TeacherLogits, read_collection
-from kdlora.errors import DataError, did_you_mean
+from kdlora.distil.logits import TeacherLogits
+from kdlora.errors import ArtifactError, DataError, did_you_mean
 from kdlora.system.integrity import hash_file, hash_json
 
-PREFIX = LOGIT
 _RESERVED = ("id", "split", "label", "group", "text", "text_pair", "__index_level_0__")
-_PARQUET, _JSON_LINES = (".parquet", ".pq"), (".jsonl", ".ndjson", ".json")
+_SUFFIXES = (".parquet", ".pq", ".jsonl", ".ndjson", ".json")
 _NEVER = -1e6  # log of a probability of 0: finite, and 0 again at every temperature
 _TOLERANCE = 1e-3
 
@@ -49,15 +47,15 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
     """
     file = Path(path)
     if is_collection(file):
-        return _from_collection(file, task, values, split)
-    table = _read(file)
-    if "id" not in table.column_names:
-        raise DataError(
-            f"{file}: expected a column 'id', found {', '.join(table.column_names)}."
-            + did_you_mean("id", table.column_names)
-        )
-    table = _rows_of_split(table, split, file)
-    columns = _label_columns(table, task, file)
+        if values != "logits":
+            raise DataError(f"{file} holds logits; set teacher.logits in place of teacher.probabilities")
+        if split != "train":
+            raise DataError(f"{file}: a labelled collection covers the training split, not {split!r}")
+        return read_collection(file, task, "teacher.logits")
+    source = _open(file, f"teacher.{values}")
+    columns = _label_columns(source.columns, task, file)
+    wanted = ["id", *({"split"} & set(source.columns)), *columns]
+    table = _rows_of_split(source.read(list(dict.fromkeys(wanted))).table, split, file)
     given = values == "probabilities" and task.kind != "regression"
     outputs = np.empty((table.num_rows, len(columns)), np.float64 if given else np.float32)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused with its id
@@ -75,63 +73,36 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
     )
 
 
-def _from_collection(folder: Path, task: Task, values: str, split: str) -> TeacherLogits:
-    if values != "logits":
-        raise DataError(f"{folder} holds logits; set teacher.logits in place of teacher.probabilities")
-    if split != "train":
-        raise DataError(f"{folder}: a labelled collection covers the training split, not {split!r}")
-    return read_collection(folder, task, "teacher.logits")
-
-
-def _read(file: Path) -> pa.Table:
-    if not file.is_file():
-        raise DataError(f"{file}: there is no such file; expected a table of teacher outputs")
-    suffix = file.suffix.lower()
-    if suffix in _PARQUET:
-        try:
-            table = pq.read_table(file, partitioning=None)
-            table.validate(full=True)  # pyarrow itself takes any bytes for text
-        except UNREADABLE as fault:
-            raise DataError(f"{file}: not a readable Parquet file: {fault}; {REMEDY}") from None
-        return table
-    if suffix in _JSON_LINES:
-        return _read_json_lines(file)
-    raise DataError(
-        f"{file}: a table of teacher outputs is Parquet ({', '.join(_PARQUET)}) or JSON Lines "
-        f"({', '.join(_JSON_LINES)}); got {suffix or 'no extension'!r}"
+def read_collection(folder: Path, task: Task, key: str) -> TeacherLogits:
+    """Read the logits of a finished collection that `kdlora label` made."""
+    collection = open_collection(folder)
+    collection.check_labels(task, key)
+    for shard in collection.shards:
+        if (state := shard.state(folder)) != "whole":
+            raise ArtifactError(f"{folder / shard.file} is {state} since it was written; {collection.remedy}")
+    names = collection.label_names if task.kind == "regression" else task.label_names
+    ids, logits = read_logits(folder, collection.shards, names, collection.remedy)
+    return TeacherLogits(
+        ids=ids,
+        logits=logits,
+        label_names=task.label_names,
+        fingerprint=collection.fingerprint,
+        versions=collection.versions,
+        truncated=sum(shard.truncated for shard in collection.shards),
+        source=str(folder),
     )
 
 
-def _read_json_lines(file: Path) -> pa.Table:
-    """Read line by line, since a fault should name its line."""
-    rows = []
-    try:
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
-            if line.strip():
-                rows.append(_parse_line(line, number, file))
-    except UnicodeDecodeError as fault:
-        raise DataError(f"{file}: expected UTF-8 text: {fault}. Save the file as UTF-8") from None
-    if not rows:
-        raise DataError(f"{file}: the file has no rows")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    try:
-        return pa.table({name: [row.get(name) for row in rows] for name in names})
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as fault:
-        raise DataError(f"{file}: a column holds values of several types: {fault}") from None
-
-
-def _parse_line(line: str, number: int, file: Path) -> dict[str, object]:
-    try:
-        row = json.loads(line)
-    except RecursionError:
-        raise DataError(f"{file}, line {number}: expected a JSON object, but it is nested too deep") from None
-    except ValueError as fault:  # broken JSON, or a number with thousands of digits
-        raise DataError(f"{file}, line {number}: expected a JSON object: {fault}") from None
-    if "\\u" in line and any(0xD800 <= ord(character) <= 0xDFFF for character in json.dumps(row, ensure_ascii=False)):
-        raise DataError(f"{file}, line {number}: it holds half a character (a lone surrogate); write the text again")
-    if not isinstance(row, dict):
-        raise DataError(f"{file}, line {number}: expected a JSON object, got {type(row).__name__}")
-    return row
+def _open(file: Path, key: str) -> Source:
+    suffix = file.suffix.lower()
+    if file.is_file() and suffix not in _SUFFIXES:
+        raise DataError(
+            f"{file} ({key}): a table of teacher outputs is Parquet or JSON Lines ({', '.join(_SUFFIXES)}); got "
+            f"{suffix or 'no extension'!r}"
+        )
+    source = open_file(file, key)
+    source.require("id", key)
+    return source
 
 
 def _rows_of_split(table: pa.Table, split: str, file: Path) -> pa.Table:
@@ -147,45 +118,35 @@ def _rows_of_split(table: pa.Table, split: str, file: Path) -> pa.Table:
     return kept
 
 
-def _label_columns(table: pa.Table, task: Task, file: Path) -> list[str]:
+def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
     """Find the column of every label by name, and refuse labels that the task does not have."""
     found: dict[str, str] = {}
-    for column in table.column_names:
+    for column in columns:
         if column not in _RESERVED or column in task.label_names:
-            key = column.removeprefix(PREFIX).strip().casefold()
+            key = column.removeprefix(LOGIT).strip().casefold()
             if key in found:
                 raise DataError(f"{file}: the columns {found[key]!r} and {column!r} differ by case only")
             found[key] = column
+    shown = ", ".join(found.values()) or "none"
     if task.kind == "regression":
-        return [_value_column(found, task, file)]
+        for name in (*task.label_names, "prediction"):
+            if name.strip().casefold() in found:
+                return [found[name.strip().casefold()]]
+        raise DataError(
+            f"{file}: expected the teacher's value in a column {task.label_names[0]!r} or 'prediction', found "
+            f"{shown}.{did_you_mean(task.label_names[0], found.values())}"
+        )
     wanted = {name.strip().casefold(): name for name in task.label_names}
     missing = [name for key, name in wanted.items() if key not in found]
     foreign = [column for key, column in found.items() if key not in wanted]
     if missing or foreign:
-        raise DataError(_label_fault(file, task, list(found.values()), missing, foreign))
+        text = f"{file}: expected one column for each label of the task ({', '.join(task.label_names)}), found {shown}."
+        if missing:
+            text += f" Missing: {', '.join(name + did_you_mean(name, foreign) for name in missing)}."
+        if foreign:
+            text += f" Not a label of the task: {', '.join(foreign)}; rename or remove them."
+        raise DataError(text)
     return [found[key] for key in wanted]
-
-
-def _value_column(found: dict[str, str], task: Task, file: Path) -> str:
-    for name in (*task.label_names, "prediction"):
-        if name.strip().casefold() in found:
-            return found[name.strip().casefold()]
-    raise DataError(
-        f"{file}: expected the teacher's value in a column {task.label_names[0]!r} or 'prediction', found "
-        f"{', '.join(found.values()) or 'none'}.{did_you_mean(task.label_names[0], found.values())}"
-    )
-
-
-def _label_fault(file: Path, task: Task, found: Sequence[str], missing: Sequence[str], foreign: Sequence[str]) -> str:
-    parts = [
-        f"{file}: expected one column for each label of the task ({', '.join(task.label_names)}), "
-        f"found {', '.join(found) or 'none'}."
-    ]
-    if missing:
-        parts.append(f"Missing: {', '.join(name + did_you_mean(name, foreign) for name in missing)}.")
-    if foreign:
-        parts.append(f"Not a label of the task: {', '.join(foreign)}; rename or remove them.")
-    return " ".join(parts)
 
 
 def _numbers(table: pa.Table, column: str, file: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from kdlora.data.tasks import GLUE, Task
 from kdlora.distil.losses import distillation_loss
-from kdlora.distil.tables import read_teacher_table
+from kdlora.distil.teacher_table import read_teacher_table
 from kdlora.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "teachers" / "cola-train-mpnet-base.parquet"
@@ -151,7 +151,7 @@ GOOD = {"id": ["a", "b"], "negative": [0.4, 0.5], "positive": [0.6, 0.5]}
 @pytest.mark.parametrize(
     ("change", "values", "message"),
     [
-        ({"id": None, "Id": ["a", "b"]}, "logits", "expected a column 'id', found .*Did you mean 'Id'"),
+        ({"id": None, "Id": ["a", "b"]}, "logits", "no column 'id' .*Did you mean 'Id'"),
         (
             {"positive": None},
             "logits",
@@ -199,15 +199,15 @@ def test_probabilities_may_be_rounded(file, task):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("absent.parquet", None, "there is no such file"),
-        ("table.csv", b"id,negative,positive\n", r"is Parquet \(.parquet, .pq\) or JSON Lines .*got '.csv'"),
+        ("absent.parquet", None, "does not exist"),
+        ("table.csv", b"id,negative,positive\n", r"is Parquet or JSON Lines .*got '.csv'"),
         ("table", b"", "got 'no extension'"),
-        ("table.parquet", b"no parquet", "not a readable Parquet file"),
-        ("table.jsonl", b'{"id": 1}\n{"id": \n', "line 2: expected a JSON object"),
-        ("table.jsonl", b'{"id": 1}\n\n[1, 2]\n', "line 3: expected a JSON object, got list"),
-        ("table.jsonl", b"\n\n", "the file has no rows"),
-        ("table.jsonl", b'{"id": "\xff"}\n', "expected UTF-8 text"),
-        ("table.jsonl", b'{"id": 1}\n{"id": "a"}\n', "a column holds values of several types"),
+        ("table.parquet", b"no parquet", "no readable Parquet file"),
+        ("table.jsonl", b'{"id": 1}\n{"id": \n', "line 2: not JSON"),
+        ("table.jsonl", b'{"id": 1}\n\n[1, 2]\n', "line 3: expected a JSON object.*found list"),
+        ("table.jsonl", b"\n\n", "holds no JSON objects"),
+        ("table.jsonl", b'{"id": "\xff"}\n', "UTF-8"),
+        ("table.jsonl", b'{"id": 1, "negative": 0, "positive": 0}\n{"id": "a"}\n', "row 2: 'id' is str .* one type"),
     ],
 )
 def test_wrong_files(tmp_path, task, name, content, message):

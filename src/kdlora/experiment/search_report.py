@@ -148,16 +148,12 @@ def _course(trials: Sequence[FrozenTrial], ranked: Sequence[FrozenTrial]) -> lis
         "pruned trials": [one for one in trials if one.state.name == "PRUNED"],
     }
     curves = [
-        Curve(name, Style(number), tuple(_curve(one) for one in members))
+        Curve(name, Style(number), tuple(tuple(sorted(one.intermediate_values.items())) for one in members))
         for number, (name, members) in enumerate(groups.items())
         if members
     ]
     plot = learning_curves(curves, title="Score by epoch", value="score on the held-out rows", identity="epochs")
     return [*blocks, plot] if plot is not None else blocks
-
-
-def _curve(trial: FrozenTrial) -> tuple[tuple[float, float], ...]:
-    return tuple((float(step), value) for step, value in sorted(trial.intermediate_values.items()))
 
 
 def _history(complete: Sequence[FrozenTrial]) -> Figure:

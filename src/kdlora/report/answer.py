@@ -11,7 +11,7 @@ from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.stats import MeanSd
 from kdlora.report.blocks import Inline, Paragraph, Strong, Text, Tile, Tiles, note, warning
 from kdlora.report.choice import NOTABLE
-from kdlora.report.collect import Experiment, Run
+from kdlora.report.collect import Experiment
 from kdlora.report.costs import MEMORY, PARAMETERS, TIME, saving
 from kdlora.report.findings import CONTROLS, Comparison, find_gain, retention
 from kdlora.report.wording import (
@@ -94,14 +94,19 @@ def key_figures(experiment: Experiment, comparisons: Sequence[Comparison], href:
     arm = experiment.student_arm
     if arm is None:
         return None
-    tiles = [_score_tile(experiment, arm, href)]
+    score, teacher, kept = experiment.score(arm), experiment.score("fft"), retention(experiment, arm, "fft")
+    if kept is None or kept.mean > 100:  # there is nothing to keep of
+        tiles = [Tile("Score", plus_minus(score), score_title(experiment.task.metrics), href)]
+    else:
+        share = f"{plus_minus(score)} of {plus_minus(teacher)}"
+        tiles = [Tile("Score kept", plus_minus(kept, unit="%"), share, href)]
     for label, cost in (("Parameters", PARAMETERS), ("Time per text", TIME), ("Training memory", MEMORY)):
-        one, teacher = (cost.mean(experiment.finished(name)) for name in (arm, "fft"))
+        one, whole = (cost.mean(experiment.finished(name)) for name in (arm, "fft"))
         if one is not None:
             detail = "no teacher to compare with"
-            if teacher is not None and teacher > 0:
+            if whole is not None and whole > 0:
                 less = "fewer" if cost is PARAMETERS else "less"
-                detail = f"{change(teacher, one, less)} than the teacher’s {cost.write(teacher)}"
+                detail = f"{change(whole, one, less)} than the teacher’s {cost.write(whole)}"
             tiles.append(Tile(label, cost.write(one), detail, href))
     if (found := find_gain(comparisons)) is not None:
         detail = found.reason if found.difference is None else span(found.difference)
@@ -109,20 +114,14 @@ def key_figures(experiment: Experiment, comparisons: Sequence[Comparison], href:
     return Tiles(tuple(tiles))
 
 
-def _score_tile(experiment: Experiment, arm: str, href: str) -> Tile:
-    """Show what the student keeps, or its score where there is nothing to keep of."""
-    score, teacher, kept = experiment.score(arm), experiment.score("fft"), retention(experiment, arm, "fft")
-    if kept is None or kept.mean > 100:
-        return Tile("Score", plus_minus(score), score_title(experiment.task.metrics), href)
-    return Tile("Score kept", plus_minus(kept, unit="%"), f"{plus_minus(score)} of {plus_minus(teacher)}", href)
-
-
 def cautions(experiment: Experiment, comparisons: Sequence[Comparison]) -> list[Paragraph]:
     """List what limits the answer: failed runs, one seed, selection, what the interval does not cover."""
-    found = [
-        warning(Strong(f"{arm_title(run.record.arm)}, seed {run.record.seed}"), f" {_state(run)}")
-        for run in experiment.unfinished
-    ]
+    found = []
+    for record in (run.record for run in experiment.unfinished):
+        state = "has not finished; the same command continues it"
+        if record.status == "failed":
+            state = f"failed: {record.error or 'no reason was recorded'}"
+        found.append(warning(Strong(f"{arm_title(record.arm)}, seed {record.seed}"), f" {state}"))
     found += [warning(f"{fault}. The parts that need them leave that run out.") for fault in experiment.faults]
     found += [
         told
@@ -147,12 +146,6 @@ def cautions(experiment: Experiment, comparisons: Sequence[Comparison]) -> list[
     if any(one.difference for one in comparisons):
         found.append(note(INTERVALS))
     return found
-
-
-def _state(run: Run) -> str:
-    if run.record.status == "failed":
-        return f"failed: {run.record.error or 'no reason was recorded'}"
-    return "has not finished; the same command continues it"
 
 
 def _constant_decisions(experiment: Experiment) -> Paragraph | None:

@@ -35,7 +35,9 @@ def make_report(folders: Sequence[Path | str], *, out: Path | str | None = None,
         OSError: the folder cannot be written, or the disk is full; nothing half-written is left.
     """
     experiments = load_experiments(folders)
-    base = Path(out) if out is not None else _common_folder([Path(folder) for folder in folders])
+    places = list(dict.fromkeys(map(Path, folders)))
+    common = places[0] if len(places) == 1 else os.path.commonpath([place.resolve().parent for place in places])
+    base = Path(common if out is None else out)
     sections = [experiment_section(one, number=n, base=base, draws=draws) for n, one in enumerate(experiments, start=1)]
     if len(sections) == 1:  # its answer is the page's first sentence
         whole = sections[0]
@@ -47,12 +49,6 @@ def make_report(folders: Sequence[Path | str], *, out: Path | str | None = None,
         page = Page(f"{len(experiments)} experiments", "report", _joint_answer(experiments), (overview, *sections))
     layout = ExperimentLayout(base)
     return write_page(page, layout.report_md, layout.report_html)
-
-
-def _common_folder(folders: list[Path]) -> Path:
-    if len(set(folders)) == 1:
-        return folders[0]
-    return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
 
 
 def _joint_answer(experiments: Sequence[Experiment]) -> Text:

@@ -26,6 +26,7 @@ def experiment_section(experiment: Experiment, *, number: int, base: Path, draws
     comparisons = compare_arms(experiment, draws=draws)
     tiles = (key_figures(experiment, comparisons, f"#{links.runs}"), shipped_tiles(experiment, f"#{mark}-shipped"))
     top: list[Block] = [Paragraph(answer(experiment, comparisons), "lead"), *(row for row in tiles if row is not None)]
+    explained = Bullets(tuple((f"{': '.join(ARMS[arm])}.",) for arm in experiment.arms if arm in ARMS))
     parts: tuple[tuple[str, str, Sequence[Block | None]], ...] = (
         ("Score", "score", _score_blocks(experiment, comparisons, links, mark)),
         ("Cost", "cost", _cost_blocks(experiment, links, mark)),
@@ -33,7 +34,7 @@ def experiment_section(experiment: Experiment, *, number: int, base: Path, draws
         ("Training", "training", _training_blocks(experiment, mark)),
         ("What it gets wrong", "errors", error_blocks(experiment, mark)),
         ("Where teacher and student disagree most", "examples", example_blocks(experiment)),
-        ("Runs", "runs", [run_table(experiment, links), _arm_list(experiment)]),
+        ("Runs", "runs", [run_table(experiment, links), explained]),
         ("How it was made", "made", _provenance(experiment)),
     )
     sections = [
@@ -81,10 +82,6 @@ def _training_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
         learning_curves(scores, title="Validation score", value="score on validation", identity=f"{mark}-curve"),
         learning_curves(losses, title="Loss terms of the students", value="training loss", identity=f"{mark}-loss"),
     ]
-
-
-def _arm_list(experiment: Experiment) -> Bullets:
-    return Bullets(tuple((": ".join(ARMS[arm]) + ".",) for arm in experiment.arms if arm in ARMS))
 
 
 def _provenance(experiment: Experiment) -> list[Block | None]:

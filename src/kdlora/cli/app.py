@@ -76,23 +76,14 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], **settings
     SafeConsole().print(table)
 
 
+def print_paths(paths: Sequence[Path], as_json: bool) -> None:
+    """Print where something was written."""
+    print_json({"paths": paths}) if as_json else print("\n".join(map(str, paths)))
+
+
 def completing(list_names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """Let the shell complete one of these names."""
     return lambda incomplete: [name for name in list_names() if name.startswith(incomplete)]
-
-
-def glue_tasks() -> Iterable[str]:
-    """List the GLUE tasks."""
-    from kdlora.data.tasks import GLUE
-
-    return GLUE
-
-
-def model_families() -> Iterable[str]:
-    """List the pairs of models."""
-    from kdlora.defaults import FAMILIES
-
-    return FAMILIES
 
 
 def _assignments() -> Iterable[str]:

@@ -5,26 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdlora.cli.app import (
-    Json,
-    Out,
-    Set,
-    Text,
-    app,
-    completing,
-    glue_tasks,
-    model_families,
-    print_json,
-    print_table,
-    verb,
-)
+from kdlora.cli.app import Json, Out, Set, Text, app, completing, print_json, print_paths, print_table, verb
+from kdlora.defaults import FAMILIES
 from kdlora.errors import ConfigError
 from kdlora.terminal import SafeConsole, live_progress, print_plan, print_result
 
@@ -40,6 +29,12 @@ _WITHOUT_A_FILE = (
 )
 
 
+def _glue_tasks() -> Iterable[str]:
+    from kdlora.data.tasks import GLUE
+
+    return GLUE
+
+
 @dataclass(frozen=True)
 class Run:
     """What `kdlora run` is told."""
@@ -49,9 +44,9 @@ class Run:
     )
     out: Out = None
     overrides: Set = None
-    task: Annotated[str | None, typer.Option(help="GLUE task, with --data.", autocompletion=completing(glue_tasks))] = (
-        None
-    )
+    task: Annotated[
+        str | None, typer.Option(help="GLUE task, with --data.", autocompletion=completing(_glue_tasks))
+    ] = None
     data: Annotated[str | None, typer.Option(help="Folder or Hub id with the data.")] = None
     train: Annotated[str | None, typer.Option(help="Training file.")] = None
     validation: Annotated[str | None, typer.Option(help="Validation file; default: split off the training rows.")] = (
@@ -64,7 +59,9 @@ class Run:
     ] = None
     family: Annotated[
         str | None,
-        typer.Option(help="bert, roberta or deberta-v3: names both models.", autocompletion=completing(model_families)),
+        typer.Option(
+            help="bert, roberta or deberta-v3: names both models.", autocompletion=completing(lambda: FAMILIES)
+        ),
     ] = None
     teacher: Annotated[str | None, typer.Option(help="Pretrained teacher: Hub id or folder.")] = None
     student: Annotated[str | None, typer.Option(help="Pretrained student: Hub id or folder.")] = None
@@ -178,7 +175,7 @@ def compare(
     """
     from kdlora.report.compare import compare as compare_runs
 
-    _print_paths(compare_runs(experiments, out=out).paths, as_json)
+    print_paths(compare_runs(experiments, out=out).paths, as_json)
 
 
 @app.command()
@@ -196,15 +193,7 @@ def report(
     """
     from kdlora.report.report import make_report
 
-    _print_paths(make_report(experiments, out=out).paths, as_json)
-
-
-def _print_paths(paths: Sequence[Path], as_json: bool) -> None:
-    if as_json:
-        print_json({"paths": paths})
-        return
-    for path in paths:
-        print(path)
+    print_paths(make_report(experiments, out=out).paths, as_json)
 
 
 def _load(options: Run) -> Config:

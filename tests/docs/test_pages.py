@@ -66,6 +66,19 @@ def test_the_main_pages_are_found_and_have_commands():
     assert sum(block.is_run for page in PAGES for block in read_blocks(page)) > 30
 
 
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/api.md"])
+def test_the_files_and_names_of_a_page_exist(page):
+    """A map of rooms that were rebuilt since sends the newcomer astray."""
+    source, text = ROOT / "src" / "kdlora", (ROOT / page).read_text(encoding="utf-8")
+    files = [file.as_posix() for file in [*source.rglob("*.py"), *(ROOT / "tests").glob("*.py")]]
+    named = re.findall(r"`((?:\w+/)*\w+\.py)`", text)
+    assert [name for name in named if not any(file.endswith(f"/{name}") for file in files)] == []
+    for address in re.findall(r"^::: kdlora\.(\S+)", text, re.MULTILINE):
+        module, _, name = address.rpartition(".")
+        file = source / f"{module.replace('.', '/')}.py"
+        assert (source / f"{name}.py").exists() or re.search(rf"^(def|class) {name}\b", file.read_text(), re.MULTILINE)
+
+
 def test_the_readme_is_short():
     """A stranger decides within five minutes."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200

@@ -59,9 +59,7 @@ class Run:
     ] = None
     family: Annotated[
         str | None,
-        typer.Option(
-            help="bert, roberta or deberta-v3: names both models.", autocompletion=completing(lambda: FAMILIES)
-        ),
+        typer.Option(help="bert, roberta or deberta-v3: names both models.", autocompletion=completing(FAMILIES.keys)),
     ] = None
     teacher: Annotated[str | None, typer.Option(help="Pretrained teacher: Hub id or folder.")] = None
     student: Annotated[str | None, typer.Option(help="Pretrained student: Hub id or folder.")] = None

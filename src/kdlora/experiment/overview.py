@@ -19,7 +19,7 @@ from kdlora.experiment.jobs import TaskFacts
 from kdlora.experiment.plan import Plan, PlannedRun, make_plan
 from kdlora.experiment.queue import finished_runs
 from kdlora.experiment.settle import closed, settings_for
-from kdlora.experiment.suite import check_size, chosen_settings, inspect_tasks, suite_folder
+from kdlora.experiment.suite import check_size, settle_plan, suite_folder
 from kdlora.experiment.suitefile import SuiteConfig
 from kdlora.system.children import run_in_child
 
@@ -75,8 +75,7 @@ def look_at_suite(suite: SuiteConfig, out: str | Path | None = None, *, confirme
     found: Estimate | None = None
     obstacle = ""
     try:
-        facts = inspect_tasks(plan, Here())
-        plan = make_plan(suite, chosen_settings(facts))
+        plan, facts = settle_plan(suite, Here())
         records = finished_runs(plan.runs(), root, facts)
         found = estimate(plan, records, facts, lambda sources: run_in_child(measure_speed, sources))
     except (KdLoraError, OSError) as error:

@@ -15,7 +15,6 @@ from kdlora.experiment.jobs import Job, TaskFacts, carry_out, inspect_task, lost
 from kdlora.experiment.plan import Plan, make_plan, whole_config
 from kdlora.experiment.queue import Queue, finished_runs
 from kdlora.experiment.ray_cluster import local_paths
-from kdlora.experiment.settle import Chosen
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import SuiteConfig, save_suite
 from kdlora.system.ownership import check_folder, claim_folder
@@ -115,8 +114,7 @@ def run_suite(
         write_text_atomic(root / "suite.yaml", save_suite(suite))
         paths = [path for cell in plan.cells for path in local_paths(cell.runs[0].config)]
         with open_engine(on, suite.resources, [str(root / "suite.yaml"), *paths]) as engine:
-            facts = inspect_tasks(plan, engine, root / "copies")
-            plan = make_plan(suite, chosen_settings(facts))
+            plan, facts = settle_plan(suite, engine, root / "copies")
             runs = plan.runs()
             queue = Queue(runs, plan.lessons(), root, facts, finished_runs(runs, root, facts))
             work = carry_out if on is not None else functools.partial(carry_out, check=lock.check)
@@ -156,17 +154,13 @@ def check_size(suite: SuiteConfig, *, confirmed: bool) -> None:
         )
 
 
-def inspect_tasks(plan: Plan, engine: Engine, copies_in: Path | None = None) -> dict[str, TaskFacts]:
-    """Look at the data of every task."""
-    suite = plan.suite
+def settle_plan(suite: SuiteConfig, engine: Engine, copies_in: Path | None = None) -> tuple[Plan, dict[str, TaskFacts]]:
+    """Look at the data of every task, and lay out the runs with what data and models decide."""
     configs = {task: {name: whole_config(suite, task, name) for name in suite.families} for task in suite.tasks}
     answers = engine.call_all(inspect_task, [(config, copies_in) for config in configs.values()])
-    return dict(zip(configs, _without_faults(configs, answers), strict=True))
-
-
-def chosen_settings(facts: dict[str, TaskFacts]) -> dict[tuple[str, str], Chosen]:
-    """Give what data and models decide, by task and family."""
-    return {(task, family): chosen for task, one in facts.items() for family, chosen in one.chosen.items()}
+    facts: dict[str, TaskFacts] = dict(zip(configs, _without_faults(configs, answers), strict=True))
+    chosen = {(task, family): found for task, one in facts.items() for family, found in one.chosen.items()}
+    return make_plan(suite, chosen), facts
 
 
 def _without_faults(names: Any, answers: list[Any]) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
@@ -133,15 +132,3 @@ class SearchConfig(Part):
         if value == "words":
             raise ValueError("no setting of a config changes the arm words; name an arm that trains a model")
         return value
-
-    def count_choices(self) -> float:
-        """Count the points of the space; infinite where a range is continuous."""
-        count = 1.0
-        for one in self.space.values():
-            if isinstance(one, Choices):
-                count *= len(one.values)
-            elif one.whole or one.step is not None:
-                count *= math.floor((one.high - one.low) / (one.step or 1.0) + 1e-9) + 1
-            elif one.high > one.low:
-                return math.inf
-        return count

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import random
 import sqlite3
 import warnings
@@ -136,7 +137,7 @@ def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLo
         grid = grid_of(search)
         counted = counted_trials(study)
         begun = [one for one in counted if one.state.name != "WAITING"]
-        if len(begun) >= min(search.trials, search.count_choices()):
+        if len(begun) >= (search.trials if grid is None else math.prod(map(len, grid.values()))):
             return None
         if grid is not None and len(begun) == len(counted):
             tried = [one.params for one in begun]
@@ -226,18 +227,21 @@ def _unlabel(space: Range | Choices, value: Any) -> Any:
 
 def grid_of(search: SearchConfig) -> dict[str, list[Any]] | None:
     """List every value of every key, where the whole space has no more points than there are trials."""
-    if search.count_choices() > search.trials:
-        return None
-    return {key: _values(one) for key, one in search.space.items()}
+    grid = {key: values for key, one in search.space.items() if (values := _values(one, search.trials))}
+    is_small = len(grid) == len(search.space) and math.prod(map(len, grid.values())) <= search.trials
+    return grid if is_small else None
 
 
-def _values(one: Range | Choices) -> list[Any]:
+def _values(one: Range | Choices, most: int) -> list[Any]:
+    """List the values of a key; none where there are more than may be tried."""
     if isinstance(one, Choices):
         return [_label(value) for value in one.values]
     if one.low == one.high:
         return [one.ends[0]]
     step = one.step or 1.0
     count = int((one.high - one.low) / step + 1e-9) + 1
+    if count > most or (one.step is None and not one.whole):
+        return []
     values = [float(value) for value in one.low + step * np.arange(count)]
     return [int(value) for value in values] if one.whole else values
 

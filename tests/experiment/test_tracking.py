@@ -16,32 +16,23 @@ from kdlora.experiment.run import run_experiment
 
 pytest_plugins = ["experiment_fixtures"]
 
-
 SECRETS = {
     "HF_TOKEN": "hf_thisIsASecretThatNobodyMayRead",
     "WANDB_API_KEY": "5ec3e7" * 6 + "5ec3",
     "MLFLOW_TRACKING_PASSWORD": "mlflow-secret-0123456789",
 }
+HOST, USER, COMMAND, REMOTE = (f"{what}-of-mine-4711" for what in ("host", "user", "command", "remote"))
 
 
 @pytest.fixture(autouse=True)
-def no_settings_of_the_user(monkeypatch):
+def machine(monkeypatch, tmp_path):
+    """Give this machine, its user, the command and the repository names and secrets that can be looked for."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_MODE", "WANDB_DIR", "TENSORBOARD_LOGGING_DIR"):
         monkeypatch.delenv(name, raising=False)
-    for name, secret in SECRETS.items():
-        monkeypatch.setenv(name, secret)
-
-
-NAMES = {"host": "host-of-mine-4711", "user": "user-of-mine-4711", "command": "command-of-mine-4711"}
-
-
-@pytest.fixture(autouse=True)
-def names(monkeypatch, tmp_path):
-    """Give this machine, its user, the command and the repository names that can be looked for."""
-    for name in ("USER", "LOGNAME", "USERNAME", "LNAME"):
-        monkeypatch.setenv(name, NAMES["user"])
-    monkeypatch.setenv("HOSTNAME", NAMES["host"])
-    monkeypatch.setattr(sys, "argv", [f"/{NAMES['command']}", "run"])
+    users = dict.fromkeys(("USER", "LOGNAME", "USERNAME", "LNAME"), USER)
+    for name, value in {**SECRETS, **users, "HOSTNAME": HOST}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", [f"/{COMMAND}", "run"])
     if shutil.which("git"):
         place = tmp_path / "repository"
         subprocess.run(["git", "init", "-q", place], check=True)
@@ -49,31 +40,19 @@ def names(monkeypatch, tmp_path):
         monkeypatch.chdir(place)
 
 
-REMOTE = "remote-of-mine-4711"
-
-
-def look_for_names(folder):
-    """List the names that stand in a tracker's files, or in the names of these."""
-    host = socket.gethostname()
-    wanted = {**NAMES, "remote": REMOTE, "this host": f'"{host}"'}  # short names occur by chance
-    found = set()
-    for path in folder.rglob("*"):
-        content = path.read_bytes() if path.is_file() else b""
-        for what, name in wanted.items():
-            if name.encode() in content or host in path.name.split("."):
-                found.add((what, path.relative_to(folder).as_posix()))
-    return found
-
-
 def track(workshop, folder, *trackers, seeds=(0, 1)):
+    """Run an experiment, and look through what its trackers noted down: the command, its environment and its output."""
     changes = {"run": {"seeds": list(seeds), "report_to": list(trackers)}}
     result = run_experiment(workshop.config(changes), folder)
-    named = look_for_names(result.folder / "tracking")
-    assert not named, named
     assert not result.failed, [record.error for record in result.failed]
-    for path in result.folder.rglob("*"):  # trackers note down the command, its environment and its output
-        if path.is_file():
-            assert not [name for name, secret in SECRETS.items() if secret.encode() in path.read_bytes()], path
+    host = socket.gethostname()
+    for path in result.folder.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert not [name for name, secret in SECRETS.items() if secret.encode() in content], path
+        if path.is_relative_to(result.folder / "tracking"):
+            wanted = (HOST, USER, COMMAND, REMOTE, f'"{host}"')  # in quotes: short names occur by chance
+            assert not [name for name in wanted if name.encode() in content], path
+            assert host not in path.name.split("."), path
     return result.folder / "tracking"
 
 

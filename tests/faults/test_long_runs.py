@@ -51,20 +51,3 @@ def test_epochs_keep_memory_and_checkpoints_bounded(workshop, tmp_path):
     assert max(threads) - min(threads) == 0
     assert memory[-1] - memory[0] <= 8
     assert max(checkpoints) <= 1
-
-
-def test_as_many_checkpoints_are_kept_as_asked_for(workshop, tmp_path):
-    """A second checkpoint is what is left when the first one is damaged."""
-    from kdlora.distil.session import TrainingOptions
-    from kdlora.experiment.arms import train_arm
-    from kdlora.models.encoders import load_encoder
-
-    config = workshop.config()
-    splits = load_splits(config.task, config.data)
-    for kept in (1, 3):
-        encoder = load_encoder(str(workshop.teacher), splits.task, seed=0)
-        settings = TeacherTrainConfig(epochs=2, batch_size=16)
-        options = {"device": "cpu", "checkpoint_seconds": 1e-6, "keep_checkpoints": kept}
-        train_arm(encoder, splits, settings, TrainingOptions(tmp_path / str(kept), **options))
-        assert len(list((tmp_path / str(kept)).glob("step-*"))) == kept
-    assert workshop.config({"run": {"keep_checkpoints": 3}}).run.keep_checkpoints == 3

@@ -67,7 +67,9 @@ def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
 
     arm = best = max(means, key=lambda name: means[name])  # of equal ones the first
     for distilled in (name for name in means if name in DISTILLED_ARMS):
-        if distilled == best or _is_within(weigh(distilled, best)):
+        found = None if distilled == best else weigh(distilled, best)
+        # It may be as good as the best, by the interval of their difference.
+        if distilled == best or (found and found.difference and found.difference.high >= 0):
             arm = distilled
             break
     others = [name for name in means if name != arm]
@@ -93,11 +95,6 @@ def _mean_score(runs: Sequence[Run]) -> float:
 def _known(score: float | None) -> float:
     """Put a score that is not defined below every other."""
     return -np.inf if score is None else score
-
-
-def _is_within(found: Comparison | None) -> bool:
-    """Say whether a first arm may be as good as the second, by the interval of their difference."""
-    return found is not None and found.difference is not None and found.difference.high >= 0
 
 
 def _reason(arm: str, weighed: Comparison | None, *, is_best: bool) -> str:

@@ -49,7 +49,7 @@ def error_blocks(experiment: Experiment, mark: str) -> list[Block]:
     if student is None:
         return [note("No predictions were kept, so there is nothing to show here.")]
     if task.kind == "regression":
-        return [_residual_plot(student, f"{mark}-residuals"), _residual_histogram(student, f"{mark}-histogram")]
+        return _residual_plots(student, mark)
     calibration = _calibration_plot([one for one in (teacher, student) if one is not None], f"{mark}-calibration")
     if task.kind == "multi-label":
         return [_label_table(student, teacher), calibration]
@@ -141,47 +141,39 @@ def _per_label(outputs: Outputs) -> list[list[np.ndarray]]:
     return [[seed[part] for seed in seeds] for part in range(3)]
 
 
-def _residual_plot(outputs: Outputs, identity: str) -> Figure:
-    predicted, true, quantity = *_one_seed(outputs), outputs.task.label_names[0]
+def _residual_plots(outputs: Outputs, mark: str) -> list[Block]:
+    """Draw predictions of one seed against labels of a regression task, and how its errors are distributed."""
+    predicted, true = outputs.logits[0][:, 0].astype(float), outputs.labels.astype(float)
+    residuals, quantity = predicted - true, outputs.task.label_names[0]
+    size = np.abs(residuals)
     shown = np.linspace(0, len(true) - 1, min(len(true), _MOST_POINTS)).astype(int)
     limits = padded([*true[shown].tolist(), *predicted[shown].tolist()], margin=0.05, least=1e-6)
+    reach = float(size.max()) or 1.0
 
-    def paint(axes: Any) -> None:
+    def paint_points(axes: Any) -> None:
         axes.plot(limits, limits, **_GUIDE)
         points = list(zip(true[shown], predicted[shown], strict=True))
         scatter(axes, points, outputs.style, radius=3, alpha=0.4, linewidths=0)
         axes.set(xlim=limits, ylim=limits, xlabel=f"label ({quantity})", ylabel=f"prediction ({quantity})")
 
-    title, residuals = f"Predictions of {outputs.name} against labels", predicted - true
-    size = np.abs(residuals)
-    description = (
-        f"Mean error {signed(float(residuals.mean()), 3)}, mean absolute error {size.mean():.3g}, "
-        f"root mean squared error {np.sqrt((residuals**2).mean()):.3g}; the worst is off by {size.max():.3g}."
-    )
-    part = "" if len(shown) == len(true) else f" {len(shown)} of {len(true)} rows are drawn."
-    caption = f"{description} One seed; on the line, prediction and label agree.{part}"
-    return draw(paint, title, description, identity, caption=caption, frame=Frame(360))
-
-
-def _one_seed(outputs: Outputs) -> tuple[np.ndarray, np.ndarray]:
-    return outputs.logits[0][:, 0].astype(float), outputs.labels.astype(float)
-
-
-def _residual_histogram(outputs: Outputs, identity: str) -> Figure:
-    predicted, true = _one_seed(outputs)
-    residuals, quantity = predicted - true, outputs.task.label_names[0]
-    reach = float(np.abs(residuals).max()) or 1.0
-    counts, edges = np.histogram(residuals, bins=21, range=(-reach, reach))
-
-    def paint(axes: Any) -> None:
+    def paint_errors(axes: Any) -> None:
+        counts, edges = np.histogram(residuals, bins=21, range=(-reach, reach))
         axes.bar(edges[:-1], counts, 0.95 * np.diff(edges), align="edge", color=PALETTE["series-1"])
         axes.axvline(0, **_GUIDE)
         axes.set(xlim=(-reach, reach), xlabel=f"prediction − label ({quantity})", ylabel="rows")
 
-    within = 100 * float(np.mean(np.abs(residuals) <= reach / 4))
-    description = f"{within:.0f}% of the errors lie within {reach / 4:.2g} of zero; the largest is {reach:.2g}."
-    title, caption = f"Residuals of {outputs.name}", f"{description} One seed."
-    return draw(paint, title, description, identity, caption=caption, frame=Frame(360))
+    said = (
+        f"Mean error {signed(float(residuals.mean()), 3)}, mean absolute error {size.mean():.3g}, "
+        f"root mean squared error {np.sqrt((residuals**2).mean()):.3g}; the worst is off by {size.max():.3g}."
+    )
+    part = "" if len(shown) == len(true) else f" {len(shown)} of {len(true)} rows are drawn."
+    caption = f"{said} One seed; on the line, prediction and label agree.{part}"
+    title, frame = f"Predictions of {outputs.name} against labels", Frame(360)
+    points = draw(paint_points, title, said, f"{mark}-residuals", caption=caption, frame=frame)
+    within = 100 * float(np.mean(size <= reach / 4))
+    said = f"{within:.0f}% of the errors lie within {reach / 4:.2g} of zero; the largest is {reach:.2g}."
+    title, caption = f"Residuals of {outputs.name}", f"{said} One seed."
+    return [points, draw(paint_errors, title, said, f"{mark}-histogram", caption=caption, frame=frame)]
 
 
 def _calibration_plot(arms: Sequence[Outputs], identity: str) -> Figure:

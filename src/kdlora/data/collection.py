@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.faults import parquet_faults
-from kdlora.data.logit_table import LOGIT as LOGIT
 from kdlora.data.logit_table import LogitFile
 from kdlora.data.spool import are_distinct, make_dataset, spool
 from kdlora.data.tasks import Task

@@ -21,7 +21,7 @@ from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST, expand_home
 from kdlora.data.batches import Tokenised, encode_texts
-from kdlora.data.collection import LOGIT
+from kdlora.data.logit_table import LOGIT
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
 from kdlora.distil.fingerprints import hash_model, hash_tokenizer
 from kdlora.distil.inference import BATCH_TOKENS, predict_logits

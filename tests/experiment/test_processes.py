@@ -17,10 +17,10 @@ from kdlora.config import Config
 from kdlora.data.load import load_splits
 from kdlora.errors import ConfigError
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record
-from kdlora.experiment.launch import check_launch, read_launch
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.settle import with_recorded
 from kdlora.experiment.stages import label_splits
+from kdlora.system.launch import check_launch, read_launch
 
 pytest_plugins = ["experiment_fixtures"]
 

@@ -660,7 +660,7 @@ class Store(dict):
 @pytest.mark.parametrize("change", ["config", "root", "stage"])
 def test_a_process_carries_out_only_what_it_was_started_with(workshop, tmp_path, monkeypatch, change):
     """Whoever reaches the store of torchrun could set a config, with code that a model brings, for another to run."""
-    from kdlora.experiment.launch import Launch
+    from kdlora.system.launch import Launch
 
     config, layout, store = workshop.config(), ExperimentLayout(tmp_path / "out"), Store()
     said = {"stage": "train_run", "details": [], "config": config.model_dump(mode="json"), "root": str(layout.root)}
@@ -677,8 +677,8 @@ def test_a_process_carries_out_only_what_it_was_started_with(workshop, tmp_path,
 
 def test_the_store_of_one_machine_listens_to_that_machine(monkeypatch):
     """PyTorch opens it on every interface, and asks nobody who they are."""
-    from kdlora.experiment.launch import Launch
     from kdlora.experiment.team import _meet
+    from kdlora.system.launch import Launch
 
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -207,8 +207,8 @@ def _load(options: Run) -> Config:
 
 
 def _print_plan(config: Config, out: Path | None, as_json: bool) -> None:
-    from kdlora.experiment.launch import check_alone
     from kdlora.system.children import prepare_children
+    from kdlora.system.launch import check_alone
 
     check_alone("run --dry-run")
     prepare_children("kdlora.experiment.preview")
@@ -227,8 +227,8 @@ def _announce(plan: ExperimentPlan, *, yes: bool) -> None:
 
 
 def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool = True) -> None:
-    from kdlora.experiment.launch import read_launch
     from kdlora.system.children import prepare_children
+    from kdlora.system.launch import read_launch
 
     launch = read_launch()
     if launch.count > 1:  # before PyTorch is imported: it prints a backtrace where another process goes

@@ -193,7 +193,7 @@ def label(options: Label) -> None:
 
     Example: kdlora label runs/reviews/teacher 'texts/*.parquet' --to labelled --text body
     """
-    from kdlora.experiment.launch import check_alone
+    from kdlora.system.launch import check_alone
 
     check_alone("label")
     from kdlora.experiment.label_folder import LabelSettings

@@ -47,9 +47,9 @@ def suite(
 
     Example: kdlora suite configs/paper.yaml --set families=[bert] --set config.data.path=/data/glue
     """
-    from kdlora.experiment.launch import check_alone
     from kdlora.experiment.suitefile import load_suite
     from kdlora.system.children import prepare_children
+    from kdlora.system.launch import check_alone
 
     check_alone("suite")
     wanted = load_suite(suite_file, overrides or [])
@@ -96,8 +96,8 @@ def search(options: Search) -> None:
     Example: kdlora run runs/mrpc-search/best.yaml
     """
     from kdlora.configfile import load_search
-    from kdlora.experiment.launch import check_alone
     from kdlora.system.children import prepare_children
+    from kdlora.system.launch import check_alone
 
     check_alone("search")
     if options.on is None:

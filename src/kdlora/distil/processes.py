@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from kdlora.system.launch import Launch
+
 TIMEOUT_SECONDS = 600
 """Longest wait for another process. One that ends is noticed at once; this is for one that hangs."""
 
@@ -80,36 +82,21 @@ def current_processes() -> Processes:
     return Processes(distributed.get_rank(), distributed.get_world_size(), _groups[0])
 
 
-@dataclass(frozen=True)
-class Seat:
-    """Where a process finds the others: the host and port of a store, and a prefix that no earlier meeting had.
-
-    `local_rank` is its number on this machine, which is that of its GPU.
-    """
-
-    rank: int
-    count: int
-    local_rank: int
-    address: str
-    port: int
-    prefix: str
-
-
-def join_processes(seat: Seat, *, cuda: bool) -> Processes:
-    """Meet the others, and wait for them."""
+def join_processes(launch: Launch, prefix: str, *, cuda: bool) -> Processes:
+    """Meet the others, under a prefix of keys that no earlier meeting had, and wait for them."""
     # Trainer and Accelerate learn from these that they are not alone.
-    os.environ |= {"RANK": str(seat.rank), "WORLD_SIZE": str(seat.count), "LOCAL_RANK": str(seat.local_rank)}
-    os.environ |= {"MASTER_ADDR": seat.address, "MASTER_PORT": str(seat.port)}
+    os.environ |= {"RANK": str(launch.rank), "WORLD_SIZE": str(launch.count), "LOCAL_RANK": str(launch.local_rank)}
+    os.environ |= {"MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port)}
     warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)  # between Trainer and Accelerate
     if cuda:
-        torch.cuda.set_device(seat.local_rank)
+        torch.cuda.set_device(launch.local_rank)
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
-    store = TCPStore(seat.address, seat.port, is_master=False, timeout=timeout)
+    store = TCPStore(launch.address, launch.port, is_master=False, timeout=timeout)
     distributed.init_process_group(
         "cuda:nccl,cpu:gloo" if cuda else "gloo",
-        store=PrefixStore(seat.prefix, store),
-        rank=seat.rank,
-        world_size=seat.count,
+        store=PrefixStore(prefix, store),
+        rank=launch.rank,
+        world_size=launch.count,
         timeout=timeout,
     )
     return current_processes()

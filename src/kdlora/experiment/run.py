@@ -26,7 +26,6 @@ from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.engines import Here
 from kdlora.experiment.inputs import check_table
 from kdlora.experiment.jobs import Job, Outcome, TaskFacts, carry_out, ignore, look_at
-from kdlora.experiment.launch import read_launch
 from kdlora.experiment.plan import Lesson, PlannedRun
 from kdlora.experiment.preview import ExperimentPlan, make_plan
 from kdlora.experiment.queue import Queue, undamaged_record
@@ -41,6 +40,7 @@ from kdlora.report.collect import load_run
 from kdlora.report.render import html_table
 from kdlora.report.report import make_report
 from kdlora.system.children import run_in_child
+from kdlora.system.launch import read_launch
 from kdlora.system.ownership import check_folder as refuse_foreign_folder
 from kdlora.system.ownership import claim_folder, remove_abandoned
 from kdlora.system.storage import HeldLock, hold_lock, write_json_atomic, write_text_atomic

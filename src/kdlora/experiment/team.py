@@ -22,13 +22,13 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from kdlora.config import Config
 from kdlora.distil.precision import resolve_device
-from kdlora.distil.processes import Seat, join_processes
+from kdlora.distil.processes import join_processes
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.launch import LAUNCH_KEYS, Launch, check_launch, read_launch
 from kdlora.experiment.settle import with_recorded
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.system.children import ChildDiedError, run_in_child
+from kdlora.system.launch import LAUNCH_KEYS, Launch, check_launch, read_launch
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +82,9 @@ class Team:
     def _take_part(
         self, stage: str, config: Config, layout: ExperimentLayout, details: Any, on_message: Callable[[Any], None]
     ) -> Any:
-        one, prefix = self.launch, f"kdlora/{self.launch.attempt}/stage-{self.number}"
-        seat = Seat(one.rank, one.count, one.local_rank, one.address, one.port, prefix)
-        return run_in_child(carry_out_together, seat, stage, config, layout, details, on_message=on_message)
+        prefix = f"kdlora/{self.launch.attempt}/stage-{self.number}"
+        arguments = (self.launch, prefix, stage, config, layout, details)
+        return run_in_child(carry_out_together, *arguments, on_message=on_message)
 
     def follow(self, config: Config, layout: ExperimentLayout) -> dict[str, Any]:
         """Take part in every stage that process 0 announces, until it has come to its end.
@@ -233,7 +233,8 @@ def _kind(fault: BaseException) -> str:
 
 
 def carry_out_together(
-    seat: Seat,
+    launch: Launch,
+    prefix: str,
     stage: str,
     config: Config,
     layout: ExperimentLayout,
@@ -241,7 +242,7 @@ def carry_out_together(
     progress: Callable[..., None] | None = None,
 ) -> Any:
     """Meet the children of the other processes and carry out a stage with them; runs in a child."""
-    join_processes(seat, cuda=resolve_device(config.run.device).type == "cuda")
+    join_processes(launch, prefix, cuda=resolve_device(config.run.device).type == "cuda")
     try:
         return _STAGES[stage](config, layout, *details, progress)
     finally:

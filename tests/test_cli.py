@@ -223,27 +223,6 @@ def test_evaluate_and_report_refuse_what_is_no_experiment(cli, experiment, works
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["runn"], "runn"),
-        (["run", "--tetcher", "x"], "--tetcher"),
-        (["validate"], "Missing argument"),
-        (["run"], "data: this section or key is required"),
-        (["run", "none.yaml"], "does not exist"),
-        (["run", "--train", "a.csv", "--set", "lora.rank"], "expected key=value"),
-    ],
-)
-def test_misuse_exits_with_2_and_says_what(cli, arguments, expected, tmp_path, monkeypatch):
-    """Usage errors are the user's: 2, some lines, no traceback."""
-    monkeypatch.chdir(tmp_path)
-    shown = cli(*arguments)
-    assert shown.code == 2
-    assert expected in shown.err
-    assert "Traceback" not in shown.err
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
     ("fault", "code", "expected"),
     [
         (KeyboardInterrupt(), 130, "the same command continues"),

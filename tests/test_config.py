@@ -47,38 +47,6 @@ def test_five_faults_are_reported_at_once():
     assert "  - run: run.seeds holds a value twice: [1, 1]" in lines
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"family": "bert"}, "data: this section or key is required"),
-        (MINIMAL | {"name": "../../x"}, "name: "),
-        (MINIMAL | {"data": {}}, "no data: set data.path"),
-        (MINIMAL | {"studnet": {}}, "studnet: unknown key. Did you mean 'student'?"),
-        (MINIMAL | {"family": "brt"}, "Did you mean 'bert'?"),
-        (MINIMAL | {"family": ["bert"]}, "family"),
-        (MINIMAL | {"recipe": "paper-tunde"}, "recipe: input should be 'default', 'paper' or 'paper-tuned'"),
-        (MINIMAL | {"recipe": "paper-tunde"}, "Did you mean 'paper-tuned'?"),
-        (MINIMAL | {"recipe": ["paper"]}, "recipe"),
-        (MINIMAL | {"teacher": {"logits": "a", "probabilities": "b"}}, "one teacher only"),
-        (MINIMAL | {"teacher": {"probabilities": "a"}, "distil": {"loss": "mse"}}, "set distil.loss to kl"),
-        (MINIMAL | {"teacher": {"label_names": ["a"]}}, "teacher.fine_tuned, which is not set"),
-        (MINIMAL | {"student": {"model": "m", "from_teacher_layers": [0]}}, "one student only"),
-        (MINIMAL | {"run": {"arms": ["kd"]}}, "run.arms.0"),
-        (MINIMAL | {"run": {"arms": []}}, "run.arms"),
-        (MINIMAL | {"task": {"name": "mrpc", "text": "a"}}, "leave out task.text"),
-        (MINIMAL | {"distil": {"temperature": 0}}, "distil.temperature"),
-        (MINIMAL | {"distil": {"alpha": float("nan")}}, "distil.alpha"),
-        (MINIMAL | {"teacher": {"train": {"early_stopping_patience": 1}}}, "needs select: best"),
-        ({"data": {"path": "x"}, "student": {"model": "m"}}, "need a teacher"),
-        ({"data": {"path": "x"}, "teacher": {"model": "m"}}, "no student"),
-        ({"data": {"path": "x"}, "run": {"arms": ["student-lora"]}}, "no student"),
-    ],
-)
-def test_each_fault_names_its_key(values, expected):
-    """A message without the key sends the user to guess."""
-    assert expected in "\n".join(faults_of(values))
-
-
 def test_a_family_names_both_models_and_yields_to_what_is_set():
     """A family that overrode teacher.model would train another model than the one written down."""
     config = build_config(MINIMAL | {"teacher": {"model": "my/teacher"}})
@@ -108,49 +76,6 @@ def test_overrides_are_yaml_and_reach_nested_keys():
     assert config.run.seeds == (3, 4)
     assert config.lora.targets == ("query", "key")
     assert config.name == "x"
-
-
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("lora.rank", "expected key=value"),
-        ("=3", "expected key=value"),
-        ("lora.rnk=3", "lora.rnk: unknown key. Did you mean 'rank'?"),
-        ("lora.rank=[", "not valid YAML"),
-        ("lora=3", "lora"),
-    ],
-)
-def test_bad_overrides_say_so(override, expected):
-    """A misspelt override that is ignored leaves the run as it was, unnoticed."""
-    assert expected in "\n".join(faults_of(MINIMAL, override))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", "expected sections"),
-        ("- a\n- b\n", "expected sections"),
-        ("task: [", "not valid YAML"),
-        ("lora: {rank: 4}\nlora: {rank: 8}\n", "stands twice"),
-        ("lora: {rank: 4, rank: 8}\n", "stands twice"),
-    ],
-)
-def test_files_that_are_no_config(tmp_path, text, expected):
-    """YAML keeps the last of two equal keys; the user never learns which one counted."""
-    file = tmp_path / "c.yaml"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=expected) as caught:
-        load_config(file)
-    assert str(file) in str(caught.value)
-
-
-def test_missing_and_unreadable_files(tmp_path):
-    """A traceback for a misspelt path is no way to greet a user."""
-    with pytest.raises(ConfigError, match="does not exist"):
-        load_config(tmp_path / "none.yaml")
-    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
-    with pytest.raises(ConfigError, match="UTF-8"):
-        load_config(tmp_path / "latin.yaml")
 
 
 def test_relative_paths_resolve_against_the_config_file(tmp_path, monkeypatch):

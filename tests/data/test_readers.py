@@ -117,49 +117,6 @@ def test_missing_file(tmp_path: Path) -> None:
     assert "is a folder" in refused(tmp_path)
 
 
-LATIN = "text{0}label\nfine{0}1\ncaf\xe9{0}0\n"
-BAD_FILES: list[tuple[str, str | bytes, tuple[str, ...]]] = [
-    # An interrupted download, or a header alone, must not become a data set of no examples.
-    *((name, "", ("is empty",)) for name in ("a.csv", "a.tsv", "a.jsonl", "a.parquet")),
-    ("a.csv", "text,label\n", ("no rows",)),
-    ("a.csv", "text,label", ("no rows",)),
-    ("a.tsv", "text\tlabel\n\n", ("no rows",)),
-    ("a.csv", "\n\n\n", ("blank lines",)),
-    ("a.jsonl", "\n", ("no JSON objects",)),
-    # A text file that is named .parquet; a spreadsheet, whose bytes would be read as text.
-    ("a.parquet", "text,label\n", ("no readable Parquet",)),
-    ("a.xlsx", "PK", ("'.xlsx'", ".csv, .tsv, .jsonl, .json, .parquet")),
-    # Latin-1 bytes that are replaced or skipped change texts without a word.
-    ("a.csv", LATIN.format(",").encode("latin-1"), ("line 3", "offset 21 ", "0xE9")),
-    ("a.tsv", LATIN.format("\t").encode("latin-1"), ("line 3", "offset 21 ", "0xE9")),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ("line 2",)),
-    ("a.csv", b"t\xe9xt,label\na,b\n", ("line 1",)),
-    ("a.csv", "text,label\na,b\n".encode("utf-16"), ("UTF-16",)),
-    # Skipping or padding ragged rows loses data, or puts text into the label.
-    ("a.tsv", "text\tlabel\na\t1\nb\n", ("row 2:", "columns where 2 are expected", "without quoting")),
-    ("a.tsv", "text\tlabel\na\t1\nb\t0\nc\td\t1\n", ("row 3:", "columns where 2 are expected")),
-    ("a.csv", "text,label\na,1\n\nwell, no,0\n", ("row 2:", "columns where 2 are expected", "Put quotes")),
-    # Of two columns of one name, the wrong one would be learnt.
-    ("a.csv", "text,text\na,b\n", ("two columns named 'text'",)),
-    ("a.tsv", "text\ttext\na\tb\n", ("two columns named 'text'",)),
-    # A broken line that is skipped shifts every id after it.
-    ("a.jsonl", '{"text": "a"}\n{"text": \n', ("line 2: not JSON",)),
-    ("a.jsonl", '{"text": "a"}\n["b"]\n', ("line 2: expected a JSON object",)),
-    ("a.jsonl", '[{"text": "a"}, 3]', ("row 2: expected a JSON object",)),
-    ("a.jsonl", '[{"text": "a"},\n', ("line 2: not JSON",)),
-    ("a.jsonl", '{"text": "a"}\n{"text": "b"}\n{"text": 3}\n', ("row 3: 'text' is int",)),
-    # One stray quote swallows all rows after it into a single text.
-    ("a.csv", 'label,text\n1,a\n0,"b\n1,c\n1,d\n', ("never closed", "'b")),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "expected"), BAD_FILES)
-def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, name: str, content: str | bytes, expected) -> None:
-    """Whatever is skipped, padded or replaced in silence is learnt wrongly, or shifts the rows after it."""
-    message = refused(write(tmp_path / name, content))
-    assert [part for part in expected if part not in message] == []
-
-
 @pytest.mark.parametrize(
     ("columns", "names", "expected"), [([[]], ["text"], "no rows"), ([["a"], ["b"]], ["text"] * 2, "two columns named")]
 )

@@ -8,7 +8,7 @@ from sklearn import metrics as sk
 from fabricate import BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, make_labels, make_logits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
-from kdlora.evidence.metrics import compute_metrics, metric_names, predict_labels, score
+from kdlora.evidence.metrics import compute_metrics, metric_names, predict_labels, probabilities, score
 
 COLA = Task("single-label", ("text",), ("label",), ("unacceptable", "acceptable"), ("matthews",), "cola")
 
@@ -152,3 +152,9 @@ def test_a_metric_of_another_kind_is_refused():
     task = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("f1",))
     with pytest.raises(ValueError, match="'f1' is not defined"):
         compute_metrics(task, np.eye(3), np.array([0, 1, 2]))
+
+
+def test_a_regression_has_no_probabilities():
+    """A sigmoid of a rating is a number between 0 and 1, and means nothing."""
+    with pytest.raises(ValueError, match="a regression task has no probabilities"):
+        probabilities(np.zeros((2, 1)), "regression")

@@ -98,6 +98,26 @@ FIELDS: list[Case] = [
     _field("run.threads", 10**6, "less than or equal to 1024"),
     _field("data.augment", 10**12, "less than or equal to 1000"),
     _field("data.train", "~nobody-here/a.csv", "does not exist"),
+    _field("family", ["bert"]),
+    _field(
+        "recipe", "paper-tunde", "input should be 'default', 'paper' or 'paper-tuned'", "Did you mean 'paper-tuned'?"
+    ),
+    _field("recipe", ["paper"]),
+    # Without any adapter only the head trains, and the run still finishes; counting from 1 is the usual mistake.
+    _field("lora.targets", ["qery"], "qery"),
+    _field(
+        "student", {"model": None, "from_teacher_layers": [1, 2]}, "student.from_teacher_layers", "layer 2", "0 to 1"
+    ),
+    (
+        "squared errors of probabilities",
+        {"teacher": {"probabilities": "a"}, "distil": {"loss": "mse"}},
+        ("set distil.loss to kl",),
+    ),
+    (
+        "a table that is not there",
+        {"teacher": {"model": None, "logits": "/nowhere/none.parquet"}, "run": {"arms": ["kd-lora"]}},
+        ("none.parquet",),
+    ),
     ("two students", {"student": {"from_teacher_layers": [0]}}, ("student.model", "both set")),
     ("two teachers", {"teacher": {"logits": "a.parquet", "probabilities": "b.parquet"}}, ("one teacher only",)),
     ("order without a model", {"teacher": {"label_names": ["a", "b"]}}, ("teacher.fine_tuned, which is not set",)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -14,21 +14,19 @@ import pyarrow.parquet as pq
 
 @dataclass(frozen=True)
 class DataCase:
-    """One training file.
-
-    Attributes:
-        what: what is wrong with it.
-        name: of the file.
-        content: its bytes; None leaves it out.
-        expected: parts of the message.
-        changes: of the config.
-    """
+    """A training file: what is wrong with it, its name and bytes (None leaves it out), the message, the config."""
 
     what: str
     name: str
     content: bytes | None
     expected: tuple[str, ...]
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any]
+
+
+def file(what: str, ending: str, content: bytes | str | None, *expected: str, **changes: Any) -> DataCase:
+    """A file that the message names."""
+    name = f"train.{ending}"
+    return DataCase(what, name, content.encode() if isinstance(content, str) else content, (name, *expected), changes)
 
 
 def csv(*lines: str, header: str = "id,text,label", count: int = 20, separator: str = ",") -> bytes:
@@ -37,16 +35,29 @@ def csv(*lines: str, header: str = "id,text,label", count: int = 20, separator: 
     return "\n".join([header, *good, *lines, ""]).encode()
 
 
-def jsonl(*rows: object, count: int = 20) -> bytes:
-    """Give good lines with more at the end; text is taken as it is."""
-    good = [{"id": str(i), "text": f"film {i}", "label": "ab"[i % 2]} for i in range(count)]
-    return "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in [*good, *rows]).encode()
+def csv_line(what: str, line: str, *expected: str) -> DataCase:
+    """A CSV file whose last line, of row 21, is wrong."""
+    return file(what, "csv", csv(line), "row 21", *expected)
 
 
-def parquet(**columns: list[Any]) -> bytes:
-    """Give a Parquet file."""
+def json_line(what: str, line: str | list[int] | Mapping[str, Any], *expected: str) -> DataCase:
+    """JSON Lines whose last line is wrong; an object has an id, a text and a label where it names no others."""
+    good = [{"id": str(i), "text": f"film {i}", "label": "ab"[i % 2]} for i in range(20)]
+    last = {"id": "x", "text": "t", "label": "a", **line} if isinstance(line, Mapping) else line
+    lines = [*map(json.dumps, good), last if isinstance(last, str) else json.dumps(last)]
+    return file(what, "jsonl", "\n".join([*lines, ""]), *expected)
+
+
+def settings(what: str, *expected: str, content: bytes | None = None, **changes: Any) -> DataCase:
+    """A good file whose columns, splits or labels the config takes for others; the message names the key."""
+    return DataCase(what, "train.csv", csv() if content is None else content, expected, changes)
+
+
+def parquet(**columns: Any) -> bytes:
+    """Give a Parquet file of twenty texts and labels, but for the columns given."""
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
+    texts, labels = [f"film {i}" for i in range(20)], ["a", "b"] * 10
+    pq.write_table(pa.table({"text": texts, "label": labels} | columns), buffer)
     return buffer.getvalue()
 
 
@@ -55,169 +66,121 @@ def as_text(*values: bytes) -> pa.Array:
     return pa.array(list(values), pa.binary()).view(pa.string())
 
 
-NUMBERS: dict[str, Any] = {"task": {"kind": "regression"}}
-FLAGS: dict[str, Any] = {"task": {"label": ["x", "y"]}}
-PARQUET = parquet(text=[f"film {i}" for i in range(20)], label=["a", "b"] * 10)
+def numbers(ending: str = "") -> bytes:
+    """Give a file whose labels are numbers, but for its last line."""
+    return csv().replace(b",a\n", b",1\n").replace(b",b\n", b",2\n") + ending.encode()
+
+
+NUMBERS: dict[str, Any] = {"kind": "regression"}
+FLAGS: dict[str, Any] = {"label": ["x", "y"]}
+TABS = csv(header="id\ttext\tlabel", separator="\t")
+LATIN = "id,text,label\n1,fine,a\n2,caf\xe9,b\n"
 
 CASES = [
-    DataCase("missing", "train.csv", None, ("train.csv", "does not exist", "data.train")),
-    DataCase("empty", "train.csv", b"", ("train.csv", "empty")),
-    DataCase("blank lines", "train.csv", b"\n\n\n", ("train.csv",)),
-    DataCase("header only", "train.csv", b"id,text,label\n", ("train.csv", "no rows")),
-    DataCase("one row", "train.csv", b"id,text,label\n1,a film,a\n", ("train.csv",)),
-    DataCase("no header", "train.csv", csv()[14:], ("train.csv", "column")),
-    DataCase("two columns of a name", "train.csv", csv(header="id,text,text"), ("train.csv", "text")),
-    DataCase("a row too long", "train.csv", csv("20,a,b,c"), ("train.csv", "row 21", "4 columns where 3")),
-    DataCase("a row too short", "train.csv", csv("20,a"), ("train.csv", "row 21", "2 columns where 3")),
-    DataCase("a quote left open", "train.csv", csv('20,"a film,a'), ("train.csv", "quote")),
-    DataCase("not UTF-8", "train.csv", csv() + b"20,caf\xe9,a\n", ("train.csv", "line 22", "UTF-8")),
-    DataCase("UTF-16", "train.csv", csv().decode().encode("utf-16"), ("train.csv", "UTF-8")),
-    DataCase("a zero byte in a TSV", "train.tsv", b"\x00\x01\x02", ("train.tsv",)),
-    DataCase(
-        "quotes in a TSV",
-        "train.tsv",
-        csv(header="id\ttext\tlabel", separator="\t") + b'20\t"a ""b"" c"\ta\n',
-        ("train.tsv",),
+    file("missing", "csv", None, "does not exist", "data.train"),
+    # An interrupted download, or a header alone, must not become a data set of no examples.
+    *(file(f"an empty {ending}", ending, b"", "is empty") for ending in ("csv", "tsv", "jsonl", "parquet")),
+    file("blank lines", "csv", "\n\n\n", "blank lines"),
+    file("blank lines of JSON", "jsonl", "\n", "no JSON objects"),
+    file("header only", "csv", "id,text,label\n", "no rows"),
+    file("header only, without an end", "csv", "id,text,label", "no rows"),
+    file("header of a TSV only", "tsv", "id\ttext\tlabel\n\n", "no rows"),
+    file("one row", "csv", "id,text,label\n1,a film,a\n"),
+    file("no header", "csv", csv()[14:], "column"),
+    # Of two columns of one name, the wrong one would be learnt.
+    file("two columns of a name", "csv", csv(header="id,text,text"), "two columns named 'text'"),
+    file("two columns of a name in a TSV", "tsv", "text\ttext\na\tb\n", "two columns named 'text'"),
+    # Skipping or padding ragged rows loses data, or puts text into the label.
+    csv_line("a row too long", "20,a,b,c", "4 columns where 3 are expected", "Put quotes"),
+    csv_line("a row too short", "20,a", "2 columns where 3"),
+    file("a row after a blank line", "csv", "text,label\na,1\n\nwell, no,0\n", "row 2:", "3 columns where 2 are"),
+    file(
+        "a TSV row too short", "tsv", TABS + b"20\ta\n", "row 21", "2 columns where 3 are expected", "without quoting"
     ),
-    DataCase("text missing", "train.csv", csv("20,,a"), ("train.csv", "row 21", "text")),
-    DataCase("text blank", "train.csv", csv("20,   ,a"), ("train.csv", "row 21", "text")),
-    DataCase("label missing", "train.csv", csv("20,a film,"), ("train.csv", "row 21", "label")),
-    DataCase("id missing", "train.csv", csv(",a film,a"), ("train.csv", "row 21", "id")),
-    DataCase("id twice", "train.csv", csv("3,a film,a"), ("train.csv", "'3'")),
-    DataCase("one class", "train.csv", csv().replace(b",b\n", b",a\n"), ("one class only", "task.label")),
-    DataCase("a column misspelt", "train.csv", csv(), ("'txt'", "task.text", "'text'"), {"task": {"text": "txt"}}),
-    DataCase("a label misspelt", "train.csv", csv(), ("'lable'", "task.label"), {"task": {"label": "lable"}}),
-    DataCase("no id column", "train.csv", csv(), ("key",), {"data": {"id_column": "key"}}),
-    DataCase(
-        "text is the label", "train.csv", csv(), ("both text and label",), {"task": {"text": "label", "label": "label"}}
+    file("a TSV row too long", "tsv", TABS + b"20\ta\tb\tc\n", "row 21", "4 columns where 3 are expected"),
+    # One stray quote swallows all rows after it into a single text.
+    file("a quote left open", "csv", csv('20,"a film,a'), "Put quotes around"),
+    file("a quote at the last column", "csv", 'label,text\n1,a\n0,"b\n1,c\n1,d\n', "never closed", "'b"),
+    # Latin-1 bytes that are replaced or skipped change texts without a word.
+    file("not UTF-8", "csv", LATIN.encode("latin-1"), "UTF-8", "line 3", "offset 28 ", "0xE9"),
+    file("a TSV not UTF-8", "tsv", LATIN.replace(",", "\t").encode("latin-1"), "line 3", "offset 28 ", "0xE9"),
+    file("JSON not UTF-8", "jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2", "UTF-8"),
+    file("a header not UTF-8", "csv", b"t\xe9xt,label\na,b\n", "line 1", "UTF-8"),
+    file("UTF-16", "csv", csv().decode().encode("utf-16"), "UTF-16"),
+    file("a zero byte in a TSV", "tsv", b"\x00\x01\x02"),
+    # With CSV's quoting one stray quote swallows rows, without it is a character. Never half of each.
+    file("quotes in a TSV", "tsv", TABS + b'20\t"a ""b"" c"\ta\n'),
+    file("two lines in quotes in a TSV", "tsv", TABS + b'20\t"a text\nin two lines"\ta\n'),
+    csv_line("text missing", "20,,a", "text"),
+    csv_line("text blank", "20,   ,a", "text"),
+    csv_line("label missing", "20,a film,", "label"),
+    csv_line("id missing", ",a film,a", "the id ('id') is empty"),
+    # Two rows with one id share teacher logits: one of them learns from another text.
+    csv_line("id twice", "3,a film,a", "the id '3' ('id') is also that of row 4", "data.id_column"),
+    # A classifier of one class is always right.
+    settings("one class", "one class only (a)", "task.label", content=csv().replace(b",b\n", b",a\n")),
+    settings("a column misspelt", "'txt'", "task.text", "Did you mean 'text'?", task={"text": "txt"}),
+    settings("a label misspelt", "'lable'", "task.label", "'label'", task={"label": "lable"}),
+    settings("no id column", "key", "data.id_column", data={"id_column": "key"}),
+    settings("text is the label", "both text and label", task={"text": "label", "label": "label"}),
+    settings("names left out", "'b'", "label_names", task={"label_names": ["a", "c"]}),
+    settings("names too many", "3 names", task={"label_names": ["a", "b", "c"], "kind": "regression"}),
+    # One NaN among the targets makes every weight NaN.
+    file("numbers wanted", "csv", csv(), "row 1", "'a'", task=NUMBERS),
+    *(
+        file(f"{value!r} among numbers", "csv", numbers(f"20,x,{value}\n"), "row 21", task=NUMBERS)
+        for value in ("nan", "inf", "1e999", "much", "")
     ),
-    DataCase("names left out", "train.csv", csv(), ("'b'", "label_names"), {"task": {"label_names": ["a", "c"]}}),
-    DataCase(
-        "names too many",
-        "train.csv",
-        csv(),
-        ("3 names",),
-        {"task": {"label_names": ["a", "b", "c"], "kind": "regression"}},
-    ),
-    DataCase("numbers wanted", "train.csv", csv(), ("train.csv", "row 1", "'a'"), NUMBERS),
-    DataCase(
-        "not a number",
-        "train.csv",
-        csv().replace(b",a\n", b",1\n").replace(b",b\n", b",2\n") + b"20,x,nan\n",
-        ("row 21",),
-        NUMBERS,
-    ),
-    DataCase(
-        "infinite",
-        "train.csv",
-        csv().replace(b",a\n", b",1\n").replace(b",b\n", b",2\n") + b"20,x,1e999\n",
-        ("row 21",),
-        NUMBERS,
-    ),
-    DataCase(
+    settings(
         "all numbers alike",
-        "train.csv",
-        csv().replace(b",a\n", b",1\n").replace(b",b\n", b",1\n"),
-        ("regression needs different values",),
-        NUMBERS,
+        "regression needs different values",
+        content=csv().replace(b",a\n", b",1\n").replace(b",b\n", b",1\n"),
+        task=NUMBERS,
     ),
-    DataCase("flags of 2", "train.jsonl", jsonl({"text": "t", "x": 2, "y": 0}, count=0), ("row 1", "'x'"), FLAGS),
-    DataCase(
-        "flags without any",
-        "train.jsonl",
-        jsonl(*[{"text": f"t{i}", "x": 0, "y": 0} for i in range(20)], count=0),
-        ("no training row has any label",),
-        FLAGS,
-    ),
-    DataCase("flags missing", "train.jsonl", jsonl({"text": "t", "x": 1}, count=0), ("'y'",), FLAGS),
-    DataCase("broken JSON", "train.jsonl", jsonl('{"text": '), ("train.jsonl", "line 21", "not JSON")),
-    DataCase("a list as a line", "train.jsonl", jsonl([1, 2]), ("train.jsonl", "line 21", "list")),
-    DataCase("a number as a line", "train.jsonl", jsonl(3), ("train.jsonl", "line 21", "int")),
-    DataCase("null text", "train.jsonl", jsonl({"id": "x", "text": None, "label": "a"}), ("row 21", "text")),
-    DataCase("a number as text", "train.jsonl", jsonl({"id": "x", "text": 3, "label": "a"}), ("row 21", "text")),
-    DataCase("a list as text", "train.jsonl", jsonl({"id": "x", "text": ["a"], "label": "a"}), ("row 21", "text")),
-    DataCase(
-        "an object as label", "train.jsonl", jsonl({"id": "x", "text": "t", "label": {"a": 1}}), ("row 21", "label")
-    ),
-    DataCase("a null label", "train.jsonl", jsonl({"id": "x", "text": "t", "label": None}), ("row 21", "label")),
-    DataCase("a huge number", "train.jsonl", jsonl('{"id": 1' + "0" * 5000 + "}"), ("train.jsonl", "line 21")),
-    DataCase("nested too deep", "train.jsonl", jsonl("[" * 100_000), ("train.jsonl", "line 21", "nested")),
-    DataCase("an array nested too deep", "train.json", b"[" * 100_000, ("train.json", "nested")),
-    DataCase(
-        "half a character",
-        "train.jsonl",
-        jsonl('{"id": "x", "text": "\\ud800", "label": "a"}'),
-        ("train.jsonl", "row 21"),
-    ),
-    DataCase(
-        "half a character as id",
-        "train.jsonl",
-        jsonl('{"id": "\\ud800", "text": "x", "label": "a"}'),
-        ("train.jsonl", "row 21"),
-    ),
-    DataCase("an array cut off", "train.json", b'[{"text": "a"}', ("train.json", "not JSON")),
-    DataCase("an empty array", "train.json", b"[]", ("train.json",)),
-    DataCase("an array of numbers", "train.json", b"[1]", ("train.json", "row 1")),
-    DataCase("Parquet cut off", "train.parquet", PARQUET[:-20], ("train.parquet", "Parquet")),
-    DataCase("Parquet of nothing", "train.parquet", b"PAR1", ("train.parquet", "Parquet")),
-    DataCase("Parquet damaged", "train.parquet", PARQUET[:40] + bytes(60) + PARQUET[100:], ("train.parquet",)),
-    DataCase(
-        "Parquet with a column name that is not UTF-8",
-        "train.parquet",
-        PARQUET.replace(b"label", b"l\xffbel"),
-        ("train.parquet", "UTF-8"),
-    ),
-    DataCase(
+    settings("flags of 2", "row 1", "'x'", content=b"text,x,y\nt,2,0\n", task=FLAGS),
+    settings("flags without any", "no training row has any label", content=b"text,x,y\n" + b"t,0,0\n" * 20, task=FLAGS),
+    settings("flags missing", "'y'", content=b"text,x\nt,1\n", task=FLAGS),
+    # A broken line that is skipped shifts every id after it.
+    json_line("broken JSON", '{"text": ', "line 21: not JSON"),
+    json_line("a list as a line", [1, 2], "line 21: expected a JSON object", "list"),
+    json_line("a number as a line", "3", "line 21", "int"),
+    json_line("null text", {"text": None}, "row 21", "text"),
+    json_line("a number as text", {"text": 3}, "row 21: 'text' is int"),
+    json_line("a list as text", {"text": ["a"]}, "row 21", "text"),
+    json_line("an object as label", {"label": {"a": 1}}, "row 21", "label"),
+    json_line("a null label", {"label": None}, "row 21", "label"),
+    json_line("a huge number", '{"id": 1' + "0" * 5000 + "}", "line 21"),
+    json_line("nested too deep", "[" * 100_000, "line 21", "nested"),
+    json_line("half a character", '{"id": "x", "text": "\\ud800", "label": "a"}', "row 21"),
+    json_line("half a character as id", '{"id": "\\ud800", "text": "x", "label": "a"}', "row 21"),
+    file("an array nested too deep", "json", b"[" * 100_000, "nested"),
+    file("an array cut off", "json", '[{"text": "a"}', "not JSON"),
+    file("an array cut off between lines", "jsonl", '[{"text": "a"},\n', "line 2: not JSON"),
+    file("an empty array", "json", b"[]"),
+    file("an array of numbers", "json", b"[1]", "row 1"),
+    file("a number in an array", "jsonl", '[{"text": "a"}, 3]', "row 2: expected a JSON object"),
+    file("Parquet cut off", "parquet", parquet()[:-20], "no readable Parquet"),
+    file("Parquet of nothing", "parquet", b"PAR1", "Parquet"),
+    file("Parquet damaged", "parquet", parquet()[:40] + bytes(60) + parquet()[100:]),
+    file("Parquet whose column name is not UTF-8", "parquet", parquet().replace(b"label", b"l\xffbel"), "UTF-8"),
+    file(
         "Parquet with a text that is not UTF-8",
-        "train.parquet",
-        parquet(text=as_text(*[b"a film", b"a fil\xff", b"films", b"film"] * 5), label=["a", "b"] * 10),
-        ("train.parquet", "UTF-8"),
+        "parquet",
+        parquet(text=as_text(*[b"a film", b"a fil\xff", b"films", b"film"] * 5)),
+        "UTF-8",
     ),
-    DataCase(
-        "Parquet with a label that is not UTF-8",
-        "train.parquet",
-        parquet(text=[f"film {i}" for i in range(20)], label=as_text(*[b"a", b"b\xff"] * 10)),
-        ("train.parquet", "UTF-8"),
-    ),
-    DataCase(
-        "Parquet without rows",
-        "train.parquet",
-        parquet(text=pa.array([], pa.string()), label=pa.array([], pa.string())),
-        ("train.parquet", "no rows"),
-    ),
-    DataCase(
-        "Parquet of numbers",
-        "train.parquet",
-        parquet(text=[1, 2, 3, 4], label=["a", "b"] * 2),
-        ("train.parquet", "text"),
-    ),
-    DataCase(
-        "Parquet of dates",
-        "train.parquet",
-        parquet(text=["a"] * 4, label=pa.array([1, 2, 3, 4], pa.timestamp("s"))),
-        ("train.parquet", "label"),
-    ),
-    DataCase(
-        "Parquet with nulls",
-        "train.parquet",
-        parquet(text=["a", None, "b", "c"], label=["a", "b"] * 2),
-        ("row 2", "text"),
-    ),
-    DataCase("a spreadsheet", "train.xlsx", b"PK\x03\x04", ("train.xlsx", "unknown kind of file")),
-    DataCase("compressed", "train.csv.gz", b"\x1f\x8b", ("train.csv.gz", "unknown kind of file")),
-    DataCase("without an ending", "train", csv(), ("unknown kind of file",)),
-    DataCase("Parquet called CSV", "train.csv", PARQUET, ("train.csv",)),
-    DataCase("CSV called Parquet", "train.parquet", csv(), ("train.parquet", "Parquet")),
-    DataCase(
-        "no such test file", "train.csv", csv(), ("tset.csv", "data.test"), {"data": {"test": "/nowhere/tset.csv"}}
-    ),
-    DataCase("a folder", "train.csv", csv(), ("folder",), {"data": {"test": "/tmp"}}),
-    DataCase(
-        "too few rows used",
-        "train.csv",
-        csv(),
-        ("one class only", "max_train_examples"),
-        {"data": {"max_train_examples": 1}},
-    ),
-    DataCase("a device", "train.csv", csv(), ("/dev/null",), {"data": {"test": "/dev/null"}}),
+    file("Parquet with a label that is not UTF-8", "parquet", parquet(label=as_text(*[b"a", b"b\xff"] * 10)), "UTF-8"),
+    file("Parquet without rows", "parquet", parquet(text=as_text(), label=as_text()), "no rows"),
+    file("Parquet of numbers", "parquet", parquet(text=list(range(20))), "text"),
+    file("Parquet of dates", "parquet", parquet(label=pa.array(range(20), pa.timestamp("s"))), "label"),
+    file("Parquet with nulls", "parquet", parquet(text=["a", None, "b", "c"] * 5), "row 2", "text"),
+    file("a spreadsheet", "xlsx", b"PK\x03\x04", "unknown kind of file", ".csv, .tsv, .jsonl, .json, .parquet"),
+    file("compressed", "csv.gz", b"\x1f\x8b", "unknown kind of file"),
+    DataCase("without an ending", "train", csv(), ("unknown kind of file",), {}),
+    file("Parquet called CSV", "csv", parquet()),
+    file("CSV called Parquet", "parquet", csv(), "no readable Parquet"),
+    settings("no such test file", "tset.csv", "data.test", data={"test": "/nowhere/tset.csv"}),
+    settings("a folder", "folder", data={"test": "/tmp"}),
+    settings("too few rows used", "one class only", "max_train_examples", data={"max_train_examples": 1}),
+    settings("a device", "/dev/null", data={"test": "/dev/null"}),
 ]

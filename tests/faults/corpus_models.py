@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -100,10 +101,16 @@ NAMES: list[tuple[str, tuple[str, ...]]] = [
 ]
 
 Row = dict[str, Any]
+
+
+def _frame(rows: list[Row], value: float) -> pd.DataFrame:
+    return pd.DataFrame([rows[0] | {"positive": value}, *rows[1:]])
+
+
 TABLES: list[tuple[str, str, Callable[[list[Row]], Any], tuple[str, ...]]] = [
     ("no ids", "logits", lambda rows: [{k: v for k, v in row.items() if k != "id"} for row in rows], ("id",)),
-    ("rows missing", "logits", lambda rows: rows[3:], ("3 of 64", "add the rows")),
-    ("an id twice", "logits", lambda rows: [*rows, rows[0]], ("'r",)),
+    ("rows missing", "logits", lambda rows: rows[3:], ("3 of 64", "FIRST", "add the rows")),
+    ("an id twice", "logits", lambda rows: [*rows, rows[0]], ("FIRST",)),
     ("an id null", "logits", lambda rows: [*rows, rows[0] | {"id": None}], ("id",)),
     ("a label missing", "logits", lambda rows: [{"id": row["id"], "positive": 1.0} for row in rows], ("negative",)),
     ("a foreign label", "logits", lambda rows: [row | {"neutral": 0.0} for row in rows], ("neutral",)),
@@ -122,14 +129,21 @@ TABLES: list[tuple[str, str, Callable[[list[Row]], Any], tuple[str, ...]]] = [
         lambda rows: "\n".join(json.dumps(row | {"positive": float("inf")}) for row in rows),
         ("id",),
     ),
-    ("too large for float32", "logits", lambda rows: [*rows[1:], rows[0] | {"positive": 1e300}], ("'r",)),
+    ("too large for float32", "logits", lambda rows: [*rows[1:], rows[0] | {"positive": 1e300}], ("FIRST",)),
+    ("not a number", "logits", lambda rows: _frame(rows, float("nan")), ("first id", "FIRST")),
+    ("infinite in Parquet", "logits", lambda rows: _frame(rows, float("inf")), ("first id", "FIRST")),
     (
         "negative probability",
         "probabilities",
         lambda rows: [row | {"positive": -0.5} for row in rows],
         ("between 0 and 1",),
     ),
-    ("above 1", "probabilities", lambda rows: [row | {"positive": 1.5} for row in rows], ("between 0 and 1",)),
+    (
+        "above 1",
+        "probabilities",
+        lambda rows: [row | {"positive": 3.5} for row in rows],
+        ("between 0 and 1", "teacher.logits"),
+    ),
     ("sum not 1", "probabilities", lambda rows: [row | {"positive": 0.2} for row in rows], ("sum",)),
     (
         "of another split",
@@ -149,7 +163,7 @@ COMMANDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("rnu",), ("rnu",)),
     (("run", "--otu", "x"), ("--otu",)),
     (("run", "a.yaml", "b.yaml"), ("b.yaml",)),
-    (("run",), ("data",)),
+    (("run",), ("data: this section or key is required",)),
     (("run", "none.yaml"), ("none.yaml", "does not exist")),
     (("run", "."), ("cannot be read",)),
     (("run", "--train"), ("--train",)),
@@ -158,7 +172,7 @@ COMMANDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("run", "--train", "x.csv", "--family", "brt"), ("Did you mean 'bert'?",)),
     (("run", "--task", "cloa", "--data", "x"), ("Did you mean 'cola'?",)),
     (("run", "--train", "x.csv", "--text", "a", "--text", "b", "--text", "c", "--family", "bert"), ("task.text",)),
-    (("validate",), ("'config'",)),
+    (("validate",), ("Missing argument", "'config'")),
     (("validate", "none.yaml"), ("none.yaml",)),
     (("predict", "nowhere", "x.csv"), ("nowhere",)),
     (("predict", "{student}", "none.csv"), ("none.csv",)),

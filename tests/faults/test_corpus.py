@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from corpus_configs import FIELDS, FILES, OVERRIDES
@@ -113,13 +114,34 @@ def test_model_names(refused, name, expected):
 @pytest.mark.parametrize(("kind", "change", "expected"), [case[1:] for case in TABLES], ids=[c[0] for c in TABLES])
 def test_tables_of_a_teacher(refused, workshop, tmp_path, kind, change, expected):
     """A table that does not fit teaches the wrong row, or the wrong label."""
-    rows = change([{"id": row["id"], "negative": 0.25, "positive": 0.75} for row in read_rows(workshop.train)])
-    path = tmp_path / "table.jsonl"
-    path.write_text(rows) if isinstance(rows, str) else write_lines(path, rows)
-    refused(
-        ("table.jsonl", *expected),
-        changes={"teacher": {"model": None, kind: str(path)}, "run": {"arms": ["kd-lora"]}},
-    )
+    good = [{"id": row["id"], "negative": 0.25, "positive": 0.75} for row in read_rows(workshop.train)]
+    rows, path = change(good), tmp_path / "table.jsonl"
+    if isinstance(rows, pd.DataFrame):
+        path = path.with_suffix(".parquet")
+        rows.to_parquet(path)
+    else:
+        path.write_text(rows) if isinstance(rows, str) else write_lines(path, rows)
+    named = [part.replace("FIRST", repr(good[0]["id"])) for part in expected]
+    refused((path.name, *named), changes=distilled(**{kind: str(path)}))
+
+
+def distilled(**teacher: Any) -> dict[str, Any]:
+    """Give the changes that make an experiment one of a teacher that is there already."""
+    return {"teacher": {"model": None, **teacher}, "run": {"arms": ["kd-lora"]}}
+
+
+def test_teachers_that_cannot_teach(refused, student, workshop, tmp_path):
+    """A fresh head teaches at random, and labels matched by position teach spam for praise."""
+    refused((str(workshop.teacher), "fine-tuned", "teacher.model"), changes=distilled(fine_tuned=str(workshop.teacher)))
+    folder = Path(shutil.copytree(student, tmp_path / "given"))
+    settings = json.loads((folder / "config.json").read_text())
+    for names, expected in (
+        (("ham", "spam"), (str(folder), "ham, spam", "negative", "teacher.label_names")),
+        (("LABEL_0", "LABEL_1"), ("Set teacher.label_names",)),
+    ):
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
+        (folder / "config.json").write_text(json.dumps(settings | labels))
+        refused(expected, changes=distilled(fine_tuned=str(folder)))
 
 
 @pytest.mark.parametrize(("arguments", "expected"), COMMANDS, ids=[" ".join(c[0])[:40] for c in COMMANDS])

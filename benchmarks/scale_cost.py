@@ -105,7 +105,7 @@ def carry_out(plan: Plan, root: Path, workers: int, cost: Cost) -> dict[str, Any
     """
     driver = workers == FEWEST
     tasks = plan.suite.tasks
-    facts = {task: TaskFacts(GLUE[task].task.to_dict(), "rows", {"train": ROWS[task]}, 50.0, ()) for task in tasks}
+    facts = {task: TaskFacts(GLUE[task].task.to_dict(), {0: "rows"}, {"train": ROWS[task]}, ()) for task in tasks}
     claim_folder(root, "suite")
     start, runs = time.perf_counter(), plan.runs()
     queue = Queue(runs, plan.lessons(), root, facts, {})

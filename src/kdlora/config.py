@@ -23,8 +23,6 @@ LORA_ARMS: frozenset[Arm] = frozenset({"lora", "kd-lora", "student-lora"})
 DISTILLED_ARMS: frozenset[Arm] = frozenset({"kd-lora", "kd-fft"})
 STUDENT_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")  # of equal ones the first ships
 _SEEDS, _MOST = 2**32, 2**31 - 1  # NumPy's seeds; what tokenizers, Arrow and PyTorch can all count to
-
-
 _LISTED = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 # The benchmark's own spelling (`SST-2`, `CoLA`) is accepted for a task.
 _SPELT = BeforeValidator(
@@ -33,7 +31,9 @@ _SPELT = BeforeValidator(
 Names = Annotated[tuple[str, ...], _LISTED]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A section of a file; unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
@@ -41,12 +41,12 @@ class _Section(BaseModel):
     def _no_number_by_yes(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse `yes` where a number is expected, which would count as 1."""
         found = [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, bool)]
-        if found and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
+        if found and not re.search("bool|Any", str(cls.model_fields[str(info.field_name)].annotation)):
             raise ValueError(f"expected another kind of value than {str(found[0]).lower()}")
         return value
 
 
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """What is learnt."""
 
     name: Annotated[GlueName, _SPELT] | None = None
@@ -71,7 +71,7 @@ class TaskConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the examples come from. Relative paths resolve against the config file's folder."""
 
     path: str | None = None
@@ -115,7 +115,7 @@ class DataConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How one model is trained (AdamW)."""
 
     epochs: float | None = Field(default=3.0, gt=0.0)
@@ -175,7 +175,7 @@ class SettledTraining(TrainConfig):
     max_length: int
 
 
-class TeacherConfig(_Section):
+class TeacherConfig(Section):
     """The large model, or a table of its outputs."""
 
     model: str | None = None
@@ -213,7 +213,7 @@ class TeacherConfig(_Section):
         return self.logits is not None or self.probabilities is not None
 
 
-class StudentConfig(_Section):
+class StudentConfig(Section):
     """The small model."""
 
     model: str | None = None
@@ -236,7 +236,7 @@ class StudentConfig(_Section):
         return self
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """The adapters (LoRA, through PEFT)."""
 
     rank: int = Field(default=8, ge=1, le=8192)
@@ -259,7 +259,7 @@ class LoraConfig(_Section):
     """PEFT's initialisation of the adapters; `pissa` is arXiv 2404.02948, `olora` arXiv 2406.01775."""
 
 
-class DistilConfig(_Section):
+class DistilConfig(Section):
     """The loss of the distilled arms: alpha * hard + (1 - alpha) * soft (KD-LoRA, eq. 3)."""
 
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
@@ -271,7 +271,7 @@ class DistilConfig(_Section):
     regression always has."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """What is run, and on what."""
 
     arms: tuple[Arm, ...] = Field(default=("words", "fft", "kd-lora", "student-lora"), min_length=1)
@@ -309,7 +309,7 @@ class RunConfig(_Section):
         return self
 
 
-class ExportConfig(_Section):
+class ExportConfig(Section):
     """What is made of the shipped student, where the extra `onnx` is installed."""
 
     formats: tuple[Literal["onnx", "onnx-int8"], ...] = ("onnx", "onnx-int8")
@@ -324,14 +324,14 @@ class ExportConfig(_Section):
     """Measure teacher, student and exports side by side, into `benchmark.json` and the report."""
 
 
-class ReportConfig(_Section):
+class ReportConfig(Section):
     """What stands in the report beside the figures."""
 
     paper: bool = False
     """The claims of the KD-LoRA paper, held against its own tables and this experiment."""
 
 
-class Config(_Section):
+class Config(Section):
     """One experiment: arms x seeds on one task."""
 
     name: str | None = Field(default=None, pattern=r"^\w[\w .+-]*$", max_length=100)

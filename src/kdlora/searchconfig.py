@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from kdlora.config import Arm
-
-
-class Part(BaseModel):
-    """A section of a file; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+from kdlora.config import Arm, Section
 
 
-class Range(Part):
+class Range(Section):
     """Numbers from a lowest to a highest, both included."""
 
     low: float
@@ -48,7 +42,7 @@ class Range(Part):
         return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
 
 
-class Choices(Part):
+class Choices(Section):
     """A list of values; a value may itself be a list, such as adapter targets."""
 
     values: tuple[Any, ...] = Field(min_length=1)
@@ -91,7 +85,7 @@ def _flat(value: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 Space = Annotated[dict[str, Range | Choices], BeforeValidator(_parse_space)]
 
 
-class Resources(Part):
+class Resources(Section):
     """What a run needs of a node, where a cluster carries it out."""
 
     cpus: float = Field(default=1.0, gt=0.0)
@@ -102,7 +96,7 @@ class Resources(Part):
     """How often a run is started again after its node or worker was lost."""
 
 
-class SearchConfig(Part):
+class SearchConfig(Section):
     """A search over fields of a config."""
 
     space: Space = {}

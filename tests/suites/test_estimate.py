@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from kdlora.data.tasks import GLUE
 from kdlora.evidence.records import RunRecord
 from kdlora.experiment.jobs import TaskFacts
-from kdlora.experiment.overview import OVERHEAD_SECONDS, REACHED, MachineSpeed, estimate
 from kdlora.experiment.plan import make_plan
+from kdlora.experiment.preview import ADAPTERS, FULL, RUN_SECONDS
+from kdlora.experiment.settle import ModelLook
+from kdlora.experiment.suite import estimate
 from kdlora.experiment.suitefile import build_suite
 
 FACTS = {
-    name: TaskFacts(GLUE[name].task.to_dict(), "", {"train": rows}, 9.0, ())
-    for name, rows in (("cola", 1000), ("rte", 500))
+    name: TaskFacts(GLUE[name].task.to_dict(), {}, {"train": rows}, ()) for name, rows in (("cola", 1000), ("rte", 500))
 }
-"""Nine characters are five tokens: two words and the special ones."""
-
+LOOKS = {
+    (task, "own"): {
+        "teacher": ModelLook(np.array([4, 6]), 128, 768, seconds=1e-4),
+        "student": ModelLook(np.array([4, 6]), 128, 384, seconds=1e-5),
+    }
+    for task in FACTS
+}
+"""Five tokens a text."""
 
 TWO, FOUR = ({"epochs": epochs, "learning_rate": 1e-3, "max_length": 128} for epochs in (2, 4))
 
@@ -46,10 +54,6 @@ def finished(run, seconds):
     )
 
 
-def refuse(sources):
-    raise AssertionError(f"nothing is unknown, but {sources} were asked for")
-
-
 def test_finished_runs_tell_how_long_others_like_them_take():
     """An estimate from a data sheet, where a measurement lies beside it, is off by a factor."""
     wanted = plan()
@@ -58,17 +62,16 @@ def test_finished_runs_tell_how_long_others_like_them_take():
         runs["cola", arm].key: finished(runs["cola", arm], seconds)
         for arm, seconds in (("fft", 20.0), ("student-lora", 8.0))
     }
-    found = estimate(wanted, records, FACTS, refuse)
+    found = estimate(wanted, records, FACTS, LOOKS)
     # RTE has half the rows, texts of the same length, and the same five seconds beside the training.
     assert found.seconds == pytest.approx(10.0 + 4.0 + 2 * 5.0)
     assert (found.measured, found.runs) == (2, 2)
 
 
-def test_without_finished_runs_size_and_speed_decide():
+def test_without_finished_runs_forward_passes_decide():
     """The first question is asked before anything has run."""
-    speed = MachineSpeed(1e9, {"large": 1_000_000, "small": 10_000})
-    found = estimate(plan(tasks=["cola"]), {}, FACTS, lambda sources: speed)
-    tokens = 1000 * 5.0
-    work = 2 * tokens * (2 * 3 * 1_000_000 + 4 * 2 * 10_000)
-    assert found.seconds == pytest.approx(work / (REACHED * 1e9) + 2 * OVERHEAD_SECONDS)
+    found = estimate(plan(tasks=["cola"]), {}, FACTS, LOOKS)
+    rows = 1000 * 5.0
+    expected = rows * (2 * FULL * 1e-4 + 4 * ADAPTERS * 1e-5)
+    assert found.seconds == pytest.approx(expected + 2 * RUN_SECONDS)
     assert found.measured == 0

@@ -78,6 +78,20 @@ def test_settings_that_an_arm_does_not_use_are_not_its_own():
     assert {key for run in arms(plan(), "kd-lora") for key, _ in run.settings} == {"lora.rank", "distil.alpha"}
 
 
+def test_copies_belong_to_the_students_of_a_teacher_alone():
+    """Recipes that differ in what the students read would train one teacher twice, and compare students of two."""
+    train = {"train": {"epochs": 3, "learning_rate": 2e-5, "head_learning_rate": None}}
+    families = {
+        recipe: {"recipe": recipe, "teacher": {"model": "teacher"} | train, "student": {"model": "small"}}
+        for recipe in ("default", "paper")
+    }
+    found = plan(families=families, grids={})
+    assert {cell.runs[0].config.data.augment for cell in found.cells if cell.arm == "kd-lora"} == {4, 0}
+    assert len(arms(found, "fft")) == 1
+    assert [len(lesson.candidates) for lesson in found.lessons()] == [1] * 4
+    assert len({lesson.candidates[0].key for lesson in found.lessons()}) == 2
+
+
 @pytest.mark.parametrize(("name", "fft", "adapters"), [("paper", 25, 24), ("paper-small", 2, 3)])
 def test_the_papers_suites(name, fft, adapters):
     """The protocol is 25 configurations of FFT and 24 of the others; a slip in a grid changes it silently."""

@@ -109,6 +109,19 @@ def test_without_a_teacher_its_students_fail_and_say_so(suite_values, tmp_path):
     assert any("there is no teacher" in str(record.error) for record in result.failed)
 
 
+def test_students_with_and_without_copies_share_their_teacher(suite_values, tmp_path):
+    """Recipes with and without copies, side by side in one suite, were told as data that changed."""
+    both = suite_values()["families"]["tiny"]
+    families = {"plain": both | {"data": {"augment": 0}}, "copied": both | {"data": {"augment": 1}}}
+    grids = {"fft": {"teacher.train.learning_rate": [5e-3]}}
+    suite = build_suite(suite_values(families=families, grids=grids, arms=["kd-lora", "student-lora"]))
+    result = run_suite(suite, tmp_path / "suite")
+    assert sorted(record.arm for record in result.records.values()) == ["fft", "kd-lora", "kd-lora", "student-lora"]
+    assert [record.error for record in result.failed] == []
+    assert len({one.fingerprints["taught_by"] for one in result.records.values() if one.arm == "kd-lora"}) == 1
+    assert run_suite(suite, tmp_path / "suite").reused == 4
+
+
 def test_changed_data_make_the_runs_again(suite_folder, suite_values):
     """Old figures on other rows would stand in the table beside new ones."""
     record_path = next(suite_folder.glob("runs/reviews/student-lora-*/runs/*/run.json"))

@@ -14,9 +14,8 @@ from kdlora.cli.app import Json, Set, app, print_json, print_table, verb
 from kdlora.terminal import SafeConsole, draw_bars
 
 if TYPE_CHECKING:
-    from kdlora.experiment.overview import Overview
     from kdlora.experiment.search import SearchEvent, SearchResult
-    from kdlora.experiment.suite import SuiteEvent, SuiteResult
+    from kdlora.experiment.suite import Overview, SuiteEvent, SuiteResult
 
 On = Annotated[
     str | None, typer.Option("--on", metavar="ray[://HOST:PORT]", help="Carry the runs out on a Ray cluster.")
@@ -54,8 +53,9 @@ def suite(
     check_alone("suite")
     wanted = load_suite(suite_file, overrides or [])
     if dry_run:
-        from kdlora.experiment.overview import look_at_suite
+        from kdlora.experiment.suite import look_at_suite
 
+        prepare_children("kdlora.experiment.jobs")
         overview = look_at_suite(wanted, out, confirmed=yes)
         print_json(overview.to_dict()) if as_json else _print_overview(overview)
         return
@@ -167,7 +167,7 @@ def _print_overview(overview: Overview) -> None:
     hours = f"{found.seconds / 3600:,.1f} hours" if found.seconds > 5400 else f"{found.seconds / 60:,.0f} minutes"
     basis = f"{found.measured:,} of {found.runs:,} runs from finished ones like them"
     if found.measured < found.runs:
-        basis += ", the others from model sizes and this machine’s speed, within a factor of three"
+        basis += ", the others from a few forward passes on this machine"
     console.print(f"about {hours} on this machine, one run at a time ({basis})")
 
 

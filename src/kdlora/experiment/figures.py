@@ -187,8 +187,9 @@ def row_score(record: RunRecord, group: str = "") -> float | None:
 
 
 def _pairing(run: PlannedRun) -> tuple[Any, ...]:
-    """Say what a distilled run and its control have in common: everything but the distillation."""
-    return (run.seed, *((key, str(value)) for key, value in run.settings if not key.startswith("distil.")))
+    """Say what a distilled run and its control have in common: everything but the distillation and its copies."""
+    own = ("distil.", "data.augment")
+    return (run.seed, *((key, str(value)) for key, value in run.settings if not key.startswith(own)))
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import pyarrow.compute as pc
+from typing import Any, Literal, TypeVar
 
 from kdlora.config import Arm, Config
 from kdlora.configfile import save_config
-from kdlora.data.load import Splits, load_splits
-from kdlora.data.spool import read_column
+from kdlora.data.load import Splits, add_copies, load_splits
 from kdlora.errors import ArtifactError, KdLoraError
 from kdlora.evidence.records import RunRecord, write_record
 from kdlora.experiment.plan import ConfigurationLayout
 from kdlora.experiment.recording import blank_record, hash_splits, now, splits_by_name
-from kdlora.experiment.settle import Chosen, choose
+from kdlora.experiment.settle import Looks, look_at_models, sample_texts
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.system.children import run_in_child
 from kdlora.system.ownership import remove
@@ -28,39 +25,43 @@ from kdlora.system.storage import write_text_atomic
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[Any], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class TaskFacts:
     """What is known of a task's data.
 
-    `task` is `Task.to_dict()`, `fingerprint` of ids, texts and labels, `characters` the mean length of a training
-    example; `chosen` what data and models decide where the suite does not, by family.
+    `task` is `Task.to_dict()`; `fingerprints` are of ids, texts and labels, by the number of copies (`data.augment`).
     """
 
     task: dict[str, Any]
-    fingerprint: str
+    fingerprints: dict[int, str]
     rows: dict[str, int]
-    characters: float
     notes: tuple[str, ...]
-    chosen: dict[str, Chosen] = field(default_factory=dict)
+
+    def fingerprint(self, config: Config) -> str:
+        """Give the fingerprint of the rows that a run of this config has."""
+        return self.fingerprints[config.data.augment]
 
 
-def look_at(splits: Splits) -> TaskFacts:
+def look_at(splits: Splits, copies: int) -> TaskFacts:
     """Sum up a task's data."""
-    columns = [name for name in ("text", "text_pair") if name in splits.train.column_names]
-    lengths = [pc.mean(pc.utf8_length(read_column(splits.train, name))).as_py() for name in columns]
     rows = {name: len(part) for name, part in splits_by_name(splits).items()}
-    return TaskFacts(splits.task.to_dict(), hash_splits(splits), rows, float(sum(lengths)), splits.notes)
+    return TaskFacts(splits.task.to_dict(), {copies: hash_splits(splits)}, rows, splits.notes)
 
 
-def inspect_task(configs: dict[str, Config], copies_in: Path | None) -> TaskFacts:
-    """Load a task's data as its runs will, and say what data and models decide, by family."""
+def inspect_task(
+    configs: dict[str, Config], copies: Iterable[int], copies_in: Path | None, timed: bool
+) -> tuple[TaskFacts, dict[str, Looks]]:
+    """Load a task's data as its runs will, with each number of copies, and look at the models of each family."""
     config = next(iter(configs.values()))
-    splits = load_splits(config.task, config.data, copies_in=copies_in)
-    facts = look_at(splits)
-    facts.chosen.update({name: choose(one, splits) for name, one in configs.items()})
-    return facts
+    splits = load_splits(config.task, config.data.model_copy(update={"augment": 0}))
+    facts, texts = look_at(splits, 0), sample_texts(splits.train)
+    for number in copies:
+        more = add_copies(splits, number, seed=config.data.split_seed, keep_in=copies_in)
+        facts.fingerprints[number] = hash_splits(more)
+    return facts, {name: look_at_models(one, splits.task, texts, timed=timed) for name, one in configs.items()}
 
 
 @dataclass(frozen=True)
@@ -131,21 +132,28 @@ def carry_out(
 
 
 def _train(job: Job, in_child: Callable[..., Any], listen: Listener) -> RunRecord:
-    place = job.layout.run(job.arm, job.seed)
     arguments = (job.config, job.layout, job.arm, job.seed)
-    if not job.ships:
-        write_text_atomic(job.layout.config, save_config(job.config))
-    try:
+    if job.ships:
         record: RunRecord = in_child(train_run, *arguments, on_message=listen)
-    except ArtifactError as error:
-        if job.ships or not place.checkpoints.exists():
-            raise
-        logger.info("%s starts afresh: %s", job.key, error)  # interrupted under another teacher or other data
-        remove(place.checkpoints)
-        record = in_child(train_run, *arguments, on_message=listen)
-    if record.fingerprints.get("data") != job.facts.fingerprint:
+    else:
+        write_text_atomic(job.layout.config, save_config(job.config))
+        stale = job.layout.run(job.arm, job.seed).checkpoints
+        record = train_afresh(lambda: in_child(train_run, *arguments, on_message=listen), stale)
+    if record.fingerprints.get("data") != job.facts.fingerprint(job.config):
         raise ArtifactError("the data changed while the experiment ran; put back what was there and run it again")
     return record if job.ships else _without_model(job, record)
+
+
+def train_afresh(train: Callable[[], T], checkpoints: Path) -> T:
+    """Train; where it was interrupted under another teacher, data or version, begin again without its checkpoints."""
+    try:
+        return train()
+    except ArtifactError as error:
+        if not checkpoints.exists():
+            raise
+        logger.info("%s starts afresh: %s", checkpoints.parent, error)
+        remove(checkpoints)
+        return train()
 
 
 def _without_model(job: Job, record: RunRecord) -> RunRecord:
@@ -166,7 +174,7 @@ def failed_record(job: Job, fault: str) -> RunRecord:
         job.seed,
         task=job.facts.task,
         rows=job.facts.rows,
-        data=job.facts.fingerprint,
+        data=job.facts.fingerprint(job.config),
         notes=job.facts.notes,
     )
     return record.model_copy(update={"status": "failed", "error": fault, "finished": now()})

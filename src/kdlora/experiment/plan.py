@@ -113,22 +113,27 @@ class Plan:
 
     def runs(self) -> list[PlannedRun]:
         """List every run once, teachers first within a task."""
-        found: dict[str, PlannedRun] = {}
+        return [run for _, run in self.by_family()]
+
+    def by_family(self) -> list[tuple[str, PlannedRun]]:
+        """List the same with the first family that has the run."""
+        found: dict[str, tuple[str, PlannedRun]] = {}
         for cell in self.cells:
             for run in (*self.teachers.get((cell.task, cell.family), ()), *cell.runs):
-                found.setdefault(run.key, run)
+                found.setdefault(run.key, (cell.family, run))
         return list(found.values())
 
     def lessons(self) -> list[Lesson]:
-        """Say which runs teach which; families that share their candidates share the lesson."""
-        lessons: dict[tuple[str, ...], Lesson] = {}
+        """Say which runs teach which; students of the same candidates who read the same texts share a lesson."""
+        lessons: dict[tuple[str, int], Lesson] = {}
         placed: set[str] = set()
         for cell in self.cells:
-            if cell.arm in DISTILLED_ARMS:
+            for run in cell.runs if cell.arm in DISTILLED_ARMS else ():
                 candidates = self.teachers[cell.task, cell.family]
-                lesson = lessons.setdefault(tuple(one.key for one in candidates), Lesson(candidates))
-                lesson.students += [run for run in cell.runs if run.key not in placed]
-                placed |= {run.key for run in cell.runs}
+                names = ",".join(one.key for one in candidates), run.config.data.augment
+                if run.key not in placed:
+                    lessons.setdefault(names, Lesson(candidates)).students.append(run)
+                placed.add(run.key)
         return list(lessons.values())
 
     def cells_of(self, task: str, family: str) -> dict[str, Cell]:
@@ -196,6 +201,8 @@ def reset_unused(config: Config, arm: Arm) -> Config:
     """Reset what an arm does not use, so that equal runs are one run."""
     teacher, student = config.teacher, config.student
     update: dict[str, Any] = {"family": None}
+    if arm not in DISTILLED_ARMS:  # perturbed copies are texts for the students of a teacher alone
+        update["data"] = config.data.model_copy(update={"augment": 0})
     if arm == "words":
         update |= {"teacher": TeacherConfig(), "student": StudentConfig()}
         return config.model_copy(update=update | {"lora": LoraConfig(), "distil": DistilConfig()})
@@ -223,7 +230,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 def _kept(settings: Settings, config: Config, arm: Arm) -> tuple[tuple[str, Any], ...]:
     """Keep the settings that the arm uses, with the values that the config made of them."""
-    unused = [] if arm in DISTILLED_ARMS else ["distil."]
+    unused = [] if arm in DISTILLED_ARMS else ["distil.", "data.augment"]
     unused += ["student.full_learning_rate"] if arm in LORA_ARMS else ["lora."]
     unused += ["student."] if arm == "fft" else ["teacher.train."]
     values = config.model_dump(mode="json")

@@ -18,11 +18,10 @@ from kdlora.data.load import Splits
 from kdlora.data.spool import read_column
 from kdlora.data.tasks import Task
 from kdlora.distil.words import MOST_ROWS
-from kdlora.experiment.arms import rows_per_epoch
-from kdlora.experiment.inputs import Role, labels_unlabelled
+from kdlora.experiment.inputs import labels_unlabelled
 from kdlora.experiment.recording import splits_by_name
 from kdlora.experiment.scoring import label_array
-from kdlora.experiment.settle import ModelLook, closed, decide, settings_for
+from kdlora.experiment.settle import Looks, ModelLook, closed, decide, settings_for
 from kdlora.report.wording import metric_title
 
 FULL, ADAPTERS = 4.0, 3.6
@@ -133,25 +132,27 @@ def make_plan(
     config: Config,
     splits: Splits,
     left: Sequence[Arm],
-    looks: Mapping[Role, ModelLook],
+    looks: Looks,
     *,
     labelled: bool = False,
     processes: int = 1,
 ) -> ExperimentPlan:
     """Sum up what is left of an experiment."""
     if looks:
-        config = decide(looks, splits).fill_in(config)
+        config = decide(looks, len(splits.train)).fill_in(config)
     seeds = Counter(arm for arm in left if arm != "fft" or not config.given_teacher)
-    trainings = tuple(_training(config, splits, looks, arm, runs, processes) for arm, runs in seeds.items())
+    rows = {name: len(part) for name, part in splits_by_name(splits).items()}
+    own = rows | {"unlabelled": rows.get("unlabelled", 0) - splits.copies}
+    trainings = tuple(_training(config, arm, runs, own, looks, processes) for arm, runs in seeds.items())
     seconds = sum(one.runs * one.seconds for one in trainings) + (DEPLOY_SECONDS if config.export.benchmark else 0.0)
     if not labelled and set(seeds) & DISTILLED_ARMS and "teacher" in looks:
-        rows = len(splits.train) + (len(splits.unlabelled or ()) if labels_unlabelled(config) else 0)
-        seconds += rows * _row_seconds(config, looks["teacher"], "fft") / processes
+        read = rows["train"] + (rows.get("unlabelled", 0) if labels_unlabelled(config) else 0)
+        seconds += read * _row_seconds(config, looks, "fft") / processes
     scored = splits_by_name(splits, scored=True)
     return ExperimentPlan(
         config,
         splits.task,
-        {name: len(part) for name, part in splits_by_name(splits).items()},
+        rows,
         splits.copies,
         count_labels(splits.task, splits.train),
         {role: _text_lengths(one, getattr(config, role).train.max_length) for role, one in looks.items()},
@@ -163,23 +164,36 @@ def make_plan(
 
 
 def _training(
-    config: Config, splits: Splits, looks: Mapping[Role, ModelLook], arm: Arm, runs: int, processes: int
+    config: Config, arm: Arm, runs: int, rows: Mapping[str, int], looks: Looks, processes: int
 ) -> PlannedTraining:
-    """Count the steps of an arm, and estimate its seconds from those of a forward pass."""
+    """Count the steps of an arm, and estimate its seconds."""
+    seconds, steps = RUN_SECONDS + training_seconds(config, arm, rows, looks, processes), 0
+    if arm != "words":
+        settings = closed(settings_for(config, arm))
+        of_epoch = math.ceil(_drawn(arm, rows) / (settings.batch_size * processes))
+        steps = math.ceil(settings.epochs * of_epoch)
+    return PlannedTraining(arm, runs, steps, seconds)
+
+
+def training_seconds(config: Config, arm: Arm, rows: Mapping[str, int], looks: Looks, processes: int = 1) -> float:
+    """Estimate how long a training takes, from forward passes that were timed; `rows` by split, copies aside."""
     if arm == "words":
-        return PlannedTraining(arm, runs, 0, RUN_SECONDS + WORDS_SECONDS * min(len(splits.train), MOST_ROWS))
-    settings = closed(settings_for(config, arm))
-    drawn = len(splits.train) if arm in TEACHER_ARMS else rows_per_epoch(splits)
-    steps = math.ceil(settings.epochs * math.ceil(drawn / (settings.batch_size * processes)))
-    row = _row_seconds(config, looks["teacher" if arm in TEACHER_ARMS else "student"], arm)
-    scored = (settings.epochs / processes + 1) * len(splits.validation) + len(splits.test or ())
-    drawn *= 2 if splits.copies and arm in DISTILLED_ARMS else 1  # a copy beside every row
-    passes = (ADAPTERS if arm in LORA_ARMS else FULL) * settings.epochs * drawn / processes + scored
-    return PlannedTraining(arm, runs, steps, passes * row + RUN_SECONDS)
+        return WORDS_SECONDS * min(rows["train"], MOST_ROWS)
+    epochs = closed(settings_for(config, arm)).epochs
+    scored = (epochs / processes + 1) * rows.get("validation", 0) + rows.get("test", 0)
+    copied = 2 if config.data.augment and arm in DISTILLED_ARMS else 1  # a copy beside every row
+    passes = (ADAPTERS if arm in LORA_ARMS else FULL) * epochs * _drawn(arm, rows) * copied / processes + scored
+    return passes * _row_seconds(config, looks, arm)
 
 
-def _row_seconds(config: Config, look: ModelLook, arm: Arm) -> float:
+def _drawn(arm: Arm, rows: Mapping[str, int]) -> int:
+    """Count the rows that an epoch draws, as `rows_per_epoch` does."""
+    return rows["train"] + (0 if arm in TEACHER_ARMS else rows.get("unlabelled", 0))
+
+
+def _row_seconds(config: Config, looks: Looks, arm: Arm) -> float:
     """Give the seconds of a forward pass over a training text of mean length."""
+    look = looks["teacher" if arm in TEACHER_ARMS else "student"]
     max_length = settings_for(config, arm).max_length or look.limit
     return look.seconds * float(np.minimum(look.lengths, max_length).mean())
 

@@ -195,7 +195,7 @@ def finished_runs(runs: Iterable[PlannedRun], root: Path, facts: Mapping[str, Ta
     found = {}
     for run in runs:
         record = undamaged_record(run, root)
-        if record is None or record.fingerprints.get("data") != facts[run.task].fingerprint:
+        if record is None or record.fingerprints.get("data") != facts[run.task].fingerprint(run.config):
             continue
         if _is_same(run, record, root):
             found[run.key] = record

@@ -197,8 +197,8 @@ def _lead(
     config = with_recorded(config, layout.config)
     check_folder(config, layout)
     splits = load_splits(config.task, config.data, copies_in=layout.copies if layout.copies.exists() else None)
-    facts = look_at(splits)
-    finished = _finished(config, layout, facts.fingerprint)
+    facts = look_at(splits, config.data.augment)
+    finished = _finished(config, layout, facts.fingerprint(config))
     notes, plan = list(splits.notes), None
     if len(finished) < len(_planned(config)):
         notes += check_table(config, splits)

@@ -15,8 +15,9 @@ from filelock import FileLock
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import save_config
 from kdlora.distil.session import ProgressEvent
-from kdlora.errors import ArtifactError, KdLoraError
+from kdlora.errors import KdLoraError
 from kdlora.experiment.engines import LostError, open_engine
+from kdlora.experiment.jobs import train_afresh
 from kdlora.experiment.plan import ConfigurationLayout, identity, reset_unused
 from kdlora.experiment.ray_cluster import local_paths
 from kdlora.experiment.search_report import write_search_report
@@ -261,13 +262,8 @@ def _train(search: Search, config: Config, folder: Path, reporter: _Reporter) ->
     if search.arm in DISTILLED_ARMS and not config.teacher.is_table:
         layout = replace(layout, shared_teacher=_teacher(search, config, reporter.tell))
     arguments = (config, search.holdout, layout, search.arm, reporter.stop)
-    try:
-        result = run_in_child(train_trial, *arguments, on_message=reporter.hear)
-    except ArtifactError as error:
-        logger.info("%s starts afresh: %s", folder.name, error)  # checkpoints of an earlier version
-        remove(folder / "runs")
-        result = run_in_child(train_trial, *arguments, on_message=reporter.hear)
-    remove(folder / "runs")
+    result = train_afresh(lambda: run_in_child(train_trial, *arguments, on_message=reporter.hear), layout.runs)
+    remove(layout.runs)
     remove(reporter.stop)
     return result
 

@@ -93,7 +93,10 @@ class ModelLook:
     seconds: float = 0.0  # of a forward pass, a token; 0 where it was not timed
 
 
-def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = True) -> dict[Role, ModelLook]:
+Looks = Mapping[Role, ModelLook]
+
+
+def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = True) -> Looks:
     """Load every model that the experiment names, count the tokens of its texts, and time it; for a child."""
     found: dict[Role, ModelLook] = {}
     for role, encoder in loaded_models(config, task):
@@ -154,12 +157,12 @@ class Chosen:
 
 def choose(config: Config, splits: Splits) -> Chosen:
     """Load an experiment's models, and look at its texts."""
-    return decide(look_at_models(config, splits.task, sample_texts(splits.train), timed=False), splits)
+    looks = look_at_models(config, splits.task, sample_texts(splits.train), timed=False)
+    return decide(looks, len(splits.train) + splits.held_out)
 
 
-def decide(looks: Mapping[Role, ModelLook], splits: Splits) -> Chosen:
-    """Choose by the texts and the models; a bag of words alone has none."""
-    rows = len(splits.train) + splits.held_out
+def decide(looks: Looks, rows: int) -> Chosen:
+    """Choose by the models and the texts of so many training rows; a bag of words alone has no model."""
     if not looks:
         return Chosen(LEAST, rows, {})
     longest = choose_max_length([one.lengths for one in looks.values()], [one.limit for one in looks.values()])

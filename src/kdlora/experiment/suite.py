@@ -1,20 +1,26 @@
-"""Carry out a suite: check everything first, run what is not finished, keep what failed, write the tables."""
+"""A suite: check everything first, say what it would take, run what is not finished, write the tables."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from kdlora.config import TEACHER_ARMS, Arm
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
-from kdlora.experiment.engines import Engine, Work, open_engine
+from kdlora.experiment.engines import Engine, Here, Work, open_engine
 from kdlora.experiment.jobs import Job, TaskFacts, carry_out, inspect_task, lost
-from kdlora.experiment.plan import Plan, make_plan, whole_config
+from kdlora.experiment.plan import Plan, PlannedRun, make_plan, whole_config
+from kdlora.experiment.preview import RUN_SECONDS, training_seconds
 from kdlora.experiment.queue import Queue, finished_runs
 from kdlora.experiment.ray_cluster import local_paths
+from kdlora.experiment.settle import Looks, decide
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import SuiteConfig, save_suite
 from kdlora.system.ownership import check_folder, claim_folder
@@ -114,7 +120,7 @@ def run_suite(
         write_text_atomic(root / "suite.yaml", save_suite(suite))
         paths = [path for cell in plan.cells for path in local_paths(cell.runs[0].config)]
         with open_engine(on, suite.resources, [str(root / "suite.yaml"), *paths]) as engine:
-            plan, facts = settle_plan(suite, engine, root / "copies")
+            plan, facts, _ = settle_plan(plan, engine, root / "copies")
             runs = plan.runs()
             queue = Queue(runs, plan.lessons(), root, facts, finished_runs(runs, root, facts))
             work = carry_out if on is not None else functools.partial(carry_out, check=lock.check)
@@ -154,13 +160,19 @@ def check_size(suite: SuiteConfig, *, confirmed: bool) -> None:
         )
 
 
-def settle_plan(suite: SuiteConfig, engine: Engine, copies_in: Path | None = None) -> tuple[Plan, dict[str, TaskFacts]]:
-    """Look at the data of every task, and lay out the runs with what data and models decide."""
+def settle_plan(
+    plan: Plan, engine: Engine, copies_in: Path | None = None, *, timed: bool = False
+) -> tuple[Plan, dict[str, TaskFacts], dict[tuple[str, str], Looks]]:
+    """Look at the data of every task and its models, and lay out the runs with what they decide."""
+    suite = plan.suite
     configs = {task: {name: whole_config(suite, task, name) for name in suite.families} for task in suite.tasks}
-    answers = engine.call_all(inspect_task, [(config, copies_in) for config in configs.values()])
-    facts: dict[str, TaskFacts] = dict(zip(configs, _without_faults(configs, answers), strict=True))
-    chosen = {(task, family): found for task, one in facts.items() for family, found in one.chosen.items()}
-    return make_plan(suite, chosen), facts
+    copies = {task: sorted({run.config.data.augment for run in plan.runs() if run.task == task}) for task in configs}
+    questions = [(config, copies[task], copies_in, timed) for task, config in configs.items()]
+    answers = dict(zip(configs, _without_faults(configs, engine.call_all(inspect_task, questions)), strict=True))
+    facts = {task: found for task, (found, _) in answers.items()}
+    looks = {(task, family): one for task, (_, found) in answers.items() for family, one in found.items()}
+    chosen = {place: decide(one, facts[place[0]].rows["train"]) for place, one in looks.items()}
+    return make_plan(suite, chosen), facts, looks
 
 
 def _without_faults(names: Any, answers: list[Any]) -> list[Any]:
@@ -173,3 +185,104 @@ def _without_faults(names: Any, answers: list[Any]) -> list[Any]:
     if faults:
         raise ConfigError("\n".join([f"{len(faults)} faults", *(f"  - {name}: {fault}" for name, fault in faults)]))
     return answers
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """One arm of a task: its runs in all families, shared ones once, and how many of them need not be repeated."""
+
+    task: str
+    arm: Arm
+    runs: int
+    finished: int
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What a suite would do: its runs by task and arm, how many teachers label their rows, the time of what is left.
+
+    There is no estimate where the data or a model cannot be reached; `obstacle` says why.
+    """
+
+    plan: Plan
+    arms: tuple[PlannedArm, ...]
+    labellings: int
+    estimate: Estimate | None
+    obstacle: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the figures for programs."""
+        return {
+            "runs": sum(one.runs for one in self.arms),
+            "finished": sum(one.finished for one in self.arms),
+            "labellings": self.labellings,
+            "arms": [asdict(one) for one in self.arms],
+            "estimate": None if self.estimate is None else asdict(self.estimate),
+            "obstacle": self.obstacle,
+        }
+
+
+def look_at_suite(suite: SuiteConfig, out: str | Path | None = None, *, confirmed: bool = False) -> Overview:
+    """Say what a suite would do, without doing any of it."""
+    check_size(suite, confirmed=confirmed)
+    plan = make_plan(suite)
+    root = suite_folder(suite, out)
+    records: dict[str, RunRecord] = {}
+    found: Estimate | None = None
+    obstacle = ""
+    try:
+        plan, facts, looks = settle_plan(plan, Here(), timed=True)
+        records = finished_runs(plan.runs(), root, facts)
+        found = estimate(plan, records, facts, looks)
+    except (KdLoraError, OSError) as error:
+        obstacle = str(error)
+    runs = plan.runs()
+    counts = Counter((run.task, run.arm) for run in runs)
+    done = Counter((run.task, run.arm) for run in runs if run.key in records)
+    arms = tuple(PlannedArm(task, arm, number, done[task, arm]) for (task, arm), number in counts.items())
+    return Overview(plan, arms, len(plan.lessons()), found, obstacle)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of the runs that are left, one after the other, without the teachers' labelling.
+
+    `measured` of these runs were estimated from finished ones of the same arm and model.
+    """
+
+    seconds: float
+    measured: int
+    runs: int
+
+
+def estimate(
+    plan: Plan,
+    records: Mapping[str, RunRecord],
+    facts: Mapping[str, TaskFacts],
+    looks: Mapping[tuple[str, str], Looks],
+) -> Estimate:
+    """Estimate the time of the runs that have not finished, from timed forward passes and from finished runs like them.
+
+    What a run took, by what was expected of it, is what others of its arm and model are expected to take.
+    """
+    expected: dict[str, float] = {}
+    factors: dict[tuple[str, str | None], list[float]] = {}
+    beyond: list[float] = []
+    runs = {run.key: (run, family) for family, run in plan.by_family()}
+    for key, (run, family) in runs.items():
+        found, record = looks[run.task, family], records.get(key)
+        expected[key] = training_seconds(run.config, run.arm, facts[run.task].rows, found)
+        if record is not None and record.train_seconds:
+            factors.setdefault(_kind(run), []).append(record.train_seconds / expected[key])
+            if record.started:
+                whole = datetime.fromisoformat(record.finished) - datetime.fromisoformat(record.started)
+                beyond.append(max(0.0, whole.total_seconds() - record.train_seconds))
+    overhead = statistics.median(beyond) if beyond else RUN_SECONDS
+    left = [run for key, (run, _) in runs.items() if key not in records]
+    seconds = sum(overhead + expected[run.key] * statistics.median(factors.get(_kind(run), [1.0])) for run in left)
+    return Estimate(seconds, sum(_kind(run) in factors for run in left), len(left))
+
+
+def _kind(run: PlannedRun) -> tuple[str, str]:
+    student = run.config.student
+    return run.arm, str(run.config.teacher.model if run.arm in TEACHER_ARMS else student.model or student)

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from kdlora.config import ARMS, LORA_ARMS, Arm, GlueName
+from kdlora.config import ARMS, LORA_ARMS, Arm, GlueName, Section
 from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
 from kdlora.defaults import FAMILIES
 from kdlora.errors import ConfigError, did_you_mean
-from kdlora.searchconfig import Part, Resources
+from kdlora.searchconfig import Resources
 
 Settings = dict[str, Any]
 Axes = tuple[tuple[Settings, ...], ...]
@@ -105,7 +105,7 @@ Grid = Annotated[Axes, BeforeValidator(_parse_axes)]
 Partial = dict[str, Any]
 
 
-class Grids(Part):
+class Grids(Section):
     """The configurations of each kind of arm; an empty grid is the one configuration that `config` describes."""
 
     fft: Grid = ()
@@ -122,7 +122,7 @@ class Grids(Part):
         return self.fft if arm == "fft" else self.adapters if arm in LORA_ARMS else self.full_students
 
 
-class SuiteConfig(Part):
+class SuiteConfig(Section):
     """A suite: tasks x families x arms x configurations x seeds."""
 
     name: str = Field(pattern=r"^\w[\w .+-]*$", max_length=60)

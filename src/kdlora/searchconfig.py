@@ -99,7 +99,7 @@ class Resources(Section):
 class SearchConfig(Section):
     """A search over fields of a config."""
 
-    space: Space = {}
+    space: Space = Field(default_factory=dict)
     """Config key (`lora.rank`) to a list of values, or `{low, high, log, step}`; whole ends give whole numbers."""
     trials: int = Field(default=30, ge=1)
     """Trainings in all, pruned ones included, whichever process carries them out."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from csv import writer as csv_writer
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,15 @@ def settings(what: str, *expected: str, content: bytes | None = None, **changes:
     return DataCase(what, "train.csv", csv() if content is None else content, expected, changes)
 
 
+def table(**columns: Sequence[object]) -> bytes:
+    """Give a CSV file of these columns."""
+    lines = io.StringIO(newline="")
+    writer = csv_writer(lines)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return lines.getvalue().encode()
+
+
 def parquet(**columns: Any) -> bytes:
     """Give a Parquet file of twenty texts and labels, but for the columns given."""
     buffer = io.BytesIO()
@@ -66,11 +76,10 @@ def as_text(*values: bytes) -> pa.Array:
     return pa.array(list(values), pa.binary()).view(pa.string())
 
 
-def numbers(ending: str = "") -> bytes:
-    """Give a file whose labels are numbers, but for its last line."""
-    return csv().replace(b",a\n", b",1\n").replace(b",b\n", b",2\n") + ending.encode()
-
-
+TEXTS = [f"text {row}" for row in range(20)]
+AB = ["a", "b"] * 10
+BOTH = table(text=TEXTS, x=[0, 1] * 10, y=[0, 1] * 10)
+FORTY = [f"t{row}" for row in range(40)]
 NUMBERS: dict[str, Any] = {"kind": "regression"}
 FLAGS: dict[str, Any] = {"label": ["x", "y"]}
 TABS = csv(header="id\ttext\tlabel", separator="\t")
@@ -111,35 +120,112 @@ CASES = [
     # With CSV's quoting one stray quote swallows rows, without it is a character. Never half of each.
     file("quotes in a TSV", "tsv", TABS + b'20\t"a ""b"" c"\ta\n'),
     file("two lines in quotes in a TSV", "tsv", TABS + b'20\t"a text\nin two lines"\ta\n'),
-    csv_line("text missing", "20,,a", "text"),
-    csv_line("text blank", "20,   ,a", "text"),
+    # A blank text is learnt as "no words mean this label"; the second such row is counted.
+    *(
+        file(
+            f"{text!r} as text",
+            "csv",
+            table(text=[*TEXTS[:18], text, text], label=AB),
+            "row 19: the text 'text' is empty (1 more such rows)",
+        )
+        for text in ("", "  \t", "\u00a0\u3000", "\ufeff")
+    ),
+    file("half a pair", "csv", table(sentence1=TEXTS, sentence2=[*TEXTS[:19], ""], label=AB), "row 20: the text 'sent"),
     csv_line("label missing", "20,a film,", "label"),
     csv_line("id missing", ",a film,a", "the id ('id') is empty"),
     # Two rows with one id share teacher logits: one of them learns from another text.
     csv_line("id twice", "3,a film,a", "the id '3' ('id') is also that of row 4", "data.id_column"),
-    # A classifier of one class is always right.
+    # A model of one class, or of one value, is right on every row that it has seen.
     settings("one class", "one class only (a)", "task.label", content=csv().replace(b",b\n", b",a\n")),
-    settings("a column misspelt", "'txt'", "task.text", "Did you mean 'text'?", task={"text": "txt"}),
-    settings("a label misspelt", "'lable'", "task.label", "'label'", task={"label": "lable"}),
+    settings(
+        "one value",
+        "regression needs different values",
+        "every training label is 2.5",
+        content=table(text=TEXTS, label=[2.5] * 20),
+        task=NUMBERS,
+    ),
+    # The wrong column that happens to exist would be learnt without an error; the right name has to be suggested.
+    settings(
+        "a column misspelt",
+        "no column 'txt' (task.text)",
+        "it has 'id', 'text', 'label'",
+        "Did you mean 'text'?",
+        task={"text": "txt"},
+    ),
+    settings(
+        "a label misspelt", "no label column 'lable' (task.label)", "Did you mean 'label'", task={"label": "lable"}
+    ),
     settings("no id column", "key", "data.id_column", data={"id_column": "key"}),
     settings("text is the label", "both text and label", task={"text": "label", "label": "label"}),
+    # A guess between two columns is right half the time and never seen.
+    settings("no known text", "Set task.text; the columns are 'first', 'label'", content=table(first=TEXTS, label=AB)),
+    settings("two texts", "may be text or review; set task.text", content=table(text=TEXTS, review=TEXTS, label=AB)),
+    settings("no known label", "Set task.label; the columns are", content=table(text=TEXTS, outcome=AB)),
     settings("names left out", "'b'", "label_names", task={"label_names": ["a", "c"]}),
     settings("names too many", "3 names", task={"label_names": ["a", "b", "c"], "kind": "regression"}),
+    # Ids or prices taken for classes give a classifier of thousands of labels; one "n/a" must not make one either.
+    settings(
+        "integers",
+        "40 different integers",
+        "set task.kind to single-label or regression",
+        content=table(text=FORTY, label=range(40)),
+    ),
+    settings("whole decimals", "all whole numbers", content=table(text=FORTY, label=[1.0, 2.0] * 20)),
+    settings("many names", "40 texts in 40 rows", content=table(text=FORTY, label=FORTY)),
+    settings(
+        "a word among numbers",
+        "row 17",
+        "'n/a' among numbers",
+        content=table(text=TEXTS, label=[*(f"{row}.5" for row in range(16)), "n/a", "1.5", "2.5", "3.5"]),
+    ),
     # One NaN among the targets makes every weight NaN.
     file("numbers wanted", "csv", csv(), "row 1", "'a'", task=NUMBERS),
     *(
-        file(f"{value!r} among numbers", "csv", numbers(f"20,x,{value}\n"), "row 21", task=NUMBERS)
-        for value in ("nan", "inf", "1e999", "much", "")
+        file(
+            f"{value!r} among numbers",
+            "csv",
+            table(text=TEXTS, label=[0.5, 1.5] * 8 + [value] + [2.0, 3.0, 4.0]),
+            "row 17: ",
+            expected,
+            task=NUMBERS,
+        )
+        for expected, values in (
+            ("finite", ("nan", "inf", "1e60", "1e999")),
+            ("number", ("much",)),
+            ("no label", ("", "  ")),
+        )
+        for value in values
+    ),
+    # A 2 in a 0/1 column gives a loss below zero.
+    file(
+        "flags of 2",
+        "csv",
+        table(text=TEXTS, x=[0, 1] * 10, y=[0, 1] * 9 + [2, 0]),
+        "row 19: 'y' is '2', but a multi-label column holds only 0 and 1",
+        task=FLAGS,
+    ),
+    file(
+        "a flag left out",
+        "csv",
+        table(text=TEXTS, x=[0, 1] * 10, y=[0, 1] * 9 + ["", 0]),
+        "row 19: no label in column 'y'",
+        task=FLAGS,
     ),
     settings(
-        "all numbers alike",
-        "regression needs different values",
-        content=csv().replace(b",a\n", b",1\n").replace(b",b\n", b",1\n"),
-        task=NUMBERS,
+        "flags without any",
+        "no training row has any label",
+        content=table(text=TEXTS, x=[0] * 20, y=[0] * 20),
+        task=FLAGS,
     ),
-    settings("flags of 2", "row 1", "'x'", content=b"text,x,y\nt,2,0\n", task=FLAGS),
-    settings("flags without any", "no training row has any label", content=b"text,x,y\n" + b"t,0,0\n" * 20, task=FLAGS),
     settings("flags missing", "'y'", content=b"text,x\nt,1\n", task=FLAGS),
+    settings("flags of other names", "need the same names", content=BOTH, task=FLAGS | {"label_names": ["x", "z"]}),
+    settings("several labels of one kind", "name one", content=BOTH, task=FLAGS | {"kind": "single-label"}),
+    settings("names that are no lists", "expected a list of label names", task={"kind": "multi-label"}),
+    # One row cannot be divided into training and validation.
+    settings("one number", "cannot be split", content=b"text,label\nt,0.5\n"),
+    settings(
+        "a row a class", "every label has a single training row", content=table(text=TEXTS[:3], label=["a", "b", "c"])
+    ),
     # A broken line that is skipped shifts every id after it.
     json_line("broken JSON", '{"text": ', "line 21: not JSON"),
     json_line("a list as a line", [1, 2], "line 21: expected a JSON object", "list"),

@@ -55,6 +55,11 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file, which is made where there is none."""
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+
+
 def read_rows(path: Path | str) -> list[dict[str, str]]:
     """Read a CSV file."""
     with Path(path).open(encoding="utf-8", newline="") as file:

@@ -98,12 +98,6 @@ def test_validate_comes_quickly_and_prints_the_whole_config(small):
     assert printed["distil"] == {"alpha": 0.5, "temperature": 2.0, "loss": "kl"}
 
 
-def test_python_m_kdlora_is_the_command_line():
-    """The README's fallback where the script is not on the path."""
-    done = subprocess.run([sys.executable, "-m", "kdlora", "families"], capture_output=True, text=True, check=True)
-    assert "distilbert-base-uncased" in done.stdout
-
-
 def test_tasks_lists_columns_labels_and_metrics(cli):
     """Users copy column and label names from here."""
     shown = cli("tasks")

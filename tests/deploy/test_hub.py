@@ -14,7 +14,6 @@ from fabricate import make_record
 from kdlora.deploy.hub import locate_model, push_experiment
 from kdlora.errors import ConfigError, KdLoraError, ModelError
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.models.settings import read_licence
 from kdlora.report.card import FOLDER_IN_CARD, card_metadata, student_card
 
 ROWS = [
@@ -163,15 +162,6 @@ def test_the_card_carries_what_the_hub_reads():
     assert "/home/me" not in student_card(local)
     assert FOLDER_IN_CARD in student_card(local)
     yaml.safe_load(student_card(local).split("---")[1])
-
-
-def test_the_licence_comes_from_the_base_models_card(tmp_path):
-    """A student under no licence, or under another than its base's."""
-    assert read_licence(str(tmp_path)) is None
-    (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\n")
-    assert read_licence(str(tmp_path)) == "mit"
-    (tmp_path / "README.md").write_text("---\nlicense: [broken\n---\n")
-    assert read_licence(str(tmp_path)) is None
 
 
 def test_what_cannot_be_pushed_or_found_is_refused_before_the_hub_is_asked(tmp_path, finished):

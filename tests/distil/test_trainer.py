@@ -14,7 +14,7 @@ from kdlora.distil import session as session_module
 from kdlora.distil import train as train_module
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.session import ProgressEvent
-from kdlora.errors import ConfigError, DataError, KdLoraError
+from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.metrics import compute_metrics
 from kdlora.models.adapters import merge_student
 
@@ -257,15 +257,6 @@ def test_bf16_and_fp32_learn_the_same(make_setup, tmp_path):
     ]
     for one, other in zip(outcomes[0].history, outcomes[1].history, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-2)
-
-
-def test_a_diverged_training_stops(make_setup, tmp_path):
-    """Trainer hides NaN losses by default, and trains on to the end."""
-    setup = make_setup(lora=False, learning_rate=1e30, warmup_fraction=0.0, epochs=3)
-    with pytest.raises(
-        KdLoraError, match=r"diverged: .* (at step \d+|validation logits).*learning rate \(now 1e\+30\)"
-    ):
-        setup.run(tmp_path)
 
 
 def test_progress(make_setup, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import ARMS, copy_experiment, read_rows, snapshot
-from kdlora.errors import ArtifactError, DataError
+from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment import jobs
@@ -226,13 +226,6 @@ def test_stages_are_told_to_the_listener(workshop, experiment, copied):
         for root in (experiment.folder, copied.root)
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def test_data_faults_come_before_the_folder(workshop, tmp_path):
-    """A folder made for nothing stands in the way of the next attempt."""
-    with pytest.raises(DataError, match="nowhere"):
-        run_experiment(workshop.config({"data": {"train": str(tmp_path / "nowhere.csv")}}), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_arms_share_the_number_format_that_was_timed_first(workshop, tmp_path):

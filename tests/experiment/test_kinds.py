@@ -12,13 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from experiments import FAST, copy_experiment, read_rows, snapshot, write_lines
-from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
 from kdlora.distil.teacher import read_stored_logits
-from kdlora.errors import DataError, ModelError
 from kdlora.evidence.predictions import read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.inputs import check_table, load_teacher
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.report.card import student_card
@@ -257,16 +254,6 @@ def test_a_given_teacher_with_its_labels_in_another_order_is_the_same_teacher(
     assert any("evaluated, not trained" in note for note in record.notes)
 
 
-def test_generic_labels_need_label_names(experiment, workshop, reversed_teacher):
-    """`LABEL_0` says nothing; a guess is right half of the time."""
-    folder = reversed_teacher("LABEL_0", "LABEL_1")
-    task = Task.from_dict(experiment.records[0].task)
-    with pytest.raises(ModelError, match=r"Set teacher\.label_names"):
-        load_teacher(given(workshop, folder), task)
-    _, columns = load_teacher(given(workshop, folder, label_names=["positive", "negative"]), task)
-    assert columns == [1, 0]
-
-
 def test_texts_that_the_teacher_reads_cut_are_counted(experiment, workshop, tmp_path):
     """A teacher that sees the first four tokens teaches four tokens' worth."""
     config = given(workshop, str(experiment.layout.teacher), train={"max_length": 4})
@@ -275,18 +262,6 @@ def test_texts_that_the_teacher_reads_cut_are_counted(experiment, workshop, tmp_
     record = train_run(config, layout, "kd-lora", 0, lambda event: None)
     assert record.truncated["train (by the teacher)"] == 64
     assert record.truncated["train"] == 0
-
-
-def test_a_table_that_misses_training_rows_is_refused_before_any_training(workshop, tmp_path):
-    """Found out by the child of the third arm, the fault costs a teacher's training."""
-    rows = read_rows(workshop.train)
-    table = write_lines(tmp_path / "t.jsonl", [{"id": row["id"], "negative": 0, "positive": 1} for row in rows[:-3]])
-    config = workshop.config({"teacher": {"model": None, "logits": str(table)}, "run": {"arms": ["kd-lora"]}})
-    with pytest.raises(DataError, match="3 of 64 examples have no teacher logits"):
-        check_table(config, load_splits(config.task, config.data))
-    with pytest.raises(DataError, match="3 of 64 examples have no teacher logits"):
-        run_experiment(config, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_constant_student_is_shipped_without_a_score(experiment):

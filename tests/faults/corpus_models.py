@@ -6,16 +6,17 @@ import json
 import pickle
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-
-def _edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+from experiments import edit_json
+from tiny import build_model_folder
 
 
 def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
@@ -52,44 +53,94 @@ def _offsets_outside(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
 
 
+def _grow_tokenizer(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"extra{index}" for index in range(50)])
+    tokenizer.save_pretrained(folder)
+
+
+def _other_family(folder: Path, family: str) -> None:
+    """Transformers 5 builds a tokenizer of special tokens alone, and every text becomes [UNK] [UNK] [UNK]."""
+    build_model_folder(family, folder)
+    _only(folder, "config.json", "model.safetensors")
+
+
 MODELS: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
     ("empty", _only, ("expected config.json", "nothing")),
     ("no config", lambda f: (f / "config.json").unlink(), ("expected config.json",)),
-    ("config cut off", lambda f: _cut(f / "config.json", 30), ("config.json", "damaged")),
+    ("config cut off", lambda f: _cut(f / "config.json", 30), ("config.json is damaged", "line ")),
     ("config empty", lambda f: _cut(f / "config.json", 0), ("config.json", "damaged")),
-    ("config a list", lambda f: (f / "config.json").write_text("[]"), ("config.json", "expected a JSON object")),
+    (
+        "config a list",
+        lambda f: (f / "config.json").write_text("[]"),
+        ("config.json", "expected a JSON object, found list"),
+    ),
     ("config not UTF-8", lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ("config.json", "damaged")),
     ("config nested too deep", lambda f: (f / "config.json").write_text("[" * 99999), ("config.json", "damaged")),
-    ("unknown architecture", lambda f: _edit(f / "config.json", model_type="banana"), ("banana",)),
+    (
+        "unknown architecture",
+        lambda f: edit_json(f / "config.json", model_type="banana"),
+        ("the configuration in", "banana"),
+    ),
     ("no architecture", lambda f: (f / "config.json").write_text("{}"), ("config",)),
-    ("a text generator", lambda f: _edit(f / "config.json", model_type="gpt2"), ("generates text", "encoder")),
-    ("an image model", lambda f: _edit(f / "config.json", model_type="vit"), ("'vit'", "encoder")),
+    ("GPT-2", transformers.GPT2Config().save_pretrained, ("generates text; expected an encoder", "teacher.logits")),
+    ("T5", transformers.T5Config().save_pretrained, ("generates text; expected an encoder",)),
+    ("ViT", transformers.ViTConfig().save_pretrained, ("'vit'", "encoder", "no text classification")),
+    ("CLIP", transformers.CLIPConfig().save_pretrained, ("no text classification",)),
     (
         "own code",
-        lambda f: _edit(f / "config.json", model_type="x", auto_map={"AutoConfig": "c.C"}),
-        ("trust_remote_code",),
+        lambda f: edit_json(f / "config.json", model_type="x", auto_map={"AutoConfig": "c.C"}),
+        ("trust_remote_code: true",),
     ),
-    ("another width", lambda f: _edit(f / "config.json", dim=64), ("do not fit its config.json",)),
-    ("heads that do not divide", lambda f: _edit(f / "config.json", n_heads=5), ("config",)),
-    ("negative layers", lambda f: _edit(f / "config.json", n_layers=-1), ("-1 layers",)),
-    ("a width that is text", lambda f: _edit(f / "config.json", dim="wide"), ("config",)),
-    ("more layers", lambda f: _edit(f / "config.json", n_layers=3), ("tensors are missing",)),
-    ("no weights", lambda f: (f / "model.safetensors").unlink(), ("no weights",)),
+    ("another width", lambda f: edit_json(f / "config.json", dim=64), ("do not fit its config.json",)),
+    (
+        "another inner width",
+        lambda f: edit_json(f / "config.json", hidden_dim=48),
+        ("do not fit its config.json", "ffn.lin1"),
+    ),
+    ("heads that do not divide", lambda f: edit_json(f / "config.json", n_heads=5), ("config",)),
+    ("negative layers", lambda f: edit_json(f / "config.json", n_layers=-1), ("-1 layers",)),
+    ("a width that is text", lambda f: edit_json(f / "config.json", dim="wide"), ("config",)),
+    ("more layers", lambda f: edit_json(f / "config.json", n_layers=3), ("tensors are missing", "layer.1")),
+    ("no weights", lambda f: (f / "model.safetensors").unlink(), ("no weights", "tokenizer.json")),
+    (
+        "weights of another framework",
+        lambda f: (f / "model.safetensors").rename(f / "model.onnx"),
+        ("only weights that PyTorch does not read (model.onnx)",),
+    ),
+    (
+        "weights of another name",
+        lambda f: (f / "model.safetensors").rename(f / "x.safetensors"),
+        ("no file named model.safetensors",),
+    ),
     ("weights empty", lambda f: _cut(f / "model.safetensors", 0), ("weights",)),
-    ("weights cut off", lambda f: _cut(f / "model.safetensors", 5000), ("weights",)),
+    ("weights cut off", lambda f: _cut(f / "model.safetensors", 5000), ("the weights in", "cannot be read")),
     ("a header without end", _endless_header, ("weights",)),
     ("offsets outside", _offsets_outside, ("weights",)),
     ("weights are text", lambda f: (f / "model.safetensors").write_text("hello"), ("weights",)),
-    ("other weights", lambda f: _weights(f, lambda w: {f"x.{k}": v for k, v in w.items()}), ("tensors are missing",)),
-    ("pickled weights", _pickled, ("unpickles nothing", "convert it to safetensors")),
+    (
+        "other weights",
+        lambda f: _weights(f, lambda w: {f"x.{k}": v for k, v in w.items()}),
+        ("are not those of a 'distilbert' encoder",),
+    ),
+    ("pickled weights", _pickled, ("pytorch_model.bin", "unpickles nothing", "convert it to safetensors")),
     ("no tokenizer", lambda f: _only(f, "config.json", "model.safetensors"), ("tokenizer",)),
+    *(
+        (f"no tokenizer of {family}", partial(_other_family, family=family), ("tokenizer",))
+        for family in ("bert", "roberta", "deberta-v2", "mpnet")
+    ),
+    ("another tokenizer", _grow_tokenizer, ("they do not belong together",)),
     ("tokenizer cut off", lambda f: _cut(f / "tokenizer.json", 200), ("tokenizer",)),
     ("tokenizer a list", lambda f: (f / "tokenizer.json").write_text("[]"), ("tokenizer",)),
-    ("no padding", lambda f: _edit(f / "tokenizer_config.json", pad_token=None), ("padding token",)),
-    ("an adapter", lambda f: (f / "config.json").rename(f / "adapter_config.json"), ("adapter",)),
+    ("no padding", lambda f: edit_json(f / "tokenizer_config.json", pad_token=None), ("padding token",)),
+    ("an adapter", lambda f: (f / "config.json").rename(f / "adapter_config.json"), ("holds an adapter, not a model",)),
+    ("data", lambda f: (_only(f), (f / "train.tsv").touch()), ("expected config.json, it holds train.tsv",)),
 ]
 
 NAMES: list[tuple[str, tuple[str, ...]]] = [
+    ("./model", ("there is no folder", "Check the path")),
+    ("someone/a-model", ("'someone/a-model'", "HF_HUB_OFFLINE is set", "hf download someone/a-model")),
+    (__file__, ("is a file; a model is a folder",)),
     ("bert-base-uncsed", ("bert-base-uncsed",)),
     ("not a name", ("not a name", "there is no folder")),
     ("a/b/c", ("a/b/c", "there is no folder")),

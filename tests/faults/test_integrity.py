@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import read_rows, snapshot, write_lines
+from experiments import edit_json, read_rows, snapshot, write_lines
 from kdlora.config import Config
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions
@@ -174,13 +174,9 @@ def test_data_that_change_while_the_experiment_runs_are_noticed(made, tmp_path):
     assert "the data changed since student-lora with seed 0 was trained" in result.failed[0].error
 
 
-def edit(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_an_edited_record_is_refused(made, layout):
     """A score that was improved by hand would be reported, and would choose what is shipped."""
-    edit(layout.run("kd-lora", 0).record, score=99.0)
+    edit_json(layout.run("kd-lora", 0).record, score=99.0)
     with pytest.raises(ArtifactError, match="does not fit its checksum"):
         run_experiment(made.config, layout.root)
 
@@ -188,7 +184,7 @@ def test_an_edited_record_is_refused(made, layout):
 def test_an_edited_list_of_shards_is_refused(made, layout):
     """The list says what the logits were made from; edited, it could call anything fresh."""
     layout.run("kd-lora", 0).record.unlink()
-    edit(layout.teacher_logits / "manifest.json", rows_per_shard=3)
+    edit_json(layout.teacher_logits / "manifest.json", rows_per_shard=3)
     result = run_experiment(made.config, layout.root)
     assert "does not fit its checksum" in result.failed[0].error
     assert "Delete the folder" in result.failed[0].error

@@ -201,19 +201,6 @@ def test_no_gain_is_not_called_a_gain(tmp_path):
     assert "it includes zero, so no gain is shown" in opening
 
 
-def test_a_loss_by_distillation_is_said(tmp_path):
-    """transformers#1992: the distilled model was worse, and nobody noticed."""
-    layout = make_experiment(tmp_path / "reviews")
-    for seed in range(3):
-        one, other = (layout.run(arm, seed) for arm in ("kd-lora", "student-lora"))
-        predictions = [place.predictions.read_bytes() for place in (other, one)]
-        records = [read_record(place.record) for place in (other, one)]
-        for place, content, record in zip((one, other), predictions, records, strict=True):
-            place.predictions.write_bytes(content)
-            write_record(place.record, record.model_copy(update={"arm": place.root.name.removesuffix(f"-seed{seed}")}))
-    assert re.search(r"distillation costs \d\.\d points", _opening(_report(layout.root)))
-
-
 def test_the_test_split_takes_the_headline(reviews, tmp_path):
     """A score that was selected on must not be the headline where a clean one exists."""
     report = _report(make_experiment(tmp_path / "reviews", test_split=True).root)

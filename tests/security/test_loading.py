@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import hub_standin
 import tiny
 from deploy_folders import TEXTS, build_classifier
+from experiments import edit_json
 from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.collection import open_collection
 from kdlora.data.hub_data import open_saved
@@ -53,11 +54,6 @@ class Evil:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.mark,)
-
-
-def edit(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -100,8 +96,8 @@ def add_own_code(folder: Path, mark: Path) -> None:
     """Make a model whose config and tokenizer ask for Python files in the folder."""
     (folder / "evil.py").write_text(CODE.format(mark=str(mark)))
     classes = {"AutoConfig": "evil.C", "AutoModelForSequenceClassification": "evil.M"}
-    edit(folder / "config.json", model_type="evil", auto_map=classes)
-    edit(folder / "tokenizer_config.json", tokenizer_class="T", auto_map={"AutoTokenizer": ["evil.T", "evil.T"]})
+    edit_json(folder / "config.json", model_type="evil", auto_map=classes)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="T", auto_map={"AutoTokenizer": ["evil.T", "evil.T"]})
 
 
 def test_no_answer_on_standard_input_lets_a_folder_run_its_code(folder, tmp_path):
@@ -119,7 +115,7 @@ def test_no_answer_on_standard_input_lets_a_folder_run_its_code(folder, tmp_path
 def pickle_as_adapter(folder: Path, mark: Path) -> None:
     """`use_safetensors` does not hold where the config names the file."""
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Evil(mark)))
-    edit(folder / "config.json", transformers_weights="adapter_model.bin")
+    edit_json(folder / "config.json", transformers_weights="adapter_model.bin")
 
 
 def pickle_beside_a_decoy(folder: Path, mark: Path) -> None:
@@ -146,7 +142,7 @@ def index_of(shard: str) -> Callable[[Path, Path], None]:
 
 def setting(**changes: Any) -> Callable[[Path, Path], None]:
     """Change keys of config.json."""
-    return lambda folder, mark: edit(folder / "config.json", **changes)
+    return lambda folder, mark: edit_json(folder / "config.json", **changes)
 
 
 def add_adapter(folder: Path, mark: Path) -> None:
@@ -181,9 +177,9 @@ def test_a_folder_leads_nowhere_but_to_its_own_weights(folder, tmp_path, monkeyp
 
 def test_nothing_of_a_strangers_code_or_template_is_passed_on(folder, tmp_path):
     """Saved with a student, it would run at whoever trusts that; a template's name was a path that was written to."""
-    edit(folder / "config.json", auto_map={"AutoModelForSequenceClassification": "evil.M"})
+    edit_json(folder / "config.json", auto_map={"AutoModelForSequenceClassification": "evil.M"})
     templates = [{"name": "default", "template": "x"}, {"name": "../../../owned", "template": "x"}]
-    edit(folder / "tokenizer_config.json", chat_template=templates, auto_map={"AutoTokenizer": [None, "evil.T"]})
+    edit_json(folder / "tokenizer_config.json", chat_template=templates, auto_map={"AutoTokenizer": [None, "evil.T"]})
     from kdlora.models.encoders import save_encoder
 
     save_encoder(load_encoder(str(folder), tiny.task(), seed=0), tmp_path / "a" / "b" / "saved")
@@ -338,14 +334,14 @@ PANICS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("changes", PANICS.values(), ids=PANICS)
 def test_a_panic_of_the_tokenizer_is_an_error_like_others(served, changes):
     """A panic is no `Exception`: it went past every handler of a service and ended it."""
-    edit(served / "tokenizer.json", **changes)
+    edit_json(served / "tokenizer.json", **changes)
     with pytest.raises(ArtifactError, match=r"tokenizer.json: the tokenizer (cannot be read|fails on a text)"):
         Classifier.load(served).predict([f"a wonderful {'a' * 60}!"])
 
 
 def test_a_panic_under_transformers_is_an_error_too(folder):
     """The same file, read by another library on the way."""
-    edit(folder / "tokenizer.json", **PANICS["when it is read"])
+    edit_json(folder / "tokenizer.json", **PANICS["when it is read"])
     assert "tokenizer" in refusals(folder)
 
 
@@ -361,6 +357,8 @@ SETTINGS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     ("architectures of numbers", "config.json", {"architectures": [5]}, ("architectures must be",)),
     ("a problem that is a list", "config.json", {"problem_type": ["regression"]}, ("problem_type must be",)),
     ("labels that are a list", "config.json", {"id2label": ["a", "b"]}, ("id2label must be",)),
+    ("labels from 1", "config.json", {"id2label": {"1": "a", "2": "b"}}, ("id2label must name the columns 0 to n-1",)),
+    ("an unknown problem", "config.json", {"problem_type": "ranking"}, ("problem_type must be one of",)),
     ("labels that are objects", "config.json", {"id2label": {"0": {}, "1": "b"}}, ("id2label must name",)),
     ("equal labels", "config.json", {"id2label": {"0": "a", "1": "a"}}, ("two labels named 'a'",)),
     ("equal once written", "config.json", {"id2label": {"0": 1, "1": "1"}}, ("two labels named '1'",)),
@@ -387,9 +385,8 @@ SETTINGS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
 def test_settings_of_a_wrong_type_are_named(served, file, changes, expected):
     """Each was a traceback, or an answer that nobody meant: of two labels with one name, one lost its probability."""
     if changes.get("pad_token_id") is not None:
-        edit(served / "tokenizer_config.json", pad_token=None)
-    path = served / file
-    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+        edit_json(served / "tokenizer_config.json", pad_token=None)
+    edit_json(served / file, **changes)
     refused(served, file, *expected)
 
 
@@ -409,8 +406,8 @@ def test_settings_of_a_wrong_type_are_named(served, file, changes, expected):
 )
 def test_settings_of_a_model_to_train_are_named_alike(folder, config, tokenizer):
     """The same files reach transformers, which asks for all memory or fails with its own faults."""
-    edit(folder / "config.json", **config)
-    edit(folder / "tokenizer_config.json", **tokenizer)
+    edit_json(folder / "config.json", **config)
+    edit_json(folder / "tokenizer_config.json", **tokenizer)
     assert "must be" in refusals(folder)
 
 
@@ -459,7 +456,7 @@ def test_an_export_as_it_was_written_is_served(exported):
 )
 def test_every_file_that_decides_an_answer_is_compared(exported, file, changes):
     """With the labels exchanged in config.json an export answered the opposite, and was called the verified one."""
-    edit(exported / file, **changes)
+    edit_json(exported / file, **changes)
     refused(exported, file)
     assert Classifier.load(exported, verify=False).predict(["a wonderful film"])
 
@@ -498,7 +495,7 @@ def test_a_new_temperature_is_part_of_the_export(exported):
     """Calibration changes config.json on purpose; what it wrote must pass, and what another wrote must not."""
     save_temperature(exported, 2.5)
     assert Classifier.load(exported).folder.temperature == 2.5
-    edit(exported / "config.json", kdlora_temperature=5.0)
+    edit_json(exported / "config.json", kdlora_temperature=5.0)
     refused(exported, "config.json")
 
 
@@ -513,13 +510,15 @@ CARDS = {
     "a number": ("license: 0x10", "0x10"),
     "an object": ("license: !!python/object/apply:os.system [true]", None),
     "long": ("license: " + "a" * 500, None),
-    "usual": ("license: cc-by-nc-sa-4.0", "cc-by-nc-sa-4.0"),
+    "broken": ("license: [broken", None),
+    "usual": ("language: en\nlicense: cc-by-nc-sa-4.0", "cc-by-nc-sa-4.0"),
 }
 
 
 @pytest.mark.parametrize(("front", "expected"), CARDS.values(), ids=CARDS)
 def test_a_card_costs_no_training_and_brings_no_markup(tmp_path, front, expected):
     """It is read when all training is done: a date that is none ended shipping. Its text was raw HTML in our card."""
+    assert read_licence(str(tmp_path)) is None
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# A model\n")
     assert read_licence(str(tmp_path)) == expected
 
@@ -701,7 +700,7 @@ def test_a_saved_data_set_reads_its_own_files(tmp_path):
     place = tmp_path / "secret" / "state.json"
     name = str(next((tmp_path / "whole" / "train").glob("*.arrow")))
     for spoilt in ([{"filename": name}], [{"filename": "../whole/train/x.arrow"}], [{}], [5], 7):
-        edit(place, _data_files=spoilt)
+        edit_json(place, _data_files=spoilt)
         with pytest.raises(DataError, match="secret"):
             open_saved(tmp_path / "secret")
     place.write_text("[" * 99_999)
@@ -782,7 +781,7 @@ ODD: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", ODD, ids=[next(iter(one)) for one in ODD])
 def test_a_config_that_computes_nothing_is_no_traceback(folder, changes):
     """Such a model loads, and fails at the first text; found by giving every key of config.json odd values."""
-    edit(folder / "config.json", **changes)
+    edit_json(folder / "config.json", **changes)
     with pytest.raises(ModelError):
         Classifier.load(folder).predict(["a wonderful film", "x " * 100])
 
@@ -790,7 +789,7 @@ def test_a_config_that_computes_nothing_is_no_traceback(folder, changes):
 @pytest.mark.parametrize("changes", [{"problem_type": "x"}, {"id2label": {"0": "a", "1": "b", "2": "a"}}])
 def test_a_teacher_that_labels_is_checked_alike(folder, changes):
     """`kdlora label` takes its task from the model's config."""
-    edit(folder / "config.json", **changes)
+    edit_json(folder / "config.json", **changes)
     with pytest.raises(ModelError, match=r"problem_type|two labels"):
         read_task(str(folder))
 

@@ -155,15 +155,15 @@ GOOD = {"id": ["a", "b"], "negative": [0.4, 0.5], "positive": [0.6, 0.5]}
         (
             {"positive": None},
             "logits",
-            r"the task \(negative, positive\), found negative. Missing: positive",
+            r"1 labels \(negative\); the task has 2 \(negative, positive\)\. Missing: positive",
         ),
         (
             {"positive": None, "postive": [1, 2]},
             "logits",
             "Missing: positive Did you mean 'postive'.*Not a label of the task: postive",
         ),
-        ({"neutral": [0, 0]}, "logits", "Not a label of the task: neutral; rename or remove"),
-        ({"Negative": [0, 0]}, "logits", "'negative' and 'Negative' differ by case only"),
+        ({"neutral": [0, 0]}, "logits", "Not a label of the task: neutral.*rename or remove"),
+        ({"Negative": [0, 0]}, "logits", "must differ by more than case: .* has negative, positive, Negative"),
         ({"id": ["a", "a"]}, "logits", "1 ids occur more than once, first 'a'"),
         ({"id": ["a", None]}, "logits", "1 rows have no id"),
         ({"id": [0.5, 1.5]}, "logits", "expected text or whole numbers in column 'id'"),

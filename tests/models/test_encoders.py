@@ -11,8 +11,9 @@ import torch
 import transformers
 
 import tiny
+from kdlora.data.tasks import match_labels
 from kdlora.errors import ModelError
-from kdlora.models.encoders import load_encoder, load_fine_tuned, match_labels, save_encoder
+from kdlora.models.encoders import load_encoder, load_fine_tuned, save_encoder
 
 FRESH = {
     "bert": ("classifier",),
@@ -236,7 +237,7 @@ def test_a_token_classifier_is_not_a_teacher(tiny_model_folder, tmp_path):
     ("found", "wanted", "message"),
     [
         (("no", "yes"), ("no", "maybe", "yes"), r"2 labels \(no, yes\); the task has 3"),
-        (("negativ", "positive"), ("negative", "positive"), r"'negative' is missing\. Did you mean 'negativ'\?"),
+        (("negativ", "positive"), ("negative", "positive"), r"Missing: negative Did you mean 'negativ'\?"),
         (("yes", "YES"), ("no", "yes"), "differ by more than case"),
         (("a", "b"), ("a", "A"), "differ by more than case"),
         (("LABEL_0", "LABEL_1"), ("no", "yes"), "does not tell which is which"),
@@ -245,9 +246,9 @@ def test_a_token_classifier_is_not_a_teacher(tiny_model_folder, tmp_path):
 def test_label_spaces_that_differ_are_refused(found, wanted, message):
     """A teacher with other labels must never be matched by position."""
     with pytest.raises(ModelError, match=message):
-        match_labels(found, wanted, "the teacher")
+        match_labels(found, wanted, "the teacher", "", ModelError)
 
 
 def test_generic_names_match_themselves():
     """A task whose labels really are LABEL_0 and LABEL_1 needs no help."""
-    assert match_labels(("LABEL_1", "LABEL_0"), ("LABEL_0", "LABEL_1"), "the teacher") == [1, 0]
+    assert match_labels(("LABEL_1", "LABEL_0"), ("LABEL_0", "LABEL_1"), "the teacher", "") == [1, 0]

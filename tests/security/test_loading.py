@@ -29,11 +29,11 @@ from experiments import edit_json
 from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.collection import open_collection
 from kdlora.data.hub_data import open_saved
+from kdlora.data.logit_table import open_store
 from kdlora.data.read import open_file
 from kdlora.deploy.calibrate import save_temperature
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
-from kdlora.distil.teacher import load_store
 from kdlora.errors import ArtifactError, DataError, KdLoraError, ModelError
 from kdlora.evidence.records import read_record, read_results
 from kdlora.models.encoders import load_encoder, load_fine_tuned, read_task
@@ -711,11 +711,11 @@ def test_a_saved_data_set_reads_its_own_files(tmp_path):
 def test_stored_logits_are_read_from_their_own_folder(tmp_path):
     """The manifest of the teacher's logits names files as well."""
     shard = {"file": "../secret.parquet", "sha256": "", "truncated": 0}
-    fields = {"ingredients": {}, "label_names": [], "rows": 1, "rows_per_shard": 1, "versions": {}}
+    fields = {"ingredients": {}, "label_names": ["a"], "rows": 1, "rows_per_shard": 1, "versions": {}}
     manifest = {"schema_version": 1, "shards": {"0": shard}, **fields}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="not in the same folder"):
-        load_store(tmp_path)
+        open_store(tmp_path / "manifest.json")
 
 
 DATA_CARDS = {

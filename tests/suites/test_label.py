@@ -187,7 +187,7 @@ def test_another_job_in_the_folder_is_refused(model, texts, tmp_path):
     out, source = tmp_path / "out", tmp_path / "in.jsonl"
     write_lines(source, rows(5, 1))
     label(model, source, out)
-    with pytest.raises(ArtifactError, match=r"labelled otherwise: the longest input \(--max-length\) changed"):
+    with pytest.raises(ArtifactError, match=r"are stale: the longest input \(max_length\) changed"):
         label(model, source, out, max_length=32)
     write_lines(source, rows(6, 1))
     with pytest.raises(ArtifactError, match="the input files changed"):
@@ -314,7 +314,7 @@ def test_the_command(cli, model, texts, tmp_path):
     assert json.loads(done.out)["rows"] == 30
     refused = cli("label", model, texts / "b.jsonl", "--to", tmp_path / "out", "--max-length", "9")
     assert refused.code == 2
-    assert "the longest input (--max-length) changed" in refused.err
+    assert "the longest input (max_length) changed" in refused.err
 
 
 def test_another_process_in_the_folder_is_refused(model, texts, tmp_path):

@@ -1,24 +1,46 @@
-"""The one form in which logits lie on disk: Parquet files of an example id and a column `logit:LABEL` a label."""
+"""The one form in which logits lie on disk: shards of an example id and a column `logit:LABEL` a label.
+
+A shard is a Parquet file. It counts once a note beside it says so; a manifest says what made all of them, and lists
+them when they are complete. An experiment's teacher logits and a labelled collection are such folders.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdlora.data.faults import parquet_faults
 from kdlora.errors import ArtifactError
-from kdlora.foreign import is_plain_name
-from kdlora.system.integrity import hash_file
-from kdlora.system.storage import atomic_file
+from kdlora.foreign import is_plain_name, read_json
+from kdlora.system.integrity import compare, hash_file, is_sealed_or_old, seal
+from kdlora.system.storage import atomic_file, write_json_atomic
+
+logger = logging.getLogger(__name__)
 
 LOGIT = "logit:"
 """Marks the columns of logits, so that a label named `id` cannot collide."""
+_MEANING = {
+    "weights": "the teacher's weights",
+    "tokenizer": "the teacher's tokenizer",
+    "examples": "ids or texts of the examples",
+    "labels": "the labels or their order",
+    "columns": "the order of the teacher's outputs",
+    "max_length": "the longest input (max_length)",
+    "precision": "the number format (precision)",
+    "inputs": "the input files",
+    "text": "the text columns (text)",
+    "id_column": "the id column (id_column)",
+    "texts": "whether texts are kept (texts)",
+    "rows_per_shard": "the rows of a shard (rows_per_shard)",
+}
 
 
 def _plain(name: str) -> str:
@@ -27,13 +49,25 @@ def _plain(name: str) -> str:
     return name
 
 
-class LogitFile(BaseModel):
-    """A finished file of a folder, its SHA-256, and how many of its texts the teacher read cut."""
+class Shard(BaseModel):
+    """A finished file: its SHA-256, rows with logits, rows rejected, texts that the teacher read cut.
+
+    The input file ends with it where `ends` says so.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True)
     file: Annotated[str, AfterValidator(_plain)]
     sha256: str
+    rows: int = 0
+    rejected: int = 0
     truncated: int
+    ends: bool = False
+    rejected_file: str | None = None
+
+    @property
+    def rows_read(self) -> int:
+        """Rows of the input that it covers."""
+        return self.rows + self.rejected
 
     def state(self, folder: Path) -> str:
         """Say whether the file is `whole`, `damaged` or `gone` since it was written."""
@@ -43,6 +77,148 @@ class LogitFile(BaseModel):
         return "damaged" if path.exists() else "gone"
 
 
+def write_note(folder: Path, shard: Shard) -> None:
+    """Let a shard that is on disk count."""
+    write_json_atomic(folder / f"{shard.file}.json", shard.model_dump())
+
+
+def find_shard(folder: Path, name: str, listed: Sequence[Shard] = ()) -> Shard | None:
+    """Find a shard that is noted, or listed in a manifest, and unchanged."""
+    known = [shard for shard in listed if shard.file == name]
+    with contextlib.suppress(ArtifactError, ValueError):
+        known.insert(0, Shard.model_validate(read_json(folder / f"{name}.json")))
+    for shard in known:
+        if shard.file == name and shard.state(folder) == "whole":
+            return shard
+    if known:
+        logger.warning("%s is %s since it was written", folder / name, known[0].state(folder))
+    return None
+
+
+class LogitStore(BaseModel):
+    """A folder of logits and what its manifest says; `texts` a row lie beside the logits."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    path: Annotated[Path, Field(exclude=True)]
+    schema_version: Literal[1] = 1
+    complete: bool = False
+    fingerprint: str
+    ingredients: dict[str, Any]
+    model: str = ""
+    task: dict[str, Any] = {}
+    label_names: Annotated[list[str], Field(min_length=1)]
+    texts: Annotated[int, Field(ge=0, le=2)] = 0
+    rows_per_shard: Annotated[int, Field(gt=0)] = 50_000
+    versions: dict[str, str]
+    shards: list[Shard] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_shards(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Take the manifest of an experiment of 0.1, which lists the shards by number and as they come."""
+        shards = content.get("shards")
+        if not isinstance(shards, dict):
+            return content
+        complete = len(shards) == -(-content["rows"] // content["rows_per_shard"])
+        return content | {"complete": complete, "shards": [shards[key] for key in sorted(shards, key=int)]}
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if self.ingredients.get("labels", self.label_names) != self.label_names:
+            raise ValueError("the labels are not those of its ingredients")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where all of it lies."""
+        return self.path.parent
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, in the order of the rows."""
+        return [self.folder / shard.file for shard in self.shards]
+
+    @property
+    def remedy(self) -> str:
+        """What mends a store that is not whole."""
+        return (
+            f"Run the command that made {self.folder} again, which computes what is missing, or delete the folder "
+            "first if that does not help"
+        )
+
+    def save(self) -> None:
+        """Write the manifest."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(self.path, seal(self.model_dump()))
+
+    def finish(self, shards: Sequence[Shard], texts: int = 0) -> LogitStore:
+        """Write the manifest that makes the logits readable."""
+        finished = self.model_copy(update={"complete": True, "shards": list(shards), "texts": texts})
+        if finished != self:
+            finished.save()
+        return finished
+
+    def read(self, label_names: Sequence[str]) -> tuple[pa.ChunkedArray, np.ndarray]:
+        """Read ids and float32 logits `(rows, labels)` of all shards, which must be whole."""
+        if not self.complete:
+            raise ArtifactError(f"{self.folder}: these teacher logits are unfinished. {self.remedy}")
+        for shard in self.shards:
+            if (state := shard.state(self.folder)) != "whole":
+                raise ArtifactError(f"{self.folder / shard.file} is {state} since it was written. {self.remedy}")
+        names, ids, done = [LOGIT + name for name in label_names], list[pa.Array](), 0
+        with parquet_faults(f"{self.folder}, a folder of logits,", self.remedy):
+            rows = sum(int(pq.read_metadata(file).num_rows) for file in self.files)
+            logits = np.empty((rows, len(names)), np.float32)
+            for file in self.files:
+                table = pq.read_table(file, columns=["id", *names], partitioning=None)
+                if missing := [name for name in ("id", *names) if name not in table.column_names]:
+                    raise ArtifactError(f"{file} has no column {missing[0]!r}. {self.remedy}")
+                ids += table["id"].chunks
+                for column, name in enumerate(names):
+                    logits[done : done + table.num_rows, column] = table[name].to_numpy()
+                done += table.num_rows
+        return pa.chunked_array(ids, type=pa.string()), logits
+
+
+def open_store(path: Path) -> LogitStore:
+    """Read a manifest."""
+    try:
+        content = read_json(path)
+        if not is_sealed_or_old(content):
+            raise ValueError("its content does not fit its checksum: damaged or edited")
+        return LogitStore.model_validate(content | {"path": path})
+    except (ArtifactError, ValueError, KeyError, TypeError, ArithmeticError) as fault:
+        reason = str(fault)
+        if isinstance(fault, ValidationError):
+            first = fault.errors(include_url=False, include_input=False)[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ArtifactError(
+            f"{path}: not a manifest of logits that this version of kdlora reads ({reason}). {_anew(path.parent)}"
+        ) from None
+
+
+def begin_store(wanted: LogitStore) -> LogitStore:
+    """Go on with the store of a folder, which must be of the same making, or start it."""
+    if not wanted.path.is_file():
+        for note in wanted.folder.glob("*.parquet.json"):
+            note.unlink()  # of a store that somebody took the manifest from
+        wanted.save()
+        return wanted
+    store = open_store(wanted.path)
+    if changed := compare(store.ingredients, wanted.ingredients):
+        named = ", ".join(_MEANING.get(name, name) for name in changed)
+        raise ArtifactError(f"{store.folder}: these logits are stale: {named} changed. {_anew(store.folder)}")
+    before = {name: store.versions.get(name) for name in wanted.versions}
+    newer = [f"{name} {before[name]} -> {now}" for name, now in wanted.versions.items() if before[name] != now]
+    if newer:
+        logger.warning("%s: logits were made with other library versions: %s", store.folder, ", ".join(newer))
+    return store
+
+
+def _anew(folder: Path) -> str:
+    return f"Delete the folder {folder} to compute them anew, or choose another output folder"
+
+
 def logit_columns(label_names: Sequence[str], logits: np.ndarray) -> dict[str, pa.Array]:
     """Give the columns of a table of logits `(rows, labels)`."""
     return {LOGIT + name: pa.array(logits[:, column], pa.float32()) for column, name in enumerate(label_names)}
@@ -50,25 +226,14 @@ def logit_columns(label_names: Sequence[str], logits: np.ndarray) -> dict[str, p
 
 def write_table(path: Path, columns: Mapping[str, pa.Array]) -> str:
     """Write a file atomically, and give its SHA-256."""
+    table = pa.table(dict(columns))
+    return write_tables(path, table.schema, [table])
+
+
+def write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> str:
+    """Write one table after the other into a file, atomically, and give its SHA-256."""
     with atomic_file(path) as temporary:
-        pq.write_table(pa.table(dict(columns)), temporary, compression="zstd")
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table)
         return hash_file(temporary)
-
-
-def read_logits(
-    folder: Path, files: Sequence[LogitFile], label_names: Sequence[str], remedy: str
-) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Read ids and float32 logits `(rows, labels)` of files in their order, which the caller has seen to be whole."""
-    names, ids, done = [LOGIT + name for name in label_names], list[pa.Array](), 0
-    with parquet_faults(f"{folder}, a folder of logits,", remedy):
-        rows = sum(int(pq.read_metadata(folder / one.file).num_rows) for one in files)
-        logits = np.empty((rows, len(names)), np.float32)
-        for one in files:
-            table = pq.read_table(folder / one.file, columns=["id", *names], partitioning=None)
-            if missing := [name for name in ("id", *names) if name not in table.column_names]:
-                raise ArtifactError(f"{folder / one.file} has no column {missing[0]!r}; {remedy}")
-            ids += table["id"].chunks
-            for column, name in enumerate(names):
-                logits[done : done + table.num_rows, column] = table[name].to_numpy()
-            done += table.num_rows
-    return pa.chunked_array(ids, type=pa.string()), logits

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from kdlora.config import GlueName, Kind
-from kdlora.errors import DataError, did_you_mean
+from kdlora.errors import DataError, KdLoraError, did_you_mean
 
 ProblemType = Literal["single_label_classification", "regression", "multi_label_classification"]
 
@@ -24,6 +25,9 @@ DEFAULT_METRICS: dict[Kind, tuple[str, ...]] = {
     "multi-label": ("micro_f1",),
 }
 """What scores a user's own task; the score is the mean of these, times 100."""
+
+GENERIC_LABEL = re.compile(r"LABEL_\d+", re.IGNORECASE)
+"""What a transformers config calls labels that nobody named."""
 
 
 @dataclass(frozen=True)
@@ -152,3 +156,25 @@ _TABLE = (
 
 GLUE: dict[GlueName, GlueTask] = {entry.name: entry for entry in _TABLE}
 """Every GLUE task by our name; label names and their order are those of `nyu-mll/glue`."""
+
+
+def match_labels(
+    found: Sequence[str], task: Sequence[str], where: str, remedy: str, error: type[KdLoraError] = DataError
+) -> list[int]:
+    """Say which of the labels found is label j of the task, by name; case and surrounding spaces do not count."""
+    places = {name.strip().casefold(): place for place, name in enumerate(found)}
+    wanted = {name.strip().casefold(): name for name in task}
+    have, need = ", ".join(found) or "none", ", ".join(task)
+    if len(places) != len(found) or len(wanted) != len(task):
+        raise error(f"label names must differ by more than case: {where} has {have}; the task has {need}")
+    if places.keys() == wanted.keys():
+        return [places[key] for key in wanted]
+    message = f"{where} has {len(found)} labels ({have}); the task has {len(task)} ({need})."
+    foreign = [name for name in found if name.strip().casefold() not in wanted]
+    if missing := [name + did_you_mean(name, foreign) for key, name in wanted.items() if key not in places]:
+        message += f" Missing: {', '.join(missing)}."
+    if foreign:
+        message += f" Not a label of the task: {', '.join(foreign)}."
+    if found and all(GENERIC_LABEL.fullmatch(name) for name in found):
+        message += f" {found[0]} does not tell which is which."
+    raise error(f"{message} {remedy}")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -45,8 +44,3 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     content.pop("truncation", None)
     content.pop("padding", None)
     return hash_json(content)
-
-
-def compare(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Name the ingredients that differ."""
-    return [name for name in current if stored.get(name) != current[name]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from kdlora.config import DistilConfig
 from kdlora.data.batches import Tokenised
 from kdlora.data.load import Splits
+from kdlora.data.logit_table import LogitStore
 from kdlora.data.spool import SLICE_ROWS, are_distinct, read_column, settle, slice_rows, spool
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import column_values
@@ -54,6 +55,20 @@ class TeacherLogits:
     truncated: int = 0
     source: str = "the teacher's logits"
     from_probabilities: bool = False
+
+    @classmethod
+    def of(cls, store: LogitStore, label_names: Sequence[str], task: Task) -> TeacherLogits:
+        """Read a store, whose labels are named in the task's order."""
+        ids, logits = store.read(label_names)
+        return cls(
+            ids=ids,
+            logits=logits,
+            label_names=task.label_names,
+            fingerprint=store.fingerprint,
+            versions=store.versions,
+            truncated=sum(shard.truncated for shard in store.shards),
+            source=str(store.folder),
+        )
 
     def __repr__(self) -> str:
         """Say whose logits these are."""

@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kdlora.distil.fingerprints import compare
 from kdlora.errors import ArtifactError
-from kdlora.system.integrity import hash_file, is_sealed_or_old, seal
+from kdlora.system.integrity import compare, hash_file, is_sealed_or_old, seal
 from kdlora.system.ownership import is_ours, mark_folder, remove, remove_abandoned
 from kdlora.system.storage import atomic_file, atomic_folder
 

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdlora.data.collection import is_collection, open_collection
-from kdlora.data.logit_table import LOGIT, read_logits
+from kdlora.data.collection import is_collection, match_collection, open_collection
+from kdlora.data.logit_table import LOGIT
 from kdlora.data.read import Source, open_file
-from kdlora.data.tasks import Task
+from kdlora.data.tasks import Task, match_labels
 from kdlora.distil.logits import TeacherLogits
-from kdlora.errors import ArtifactError, DataError, did_you_mean
+from kdlora.errors import DataError, did_you_mean
 from kdlora.system.integrity import hash_file, hash_json
 
 _RESERVED = ("id", "split", "label", "group", "text", "text_pair", "__index_level_0__")
@@ -76,21 +76,7 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
 def read_collection(folder: Path, task: Task, key: str) -> TeacherLogits:
     """Read the logits of a finished collection that `kdlora label` made."""
     collection = open_collection(folder)
-    collection.check_labels(task, key)
-    for shard in collection.shards:
-        if (state := shard.state(folder)) != "whole":
-            raise ArtifactError(f"{folder / shard.file} is {state} since it was written; {collection.remedy}")
-    names = collection.label_names if task.kind == "regression" else task.label_names
-    ids, logits = read_logits(folder, collection.shards, names, collection.remedy)
-    return TeacherLogits(
-        ids=ids,
-        logits=logits,
-        label_names=task.label_names,
-        fingerprint=collection.fingerprint,
-        versions=collection.versions,
-        truncated=sum(shard.truncated for shard in collection.shards),
-        source=str(folder),
-    )
+    return TeacherLogits.of(collection, match_collection(collection, task, key), task)
 
 
 def _open(file: Path, key: str) -> Source:
@@ -120,33 +106,20 @@ def _rows_of_split(table: pa.Table, split: str, file: Path) -> pa.Table:
 
 def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
     """Find the column of every label by name, and refuse labels that the task does not have."""
-    found: dict[str, str] = {}
-    for column in columns:
-        if column not in _RESERVED or column in task.label_names:
-            key = column.removeprefix(LOGIT).strip().casefold()
-            if key in found:
-                raise DataError(f"{file}: the columns {found[key]!r} and {column!r} differ by case only")
-            found[key] = column
-    shown = ", ".join(found.values()) or "none"
+    found = [column for column in columns if column not in _RESERVED or column in task.label_names]
+    names = [column.removeprefix(LOGIT) for column in found]
     if task.kind == "regression":
-        for name in (*task.label_names, "prediction"):
-            if name.strip().casefold() in found:
-                return [found[name.strip().casefold()]]
+        for wanted in (*task.label_names, "prediction"):
+            folded = wanted.strip().casefold()
+            fitting = [column for column, name in zip(found, names, strict=True) if name.strip().casefold() == folded]
+            if len(fitting) == 1:
+                return fitting
         raise DataError(
-            f"{file}: expected the teacher's value in a column {task.label_names[0]!r} or 'prediction', found "
-            f"{shown}.{did_you_mean(task.label_names[0], found.values())}"
+            f"{file}: expected the teacher's value in one column {task.label_names[0]!r} or 'prediction', found "
+            f"{', '.join(found) or 'none'}.{did_you_mean(task.label_names[0], names)}"
         )
-    wanted = {name.strip().casefold(): name for name in task.label_names}
-    missing = [name for key, name in wanted.items() if key not in found]
-    foreign = [column for key, column in found.items() if key not in wanted]
-    if missing or foreign:
-        text = f"{file}: expected one column for each label of the task ({', '.join(task.label_names)}), found {shown}."
-        if missing:
-            text += f" Missing: {', '.join(name + did_you_mean(name, foreign) for name in missing)}."
-        if foreign:
-            text += f" Not a label of the task: {', '.join(foreign)}; rename or remove them."
-        raise DataError(text)
-    return [found[key] for key in wanted]
+    remedy = "A table has one column for each label of the task; rename or remove others"
+    return [found[place] for place in match_labels(names, task.label_names, str(file), remedy)]
 
 
 def _numbers(table: pa.Table, column: str, file: Path) -> np.ndarray:

@@ -1,14 +1,12 @@
-"""A labelled collection on disk: its input files, the pieces of work, the shards that are done, the manifest."""
+"""What `kdlora label` is to do: its settings, the input files, the pieces of work, and the shards that are done."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,34 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kdlora.configfile import COLLECTION_MANIFEST, expand_home
-from kdlora.data.collection import SCHEMA_VERSION
+from kdlora.configfile import expand_home
 from kdlora.data.faults import REMEDY, UNREADABLE
+from kdlora.data.logit_table import Shard, find_shard
 from kdlora.data.tasks import Task
-from kdlora.distil.fingerprints import compare
-from kdlora.errors import ArtifactError, DataError
-from kdlora.foreign import is_plain_name
-from kdlora.system.integrity import hash_file, hash_json
-from kdlora.system.storage import write_json_atomic
+from kdlora.errors import DataError
 
 Hashes = npt.NDArray[np.uint64]
 _BATCH_ROWS = 65536
 MOST_HASHES = 1 << 22
 """Hashes in memory at a time, 8 bytes each; more rows take more passes over the ids."""
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
-_MEANING = {
-    "weights": "the teacher's weights",
-    "tokenizer": "the teacher's tokenizer",
-    "labels": "the labels or their order",
-    "columns": "the order of the teacher's outputs",
-    "max_length": "the longest input (--max-length)",
-    "precision": "the number format (--precision)",
-    "inputs": "the input files",
-    "text": "the text columns (--text)",
-    "id_column": "the id column (--id-column)",
-    "texts": "whether texts are kept (--without-texts)",
-    "rows_per_shard": "the rows of a shard (--rows-per-shard)",
-}
 
 
 @dataclass(frozen=True)
@@ -104,32 +85,6 @@ class Unit:
     last: bool
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One finished file of the output: rows with logits, rows rejected, texts that the teacher read cut.
-
-    The input file ends with it where `ends` says so.
-    """
-
-    file: str
-    sha256: str
-    rows: int
-    rejected: int
-    truncated: int
-    ends: bool
-    rejected_file: str | None = None
-
-    @property
-    def rows_read(self) -> int:
-        """Rows of the input that it covers."""
-        return self.rows + self.rejected
-
-    def __post_init__(self) -> None:
-        """Refuse a name that leaves the folder."""
-        if not is_plain_name(self.file):
-            raise ValueError(f"the file {self.file!r:.80} is not in the same folder")
-
-
 def find_files(data: str) -> tuple[Path, ...]:
     """Find the input files."""
     place = expand_home(data)
@@ -176,71 +131,16 @@ def finished_shards(folder: Path, unit: Unit) -> list[Shard]:
     """List the shards of a unit that are whole and unchanged, up to the first that is not."""
     found: list[Shard] = []
     while not is_finished(unit, found):
-        name = shard_name(unit.file, unit.shard + len(found))
-        try:
-            shard = Shard(**json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-            if shard.file != name or hash_file(folder / name) != shard.sha256:
-                break
-        except (OSError, ValueError, TypeError, RecursionError):
+        shard = find_shard(folder, shard_name(unit.file, unit.shard + len(found)))
+        if shard is None:
             break
         found.append(shard)
     return found
 
 
-def is_finished(unit: Unit, shards: list[Shard]) -> bool:
+def is_finished(unit: Unit, shards: Sequence[Shard]) -> bool:
     """Say whether whole shards are all of a unit."""
     return bool(shards) and (shards[-1].ends or not unit.last)
-
-
-def write_note(folder: Path, shard: Shard) -> None:
-    """Let a shard that is on disk count."""
-    write_json_atomic(folder / f"{shard.file}.json", asdict(shard))
-
-
-def begin_collection(job: LabelJob, ingredients: Mapping[str, Any], versions: Mapping[str, str]) -> dict[str, Any]:
-    """Write the manifest of a new collection, or check that the one there is of the same job."""
-    path = job.folder / COLLECTION_MANIFEST
-    if path.is_file():
-        content = _read_manifest(path)
-        if changed := compare(content["ingredients"], ingredients):
-            named = ", ".join(_MEANING.get(name, name) for name in changed)
-            raise ArtifactError(
-                f"{job.folder} holds a collection that was labelled otherwise: {named} changed. Name another folder "
-                "with --to, or delete this one"
-            )
-        return content
-    if job.folder.exists() and any(not entry.name.startswith(".") for entry in job.folder.iterdir()):
-        raise ArtifactError(f"{job.folder} is not empty and holds no labelled collection; name another with --to")
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "complete": False,
-        "fingerprint": hash_json(dict(ingredients)),
-        "ingredients": dict(ingredients),
-        "model": job.model,
-        "task": job.task.to_dict(),
-        "label_names": list(job.task.label_names),
-        "texts": 0,
-        "versions": dict(versions),
-        "shards": [],
-    }
-    write_json_atomic(path, content)
-    return content
-
-
-def finish_collection(job: LabelJob, content: Mapping[str, Any], shards: list[Shard], texts: int) -> None:
-    """Write the manifest that makes the collection readable."""
-    done = {"complete": True, "texts": texts, "shards": [asdict(shard) for shard in shards]}
-    write_json_atomic(job.folder / COLLECTION_MANIFEST, {**content, **done})
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema_version"] == SCHEMA_VERSION and "ingredients" in content:
-            return content
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise ArtifactError(f"{path}: damaged, or of another version of kdlora; delete {path.parent} and label it again")
 
 
 def refuse_double_ids(files: Sequence[Path], most_hashes: int = MOST_HASHES) -> None:

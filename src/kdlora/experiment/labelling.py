@@ -13,41 +13,34 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST, expand_home
 from kdlora.data.batches import Tokenised, encode_texts
-from kdlora.data.logit_table import LOGIT
+from kdlora.data.collection import is_collection
+from kdlora.data.logit_table import LogitStore, Shard, begin_store, open_store, write_note
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
-from kdlora.distil.fingerprints import hash_model, hash_tokenizer
-from kdlora.distil.inference import BATCH_TOKENS, predict_logits
+from kdlora.distil.inference import BATCH_TOKENS
 from kdlora.distil.precision import resolve_device, resolve_precision
-from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError
+from kdlora.distil.teacher import Teacher, Window
+from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError
 from kdlora.experiment.engines import LostError, open_engine
 from kdlora.experiment.label_folder import (
     LabelJob,
     LabelSettings,
-    Shard,
     Unit,
-    begin_collection,
     find_files,
-    finish_collection,
     finished_shards,
     is_finished,
     make_units,
     refuse_double_ids,
     shard_name,
-    write_note,
 )
-from kdlora.models.encoders import Encoder, load_fine_tuned, read_task
+from kdlora.models.encoders import load_fine_tuned, read_task
 from kdlora.searchconfig import Resources
-from kdlora.system.environment import collect_versions
-from kdlora.system.integrity import hash_file
-from kdlora.system.storage import atomic_file, hold_lock, write_text_atomic
+from kdlora.system.storage import hold_lock, write_text_atomic
 
 _CHARACTERS_PER_TOKEN = 100
 _LEAST_CHARACTERS = 20_000
@@ -117,16 +110,17 @@ def label_collection(
     _check(settings)
     labeller = _begin(model, data, expand_home(str(to)).resolve(), settings)
     job = labeller.job
-    job.folder.mkdir(parents=True, exist_ok=True)
+    if not is_collection(job.folder) and any(not entry.name.startswith(".") for entry in job.folder.glob("*")):
+        raise ArtifactError(f"{job.folder} is not empty and holds no labelled collection; name another with --to")
     doing = f"labels into {job.folder}"
     with hold_lock(job.folder / ".lock", doing, remedy=", or name another with --to"):
-        content = begin_collection(job, labeller.ingredients(), collect_versions())
+        store = begin_store(labeller.new_store())
         done = {unit: finished_shards(job.folder, unit) for unit in make_units(job)}
         resumed = sum(shard.rows_read for shards in done.values() for shard in shards)
         _carry_out(labeller, done, on, _counting(job, progress, resumed))
         shards = [shard for shards in done.values() for shard in shards]
         refuse_double_ids([job.folder / shard.file for shard in shards])
-        finish_collection(job, content, shards, len(job.task.text) if settings.texts else 0)
+        store.finish(shards, len(job.task.text) if settings.texts else 0)
     rows, rejected, truncated = (sum(getattr(one, key) for one in shards) for key in ("rows", "rejected", "truncated"))
     if not rows:
         raise DataError(f"{job.folder}: none of the {rejected} rows has a text; see rejected-*.jsonl there")
@@ -160,18 +154,15 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> Labe
     common = Path(os.path.commonpath([str(file.parent) for file in files]))
     names = tuple(file.relative_to(common).as_posix() for file in files)
     labeller = Labeller(LabelJob(model, settings, task, folder, files, names, ""))
-    encoder, _ = labeller.teacher
-    labeller.job = replace(labeller.job, weights=hash_model(encoder.model))
+    labeller.job = replace(labeller.job, weights=labeller.teacher.weights)
     return labeller
 
 
 def _recorded_precision(folder: Path) -> str:
     """Give what `auto` was found to be when this collection was begun: a second timing may come out otherwise."""
-    try:
-        manifest = json.loads((folder / COLLECTION_MANIFEST).read_text(encoding="utf-8"))
-        return str(manifest["ingredients"]["precision"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "auto"
+    with contextlib.suppress(ArtifactError):
+        return str(open_store(folder / COLLECTION_MANIFEST).ingredients.get("precision", "auto"))
+    return "auto"
 
 
 def _counting(job: LabelJob, progress: Progress | None, done: int) -> Callable[[int], None]:
@@ -225,8 +216,8 @@ class Labeller:
         self.job = job
 
     @functools.cached_property
-    def teacher(self) -> tuple[Encoder, list[int]]:
-        """The model that labels, on its device, and for each label of the task the column of its output."""
+    def teacher(self) -> Teacher:
+        """The model that labels, on its device."""
         job, settings = self.job, self.job.settings
         encoder, columns = load_fine_tuned(
             job.model,
@@ -235,26 +226,32 @@ class Labeller:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
-        if job.weights and hash_model(encoder.model) != job.weights:
+        device = resolve_device(settings.device)
+        batch_tokens = BATCH_TOKENS if device.type == "cpu" else _CUDA_BATCH_TOKENS
+        names, precision = job.task.label_names, settings.precision
+        teacher = Teacher(encoder, columns, names, settings.max_length, precision, batch_tokens)
+        if job.weights and teacher.weights != job.weights:
             raise ArtifactError(
                 f"{job.model}: the weights on this machine are not those that the job began with; bring the same "
                 "model here"
             )
-        encoder.model.to(resolve_device(settings.device))
-        return encoder, columns
+        encoder.model.to(device)
+        return teacher
 
-    def ingredients(self) -> dict[str, Any]:
-        """Name all that makes the logits, by hash or value."""
-        job, settings, (encoder, columns) = self.job, self.job.settings, self.teacher
-        plain = ("max_length", "precision", "id_column", "texts", "rows_per_shard")
-        return {name: getattr(settings, name) for name in plain} | {
-            "weights": job.weights,
-            "tokenizer": hash_tokenizer(encoder.tokenizer),
-            "labels": list(job.task.label_names),
-            "columns": columns,
+    def new_store(self) -> LogitStore:
+        """Describe the collection to be made."""
+        job, settings = self.job, self.job.settings
+        ingredients = self.teacher.ingredients() | {
+            "id_column": settings.id_column,
+            "texts": settings.texts,
+            "rows_per_shard": settings.rows_per_shard,
             "inputs": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in job.files],
             "text": None if settings.text is None else list(settings.text),
         }
+        path, task = job.folder / COLLECTION_MANIFEST, job.task.to_dict()
+        return self.teacher.new_store(
+            path, ingredients, model=job.model, task=task, rows_per_shard=settings.rows_per_shard
+        )
 
     def label(self, unit: Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:
         """Do what is left of a unit, and say how many rows each window had."""
@@ -275,38 +272,34 @@ class Labeller:
         return shards
 
     def _write(self, name: str, ahead: _Ahead, unit: Unit, hear: Callable[[int], None] | None) -> Shard:
-        """Write one shard, window by window."""
-        job, settings = self.job, self.job.settings
-        rows = truncated = 0
-        rejected: list[str] = []
-        with atomic_file(job.folder / name) as temporary:
-            with pq.ParquetWriter(temporary, self._schema(), compression="zstd") as writer:
-                for window in cut_windows(islice(ahead, settings.rows_per_shard)):
-                    good = [row for row in window if row.text is not None]
-                    bad = [{"id": self._id(row, unit), "error": row.error} for row in window if row.text is None]
-                    if bad and settings.strict:
-                        raise DataError(f"{job.files[unit.file]}, {bad[0]['error']}")
-                    rejected += [json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad]
-                    table, cut = self._label_window(good, unit)
-                    writer.write_table(table)
-                    rows, truncated = rows + len(good), truncated + cut
-                    if hear is not None:
-                        hear(len(window))
-            digest = hash_file(temporary)
+        """Write one shard."""
+        job, rejected = self.job, list[str]()
+        kept = ["id", *(["text", "text_pair"][: len(job.task.text)] if job.settings.texts else [])]
+        windows = self._windows(islice(ahead, job.settings.rows_per_shard), unit, rejected, hear)
+        shard = self.teacher.write_shard(job.folder / name, windows, kept=kept)
         beside = name.replace("logits", "rejected").replace(".parquet", ".jsonl") if rejected else None
         if beside is not None:
             write_text_atomic(job.folder / beside, "".join(rejected))
-        return Shard(name, digest, rows, len(rejected), truncated, ahead.is_empty(), beside)
+        return shard.model_copy(update={"rejected": len(rejected), "ends": ahead.is_empty(), "rejected_file": beside})
 
-    def _schema(self) -> pa.Schema:
-        texts = ["text", "text_pair"][: len(self.job.task.text)] if self.job.settings.texts else []
-        columns = [(name, pa.string()) for name in ("id", *texts)]
-        return pa.schema([*columns, *((LOGIT + label, pa.float32()) for label in self.job.task.label_names)])
+    def _windows(
+        self, rows: Iterator[Row], unit: Unit, rejected: list[str], hear: Callable[[int], None] | None
+    ) -> Iterator[Window]:
+        """Give rows some thousand at a time, and set aside those without a text."""
+        for window in cut_windows(rows):
+            good = [row for row in window if row.text is not None]
+            bad = [{"id": self._id(row, unit), "error": row.error} for row in window if row.text is None]
+            if bad and self.job.settings.strict:
+                raise DataError(f"{self.job.files[unit.file]}, {bad[0]['error']}")
+            rejected += [json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad]
+            if good:
+                yield self._tokenise(good, unit)
+            if hear is not None:
+                hear(len(window))
 
-    def _label_window(self, rows: Sequence[Row], unit: Unit) -> tuple[pa.Table, int]:
-        """Label the rows of a window; also say how many the teacher read cut."""
-        pairs = len(self.job.task.text) == 2
-        if rows and isinstance(rows[0].text, tuple) != pairs:
+    def _tokenise(self, rows: Sequence[Row], unit: Unit) -> Window:
+        pairs = self.job.task.is_pair
+        if isinstance(rows[0].text, tuple) != pairs:
             raise DataError(
                 f"{self.job.files[unit.file]}: the model reads {'pairs of texts' if pairs else 'single texts'}; name "
                 f"{'two text columns' if pairs else 'one text column'} with --text"
@@ -314,34 +307,14 @@ class Labeller:
         texts: dict[str, list[Any]] = {"text": [row.text for row in rows]}
         if pairs:
             texts = {name: [row.text[part] for row in rows] for part, name in enumerate(("text", "text_pair"))}  # type: ignore[index]
-        columns: dict[str, Any] = {"id": [self._id(row, unit) for row in rows]} | texts
-        logits, truncated = self._predict(texts, columns["id"])
-        columns |= {LOGIT + label: logits[:, place] for place, label in enumerate(self.job.task.label_names)}
-        schema = self._schema()
-        return pa.table({name: columns[name] for name in schema.names}, schema), truncated
-
-    def _predict(self, texts: dict[str, list[Any]], ids: Sequence[str]) -> tuple[npt.NDArray[np.float32], int]:
-        """Run the teacher over the texts of a window."""
-        if not ids:
-            return np.zeros((0, self.job.task.num_labels), np.float32), 0
-        (encoder, columns), precision = self.teacher, self.job.settings.precision
-        limit = min(self.job.settings.max_length, encoder.tokenizer.model_max_length)
-        encoded = encode_texts(texts, encoder.tokenizer, limit)
+        tokenizer = self.teacher.encoder.tokenizer
+        limit = min(self.job.settings.max_length, tokenizer.model_max_length)
+        encoded = encode_texts(texts, tokenizer, limit)
         truncated = sum(encoded.pop("truncated"))
-        # Not `tokenise`, whose cache on disk would grow with the collection; a fingerprint of its own saves hashing.
+        # Not `tokenise`, which shows a bar of its own; a fingerprint of its own saves hashing.
         tokens = Tokenised(Dataset(pa.table(encoded), fingerprint="window"), truncated, limit)
-        on_cpu = next(encoder.model.parameters()).device.type == "cpu"
-        batch_tokens = BATCH_TOKENS if on_cpu else _CUDA_BATCH_TOKENS
-        logits = predict_logits(
-            encoder.model, encoder.tokenizer, tokens, precision=precision, batch_tokens=batch_tokens
-        )
-        chosen = np.ascontiguousarray(logits[:, columns])
-        if len(bad := np.flatnonzero(~np.isfinite(chosen).all(axis=1))):
-            raise ModelError(
-                f"{self.job.model} answers {ids[bad[0]]!r} with {chosen[bad[0]].tolist()}; expected finite logits. "
-                + ("Try --precision fp32" if precision != "fp32" else "Its weights are damaged")
-            )
-        return chosen, truncated
+        kept = texts if self.job.settings.texts else {}
+        return Window({"id": [self._id(row, unit) for row in rows]} | kept, tokens)
 
     def _id(self, row: Row, unit: Unit) -> str:
         """Give a row its id; a row number is only unique within its file."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +13,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlora.data.tasks import DEFAULT_METRICS, PROBLEM_TYPES, Task
-from kdlora.errors import ModelError, did_you_mean
+from kdlora.data.tasks import DEFAULT_METRICS, GENERIC_LABEL, PROBLEM_TYPES, Task, match_labels
+from kdlora.errors import ModelError
 from kdlora.models.layers import keep_layers
 from kdlora.models.loading import Loaded, Source, open_source, read_config, read_tokenizer, read_weights
 
 logger = logging.getLogger(__name__)
-
-GENERIC_LABEL = re.compile(r"LABEL_\d+", re.IGNORECASE)
 
 
 @dataclass
@@ -148,34 +145,6 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
     encoder.tokenizer.save_pretrained(folder)
 
 
-def match_labels(found: Sequence[str], wanted: Sequence[str], where: str) -> list[int]:
-    """Match two label spaces by name; case and surrounding spaces do not count."""
-    folded = [name.strip().casefold() for name in found]
-    index = {name: column for column, name in enumerate(folded)}
-    keys = [name.strip().casefold() for name in wanted]
-    have, need = ", ".join(found), ", ".join(wanted)
-    if len(index) != len(folded) or len(set(keys)) != len(keys):
-        raise ModelError(f"label names must differ by more than case: {where} has {have}; the task has {need}")
-    if set(index) == set(keys):
-        return [index[key] for key in keys]
-    if len(folded) != len(keys):
-        raise ModelError(
-            f"{where} has {len(folded)} labels ({have}); the task has {len(keys)} ({need}). A teacher must have "
-            "the labels of the task, all of them and no others"
-        )
-    if all(GENERIC_LABEL.fullmatch(name) for name in folded):
-        raise ModelError(
-            f"{where} only says {have}, which does not tell which is which. Set teacher.label_names to the task's "
-            f"labels ({need}) in the order of its columns; the model's card gives the order"
-        )
-    absent = next(name for name, key in zip(wanted, keys, strict=True) if key not in index)
-    raise ModelError(
-        f"{where} has the labels {have}; expected those of the task: {need}. {absent!r} is missing."
-        f"{did_you_mean(absent, found)} If only the spelling differs, set teacher.label_names to the task's names "
-        "in the order of its columns"
-    )
-
-
 def fresh_modules(loaded: Loaded) -> tuple[str, ...]:
     """Name the modules to be trained in full: what the checkpoint lacks, and everything beside the encoder.
 
@@ -254,16 +223,21 @@ def _match_columns(place: Source, config: PretrainedConfig, task: Task, label_na
                 f"{place.name} has {len(found)} outputs ({', '.join(found)}); a regression needs a teacher with one"
             )
         return [0]
-    if label_names is None:
-        return match_labels(found, task.label_names, place.name)
-    if len(label_names) != len(found):
+    names = found if label_names is None else list(label_names)
+    if len(names) != len(found):
         raise ModelError(
-            f"teacher.label_names has {len(label_names)} names ({', '.join(label_names)}), but {place.name} has "
+            f"teacher.label_names has {len(names)} names ({', '.join(names)}), but {place.name} has "
             f"{len(found)} outputs ({', '.join(found)})"
         )
-    columns = match_labels(label_names, task.label_names, "teacher.label_names")
-    config.id2label = dict(enumerate(label_names))
-    config.label2id = {name: column for column, name in enumerate(label_names)}
+    where = place.name if label_names is None else "teacher.label_names"
+    remedy = (
+        "A teacher must have the labels of the task, all of them and no others. If only the names differ, set "
+        "teacher.label_names to the task's names in the order of the model's outputs; its card gives the order"
+    )
+    columns = match_labels(names, task.label_names, where, remedy, ModelError)
+    if label_names is not None:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: column for column, name in enumerate(names)}
     return columns
 
 

@@ -22,6 +22,11 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def compare(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Name the ingredients of a result that differ."""
+    return [name for name in current if stored.get(name) != current[name]]
+
+
 def hash_files(root: Path, places: Iterable[Path]) -> dict[str, str]:
     """Give the SHA-256 of files, and of all files below folders."""
     found: dict[str, str] = {}

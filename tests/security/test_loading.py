@@ -711,7 +711,14 @@ def test_a_saved_data_set_reads_its_own_files(tmp_path):
 def test_stored_logits_are_read_from_their_own_folder(tmp_path):
     """The manifest of the teacher's logits names files as well."""
     shard = {"file": "../secret.parquet", "sha256": "", "truncated": 0}
-    fields = {"ingredients": {}, "label_names": ["a"], "rows": 1, "rows_per_shard": 1, "versions": {}}
+    fields = {
+        "fingerprint": "",
+        "ingredients": {},
+        "label_names": ["a"],
+        "rows": 1,
+        "rows_per_shard": 1,
+        "versions": {},
+    }
     manifest = {"schema_version": 1, "shards": {"0": shard}, **fields}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="not in the same folder"):

@@ -110,10 +110,10 @@ def label_collection(
     _check(settings)
     labeller = _begin(model, data, expand_home(str(to)).resolve(), settings)
     job = labeller.job
-    if not is_collection(job.folder) and any(not entry.name.startswith(".") for entry in job.folder.glob("*")):
-        raise ArtifactError(f"{job.folder} is not empty and holds no labelled collection; name another with --to")
     doing = f"labels into {job.folder}"
     with hold_lock(job.folder / ".lock", doing, remedy=", or name another with --to"):
+        if not is_collection(job.folder) and any(not entry.name.startswith(".") for entry in job.folder.glob("*")):
+            raise ArtifactError(f"{job.folder} is not empty and holds no labelled collection; name another with --to")
         store = begin_store(labeller.new_store())
         done = {unit: finished_shards(job.folder, unit) for unit in make_units(job)}
         resumed = sum(shard.rows_read for shards in done.values() for shard in shards)

@@ -88,7 +88,7 @@ def teacher_logits(
         store = None
         if processes.is_first:
             held.enter_context(hold_lock(Path(folder) / ".lock", f"computes the teacher logits in {folder}", wait=True))
-            store = begin_store(teacher.new_store(Path(folder) / _MANIFEST, ingredients, rows_per_shard=rows_per_shard))
+            store = begin_store(teacher.new_store(Path(folder) / _MANIFEST, ingredients, rows_per_shard))
         store = processes.first_says(store)
         finished = _fill(store, teacher, dataset, resolve_device(device), progress, processes)
         return TeacherLogits.of(finished, task.label_names, task)
@@ -170,7 +170,7 @@ class Teacher:
             "precision": self.precision,
         }
 
-    def new_store(self, manifest: Path, ingredients: dict[str, Any], **described: Any) -> LogitStore:
+    def new_store(self, manifest: Path, ingredients: dict[str, Any], rows_per_shard: int) -> LogitStore:
         """Describe a store of its logits that has no shards yet."""
         return LogitStore(
             path=manifest,
@@ -178,7 +178,7 @@ class Teacher:
             ingredients=ingredients,
             label_names=list(self.label_names),
             versions=collect_versions(),
-            **described,
+            rows_per_shard=rows_per_shard,
         )
 
     def write_shard(

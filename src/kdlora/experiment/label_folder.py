@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
+import pandas
 import pyarrow.parquet as pq
 
 from kdlora.configfile import expand_home
@@ -115,12 +113,13 @@ def make_units(job: LabelJob) -> list[Unit]:
         if file.suffix.lower() != ".parquet":
             units.append(Unit(number, 0, last=True))
             continue
-        shards = max(1, -(-_count_rows(file) // job.settings.rows_per_shard))
+        shards = max(1, -(-count_rows(file) // job.settings.rows_per_shard))
         units += [Unit(number, shard, last=shard == shards - 1) for shard in range(shards)]
     return units
 
 
-def _count_rows(file: Path) -> int:
+def count_rows(file: Path) -> int:
+    """Count the rows of a Parquet file."""
     try:
         return int(pq.ParquetFile(file).metadata.num_rows)
     except UNREADABLE as fault:
@@ -158,7 +157,7 @@ def _refuse_if_equal(files: Sequence[Path], suspects: Hashes) -> None:
     """Look at the ids themselves, since two of them may share a hash."""
     seen: dict[str, Path] = {}
     for file, ids, hashes in _hashed(files):
-        for name in ids.filter(pa.array(np.isin(hashes, suspects))).to_pylist():
+        for name in ids[np.isin(hashes, suspects)]:
             if name in seen:
                 raise DataError(
                     f"the id {name!r} occurs more than once ({seen[name].name}, {file.name}); ids must be unique over "
@@ -168,12 +167,10 @@ def _refuse_if_equal(files: Sequence[Path], suspects: Hashes) -> None:
             seen[name] = file
 
 
-def _hashed(files: Sequence[Path]) -> Iterator[tuple[Path, pa.Array, Hashes]]:
+def _hashed(files: Sequence[Path]) -> Iterator[tuple[Path, npt.NDArray[np.object_], Hashes]]:
     """Give the ids of each file batch by batch, with a hash of 64 bits for each."""
     for file in files:
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=["id"]):
-                ids = batch.column(0)
-                texts = pc.cast(ids, pa.binary()).to_pylist()
-                digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
-                yield file, ids, np.frombuffer(digests, dtype=np.uint64)
+                ids = batch.column(0).to_numpy(zero_copy_only=False)
+                yield file, ids, pandas.util.hash_array(ids, categorize=False)

@@ -9,12 +9,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST, expand_home
@@ -31,6 +30,7 @@ from kdlora.experiment.label_folder import (
     LabelJob,
     LabelSettings,
     Unit,
+    count_rows,
     find_files,
     finished_shards,
     is_finished,
@@ -168,7 +168,7 @@ def _recorded_precision(folder: Path) -> str:
 def _counting(job: LabelJob, progress: Progress | None, done: int) -> Callable[[int], None]:
     """Give a function that adds rows and tells the caller, first of those that were there."""
     known = all(file.suffix.lower() == ".parquet" for file in job.files)
-    total = sum(int(pq.ParquetFile(file).metadata.num_rows) for file in job.files) if known else None
+    total = sum(count_rows(file) for file in job.files) if known else None
 
     def add(rows: int) -> None:
         nonlocal done
@@ -248,10 +248,8 @@ class Labeller:
             "inputs": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in job.files],
             "text": None if settings.text is None else list(settings.text),
         }
-        path, task = job.folder / COLLECTION_MANIFEST, job.task.to_dict()
-        return self.teacher.new_store(
-            path, ingredients, model=job.model, task=task, rows_per_shard=settings.rows_per_shard
-        )
+        store = self.teacher.new_store(job.folder / COLLECTION_MANIFEST, ingredients, settings.rows_per_shard)
+        return store.model_copy(update={"model": job.model, "task": job.task.to_dict()})
 
     def label(self, unit: Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:
         """Do what is left of a unit, and say how many rows each window had."""
@@ -262,25 +260,26 @@ class Labeller:
         cut = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TOKEN * settings.max_length)
         columns = Columns(settings.text, self.job.task.text, settings.id_column, cut)
         start = unit.shard * settings.rows_per_shard + sum(shard.rows_read for shard in shards)
-        reader = RowReader(self.job.files[unit.file], columns, start=start)
-        with contextlib.closing(iter(reader)) as rows:
-            ahead = _Ahead(rows)
+        with contextlib.closing(iter(RowReader(self.job.files[unit.file], columns, start=start))) as rows:
+            ahead = list(islice(rows, 1))  # one row, which says whether the file has ended
             while not is_finished(unit, shards):
-                name = shard_name(unit.file, unit.shard + len(shards))
-                shards.append(self._write(name, ahead, unit, hear))
+                part = islice(chain(ahead, rows), settings.rows_per_shard)
+                shard = self._write(shard_name(unit.file, unit.shard + len(shards)), part, unit, hear)
+                ahead = list(islice(rows, 1))
+                shards.append(shard.model_copy(update={"ends": not ahead}))
                 write_note(self.job.folder, shards[-1])
         return shards
 
-    def _write(self, name: str, ahead: _Ahead, unit: Unit, hear: Callable[[int], None] | None) -> Shard:
-        """Write one shard."""
+    def _write(self, name: str, rows: Iterator[Row], unit: Unit, hear: Callable[[int], None] | None) -> Shard:
+        """Write one shard, and beside it the rows that were rejected."""
         job, rejected = self.job, list[str]()
         kept = ["id", *(["text", "text_pair"][: len(job.task.text)] if job.settings.texts else [])]
-        windows = self._windows(islice(ahead, job.settings.rows_per_shard), unit, rejected, hear)
-        shard = self.teacher.write_shard(job.folder / name, windows, kept=kept)
-        beside = name.replace("logits", "rejected").replace(".parquet", ".jsonl") if rejected else None
-        if beside is not None:
-            write_text_atomic(job.folder / beside, "".join(rejected))
-        return shard.model_copy(update={"rejected": len(rejected), "ends": ahead.is_empty(), "rejected_file": beside})
+        shard = self.teacher.write_shard(job.folder / name, self._windows(rows, unit, rejected, hear), kept=kept)
+        if not rejected:
+            return shard
+        beside = name.replace("logits", "rejected").replace(".parquet", ".jsonl")
+        write_text_atomic(job.folder / beside, "".join(rejected))
+        return shard.model_copy(update={"rejected": len(rejected), "rejected_file": beside})
 
     def _windows(
         self, rows: Iterator[Row], unit: Unit, rejected: list[str], hear: Callable[[int], None] | None
@@ -320,21 +319,3 @@ class Labeller:
         """Give a row its id; a row number is only unique within its file."""
         is_number = row.numbered and len(self.job.files) > 1
         return f"{self.job.names[unit.file]}:{row.id}" if is_number else row.id
-
-
-class _Ahead:
-    """An iterator that can be asked whether it has ended."""
-
-    def __init__(self, rows: Iterator[Row]) -> None:
-        self._rows = rows
-        self._next: list[Row] = []
-
-    def __iter__(self) -> Iterator[Row]:
-        while not self.is_empty():
-            yield self._next.pop()
-
-    def is_empty(self) -> bool:
-        """Whether no row is left."""
-        if not self._next:
-            self._next = list(islice(self._rows, 1))
-        return not self._next

@@ -30,7 +30,7 @@ def test_names_stand_for_sections():
         ({"tasks": ["cloa"]}, "unknown task 'cloa'.*Did you mean 'cola'"),
         ({"tasks": ["ax"]}, "ax.*no training data"),
         ({"families": ["rberta"]}, "unknown family 'rberta'.*Did you mean 'roberta'"),
-        ({"arms": ["kdlora"]}, "unknown arm 'kdlora'.*Did you mean 'kd-lora'"),
+        ({"arms": ["kdlora"]}, "arms.0: input should be 'words', .*, got 'kdlora'. Did you mean 'kd-lora'"),
         ({"tasks": ["sst2", "SST-2"]}, "'sst2' stands twice, so two runs would share one folder"),
         ({"families": {"Tiny": {}, "tiny": {}}}, "'tiny' stands twice, so two runs would share one folder"),
         ({"families": {"a/b": {}}}, "cannot name a folder"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from kdlora.experiment.ray_cluster import local_paths
 from kdlora.experiment.search_report import write_search_report
 from kdlora.experiment.study import (
     ask,
+    best_first,
     check_space,
     open_study,
     require_optuna,
@@ -326,12 +328,10 @@ def _key(search: Search, config: Config, arm: Arm) -> str:
 
 def end_search(search: Search) -> SearchResult:
     """Write the best config and the report."""
-    from optuna.trial import TrialState
-
     study = search.study()
     trials = study.get_trials(deepcopy=False)
-    complete = [one for one in trials if one.state == TrialState.COMPLETE]
-    best = max(complete, key=lambda one: (one.value, -one.number), default=None)
+    states, ranked = Counter(one.state.name for one in trials), best_first(trials)
+    best = ranked[0] if ranked else None
     paths = list(write_search_report(search.folder, search.config.title(), search.arm, search.settings, study))
     settings: dict[str, Any] = {}
     if best is not None:
@@ -339,5 +339,5 @@ def end_search(search: Search) -> SearchResult:
         write_text_atomic(search.folder / "best.yaml", save_config(with_settings(search.given, settings)))
         paths.insert(0, search.folder / "best.yaml")
     score = None if best is None else best.value
-    pruned, failed = (sum(one.state == state for one in trials) for state in (TrialState.PRUNED, TrialState.FAIL))
-    return SearchResult(search.folder, settings, score, len(complete), pruned, failed, tuple(paths))
+    ended = len(ranked), states["PRUNED"], states["FAIL"]
+    return SearchResult(search.folder, settings, score, *ended, tuple(paths))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdlora.experiment.study import settings_of
+from kdlora.experiment.study import best_first, settings_of
 from kdlora.report.blocks import Block, Cell, Figure, Link, Page, Row, Section, Strong, Table, Text, note, warning
 from kdlora.report.plots import Curve, Style, draw, learning_curves, log_ticks, padded, scatter, shorten
 from kdlora.report.render import write_page
@@ -29,8 +29,7 @@ _SHOWN = 20
 def write_search_report(folder: Path, title: str, arm: str, search: SearchConfig, study: Study) -> tuple[Path, ...]:
     """Write `search.md`, `search.html` and `trials.csv`."""
     trials = study.get_trials(deepcopy=False)
-    complete = [one for one in trials if one.state.name == "COMPLETE" and one.value is not None]
-    ranked = sorted(complete, key=lambda one: (-_value(one), one.number))
+    ranked = best_first(trials)
     sections = (
         Section("Trials", "trials", (_trial_table(ranked, search, Links(folder, "trials")), *_failed(trials))),
         Section("What each key does", "keys", tuple(_keys(study, ranked, search))),

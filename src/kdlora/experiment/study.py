@@ -10,11 +10,10 @@ import math
 import random
 import sqlite3
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from kdlora.config import Config
@@ -174,6 +173,12 @@ def _lock(folder: Path, number: int) -> FileLock:
     return FileLock(folder / f"running-{number}.lock")
 
 
+def best_first(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Order the trials that finished by their score, of equal ones the earlier first."""
+    finished = [one for one in trials if one.state.name == "COMPLETE" and one.value is not None]
+    return sorted(finished, key=lambda one: (-float(one.value or 0.0), one.number))
+
+
 def with_settings(config: Config, settings: Mapping[str, Any], *, where: str = "the search") -> Config:
     """Put settings into a config."""
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
@@ -227,23 +232,17 @@ def _unlabel(space: Range | Choices, value: Any) -> Any:
 
 def grid_of(search: SearchConfig) -> dict[str, list[Any]] | None:
     """List every value of every key, where the whole space has no more points than there are trials."""
-    grid = {key: values for key, one in search.space.items() if (values := _values(one, search.trials))}
+    grid: dict[str, list[Any]] = {}
+    for key, one in search.space.items():
+        if isinstance(one, Choices):
+            grid[key] = [_label(value) for value in one.values]
+        elif one.low == one.high:
+            grid[key] = [one.ends[0]]
+        elif step := one.step or (1.0 if one.whole else None):
+            count = min(int((one.high - one.low) / step + 1e-9), search.trials) + 1  # more than that is no grid
+            grid[key] = [one.ends[0] + (int(step) if one.whole else step) * place for place in range(count)]
     is_small = len(grid) == len(search.space) and math.prod(map(len, grid.values())) <= search.trials
     return grid if is_small else None
-
-
-def _values(one: Range | Choices, most: int) -> list[Any]:
-    """List the values of a key; none where there are more than may be tried."""
-    if isinstance(one, Choices):
-        return [_label(value) for value in one.values]
-    if one.low == one.high:
-        return [one.ends[0]]
-    step = one.step or 1.0
-    count = int((one.high - one.low) / step + 1e-9) + 1
-    if count > most or (one.step is None and not one.whole):
-        return []
-    values = [float(value) for value in one.low + step * np.arange(count)]
-    return [int(value) for value in values] if one.whole else values
 
 
 def _label(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from kdlora.config import ARMS, LORA_ARMS, Arm, GlueName, Section
+from kdlora.config import LORA_ARMS, Arm, GlueName, Section
 from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
 from kdlora.defaults import FAMILIES
 from kdlora.errors import ConfigError, did_you_mean
@@ -193,11 +193,6 @@ def build_suite(
         assign(changes, override)
     merged = _with_absolute_paths(values, base or Path.cwd())
     merge(merged, _with_absolute_paths(changes, Path.cwd()))
-    arms = merged.get("arms")
-    for arm in arms if isinstance(arms, list | tuple) else []:  # pydantic would not name the arms that exist
-        if arm not in ARMS:
-            hint = did_you_mean(str(arm), ARMS)
-            raise ConfigError(f"{where}: arms: unknown arm {arm!r}; the arms are {', '.join(ARMS)}.{hint}")
     try:
         return SuiteConfig.model_validate(merged)
     except ValidationError as error:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from datasets import Dataset
+import pandas as pd
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config, DataConfig, TaskConfig
 from kdlora.data.augment import TEXTS, keep_unscored
@@ -57,14 +56,16 @@ def load_held_out(task: TaskConfig, data: DataConfig, holdout: Holdout, copies_i
 
 def hold_out(splits: Splits, holdout: Holdout) -> Splits:
     """Hold rows out of the training split: a text with all its rows, and none of it stays in training."""
-    text, first = _number_texts(splits.train)
+    texts = pd.DataFrame({name: read_column(splits.train, name) for name in TEXTS if name in splits.train.column_names})
+    number = texts.groupby(list(texts), sort=False).ngroup().to_numpy()  # of each row's text, in their order
+    first = np.flatnonzero(~texts.duplicated())
     classes = read_column(splits.train, "label").to_numpy()[first] if splits.task.kind == "single-label" else None
     if len(first) < 2:
         raise DataError(f"{len(first)} training text cannot be split for a search; give more rows")
     _, drawn = split_rows(len(first), holdout.fraction, holdout.seed, classes)
     if not len(drawn):
         raise DataError("every label has a single training row, so none can be held out; give more rows per label")
-    is_held = np.isin(text, drawn)
+    is_held = np.isin(number, drawn)
     train = splits.train.select(np.flatnonzero(~is_held))
     validation, unlabelled = splits.train.select(np.flatnonzero(is_held)), splits.unlabelled
     if unlabelled is not None:
@@ -72,19 +73,6 @@ def hold_out(splits: Splits, holdout: Holdout) -> Splits:
     return dataclasses.replace(
         splits, train=train, validation=validation, test=None, unlabelled=unlabelled, held_out=int(is_held.sum())
     )
-
-
-def _number_texts(rows: Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Number the different texts, or pairs, in their order; give the number of each row, and each text's first row."""
-    numbers = np.zeros(len(rows), np.int64)
-    for name in TEXTS:
-        if name in rows.column_names:
-            codes = read_column(rows, name).combine_chunks().dictionary_encode().indices.to_numpy()
-            numbers = numbers * len(rows) + codes
-            _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
-            order = np.argsort(first)
-            numbers = np.argsort(order)[inverse]
-    return numbers, np.sort(first)
 
 
 def inspect_rows(config: Config, holdout: Holdout) -> tuple[str, Chosen]:

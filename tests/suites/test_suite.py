@@ -1,5 +1,6 @@
 """Suites carried out with real models: what is shared, resumed, recorded, refused."""
 
+import json
 import shutil
 
 import pytest
@@ -170,6 +171,9 @@ def test_the_command_line_tells_by_its_exit_status(cli, suite_values, suite_fold
     planned = cli("suite", file, "--out", suite_folder, "--dry-run")
     assert planned.code == 0
     assert "2 runs, 2 of them finished" in planned.out
+    facts = json.loads(cli("suite", file, "--out", tmp_path / "new", "--dry-run", "--json").out)
+    assert (facts["runs"], facts["finished"], facts["labellings"], facts["obstacle"]) == (2, 0, 0, "")
+    assert facts["estimate"]["seconds"] > 0
     done = cli("suite", file, "--out", suite_folder)
     assert done.code == 0
     assert "2 runs finished, 2 of them before; 0 failed" in done.out

@@ -57,7 +57,7 @@ def suite(
 
         prepare_children("kdlora.experiment.jobs")
         overview = look_at_suite(wanted, out, confirmed=yes)
-        print_json(overview.to_dict()) if as_json else _print_overview(overview)
+        print_json(asdict(overview)) if as_json else _print_overview(overview)
         return
     if on is None:
         prepare_children("kdlora.experiment.jobs")
@@ -156,10 +156,8 @@ def _print_overview(overview: Overview) -> None:
     rows = [(task, *(left.get((task, arm), "–") for arm in arms)) for task in tasks]
     print_table(("task", *arms), rows, title="runs that are left, of those planned")
     console = SafeConsole()
-    total, finished = sum(one.runs for one in overview.arms), sum(one.finished for one in overview.arms)
-    console.print(
-        f"{total:,} runs, {finished:,} of them finished; {overview.labellings} teachers label their rows once"
-    )
+    counts = f"{overview.runs:,} runs, {overview.finished:,} of them finished"
+    console.print(f"{counts}; {overview.labellings} teachers label their rows once")
     found = overview.estimate
     if found is None:
         console.print(f"no estimate of time: {overview.obstacle}", markup=False)

@@ -6,7 +6,7 @@ import functools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -199,27 +199,17 @@ class PlannedArm:
 
 @dataclass(frozen=True)
 class Overview:
-    """What a suite would do: its runs by task and arm, how many teachers label their rows, the time of what is left.
+    """What a suite would do: its runs, in all and by task and arm, the teachers that label, the time of what is left.
 
     There is no estimate where the data or a model cannot be reached; `obstacle` says why.
     """
 
-    plan: Plan
+    runs: int
+    finished: int
     arms: tuple[PlannedArm, ...]
     labellings: int
     estimate: Estimate | None
-    obstacle: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the figures for programs."""
-        return {
-            "runs": sum(one.runs for one in self.arms),
-            "finished": sum(one.finished for one in self.arms),
-            "labellings": self.labellings,
-            "arms": [asdict(one) for one in self.arms],
-            "estimate": None if self.estimate is None else asdict(self.estimate),
-            "obstacle": self.obstacle,
-        }
+    obstacle: str
 
 
 def look_at_suite(suite: SuiteConfig, out: str | Path | None = None, *, confirmed: bool = False) -> Overview:
@@ -240,7 +230,7 @@ def look_at_suite(suite: SuiteConfig, out: str | Path | None = None, *, confirme
     counts = Counter((run.task, run.arm) for run in runs)
     done = Counter((run.task, run.arm) for run in runs if run.key in records)
     arms = tuple(PlannedArm(task, arm, number, done[task, arm]) for (task, arm), number in counts.items())
-    return Overview(plan, arms, len(plan.lessons()), found, obstacle)
+    return Overview(len(runs), done.total(), arms, len(plan.lessons()), found, obstacle)
 
 
 @dataclass(frozen=True)

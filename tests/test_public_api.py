@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import kdlora
+from fabricate import make_experiment
 
 
 @pytest.mark.parametrize("name", kdlora.__all__)
@@ -47,11 +48,19 @@ def test_an_unknown_name_says_so():
         _ = kdlora.run_experimentt
 
 
-def test_importing_kdlora_loads_nothing_heavy():
-    """Completion, `--help` and every script that only wants `Config` would wait for torch."""
-    code = (
-        "import sys, kdlora; kdlora.Config; kdlora.KdLoraError; kdlora.load_config; kdlora.Task; "
-        "print({'torch', 'transformers', 'datasets', 'peft', 'pandas'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import kdlora; kdlora.Config; kdlora.KdLoraError; kdlora.load_config; kdlora.Task",
+        "import kdlora.data.tasks",
+        "from kdlora.report.report import make_report; make_report(['e'], draws=100)",
+    ],
+    ids=["names", "tasks", "report"],
+)
+def test_what_is_light_loads_nothing_heavy(tmp_path, code):
+    """Completion, `--help`, the report and every script that only wants `Config` would wait for torch."""
+    make_experiment(tmp_path / "e", seeds=(0,))
+    code += "; import sys; print({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -5,16 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import strangers
+import yaml
 from strangers import UNFINISHED, read_options
 from strangers_plan import Plan, configure, plan_jobs, read_plan
 from strangers_report import collect, count_claims, render

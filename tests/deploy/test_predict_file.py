@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import sys
@@ -18,6 +17,7 @@ from kdlora.deploy import stream
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
 from kdlora.errors import ArtifactError, ConfigError, DataError
+from tiny import write_csv
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,6 @@ def model(exported):
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     monkeypatch.setattr("kdlora.deploy.rows._WINDOW_ROWS", 10)
-
-
-def _csv(path: Path, rows: list[dict]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def _read(path: Path) -> list[dict]:
@@ -53,7 +45,7 @@ def _interrupt(model: Classifier, source: Path, to: Path, after: int) -> None:
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    return _csv(tmp_path / "in.csv", [{"id": f"r{n}", "text": text} for n, text in enumerate(TEXTS)])
+    return write_csv(tmp_path / "in.csv", [{"id": f"r{n}", "text": text} for n, text in enumerate(TEXTS)])
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
@@ -110,7 +102,7 @@ def test_other_kinds(tmp_path, exported, source, kind, width):
 
 def test_pairs(tmp_path, model):
     """Prevents a second column that is not read."""
-    path = _csv(tmp_path / "in.csv", [{"premise": a, "hypothesis": b, "idx": n} for n, (a, b) in enumerate(PAIRS)])
+    path = write_csv(tmp_path / "in.csv", [{"premise": a, "hypothesis": b, "idx": n} for n, (a, b) in enumerate(PAIRS)])
     predict_file(model, path, tmp_path / "out.jsonl", text=("premise", "hypothesis"), id_column="idx")
     rows = _read(tmp_path / "out.jsonl")
     assert [row["label"] for row in rows] == [p.label for p in model.predict(PAIRS)]
@@ -178,7 +170,7 @@ def test_open_quote_spoils_itself_only_up_to_a_limit(tmp_path, model, monkeypatc
 def test_strict_stops_and_leaves_nothing(tmp_path, model, monkeypatch):
     """Prevents an output that looks whole and is not."""
     monkeypatch.setattr("kdlora.deploy.rows._WINDOW_ROWS", 1)
-    path = _csv(tmp_path / "in.csv", [{"text": "good"}, {"text": " "}])
+    path = write_csv(tmp_path / "in.csv", [{"text": "good"}, {"text": " "}])
     with pytest.raises(DataError, match=r"in.csv: row 1: the text is empty"):
         predict_file(model, path, tmp_path / "out.csv", strict=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["in.csv"]
@@ -209,7 +201,7 @@ def test_stale_parts_are_refused(tmp_path, model, source):
     """Prevents one output made of two inputs."""
     out = tmp_path / "out.jsonl"
     _interrupt(model, source, out, 10)
-    _csv(source, [{"id": "x", "text": "another file"}])
+    write_csv(source, [{"id": "x", "text": "another file"}])
     with pytest.raises(ArtifactError, match=r"out.jsonl.partial: holds an interrupted prediction of something else"):
         predict_file(model, source, out)
     assert predict_file(model, source, out, resume=False).rows == 1
@@ -233,7 +225,7 @@ def test_ten_megabytes_in_one_row(tmp_path, model):
     huge = LONG * 12_000
     assert len(huge) > 10_000_000
     for name, write in (
-        ("in.csv", lambda path: _csv(path, [{"text": huge}, {"text": "boring"}])),
+        ("in.csv", lambda path: write_csv(path, [{"text": huge}, {"text": "boring"}])),
         ("in.jsonl", lambda path: path.write_text(json.dumps({"text": huge}) + '\n{"text": "boring"}\n')),
     ):
         write(tmp_path / name)
@@ -301,7 +293,7 @@ def test_columns_of_the_training_data(tmp_path, exported):
     """Prevents asking for a column that the export has recorded."""
     model = Classifier.load(exported())
     model.folder.task["text"] = ["sentence"]
-    path = _csv(tmp_path / "in.csv", [{"sentence": "wonderful", "remark": "x"}])
+    path = write_csv(tmp_path / "in.csv", [{"sentence": "wonderful", "remark": "x"}])
     try:
         assert predict_file(model, path, tmp_path / "out.jsonl").errors == 0
     finally:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from interruptions import weights
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, default_data_collator
 
 from kdlora.config import DistilConfig
@@ -48,10 +49,6 @@ def trainer_for(setup, args, *, distil: DistilConfig | None = DistilConfig(), **
         processing_class=setup.encoder.tokenizer,
         **({"train_dataset": encoded(setup), "eval_dataset": encoded(setup)} | options),
     )
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", ["single-label", "multi-label", "regression"])

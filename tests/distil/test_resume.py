@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from interruptions import CutAfter, PowerCutError, SaveAt, assert_resumes, assert_same_bits, weights
 
 from kdlora.config import DistilConfig, LoraConfig
 from kdlora.distil import precision
@@ -23,44 +23,6 @@ from kdlora.distil.resume import (
 from kdlora.errors import ArtifactError
 from kdlora.system.integrity import seal
 from kdlora.system.ownership import owned_name
-
-
-class PowerCutError(Exception):
-    """What no code expects."""
-
-
-class CutAfter(TrainerCallback):
-    """Raise after a step, before the session can save it."""
-
-    def __init__(self, step: int, seen: list[int] | None = None) -> None:
-        self.step = step
-        self.seen = [] if seen is None else seen
-
-    def on_step_end(self, args, state, control, **_):
-        self.seen.append(state.global_step)
-        if state.global_step == self.step:
-            raise PowerCutError
-
-
-class SaveAt(TrainerCallback):
-    """Save after given steps, as the clock would."""
-
-    def __init__(self, *steps: int) -> None:
-        self.steps = steps
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step in self.steps:
-            control.should_save = True
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
-
 
 CASES = {
     "lora": {},
@@ -77,51 +39,24 @@ CASES = {
 @pytest.mark.parametrize("saved", [9, 6], ids=["inside an epoch", "between epochs"])
 def test_resumed_equals_undisturbed(make_setup, tmp_path, case, saved):
     """Dropout, row order, optimiser, schedule, loss sums or best weights that start anew change the result a little."""
-    undisturbed = make_setup(**CASES[case])
-    expected = undisturbed.run(tmp_path / "undisturbed")
-
-    folder = tmp_path / "cut"
-    with pytest.raises(PowerCutError):
-        make_setup(**CASES[case]).run(folder, callbacks=[SaveAt(saved), CutAfter(11)])
-    assert [path.name for path in folder.glob("step-*")] == [f"step-{saved:09d}"]
-
-    torch.manual_seed(12345)  # a new process has another random state
-    resumed, seen = make_setup(**CASES[case]), []
-    outcome = resumed.run(folder, callbacks=[CutAfter(-1, seen)])
-    assert seen[0] == saved + 1, "the training started anew"
-    assert different(weights(undisturbed.model), weights(resumed.model)) == []
-    assert outcome.history == expected.history
-    assert (outcome.examples, outcome.steps, outcome.best_epoch) == (
-        expected.examples,
-        expected.steps,
-        expected.best_epoch,
-    )
+    assert_resumes(lambda: make_setup(**CASES[case]), tmp_path, saved)
 
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_resumed_equals_undisturbed_in_bf16(make_setup, tmp_path, lora):
     """The frozen base is cast anew in the second process: it must be cast from the same fp32 weights."""
-    undisturbed, cut, resumed = (make_setup(lora=lora) for _ in range(3))
-    expected = undisturbed.run(tmp_path / "undisturbed", precision="bf16")
-    with pytest.raises(PowerCutError):
-        cut.run(tmp_path / "cut", precision="bf16", callbacks=[SaveAt(9), CutAfter(11)])
-    outcome = resumed.run(tmp_path / "cut", precision="bf16")
-    assert different(weights(undisturbed.model), weights(resumed.model)) == []
-    assert outcome.history == expected.history
+    assert_resumes(lambda: make_setup(lora=lora), tmp_path, 9, precision="bf16")
 
 
 def test_resumed_equals_undisturbed_with_every_part(make_setup, tmp_path):
     """Dropout of the training's own that is lost, or another loss, would go on as another recipe."""
-    parts = {"distil": DistilConfig(loss="mse", alpha=0.1)}
-    undisturbed, cut, resumed = (make_setup(dropout=0.1, epochs=3) for _ in range(3))
-    for setup in (undisturbed, cut, resumed):
+
+    def make():
+        setup = make_setup(dropout=0.1, epochs=3)
         setup.settings = setup.settings.model_copy(update={"dropout": 0.2})
-    expected = undisturbed.run(tmp_path / "undisturbed", **parts)
-    with pytest.raises(PowerCutError):
-        cut.run(tmp_path / "cut", callbacks=[SaveAt(9), CutAfter(11)], **parts)
-    outcome = resumed.run(tmp_path / "cut", **parts)
-    assert different(weights(undisturbed.model), weights(resumed.model)) == []
-    assert outcome.history == expected.history
+        return setup
+
+    assert_resumes(make, tmp_path, 9, distil=DistilConfig(loss="mse", alpha=0.1))
 
 
 def test_a_resumed_training_keeps_its_number_format(make_setup, tmp_path, monkeypatch):
@@ -129,13 +64,7 @@ def test_a_resumed_training_keeps_its_number_format(make_setup, tmp_path, monkey
     timings = iter([2.0, 2.0, 1.0])  # of the undisturbed, the cut, and the resumed one
     monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"amx_bf16"}))
     monkeypatch.setattr(precision, "_bf16_speed_up", lambda: next(timings))
-    undisturbed, cut, resumed = (make_setup() for _ in range(3))
-    expected = undisturbed.run(tmp_path / "undisturbed", precision="bf16")
-    with pytest.raises(PowerCutError):
-        cut.run(tmp_path / "cut", precision="auto", callbacks=[SaveAt(9), CutAfter(11)])
-    outcome = resumed.run(tmp_path / "cut", precision="auto")
-    assert different(weights(undisturbed.model), weights(resumed.model)) == []
-    assert outcome.history == expected.history
+    assert_resumes(make_setup, tmp_path, 9, precision="bf16", resumed={"precision": "auto"})
 
 
 def test_cut_again_and_again(make_setup, tmp_path):
@@ -148,7 +77,7 @@ def test_cut_again_and_again(make_setup, tmp_path):
             make_setup(**settings).run(tmp_path / "cut", callbacks=[CutAfter(step)], checkpoint_seconds=0.0)
     resumed = make_setup(**settings)
     outcome = resumed.run(tmp_path / "cut", checkpoint_seconds=0.0)
-    assert different(weights(undisturbed.model), weights(resumed.model)) == []
+    assert_same_bits(weights(undisturbed.model), weights(resumed.model))
     assert outcome.history == expected.history
 
 
@@ -161,7 +90,7 @@ def test_a_finished_training_is_not_trained_on(make_setup, tmp_path):
         seen: list[int] = []
         outcome = again.run(folder, callbacks=[CutAfter(-1, seen)])
         assert seen == []
-        assert different(weights(first.model), weights(again.model)) == []
+        assert_same_bits(weights(first.model), weights(again.model))
         assert outcome.history == expected.history
         assert outcome.train_seconds == pytest.approx(expected.train_seconds, abs=0.5)
 
@@ -205,7 +134,7 @@ def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog, damag
     assert "step-000000009 is unfinished or damaged" in caplog.text
     assert list(folder.glob(".step*")) == []
     assert seen[0] == 4
-    assert different(weights(undisturbed.model), weights(resumed.model)) == []
+    assert_same_bits(weights(undisturbed.model), weights(resumed.model))
     assert outcome.history == expected.history
 
 

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from interruptions import assert_same_bits, weights
 from transformers import TrainerCallback
 
 from kdlora.config import DistilConfig
@@ -17,16 +18,6 @@ from kdlora.distil.session import ProgressEvent
 from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.metrics import compute_metrics
 from kdlora.models.adapters import merge_student
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert different == []
 
 
 def labels_of(data) -> np.ndarray:

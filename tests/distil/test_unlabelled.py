@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from test_resume import CutAfter, PowerCutError, SaveAt, different, weights
+from interruptions import assert_resumes
 
 from kdlora.data.batches import LengthBucketSampler
 from kdlora.distil.logits import LABELLED, labelled_values
@@ -140,13 +140,7 @@ def refilled(setup) -> Dataset:
 
 def test_an_interrupted_training_ends_in_the_same_bits(make_setup, tmp_path):
     """The mixture of labelled and unlabelled rows must come from the seed and the step alone."""
-    undisturbed, cut, resumed = (make_setup(unlabelled=30) for _ in range(3))
-    expected = undisturbed.run(tmp_path / "a")
-    with pytest.raises(PowerCutError):
-        cut.run(tmp_path / "b", callbacks=[SaveAt(5, 12), CutAfter(14)])
-    outcome = resumed.run(tmp_path / "b")
-    assert different(weights(undisturbed.model), weights(resumed.model)) == []
-    assert outcome.history == expected.history
+    assert_resumes(lambda: make_setup(unlabelled=30), tmp_path, 5, 12, cut=14)
 
 
 def test_a_control_takes_the_steps_of_the_distilled_arm(make_setup, tmp_path):

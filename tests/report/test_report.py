@@ -499,18 +499,3 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match="file"):
         make_report([layout.root], out=tmp_path / "file", draws=100)
-
-
-def test_the_report_does_not_load_torch(tmp_path):
-    """Importing torch takes longer than the whole report."""
-    import subprocess
-    import sys
-
-    layout = make_experiment(tmp_path / "e", seeds=(0,))
-    code = (
-        "import sys; from kdlora.report.report import make_report\n"
-        f"make_report([{str(layout.root)!r}], draws=100)\n"
-        "print([name for name in ('torch', 'transformers', 'datasets', 'peft') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deploy_folders import TEXTS, build_classifier
 from experiments import snapshot
@@ -149,43 +150,32 @@ def test_only_exact_names_of_ours_count_as_abandoned(tmp_path):
             remove(tmp_path / name)
 
 
-def test_a_config_beside_the_results_is_not_rewritten(workshop, tmp_path, monkeypatch):
-    """`--out .` beside one's own config.yaml replaced that file, comments and all, and took the folder for ours."""
-    from kdlora.configfile import save_config
-
+@pytest.mark.parametrize(
+    ("verb", "expected"),
+    [
+        ("run", "is not empty and holds no .kdlora.json"),
+        ("suite", "is no suite's folder"),
+        ("search", "is no search's folder"),
+    ],
+)
+def test_a_config_beside_the_results_is_not_rewritten(cli, workshop, tmp_path, monkeypatch, verb, expected):
+    """`--out .` beside one's own config replaced that file, comments and all, and took the folder for ours."""
+    values = workshop.values()
+    if verb == "suite":
+        families = {"b": {side: {"model": values[side]["model"]} for side in ("teacher", "student")}}
+        values = {"name": "mine", "tasks": {"a": {"task": {}, "data": values["data"]}}, "families": families}
+        values["seeds"] = [0]
+    elif verb == "search":
+        values["search"] = {"space": {"student.train.learning_rate": [1e-3, 5e-3]}, "trials": 2}
     monkeypatch.chdir(tmp_path)
-    config = workshop.config()
-    Path("config.yaml").write_text("# my comments\n" + save_config(config))
+    name = "config.yaml" if verb == "run" else f"{verb}.yaml"
+    Path(name).write_text("# my comments\n" + yaml.safe_dump(values))
     Path("student").mkdir()
     Path("student", "thesis.tex").write_text("years of work")
     before = snapshot(tmp_path)
-    with pytest.raises(ArtifactError, match=r"is not empty and holds no \.kdlora\.json"):
-        run_experiment(config, ".")
-    assert snapshot(tmp_path) == before
-
-
-@pytest.mark.parametrize("kind", ["suite", "search"])
-def test_a_suite_or_a_search_beside_the_results_is_not_rewritten(cli, tmp_path, monkeypatch, kind, workshop):
-    """The same with the other two verbs that write their settings into the folder."""
-    import yaml
-
-    values = workshop.values()
-    if kind == "suite":
-        sides = {side: {"model": values[side]["model"]} for side in ("teacher", "student")}
-        values = {
-            "name": "mine",
-            "tasks": {"a": {"task": {}, "data": values["data"]}},
-            "families": {"b": sides},
-            "seeds": [0],
-        }
-    else:
-        values["search"] = {"space": {"student.train.learning_rate": [1e-3, 5e-3]}, "trials": 2}
-    monkeypatch.chdir(tmp_path)
-    Path(f"{kind}.yaml").write_text("# my comments\n" + yaml.safe_dump(values))
-    before = snapshot(tmp_path)
-    refused = cli(kind, f"{kind}.yaml", "--out", ".")
+    refused = cli(verb, name, "--out", ".")
     assert refused.code == 2, refused.err
-    assert f"is no {kind}'s folder" in refused.err
+    assert expected in refused.err
     assert snapshot(tmp_path) == before
 
 
@@ -593,8 +583,6 @@ def test_passwords_of_addresses_are_not_shown(url):
 
 def test_the_password_of_a_search_storage_is_not_shown(cli, workshop, tmp_path):
     """`--storage` takes a database with its password, and the message on a database that is away quoted it."""
-    import yaml
-
     values = workshop.values() | {"search": {"space": {"student.train.learning_rate": [1e-3, 5e-3]}, "trials": 2}}
     path = tmp_path / "search.yaml"
     path.write_text(yaml.safe_dump(values))

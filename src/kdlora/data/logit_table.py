@@ -6,7 +6,6 @@ them when they are complete. An experiment's teacher logits and a labelled colle
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -84,15 +83,21 @@ def write_note(folder: Path, shard: Shard) -> None:
 
 def find_shard(folder: Path, name: str, listed: Sequence[Shard] = ()) -> Shard | None:
     """Find a shard that is noted, or listed in a manifest, and unchanged."""
-    known = [shard for shard in listed if shard.file == name]
-    with contextlib.suppress(ArtifactError, ValueError):
-        known.insert(0, Shard.model_validate(read_json(folder / f"{name}.json")))
+    noted = _read_note(folder / f"{name}.json")
+    known = [shard for shard in (noted, *listed) if shard is not None and shard.file == name]
     for shard in known:
-        if shard.file == name and shard.state(folder) == "whole":
+        if shard.state(folder) == "whole":
             return shard
     if known:
         logger.warning("%s is %s since it was written", folder / name, known[0].state(folder))
     return None
+
+
+def _read_note(path: Path) -> Shard | None:
+    try:
+        return Shard.model_validate(read_json(path))
+    except (ArtifactError, ValueError):
+        return None
 
 
 class LogitStore(BaseModel):
@@ -200,8 +205,9 @@ def open_store(path: Path) -> LogitStore:
 def begin_store(wanted: LogitStore) -> LogitStore:
     """Go on with the store of a folder, which must be of the same making, or start it."""
     if not wanted.path.is_file():
-        for note in wanted.folder.glob("*.parquet.json"):
-            note.unlink()  # of a store that somebody took the manifest from
+        for note in wanted.folder.glob("logits-*.parquet.json"):  # of a store that lost its manifest
+            if _read_note(note) is not None:
+                note.unlink()
         wanted.save()
         return wanted
     store = open_store(wanted.path)

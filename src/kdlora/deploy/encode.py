@@ -21,8 +21,11 @@ INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_id
 BATCH_SIZE = 32
 BATCH_TOKENS = 1024
 """Most padded tokens that one forward pass holds: enough to keep the cores busy, and memory small."""
-_CHARACTERS_PER_TOKEN = 100
-_LEAST_CHARACTERS = 20_000
+
+
+def most_characters(max_length: int) -> int:
+    """Say how much of a text is worth reading: what lies beyond would be truncated anyway."""
+    return max(20_000, 100 * max_length)
 
 
 class TextEncoder:
@@ -33,7 +36,7 @@ class TextEncoder:
         if "input_ids" not in self.input_names:
             raise ModelError(f"{folder.path}: the model does not take input_ids, so it reads no text.")
         self.max_length = folder.max_length
-        self.most_characters = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TOKEN * folder.max_length)
+        self.most_characters = most_characters(folder.max_length)
         self._path = folder.path / TOKENIZER
         try:
             from tokenizers import Tokenizer

@@ -20,6 +20,7 @@ from kdlora.configfile import COLLECTION_MANIFEST, expand_home
 from kdlora.data.batches import Tokenised, encode_texts
 from kdlora.data.collection import is_collection
 from kdlora.data.logit_table import LogitStore, Shard, begin_store, open_store, write_note
+from kdlora.deploy.encode import most_characters
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
 from kdlora.distil.inference import BATCH_TOKENS
 from kdlora.distil.precision import resolve_device, resolve_precision
@@ -42,8 +43,6 @@ from kdlora.models.encoders import load_fine_tuned, read_task
 from kdlora.searchconfig import Resources
 from kdlora.system.storage import hold_lock, write_text_atomic
 
-_CHARACTERS_PER_TOKEN = 100
-_LEAST_CHARACTERS = 20_000
 _CUDA_BATCH_TOKENS = 65536
 
 Progress = Callable[[int, int | None], None]
@@ -257,8 +256,7 @@ class Labeller:
         if is_finished(unit, shards):
             return shards
         settings = self.job.settings
-        cut = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TOKEN * settings.max_length)
-        columns = Columns(settings.text, self.job.task.text, settings.id_column, cut)
+        columns = Columns(settings.text, self.job.task.text, settings.id_column, most_characters(settings.max_length))
         start = unit.shard * settings.rows_per_shard + sum(shard.rows_read for shard in shards)
         with contextlib.closing(iter(RowReader(self.job.files[unit.file], columns, start=start))) as rows:
             ahead = list(islice(rows, 1))  # one row, which says whether the file has ended

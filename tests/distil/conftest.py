@@ -69,16 +69,7 @@ def tokenise_taught(rows: Dataset, task: Task, encoder: Encoder) -> Tokenised:
 
 @dataclass
 class Setup:
-    """One training, ready to run.
-
-    Attributes:
-        task: its kind and labels.
-        encoder: base model and tokenizer.
-        model: what is trained.
-        train: rows with a teacher's logits.
-        validation: other rows.
-        settings: small and quick.
-    """
+    """One training, small and ready to run; its training rows have a teacher's logits."""
 
     task: Task
     encoder: Encoder

@@ -30,22 +30,12 @@ LIMIT_SECONDS = 60
 
 @dataclass(frozen=True)
 class Together:
-    """What two processes left that were struck in the middle and then started again.
+    """What two processes left that were struck in the middle and then started again."""
 
-    Attributes:
-        workshop: where the models are.
-        config: for one process.
-        layout: of their folder.
-        struck: exit code, seconds until the end, and words of process 0, whose fellow was killed.
-        code: exit code of the launcher the second time.
-        log: all that was printed the second time.
-    """
-
-    workshop: Workshop
-    config: Config
+    config: Config  # for one process
     layout: ExperimentLayout
-    struck: tuple[int, float, str]
-    code: int
+    struck: tuple[int, float, str]  # exit code, seconds until the end, words of process 0, whose fellow was killed
+    code: int  # of the launcher, the second time
     log: str
 
     def record(self, arm: str) -> RunRecord:
@@ -122,7 +112,7 @@ def together(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> To
     struck = strike([sys.executable, "-m", *verb], layout)
     code, log = launch(verb)
     doubled = workshop.config(changes(batch_size=2 * TRAIN["batch_size"]))
-    return Together(workshop, doubled, layout, struck, code, log)
+    return Together(doubled, layout, struck, code, log)
 
 
 @pytest.mark.cluster

@@ -34,42 +34,25 @@ SAME_EVERY_TIME = (
 
 @dataclass(frozen=True)
 class Blow:
-    """When to strike, and with what.
+    """When to strike, and with what: seconds after a stage began, or after it wrote so many checkpoints."""
 
-    Attributes:
-        stage: as the log names it, such as `train fft seed 0`.
-        delay: seconds after the stage's begin.
-        checkpoints: wait until the stage has written so many, and then for the delay.
-        number: the signal.
-        victim: `command`, or `child`: the process that the stage runs in.
-    """
-
-    stage: str
+    stage: str  # as the log names it, such as `train fft seed 0`
     delay: float = 0.0
     checkpoints: int = 0
     number: signal.Signals = signal.SIGKILL
-    victim: str = "command"
+    victim: str = "command"  # or `child`: the process that the stage runs in
 
 
 @dataclass
 class Attempt:
-    """One call of the command.
+    """One call of the command; times are seconds since its start."""
 
-    Attributes:
-        code: its exit status; minus the signal's number where it was killed.
-        events: seconds since the start, `begin` or `end`, and the stage.
-        checkpoints: seconds since the start, and the step, of each checkpoint.
-        log: all that it wrote to standard error.
-        struck: seconds since the start at which the signal was sent; None where the stage did not come.
-        ended: seconds from the signal to the end.
-    """
-
-    code: int = 0
-    events: list[tuple[float, str, str]] = field(default_factory=list)
-    checkpoints: list[tuple[float, int]] = field(default_factory=list)
+    code: int = 0  # minus the signal's number where it was killed
+    events: list[tuple[float, str, str]] = field(default_factory=list)  # time, `begin` or `end`, stage
+    checkpoints: list[tuple[float, int]] = field(default_factory=list)  # time, step
     log: list[str] = field(default_factory=list)
-    struck: float | None = None
-    ended: float = 0.0
+    struck: float | None = None  # None where the stage did not come
+    ended: float = 0.0  # after the signal
 
     @property
     def hit(self) -> str | None:
@@ -162,15 +145,7 @@ def _children_of(process: int) -> list[int]:
 
 
 def differences(undisturbed: Path, other: Path) -> list[str]:
-    """Compare two experiment folders: records, predictions and weights bit for bit, leftovers.
-
-    Args:
-        undisturbed: the folder that is right.
-        other: the folder that was struck.
-
-    Returns:
-        What differs, in words; times and memory may.
-    """
+    """Say what differs in records, predictions and weights, bit for bit, and what was left; times and memory may."""
     found = [f"left behind: {path}" for path in other.rglob("*") if ".tmp-" in path.name or path.name == "checkpoints"]
     right, left = ExperimentLayout(undisturbed), ExperimentLayout(other)
     runs = sorted(path.parent.name for path in right.runs.glob("*/run.json"))

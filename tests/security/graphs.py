@@ -30,24 +30,17 @@ def table() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(len(tiny.train_tokenizer("bert")), len(LABELS))).astype(np.float32)
 
 
-def build_graph(
-    file: Path, *, location: str | None = None, nested: bool = False, output: str = "logits", **entries: str
-) -> Path:
-    """Write a graph: look up a row of weights for each token, take the mean.
+def build_graph(file: Path, *, location: str | None = None, nested: bool = False, output: str = "logits") -> Path:
+    """Write a graph that looks up a row of weights for each token, and takes the mean.
 
-    Args:
-        file: to write.
-        location: of the weights, as the graph names it; None puts them into the graph.
-        nested: hide the weights in an attribute of a node, where tools forget to look.
-        output: `logits`, or what else comes out: `text`, `sequence`, `int`, `one` (row, whatever was asked).
-        entries: further words on the weights, such as offset and length.
+    The weights lie in the graph or where `location` says; nested in an attribute of a node, tools forget to look at
+    them. `output` may be no logits: `text`, `sequence`, `int`, or `one` row, whatever was asked.
     """
     weights = numpy_helper.from_array(table(), "table")
     if location is not None:
         weights.ClearField("raw_data")
         weights.data_location = TensorProto.EXTERNAL
-        for key, value in {"location": location, **entries}.items():
-            weights.external_data.add(key=key, value=value)
+        weights.external_data.add(key="location", value=location)
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
         helper.make_node("ReduceMean", ["rows"], ["logits"], axes=[1], keepdims=0),

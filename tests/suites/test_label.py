@@ -102,8 +102,12 @@ def test_every_row_of_every_format_once_with_its_own_logits(model, texts, tmp_pa
     assert found["text"].tolist() == [row["text"] for row in given]
     logits = found[[LOGIT + name for name in TASK.label_names]].to_numpy()
     np.testing.assert_allclose(logits, expected_logits(model, found["text"].tolist()), atol=1e-5)
-    stored = read_collection(tmp_path / "out", task(names=("positive", "negative")), "teacher.logits")
+    stored = read_collection(tmp_path / "out", task(names=("positive", "Negative")), "teacher.logits")
     np.testing.assert_array_equal(stored.logits, logits[:, ::-1])  # by name, not by position
+    with pytest.raises(
+        DataError, match=r"\(teacher\.logits\) has 2 labels .*Missing: neutral\. Label it with a teacher"
+    ):
+        read_collection(tmp_path / "out", task(names=("negative", "neutral", "positive")), "teacher.logits")
     bare = label(model, texts / "b.jsonl", tmp_path / "bare", texts=False)
     assert bare.rows == 30
     assert "text" not in read_all(tmp_path / "bare")

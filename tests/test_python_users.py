@@ -13,7 +13,7 @@ from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.batches import tokenise
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.logits import TeacherLogits
-from kdlora.errors import ConfigError, DataError
+from kdlora.errors import ConfigError
 from kdlora.report.report import make_report
 from kdlora.terminal import NotebookBars
 
@@ -155,12 +155,3 @@ def test_what_would_do_nothing_is_refused(workshop, splits, tmp_path):
     encoder, arguments, options = plain_script(workshop, splits, tmp_path, arguments={"label_smoothing_factor": 0.1})
     with pytest.raises(ConfigError, match=r"label_smoothing_factor is 0\.1"):
         DistillationTrainer(encoder.model, arguments, **options)
-
-
-def test_a_collator_that_drops_the_labels_is_named(workshop, splits, tmp_path):
-    """A KeyError from deep inside of Trainer names nothing that the user wrote."""
-    encoder, arguments, options = plain_script(workshop, splits, tmp_path)
-    pad = options["data_collator"]
-    options["data_collator"] = lambda rows: {name: value for name, value in pad(rows).items() if name != "labels"}
-    with pytest.raises(DataError, match=r"the batch has no labels, it has .*teacher_logits"):
-        DistillationTrainer(encoder.model, arguments, **options).train()

@@ -158,16 +158,23 @@ def test_evaluation_loss_is_a_mean_over_the_rows(make_setup, tmp_path):
     assert hard_only["eval_loss"] == pytest.approx(terms.hard.mean().item(), rel=1e-5)
 
 
-def test_a_collator_that_drops_the_teacher(make_setup, tmp_path):
-    """Without the column the training would go on as plain fine-tuning, under the name of distillation."""
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("teacher_logits", r"the batch has no teacher_logits.*collator that keeps it"),
+        ("labels", r"the batch has no labels, it has .*teacher_logits"),
+    ],
+)
+def test_a_collator_that_drops_a_column(make_setup, tmp_path, column, message):
+    """Without the teacher's the training would go on as plain fine-tuning, under the name of distillation."""
     setup = make_setup()
+    pad = DataCollatorWithPadding(setup.encoder.tokenizer)
 
     def forgetful(rows):
-        padded = DataCollatorWithPadding(setup.encoder.tokenizer)(rows)
-        return {key: value for key, value in padded.items() if key != "teacher_logits"}
+        return {key: value for key, value in pad(rows).items() if key != column}
 
     trainer = trainer_for(setup, arguments(tmp_path), data_collator=forgetful)
-    with pytest.raises(DataError, match=r"the batch has no teacher_logits.*collator that keeps it"):
+    with pytest.raises(DataError, match=message):
         trainer.train()
 
 

@@ -207,7 +207,7 @@ def begin_store(wanted: LogitStore) -> LogitStore:
     if not wanted.path.is_file():
         for note in wanted.folder.glob("logits-*.parquet.json"):  # of a store that lost its manifest
             if _read_note(note) is not None:
-                note.unlink()
+                write_json_atomic(note, {})  # it no longer counts; what removes a file is in one place
         wanted.save()
         return wanted
     store = open_store(wanted.path)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import contextlib
 import threading
 import time
 
@@ -133,13 +132,14 @@ def kill_a_worker(folder, killed):
     import psutil
 
     deadline = time.monotonic() + 120
-    while not list(folder.glob("*.parquet.json")) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:  # between two pieces a worker is idle, and has another name
+        for process in psutil.Process().children(recursive=True) if list(folder.glob("*.parquet.json")) else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "ray::_carry_out" in " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
         time.sleep(0.01)
-    for process in psutil.Process().children(recursive=True):
-        if "ray::_carry_out" in " ".join(process.cmdline()):
-            os.kill(process.pid, signal.SIGKILL)
-            killed.append(process.pid)
-            return
 
 
 def test_a_lost_worker_loses_no_row_and_doubles_none(teacher, texts, tmp_path):

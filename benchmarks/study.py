@@ -5,23 +5,28 @@
 A study is a suite file in `benchmarks/studies`: a family is a recipe, with its pair of models. `kdlora suite` carries
 it out too, and writes its tables; this command adds what a suite's tables do not have: each contrast that
 `studies/contrasts.yaml` declares for the study, its mean over the tasks with an interval over rows and seeds, corrected
-for all of them (Bonferroni). Nothing that is finished is trained again, so it resumes, and `kdlora suite --on ray` may
+for all of them (Bonferroni). Texts that a study names and that are not there are written first: the rest of the task's
+training rows. Nothing that is finished is trained again, so it resumes, and `kdlora suite --on ray` may
 have done the work. Several files are one study: the first one names it.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 from pathlib import Path
 
 import yaml
 from harness import command_line, markdown, pair_up
 
-from kdlora import load_suite, run_suite
+from kdlora import load_splits, load_suite, run_suite
 from kdlora.data.tasks import Task
 from kdlora.evidence.predictions import Predictions, read_predictions
 from kdlora.evidence.stats import contrast
+from kdlora.experiment.plan import whole_config
 from kdlora.experiment.suite import SuiteResult
+from kdlora.experiment.suitefile import SuiteConfig
+from kdlora.system.storage import atomic_file
 
 STUDIES = Path(__file__).parent / "studies"
 Side = tuple[str, str]
@@ -30,9 +35,29 @@ Side = tuple[str, str]
 
 def declared_contrasts(name: str) -> list[tuple[Side, Side]]:
     """Read the contrasts of a study; a side is `family/arm`."""
-    pairs = yaml.safe_load((STUDIES / "contrasts.yaml").read_text(encoding="utf-8"))[name]
+    declared = yaml.safe_load((STUDIES / "contrasts.yaml").read_text(encoding="utf-8"))
+    if name not in declared:
+        raise SystemExit(f"contrasts.yaml declares none for {name}; put one of {', '.join(declared)} first")
+    pairs = declared[name]
     sides = [[tuple(side.rsplit("/", 1)) for side in pair] for pair in pairs]
     return [(first, second) for first, second in sides]
+
+
+def write_texts(suite: SuiteConfig) -> None:
+    """Write the unlabelled texts that a suite names: a task's training rows beyond those that train."""
+    for task in suite.tasks:
+        config = whole_config(suite, task, next(iter(suite.families)))
+        if config.data.unlabelled is None or Path(config.data.unlabelled).exists():
+            continue
+        changes = {"unlabelled": None, "max_unlabelled_examples": None, "max_train_examples": None, "augment": 0}
+        splits = load_splits(config.task, config.data.model_copy(update=changes))
+        rest = splits.train.select(range(config.data.max_train_examples or 0, len(splits.train)))
+        columns = ["text", "text_pair"][: len(splits.task.text)]
+        Path(config.data.unlabelled).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(config.data.unlabelled) as part, part.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(splits.task.text)
+            writer.writerows(zip(*(rest[column] for column in columns), strict=True))
 
 
 def contrast_table(contrasts: list[tuple[Side, Side]], results: list[SuiteResult], draws: int) -> str:
@@ -70,7 +95,11 @@ def contrast_table(contrasts: list[tuple[Side, Side]], results: list[SuiteResult
 def main(options: argparse.Namespace) -> None:
     """Carry out what is not finished, and print."""
     contrasts = declared_contrasts(options.suites[0].stem)
-    results = [run_suite(load_suite(file, options.set), options.out / file.stem) for file in options.suites]
+    results = []
+    for file in options.suites:
+        suite = load_suite(file, options.set)
+        write_texts(suite)
+        results.append(run_suite(suite, options.out / file.stem))
     print(contrast_table(contrasts, results, options.draws))
 
 

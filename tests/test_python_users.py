@@ -4,11 +4,21 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
-from kdlora import DistilConfig, DistillationTrainer, TeacherTrainConfig, load_encoder, load_splits, train_student
+from kdlora import (
+    DistilConfig,
+    DistillationTrainer,
+    TeacherTrainConfig,
+    attach_teacher,
+    load_encoder,
+    load_splits,
+    train_student,
+    train_teacher,
+)
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.batches import tokenise
 from kdlora.deploy.predict import Classifier
@@ -97,6 +107,17 @@ def test_callbacks_reach_the_training(workshop, splits, tmp_path):
         str(workshop.student), splits, settings, folder=tmp_path, lora=None, precision="fp32", callbacks=[steps]
     )
     assert steps.count == 4
+
+
+def test_a_teacher_learns_from_the_labels_alone(workshop, splits, tmp_path):
+    """Splits that already teach a student must not distil one teacher into the next."""
+    ids = splits.train["id"]
+    said = TeacherLogits(pa.array(ids), np.zeros((len(ids), 2), np.float32), splits.task.label_names, "by hand")
+    settings, told = TeacherTrainConfig(epochs=1, batch_size=32, learning_rate=1e-4), []
+    for rows in (splits, attach_teacher(splits, said)):
+        trained = train_teacher(str(workshop.teacher), rows, settings, folder=tmp_path / str(len(told)), device="cpu")
+        told.append([sorted(entry) for entry in trained.outcome.history])
+    assert told[0] == told[1]
 
 
 def plain_script(workshop, splits, tmp_path, **changes):

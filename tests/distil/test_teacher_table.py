@@ -129,6 +129,15 @@ def test_split_column(file, task):
         read_teacher_table(file, task, values="logits", split="test")
 
 
+def test_a_split_named_late_is_seen(tmp_path, task):
+    """The first 10,000 rows of JSON Lines do not name every column; a later `split` must not be read as training rows."""
+    lines = [json.dumps({"id": row, "negative": 1.0, "positive": 0.0}) for row in range(10_000)]
+    lines.append(json.dumps({"id": 0, "split": "validation", "negative": 1.0, "positive": 0.0}))
+    (tmp_path / "late.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(DataError, match="no row is of split 'train'; found None, validation"):
+        read_teacher_table(tmp_path / "late.jsonl", task, values="logits")
+
+
 def test_without_a_split_column_it_is_the_training_split(file, task):
     """Training rows scored as validation rows give a perfect teacher."""
     write(file, {"id": [0], "negative": [1.0], "positive": [0.0]})

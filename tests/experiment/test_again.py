@@ -16,7 +16,9 @@ from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment import jobs
 from kdlora.experiment import run as experiment_run
+from kdlora.experiment.deployment import export_model
 from kdlora.experiment.run import run_experiment
+from kdlora.experiment.scoring import evaluate_experiment
 from kdlora.experiment.stages import Stage, train_run
 from tiny import write_csv
 
@@ -207,6 +209,32 @@ def test_without_a_teacher_its_students_fail_by_name_and_the_controls_run(worksh
     assert distilled.status == "failed"
     assert "there is no teacher" in distilled.error
     assert control.status == "finished"
+
+
+def interrupt(stage, event):
+    raise KeyboardInterrupt
+
+
+def test_a_record_stays_until_its_run_is_repeated(copied, workshop):
+    """Where only weights are gone, the scores still hold; an interruption must not take them along."""
+    shutil.rmtree(copied.run("student-fft", 0).model)
+    records = sorted(copied.runs.glob("*/run.json"))
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(workshop.config(ALL), copied.root, listen=interrupt)
+    assert sorted(copied.runs.glob("*/run.json")) == records
+
+
+def test_before_the_first_run_ends_there_is_nothing_to_score(workshop, tmp_path):
+    """A second terminal that asks too early must be told so, without a traceback."""
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(workshop.config(), tmp_path / "out", listen=interrupt)
+    for ask in (evaluate_experiment, export_model):
+        with pytest.raises(ArtifactError, match="run"):
+            ask(
+                tmp_path / "out",
+                data=str(workshop.validation),
+                **({"to": tmp_path / "x"} if ask is export_model else {}),
+            )
 
 
 def test_stages_are_told_to_the_listener(workshop, experiment, copied):

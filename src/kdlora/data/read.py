@@ -76,9 +76,19 @@ class Source:
 
 
 def open_file(
-    path: str | Path, key: str, *, header: tuple[str, ...] = (), benchmark: bool = False, plain: bool = False
+    path: str | Path,
+    key: str,
+    *,
+    header: tuple[str, ...] = (),
+    benchmark: bool = False,
+    plain: bool = False,
+    every_key: bool = False,
 ) -> Source:
-    """Open a data file by its extension; `header` names the columns of one that has no header line."""
+    """Open a data file by its extension.
+
+    `header` names the columns of one that has no header line; with `every_key` the columns of JSON Lines are the keys
+    of all rows, not of the first ones.
+    """
     file = Path(path)
     _check_file(file, key)
     extension = file.suffix.lower()
@@ -87,7 +97,7 @@ def open_file(
     if extension in (".parquet", ".pq"):
         return _open_parquet(file)
     if extension in (".jsonl", ".ndjson", ".json"):
-        return _open_json(file)
+        return _open_json(file, None if every_key else _CHUNK_ROWS)
     if extension == ".txt" and plain:
         return Source(str(file), ("text",), lambda _: _read_lines(file, key), plain=True)
     raise DataError(
@@ -146,10 +156,10 @@ def _open_delimited(file: Delimited) -> Source:
     return Source(name, columns, read, file.drop_ragged)
 
 
-def _open_json(file: Path) -> Source:
-    """Open JSON Lines, or a JSON array of objects; the columns are the keys of the first rows."""
+def _open_json(file: Path, looked_at: int | None) -> Source:
+    """Open JSON Lines, or a JSON array of objects; the columns are the keys of the first rows, or of all."""
     columns: dict[str, None] = {}
-    for row in islice(_json_rows(file), _CHUNK_ROWS):
+    for row in islice(_json_rows(file), looked_at):
         columns.update(dict.fromkeys(row))
     if not columns:
         raise DataError(f"{file} holds no JSON objects; expected one example per line")

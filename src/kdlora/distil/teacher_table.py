@@ -86,7 +86,7 @@ def _open(file: Path, key: str) -> Source:
             f"{file} ({key}): a table of teacher outputs is Parquet or JSON Lines ({', '.join(_SUFFIXES)}); got "
             f"{suffix or 'no extension'!r}"
         )
-    source = open_file(file, key)
+    source = open_file(file, key, every_key=True)
     source.require("id", key)
     return source
 

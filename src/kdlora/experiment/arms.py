@@ -72,7 +72,7 @@ def train_teacher(
     options = TrainingOptions(
         Path(folder), seed=seed, precision=precision, device=device, progress=progress, callbacks=callbacks
     )
-    return train_arm(encoder, splits, settings, options)
+    return train_arm(encoder, replace(splits, distil=None), settings, options)
 
 
 def train_student(

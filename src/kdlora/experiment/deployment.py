@@ -22,9 +22,9 @@ from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ConfigError, DataError, did_you_mean
-from kdlora.evidence.records import ExperimentLayout, read_results
+from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.recording import logged, prepare_process
-from kdlora.experiment.scoring import groups_of, label_array
+from kdlora.experiment.scoring import groups_of, label_array, recorded_task
 from kdlora.experiment.settle import all_texts, cut_at
 from kdlora.foreign import read_json
 from kdlora.report.shipped import BenchmarkResult, Calibration
@@ -50,7 +50,7 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
         if data is None:
             splits = _load_without_copies(config)
             return _export_rows(config, layout, to, splits.validation, splits.train, formats=wanted)
-        task = Task.from_dict(read_results(layout.results)[0].task)
+        task = recorded_task(layout)
         rows = load_examples(data, task, id_column=config.data.id_column, labelled=True)
         return _export_rows(config, layout, to, rows, formats=wanted)
     if data is not None:
@@ -179,7 +179,7 @@ def _export_rows(
     return export_onnx(
         layout.student,
         to,
-        texts=_labelled(rows, Task.from_dict(read_results(layout.results)[0].task)),
+        texts=_labelled(rows, recorded_task(layout)),
         more_texts=() if more is None else _texts_of(more.select(range(min(len(more), 2000)))),
         formats=formats,
         max_length=cut_at(config.student.train),

@@ -48,7 +48,8 @@ class Queue:
             if run.key in self.records:
                 remove(place.checkpoints)
             else:
-                remove(place.record)  # a run that is done again must not be compared with it
+                if not ships:  # the tables of a suite must not compare a run that is done again with it
+                    remove(place.record)
                 if run.arm not in DISTILLED_ARMS:
                     self._push(run)
         for number in range(len(lessons)):
@@ -62,10 +63,6 @@ class Queue:
     def in_order(self) -> list[RunRecord]:
         """List the records in the order of the plan."""
         return [self.records[run.key] for run in self.runs if run.key in self.records]
-
-    def pending(self) -> list[PlannedRun]:
-        """List the runs that have not ended."""
-        return [run for run in self.runs if run.key not in self.records]
 
     def next_job(self) -> Job | None:
         """Give a job whose needs are met; None where every such job was given."""
@@ -107,7 +104,8 @@ class Queue:
             return
         teacher = self._teachers[number] = self._best(lesson)
         if teacher is None and lesson.candidates:
-            self._fail(lesson, f"there is no teacher: none of the {len(lesson.candidates)} fft runs finished")
+            again = "the same command trains it again"
+            self._fail(lesson, f"there is no teacher: no fft run of {len(lesson.candidates)} finished; {again}")
             return
         mark = "" if teacher is None else self._mark(teacher)
         for run in lesson.students:  # taught by another teacher, or by an earlier training of this one

@@ -288,12 +288,15 @@ def _run_all(
     queue = Queue(runs, [lesson] if students else [], layout.root, {"": facts}, finished, ships=True)
     doubts: list[str] | None = None
 
-    def work(job: Job, hear: Callable[[Any], None] | None) -> Outcome:
+    def doubt_teacher() -> None:
         nonlocal doubts
+        doubts = doubts_of_teacher(config, layout, queue.in_order())
+        for doubt in doubts:
+            logger.warning(doubt)
+
+    def work(job: Job, hear: Callable[[Any], None] | None) -> Outcome:
         if doubts is None and job.arm in DISTILLED_ARMS:
-            doubts = doubts_of_teacher(config, layout, queue.in_order())
-            for doubt in doubts:
-                logger.warning(doubt)
+            doubt_teacher()
         in_child = run_in_child if team.is_alone else team.run
         return carry_out(job, hear, in_child=in_child, check=lock.check, notes=doubts or ())
 
@@ -304,10 +307,13 @@ def _run_all(
         if listen is not None:
             listen(Stage(job.kind, job.arm, job.seed), event)
 
-    write_results(layout.results, queue.in_order())
+    if queue.records:
+        write_results(layout.results, queue.in_order())
     for _, outcome in Here().results(work, next_job, hear):
         queue.take(outcome)
         write_results(layout.results, queue.in_order())  # after every run, so that an interrupted one can be read
+    if doubts is None and students:
+        doubt_teacher()
     return queue.in_order()
 
 

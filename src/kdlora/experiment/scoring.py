@@ -293,6 +293,14 @@ def unknown_classes(task: Task, predictions: Predictions) -> list[str]:
     return [name for place, name in enumerate(task.label_names) if rows[place] >= _FEWEST_ROWS and not known[place]]
 
 
+def recorded_task(layout: ExperimentLayout) -> Task:
+    """Read the task of an experiment in which a run has ended."""
+    records = read_results(layout.results)
+    if not records:
+        raise ArtifactError(f"{layout.results}: no run has ended yet; finish the experiment first: kdlora run")
+    return Task.from_dict(records[0].task)
+
+
 def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: bool = False) -> list[dict[str, Any]]:
     """Score the shipped student, and the teacher where it is there, on another labelled file."""
     layout = ExperimentLayout(Path(folder))
@@ -304,7 +312,7 @@ def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: boo
     if not trust_remote_code:  # the folder says what its author trusted
         teacher = config.teacher.model_copy(update={"trust_remote_code": False})
         config = config.model_copy(update={"teacher": teacher})
-    task = Task.from_dict(read_results(layout.results)[0].task)
+    task = recorded_task(layout)
     examples = load_examples(data, task, id_column=config.data.id_column, labelled=True)
 
     def row(name: str, found: tuple[Encoder, list[int]], max_length: int) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_split_column(file, task):
 
 
 def test_a_split_named_late_is_seen(tmp_path, task):
-    """The first 10,000 rows of JSON Lines do not name every column; a later `split` must not be read as training rows."""
+    """A `split` that JSON Lines name after their first 10,000 rows would be read as training rows."""
     lines = [json.dumps({"id": row, "negative": 1.0, "positive": 0.0}) for row in range(10_000)]
     lines.append(json.dumps({"id": 0, "split": "validation", "negative": 1.0, "positive": 0.0}))
     (tmp_path / "late.jsonl").write_text("\n".join(lines), encoding="utf-8")

@@ -228,13 +228,10 @@ def test_before_the_first_run_ends_there_is_nothing_to_score(workshop, tmp_path)
     """A second terminal that asks too early must be told so, without a traceback."""
     with pytest.raises(KeyboardInterrupt):
         run_experiment(workshop.config(), tmp_path / "out", listen=interrupt)
-    for ask in (evaluate_experiment, export_model):
-        with pytest.raises(ArtifactError, match="run"):
-            ask(
-                tmp_path / "out",
-                data=str(workshop.validation),
-                **({"to": tmp_path / "x"} if ask is export_model else {}),
-            )
+    with pytest.raises(ArtifactError, match="run it first: kdlora run"):
+        evaluate_experiment(tmp_path / "out", str(workshop.validation))
+    with pytest.raises(ArtifactError, match="Run the experiment first"):
+        export_model(tmp_path / "out", tmp_path / "x", data=str(workshop.validation))
 
 
 def test_stages_are_told_to_the_listener(workshop, experiment, copied):

@@ -177,6 +177,8 @@ def test_a_finished_collection_is_not_labelled_again_and_a_damaged_shard_is(mode
     before = contents(out)
     monkeypatch.setattr("kdlora.experiment.labelling.Labeller.label", lambda *_: pytest.fail("labelled again"))
     assert label(model, texts, out, rows_per_shard=16).resumed == 90
+    nobody = label_collection(str(model), str(texts), out, LabelSettings(rows_per_shard=16), on="ray://127.0.0.1:1")
+    assert nobody.resumed == 90  # nothing is left that a cluster would have to do
     monkeypatch.undo()
     damaged = out / "logits-00001-000000.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-9] + b"123456789")
@@ -184,6 +186,13 @@ def test_a_finished_collection_is_not_labelled_again_and_a_damaged_shard_is(mode
         read_collection(out, TASK, "teacher.logits")
     label(model, texts, out, rows_per_shard=16)
     assert contents(out) == before
+
+
+def test_lists_name_columns_too():
+    """Settings that cannot be looked up would fail on a cluster alone."""
+    assert hash(LabelSettings(text=["body"], label_names=["a", "b"])) == hash(
+        LabelSettings(text=("body",), label_names=("a", "b"))
+    )
 
 
 def test_another_job_in_the_folder_is_refused(model, texts, tmp_path):

@@ -56,6 +56,12 @@ class LabelSettings:
     strict: bool = False
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        """Take lists too; a worker remembers its teacher by the settings, which lists could not name."""
+        for name in ("text", "label_names"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(value))
+
 
 @dataclass(frozen=True)
 class LabelJob:

@@ -182,8 +182,10 @@ def _counting(job: LabelJob, progress: Progress | None, done: int) -> Callable[[
 def _carry_out(labeller: Labeller, done: dict[Unit, list[Shard]], on: str | None, tell: Callable[[int], None]) -> None:
     """Do the units that are not finished; what is done twice writes the same file."""
     job = labeller.job
-    units = iter([unit for unit, shards in done.items() if not is_finished(unit, shards)])
-
+    left = [unit for unit, shards in done.items() if not is_finished(unit, shards)]
+    if not left:
+        return
+    units = iter(left)
     needs = Resources(gpus=0.0 if job.settings.device == "cpu" else None)
     paths = [str(job.folder), *([job.model] if Path(job.model).is_absolute() else [])]
     with open_engine(on, needs, paths) as engine:

@@ -186,6 +186,13 @@ def test_one_teacher_serves_all_trials(search_of, tmp_path):
     assert len(list(result.folder.glob("teachers/*/teacher/model.safetensors"))) == 1
 
 
+def test_a_teacher_answers_for_the_copies_of_its_trials(search_of, tmp_path):
+    """Copies belong to the distilled arm alone, but its teacher has to label them, or every trial fails."""
+    config, settings = search_of({"lora.rank": [2]}, {"run": {"arms": ["kd-lora"]}, "data": {"augment": 1}}, trials=1)
+    found = run_search(config, settings, tmp_path / "search")
+    assert (found.finished, found.failed) == (1, 0)
+
+
 def test_a_failed_trial_is_kept_and_the_search_goes_on(search_of, tmp_path):
     """A learning rate that diverges is a finding, not the end of the night's search."""
     config, settings = search_of({"student.train.learning_rate": [5e-3, 1e30]}, trials=2)

@@ -118,6 +118,8 @@ def check_nodes(ray: Any, paths: Sequence[str], needs: Resources) -> None:
         try:
             host, missing, versions = ray.get(answer)
         except RayError as error:
+            if not any(now["Alive"] for now in ray.nodes() if now["NodeID"] == node["NodeID"]):
+                continue  # it left the cluster meanwhile
             reason = str(error).strip().splitlines()[-1]
             faults.append(f"node {address} cannot run kdlora ({reason}); install the same version there")
             continue

@@ -309,19 +309,24 @@ class _Reporter:
 
 def _teacher(search: Search, config: Config, hear: Callable[[Any], None]) -> Path:
     """Give the teacher of a trial, made once for all trials with the same `teacher` section."""
-    key = _key(search, config, "fft")
+    made = reset_unused(config, "fft").model_copy(update={"data": config.data})  # it labels the copies of the texts too
+    key = _hash(search, made, "fft")
     layout = ConfigurationLayout(search.folder / "teachers" / key, shared_folder=search.folder)
     layout.root.mkdir(parents=True, exist_ok=True)
     with FileLock(layout.root / ".lock"):  # another process that needs it waits
         if not (layout.root / "done").exists():
-            run_in_child(make_teacher, reset_unused(config, "fft"), search.holdout, layout, on_message=hear)
+            run_in_child(make_teacher, made, search.holdout, layout, on_message=hear)
             write_text_atomic(layout.root / "done", key)
     return layout.teacher
 
 
 def _key(search: Search, config: Config, arm: Arm) -> str:
-    """Hash what decides a training's figures."""
-    values: dict[str, Any] = identity(reset_unused(config, arm)) | {"arm": arm, "rows": search.rows}
+    """Hash what decides a training's figures, of all that a config holds."""
+    return _hash(search, reset_unused(config, arm), arm)
+
+
+def _hash(search: Search, config: Config, arm: Arm) -> str:
+    values: dict[str, Any] = identity(config) | {"arm": arm, "rows": search.rows}
     values["seed"] = config.teacher_seed if arm == "fft" else config.run.seeds[0]
     return hash_json(values)[:12]
 

@@ -43,8 +43,7 @@ if TYPE_CHECKING:
         train_student as train_student,
         train_teacher as train_teacher,
     )
-    from kdlora.experiment.label_folder import LabelSettings as LabelSettings
-    from kdlora.experiment.labelling import label_collection as label_collection
+    from kdlora.experiment.labelling import LabelSettings as LabelSettings, label_collection as label_collection
     from kdlora.experiment.run import run_experiment as run_experiment
     from kdlora.experiment.scoring import evaluate as evaluate
     from kdlora.experiment.search import run_search as run_search
@@ -76,8 +75,7 @@ _NAMES = {
     "errors": "ArtifactError ConfigError DataError KdLoraError ModelError",
     "experiment.arms": "train_student train_teacher",
     "experiment.scoring": "evaluate",
-    "experiment.label_folder": "LabelSettings",
-    "experiment.labelling": "label_collection",
+    "experiment.labelling": "LabelSettings label_collection",
     "experiment.run": "run_experiment",
     "experiment.search": "run_search",
     "experiment.suite": "run_suite",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments import write_lines
-from kdlora.data.collection import open_collection
+from kdlora.data.collection import open_collection, refuse_double_ids
 from kdlora.data.load import load_splits
 from kdlora.data.logit_table import LOGIT
 from kdlora.deploy.rows import Columns, RowReader
@@ -27,10 +26,10 @@ from kdlora.distil.teacher_table import read_collection
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.inputs import check_table
-from kdlora.experiment.label_folder import LabelSettings, refuse_double_ids
-from kdlora.experiment.labelling import label_collection
+from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.models.encoders import load_encoder, load_fine_tuned, save_encoder
+from kdlora.system.storage import hold_lock
 from tiny import sentiment_rows, task, write_csv
 
 pytest_plugins = ["experiment_fixtures"]
@@ -149,21 +148,22 @@ def test_a_kill_between_any_two_writes_costs_one_shard(model, texts, tmp_path, m
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_a_killed_process_is_continued(model, texts, tmp_path):
-    """SIGKILL leaves half a file and a lock; neither may be in the way of the next call."""
+def test_a_second_process_is_refused_and_a_killed_one_continued(model, texts, tmp_path):
+    """Two processes do everything twice; half a file and a lock of a killed one may not be in the way."""
     code = (
         "import sys, time; from kdlora.experiment import labelling; real = labelling.write_note\n"
-        "def slow(folder, shard): real(folder, shard); time.sleep(5)\n"
+        "def slow(folder, shard): real(folder, shard); time.sleep(60)\n"
         "labelling.write_note = slow\n"
-        "from kdlora.experiment.labelling import LabelSettings, label_collection\n"
-        "label_collection(*sys.argv[1:4], LabelSettings(rows_per_shard=16))"
+        "labelling.label_collection(*sys.argv[1:4], labelling.LabelSettings(rows_per_shard=16))"
     )
     out = tmp_path / "out"
     with subprocess.Popen([sys.executable, "-c", code, str(model), str(texts), str(out)]) as process:
         deadline = time.monotonic() + 60
         while not list(out.glob("*.parquet.json")) and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(ArtifactError, match=f"another process labels into .*: process {process.pid} on"):
+            label(model, texts, out, rows_per_shard=16)
+        process.kill()
     assert len(list(out.glob("*.parquet.json"))) == 1
     summary = label(model, texts, out, rows_per_shard=16)
     assert (summary.rows, summary.resumed) == (90, 16)
@@ -175,7 +175,7 @@ def test_a_finished_collection_is_not_labelled_again_and_a_damaged_shard_is(mode
     out = tmp_path / "out"
     label(model, texts, out, rows_per_shard=16)
     before = contents(out)
-    monkeypatch.setattr("kdlora.experiment.labelling.Labeller.label", lambda *_: pytest.fail("labelled again"))
+    monkeypatch.setattr("kdlora.experiment.labelling.label_unit", lambda *_: pytest.fail("labelled again"))
     assert label(model, texts, out, rows_per_shard=16).resumed == 90
     nobody = label_collection(str(model), str(texts), out, LabelSettings(rows_per_shard=16), on="ray://127.0.0.1:1")
     assert nobody.resumed == 90  # nothing is left that a cluster would have to do
@@ -186,13 +186,6 @@ def test_a_finished_collection_is_not_labelled_again_and_a_damaged_shard_is(mode
         read_collection(out, TASK, "teacher.logits")
     label(model, texts, out, rows_per_shard=16)
     assert contents(out) == before
-
-
-def test_lists_name_columns_too():
-    """Settings that cannot be looked up would fail on a cluster alone."""
-    assert hash(LabelSettings(text=["body"], label_names=["a", "b"])) == hash(
-        LabelSettings(text=("body",), label_names=("a", "b"))
-    )
 
 
 def test_another_job_in_the_folder_is_refused(model, texts, tmp_path):
@@ -260,18 +253,18 @@ def test_double_ids_are_found_in_parts(tmp_path):
         refuse_double_ids(files, most_hashes=40)
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "b.jsonl", "c.csv"])
-@pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 19, 20, 99])
-def test_reading_from_a_row_on(texts, name, start):
+def test_reading_from_a_row_on(texts):
     """A resumed file must go on with the very next row, across row groups too."""
     columns = Columns(None, None, "id", 1000)
-    whole = [(row.id, row.text) for row in RowReader(texts / name, columns)]
-    assert [(row.id, row.text) for row in RowReader(texts / name, columns, start=start)] == whole[start:]
+    for name in ("a.parquet", "b.jsonl", "c.csv"):
+        whole = list(RowReader(texts / name, columns))
+        for start in (0, 1, 6, 7, 8, 19, 20, 99):
+            assert list(RowReader(texts / name, columns, start=start)) == whole[start:]
 
 
 def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
     """Each message says what to do."""
-    with pytest.raises(DataError, match=r"no files of \.parquet"):
+    with pytest.raises(DataError, match=r"no files of .*\.parquet"):
         label(model, tmp_path / "nothing-*.csv", tmp_path / "out")
     with pytest.raises(ConfigError, match="rows_per_shard is at least 1"):
         label(model, texts, tmp_path / "out", rows_per_shard=0)
@@ -330,10 +323,13 @@ def test_the_command(cli, model, texts, tmp_path):
     assert "the longest input (max_length) changed" in refused.err
 
 
-def test_another_process_in_the_folder_is_refused(model, texts, tmp_path):
-    """Two processes that write one folder do everything twice."""
+def test_who_has_just_taken_the_lock_is_named(tmp_path):
+    """Of two that begin at once, the second one asks before the first has written its name."""
     from filelock import FileLock
 
-    (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ArtifactError, match="another process labels into"):
-        label(model, texts / "b.jsonl", tmp_path / "out")
+    lock = tmp_path / "out" / ".lock"
+    lock.parent.mkdir()
+    with FileLock(lock):
+        threading.Timer(0.2, lock.write_text, ["process 7 on here"]).start()
+        with pytest.raises(ArtifactError, match="another process labels: process 7 on here"), hold_lock(lock, "labels"):
+            pass

@@ -13,8 +13,7 @@ import pytest
 from kdlora.configfile import build_search
 from kdlora.errors import ConfigError, DataError
 from kdlora.experiment.jobs import Outcome
-from kdlora.experiment.label_folder import LabelSettings
-from kdlora.experiment.labelling import label_collection
+from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.ray_cluster import check_nodes, connect
 from kdlora.experiment.search import run_search
 from kdlora.experiment.suite import run_suite

@@ -196,8 +196,7 @@ def label(options: Label) -> None:
     from kdlora.system.launch import check_alone
 
     check_alone("label")
-    from kdlora.experiment.label_folder import LabelSettings
-    from kdlora.experiment.labelling import label_collection
+    from kdlora.experiment.labelling import LabelSettings, label_collection
 
     settings = LabelSettings(
         text=None if options.text is None else tuple(options.text),

@@ -20,7 +20,7 @@ from kdlora.errors import DataError, did_you_mean
 
 InputFormat = Literal["csv", "tsv", "jsonl", "parquet", "text"]
 
-_SUFFIXES: dict[str, InputFormat] = {
+SUFFIXES: dict[str, InputFormat] = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".jsonl": "jsonl",
@@ -256,11 +256,11 @@ def _choose_format(path: Path | None, wanted: InputFormat | None) -> InputFormat
         return wanted or "text"
     if not path.is_file():
         raise DataError(f"{path}: no such file. Give a file to classify, or - for standard input.")
-    found = wanted or _SUFFIXES.get(path.suffix.lower())
+    found = wanted or SUFFIXES.get(path.suffix.lower())
     if found is None:
         raise DataError(
             f"{path}: cannot tell the format from {path.suffix or 'a name without extension'!r}; expected "
-            f"{', '.join(_SUFFIXES)}, or name the format."
+            f"{', '.join(SUFFIXES)}, or name the format."
         )
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import json
 import os
 import time
@@ -14,31 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST, expand_home
 from kdlora.data.batches import Tokenised, encode_texts
-from kdlora.data.collection import is_collection
-from kdlora.data.logit_table import LogitStore, Shard, begin_store, open_store, write_note
+from kdlora.data.collection import is_collection, refuse_double_ids
+from kdlora.data.faults import REMEDY, UNREADABLE
+from kdlora.data.logit_table import Shard, begin_store, find_shard, open_store, write_note
+from kdlora.data.tasks import Task
 from kdlora.deploy.encode import most_characters
-from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
+from kdlora.deploy.rows import SUFFIXES, Columns, Row, RowReader, cut_windows
 from kdlora.distil.inference import BATCH_TOKENS
 from kdlora.distil.precision import resolve_device, resolve_precision
 from kdlora.distil.teacher import Teacher, Window
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError
 from kdlora.experiment.engines import LostError, open_engine
-from kdlora.experiment.label_folder import (
-    LabelJob,
-    LabelSettings,
-    Unit,
-    count_rows,
-    find_files,
-    finished_shards,
-    is_finished,
-    make_units,
-    refuse_double_ids,
-    shard_name,
-)
 from kdlora.models.encoders import load_fine_tuned, read_task
 from kdlora.searchconfig import Resources
 from kdlora.system.storage import hold_lock, write_text_atomic
@@ -47,6 +39,50 @@ _CUDA_BATCH_TOKENS = 65536
 
 Progress = Callable[[int, int | None], None]
 """Called with rows done and rows in all; the latter is None where the input does not say how many it has."""
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """How a collection is labelled.
+
+    Attributes:
+        text: text column, or the two of a pair; by default those of the training data, or `text` (and `text_pair`).
+        id_column: names a row; where there is none the row's number from 0 is its id, after the file's name and a
+            colon where there are several files.
+        label_names: names of the model's outputs in their order, where its config only says LABEL_0, LABEL_1, …
+        revision: commit, tag or branch of a Hub id.
+        max_length: longest input in tokens.
+        rows_per_shard: rows of the input in one file; also the piece of work that a kill can cost.
+        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        device: `auto`, `cpu` or `cuda`.
+        texts: keep the texts beside the logits, so that the collection can serve as `data.unlabelled`.
+        strict: stop at the first bad row instead of noting it in `rejected-*.jsonl`.
+        trust_remote_code: let the model's own Python code run.
+    """
+
+    text: tuple[str, ...] | None = None
+    id_column: str = "id"
+    label_names: tuple[str, ...] | None = None
+    revision: str | None = None
+    max_length: int = 128
+    rows_per_shard: int = 50_000
+    precision: str = "auto"
+    device: str = "auto"
+    texts: bool = True
+    strict: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range. A worker remembers its teacher by the settings, which lists could not name."""
+        for name in ("text", "label_names"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(value))
+        if self.rows_per_shard < 1 or self.max_length < 4:
+            numbers = f"{self.rows_per_shard} and {self.max_length}"
+            raise ConfigError(f"rows_per_shard is at least 1 and max_length 4; got {numbers}")
+        if self.text is not None and len(self.text) not in (1, 2):
+            names = ", ".join(self.text)
+            raise ConfigError(f"expected one text column or the two of a pair, got {len(self.text)}: {names}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +106,43 @@ class LabelSummary:
     shards: int
     resumed: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a worker has to know, on whatever machine it runs; a precision of `auto` is settled."""
+
+    model: str
+    settings: LabelSettings
+    task: Task
+    folder: Path
+    files: tuple[Path, ...]
+    root: str  # the folder of all files
+    weights: str = ""  # a hash, so that a worker with other weights refuses
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What one worker does in order: a shard of a Parquet file, or a whole file of lines."""
+
+    file: int
+    shard: int
+    to_the_end: bool
+
+    def name(self, number: int) -> str:
+        """Name one of its shards by the input, so that whoever does it again writes the same file."""
+        return f"logits-{self.file:05d}-{self.shard + number:06d}.parquet"
+
+    def is_done(self, shards: Sequence[Shard]) -> bool:
+        """Say whether these shards are all of it."""
+        return bool(shards) and (shards[-1].ends or not self.to_the_end)
+
+    def finished_shards(self, folder: Path) -> list[Shard]:
+        """List its shards that are whole and unchanged, up to the first that is not."""
+        found: list[Shard] = []
+        while not self.is_done(found) and (shard := find_shard(folder, self.name(len(found)))) is not None:
+            found.append(shard)
+        return found
 
 
 def label_collection(
@@ -105,39 +178,33 @@ def label_collection(
         ConfigError: a number out of range, or Ray cannot be reached.
     """
     start = time.perf_counter()
-    settings = settings or LabelSettings()
-    _check(settings)
-    labeller = _begin(model, data, expand_home(str(to)).resolve(), settings)
-    job = labeller.job
-    doing = f"labels into {job.folder}"
-    with hold_lock(job.folder / ".lock", doing, remedy=", or name another with --to"):
-        if not is_collection(job.folder) and any(not entry.name.startswith(".") for entry in job.folder.glob("*")):
-            raise ArtifactError(f"{job.folder} is not empty and holds no labelled collection; name another with --to")
-        store = begin_store(labeller.new_store())
-        done = {unit: finished_shards(job.folder, unit) for unit in make_units(job)}
+    folder = expand_home(str(to)).resolve()
+    job = _begin(model, data, folder, settings or LabelSettings())
+    held = hold_lock(folder / ".lock", f"labels into {folder}", remedy=", or name another with --to")
+    with held, contextlib.ExitStack() as stack:
+        stack.callback(_load_teacher.cache_clear)  # another call may find another model there
+        if not is_collection(folder) and any(not entry.name.startswith(".") for entry in folder.glob("*")):
+            raise ArtifactError(f"{folder} is not empty and holds no labelled collection; name another with --to")
+        teacher = _load_teacher(job.model, job.settings, job.task)
+        job = replace(job, weights=teacher.weights)
+        ingredients = teacher.ingredients() | _ingredients(job)
+        store = teacher.new_store(folder / COLLECTION_MANIFEST, ingredients, job.settings.rows_per_shard)
+        store = begin_store(store.model_copy(update={"model": job.model, "task": job.task.to_dict()}))
+        done = {unit: unit.finished_shards(folder) for unit in _cut_work(job)}
         resumed = sum(shard.rows_read for shards in done.values() for shard in shards)
-        _carry_out(labeller, done, on, _counting(job, progress, resumed))
+        _carry_out(job, done, on, _counting(job, progress, resumed))
         shards = [shard for shards in done.values() for shard in shards]
-        refuse_double_ids([job.folder / shard.file for shard in shards])
-        store.finish(shards, len(job.task.text) if settings.texts else 0)
+        refuse_double_ids([folder / shard.file for shard in shards])
+        store.finish(shards, len(job.task.text) if job.settings.texts else 0)
     rows, rejected, truncated = (sum(getattr(one, key) for one in shards) for key in ("rows", "rejected", "truncated"))
     if not rows:
-        raise DataError(f"{job.folder}: none of the {rejected} rows has a text; see rejected-*.jsonl there")
-    seconds = time.perf_counter() - start
-    return LabelSummary(job.folder, rows, rejected, truncated, len(shards), resumed, seconds)
+        raise DataError(f"{folder}: none of the {rejected} rows has a text; see rejected-*.jsonl there")
+    return LabelSummary(folder, rows, rejected, truncated, len(shards), resumed, time.perf_counter() - start)
 
 
-def _check(settings: LabelSettings) -> None:
-    rows, tokens, text = settings.rows_per_shard, settings.max_length, settings.text
-    if rows < 1 or tokens < 4:
-        raise ConfigError(f"rows_per_shard is at least 1 and max_length 4; got {rows} and {tokens}")
-    if text is not None and len(text) not in (1, 2):
-        raise ConfigError(f"expected one text column or the two of a pair, got {len(text)}: {', '.join(text)}")
-
-
-def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> Labeller:
-    """Settle what the model decides, and load it once."""
-    files = find_files(data)
+def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job:
+    """Settle what the model and the files decide."""
+    files = _find_files(data)
     place = expand_home(model)
     model = str(place.resolve()) if place.exists() else model  # found from anywhere; a Hub id stays
     task = read_task(
@@ -147,27 +214,67 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> Labe
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     )
-    wanted = _recorded_precision(folder) if settings.precision == "auto" else settings.precision
-    settings = replace(settings, precision=resolve_precision(wanted, settings.device)[0])
     task = task if settings.text is None else replace(task, text=settings.text)
-    common = Path(os.path.commonpath([str(file.parent) for file in files]))
-    names = tuple(file.relative_to(common).as_posix() for file in files)
-    labeller = Labeller(LabelJob(model, settings, task, folder, files, names, ""))
-    labeller.job = replace(labeller.job, weights=labeller.teacher.weights)
-    return labeller
+    precision = settings.precision
+    if precision == "auto":  # as it was found when this collection was begun: a second timing may come out otherwise
+        with contextlib.suppress(ArtifactError):
+            precision = str(open_store(folder / COLLECTION_MANIFEST).ingredients.get("precision", precision))
+    settings = replace(settings, precision=resolve_precision(precision, settings.device)[0])
+    return _Job(model, settings, task, folder, files, os.path.commonpath([str(file.parent) for file in files]))
 
 
-def _recorded_precision(folder: Path) -> str:
-    """Give what `auto` was found to be when this collection was begun: a second timing may come out otherwise."""
-    with contextlib.suppress(ArtifactError):
-        return str(open_store(folder / COLLECTION_MANIFEST).ingredients.get("precision", "auto"))
-    return "auto"
+def _find_files(data: str) -> tuple[Path, ...]:
+    place = expand_home(data)
+    if place.is_file():
+        return (place.resolve(),)
+    if place.is_dir():
+        found = [path for path in place.rglob("*") if path.is_file() and path.suffix.lower() in SUFFIXES]
+        found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(place).parts)]
+    else:
+        found = [Path(path) for path in glob.glob(str(place), recursive=True) if Path(path).is_file()]  # noqa: PTH207
+    if not found:
+        raise DataError(
+            f"{data}: no files of {', '.join(SUFFIXES)} there; give a file, a folder, or a pattern in quotes such as "
+            "'texts/*.parquet'"
+        )
+    return tuple(sorted(path.resolve() for path in found))
 
 
-def _counting(job: LabelJob, progress: Progress | None, done: int) -> Callable[[int], None]:
+def _ingredients(job: _Job) -> dict[str, Any]:
+    """Name what makes a collection beside the teacher."""
+    settings = job.settings
+    return {
+        "id_column": settings.id_column,
+        "texts": settings.texts,
+        "rows_per_shard": settings.rows_per_shard,
+        "inputs": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in job.files],
+        "text": None if settings.text is None else list(settings.text),
+    }
+
+
+def _cut_work(job: _Job) -> list[_Unit]:
+    """Cut the work: one unit a shard of a Parquet file, whose rows are numbered; one a file of lines."""
+    units: list[_Unit] = []
+    for number, file in enumerate(job.files):
+        if file.suffix.lower() == ".parquet":
+            shards = max(1, -(-_count_rows(file) // job.settings.rows_per_shard))
+            units += [_Unit(number, shard, to_the_end=False) for shard in range(shards)]
+        else:
+            units.append(_Unit(number, 0, to_the_end=True))
+    return units
+
+
+def _count_rows(file: Path) -> int:
+    try:
+        return int(pq.read_metadata(file).num_rows)
+    except UNREADABLE as fault:
+        raise DataError(f"{file} is no readable Parquet file ({fault}); {REMEDY}") from None
+
+
+def _counting(job: _Job, progress: Progress | None, done: int) -> Callable[[int], None]:
     """Give a function that adds rows and tells the caller, first of those that were there."""
     known = all(file.suffix.lower() == ".parquet" for file in job.files)
-    total = sum(count_rows(file) for file in job.files) if known else None
+    total = sum(map(_count_rows, job.files)) if known else None
 
     def add(rows: int) -> None:
         nonlocal done
@@ -179,18 +286,18 @@ def _counting(job: LabelJob, progress: Progress | None, done: int) -> Callable[[
     return add
 
 
-def _carry_out(labeller: Labeller, done: dict[Unit, list[Shard]], on: str | None, tell: Callable[[int], None]) -> None:
+def _carry_out(job: _Job, done: dict[_Unit, list[Shard]], on: str | None, tell: Callable[[int], None]) -> None:
     """Do the units that are not finished; what is done twice writes the same file."""
-    job = labeller.job
-    left = [unit for unit, shards in done.items() if not is_finished(unit, shards)]
-    if not left:
+    left = iter([unit for unit, shards in done.items() if not unit.is_done(shards)])
+    first = next(left, None)
+    if first is None:
         return
-    units = iter(left)
+    left = chain([first], left)
     needs = Resources(gpus=0.0 if job.settings.device == "cpu" else None)
     paths = [str(job.folder), *([job.model] if Path(job.model).is_absolute() else [])]
     with open_engine(on, needs, paths) as engine:
-        work = labeller.label if on is None else functools.partial(label_unit, job)
-        for unit, shards in engine.results(work, lambda: next(units, None), lambda _, rows: tell(rows)):
+        work = functools.partial(label_unit, job)
+        for unit, shards in engine.results(work, lambda: next(left, None), lambda _, rows: tell(rows)):
             if isinstance(shards, LostError):
                 raise KdLoraError(f"a worker was lost again and again, the last time by: {shards}")
             if isinstance(shards, Exception):
@@ -200,122 +307,84 @@ def _carry_out(labeller: Labeller, done: dict[Unit, list[Shard]], on: str | None
                 tell(sum(shard.rows_read for shard in shards))
 
 
-def label_unit(job: LabelJob, unit: Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:
-    """Do what is left of a unit, on whatever machine; a process keeps the teacher between units."""
-    return _labeller(job).label(unit, hear)
-
-
 @functools.lru_cache(maxsize=1)
-def _labeller(job: LabelJob) -> Labeller:
-    return Labeller(job)
+def _load_teacher(model: str, settings: LabelSettings, task: Task) -> Teacher:
+    """Load the model that labels; a process keeps it between units."""
+    encoder, columns = load_fine_tuned(
+        model,
+        task,
+        label_names=settings.label_names,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    device = resolve_device(settings.device)
+    batch_tokens = BATCH_TOKENS if device.type == "cpu" else _CUDA_BATCH_TOKENS
+    encoder.model.to(device)
+    return Teacher(encoder, columns, task.label_names, settings.max_length, settings.precision, batch_tokens)
 
 
-class Labeller:
-    """A teacher, loaded when the first row needs it, and the units of work that it does one after the other."""
+def label_unit(job: _Job, unit: _Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:
+    """Do what is left of a unit, on whatever machine, and say how many rows each window had."""
+    shards, settings = unit.finished_shards(job.folder), job.settings
+    columns = Columns(settings.text, job.task.text, settings.id_column, most_characters(settings.max_length))
+    start = unit.shard * settings.rows_per_shard + sum(shard.rows_read for shard in shards)
+    with contextlib.closing(iter(RowReader(job.files[unit.file], columns, start=start))) as rows:
+        ahead = list(islice(rows, 1))  # one row, which says whether the file has ended
+        while not unit.is_done(shards):
+            part = islice(chain(ahead, rows), settings.rows_per_shard)
+            shard = _write_shard(job, unit, unit.name(len(shards)), part, hear)
+            ahead = list(islice(rows, 1))
+            shards.append(shard.model_copy(update={"ends": not ahead}))
+            write_note(job.folder, shards[-1])
+    return shards
 
-    def __init__(self, job: LabelJob) -> None:
-        self.job = job
 
-    @functools.cached_property
-    def teacher(self) -> Teacher:
-        """The model that labels, on its device."""
-        job, settings = self.job, self.job.settings
-        encoder, columns = load_fine_tuned(
-            job.model,
-            job.task,
-            label_names=settings.label_names,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
+def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: Callable[[int], None] | None) -> Shard:
+    """Write one shard, and beside it the rows that were rejected."""
+    teacher, file = _load_teacher(job.model, job.settings, job.task), job.files[unit.file]
+    if teacher.weights != job.weights:
+        raise ArtifactError(
+            f"{job.model}: the weights on this machine are not those that the job began with; bring the same model here"
         )
-        device = resolve_device(settings.device)
-        batch_tokens = BATCH_TOKENS if device.type == "cpu" else _CUDA_BATCH_TOKENS
-        names, precision = job.task.label_names, settings.precision
-        teacher = Teacher(encoder, columns, names, settings.max_length, precision, batch_tokens)
-        if job.weights and teacher.weights != job.weights:
-            raise ArtifactError(
-                f"{job.model}: the weights on this machine are not those that the job began with; bring the same "
-                "model here"
-            )
-        encoder.model.to(device)
-        return teacher
+    prefix = f"{file.relative_to(job.root).as_posix()}:" if len(job.files) > 1 else ""
+    rejected: list[str] = []
 
-    def new_store(self) -> LogitStore:
-        """Describe the collection to be made."""
-        job, settings = self.job, self.job.settings
-        ingredients = self.teacher.ingredients() | {
-            "id_column": settings.id_column,
-            "texts": settings.texts,
-            "rows_per_shard": settings.rows_per_shard,
-            "inputs": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in job.files],
-            "text": None if settings.text is None else list(settings.text),
-        }
-        store = self.teacher.new_store(job.folder / COLLECTION_MANIFEST, ingredients, settings.rows_per_shard)
-        return store.model_copy(update={"model": job.model, "task": job.task.to_dict()})
-
-    def label(self, unit: Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:
-        """Do what is left of a unit, and say how many rows each window had."""
-        shards = finished_shards(self.job.folder, unit)
-        if is_finished(unit, shards):
-            return shards
-        settings = self.job.settings
-        columns = Columns(settings.text, self.job.task.text, settings.id_column, most_characters(settings.max_length))
-        start = unit.shard * settings.rows_per_shard + sum(shard.rows_read for shard in shards)
-        with contextlib.closing(iter(RowReader(self.job.files[unit.file], columns, start=start))) as rows:
-            ahead = list(islice(rows, 1))  # one row, which says whether the file has ended
-            while not is_finished(unit, shards):
-                part = islice(chain(ahead, rows), settings.rows_per_shard)
-                shard = self._write(shard_name(unit.file, unit.shard + len(shards)), part, unit, hear)
-                ahead = list(islice(rows, 1))
-                shards.append(shard.model_copy(update={"ends": not ahead}))
-                write_note(self.job.folder, shards[-1])
-        return shards
-
-    def _write(self, name: str, rows: Iterator[Row], unit: Unit, hear: Callable[[int], None] | None) -> Shard:
-        """Write one shard, and beside it the rows that were rejected."""
-        job, rejected = self.job, list[str]()
-        kept = ["id", *(["text", "text_pair"][: len(job.task.text)] if job.settings.texts else [])]
-        shard = self.teacher.write_shard(job.folder / name, self._windows(rows, unit, rejected, hear), kept=kept)
-        if not rejected:
-            return shard
-        beside = name.replace("logits", "rejected").replace(".parquet", ".jsonl")
-        write_text_atomic(job.folder / beside, "".join(rejected))
-        return shard.model_copy(update={"rejected": len(rejected), "rejected_file": beside})
-
-    def _windows(
-        self, rows: Iterator[Row], unit: Unit, rejected: list[str], hear: Callable[[int], None] | None
-    ) -> Iterator[Window]:
-        """Give rows some thousand at a time, and set aside those without a text."""
-        for window in cut_windows(rows):
-            good = [row for row in window if row.text is not None]
-            bad = [{"id": self._id(row, unit), "error": row.error} for row in window if row.text is None]
-            if bad and self.job.settings.strict:
-                raise DataError(f"{self.job.files[unit.file]}, {bad[0]['error']}")
-            rejected += [json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad]
-            if good:
-                yield self._tokenise(good, unit)
+    def windows() -> Iterator[Window]:
+        # A row number is only unique within its file.
+        for window in cut_windows(replace(row, id=prefix + row.id) if prefix and row.numbered else row for row in rows):
+            bad = [{"id": row.id, "error": row.error} for row in window if row.text is None]
+            if bad and job.settings.strict:
+                raise DataError(f"{file}, {bad[0]['error']}")
+            rejected.extend(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad)
+            if good := [row for row in window if row.text is not None]:
+                yield _tokenise(job, teacher, file, good)
             if hear is not None:
                 hear(len(window))
 
-    def _tokenise(self, rows: Sequence[Row], unit: Unit) -> Window:
-        pairs = self.job.task.is_pair
-        if isinstance(rows[0].text, tuple) != pairs:
-            raise DataError(
-                f"{self.job.files[unit.file]}: the model reads {'pairs of texts' if pairs else 'single texts'}; name "
-                f"{'two text columns' if pairs else 'one text column'} with --text"
-            )
-        texts: dict[str, list[Any]] = {"text": [row.text for row in rows]}
-        if pairs:
-            texts = {name: [row.text[part] for row in rows] for part, name in enumerate(("text", "text_pair"))}  # type: ignore[index]
-        tokenizer = self.teacher.encoder.tokenizer
-        limit = min(self.job.settings.max_length, tokenizer.model_max_length)
-        encoded = encode_texts(texts, tokenizer, limit)
-        truncated = sum(encoded.pop("truncated"))
-        # Not `tokenise`, which shows a bar of its own; a fingerprint of its own saves hashing.
-        tokens = Tokenised(Dataset(pa.table(encoded), fingerprint="window"), truncated, limit)
-        kept = texts if self.job.settings.texts else {}
-        return Window({"id": [self._id(row, unit) for row in rows]} | kept, tokens)
+    kept = ["id", *(["text", "text_pair"][: len(job.task.text)] if job.settings.texts else [])]
+    shard = teacher.write_shard(job.folder / name, windows(), kept=kept)
+    if not rejected:
+        return shard
+    beside = name.replace("logits", "rejected").replace(".parquet", ".jsonl")
+    write_text_atomic(job.folder / beside, "".join(rejected))
+    return shard.model_copy(update={"rejected": len(rejected), "rejected_file": beside})
 
-    def _id(self, row: Row, unit: Unit) -> str:
-        """Give a row its id; a row number is only unique within its file."""
-        is_number = row.numbered and len(self.job.files) > 1
-        return f"{self.job.names[unit.file]}:{row.id}" if is_number else row.id
+
+def _tokenise(job: _Job, teacher: Teacher, file: Path, rows: Sequence[Row]) -> Window:
+    pairs = job.task.is_pair
+    if isinstance(rows[0].text, tuple) != pairs:
+        raise DataError(
+            f"{file}: the model reads {'pairs of texts' if pairs else 'single texts'}; name "
+            f"{'two text columns' if pairs else 'one text column'} with --text"
+        )
+    texts: dict[str, list[Any]] = {"text": [row.text for row in rows]}
+    if pairs:
+        texts = {name: [row.text[part] for row in rows] for part, name in enumerate(("text", "text_pair"))}  # type: ignore[index]
+    tokenizer = teacher.encoder.tokenizer
+    limit = min(job.settings.max_length, tokenizer.model_max_length)
+    encoded = encode_texts(texts, tokenizer, limit)
+    truncated = sum(encoded.pop("truncated"))
+    # Not `tokenise`, which shows a bar of its own; a fingerprint of its own saves hashing.
+    tokens = Tokenised(Dataset(pa.table(encoded), fingerprint="window"), truncated, limit)
+    kept = texts if job.settings.texts else {}
+    return Window({"id": [row.id for row in rows]} | kept, tokens)

@@ -5,7 +5,10 @@ The public names are imported on first use, so that `import kdlora` costs nothin
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
 # ruff: noqa: I001 - a public name beside its re-export
@@ -39,10 +42,7 @@ if TYPE_CHECKING:
         KdLoraError as KdLoraError,
         ModelError as ModelError,
     )
-    from kdlora.experiment.arms import (
-        train_student as train_student,
-        train_teacher as train_teacher,
-    )
+    from kdlora.experiment.arms import train_student as train_student, train_teacher as train_teacher
     from kdlora.experiment.labelling import LabelSettings as LabelSettings, label_collection as label_collection
     from kdlora.experiment.run import run_experiment as run_experiment
     from kdlora.experiment.scoring import evaluate as evaluate
@@ -55,38 +55,13 @@ if TYPE_CHECKING:
     from kdlora.report.report import make_report as make_report
     from kdlora.terminal import live_progress as live_progress
 
-_NAMES = {
-    "config": "Config DistilConfig LoraConfig StudentTrainConfig TeacherTrainConfig",
-    "configfile": "build_config load_config load_search",
-    "data.load": "load_splits",
-    "data.tasks": "Task",
-    "deploy.benchmark": "benchmark",
-    "deploy.calibrate": "fit_temperature",
-    "deploy.export": "export_onnx",
-    "deploy.gates": "LabelledTexts",
-    "deploy.hub": "push_experiment",
-    "deploy.predict": "Classifier",
-    "deploy.stream": "predict_file",
-    "distil.distillation_trainer": "DistillationTrainer",
-    "distil.logits": "attach_teacher",
-    "distil.losses": "distillation_loss",
-    "distil.teacher_table": "read_teacher_table",
-    "distil.teacher": "teacher_logits",
-    "errors": "ArtifactError ConfigError DataError KdLoraError ModelError",
-    "experiment.arms": "train_student train_teacher",
-    "experiment.scoring": "evaluate",
-    "experiment.labelling": "LabelSettings label_collection",
-    "experiment.run": "run_experiment",
-    "experiment.search": "run_search",
-    "experiment.suite": "run_suite",
-    "experiment.suitefile": "load_suite",
-    "models.adapters": "merge_student",
-    "models.encoders": "load_encoder load_fine_tuned",
-    "report.compare": "compare",
-    "report.report": "make_report",
-    "terminal": "live_progress",
+_HOMES = {
+    name.name: part.module
+    for part in ast.walk(ast.parse(inspect.getsource(sys.modules[__name__])))
+    if isinstance(part, ast.ImportFrom) and part.module and part.module.startswith("kdlora.")
+    for name in part.names
 }
-_HOMES = {name: f"kdlora.{module}" for module, names in _NAMES.items() for name in names.split()}
+"""Each public name to its module, as the imports above say for type checkers."""
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,21 +38,17 @@ class Diagnosis:
 
     def lines(self) -> dict[str, str]:
         """Put it into words, by subject."""
-        threads = "" if self.threads is None else f", {self.threads} CPU threads"
-        memory = "unknown" if self.free_memory is None else f"{self.free_memory} GiB"
-        extras = {
-            f"extra {name}": f"lacks {'; '.join(unmet)}: pip install 'kdlora[{name}]'" if unmet else "complete"
-            for name, unmet in self.extras.items()
-        }
-        return {
+        lines = {
             "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
             "machine": ", ".join(f"{name} {value}" for name, value in self.machine.items()),
-            "device": self.device + threads,
-            "free": f"memory {memory}, disk of the Hub's cache {self.free_disk} GiB",
+            "device": self.device + ("" if self.threads is None else f", {self.threads} CPU threads"),
+            "free": f"memory {self.free_memory or '?'} GiB, disk of the Hub's cache {self.free_disk} GiB",
             "hub": self.hub,
-            **extras,
-            "problems": "; ".join(self.problems) or "none",
         }
+        for name, unmet in self.extras.items():
+            lack = f"lacks {'; '.join(unmet)}: pip install 'kdlora[{name}]'"
+            lines[f"extra {name}"] = lack if unmet else "complete"
+        return lines | {"problems": "; ".join(self.problems) or "none"}
 
 
 def diagnose(*, hub_seconds: float = 4.0) -> Diagnosis:
@@ -64,13 +60,15 @@ def diagnose(*, hub_seconds: float = 4.0) -> Diagnosis:
         device, threads = _device()
     except (ImportError, OSError, RuntimeError) as error:
         problems.append(f"PyTorch cannot be used: {error}")
+    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser().absolute()
+    there = next(place for place in (cache, *cache.parents) if place.exists())
     return Diagnosis(
         versions=collect_versions(),
         machine=describe_machine(),
         device=device,
         threads=threads,
         free_memory=_free_memory(),
-        free_disk=_free_disk(),
+        free_disk=round(shutil.disk_usage(there).free / 2**30, 1),
         hub=harmless(_ask_hub(hub_seconds)),  # a mirror's address may hold a password
         extras=extras,
         problems=tuple(problems),
@@ -80,28 +78,28 @@ def diagnose(*, hub_seconds: float = 4.0) -> Diagnosis:
 def unmet_requirements() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Compare what is installed with what kdlora's own metadata ask for: the base, and each extra."""
     try:
-        requirements = [Requirement(text) for text in metadata.requires("kdlora") or []]
+        needs = [Requirement(text) for text in metadata.requires("kdlora") or []]
         names = metadata.metadata("kdlora").get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:
         return ("the package kdlora itself (pip install kdlora)",), {}
-    base = tuple(_unmet(need for need in requirements if need.marker is None or need.marker.evaluate({"extra": ""})))
+    base = _unmet(need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""}))
     extras = {}
     for name in sorted(names):
-        unmet = _unmet(need for need in requirements if need.marker and need.marker.evaluate({"extra": name}))
+        unmet = _unmet(need for need in needs if need.marker and need.marker.evaluate({"extra": name}))
         extras[name] = tuple(need for need in unmet if need not in base)
     return base, extras
 
 
-def _unmet(requirements: Iterator[Requirement]) -> Iterator[str]:
+def _unmet(requirements: Iterable[Requirement]) -> tuple[str, ...]:
+    unmet = []
     for need in requirements:
-        wanted = f"{need.name}{need.specifier}"
         try:
             found = metadata.version(need.name)
+            state = "" if need.specifier.contains(found, prereleases=True) else f"{found} is installed"
         except metadata.PackageNotFoundError:
-            yield f"{wanted} (not installed)"
-            continue
-        if not need.specifier.contains(found, prereleases=True):
-            yield f"{wanted} ({found} is installed)"
+            state = "not installed"
+        unmet += [f"{need.name}{need.specifier} ({state})"] if state else []
+    return tuple(unmet)
 
 
 def _device() -> tuple[str, int]:
@@ -117,18 +115,10 @@ def _device() -> tuple[str, int]:
 
 def _free_memory() -> float | None:
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        return round(int(facts["MemAvailable"].split()[0]) / 2**20, 1)
+    except (OSError, ValueError, KeyError):
         return None
-    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if available is None else round(int(available) / 2**20, 1)
-
-
-def _free_disk() -> float:
-    place = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser().absolute()
-    while not place.exists():
-        place = place.parent
-    return round(shutil.disk_usage(place).free / 2**30, 1)
 
 
 def _ask_hub(seconds: float) -> str:

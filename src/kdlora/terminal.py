@@ -71,35 +71,25 @@ class NotebookBars:
     """Bars below a notebook's cell; they need IPython and no widgets."""
 
     def __init__(self) -> None:
-        self._bars: dict[str, tuple[int | None, float | None, str]] = {}
+        self._rows: dict[str, str] = {}
         self._shown: Any = None
         self._drawn_at = 0.0
 
     def show(self, name: str, done: int | None, total: float | None, status: str) -> None:
         """Take the state of a bar; all are drawn anew at most five times a second, and at a bar's beginning and end."""
-        is_new = name not in self._bars
-        self._bars[name] = done, total, status
-        if is_new or done == total or time.monotonic() - self._drawn_at >= 0.2:
-            self._draw()
-
-    def _draw(self) -> None:
         from IPython.display import HTML, display
 
-        page = HTML(self.html())
-        if self._shown is None:
-            self._shown = display(page, display_id=True)
-        else:
-            self._shown.update(page)
-        self._drawn_at = time.monotonic()
-
-    def html(self) -> str:
-        """Give the bars as a table."""
-        rows = ""
-        for name, (done, total, status) in self._bars.items():
-            amount = "" if total is None else f' value="{done}" max="{total}"'
-            bar = f'<progress aria-label="{escape(name)}"{amount}></progress>'
-            rows += f'<tr><th scope="row">{escape(name)}</th><td>{bar}</td><td>{escape(status)}</td></tr>'
-        return f"<table>{rows}</table>"
+        is_due = name not in self._rows or done == total or time.monotonic() - self._drawn_at >= 0.2
+        amount = "" if total is None else f' value="{done}" max="{total}"'
+        bar = f'<progress aria-label="{escape(name)}"{amount}></progress>'
+        self._rows[name] = f'<tr><th scope="row">{escape(name)}</th><td>{bar}</td><td>{escape(status)}</td></tr>'
+        if is_due:
+            page = HTML(f"<table>{''.join(self._rows.values())}</table>")
+            if self._shown is None:
+                self._shown = display(page, display_id=True)
+            else:
+                self._shown.update(page)
+            self._drawn_at = time.monotonic()
 
 
 @contextlib.contextmanager
@@ -116,12 +106,13 @@ def live_progress() -> Iterator[Listener | None]:
         The listener; None where standard error is neither, so that no log fills with bars.
     """
     with draw_bars() as show:
-        yield None if show is None else lambda stage, event: show(_title(stage), *_state(event))
+        titles = {"label": "teacher reads the training rows", "deploy": "export and measure the student"}
 
+        def listen(stage: Stage, event: Any) -> None:
+            if show is not None:
+                show(titles.get(stage.name, f"{stage.arm}, seed {stage.seed}"), *_state(event))
 
-def _title(stage: Stage) -> str:
-    titles = {"label": "teacher reads the training rows", "deploy": "export and measure the student"}
-    return titles.get(stage.name, f"{stage.arm}, seed {stage.seed}")
+        yield None if show is None else listen
 
 
 def _state(event: ProgressEvent | tuple[int, int] | str) -> tuple[int | None, int | None, str]:
@@ -131,16 +122,16 @@ def _state(event: ProgressEvent | tuple[int, int] | str) -> tuple[int | None, in
     if isinstance(event, tuple):
         done, total = event
         return done, total, f"{done:,} of {total:,}"
-    parts = [f"epoch {event.epoch:.1f}/{event.epochs:g}"]
-    terms = {"loss": event.loss}
-    if event.soft_loss is not None:  # without a teacher the loss is the hard loss
-        terms |= {"hard": event.hard_loss, "soft": event.soft_loss}
-    parts += [f"{name} {value:.3f}" for name, value in terms.items() if value is not None]
-    if event.score is not None:
-        parts.append(f"score {event.score:.1f}")
-    if event.examples_per_second:
-        parts.append(f"{event.examples_per_second:.0f} examples/s")
-    return event.step, event.steps, "  ".join(parts)
+    has_teacher = event.soft_loss is not None  # without one the loss is the hard loss
+    parts = [
+        f"epoch {event.epoch:.1f}/{event.epochs:g}",
+        f"loss {event.loss:.3f}" if event.loss is not None else "",
+        f"hard {event.hard_loss:.3f}" if has_teacher and event.hard_loss is not None else "",
+        f"soft {event.soft_loss:.3f}" if event.soft_loss is not None else "",
+        f"score {event.score:.1f}" if event.score is not None else "",
+        f"{event.examples_per_second:.0f} examples/s" if event.examples_per_second else "",
+    ]
+    return event.step, event.steps, "  ".join(filter(None, parts))
 
 
 def print_plan(plan: ExperimentPlan, console: SafeConsole) -> None:

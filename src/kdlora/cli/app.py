@@ -1,16 +1,18 @@
-"""The Typer application, and what several verbs share: options, tables, JSON."""
+"""The Typer application, what verbs share (options, tables, JSON), and the verbs that tell what kdlora knows."""
 
 from __future__ import annotations
 
 import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.table import Table
 
+from kdlora.defaults import FAMILIES
 from kdlora.errors import harmless_json
 from kdlora.terminal import SafeConsole
 
@@ -55,9 +57,9 @@ def verb(options: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[Any]
         hints = get_type_hints(options, include_extras=True)
         signature = inspect.signature(options)
         parameters = [one.replace(annotation=hints[one.name]) for one in signature.parameters.values()]
-        command.__doc__, command.__annotations__ = function.__doc__, hints
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        app.command(function.__name__)(command)
+        command.__annotations__ = hints
+        app.command(function.__name__, help=inspect.getdoc(function))(command)
         return function
 
     return register
@@ -76,11 +78,6 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], **settings
     SafeConsole().print(table)
 
 
-def print_paths(paths: Sequence[Path], as_json: bool) -> None:
-    """Print where something was written."""
-    print_json({"paths": paths}) if as_json else print("\n".join(map(str, paths)))
-
-
 def completing(list_names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """Let the shell complete one of these names."""
     return lambda incomplete: [name for name in list_names() if name.startswith(incomplete)]
@@ -92,16 +89,61 @@ def _assignments() -> Iterable[str]:
     return [f"{key}=" for key in known_keys()]
 
 
+_SET = {"metavar": "KEY=VALUE", "autocompletion": completing(_assignments)}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Experiment folder; default runs/<name>.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override a config key; values are YAML.",
-        autocompletion=completing(_assignments),
-    ),
-]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key; values are YAML.", **_SET)]
 Text = Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Text column; twice for a pair.")]
 IdColumn = Annotated[str, typer.Option(metavar="COLUMN", help="Column that names a row.")]
+
+
+@app.command()
+def tasks(as_json: Json = False) -> None:
+    """List the GLUE tasks with their columns, labels and metrics.
+
+    Example: kdlora tasks
+    """
+    from kdlora.data.tasks import GLUE
+
+    if as_json:
+        print_json({name: task.task.to_dict() for name, task in GLUE.items()})
+        return
+    rows = [
+        (name, task.kind, ", ".join(task.text), ", ".join(task.label_names), " + ".join(task.metrics))
+        for name, task in GLUE.items()
+    ]
+    print_table(("task", "kind", "text", "labels", "score"), rows)
+
+
+@app.command()
+def families(as_json: Json = False) -> None:
+    """List the paper's pairs of teacher and student.
+
+    Example: kdlora families
+    """
+    if as_json:
+        print_json({name: {"teacher": teacher, "student": student} for name, (teacher, student) in FAMILIES.items()})
+    else:
+        print_table(("family", "teacher", "student"), [(name, *models) for name, models in FAMILIES.items()])
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what a bug report needs: versions, device, threads, memory, the Hub, missing extras.
+
+    Exits with 1 where a requirement of kdlora itself is not met. Nothing that it prints names you or your folders.
+
+    Example: kdlora doctor
+
+    Example: kdlora doctor --json > doctor.json
+    """
+    from kdlora.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        print_json(asdict(found))
+    else:
+        lines = found.lines()
+        width = max(map(len, lines))
+        print("\n".join(f"{name:<{width}}  {text}" for name, text in lines.items()))
+    raise typer.Exit(1 if found.problems else 0)

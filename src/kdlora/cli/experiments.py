@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Exit, Option
 
-from kdlora.cli.app import Json, Out, Set, Text, app, completing, print_json, print_paths, print_table, verb
+from kdlora.cli.app import Json, Out, Set, Text, app, completing, print_json, print_table, verb
 from kdlora.defaults import FAMILIES
 from kdlora.errors import ConfigError
 from kdlora.terminal import SafeConsole, live_progress, print_plan, print_result
@@ -20,13 +21,13 @@ from kdlora.terminal import SafeConsole, live_progress, print_plan, print_result
 if TYPE_CHECKING:
     from kdlora.config import Config
     from kdlora.experiment.preview import ExperimentPlan
-    from kdlora.experiment.run import ExperimentResult
 
 _HOURS_UNASKED = 4.0
 _WITHOUT_A_FILE = (
     "Without a config file, say what is learnt (--train FILE --text COLUMN --label COLUMN, or --task NAME --data "
     "FOLDER) and by which models (--family NAME, or --teacher and --student); `kdlora run --help` has examples"
 )
+_FAMILY_HELP = "bert, roberta or deberta-v3: names both models."
 
 
 def _glue_tasks() -> Iterable[str]:
@@ -39,53 +40,44 @@ def _glue_tasks() -> Iterable[str]:
 class Run:
     """What `kdlora run` is told."""
 
-    config: Annotated[Path | None, typer.Argument(help="Config file (YAML); or describe your data with options.")] = (
-        None
-    )
+    config: Annotated[Path | None, Argument(help="Config file (YAML); or describe your data with options.")] = None
     out: Out = None
     overrides: Set = None
-    task: Annotated[
-        str | None, typer.Option(help="GLUE task, with --data.", autocompletion=completing(_glue_tasks))
-    ] = None
-    data: Annotated[str | None, typer.Option(help="Folder or Hub id with the data.")] = None
-    train: Annotated[str | None, typer.Option(help="Training file.")] = None
-    validation: Annotated[str | None, typer.Option(help="Validation file; default: split off the training rows.")] = (
-        None
-    )
-    test: Annotated[str | None, typer.Option(help="Test file.")] = None
+    task: Annotated[str | None, Option(help="GLUE task, with --data.", autocompletion=completing(_glue_tasks))] = None
+    data: Annotated[str | None, Option(help="Folder or Hub id with the data.")] = None
+    train: Annotated[str | None, Option(help="Training file.")] = None
+    validation: Annotated[str | None, Option(help="Validation file; default: split off the training rows.")] = None
+    test: Annotated[str | None, Option(help="Test file.")] = None
     text: Text = None
-    label: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN", help="Label column; several for 0/1 columns.")
-    ] = None
-    family: Annotated[
-        str | None,
-        typer.Option(help="bert, roberta or deberta-v3: names both models.", autocompletion=completing(FAMILIES.keys)),
-    ] = None
-    teacher: Annotated[str | None, typer.Option(help="Pretrained teacher: Hub id or folder.")] = None
-    student: Annotated[str | None, typer.Option(help="Pretrained student: Hub id or folder.")] = None
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failed run.")] = False
+    label: Annotated[list[str] | None, Option(metavar="COLUMN", help="Label column; several for 0/1 columns.")] = None
+    family: Annotated[str | None, Option(help=_FAMILY_HELP, autocompletion=completing(FAMILIES.keys))] = None
+    teacher: Annotated[str | None, Option(help="Pretrained teacher: Hub id or folder.")] = None
+    student: Annotated[str | None, Option(help="Pretrained student: Hub id or folder.")] = None
+    fail_fast: Annotated[bool, Option("--fail-fast", help="Stop at the first failed run.")] = False
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, on what data and for how long; write nothing.")
+        bool, Option("--dry-run", help="Say what would be done, on what data and for how long; write nothing.")
     ] = False
-    yes: Annotated[bool, typer.Option("--yes", help="Begin without asking, though it will take hours.")] = False
+    yes: Annotated[bool, Option("--yes", help="Begin without asking, though it will take hours.")] = False
     as_json: Json = False
 
-    def settings(self) -> dict[str, Any]:
-        """Give the config keys that the options set."""
-        given = {
-            "family": self.family,
-            "task.name": self.task,
-            "task.text": self.text,
-            "task.label": self.label,
-            "data.path": self.data,
-            "data.train": self.train,
-            "data.validation": self.validation,
-            "data.test": self.test,
-            "teacher.model": self.teacher,
-            "student.model": self.student,
-            "run.fail_fast": self.fail_fast,
-        }
-        return {key: value for key, value in given.items() if value}
+    def load(self) -> Config:
+        """Read the config file, if there is one, and lay the options over it."""
+        from kdlora.configfile import build_config, load_config
+
+        given: dict[str, Any] = {"family": self.family, "run.fail_fast": self.fail_fast}
+        given |= {"task.name": self.task, "task.text": self.text, "task.label": self.label, "data.path": self.data}
+        given |= {"data.train": self.train, "data.validation": self.validation, "data.test": self.test}
+        given |= {"teacher.model": self.teacher, "student.model": self.student}
+        overrides: list[str | tuple[str, Any]] = [
+            *((key, value) for key, value in given.items() if value),
+            *(self.overrides or []),
+        ]
+        if self.config is not None:
+            return load_config(self.config, overrides)
+        try:
+            return build_config({}, overrides, where="the command line")
+        except ConfigError as error:
+            raise ConfigError(f"{error}\n{_WITHOUT_A_FILE}") from None
 
 
 @verb(Run)
@@ -100,9 +92,9 @@ def run(options: Run) -> None:
 
     Example: kdlora run configs/reviews.yaml --dry-run
     """
-    config = _load(options)
+    config = options.load()
     if options.dry_run:
-        _print_plan(config, options.out, options.as_json)
+        _dry_run(config, options.out, options.as_json)
     else:
         _run(config, options.out, options.as_json, yes=options.yes)
 
@@ -115,12 +107,12 @@ def demo(out: Out = None, as_json: Json = False) -> None:
     """
     from kdlora.demo import demo_config
 
-    _run(demo_config(), out, as_json)
+    _run(demo_config(), out, as_json, yes=True)
 
 
 @app.command()
 def validate(
-    config: Annotated[Path, typer.Argument(help="Config file (YAML).")], overrides: Set = None, as_json: Json = False
+    config: Annotated[Path, Argument(help="Config file (YAML).")], overrides: Set = None, as_json: Json = False
 ) -> None:
     """Check a config and print it in full, every default filled in; nothing is loaded or trained.
 
@@ -129,18 +121,15 @@ def validate(
     from kdlora.configfile import load_config, save_config
 
     checked = load_config(config, overrides or [])
-    if as_json:
-        print_json(checked.model_dump(mode="json"))
-    else:
-        print(save_config(checked), end="")
+    print_json(checked.model_dump(mode="json")) if as_json else print(save_config(checked), end="")
 
 
 @app.command()
 def evaluate(
-    experiment: Annotated[Path, typer.Argument(help="Experiment folder.")],
-    data: Annotated[str, typer.Argument(help="File with labelled examples, columns as in the experiment.")],
+    experiment: Annotated[Path, Argument(help="Experiment folder.")],
+    data: Annotated[str, Argument(help="File with labelled examples, columns as in the experiment.")],
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the teacher's own code run, if the config does, too.")
+        bool, Option("--trust-remote-code", help="Let the teacher's own code run, if the config does, too.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -163,8 +152,8 @@ def evaluate(
 
 @app.command()
 def compare(
-    experiments: Annotated[list[Path], typer.Argument(help="Experiment folders, or folders of single runs.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for compare.md and compare.html.")] = Path(),
+    experiments: Annotated[list[Path], Argument(help="Experiment folders, or folders of single runs.")],
+    out: Annotated[Path, Option("--out", help="Folder for compare.md and compare.html.")] = Path(),
     as_json: Json = False,
 ) -> None:
     """Put experiments or single runs into one table and one plot, paired where their examples are the same.
@@ -173,15 +162,14 @@ def compare(
     """
     from kdlora.report.compare import compare as compare_runs
 
-    print_paths(compare_runs(experiments, out=out).paths, as_json)
+    _print_paths(compare_runs(experiments, out=out).paths, as_json)
 
 
 @app.command()
 def report(
-    experiments: Annotated[list[Path], typer.Argument(help="Experiment folders.")],
+    experiments: Annotated[list[Path], Argument(help="Experiment folders.")],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder to write to; default: the experiment's, or the one above several."),
+        Path | None, Option("--out", help="Folder to write to; default: the experiment's, or the one above several.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -191,22 +179,14 @@ def report(
     """
     from kdlora.report.report import make_report
 
-    print_paths(make_report(experiments, out=out).paths, as_json)
+    _print_paths(make_report(experiments, out=out).paths, as_json)
 
 
-def _load(options: Run) -> Config:
-    from kdlora.configfile import build_config, load_config
-
-    overrides: list[str | tuple[str, Any]] = [*options.settings().items(), *(options.overrides or [])]
-    if options.config is not None:
-        return load_config(options.config, overrides)
-    try:
-        return build_config({}, overrides, where="the command line")
-    except ConfigError as error:
-        raise ConfigError(f"{error}\n{_WITHOUT_A_FILE}") from None
+def _print_paths(paths: Sequence[Path], as_json: bool) -> None:
+    print_json({"paths": paths}) if as_json else print("\n".join(map(str, paths)))
 
 
-def _print_plan(config: Config, out: Path | None, as_json: bool) -> None:
+def _dry_run(config: Config, out: Path | None, as_json: bool) -> None:
     from kdlora.system.children import prepare_children
     from kdlora.system.launch import check_alone
 
@@ -218,15 +198,7 @@ def _print_plan(config: Config, out: Path | None, as_json: bool) -> None:
     print_json(plan.to_dict()) if as_json else print_plan(plan, SafeConsole())
 
 
-def _announce(plan: ExperimentPlan, *, yes: bool) -> None:
-    """Print the plan, and ask before a long one where a person can answer."""
-    print_plan(plan, SafeConsole(stderr=True))
-    is_asked = plan.hours > _HOURS_UNASKED and not yes and sys.stdin.isatty() and sys.stderr.isatty()
-    if is_asked and not typer.confirm("Begin?", default=True, err=True):
-        raise typer.Exit(1)
-
-
-def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool = True) -> None:
+def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool) -> None:
     from kdlora.system.children import prepare_children
     from kdlora.system.launch import read_launch
 
@@ -236,18 +208,19 @@ def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool = True) -
     prepare_children("kdlora.experiment.stages")
     from kdlora.experiment.run import run_experiment
 
+    def announce(plan: ExperimentPlan) -> None:
+        print_plan(plan, SafeConsole(stderr=True))
+        is_asked = plan.hours > _HOURS_UNASKED and not yes and sys.stdin.isatty() and sys.stderr.isatty()
+        if is_asked and not typer.confirm("Begin?", default=True, err=True):
+            raise Exit(1)
+
     if launch.rank > 0:  # the first of several processes does the talking
-        result = run_experiment(config, out)
-    else:
-        with live_progress() as listen:
-            result = run_experiment(config, out, listen=listen, before=lambda plan: _announce(plan, yes=yes))
-        _print_result(result, as_json)
-    raise typer.Exit(1 if result.failed else 0)
-
-
-def _print_result(result: ExperimentResult, as_json: bool) -> None:
+        raise Exit(1 if run_experiment(config, out).failed else 0)
+    with live_progress() as listen:
+        result = run_experiment(config, out, listen=listen, before=announce)
     if as_json:
         results = json.loads(result.layout.results.read_text(encoding="utf-8"))
         print(json.dumps({"folder": str(result.folder), **results}))
     else:
         print_result(result)
+    raise Exit(1 if result.failed else 0)

@@ -7,24 +7,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from kdlora.cli.app import IdColumn, Json, Text, app, completing, print_json, print_table, verb
 from kdlora.errors import harmless
 from kdlora.terminal import draw_bars
+
+_FORMATS = ("onnx", "onnx-int8", "all")
 
 
 @dataclass(frozen=True)
 class Predict:
     """What `kdlora predict` is told."""
 
-    model: Annotated[Path, typer.Argument(help="Model folder, experiment, or Hub id such as USER/REPO/onnx@REVISION.")]
-    source: Annotated[str, typer.Argument(help="CSV, TSV, JSON Lines, Parquet or text file; - for standard input.")]
-    to: Annotated[str, typer.Option("--to", help="Output file; - for JSON Lines on standard output.")] = "-"
+    model: Annotated[Path, Argument(help="Model folder, experiment, or Hub id such as USER/REPO/onnx@REVISION.")]
+    source: Annotated[str, Argument(help="CSV, TSV, JSON Lines, Parquet or text file; - for standard input.")]
+    to: Annotated[str, Option("--to", help="Output file; - for JSON Lines on standard output.")] = "-"
     text: Text = None
     id_column: IdColumn = "id"
-    batch_size: Annotated[int, typer.Option(help="Most texts in one forward pass.")] = 32
-    strict: Annotated[bool, typer.Option(help="Stop at the first bad row.")] = False
+    batch_size: Annotated[int, Option(help="Most texts in one forward pass.")] = 32
+    strict: Annotated[bool, Option(help="Stop at the first bad row.")] = False
     as_json: Json = False
 
 
@@ -55,25 +57,20 @@ def predict(options: Predict) -> None:
             strict=options.strict,
             progress=advance,
         )
-    if to_stdout:
-        return
-    if options.as_json:
+    if options.as_json and not to_stdout:
         print_json(asdict(summary))
-    else:
+    elif not to_stdout:
         print(f"{summary.rows} rows, {summary.errors} of them bad, in {summary.to}", file=sys.stderr)
 
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="Experiment folder, merged model folder, or Hub id.")],
-    to: Annotated[Path, typer.Option("--to", help="Folder to write.")],
+    model: Annotated[Path, Argument(help="Experiment folder, merged model folder, or Hub id.")],
+    to: Annotated[Path, Option("--to", help="Folder to write.")],
     formats: Annotated[
-        str,
-        typer.Option(
-            "--format", help="onnx, onnx-int8 or all.", autocompletion=completing(lambda: ("onnx", "onnx-int8", "all"))
-        ),
+        str, Option("--format", help="onnx, onnx-int8 or all.", autocompletion=completing(lambda: _FORMATS))
     ] = "all",
-    data: Annotated[str | None, typer.Option(help="Labelled file to check on; default: validation rows.")] = None,
+    data: Annotated[str | None, Option(help="Labelled file to check on; default: validation rows.")] = None,
     as_json: Json = False,
 ) -> None:
     """Export to ONNX and int8; every stage must reproduce the one before it, or the export fails with the figures.
@@ -97,12 +94,12 @@ def export(
     print(f"in {result.folder}" + (f"; int8 by {result.recipe}" if result.recipe else ""))
 
 
-@app.command("benchmark")
-def benchmark_command(
-    models: Annotated[list[Path], typer.Argument(help="Model folders, .onnx files, experiments or Hub ids.")],
-    data: Annotated[str | None, typer.Option(help="Labelled file, for texts and scores.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each model; default: one a core.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Image file to draw.")] = None,
+@app.command()
+def benchmark(
+    models: Annotated[list[Path], Argument(help="Model folders, .onnx files, experiments or Hub ids.")],
+    data: Annotated[str | None, Option(help="Labelled file, for texts and scores.")] = None,
+    threads: Annotated[int | None, Option(help="CPU threads of each model; default: one a core.")] = None,
+    plot: Annotated[Path | None, Option(help="Image file to draw.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure models side by side, in turns, each in a process of its own: latency, throughput, memory, size, score.
@@ -125,12 +122,12 @@ def benchmark_command(
 
 @app.command()
 def push(
-    experiment: Annotated[Path, typer.Argument(help="Experiment folder, or a merged model folder.")],
-    repo: Annotated[str, typer.Argument(help="Repository of the Hub, USER/NAME; made where it does not exist.")],
-    public: Annotated[bool, typer.Option("--public", help="Make it public; the default is private.")] = False,
-    report: Annotated[bool, typer.Option("--report", help="Push the report too; it quotes examples.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch; made where it does not exist.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    experiment: Annotated[Path, Argument(help="Experiment folder, or a merged model folder.")],
+    repo: Annotated[str, Argument(help="Repository of the Hub, USER/NAME; made where it does not exist.")],
+    public: Annotated[bool, Option("--public", help="Make it public; the default is private.")] = False,
+    report: Annotated[bool, Option("--report", help="Push the report too; it quotes examples.")] = False,
+    revision: Annotated[str | None, Option(help="Branch; made where it does not exist.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Put the student, its ONNX export and its model card on the Hub, in one commit; log in with `hf auth login`.
@@ -147,41 +144,35 @@ def push(
         print(f"{size / 1e6:>10.3f} MB  {name}", file=sys.stderr)
     if parcel.stays:
         print(harmless(f"not sent: {', '.join(parcel.stays)}"), file=sys.stderr)
-    if dry_run:
-        if as_json:
-            print_json(asdict(parcel))
-        return
-    pushed = push_experiment(experiment, repo, public=public, report=report, revision=revision)
+    pushed = None if dry_run else push_experiment(experiment, repo, public=public, report=report, revision=revision)
     if as_json:
-        print_json(asdict(pushed))
-    else:
+        print_json(asdict(pushed or parcel))
+    elif pushed is not None:
         print(f"{pushed.url} ({'private' if pushed.private else 'public'}, {len(pushed.files)} files)")
 
 
 @dataclass(frozen=True)
 class Label:
-    """What `kdlora label` is told."""
+    """What `kdlora label` is told; the fields after `to` but `on` are those of `LabelSettings`."""
 
-    model: Annotated[str, typer.Argument(help="Fine-tuned teacher: a folder, such as runs/NAME/teacher, or a Hub id.")]
-    data: Annotated[str, typer.Argument(help="File, folder or quoted pattern: Parquet, JSON Lines, CSV, TSV, text.")]
-    to: Annotated[Path, typer.Option("--to", help="Folder of the labelled collection; the same command goes on.")]
+    model: Annotated[str, Argument(help="Fine-tuned teacher: a folder, such as runs/NAME/teacher, or a Hub id.")]
+    data: Annotated[str, Argument(help="File, folder or quoted pattern: Parquet, JSON Lines, CSV, TSV, text.")]
+    to: Annotated[Path, Option("--to", help="Folder of the labelled collection; the same command goes on.")]
     on: Annotated[
-        str | None, typer.Option("--on", metavar="ray[://HOST:PORT]", help="Spread the work over a Ray cluster.")
+        str | None, Option("--on", metavar="ray[://HOST:PORT]", help="Spread the work over a Ray cluster.")
     ] = None
     text: Text = None
     id_column: IdColumn = "id"
-    label_name: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Name of an output, in order; once for each.")
+    label_names: Annotated[
+        list[str] | None, Option("--label-name", metavar="NAME", help="Name of an output, in order; once for each.")
     ] = None
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub id.")] = None
-    max_length: Annotated[int, typer.Option(help="Longest input in tokens.")] = 128
-    rows_per_shard: Annotated[int, typer.Option(help="Rows in one file: the most that a kill can cost.")] = 50_000
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto"
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
-    texts: Annotated[
-        bool, typer.Option("--with-texts/--without-texts", help="Keep the texts, for data.unlabelled.")
-    ] = True
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row.")] = False
+    revision: Annotated[str | None, Option(help="Commit, tag or branch of a Hub id.")] = None
+    max_length: Annotated[int, Option(help="Longest input in tokens.")] = 128
+    rows_per_shard: Annotated[int, Option(help="Rows in one file: the most that a kill can cost.")] = 50_000
+    precision: Annotated[str, Option(help="auto, fp32, bf16 or fp16.")] = "auto"
+    device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto"
+    texts: Annotated[bool, Option("--with-texts/--without-texts", help="Keep the texts, for data.unlabelled.")] = True
+    strict: Annotated[bool, Option("--strict", help="Stop at the first bad row.")] = False
     as_json: Json = False
 
 
@@ -198,25 +189,16 @@ def label(options: Label) -> None:
     check_alone("label")
     from kdlora.experiment.labelling import LabelSettings, label_collection
 
-    settings = LabelSettings(
-        text=None if options.text is None else tuple(options.text),
-        id_column=options.id_column,
-        label_names=None if options.label_name is None else tuple(options.label_name),
-        revision=options.revision,
-        max_length=options.max_length,
-        rows_per_shard=options.rows_per_shard,
-        precision=options.precision,
-        device=options.device,
-        texts=options.texts,
-        strict=options.strict,
-    )
+    given = {name: value for name, value in vars(options).items() if name in LabelSettings.__dataclass_fields__}
     with draw_bars() as show:
 
         def advance(done: int, total: int | None) -> None:
             if show is not None:
                 show("rows", done, total, f"{done:,}")
 
-        summary = label_collection(options.model, options.data, options.to, settings, on=options.on, progress=advance)
+        summary = label_collection(
+            options.model, options.data, options.to, LabelSettings(**given), on=options.on, progress=advance
+        )
     if options.as_json:
         print_json(asdict(summary))
         return

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
 from kdlora.cli.app import Json, Set, app, print_json, print_table, verb
-from kdlora.terminal import SafeConsole, draw_bars
+from kdlora.terminal import SafeConsole, Show, draw_bars
 
 if TYPE_CHECKING:
     from kdlora.experiment.search import SearchEvent, SearchResult
     from kdlora.experiment.suite import Overview, SuiteEvent, SuiteResult
 
-On = Annotated[
-    str | None, typer.Option("--on", metavar="ray[://HOST:PORT]", help="Carry the runs out on a Ray cluster.")
-]
-SuiteOut = Annotated[str | None, typer.Option("--out", help="Folder of the suite; default runs/<name>.")]
-SuiteSet = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the suite (seeds=[0], config.run.threads=1)."),
-]
-Yes = Annotated[bool, typer.Option("--yes", help="Carry out a plan of more than 10,000 runs.")]
+_SET_HELP = "Override a key of the suite (seeds=[0], config.run.threads=1)."
+On = Annotated[str | None, Option("--on", metavar="ray[://HOST:PORT]", help="Carry the runs out on a Ray cluster.")]
 
 
 @app.command()
 def suite(
-    suite_file: Annotated[Path, typer.Argument(metavar="SUITE.yaml", help="Suite file.")],
-    out: SuiteOut = None,
-    overrides: SuiteSet = None,
+    suite_file: Annotated[Path, Argument(metavar="SUITE.yaml", help="Suite file.")],
+    out: Annotated[str | None, Option("--out", help="Folder of the suite; default runs/<name>.")] = None,
+    overrides: Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help=_SET_HELP)] = None,
     on: On = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and an estimate of time.")] = False,
-    yes: Yes = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and an estimate of time.")] = False,
+    yes: Annotated[bool, Option("--yes", help="Carry out a plan of more than 10,000 runs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Carry out tasks x families x arms x configurations x seeds, and write the paper's tables.
@@ -52,34 +43,31 @@ def suite(
 
     check_alone("suite")
     wanted = load_suite(suite_file, overrides or [])
-    if dry_run:
-        from kdlora.experiment.suite import look_at_suite
-
+    if dry_run or on is None:
         prepare_children("kdlora.experiment.jobs")
+    from kdlora.experiment.suite import look_at_suite, run_suite
+
+    if dry_run:
         overview = look_at_suite(wanted, out, confirmed=yes)
         print_json(asdict(overview)) if as_json else _print_overview(overview)
         return
-    if on is None:
-        prepare_children("kdlora.experiment.jobs")
-    from kdlora.experiment.suite import run_suite
-
-    with _suite_progress() as listen:
-        result = run_suite(wanted, out, on=on, confirmed=yes, listen=listen)
+    with draw_bars() as show:
+        result = run_suite(wanted, out, on=on, confirmed=yes, listen=lambda event: _show_suite(event, show))
     print_json(result.to_dict()) if as_json else _print_suite(result)
-    raise typer.Exit(1 if result.failed else 0)
+    raise Exit(1 if result.failed else 0)
 
 
 @dataclass(frozen=True)
 class Search:
     """What `kdlora search` is told."""
 
-    config: Annotated[Path, typer.Argument(help="Config file (YAML), with a section `search` or with --space.")]
-    space: Annotated[Path | None, typer.Option(help="YAML file with the space: config key to values or range.")] = None
-    trials: Annotated[int | None, typer.Option(help="Trainings in all, whichever process carries them out.")] = None
+    config: Annotated[Path, Argument(help="Config file (YAML), with a section `search` or with --space.")]
+    space: Annotated[Path | None, Option(help="YAML file with the space: config key to values or range.")] = None
+    trials: Annotated[int | None, Option(help="Trainings in all, whichever process carries them out.")] = None
     storage: Annotated[
-        str | None, typer.Option(help="Journal file, SQLite file or database URL; default: a journal in --out.")
+        str | None, Option(help="Journal file, SQLite file or database URL; default: a journal in --out.")
     ] = None
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the search; default runs/<name>-search.")] = None
+    out: Annotated[Path | None, Option("--out", help="Folder of the search; default runs/<name>-search.")] = None
     overrides: Set = None
     on: On = None
     as_json: Json = False
@@ -104,49 +92,37 @@ def search(options: Search) -> None:
         prepare_children("kdlora.experiment.trial")
     from kdlora.experiment.search import run_search
 
-    wanted, settings = load_search(options.config, options.overrides or [], space=options.space, trials=options.trials)
-    with _search_progress() as listen:
-        result = run_search(wanted, settings, options.out, storage=options.storage, on=options.on, listen=listen)
-    print_json(asdict(result)) if options.as_json else _print_search(result)
-    raise typer.Exit(0 if result.score is not None else 1)
-
-
-@contextlib.contextmanager
-def _suite_progress() -> Iterator[Callable[[SuiteEvent], None]]:
-    """Draw one bar for the suite; where standard error is no terminal, a line for each run that ends."""
+    wanted = load_search(options.config, options.overrides or [], space=options.space, trials=options.trials)
     with draw_bars() as show:
-
-        def listen(event: SuiteEvent) -> None:
-            if show is not None:
-                failed = f"  {event.failed} failed" if event.failed else ""
-                show("runs", event.done, event.total, f"{event.done}/{event.total}{failed}{_job_status(event)}")
-            elif line := _ended(event):
-                SafeConsole(stderr=True).tell(line)
-
-        yield listen
-
-
-def _job_status(event: SuiteEvent) -> str:
-    if event.job is None:
-        return ""
-    epoch, score = (getattr(event.detail, name, None) for name in ("epoch", "score"))
-    parts = ["/".join(event.job.key.split("/")[1:3])]
-    parts += [] if epoch is None else [f"epoch {epoch:.1f}"]
-    parts += [f"score {score:.1f}"] if score else []
-    return "  " + "  ".join(parts)
+        result = run_search(
+            *wanted,
+            options.out,
+            storage=options.storage,
+            on=options.on,
+            listen=lambda event: _show_search(event, show),
+        )
+    print_json(asdict(result)) if options.as_json else _print_search(result)
+    raise Exit(0 if result.score is not None else 1)
 
 
-def _ended(event: SuiteEvent) -> str:
-    """Say how a job ended; empty where it has not."""
+def _show_suite(event: SuiteEvent, show: Show | None) -> None:
+    """Draw one bar for the suite; where standard error is no terminal, a line for each run that ends."""
     from kdlora.experiment.jobs import Outcome
 
-    outcome = event.detail
-    if not isinstance(outcome, Outcome):
-        return ""
-    result = f"failed: {outcome.error}" if outcome.error else "labelled"
-    if outcome.record is not None and outcome.record.score is not None:
-        result = f"score {outcome.record.score:.2f}"
-    return f"{event.done}/{event.total}  {outcome.job.key}  {result}  {outcome.seconds:.1f} s"
+    job, detail = event.job, event.detail
+    if show is None and isinstance(detail, Outcome):
+        result = f"failed: {detail.error}" if detail.error else "labelled"
+        if detail.record is not None and detail.record.score is not None:
+            result = f"score {detail.record.score:.2f}"
+        line = f"{event.done}/{event.total}  {detail.job.key}  {result}  {detail.seconds:.1f} s"
+        SafeConsole(stderr=True).tell(line)
+    elif show is not None:
+        parts = [f"{event.done}/{event.total}", f"{event.failed} failed" if event.failed else ""]
+        if job is not None:
+            epoch, score = (getattr(detail, name, None) for name in ("epoch", "score"))
+            parts += ["/".join(job.key.split("/")[1:3]), "" if epoch is None else f"epoch {epoch:.1f}"]
+            parts += [f"score {score:.1f}" if score else ""]
+        show("runs", event.done, event.total, "  ".join(filter(None, parts)))
 
 
 def _print_overview(overview: Overview) -> None:
@@ -181,22 +157,16 @@ def _print_suite(result: SuiteResult) -> None:
         console.tell(str(path))
 
 
-@contextlib.contextmanager
-def _search_progress() -> Iterator[Callable[[SearchEvent], None]]:
+def _show_search(event: SearchEvent, show: Show | None) -> None:
     """Draw one bar for the search; where standard error is no terminal, a line for each trial that ends."""
-    with draw_bars() as show:
-
-        def listen(event: SearchEvent) -> None:
-            count = f"{event.done}/{event.trials}  "
-            if show is not None:
-                best = "" if event.best is None else f"best {event.best:.2f}  "
-                epoch = getattr(event.detail, "epoch", None)
-                now = f"trial {event.number}" + (f", epoch {epoch:.1f}" if epoch is not None else "")
-                show("trials", event.done, event.trials, count + best + now)
-            elif isinstance(event.detail, str):
-                SafeConsole(stderr=True).tell(f"{count}trial {event.number}  {event.detail}")
-
-        yield listen
+    count = f"{event.done}/{event.trials}  "
+    if show is None and isinstance(event.detail, str):
+        SafeConsole(stderr=True).tell(f"{count}trial {event.number}  {event.detail}")
+    elif show is not None:
+        best = "" if event.best is None else f"best {event.best:.2f}  "
+        epoch = getattr(event.detail, "epoch", None)
+        now = f"trial {event.number}" + (f", epoch {epoch:.1f}" if epoch is not None else "")
+        show("trials", event.done, event.trials, count + best + now)
 
 
 def _print_search(result: SearchResult) -> None:
@@ -204,7 +174,5 @@ def _print_search(result: SearchResult) -> None:
     console.print(f"{result.finished} trials finished, {result.pruned} pruned, {result.failed} failed")
     if result.score is not None:
         console.print(f"best {result.score:.2f} on the held-out rows")
-    for key, value in result.best.items():
-        console.tell(f"  {key}: {value}")
-    for path in result.paths:
-        console.tell(str(path))
+    for line in (*(f"  {key}: {value}" for key, value in result.best.items()), *map(str, result.paths)):
+        console.tell(line)

@@ -38,11 +38,11 @@ def exported(made_once, classifier_folder) -> Callable[..., Path]:
 @pytest.fixture
 def traced_once(made_once, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace a model once in a session, for tests of what comes after: the trace is nearly all of an export."""
-    from kdlora.deploy import trace
+    from kdlora.deploy import graph
     from kdlora.distil.fingerprints import hash_model
     from kdlora.system.integrity import hash_json
 
-    capture = trace.capture
+    capture = graph.capture
 
     def copy(model, names, to: Path) -> None:
         def make(folder: Path) -> Path:
@@ -51,7 +51,7 @@ def traced_once(made_once, monkeypatch: pytest.MonkeyPatch) -> None:
 
         shutil.copyfile(made_once(f"trace-{hash_json([hash_model(model), list(names)])}", make), to)
 
-    monkeypatch.setattr(trace, "capture", copy)
+    monkeypatch.setattr(graph, "capture", copy)
 
 
 def _export(source: Path, folder: Path, kind: str) -> Path:

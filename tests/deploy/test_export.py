@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -17,11 +18,12 @@ import tiny
 from deploy_folders import LONG, PAIRS, TEXTS
 from kdlora.data.tasks import Task
 from kdlora.deploy import export as export_module
-from kdlora.deploy import trace
+from kdlora.deploy import graph
 from kdlora.deploy.export import ParityError, export_onnx
 from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError
+from kdlora.report.shipped import Export
 
 OTHER = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy",))
 
@@ -87,7 +89,7 @@ def test_folder_is_complete(exported):
     names = ["config.json", "kdlora_export.json", "model.onnx", "model_quantized.onnx"]
     assert sorted(entry.name for entry in folder.iterdir()) == [*names, "tokenizer.json", "tokenizer_config.json"]
     record = json.loads((folder / "kdlora_export.json").read_text())
-    assert record["opset"] == trace.OPSET
+    assert record["opset"] == graph.OPSET
     assert [stage["stage"] for stage in record["stages"]][:2] == ["onnx", "onnx-optimised"]
     assert record["stages"][2]["score"] is not None
     assert record["stages"][2]["drop_low"] <= record["stages"][2]["drop"] <= record["stages"][2]["drop_high"]
@@ -126,14 +128,13 @@ def test_unreachable_gate_keeps_the_stages_before(tmp_path, classifier_folder, m
 @pytest.mark.usefixtures("traced_once")
 def test_first_remedy_that_passes_is_named(tmp_path, classifier_folder, monkeypatch):
     """Prevents a result that names plain int8 although a remedy was needed."""
-    judge = Checks.judge
+    compare = Checks._compare
 
-    def strict(self, stage, file, gate, *, optimised=True):
-        parity = judge(self, stage, file, gate, optimised=optimised)
-        object.__setattr__(parity, "reason", "" if "int8" not in stage or "reduced" in stage else "too far")
-        return parity
+    def strict(self, stage, after, gate):
+        parity = compare(self, stage, after, gate)
+        return replace(parity, reason="" if "int8" not in stage or "reduced" in stage else "too far")
 
-    monkeypatch.setattr(Checks, "judge", strict)
+    monkeypatch.setattr(Checks, "_compare", strict)
     result = export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
     assert result.recipe == "int8 weights of reduced range"
     assert len(result.attempts) == 2
@@ -142,7 +143,7 @@ def test_first_remedy_that_passes_is_named(tmp_path, classifier_folder, monkeypa
 
 def test_wrong_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
     """Prevents the known silent failure of ONNX exports: a file that loads and answers wrongly."""
-    capture = trace.capture
+    capture = graph.capture
 
     def wrong(model, names, to):
         with_noise = model.get_submodule("bert.encoder.layer.0.output.dense").bias
@@ -151,7 +152,7 @@ def test_wrong_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
         capture(model, names, to)
         with_noise.data = before
 
-    monkeypatch.setattr(trace, "capture", wrong)
+    monkeypatch.setattr(graph, "capture", wrong)
     with pytest.raises(ModelError, match=r"does not reproduce the PyTorch model: logits differ by .*'bert'"):
         export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
     assert list(tmp_path.iterdir()) == []
@@ -159,7 +160,7 @@ def test_wrong_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
 
 def test_unfused_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
     """Prevents a slow export that nobody notices."""
-    monkeypatch.setattr(trace, "_gelu", torch.nn.functional.gelu)
+    monkeypatch.setattr(graph, "_gelu", torch.nn.functional.gelu)
     with pytest.raises(ModelError, match="0 of 2 GELU"):
         export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
 
@@ -176,7 +177,7 @@ def test_disk_full_leaves_nothing(tmp_path, classifier_folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export_module, "finish_package", fail)
-    monkeypatch.setattr(export_module._Export, "run_stages", lambda *arguments: None)
+    monkeypatch.setattr(export_module, "run_stages", lambda *arguments: ({}, Export()))
     with pytest.raises(OSError, match="No space left"):
         export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
     assert list(tmp_path.iterdir()) == []

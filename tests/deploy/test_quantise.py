@@ -8,9 +8,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploy_folders import TEXTS
-from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.onnx_backend import open_session
-from kdlora.deploy.quantise import BASE, Recipe, products, quantise, rank_products, recipes
+from kdlora.deploy.predict import Classifier
+from kdlora.deploy.quantise import BASE, Recipe, quantise, rank_products, recipes
 from kdlora.system.ownership import mark_folder
 
 
@@ -38,7 +38,7 @@ def test_rare_rows_keep_their_digits(tmp_path):
 def test_excluded_products_multiply_in_fp32(tmp_path, exported):
     """Prevents a remedy that names products and rounds their activations all the same."""
     model = exported() / "model.onnx"
-    names = products(model)
+    names = [node.name for node in onnx.load(model).graph.node if node.op_type in ("MatMul", "Attention")]
     assert len(names) == 2 * 4
     quantise(model, tmp_path / "some.onnx", Recipe("", excluded=tuple(names[:3])))
     quantise(model, tmp_path / "all.onnx", Recipe(""))
@@ -102,9 +102,10 @@ def test_the_product_with_outliers_ranks_first(tmp_path, exported):
         (tmp_path / name).write_bytes((exported() / name).read_bytes())
     onnx.save(model, tmp_path / "model.onnx")
     mark_folder(tmp_path, "export")
-    ranked = rank_products(tmp_path / "model.onnx", read_model_folder(tmp_path), TEXTS)
+    ranked = rank_products(tmp_path / "model.onnx", Classifier.load(tmp_path).encoder, TEXTS)
     assert ranked[0] == victim.name
-    assert sorted(ranked) == sorted(products(tmp_path / "model.onnx"))
+    products = [node.name for node in model.graph.node if node.op_type in ("MatMul", "Attention")]
+    assert sorted(ranked) == sorted(products)
     assert not (tmp_path / "switched.onnx").exists()
 
 

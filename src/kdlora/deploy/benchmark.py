@@ -1,30 +1,40 @@
-"""Compare models side by side: latency, throughput, memory, size and score, each in a process of its own."""
+"""Compare models side by side: latency, throughput, memory, size and score.
+
+Each model has a process of its own, which speaks with this one in lines of JSON.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
-from kdlora.deploy.benchmark_worker import ModelProcess
 from kdlora.deploy.encode import Text, spread
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.onnx_backend import default_threads
-from kdlora.errors import ConfigError, DataError
+from kdlora.deploy.predict import Classifier
+from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 from kdlora.report.shipped import BenchmarkResult, ModelFigures
-from kdlora.system.environment import collect_versions, describe_machine
+from kdlora.system.environment import collect_versions, describe_machine, forget_peak, read_memory
 
 _WORDS = ("The", "film", "was", "a", "quiet", "and", "moving", "story")
 _DEFAULT_TEXTS = [" ".join((_WORDS * 8)[:length]) for length in (4, 8, 12, 16, 24, 32, 48, 64)] * 16
 _LATENCY_TEXTS = 100
 _SEARCH_TEXTS = 256
 _GRID = tuple(product((1, 8, 32), (16, 64, 128)))
+_GRID_REPEATS = 3
+_START = "from kdlora.deploy.benchmark import serve; serve()"
 
 
 def benchmark(
@@ -74,98 +84,181 @@ def benchmark(
     with contextlib.ExitStack() as stack:
         found = []
         for name, path in named.items():
-            process = stack.enter_context(contextlib.closing(ModelProcess(name, count)))
             say(f"{name}: loading")
-            facts = process.ask("load", folder=str(path), threads=count, max_length=max_length)
-            found.append(_Model(name, str(path), process, facts))
+            found.append(stack.enter_context(contextlib.closing(ModelProcess(name, str(path), count))))
+            found[-1].load(max_length)
         _time_models(found, rows, rounds, batch_sizes, say)
         for model in found:
-            model.peak_memory_bytes = model.process.ask("memory")
-            model.score = _score(model, given, rows)
+            model.figures |= {"peak_memory_bytes": model.ask("memory"), "score": _score(model, given, rows)}
         _time_grid(found, grid, say)
-    figures = tuple(model.figures(len(rows)) for model in found)
+    figures = tuple(ModelFigures(**model.figures) for model in found)
     return BenchmarkResult(figures, count, rounds, len(rows), machine=describe_machine(), versions=collect_versions())
 
 
-@dataclass
-class _Model:
-    """A model in its process, and what was found out about it so far."""
-
-    name: str
-    folder: str
-    process: ModelProcess
-    facts: dict[str, Any]
-    batch_size: int = 0
-    latencies: list[float] = field(default_factory=list)
-    """Seconds of single texts."""
-    seconds: list[float] = field(default_factory=list)
-    """Of all texts, a round each."""
-    peak_memory_bytes: int | None = None
-    score: float | None = None
-    grid_ms: dict[str, float] = field(default_factory=dict)
-
-    def time(self, batches: Sequence[Sequence[Text]], batch_size: int = 1) -> list[float]:
-        """Time calls of the model, seconds each."""
-        found: list[float] = self.process.ask("time", batches=batches, batch_size=batch_size)
-        return found
-
-    def figures(self, texts: int) -> ModelFigures:
-        """Put the figures together."""
-        p50, p95, p99 = (float(np.percentile(self.latencies, part)) * 1e3 for part in (50, 95, 99))
-        return ModelFigures(
-            name=self.name,
-            backend=self.facts["backend"],
-            precision=self.facts["precision"],
-            p50_ms=p50,
-            p95_ms=p95,
-            p99_ms=p99,
-            texts_per_second=texts / float(np.median(self.seconds)),
-            batch_size=self.batch_size,
-            load_seconds=self.facts["load_seconds"],
-            size_bytes=self.facts["size_bytes"],
-            folder=self.folder,
-            peak_memory_bytes=self.peak_memory_bytes,
-            score=self.score,
-            grid_ms=self.grid_ms,
-        )
-
-
 def _time_models(
-    models: Sequence[_Model], texts: list[Text], rounds: int, batch_sizes: Sequence[int], say: Callable[[str], None]
+    models: Sequence[ModelProcess],
+    texts: list[Text],
+    rounds: int,
+    batch_sizes: Sequence[int],
+    say: Callable[[str], None],
 ) -> None:
     """Find each model's best batch size, then time all models round by round."""
-    some = spread(texts, _SEARCH_TEXTS)
-    singles = [[text] for text in spread(texts, _LATENCY_TEXTS)]
+    some, singles = spread(texts, _SEARCH_TEXTS), [[text] for text in spread(texts, _LATENCY_TEXTS)]
     for model in models:
         say(f"{model.name}: warm-up and batch size")
-        model.time(singles[:10])
-        model.time([some[:64]], batch_sizes[0])
-        model.batch_size = min((model.time([some], size), size) for size in batch_sizes)[1]
+        model.ask("time", batches=singles[:10])
+        model.ask("time", batches=[some[:64]], batch_size=batch_sizes[0])
+        seconds = [model.ask("time", batches=[some], batch_size=size) for size in batch_sizes]
+        model.figures["batch_size"] = min(zip(seconds, batch_sizes, strict=True))[1]
     for turn in range(rounds):
         for model in models:
             say(f"round {turn + 1} of {rounds}: {model.name}")
-            model.latencies += model.time(singles)
-            model.seconds += model.time([texts], model.batch_size)
+            model.latencies += model.ask("time", batches=singles)
+            model.seconds += model.ask("time", batches=[texts], batch_size=model.figures["batch_size"])
+    for model in models:
+        for part in (50, 95, 99):
+            model.figures[f"p{part}_ms"] = float(np.percentile(model.latencies, part)) * 1e3
+        model.figures["texts_per_second"] = len(texts) / float(np.median(model.seconds))
 
 
-def _time_grid(models: Sequence[_Model], grid: Sequence[tuple[int, int]], say: Callable[[str], None]) -> None:
+def _time_grid(models: Sequence[ModelProcess], grid: Sequence[tuple[int, int]], say: Callable[[str], None]) -> None:
     """Time each cell for all models before the next cell."""
     longest = min(model.facts["max_length"] for model in models)
     for size, length in grid:
         if length <= longest:
             say(f"batch {size} x length {length}")
             for model in models:
-                model.grid_ms[f"{size}x{length}"] = model.process.ask("grid", batch_size=size, length=length)
+                cells = model.figures.setdefault("grid_ms", {})
+                cells[f"{size}x{length}"] = model.ask("grid", batch_size=size, length=length)
 
 
-def _score(model: _Model, given: LabelledTexts, texts: list[Text]) -> float | None:
+def _score(model: ModelProcess, given: LabelledTexts, texts: list[Text]) -> float | None:
     """Score a model by label name; one whose labels are others (an untrained base) has no score."""
     task, names = given.task, model.facts["label_names"]
     if given.labels is None or task is None or model.facts["kind"] != task.kind:
         return None
     if task.kind != "regression" and sorted(names) != sorted(task.label_names):
         return None
-    logits = np.asarray(model.process.ask("logits", texts=texts))
+    logits = np.asarray(model.ask("logits", texts=texts))
     if task.kind != "regression":
         logits = logits[:, [names.index(name) for name in task.label_names]]
     return given.score(task, logits)
+
+
+class ModelProcess:
+    """A model's process, seen from the benchmark, and what was found out about the model so far."""
+
+    def __init__(self, name: str, folder: str, threads: int) -> None:
+        self.name, self.threads = name, threads
+        self.figures: dict[str, Any] = {"name": name, "folder": folder}
+        self.facts: dict[str, Any] = {}
+        self.latencies: list[float] = []  # seconds of single texts
+        self.seconds: list[float] = []  # of all texts, a round each
+        limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _START],  # not from the current folder
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **limits, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+
+    def load(self, max_length: int | None) -> None:
+        """Have the model loaded, and hear what it is."""
+        figures, self.facts = self.ask(
+            "load", folder=self.figures["folder"], threads=self.threads, max_length=max_length
+        )
+        self.figures |= figures
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Send one request and wait for its answer."""
+        requests = cast("IO[str]", self.process.stdin)
+        with contextlib.suppress(BrokenPipeError):
+            requests.write(json.dumps({"do": do, **arguments}) + "\n")
+            requests.flush()
+        line = cast("IO[str]", self.process.stdout).readline()
+        if not line:
+            code = self.process.wait()
+            raise ModelError(f"{self.name}: its process ended with code {code} during {do!r} (out of memory?).")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ModelError(answer["error"])
+        return answer["value"]
+
+    def close(self) -> None:
+        """End it, by closing its input."""
+        try:
+            self.process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+
+
+def serve() -> None:
+    """Read requests `{"do": name, ...arguments}` until the input ends; answer `{"value": …}` or `{"error": …}`."""
+    # Only answers may go to the pipe: whatever a library prints goes to the error output.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    worker = _Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"value": getattr(worker, request.pop("do"))(**request)}
+        except KdLoraError as error:
+            answer = {"error": str(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+class _Worker:
+    """Carries out the requests in the model's own process; `load` comes first."""
+
+    classifier: Classifier
+    level = 0
+
+    def load(self, folder: str, threads: int, max_length: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Import what runs the model, then load it; time and memory count from after the imports."""
+        torch_needed = read_model_folder(folder).backend == "transformers"
+        importlib.import_module("tokenizers")
+        importlib.import_module("kdlora.deploy.torch_backend" if torch_needed else "onnxruntime")
+        forget_peak()
+        memory = read_memory()
+        self.level = memory.resident if memory else 0
+
+        def load() -> None:
+            self.classifier = Classifier.load(folder, threads=threads, max_length=max_length)
+            self.classifier.predict_logits(["a"])
+
+        seconds = _seconds(load)
+        loaded = self.classifier.folder
+        figures = {name: getattr(loaded, name) for name in ("backend", "precision", "size_bytes")}
+        facts = {name: getattr(loaded, name) for name in ("label_names", "kind", "max_length")}
+        return figures | {"load_seconds": seconds}, facts
+
+    def time(self, batches: Sequence[Sequence[Text]], batch_size: int = 1) -> list[float]:
+        """Time each call from text to logits, in length-sorted batches, as `predict` makes them."""
+        return [_seconds(self.classifier.predict_logits, texts, batch_size=batch_size) for texts in batches]
+
+    def grid(self, batch_size: int, length: int) -> float:
+        """Time one batch of full rows, median milliseconds; tokenisation is not part of it."""
+        ids = np.random.default_rng(0).integers(10, 100, (batch_size, length), dtype=np.int64)
+        arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        inputs = {name: arrays[name] for name in self.classifier.encoder.input_names}
+        times = [_seconds(self.classifier.run, inputs) for _ in range(_GRID_REPEATS + 1)]
+        return float(np.median(times[1:])) * 1e3
+
+    def logits(self, texts: Sequence[Text]) -> list[list[float]]:
+        """Give the logits, for the score."""
+        found: list[list[float]] = self.classifier.predict_logits(texts).tolist()
+        return found
+
+    def memory(self) -> int | None:
+        """Give the peak above the level after imports, bytes."""
+        memory = read_memory()
+        return memory.high_water - self.level if memory else None
+
+
+def _seconds(call: Callable[..., object], *arguments: Any, **settings: Any) -> float:
+    start = time.perf_counter()
+    call(*arguments, **settings)
+    return time.perf_counter() - start

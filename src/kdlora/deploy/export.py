@@ -27,7 +27,7 @@ from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError, did_you_mean
 from kdlora.foreign import read_json
 from kdlora.models.settings import TOKENIZER_CONFIG
-from kdlora.report.shipped import Export, Parity
+from kdlora.report.shipped import Export
 from kdlora.system.environment import collect_versions
 from kdlora.system.integrity import hash_file, seal
 from kdlora.system.ownership import remove
@@ -62,19 +62,12 @@ class ParityError(ArtifactError):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult(Export):
-    """What an export wrote, and how: stages, attempts, recipe, failure and fused operators, as its record has them.
-
-    Attributes:
-        folder: the new model folder.
-        files: format to file.
-        size_bytes: format to bytes.
-        temperature: of the calibration that the folder applies; 1 without one.
-    """
+    """What an export wrote, and how, as its record has it."""
 
     folder: Path
-    files: dict[str, Path]
-    size_bytes: dict[str, int]
-    temperature: float
+    files: dict[str, Path]  # by format
+    size_bytes: dict[str, int]  # by format
+    temperature: float  # of the calibration that the folder applies; 1 without one
 
 
 def export_onnx(
@@ -118,11 +111,12 @@ def export_onnx(
         ParityError: a stage does not hold; the stages before are in `to`.
         OSError: the disk is full; nothing is left behind.
     """
-    say = progress or (lambda step: logger.info("%s", step))
-    gate = _check_settings(formats, max_metric_drop, min_agreement)
+    say = progress or logger.info
+    int8 = _check_settings(formats, max_metric_drop, min_agreement)
     folder = read_model_folder(model_folder, max_length=max_length)
     target = check_target(Path(to), folder)
-    require_tools()
+    if missing := missing_tools():
+        raise KdLoraError(f"{', '.join(missing)} not installed, needed for export: pip install 'kdlora[onnx]'")
     given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts)
     if "onnx-int8" in formats and not len(given.texts):
         raise DataError(
@@ -133,97 +127,71 @@ def export_onnx(
     from kdlora.deploy.torch_backend import TorchBackend
 
     backend = TorchBackend(folder)
-    return _Export(Checks(task, folder, backend, given, more_texts), formats, gate, say).write(target, backend)
+    checks = Checks(task, folder, backend, given, more_texts)
+    with atomic_folder(target) as work:
+        start_package(work, folder, backend.tokenizer)
+        graphs, how = run_stages(work, backend, checks, int8 if "onnx-int8" in formats else None, say)
+        # A failed stage leaves the one before it, asked for or not.
+        kept = {name: graphs[name] for name in formats if name in graphs} or graphs
+        finish_package(work, folder, task, {_FILES[name]: file for name, file in kept.items()}, asdict(how))
+    files: dict[str, Path] = {name: target / _FILES[name] for name in kept}
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    result = ExportResult(**vars(how), folder=target, files=files, size_bytes=sizes, temperature=folder.temperature)
+    if how.failure:
+        raise ParityError(f"{target}: {how.failure}. Kept: {', '.join(files)}.", result)
+    return result
 
 
-class _Export:
-    """The way of an export from stage to stage: what passed, what did not, and why it ended."""
+def run_stages(
+    work: Path, backend: TorchBackend, checks: Checks, int8: Gate | None, say: Progress
+) -> tuple[dict[Format, Path], Export]:
+    """Go on to the first stage that does not hold; give the graph of each format, and how they were made."""
+    from kdlora.deploy.graph import OPSET, capture, fuse
 
-    def __init__(self, checks: Checks, formats: Sequence[Format], int8: Gate, say: Progress) -> None:
-        self.checks, self.formats, self.int8, self.say = checks, formats, int8, say
-        self.stages: list[Parity] = []
-        self.attempts: list[Parity] = []
-        self.files: dict[str, Path] = {}
-        self.fused: dict[str, int] = {}
-        self.recipe = self.failure = ""
+    captured, optimised, exact = work / "captured.onnx", work / ONNX_FP32, Gate(largest_difference=FP32_TOLERANCE)
+    graphs: dict[Format, Path] = {"onnx": captured}
+    recipe = failure = ""
+    say("capturing the graph")
+    capture(backend.model, backend.input_names, captured)
+    parity = checks.judge("onnx", captured, exact, optimised=False)
+    if not parity.passed:
+        raise ModelError(
+            f"{checks.folder.path}: the exported graph does not reproduce the PyTorch model: {parity.reason}. "
+            f"The family {backend.model.config.model_type!r} cannot be exported with the installed torch and "
+            "transformers."
+        )
+    say("optimising the graph")
+    fused = fuse(captured, optimised, backend.model.config)
+    parity = checks.judge("onnx-optimised", optimised, exact)
+    if not parity.passed:
+        failure = f"the optimised graph does not reproduce the captured one: {parity.reason}"
+        return graphs, Export(tuple(checks.stages), tuple(checks.attempts), "", failure, fused, OPSET)
+    graphs["onnx"] = optimised
+    if int8 is not None and (recipe := _quantise(optimised, work / ONNX_INT8, checks, int8, say)):
+        graphs["onnx-int8"] = work / ONNX_INT8
+    elif int8 is not None:
+        best = max(checks.attempts, key=lambda attempt: attempt.agreement)
+        failure = f"int8 does not hold with any remedy; the closest was {best.stage}: {best.reason}"
+    return graphs, Export(tuple(checks.stages), tuple(checks.attempts), recipe, failure, fused, OPSET)
 
-    def write(self, target: Path, backend: TorchBackend) -> ExportResult:
-        """Write the folder, with what passed."""
-        from kdlora.deploy.trace import OPSET
 
-        folder = self.checks.folder
-        with atomic_folder(target) as work:
-            start_package(work, folder, backend.tokenizer)
-            self.run_stages(work, backend)
-            # A failed stage leaves the one before it, asked for or not.
-            kept = {name: self.files[name] for name in self.formats if name in self.files} or self.files
-            how = Export(tuple(self.stages), tuple(self.attempts), self.recipe, self.failure, self.fused, OPSET)
-            graphs = {_FILES[name]: file for name, file in kept.items()}
-            finish_package(work, folder, self.checks.task, graphs, asdict(how))
-        files = {name: target / _FILES[name] for name in kept}
-        sizes = {name: path.stat().st_size for name, path in files.items()}
-        result = ExportResult(**vars(how), folder=target, files=files, size_bytes=sizes, temperature=folder.temperature)
-        if self.failure:
-            raise ParityError(f"{target}: {self.failure}. Kept: {', '.join(files)}.", result)
-        return result
+def _quantise(optimised: Path, to: Path, checks: Checks, gate: Gate, say: Progress) -> str:
+    """Try the recipes in order until one passes the gate, and name it; the file is gone where none does."""
+    from kdlora.deploy.quantise import quantise, rank_products, recipes
 
-    def run_stages(self, work: Path, backend: TorchBackend) -> None:
-        """Go on to the first stage that does not hold."""
-        exact = Gate(largest_difference=FP32_TOLERANCE)
-        captured = self._capture(work, backend, exact)
-        if self._optimise(captured, work / ONNX_FP32, backend, exact) and "onnx-int8" in self.formats:
-            self._quantise(work / ONNX_FP32, work / ONNX_INT8)
+    def rank() -> list[str]:
+        say("int8: measuring which products are sensitive")
+        return rank_products(optimised, checks.classifier.encoder, checks.texts)
 
-    def _passes(self, parity: Parity, format_name: str, file: Path) -> bool:
-        (self.stages if parity.passed else self.attempts).append(parity)
+    for recipe in recipes(rank):
+        say(f"int8: {recipe.name}")
+        quantise(optimised, to, recipe)
+        parity = checks.judge(f"onnx-int8 ({recipe.name})", to, gate)
         if parity.passed:
-            self.files[format_name] = file
-        return parity.passed
-
-    def _capture(self, work: Path, backend: TorchBackend, exact: Gate) -> Path:
-        from kdlora.deploy.trace import capture
-
-        self.say("capturing the graph")
-        captured = work / "captured.onnx"
-        capture(backend.model, backend.input_names, captured)
-        parity = self.checks.judge("onnx", captured, exact, optimised=False)
-        if not self._passes(parity, "onnx", captured):
-            raise ModelError(
-                f"{self.checks.folder.path}: the exported graph does not reproduce the PyTorch model: {parity.reason}. "
-                f"The family {backend.model.config.model_type!r} cannot be exported with the installed torch and "
-                "transformers."
-            )
-        return captured
-
-    def _optimise(self, captured: Path, optimised: Path, backend: TorchBackend, exact: Gate) -> bool:
-        from kdlora.deploy.fuse import fuse
-
-        self.say("optimising the graph")
-        self.fused = fuse(captured, optimised, backend.model.config)
-        parity = self.checks.judge("onnx-optimised", optimised, exact)
-        if not parity.passed:
-            self.failure = f"the optimised graph does not reproduce the captured one: {parity.reason}"
-        return self._passes(parity, "onnx", optimised)
-
-    def _quantise(self, optimised: Path, to: Path) -> None:
-        """Try the recipes in order until one passes the gate."""
-        from kdlora.deploy.quantise import quantise, rank_products, recipes
-
-        def rank() -> list[str]:
-            self.say("int8: measuring which products are sensitive")
-            return rank_products(optimised, self.checks.folder, self.checks.texts)
-
-        for recipe in recipes(rank):
-            self.say(f"int8: {recipe.name}")
-            quantise(optimised, to, recipe)
-            parity = self.checks.judge(f"onnx-int8 ({recipe.name})", to, self.int8)
-            if self._passes(parity, "onnx-int8", to):
-                self.recipe = recipe.name
-                return
-            logger.info("int8, %s: %s", recipe.name, parity.reason)
-        remove(to)
-        best = max(self.attempts, key=lambda parity: parity.agreement)
-        self.failure = f"int8 does not hold with any remedy; the closest was {best.stage}: {best.reason}"
+            return recipe.name
+        logger.info("int8, %s: %s", recipe.name, parity.reason)
+    remove(to)
+    return ""
 
 
 def _check_settings(formats: Sequence[str], max_metric_drop: float, min_agreement: float) -> Gate:
@@ -233,9 +201,8 @@ def _check_settings(formats: Sequence[str], max_metric_drop: float, min_agreemen
         raise ConfigError(f"export: expected at least one format of {', '.join(known)}, got none.")
     for name in formats:
         if name not in known:
-            raise ConfigError(
-                f"export: unknown format {name!r}; expected one of {', '.join(known)}.{did_you_mean(name, known)}"
-            )
+            expected = f"{', '.join(known)}.{did_you_mean(name, known)}"
+            raise ConfigError(f"export: unknown format {name!r}; expected one of {expected}")
     if not max_metric_drop >= 0:
         raise ConfigError(f"export: max_metric_drop must be 0 or more points, got {max_metric_drop}.")
     if not 0 <= min_agreement <= 1:
@@ -287,12 +254,6 @@ def _settle_task(folder: ModelFolder, task: Task | None) -> Task:
 def missing_tools() -> list[str]:
     """Name the packages of the extra that are not installed."""
     return [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-
-
-def require_tools() -> None:
-    """Name the extra that is missing before any work is done."""
-    if missing := missing_tools():
-        raise KdLoraError(f"{', '.join(missing)} not installed, needed for export: pip install 'kdlora[onnx]'")
 
 
 def start_package(work: Path, folder: ModelFolder, tokenizer: Any) -> None:

@@ -60,33 +60,19 @@ def is_model_file(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A sequence-classification model on disk.
-
-    Attributes:
-        path: the folder.
-        file: the ONNX file, or None for a transformers folder.
-        kind: what the outputs mean.
-        label_names: names of the logit columns, in order.
-        max_length: longest input in tokens, special tokens included.
-        temperature: logits are divided by it before they become probabilities; 1 changes nothing.
-        task: the task that the export recorded (`Task.to_dict()`), or None.
-        record: the content of `kdlora_export.json`, or None.
-        pad_token: the padding token by its text, where the folder names it.
-        pad_token_id: the padding token by its number, where the folder gives it.
-        digests: SHA-256 of the JSON files that all this was read from, by name.
-    """
+    """A sequence-classification model on disk."""
 
     path: Path
-    file: Path | None
-    kind: FolderKind
-    label_names: tuple[str, ...]
-    max_length: int
-    temperature: float
-    task: dict[str, Any] | None
-    record: dict[str, Any] | None
+    file: Path | None  # the ONNX file; None for a transformers folder
+    kind: FolderKind  # what the outputs mean
+    label_names: tuple[str, ...]  # of the logit columns, in order
+    max_length: int  # longest input in tokens, special tokens included
+    temperature: float  # logits are divided by it before they become probabilities; 1 changes nothing
+    task: dict[str, Any] | None  # as `Task.to_dict()`, where the export or the training noted it
+    record: dict[str, Any] | None  # the content of `kdlora_export.json`
     pad_token: str | None = None
     pad_token_id: int | None = None
-    digests: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the JSON files that all this comes from
 
     @property
     def backend(self) -> Literal["transformers", "onnx"]:
@@ -120,7 +106,7 @@ def read_model_folder(path: str | Path, *, precision: Precision = "auto", max_le
     record = _read(folder / EXPORT_RECORD, _RECORD, digests)
     tokenizer = _read(folder / TOKENIZER_CONFIG, TOKENIZER_SETTINGS, digests)
     kind, label_names = _labels(folder, config)
-    wanted = max_length or (record.get("max_length") if file is not None else None)
+    wanted = max_length or (record.get("max_length") if file is not None else None) or config.get("kdlora_max_length")
     return ModelFolder(
         path=folder,
         file=file,

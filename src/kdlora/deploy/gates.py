@@ -59,17 +59,11 @@ class LabelledTexts:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a stage must hold; a limit of None is not checked.
+    """What a stage must hold; a limit of None is not checked."""
 
-    Attributes:
-        largest_difference: of two logits; for regression, relative to the largest output above 1.
-        agreement: least share of equal decisions, 0..1.
-        drop: most points that the score may fall.
-    """
-
-    largest_difference: float | None = None
-    agreement: float | None = None
-    drop: float | None = None
+    largest_difference: float | None = None  # of two logits; for regression, relative to the largest output above 1
+    agreement: float | None = None  # least share of equal decisions, 0..1
+    drop: float | None = None  # most points that the score may fall
 
 
 class Checks:
@@ -80,25 +74,30 @@ class Checks:
     ) -> None:
         """Run PyTorch on the texts; its logits are what the first stage is compared with."""
         self.task, self.folder, self.given = task, folder, given
+        self.stages: list[Parity] = []  # that held
+        self.attempts: list[Parity] = []  # that did not
         self.texts = given.checked_texts("validation text")
         wanted = min(len(more_texts), max(0, ENOUGH_ROWS - len(self.texts)))
         for row in np.linspace(0, len(more_texts) - 1, wanted, dtype=int):
             self.texts.append(check_text(more_texts[row], f"training text {row}"))
         self.texts = self.texts or list(_PROBES)
-        self.stage = "pytorch"
-        self.logits = Classifier(folder, backend).predict_logits(self.texts)
+        self.stage, self.classifier = "pytorch", Classifier(folder, backend)
+        self.logits = self.classifier.predict_logits(self.texts)
         self.score = None if given.labels is None else self._score(self.logits)
 
     def judge(self, stage: str, file: Path, gate: Gate, *, optimised: bool = True) -> Parity:
         """Run a file on the texts, with the tokenizer beside it, and compare it with the latest fp32 stage."""
         described = replace(self.folder, path=file.parent, file=file, record={} if optimised else None)
-        after = Classifier(described, OnnxBackend(described)).predict_logits(self.texts)
+        classifier = Classifier(described, OnnxBackend(described))
+        after = classifier.predict_logits(self.texts)
         parity = self._compare(stage, after, gate)
+        (self.stages if parity.passed else self.attempts).append(parity)
         if parity.passed and gate.largest_difference is not None:
-            self.stage, self.logits, self.score = stage, after, parity.score
+            self.stage, self.classifier, self.logits, self.score = stage, classifier, after, parity.score
         return parity
 
     def _compare(self, stage: str, after: np.ndarray, gate: Gate) -> Parity:
+        """Measure a stage, and list the limits that it breaks."""
         difference = float(np.abs(self.logits - after).max())
         agreement = measure_agreement(self.task, self.logits, after)
         own = drop = low = high = None
@@ -109,14 +108,6 @@ class Checks:
             pair = [part[: len(labels)] for part in (self.logits, after)]
             spread = contrast([PairedArms(self.task, labels, pair[:1], pair[1:], self.given.groups)])
             low, high = spread.low, spread.high
-        reason = "; ".join(self._faults(gate, difference, agreement, drop))
-        return Parity(stage, self.stage, len(after), agreement, difference, own, drop, low, high, reason)
-
-    def _score(self, logits: np.ndarray) -> float:
-        return self.given.score(self.task, logits[: len(self.given.texts)])
-
-    def _faults(self, gate: Gate, difference: float, agreement: float, drop: float | None) -> list[str]:
-        """List the limits that are broken, with the figures."""
         faults = []
         if gate.largest_difference is not None:
             values = self.task.kind == "regression"
@@ -127,7 +118,10 @@ class Checks:
             faults.append(f"{agreement:.2%} of predictions agree, fewer than {gate.agreement:.2%}")
         if gate.drop is not None and drop is not None and not drop <= gate.drop:
             faults.append(f"the score falls by {drop:.2f} points, more than {gate.drop:.2f}")
-        return faults
+        return Parity(stage, self.stage, len(after), agreement, difference, own, drop, low, high, "; ".join(faults))
+
+    def _score(self, logits: np.ndarray) -> float:
+        return self.given.score(self.task, logits[: len(self.given.texts)])
 
 
 def measure_agreement(task: Task, before: np.ndarray, after: np.ndarray) -> float:

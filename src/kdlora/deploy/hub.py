@@ -29,21 +29,13 @@ _ROOT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push left on the Hub.
-
-    Attributes:
-        repo: id of the repository.
-        url: address of the commit.
-        revision: hash of the commit.
-        private: whether only its owners see it.
-        files: names of the files in the repository that belong to this push.
-    """
+    """What a push left on the Hub."""
 
     repo: str
-    url: str
-    revision: str
-    private: bool
-    files: tuple[str, ...]
+    url: str  # of the commit
+    revision: str  # hash of the commit
+    private: bool  # only its owners see it
+    files: tuple[str, ...]  # names in the repository of what belongs to this push
 
 
 def locate_model(name: str | Path, *, revision: str | None = None) -> Path:
@@ -136,15 +128,10 @@ def push_experiment(
 
 @dataclass(frozen=True)
 class Parcel:
-    """What a push would send.
+    """What a push would send."""
 
-    Attributes:
-        sizes: bytes of each file, by its name in the repository.
-        stays: names of what lies in the same folders and is not sent: links, and files that are no part of a model.
-    """
-
-    sizes: dict[str, int]
-    stays: tuple[str, ...]
+    sizes: dict[str, int]  # bytes of each file, by its name in the repository
+    stays: tuple[str, ...]  # what lies in the same folders and is not sent: links, and files that are no model's
 
 
 def plan_push(experiment: str | Path, repo: str, *, report: bool = False) -> Parcel:

@@ -17,15 +17,10 @@ from kdlora.evidence.metrics import probabilities
 
 
 class Backend(Protocol):
-    """What runs the network.
+    """What runs the network."""
 
-    Attributes:
-        input_names: of the arrays that `run` takes.
-        tokenizer_json: content of the `tokenizer.json` that goes with it.
-    """
-
-    input_names: tuple[str, ...]
-    tokenizer_json: str
+    input_names: tuple[str, ...]  # of the arrays that `run` takes
+    tokenizer_json: str  # content of the `tokenizer.json` that goes with it
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens)."""
@@ -55,12 +50,7 @@ class Classifier:
     """
 
     def __init__(self, folder: ModelFolder, backend: Backend) -> None:
-        """Join a described folder and its running network; most callers want `load`.
-
-        Args:
-            folder: labels, kind, limits and temperature.
-            backend: tokenizer, and logits in the order of `folder.label_names`.
-        """
+        """Join a described folder and its running network; most callers want `load`."""
         self.folder = folder
         self.encoder = TextEncoder(folder, backend.input_names, backend.tokenizer_json)
         self._backend = backend
@@ -172,17 +162,7 @@ class Classifier:
         return logits
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """Compute logits of token arrays, checked for their width.
-
-        Args:
-            inputs: input name to int64 (rows, tokens).
-
-        Returns:
-            float32 (rows, labels).
-
-        Raises:
-            ModelError: the network gives another number of columns than config.json names.
-        """
+        """Compute float32 logits (rows, labels) of int64 token arrays (rows, tokens), checked for their width."""
         logits = self._backend.run(inputs)
         rows = len(next(iter(inputs.values())))
         if logits.shape != (rows, len(self.label_names)):

@@ -11,10 +11,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from kdlora.deploy.encode import Text, TextEncoder, spread
-from kdlora.deploy.folder import TOKENIZER, ModelFolder
-from kdlora.deploy.fuse import add_weight, constant, optimise
+from kdlora.deploy.graph import add_weight, constant, optimise, quiet
 from kdlora.deploy.onnx_backend import open_session
-from kdlora.deploy.trace import quiet
 from kdlora.system.ownership import remove
 
 _PRODUCTS = ("MatMul", "Attention")
@@ -27,21 +25,13 @@ _ROWS = 128
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to quantise.
-
-    Attributes:
-        name: what an export record calls it.
-        signed: weights as int8; unsigned where False. On processors with VNNI or AMX, int8 is the fast one.
-        reduce_range: 7-bit weights, for processors whose 8-bit products saturate.
-        embeddings: quantise the embedding tables too.
-        excluded: names of the products that multiply in fp32; of their weights too, only the int8 levels are stored.
-    """
+    """One way to quantise; its name stands in the record of an export."""
 
     name: str
-    signed: bool = True
-    reduce_range: bool = False
-    embeddings: bool = True
-    excluded: tuple[str, ...] = ()
+    signed: bool = True  # weights as int8, else as uint8; on processors with VNNI or AMX, int8 is the fast one
+    reduce_range: bool = False  # 7-bit weights, for processors whose 8-bit products saturate
+    embeddings: bool = True  # quantise the embedding tables too
+    excluded: tuple[str, ...] = ()  # products that multiply in fp32; of their weights only int8 levels are stored
 
 
 BASE = Recipe("int8 weights per channel, embeddings per row")
@@ -63,11 +53,6 @@ def recipes(rank: Callable[[], Sequence[str]]) -> Iterator[Recipe]:
         noun = "product" if count == 1 else "products"
         yield replace(BASE, name=f"{count} most sensitive {noun} in fp32", excluded=tuple(ranked[:count]))
         count *= 2
-
-
-def products(model: Path) -> list[str]:
-    """List the names of the operators whose weights can be quantised, in the order of the graph."""
-    return [str(node.name) for node in _products(ir.load(model).graph)]
 
 
 def _products(graph: ir.Graph) -> list[ir.Node]:
@@ -146,15 +131,12 @@ def _add_levels(graph: ir.Graph, name: str, values: np.ndarray, largest: np.ndar
     return add_weight(graph, f"{name}.int8", levels), add_weight(graph, f"{name}.scale", scale)
 
 
-def rank_products(model: Path, folder: ModelFolder, texts: list[Text]) -> list[str]:
+def rank_products(model: Path, encoder: TextEncoder, texts: list[Text]) -> list[str]:
     """Order the products of a graph by what rounding each one's input does to the logits."""
     copy = model.with_name("switched.onnx")
     names = _add_rounding_switches(model, copy)
     session = open_session(copy, optimised=True)
     remove(copy)
-    names_in = tuple(value.name for value in session.get_inputs() if value.name != "rounded")
-    content = (model.parent / TOKENIZER).read_text(encoding="utf-8")
-    encoder = TextEncoder(replace(folder, path=model.parent), names_in, content)
     batches = [arrays for _, arrays in encoder.batches(spread(texts, _ROWS))]
 
     def logits(rounded: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord
 from kdlora.experiment.arms import Trained
 from kdlora.experiment.inputs import load_base
 from kdlora.experiment.recording import hash_base, prepare_process, splits_by_name
+from kdlora.experiment.settle import cut_at, settings_for
 from kdlora.models.adapters import MUTATING, add_base, load_adapter, merge_student, save_adapter
 from kdlora.models.encoders import Encoder, save_encoder
 from kdlora.models.settings import read_licence
@@ -39,7 +40,7 @@ def keep_weights(
         if config.lora.init in MUTATING:  # the saved adapter is rounded otherwise than the trained one
             return _merged(config, place, task, arm, seed)[0]
         encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
-    encoder.model.config.kdlora_task = task.to_dict()
+    _describe(encoder, config, task, arm)
     if (to := _model_place(config, layout, arm, seed)) is not None:
         with atomic_folder(to) as folder:
             save_encoder(encoder, folder)
@@ -69,9 +70,16 @@ def _merged(config: Config, place: RunLayout, task: Task, arm: Arm, seed: int) -
     """Make a run's merged model from base and adapter, as it was when it was scored, and fingerprint the base."""
     encoder = load_base(config, arm, seed, task)
     base = hash_base(encoder)
-    model = merge_student(load_adapter(encoder, place.adapter))
-    model.config.kdlora_task = task.to_dict()
-    return dataclasses.replace(encoder, model=model), base
+    merged = dataclasses.replace(encoder, model=merge_student(load_adapter(encoder, place.adapter)))
+    _describe(merged, config, task, arm)
+    return merged, base
+
+
+def _describe(encoder: Encoder, config: Config, task: Task, arm: Arm) -> None:
+    """Note in a model's own config what it was trained on, and where it cut the texts: prediction does alike."""
+    encoder.model.config.kdlora_task = task.to_dict()
+    limit = min(cut_at(settings_for(config, arm)), encoder.tokenizer.model_max_length)
+    encoder.model.config.kdlora_max_length = limit
 
 
 def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: RunRecord, choice: Choice) -> None:

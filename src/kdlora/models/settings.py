@@ -59,6 +59,7 @@ def content_of_token(token: Any) -> Any:
 CONFIG: Mapping[str, Check] = {
     "architectures": ("a list of texts", _is_list_of_text),
     "id2label": ("an object", lambda value: isinstance(value, dict) and len(value) <= _MOST_LABELS),
+    "kdlora_max_length": TOKENS,
     "kdlora_task": TASK,
     "model_type": TEXT,
     "num_labels": ("a number of labels", lambda value: _is_count(value, _MOST_LABELS)),

@@ -24,8 +24,8 @@ from kdlora.config import DistilConfig, StudentTrainConfig, TeacherTrainConfig
 from kdlora.data.batches import Collator
 from kdlora.distil.inference import INPUTS
 from kdlora.distil.precision import autocast, resolve_device
-from kdlora.distil.session import TrainingOptions
 from kdlora.distil.train import train_model
+from kdlora.distil.trainer import TrainingOptions
 from kdlora.models.adapters import merge_student
 from kdlora.system.environment import forget_peak, peak_since, read_memory
 

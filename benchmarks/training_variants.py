@@ -40,8 +40,8 @@ from kdlora.data.tasks import Task
 from kdlora.defaults import RECIPES
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import resolve_precision
-from kdlora.distil.session import TrainingOptions
 from kdlora.distil.train import TrainOutcome, train_model
+from kdlora.distil.trainer import TrainingOptions
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import load_encoder
 from kdlora.system.environment import forget_peak, read_memory

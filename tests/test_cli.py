@@ -15,7 +15,7 @@ from rich.console import Console
 from experiments import copy_experiment, snapshot
 from kdlora import terminal
 from kdlora.configfile import load_config
-from kdlora.distil.session import ProgressEvent
+from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment import run as experiment_run

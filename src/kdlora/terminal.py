@@ -19,7 +19,7 @@ from rich.table import Table
 from kdlora.errors import harmless
 
 if TYPE_CHECKING:
-    from kdlora.distil.session import ProgressEvent
+    from kdlora.distil.trainer import ProgressEvent
     from kdlora.experiment.preview import ExperimentPlan
     from kdlora.experiment.run import ExperimentResult, Listener
     from kdlora.experiment.stages import Stage

@@ -39,7 +39,7 @@ def exported(made_once, classifier_folder) -> Callable[..., Path]:
 def traced_once(made_once, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace a model once in a session, for tests of what comes after: the trace is nearly all of an export."""
     from kdlora.deploy import graph
-    from kdlora.distil.fingerprints import hash_model
+    from kdlora.distil.inference import hash_model
     from kdlora.system.integrity import hash_json
 
     capture = graph.capture

@@ -18,8 +18,8 @@ from kdlora.config import DistilConfig, LoraConfig, TrainConfig
 from kdlora.data.batches import Tokenised, tokenise
 from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits, join_unlabelled
-from kdlora.distil.session import TrainingOptions
 from kdlora.distil.train import TrainOutcome, train_model
+from kdlora.distil.trainer import TrainingOptions
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder
 from tiny import sentiment_rows

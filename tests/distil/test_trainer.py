@@ -11,10 +11,10 @@ from interruptions import assert_same_bits, weights
 from transformers import TrainerCallback
 
 from kdlora.config import DistilConfig
-from kdlora.distil import session as session_module
 from kdlora.distil import train as train_module
+from kdlora.distil import trainer as trainer_module
 from kdlora.distil.inference import predict_logits
-from kdlora.distil.session import ProgressEvent
+from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.metrics import compute_metrics
 from kdlora.models.adapters import merge_student
@@ -252,7 +252,7 @@ def test_bf16_and_fp32_learn_the_same(make_setup, tmp_path):
 
 def test_progress(make_setup, tmp_path, monkeypatch):
     """A bar that ends at 80% makes users wait for nothing."""
-    monkeypatch.setattr(session_module, "_PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(trainer_module, "_PROGRESS_SECONDS", 0.0)
     events: list[ProgressEvent] = []
     make_setup().run(tmp_path, progress=events.append)
     assert [event.step for event in events] == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]
@@ -268,7 +268,7 @@ def test_progress(make_setup, tmp_path, monkeypatch):
 def test_evaluation_is_not_training_time(make_setup, tmp_path, monkeypatch):
     """The stopwatch must really be paused around the evaluation."""
     now = [0.0]
-    monkeypatch.setattr(session_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: now[0])
     setup = make_setup()
 
     class Clock(TrainerCallback):

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from kdlora.configfile import build_search, load_config, load_search
 from kdlora.data.load import load_splits
-from kdlora.distil.session import ProgressEvent
+from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.experiment import study as study_module
 from kdlora.experiment.arms import rows_per_epoch

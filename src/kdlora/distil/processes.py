@@ -1,11 +1,16 @@
-"""The processes of one training: which of them this is, and what they tell each other beside the gradients."""
+"""The processes of one training: what they tell each other beside the gradients, and what stops them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
@@ -100,3 +105,40 @@ def join_processes(launch: Launch, prefix: str, *, cuda: bool) -> Processes:
         timeout=timeout,
     )
     return current_processes()
+
+
+class TrainingStoppedError(KeyboardInterrupt):
+    """A training was asked to stop, and has saved; the same call continues it."""
+
+
+class StopSignals:
+    """Notes Ctrl-C and SIGTERM while a training runs, where nobody else has asked for them; a second one interrupts."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take the signals, as only the main thread may; one too late for the training to heed still counts."""
+        former: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    former[number] = signal.signal(number, self._take)
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+        self.heed("after its last step")
+
+    def heed(self, where: str) -> None:
+        """Stop the training if that was asked for."""
+        if self.received is not None:
+            name = signal.Signals(self.received).name
+            raise TrainingStoppedError(f"the training stopped {where} ({name}); the same call continues it")
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number

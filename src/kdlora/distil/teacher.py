@@ -28,8 +28,7 @@ from kdlora.data.logit_table import (
 )
 from kdlora.data.spool import hash_columns
 from kdlora.data.tasks import Task
-from kdlora.distil.fingerprints import hash_model, hash_tokenizer
-from kdlora.distil.inference import column_values, predict_logits
+from kdlora.distil.inference import column_values, hash_model, hash_tokenizer, predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
 from kdlora.distil.processes import ALONE, Processes, current_processes

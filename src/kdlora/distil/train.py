@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,17 +21,15 @@ from kdlora.data.batches import Collator, LengthBucketSampler, Tokenised
 from kdlora.data.spool import hash_columns
 from kdlora.data.tasks import Task
 from kdlora.distil.cpu_kernels import fast_on_cpu
-from kdlora.distil.fingerprints import hash_model
-from kdlora.distil.inference import INPUTS, column_values, predict_logits
+from kdlora.distil.inference import INPUTS, column_values, hash_model, predict_logits
 from kdlora.distil.logits import COLUMN, LABELLED, labelled_values
 from kdlora.distil.losses import DivergedError, diverged
 from kdlora.distil.precision import frozen_in_half, resolve_device, settle_precision
 from kdlora.distil.processes import TIMEOUT_SECONDS, current_processes
 from kdlora.distil.resume import CheckpointFolder, load_trained_tensors
-from kdlora.distil.session import Session, TrainingOptions
 from kdlora.distil.standardise import TargetScale, fold_into_head
-from kdlora.distil.trainer import ArmTrainer
-from kdlora.distil.training_modes import activations_recomputed, dropout_set, freed_memory_kept
+from kdlora.distil.trainer import ArmTrainer, MicroBatchCollator, Surroundings, TrainingOptions
+from kdlora.distil.training_modes import activations_recomputed, dropout_set, freed_memory_kept, left_as_found
 from kdlora.errors import DataError, KdLoraError
 from kdlora.evidence.metrics import compute_metrics, score
 
@@ -42,26 +39,21 @@ _LOGS_PER_TRAINING = 100
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """What a training left besides the weights.
-
-    Attributes:
-        history: per epoch: `epoch`, `step`, `loss`, `hard_loss`, `soft_loss` where a teacher taught (means over the
-            epoch's rows, of a regression on the standardised scale), `learning_rate`, validation metrics, `score`.
-        train_seconds: of the training loop, data included; evaluation and saving excluded.
-        evaluation_seconds: of the validations.
-        examples: rows trained on, repeats included.
-        examples_per_second: `examples / train_seconds`.
-        steps: optimiser steps.
-        best_epoch: the epoch whose weights the model holds.
-    """
+    """What a training left besides the weights."""
 
     history: list[dict[str, Any]]
-    train_seconds: float
+    """Per epoch: `epoch`, `step`, means over the epoch's rows of `loss`, `hard_loss` and, where a teacher taught,
+    `soft_loss` (of a regression on the standardised scale), `learning_rate`, validation metrics, `score`."""
+    train_seconds: float  # data included; evaluation and saving excluded
     evaluation_seconds: float
-    examples: int
-    examples_per_second: float
+    examples: int  # rows trained on, repeats included
     steps: int
-    best_epoch: float
+    best_epoch: float  # whose weights the model holds
+
+    @property
+    def examples_per_second(self) -> float:
+        """The speed of the training loop."""
+        return self.examples / max(self.train_seconds, 1e-9)
 
 
 def train_model(
@@ -75,18 +67,15 @@ def train_model(
 ) -> TrainOutcome:
     """Train a model in place, from fp32; it is left holding the selected weights, in evaluation mode.
 
-    A call with the same arguments and folder continues from the last whole checkpoint, to the same bits. Ctrl-C and
-    SIGTERM end the step, save and stop (`TrainingStoppedError`); a second one stops at once. The folder stays until
-    the caller has kept the weights. A regression trains on standardised targets, which are folded into the head.
-
-    Of several processes that torch.distributed has joined all must call, with the same arguments. An optimiser step
-    then has `batch_size` rows of each, and the first process alone writes.
+    A call with the same arguments and folder continues from the last whole checkpoint, to the same bits. The folder
+    stays until the caller has kept the weights. A regression trains on standardised targets, which are folded into the
+    head. Of several processes that torch.distributed has joined all must call, with the same arguments: a step then has
+    `batch_size` rows of each, and the first process alone writes.
     """
     _check(train, validation, options.distil)
-    processes, folder = current_processes(), Path(options.folder)
-    precision, _ = settle_precision(options.precision, options.device, folder / "precision.json")
+    processes, device = current_processes(), resolve_device(options.device)
+    precision, _ = settle_precision(options.precision, options.device, options.folder / "precision.json")
     options = dataclasses.replace(options, precision=processes.first_says(precision))  # `auto` is timed: one answer
-    device = resolve_device(options.device)
     scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
 
     def validate() -> dict[str, float]:
@@ -95,8 +84,8 @@ def train_model(
             raise KdLoraError(diverged("the validation logits are not finite numbers", settings.learning_rate))
         rows = validation.dataset
         groups = column_values(rows, "group").tolist() if "group" in rows.column_names else None
-        logits = logits if scale is None else scale.restore(logits)
-        metrics = compute_metrics(task, logits, column_values(rows, "label"), groups)
+        outputs = logits if scale is None else scale.restore(logits)
+        metrics = compute_metrics(task, outputs, column_values(rows, "label"), groups)
         return metrics | {"score": score(task, metrics)}
 
     sampler = LengthBucketSampler(
@@ -108,21 +97,25 @@ def train_model(
     )
     ingredients = _ingredients(model, train, validation, task, settings, options)
     ingredients |= {"device": device.type, "processes": processes.count}
-    checkpoints = CheckpointFolder(folder, ingredients, options.keep_checkpoints)
-    session = Session(settings, options, sampler, validate, checkpoints, processes)
+    names = [name for name in _columns(options.distil) if name in train.dataset.column_names]
+    collator = Collator.of(tokenizer, task.kind, train.max_length)
+    checkpoints = CheckpointFolder(options.folder, ingredients, options.keep_checkpoints)
     with _at_work(model, settings, options.precision, device):
-        arguments, names = _arguments(settings, options, device, len(sampler)), _columns(options.distil)
-        rows = train.dataset.select_columns([name for name in names if name in train.dataset.column_names])
-        collator = Collator.of(tokenizer, task.kind, train.max_length)
         trainer = ArmTrainer(
-            model, arguments, session, kind=task.kind, target_scale=scale, rows=rows, collator=collator
+            model,
+            _arguments(settings, options, device, len(sampler)),
+            Surroundings(settings, options, sampler, checkpoints, processes, validate),
+            kind=task.kind,
+            target_scale=scale,
+            train_dataset=train.dataset.select_columns(names),
+            data_collator=MicroBatchCollator(collator, settings.micro_batch_tokens),
         )
         try:
             trainer.run()
         except DivergedError as fault:
             raise _explain(fault, trainer, train.dataset) from None
         processes.first_says(None)  # its best weights lie on the disk now
-    return _finish(model, session, scale)
+    return _finish(model, trainer, scale)
 
 
 @contextmanager
@@ -134,7 +127,7 @@ def _at_work(model: nn.Module, settings: SettledTraining, precision: str, device
         dropout_set(model, settings.dropout),
         fast_on_cpu(model, device),
         activations_recomputed(model, settings.gradient_checkpointing),
-        _left_as_found(model),
+        left_as_found(model),
     ):
         yield
 
@@ -161,30 +154,33 @@ def _explain(fault: DivergedError, trainer: ArmTrainer, data: Dataset) -> KdLora
         ids = data.select(trainer.rows_of_step(fault.step))["id"][:]
         shown = ", ".join(repr(name) for name in ids[:8]) + (", …" if len(ids) > 8 else "")
         text += f". The step's {len(ids)} rows: {shown}"
-    kept = trainer.session.checkpoints.newest()
+    kept = trainer.checkpoints.newest()
     last = "none was written yet" if kept is None else f"{kept}, from before that"
     return KdLoraError(f"{text}. Last good checkpoint: {last}")
 
 
-def _finish(model: nn.Module, session: Session, scale: TargetScale | None) -> TrainOutcome:
+def _finish(model: nn.Module, trainer: ArmTrainer, scale: TargetScale | None) -> TrainOutcome:
     """Choose the weights, bring them to the original scale, and sum up."""
-    chosen = session.history[-1]
-    if session.settings.select == "best":
-        chosen = session.best or chosen
-        load_trained_tensors(model, load_file(session.checkpoints.best))
+    chosen = trainer.history[-1]
+    if trainer.around.settings.select == "best":
+        chosen = trainer.best or chosen
+        load_trained_tensors(model, load_file(trainer.checkpoints.best))
     model.eval()
     if scale is not None:
         fold_into_head(model, scale)
-    seconds = session.watch.read()
     return TrainOutcome(
-        history=session.history,
-        train_seconds=seconds,
-        evaluation_seconds=session.evaluation.read(),
-        examples=session.examples,
-        examples_per_second=session.examples / max(seconds, 1e-9),
-        steps=int(session.history[-1]["step"]),
+        history=trainer.history,
+        train_seconds=trainer.train_seconds,
+        evaluation_seconds=trainer.evaluation_seconds,
+        examples=trainer.examples,
+        steps=int(trainer.history[-1]["step"]),
         best_epoch=float(chosen["epoch"]),
     )
+
+
+def _columns(distil: DistilConfig | None) -> list[str]:
+    """Name the columns that training reads: without `distil` the teacher's stay unread, so that a control is one."""
+    return [*INPUTS, "label", *([COLUMN, LABELLED] if distil is not None else [])]
 
 
 def _ingredients(
@@ -196,24 +192,15 @@ def _ingredients(
     options: TrainingOptions,
 ) -> dict[str, Any]:
     """Name what a checkpoint must not outlive."""
+    recipes = {"settings": settings, "distil": options.distil, "lora": options.lora}
     return {
         "model": hash_model(model),
         "train": hash_columns(train.dataset, ["id", *_columns(options.distil)]),
         "validation": hash_columns(validation.dataset, ["id", *INPUTS, "label", "group"]),
-        "settings": settings.model_dump(mode="json"),
-        "distil": None if options.distil is None else options.distil.model_dump(mode="json"),
-        "lora": None if options.lora is None else options.lora.model_dump(mode="json"),
         "task": task.to_dict(),
-        "seed": options.seed,
-        "precision": options.precision,
-        "rows_per_epoch": options.rows_per_epoch,
-        "copies": options.copies,
+        **{name: recipe and recipe.model_dump(mode="json") for name, recipe in recipes.items()},
+        **{name: getattr(options, name) for name in ("seed", "precision", "rows_per_epoch", "copies")},
     }
-
-
-def _columns(distil: DistilConfig | None) -> list[str]:
-    """Name the columns that training reads: without `distil` the teacher's stay unread, so that a control is one."""
-    return [*INPUTS, "label", *([COLUMN, LABELLED] if distil is not None else [])]
 
 
 def _arguments(
@@ -254,26 +241,3 @@ def _arguments(
     if arguments.n_gpu > 1:  # Trainer would split every batch over all devices that it sees
         arguments._n_gpu = 1
     return arguments
-
-
-@contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Take back what Trainer and Accelerate leave on a model: a forward under autocast, and a config entry.
-
-    Under that forward, a model trained in bf16 would go on computing in bf16 wherever it is used afterwards.
-    """
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    known = config is not None and "use_cache" in vars(config)
-    own_forward = vars(model).get("forward")
-    try:
-        yield
-    finally:
-        vars(model).pop("_original_forward", None)
-        vars(model).pop("forward", None)
-        if own_forward is not None:
-            vars(model)["forward"] = own_forward
-        if known and config is not None:
-            config.use_cache = use_cache
-        elif config is not None:
-            vars(config).pop("use_cache", None)

@@ -1,4 +1,4 @@
-"""The trainer of our own runs: length buckets, micro-batches inside the batch, checkpoints that resume bit for bit."""
+"""The trainer of our own runs: length buckets, micro-batches, evaluation, and checkpoints that resume bit for bit."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from kdlora.config import Kind
-from kdlora.data.batches import PAD_MULTIPLE, Collator, SharedSampler
+from kdlora.config import DistilConfig, LoraConfig, SettledTraining
+from kdlora.data.batches import PAD_MULTIPLE, Collator, LengthBucketSampler, SharedSampler
 from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.losses import LossSums, LossTerms, term_means
+from kdlora.distil.processes import Processes, StopSignals
 from kdlora.distil.resume import (
     Checkpoint,
+    CheckpointFolder,
     load_trained_tensors,
     pack_optimizer,
     pack_random_state,
@@ -31,15 +35,53 @@ from kdlora.distil.resume import (
     unpack_optimizer,
     unpack_random_state,
 )
-from kdlora.distil.session import Session
-from kdlora.distil.standardise import TargetScale
 from kdlora.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-MICRO_BATCHES = "micro_batches"
-ADAPTED = "base_model.model."
-"""What PEFT puts before the names of a model's parameters."""
+_PROGRESS_SECONDS = 0.5
+_GO_ON, _SAVE, _STOP = range(3)
+_MICRO_BATCHES = "micro_batches"
+_ADAPTED = "base_model.model."  # what PEFT puts before the names of a model's parameters
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """Where a training stands, of `epochs` and optimiser `steps` in all.
+
+    Losses are means over the epoch's rows so far, None before the first. Evaluation is left out of the speed and of
+    the seconds to the last step. `score` is that of the newest evaluation, 0 to 100.
+    """
+
+    epoch: float
+    epochs: float
+    step: int
+    steps: int
+    loss: float | None
+    hard_loss: float | None
+    soft_loss: float | None
+    examples_per_second: float
+    eta_seconds: float | None
+    score: float | None
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a training does, besides its model, its rows and its settings."""
+
+    folder: Path  # of this training alone, for checkpoints
+    seed: int = 0  # of dropout and the order of the rows
+    precision: str = "auto"  # what `auto` was found to be is kept in the folder
+    device: str = "auto"
+    distil: DistilConfig | None = None  # None trains on the labels alone, whether or not there are teacher logits
+    lora: LoraConfig | None = None  # a checkpoint of another adapter is refused, for its scale is in no weight
+    fresh: Sequence[str] = ()  # the encoder's `fresh`, which `head_learning_rate` is for
+    rows_per_epoch: int | None = None  # None draws every row once; a control with fewer rows draws some again
+    copies: int = 0  # so many of the last rows are perturbed copies, of which a step has as many as of the others
+    checkpoint_seconds: float = 60.0
+    keep_checkpoints: int = 1
+    callbacks: Sequence[TrainerCallback] = ()
+    progress: Callable[[ProgressEvent], None] | None = None  # told every half second, and after every epoch
 
 
 @dataclass
@@ -57,66 +99,160 @@ class MicroBatchCollator:
             if self.tokens is not None and batches[-1] and (len(batches[-1]) + 1) * width > self.tokens:
                 batches.append([])
             batches[-1].append(row)
-        return {MICRO_BATCHES: [self.collator(batch) for batch in batches]}
+        return {_MICRO_BATCHES: [self.collator(batch) for batch in batches]}
 
 
-class ArmTrainer(DistillationTrainer):
-    """Trains one arm; one batch of the loader is one optimiser step."""
+@dataclass(frozen=True)
+class Surroundings:
+    """What an arm is trained with, besides what Trainer takes: its rows' order, its checkpoints, its evaluation."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args: TrainingArguments,
-        session: Session,
-        *,
-        kind: Kind,
-        target_scale: TargetScale | None,
-        rows: Dataset,
-        collator: Collator,
-    ) -> None:
+    settings: SettledTraining
+    options: TrainingOptions
+    sampler: LengthBucketSampler
+    checkpoints: CheckpointFolder
+    processes: Processes
+    validate: Callable[[], dict[str, float]]  # gives the validation metrics and `score`
+
+
+class ArmTrainer(DistillationTrainer, TrainerCallback):
+    """Trains one arm, and is the last of its own callbacks; one batch of the loader is one optimiser step.
+
+    It evaluates after every epoch and keeps the history. Asked to stop, it saves at once and for the last time.
+    """
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, around: Surroundings, **trainer: Any) -> None:
         """Set up a training."""
-        super().__init__(
-            model,
-            args,
-            kind=kind,
-            distil=session.options.distil,
-            target_scale=target_scale,
-            data_collator=MicroBatchCollator(collator, session.settings.micro_batch_tokens),
-            train_dataset=rows,
-            callbacks=[*session.options.callbacks, session],
-        )
-        self.remove_callback(PrinterCallback)  # it prints to the standard output
-        self.session, self.sampler, self.processes = session, session.sampler, session.processes
-        self.epoch_sums = LossSums(args.device)
+        self.around, self.options, self.processes = around, around.options, around.processes
+        self.sampler, self.checkpoints = around.sampler, around.checkpoints
+        self.history: list[dict[str, Any]] = []
+        self.train_seconds = self.evaluation_seconds = 0.0
+        self.examples = 0
+        self.finished = self.saved = self.postponed = self.weightless = False
+        self.stop = StopSignals()
+        self.began = self.saved_at = self.told_at = self.rate = 0.0
         self.resumed: Checkpoint | None = None
-        self.weightless = False
-        session.trainer = self
+        super().__init__(model, args, distil=self.options.distil, callbacks=[*self.options.callbacks, self], **trainer)
+        self.remove_callback(PrinterCallback)  # it prints to the standard output
+        self.epoch_sums = LossSums(args.device)
 
     def run(self) -> None:
         """Train, from the last checkpoint where there is one."""
         if self.processes.count > 1:  # each draws its own dropout; the weights are those of the first
-            torch.manual_seed(self.session.options.seed * self.processes.count + self.processes.rank)
-        checkpoint = self.session.checkpoints.latest()
+            torch.manual_seed(self.options.seed * self.processes.count + self.processes.rank)
+        checkpoint = self.checkpoints.latest()
         if checkpoint is not None:
-            self.resumed = checkpoint
-            self.session.restore(checkpoint.state["session"])
-            self.session.checkpoints.restore_best(checkpoint)
-            load_trained_tensors(self.model, checkpoint.tensors("weights"))
-            logger.info("continuing from %s", checkpoint.folder)
-        if not self.session.finished:
-            with self.session.stop:
+            self._restore(checkpoint)
+        if not self.finished:
+            with self.stop.taken():
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Give the loader of the training rows.
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The history's entry with the best score, the earliest of equals."""
+        return max(self.history, key=lambda entry: float(entry["score"]), default=None)
 
-        Accelerate's wrapper is left out: it would shard batches that are whole optimiser steps.
-        """
-        together = self.processes
-        alone = together.count == 1
+    def seconds(self) -> float:
+        """Seconds of training so far, of this process and those before it, without the pauses."""
+        return time.monotonic() - self.began
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.began += time.monotonic() - start
+
+    # What goes on around the steps.
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self.began, self.saved_at = time.monotonic() - self.train_seconds, self.train_seconds
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Choose the order of the rows. A resumed epoch keeps the losses that it has summed."""
+        epoch, done = divmod(state.global_step, len(self.sampler))
+        self.sampler.set_epoch(epoch)
+        if done == 0:
+            self.epoch_sums.sums.zero_()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note the learning rate of this step, before the schedule moves on."""
+        self.rate = float(self.optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save when it is time; at the end of an epoch only after the evaluation, which a resumed one would miss."""
+        ends_epoch = state.global_step % len(self.sampler) == 0 or state.global_step >= state.max_steps
+        wanted = self._is_due() or control.should_save
+        self.postponed = wanted and (ends_epoch or control.should_training_stop)
+        control.should_save = wanted and not self.postponed
+        if self.seconds() - self.told_at >= _PROGRESS_SECONDS:
+            self._tell()
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Evaluate, keep the best, stop early."""
+        settings, means = self.around.settings, self._epoch_means(everywhere=True)
+        entry = {"epoch": state.epoch, "step": state.global_step, **means, "learning_rate": self.rate}
+        with self._paused():
+            start = time.monotonic()
+            metrics = self.around.validate()
+            self.evaluation_seconds += time.monotonic() - start
+            entry |= metrics
+            self.history.append(entry)
+            self.log({f"eval_{name}": value for name, value in metrics.items()})
+            if settings.select == "best" and self.best is entry and self.processes.is_first:
+                self.checkpoints.save_best(trained_tensors(self.model))
+        logger.info("epoch %g: %s", entry["epoch"], ", ".join(f"{k} {v:.5g}" for k, v in entry.items() if k != "epoch"))
+        since_best = next(age for age, entry in enumerate(reversed(self.history)) if entry is self.best)
+        if settings.early_stopping_patience is not None and since_best >= settings.early_stopping_patience:
+            control.should_training_stop = True
+        self.finished = control.should_training_stop
+        # A finished training that had been worth a checkpoint must not lose its last minute to a crash afterwards.
+        control.should_save = self._is_due() or self.postponed or (self.finished and self.saved)
+        self._tell()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop the clock."""
+        self.train_seconds = self.seconds()
+
+    def _tell(self) -> None:
+        self.told_at = seconds = self.seconds()
+        if self.options.progress is None:
+            return
+        means, step, steps = self._epoch_means(), self.state.global_step, self.state.max_steps
+        self.options.progress(
+            ProgressEvent(
+                epoch=float(self.state.epoch or 0.0),
+                epochs=self.around.settings.epochs,
+                step=step,
+                steps=steps,
+                loss=means.get("loss"),
+                hard_loss=means.get("hard_loss"),
+                soft_loss=means.get("soft_loss"),
+                examples_per_second=self.examples / max(seconds, 1e-9),
+                eta_seconds=(steps - step) * seconds / step if step else None,
+                score=self.history[-1]["score"] if self.history else None,
+            )
+        )
+
+    def _is_due(self) -> bool:
+        """Say whether a checkpoint is wanted; one process that wants it, or is to stop, speaks for all."""
+        late = self.seconds() - self.saved_at >= self.options.checkpoint_seconds
+        wish = self.processes.largest(_STOP if self.stop.received is not None else _SAVE if late else _GO_ON)
+        if wish == _STOP and self.stop.received is None:
+            self.stop.received = signal.SIGTERM
+        return wish != _GO_ON
+
+    # The steps.
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Give the loader; Accelerate's wrapper is left out, which would shard batches that are whole steps."""
+        ours = self.processes
         return DataLoader(
             self.train_dataset,
-            batch_sampler=self.sampler if alone else SharedSampler(self.sampler, together.rank, together.count),
+            batch_sampler=self.sampler if ours.count == 1 else SharedSampler(self.sampler, ours.rank, ours.count),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -124,16 +260,13 @@ class ArmTrainer(DistillationTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make Trainer's optimiser; fresh modules with a rate of their own leave its groups for others like them."""
-        made, rate = self.optimizer is None, self.session.settings.head_learning_rate
+        made, rate = self.optimizer is None, self.around.settings.head_learning_rate
         optimizer = super().create_optimizer(model)
         if rate is None or not made:
             return optimizer
-        fresh = tuple(f"{name}." for name in self.session.options.fresh)
-        head = {
-            id(parameter)
-            for name, parameter in (model or self.model).named_parameters()
-            if name.removeprefix(ADAPTED).startswith(fresh)
-        }
+        fresh = tuple(f"{name}." for name in self.options.fresh)
+        named = (model or self.model).named_parameters()
+        head = {id(value) for name, value in named if name.removeprefix(_ADAPTED).startswith(fresh)}
         if not head:
             raise ConfigError("head_learning_rate is set, but no fresh module is trained; leave it at null")
         for group in list(optimizer.param_groups):
@@ -148,8 +281,8 @@ class ArmTrainer(DistillationTrainer):
     ) -> Tensor:
         """Run forward and backward over the micro-batches of a step."""
         rows = self._rows_of_step()
-        self.session.examples += rows
-        own: list[dict[str, Any]] = inputs[MICRO_BATCHES]
+        self.examples += rows
+        own: list[dict[str, Any]] = inputs[_MICRO_BATCHES]
         # With fewer rows than processes, a spare process has a row of another's; here it weighs nothing.
         self.weightless = self.processes.rank >= rows
         divisor = torch.tensor(math.inf) if self.weightless else num_items_in_batch
@@ -169,11 +302,22 @@ class ArmTrainer(DistillationTrainer):
         """Count the rows of the present optimiser step, in all processes."""
         return self.sampler.rows_of(self.state.global_step % len(self.sampler))
 
+    def rows_of_step(self, step: int) -> list[int]:
+        """Name the rows that an optimiser step is made of."""
+        epoch, place = divmod(step - 1, len(self.sampler))
+        self.sampler.set_epoch(epoch)
+        return next(itertools.islice(iter(self.sampler), place, None))
+
     def record(self, terms: LossTerms) -> None:
         """Add the terms to the means since the last log, and to those of the epoch."""
         if not self.weightless:
             super().record(terms)
             self.epoch_sums.add(terms, self.state.global_step + 1)
+
+    def _epoch_means(self, *, everywhere: bool = False) -> dict[str, float]:
+        """Give the mean loss terms of the epoch so far, here or in all processes; stop where they are not finite."""
+        self.epoch_sums.check(self.args.learning_rate)
+        return term_means(self.processes.total(self.epoch_sums.sums) if everywhere else self.epoch_sums.sums)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count none: walking over all parameters in every step costs more than the figure is worth."""
@@ -188,51 +332,45 @@ class ArmTrainer(DistillationTrainer):
                 self.epoch_sums.check(self.args.learning_rate)
         return norm
 
-    def rows_of_step(self, step: int) -> list[int]:
-        """Name the rows that an optimiser step is made of."""
-        epoch, place = divmod(step - 1, len(self.sampler))
-        self.sampler.set_epoch(epoch)
-        return next(itertools.islice(iter(self.sampler), place, None))
-
-    def epoch_means(self, *, everywhere: bool = False) -> dict[str, float]:
-        """Give the mean loss terms of the epoch so far, here or in all processes; stop where they are not finite."""
-        self.epoch_sums.check(self.args.learning_rate)
-        return term_means(self.processes.total(self.epoch_sums.sums) if everywhere else self.epoch_sums.sums)
-
-    def keep_best(self) -> None:
-        """Keep the weights of now as the best."""
-        if self.processes.is_first:
-            self.session.checkpoints.save_best(trained_tensors(self.model))
-
     # Checkpoints, in place of Trainer's own, which are pickled and hold neither loss sums nor a checksum.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self.session.watch.paused():
+        own = {"history": self.history, "seconds": self.seconds(), "evaluation_seconds": self.evaluation_seconds}
+        with self._paused():
             self.epoch_sums.check(self.args.learning_rate)
             optimizer, optimizer_rest = pack_optimizer(self.optimizer.state_dict())
             generators = self.processes.gather(pack_random_state())
             scaler = getattr(self.accelerator, "scaler", None)
             state = {
-                "session": self.session.state(),
+                "session": own | {"examples": self.examples, "finished": self.finished},
                 "optimizer": optimizer_rest,
                 "scheduler": self.lr_scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "random": [rest for _, rest in generators],
             }
-            losses = {
-                "window": self.processes.total(self.window.sums),
-                "epoch": self.processes.total(self.epoch_sums.sums),
-            }
+            sums = {"window": self.window.sums, "epoch": self.epoch_sums.sums}
+            losses = {name: self.processes.total(values) for name, values in sums.items()}
             tensors = {"weights": trained_tensors(self.model), "optimizer": optimizer, "losses": losses}
             tensors |= {f"random-{rank}": values for rank, (values, _) in enumerate(generators)}
             documents = {"state": state, "trainer_state": dataclasses.asdict(self.state)}
             if self.processes.is_first:
-                self.session.checkpoints.write(self.state.global_step, documents, tensors)
+                self.checkpoints.write(self.state.global_step, documents, tensors)
         logger.info("checkpoint at step %d", self.state.global_step)
-        self.session.note_saved()
+        self.saved, self.saved_at = True, self.seconds()
+        self.stop.heed("with a checkpoint")
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Take over what Trainer does not load itself, below."""
+        own = checkpoint.state["session"]
+        self.history, self.examples, self.finished = list(own["history"]), int(own["examples"]), bool(own["finished"])
+        self.train_seconds, self.evaluation_seconds = float(own["seconds"]), float(own["evaluation_seconds"])
+        self.resumed, self.saved = checkpoint, True
+        self.checkpoints.restore_best(checkpoint)
+        load_trained_tensors(self.model, checkpoint.tensors("weights"))
+        logger.info("continuing from %s", checkpoint.folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Do nothing: `run` has put the weights back."""
+        """Do nothing: `_restore` has put the weights back."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.resumed is None:

@@ -125,3 +125,26 @@ def _old_names() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Take back what Trainer and Accelerate leave on a model: a forward under autocast, and a config entry.
+
+    Under that forward, a model trained in bf16 would go on computing in bf16 wherever it is used afterwards.
+    """
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    known = config is not None and "use_cache" in vars(config)
+    own_forward = vars(model).get("forward")
+    try:
+        yield
+    finally:
+        vars(model).pop("_original_forward", None)
+        vars(model).pop("forward", None)
+        if own_forward is not None:
+            vars(model)["forward"] = own_forward
+        if known and config is not None:
+            config.use_cache = use_cache
+        elif config is not None:
+            vars(config).pop("use_cache", None)

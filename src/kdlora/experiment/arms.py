@@ -13,8 +13,8 @@ from kdlora.config import LoraConfig, StudentTrainConfig, TeacherTrainConfig, Tr
 from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits
 from kdlora.distil.logits import join_unlabelled
-from kdlora.distil.session import ProgressEvent, TrainingOptions
 from kdlora.distil.train import TrainOutcome, train_model
+from kdlora.distil.trainer import ProgressEvent, TrainingOptions
 from kdlora.experiment.settle import settled
 from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
 from kdlora.models.encoders import Encoder, load_encoder

@@ -10,7 +10,7 @@ from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.data.collection import is_collection, open_collection
 from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
-from kdlora.distil.fingerprints import hash_model
+from kdlora.distil.inference import hash_model
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.teacher import read_stored_logits
 from kdlora.distil.teacher_table import read_collection, read_teacher_table

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from kdlora.config import Arm, Config
 from kdlora.data.load import Splits
 from kdlora.data.spool import hash_columns
-from kdlora.distil.fingerprints import hash_model, hash_tokenizer
+from kdlora.distil.inference import hash_model, hash_tokenizer
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import settle_precision
 from kdlora.distil.words import BAG_OF_WORDS

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import save_config
-from kdlora.distil.session import ProgressEvent
+from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import KdLoraError
 from kdlora.experiment.engines import LostError, open_engine
 from kdlora.experiment.jobs import train_afresh

@@ -11,9 +11,9 @@ from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.data.load import Splits, load_splits
 from kdlora.distil.logits import attach_teacher
 from kdlora.distil.processes import current_processes
-from kdlora.distil.session import TrainingOptions
 from kdlora.distil.teacher import teacher_logits
 from kdlora.distil.tracking import TrackedRun, tracked
+from kdlora.distil.trainer import TrainingOptions
 from kdlora.distil.words import fit_words
 from kdlora.evidence.records import ExperimentLayout, RunRecord
 from kdlora.experiment.arms import Progress, Trained, rows_per_epoch, train_arm

@@ -16,7 +16,7 @@ from kdlora.data.augment import TEXTS, keep_unscored
 from kdlora.data.load import Splits, add_copies, load_splits, split_rows
 from kdlora.data.spool import read_column
 from kdlora.distil.logits import attach_teacher
-from kdlora.distil.session import ProgressEvent
+from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import DataError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.inputs import load_base, stored_logits

@@ -151,13 +151,13 @@ def test_bad_csv_rows_are_entries(tmp_path, model):
         predict_file(model, path, tmp_path / f"out.{suffix}")
     table = pd.read_csv(tmp_path / "out.csv")
     assert table["label"].notna().tolist() == [True, False, False, True]
-    assert "expected 2 values, got 1" in table["error"][1]
+    assert "1 columns where 2 are expected" in table["error"][1]
     assert pq.read_table(tmp_path / "out.parquet")["error"].null_count == 2
 
 
 def test_open_quote_spoils_itself_only_up_to_a_limit(tmp_path, model, monkeypatch):
     """Prevents an open quote from taking the rest of a file into memory."""
-    monkeypatch.setattr("kdlora.deploy.rows.MOST_CHARACTERS", 200)
+    monkeypatch.setattr("kdlora.data.lines.MOST_CHARACTERS", 200)
     path = tmp_path / "in.csv"
     path.write_text('text\ngood\n"open\n' + "filler\n" * 60, encoding="utf-8")
     summary = predict_file(model, path, tmp_path / "out.jsonl")

@@ -108,7 +108,7 @@ CASES = [
     ),
     file("a TSV row too long", "tsv", TABS + b"20\ta\tb\tc\n", "row 21", "4 columns where 3 are expected"),
     # One stray quote swallows all rows after it into a single text.
-    file("a quote left open", "csv", csv('20,"a film,a'), "Put quotes around"),
+    file("a quote left open", "csv", csv('20,"a film,a'), "row 21", "never closed", "'a film"),
     file("a quote at the last column", "csv", 'label,text\n1,a\n0,"b\n1,c\n1,d\n', "never closed", "'b"),
     # Latin-1 bytes that are replaced or skipped change texts without a word.
     file("not UTF-8", "csv", LATIN.encode("latin-1"), "UTF-8", "line 3", "offset 28 ", "0xE9"),

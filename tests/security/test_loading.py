@@ -537,8 +537,7 @@ TOO_LONG = 300_000
 
 @pytest.fixture
 def short_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("kdlora.data.lines", "kdlora.deploy.rows"):
-        monkeypatch.setattr(f"{module}.MOST_CHARACTERS", 100_000)
+    monkeypatch.setattr("kdlora.data.lines.MOST_CHARACTERS", 100_000)
     monkeypatch.setattr("kdlora.data.lines._CHUNK", 1000)
 
 

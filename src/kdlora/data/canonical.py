@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
-from kdlora.data.labels import encode_labels, first_true
-from kdlora.data.read import RawTable, Source, is_blank, is_text
+from kdlora.data.labels import encode_labels
+from kdlora.data.read import RawTable, Source, first_true, is_blank, is_text
 from kdlora.data.spool import are_distinct, make_dataset, spool
 from kdlora.data.tasks import Task
 from kdlora.errors import DataError, did_you_mean

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdlora.config import Kind, TaskConfig
-from kdlora.data.read import RawTable, Source, is_text
+from kdlora.data.read import RawTable, Source, first_true, is_text
 from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.errors import DataError, did_you_mean
 
@@ -47,12 +47,6 @@ def encode_labels(raw: RawTable, columns: Sequence[str], task: Task) -> pa.Array
         ordered = [_zeros_and_ones(raw, column) for column in task.label_names]  # the names are the columns
         return _as_lists(np.stack(ordered, axis=1))
     return _as_lists(_list_matrix(raw, columns[0], task.label_names))
-
-
-def first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
-    """Give the first row where a mask is true."""
-    position: int = pc.index(mask, True).as_py()
-    return None if position < 0 else position
 
 
 def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:

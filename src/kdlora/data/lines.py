@@ -1,69 +1,135 @@
-"""Lines of a stream, none longer than a limit, and the JSON in them; light, since a served model reads with it, too."""
+"""The one reader of CSV, TSV, JSON Lines and plain text, row by row; light, since a served model reads with it, too."""
 
 from __future__ import annotations
 
+import csv
 import json
-from typing import Any, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, count
+from typing import Any, Literal, TextIO
+
+from kdlora.errors import DataError
 
 MOST_CHARACTERS = 64 << 20
+"""Of a line, and of a value, so that neither a stream without a line break nor an open quote fills the memory."""
 _CHUNK = 1 << 20
+_SHOWN = 60
+NO_QUOTING = (
+    "A .tsv file is read without quoting: a quote is a character, and a text holds no tab or line break. "
+    "Write the file without quotes, or give it the extension .csv, which is read with quoting"
+)
+
+Format = Literal["csv", "tsv", "jsonl", "parquet", "text"]
+FORMATS: dict[str, Format] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".txt": "text",
+}
+Numbered = tuple[int, Mapping[str, Any] | str]
+"""A row's number from 0 (of JSON Lines, its line's), and its values or what is wrong with it."""
 
 
-class LongLineError(ValueError):
-    """A line beyond the limit: a stream without a line break must not fill the memory. Those after it can be read."""
+class RowError(ValueError):
+    """A line beyond the limit, or one that holds something else; those after it can be read."""
 
 
-class Lines:
-    """Iterates over the lines of a stream; in place of one beyond the limit it raises `LongLineError`, and goes on."""
+class _Lines:
+    """Iterates over the lines of a stream, and goes on after an error, which a generator cannot."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._number = 0
-        self._ahead: str | None = None
+        self._stream, self._number = stream, 0
+        self.ended = False
 
-    def __iter__(self) -> Lines:
-        """Give itself: an iterator that goes on after an error, which a generator cannot."""
+    def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        line, self._ahead = self._ahead, None
-        if line is not None:
-            return line
         line = self._stream.readline(MOST_CHARACTERS + 1)
         if not line:
+            self.ended = True
             raise StopIteration
         self._number += 1
         if len(line) <= MOST_CHARACTERS or line.endswith(("\n", "\r")):
             return line
         while (rest := self._stream.readline(_CHUNK)) and not rest.endswith(("\n", "\r")):
             pass
-        raise LongLineError(f"line {self._number} is longer than {MOST_CHARACTERS:,} characters")
-
-    def put_back(self, line: str) -> None:
-        """Give this line once more."""
-        self._ahead = line
+        raise RowError(f"line {self._number} is longer than {MOST_CHARACTERS:,} characters")
 
 
-def choose_delimiter(header: str) -> str:
-    """Choose what separates the columns of a CSV file by its header line."""
-    return next((mark for mark in ",\t;" if mark in header), ",")
+def read_rows(
+    stream: TextIO, form: Format, name: str, header: Sequence[str] = ()
+) -> tuple[Sequence[str], Iterator[Numbered]]:
+    """Give the columns of a stream, those of JSON Lines as none, and its rows; `header` is that of one without."""
+    lines = _Lines(stream)
+    if form in ("csv", "tsv"):
+        return _read_delimited(lines, form, name, header)
+    return (("text",) if form == "text" else ()), _read_lines(lines, form)
 
 
-def read_object(line: str) -> dict[str, Any]:
-    """Read one JSON object; what is wrong with it is a ValueError."""
+def _read_delimited(
+    lines: _Lines, form: Format, name: str, header: Sequence[str]
+) -> tuple[Sequence[str], Iterator[Numbered]]:
+    """Read CSV, quoted, with the delimiter of its header, or TSV, never quoted."""
+    csv.field_size_limit(MOST_CHARACTERS)
     try:
-        value = json.loads(line)
-    except (RecursionError, ValueError) as error:
-        raise ValueError(json_fault(error)) from None
-    return as_object(value)
+        first = next((line for line in lines if line.strip("\r\n")), "")
+        delimiter = next((mark for mark in ",\t;" if mark in first), ",") if form == "csv" else "\t"
+        reader = csv.reader(
+            chain([first], lines), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if form == "csv" else csv.QUOTE_NONE
+        )
+        columns = header or next(reader)
+    except (csv.Error, RowError) as error:
+        raise DataError(f"{name}: {error}; expected a header line.") from None
+    if not columns:
+        raise DataError(f"{name}: expected a header line with the column names, got an empty file or blank lines.")
+    return columns, _delimited_rows(reader, lines, columns, form, delimiter)
 
 
-def as_object(value: object) -> dict[str, Any]:
-    """Refuse what is no JSON object."""
-    if not isinstance(value, dict):
-        found = type(value).__name__
-        raise ValueError(f'expected a JSON object such as {{"text": ..., "label": ...}}, found {found}')  # noqa: TRY004
-    return value
+def _delimited_rows(
+    reader: Iterator[list[str]], lines: _Lines, columns: Sequence[str], form: Format, delimiter: str
+) -> Iterator[Numbered]:
+    width = len(columns)
+    advice = "Put quotes around a text that holds the delimiter" if form == "csv" else NO_QUOTING
+    for number in count():
+        try:
+            while not (values := next(reader)):  # a blank line
+                pass
+        except StopIteration:
+            return
+        except (csv.Error, RowError) as error:
+            yield number, f"not readable as {form.upper()}: {error}"
+            continue
+        if lines.ended:  # the reader asks for another line in the middle of a row only
+            found = f"a quote is opened and never closed; it swallows the end of the file from {values[-1][:_SHOWN]!r}"
+            yield number, f"{found} on. Close it, or double a quote inside a text"
+        elif len(values) == width:
+            yield number, dict(zip(columns, values, strict=True))
+        else:
+            shown = f"{delimiter.join(values):.{_SHOWN}}"
+            found = f"{len(values)} columns where {width} are expected (delimiter {delimiter!r}): {shown!r}"
+            yield number, f"{found}. {advice}"
+
+
+def _read_lines(lines: _Lines, form: Format) -> Iterator[Numbered]:
+    """Read one text or one JSON object a line."""
+    for number in count():
+        try:
+            line = next(lines)
+            if form == "text":
+                yield number, {"text": line.rstrip("\r\n")}
+            elif line.strip():
+                yield number, as_object(json.loads(line))
+        except StopIteration:
+            return
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            yield number, json_fault(error)
 
 
 def json_fault(error: Exception) -> str:
@@ -72,4 +138,12 @@ def json_fault(error: Exception) -> str:
         return 'nested too deep; expected an object such as {"text": ..., "label": ...}'
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON ({error.msg}, column {error.colno})"
-    return f"not JSON ({error})"
+    return str(error) if isinstance(error, RowError) else f"not JSON ({error})"  # a number of too many digits
+
+
+def as_object(value: object) -> dict[str, Any]:
+    """Refuse what is no JSON object."""
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        raise RowError(f'expected a JSON object such as {{"text": ..., "label": ...}}, found {found}')
+    return value

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -16,15 +19,17 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset
 from pydantic import TypeAdapter
 
-from kdlora.data.delimited import Delimited
-from kdlora.data.faults import parquet_faults, refuse_duplicates, text_faults
-from kdlora.data.lines import Lines, as_object, json_fault, read_object
+from kdlora.data.faults import parquet_faults
+from kdlora.data.lines import FORMATS, NO_QUOTING, Format, Numbered, as_object, json_fault, read_rows
 from kdlora.data.spool import spool
 from kdlora.errors import DataError, did_you_mean, first_line
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-_CHUNK_ROWS = 10_000
+_CHUNK_ROWS = 4096
+_LOOKED_AT = 10_000  # rows of JSON Lines, for their keys
 _PARQUET_ROWS = 65536
+_QUOTED_FIELD = r'^"([^"]|"")*""([^"]|"")*"$'  # enclosed, with a doubled quote inside: only CSV quoting writes this
+_ENCLOSED_FIELD = r'(?s)^".*"$'
 _NOT_BLANK = r"[^\s\p{Z}\x{FEFF}\x{200B}\x{0085}]"
 
 
@@ -92,14 +97,13 @@ def open_file(
     file = Path(path)
     _check_file(file, key)
     extension = file.suffix.lower()
-    if extension in (".csv", ".tsv"):
-        return _open_delimited(Delimited(file, header, drop_ragged=benchmark))
-    if extension in (".parquet", ".pq"):
+    form = FORMATS.get(extension)
+    if form == "parquet":
         return _open_parquet(file)
-    if extension in (".jsonl", ".ndjson", ".json"):
-        return _open_json(file, None if every_key else _CHUNK_ROWS)
-    if extension == ".txt" and plain:
-        return Source(str(file), ("text",), lambda _: _read_lines(file, key), plain=True)
+    if form is not None and (form != "text" or plain):
+        rows = _RowFile(file, form, header, benchmark and form != "jsonl")
+        columns = rows.columns(None if every_key else _LOOKED_AT)
+        return Source(str(file), columns, rows.read, rows.benchmark, plain=form == "text")
     raise DataError(
         f"{file} ({key}): unknown kind of file {extension!r}; expected one of {', '.join(EXTENSIONS)}."
         + did_you_mean(extension, EXTENSIONS)
@@ -132,6 +136,12 @@ def is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.invert(pc.fill_null(pc.match_substring_regex(texts, _NOT_BLANK), False))
 
 
+def first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
+    """Give the first row where a mask is true."""
+    position: int = pc.index(mask, True).as_py()
+    return None if position < 0 else position
+
+
 def _check_file(file: Path, key: str) -> None:
     if file.is_dir():
         raise DataError(f"{file} ({key}) is a folder; expected a file ({', '.join(EXTENSIONS)})")
@@ -142,65 +152,127 @@ def _check_file(file: Path, key: str) -> None:
         raise DataError(f"{file} ({key}) is empty (0 bytes); expected a header and examples")
 
 
-def _open_delimited(file: Delimited) -> Source:
-    name, columns = str(file.path), file.columns()
+@dataclass(frozen=True)
+class _RowFile:
+    """A file that is read row by row; `header` names the columns of one without a header line."""
 
-    def read(wanted: Sequence[str]) -> RawTable:
-        ragged: list[int] = []
-        table = spool(file.batches(columns, list(wanted), ragged), name)
-        if not ragged:
-            return RawTable(name, table)
-        rows = np.delete(np.arange(table.num_rows + len(ragged)), ragged)
-        return RawTable(name, table, rows=pa.array(rows), dropped=len(ragged))
+    path: Path
+    form: Format
+    header: tuple[str, ...]
+    benchmark: bool
 
-    return Source(name, columns, read, file.drop_ragged)
+    def columns(self, looked_at: int | None) -> tuple[str, ...]:
+        """Read the header; the columns of JSON Lines are the keys of the first objects, or of all."""
+        with self._opened([]) as (named, rows):
+            columns = tuple(named or dict.fromkeys(key for row in islice(rows, looked_at) for key in row))
+        if not columns:
+            raise DataError(f"{self.path} holds no JSON objects; expected one example per line")
+        _refuse_duplicates(str(self.path), columns)
+        for column in columns if self.form == "tsv" else ():
+            if len(column) > 1 and column[0] == column[-1] == '"':
+                raise DataError(f"{self.path}: the header has quotes around {column}. {NO_QUOTING}")
+        return columns
+
+    def read(self, wanted: Sequence[str]) -> RawTable:
+        """Read some columns."""
+        dropped: list[int] = []
+        raw = RawTable(str(self.path), spool(self._batches(wanted, dropped), str(self.path)))
+        if self.form == "tsv" and not self.benchmark:
+            _refuse_quoting(raw)
+        if self.form == "text":  # an empty line is left out, and counts
+            raw = raw.drop(is_blank(raw.table["text"]))
+            if not raw.table.num_rows:
+                raise DataError(f"{self.path} has no line with text; expected one text a line")
+        if not dropped:
+            return raw
+        rows = np.delete(np.arange(raw.table.num_rows + len(dropped)), dropped)
+        return replace(raw, rows=pa.array(rows), dropped=len(dropped))
+
+    def _batches(self, wanted: Sequence[str], dropped: list[int]) -> Iterator[pa.RecordBatch]:
+        with self._opened(dropped) as (_, rows):
+            first = 0
+            while chunk := list(islice(rows, _CHUNK_ROWS)):
+                arrays = [_to_array([row.get(key) for row in chunk], key, self.path, first) for key in wanted]
+                yield pa.RecordBatch.from_arrays(arrays, names=list(wanted))
+                first += len(chunk)
+
+    @contextmanager
+    def _opened(self, dropped: list[int]) -> Iterator[tuple[Sequence[str], Iterator[Mapping[str, Any]]]]:
+        """Give columns and rows. A bad row is an error; one of a benchmark is left out, and its number noted."""
+        try:
+            with self.path.open(encoding="utf-8-sig", newline="") as stream:
+                if self.form == "jsonl" and _begins_an_array(stream):
+                    yield (), self._sound(_array_rows(self.path, stream.read()), dropped, "row")
+                else:
+                    columns, found = read_rows(stream, self.form, str(self.path), self.header)
+                    yield columns, self._sound(found, dropped, "line" if self.form == "jsonl" else "row")
+        except UnicodeDecodeError:
+            raise _encoding_error(self.path) from None
+
+    def _sound(self, rows: Iterable[Numbered], dropped: list[int], unit: str) -> Iterator[Mapping[str, Any]]:
+        for number, values in rows:
+            if not isinstance(values, str):
+                yield values
+            elif self.benchmark:
+                dropped.append(number)
+            else:
+                raise DataError(f"{self.path}, {unit} {number + 1}: {values}")
 
 
-def _open_json(file: Path, looked_at: int | None) -> Source:
-    """Open JSON Lines, or a JSON array of objects; the columns are the keys of the first rows, or of all."""
-    columns: dict[str, None] = {}
-    for row in islice(_json_rows(file), looked_at):
-        columns.update(dict.fromkeys(row))
-    if not columns:
-        raise DataError(f"{file} holds no JSON objects; expected one example per line")
-
-    def batches(wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        rows, first = _json_rows(file), 0
-        while chunk := list(islice(rows, _CHUNK_ROWS)):
-            arrays = [_to_array([row.get(key) for row in chunk], key, file, first) for key in wanted]
-            yield pa.RecordBatch.from_arrays(arrays, names=list(wanted))
-            first += len(chunk)
-
-    return Source(str(file), tuple(columns), lambda wanted: RawTable(str(file), spool(batches(wanted), str(file))))
-
-
-def _json_rows(file: Path) -> Iterator[Mapping[str, Any]]:
-    with text_faults(file, "one object per line"), file.open(encoding="utf-8-sig", newline="\n") as stream:
+def _begins_an_array(stream: TextIO) -> bool:
+    start = stream.read(1)
+    while start.isspace():
         start = stream.read(1)
-        while start.isspace():
-            start = stream.read(1)
-        stream.seek(0)
-        if start == "[":
-            yield from _array_rows(file, stream.read())
-            return
-        for number, line in enumerate(Lines(stream), 1):
-            try:
-                if line.strip():
-                    yield read_object(line)
-            except ValueError as error:
-                raise DataError(f"{file}, line {number}: {error}; expected one object per line") from None
+    stream.seek(0)
+    return start == "["
 
 
-def _array_rows(file: Path, text: str) -> Iterator[Mapping[str, Any]]:
+def _array_rows(file: Path, text: str) -> Iterator[Numbered]:
     try:
         rows = json.loads(text)
     except (RecursionError, ValueError) as error:
         raise DataError(f"{file}, line {getattr(error, 'lineno', 1)}: {json_fault(error)}") from None
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows):
         try:
-            yield as_object(row)
+            yield number, as_object(row)
         except ValueError as error:
-            raise DataError(f"{file}, row {number}: {error}") from None
+            yield number, str(error)
+
+
+def _refuse_quoting(raw: RawTable) -> None:
+    """CSV quoting in a TSV file shows in doubled quotes, or in quotes around every value."""
+    for column in raw.table.columns:
+        enclosed = len(column) > 1 and pc.all(pc.match_substring_regex(column, _ENCLOSED_FIELD)).as_py()
+        position = 0 if enclosed else first_true(pc.match_substring_regex(column, _QUOTED_FIELD))
+        if position is not None:
+            value = column[position].as_py()
+            raise DataError(f"{raw.source} has values in CSV quotes, such as {value[:60]}. {NO_QUOTING}")
+
+
+def _encoding_error(file: Path) -> DataError:
+    """Describe the first byte that is not UTF-8."""
+    decoder, offset, line = getincrementaldecoder("utf-8")(), 0, 1
+    with file.open("rb") as stream:
+        if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            return DataError(f"{file} is UTF-16, but UTF-8 is expected; save it as UTF-8 (iconv -f utf-16 -t utf-8)")
+        stream.seek(0)
+        for chunk in chain(iter(partial(stream.read, 1 << 20), b""), [b""]):
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                bad, place = error.object, error.start
+                offset += len(chunk) - len(bad) + place
+                return DataError(
+                    f"{file}, line {line + bad.count(10, 0, place)}: byte 0x{bad[place]:02X} at offset {offset} is not "
+                    "UTF-8; convert the file to UTF-8 (for example: iconv -f windows-1252 -t utf-8)"
+                )
+            line, offset = line + chunk.count(b"\n"), offset + len(chunk)
+    return DataError(f"{file} was not UTF-8 when it was read, and has changed since; try again")
+
+
+def _refuse_duplicates(name: str, columns: Sequence[str]) -> None:
+    if twice := [column for position, column in enumerate(columns) if column in columns[:position]]:
+        raise DataError(f"{name} has two columns named {twice[0]!r}; rename one")
 
 
 def _to_array(values: list[Any], key: str, file: Path, first_row: int) -> pa.Array:
@@ -229,27 +301,11 @@ def _is_broken(value: Any) -> bool:
     return any(0xD800 <= ord(character) <= 0xDFFF for character in json.dumps(value, ensure_ascii=False))
 
 
-def _read_lines(file: Path, key: str) -> RawTable:
-    """Read one text a line; empty lines are left out, and count."""
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        with text_faults(file, "one text a line"), file.open(encoding="utf-8-sig") as stream:
-            lines = Lines(stream)
-            while chunk := [line.rstrip("\n") for line in islice(lines, _CHUNK_ROWS)]:
-                yield pa.RecordBatch.from_arrays([pa.array(chunk)], names=["text"])
-
-    raw = RawTable(str(file), spool(batches(), str(file)))
-    filled = raw.drop(is_blank(raw.table["text"]))
-    if not filled.table.num_rows:
-        raise DataError(f"{file} ({key}) has no line with text; expected one text a line")
-    return filled
-
-
 def _open_parquet(file: Path) -> Source:
     name = str(file)
     with parquet_faults(name):
         schema = pq.read_schema(file)
-    refuse_duplicates(name, schema.names)
+    _refuse_duplicates(name, schema.names)
 
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
         with parquet_faults(name), pq.ParquetFile(file) as parquet:

@@ -17,10 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdlora.data.lines import Format
 from kdlora.deploy.encode import BATCH_SIZE
 from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.predict import Classifier, Prediction
-from kdlora.deploy.rows import Columns, InputFormat, Row, RowReader, cut_windows
+from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.system.ownership import MANIFEST, claim_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
 from kdlora.system.storage import atomic_file
@@ -62,7 +63,7 @@ def predict_file(
     *,
     text: Sequence[str] | str | None = None,
     id_column: str = "id",
-    input_format: InputFormat | None = None,
+    input_format: Format | None = None,
     batch_size: int = BATCH_SIZE,
     strict: bool = False,
     resume: bool = True,
@@ -99,10 +100,10 @@ def predict_file(
     classifier = model if isinstance(model, Classifier) else Classifier.load(model)
     form = _Form(classifier.folder, str(to))
     columns = _columns(classifier, text, id_column)
-    reader = RowReader(source, columns, format=input_format)
+    reader = RowReader(source, columns, form=input_format)
     output = _Output(form)
     if str(to) != "-":
-        output = PartialResult(form, Path(to), _fingerprint(classifier.folder, source, columns, reader.format))
+        output = PartialResult(form, Path(to), _fingerprint(classifier.folder, source, columns, reader.form))
     # A stream cannot be known to be the same one again.
     output.begin(resume=resume and str(source) != "-")
     _predict(classifier, reader, output, batch_size, strict, progress)

@@ -29,9 +29,10 @@ from kdlora.config import LORA_ARMS, TEACHER_ARMS
 from kdlora.data.tasks import GLUE
 from kdlora.defaults import FAMILIES
 from kdlora.evidence.records import RunRecord, write_record
-from kdlora.experiment.jobs import Job, Outcome, TaskFacts
+from kdlora.experiment.jobs import Job, Outcome
 from kdlora.experiment.plan import Plan, make_plan
 from kdlora.experiment.queue import Queue, finished_runs
+from kdlora.experiment.recording import TaskFacts
 from kdlora.experiment.settle import settings_for
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import load_suite

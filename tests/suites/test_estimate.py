@@ -7,9 +7,9 @@ import pytest
 
 from kdlora.data.tasks import GLUE
 from kdlora.evidence.records import RunRecord
-from kdlora.experiment.jobs import TaskFacts
 from kdlora.experiment.plan import make_plan
 from kdlora.experiment.preview import ADAPTERS, FULL, RUN_SECONDS
+from kdlora.experiment.recording import TaskFacts
 from kdlora.experiment.settle import ModelLook
 from kdlora.experiment.suite import estimate
 from kdlora.experiment.suitefile import build_suite

@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeVar
 
 from kdlora.config import Arm, Config
 from kdlora.configfile import save_config
-from kdlora.data.load import Splits, add_copies, load_splits
+from kdlora.data.load import add_copies, load_splits
 from kdlora.errors import ArtifactError, KdLoraError
 from kdlora.evidence.records import RunRecord, write_record
 from kdlora.experiment.plan import ConfigurationLayout
-from kdlora.experiment.recording import blank_record, hash_splits, now, splits_by_name
+from kdlora.experiment.recording import TaskFacts, blank_record, hash_splits, look_at, now
 from kdlora.experiment.settle import Looks, look_at_models, sample_texts
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.system.children import run_in_child
@@ -26,29 +26,6 @@ logger = logging.getLogger(__name__)
 
 Listener = Callable[[Any], None]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class TaskFacts:
-    """What is known of a task's data.
-
-    `task` is `Task.to_dict()`; `fingerprints` are of ids, texts and labels, by the number of copies (`data.augment`).
-    """
-
-    task: dict[str, Any]
-    fingerprints: dict[int, str]
-    rows: dict[str, int]
-    notes: tuple[str, ...]
-
-    def fingerprint(self, config: Config) -> str:
-        """Give the fingerprint of the rows that a run of this config has."""
-        return self.fingerprints[config.data.augment]
-
-
-def look_at(splits: Splits, copies: int) -> TaskFacts:
-    """Sum up a task's data."""
-    rows = {name: len(part) for name, part in splits_by_name(splits).items()}
-    return TaskFacts(splits.task.to_dict(), {copies: hash_splits(splits)}, rows, splits.notes)
 
 
 def inspect_task(
@@ -168,15 +145,7 @@ def _without_model(job: Job, record: RunRecord) -> RunRecord:
 
 def failed_record(job: Job, fault: str) -> RunRecord:
     """Make the record of a run that did not come to an end."""
-    record = blank_record(
-        job.config,
-        job.arm,
-        job.seed,
-        task=job.facts.task,
-        rows=job.facts.rows,
-        data=job.facts.fingerprint(job.config),
-        notes=job.facts.notes,
-    )
+    record = blank_record(job.config, job.arm, job.seed, job.facts)
     return record.model_copy(update={"status": "failed", "error": fault, "finished": now()})
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from kdlora.config import DISTILLED_ARMS, Config
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import RunRecord, read_record, write_record
-from kdlora.experiment.jobs import Job, Outcome, TaskFacts, failed_record
+from kdlora.experiment.jobs import Job, Outcome, failed_record
 from kdlora.experiment.plan import Lesson, PlannedRun, identity
+from kdlora.experiment.recording import TaskFacts
 from kdlora.system.integrity import damaged_files
 from kdlora.system.ownership import remove
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record
 from kdlora.experiment.arms import Trained
 from kdlora.models.encoders import Encoder
 from kdlora.system.environment import collect_versions, describe_machine, git_state
-from kdlora.system.integrity import hash_json
+from kdlora.system.integrity import hash_files, hash_json
 
 _MEANING = {
     "data": "the data",
@@ -45,6 +47,29 @@ def hash_splits(splits: Splits) -> str:
     """Fingerprint the ids, texts and labels of every split, in their order."""
     parts = splits_by_name(splits).items()
     return hash_json({name: hash_columns(rows, sorted(rows.column_names)) for name, rows in parts})
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What is known of a task's data.
+
+    `task` is `Task.to_dict()`; `fingerprints` are of ids, texts and labels, by the number of copies (`data.augment`).
+    """
+
+    task: dict[str, Any]
+    fingerprints: dict[int, str]
+    rows: dict[str, int]
+    notes: tuple[str, ...]
+
+    def fingerprint(self, config: Config) -> str:
+        """Give the fingerprint of the rows that a run of this config has."""
+        return self.fingerprints[config.data.augment]
+
+
+def look_at(splits: Splits, copies: int) -> TaskFacts:
+    """Sum up a task's data."""
+    rows = {name: len(part) for name, part in splits_by_name(splits).items()}
+    return TaskFacts(splits.task.to_dict(), {copies: hash_splits(splits)}, rows, splits.notes)
 
 
 def choose_precision(config: Config, layout: ExperimentLayout) -> tuple[str, str]:
@@ -72,17 +97,8 @@ def logged(stage: str, arm: str, seed: int) -> Iterator[None]:
     logger.info("end %s %s seed %d", stage, arm, seed)
 
 
-def blank_record(
-    config: Config,
-    arm: str,
-    seed: int,
-    *,
-    task: dict[str, Any],
-    rows: dict[str, int],
-    data: str,
-    notes: Sequence[str],
-) -> RunRecord:
-    """Start the record of a run with what is known without its process; `data` is the fingerprint of its rows."""
+def blank_record(config: Config, arm: str, seed: int, facts: TaskFacts) -> RunRecord:
+    """Start the record of a run with what is known without its process."""
     teacher, student = config.teacher, config.student
     student_name = student.model
     if student_name is None and student.from_teacher_layers is not None:
@@ -91,56 +107,37 @@ def blank_record(
     models = {"words": BAG_OF_WORDS, "fft": teacher_name, "lora": teacher.model}
     return RunRecord(
         experiment=config.title(),
-        task=task,
-        rows=rows,
+        task=facts.task,
+        rows=facts.rows,
         arm=arm,
         seed=seed,
         status="running",
         teacher_model=teacher_name,
         student_model=student_name,
         model=str(models.get(arm, student_name)),
-        fingerprints={"config": config.fingerprint(), "data": data},
+        fingerprints={"config": config.fingerprint(), "data": facts.fingerprint(config)},
         versions=collect_versions(),
         machine=describe_machine(),
         git=git_state(),
-        notes=list(notes),
+        notes=list(facts.notes),
         config=config.model_dump(mode="json"),
     )
 
 
 def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> RunRecord:
     """Start the record of a run in its process."""
+    record = blank_record(config, arm, seed, look_at(splits, config.data.augment))
     precision, reason = choose_precision(config, layout)
+    notes = [f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"]
+    if splits.unlabelled is not None and (count := len(splits.unlabelled) - splits.copies):
+        notes.insert(
+            0,
+            f"{count} unlabelled rows: the teacher labelled them, and the distilled arms learn from them too; the "
+            "other student arms see the labelled rows alone, as often as it takes for the same optimiser steps",
+        )
     on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
-    record = blank_record(
-        config,
-        arm,
-        seed,
-        task=splits.task.to_dict(),
-        rows={name: len(part) for name, part in splits_by_name(splits).items()},
-        data=hash_splits(splits),
-        notes=[*_notes(splits), f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"],
-    )
-    device = "cpu" if on_cpu else str(torch.cuda.get_device_name())
-    return record.model_copy(update={"precision": precision, "device": device, "started": now()})
-
-
-def _notes(splits: Splits) -> list[str]:
-    """Say what was done to the data, what the unlabelled rows are for, and what keeps the control fair."""
-    count = 0 if splits.unlabelled is None else len(splits.unlabelled) - splits.copies
-    more = (
-        f"{count} unlabelled rows: the teacher labelled them, and the distilled arms learn from them "
-        "too; the other student arms see the labelled rows alone, as often as it takes for the same optimiser steps"
-    )
-    return [*splits.notes, more] if count else list(splits.notes)
-
-
-def add_origin(record: RunRecord, encoder: Encoder, teacher: Sequence[TeacherLogits]) -> RunRecord:
-    """Add fingerprints of the pretrained model and of the teacher's logits to a record."""
-    found = {"base": hash_base(encoder)}
-    if teacher:
-        found["teacher"] = hash_json([one.fingerprint for one in teacher])
-    return record.model_copy(update={"fingerprints": record.fingerprints | found})
+    update = {"precision": precision, "device": "cpu" if on_cpu else str(torch.cuda.get_device_name())}
+    return record.model_copy(update=update | {"started": now(), "notes": [*record.notes, *notes]})
 
 
 def hash_base(encoder: Encoder) -> str:
@@ -148,8 +145,13 @@ def hash_base(encoder: Encoder) -> str:
     return hash_json([hash_model(encoder.model, without=encoder.fresh), hash_tokenizer(encoder.tokenizer)])
 
 
-def check_origin(layout: ExperimentLayout, record: RunRecord) -> None:
-    """Compare a run that is about to be trained with the finished ones of its experiment."""
+def add_origin(
+    record: RunRecord, layout: ExperimentLayout, encoder: Encoder, teacher: Sequence[TeacherLogits]
+) -> RunRecord:
+    """Add fingerprints of pretrained model and teacher's logits; refuse others than finished runs here began with."""
+    own = record.fingerprints | {"base": hash_base(encoder)}
+    if teacher:
+        own["teacher"] = hash_json([one.fingerprint for one in teacher])
     for path in sorted(layout.runs.glob("*/run.json")):
         other = read_record(path)
         if other.status != "finished" or (other.arm, other.seed) == (record.arm, record.seed):
@@ -157,12 +159,13 @@ def check_origin(layout: ExperimentLayout, record: RunRecord) -> None:
         for key, meaning in _MEANING.items():
             if key == "base" and other.model != record.model:
                 continue
-            if len({one.fingerprints.get(key) for one in (other, record)} - {None}) == 2:
+            if len({other.fingerprints.get(key), own.get(key)} - {None}) == 2:
                 raise ArtifactError(
                     f"{meaning} changed since {other.arm} with seed {other.seed} was trained: {record.arm} with seed "
                     f"{record.seed} would not be comparable. Put back what was there, or name another folder with "
                     f"--out, or delete {layout.root}"
                 )
+    return record.model_copy(update={"fingerprints": own})
 
 
 def add_training(record: RunRecord, trained: Trained, teacher: Sequence[TeacherLogits]) -> RunRecord:
@@ -183,3 +186,9 @@ def add_training(record: RunRecord, trained: Trained, teacher: Sequence[TeacherL
             "truncated": trained.truncated | by_teacher,
         }
     )
+
+
+def finish(record: RunRecord, layout: ExperimentLayout, kept: Iterable[Path], notes: Sequence[str] = ()) -> RunRecord:
+    """End the record of a run, with the hashes of what it leaves and more notes."""
+    ended = {"status": "finished", "finished": now(), "files": hash_files(layout.root, kept)}
+    return record.model_copy(update=ended | {"notes": [*record.notes, *notes]})

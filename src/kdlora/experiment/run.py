@@ -25,11 +25,11 @@ from kdlora.evidence.records import (
 from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.engines import Here
 from kdlora.experiment.inputs import check_table
-from kdlora.experiment.jobs import Job, Outcome, TaskFacts, carry_out, ignore, look_at
+from kdlora.experiment.jobs import Job, Outcome, carry_out, ignore
 from kdlora.experiment.plan import Lesson, PlannedRun
 from kdlora.experiment.preview import ExperimentPlan, make_plan
 from kdlora.experiment.queue import Queue, undamaged_record
-from kdlora.experiment.recording import hash_splits, logged
+from kdlora.experiment.recording import TaskFacts, hash_splits, logged, look_at
 from kdlora.experiment.scoring import doubts_of_teacher
 from kdlora.experiment.settle import look_at_models, sample_texts, with_recorded
 from kdlora.experiment.shipping import is_shipped, keep_examples, lacks_weights, ship_student, tell_anew

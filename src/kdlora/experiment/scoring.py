@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlora.config import TEACHER_ARMS, Config
+from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Config
 from kdlora.configfile import load_config
 from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_examples
@@ -25,13 +25,14 @@ from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import Predictions, read_predictions, write_predictions
 from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
 from kdlora.experiment.inputs import load_teacher, read_table
-from kdlora.experiment.recording import now, splits_by_name
+from kdlora.experiment.recording import finish, splits_by_name
 from kdlora.experiment.settle import cut_at
 from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
 
 _LATENCY_SECONDS = 1.0
 """For each batch size; a suite times thousands of models."""
+_WARM_UP = 5
 _FEWEST_ROWS = 3
 """Validation rows that a class needs before it counts as unknown to a teacher that gets none of them right."""
 _SHOWN = 5
@@ -77,10 +78,10 @@ def evaluate(
         raise DataError("these examples have no labels, so there is nothing to score; use predict")
     data = tokenise(examples, tokenizer, max_length or tokenizer.model_max_length)
     logits = predict_logits(model, tokenizer, data)
-    return _score_logits(task, examples, logits if columns is None else logits[:, list(columns)], data.truncated)
+    return _judge(task, examples, logits if columns is None else logits[:, list(columns)], data.truncated)
 
 
-def _score_logits(task: Task, rows: Dataset, logits: np.ndarray, truncated: int = 0) -> Evaluation:
+def _judge(task: Task, rows: Dataset, logits: np.ndarray, truncated: int = 0) -> Evaluation:
     metrics = compute_metrics(task, logits, label_array(rows), groups_of(rows))
     return Evaluation(score(task, metrics), metrics, logits, truncated)
 
@@ -97,31 +98,22 @@ def groups_of(examples: Dataset) -> list[str] | None:
 
 def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits, record: RunRecord) -> RunRecord:
     """Score a teacher that was given: a model, or a table on the splits that it covers."""
-    place = layout.run("fft", record.seed)
-    if config.teacher.is_table:
-        record = _score_table(config, splits, record, place)
-    else:
+    place, outputs, notes = layout.run("fft", record.seed), {}, []
+    if not config.teacher.is_table:
         encoder, columns = load_teacher(config, splits.task)
         encoder.model.to(resolve_device(config.run.device))
         record = score_model(record, encoder, splits, cut_at(config.teacher.train), place, columns)
-        record = record.model_copy(update={"notes": [*record.notes, "the teacher was given: evaluated, not trained"]})
-    return record.model_copy(update={"status": "finished", "finished": now()})
-
-
-def _score_table(config: Config, splits: Splits, record: RunRecord, place: RunLayout) -> RunRecord:
-    """Score a table of teacher outputs on the splits that it covers; the rest is not available."""
-    logits: dict[str, np.ndarray] = {}
-    notes = list(record.notes)
+        return finish(record, layout, [place.predictions], ["the teacher was given: evaluated, not trained"])
     for split, rows in splits_by_name(splits, scored=True).items():
         try:
             attached = read_table(config, splits.task, split).attach(rows)
         except DataError as error:
             notes.append(f"the teacher's score on the {split} split is not available: {error}")
             continue
-        logits[split] = np.asarray(attached.with_format("numpy")["teacher_logits"], dtype=np.float32)
-    if "validation" in logits:
-        record = score_outputs(record, splits, logits, place)
-    return record.model_copy(update={"notes": notes})
+        outputs[split] = np.asarray(attached.with_format("numpy")["teacher_logits"], dtype=np.float32)
+    if "validation" in outputs:
+        record = score_outputs(record, splits, outputs, place)
+    return finish(record, layout, [place.predictions], notes)
 
 
 def score_model(
@@ -139,9 +131,7 @@ def score_model(
         for split, rows in splits_by_name(splits, scored=True).items()
     }
     record = _add_scores(record, splits, results, place)
-    latency = measure_latency(
-        model, tokenizer, splits.validation, max_length=max_length, limit_seconds=_LATENCY_SECONDS
-    )
+    latency = measure_latency(model, tokenizer, splits.validation, max_length=max_length)
     update = {
         "latency": latency,
         "evaluation_seconds": (record.evaluation_seconds or 0.0) + time.perf_counter() - start,
@@ -154,7 +144,7 @@ def score_model(
 def score_outputs(record: RunRecord, splits: Splits, outputs: dict[str, np.ndarray], place: RunLayout) -> RunRecord:
     """Score given outputs `(rows, labels)` by split, validation among them, and keep them as predictions."""
     parts = splits_by_name(splits, scored=True)
-    results = {split: _score_logits(splits.task, parts[split], logits) for split, logits in outputs.items()}
+    results = {split: _judge(splits.task, parts[split], logits) for split, logits in outputs.items()}
     return _add_scores(record, splits, results, place)
 
 
@@ -171,10 +161,10 @@ def _add_scores(record: RunRecord, splits: Splits, results: dict[str, Evaluation
         groups=None if None in groups else tuple(name for part in groups for name in part or ()),
     )
     write_predictions(place.predictions, predictions)
-    update: dict[str, Any] = {"score": results["validation"].score, "metrics": results["validation"].metrics}
-    update["truncated"] = record.truncated | {split: result.truncated for split, result in results.items()}
-    if "test" in results:
-        update |= {"test_score": results["test"].score, "test_metrics": results["test"].metrics}
+    update: dict[str, Any] = {"truncated": record.truncated | {name: one.truncated for name, one in results.items()}}
+    for split, result in results.items():
+        prefix = "" if split == "validation" else f"{split}_"
+        update |= {f"{prefix}score": result.score, f"{prefix}metrics": result.metrics}
     return record.model_copy(update=update)
 
 
@@ -186,11 +176,8 @@ def measure_latency(
     max_length: int,
     batch_sizes: Sequence[int] = (1, 32),
     repeats: int = 50,
-    limit_seconds: float = 10.0,
 ) -> list[Latency]:
     """Time the forward pass of a model on real texts, tokenised beforehand, in the model's own precision."""
-    if not len(rows):
-        raise ValueError("expected at least one row to time the model on")
     device = next(model.parameters()).device
     columns = [name for name in ("text", "text_pair") if name in rows.column_names]
     longest = min(max_length, tokenizer.model_max_length)  # what both the caller and the model's positions allow
@@ -212,7 +199,7 @@ def measure_latency(
             for size in batch_sizes:
                 count = min(repeats, max(1, len(rows) // size))  # full batches, as many as there are rows for
                 batches = [encode(range(start * size, (start + 1) * size)) for start in range(count)]
-                p50, p95 = time_calls(forward, batches, repeats=repeats, limit_seconds=limit_seconds)
+                p50, p95 = time_calls(forward, batches, repeats, _LATENCY_SECONDS)
                 found.append(Latency(batch_size=size, p50_ms=p50, p95_ms=p95, threads=torch.get_num_threads()))
     finally:
         model.train(was_training)
@@ -220,30 +207,21 @@ def measure_latency(
 
 
 def time_calls(
-    call: Callable[[Any], object],
-    inputs: Sequence[Any],
-    *,
-    warm_up: int = 5,
-    repeats: int = 50,
-    limit_seconds: float = 10.0,
+    call: Callable[[Any], object], inputs: Sequence[Any], repeats: int, limit_seconds: float
 ) -> tuple[float, float]:
-    """Time a call over a cycle of inputs: median and 95th percentile in milliseconds."""
-    if not inputs or repeats < 1:
-        raise ValueError("expected at least one input and one repeat")
-    begin = time.perf_counter()
-    for turn in range(warm_up):
-        if turn and time.perf_counter() - begin > limit_seconds / 2:
-            break
-        call(inputs[turn % len(inputs)])
-    times: list[float] = []
-    begin = time.perf_counter()
-    for turn in range(repeats):
-        if turn >= 3 and time.perf_counter() - begin > limit_seconds:
-            break
-        start = time.perf_counter()
-        call(inputs[turn % len(inputs)])
-        times.append(1000 * (time.perf_counter() - start))
-    p50, p95 = np.percentile(times, [50, 95])
+    """Time a call over a cycle of inputs, warmed up: median and 95th percentile in milliseconds."""
+
+    def times(most: int, least: int, seconds: float) -> list[float]:
+        found: list[float] = []
+        begin = time.perf_counter()
+        while len(found) < most and (len(found) < least or time.perf_counter() - begin <= seconds):
+            start = time.perf_counter()
+            call(inputs[len(found) % len(inputs)])
+            found.append(1000 * (time.perf_counter() - start))
+        return found
+
+    times(_WARM_UP, 1, limit_seconds / 2)
+    p50, p95 = np.percentile(times(repeats, 3, limit_seconds), [50, 95])
     return float(p50), float(p95)
 
 
@@ -252,22 +230,23 @@ def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequenc
 
     A control that is better, or a class of which it gets no row right; nothing else.
     """
-    finished = [record for record in records if record.status == "finished" and record.score is not None]
-    teacher = next((one for one in finished if (one.arm, one.seed) == ("fft", config.teacher_seed)), None)
-    if teacher is None:
+    scores = {(one.arm, one.seed): one.score for one in records if one.status == "finished" and one.score is not None}
+    seed, taught = config.teacher_seed, TEACHER_ARMS | DISTILLED_ARMS
+    if (own := scores.get(("fft", seed))) is None:
         return []
     found = []
-    best = max((one for one in finished if one.arm not in TEACHER_ARMS), key=lambda one: one.score or 0.0, default=None)
-    if best is not None and (best.score or 0.0) > (teacher.score or 0.0):
-        below, name = "its student’s control", f"{best.arm} without a teacher"
-        if best.arm == "words":
+    controls = [(one, arm) for (arm, _), one in scores.items() if arm not in taught]
+    best, control = max(controls, key=lambda pair: pair[0], default=(own, ""))
+    if best > own:
+        below, name = "its student’s control", f"{control} without a teacher"
+        if control == "words":
             below, name = "a bag of words", "words, a bag of words,"
         found.append(
-            f"The teacher is below {below}: on validation it has {teacher.score or 0.0:.1f}, {name} "
-            f"{best.score or 0.0:.1f}. What it teaches can then hardly help."
+            f"The teacher is below {below}: on validation it has {own:.1f}, {name} {best:.1f}. What it teaches can "
+            "then hardly help."
         )
-    place = layout.run("fft", teacher.seed).predictions
-    if place.exists() and (unknown := unknown_classes(Task.from_dict(teacher.task), read_predictions(place))):
+    place, task = layout.run("fft", seed).predictions, next(Task.from_dict(one.task) for one in records)
+    if place.exists() and (unknown := unknown_classes(task, read_predictions(place))):
         names = ", ".join(map(repr, unknown[:_SHOWN]))
         names += f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         found.append(

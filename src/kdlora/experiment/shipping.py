@@ -31,39 +31,30 @@ from kdlora.system.storage import atomic_folder
 
 def keep_weights(
     config: Config, layout: ExperimentLayout, task: Task, trained: Trained, arm: Arm, seed: int
-) -> Encoder:
-    """Merge the adapter, and keep what others need: the teacher, every adapter, and every fully tuned student."""
+) -> tuple[Encoder, list[Path]]:
+    """Merge the adapter; keep what others need, the teacher, every adapter, every fully tuned student, and name it."""
     place, encoder = layout.run(arm, seed), trained.encoder
     if arm in LORA_ARMS:
         with atomic_folder(place.adapter) as folder:
             save_adapter(trained.model, folder)
         if config.lora.init in MUTATING:  # the saved adapter is rounded otherwise than the trained one
-            return _merged(config, place, task, arm, seed)[0]
+            return _merged(config, place, task, arm, seed)[0], [place.adapter]
         encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
     _describe(encoder, config, task, arm)
-    if (to := _model_place(config, layout, arm, seed)) is not None:
-        with atomic_folder(to) as folder:
-            save_encoder(encoder, folder)
-    return encoder
-
-
-def kept_places(config: Config, layout: ExperimentLayout, arm: Arm, seed: int) -> list[Path]:
-    """Name the files and folders that a run leaves, its record aside."""
-    place, model = layout.run(arm, seed), _model_place(config, layout, arm, seed)
-    return [place.predictions, *([place.adapter] if arm in LORA_ARMS else []), *([] if model is None else [model])]
+    if arm in LORA_ARMS:
+        return encoder, [place.adapter]
+    if arm == "fft" and seed != config.teacher_seed:
+        return encoder, []
+    to = layout.teacher if arm == "fft" else place.model
+    with atomic_folder(to) as folder:
+        save_encoder(encoder, folder)
+    return encoder, [to]
 
 
 def lacks_weights(layout: ExperimentLayout, arm: Arm, seed: int) -> bool:
     """Say whether a run that may ship has lost, or never kept, its weights."""
     place = layout.run(arm, seed)
     return arm in STUDENT_ARMS and not (place.adapter if arm in LORA_ARMS else place.model).exists()
-
-
-def _model_place(config: Config, layout: ExperimentLayout, arm: Arm, seed: int) -> Path | None:
-    """Say where a run's whole model goes: the teacher's, and that of a fully tuned student; others have an adapter."""
-    if arm == "fft" and seed == config.teacher_seed:
-        return layout.teacher
-    return layout.run(arm, seed).model if arm in STUDENT_ARMS and arm not in LORA_ARMS else None
 
 
 def _merged(config: Config, place: RunLayout, task: Task, arm: Arm, seed: int) -> tuple[Encoder, str]:

@@ -21,20 +21,18 @@ from kdlora.experiment.inputs import check_collection, labels_unlabelled, load_b
 from kdlora.experiment.recording import (
     add_origin,
     add_training,
-    check_origin,
     choose_precision,
+    finish,
     logged,
     new_record,
-    now,
     prepare_process,
     splits_by_name,
 )
 from kdlora.experiment.scoring import label_array, score_given_teacher, score_model, score_outputs
 from kdlora.experiment.settle import all_texts, cut_at, settings_for
-from kdlora.experiment.shipping import keep_weights, kept_places
+from kdlora.experiment.shipping import keep_weights
 from kdlora.models.encoders import Encoder
 from kdlora.system.environment import MemoryLevel, forget_peak, peak_since, read_memory
-from kdlora.system.integrity import hash_files
 
 StageName = Literal["train", "label", "deploy"]
 
@@ -69,29 +67,24 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
         return score_given_teacher(config, layout, splits, record) if processes.is_first else record
     if arm == "words":
         return _train_words(layout, splits, record, level) if processes.is_first else record
-    place = layout.run(arm, seed)
     teacher = stored_logits(config, layout, splits) if arm in DISTILLED_ARMS else []
     if teacher:
         splits = attach_teacher(splits, *teacher, distil=config.distil)
     encoder = load_base(config, arm, seed, splits.task)
-    record = add_origin(record, encoder, teacher)
-    check_origin(layout, record)
+    record = add_origin(record, layout, encoder, teacher)
+    settings, place = settings_for(config, arm), layout.run(arm, seed)
     with logged("train", arm, seed):
         trained = train_splits(config, layout, splits, encoder, arm, seed, progress)
     if not processes.is_first:
         return record
-    if processes.count > 1:
-        rows = settings_for(config, arm).batch_size
-        spread = f"{processes.count} processes, each with {rows} of the {rows * processes.count} rows of a step"
-        record = record.model_copy(update={"notes": [*record.notes, spread]})
-    record = add_training(record, trained, teacher)
-    record = record.model_copy(update={"peak_memory_bytes": peak_since(level)})
+    record = add_training(record, trained, teacher).model_copy(update={"peak_memory_bytes": peak_since(level)})
     with logged("merge", arm, seed):
-        encoder = keep_weights(config, layout, splits.task, trained, arm, seed)
+        encoder, kept = keep_weights(config, layout, splits.task, trained, arm, seed)
     with logged("evaluate", arm, seed):
-        record = score_model(record, encoder, splits, cut_at(settings_for(config, arm)), place)
-    kept = hash_files(layout.root, kept_places(config, layout, arm, seed))
-    return record.model_copy(update={"status": "finished", "finished": now(), "files": kept})
+        record = score_model(record, encoder, splits, cut_at(settings), place)
+    count, rows = processes.count, settings.batch_size
+    spread = f"{count} processes, each with {rows} of the {rows * count} rows of a step"
+    return finish(record, layout, [place.predictions, *kept], [spread] if count > 1 else [])
 
 
 def _train_words(layout: ExperimentLayout, splits: Splits, record: RunRecord, level: MemoryLevel | None) -> RunRecord:
@@ -116,10 +109,9 @@ def _train_words(layout: ExperimentLayout, splits: Splits, record: RunRecord, le
         "trainable_parameters": words.parameters,
         "total_parameters": words.parameters,
         "peak_memory_bytes": peak_since(level),
-        "notes": [*splits.notes, note],
-        "files": hash_files(layout.root, [place.predictions]),
+        "notes": list(splits.notes),
     }
-    return record.model_copy(update=update | {"status": "finished", "finished": now()})
+    return finish(record.model_copy(update=update), layout, [place.predictions], [note])
 
 
 def train_splits(

@@ -15,11 +15,12 @@ from kdlora.config import TEACHER_ARMS, Arm
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
 from kdlora.experiment.engines import Engine, Here, Work, open_engine
-from kdlora.experiment.jobs import Job, TaskFacts, carry_out, inspect_task, lost
+from kdlora.experiment.jobs import Job, carry_out, inspect_task, lost
 from kdlora.experiment.plan import Plan, PlannedRun, make_plan, whole_config
 from kdlora.experiment.preview import RUN_SECONDS, training_seconds
 from kdlora.experiment.queue import Queue, finished_runs
 from kdlora.experiment.ray_cluster import local_paths
+from kdlora.experiment.recording import TaskFacts
 from kdlora.experiment.settle import Looks, decide
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import SuiteConfig, save_suite

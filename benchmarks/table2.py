@@ -171,8 +171,8 @@ def parameters_section(results: Results) -> str:
     for family, figures in results.items():
         paper = COSTS[family]
         full = f"{figures.plain[0].trainable / 1e6:.2f}"
-        rows.append((_title(family, "FFT"), "FFT", full, "all", f"{paper.trainable[0] / 1e6:.0f}"))
-        for method, published in (("LoRA", paper.lora_by_rank), ("KD-LoRA", paper.kd_lora_by_rank)):
+        rows.append((_title(family, "FFT"), "FFT", full, "all", f"{paper['fft'].trainable[0] / 1e6:.0f}"))
+        for method, published in (("LoRA", paper["lora"].trainable), ("KD-LoRA", paper["kd-lora"].trainable)):
             ours = _slashed((counts.adapter / 1e6 for counts in figures.adapted[method]), 3)
             head = f"{figures.count(method).head / 1e6:.3f}"
             theirs = _slashed((value / 1e6 for value in published), 1)
@@ -182,7 +182,7 @@ def parameters_section(results: Results) -> str:
             " → ".join(size.title for size in SIZES[family]),
             " → ".join(f"{counts.total / 1e6:.2f}" for counts in figures.plain),
             _saving(figures.plain[0].total, figures.plain[1].total),
-            " → ".join(f"{total / 1e6:.0f}" for total in COSTS[family].total),
+            " → ".join(f"{COSTS[family][arm].total / 1e6:.0f}" for arm in ("fft", "kd-lora")),
         )
         for family, figures in results.items()
     ]
@@ -198,10 +198,10 @@ def memory_section(results: Results) -> str:
     precisions = _precisions(results)
     rows = []
     for family, figures in results.items():
-        for method, published in zip(METHODS, COSTS[family].memory_mb, strict=True):
+        for method, published in zip(METHODS, COSTS[family].values(), strict=True):
             peaks = [figures.memory.get(precision, {}).get(method) for precision in precisions]
             cells = ["–" if peak is None else f"{peak / 1e6:.0f}" for peak in (*peaks, figures.resting_bytes(method))]
-            rows.append((_title(family, method), method, *cells, f"{published:.1f}"))
+            rows.append((_title(family, method), method, *cells, f"{published.memory_mb:.1f}"))
     header = ("model", "method", *(f"peak, {name}" for name in precisions), "weights and Adam, computed", "paper")
     return f"## Memory of training at rank {RANK}, in MB (10⁶ bytes)\n\n{markdown(header, rows, 2)}"
 
@@ -211,7 +211,7 @@ def time_section(results: Results) -> str:
     precisions = _precisions(results)
     rows = []
     for family, figures in results.items():
-        fft, lora, student = COSTS[family].seconds
+        fft, lora, student = (one.seconds for one in COSTS[family].values())
         paper = {"FFT": fft, "LoRA": lora, "KD-LoRA, merged": student}
         for name in TIMED:
             cells = [_spread(figures.timing.get(precision), name) for precision in precisions]

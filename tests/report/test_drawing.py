@@ -7,7 +7,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from kdlora.evidence.stats import Difference
-from kdlora.report.blocks import Bullets, Cell, Code, Link, Page, Section, Strong, Table, warning
+from kdlora.report.page import Bullets, Cell, Code, Link, Page, Paragraph, Prose, Section, Table, escape, render
 from kdlora.report.plots import (
     Curve,
     Series,
@@ -18,7 +18,6 @@ from kdlora.report.plots import (
     score_against_cost,
     shorten,
 )
-from kdlora.report.render import escape, render
 from kdlora.report.wording import (
     count,
     duration,
@@ -184,8 +183,13 @@ def test_markdown_shows_text_as_it_is(text):
 def test_every_block_has_its_markdown():
     """A block that renders to nothing is lost evidence."""
     table = Table("caption", ("", "a"), (("x|y", Cell("1", (Link("0", "p"), Link("1", "q")))),), note="note")
-    blocks = (warning("a ", Strong("b"), " c"), Bullets((("one",),)), table, Code("Config", "```\nx"))
-    text = render(Page("T", "report", ("lead",), (Section("S", "s", blocks),))).markdown
+    blocks = (
+        Paragraph(Prose("a <strong>{}</strong> c").format("b"), "warning"),
+        Bullets(("one",)),
+        table,
+        Code("Config", "```\nx"),
+    )
+    text = render(Page("T", "report", "lead", (Section("S", "s", blocks),))).markdown
     for piece in ("# T", "\nlead\n", '<a id="s"></a>', "## S", "> a **b** c", "- one", "**caption**", "| --- | ---: |"):
         assert piece in text
     assert "| x\\|y | 1 [0](p) [1](q) |" in text

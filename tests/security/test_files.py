@@ -269,10 +269,9 @@ def test_checkpoints_go_and_other_files_stay(tmp_path, name):
 
 def test_a_report_replaces_no_report_of_the_users(tmp_path):
     """`kdlora compare` writes into the current folder, where people keep a report.md of their own."""
-    from kdlora.report.blocks import Page
-    from kdlora.report.render import write_page
+    from kdlora.report.page import Page, write_page
 
-    page = Page("Scores", "comparison", ("It is good.",), ())
+    page = Page("Scores", "comparison", "It is good.", ())
     write_page(page, tmp_path / "report.md", tmp_path / "report.html")
     write_page(page, tmp_path / "report.md", tmp_path / "report.html")  # its own it does replace
     (tmp_path / "report.md").write_text("# My own report, on kdlora")

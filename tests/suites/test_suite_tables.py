@@ -17,8 +17,7 @@ from kdlora.experiment.figures import SuiteFigures
 from kdlora.experiment.plan import make_plan
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import build_suite
-from kdlora.report.blocks import Cell, Table
-from kdlora.report.table_files import to_csv, to_latex
+from kdlora.report.page import Cell, Table, to_csv, to_latex
 
 BASE = {"fft": 85.0, "lora": 84.0, "kd-lora": 82.0, "student-lora": 81.5}
 

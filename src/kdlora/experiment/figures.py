@@ -24,7 +24,7 @@ _DRAWS = 1_000
 
 
 @dataclass(frozen=True)
-class Row:
+class SuiteRow:
     """One row of Table 1: a task, or one of the groups of its validation rows, and our name of the paper's row."""
 
     task: str
@@ -72,9 +72,9 @@ class SuiteFigures:
     records: Mapping[str, RunRecord]
     root: Path
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SuiteRow]:
         """List the rows of Table 1: ten for the nine trainings of GLUE."""
-        rows: list[Row] = []
+        rows: list[SuiteRow] = []
         for task in self.plan.suite.tasks:
             found = [record for cell in self.plan.cells if cell.task == task for _, record in self.ended(cell)]
             name = next((str(record.task.get("name") or "") for record in found if record.task), "")
@@ -82,14 +82,16 @@ class SuiteFigures:
             groups = next((_groups_of(record) for record in found if record.status == "finished"), [])
             for group in groups or [""]:
                 published = f"{name}-{group}" if group else name
-                rows.append(Row(task, group, f"{title}-{_GROUPS.get(group, group)}" if group else title, published))
+                rows.append(
+                    SuiteRow(task, group, f"{title}-{_GROUPS.get(group, group)}" if group else title, published)
+                )
         return rows
 
     def family_title(self, family: str) -> str:
         """Write a family as the paper does, where it is the paper's."""
         return FAMILY_TITLES.get(self.plan.family_of_paper(family), family)
 
-    def published(self, row: Row, family: str, arm: str) -> float | None:
+    def published(self, row: SuiteRow, family: str, arm: str) -> float | None:
         """Give the paper's figure for a cell; None where it has none for this task, family or arm."""
         return published_scores(row.published).get(self.plan.family_of_paper(family), {}).get(arm)
 
@@ -127,12 +129,12 @@ class SuiteFigures:
             missing=len(cell.runs) - len(ended),
         )
 
-    def median(self, row: Row, family: str, arm: str) -> float | None:
+    def median(self, row: SuiteRow, family: str, arm: str) -> float | None:
         """Give the figure of a cell; None where the suite has no such cell, or nothing of it finished."""
         cell = self.plan.cells_of(row.task, family).get(arm)
         return None if cell is None else self.figure(cell, row.group).median
 
-    def gain(self, row: Row, family: str, arm: str) -> Gain | None:
+    def gain(self, row: SuiteRow, family: str, arm: str) -> Gain | None:
         """Compute what the teacher adds to a distilled arm on one row."""
         cells = self.plan.cells_of(row.task, family)
         control = CONTROLS.get(arm)
@@ -190,12 +192,6 @@ def _pairing(run: PlannedRun) -> tuple[Any, ...]:
     """Say what a distilled run and its control have in common: everything but the distillation and its copies."""
     own = ("distil.", "data.augment")
     return (run.seed, *((key, str(value)) for key, value in run.settings if not key.startswith(own)))
-
-
-def mean_of(values: Sequence[float | None]) -> float | None:
-    """Average the rows of a column; None where one is missing, for means of other rows cannot be compared."""
-    kept = [value for value in values if value is not None]
-    return statistics.mean(kept) if kept and len(kept) == len(values) else None
 
 
 def retention(student: float | None, other: float | None) -> float | None:

@@ -37,7 +37,7 @@ from kdlora.experiment.stages import Stage
 from kdlora.experiment.team import Team, gather_team
 from kdlora.report.choice import choose_student
 from kdlora.report.collect import load_run
-from kdlora.report.render import html_table
+from kdlora.report.page import html_table
 from kdlora.report.report import make_report
 from kdlora.system.children import run_in_child
 from kdlora.system.launch import read_launch

@@ -10,10 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdlora.experiment.study import best_first, settings_of
-from kdlora.report.blocks import Block, Cell, Figure, Link, Page, Row, Section, Strong, Table, Text, note, warning
+from kdlora.report.page import (
+    Block,
+    Cell,
+    Figure,
+    Link,
+    Page,
+    Paragraph,
+    Prose,
+    Row,
+    Section,
+    Table,
+    to_csv,
+    write_page,
+)
 from kdlora.report.plots import Curve, Style, draw, learning_curves, log_ticks, padded, scatter, shorten
-from kdlora.report.render import write_page
-from kdlora.report.table_files import to_csv
 from kdlora.report.tables import Links
 from kdlora.report.wording import arm_title
 from kdlora.searchconfig import Range, SearchConfig
@@ -54,22 +65,24 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _lead(trials: Sequence[FrozenTrial], ranked: Sequence[FrozenTrial], search: SearchConfig, arm: str) -> Text:
+def _lead(trials: Sequence[FrozenTrial], ranked: Sequence[FrozenTrial], search: SearchConfig, arm: str) -> Prose:
     pruned = sum(one.state.name == "PRUNED" for one in trials)
     counted = f"{len(ranked)} trials finished, {pruned} were pruned"
     if not ranked:
-        return ("There is ", Strong("no best config yet"), f": {counted}.")
-    best = ranked[0]
-    told = ", ".join(f"{key} {value}" for key, value in zip(search.space, _settings(best, search), strict=True))
-    middle = statistics.median(_value(one) for one in ranked)
-    return (
-        f"{arm_title(arm)}: the best of {counted} scores ",
-        Strong(f"{_value(best):.2f}"),
-        f" on the held-out rows, the median {middle:.2f}: ",
-        Strong(told),
-        f". Trials were judged on {search.validation_fraction:.0%} of the training rows, held out; the validation and "
+        return Prose("There is <strong>no best config yet</strong>: {}.").format(counted)
+    settings = zip(search.space, _settings(ranked[0], search), strict=True)
+    return Prose(
+        "{}: the best of {} scores <strong>{:.2f}</strong> on the held-out rows, the median {:.2f}: "
+        "<strong>{}</strong>. Trials were judged on {:.0%} of the training rows, held out; the validation and "
         "test rows of the config were not scored. The best of many is too high: report what best.yaml scores on them. "
-        "A trial is one seed: no verdict on the difference of two.",
+        "A trial is one seed: no verdict on the difference of two."
+    ).format(
+        arm_title(arm),
+        counted,
+        _value(ranked[0]),
+        statistics.median(_value(one) for one in ranked),
+        ", ".join(f"{key} {value}" for key, value in settings),
+        search.validation_fraction,
     )
 
 
@@ -88,12 +101,12 @@ def _trial_table(ranked: Sequence[FrozenTrial], search: SearchConfig, links: Lin
 
 def _failed(trials: Sequence[FrozenTrial]) -> list[Block]:
     found = [one for one in trials if one.state.name == "FAIL" and "error" in one.user_attrs]
-    return [warning(f"Trial {one.number} failed: {one.user_attrs['error']}") for one in found[:_SHOWN]]
+    return [Paragraph(f"Trial {one.number} failed: {one.user_attrs['error']}", "warning") for one in found[:_SHOWN]]
 
 
 def _keys(study: Study, ranked: Sequence[FrozenTrial], search: SearchConfig) -> list[Block]:
     if not ranked:
-        return [note("No trial has finished.")]
+        return [Paragraph("No trial has finished.", "note")]
     blocks: list[Block] = []
     if importances := _importances(study):
         lines = tuple((key, f"{100 * value:.0f}%") for key, value in importances.items())

@@ -9,18 +9,29 @@ from typing import Any
 
 from kdlora.config import LORA_ARMS
 from kdlora.evidence.records import RunRecord
-from kdlora.experiment.figures import Figure, Row, SuiteFigures, mean_of, retention, settings_text
+from kdlora.experiment.figures import Figure, SuiteFigures, SuiteRow, retention, settings_text
 from kdlora.experiment.plan import Plan, PlannedRun
-from kdlora.report import blocks
-from kdlora.report.blocks import Block, Cell, Link, Page, Section, Strong, Table, Text
 from kdlora.report.costs import HEAD, MEMORY, TIME, TIME_OF_32, Cost
 from kdlora.report.findings import CONTROLS
-from kdlora.report.paper import ARMS, COSTS, RANKS
+from kdlora.report.page import (
+    Block,
+    Cell,
+    Link,
+    Page,
+    Paragraph,
+    Prose,
+    Row,
+    Section,
+    Table,
+    strong,
+    to_csv,
+    to_latex,
+    write_page,
+)
+from kdlora.report.paper import COSTS, RANKS
 from kdlora.report.plots import Curve, arm_style, learning_curves
-from kdlora.report.render import write_page
-from kdlora.report.table_files import to_csv, to_latex
-from kdlora.report.tables import Links
-from kdlora.report.wording import INTERVALS, arm_title, count, interval_cell, model_title, signed
+from kdlora.report.tables import Links, mean_of, published_row
+from kdlora.report.wording import INTERVALS, arm_title, count, interval_cell, model_title, points, signed
 from kdlora.system.storage import write_text_atomic
 
 Runs = list[tuple[PlannedRun, RunRecord]]
@@ -53,7 +64,7 @@ def write_tables(plan: Plan, root: Path, records: Mapping[str, RunRecord]) -> tu
     return (*report.paths, *(root / name for name in contents))
 
 
-def _lead(figures: SuiteFigures) -> Text:
+def _lead(figures: SuiteFigures) -> Prose:
     plan = figures.plan
     statuses = [figures.records[run.key].status for run in plan.runs() if run.key in figures.records]
     failed = statuses.count("failed")
@@ -69,34 +80,31 @@ def _lead(figures: SuiteFigures) -> Text:
     student, teacher = (mean_of([pair[side] for pair in pairs]) for side in (0, 1))
     kept = retention(student, teacher)
     if kept is None:
-        return (Strong(told), ".")
-    scores = f" of its teacher’s score ({_score(student)} of {_score(teacher)}, means of the rows below)."
-    return (Strong(told), ". KD-LoRA keeps ", Strong(_per_cent(kept)), scores)
-
-
-def _score(value: float | None) -> str:
-    return signed(value, plus=False)
+        return strong(told) + "."
+    return Prose(
+        "<strong>{}</strong>. KD-LoRA keeps <strong>{}</strong> of its teacher’s score ({} of {}, means of the rows "
+        "below)."
+    ).format(told, _per_cent(kept), points(student), points(teacher))
 
 
 def _per_cent(value: float | None) -> str:
-    return "–" if value is None else f"{_score(value)}%"
+    return "–" if value is None else f"{points(value)}%"
 
 
 def _score_table(figures: SuiteFigures, links: Links) -> Table:
     """Show the scores in the form of the paper's Table 1, its own figures in the line below."""
     suite, rows = figures.plan.suite, figures.rows()
     columns = [(family, arm) for family in suite.families for arm in suite.arms]
-    lines: list[blocks.Row] = []
+    lines: list[Row] = []
     for row in rows:
         cells = [figures.plan.cells_of(row.task, family)[arm] for family, arm in columns]
         shown = (_figure_cell(figures.figure(cell, row.group), links) for cell in cells)
-        lines.append((Cell(row.title, strong=True), *shown))
-        lines += _published_line("paper", [figures.published(row, *column) for column in columns])
+        lines.append((strong(row.title), *shown))
+        lines += _published_line("", [figures.published(row, *column) for column in columns])
     ours = [mean_of([figures.median(row, *column) for row in rows]) for column in columns]
-    means = (Cell(_score(one), strong=one is not None) for one in ours)
-    lines.append((Cell(f"Score, mean of {len(rows)} rows", strong=True), *means))
+    lines.append((strong(f"Score, mean of {len(rows)} rows"), *(strong(points(one)) for one in ours)))
     theirs = [mean_of([figures.published(row, *column) for row in rows]) for column in columns]
-    lines += _published_line("paper, the same rows", theirs)
+    lines += _published_line("the same rows", theirs)
     titles = ("", *(f"{figures.family_title(family)}: {arm_title(arm)}" for family, arm in columns))
     note = (
         "CoLA: Matthews; STS-B: mean of Pearson and Spearman; MRPC and QQP: mean of accuracy and F1; else accuracy, or "
@@ -110,16 +118,15 @@ def _score_table(figures: SuiteFigures, links: Links) -> Table:
     return Table(caption, titles, tuple(lines), note=note, compact=len(titles) > 7)
 
 
-def _published_line(title: str, values: Sequence[float | None]) -> list[blocks.Row]:
-    known = any(value is not None for value in values)
-    return [(Cell(title, quiet=True), *map(_score, values))] if known else []
+def _published_line(title: str, values: Sequence[float | None]) -> list[Row]:
+    return [published_row(title, values)] if any(value is not None for value in values) else []
 
 
 def _figure_cell(one: Figure, links: Links) -> Cell:
     """Write a figure with spread, n, and links to its runs."""
     if one.median is None:
         return Cell("failed" if one.failed else "–")
-    text = _score(one.median) if one.sd is None else f"{_score(one.median)}\u00a0±\u00a0{one.sd:.1f}"
+    text = points(one.median) if one.sd is None else f"{points(one.median)}\u00a0±\u00a0{one.sd:.1f}"
     text += f" (n\u00a0{len(one.taken)}" + (f", {one.failed} failed" if one.failed else "")
     text += f", {one.missing} to come)" if one.missing else ")"
     return Cell(text, _run_links(links, [taken.run for taken in one.taken]))
@@ -134,7 +141,7 @@ def _run_links(links: Links, runs: Sequence[PlannedRun]) -> tuple[Link, ...]:
 
 def _gain_table(figures: SuiteFigures) -> Table:
     suite = figures.plan.suite
-    lines: list[blocks.Row] = []
+    lines: list[Row] = []
     for family in suite.families:
         for row in figures.rows():
             student, *others = (figures.median(row, family, arm) for arm in ("kd-lora", "fft", "lora"))
@@ -152,7 +159,7 @@ def _gain_table(figures: SuiteFigures) -> Table:
     return Table("Retention, and the control’s difference", tuple(columns), tuple(lines), note=note)
 
 
-def _gains(figures: SuiteFigures, row: Row, family: str) -> list[str]:
+def _gains(figures: SuiteFigures, row: SuiteRow, family: str) -> list[str]:
     texts: list[str] = []
     for arm in figures.plan.suite.arms:
         if arm not in CONTROLS:
@@ -168,7 +175,7 @@ def _gains(figures: SuiteFigures, row: Row, family: str) -> list[str]:
 
 def _cost_table(figures: SuiteFigures, links: Links) -> Table:
     """Show the costs in the form of the paper's Table 2, its own figures in the line below."""
-    lines: list[blocks.Row] = []
+    lines: list[Row] = []
     for family in figures.plan.suite.families:
         for arm in figures.plan.suite.arms:
             if found := _finished(figures, family, arm):
@@ -192,7 +199,7 @@ def _finished(figures: SuiteFigures, family: str, arm: str) -> Runs:
     return next((found for cell in cells if (found := figures.finished(cell))), [])
 
 
-def _cost_line(figures: SuiteFigures, found: Runs, family: str, links: Links) -> blocks.Row:
+def _cost_line(figures: SuiteFigures, found: Runs, family: str, links: Links) -> Row:
     run, record = found[0]
     costs = (cost.write(_typical(found, cost)) for cost in (HEAD, MEMORY, TIME, TIME_OF_32))
     trainable = count(record.trainable_parameters)
@@ -211,15 +218,13 @@ def _typical(runs: Runs, cost: Cost) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _published_costs(family: str, arm: str) -> list[blocks.Row]:
-    if family not in COSTS or arm not in ARMS:
+def _published_costs(family: str, arm: str) -> list[Row]:
+    one = COSTS.get(family, {}).get(arm)
+    if one is None:
         return []
-    costs, place = COSTS[family], ARMS.index(arm)
-    by_rank = {"lora": costs.lora_by_rank, "kd-lora": costs.kd_lora_by_rank}.get(arm)
-    trainable = _by_rank(dict(zip(RANKS, by_rank, strict=True))) if by_rank else count(costs.trainable[0])
-    model = costs.student if arm == "kd-lora" else costs.teacher
-    figures = ("–", f"{costs.memory_mb[place]:.1f}\u00a0MB", "–", f"{costs.seconds[place]:.2f}\u00a0s in all", "")
-    return [(Cell("paper", quiet=True), arm_title(arm), model, trainable, *figures)]
+    trainable = _by_rank(dict(zip(RANKS, one.trainable, strict=True))) if arm in LORA_ARMS else count(one.trainable[0])
+    figures = ("–", f"{one.memory_mb:.1f}\u00a0MB", "–", f"{one.seconds:.2f}\u00a0s in all", "")
+    return [(Cell("paper", quiet=True), arm_title(arm), one.model, trainable, *figures)]
 
 
 def _convergence_curves(figures: SuiteFigures) -> tuple[Block, ...]:
@@ -233,14 +238,14 @@ def _convergence_curves(figures: SuiteFigures) -> tuple[Block, ...]:
             title = f"{task}, {figures.family_title(family)}"
             plot = learning_curves(curves, title=title, value="validation score", identity=f"curve-{len(drawn)}")
             drawn += [plot] if plot is not None else []
-    return tuple(drawn) or (blocks.note("No run has finished an epoch."),)
+    return tuple(drawn) or (Paragraph("No run has finished an epoch.", "note"),)
 
 
 def _configuration_tables(figures: SuiteFigures, links: Links) -> tuple[Block, ...]:
     """List which configurations each figure of Table 1 is the median of."""
     tables: list[Block] = []
     for family in figures.plan.suite.families:
-        lines: list[blocks.Row] = []
+        lines: list[Row] = []
         for task in figures.plan.suite.tasks:
             for arm, cell in figures.plan.cells_of(task, family).items():
                 taken = figures.figure(cell).taken
@@ -254,7 +259,7 @@ def _configuration_tables(figures: SuiteFigures, links: Links) -> tuple[Block, .
 
 
 def _failed_runs(figures: SuiteFigures, links: Links) -> Table | None:
-    lines: list[blocks.Row] = []
+    lines: list[Row] = []
     for run in figures.plan.runs():
         record = figures.records.get(run.key)
         if record is not None and record.status == "failed":

@@ -11,7 +11,7 @@ import yaml
 from markupsafe import Markup
 
 from kdlora.evidence.records import RunRecord
-from kdlora.report.render import engine
+from kdlora.report.page import engine
 
 FOLDER_IN_CARD = "PATH_OF_THIS_FOLDER"
 """Stands in the card's snippet until the model has a name on the Hub."""

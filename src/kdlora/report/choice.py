@@ -55,8 +55,10 @@ def write_choice(path: Path, choice: Choice) -> None:
 def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
     """Choose among the student arms with a finished run; the choice does not name its files yet."""
     finished = [run for run in runs if run.record.status == "finished"]
-    arms: dict[str, list[Run]] = {arm: [run for run in finished if run.record.arm == arm] for arm in STUDENT_ARMS}
-    means = {arm: _mean_score(own) for arm, own in arms.items() if own}
+    arms: dict[str, list[Run]] = {
+        arm: own for arm in STUDENT_ARMS if (own := [run for run in finished if run.record.arm == arm])
+    }
+    means = {arm: float(np.mean([_known(run.record.score) for run in own])) for arm, own in arms.items()}
     if not means:
         return None
 
@@ -65,16 +67,16 @@ def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
             return None
         return pair_runs(task, "validation", (first, arms[first]), (second, arms[second]))
 
-    arm = best = max(means, key=lambda name: means[name])  # of equal ones the first
-    for distilled in (name for name in means if name in DISTILLED_ARMS):
-        found = None if distilled == best else weigh(distilled, best)
-        # It may be as good as the best, by the interval of their difference.
-        if distilled == best or (found and found.difference and found.difference.high >= 0):
-            arm = distilled
-            break
+    def holds(arm: str) -> bool:
+        """Whether an arm may be as good as the best, by the interval of their difference."""
+        found = None if arm == best else weigh(arm, best)
+        return arm == best or (found is not None and found.difference is not None and found.difference.high >= 0)
+
+    best = max(means, key=lambda name: means[name])  # of equal ones the first
+    arm = next((name for name in means if name in DISTILLED_ARMS and holds(name)), best)
     others = [name for name in means if name != arm]
     rivals = [name for name in others if (name in DISTILLED_ARMS) != (arm in DISTILLED_ARMS)] or others
-    against = best if arm != best else max(rivals, key=lambda name: means[name]) if rivals else None
+    against = best if arm != best else max(rivals, key=lambda name: means[name], default=None)
     weighed = None if against is None else weigh(arm, against)
     run = max(arms[arm], key=lambda one: (_known(one.record.score), -one.record.seed))
     return Choice(
@@ -88,10 +90,6 @@ def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
     )
 
 
-def _mean_score(runs: Sequence[Run]) -> float:
-    return float(np.mean([_known(run.record.score) for run in runs]))
-
-
 def _known(score: float | None) -> float:
     """Put a score that is not defined below every other."""
     return -np.inf if score is None else score
@@ -101,16 +99,16 @@ def _reason(arm: str, weighed: Comparison | None, *, is_best: bool) -> str:
     shipped = f"{describe(arm)} was shipped".replace("the", "The", 1)
     if weighed is None:
         return f"{shipped}: it is the only student with a score"
-    found, points = weighed.difference, f"{abs(weighed.plain):.1f} points"
-    other = describe(weighed.second)
+    found, points, other = weighed.difference, f"{abs(weighed.plain):.1f} points", describe(weighed.second)
     if found is None:
-        return f"{shipped}: on validation it is {points} above {other} ({weighed.reason})"
-    if not is_best:
-        told = f"{signed(weighed.plain)} points, {span(found)}"
-        return f"{shipped}: on validation it is within the interval of the best, {other} ({told})"
-    if found.sign == 1:
-        return f"{shipped}: on validation it is better than {other} by {points} ({span(found)})"
-    return f"{shipped}: on validation it scores highest, {points} above {other} ({span(found)})"
+        why = f"is {points} above {other} ({weighed.reason})"
+    elif not is_best:
+        why = f"is within the interval of the best, {other} ({signed(weighed.plain)} points, {span(found)})"
+    elif found.sign == 1:
+        why = f"is better than {other} by {points} ({span(found)})"
+    else:
+        why = f"scores highest, {points} above {other} ({span(found)})"
+    return f"{shipped}: on validation it {why}"
 
 
 def describe(arm: str) -> str:
@@ -121,14 +119,20 @@ def describe(arm: str) -> str:
 def _teacher(finished: Sequence[Run]) -> str:
     """Say by how much the teacher is below its best student, on the split of the headline."""
     split = "test" if all(run.record.test_score is not None for run in finished) else "validation"
-    scores: dict[str, list[float]] = {}
-    for run in finished:
-        if (value := run.score(split)) is not None:
-            scores.setdefault(run.record.arm, []).append(value)
-    means = {arm: float(np.mean(values)) for arm, values in scores.items()}
+    own = ((run.record.arm, run.score(split)) for run in finished)
+    known = [(arm, score) for arm, score in own if score is not None]
+    means = {name: float(np.mean([score for arm, score in known if arm == name])) for name in dict(known)}
     best = max((arm for arm in means if arm in STUDENT_ARMS), key=lambda arm: means[arm], default=None)
     if "fft" not in means or best is None or (gap := means[best] - means["fft"]) < 0.05:
         return ""
     below = f"; on {split} the teacher is {gap:.1f} points below {best}"
-    given = any((run.record.config.get("teacher") or {}).get("fine_tuned") for run in finished)
-    return below if gap < NOTABLE or given else f"{below}: it needs longer training, see docs/recipes.md"
+    return (
+        below
+        if gap < NOTABLE or is_teacher_given(finished)
+        else f"{below}: it needs longer training, see docs/recipes.md"
+    )
+
+
+def is_teacher_given(runs: Sequence[Run]) -> bool:
+    """Say whether the teacher came fine-tuned, so that longer training is no remedy."""
+    return any((run.record.config.get("teacher") or {}).get("fine_tuned") for run in runs)

@@ -55,11 +55,8 @@ class Experiment:
 
     def finished(self, arm: str) -> tuple[Run, ...]:
         """List the finished runs of an arm that have a score."""
-        return tuple(
-            run
-            for run in self.runs
-            if run.record.arm == arm and run.record.status == "finished" and run.score(self.split) is not None
-        )
+        own = (run for run in self.runs if run.record.arm == arm and run.record.status == "finished")
+        return tuple(run for run in own if run.score(self.split) is not None)
 
     @property
     def unfinished(self) -> tuple[Run, ...]:
@@ -111,7 +108,13 @@ def load_experiments(folders: Sequence[Path | str], *, runs: bool = False) -> li
         raise ArtifactError(f"expected at least one experiment{' or run' if runs else ''} folder, got none")
     found: list[Experiment] = []
     for folder in dict.fromkeys(map(Path, folders)):
-        found += [_load_single(folder)] if runs and RunLayout(folder).record.is_file() else _load_folder(folder)
+        place = RunLayout(folder)
+        if runs and place.record.is_file():
+            run, faults = load_run(read_record(place.record), place)
+            name = f"{run.record.experiment}: {folder.name}"
+            found.append(Experiment(name, _task_of(run), folder.parent.parent, (run,), faults))
+        else:
+            found += _load_folder(ExperimentLayout(folder))
     names = [experiment.name for experiment in found]
     return [
         replace(one, name=f"{one.name} ({one.folder.name}, {number})") if names.count(one.name) > 1 else one
@@ -119,15 +122,10 @@ def load_experiments(folders: Sequence[Path | str], *, runs: bool = False) -> li
     ]
 
 
-def _load_single(folder: Path) -> Experiment:
-    place = RunLayout(folder)
-    run, faults = load_run(read_record(place.record), place)
-    return Experiment(f"{run.record.experiment}: {folder.name}", _task_of(run), folder.parent.parent, (run,), faults)
-
-
-def _load_folder(folder: Path) -> list[Experiment]:
-    layout = ExperimentLayout(folder)
-    loaded = [load_run(record, place) for record, place in _records_of(layout)]
+def _load_folder(layout: ExperimentLayout) -> list[Experiment]:
+    order: dict[str, int] = {arm: place for place, arm in enumerate(ARMS)}
+    records = sorted(_records_of(layout), key=lambda one: (order.get(one[0].arm, len(order)), one[0].arm, one[0].seed))
+    loaded = [load_run(*one) for one in records]
     faults = tuple(fault for _, found in loaded for fault in found)
     by_task: dict[str, list[Run]] = {}
     for run, _ in loaded:
@@ -136,29 +134,20 @@ def _load_folder(folder: Path) -> list[Experiment]:
     shipped = read_shipped(layout) if len(by_task) == 1 else None
     experiments = []
     for runs in by_task.values():
-        task, name = _task_of(runs[0]), runs[0].record.experiment or folder.name
+        task, name = _task_of(runs[0]), runs[0].record.experiment or layout.root.name
         suffix = f": {task.name or ', '.join(task.label)}" if len(by_task) > 1 else ""
-        ordered = sorted(runs, key=lambda run: (*_place(run.record.arm), run.record.seed))
-        experiments.append(Experiment(f"{name}{suffix}", task, folder, tuple(ordered), faults, shipped))
+        experiments.append(Experiment(f"{name}{suffix}", task, layout.root, tuple(runs), faults, shipped))
     return experiments
-
-
-def _place(arm: str) -> tuple[int, str]:
-    """Put arms in the usual order, others behind them."""
-    return (list(ARMS).index(arm) if arm in ARMS else len(ARMS)), arm
 
 
 def _records_of(layout: ExperimentLayout) -> list[tuple[RunRecord, RunLayout | Path]]:
     """Read the runs' own records; those in results.json where the folder of runs was not kept."""
     if not layout.root.is_dir():
         raise ArtifactError(f"{layout.root}: there is no such folder. Name the folder of an experiment (`--out`).")
-    paths = sorted(layout.runs.glob("*/run.json"))
-    if paths:
+    if paths := sorted(layout.runs.glob("*/run.json")):
         return [(read_record(path), RunLayout(path.parent)) for path in paths]
-    if layout.results.is_file():
-        records = read_results(layout.results)
-        if records:
-            return [(record, layout.results) for record in records]
+    if layout.results.is_file() and (records := read_results(layout.results)):
+        return [(record, layout.results) for record in records]
     raise ArtifactError(
         f"{layout.root}: expected the folder of an experiment, with runs/<arm>-seed<k>/run.json, but found no record. "
         "Run the experiment first, or name its folder."
@@ -167,18 +156,18 @@ def _records_of(layout: ExperimentLayout) -> list[tuple[RunRecord, RunLayout | P
 
 def load_run(record: RunRecord, place: RunLayout | Path) -> tuple[Run, tuple[str, ...]]:
     """Read a run's predictions too, and say what could not be read; a file of records stands for a lost folder."""
+    who = f"{record.arm}, seed {record.seed}"
     if isinstance(place, Path):
-        fault = f"{record.arm}, seed {record.seed}: only results.json was kept, so there are no predictions"
-        return Run(record, place, None), (fault,)
+        return Run(record, place, None), (f"{who}: only results.json was kept, so there are no predictions",)
     if record.status != "finished":
         return Run(record, place.record, None), ()
     try:
-        predictions = read_predictions(place.predictions)
+        return Run(record, place.record, read_predictions(place.predictions)), ()
     except ArtifactError as error:
-        missing = not place.predictions.exists()
-        reason = f"{place.predictions.name} is missing" if missing else f"its predictions cannot be read ({error})"
-        return Run(record, place.record, None), (f"{record.arm}, seed {record.seed}: {reason}",)
-    return Run(record, place.record, predictions), ()
+        reason = f"its predictions cannot be read ({error})"
+        if not place.predictions.exists():
+            reason = f"{place.predictions.name} is missing"
+        return Run(record, place.record, None), (f"{who}: {reason}",)
 
 
 def _task_of(run: Run) -> Task:

@@ -9,12 +9,24 @@ from pathlib import Path
 
 from kdlora.config import STUDENT_ARMS
 from kdlora.evidence.stats import MeanSd, mean_sd
-from kdlora.report.blocks import Block, Cell, Figure, Page, Row, Section, Strong, Table, Text, warning
 from kdlora.report.collect import Experiment, Run, load_experiments
-from kdlora.report.costs import DISK, MEMORY, PARAMETERS, TIME
+from kdlora.report.costs import DISK, MEMORY, PARAMETERS, TIME, cost_plots
 from kdlora.report.findings import Comparison, pair_runs
-from kdlora.report.plots import Series, Style, differences, score_against_cost
-from kdlora.report.render import Report, render, write_page
+from kdlora.report.page import (
+    Block,
+    Cell,
+    Page,
+    Paragraph,
+    Prose,
+    Report,
+    Row,
+    Section,
+    Table,
+    render,
+    strong,
+    write_page,
+)
+from kdlora.report.plots import Style, differences
 from kdlora.report.tables import Links
 from kdlora.report.wording import (
     INTERVALS,
@@ -77,17 +89,17 @@ def _page(experiments: Sequence[Experiment], base: Path, draws: int) -> Page:
         if (runs := one.finished(arm))
     ]
     if not candidates:
-        nothing = ("There is ", Strong("nothing to compare"), ": no run has finished.")
+        nothing = Prose("There is <strong>nothing to compare</strong>: no run has finished.")
         return Page("Comparison", "comparison", nothing, ())
     reference = next((one for one in candidates if one.arm in STUDENT_ARMS), candidates[0])
     paired = {one.name: _against(one, reference, draws) for one in candidates if one is not reference}
-    warnings = [
-        warning(f"{one.name}, {arm_title(run.record.arm)}, seed {run.record.seed}: {run.record.status}")
+    states = [
+        f"{one.name}, {arm_title(run.record.arm)}, seed {run.record.seed}: {run.record.status}"
         for one in experiments
         for run in one.unfinished
     ]
     table = _table(candidates, reference, paired, Links(base, "rows"))
-    blocks: tuple[Block, ...] = (*warnings, table, *_plots(candidates, paired))
+    blocks = [*(Paragraph(state, "warning") for state in states), table, *_plots(candidates, paired)]
     lead = _lead(candidates, reference, paired)
     return Page(f"Comparison with {reference.name}", "comparison", lead, (Section("All rows", "rows", blocks),))
 
@@ -103,19 +115,20 @@ def _against(one: Candidate, reference: Candidate, draws: int) -> Comparison:
     return pair_runs(theirs.task, theirs.split, (one.name, one.runs), (reference.name, reference.runs), draws=draws)
 
 
-def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison]) -> Text:
+def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison]) -> Prose:
     """Name the best row that is comparable with the reference."""
     known = [one for one in candidates if one.name in paired and paired[one.name].plain == paired[one.name].plain]
     if not known:
-        return ("No row can be compared with ", Strong(reference.name), ".")
+        return Prose("No row can be compared with <strong>{}</strong>.").format(reference.name)
     best = max([reference, *known], key=lambda one: one.score.mean)
-    told = f" scores highest of {1 + len(known)} comparable rows ({plus_minus(best.score)})"
+    told = strong(best.name) + f" scores highest of {1 + len(known)} comparable rows ({plus_minus(best.score)})"
     if best is reference:
-        return (Strong(best.name), f"{told}.")
+        return told + "."
     found = paired[best.name]
     why = span(found.difference) if found.difference else found.reason
-    points = Strong(f"{signed(found.plain)} points")
-    return (Strong(best.name), f"{told}, ", points, f" against {reference.name} ({why}).")
+    return told + Prose(", <strong>{} points</strong> against {} ({}).").format(
+        signed(found.plain), reference.name, why
+    )
 
 
 def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison], links: Links) -> Table:
@@ -123,9 +136,9 @@ def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[s
     for one in candidates:
         is_reference = one is reference
         difference = ("reference", "–", "–") if is_reference else _difference(paired[one.name])
-        head = Cell(one.name, strong=is_reference), model_title(one.runs[0].record.model)
-        score = Cell(plus_minus(one.score), links.to_all(one.runs), strong=is_reference)
-        rows.append((*head, score, *difference, *(cost.text(one.runs) for cost in _COSTS.values())))
+        name, score = (strong(text) if is_reference else text for text in (one.name, plus_minus(one.score)))
+        head = name, model_title(one.runs[0].record.model), Cell(score, links.to_all(one.runs))
+        rows.append((*head, *difference, *(cost.text(one.runs) for cost in _COSTS.values())))
     columns = ("row", "model", "score", "difference", "95% interval", "p", *_COSTS)
     note = f"± is the sample standard deviation over seeds. Differences are in points. {INTERVALS}"
     titles = {score_title(one.experiment.task.metrics) for one in candidates}
@@ -140,22 +153,15 @@ def _difference(one: Comparison) -> tuple[str, str, str]:
     return signed(one.plain) if one.plain == one.plain else "–", one.reason, "–"
 
 
-def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> list[Figure]:
+def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> list[Block | None]:
     tasks: dict[tuple[str, ...], list[Candidate]] = {}
     for one in candidates:
         tasks.setdefault((one.experiment.task.name, *one.experiment.task.metrics, one.experiment.split), []).append(one)
-    drawn: list[Figure | None] = []
+    drawn: list[Block | None] = []
     for number, group in enumerate(tasks.values()):
         shown = group[0].experiment
         suffix = f": {shown.task.name or shown.name}" if len(tasks) > 1 else ""
-        for name, cost in (("parameters", PARAMETERS), ("latency", TIME)):
-            series = [
-                Series(row.name, Style(place), cost.points(row.runs, shown.split)) for place, row in enumerate(group)
-            ]
-            score, title = f"score on {shown.split} (0 to 100)", f"Score against {name}{suffix}"
-            drawn.append(
-                score_against_cost(series, title=title, cost=cost.axis, score=score, identity=f"{name}-{number}")
-            )
-    rows = [(found.first, found.difference) for found in paired.values() if found.difference is not None]
-    drawn.append(differences(rows, title="Differences from the reference", identity="differences"))
-    return [plot for plot in drawn if plot is not None]
+        rows = [(row.name, Style(place), row.runs) for place, row in enumerate(group)]
+        drawn += cost_plots(rows, shown.split, f"task-{number}", suffix)
+    known = [(found.first, found.difference) for found in paired.values() if found.difference is not None]
+    return [*drawn, differences(known, title="Differences from the reference", identity="differences")]

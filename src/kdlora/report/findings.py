@@ -115,34 +115,22 @@ def _same_seeds(first: Sequence[Run], second: Sequence[Run]) -> list[list[Run]]:
 
 def align(predictions: Sequence[Predictions]) -> list[Predictions] | None:
     """Bring predictions into the order of the first; None where ids, labels or label names are not the same."""
-    if not predictions:
+    if not predictions or not predictions[0].ids:
         return None
-    first = predictions[0]
-    keys = _keys(first)
-    if not keys or len(set(keys)) != len(keys):
-        return None
-    aligned = []
-    for one in predictions:
-        places = {key: row for row, key in enumerate(_keys(one))}
-        if len(one.ids) != len(keys) or set(places) != set(keys) or set(one.label_names) != set(first.label_names):
+    first, aligned = predictions[0], []
+    places = [
+        {key: row for row, key in enumerate(zip(one.groups or ("",) * len(one.ids), one.ids, strict=True))}
+        for one in predictions
+    ]
+    for one, rows_of in zip(predictions, places, strict=True):
+        if len(one.ids) != len(rows_of) or rows_of.keys() != places[0].keys():
             return None
-        moved = _reorder(
-            one, [places[key] for key in keys], [one.label_names.index(name) for name in first.label_names]
-        )
-        if not _same_labels(first.labels, moved.labels):
+        if set(one.label_names) != set(first.label_names):
             return None
-        aligned.append(moved)
-    return aligned
-
-
-def _same_labels(one: np.ndarray | None, other: np.ndarray | None) -> bool:
-    return one is other if one is None or other is None else np.array_equal(one, other)
-
-
-def _keys(predictions: Predictions) -> list[tuple[str, str]]:
-    """Name each row by its group and id."""
-    groups = predictions.groups or ("",) * len(predictions.ids)
-    return list(zip(groups, predictions.ids, strict=True))
+        columns = [one.label_names.index(name) for name in first.label_names]
+        aligned.append(_reorder(one, [rows_of[key] for key in places[0]], columns))
+    labels = [np.asarray(one.labels) for one in aligned]  # None where there are none
+    return aligned if all(np.array_equal(one, labels[0]) for one in labels) else None
 
 
 def _reorder(one: Predictions, rows: list[int], columns: list[int]) -> Predictions:
@@ -152,14 +140,11 @@ def _reorder(one: Predictions, rows: list[int], columns: list[int]) -> Predictio
         labels = labels[:, columns]
     elif labels is not None and np.issubdtype(labels.dtype, np.integer):
         labels = np.argsort(columns)[labels]
-    return Predictions(
-        ids=tuple(one.ids[row] for row in rows),
-        split=tuple(one.split[row] for row in rows),
-        logits=one.logits[rows][:, columns],
-        label_names=tuple(one.label_names[column] for column in columns),
-        labels=labels,
-        groups=None if one.groups is None else tuple(one.groups[row] for row in rows),
+    ids, split, groups = (
+        None if values is None else tuple(values[row] for row in rows) for values in (one.ids, one.split, one.groups)
     )
+    names = tuple(one.label_names[column] for column in columns)
+    return Predictions(ids or (), split or (), one.logits[rows][:, columns], names, labels, groups)
 
 
 def retention(experiment: Experiment, arm: str, of: str) -> MeanSd | None:

@@ -13,9 +13,9 @@ from kdlora.data.tasks import Task
 from kdlora.evidence.metrics import Reliability, predict_labels, probabilities, reliability
 from kdlora.evidence.predictions import Predictions
 from kdlora.evidence.stats import mean_sd
-from kdlora.report.blocks import Block, Figure, Paragraph, Quotation, Quotations, Table, note
 from kdlora.report.collect import Experiment
 from kdlora.report.findings import align
+from kdlora.report.page import Block, Figure, Paragraph, Quotation, Quotations, Table
 from kdlora.report.plots import PALETTE, Frame, Style, arm_style, draw, named, padded, scatter, shorten
 from kdlora.report.wording import arm_title, plus_minus, signed
 
@@ -47,7 +47,7 @@ def error_blocks(experiment: Experiment, mark: str) -> list[Block]:
         return []
     student, teacher = _outputs(experiment, arm), _outputs(experiment, "fft")
     if student is None:
-        return [note("No predictions were kept, so there is nothing to show here.")]
+        return [Paragraph("No predictions were kept, so there is nothing to show here.", "note")]
     if task.kind == "regression":
         return _residual_plots(student, mark)
     calibration = _calibration_plot([one for one in (teacher, student) if one is not None], f"{mark}-calibration")
@@ -219,14 +219,14 @@ def example_blocks(experiment: Experiment) -> list[Block]:
     found = _disagreements(experiment, experiment.student_arm)
     if not found:
         text = "There are no examples to show: the texts, or the predictions of teacher or student, were not kept."
-        return [note(text)]
+        return [Paragraph(text, "note")]
     measure = {
         "single-label": "the Jensen-Shannon divergence of their probabilities",
         "multi-label": "the largest difference in the probability of a label",
         "regression": "the difference of their predictions",
     }[experiment.task.kind]
     told = f"Ordered by {measure}. Some of these are wrong labels: look before training on."
-    return [Paragraph((told,)), Quotations(tuple(found))]
+    return [Paragraph(told), Quotations(tuple(found))]
 
 
 def _disagreements(experiment: Experiment, arm: str) -> list[Quotation]:
@@ -266,7 +266,7 @@ def _quote(experiment: Experiment, rows: Predictions, row: int, sides: dict[str,
         return None
     label = {} if rows.labels is None else {"label": _label(experiment.task, rows.labels[row])}
     pair = None if example.text_pair is None else _cut(example.text_pair)
-    return Quotation(_cut(example.text), pair, tuple(({"id": rows.ids[row]} | label | sides).items()))
+    return Quotation(_cut(example.text), pair, {"id": rows.ids[row]} | label | sides)
 
 
 def _label(task: Task, label: np.ndarray) -> str:

@@ -27,59 +27,66 @@ _TABLE_1 = {
 
 @dataclass(frozen=True)
 class PublishedCosts:
-    """One family's part of Table 2, at rank 8, a figure for each of the three methods.
+    """One line of Table 2, at rank 8, and the model's size as published with it."""
 
-    `total` is of teacher and student, as published with the models; `memory_mb` is the GPU's; `seconds` is the
-    inference time on CoLA's validation set; the trainable parameters of the two LoRA methods are given by rank, too.
-    """
-
-    teacher: str
-    student: str
-    trainable: tuple[float, float, float]
-    total: tuple[float, float]
-    memory_mb: tuple[float, float, float]
-    seconds: tuple[float, float, float]
-    lora_by_rank: tuple[float, ...] = (2.9e6, 5.9e6, 11.8e6, 23.6e6)
-    kd_lora_by_rank: tuple[float, ...] = (1.5e6, 2.9e6, 5.9e6, 11.8e6)
+    model: str
+    total: float
+    trainable: tuple[float, ...]  # by rank, for the two methods with adapters
+    memory_mb: float  # of the GPU
+    seconds: float  # inference on CoLA's validation set
 
 
+_LORA, _KD_LORA = (2.9e6, 5.9e6, 11.8e6, 23.6e6), (1.5e6, 2.9e6, 5.9e6, 11.8e6)
 COSTS = {
-    "bert": PublishedCosts(
-        "bert-base-uncased",
-        "distilbert-base-uncased",
-        (110e6, 2.9e6, 1.2e6),
-        (110e6, 66e6),
-        (1332.0, 463.5, 296.8),
-        (6.10, 6.22, 5.36),
-        kd_lora_by_rank=(1.2e6, 2.4e6, 4.7e6, 9.4e6),
-    ),
-    "roberta": PublishedCosts(
-        "roberta-base",
-        "distilroberta-base",
-        (125e6, 2.9e6, 1.5e6),
-        (125e6, 82e6),
-        (1515.9, 531.9, 358.3),
-        (7.21, 7.19, 4.44),
-    ),
-    "deberta-v3": PublishedCosts(
-        "deberta-v3-base",
-        "deberta-v3-small",
-        (183e6, 2.9e6, 1.5e6),
-        (184e6, 141e6),
-        (2234.5, 763.4, 590.3),
-        (14.37, 15.62, 10.38),
-    ),
+    "bert": {
+        "fft": PublishedCosts("bert-base-uncased", 110e6, (110e6,), 1332.0, 6.10),
+        "lora": PublishedCosts("bert-base-uncased", 110e6, _LORA, 463.5, 6.22),
+        "kd-lora": PublishedCosts("distilbert-base-uncased", 66e6, (1.2e6, 2.4e6, 4.7e6, 9.4e6), 296.8, 5.36),
+    },
+    "roberta": {
+        "fft": PublishedCosts("roberta-base", 125e6, (125e6,), 1515.9, 7.21),
+        "lora": PublishedCosts("roberta-base", 125e6, _LORA, 531.9, 7.19),
+        "kd-lora": PublishedCosts("distilroberta-base", 82e6, _KD_LORA, 358.3, 4.44),
+    },
+    "deberta-v3": {
+        "fft": PublishedCosts("deberta-v3-base", 184e6, (183e6,), 2234.5, 14.37),
+        "lora": PublishedCosts("deberta-v3-base", 184e6, _LORA, 763.4, 15.62),
+        "kd-lora": PublishedCosts("deberta-v3-small", 141e6, _KD_LORA, 590.3, 10.38),
+    },
 }
+"""Table 2, by family and method."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One headline claim in words, and per cent: what the paper states, and what its tables give for each family."""
+    """A headline claim: the per cent of another arm's score that is kept, or of one of its costs that is saved."""
 
-    key: str
     text: str
-    stated: float
-    tables: dict[str, float]
+    stated: int  # by the paper, per cent
+    of: str  # "score", or a field of PublishedCosts
+    than: str  # the arm
+
+    def in_tables(self, family: str) -> float:
+        """Give what the paper's own tables say for a family, per cent."""
+        if self.of == "score":
+            scores = published_scores("score")[family]
+            return 100 * scores["kd-lora"] / scores[self.than]
+        after, before = (getattr(COSTS[family][arm], self.of) for arm in ("kd-lora", self.than))
+        if self.of == "trainable":
+            after, before = after[0], before[0]
+        return float(100 * (1 - after / before))
+
+
+CLAIMS = (
+    Claim("Score kept, of full fine-tuning", 97, "score", "fft"),
+    Claim("Score kept, of LoRA", 98, "score", "lora"),
+    Claim("Fewer parameters in all than the teacher", 40, "total", "fft"),
+    Claim("Fewer trainable parameters than full fine-tuning", 99, "trainable", "fft"),
+    Claim("Fewer trainable parameters than LoRA", 49, "trainable", "lora"),
+    Claim("Less memory than full fine-tuning", 75, "memory_mb", "fft"),
+    Claim("Less memory than LoRA", 30, "memory_mb", "lora"),
+    Claim("Less inference time than full fine-tuning", 30, "seconds", "fft"),
+)
 
 
 def published_scores(task: str) -> dict[str, dict[str, float]]:
@@ -94,29 +101,8 @@ def published_scores(task: str) -> dict[str, dict[str, float]]:
     return {family: dict(zip(ARMS, figures, strict=True)) for family, figures in rows}
 
 
-def claims() -> tuple[Claim, ...]:
-    """List the paper's headline claims beside what its tables give."""
-    scores = published_scores("score")
-    kept_fft = {family: 100 * one["kd-lora"] / one["fft"] for family, one in scores.items()}
-    kept_lora = {family: 100 * one["kd-lora"] / one["lora"] for family, one in scores.items()}
-    return (
-        Claim("kept-fft", "Score kept, of full fine-tuning", 97.0, kept_fft),
-        Claim("kept-lora", "Score kept, of LoRA", 98.0, kept_lora),
-        Claim("total", "Fewer parameters in all than the teacher", 40.0, _saved("total", 0, 1)),
-        Claim("trainable-fft", "Fewer trainable parameters than full fine-tuning", 99.0, _saved("trainable", 0, 2)),
-        Claim("trainable-lora", "Fewer trainable parameters than LoRA", 49.0, _saved("trainable", 1, 2)),
-        Claim("memory-fft", "Less memory than full fine-tuning", 75.0, _saved("memory_mb", 0, 2)),
-        Claim("memory-lora", "Less memory than LoRA", 30.0, _saved("memory_mb", 1, 2)),
-        Claim("time", "Less inference time than full fine-tuning", 30.0, _saved("seconds", 0, 2)),
-    )
-
-
-def _saved(field: str, before: int, after: int) -> dict[str, float]:
-    figures = {family: getattr(costs, field) for family, costs in COSTS.items()}
-    return {family: 100 * (1 - values[after] / values[before]) for family, values in figures.items()}
-
-
 def family_of(teacher: str | None, student: str | None) -> str | None:
     """Find the paper's family that a pair of models is."""
     names = [str(source or "").rstrip("/").rsplit("/", 1)[-1] for source in (teacher, student)]
-    return next((family for family, costs in COSTS.items() if names == [costs.teacher, costs.student]), None)
+    pairs = {family: [costs["fft"].model, costs["kd-lora"].model] for family, costs in COSTS.items()}
+    return next((family for family, pair in pairs.items() if pair == names), None)

@@ -18,7 +18,7 @@ import numpy as np
 
 from kdlora.evidence.records import RunRecord
 from kdlora.evidence.stats import Difference
-from kdlora.report.blocks import Figure
+from kdlora.report.page import Figure
 from kdlora.report.shipped import AXES, BenchmarkResult
 from kdlora.report.wording import interval, signed
 from kdlora.system.storage import atomic_file

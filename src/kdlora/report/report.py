@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.report.blocks import Cell, Page, Row, Section, Strong, Table, Text
+from kdlora.report.answer import answer, cautions, key_figures
 from kdlora.report.collect import Experiment, load_experiments
-from kdlora.report.findings import retention
-from kdlora.report.paper import ARMS, published_scores
-from kdlora.report.render import Report, write_page
-from kdlora.report.sections import experiment_section
-from kdlora.report.tables import SEEDS_NOTE, Links
-from kdlora.report.wording import arm_title, plus_minus
+from kdlora.report.costs import cost_plots
+from kdlora.report.findings import Comparison, compare_arms, retention
+from kdlora.report.outputs import error_blocks, example_blocks
+from kdlora.report.page import Block, Bullets, Code, Page, Paragraph, Prose, Report, Section, write_page
+from kdlora.report.plots import Curve, Style, arm_style, differences, learning_curves
+from kdlora.report.shipped_tables import shipped_blocks, shipped_tiles
+from kdlora.report.tables import (
+    Links,
+    claims_table,
+    cost_table,
+    difference_table,
+    joint_table,
+    run_table,
+    score_table,
+)
+from kdlora.report.wording import ARMS, arm_title, score_title
 
 
 def make_report(folders: Sequence[Path | str], *, out: Path | str | None = None, draws: int = 2_000) -> Report:
@@ -38,58 +50,110 @@ def make_report(folders: Sequence[Path | str], *, out: Path | str | None = None,
     places = list(dict.fromkeys(map(Path, folders)))
     common = places[0] if len(places) == 1 else os.path.commonpath([place.resolve().parent for place in places])
     base = Path(common if out is None else out)
-    sections = [experiment_section(one, number=n, base=base, draws=draws) for n, one in enumerate(experiments, start=1)]
-    if len(sections) == 1:  # its answer is the page's first sentence
+    sections = [_section(one, f"e{n}", base, draws) for n, one in enumerate(experiments, start=1)]
+    if len(sections) == 1:
         whole = sections[0]
-        lead = whole.blocks[0].parts  # type: ignore[union-attr]
-        short = Section("In short", whole.anchor, whole.blocks[1:])
-        page = Page(whole.title, "report", lead, (short, *whole.sections))
+        answered, *blocks = whole.blocks  # the answer is the page's first sentence
+        short = Section("In short", whole.anchor, blocks)
+        page = Page(whole.title, "report", answered.text, (short, *whole.sections))  # type: ignore[union-attr]
     else:
-        overview = Section("All experiments", "all", (_joint_table(experiments, base),))
+        overview = Section("All experiments", "all", (joint_table(experiments, base),))
         page = Page(f"{len(experiments)} experiments", "report", _joint_answer(experiments), (overview, *sections))
     layout = ExperimentLayout(base)
     return write_page(page, layout.report_md, layout.report_html)
 
 
-def _joint_answer(experiments: Sequence[Experiment]) -> Text:
-    kept = [
-        value.mean
-        for one in experiments
-        if one.student_arm is not None and (value := retention(one, one.student_arm, "fft")) is not None
-    ]
+def _joint_answer(experiments: Sequence[Experiment]) -> Prose:
+    found = [retention(one, one.student_arm, "fft") for one in experiments if one.student_arm is not None]
+    kept = [value.mean for value in found if value is not None]
     if not kept:
-        return ("There is ", Strong("no answer yet"), ": no experiment has both a student and a teacher that finished.")
-    span = f"from {min(kept):.1f}% to {max(kept):.1f}%, {len(kept)} of {len(experiments)} experiments"
-    return (
-        "On average over the experiments, the student keeps ",
-        Strong(f"{np.mean(kept):.1f}%"),
-        f" of its teacher’s score ({span}).",
+        return Prose(
+            "There is <strong>no answer yet</strong>: no experiment has both a student and a teacher that finished."
+        )
+    return Prose(
+        "On average over the experiments, the student keeps <strong>{:.1f}%</strong> of its teacher’s score "
+        "(from {:.1f}% to {:.1f}%, {} of {} experiments)."
+    ).format(np.mean(kept), min(kept), max(kept), len(kept), len(experiments))
+
+
+def _section(experiment: Experiment, mark: str, base: Path, draws: int) -> Section:
+    """Tell the whole story of one experiment: answer, tables, plots, examples, runs, environment."""
+    links = Links(base, f"{mark}-runs")
+    comparisons = compare_arms(experiment, draws=draws)
+    top: list[Block | None] = [
+        Paragraph(answer(experiment, comparisons), "lead"),
+        key_figures(experiment, comparisons, f"#{links.runs}"),
+        shipped_tiles(experiment, f"#{mark}-shipped"),
+        *cautions(experiment, comparisons),
+    ]
+    explained = Bullets(tuple(f"{': '.join(ARMS[arm])}." for arm in experiment.arms if arm in ARMS))
+    parts: tuple[tuple[str, str, Sequence[Block | None]], ...] = (
+        ("Score", "score", _score_blocks(experiment, comparisons, links, mark)),
+        ("Cost", "cost", _cost_blocks(experiment, links, mark)),
+        ("As shipped", "shipped", shipped_blocks(experiment, links, mark)),
+        ("Training", "training", _training_blocks(experiment, mark)),
+        ("What it gets wrong", "errors", error_blocks(experiment, mark)),
+        ("Where teacher and student disagree most", "examples", example_blocks(experiment)),
+        ("Runs", "runs", [run_table(experiment, links), explained]),
+        ("How it was made", "made", _provenance(experiment)),
     )
+    sections = (Section(title, f"{mark}-{anchor}", blocks) for title, anchor, blocks in parts if any(blocks))
+    return Section(experiment.name, mark, top, tuple(sections))
 
 
-def _joint_table(experiments: Sequence[Experiment], base: Path) -> Table:
-    """Show all experiments in the form of the paper's Table 1, with the mean where every cell is filled."""
-    arms = [*ARMS, *sorted({arm for one in experiments for arm in one.arms} - set(ARMS))]
-    rows: list[Row] = []
-    for number, one in enumerate(experiments, start=1):
-        links = Links(base, f"e{number}-runs")
-        cells = [Cell(plus_minus(one.score(arm)), links.to_all(one.finished(arm))) for arm in arms]
-        kept = retention(one, one.student_arm, "fft") if one.student_arm else None
-        rows.append((one.name, *cells, links.derived(plus_minus(kept, unit="%"))))
-    if len({one.task.name or one.name for one in experiments}) == len(experiments):
-        means = [
-            _mean([None if (score := one.score(arm)) is None else score.mean for one in experiments]) for arm in arms
-        ]
-        rows.append((Cell("mean", strong=True), *(Cell(mean, strong=True) for mean in means), ""))
-        if all(one.task.name for one in experiments):
-            published = [published_scores(one.task.name).get("bert", {}) for one in experiments]
-            means = [_mean([scores.get(arm) for scores in published]) for arm in arms]
-            rows.append((Cell("paper, BERT, same tasks", quiet=True), *means, "–"))
-    columns = ("experiment", *map(arm_title, arms), "kept of FFT")
-    return Table("Scores, 0 to 100", columns, tuple(rows), note=SEEDS_NOTE)
+def _score_blocks(
+    experiment: Experiment, comparisons: Sequence[Comparison], links: Links, mark: str
+) -> list[Block | None]:
+    paired = [(one.title, one.difference) for one in comparisons if one.difference is not None]
+    return [
+        score_table(experiment, links),
+        claims_table(experiment, links) if experiment.shows_paper else None,
+        difference_table(comparisons, links) if comparisons else None,
+        differences(paired, title="Differences with their intervals", identity=f"{mark}-differences"),
+    ]
 
 
-def _mean(values: Sequence[float | None]) -> str:
-    """Write the mean of a column; only where every row has a value, or the means could not be compared."""
-    kept = [value for value in values if value is not None]
-    return f"{np.mean(kept):.1f}" if len(kept) == len(values) else "–"
+def _cost_blocks(experiment: Experiment, links: Links, mark: str) -> list[Block | None]:
+    groups = [(arm_title(arm), arm_style(arm), experiment.finished(arm)) for arm in experiment.arms]
+    return [cost_table(experiment, links), *cost_plots(groups, experiment.split, mark)]
+
+
+def _training_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
+    records = {arm: [run.record for run in runs] for arm in experiment.arms if (runs := experiment.finished(arm))}
+    scores = [Curve.of(arm_title(arm), arm_style(arm), own) for arm, own in records.items()]
+    losses = []
+    for arm in [arm for arm in records if arm not in ("fft", "lora")] or records:
+        style, soft = arm_style(arm), Style(arm_style(arm).number, dashed=True)
+        losses.append(Curve.of(f"{arm_title(arm)}, hard loss", style, records[arm], "hard_loss"))
+        losses.append(Curve.of(f"{arm_title(arm)}, soft loss", soft, records[arm], "soft_loss"))
+    return [
+        learning_curves(scores, title="Validation score", value="score on validation", identity=f"{mark}-curve"),
+        learning_curves(losses, title="Loss terms of the students", value="training loss", identity=f"{mark}-loss"),
+    ]
+
+
+def _provenance(experiment: Experiment) -> list[Block | None]:
+    records = [run.record for run in experiment.runs]
+    first = records[0]
+    facts = [f"Score: {score_title(experiment.task.metrics)}."]
+    facts += [f"Rows: {_pairs(first.rows)}."] if first.rows else []
+    facts += [f"Teacher: {first.teacher_model}."] if first.teacher_model else []
+    facts += [f"Student: {first.student_model}."] if first.student_model else []
+    arms_of: dict[str, list[str]] = {}  # how many texts were cut, arms with the same counts together
+    for arm in experiment.arms:
+        cut = next((run.record.truncated for run in experiment.finished(arm)), {})
+        if any(cut.values()):
+            arms_of.setdefault(_pairs(cut), []).append(arm_title(arm))
+    facts += [f"Texts cut at the maximum length: {cut} ({', '.join(arms)})." for cut, arms in arms_of.items()]
+    for title, part in (("Machine", "machine"), ("Versions", "versions"), ("Code", "git")):
+        distinct = list(dict.fromkeys(_pairs(one) for record in records if (one := getattr(record, part))))
+        differ = " (the runs differ)" if len(distinct) > 1 else ""
+        facts += [f"{title}{differ}: {text}." for text in distinct]
+    facts += dict.fromkeys(text for record in records for text in record.notes)
+    config = next((record.config for record in records if record.config), None)
+    code = Code("Configuration", json.dumps(config, indent=2, ensure_ascii=False)) if config else None
+    return [Bullets(tuple(facts)), code]
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

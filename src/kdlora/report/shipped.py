@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.report.render import html_table
+from kdlora.report.page import html_table
 
 TEACHER = "teacher"
 """Name of the teacher in a benchmark."""

@@ -6,12 +6,12 @@ import math
 import re
 from collections.abc import Sequence
 
-from kdlora.report.blocks import Block, Bullets, Cell, Figure, Link, Row, Strong, Table, Tile, Tiles, note, warning
 from kdlora.report.collect import Experiment
+from kdlora.report.page import Block, Bullets, Cell, Figure, Link, Paragraph, Prose, Row, Table, Tile, Tiles, strong
 from kdlora.report.plots import Series, Style, arm_style, score_against_cost
 from kdlora.report.shipped import AXES, TEACHER, Calibration, Export, ModelFigures, Parity, Shipped
 from kdlora.report.tables import Links
-from kdlora.report.wording import milliseconds, signed, size, times
+from kdlora.report.wording import milliseconds, points, signed, size, times
 
 _BACKENDS = {"transformers": "PyTorch", "onnx": "ONNX Runtime"}
 _STAGES = {"pytorch": "PyTorch", "onnx": "ONNX, as captured", "onnx-optimised": "ONNX, optimised"}
@@ -40,8 +40,8 @@ def shipped_tiles(experiment: Experiment, href: str) -> Tiles | None:
         facts = [(label, value, "there is no other model to compare with") for label, value, _ in facts]
     if own.score is not None:
         beside = [model for model in shipped.models if model is not own and model.score is not None]
-        scores = ", ".join(f"{model.name} {_score(model.score)}" for model in beside)
-        facts.append(("score", _score(own.score), scores or "0 to 100"))
+        scores = ", ".join(f"{model.name} {points(model.score, 2)}" for model in beside)
+        facts.append(("score", points(own.score, 2), scores or "0 to 100"))
     return Tiles(tuple(Tile(f"int8 file: {label}", value, detail, href) for label, value, detail in facts))
 
 
@@ -50,15 +50,14 @@ def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Bloc
     shipped = experiment.shipped
     if shipped is None:
         return []
-    blocks: list[Block | None] = [warning(fault) for fault in shipped.faults]
+    blocks: list[Block | None] = [Paragraph(fault, "warning") for fault in shipped.faults]
     if shipped.models:
         blocks += [_model_table(shipped, links), *_plots(experiment, shipped, mark), _grid_table(shipped)]
     if shipped.export is not None:
         blocks += _export_blocks(shipped.export, links.file(shipped.layout.export_record))
     elif not shipped.layout.export_record.exists():
-        blocks.append(
-            note("The student was not exported to ONNX: export.formats is empty, or the extra onnx is not installed.")
-        )
+        told = "The student was not exported to ONNX: export.formats is empty, or the extra onnx is not installed."
+        blocks.append(Paragraph(told, "note"))
     if shipped.benchmark is not None and shipped.benchmark.calibration is not None:
         blocks.append(_calibration_table(shipped.benchmark.calibration))
     return blocks
@@ -89,7 +88,7 @@ def _model_row(model: ModelFigures, reference: ModelFigures, link: tuple[Link, .
         f"{model.load_seconds:.2f}\u00a0s",
         size(model.peak_memory_bytes),
         size(model.size_bytes),
-        _score(model.score),
+        points(model.score, 2),
     )
 
 
@@ -115,11 +114,6 @@ def _conditions(shipped: Shipped) -> str:
 
 def _number(value: int, what: str) -> str:
     return f"{value} {what}" if value == 1 else f"{value} {what}s"
-
-
-def _score(value: float | None) -> str:
-    """Write a score with two decimals: half a point is the limit that int8 is held to."""
-    return signed(value, 2, plus=False)
 
 
 def _plots(experiment: Experiment, shipped: Shipped, mark: str) -> list[Figure | None]:
@@ -164,7 +158,7 @@ def _export_blocks(export: Export, href: str) -> list[Block]:
     blocks: list[Block] = []
     if export.failure:
         told = f": {export.failure}. The stages before it are kept."
-        blocks.append(warning(Strong("The export failed before its last stage"), told))
+        blocks.append(Paragraph(strong("The export failed before its last stage") + told, "warning"))
     stages = _in_order(export)
     if not stages:
         return blocks
@@ -183,9 +177,8 @@ def _export_blocks(export: Export, href: str) -> list[Block]:
     told = " ".join(fact for fact in facts if fact)
     blocks.append(Table("The export, stage by stage", columns, rows, text_columns=3, note=told, compact=True))
     if broken := [stage for stage in stages if stage.reason]:
-        blocks.append(
-            Bullets(tuple((f"{_stage_title(one.stage)}: ", Strong("failed"), f", {one.reason}.") for one in broken))
-        )
+        failed = Prose("{}: <strong>failed</strong>, {}.")
+        blocks.append(Bullets(tuple(failed.format(_stage_title(one.stage), one.reason) for one in broken)))
     return blocks
 
 
@@ -202,12 +195,12 @@ def _stage_row(stage: Parity, href: str) -> Row:
     return (
         Cell(_stage_title(stage.stage), (Link("export record", href),)),
         _stage_title(stage.reference),
-        Cell("failed", strong=True) if stage.reason else "passed",
+        strong("failed") if stage.reason else "passed",
         f"{stage.rows:,}",
         "–" if stage.largest_difference is None else f"{stage.largest_difference:.2g}",
         # Rounded down: 100% means all of them.
         "100%" if stage.agreement >= 1 else f"{math.floor(1e4 * stage.agreement) / 100:.2f}%",
-        _score(stage.score),
+        points(stage.score, 2),
         signed(stage.drop, 2),
         span,
     )
@@ -222,7 +215,7 @@ def _calibration_table(found: Calibration) -> Table:
     after = (f"{found.temperature:.3f}", f"{100 * found.ece_after:.2f}%", f"{found.nll_after:.4f}")
     rows: tuple[Row, ...] = (
         ("before", "1", f"{100 * found.ece_before:.2f}%", f"{found.nll_before:.4f}"),
-        ("after", *(Cell(text, strong=True) for text in after)),
+        ("after", *map(strong, after)),
     )
     columns = ("", "temperature", "expected calibration error", "log loss (nats)")
     told = (

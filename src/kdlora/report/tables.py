@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
+
 from kdlora.evidence.stats import mean_sd
-from kdlora.report.blocks import Cell, Link, Row, Table
 from kdlora.report.collect import Experiment, Run
 from kdlora.report.costs import ADAPTER, DISK, HEAD, MEMORY, PARAMETERS, TIME, TIME_OF_32, TRAINABLE, Cost, saving
 from kdlora.report.findings import Comparison, retention
-from kdlora.report.paper import ARMS, COSTS, FAMILY_TITLES, claims, family_of, published_scores
+from kdlora.report.page import Cell, Link, Row, Table, strong
+from kdlora.report.paper import ARMS, CLAIMS, COSTS, FAMILY_TITLES, Claim, family_of, published_scores
 from kdlora.report.wording import (
     INTERVALS,
     arm_title,
@@ -24,6 +26,7 @@ from kdlora.report.wording import (
     model_title,
     p_value,
     plus_minus,
+    points,
     score_title,
     share,
     signed,
@@ -60,7 +63,7 @@ def score_table(experiment: Experiment, links: Links) -> Table:
     score = experiment.task.metrics
     found = dict.fromkeys(name for run in experiment.runs for name in _metrics(experiment, run))
     others = [name for name in found if name not in score]  # beside the score's own, groups included
-    rows: list[Row] = [(Cell("score, here", strong=True), *(_score_cell(experiment, arm, links) for arm in arms))]
+    rows: list[Row] = [(Cell(strong("score, here")), *(_score_cell(experiment, arm, links) for arm in arms))]
     rows += [_metric_row(experiment, arms, name, links) for name in (*(score if len(score) > 1 else ()), *others)]
     published = _published_rows(experiment.task.name, arms)
     note = SEEDS_NOTE if published else f"{SEEDS_NOTE} The paper has no figures for this task."
@@ -71,7 +74,7 @@ def score_table(experiment: Experiment, links: Links) -> Table:
 def _score_cell(experiment: Experiment, arm: str, links: Links) -> Cell:
     runs = experiment.finished(arm)
     if runs:
-        return Cell(plus_minus(experiment.score(arm)), links.to_all(runs), strong=True)
+        return Cell(strong(plus_minus(experiment.score(arm))), links.to_all(runs))
     failed = [run for run in experiment.unfinished if run.record.arm == arm]
     if not failed:
         return Cell("–")
@@ -98,10 +101,7 @@ def _published_rows(task: str, arms: Sequence[str]) -> list[Row]:
     """Give the paper's figures for a GLUE task; MNLI has its two groups as well."""
     groups = ("", "matched", "mismatched") if task == "mnli" else ("",)
     return [
-        (
-            Cell(f"paper, {FAMILY_TITLES[family]}{', ' if group else ''}{group}", quiet=True),
-            *(f"{scores[arm]:.1f}" if arm in scores else "–" for arm in arms),
-        )
+        published_row(f"{FAMILY_TITLES[family]}{', ' if group else ''}{group}", [scores.get(arm) for arm in arms])
         for group in groups
         for family, scores in published_scores(f"{task}-{group}" if group else task).items()
     ]
@@ -129,24 +129,21 @@ def _cost_row(experiment: Experiment, arm: str, costs: Sequence[Cost], links: Li
     runs = experiment.finished(arm)
     return (
         model_title(runs[0].record.model),
-        Cell(arm_title(arm), strong=arm == experiment.student_arm),
+        strong(arm_title(arm)) if arm == experiment.student_arm else arm_title(arm),
         *(cost.text(runs) for cost in costs),
         Cell("" if len(runs) > 1 else str(runs[0].record.seed), links.to_all(runs)),
     )
 
 
 def _published_costs(family: str) -> list[Row]:
-    costs = COSTS[family]
-    rows: list[Row] = []
-    for place, arm in enumerate(ARMS):
-        is_student = arm == "kd-lora"
-        head = Cell(f"paper, {costs.student if is_student else costs.teacher}", quiet=True)
-        counts = (count(costs.trainable[place]), "–", "–", count(costs.total[is_student]))
-        rows.append(
-            (head, arm_title(arm), *counts, f"{costs.memory_mb[place]:.1f} MB", f"{costs.seconds[place]:.2f} s")
-            + ("–",) * 3
+    return [
+        (
+            Cell(f"paper, {one.model}", quiet=True),
+            *(arm_title(arm), count(one.trainable[0]), "–", "–", count(one.total)),
+            *(f"{one.memory_mb:.1f} MB", f"{one.seconds:.2f} s", "–", "–", "–"),
         )
-    return rows
+        for arm, one in COSTS[family].items()
+    ]
 
 
 def _hardware(experiment: Experiment) -> str:
@@ -164,30 +161,21 @@ def claims_table(experiment: Experiment, links: Links) -> Table | None:
     if arm is None:
         return None
 
-    def kept(of: str) -> str:
-        return plus_minus(retention(experiment, arm, of), unit="%")
+    costs = {"total": PARAMETERS, "trainable": TRAINABLE, "memory_mb": MEMORY, "seconds": TIME}
 
-    def saved(cost: Cost, than: str) -> str:
-        return share(saving(experiment, cost, arm=arm, than=than))
+    def here(claim: Claim) -> str:
+        if claim.of == "score":
+            return plus_minus(retention(experiment, arm, claim.than), unit="%")
+        return share(saving(experiment, costs[claim.of], arm=arm, than=claim.than))
 
-    here = {
-        "kept-fft": kept("fft"),
-        "kept-lora": kept("lora"),
-        "total": saved(PARAMETERS, "fft"),
-        "trainable-fft": saved(TRAINABLE, "fft"),
-        "trainable-lora": saved(TRAINABLE, "lora"),
-        "memory-fft": saved(MEMORY, "fft"),
-        "memory-lora": saved(MEMORY, "lora"),
-        "time": saved(TIME, "fft"),
-    }
     rows: tuple[Row, ...] = tuple(
         (
             claim.text,
-            links.derived(here[claim.key]),
-            f"{claim.stated:.0f}%",
-            *(f"{claim.tables[family]:.0f}%" for family in FAMILY_TITLES),
+            links.derived(here(claim)),
+            f"{claim.stated}%",
+            *(f"{claim.in_tables(family):.0f}%" for family in FAMILY_TITLES),
         )
-        for claim in claims()
+        for claim in CLAIMS
     )
     columns = ("claim", "here", "paper says", *(f"its tables, {title}" for title in FAMILY_TITLES.values()))
     note = (
@@ -226,7 +214,7 @@ def _run_row(experiment: Experiment, run: Run, links: Links) -> Row:
         Cell(f"{arm_title(record.arm)}, seed {record.seed}", (Link(record.arm, links.file(run.path)),)),
         model_title(record.model),
         record.status if record.status != "failed" else f"failed: {record.error or 'no reason was recorded'}",
-        signed(run.score(experiment.split), 2, plus=False),
+        points(run.score(experiment.split), 2),
         "–" if record.best_epoch is None else f"{record.best_epoch:g}",
         TRAINABLE.text([run]),
         MEMORY.text([run]),
@@ -234,3 +222,34 @@ def _run_row(experiment: Experiment, run: Run, links: Links) -> Row:
         "–" if speed is None else f"{speed:.0f}",
         TIME.text([run]),
     )
+
+
+def published_row(title: str, values: Sequence[float | None]) -> Row:
+    """Show figures of the paper below ours."""
+    return (Cell(f"paper, {title}" if title else "paper", quiet=True), *map(points, values))
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Average the rows of a column; None where one is missing, for means of other rows cannot be compared."""
+    kept = [value for value in values if value is not None]
+    return float(np.mean(kept)) if kept and len(kept) == len(values) else None
+
+
+def joint_table(experiments: Sequence[Experiment], base: Path) -> Table:
+    """Show all experiments in the form of the paper's Table 1, with the mean where every cell is filled."""
+    arms = [*ARMS, *sorted({arm for one in experiments for arm in one.arms} - set(ARMS))]
+    rows: list[Row] = []
+    for number, one in enumerate(experiments, start=1):
+        links = Links(base, f"e{number}-runs")
+        cells = [Cell(plus_minus(one.score(arm)), links.to_all(one.finished(arm))) for arm in arms]
+        kept = retention(one, one.student_arm, "fft") if one.student_arm else None
+        rows.append((one.name, *cells, links.derived(plus_minus(kept, unit="%"))))
+    if len({one.task.name or one.name for one in experiments}) == len(experiments):
+        ours = [[score.mean if (score := one.score(arm)) else None for one in experiments] for arm in arms]
+        rows.append((strong("mean"), *(strong(points(mean_of(column))) for column in ours), ""))
+        if all(one.task.name for one in experiments):
+            theirs = [published_scores(one.task.name).get("bert", {}) for one in experiments]
+            means = [mean_of([scores.get(arm) for scores in theirs]) for arm in arms]
+            rows.append((*published_row("BERT, same tasks", means), "–"))
+    columns = ("experiment", *map(arm_title, arms), "kept of FFT")
+    return Table("Scores, 0 to 100", columns, tuple(rows), note=SEEDS_NOTE)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from math import inf
+
 from kdlora.evidence.stats import Difference, MeanSd
 
 MINUS = "−"
@@ -45,10 +49,10 @@ def arm_title(arm: str) -> str:
 
 def metric_title(name: str) -> str:
     """Name a metric, its group included."""
-    if name in _METRIC_TITLES:
-        return _METRIC_TITLES[name]
-    base = next((known for known in sorted(_METRIC_TITLES, key=len)[::-1] if name.startswith(f"{known}_")), None)
-    return f"{_METRIC_TITLES[base]}, {name.removeprefix(f'{base}_')}" if base else name
+    known = [key for key in _METRIC_TITLES if name == key or name.startswith(f"{key}_")]
+    base = max(known, key=len, default="")
+    group = name.removeprefix(base).removeprefix("_")
+    return _METRIC_TITLES.get(base, "") + (f", {group}" if base and group else group)
 
 
 def score_title(metrics: tuple[str, ...]) -> str:
@@ -69,7 +73,7 @@ def plus_minus(value: MeanSd | None, digits: int = 1, unit: str = "") -> str:
     """Write mean ± sample standard deviation, or the mean alone for one seed."""
     if value is None:
         return "–"
-    mean = signed(value.mean, digits, plus=False)
+    mean = points(value.mean, digits)
     return f"{mean}{unit}" if value.sd is None else f"{mean}\u00a0±\u00a0{value.sd:.{digits}f}{unit}"
 
 
@@ -81,6 +85,11 @@ def signed(value: float | None, digits: int = 1, *, plus: bool = True) -> str:
     if float(text) == 0:
         return text
     return f"{MINUS}{text}" if value < 0 else f"+{text}" if plus else text
+
+
+def points(value: float | None, digits: int = 1) -> str:
+    """Write a score, or points that are not gained but there."""
+    return signed(value, digits, plus=False)
 
 
 def interval(difference: Difference) -> str:
@@ -106,39 +115,32 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def count(value: float | None) -> str:
-    """Write a number of parameters: 66.4 M."""
+def _scaled(steps: Sequence[tuple[float, float, str, str]], value: float | None) -> str:
+    """Write an amount in the unit of the first step whose limit is above it."""
     if value is None:
         return "–"
-    for size, unit in ((1e9, "\u00a0B"), (1e6, "\u00a0M"), (1e3, "\u00a0k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}" if abs(value) / size < 100 else f"{value / size:.0f}{unit}"
-    return f"{value:.0f}"
+    unit, form, name = next(step[1:] for step in steps if value < step[0])
+    return f"{value / unit:{form}}{name}"
 
 
-def size(value: float | None) -> str:
-    """Write bytes as MB or GB (powers of ten, as disks and the paper do)."""
-    if value is None:
-        return "–"
-    if value >= 1e9:
-        return f"{value / 1e9:.2f}\u00a0GB"
-    return f"{value / 1e6:.1f}\u00a0MB" if value < 1e8 else f"{value / 1e6:.0f}\u00a0MB"
-
-
-def milliseconds(value: float | None) -> str:
-    """Write a latency."""
-    if value is None:
-        return "–"
-    return f"{value:.2f}\u00a0ms" if value < 10 else f"{value:.1f}\u00a0ms" if value < 100 else f"{value:.0f}\u00a0ms"
-
-
-def duration(value: float | None) -> str:
-    """Write seconds, minutes or hours."""
-    if value is None:
-        return "–"
-    if value < 90:
-        return f"{value:.1f}\u00a0s"
-    return f"{value / 60:.1f}\u00a0min" if value < 5400 else f"{value / 3600:.1f}\u00a0h"
+count = partial(
+    _scaled,
+    (
+        (1e3, 1, ".0f", ""),
+        *((1e5, 1e3, ".3g", "\u00a0k"), (1e6, 1e3, ".0f", "\u00a0k")),
+        *((1e8, 1e6, ".3g", "\u00a0M"), (1e9, 1e6, ".0f", "\u00a0M")),
+        (inf, 1e9, ".3g", "\u00a0B"),
+    ),
+)
+"""Write a number of parameters: 66.4 M."""
+size = partial(_scaled, ((1e8, 1e6, ".1f", "\u00a0MB"), (1e9, 1e6, ".0f", "\u00a0MB"), (inf, 1e9, ".2f", "\u00a0GB")))
+"""Write bytes as MB or GB (powers of ten, as disks and the paper do)."""
+milliseconds = partial(
+    _scaled, tuple((below, 1, form, "\u00a0ms") for below, form in ((10, ".2f"), (100, ".1f"), (inf, ".0f")))
+)
+"""Write a latency."""
+duration = partial(_scaled, ((90, 1, ".1f", "\u00a0s"), (5400, 60, ".1f", "\u00a0min"), (inf, 3600, ".1f", "\u00a0h")))
+"""Write seconds, minutes or hours."""
 
 
 def change(before: float, after: float, less: str = "less") -> str:
@@ -159,7 +161,7 @@ def share(value: float | None) -> str:
     """Write per cent without decimals, but never 100% for what only rounds to it."""
     if value is None:
         return "–"
-    return f"{signed(value, 1 if 99.5 <= value < 100 else 0, plus=False)}%"
+    return f"{points(value, 1 if 99.5 <= value < 100 else 0)}%"
 
 
 def seeds(number: int) -> str:

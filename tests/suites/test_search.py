@@ -19,9 +19,9 @@ from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.experiment import study as study_module
 from kdlora.experiment.arms import rows_per_epoch
-from kdlora.experiment.search import _Reporter, begin_search, carry_out_trial, run_search
-from kdlora.experiment.study import ask, check_space, counted_trials, grid_of, open_study, settings_of
-from kdlora.experiment.trial import Holdout, hold_out, load_held_out, train_trial
+from kdlora.experiment.search import Reporter, begin_search, carry_out_trial, run_search
+from kdlora.experiment.study import ask, check_space, counted_trials, grid_of, settings_of
+from kdlora.experiment.trial import hold_out, load_held_out, train_trial
 from kdlora.searchconfig import SearchConfig
 from tiny import write_csv
 
@@ -54,7 +54,7 @@ def test_the_search_never_sees_the_reported_rows(search_of):
     """A config chosen on the rows that are reported afterwards scores too high, and nobody can tell by how much."""
     config, _ = search_of()
     splits = load_splits(config.task, config.data)
-    held = hold_out(splits, Holdout(0.25, 0))
+    held = hold_out(splits, SearchConfig(validation_fraction=0.25))
     assert held.test is None
     assert set(held.train["text"]) | set(held.validation["text"]) == set(splits.train["text"])
     assert sorted([*held.train["id"], *held.validation["id"]]) == sorted(splits.train["id"])
@@ -72,7 +72,7 @@ def test_nothing_of_a_held_out_text_is_learnt(workshop, tmp_path):
     ]
     file = write_csv(tmp_path / "train.csv", rows)
     config = workshop.config({"data": {"train": str(file), "augment": 5}})
-    held = load_held_out(config.task, config.data, Holdout(0.5, 0))
+    held = load_held_out(config, SearchConfig(validation_fraction=0.5))
     assert len(held.train) == len(held.validation) == 40
     unseen = {text.split()[0] for text in held.validation["text"]}
     seen = {word for part in (held.train, held.unlabelled) for text in part["text"] for word in text.split()}
@@ -80,7 +80,7 @@ def test_nothing_of_a_held_out_text_is_learnt(workshop, tmp_path):
     assert len(unseen) == 20
     pairs = Dataset.from_dict({"id": ["0", "1", "2", "3"], "text": list("aabb"), "text_pair": list("xyxx")})
     whole = dataclasses.replace(held, train=pairs.add_column("label", [0, 1, 0, 1]))
-    parts = hold_out(whole, Holdout(0.5, 0))
+    parts = hold_out(whole, SearchConfig(validation_fraction=0.5))
     assert {len(parts.train), len(parts.validation)} <= {1, 2, 3}
     assert ("2" in parts.train["id"]) == ("3" in parts.train["id"])
 
@@ -153,7 +153,7 @@ def test_processes_share_the_trials(search_of, tmp_path):
     """Two processes that both count to N train twice as much as was asked for."""
     config, settings = search_of({"lora.rank": [2, 4]}, trials=30)
     search = begin_search(config, settings, tmp_path / "s", str(tmp_path / "trials.db"))
-    studies = [open_study(search.storage, search.name, settings) for _ in range(2)]
+    studies = [search.study() for _ in range(2)]
     taken = [ask(one, settings, tmp_path / "locks") for one in studies]
     assert {trial.params["lora.rank"] for trial, _ in taken} == {2, 4}
     assert ask(studies[0], settings, tmp_path / "locks") is None
@@ -163,13 +163,13 @@ def test_a_trial_of_a_dead_process_is_tried_again(search_of, tmp_path):
     """A killed trial that counts as running leaves the search a trial short, for ever."""
     config, settings = search_of(trials=1)
     search = begin_search(config, settings, tmp_path / "s", None)
-    study = open_study(search.storage, search.name, settings)
+    study = search.study()
     dead, lock = ask(study, settings, search.folder / "trials")
     assert ask(study, settings, search.folder / "trials") is None  # alive as long as it holds its lock
     lock.release()
     assert carry_out_trial(search)[0] == 1
     assert carry_out_trial(search) is None
-    trials = open_study(search.storage, search.name, settings).trials
+    trials = search.study().trials
     assert [one.state.name for one in trials] == ["FAIL", "COMPLETE"]
     assert trials[1].params == dead.params
     assert len(counted_trials(study)) == 1
@@ -220,7 +220,7 @@ def _event(epoch, score):
 def test_the_pruner_gets_each_epochs_own_score(tmp_path):
     """An event at the end of an epoch, before its evaluation, carries the score of the epoch before."""
     trial, stop = _Trial(prune_at=2), tmp_path / "stop"
-    reporter = _Reporter(trial, stop, lambda event: None)
+    reporter = Reporter(trial, stop, lambda event: None)
     for epoch, score in [(0.5, None), (1.0, None), (1.0, 70.0), (1.4, 70.0), (2.0, 70.0), (2.0, 60.0)]:
         reporter.hear(_event(epoch, score))
     assert trial.reports == [(1, 70.0)]
@@ -228,8 +228,8 @@ def test_the_pruner_gets_each_epochs_own_score(tmp_path):
     reporter.hear(_event(2.3, 60.0))
     assert trial.reports == [(1, 70.0), (2, 60.0)]
     assert stop.exists()
-    reporter.complete([{"score": 70.0}, {"score": 60.0}, {"score": 65.0}])
-    assert trial.reports[2:] == [(3, 65.0)]
+    reporter.report(2, 60.0)
+    assert len(trial.reports) == 2
 
 
 def test_a_training_stops_when_it_is_asked_to(search_of, tmp_path):
@@ -239,7 +239,9 @@ def test_a_training_stops_when_it_is_asked_to(search_of, tmp_path):
     config, _ = search_of()
     (tmp_path / "stop").touch()
     layout = ExperimentLayout(tmp_path / "trial")
-    result = train_trial(config, Holdout(0.2, 0), layout, "student-lora", tmp_path / "stop", lambda event: None)
+    result = train_trial(
+        config, SearchConfig(validation_fraction=0.2), layout, "student-lora", tmp_path / "stop", lambda event: None
+    )
     assert result.score is None
 
 
@@ -259,6 +261,16 @@ def test_a_locked_storage_is_told(search_of, tmp_path, monkeypatch):
     (tmp_path / "notes.log").write_text("mine\n", encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"notes\.log is no search storage"):
         run_search(config, settings, tmp_path / "u", storage=str(tmp_path / "notes.log"))
+
+
+def test_a_database_without_its_driver_is_told(cli, workshop, tmp_path):
+    """Optuna's own error does not say what to install, and shows the password."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(workshop.values() | {"search": {"space": {"lora.rank": [2]}}}), encoding="utf-8")
+    said = cli("search", file, "--out", tmp_path / "s", "--storage", "postgresql://me:secret@localhost/trials")
+    assert said.code == 2
+    assert "--storage postgresql://...: the Python driver of this database is not installed" in said.err
+    assert "secret" not in said.err
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,7 +18,7 @@ from filelock import FileLock
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import save_config
 from kdlora.distil.trainer import ProgressEvent
-from kdlora.errors import KdLoraError
+from kdlora.errors import ConfigError, KdLoraError
 from kdlora.experiment.engines import LostError, open_engine
 from kdlora.experiment.jobs import train_afresh
 from kdlora.experiment.plan import ConfigurationLayout, identity, reset_unused
@@ -27,13 +29,11 @@ from kdlora.experiment.study import (
     best_first,
     check_space,
     open_study,
-    require_optuna,
     settings_of,
     storage_faults,
-    study_name,
     with_settings,
 )
-from kdlora.experiment.trial import Holdout, TrialResult, inspect_rows, make_teacher, train_trial
+from kdlora.experiment.trial import TrialResult, inspect_rows, make_teacher, train_trial
 from kdlora.searchconfig import SearchConfig
 from kdlora.system.children import run_in_child
 from kdlora.system.integrity import hash_json
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 class Search:
     """A search under way: the config as given, the same with the one arm that is trained, and where it all goes.
 
-    `storage` is as the user named it, `name` is the study's, `rows` the fingerprint of the rows that are used.
+    `storage` is as the user named it, `rows` the fingerprint of the rows that are used.
     """
 
     given: Config
@@ -59,17 +59,19 @@ class Search:
     arm: Arm
     folder: Path
     storage: str
-    name: str
     rows: str
 
-    @property
-    def holdout(self) -> Holdout:
-        """How rows are held out of the training split."""
-        return Holdout(self.settings.validation_fraction, self.settings.seed)
-
     def study(self) -> Study:
-        """Open the study, which all processes share."""
-        return open_study(self.storage, self.name, self.settings)
+        """Open the study, which all processes share; what makes its trials comparable names it."""
+        values = identity(self.config) | {"seeds": self.config.run.seeds[:1], "rows": self.rows}
+        values |= {"search": self.settings.model_dump(mode="json", exclude={"trials", "resources"})}
+        return open_study(self.storage, f"{self.config.title()}-{hash_json(values)[:10]}", self.settings)
+
+    def key(self, config: Config, arm: Arm) -> str:
+        """Hash what decides a training's figures."""
+        values: dict[str, Any] = identity(config) | {"arm": arm, "rows": self.rows}
+        values["seed"] = config.teacher_seed if arm == "fft" else config.run.seeds[0]
+        return hash_json(values)[:12]
 
 
 @dataclass(frozen=True)
@@ -143,22 +145,22 @@ def run_search(
     search = begin_search(config, settings, out, storage)
     with storage_faults(search.storage):
         _carry_out_trials(search, on, listen)
-        return end_search(search)
+        return _end(search)
 
 
 def begin_search(config: Config, settings: SearchConfig, out: str | Path | None, storage: str | None) -> Search:
     """Check a search, and make its folder and storage."""
-    require_optuna()
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError("a search needs Optuna: pip install 'kdlora[search]' brings the extra")
     check_space(config, settings)
     students: list[Arm] = [arm for arm in STUDENT_ARMS if arm in config.run.arms]
-    arm = settings.arm or (students[0] if students else "fft")
+    arm = settings.arm or [*students, "fft"][0]
     given, config = config, with_settings(config, {"run.arms": [arm]})
     folder = (Path(out) if out is not None else Path("runs") / f"{config.title()}-search").absolute()
     check_folder(folder, "search")
-    rows, chosen = run_in_child(inspect_rows, config, Holdout(settings.validation_fraction, settings.seed))
+    rows, chosen = run_in_child(inspect_rows, config, settings)
     given, config = chosen.fill_in(given), chosen.fill_in(config)
-    name = study_name(config, settings, rows)
-    search = Search(given, config, settings, arm, folder, storage or str(folder / "journal.log"), name, rows)
+    search = Search(given, config, settings, arm, folder, storage or str(folder / "journal.log"), rows)
     claim_folder(folder, "search")
     search.study()
     write_text_atomic(folder / "search.yaml", save_config(config))
@@ -221,7 +223,7 @@ def _settle(search: Search, study: Study, trial: Trial, hear: Callable[[Any], No
     settings = settings_of(search.settings, trial.params)
     trial.set_user_attr("settings", settings)
     try:
-        result = _result(search, trial, with_settings(search.config, settings), hear)
+        score = _train(search, trial, settings, hear).score
     except OSError:
         raise
     except Exception as error:
@@ -230,119 +232,89 @@ def _settle(search: Search, study: Study, trial: Trial, hear: Callable[[Any], No
         trial.set_user_attr("error", fault)
         study.tell(trial, state=TrialState.FAIL)
         return f"failed: {fault}"
-    if result.score is None:
-        study.tell(trial, state=TrialState.PRUNED)
-        return "pruned"
-    study.tell(trial, result.score)
-    return f"score {result.score:.2f}"
+    study.tell(trial, score, state=TrialState.PRUNED if score is None else TrialState.COMPLETE)
+    return "pruned" if score is None else f"score {score:.2f}"
 
 
-def _result(search: Search, trial: Trial, config: Config, hear: Callable[[Any], None]) -> TrialResult:
+def _train(search: Search, trial: Trial, settings: dict[str, Any], hear: Callable[[Any], None]) -> TrialResult:
     """Train a trial's config, unless another trial has trained the very same before."""
-    key = _key(search, config, search.arm)
-    folder = search.folder / "trials" / key
+    config, arm = with_settings(search.config, settings), search.arm
+    key = search.key(reset_unused(config, arm), arm)
+    layout = ConfigurationLayout(search.folder / "trials" / key, shared_folder=search.folder)
+    stop, known = layout.root / "stop", layout.root / "trial.json"
     trial.set_user_attr("folder", f"trials/{key}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        reporter = _Reporter(trial, folder / "stop", hear)
-        if (folder / "trial.json").exists():
-            known = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
-            result = TrialResult(known["score"], known["history"])
+    layout.root.mkdir(parents=True, exist_ok=True)
+    with FileLock(layout.root / ".lock"):
+        reporter = Reporter(trial, stop, hear)
+        if known.exists():
+            content = json.loads(known.read_text(encoding="utf-8"))
+            result = TrialResult(content["score"], content["history"])
         else:
-            result = _train(search, config, folder, reporter)
+            if arm in DISTILLED_ARMS and not config.teacher.is_table:
+                layout = replace(layout, shared_teacher=_make_teacher(search, config, hear))
+            remove(stop)
+            arguments = (config, search.settings, layout, arm, stop)
+            result = train_afresh(lambda: run_in_child(train_trial, *arguments, on_message=reporter.hear), layout.runs)
+            remove(layout.runs)
+            remove(stop)
             if result.score is not None:
-                settings = settings_of(search.settings, trial.params)
-                content = {"settings": settings, "score": result.score, "history": result.history}
-                write_json_atomic(folder / "trial.json", content)
-        reporter.complete(result.history)
-        return result
-
-
-def _train(search: Search, config: Config, folder: Path, reporter: _Reporter) -> TrialResult:
-    remove(reporter.stop)
-    layout = ConfigurationLayout(folder, shared_folder=search.folder)
-    if search.arm in DISTILLED_ARMS and not config.teacher.is_table:
-        layout = replace(layout, shared_teacher=_teacher(search, config, reporter.tell))
-    arguments = (config, search.holdout, layout, search.arm, reporter.stop)
-    result = train_afresh(lambda: run_in_child(train_trial, *arguments, on_message=reporter.hear), layout.runs)
-    remove(layout.runs)
-    remove(reporter.stop)
+                write_json_atomic(known, {"settings": settings, "score": result.score, "history": result.history})
+        for epoch, entry in enumerate(result.history, start=1):  # those before an interruption among them
+            reporter.report(epoch, float(entry["score"]))
     return result
 
 
-class _Reporter:
+class Reporter:
     """Passes the score after each epoch to Optuna, and asks the training to stop where Optuna prunes it."""
 
     def __init__(self, trial: Trial, stop: Path, tell: Callable[[Any], None]) -> None:
-        self._trial, self.stop, self.tell = trial, stop, tell
-        self._ended: tuple[int, float] | None = None
+        self._trial, self._stop, self._tell = trial, stop, tell
         self._reported: set[int] = set()
 
     def hear(self, event: Any) -> None:
-        """Take an event of the training.
+        """Take an event of the training; within an epoch it has the score of the one before.
 
-        An event at the very end of an epoch may come before its evaluation or after it; the last one counts, so a
-        score is passed on with the first event of the next epoch.
+        At the very end of an epoch it may come before the evaluation or after it.
         """
         if not isinstance(event, ProgressEvent):
             return
-        self.tell(event)
-        if self._ended is not None and event.epoch > self._ended[0] + 1e-6:
-            epoch, score = self._ended
-            self._ended = None
-            self._report(epoch, score)
+        self._tell(event)
+        epoch = math.floor(event.epoch + 1e-6)
+        if event.score is not None and epoch > 0 and event.epoch > epoch + 1e-6 and epoch not in self._reported:
+            self.report(epoch, event.score)
             if self._trial.should_prune():
-                self.stop.touch()
-        if event.score is not None and event.epoch > 0.5 and abs(event.epoch - round(event.epoch)) < 1e-6:
-            self._ended = (round(event.epoch), event.score)
+                self._stop.touch()
 
-    def complete(self, history: list[dict[str, Any]]) -> None:
-        """Pass on the scores of the epochs that no event told of, those before an interruption among them."""
-        for epoch, entry in enumerate(history, start=1):
-            self._report(epoch, float(entry["score"]))
-
-    def _report(self, epoch: int, score: float) -> None:
+    def report(self, epoch: int, score: float) -> None:
+        """Pass a score on, once."""
         if epoch not in self._reported:
             self._reported.add(epoch)
             self._trial.report(score, epoch)
 
 
-def _teacher(search: Search, config: Config, hear: Callable[[Any], None]) -> Path:
+def _make_teacher(search: Search, config: Config, hear: Callable[[Any], None]) -> Path:
     """Give the teacher of a trial, made once for all trials with the same `teacher` section."""
     made = reset_unused(config, "fft").model_copy(update={"data": config.data})  # it labels the copies of the texts too
-    key = _hash(search, made, "fft")
+    key = search.key(made, "fft")
     layout = ConfigurationLayout(search.folder / "teachers" / key, shared_folder=search.folder)
     layout.root.mkdir(parents=True, exist_ok=True)
     with FileLock(layout.root / ".lock"):  # another process that needs it waits
         if not (layout.root / "done").exists():
-            run_in_child(make_teacher, made, search.holdout, layout, on_message=hear)
+            run_in_child(make_teacher, made, search.settings, layout, on_message=hear)
             write_text_atomic(layout.root / "done", key)
     return layout.teacher
 
 
-def _key(search: Search, config: Config, arm: Arm) -> str:
-    """Hash what decides a training's figures, of all that a config holds."""
-    return _hash(search, reset_unused(config, arm), arm)
-
-
-def _hash(search: Search, config: Config, arm: Arm) -> str:
-    values: dict[str, Any] = identity(config) | {"arm": arm, "rows": search.rows}
-    values["seed"] = config.teacher_seed if arm == "fft" else config.run.seeds[0]
-    return hash_json(values)[:12]
-
-
-def end_search(search: Search) -> SearchResult:
+def _end(search: Search) -> SearchResult:
     """Write the best config and the report."""
     study = search.study()
     trials = study.get_trials(deepcopy=False)
     states, ranked = Counter(one.state.name for one in trials), best_first(trials)
-    best = ranked[0] if ranked else None
-    paths = list(write_search_report(search.folder, search.config.title(), search.arm, search.settings, study))
-    settings: dict[str, Any] = {}
-    if best is not None:
-        settings = settings_of(search.settings, best.params)
-        write_text_atomic(search.folder / "best.yaml", save_config(with_settings(search.given, settings)))
-        paths.insert(0, search.folder / "best.yaml")
-    score = None if best is None else best.value
-    ended = len(ranked), states["PRUNED"], states["FAIL"]
-    return SearchResult(search.folder, settings, score, *ended, tuple(paths))
+    paths = write_search_report(search.folder, search.config.title(), search.arm, search.settings, study)
+    best: dict[str, Any] = {}
+    if ranked:
+        best = settings_of(search.settings, ranked[0].params)
+        write_text_atomic(search.folder / "best.yaml", save_config(with_settings(search.given, best)))
+        paths = (search.folder / "best.yaml", *paths)
+    score = ranked[0].value if ranked else None
+    return SearchResult(search.folder, best, score, len(ranked), states["PRUNED"], states["FAIL"], paths)

@@ -1,9 +1,8 @@
-"""The study of a search: its space, its storage, and trials that several processes share."""
+"""The study of a search, in Optuna's words: its space, its storage, and trials that several processes share."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import json
 import math
@@ -19,9 +18,7 @@ from filelock import FileLock, Timeout
 from kdlora.config import Config
 from kdlora.configfile import build_config
 from kdlora.errors import ArtifactError, ConfigError, first_line
-from kdlora.experiment.plan import identity
 from kdlora.searchconfig import Choices, Range, SearchConfig
-from kdlora.system.integrity import hash_json
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -29,22 +26,8 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-
 LOCK_SECONDS = 30.0
 """How long to wait for a database that another process has locked."""
-
-
-def require_optuna() -> None:
-    """Refuse a search without Optuna."""
-    if importlib.util.find_spec("optuna") is None:
-        raise ConfigError("a search needs Optuna: pip install 'kdlora[search]' brings the extra")
-
-
-def study_name(config: Config, search: SearchConfig, rows: str) -> str:
-    """Name the study by everything that makes its trials comparable; another space is another study."""
-    values = identity(config) | {"seeds": config.run.seeds[:1], "rows": rows}
-    values |= {"search": search.model_dump(mode="json", exclude={"trials", "resources"})}
-    return f"{config.title()}-{hash_json(values)[:10]}"
 
 
 def open_study(storage: str, name: str, search: SearchConfig) -> Study:
@@ -55,9 +38,8 @@ def open_study(storage: str, name: str, search: SearchConfig) -> Study:
     with warnings.catch_warnings(), storage_faults(storage):
         warnings.simplefilter("ignore")
         try:
-            study = optuna.create_study(
-                storage=_open_storage(storage), study_name=name, direction="maximize", load_if_exists=True
-            )
+            place = _open_storage(storage)
+            study = optuna.create_study(storage=place, study_name=name, direction="maximize", load_if_exists=True)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:  # a journal that is none
             raise ArtifactError(f"{storage} is no search storage, or a damaged one; name another: {error!r}") from None
         # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
@@ -70,6 +52,7 @@ def open_study(storage: str, name: str, search: SearchConfig) -> Study:
 
 
 def _open_storage(storage: str) -> BaseStorage:
+    """Open a journal, a SQLite file or a database, after a look whether a file that is there is one."""
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
@@ -78,32 +61,35 @@ def _open_storage(storage: str) -> BaseStorage:
         path = Path(storage).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         is_database = path.suffix in (".db", ".sqlite", ".sqlite3")
-        _refuse_foreign(path, is_database=is_database)
+        if path.exists() and path.stat().st_size and not (_is_database if is_database else _is_journal)(path):
+            raise ArtifactError(f"{path} is no search storage, and stays as it is; name another with --storage")
         if not is_database:
             return JournalStorage(JournalFileBackend(str(path)))
         url = f"sqlite:///{path}"
-    arguments = {"connect_args": {"timeout": LOCK_SECONDS}} if url.startswith("sqlite") else {}
-    return RDBStorage(url, engine_kwargs=arguments)
-
-
-def _refuse_foreign(path: Path, *, is_database: bool) -> None:
-    """See that a file is a storage already, before Optuna adds a line or tables to it."""
-    if not path.exists() or not path.stat().st_size:
-        return
     try:
-        if is_database:
-            with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-                tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
-            known = not tables or {"studies", "trials", "version_info"} <= tables
-        else:
-            with path.open("rb") as file:
-                known = "op_code" in json.loads(file.readline())
-    except sqlite3.OperationalError:  # locked, for one: Optuna tells of that
-        return
-    except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError):
-        known = False
-    if not known:
-        raise ArtifactError(f"{path} is no search storage, and stays as it is; name another with --storage")
+        return RDBStorage(url, {"connect_args": {"timeout": LOCK_SECONDS}} if url.startswith("sqlite") else {})
+    except ImportError:
+        raise ConfigError(
+            f"--storage {url.partition('://')[0]}://...: the Python driver of this database is not installed; install "
+            "it (psycopg2-binary for postgresql, pymysql for mysql+pymysql), or name a file"
+        ) from None
+
+
+def _is_database(path: Path) -> bool:
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
+    except sqlite3.DatabaseError as fault:
+        return isinstance(fault, sqlite3.OperationalError)  # locked, for one: Optuna tells of that
+    return not tables or {"studies", "trials", "version_info"} <= tables
+
+
+def _is_journal(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return "op_code" in json.loads(file.readline())
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 @contextlib.contextmanager
@@ -144,7 +130,7 @@ def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLo
             random.Random(search.seed).shuffle(points)  # an order that does not favour the first key
             study.enqueue_trial(next(point for point in points if point not in tried))
         trial = study.ask(distributions(search))
-        lock = _lock(folder, trial.number)
+        lock = FileLock(folder / f"running-{trial.number}.lock")
         lock.acquire(timeout=0)
         return trial, lock
 
@@ -161,16 +147,9 @@ def _revive(study: Study, folder: Path) -> None:
     from optuna.trial import TrialState
 
     for one in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        try:
-            with _lock(folder, one.number).acquire(timeout=0):
-                study.tell(one.number, state=TrialState.FAIL)
-                study.enqueue_trial(one.params, user_attrs={"continues": one.number})
-        except Timeout:
-            continue  # its process is alive
-
-
-def _lock(folder: Path, number: int) -> FileLock:
-    return FileLock(folder / f"running-{number}.lock")
+        with contextlib.suppress(Timeout), FileLock(folder / f"running-{one.number}.lock", timeout=0):
+            study.tell(one.number, state=TrialState.FAIL)
+            study.enqueue_trial(one.params, user_attrs={"continues": one.number})
 
 
 def best_first(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
@@ -181,8 +160,7 @@ def best_first(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
 def with_settings(config: Config, settings: Mapping[str, Any], *, where: str = "the search") -> Config:
     """Put settings into a config."""
-    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    return build_config(config.model_dump(mode="json"), overrides, where=where)
+    return build_config(config.model_dump(mode="json"), settings.items(), where=where)
 
 
 def check_space(config: Config, search: SearchConfig) -> None:
@@ -223,11 +201,11 @@ def distributions(search: SearchConfig) -> dict[str, BaseDistribution]:
 
 def settings_of(search: SearchConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a trial's point back into config values."""
-    return {key: _unlabel(search.space[key], value) for key, value in params.items()}
 
+    def value_of(space: Range | Choices, point: Any) -> Any:
+        return point if isinstance(space, Range) else next(one for one in space.values if _label(one) == point)
 
-def _unlabel(space: Range | Choices, value: Any) -> Any:
-    return value if isinstance(space, Range) else next(one for one in space.values if _label(one) == value)
+    return {key: value_of(search.space[key], point) for key, point in params.items()}
 
 
 def grid_of(search: SearchConfig) -> dict[str, list[Any]] | None:

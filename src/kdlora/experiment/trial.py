@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdlora.config import DISTILLED_ARMS, Arm, Config, DataConfig, TaskConfig
+from kdlora.config import DISTILLED_ARMS, Arm, Config
 from kdlora.data.augment import TEXTS, keep_unscored
 from kdlora.data.load import Splits, add_copies, load_splits, split_rows
 from kdlora.data.spool import read_column
@@ -24,19 +24,12 @@ from kdlora.experiment.recording import hash_splits, prepare_process
 from kdlora.experiment.settle import Chosen, choose
 from kdlora.experiment.stages import label_splits, train_splits
 from kdlora.models.encoders import save_encoder
+from kdlora.searchconfig import SearchConfig
 from kdlora.system.storage import atomic_folder
 
 
 class TrialStoppedError(Exception):
     """A trial was asked to stop: it is pruned."""
-
-
-@dataclass(frozen=True)
-class Holdout:
-    """How rows are held out of the training split: which share of them, and the seed of the draw."""
-
-    fraction: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -47,14 +40,14 @@ class TrialResult:
     history: list[dict[str, Any]]
 
 
-def load_held_out(task: TaskConfig, data: DataConfig, holdout: Holdout, copies_in: Path | None = None) -> Splits:
+def load_held_out(config: Config, search: SearchConfig, copies_in: Path | None = None) -> Splits:
     """Load the split that a search sees: part of the training rows is its validation split, and nothing else is."""
-    plain = data.model_copy(update={"augment": 0})  # no copy may be made of a held-out text, nor of a part of one
-    held = hold_out(load_splits(task, plain), holdout)
-    return add_copies(held, data.augment, seed=data.split_seed, keep_in=copies_in)
+    plain = config.data.model_copy(update={"augment": 0})  # no copy may be made of a held-out text, or of part of one
+    held = hold_out(load_splits(config.task, plain), search)
+    return add_copies(held, config.data.augment, seed=config.data.split_seed, keep_in=copies_in)
 
 
-def hold_out(splits: Splits, holdout: Holdout) -> Splits:
+def hold_out(splits: Splits, search: SearchConfig) -> Splits:
     """Hold rows out of the training split: a text with all its rows, and none of it stays in training."""
     texts = pd.DataFrame({name: read_column(splits.train, name) for name in TEXTS if name in splits.train.column_names})
     number = texts.groupby(list(texts), sort=False).ngroup().to_numpy()  # of each row's text, in their order
@@ -62,7 +55,7 @@ def hold_out(splits: Splits, holdout: Holdout) -> Splits:
     classes = read_column(splits.train, "label").to_numpy()[first] if splits.task.kind == "single-label" else None
     if len(first) < 2:
         raise DataError(f"{len(first)} training text cannot be split for a search; give more rows")
-    _, drawn = split_rows(len(first), holdout.fraction, holdout.seed, classes)
+    _, drawn = split_rows(len(first), search.validation_fraction, search.seed, classes)
     if not len(drawn):
         raise DataError("every label has a single training row, so none can be held out; give more rows per label")
     is_held = np.isin(number, drawn)
@@ -75,16 +68,16 @@ def hold_out(splits: Splits, holdout: Holdout) -> Splits:
     )
 
 
-def inspect_rows(config: Config, holdout: Holdout) -> tuple[str, Chosen]:
+def inspect_rows(config: Config, search: SearchConfig) -> tuple[str, Chosen]:
     """Fingerprint the rows that a search uses, and say what data and models decide where the config does not."""
-    splits = load_held_out(config.task, config.data, holdout)
+    splits = load_held_out(config, search)
     return hash_splits(splits), choose(config, splits)
 
 
-def make_teacher(config: Config, holdout: Holdout, layout: ExperimentLayout, send: Callable[..., None]) -> None:
+def make_teacher(config: Config, search: SearchConfig, layout: ExperimentLayout, send: Callable[..., None]) -> None:
     """Train a teacher without the held-out rows, unless it was given, and store what it says of the others."""
     prepare_process(config)
-    splits, seed = load_held_out(config.task, config.data, holdout, layout.copies), config.teacher_seed
+    splits, seed = load_held_out(config, search, layout.copies), config.teacher_seed
     if not config.given_teacher and not layout.teacher.exists():
         encoder = load_base(config, "fft", seed, splits.task)
         trained = train_splits(config, layout, splits, encoder, "fft", seed, send)
@@ -95,11 +88,11 @@ def make_teacher(config: Config, holdout: Holdout, layout: ExperimentLayout, sen
 
 
 def train_trial(
-    config: Config, holdout: Holdout, layout: ExperimentLayout, arm: Arm, stop: Path, send: Callable[[Any], None]
+    config: Config, search: SearchConfig, layout: ExperimentLayout, arm: Arm, stop: Path, send: Callable[[Any], None]
 ) -> TrialResult:
     """Train one arm as a trial's config says, and score it on the held-out rows after every epoch."""
     prepare_process(config)
-    splits, seed = load_held_out(config.task, config.data, holdout, layout.copies), config.run.seeds[0]
+    splits, seed = load_held_out(config, search, layout.copies), config.run.seeds[0]
     if arm in DISTILLED_ARMS:
         splits = attach_teacher(splits, *stored_logits(config, layout, splits), distil=config.distil)
 

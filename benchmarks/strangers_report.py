@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +26,6 @@ _LEGEND = """\
 Test scores, 0 to 100, mean ± standard deviation over seeds; F1 is macro F1; seconds of one training. Differences in
 points; of several sides the best on test counts. Intervals over rows and seeds: 95% each for sets and for tuning means;
 {1:.2f}% for reported means: 95% for all {0} claims of the plan together (Bonferroni). One seed proves nothing."""
-WARNED = re.compile(r"teacher\b.*\b(no better|not better|worse|weaker|below|does not know|never)", re.IGNORECASE)
-"""A sentence of the product that says beforehand that the teacher has nothing to teach."""
 
 
 def collect(plan: Plan, out: Path, states: Mapping[Job, Figures], draws: int) -> Figures:
@@ -138,7 +135,6 @@ def render(figures: Figures) -> str:
         means = [mean for mean in figures["means"] if mean["pair"] == name]
         lines += ["", f"### {name}: {pair.teacher} teaches {student}", "", _score_table(own), ""]
         lines.append(_contrast_table(plan, own, means))
-    lines += ["", "### Goals", "", _goal_table(plan, figures), ""]
     lines.append(_LEGEND.format(count_claims(plan), 100 - 5 / count_claims(plan)))
     return "\n".join(lines)
 
@@ -195,64 +191,3 @@ def _difference(one: Figures | None) -> str:
     text = f"{signed(one['difference'])} ({signed(one['low'])} to {signed(one['high'])})"
     text += f" over {_short(one['second'])}" if "second" in one else f", {one['sets']} sets"
     return text + (", n = 1" if one.get("seeds") == 1 else "")
-
-
-def _goal_table(plan: Plan, figures: Figures) -> str:
-    lines = []
-    for pair in plan.pairs:
-        tuning, reported = (_judge(figures, pair, half) for half in HALVES)
-        for goal, (text, met) in reported.items():
-            if text != "–" or tuning[goal][0] != "–":
-                lines.append((goal, pair, tuning[goal][0], text, _verdict(met)))
-    for cell in figures["cells"]:
-        kd, full = (cell["sides"].get(name) for name in ("default/kd-lora", "student-fft/student-fft"))
-        if cell["half"] == "guard" and kd and full:
-            share = np.mean([run["test"] for run in kd]) / np.mean([run["test"] for run in full])
-            goal = f"{cell['set']}: `kd-lora` has at least 90% of `student-fft`"
-            lines.append((goal, cell["pair"], "", f"{100 * share:.1f}%", _verdict(share >= 0.9)))
-        if plain := cell["experiments"].get("plain"):
-            goal, seconds = f"{cell['set']}: all of `kdlora run` in 300 s", plain["seconds"]
-            lines.append((goal, cell["pair"], "", f"{seconds:.0f} s", _verdict(seconds <= 300)))
-    return markdown(("goal", "pair", *HALVES, "met, by the reported sets"), lines, 5)
-
-
-def _verdict(met: bool | None) -> str:
-    return "–" if met is None else "met" if met else "missed"
-
-
-def _judge(figures: Figures, pair: str, half: str) -> dict[str, tuple[str, bool | None]]:
-    """Hold a pair's figures on half of the sets against the goals: a figure, and whether it is good enough."""
-    cells = [cell for cell in figures["cells"] if (cell["pair"], cell["half"]) == (pair, half)]
-    means = {one["contrast"]: one for one in figures["means"] if (one["pair"], one["half"]) == (pair, half)}
-    gain, regret = means.get("distillation"), means.get("shipped")
-    least = min((one["difference"] for _, one in _of(cells, "distillation")), default=None)
-    below = [cell["set"] for cell, one in _of(cells, "students") if one["difference"] < -0.5 and one["high"] < 0]
-    several = all(one["seeds"] > 1 for cell in cells for one in cell["contrasts"].values())
-    unsaid = [cell["set"] for cell, one in _of(cells, "teacher") if one["high"] < 0 and not _was_said(cell)]
-    students, teacher = _of(cells, "students"), _of(cells, "teacher")
-    judged: dict[str, tuple[str, bool] | None] = {
-        "`kd-lora` below the better other student by more than 0.5, where the interval tells: no set": (
-            (", ".join(below) or "none", not below) if students else None
-        ),
-        "distillation alone: mean at least +2, interval above 0": (
-            (_difference(gain), gain["difference"] >= 2 and gain["low"] > 0) if gain else None
-        ),
-        "distillation alone: least gain of a set at least −0.5": (
-            (signed(least), least >= -0.5) if least is not None else None
-        ),
-        "teacher below the best student, and it was not said beforehand: no set": (
-            (", ".join(unsaid) or "none", not unsaid) if teacher else None
-        ),
-        "mean regret of what ships at most 0.2": (
-            (f"{-regret['difference']:.2f}", regret["difference"] >= -0.2) if regret else None
-        ),
-    }
-    return {goal: (found[0], found[1] if several else None) if found else ("–", None) for goal, found in judged.items()}
-
-
-def _of(cells: Sequence[Figures], contrast_name: str) -> list[tuple[Figures, Figures]]:
-    return [(cell, cell["contrasts"][contrast_name]) for cell in cells if contrast_name in cell["contrasts"]]
-
-
-def _was_said(cell: Figures) -> bool:
-    return any(WARNED.search(note) for own in cell["experiments"].values() for note in own["notes"])

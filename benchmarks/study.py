@@ -13,7 +13,6 @@ have done the work. Several files are one study: the first one names it.
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import yaml
@@ -52,12 +51,10 @@ def write_texts(suite: SuiteConfig) -> None:
         changes = {"unlabelled": None, "max_unlabelled_examples": None, "max_train_examples": None, "augment": 0}
         splits = load_splits(config.task, config.data.model_copy(update=changes))
         rest = splits.train.select(range(config.data.max_train_examples or 0, len(splits.train)))
-        columns = ["text", "text_pair"][: len(splits.task.text)]
+        names = dict(zip(("text", "text_pair"), splits.task.text, strict=False))
         Path(config.data.unlabelled).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(config.data.unlabelled) as part, part.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(splits.task.text)
-            writer.writerows(zip(*(rest[column] for column in columns), strict=True))
+        with atomic_file(config.data.unlabelled) as part:
+            rest.select_columns(list(names)).to_pandas().rename(columns=names).to_csv(part, index=False)
 
 
 def contrast_table(contrasts: list[tuple[Side, Side]], results: list[SuiteResult], draws: int) -> str:

@@ -38,26 +38,16 @@ MOSTLY_OURS = 0.9
 
 @dataclass
 class Figures:
-    """What is known of a family: parameters by method (and rank), peak bytes by precision and method, and times."""
+    """What is known of a family: parameters by method and rank, peak bytes by precision and method, and times."""
 
-    plain: tuple[ParameterCounts, ParameterCounts]
-    adapted: dict[str, list[ParameterCounts]]
+    counts: dict[str, list[ParameterCounts]]
     memory: dict[str, dict[str, int | None]] = field(default_factory=dict)
     timing: dict[str, Timing] = field(default_factory=dict)
 
-    def count(self, method: str) -> ParameterCounts:
-        """Give the parameters at the measured rank."""
-        return self.plain[0] if method == "FFT" else self.adapted[method][0]
-
     def resting_bytes(self, method: str) -> int:
         """Compute what fp32 weights and Adam's two moments take: 4 bytes a parameter, 8 more a trained one."""
-        counts = self.count(method)
+        counts = self.counts[method][0]
         return 4 * (counts.total + counts.adapter) + 8 * counts.trainable
-
-    def seconds(self, name: str) -> float | None:
-        """Give the mean inference time in fp32."""
-        timing = self.timing.get("fp32")
-        return None if timing is None else statistics.mean(timing.seconds[name])
 
 
 Results = dict[str, Figures]
@@ -68,11 +58,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.add_argument("--families", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--device", default="cpu", choices=list(DEFAULTS))
-    parser.add_argument("--steps", type=int, default=2, help="optimiser steps; the second has Adam's state")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and ids")
     parser.add_argument("--runs", type=int, help="timed passes (default: 3; on CUDA 100, as in the paper)")
     parser.add_argument("--every", type=int, help="time one of so many batches (default: 8; on CUDA 1, all)")
-    parser.add_argument("--out", type=Path, help="also write the tables to this file, after every family")
+    parser.add_argument("--out", type=Path, help="also write the tables to this file")
     options = parser.parse_args(arguments)
     try:
         options.precision, options.reason = resolve_precision("auto", options.device)
@@ -84,13 +72,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def count_family(family: str) -> Figures:
-    """Count the parameters of teacher and student at every rank."""
+    """Count the parameters of teacher and student; the adapters' at every rank."""
     teacher, student = SIZES[family]
     adapted = {"LoRA": teacher, "KD-LoRA": student}
-    return Figures(
-        (count(teacher), count(student)),
-        {name: [count(size, rank) for rank in RANKS] for name, size in adapted.items()},
-    )
+    counts = {name: [count(size, rank) for rank in RANKS] for name, size in adapted.items()}
+    return Figures({"FFT": [count(teacher)], **counts})
 
 
 def measure_family(family: str, figures: Figures, conditions: Conditions) -> None:
@@ -101,35 +87,34 @@ def measure_family(family: str, figures: Figures, conditions: Conditions) -> Non
     for method in METHODS:
         size = student if method == "KD-LoRA" else teacher
         _, peaks[method] = run_in_child(train_steps, size, method, batch, conditions)
-        _tell(f"{size.title}, {method}, {conditions.precision}: peak {peaks[method]} bytes")
     figures.timing[conditions.precision] = run_in_child(time_methods, (teacher, student), conditions)
-    _tell(f"{family}, {conditions.precision}: {figures.timing[conditions.precision].seconds}")
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    seconds = figures.timing[conditions.precision].seconds
+    print(f"{family}, {conditions.precision}: {peaks} bytes, {seconds}", file=sys.stderr, flush=True)
 
 
 def render(results: Results, options: argparse.Namespace) -> str:
     """Write the whole page."""
-    sections = (parameters_section, memory_section, time_section)
-    texts = (one(results) for one in sections)
+    texts = (section(results) for section in (parameters_section, memory_section, time_section))
     return "\n\n".join(["# Table 2 at real size", conditions_text(results, options), *texts])
 
 
 def conditions_text(results: Results, options: argparse.Namespace) -> str:
     """Say how and on what the figures were taken."""
     timings = [timing for figures in results.values() for timing in figures.timing.values()]
+    least = min((timing.occupied for timing in timings), default=1.0)
+    warning = (
+        f" **Others used the CPU too (the timed passes had as little as {least:.0%} of their threads): too long.**"
+    )
     batch = padded_tokens(widest_batch(lengths_of(TRAIN_COUNTS)))
     made = {**describe_machine(), **collect_versions(), **git_state(Path(__file__).parent)}
     counter = "CUDA's allocator" if options.device == "cuda" else "the process, above its level after imports"
     lines = [
         "Random weights at the published sizes, random token ids with the lengths of CoLA's sentences, two labels.",
-        f"**Memory:** {options.steps} optimiser steps (AdamW, batch {BATCH}) on the widest batch of an epoch "
+        f"**Memory:** {Conditions.steps} optimiser steps (AdamW, batch {BATCH}) on the widest batch of an epoch "
         f"({batch} tokens with padding), in a process of its own each; peak of {counter}.",
         f"**Time:** one warm-up and {options.runs} timed run(s) over one of {options.every} batches of {BATCH} rows"
         " of like length, scaled by tokens; methods take turns in one process; tokenising left out."
-        + _warning(timings, options.device),
+        + (warning if options.device == "cpu" and least < MOSTLY_OURS else ""),
         f"**Precision:** fp32 as in the paper, and kdlora's default here: {options.precision}, as {options.reason}.",
         f"**Device:** {options.device}, {', '.join(str(timing.threads) for timing in timings[:1])} thread(s). "
         + "; ".join(f"{key}: {value}" for key, value in made.items()),
@@ -138,55 +123,37 @@ def conditions_text(results: Results, options: argparse.Namespace) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _warning(timings: list[Timing], device: str) -> str:
-    """Say where the times are longer than the machine needs."""
-    least = min((timing.occupied for timing in timings), default=1.0)
-    if device == "cuda" or least >= MOSTLY_OURS:
-        return ""
-    had = f"the timed passes had as little as {least:.0%} of their threads"
-    return f" **Others used the CPU too ({had}): these times are too long.**"
-
-
 def _title(family: str, name: str) -> str:
     """Name the model that a method trains or runs."""
     return SIZES[family][name.startswith("KD-LoRA")].title
 
 
-def _slashed(values: Iterable[float], digits: int) -> str:
-    return " / ".join(f"{value:.{digits}f}" for value in values)
+def _millions(values: Iterable[float], digits: int, between: str = " / ") -> str:
+    return between.join(f"{value / 1e6:.{digits}f}" for value in values)
 
 
 def _saving(before: float | None, after: float | None) -> str:
     """Say how much smaller a figure is; a larger one shows as a negative saving."""
-    return "–" if before is None or after is None or not before else f"{100 * (1 - after / before):.1f}%"
-
-
-def _precisions(results: Results) -> list[str]:
-    return list(dict.fromkeys(name for figures in results.values() for name in (*figures.memory, *figures.timing)))
+    return "–" if before is None or after is None else f"{100 * (1 - after / before):.1f}%"
 
 
 def parameters_section(results: Results) -> str:
     """Write trainable and total parameters beside the paper's."""
-    rows = []
+    rows, totals = [], []
     for family, figures in results.items():
-        paper = COSTS[family]
-        full = f"{figures.plain[0].trainable / 1e6:.2f}"
-        rows.append((_title(family, "FFT"), "FFT", full, "all", f"{paper['fft'].trainable[0] / 1e6:.0f}"))
-        for method, published in (("LoRA", paper["lora"].trainable), ("KD-LoRA", paper["kd-lora"].trainable)):
-            ours = _slashed((counts.adapter / 1e6 for counts in figures.adapted[method]), 3)
-            head = f"{figures.count(method).head / 1e6:.3f}"
-            theirs = _slashed((value / 1e6 for value in published), 1)
-            rows.append((_title(family, method), method, ours, head, theirs))
-    totals = [
-        (
-            " → ".join(size.title for size in SIZES[family]),
-            " → ".join(f"{counts.total / 1e6:.2f}" for counts in figures.plain),
-            _saving(figures.plain[0].total, figures.plain[1].total),
-            " → ".join(f"{COSTS[family][arm].total / 1e6:.0f}" for arm in ("fft", "kd-lora")),
-        )
-        for family, figures in results.items()
-    ]
-    trainable = markdown(("model", "method", f"rank {_slashed(RANKS, 0)}", "head, trained too", "paper"), rows, 2)
+        paper, full = COSTS[family], figures.counts["FFT"][0]
+        published = _millions(paper["fft"].trainable[:1], 0)
+        rows.append((_title(family, "FFT"), "FFT", _millions([full.trainable], 2), "all", published))
+        for method, by_rank in (("LoRA", paper["lora"].trainable), ("KD-LoRA", paper["kd-lora"].trainable)):
+            counts = figures.counts[method]
+            ours, head = _millions((one.adapter for one in counts), 3), _millions([counts[0].head], 3)
+            rows.append((_title(family, method), method, ours, head, _millions(by_rank, 1)))
+        total = (full.total, figures.counts["KD-LoRA"][0].total)
+        pair = " → ".join(size.title for size in SIZES[family])
+        published = _millions((paper[arm].total for arm in ("fft", "kd-lora")), 0, " → ")
+        totals.append((pair, _millions(total, 2, " → "), _saving(*total), published))
+    ranks = " / ".join(map(str, RANKS))
+    trainable = markdown(("model", "method", f"rank {ranks}", "head, trained too", "paper"), rows, 2)
     whole = markdown(("pair", "parameters in all", "fewer (claimed 40%)", "as published with the models"), totals)
     return (
         f"## Parameters, in millions\n\nTrainable:\n\n{trainable}\n\nIn all, adapters merged, with the head:\n\n{whole}"
@@ -195,7 +162,7 @@ def parameters_section(results: Results) -> str:
 
 def memory_section(results: Results) -> str:
     """Write peak memory of training beside the paper's."""
-    precisions = _precisions(results)
+    precisions = list(dict.fromkeys(name for figures in results.values() for name in figures.memory))
     rows = []
     for family, figures in results.items():
         for method, published in zip(METHODS, COSTS[family].values(), strict=True):
@@ -208,16 +175,17 @@ def memory_section(results: Results) -> str:
 
 def time_section(results: Results) -> str:
     """Write inference time beside the paper's, which times LoRA with the adapters beside the weights."""
-    precisions = _precisions(results)
+    precisions = list(dict.fromkeys(name for figures in results.values() for name in figures.timing))
     rows = []
     for family, figures in results.items():
         fft, lora, student = (one.seconds for one in COSTS[family].values())
         paper = {"FFT": fft, "LoRA": lora, "KD-LoRA, merged": student}
+        fp32 = {name: statistics.mean(one) for name, one in figures.timing["fp32"].seconds.items()}
         for name in TIMED:
             cells = [_spread(figures.timing.get(precision), name) for precision in precisions]
-            less = [_saving(figures.seconds("FFT"), figures.seconds(name)), _saving(fft, paper.get(name))]
             published = f"{paper[name]:.2f}" if name in paper else "–"
-            rows.append((_title(family, name), name, *cells, less[0], published, less[1]))
+            less = [_saving(fp32["FFT"], fp32[name]), published, _saving(fft, paper.get(name))]
+            rows.append((_title(family, name), name, *cells, *less))
     header = ("model", "method", *precisions, "less than FFT, fp32", "paper", "less than FFT, paper")
     title = "## Inference over CoLA's validation set (1,043 sentences), in seconds, mean ± sd over runs"
     return f"{title}\n\n{markdown(header, rows, 2)}"
@@ -236,13 +204,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Count, measure, print."""
     options = parse(arguments)
     results = {family: count_family(family) for family in options.families}
-    taken = {key: getattr(options, key) for key in ("device", "seed", "steps", "runs", "every")}
+    taken = Conditions(device=options.device, runs=options.runs, every=options.every)
     for precision in dict.fromkeys(("fp32", options.precision)):  # the paper's first: it is the one to compare
         for family in options.families:
-            measure_family(family, results[family], replace(Conditions(**taken), precision=precision))
-            if options.out is not None:
-                write_text_atomic(options.out, render(results, options) + "\n")
-    print(render(results, options))
+            measure_family(family, results[family], replace(taken, precision=precision))
+    text = render(results, options)
+    print(text)
+    if options.out is not None:
+        write_text_atomic(options.out, text + "\n")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ class Conditions:
 
     precision: str = "fp32"
     device: str = "cpu"
-    seed: int = 0
     steps: int = 2
     runs: int = 3
     every: int = 8
@@ -65,20 +64,19 @@ def train_steps(size: Size, method: str, lengths: Sequence[int], conditions: Con
     """
     before = read_memory()
     taught, rank = method == "KD-LoRA", None if method == "FFT" else RANK
-    model, encoder = build_model(size, rank, seed=conditions.seed)
+    model, encoder = build_model(size, rank)
     settings = TeacherTrainConfig if rank is None else StudentTrainConfig
     with tempfile.TemporaryDirectory() as folder:
         forget_peak()  # what building the model took in passing is not training
         outcome = train_model(
             model,
             encoder.tokenizer,
-            synthetic_rows(size, lengths, seed=conditions.seed, taught=taught),
-            synthetic_rows(size, lengths[:4], seed=conditions.seed),  # a training validates; this is next to nothing
+            synthetic_rows(size, lengths, taught=taught),
+            synthetic_rows(size, lengths[:4]),  # a training validates; this is next to nothing
             TASK,
             settings(epochs=conditions.steps, batch_size=len(lengths)),
             TrainingOptions(
                 Path(folder),
-                seed=conditions.seed,
                 precision=conditions.precision,
                 device=conditions.device,
                 distil=DistilConfig() if taught else None,
@@ -92,8 +90,11 @@ def time_methods(sizes: tuple[Size, Size], conditions: Conditions) -> Timing:
     """Run the methods in turn in every round, so that what else the machine does falls on all of them."""
     place = resolve_device(conditions.device)
     chosen, share = batches_to_run(lengths_of(VALIDATION_COUNTS), conditions.every)
-    teacher, student = ([_collate(size, batch, conditions.seed) for batch in chosen] for size in sizes)
-    models = _timed_models(sizes, conditions.seed)
+    teacher, student = ([_collate(size, batch) for batch in chosen] for size in sizes)
+    full, adapted, small = (
+        build_model(size, rank)[0] for size, rank in ((sizes[0], None), (sizes[0], RANK), (sizes[1], RANK))
+    )
+    models = [model.eval() for model in (full, adapted, merge_student(adapted), merge_student(small))]
     seconds: dict[str, list[float]] = {name: [] for name in TIMED}
     worked = waited = 0.0
     for turn in range(conditions.runs + 1):
@@ -107,17 +108,9 @@ def time_methods(sizes: tuple[Size, Size], conditions: Conditions) -> Timing:
     return Timing(seconds, threads, worked / (waited * threads))
 
 
-def _timed_models(sizes: tuple[Size, Size], seed: int) -> list[nn.Module]:
-    """Build what `TIMED` names, in evaluation mode."""
-    full, adapted, small = (
-        build_model(size, rank, seed=seed)[0] for size, rank in ((sizes[0], None), (sizes[0], RANK), (sizes[1], RANK))
-    )
-    return [model.eval() for model in (full, adapted, merge_student(adapted), merge_student(small))]
-
-
-def _collate(size: Size, lengths: Sequence[int], seed: int) -> dict[str, Tensor]:
+def _collate(size: Size, lengths: Sequence[int]) -> dict[str, Tensor]:
     """Make the tensors of a batch, as a trained model gets them."""
-    rows = synthetic_rows(size, lengths, seed=seed)
+    rows = synthetic_rows(size, lengths)
     inputs = rows.dataset.select_columns([name for name in INPUTS if name in rows.dataset.column_names])
     return Collator(size.settings["pad_token_id"], TASK.kind, rows.max_length)(list(inputs))
 

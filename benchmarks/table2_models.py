@@ -78,29 +78,24 @@ SIZES: dict[str, tuple[Size, Size]] = {
 """Teacher and student of each of the paper's families."""
 
 
-def build_encoder(size: Size, *, seed: int = 0, device: str = "cpu") -> Encoder:
-    """Build a classifier of CoLA with random weights, as it is at the start of a training; `meta` takes no memory.
+def build_model(size: Size, rank: int | None, *, device: str = "cpu") -> tuple[nn.Module, Encoder]:
+    """Build a classifier of CoLA as it is at the start of a training, with LoRA if there is a rank, and its encoder.
 
-    Its tokenizer knows padding and nothing else.
+    Its weights are random and its tokenizer knows padding and nothing else; on `meta` it takes no memory.
     """
     config = AutoConfig.for_model(size.model_type, **size.settings)
     config.id2label, config.label2id = TASK.id2label, TASK.label2id
     config.problem_type = TASK.problem_type
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(0)
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     # The published checkpoints hold the whole encoder, so only what stands beside it is fresh.
     fresh = fresh_modules(Loaded(model, frozenset(), frozenset()))
     vocabulary = WordLevel({"[PAD]": config.pad_token_id, "[UNK]": 1 - config.pad_token_id}, unk_token="[UNK]")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary), pad_token="[PAD]", unk_token="[UNK]")
-    return Encoder(model.eval(), tokenizer, fresh, size.title)
-
-
-def build_model(size: Size, rank: int | None, *, seed: int = 0, device: str = "cpu") -> tuple[nn.Module, Encoder]:
-    """Build the model that is trained, with LoRA on query and value if there is a rank, and the encoder inside it."""
-    encoder = build_encoder(size, seed=seed, device=device)
+    encoder = Encoder(model.eval(), tokenizer, fresh, size.title)
     with torch.device(device):
-        return encoder.model if rank is None else add_adapter(encoder, LoraConfig(rank=rank), seed=seed), encoder
+        return model if rank is None else add_adapter(encoder, LoraConfig(rank=rank), seed=0), encoder
 
 
 def count(size: Size, rank: int | None = None) -> ParameterCounts:
@@ -113,9 +108,9 @@ def lengths_of(counts: Sequence[int]) -> list[int]:
     return [length for length, sentences in enumerate(counts) for _ in range(sentences)]
 
 
-def synthetic_rows(size: Size, lengths: Sequence[int], *, seed: int = 0, taught: bool = False) -> Tokenised:
+def synthetic_rows(size: Size, lengths: Sequence[int], *, taught: bool = False) -> Tokenised:
     """Draw examples of given lengths: random ids, labels and, for distillation, teacher logits."""
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     rows = len(lengths)
     columns: dict[str, Any] = {
         "id": [str(row) for row in range(rows)],

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,12 @@ from transformers import (
 )
 
 from kdlora.config import DataConfig, DistilConfig, LoraConfig, StudentTrainConfig, TaskConfig, TeacherTrainConfig
-from kdlora.data.batches import Tokenised, tokenise
+from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_splits
-from kdlora.data.tasks import Task
 from kdlora.defaults import RECIPES
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import resolve_precision
-from kdlora.distil.train import TrainOutcome, train_model
+from kdlora.distil.train import train_model
 from kdlora.distil.trainer import TrainingOptions
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import load_encoder
@@ -130,31 +129,7 @@ def with_logits(rows: Dataset, labels: int) -> Dataset:
     return rows.add_column("teacher_logits", list(values))
 
 
-def train_for(
-    seconds: float,
-    encoder: Any,
-    rows: Sequence[Tokenised],
-    task: Task,
-    settings: Any,
-    lora: LoraConfig | None,
-    options: dict[str, Any],
-) -> TrainOutcome:
-    """Train an encoder, or adapters of it, for a bounded time; rows to train on, and to validate on."""
-    model = encoder.model if lora is None else add_adapter(encoder, lora, seed=0)
-    callbacks = [Budget(seconds), *options.pop("callbacks", ())]
-    with tempfile.TemporaryDirectory() as folder:
-        chosen = TrainingOptions(Path(folder), callbacks=callbacks, **options)
-        return train_model(model, encoder.tokenizer, *rows, task, settings, chosen)
-
-
-def ours(
-    work: Work,
-    source: str = "student",
-    recipe: str = "",
-    *,
-    lora: bool = True,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Speed:
+def ours(work: Work, source: str = "student", recipe: str = "", *, lora: bool = True) -> Speed:
     """Train as kdlora does; a recipe says which adapters, loss and dropout of a student that stored logits teach."""
     splits, keys = load_rows(work), dict(RECIPES).get(recipe, {})  # type: ignore[call-overload]
     encoder = load_encoder(getattr(work, source), splits.task, seed=0)
@@ -166,9 +141,10 @@ def ours(
         epochs=50, batch_size=BATCH, dropout=keys.get("student", {}).get("train", {}).get("dropout")
     )
     rows = [tokenise(part, encoder.tokenizer, work.max_length) for part in (train, splits.validation)]
-    adapters = LoraConfig(**keys.get("lora", {})) if lora else None
-    options = {"distil": distil, "callbacks": callbacks}
-    outcome = train_for(work.seconds, encoder, rows, splits.task, settings, adapters, options)
+    model = add_adapter(encoder, LoraConfig(**keys.get("lora", {})), seed=0) if lora else encoder.model
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = TrainingOptions(Path(folder), distil=distil, callbacks=[Budget(work.seconds)])
+        outcome = train_model(model, encoder.tokenizer, *rows, splits.task, settings, chosen)
     return outcome.examples, outcome.train_seconds
 
 

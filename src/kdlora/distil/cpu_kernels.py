@@ -301,8 +301,7 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """Attend, as transformers asks of an attention implementation.
 
-    Without dropout PyTorch's fused kernel is best, but for its backward in bf16, which can take half of a whole step:
-    benchmarks/training_profile.py shows it.
+    Without dropout PyTorch's fused kernel is best, but for its backward in bf16, which can take half of a whole step.
     """
     if (shared := query.shape[1] // key.shape[1]) > 1:  # heads of queries that share keys and values
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)

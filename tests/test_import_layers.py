@@ -23,6 +23,7 @@ ORDER = [
     {"models"},
     {"distil"},
     {"deploy"},
+    {"asking"},
     {"experiment"},
     {"demo", "doctor"},
     {"terminal"},

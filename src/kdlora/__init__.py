@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 # ruff: noqa: I001 - a public name beside its re-export
 if TYPE_CHECKING:
+    from kdlora.asking.ask import ask as ask
+    from kdlora.asking.asksettings import AskSettings as AskSettings
     from kdlora.config import (
         Config as Config,
         DistilConfig as DistilConfig,

@@ -14,11 +14,11 @@ from typing import NoReturn
 
 import typer
 
-from kdlora.cli import experiments, models, scale
+from kdlora.cli import experiments, language_model, models, scale
 from kdlora.cli.app import app
 from kdlora.errors import KdLoraError, harmless, log_to_stderr
 
-__all__ = ["app", "experiments", "main", "models", "scale"]
+__all__ = ["app", "experiments", "language_model", "main", "models", "scale"]
 
 
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}

@@ -1,0 +1,125 @@
+"""What a language model is to be asked, and within which limits."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from kdlora.errors import ConfigError
+
+Protocol = Literal["chat", "completions"]
+Selection = Literal["random", "uncertain", "diverse"]
+DEFAULT_URL = "https://api.openai.com/v1"
+LEAST_AUDIT_ROWS = 40
+"""Half of them fit the temperature, which takes 20."""
+
+
+@dataclass(frozen=True)
+class AskSettings:
+    """How a language model is asked.
+
+    Attributes:
+        model: its name on the server.
+        base_url: of the server, up to and with `/v1`; default: `OPENAI_BASE_URL`, else OpenAI's.
+        key_variable: environment variable with the key; a server of your own may want none.
+        protocol: `chat` or `completions`.
+        prompts: Jinja templates (files); default: one that comes with kdlora. Several are compared on `audit` rows.
+        labels: label names with their descriptions (may be empty); default: the names in the label column.
+        text: text column, or the two of a pair.
+        label: label column of the rows that people labelled.
+        id_column: names a row; where there is none the row's number from 0 is its id.
+        shots: labelled rows that each prompt shows as examples.
+        seed: of all draws.
+        votes: count the answers of so many questions, where a server gives no log-probabilities; 0: do not.
+        temperature: of the answers; default 0, with votes 1.
+        top_logprobs: likely tokens that the server shows, at most 20; more labels are asked for in two steps.
+        audit: a file of rows with labels by people, or a number of the labelled rows to draw.
+        unlabelled: a file of more texts, without labels.
+        rows: ask about so many of the rows only; default all.
+        select: which: `random`, `uncertain` (by the model in `select_by`) or `diverse`.
+        select_by: model folder, such as a first student, whose doubts choose.
+        concurrency: requests under way at a time.
+        max_requests: requests in all, failed ones and earlier calls included.
+        max_tokens: tokens read and written in all.
+        max_cost: money in all, by `price_in` and `price_out`.
+        price_in: price of a million tokens read.
+        price_out: price of a million tokens written.
+        timeout: seconds for one answer.
+    """
+
+    model: str
+    base_url: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+    protocol: Protocol = "chat"
+    prompts: tuple[str, ...] = ()
+    labels: Mapping[str, str] | None = None
+    text: tuple[str, ...] | None = None
+    label: str | None = None
+    id_column: str = "id"
+    shots: int = 0
+    seed: int = 0
+    votes: int = 0
+    temperature: float | None = None
+    top_logprobs: int = 20
+    audit: str | int | None = None
+    unlabelled: str | None = None
+    rows: int | None = None
+    select: Selection = "random"
+    select_by: str | None = None
+    concurrency: int = 16
+    max_requests: int | None = None
+    max_tokens: int | None = None
+    max_cost: float | None = None
+    price_in: float | None = None
+    price_out: float | None = None
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked."""
+        limits = (self.max_requests, self.max_tokens, self.max_cost)
+        if any(limit is not None and not limit > 0 for limit in limits):
+            raise ConfigError("a budget of nothing asks nothing: max_requests, max_tokens and max_cost are above 0")
+        if self.max_cost is not None and (self.price_in is None or self.price_out is None):
+            raise ConfigError("max_cost needs price_in and price_out, the prices of a million tokens")
+        numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.type in ("int", "float")}
+        numbers |= {"rows": self.rows or 1, "price_in": self.price_in or 0, "price_out": self.price_out or 0}
+        numbers["temperature"] = self.heat
+        least = {"top_logprobs": 2, "concurrency": 1, "rows": 1, "timeout": 0.001}
+        for name, value in numbers.items():
+            if not (math.isfinite(value) and value >= least.get(name, 0)):
+                raise ConfigError(f"{name} is at least {least.get(name, 0)}, got {value}")
+        if self.rows == 0 or self.top_logprobs > 20:
+            raise ConfigError("rows is at least 1, and top_logprobs at most 20, which is what servers show")
+        for name, choices in (("protocol", get_args(Protocol)), ("select", get_args(Selection))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        if len(self.prompts) > 1 and self.audit is None:
+            raise ConfigError("several prompts are compared on rows with labels by people; give them as audit")
+        if isinstance(self.audit, int) and self.audit < LEAST_AUDIT_ROWS:
+            raise ConfigError(f"an audit takes at least {LEAST_AUDIT_ROWS} rows, got {self.audit}")
+        if (self.select == "uncertain") != (self.select_by is not None) or (self.rows is None and self.select_by):
+            raise ConfigError("select: uncertain needs select_by, a model folder, and rows; the others take no model")
+        if "@" in self.url or "?" in self.url or not self.url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"base_url is http:// or https://, without user and parameters (keys come from the environment); got "
+                f"{self.url.split('?')[0]!r}"
+            )
+
+    @property
+    def url(self) -> str:
+        """Address of the server."""
+        return (self.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
+
+    @property
+    def heat(self) -> float:
+        """Temperature of the answers."""
+        return (1.0 if self.votes else 0.0) if self.temperature is None else self.temperature
+
+    def cost(self, read: float, written: float) -> float | None:
+        """Price some tokens."""
+        if self.price_in is None or self.price_out is None:
+            return None
+        return (read * self.price_in + written * self.price_out) / 1e6

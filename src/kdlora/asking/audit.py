@@ -1,0 +1,141 @@
+"""Is the language model any good? Its answers against people's labels: chosen on one half, reported on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.stats import binomtest
+
+from kdlora.data.tasks import Task
+from kdlora.deploy.calibrate import fit_temperature
+from kdlora.evidence.metrics import compute_metrics, probabilities, reliability
+from kdlora.evidence.stats import Difference, PairedArms, contrast
+
+_LEAST_FITTED = 20
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """How one prompt fares; a row without an answer counts as wrong.
+
+    Attributes:
+        prompt: its file.
+        chosen_on: accuracy on the half that chooses, in percent.
+        accuracy: on the half that is reported, with the bounds of its 95% interval (Wilson).
+        low: bound.
+        high: bound.
+        macro_f1: on the rows of that half that were answered; None where there are none.
+        unanswered: rows of both halves.
+        against_chosen: its accuracy less that of the chosen prompt, paired, on the reported half; None for that one.
+    """
+
+    prompt: str
+    chosen_on: float
+    accuracy: float
+    low: float
+    high: float
+    macro_f1: float | None
+    unanswered: int
+    against_chosen: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What people's labels say of the answers.
+
+    Attributes:
+        rows: audited.
+        chosen: place of the best prompt on the half that chooses.
+        prompts: the figures of each.
+        label_names: of rows and columns of the confusion.
+        confusion: rows of the reported half by people's label (rows) and the model's; the last column: unanswered.
+        temperature: fitted on the half that chooses, and applied to the table; 1 where too few rows were answered.
+        ece_before: expected calibration error of the reported half without it, 0 to 1; None where nothing was answered.
+        ece_after: with it.
+    """
+
+    rows: int
+    chosen: int
+    prompts: tuple[PromptScore, ...]
+    label_names: tuple[str, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    temperature: float
+    ece_before: float | None
+    ece_after: float | None
+
+
+def audit_answers(
+    task: Task, prompts: Sequence[str], answers: Sequence[np.ndarray], labels: np.ndarray, seed: int
+) -> Audit:
+    """Choose a prompt and fit a temperature on one half of the rows, and report both on the other half.
+
+    `answers` holds probabilities (rows, labels) of each prompt, NaN where a row has none.
+    """
+    order = np.random.default_rng([seed, 4]).permutation(len(labels))
+    choosing, reported = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
+    outputs = [_as_logits(table, labels) for table in answers]
+    right = [logits.argmax(axis=1) == labels for logits in outputs]
+    chosen = int(np.argmax([found[choosing].mean() for found in right]))
+    scores = []
+    for place, (prompt, table) in enumerate(zip(prompts, answers, strict=True)):
+        score = _score(task, prompt, table, right[place], labels, (choosing, reported))
+        if place != chosen:
+            pair = PairedArms(task, labels[reported], [outputs[place][reported]], [outputs[chosen][reported]])
+            score = replace(score, against_chosen=contrast([pair]))
+        scores.append(score)
+    best = answers[chosen]
+    answered = ~np.isnan(best).any(axis=1)
+    fitted, shown = choosing[answered[choosing]], reported[answered[reported]]
+    temperature = 1.0
+    if len(fitted) >= _LEAST_FITTED:
+        temperature = fit_temperature(np.log(best[fitted]), labels[fitted], "single-label").temperature
+    errors = [
+        reliability(temper(best[shown], heat), labels[shown], "single-label").error if len(shown) else None
+        for heat in (1.0, temperature)
+    ]
+    said = np.where(answered, np.nan_to_num(best).argmax(axis=1), task.num_labels)
+    confusion = np.zeros((task.num_labels, task.num_labels + 1), np.int64)
+    np.add.at(confusion, (labels[reported], said[reported]), 1)
+    matrix = tuple(tuple(map(int, row)) for row in confusion)
+    return Audit(len(labels), chosen, tuple(scores), task.label_names, matrix, temperature, *errors)
+
+
+def temper(table: np.ndarray, temperature: float) -> np.ndarray:
+    """Soften or sharpen probabilities."""
+    return table if temperature == 1.0 else probabilities(np.log(table), "single-label", temperature)
+
+
+def _as_logits(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Give log-probabilities; a row without an answer gets a label that is wrong."""
+    missing = np.isnan(table).any(axis=1)
+    wrong = np.eye(table.shape[1])[(labels + 1) % table.shape[1]] + 1e-6
+    return np.asarray(np.log(np.where(missing[:, None], wrong, table)))
+
+
+def _score(
+    task: Task,
+    prompt: str,
+    table: np.ndarray,
+    right: np.ndarray,
+    labels: np.ndarray,
+    halves: tuple[np.ndarray, np.ndarray],
+) -> PromptScore:
+    choosing, reported = halves
+    missing = np.isnan(table).any(axis=1)
+    shown = reported[~missing[reported]]
+    bounds = binomtest(int(right[reported].sum()), len(reported)).proportion_ci(method="wilson")
+    f1 = None
+    if len(shown):
+        wanted = replace(task, metrics=("accuracy", "macro_f1"))
+        f1 = 100 * compute_metrics(wanted, table[shown], labels[shown])["macro_f1"]
+    return PromptScore(
+        prompt,
+        100 * float(right[choosing].mean()),
+        100 * float(right[reported].mean()),
+        100 * float(bounds.low),
+        100 * float(bounds.high),
+        f1,
+        int(missing.sum()),
+    )

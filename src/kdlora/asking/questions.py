@@ -1,0 +1,203 @@
+"""What each row is asked: labels with one-letter codes, examples, a template; and what an answer says of the labels."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
+from jinja2.sandbox import SandboxedEnvironment
+
+from kdlora.errors import ConfigError, did_you_mean, first_line
+
+CODES = "ABCDEFGHJKLMNOPQRSTUVWXYZ"
+"""No I: a refusal begins with it ("I cannot ...")."""
+LEAST_MASS = 0.1
+"""Probability that the codes together have, at least, in an answer that is one of them."""
+LEAST_PROBABILITY = 1e-6
+_FIELDS = {"text", "text_pair", "labels", "examples"}
+_AROUND = " \t\r\n.:,;()[]{}*\"'`_▁Ġ"
+_TOKENS_OF_VOTE = 8
+LEAST_OF_GROUP = 0.05
+"""Probability from which a group of many labels is asked within."""
+
+Row = Mapping[str, Any]
+"""A row in canonical columns: id, text, text_pair of a pair, label."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What can be answered: a code, and the places of the labels that it stands for."""
+
+    code: str
+    name: str
+    description: str
+    labels: tuple[int, ...]
+
+
+class Questions:
+    """One template, filled for rows."""
+
+    def __init__(
+        self, template: Path | None, labels: Mapping[str, str], examples: Sequence[Row], *, most: int, votes: bool
+    ) -> None:
+        """Take the labels in the table's order, and how many codes a server can show."""
+        self.path = template
+        self.names, self.votes, self._examples = list(labels), votes, examples
+        file = template or Path(__file__).with_name("prompt.j2")
+        try:
+            self.source = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as fault:
+            raise ConfigError(f"{file}: the prompt cannot be read ({first_line(fault)}); give a text file") from None
+        self._environment = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        self._template = self._compile(file)
+        self.groups = self._groups(labels, most)
+
+    def _compile(self, file: Path) -> Any:
+        try:
+            found = meta.find_undeclared_variables(self._environment.parse(self.source))
+            for name in sorted(found - _FIELDS):
+                raise ConfigError(
+                    f"{file}: the prompt has an unknown field {name!r}; there are {', '.join(sorted(_FIELDS))}."
+                    f"{did_you_mean(name, _FIELDS)}"
+                )
+            for name in ("text", "labels"):
+                if name not in found:
+                    raise ConfigError(f"{file}: the prompt never shows {{{{ {name} }}}}, so nobody could answer it")
+            return self._environment.from_string(self.source)
+        except TemplateSyntaxError as fault:
+            raise ConfigError(f"{file}, line {fault.lineno}: not a Jinja template ({fault.message})") from None
+
+    def _groups(self, labels: Mapping[str, str], most: int) -> list[list[Option]]:
+        """Give the options of each question: of the only one, or of those within the groups of many labels."""
+        count, most = len(labels), min(most, len(CODES))
+        parts = 1 if self.votes or count <= most else -(-count // most)
+        if parts > most:
+            raise ConfigError(
+                f"{count} labels are too many for {most} likely tokens, even in two steps ({most * most}); raise "
+                "top_logprobs if the server shows more, or ask with votes"
+            )
+        named = list(labels.items())
+        groups = []
+        for places in np.array_split(np.arange(count), parts):
+            codes = CODES if len(places) <= len(CODES) else [str(number + 1) for number in range(count)]
+            groups.append(
+                [
+                    Option(code, named[place][0], named[place][1], (int(place),))
+                    for code, place in zip(codes, places, strict=False)
+                ]
+            )
+        return groups
+
+    @cached_property
+    def choices(self) -> list[Option]:
+        """What the first question lets choose from: labels, or groups of them."""
+        if len(self.groups) == 1:
+            return self.groups[0]
+        return [
+            Option(code, ", ".join(option.name for option in group), "", tuple(option.labels[0] for option in group))
+            for code, group in zip(CODES, self.groups, strict=False)
+        ]
+
+    @property
+    def tokens_of_answer(self) -> int:
+        """Tokens that an answer may have."""
+        return _TOKENS_OF_VOTE if self.votes else 1
+
+    def fill(self, row: Row, options: Sequence[Option]) -> str:
+        """Write the question about a row; a row is never an example of itself."""
+        shown = [
+            {**_texts(example), "label": self.names[example["label"]], "code": option.code}
+            for example in self._examples
+            for option in options
+            if example["label"] in option.labels and example["text"] != row["text"]
+        ]
+        try:
+            filled = self._template.render(**_texts(row), labels=options, examples=shown)
+        except UndefinedError as fault:
+            raise ConfigError(f"{self._where}: the prompt has an unknown field: {fault.message}") from None
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as fault:
+            raise ConfigError(f"{self._where}: the prompt cannot be filled: {first_line(fault)}") from None
+        return str(filled).strip()
+
+    def check(self, row: Row) -> None:
+        """Fill every question once, and see that it shows each code."""
+        for options in [self.choices] if len(self.groups) == 1 else [self.choices, *self.groups]:
+            marked = [Option(f"\x02{one.code}\x03", one.name, one.description, one.labels) for one in options]
+            filled = self.fill(row, marked)
+            missing = [one.name for one in marked if one.code not in filled]
+            if missing:
+                raise ConfigError(
+                    f"{self._where}: the prompt shows no code of the label {missing[0]!r}; write "
+                    "{% for label in labels %}{{ label.code }}: {{ label.name }} ... for each"
+                )
+
+    @property
+    def _where(self) -> str:
+        return str(self.path or "the default prompt")
+
+
+def _texts(row: Row) -> dict[str, str]:
+    return {name: row[name] for name in ("text", "text_pair") if name in row}
+
+
+def read_logprobs(likely: Sequence[tuple[str, float]], options: Sequence[Option]) -> np.ndarray | None:
+    """Turn the likely first tokens into probabilities of the options; None where the answer is none of them.
+
+    A code that is not shown gets an equal part of the mass that is not shown, at most the least that is shown.
+    """
+    places = {option.code: place for place, option in enumerate(options)}
+    mass = np.zeros(len(options))
+    shown = np.array([math.exp(min(0.0, value)) for _, value in likely])
+    for (token, _), probability in zip(likely, shown, strict=True):
+        if (place := places.get(token.strip(_AROUND))) is not None:
+            mass[place] += probability
+    if mass.sum() < LEAST_MASS:
+        return None
+    missing = mass == 0
+    if missing.any():
+        rest = max(0.0, 1.0 - float(shown.sum())) / int(missing.sum())
+        mass[missing] = min(rest, float(shown.min()))
+    return _normalise(mass)
+
+
+def read_vote(answer: str, options: Sequence[Option]) -> int | None:
+    """Find the option that an answer names: by its code at the beginning, or by its name alone."""
+    for place, option in enumerate(options):
+        if re.match(rf"[\s\W]*{re.escape(option.code)}(?!\w)", answer):
+            return place
+    said = answer.strip(_AROUND).casefold()
+    return next((place for place, option in enumerate(options) if option.name.casefold() == said), None)
+
+
+def count_votes(votes: Sequence[int | None], count: int) -> np.ndarray | None:
+    """Turn votes into probabilities, half a vote spread evenly; None where most votes are for nothing."""
+    valid = [vote for vote in votes if vote is not None]
+    if 2 * len(valid) < len(votes):
+        return None
+    return _normalise(np.bincount(valid, minlength=count) + 0.5 / count)
+
+
+def join_groups(groups: np.ndarray, options: Sequence[Option], within: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Multiply the probability of each group by those within it; a group that was not asked shares evenly."""
+    joined = np.zeros(sum(len(option.labels) for option in options))
+    for place, option in enumerate(options):
+        inner = within.get(place, np.full(len(option.labels), 1 / len(option.labels)))
+        joined[list(option.labels)] = groups[place] * inner
+    return _normalise(joined)
+
+
+def likely_groups(groups: np.ndarray) -> list[int]:
+    """Name the groups to be asked within: those that are likely enough, and the likeliest in any case."""
+    return [int(place) for place in np.flatnonzero(groups >= min(LEAST_OF_GROUP, groups.max()))]
+
+
+def _normalise(mass: np.ndarray) -> np.ndarray:
+    kept = np.maximum(mass / mass.sum(), LEAST_PROBABILITY)
+    return np.asarray(kept / kept.sum())

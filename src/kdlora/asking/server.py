@@ -1,0 +1,202 @@
+"""One request to a server of the usual protocol, repeated where that helps, within the budget."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from kdlora.asking.answers import Ledger
+from kdlora.asking.asksettings import DEFAULT_URL, AskSettings
+from kdlora.errors import ConfigError, first_line
+
+ATTEMPTS, FIRST_ATTEMPTS = 9, 3
+FIRST_DELAY, LONGEST_DELAY, LONGEST_WAIT = 0.5, 60.0, 900.0
+"""Seconds; the last is the longest `Retry-After` that is obeyed."""
+_AGAIN = frozenset({408, 409, 425, 429})
+_FRAME_TOKENS = 64
+"""What a server's chat template may add to a prompt, at most."""
+_SHOWN = 200
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came: a text with the likely first tokens where the server gives them, or why there is none."""
+
+    text: str = ""
+    likely: Sequence[tuple[str, float]] | None = None
+    refused: str = ""
+    used: tuple[int, int] | None = None
+
+
+class Server:
+    """A client that counts, waits and repeats; use it inside `async with`."""
+
+    def __init__(self, settings: AskSettings, ledger: Ledger, tokens_of_answer: int) -> None:
+        openai = _import_openai()
+        self._key = os.environ.get(settings.key_variable, "")
+        if not self._key and settings.url == DEFAULT_URL:
+            raise ConfigError(f"no key: set the environment variable {settings.key_variable}, or name your own server")
+        self._settings, self._ledger, self._written = settings, ledger, tokens_of_answer
+        self._openai = openai
+        self._client = openai.AsyncOpenAI(
+            api_key=self._key or "none", base_url=settings.url, max_retries=0, timeout=settings.timeout
+        )
+        self._not_before = 0.0
+        self._has_answered = False
+
+    async def __aenter__(self) -> Server:
+        """Give itself."""
+        return self
+
+    async def __aexit__(self, *fault: object) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def ask(self, prompt: str, vote: int | None = None) -> Reply:
+        """Ask until there is an answer, or no use in asking."""
+        reserved = (len(prompt.encode("utf-8", "replace")) + _FRAME_TOKENS, self._written)
+        attempt = 0
+        while True:
+            while (rest := self._not_before - time.monotonic()) > 0:
+                await asyncio.sleep(rest)
+            await self._ledger.reserve(reserved)
+            used, patience = reserved, ATTEMPTS if self._has_answered else FIRST_ATTEMPTS
+            try:
+                async with asyncio.timeout(self._settings.timeout):
+                    reply = _read_reply(await self._request(prompt, vote))
+                used = reply.used or reserved
+                self._has_answered = True
+                return reply
+            except self._openai.APIStatusError as fault:
+                used = (0, 0)
+                if (refusal := self._judge(fault)) is not None:
+                    return refusal
+                wait, problem = _retry_after(fault.response.headers), self._mask(fault)
+                patience = ATTEMPTS if fault.status_code == 429 else patience
+            except (self._openai.APIConnectionError, TimeoutError) as fault:
+                wait, problem = None, self._mask(fault.__cause__ or fault) or "no answer in time"
+            except (ValueError, LookupError, TypeError, AttributeError) as fault:
+                wait, problem = None, f"no answer of the protocol ({type(fault).__name__})"
+                if attempt + 1 >= FIRST_ATTEMPTS:
+                    return Reply(refused=problem)
+            finally:
+                self._ledger.settle(reserved, used)
+            attempt += 1
+            if attempt >= patience:
+                raise self._gave_up(attempt, problem)
+            await self._hold_off(attempt, wait)
+
+    async def _request(self, prompt: str, vote: int | None) -> bytes:
+        settings = self._settings
+        asked: dict[str, Any] = {"model": settings.model, "max_tokens": self._written, "temperature": settings.heat}
+        if vote is not None:
+            asked["seed"] = settings.seed + vote
+        if settings.protocol == "completions":
+            shown = {} if vote is not None else {"logprobs": settings.top_logprobs}
+            create = self._client.completions.with_raw_response.create
+            raw = await create(prompt=prompt, **asked, **shown)
+        else:
+            shown = {} if vote is not None else {"logprobs": True, "top_logprobs": settings.top_logprobs}
+            create = self._client.chat.completions.with_raw_response.create
+            raw = await create(messages=[{"role": "user", "content": prompt}], **asked, **shown)
+        return bytes(raw.http_response.content)
+
+    def _judge(self, fault: Any) -> Reply | None:
+        """Say what an error means: raise where no row will fare better, None where another try may."""
+        status, said, where = fault.status_code, self._mask(fault), self._settings.url
+        if status in (401, 403):
+            raise ConfigError(f"{where} refuses the key in {self._settings.key_variable} ({said}); set the right one")
+        if status == 404:
+            raise ConfigError(f"{where} has no model {self._settings.model!r}, or is no such server ({said})")
+        if status == 402 or getattr(fault, "code", None) == "insufficient_quota":
+            raise ConfigError(f"{where} says that the account is used up ({said}); the answers so far are kept")
+        if status in _AGAIN or status >= 500:
+            return None
+        return Reply(refused=f"the server refuses it: {said}")
+
+    def _gave_up(self, attempts: int, problem: str) -> Exception:
+        where = self._settings.url
+        if not self._has_answered:
+            return ConfigError(f"no answer from {where}: {problem}. Check the address (base_url), or try again later")
+        return ConnectionError(
+            f"no answer from {where} after {attempts} attempts: {problem}. The answers so far are kept; the same "
+            "command goes on"
+        )
+
+    async def _hold_off(self, attempt: int, wait: float | None) -> None:
+        """Wait as long as the server says, and let everybody wait; else twice as long each time."""
+        if wait is not None:
+            self._not_before = max(self._not_before, time.monotonic() + min(wait, LONGEST_WAIT))
+            return
+        delay = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** (attempt - 1))
+        await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+
+    def _mask(self, fault: object) -> str:
+        """Quote a fault without the key."""
+        said = first_line(fault)[:_SHOWN] if isinstance(fault, BaseException) else str(fault)
+        return said.replace(self._key, "***") if self._key else said
+
+
+def _import_openai() -> Any:
+    try:
+        import openai
+    except ModuleNotFoundError:
+        raise ConfigError("asking a language model takes the package openai: pip install 'kdlora[ask]'") from None
+    return openai
+
+
+def _read_reply(body: bytes) -> Reply:
+    """Read an answer of either protocol; what is none raises ValueError, LookupError, TypeError or AttributeError."""
+    content = json.loads(body)
+    choice = content["choices"][0]
+    message = choice.get("message") or {}
+    text, usage = message.get("content") or choice.get("text") or "", content.get("usage") or {}
+    used = None
+    if "prompt_tokens" in usage:
+        used = (int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
+    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+        return Reply(refused=f"refused: {message.get('refusal') or 'content filter'}"[:_SHOWN], used=used)
+    likely = _likely_tokens(choice.get("logprobs"))
+    if not text.strip() and not likely:
+        return Reply(refused="an empty answer", used=used)
+    return Reply(text[:_SHOWN], likely, used=used)
+
+
+def _likely_tokens(logprobs: Any) -> list[tuple[str, float]] | None:
+    """Read the alternatives of the first token, in any of the shapes in use."""
+    if not logprobs:
+        return None
+    if logprobs.get("content"):  # chat
+        first = logprobs["content"][0]
+        found = [(one["token"], one["logprob"]) for one in first.get("top_logprobs") or [first]]
+    else:
+        tops = logprobs.get("top_logprobs")
+        if not tops:
+            return None
+        found = (
+            list(tops[0].items())
+            if isinstance(tops[0], Mapping)
+            else [(one["token"], one["logprob"]) for one in tops[0]]
+        )
+    kept = [(str(token), float("-inf") if value is None else float(value)) for token, value in found]
+    return [(token, value) for token, value in kept if value == value] or None
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Read how many seconds the server wants us to wait: a number, or a time."""
+    said = headers.get("retry-after")
+    if said is None:
+        return None
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(said))
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    return None

@@ -1,0 +1,61 @@
+"""Rows, a language model on loopback, and a call with both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llm_standin
+from kdlora.asking import server
+from kdlora.asking.ask import AskSummary, ask
+from kdlora.asking.asksettings import AskSettings
+from tiny import sentiment_rows, write_csv
+
+pytest_plugins = ["experiment_fixtures"]
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """A server that answers at once; waits between attempts are short."""
+    monkeypatch.setattr(server, "FIRST_DELAY", 0.01)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with llm_standin.running() as found:
+        yield found
+
+
+@dataclass
+class Asker:
+    """Sixty rows with labels, and how they are asked about."""
+
+    folder: Path
+    model: llm_standin.StandIn
+
+    @property
+    def data(self) -> Path:
+        """The rows."""
+        return self.folder / "train.csv"
+
+    @property
+    def to(self) -> Path:
+        """Where answers go."""
+        return self.folder / "asked"
+
+    def settings(self, **given: Any) -> AskSettings:
+        """Settings that reach the stand-in."""
+        return AskSettings(**{"model": "m", "base_url": self.model.url, "timeout": 5.0, **given})
+
+    def __call__(self, data: Path | None = None, **given: Any) -> AskSummary:
+        """Ask."""
+        return ask(str(data or self.data), self.to, self.settings(**given))
+
+
+@pytest.fixture
+def asking(model, tmp_path) -> Asker:
+    """What most tests need."""
+    asker = Asker(tmp_path, model)
+    write_csv(asker.data, sentiment_rows(60, 0))
+    return asker

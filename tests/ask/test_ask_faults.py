@@ -1,0 +1,295 @@
+"""A server that fails, a process that is killed, a budget: every row once, no label made up, nothing spent beyond."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import llm_standin
+from kdlora.asking import server
+from kdlora.asking.ask import ask
+from kdlora.errors import ArtifactError, ConfigError, DataError
+from tiny import sentiment_rows, write_csv
+
+
+def answered(folder: Path) -> Counter[str]:
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    return Counter(f"{line['prompt']} {line['split']} {line['id']}" for line in lines if "id" in line)
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "cut", "garbage", "slow"])
+def test_what_passes_is_repeated(asking, fault):
+    """One bad answer among many ends hours of work, or leaves rows without an answer."""
+    asking.model.fault = lambda number: fault if number % 7 == 3 else None
+    done = asking(timeout=0.5, concurrency=8)
+    assert (done.rows, done.unanswered) == (60, 0)
+    assert done.requests == asking.model.number > 60
+    assert max(answered(asking.to).values()) == 1
+
+
+def test_everybody_waits_as_long_as_the_server_says(asking):
+    """Sixteen requests that each wait for themselves keep a limited server busy with refusals."""
+    asking.model.fault = lambda number: "429" if number in (5, 6) else None
+    start = time.perf_counter()
+    asking()
+    assert 0.2 <= time.perf_counter() - start < 30
+    assert asking.model.number == 62
+
+
+@pytest.mark.parametrize("fault", ["refusal", "nonsense", "empty"])
+def test_what_is_no_label_never_becomes_one(asking, cli, fault):
+    """A refusal that counts as the first label, or as equal probabilities, teaches what nobody said."""
+    asking.model.fault = lambda number: fault if number % 6 == 3 else None
+    given = ("ask", asking.data, "--to", asking.to, "--model", "m", "--base-url", asking.model.url)
+    done = cli(*given)
+    assert done.code == 0, done.err
+    assert "10 without an answer" in done.err
+    assert {"refusal": "I would rather not", "nonsense": "no label: 'Sorry'", "empty": "empty"}[fault] in done.err
+    table = pd.read_parquet(asking.to / "probabilities.parquet")
+    assert len(table) == len(pd.read_parquet(asking.to / "train.parquet")) == 50
+    assert table[["negative", "positive"]].max(axis=1).min() == pytest.approx(0.9)
+    assert "60 rows" not in cli(*given).err  # they are not asked again, and stay out
+
+
+def test_a_server_that_is_lost_ends_the_call_and_the_next_one_goes_on(asking, cli):
+    """Exit code 1: the machine's fault; what was answered stays."""
+    asking.model.fault = lambda number: "500" if number >= 20 else None
+    given = ("ask", asking.data, "--to", asking.to, "--model", "m", "--base-url", asking.model.url)
+    done = cli(*given)
+    assert (done.code, "the same command goes on" in done.err) == (1, True), done.err
+    asking.model.fault = lambda number: None
+    assert cli(*given).code == 0
+    assert answered(asking.to) == Counter({f"0 train r{number}": 1 for number in range(60)})
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"), [({"max_requests": 25}, 25), ({"max_tokens": 9000}, None), ({"max_cost": 0.009}, None)]
+)
+def test_a_budget_is_never_passed_and_can_be_raised(asking, limit, most):
+    """Sixteen requests under way pass a limit together that each of them keeps."""
+    prices = {"price_in": 1.0, "price_out": 1.0} if "max_cost" in limit else {}
+    asking.model.fault = lambda number: "500" if number % 5 == 3 else None
+    done = asking(**limit, **prices)
+    used = sum(len(one["messages"][0]["content"].split()) + 1 for one in asking.model.seen)
+    assert 0 < done.left < 60
+    assert done.rows == 60 - done.left
+    assert asking.model.number == done.requests <= (most or 1000)
+    assert done.tokens_read + done.tokens_written <= used
+    assert most or done.tokens_read + done.tokens_written <= 9000
+    assert asking(**prices).rows == 60
+    assert max(answered(asking.to).values()) == 1
+
+
+def test_a_budget_that_ends_before_the_audit_leaves_no_table(asking):
+    """A table by a prompt that nobody chose, without the temperature."""
+    done = asking(audit=50, max_requests=30)
+    assert (done.rows, done.audit, done.left) == (0, None, 30)
+    assert not done.table.exists()
+    assert asking(audit=50).rows == 60
+
+
+def test_a_line_that_was_cut_is_asked_again_and_a_damaged_one_is_named(asking):
+    """Half a line of a machine that lost its power, glued to the next one, is no answer."""
+    asking()
+    log = asking.to / "answers.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-20])
+    assert asking().requests == 61
+    log.write_bytes(whole.replace(b'{"prompt"', b'{prompt"', 1))
+    with pytest.raises(ArtifactError, match=r"damaged line .* delete that line"):
+        asking()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": "other"}, "the model changed"),
+        ({"shots": 2}, "the examples that the prompts show changed"),
+        ({"labels": {"negative": "", "positive": "good"}}, "the labels, their order or descriptions changed"),
+        ({"votes": 3}, "how answers are read"),
+        ({"seed": 4}, "how rows are chosen"),
+        ({"audit": 40}, "the data, or what is read of it changed"),
+        ({"prompts": ("p.j2",)}, "a prompt changed"),
+    ],
+)
+def test_answers_to_something_else_are_refused(asking, monkeypatch, change, named):
+    """Answers of two models or prompts in one table."""
+    monkeypatch.chdir(asking.folder)
+    Path("p.j2").write_text("{{ text }}{% for one in labels %}{{ one.code }}{% endfor %}")
+    asking(max_requests=5)
+    with pytest.raises(ArtifactError, match=named):
+        asking(**change)
+    write_csv(asking.data, sentiment_rows(61, 0))
+    with pytest.raises(ArtifactError, match="the data, or what is read of it changed"):
+        asking()
+
+
+def test_a_folder_of_something_else_and_a_second_process(asking):
+    """Two processes that write one log pay for each row twice."""
+    asking.to.mkdir()
+    (asking.to / "mine.txt").write_text("x")
+    with pytest.raises(ArtifactError, match="is not empty"):
+        asking()
+    asking.model.delay = 0.2
+    other = asking.folder / "other"
+    thread = threading.Thread(target=ask, args=(str(asking.data), other, asking.settings(concurrency=4)))
+    thread.start()
+    while not (other / "answers.jsonl").exists():
+        time.sleep(0.01)
+    with pytest.raises(ArtifactError, match="another process asks into"):
+        ask(str(asking.data), other, asking.settings())
+    thread.join()
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path, model):
+    """Each row is answered once, and what the kills interrupted still counts: no request is one too many."""
+    data, to, log = write_csv(tmp_path / "d.csv", sentiment_rows(300, 0)), tmp_path / "to", tmp_path / "log.txt"
+    service = subprocess.Popen(
+        [sys.executable, llm_standin.__file__, "--delay", "0.03", "--log", str(log)], stdout=subprocess.PIPE, text=True
+    )
+    assert service.stdout is not None
+    budget = 400
+    try:
+        command = [sys.executable, "-m", "kdlora", "ask", str(data), "--to", str(to), "--model", "m", "--base-url"]
+        command += [service.stdout.readline().strip(), "--concurrency", "4", "--max-requests", str(budget)]
+        draw, kills = random.Random(0), 0
+        while kills < 20:
+            before = log.stat().st_size if log.exists() else 0
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            wanted = before + 5 * draw.randint(4, 12)
+            while process.poll() is None and (log.stat().st_size if log.exists() else 0) < wanted:
+                time.sleep(0.002)
+            assert process.poll() is None, process.communicate()[1]
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    finally:
+        service.kill()
+        service.communicate()
+    assert len(log.read_text().split()) <= budget
+    found = answered(to)
+    assert max(found.values()) == 1
+    assert len(found) == len(pd.read_parquet(to / "train.parquet"))
+    assert len(found) >= 280 or "the budget is used up" in done.stderr
+
+
+def refused(asking, cli, *options: object, data: Path | None = None) -> str:
+    """What the command says as it ends with exit code 2, in one line and without a traceback."""
+    url = () if "--base-url" in options else ("--base-url", asking.model.url)
+    done = cli("ask", data or asking.data, "--to", asking.to, "--model", "m", *url, *options)
+    assert done.code == 2, done.err
+    assert done.err.startswith("kdlora: ")
+    assert len(done.err.strip().splitlines()) == 1
+    return done.err
+
+
+def test_bad_servers(asking, cli, monkeypatch):
+    """No key, another key, another model, another address, no log-probabilities."""
+    monkeypatch.setattr(server, "FIRST_ATTEMPTS", 2)
+    assert "no key: set the environment variable OPENAI_API_KEY" in refused(
+        asking, cli, "--base-url", "https://api.openai.com/v1"
+    )
+    assert "no answer from http://127.0.0.1:9/v1" in refused(asking, cli, "--base-url", "http://127.0.0.1:9/v1")
+    assert "without user and parameters" in refused(asking, cli, "--base-url", "http://me:secret@127.0.0.1/v1")
+    asking.model.models = ("other",)
+    assert "has no model 'm'" in refused(asking, cli)
+    asking.model.models, asking.model.logprobs = (), False
+    assert "gives no log-probabilities; ask with votes in their place: --votes 5" in refused(asking, cli)
+    asking.model.logprobs, asking.model.key = True, "right"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a-secret")
+    said = refused(asking, cli)
+    assert "refuses the key in OPENAI_API_KEY" in said
+    everything = said + "".join(file.read_text() for file in asking.to.rglob("*") if file.is_file())
+    assert "sk-a-secret" not in everything  # the server's message holds it
+    monkeypatch.setenv("MY_KEY", "right")
+    assert (
+        cli(
+            "ask",
+            asking.data,
+            "--to",
+            asking.to,
+            "--model",
+            "m",
+            "--base-url",
+            asking.model.url,
+            "--key-variable",
+            "MY_KEY",
+        ).code
+        == 0
+    )
+
+
+def test_bad_prompts_and_labels(asking, cli):
+    """Before anything is asked, and so before anything is paid for."""
+    template, labels = asking.folder / "p.j2", asking.folder / "labels.yaml"
+    codes = "{% for one in labels %}{{ one.code }}{% endfor %}"
+    for text, message in {
+        "{{ txt }}" + codes: "unknown field 'txt'; there are examples, labels, text, text_pair. Did you mean 'text'?",
+        "{{ text }}{% for one in labels %}{{ one.cod }}{% endfor %}": "unknown field",
+        "{{ text_pair }}{{ text }}" + codes: "unknown field",
+        "{{ text": "line 1: not a Jinja template",
+        "{{ text }}{{ labels }}{% for one in labels %}{{ one.name }}{% endfor %}{{ 1 / 0 }}": "cannot be filled",
+        "{{ text }}{% for one in labels %}{{ one.name }}{% endfor %}": "shows no code of the label 'negative'",
+        "what is it?" + codes: "never shows {{ text }}",
+        "{{ text }}{{ labels.__class__.__mro__ }}": "cannot be filled",
+    }.items():
+        template.write_text(text)
+        assert message in refused(asking, cli, "--prompt", template)
+    for text, message in {
+        "[a, a]": "different label names",
+        "3": "expected a list",
+        "{negative: , Negative: }": "differ by more than case",
+        "[bad, good]": "the label 'positive' ('label') is not among the labels",
+        "{": "no file of labels",
+    }.items():
+        labels.write_text(text)
+        assert message in refused(asking, cli, "--labels", labels) or text == "[bad, good]"
+    assert not asking.model.seen
+    assert not asking.to.exists()
+
+
+def test_bad_numbers_and_data(asking, cli):
+    """A budget of nothing, too few rows, a file that is not there."""
+    plain = asking.folder / "plain.txt"
+    plain.write_text("a text\n")
+    assert "a budget of nothing" in refused(asking, cli, "--max-requests", 0)
+    assert "less than one question may need" in refused(asking, cli, "--max-tokens", 10)
+    assert "needs price_in and price_out" in refused(asking, cli, "--max-cost", 1)
+    assert "at most 20" in refused(asking, cli, "--top-logprobs", 30)
+    assert "at least 40 rows" in refused(asking, cli, "--audit", 3)
+    assert "cannot be drawn from 60" in refused(asking, cli, "--audit", 61)
+    assert "several prompts are compared" in refused(asking, cli, "--prompt", "a", "--prompt", "b")
+    assert "does not exist" in refused(asking, cli, data=asking.folder / "gone.csv")
+    assert "no label column; name two labels" in refused(asking, cli, data=plain)
+    assert "select: uncertain needs" in refused(asking, cli, "--select", "uncertain", "--rows", 3)
+    assert "examples (shots) are drawn" in refused(asking, cli, "--shots", 100)
+    assert not asking.model.seen
+
+
+def test_a_missing_package_names_the_extra(asking, monkeypatch):
+    """An import error of a package that nobody was told of."""
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match=r"pip install 'kdlora\[ask\]'"):
+        asking()
+
+
+def test_what_is_useless_ends_early(asking):
+    """A thousand refusals cost as much as a thousand answers."""
+    asking.model.fault = lambda number: "nonsense"
+    with pytest.raises(DataError, match="none of the first 20 rows has an answer"):
+        asking()
+    assert asking.model.number == 20
+    assert (asking.to / "answers.jsonl").exists()

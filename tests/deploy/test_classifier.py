@@ -15,9 +15,8 @@ import pytest
 from deploy_folders import LONG, PAIRS, TEXTS
 from experiments import edit_json
 from kdlora.deploy.calibrate import save_temperature
-from kdlora.deploy.encode import length_batches
 from kdlora.deploy.folder import read_model_folder
-from kdlora.deploy.predict import Classifier
+from kdlora.deploy.predict import Classifier, length_batches
 from kdlora.errors import ArtifactError, DataError, KdLoraError, ModelError
 from kdlora.evidence.metrics import probabilities
 
@@ -32,7 +31,7 @@ import sys
 for name in {BLOCKED!r}:
     sys.modules[name] = None
 import kdlora
-from kdlora.deploy.predict import Classifier
+from kdlora.deploy.predict import Classifier, length_batches
 from kdlora.deploy.stream import predict_file
 classifier = Classifier.load({str(exported())!r})
 print(classifier.predict(["a wonderful film"])[0].label)
@@ -79,8 +78,7 @@ def test_pairs_use_both_texts_and_segments(exported, classifier_folder):
     swapped = [(second, first) for first, second in PAIRS]
     assert np.abs(model.predict_logits(PAIRS) - model.predict_logits(swapped)).max() > 1e-2
     assert np.abs(model.predict_logits(PAIRS) - model.predict_logits([a for a, _ in PAIRS])).max() > 1e-2
-    inputs = model.encoder.pad(model.encoder.encode(PAIRS))
-    assert inputs["token_type_ids"].max() == 1
+    assert all(arrays["token_type_ids"].max() == 1 for _, arrays in model.batches(PAIRS))
 
 
 def test_probabilities_follow_the_temperature(exported, tmp_path):

@@ -102,7 +102,7 @@ def test_the_product_with_outliers_ranks_first(tmp_path, exported):
         (tmp_path / name).write_bytes((exported() / name).read_bytes())
     onnx.save(model, tmp_path / "model.onnx")
     mark_folder(tmp_path, "export")
-    ranked = rank_products(tmp_path / "model.onnx", Classifier.load(tmp_path).encoder, TEXTS)
+    ranked = rank_products(tmp_path / "model.onnx", Classifier.load(tmp_path), TEXTS)
     assert ranked[0] == victim.name
     products = [node.name for node in model.graph.node if node.op_type in ("MatMul", "Attention")]
     assert sorted(ranked) == sorted(products)

@@ -19,11 +19,10 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from kdlora.deploy.encode import Text, spread
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.onnx_backend import default_threads
-from kdlora.deploy.predict import Classifier
+from kdlora.deploy.predict import Classifier, Text, spread
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 from kdlora.report.shipped import BenchmarkResult, ModelFigures
 from kdlora.system.environment import collect_versions, describe_machine, forget_peak, read_memory
@@ -243,7 +242,7 @@ class _Worker:
         """Time one batch of full rows, median milliseconds; tokenisation is not part of it."""
         ids = np.random.default_rng(0).integers(10, 100, (batch_size, length), dtype=np.int64)
         arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        inputs = {name: arrays[name] for name in self.classifier.encoder.input_names}
+        inputs = {name: arrays[name] for name in self.classifier.input_names}
         times = [_seconds(self.classifier.run, inputs) for _ in range(_GRID_REPEATS + 1)]
         return float(np.median(times[1:])) * 1e3
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from kdlora.data.tasks import DEFAULT_METRICS, Task
-from kdlora.deploy.encode import Text
 from kdlora.deploy.folder import (
     CONFIG_FILE,
     EXPORT_RECORD,
@@ -24,6 +23,7 @@ from kdlora.deploy.folder import (
     read_model_folder,
 )
 from kdlora.deploy.gates import Checks, Gate, LabelledTexts
+from kdlora.deploy.predict import Text
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError, did_you_mean
 from kdlora.foreign import read_json
 from kdlora.models.settings import TOKENIZER_CONFIG
@@ -181,7 +181,7 @@ def _quantise(optimised: Path, to: Path, checks: Checks, gate: Gate, say: Progre
 
     def rank() -> list[str]:
         say("int8: measuring which products are sensitive")
-        return rank_products(optimised, checks.classifier.encoder, checks.texts)
+        return rank_products(optimised, checks.classifier, checks.texts)
 
     for recipe in recipes(rank):
         say(f"int8: {recipe.name}")

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from kdlora.data.tasks import Task
-from kdlora.deploy.encode import Text, check_text
 from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.onnx_backend import OnnxBackend
-from kdlora.deploy.predict import Backend, Classifier
+from kdlora.deploy.predict import Backend, Classifier, Text, check_text
 from kdlora.errors import DataError
 from kdlora.evidence.metrics import compute_metrics, predict_labels, score
 from kdlora.evidence.stats import PairedArms, contrast

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from kdlora.deploy.encode import INPUTS
 from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TOKENIZER, ModelFolder
 from kdlora.errors import ArtifactError, KdLoraError, ModelError, first_line
 from kdlora.foreign import is_plain_name
@@ -52,9 +51,6 @@ class OnnxBackend:
             folder.file, threads=threads, optimised=folder.record is not None, expected=expected
         )
         self.input_names = tuple(value.name for value in self._session.get_inputs())
-        unknown = sorted(set(self.input_names) - set(INPUTS))
-        if unknown:
-            raise ModelError(f"{folder.file}: the model takes {unknown[0]!r:.80}, which a text does not give.")
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens)."""

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from kdlora.deploy.encode import BATCH_SIZE, BATCH_TOKENS, Text, TextEncoder, check_text
-from kdlora.deploy.folder import ModelFolder, Precision, read_model_folder
+from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, read_model_folder
 from kdlora.deploy.onnx_backend import OnnxBackend
-from kdlora.errors import ModelError
+from kdlora.errors import ArtifactError, DataError, KdLoraError, ModelError, first_line
 from kdlora.evidence.metrics import probabilities
+from kdlora.foreign import panics_as_errors
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+Text = str | tuple[str, str]
+INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+"""Names of the arrays that a text becomes, and where an encoding has them."""
+
+BATCH_SIZE = 32
+BATCH_TOKENS = 1024
+"""Most padded tokens that one forward pass holds: enough to keep the cores busy, and memory small."""
 
 
 class Backend(Protocol):
@@ -51,9 +62,14 @@ class Classifier:
 
     def __init__(self, folder: ModelFolder, backend: Backend) -> None:
         """Join a described folder and its running network; most callers want `load`."""
-        self.folder = folder
-        self.encoder = TextEncoder(folder, backend.input_names, backend.tokenizer_json)
-        self._backend = backend
+        self.folder, self.input_names, self._backend = folder, tuple(backend.input_names), backend
+        if unknown := sorted(set(self.input_names) - INPUTS.keys()):
+            raise ModelError(f"{folder.path}: the model takes {unknown[0]!r:.80}, which a text does not give.")
+        if "input_ids" not in self.input_names:
+            raise ModelError(f"{folder.path}: the model does not take input_ids, so it reads no text.")
+        # Never changed from here on, so threads may share it.
+        self._tokenizer = _open_tokenizer(folder, backend.tokenizer_json)
+        self._pad = _pad_token_id(folder, self._tokenizer)
 
     @classmethod
     def load(
@@ -154,12 +170,33 @@ class Classifier:
             raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
         checked = [check_text(text, f"text {row}") for row, text in enumerate(texts)]
         logits = np.empty((len(checked), len(self.label_names)), dtype=np.float32)
-        for rows, inputs in self.encoder.batches(checked, batch_size, batch_tokens):
+        for rows, inputs in self.batches(checked, batch_size, batch_tokens):
             logits[rows] = self.run(inputs)
         if not np.isfinite(logits).all():
             row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
             raise ModelError(f"{self.folder.path}: the model's output for text {row} is not a finite number.")
         return logits
+
+    def batches(
+        self, texts: Sequence[Text], batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
+    ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+        """Give the arrays that the model takes, texts of like length together, and which texts these are."""
+        most = most_characters(self.folder.max_length)
+        cut = [text[:most] if isinstance(text, str) else (text[0][:most], text[1][:most]) for text in texts]
+        try:
+            with panics_as_errors():
+                encodings: list[Encoding] = self._tokenizer.encode_batch(cut)
+        except Exception as error:
+            place = self.folder.path / TOKENIZER
+            raise ArtifactError(f"{place}: the tokenizer fails on a text: {first_line(error)}") from None
+        for rows in length_batches([len(encoding) for encoding in encodings], batch_size, batch_tokens):
+            shape = len(rows), len(encodings[rows[-1]])  # the longest is the last
+            arrays = {name: np.zeros(shape, dtype=np.int64) for name in self.input_names}
+            arrays["input_ids"][:] = self._pad
+            for place_in_batch, row in enumerate(rows):
+                for name, array in arrays.items():
+                    array[place_in_batch, : len(encodings[row])] = getattr(encodings[row], INPUTS[name])
+            yield rows, arrays
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Compute float32 logits (rows, labels) of int64 token arrays (rows, tokens), checked for their width."""
@@ -189,3 +226,74 @@ class Classifier:
                 label = tuple(name for name, value in zip(names, values, strict=True) if value > 0.5)
             predictions.append(Prediction(label, dict(zip(names, values, strict=True))))
         return predictions
+
+
+def most_characters(max_length: int) -> int:
+    """Say how much of a text is worth reading: ten megabytes must not be tokenised to find that they are truncated."""
+    return max(20_000, 100 * max_length)
+
+
+def check_text(text: Any, where: str) -> Text:
+    """Refuse what cannot be classified, rather than give it the label of an empty string."""
+    if isinstance(text, tuple | list):
+        if len(text) != 2:
+            raise DataError(f"{where}: expected a text or a pair of texts, got {len(text)} values.")
+        first, second = (_check_one(part, f"{where}, text {number}") for number, part in enumerate(text, 1))
+        return first, second
+    return _check_one(text, where)
+
+
+def _check_one(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise DataError(f"{where}: expected a text, got {type(text).__name__} ({text!r:.40}).")
+    if not text or text.isspace():
+        raise DataError(f"{where}: the text is empty. Remove the row or give it a text.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: the text is not valid UTF-8 (at character {error.start}).") from None
+    return text
+
+
+def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
+    """Group rows of like length, so that little padding is computed."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batches: list[list[int]] = []
+    for row in order:
+        current = batches[-1] if batches else None
+        if current is None or len(current) >= batch_size or (len(current) + 1) * lengths[row] > batch_tokens:
+            batches.append([row])
+        else:
+            current.append(row)
+    return batches
+
+
+def spread(texts: Sequence[Text], count: int) -> list[Text]:
+    """Take some texts, evenly spaced."""
+    return [texts[row] for row in np.linspace(0, len(texts) - 1, min(count, len(texts)), dtype=int)]
+
+
+def _open_tokenizer(folder: ModelFolder, content: str) -> Any:
+    """Read a tokenizer, and fix where it truncates."""
+    try:
+        from tokenizers import Tokenizer
+
+        with panics_as_errors():
+            tokenizer = Tokenizer.from_str(content)
+    except ImportError:
+        raise KdLoraError("tokenizers is not installed: pip install 'kdlora[serve]'") from None
+    except Exception as error:  # the library raises a bare one for a damaged file
+        raise ArtifactError(f"{folder.path / TOKENIZER}: the tokenizer cannot be read: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(folder.max_length, strategy="longest_first")
+    return tokenizer
+
+
+def _pad_token_id(folder: ModelFolder, tokenizer: Any) -> int:
+    """Find the padding id; its value hardly matters, as padding is masked, but it must be in the vocabulary."""
+    found = tokenizer.token_to_id(folder.pad_token) if folder.pad_token is not None else None
+    if found is None:
+        found = max(0, folder.pad_token_id or 0)
+    if tokenizer.id_to_token(found) is None:
+        raise ModelError(f"{folder.path / CONFIG_FILE}: pad_token_id {found} is no token of {TOKENIZER}.")
+    return int(found)

@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from kdlora.deploy.encode import Text, TextEncoder, spread
 from kdlora.deploy.graph import add_weight, constant, optimise, quiet
 from kdlora.deploy.onnx_backend import open_session
+from kdlora.deploy.predict import Classifier, Text, spread
 from kdlora.system.ownership import remove
 
 _PRODUCTS = ("MatMul", "Attention")
@@ -131,13 +131,13 @@ def _add_levels(graph: ir.Graph, name: str, values: np.ndarray, largest: np.ndar
     return add_weight(graph, f"{name}.int8", levels), add_weight(graph, f"{name}.scale", scale)
 
 
-def rank_products(model: Path, encoder: TextEncoder, texts: list[Text]) -> list[str]:
+def rank_products(model: Path, classifier: Classifier, texts: list[Text]) -> list[str]:
     """Order the products of a graph by what rounding each one's input does to the logits."""
     copy = model.with_name("switched.onnx")
     names = _add_rounding_switches(model, copy)
     session = open_session(copy, optimised=True)
     remove(copy)
-    batches = [arrays for _, arrays in encoder.batches(spread(texts, _ROWS))]
+    batches = [arrays for _, arrays in classifier.batches(spread(texts, _ROWS))]
 
     def logits(rounded: np.ndarray) -> np.ndarray:
         return np.concatenate([session.run(None, {**batch, "rounded": rounded})[0] for batch in batches])

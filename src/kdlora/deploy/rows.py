@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, get_args
 import numpy as np
 
 from kdlora.data.lines import FORMATS, Format, Numbered, read_rows
-from kdlora.deploy.encode import Text, check_text
+from kdlora.deploy.predict import Text, check_text
 from kdlora.errors import DataError, did_you_mean
 
 SUFFIXES = {suffix: form for suffix, form in FORMATS.items() if suffix != ".json"}

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdlora.data.lines import Format
-from kdlora.deploy.encode import BATCH_SIZE
 from kdlora.deploy.folder import ModelFolder
-from kdlora.deploy.predict import Classifier, Prediction
+from kdlora.deploy.predict import BATCH_SIZE, Classifier, Prediction, most_characters
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.system.ownership import MANIFEST, claim_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
@@ -136,7 +135,7 @@ def _columns(classifier: Classifier, text: Sequence[str] | str | None, id_column
     if names is not None and len(names) not in (1, 2):
         raise ConfigError(f"expected one text column or the two of a pair, got {len(names)}: {', '.join(names)}.")
     recorded = tuple((classifier.folder.task or {}).get("text") or ()) or None
-    return Columns(names, recorded, id_column, classifier.encoder.most_characters)
+    return Columns(names, recorded, id_column, most_characters(classifier.folder.max_length))
 
 
 def _fingerprint(folder: ModelFolder, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:

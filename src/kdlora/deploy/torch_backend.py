@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kdlora.deploy.encode import INPUTS
 from kdlora.deploy.folder import ModelFolder
+from kdlora.deploy.predict import INPUTS
 from kdlora.errors import ModelError, first_line
 from kdlora.models import loading
 from kdlora.models.loading import Source

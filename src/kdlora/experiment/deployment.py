@@ -15,12 +15,11 @@ from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
-from kdlora.deploy.encode import Text
 from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx, missing_tools
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.hub import locate_model
-from kdlora.deploy.predict import Classifier
+from kdlora.deploy.predict import Classifier, Text
 from kdlora.errors import ConfigError, DataError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.recording import logged, prepare_process

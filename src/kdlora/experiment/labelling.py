@@ -24,7 +24,7 @@ from kdlora.data.collection import is_collection, refuse_double_ids
 from kdlora.data.faults import REMEDY, UNREADABLE
 from kdlora.data.logit_table import Shard, begin_store, find_shard, open_store, write_note
 from kdlora.data.tasks import Task
-from kdlora.deploy.encode import most_characters
+from kdlora.deploy.predict import most_characters
 from kdlora.deploy.rows import SUFFIXES, Columns, Row, RowReader, cut_windows
 from kdlora.distil.inference import BATCH_TOKENS
 from kdlora.distil.precision import resolve_device, resolve_precision

@@ -369,6 +369,7 @@ SETTINGS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     ("a temperature that is text", "config.json", {"kdlora_temperature": "1"}, ("kdlora_temperature",)),
     ("an endless temperature", "config.json", {"kdlora_temperature": 10**400}, ("kdlora_temperature",)),
     ("a temperature of nothing", "config.json", {"kdlora_temperature": 1e-300}, ("kdlora_temperature",)),
+    ("a reading length that is text", "config.json", {"kdlora_max_length": "9"}, ("kdlora_max_length must be",)),
     ("a task that is text", "config.json", {"kdlora_task": "x"}, ("kdlora_task must be",)),
     ("a task of numbers", "config.json", {"kdlora_task": {"text": [1]}}, ("kdlora_task must be",)),
     ("a task of three texts", "config.json", {"kdlora_task": {"text": ["a", "b", "c"]}}, ("kdlora_task must be",)),

@@ -47,19 +47,17 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibr
         raise DataError("the logits to calibrate hold values that are not finite.")
 
     def loss(log_temperature: float) -> float:
-        return _negative_log_likelihood(logits / np.exp(log_temperature), targets, kind)
+        """Compute the mean negative log-likelihood in nats."""
+        scaled = logits / np.exp(log_temperature)
+        if kind == "multi-label":
+            return float(np.mean(np.logaddexp(0.0, scaled) - scaled * targets))
+        return float(np.mean(np.logaddexp.reduce(scaled, axis=1) - scaled[np.arange(len(scaled)), targets]))
 
     # In the logarithm the search is symmetric: a model can be half as sure as it should be, or twice.
     found = minimize_scalar(loss, bounds=tuple(np.log(_RANGE)), method="bounded", options={"xatol": 1e-4})
     temperature = float(np.exp(found.x))
-    return Calibration(
-        temperature=temperature,
-        rows=len(logits),
-        nll_before=loss(0.0),
-        nll_after=loss(float(found.x)),
-        ece_before=reliability(probabilities(logits, kind), targets, kind).error,
-        ece_after=reliability(probabilities(logits, kind, temperature), targets, kind).error,
-    )
+    before, after = (reliability(probabilities(logits, kind, at), targets, kind).error for at in (1.0, temperature))
+    return Calibration(temperature, len(logits), loss(0.0), loss(float(found.x)), ece_before=before, ece_after=after)
 
 
 def save_temperature(folder: str | Path, temperature: float) -> None:
@@ -79,12 +77,3 @@ def save_temperature(folder: str | Path, temperature: float) -> None:
         if CONFIG_FILE in content["sha256"]:
             content["sha256"][CONFIG_FILE] = hash_file(path)
         write_json_atomic(record, seal(content))
-
-
-def _negative_log_likelihood(scaled: np.ndarray, labels: np.ndarray, kind: str) -> float:
-    """Compute the mean negative log-likelihood in nats of scaled logits."""
-    scaled = scaled.astype(np.float64)
-    if kind == "multi-label":
-        return float(np.mean(np.logaddexp(0.0, scaled) - scaled * labels))
-    log_total = np.logaddexp.reduce(scaled, axis=1)
-    return float(np.mean(log_total - scaled[np.arange(len(scaled)), labels]))

@@ -95,25 +95,37 @@ class ModelFolder:
 def read_model_folder(path: str | Path, *, precision: Precision = "auto", max_length: int | None = None) -> ModelFolder:
     """Read configuration, labels and limits of a transformers or ONNX folder."""
     place = Path(path)
-    named = place.name if place.suffix == ".onnx" else None
-    if named is not None and not place.is_file():
+    named = place if place.suffix == ".onnx" else None
+    if named is not None and not named.is_file():
         raise ModelError(f"{place}: no such file. Give a model folder or an existing .onnx file.")
     folder = _with_config(place if named is None else place.parent)
     digests: dict[str, str] = {}
     config = _read(folder / CONFIG_FILE, CONFIG, digests)
-    file = _onnx_file(folder, precision) if named is None else folder / named
-    _check_weights(folder, file)
+    file = named or _onnx_file(folder, precision)
+    _check_files(folder, file)
     record = _read(folder / EXPORT_RECORD, _RECORD, digests)
     tokenizer = _read(folder / TOKENIZER_CONFIG, TOKENIZER_SETTINGS, digests)
     kind, label_names = _labels(folder, config)
     wanted = max_length or (record.get("max_length") if file is not None else None) or config.get("kdlora_max_length")
+    if wanted is not None and wanted < _SHORTEST:
+        raise ModelError(f"max_length must be at least 3 (two special tokens and one of text), got {wanted}.")
+    stated = tokenizer.get("model_max_length")
+    if wanted is None and stated is not None and _SHORTEST <= stated < _ENDLESS:
+        wanted = int(stated)
+    limit = _position_limit(folder, config)
+    temperature = config.get(TEMPERATURE_KEY, 1.0)
+    if not isinstance(temperature, int | float) or not _LEAST_TEMPERATURE <= temperature <= _HIGHEST_TEMPERATURE:
+        raise ModelError(
+            f"{folder / CONFIG_FILE}: {TEMPERATURE_KEY} must be a positive number, {_LEAST_TEMPERATURE:g} to "
+            f"{_HIGHEST_TEMPERATURE:g}, got {temperature!r:.80}."
+        )
     return ModelFolder(
         path=folder,
         file=file,
         kind=kind,
         label_names=label_names,
-        max_length=_max_length(_position_limit(folder, config), wanted, tokenizer.get("model_max_length")),
-        temperature=_temperature(folder, config),
+        max_length=min(wanted or limit or _DEFAULT_MAX_LENGTH, limit or _ENDLESS),
+        temperature=float(temperature),
         task=record.get("task") or config.get("kdlora_task"),
         record=record if EXPORT_RECORD in digests else None,
         pad_token=content_of_token(tokenizer.get("pad_token")),
@@ -165,8 +177,8 @@ def _onnx_file(folder: Path, precision: Precision) -> Path | None:
     return fp32 if fp32.is_file() else None
 
 
-def _check_weights(folder: Path, file: Path | None) -> None:
-    """Refuse a folder whose weights are missing or in a format that runs code when it is read."""
+def _check_files(folder: Path, file: Path | None) -> None:
+    """Refuse a folder that lacks its tokenizer, or its weights in a format that runs no code when it is read."""
     if file is None and not any(folder.glob("*.safetensors")):
         other = sorted(entry.name for entry in folder.glob("*.bin"))
         hint = f" {other[0]} is a pickle and is not read; convert it to safetensors." if other else ""
@@ -180,13 +192,12 @@ def _check_weights(folder: Path, file: Path | None) -> None:
 
 def _labels(folder: Path, config: dict[str, Any]) -> tuple[FolderKind, tuple[str, ...]]:
     """Read kind and label names; a checkpoint of another head is refused."""
-    architectures = config.get("architectures") or []
+    architectures, where = config.get("architectures") or [], folder / CONFIG_FILE
     if architectures and not any(name.endswith("ForSequenceClassification") for name in architectures):
         raise ModelError(
             f"{folder}: expected a model with a classification head (…ForSequenceClassification), got "
             f"{', '.join(architectures):.200}. Fine-tune it first."
         )
-    where = folder / CONFIG_FILE
     id2label = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     columns = [id2label.get(str(column)) for column in range(len(id2label))]
     if not all(isinstance(name, str | int | float) for name in columns):
@@ -211,24 +222,3 @@ def _position_limit(folder: Path, config: dict[str, Any]) -> int | None:
     if positions < _SHORTEST:
         raise ModelError(f"{folder / CONFIG_FILE}: max_position_embeddings leaves room for {positions} tokens.")
     return positions
-
-
-def _max_length(limit: int | None, wanted: int | None, stated: float | None) -> int:
-    """Settle the longest input: the wish, else the tokenizer's own limit, never more than there are positions."""
-    if wanted is not None and wanted < _SHORTEST:
-        raise ModelError(f"max_length must be at least 3 (two special tokens and one of text), got {wanted}.")
-    if wanted is None and stated is not None and _SHORTEST <= stated < _ENDLESS:
-        wanted = int(stated)
-    settled = wanted or limit or _DEFAULT_MAX_LENGTH
-    return settled if limit is None else min(settled, limit)
-
-
-def _temperature(folder: Path, config: dict[str, Any]) -> float:
-    """Read the calibration temperature, 1 where there is none."""
-    value = config.get(TEMPERATURE_KEY, 1.0)
-    if not isinstance(value, int | float) or not _LEAST_TEMPERATURE <= value <= _HIGHEST_TEMPERATURE:
-        raise ModelError(
-            f"{folder / CONFIG_FILE}: {TEMPERATURE_KEY} must be a positive number, {_LEAST_TEMPERATURE:g} to "
-            f"{_HIGHEST_TEMPERATURE:g}, got {value!r:.80}."
-        )
-    return float(value)

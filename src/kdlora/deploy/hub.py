@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from kdlora.evidence.records import ExperimentLayout
 from kdlora.foreign import read_json
 from kdlora.report.card import FOLDER_IN_CARD
 
-ONNX_FOLDER = "onnx"
+_ONNX = "onnx/"
 """Where a repository keeps its ONNX files, as transformers.js and the Hub's own exports do."""
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<inner>(/[\w.-]+)*)(@(?P<revision>[\w./-]+))?")
@@ -107,11 +105,12 @@ def push_experiment(
         OSError: the Hub cannot be reached or fails.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     if (found := _HUB_ID.fullmatch(repo)) is None or found["inner"] or found["revision"]:
         raise ConfigError(f"{repo!r} is no name of a repository; expected USER/NAME")
     contents = _contents(ExperimentLayout(Path(experiment)), report, repo)
-    with _explained(repo):
+    try:
         api = HfApi(token=token)
         api.create_repo(repo, private=not public, exist_ok=True)
         private = bool(api.repo_info(repo).private)
@@ -123,6 +122,10 @@ def push_experiment(
         commit = api.create_commit(
             repo, added, commit_message="Student distilled with kdlora", revision=revision, num_threads=2
         )
+    except OfflineModeIsEnabled:
+        raise KdLoraError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
+    except (HfHubHTTPError, LocalTokenNotFoundError, RuntimeError) as error:  # RuntimeError wraps a failed upload
+        raise _explanation(repo, error) from None
     return Pushed(repo, str(commit.commit_url), str(commit.oid), private, tuple(sorted(contents)))
 
 
@@ -140,13 +143,12 @@ def plan_push(experiment: str | Path, repo: str, *, report: bool = False) -> Par
     contents = _contents(layout, report, repo)
     sizes = {
         name: len(content) if isinstance(content, bytes) else content.stat().st_size
-        for name, content in contents.items()
+        for name, content in sorted(contents.items())
     }
-    stays = [entry.name for entry in _pushable(layout.root).path.iterdir() if entry.name not in sizes]
+    here = {entry.name for entry in _pushable(layout.root).path.iterdir()}
     if layout.onnx.is_dir():
-        onnx = (f"{ONNX_FOLDER}/{entry.name}" for entry in layout.onnx.iterdir())
-        stays += [name for name in onnx if name not in sizes]
-    return Parcel(dict(sorted(sizes.items())), tuple(sorted(stays)))
+        here |= {f"{_ONNX}{entry.name}" for entry in layout.onnx.iterdir()}
+    return Parcel(sizes, tuple(sorted(here - sizes.keys())))
 
 
 def _contents(layout: ExperimentLayout, report: bool, repo: str) -> dict[str, Path | bytes]:
@@ -156,7 +158,7 @@ def _contents(layout: ExperimentLayout, report: bool, repo: str) -> dict[str, Pa
     if "config.json" not in contents or not any(name.endswith(".safetensors") for name in contents):
         raise ModelError(f"{student.path}: config.json or the weights are links, which are not sent; copy them there")
     if layout.config.exists() and layout.export_record.exists():
-        contents |= {f"{ONNX_FOLDER}/{path.name}": path for path in layout.onnx.iterdir() if is_model_file(path)}
+        contents |= {f"{_ONNX}{path.name}": path for path in layout.onnx.iterdir() if is_model_file(path)}
     if report:
         for path in (layout.report_md, layout.report_html):
             if not path.is_file() or path.is_symlink():
@@ -198,24 +200,16 @@ def _pushable(root: Path) -> ModelFolder:
     return folder
 
 
-@contextmanager
-def _explained(repo: str) -> Iterator[None]:
-    """Turn the Hub's refusals that the user can mend into an error that says how; the rest becomes an OSError."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+def _explanation(repo: str, error: Exception) -> KdLoraError | OSError:
+    """Say of a refusal of the Hub that the user can mend how; the rest is an OSError."""
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
-    try:
-        yield
-    except OfflineModeIsEnabled:
-        raise KdLoraError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
-    except (HfHubHTTPError, LocalTokenNotFoundError, RuntimeError) as error:  # RuntimeError wraps a failed upload
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        if isinstance(error, LocalTokenNotFoundError) or (cause is error and status in (401, 403, 404)):
-            raise KdLoraError(
-                f"the Hub does not let you write to {repo}. Log in with `hf auth login` (or set HF_TOKEN) with a token "
-                "that may write, and check the name"
-            ) from None
-        reason = " ".join(str(cause).split())
-        raise OSError(
-            f"the push to {repo} stopped ({reason:.300}); the same command again sends only what is missing"
-        ) from None
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if isinstance(error, LocalTokenNotFoundError) or (cause is error and status in (401, 403, 404)):
+        return KdLoraError(
+            f"the Hub does not let you write to {repo}. Log in with `hf auth login` (or set HF_TOKEN) with a token "
+            "that may write, and check the name"
+        )
+    reason = " ".join(str(cause).split())
+    return OSError(f"the push to {repo} stopped ({reason:.300}); the same command again sends only what is missing")

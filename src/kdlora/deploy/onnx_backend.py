@@ -42,14 +42,12 @@ class OnnxBackend:
         """Open a session, and compare every file that decides an answer with the hash that the export recorded."""
         if folder.file is None:
             raise ModelError(f"{folder.path}: not an ONNX folder.")
-        expected = _recorded_hashes(folder) if verify else {}
+        self._file, expected = folder.file, _recorded_hashes(folder) if verify else {}
         tokenizer = (folder.path / TOKENIZER).read_bytes()
         _check_hash(folder.path / TOKENIZER, tokenizer, expected)
         self.tokenizer_json = tokenizer.decode("utf-8", errors="replace")
-        self._file = folder.file
-        self._session = open_session(
-            folder.file, threads=threads, optimised=folder.record is not None, expected=expected
-        )
+        is_ours = folder.record is not None
+        self._session = open_session(folder.file, threads=threads, optimised=is_ours, expected=expected)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -71,9 +69,8 @@ def open_session(
     try:
         import onnxruntime
     except ImportError:
-        raise KdLoraError(
-            "onnxruntime is not installed: pip install 'kdlora[onnx]' ('kdlora[serve]' to predict only)"
-        ) from None
+        remedy = "pip install 'kdlora[onnx]' ('kdlora[serve]' to predict only)"
+        raise KdLoraError(f"onnxruntime is not installed: {remedy}") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # A plan of memory for each shape pays off where shapes repeat; texts have hundreds of shapes.

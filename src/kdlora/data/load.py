@@ -232,30 +232,35 @@ def split_rows(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Draw the rows of a validation split.
 
-    With classes, each gives its share (largest remainders first); a class with two rows or more is in both parts,
-    a class with a single row stays in training, and nobody makes up for it.
+    With classes, each gives its share (largest remainders first) and keeps a row to train on; a class with two rows or
+    more gives one at least. Where that would take more than a fifth of all rows, chance says which classes give none.
     """
     draw = np.random.default_rng(seed)
     total = min(rows - 1, max(1, round(rows * fraction)))
     if classes is None:
         chosen = draw.permutation(rows)[:total]
     else:
-        names, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
-        shares = _shares(counts, total, fraction)
+        _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
         by_class = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
-        parts = [draw.permutation(by_class[index])[: shares[index]] for index in range(len(names))]
-        chosen = np.concatenate(parts)
+        shares = _shares(counts, total, fraction, draw)
+        chosen = np.concatenate([draw.permutation(own)[:share] for own, share in zip(by_class, shares, strict=True)])
     in_validation = np.zeros(rows, dtype=bool)
     in_validation[chosen] = True
     return np.flatnonzero(~in_validation), np.flatnonzero(in_validation)
 
 
-def _shares(counts: npt.NDArray[np.int64], total: int, fraction: float) -> npt.NDArray[np.int64]:
+def _shares(
+    counts: npt.NDArray[np.int64], total: int, fraction: float, draw: np.random.Generator
+) -> npt.NDArray[np.int64]:
     """Divide `total` validation rows among classes of these sizes."""
     exact = counts * fraction
-    least, most = np.minimum(1, counts - 1), np.minimum(np.maximum(1, np.ceil(exact)), counts - 1)
+    least, order = np.minimum(1, counts - 1), np.arange(len(counts))
+    fifth = max(total, -(-int(counts.sum()) // 5))
+    if least.sum() > fifth:
+        least, total, order = np.zeros_like(least), fifth, draw.permutation(order)
+    most = np.minimum(np.maximum(1, np.ceil(exact)), counts - 1)
     shares = np.clip(np.floor(exact), least, most).astype(np.int64)
-    for index in np.argsort(shares - exact, kind="stable"):  # largest remainder first
+    for index in order[np.argsort((shares - exact)[order], kind="stable")]:  # largest remainder first
         if shares.sum() >= total:
             break
         shares[index] += shares[index] < most[index]

@@ -198,7 +198,7 @@ def test_stale_parts_are_refused(tmp_path, model, source):
 def test_full_disk_leaves_no_output(tmp_path, model, source, monkeypatch):
     """Prevents a truncated output; what was done is kept for the next try."""
 
-    def fail(self, content, rows, errors):
+    def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(stream.PartialResult, "write", fail)

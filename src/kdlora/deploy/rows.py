@@ -53,7 +53,7 @@ class RowReader:
         self._path = Path(source) if str(source) != "-" else None
         self.name = "standard input" if self._path is None else str(source)
         self.form = _choose_format(self._path, form)
-        self._columns, self._start = columns, start
+        self._columns, self.start = columns, start
         self._texts: tuple[str, ...] = ()
         self.fraction: Callable[[], float | None] = lambda: None
         """Give the share of the input that has been read, 0..1; None for a stream."""
@@ -79,7 +79,7 @@ class RowReader:
             stack.callback(text.detach)
             columns, rows = read_rows(text, self.form, self.name)
             self._texts = self._find_columns(columns) if columns else ()
-            yield from islice(rows, self._start, None)
+            yield from islice(rows, self.start, None)
 
     def _parquet(self) -> Generator[Numbered]:
         """Read a Parquet file, some rows at a time."""
@@ -90,12 +90,12 @@ class RowReader:
         with parquet_faults(self.name), pq.ParquetFile(self._path) as file:
             names = file.schema_arrow.names
             self._texts = self._find_columns(names)
-            number, groups = _groups_from(file.metadata, self._start)
+            number, groups = _groups_from(file.metadata, self.start)
             self.fraction = lambda: number / max(1, file.metadata.num_rows)
             wanted = [name for name in dict.fromkeys((*self._texts, self._columns.id)) if name in names]
             for batch in file.iter_batches(batch_size=256, columns=wanted, row_groups=groups):
                 for values in _parquet_rows(batch):
-                    if number >= self._start:
+                    if number >= self.start:
                         yield number, values
                     number += 1
 

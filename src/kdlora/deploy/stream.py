@@ -11,9 +11,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,16 +96,15 @@ def predict_file(
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
     classifier = model if isinstance(model, Classifier) else Classifier.load(model)
-    form = _Form(classifier.folder, str(to))
     columns = _columns(classifier, text, id_column)
     reader = RowReader(source, columns, form=input_format)
-    output = _Output(form)
+    output = _Output(_Form(classifier.folder, str(to)))
     if str(to) != "-":
-        output = PartialResult(form, Path(to), _fingerprint(classifier.folder, source, columns, reader.form))
-    # A stream cannot be known to be the same one again.
-    output.begin(resume=resume and str(source) != "-")
+        made_of = _fingerprint(classifier.folder, source, columns, reader.form)
+        # A stream cannot be known to be the same one again.
+        output = PartialResult(output.form, Path(to), made_of, resume=resume and str(source) != "-")
+    reader.start = output.resumed
     _predict(classifier, reader, output, batch_size, strict, progress)
-    output.finish()
     return PredictionSummary(str(to), output.rows, output.errors, output.resumed, time.perf_counter() - start)
 
 
@@ -116,7 +114,7 @@ def _predict(
     """Classify window by window what is not done yet."""
     try:
         with contextlib.closing(iter(reader)) as given:
-            for window in cut_windows(islice(given, output.resumed, None)):
+            for window in cut_windows(given):
                 bad = [row for row in window if row.text is None]
                 if bad and strict:
                     raise DataError(f"{reader.name}: {bad[0].error}")
@@ -128,6 +126,7 @@ def _predict(
     except DataError:
         output.discard()  # the input must change before this can succeed, and parts of the old one are of no use then
         raise
+    output.finish()
 
 
 def _columns(classifier: Classifier, text: Sequence[str] | str | None, id_column: str) -> Columns:
@@ -166,15 +165,22 @@ class _Form:
             raise DataError(f"{to}: expected an output file of {expected}, got {suffix or 'no extension'!r}.")
         self.name = _SUFFIXES[suffix]
         self._kind = folder.kind
-        self._labels = () if folder.kind == "regression" else folder.label_names
-        self._columns = ["id", "label", *(f"probability:{name}" for name in self._labels), "error"]
+        labels = () if folder.kind == "regression" else folder.label_names
+        self._columns = ["id", "label", *(f"probability:{name}" for name in labels), "error"]
 
     def encode(self, answers: Sequence[tuple[Row, Prediction | None]]) -> bytes:
         """Write rows; one without prediction gets its error."""
         if self.name == "jsonl":
             return "".join(f"{json.dumps(_as_object(*one), ensure_ascii=False)}\n" for one in answers).encode()
-        table = [self._values(*one) for one in answers]
-        return _csv_bytes(table) if self.name == "csv" else self._parquet_bytes(table)
+        rows = [self._flat(*one) for one in answers]
+        if self.name == "csv":
+            return self._csv(rows)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, self._schema()), buffer)
+        return buffer.getvalue()
 
     def join(self, parts: Iterable[Path], to: Path) -> None:
         """Make one file of parts."""
@@ -186,35 +192,32 @@ class _Form:
                     writer.write_table(pq.read_table(part, schema=self._schema()))
             return
         with to.open("wb") as file:
-            file.write(_csv_bytes([self._columns]) if self.name == "csv" else b"")
+            file.write(self._csv([dict(zip(self._columns, self._columns, strict=True))]) if self.name == "csv" else b"")
             for part in parts:
                 with part.open("rb") as source:
                     shutil.copyfileobj(source, file, 1 << 20)
 
-    def _values(self, row: Row, prediction: Prediction | None) -> list[Any]:
+    def _flat(self, row: Row, prediction: Prediction | None) -> dict[str, Any]:
+        """Give the columns that have a value."""
         if prediction is None:
-            return [row.id, None, *([None] * len(self._labels)), row.error]
+            return {"id": row.id, "error": row.error}
         label: Any = prediction.label
         if isinstance(label, tuple):
             label = "|".join(label) if self.name == "csv" else list(label)
-        return [row.id, label, *(prediction.probabilities[name] for name in self._labels), None]
+        named = {f"probability:{name}": value for name, value in prediction.probabilities.items()}
+        return {"id": row.id, "label": label, **named}
+
+    def _csv(self, rows: Iterable[Mapping[str, Any]]) -> bytes:
+        buffer = io.StringIO(newline="")
+        csv.DictWriter(buffer, self._columns, lineterminator="\n").writerows(rows)
+        return buffer.getvalue().encode()
 
     def _schema(self) -> pa.Schema:
         import pyarrow as pa
 
         label = {"regression": pa.float64(), "multi-label": pa.list_(pa.string())}.get(self._kind, pa.string())
-        numbers = [pa.float64()] * len(self._labels)
+        numbers = [pa.float64()] * (len(self._columns) - 3)
         return pa.schema(list(zip(self._columns, [pa.string(), label, *numbers, pa.string()], strict=True)))
-
-    def _parquet_bytes(self, table: list[list[Any]]) -> bytes:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        schema = self._schema()
-        columns = [pa.array(values, kind) for values, kind in zip(zip(*table, strict=True), schema.types, strict=True)]
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_arrays(columns, schema=schema), buffer)
-        return buffer.getvalue()
 
 
 def _as_object(row: Row, prediction: Prediction | None) -> dict[str, Any]:
@@ -224,21 +227,12 @@ def _as_object(row: Row, prediction: Prediction | None) -> dict[str, Any]:
     return found | ({"probabilities": prediction.probabilities} if prediction.probabilities else {})
 
 
-def _csv_bytes(table: Sequence[Sequence[Any]]) -> bytes:
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows(table)
-    return buffer.getvalue().encode()
-
-
 class _Output:
     """Standard output, which gets the windows as they come; nothing can be resumed or taken back."""
 
     def __init__(self, form: _Form) -> None:
         self.form = form
         self.rows = self.errors = self.resumed = 0
-
-    def begin(self, *, resume: bool) -> None:
-        """Find out what is done."""
 
     def add(self, answers: Sequence[tuple[Row, Prediction | None]], errors: int) -> None:
         """Write one window."""
@@ -260,28 +254,23 @@ class _Output:
 class PartialResult(_Output):
     """The folder beside an output file that holds finished parts until the last one is written."""
 
-    def __init__(self, form: _Form, to: Path, made_of: dict[str, Any]) -> None:
+    def __init__(self, form: _Form, to: Path, made_of: dict[str, Any], *, resume: bool) -> None:
+        """Make the folder, or take over that of an interrupted run."""
         super().__init__(form)
         if made_of["source"] != "-" and to.exists() and to.samefile(made_of["source"]):
             raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
-        self.to = to
-        self.folder = to.with_name(f"{to.name}.partial")
-        self._made_of = made_of | {"output_format": form.name}
-
-    def begin(self, *, resume: bool) -> None:
-        """Make the folder, or take over that of an interrupted run."""
+        self.to, self.folder = to, to.with_name(f"{to.name}.partial")
         self._refuse_foreign()
+        made_of |= {"output_format": form.name}
         if not resume:
             remove(self.folder)
         elif found := read_manifest(self.folder):
-            changed = sorted(key for key, value in self._made_of.items() if found.get(key) != value)
-            if changed:
-                key = changed[0]
+            for key in sorted(key for key, value in made_of.items() if found.get(key) != value):
                 raise ArtifactError(
                     f"{self.folder}: holds an interrupted prediction of something else ({key} was {found.get(key)!r}, "
-                    f"is {self._made_of[key]!r}). Delete the folder, or predict without resuming."
+                    f"is {made_of[key]!r}). Delete the folder, or predict without resuming."
                 )
-        claim_folder(self.folder, "prediction", **self._made_of)
+        claim_folder(self.folder, "prediction", **made_of)
         remove_abandoned(self.folder)
         counts = [tuple(map(int, part.name.split("-")[2:])) for part in self._parts()]
         self.rows = self.resumed = sum(rows for rows, _ in counts)
@@ -292,16 +281,16 @@ class PartialResult(_Output):
         with atomic_file(self.folder / f"part-{len(self._parts()):08d}-{rows}-{errors}") as temporary:
             temporary.write_bytes(content)
 
+    def discard(self) -> None:
+        """Remove the parts."""
+        self._refuse_foreign()
+        remove(self.folder)
+
     def finish(self) -> None:
         """Join the parts into the output file, which appears whole, and remove them."""
         with atomic_file(self.to) as temporary:
             self.form.join(self._parts(), temporary)
         self.discard()
-
-    def discard(self) -> None:
-        """Remove the parts."""
-        self._refuse_foreign()
-        remove(self.folder)
 
     def _parts(self) -> list[Path]:
         return sorted(entry for entry in self.folder.iterdir() if _PART.fullmatch(entry.name))

@@ -141,21 +141,12 @@ def _perturb(words: Sequence[str], other: Sequence[str], known: _Words, draw: np
 def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:
     """Leave out the rows whose text, or pair of texts, a score is measured on: it must stay one on new texts."""
     names = _texts_of(rows)
-    taken = [pc.is_in(read_column(rows, name), _values(scored, name)) for name in names]
-    candidates = np.flatnonzero(np.logical_and.reduce([column.to_numpy() for column in taken]))
-    if not len(candidates):
-        return rows
     known = {texts for part in scored for texts in _tuples(part, names)}
+    first = pa.array({texts[0] for texts in known}, pa.string())
+    candidates = np.flatnonzero(pc.is_in(read_column(rows, names[0]), first))
     found = _tuples(rows.select(candidates), names)  # of a pair, each text may be known from another pair
-    seen = [row for row, texts in zip(candidates.tolist(), found, strict=True) if texts in known]
-    kept = np.ones(len(rows), dtype=bool)
-    kept[seen] = False
-    return rows.select(np.flatnonzero(kept)) if seen else rows
-
-
-def _values(parts: Sequence[Dataset], name: str) -> pa.Array:
-    chunks = [chunk for part in parts for chunk in read_column(part, name).chunks]
-    return pa.concat_arrays(chunks) if chunks else pa.array([], pa.string())
+    seen = [row for row, texts in zip(candidates, found, strict=True) if texts in known]
+    return rows.select(np.delete(np.arange(len(rows)), seen)) if seen else rows
 
 
 def _tuples(rows: Dataset, names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetInfo, Features
+from pandas.util import hash_array
 
 from kdlora.errors import DataError
 
@@ -23,7 +24,6 @@ SLICE_ROWS = 10_000
 _HASHED_ROWS = 100_000
 _SPREAD = 16
 """So many times its own rows may lie between the first and the last row of a slice, to be taken from there at once."""
-_PIECE, _MOST_BYTES, _WORD = 1 << 18, 4096, 8
 
 
 def spool(batches: Iterator[pa.RecordBatch], source: str) -> pa.Table:
@@ -123,21 +123,14 @@ def _update(digest: Any, array: pa.Array) -> None:
         digest.update(str(kind.list_size).encode())
         _update(digest, array.flatten())
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        offsets, content = _bytes_of(array)
+        binary = pc.fill_null(array, "").cast(pa.large_binary())
+        offsets = np.frombuffer(binary.buffers()[1] or bytes(8), np.int64)
+        offsets = offsets[binary.offset : binary.offset + len(binary) + 1]
         digest.update(np.diff(offsets).tobytes())
-        digest.update(content)
+        digest.update(np.frombuffer(binary.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]])
     elif not pa.types.is_null(kind):
         nothing = False if pa.types.is_boolean(kind) else 0
         digest.update(pc.fill_null(array, nothing).to_numpy(zero_copy_only=False).tobytes())
-
-
-def _bytes_of(texts: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """Give where each text begins, and where the last one ends, in the bytes of all; a null is an empty text."""
-    binary = pc.fill_null(texts, "").cast(pa.large_binary())
-    offsets = np.frombuffer(binary.buffers()[1] or bytes(_WORD), np.int64)
-    offsets = offsets[binary.offset : binary.offset + len(binary) + 1]
-    content = np.frombuffer(binary.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
-    return offsets - offsets[0], content
 
 
 def are_distinct(ids: pa.Array | pa.ChunkedArray) -> bool:
@@ -147,7 +140,7 @@ def are_distinct(ids: pa.Array | pa.ChunkedArray) -> bool:
     themselves are looked at only where two hashes are equal.
     """
     chunks = ids.chunks if isinstance(ids, pa.ChunkedArray) else [ids]
-    pieces = [chunk.slice(start, _PIECE) for chunk in chunks for start in range(0, len(chunk), _PIECE)]
+    pieces = [chunk.slice(start, _HASHED_ROWS) for chunk in chunks for start in range(0, len(chunk), _HASHED_ROWS)]
     hashes = np.concatenate([np.empty(0, np.uint64), *map(_hash_each, pieces)])
     hashes.sort()
     if not (hashes[1:] == hashes[:-1]).any():
@@ -156,27 +149,5 @@ def are_distinct(ids: pa.Array | pa.ChunkedArray) -> bool:
 
 
 def _hash_each(texts: pa.Array) -> npt.NDArray[np.uint64]:
-    """Hash the length and the first 4096 bytes of each text, 8 bytes at a time."""
-    offsets, content = _bytes_of(texts)
-    lengths, starts = np.diff(offsets), offsets[:-1]
-    padded = np.concatenate([content, np.zeros(_WORD, np.uint8)])
-    words: npt.NDArray[np.uint64] = np.ndarray(len(padded) - _WORD + 1, "<u8", padded, strides=(1,))
-    kept = np.array([(1 << 8 * count) - 1 for count in range(_WORD + 1)], np.uint64)
-    mixed = _mix(lengths.astype(np.uint64))
-    for place in range(0, min(_MOST_BYTES, int(lengths.max(initial=0))), _WORD):
-        rows = np.flatnonzero(lengths > place)
-        bytes_left = np.minimum(lengths[rows] - place, _WORD)
-        mixed[rows] = _mix(mixed[rows] ^ (words[starts[rows] + place] & kept[bytes_left]))
-    return mixed
-
-
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Let every bit change every other one.
-
-    *Source*: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), with a constant added first, since it
-    leaves 0 as it is.
-    """
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    hashes: npt.NDArray[np.uint64] = hash_array(texts.to_numpy(zero_copy_only=False), categorize=False)
+    return hashes

@@ -1,4 +1,4 @@
-"""Rows without labels in the loss, in the order of the rows, and in a training."""
+"""Rows without labels in the order of the rows, and in a training."""
 
 from __future__ import annotations
 
@@ -13,75 +13,11 @@ from interruptions import assert_resumes
 
 from kdlora.data.batches import LengthBucketSampler
 from kdlora.distil.logits import LABELLED, labelled_values
-from kdlora.distil.losses import LossSums, distillation_loss, term_means
 from kdlora.distil.resume import trained_tensors
 from kdlora.distil.standardise import TargetScale
 from kdlora.errors import DataError
 
-LOG3 = math.log(3.0)
 KINDS = ("single-label", "multi-label", "regression")
-
-
-def test_the_loss_by_hand():
-    """A mean of the hard loss over labelled rows alone, or labels of unlabelled rows that count, would still train."""
-    logits = torch.tensor([[LOG3, 0.0], [0.0, 0.0]], requires_grad=True)
-    teacher = torch.tensor([[LOG3, 0.0], [LOG3, 0.0]])
-    labelled = torch.tensor([True, False])
-    terms = distillation_loss(
-        logits, torch.tensor([0, 1]), teacher, kind="single-label", alpha=0.25, temperature=1.0, labelled=labelled
-    )
-    soft = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # KL of (3/4, 1/4) and (1/2, 1/2)
-    assert terms.hard.tolist() == pytest.approx([-math.log(0.75), 0.0], rel=1e-6)
-    assert terms.soft.tolist() == pytest.approx([0.0, soft], abs=1e-7)
-    assert terms.total.mean().item() == pytest.approx((0.25 * -math.log(0.75) + 0.75 * soft) / 2, rel=1e-6)
-    terms.total.mean().backward()
-    # labelled: 0.25 * (p - y) / 2; unlabelled: 0.75 * (p - p_teacher) / 2
-    expected = [[0.25 * -0.25 / 2, 0.25 * 0.25 / 2], [0.75 * -0.25 / 2, 0.75 * 0.25 / 2]]
-    np.testing.assert_allclose(logits.grad.numpy(), expected, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("kind", "logits", "labels", "teacher", "hard", "soft"),
-    [
-        ("regression", [[1.0], [3.0]], [0.0, 99.0], [[3.0], [5.0]], 1.0, (4.0 + 4.0) / 2),
-        ("multi-label", [[0.0], [0.0]], [[1.0], [1.0]], [[LOG3], [LOG3]], math.log(2), LOG3**2),
-    ],
-)
-def test_the_other_kinds_by_hand(kind, logits, labels, teacher, hard, soft):
-    """The label that fills the place of none, 99 here, must reach neither the loss nor the gradient."""
-    outputs = torch.tensor(logits, requires_grad=True)
-    terms = distillation_loss(
-        outputs,
-        torch.tensor(labels),
-        torch.tensor(teacher),
-        kind=kind,
-        alpha=0.5,
-        loss="mse",
-        labelled=torch.tensor([True, False]),
-    )
-    assert terms.total.mean().item() == pytest.approx(0.5 * hard / 2 + 0.5 * soft, rel=1e-6)
-    terms.total.sum().backward()
-    assert outputs.grad[1].item() == pytest.approx(0.5 * 2 * (logits[1][0] - teacher[1][0]), rel=1e-6)
-
-
-def test_the_logged_terms_are_means_over_their_own_rows():
-    """A hard loss divided by all rows falls with the share of labels, and looks like progress."""
-    sums = LossSums(torch.device("cpu"))
-    for labelled in (torch.tensor([True, False]), torch.tensor([False, False])):
-        terms = distillation_loss(
-            torch.zeros(2, 2),
-            torch.tensor([0, 0]),
-            torch.zeros(2, 2),
-            kind="single-label",
-            alpha=1.0,
-            labelled=labelled,
-        )
-        sums.add(terms, 1)
-    means = term_means(sums.sums)
-    assert means["hard_loss"] == pytest.approx(math.log(2))
-    assert means["loss"] == pytest.approx(math.log(2) / 4)
-    assert means["soft_loss"] == 0.0
-    assert term_means(LossSums(torch.device("cpu")).sums) == {}
 
 
 def test_a_longer_epoch_takes_every_row_before_any_comes_again():

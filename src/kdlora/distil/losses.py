@@ -54,7 +54,7 @@ def distillation_loss(
         kind: kind of the task.
         alpha: weight of the hard loss, 0 to 1.
         temperature: softening of both distributions, finite and above 0; used by `kl` alone.
-        loss: `kl` or `mse`.
+        loss: `kl` or `mse` (Kim et al., arXiv 2105.08919).
         labelled: (rows,) bool, false where the label only fills its place; None: every row has one.
 
     Returns:
@@ -71,24 +71,31 @@ def distillation_loss(
         raise ConfigError(f"distil.alpha is the weight of the hard loss and lies in 0 to 1; got {alpha!r}")
     if loss not in SOFT_LOSSES:
         raise ConfigError(f"distil.loss is one of {', '.join(SOFT_LOSSES)}; got {loss!r}")
-    hard = hard_loss(kind, logits, labels)
+    if not (math.isfinite(temperature) and temperature > 0.0):
+        raise ConfigError(f"distil.temperature must be finite and above 0; got {temperature!r}")
+    student = _at_least_float32(logits)
+    hard = _hard_loss(kind, student, labels)
     if labelled is not None:
         hard = torch.where(labelled, hard, torch.zeros_like(hard))
     if teacher_logits is None:
         return LossTerms(total=hard, hard=hard, soft=None, labelled=labelled)
     if kind == "regression":
-        student, teacher = logits.reshape(len(logits), -1), teacher_logits.reshape(len(teacher_logits), -1)
-        soft = logit_mse(student, teacher)
-    elif loss == "mse":
-        soft = logit_mse(logits, teacher_logits)
-    elif kind == "multi-label":
-        soft = binary_kl(logits, teacher_logits, temperature)
+        student, teacher_logits = student.reshape(len(logits), -1), teacher_logits.reshape(len(teacher_logits), -1)
+    if student.shape != teacher_logits.shape:
+        # Broadcasting would teach every row the same, without a word.
+        raise ModelError(
+            f"student logits of shape {tuple(student.shape)} and teacher logits of shape "
+            f"{tuple(teacher_logits.shape)} differ; expected the same rows and the same labels in both"
+        )
+    teacher = teacher_logits.detach().to(device=student.device, dtype=student.dtype)
+    if loss == "mse" or kind == "regression":
+        soft = (student - teacher).square().mean(dim=-1)
     else:
-        soft = softened_kl(logits, teacher_logits, temperature)
+        soft = (binary_kl if kind == "multi-label" else softened_kl)(student, teacher, float(temperature))
     return LossTerms(total=alpha * hard + (1.0 - alpha) * soft, hard=hard, soft=soft, labelled=labelled)
 
 
-def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Measure KL(teacher || student) of the softened distributions, times temperature squared.
 
     Softening divides the gradient by the temperature squared; the factor takes that back, so that alpha means
@@ -96,79 +103,47 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
 
     *Source*: Hinton et al. (arXiv 1503.02531), section 2.
     """
-    student, teacher = _comparable(student_logits, teacher_logits)
-    scale = _checked_temperature(temperature)
-    log_student = functional.log_softmax(student / scale, dim=-1)
-    log_teacher = functional.log_softmax(teacher / scale, dim=-1)
-    return (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1) * scale**2
+    log_student = functional.log_softmax(student / temperature, dim=-1)
+    log_teacher = functional.log_softmax(teacher / temperature, dim=-1)
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1) * temperature**2
 
 
-def binary_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def binary_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Measure, label by label, the KL of the softened yes/no distributions, times temperature squared.
 
     Labels of a multi-label task do not compete, so a softmax over them would teach a distribution that the
     teacher never stated.
     """
-    student, teacher = _comparable(student_logits, teacher_logits)
-    scale = _checked_temperature(temperature)
-    student, teacher = student / scale, teacher / scale
+    student, teacher = student / temperature, teacher / temperature
     yes = torch.sigmoid(teacher) * (functional.logsigmoid(teacher) - functional.logsigmoid(student))
     no = torch.sigmoid(-teacher) * (functional.logsigmoid(-teacher) - functional.logsigmoid(-student))
-    return (yes + no).mean(dim=-1) * scale**2
+    return (yes + no).mean(dim=-1) * temperature**2
 
 
-def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Measure the squared difference of the raw logits.
-
-    *Source*: Kim et al. (IJCAI 2021, arXiv 2105.08919).
-    """
-    student, teacher = _comparable(student_logits, teacher_logits)
-    return (student - teacher).square().mean(dim=-1)
-
-
-def hard_loss(kind: Kind, logits: Tensor, labels: Tensor) -> Tensor:
+def _hard_loss(kind: Kind, outputs: Tensor, labels: Tensor) -> Tensor:
     """Measure the loss against the labels."""
-    outputs = _at_least_float32(logits)
-    if kind == "regression":
-        outputs, targets = outputs.reshape(-1), labels.reshape(-1)
-        _check_labels(len(outputs) == len(targets) == len(logits), kind, logits, labels)
-        return (outputs - targets.to(outputs.dtype)).square()
-    if kind == "multi-label":
-        _check_labels(outputs.shape == labels.shape, kind, logits, labels)
-        targets = labels.to(outputs.dtype)
-        return functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(dim=-1)
-    _check_labels(outputs.dim() == 2 and labels.shape == outputs.shape[:1], kind, logits, labels)
-    return functional.cross_entropy(outputs, labels, reduction="none")
-
-
-def _check_labels(fits: bool, kind: Kind, logits: Tensor, labels: Tensor) -> None:
-    if not fits:
+    rows = len(outputs)
+    fits = {
+        "regression": outputs.numel() == labels.numel() == rows,
+        "multi-label": outputs.shape == labels.shape,
+        "single-label": outputs.dim() == 2 and labels.shape == outputs.shape[:1],
+    }
+    if not fits[kind]:
         raise DataError(
-            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)} "
+            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(outputs.shape)} "
             f"in a {kind} task; expected {'(rows, labels)' if kind == 'multi-label' else '(rows,)'}"
         )
-
-
-def _comparable(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    if student_logits.shape != teacher_logits.shape:
-        # Broadcasting would teach every row the same, without a word.
-        raise ModelError(
-            f"student logits of shape {tuple(student_logits.shape)} and teacher logits of shape "
-            f"{tuple(teacher_logits.shape)} differ; expected the same rows and the same labels in both"
-        )
-    student = _at_least_float32(student_logits)
-    return student, teacher_logits.detach().to(device=student.device, dtype=student.dtype)
+    if kind == "single-label":
+        return functional.cross_entropy(outputs, labels, reduction="none")
+    targets = labels.to(outputs.dtype)
+    if kind == "regression":
+        return (outputs.reshape(-1) - targets.reshape(-1)).square()
+    return functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(dim=-1)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:
     """Leave float64 alone; half types lose the small differences that a softened distribution teaches by."""
     return values if values.dtype == torch.float64 else values.float()
-
-
-def _checked_temperature(temperature: float) -> float:
-    if not (math.isfinite(temperature) and temperature > 0.0):
-        raise ConfigError(f"distil.temperature must be finite and above 0; got {temperature!r}")
-    return float(temperature)
 
 
 class DivergedError(KdLoraError):
@@ -208,10 +183,10 @@ class LossSums:
 
     def check(self, learning_rate: float) -> None:
         """Stop a training that has diverged. Waits for the device."""
-        if (step := int(self.bad_loss)) >= 0:
-            raise DivergedError(diverged(f"the loss is not a finite number at step {step}", learning_rate), step)
-        if (step := int(self.bad_gradient)) >= 0:
-            raise DivergedError(diverged(f"the gradients are not finite numbers at step {step}", learning_rate), step)
+        found = {"loss is not a finite number": self.bad_loss, "gradients are not finite numbers": self.bad_gradient}
+        for what, first in found.items():
+            if (step := int(first)) >= 0:
+                raise DivergedError(diverged(f"the {what} at step {step}", learning_rate), step)
 
 
 def term_means(sums: Tensor) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import logging
@@ -11,14 +12,21 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from kdlora.data.tasks import DEFAULT_METRICS, GENERIC_LABEL, PROBLEM_TYPES, Task, match_labels
 from kdlora.errors import ModelError
-from kdlora.models.layers import keep_layers
 from kdlora.models.loading import Loaded, Source, open_source, read_config, read_tokenizer, read_weights
 
 logger = logging.getLogger(__name__)
+
+_PER_LAYER = ("layer_types", "mlp_layer_types", "attention_window")
+"""Settings that hold one value per layer: ModernBERT's local and global attention, …"""
 
 
 @dataclass
@@ -129,10 +137,67 @@ def student_from_layers(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Encoder:
-    """Make a student from some layers of a pretrained encoder, and its embeddings, pooler and tokenizer."""
+    """Make a student from some layers of a pretrained encoder, and its embeddings, pooler and tokenizer.
+
+    It is built from a configuration, not cut in place, so that what is saved loads again as the same function:
+    ModernBERT's first layer, for one, lacks the norm that the others have.
+
+    *Source*: which of them matters little, lower ones help (arXiv 2305.15032, 2502.04499).
+    """
     whole = load_encoder(source, task, seed=seed, revision=revision, trust_remote_code=trust_remote_code)
-    model = keep_layers(whole.model, layers, trust_remote_code=trust_remote_code)
-    return dataclasses.replace(whole, model=model, layers=tuple(layers))
+    stack, depth = find_layers(whole.model)
+    _check_layers(layers, depth, whole.model.name_or_path or "the teacher")
+    config = copy.deepcopy(whole.model.config)
+    for key in _PER_LAYER:
+        values = getattr(config, key, None)
+        if isinstance(values, list | tuple) and len(values) == depth:
+            setattr(config, key, [values[layer] for layer in layers])
+    config.num_hidden_layers = len(layers)
+    with torch.random.fork_rng(devices=[]):
+        small = AutoModelForSequenceClassification.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    given, origin = whole.model.state_dict(), {}
+    for key in small.state_dict():  # its layer number i is layer number `layers[i]` of the large one
+        new, _, rest = key.removeprefix(stack + ".").partition(".")
+        origin[key] = f"{stack}.{layers[int(new)]}.{rest}" if key.startswith(stack + ".") else key
+    small.load_state_dict({key: given[old] for key, old in origin.items()})
+    kept = tuple(f"{stack}.{layer}." for layer in layers)
+    if unused := sorted(key for key in given.keys() - set(origin.values()) if key.startswith(kept)):
+        logger.info("a model that begins with layer %d has no place for %s", layers[0], ", ".join(unused))
+    small.name_or_path = small.config._name_or_path = ""
+    return dataclasses.replace(whole, model=small.eval(), layers=tuple(layers))
+
+
+def find_layers(model: PreTrainedModel) -> tuple[str, int]:
+    """Find the stack of encoder layers: its name, and how many they are."""
+    depth = model.config.num_hidden_layers
+    found = [
+        name
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    outer = [name for name in found if not any(name.startswith(other + ".") for other in found)]
+    if len(outer) != 1:
+        raise ModelError(
+            f"cannot tell the layers of a {model.config.model_type!r} model apart: expected one list of {depth} "
+            f"layers, found {', '.join(outer) or 'none'}. Choose a smaller sibling with student.model instead of "
+            "student.from_teacher_layers"
+        )
+    return ("" if model.base_model is model else model.base_model_prefix + ".") + outer[0], depth
+
+
+def _check_layers(layers: Sequence[int], depth: int, where: str) -> None:
+    """Refuse a choice of layers that no student can be made of."""
+    if outside := [layer for layer in layers if not 0 <= layer < depth]:
+        raise ModelError(
+            f"student.from_teacher_layers names layer {outside[0]}, but {where} has {depth} layers: 0 to {depth - 1}"
+        )
+    if list(layers) != sorted(set(layers)):
+        raise ModelError(
+            f"student.from_teacher_layers is {list(layers)}; expected increasing indices without repetition, "
+            f"such as {sorted(set(layers))}"
+        )
 
 
 def save_encoder(encoder: Encoder, folder: Path) -> None:

@@ -156,30 +156,27 @@ def attention(
     return _Attention.apply(query.to(value.dtype), key.to(value.dtype), value, mask, dropout, scale)
 
 
-class PackedWeight:
+class _Packed:
     """A frozen linear layer's weight, laid out once as oneDNN wants it for the forward and the backward product."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Pack."""
-        self.dtype = weight.dtype
-        self.bias = None if bias is None else bias.detach()
-        self.forward = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        self.backward = torch.ops.mkldnn._reorder_linear_weight(weight.detach().t().contiguous(), None)
+    def __init__(self, layer: nn.Linear) -> None:
+        weight = layer.weight.detach()
+        self.dtype, self.bias = weight.dtype, None if layer.bias is None else layer.bias.detach()
+        self.forward = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.backward = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), None)
 
     def product(self, rows: Tensor) -> Tensor:
         """Compute `rows @ weight.T + bias`."""
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.forward, self.bias, "none", [], "")
-        return found
+        return torch.ops.mkldnn._linear_pointwise(rows, self.forward, self.bias, "none", [], "")
 
     def product_of_gradient(self, gradient: Tensor) -> Tensor:
         """Compute `gradient @ weight`."""
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(gradient, self.backward, None, "none", [], "")
-        return found
+        return torch.ops.mkldnn._linear_pointwise(gradient, self.backward, None, "none", [], "")
 
 
 class _FrozenLinear(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: PackedWeight) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: _Packed) -> Tensor:
         ctx.weight = weight
         return weight.product(rows)
 
@@ -189,16 +186,11 @@ class _FrozenLinear(Function):
         return ctx.weight.product_of_gradient(gradient), None
 
 
-def frozen_linear(rows: Tensor, weight: PackedWeight) -> Tensor:
-    """Apply a linear layer whose weights take no gradient."""
-    return _FrozenLinear.apply(rows, weight)
-
-
 class _AdaptedLinear(Function):
+    """A frozen linear layer with its LoRA adapter: `W x + b + scale up down dropout(x)` (Hu et al., eq. 3)."""
+
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, weight: PackedWeight, down: Tensor, up: Tensor, scale: float, rate: float
-    ) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: _Packed, down: Tensor, up: Tensor, scale: float, rate: float) -> Tensor:
         down, up = down.to(rows.dtype), up.to(rows.dtype)
         keep = keep_mask(rows.shape, rate) if rate > 0 else None
         seen = rows if keep is None else masked(rows, keep)
@@ -230,63 +222,46 @@ class _AdaptedLinear(Function):
         return by_rows, None, by_down, by_up, None, None
 
 
-def adapted_linear(
-    rows: Tensor, weight: PackedWeight, down: Tensor, up: Tensor, *, scale: float, dropout: float
-) -> Tensor:
-    """Apply a frozen linear layer with its LoRA adapter: `W x + b + scale up down dropout(x)` (Hu et al., eq. 3)."""
-    return _AdaptedLinear.apply(rows, weight, down, up, scale, dropout)
-
-
 class _DropoutLayer(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in PyTorch
         return dropout(input, self.p) if self.training else input
 
 
 class _FrozenLayer(nn.Linear):
-    packed: PackedWeight
+    packed: _Packed
     casts: _Casts
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return frozen_linear(self.casts.to(input, self.packed.dtype), self.packed)
+        return _FrozenLinear.apply(self.casts.to(input, self.packed.dtype), self.packed)
 
 
 class _AdaptedLayer(LoraLinear):
-    packed: PackedWeight
+    packed: _Packed
     casts: _Casts
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         (name,) = self.active_adapters
         rate = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
-        return adapted_linear(
-            self.casts.to(x, self.packed.dtype),
-            self.packed,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            scale=self.scaling[name],
-            dropout=rate,
-        )
+        rows, down, up = self.casts.to(x, self.packed.dtype), self.lora_A[name].weight, self.lora_B[name].weight
+        return _AdaptedLinear.apply(rows, self.packed, down, up, self.scaling[name], rate)
 
 
 class _Casts:
     """Remembers the last cast, for query, key and value read the same rows."""
 
     def __init__(self) -> None:
-        self.rows: Tensor | None = None
-        self.version = -1
-        self.grad = False
-        self.cast: Tensor | None = None
+        self.last: tuple[Tensor, tuple[Any, ...], Tensor] | None = None  # the rows, their state, the cast
 
     def to(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         if rows.dtype == dtype or rows.is_inference():  # inference tensors count no versions
             return rows.to(dtype)
-        grad = torch.is_grad_enabled()
-        same = self.rows is rows and self.version == rows._version and self.grad == grad
-        if self.cast is None or not same or self.cast.dtype != dtype:
-            self.rows, self.version, self.grad, self.cast = rows, rows._version, grad, rows.to(dtype)
-        return self.cast
+        state = (rows._version, torch.is_grad_enabled(), dtype)
+        if self.last is None or self.last[0] is not rows or self.last[1] != state:
+            self.last = rows, state, rows.to(dtype)
+        return self.last[2]
 
     def forget(self) -> None:
-        self.rows = self.cast = None
+        self.last = None
 
 
 def _attention_forward(
@@ -330,14 +305,19 @@ def fast_on_cpu(model: nn.Module, device: torch.device) -> Iterator[int]:
         return
     casts = _Casts()
     changed = _replace_layers(model, casts)
-    config, implementation = _choose_attention(model)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    looks_back_only = any(getattr(module, "is_causal", False) for module in base.modules())
+    config = getattr(base, "config", None)
+    ours = getattr(config, "_attn_implementation", None) == "sdpa" and not looks_back_only
+    if ours:
+        base.config._attn_implementation = ATTENTION
     handle = model.register_forward_hook(lambda *_: casts.forget())
     try:
         yield len(changed)
     finally:
         handle.remove()
-        if implementation is not None:
-            config._attn_implementation = implementation
+        if ours:
+            base.config._attn_implementation = "sdpa"
         for module, original in changed:
             module.__class__ = original
             vars(module).pop("packed", None)
@@ -348,28 +328,28 @@ def _replace_layers(model: nn.Module, casts: _Casts) -> list[tuple[nn.Module, ty
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     done: set[nn.Module] = set()
     for module in model.modules():
-        replacement = None if module in done else _replacement(module)
+        replacement, layer = (None, module) if module in done else _replacement(module)
         if replacement is None:
             continue
         changed.append((module, type(module)))
-        if replacement is _AdaptedLayer:
-            done.update(module.modules())  # the layer itself does their work
-        if replacement is not _DropoutLayer:
-            layer: Any = module.base_layer if replacement is _AdaptedLayer else module
-            vars(module).update(casts=casts, packed=PackedWeight(layer.weight, layer.bias))
+        if layer is not module:
+            done.update(module.modules())  # the adapted layer itself does their work
+        if isinstance(layer, nn.Linear):
+            vars(module).update(casts=casts, packed=_Packed(layer))
         module.__class__ = replacement
     return changed
 
 
-def _replacement(module: nn.Module) -> type[nn.Module] | None:
-    """Choose the class that does the same, faster; None where there is none."""
-    if type(module) is nn.Dropout:
-        return _DropoutLayer if 0 < module.p < 1 and not module.inplace else None
-    if type(module) is nn.Linear:
-        return _FrozenLayer if _packable(module) else None
-    if type(module) is LoraLinear:
-        return _AdaptedLayer if _plain_lora(module) else None
-    return None
+def _replacement(module: nn.Module) -> tuple[type[nn.Module] | None, nn.Module]:
+    """Choose the class that does the same, faster, and the layer whose weight it needs; None where there is none."""
+    if type(module) is nn.Dropout and 0 < module.p < 1 and not module.inplace:
+        return _DropoutLayer, module
+    if type(module) is nn.Linear and _packable(module):
+        return _FrozenLayer, module
+    if type(module) is LoraLinear and _plain_lora(module):
+        layer: Any = module.base_layer
+        return _AdaptedLayer, layer
+    return None, module
 
 
 def _packable(layer: nn.Module) -> bool:
@@ -386,14 +366,3 @@ def _plain_lora(module: LoraLinear) -> bool:
     variant = bool(module.use_dora.get(name)) or bool(module.lora_variant.get(name)) or bool(module.lora_bias.get(name))
     dropping = type(module.lora_dropout[name]) in (nn.Identity, nn.Dropout, _DropoutLayer)
     return not variant and dropping and not module.fan_in_fan_out and _packable(module.base_layer)
-
-
-def _choose_attention(model: nn.Module) -> tuple[Any, str | None]:
-    """Switch a model that attends through transformers' interface; give its config, and what it had or None."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = getattr(base, "config", None)
-    looks_back_only = any(getattr(module, "is_causal", False) for module in base.modules())
-    if config is None or getattr(config, "_attn_implementation", None) != "sdpa" or looks_back_only:
-        return config, None
-    config._attn_implementation = ATTENTION
-    return config, "sdpa"

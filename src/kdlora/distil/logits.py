@@ -82,7 +82,13 @@ class TeacherLogits:
             raise DataError(f"{self.source}: expected logits of shape {expected}, got {self.logits.shape}")
         if self.ids.null_count:
             raise DataError(f"{self.source}: {self.ids.null_count} rows have no id")
-        _refuse_doubles(self.ids, self.source)
+        if not are_distinct(self.ids):
+            counted = pc.value_counts(self.ids)
+            doubled = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
+            raise DataError(
+                f"{self.source}: {len(doubled)} ids occur more than once, first {_some(doubled)}; expected one row per "
+                "example. Remove the doubles, or add a `split` column if the rows are of different splits"
+            )
         finite = np.isfinite(self.logits).all(axis=1)
         if not finite.all():
             bad = np.flatnonzero(~finite)
@@ -93,53 +99,46 @@ class TeacherLogits:
 
     def attach(self, dataset: Dataset) -> Dataset:
         """Give every example its teacher's logits, by id."""
-        index, extra = self._match(dataset)
-        if extra:
+        rows = self._match(dataset)
+        if extra := self._unused(rows):
             logger.info(
                 "%s: %d of %d rows belong to no example here and are not used", self.source, extra, len(self.ids)
             )
         rest = settle(dataset.remove_columns(COLUMN) if COLUMN in dataset.column_names else dataset)
-        column = spool(self._batches(index), self.source)[COLUMN] if len(index) else pa.array([], _LISTS)
+        column = spool(self._batches(rows), self.source)[COLUMN] if len(rows) else pa.array([], _LISTS)
         return rest.add_column(COLUMN, column, feature=List(Value("float32")))
 
-    def _batches(self, index: np.ndarray) -> Iterator[pa.RecordBatch]:
+    def _batches(self, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
         """Yield the logits of some rows, as lists."""
-        width = len(self.label_names)
-        for start in range(0, len(index), SLICE_ROWS):
-            values = self.logits[index[start : start + SLICE_ROWS]]
-            offsets = np.arange(0, values.size + 1, width, dtype=np.int32)
+        for start in range(0, len(rows), SLICE_ROWS):
+            values = self.logits[rows[start : start + SLICE_ROWS]]
+            offsets = np.arange(0, values.size + 1, len(self.label_names), dtype=np.int32)
             lists = pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), pa.float32()))
             yield pa.RecordBatch.from_arrays([lists], names=[COLUMN])
 
     def count_extra(self, dataset: Dataset) -> int:
         """Count the teacher's rows that belong to no example."""
-        return self._match(dataset)[1]
+        return self._unused(self._match(dataset))
 
-    def _match(self, dataset: Dataset) -> tuple[np.ndarray, int]:
-        """Find the teacher's row of every example, and the number of rows left over."""
-        rows = self._follow(dataset)
-        if rows is None:
-            rows = self._look_up(dataset)
+    def _unused(self, rows: np.ndarray) -> int:
         used = np.zeros(len(self.ids), dtype=bool)
         used[rows] = True
-        return rows, len(self.ids) - int(used.sum())
+        return len(self.ids) - int(used.sum())
 
-    def _follow(self, dataset: Dataset) -> np.ndarray | None:
-        """Match examples that come in the teacher's order, where some may be left out; None where they do not.
+    def _match(self, dataset: Dataset) -> np.ndarray:
+        """Find the teacher's row of every example.
 
-        It needs a table of some thousand ids at a time in place of one of all of them.
+        While they come in the teacher's order, where some may be left out, a table of some thousand ids at a time
+        serves in place of one of all of them.
         """
-        rows = np.empty(len(dataset), dtype=np.int64)
-        done = place = 0
+        found, place = list[np.ndarray](), 0
         for part in slice_rows(dataset, ["id"]):
-            wanted = _as_ids(part["id"])
-            found = pc.index_in(wanted, value_set=self.ids.slice(place, _AHEAD_ROWS))
-            if found.null_count:
-                return None
-            rows[done : done + len(wanted)] = found.to_numpy() + place
-            done += len(wanted)
-            place = int(rows[done - 1]) + 1
-        return rows
+            near = pc.index_in(_as_ids(part["id"]), value_set=self.ids.slice(place, _AHEAD_ROWS))
+            if near.null_count:
+                return self._look_up(dataset)
+            found.append(near.to_numpy() + place)
+            place = int(found[-1][-1]) + 1
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
     def _look_up(self, dataset: Dataset) -> np.ndarray:
         """Match examples in any order."""
@@ -147,14 +146,12 @@ class TeacherLogits:
         index = pc.index_in(wanted, value_set=self.ids)
         if index.null_count:
             absent = wanted.filter(pc.is_null(index))
-            some = ", ".join(repr(value) for value in absent.slice(0, _SHOWN).to_pylist())
             raise DataError(
-                f"{self.source}: {index.null_count} of {len(wanted)} examples have no teacher logits, first ids {some}"
-                f"; it has {len(self.ids)} rows, first ids {self.ids.slice(0, _SHOWN).to_pylist()}. Every training "
-                "example needs one: add the rows, or set data.id_column to the column that holds these ids"
+                f"{self.source}: {index.null_count} of {len(wanted)} examples have no teacher logits, first ids "
+                f"{_some(absent)}; it has {len(self.ids)} rows, first ids {_some(self.ids)}. Every training example "
+                "needs one: add the rows, or set data.id_column to the column that holds these ids"
             )
-        rows: np.ndarray = index.to_numpy()
-        return rows
+        return index.to_numpy()
 
 
 def _as_ids(ids: pa.Array | pa.ChunkedArray | list[str]) -> pa.Array:
@@ -167,16 +164,8 @@ def _as_ids(ids: pa.Array | pa.ChunkedArray | list[str]) -> pa.Array:
     return array.cast(pa.large_string())
 
 
-def _refuse_doubles(ids: pa.Array, source: str) -> None:
-    if are_distinct(ids):
-        return
-    counted = pc.value_counts(ids)
-    doubled = counted.filter(pc.greater(counted.field("counts"), 1))
-    some = ", ".join(repr(value) for value in doubled.field("values").slice(0, _SHOWN).to_pylist())
-    raise DataError(
-        f"{source}: {len(doubled)} ids occur more than once, first {some}; expected one row per example. "
-        "Remove the doubles, or add a `split` column if the rows are of different splits"
-    )
+def _some(ids: pa.Array) -> str:
+    return ", ".join(repr(value) for value in ids.slice(0, _SHOWN).to_pylist())
 
 
 def attach_teacher(
@@ -201,12 +190,9 @@ def attach_teacher(
     if distil.loss == "mse" and teacher.from_probabilities:
         raise ConfigError("distil.loss: mse compares logits, and this teacher gives probabilities; use kl")
     more = splits.unlabelled
-    if more is not None:
-        if unlabelled is None:
-            raise DataError(
-                "the splits have unlabelled rows, but no teacher logits of them were given; pass unlabelled="
-            )
-        more = unlabelled.attach(more)
+    if more is not None and unlabelled is None:
+        raise DataError("the splits have unlabelled rows, but no teacher logits of them were given; pass unlabelled=")
+    more = None if more is None or unlabelled is None else unlabelled.attach(more)
     return replace(splits, train=teacher.attach(splits.train), unlabelled=more, distil=distil)
 
 

@@ -36,8 +36,6 @@ _MEANING = {
     "processes": "the number of processes",
     "distil": "the distillation settings",
     "lora": "the adapter's settings",
-    "task": "the task",
-    "seed": "the seed",
     "precision": "the number format",
     "device": "the kind of device",
     "rows_per_epoch": "the number of rows in an epoch",
@@ -62,10 +60,7 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, ingredients: Mapping[str, Any], keep: int = 1) -> None:
         """Name the place; nothing is written yet."""
-        self.folder = folder
-        self.ingredients = dict(ingredients)
-        self.keep = keep
-        self.best = folder / _BEST
+        self.folder, self.ingredients, self.keep, self.best = folder, dict(ingredients), keep, folder / _BEST
 
     def latest(self) -> Checkpoint | None:
         """Find the newest whole checkpoint; unfinished or damaged ones are passed over.
@@ -73,27 +68,14 @@ class CheckpointFolder:
         What a killed process was writing goes: it may be as large as the model.
         """
         if self.folder.is_dir():
-            claim_checkpoints(self.folder)
+            self._claim()
             remove_abandoned(self.folder, deep=False)
         for folder in reversed(self._folders()):
-            manifest = _read_manifest(folder)
+            manifest = _read_manifest(folder, whole=True)
             if manifest is None:
                 logger.warning("%s is unfinished or damaged; it is not used", folder)
                 continue
-            changed = compare(manifest["ingredients"], self.ingredients)
-            if changed == ["processes"]:
-                count = int(manifest["ingredients"]["processes"])
-                way = "without a launcher" if count == 1 else f"with torchrun --nproc-per-node {count}"
-                raise ArtifactError(
-                    f"{folder}: processes that trained: {count}, now: {self.ingredients['processes']}, with which a "
-                    f"step would have other rows. Start the same command {way}, or delete {self.folder} to train anew"
-                )
-            if changed:
-                named = ", ".join(_MEANING.get(name, name) for name in changed)
-                raise ArtifactError(
-                    f"{folder}: this checkpoint is of another training: {named} changed. Delete {self.folder} to "
-                    "train anew, or choose another output folder"
-                )
+            self._refuse_others(folder, manifest["ingredients"])
             return Checkpoint(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
         return None
 
@@ -101,11 +83,10 @@ class CheckpointFolder:
         """Name the newest checkpoint, whole or not."""
         return next(reversed(self._folders()), None)
 
-    def write(self, step: int, documents: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    def write(self, step: int, documents: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Write a checkpoint; it counts once it is whole. Older ones go."""
-        place = self.folder / f"step-{step:09d}"
-        claim_checkpoints(self.folder)
-        with atomic_folder(place) as temporary:
+        self._claim()
+        with atomic_folder(self.folder / f"step-{step:09d}") as temporary:
             for name, content in documents.items():
                 (temporary / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
             for name, values in tensors.items():
@@ -117,11 +98,10 @@ class CheckpointFolder:
             (temporary / _MANIFEST).write_text(json.dumps(seal(manifest), indent=2), encoding="utf-8")
         for folder in self._folders()[: -self.keep]:
             remove(folder)
-        return place
 
     def save_best(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep the weights of now as the best so far."""
-        claim_checkpoints(self.folder)
+        self._claim()
         with atomic_file(self.best) as temporary:
             save_tensors(temporary, tensors)
 
@@ -134,20 +114,36 @@ class CheckpointFolder:
     def _folders(self) -> list[Path]:
         return sorted(filter(_is_checkpoint, self.folder.iterdir())) if self.folder.is_dir() else []
 
+    def _claim(self) -> None:
+        """Make the folder, in which the user may have files, one for checkpoints, unless it is ours already."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if is_ours(self.folder):
+            return
+        taken = [entry for entry in self.folder.iterdir() if _NAME.fullmatch(entry.name) or entry.name == _BEST]
+        if taken and not any(_is_checkpoint(entry) and _read_manifest(entry) for entry in taken):
+            raise ArtifactError(f"{taken[0]} has a name that checkpoints take; name another folder, or move it away")
+        mark_folder(self.folder, "training")
+
+    def _refuse_others(self, checkpoint: Path, ingredients: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another training."""
+        changed = compare(ingredients, self.ingredients)
+        if changed == ["processes"]:
+            count = int(ingredients["processes"])
+            way = "without a launcher" if count == 1 else f"with torchrun --nproc-per-node {count}"
+            raise ArtifactError(
+                f"{checkpoint}: processes that trained: {count}, now: {self.ingredients['processes']}, with which a "
+                f"step would have other rows. Start the same command {way}, or delete {self.folder} to train anew"
+            )
+        if changed:
+            named = ", ".join(_MEANING.get(name, f"the {name}") for name in changed)
+            raise ArtifactError(
+                f"{checkpoint}: this checkpoint is of another training: {named} changed. Delete {self.folder} to "
+                "train anew, or choose another output folder"
+            )
+
 
 def _is_checkpoint(path: Path) -> bool:
     return bool(_NAME.fullmatch(path.name)) and not path.is_symlink()
-
-
-def claim_checkpoints(folder: Path) -> None:
-    """Make a folder, in which the user may have files, one for checkpoints, unless it is ours already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if is_ours(folder):
-        return
-    taken = [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name) or entry.name == _BEST]
-    if taken and not any(_is_checkpoint(entry) and _manifest_of(entry) for entry in taken):
-        raise ArtifactError(f"{taken[0]} has a name that checkpoints take; name another folder, or move it away")
-    mark_folder(folder, "training")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -174,42 +170,31 @@ def load_trained_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
 
 
 def pack_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimiser's state into tensors and JSON."""
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                rest["state"].setdefault(str(index), {})[name] = value
-    return tensors, rest
+    """Split the state of an optimiser, which holds tensors alone, into these and the JSON of its groups."""
+    tensors = {f"{index}.{name}": value for index, values in state["state"].items() for name, value in values.items()}
+    return tensors, {"param_groups": state["param_groups"]}
 
 
 def unpack_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
     """Undo `pack_optimizer`."""
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["state"].items()}
+    state: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = tensor
-    groups = [
-        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
-        for group in rest["param_groups"]
-    ]
-    return {"state": state, "param_groups": groups}
+    return {
+        "state": state,
+        "param_groups": [{**group, "betas": tuple(group["betas"])} for group in rest["param_groups"]],
+    }
 
 
 def pack_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Take the state of every global random generator; of GPUs, of the one in use, for another day may see fewer."""
-    version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64))}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    return tensors, {
-        "python": [version, list(words), gauss],
-        "numpy": [str(name), int(position), int(has_gauss), float(cached)],
-    }
+    numbers = [str(name), int(position), int(has_gauss), float(cached)]
+    return tensors, {"python": random.getstate(), "numpy": numbers}
 
 
 def unpack_random_state(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
@@ -223,24 +208,16 @@ def unpack_random_state(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) 
         torch.cuda.set_rng_state(tensors["cuda"])
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read the manifest where it and every file it names are whole."""
-    manifest = _manifest_of(folder)
-    try:
-        whole = manifest and all(hash_file(folder / name) == digest for name, digest in manifest["sha256"].items())
-    except (OSError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest if whole else None
-
-
-def _manifest_of(folder: Path) -> dict[str, Any] | None:
-    """Read the manifest where it is one of ours and whole."""
+def _read_manifest(folder: Path, *, whole: bool = False) -> dict[str, Any] | None:
+    """Read a manifest where it is one of ours and, where that is asked for, every file that it names is unharmed."""
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         ours = manifest["schema_version"] == SCHEMA_VERSION and "ingredients" in manifest and is_sealed_or_old(manifest)
+        digests = manifest["sha256"].items() if whole else ()
+        fits = ours and all(hash_file(folder / name) == digest for name, digest in digests)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return manifest if ours else None
+    return manifest if fits else None
 
 
 def _link(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from kdlora.configfile import save_config
 from kdlora.data.load import add_copies, load_splits
 from kdlora.errors import ArtifactError, KdLoraError
 from kdlora.evidence.records import RunRecord, write_record
-from kdlora.experiment.plan import ConfigurationLayout
+from kdlora.experiment.plan import ConfigurationLayout, PlannedRun
 from kdlora.experiment.recording import TaskFacts, blank_record, hash_splits, look_at, now
 from kdlora.experiment.settle import Looks, look_at_models, sample_texts
 from kdlora.experiment.stages import label_training_rows, train_run
@@ -98,13 +98,15 @@ def carry_out(
         fault = f"{type(error).__name__}: {error}"
         logger.error("%s failed: %s", job.key, fault, exc_info=not isinstance(error, KdLoraError))
     if job.kind == "train":
-        record = record or failed_record(job, fault or "")
-        record = record.model_copy(update={"notes": [*record.notes, *notes]})
         if check is not None:
             check()
-        write_record(job.layout.run(job.arm, job.seed).record, record)
-        if record.status == "finished":  # from now on nothing of this run is ever resumed
-            remove(job.layout.run(job.arm, job.seed).checkpoints)
+        place = job.layout.run(job.arm, job.seed)
+        if record is None:
+            record = record_failure(job, job.layout, job.facts, fault or "", notes)
+        else:
+            record = record.model_copy(update={"notes": [*record.notes, *notes]})
+            write_record(place.record, record)
+            remove(place.checkpoints)  # from now on nothing of this run is ever resumed
     return Outcome(job, record, fault, time.perf_counter() - start)
 
 
@@ -143,19 +145,21 @@ def _without_model(job: Job, record: RunRecord) -> RunRecord:
     return record.model_copy(update={"fingerprints": record.fingerprints | taught, "files": files})
 
 
-def failed_record(job: Job, fault: str) -> RunRecord:
-    """Make the record of a run that did not come to an end."""
-    record = blank_record(job.config, job.arm, job.seed, job.facts)
-    return record.model_copy(update={"status": "failed", "error": fault, "finished": now()})
+def record_failure(
+    run: Job | PlannedRun, layout: ConfigurationLayout, facts: TaskFacts, fault: str, notes: Sequence[str] = ()
+) -> RunRecord:
+    """Write the record of a run that did not come to an end."""
+    record = blank_record(run.config, run.arm, run.seed, facts)
+    update = {"status": "failed", "error": fault, "finished": now(), "notes": [*record.notes, *notes]}
+    record = record.model_copy(update=update)
+    write_record(layout.run(run.arm, run.seed).record, record)
+    return record
 
 
 def lost(job: Job, error: Exception) -> Outcome:
     """Give the outcome of a job of which nothing came back."""
     fault = f"{type(error).__name__}: {error}"
-    if job.kind == "label":
-        return Outcome(job, None, fault, 0.0)
-    record = failed_record(job, fault)
-    write_record(job.layout.run(job.arm, job.seed).record, record)
+    record = None if job.kind == "label" else record_failure(job, job.layout, job.facts, fault)
     return Outcome(job, record, fault, 0.0)
 
 

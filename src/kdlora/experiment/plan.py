@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdlora.config import (
-    DISTILLED_ARMS,
-    LORA_ARMS,
-    TEACHER_ARMS,
-    Arm,
-    Config,
-    DistilConfig,
-    LoraConfig,
-    StudentConfig,
-    TeacherConfig,
-    TeacherTrainConfig,
-)
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, Arm, Config, Section, StudentConfig
 from kdlora.configfile import build_config, merge
 from kdlora.errors import ConfigError
 from kdlora.evidence.records import ExperimentLayout
@@ -167,8 +155,7 @@ def _runs(
     base = _base_values(suite, task, family, (arm,))
     seen: set[str] = set()
     for settings in configurations(suite.grids.of(arm)):
-        overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        config = build_config(base, overrides, where=f"{suite.name}: {task}, {family}, {arm}")
+        config = build_config(base, settings.items(), where=f"{suite.name}: {task}, {family}, {arm}")
         if config.given_teacher:
             raise ConfigError(
                 "a suite trains its teachers, but teacher.fine_tuned, teacher.logits or teacher.probabilities is set; "
@@ -178,7 +165,7 @@ def _runs(
         folder = f"runs/{task}/{arm}-{hash_json(identity(effective))[:10]}"
         if folder not in seen:
             seen.add(folder)
-            kept = _kept(settings, config, arm)
+            kept = _used_settings(settings, config, arm)
             seeds = (config.teacher_seed,) if teaching else suite.seeds[:1] if arm == "words" else suite.seeds
             yield from (PlannedRun(task, arm, seed, folder, effective, kept) for seed in seeds)
 
@@ -199,26 +186,28 @@ def _base_values(suite: SuiteConfig, task: str, family: str, arms: Sequence[str]
 
 def reset_unused(config: Config, arm: Arm) -> Config:
     """Reset what an arm does not use, so that equal runs are one run."""
-    teacher, student = config.teacher, config.student
-    update: dict[str, Any] = {"family": None}
+    return functools.reduce(_reset, _unused_keys(config, arm), config)
+
+
+def _unused_keys(config: Config, arm: Arm) -> list[str]:
+    """Name the keys and sections that an arm does not use."""
+    unused = ["family", "student.full_learning_rate" if arm in LORA_ARMS else "lora"]
     if arm not in DISTILLED_ARMS:  # perturbed copies are texts for the students of a teacher alone
-        update["data"] = config.data.model_copy(update={"augment": 0})
-    if arm == "words":
-        update |= {"teacher": TeacherConfig(), "student": StudentConfig()}
-        return config.model_copy(update=update | {"lora": LoraConfig(), "distil": DistilConfig()})
-    if arm not in DISTILLED_ARMS:
-        update["distil"] = DistilConfig()
-        if arm != "fft":
-            update["teacher"] = teacher.model_copy(update={"train": TeacherTrainConfig(), "seed": None})
-    if arm not in LORA_ARMS:
-        update["lora"] = LoraConfig()
-    if arm in LORA_ARMS:
-        update["student"] = student.model_copy(update={"full_learning_rate": StudentConfig().full_learning_rate})
-    if arm in TEACHER_ARMS:
-        update["student"] = StudentConfig(train=student.train) if arm == "lora" else StudentConfig()
-    elif arm not in DISTILLED_ARMS and student.from_teacher_layers is None:
-        update["teacher"] = TeacherConfig()
-    return config.model_copy(update=update)
+        unused += ["data.augment", "distil", *(["teacher.train", "teacher.seed"] if arm != "fft" else [])]
+    if arm in ("words", "fft"):
+        unused += ["student"]
+    elif arm == "lora":
+        unused += [f"student.{key}" for key in StudentConfig.model_fields if key != "train"]
+    if arm == "words" or (arm in ("student-fft", "student-lora") and config.student.from_teacher_layers is None):
+        unused += ["teacher"]
+    return unused
+
+
+def _reset(section: Section, key: str) -> Any:
+    """Set a key, or a key of an inner section, to its default."""
+    name, _, rest = key.partition(".")
+    value = _reset(getattr(section, name), rest) if rest else type(section).model_fields[name].default
+    return section.model_copy(update={name: value})
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -228,11 +217,9 @@ def identity(config: Config) -> dict[str, Any]:
     return values
 
 
-def _kept(settings: Settings, config: Config, arm: Arm) -> tuple[tuple[str, Any], ...]:
+def _used_settings(settings: Settings, config: Config, arm: Arm) -> tuple[tuple[str, Any], ...]:
     """Keep the settings that the arm uses, with the values that the config made of them."""
-    unused = [] if arm in DISTILLED_ARMS else ["distil.", "data.augment"]
-    unused += ["student.full_learning_rate"] if arm in LORA_ARMS else ["lora."]
-    unused += ["student."] if arm == "fft" else ["teacher.train."]
+    unused = [*_unused_keys(config, arm), *(["teacher.train"] if arm != "fft" else [])]
     values = config.model_dump(mode="json")
-    used = [key for key in settings if not key.startswith(tuple(unused))]
+    used = [key for key in settings if not any(f"{key}.".startswith(f"{one}.") for one in unused)]
     return tuple((key, functools.reduce(operator.getitem, key.split("."), values)) for key in used)

@@ -8,11 +8,12 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from kdlora.config import DISTILLED_ARMS, Config
 from kdlora.errors import ArtifactError
-from kdlora.evidence.records import RunRecord, read_record, write_record
-from kdlora.experiment.jobs import Job, Outcome, failed_record
+from kdlora.evidence.records import RunRecord, read_record
+from kdlora.experiment.jobs import Job, Outcome, record_failure
 from kdlora.experiment.plan import Lesson, PlannedRun, identity
 from kdlora.experiment.recording import TaskFacts
 from kdlora.system.integrity import damaged_files
@@ -73,30 +74,34 @@ class Queue:
         """Note the outcome of a job, and what it makes ready."""
         job = outcome.job
         if job.kind == "label":
-            self._teach(job.lesson, outcome.error)
-            return
-        assert outcome.record is not None  # a training always leaves one
-        self.records[job.key] = outcome.record
-        if job.arm == "fft":
+            self._teach(job.lesson, f"the teacher's logits are missing: {outcome.error}" if outcome.error else "")
+        else:
+            assert outcome.record is not None  # a training always leaves one
+            self.records[job.key] = outcome.record
+        if job.kind == "train" and job.arm == "fft":
             for number, lesson in enumerate(self._lessons):
                 if any(one.key == job.key for one in lesson.candidates):
                     self._begin(number)
             self._prune()
 
-    def _push(self, run: PlannedRun, lesson: int = -1) -> None:
-        """Queue the training of a run."""
-        layout, config, mark = run.layout(self._root), run.config, ""
-        if (teacher := self._teachers.get(lesson)) is not None:
-            layout = dataclasses.replace(layout, shared_teacher=teacher.layout(self._root).teacher)
-            config, mark = self._taught(config, teacher), self._mark(teacher)
-        facts = self._facts[run.task]
-        job = Job("train", run.key, config, layout, run.arm, run.seed, facts, mark, ships=self._ships)
-        self._queue(run.task, job)
+    def _push(self, run: PlannedRun, lesson: int = -1, labels: PlannedRun | None = None) -> None:
+        """Queue the training of a run, or the labelling that it waits for by that teacher.
 
-    def _queue(self, task: str, job: Job) -> None:
-        """Queue a job: task by task, so that the tables fill from above."""
+        Task by task, so that the tables fill from above.
+        """
+        place = labels or run
+        layout, config, mark = place.layout(self._root), run.config, ""
+        if (teacher := self._teachers.get(lesson)) is not None:
+            folder = teacher.layout(self._root).teacher
+            layout, mark = dataclasses.replace(layout, shared_teacher=folder), self._mark(teacher)
+            if not self._ships:  # it reads texts as it was trained to
+                section = teacher.config.teacher.model_copy(update={"fine_tuned": str(folder)})
+                config = config.model_copy(update={"teacher": section})
+        kind: Literal["train", "label"] = "train" if labels is None else "label"
+        facts = self._facts[run.task]
+        job = Job(kind, place.key, config, layout, run.arm, run.seed, facts, mark, lesson, self._ships)
         self._count += 1
-        heapq.heappush(self._heap, (self._order[task], self._count, job))
+        heapq.heappush(self._heap, (self._order[run.task], self._count, job))
 
     def _begin(self, number: int) -> None:
         """Choose the teacher and let it label, once every candidate has ended, unless all that it teaches is done."""
@@ -106,9 +111,9 @@ class Queue:
         teacher = self._teachers[number] = self._best(lesson)
         if teacher is None and lesson.candidates:
             again = "the same command trains it again"
-            self._fail(lesson, f"there is no teacher: no fft run of {len(lesson.candidates)} finished; {again}")
+            self._teach(number, f"there is no teacher: no fft run of {len(lesson.candidates)} finished; {again}")
             return
-        mark = "" if teacher is None else self._mark(teacher)
+        mark = self._mark(teacher)
         for run in lesson.students:  # taught by another teacher, or by an earlier training of this one
             if run.key in self.records and self.records[run.key].fingerprints.get("taught_by", "") != mark:
                 del self.records[run.key]
@@ -116,35 +121,22 @@ class Queue:
         first = next((run for run in lesson.students if run.key not in self.records), None)
         if first is None:
             return
-        source = teacher or first
         if teacher is not None and not teacher.layout(self._root).teacher.exists():
             logger.info("%s has no weights and is trained again", teacher.key)
             del self.records[teacher.key]
             self._push(teacher)
         elif lesson.labels:
-            config, layout = self._taught(first.config, teacher), source.layout(self._root)
-            facts = self._facts[source.task]
-            self._queue(
-                source.task, Job("label", source.key, config, layout, first.arm, first.seed, facts, mark, number)
-            )
+            self._push(first, number, labels=teacher or first)
         else:
-            self._teach(number, None)
+            self._teach(number)
 
-    def _teach(self, number: int, fault: str | None) -> None:
-        if fault is not None:
-            self._fail(self._lessons[number], f"the teacher's logits are missing: {fault}")
-            return
+    def _teach(self, number: int, fault: str = "") -> None:
+        """Queue the students of a lesson; without a teacher or its logits they have failed."""
         for run in self._lessons[number].students:
-            if run.key not in self.records:
+            if run.key not in self.records and not fault:
                 self._push(run, number)
-
-    def _fail(self, lesson: Lesson, fault: str) -> None:
-        for run in lesson.students:
-            if run.key not in self.records:
-                layout = run.layout(self._root)
-                job = Job("train", run.key, run.config, layout, run.arm, run.seed, self._facts[run.task])
-                self.records[run.key] = failed_record(job, fault)
-                write_record(layout.run(run.arm, run.seed).record, self.records[run.key])
+            elif run.key not in self.records:
+                self.records[run.key] = record_failure(run, run.layout(self._root), self._facts[run.task], fault)
 
     def _best(self, lesson: Lesson) -> PlannedRun | None:
         """Choose among the candidates that finished: the best on validation, the first of equals."""
@@ -162,26 +154,17 @@ class Queue:
             if one.key not in kept and self._is_finished(one):
                 remove(one.layout(self._root).teacher)
 
-    def _taught(self, config: Config, teacher: PlannedRun | None) -> Config:
-        """Fill in the teacher that was chosen; it reads texts as it was trained to."""
-        if teacher is None or self._ships:
-            return config
-        folder = str(teacher.layout(self._root).teacher)
-        section = teacher.config.teacher.model_copy(update={"fine_tuned": folder})
-        return config.model_copy(update={"teacher": section})
-
-    def _mark(self, teacher: PlannedRun) -> str:
-        return "" if self._ships else f"{teacher.key} of {self.records[teacher.key].finished}"
+    def _mark(self, teacher: PlannedRun | None) -> str:
+        """Say which training of which run teaches; of an experiment there is but one."""
+        return "" if self._ships or teacher is None else f"{teacher.key} of {self.records[teacher.key].finished}"
 
 
 def undamaged_record(run: PlannedRun, root: Path) -> RunRecord | None:
     """Read the record of a run that finished and whose files are as they were written."""
     layout = run.layout(root)
-    place = layout.run(run.arm, run.seed)
-    if not place.record.exists():
-        return None
-    record = read_record(place.record)
-    if record.status != "finished":
+    place = layout.run(run.arm, run.seed).record
+    record = read_record(place) if place.exists() else None
+    if record is None or record.status != "finished":
         return None
     if hurt := damaged_files(layout.root, record.files):
         logger.warning("%s: damaged or gone since it was written; %s is run again", ", ".join(hurt), run.key)
@@ -191,14 +174,12 @@ def undamaged_record(run: PlannedRun, root: Path) -> RunRecord | None:
 
 def finished_runs(runs: Iterable[PlannedRun], root: Path, facts: Mapping[str, TaskFacts]) -> dict[str, RunRecord]:
     """Read the records of a suite's runs that need not be repeated."""
-    found = {}
-    for run in runs:
-        record = undamaged_record(run, root)
-        if record is None or record.fingerprints.get("data") != facts[run.task].fingerprint(run.config):
-            continue
-        if _is_same(run, record, root):
-            found[run.key] = record
-    return found
+    found = {run.key: (run, record) for run in runs if (record := undamaged_record(run, root)) is not None}
+    return {
+        key: record
+        for key, (run, record) in found.items()
+        if record.fingerprints.get("data") == facts[run.task].fingerprint(run.config) and _is_same(run, record, root)
+    }
 
 
 def _is_same(run: PlannedRun, record: RunRecord, root: Path) -> bool:
@@ -208,7 +189,6 @@ def _is_same(run: PlannedRun, record: RunRecord, root: Path) -> bool:
     except ValueError as error:
         place = run.layout(root).run(run.arm, run.seed)
         raise ArtifactError(f"{place.record}: its config cannot be read ({error}); delete {place.root}") from None
+    ignored = {"teacher"} if run.arm in DISTILLED_ARMS else set()
     wanted = identity(run.config)
-    if run.arm in DISTILLED_ARMS:
-        del made["teacher"], wanted["teacher"]
-    return made == wanted
+    return all(made[key] == wanted[key] for key in wanted.keys() - ignored)

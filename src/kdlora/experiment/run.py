@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import logging
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config, ExportConfig
-from kdlora.configfile import load_config, save_config
+from kdlora.configfile import known_keys, load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, KdLoraError
@@ -29,7 +30,7 @@ from kdlora.experiment.jobs import Job, Outcome, carry_out, ignore
 from kdlora.experiment.plan import Lesson, PlannedRun
 from kdlora.experiment.preview import ExperimentPlan, make_plan
 from kdlora.experiment.queue import Queue, undamaged_record
-from kdlora.experiment.recording import TaskFacts, hash_splits, logged, look_at
+from kdlora.experiment.recording import TaskFacts, logged, look_at
 from kdlora.experiment.scoring import doubts_of_teacher
 from kdlora.experiment.settle import look_at_models, sample_texts, with_recorded
 from kdlora.experiment.shipping import is_shipped, keep_examples, lacks_weights, ship_student, tell_anew
@@ -122,11 +123,8 @@ def plan_runs(config: Config) -> list[Run]:
 def plan_experiment(config: Config, out: str | Path | None = None) -> ExperimentPlan:
     """Say what an experiment would do, and on what; nothing is written and nothing trained."""
     layout = _layout(config, out)
-    config = with_recorded(config, layout.config)
-    check_folder(config, layout)
-    splits = load_splits(config.task, config.data)
+    config, splits, _, finished = _look(config, layout)
     check_table(config, splits)
-    finished = _finished(config, layout, hash_splits(splits))
     return _plan(config, layout, splits, finished, read_launch().count)
 
 
@@ -171,6 +169,15 @@ def _planned(config: Config) -> list[PlannedRun]:
     return [PlannedRun("", run.arm, run.seed, "", config, ()) for run in plan_runs(config)]
 
 
+def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, TaskFacts, dict[str, RunRecord]]:
+    """Settle the config by what is recorded, load the data, and find the runs that need not be repeated."""
+    config = with_recorded(config, layout.config)
+    check_folder(config, layout)
+    splits = load_splits(config.task, config.data, copies_in=layout.copies if layout.copies.exists() else None)
+    facts = look_at(splits, config.data.augment)
+    return config, splits, facts, _finished(config, layout, facts.fingerprint(config))
+
+
 def _plan(
     config: Config, layout: ExperimentLayout, splits: Splits, finished: Mapping[str, RunRecord], processes: int
 ) -> ExperimentPlan:
@@ -194,11 +201,7 @@ def _lead(
     listen: Listener | None,
     before: Callable[[ExperimentPlan], None] | None,
 ) -> ExperimentResult:
-    config = with_recorded(config, layout.config)
-    check_folder(config, layout)
-    splits = load_splits(config.task, config.data, copies_in=layout.copies if layout.copies.exists() else None)
-    facts = look_at(splits, config.data.augment)
-    finished = _finished(config, layout, facts.fingerprint(config))
+    config, splits, facts, finished = _look(config, layout)
     notes, plan = list(splits.notes), None
     if len(finished) < len(_planned(config)):
         notes += check_table(config, splits)
@@ -231,37 +234,29 @@ def check_folder(config: Config, layout: ExperimentLayout) -> None:
     if not layout.config.exists():
         return
     there, here = _flatten(load_config(layout.config)), _flatten(config)
-    keys = sorted((there.keys() | here.keys()) - _FREE_KEYS)
-    if changed := [key for key in keys if there.get(key) != here.get(key)]:
-        shown = [f"  - {key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in changed[:8]]
+    if changed := [key for key in here if there[key] != here[key] and key not in _FREE_KEYS]:
+        shown = [f"  - {key}: {there[key]!r} there, {here[key]!r} here" for key in changed[:8]]
         shown += [f"  - and {len(changed) - 8} more"] if len(changed) > 8 else []
-        raise ArtifactError(
-            f"{layout.root} belongs to another config; name another folder with --out, or delete it:\n"
-            + "\n".join(shown)
-        )
+        told = f"{layout.root} belongs to another config; name another folder with --out, or delete it"
+        raise ArtifactError("\n".join([f"{told}:", *shown]))
 
 
 def _flatten(config: Config) -> dict[str, Any]:
-    def flat(prefix: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        parts = [flat(f"{prefix}.{key}".lstrip("."), inner) for key, inner in value.items()]
-        return dict(itertools.chain.from_iterable(part.items() for part in parts))
-
-    return flat("", config.model_dump(mode="json")) | {"teacher.seed": config.teacher_seed}
+    values = config.model_dump(mode="json")
+    flat = {key: functools.reduce(operator.getitem, key.split("."), values) for key in known_keys()}
+    return flat | {"teacher.seed": config.teacher_seed}
 
 
 def _finished(config: Config, layout: ExperimentLayout, rows: str) -> dict[str, RunRecord]:
     """Read the records of the runs that need not be repeated; refuse those that were made from other rows."""
     found = {}
     for run in _planned(config):
-        place = layout.run(run.arm, run.seed)
         record = undamaged_record(run, layout.root)
         if record is None:
             continue
         if record.fingerprints.get("data") != rows:
             raise ArtifactError(
-                f"{place.root} was made from other rows than the config names now: the data changed since. "
+                f"{layout.root / run.key} was made from other rows than the config names now: the data changed since. "
                 f"Name another folder with --out, or delete {layout.root}"
             )
         if lacks_weights(layout, run.arm, run.seed):
@@ -286,19 +281,18 @@ def _run_all(
     students = [run for run in runs if run.arm in DISTILLED_ARMS]
     lesson = Lesson(() if config.given_teacher else teachers, students, labels=not config.teacher.is_table)
     queue = Queue(runs, [lesson] if students else [], layout.root, {"": facts}, finished, ships=True)
-    doubts: list[str] | None = None
 
-    def doubt_teacher() -> None:
-        nonlocal doubts
-        doubts = doubts_of_teacher(config, layout, queue.in_order())
-        for doubt in doubts:
+    @functools.cache
+    def doubts() -> list[str]:
+        found = doubts_of_teacher(config, layout, queue.in_order())
+        for doubt in found:
             logger.warning(doubt)
+        return found
 
     def work(job: Job, hear: Callable[[Any], None] | None) -> Outcome:
-        if doubts is None and job.arm in DISTILLED_ARMS:
-            doubt_teacher()
         in_child = run_in_child if team.is_alone else team.run
-        return carry_out(job, hear, in_child=in_child, check=lock.check, notes=doubts or ())
+        notes = doubts() if job.arm in DISTILLED_ARMS else ()
+        return carry_out(job, hear, in_child=in_child, check=lock.check, notes=notes)
 
     def next_job() -> Job | None:
         return None if config.run.fail_fast and queue.failed else queue.next_job()
@@ -312,8 +306,8 @@ def _run_all(
     for _, outcome in Here().results(work, next_job, hear):
         queue.take(outcome)
         write_results(layout.results, queue.in_order())  # after every run, so that an interrupted one can be read
-    if doubts is None and students:
-        doubt_teacher()
+    if students:
+        doubts()
     return queue.in_order()
 
 

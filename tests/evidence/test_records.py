@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import json
+import socket
 
 import numpy as np
 import pytest
 
+from experiments import edit_json
 from fabricate import BINARY, SIMILARITY, TAGS, make_labels, make_logits, make_record
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
@@ -52,14 +53,15 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
     assert back.metrics == {"f1": None}
 
 
-@pytest.mark.parametrize("length", [0, 10, 500])
-def test_a_truncated_record_names_file_and_remedy(tmp_path, length):
+def test_a_truncated_record_names_file_and_remedy(tmp_path):
     """A record that was cut off must not be taken for a finished run."""
-    write_record(tmp_path / "run.json", make_record())
-    text = (tmp_path / "run.json").read_text()
-    (tmp_path / "run.json").write_text(text[:length])
-    with pytest.raises(ArtifactError, match=r"run\.json.*cut off or damaged.*Delete the run's folder"):
-        read_record(tmp_path / "run.json")
+    path = tmp_path / "run.json"
+    write_record(path, make_record())
+    text = path.read_text()
+    for length in (0, 10, 500):
+        path.write_text(text[:length])
+        with pytest.raises(ArtifactError, match=r"run\.json.*cut off or damaged.*Delete the run's folder"):
+            read_record(path)
 
 
 @pytest.mark.parametrize(
@@ -68,31 +70,28 @@ def test_a_truncated_record_names_file_and_remedy(tmp_path, length):
 def test_a_record_of_another_version_names_the_remedy(tmp_path, version, remedy):
     """A field that changed its meaning would be read with the new one."""
     write_record(tmp_path / "run.json", make_record())
-    content = json.loads((tmp_path / "run.json").read_text()) | {"schema_version": version}
-    (tmp_path / "run.json").write_text(json.dumps(content))
+    edit_json(tmp_path / "run.json", schema_version=version)
     with pytest.raises(ArtifactError, match=rf"run\.json.*schema_version.*{remedy}"):
         read_record(tmp_path / "run.json")
 
 
-def test_missing_and_foreign_files_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("read", "content", "match"),
+    [
+        (read_record, None, r"a\.json: there is no such file"),
+        (read_record, b"[]", "expected a JSON object, found list"),
+        (read_record, b'{"schema_version": 1, "typo": 1}', r"experiment: Field required.*typo: Extra inputs"),
+        (read_record, b"\xff\xfe\x00", "damaged"),
+        (read_results, b'{"runs": [{"schema_version": 0}]}', r"a\.json, run 0"),
+        (read_results, b'{"runs": 3}', "expected a list under 'runs'"),
+    ],
+)
+def test_missing_and_foreign_files_are_refused(tmp_path, read, content, match):
     """A traceback of the JSON parser tells a user nothing."""
-    with pytest.raises(ArtifactError, match=r"run\.json: there is no such file"):
-        read_record(tmp_path / "run.json")
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(ArtifactError, match="expected a JSON object, found list"):
-        read_record(tmp_path / "list.json")
-    (tmp_path / "other.json").write_text('{"schema_version": 1, "arm": "lora", "typo": 1}')
-    with pytest.raises(ArtifactError, match=r"experiment: Field required.*typo: Extra inputs"):
-        read_record(tmp_path / "other.json")
-    (tmp_path / "results.json").write_text('{"runs": [{"schema_version": 0}]}')
-    with pytest.raises(ArtifactError, match=r"results\.json, run 0"):
-        read_results(tmp_path / "results.json")
-    (tmp_path / "results.json").write_text('{"runs": 3}')
-    with pytest.raises(ArtifactError, match="expected a list under 'runs'"):
-        read_results(tmp_path / "results.json")
-    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ArtifactError, match="damaged"):
-        read_record(tmp_path / "binary.json")
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=match):
+        read(tmp_path / "a.json")
 
 
 SPAM = Task("multi-label", ("text",), ("spam",), ("spam",), ("micro_f1",))  # a list of one value is no scalar
@@ -111,17 +110,11 @@ def test_predictions_come_back_as_they_went(tmp_path, task):
     )
     write_predictions(tmp_path / "p.parquet", before)
     after = read_predictions(tmp_path / "p.parquet")
-    assert after.logits.dtype == np.float32
-    assert np.array_equal(after.logits, before.logits)
-    assert after.labels is not None
-    assert after.labels.dtype == labels.dtype
-    assert np.array_equal(after.labels, labels)
-    assert (after.ids, after.split, after.label_names, after.groups) == (
-        before.ids,
-        before.split,
-        task.label_names,
-        None,
-    )
+    for ours, theirs in ((after.logits, before.logits), (after.labels, labels)):
+        assert ours.dtype == theirs.dtype
+        assert np.array_equal(ours, theirs)
+    names = "ids", "split", "label_names", "groups"
+    assert [getattr(after, name) for name in names] == [getattr(before, name) for name in names]
     assert after.only("test").ids == ("e", "f")
     assert np.array_equal(after.only("test").logits, before.logits[4:])
 
@@ -166,8 +159,6 @@ def test_examples_are_found_by_split_and_id(tmp_path):
 
 def test_the_environment_is_described_without_the_hosts_name(tmp_path):
     """A record that names the user's machine would travel with the report."""
-    import socket
-
     described = describe_machine()
     assert int(described["cores"]) >= 1
     assert described["memory"].endswith("GiB")

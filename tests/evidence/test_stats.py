@@ -38,28 +38,21 @@ def hits(right: np.ndarray) -> np.ndarray:
     return np.stack([~right, right], axis=1).astype(float)
 
 
-def plain_bootstrap(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """SciPy's paired bootstrap of two arms' accuracies."""
-    found = bootstrap(
-        (first, second),
-        lambda a, b, axis: 100 * (a.mean(axis=axis) - b.mean(axis=axis)),
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        n_resamples=10_000,
-        rng=np.random.default_rng(1),
-    ).confidence_interval
-    return found.low, found.high
-
-
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_where_seeds_do_not_vary_it_is_the_plain_paired_bootstrap(seeds):
     """Seeds that change nothing must not widen the interval, and three copies of a model must not narrow it."""
     labels = make_labels(BINARY, 300)
     first, second = (make_logits(BINARY, labels, noise, seed=5) for noise in (0.5, 0.7))
     found = contrast([PairedArms(BINARY, labels, [first] * seeds, [second] * seeds)])
-    plain = plain_bootstrap(*((logits.argmax(axis=1) == labels).astype(float) for logits in (first, second)))
-    assert (found.low, found.high) == pytest.approx(plain, abs=0.35)
+    plain = bootstrap(
+        [(logits.argmax(axis=1) == labels).astype(float) for logits in (first, second)],
+        lambda a, b, axis: 100 * (a.mean(axis=axis) - b.mean(axis=axis)),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=0.35)
 
 
 @pytest.mark.parametrize(("rows", "seeds"), [(300, 5), (2000, 3)])
@@ -166,20 +159,24 @@ def test_groups_keep_their_sizes_and_weigh_alike():
     assert found.low < found.difference < found.high
 
 
-def test_impossible_requests_are_refused():
+@pytest.mark.parametrize(
+    ("first", "second", "options", "match"),
+    [
+        (0, 1, {}, "at least one seed"),
+        (2, 3, {}, "2 runs cannot be paired with 3"),
+        (1, 1, {"draws": 0}, "draws"),
+        (1, 1, {"rows": 5}, "expected labels of shape"),
+    ],
+)
+def test_impossible_requests_are_refused(first, second, options, match):
     """An empty arm would average to NaN."""
     labels = make_labels(BINARY, 10)
-    logits = make_logits(BINARY, labels, 0.5, seed=1)
+    one = [make_logits(BINARY, labels, 0.5, seed=1)]
+    pair = PairedArms(BINARY, labels[: options.pop("rows", 10)], one * first, one * second)
+    with pytest.raises(ValueError, match=match):
+        contrast([pair], **options)
     with pytest.raises(ValueError, match="at least one task"):
         contrast([])
-    with pytest.raises(ValueError, match="at least one seed"):
-        contrast([PairedArms(BINARY, labels, [], [logits])])
-    with pytest.raises(ValueError, match="2 runs cannot be paired with 3"):
-        contrast([PairedArms(BINARY, labels, [logits] * 2, [logits] * 3)])
-    with pytest.raises(ValueError, match="draws"):
-        contrast([PairedArms(BINARY, labels, [logits], [logits])], draws=0)
-    with pytest.raises(ValueError, match="expected labels of shape"):
-        contrast([PairedArms(BINARY, labels[:5], [logits], [logits])])
 
 
 def test_one_seed_has_no_spread():

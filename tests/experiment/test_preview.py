@@ -3,17 +3,13 @@
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import yaml
 
 from kdlora.cli import experiments as verbs
 from kdlora.configfile import load_config
-from kdlora.data.load import load_splits
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.preview import count_duplicates, count_labels
 from kdlora.experiment.run import plan_experiment, run_experiment
-from kdlora.experiment.settle import choose_max_length
 from tiny import sentiment_rows, write_csv
 
 pytest_plugins = ["experiment_fixtures"]
@@ -27,22 +23,6 @@ def small(workshop, tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(workshop.values({"student": {"train": OPEN}})), encoding="utf-8")
     return path
-
-
-@pytest.mark.parametrize(
-    ("lengths", "limits", "expected"),
-    [
-        ([[10] * 99 + [500]], [512], 16),
-        ([[17] * 100], [512], 24),
-        ([[40] * 98 + [61, 500]], [512], 64),
-        ([[20] * 100, [33] * 100], [512, 512], 40),
-        ([[300] * 100], [512, 128], 128),
-        ([[3]], [512], 16),
-    ],
-)
-def test_the_longest_input_holds_99_percent_of_the_texts(lengths, limits, expected):
-    """A fixed length cuts long texts in silence, or pads what need not be padded."""
-    assert choose_max_length([np.array(counts) for counts in lengths], limits) == expected
 
 
 def test_dry_run_says_what_would_be_done_and_does_nothing(cli, small, tmp_path):
@@ -93,26 +73,15 @@ def test_an_explicit_length_stays_and_the_share_that_it_cuts_is_told(workshop):
     assert "8 tokens" in dict(plan.lines())["max_length"]
 
 
-def test_texts_that_occur_twice_are_counted(workshop, tmp_path):
+def test_texts_that_occur_twice_and_labels_are_counted(workshop, tmp_path):
     """A test text that was trained on is no test; a pair differs from another with the same first text."""
-    rows = [{"text": text, "more": more, "label": label} for text, more, label in _ROWS]
-    train = write_csv(tmp_path / "train.csv", rows)
-    other = write_csv(tmp_path / "other.csv", [*rows[:2], {"text": "new", "more": "x", "label": "a"}])
-    data = {"train": str(train), "validation": str(other)}
-    single = load_splits(*_sections(workshop, data, ["text"]))
-    pairs = load_splits(*_sections(workshop, data, ["text", "more"]))
-    parts = [{"train": splits.train, "validation": splits.validation} for splits in (single, pairs)]
-    assert count_duplicates(parts[0]) == {"train": 1, "validation": 1, "train and validation": 2}
-    assert count_duplicates(parts[1]) == {"train": 0, "validation": 0, "train and validation": 2}
-    assert count_labels(single.task, single.train) == {"a": 2, "b": 1}
-
-
-_ROWS = [("same", "x", "a"), ("same", "y", "b"), ("else", "x", "a")]
-
-
-def _sections(workshop, data, text):
-    config = workshop.config({"data": data, "task": {"text": text, "label": "label"}})
-    return config.task, config.data
+    rows = [{"text": text, "more": more, "label": label} for text, more, label in ("axc", "ayd", "bxc")]
+    other = write_csv(tmp_path / "other.csv", [*rows[:2], {"text": "n", "more": "x", "label": "c"}])
+    data = {"train": str(write_csv(tmp_path / "train.csv", rows)), "validation": str(other)}
+    for text, found in ((["text"], (1, 1, 2)), (["text", "more"], (0, 0, 2))):
+        plan = plan_experiment(workshop.config({"data": data, "task": {"text": text, "label": "label"}}))
+        assert plan.duplicates == dict(zip(("train", "validation", "train and validation"), found, strict=True))
+        assert plan.labels == {"c": 2, "d": 1}
 
 
 @pytest.mark.parametrize(("answer", "options", "code", "trained"), [("n", [], 1, False), ("n", ["--yes"], 0, True)])

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -16,7 +16,7 @@ from experiments import Workshop
 from kdlora.config import Config
 from kdlora.data.load import load_splits
 from kdlora.errors import ConfigError
-from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record
+from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.settle import with_recorded
 from kdlora.experiment.stages import label_splits
@@ -28,8 +28,7 @@ TRAIN = {"epochs": 15, "batch_size": 5, "learning_rate": 1e-3, "dropout": 0.0, "
 LIMIT_SECONDS = 60
 
 
-@dataclass(frozen=True)
-class Together:
+class Together(NamedTuple):
     """What two processes left that were struck in the middle and then started again."""
 
     config: Config  # for one process
@@ -37,9 +36,6 @@ class Together:
     struck: tuple[int, float, str]  # exit code, seconds until the end, words of process 0, whose fellow was killed
     code: int  # of the launcher, the second time
     log: str
-
-    def record(self, arm: str) -> RunRecord:
-        return read_record(self.layout.run(arm, 0).record)
 
 
 def changes(**train) -> dict:
@@ -62,14 +58,8 @@ def strike(command: list[str], layout: ExperimentLayout) -> tuple[int, float, st
     """Start two processes, kill the second once there is a checkpoint, and wait for the first."""
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = [
-        subprocess.Popen(
-            command,
-            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
+        subprocess.Popen(command, env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank}, stderr=-1, text=True)
+        for rank in "01"
     ]
     try:
         until = time.monotonic() + LIMIT_SECONDS
@@ -137,7 +127,7 @@ def test_two_processes_take_the_path_of_one_with_the_doubled_batch(together, tmp
     alone = run_experiment(together.config, tmp_path / "alone")
     assert not alone.failed
     for record in alone.records:
-        other = together.record(record.arm)
+        other = read_record(together.layout.run(record.arm, 0).record)
         assert len(other.history) == len(record.history)
         for ours, theirs in zip(record.history, other.history, strict=True):
             assert ours.keys() == theirs.keys()
@@ -164,20 +154,16 @@ def test_settings_of_accelerate_that_contradict_the_config(workshop):
     """Accelerate's own settings are read by libraries below: a run in another precision than its record says."""
     config = workshop.config()
     check_launch(config, {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"})
-    with pytest.raises(ConfigError) as refused:
-        check_launch(
-            config,
-            {
-                "ACCELERATE_MIXED_PRECISION": "bf16",
-                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
-                "ACCELERATE_USE_DEEPSPEED": "true",
-                "ACCELERATE_USE_FSDP": "true",
-                "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
-            },
-        )
-    said = str(refused.value)
-    assert said.count("\n  - ") == 5
-    assert "mixed_precision is bf16, run.precision is fp32" in said
+    faults = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+    }
+    with pytest.raises(ConfigError, match=r"mixed_precision is bf16, run\.precision is fp32") as refused:
+        check_launch(config, faults)
+    assert str(refused.value).count("\n  - ") == 5
     with pytest.raises(ConfigError, match=r"--cpu, run\.device is cuda"):
         check_launch(workshop.config({"run": {"device": "cuda"}}), {"ACCELERATE_USE_CPU": "true"})
 

@@ -10,9 +10,9 @@ from kdlora.data.tasks import Task
 from kdlora.defaults import adapter_rate, epochs_for, full_rate
 from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import Predictions
-from kdlora.experiment.run import Run, plan_runs
+from kdlora.experiment.run import plan_runs
 from kdlora.experiment.scoring import unknown_classes
-from kdlora.experiment.settle import Chosen, closed, settings_for
+from kdlora.experiment.settle import Chosen, choose_max_length, closed, settings_for
 from kdlora.experiment.stages import shard_rows
 
 CONFIG = {
@@ -24,12 +24,23 @@ CONFIG = {
 
 
 @pytest.mark.parametrize(
-    ("role", "rows", "epochs"),
-    [("teacher", 300, 30), ("teacher", 1_500, 6), ("teacher", 67_349, 2), ("student", 300, 60), ("student", 67_349, 4)],
+    ("lengths", "limits", "expected"),
+    [
+        ([[10] * 99 + [500]], [512], 16),
+        ([[40] * 98 + [61, 500]], [512], 64),
+        ([[20] * 100, [33] * 100], [512, 512], 40),
+        ([[300] * 100], [512, 128], 128),
+    ],
 )
-def test_few_rows_get_more_passes_and_many_rows_fewer(role, rows, epochs):
+def test_the_longest_input_holds_99_percent_of_the_texts(lengths, limits, expected):
+    """A fixed length cuts long texts in silence, or pads what need not be padded."""
+    assert choose_max_length([np.array(counts) for counts in lengths], limits) == expected
+
+
+def test_few_rows_get_more_passes_and_many_rows_fewer():
     """Fixed epochs leave a teacher of 300 rows half trained, and take days on 100,000."""
-    assert epochs_for(role, rows, 32) == epochs
+    assert [epochs_for("teacher", rows, 32) for rows in (300, 1_500, 67_349)] == [30, 6, 2]
+    assert [epochs_for("student", rows, 32) for rows in (300, 67_349)] == [60, 4]
     assert (full_rate(768), full_rate(384)) == (5e-5, 1e-4)  # a wider model takes a lower rate
     assert (adapter_rate(768), adapter_rate(384), adapter_rate(128)) == (5e-4, 1e-3, 3e-3)
 
@@ -46,12 +57,19 @@ def test_only_what_is_null_is_settled():
     paper = chosen.fill_in(build_config(CONFIG | {"recipe": "paper"}))
     assert (paper.teacher.train.learning_rate, paper.student.train.epochs) == (2e-5, 5)
     assert settings_for(paper, "lora").learning_rate == settings_for(paper, "kd-lora").learning_rate == 5e-4
-
-
-def test_what_is_open_is_not_trained_with():
-    """A null that reaches the optimiser is a traceback, or worse, a default of another library."""
-    with pytest.raises(ConfigError, match=r"train\.max_length is null"):
+    with pytest.raises(ConfigError, match=r"train\.max_length is null"):  # else a traceback of the optimiser's
         closed(TrainConfig())
+
+
+def test_student_arms_share_one_recipe():
+    """A control with another recipe than the distilled arm measures the recipe."""
+    config = build_config(CONFIG | {"student": {"model": "s", "train": {"epochs": 7}}})
+    settings = {arm: settings_for(config, arm) for arm in ("kd-lora", "student-lora", "kd-fft", "student-fft")}
+    assert settings["kd-lora"] == settings["student-lora"] == config.student.train
+    assert settings["kd-fft"] == settings["student-fft"]
+    assert settings["kd-fft"].learning_rate == config.student.full_learning_rate
+    assert settings["kd-fft"].epochs == 7
+    assert settings_for(config, "fft") == config.teacher.train
 
 
 def test_a_step_has_a_copy_beside_every_row():
@@ -70,54 +88,35 @@ def test_a_step_has_a_copy_beside_every_row():
 def test_a_class_that_the_teacher_never_gets_right_is_named():
     """A teacher that answers the largest class only scores well, and takes the rare ones from its student."""
     task = Task("single-label", ("text",), ("label",), ("common", "rare"), ("accuracy",))
-    logits = np.zeros((8, len(task.label_names)), np.float32)
-    logits[:, 0] = 1.0
-    labels = [0, 0, 0, 0, 0, 1, 1, 1]
-    seen = Predictions(tuple("abcdefgh"), ("validation",) * 8, logits, task.label_names, np.asarray(labels))
-    assert unknown_classes(task, seen) == [task.label_names[1]]
-
-
-def plan(teacher, arms, seeds):
-    return plan_runs(build_config(CONFIG | {"teacher": teacher, "run": {"arms": arms, "seeds": seeds}}))
+    logits = np.tile(np.array([1.0, 0.0], np.float32), (8, 1))
+    seen = Predictions(tuple("abcdefgh"), ("validation",) * 8, logits, task.label_names, np.array([0] * 5 + [1] * 3))
+    assert unknown_classes(task, seen) == ["rare"]
 
 
 @pytest.mark.parametrize(
     ("teacher", "arms", "seeds", "expected"),
     [
-        ({"model": "t"}, ["kd-lora", "fft"], [3, 1], ["fft 3", "fft 1", "kd-lora 3", "kd-lora 1"]),
-        ({"model": "t", "seed": 1}, ["fft", "kd-lora"], [3, 1], ["fft 1", "fft 3", "kd-lora 3", "kd-lora 1"]),
-        ({"model": "t", "seed": 9}, ["fft"], [3], ["fft 9", "fft 3"]),
-        ({"model": "t"}, ["kd-fft"], [2, 4], ["fft 2", "kd-fft 2", "kd-fft 4"]),
-        ({"model": "t"}, ["student-lora", "lora"], [2], ["student-lora 2", "lora 2"]),
-        ({"fine_tuned": "t"}, ["kd-lora", "fft"], [3, 1], ["fft 3", "kd-lora 3", "kd-lora 1"]),
-        ({"logits": "t.parquet"}, ["fft", "kd-lora"], [0, 1], ["fft 0", "kd-lora 0", "kd-lora 1"]),
-        ({"probabilities": "t.parquet"}, ["kd-lora"], [0], ["kd-lora 0"]),
+        ({"model": "t"}, "kd-lora fft", [3, 1], ["fft 3", "fft 1", "kd-lora 3", "kd-lora 1"]),
+        ({"model": "t", "seed": 1}, "fft kd-lora", [3, 1], ["fft 1", "fft 3", "kd-lora 3", "kd-lora 1"]),
+        ({"model": "t", "seed": 9}, "fft", [3], ["fft 9", "fft 3"]),
+        ({"model": "t"}, "kd-fft", [2, 4], ["fft 2", "kd-fft 2", "kd-fft 4"]),
+        ({"model": "t"}, "student-lora lora", [2], ["student-lora 2", "lora 2"]),
+        ({"model": "t"}, "student-lora words kd-lora", [2], ["words 2", "fft 2", "student-lora 2", "kd-lora 2"]),
+        ({"fine_tuned": "t"}, "kd-lora fft words", [3, 1], ["words 3", "fft 3", "kd-lora 3", "kd-lora 1"]),
+        ({"logits": "t.parquet"}, "fft kd-lora", [0, 1], ["fft 0", "kd-lora 0", "kd-lora 1"]),
+        ({"probabilities": "t.parquet"}, "kd-lora", [0], ["kd-lora 0"]),
     ],
 )
 def test_the_teacher_comes_first_and_only_once(teacher, arms, seeds, expected):
-    """A teacher planned late leaves the students without logits; planned twice, it is the most expensive waste."""
-    assert [f"{run.arm} {run.seed}" for run in plan(teacher, arms, seeds)] == expected
+    """A teacher planned late leaves the students without logits; planned twice, it is the most expensive waste.
+
+    One that is worse than a bag of words should be known for that before it has taught anybody.
+    """
+    runs = plan_runs(build_config(CONFIG | {"teacher": teacher, "run": {"arms": arms.split(), "seeds": seeds}}))
+    assert [f"{run.arm} {run.seed}" for run in runs] == expected
 
 
-def test_no_run_is_planned_twice():
-    """Two runs of one folder would overwrite each other."""
-    runs = plan({"model": "t", "seed": 1}, ["fft", "lora", "kd-lora", "student-lora", "student-fft", "kd-fft"], [0, 1])
-    assert len(runs) == len(set(runs)) == 12
-    assert runs[0] == Run("fft", 1)
-
-
-def test_student_arms_share_one_recipe():
-    """A control with another recipe than the distilled arm measures the recipe."""
-    config = build_config(CONFIG | {"teacher": {"model": "t"}, "student": {"model": "s", "train": {"epochs": 7}}})
-    settings = {arm: settings_for(config, arm) for arm in ("kd-lora", "student-lora", "kd-fft", "student-fft")}
-    assert settings["kd-lora"] == settings["student-lora"] == config.student.train
-    assert settings["kd-fft"] == settings["student-fft"]
-    assert settings["kd-fft"].learning_rate == config.student.full_learning_rate
-    assert settings["kd-fft"].epochs == 7
-    assert settings_for(config, "fft") == config.teacher.train
-
-
-@pytest.mark.parametrize("rows", [1, 67_000, 400_000, 2_000_000, 10_000_000, 1_000_000_000])
+@pytest.mark.parametrize("rows", [1, 67_000, 2_000_000, 1_000_000_000])
 def test_a_killed_labelling_loses_little_and_leaves_few_files(rows):
     """A shard is what a kill costs: at 50,000 rows, a quarter of an hour of a large teacher on a small data set."""
     assert shard_rows(rows) <= max(2_000, rows // 200)

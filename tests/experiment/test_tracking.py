@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import sqlite3
 import subprocess
@@ -33,11 +32,9 @@ def machine(monkeypatch, tmp_path):
     for name, value in {**SECRETS, **users, "HOSTNAME": HOST}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", [f"/{COMMAND}", "run"])
-    if shutil.which("git"):
-        place = tmp_path / "repository"
-        subprocess.run(["git", "init", "-q", place], check=True)
-        subprocess.run(["git", "-C", place, "remote", "add", "origin", f"https://{REMOTE}/a.git"], check=True)
-        monkeypatch.chdir(place)
+    subprocess.run(["git", "init", "-q", tmp_path / "repository"], check=True)
+    monkeypatch.chdir(tmp_path / "repository")
+    subprocess.run(["git", "remote", "add", "origin", f"https://{REMOTE}/a.git"], check=True)
 
 
 def track(workshop, folder, *trackers, seeds=(0, 1)):

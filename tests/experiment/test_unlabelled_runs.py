@@ -20,54 +20,53 @@ ARMS = ["fft", "kd-lora", "student-lora"]
 
 
 @pytest.fixture(scope="module")
-def unlabelled(tmp_path_factory):
-    """Forty rows with ids that the training rows have too, and one scored text."""
+def config(workshop, tmp_path_factory):
+    """Forty unlabelled rows with ids that the training rows have too, and one scored text."""
     rows = [{"id": row["id"], "text": row["text"] + " indeed"} for row in sentiment_rows(40, seed=7)]
     rows.append({"id": "scored", "text": sentiment_rows(40, seed=1)[0]["text"]})
-    return write_csv(tmp_path_factory.mktemp("unlabelled") / "unlabelled.csv", rows)
+    path = write_csv(tmp_path_factory.mktemp("unlabelled") / "unlabelled.csv", rows)
+    return workshop.config({"data": {"unlabelled": str(path)}, "run": {"arms": ARMS}})
 
 
 @pytest.fixture(scope="module")
-def result(workshop, unlabelled, tmp_path_factory):
+def result(config, tmp_path_factory):
     """A finished experiment with unlabelled rows."""
-    config = workshop.config({"data": {"unlabelled": str(unlabelled)}, "run": {"arms": ARMS}})
     return run_experiment(config, tmp_path_factory.mktemp("unlabelled-experiment") / "out")
 
 
-def test_the_teacher_labels_them_and_the_student_learns_from_both(result, workshop):
+def check_labelled(result, config):
+    """See that the stored logits of the unlabelled rows are theirs; give the splits."""
+    splits = load_splits(config.task, config.data)
+    stored = read_stored_logits(result.layout.unlabelled_logits, splits.task)
+    assert stored.ids.to_pylist() == splits.unlabelled["id"][:]
+    np.testing.assert_array_equal(np.asarray(stored.attach(splits.unlabelled)["teacher_logits"]), stored.logits)
+    return splits
+
+
+def test_the_teacher_labels_them_and_the_student_learns_from_both(result, config):
     """Rows that nobody trains on, or logits attached to the training row of the same id, would go unnoticed."""
     teacher, control, student = result.records
     assert [record.status for record in result.records] == ["finished"] * 3
     assert student.rows == {"train": 64, "unlabelled": 40, "validation": 40}
-    splits = load_splits(workshop.config().task, workshop.config({"data": student.config["data"]}).data)
-    stored = read_stored_logits(result.layout.unlabelled_logits, splits.task)
-    assert stored.ids.to_pylist() == splits.unlabelled["id"][:]
-    attached = np.asarray(stored.attach(splits.unlabelled)["teacher_logits"])
-    np.testing.assert_array_equal(attached, stored.logits)
+    check_labelled(result, config)
     steps = 2 * math.ceil(104 / 8)
     assert student.history[-1]["step"] == control.history[-1]["step"] == steps
     assert teacher.history[-1]["step"] == 2 * math.ceil(64 / 8)
     assert student.history[-1]["soft_loss"] > 0
-    assert student.truncated["unlabelled (by the teacher)"] == 0
-    assert student.truncated["unlabelled"] == 0
+    assert student.truncated["unlabelled (by the teacher)"] == student.truncated["unlabelled"] == 0
     assert "unlabelled" not in control.truncated
-
-
-def test_the_report_and_the_card_say_how_many(result):
-    """A reader who does not know of 40 more rows takes the gain for one of the loss."""
-    report = result.layout.report_md.read_text()
+    report = result.layout.report_md.read_text()  # a reader who does not know of them takes the gain for the loss's
     assert "train 64, unlabelled 40, validation 40" in report
     assert "40 unlabelled rows: the teacher labelled them" in report
     assert "hold the text of a validation or test row" in report
     assert "unlabelled rows, labelled by the teacher: 40" in (result.layout.student / "README.md").read_text()
 
 
-def test_the_same_command_again_labels_nothing(result, workshop, unlabelled, monkeypatch):
+def test_the_same_command_again_labels_nothing(result, config, monkeypatch):
     """Labelling is what unlabelled rows cost; a second call must find it done."""
     from kdlora.experiment import jobs
 
     monkeypatch.setattr(jobs, "run_in_child", lambda *_, **__: pytest.fail("a stage ran again"))
-    config = workshop.config({"data": {"unlabelled": str(unlabelled)}, "run": {"arms": ARMS}})
     assert run_experiment(config, result.folder).records == result.records
 
 
@@ -78,18 +77,13 @@ def test_the_other_kinds(workshop, tmp_path, kind):
     rows = [
         {"text": row["text"], **dict.fromkeys(names, int(row["label"] == "positive"))} for row in sentiment_rows(48)
     ]
-    more = write_lines(tmp_path / "more.jsonl", [{"text": row["text"] + " too"} for row in sentiment_rows(24, seed=4)])
-    config = workshop.config(
-        {
-            "data": {
-                "train": str(write_csv(tmp_path / "train.csv", rows)),
-                "validation": str(write_csv(tmp_path / "validation.csv", rows[:16])),
-                "unlabelled": str(more),
-            },
-            "task": {"kind": kind, "label": names},
-            "run": {"arms": ["kd-lora"]},
-        }
-    )
+    more = [{"text": row["text"] + " too"} for row in sentiment_rows(24, seed=4)]
+    data = {
+        "train": str(write_csv(tmp_path / "train.csv", rows)),
+        "validation": str(write_csv(tmp_path / "validation.csv", rows[:16])),
+        "unlabelled": str(write_lines(tmp_path / "more.jsonl", more)),
+    }
+    config = workshop.config({"data": data, "task": {"kind": kind, "label": names}, "run": {"arms": ["kd-lora"]}})
     result = run_experiment(config, tmp_path / "out")
     assert [record.status for record in result.records] == ["finished"] * 2
     student = result.records[1]
@@ -98,25 +92,18 @@ def test_the_other_kinds(workshop, tmp_path, kind):
     assert student.score is not None
 
 
-def test_a_table_must_cover_the_unlabelled_rows(workshop, unlabelled, tmp_path):
+def test_a_table_must_cover_the_unlabelled_rows(config, tmp_path):
     """Found out by the child of the first student, the fault costs a teacher's evaluation; named early, nothing."""
-    config = workshop.config(
-        {
-            "data": {"unlabelled": str(unlabelled)},
-            "teacher": {"model": None, "logits": str(tmp_path / "table.jsonl")},
-            "run": {"arms": ["kd-lora"]},
-        }
-    )
-    splits = load_splits(config.task, config.data)
-    rows = [("train", key) for key in splits.train["id"][:]] + [("unlabelled", key) for key in splits.unlabelled["id"]]
+    path = tmp_path / "table.jsonl"
+    teacher = config.teacher.model_copy(update={"model": None, "logits": str(path)})
+    config, splits = config.model_copy(update={"teacher": teacher}), load_splits(config.task, config.data)
+    rows = [("train", key) for key in splits.train["id"]] + [("unlabelled", key) for key in splits.unlabelled["id"]]
     table = [{"split": split, "id": key, "negative": 0.5, "positive": 0.25} for split, key in rows]
-    write_lines(tmp_path / "table.jsonl", [row for row in table if row["split"] == "train"])
+    write_lines(path, [row for row in table if row["split"] == "train"])
     with pytest.raises(DataError, match="no row is of split 'unlabelled'"):
         check_table(config, splits)
-    write_lines(tmp_path / "table.jsonl", [*table, {"split": "unlabelled", "id": "x", "negative": 0, "positive": 0}])
-    assert check_table(config, splits) == [
-        f"{tmp_path / 'table.jsonl'}: 1 rows belong to no unlabelled example and are not used."
-    ]
+    write_lines(path, [*table, {"split": "unlabelled", "id": "x", "negative": 0, "positive": 0}])
+    assert check_table(config, splits) == [f"{path}: 1 rows belong to no unlabelled example and are not used."]
 
 
 def test_a_collection_of_another_teacher_is_refused(workshop, tmp_path):
@@ -133,17 +120,14 @@ def test_a_collection_of_another_teacher_is_refused(workshop, tmp_path):
 
 def test_the_teacher_labels_the_copies_and_the_epochs_stay_as_long(workshop, tmp_path):
     """Copies that nobody labels, or that make the student's training longer, would be an unfair gain or none."""
-    config = workshop.config({"data": {"augment": 2}, "run": {"arms": ["fft", "kd-lora", "student-lora"]}})
+    config = workshop.config({"data": {"augment": 2}, "run": {"arms": ARMS}})
     result = run_experiment(config, tmp_path / "out")
-    teacher, control, student = result.records
+    _, control, student = result.records
     assert [record.status for record in result.records] == ["finished"] * 3
-    splits = load_splits(config.task, config.data)
+    splits = check_labelled(result, config)
     assert 64 < splits.copies <= 128
     assert student.rows["unlabelled"] == splits.copies
-    stored = read_stored_logits(result.layout.unlabelled_logits, splits.task)
-    assert stored.ids.to_pylist() == splits.unlabelled["id"][:]
-    steps = 2 * math.ceil(64 / 8)
-    assert [record.history[-1]["step"] for record in (teacher, student, control)] == [steps] * 3
+    assert [record.history[-1]["step"] for record in result.records] == [2 * math.ceil(64 / 8)] * 3
     assert student.history[-1]["loss"] != control.history[-1]["loss"]
     assert len(list(result.layout.copies.glob("*.arrow"))) == 1
     assert "perturbed copies" in result.layout.report_md.read_text()

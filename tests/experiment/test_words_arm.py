@@ -9,7 +9,7 @@ from kdlora.configfile import build_config
 from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results, summarise_arms
-from kdlora.experiment.run import Run, plan_experiment, plan_runs, run_experiment
+from kdlora.experiment.run import Run, plan_experiment, run_experiment
 from kdlora.experiment.scoring import doubts_of_teacher
 from kdlora.report.collect import load_experiments
 from kdlora.searchconfig import SearchConfig
@@ -55,15 +55,6 @@ def test_it_needs_no_model_and_runs_once(workshop, tmp_path):
     result = run_experiment(config, tmp_path / "out")
     assert [(record.arm, record.seed, record.status) for record in result.records] == [("words", 5, "finished")]
     assert result.shipped is None
-
-
-@pytest.mark.parametrize("teacher", [{"model": "t"}, {"logits": "t.parquet"}])
-def test_it_comes_first(teacher):
-    """A teacher that is worse than a bag of words should be known for that before it has taught anybody."""
-    values = {"data": {"train": "a.csv"}, "teacher": teacher, "student": {"model": "s"}}
-    runs = plan_runs(build_config(values))
-    assert runs[:2] == [Run("words", 0), Run("fft", 0)]
-    assert [run.arm for run in runs].count("words") == 1
 
 
 def test_a_teacher_below_it_is_told_before_it_labels(workshop, tmp_path):

@@ -44,16 +44,11 @@ def allocate(megabytes: int) -> int:
     return int(np.ones(megabytes * 2**20 // 8)[-1])
 
 
-def peak_of_allocating(megabytes: int) -> int | None:
+def peak_of_allocating(megabytes: int, forget: bool = False) -> int | None:
     level = read_memory()
     allocate(megabytes)
-    return peak_since(level)
-
-
-def allocate_then_forget(megabytes: int) -> int | None:
-    level = read_memory()
-    allocate(megabytes)
-    forget_peak()
+    if forget:
+        forget_peak()
     return peak_since(level)
 
 

@@ -301,19 +301,12 @@ def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often decisions of a given confidence are right.
+    """How often decisions of a given confidence are right, by bins of confidence that are not empty."""
 
-    Attributes:
-        confidence: mean confidence of each bin that is not empty.
-        accuracy: share of right decisions in it.
-        count: decisions in it.
-        error: expected calibration error, 0 to 1: the mean of |accuracy - confidence|, weighted by count.
-    """
-
-    confidence: tuple[float, ...]
-    accuracy: tuple[float, ...]
-    count: tuple[int, ...]
-    error: float
+    confidence: tuple[float, ...]  # mean of each bin
+    accuracy: tuple[float, ...]  # share of right decisions in it
+    count: tuple[int, ...]  # decisions in it
+    error: float  # expected calibration error, 0 to 1: mean of |accuracy - confidence|, weighted by count
 
 
 def reliability(table: np.ndarray, labels: np.ndarray, kind: str) -> Reliability:

@@ -19,24 +19,14 @@ _EXAMPLE_COLUMNS = ["id", "split", "text", "text_pair"]
 
 @dataclass(frozen=True)
 class Predictions:
-    """The raw outputs of one model on one or more splits.
+    """The raw outputs of one model on one or more splits."""
 
-    Attributes:
-        ids: example ids, unique within a split (and group).
-        split: the split of each row, "validation" or "test".
-        logits: float32 (rows, labels), columns in the order of `label_names`; regression on the original scale.
-        label_names: the task's label names.
-        labels: int64 (rows,), float32 (rows,) for regression, float32 (rows, labels) of 0/1 for multi-label;
-            None where the rows have no labels.
-        groups: the group of each row (MNLI: "matched", "mismatched"), None where the task has none.
-    """
-
-    ids: tuple[str, ...]
-    split: tuple[str, ...]
-    logits: np.ndarray
+    ids: tuple[str, ...]  # unique within a split (and group)
+    split: tuple[str, ...]  # of each row, "validation" or "test"
+    logits: np.ndarray  # float32 (rows, labels), columns as `label_names`; regression on the original scale
     label_names: tuple[str, ...]
-    labels: np.ndarray | None = None
-    groups: tuple[str, ...] | None = None
+    labels: np.ndarray | None = None  # int64 (rows,), float32 for regression, float32 (rows, labels) for multi-label
+    groups: tuple[str, ...] | None = None  # of each row (MNLI: "matched", "mismatched"), where the task has them
 
     def only(self, split: str, group: str = "") -> Predictions:
         """Keep the rows of one split, or of one group of it, in their order."""

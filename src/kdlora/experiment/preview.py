@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,10 +50,6 @@ class PlannedTraining:
     steps: int  # optimiser steps of each; 0 of `words`, which has none
     seconds: float  # of each, estimated
 
-    def told(self) -> str:
-        """Say how much it is."""
-        return f"in about {self.seconds:.0f} seconds" if self.arm == "words" else f"{self.runs} × {self.steps:,} steps"
-
 
 @dataclass(frozen=True)
 class ExperimentPlan:
@@ -83,49 +79,42 @@ class ExperimentPlan:
 
     def lines(self) -> list[tuple[str, str]]:
         """Give the facts for people: a word, and what there is to say."""
-        told = [("rows", self._rows()), ("task", self._task())]
-        told += [("labels", self._labels())] if self.labels else []
-        told += [(name, _lengths(self.lengths, name)) for name in ("tokens", "max_length") if self.lengths]
-        twice = [f"{number:,} in {name}" for name, number in self.duplicates.items() if number]
-        told += [("duplicates", ", ".join(twice) or "no text occurs twice")]
-        told += [("trainings", ", ".join(f"{one.arm} {one.told()}" for one in self.trainings))]
-        return [*told, ("steps", f"{self.steps:,} in all"), ("time", self._time())]
-
-    def _rows(self) -> str:
         rows = self.rows | {"unlabelled": self.rows.get("unlabelled", 0) - self.copies}
-        counts = [f"{number:,} {name}" for name, number in rows.items() if number]
-        counts += [f"{self.copies:,} perturbed copies of training texts"] if self.copies else []
-        return ", ".join(counts)
-
-    def _task(self) -> str:
-        metrics = " and ".join(metric_title(name) for name in self.task.metrics)
-        return f"{self.task.kind}, {' + '.join(self.task.text)} to {', '.join(self.task.label)}; scored by {metrics}"
+        rows |= {"perturbed copies of training texts": self.copies}
+        task, metrics = self.task, " and ".join(metric_title(name) for name in self.task.metrics)
+        twice = [f"{number:,} in {name}" for name, number in self.duplicates.items() if number]
+        trainings = [
+            f"{one.arm} {f'{one.runs} × {one.steps:,} steps' if one.steps else f'in about {one.seconds:.0f} seconds'}"
+            for one in self.trainings
+        ]
+        time = f"{60 * self.hours:.0f} minutes" if self.hours < 1.5 else f"{self.hours:.1f} hours"
+        told = {
+            "rows": ", ".join(f"{number:,} {name}" for name, number in rows.items() if number),
+            "task": f"{task.kind}, {' + '.join(task.text)} to {', '.join(task.label)}; scored by {metrics}",
+            "labels": self._labels(),
+            "tokens": self._of_each_model("median {0.median:g}, 99% of the training texts within {0.most_within}"),
+            "max_length": self._of_each_model(
+                "{0.max_length} tokens, {0.cut:.1%} of the training texts are longer and are cut"
+            ),
+            "duplicates": ", ".join(twice) or "no text occurs twice",
+            "trainings": ", ".join(trainings),
+            "steps": f"{self.steps:,} in all",
+            "time": f"about {time}; an estimate from a few forward passes on this machine",
+        }
+        return [(name, text) for name, text in told.items() if text or name == "trainings"]
 
     def _labels(self) -> str:
-        ordered = sorted(self.labels.items(), key=lambda item: -item[1])
-        if len(ordered) <= _SHOWN_LABELS:
-            return f"{len(ordered)}: {_counted(ordered)} training rows"
-        return f"{len(ordered)}; most rows: {_counted(ordered[:3])}; fewest: {_counted(ordered[-3:])}"
+        ordered = [f"{name} {number:,}" for name, number in sorted(self.labels.items(), key=lambda item: -item[1])]
+        if len(ordered) > _SHOWN_LABELS:
+            return f"{len(ordered)}; most rows: {', '.join(ordered[:3])}; fewest: {', '.join(ordered[-3:])}"
+        return f"{len(ordered)}: {', '.join(ordered)} training rows" if ordered else ""
 
-    def _time(self) -> str:
-        shown = f"{60 * self.hours:.0f} minutes" if self.hours < 1.5 else f"{self.hours:.1f} hours"
-        return f"about {shown}; an estimate from a few forward passes on this machine"
-
-
-def _counted(labels: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(f"{name} {number:,}" for name, number in labels)
-
-
-def _lengths(lengths: Mapping[str, TextLengths], what: str) -> str:
-    """Tell one fact of all models, once where it is the same for all."""
-    texts = {}
-    for name, one in lengths.items():
-        texts[name] = f"{one.max_length} tokens, {100 * one.cut:.1f}% of the training texts are longer and are cut"
-        if what == "tokens":
-            texts[name] = f"median {one.median:g}, 99% of the training texts within {one.most_within}"
-    if len(set(texts.values())) == 1:
-        return next(iter(texts.values()))
-    return "; ".join(f"{name}: {text}" for name, text in texts.items())
+    def _of_each_model(self, words: str) -> str:
+        """Tell one fact of all models, once where it is the same for all."""
+        texts = {name: words.format(one) for name, one in self.lengths.items()}
+        if len(set(texts.values())) == 1:
+            return next(iter(texts.values()))
+        return "; ".join(f"{name}: {text}" for name, text in texts.items())
 
 
 def make_plan(

@@ -40,19 +40,12 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model scores on one split.
+    """What a model scores on one split."""
 
-    Attributes:
-        score: the task's main figure, 0 to 100.
-        metrics: every metric, as fractions.
-        logits: float32 `(examples, labels)`, in row order, on the original scale for regression.
-        truncated: texts that were cut.
-    """
-
-    score: float
-    metrics: dict[str, float]
-    logits: np.ndarray = field(repr=False)
-    truncated: int
+    score: float  # the task's main figure, 0 to 100
+    metrics: dict[str, float]  # every metric, as fractions
+    logits: np.ndarray = field(repr=False)  # float32 (examples, labels), in row order, regression on its own scale
+    truncated: int  # texts that were cut
 
 
 def evaluate(

@@ -39,16 +39,10 @@ StageName = Literal["train", "label", "deploy"]
 
 @dataclass(frozen=True)
 class Stage:
-    """What an experiment is busy with.
-
-    Attributes:
-        name: `train`; `label`: the teacher reads the training rows; `deploy`: the student is exported and measured.
-        arm: the arm; for `label` the first one that needs the logits.
-        seed: the run's seed.
-    """
+    """What an experiment is busy with: a training, the teacher reading its rows, a student that is measured."""
 
     name: StageName
-    arm: Arm
+    arm: Arm  # for `label` the first one that needs the logits
     seed: int
 
 

@@ -70,7 +70,7 @@ class Team:
     ) -> Any:
         """Carry out a stage in a child of every process, and give what the child of this one returned."""
         self.number += 1
-        said = {"stage": stage.__name__, "details": details, **_experiment(config, layout)}
+        said = {"stage": stage.__name__, "details": details} | _experiment(config, layout)
         self.store.set(f"stage-{self.number}", json.dumps(said))
         try:
             return self._take_part(stage.__name__, config, layout, details, on_message)
@@ -95,10 +95,14 @@ class Team:
             outcome = {"kind": "done", "text": ""}
             try:
                 config = with_recorded(config, layout.config)  # what the first process has settled
-                _check_same(said, config, layout)
+                if said["stage"] not in _STAGES or said != said | _experiment(config, layout):
+                    raise ConfigError(
+                        "process 0 announces a stage of another config or folder than this process was started with; "
+                        "start all processes with the same command, from the same folder"
+                    )
                 self._take_part(said["stage"], config, layout, said["details"], lambda event: None)
             except Exception as fault:
-                outcome = {"kind": _kind(fault), "text": str(fault)}
+                outcome = _told(fault)
                 logger.info("process %d: %s", self.launch.rank, fault)
             self.store.set(f"outcome-{self.number}-{self.launch.rank}", json.dumps(outcome))
         end: dict[str, Any] = json.loads(self.store.get("end"))
@@ -127,14 +131,15 @@ class Team:
         """Find out why a stage failed here: the first process that fails takes the others with it."""
         until = time.monotonic() + _REPORT_SECONDS
         for rank in range(1, self.launch.count):
-            key = f"outcome-{self.number}-{rank}"
+            outcome, key = None, f"outcome-{self.number}-{rank}"
             with suppress(distributed.DistError):
                 if self._wait_for([key], until):
                     outcome = json.loads(self.store.get(key))
-                    if outcome["kind"] in _FAULTS:
-                        return _FAULTS[outcome["kind"]](f"process {rank}: {outcome['text']}")
-                    continue
-            return ConnectionError(f"process {rank} of this run is gone; the same command continues where it stopped")
+            if outcome is None:
+                reason = f"process {rank} of this run is gone; the same command continues where it stopped"
+                return ConnectionError(reason)
+            if outcome["kind"] in _FAULTS:
+                return _FAULTS[outcome["kind"]](f"process {rank}: {outcome['text']}")
         return fault
 
     def _wait_for(self, keys: list[str], until: float) -> bool:
@@ -145,12 +150,20 @@ class Team:
 
     def end(self, **said: Any) -> None:
         """Tell the others how it ended; the store may go with this process, so they get time to hear it."""
-        if self.store is None:
-            return
-        with suppress(distributed.DistError):
-            self.store.set("end", json.dumps(said))
-            left = [f"left-{rank}" for rank in range(1, self.launch.count)]
-            self._wait_for(left, time.monotonic() + _FAREWELL_SECONDS)
+        if not self.is_alone:
+            with suppress(distributed.DistError):
+                self.store.set("end", json.dumps(said))
+                left = [f"left-{rank}" for rank in range(1, self.launch.count)]
+                self._wait_for(left, time.monotonic() + _FAREWELL_SECONDS)
+
+
+def _experiment(config: Config, layout: ExperimentLayout) -> dict[str, Any]:
+    return {"config": config.model_dump(mode="json"), "root": str(layout.root.resolve())}
+
+
+def _told(fault: BaseException) -> dict[str, str]:
+    kind = next((name for name, one in _FAULTS.items() if isinstance(fault, one)), "fault")
+    return {"kind": kind, "text": str(fault) or type(fault).__name__}
 
 
 @contextmanager
@@ -161,7 +174,11 @@ def gather_team(config: Config) -> Iterator[Team]:
     if launch.count == 1:
         yield Team(launch)
         return
-    _check_devices(config, launch)
+    if _uses_cuda(config) and launch.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {launch.rank} is number {launch.local_rank} on this machine, which has "
+            f"{torch.cuda.device_count()} GPUs; start as many processes as there are GPUs, or set run.device: cpu"
+        )
     # What runs in process 0 alone must not take itself for one of several; a stage's child sets them again.
     kept = {key: os.environ.pop(key) for key in LAUNCH_KEYS if key in os.environ}
     team = Team(launch, _meet(launch))
@@ -169,31 +186,22 @@ def gather_team(config: Config) -> Iterator[Team]:
         yield team
     except BaseException as fault:
         if team.leads:
-            team.end(kind=_kind(fault), text=str(fault) or type(fault).__name__)
+            team.end(**_told(fault))
         raise
     finally:
         os.environ.update(kept)
 
 
-def _experiment(config: Config, layout: ExperimentLayout) -> dict[str, Any]:
-    return {"config": config.model_dump(mode="json"), "root": str(layout.root.resolve())}
-
-
-def _check_same(said: dict[str, Any], config: Config, layout: ExperimentLayout) -> None:
-    """See that a stage is one of the experiment that this process was started for."""
-    own = json.loads(json.dumps(_experiment(config, layout)))
-    if said["stage"] not in _STAGES or {key: said[key] for key in own} != own:
-        raise ConfigError(
-            "process 0 announces a stage of another config or folder than this process was started with; start all "
-            "processes with the same command, from the same folder"
-        )
-
-
 def _meet(launch: Launch) -> Any:
-    """Open the store through which the processes talk; for processes of this machine, to this machine alone."""
+    """Open the store through which the processes talk.
+
+    For processes of this machine the port is open on the loopback interface; PyTorch itself would open it on all.
+    """
     is_master = launch.rank == 0 and not launch.hosted
     try:
-        door = _listen(launch) if is_master and launch.address in _LOOPBACK else None
+        door = None
+        if is_master and launch.address in _LOOPBACK:
+            door = socket.create_server((_LOOPBACK[0], launch.port)).detach()
         store = TCPStore(
             launch.address,
             launch.port,
@@ -209,27 +217,8 @@ def _meet(launch: Launch) -> Any:
     return PrefixStore(f"kdlora/{launch.attempt}/plan", store)
 
 
-def _listen(launch: Launch) -> int:
-    """Open the port of the store on the loopback interface; PyTorch itself would open it on all of them."""
-    with socket.socket() as door:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        door.bind((_LOOPBACK[0], launch.port))
-        door.listen()
-        return door.detach()
-
-
-def _check_devices(config: Config, launch: Launch) -> None:
-    if resolve_device(config.run.device).type == "cuda" and launch.local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"process {launch.rank} is number {launch.local_rank} on this machine, which has "
-            f"{torch.cuda.device_count()} GPUs; start as many processes as there are GPUs, or set run.device: cpu"
-        )
-
-
-def _kind(fault: BaseException) -> str:
-    if isinstance(fault, KdLoraError):
-        return "mistake"
-    return "died" if isinstance(fault, ChildDiedError) else "fault"
+def _uses_cuda(config: Config) -> bool:
+    return resolve_device(config.run.device).type == "cuda"
 
 
 def carry_out_together(
@@ -242,7 +231,7 @@ def carry_out_together(
     progress: Callable[..., None] | None = None,
 ) -> Any:
     """Meet the children of the other processes and carry out a stage with them; runs in a child."""
-    join_processes(launch, prefix, cuda=resolve_device(config.run.device).type == "cuda")
+    join_processes(launch, prefix, cuda=_uses_cuda(config))
     try:
         return _STAGES[stage](config, layout, *details, progress)
     finally:

@@ -26,10 +26,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from kdlora.errors import log_to_stderr
 from kdlora.system.ownership import SCRATCH, owned_name, remove, remove_abandoned
@@ -54,11 +53,10 @@ class ChildDiedError(RuntimeError):
     """A child ended without an answer: killed by a signal, or by an exit from within."""
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a child runs: what it takes over from the caller, and whether it may send."""
 
-    path: tuple[str, ...]
+    path: list[str]
     folder: str
     environment: dict[str, str]
     preload: str
@@ -66,8 +64,7 @@ class _Place:
     log_level: int | None
 
 
-@dataclass(frozen=True)
-class _Answer:
+class _Answer(NamedTuple):
     """The end of a request: a value, or what was raised."""
 
     value: Any = None
@@ -145,11 +142,9 @@ class ForkServer:
         self, function: Callable[..., Any], arguments: tuple[Any, ...], listen: Callable[[Any], None] | None
     ) -> _Answer:
         """Run a function in a fresh child, and pass on what it sends until it answers or dies."""
-        root = logging.getLogger()
+        root, module = logging.getLogger(), function.__module__
         level = root.level if root.handlers else None
-        place = _Place(
-            tuple(sys.path), str(Path.cwd()), dict(os.environ), function.__module__, listen is not None, level
-        )
+        place = _Place(sys.path, str(Path.cwd()), dict(os.environ), module, listen is not None, level)
         body = pickle.dumps((function, arguments))
         self.was_asked = True
         ours, theirs = socket.socketpair()
@@ -247,6 +242,7 @@ def serve(control_number: int, scratch: str, preload: str) -> NoReturn:
                 place = _take_over(channel, scratch)
                 if select.select([control], [], [], 0)[0]:
                     break  # the parent went away during the imports
+                ended, lives = os.pipe()  # what the child holds closes when it ends
                 child = os.fork()
                 if child == 0:
                     control.close()
@@ -254,9 +250,11 @@ def serve(control_number: int, scratch: str, preload: str) -> NoReturn:
                         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
                     _carry_out(channel, place)
                 channel.close()
-                status = _wait(child, control)
+                os.close(lives)
+                status = _wait(child, control, ended)
                 if status is None:
                     break
+                os.close(ended)
                 control.sendall(str(status).encode())
     remove(Path(scratch))
     os._exit(0)  # the parent waits, and to tear down what was imported takes over a second
@@ -299,32 +297,18 @@ def _preload(module: str) -> None:
     gc.enable()
 
 
-def _wait(child: int, control: socket.socket) -> int | None:
+def _wait(child: int, control: socket.socket, ended: int) -> int | None:
     """Wait for a child; ask it to end when the parent says so, and end it when the parent goes away (None)."""
-    ended = _descriptors(child)
-    try:
-        while True:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            readable, _, _ = select.select([control.fileno(), *ended], [], [], _POLL_SECONDS)
-            if control.fileno() in readable:
-                wanted = control.recv(1)
-                os.kill(child, signal.SIGTERM if wanted else signal.SIGKILL)
-                if not wanted:
-                    os.waitpid(child, 0)
-                    return None
-    finally:
-        for descriptor in ended:
-            os.close(descriptor)
-
-
-def _descriptors(child: int) -> list[int]:
-    """Open what becomes readable when a child ends; nothing where the system has no such descriptor."""
-    try:
-        return [os.pidfd_open(child)]
-    except (AttributeError, OSError):  # not Linux; an old kernel, or a container that forbids it
-        return []
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if control.fileno() in select.select([control.fileno(), ended], [], [], _POLL_SECONDS)[0]:
+            wanted = control.recv(1)
+            os.kill(child, signal.SIGTERM if wanted else signal.SIGKILL)
+            if not wanted:
+                os.waitpid(child, 0)
+                return None
 
 
 def _carry_out(channel: Connection, place: _Place) -> None:

@@ -200,7 +200,7 @@ def test_every_task_from_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> 
         splits = {"train": values, "validation_matched": values, "validation_mismatched": values, "test_matched": [-1]}
     loaded = DatasetDict({split: hub_split(task, rows) for split, rows in splits.items()})
     asked = []
-    monkeypatch.setattr("kdlora.data.hub_data.load_dataset", lambda *args, **more: asked.append(args) or loaded)
+    monkeypatch.setattr("kdlora.data.opening.load_dataset", lambda *args, **more: asked.append(args) or loaded)
     found = load(name, "nyu-mll/glue")
     assert asked == [("nyu-mll/glue", name)]
     assert labels(found.train) == values

@@ -215,7 +215,7 @@ def test_hub_splits_without_labels_are_not_scored(monkeypatch: pytest.MonkeyPatc
     hidden = emotions.map(lambda _: {"label": -1})
     loaded = DatasetDict({"train": emotions, "dev": emotions, "test": hidden})
     asked = []
-    monkeypatch.setattr("kdlora.data.hub_data.load_dataset", lambda *args, **more: asked.append((args, more)) or loaded)
+    monkeypatch.setattr("kdlora.data.opening.load_dataset", lambda *args, **more: asked.append((args, more)) or loaded)
     splits = load(path="owner/name", subset="small", revision="abc")
     assert asked == [(("owner/name", "small"), {"revision": "abc"})]
     assert splits.test is None
@@ -246,7 +246,7 @@ def test_hub_faults(monkeypatch: pytest.MonkeyPatch, error: Exception, expected:
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("kdlora.data.hub_data.load_dataset", fail)
+    monkeypatch.setattr("kdlora.data.opening.load_dataset", fail)
     assert expected in refused(path="a/b")
 
 

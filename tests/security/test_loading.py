@@ -28,8 +28,8 @@ from deploy_folders import TEXTS, build_classifier
 from experiments import edit_json
 from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.collection import open_collection
-from kdlora.data.hub_data import open_saved
 from kdlora.data.logit_table import open_store
+from kdlora.data.opening import open_saved
 from kdlora.data.read import open_file
 from kdlora.deploy.calibrate import save_temperature
 from kdlora.deploy.predict import Classifier
@@ -741,7 +741,7 @@ DATA_CARDS = {
 }
 HUB_DATA = """
 import sys
-from kdlora.data.hub_data import open_hub
+from kdlora.data.opening import open_hub
 from kdlora.errors import DataError
 for name in sys.argv[1:]:
     try:

@@ -61,14 +61,12 @@ def _encode_slices(
     progress: Callable[[int], object],
 ) -> Iterator[pa.RecordBatch]:
     texts = [name for name in _TEXTS if name in dataset.column_names]
-    for rows in slice_rows(dataset, [*texts, *carried]):
-        for start in range(0, rows.num_rows, _TOKENISE_ROWS):
-            part = rows.slice(start, _TOKENISE_ROWS)
-            encoded = encode_texts({name: part[name].to_pylist() for name in texts}, tokenizer, limit)
-            columns = {name: part[name].combine_chunks() for name in carried}
-            columns |= {name: pa.array(values, _TYPES.get(name)) for name, values in encoded.items()}
-            yield pa.RecordBatch.from_pydict(columns)
-            progress(part.num_rows)
+    for part in slice_rows(dataset, [*texts, *carried], _TOKENISE_ROWS):
+        encoded = encode_texts({name: part[name].to_pylist() for name in texts}, tokenizer, limit)
+        columns = {name: part[name].combine_chunks() for name in carried}
+        columns |= {name: pa.array(values, _TYPES.get(name)) for name, values in encoded.items()}
+        yield pa.RecordBatch.from_pydict(columns)
+        progress(part.num_rows)
 
 
 def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[Any]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
@@ -133,17 +132,10 @@ def _texts(raw: RawTable, column: str) -> pa.ChunkedArray:
 
 
 def _ids(raw: RawTable, column: str | None, prefix: str) -> pa.ChunkedArray:
-    given = _row_numbers(raw) if column is None else iter(_given_ids(raw, column).chunks)
-    tables = (pa.table({"id": pc.binary_join_element_wise(prefix, ids, "") if prefix else ids}) for ids in given)
-    return spool((batch for table in tables for batch in table.to_batches()), raw.source)["id"]
-
-
-def _row_numbers(raw: RawTable) -> Iterator[pa.Array]:
-    """Spell the row numbers, a part at a time."""
-    count = raw.table.num_rows
-    for start in range(0, count, _ROWS):
-        numbers = np.arange(start, min(start + _ROWS, count))
-        yield (pa.array(numbers) if raw.rows is None else raw.rows.slice(start, _ROWS)).cast(pa.string())
+    table = pa.table({"id": raw.numbers if column is None else _given_ids(raw, column)})
+    parts = (batch.column(0).cast(pa.string()) for batch in table.to_batches(_ROWS))
+    named = (pa.record_batch({"id": pc.binary_join_element_wise(prefix, ids, "")}) for ids in parts)
+    return spool(named, raw.source)["id"]
 
 
 def _given_ids(raw: RawTable, column: str) -> pa.ChunkedArray:

@@ -17,14 +17,8 @@ from kdlora.errors import DataError, did_you_mean
 
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "comment", "tweet", "document", "body", "message", "utterance")
 TEXT_PAIRS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
-    ("text", "text_pair"),
-    ("query", "passage"),
+    *("sentence1 sentence2", "premise hypothesis", "question1 question2", "question sentence", "text1 text2"),
+    *("text_a text_b", "text text_pair", "query passage"),
 )
 LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment", "intent")
 
@@ -70,8 +64,7 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
             f"{raw.source}: the label column {column!r} holds {kind}; expected names, integers or true/false"
         )
     strings = values.cast(pa.string())
-    empty = pc.equal(strings, "")
-    return pc.if_else(empty, None, strings) if pc.any(empty).as_py() else strings
+    return pc.if_else(pc.equal(strings, ""), None, strings)
 
 
 def refuse_missing(raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Array) -> None:
@@ -197,18 +190,27 @@ def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:
 
 def infer_text_columns(source: Source) -> tuple[str, ...]:
     """Choose the text columns by well-known names."""
-    folded = {column.casefold(): column for column in source.columns}
-    pairs = [pair for pair in TEXT_PAIRS if all(name in folded for name in pair)]
-    in_pairs = {name for pair in pairs for name in pair}
-    singles = [(name,) for name in TEXT_COLUMNS if name in folded and name not in in_pairs]
-    return tuple(folded[name] for name in _only([*pairs, *singles], source, "text", "task.text"))
+    return _choose_columns(source, [*TEXT_PAIRS, *TEXT_COLUMNS], "text", "task.text")
 
 
 def infer_label_column(source: Source) -> tuple[str, ...]:
     """Choose the label column by a well-known name."""
+    return _choose_columns(source, LABEL_COLUMNS, "label", "task.label")
+
+
+def _choose_columns(source: Source, known: Sequence[str], what: str, key: str) -> tuple[str, ...]:
+    """Choose the columns of the one known spelling that a source has; a pair stands for its two names."""
     folded = {column.casefold(): column for column in source.columns}
-    found = [(name,) for name in LABEL_COLUMNS if name in folded]
-    return (folded[_only(found, source, "label", "task.label")[0]],)
+    found = [names for names in map(str.split, known) if all(name in folded for name in names)]
+    paired = {name for names in found if len(names) == 2 for name in names}
+    found = [names for names in found if len(names) == 2 or names[0] not in paired]
+    if len(found) == 1:
+        return tuple(folded[name] for name in found[0])
+    columns = ", ".join(map(repr, source.columns))
+    if not found:
+        raise DataError(f"{source.name}: which column is the {what}? Set {key}; the columns are {columns}")
+    candidates = " or ".join("+".join(names) for names in found)
+    raise DataError(f"{source.name}: the {what} may be {candidates}; set {key}. The columns are {columns}")
 
 
 def infer_task(
@@ -235,16 +237,6 @@ def infer_task(
         shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
         notes.append(f"The {len(names)} label names and their order were taken from the data: {shown}.")
     return Task(kind, text, label, names, DEFAULT_METRICS[kind]), notes
-
-
-def _only(found: Sequence[tuple[str, ...]], source: Source, what: str, key: str) -> tuple[str, ...]:
-    if len(found) == 1:
-        return found[0]
-    columns = ", ".join(map(repr, source.columns))
-    if not found:
-        raise DataError(f"{source.name}: which column is the {what}? Set {key}; the columns are {columns}")
-    candidates = " or ".join("+".join(names) for names in found)
-    raise DataError(f"{source.name}: the {what} may be {candidates}; set {key}. The columns are {columns}")
 
 
 def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:

@@ -43,6 +43,11 @@ class RawTable:
     rows: pa.Array | None = None  # row numbers in the source, from 0, where rows were dropped
     dropped: int = 0
 
+    @property
+    def numbers(self) -> pa.Array:
+        """The number of each row in the source."""
+        return pa.array(np.arange(self.table.num_rows)) if self.rows is None else self.rows
+
     def where(self, position: int) -> str:
         """Name a row for a message; rows are counted from 1 and a header does not count."""
         row = position if self.rows is None else self.rows[position].as_py()
@@ -54,10 +59,8 @@ class RawTable:
         if not count:
             return self
         kept = pc.invert(mask)
-        rows = pa.array(np.arange(self.table.num_rows)) if self.rows is None else self.rows
-        return replace(
-            self, table=self.table.filter(kept), rows=rows.filter(kept.combine_chunks()), dropped=self.dropped + count
-        )
+        rows = self.numbers.filter(kept.combine_chunks())
+        return replace(self, table=self.table.filter(kept), rows=rows, dropped=self.dropped + count)
 
 
 @dataclass(frozen=True)

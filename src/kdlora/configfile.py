@@ -16,7 +16,7 @@ from kdlora.errors import ConfigError, did_you_mean
 from kdlora.searchconfig import SearchConfig
 
 Override = str | tuple[str, Any]
-_MOST_VALUES = 100_000
+_MOST_PARTS = 400_000  # of JSON: about four for each value
 _PATH_KEYS = [
     *(("data", key) for key in ("path", "train", "validation", "test", "unlabelled")),
     *(("teacher", key) for key in ("model", "fine_tuned", "logits", "probabilities")),
@@ -71,14 +71,10 @@ def load_search(
     """
     file = Path(path)
     values = read_mapping(file, "config file")
-    section = values.get("search") or {}
-    if not isinstance(section, dict):
+    if not isinstance(section := values.get("search") or {}, dict):
         raise ConfigError(f"{file}: search: expected keys such as 'space:' and 'trials:', got {section!r}")
-    if space is not None:
-        section = section | {"space": read_mapping(Path(space), "space file")}
-    if trials is not None:
-        section = section | {"trials": trials}
-    values["search"] = section
+    given = {"space": space and read_mapping(Path(space), "space file"), "trials": trials}
+    values["search"] = section | {key: value for key, value in given.items() if value is not None}
     return build_search(values, overrides, base=file.resolve().parent, where=str(file))
 
 
@@ -107,33 +103,18 @@ def _read_yaml(text: str, loader: type[yaml.SafeLoader]) -> Any:
     """Parse YAML from anywhere; what would fill the memory or the stack is a fault like any other."""
     try:
         values = yaml.load(text, Loader=loader)
-        _count_values(values, {})
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {error}") from None
+        written = json.JSONEncoder(ensure_ascii=False, default=str).iterencode(values)  # every alias written out
+        for count, part in enumerate(written):
+            part.encode("utf-8")  # an escape may stand for half a character, which no file can hold
+            if count > _MOST_PARTS:
+                raise ConfigError("it expands to more than 100,000 values; write out what is meant")
     except RecursionError:
         raise ConfigError("not valid YAML: it is nested too deep") from None
-    except ValueError as error:  # an impossible date, a number with thousands of digits, half a character
+    except (yaml.YAMLError, TypeError, ValueError) as error:  # an impossible date, a number with thousands of digits
+        if "Circular" in str(error):
+            raise ConfigError("an alias refers to itself; write its value out") from None
         raise ConfigError(f"not valid YAML: {error}") from None
     return values
-
-
-def _count_values(value: Any, counts: dict[int, int | None]) -> int:
-    """Count values as they stand when every alias is written out; small files can say very much with aliases."""
-    if isinstance(value, str):
-        value.encode("utf-8")  # an escape may stand for half a character, which no file can hold
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) in counts:
-        count = counts[id(value)]
-        if count is None:
-            raise ConfigError("an alias refers to itself; write its value out")
-        return count
-    counts[id(value)] = None
-    total = 1 + sum(_count_values(item, counts) for item in (value.values() if isinstance(value, dict) else value))
-    if total > _MOST_VALUES:
-        raise ConfigError(f"it expands to more than {_MOST_VALUES:,} values; write out what is meant")
-    counts[id(value)] = total
-    return total
 
 
 def build_config(

@@ -9,15 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from table2_models import (
-    TASK,
-    VALIDATION_COUNTS,
-    Size,
-    batches_to_run,
-    build_model,
-    lengths_of,
-    synthetic_rows,
-)
+from table2_models import TASK, VALIDATION_COUNTS, Size, batches_to_run, build_model, lengths_of, synthetic_rows
 from torch import Tensor, nn
 
 from kdlora.config import DistilConfig, StudentTrainConfig, TeacherTrainConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def build_classifier(
     folder: Path,
     *,
     kind: str = "single-label",
+    names: Sequence[str] = (),
     layers: int = 2,
     hidden: int = 32,
     seed: int = 0,
@@ -37,7 +39,7 @@ def build_classifier(
     """Save a tiny classifier with a spread-out random head, whose predictions differ from text to text."""
     tokenizer = train_tokenizer(family)
     config = tiny_config(family, -(-len(tokenizer) // 8) * 8, layers=layers, hidden=hidden)
-    names = LABELS[kind]
+    names = names or LABELS[kind]
     config.id2label = dict(enumerate(names))
     config.label2id = {name: column for column, name in enumerate(names)}
     config.problem_type = PROBLEMS[kind]

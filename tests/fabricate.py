@@ -122,6 +122,8 @@ def make_experiment(
     layout = ExperimentLayout(folder)
     labels = make_labels(task, rows)
     groups = tuple("matched" if row % 2 else "mismatched" for row in range(rows)) if task.name == "mnli" else None
+    half = rows // 2 if test_split else rows
+    splits = ("validation",) * half + ("test",) * (rows - half)
     records = []
     for arm in arms:
         for seed in seeds:
@@ -133,7 +135,9 @@ def make_experiment(
             if (arm, seed) in failed:
                 record = _failed(record)
             else:
-                write_predictions(place.predictions, _predictions(task, labels, logits, groups, test_split))
+                ids = tuple(map(str, range(rows)))
+                found = Predictions(ids, splits, logits, task.label_names, labels, groups)
+                write_predictions(place.predictions, found)
                 if test_split:
                     record = record.model_copy(update={"test_score": record.score, "test_metrics": metrics})
             write_record(place.record, record)
@@ -160,37 +164,25 @@ def ship(
     models = [_shipped_model(name, place) for place, name in enumerate(names[: 4 if int8 else 3])]
     calibration = {"temperature": 1.73, "rows": 400, "nll_before": 0.412, "nll_after": 0.305}
     calibration |= {"ece_before": 0.0871, "ece_after": 0.0194}
-    write_json_atomic(
-        layout.benchmark,
-        {
-            "models": models,
-            "threads": 2,
-            "rounds": 3,
-            "texts": 1043,
-            "machine": {"cpu": "Intel Xeon", "cores": "2", "memory": "16.0 GiB"},
-            "versions": {"onnxruntime": "1.32.0"},
-            "split": split,
-            "calibration": calibration if calibrated else None,
-        },
-    )
+    benchmark = {"models": models, "threads": 2, "rounds": 3, "texts": 1043, "split": split}
+    benchmark |= {"machine": {"cpu": "Intel Xeon", "cores": "2", "memory": "16.0 GiB"}}
+    benchmark |= {"versions": {"onnxruntime": "1.32.0"}, "calibration": calibration if calibrated else None}
+    write_json_atomic(layout.benchmark, benchmark)
     closest = "int8 does not hold with any remedy; the closest was onnx-int8 (int8 weights per channel)"
     reason = "97.31% of predictions agree, fewer than 99.00%; the score falls by 0.82 points, more than 0.50"
     attempt = _stage("onnx-int8 (int8 weights per channel)", "onnx-optimised", 0.41, 0.9731, reason)
     stages = [_stage("onnx", "pytorch", 2.4e-7, 1.0), _stage("onnx-optimised", "onnx", 1.8e-7, 1.0)]
     if int8:
         stages.append(_stage(f"onnx-int8 ({recipe})", "onnx-optimised", 0.0123, 0.99996))
-    write_json_atomic(
-        layout.export_record,
-        {
-            "schema_version": 1,
-            "opset": 18,
-            "recipe": recipe if int8 else "",
-            "fused": {"Attention": 6, "Gelu": 0, "LayerNormalization": 13},
-            "stages": stages,
-            "attempts": [attempt],
-            "failure": "" if int8 else f"{closest}: {reason}",
-        },
-    )
+    record = {
+        "schema_version": 1,
+        "opset": 18,
+        "recipe": recipe if int8 else "",
+        "stages": stages,
+        "attempts": [attempt],
+    }
+    record |= {"fused": {"Attention": 6, "Gelu": 0, "LayerNormalization": 13}}
+    write_json_atomic(layout.export_record, record | {"failure": "" if int8 else f"{closest}: {reason}"})
 
 
 def _shipped_model(name: str, place: int) -> dict[str, object]:
@@ -216,48 +208,15 @@ def _shipped_model(name: str, place: int) -> dict[str, object]:
 
 def _stage(stage: str, reference: str, difference: float, agreement: float, reason: str = "") -> dict[str, object]:
     lost = 0.82 if reason else 0.0
-    return {
-        "stage": stage,
-        "reference": reference,
-        "rows": 1243,
-        "largest_difference": difference,
-        "agreement": agreement,
-        "score": 91.2 - lost,
-        "drop": lost,
-        "drop_low": lost - 0.3,
-        "drop_high": lost + 0.3,
-        "reason": reason,
-    }
-
-
-def _predictions(
-    task: Task, labels: np.ndarray, logits: np.ndarray, groups: tuple[str, ...] | None, test_split: bool
-) -> Predictions:
-    rows = len(labels)
-    half = rows // 2 if test_split else rows
-    return Predictions(
-        ids=tuple(str(row) for row in range(rows)),
-        split=("validation",) * half + ("test",) * (rows - half),
-        logits=logits,
-        label_names=task.label_names,
-        labels=labels,
-        groups=groups,
-    )
+    found = {"stage": stage, "reference": reference, "rows": 1243, "largest_difference": difference}
+    found |= {"agreement": agreement, "score": 91.2 - lost, "reason": reason}
+    return found | {"drop": lost, "drop_low": lost - 0.3, "drop_high": lost + 0.3}
 
 
 def _failed(record: RunRecord) -> RunRecord:
-    return RunRecord(
-        experiment=record.experiment,
-        task=record.task,
-        arm=record.arm,
-        seed=record.seed,
-        status="failed",
-        error="ChildDiedError: the process that ran this was killed by SIGKILL",
-        model=record.model,
-        teacher_model=record.teacher_model,
-        student_model=record.student_model,
-        config=record.config,
-    )
+    kept = {"experiment", "task", "arm", "seed", "model", "teacher_model", "student_model", "config"}
+    error = "ChildDiedError: the process that ran this was killed by SIGKILL"
+    return RunRecord(**record.model_dump(include=kept), status="failed", error=error)
 
 
 def _history(arm: str, seed: int, value: float) -> list[dict[str, float]]:

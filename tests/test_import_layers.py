@@ -32,21 +32,8 @@ ORDER = [
 ]
 TORCH = {"torch", "transformers", "datasets", "peft", "accelerate"}
 WITHOUT_TORCH = [
-    *(
-        "errors",
-        "foreign",
-        "terminal",
-        "defaults",
-        "config",
-        "searchconfig",
-        "configfile",
-        "cli",
-        "demo",
-        "data.tasks",
-        "data.logit_table",
-    ),
-    "distil.words",
-    *("evidence", "report", "system"),
+    *("errors", "foreign", "terminal", "defaults", "config", "searchconfig", "configfile", "cli", "demo"),
+    *("data.tasks", "data.logit_table", "distil.words", "evidence", "report", "system"),
 ]
 
 

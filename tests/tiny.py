@@ -108,48 +108,24 @@ def tiny_config(family: str, vocab_size: int, *, layers: int = 2, hidden: int = 
         "bos_token_id": 0 if family in PAD_IS_ONE else 2,
         "eos_token_id": 2 if family in PAD_IS_ONE else 3,
     }
-    if family in ("bert", "bert-without-pooler"):
-        return transformers.BertConfig(**common)
+    deberta = {"type_vocab_size": 0, "relative_attention": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm"}
+    deberta |= {"share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+    dropout = dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout"), 0.1)
+    own: dict[str, dict[str, Any]] = {
+        "bert": {},
+        "bert-without-pooler": {"model_type": "bert"},
+        "distilbert": {"dim": hidden, "n_layers": layers, "n_heads": 2, "hidden_dim": 2 * hidden},
+        "roberta": {"type_vocab_size": 1},
+        "deberta-v2": deberta,
+        "electra": {"embedding_size": hidden // 2},
+        "mpnet": {},
+        "modernbert": {"sep_token_id": 3, "local_attention": 8, "global_attn_every_n_layers": 2, **dropout},
+    }
     if family == "distilbert":
-        return transformers.DistilBertConfig(
-            vocab_size=vocab_size,
-            dim=hidden,
-            n_layers=layers,
-            n_heads=2,
-            hidden_dim=2 * hidden,
-            max_position_embeddings=66,
-            pad_token_id=0,
-        )
-    if family == "roberta":
-        return transformers.RobertaConfig(**common, type_vocab_size=1)
-    if family == "deberta-v2":
-        return transformers.DebertaV2Config(
-            **common,
-            type_vocab_size=0,
-            relative_attention=True,
-            position_buckets=16,
-            norm_rel_ebd="layer_norm",
-            share_att_key=True,
-            pos_att_type=["p2c", "c2p"],
-            position_biased_input=False,
-        )
-    if family == "electra":
-        return transformers.ElectraConfig(**common, embedding_size=hidden // 2)
-    if family == "mpnet":
-        return transformers.MPNetConfig(**common)
-    if family == "modernbert":
-        return transformers.ModernBertConfig(
-            **common,
-            cls_token_id=2,
-            sep_token_id=3,
-            local_attention=8,
-            global_attn_every_n_layers=2,
-            embedding_dropout=0.1,
-            attention_dropout=0.1,
-            mlp_dropout=0.1,
-            classifier_dropout=0.1,
-        )
-    raise ValueError(f"no tiny model of the family {family!r}; there are {FAMILIES + VARIANTS}")
+        common = {name: common[name] for name in ("vocab_size", "max_position_embeddings", "pad_token_id")}
+    elif family == "modernbert":
+        common["cls_token_id"] = 2
+    return transformers.AutoConfig.for_model(**{"model_type": family, **common, **own[family]})
 
 
 _PRETRAINED_CLASS = {

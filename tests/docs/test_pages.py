@@ -40,12 +40,7 @@ def test_the_page_works_as_printed(page, reader, tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name)
     give_data(tmp_path)
     done = subprocess.run(
-        [sys.executable, str(RUNNER), str(page)],
-        cwd=tmp_path,
-        env=reader,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, str(RUNNER), str(page)], cwd=tmp_path, env=reader, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
 

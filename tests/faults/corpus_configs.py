@@ -7,106 +7,85 @@ from typing import Any
 Case = tuple[str, dict[str, Any], tuple[str, ...]]
 
 
-def _field(key: str, value: object, *expected: str) -> Case:
-    """A config with one key changed; its message names that key."""
-    section, *rest = key.split(".")
-    nested: Any = value
-    for part in reversed(rest):
-        nested = {part: nested}
-    return f"{key}={value!r}"[:60], {section: nested}, (key, *expected)
+FROM_0, FROM_1, SEED = "greater than or equal to 0", "greater than or equal to 1", "less than 4294967296"
+NO_AMOUNTS = [(0, "greater than 0"), (-2, "greater than 0"), (float("nan"), "finite"), (float("inf"), "finite")]
+VALUES: dict[str, list[tuple[Any, ...]]] = {
+    "student.train.epochs": [*NO_AMOUNTS, ("many", "number"), ([3], "number")],
+    "student.train.batch_size": [
+        (0, FROM_1),
+        (1.5, "integer"),
+        ("1e400",),
+        (2**31, "less than or equal to 2147483647"),
+    ],
+    "student.train.learning_rate": [(0, "greater than 0"), (-1e-3, "greater than 0")],
+    "student.train.weight_decay": [(None,), (-0.1, FROM_0)],
+    "student.train.warmup_fraction": [(1.0, "less than 1"), (-0.1, FROM_0)],
+    "student.train.schedule": [("linera", "Did you mean 'linear'?")],
+    "student.train.max_grad_norm": [(0, "greater than 0")],
+    "student.train.max_length": [(3, "greater than or equal to 4"), (10**30, "less than or equal to 2147483647")],
+    "student.train.micro_batch_tokens": [(1, "greater than or equal to 16")],
+    "student.train.select": [("bset", "Did you mean 'best'?")],
+    "student.train": [({"early_stopping_patience": 2}, "select: best"), ("fast",)],
+    "teacher.train.batch_size": [(True, "another kind of value than true")],
+    "run.seeds": [
+        ([True],),
+        ([], "at least 1"),
+        ([-1], FROM_0),
+        ([1, 1], "twice"),
+        (["a"], "integer"),
+        (0,),
+        ([2**32], SEED),
+    ],
+    "teacher.seed": [(-1, FROM_0), (10**40, SEED)],
+    "lora.rank": [(0, FROM_1), ("eight", "integer"), (10**400, "less than or equal to 8192")],
+    "lora.alpha": [(0, "greater than 0")],
+    "lora.dropout": [(1, "less than 1")],
+    "lora.init": [("pisa", "Did you mean 'pissa'?")],
+    "lora.dora": [("perhaps", "boolean")],
+    "lora.rnak": [(4, "unknown key", "Did you mean 'rank'?")],
+    "distil.alpha": [(1.5, "less than or equal to 1"), (-0.5, FROM_0)],
+    "distil.temperature": NO_AMOUNTS,
+    "run.arms": [([],), (["kd_lora"], "Did you mean 'kd-lora'?"), (["kd-lora", "kd-lora"], "twice"), (3,)],
+    "run.precision": [("fp8",)],
+    "run.device": [("tpu",)],
+    "run.threads": [(0, FROM_1), (10**6, "less than or equal to 1024")],
+    "run.checkpoint_seconds": [(0, "greater than 0")],
+    "run.sedes": [([1], "Did you mean 'seeds'?")],
+    "export.formats": [(["onix"], "Did you mean 'onnx'?")],
+    "export.max_metric_drop": [(-1,)],
+    "export.min_agreement": [(1.1,)],
+    "data.validation_fraction": [(0, "greater than 0"), (1, "less than 1")],
+    "data.max_train_examples": [(0,)],
+    "data.trian": [("x.csv", "Did you mean 'train'?")],
+    "name": [("../../x",), ("a/b",), ("a\nb",), ("-x",), ("",), ("x" * 101,)],
+    "family": [("brt", "Did you mean 'bert'?"), (["bert"],)],
+    "task.kind": [("classification",)],
+    "task.name": [("cloa", "Did you mean 'cola'?")],
+    "task.text": [(["a", "b", "c"],)],
+    "task.label_names": [(["a", "a"], "twice")],
+    "student.from_teacher_layers": [([],)],
+    "tsak": [({"kind": "auto"}, "Did you mean 'task'?")],
+    "data.split_seed": [(2**32, SEED)],
+    "data.augment": [(10**12, "less than or equal to 1000")],
+    "data.train": [("~nobody-here/a.csv", "does not exist")],
+    "recipe": [("paper-tunde", "'default', 'paper' or 'paper-tuned'", "Did you mean 'paper-tuned'?"), (["paper"],)],
+    "lora.targets": [(["qery"], "qery")],
+    "student": [({"model": None, "from_teacher_layers": [1, 2]}, "student.from_teacher_layers", "layer 2", "0 to 1")],
+}
+"""Values of a key, each with parts of the message, which names the key."""
+
+
+def _nested(key: str, value: object) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
 
 
 FIELDS: list[Case] = [
-    _field("student.train.epochs", 0, "greater than 0"),
-    _field("student.train.epochs", -1, "greater than 0"),
-    _field("student.train.epochs", float("nan"), "finite"),
-    _field("student.train.epochs", float("inf"), "finite"),
-    _field("student.train.epochs", "many", "number"),
-    _field("student.train.epochs", [3], "number"),
-    _field("student.train.batch_size", 0, "greater than or equal to 1"),
-    _field("student.train.batch_size", 1.5, "integer"),
-    _field("student.train.batch_size", "1e400"),
-    _field("student.train.learning_rate", 0, "greater than 0"),
-    _field("student.train.learning_rate", -1e-3, "greater than 0"),
-    _field("student.train.weight_decay", None),
-    _field("student.train.weight_decay", -0.1, "greater than or equal to 0"),
-    _field("student.train.warmup_fraction", 1.0, "less than 1"),
-    _field("student.train.warmup_fraction", -0.1, "greater than or equal to 0"),
-    _field("student.train.schedule", "linera", "Did you mean 'linear'?"),
-    _field("student.train.max_grad_norm", 0, "greater than 0"),
-    _field("student.train.max_length", 3, "greater than or equal to 4"),
-    _field("student.train.micro_batch_tokens", 1, "greater than or equal to 16"),
-    _field("student.train.select", "bset", "Did you mean 'best'?"),
-    _field("student.train", {"early_stopping_patience": 2}, "select: best"),
-    _field("student.train", "fast"),
-    _field("teacher.train.batch_size", True, "another kind of value than true"),
-    _field("run.seeds", [True]),
-    _field("teacher.seed", -1, "greater than or equal to 0"),
-    _field("lora.rank", 0, "greater than or equal to 1"),
-    _field("lora.rank", "eight", "integer"),
-    _field("lora.alpha", 0, "greater than 0"),
-    _field("lora.dropout", 1, "less than 1"),
-    _field("lora.init", "pisa", "Did you mean 'pissa'?"),
-    _field("lora.dora", "perhaps", "boolean"),
-    _field("lora.rnak", 4, "unknown key", "Did you mean 'rank'?"),
-    _field("distil.alpha", 1.5, "less than or equal to 1"),
-    _field("distil.alpha", -0.5, "greater than or equal to 0"),
-    _field("distil.temperature", 0, "greater than 0"),
-    _field("distil.temperature", -2, "greater than 0"),
-    _field("distil.temperature", float("inf"), "finite"),
-    _field("distil.temperature", float("nan"), "finite"),
-    _field("run.arms", []),
-    _field("run.arms", ["kd_lora"], "Did you mean 'kd-lora'?"),
-    _field("run.arms", ["kd-lora", "kd-lora"], "twice"),
-    _field("run.arms", 3),
-    _field("run.seeds", [], "at least 1"),
-    _field("run.seeds", [-1], "greater than or equal to 0"),
-    _field("run.seeds", [1, 1], "twice"),
-    _field("run.seeds", ["a"], "integer"),
-    _field("run.seeds", 0),
-    _field("run.precision", "fp8"),
-    _field("run.device", "tpu"),
-    _field("run.threads", 0, "greater than or equal to 1"),
-    _field("run.checkpoint_seconds", 0, "greater than 0"),
-    _field("run.sedes", [1], "Did you mean 'seeds'?"),
-    _field("export.formats", ["onix"], "Did you mean 'onnx'?"),
-    _field("export.max_metric_drop", -1),
-    _field("export.min_agreement", 1.1),
-    _field("data.validation_fraction", 0, "greater than 0"),
-    _field("data.validation_fraction", 1, "less than 1"),
-    _field("data.max_train_examples", 0),
-    _field("data.trian", "x.csv", "Did you mean 'train'?"),
-    _field("name", "../../x"),
-    _field("name", "a/b"),
-    _field("name", "a\nb"),
-    _field("name", "-x"),
-    _field("name", ""),
-    _field("name", "x" * 101),
-    _field("family", "brt", "Did you mean 'bert'?"),
-    _field("task.kind", "classification"),
-    _field("task.name", "cloa", "Did you mean 'cola'?"),
-    _field("task.text", ["a", "b", "c"]),
-    _field("task.label_names", ["a", "a"], "twice"),
-    _field("student.from_teacher_layers", []),
-    _field("tsak", {"kind": "auto"}, "Did you mean 'task'?"),
-    _field("run.seeds", [2**32], "less than 4294967296"),
-    _field("teacher.seed", 10**40, "less than 4294967296"),
-    _field("data.split_seed", 2**32, "less than 4294967296"),
-    _field("lora.rank", 10**400, "less than or equal to 8192"),
-    _field("student.train.max_length", 10**30, "less than or equal to 2147483647"),
-    _field("student.train.batch_size", 2**31, "less than or equal to 2147483647"),
-    _field("run.threads", 10**6, "less than or equal to 1024"),
-    _field("data.augment", 10**12, "less than or equal to 1000"),
-    _field("data.train", "~nobody-here/a.csv", "does not exist"),
-    _field("family", ["bert"]),
-    _field(
-        "recipe", "paper-tunde", "input should be 'default', 'paper' or 'paper-tuned'", "Did you mean 'paper-tuned'?"
-    ),
-    _field("recipe", ["paper"]),
-    # Without any adapter only the head trains, and the run still finishes; counting from 1 is the usual mistake.
-    _field("lora.targets", ["qery"], "qery"),
-    _field(
-        "student", {"model": None, "from_teacher_layers": [1, 2]}, "student.from_teacher_layers", "layer 2", "0 to 1"
+    *(
+        (f"{key}={value!r}"[:60], _nested(key, value), (key, *expected))
+        for key, cases in VALUES.items()
+        for value, *expected in cases
     ),
     (
         "squared errors of probabilities",

@@ -39,6 +39,10 @@ def _pickled(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
 
 
+def _config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
 def _cut(path: Path, to: int) -> None:
     path.write_bytes(path.read_bytes()[:to])
 
@@ -76,31 +80,19 @@ MODELS: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
     ),
     ("config not UTF-8", lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ("config.json", "damaged")),
     ("config nested too deep", lambda f: (f / "config.json").write_text("[" * 99999), ("config.json", "damaged")),
-    (
-        "unknown architecture",
-        lambda f: edit_json(f / "config.json", model_type="banana"),
-        ("the configuration in", "banana"),
-    ),
+    ("unknown architecture", _config(model_type="banana"), ("the configuration in", "banana")),
     ("no architecture", lambda f: (f / "config.json").write_text("{}"), ("config",)),
     ("GPT-2", transformers.GPT2Config().save_pretrained, ("generates text; expected an encoder", "teacher.logits")),
     ("T5", transformers.T5Config().save_pretrained, ("generates text; expected an encoder",)),
     ("ViT", transformers.ViTConfig().save_pretrained, ("'vit'", "encoder", "no text classification")),
     ("CLIP", transformers.CLIPConfig().save_pretrained, ("no text classification",)),
-    (
-        "own code",
-        lambda f: edit_json(f / "config.json", model_type="x", auto_map={"AutoConfig": "c.C"}),
-        ("trust_remote_code: true",),
-    ),
-    ("another width", lambda f: edit_json(f / "config.json", dim=64), ("do not fit its config.json",)),
-    (
-        "another inner width",
-        lambda f: edit_json(f / "config.json", hidden_dim=48),
-        ("do not fit its config.json", "ffn.lin1"),
-    ),
-    ("heads that do not divide", lambda f: edit_json(f / "config.json", n_heads=5), ("config",)),
-    ("negative layers", lambda f: edit_json(f / "config.json", n_layers=-1), ("-1 layers",)),
-    ("a width that is text", lambda f: edit_json(f / "config.json", dim="wide"), ("config",)),
-    ("more layers", lambda f: edit_json(f / "config.json", n_layers=3), ("tensors are missing", "layer.1")),
+    ("own code", _config(model_type="x", auto_map={"AutoConfig": "c.C"}), ("trust_remote_code: true",)),
+    ("another width", _config(dim=64), ("do not fit its config.json",)),
+    ("another inner width", _config(hidden_dim=48), ("do not fit its config.json", "ffn.lin1")),
+    ("heads that do not divide", _config(n_heads=5), ("config",)),
+    ("negative layers", _config(n_layers=-1), ("-1 layers",)),
+    ("a width that is text", _config(dim="wide"), ("config",)),
+    ("more layers", _config(n_layers=3), ("tensors are missing", "layer.1")),
     ("no weights", lambda f: (f / "model.safetensors").unlink(), ("no weights", "tokenizer.json")),
     (
         "weights of another framework",

@@ -115,8 +115,7 @@ NAMES = st.lists(SPOKEN, min_size=2, max_size=2, unique_by=str.strip)
 @example(names=["\x85a", "b "], rows=[(f"{number} ", f"text {number}") for number in range(6)])
 @settings(parent=SOON, max_examples=1, phases=[Phase.explicit, Phase.generate])  # to shrink would take minutes
 @given(
-    names=NAMES,
-    rows=st.lists(st.tuples(SPOKEN, SPOKEN), min_size=6, max_size=10, unique_by=lambda row: row[0].strip()),
+    names=NAMES, rows=st.lists(st.tuples(SPOKEN, SPOKEN), min_size=6, max_size=10, unique_by=lambda row: row[0].strip())
 )
 def test_ids_texts_and_labels_come_through_every_stage(workshop, folder, names, rows):
     """A row that changes its id, or a label its name, between two stages is answered for by another one."""

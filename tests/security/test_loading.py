@@ -313,12 +313,7 @@ PANICS: dict[str, dict[str, Any]] = {
     "when it is read": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}},
     "at a text": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}},
     "at a pattern": {
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"Regex": "(a+)+$"},
-            "behavior": "Isolated",
-            "invert": False,
-        }
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     },
     "at its own words": {
         "post_processor": {

@@ -25,7 +25,7 @@ from kdlora.deploy.stream import predict_file
 from kdlora.distil.resume import CheckpointFolder
 from kdlora.errors import ArtifactError, ConfigError, HarmlessFormatter, ModelError, harmless
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.ray_cluster import connect
+from kdlora.experiment.engines import connect
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.team import Team
 from kdlora.system import ownership

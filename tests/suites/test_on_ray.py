@@ -12,9 +12,9 @@ import pytest
 
 from kdlora.configfile import build_search
 from kdlora.errors import ConfigError, DataError
+from kdlora.experiment.engines import check_nodes, connect
 from kdlora.experiment.jobs import Outcome
 from kdlora.experiment.labelling import LabelSettings, label_collection
-from kdlora.experiment.ray_cluster import check_nodes, connect
 from kdlora.experiment.search import run_search
 from kdlora.experiment.suite import run_suite
 from kdlora.experiment.suitefile import build_suite

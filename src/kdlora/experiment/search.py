@@ -19,10 +19,9 @@ from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import save_config
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ConfigError, KdLoraError
-from kdlora.experiment.engines import LostError, open_engine
+from kdlora.experiment.engines import LostError, local_paths, open_engine
 from kdlora.experiment.jobs import train_afresh
 from kdlora.experiment.plan import ConfigurationLayout, identity, reset_unused
-from kdlora.experiment.ray_cluster import local_paths
 from kdlora.experiment.search_report import write_search_report
 from kdlora.experiment.study import (
     ask,

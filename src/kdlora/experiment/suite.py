@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,12 +14,11 @@ from typing import Any
 from kdlora.config import TEACHER_ARMS, Arm
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
-from kdlora.experiment.engines import Engine, Here, Work, open_engine
+from kdlora.experiment.engines import Engine, Here, Work, local_paths, open_engine
 from kdlora.experiment.jobs import Job, carry_out, inspect_task, lost
-from kdlora.experiment.plan import Plan, PlannedRun, make_plan, whole_config
+from kdlora.experiment.plan import Plan, make_plan, whole_config
 from kdlora.experiment.preview import RUN_SECONDS, training_seconds
 from kdlora.experiment.queue import Queue, finished_runs
-from kdlora.experiment.ray_cluster import local_paths
 from kdlora.experiment.recording import TaskFacts
 from kdlora.experiment.settle import Looks, decide
 from kdlora.experiment.suite_tables import write_tables
@@ -176,15 +175,14 @@ def settle_plan(
     return make_plan(suite, chosen), facts, looks
 
 
-def _without_faults(names: Any, answers: list[Any]) -> list[Any]:
-    faults = [(name, answer) for name, answer in zip(names, answers, strict=True) if isinstance(answer, Exception)]
-    for _, fault in faults:
-        if not isinstance(fault, KdLoraError):
+def _without_faults(names: Iterable[str], answers: list[Any]) -> list[Any]:
+    """Give the answers, unless one of them is a fault."""
+    faults = {name: answer for name, answer in zip(names, answers, strict=True) if isinstance(answer, Exception)}
+    for fault in faults.values():
+        if len(faults) == 1 or not isinstance(fault, KdLoraError):
             raise fault
-    if len(faults) == 1:
-        raise faults[0][1]
     if faults:
-        raise ConfigError("\n".join([f"{len(faults)} faults", *(f"  - {name}: {fault}" for name, fault in faults)]))
+        raise ConfigError("\n".join([f"{len(faults)} faults", *(f"  - {task}: {it}" for task, it in faults.items())]))
     return answers
 
 
@@ -199,6 +197,18 @@ class PlannedArm:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """Seconds of the runs that are left, one after the other, without the teachers' labelling.
+
+    `measured` of these runs were estimated from finished ones of the same arm and model.
+    """
+
+    seconds: float
+    measured: int
+    runs: int
+
+
+@dataclass(frozen=True)
 class Overview:
     """What a suite would do: its runs, in all and by task and arm, the teachers that label, the time of what is left.
 
@@ -209,41 +219,26 @@ class Overview:
     finished: int
     arms: tuple[PlannedArm, ...]
     labellings: int
-    estimate: Estimate | None
-    obstacle: str
+    estimate: Estimate | None = None
+    obstacle: str = ""
 
 
 def look_at_suite(suite: SuiteConfig, out: str | Path | None = None, *, confirmed: bool = False) -> Overview:
     """Say what a suite would do, without doing any of it."""
     check_size(suite, confirmed=confirmed)
-    plan = make_plan(suite)
-    root = suite_folder(suite, out)
-    records: dict[str, RunRecord] = {}
+    plan, records = make_plan(suite), dict[str, RunRecord]()
     found: Estimate | None = None
     obstacle = ""
     try:
         plan, facts, looks = settle_plan(plan, Here(), timed=True)
-        records = finished_runs(plan.runs(), root, facts)
+        records = finished_runs(plan.runs(), suite_folder(suite, out), facts)
         found = estimate(plan, records, facts, looks)
     except (KdLoraError, OSError) as error:
         obstacle = str(error)
-    runs = plan.runs()
-    counts = Counter((run.task, run.arm) for run in runs)
-    done = Counter((run.task, run.arm) for run in runs if run.key in records)
+    counts = Counter((run.task, run.arm) for run in plan.runs())
+    done = Counter((run.task, run.arm) for run in plan.runs() if run.key in records)
     arms = tuple(PlannedArm(task, arm, number, done[task, arm]) for (task, arm), number in counts.items())
-    return Overview(len(runs), done.total(), arms, len(plan.lessons()), found, obstacle)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds of the runs that are left, one after the other, without the teachers' labelling.
-
-    `measured` of these runs were estimated from finished ones of the same arm and model.
-    """
-
-    seconds: float
-    measured: int
-    runs: int
+    return Overview(counts.total(), done.total(), arms, len(plan.lessons()), found, obstacle)
 
 
 def estimate(
@@ -256,24 +251,21 @@ def estimate(
 
     What a run took, by what was expected of it, is what others of its arm and model are expected to take.
     """
-    expected: dict[str, float] = {}
-    factors: dict[tuple[str, str | None], list[float]] = {}
+    factors: dict[tuple[str, str], list[float]] = {}
     beyond: list[float] = []
-    runs = {run.key: (run, family) for family, run in plan.by_family()}
-    for key, (run, family) in runs.items():
-        found, record = looks[run.task, family], records.get(key)
-        expected[key] = training_seconds(run.config, run.arm, facts[run.task].rows, found)
-        if record is not None and record.train_seconds:
-            factors.setdefault(_kind(run), []).append(record.train_seconds / expected[key])
+    left: list[tuple[tuple[str, str], float]] = []
+    for family, run in plan.by_family():
+        student = run.config.student
+        kind = run.arm, str(run.config.teacher.model if run.arm in TEACHER_ARMS else student.model or student)
+        expected = training_seconds(run.config, run.arm, facts[run.task].rows, looks[run.task, family])
+        record = records.get(run.key)
+        if record is None:
+            left.append((kind, expected))
+        elif record.train_seconds:
+            factors.setdefault(kind, []).append(record.train_seconds / expected)
             if record.started:
                 whole = datetime.fromisoformat(record.finished) - datetime.fromisoformat(record.started)
                 beyond.append(max(0.0, whole.total_seconds() - record.train_seconds))
     overhead = statistics.median(beyond) if beyond else RUN_SECONDS
-    left = [run for key, (run, _) in runs.items() if key not in records]
-    seconds = sum(overhead + expected[run.key] * statistics.median(factors.get(_kind(run), [1.0])) for run in left)
-    return Estimate(seconds, sum(_kind(run) in factors for run in left), len(left))
-
-
-def _kind(run: PlannedRun) -> tuple[str, str]:
-    student = run.config.student
-    return run.arm, str(run.config.teacher.model if run.arm in TEACHER_ARMS else student.model or student)
+    seconds = sum(overhead + expected * statistics.median(factors.get(kind, [1.0])) for kind, expected in left)
+    return Estimate(seconds, sum(kind in factors for kind, _ in left), len(left))

@@ -50,18 +50,20 @@ def _parse_axes(value: object) -> object:
 def _parse_tasks(value: object) -> object:
     """Read a list of GLUE tasks, or a mapping from names to partial configs."""
     if isinstance(value, str | list | tuple):
-        names = [_glue_name(str(one)) for one in ([value] if isinstance(value, str) else value)]
-        return {name: {"task": {"name": name}} for name in _without_twins(names, "tasks")}
+        value = dict.fromkeys(_without_twins([_glue_name(str(one)) for one in _listed(value)], "tasks"))
     if not isinstance(value, Mapping):
         raise ValueError(f"expected GLUE tasks, or names with sections, got {value!r}")  # noqa: TRY004 - as above
     tasks: dict[str, Any] = {}
     for name, sections in value.items():
-        content = dict(sections or {}) if isinstance(sections, Mapping | None) else sections
+        tasks[str(name)] = content = dict(sections or {}) if isinstance(sections, Mapping | None) else sections
         if isinstance(content, dict) and "task" not in content:
             content["task"] = {"name": _glue_name(str(name))}
-        tasks[str(name)] = content
-    _without_twins([str(name) for name in value], "tasks")
+    _without_twins(map(str, value), "tasks")
     return tasks
+
+
+def _listed(value: str | list[Any] | tuple[Any, ...]) -> Iterable[Any]:
+    return [value] if isinstance(value, str) else value
 
 
 def _glue_name(name: str) -> str:
@@ -79,26 +81,27 @@ def _glue_name(name: str) -> str:
 def _parse_families(value: object) -> object:
     """Read a list of the paper's families, or a mapping from names to partial configs."""
     if not isinstance(value, str | list | tuple):
-        _without_twins([str(name) for name in value] if isinstance(value, Mapping) else [], "families")
+        _without_twins(map(str, value) if isinstance(value, Mapping) else (), "families")
         return value
-    names = [value] if isinstance(value, str) else [str(one) for one in value]
-    for name in names:
+    for name in map(str, _listed(value)):
         if name not in FAMILIES:
             raise ValueError(
                 f"unknown family {name!r}; the paper's are {', '.join(FAMILIES)}.{did_you_mean(name, FAMILIES)} "
                 "For other models, write `families: {NAME: {teacher: {model: ...}, student: {model: ...}}}`"
             )
-    return {name: {"family": name} for name in _without_twins(names, "families")}
+    return {name: {"family": name} for name in _without_twins(map(str, _listed(value)), "families")}
 
 
-def _without_twins(names: list[str], what: str) -> list[str]:
+def _without_twins(names: Iterable[str], what: str) -> list[str]:
     """Refuse names that would be one folder, on any file system, and names that are none."""
-    for place, name in enumerate(names):
+    seen: dict[str, str] = {}
+    for name in names:
         if not _NAME.fullmatch(name):
             raise ValueError(f"{what}: {name!r} cannot name a folder; use letters, digits and . _ + -")
-        if name.casefold() in [other.casefold() for other in names[:place]]:
+        if name.casefold() in seen:
             raise ValueError(f"{what}: {name!r} stands twice, so two runs would share one folder")
-    return names
+        seen[name.casefold()] = name
+    return list(seen.values())
 
 
 Grid = Annotated[Axes, BeforeValidator(_parse_axes)]
@@ -165,8 +168,7 @@ class SuiteConfig(Section):
 
 def configurations(axes: Axes) -> Iterator[Settings]:
     """Give every configuration of a grid, the last axis fastest."""
-    for parts in itertools.product(*axes):
-        yield {key: value for part in parts for key, value in part.items()}
+    return (dict(itertools.chain.from_iterable(part.items() for part in parts)) for parts in itertools.product(*axes))
 
 
 def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> SuiteConfig:
@@ -203,17 +205,14 @@ def _with_absolute_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any
     """Resolve the paths in every partial config."""
 
     def resolve(part: Any) -> Any:
-        if not isinstance(part, Mapping):
-            return part
-        data = part.get("data")
-        return absolute_paths(dict(part), base, has_source=isinstance(data, Mapping) and data.get("path") is not None)
+        data = part.get("data") if isinstance(part, Mapping) else None
+        has_source = isinstance(data, Mapping) and data.get("path") is not None
+        return absolute_paths(dict(part), base, has_source=has_source) if isinstance(part, Mapping) else part
 
-    resolved = dict(values)
-    if "config" in resolved:
-        resolved["config"] = resolve(resolved["config"])
+    resolved = dict(values) | {"config": resolve(values.get("config", {}))}
     for key in ("tasks", "families"):
-        if isinstance(resolved.get(key), Mapping):
-            resolved[key] = {name: resolve(part) for name, part in resolved[key].items()}
+        if isinstance(values.get(key), Mapping):
+            resolved[key] = {name: resolve(part) for name, part in values[key].items()}
     return resolved
 
 

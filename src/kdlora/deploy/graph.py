@@ -1,4 +1,4 @@
-"""The graph of a classifier: captured with attention as one operator where the family allows it, then fused."""
+"""The graph of a classifier: captured with attention as one operator where the family allows it, then optimised."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.activations import GELUActivation
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, eager_mask
-from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
 from kdlora.errors import ModelError, first_line
 
 OPSET = 18
 """Of the standard operators: the exporter's own."""
 ONE_OPERATOR_FAMILIES = {"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "modernbert", "mpnet"}
-"""Families whose attention becomes one operator: through transformers' `AttentionInterface`, or MPNet's below.
+"""Families whose attention becomes one operator, projections included, or (ModernBERT) by `AttentionInterface`.
 DeBERTa's scores depend on position and content together; its attention stays in parts."""
 
 _ATTENTION = "kdlora-onnx"
+_PROJECTIONS = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
+"""Names of the three layers that an attention module begins with, where it has them; ModernBERT's go another way."""
 _FUSED = ("Attention", "MultiHeadAttention", "BiasGelu", "Gelu", "LayerNormalization")
 
 # Left out of the runtime's optimisations. On a CPU its fused residual and layer norm takes several times as long as
@@ -38,36 +38,21 @@ _DISABLED = ["SkipLayerNormFusion", "EmbedLayerNormFusion", "GemmActivationFusio
 _DISABLED += ["NchwcTransformer"]
 
 
-class _Logits(nn.Module):
-    """A classifier of positional inputs that gives its logits alone, as a graph has them."""
-
-    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = tuple(names)
-
-    def forward(self, *arrays: torch.Tensor) -> torch.Tensor:
-        """Compute logits (batch, labels) of int64 arrays (batch, length)."""
-        logits: torch.Tensor = self.model(**dict(zip(self.names, arrays, strict=True))).logits
-        return logits
-
-
 def capture(model: PreTrainedModel, names: Sequence[str], to: Path) -> None:
     """Export with dynamic batch and length."""
     example = torch.arange(3 * 7, dtype=torch.int64).reshape(3, 7) % model.config.vocab_size
-    arrays = [example if name == "input_ids" else torch.ones_like(example) for name in names]
-    if "token_type_ids" in names:
-        arrays[names.index("token_type_ids")] = torch.zeros_like(example)
+    examples = {"input_ids": example, "attention_mask": torch.ones_like(example)}
+    arrays = {name: examples.get(name, torch.zeros_like(example)) for name in names}
     shape = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with _single_operators(model), quiet("torch.onnx", "onnxscript", "onnx_ir", "torch.export"):
         try:
             program = cast(
                 "torch.onnx.ONNXProgram",
                 torch.onnx.export(
-                    _Logits(model, names).eval(),
-                    tuple(arrays),
+                    model,
+                    kwargs=arrays,
                     dynamo=True,
-                    dynamic_shapes=(tuple(shape for _ in names),),
+                    dynamic_shapes=dict.fromkeys(names, shape),
                     input_names=list(names),
                     output_names=["logits"],
                     opset_version=OPSET,
@@ -93,15 +78,20 @@ def _single_operators(model: PreTrainedModel) -> Iterator[None]:
     """Let attention and GELU write one node each; families with attention of their own keep it."""
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, _mask)
-    before = model.config._attn_implementation
+    before, is_one = model.config._attn_implementation, model.config.model_type in ONE_OPERATOR_FAMILIES
     replaced: list[nn.Module] = []
     try:
-        if model.config.model_type in ONE_OPERATOR_FAMILIES:
+        if is_one:
             model.config._attn_implementation = _ATTENTION
         for module in model.modules():
-            if isinstance(module, GELUActivation | MPNetSelfAttention):
-                module.forward = _gelu if isinstance(module, GELUActivation) else _mpnet_forward(module)
-                replaced.append(module)
+            found = (names for names in _PROJECTIONS if is_one and all(hasattr(module, name) for name in names))
+            if (names := next(found, None)) is not None:
+                module.forward = _attention_forward(module, names, model.config.num_attention_heads)
+            elif isinstance(module, GELUActivation):
+                module.forward = _gelu
+            else:
+                continue
+            replaced.append(module)
         yield
     finally:
         model.config._attn_implementation = before
@@ -127,58 +117,70 @@ def _mask(**arguments: Any) -> torch.Tensor | None:
 
 
 def _attention(
-    module: nn.Module,
+    _module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **unused: Any,
+    scaling: float,
+    **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Stand for attention in a capture: transformers' signature, (batch, heads, length, width) in."""
-    del module, unused
-    heads, width = query.shape[1], query.shape[3]
     arrays = [array.transpose(1, 2).flatten(2) for array in (query, key, value)]
     is_padding = attention_mask is not None and attention_mask.dim() == 2
     padding, bias = (attention_mask, None) if is_padding else (None, attention_mask)
-    output = _operator(arrays, padding, bias, heads, width**-0.5 if scaling is None else scaling)
-    return output.unflatten(2, (heads, width)), None
+    # Not split into heads again, since the caller joins them.
+    return _operator(arrays, padding, bias, query.shape[1], scaling), None
 
 
 def _operator(
-    arrays: Sequence[torch.Tensor], padding: torch.Tensor | None, bias: torch.Tensor | None, heads: int, scale: float
+    arrays: Sequence[torch.Tensor],
+    padding: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    heads: int,
+    scale: float,
+    *,
+    packed: bool = False,
 ) -> torch.Tensor:
-    """Write the node for query, key and value (batch, length, heads * width).
+    """Write the node for query, key and value (batch, length, width), or for hidden states and packed projections.
 
     `padding` (batch, length) is 0 where a token is padding; `bias` (1 or batch, 1 or heads, length, length) is
     added to the scores.
     """
-    query = arrays[0]
+    mask = None if padding is None else padding.to(torch.int32)
     return torch.onnx.ops.symbolic(
-        "com.microsoft::MultiHeadAttention",
-        [*arrays, None, None if padding is None else padding.to(torch.int32), bias],
+        "com.microsoft::Attention" if packed else "com.microsoft::MultiHeadAttention",
+        [*arrays, mask] if packed else [*arrays, None, mask, bias],
         {"num_heads": heads, "scale": scale, "mask_filter_value": torch.finfo(torch.float32).min},
-        dtype=query.dtype,
-        shape=query.shape,
+        dtype=arrays[0].dtype,
+        shape=arrays[0].shape,
         version=1,
     )
 
 
-def _mpnet_forward(module: MPNetSelfAttention) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Make MPNet's attention, whose scores get a position bias, write the same node."""
+def _attention_forward(module: nn.Module, names: Sequence[str], heads: int) -> Callable[..., tuple[torch.Tensor, None]]:
+    """Make attention of hidden states (batch, length, width) write one node, its three projections included.
+
+    These are packed into one product, but not where the scores get a bias (MPNet): the quantised form of the packed
+    node takes none.
+    """
+    layers = [getattr(module, name) for name in names]
+    last = next((getattr(module, name) for name in ("o", "out_lin") if hasattr(module, name)), nn.Identity())
+    scale = (layers[0].out_features // heads) ** -0.5
 
     def forward(
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
-        **unused: Any,
-    ) -> tuple[torch.Tensor, ...]:
-        del unused
+        **_unused: Any,
+    ) -> tuple[torch.Tensor, None]:
+        if position_bias is None:
+            weight = torch.cat([layer.weight.T for layer in layers], dim=1)
+            arrays = [hidden_states, weight, torch.cat([layer.bias for layer in layers])]
+            return last(_operator(arrays, attention_mask, None, heads, scale, packed=True)), None
         # The bias is the same for every row; the model repeats it, the operator broadcasts it.
-        bias = None if position_bias is None else position_bias[:1]
-        arrays = [layer(hidden_states) for layer in (module.q, module.k, module.v)]
-        scale = module.attention_head_size**-0.5
-        return (module.o(_operator(arrays, attention_mask, bias, module.num_attention_heads, scale)),)
+        arrays = [layer(hidden_states) for layer in layers]
+        return last(_operator(arrays, attention_mask, position_bias[:1], heads, scale)), None
 
     return forward
 
@@ -203,10 +205,6 @@ def fuse(source: Path, to: Path, config: PretrainedConfig) -> dict[str, int]:
     """Optimise a captured graph and count what was fused."""
     model = ir.load(source)
     _name_dimensions(model.graph)
-    for node in [node for node in model.graph if node.op_type == "MultiHeadAttention"]:
-        _drop_reshapes(node)
-        _pack(model.graph, node)
-    RemoveUnusedNodesPass()(model)
     ir.save(model, to)
     optimise(to, to)
     found = Counter(node.op_type for node in ir.load(to).graph)
@@ -250,79 +248,3 @@ def _name_dimensions(graph: ir.Graph) -> None:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.type = value.shape = None
-
-
-def _drop_reshapes(attention: ir.Node) -> None:
-    """Undo the split into heads and back that transformers' interface makes and the operator does not need."""
-    for position in range(3):
-        value = attention.inputs[position]
-        while value is not None and (reshape := _made_by(value, "Reshape")) is not None:
-            value = reshape.inputs[0]
-        # Two reshapes undo each other only where they start from a matrix product's (batch, length, width).
-        if value is not None and _made_by(value, "Add", "MatMul") is not None:
-            attention.replace_input_with(position, value)
-    first = last = attention.outputs[0]
-    while (after := _only_consumer(last)) is not None and after.op_type == "Reshape":
-        last = after.outputs[0]
-    if last is not first and after is not None and after.op_type == "MatMul":
-        last.replace_all_uses_with(first)
-
-
-def _made_by(value: ir.Value, *kinds: str) -> ir.Node | None:
-    node = value.producer()
-    return node if node is not None and node.op_type in kinds else None
-
-
-def _only_consumer(value: ir.Value) -> ir.Node | None:
-    readers = [usage.node for usage in value.uses()]
-    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
-
-
-def _pack(graph: ir.Graph, attention: ir.Node) -> None:
-    """Join the projections of query, key and value into one product, inside `Attention`.
-
-    Only where they read the same input and nothing but padding is masked: the quantised form takes no bias.
-    """
-    inputs = [*attention.inputs, *[None] * 6]
-    parts = [part for value in inputs[:3] if (part := _projection(value)) is not None]
-    if inputs[5] is not None or len(parts) < 3 or len({id(part[0]) for part in parts}) > 1:
-        return
-    name = attention.outputs[0].name
-    weight = add_weight(graph, f"{name}.qkv.weight", np.concatenate([part[1] for part in parts], axis=1))
-    bias = add_weight(graph, f"{name}.qkv.bias", np.concatenate([part[2] for part in parts]))
-    packed = ir.node(
-        "Attention",
-        [parts[0][0], weight, bias, inputs[4]],
-        {key: attribute.value for key, attribute in attention.attributes.items()},
-        domain="com.microsoft",
-        name=f"Attention_{name}",
-    )
-    ir.convenience.replace_nodes_and_values(graph, attention, [attention], [packed], attention.outputs, packed.outputs)
-
-
-def _projection(value: ir.Value | None) -> tuple[ir.Value, np.ndarray, np.ndarray] | None:
-    """Take `x @ weight + bias` apart: (x, weight, bias)."""
-    add = None if value is None else _made_by(value, "Add")
-    if add is None:
-        return None
-    for product, other in (tuple(add.inputs), tuple(reversed(add.inputs))):
-        node = None if product is None else _made_by(product, "MatMul")
-        if node is None or node.inputs[0] is None:
-            continue
-        weight, bias = constant(node.inputs[1]), constant(other)
-        if weight is not None and bias is not None and bias.ndim == 1:
-            return node.inputs[0], weight, bias
-    return None
-
-
-def constant(value: ir.Value | None) -> np.ndarray | None:
-    """Give a weight, or the value of a constant node."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
-def add_weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Add a weight."""
-    value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
-    graph.register_initializer(value)
-    return value

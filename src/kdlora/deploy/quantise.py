@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from kdlora.deploy.graph import add_weight, constant, optimise, quiet
+from kdlora.deploy.graph import optimise, quiet
 from kdlora.deploy.onnx_backend import open_session
 from kdlora.deploy.predict import Classifier, Text, spread
 from kdlora.system.ownership import remove
@@ -94,7 +94,7 @@ def _quantise_embeddings(graph: ir.Graph) -> None:
     with small values, would keep a few levels only.
     """
     for node in [node for node in graph if node.op_type == "Gather" and _is_weight(node.inputs[0])]:
-        table = constant(node.inputs[0])
+        table = _constant(node.inputs[0])
         if table is None or table.ndim != 2 or table.dtype != np.float32 or len(table) < _LEAST_ROWS:
             continue
         if "axis" in node.attributes and node.attributes["axis"].value != 0:
@@ -116,7 +116,7 @@ def _store_as_levels(graph: ir.Graph, names: Sequence[str]) -> None:
     round as well as any, and would be four times as large.
     """
     for node in [node for node in graph if node.name in names]:
-        weight = constant(node.inputs[1])
+        weight = _constant(node.inputs[1])
         if weight is not None:
             levels, scales = _add_levels(graph, f"{node.name}.weight", weight, np.abs(weight).max(axis=0))
             restored = ir.node("DequantizeLinear", [levels, scales], {"axis": 1})
@@ -128,7 +128,20 @@ def _add_levels(graph: ir.Graph, name: str, values: np.ndarray, largest: np.ndar
     """Add int8 levels and their scales, one for each of the largest magnitudes, which broadcast over the values."""
     scale = np.where(largest == 0, 1.0, largest / 127).astype(np.float32)
     levels = np.rint(values / scale).astype(np.int8)
-    return add_weight(graph, f"{name}.int8", levels), add_weight(graph, f"{name}.scale", scale)
+    return _add_weight(graph, f"{name}.int8", levels), _add_weight(graph, f"{name}.scale", scale)
+
+
+def _constant(value: ir.Value | None) -> np.ndarray | None:
+    """Give a weight, or the value of a constant node."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def _add_weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Add a weight."""
+    value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+    graph.register_initializer(value)
+    return value
 
 
 def rank_products(model: Path, classifier: Classifier, texts: list[Text]) -> list[str]:
@@ -159,7 +172,7 @@ def _add_rounding_switches(source: Path, to: Path) -> list[str]:
     graph.inputs.append(switches)
     for number, node in enumerate(nodes):
         value = node.inputs[0]
-        index = add_weight(graph, f"switch.{number}.index", np.array(number, dtype=np.int64))
+        index = _add_weight(graph, f"switch.{number}.index", np.array(number, dtype=np.int64))
         levels = ir.node("DynamicQuantizeLinear", [value], num_outputs=3)
         rounded = ir.node("DequantizeLinear", levels.outputs)
         switch = ir.node("Gather", [switches, index])

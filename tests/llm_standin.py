@@ -64,10 +64,12 @@ class StandIn:
             await server.serve_forever()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            while await self._exchange(reader, writer):
-                pass
-        writer.close()
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                while await self._exchange(reader, writer):
+                    pass
+        finally:
+            writer.transport.abort()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
@@ -159,15 +161,18 @@ def running(model: StandIn | None = None) -> Iterator[StandIn]:
     try:
         yield model
     finally:
-
-        def end() -> None:
-            for one in asyncio.all_tasks(loop):
-                one.cancel()
-
-        loop.call_soon_threadsafe(end)
+        loop.call_soon_threadsafe(task.cancel)
         thread.join(10)
-        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(_end())
         loop.close()
+
+
+async def _end() -> None:
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for one in left:
+        one.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    await asyncio.sleep(0.01)  # connections say good-bye
 
 
 def main() -> None:

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 import hub_standin
-
-
-class _LanguageModel(BaseHTTPRequestHandler):
-    """Answers completions with the log-probabilities of two words."""
-
-    def do_POST(self) -> None:
-        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        bad = any(word in question["prompt"] for word in ("broken", "late", "rude"))
-        likely = {" complaint": math.log(0.9 if bad else 0.2), " praise": math.log(0.1 if bad else 0.8)}
-        body = json.dumps({"choices": [{"logprobs": {"top_logprobs": [likely]}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments: object) -> None:
-        return
+import llm_standin
 
 
 @pytest.fixture(scope="session")
@@ -45,12 +25,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hub_standin.StandI
 
 @pytest.fixture(scope="session")
 def language_model() -> Iterator[str]:
-    """The address of a server that speaks the completions protocol."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _LanguageModel) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    """The address of a server that speaks the chat protocol."""
+    with llm_standin.running() as model:
+        yield model.url.removesuffix("/v1")
 
 
 @pytest.fixture

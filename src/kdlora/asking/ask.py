@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,6 @@ from datasets import Dataset
 from kdlora.asking.answers import ANSWERS, AnswerLog, BudgetSpentError, Key, Ledger, begin_folder
 from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
-from kdlora.asking.audit import Audit, audit_answers, temper
 from kdlora.asking.questions import (
     Option,
     Questions,
@@ -36,6 +35,9 @@ from kdlora.data.spool import read_column
 from kdlora.errors import ConfigError, DataError
 from kdlora.system.integrity import hash_file
 from kdlora.system.storage import hold_lock, write_json_atomic
+
+if TYPE_CHECKING:
+    from kdlora.asking.audit import Audit
 
 TABLE, AUDIT = "probabilities.parquet", "audit.json"
 _FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
@@ -304,6 +306,8 @@ class _Asking:
         return join_groups(found, options, within)
 
     def _audit(self, log: AnswerLog) -> Audit:
+        from kdlora.asking.audit import audit_answers  # here: it loads much, and is often not needed
+
         rows, names = self.rows, [str(one.path or "default prompt") for one in self.questions]
         assert rows.audit is not None  # asked for
         tables = [_collect(log, place, {rows.audit_split: rows.audit}) for place in range(len(names))]
@@ -367,6 +371,8 @@ def _collect(log: AnswerLog, prompt: int, parts: Mapping[str, Dataset]) -> dict[
 
 def _write_tables(folder: Path, asked: AskedRows, log: AnswerLog, prompt: int, temperature: float) -> int:
     """Write the probabilities, and the rows that have some."""
+    from kdlora.asking.audit import temper
+
     audited = {asked.audit_split: asked.audit} if asked.audit is not None and asked.audit_split == "validation" else {}
     parts = {**asked.parts, **audited}
     tables = _collect(log, prompt, parts)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import binomtest
 
 from kdlora.data.tasks import Task
 from kdlora.deploy.calibrate import fit_temperature
@@ -14,6 +13,7 @@ from kdlora.evidence.metrics import compute_metrics, probabilities, reliability
 from kdlora.evidence.stats import Difference, PairedArms, contrast
 
 _LEAST_FITTED = 20
+_NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _score(
     choosing, reported = halves
     missing = np.isnan(table).any(axis=1)
     shown = reported[~missing[reported]]
-    bounds = binomtest(int(right[reported].sum()), len(reported)).proportion_ci(method="wilson")
+    low, high = _wilson(float(right[reported].mean()), len(reported))
     f1 = None
     if len(shown):
         wanted = replace(task, metrics=("accuracy", "macro_f1"))
@@ -134,8 +134,15 @@ def _score(
         prompt,
         100 * float(right[choosing].mean()),
         100 * float(right[reported].mean()),
-        100 * float(bounds.low),
-        100 * float(bounds.high),
+        100 * low,
+        100 * high,
         f1,
         int(missing.sum()),
     )
+
+
+def _wilson(share: float, rows: int) -> tuple[float, float]:
+    """Give the bounds of a share's 95% interval (Wilson, JASA 22, 1927)."""
+    square = _NORMAL_95**2 / rows
+    middle, reach = share + square / 2, _NORMAL_95 * np.sqrt(share * (1 - share) / rows + square / (4 * rows))
+    return float((middle - reach) / (1 + square)), float((middle + reach) / (1 + square))

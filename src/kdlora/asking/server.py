@@ -17,7 +17,7 @@ from kdlora.asking.answers import Ledger
 from kdlora.asking.asksettings import DEFAULT_URL, AskSettings
 from kdlora.errors import ConfigError, first_line
 
-ATTEMPTS, FIRST_ATTEMPTS = 9, 3
+ATTEMPTS, FIRST_ATTEMPTS, UNREADABLE_ATTEMPTS = 9, 3, 5
 FIRST_DELAY, LONGEST_DELAY, LONGEST_WAIT = 0.5, 60.0, 900.0
 """Seconds; the last is the longest `Retry-After` that is obeyed."""
 _AGAIN = frozenset({408, 409, 425, 429})
@@ -85,7 +85,7 @@ class Server:
                 wait, problem = None, self._mask(fault.__cause__ or fault) or "no answer in time"
             except (ValueError, LookupError, TypeError, AttributeError) as fault:
                 wait, problem = None, f"no answer of the protocol ({type(fault).__name__})"
-                if attempt + 1 >= FIRST_ATTEMPTS:
+                if self._has_answered and attempt + 1 >= UNREADABLE_ATTEMPTS:
                     return Reply(refused=problem)
             finally:
                 self._ledger.settle(reserved, used)
@@ -94,20 +94,19 @@ class Server:
                 raise self._gave_up(attempt, problem)
             await self._hold_off(attempt, wait)
 
-    async def _request(self, prompt: str, vote: int | None) -> bytes:
+    async def _request(self, prompt: str, vote: int | None) -> str:
         settings = self._settings
         asked: dict[str, Any] = {"model": settings.model, "max_tokens": self._written, "temperature": settings.heat}
+        chat = settings.protocol == "chat"
+        asked |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
         if vote is not None:
             asked["seed"] = settings.seed + vote
-        if settings.protocol == "completions":
-            shown = {} if vote is not None else {"logprobs": settings.top_logprobs}
-            create = self._client.completions.with_raw_response.create
-            raw = await create(prompt=prompt, **asked, **shown)
         else:
-            shown = {} if vote is not None else {"logprobs": True, "top_logprobs": settings.top_logprobs}
-            create = self._client.chat.completions.with_raw_response.create
-            raw = await create(messages=[{"role": "user", "content": prompt}], **asked, **shown)
-        return bytes(raw.http_response.content)
+            shown = settings.top_logprobs
+            asked |= {"logprobs": True, "top_logprobs": shown} if chat else {"logprobs": shown}
+        # The typed methods copy the question and check the answer, which takes longer than all else here.
+        path = "/chat/completions" if chat else "/completions"
+        return str(await self._client.post(path, body=asked, cast_to=str))
 
     def _judge(self, fault: Any) -> Reply | None:
         """Say what an error means: raise where no row will fare better, None where another try may."""
@@ -153,7 +152,7 @@ def _import_openai() -> Any:
     return openai
 
 
-def _read_reply(body: bytes) -> Reply:
+def _read_reply(body: str) -> Reply:
     """Read an answer of either protocol; what is none raises ValueError, LookupError, TypeError or AttributeError."""
     content = json.loads(body)
     choice = content["choices"][0]

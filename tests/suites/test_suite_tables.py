@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kdlora.data.tasks import GLUE
+from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import Predictions, write_predictions
 from kdlora.evidence.records import Latency, RunRecord, write_record
 from kdlora.experiment.figures import SuiteFigures
@@ -87,7 +88,7 @@ def test_mnli_has_two_rows_of_its_own_figures(tmp_path):
     """Ten rows are nine trainings; the mean of matched and mismatched in both rows would look right."""
     plan = small_plan()
     figures = SuiteFigures(plan, made(plan), tmp_path)
-    assert [row.title for row in figures.rows()] == ["CoLA", "MNLI-m", "MNLI-mm"]
+    assert [row.title for row in figures.rows] == ["CoLA", "MNLI-m", "MNLI-mm"]
     cell = plan.cells_of("mnli", "own")["fft"]
     whole, matched, other = (figures.figure(cell, group).median for group in ("", "matched", "mismatched"))
     assert (matched, other) == (pytest.approx(whole - 1), pytest.approx(whole + 1))
@@ -110,7 +111,7 @@ def test_the_gain_is_paired_by_configuration_and_seed(tmp_path):
     plan = small_plan()
     records = made(plan)
     figures = SuiteFigures(plan, records, tmp_path)
-    row = figures.rows()[0]
+    row = figures.rows[0]
     found = figures.gain(row, "own", "kd-lora")
     assert found.paired == pytest.approx(0.5)
     assert found.pairs == 6
@@ -143,7 +144,7 @@ def test_the_interval_of_a_gain_speaks_of_rows_and_seeds(tmp_path):
     records = made(plan)
     keep_predictions(plan, tmp_path, records)
     figures = SuiteFigures(plan, records, tmp_path)
-    for row in figures.rows():
+    for row in figures.rows:
         found = figures.gain(row, "own", "kd-lora").difference
         assert found.n_seeds == 2
         assert found.n_examples == 500  # of the row's own group
@@ -234,6 +235,12 @@ def test_every_link_leads_to_a_record(tmp_path):
     assert len(files) > 100
     assert all((tmp_path / link).is_file() for link in files)
     assert "curve" in page
+
+
+def test_claims_of_the_paper_are_refused_in_a_suite():
+    """A key that is read and then forgotten."""
+    with pytest.raises(ConfigError, match=r"config\.report\.paper: a suite's tables have.*Delete the key"):
+        small_plan(config={"data": {"path": "x/y"}, "report": {"paper": True}})
 
 
 def test_tables_of_nothing_can_be_written(tmp_path):

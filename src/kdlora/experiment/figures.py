@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kdlora.report.paper import FAMILY_TITLES, published_scores
 _GROUPS = {"matched": "m", "mismatched": "mm"}
 _DRAWS = 1_000
 """For each row of a table; a suite of the paper's size compares 1,300 runs."""
+Runs = list[tuple[PlannedRun, RunRecord]]
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,29 @@ class SuiteFigures:
     records: Mapping[str, RunRecord]
     root: Path
 
+    @cached_property
     def rows(self) -> list[SuiteRow]:
-        """List the rows of Table 1: ten for the nine trainings of GLUE."""
+        """The rows of Table 1: ten for the nine trainings of GLUE."""
         rows: list[SuiteRow] = []
         for task in self.plan.suite.tasks:
             found = [record for cell in self.plan.cells if cell.task == task for _, record in self.ended(cell)]
             name = next((str(record.task.get("name") or "") for record in found if record.task), "")
             title = next((entry.folder for key, entry in GLUE.items() if key == name), task)
             groups = next((_groups_of(record) for record in found if record.status == "finished"), [])
-            for group in groups or [""]:
-                published = f"{name}-{group}" if group else name
-                rows.append(
-                    SuiteRow(task, group, f"{title}-{_GROUPS.get(group, group)}" if group else title, published)
-                )
+            rows += [
+                SuiteRow(task, group, f"{title}-{_GROUPS.get(group, group)}", f"{name}-{group}") for group in groups
+            ] or [SuiteRow(task, "", title, name)]
         return rows
+
+    @cached_property
+    def scores(self) -> dict[tuple[SuiteRow, str, str], Figure]:
+        """Every cell of Table 1, by row, family and arm."""
+        return {
+            (row, family, arm): self.figure(cell, row.group)
+            for row in self.rows
+            for family in self.plan.suite.families
+            for arm, cell in self.plan.cells_of(row.task, family).items()
+        }
 
     def family_title(self, family: str) -> str:
         """Write a family as the paper does, where it is the paper's."""
@@ -95,11 +105,11 @@ class SuiteFigures:
         """Give the paper's figure for a cell; None where it has none for this task, family or arm."""
         return published_scores(row.published).get(self.plan.family_of_paper(family), {}).get(arm)
 
-    def ended(self, cell: Cell) -> list[tuple[PlannedRun, RunRecord]]:
+    def ended(self, cell: Cell) -> Runs:
         """List the runs of a cell that have a record."""
         return [(run, self.records[run.key]) for run in cell.runs if run.key in self.records]
 
-    def finished(self, cell: Cell) -> list[tuple[PlannedRun, RunRecord]]:
+    def finished(self, cell: Cell) -> Runs:
         """List the runs of a cell that finished."""
         return [(run, record) for run, record in self.ended(cell) if record.status == "finished"]
 
@@ -131,17 +141,16 @@ class SuiteFigures:
 
     def median(self, row: SuiteRow, family: str, arm: str) -> float | None:
         """Give the figure of a cell; None where the suite has no such cell, or nothing of it finished."""
-        cell = self.plan.cells_of(row.task, family).get(arm)
-        return None if cell is None else self.figure(cell, row.group).median
+        found = self.scores.get((row, family, arm))
+        return None if found is None else found.median
 
     def gain(self, row: SuiteRow, family: str, arm: str) -> Gain | None:
         """Compute what the teacher adds to a distilled arm on one row."""
         cells = self.plan.cells_of(row.task, family)
-        control = CONTROLS.get(arm)
-        if control not in cells or arm not in cells:
+        if CONTROLS[arm] not in cells or arm not in cells:
             return None
-        ours, theirs = (self.median(row, family, name) for name in (arm, control))
-        of_control = {_pairing(run): (run, record) for run, record in self.ended(cells[control])}
+        ours, theirs = (self.median(row, family, name) for name in (arm, CONTROLS[arm]))
+        of_control = {_pairing(run): (run, record) for run, record in self.ended(cells[CONTROLS[arm]])}
         pairs: list[tuple[PlannedRun, PlannedRun]] = []
         differences = []
         for run, record in self.ended(cells[arm]):
@@ -179,7 +188,7 @@ def _groups_of(record: RunRecord) -> list[str]:
     return [name.removeprefix(f"{metric}_") for name in record.metrics if name.startswith(f"{metric}_")]
 
 
-def row_score(record: RunRecord, group: str = "") -> float | None:
+def row_score(record: RunRecord, group: str) -> float | None:
     """Give a run's validation score in points, on all rows or on one group of them."""
     if not group:
         return record.score
@@ -192,14 +201,3 @@ def _pairing(run: PlannedRun) -> tuple[Any, ...]:
     """Say what a distilled run and its control have in common: everything but the distillation and its copies."""
     own = ("distil.", "data.augment")
     return (run.seed, *((key, str(value)) for key, value in run.settings if not key.startswith(own)))
-
-
-def retention(student: float | None, other: float | None) -> float | None:
-    """Give the share of another arm's score that a student keeps, per cent."""
-    return None if student is None or other is None or other <= 0 else 100 * student / other
-
-
-def settings_text(run: PlannedRun) -> str:
-    """Write what the grid set for a run on one line, such as `rank 8, epochs 3`."""
-    parts = [f"{re.sub('_', ' ', key.rsplit('.', 1)[-1])} {value}" for key, value in run.settings]
-    return ", ".join(parts) or "as in the config"

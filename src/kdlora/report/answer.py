@@ -1,8 +1,8 @@
-"""The answer in one sentence, the key figures, and what a reader must know before believing them."""
+"""The answer in one sentence, the key figures, and what a reader must know: the facts, which `answer.html` words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,79 +12,84 @@ from kdlora.report.choice import NOTABLE, is_teacher_given
 from kdlora.report.collect import Experiment
 from kdlora.report.costs import MEMORY, PARAMETERS, TIME, saving
 from kdlora.report.findings import CONTROLS, Comparison, find_gain, retention
-from kdlora.report.page import Paragraph, Prose, Tile, Tiles, strong
+from kdlora.report.page import Block, Paragraph, Prose, Tile, Tiles, engine
 from kdlora.report.wording import (
     INTERVALS,
     arm_title,
     change,
     model_title,
     plus_minus,
+    points,
     score_title,
-    seeds,
     signed,
     span,
 )
 
-_ENOUGH = 1.0
-"""Points by which a bag of words may be below the student and still be told of as good."""
+
+def opening(experiment: Experiment, comparisons: Sequence[Comparison], href: str) -> list[Block | None]:
+    """Say what ships and why, what it keeps, saves and gains; then the key figures; then what limits all this."""
+    environment = engine("prose")
+    environment.filters |= {"figure": plus_minus, "signed": signed, "points": points, "span": span}
+    environment.filters["arm_title"] = arm_title
+    words = environment.get_template("answer.html").make_module(_facts(experiment, comparisons))
+
+    def said(part: str) -> list[Prose]:
+        return [Prose(line) for line in str(getattr(words, part)()).splitlines() if line]
+
+    blocks: list[Block | None] = [Paragraph(Prose().join(said("lead")), "lead"), _tiles(experiment, comparisons, href)]
+    return [*blocks, *(Paragraph(text, tone[:-1]) for tone in ("warnings", "notes") for text in said(tone))]
 
 
-def answer(experiment: Experiment, comparisons: Sequence[Comparison]) -> Prose:
-    """Say what ships and why, then what it keeps of the teacher, what it saves and what distillation adds."""
-    if experiment.choice is None:
-        teacher = experiment.score("fft")
-        rest = "" if teacher is None else f" (the teacher scores {plus_minus(teacher)})"
-        none = Prose("There is <strong>no answer yet</strong>: no student run of {} has finished{}.")
-        return none.format(experiment.name, rest)
-    arm = experiment.choice.arm
-    subject, verb, reason = experiment.choice.sentence.partition(" was shipped")
-    told = Prose("<strong>{}</strong>{} {}{}; {}.")
-    parts = _kept(experiment, arm), _saved(experiment, arm), _gain(arm, comparisons)
-    return told.format(f"{subject}{verb}", reason, *parts)
+def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[str, object]:
+    arm = experiment.student_arm
+    facts: dict[str, object] = {
+        "arm": arm,
+        "name": experiment.name,
+        "split": experiment.split,
+        "faults": experiment.faults,
+        "unfinished": [run.record for run in experiment.unfinished],
+        "teacher": experiment.score("fft"),
+        "words": experiment.score("words"),
+        "score": experiment.score(arm) if arm else None,
+        "most_seeds": max((len(experiment.finished(one)) for one in experiment.arms), default=0),
+        "notable": NOTABLE,
+        "given": is_teacher_given(experiment.runs),
+        "constant": _constant_seeds(experiment),
+        "gain": find_gain(comparisons),
+        "paired": any(one.difference for one in comparisons),
+        "intervals": INTERVALS,
+    }
+    others: dict[str, float] = {
+        one: score.mean for one in ("lora", *STUDENT_ARMS) if (score := experiment.score(one)) is not None
+    }
+    facts |= {"others": others, "best": max(others, key=others.__getitem__, default=None)}
+    if experiment.choice is not None:
+        subject, verb, reason = experiment.choice.sentence.partition(" was shipped")
+        facts |= {"shipped": f"{subject}{verb}", "reason": reason, "distilled": arm in CONTROLS}
+    if arm is not None:
+        seeds = len(experiment.finished(arm))
+        metric = f"{score_title(experiment.task.metrics)} on {experiment.split}"
+        facts["scored"] = f"{metric}, {'one seed' if seeds == 1 else f'{seeds} seeds'}"
+        facts["kept"] = retention(experiment, arm, "fft")
+        facts["teacher_model"] = next((model_title(run.record.model) for run in experiment.finished("fft")), "")
+        costs = ((PARAMETERS, "fewer", "parameters"), (TIME, "less", "time per text"))
+        facts["savings"] = [(saving(experiment, cost, arm=arm, than="fft"), *words) for cost, *words in costs]
+    return facts
 
 
-def _kept(experiment: Experiment, arm: str) -> Prose:
-    """Give the student's share of the teacher's score, or its score alone."""
-    score, teacher, kept = experiment.score(arm), experiment.score("fft"), retention(experiment, arm, "fft")
-    scored = f"{score_title(experiment.task.metrics)} on {experiment.split}, {seeds(len(experiment.finished(arm)))}"
-    if teacher is None:
-        why = "its teacher’s own score is not available" if arm in CONTROLS else "its teacher was not run"
-        return Prose("It scores <strong>{}</strong> ({}; {})").format(plus_minus(score), scored, why)
-    name = model_title(experiment.finished("fft")[0].record.model)
-    if kept is None or kept.mean > 100:  # more than all of it is no share
-        told = Prose("It scores <strong>{}</strong> against {} of {} ({})")
-        return told.format(plus_minus(score), plus_minus(teacher), name, scored)
-    told = Prose("It keeps <strong>{}</strong> of {}’s score ({} of {}; {})")
-    return told.format(plus_minus(kept, unit="%"), name, plus_minus(score), plus_minus(teacher), scored)
+def _constant_seeds(experiment: Experiment) -> list[str]:
+    """List the seeds whose shipped arm says the same of every example, which accuracy alone can hide."""
+    if experiment.student_arm is None or experiment.task.kind == "multi-label":
+        return []
+    seeds = []
+    for run in experiment.finished(experiment.student_arm):
+        logits = () if run.predictions is None else run.predictions.only(experiment.split).logits
+        if len(logits) > 1 and np.ptp(predict_labels(experiment.task, np.asarray(logits))) == 0:
+            seeds.append(str(run.record.seed))
+    return seeds
 
 
-def _saved(experiment: Experiment, arm: str) -> Prose:
-    told = Prose()
-    for cost, less, what in ((PARAMETERS, "fewer", "parameters"), (TIME, "less", "time per text")):
-        if (saved := saving(experiment, cost, arm=arm, than="fft")) is not None:
-            share = f"{abs(saved):.0f}% {less if saved >= 0 else 'more'} {what}"
-            told += (" and " if told else " with ") + strong(share)
-    return told
-
-
-def _gain(arm: str, comparisons: Sequence[Comparison]) -> str:
-    """Say what distillation adds over the same student without a teacher."""
-    found = find_gain(comparisons)
-    if found is None:
-        taught = "what distillation adds is not known, for lack of a student without a teacher"
-        return taught if arm in CONTROLS else "no distilled student was run beside it"
-    one = found.difference
-    if one is None:
-        told = Prose("distillation changes the score by <strong>{} points</strong> ({})")
-        return told.format(signed(found.plain), found.reason)
-    verb = {1: "adds", -1: "costs"}.get(one.sign or 0, "makes a difference of")
-    points = signed(-one.difference, plus=False) if one.sign == -1 else signed(one.difference)
-    zero = ": it includes zero, so no gain is shown" if one.sign == 0 else ""
-    told = Prose("distillation {} <strong>{} points</strong> over the same student without a teacher ({}{})")
-    return told.format(verb, points, span(one), zero)
-
-
-def key_figures(experiment: Experiment, comparisons: Sequence[Comparison], href: str) -> Tiles | None:
+def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str) -> Tiles | None:
     """Collect the figures that decide, each beside what it is compared with; None without a student."""
     arm = experiment.student_arm
     if arm is None:
@@ -105,70 +110,3 @@ def key_figures(experiment: Experiment, comparisons: Sequence[Comparison], href:
         detail = found.reason if found.difference is None else span(found.difference)
         tiles.append(Tile("Gain by distillation", signed(found.plain), detail, href))
     return Tiles(tuple(tiles))
-
-
-def cautions(experiment: Experiment, comparisons: Sequence[Comparison]) -> list[Paragraph]:
-    """List what limits the answer: failed runs, one seed, selection, what the interval does not cover."""
-    if experiment.split == "test":
-        scored = (
-            "Scores are on the test split. Checkpoints, early stopping, and the arm and seed that shipped, were chosen "
-            "on validation."
-        )
-    else:
-        scored = (
-            "There is no test split: scores are on the validation split, which also chooses what ships (and the "
-            "epoch, with select: best), so the shipped student’s own score is a little too good. Set data.test."
-        )
-    found = [Paragraph(text, "warning") for text in _warnings(experiment)]
-    found.append(Paragraph(scored, "note"))
-    return [*found, Paragraph(INTERVALS, "note")] if any(one.difference for one in comparisons) else found
-
-
-def _warnings(experiment: Experiment) -> Iterator[str]:
-    for record in (run.record for run in experiment.unfinished):
-        state = "has not finished; the same command continues it"
-        if record.status == "failed":
-            state = f"failed: {record.error or 'no reason was recorded'}"
-        yield strong(f"{arm_title(record.arm)}, seed {record.seed}") + f" {state}"
-    yield from (f"{fault}. The parts that need them leave that run out." for fault in experiment.faults)
-    yield from _constant_decisions(experiment)
-    yield from _other_models(experiment)
-    if max((len(experiment.finished(arm)) for arm in experiment.arms), default=0) == 1:
-        yield "One seed: no verdict. Another seed may well turn the order of the arms around. Set run.seeds."
-
-
-def _constant_decisions(experiment: Experiment) -> Iterator[str]:
-    """Warn where the shipped arm says the same of every example, which accuracy alone can hide."""
-    arm, task = experiment.student_arm, experiment.task
-    if arm is None or task.kind == "multi-label":
-        return
-    constant = []
-    for run in experiment.finished(arm):
-        logits = None if run.predictions is None else run.predictions.only(experiment.split).logits
-        if logits is not None and len(logits) > 1 and np.ptp(predict_labels(task, logits)) == 0:
-            constant.append(str(run.record.seed))
-    if constant:
-        which = f"seed{'s' if len(constant) > 1 else ''} {', '.join(constant)}"
-        told = "predicts the same for every example: it has learnt nothing that tells texts apart."
-        yield strong(arm_title(arm)) + f" ({which}) {told}"
-
-
-def _other_models(experiment: Experiment) -> Iterator[str]:
-    """Warn of a teacher that is worse than a student or than itself with adapters, and of a bag of words as good."""
-    teacher, words = experiment.score("fft"), experiment.score("words")
-    others: dict[str, float] = {
-        arm: score.mean for arm in ("lora", *STUDENT_ARMS) if (score := experiment.score(arm)) is not None
-    }
-    best = max(others, key=lambda arm: others[arm], default=None)
-    if teacher is not None and best is not None and others[best] > teacher.mean + NOTABLE:
-        told = f"The teacher scores {teacher.mean:.1f}, below {arm_title(best)} with {others[best]:.1f}: "
-        remedy = "It may be half trained: raise teacher.train.epochs or teacher.train.learning_rate (docs/recipes.md)."
-        if is_teacher_given(experiment.runs):
-            remedy = "Give a better one, or ship a student without a teacher."
-        yield f"{told}what it teaches is of little use. {remedy}"
-    student = others.get(experiment.student_arm or "")
-    if words is not None and student is not None and words.mean > student - _ENOUGH:
-        yield (
-            f"A bag of words scores {words.mean:.1f}, the student {student:.1f}: this task may need no transformer, "
-            "or these have not learnt it."
-        )

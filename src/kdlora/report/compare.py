@@ -27,18 +27,8 @@ from kdlora.report.page import (
     write_page,
 )
 from kdlora.report.plots import Style, differences
-from kdlora.report.tables import Links
-from kdlora.report.wording import (
-    INTERVALS,
-    arm_title,
-    interval_cell,
-    model_title,
-    p_value,
-    plus_minus,
-    score_title,
-    signed,
-    span,
-)
+from kdlora.report.tables import Links, compared
+from kdlora.report.wording import INTERVALS, arm_title, model_title, plus_minus, score_title, signed, span
 
 _COSTS = {"parameters": PARAMETERS, "training memory": MEMORY, "latency, batch 1": TIME, "on disk": DISK}
 
@@ -108,11 +98,10 @@ def _against(one: Candidate, reference: Candidate, draws: int) -> Comparison:
     """Pair a row with the reference; rows of another task, split or metric are left alone."""
     mine, theirs = one.experiment, reference.experiment
     kinds = [(it.task.kind, it.task.metrics, set(it.task.label_names)) for it in (mine, theirs)]
-    if kinds[0] != kinds[1]:
-        return Comparison(one.name, reference.name, None, float("nan"), "another task")
-    if mine.split != theirs.split:
-        return Comparison(one.name, reference.name, None, float("nan"), f"scored on {mine.split}")
-    return pair_runs(theirs.task, theirs.split, (one.name, one.runs), (reference.name, reference.runs), draws=draws)
+    if kinds[0] == kinds[1] and mine.split == theirs.split:
+        return pair_runs(theirs.task, theirs.split, (one.name, one.runs), (reference.name, reference.runs), draws=draws)
+    reason = "another task" if kinds[0] != kinds[1] else f"scored on {mine.split}"
+    return Comparison(one.name, reference.name, None, float("nan"), reason)
 
 
 def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison]) -> Prose:
@@ -134,23 +123,20 @@ def _lead(candidates: Sequence[Candidate], reference: Candidate, paired: dict[st
 def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[str, Comparison], links: Links) -> Table:
     rows: list[Row] = []
     for one in candidates:
-        is_reference = one is reference
-        difference = ("reference", "–", "–") if is_reference else _difference(paired[one.name])
-        name, score = (strong(text) if is_reference else text for text in (one.name, plus_minus(one.score)))
-        head = name, model_title(one.runs[0].record.model), Cell(score, links.to_all(one.runs))
-        rows.append((*head, *difference, *(cost.text(one.runs) for cost in _COSTS.values())))
+        name, score, difference = one.name, plus_minus(one.score), ("reference", "–", "–")
+        if one is reference:
+            name, score = strong(name), strong(score)
+        else:
+            difference = compared(paired[one.name])
+        costs = (cost.text(one.runs) for cost in _COSTS.values())
+        model = model_title(one.runs[0].record.model)
+        rows.append((name, model, Cell(score, links.to_all(one.runs)), *difference, *costs))
     columns = ("row", "model", "score", "difference", "95% interval", "p", *_COSTS)
     note = f"± is the sample standard deviation over seeds. Differences are in points. {INTERVALS}"
     titles = {score_title(one.experiment.task.metrics) for one in candidates}
     splits = {one.experiment.split for one in candidates}
     caption = f"Score: {' or '.join(sorted(titles))}, 0 to 100, on {' or '.join(sorted(splits))}"
     return Table(caption, columns, tuple(rows), text_columns=2, note=note)
-
-
-def _difference(one: Comparison) -> tuple[str, str, str]:
-    if one.difference is not None:
-        return signed(one.plain), interval_cell(one.difference), p_value(one.difference.p)
-    return signed(one.plain) if one.plain == one.plain else "–", one.reason, "–"
 
 
 def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> list[Block | None]:

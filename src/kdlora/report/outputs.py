@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import rel_entr
+from scipy.spatial.distance import jensenshannon
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from kdlora.data.tasks import Task
 from kdlora.evidence.metrics import Reliability, predict_labels, probabilities, reliability
-from kdlora.evidence.predictions import Predictions
 from kdlora.evidence.stats import mean_sd
 from kdlora.report.collect import Experiment
 from kdlora.report.findings import align
@@ -67,9 +67,9 @@ def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
 
 
 def _confusion_counts(outputs: Outputs) -> np.ndarray:
-    size = outputs.task.num_labels
-    places = np.concatenate([outputs.labels * size + predict_labels(outputs.task, one) for one in outputs.logits])
-    return np.bincount(places, minlength=size * size).reshape(size, size) / len(outputs.logits)
+    names = range(outputs.task.num_labels)
+    decided = [predict_labels(outputs.task, one) for one in outputs.logits]
+    return np.mean([confusion_matrix(outputs.labels, one, labels=names) for one in decided], axis=0)
 
 
 def _confusion_plot(outputs: Outputs, identity: str) -> Figure:
@@ -117,13 +117,13 @@ def _confusion_table(outputs: Outputs) -> Table:
 
 def _label_table(outputs: Outputs, teacher: Outputs | None) -> Table:
     """List precision, recall and F1 of every label of a multi-label task."""
-    found, before = _per_label(outputs), _per_label(teacher)[2:] if teacher else []
+    figures = [*_per_label(outputs), *(_per_label(teacher)[2:] if teacher else [])]
     columns = ("label", "rows", "precision", "recall", "F1", *(("teacher's F1",) if teacher else ()))
     rows = tuple(
         (
             name,
             f"{int(outputs.labels[:, number].sum())}",
-            *(plus_minus(mean_sd([100 * seed[number] for seed in figure])) for figure in (*found, *before)),
+            *(plus_minus(mean_sd([100 * seed[number] for seed in figure])) for figure in figures),
         )
         for number, name in enumerate(outputs.task.label_names)
     )
@@ -131,14 +131,11 @@ def _label_table(outputs: Outputs, teacher: Outputs | None) -> Table:
     return Table(f"Each label under {outputs.name}", columns, rows, note=told, side=True)
 
 
-def _per_label(outputs: Outputs) -> list[list[np.ndarray]]:
+def _per_label(outputs: Outputs) -> list[tuple[np.ndarray, ...]]:
     """Give precision, recall and F1 of each label, one array a seed; 0 where there is nothing to divide by."""
-    seeds = []
-    for one in outputs.logits:
-        decided = predict_labels(outputs.task, one)
-        hits, said, true = (values.sum(axis=0) for values in (decided * outputs.labels, decided, outputs.labels))
-        seeds.append((hits / np.maximum(said, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(said + true, 1)))
-    return [[seed[part] for seed in seeds] for part in range(3)]
+    decided = [predict_labels(outputs.task, one) for one in outputs.logits]
+    seeds = [precision_recall_fscore_support(outputs.labels, one, average=None, zero_division=0) for one in decided]
+    return list(zip(*seeds, strict=True))[:3]
 
 
 def _residual_plots(outputs: Outputs, mark: str) -> list[Block]:
@@ -235,38 +232,24 @@ def _disagreements(experiment: Experiment, arm: str) -> list[Quotation]:
     aligned = align([teachers[0], *students]) if teachers and students and experiment.examples else None
     if aligned is None:
         return []
-    task, first = experiment.task, aligned[0]
-    teacher, *softened = (_soften(task, one.logits) for one in aligned)
+    task, rows = experiment.task, aligned[0]
+    logits = [one.logits for one in aligned]
+    teacher, *softened = logits if task.kind == "regression" else [probabilities(one, task.kind) for one in logits]
     student = np.mean(softened, axis=0)
-    order = np.argsort(-_distance(task, teacher, student), kind="stable")
+    # Symmetric and bounded: KL would put a sure student beside an unsure teacher above opposite decisions.
+    single = task.kind == "single-label"
+    distance = jensenshannon(teacher, student, axis=1) if single else np.abs(teacher - student).max(axis=1)
     who = "student" if len(students) == 1 else f"student, mean of {len(students)} seeds"
-    quotations = []
-    for row in order[: 4 * _MOST_QUOTATIONS]:
-        sides = {"teacher": _opinion(task, teacher[row], student[row]), who: _opinion(task, student[row], teacher[row])}
-        quotations.append(_quote(experiment, first, int(row), sides))
-    return [one for one in quotations if one is not None][:_MOST_QUOTATIONS]
-
-
-def _soften(task: Task, logits: np.ndarray) -> np.ndarray:
-    return logits.astype(np.float64) if task.kind == "regression" else probabilities(logits, task.kind)
-
-
-def _distance(task: Task, teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
-    if task.kind == "single-label":
-        # Symmetric and bounded: KL would put a sure student beside an unsure teacher above opposite decisions.
-        middle = (teacher + student) / 2
-        return np.asarray((rel_entr(teacher, middle) + rel_entr(student, middle)).sum(axis=1))
-    return np.asarray(np.abs(teacher - student).max(axis=1))
-
-
-def _quote(experiment: Experiment, rows: Predictions, row: int, sides: dict[str, str]) -> Quotation | None:
-    """Put one example into words; None where its text was not kept."""
-    example = experiment.examples.get((rows.split[row], rows.ids[row]))
-    if example is None:
-        return None
-    label = {} if rows.labels is None else {"label": _label(experiment.task, rows.labels[row])}
-    pair = None if example.text_pair is None else _cut(example.text_pair)
-    return Quotation(_cut(example.text), pair, {"id": rows.ids[row]} | label | sides)
+    quotations: list[Quotation] = []
+    for row in np.argsort(-distance, kind="stable")[: 4 * _MOST_QUOTATIONS]:
+        example = experiment.examples.get((rows.split[row], rows.ids[row]))
+        if example is not None and len(quotations) < _MOST_QUOTATIONS:
+            facts = {"id": rows.ids[row]} | ({} if rows.labels is None else {"label": _label(task, rows.labels[row])})
+            facts["teacher"] = _opinion(task, teacher[row], student[row])
+            facts[who] = _opinion(task, student[row], teacher[row])
+            pair = None if example.text_pair is None else _cut(example.text_pair)
+            quotations.append(Quotation(_cut(example.text), pair, facts))
+    return quotations
 
 
 def _label(task: Task, label: np.ndarray) -> str:

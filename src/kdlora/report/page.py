@@ -6,13 +6,13 @@ import base64
 import hashlib
 import html
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -75,6 +75,7 @@ class Cell:
 
 
 Row = tuple[Cell | str, ...]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,14 @@ class Table:
     note: str = ""
     side: bool = False
     compact: bool = False
+
+    @classmethod
+    def of(
+        cls, caption: str, items: Iterable[Item], columns: Mapping[str, Callable[[Item], Cell | str]], **looks: Any
+    ) -> Table:
+        """Make a table of items, each column by its title and what it says of an item."""
+        rows = tuple(tuple(say(item) for say in columns.values()) for item in items)
+        return cls(caption, tuple(columns), rows, **looks)
 
 
 @dataclass(frozen=True)
@@ -223,17 +232,22 @@ def html_table(header: Sequence[str], rows: Iterable[Row], caption: str) -> str:
 
 
 def engine(name: str) -> Environment:
-    """Set up the engine for HTML, which it escapes itself, or for Markdown, which `_to_markdown` makes harmless."""
+    """Set up the engine for HTML, which it escapes itself, Markdown, which `_to_markdown` makes harmless, or Prose."""
     environment = Environment(
         loader=PackageLoader("kdlora.report"),
         autoescape=True,
-        finalize=_to_markdown if name == "md" else None,
+        finalize={"md": _to_markdown, "prose": _flatten}.get(name),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"kind": lambda part: type(part).__name__, "fence": _fence}
     return environment
+
+
+def _flatten(value: object) -> object:
+    """Keep a text on one line: a line is a paragraph."""
+    return _BLANKS.sub(" ", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _to_markdown(value: object) -> Markup:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.report.answer import answer, cautions, key_figures
+from kdlora.report.answer import opening
 from kdlora.report.collect import Experiment, load_experiments
 from kdlora.report.costs import cost_plots
 from kdlora.report.findings import Comparison, compare_arms, retention
 from kdlora.report.outputs import error_blocks, example_blocks
-from kdlora.report.page import Block, Bullets, Code, Page, Paragraph, Prose, Report, Section, write_page
+from kdlora.report.page import Block, Bullets, Code, Page, Prose, Report, Section, write_page
 from kdlora.report.plots import Curve, Style, arm_style, differences, learning_curves
 from kdlora.report.shipped_tables import shipped_blocks, shipped_tiles
 from kdlora.report.tables import (
@@ -80,12 +80,8 @@ def _section(experiment: Experiment, mark: str, base: Path, draws: int) -> Secti
     """Tell the whole story of one experiment: answer, tables, plots, examples, runs, environment."""
     links = Links(base, f"{mark}-runs")
     comparisons = compare_arms(experiment, draws=draws)
-    top: list[Block | None] = [
-        Paragraph(answer(experiment, comparisons), "lead"),
-        key_figures(experiment, comparisons, f"#{links.runs}"),
-        shipped_tiles(experiment, f"#{mark}-shipped"),
-        *cautions(experiment, comparisons),
-    ]
+    answered, tiles, *cautions = opening(experiment, comparisons, f"#{links.runs}")
+    top = [answered, tiles, shipped_tiles(experiment, f"#{mark}-shipped"), *cautions]
     explained = Bullets(tuple(f"{': '.join(ARMS[arm])}." for arm in experiment.arms if arm in ARMS))
     parts: tuple[tuple[str, str, Sequence[Block | None]], ...] = (
         ("Score", "score", _score_blocks(experiment, comparisons, links, mark)),

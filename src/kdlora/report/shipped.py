@@ -88,29 +88,38 @@ class BenchmarkResult:
         return html_table(header, rows, self.conditions())
 
     def conditions(self) -> str:
-        """Say how much was measured."""
-        return f"{self.threads} threads, {self.rounds} rounds, {self.texts} texts"
+        """Say how much was measured, and on what."""
+
+        def number(value: int | None, what: str, more: str = "") -> str:
+            return "" if value is None else f"{value:,} {what}{'' if value == 1 else 's'}{more}"
+
+        known = (
+            number(self.texts, "text", f" of the {self.split} split" if self.split else ""),
+            number(self.rounds, "round"),
+            number(self.threads, "thread", " for each model"),
+            self.machine.get("cpu"),
+            f"{self.machine['cores']} cores" if "cores" in self.machine else "",
+            self.machine.get("memory"),
+        )
+        return ", ".join(part for part in known if part)
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Give header and rows as text, with ratios to the first model."""
-        header = ("model", "runs on", "p50 ms", "p95 ms", "p99 ms", "texts/s", "batch", "speed", "load s", "memory MB")
-        return (*header, "size MB", "score"), [self._row(model) for model in self.models]
-
-    def _row(self, model: ModelFigures) -> tuple[str, ...]:
-        return (
-            model.name,
-            f"{model.backend} {model.precision}",
-            f"{model.p50_ms:.2f}",
-            f"{model.p95_ms:.2f}",
-            f"{model.p99_ms:.2f}",
-            f"{model.texts_per_second:,.0f}",
-            str(model.batch_size),
-            f"{model.texts_per_second / self.models[0].texts_per_second:.1f}x",
-            f"{model.load_seconds:.2f}",
-            "-" if model.peak_memory_bytes is None else f"{model.peak_memory_bytes / 1e6:.0f}",
-            f"{model.size_bytes / 1e6:.1f}",
-            "-" if model.score is None else f"{model.score:.2f}",
-        )
+        columns: dict[str, Callable[[ModelFigures], str]] = {
+            "model": lambda one: one.name,
+            "runs on": lambda one: f"{one.backend} {one.precision}",
+            "p50 ms": lambda one: f"{one.p50_ms:.2f}",
+            "p95 ms": lambda one: f"{one.p95_ms:.2f}",
+            "p99 ms": lambda one: f"{one.p99_ms:.2f}",
+            "texts/s": lambda one: f"{one.texts_per_second:,.0f}",
+            "batch": lambda one: str(one.batch_size),
+            "speed": lambda one: f"{one.texts_per_second / self.models[0].texts_per_second:.1f}x",
+            "load s": lambda one: f"{one.load_seconds:.2f}",
+            "memory MB": lambda one: "-" if one.peak_memory_bytes is None else f"{one.peak_memory_bytes / 1e6:.0f}",
+            "size MB": lambda one: f"{one.size_bytes / 1e6:.1f}",
+            "score": lambda one: "-" if one.score is None else f"{one.score:.2f}",
+        }
+        return tuple(columns), [tuple(write(model) for write in columns.values()) for model in self.models]
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 
 from kdlora.report.collect import Experiment
-from kdlora.report.page import Block, Bullets, Cell, Figure, Link, Paragraph, Prose, Row, Table, Tile, Tiles, strong
+from kdlora.report.page import Block, Bullets, Cell, Link, Paragraph, Prose, Table, Tile, Tiles, strong
 from kdlora.report.plots import Series, Style, arm_style, score_against_cost
 from kdlora.report.shipped import AXES, TEACHER, Calibration, Export, ModelFigures, Parity, Shipped
 from kdlora.report.tables import Links
@@ -27,22 +26,19 @@ def shipped_tiles(experiment: Experiment, href: str) -> Tiles | None:
     whose = "the teacher" if other.name == TEACHER else other.name
     faster, more = times(other.p50_ms, own.p50_ms), times(own.texts_per_second, other.texts_per_second)
     part = f"{100 * own.size_bytes / other.size_bytes:.1f}%" if other.size_bytes else "–"
-    facts = [
-        ("time per text", milliseconds(own.p50_ms), f"{faster} as fast as {whose} ({milliseconds(other.p50_ms)})"),
-        (
-            "throughput",
-            f"{own.texts_per_second:,.0f} texts/s",
-            f"{more} {whose}’s {other.texts_per_second:,.0f} texts/s",
-        ),
-        ("size", size(own.size_bytes), f"{part} of {whose}’s {size(other.size_bytes)}"),
-    ]
+    beside = f"{more} {whose}’s {other.texts_per_second:,.0f} texts/s"
+    facts = {
+        "time per text": (milliseconds(own.p50_ms), f"{faster} as fast as {whose} ({milliseconds(other.p50_ms)})"),
+        "throughput": (f"{own.texts_per_second:,.0f} texts/s", beside),
+        "size": (size(own.size_bytes), f"{part} of {whose}’s {size(other.size_bytes)}"),
+    }
     if other is own:
-        facts = [(label, value, "there is no other model to compare with") for label, value, _ in facts]
+        facts = {label: (value, "there is no other model to compare with") for label, (value, _) in facts.items()}
     if own.score is not None:
-        beside = [model for model in shipped.models if model is not own and model.score is not None]
-        scores = ", ".join(f"{model.name} {points(model.score, 2)}" for model in beside)
-        facts.append(("score", points(own.score, 2), scores or "0 to 100"))
-    return Tiles(tuple(Tile(f"int8 file: {label}", value, detail, href) for label, value, detail in facts))
+        others = [model for model in shipped.models if model is not own and model.score is not None]
+        scores = ", ".join(f"{model.name} {points(model.score, 2)}" for model in others)
+        facts["score"] = (points(own.score, 2), scores or "0 to 100")
+    return Tiles(tuple(Tile(f"int8 file: {label}", *told, href) for label, told in facts.items()))
 
 
 def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Block | None]:
@@ -64,60 +60,44 @@ def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Bloc
 
 
 def _model_table(shipped: Shipped, links: Links) -> Table:
-    columns = (
-        *("model", "runs on", "precision", "latency p50", "latency p95", "speed-up of p50", "texts/s", "batch size"),
-        *("speed-up of texts/s", "load time", "peak memory", "size on disk", "score"),
-    )
+    reference = shipped.reference or shipped.models[0]
     link = (Link("benchmark.json", links.file(shipped.layout.benchmark)),)
-    rows = tuple(_model_row(model, shipped.reference or model, link) for model in shipped.models)
-    caption = "Teacher and student as shipped, measured side by side"
-    return Table(caption, columns, rows, text_columns=3, note=_conditions(shipped), compact=True)
-
-
-def _model_row(model: ModelFigures, reference: ModelFigures, link: tuple[Link, ...]) -> Row:
-    return (
-        Cell(model.name, link),
-        _BACKENDS.get(model.backend, model.backend),
-        model.precision,
-        milliseconds(model.p50_ms),
-        milliseconds(model.p95_ms),
-        times(reference.p50_ms, model.p50_ms),
-        f"{model.texts_per_second:,.0f}",
-        str(model.batch_size),
-        times(model.texts_per_second, reference.texts_per_second),
-        f"{model.load_seconds:.2f}\u00a0s",
-        size(model.peak_memory_bytes),
-        size(model.size_bytes),
-        points(model.score, 2),
+    return Table.of(
+        "Teacher and student as shipped, measured side by side",
+        shipped.models,
+        {
+            "model": lambda one: Cell(one.name, link),
+            "runs on": lambda one: _BACKENDS.get(one.backend, one.backend),
+            "precision": lambda one: one.precision,
+            "latency p50": lambda one: milliseconds(one.p50_ms),
+            "latency p95": lambda one: milliseconds(one.p95_ms),
+            "speed-up of p50": lambda one: times(reference.p50_ms, one.p50_ms),
+            "texts/s": lambda one: f"{one.texts_per_second:,.0f}",
+            "batch size": lambda one: str(one.batch_size),
+            "speed-up of texts/s": lambda one: times(one.texts_per_second, reference.texts_per_second),
+            "load time": lambda one: f"{one.load_seconds:.2f}\u00a0s",
+            "peak memory": lambda one: size(one.peak_memory_bytes),
+            "size on disk": lambda one: size(one.size_bytes),
+            "score": lambda one: points(one.score, 2),
+        },
+        text_columns=3,
+        note=_conditions(shipped, reference),
+        compact=True,
     )
 
 
-def _conditions(shipped: Shipped) -> str:
-    benchmark, reference = shipped.benchmark, shipped.reference
-    if benchmark is None or reference is None:
-        return ""
-    texts = "" if benchmark.texts is None else f"{benchmark.texts:,} texts"
-    texts += f" of the {benchmark.split} split" if texts and benchmark.split else ""
-    rounds = "" if benchmark.rounds is None else _number(benchmark.rounds, "round")
-    threads = "" if benchmark.threads is None else f"{_number(benchmark.threads, 'thread')} for each model"
-    machine = benchmark.machine
-    cores = f"{machine['cores']} cores" if "cores" in machine else ""
-    known = (texts, rounds, threads, machine.get("cpu", ""), cores, machine.get("memory", ""))
-    conditions = ", ".join(part for part in known if part)
+def _conditions(shipped: Shipped, reference: ModelFigures) -> str:
+    known = shipped.benchmark.conditions() if shipped.benchmark else ""
     return (
-        f"{conditions or 'The conditions were not recorded'}. Latency: one text at a time, tokenisation included. "
+        f"{known or 'The conditions were not recorded'}. Latency: one text at a time, tokenisation included. "
         "Texts/s: length-sorted batches of the size that is best for the model. "
         f"Speed-up: against {reference.name}. Load time: until the first answer, after imports. Peak memory: above "
         "the level after imports. Score: 0 to 100, of the one seed that was shipped."
     )
 
 
-def _number(value: int, what: str) -> str:
-    return f"{value} {what}" if value == 1 else f"{value} {what}s"
-
-
-def _plots(experiment: Experiment, shipped: Shipped, mark: str) -> list[Figure | None]:
-    plots = []
+def _plots(experiment: Experiment, shipped: Shipped, mark: str) -> list[Block | None]:
+    plots: list[Block | None] = []
     for name, (cost, read) in AXES.items():
         series = [
             Series(model.name, _style(experiment, model, number), ((value, model.score),))
@@ -134,10 +114,8 @@ def _style(experiment: Experiment, model: ModelFigures, number: int) -> Style:
     """Give teacher and student the look of their arms, the exports one of their own."""
     if model.name == TEACHER:
         return arm_style("fft")
-    if model.precision == "int8":
-        return Style(4)
-    if model.backend == "onnx":
-        return Style(3)
+    if model.backend == "onnx" or model.precision == "int8":
+        return Style(4 if model.precision == "int8" else 3)
     is_student = model.name == "student" and experiment.student_arm is not None
     return arm_style(experiment.student_arm or "") if is_student else Style(number)
 
@@ -159,14 +137,19 @@ def _export_blocks(export: Export, href: str) -> list[Block]:
     if export.failure:
         told = f": {export.failure}. The stages before it are kept."
         blocks.append(Paragraph(strong("The export failed before its last stage") + told, "warning"))
-    stages = _in_order(export)
+    # As they were tried: what failed before the quantisation that passed stands before it.
+    passed = [stage for stage in export.stages if not _INT8_STAGE.fullmatch(stage.stage)]
+    stages = [*passed, *export.attempts, *(stage for stage in export.stages if stage not in passed)]
     if not stages:
         return blocks
-    columns = (
-        *("stage", "held to", "outcome", "rows", "largest logit difference", "same decisions"),
-        *("score", "points lost", "95% interval"),
-    )
-    rows = tuple(_stage_row(stage, href) for stage in stages)
+    blocks.append(_stage_table(export, stages, href))
+    failed = Prose("{}: <strong>failed</strong>, {}.")
+    if broken := tuple(failed.format(_stage_title(one.stage), one.reason) for one in stages if one.reason):
+        blocks.append(Bullets(broken))
+    return blocks
+
+
+def _stage_table(export: Export, stages: list[Parity], href: str) -> Table:
     fused = ", ".join(f"{number} {name}" for name, number in export.fused.items() if number)
     facts = [
         f"Quantisation: {export.recipe}." if export.recipe else "",
@@ -174,35 +157,30 @@ def _export_blocks(export: Export, href: str) -> list[Block]:
         f"Opset {export.opset}." if export.opset is not None else "",
         "Every stage is held to the one named, on the same texts; scores are of the labelled rows among them.",
     ]
-    told = " ".join(fact for fact in facts if fact)
-    blocks.append(Table("The export, stage by stage", columns, rows, text_columns=3, note=told, compact=True))
-    if broken := [stage for stage in stages if stage.reason]:
-        failed = Prose("{}: <strong>failed</strong>, {}.")
-        blocks.append(Bullets(tuple(failed.format(_stage_title(one.stage), one.reason) for one in broken)))
-    return blocks
-
-
-def _in_order(export: Export) -> Sequence[Parity]:
-    """Order the stages as they were tried: what failed before the quantisation that passed stands before it."""
-    passed = [stage for stage in export.stages if not _INT8_STAGE.fullmatch(stage.stage)]
-    return [*passed, *export.attempts, *(stage for stage in export.stages if stage not in passed)]
-
-
-def _stage_row(stage: Parity, href: str) -> Row:
-    span = "–"
-    if stage.drop_low is not None and stage.drop_high is not None:
-        span = f"{signed(stage.drop_low, 2)} to {signed(stage.drop_high, 2)}"
-    return (
-        Cell(_stage_title(stage.stage), (Link("export record", href),)),
-        _stage_title(stage.reference),
-        strong("failed") if stage.reason else "passed",
-        f"{stage.rows:,}",
-        "–" if stage.largest_difference is None else f"{stage.largest_difference:.2g}",
-        # Rounded down: 100% means all of them.
-        "100%" if stage.agreement >= 1 else f"{math.floor(1e4 * stage.agreement) / 100:.2f}%",
-        points(stage.score, 2),
-        signed(stage.drop, 2),
-        span,
+    return Table.of(
+        "The export, stage by stage",
+        stages,
+        {
+            "stage": lambda one: Cell(_stage_title(one.stage), (Link("export record", href),)),
+            "held to": lambda one: _stage_title(one.reference),
+            "outcome": lambda one: strong("failed") if one.reason else "passed",
+            "rows": lambda one: f"{one.rows:,}",
+            "largest logit difference": lambda one: (
+                "–" if one.largest_difference is None else f"{one.largest_difference:.2g}"
+            ),
+            # Rounded down: 100% means all of them.
+            "same decisions": lambda one: (
+                "100%" if one.agreement >= 1 else f"{math.floor(1e4 * one.agreement) / 100:.2f}%"
+            ),
+            "score": lambda one: points(one.score, 2),
+            "points lost": lambda one: signed(one.drop, 2),
+            "95% interval": lambda one: (
+                "–" if one.drop_low is None else f"{signed(one.drop_low, 2)} to {signed(one.drop_high, 2)}"
+            ),
+        },
+        text_columns=3,
+        note=" ".join(fact for fact in facts if fact),
+        compact=True,
     )
 
 
@@ -213,7 +191,7 @@ def _stage_title(stage: str) -> str:
 
 def _calibration_table(found: Calibration) -> Table:
     after = (f"{found.temperature:.3f}", f"{100 * found.ece_after:.2f}%", f"{found.nll_after:.4f}")
-    rows: tuple[Row, ...] = (
+    rows = (
         ("before", "1", f"{100 * found.ece_before:.2f}%", f"{found.nll_before:.4f}"),
         ("after", *map(strong, after)),
     )

@@ -162,8 +162,3 @@ def share(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{points(value, 1 if 99.5 <= value < 100 else 0)}%"
-
-
-def seeds(number: int) -> str:
-    """Write a number of seeds."""
-    return "one seed" if number == 1 else f"{number} seeds"

@@ -32,31 +32,31 @@ CASES = {
     "fraction": {"epochs": 2.5},
     "rate of the head": {"head_learning_rate": 2e-2},
     "micro-batches": {"micro_batch_tokens": 48},
+    "bf16": {"precision": "bf16"},
+    "full in bf16": {"lora": False, "precision": "bf16"},
+    "every part": {
+        "dropout": 0.1,
+        "epochs": 3,
+        "of the training": {"dropout": 0.2},
+        "distil": DistilConfig(loss="mse", alpha=0.1),
+    },
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("saved", [9, 6], ids=["inside an epoch", "between epochs"])
 def test_resumed_equals_undisturbed(make_setup, tmp_path, case, saved):
-    """Dropout, row order, optimiser, schedule, loss sums or best weights that start anew change the result a little."""
-    assert_resumes(lambda: make_setup(**CASES[case]), tmp_path, saved)
-
-
-@pytest.mark.parametrize("lora", [True, False])
-def test_resumed_equals_undisturbed_in_bf16(make_setup, tmp_path, lora):
-    """The frozen base is cast anew in the second process: it must be cast from the same fp32 weights."""
-    assert_resumes(lambda: make_setup(lora=lora), tmp_path, 9, precision="bf16")
-
-
-def test_resumed_equals_undisturbed_with_every_part(make_setup, tmp_path):
-    """Dropout of the training's own that is lost, or another loss, would go on as another recipe."""
+    """Dropout, row order, optimiser, schedule, loss sums, best weights or a base that start anew change a little."""
+    settings = dict(CASES[case])
+    options = {key: settings.pop(key) for key in ("precision", "distil") if key in settings}
+    own = settings.pop("of the training", {})
 
     def make():
-        setup = make_setup(dropout=0.1, epochs=3)
-        setup.settings = setup.settings.model_copy(update={"dropout": 0.2})
+        setup = make_setup(**settings)
+        setup.settings = setup.settings.model_copy(update=own)
         return setup
 
-    assert_resumes(make, tmp_path, 9, distil=DistilConfig(loss="mse", alpha=0.1))
+    assert_resumes(make, tmp_path, saved, **options)
 
 
 def test_a_resumed_training_keeps_its_number_format(make_setup, tmp_path, monkeypatch):
@@ -96,17 +96,12 @@ def test_a_finished_training_is_not_trained_on(make_setup, tmp_path):
 
 
 def test_keeps_the_newest(make_setup, tmp_path):
-    """Checkpoints of a large teacher that pile up fill the disk."""
-    make_setup().run(tmp_path / "one", checkpoint_seconds=0.0)
-    assert len(list((tmp_path / "one").glob("step-*"))) == 1
-    make_setup().run(tmp_path / "two", checkpoint_seconds=0.0, keep_checkpoints=2)
-    assert [path.name[-2:] for path in sorted((tmp_path / "two").glob("step-*"))] == ["11", "12"]
-
-
-def test_no_checkpoint_before_its_time(make_setup, tmp_path):
-    """Saving in every step would make a small model's training mostly writing."""
-    make_setup().run(tmp_path, checkpoint_seconds=1e9)
-    assert list(tmp_path.rglob("*.safetensors")) == []
+    """Checkpoints that pile up fill the disk; one in every step would make a training mostly writing."""
+    for number, options in enumerate(({"keep_checkpoints": 1}, {"keep_checkpoints": 2}, {"checkpoint_seconds": 1e9})):
+        make_setup().run(tmp_path / str(number), **({"checkpoint_seconds": 0.0} | options))
+    kept = [[path.name[-2:] for path in sorted((tmp_path / name).glob("step-*"))] for name in "012"]
+    assert kept == [["12"], ["11", "12"], []]
+    assert list((tmp_path / "2").rglob("*.safetensors")) == []
 
 
 @pytest.mark.parametrize("damage", ["manifest", "truncated", "missing", "flipped"])
@@ -181,23 +176,13 @@ def test_another_number_of_processes_is_told_what_to_do(make_setup, tmp_path, th
 
 def test_random_state_comes_back_where_fewer_gpus_are_seen(monkeypatch):
     """A state for each GPU that was in sight asks, on resuming, for GPUs that are not there."""
-    states, place = {0: torch.tensor([1], dtype=torch.uint8), 1: torch.tensor([2], dtype=torch.uint8)}, 1
-
-    def put(state, device="cuda"):
-        states[place if device == "cuda" else device]  # an unknown device is an error
-        states[place if device == "cuda" else device] = state
-
+    put = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": states[place])
-    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(states.values()))
-    monkeypatch.setattr(torch.cuda, "set_rng_state", put)
-    monkeypatch.setattr(
-        torch.cuda, "set_rng_state_all", lambda new: [put(state, number) for number, state in enumerate(new)]
-    )
-    packed = pack_random_state()
-    states, place = {0: torch.tensor([9], dtype=torch.uint8)}, 0
-    unpack_random_state(*packed)
-    assert states[0].tolist() == [2]
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([2], dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put.append)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: pytest.fail("of all GPUs"))
+    unpack_random_state(*pack_random_state())
+    assert [state.tolist() for state in put] == [[2]]
 
 
 def test_nothing_is_pickled(make_setup, tmp_path):

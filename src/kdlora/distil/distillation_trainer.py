@@ -86,12 +86,11 @@ class DistillationTrainer(Trainer):
 
     def mean_rows(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> Any:
         """Give the number of rows to divide by: DDP averages the gradients of the processes, so it is their mean."""
-        for batch in batches:
-            if "labels" not in batch:
-                raise DataError(
-                    f"the batch has no labels, it has {', '.join(batch)}; expected a column `label` or `labels` in the "
-                    "training data, and a collator that keeps it"
-                )
+        if batch := next((batch for batch in batches if "labels" not in batch), None):
+            raise DataError(
+                f"the batch has no labels, it has {', '.join(batch)}; expected a column `label` or `labels` in the "
+                "training data, and a collator that keeps it"
+            )
         rows = sum(len(batch["labels"]) for batch in batches)
         if self.args.world_size == 1:
             return rows
@@ -107,16 +106,8 @@ class DistillationTrainer(Trainer):
         """Run the model and compute the loss; in evaluation the rows of this batch count, else those of the step."""
         known = {name: value for name, value in inputs.items() if name not in ("labels", COLUMN, LABELLED)}
         outputs = model(**known)
-        terms = self._loss_terms(outputs.logits, inputs, training=model.training)
-        if model.training:
-            self.record(terms)
-        rows = num_items_in_batch if model.training and num_items_in_batch is not None else len(terms.total)
-        loss = terms.total.sum() / rows
-        return (loss, outputs) if return_outputs else loss
-
-    def _loss_terms(self, logits: Tensor, inputs: Mapping[str, Any], *, training: bool) -> LossTerms:
         labels, teacher = inputs["labels"], None if self.distil is None else inputs.get(COLUMN)
-        if self.distil is not None and teacher is None and training:
+        if self.distil is not None and teacher is None and model.training:
             raise DataError(
                 "distil is set, but the batch has no teacher_logits; expected a column of that name in the training "
                 "data, and a collator that keeps it. TeacherLogits.attach(dataset) adds the column"
@@ -124,17 +115,14 @@ class DistillationTrainer(Trainer):
         if self.target_scale is not None:
             labels = self.target_scale.standardise(labels)
             teacher = None if teacher is None else self.target_scale.standardise(teacher)
-        distil = self.distil or DistilConfig()
-        return distillation_loss(
-            logits,
-            labels,
-            teacher,
-            kind=self.kind,
-            alpha=distil.alpha,
-            temperature=distil.temperature,
-            loss=distil.loss,
-            labelled=inputs.get(LABELLED),
-        )
+        recipe = (self.distil or DistilConfig()).model_dump(include={"alpha", "temperature", "loss"})
+        labelled = inputs.get(LABELLED)
+        terms = distillation_loss(outputs.logits, labels, teacher, kind=self.kind, labelled=labelled, **recipe)
+        if model.training:
+            self.record(terms)
+        rows = num_items_in_batch if model.training and num_items_in_batch is not None else len(terms.total)
+        loss = terms.total.sum() / rows
+        return (loss, outputs) if return_outputs else loss
 
     def record(self, terms: LossTerms) -> None:
         """Add the terms of a training batch to the running means."""

@@ -8,9 +8,10 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -73,11 +74,11 @@ def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], fresh:
     chosen: list[str] = []
     for name in names:
         matched = [layer for layer in linear if _ends_with(layer, name)]
+        found = {other: type(module).__name__ for other, module in model.named_modules() if _ends_with(other, name)}
         if not matched:
-            raise ModelError(_no_match(model, name, linear, fresh))
+            raise ModelError(_no_match(model, name, found, linear, fresh))
         # The name alone, if PEFT would find just the matched layers by it; else their full names.
-        found = {other for other, _ in model.named_modules() if _ends_with(other, name)}
-        chosen += [name] if found <= set(linear) else matched
+        chosen += [name] if found.keys() <= set(linear) else matched
     return list(dict.fromkeys(chosen))
 
 
@@ -86,8 +87,9 @@ def add_adapter(encoder: Encoder, lora: LoraConfig, *, seed: int) -> PeftModel:
     targets = resolve_targets(encoder.model, lora.targets, encoder.fresh)
     linear = _linear_layers(encoder.model, encoder.fresh)
     layers = [layer for layer in linear if any(_ends_with(layer, name) for name in targets)]
-    _check_rank(encoder.model, lora, layers)
-    words = _word_embeddings(encoder.model, lora.embedding_rank)
+    embeddings: Any = encoder.model.get_input_embeddings()
+    _check_ranks(encoder.model, lora, layers, embeddings)
+    words = [name for name, module in encoder.model.named_modules() if module is embeddings and lora.embedding_rank]
     with warnings.catch_warnings():
         # It warns of its own way to save PiSSA with patterns; `save_adapter` has another.
         warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA with rank_pattern", UserWarning)
@@ -135,7 +137,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     config.init_lora_weights = True
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)
-    config.modules_to_save = sorted(set(config.modules_to_save) & set(_wrapped(model)))
+    config.modules_to_save = sorted(set(config.modules_to_save) & _holding(model, ModulesToSaveWrapper))
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -228,13 +230,14 @@ def _ends_with(layer: str, name: str) -> bool:
     return layer == name or layer.endswith("." + name)
 
 
-def _no_match(model: PreTrainedModel, name: str, linear: Sequence[str], fresh: Sequence[str]) -> str:
-    found = [(other, type(module).__name__) for other, module in model.named_modules() if _ends_with(other, name)]
+def _no_match(
+    model: PreTrainedModel, name: str, found: Mapping[str, str], linear: Sequence[str], fresh: Sequence[str]
+) -> str:
     problem = f"lora.targets: {name!r} matches no module of this {model.config.model_type!r} model."
-    if any(_ends_with(part, own) or part.startswith(f"{own}.") for part, _ in found for own in fresh):
+    if any(_ends_with(part, own) or part.startswith(f"{own}.") for part in found for own in fresh):
         problem = f"lora.targets: {name!r} is a new module that is trained in full already; it takes no adapter."
     elif found:
-        problem = f"lora.targets: {name!r} is a {found[0][1]}; adapters go on linear layers."
+        problem = f"lora.targets: {name!r} is a {next(iter(found.values()))}; adapters go on linear layers."
     parts = {part for layer in linear for part in (_within_layer(layer), layer.rpartition(".")[2])}
     return f"{problem}{did_you_mean(name, parts)} Its linear layers are {_candidates(linear)}"
 
@@ -245,45 +248,35 @@ def _within_layer(layer: str) -> str:
 
 
 def _candidates(linear: Sequence[str]) -> str:
-    counts = Counter(_within_layer(layer) for layer in linear)
+    counts = Counter(map(_within_layer, linear))
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "none"
 
 
-def _check_rank(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[str]) -> None:
+def _check_ranks(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[str], words: Any) -> None:
     if lora.init == "orthogonal" and lora.rank % 2:
         raise ModelError(f"lora.init: orthogonal needs an even lora.rank, got {lora.rank}")
-    widths = {name: min(model.get_submodule(name).weight.shape) for name in layers}
-    narrow = min(widths, key=lambda name: widths[name])
-    if lora.init in MUTATING and lora.rank > widths[narrow]:
+    width, narrow = min((min(model.get_submodule(name).weight.shape), name) for name in layers)
+    if lora.init in MUTATING and lora.rank > width:
         raise ModelError(
             f"lora.init: {lora.init} takes the adapter out of the weights, so lora.rank can be at most "
-            f"{widths[narrow]} ({narrow} is that narrow), got {lora.rank}"
+            f"{width} ({narrow} is that narrow), got {lora.rank}"
         )
-
-
-def _word_embeddings(model: PreTrainedModel, rank: int) -> list[str]:
-    """Name the word embeddings, where they get an adapter."""
-    if not rank:
-        return []
-    words = model.get_input_embeddings()
-    width = words.weight.shape[1]
-    if rank > width:
+    if lora.embedding_rank > words.weight.shape[1]:
         raise ModelError(
-            f"lora.embedding_rank is {rank}, but the word embeddings of this {model.config.model_type!r} model are "
-            f"{width} wide; set it to {width} at most, or to 0 for no adapter"
+            f"lora.embedding_rank is {lora.embedding_rank}, but the word embeddings of this "
+            f"{model.config.model_type!r} model are {words.weight.shape[1]} wide; set it to {words.weight.shape[1]} at "
+            "most, or to 0 for no adapter"
         )
-    return [name for name, module in model.named_modules() if module is words]
 
 
 def _check_trainable(model: PeftModel, layers: Sequence[str], fresh: Sequence[str]) -> None:
     """Refuse to train with a head that stays random, or with weights that nobody asked to train."""
-    prefix = "base_model.model."
-    adapted = {name.removeprefix(prefix) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    adapted = _holding(model, LoraLayer)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     intended = {name for name, _ in model.named_parameters() if ADAPTER_PART.search(name) or TRAINED_COPY in name}
     wrong = {
         "adapters": adapted ^ set(layers),
-        "modules trained in full": set(_wrapped(model)) ^ set(fresh),
+        "modules trained in full": _holding(model, ModulesToSaveWrapper) ^ set(fresh),
         "trainable parameters": trainable ^ intended,
     }
     for what, names in wrong.items():
@@ -294,13 +287,11 @@ def _check_trainable(model: PeftModel, layers: Sequence[str], fresh: Sequence[st
             )
 
 
-def _wrapped(model: PeftModel) -> list[str]:
-    """Names, within the plain model, of the modules that are trained in full."""
-    return [
-        name.removeprefix("base_model.model.")
-        for name, module in model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    ]
+def _holding(model: PeftModel, kind: type[nn.Module]) -> set[str]:
+    """Names, within the plain model, of the modules that PEFT has put into one of its own kind."""
+    return {
+        name.removeprefix("base_model.model.") for name, module in model.named_modules() if isinstance(module, kind)
+    }
 
 
 def _weights(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kdlora.distil import precision as precision_module
-from kdlora.distil.precision import autocast, frozen_in_half, resolve_device, resolve_precision, settle_precision
+from kdlora.distil.precision import autocast, frozen_in_half, resolve_precision, settle_precision
 from kdlora.errors import ConfigError
 from kdlora.models.adapters import merge_student
 
@@ -65,22 +65,16 @@ def test_the_very_tensors_come_back(make_model):
     assert all(torch.equal(merged[name], after[name]) for name in merged)
 
 
-def test_shared_weights_stay(make_model):
-    """A linear layer whose weight is also an embedding would change the embedding."""
-    shared = nn.ModuleDict({"embedding": nn.Embedding(4, 4), "output": nn.Linear(4, 4)})
-    shared["output"].weight = shared["embedding"].weight
-    shared.requires_grad_(False)
-    with frozen_in_half(shared, "bf16") as layers:
-        assert layers == 0
-
-
-def test_dora_bases_stay(make_model):
-    """DoRA divides by the norm of the base weight; a rounded base changes every output."""
+def test_what_is_not_a_plain_layer_stays(make_model):
+    """DoRA divides by the norm of the base weight; a weight that is also an embedding would change the embedding."""
     model = make_model(dora=True).eval()
     with frozen_in_half(model, "bf16") as layers:
         assert layers > 0
-        dtypes = {name: value.dtype for name, value in model.named_parameters() if ".base_layer." in name}
-    assert set(dtypes.values()) == {torch.float32}
+        assert {value.dtype for name, value in model.named_parameters() if ".base_layer." in name} == {torch.float32}
+    shared = nn.ModuleDict({"embedding": nn.Embedding(4, 4), "output": nn.Linear(4, 4)}).requires_grad_(False)
+    shared["output"].weight = shared["embedding"].weight
+    with frozen_in_half(shared, "bf16") as layers:
+        assert layers == 0
 
 
 FASTER, SLOWER = "are faster than fp32's, as timed", "are no faster than fp32's, as timed"
@@ -121,17 +115,20 @@ def test_precision_of_a_gpu(monkeypatch, capability, expected):
     assert resolve_precision("auto", "cpu")[0] in ("bf16", "fp32")
 
 
-def test_bad_settings(monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "device", "message"),
+    [
+        ("bf61", "cpu", r"run.precision is one of .*got 'bf61'. Did you mean 'bf16'"),
+        ("fp16", "cpu", r"run\.precision is fp16, which is for CUDA"),
+        ("fp32", "gpu", r"run.device is one of .*got 'gpu'"),
+        ("fp32", "cuda", "finds no CUDA device"),
+    ],
+)
+def test_bad_settings(monkeypatch, tmp_path, precision, device, message):
     """A misspelt precision must not fall back to another one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"run.precision is one of .*got 'bf61'. Did you mean 'bf16'"):
-        resolve_precision("bf61", "cpu")
-    with pytest.raises(ConfigError, match=r"run\.precision is fp16, which is for CUDA"):
-        resolve_precision("fp16", "cpu")
-    with pytest.raises(ConfigError, match=r"run.device is one of .*got 'gpu'"):
-        resolve_device("gpu")
-    with pytest.raises(ConfigError, match="finds no CUDA device"):
-        resolve_device("cuda")
+    with pytest.raises(ConfigError, match=message):
+        settle_precision(precision, device, tmp_path / "precision.json")
 
 
 def test_auto_is_timed_once_for_all_that_share_a_file(tmp_path, monkeypatch):
@@ -146,5 +143,3 @@ def test_auto_is_timed_once_for_all_that_share_a_file(tmp_path, monkeypatch):
     file.write_text("{")  # a damaged answer is no answer
     assert settle_precision("auto", "cpu", file)[0] == "fp32"
     assert settle_precision("auto", "cpu", tmp_path / "other.json")[0] == "fp32"
-    with pytest.raises(ConfigError, match=r"run\.precision is one of"):
-        settle_precision("bf61", "cpu", file)

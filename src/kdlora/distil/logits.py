@@ -33,28 +33,17 @@ _AHEAD_ROWS = 4 * SLICE_ROWS
 
 @dataclass(frozen=True, eq=False)
 class TeacherLogits:
-    """A teacher's outputs, keyed by example id.
+    """A teacher's outputs, keyed by example id."""
 
-    Attributes:
-        ids: one id per row, unique.
-        logits: float32 (rows, labels), finite, columns in the order of `label_names`.
-        label_names: the task's labels in its order.
-        fingerprint: of all that made the logits.
-        versions: library versions that made them.
-        truncated: texts that the teacher read cut.
-        source: folder or file, for messages.
-        from_probabilities: they are logarithms of probabilities (log-odds in a multi-label task); KL alone compares
-            these, since a probability of 0 has no logarithm.
-    """
-
-    ids: pa.Array
-    logits: np.ndarray
-    label_names: tuple[str, ...]
-    fingerprint: str
-    versions: Mapping[str, str] = field(default_factory=dict)
-    truncated: int = 0
-    source: str = "the teacher's logits"
+    ids: pa.Array  # one per row, unique
+    logits: np.ndarray  # float32 (rows, labels), finite, columns in the order of `label_names`
+    label_names: tuple[str, ...]  # the task's labels in its order
+    fingerprint: str  # of all that made the logits
+    versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that made them
+    truncated: int = 0  # texts that the teacher read cut
+    source: str = "the teacher's logits"  # folder or file, for messages
     from_probabilities: bool = False
+    """They are logarithms of probabilities (log-odds in a multi-label task), which KL alone compares: 0 has none."""
 
     @classmethod
     def of(cls, store: LogitStore, label_names: Sequence[str], task: Task) -> TeacherLogits:

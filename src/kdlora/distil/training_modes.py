@@ -24,9 +24,6 @@ _LARGEST_THRESHOLD = 32 * 2**20
 _users: list[object] = []
 
 
-ADAPTER_DROPOUT = "lora_dropout"
-
-
 @contextmanager
 def freed_memory_kept(device: torch.device) -> Iterator[bool]:
     """Let this process reuse the large blocks that it frees, in place of giving each back to the system.
@@ -85,7 +82,7 @@ def _places(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Find dropout modules, and the numbers that attention functions read in place of one (ModernBERT)."""
     found: list[tuple[nn.Module, str]] = []
     for path, module in model.named_modules():
-        if ADAPTER_DROPOUT in path.split("."):
+        if "lora_dropout" in path.split("."):
             continue
         if isinstance(module, nn.Dropout):
             found.append((module, "p"))
@@ -110,21 +107,15 @@ def activations_recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
             f"train.gradient_checkpointing: {type(base).__name__} cannot compute its layers again; lower "
             "train.micro_batch_tokens to save memory"
         )
-    with _old_names():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of new names, which older releases do not have
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         yield
     finally:
-        with _old_names():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             base.gradient_checkpointing_disable()
-
-
-@contextmanager
-def _old_names() -> Iterator[None]:
-    """Quieten transformers, whose new names its older releases do not have."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 @contextmanager
@@ -133,18 +124,15 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
     Under that forward, a model trained in bf16 would go on computing in bf16 wherever it is used afterwards.
     """
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    known = config is not None and "use_cache" in vars(config)
-    own_forward = vars(model).get("forward")
+    config: Any = getattr(model, "config", None)
+    noted = {} if config is None else {name: value for name, value in vars(config).items() if name == "use_cache"}
+    own = {name: value for name, value in vars(model).items() if name == "forward"}
     try:
         yield
     finally:
         vars(model).pop("_original_forward", None)
         vars(model).pop("forward", None)
-        if own_forward is not None:
-            vars(model)["forward"] = own_forward
-        if known and config is not None:
-            config.use_cache = use_cache
-        elif config is not None:
+        vars(model).update(own)
+        if config is not None:
             vars(config).pop("use_cache", None)
+            vars(config).update(noted)

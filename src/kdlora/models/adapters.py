@@ -8,7 +8,8 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,8 @@ def add_adapter(encoder: Encoder, lora: LoraConfig, *, seed: int) -> PeftModel:
     embeddings: Any = encoder.model.get_input_embeddings()
     _check_ranks(encoder.model, lora, layers, embeddings)
     words = [name for name, module in encoder.model.named_modules() if module is embeddings and lora.embedding_rank]
-    with warnings.catch_warnings():
-        # It warns of its own way to save PiSSA with patterns; `save_adapter` has another.
-        warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA with rank_pattern", UserWarning)
+    with _quiet_peft(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         config = PeftLoraConfig(
             task_type=TaskType.SEQ_CLS,
             r=lora.rank,
@@ -107,10 +107,6 @@ def add_adapter(encoder: Encoder, lora: LoraConfig, *, seed: int) -> PeftModel:
             modules_to_save=[name for name in encoder.fresh if name not in ("classifier", "score")],  # PEFT adds these
             revision=encoder.revision,
         )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT reads a property that transformers renamed.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        torch.default_generator.manual_seed(seed)
         model = get_peft_model(encoder.model, config)
     _check_trainable(model, [*layers, *words], encoder.fresh)
     if lora.init in MUTATING:
@@ -147,9 +143,17 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 def load_adapter(encoder: Encoder, folder: Path) -> PeftModel:
     """Put a saved adapter with its head on its freshly loaded base, in place; merged, it is what was trained."""
-    with warnings.catch_warnings():  # as in `add_adapter`
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+    with _quiet_peft():
         return PeftModel.from_pretrained(encoder.model, folder)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Leave out two warnings: of a property that transformers renamed, and of PEFT's way to save PiSSA, not ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA with rank_pattern", UserWarning)
+        yield
 
 
 def add_base(folder: Path, encoder: Encoder, *, address: Path) -> None:

@@ -31,24 +31,16 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "attention_window")
 
 @dataclass
 class Encoder:
-    """A model that classifies texts, with its own tokenizer.
+    """A model that classifies texts, with its own tokenizer."""
 
-    Attributes:
-        model: transformers model in fp32, whose config carries label names and problem type.
-        tokenizer: the model's own; `model_max_length` is what the model can really take.
-        fresh: names of the modules that the checkpoint did not train for this task: what it lacks, and the
-            classification head. They are trained and saved in full beside any adapter.
-        source: folder (absolute) or Hub id.
-        revision: commit, tag or branch on the Hub.
-        layers: layers of `source` that the model was cut from; None: all of them.
-    """
-
-    model: PreTrainedModel = field(repr=False)
-    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    model: PreTrainedModel = field(repr=False)  # in fp32; its config carries label names and problem type
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)  # its `model_max_length` is what the model can really take
     fresh: tuple[str, ...]
-    source: str
-    revision: str | None = None
-    layers: tuple[int, ...] | None = None
+    """Modules that the checkpoint did not train for this task: what it lacks, and the classification head. They are
+    trained and saved in full beside any adapter."""
+    source: str  # folder (absolute) or Hub id
+    revision: str | None = None  # commit, tag or branch on the Hub
+    layers: tuple[int, ...] | None = None  # layers of `source` that the model was cut from; None: all of them
 
     @property
     def width(self) -> int:

@@ -131,12 +131,6 @@ def draw_blow(
     return Blow(stage, draw.uniform(0.0, 0.9) * timings[stage], number=number, victim=victim)
 
 
-def summarise(logs: dict[str, Log]) -> str:
-    """Sum up every part that has results, as Markdown."""
-    parts = [summary(logs[part].lines()) for part, summary in SUMMARIES.items() if logs[part].lines()]
-    return "\n".join(f"- {line}" for part in parts for line in part) or "nothing was run yet"
-
-
 def sum_up_kills(lines: list[Line]) -> list[str]:
     """Say what was struck, with what, and what differed."""
     struck = [line for line in lines if line["struck"]]
@@ -172,8 +166,7 @@ def sum_up_fuzzing(lines: list[Line]) -> list[str]:
     return [f"fuzzing: {seconds:.0f} s and {tries:,} tries over {targets}; findings: {findings or 'none'}"]
 
 
-PARTS = {"kill": strike, "share": compete, "fuzz": fuzz}
-SUMMARIES = {"kill": sum_up_kills, "share": sum_up_meetings, "fuzz": sum_up_fuzzing}
+PARTS = {"kill": (strike, sum_up_kills), "share": (compete, sum_up_meetings), "fuzz": (fuzz, sum_up_fuzzing)}
 
 
 def main() -> None:
@@ -191,8 +184,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     logs = {part: Log(options.out / f"{part}.jsonl") for part in PARTS}
     if options.part != "summary":
-        PARTS[options.part](options, logs[options.part], build_workshop(options.out / "workshop"))
-    print(summarise(logs))
+        PARTS[options.part][0](options, logs[options.part], build_workshop(options.out / "workshop"))
+    for part, (_, sum_up) in PARTS.items():
+        for line in sum_up(logs[part].lines()) if logs[part].lines() else ():
+            print(f"- {line}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     python benchmarks/strangers.py prepare --data SHARED --models DIR --out OUT
     python benchmarks/strangers.py run --out OUT [--sets NAME ...] [--pairs NAME ...] [--minutes 30]
-    python benchmarks/strangers.py report --out OUT [--keep FILE.json]
-    python benchmarks/strangers.py report --kept FILE.json
+    python benchmarks/strangers.py report --out OUT
 
 `prepare` writes the sets that the plan (strangers.yaml, or --plan FILE) declares as CSV and JSON Lines, and the plan
 beside them. `run` carries out what is not finished, the cheapest sets first; after --minutes it stops, in the middle of
@@ -58,8 +57,7 @@ class Workshop:
     def state(self, job: Job) -> dict[str, Any]:
         """Say how far an experiment is; `seconds` counts every attempt."""
         file = self.folder(job, ".json")
-        nothing = {"finished": False, "seconds": 0.0, "notes": []}
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else nothing
+        return json.loads(file.read_text()) if file.exists() else {"finished": False, "seconds": 0.0}
 
     def cost(self, job: Job) -> int:
         """Compare sets by training text and teacher, so that the cheapest come first."""
@@ -95,13 +93,9 @@ def run(options: argparse.Namespace) -> int:
     for what, known in (("sets", shop.plan.sets), ("pairs", shop.plan.pairs), ("settings", shop.plan.settings)):
         if unknown := set(getattr(options, what) or ()) - set(known):
             raise SystemExit(f"--{what}: no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    asked = (options.pairs, options.sets, options.settings)
+    asked = [(options.pairs, "pair"), (options.sets, "dataset"), (options.settings, "settings")]
     jobs = [
-        job
-        for job in plan_jobs(shop.plan)
-        if all(
-            not names or name in names for name, names in zip((job.pair, job.dataset, job.settings), asked, strict=True)
-        )
+        job for job in plan_jobs(shop.plan) if all(not names or getattr(job, field) in names for names, field in asked)
     ]
     failed = left = False
     for job in sorted(jobs, key=shop.cost):
@@ -139,9 +133,8 @@ def carry_out(shop: Workshop, job: Job, end: float) -> bool:
         with stopped_at(end):
             result = run_experiment(configure(shop.plan, job, shop.out, shop.models), folder)
         faults = [f"{record.arm} with seed {record.seed}: {record.error}" for record in result.failed]
-        notes = [*result.notes, *(note for record in result.records for note in record.notes)]
         shipped = result.shipped and [result.shipped.arm, result.shipped.seed]
-        state |= {"finished": not faults, "shipped": shipped, "notes": list(dict.fromkeys([*state["notes"], *notes]))}
+        state |= {"finished": not faults, "shipped": shipped}
     except TimeIsUp:
         pass
     except KdLoraError as error:
@@ -162,20 +155,12 @@ def remove_weights(layout: ExperimentLayout) -> None:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Print the tables of what is finished, or of a kept file."""
+    """Print the tables of what is finished."""
     from strangers_report import collect, render
 
-    if options.kept is not None:
-        figures = json.loads(options.kept.read_text(encoding="utf-8"))
-    elif options.out is not None:
-        shop = open_workshop(options.out)
-        states = {job: shop.state(job) for job in plan_jobs(shop.plan)}
-        figures = collect(shop.plan, shop.out, states, options.draws)
-    else:
-        raise SystemExit("report wants --out FOLDER or --kept FILE.json")
-    if options.keep is not None:
-        write_json_atomic(options.keep, figures)
-    print(render(figures))
+    shop = open_workshop(options.out)
+    states = {job: shop.state(job) for job in plan_jobs(shop.plan)}
+    print(render(shop.plan, collect(shop.plan, shop.out, states, options.draws)))
     return 0
 
 
@@ -184,7 +169,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_line(__doc__)
     verbs = parser.add_subparsers(required=True)
     places: dict[str, Any] = {"type": Path, "required": True}
-    for action, names in ((prepare, ("data", "models", "out")), (run, ("out",)), (report, ())):
+    for action, names in ((prepare, ("data", "models", "out")), (run, ("out",)), (report, ("out",))):
         verb = verbs.add_parser(action.__name__)
         verb.set_defaults(action=action)
         for name in names:
@@ -196,8 +181,6 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
                 verb.add_argument(f"--{name}", nargs="+")
             verb.add_argument("--minutes", type=float, default=1e6)
         else:
-            for name in ("out", "keep", "kept"):
-                verb.add_argument(f"--{name}", type=Path)
             verb.add_argument("--draws", type=int, default=2_000)
     return parser.parse_args(arguments)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from strangers_plan import DataSet, Plan
 
 from kdlora.data.load import split_rows
@@ -91,27 +91,24 @@ def _draw(own: DataSet, rows: list[Row], limit: int | None, seed: int) -> list[i
     if limit is None or limit >= len(rows):
         return list(range(len(rows)))
     labels = [row[own.label] for row in rows]
-    numbers = all(isinstance(_number_or_text(label), float) for label in labels)
-    classes = None if numbers else np.unique(labels, return_inverse=True)[1]
+    classes = None if _numbers(labels) else np.unique(labels, return_inverse=True)[1]
     return [int(row) for row in split_rows(len(rows), limit / len(rows), seed, classes)[1]]
 
 
 def _write(file: Path, own: DataSet, rows: list[Row]) -> None:
-    columns = [column for column in own.columns if column in rows[0]]
+    frame = pd.DataFrame(rows, columns=[column for column in own.columns if column in rows[0]])
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8", newline="") as out:
-        if own.format == "csv":
-            writer = csv.DictWriter(out, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-            return
-        for row in rows:
-            values = {name: _number_or_text(row[name]) if name == own.label else row[name] for name in columns}
-            out.write(json.dumps(values, ensure_ascii=False) + "\n")
+    if own.format == "csv":
+        frame.to_csv(file, index=False, lineterminator="\r\n")
+        return
+    if own.label in frame and (numbers := _numbers(frame[own.label])):
+        frame[own.label] = numbers
+    frame.to_json(file, orient="records", lines=True, force_ascii=False)
 
 
-def _number_or_text(text: str) -> float | str:
+def _numbers(labels: Sequence[str]) -> list[float]:
+    """Read labels as numbers; nothing where one is none."""
     try:
-        return float(text)
+        return [float(label) for label in labels]
     except ValueError:
-        return text
+        return []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,6 @@ def collect(plan: Plan, out: Path, states: Mapping[Job, Figures], draws: int) ->
         for (pair, half, name), parts in pairs.items()
     ]
     return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "plan": plan.model_dump(mode="json"),
         "unfinished": [job.name for job in jobs if not states[job]["finished"]],
         "cells": list(cells.values()),
         "means": means,
@@ -123,10 +120,10 @@ def count_claims(plan: Plan) -> int:
     return max(1, sum(settings <= set(own.settings) for own in pairs for settings in needed))
 
 
-def render(figures: Figures) -> str:
+def render(plan: Plan, figures: Figures) -> str:
     """Write the tables as Markdown."""
-    plan, cells = Plan.model_validate(figures["plan"]), figures["cells"]
-    lines = [f"Printed from figures of {figures['date']}; {len(figures['unfinished'])} experiments are not finished."]
+    cells = figures["cells"]
+    lines = [f"{len(figures['unfinished'])} experiments are not finished."]
     for made in dict.fromkeys(", ".join(f"{key} {value}" for key, value in cell["made"].items()) for cell in cells):
         lines.append(f"Made by {made}.")
     for name in dict.fromkeys(cell["pair"] for cell in cells):

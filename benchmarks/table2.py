@@ -22,7 +22,6 @@ from table2_measure import METHODS, RANK, TIMED, Conditions, Timing, time_method
 from table2_models import BATCH, SIZES, TRAIN_COUNTS, count, lengths_of, padded_tokens, widest_batch
 
 from kdlora.distil.precision import resolve_precision
-from kdlora.errors import ConfigError
 from kdlora.models.adapters import ParameterCounts
 from kdlora.report.paper import COSTS
 from kdlora.system.children import run_in_child
@@ -62,10 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, help="time one of so many batches (default: 8; on CUDA 1, all)")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     options = parser.parse_args(arguments)
-    try:
-        options.precision, options.reason = resolve_precision("auto", options.device)
-    except ConfigError as fault:
-        parser.error(str(fault))
+    options.precision, options.reason = resolve_precision("auto", options.device)
     runs, every = DEFAULTS[options.device]
     options.runs, options.every = options.runs or runs, options.every or every
     return options
@@ -124,7 +120,6 @@ def conditions_text(results: Results, options: argparse.Namespace) -> str:
 
 
 def _title(family: str, name: str) -> str:
-    """Name the model that a method trains or runs."""
     return SIZES[family][name.startswith("KD-LoRA")].title
 
 

@@ -12,6 +12,7 @@ import torch
 from table2_measure import TIMED, Conditions, Timing, train_steps
 from table2_models import SIZES, TRAIN_COUNTS, VALIDATION_COUNTS, Size, batches_to_run, count, lengths_of, padded_tokens
 
+from kdlora.errors import ConfigError
 from kdlora.system.children import run_in_child
 
 PUBLISHED = {
@@ -103,8 +104,7 @@ def test_the_command_measures_and_writes_what_it_prints(tmp_path, monkeypatch, c
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_without_a_device_is_refused(capsys):
+def test_cuda_without_a_device_is_refused():
     """CPU figures under the heading of a GPU."""
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match="finds no CUDA device"):
         table2.parse(["--device", "cuda"])
-    assert "finds no CUDA device" in capsys.readouterr().err

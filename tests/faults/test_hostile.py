@@ -7,6 +7,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import yaml
 
@@ -17,8 +18,16 @@ from tiny import sentiment_rows
 
 pytest_plugins = ["experiment_fixtures"]
 
-LABELS = ("<script>document.title='owned'</script>", "../../x|`y`\n# \\input{/etc/passwd}")
-IDS = ("../../../{}", '"><img src=x onerror=1>{}', "[red]{}[/red]", "a|b\n{}", "{}\u202e\u2028", "=cmd|' /C calc'!A{}")
+LABELS = ("<script>document.title='owned'</script> ", "\x85../../x|`y`\n# \\input{/etc/passwd}")
+IDS = (
+    "../../../{}",
+    '"><img src=x onerror=1>{}',
+    "[red]{}[/red]",
+    "a|b\n{}",
+    "{}\u202e\u2028",
+    "=cmd|' /C calc'!A{}",
+    "{} ",
+)
 TEXTS = (
     "</style><script>document.title='owned'</script> {}",
     "![x](http://192.0.2.1/{}.png) | a | b |\n---\n# heading",
@@ -164,6 +173,7 @@ def test_the_student_answers_with_the_labels_as_they_are(hostile, cli, tmp_path)
     plain, exported = Classifier.load(layout.student), Classifier.load(layout.onnx)
     one, two = plain.predict_logits(texts), exported.predict_logits(texts)
     assert abs(one - two).max() < 1e-3
+    np.testing.assert_allclose(one, read_predictions(layout.run("kd-lora", 0).predictions).logits, atol=1e-3)
     shown = cli("predict", layout.student, root / "validation.jsonl", "--id-column", IDENT)
     assert shown.code == 0, shown.err
     answers = [json.loads(line) for line in shown.out.split("\n") if line]

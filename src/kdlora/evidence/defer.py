@@ -1,0 +1,183 @@
+"""Which answers of a classifier may be acted on: how sure it is, and the error rate that can be promised for the rest.
+
+A threshold is promised by a test on rows that chose nothing else. The wrong ones among the answered are binomial; "more
+than `error` of the answers are wrong" is rejected where so few wrong ones would be too unlikely. The thresholds are tested
+in an order that other rows fixed, from the one that looks safest there to those that answer more. The first one that is
+not rejected ends the test, so the promise holds with the stated confidence for whichever threshold is chosen.
+
+*Source*: Angelopoulos et al., "Learn then Test", Annals of Applied Statistics 19(2), 2025, section 3 (fixed sequence);
+for answers and their error rate, Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks", NIPS 2017.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from kdlora.errors import DataError
+from kdlora.evidence.metrics import probabilities
+
+Sureness = Literal["probability", "margin", "energy"]
+SURENESS: tuple[Sureness, ...] = get_args(Sureness)
+
+_COVERAGES = np.arange(1, 201) / 200
+_MOST_ROWS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Promise:
+    """An error rate that holds for the answered texts, with a stated confidence.
+
+    Attributes:
+        error: the share of wrong answers that is not exceeded, 0..1.
+        confidence: how sure that is, 0..1, over the draw of the rows that it was tested on.
+        sureness: what is compared with the threshold.
+        threshold: a text is answered where its sureness is at least this.
+        rows: labelled rows of the test.
+        answered: of them, those at or above the threshold.
+        wrong: of the answered, the wrong ones.
+    """
+
+    error: float
+    confidence: float
+    sureness: Sureness
+    threshold: float
+    rows: int
+    answered: int
+    wrong: int
+
+    @property
+    def coverage(self) -> float:
+        """The share of the rows that is answered, 0..1."""
+        return self.answered / self.rows
+
+
+class NoPromiseError(DataError):
+    """The rows do not allow the promise; the message says how many would, or that no number does."""
+
+
+def measure_sureness(logits: np.ndarray, how: Sureness = "probability", temperature: float = 1.0) -> np.ndarray:
+    """Say how sure a single-label classifier is of each text.
+
+    Args:
+        logits: (texts, labels).
+        how: "probability": the largest probability; "margin": the largest less the second; "energy": the logarithm of
+            the sum of the exponentials of the logits (Liu et al., "Energy-based Out-of-distribution Detection", eq. 4).
+        temperature: logits are divided by it.
+
+    Returns:
+        float64 (texts,), larger where the model is surer.
+
+    Raises:
+        ValueError: another word for `how`.
+    """
+    if how == "energy":
+        return np.asarray(temperature * np.logaddexp.reduce(logits.astype(np.float64) / temperature, axis=1))
+    ordered = np.sort(probabilities(logits, "single-label", temperature), axis=1)
+    if how == "probability":
+        return np.asarray(ordered[:, -1])
+    if how == "margin":
+        return np.asarray(ordered[:, -1] - ordered[:, -2])
+    raise ValueError(f"expected one of {', '.join(SURENESS)}, got {how!r}")
+
+
+def risk_coverage(sureness: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give the error rate at every coverage, the surest texts first.
+
+    Args:
+        sureness: (texts,).
+        wrong: bool (texts,).
+
+    Returns:
+        Coverage and error rate, both 0..1 and ascending in coverage; texts that are equally sure make one point.
+    """
+    order = np.argsort(-sureness, kind="stable")
+    answered, mistakes = np.arange(1, len(order) + 1), np.cumsum(wrong[order])
+    last = np.append(np.diff(sureness[order]) != 0, True)
+    return answered[last] / len(order), mistakes[last] / answered[last]
+
+
+def area_under_risk(sureness: np.ndarray, wrong: np.ndarray) -> float:
+    """Give the mean error rate over all coverages, 0..1: what deferring is worth at no threshold in particular."""
+    coverage, risk = risk_coverage(sureness, wrong)
+    return float(np.sum(risk * np.diff(coverage, prepend=0.0)))
+
+
+def promise_error(
+    sureness: np.ndarray,
+    wrong: np.ndarray,
+    *,
+    other: tuple[np.ndarray, np.ndarray],
+    error: float = 0.02,
+    confidence: float = 0.95,
+    how: Sureness = "probability",
+) -> Promise:
+    """Find the lowest threshold whose answers are wrong in at most `error` of the cases, with `confidence`.
+
+    Args:
+        sureness: (rows,) of labelled rows that chose neither the model nor anything else.
+        wrong: bool (rows,), whether the model's label is wrong.
+        other: the same two of other rows, such as validation: they fix the order of the thresholds.
+        error: the promised rate, above 0 and below 1.
+        confidence: above 0 and below 1.
+        how: what `sureness` is; it is kept with the promise.
+
+    Returns:
+        The promise.
+
+    Raises:
+        NoPromiseError: no threshold passes.
+        DataError: rates that are no rates, or no rows.
+    """
+    for name, value in (("error", error), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise DataError(f"{name} must be above 0 and below 1, got {value:g}.")
+    if not len(sureness) or not len(other[0]):
+        raise DataError(f"expected labelled rows on both sides, got {len(sureness)} and {len(other[0])}.")
+    found = None
+    for threshold in order_thresholds(*other, len(sureness), error):
+        chosen = sureness >= threshold
+        answered, mistakes = int(chosen.sum()), int(wrong[chosen].sum())
+        if rarity(answered, mistakes, error) > 1 - confidence:
+            break
+        found = Promise(error, confidence, how, float(threshold), len(sureness), answered, mistakes)
+    if found is None:
+        raise NoPromiseError(_refuse(sureness, wrong, error, confidence))
+    return found
+
+
+def order_thresholds(sureness: np.ndarray, wrong: np.ndarray, rows: int, error: float) -> list[float]:
+    """Give the thresholds that answer 0.5%, 1%, ... of these rows, from the one that a test on `rows` rows favours."""
+    thresholds = np.unique(np.quantile(sureness, 1 - _COVERAGES, method="lower"))[::-1]
+    thresholds[-1] = -np.inf  # the last one answers everything
+    chosen = sureness >= thresholds[:, None]
+    share, mistakes = chosen.mean(axis=1), (chosen & wrong).mean(axis=1)
+    # One mistake more than was seen, spread over these rows: that none was seen among few of them says little.
+    expected = np.ceil((mistakes + 1 / len(sureness)) * rows)
+    return list(map(float, thresholds[int(np.argmin(rarity(np.floor(share * rows), expected, error))) :]))
+
+
+def rarity(answered: Any, wrong: Any, error: float) -> Any:
+    """Give the probability of so few wrong answers, or fewer, where the share `error` is wrong."""
+    from scipy.stats import binom  # here: whoever only predicts does without it
+
+    return binom.cdf(wrong, answered, error)
+
+
+def _refuse(sureness: np.ndarray, wrong: np.ndarray, error: float, confidence: float) -> str:
+    """Say what is missing: rows, or a better model."""
+    said = (
+        f"an error of at most {error:.1%} cannot be promised with {confidence:.0%} confidence on {len(sureness)} rows"
+    )
+    coverage, risk = risk_coverage(sureness, wrong)
+    places = np.unique(np.searchsorted(coverage, np.arange(0.05, 1.0, 0.05)).clip(max=len(coverage) - 1))
+    coverage, risk = coverage[places], risk[places]
+    for rows in np.unique(np.geomspace(10, _MOST_ROWS, 200).astype(int)):
+        answered = np.floor(coverage * rows)
+        if (rarity(answered, np.ceil(risk * answered), error) <= 1 - confidence).any():
+            if rows > len(sureness):
+                return f"{said}; about {rows:,} labelled rows would do."
+            return f"{said}: wrong answers lie among the surest. Allow a larger error, or give more rows."
+    return f"{said}, nor on more: of the surest rows {risk.min():.1%} are wrong. Allow a larger error."

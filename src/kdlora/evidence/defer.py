@@ -1,7 +1,7 @@
 """Which answers of a classifier may be acted on: how sure it is, and the error rate that can be promised for the rest.
 
 A threshold is promised by a test on rows that chose nothing else. The wrong ones among the answered are binomial; "more
-than `error` of the answers are wrong" is rejected where so few wrong ones would be too unlikely. The thresholds are tested
+than `error` of the answers are wrong" is rejected where so few wrong ones would be too unlikely. Thresholds are tested
 in an order that other rows fixed, from the one that looks safest there to those that answer more. The first one that is
 not rejected ends the test, so the promise holds with the stated confidence for whichever threshold is chosen.
 

@@ -1,0 +1,245 @@
+"""A small model that answers what it is sure of, and a large one, or a service, that answers the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+
+from kdlora.deploy.encode import Text
+from kdlora.deploy.gates import LabelledTexts
+from kdlora.deploy.predict import Classifier, Prediction
+from kdlora.errors import DataError, ModelError
+from kdlora.evidence.defer import Sureness, measure_sureness
+
+Service = Callable[[Sequence[Text]], Sequence[str]]
+"""A teacher of the user's own: from texts to the name of a label for each."""
+
+STREAM_ROWS = 1_024
+_SHARES = tuple(np.arange(0, 101) / 100)
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeAnswer:
+    """What the cascade says about one text.
+
+    Attributes:
+        label: the label.
+        by: who gave it.
+        probabilities: label name to probability, of whoever gave it; empty where that was a function.
+        sureness: of the student.
+    """
+
+    label: str
+    by: Literal["student", "teacher"]
+    probabilities: dict[str, float]
+    sureness: float
+
+
+class Cascade:
+    """The student answers where it is sure enough; the teacher answers the rest.
+
+    Example:
+        >>> cascade = Cascade.load("runs/sst2/student-onnx", "runs/sst2/teacher", 0.9)  # doctest: +SKIP
+        >>> cascade.predict(["a charming journey"])[0].by  # doctest: +SKIP
+        'student'
+    """
+
+    def __init__(
+        self,
+        student: Classifier,
+        teacher: Classifier | Service,
+        threshold: float,
+        *,
+        sureness: Sureness = "probability",
+    ) -> None:
+        """Join two loaded models; most callers want `load`.
+
+        Args:
+            student: a single-label classifier.
+            teacher: a classifier with the same labels, or a function from texts to label names.
+            threshold: the student answers where its sureness is at least this.
+            sureness: what is compared with it.
+
+        Raises:
+            ModelError: another kind of task, or labels that differ.
+            DataError: the threshold is no number.
+        """
+        for model in (student, teacher):
+            if isinstance(model, Classifier) and model.folder.kind != "single-label":
+                raise ModelError(f"{model.folder.path}: a cascade wants single-label models, got {model.folder.kind}.")
+        if isinstance(teacher, Classifier) and (odd := set(student.label_names) ^ set(teacher.label_names)):
+            raise ModelError(
+                f"student and teacher must have the same labels; only one of them has {', '.join(sorted(odd)):.200}."
+            )
+        if not isinstance(threshold, int | float) or np.isnan(threshold):
+            raise DataError(f"the threshold of a cascade must be a number, got {threshold!r:.80}.")
+        self.student, self.teacher, self.threshold, self.sureness = student, teacher, threshold, sureness
+
+    @classmethod
+    def load(
+        cls,
+        student: str | Path,
+        teacher: str | Path | Service,
+        threshold: float,
+        *,
+        sureness: Sureness = "probability",
+        threads: int | None = None,
+    ) -> Cascade:
+        """Load both models.
+
+        Args:
+            student: folder or Hub id of the small model.
+            teacher: folder or Hub id of the large one, in PyTorch or ONNX; or a function from texts to label names.
+            threshold: as in `Cascade`.
+            sureness: as in `Cascade`.
+            threads: as in `Classifier.load`.
+
+        Returns:
+            The cascade, ready to predict.
+
+        Raises:
+            ModelError: a folder that is no model, another kind of task, labels that differ.
+        """
+        large = Classifier.load(teacher, threads=threads) if isinstance(teacher, str | Path) else teacher
+        return cls(Classifier.load(student, threads=threads), large, threshold, sureness=sureness)
+
+    def predict(self, texts: Sequence[Text]) -> list[CascadeAnswer]:
+        """Answer texts, in the order given.
+
+        Args:
+            texts: as in `Classifier.predict`.
+
+        Returns:
+            One answer for each.
+
+        Raises:
+            DataError: an empty text; a function that gives another number of labels, or one that nobody knows.
+        """
+        logits = self.student.predict_logits(texts)
+        sure = measure_sureness(logits, self.sureness, self.student.folder.temperature) if len(logits) else np.empty(0)
+        answers = self.student.to_predictions(logits)
+        handed_on = np.flatnonzero(sure < self.threshold).tolist()
+        taken = dict(zip(handed_on, self._ask([texts[row] for row in handed_on]), strict=True))
+        return [
+            CascadeAnswer(
+                str((taken.get(row) or own).label),
+                "teacher" if row in taken else "student",
+                (taken.get(row) or own).probabilities,
+                float(sure[row]),
+            )
+            for row, own in enumerate(answers)
+        ]
+
+    def predict_stream(self, texts: Iterable[Text], *, rows: int = STREAM_ROWS) -> Iterator[CascadeAnswer]:
+        """Answer texts one after another, with `rows` of them in memory at a time.
+
+        Args:
+            texts: any iterable.
+            rows: texts that are read before the first is answered.
+
+        Yields:
+            One answer for each text, in the order given.
+        """
+        source = iter(texts)
+        while block := list(islice(source, rows)):
+            yield from self.predict(block)
+
+    def _ask(self, texts: list[Text]) -> list[Prediction]:
+        """Let the teacher answer."""
+        if not texts:
+            return []
+        if isinstance(self.teacher, Classifier):
+            return self.teacher.predict(texts)
+        labels = list(self.teacher(texts))
+        if len(labels) != len(texts):
+            raise DataError(
+                f"expected one label a text from the teacher's function, got {len(labels)} of {len(texts)}."
+            )
+        if unknown := [label for label in labels if label not in self.student.label_names]:
+            raise DataError(
+                f"the teacher's function gave {unknown[0]!r:.80}; the labels are {', '.join(self.student.label_names):.200}."
+            )
+        return [Prediction(label, {}) for label in labels]
+
+
+@dataclass(frozen=True)
+class CascadePoint:
+    """A cascade at one threshold.
+
+    Attributes:
+        threshold: of the student's sureness.
+        handed_on: share of the texts that the teacher answers, 0..1.
+        score: of the cascade, 0..100.
+        cost: time of the cascade as a share of the teacher's, 0..1 and more.
+    """
+
+    threshold: float
+    handed_on: float
+    score: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class CascadeCurve:
+    """Cascades of one student and one teacher, from none to all of the texts handed on.
+
+    Attributes:
+        student_seconds: for all texts.
+        teacher_seconds: for all texts.
+        texts: how many.
+        points: in the order of what is handed on.
+    """
+
+    student_seconds: float
+    teacher_seconds: float
+    texts: int
+    points: tuple[CascadePoint, ...]
+
+    def as_good_as_teacher(self, within: float = 0.2) -> CascadePoint:
+        """Give the cheapest point that is at most `within` points below the teacher alone."""
+        return next(point for point in self.points if point.score >= self.points[-1].score - within)
+
+
+def measure_cascade(
+    student: Classifier, teacher: Classifier, given: LabelledTexts, *, sureness: Sureness = "probability"
+) -> CascadeCurve:
+    """Score every share of handed-on texts on labelled rows, with the time that both models take for them.
+
+    Args:
+        student: a single-label classifier.
+        teacher: one with the same labels.
+        given: texts, labels and task.
+        sureness: what is compared with the threshold.
+
+    Returns:
+        The curve. A threshold that is read off it was chosen on these rows: judge it on others.
+
+    Raises:
+        DataError: no labels.
+        ModelError: labels that differ.
+    """
+    Cascade(student, teacher, 0.0, sureness=sureness)
+    if given.task is None or given.labels is None:
+        raise DataError("a cascade is scored on labelled rows; give a labelled file.")
+    texts, outputs, seconds = given.checked_texts("text"), [], []
+    for model in (student, teacher):
+        model.predict_logits(texts[:32])
+        start = perf_counter()
+        outputs.append(model.predict_logits(texts))
+        seconds.append(perf_counter() - start)
+    small, large = outputs[0], outputs[1][:, [teacher.label_names.index(name) for name in student.label_names]]
+    sure = measure_sureness(small, sureness, student.folder.temperature)
+    thresholds = np.append(np.unique(np.quantile(sure, _SHARES[:-1], method="lower")), np.inf)
+    points = []
+    for threshold in thresholds:
+        passed = sure < threshold
+        share = float(passed.mean())
+        total = given.score(given.task, np.where(passed[:, None], large, small))
+        points.append(CascadePoint(float(threshold), share, total, seconds[0] / seconds[1] + share))
+    return CascadeCurve(seconds[0], seconds[1], len(texts), tuple(points))

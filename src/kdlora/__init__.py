@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kdlora.data.tasks import Task as Task
     from kdlora.deploy.benchmark import benchmark as benchmark
     from kdlora.deploy.calibrate import fit_temperature as fit_temperature
+    from kdlora.deploy.cascade import Cascade as Cascade
     from kdlora.deploy.export import export_onnx as export_onnx
     from kdlora.deploy.gates import LabelledTexts as LabelledTexts
     from kdlora.deploy.hub import push_experiment as push_experiment
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         ModelError as ModelError,
     )
     from kdlora.experiment.arms import train_student as train_student, train_teacher as train_teacher
+    from kdlora.experiment.deferral import defer_experiment as defer_experiment
     from kdlora.experiment.labelling import LabelSettings as LabelSettings, label_collection as label_collection
     from kdlora.experiment.run import run_experiment as run_experiment
     from kdlora.experiment.scoring import evaluate as evaluate

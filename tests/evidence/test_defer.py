@@ -8,6 +8,7 @@ from scipy.stats import binom
 
 from kdlora.errors import DataError
 from kdlora.evidence.defer import (
+    EVERYTHING,
     NoPromiseError,
     area_under_risk,
     measure_sureness,
@@ -70,7 +71,7 @@ def test_the_largest_set_that_can_be_promised_is_answered() -> None:
     assert promise.coverage == pytest.approx(best, abs=0.02)
     everything = promise_error(sureness, np.zeros_like(wrong), other=(sureness[:100], wrong[:100]))
     assert everything.coverage == 1.0
-    assert everything.threshold == -np.inf
+    assert everything.threshold == EVERYTHING
 
 
 def test_what_cannot_be_promised_says_how_many_rows_would_do() -> None:

@@ -11,11 +11,11 @@ from typing import Literal
 
 import numpy as np
 
-from kdlora.deploy.encode import Text
 from kdlora.deploy.gates import LabelledTexts
-from kdlora.deploy.predict import Classifier, Prediction
+from kdlora.deploy.predict import Classifier, Text
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import Sureness, measure_sureness
+from kdlora.evidence.metrics import probabilities
 
 Service = Callable[[Sequence[Text]], Sequence[str]]
 """A teacher of the user's own: from texts to the name of a label for each."""
@@ -85,8 +85,8 @@ class Cascade:
     def load(
         cls,
         student: str | Path,
-        teacher: str | Path | Service,
-        threshold: float,
+        teacher: str | Path | Classifier | Service,
+        threshold: float | None = None,
         *,
         sureness: Sureness = "probability",
         threads: int | None = None,
@@ -96,7 +96,8 @@ class Cascade:
         Args:
             student: folder or Hub id of the small model.
             teacher: folder or Hub id of the large one, in PyTorch or ONNX; or a function from texts to label names.
-            threshold: as in `Cascade`.
+            threshold: as in `Cascade`; by default that of the error rate which the student's folder promises, with its
+                kind of sureness.
             sureness: as in `Cascade`.
             threads: as in `Classifier.load`.
 
@@ -106,8 +107,16 @@ class Cascade:
         Raises:
             ModelError: a folder that is no model, another kind of task, labels that differ.
         """
-        large = Classifier.load(teacher, threads=threads) if isinstance(teacher, str | Path) else teacher
-        return cls(Classifier.load(student, threads=threads), large, threshold, sureness=sureness)
+        small = Classifier.load(student, threads=threads, defer=threshold is None)
+        if threshold is None:
+            if small.promise is None:
+                raise ModelError(
+                    f"{small.folder.path} promises no error rate; give a threshold, or run kdlora defer first."
+                )
+            threshold, sureness = small.promise.threshold, small.promise.sureness
+        if isinstance(teacher, str | Path):
+            teacher = Classifier.load(teacher, threads=threads, defer=False)
+        return cls(small, teacher, threshold, sureness=sureness)
 
     def predict(self, texts: Sequence[Text]) -> list[CascadeAnswer]:
         """Answer texts, in the order given.
@@ -122,19 +131,17 @@ class Cascade:
             DataError: an empty text; a function that gives another number of labels, or one that nobody knows.
         """
         logits = self.student.predict_logits(texts)
-        sure = measure_sureness(logits, self.sureness, self.student.folder.temperature) if len(logits) else np.empty(0)
-        answers = self.student.to_predictions(logits)
-        handed_on = np.flatnonzero(sure < self.threshold).tolist()
-        taken = dict(zip(handed_on, self._ask([texts[row] for row in handed_on]), strict=True))
-        return [
-            CascadeAnswer(
-                str((taken.get(row) or own).label),
-                "teacher" if row in taken else "student",
-                (taken.get(row) or own).probabilities,
-                float(sure[row]),
-            )
-            for row, own in enumerate(answers)
+        if not len(logits):
+            return []
+        sure = measure_sureness(logits, self.sureness, self.student.folder.temperature)
+        answers = [
+            CascadeAnswer(label, "student", said, value)
+            for (label, said), value in zip(_read(self.student, logits), sure.tolist(), strict=True)
         ]
+        handed_on = np.flatnonzero(sure < self.threshold).tolist()
+        for row, (label, said) in zip(handed_on, self._ask([texts[row] for row in handed_on]), strict=True):
+            answers[row] = CascadeAnswer(label, "teacher", said, answers[row].sureness)
+        return answers
 
     def predict_stream(self, texts: Iterable[Text], *, rows: int = STREAM_ROWS) -> Iterator[CascadeAnswer]:
         """Answer texts one after another, with `rows` of them in memory at a time.
@@ -150,22 +157,30 @@ class Cascade:
         while block := list(islice(source, rows)):
             yield from self.predict(block)
 
-    def _ask(self, texts: list[Text]) -> list[Prediction]:
+    def _ask(self, texts: list[Text]) -> list[tuple[str, dict[str, float]]]:
         """Let the teacher answer."""
         if not texts:
             return []
         if isinstance(self.teacher, Classifier):
-            return self.teacher.predict(texts)
+            return _read(self.teacher, self.teacher.predict_logits(texts))
         labels = list(self.teacher(texts))
         if len(labels) != len(texts):
             raise DataError(
                 f"expected one label a text from the teacher's function, got {len(labels)} of {len(texts)}."
             )
         if unknown := [label for label in labels if label not in self.student.label_names]:
-            raise DataError(
-                f"the teacher's function gave {unknown[0]!r:.80}; the labels are {', '.join(self.student.label_names):.200}."
-            )
-        return [Prediction(label, {}) for label in labels]
+            known = ", ".join(self.student.label_names)
+            raise DataError(f"the teacher's function gave {unknown[0]!r:.80}; the labels are {known:.200}.")
+        return [(label, {}) for label in labels]
+
+
+def _read(model: Classifier, logits: np.ndarray) -> list[tuple[str, dict[str, float]]]:
+    """Give label and probabilities of each text, whether or not the model is sure of them."""
+    table = probabilities(logits, "single-label", model.folder.temperature)
+    names = [model.label_names[column] for column in table.argmax(axis=1)]
+    return [
+        (name, dict(zip(model.label_names, row, strict=True))) for name, row in zip(names, table.tolist(), strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import numpy as np
 
 from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, read_model_folder
 from kdlora.deploy.onnx_backend import OnnxBackend
+from kdlora.deploy.promises import read_promise
 from kdlora.errors import ArtifactError, DataError, KdLoraError, ModelError, first_line
+from kdlora.evidence.defer import Promise, measure_sureness
 from kdlora.evidence.metrics import probabilities
 from kdlora.foreign import panics_as_errors
 
@@ -43,13 +45,16 @@ class Prediction:
 
     Attributes:
         label: the most probable label (single-label), all labels of probability above 0.5 (multi-label), or the
-            predicted value (regression).
+            predicted value (regression). None where the model does not answer: its folder promises an error rate
+            (`kdlora defer`), and it is not sure enough of this text.
         probabilities: label name to probability in 0..1; empty for regression. Those of a multi-label task do
             not add up to 1.
+        deferred: why there is no label; empty where there is one.
     """
 
-    label: str | tuple[str, ...] | float
+    label: str | tuple[str, ...] | float | None
     probabilities: dict[str, float]
+    deferred: str = ""
 
 
 class Classifier:
@@ -60,8 +65,9 @@ class Classifier:
         'positive'
     """
 
-    def __init__(self, folder: ModelFolder, backend: Backend) -> None:
+    def __init__(self, folder: ModelFolder, backend: Backend, promise: Promise | None = None) -> None:
         """Join a described folder and its running network; most callers want `load`."""
+        self.promise = promise
         self.folder, self.input_names, self._backend = folder, tuple(backend.input_names), backend
         if unknown := sorted(set(self.input_names) - INPUTS.keys()):
             raise ModelError(f"{folder.path}: the model takes {unknown[0]!r:.80}, which a text does not give.")
@@ -80,6 +86,7 @@ class Classifier:
         threads: int | None = None,
         max_length: int | None = None,
         verify: bool = True,
+        defer: bool = True,
         revision: str | None = None,
     ) -> Classifier:
         """Load a model folder, or a model of the Hub.
@@ -92,13 +99,14 @@ class Classifier:
                 process-wide.
             max_length: cut texts to that many tokens; by default what the folder says.
             verify: compare every file of an export that decides an answer with the hash that the export recorded.
+            defer: give no label below the threshold of the error rate that the folder promises, if it promises one.
             revision: commit, tag or branch of a Hub id.
 
         Returns:
             The classifier, ready to predict.
 
         Raises:
-            ModelError: not a model folder, an adapter, no classification head.
+            ModelError: not a model folder, an adapter, no classification head; a promise that is of other weights.
             ArtifactError: a file is damaged or is not the one that was exported.
             KdLoraError: the runtime is not installed.
         """
@@ -109,11 +117,12 @@ class Classifier:
         described = read_model_folder(folder, precision=precision, max_length=max_length)
         if threads is not None and threads < 1:
             raise ModelError(f"threads must be at least 1, got {threads}.")
+        promise = read_promise(described) if defer else None
         if described.backend == "onnx":
-            return cls(described, OnnxBackend(described, threads=threads, verify=verify))
+            return cls(described, OnnxBackend(described, threads=threads, verify=verify), promise)
         from kdlora.deploy.torch_backend import TorchBackend  # here: an ONNX folder is served without torch
 
-        return cls(described, TorchBackend(described, threads=threads))
+        return cls(described, TorchBackend(described, threads=threads), promise)
 
     def __repr__(self) -> str:
         """Say what is loaded, and from where."""
@@ -220,13 +229,23 @@ class Classifier:
             return [Prediction(float(row[0]) if len(row) == 1 else tuple(map(str, row)), {}) for row in logits]
         table = probabilities(logits, kind, self.folder.temperature)
         predictions = []
-        for row, values in zip(table, table.tolist(), strict=True):
-            label: str | tuple[str, ...] = names[int(row.argmax())]
+        for row, values, why in zip(table, table.tolist(), self._defer(logits), strict=True):
+            label: str | tuple[str, ...] | None = None if why else names[int(row.argmax())]
             if kind == "multi-label":
                 label = tuple(name for name, value in zip(names, values, strict=True) if value > 0.5)
-            predictions.append(Prediction(label, dict(zip(names, values, strict=True))))
+            predictions.append(Prediction(label, dict(zip(names, values, strict=True)), why))
         return predictions
 
+    def _defer(self, logits: np.ndarray) -> list[str]:
+        """Say of each text why it is not answered, nothing where it is."""
+        promise = self.promise
+        if promise is None or not len(logits):
+            return [""] * len(logits)
+        sureness = measure_sureness(logits, promise.sureness, self.folder.temperature).tolist()
+        return [
+            "" if sure >= promise.threshold else f"{promise.sureness} {sure:.4g} is below {promise.threshold:.4g}"
+            for sure in sureness
+        ]
 
 def most_characters(max_length: int) -> int:
     """Say how much of a text is worth reading: ten megabytes must not be tokenised to find that they are truncated."""

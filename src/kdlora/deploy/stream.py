@@ -100,7 +100,7 @@ def predict_file(
     reader = RowReader(source, columns, form=input_format)
     output = _Output(_Form(classifier.folder, str(to)))
     if str(to) != "-":
-        made_of = _fingerprint(classifier.folder, source, columns, reader.form)
+        made_of = _fingerprint(classifier, source, columns, reader.form)
         # A stream cannot be known to be the same one again.
         output = PartialResult(output.form, Path(to), made_of, resume=resume and str(source) != "-")
     reader.start = output.resumed
@@ -137,8 +137,9 @@ def _columns(classifier: Classifier, text: Sequence[str] | str | None, id_column
     return Columns(names, recorded, id_column, most_characters(classifier.folder.max_length))
 
 
-def _fingerprint(folder: ModelFolder, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:
+def _fingerprint(classifier: Classifier, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:
     """Collect all that decides the predictions."""
+    folder = classifier.folder
     weights = [folder.file] if folder.file is not None else sorted(folder.path.glob("*.safetensors"))
     state = Path(source).stat() if str(source) != "-" else None
     return {
@@ -148,6 +149,7 @@ def _fingerprint(folder: ModelFolder, source: str | Path, columns: Columns, inpu
         "model": str(folder.path.absolute()),
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
         "temperature": folder.temperature,
+        "threshold": None if classifier.promise is None else classifier.promise.threshold,
         "max_length": folder.max_length,
         "text": list(columns.text) if columns.text else None,
         "id": columns.id,
@@ -224,6 +226,7 @@ def _as_object(row: Row, prediction: Prediction | None) -> dict[str, Any]:
     if prediction is None:
         return {"id": row.id, "error": row.error}
     found: dict[str, Any] = {"id": row.id, "label": prediction.label}
+    found |= {"deferred": prediction.deferred} if prediction.deferred else {}
     return found | ({"probabilities": prediction.probabilities} if prediction.probabilities else {})
 
 

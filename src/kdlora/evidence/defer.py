@@ -11,6 +11,7 @@ for answers and their error rate, Geifman and El-Yaniv, "Selective Classificatio
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,9 @@ from kdlora.evidence.metrics import probabilities
 
 Sureness = Literal["probability", "margin", "energy"]
 SURENESS: tuple[Sureness, ...] = get_args(Sureness)
+
+EVERYTHING = -sys.float_info.max
+"""The threshold that answers every text; a number, so that JSON can hold it."""
 
 _COVERAGES = np.arange(1, 201) / 200
 _MOST_ROWS = 10_000_000
@@ -151,7 +155,7 @@ def promise_error(
 def order_thresholds(sureness: np.ndarray, wrong: np.ndarray, rows: int, error: float) -> list[float]:
     """Give the thresholds that answer 0.5%, 1%, ... of these rows, from the one that a test on `rows` rows favours."""
     thresholds = np.unique(np.quantile(sureness, 1 - _COVERAGES, method="lower"))[::-1]
-    thresholds[-1] = -np.inf  # the last one answers everything
+    thresholds[-1] = EVERYTHING
     chosen = sureness >= thresholds[:, None]
     share, mistakes = chosen.mean(axis=1), (chosen & wrong).mean(axis=1)
     # One mistake more than was seen, spread over these rows: that none was seen among few of them says little.

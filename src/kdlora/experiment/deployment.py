@@ -81,10 +81,10 @@ def _read_labelled(folder: Path, data: str) -> LabelledTexts:
 
 
 def _labelled(rows: Dataset, task: Task) -> LabelledTexts:
-    return LabelledTexts(_texts_of(rows), label_array(rows), task, groups_of(rows))
+    return LabelledTexts(texts_of(rows), label_array(rows), task, groups_of(rows))
 
 
-def _texts_of(rows: Dataset) -> list[Text]:
+def texts_of(rows: Dataset) -> list[Text]:
     """Return the texts of a data set, pairs as tuples."""
     texts, *pairs = all_texts(rows).values()
     return list(zip(texts, pairs[0], strict=True)) if pairs else list(texts)
@@ -142,7 +142,7 @@ def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | 
     """Fit the student's temperature on validation rows; give the figures, and the sentences on them."""
     if splits.task.kind == "regression":
         return None, ["A regression gives no probabilities, so there was nothing to calibrate (export.calibrate)."]
-    logits = Classifier.load(layout.student).predict_logits(_texts_of(splits.validation))
+    logits = Classifier.load(layout.student).predict_logits(texts_of(splits.validation))
     fitted = fit_temperature(logits, label_array(splits.validation), splits.task.kind)
     save_temperature(layout.student, fitted.temperature)
     return fitted, [
@@ -179,7 +179,7 @@ def _export_rows(
         layout.student,
         to,
         texts=_labelled(rows, recorded_task(layout)),
-        more_texts=() if more is None else _texts_of(more.select(range(min(len(more), 2000)))),
+        more_texts=() if more is None else texts_of(more.select(range(min(len(more), 2000)))),
         formats=formats,
         max_length=cut_at(config.student.train),
         max_metric_drop=config.export.max_metric_drop,

@@ -1,0 +1,184 @@
+"""Promise an error rate for what an experiment ships, and say how teacher and controls would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from kdlora.config import Config
+from kdlora.configfile import load_config
+from kdlora.data.load import load_examples, load_splits
+from kdlora.data.tasks import Task
+from kdlora.deploy.predict import Classifier
+from kdlora.deploy.promises import write_promise
+from kdlora.errors import DataError
+from kdlora.evidence.defer import (
+    NoPromiseError,
+    Promise,
+    Sureness,
+    area_under_risk,
+    measure_sureness,
+    promise_error,
+    risk_coverage,
+)
+from kdlora.evidence.predictions import read_predictions
+from kdlora.evidence.records import ExperimentLayout, read_results
+from kdlora.experiment.deployment import texts_of
+from kdlora.experiment.scoring import label_array, recorded_task
+from kdlora.system.storage import write_json_atomic
+
+_POINTS = np.arange(1, 101) / 100
+
+
+@dataclass(frozen=True)
+class Deferring:
+    """How one model does where it may defer.
+
+    Attributes:
+        name: the model: what ships and its exports, the teacher, or an arm of the experiment.
+        area: mean error rate over all coverages, 0..1; mean over seeds.
+        risk: error rate where the surest 1%, 2%, ... 100% of the texts are answered, 0..1; mean over seeds.
+        promise: what may be promised; None for arms that do not ship, and where nothing can be.
+        reason: why nothing can be promised; empty elsewhere.
+    """
+
+    name: str
+    area: float
+    risk: tuple[float, ...]
+    promise: Promise | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Deferral:
+    """What `kdlora defer` found.
+
+    Attributes:
+        error: the promised rate, 0..1.
+        confidence: of the promise, 0..1.
+        sureness: what was compared with the thresholds.
+        rows: labelled rows of the test.
+        source: where they come from.
+        models: what ships first, then the others on the same rows.
+    """
+
+    error: float
+    confidence: float
+    sureness: Sureness
+    rows: int
+    source: str
+    models: tuple[Deferring, ...]
+
+
+def defer_experiment(
+    experiment: str | Path,
+    *,
+    data: str | None = None,
+    error: float = 0.02,
+    confidence: float = 0.95,
+    sureness: Sureness = "probability",
+) -> Deferral:
+    """Find what the shipped student may answer so that at most `error` of its answers are wrong, and keep it with it.
+
+    Each file that ships gets a threshold of its own, since int8 moves them. From then on `Classifier` and `predict` give
+    no label below it. A model for which nothing can be promised answers everything, as before.
+
+    Args:
+        experiment: an experiment's folder.
+        data: labelled file, whose rows chose nothing; by default the test split.
+        error: above 0 and below 1.
+        confidence: above 0 and below 1.
+        sureness: "probability", "margin" or "energy".
+
+    Returns:
+        Promises and curves; `defer.json` in the experiment's folder holds them for the report.
+
+    Raises:
+        DataError: no rows that chose nothing, a task that is not single-label, rates that are no rates.
+        ArtifactError: no finished experiment.
+    """
+    layout = ExperimentLayout(Path(experiment))
+    config, task = load_config(layout.config), recorded_task(layout)
+    if task.kind != "single-label":
+        raise DataError(
+            f"defer: expected a single-label task, got {task.kind}; only there an answer is right or wrong."
+        )
+    other, rows, source = _rows(config, task, data)
+    truth = label_array(rows)
+    models = []
+    for name, classifier in _shipped(layout):
+        seen, tested = (_judge(classifier, part, sureness) for part in (other, rows))
+        promise, reason = None, ""
+        try:
+            promise = promise_error(*tested, other=seen, error=error, confidence=confidence, how=sureness)
+        except NoPromiseError as refusal:
+            reason = str(refusal)
+        write_promise(classifier.folder, promise)
+        models.append(_describe(name, [tested], promise, reason))
+    if data is None:
+        models += _arms(layout, truth, sureness)
+    found = Deferral(error, confidence, sureness, len(rows), source, tuple(models))
+    write_json_atomic(layout.deferral, asdict(found))
+    return found
+
+
+def _rows(config: Config, task: Task, data: str | None) -> tuple[Dataset, Dataset, str]:
+    """Give the rows that fix the order of the thresholds, those that test them, and what the latter are."""
+    splits = load_splits(config.task, config.data.model_copy(update={"augment": 0}))
+    if data is not None:
+        rows = load_examples(data, task, id_column=config.data.id_column, labelled=True)
+        return splits.validation, rows, str(data)
+    if splits.test is None:
+        raise DataError(
+            "defer: this experiment has no test split, and its validation rows chose the model, so they can promise "
+            "nothing; give labelled rows that were not used with --data"
+        )
+    return splits.validation, splits.test, "the test split"
+
+
+def _shipped(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]:
+    files = {
+        "student": layout.student,
+        "student, ONNX": layout.onnx / "model.onnx",
+        "student, int8": layout.onnx / "model_quantized.onnx",
+    }
+    for name, file in files.items():
+        if file.exists():
+            yield name, Classifier.load(file, defer=False)
+
+
+def _judge(classifier: Classifier, rows: Dataset, sureness: Sureness) -> tuple[np.ndarray, np.ndarray]:
+    """Say of every row how sure the model is, and whether it is wrong."""
+    logits = classifier.predict_logits(texts_of(rows))
+    return (
+        measure_sureness(logits, sureness, classifier.folder.temperature),
+        logits.argmax(axis=1) != label_array(rows),
+    )
+
+
+def _arms(layout: ExperimentLayout, truth: np.ndarray, sureness: Sureness) -> list[Deferring]:
+    """Describe every arm, by the predictions of its runs on the test split."""
+    judged: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for record in read_results(layout.results):
+        file = layout.run(record.arm, record.seed).predictions
+        if record.status == "finished" and file.exists():
+            found = read_predictions(file).only("test")
+            if len(found.ids) == len(truth) and found.labels is not None:
+                wrong = found.logits.argmax(axis=1) != found.labels
+                judged.setdefault(record.arm, []).append((measure_sureness(found.logits, sureness), wrong))
+    return [_describe(arm, runs) for arm, runs in judged.items()]
+
+
+def _describe(
+    name: str, judged: list[tuple[np.ndarray, np.ndarray]], promise: Promise | None = None, reason: str = ""
+) -> Deferring:
+    curves = []
+    for sure, wrong in judged:
+        coverage, risk = risk_coverage(sure, wrong)
+        curves.append(risk[np.searchsorted(coverage, _POINTS - 1e-9)])
+    area = float(np.mean([area_under_risk(*one) for one in judged]))
+    return Deferring(name, area, tuple(np.mean(curves, axis=0).tolist()), promise, reason)

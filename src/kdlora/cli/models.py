@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from kdlora.cli.app import IdColumn, Json, Text, app, completing, print_json, print_table, verb
 from kdlora.errors import harmless
+from kdlora.evidence.defer import EVERYTHING, Sureness
 from kdlora.terminal import draw_bars
 
 _FORMATS = ("onnx", "onnx-int8", "all")
@@ -118,6 +119,48 @@ def benchmark(
         return
     header, rows = result.table()
     print_table(header, rows, caption=result.conditions())
+
+
+@app.command()
+def defer(
+    experiment: Annotated[Path, Argument(help="Experiment folder.")],
+    error: Annotated[float, Option(help="Share of wrong answers that is not to be exceeded.")] = 0.02,
+    confidence: Annotated[float, Option(help="How sure that is to be.")] = 0.95,
+    sureness: Annotated[Sureness, Option(help="What the threshold is of.")] = "probability",
+    data: Annotated[str | None, Option(help="Labelled rows that chose nothing; default: the test split.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Promise an error rate for what ships: from then on it gives no label where it is not sure enough.
+
+    Example: kdlora defer runs/reviews --error 0.02 --confidence 0.95
+    """
+    from kdlora.experiment.deferral import defer_experiment
+
+    found = defer_experiment(experiment, data=data, error=error, confidence=confidence, sureness=sureness)
+    if as_json:
+        print_json(asdict(found))
+        return
+    rows = [
+        (model.name, "–", "–", "–", f"{model.area:.2%}")
+        if (promise := model.promise) is None
+        else (
+            model.name,
+            f"{promise.coverage:.1%}",
+            f"{promise.wrong} of {promise.answered}",
+            "none" if promise.threshold == EVERYTHING else f"{promise.threshold:.4f}",
+            f"{model.area:.2%}",
+        )
+        for model in found.models
+    ]
+    header = ("model", "answers", "wrong among them", f"least {found.sureness}", "error, mean over coverages")
+    print_table(
+        header, rows, caption=f"{found.rows} rows of {found.source}, at most {error:.1%} wrong, {confidence:.0%}"
+    )
+    for model in found.models:
+        if model.reason:
+            print(harmless(f"{model.name}: {model.reason}"), file=sys.stderr)
+    if found.known:
+        print(f"{found.known} rows were left out: their texts were trained or validated on", file=sys.stderr)
 
 
 @app.command()

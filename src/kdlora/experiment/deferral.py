@@ -62,6 +62,7 @@ class Deferral:
         confidence: of the promise, 0..1.
         sureness: what was compared with the thresholds.
         rows: labelled rows of the test.
+        known: rows that were left out, because their texts are in the training or validation split, too.
         source: where they come from.
         models: what ships first, then the others on the same rows.
     """
@@ -70,6 +71,7 @@ class Deferral:
     confidence: float
     sureness: Sureness
     rows: int
+    known: int
     source: str
     models: tuple[Deferring, ...]
 
@@ -82,10 +84,10 @@ def defer_experiment(
     confidence: float = 0.95,
     sureness: Sureness = "probability",
 ) -> Deferral:
-    """Find what the shipped student may answer so that at most `error` of its answers are wrong, and keep it with it.
+    """Find what the shipped student may answer so that at most `error` of its answers are wrong, and keep it there.
 
-    Each file that ships gets a threshold of its own, since int8 moves them. From then on `Classifier` and `predict` give
-    no label below it. A model for which nothing can be promised answers everything, as before.
+    Each file that ships gets a threshold of its own, since int8 moves them. From then on `Classifier` and `predict`
+    give no label below it. A file for which nothing can be promised answers everything, as before.
 
     Args:
         experiment: an experiment's folder.
@@ -99,6 +101,7 @@ def defer_experiment(
 
     Raises:
         DataError: no rows that chose nothing, a task that is not single-label, rates that are no rates.
+        NoPromiseError: for none of the files anything can be promised.
         ArtifactError: no finished experiment.
     """
     layout = ExperimentLayout(Path(experiment))
@@ -107,8 +110,7 @@ def defer_experiment(
         raise DataError(
             f"defer: expected a single-label task, got {task.kind}; only there an answer is right or wrong."
         )
-    other, rows, source = _rows(config, task, data)
-    truth = label_array(rows)
+    other, rows, known, source = _rows(config, task, data)
     models = []
     for name, classifier in _shipped(layout):
         seen, tested = (_judge(classifier, part, sureness) for part in (other, rows))
@@ -119,25 +121,32 @@ def defer_experiment(
             reason = str(refusal)
         write_promise(classifier.folder, promise)
         models.append(_describe(name, [tested], promise, reason))
+    reasons = [model.reason for model in models]
     if data is None:
-        models += _arms(layout, truth, sureness)
-    found = Deferral(error, confidence, sureness, len(rows), source, tuple(models))
+        models += _arms(layout, set(rows["id"]), sureness)
+    found = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models))
     write_json_atomic(layout.deferral, asdict(found))
+    if all(reasons):
+        raise NoPromiseError("; ".join(dict.fromkeys(reasons)) or f"{layout.root} ships no student")
     return found
 
 
-def _rows(config: Config, task: Task, data: str | None) -> tuple[Dataset, Dataset, str]:
-    """Give the rows that fix the order of the thresholds, those that test them, and what the latter are."""
+def _rows(config: Config, task: Task, data: str | None) -> tuple[Dataset, Dataset, int, str]:
+    """Give the rows that fix the order of the thresholds, those that test them, how many were known, and the source."""
     splits = load_splits(config.task, config.data.model_copy(update={"augment": 0}))
+    rows, source = splits.test, "the test split"
     if data is not None:
-        rows = load_examples(data, task, id_column=config.data.id_column, labelled=True)
-        return splits.validation, rows, str(data)
-    if splits.test is None:
+        rows, source = load_examples(data, task, id_column=config.data.id_column, labelled=True), str(data)
+    if rows is None:
         raise DataError(
             "defer: this experiment has no test split, and its validation rows chose the model, so they can promise "
             "nothing; give labelled rows that were not used with --data"
         )
-    return splits.validation, splits.test, "the test split"
+    seen = {*texts_of(splits.train), *texts_of(splits.validation)}
+    new = [place for place, text in enumerate(texts_of(rows)) if text not in seen]
+    if not new:
+        raise DataError(f"defer: all {len(rows)} texts of {source} are in the training or validation split, too")
+    return splits.validation, rows.select(new), len(rows) - len(new), source
 
 
 def _shipped(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]:
@@ -160,16 +169,18 @@ def _judge(classifier: Classifier, rows: Dataset, sureness: Sureness) -> tuple[n
     )
 
 
-def _arms(layout: ExperimentLayout, truth: np.ndarray, sureness: Sureness) -> list[Deferring]:
-    """Describe every arm, by the predictions of its runs on the test split."""
+def _arms(layout: ExperimentLayout, rows: set[str], sureness: Sureness) -> list[Deferring]:
+    """Describe every arm, by the predictions of its runs on these rows of the test split."""
     judged: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for record in read_results(layout.results):
         file = layout.run(record.arm, record.seed).predictions
         if record.status == "finished" and file.exists():
             found = read_predictions(file).only("test")
-            if len(found.ids) == len(truth) and found.labels is not None:
-                wrong = found.logits.argmax(axis=1) != found.labels
-                judged.setdefault(record.arm, []).append((measure_sureness(found.logits, sureness), wrong))
+            kept = np.array([name in rows for name in found.ids], dtype=bool)
+            if found.labels is not None and kept.sum() == len(rows):
+                logits = found.logits[kept]
+                wrong = logits.argmax(axis=1) != found.labels[kept]
+                judged.setdefault(record.arm, []).append((measure_sureness(logits, sureness), wrong))
     return [_describe(arm, runs) for arm, runs in judged.items()]
 
 

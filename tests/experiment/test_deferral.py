@@ -1,0 +1,202 @@
+"""`kdlora defer`, what its promise does to a model's answers, and the cascade on top of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny
+from experiments import copy_experiment
+from kdlora.data.tasks import Task
+from kdlora.deploy.cascade import Cascade, measure_cascade
+from kdlora.deploy.gates import LabelledTexts
+from kdlora.deploy.predict import Classifier
+from kdlora.errors import DataError, ModelError
+from kdlora.experiment.run import run_experiment
+
+pytest_plugins = ["experiment_fixtures"]
+
+
+def numbered(count: int, seed: int) -> list[dict[str, str]]:
+    """Make rows of texts that occur once."""
+    rows = tiny.sentiment_rows(count, seed=seed)
+    return [row | {"text": f"{row['text']} ({seed}, {place})"} for place, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def finished(workshop, made_once) -> Path:
+    """An experiment with a test split and both exports; read only.
+
+    Its validation and test rows get labels anew: the student is right where it is sure, and wrong in half of the rest.
+    """
+
+    def make(folder: Path) -> Path:
+        rows = {"train": numbered(64, 1), "validation": numbered(200, 2), "test": numbered(600, 3)}
+        changes = {
+            "data": {name: str(tiny.write_csv(folder / f"{name}.csv", table)) for name, table in rows.items()},
+            "run": {"arms": ["fft", "kd-lora", "student-lora"], "seeds": [0]},
+            "export": {"formats": ["onnx", "onnx-int8"], "benchmark": False, "min_agreement": 0.0},
+        }
+        root = run_experiment(workshop.config(changes), folder / "experiment").layout.root
+        student = Classifier.load(root / "student")
+        for name in ("validation", "test"):
+            said = student.predict([row["text"] for row in rows[name]])
+            unsure = np.argsort([max(one.probabilities.values()) for one in said])[: len(said) // 2]
+            for place, row in enumerate(rows[name]):
+                row["label"] = said[place].label
+            for place in unsure[::2]:
+                rows[name][place]["label"] = min(said[place].probabilities, key=said[place].probabilities.get)
+            tiny.write_csv(folder / f"{name}.csv", rows[name])
+        return root
+
+    return made_once("deferral", make)
+
+
+@pytest.fixture
+def promised(finished: Path, tmp_path: Path, cli) -> Path:
+    """A copy with its promise."""
+    folder = copy_experiment(finished, tmp_path / "experiment")
+    done = cli("defer", folder, "--error", "0.1", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    names = [model["name"] for model in found["models"]]
+    assert names == ["student", "student, ONNX", "student, int8", "fft", "student-lora", "kd-lora"]
+    assert json.loads((folder / "defer.json").read_text()) == found
+    return folder
+
+
+@pytest.fixture
+def by_sureness(promised: Path) -> list[str]:
+    """Texts, the one first that the student is least sure of."""
+    texts = [row["text"] for row in numbered(90, 5)]
+    said = Classifier.load(promised / "student", defer=False).predict(texts)
+    return [texts[place] for place in np.argsort([max(one.probabilities.values()) for one in said])]
+
+
+def test_a_model_is_silent_where_it_is_not_sure(promised: Path, by_sureness, tmp_path: Path, cli) -> None:
+    """A promise that the answers do not keep to is worse than none."""
+    unsure, sure = by_sureness[0], by_sureness[-1]
+    for place in (promised / "student", promised / "student-onnx"):
+        first, second = Classifier.load(place).predict([sure, unsure])
+        assert first.label == max(first.probabilities, key=first.probabilities.get)
+        assert first.deferred == ""
+        assert second.label is None
+        assert "is below" in second.deferred
+        assert set(second.probabilities) == {"negative", "positive"}
+        assert Classifier.load(place, defer=False).predict([unsure])[0].label is not None
+    texts = tiny.write_csv(tmp_path / "texts.csv", [{"id": "a", "text": sure}, {"id": "b", "text": unsure}])
+    assert cli("predict", promised / "student-onnx", texts, "--to", tmp_path / "said.csv").code == 0
+    with (tmp_path / "said.csv").open() as file:
+        said = list(csv.DictReader(file))
+    assert [(row["label"], row["error"]) for row in said] == [(first.label, ""), ("", "")]
+    lines = cli("predict", promised / "student-onnx", texts).out.splitlines()
+    assert "is below" in json.loads(lines[1])["deferred"]
+
+
+def test_every_file_has_its_own_threshold(promised: Path) -> None:
+    """Int8 moves what a model is sure of: with the threshold of fp32 nothing would be promised."""
+    kept = json.loads((promised / "student-onnx" / "kdlora_defer.json").read_text())
+    assert set(kept) == {"model.onnx", "model_quantized.onnx"}
+    for promise in kept.values():
+        assert promise["wrong"] / promise["answered"] < 0.1
+        assert 200 < promise["answered"] < promise["rows"] == 600
+    del kept["model_quantized.onnx"]
+    (promised / "student-onnx" / "kdlora_defer.json").write_text(json.dumps(kept))
+    with pytest.raises(ModelError, match=r"promised for model.onnx, not model_quantized.onnx\. Promise anew"):
+        Classifier.load(promised / "student-onnx")
+
+
+def test_a_promise_of_other_weights_is_refused(promised: Path) -> None:
+    """A folder whose weights were exchanged would answer by the threshold of a model that is gone."""
+    shutil.copy(promised / "student-onnx" / "kdlora_defer.json", promised / "teacher" / "kdlora_defer.json")
+    kept = promised / "teacher" / "kdlora_defer.json"
+    kept.write_text(kept.read_text().replace('"model.onnx"', '"safetensors"'))
+    with pytest.raises(ModelError, match="promised for other weights"):
+        Classifier.load(promised / "teacher")
+    kept.write_text('{"safetensors": {"error": "low"}}')
+    with pytest.raises(ModelError, match="must be numbers"):
+        Classifier.load(promised / "teacher")
+
+
+def test_rows_that_chose_the_model_promise_nothing(finished: Path, tmp_path: Path, cli) -> None:
+    """On rows that the model was chosen by, its errors are too few, and the promise is broken in use."""
+    folder = copy_experiment(finished, tmp_path / "experiment")
+    train = finished.parent / "train.csv"
+    refused = cli("defer", folder, "--data", train)
+    assert refused.code == 2
+    assert "all 64 texts" in refused.err
+    config = folder / "config.yaml"
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if "test.csv" not in line))
+    refused = cli("defer", folder)
+    assert refused.code == 2
+    assert "no test split" in refused.err
+    assert not (folder / "defer.json").exists()
+
+
+def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path, by_sureness, cli) -> None:
+    """A threshold of an earlier, larger error rate would stay in force."""
+    assert Classifier.load(promised / "student").predict(by_sureness[:1])[0].label is None
+    refused = cli("defer", promised, "--error", "0.0001")
+    assert refused.code == 2
+    assert "cannot be promised with 95% confidence on 600 rows" in refused.err
+    assert not (promised / "student" / "kdlora_defer.json").exists()
+    assert Classifier.load(promised / "student").predict(by_sureness[:1])[0].label is not None
+    assert "above 0 and below 1, got 5" in cli("defer", promised, "--error", "5").err
+
+
+def test_a_cascade_hands_on_what_the_student_is_not_sure_of(promised: Path, by_sureness) -> None:
+    """An answer that lands at another text, or a teacher whose labels stand in another order, would pass unseen."""
+    texts = by_sureness[::2] + by_sureness[1::2]
+    cascade = Cascade.load(promised / "student-onnx", promised / "teacher")
+    answers = cascade.predict(texts)
+    student = Classifier.load(promised / "student-onnx", defer=False).predict(texts)
+    teacher = Classifier.load(promised / "teacher").predict(texts)
+    assert {answer.by for answer in answers} == {"student", "teacher"}
+    for answer, small, large in zip(answers, student, teacher, strict=True):
+        assert answer.label == (small if answer.by == "student" else large).label
+        assert (answer.sureness >= cascade.threshold) == (answer.by == "student")
+    streamed = list(cascade.predict_stream(iter(texts), rows=7))
+    assert [(one.label, one.by) for one in streamed] == [(one.label, one.by) for one in answers]
+    assert cascade.predict([]) == []
+
+
+def test_a_service_may_be_the_teacher(promised: Path) -> None:
+    """A service that loses a text, or invents a label, must not shift or spoil the answers after it."""
+    asked: list[str] = []
+
+    def service(texts) -> list[str]:
+        asked.extend(texts)
+        return ["negative"] * len(texts)
+
+    answers = Cascade.load(promised / "student", service, 2.0).predict(["a wonderful film", "a dull one"])
+    assert [answer.label for answer in answers] == ["negative", "negative"]
+    assert asked == ["a wonderful film", "a dull one"]
+    with pytest.raises(DataError, match="got 0 of 1"):
+        Cascade.load(promised / "student", lambda texts: [], 2.0).predict(["a film"])
+    with pytest.raises(DataError, match="gave 'good'; the labels are negative, positive"):
+        Cascade.load(promised / "student", lambda texts: ["good"], 2.0).predict(["a film"])
+    with pytest.raises(DataError, match="must be a number"):
+        Cascade.load(promised / "student", service, float("nan"))
+    with pytest.raises(ModelError, match="promises no error rate"):
+        Cascade.load(promised / "teacher", service)
+
+
+def test_the_curve_of_a_cascade_ends_at_its_models(promised: Path) -> None:
+    """A curve whose ends are not the two models scores something else in between."""
+    rows = numbered(80, 6)
+    task = Classifier.load(promised / "student").folder.task
+    names = ("negative", "positive")
+    given = LabelledTexts(
+        [row["text"] for row in rows], [names.index(row["label"]) for row in rows], Task.from_dict(task)
+    )
+    models = [Classifier.load(promised / name, defer=False) for name in ("student", "teacher")]
+    curve = measure_cascade(*models, given)
+    alone = [given.score(given.task, model.predict_logits(given.texts)) for model in models]
+    assert [curve.points[0].handed_on, curve.points[-1].handed_on] == [0.0, 1.0]
+    assert [curve.points[0].score, curve.points[-1].score] == pytest.approx(alone)
+    assert curve.as_good_as_teacher(100.0) == curve.points[0]

@@ -247,6 +247,7 @@ class Classifier:
             for sure in sureness
         ]
 
+
 def most_characters(max_length: int) -> int:
     """Say how much of a text is worth reading: ten megabytes must not be tokenised to find that they are truncated."""
     return max(20_000, 100 * max_length)

@@ -66,6 +66,8 @@ def test_a_teacher_below_it_is_told_before_it_labels(workshop, tmp_path):
     teacher = words.model_copy(update={"arm": "fft", "score": words.score - 10.0})
     (doubt,) = doubts_of_teacher(config, layout, [words, teacher])
     assert doubt.startswith("The teacher is below a bag of words: on validation it has")
+    student = words.model_copy(update={"arm": "kd-lora"})  # taught by it, so no control: nothing is told
+    assert doubts_of_teacher(config, layout, [student, teacher]) == []
     assert json.loads(layout.run("words", 0).record.read_text())["score"] == words.score
 
 

@@ -34,14 +34,10 @@ class Predictions:
         rows = [
             row for row, name in enumerate(self.split) if name == split and (groups is None or groups[row] == group)
         ]
-        return Predictions(
-            ids=tuple(self.ids[row] for row in rows),
-            split=tuple(self.split[row] for row in rows),
-            logits=self.logits[rows],
-            label_names=self.label_names,
-            labels=None if self.labels is None else self.labels[rows],
-            groups=None if self.groups is None else tuple(self.groups[row] for row in rows),
-        )
+        ids, splits = (tuple(names[row] for row in rows) for names in (self.ids, self.split))
+        labels = None if self.labels is None else self.labels[rows]
+        groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
+        return Predictions(ids, splits, self.logits[rows], self.label_names, labels, groups)
 
 
 @dataclass(frozen=True)

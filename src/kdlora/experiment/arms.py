@@ -24,13 +24,21 @@ Progress = Callable[[ProgressEvent], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model, before its adapter is merged."""
+    """A trained model, before its adapter is merged.
 
-    encoder: Encoder  # the base model with its tokenizer
-    model: Any = field(repr=False)  # a `PeftModel`, or the encoder's own model after full fine-tuning
-    outcome: TrainOutcome  # history, seconds and speed
+    Attributes:
+        encoder: the base model with its tokenizer.
+        model: what was trained: a `PeftModel`, or the encoder's own model after full fine-tuning.
+        outcome: history, seconds and speed.
+        parameters: how many parameters the adapter, the head and the whole model have.
+        truncated: texts that were cut, per split.
+    """
+
+    encoder: Encoder
+    model: Any = field(repr=False)
+    outcome: TrainOutcome
     parameters: ParameterCounts
-    truncated: dict[str, int]  # texts that were cut, per split
+    truncated: dict[str, int]
 
 
 def train_teacher(

@@ -70,28 +70,6 @@ def test_the_same_command_again_labels_nothing(result, config, monkeypatch):
     assert run_experiment(config, result.folder).records == result.records
 
 
-@pytest.mark.parametrize("kind", ["regression", "multi-label"])
-def test_the_other_kinds(workshop, tmp_path, kind):
-    """A missing label is filled by another type of value in each kind."""
-    names = ["value"] if kind == "regression" else ["praise", "film"]
-    rows = [
-        {"text": row["text"], **dict.fromkeys(names, int(row["label"] == "positive"))} for row in sentiment_rows(48)
-    ]
-    more = [{"text": row["text"] + " too"} for row in sentiment_rows(24, seed=4)]
-    data = {
-        "train": str(write_csv(tmp_path / "train.csv", rows)),
-        "validation": str(write_csv(tmp_path / "validation.csv", rows[:16])),
-        "unlabelled": str(write_lines(tmp_path / "more.jsonl", more)),
-    }
-    config = workshop.config({"data": data, "task": {"kind": kind, "label": names}, "run": {"arms": ["kd-lora"]}})
-    result = run_experiment(config, tmp_path / "out")
-    assert [record.status for record in result.records] == ["finished"] * 2
-    student = result.records[1]
-    assert student.rows["unlabelled"] == 24
-    assert student.history[-1]["step"] == 2 * math.ceil(72 / 8)
-    assert student.score is not None
-
-
 def test_a_table_must_cover_the_unlabelled_rows(config, tmp_path):
     """Found out by the child of the first student, the fault costs a teacher's evaluation; named early, nothing."""
     path = tmp_path / "table.jsonl"

@@ -35,18 +35,16 @@ def compute_metrics(
     occur among labels or predictions, that of multi-label tasks the mean over all labels.
     """
     outputs, targets = check_arrays(task, logits, labels)
+
+    def of(rows: Any) -> dict[str, float]:
+        return {name: _of_rows(task, name, outputs[rows], targets[rows]) for name in metric_names(task)}
+
     if groups is None:
-        return {name: _of_rows(task, name, outputs, targets) for name in metric_names(task)}
+        return of(slice(None))
     if len(groups) != len(outputs):
         raise ValueError(f"expected {len(outputs)} groups, got {len(groups)}")
     members = np.asarray(groups)
-    parts = {
-        group: {
-            name: _of_rows(task, name, outputs[members == group], targets[members == group])
-            for name in metric_names(task)
-        }
-        for group in dict.fromkeys(groups)
-    }
+    parts = {group: of(members == group) for group in dict.fromkeys(groups)}
     result = {name: float(np.mean([part[name] for part in parts.values()])) for name in metric_names(task)}
     return result | {f"{name}_{group}": value for group, part in parts.items() for name, value in part.items()}
 
@@ -135,12 +133,9 @@ def _of_rows(task: Task, name: str, outputs: np.ndarray, targets: np.ndarray) ->
 
 def _plain_pearson(targets: np.ndarray, decided: np.ndarray) -> float:
     """Pearson correlation; 0 where labels or predictions are constant."""
-    first, second = decided - decided.mean(), targets - targets.mean()
-    for values, centred in ((decided, first), (targets, second)):
-        # A spread below the rounding of the values themselves is no spread.
-        if np.abs(centred).max() <= 1e-13 * np.abs(values).max():
-            return 0.0
-    first, second = first / np.abs(first).max(), second / np.abs(second).max()
+    first, second = _standardise(decided), _standardise(targets)
+    if not first.any() or not second.any():
+        return 0.0
     return float(np.clip(first @ second / np.sqrt((first @ first) * (second @ second)), -1.0, 1.0))
 
 
@@ -265,7 +260,7 @@ class _Ranks:
 
 
 def _standardise(values: np.ndarray) -> np.ndarray:
-    """Centre and scale; a correlation does not change by it."""
+    """Centre and scale, by which no correlation changes; a spread below the values' own rounding is none."""
     centred = values - values.mean()
     spread = np.abs(centred).max()
     return centred / spread if spread > 1e-13 * np.abs(values).max() else np.zeros_like(centred)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +18,7 @@ from kdlora.experiment.arms import Trained
 from kdlora.experiment.inputs import load_base
 from kdlora.experiment.recording import hash_base, prepare_process, splits_by_name
 from kdlora.experiment.settle import cut_at, settings_for
+from kdlora.foreign import read_json
 from kdlora.models.adapters import MUTATING, add_base, load_adapter, merge_student, save_adapter
 from kdlora.models.encoders import Encoder, save_encoder
 from kdlora.models.settings import read_licence
@@ -141,10 +141,9 @@ def _shipped_files(layout: ExperimentLayout) -> dict[str, str]:
 def _read(file: Path) -> dict[str, Any]:
     """Read a file of settings; nothing where it is damaged or missing."""
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except ArtifactError:
         return {}
-    return found
 
 
 def keep_examples(layout: ExperimentLayout, splits: Splits) -> None:

@@ -35,6 +35,8 @@ from kdlora.models.encoders import Encoder
 from kdlora.system.environment import MemoryLevel, forget_peak, peak_since, read_memory
 
 StageName = Literal["train", "label", "deploy"]
+Counted = Callable[[int, int], None]
+"""Hears how many rows are done, of how many."""
 
 
 @dataclass(frozen=True)
@@ -137,24 +139,20 @@ def train_splits(
         return train_arm(encoder, splits, settings_for(config, arm), options)
 
 
-def label_training_rows(
-    config: Config, layout: ExperimentLayout, progress: Callable[[int, int], None] | None = None
-) -> int:
+def label_training_rows(config: Config, layout: ExperimentLayout, progress: Counted | None = None) -> None:
     """Let the teacher read the training rows, and the unlabelled ones, once and store its logits; stored ones stay."""
     prepare_process(config)
-    return label_splits(config, layout, load_splits(config.task, config.data, copies_in=layout.copies), progress)
+    label_splits(config, layout, load_splits(config.task, config.data, copies_in=layout.copies), progress)
 
 
-def label_splits(
-    config: Config, layout: ExperimentLayout, splits: Splits, progress: Callable[[int, int], None] | None = None
-) -> int:
+def label_splits(config: Config, layout: ExperimentLayout, splits: Splits, progress: Counted | None = None) -> None:
     """Do the same on given splits."""
     encoder, columns = load_teacher(config, splits.task, layout.teacher)
     check_collection(config, encoder)
     parts = [(splits.train, layout.teacher_logits)]
     if splits.unlabelled is not None and labels_unlabelled(config):
         parts.append((splits.unlabelled, layout.unlabelled_logits))
-    total, done, truncated = sum(len(rows) for rows, _ in parts), 0, 0
+    total, done = sum(len(rows) for rows, _ in parts), 0
     for rows, folder in parts:
 
         def count_on(part: int, _: int, before: int = done) -> None:
@@ -162,7 +160,7 @@ def label_splits(
                 progress(before + part, total)
 
         with logged("label", folder.name, config.teacher_seed):
-            logits = teacher_logits(
+            teacher_logits(
                 encoder,
                 columns,
                 rows,
@@ -175,8 +173,6 @@ def label_splits(
                 progress=count_on,
             )
         done += len(rows)
-        truncated += logits.truncated
-    return truncated
 
 
 def shard_rows(rows: int) -> int:

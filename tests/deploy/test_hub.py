@@ -17,7 +17,8 @@ from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.card import FOLDER_IN_CARD, card_metadata, student_card
 
 ROWS = [
-    {"sentence": f"the film was {word}", "mood": mood} for word, mood in [("superb", "good"), ("awful", "bad")] * 20
+    {"sentence": f"the film was {word}", "mood": mood}
+    for word, mood in [("superb", "positive"), ("awful", "negative"), ("long", "neutral")] * 20
 ]
 LOAD_BY_ID = """
 import json, sys
@@ -26,7 +27,7 @@ from kdlora.data.load import load_splits
 from kdlora.models.encoders import load_fine_tuned
 
 splits = load_splits(TaskConfig(text="sentence", label="mood"), DataConfig(path="someone/moods", revision=sys.argv[1]))
-encoder, columns = load_fine_tuned("someone/student", splits.task, label_names=["bad", "good"], revision=sys.argv[2])
+encoder, columns = load_fine_tuned("someone/student", splits.task, revision=sys.argv[2])
 print(json.dumps([len(splits.train), list(splits.task.label_names), encoder.model.config.num_labels]))
 """
 
@@ -124,18 +125,11 @@ def test_data_sets_and_fine_tuned_teachers_load_by_id_and_revision(hub, classifi
     hub.add("someone/moods", {"train.jsonl": lines * 2}, kind="datasets")
     folder = classifier_folder("bert", "single-label")
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    config = json.loads(files["config.json"])
-    config["id2label"], config["label2id"] = {"0": "LABEL_0", "1": "LABEL_1"}, {"LABEL_0": 0, "LABEL_1": 1}
-    from safetensors.numpy import load, save
-
-    weights = load(files["model.safetensors"])
-    weights |= {name: weights[name][:2] for name in ("classifier.weight", "classifier.bias")}
-    two = files | {"config.json": json.dumps(config).encode(), "model.safetensors": save(weights, {"format": "pt"})}
-    revision = hub.add("someone/student", two)
+    revision = hub.add("someone/student", files)
     hub.add("someone/student", {"config.json": b"{}"})
     done = call(hub, tmp_path, "-c", LOAD_BY_ID, first, revision)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [36, ["bad", "good"], 2]
+    assert json.loads(done.stdout.splitlines()[-1]) == [54, ["negative", "neutral", "positive"], 3]
 
 
 def test_the_card_carries_what_the_hub_reads():

@@ -15,7 +15,7 @@ import transformers
 import tiny
 from experiments import edit_json
 from kdlora.deploy.folder import read_model_folder
-from kdlora.deploy.torch_backend import load_model
+from kdlora.deploy.torch_backend import TorchBackend
 from kdlora.models.encoders import load_encoder
 from kdlora.system.children import run_in_child
 
@@ -77,7 +77,7 @@ def test_threads_load_one_after_the_other(tiny_model_folder, tmp_path, monkeypat
             at_once.pop()
 
     monkeypatch.setattr(automatic, "from_pretrained", load)
-    ways = [lambda: load_encoder(folder, tiny.task(), seed=0), lambda: load_model(read_model_folder(tmp_path))] * 2
+    ways = [lambda: load_encoder(folder, tiny.task(), seed=0), lambda: TorchBackend(read_model_folder(tmp_path))] * 2
     threads = [threading.Thread(target=way) for way in ways]
     for thread in threads:
         thread.start()

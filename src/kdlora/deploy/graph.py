@@ -67,9 +67,16 @@ def capture(model: PreTrainedModel, names: Sequence[str], to: Path) -> None:
             ) from error
     # The exporter notes a stack trace at every node: paths of this machine, which differ elsewhere.
     ClearMetadataAndDocStringPass()(program.model)
-    for node in program.model.graph:
-        for value in node.outputs:
-            value.metadata_props.clear()
+    graph = program.model.graph
+    # It gives each input free dimensions of its own.
+    for value in graph.inputs:
+        value.shape = ir.Shape(["batch", "length"])
+    for value in graph.outputs:
+        value.shape = ir.Shape(["batch", *list(value.shape or ())[1:]])
+    for value in (value for node in graph for value in node.outputs):
+        value.metadata_props.clear()
+        if not value.is_graph_output():
+            value.type = value.shape = None
     program.save(str(to))
 
 
@@ -203,10 +210,7 @@ def quiet(*names: str) -> Iterator[None]:
 
 def fuse(source: Path, to: Path, config: PretrainedConfig) -> dict[str, int]:
     """Optimise a captured graph and count what was fused."""
-    model = ir.load(source)
-    _name_dimensions(model.graph)
-    ir.save(model, to)
-    optimise(to, to)
+    optimise(source, to)
     found = Counter(node.op_type for node in ir.load(to).graph)
     layers = config.num_hidden_layers
     spellings = ("hidden_act", "activation", "hidden_activation")  # of the feed-forward layers' activation
@@ -236,15 +240,3 @@ def optimise(source: Path, to: Path) -> None:
     options.optimized_model_filepath = str(to)
     content = source.read_bytes()  # which may be the file that is written
     onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED)
-
-
-def _name_dimensions(graph: ir.Graph) -> None:
-    """Name the free dimensions; the exporter gives each input numbered ones of its own."""
-    for value in graph.inputs:
-        value.shape = ir.Shape(["batch", "length"])
-    for value in graph.outputs:
-        value.shape = ir.Shape(["batch", *list(value.shape or ())[1:]])
-    for node in graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.type = value.shape = None

@@ -35,8 +35,8 @@ class Backend(Protocol):
     input_names: tuple[str, ...]  # of the arrays that `run` takes
     tokenizer_json: str  # content of the `tokenizer.json` that goes with it
 
-    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens)."""
+    def run(self, inputs: dict[str, np.ndarray]) -> Any:
+        """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens); what fails is told by the caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,16 @@ class Classifier:
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Compute float32 logits (rows, labels) of int64 token arrays (rows, tokens), checked for their width."""
-        logits = self._backend.run(inputs)
+        place = self.folder.file or self.folder.path
+        try:
+            logits = self._backend.run(inputs)
+        except Exception as error:  # a config or a graph decides what is computed, and it may be anybody's
+            if self.folder.file is None and "memory" in str(error):
+                raise MemoryError(first_line(error)) from error
+            raise ModelError(f"{place}: the model cannot run ({first_line(error):.200}).") from error
+        if not isinstance(logits, np.ndarray) or not np.issubdtype(logits.dtype, np.floating):
+            kind = logits.dtype if isinstance(logits, np.ndarray) else type(logits).__name__
+            raise ModelError(f"{place}: the first output must be floating-point logits, got {kind}.")
         rows = len(next(iter(inputs.values())))
         if logits.shape != (rows, len(self.label_names)):
             raise ModelError(

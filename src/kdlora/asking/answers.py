@@ -1,4 +1,4 @@
-"""The folder of an asking: a manifest, a line for each answer as it comes, and a ledger that a kill cannot lose."""
+"""The folder of an asking: a manifest, a line an answer as it comes, a ledger that a kill cannot lose, the tables."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
+from datasets import Dataset
 
+from kdlora.asking.asked_rows import AskedRows
 from kdlora.asking.asksettings import AskSettings
-from kdlora.errors import ArtifactError
+from kdlora.data.logit_table import LOGIT, write_table
+from kdlora.data.spool import read_column
+from kdlora.errors import ArtifactError, DataError
 from kdlora.foreign import read_json
 from kdlora.system.integrity import compare, hash_json, is_sealed_or_old, seal
 from kdlora.system.storage import write_json_atomic
 
-MANIFEST, ANSWERS = "ask.json", "answers.jsonl"
+MANIFEST, ANSWERS, TABLE = "ask.json", "answers.jsonl", "probabilities.parquet"
+_RESERVED = ("id", "split", "label", "group", "text", "text_pair", "__index_level_0__")
 _MEANING = {
     "prompts": "a prompt",
     "labels": "the labels, their order or descriptions",
@@ -185,3 +191,60 @@ class Ledger:
             or (settings.max_tokens is not None and read + written > settings.max_tokens)
             or (settings.max_cost is not None and cost is not None and cost > settings.max_cost)
         )
+
+
+def collect(log: AnswerLog, prompt: int, parts: Mapping[str, Dataset]) -> dict[str, np.ndarray]:
+    """Bring the answers into the order of the rows: float64 (rows, labels) a split, NaN where there is none."""
+    found: dict[str, tuple[list[str], list[list[float]]]] = {split: ([], []) for split in parts}
+    for key, answer in log.answers():
+        if key.prompt == prompt and key.split in parts and answer is not None:
+            found[key.split][0].append(key.id)
+            found[key.split][1].append(answer)
+    tables = {}
+    for split, rows in parts.items():
+        ids, answers = found[split]
+        place = {name: number for number, name in enumerate(read_column(rows, "id").to_pylist())}
+        width = len(answers[0]) if answers else 1
+        tables[split] = np.full((len(rows), width), np.nan)
+        kept = [number for number, name in enumerate(ids) if name in place]
+        if kept:
+            tables[split][[place[ids[number]] for number in kept]] = np.asarray(answers)[kept]
+    return tables
+
+
+def write_tables(folder: Path, asked: AskedRows, log: AnswerLog, prompt: int, temperature: float) -> int:
+    """Write the probabilities, and the rows that have some."""
+    from kdlora.asking.audit import temper
+
+    audited = {asked.audit_split: asked.audit} if asked.audit is not None and asked.audit_split == "validation" else {}
+    parts = {**asked.parts, **audited}
+    tables = collect(log, prompt, parts)
+    answered = {split: ~np.isnan(table).any(axis=1) for split, table in tables.items()}
+    if not any(mask.any() for mask in answered.values()):
+        raise DataError(f"none of the {len(log.bad)} rows that were asked about has an answer; see {folder / ANSWERS}")
+    names = asked.task.label_names
+    kept = {split: temper(tables[split][mask], temperature) for split, mask in answered.items() if mask.any()}
+    ids = {split: read_column(parts[split], "id").filter(pa.array(answered[split])) for split in kept}
+    columns: dict[str, Any] = {"id": pa.chunked_array([chunk for one in ids.values() for chunk in one.chunks])}
+    if list(kept) != ["train"]:
+        columns["split"] = pa.array([split for split, table in kept.items() for _ in range(len(table))])
+    together = np.concatenate(list(kept.values()))
+    for place, name in enumerate(names):
+        columns[LOGIT + name if name in _RESERVED else name] = pa.array(together[:, place], pa.float32())
+    for split in asked.parts:
+        if split in kept:
+            _write_rows(folder / f"{split}.parquet", asked, split, answered[split], kept[split])
+    write_table(folder / TABLE, columns)
+    return len(together)
+
+
+def _write_rows(path: Path, asked: AskedRows, split: str, answered: np.ndarray, table: np.ndarray) -> None:
+    """Write the rows with an answer: with people's label where there is one, else with the likeliest."""
+    rows, mask = asked.parts[split], pa.array(answered)
+    columns: dict[str, Any] = {"id": read_column(rows, "id").filter(mask)}
+    for name, column in zip(("text", "text_pair"), asked.task.text, strict=False):
+        columns[column] = read_column(rows, name).filter(mask)
+    if split == "train":
+        codes = read_column(rows, "label").filter(mask).to_numpy() if asked.is_labelled else table.argmax(axis=1)
+        columns[asked.task.label[0]] = pa.array(np.asarray(asked.task.label_names)[codes])
+    write_table(path, columns)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset
 
-from kdlora.asking.answers import ANSWERS, AnswerLog, BudgetSpentError, Key, Ledger, begin_folder
+from kdlora.asking.answers import TABLE, AnswerLog, BudgetSpentError, Key, Ledger, begin_folder, collect, write_tables
 from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.questions import (
@@ -30,7 +29,6 @@ from kdlora.asking.questions import (
 )
 from kdlora.asking.server import Reply, Server
 from kdlora.configfile import expand_home
-from kdlora.data.logit_table import LOGIT, write_table
 from kdlora.data.spool import read_column
 from kdlora.errors import ConfigError, DataError
 from kdlora.system.integrity import hash_file
@@ -39,12 +37,11 @@ from kdlora.system.storage import hold_lock, write_json_atomic
 if TYPE_CHECKING:
     from kdlora.asking.audit import Audit
 
-TABLE, AUDIT = "probabilities.parquet", "audit.json"
+AUDIT = "audit.json"
 _FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
 _SHOWN = 3
 _SAMPLE = 200
 _CHARACTERS_OF_TOKEN = 4
-_RESERVED = ("id", "split", "label", "group", "text", "text_pair", "__index_level_0__")
 
 Progress = Callable[[int, int], None]
 """Called with rows done and rows in all."""
@@ -87,19 +84,10 @@ class AskSummary:
 
 @dataclass(frozen=True)
 class AskPlan:
-    """What an asking would do.
+    """What an asking would do; `tokens` are those read, a quarter of the characters of the filled prompts."""
 
-    Attributes:
-        rows: to be asked about, audit included.
-        requests: at least; many labels and repeated requests add some.
-        tokens: read, estimated as a quarter of the characters of the filled prompts.
-        cost: where prices are given.
-        prompts: some filled prompts.
-        labels: in the table's order.
-    """
-
-    rows: int
-    requests: int
+    rows: int  # audited ones included
+    requests: int  # at least: many labels and repeated requests add some
     tokens: int
     cost: float | None
     prompts: tuple[str, ...]
@@ -140,7 +128,7 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
                 write_json_atomic(folder / AUDIT, asdict(audit))
             rows = 0
             if (audit is None) == (asking.rows.audit is None):
-                rows = _write_tables(folder, asking.rows, log, chosen, 1.0 if audit is None else audit.temperature)
+                rows = write_tables(folder, asking.rows, log, chosen, 1.0 if audit is None else audit.temperature)
             requests, read, written = log.spent.tolist()
             return AskSummary(
                 folder=folder,
@@ -310,7 +298,7 @@ class _Asking:
 
         rows, names = self.rows, [str(one.path or "default prompt") for one in self.questions]
         assert rows.audit is not None  # asked for
-        tables = [_collect(log, place, {rows.audit_split: rows.audit}) for place in range(len(names))]
+        tables = [collect(log, place, {rows.audit_split: rows.audit}) for place in range(len(names))]
         labels = read_column(rows.audit, "label").to_numpy()
         answers = [table[rows.audit_split] for table in tables]
         return audit_answers(rows.task, names, answers, labels, self.settings.seed)
@@ -348,60 +336,3 @@ async def _keep(log: AnswerLog) -> None:
 def _hash_model(folder: str) -> dict[str, str]:
     place = expand_home(folder)
     return {file.name: hash_file(file) for file in sorted(place.glob("*")) if file.is_file()}
-
-
-def _collect(log: AnswerLog, prompt: int, parts: Mapping[str, Dataset]) -> dict[str, np.ndarray]:
-    """Bring the answers into the order of the rows: float64 (rows, labels) a split, NaN where there is none."""
-    found: dict[str, tuple[list[str], list[list[float]]]] = {split: ([], []) for split in parts}
-    for key, answer in log.answers():
-        if key.prompt == prompt and key.split in parts and answer is not None:
-            found[key.split][0].append(key.id)
-            found[key.split][1].append(answer)
-    tables = {}
-    for split, rows in parts.items():
-        ids, answers = found[split]
-        place = {name: number for number, name in enumerate(read_column(rows, "id").to_pylist())}
-        width = len(answers[0]) if answers else 1
-        tables[split] = np.full((len(rows), width), np.nan)
-        kept = [number for number, name in enumerate(ids) if name in place]
-        if kept:
-            tables[split][[place[ids[number]] for number in kept]] = np.asarray(answers)[kept]
-    return tables
-
-
-def _write_tables(folder: Path, asked: AskedRows, log: AnswerLog, prompt: int, temperature: float) -> int:
-    """Write the probabilities, and the rows that have some."""
-    from kdlora.asking.audit import temper
-
-    audited = {asked.audit_split: asked.audit} if asked.audit is not None and asked.audit_split == "validation" else {}
-    parts = {**asked.parts, **audited}
-    tables = _collect(log, prompt, parts)
-    answered = {split: ~np.isnan(table).any(axis=1) for split, table in tables.items()}
-    if not any(mask.any() for mask in answered.values()):
-        raise DataError(f"none of the {len(log.bad)} rows that were asked about has an answer; see {folder / ANSWERS}")
-    names = asked.task.label_names
-    kept = {split: temper(tables[split][mask], temperature) for split, mask in answered.items() if mask.any()}
-    ids = {split: read_column(parts[split], "id").filter(pa.array(answered[split])) for split in kept}
-    columns: dict[str, Any] = {"id": pa.chunked_array([chunk for one in ids.values() for chunk in one.chunks])}
-    if list(kept) != ["train"]:
-        columns["split"] = pa.array([split for split, table in kept.items() for _ in range(len(table))])
-    together = np.concatenate(list(kept.values()))
-    for place, name in enumerate(names):
-        columns[LOGIT + name if name in _RESERVED else name] = pa.array(together[:, place], pa.float32())
-    for split in asked.parts:
-        if split in kept:
-            _write_rows(folder / f"{split}.parquet", asked, split, answered[split], kept[split])
-    write_table(folder / TABLE, columns)
-    return len(together)
-
-
-def _write_rows(path: Path, asked: AskedRows, split: str, answered: np.ndarray, table: np.ndarray) -> None:
-    """Write the rows with an answer: with people's label where there is one, else with the likeliest."""
-    rows, mask = asked.parts[split], pa.array(answered)
-    columns: dict[str, Any] = {"id": read_column(rows, "id").filter(mask)}
-    for name, column in zip(("text", "text_pair"), asked.task.text, strict=False):
-        columns[column] = read_column(rows, name).filter(mask)
-    if split == "train":
-        codes = read_column(rows, "label").filter(mask).to_numpy() if asked.is_labelled else table.argmax(axis=1)
-        columns[asked.task.label[0]] = pa.array(np.asarray(asked.task.label_names)[codes])
-    write_table(path, columns)

@@ -27,27 +27,16 @@ _SLICE = 1000
 
 @dataclass(frozen=True)
 class AskedRows:
-    """What is asked about, in canonical columns.
-
-    Attributes:
-        task: with the labels in the table's order.
-        labels: their descriptions.
-        parts: the rows of each split of the table.
-        audit: rows with labels by people; None without an audit.
-        audit_split: the split whose answers these are.
-        examples: what each prompt shows.
-        sources: hashes of the files.
-        is_labelled: people labelled the rows asked about.
-    """
+    """What is asked about, in canonical columns."""
 
     task: Task
-    labels: Mapping[str, str]
-    parts: Mapping[str, Dataset]
+    labels: Mapping[str, str]  # with descriptions
+    parts: Mapping[str, Dataset]  # by split of the table
     audit: Dataset | None
-    audit_split: str
+    audit_split: str  # whose answers those of the audited rows are
     examples: list[dict[str, Any]]
-    sources: dict[str, str]
-    is_labelled: bool
+    sources: dict[str, str]  # hashes of the files
+    is_labelled: bool  # by people
 
 
 def read_labels(file: str) -> dict[str, str]:

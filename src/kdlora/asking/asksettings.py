@@ -26,20 +26,20 @@ class AskSettings:
         base_url: of the server, up to and with `/v1`; default: `OPENAI_BASE_URL`, else OpenAI's.
         key_variable: environment variable with the key; a server of your own may want none.
         protocol: `chat` or `completions`.
-        prompts: Jinja templates (files); default: one that comes with kdlora. Several are compared on `audit` rows.
-        labels: label names with their descriptions (may be empty); default: the names in the label column.
+        prompts: file with a Jinja template; default: kdlora's own. Several are compared on the audited rows.
+        labels: label names, with descriptions or empty texts; default: the names in the label column.
         text: text column, or the two of a pair.
         label: label column of the rows that people labelled.
         id_column: names a row; where there is none the row's number from 0 is its id.
         shots: labelled rows that each prompt shows as examples.
         seed: of all draws.
-        votes: count the answers of so many questions, where a server gives no log-probabilities; 0: do not.
+        votes: answers to count for each row, where a server gives no log-probabilities; 0: none.
         temperature: of the answers; default 0, with votes 1.
         top_logprobs: likely tokens that the server shows, at most 20; more labels are asked for in two steps.
         audit: a file of rows with labels by people, or a number of the labelled rows to draw.
         unlabelled: a file of more texts, without labels.
         rows: ask about so many of the rows only; default all.
-        select: which: `random`, `uncertain` (by the model in `select_by`) or `diverse`.
+        select: which rows: `random`, `diverse`, or `uncertain` (by the model in `select_by`).
         select_by: model folder, such as a first student, whose doubts choose.
         concurrency: requests under way at a time.
         max_requests: requests in all, failed ones and earlier calls included.

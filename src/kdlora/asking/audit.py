@@ -18,51 +18,29 @@ _NORMAL_95 = 1.959964
 
 @dataclass(frozen=True)
 class PromptScore:
-    """How one prompt fares; a row without an answer counts as wrong.
-
-    Attributes:
-        prompt: its file.
-        chosen_on: accuracy on the half that chooses, in percent.
-        accuracy: on the half that is reported, with the bounds of its 95% interval (Wilson).
-        low: bound.
-        high: bound.
-        macro_f1: on the rows of that half that were answered; None where there are none.
-        unanswered: rows of both halves.
-        against_chosen: its accuracy less that of the chosen prompt, paired, on the reported half; None for that one.
-    """
+    """How one prompt fares, in percent; a row without an answer counts as wrong."""
 
     prompt: str
-    chosen_on: float
-    accuracy: float
+    chosen_on: float  # accuracy on the half that chooses
+    accuracy: float  # on the half that is reported, with its 95% interval
     low: float
     high: float
-    macro_f1: float | None
-    unanswered: int
-    against_chosen: Difference | None = None
+    macro_f1: float | None  # on the answered rows of that half
+    unanswered: int  # of both halves
+    against_chosen: Difference | None = None  # its accuracy less that of the chosen prompt, paired, on that half
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What people's labels say of the answers.
-
-    Attributes:
-        rows: audited.
-        chosen: place of the best prompt on the half that chooses.
-        prompts: the figures of each.
-        label_names: of rows and columns of the confusion.
-        confusion: rows of the reported half by people's label (rows) and the model's; the last column: unanswered.
-        temperature: fitted on the half that chooses, and applied to the table; 1 where too few rows were answered.
-        ece_before: expected calibration error of the reported half without it, 0 to 1; None where nothing was answered.
-        ece_after: with it.
-    """
+    """What people's labels say of the answers; calibration errors are 0 to 1."""
 
     rows: int
-    chosen: int
+    chosen: int  # place of the best prompt
     prompts: tuple[PromptScore, ...]
     label_names: tuple[str, ...]
-    confusion: tuple[tuple[int, ...], ...]
-    temperature: float
-    ece_before: float | None
+    confusion: tuple[tuple[int, ...], ...]  # of the reported half: people's label, the model's; last: unanswered
+    temperature: float  # fitted on the half that chooses, applied to the table; 1 where too few rows were answered
+    ece_before: float | None  # of the reported half; None where nothing was answered
     ece_after: float | None
 
 

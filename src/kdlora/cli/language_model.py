@@ -1,83 +1,67 @@
-"""The verb that asks a language model."""
+"""The verb that asks a language model; its options are the settings, with their texts."""
 
 from __future__ import annotations
 
+import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from typer import Argument, Option
 
-from kdlora.cli.app import IdColumn, Json, Text, app, completing, print_json, print_table, verb
+from kdlora.asking.asksettings import AskSettings
+from kdlora.cli.app import IdColumn, Json, Text, completing, print_json, print_table, verb
 from kdlora.errors import harmless
 from kdlora.terminal import draw_bars
 
 if TYPE_CHECKING:
     from kdlora.asking.ask import AskPlan, AskSummary
-    from kdlora.asking.asksettings import AskSettings
     from kdlora.asking.audit import Audit
 
-__all__ = ["app"]
+_TEXTS = dict(re.findall(r"^ {8}(\w+): (.+)$", AskSettings.__doc__ or "", re.MULTILINE))
+_OTHERWISE = {
+    "prompts": (list[str], "--prompt", "FILE"),
+    "labels": (str, "--labels", "YAML"),
+    "audit": (str, "--audit", "FILE|N"),
+}
 
 
-@dataclass(frozen=True)
-class Ask:
-    """What `kdlora ask` is told."""
+def _option(name: str, kind: Any) -> Any:
+    """Make an option of a setting."""
+    if name in ("text", "id_column"):
+        return Text if name == "text" else IdColumn
+    text = _TEXTS.get(name, name)
+    text = text[0].upper() + text[1:]
+    if name in _OTHERWISE:
+        own, flag, metavar = _OTHERWISE[name]
+        return Annotated[own | None, Option(flag, metavar=metavar, help=text)]
+    if get_origin(kind) is Literal:
+        return Annotated[str, Option(help=text, autocompletion=completing(lambda: get_args(kind)))]
+    return Annotated[kind, Option(help=text)]
 
-    data: Annotated[str, Argument(help="CSV, TSV, JSON Lines, Parquet or text file, with or without labels.")]
-    to: Annotated[Path, Option("--to", help="Folder of the answers and the table; the same command goes on.")]
-    model: Annotated[str, Option(help="Name of the model on the server.")]
-    base_url: Annotated[
-        str | None, Option(metavar="URL", help="Server, up to /v1; default OPENAI_BASE_URL, else OpenAI's.")
-    ] = None
-    key_variable: Annotated[str, Option(metavar="NAME", help="Environment variable with the key.")] = "OPENAI_API_KEY"
-    protocol: Annotated[
-        str, Option(help="chat or completions.", autocompletion=completing(lambda: ("chat", "completions")))
-    ] = "chat"
-    prompt: Annotated[
-        list[str] | None,
-        Option(metavar="FILE", help="Jinja template; more than once to compare on the audit rows."),
-    ] = None
-    labels: Annotated[
-        str | None, Option(metavar="FILE", help="YAML: a list of labels, or a mapping to descriptions.")
-    ] = None
-    text: Text = None
-    label: Annotated[str | None, Option(metavar="COLUMN", help="Label column, where people labelled rows.")] = None
-    id_column: IdColumn = "id"
-    shots: Annotated[int, Option(help="Labelled rows that each prompt shows as examples.")] = 0
-    seed: Annotated[int, Option(help="Of all draws.")] = 0
-    votes: Annotated[int, Option(help="Answers to count, where a server gives no log-probabilities.")] = 0
-    temperature: Annotated[float | None, Option(help="Of the answers; default 0, with votes 1.")] = None
-    top_logprobs: Annotated[int, Option(help="Likely tokens that the server shows, at most 20.")] = 20
-    audit: Annotated[
-        str | None, Option(metavar="FILE|N", help="Rows with people's labels, or how many of DATA's to draw.")
-    ] = None
-    unlabelled: Annotated[str | None, Option(metavar="FILE", help="More texts, without labels.")] = None
-    rows: Annotated[int | None, Option(help="Ask about so many rows of DATA only.")] = None
-    select: Annotated[
-        str,
-        Option(
-            help="Which: random, uncertain or diverse.",
-            autocompletion=completing(lambda: ("random", "uncertain", "diverse")),
-        ),
-    ] = "random"
-    select_by: Annotated[str | None, Option(metavar="MODEL", help="Model folder whose doubts choose (uncertain).")] = (
-        None
-    )
-    concurrency: Annotated[int, Option(help="Requests under way at a time.")] = 16
-    max_requests: Annotated[int | None, Option(help="Requests in all; never passed.")] = None
-    max_tokens: Annotated[int | None, Option(help="Tokens read and written in all; never passed.")] = None
-    max_cost: Annotated[float | None, Option(help="Money in all, by the prices; never passed.")] = None
-    price_in: Annotated[float | None, Option(help="Price of a million tokens read.")] = None
-    price_out: Annotated[float | None, Option(help="Price of a million tokens written.")] = None
-    timeout: Annotated[float, Option(help="Seconds for one answer.")] = 60.0
-    dry_run: Annotated[bool, Option("--dry-run", help="Show three prompts, count, and ask nothing.")] = False
-    as_json: Json = False
+
+_KINDS = get_type_hints(AskSettings)
+_GIVEN = [
+    (one.name, _option(one.name, _KINDS[one.name]), field(default=None if one.name == "prompts" else one.default))
+    for one in fields(AskSettings)
+    if one.name != "model"
+]
+Ask = make_dataclass(
+    "Ask",
+    [
+        ("data", Annotated[str, Argument(help="CSV, TSV, JSON Lines, Parquet or text file, with or without labels.")]),
+        ("to", Annotated[Path, Option("--to", help="Folder of the answers and the table; the same command goes on.")]),
+        ("model", Annotated[str, Option(help="Name of the model on the server.")]),
+        *_GIVEN,
+        ("dry_run", Annotated[bool, Option("--dry-run", help="Show three prompts, count, and ask nothing.")], False),
+        ("as_json", Json, False),
+    ],
+)
 
 
 @verb(Ask)
-def ask(options: Ask) -> None:
+def ask(options: Any) -> None:
     """Ask a language model for the label of every row: a table of probabilities that teaches (teacher.probabilities).
 
     Answers are kept as they come, so a killed call is continued; refusals and nonsense are counted, never labels.
@@ -104,14 +88,11 @@ def ask(options: Ask) -> None:
     print_json(asdict(summary)) if options.as_json else _print_summary(summary)
 
 
-def _settings(options: Ask) -> AskSettings:
+def _settings(options: Any) -> AskSettings:
     from kdlora.asking.asked_rows import read_labels
-    from kdlora.asking.asksettings import AskSettings
 
-    given = asdict(options)
-    for name in ("data", "to", "dry_run", "as_json"):
-        del given[name]
-    given["prompts"] = tuple(given.pop("prompt") or ())
+    given = {one.name: getattr(options, one.name) for one in fields(AskSettings)}
+    given["prompts"] = tuple(options.prompts or ())
     given["text"] = None if options.text is None else tuple(options.text)
     given["labels"] = None if options.labels is None else read_labels(options.labels)
     given["audit"] = int(given["audit"]) if (options.audit or "").isdecimal() else options.audit

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from experiments import Workshop
+from tiny import task
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +51,15 @@ def suite_folder(finished_suite, tmp_path: Path) -> Path:
     import shutil
 
     return Path(shutil.copytree(finished_suite.folder, tmp_path / "suite", copy_function=shutil.copy2))
+
+
+@pytest.fixture(scope="session")
+def fine_tuned(tiny_model_folder, tmp_path_factory) -> Path:
+    """A classifier as an experiment keeps its teacher; its weights are random."""
+    from kdlora.models.encoders import load_encoder, save_encoder
+
+    encoder = load_encoder(str(tiny_model_folder("bert")), task(), seed=3)
+    encoder.model.config.kdlora_task = task().to_dict()
+    folder = tmp_path_factory.mktemp("label-model") / "teacher"
+    save_encoder(encoder, folder)
+    return folder

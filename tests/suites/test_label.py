@@ -37,14 +37,10 @@ pytest_plugins = ["experiment_fixtures"]
 TASK = task()
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model_folder, tmp_path_factory):
-    """A classifier as an experiment keeps its teacher; its weights are random."""
-    folder = tmp_path_factory.mktemp("label-model") / "teacher"
-    encoder = load_encoder(str(tiny_model_folder("bert")), TASK, seed=3)
-    encoder.model.config.kdlora_task = TASK.to_dict()
-    save_encoder(encoder, folder)
-    return folder
+@pytest.fixture
+def model(fine_tuned):
+    """The classifier that labels."""
+    return fine_tuned
 
 
 def rows(count: int, seed: int) -> list[dict[str, str]]:

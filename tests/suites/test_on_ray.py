@@ -18,9 +18,8 @@ from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.search import run_search
 from kdlora.experiment.suite import run_suite
 from kdlora.experiment.suitefile import build_suite
-from kdlora.models.encoders import load_encoder, save_encoder
 from kdlora.searchconfig import Resources
-from tiny import sentiment_rows, task
+from tiny import sentiment_rows
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 pytest_plugins = ["experiment_fixtures"]
@@ -108,16 +107,6 @@ def test_a_killed_node_loses_nothing_and_doubles_nothing(cluster, suite_values, 
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_model_folder, tmp_path_factory):
-    """A classifier with random weights."""
-    folder = tmp_path_factory.mktemp("ray-model") / "teacher"
-    encoder = load_encoder(str(tiny_model_folder("bert")), task(), seed=3)
-    encoder.model.config.kdlora_task = task().to_dict()
-    save_encoder(encoder, folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """Forty shards of rows in one Parquet file."""
     rows = [{"id": row["id"], "text": row["text"]} for row in sentiment_rows(320)]
@@ -141,13 +130,13 @@ def kill_a_worker(folder, killed):
         time.sleep(0.01)
 
 
-def test_a_lost_worker_loses_no_row_and_doubles_none(teacher, texts, tmp_path):
+def test_a_lost_worker_loses_no_row_and_doubles_none(fine_tuned, texts, tmp_path):
     """A piece that dies with its worker must be done again by another, once."""
-    label_collection(teacher, texts, tmp_path / "here", LabelSettings(rows_per_shard=8))
+    label_collection(str(fine_tuned), texts, tmp_path / "here", LabelSettings(rows_per_shard=8))
     killed: list[int] = []
     thread = threading.Thread(target=kill_a_worker, args=(tmp_path / "there", killed))
     thread.start()
-    summary = label_collection(teacher, texts, tmp_path / "there", LabelSettings(rows_per_shard=8), on="ray")
+    summary = label_collection(str(fine_tuned), texts, tmp_path / "there", LabelSettings(rows_per_shard=8), on="ray")
     thread.join()
     assert len(killed) == 1
     assert (summary.rows, summary.shards) == (320, 40)
@@ -155,9 +144,9 @@ def test_a_lost_worker_loses_no_row_and_doubles_none(teacher, texts, tmp_path):
         assert (tmp_path / "there" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_faults_come_back_in_our_words(teacher, texts, tmp_path):
+def test_faults_come_back_in_our_words(fine_tuned, texts, tmp_path):
     """Ray wraps what a worker raises in pages of its own."""
     with pytest.raises(DataError, match="no column 'body'"):
-        label_collection(teacher, texts, tmp_path / "out", LabelSettings(text=("body",)), on="ray")
+        label_collection(str(fine_tuned), texts, tmp_path / "out", LabelSettings(text=("body",)), on="ray")
     with pytest.raises(ConfigError, match=r"no Ray cluster answers at ray://127\.0\.0\.1:1 "):
-        label_collection(teacher, texts, tmp_path / "nobody", on="ray://127.0.0.1:1")
+        label_collection(str(fine_tuned), texts, tmp_path / "nobody", on="ray://127.0.0.1:1")

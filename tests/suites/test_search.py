@@ -8,6 +8,7 @@ import json
 import shutil
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -85,25 +86,6 @@ def test_nothing_of_a_held_out_text_is_learnt(workshop, tmp_path):
     assert ("2" in parts.train["id"]) == ("3" in parts.train["id"])
 
 
-def test_trials_take_the_steps_of_the_real_training(search_of, tmp_path):
-    """Half of the rows in half of the steps favours high rates, too high ones for the real training."""
-    teacher = {"train": {"epochs": 1, "batch_size": 8, "learning_rate": 5e-3}}
-    config, settings = search_of(
-        {"lora.rank": [2]}, {"run": {"arms": ["kd-lora"]}, "teacher": teacher}, trials=1, validation_fraction=0.5
-    )
-    steps = set()
-
-    def listen(event) -> None:
-        if isinstance(event.detail, ProgressEvent):
-            steps.add(event.detail.steps)
-
-    result = run_search(config, settings, tmp_path / "s", listen=listen)
-    assert result.finished == 1
-    assert steps == {64 // 8}
-    trial = json.loads(next(result.folder.glob("trials/*/trial.json")).read_text(encoding="utf-8"))
-    assert trial["history"][-1]["step"] == 64 // 8
-
-
 def test_labels_of_the_reported_rows_change_nothing(search_of, workshop, tmp_path):
     """The proof by experiment: false labels in the validation file must leave the trials' scores as they are."""
     flipped = tmp_path / "validation.csv"
@@ -175,22 +157,18 @@ def test_a_trial_of_a_dead_process_is_tried_again(search_of, tmp_path):
     assert len(counted_trials(study)) == 1
 
 
-def test_one_teacher_serves_all_trials(search_of, tmp_path):
-    """A teacher trained anew for every value of alpha would cost more than the search itself."""
+def test_one_teacher_serves_all_trials_which_take_the_steps_of_the_real_training(search_of, tmp_path):
+    """Half of the rows in half of the steps favours high rates; a teacher that has no answer for copies fails them."""
     teacher = {"train": {"epochs": 1, "batch_size": 8, "learning_rate": 5e-3}}
-    config, settings = search_of(
-        {"distil.alpha": [0.1, 0.9]}, {"run": {"arms": ["kd-lora"]}, "teacher": teacher}, trials=5
-    )
-    result = run_search(config, settings, tmp_path / "s")
-    assert result.finished == 2
+    changes = {"run": {"arms": ["kd-lora"]}, "teacher": teacher, "data": {"augment": 1}}
+    config, settings = search_of({"distil.alpha": [0.1, 0.9]}, changes, trials=5, validation_fraction=0.5)
+    heard = []
+    result = run_search(config, settings, tmp_path / "s", listen=heard.append)
+    assert (result.finished, result.failed) == (2, 0)
     assert len(list(result.folder.glob("teachers/*/teacher/model.safetensors"))) == 1
-
-
-def test_a_teacher_answers_for_the_copies_of_its_trials(search_of, tmp_path):
-    """Copies belong to the distilled arm alone, but its teacher has to label them, or every trial fails."""
-    config, settings = search_of({"lora.rank": [2]}, {"run": {"arms": ["kd-lora"]}, "data": {"augment": 1}}, trials=1)
-    found = run_search(config, settings, tmp_path / "search")
-    assert (found.finished, found.failed) == (1, 0)
+    assert {one.detail.steps for one in heard if isinstance(one.detail, ProgressEvent)} == {64 // 8}
+    trial = json.loads(next(result.folder.glob("trials/*/trial.json")).read_text(encoding="utf-8"))
+    assert trial["history"][-1]["step"] == 64 // 8
 
 
 def test_a_failed_trial_is_kept_and_the_search_goes_on(search_of, tmp_path):
@@ -202,34 +180,19 @@ def test_a_failed_trial_is_kept_and_the_search_goes_on(search_of, tmp_path):
     assert "failed" in (result.folder / "search.md").read_text(encoding="utf-8")
 
 
-class _Trial:
-    def __init__(self, prune_at):
-        self.reports, self.prune_at = [], prune_at
-
-    def report(self, value, step):
-        self.reports.append((step, value))
-
-    def should_prune(self):
-        return self.reports[-1][0] >= self.prune_at
-
-
-def _event(epoch, score):
-    return ProgressEvent(epoch, 3, 0, 0, None, None, None, 0.0, None, score)
-
-
 def test_the_pruner_gets_each_epochs_own_score(tmp_path):
     """An event at the end of an epoch, before its evaluation, carries the score of the epoch before."""
-    trial, stop = _Trial(prune_at=2), tmp_path / "stop"
+    reports, stop = [], tmp_path / "stop"
+    trial = SimpleNamespace(
+        report=lambda score, epoch: reports.append((epoch, score)), should_prune=lambda: reports[-1][0] == 2
+    )
     reporter = Reporter(trial, stop, lambda event: None)
     for epoch, score in [(0.5, None), (1.0, None), (1.0, 70.0), (1.4, 70.0), (2.0, 70.0), (2.0, 60.0)]:
-        reporter.hear(_event(epoch, score))
-    assert trial.reports == [(1, 70.0)]
-    assert not stop.exists()
-    reporter.hear(_event(2.3, 60.0))
-    assert trial.reports == [(1, 70.0), (2, 60.0)]
-    assert stop.exists()
-    reporter.report(2, 60.0)
-    assert len(trial.reports) == 2
+        reporter.hear(ProgressEvent(epoch, 3, 0, 0, None, None, None, 0.0, None, score))
+    assert (reports, stop.exists()) == ([(1, 70.0)], False)
+    for _ in range(2):
+        reporter.hear(ProgressEvent(2.3, 3, 0, 0, None, None, None, 0.0, None, 60.0))
+    assert (reports, stop.exists()) == ([(1, 70.0), (2, 60.0)], True)
 
 
 def test_a_training_stops_when_it_is_asked_to(search_of, tmp_path):

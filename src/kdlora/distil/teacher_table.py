@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +11,7 @@ import pyarrow.compute as pc
 
 from kdlora.data.collection import is_collection, match_collection, open_collection
 from kdlora.data.logit_table import LOGIT
-from kdlora.data.read import Source, open_file
+from kdlora.data.read import open_file
 from kdlora.data.tasks import Task, match_labels
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import DataError, did_you_mean
@@ -52,22 +51,33 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         if split != "train":
             raise DataError(f"{file}: a labelled collection covers the training split, not {split!r}")
         return read_collection(file, task, "teacher.logits")
-    source = _open(file, f"teacher.{values}")
+    if file.is_file() and file.suffix.lower() not in _SUFFIXES:
+        raise DataError(
+            f"{file} (teacher.{values}): a table of teacher outputs is Parquet or JSON Lines ({', '.join(_SUFFIXES)}); "
+            f"got {file.suffix.lower() or 'no extension'!r}"
+        )
+    source = open_file(file, f"teacher.{values}", every_key=True)
+    source.require("id", f"teacher.{values}")
     columns = _label_columns(source.columns, task, file)
     wanted = ["id", *({"split"} & set(source.columns)), *columns]
     table = _rows_of_split(source.read(list(dict.fromkeys(wanted))).table, split, file)
+    kind = table.column("id").type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        raise DataError(f"{file}: expected text or whole numbers in column 'id', got {kind}")
     given = values == "probabilities" and task.kind != "regression"
-    outputs = np.empty((table.num_rows, len(columns)), np.float64 if given else np.float32)
+    logits = np.empty((table.num_rows, len(columns)), np.float64 if given else np.float32)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused with its id
         for place, column in enumerate(columns):
-            outputs[:, place] = _numbers(table, column, file)
-    logits = _as_logits(outputs, task, table.column("id"), file).astype(np.float32) if given else outputs
-    fingerprint = hash_json({"file": hash_file(file), "values": values, "split": split, "labels": task.label_names})
+            logits[:, place] = _numbers(table, column, file)
+    if given:
+        logits = _as_logits(logits, task, table.column("id"), file)
+    ingredients = {"file": hash_file(file), "values": values, "split": split, "labels": task.label_names}
     return TeacherLogits(
-        ids=_ids(table, file),
+        ids=table.column("id"),
         logits=logits,
         label_names=task.label_names,
-        fingerprint=fingerprint,
+        fingerprint=hash_json(ingredients),
         source=str(file),
         from_probabilities=given,
     )
@@ -77,18 +87,6 @@ def read_collection(folder: Path, task: Task, key: str) -> TeacherLogits:
     """Read the logits of a finished collection that `kdlora label` made."""
     collection = open_collection(folder)
     return TeacherLogits.of(collection, match_collection(collection, task, key), task)
-
-
-def _open(file: Path, key: str) -> Source:
-    suffix = file.suffix.lower()
-    if file.is_file() and suffix not in _SUFFIXES:
-        raise DataError(
-            f"{file} ({key}): a table of teacher outputs is Parquet or JSON Lines ({', '.join(_SUFFIXES)}); got "
-            f"{suffix or 'no extension'!r}"
-        )
-    source = open_file(file, key, every_key=True)
-    source.require("id", key)
-    return source
 
 
 def _rows_of_split(table: pa.Table, split: str, file: Path) -> pa.Table:
@@ -137,31 +135,22 @@ def _numbers(table: pa.Table, column: str, file: Path) -> np.ndarray:
     return numbers
 
 
-def _ids(table: pa.Table, file: Path) -> pa.ChunkedArray:
-    ids = table.column("id")
-    kind = ids.type.value_type if pa.types.is_dictionary(ids.type) else ids.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
-        raise DataError(f"{file}: expected text or whole numbers in column 'id', got {kind}")
-    return ids
-
-
 def _as_logits(probabilities: np.ndarray, task: Task, ids: pa.ChunkedArray, file: Path) -> np.ndarray:
-    """Turn probabilities into logits whose softmax or sigmoid they are."""
-
-    def refuse(unfit: Any, expected: str) -> None:
-        wrong = np.asarray(unfit)
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
+    """Turn probabilities into float32 logits whose softmax or sigmoid they are."""
+    is_single = task.kind == "single-label"
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fits = {
+            "that are finite numbers": np.isfinite(probabilities).all(axis=1),
+            "between 0 and 1": ((probabilities >= 0.0) & (probabilities <= 1.0)).all(axis=1),
+            "that sum to 1 over the labels": np.bool_(not is_single)
+            | (np.abs(probabilities.sum(axis=1) - 1.0) <= _TOLERANCE),
+        }
+        logits = np.log(probabilities) - (0.0 if is_single else np.log1p(-probabilities))
+    for expected, is_fit in fits.items():
+        if not is_fit.all():
+            row = int(np.argmin(is_fit))
             raise DataError(
-                f"{file}: expected probabilities {expected}; {int(wrong.sum())} rows are not, first id "
+                f"{file}: expected probabilities {expected}; {int((~is_fit).sum())} rows are not, first id "
                 f"{ids[row].as_py()!r}: {probabilities[row].tolist()}. If these are logits, set teacher.logits instead"
             )
-
-    refuse(~np.isfinite(probabilities).all(axis=1), "that are finite numbers")
-    refuse(((probabilities < 0.0) | (probabilities > 1.0)).any(axis=1), "between 0 and 1")
-    if task.kind == "single-label":
-        refuse(np.abs(probabilities.sum(axis=1) - 1.0) > _TOLERANCE, "that sum to 1 over the labels")
-        with np.errstate(divide="ignore"):
-            return np.maximum(np.log(probabilities), _NEVER)
-    with np.errstate(divide="ignore"):
-        return np.clip(np.log(probabilities) - np.log1p(-probabilities), _NEVER, -_NEVER)
+    return np.clip(logits, _NEVER, -_NEVER).astype(np.float32)

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ Progress = Callable[[int, float | None], None]
 """Called with the rows done and the share of the input read (None for a stream)."""
 
 _SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every row
 _PART = re.compile(r"part-[0-9]{8}-[0-9]{1,18}-[0-9]{1,18}")
 """Name of a part: its number, rows and bad rows, so that a part is whole or absent."""
 
@@ -173,15 +174,16 @@ class _Form:
     def encode(self, answers: Sequence[tuple[Row, Prediction | None]]) -> bytes:
         """Write rows; one without prediction gets its error."""
         if self.name == "jsonl":
-            return "".join(f"{json.dumps(_as_object(*one), ensure_ascii=False)}\n" for one in answers).encode()
-        rows = [self._flat(*one) for one in answers]
+            return "".join(f"{_to_json(_as_object(*one))}\n" for one in answers).encode()
+        rows = [self._values(*one) for one in answers]
         if self.name == "csv":
-            return self._csv(rows)
+            return _csv_bytes(rows)
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, self._schema()), buffer)
+        schema, buffer = self._schema(), io.BytesIO()
+        columns = [pa.array(values, kind) for values, kind in zip(zip(*rows, strict=True), schema.types, strict=True)]
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), buffer)
         return buffer.getvalue()
 
     def join(self, parts: Iterable[Path], to: Path) -> None:
@@ -194,25 +196,18 @@ class _Form:
                     writer.write_table(pq.read_table(part, schema=self._schema()))
             return
         with to.open("wb") as file:
-            file.write(self._csv([dict(zip(self._columns, self._columns, strict=True))]) if self.name == "csv" else b"")
+            file.write(_csv_bytes([self._columns]) if self.name == "csv" else b"")
             for part in parts:
                 with part.open("rb") as source:
                     shutil.copyfileobj(source, file, 1 << 20)
 
-    def _flat(self, row: Row, prediction: Prediction | None) -> dict[str, Any]:
-        """Give the columns that have a value."""
+    def _values(self, row: Row, prediction: Prediction | None) -> list[Any]:
         if prediction is None:
-            return {"id": row.id, "error": row.error}
+            return [row.id, *([None] * (len(self._columns) - 2)), row.error]
         label: Any = prediction.label
         if isinstance(label, tuple):
             label = "|".join(label) if self.name == "csv" else list(label)
-        named = {f"probability:{name}": value for name, value in prediction.probabilities.items()}
-        return {"id": row.id, "label": label, **named}
-
-    def _csv(self, rows: Iterable[Mapping[str, Any]]) -> bytes:
-        buffer = io.StringIO(newline="")
-        csv.DictWriter(buffer, self._columns, lineterminator="\n").writerows(rows)
-        return buffer.getvalue().encode()
+        return [row.id, label, *prediction.probabilities.values(), None]
 
     def _schema(self) -> pa.Schema:
         import pyarrow as pa
@@ -228,6 +223,12 @@ def _as_object(row: Row, prediction: Prediction | None) -> dict[str, Any]:
     found: dict[str, Any] = {"id": row.id, "label": prediction.label}
     found |= {"deferred": prediction.deferred} if prediction.deferred else {}
     return found | ({"probabilities": prediction.probabilities} if prediction.probabilities else {})
+
+
+def _csv_bytes(rows: Iterable[Sequence[Any]]) -> bytes:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue().encode()
 
 
 class _Output:

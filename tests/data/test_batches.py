@@ -5,11 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from kdlora.data.batches import Collator, LengthBucketSampler, SharedSampler, length_sorted_batches, tokenise
 from kdlora.errors import ModelError
@@ -25,28 +23,23 @@ def dataset(**columns) -> Dataset:
 
 
 def test_tokens_are_the_tokenizers_own(tiny_tokenizer) -> None:
-    """Token ids that differ from the tokenizer's own cuts make a student that is served something else."""
-    data = tokenise(dataset(label=[0, 1, 0, 1]), tiny_tokenizer, 16)
+    """Other token ids make a student that is served something else; without its logits, distillation is training."""
+    carried = {"label": [0, 1, 0, 1], "group": ["matched"] * 4, "teacher_logits": [[0.5, -0.5]] * 4}
+    data = tokenise(dataset(**carried), tiny_tokenizer, 16)
     expected = tiny_tokenizer(TEXTS, truncation=True, max_length=16)
     assert data.dataset["input_ids"][:] == expected["input_ids"]
     assert data.dataset["token_type_ids"][:] == expected["token_type_ids"]
     assert data.dataset["length"][:] == [len(ids) for ids in expected["input_ids"]]
-    assert data.dataset["label"][:] == [0, 1, 0, 1]
-    assert data.dataset["id"][:] == ["0", "1", "2", "3"]
-    assert set(data.dataset.column_names) == {"id", "label", "input_ids", "token_type_ids", "length"}
+    assert data.dataset.select_columns(list(carried))[:] == carried
     assert (data.truncated, data.max_length) == (1, 16)
+    assert tokenise(dataset().select([3, 1]), tiny_tokenizer, 16).dataset["id"][:] == ["3", "1"]
 
 
-def test_truncated_is_exact_at_the_limit(tiny_tokenizer) -> None:
-    """Counting texts of exactly the limit as cut warns about nothing; missing a cut of one token hides a loss."""
-    rows = Dataset.from_dict({"id": ["0", "1"], "text": ["a good film that nobody should miss", "bad"]})
-    longest = len(tiny_tokenizer(rows[0]["text"])["input_ids"])
-    assert tokenise(rows, tiny_tokenizer, longest).truncated == 0
-    assert tokenise(rows, tiny_tokenizer, longest - 1).truncated == 1
-
-
-def test_the_tokenizers_limit_holds(tiny_tokenizer) -> None:
-    """A max_length above the model's positions would fail, or read past the table, in the middle of training."""
+def test_what_is_cut_is_counted(tiny_tokenizer) -> None:
+    """A count that is wrong at the limit hides a loss; a limit above the model's positions fails in mid-training."""
+    rows = dataset().select([0, 1])
+    longest = len(tiny_tokenizer(TEXTS[0])["input_ids"])
+    assert [tokenise(rows, tiny_tokenizer, limit).truncated for limit in (longest, longest - 1)] == [0, 1]
     data = tokenise(dataset(), tiny_tokenizer, 10_000)
     assert data.max_length == tiny_tokenizer.model_max_length == max(data.dataset["length"])
     assert data.truncated == 1
@@ -62,15 +55,6 @@ def test_pairs_cut_the_longer_text(tiny_tokenizer) -> None:
     assert max(data.dataset["length"]) == 20
     untouched = tiny_tokenizer(TEXTS, pairs)["input_ids"]
     assert data.truncated == sum(len(ids) > 20 for ids in untouched) == 2
-
-
-def test_teacher_logits_and_groups_are_carried(tiny_tokenizer) -> None:
-    """A column that is lost here turns distillation into plain training."""
-    rows = dataset(group=["matched"] * 4, teacher_logits=[[0.5, -0.5]] * 4)
-    data = tokenise(rows.select([3, 1]), tiny_tokenizer, 16).dataset
-    assert data["id"][:] == ["3", "1"]
-    assert data["group"][:] == ["matched"] * 2
-    assert data["teacher_logits"][:] == [[0.5, -0.5]] * 2
 
 
 @given(lengths=lengths_of, batch_size=st.integers(1, 40), seed=st.integers(0, 2**31), epoch=st.integers(0, 50))
@@ -125,21 +109,6 @@ def test_buckets_save_padding_and_mix() -> None:
     assert padded / lengths.sum() < 1.1
     means = np.array([lengths[batch].mean() for batch in batches])
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.3
-
-
-def test_sampler_in_a_prepared_loader(tiny_tokenizer) -> None:
-    """Accelerate rewraps loaders; one that drops the sampler's epochs repeats the first order forever."""
-    data = tokenise(dataset(label=[0, 1, 0, 1]), tiny_tokenizer, 16)
-    sampler = LengthBucketSampler(data.dataset["length"], 3, seed=0)
-    collate = Collator.of(tiny_tokenizer, "single-label", 16)
-    loader = Accelerator(cpu=True).prepare(DataLoader(data.dataset, batch_sampler=sampler, collate_fn=collate))
-    orders = []
-    for epoch in range(4):
-        loader.set_epoch(epoch)
-        batches = list(loader)
-        assert [len(batch["labels"]) for batch in batches] == [3, 1]
-        orders.append([ids.sum().item() for batch in batches for ids in batch["input_ids"]])
-    assert len({tuple(order) for order in orders}) > 1
 
 
 @given(lengths=lengths_of | st.just([]), batch_tokens=st.integers(1, 5000))

@@ -139,12 +139,13 @@ def test_bad_rows_of_tables_are_entries(tmp_path, model):
     predict_file(model, tmp_path / "in.parquet", tmp_path / "out.jsonl")
     assert ["UTF-8" in row.get("error", "") for row in _read(tmp_path / "out.jsonl")] == [False, True, False]
     path = tmp_path / "in.csv"
-    path.write_text('id,text\na,"two\nlines, one value"\nb\nc,one,two\n\nd,good\n', encoding="utf-8")
+    path.write_text('id,text\na,"two\nlines, one value"\nb\nc,one,two\n\nd,good\ne,"open\nf,g\n', encoding="utf-8")
     for suffix in ("csv", "parquet"):
         predict_file(model, path, tmp_path / f"out.{suffix}")
     table = pd.read_csv(tmp_path / "out.csv")
-    assert table["label"].notna().tolist() == [True, False, False, True]
-    assert "1 columns where 2 are expected" in table["error"][1]
+    assert table["label"].notna().tolist() == [True, False, False, True, False]
+    assert "row 1: 1 columns where 2 are expected" in table["error"][1]
+    assert "row 4: a quote is opened and never closed" in table["error"][4]
     assert pq.read_table(tmp_path / "out.parquet")["error"].null_count == 2
 
 

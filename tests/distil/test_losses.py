@@ -96,38 +96,6 @@ def test_the_whole_loss_matches_float64(seed, kind, rows, alpha, loss, temperatu
     np.testing.assert_allclose(rounded.total, expected, rtol=1e-3, atol=2e-5 * max(1.0, temperature**2))
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    kind=st.sampled_from(["single-label", "multi-label", "regression"]),
-    loss=st.sampled_from(["kl", "mse"]),
-    alpha=st.floats(0.0, 1.0),
-    cut=st.integers(1, 6),
-)
-def test_rows_are_independent(seed, kind, loss, alpha, cut):
-    """A loss that averages inside a micro-batch weighs the rows of a short one more than the others."""
-    draw = torch.Generator().manual_seed(seed)
-    labels_count = 1 if kind == "regression" else 3
-    logits = torch.randn(7, labels_count, generator=draw, dtype=torch.float64)
-    teacher = torch.randn(7, labels_count, generator=draw, dtype=torch.float64)
-    if kind == "single-label":
-        labels = torch.randint(0, labels_count, (7,), generator=draw)
-    elif kind == "multi-label":
-        labels = torch.randint(0, 2, (7, labels_count), generator=draw).double()
-    else:
-        labels = torch.randn(7, generator=draw, dtype=torch.float64)
-
-    def terms(rows):
-        return distillation_loss(
-            logits[rows], labels[rows], teacher[rows], kind=kind, alpha=alpha, temperature=3.0, loss=loss
-        )
-
-    whole, parts = terms(slice(None)), [terms(slice(0, cut)), terms(slice(cut, 7))]
-    for name in ("total", "hard", "soft"):
-        torch.testing.assert_close(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
-    torch.testing.assert_close(whole.total, alpha * whole.hard + (1 - alpha) * whole.soft)
-
-
 @pytest.mark.parametrize("kind", ["single-label", "multi-label"])
 def test_gradients(kind):
     """A gradient into the teacher, or one that fades with the temperature, would go unnoticed in the loss."""

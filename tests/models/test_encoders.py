@@ -1,4 +1,4 @@
-"""Loading encoders: the new head, the seed, the tokenizer's limits, label spaces."""
+"""Loading encoders: the new head, the seed, the tokenizer's limits, label spaces, students made from layers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
+from torch import nn
 
 import tiny
 from experiments import edit_json
 from kdlora.data.tasks import match_labels
 from kdlora.errors import ModelError
-from kdlora.models.encoders import load_encoder, load_fine_tuned, save_encoder
+from kdlora.models.encoders import find_layers, load_encoder, load_fine_tuned, save_encoder, student_from_layers
 
 FRESH = {
     "bert": ("classifier",),
@@ -28,6 +30,7 @@ FRESH = {
 }
 FAMILIES = tiny.FAMILIES + tiny.VARIANTS
 THREE = ("bad", "so-so", "good")
+THREE_WAY = tiny.task(names=THREE)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -43,7 +46,7 @@ def classifier_folder(source: Path, folder: Path, names=THREE) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_random_module_is_named_fresh(tiny_model_folder, family):
     """PEFT freezes what it does not know: DeBERTa's pooler and ModernBERT's head would stay random for ever."""
-    encoder = load_encoder(str(tiny_model_folder(family)), tiny.task(names=THREE), seed=0)
+    encoder = load_encoder(str(tiny_model_folder(family)), THREE_WAY, seed=0)
     assert encoder.fresh == FRESH[family]
     stored = transformers.AutoModel.from_pretrained(tiny_model_folder(family)).state_dict()
     for name, value in encoder.model.base_model.state_dict().items():
@@ -168,8 +171,8 @@ def test_a_saved_tokenizer_does_not_pad_by_itself(tiny_model_folder, tmp_path):
 def test_a_fine_tuned_model_keeps_its_head(tiny_model_folder, tmp_path, family):
     """A teacher whose head is random on reload teaches noise."""
     folder = classifier_folder(tiny_model_folder(family), tmp_path / "teacher")
-    original = load_encoder(str(tiny_model_folder(family)), tiny.task(names=THREE), seed=11)
-    teacher, columns = load_fine_tuned(str(folder), tiny.task(names=THREE))
+    original = load_encoder(str(tiny_model_folder(family)), THREE_WAY, seed=11)
+    teacher, columns = load_fine_tuned(str(folder), THREE_WAY)
     assert columns == [0, 1, 2]
     assert torch.equal(tiny.logits(teacher.model, teacher.tokenizer), tiny.logits(original.model, original.tokenizer))
 
@@ -177,7 +180,7 @@ def test_a_fine_tuned_model_keeps_its_head(tiny_model_folder, tmp_path, family):
 def test_columns_are_permuted_by_name(tiny_model_folder, tmp_path):
     """roberta-large-mnli scored 4% for years because its labels stand in another order than the data's."""
     folder = classifier_folder(tiny_model_folder("bert"), tmp_path / "teacher", ("Good ", "bad", "So-so"))
-    _, columns = load_fine_tuned(str(folder), tiny.task(names=THREE))
+    _, columns = load_fine_tuned(str(folder), THREE_WAY)
     assert columns == [1, 2, 0]
 
 
@@ -185,12 +188,12 @@ def test_generic_names_need_the_users_order(tiny_model_folder, tmp_path):
     """LABEL_0 may be any label; guessing is right half the time."""
     folder = classifier_folder(tiny_model_folder("bert"), tmp_path / "teacher", ("LABEL_0", "LABEL_1", "LABEL_2"))
     with pytest.raises(ModelError, match=r"teacher\.label_names"):
-        load_fine_tuned(str(folder), tiny.task(names=THREE))
-    encoder, columns = load_fine_tuned(str(folder), tiny.task(names=THREE), label_names=("good", "bad", "so-so"))
+        load_fine_tuned(str(folder), THREE_WAY)
+    encoder, columns = load_fine_tuned(str(folder), THREE_WAY, label_names=("good", "bad", "so-so"))
     assert columns == [1, 2, 0]
     assert encoder.model.config.id2label == {0: "good", 1: "bad", 2: "so-so"}
     with pytest.raises(ModelError, match=r"label_names has 2 names .* 3 outputs"):
-        load_fine_tuned(str(folder), tiny.task(names=THREE), label_names=("good", "bad"))
+        load_fine_tuned(str(folder), THREE_WAY, label_names=("good", "bad"))
 
 
 def test_a_regression_teacher_has_one_output(tiny_model_folder, tmp_path):
@@ -213,7 +216,7 @@ def test_what_was_not_fine_tuned_is_not_a_teacher(tiny_model_folder, tmp_path):
     folder = classifier_folder(tiny_model_folder("modernbert"), tmp_path / "tagger")
     edit_json(folder / "config.json", architectures=["ModernBertForTokenClassification"])
     with pytest.raises(ModelError, match="not a fine-tuned text classifier"):
-        load_fine_tuned(str(folder), tiny.task(names=THREE))
+        load_fine_tuned(str(folder), THREE_WAY)
 
 
 @pytest.mark.parametrize(
@@ -231,3 +234,75 @@ def test_label_spaces_that_differ_are_refused(found, wanted, message):
     with pytest.raises(ModelError, match=message):
         match_labels(found, wanted, "the teacher", "", ModelError)
     assert match_labels(("LABEL_1", "LABEL_0"), ("LABEL_0", "LABEL_1"), "the teacher", "") == [1, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_layers_are_the_model_itself(tiny_model_folder, family):
+    """Anything that is not copied (embeddings, relative positions, a pooler) would show here."""
+    source = str(tiny_model_folder(family, layers=4))
+    whole = load_encoder(source, THREE_WAY, seed=2)
+    same = student_from_layers(source, [0, 1, 2, 3], THREE_WAY, seed=2)
+    assert torch.equal(tiny.logits(same.model, same.tokenizer), tiny.logits(whole.model, whole.tokenizer))
+    assert same.fresh == whole.fresh
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_chosen_layers_are_kept_in_order(tiny_model_folder, family):
+    """A student of layers 0 and 1 would train as well, and nobody see the difference."""
+    source = str(tiny_model_folder(family, layers=4))
+    whole = load_encoder(source, THREE_WAY, seed=2)
+    parent, _, child = find_layers(whole.model)[0].rpartition(".")
+    layers = whole.model.get_submodule(f"{parent}.{child}")
+    setattr(whole.model.get_submodule(parent), child, nn.ModuleList([layers[0], layers[3]]))  # cut in place
+    student = student_from_layers(source, [0, 3], THREE_WAY, seed=2)
+    expected = tiny.logits(whole.model, whole.tokenizer)
+    assert torch.allclose(tiny.logits(student.model, student.tokenizer), expected, atol=1e-6)
+    assert student.model.config.num_hidden_layers == 2
+    assert student.layers == (0, 3)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_student_loads_again_as_itself(tiny_model_folder, tmp_path, family):
+    """ModernBERT's first layer has no norm: cut in place, the student would be another model once reloaded."""
+    if family == "modernbert" and Version(transformers.__version__) < Version("5.20"):
+        pytest.skip("some transformers before 5.20 refuse the ModernBERT config that they have written themselves")
+    student = student_from_layers(str(tiny_model_folder(family, layers=4)), [1, 3], THREE_WAY, seed=2)
+    save_encoder(student, tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(again, student.tokenizer), tiny.logits(student.model, student.tokenizer))
+
+
+def test_modernbert_layers_keep_their_reach(tiny_model_folder):
+    """A layer pretrained on a window of tokens would be run over the whole text."""
+    source = str(tiny_model_folder("modernbert", layers=4))
+    student = student_from_layers(source, [0, 1, 3], THREE_WAY, seed=0).model
+    assert student.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+
+
+def test_settings_that_merely_look_like_layers_are_left_alone(tiny_model_folder):
+    """DeBERTa's two kinds of position attention are not its two layers."""
+    student = student_from_layers(str(tiny_model_folder("deberta-v2", layers=2)), [1], THREE_WAY, seed=0).model
+    assert student.config.pos_att_type == ["p2c", "c2p"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([0, 2], r"names layer 2, but .* has 2 layers: 0 to 1"),
+        ([-1], "names layer -1"),
+        ([1, 0], r"increasing indices without repetition, such as \[0, 1\]"),
+        ([0, 0], "without repetition"),
+    ],
+)
+def test_impossible_choices_are_refused(tiny_model_folder, layers, message):
+    """Python would take -1 for the last layer, and slicing forgive the rest."""
+    with pytest.raises(ModelError, match=message):
+        student_from_layers(str(tiny_model_folder("bert")), layers, THREE_WAY, seed=0)
+
+
+def test_shared_layers_cannot_be_chosen():
+    """ALBERT runs one layer many times: there is nothing to cut."""
+    sizes = {"vocab_size": 64, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 16}
+    config = transformers.AlbertConfig(**sizes, num_hidden_layers=4, num_attention_heads=2)
+    with pytest.raises(ModelError, match="expected one list of 4 layers, found none"):
+        find_layers(transformers.AlbertForSequenceClassification(config))

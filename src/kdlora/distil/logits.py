@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, List, Value, concatenate_datasets
 
 from kdlora.config import DistilConfig
 from kdlora.data.batches import Tokenised
@@ -190,9 +190,7 @@ def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> T
     count = len(unlabelled.dataset)
     dtype = np.int64 if task.kind == "single-label" else np.float32
     empty = np.zeros((count, task.num_labels) if task.kind == "multi-label" else count, dtype)
-    features = labelled.dataset.features
-    filler = Dataset.from_dict({"label": empty}, features=Features({"label": features["label"]}))
-    without = concatenate_datasets([unlabelled.dataset, filler], axis=1)
+    without = unlabelled.dataset.add_column("label", list(empty), feature=labelled.dataset.features["label"])
     names = [name for name in labelled.dataset.column_names if name in without.column_names]
     parts = [
         rows.select_columns(names).add_column(LABELLED, np.full(len(rows), is_labelled), feature=Value("bool"))

@@ -24,29 +24,27 @@ WORTH_ROUNDING = 1.25  # bf16 keeps 8 bits of a number; a smaller gain in speed 
 
 def resolve_device(device: str) -> torch.device:
     """Choose where to compute."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(
-            f"run.device is one of auto, cpu, cuda; got {device!r}." + did_you_mean(device, ["auto", "cpu", "cuda"])
-        )
+    _check_name("run.device", device, ["auto", "cpu", "cuda"])
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is cuda, but PyTorch finds no CUDA device here; use auto or cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def resolve_precision(precision: str, device: str) -> tuple[str, str]:
-    """Choose the number format of the matrix products."""
-    names = ["auto", *DTYPES]
-    if precision not in names:
-        raise ConfigError(
-            f"run.precision is one of {', '.join(names)}; got {precision!r}." + did_you_mean(precision, names)
-        )
-    place = resolve_device(device)
+    """Choose the number format of the matrix products, and say why."""
+    _check_name("run.precision", precision, ["auto", *DTYPES])
+    best = _best_on_cuda if (place := resolve_device(device)).type == "cuda" else _best_on_cpu
     if precision == "auto":
-        return _best_on_cuda() if place.type == "cuda" else _best_on_cpu()
+        return best()
     if precision == "fp16" and place.type == "cpu":
         raise ConfigError("run.precision is fp16, which is for CUDA devices; on a CPU use auto, bf16 or fp32")
-    slow = precision == "bf16" and (_best_on_cuda() if place.type == "cuda" else _best_on_cpu())[0] != "bf16"
+    slow = precision == "bf16" and best()[0] != "bf16"
     return precision, "as set" + (", though bf16 is no faster than fp32 on this machine" if slow else "")
+
+
+def _check_name(key: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        raise ConfigError(f"{key} is one of {', '.join(known)}; got {name!r}.{did_you_mean(name, known)}")
 
 
 def settle_precision(precision: str, device: str, file: Path) -> tuple[str, str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -110,18 +110,14 @@ def _fill(
     logger.info("%d of %d shards of teacher logits are to be computed", len(wanting), len(parts))
     if wanting:
         teacher.encoder.model.to(device)
+    tell = progress or (lambda done, total: None)
     done = total - sum(len(parts[name]) for name in wanting)
-    if progress is not None:
-        progress(done, total)
+    tell(done, total)
     for name in wanting:
-
-        def tell(rows: int, before: int = done) -> None:
-            if progress is not None:
-                progress(before + rows, total)
-
         # The texts in memory are those of a shard, however large the data.
         windows = [_window(dataset.select(parts[name]), teacher)]
-        found[name] = teacher.write_shard(store.folder / name, windows, tell, processes)
+        hear = partial(lambda before, rows: tell(before + rows, total), done)
+        found[name] = teacher.write_shard(store.folder / name, windows, hear, processes)
         if processes.is_first:
             write_note(store.folder, found[name])
         done += len(parts[name])
@@ -153,7 +149,7 @@ class Teacher:
     precision: str
     batch_tokens: int
 
-    @functools.cached_property
+    @cached_property
     def weights(self) -> str:
         """The hash of its weights."""
         return hash_model(self.encoder.model)

@@ -191,7 +191,7 @@ def read_weights(source: Source, config: PretrainedConfig) -> Loaded:
 
 def load_config(source: Source) -> PretrainedConfig:
     """Load a model's configuration; all loads of one go through here, and no code runs that the user did not trust."""
-    with quiet_loading(show_download=not source.is_folder), explained(source, "configuration"):
+    with _loading_of("configuration", source):
         _inspect(source)
         config = AutoConfig.from_pretrained(source.name, **_options(source))
     if not source.trust_remote_code and hasattr(config, "auto_map"):
@@ -201,7 +201,7 @@ def load_config(source: Source) -> PretrainedConfig:
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load a tokenizer; all loads of one by transformers go through here."""
-    with quiet_loading(show_download=not source.is_folder), explained(source, "tokenizer"):
+    with _loading_of("tokenizer", source):
         if (path := _find(source, TOKENIZER_CONFIG)) is not None:
             check_types(read_json(path), TOKENIZER_SETTINGS, path)
         tokenizer = AutoTokenizer.from_pretrained(source.name, **_options(source))
@@ -216,8 +216,7 @@ def load_weights(source: Source, config: PretrainedConfig) -> Loaded:
 
     The global random state is left as it was. What the checkpoint lacks is random.
     """
-    quiet = quiet_loading(show_download=not source.is_folder)
-    with quiet, explained(source, "weights"), torch.random.fork_rng(devices=[]):
+    with _loading_of("weights", source), torch.random.fork_rng(devices=[]):
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source.name,
             config=config,
@@ -272,8 +271,8 @@ def _find(source: Source, name: str) -> Path | None:
 
 
 @contextmanager
-def quiet_loading(*, show_download: bool = False) -> Iterator[None]:
-    """Silence transformers' load report and its bars; kdlora says itself what is fresh. Errors still rise.
+def _loading_of(what: str, source: Source) -> Iterator[None]:
+    """Silence transformers while it loads, and turn faults that the user can mend into a `ModelError` that says how.
 
     One thread loads at a time: transformers exchanges functions of torch and of its own classes while it loads, and
     of two threads the second would put back for good what the first had put there for a moment.
@@ -282,32 +281,25 @@ def quiet_loading(*, show_download: bool = False) -> Iterator[None]:
     with _loading:
         verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
         log.set_verbosity_error()
-        if not show_download:
+        if source.is_folder:  # what comes from the Hub has bars
             log.disable_progress_bar()
         try:
-            yield
+            with panics_as_errors():
+                yield
+        except ArtifactError as fault:
+            raise ModelError(str(fault)) from None
+        except ModelError:
+            raise
+        except Exception as fault:  # a damaged file can make transformers fail in any way
+            if isinstance(fault, OSError) and fault.errno is not None:
+                raise  # disk full, no permission: not a fault of the model
+            if isinstance(fault, RuntimeError) and "memory" in str(fault):
+                raise MemoryError(f"the {what} of {source.name} cannot be held: {first_line(fault):.200}") from fault
+            raise ModelError(_explanation(source, what, fault)) from fault
         finally:
             log.set_verbosity(verbosity)
             if bars:
                 log.enable_progress_bar()
-
-
-@contextmanager
-def explained(source: Source, what: str) -> Iterator[None]:
-    """Turn the faults of a load that the user can mend into a `ModelError` that says how."""
-    try:
-        with panics_as_errors():
-            yield
-    except ArtifactError as fault:
-        raise ModelError(str(fault)) from None
-    except ModelError:
-        raise
-    except Exception as fault:  # a damaged file can make transformers fail in any way
-        if isinstance(fault, OSError) and fault.errno is not None:
-            raise  # disk full, no permission: not a fault of the model
-        if isinstance(fault, RuntimeError) and "memory" in str(fault):
-            raise MemoryError(f"the {what} of {source.name} cannot be held: {first_line(fault):.200}") from fault
-        raise ModelError(_explanation(source, what, fault)) from fault
 
 
 def _explanation(source: Source, what: str, fault: Exception) -> str:

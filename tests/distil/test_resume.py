@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 import pytest
@@ -104,24 +103,27 @@ def test_keeps_the_newest(make_setup, tmp_path):
     assert list((tmp_path / "2").rglob("*.safetensors")) == []
 
 
-@pytest.mark.parametrize("damage", ["manifest", "truncated", "missing", "flipped"])
-def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog, damage):
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("manifest.json", None),
+        ("optimizer.safetensors", None),
+        ("weights.safetensors", lambda content: content[:-4]),
+        ("weights.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+    ],
+    ids=["manifest", "missing", "truncated", "flipped"],
+)
+def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog, file, damage):
     """A half-written checkpoint taken for whole resumes from garbage, or crashes for good."""
     folder = tmp_path / "cut"
-    callbacks = [SaveAt(3, 9), CutAfter(11)]
     with pytest.raises(PowerCutError):
-        make_setup().run(folder, callbacks=callbacks, keep_checkpoints=2)
+        make_setup().run(folder, callbacks=[SaveAt(3, 9), CutAfter(11)], keep_checkpoints=2)
     (folder / f".step-000000010.tmp-{owned_name().split('-')[0]}-999999999-0-0123abcd").mkdir()
-    newest = folder / "step-000000009"
-    if damage == "manifest":
-        (newest / "manifest.json").unlink()
-    elif damage == "missing":
-        (newest / "optimizer.safetensors").unlink()
-    else:
-        file = newest / "weights.safetensors"
-        content = bytearray(file.read_bytes())
-        content[-1] ^= 1
-        file.write_bytes(content[:-4] if damage == "truncated" else content)
+    spoilt = folder / "step-000000009" / file
+    content = spoilt.read_bytes()
+    spoilt.unlink()
+    if damage is not None:
+        spoilt.write_bytes(damage(content))
     undisturbed, resumed, seen = make_setup(), make_setup(), []
     expected = undisturbed.run(tmp_path / "undisturbed")
     with caplog.at_level(logging.WARNING):
@@ -191,9 +193,7 @@ def test_nothing_is_pickled(make_setup, tmp_path):
         make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)])
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}
-    for path in files:
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+    assert all(json.loads(path.read_text(encoding="utf-8")) for path in files if path.suffix == ".json")
 
 
 def test_an_adapter_checkpoint_holds_the_head_and_not_the_base(make_setup, tmp_path):
@@ -227,27 +227,18 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     assert torch.equal(found.tensors("weights")["w"], torch.ones(2))
 
 
-def test_best_weights_without_hard_links(tmp_path, monkeypatch):
+@pytest.mark.parametrize("links", [True, False])
+def test_best_weights_without_hard_links(tmp_path, monkeypatch, links):
     """Some disks have no hard links; a shared file must not change with the next best either."""
-
-    def refuse(self, target):
-        raise OSError("not here")
-
-    for links in (True, False):
-        if not links:
-            monkeypatch.setattr(Path, "hardlink_to", refuse)
-        place = CheckpointFolder(tmp_path / str(links), {})
-        model = torch.nn.Linear(2, 2)
-        place.folder.mkdir()
-        place.save_best(trained_tensors(model))
-        place.write(1, {"state": {}}, {})
-        first = place.best.read_bytes()
-        with torch.no_grad():
-            model.weight.add_(1.0)
-        place.save_best(trained_tensors(model))
-        assert place.best.read_bytes() != first
-        checkpoint = place.latest()
-        assert checkpoint is not None, "the checkpoint's copy changed with the next best"
-        place.restore_best(checkpoint)
-        assert place.best.read_bytes() == first
-        shutil.rmtree(place.folder)
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", lambda self, target: (_ for _ in ()).throw(OSError("not here")))
+    place = CheckpointFolder(tmp_path, {})
+    place.save_best({"w": torch.ones(2)})
+    place.write(1, {"state": {}}, {})
+    first = place.best.read_bytes()
+    place.save_best({"w": torch.zeros(2)})
+    assert place.best.read_bytes() != first
+    checkpoint = place.latest()
+    assert checkpoint is not None, "the checkpoint's copy changed with the next best"
+    place.restore_best(checkpoint)
+    assert place.best.read_bytes() == first

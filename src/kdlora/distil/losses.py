@@ -71,8 +71,6 @@ def distillation_loss(
         raise ConfigError(f"distil.alpha is the weight of the hard loss and lies in 0 to 1; got {alpha!r}")
     if loss not in SOFT_LOSSES:
         raise ConfigError(f"distil.loss is one of {', '.join(SOFT_LOSSES)}; got {loss!r}")
-    if not (math.isfinite(temperature) and temperature > 0.0):
-        raise ConfigError(f"distil.temperature must be finite and above 0; got {temperature!r}")
     student = _at_least_float32(logits)
     hard = _hard_loss(kind, student, labels)
     if labelled is not None:
@@ -90,6 +88,8 @@ def distillation_loss(
     teacher = teacher_logits.detach().to(device=student.device, dtype=student.dtype)
     if loss == "mse" or kind == "regression":
         soft = (student - teacher).square().mean(dim=-1)
+    elif not (math.isfinite(temperature) and temperature > 0.0):
+        raise ConfigError(f"distil.temperature must be finite and above 0; got {temperature!r}")
     else:
         soft = (binary_kl if kind == "multi-label" else softened_kl)(student, teacher, float(temperature))
     return LossTerms(total=alpha * hard + (1.0 - alpha) * soft, hard=hard, soft=soft, labelled=labelled)

@@ -38,18 +38,17 @@ class Processes:
 
     def largest(self, value: int) -> int:
         """Give the largest of the values that the processes name."""
-        if self.count == 1:
-            return value
-        shared = torch.tensor([value])
-        distributed.all_reduce(shared, op=distributed.ReduceOp.MAX, group=self.group)
-        return int(shared)
+        return int(self._reduce(torch.tensor([value]), distributed.ReduceOp.MAX))
 
     def total(self, values: Tensor) -> Tensor:
         """Add the tensors of all processes."""
+        return self._reduce(values, distributed.ReduceOp.SUM)
+
+    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
         if self.count == 1:
             return values
         shared = values.detach().cpu().clone()
-        distributed.all_reduce(shared, group=self.group)
+        distributed.all_reduce(shared, op=operation, group=self.group)
         return shared.to(values.device)
 
     def gather(self, value: Any) -> list[Any]:

@@ -229,14 +229,11 @@ def _arguments(
         logging_steps=max(1, steps // _LOGS_PER_TRAINING),
         logging_nan_inf_filter=False,  # it would hide a diverged loss, and reads it in every step
         save_strategy="no",
-        eval_strategy="no",
         remove_unused_columns=False,
-        label_names=["labels"],
         report_to="none",
         disable_tqdm=True,
         ddp_broadcast_buffers=False,  # none of them changes, and processes run different numbers of micro-batches
         ddp_timeout=TIMEOUT_SECONDS,
-        push_to_hub=False,
     )
     if arguments.n_gpu > 1:  # Trainer would split every batch over all devices that it sees
         arguments._n_gpu = 1

@@ -17,7 +17,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.onnx_backend import default_threads
 from kdlora.experiment.scoring import label_array
 from kdlora.models.encoders import save_encoder
-from kdlora.system.storage import write_json_atomic
 
 MAX_LENGTH = 128
 
@@ -146,7 +144,6 @@ def main(options: argparse.Namespace) -> None:
     for name, value, side, goal in found:
         good = value >= goal if side == "at least" else value <= goal
         print(f"{'met ' if good else 'MISSED'} {name}: {value:.2f} ({side} {goal:g})")
-    write_json_atomic(out / "deploy.json", {**asdict(result), "ratios": {name: value for name, value, *_ in found}})
     tell_machine()
 
 

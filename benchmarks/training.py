@@ -11,7 +11,6 @@ on the other.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -85,15 +84,10 @@ def show(pair: str, found: Figures) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Measure, print, and keep the figures where asked."""
-    everything = {}
+    """Measure and print."""
     for pair in options.pairs:
-        found = measure(options, pair)
-        show(pair, found)
-        everything[pair] = {f"{task}: {variant}": figures for (task, variant), figures in found.items()}
+        show(pair, measure(options, pair))
     tell_machine()
-    if options.out:
-        options.out.write_text(json.dumps(everything, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -102,5 +96,4 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", nargs="+", default=list(MEASURED), choices=list(MEASURED))
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=Path)
     main(parser.parse_args())

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -43,8 +44,9 @@ class Steps(TrainerCallback):
         self.count += 1
 
 
-def test_reprs_are_a_line_that_says_what_it_is(experiment, splits, workshop):
+def test_reprs_are_a_line_and_notebooks_show_tables(experiment, splits, workshop):
     """The default repr of an experiment is ten thousand characters of records, of a model every layer."""
+    report = make_report([experiment.folder], out=experiment.folder.parent / "again", draws=50)
     logits = TeacherLogits(["a", "b"], np.zeros((2, 2), dtype=np.float32), ("no", "yes"), "")
     said = [
         repr(experiment),
@@ -52,22 +54,17 @@ def test_reprs_are_a_line_that_says_what_it_is(experiment, splits, workshop):
         repr(logits),
         repr(Classifier.load(experiment.layout.student)),
         repr(load_encoder(str(workshop.student), splits.task, seed=0)),
-        repr(make_report([experiment.folder], out=experiment.folder.parent / "again", draws=50)),
+        repr(report),
     ]
     assert all(len(text) < 500 for text in said)
     assert "12 runs, 0 failed, kd-lora seed" in said[0]
     assert "64 train, 40 validation" in said[1]
     assert "2 examples, labels ['no', 'yes']" in said[2]
     assert "labels ['negative', 'positive'], transformers, fp32" in said[3]
-
-
-def test_results_show_as_tables_in_a_notebook(experiment):
-    """A notebook that shows a result as text sends its users to pandas."""
     failed = experiment.records[0].model_copy(update={"status": "failed"})
-    shown = replace(experiment, records=[failed, *experiment.records[1:]])._repr_html_()
-    assert shown.count("<tr>") == 1 + 6
-    assert '<th scope="row">kd-lora</th>' in shown
-    report = make_report([experiment.folder], out=experiment.folder.parent / "again", draws=50)
+    table = replace(experiment, records=[failed, *experiment.records[1:]])._repr_html_()
+    assert table.count("<tr>") == 1 + 6
+    assert '<th scope="row">kd-lora</th>' in table
     frame = report._repr_html_()
     assert frame.startswith('<iframe sandbox="allow-scripts" title=')
     assert "<script>" not in frame, "the page is an attribute, escaped"
@@ -78,14 +75,10 @@ def test_bars_in_a_notebook_are_drawn_once_and_then_changed(monkeypatch):
     displays = pytest.importorskip("IPython.display", reason="IPython comes with the extra docs")
     pages, handles = [], []
 
-    class Handle:
-        def update(self, page):
-            pages.append(page.data)
-
     def display(page, display_id):
         handles.append(display_id)
         pages.append(page.data)
-        return Handle()
+        return SimpleNamespace(update=lambda page: pages.append(page.data))
 
     monkeypatch.setattr(displays, "display", display)
     bars = NotebookBars()
@@ -120,27 +113,20 @@ def test_a_teacher_learns_from_the_labels_alone(workshop, splits, tmp_path):
     assert told[0] == told[1]
 
 
-def plain_script(workshop, splits, tmp_path, **changes):
-    """Give what a script with Trainer has."""
+@pytest.fixture
+def script(workshop, splits, tmp_path):
+    """What a script with Trainer has: a model, arguments, and the options of a `DistillationTrainer`."""
     encoder = load_encoder(str(workshop.student), splits.task, seed=0)
     logits = TeacherLogits(list(splits.train["id"]), np.ones((64, 2), dtype=np.float32), splits.task.label_names, "")
     rows = tokenise(logits.attach(splits.train), encoder.tokenizer, 32).dataset
     values = {"output_dir": str(tmp_path), "max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
-    options = {
-        "train_dataset": rows,
-        "eval_dataset": rows,
-        "data_collator": DataCollatorWithPadding(encoder.tokenizer),
-        "distil": DistilConfig(),
-    }
-    arguments = TrainingArguments(**values, save_strategy="no", **changes.pop("arguments", {}))
-    return encoder, arguments, options | changes
+    options = {"train_dataset": rows, "eval_dataset": rows, "distil": DistilConfig()}
+    return encoder, values | {"save_strategy": "no"}, options
 
 
-def test_any_collator_and_every_argument_of_trainer(workshop, splits, tmp_path):
+def test_any_collator_and_every_argument_of_trainer(script):
     """A subclass that takes fewer arguments than its base breaks the script at the first that is missing."""
-    steps = Steps()
-    encoder, arguments, options = plain_script(workshop, splits, tmp_path)
-    seen = []
+    (encoder, values, options), steps, seen = script, Steps(), []
 
     def collate(rows):
         """Pad by hand, as a script may do."""
@@ -151,18 +137,15 @@ def test_any_collator_and_every_argument_of_trainer(workshop, splits, tmp_path):
             "teacher_logits": torch.tensor([row["teacher_logits"] for row in rows]),
         }
 
-    def note(logits, labels):
-        seen.append(logits.shape)
-        return logits.argmax(dim=-1)
-
     trainer = DistillationTrainer(
         None,
-        arguments,
+        TrainingArguments(**values),
         model_init=lambda: encoder.model,
         callbacks=[steps],
-        preprocess_logits_for_metrics=note,
+        data_collator=collate,
+        preprocess_logits_for_metrics=lambda logits, labels: seen.append(logits.shape) or logits.argmax(dim=-1),
         compute_metrics=lambda answers: {"right": float((answers.predictions == answers.label_ids).mean())},
-        **options | {"data_collator": collate},
+        **options,
     )
     assert isinstance(trainer, Trainer)
     trainer.train()
@@ -171,8 +154,11 @@ def test_any_collator_and_every_argument_of_trainer(workshop, splits, tmp_path):
     assert seen
 
 
-def test_what_would_do_nothing_is_refused(workshop, splits, tmp_path):
+def test_what_would_do_nothing_is_refused(script):
     """Label smoothing lies in Trainer's own loss, which is not used here: the option would be ignored."""
-    encoder, arguments, options = plain_script(workshop, splits, tmp_path, arguments={"label_smoothing_factor": 0.1})
+    encoder, values, options = script
+    arguments = TrainingArguments(**values, label_smoothing_factor=0.1)
     with pytest.raises(ConfigError, match=r"label_smoothing_factor is 0\.1"):
-        DistillationTrainer(encoder.model, arguments, **options)
+        DistillationTrainer(
+            encoder.model, arguments, data_collator=DataCollatorWithPadding(encoder.tokenizer), **options
+        )

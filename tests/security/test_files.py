@@ -68,25 +68,19 @@ def test_one_place_removes_and_nothing_else_does():
     assert found == {"system/ownership.py"}
 
 
-def test_predict_keeps_a_folder_that_is_not_its_own(classifier, rows, tmp_path):
-    """A folder of the user's with the name of the parts was emptied, at exit 0."""
-    theirs = tmp_path / "answers.csv.partial"
+@pytest.mark.parametrize("what", ["folder", "link"])
+def test_predict_keeps_a_folder_that_is_not_its_own(classifier, rows, tmp_path, what):
+    """A folder of the user's with the name of the parts was emptied, at exit 0; a link took them to another folder."""
+    theirs = tmp_path / "theirs" if what == "link" else tmp_path / "answers.csv.partial"
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("years of work")
+    if what == "link":
+        (tmp_path / "answers.csv.partial").symlink_to(theirs)
+    before = snapshot(tmp_path)
     for resume in (True, False):
         with pytest.raises(ArtifactError, match=r"answers\.csv\.partial stands where"):
             predict_file(classifier, rows, tmp_path / "answers.csv", resume=resume)
-    assert list(snapshot(tmp_path)) == ["answers.csv.partial/thesis.tex", "rows.txt"]
-
-
-def test_predict_writes_through_no_link(classifier, rows, tmp_path):
-    """A link with the name of the parts took them to another folder, which was then removed."""
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (tmp_path / "answers.csv.partial").symlink_to(elsewhere)
-    with pytest.raises(ArtifactError, match="stands where"):
-        predict_file(classifier, rows, tmp_path / "answers.csv")
-    assert list(elsewhere.iterdir()) == []
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("what", ["file", "link"])
@@ -197,13 +191,6 @@ def test_a_folder_with_links_is_not_worked_in(workshop, tmp_path):
     assert list(snapshot(victim)) == ["checkpoints/thesis.tex"]
 
 
-def test_a_folder_of_another_kind_is_not_worked_in(tmp_path):
-    """A suite in the folder of a search would remove its runs."""
-    claim_folder(tmp_path / "out", "search")
-    with pytest.raises(ArtifactError, match="is the folder of a search, not of a suite"):
-        claim_folder(tmp_path / "out", "suite")
-
-
 def test_an_experiment_of_the_version_before_goes_on(workshop, tmp_path):
     """A folder from before the manifest must not have to be computed again."""
     first = run_experiment(workshop.config(), tmp_path / "out")
@@ -214,14 +201,17 @@ def test_an_experiment_of_the_version_before_goes_on(workshop, tmp_path):
     assert (tmp_path / "out" / MANIFEST).is_file()
 
 
-def test_a_folder_is_replaced_only_where_it_is_ours(tmp_path):
-    """The one function that puts a folder in the place of another asks whose that is."""
+def test_a_folder_is_replaced_and_worked_in_only_where_it_is_ours(tmp_path):
+    """What puts a folder in the place of another asks whose that is; a suite would remove the runs of a search."""
     theirs = tmp_path / "student"
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("years of work")
     with pytest.raises(ArtifactError, match="stays"), atomic_folder(theirs) as temporary:
         (temporary / "weights").write_text("new")
     assert list(snapshot(tmp_path)) == ["student/thesis.tex"]
+    claim_folder(tmp_path / "out", "search")
+    with pytest.raises(ArtifactError, match="is the folder of a search, not of a suite"):
+        claim_folder(tmp_path / "out", "suite")
 
 
 def test_an_export_keeps_what_was_put_beside_it(classifier, tmp_path):
@@ -523,13 +513,9 @@ def test_a_push_sends_what_a_model_consists_of(finished, cli):
     assert "not sent: LICENSE, customers.csv" in shown.err
     assert "report.html" not in shown.err
     assert json.loads(cli("push", finished.root, "someone/student", "--dry-run", "--json").out)["sizes"]
-
-
-def test_what_is_sent_is_named_before(finished, cli):
-    """A list after the push is one of what cannot be taken back."""
-    shown = cli("push", finished.root, "someone/student")  # the tests have no network
-    assert shown.code == 2
-    assert shown.err.index("model.safetensors") < shown.err.index("HF_HUB_OFFLINE is set")
+    real = cli("push", finished.root, "someone/student")  # the tests have no network
+    assert real.code == 2
+    assert real.err.index("model.safetensors") < real.err.index("HF_HUB_OFFLINE is set"), "named before it is sent"
 
 
 def test_paths_of_this_machine_are_not_published(finished, tmp_path):

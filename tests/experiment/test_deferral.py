@@ -200,3 +200,20 @@ def test_the_curve_of_a_cascade_ends_at_its_models(promised: Path) -> None:
     assert [curve.points[0].handed_on, curve.points[-1].handed_on] == [0.0, 1.0]
     assert [curve.points[0].score, curve.points[-1].score] == pytest.approx(alone)
     assert curve.as_good_as_teacher(100.0) == curve.points[0]
+
+
+def test_the_command_line_draws_both(promised: Path, finished: Path, cli) -> None:
+    """A verb that fails on its own output, or a report without its section, would leave the promise unseen."""
+    shown = cli("defer", promised, "--error", "0.1")
+    assert shown.code == 0, shown.err
+    assert "600 rows of the test split, at most 10.0% wrong, 95%" in shown.out
+    assert "What may be acted on" in (promised / "report.md").read_text()
+    page = (promised / "report.html").read_text()
+    assert "Error against coverage" in page
+    models = promised / "student-onnx", promised / "teacher"
+    drawn = cli("benchmark", *models, "--data", finished.parent / "test.csv", "--cascade")
+    assert drawn.code == 0, drawn.err
+    assert "within 0.2 points of the teacher" in drawn.out
+    refused = cli("benchmark", models[0], "--cascade")
+    assert refused.code == 2
+    assert "two models" in refused.err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
@@ -13,6 +13,9 @@ from kdlora.cli.app import IdColumn, Json, Text, app, completing, print_json, pr
 from kdlora.errors import harmless
 from kdlora.evidence.defer import EVERYTHING, Sureness
 from kdlora.terminal import draw_bars
+
+if TYPE_CHECKING:
+    from kdlora.deploy.cascade import CascadeCurve
 
 _FORMATS = ("onnx", "onnx-int8", "all")
 
@@ -101,14 +104,21 @@ def benchmark(
     data: Annotated[str | None, Option(help="Labelled file, for texts and scores.")] = None,
     threads: Annotated[int | None, Option(help="CPU threads of each model; default: one a core.")] = None,
     plot: Annotated[Path | None, Option(help="Image file to draw.")] = None,
+    cascade: Annotated[
+        bool, Option("--cascade", help="The first model hands on to the second: score and cost.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure models side by side, in turns, each in a process of its own: latency, throughput, memory, size, score.
 
     Example: kdlora benchmark runs/mrpc/teacher runs/mrpc/student runs/mrpc/student-onnx --data test.csv
     """
-    from kdlora.experiment.deployment import benchmark_models
+    from kdlora.experiment.deployment import benchmark_cascade, benchmark_models
 
+    if cascade:
+        curve = benchmark_cascade(models, data=data, threads=threads)
+        _print_cascade(curve, as_json)
+        return
     result = benchmark_models(models, data=data, threads=threads)
     if plot is not None:
         from kdlora.report.plots import plot_benchmark
@@ -119,6 +129,23 @@ def benchmark(
         return
     header, rows = result.table()
     print_table(header, rows, caption=result.conditions())
+
+
+def _print_cascade(curve: CascadeCurve, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(curve))
+        return
+    rows = [
+        (f"{point.handed_on:.0%}", f"{point.threshold:.4f}", f"{point.score:.2f}", f"{point.cost:.0%}")
+        for point in curve.points
+        if point in (curve.points[0], curve.points[-1]) or round(100 * point.handed_on) % 5 == 0
+    ]
+    print_table(("handed on", "least probability", "score", "time, of the teacher's"), rows)
+    best = curve.as_good_as_teacher()
+    print(
+        f"within 0.2 points of the teacher ({curve.points[-1].score:.2f}) where {best.handed_on:.0%} are handed on, at "
+        f"{best.cost:.0%} of its time; chosen on these {curve.texts} rows, so judge it on others"
+    )
 
 
 @app.command()
@@ -135,8 +162,10 @@ def defer(
     Example: kdlora defer runs/reviews --error 0.02 --confidence 0.95
     """
     from kdlora.experiment.deferral import defer_experiment
+    from kdlora.report.report import make_report
 
     found = defer_experiment(experiment, data=data, error=error, confidence=confidence, sureness=sureness)
+    make_report([experiment])
     if as_json:
         print_json(asdict(found))
         return

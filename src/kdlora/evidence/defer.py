@@ -26,6 +26,9 @@ SURENESS: tuple[Sureness, ...] = get_args(Sureness)
 EVERYTHING = -sys.float_info.max
 """The threshold that answers every text; a number, so that JSON can hold it."""
 
+POINTS = np.arange(1, 101) / 100
+"""Coverages at which a curve is kept."""
+
 _COVERAGES = np.arange(1, 201) / 200
 _MOST_ROWS = 10_000_000
 
@@ -56,6 +59,48 @@ class Promise:
     def coverage(self) -> float:
         """The share of the rows that is answered, 0..1."""
         return self.answered / self.rows
+
+
+@dataclass(frozen=True)
+class Deferring:
+    """How one model does where it may defer.
+
+    Attributes:
+        name: the model: what ships and its exports, the teacher, or an arm of the experiment.
+        area: mean error rate over all coverages, 0..1; mean over seeds.
+        risk: error rate where the surest 1%, 2%, ... 100% of the texts are answered, 0..1; mean over seeds.
+        promise: what may be promised; None for arms that do not ship, and where nothing can be.
+        reason: why nothing can be promised; empty elsewhere.
+    """
+
+    name: str
+    area: float
+    risk: tuple[float, ...]
+    promise: Promise | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Deferral:
+    """What `kdlora defer` found.
+
+    Attributes:
+        error: the promised rate, 0..1.
+        confidence: of the promise, 0..1.
+        sureness: what was compared with the thresholds.
+        rows: labelled rows of the test.
+        known: rows that were left out, because their texts are in the training or validation split, too.
+        source: where they come from.
+        models: what ships first, then the others on the same rows.
+    """
+
+    error: float
+    confidence: float
+    sureness: Sureness
+    rows: int
+    known: int
+    source: str
+    models: tuple[Deferring, ...]
 
 
 class NoPromiseError(DataError):

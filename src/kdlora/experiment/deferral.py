@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,9 @@ from kdlora.deploy.predict import Classifier
 from kdlora.deploy.promises import write_promise
 from kdlora.errors import DataError
 from kdlora.evidence.defer import (
+    POINTS,
+    Deferral,
+    Deferring,
     NoPromiseError,
     Promise,
     Sureness,
@@ -30,50 +33,6 @@ from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment.deployment import texts_of
 from kdlora.experiment.scoring import label_array, recorded_task
 from kdlora.system.storage import write_json_atomic
-
-_POINTS = np.arange(1, 101) / 100
-
-
-@dataclass(frozen=True)
-class Deferring:
-    """How one model does where it may defer.
-
-    Attributes:
-        name: the model: what ships and its exports, the teacher, or an arm of the experiment.
-        area: mean error rate over all coverages, 0..1; mean over seeds.
-        risk: error rate where the surest 1%, 2%, ... 100% of the texts are answered, 0..1; mean over seeds.
-        promise: what may be promised; None for arms that do not ship, and where nothing can be.
-        reason: why nothing can be promised; empty elsewhere.
-    """
-
-    name: str
-    area: float
-    risk: tuple[float, ...]
-    promise: Promise | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Deferral:
-    """What `kdlora defer` found.
-
-    Attributes:
-        error: the promised rate, 0..1.
-        confidence: of the promise, 0..1.
-        sureness: what was compared with the thresholds.
-        rows: labelled rows of the test.
-        known: rows that were left out, because their texts are in the training or validation split, too.
-        source: where they come from.
-        models: what ships first, then the others on the same rows.
-    """
-
-    error: float
-    confidence: float
-    sureness: Sureness
-    rows: int
-    known: int
-    source: str
-    models: tuple[Deferring, ...]
 
 
 def defer_experiment(
@@ -190,6 +149,6 @@ def _describe(
     curves = []
     for sure, wrong in judged:
         coverage, risk = risk_coverage(sure, wrong)
-        curves.append(risk[np.searchsorted(coverage, _POINTS - 1e-9)])
+        curves.append(risk[np.searchsorted(coverage, POINTS - 1e-9)])
     area = float(np.mean([area_under_risk(*one) for one in judged]))
     return Deferring(name, area, tuple(np.mean(curves, axis=0).tolist()), promise, reason)

@@ -15,6 +15,7 @@ from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
+from kdlora.deploy.cascade import CascadeCurve, measure_cascade
 from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx, missing_tools
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.gates import LabelledTexts
@@ -64,9 +65,23 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
 
 def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads: int | None = None) -> BenchmarkResult:
     """Measure model folders side by side, on a labelled file where there is one."""
-    found = [locate_model(path) for path in models]
-    places = [ExperimentLayout(path).student if ExperimentLayout(path).config.exists() else path for path in found]
+    places = _locate(models)
     return benchmark(places, () if data is None else _read_labelled(places[0], data), threads=threads)
+
+
+def benchmark_cascade(models: Sequence[Path], *, data: str | None = None, threads: int | None = None) -> CascadeCurve:
+    """Score a small model that hands on to a large one, at every share of what is handed on."""
+    if len(models) != 2 or data is None:
+        raise ConfigError("a cascade wants two models, the small one first, and labelled rows: --data FILE")
+    places = _locate(models)
+    small, large = (Classifier.load(place, threads=threads, defer=False) for place in places)
+    return measure_cascade(small, large, _read_labelled(places[0], data))
+
+
+def _locate(models: Sequence[Path]) -> list[Path]:
+    """Give the folders of models; of an experiment, what it ships."""
+    found = [locate_model(path) for path in models]
+    return [ExperimentLayout(path).student if ExperimentLayout(path).config.exists() else path for path in found]
 
 
 def _read_labelled(folder: Path, data: str) -> LabelledTexts:

@@ -14,6 +14,7 @@ from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.answer import opening
 from kdlora.report.collect import Experiment, load_experiments
 from kdlora.report.costs import cost_plots
+from kdlora.report.deferred import deferral_blocks
 from kdlora.report.findings import Comparison, compare_arms, retention
 from kdlora.report.outputs import error_blocks, example_blocks
 from kdlora.report.page import Block, Bullets, Code, Page, Prose, Report, Section, write_page
@@ -87,6 +88,7 @@ def _section(experiment: Experiment, mark: str, base: Path, draws: int) -> Secti
         ("Score", "score", _score_blocks(experiment, comparisons, links, mark)),
         ("Cost", "cost", _cost_blocks(experiment, links, mark)),
         ("As shipped", "shipped", shipped_blocks(experiment, links, mark)),
+        ("What may be acted on", "deferring", deferral_blocks(experiment, mark)),
         ("Training", "training", _training_blocks(experiment, mark)),
         ("What it gets wrong", "errors", error_blocks(experiment, mark)),
         ("Where teacher and student disagree most", "examples", example_blocks(experiment)),

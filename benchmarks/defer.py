@@ -1,0 +1,133 @@
+"""What may be promised, and what it costs: finished experiments, judged on rows that chose nothing.
+
+    python benchmarks/defer.py EXPERIMENT ... [--error 0.02] [--splits 1000] [--keep FILE.json]
+
+Reads the stored predictions of experiments with a test split (such as those of `strangers.py`); nothing is trained. A
+random half of the test rows promises, and all of them judge. Every arm and kind of sureness meets the same halves.
+The cascade's threshold is chosen on validation, and scored on test.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import command_line
+
+from kdlora.evidence.defer import SURENESS, NoPromiseError, area_under_risk, measure_sureness, promise_error
+from kdlora.evidence.predictions import Predictions, read_predictions
+from kdlora.evidence.records import ExperimentLayout, read_results
+
+WITHIN = 0.2
+"""Points below the teacher that count as being as good."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One run's validation and test rows."""
+
+    experiment: str
+    arm: str
+    seed: int
+    seen: Predictions
+    tested: Predictions
+
+
+def collect(folder: Path) -> Iterator[Judged]:
+    """Read the finished runs of an experiment."""
+    layout = ExperimentLayout(folder)
+    for record in read_results(layout.results):
+        file = layout.run(record.arm, record.seed).predictions
+        if record.status == "finished" and record.task["kind"] == "single-label" and file.exists():
+            found = read_predictions(file)
+            seen, tested = found.only("validation"), found.only("test")
+            if len(tested.ids):
+                yield Judged(str(folder), record.arm, record.seed, seen, tested)
+
+
+def judge(rows: Predictions, how: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Say how sure the model is of each row, and whether it is wrong."""
+    return measure_sureness(rows.logits, how), rows.logits.argmax(axis=1) != rows.labels
+
+
+def promise(run: Judged, how: Any, error: float, splits: int) -> dict[str, Any]:
+    """Promise on random halves, and see how often the other half breaks it, and how much is answered."""
+    other, (sure, wrong) = judge(run.seen, how), judge(run.tested, how)
+    draw, kept, broken = np.random.default_rng(0), [], []
+    for _ in range(splits):
+        order = draw.permutation(len(sure))
+        first, second = order[: len(order) // 2], order[len(order) // 2 :]
+        broken.append(False)
+        try:
+            found = promise_error(sure[first], wrong[first], other=other, error=error, how=how)
+        except NoPromiseError:
+            kept.append(0.0)
+            continue
+        kept.append(float(np.mean(sure[second] >= found.threshold)))
+        broken[-1] = bool(wrong[sure >= found.threshold].mean() > error)
+    return {
+        "coverage": float(np.mean(kept)),
+        "promised": float(np.mean(np.array(kept) > 0)),
+        "broken": float(np.mean(broken)),  # of all test rows, for which the threshold stands
+        "area": area_under_risk(sure, wrong),
+    }
+
+
+def cascade(student: Judged, teacher: Judged) -> dict[str, Any]:
+    """Choose on validation the fewest texts to hand on for the teacher's accuracy, and score that on test."""
+    thresholds = np.append(np.quantile(judge(student.seen, "probability")[0], np.arange(0, 1, 0.01)), np.inf)
+    rows = [
+        [_mixed(student_rows, teacher_rows, threshold) for threshold in thresholds]
+        for student_rows, teacher_rows in ((student.seen, teacher.seen), (student.tested, teacher.tested))
+    ]
+    goal = rows[0][-1][1] - WITHIN
+    place = next(place for place, (_, score) in enumerate(rows[0]) if score >= goal)
+    best = next(share for share, score in rows[1] if score >= rows[1][-1][1] - WITHIN)
+    share, score = rows[1][place]
+    return {
+        "handed_on": share,
+        "score": score,
+        "teacher": rows[1][-1][1],
+        "student": rows[1][0][1],
+        "fewest_on_test": best,
+    }
+
+
+def _mixed(small: Predictions, large: Predictions, threshold: float) -> tuple[float, float]:
+    passed = judge(small, "probability")[0] < threshold
+    said = np.where(passed, large.logits.argmax(axis=1), small.logits.argmax(axis=1))
+    return float(passed.mean()), 100 * float(np.mean(said == small.labels))
+
+
+def main() -> None:
+    """Judge every experiment, print the tables, keep the figures."""
+    parser = command_line(__doc__)
+    parser.add_argument("experiments", nargs="+", type=Path)
+    parser.add_argument("--error", type=float, default=0.02)
+    parser.add_argument("--splits", type=int, default=1_000)
+    parser.add_argument("--keep", type=Path)
+    options = parser.parse_args()
+    lines: list[dict[str, Any]] = []
+    for folder in options.experiments:
+        runs = list(collect(folder))
+        teachers = {run.seed: run for run in runs if run.arm == "fft"}
+        for run in runs:
+            place = {"experiment": str(folder), "arm": run.arm, "seed": run.seed}
+            for how in SURENESS:
+                found = promise(run, how, options.error, options.splits if how == "probability" else 100)
+                lines.append(place | {"sureness": how} | found)
+            if run.arm in ("kd-lora", "student-lora") and teachers:
+                taught = teachers.get(run.seed, next(iter(teachers.values())))
+                lines.append(place | {"cascade": cascade(run, taught)})
+    for line in lines:
+        print(json.dumps(line), flush=True)
+    if options.keep is not None:
+        options.keep.write_text(json.dumps({"error": options.error, "figures": lines}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

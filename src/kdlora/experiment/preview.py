@@ -132,7 +132,14 @@ def make_plan(
     seeds = Counter(arm for arm in left if arm != "fft" or not config.given_teacher)
     rows = {name: len(part) for name, part in splits_by_name(splits).items()}
     own = rows | {"unlabelled": rows.get("unlabelled", 0) - splits.copies}
-    trainings = tuple(_training(config, arm, runs, own, looks, processes) for arm, runs in seeds.items())
+    trainings = []
+    for arm, runs in seeds.items():
+        steps, settings = 0, settings_for(config, arm)
+        if arm != "words":
+            of_epoch = math.ceil(_drawn(arm, own) / (settings.batch_size * processes))
+            steps = math.ceil(closed(settings).epochs * of_epoch)
+        one = RUN_SECONDS + training_seconds(config, arm, own, looks, processes)
+        trainings.append(PlannedTraining(arm, runs, steps, one))
     seconds = sum(one.runs * one.seconds for one in trainings) + (DEPLOY_SECONDS if config.export.benchmark else 0.0)
     if not labelled and set(seeds) & DISTILLED_ARMS and "teacher" in looks:
         read = rows["train"] + (rows.get("unlabelled", 0) if labels_unlabelled(config) else 0)
@@ -146,22 +153,10 @@ def make_plan(
         count_labels(splits.task, splits.train),
         {role: _text_lengths(one, getattr(config, role).train.max_length) for role, one in looks.items()},
         count_duplicates({"train": splits.train} | scored),
-        trainings,
+        tuple(trainings),
         seconds / 3600,
         splits.notes,
     )
-
-
-def _training(
-    config: Config, arm: Arm, runs: int, rows: Mapping[str, int], looks: Looks, processes: int
-) -> PlannedTraining:
-    """Count the steps of an arm, and estimate its seconds."""
-    seconds, steps = RUN_SECONDS + training_seconds(config, arm, rows, looks, processes), 0
-    if arm != "words":
-        settings = closed(settings_for(config, arm))
-        of_epoch = math.ceil(_drawn(arm, rows) / (settings.batch_size * processes))
-        steps = math.ceil(settings.epochs * of_epoch)
-    return PlannedTraining(arm, runs, steps, seconds)
 
 
 def training_seconds(config: Config, arm: Arm, rows: Mapping[str, int], looks: Looks, processes: int = 1) -> float:

@@ -51,13 +51,10 @@ def hash_splits(splits: Splits) -> str:
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What is known of a task's data.
+    """What is known of a task's data."""
 
-    `task` is `Task.to_dict()`; `fingerprints` are of ids, texts and labels, by the number of copies (`data.augment`).
-    """
-
-    task: dict[str, Any]
-    fingerprints: dict[int, str]
+    task: dict[str, Any]  # Task.to_dict()
+    fingerprints: dict[int, str]  # of ids, texts and labels, by the number of copies (data.augment)
     rows: dict[str, int]
     notes: tuple[str, ...]
 

@@ -34,11 +34,7 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically.
-
-    NaN and infinities become `null` (JSON has no such numbers) and NumPy scalars and arrays become numbers
-    and lists, so that the record of a diverged run can still be written and read by any JSON reader.
-    """
+    """Write a value as indented JSON, atomically; what JSON lacks, NaN in a diverged run's record, becomes `null`."""
     text = json.dumps(plain_json(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_text_atomic(path, text + "\n")
 

@@ -61,15 +61,12 @@ def _download(repo: str, revision: str | None, inner: str) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
     except RevisionNotFoundError:
         raise ModelError(f"{repo} has no revision {revision!r} on the Hub") from None
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, ConnectionError) as error:
+        where = f"in the cache, and the Hub was not asked or does not answer ({first_line(error)})"
+        where = "that you may see" if isinstance(error, RepositoryNotFoundError) else where
         raise ModelError(
-            f"{repo}: no such folder, and no Hub model of this name that you may see. Give the folder of a model, such "
-            "as EXPERIMENT/student; for a private model log in with `hf auth login`"
-        ) from None
-    except (LocalEntryNotFoundError, ConnectionError) as error:
-        raise ModelError(
-            f"{repo}: no such folder, no Hub model of this name in the cache, and the Hub was not asked or does not "
-            f"answer ({first_line(error)}). Give the folder of a model, such as EXPERIMENT/student"
+            f"{repo}: no such folder, no Hub model of this name {where}. Give the folder of a model, such as "
+            "EXPERIMENT/student; for a private model log in with `hf auth login`"
         ) from None
 
 

@@ -56,11 +56,11 @@ def recipes(rank: Callable[[], Sequence[str]]) -> Iterator[Recipe]:
 
 
 def _products(graph: ir.Graph) -> list[ir.Node]:
-    return [node for node in graph if node.op_type in _PRODUCTS and _is_weight(node.inputs[1])]
+    return [node for node in graph if node.op_type in _PRODUCTS and _weight(node.inputs[1]) is not None]
 
 
-def _is_weight(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer()
+def _weight(value: ir.Value | None) -> np.ndarray | None:
+    return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def quantise(source: Path, to: Path, recipe: Recipe) -> None:
@@ -93,8 +93,8 @@ def _quantise_embeddings(graph: ir.Graph) -> None:
     The quantiser's own form has one scale for a whole table, which its largest value decides: rows of rare words,
     with small values, would keep a few levels only.
     """
-    for node in [node for node in graph if node.op_type == "Gather" and _is_weight(node.inputs[0])]:
-        table = _constant(node.inputs[0])
+    for node in [node for node in graph if node.op_type == "Gather"]:
+        table = _weight(node.inputs[0])
         if table is None or table.ndim != 2 or table.dtype != np.float32 or len(table) < _LEAST_ROWS:
             continue
         if "axis" in node.attributes and node.attributes["axis"].value != 0:
@@ -116,8 +116,7 @@ def _store_as_levels(graph: ir.Graph, names: Sequence[str]) -> None:
     round as well as any, and would be four times as large.
     """
     for node in [node for node in graph if node.name in names]:
-        weight = _constant(node.inputs[1])
-        if weight is not None:
+        if (weight := _weight(node.inputs[1])) is not None:
             levels, scales = _add_levels(graph, f"{node.name}.weight", weight, np.abs(weight).max(axis=0))
             restored = ir.node("DequantizeLinear", [levels, scales], {"axis": 1})
             graph.insert_before(node, restored)
@@ -131,14 +130,7 @@ def _add_levels(graph: ir.Graph, name: str, values: np.ndarray, largest: np.ndar
     return _add_weight(graph, f"{name}.int8", levels), _add_weight(graph, f"{name}.scale", scale)
 
 
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    """Give a weight, or the value of a constant node."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
 def _add_weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Add a weight."""
     value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
     graph.register_initializer(value)
     return value

@@ -6,9 +6,8 @@ import asyncio
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -40,8 +39,7 @@ class BudgetSpentError(Exception):
     """The next request could pass a limit."""
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """Which question was asked of which row; `prompt` is the number of the prompt."""
 
     prompt: int
@@ -193,22 +191,15 @@ class Ledger:
         )
 
 
-def collect(log: AnswerLog, prompt: int, parts: Mapping[str, Dataset]) -> dict[str, np.ndarray]:
+def collect(log: AnswerLog, prompt: int, parts: Mapping[str, Dataset], labels: int) -> dict[str, np.ndarray]:
     """Bring the answers into the order of the rows: float64 (rows, labels) a split, NaN where there is none."""
-    found: dict[str, tuple[list[str], list[list[float]]]] = {split: ([], []) for split in parts}
+    tables = {split: np.full((len(rows), labels), np.nan) for split, rows in parts.items()}
+    ids = {split: read_column(rows, "id").to_pylist() for split, rows in parts.items()}
+    places = {split: {name: place for place, name in enumerate(names)} for split, names in ids.items()}
     for key, answer in log.answers():
-        if key.prompt == prompt and key.split in parts and answer is not None:
-            found[key.split][0].append(key.id)
-            found[key.split][1].append(answer)
-    tables = {}
-    for split, rows in parts.items():
-        ids, answers = found[split]
-        place = {name: number for number, name in enumerate(read_column(rows, "id").to_pylist())}
-        width = len(answers[0]) if answers else 1
-        tables[split] = np.full((len(rows), width), np.nan)
-        kept = [number for number, name in enumerate(ids) if name in place]
-        if kept:
-            tables[split][[place[ids[number]] for number in kept]] = np.asarray(answers)[kept]
+        place = places.get(key.split, {}).get(key.id)
+        if key.prompt == prompt and place is not None and answer is not None:
+            tables[key.split][place] = answer
     return tables
 
 
@@ -218,7 +209,7 @@ def write_tables(folder: Path, asked: AskedRows, log: AnswerLog, prompt: int, te
 
     audited = {asked.audit_split: asked.audit} if asked.audit is not None and asked.audit_split == "validation" else {}
     parts = {**asked.parts, **audited}
-    tables = collect(log, prompt, parts)
+    tables = collect(log, prompt, parts, asked.task.num_labels)
     answered = {split: ~np.isnan(table).any(axis=1) for split, table in tables.items()}
     if not any(mask.any() for mask in answered.values()):
         raise DataError(f"none of the {len(log.bad)} rows that were asked about has an answer; see {folder / ANSWERS}")

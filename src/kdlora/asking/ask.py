@@ -298,7 +298,9 @@ class _Asking:
 
         rows, names = self.rows, [str(one.path or "default prompt") for one in self.questions]
         assert rows.audit is not None  # asked for
-        tables = [collect(log, place, {rows.audit_split: rows.audit}) for place in range(len(names))]
+        tables = [
+            collect(log, place, {rows.audit_split: rows.audit}, rows.task.num_labels) for place in range(len(names))
+        ]
         labels = read_column(rows.audit, "label").to_numpy()
         answers = [table[rows.audit_split] for table in tables]
         return audit_answers(rows.task, names, answers, labels, self.settings.seed)

@@ -128,12 +128,20 @@ def export_onnx(
 
     backend = TorchBackend(folder)
     checks = Checks(task, folder, backend, given, more_texts)
+    return _write(target, backend, checks, formats, int8, say)
+
+
+def _write(
+    target: Path, backend: TorchBackend, checks: Checks, formats: Sequence[Format], int8: Gate, say: Progress
+) -> ExportResult:
+    """Write the folder, with the stages that hold."""
+    folder = checks.folder
     with atomic_folder(target) as work:
         start_package(work, folder, backend.tokenizer)
         graphs, how = run_stages(work, backend, checks, int8 if "onnx-int8" in formats else None, say)
         # A failed stage leaves the one before it, asked for or not.
         kept = {name: graphs[name] for name in formats if name in graphs} or graphs
-        finish_package(work, folder, task, {_FILES[name]: file for name, file in kept.items()}, asdict(how))
+        finish_package(work, folder, checks.task, {_FILES[name]: file for name, file in kept.items()}, asdict(how))
     files: dict[str, Path] = {name: target / _FILES[name] for name in kept}
     sizes = {name: path.stat().st_size for name, path in files.items()}
     result = ExportResult(**vars(how), folder=target, files=files, size_bytes=sizes, temperature=folder.temperature)

@@ -143,7 +143,7 @@ def print_plan(plan: ExperimentPlan, console: SafeConsole) -> None:
 def print_result(result: ExperimentResult) -> None:
     """Print the table of the arms, what was noted on the way, and where everything lies."""
     from kdlora.evidence.records import SUMMARY, summarise_arms
-    from kdlora.report.choice import read_choice
+    from kdlora.report.findings import read_choice
 
     console, layout = SafeConsole(), result.layout
     for note in result.notes:

@@ -13,7 +13,7 @@ from kdlora.configfile import load_config
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import read_record, read_results
 from kdlora.experiment.scoring import evaluate_experiment
-from kdlora.report.choice import read_choice
+from kdlora.report.findings import read_choice
 
 pytest_plugins = ["experiment_fixtures"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it

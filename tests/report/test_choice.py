@@ -7,8 +7,8 @@ import pytest
 import fabricate
 from fabricate import make_experiment
 from kdlora.evidence.records import read_record, write_record
-from kdlora.report.choice import choose_student, read_choice, write_choice
 from kdlora.report.collect import load_experiments
+from kdlora.report.findings import choose_student, read_choice, write_choice
 from kdlora.report.report import make_report
 
 STUDENTS = ("kd-lora", "kd-fft", "student-lora", "student-fft")

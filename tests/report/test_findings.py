@@ -8,9 +8,9 @@ import pytest
 from fabricate import MNLI, TAGS, TOPICS, make_experiment, make_labels, make_logits
 from kdlora.evidence.predictions import Predictions
 from kdlora.report.collect import load_experiments
-from kdlora.report.costs import PARAMETERS, saving
 from kdlora.report.findings import align, compare_arms, retention
 from kdlora.report.paper import CLAIMS, family_of, published_scores
+from kdlora.report.tables import PARAMETERS, saving
 
 
 def _predictions(task, rows=8, seed=0) -> Predictions:
@@ -57,10 +57,7 @@ def test_other_examples_labels_or_names_are_not_aligned():
     assert align([replace(first, ids=("0",) * 8)]) is None
     assert align([first, replace(first, labels=None)]) is None
     assert align([first, replace(first, groups=("matched",) * 8)]) is None
-
-
-def test_ids_may_repeat_between_groups():
-    """MNLI's matched and mismatched rows both count from 0."""
+    # MNLI's matched and mismatched rows both count from 0.
     one = replace(_predictions(MNLI), ids=tuple("01230123"), groups=("matched",) * 4 + ("mismatched",) * 4)
     aligned = align([one, one])
     assert aligned is not None

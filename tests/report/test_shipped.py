@@ -13,14 +13,7 @@ from fabricate import make_experiment, ship
 from kdlora.deploy.folder import EXPORT_RECORD
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.report import Report, make_report
-from kdlora.report.shipped import (
-    BenchmarkResult,
-    Calibration,
-    Export,
-    ModelFigures,
-    Parity,
-    read_shipped,
-)
+from kdlora.report.shipped import BenchmarkResult, Calibration, Export, ModelFigures, Parity, read_shipped
 from kdlora.system.storage import write_json_atomic
 
 
@@ -52,22 +45,20 @@ def _change(path: Path, **changes: object) -> None:
 
 
 def test_each_model_stands_beside_the_teacher(report):
-    """A speed-up that is upside down, or taken against the student, still looks like a speed-up."""
+    """A speed-up upside down, or against the student, still looks like one; the int8 file is what a reader came for."""
     row = _row(report, "student, int8")[1:]
     assert row[:5] == ["ONNX Runtime", "int8", "3.20 ms", "4.16 ms", "28.8×"]
     assert row[5:] == ["640", "32", "30.5×", "0.27 s", "61.0 MB", "23.0 MB", "91.05"]
     assert _row(report, "teacher")[5] == "1.0×"
     assert "1,043 texts of the validation split, 3 rounds, 2 threads for each model, Intel Xeon, 2 cores" in report.html
     assert 'href="benchmark.json"' in report.html
-
-
-def test_the_int8_file_is_among_the_key_figures(report):
-    """The figures of the file that goes into production are what a reader came for."""
     text = report.markdown.replace("\u00a0", " ")
     assert "- int8 file: time per text: **3.20 ms** (28.8× as fast as the teacher (92.0 ms))" in text
     assert "- int8 file: throughput: **640 texts/s** (30.5× the teacher’s 21 texts/s)" in text
     assert "- int8 file: size: **23.0 MB** (5.3% of the teacher’s 438 MB)" in text
     assert "- int8 file: score: **91.05** (teacher 92.40, student 91.20, student, ONNX 91.20)" in text
+    assert "| model | 1 × 16 | 1 × 64 |" in text
+    assert "| student, int8 | 3.20 ms | 12.8 ms |" in text  # the best batch size says nothing of long texts
 
 
 def test_without_a_teacher_nothing_is_said_of_one(layout):
@@ -92,12 +83,6 @@ def test_four_points_lie_in_every_plot(report):
         assert label in drawing
         assert all(model in drawing for model in ("teacher", "student", "student, ONNX", "student, int8"))
         assert all(drawing.count(f"fill: var(--series-{number})") == 2 for number in (0, 2, 3, 4)), "point and legend"
-
-
-def test_the_grid_is_shown(report):
-    """The best batch size of one model says nothing of long texts."""
-    assert "| model | 1 × 16 | 1 × 64 |" in report.markdown
-    assert "| student, int8 | 3.20\u00a0ms | 12.8\u00a0ms |" in report.markdown
 
 
 def test_a_quantisation_that_failed_is_shown_as_failed(layout):
@@ -141,14 +126,9 @@ def test_calibration_stands_with_both_errors(layout):
     assert "int8 file" not in text
 
 
-def test_nothing_shipped_leaves_no_section(layout):
-    """An empty heading is a promise."""
-    assert read_shipped(layout) is None
+def test_what_was_not_shipped_is_said(layout):
+    """An empty heading is a promise; a missing extra must not look like a finished deployment."""
     assert "As shipped" not in _report(layout).markdown
-
-
-def test_a_student_that_was_not_exported_is_said_to_be(layout):
-    """A missing extra must not look like a finished deployment."""
     ship(layout)
     layout.export_record.unlink()
     assert "The student was not exported to ONNX" in _report(layout).html

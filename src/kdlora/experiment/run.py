@@ -36,8 +36,8 @@ from kdlora.experiment.settle import look_at_models, sample_texts, with_recorded
 from kdlora.experiment.shipping import is_shipped, keep_examples, lacks_weights, ship_student, tell_anew
 from kdlora.experiment.stages import Stage
 from kdlora.experiment.team import Team, gather_team
-from kdlora.report.choice import choose_student
 from kdlora.report.collect import load_run
+from kdlora.report.findings import choose_student
 from kdlora.report.page import html_table
 from kdlora.report.report import make_report
 from kdlora.system.children import run_in_child

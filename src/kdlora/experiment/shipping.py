@@ -23,7 +23,7 @@ from kdlora.models.adapters import MUTATING, add_base, load_adapter, merge_stude
 from kdlora.models.encoders import Encoder, save_encoder
 from kdlora.models.settings import read_licence
 from kdlora.report.card import student_card
-from kdlora.report.choice import Choice, read_choice, write_choice
+from kdlora.report.findings import Choice, read_choice, write_choice
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import remove
 from kdlora.system.storage import atomic_folder

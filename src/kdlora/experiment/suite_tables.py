@@ -12,7 +12,6 @@ from kdlora.config import LORA_ARMS
 from kdlora.evidence.records import RunRecord
 from kdlora.experiment.figures import Figure, Runs, SuiteFigures, SuiteRow
 from kdlora.experiment.plan import Plan, PlannedRun
-from kdlora.report.costs import HEAD, MEMORY, TIME, TIME_OF_32, Cost
 from kdlora.report.findings import CONTROLS
 from kdlora.report.page import (
     Block,
@@ -31,7 +30,7 @@ from kdlora.report.page import (
 )
 from kdlora.report.paper import COSTS, RANKS
 from kdlora.report.plots import Curve, arm_style, learning_curves
-from kdlora.report.tables import mean_of, published_row
+from kdlora.report.tables import HEAD, MEMORY, TIME, TIME_OF_32, Cost, mean_of, published_row
 from kdlora.report.wording import INTERVALS, arm_title, count, interval_cell, model_title, points, signed
 from kdlora.system.storage import write_text_atomic
 

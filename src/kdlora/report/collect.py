@@ -14,7 +14,7 @@ from kdlora.errors import ArtifactError, DataError, KdLoraError
 from kdlora.evidence.predictions import ExampleText, Predictions, read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_record, read_results
 from kdlora.evidence.stats import MeanSd, mean_sd
-from kdlora.report.choice import Choice, choose_student, read_choice
+from kdlora.report.findings import Choice, choose_student, read_choice
 from kdlora.report.shipped import Shipped, read_shipped
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from kdlora.config import STUDENT_ARMS
 from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.report.collect import Experiment, Run, load_experiments
-from kdlora.report.costs import DISK, MEMORY, PARAMETERS, TIME, cost_plots
 from kdlora.report.findings import Comparison, pair_runs
 from kdlora.report.page import (
     Block,
@@ -27,7 +26,7 @@ from kdlora.report.page import (
     write_page,
 )
 from kdlora.report.plots import Style, differences
-from kdlora.report.tables import Links, compared
+from kdlora.report.tables import DISK, MEMORY, PARAMETERS, TIME, Links, compared, cost_plots
 from kdlora.report.wording import INTERVALS, arm_title, model_title, plus_minus, score_title, signed, span
 
 _COSTS = {"parameters": PARAMETERS, "training memory": MEMORY, "latency, batch 1": TIME, "on disk": DISK}

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.spatial.distance import jensenshannon
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from scipy.special import rel_entr
 
 from kdlora.data.tasks import Task
 from kdlora.evidence.metrics import Reliability, predict_labels, probabilities, reliability
@@ -67,6 +66,8 @@ def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
 
 
 def _confusion_counts(outputs: Outputs) -> np.ndarray:
+    from sklearn.metrics import confusion_matrix  # half a second, which no training waits for
+
     names = range(outputs.task.num_labels)
     decided = [predict_labels(outputs.task, one) for one in outputs.logits]
     return np.mean([confusion_matrix(outputs.labels, one, labels=names) for one in decided], axis=0)
@@ -133,6 +134,8 @@ def _label_table(outputs: Outputs, teacher: Outputs | None) -> Table:
 
 def _per_label(outputs: Outputs) -> list[tuple[np.ndarray, ...]]:
     """Give precision, recall and F1 of each label, one array a seed; 0 where there is nothing to divide by."""
+    from sklearn.metrics import precision_recall_fscore_support
+
     decided = [predict_labels(outputs.task, one) for one in outputs.logits]
     seeds = [precision_recall_fscore_support(outputs.labels, one, average=None, zero_division=0) for one in decided]
     return list(zip(*seeds, strict=True))[:3]
@@ -236,9 +239,11 @@ def _disagreements(experiment: Experiment, arm: str) -> list[Quotation]:
     logits = [one.logits for one in aligned]
     teacher, *softened = logits if task.kind == "regression" else [probabilities(one, task.kind) for one in logits]
     student = np.mean(softened, axis=0)
-    # Symmetric and bounded: KL would put a sure student beside an unsure teacher above opposite decisions.
-    single = task.kind == "single-label"
-    distance = jensenshannon(teacher, student, axis=1) if single else np.abs(teacher - student).max(axis=1)
+    # Jensen-Shannon is bounded: KL would put a sure student beside an unsure teacher above opposite decisions.
+    middle = (teacher + student) / 2
+    distance = np.abs(teacher - student).max(axis=1)
+    if task.kind == "single-label":
+        distance = (rel_entr(teacher, middle) + rel_entr(student, middle)).sum(axis=1)
     who = "student" if len(students) == 1 else f"student, mean of {len(students)} seeds"
     quotations: list[Quotation] = []
     for row in np.argsort(-distance, kind="stable")[: 4 * _MOST_QUOTATIONS]:

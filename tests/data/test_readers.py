@@ -82,7 +82,7 @@ def test_words_that_mean_null_elsewhere(tmp_path: Path) -> None:
 def test_parquet(tmp_path: Path) -> None:
     """Column order in a Parquet file must not decide which text is first."""
     pq.write_table(pa.table({"b": ["x", "y"], "a": [1, 2]}), tmp_path / "a.parquet")
-    table = open_file(tmp_path / "a.parquet", "data.train").read(["a", "b"]).table
+    table = open_file(tmp_path / "a.parquet", "data.train").read(("a", "b")).table
     assert table.column_names == ["a", "b"]
     assert table.to_pydict() == {"a": [1, 2], "b": ["x", "y"]}
 
@@ -94,7 +94,7 @@ def test_json_type_may_widen(tmp_path: Path) -> None:
     """
     lines = ['{"text": "a", "label": 1}'] * 10_000
     path = write(tmp_path / "a.jsonl", "\n".join([*lines, '{"text": "b", "label": 2.5}']))
-    table = open_file(path, "data.train").read(["text", "label"]).table
+    table = open_file(path, "data.train").read(("text", "label")).table
     assert table["label"].type == pa.float64()
     assert (table["label"][0].as_py(), table["label"][10_000].as_py()) == (1.0, 2.5)
     message = refused(write(path, "\n".join([*lines, '{"text": "b", "label": "bad"}'])))

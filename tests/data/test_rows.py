@@ -106,7 +106,7 @@ def test_a_full_disk_is_not_the_datas_fault(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: open("/dev/full", "w+b"))  # noqa: SIM115, PTH123
     with pytest.raises(OSError, match="No space left on device in the folder for temporary") as caught:
-        source.read(["text", "label"])
+        source.read(("text", "label"))
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
 
 

@@ -553,7 +553,7 @@ def test_a_line_to_train_on_has_an_end(tmp_path, short_lines):
         file.write_text("x" * TOO_LONG)
     for file in (lines, texts):
         with pytest.raises(DataError, match="line 1 is longer than 100,000 characters"):
-            open_file(file, "data.unlabelled", plain=True).read(["text"])
+            open_file(file, "data.unlabelled", plain=True).read(("text",))
 
 
 def write_bomb(file: Path) -> Path:
@@ -571,7 +571,7 @@ from kdlora.errors import DataError
 source = open_file(sys.argv[1], "data.train")
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 try:
-    source.read(["text"])
+    source.read(("text",))
 except DataError as refusal:
     print(refusal)
 """
@@ -600,7 +600,7 @@ def test_metadata_of_a_parquet_file_are_no_traceback(tmp_path, metadata):
     table = pa.table({"text": ["a"], "label": [0]}).replace_schema_metadata({"huggingface": metadata})
     pq.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(DataError, match="metadata 'huggingface'"):
-        open_file(tmp_path / "x.parquet", "data.train").read(["text", "label"])
+        open_file(tmp_path / "x.parquet", "data.train").read(("text", "label"))
 
 
 def test_label_names_of_a_parquet_file_are_read(tmp_path):
@@ -610,7 +610,7 @@ def test_label_names_of_a_parquet_file_are_read(tmp_path):
     names = ClassLabel(names=["bad", "good"])
     features = Features({"text": Value("string"), "label": names, "labels": List(names)})
     Dataset.from_dict({"text": ["a"], "label": [1], "labels": [[0, 1]]}, features).to_parquet(tmp_path / "x.parquet")
-    found = open_file(tmp_path / "x.parquet", "data.train").read(["text", "label", "labels"]).class_names
+    found = open_file(tmp_path / "x.parquet", "data.train").read(("text", "label", "labels")).class_names
     assert found == {"label": ("bad", "good"), "labels": ("bad", "good")}
 
 

@@ -26,6 +26,11 @@ class Columns:
     label: tuple[str, ...]
     id: str | None
 
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Those to read, each once."""
+        return tuple(dict.fromkeys((*([self.id] if self.id else []), *self.text, *self.label)))
+
 
 @dataclass
 class Reading:
@@ -44,8 +49,7 @@ class Reading:
 
     def _source(self, source: Source, group: str, *, labelled: bool) -> Dataset:
         columns = self.columns(source, labelled=labelled)
-        wanted = [*([columns.id] if columns.id else []), *columns.text, *columns.label]
-        raw = source.read(list(dict.fromkeys(wanted)))
+        raw = source.read(columns.all)
         if source.benchmark:
             raw = raw.drop(_corrupt_rows(raw, columns))
             total = raw.table.num_rows + raw.dropped
@@ -86,7 +90,7 @@ class Reading:
         name = self.task.label[0]
         if name not in source.columns:
             return False
-        values = source.read([name]).table[name]
+        values = source.read((name,)).table[name]
         if pa.types.is_integer(values.type):
             return bool(pc.any(pc.greater_equal(values, 0)).as_py())
         if pa.types.is_floating(values.type):  # STS-B

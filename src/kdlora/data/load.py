@@ -134,7 +134,7 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         reading.notes.append(f"Text column inferred from its name: {', '.join(text)}.")
     if task.label is None:
         reading.notes.append(f"Label column inferred from its name: {', '.join(label)}.")
-    reading.task, notes = infer_task(train.read(columns.label), text, label, task)
+    reading.task, notes = infer_task(train.read(columns.all), text, label, task)
     reading.notes += notes
     return reading
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,8 @@ def _with_hub_columns(source: Source, glue: GlueTask | None) -> Source:
             found["label"] = name
     taken = {*found, *found.values()}
 
-    def read(wanted: Sequence[str]) -> RawTable:
-        raw = source.read([found.get(column, column) for column in wanted])
+    def read(wanted: tuple[str, ...]) -> RawTable:
+        raw = source.read(tuple(found.get(column, column) for column in wanted))
         names = {column: raw.class_names.get(found.get(column, column)) for column in wanted}
         known = {column: values for column, values in names.items() if values}
         return replace(raw, table=raw.table.rename_columns(list(wanted)), class_names=known)

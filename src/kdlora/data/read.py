@@ -7,7 +7,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -65,11 +65,11 @@ class RawTable:
 
 @dataclass(frozen=True)
 class Source:
-    """A file or split that has been opened: its columns are known, its rows are not read."""
+    """A file or split that has been opened: its columns are known; `read` gives some of them, and keeps the last ones."""
 
     name: str
     columns: tuple[str, ...]
-    read: Callable[[Sequence[str]], RawTable]
+    read: Callable[[tuple[str, ...]], RawTable]
     benchmark: bool = False  # made by GLUE's publishers: its corrupt rows are dropped, a user's are an error
     plain: bool = False  # one text a line
 
@@ -106,7 +106,7 @@ def open_file(
     if form is not None and (form != "text" or plain):
         rows = _RowFile(file, form, header, benchmark and form != "jsonl")
         columns = rows.columns(None if every_key else _LOOKED_AT)
-        return Source(str(file), columns, rows.read, rows.benchmark, plain=form == "text")
+        return Source(str(file), columns, lru_cache(maxsize=1)(rows.read), rows.benchmark, plain=form == "text")
     raise DataError(
         f"{file} ({key}): unknown kind of file {extension!r}; expected one of {', '.join(EXTENSIONS)}."
         + did_you_mean(extension, EXTENSIONS)
@@ -116,7 +116,7 @@ def open_file(
 def open_dataset(dataset: Dataset, name: str) -> Source:
     """Open a split that `datasets` has loaded; its rows stay where they are mapped."""
 
-    def read(wanted: Sequence[str]) -> RawTable:
+    def read(wanted: tuple[str, ...]) -> RawTable:
         table = dataset.select_columns(list(wanted)).with_format("arrow")[:]
         if not table.num_rows:
             raise DataError(f"{name} has no rows; expected examples")
@@ -176,7 +176,7 @@ class _RowFile:
                 raise DataError(f"{self.path}: the header has quotes around {column}. {NO_QUOTING}")
         return columns
 
-    def read(self, wanted: Sequence[str]) -> RawTable:
+    def read(self, wanted: tuple[str, ...]) -> RawTable:
         """Read some columns."""
         dropped: list[int] = []
         raw = RawTable(str(self.path), spool(self._batches(wanted, dropped), str(self.path)))
@@ -316,10 +316,10 @@ def _open_parquet(file: Path) -> Source:
                 batch.validate(full=True)  # pyarrow itself takes any bytes for text
                 yield batch.select(columns)  # it gives the file's order
 
-    def read(wanted: Sequence[str]) -> RawTable:
+    def read(wanted: tuple[str, ...]) -> RawTable:
         return RawTable(name, spool(batches(list(wanted)), name), _stored_class_names(name, schema, wanted))
 
-    return Source(name, tuple(schema.names), read)
+    return Source(name, tuple(schema.names), lru_cache(maxsize=1)(read))
 
 
 def _stored_class_names(name: str, schema: pa.Schema, columns: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -60,7 +60,7 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
     source.require("id", f"teacher.{values}")
     columns = _label_columns(source.columns, task, file)
     wanted = ["id", *({"split"} & set(source.columns)), *columns]
-    table = _rows_of_split(source.read(list(dict.fromkeys(wanted))).table, split, file)
+    table = _rows_of_split(source.read(tuple(dict.fromkeys(wanted))).table, split, file)
     kind = table.column("id").type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):

@@ -65,7 +65,7 @@ class RawTable:
 
 @dataclass(frozen=True)
 class Source:
-    """A file or split that has been opened: its columns are known; `read` gives some of them, and keeps the last ones."""
+    """A file or split that has been opened: its columns are known; `read` gives some, and keeps the last ones."""
 
     name: str
     columns: tuple[str, ...]

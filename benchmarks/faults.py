@@ -33,7 +33,9 @@ import tiny
 from experiments import Workshop
 
 SIGNALS = (signal.SIGKILL,) * 5 + (signal.SIGTERM,) * 3 + (signal.SIGINT,) * 2
-TRAINING = {"epochs": 30, "batch_size": 8, "learning_rate": 2e-3, "select": "best"}
+TRAINING = {"batch_size": 8, "learning_rate": 2e-3, "select": "best"}
+TEXTS = 3_000
+"""Without labels: so many that labelling them takes long enough to be struck."""
 MOST_ATTEMPTS = 14
 Line = dict[str, Any]
 
@@ -62,6 +64,8 @@ def build_workshop(folder: Path) -> Workshop:
         tiny.build_model_folder("bert", folder / "teacher")
         tiny.build_model_folder("distilbert", folder / "student", layers=1)
         tiny.write_csv(folder / "train.csv", tiny.sentiment_rows(64))
+        texts = [f"{row['text']} {place}\n" for place, row in enumerate(tiny.sentiment_rows(TEXTS, seed=2))]
+        (folder / "texts.txt").write_text("".join(texts), encoding="utf-8")
         tiny.write_csv(folder / "validation.csv", tiny.sentiment_rows(40, seed=1))
     return Workshop(folder / "teacher", folder / "student", folder / "train.csv", folder / "validation.csv")
 
@@ -70,8 +74,9 @@ def strike(options: argparse.Namespace, log: Log, workshop: Workshop) -> None:
     """Strike experiments until there were enough kills; each is finished and compared before the next begins."""
     config, right = options.out / "kill.yaml", options.out / "undisturbed"
     changes = {
-        "teacher": {"train": TRAINING},
-        "student": {"train": TRAINING},
+        "data": {"unlabelled": str((options.out / "workshop" / "texts.txt").resolve())},
+        "teacher": {"train": TRAINING | {"epochs": 60}},
+        "student": {"train": TRAINING | {"epochs": 1}},
         "run": {"arms": ["kd-lora", "student-lora"], "checkpoint_seconds": 0.3},
         "export": {"formats": ["onnx", "onnx-int8"], "benchmark": False, "calibrate": True, "min_agreement": 0.0},
     }

@@ -189,15 +189,9 @@ def repeated_stages(attempts: Sequence[Attempt]) -> list[str]:
         later = [stage for _, kind, stage in attempt.events if kind == "begin"]
         # A run has its record when the next stage has begun.
         finished |= {stage.split(" ", 1)[1] for stage in last if later and later[-1] != stage}
-    labelled = [
-        index
-        for index, attempt in enumerate(attempts)
-        if any(e[1:] == ("end", _label(attempt)) for e in attempt.events)
-    ]
-    for attempt in attempts[labelled[0] + 1 :] if labelled else []:
-        found += [line for line in attempt.log if re.match(r"[1-9]\d* of \d+ shards", line)]
+    missing = {stage for attempt in attempts for _, _, stage in attempt.events if stage.startswith("label")}
+    for attempt in attempts:
+        if not missing:
+            found += [line for line in attempt.log if re.match(r"[1-9]\d* of \d+ shards", line)]
+        missing -= {stage for _, kind, stage in attempt.events if kind == "end"}
     return found
-
-
-def _label(attempt: Attempt) -> str:
-    return next((stage for _, kind, stage in attempt.events if kind == "end" and stage.startswith("label")), "")

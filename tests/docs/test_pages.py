@@ -76,4 +76,4 @@ def test_the_files_and_names_of_a_page_exist(page):
 
 def test_the_readme_is_short():
     """A stranger decides within five minutes."""
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

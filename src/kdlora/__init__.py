@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 # ruff: noqa: I001 - a public name beside its re-export
 if TYPE_CHECKING:
-    from kdlora.asking.ask import ask as ask
+    from kdlora.asking.ask import AskSummary as AskSummary, ask as ask, plan_asking as plan_asking
     from kdlora.asking.asksettings import AskSettings as AskSettings
+    from kdlora.asking.audit import Audit as Audit
     from kdlora.config import (
         Config as Config,
+        DataConfig as DataConfig,
         DistilConfig as DistilConfig,
         LoraConfig as LoraConfig,
         StudentTrainConfig as StudentTrainConfig,
+        TaskConfig as TaskConfig,
         TeacherTrainConfig as TeacherTrainConfig,
     )
     from kdlora.configfile import build_config as build_config, load_config as load_config, load_search as load_search
-    from kdlora.data.load import load_splits as load_splits
+    from kdlora.data.load import Splits as Splits, load_splits as load_splits
     from kdlora.data.tasks import Task as Task
     from kdlora.deploy.benchmark import benchmark as benchmark
     from kdlora.deploy.calibrate import fit_temperature as fit_temperature
@@ -31,10 +34,10 @@ if TYPE_CHECKING:
     from kdlora.deploy.export import export_onnx as export_onnx
     from kdlora.deploy.gates import LabelledTexts as LabelledTexts
     from kdlora.deploy.hub import push_experiment as push_experiment
-    from kdlora.deploy.predict import Classifier as Classifier
+    from kdlora.deploy.predict import Classifier as Classifier, Prediction as Prediction
     from kdlora.deploy.stream import predict_file as predict_file
     from kdlora.distil.distillation_trainer import DistillationTrainer as DistillationTrainer
-    from kdlora.distil.logits import attach_teacher as attach_teacher
+    from kdlora.distil.logits import TeacherLogits as TeacherLogits, attach_teacher as attach_teacher
     from kdlora.distil.losses import distillation_loss as distillation_loss
     from kdlora.distil.teacher_table import read_teacher_table as read_teacher_table
     from kdlora.distil.teacher import teacher_logits as teacher_logits
@@ -45,13 +48,21 @@ if TYPE_CHECKING:
         KdLoraError as KdLoraError,
         ModelError as ModelError,
     )
-    from kdlora.experiment.arms import train_student as train_student, train_teacher as train_teacher
+    from kdlora.experiment.arms import (
+        Trained as Trained,
+        train_student as train_student,
+        train_teacher as train_teacher,
+    )
     from kdlora.experiment.deferral import defer_experiment as defer_experiment
-    from kdlora.experiment.labelling import LabelSettings as LabelSettings, label_collection as label_collection
-    from kdlora.experiment.run import run_experiment as run_experiment
+    from kdlora.experiment.labelling import (
+        LabelSettings as LabelSettings,
+        LabelSummary as LabelSummary,
+        label_collection as label_collection,
+    )
+    from kdlora.experiment.run import ExperimentResult as ExperimentResult, run_experiment as run_experiment
     from kdlora.experiment.scoring import evaluate as evaluate
-    from kdlora.experiment.search import run_search as run_search
-    from kdlora.experiment.suite import run_suite as run_suite
+    from kdlora.experiment.search import SearchResult as SearchResult, run_search as run_search
+    from kdlora.experiment.suite import SuiteResult as SuiteResult, run_suite as run_suite
     from kdlora.experiment.suitefile import load_suite as load_suite
     from kdlora.models.adapters import merge_student as merge_student
     from kdlora.models.encoders import load_encoder as load_encoder, load_fine_tuned as load_fine_tuned

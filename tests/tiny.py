@@ -1,4 +1,4 @@
-"""Tiny but real: a trained tokenizer, model folders of seven families as a hub has them, a learnable data set."""
+"""Tiny but real: a trained tokenizer, model folders of nine families as a hub has them, a learnable data set."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from kdlora.data.tasks import Task
 
 FAMILIES = ("bert", "distilbert", "roberta", "deberta-v2", "electra", "mpnet", "modernbert")
 """The families that kdlora promises; `tiny_model_folder` builds each of them."""
+
+DECODERS = ("llama", "gpt2")
+"""Two that read from left to right: heads of queries that share keys, and layers that are no `nn.Linear`."""
 
 VARIANTS = ("bert-without-pooler",)
 """Checkpoints that lack a module which the classifier needs, besides the head."""
@@ -41,7 +44,7 @@ OTHER_TEXT = (
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD_IS_ONE = ("roberta", "mpnet")
 """These count positions from the padding token's id on, which is 1; MPNet has it fixed in its code."""
-WITHOUT_TOKEN_TYPES = ("distilbert", "roberta", "mpnet", "modernbert")
+WITHOUT_TOKEN_TYPES = ("distilbert", "roberta", "mpnet", "modernbert", *DECODERS)
 
 
 def sentiment_rows(count: int = 200, seed: int = 0) -> list[dict[str, str]]:
@@ -79,19 +82,20 @@ def train_tokenizer(family: str = "bert") -> transformers.PreTrainedTokenizerFas
     tokenizer = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.decoder = decoders.WordPiece()
+    decodes = family in DECODERS
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        single="[CLS] $A" if decodes else "[CLS] $A [SEP]",
+        pair="[CLS] $A $B" if decodes else "[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
     )
-    names = ["input_ids", "attention_mask"]
+    names, named = ["input_ids", "attention_mask"], {f"{token[1:-1].lower()}_token": token for token in special}
     if family not in WITHOUT_TOKEN_TYPES:
         names.insert(1, "token_type_ids")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=64,
         model_input_names=names,
-        **{f"{token[1:-1].lower()}_token": token for token in special},
+        **({"padding_side": "left", "bos_token": "[CLS]", "eos_token": "[SEP]"} if decodes else named),
     )
 
 
@@ -119,10 +123,16 @@ def tiny_config(family: str, vocab_size: int, *, layers: int = 2, hidden: int = 
         "deberta-v2": deberta,
         "electra": {"embedding_size": hidden // 2},
         "mpnet": {},
+        "llama": {"num_key_value_heads": 1},
+        "gpt2": {"n_embd": hidden, "n_layer": layers, "n_head": 2, "n_positions": 66},
         "modernbert": {"sep_token_id": 3, "local_attention": 8, "global_attn_every_n_layers": 2, **dropout},
     }
     if family == "distilbert":
         common = {name: common[name] for name in ("vocab_size", "max_position_embeddings", "pad_token_id")}
+    elif family == "gpt2":
+        common = {name: common[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
+    elif family == "llama":
+        del common["pad_token_id"]
     elif family == "modernbert":
         common["cls_token_id"] = 2
     return transformers.AutoConfig.for_model(**{"model_type": family, **common, **own[family]})
@@ -137,6 +147,8 @@ _PRETRAINED_CLASS = {
     "electra": "ElectraForPreTraining",
     "mpnet": "MPNetModel",
     "modernbert": "ModernBertForMaskedLM",
+    "llama": "LlamaForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
 }
 
 

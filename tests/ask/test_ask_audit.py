@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdlora.asking.audit import audit_answers, temper
+from kdlora.asking.audit import audit_answers
 from tiny import sentiment_rows, task, write_csv
 
 TASK = task()
@@ -38,6 +38,19 @@ def test_figures_are_those_of_the_half_that_chose_nothing():
     assert audit.ece_after < 0.1 < audit.ece_before
 
 
+def test_rows_without_an_error_fit_no_temperature():
+    """However sure, right answers have them surer: the fit ran to its bound, and a table of 0.9 became one of 1.0."""
+    labels = np.arange(200) % 2
+    flawless, flawed = np.ones(200, bool), np.arange(200) % 10 > 0
+    audit = audit_answers(TASK, ["p"], [answers(flawless, labels, 0.9)], labels, seed=0)
+    assert audit.temperature == 1
+    assert audit.ece_after == audit.ece_before
+    assert audit.untempered == "all 100 answered rows of the half that chooses are right"
+    audit = audit_answers(TASK, ["p"], [answers(flawed, labels, 0.99)], labels, seed=0)
+    assert audit.temperature > 1
+    assert not audit.untempered
+
+
 def test_a_row_without_an_answer_counts_as_wrong():
     """A prompt that refuses what is difficult would win."""
     labels = np.arange(200) % 2
@@ -64,8 +77,8 @@ def test_prompts_are_compared_and_the_best_one_asks_the_rest(asking):
     assert (done.rows, done.audit.prompts[1].accuracy) == (140, 100)
     table = pd.read_parquet(done.table)
     assert table["split"].value_counts().to_dict() == {"validation": 80, "train": 60}
-    expected = temper(np.array([[0.9, 0.1]]), done.audit.temperature).max()
-    assert table[["negative", "positive"]].max(axis=1).to_numpy() == pytest.approx(expected, abs=1e-6)
+    assert done.audit.temperature == 1
+    assert table[["negative", "positive"]].max(axis=1).to_numpy() == pytest.approx(0.9, abs=1e-6)
     assert json.loads((asking.to / "audit.json").read_text())["chosen"] == 1
 
 

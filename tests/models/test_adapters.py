@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForSequenceClassification
 
 import tiny
 from kdlora.config import LoraConfig
@@ -28,7 +29,7 @@ from kdlora.models.encoders import Encoder, load_encoder, save_encoder, student_
 # PEFT reads a property that transformers renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
-FAMILIES = tiny.FAMILIES + tiny.VARIANTS
+FAMILIES = tiny.FAMILIES + tiny.VARIANTS + tiny.DECODERS
 TARGETS = {
     "bert": ["query", "value"],
     "bert-without-pooler": ["query", "value"],
@@ -38,6 +39,8 @@ TARGETS = {
     "electra": ["query", "value"],
     "mpnet": ["attn.q", "attn.v"],
     "modernbert": ["Wqkv"],
+    "llama": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
 }
 TASK = tiny.task(names=("bad", "so-so", "good"))
 VARIANTS = {
@@ -60,6 +63,14 @@ CASES += [(family, "embeddings") for family in FAMILIES if family not in ("bert"
 
 def encoder_of(folder: Path) -> Encoder:
     return load_encoder(str(folder), TASK, seed=3)
+
+
+def as_the_card_says(adapter: Path) -> transformers.PreTrainedModel:
+    """Load the base by the line in the adapter's card."""
+    lines = (adapter / "README.md").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("base = AutoModel"))
+    names = {"AutoModelForSequenceClassification": AutoModelForSequenceClassification}
+    return eval(line.removeprefix("base = "), names)  # noqa: S307 - our own line
 
 
 def disturb(model: torch.nn.Module) -> None:
@@ -92,6 +103,7 @@ def test_query_and_value_are_found_in_every_family(tiny_model_folder, family, ca
         assert resolve_targets(encoder.model, "query-value", encoder.fresh) == TARGETS[family]
     fused = "Wqkv makes query, key and value in one projection" in caplog.text
     assert fused == (family == "modernbert")
+    assert ("c_attn makes query, key and value in one projection" in caplog.text) == (family == "gpt2")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -165,7 +177,7 @@ def test_merging_and_saving_change_nothing(tiny_model_folder, adapted, tmp_path,
     assert torch.equal(tiny.logits(again, tokenizer), tiny.logits(merged, tokenizer))
 
     save_adapter(model, tmp_path / "adapter")
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_model_folder(family), num_labels=3)
+    base = as_the_card_says(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     exact = VARIANTS[variant].init not in ("olora", "pissa")
     assert torch.allclose(tiny.logits(again, tokenizer), expected, rtol=0, atol=0 if exact else 1e-5)

@@ -27,8 +27,10 @@ FRESH = {
     "electra": ("classifier",),
     "mpnet": ("classifier",),
     "modernbert": ("head", "classifier"),
+    "llama": ("score",),
+    "gpt2": ("score",),
 }
-FAMILIES = tiny.FAMILIES + tiny.VARIANTS
+FAMILIES = tiny.FAMILIES + tiny.VARIANTS + tiny.DECODERS
 THREE = ("bad", "so-so", "good")
 THREE_WAY = tiny.task(names=THREE)
 
@@ -175,6 +177,45 @@ def test_a_fine_tuned_model_keeps_its_head(tiny_model_folder, tmp_path, family):
     teacher, columns = load_fine_tuned(str(folder), THREE_WAY)
     assert columns == [0, 1, 2]
     assert torch.equal(tiny.logits(teacher.model, teacher.tokenizer), tiny.logits(original.model, original.tokenizer))
+
+
+@pytest.mark.parametrize("family", tiny.DECODERS)
+def test_a_decoder_answers_by_the_last_token_of_the_text(tiny_model_folder, tmp_path, family):
+    """A padding token that is read for the text's last one makes an answer depend on the texts beside it."""
+    encoder = load_encoder(str(tiny_model_folder(family)), THREE_WAY, seed=0)
+    save_encoder(encoder, tmp_path)
+    again, columns = load_fine_tuned(str(tmp_path), THREE_WAY)
+    assert (again.fresh, columns) == (("score",), [0, 1, 2])
+    stored = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (stored["pad_token"], stored["padding_side"]) == ("[SEP]", "right")
+    assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] == encoder.tokenizer.pad_token_id
+    texts = ["what a film", "the story was wonderful and I stayed until the end"]
+    model, tokenizer = again.model, again.tokenizer
+    with torch.no_grad():
+        alone = torch.cat([model(**tokenizer([text], return_tensors="pt")).logits for text in texts])
+        for side in ("right", "left"):
+            tokens = tokenizer(texts, padding=True, return_tensors="pt", padding_side=side)
+            if side == "left":  # as transformers' own generation does; ours pad on the right
+                tokens["position_ids"] = (tokens["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            assert torch.allclose(model(**tokens).logits, alone, atol=1e-5), side
+        last = model.base_model(**tokenizer(texts[:1], return_tensors="pt")).last_hidden_state[0, -1]
+        assert torch.allclose(model.score(last), alone[0], atol=1e-6)
+
+
+def test_decoders_that_do_not_pool_the_last_token_are_refused(tmp_path):
+    """XLNet reads the last place of a row, which is padding in all rows but the longest."""
+    tokenizer = tiny.train_tokenizer("llama")
+    config = transformers.XLNetConfig(vocab_size=len(tokenizer), d_model=32, n_layer=1, n_head=2, d_inner=32)
+    transformers.XLNetModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="depends on the padding"):
+        load_encoder(str(tmp_path), THREE_WAY, seed=0)
+
+
+def test_a_decoder_learns_no_regression(tiny_model_folder):
+    """Its head has no bias for the mean of the targets: refused after hours of training, or off by the mean."""
+    with pytest.raises(ModelError, match=r"no bias.*Choose an encoder for a regression"):
+        load_encoder(str(tiny_model_folder("llama")), tiny.task("regression"), seed=0)
 
 
 def test_columns_are_permuted_by_name(tiny_model_folder, tmp_path):

@@ -39,7 +39,8 @@ class Audit:
     prompts: tuple[PromptScore, ...]
     label_names: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]  # of the reported half: people's label, the model's; last: unanswered
-    temperature: float  # fitted on the half that chooses, applied to the table; 1 where too few rows were answered
+    temperature: float  # fitted on the half that chooses, applied to the table; 1 where that half does not tell
+    untempered: str  # why it is 1; empty where it was fitted
     ece_before: float | None  # of the reported half; None where nothing was answered
     ece_after: float | None
 
@@ -66,8 +67,12 @@ def audit_answers(
     best = answers[chosen]
     answered = ~np.isnan(best).any(axis=1)
     fitted, shown = choosing[answered[choosing]], reported[answered[reported]]
-    temperature = 1.0
-    if len(fitted) >= _LEAST_FITTED:
+    temperature, untempered = 1.0, ""
+    if len(fitted) < _LEAST_FITTED:
+        untempered = f"only {len(fitted)} rows of the half that chooses were answered"
+    elif right[chosen][fitted].all():  # however sure the answers are made, these rows would have them surer
+        untempered = f"all {len(fitted)} answered rows of the half that chooses are right"
+    else:
         temperature = fit_temperature(np.log(best[fitted]), labels[fitted], "single-label").temperature
     errors = [
         reliability(temper(best[shown], heat), labels[shown], "single-label").error if len(shown) else None
@@ -77,7 +82,7 @@ def audit_answers(
     confusion = np.zeros((task.num_labels, task.num_labels + 1), np.int64)
     np.add.at(confusion, (labels[reported], said[reported]), 1)
     matrix = tuple(tuple(map(int, row)) for row in confusion)
-    return Audit(len(labels), chosen, tuple(scores), task.label_names, matrix, temperature, *errors)
+    return Audit(len(labels), chosen, tuple(scores), task.label_names, matrix, temperature, untempered, *errors)
 
 
 def temper(table: np.ndarray, temperature: float) -> np.ndarray:

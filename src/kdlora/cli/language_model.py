@@ -141,7 +141,9 @@ def _print_audit(audit: Audit) -> None:
     confusion = [(name, *map(str, row)) for name, row in zip(audit.label_names, audit.confusion, strict=True)]
     if len(audit.label_names) <= 10:
         print_table(("people's label", *audit.label_names, "unanswered"), confusion)
-    if audit.ece_before is not None:
+    if audit.untempered:
+        print(f"temperature 1, not fitted: {audit.untempered}")
+    elif audit.ece_before is not None:
         print(
             f"temperature {audit.temperature:.2f}; calibration error {audit.ece_before:.3f} without it, "
             f"{audit.ece_after:.3f} with it"

@@ -125,8 +125,14 @@ def export_onnx(
     task = _settle_task(folder, given.task)
     say("PyTorch reference")
     from kdlora.deploy.torch_backend import TorchBackend
+    from kdlora.models.loading import is_decoder
 
     backend = TorchBackend(folder)
+    if is_decoder(backend.model.config):
+        raise ModelError(
+            f"{folder.path} is a {backend.model.config.model_type!r} model, a decoder, and only encoders are exported "
+            "to ONNX. It predicts as it is, by PyTorch; for a file without it choose an encoder as student"
+        )
     checks = Checks(task, folder, backend, given, more_texts)
     return _write(target, backend, checks, formats, int8, say)
 

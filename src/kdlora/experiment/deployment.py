@@ -21,7 +21,7 @@ from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier, Text
-from kdlora.errors import ConfigError, DataError, did_you_mean
+from kdlora.errors import ConfigError, DataError, ModelError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.recording import logged, prepare_process
 from kdlora.experiment.scoring import groups_of, label_array, recorded_task
@@ -174,7 +174,7 @@ def _export_student(config: Config, layout: ExperimentLayout, splits: Splits, sa
         return [f"Not exported: {', '.join(missing)} not installed; pip install 'kdlora[onnx]' brings the extra."]
     try:
         _export_rows(config, layout, layout.onnx, splits.validation, splits.train, formats=formats, say=say)
-    except ParityError as error:
+    except (ParityError, ModelError) as error:
         return [f"{error}"]
     return []
 

@@ -22,10 +22,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from kdlora.config import LoraConfig
 from kdlora.errors import ModelError, did_you_mean
 from kdlora.models.encoders import Encoder, save_encoder
+from kdlora.models.loading import is_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +36,16 @@ QUERY_VALUE = (
     ("q_lin", "v_lin"),  # DistilBERT
     ("attn.q", "attn.v"),  # MPNet
     ("query", "value"),  # BERT, RoBERTa, ELECTRA and their kin
-    ("q_proj", "v_proj"),  # EuroBERT and kin
+    ("q_proj", "v_proj"),  # EuroBERT; Llama, Qwen, Gemma, Mistral and their kin
     ("q_head", "v_head"),  # Funnel
 )
 """Names of the query and value projections, by architecture."""
 
-FUSED = ("Wqkv", "qkv_proj", "query_key_value", "in_proj")
-"""Names of projections that make query, key and value at once: ModernBERT's first."""
+FUSED = ("Wqkv", "qkv_proj", "query_key_value", "in_proj", "c_attn")
+"""Names of projections that make query, key and value at once: ModernBERT's first, GPT-2's last."""
+
+LINEAR = (nn.Linear, Conv1D)
+"""What takes an adapter; the second is GPT-2's, a linear layer whose weight lies transposed."""
 
 MUTATING = ("olora", "pissa")
 """Initialisations that take the adapter's first value out of the base weights."""
@@ -101,6 +106,7 @@ def add_adapter(encoder: Encoder, lora: LoraConfig, *, seed: int) -> PeftModel:
             target_modules=[*targets, *words],
             rank_pattern=dict.fromkeys(words, lora.embedding_rank),
             alpha_pattern=dict.fromkeys(words, lora.embedding_alpha),
+            fan_in_fan_out=any(isinstance(encoder.model.get_submodule(name), Conv1D) for name in layers),
             use_rslora=lora.rslora,
             use_dora=lora.dora,
             init_lora_weights=True if lora.init == "default" else lora.init,
@@ -211,7 +217,7 @@ def _linear_layers(model: PreTrainedModel, fresh: Sequence[str]) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(name == own or name.startswith(own + ".") for own in fresh)
+        if isinstance(module, LINEAR) and not any(name == own or name.startswith(own + ".") for own in fresh)
     ]
 
 
@@ -307,6 +313,7 @@ def _write_card(folder: Path, base: str, revision: str | None, config: Pretraine
     """Write how the adapter is loaded; PEFT's own card is a form to be filled in."""
     labels = config.id2label
     pin = f", revision={revision!r}" if revision else ""
+    pin += f", pad_token_id={config.pad_token_id}" if is_decoder(config) else ""
     text = f"""---
 library_name: peft
 pipeline_tag: text-classification

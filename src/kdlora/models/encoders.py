@@ -1,4 +1,4 @@
-"""Encoders with a classification head: pretrained, already fine-tuned, or cut from another one's layers."""
+"""Models with a classification head: pretrained, already fine-tuned, or cut from another one's layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers import (
 
 from kdlora.data.tasks import DEFAULT_METRICS, GENERIC_LABEL, PROBLEM_TYPES, Task, match_labels
 from kdlora.errors import ModelError
-from kdlora.models.loading import Loaded, Source, open_source, read_config, read_tokenizer, read_weights
+from kdlora.models.loading import Loaded, Source, is_decoder, open_source, read_config, read_tokenizer, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,11 @@ def load_encoder(
     """
     place = open_source(source, revision, trust_remote_code)
     config = read_config(place)
+    if task.kind == "regression" and is_decoder(config):
+        raise ModelError(
+            f"{place.name} is a {config.model_type!r} model, a decoder: its head has no bias, so what it learns on "
+            "standardised targets cannot be brought back to their scale. Choose an encoder for a regression"
+        )
     config.id2label, config.label2id, config.problem_type = task.id2label, task.label2id, task.problem_type
     loaded = read_weights(place, config)
     _start_afresh(loaded.model, _random_parameters(loaded), seed)
@@ -240,7 +245,8 @@ def _start_afresh(model: PreTrainedModel, names: Collection[str], seed: int) -> 
 
 
 def _encoder(place: Source, loaded: Loaded) -> Encoder:
-    tokenizer, model, fresh = read_tokenizer(place), loaded.model, fresh_modules(loaded)
+    model, fresh = loaded.model, fresh_modules(loaded)
+    tokenizer = read_tokenizer(place, of_decoder=is_decoder(model.config))
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ModelError(
@@ -248,24 +254,44 @@ def _encoder(place: Source, loaded: Loaded) -> Encoder:
             "they do not belong together. Copy the model's own tokenizer beside the weights"
         )
     _fit_tokenizer(tokenizer, model)
+    if is_decoder(model.config):
+        _check_pooling(model, place)
     logger.info("%s: trained in full beside any adapter: %s", place.name, ", ".join(fresh))
     return Encoder(model, tokenizer, fresh, place.name, place.revision)
 
 
 def _fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Make the tokenizer give what the model takes: no longer texts than it has positions, no unknown inputs."""
-    config = model.config
-    if config.pad_token_id is None:
+    config, decodes = model.config, is_decoder(model.config)
+    if config.pad_token_id is None or decodes:  # by it a decoder finds the last token that is none
         config.pad_token_id = tokenizer.pad_token_id
+    if decodes:
+        config.use_cache = False  # what only the next token would need
     positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     for name, module in model.base_model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
             positions = module.num_embeddings - offset
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+    takes_types = not decodes and "token_type_ids" in inspect.signature(model.forward).parameters
     if not takes_types or getattr(config, "type_vocab_size", 2) < 2:
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+
+
+@torch.inference_mode()
+def _check_pooling(model: PreTrainedModel, place: Source) -> None:
+    """Refuse a decoder whose answer depends on the padding: it reads a place, not the last token of the text."""
+    pad = model.config.pad_token_id
+    ids = torch.tensor([[token for token in range(4) if token != pad][:3]])
+    padded = nn.functional.pad(ids, (0, 4), value=pad)
+    alone, filled = (
+        model(one, attention_mask=(torch.arange(one.shape[1])[None] < 3).long()).logits for one in (ids, padded)
+    )
+    if not torch.allclose(alone, filled, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise ModelError(
+            f"{place.name} is a {model.config.model_type!r} model, whose answer to a text depends on the padding "
+            "beside it: transformers does not pool its last token. Choose another decoder, or an encoder"
+        )
 
 
 def _label_names(config: PretrainedConfig) -> list[str]:

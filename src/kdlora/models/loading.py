@@ -1,7 +1,7 @@
 """The one place where transformers reads a configuration, a tokenizer or weights, from a folder or from the Hub.
 
 Whoever wrote a model is not trusted: unless the user says so no code of theirs runs, and nothing is ever unpickled.
-What cannot be used as an encoder is refused with the reason.
+What cannot classify texts is refused with the reason.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def read_config(source: Source) -> PretrainedConfig:
-    """Read a model's configuration and see to it that it is an encoder which can classify."""
+    """Read a model's configuration and see to it that it can classify texts."""
     config = load_config(source)
     if (layers := getattr(config, "num_hidden_layers", 1)) is not None and layers < 1:
         raise ModelError(f"{source.name} has {layers} layers by its config.json; expected at least 1")
@@ -143,21 +143,29 @@ def read_config(source: Source) -> PretrainedConfig:
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ModelError(
             f"{source.name} is a {config.model_type!r} model, for which transformers has no text "
-            "classification. Expected an encoder such as BERT, RoBERTa, DeBERTa, ELECTRA or ModernBERT"
+            "classification. Expected an encoder such as BERT, RoBERTa, DeBERTa, ELECTRA or ModernBERT, or a decoder "
+            "such as Llama or Qwen"
         )
-    generates = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
-    if getattr(config, "is_encoder_decoder", False) or generates:
+    if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{source.name} is a {config.model_type!r} model, which generates text; expected an encoder. A "
-            "generative model can still teach: write its answers to a table and set teacher.logits or "
-            "teacher.probabilities"
+            f"{source.name} is a {config.model_type!r} model, an encoder that a decoder follows; expected one of the "
+            "two. It can still teach: write its answers to a table and set teacher.logits or teacher.probabilities"
         )
     return config
 
 
-def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Read the tokenizer that belongs to a model."""
+def is_decoder(config: PretrainedConfig) -> bool:
+    """Say whether a model reads from left to right, as one that generates text: its last token knows all the text."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def read_tokenizer(source: Source, *, of_decoder: bool = False) -> PreTrainedTokenizerBase:
+    """Read the tokenizer that belongs to a model; that of a decoder, which pads nothing as it generates, may pad."""
     tokenizer = load_tokenizer(source)
+    if of_decoder:
+        tokenizer.padding_side = "right"  # as everything here pads; positions then count from the text's begin
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if len(tokenizer) - len(set(tokenizer.all_special_tokens)) < FEWEST_PIECES:
         raise ModelError(
             f"{source.name} has no tokenizer: its vocabulary is empty. Copy the tokenizer's files "

@@ -23,7 +23,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def modules_page() -> str:
-    """List every room and what each of its files is for, in the files' own words."""
+    """List every package and what each of its files is for, in the files' own words."""
     parts = [
         "# Modules",
         "",

@@ -1,6 +1,6 @@
 """What a person sees: a console that strangers' texts cannot trick, bars, the plan, and the table at the end.
 
-Light: the rooms that load torch are imported where they are needed.
+Light: the packages that load torch are imported where they are needed.
 """
 
 from __future__ import annotations

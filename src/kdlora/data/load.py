@@ -1,4 +1,4 @@
-"""Load a task's splits, checked and in canonical columns; the one entrance to the data room."""
+"""Load a task's splits, checked and in canonical columns; the one entrance to this package."""
 
 from __future__ import annotations
 

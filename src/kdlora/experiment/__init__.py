@@ -1,1 +1,1 @@
-"""Arms x seeds on one task: the only room that knows the whole way."""
+"""Arms x seeds on one task: the only package that knows the whole way."""

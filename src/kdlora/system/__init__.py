@@ -1,1 +1,1 @@
-"""What every room needs of the machine: processes of its own, files that are whole or absent, locks, versions."""
+"""What every package needs of the machine: child processes, atomic files, locks, versions."""

@@ -110,7 +110,7 @@ def _corrupt_rows(raw: RawTable, columns: Columns) -> pa.ChunkedArray:
 
 
 def _to_canonical(raw: RawTable, columns: Columns, task: Task, prefix: str) -> Dataset:
-    """Check every row and bring the columns into the shape that the other packages expect; texts stay where they are."""
+    """Check every row and bring the columns into the shape that other packages expect; texts stay where they are."""
     arrays = {"id": _ids(raw, columns.id, prefix)}
     for name, column in zip(("text", "text_pair"), columns.text, strict=False):
         arrays[name] = _texts(raw, column)

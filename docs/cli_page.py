@@ -15,20 +15,19 @@ def cli_page() -> str:
     parts = [
         "# Command line",
         "",
-        "Generated from the commands by `make docs`; a test keeps it true.",
+        "This page is generated from the commands by `make docs`.",
         "",
         "Results go to standard output, everything else (bars, notes, errors) to standard error. `--json` makes any "
-        "verb print JSON. Bars are drawn in a terminal only. `NO_COLOR=1` switches colours off, `KDLORA_LOG=INFO` (or "
-        "`DEBUG`) tells more. `kdlora --install-completion` completes verbs, task names and config keys in bash, zsh, "
-        "fish and PowerShell.",
+        "command print JSON. Bars are drawn in a terminal only. `NO_COLOR=1` switches colours off. `KDLORA_LOG=INFO` "
+        "prints more. `kdlora --install-completion` installs completion for bash, zsh, fish and PowerShell.",
         "",
         "| exit code | meaning |",
         "|---|---|",
         "| 0 | done |",
         "| 1 | a run failed, or the machine did: disk full, out of memory, network gone |",
         "| 2 | a mistake in the command, the config or the data; the message says what to change |",
-        "| 130 | interrupted with Ctrl-C; the same command continues where it stopped |",
-        "| 143, 129 | asked to end (SIGTERM), terminal closed (SIGHUP); likewise |",
+        "| 130 | interrupted with Ctrl-C; the same command continues |",
+        "| 143, 129 | ended by SIGTERM, or by a closed terminal (SIGHUP); the same command continues |",
     ]
     for name, command in sorted(typer.main.get_command(app).commands.items()):  # type: ignore[attr-defined]
         parts += _verb(name, command)

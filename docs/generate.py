@@ -18,8 +18,8 @@ from kdlora.defaults import RECIPES
 
 FOLDER = Path(__file__).parent
 RECIPES_TEXT = (
-    "`recipe` lays these under what a config sets itself; [their figures](recipes.md). `default` leaves `data.augment` "
-    "out where `data.unlabelled` is set, and where a table teaches, which has no answers for new texts."
+    "`recipe` fills in these values where your config sets none. [Recipes](recipes.md) has figures. `default` sets no "
+    "`data.augment` if `data.unlabelled` is set or a table is the teacher. `null`: chosen by the model or the data."
 )
 
 
@@ -28,8 +28,11 @@ def config_page() -> str:
     parts = [
         "# Configuration",
         "",
-        "Generated from `kdlora.config` by `make docs`; a test keeps it true. Values are YAML; any key can be set on "
-        "the command line with `--set section.key=value`. `kdlora validate FILE` prints a config in full.",
+        "This page is generated from `kdlora.config` by `make docs`. Values are YAML. Any key can be set on the "
+        "command line with `--set section.key=value`. `kdlora validate FILE` prints a config with all its defaults.",
+        "",
+        "A default in the tables is what a config gets that names no recipe. Where `recipe: paper` has another one, it "
+        "stands behind it. The Python classes alone, such as `DistilConfig()`, have the defaults of `recipe: paper`.",
     ]
     _describe(Config, "", parts)
     parts += ["", "## Recipes", "", RECIPES_TEXT, "", "| recipe | sets |", "|---|---|"]
@@ -40,10 +43,12 @@ def config_page() -> str:
 def _settings(values: Mapping[str, Any], prefix: str = "") -> str:
     """List nested settings as `key: value`."""
     parts = [
-        _settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else f"`{prefix}{key}: {value}`"
+        _settings(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping)
+        else f"`{prefix}{key}: {'null' if value is None else value}`"
         for key, value in values.items()
     ]
-    return ", ".join(parts) or "nothing: the defaults of the keys are the paper's"
+    return ", ".join(parts) or "nothing: the keys' own defaults are the paper's"
 
 
 def _describe(model: type[BaseModel], prefix: str, parts: list[str]) -> None:
@@ -55,8 +60,9 @@ def _describe(model: type[BaseModel], prefix: str, parts: list[str]) -> None:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             nested.append((f"{prefix}.{name}".lstrip("."), annotation))
             continue
+        path = f"{prefix}.{name}".lstrip(".")
         meaning = " ".join(str(field.description).split())
-        parts.append(f"| `{name}` | {_type(annotation)}{_limits(field)} | {_default(field)} | {meaning} |")
+        parts.append(f"| `{name}` | {_type(annotation)}{_limits(field)} | {_default_of(path, field)} | {meaning} |")
     for path, inner in nested:
         _describe(inner, path, parts)
 
@@ -97,14 +103,24 @@ def _limits(field: FieldInfo) -> str:
     return f", {' and '.join(found)}" if found else ""
 
 
-def _default(field: FieldInfo) -> str:
+def _default_of(path: str, field: FieldInfo) -> str:
+    """Say what a config gets that names no recipe, and what the paper's recipe has where that differs."""
     if field.default is PydanticUndefined:
         return "required"
-    if field.default is None:
-        return "–"
-    if isinstance(field.default, tuple):
-        return f"`[{', '.join(map(str, field.default))}]`"
-    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+    value: Any = RECIPES["default"]
+    for key in path.split("."):
+        value = value.get(key, field.default) if isinstance(value, Mapping) else field.default
+    if value == field.default:
+        return "–" if value is None else _shown(value)
+    return f"{_shown(value)}; paper: {_shown(field.default)}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "`null`"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 if __name__ == "__main__":

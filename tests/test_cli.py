@@ -198,7 +198,7 @@ def test_evaluate_and_report_refuse_what_is_no_experiment(cli, experiment, works
         (KeyboardInterrupt(), 130, "the same command continues"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "free some space"),
         (PermissionError(errno.EACCES, "Permission denied", "/out"), 1, "/out"),
-        (MemoryError(), 1, "batch_size"),
+        (MemoryError(), 1, "micro_batch_tokens"),
         (ZeroDivisionError(), None, ""),  # a bug comes with its traceback, or nobody can report it
     ],
 )

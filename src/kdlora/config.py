@@ -47,18 +47,18 @@ class Section(BaseModel):
 
 
 class TaskConfig(Section):
-    """What is learnt."""
+    """The task: columns, labels and kind."""
 
     name: Annotated[GlueName, _SPELT] | None = None
-    """A GLUE task; its columns, kind, labels and metrics are known. Leave out for your own data."""
+    """A GLUE task, whose columns, kind, labels and metrics are known. Leave it out for your own data."""
     kind: Kind | Literal["auto"] = "auto"
-    """Kind of task; `auto` infers it from the labels where that is safe, and says so."""
+    """Kind of task. `auto` infers it from the labels where that is safe, and prints it."""
     text: Names | None = Field(default=None, min_length=1, max_length=2)
-    """Text column, or the two columns of a sentence pair."""
+    """Text column, or the two columns of a pair of texts."""
     label: Names | None = Field(default=None, min_length=1)
-    """Label column; several columns of 0 and 1 make a multi-label task."""
+    """Label column. Several columns of 0 and 1 make a multi-label task."""
     label_names: Names | None = Field(default=None, min_length=1)
-    """Label names in the order of the model's outputs; default: from the data, sorted."""
+    """Label names in the order of the model's outputs. Default: those of the data, sorted."""
 
     @model_validator(mode="after")
     def _glue_is_complete(self) -> Self:
@@ -72,37 +72,37 @@ class TaskConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the examples come from. Relative paths resolve against the config file's folder."""
+    """Where the rows come from. Relative paths start at the config file's folder."""
 
     path: str | None = None
     """A folder in GLUE's layout, a `save_to_disk` folder, or a Hub data set such as `nyu-mll/glue`."""
     subset: str | None = None
-    """Name of the Hub data set's configuration, for data sets that have several."""
+    """Configuration of the Hub data set, if it has several."""
     revision: str | None = None
     """Commit, tag or branch of the Hub data set."""
     train: str | None = None
     """Training file (CSV, TSV, JSON Lines, Parquet); with `path`, the name of the training split."""
     validation: str | None = None
-    """Validation file or split name; default: split off the training rows."""
+    """Validation file or split name. Default: a part of the training rows."""
     test: str | None = None
-    """Test file or split name; with one, the headline score is measured on it."""
+    """Test file or split name. If there is one, reported scores are measured on it."""
     unlabelled: str | None = None
-    """More texts of the task, without labels: a file (or plain text), a folder by `kdlora label`, or a split name.
-    Of a `.txt` file every line is a text. The teacher labels them, and the distilled arms learn from them too.
+    """More texts without labels: a file, a folder written by `kdlora label`, or a split name. In a `.txt` file every
+    line is a text. The teacher labels them, and the distilled arms learn from them too.
     """
     id_column: str = "id"
-    """Column that names an example; where the data lacks it, the row number from 0 is the id."""
+    """Column with the ids of the rows. Without it, the id is the row number from 0."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
-    """Share of the training rows that becomes the validation split where none is given."""
+    """Share of the training rows that is used for validation if no validation split is given."""
     split_seed: int = Field(default=0, ge=0, lt=_SEEDS)
-    """Seed of that split; it is recorded and does not depend on `run.seeds`."""
+    """Seed of that split. It does not depend on `run.seeds`."""
     max_train_examples: int | None = Field(default=None, ge=1, le=_MOST)
-    """Use only the first so many training rows."""
+    """Use only this many training rows, the first ones."""
     max_unlabelled_examples: int | None = Field(default=None, ge=1, le=_MOST)
-    """Use only the first so many rows of `unlabelled`."""
+    """Use only this many rows of `unlabelled`, the first ones."""
     augment: int = Field(default=0, ge=0, le=1000)
-    """Perturbed copies of every training text (TinyBERT, arXiv 1909.10351) that the teacher labels too; a step of a
-    distilled arm has a copy beside every labelled row."""
+    """Perturbed copies of each training text (TinyBERT, arXiv 1909.10351). The teacher labels them. Each step of a
+    distilled arm has one copy beside every labelled row."""
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
@@ -119,33 +119,33 @@ class TrainConfig(Section):
     """How one model is trained (AdamW)."""
 
     epochs: float | None = Field(default=3.0, gt=0.0)
-    """Passes over the training rows. null: by their number, so that few rows give enough optimiser steps."""
+    """Passes over the training rows. null: chosen by their number, so that few rows give enough steps."""
     batch_size: int = Field(default=32, ge=1, le=_MOST)
-    """Rows per optimiser step; the loss is their exact mean, whatever the micro-batches."""
+    """Rows per optimiser step. The loss is their exact mean, however they are split into micro-batches."""
     learning_rate: float | None = Field(default=2e-5, gt=0.0)
-    """Peak learning rate. null: by the width of the model."""
+    """Peak learning rate. null: chosen by the width of the model."""
     head_learning_rate: float | None = Field(default=None, gt=0.0)
-    """Peak learning rate of the freshly initialised modules and the head; null: the same as `learning_rate`."""
+    """Peak learning rate of the head and other fresh modules. null: the same as `learning_rate`."""
     weight_decay: float = Field(default=0.01, ge=0.0)
-    """Decoupled weight decay."""
+    """Weight decay of AdamW."""
     warmup_fraction: float = Field(default=0.06, ge=0.0, lt=1.0)
     """Share of the steps over which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after the warm-up."""
+    """How the learning rate changes after the warm-up."""
     max_grad_norm: float = Field(default=1.0, gt=0.0)
-    """Gradients are scaled down to this norm."""
+    """Larger gradients are scaled down to this norm."""
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
-    """Dropout of the model while it trains; null keeps what its config says. `lora.dropout` is apart."""
+    """Dropout of the model during training. null: as its config says. `lora.dropout` is separate."""
     max_length: int | None = Field(default=None, ge=4, le=_MOST)
-    """Longest input in tokens; longer texts are cut, and counted. null: what holds 99% of the training texts."""
+    """Longest input in tokens. Longer texts are cut and counted. null: long enough for 99% of the training texts."""
     micro_batch_tokens: int | None = Field(default=16384, ge=16, le=_MOST)
-    """Padded tokens that one forward and backward pass may hold; it splits inside the batch only."""
+    """Largest number of padded tokens in one forward and backward pass. It limits memory; the loss stays the same."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: same results, less memory, one more forward pass."""
+    """Compute activations again rather than store them: same results, less memory, one more forward pass."""
     select: Literal["last", "best"] = "last"
-    """Which epoch's weights are kept: the last, or the best on the validation split."""
+    """Which epoch's weights are kept: the last, or the best on validation."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
-    """Stop after so many epochs without a better validation score; needs `select: best`."""
+    """Stop after this many epochs without a better validation score. Needs `select: best`."""
 
     @model_validator(mode="after")
     def _patience_keeps_the_best(self) -> Self:
@@ -159,12 +159,12 @@ class TeacherTrainConfig(TrainConfig):
 
 
 class StudentTrainConfig(TrainConfig):
-    """How adapters are trained: every student arm, and the teacher-size `lora` arm."""
+    """How the student arms and the arm `lora` are trained."""
 
     epochs: float | None = Field(default=5.0, gt=0.0)
-    """Passes over the training rows. null: by their number, so that few rows give enough optimiser steps."""
+    """Passes over the training rows. null: chosen by their number, so that few rows give enough steps."""
     learning_rate: float | None = Field(default=5e-4, gt=0.0)
-    """Peak learning rate of the arms with adapters. null: by the width of the model."""
+    """Peak learning rate of the arms with adapters. null: chosen by the width of the model."""
 
 
 class SettledTraining(TrainConfig):
@@ -183,20 +183,20 @@ class TeacherConfig(Section):
     revision: str | None = None
     """Commit, tag or branch of `model` or `fine_tuned`."""
     fine_tuned: str | None = None
-    """A teacher that is already fine-tuned on the task: a Hub id or a folder; it is evaluated, not trained."""
+    """A teacher that is already fine-tuned on the task: a Hub id or a folder. It is scored, not trained."""
     label_names: Names | None = None
-    """Label order of `fine_tuned`, where its own config only says LABEL_0, LABEL_1 ..."""
+    """Label order of `fine_tuned`, if its own config only says LABEL_0, LABEL_1 ..."""
     logits: str | None = None
-    """A table of logits (Parquet or JSON Lines: `id`, optional `split`, one column per label name)."""
+    """A table of logits: Parquet or JSON Lines with `id`, optional `split`, one column per label name."""
     probabilities: str | None = None
-    """The same with probabilities."""
+    """The same with probabilities in place of logits."""
     seed: int | None = Field(default=None, ge=0, lt=_SEEDS)
-    """Seed that trains the one teacher; default: the first of `run.seeds`."""
+    """Seed of the one teacher. Default: the first of `run.seeds`."""
     adapter_learning_rate: float | None = Field(default=None, gt=0.0)
-    """Peak learning rate of the arm `lora`; null: that of the student, or by the teacher's width where that is null."""
+    """Peak learning rate of the arm `lora`. null: that of the student, or chosen by the teacher's width."""
     train: TeacherTrainConfig = TeacherTrainConfig()
     trust_remote_code: bool = False
-    """Let the model's own Python code run. Only for sources that you have read."""
+    """Let the model's own Python code run. Read that code first."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -221,13 +221,13 @@ class StudentConfig(Section):
     revision: str | None = None
     """Commit, tag or branch of `model`."""
     from_teacher_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Instead of `model`: the teacher's pretrained embeddings and these layers, from 0 (arXiv 2305.15032)."""
+    """In place of `model`: the pretrained teacher's embeddings and these of its layers, from 0 (arXiv 2305.15032)."""
     full_learning_rate: float | None = Field(default=5e-5, gt=0.0)
-    """Peak learning rate of `student-fft` and `kd-fft`, whose head has the teacher's `head_learning_rate`; all else is
-    as in `train`. null: by the width of the student."""
+    """Peak learning rate of `student-fft` and `kd-fft`. null: chosen by the width of the student. Their head has the
+    teacher's `head_learning_rate`; everything else is as in `train`."""
     train: StudentTrainConfig = StudentTrainConfig()
     trust_remote_code: bool = False
-    """Let the model's own Python code run. Only for sources that you have read."""
+    """Let the model's own Python code run. Read that code first."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -242,57 +242,57 @@ class LoraConfig(Section):
     rank: int = Field(default=8, ge=1, le=8192)
     """Rank of each adapter."""
     alpha: float = Field(default=16.0, gt=0.0)
-    """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
+    """The adapter's output is multiplied by alpha / rank (by alpha / sqrt(rank) with `rslora`)."""
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Dropout before the adapter."""
     targets: Literal["query-value", "all-linear"] | Names = "query-value"
-    """Which projections get adapters: the paper's two, every linear layer (QLoRA, arXiv 2305.14314), or named ones."""
+    """Layers with adapters: the paper's two, every linear layer (QLoRA, arXiv 2305.14314), or the named ones."""
     embedding_rank: int = Field(default=0, ge=0, le=8192)
-    """Rank of an adapter on the word embeddings; 0 for none."""
+    """Rank of an adapter on the word embeddings. 0: none."""
     embedding_alpha: float = Field(default=2.0, gt=0.0)
-    """Scale of that adapter, as `alpha` is of the others; PEFT begins it with N(0, 1), so it wants a smaller one."""
+    """Scale of that adapter. It should be smaller than `alpha`, since PEFT starts it with N(0, 1)."""
     rslora: bool = False
-    """Rank-stabilised scaling (arXiv 2312.03732)."""
+    """Rank-stabilised LoRA (arXiv 2312.03732)."""
     dora: bool = False
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
     init: Literal["default", "gaussian", "orthogonal", "olora", "pissa"] = "default"
-    """PEFT's initialisation of the adapters; `pissa` is arXiv 2404.02948, `olora` arXiv 2406.01775."""
+    """Initialisation of the adapters. `pissa` is arXiv 2404.02948, `olora` arXiv 2406.01775."""
 
 
 class DistilConfig(Section):
-    """The loss of the distilled arms: alpha * hard + (1 - alpha) * soft (KD-LoRA, eq. 3)."""
+    """The loss of the distilled arms: alpha * (loss against the labels) + (1 - alpha) * (loss against the teacher)."""
 
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Weight of the hard loss, against the labels, as in the paper; 1 - alpha weights the teacher."""
+    """Weight of the labels, as in the paper. The teacher has 1 - alpha."""
     temperature: float = Field(default=2.0, gt=0.0, le=1000.0)
-    """Softening of both distributions in `loss: kl` (Hinton et al., arXiv 1503.02531)."""
+    """How much both distributions are softened with `loss: kl` (Hinton et al., arXiv 1503.02531)."""
     loss: Literal["kl", "mse"] = "kl"
-    """Soft loss: KL divergence times temperature squared, or mean squared error of the logits, which a
-    regression always has."""
+    """Loss against the teacher: KL divergence times temperature squared, or mean squared error of the logits. A
+    regression always has the latter."""
 
 
 class RunConfig(Section):
     """What is run, and on what."""
 
     arms: tuple[Arm, ...] = Field(default=("words", "fft", "kd-lora", "student-lora"), min_length=1)
-    """`words` (no transformer at all), `fft` (the teacher), `kd-lora`, its control `student-lora`; also `lora`,
-    `student-fft`, `kd-fft`."""
+    """Arms to run: `words` (bag of words), `fft` (the teacher), `kd-lora` (the distilled student), `student-lora` (its
+    control), `lora`, `student-fft`, `kd-fft`."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=_SEEDS)], ...] = Field(default=(0, 1, 2), min_length=1)
-    """Seeds; every arm runs once per seed, `words`, which draws nothing, once."""
+    """Every arm runs once per seed, except `words`, which has no random choice and runs once."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the matrix products; `auto` picks by what the machine can do, and says what."""
+    """Number format in training. `auto` chooses by what the machine can do, and records it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
+    """Where to train. `auto`: CUDA if PyTorch sees a device, else the CPU. Apple's `mps` is not used."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads; default: PyTorch's own choice (the physical cores)."""
+    """CPU threads. Default: PyTorch's choice (the physical cores)."""
     fail_fast: bool = False
-    """Stop at the first run that fails, in place of carrying on with the other arms."""
+    """Stop at the first failed run. Otherwise the other arms go on."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)
-    """Seconds of training between two checkpoints: the most that a crash can cost."""
+    """Seconds of training between two checkpoints. A crash costs no more."""
     keep_checkpoints: int = Field(default=1, ge=1, le=_MOST)
-    """Newest checkpoints of a training that are kept; a second one is there if the first is damaged."""
+    """Number of checkpoints that a training keeps. A second one helps if the newest is damaged."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], _LISTED] = ()
-    """Trackers that every run is told to, named by arm and seed: `tensorboard`, `wandb` (offline), `mlflow`."""
+    """Trackers that get every run: `tensorboard`, `wandb` (offline), `mlflow`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -310,36 +310,36 @@ class RunConfig(Section):
 
 
 class ExportConfig(Section):
-    """What is made of the shipped student, where the extra `onnx` is installed."""
+    """The export of the shipped student. It needs the extra `onnx`."""
 
     formats: tuple[Literal["onnx", "onnx-int8"], ...] = ("onnx", "onnx-int8")
-    """Files in `student-onnx/`: fp32, and dynamic int8; an empty list exports nothing."""
+    """Files in `student-onnx/`: fp32 and dynamic int8. An empty list exports nothing."""
     max_metric_drop: float = Field(default=0.5, ge=0.0)
-    """Points of the score that int8 may lose; where it loses more, it is not kept."""
+    """Points of the score that int8 may lose. If it loses more, it is not kept."""
     min_agreement: float = Field(default=0.99, ge=0.0, le=1.0)
-    """Least share of predictions that int8 must have in common with fp32."""
+    """Share of predictions that must be the same in int8 and fp32."""
     calibrate: bool = False
-    """Fit a temperature to the validation rows; `Classifier` then divides the logits by it."""
+    """Fit a temperature to the validation rows. `Classifier` then divides the logits by it."""
     benchmark: bool = True
-    """Measure teacher, student and exports side by side, into `benchmark.json` and the report."""
+    """Measure teacher, student and exports side by side, for `benchmark.json` and the report."""
 
 
 class ReportConfig(Section):
-    """What stands in the report beside the figures."""
+    """Additional parts of the report."""
 
     paper: bool = False
-    """The claims of the KD-LoRA paper, held against its own tables and this experiment."""
+    """Compare the claims of the KD-LoRA paper with its own tables and with this experiment."""
 
 
 class Config(Section):
-    """One experiment: arms x seeds on one task."""
+    """One experiment: arms and seeds on one task."""
 
     name: str | None = Field(default=None, pattern=r"^\w[\w .+-]*$", max_length=100)
-    """Name of the experiment; default: the task's name or the training file's. Results go to `runs/<name>`."""
+    """Name of the experiment. Default: the name of the task or the training file. Results go to `runs/<name>`."""
     recipe: RecipeName = "default"
-    """A named set of defaults for every other key, which explicit keys override: docs/recipes.md has their figures."""
+    """A named set of defaults for the other keys. Keys that you set win. docs/recipes.md has figures."""
     family: FamilyName | None = None
-    """Teacher and student of the paper, where `teacher.model` and `student.model` are not set."""
+    """The paper's teacher and student of this family, unless `teacher.model` or `student.model` is set."""
     task: TaskConfig = TaskConfig()
     data: DataConfig
     teacher: TeacherConfig = TeacherConfig()

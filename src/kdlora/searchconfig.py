@@ -91,9 +91,9 @@ class Resources(Section):
     cpus: float = Field(default=1.0, gt=0.0)
     """Processor cores of each run."""
     gpus: float | None = Field(default=None, ge=0.0)
-    """GPUs of each run, a fraction lets several share one; default: one where the cluster has any."""
+    """GPUs of each run. A fraction lets runs share a GPU. Default: one if the cluster has any."""
     retries: int = Field(default=3, ge=0)
-    """How often a run is started again after its node or worker was lost."""
+    """How often a run is started again if its node or worker is lost."""
 
 
 class SearchConfig(Section):
@@ -102,23 +102,23 @@ class SearchConfig(Section):
     space: Space = Field(default_factory=dict)
     """Config key (`lora.rank`) to a list of values, or `{low, high, log, step}`; whole ends give whole numbers."""
     trials: int = Field(default=30, ge=1)
-    """Trainings in all, pruned ones included, whichever process carries them out."""
+    """Number of trainings, pruned ones included, over all processes."""
     arm: Arm | None = None
-    """The arm that is trained; default: the first student arm of the config, `kd-lora` before others, else `fft`."""
+    """The arm that is trained. Default: `kd-lora`, else the first student arm of the config, else `fft`."""
     seed: int = Field(default=0, ge=0)
-    """Seeds the sampler and the split; the trainings take the first of `run.seeds`."""
+    """Seed of the sampler and the split. The trainings use the first of `run.seeds`."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
-    """Share of the training rows on which trials are judged; the config's own validation and test rows stay unseen."""
+    """Share of the training rows on which trials are scored. Validation and test rows are not used."""
     startup_trials: int = Field(default=10, ge=1)
-    """Trials that are drawn at random before the sampler learns from them."""
+    """Number of first trials that are drawn at random."""
     pruning: bool = True
-    """Stop a trial whose score after an epoch is below the median of the others after as many."""
+    """Stop a trial whose score after an epoch is below the median of the other trials after that epoch."""
     pruning_startup_trials: int = Field(default=5, ge=0)
-    """Trials that are never pruned, for there is no median yet."""
+    """Number of first trials that are never pruned."""
     pruning_warmup_epochs: int = Field(default=1, ge=0)
-    """Epochs after which no trial is pruned yet."""
+    """Epochs before a trial can be pruned."""
     resources: Resources = Resources()
-    """What a trial needs of a node, where a cluster carries the search out."""
+    """What a trial needs of a cluster's node."""
 
     @field_validator("arm")
     @classmethod

@@ -23,28 +23,28 @@ class AskSettings:
 
     Attributes:
         model: its name on the server.
-        base_url: of the server, up to and with `/v1`; default: `OPENAI_BASE_URL`, else OpenAI's.
-        key_variable: environment variable with the key; a server of your own may want none.
-        protocol: `chat` or `completions`.
-        prompts: file with a Jinja template; default: kdlora's own. Several are compared on the audited rows.
-        labels: label names, with descriptions or empty texts; default: the names in the label column.
+        base_url: address of the server, ending in `/v1`. Default: `OPENAI_BASE_URL`, else OpenAI's.
+        key_variable: environment variable that holds the key. Your own server may need none.
+        protocol: interface of the server, `chat` or `completions`.
+        prompts: file with a Jinja template. Default: kdlora's. Several prompts are compared on the audited rows.
+        labels: label names with descriptions (or empty). Default: the names in the label column.
         text: text column, or the two of a pair.
-        label: label column of the rows that people labelled.
-        id_column: names a row; where there is none the row's number from 0 is its id.
+        label: label column of rows that people labelled.
+        id_column: column with the ids of rows. Without it, the id is the row number from 0.
         shots: labelled rows that each prompt shows as examples.
-        seed: of all draws.
-        votes: answers to count for each row, where a server gives no log-probabilities; 0: none.
-        temperature: of the answers; default 0, with votes 1.
-        top_logprobs: likely tokens that the server shows, at most 20; more labels are asked for in two steps.
-        audit: a file of rows with labels by people, or a number of the labelled rows to draw.
-        unlabelled: a file of more texts, without labels.
-        rows: ask about so many of the rows only; default all.
-        select: which rows: `random`, `diverse`, or `uncertain` (by the model in `select_by`).
-        select_by: model folder, such as a first student, whose doubts choose.
-        concurrency: requests under way at a time.
-        max_requests: requests in all, failed ones and earlier calls included.
-        max_tokens: tokens read and written in all.
-        max_cost: money in all, by `price_in` and `price_out`.
+        seed: seed of all random choices.
+        votes: answers per row that are counted, for servers without log-probabilities. 0: none.
+        temperature: sampling temperature of the answers. Default: 0; with votes: 1.
+        top_logprobs: likely tokens that the server returns, at most 20. More labels take two steps.
+        audit: file of rows that people labelled, or a number of labelled rows to draw.
+        unlabelled: file of more texts, without labels.
+        rows: ask about only this many rows. Default: all.
+        select: how these rows are chosen: `random`, `diverse`, or `uncertain` (needs `select_by`).
+        select_by: model folder, such as a first student. Rows about which it is unsure are chosen.
+        concurrency: number of requests at the same time.
+        max_requests: limit of requests, failed ones and earlier calls included.
+        max_tokens: limit of tokens, read and written.
+        max_cost: limit of money, computed with `price_in` and `price_out`.
         price_in: price of a million tokens read.
         price_out: price of a million tokens written.
         timeout: seconds for one answer.

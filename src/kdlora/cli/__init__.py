@@ -49,13 +49,13 @@ def main() -> NoReturn:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         number = asked[0] if asked else signal.SIGINT
-        _fail(f"interrupted by {_SIGNALS[number]}; the same command continues where it stopped", 128 + number)
+        _fail(f"interrupted by {_SIGNALS[number]}; the same command continues", 128 + number)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except MemoryError as error:
         what = f" ({error})" if str(error) else ""
-        _fail(f"out of memory{what}; give a smaller model, or lower train.batch_size or train.micro_batch_tokens", 1)
+        _fail(f"out of memory{what}; lower micro_batch_tokens in teacher.train or student.train", 1)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             longest = max(Path(error.filename).parts, key=len)

@@ -18,11 +18,11 @@ from kdlora.terminal import SafeConsole
 
 app = typer.Typer(
     name="kdlora",
-    help="Distil a fine-tuned encoder into a small, fast classifier, with the evidence that it is as good.",
+    help="Distil a fine-tuned encoder into a small, fast classifier, and measure what the teacher was worth.",
     epilog="Exit codes: 0 done; 1 a run failed, or the machine did (disk, memory); 2 a mistake in the command, the "
-    "config or the data; 130 interrupted, 143 and 129 ended by a signal: the same command continues. Results go to "
-    "standard output, everything else to standard error. NO_COLOR=1 switches colours off, KDLORA_LOG=INFO tells more. "
-    "Tab completes verbs and names after: kdlora --install-completion",
+    "config or the data; 130, 143 and 129 interrupted: run the same command again to continue. Results go to "
+    "standard output, everything else to standard error. NO_COLOR=1 switches colours off. KDLORA_LOG=INFO prints more. "
+    "kdlora --install-completion installs completion with Tab.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -91,10 +91,10 @@ def _assignments() -> Iterable[str]:
 
 _SET = {"metavar": "KEY=VALUE", "autocompletion": completing(_assignments)}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Experiment folder; default runs/<name>.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a config key; values are YAML.", **_SET)]
-Text = Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Text column; twice for a pair.")]
-IdColumn = Annotated[str, typer.Option(metavar="COLUMN", help="Column that names a row.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Experiment folder. Default: runs/<name>.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Set a config key. Values are YAML.", **_SET)]
+Text = Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Text column. Give it twice for a pair.")]
+IdColumn = Annotated[str, typer.Option(metavar="COLUMN", help="Column with the ids of the rows.")]
 
 
 @app.command()
@@ -129,9 +129,9 @@ def families(as_json: Json = False) -> None:
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what a bug report needs: versions, device, threads, memory, the Hub, missing extras.
+    """Print what a bug report needs: versions, device, threads, memory, access to the Hub, missing extras.
 
-    Exits with 1 where a requirement of kdlora itself is not met. Nothing that it prints names you or your folders.
+    The exit code is 1 if a requirement of kdlora is not met. The output names neither you nor your folders.
 
     Example: kdlora doctor
 

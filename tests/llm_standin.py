@@ -35,7 +35,7 @@ class StandIn:
     """What it answers, and what it does wrong.
 
     `fault` is asked with the number of each request: "429", "500", "cut", "garbage", "slow", "empty", "refusal",
-    "nonsense" or none of these.
+    "nonsense" or none of these. `edit` may change each answer before it is sent.
     """
 
     delay: float = 0.0
@@ -44,6 +44,7 @@ class StandIn:
     models: tuple[str, ...] = ()
     key: str | None = None
     sureness: float = 0.9
+    edit: Callable[[dict[str, Any]], object] = lambda answer: None
     seen: list[dict[str, Any]] = field(default_factory=list)
     keep: bool = True
     log: str | None = None
@@ -114,9 +115,9 @@ class StandIn:
             text = random.Random(f"{asked['seed']}{prompt}").choices(list(tokens), list(tokens.values()))[0]
         shown = {token: math.log(p) for token, p in tokens.items()} if self.logprobs and fault != "empty" else {}
         usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": 1}
-        return 200, json.dumps(
-            {"model": asked["model"], "usage": usage, "choices": [_choice(text, shown, chat, fault)]}
-        ).encode()
+        answer = {"model": asked["model"], "usage": usage, "choices": [_choice(text, shown, chat, fault)]}
+        self.edit(answer)
+        return 200, json.dumps(answer).encode()
 
 
 def _choice(text: str, shown: Mapping[str, float], chat: bool, fault: str | None) -> dict[str, Any]:

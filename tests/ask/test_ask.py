@@ -214,8 +214,23 @@ def test_votes_are_read_by_code_or_name():
     assert [option.code for option in options[:2]] == ["1", "2"]
     said = ["2", " 2.", "topic 1", "12 is it", "31", "the topic 1", ""]
     assert [read_vote(one, options) for one in said] == [1, 1, 1, 11, None, None, None]
-    assert count_votes([0, 0, None], 2) == pytest.approx([2.25 / 2.5, 0.25 / 2.5])
+    assert count_votes([0, 0, None], 2) == pytest.approx([2.25 / 2.5, 0.25 / 2.5], abs=1e-3)
     assert count_votes([0, None, None], 2) is None
+
+
+def test_an_article_is_no_vote_and_a_name_with_signs_is_one():
+    """`A film that I liked` would be a vote for the first label, and `C++` for none."""
+    options = Questions(None, {"good": "", "C++": "", "(größer)": ""}, (), most=20, votes=True).choices
+    said = ["A film that I liked", "A", "A.", "a good", "A good", "B: C++", "C++", "GRÖSSER", "A\nB", "**C**"]
+    assert [read_vote(one, options) for one in said] == [None, 0, 0, None, 0, 1, 1, 2, 0, 2]
+
+
+@pytest.mark.parametrize("votes", [[1, 0], [2, 1, 0, 0, 1], [1, 0, 0, 1], [1, None, 0]])
+def test_of_equally_many_votes_the_first_decides(votes):
+    """The first label would get every tie, and teach what the model did not say."""
+    found = count_votes(votes, 3)
+    assert found.argmax() == 1
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
 
 
 def test_groups_multiply():

@@ -129,7 +129,9 @@ class AnswerLog:
     def append(self, content: Mapping[str, Any]) -> None:
         """Write a line, in one piece: a killed process leaves it whole or cut, never mixed with another."""
         line = json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        end = os.lseek(self._file, 0, os.SEEK_END)
         if os.write(self._file, line) != len(line):
+            os.ftruncate(self._file, end)  # others write on, until they hear of it
             raise OSError(28, "no space left for an answer", str(self._path))
         self._unsynchronised = True
         self._count(content)
@@ -151,8 +153,8 @@ class AnswerLog:
     def synchronise(self) -> None:
         """Have the system write to the disk what it holds."""
         if self._unsynchronised:
-            self._unsynchronised = False
             os.fsync(self._file)
+            self._unsynchronised = False
 
 
 class Ledger:

@@ -150,12 +150,11 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
 def plan_asking(data: str, settings: AskSettings) -> AskPlan:
     """Fill some prompts and count, without asking anything; errors are those of `ask`."""
     asking = _Asking(read_asked_rows(data, settings), settings)
-    rows, audited = sum(map(len, asking.rows.parts.values())), asking.rows.audit
     sample = list(islice(chain.from_iterable(map(each_row, asking.rows.parts.values())), _SAMPLE))
     first = asking.questions[0]
     filled = [first.fill(row, first.choices) for row in sample]
     steps = settings.votes or (1 if len(first.groups) == 1 else 2)
-    count = rows + (len(audited) * len(asking.questions) if audited is not None else 0)
+    count = asking.count
     requests = count * steps
     tokens = round(sum(map(len, filled)) / len(filled) / _CHARACTERS_OF_TOKEN * requests)
     cost = settings.cost(tokens, requests * first.tokens_of_answer)
@@ -186,6 +185,19 @@ class _Asking:
             one.check(row)
 
     @property
+    def count(self) -> int:
+        """Questions in all: audited rows are asked with each prompt, the others with the best."""
+        rows, audit = self.rows, self.rows.audit
+        count = sum(map(len, rows.parts.values()))
+        if audit is None:
+            return count
+        again = 0
+        if rows.audit_split in rows.parts:  # drawn from those
+            asked = set(read_column(rows.parts[rows.audit_split], "id").to_pylist())
+            again = sum(name in asked for name in read_column(audit, "id").to_pylist())
+        return count - again + len(audit) * len(self.questions)
+
+    @property
     def ingredients(self) -> dict[str, Any]:
         """What decides the answers."""
         rows, settings = self.rows, self.settings
@@ -205,8 +217,7 @@ class _Asking:
     async def carry_out(self, log: AnswerLog, progress: Progress | None) -> tuple[int, Audit | None, int]:
         """Ask the audited rows with every prompt, then all others with the best; count the rows that are left."""
         rows = self.rows
-        audited = 0 if rows.audit is None else len(rows.audit) * len(self.questions)
-        done, total = len(log.done), audited + sum(map(len, rows.parts.values()))
+        done, total = len(log.done), self.count
 
         def hear() -> None:
             if progress is not None:
@@ -250,7 +261,7 @@ class _Asking:
             nonlocal enough
             for key, row in rows:
                 try:
-                    log.answer(key, await self._answer(server, self.questions[key.prompt], row))
+                    log.answer(key, await self._answer(server, self.questions[key.prompt], row, known=log.good > 0))
                 except BudgetSpentError:
                     enough = False
                     return
@@ -270,7 +281,7 @@ class _Asking:
             raise faults.exceptions[0] from None
         return enough
 
-    async def _answer(self, server: Server, questions: Questions, row: Row) -> np.ndarray | str:
+    async def _answer(self, server: Server, questions: Questions, row: Row, *, known: bool) -> np.ndarray | str:
         """Find the probabilities of the labels, or say why there are none."""
         options = questions.choices
         prompt = questions.fill(row, options)
@@ -279,7 +290,7 @@ class _Asking:
             votes = [None if reply.refused else read_vote(reply.text, options) for reply in replies]
             counted = count_votes(votes, len(options))
             return _reason(replies[votes.index(None)]) if counted is None else counted
-        found = _read(reply := await server.ask(prompt), options)
+        found = _read(reply := await server.ask(prompt), options, known=known)
         if found is None:
             return _reason(reply)
         if len(questions.groups) == 1:
@@ -287,7 +298,9 @@ class _Asking:
         within = {}
         for place in likely_groups(found):
             group = questions.groups[place]
-            inner = _read(reply := await server.ask(questions.fill(row, group)), group)
+            if len(group) == 1:
+                continue
+            inner = _read(reply := await server.ask(questions.fill(row, group)), group, known=known)
             if inner is None:
                 return _reason(reply)
             within[place] = inner
@@ -306,8 +319,9 @@ class _Asking:
         return audit_answers(rows.task, names, answers, labels, self.settings.seed)
 
 
-def _read(reply: Reply, options: list[Option]) -> np.ndarray | None:
-    if reply.refused:
+def _read(reply: Reply, options: list[Option], *, known: bool) -> np.ndarray | None:
+    """Read the options' probabilities; the server is `known` to give some."""
+    if reply.refused or (reply.likely is None and known):
         return None
     if reply.likely is None:
         raise ConfigError("the server gives no log-probabilities; ask with votes in their place: --votes 5")

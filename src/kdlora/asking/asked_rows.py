@@ -46,7 +46,8 @@ def read_labels(file: str) -> dict[str, str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as fault:
         raise ConfigError(f"{file}: no file of labels can be read there ({first_line(fault)})") from None
     if isinstance(content, list):
-        content = dict.fromkeys(map(str, content), "") if len(set(map(str, content))) == len(content) else None
+        words = {name for name in content if isinstance(name, str)}
+        content = dict.fromkeys(content, "") if len(words) == len(content) else None
     if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
         raise ConfigError(f"{file}: expected a list of different label names, or a mapping `name: what it means`")
     return {str(name): text for name, text in content.items()}
@@ -86,7 +87,8 @@ def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
     """Settle columns and labels, and whether people labelled the rows."""
     text = settings.text or (source.columns if source.plain else infer_text_columns(source))
     folded = {column.casefold() for column in source.columns}
-    if settings.label is None and not folded & set(LABEL_COLUMNS):
+    elsewhere = isinstance(settings.audit, str) and settings.label not in source.columns  # in the audited rows
+    if elsewhere if settings.label else not folded & set(LABEL_COLUMNS):
         label: tuple[str, ...] = ()
     else:
         label = (source.require(settings.label, "label"),) if settings.label else infer_label_column(source)
@@ -96,7 +98,7 @@ def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
     if not label:
         if len(names) < 2:
             raise ConfigError(f"{source.name} has no label column; name two labels or more with labels")
-        return Task("single-label", tuple(text), ("label",), names, ("accuracy",)), False
+        return Task("single-label", tuple(text), (settings.label or "label",), names, ("accuracy",)), False
     config = TaskConfig(kind="single-label", text=tuple(text), label=label, label_names=names or None)
     return infer_task(source.read(label), tuple(text), label, config)[0], True
 

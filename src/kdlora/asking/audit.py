@@ -128,4 +128,5 @@ def _wilson(share: float, rows: int) -> tuple[float, float]:
     """Give the bounds of a share's 95% interval (Wilson, JASA 22, 1927)."""
     square = _NORMAL_95**2 / rows
     middle, reach = share + square / 2, _NORMAL_95 * np.sqrt(share * (1 - share) / rows + square / (4 * rows))
-    return float((middle - reach) / (1 + square)), float((middle + reach) / (1 + square))
+    low, high = np.clip(np.array([middle - reach, middle + reach]) / (1 + square), 0, 1)
+    return float(low), float(high)

@@ -24,6 +24,7 @@ LEAST_PROBABILITY = 1e-6
 _FIELDS = {"text", "text_pair", "labels", "examples"}
 _AROUND = " \t\r\n.:,;()[]{}*\"'`_▁Ġ"
 _TOKENS_OF_VOTE = 8
+_HAIR = 1e-3
 LEAST_OF_GROUP = 0.05
 """Probability from which a group of many labels is asked within."""
 
@@ -168,20 +169,30 @@ def read_logprobs(likely: Sequence[tuple[str, float]], options: Sequence[Option]
 
 
 def read_vote(answer: str, options: Sequence[Option]) -> int | None:
-    """Find the option that an answer names: by its code at the beginning, or by its name alone."""
+    """Find the option that an answer names: by its name alone, or by its code at the beginning."""
+    codes, said = {option.code for option in options}, answer.strip(_AROUND).casefold()
     for place, option in enumerate(options):
-        if re.match(rf"[\s\W]*{re.escape(option.code)}(?!\w)", answer):
+        if option.name not in codes and option.name.strip(_AROUND).casefold() == said:
             return place
-    said = answer.strip(_AROUND).casefold()
-    return next((place for place, option in enumerate(options) if option.name.casefold() == said), None)
+    for place, option in enumerate(options):
+        code, name = re.escape(option.code), re.escape(option.name)
+        # "A film" begins with an article, "A" alone, "A: ..." and "A positive" with a code
+        after = r"\s*[^\w\s]|\s*\n|\s*$" + rf"|\s+(?i:{name})(?!\w)" + ("" if code in CODES else r"|\s")
+        if re.match(rf"[\s\W]*{code}(?:{after})", answer):
+            return place
+    return None
 
 
 def count_votes(votes: Sequence[int | None], count: int) -> np.ndarray | None:
-    """Turn votes into probabilities, half a vote spread evenly; None where most votes are for nothing."""
+    """Turn votes into probabilities, half a vote spread evenly; None where most votes are for nothing.
+
+    Of equally many the first was drawn by the model and not by the order of the labels: it is ahead by a hair.
+    """
     valid = [vote for vote in votes if vote is not None]
-    if 2 * len(valid) < len(votes):
+    if not valid or 2 * len(valid) < len(votes):
         return None
-    return _normalise(np.bincount(valid, minlength=count) + 0.5 / count)
+    weights = 1 + _HAIR * 0.5 ** np.arange(len(valid))
+    return _normalise(np.bincount(valid, weights, minlength=count) + 0.5 / count)
 
 
 def join_groups(groups: np.ndarray, options: Sequence[Option], within: Mapping[int, np.ndarray]) -> np.ndarray:

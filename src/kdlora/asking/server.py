@@ -23,7 +23,11 @@ FIRST_DELAY, LONGEST_DELAY, LONGEST_WAIT = 0.5, 60.0, 900.0
 _AGAIN = frozenset({408, 409, 425, 429})
 _FRAME_TOKENS = 64
 """What a server's chat template may add to a prompt, at most."""
+_ABOVE = 0.01
+"""A log-probability may be above 0 by rounding alone."""
 _SHOWN = 200
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What reading an answer that is none may raise."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Server:
 
     def __init__(self, settings: AskSettings, ledger: Ledger, tokens_of_answer: int) -> None:
         openai = _import_openai()
-        self._key = os.environ.get(settings.key_variable, "")
+        self._key = os.environ.get(settings.key_variable, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ConfigError(f"the key in {settings.key_variable} has characters that no key has; set it again")
         if not self._key and settings.url == DEFAULT_URL:
             raise ConfigError(f"no key: set the environment variable {settings.key_variable}, or name your own server")
         self._settings, self._ledger, self._written = settings, ledger, tokens_of_answer
@@ -50,7 +56,7 @@ class Server:
             api_key=self._key or "none", base_url=settings.url, max_retries=0, timeout=settings.timeout
         )
         self._not_before = 0.0
-        self._has_answered = False
+        self._answers = 0
 
     async def __aenter__(self) -> Server:
         """Give itself."""
@@ -63,29 +69,32 @@ class Server:
     async def ask(self, prompt: str, vote: int | None = None) -> Reply:
         """Ask until there is an answer, or no use in asking."""
         reserved = (len(prompt.encode("utf-8", "replace")) + _FRAME_TOKENS, self._written)
-        attempt = 0
+        attempt, answers = 0, self._answers
         while True:
             while (rest := self._not_before - time.monotonic()) > 0:
-                await asyncio.sleep(rest)
+                await asyncio.sleep(rest * random.uniform(1.0, 1.2))  # not all at the same moment
             await self._ledger.reserve(reserved)
-            used, patience = reserved, ATTEMPTS if self._has_answered else FIRST_ATTEMPTS
+            used, patience = reserved, ATTEMPTS if self._answers else FIRST_ATTEMPTS
             try:
                 async with asyncio.timeout(self._settings.timeout):
                     reply = _read_reply(await self._request(prompt, vote))
                 used = reply.used or reserved
-                self._has_answered = True
+                self._answers += 1
                 return reply
             except self._openai.APIStatusError as fault:
                 used = (0, 0)
                 if (refusal := self._judge(fault)) is not None:
                     return refusal
                 wait, problem = _retry_after(fault.response.headers), self._mask(fault)
-                patience = ATTEMPTS if fault.status_code == 429 else patience
+                if fault.status_code == 429:
+                    patience = ATTEMPTS
+                    if answers != self._answers:  # a limit that lets others through is no fault
+                        attempt, answers = 0, self._answers
             except (self._openai.APIConnectionError, TimeoutError) as fault:
                 wait, problem = None, self._mask(fault.__cause__ or fault) or "no answer in time"
-            except (ValueError, LookupError, TypeError, AttributeError) as fault:
-                wait, problem = None, f"no answer of the protocol ({type(fault).__name__})"
-                if self._has_answered and attempt + 1 >= UNREADABLE_ATTEMPTS:
+            except UNREADABLE as fault:
+                wait, problem = None, f"no answer of the protocol ({type(fault).__name__}: {self._mask(fault)})"
+                if self._answers and attempt + 1 >= UNREADABLE_ATTEMPTS:
                     return Reply(refused=problem)
             finally:
                 self._ledger.settle(reserved, used)
@@ -123,7 +132,7 @@ class Server:
 
     def _gave_up(self, attempts: int, problem: str) -> Exception:
         where = self._settings.url
-        if not self._has_answered:
+        if not self._answers:
             return ConfigError(f"no answer from {where}: {problem}. Check the address (base_url), or try again later")
         return ConnectionError(
             f"no answer from {where} after {attempts} attempts: {problem}. The answers so far are kept; the same "
@@ -132,7 +141,7 @@ class Server:
 
     async def _hold_off(self, attempt: int, wait: float | None) -> None:
         """Wait as long as the server says, and let everybody wait; else twice as long each time."""
-        if wait is not None:
+        if wait:
             self._not_before = max(self._not_before, time.monotonic() + min(wait, LONGEST_WAIT))
             return
         delay = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** (attempt - 1))
@@ -140,8 +149,8 @@ class Server:
 
     def _mask(self, fault: object) -> str:
         """Quote a fault without the key."""
-        said = first_line(fault)[:_SHOWN] if isinstance(fault, BaseException) else str(fault)
-        return said.replace(self._key, "***") if self._key else said
+        said = first_line(fault) if isinstance(fault, BaseException) else str(fault)
+        return (said.replace(self._key, "***") if self._key else said)[:_SHOWN]
 
 
 def _import_openai() -> Any:
@@ -153,20 +162,24 @@ def _import_openai() -> Any:
 
 
 def _read_reply(body: str) -> Reply:
-    """Read an answer of either protocol; what is none raises ValueError, LookupError, TypeError or AttributeError."""
+    """Read an answer of either protocol; what is none raises one of `UNREADABLE`."""
     content = json.loads(body)
     choice = content["choices"][0]
     message = choice.get("message") or {}
-    text, usage = message.get("content") or choice.get("text") or "", content.get("usage") or {}
-    used = None
-    if "prompt_tokens" in usage:
-        used = (int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
+    text = str(message.get("content") or choice.get("text") or "").encode("utf-8", "replace").decode()
+    used = _read_usage(content.get("usage") or {})
     if message.get("refusal") or choice.get("finish_reason") == "content_filter":
         return Reply(refused=f"refused: {message.get('refusal') or 'content filter'}"[:_SHOWN], used=used)
     likely = _likely_tokens(choice.get("logprobs"))
     if not text.strip() and not likely:
         return Reply(refused="an empty answer", used=used)
     return Reply(text[:_SHOWN], likely, used=used)
+
+
+def _read_usage(usage: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Read how many tokens were used; None where the server does not say, or says what cannot be."""
+    read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return (read, written) if type(read) is type(written) is int and 0 < read < 10**9 > written >= 0 else None
 
 
 def _likely_tokens(logprobs: Any) -> list[tuple[str, float]] | None:
@@ -186,6 +199,8 @@ def _likely_tokens(logprobs: Any) -> list[tuple[str, float]] | None:
             else [(one["token"], one["logprob"]) for one in tops[0]]
         )
     kept = [(str(token), float("-inf") if value is None else float(value)) for token, value in found]
+    if any(value > _ABOVE for _, value in kept):
+        raise ValueError("a log-probability above 0")
     return [(token, value) for token, value in kept if value == value] or None
 
 

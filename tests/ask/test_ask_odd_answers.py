@@ -1,0 +1,221 @@
+"""Answers, keys and data that are not as they should be: no wrong sum, no lost answer, no key where others read."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import write_lines
+from kdlora.asking import answers as answer_files
+from kdlora.asking.ask import ask, plan_asking
+from kdlora.asking.asked_rows import read_labels
+from kdlora.asking.audit import audit_answers
+from kdlora.asking.server import UNREADABLE_ATTEMPTS
+from kdlora.errors import ConfigError
+from tiny import sentiment_rows, task, write_csv
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": 0, "completion_tokens": 1},
+        {"prompt_tokens": -50, "completion_tokens": 1},
+        {"prompt_tokens": float("inf"), "completion_tokens": 1},
+        {"prompt_tokens": None},
+        {"prompt_tokens": 12},
+        None,
+    ],
+)
+def test_usage_that_cannot_be_true_counts_as_the_most(asking, usage):
+    """A server that says nothing was used would never come to the end of a budget."""
+    asking.model.edit = lambda answer: answer.update(usage=usage)
+    done = asking(max_tokens=3000)
+    assert 0 < done.left < 60
+    assert 2500 < done.tokens_read + done.tokens_written <= 3000
+
+
+def likely(answer: dict) -> list[dict]:
+    return answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+
+
+def test_log_probabilities_above_zero_are_none(asking):
+    """Probabilities or scores in their place would all be cut to 1, and teach that nothing is known."""
+    asking.model.edit = lambda answer: [one.update(logprob=0.9) for one in likely(answer)]
+    with pytest.raises(ConfigError, match="a log-probability above 0"):
+        asking()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda answer: answer.update(choices=[]),
+        lambda answer: answer.update(choices=None),
+        lambda answer: answer["choices"][0].update(logprobs={"content": "x"}),
+        lambda answer: answer.update(usage={"prompt_tokens": 1}, choices=[[[[]]]]),
+    ],
+)
+def test_an_answer_without_choices_leaves_one_row_out(asking, spoil):
+    """An exception of the reader ends hours of work."""
+    asking.model.edit = lambda answer: spoil(answer) if 10 <= asking.model.number < 10 + UNREADABLE_ATTEMPTS else None
+    done = asking(concurrency=1)
+    assert (done.rows, done.unanswered) == (59, 1)
+    assert "no answer of the protocol" in done.examples[0]["unanswered"]
+
+
+def test_nan_huge_answers_and_half_characters(asking):
+    """Nothing of it reaches the table, nor makes the log unreadable."""
+
+    def spoil(answer: dict) -> None:
+        place = asking.model.number % 4
+        if place == 1:
+            likely(answer)[0]["logprob"] = float("nan")
+        elif place == 2:
+            answer["choices"][0]["message"]["content"] = "x" * 3_000_000
+        elif place == 3:
+            likely(answer)[:] = [{"token": "\ud800", "logprob": -0.1}]
+            answer["choices"][0]["message"]["content"] = "\ud800"
+
+    asking.model.edit = spoil
+    done = asking(concurrency=1)
+    assert 15 <= done.unanswered < 60
+    assert np.isfinite(pd.read_parquet(done.table)[["negative", "positive"]].to_numpy()).all()
+    assert (asking.to / "answers.jsonl").stat().st_size < 60_000
+    assert asking().resumed == 60
+
+
+def test_one_answer_without_log_probabilities_is_one_row_without_an_answer(asking):
+    """A server that gives them else would end the call at this row, each time anew."""
+    asking.model.edit = lambda answer: (
+        answer["choices"][0].update(logprobs=None) if asking.model.number % 10 == 5 else None
+    )
+    done = asking(concurrency=1)
+    assert (done.rows, done.unanswered) == (54, 6)
+
+
+def test_a_server_that_lets_few_through_is_waited_for(asking):
+    """Most of sixteen requests are refused nine times in a row where one is served at a time."""
+    asking.model.fault = lambda number: None if number % 5 == 0 else "429"
+    assert asking().rows == 60
+
+
+def test_a_key_is_in_no_error_and_on_no_disk(asking, monkeypatch):
+    """The line end of a file with the key is refused by the client, which quotes the key."""
+    asking.model.key = "sk-secret"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    assert asking().rows == 60
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-sécret")
+    with pytest.raises(ConfigError, match="the key in OPENAI_API_KEY has characters that no key has"):
+        asking()
+    long = "s" * 150 + "k" * 150
+    monkeypatch.setenv("OPENAI_API_KEY", long)
+    with pytest.raises(ConfigError, match="refuses the key") as fault:  # the server's message holds it
+        ask(str(asking.data), asking.folder / "elsewhere", asking.settings())
+    assert "sss" not in str(fault.value)
+    assert not any(b"sk-s" in file.read_bytes() or b"sss" in file.read_bytes() for file in files(asking))
+
+
+def files(asking):
+    return [file for file in asking.folder.rglob("*") if file.is_file()]
+
+
+def test_a_text_is_no_template(asking):
+    """Whoever writes a text would write the prompt, too."""
+    text = "{{ labels }} {% for one in labels %}{{ 7 * 7 }}{# superb"
+    rows = [{"id": str(n), "text": f"{text} {n}", "label": ["{{ 1 }}", "ä{%"][n % 2]} for n in range(4)]
+    data = write_lines(asking.folder / "texts.jsonl", rows)
+    assert asking(data).rows == 4
+    for one in asking.model.seen:
+        assert "A: {{ 1 }}\nB: ä{%\n" in (prompt := one["messages"][0]["content"])
+        assert f"Text: {text}" in prompt
+
+
+def test_a_full_disk_leaves_no_half_line_to_others(asking, monkeypatch):
+    """The line of another request, glued to the half one, makes a damaged line of both."""
+    write, count = os.write, [0]
+
+    def fill(handle: int, data: bytes) -> int:
+        count[0] += 1
+        return write(handle, data[:7] if count[0] == 50 else data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(answer_files.os, "write", fill)
+        with pytest.raises(OSError, match="no space") as fault:
+            asking(concurrency=8)
+    assert fault.value.errno == errno.ENOSPC
+    done = asking()
+    assert done.rows == 60
+    assert 0 < done.resumed < 60
+
+
+def test_an_audit_of_one_class():
+    """No metric or interval to fall over."""
+    labels, sure = np.zeros(60, np.int64), np.tile([0.7, 0.3], (60, 1))
+    audit = audit_answers(task(), ["p"], [sure], labels, seed=0)
+    assert (audit.prompts[0].accuracy, audit.prompts[0].high, audit.temperature) == (100, 100, 1)
+    assert audit.confusion == ((30, 0, 0), (0, 0, 0))
+    other = audit_answers(task(), ["p", "q"], [sure, 1 - sure], labels, seed=0)
+    assert other.prompts[1].against_chosen.difference == -100
+
+
+def test_a_plan_counts_drawn_rows_once(asking):
+    """They are among those that are asked about; with two prompts they are asked twice."""
+    seen = []
+    plan = plan_asking(str(asking.data), asking.settings(audit=40))
+    assert (plan.rows, plan.requests) == (60, 60)
+    template = asking.folder / "p.j2"
+    template.write_text("{{ text }}{% for one in labels %}{{ one.code }}{% endfor %}")
+    plan = plan_asking(str(asking.data), asking.settings(audit=40, prompts=(str(template),) * 2, rows=20))
+    assert plan.rows == 80 + 20 - len(drawn(asking) & chosen(asking))
+    ask(str(asking.data), asking.to, asking.settings(audit=40), progress=lambda *counts: seen.append(counts))
+    assert seen[-1] == (60, 60)
+
+
+def drawn(asking) -> set[int]:
+    return set(np.random.default_rng([0, 1]).permutation(60)[:40].tolist())
+
+
+def chosen(asking) -> set[int]:
+    return set(np.random.default_rng([0, 3]).permutation(60)[:20].tolist())
+
+
+def test_the_label_column_may_be_in_the_audited_rows_only(asking):
+    """Texts without labels are the purpose; people's labels of others have a column of their own name."""
+    texts = asking.folder / "texts.txt"
+    texts.write_text("a superb plot\nan awful ending\n")
+    people = write_csv(
+        asking.folder / "v.csv",
+        [{"id": row["id"], "text": row["text"], "kind": row["label"]} for row in sentiment_rows(60, 1)],
+    )
+    labels = {"positive": "", "negative": ""}
+    done = asking(texts, labels=labels, label="kind", audit=str(people))
+    assert (done.rows, done.audit.prompts[0].accuracy) == (62, 100)
+    assert pd.read_parquet(asking.to / "train.parquet")["kind"].tolist() == ["positive", "negative"]
+
+
+def test_labels_in_another_order_keep_their_probabilities(asking):
+    """The order of the file of labels, and not that of the data, is that of the codes."""
+    done = asking(labels={"positive": "", "negative": ""}, top_logprobs=2)
+    table = pd.read_parquet(done.table).set_index("id")
+    assert list(table) == ["positive", "negative"]
+    rows = pd.read_csv(asking.data).set_index("id")
+    assert (table.loc[rows.index].idxmax(axis=1) == rows["label"]).all()
+
+
+def test_a_group_of_one_label_is_not_asked_within(asking):
+    """A question with one possible answer costs a request and may have none."""
+    rows = [{"id": str(n), "text": f"it is about topic {n % 3}", "label": f"topic {n % 3}"} for n in range(30)]
+    done = asking(write_lines(asking.folder / "d.jsonl", rows), top_logprobs=2)
+    assert (done.rows, done.unanswered) == (30, 0)
+    assert done.requests <= 30 + 30
+
+
+def test_a_list_in_a_list_is_no_label(tmp_path):
+    """`['a']` would be the name of a label."""
+    path = tmp_path / "l.yaml"
+    path.write_text("- [a]\n- b\n")
+    with pytest.raises(ConfigError, match="expected a list of different label names"):
+        read_labels(str(path))

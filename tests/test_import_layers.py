@@ -14,7 +14,7 @@ ORDER = [
     {"searchconfig"},
     {"configfile"},
     {"system.integrity", "system.ownership"},
-    {"system", "data.tasks", "data.faults", "data.lines"},
+    {"system", "data.tasks", "data.parquet", "data.lines"},
     {"data.logit_table"},
     {"evidence.predictions"},
     {"evidence.records"},

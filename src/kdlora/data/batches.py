@@ -40,11 +40,13 @@ class Tokenised:
     max_length: int  # in tokens, special ones included
 
 
-def tokenise(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenised:
+def tokenise(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, quiet: bool = False
+) -> Tokenised:
     """Turn texts into token ids, row by row in the same order; the result lies in a mapped temporary file."""
     limit = min(max_length, tokenizer.model_max_length)
     carried = [name for name in dataset.column_names if name in _CARRIED]
-    hidden = not sys.stderr.isatty()  # no bar in log files
+    hidden = quiet or not sys.stderr.isatty()  # no bar in log files
     with datasets.utils.tqdm(total=len(dataset), unit=" examples", desc="Tokenising", disable=hidden) as bar:
         table = spool(_encode_slices(dataset, carried, tokenizer, limit, bar.update), "the data set to tokenise")
     truncated = pc.sum(table["truncated"]).as_py()

@@ -8,18 +8,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas
-import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST
-from kdlora.data.faults import parquet_faults
 from kdlora.data.logit_table import LogitStore, open_store
+from kdlora.data.parquet import read_batches
 from kdlora.data.spool import are_distinct, make_dataset, spool
 from kdlora.data.tasks import Task, match_labels
 from kdlora.errors import ArtifactError, DataError
 
-_BATCH_ROWS = 65536
 _MOST_HASHES = 1 << 22
 """Hashes in memory at a time, 8 bytes each; more rows take more passes over the ids."""
 
@@ -63,20 +61,10 @@ def open_collection_texts(folder: Path, task: Task) -> Dataset:
             f"{len(task.text)}: {', '.join(task.text)}"
         )
     match_collection(collection, task, "data.unlabelled")
-    table = spool(_text_batches(collection, ["id", "text", "text_pair"][: 1 + len(task.text)]), str(folder))
+    table = spool(collection.batches(["id", "text", "text_pair"][: 1 + len(task.text)]), str(folder))
     if not are_distinct(table["id"]):
         raise DataError(f"{folder}: ids occur more than once in this collection; label it again from unique ids")
     return make_dataset(table)
-
-
-def _text_batches(collection: LogitStore, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    for file in collection.files:
-        faults = parquet_faults(f"{file}, a shard of a labelled collection,", collection.remedy)
-        with faults, pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
-                if missing := [name for name in columns if name not in batch.schema.names]:
-                    raise DataError(f"{file}: this shard has no column {missing[0]!r}. {collection.remedy}")
-                yield batch.select(list(columns))
 
 
 def refuse_double_ids(files: Sequence[Path], most_hashes: int = _MOST_HASHES) -> None:
@@ -102,7 +90,6 @@ def refuse_double_ids(files: Sequence[Path], most_hashes: int = _MOST_HASHES) ->
 def _hashed_ids(files: Sequence[Path]) -> Iterator[tuple[Path, npt.NDArray[np.object_], npt.NDArray[np.uint64]]]:
     """Give the ids of each file batch by batch, with a hash of 64 bits for each."""
     for file in files:
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=["id"]):
-                ids = batch.column(0).to_numpy(zero_copy_only=False)
-                yield file, ids, pandas.util.hash_array(ids, categorize=False)
+        for batch in read_batches(file, ["id"]):
+            ids = batch.column(0).to_numpy(zero_copy_only=False)
+            yield file, ids, pandas.util.hash_array(ids, categorize=False)

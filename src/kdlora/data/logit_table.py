@@ -7,7 +7,7 @@ them when they are complete. An experiment's teacher logits and a labelled colle
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kdlora.data.faults import parquet_faults
+from kdlora.data.parquet import parquet_faults, read_batches
 from kdlora.errors import ArtifactError
 from kdlora.foreign import is_plain_name, read_json
 from kdlora.system.integrity import compare, hash_file, is_sealed_or_old, seal
@@ -163,6 +163,11 @@ class LogitStore(BaseModel):
             finished.save()
         return finished
 
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Read some columns of all shards."""
+        for file in self.files:
+            yield from read_batches(file, columns, f"{file}, a shard of logits,", self.remedy)
+
     def read(self, label_names: Sequence[str]) -> tuple[pa.ChunkedArray, np.ndarray]:
         """Read ids and float32 logits `(rows, labels)` of all shards, which must be whole."""
         if not self.complete:
@@ -173,15 +178,12 @@ class LogitStore(BaseModel):
         names, ids, done = [LOGIT + name for name in label_names], list[pa.Array](), 0
         with parquet_faults(f"{self.folder}, a folder of logits,", self.remedy):
             rows = sum(int(pq.read_metadata(file).num_rows) for file in self.files)
-            logits = np.empty((rows, len(names)), np.float32)
-            for file in self.files:
-                table = pq.read_table(file, columns=["id", *names], partitioning=None)
-                if missing := [name for name in ("id", *names) if name not in table.column_names]:
-                    raise ArtifactError(f"{file} has no column {missing[0]!r}. {self.remedy}")
-                ids += table["id"].chunks
-                for column, name in enumerate(names):
-                    logits[done : done + table.num_rows, column] = table[name].to_numpy()
-                done += table.num_rows
+        logits = np.empty((rows, len(names)), np.float32)
+        for batch in self.batches(["id", *names]):
+            ids.append(batch.column(0))
+            for place, column in enumerate(batch.columns[1:]):
+                logits[done : done + len(column), place] = column.to_numpy(zero_copy_only=False)
+            done += len(batch)
         return pa.chunked_array(ids, type=pa.string()), logits
 
 

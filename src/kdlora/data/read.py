@@ -19,15 +19,14 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset
 from pydantic import TypeAdapter
 
-from kdlora.data.faults import parquet_faults
 from kdlora.data.lines import FORMATS, NO_QUOTING, Format, Numbered, as_object, json_fault, read_rows
+from kdlora.data.parquet import parquet_faults, read_batches
 from kdlora.data.spool import spool
 from kdlora.errors import DataError, did_you_mean, first_line
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _CHUNK_ROWS = 4096
 _LOOKED_AT = 10_000  # rows of JSON Lines, for their keys
-_PARQUET_ROWS = 65536
 _QUOTED_FIELD = r'^"([^"]|"")*""([^"]|"")*"$'  # enclosed, with a doubled quote inside: only CSV quoting writes this
 _ENCLOSED_FIELD = r'(?s)^".*"$'
 _NOT_BLANK = r"[^\s\p{Z}\x{FEFF}\x{200B}\x{0085}]"
@@ -310,14 +309,8 @@ def _open_parquet(file: Path) -> Source:
         schema = pq.read_schema(file)
     _refuse_duplicates(name, schema.names)
 
-    def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        with parquet_faults(name), pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-                batch.validate(full=True)  # pyarrow itself takes any bytes for text
-                yield batch.select(columns)  # it gives the file's order
-
     def read(wanted: tuple[str, ...]) -> RawTable:
-        return RawTable(name, spool(batches(list(wanted)), name), _stored_class_names(name, schema, wanted))
+        return RawTable(name, spool(read_batches(file, wanted), name), _stored_class_names(name, schema, wanted))
 
     return Source(name, tuple(schema.names), lru_cache(maxsize=1)(read))
 

@@ -85,7 +85,7 @@ class RowReader:
         """Read a Parquet file, some rows at a time."""
         import pyarrow.parquet as pq
 
-        from kdlora.data.faults import parquet_faults
+        from kdlora.data.parquet import parquet_faults
 
         with parquet_faults(self.name), pq.ParquetFile(self._path) as file:
             names = file.schema_arrow.names

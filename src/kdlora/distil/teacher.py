@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,9 +26,9 @@ from kdlora.data.logit_table import (
     write_note,
     write_tables,
 )
-from kdlora.data.spool import hash_columns
+from kdlora.data.spool import hash_columns, read_column
 from kdlora.data.tasks import Task
-from kdlora.distil.inference import column_values, hash_model, hash_tokenizer, predict_logits
+from kdlora.distil.inference import hash_model, hash_tokenizer, predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
 from kdlora.distil.processes import ALONE, Processes, current_processes
@@ -115,27 +115,13 @@ def _fill(
     tell(done, total)
     for name in wanting:
         # The texts in memory are those of a shard, however large the data.
-        windows = [_window(dataset.select(parts[name]), teacher)]
         hear = partial(lambda before, rows: tell(before + rows, total), done)
-        found[name] = teacher.write_shard(store.folder / name, windows, hear, processes)
+        found[name] = teacher.write_shard(store.folder / name, [dataset.select(parts[name])], hear, processes)
         if processes.is_first:
             write_note(store.folder, found[name])
         done += len(parts[name])
     finished: LogitStore = processes.first_says(store.finish(list(found.values())) if processes.is_first else None)
     return finished
-
-
-@dataclass(frozen=True)
-class Window:
-    """Rows that the teacher reads at once: the columns to be stored (`id`, and texts that are kept), and the tokens."""
-
-    columns: Mapping[str, Sequence[str]]
-    tokens: Tokenised
-
-
-def _window(rows: Dataset, teacher: Teacher) -> Window:
-    ids = [str(name) for name in column_values(rows, "id").tolist()]  # 7 and "7" name the same example
-    return Window({"id": ids}, tokenise(rows, teacher.encoder.tokenizer, teacher.max_length))
 
 
 @dataclass(frozen=True)
@@ -179,12 +165,12 @@ class Teacher:
     def write_shard(
         self,
         path: Path,
-        windows: Iterable[Window],
+        windows: Iterable[Dataset],
         progress: Callable[[int], None] | None = None,
         processes: Processes = ALONE,
         kept: Sequence[str] = ("id",),
     ) -> Shard:
-        """Store the answers to some rows in a file, window by window; of several processes the first writes."""
+        """Store the answers to some rows in a file, a window at a time; of several processes the first writes."""
         labels = [(LOGIT + name, pa.float32()) for name in self.label_names]
         schema = pa.schema([*((name, pa.string()) for name in kept), *labels])
         rows = truncated = 0
@@ -192,9 +178,11 @@ class Teacher:
         def tables() -> Iterator[pa.Table]:
             nonlocal rows, truncated
             for window in windows:
-                logits = self._answer(window, progress, processes)
-                rows, truncated = rows + len(logits), truncated + window.tokens.truncated
-                yield pa.table({**window.columns, **logit_columns(self.label_names, logits)}, schema)
+                tokens = tokenise(window, self.encoder.tokenizer, self.max_length, quiet=True)
+                logits = self._answer(tokens, progress, processes)
+                rows, truncated = rows + len(logits), truncated + tokens.truncated
+                columns = {name: read_column(window, name).cast(pa.string()) for name in kept}
+                yield pa.table({**columns, **logit_columns(self.label_names, logits)}, schema)
 
         if processes.is_first:
             digest = write_tables(path, schema, tables())
@@ -204,12 +192,12 @@ class Teacher:
                 pass
         return Shard(file=path.name, sha256=digest, rows=rows, truncated=truncated)
 
-    def _answer(self, window: Window, progress: Callable[[int], None] | None, processes: Processes) -> np.ndarray:
+    def _answer(self, tokens: Tokenised, progress: Callable[[int], None] | None, processes: Processes) -> np.ndarray:
         """Give the logits `(rows, labels)` of a window."""
         logits = predict_logits(
             self.encoder.model,
             self.encoder.tokenizer,
-            window.tokens,
+            tokens,
             precision=self.precision,
             batch_tokens=self.batch_tokens,
             progress=progress,
@@ -221,8 +209,8 @@ class Teacher:
         chosen = np.ascontiguousarray(logits[:, self.columns])
         if len(bad := np.flatnonzero(~np.isfinite(chosen).all(axis=1))):
             raise ModelError(
-                f"{source} answers example {window.columns['id'][bad[0]]!r} with {chosen[bad[0]].tolist()}; expected "
-                "finite logits. "
+                f"{source} answers example {tokens.dataset[int(bad[0])]['id']!r} with {chosen[bad[0]].tolist()}; "
+                "expected finite logits. "
                 + ("Try the precision fp32" if self.precision != "fp32" else "Its weights are damaged or it diverged")
             )
         return chosen

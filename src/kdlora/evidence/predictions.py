@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdlora.data.faults import UNREADABLE
 from kdlora.data.logit_table import LOGIT, logit_columns, write_table
+from kdlora.data.parquet import UNREADABLE
 from kdlora.errors import ArtifactError
 
 _EXAMPLE_COLUMNS = ["id", "split", "text", "text_pair"]

@@ -19,16 +19,16 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST, expand_home
-from kdlora.data.batches import Tokenised, encode_texts
 from kdlora.data.collection import is_collection, refuse_double_ids
-from kdlora.data.faults import REMEDY, UNREADABLE
 from kdlora.data.logit_table import Shard, begin_store, find_shard, open_store, write_note
+from kdlora.data.parquet import parquet_faults
+from kdlora.data.spool import make_dataset
 from kdlora.data.tasks import Task
 from kdlora.deploy.predict import most_characters
 from kdlora.deploy.rows import SUFFIXES, Columns, Row, RowReader, cut_windows
 from kdlora.distil.inference import BATCH_TOKENS
 from kdlora.distil.precision import resolve_device, resolve_precision
-from kdlora.distil.teacher import Teacher, Window
+from kdlora.distil.teacher import Teacher
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError
 from kdlora.experiment.engines import LostError, open_engine
 from kdlora.models.encoders import load_fine_tuned, read_task
@@ -265,10 +265,8 @@ def _cut_work(job: _Job) -> list[_Unit]:
 
 
 def _count_rows(file: Path) -> int:
-    try:
+    with parquet_faults(str(file)):
         return int(pq.read_metadata(file).num_rows)
-    except UNREADABLE as fault:
-        raise DataError(f"{file} is no readable Parquet file ({fault}); {REMEDY}") from None
 
 
 def _counting(job: _Job, progress: Progress | None, done: int) -> Callable[[int], None]:
@@ -349,7 +347,7 @@ def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: C
     prefix = f"{file.relative_to(job.root).as_posix()}:" if len(job.files) > 1 else ""
     rejected: list[str] = []
 
-    def windows() -> Iterator[Window]:
+    def windows() -> Iterator[Dataset]:
         # A row number is only unique within its file.
         for window in cut_windows(replace(row, id=prefix + row.id) if prefix and row.numbered else row for row in rows):
             bad = [{"id": row.id, "error": row.error} for row in window if row.text is None]
@@ -357,7 +355,7 @@ def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: C
                 raise DataError(f"{file}, {bad[0]['error']}")
             rejected.extend(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad)
             if good := [row for row in window if row.text is not None]:
-                yield _tokenise(job, teacher, file, good)
+                yield _window(job, file, good)
             if hear is not None:
                 hear(len(window))
 
@@ -370,21 +368,13 @@ def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: C
     return shard.model_copy(update={"rejected": len(rejected), "rejected_file": beside})
 
 
-def _tokenise(job: _Job, teacher: Teacher, file: Path, rows: Sequence[Row]) -> Window:
+def _window(job: _Job, file: Path, rows: Sequence[Row]) -> Dataset:
+    """Give the rows that the teacher reads at once."""
     pairs = job.task.is_pair
     if isinstance(rows[0].text, tuple) != pairs:
         raise DataError(
             f"{file}: the model reads {'pairs of texts' if pairs else 'single texts'}; name "
             f"{'two text columns' if pairs else 'one text column'} with --text"
         )
-    texts: dict[str, list[Any]] = {"text": [row.text for row in rows]}
-    if pairs:
-        texts = {name: [row.text[part] for row in rows] for part, name in enumerate(("text", "text_pair"))}  # type: ignore[index]
-    tokenizer = teacher.encoder.tokenizer
-    limit = min(job.settings.max_length, tokenizer.model_max_length)
-    encoded = encode_texts(texts, tokenizer, limit)
-    truncated = sum(encoded.pop("truncated"))
-    # Not `tokenise`, which shows a bar of its own; a fingerprint of its own saves hashing.
-    tokens = Tokenised(Dataset(pa.table(encoded), fingerprint="window"), truncated, limit)
-    kept = texts if job.settings.texts else {}
-    return Window({"id": [row.id for row in rows]} | kept, tokens)
+    cells = ((row.id, *row.text) if isinstance(row.text, tuple) else (row.id, row.text) for row in rows)
+    return make_dataset(pa.table(dict(zip(("id", "text", "text_pair"), zip(*cells, strict=True), strict=False))))

@@ -25,9 +25,9 @@ from harness import command_line, markdown, tell_machine
 from kdlora import Classifier, TeacherTrainConfig, benchmark, export_onnx, load_encoder, load_splits, train_teacher
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.load import Splits
+from kdlora.data.spool import label_array
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.onnx_backend import default_threads
-from kdlora.experiment.scoring import label_array
 from kdlora.models.encoders import save_encoder
 
 MAX_LENGTH = 128

@@ -85,7 +85,7 @@ def prepare_once(folder: Path, model: str) -> dict[str, float]:
     from kdlora import load_splits, read_teacher_table
     from kdlora.config import DataConfig, TaskConfig
     from kdlora.data.batches import LengthBucketSampler, tokenise
-    from kdlora.distil.inference import column_values
+    from kdlora.data.spool import read_column
 
     reader = AutoTokenizer.from_pretrained(model)
     memory, used, times = AnonymousMemory(), time.process_time(), [time.perf_counter()]
@@ -99,7 +99,7 @@ def prepare_once(folder: Path, model: str) -> dict[str, float]:
     logits = done(read_teacher_table(folder / "train-logits.parquet", splits.task, values="logits"))
     rows = done(logits.attach(splits.train))
     tokens = done(tokenise(rows, reader, 128))
-    done(sum(1 for _ in LengthBucketSampler(column_values(tokens.dataset, "length"), 32, seed=0)))
+    done(sum(1 for _ in LengthBucketSampler(read_column(tokens.dataset, "length").to_numpy(), 32, seed=0)))
     seconds = dict(zip(STAGES, np.diff(times).tolist(), strict=True))
     return seconds | {"all": times[-1] - times[0], "cpu": time.process_time() - used, "peak": max(memory.points)}
 

@@ -13,8 +13,7 @@ from table2_models import TASK, VALIDATION_COUNTS, Size, batches_to_run, build_m
 from torch import Tensor, nn
 
 from kdlora.config import DistilConfig, StudentTrainConfig, TeacherTrainConfig
-from kdlora.data.batches import Collator
-from kdlora.distil.inference import INPUTS
+from kdlora.data.batches import INPUTS, Collator
 from kdlora.distil.precision import autocast, resolve_device
 from kdlora.distil.train import train_model
 from kdlora.distil.trainer import TrainingOptions

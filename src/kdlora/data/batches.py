@@ -27,8 +27,8 @@ _TOKENISE_ROWS = 1000
 _CHUNK_BATCHES = 50
 _TEXTS = ("text", "text_pair")
 _CARRIED = ("id", "label", "group", "teacher_logits")
-_TYPES = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8())}
-"""As `datasets` stores them: fingerprints of token ids depend on it."""
+INPUTS = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8())}
+"""What a model reads, as `datasets` stores it: fingerprints of token ids depend on it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _encode_slices(
     for part in slice_rows(dataset, [*texts, *carried], _TOKENISE_ROWS):
         encoded = encode_texts({name: part[name].to_pylist() for name in texts}, tokenizer, limit)
         columns = {name: part[name].combine_chunks() for name in carried}
-        columns |= {name: pa.array(values, _TYPES.get(name)) for name, values in encoded.items()}
+        columns |= {name: pa.array(values, INPUTS.get(name)) for name, values in encoded.items()}
         yield pa.RecordBatch.from_pydict(columns)
         progress(part.num_rows)
 
@@ -74,7 +74,7 @@ def _encode_slices(
 def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[Any]]:
     """Turn some texts into token ids."""
     texts = [rows[name] for name in _TEXTS if name in rows]
-    kept = [name for name in tokenizer.model_input_names if name in ("input_ids", "token_type_ids")]
+    kept = [name for name in tokenizer.model_input_names if name in INPUTS]
     # verbose=False: over-long inputs are expected here, counted, and cut below.
     encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)
     columns: dict[str, list[Any]] = {name: encoded[name] for name in kept}

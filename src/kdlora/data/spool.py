@@ -75,6 +75,11 @@ def read_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
     return column if chosen is None else column.take(chosen.column(0).combine_chunks())
 
 
+def label_array(examples: Dataset) -> npt.NDArray[Any]:
+    """Give the labels of a data set: a value a row, or in a multi-label task a row of 0 and 1 a row."""
+    return np.asarray(examples.select_columns(["label"]).with_format("numpy")[:]["label"])
+
+
 def slice_rows(dataset: Dataset, names: Sequence[str], rows: int = SLICE_ROWS) -> Iterator[pa.Table]:
     """Take some columns in row order, a slice at a time."""
     table, chosen = dataset.data.table.select(list(names)), dataset._indices

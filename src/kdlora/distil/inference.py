@@ -9,17 +9,16 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kdlora.data.batches import Collator, Tokenised, length_sorted_batches
+from kdlora.data.batches import INPUTS, Collator, Tokenised, length_sorted_batches
+from kdlora.data.spool import read_column
 from kdlora.distil.precision import autocast
 from kdlora.distil.processes import ALONE, Processes
 from kdlora.distil.training_modes import freed_memory_kept
 from kdlora.system.integrity import hash_json
 
-INPUTS = ("input_ids", "token_type_ids")
 _ARCHITECTURE = ("model_type", "num_attention_heads", "n_heads", "hidden_act", "activation", "layer_norm_eps")
 
 BATCH_TOKENS = 4096
@@ -46,7 +45,7 @@ def predict_logits(
     device = next(model.parameters()).device
     order: list[int] = []
     outputs: list[torch.Tensor] = []
-    lengths = column_values(data.dataset, "length")
+    lengths = read_column(data.dataset, "length").to_numpy()
 
     def read(rows: list[int]) -> torch.Tensor:
         columns = inputs[rows]
@@ -62,11 +61,6 @@ def predict_logits(
             if progress is not None:
                 progress(min(len(order) * processes.count, len(lengths)))
     return _in_row_order(order, outputs, processes)
-
-
-def column_values(dataset: Dataset, column: str) -> np.ndarray:
-    """Read a whole column at once; `dataset[column]` would go row by row."""
-    return np.asarray(dataset.select_columns([column]).with_format("numpy")[:][column])
 
 
 def _in_row_order(order: list[int], outputs: list[torch.Tensor], processes: Processes) -> np.ndarray:

@@ -15,9 +15,8 @@ from kdlora.config import DistilConfig
 from kdlora.data.batches import Tokenised
 from kdlora.data.load import Splits
 from kdlora.data.logit_table import LogitStore
-from kdlora.data.spool import SLICE_ROWS, are_distinct, read_column, settle, slice_rows, spool
+from kdlora.data.spool import SLICE_ROWS, are_distinct, label_array, read_column, settle, slice_rows, spool
 from kdlora.data.tasks import Task
-from kdlora.distil.inference import column_values
 from kdlora.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -202,5 +201,5 @@ def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> T
 
 def labelled_values(dataset: Dataset) -> np.ndarray:
     """Read the labels that count."""
-    labels = column_values(dataset, "label")
-    return labels[column_values(dataset, LABELLED)] if LABELLED in dataset.column_names else labels
+    labels = label_array(dataset)
+    return labels[read_column(dataset, LABELLED).to_numpy()] if LABELLED in dataset.column_names else labels

@@ -17,11 +17,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from kdlora.config import DistilConfig, SettledTraining
-from kdlora.data.batches import Collator, LengthBucketSampler, Tokenised
-from kdlora.data.spool import hash_columns
+from kdlora.data.batches import INPUTS, Collator, LengthBucketSampler, Tokenised
+from kdlora.data.spool import hash_columns, label_array, read_column
 from kdlora.data.tasks import Task
 from kdlora.distil.cpu_kernels import fast_on_cpu
-from kdlora.distil.inference import INPUTS, column_values, hash_model, predict_logits
+from kdlora.distil.inference import hash_model, predict_logits
 from kdlora.distil.logits import COLUMN, LABELLED, labelled_values
 from kdlora.distil.losses import DivergedError, diverged
 from kdlora.distil.precision import frozen_in_half, resolve_device, settle_precision
@@ -83,13 +83,13 @@ def train_model(
         if not np.isfinite(logits).all():
             raise KdLoraError(diverged("the validation logits are not finite numbers", settings.learning_rate))
         rows = validation.dataset
-        groups = column_values(rows, "group").tolist() if "group" in rows.column_names else None
+        groups = read_column(rows, "group").to_pylist() if "group" in rows.column_names else None
         outputs = logits if scale is None else scale.restore(logits)
-        metrics = compute_metrics(task, outputs, column_values(rows, "label"), groups)
+        metrics = compute_metrics(task, outputs, label_array(rows), groups)
         return metrics | {"score": score(task, metrics)}
 
     sampler = LengthBucketSampler(
-        column_values(train.dataset, "length"),
+        read_column(train.dataset, "length").to_numpy(),
         settings.batch_size * processes.count,
         seed=options.seed,
         rows_per_epoch=options.rows_per_epoch,

@@ -12,6 +12,7 @@ from datasets import Dataset
 from kdlora.config import Config
 from kdlora.configfile import load_config
 from kdlora.data.load import load_examples, load_splits
+from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.promises import write_promise
@@ -31,7 +32,7 @@ from kdlora.evidence.defer import (
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment.deployment import texts_of
-from kdlora.experiment.scoring import label_array, recorded_task
+from kdlora.experiment.scoring import recorded_task
 from kdlora.system.storage import write_json_atomic
 
 

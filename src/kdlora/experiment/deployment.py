@@ -12,6 +12,7 @@ from datasets import Dataset
 from kdlora.config import Config
 from kdlora.configfile import load_config
 from kdlora.data.load import Splits, load_examples, load_splits
+from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
@@ -24,7 +25,7 @@ from kdlora.deploy.predict import Classifier, Text
 from kdlora.errors import ConfigError, DataError, ModelError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.recording import logged, prepare_process
-from kdlora.experiment.scoring import groups_of, label_array, recorded_task
+from kdlora.experiment.scoring import groups_of, recorded_task
 from kdlora.experiment.settle import all_texts, cut_at
 from kdlora.foreign import read_json
 from kdlora.report.shipped import BenchmarkResult, Calibration

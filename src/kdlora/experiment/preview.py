@@ -15,12 +15,11 @@ from datasets import Dataset
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.data.load import Splits
-from kdlora.data.spool import read_column
+from kdlora.data.spool import label_array, read_column
 from kdlora.data.tasks import Task
 from kdlora.distil.words import MOST_ROWS
 from kdlora.experiment.inputs import labels_unlabelled
 from kdlora.experiment.recording import splits_by_name
-from kdlora.experiment.scoring import label_array
 from kdlora.experiment.settle import Looks, ModelLook, closed, decide, settings_for
 from kdlora.report.wording import metric_title
 

@@ -17,6 +17,7 @@ from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Config
 from kdlora.configfile import load_config
 from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_examples
+from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import resolve_device
@@ -77,11 +78,6 @@ def evaluate(
 def _judge(task: Task, rows: Dataset, logits: np.ndarray, truncated: int = 0) -> Evaluation:
     metrics = compute_metrics(task, logits, label_array(rows), groups_of(rows))
     return Evaluation(score(task, metrics), metrics, logits, truncated)
-
-
-def label_array(examples: Dataset) -> np.ndarray:
-    """Return the labels of a data set."""
-    return np.asarray(examples.with_format("numpy")["label"][:])
 
 
 def groups_of(examples: Dataset) -> list[str] | None:

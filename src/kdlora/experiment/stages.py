@@ -9,6 +9,7 @@ from typing import Literal
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.data.load import Splits, load_splits
+from kdlora.data.spool import label_array
 from kdlora.distil.logits import attach_teacher
 from kdlora.distil.processes import current_processes
 from kdlora.distil.teacher import teacher_logits
@@ -28,7 +29,7 @@ from kdlora.experiment.recording import (
     prepare_process,
     splits_by_name,
 )
-from kdlora.experiment.scoring import label_array, score_given_teacher, score_model, score_outputs
+from kdlora.experiment.scoring import score_given_teacher, score_model, score_outputs
 from kdlora.experiment.settle import all_texts, cut_at, settings_for
 from kdlora.experiment.shipping import keep_weights
 from kdlora.models.encoders import Encoder

@@ -13,11 +13,10 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from filelock import FileLock
 
-from kdlora.data.spool import hash_columns, make_dataset, read_column, slice_rows, spool
+from kdlora.data.spool import TEXTS, hash_columns, make_dataset, read_column, slice_rows, spool, text_columns
 from kdlora.system.integrity import hash_file, hash_json
 from kdlora.system.storage import atomic_file, write_text_atomic
 
-TEXTS = ("text", "text_pair")
 LOST = 0.15
 """Share of the words that are deleted or replaced, each with the same chance."""
 SPLICED = 0.25
@@ -35,7 +34,7 @@ def augment_texts(rows: Dataset, copies: int, *, seed: int = 0) -> Dataset:
     *Source*: word replacement for distillation, TinyBERT (Jiao et al., arXiv 1909.10351), section 3.3, with words drawn
     by frequency in place of a language model's; deletion, EDA (Wei and Zou, arXiv 1901.11196).
     """
-    names = ["id", *_texts_of(rows)]
+    names = ["id", *text_columns(rows)]
     batches = _copies(rows.select_columns(names), copies, np.random.default_rng(seed))
     return make_dataset(spool(batches, "copies"), rows.select_columns(names).features)
 
@@ -57,7 +56,7 @@ def stored_copies(rows: Dataset, copies: int, *, seed: int, scored: Sequence[Dat
                         writer.write_table(table.cast(schema))
                 write_text_atomic(file.with_suffix(".sha256"), hash_file(file))
     stored = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-    return make_dataset(stored, rows.select_columns(["id", *_texts_of(rows)]).features)
+    return make_dataset(stored, rows.select_columns(["id", *text_columns(rows)]).features)
 
 
 def _is_whole(file: Path) -> bool:
@@ -79,7 +78,7 @@ class _Words:
         known: dict[str, int] = {}
         numbers = array("i")
         ends = {}
-        for name in _texts_of(rows):
+        for name in text_columns(rows):
             found = array("q", [len(numbers)])
             for table in slice_rows(rows, [name]):
                 for text in table[name].to_pylist():
@@ -114,10 +113,6 @@ def _copies(rows: Dataset, copies: int, draw: np.random.Generator) -> Iterator[p
             yield pa.RecordBatch.from_pydict(made)
 
 
-def _texts_of(rows: Dataset) -> list[str]:
-    return [name for name in TEXTS if name in rows.column_names]
-
-
 def _words(text: str) -> list[str]:
     """Split at spaces; a text without any is split into its characters."""
     words = text.split()
@@ -140,7 +135,7 @@ def _perturb(words: Sequence[str], other: Sequence[str], known: _Words, draw: np
 
 def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:
     """Leave out the rows whose text, or pair of texts, a score is measured on: it must stay one on new texts."""
-    names = _texts_of(rows)
+    names = text_columns(rows)
     known = {texts for part in scored for texts in _tuples(part, names)}
     first = pa.array({texts[0] for texts in known}, pa.string())
     candidates = np.flatnonzero(pc.is_in(read_column(rows, names[0]), first))

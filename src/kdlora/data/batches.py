@@ -18,14 +18,13 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from kdlora.config import Kind
-from kdlora.data.spool import make_dataset, slice_rows, spool
+from kdlora.data.spool import make_dataset, slice_rows, spool, text_columns
 from kdlora.errors import ModelError
 
 PAD_MULTIPLE = 8
 """Widths that matrix units take well; also what `length_sorted_batches` and `Collator` agree on."""
 _TOKENISE_ROWS = 1000
 _CHUNK_BATCHES = 50
-_TEXTS = ("text", "text_pair")
 _CARRIED = ("id", "label", "group", "teacher_logits")
 INPUTS = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8())}
 """What a model reads, as `datasets` stores it: fingerprints of token ids depend on it."""
@@ -62,7 +61,7 @@ def _encode_slices(
     limit: int,
     progress: Callable[[int], object],
 ) -> Iterator[pa.RecordBatch]:
-    texts = [name for name in _TEXTS if name in dataset.column_names]
+    texts = text_columns(dataset)
     for part in slice_rows(dataset, [*texts, *carried], _TOKENISE_ROWS):
         encoded = encode_texts({name: part[name].to_pylist() for name in texts}, tokenizer, limit)
         columns = {name: part[name].combine_chunks() for name in carried}
@@ -72,15 +71,14 @@ def _encode_slices(
 
 
 def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[Any]]:
-    """Turn some texts into token ids."""
-    texts = [rows[name] for name in _TEXTS if name in rows]
+    """Turn some texts, or the two columns of pairs, into token ids."""
     kept = [name for name in tokenizer.model_input_names if name in INPUTS]
     # verbose=False: over-long inputs are expected here, counted, and cut below.
-    encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)
+    encoded = tokenizer(*rows.values(), truncation=False, verbose=False, return_attention_mask=False)
     columns: dict[str, list[Any]] = {name: encoded[name] for name in kept}
     truncated = [len(tokens) > limit for tokens in columns["input_ids"]]
     if long := [row for row, is_long in enumerate(truncated) if is_long]:
-        some = [[column[row] for row in long] for column in texts]
+        some = [[column[row] for row in long] for column in rows.values()]
         cut = tokenizer(*some, truncation="longest_first", max_length=limit, return_attention_mask=False)
         for name in kept:
             for row, tokens in zip(long, cut[name], strict=True):

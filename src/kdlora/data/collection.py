@@ -14,7 +14,7 @@ from datasets import Dataset
 from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.logit_table import LogitStore, open_store
 from kdlora.data.parquet import read_batches
-from kdlora.data.spool import are_distinct, make_dataset, spool
+from kdlora.data.spool import TEXTS, are_distinct, make_dataset, spool
 from kdlora.data.tasks import Task, match_labels
 from kdlora.errors import ArtifactError, DataError
 
@@ -61,7 +61,7 @@ def open_collection_texts(folder: Path, task: Task) -> Dataset:
             f"{len(task.text)}: {', '.join(task.text)}"
         )
     match_collection(collection, task, "data.unlabelled")
-    table = spool(collection.batches(["id", "text", "text_pair"][: 1 + len(task.text)]), str(folder))
+    table = spool(collection.batches(["id", *TEXTS[: len(task.text)]]), str(folder))
     if not are_distinct(table["id"]):
         raise DataError(f"{folder}: ids occur more than once in this collection; label it again from unique ids")
     return make_dataset(table)

@@ -19,6 +19,8 @@ from pandas.util import hash_array
 
 from kdlora.errors import DataError
 
+TEXTS = ("text", "text_pair")
+"""The columns of an example's text, or pair of texts."""
 SLICE_ROWS = 10_000
 """Rows that are in memory at a time where they have to be: some megabytes of short texts, some dozen of long ones."""
 _HASHED_ROWS = 100_000
@@ -73,6 +75,16 @@ def read_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
     # A selection keeps all rows beside a list of row numbers; the public ways to apply it go through Python integers.
     chosen = dataset._indices
     return column if chosen is None else column.take(chosen.column(0).combine_chunks())
+
+
+def text_columns(dataset: Dataset) -> list[str]:
+    """Name the columns that hold texts."""
+    return [name for name in TEXTS if name in dataset.column_names]
+
+
+def read_texts(dataset: Dataset) -> dict[str, list[str]]:
+    """Take all texts into memory, by column."""
+    return {name: read_column(dataset, name).to_pylist() for name in text_columns(dataset)}
 
 
 def label_array(examples: Dataset) -> npt.NDArray[Any]:

@@ -26,7 +26,7 @@ from kdlora.data.logit_table import (
     write_note,
     write_tables,
 )
-from kdlora.data.spool import hash_columns, read_column
+from kdlora.data.spool import TEXTS, hash_columns, read_column
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import hash_model, hash_tokenizer, predict_logits
 from kdlora.distil.logits import TeacherLogits
@@ -82,7 +82,7 @@ def teacher_logits(
     processes = current_processes()
     places = [int(column) for column in columns]
     teacher = Teacher(encoder, places, task.label_names, max_length, processes.first_says(precision), BATCH_TOKENS)
-    ingredients = teacher.ingredients() | {"examples": hash_columns(dataset, ["id", "text", "text_pair"])}
+    ingredients = teacher.ingredients() | {"examples": hash_columns(dataset, ["id", *TEXTS])}
     with contextlib.ExitStack() as held:
         store = None
         if processes.is_first:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from kdlora.config import Config
 from kdlora.configfile import load_config
 from kdlora.data.load import Splits, load_examples, load_splits
-from kdlora.data.spool import label_array
+from kdlora.data.spool import label_array, read_texts
 from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
@@ -26,7 +26,7 @@ from kdlora.errors import ConfigError, DataError, ModelError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.recording import logged, prepare_process
 from kdlora.experiment.scoring import groups_of, recorded_task
-from kdlora.experiment.settle import all_texts, cut_at
+from kdlora.experiment.settle import cut_at
 from kdlora.foreign import read_json
 from kdlora.report.shipped import BenchmarkResult, Calibration
 from kdlora.system.integrity import hash_files, hash_json
@@ -102,7 +102,7 @@ def _labelled(rows: Dataset, task: Task) -> LabelledTexts:
 
 def texts_of(rows: Dataset) -> list[Text]:
     """Return the texts of a data set, pairs as tuples."""
-    texts, *pairs = all_texts(rows).values()
+    texts, *pairs = read_texts(rows).values()
     return list(zip(texts, pairs[0], strict=True)) if pairs else list(texts)
 
 

@@ -22,7 +22,7 @@ from kdlora.configfile import COLLECTION_MANIFEST, expand_home
 from kdlora.data.collection import is_collection, refuse_double_ids
 from kdlora.data.logit_table import Shard, begin_store, find_shard, open_store, write_note
 from kdlora.data.parquet import parquet_faults
-from kdlora.data.spool import make_dataset
+from kdlora.data.spool import TEXTS, make_dataset
 from kdlora.data.tasks import Task
 from kdlora.deploy.predict import most_characters
 from kdlora.deploy.rows import SUFFIXES, Columns, Row, RowReader, cut_windows
@@ -359,7 +359,7 @@ def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: C
             if hear is not None:
                 hear(len(window))
 
-    kept = ["id", *(["text", "text_pair"][: len(job.task.text)] if job.settings.texts else [])]
+    kept = ["id", *(TEXTS[: len(job.task.text)] if job.settings.texts else ())]
     shard = teacher.write_shard(job.folder / name, windows(), kept=kept)
     if not rejected:
         return shard
@@ -377,4 +377,4 @@ def _window(job: _Job, file: Path, rows: Sequence[Row]) -> Dataset:
             f"{'two text columns' if pairs else 'one text column'} with --text"
         )
     cells = ((row.id, *row.text) if isinstance(row.text, tuple) else (row.id, row.text) for row in rows)
-    return make_dataset(pa.table(dict(zip(("id", "text", "text_pair"), zip(*cells, strict=True), strict=False))))
+    return make_dataset(pa.table(dict(zip(("id", *TEXTS), zip(*cells, strict=True), strict=False))))

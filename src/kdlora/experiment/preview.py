@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.data.load import Splits
-from kdlora.data.spool import label_array, read_column
+from kdlora.data.spool import label_array, read_column, text_columns
 from kdlora.data.tasks import Task
 from kdlora.distil.words import MOST_ROWS
 from kdlora.experiment.inputs import labels_unlabelled
@@ -210,6 +210,6 @@ def count_duplicates(parts: Mapping[str, Dataset]) -> dict[str, int]:
 
 
 def _text_keys(rows: Dataset) -> pa.ChunkedArray:
-    columns = [read_column(rows, name) for name in ("text", "text_pair") if name in rows.column_names]
+    columns = [read_column(rows, name) for name in text_columns(rows)]
     wide = [column.cast(pa.large_string()) for column in columns]
     return wide[0] if len(wide) == 1 else pc.binary_join_element_wise(*wide, pa.scalar("\0", pa.large_string()))

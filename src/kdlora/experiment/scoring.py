@@ -17,7 +17,7 @@ from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Config
 from kdlora.configfile import load_config
 from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_examples
-from kdlora.data.spool import label_array
+from kdlora.data.spool import label_array, text_columns
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import resolve_device
@@ -168,7 +168,7 @@ def measure_latency(
 ) -> list[Latency]:
     """Time the forward pass of a model on real texts, tokenised beforehand, in the model's own precision."""
     device = next(model.parameters()).device
-    columns = [name for name in ("text", "text_pair") if name in rows.column_names]
+    columns = text_columns(rows)
     longest = min(max_length, tokenizer.model_max_length)  # what both the caller and the model's positions allow
 
     def encode(numbers: Sequence[int]) -> Mapping[str, Any]:

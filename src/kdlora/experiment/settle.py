@@ -18,7 +18,7 @@ from kdlora.config import LORA_ARMS, Arm, Config, SettledTraining, TrainConfig
 from kdlora.configfile import load_config
 from kdlora.data.batches import PAD_MULTIPLE, Tokenised, encode_texts, tokenise
 from kdlora.data.load import Splits
-from kdlora.data.spool import read_column
+from kdlora.data.spool import read_texts
 from kdlora.data.tasks import Task
 from kdlora.defaults import adapter_rate, epochs_for, full_rate
 from kdlora.distil.inference import predict_logits
@@ -60,16 +60,11 @@ def settings_for(config: Config, arm: Arm) -> TrainConfig:
     return train.model_copy(update={"learning_rate": config.student.full_learning_rate, "head_learning_rate": head})
 
 
-def all_texts(rows: Dataset) -> dict[str, list[str]]:
-    """Give the texts of a split."""
-    return {name: read_column(rows, name).to_pylist() for name in ("text", "text_pair") if name in rows.column_names}
-
-
 def sample_texts(rows: Dataset) -> dict[str, list[str]]:
     """Take texts that stand for all of a split."""
     if len(rows) > MOST_TEXTS:
         rows = rows.select(np.linspace(0, len(rows) - 1, MOST_TEXTS).astype(int))
-    return all_texts(rows)
+    return read_texts(rows)
 
 
 def count_tokens(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.data.load import Splits, load_splits
-from kdlora.data.spool import label_array
+from kdlora.data.spool import label_array, read_texts
 from kdlora.distil.logits import attach_teacher
 from kdlora.distil.processes import current_processes
 from kdlora.distil.teacher import teacher_logits
@@ -30,7 +30,7 @@ from kdlora.experiment.recording import (
     splits_by_name,
 )
 from kdlora.experiment.scoring import score_given_teacher, score_model, score_outputs
-from kdlora.experiment.settle import all_texts, cut_at, settings_for
+from kdlora.experiment.settle import cut_at, settings_for
 from kdlora.experiment.shipping import keep_weights
 from kdlora.models.encoders import Encoder
 from kdlora.system.environment import MemoryLevel, forget_peak, peak_since, read_memory
@@ -88,12 +88,12 @@ def _train_words(layout: ExperimentLayout, splits: Splits, record: RunRecord, le
     """Fit and score a bag of words; nothing of it is kept but its record and its predictions."""
     place, start = layout.run("words", record.seed), time.perf_counter()
     with logged("train", "words", record.seed):
-        texts = all_texts(splits.train), all_texts(splits.validation)
+        texts = read_texts(splits.train), read_texts(splits.validation)
         words = fit_words(splits.task, texts[0], label_array(splits.train), texts[1], label_array(splits.validation))
     trained = time.perf_counter()
     with logged("evaluate", "words", record.seed):
         parts = splits_by_name(splits, scored=True)
-        outputs = {split: words.predict(all_texts(rows)) for split, rows in parts.items()}
+        outputs = {split: words.predict(read_texts(rows)) for split, rows in parts.items()}
         record = score_outputs(record, splits, outputs, place)
     note = f"bag of words: inverse regularisation {words.strength:g}, chosen on validation"
     note += f"; learnt from {words.rows:,} of {len(splits.train):,} rows" if words.rows < len(splits.train) else ""

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config
-from kdlora.data.augment import TEXTS, keep_unscored
+from kdlora.data.augment import keep_unscored
 from kdlora.data.load import Splits, add_copies, load_splits, split_rows
-from kdlora.data.spool import read_column
+from kdlora.data.spool import read_column, read_texts
 from kdlora.distil.logits import attach_teacher
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import DataError
@@ -49,7 +49,7 @@ def load_held_out(config: Config, search: SearchConfig, copies_in: Path | None =
 
 def hold_out(splits: Splits, search: SearchConfig) -> Splits:
     """Hold rows out of the training split: a text with all its rows, and none of it stays in training."""
-    texts = pd.DataFrame({name: read_column(splits.train, name) for name in TEXTS if name in splits.train.column_names})
+    texts = pd.DataFrame(read_texts(splits.train))
     number = texts.groupby(list(texts), sort=False).ngroup().to_numpy()  # of each row's text, in their order
     first = np.flatnonzero(~texts.duplicated())
     classes = read_column(splits.train, "label").to_numpy()[first] if splits.task.kind == "single-label" else None

@@ -38,7 +38,7 @@ def logits(layout, arm, seed):
 
 
 def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, monkeypatch):
-    """A second call that trains again costs hours, and may ship another student."""
+    """A second call that trains again, as where a check of damage cries wolf, costs hours, and may ship another."""
     before = snapshot(copied.root)
     for module in (experiment_run, jobs):  # no stage, and no server of children that would import torch once more
         monkeypatch.setattr(module, "run_in_child", lambda *_, **__: pytest.fail("a process was started"))

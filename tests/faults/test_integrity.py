@@ -117,13 +117,6 @@ def test_a_damaged_artefact_is_made_again(made, layout, name, damage):
     np.testing.assert_array_equal(one.logits, two.logits)
 
 
-def test_a_finished_experiment_that_is_whole_is_left_alone(made, layout):
-    """Checks that cry wolf would train everything again."""
-    before = snapshot(layout.runs)
-    run_experiment(made.config, layout.root)
-    assert snapshot(layout.runs) == before
-
-
 def reorder(path: Path) -> None:
     rows = read_rows(path)
     write_csv(path, [rows[1], rows[0], *rows[2:]])

@@ -42,19 +42,19 @@ class ConfigurationLayout(ExperimentLayout):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One arm of one configuration with one seed.
+    """One arm of one configuration with one seed; the runs of an experiment have no `task`, and all lie in its folder.
 
     `folder` is relative to the suite's; its name holds a hash of everything that decides the figures, so that an
     edited grid neither mixes nor repeats runs. `settings` are what the grid set, as far as the arm uses it. A
     distilled arm's config gets its teacher when that is known.
     """
 
-    task: str
     arm: Arm
     seed: int
-    folder: str
     config: Config
-    settings: tuple[tuple[str, Any], ...]
+    task: str = ""
+    folder: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def key(self) -> str:
@@ -167,7 +167,7 @@ def _runs(
             seen.add(folder)
             kept = _used_settings(settings, config, arm)
             seeds = (config.teacher_seed,) if teaching else suite.seeds[:1] if arm == "words" else suite.seeds
-            yield from (PlannedRun(task, arm, seed, folder, effective, kept) for seed in seeds)
+            yield from (PlannedRun(arm, seed, effective, task, folder, kept) for seed in seeds)
 
 
 def whole_config(suite: SuiteConfig, task: str, family: str) -> Config:

@@ -103,18 +103,18 @@ class ExperimentResult:
         return [record for record in self.records if record.status == "failed"]
 
 
-def plan_runs(config: Config) -> list[Run]:
+def plan_runs(config: Config) -> list[PlannedRun]:
     """Order the runs of an experiment: a bag of words, the teacher, the arms without it, then what it teaches.
 
     The teacher is the `fft` run of `config.teacher_seed`. It is planned wherever a distilled arm needs it,
     asked for or not, and never twice. A given teacher is one model, so it has one run; so has a bag of words.
     """
     arms = sorted(config.run.arms, key=DISTILLED_ARMS.__contains__)  # a control can still speak against the teacher
-    words = [Run("words", config.run.seeds[0])] if "words" in arms else []
-    runs = [Run(arm, seed) for arm in arms if arm != "words" for seed in config.run.seeds]
+    words = [PlannedRun("words", config.run.seeds[0], config)] if "words" in arms else []
+    runs = [PlannedRun(arm, seed, config) for arm in arms if arm != "words" for seed in config.run.seeds]
     if config.given_teacher:
         return [*words, *(run for run in runs if run.arm != "fft" or run.seed == config.run.seeds[0])]
-    teacher = Run("fft", config.teacher_seed)
+    teacher = PlannedRun("fft", config.teacher_seed, config)
     if "fft" in config.run.arms or set(config.run.arms) & DISTILLED_ARMS:
         return [*words, teacher, *(run for run in runs if run != teacher)]
     return [*words, *runs]
@@ -164,11 +164,6 @@ def _layout(config: Config, out: str | Path | None) -> ExperimentLayout:
     return ExperimentLayout(Path(out) if out is not None else Path("runs") / config.title())
 
 
-def _planned(config: Config) -> list[PlannedRun]:
-    """Give the runs of an experiment in the terms of a suite: all lie in one folder."""
-    return [PlannedRun("", run.arm, run.seed, "", config, ()) for run in plan_runs(config)]
-
-
 def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, TaskFacts, dict[str, RunRecord]]:
     """Settle the config by what is recorded, load the data, and find the runs that need not be repeated."""
     config = with_recorded(config, layout.config)
@@ -182,7 +177,7 @@ def _plan(
     config: Config, layout: ExperimentLayout, splits: Splits, finished: Mapping[str, RunRecord], processes: int
 ) -> ExperimentPlan:
     """Look at models and data before the runs that are left."""
-    left = [run.arm for run in _planned(config) if run.key not in finished]
+    left = [run.arm for run in plan_runs(config) if run.key not in finished]
     looks = run_in_child(look_at_models, config, splits.task, sample_texts(splits.train))
     return make_plan(config, splits, left, looks, labelled=layout.teacher_logits.exists(), processes=processes)
 
@@ -203,7 +198,7 @@ def _lead(
 ) -> ExperimentResult:
     config, splits, facts, finished = _look(config, layout)
     notes, plan = list(splits.notes), None
-    if len(finished) < len(_planned(config)):
+    if len(finished) < len(plan_runs(config)):
         notes += check_table(config, splits)
         plan = _plan(config, layout, splits, finished, team.launch.count)
         config = plan.config
@@ -250,7 +245,7 @@ def _flatten(config: Config) -> dict[str, Any]:
 def _finished(config: Config, layout: ExperimentLayout, rows: str) -> dict[str, RunRecord]:
     """Read the records of the runs that need not be repeated; refuse those that were made from other rows."""
     found = {}
-    for run in _planned(config):
+    for run in plan_runs(config):
         record = undamaged_record(run, layout.root)
         if record is None:
             continue
@@ -276,7 +271,7 @@ def _run_all(
     listen: Listener | None,
 ) -> list[RunRecord]:
     """Carry out the runs that are left, as a suite of one cell whose weights are kept."""
-    runs = _planned(config)
+    runs = plan_runs(config)
     teachers = tuple(run for run in runs if (run.arm, run.seed) == ("fft", config.teacher_seed))
     students = [run for run in runs if run.arm in DISTILLED_ARMS]
     lesson = Lesson(() if config.given_teacher else teachers, students, labels=not config.teacher.is_table)

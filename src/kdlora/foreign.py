@@ -15,6 +15,7 @@ from typing import Any
 
 from kdlora.errors import ArtifactError, ModelError, first_line
 
+_REMEDY = "Copy it again"
 _MOST_BYTES = 64 << 20
 _MOST_LEVELS = 64
 _MOST_OF_A_CARD = 1 << 20
@@ -25,12 +26,12 @@ Check = tuple[str, Callable[[Any], bool]]
 """What a setting must be, in words and as a test; null and a missing key always pass."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
     """Read a JSON object, at most 64 MB and 64 levels deep."""
-    return read_json_and_digest(path)[0]
+    return read_json_and_digest(path, remedy)[0]
 
 
-def read_json_and_digest(path: Path) -> tuple[dict[str, Any], str]:
+def read_json_and_digest(path: Path, remedy: str = _REMEDY) -> tuple[dict[str, Any], str]:
     """Read a JSON object as `read_json` does, and give the SHA-256 of the very bytes that were read."""
     try:
         with path.open("rb") as file:
@@ -42,9 +43,9 @@ def read_json_and_digest(path: Path) -> tuple[dict[str, Any], str]:
         json.dumps(value, ensure_ascii=False).encode()  # half a character could never be printed
     except (OSError, ValueError, RecursionError) as fault:
         reason = "it is nested too deep" if isinstance(fault, RecursionError) else str(fault)
-        raise ArtifactError(f"{path} is damaged: expected a JSON file, but {reason}. Copy it again") from None
+        raise ArtifactError(f"{path} is damaged: expected a JSON file, but {reason}. {remedy}") from None
     if not isinstance(value, dict):
-        raise ArtifactError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}")
+        raise ArtifactError(f"{path} is damaged: expected a JSON object, found {type(value).__name__}. {remedy}")
     return value, hashlib.sha256(content).hexdigest()
 
 

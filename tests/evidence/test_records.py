@@ -60,7 +60,7 @@ def test_a_truncated_record_names_file_and_remedy(tmp_path):
     text = path.read_text()
     for length in (0, 10, 500):
         path.write_text(text[:length])
-        with pytest.raises(ArtifactError, match=r"run\.json.*cut off or damaged.*Delete the run's folder"):
+        with pytest.raises(ArtifactError, match=r"run\.json is damaged.*Delete the run's folder"):
             read_record(path)
 
 

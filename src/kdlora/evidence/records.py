@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdlora.config import ARMS
 from kdlora.errors import ArtifactError
+from kdlora.foreign import read_json
 from kdlora.system.integrity import CHECKSUM, is_sealed_or_old, seal
 from kdlora.system.storage import plain_json, write_json_atomic
 
@@ -171,17 +171,9 @@ def read_results(path: str | Path) -> list[RunRecord]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, or say what is wrong with the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: there is no such file. Run the experiment first, or check the path.") from None
-    except (ValueError, RecursionError) as fault:
-        raise ArtifactError(
-            f"{path}: expected a whole JSON file, but it is cut off or damaged: {fault}. {_RERUN}"
-        ) from None
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path}: expected a JSON object, found {type(content).__name__}. {_RERUN}")
-    return content
+    if not path.exists():
+        raise ArtifactError(f"{path}: there is no such file. Run the experiment first, or check the path.")
+    return read_json(path, _RERUN)
 
 
 def _parse_record(content: Any, where: str) -> RunRecord:

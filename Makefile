@@ -13,11 +13,11 @@ help:
 
 $(VENV)/.run: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(call install_into,$(BIN)) -e ".[onnx]"
+	$(call install_into,$(BIN)) -e ".[train]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.run
-	$(call install_into,$(BIN)) -e ".[onnx,dev,docs]"
+	$(call install_into,$(BIN)) -e ".[dev,docs]"
 	@touch $@
 
 install: $(VENV)/.dev  ## build .venv with everything that development needs
@@ -50,15 +50,18 @@ check-docs: $(VENV)/.dev  ## run every command, snippet, example and notebook of
 picture: $(VENV)/.dev  ## draw the README's picture anew, from the demo's records
 	$(BIN)/python docs/picture.py runs/demo docs/images/demo.svg
 
-wheel: $(VENV)/.dev  ## build wheel and source archive, check them, try the wheel in an empty environment
-	rm -rf dist build/wheel-env
+wheel: $(VENV)/.dev  ## build wheel and source archive, check them, try the wheel in empty environments, light and full
+	rm -rf dist build/wheel-full build/wheel-light build/wheel-run
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
-	$(PYTHON) -m venv build/wheel-env
-	$(call install_into,build/wheel-env/bin) "$$(ls dist/*.whl)[onnx]"
-	cd build && wheel-env/bin/python ../tests/wheel_smoke.py
+	$(PYTHON) -m venv build/wheel-full
+	$(call install_into,build/wheel-full/bin) "$$(ls dist/*.whl)[train]"
+	cd build && wheel-full/bin/python ../tests/wheel_smoke.py full wheel-run
+	$(PYTHON) -m venv build/wheel-light
+	$(call install_into,build/wheel-light/bin) "$$(ls dist/*.whl)"
+	cd build && wheel-light/bin/python ../tests/wheel_smoke.py light wheel-run
 
-test-lowest: pyproject.toml  ## the tests with the lowest allowed versions of transformers, peft and datasets
+test-lowest: pyproject.toml  ## a part of the tests with the lowest allowed version of every package
 	$(PYTHON) tests/versions.py lowest build/lowest
 
 test-newest: pyproject.toml  ## the same with the newest that the package index has

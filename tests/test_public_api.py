@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import kdlora
 from fabricate import make_experiment
+from kdlora.extras import EXTRAS
 
 
 @pytest.mark.parametrize("name", kdlora.__all__)
@@ -48,3 +50,43 @@ def test_what_is_light_loads_nothing_heavy(tmp_path, code):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_each_extra_names_its_packages():
+    """A package that moves into an extra would be missed with a traceback in place of the sentence."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    modules = {"scikit_learn": "sklearn", "protobuf": "sentencepiece"}
+    for extra, needs in project["optional-dependencies"].items():
+        names = {re.split(r"[\[>]", need)[0].replace("-", "_") for need in needs} - {"kdlora"}
+        if extra not in ("dev", "docs"):
+            assert {modules.get(name, name) for name in names} <= set(EXTRAS[extra]), extra
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "extra"),
+    [
+        ("torch", ["run", "--train", "a.csv", "--text", "b", "--label", "c", "--family", "bert"], "train"),
+        ("datasets", ["defer", "a"], "train"),
+        ("pyarrow", ["report", "a"], "train"),
+    ],
+)
+def test_a_verb_names_the_extra_that_it_lacks(tmp_path, module, arguments, extra):
+    """A traceback about a package that nobody was told of."""
+    (tmp_path / "a.csv").write_text("b,c\none,1\ntwo,0\n")
+    code = f"import sys; sys.modules[{module!r}] = None; from kdlora.cli import main; main()"
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    sentence = rf"kdlora: .* needs {module}, not installed here: pip install 'kdlora\[{extra}\]'\n"
+    assert re.fullmatch(sentence, done.stderr)
+
+
+def test_a_name_names_the_extra_that_it_lacks(monkeypatch):
+    """The same from Python, where an import has to stay an ImportError."""
+    code = "import sys; sys.modules['torch'] = None\nfrom kdlora import train_student"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "kdlora.train_student needs torch, not installed here: pip install 'kdlora[train]'" in done.stderr
+    assert issubclass(kdlora.MissingExtraError, ImportError)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(kdlora.MissingExtraError, match="a search needs optuna"):
+        kdlora.run_search(None, None)

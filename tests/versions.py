@@ -1,10 +1,11 @@
-"""Run the tests with the lowest or the newest allowed versions of the libraries that change most.
+"""Run the tests with the lowest or the newest allowed version of every package that kdlora names.
 
     python tests/versions.py {lowest,newest} FOLDER [PYTEST ARGUMENTS]
     python tests/versions.py bounds
 
-Builds an environment in FOLDER (kept, so that a second call is quick) and runs the suite there; `bounds` prints the
-lowest allowed version of all that kdlora needs, for an audit. Standard library only.
+Builds an environment in FOLDER (kept, so that a second call is quick) with uv, which alone can choose the lowest
+versions, and runs a part of the suite there (SMOKE). `bounds` prints the lowest allowed version of all that kdlora
+needs, for an audit. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,26 +18,23 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = ("transformers", "peft", "datasets")
-
-
-def pins(which: str) -> list[str]:
-    """Give pip's requirements: `==` the lower bounds for "lowest", nothing but the allowed range for "newest"."""
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    found = {re.match(r"[\w-]+", text)[0]: text for text in declared}
-    if which == "newest":
-        return [found[name] for name in LIBRARIES]
-    return [f"{name}=={re.search(r'>=([0-9.]+)', found[name])[1]}" for name in LIBRARIES]
+EXTRAS = ("train", "ask", "ray", "search")
+RESOLUTION = {"lowest": "lowest-direct", "newest": "highest"}
+TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "sqlalchemy")
+SMOKE = (
+    *("test_config.py", "test_cli.py", "test_public_api.py", "test_python_users.py", "data", "models/test_adapters.py"),
+    *("distil/test_losses.py", "distil/test_resume.py", "deploy/test_classifier.py", "deploy/test_export.py"),
+    *("deploy/test_predict_file.py", "experiment/test_kinds.py", "report/test_report.py", "suites/test_search.py"),
+    "ask/test_ask.py",
+)
 
 
 def bounds() -> list[str]:
     """Give `==` the lower bound of every dependency, those of the extras that users install among them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [
-        *project["dependencies"],
-        *(one for name in ("onnx", "search", "ray", "trackers") for one in extras[name]),
-    ]
+    wanted = [*project["dependencies"], *(one for name in (*EXTRAS, "trackers") for one in extras[name])]
+    wanted = [text for text in wanted if not text.startswith("kdlora")]
     return [re.sub(r"\[.*?\]", "", re.sub(r">=([0-9.]+).*", r"==\1", text)) for text in wanted]
 
 
@@ -46,16 +44,19 @@ def main() -> None:
         print("\n".join(bounds()))
         return
     which, folder, arguments = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-    if which not in ("lowest", "newest"):
+    if which not in RESOLUTION:
         raise SystemExit(f"{which!r}: expected lowest or newest")
-    if not (folder / "bin" / "python").exists():
-        venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade"]
-    subprocess.run([*pip, "-e", f"{ROOT}[onnx,dev]", *pins(which)], check=True)
-    shown = f"import importlib.metadata as m; print({{n: m.version(n) for n in {LIBRARIES!r}}})"
-    subprocess.run([python, "-c", shown], check=True)
-    command = [python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *arguments]
+    if not Path(python).exists():
+        venv.create(folder, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"], check=True)
+    install = [python, "-m", "uv", "pip", "install", "--quiet", "--python", python]
+    chosen = ["--upgrade", "--resolution", RESOLUTION[which]]
+    subprocess.run([*install, *chosen, "-e", f"{ROOT}[{','.join(EXTRAS)}]"], check=True)
+    subprocess.run([*install, *TOOLS], check=True)
+    subprocess.run([python, "-m", "uv", "pip", "list", "--python", python], check=True)
+    smoke = [str(ROOT / "tests" / name) for name in SMOKE]
+    command = [python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *(arguments or smoke)]
     raise SystemExit(subprocess.run(command, cwd=ROOT, check=False).returncode)
 
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         train_student as train_student,
         train_teacher as train_teacher,
     )
+    from kdlora.extras import MissingExtraError as MissingExtraError
     from kdlora.experiment.deferral import defer_experiment as defer_experiment
     from kdlora.experiment.labelling import (
         LabelSettings as LabelSettings,
@@ -70,12 +71,8 @@ if TYPE_CHECKING:
     from kdlora.report.report import make_report as make_report
     from kdlora.terminal import live_progress as live_progress
 
-_HOMES = {
-    name.name: part.module
-    for part in ast.walk(ast.parse(inspect.getsource(sys.modules[__name__])))
-    if isinstance(part, ast.ImportFrom) and part.module and part.module.startswith("kdlora.")
-    for name in part.names
-}
+_TYPED = next(part for part in ast.parse(inspect.getsource(sys.modules[__name__])).body if isinstance(part, ast.If))
+_HOMES = {one.name: str(part.module) for part in _TYPED.body if isinstance(part, ast.ImportFrom) for one in part.names}
 """Each public name to its module, as the imports above say for type checkers."""
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605
@@ -86,7 +83,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("importlib.metadata").version("kdlora")
     if name not in _HOMES:
         raise AttributeError(f"module 'kdlora' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    from kdlora.extras import extras_named
+
+    with extras_named(f"kdlora.{name}"):
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

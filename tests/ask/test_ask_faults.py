@@ -19,7 +19,8 @@ import pytest
 import llm_standin
 from kdlora.asking import server
 from kdlora.asking.ask import ask
-from kdlora.errors import ArtifactError, ConfigError, DataError
+from kdlora.errors import ArtifactError, DataError
+from kdlora.extras import MissingExtraError
 from tiny import sentiment_rows, write_csv
 
 
@@ -289,7 +290,7 @@ def test_bad_numbers_and_data(asking, cli):
 def test_a_missing_package_names_the_extra(asking, monkeypatch):
     """An import error of a package that nobody was told of."""
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ConfigError, match=r"pip install 'kdlora\[ask\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'kdlora\[ask\]'"):
         asking()
 
 

@@ -17,10 +17,11 @@ from experiments import edit_json
 from kdlora.deploy.calibrate import save_temperature
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.predict import Classifier, length_batches
-from kdlora.errors import ArtifactError, DataError, KdLoraError, ModelError
+from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.evidence.metrics import probabilities
+from kdlora.extras import EXTRAS, MissingExtraError
 
-BLOCKED = ("torch", "transformers", "onnx", "onnxscript", "pydantic", "sklearn", "scipy", "pyarrow", "pandas", "peft")
+BLOCKED = {*(name for modules in EXTRAS.values() for name in modules), "pydantic", "yaml", "typer"}
 
 
 def test_onnx_folder_needs_no_torch(exported, tmp_path):
@@ -30,7 +31,7 @@ def test_onnx_folder_needs_no_torch(exported, tmp_path):
 import sys
 for name in {BLOCKED!r}:
     sys.modules[name] = None
-import kdlora
+from kdlora import Cascade
 from kdlora.deploy.predict import Classifier, length_batches
 from kdlora.deploy.stream import predict_file
 classifier = Classifier.load({str(exported())!r})
@@ -115,14 +116,14 @@ def test_bad_texts_are_named(exported, texts, message):
         Classifier.load(exported()).predict(texts)
 
 
-def test_nothing_one_text_and_no_runtime(exported, monkeypatch):
+def test_nothing_one_text_and_no_torch(exported, classifier_folder, monkeypatch):
     """Prevents a crash on an empty list, a string taken for letters, an ImportError where a pip command helps."""
-    model = Classifier.load(exported())
+    model = Classifier.from_pretrained(exported())
     assert model.predict([]) == []
     assert model.predict("wonderful") == model.predict(["wonderful"])
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(KdLoraError, match=r"pip install 'kdlora\[onnx\]'"):
-        Classifier.load(exported())
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingExtraError, match=r"PyTorch model, which needs torch, .*pip install 'kdlora\[train\]'"):
+        Classifier.load(classifier_folder())
 
 
 def test_long_texts_are_truncated_at_once(exported, classifier_folder):

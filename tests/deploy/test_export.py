@@ -23,7 +23,8 @@ from kdlora.deploy import graph
 from kdlora.deploy.export import ParityError, export_onnx
 from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.deploy.predict import Classifier
-from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError
+from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
+from kdlora.extras import MissingExtraError
 from kdlora.report.shipped import Export
 
 OTHER = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy",))
@@ -220,7 +221,7 @@ def test_labels_are_counted_and_tools_are_missed(tmp_path, classifier_folder, mo
         LabelledTexts(TEXTS, [0, 1])
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    with pytest.raises(KdLoraError, match=r"onnxscript not installed.*pip install 'kdlora\[onnx\]'"):
+    with pytest.raises(MissingExtraError, match=r"an export needs onnxscript.*pip install 'kdlora\[train\]'"):
         export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
 
 

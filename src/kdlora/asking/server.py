@@ -16,6 +16,7 @@ from typing import Any
 from kdlora.asking.answers import Ledger
 from kdlora.asking.asksettings import DEFAULT_URL, AskSettings
 from kdlora.errors import ConfigError, first_line
+from kdlora.extras import check_installed
 
 ATTEMPTS, FIRST_ATTEMPTS, UNREADABLE_ATTEMPTS = 9, 3, 5
 FIRST_DELAY, LONGEST_DELAY, LONGEST_WAIT = 0.5, 60.0, 900.0
@@ -154,10 +155,9 @@ class Server:
 
 
 def _import_openai() -> Any:
-    try:
-        import openai
-    except ModuleNotFoundError:
-        raise ConfigError("asking a language model takes the package openai: pip install 'kdlora[ask]'") from None
+    check_installed("asking a language model", "ask")
+    import openai
+
     return openai
 
 

@@ -17,6 +17,7 @@ import typer
 from kdlora.cli import experiments, language_model, models, scale
 from kdlora.cli.app import app
 from kdlora.errors import KdLoraError, harmless, log_to_stderr
+from kdlora.extras import extras_named
 
 __all__ = ["app", "experiments", "language_model", "main", "models", "scale"]
 
@@ -40,7 +41,8 @@ def main() -> NoReturn:
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = app(standalone_mode=False, prog_name="kdlora")
+        with extras_named("this command"):
+            code = app(standalone_mode=False, prog_name="kdlora")
         if code == 130:  # newer versions of Typer turn Ctrl-C into this
             raise KeyboardInterrupt
     except typer.Exit as exit_request:

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.predict import Classifier, Text
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import Sureness, measure_sureness
 from kdlora.evidence.metrics import probabilities
+
+if TYPE_CHECKING:
+    from kdlora.deploy.gates import LabelledTexts
 
 Service = Callable[[Sequence[Text]], Sequence[str]]
 """A teacher of the user's own: from texts to the name of a label for each."""

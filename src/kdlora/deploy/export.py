@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,7 +23,8 @@ from kdlora.deploy.folder import (
 )
 from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.deploy.predict import Text
-from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError, did_you_mean
+from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError, did_you_mean
+from kdlora.extras import check_installed
 from kdlora.foreign import read_json
 from kdlora.models.settings import TOKENIZER_CONFIG
 from kdlora.report.shipped import Export
@@ -115,8 +115,7 @@ def export_onnx(
     int8 = _check_settings(formats, max_metric_drop, min_agreement)
     folder = read_model_folder(model_folder, max_length=max_length)
     target = check_target(Path(to), folder)
-    if missing := missing_tools():
-        raise KdLoraError(f"{', '.join(missing)} not installed, needed for export: pip install 'kdlora[onnx]'")
+    check_installed("an export", "train")
     given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts)
     if "onnx-int8" in formats and not len(given.texts):
         raise DataError(
@@ -263,11 +262,6 @@ def _settle_task(folder: ModelFolder, task: Task | None) -> Task:
             f"{task.kind} with {list(task.label_names)}."
         )
     return task
-
-
-def missing_tools() -> list[str]:
-    """Name the packages of the extra that are not installed."""
-    return [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
 
 
 def start_package(work: Path, folder: ModelFolder, tokenizer: Any) -> None:

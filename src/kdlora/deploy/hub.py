@@ -11,7 +11,6 @@ from kdlora.deploy.folder import ModelFolder, is_model_file, read_model_folder
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError, ModelError, first_line
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.foreign import read_json
-from kdlora.report.card import FOLDER_IN_CARD
 
 _ONNX = "onnx/"
 """Where a repository keeps its ONNX files, as transformers.js and the Hub's own exports do."""
@@ -150,6 +149,8 @@ def plan_push(experiment: str | Path, repo: str, *, report: bool = False) -> Par
 
 def _contents(layout: ExperimentLayout, report: bool, repo: str) -> dict[str, Path | bytes]:
     """Map names in the repository to files here, or to what is sent in the place of those that name paths."""
+    from kdlora.report.card import FOLDER_IN_CARD  # here: models are found without what a report needs
+
     student = _pushable(layout.root)
     contents: dict[str, Path | bytes] = {path.name: path for path in student.path.iterdir() if is_model_file(path)}
     if "config.json" not in contents or not any(name.endswith(".safetensors") for name in contents):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TOKENIZER, ModelFolder
-from kdlora.errors import ArtifactError, KdLoraError, ModelError, first_line
+from kdlora.errors import ArtifactError, ModelError, first_line
 from kdlora.foreign import is_plain_name
 from kdlora.models.settings import TOKENIZER_CONFIG
 from kdlora.system.integrity import is_sealed_or_old
@@ -59,11 +59,8 @@ def open_session(
     file: Path, *, threads: int | None = None, optimised: bool = False, expected: Mapping[str, str] | None = None
 ) -> Any:
     """Open an ONNX Runtime session; a graph that was optimised before is taken as it is."""
-    try:
-        import onnxruntime
-    except ImportError:
-        remedy = "pip install 'kdlora[onnx]' ('kdlora[serve]' to predict only)"
-        raise KdLoraError(f"onnxruntime is not installed: {remedy}") from None
+    import onnxruntime  # here: PyTorch folders are served without it
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # A plan of memory for each shape pays off where shapes repeat; texts have hundreds of shapes.

@@ -12,9 +12,10 @@ import numpy as np
 from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, read_model_folder
 from kdlora.deploy.onnx_backend import OnnxBackend
 from kdlora.deploy.promises import read_promise
-from kdlora.errors import ArtifactError, DataError, KdLoraError, ModelError, first_line
+from kdlora.errors import ArtifactError, DataError, ModelError, first_line
 from kdlora.evidence.defer import Promise, measure_sureness
 from kdlora.evidence.metrics import probabilities
+from kdlora.extras import check_installed
 from kdlora.foreign import panics_as_errors
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Classifier:
         Raises:
             ModelError: not a model folder, an adapter, no classification head; a promise that is of other weights.
             ArtifactError: a file is damaged or is not the one that was exported.
-            KdLoraError: the runtime is not installed.
+            MissingExtraError: a PyTorch folder, and the extra `train` is not installed.
         """
         if not Path(folder).exists():
             from kdlora.deploy.hub import locate_model  # here: what lies on this machine is served without it
@@ -120,9 +121,12 @@ class Classifier:
         promise = read_promise(described) if defer else None
         if described.backend == "onnx":
             return cls(described, OnnxBackend(described, threads=threads, verify=verify), promise)
+        check_installed(f"{described.path} is a PyTorch model, which", "train")
         from kdlora.deploy.torch_backend import TorchBackend  # here: an ONNX folder is served without torch
 
         return cls(described, TorchBackend(described, threads=threads), promise)
+
+    from_pretrained = load
 
     def __repr__(self) -> str:
         """Say what is loaded, and from where."""
@@ -304,13 +308,11 @@ def spread(texts: Sequence[Text], count: int) -> list[Text]:
 
 def _open_tokenizer(folder: ModelFolder, content: str) -> Any:
     """Read a tokenizer, and fix where it truncates."""
-    try:
-        from tokenizers import Tokenizer
+    from tokenizers import Tokenizer
 
+    try:
         with panics_as_errors():
             tokenizer = Tokenizer.from_str(content)
-    except ImportError:
-        raise KdLoraError("tokenizers is not installed: pip install 'kdlora[serve]'") from None
     except Exception as error:  # the library raises a bare one for a damaged file
         raise ArtifactError(f"{folder.path / TOKENIZER}: the tokenizer cannot be read: {error}") from None
     tokenizer.no_padding()

@@ -11,7 +11,6 @@ from kdlora.errors import ModelError
 from kdlora.evidence.defer import SURENESS, Promise
 from kdlora.foreign import read_json
 from kdlora.system.integrity import hash_file, hash_json
-from kdlora.system.storage import write_json_atomic
 
 PROMISES = "kdlora_defer.json"
 _NUMBERS = ("error", "confidence", "threshold", "rows", "answered", "wrong")
@@ -19,6 +18,8 @@ _NUMBERS = ("error", "confidence", "threshold", "rows", "answered", "wrong")
 
 def write_promise(folder: ModelFolder, promise: Promise | None) -> None:
     """Keep a promise beside the weights that it is of, or remove the one that was there."""
+    from kdlora.system.storage import write_json_atomic  # here: whoever predicts does without it
+
     path = folder.path / PROMISES
     kept: dict[str, Any] = read_json(path) if path.is_file() else {}
     name, digest = _weights(folder)

@@ -16,6 +16,7 @@ import numpy as np
 from kdlora.data.lines import FORMATS, Format, Numbered, read_rows
 from kdlora.deploy.predict import Text, check_text
 from kdlora.errors import DataError, did_you_mean
+from kdlora.extras import check_installed
 
 SUFFIXES = {suffix: form for suffix, form in FORMATS.items() if suffix != ".json"}
 """An array of JSON is not read row by row."""
@@ -83,6 +84,7 @@ class RowReader:
 
     def _parquet(self) -> Generator[Numbered]:
         """Read a Parquet file, some rows at a time."""
+        check_installed("reading Parquet", "parquet")
         import pyarrow.parquet as pq
 
         from kdlora.data.parquet import parquet_faults

@@ -21,6 +21,7 @@ from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.predict import BATCH_SIZE, Classifier, Prediction, most_characters
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
+from kdlora.extras import check_installed
 from kdlora.system.ownership import MANIFEST, claim_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
 from kdlora.system.storage import atomic_file
 
@@ -167,6 +168,8 @@ class _Form:
             expected = ", ".join(_SUFFIXES)
             raise DataError(f"{to}: expected an output file of {expected}, got {suffix or 'no extension'!r}.")
         self.name = _SUFFIXES[suffix]
+        if self.name == "parquet":
+            check_installed("writing Parquet", "parquet")
         self._kind = folder.kind
         labels = () if folder.kind == "regression" else folder.label_names
         self._columns = ["id", "label", *(f"probability:{name}" for name in labels), "error"]

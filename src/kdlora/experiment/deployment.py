@@ -17,7 +17,7 @@ from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.cascade import CascadeCurve, measure_cascade
-from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx, missing_tools
+from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.hub import locate_model
@@ -171,8 +171,6 @@ def _export_student(config: Config, layout: ExperimentLayout, splits: Splits, sa
     formats = config.export.formats
     if not formats:
         return []
-    if missing := missing_tools():
-        return [f"Not exported: {', '.join(missing)} not installed; pip install 'kdlora[onnx]' brings the extra."]
     try:
         _export_rows(config, layout, layout.onnx, splits.validation, splits.train, formats=formats, say=say)
     except (ParityError, ModelError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 from kdlora.config import Config
 from kdlora.errors import ConfigError, KdLoraError
+from kdlora.extras import check_installed
 from kdlora.searchconfig import Resources
 from kdlora.system.children import run_in_child
 from kdlora.system.environment import collect_versions
@@ -136,10 +137,9 @@ def connect(on: str) -> Any:
     """Join a Ray cluster, or start one on this machine."""
     if on != "ray" and not on.startswith("ray://"):
         raise ConfigError(f"--on takes ray, or ray://HOST:PORT such as ray://head:10001; got {on!r}")
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError("Ray is not installed: pip install 'kdlora[ray]' brings the extra") from None
+    check_installed("--on", "ray")
+    import ray
+
     address = on if on != "ray" else os.environ.get("RAY_ADDRESS", "")
     if address and address not in ("auto", "local"):
         _knock(address)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import logging
 import math
@@ -18,7 +17,7 @@ from filelock import FileLock
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.configfile import save_config
 from kdlora.distil.trainer import ProgressEvent
-from kdlora.errors import ConfigError, KdLoraError
+from kdlora.errors import KdLoraError
 from kdlora.experiment.engines import LostError, local_paths, open_engine
 from kdlora.experiment.jobs import train_afresh
 from kdlora.experiment.plan import ConfigurationLayout, identity, reset_unused
@@ -33,6 +32,7 @@ from kdlora.experiment.study import (
     with_settings,
 )
 from kdlora.experiment.trial import TrialResult, inspect_rows, make_teacher, train_trial
+from kdlora.extras import check_installed
 from kdlora.searchconfig import SearchConfig
 from kdlora.system.children import run_in_child
 from kdlora.system.integrity import hash_json
@@ -149,8 +149,7 @@ def run_search(
 
 def begin_search(config: Config, settings: SearchConfig, out: str | Path | None, storage: str | None) -> Search:
     """Check a search, and make its folder and storage."""
-    if importlib.util.find_spec("optuna") is None:
-        raise ConfigError("a search needs Optuna: pip install 'kdlora[search]' brings the extra")
+    check_installed("a search", "search")
     check_space(config, settings)
     students: list[Arm] = [arm for arm in STUDENT_ARMS if arm in config.run.arms]
     arm = settings.arm or [*students, "fft"][0]

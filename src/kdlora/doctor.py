@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import urllib.error
@@ -46,7 +47,8 @@ class Diagnosis:
             "hub": self.hub,
         }
         for name, unmet in self.extras.items():
-            lack = f"lacks {'; '.join(unmet)}: pip install 'kdlora[{name}]'"
+            more = f" and {len(unmet) - 2} more" if len(unmet) > 2 else ""
+            lack = f"lacks {'; '.join(unmet[:2])}{more}: pip install 'kdlora[{name}]'"
             lines[f"extra {name}"] = lack if unmet else "complete"
         return lines | {"problems": "; ".join(self.problems) or "none"}
 
@@ -102,7 +104,9 @@ def _unmet(requirements: Iterable[Requirement]) -> tuple[str, ...]:
     return tuple(unmet)
 
 
-def _device() -> tuple[str, int]:
+def _device() -> tuple[str, int | None]:
+    if importlib.util.find_spec("torch") is None:
+        return "cpu, by ONNX Runtime alone", None
     import torch  # here: the rest of the diagnosis must come even where torch is broken
 
     threads = torch.get_num_threads()

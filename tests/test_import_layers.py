@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "kdlora"
 ORDER = [
     {"errors"},
-    {"foreign", "extras"},
+    {"foreign", "extras", "section"},
     {"defaults"},
     {"config"},
     {"searchconfig"},
@@ -32,7 +32,8 @@ ORDER = [
 ]
 TORCH = {"torch", "transformers", "datasets", "peft", "accelerate"}
 WITHOUT_TORCH = [
-    *("errors", "extras", "foreign", "terminal", "defaults", "config", "searchconfig", "configfile", "cli", "demo"),
+    *("errors", "extras", "foreign", "section", "terminal", "defaults", "config", "searchconfig", "configfile", "cli"),
+    "demo",
     *("data.tasks", "data.logit_table", "distil.words", "evidence", "report", "system"),
 ]
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from kdlora.defaults import FamilyName, RecipeName, fill_in
+from kdlora.section import Section
 
 Kind = Literal["single-label", "regression", "multi-label"]
 Arm = Literal["words", "fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
@@ -29,21 +30,6 @@ _SPELT = BeforeValidator(
     lambda value: value.lower().replace("-", "").replace("_", "") if isinstance(value, str) else value
 )
 Names = Annotated[tuple[str, ...], _LISTED]
-
-
-class Section(BaseModel):
-    """A section of a file; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_number_by_yes(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse `yes` where a number is expected, which would count as 1."""
-        found = [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, bool)]
-        if found and not re.search("bool|Any", str(cls.model_fields[str(info.field_name)].annotation)):
-            raise ValueError(f"expected another kind of value than {str(found[0]).lower()}")
-        return value
 
 
 class TaskConfig(Section):
@@ -155,7 +141,7 @@ class TrainConfig(Section):
 
 
 class TeacherTrainConfig(TrainConfig):
-    """How the teacher is fine-tuned (all weights)."""
+    """How the teacher is fine-tuned."""
 
 
 class StudentTrainConfig(TrainConfig):
@@ -179,7 +165,7 @@ class TeacherConfig(Section):
     """The large model, or a table of its outputs."""
 
     model: str | None = None
-    """Pretrained encoder to fine-tune: a Hub id or a folder."""
+    """Pretrained encoder or decoder (Llama, Qwen, GPT-2 ...) to fine-tune: a Hub id or a folder."""
     revision: str | None = None
     """Commit, tag or branch of `model` or `fine_tuned`."""
     fine_tuned: str | None = None
@@ -192,6 +178,9 @@ class TeacherConfig(Section):
     """The same with probabilities in place of logits."""
     seed: int | None = Field(default=None, ge=0, lt=_SEEDS)
     """Seed of the one teacher. Default: the first of `run.seeds`."""
+    tuning: Literal["full", "lora"] = "full"
+    """How the teacher is fine-tuned: all weights (arm `fft`), or adapters as in `lora` (arm `lora`), which are merged
+    before it labels. Its rate is then `adapter_learning_rate`; all else is as in `train`."""
     adapter_learning_rate: float | None = Field(default=None, gt=0.0)
     """Peak learning rate of the arm `lora`. null: that of the student, or chosen by the teacher's width."""
     train: TeacherTrainConfig = TeacherTrainConfig()
@@ -205,6 +194,8 @@ class TeacherConfig(Section):
             raise ValueError(f"one teacher only, but {' and '.join('teacher.' + key for key in given)} are set")
         if self.label_names is not None and self.fine_tuned is None:
             raise ValueError("teacher.label_names orders the labels of teacher.fine_tuned, which is not set")
+        if given and self.tuning != "full":
+            raise ValueError(f"teacher.tuning is how a teacher is trained here, but teacher.{given[0]} gives one")
         return self
 
     @property
@@ -382,6 +373,11 @@ class Config(Section):
     def given_teacher(self) -> bool:
         """Whether the teacher is not trained here: a fine-tuned model, or a table of outputs."""
         return self.teacher.fine_tuned is not None or self.teacher.is_table
+
+    @property
+    def teacher_arm(self) -> Arm:
+        """The arm whose run with `teacher_seed` teaches."""
+        return "lora" if self.teacher.tuning == "lora" else "fft"
 
     @property
     def teacher_seed(self) -> int:

@@ -64,6 +64,8 @@ def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
     teacher, student = (filled.get(key) or {} for key in ("teacher", "student"))
     if not isinstance(teacher, Mapping) or not isinstance(student, Mapping):
         return filled
+    if teacher.get("tuning") == "lora":
+        filled = lay_under(filled, {"run": {"arms": ["words", "lora", "kd-lora", "student-lora"]}})
     if isinstance(family, str) and family in FAMILIES:
         names = FAMILIES[family]
         if teacher.get("model") is None:

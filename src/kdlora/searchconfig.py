@@ -7,7 +7,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from kdlora.config import Arm, Section
+from kdlora.config import Arm
+from kdlora.section import Section
 
 
 class Range(Section):

@@ -77,6 +77,11 @@ class RunRecord(BaseModel):
     notes: list[str] = Field(default_factory=list)
     config: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def teacher_arm(self) -> str:
+        """The arm that teaches in this run's experiment."""
+        return "lora" if (self.config.get("teacher") or {}).get("tuning") == "lora" else "fft"
+
 
 class _Inside:
     """A file or folder of a layout: its name, and what it lies in."""

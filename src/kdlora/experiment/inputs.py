@@ -28,9 +28,11 @@ def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
     check_trackers(config.run.report_to)
     if config.teacher.fine_tuned is not None:
         yield "teacher", load_teacher(config, task)[0]
-    trained = [arm for arm in config.run.arms if arm != "words" and (arm != "fft" or not config.given_teacher)]
+    trained: list[Arm] = [
+        arm for arm in config.run.arms if arm != "words" and (arm != "fft" or not config.given_teacher)
+    ]
     if set(trained) & DISTILLED_ARMS and not config.given_teacher:
-        trained.append("fft")
+        trained.append(config.teacher_arm)
     roles: tuple[Role, ...] = ("teacher", "student")
     for role in roles:
         arms = [arm for arm in trained if (arm in TEACHER_ARMS) == (role == "teacher")]

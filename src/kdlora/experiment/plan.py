@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdlora.config import DISTILLED_ARMS, LORA_ARMS, Arm, Config, Section, StudentConfig
+from kdlora.config import DISTILLED_ARMS, LORA_ARMS, Arm, Config, StudentConfig
 from kdlora.configfile import build_config, merge
 from kdlora.errors import ConfigError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.settle import Chosen
 from kdlora.experiment.suitefile import Settings, SuiteConfig, configurations
+from kdlora.section import Section
 from kdlora.system.integrity import hash_json
 
 
@@ -68,7 +69,7 @@ class PlannedRun:
 
 @dataclass
 class Lesson:
-    """The distilled runs, and the `fft` runs of which the best teaches them; none of these where the teacher is given.
+    """The distilled runs, and the runs of which the best teaches them; none of these where the teacher is given.
 
     `labels`: the teacher has to read the training rows; not where a table says what it would say.
     """
@@ -124,6 +125,10 @@ class Plan:
                 placed.add(run.key)
         return list(lessons.values())
 
+    def teacher_arm(self, task: str, family: str) -> Arm:
+        """Name the arm that teaches on a task."""
+        return next((run.arm for run in self.teachers.get((task, family), ())), "fft")
+
     def cells_of(self, task: str, family: str) -> dict[str, Cell]:
         """Give the cells of a task and family, by arm."""
         return {cell.arm: cell for cell in self.cells if (cell.task, cell.family) == (task, family)}
@@ -143,7 +148,8 @@ def make_plan(suite: SuiteConfig, chosen: Mapping[tuple[str, str], Chosen] | Non
             for arm in suite.arms:
                 cells.append(Cell(task, family, arm, tuple(_runs(suite, task, family, arm, facts))))
             if set(suite.arms) & DISTILLED_ARMS:
-                candidates = tuple(_runs(suite, task, family, "fft", facts, teaching=True))
+                teacher = whole_config(suite, task, family).teacher_arm
+                candidates = tuple(_runs(suite, task, family, teacher, facts, teaching=True))
                 teachers[task, family] = candidates if suite.teacher == "best" else candidates[:1]
     return Plan(suite, tuple(cells), teachers)
 
@@ -193,7 +199,11 @@ def _unused_keys(config: Config, arm: Arm) -> list[str]:
     """Name the keys and sections that an arm does not use."""
     unused = ["family", "student.full_learning_rate" if arm in LORA_ARMS else "lora"]
     if arm not in DISTILLED_ARMS:  # perturbed copies are texts for the students of a teacher alone
-        unused += ["data.augment", "distil", *(["teacher.train", "teacher.seed"] if arm != "fft" else [])]
+        unused += [
+            "data.augment",
+            "distil",
+            *([] if arm in ("fft", config.teacher_arm) else ["teacher.train", "teacher.seed"]),
+        ]
     if arm in ("words", "fft"):
         unused += ["student"]
     elif arm == "lora":
@@ -219,7 +229,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 def _used_settings(settings: Settings, config: Config, arm: Arm) -> tuple[tuple[str, Any], ...]:
     """Keep the settings that the arm uses, with the values that the config made of them."""
-    unused = [*_unused_keys(config, arm), *(["teacher.train"] if arm != "fft" else [])]
+    unused = [*_unused_keys(config, arm), *([] if arm in ("fft", config.teacher_arm) else ["teacher.train"])]
     values = config.model_dump(mode="json")
     used = [key for key in settings if not any(f"{key}.".startswith(f"{one}.") for one in unused)]
     return tuple((key, functools.reduce(operator.getitem, key.split("."), values)) for key in used)

@@ -142,7 +142,7 @@ def make_plan(
     seconds = sum(one.runs * one.seconds for one in trainings) + (DEPLOY_SECONDS if config.export.benchmark else 0.0)
     if not labelled and set(seeds) & DISTILLED_ARMS and "teacher" in looks:
         read = rows["train"] + (rows.get("unlabelled", 0) if labels_unlabelled(config) else 0)
-        seconds += read * _row_seconds(config, looks, "fft") / processes
+        seconds += read * _row_seconds(config, looks, config.teacher_arm) / processes
     scored = splits_by_name(splits, scored=True)
     return ExperimentPlan(
         config,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from kdlora.config import DISTILLED_ARMS, Config
+from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Config
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import RunRecord, read_record
 from kdlora.experiment.jobs import Job, Outcome, record_failure
@@ -78,7 +78,7 @@ class Queue:
         else:
             assert outcome.record is not None  # a training always leaves one
             self.records[job.key] = outcome.record
-        if job.kind == "train" and job.arm == "fft":
+        if job.kind == "train" and job.arm in TEACHER_ARMS:
             for number, lesson in enumerate(self._lessons):
                 if any(one.key == job.key for one in lesson.candidates):
                     self._begin(number)
@@ -95,7 +95,7 @@ class Queue:
             folder = teacher.layout(self._root).teacher
             layout, mark = dataclasses.replace(layout, shared_teacher=folder), self._mark(teacher)
             if not self._ships:  # it reads texts as it was trained to
-                section = teacher.config.teacher.model_copy(update={"fine_tuned": str(folder)})
+                section = teacher.config.teacher.model_copy(update={"fine_tuned": str(folder), "tuning": "full"})
                 config = config.model_copy(update={"teacher": section})
         kind: Literal["train", "label"] = "train" if labels is None else "label"
         facts = self._facts[run.task]
@@ -111,7 +111,10 @@ class Queue:
         teacher = self._teachers[number] = self._best(lesson)
         if teacher is None and lesson.candidates:
             again = "the same command trains it again"
-            self._teach(number, f"there is no teacher: no fft run of {len(lesson.candidates)} finished; {again}")
+            self._teach(
+                number,
+                f"there is no teacher: no {lesson.candidates[0].arm} run of {len(lesson.candidates)} finished; {again}",
+            )
             return
         mark = self._mark(teacher)
         for run in lesson.students:  # taught by another teacher, or by an earlier training of this one

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from transformers.utils.logging import disable_progress_bar
 
-from kdlora.config import Arm, Config
+from kdlora.config import DISTILLED_ARMS, Arm, Config
 from kdlora.data.load import Splits
 from kdlora.data.spool import hash_columns
 from kdlora.distil.inference import hash_model, hash_tokenizer
@@ -132,6 +132,8 @@ def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Ar
             f"{count} unlabelled rows: the teacher labelled them, and the distilled arms learn from them too; the "
             "other student arms see the labelled rows alone, as often as it takes for the same optimiser steps",
         )
+    if arm in DISTILLED_ARMS | {config.teacher_arm} and config.teacher_arm == "lora":
+        notes.insert(0, "the teacher is tuned by adapters (teacher.tuning: lora), merged before it labels")
     on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     update = {"precision": precision, "device": "cpu" if on_cpu else str(torch.cuda.get_device_name())}
     return record.model_copy(update=update | {"started": now(), "notes": [*record.notes, *notes]})

@@ -106,16 +106,16 @@ class ExperimentResult:
 def plan_runs(config: Config) -> list[PlannedRun]:
     """Order the runs of an experiment: a bag of words, the teacher, the arms without it, then what it teaches.
 
-    The teacher is the `fft` run of `config.teacher_seed`. It is planned wherever a distilled arm needs it,
-    asked for or not, and never twice. A given teacher is one model, so it has one run; so has a bag of words.
+    The teacher is the run of `config.teacher_arm` and `config.teacher_seed`. It is planned wherever a distilled arm
+    needs it, asked for or not, and never twice. A given teacher is one model, so it has one run; so has a bag of words.
     """
     arms = sorted(config.run.arms, key=DISTILLED_ARMS.__contains__)  # a control can still speak against the teacher
     words = [PlannedRun("words", config.run.seeds[0], config)] if "words" in arms else []
     runs = [PlannedRun(arm, seed, config) for arm in arms if arm != "words" for seed in config.run.seeds]
     if config.given_teacher:
         return [*words, *(run for run in runs if run.arm != "fft" or run.seed == config.run.seeds[0])]
-    teacher = PlannedRun("fft", config.teacher_seed, config)
-    if "fft" in config.run.arms or set(config.run.arms) & DISTILLED_ARMS:
+    teacher = PlannedRun(config.teacher_arm, config.teacher_seed, config)
+    if config.teacher_arm in config.run.arms or set(config.run.arms) & DISTILLED_ARMS:
         return [*words, teacher, *(run for run in runs if run != teacher)]
     return [*words, *runs]
 
@@ -272,7 +272,7 @@ def _run_all(
 ) -> list[RunRecord]:
     """Carry out the runs that are left, as a suite of one cell whose weights are kept."""
     runs = plan_runs(config)
-    teachers = tuple(run for run in runs if (run.arm, run.seed) == ("fft", config.teacher_seed))
+    teachers = tuple(run for run in runs if (run.arm, run.seed) == (config.teacher_arm, config.teacher_seed))
     students = [run for run in runs if run.arm in DISTILLED_ARMS]
     lesson = Lesson(() if config.given_teacher else teachers, students, labels=not config.teacher.is_table)
     queue = Queue(runs, [lesson] if students else [], layout.root, {"": facts}, finished, ships=True)

@@ -27,7 +27,7 @@ from kdlora.evidence.predictions import Predictions, read_predictions, write_pre
 from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
 from kdlora.experiment.inputs import load_teacher, read_table
 from kdlora.experiment.recording import finish, splits_by_name
-from kdlora.experiment.settle import cut_at
+from kdlora.experiment.settle import cut_at, settings_for
 from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
 
@@ -220,11 +220,11 @@ def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequenc
     A control that is better, or a class of which it gets no row right; nothing else.
     """
     scores = {(one.arm, one.seed): one.score for one in records if one.status == "finished" and one.score is not None}
-    seed, taught = config.teacher_seed, TEACHER_ARMS | DISTILLED_ARMS
-    if (own := scores.get(("fft", seed))) is None:
+    arm, seed, taught = config.teacher_arm, config.teacher_seed, TEACHER_ARMS | DISTILLED_ARMS
+    if (own := scores.get((arm, seed))) is None:
         return []
     found = []
-    controls = [(one, arm) for (arm, _), one in scores.items() if arm not in taught]
+    controls = [(one, other) for (other, _), one in scores.items() if other not in taught]
     best, control = max(controls, key=lambda pair: pair[0], default=(own, ""))
     if best > own:
         below, name = "its student’s control", f"{control} without a teacher"
@@ -234,18 +234,19 @@ def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequenc
             f"The teacher is below {below}: on validation it has {own:.1f}, {name} {best:.1f}. What it teaches can "
             "then hardly help."
         )
-    place, task = layout.run("fft", seed).predictions, next(Task.from_dict(one.task) for one in records)
+    place, task = layout.run(arm, seed).predictions, next(Task.from_dict(one.task) for one in records)
     if place.exists() and (unknown := unknown_classes(task, read_predictions(place))):
         names = ", ".join(map(repr, unknown[:_SHOWN]))
         names += f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         found.append(
             f"The teacher gets no validation row of {names} right: it does not know what it would teach there."
         )
-    train, remedy = config.teacher.train, "Give another teacher, or ship the control."
+    train, remedy = settings_for(config, arm), "Give another teacher, or ship the control."
     if not config.given_teacher:
+        rate = "train.learning_rate" if arm == "fft" else "adapter_learning_rate"
         remedy = (
             f"Train the teacher longer (teacher.train.epochs, now {train.epochs:g}), at another rate "
-            f"(teacher.train.learning_rate, now {train.learning_rate:g}), or name another teacher.model."
+            f"(teacher.{rate}, now {train.learning_rate:g}), or name another teacher.model."
         )
     return [f"{sentence} {remedy}" for sentence in found]
 

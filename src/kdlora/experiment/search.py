@@ -69,7 +69,7 @@ class Search:
     def key(self, config: Config, arm: Arm) -> str:
         """Hash what decides a training's figures."""
         values: dict[str, Any] = identity(config) | {"arm": arm, "rows": self.rows}
-        values["seed"] = config.teacher_seed if arm == "fft" else config.run.seeds[0]
+        values["seed"] = config.teacher_seed if arm == config.teacher_arm else config.run.seeds[0]
         return hash_json(values)[:12]
 
 
@@ -152,7 +152,7 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None,
     check_installed("a search", "search")
     check_space(config, settings)
     students: list[Arm] = [arm for arm in STUDENT_ARMS if arm in config.run.arms]
-    arm = settings.arm or [*students, "fft"][0]
+    arm = settings.arm or [*students, config.teacher_arm][0]
     given, config = config, with_settings(config, {"run.arms": [arm]})
     folder = (Path(out) if out is not None else Path("runs") / f"{config.title()}-search").absolute()
     check_folder(folder, "search")
@@ -292,8 +292,9 @@ class Reporter:
 
 def _make_teacher(search: Search, config: Config, hear: Callable[[Any], None]) -> Path:
     """Give the teacher of a trial, made once for all trials with the same `teacher` section."""
-    made = reset_unused(config, "fft").model_copy(update={"data": config.data})  # it labels the copies of the texts too
-    key = search.key(made, "fft")
+    arm = config.teacher_arm
+    made = reset_unused(config, arm).model_copy(update={"data": config.data})  # it labels the copies of the texts too
+    key = search.key(made, arm)
     layout = ConfigurationLayout(search.folder / "teachers" / key, shared_folder=search.folder)
     layout.root.mkdir(parents=True, exist_ok=True)
     with FileLock(layout.root / ".lock"):  # another process that needs it waits

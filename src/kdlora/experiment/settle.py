@@ -46,14 +46,17 @@ Section = TypeVar("Section", bound=BaseModel)
 def settings_for(config: Config, arm: Arm) -> TrainConfig:
     """Return how an arm is trained.
 
-    `fft` follows `teacher.train`; all else, the teacher-size `lora` included, follows `student.train`, since the
-    paper searches one range for LoRA and KD-LoRA. Fully tuned students take `student.full_learning_rate`.
+    The teacher follows `teacher.train`; all else, a teacher-size `lora` that teaches nothing included, follows
+    `student.train`, since the paper searches one range for LoRA and KD-LoRA. Fully tuned students take
+    `student.full_learning_rate`.
     """
     if arm == "fft":
         return config.teacher.train
     train = config.student.train
     if arm == "lora":
-        return train.model_copy(update={"learning_rate": config.teacher.adapter_learning_rate or train.learning_rate})
+        rate = config.teacher.adapter_learning_rate or train.learning_rate
+        settings = config.teacher.train if config.teacher_arm == "lora" else train
+        return settings.model_copy(update={"learning_rate": rate})
     if arm in LORA_ARMS:
         return train
     head = config.teacher.train.head_learning_rate

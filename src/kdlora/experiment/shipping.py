@@ -33,22 +33,25 @@ def keep_weights(
     config: Config, layout: ExperimentLayout, task: Task, trained: Trained, arm: Arm, seed: int
 ) -> tuple[Encoder, list[Path]]:
     """Merge the adapter; keep what others need, the teacher, every adapter, every fully tuned student, and name it."""
-    place, encoder = layout.run(arm, seed), trained.encoder
+    place, encoder, kept = layout.run(arm, seed), trained.encoder, list[Path]()
     if arm in LORA_ARMS:
+        kept.append(place.adapter)
         with atomic_folder(place.adapter) as folder:
             save_adapter(trained.model, folder)
         if config.lora.init in MUTATING:  # the saved adapter is rounded otherwise than the trained one
-            return _merged(config, place, task, arm, seed)[0], [place.adapter]
-        encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
+            encoder = _merged(config, place, task, arm, seed)[0]
+        else:
+            encoder = dataclasses.replace(encoder, model=merge_student(trained.model))
     _describe(encoder, config, task, arm)
-    if arm in LORA_ARMS:
-        return encoder, [place.adapter]
-    if arm == "fft" and seed != config.teacher_seed:
-        return encoder, []
-    to = layout.teacher if arm == "fft" else place.model
-    with atomic_folder(to) as folder:
+    if (arm, seed) == (config.teacher_arm, config.teacher_seed):
+        kept.append(layout.teacher)
+    elif arm == "student-fft" or arm == "kd-fft":
+        kept.append(place.model)
+    else:
+        return encoder, kept
+    with atomic_folder(kept[-1]) as folder:
         save_encoder(encoder, folder)
-    return encoder, [to]
+    return encoder, kept
 
 
 def lacks_weights(layout: ExperimentLayout, arm: Arm, seed: int) -> bool:

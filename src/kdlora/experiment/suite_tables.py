@@ -86,7 +86,7 @@ def _lead(figures: SuiteFigures) -> Prose:
     failed = statuses.count("failed")
     told = f"{len(statuses) - failed:,} of {len(runs):,} runs finished" + (f", {failed:,} failed" if failed else "")
     sides = [
-        [figures.median(row, family, arm) for arm in ("kd-lora", "fft")]
+        [figures.median(row, family, arm) for arm in ("kd-lora", figures.plan.teacher_arm(row.task, family))]
         for row in figures.rows
         for family in figures.plan.suite.families
     ]

@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from kdlora.config import LORA_ARMS, Arm, GlueName, Section
+from kdlora.config import LORA_ARMS, Arm, GlueName
 from kdlora.configfile import absolute_paths, assign, describe_faults, merge, read_mapping
 from kdlora.defaults import FAMILIES
 from kdlora.errors import ConfigError, did_you_mean
 from kdlora.searchconfig import Resources
+from kdlora.section import Section
 
 Settings = dict[str, Any]
 Axes = tuple[tuple[Settings, ...], ...]

@@ -22,10 +22,9 @@ from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.inputs import load_base, stored_logits
 from kdlora.experiment.recording import hash_splits, prepare_process
 from kdlora.experiment.settle import Chosen, choose
+from kdlora.experiment.shipping import keep_weights
 from kdlora.experiment.stages import label_splits, train_splits
-from kdlora.models.encoders import save_encoder
 from kdlora.searchconfig import SearchConfig
-from kdlora.system.storage import atomic_folder
 
 
 class TrialStoppedError(Exception):
@@ -79,11 +78,9 @@ def make_teacher(config: Config, search: SearchConfig, layout: ExperimentLayout,
     prepare_process(config)
     splits, seed = load_held_out(config, search, layout.copies), config.teacher_seed
     if not config.given_teacher and not layout.teacher.exists():
-        encoder = load_base(config, "fft", seed, splits.task)
-        trained = train_splits(config, layout, splits, encoder, "fft", seed, send)
-        trained.encoder.model.config.kdlora_task = splits.task.to_dict()
-        with atomic_folder(layout.teacher) as folder:
-            save_encoder(trained.encoder, folder)
+        encoder = load_base(config, config.teacher_arm, seed, splits.task)
+        trained = train_splits(config, layout, splits, encoder, config.teacher_arm, seed, send)
+        keep_weights(config, layout, splits.task, trained, config.teacher_arm, seed)
     label_splits(config, layout, splits, send)
 
 

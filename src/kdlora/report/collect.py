@@ -85,6 +85,11 @@ class Experiment:
         return choose_student(self.task, [run for run in self.runs if run.score(self.split) is not None])
 
     @property
+    def teacher_arm(self) -> str:
+        """The arm that teaches: `fft`, or `lora` where the teacher is tuned by adapters."""
+        return self.runs[0].record.teacher_arm
+
+    @property
     def student_arm(self) -> str | None:
         """The arm that ships; None where no student run has finished with a score."""
         return None if self.choice is None else self.choice.arm

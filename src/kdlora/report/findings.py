@@ -107,7 +107,8 @@ def _same_seeds(first: Sequence[Run], second: Sequence[Run]) -> list[list[Run]]:
 
     Runs without a seed in common are independent, so they are paired in their order.
     """
-    if any(len(runs) == 1 and runs[0].record.arm not in (*STUDENT_ARMS, "lora") for runs in (first, second)):
+    lone = [runs[0].record for runs in (first, second) if len(runs) == 1]
+    if any(one.arm == one.teacher_arm or one.arm not in (*STUDENT_ARMS, "lora") for one in lone):
         return [list(first), list(second)]
     one, other = ({run.record.seed: run for run in runs} for runs in (first, second))
     common = [seed for seed in one if seed in other]
@@ -263,7 +264,8 @@ def _teacher(finished: Sequence[Run]) -> str:
     known = [(arm, score) for arm, score in own if score is not None]
     means = {name: float(np.mean([score for arm, score in known if arm == name])) for name in dict(known)}
     best = max((arm for arm in means if arm in STUDENT_ARMS), key=lambda arm: means[arm], default=None)
-    if "fft" not in means or best is None or (gap := means[best] - means["fft"]) < 0.05:
+    teacher = finished[0].record.teacher_arm
+    if teacher not in means or best is None or (gap := means[best] - means[teacher]) < 0.05:
         return ""
     below = f"; on {split} the teacher is {gap:.1f} points below {best}"
     return (

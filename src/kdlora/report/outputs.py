@@ -44,7 +44,7 @@ def error_blocks(experiment: Experiment, mark: str) -> list[Block]:
     arm, task = experiment.student_arm, experiment.task
     if arm is None:
         return []
-    student, teacher = _outputs(experiment, arm), _outputs(experiment, "fft")
+    student, teacher = _outputs(experiment, arm), _outputs(experiment, experiment.teacher_arm)
     if student is None:
         return [Paragraph("No predictions were kept, so there is nothing to show here.", "note")]
     if task.kind == "regression":
@@ -230,8 +230,8 @@ def example_blocks(experiment: Experiment) -> list[Block]:
 
 
 def _disagreements(experiment: Experiment, arm: str) -> list[Quotation]:
-    """Quote where the first `fft` run with predictions, and the mean over the shipped arm's seeds, differ most."""
-    teachers, students = (experiment.predictions(name) for name in ("fft", arm))
+    """Quote where the teacher's first run with predictions, and the mean over the shipped arm's seeds, differ most."""
+    teachers, students = (experiment.predictions(name) for name in (experiment.teacher_arm, arm))
     aligned = align([teachers[0], *students]) if teachers and students and experiment.examples else None
     if aligned is None:
         return []

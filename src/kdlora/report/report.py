@@ -94,7 +94,7 @@ def make_report(folders: Sequence[Path | str], *, out: Path | str | None = None,
 
 
 def _joint_answer(experiments: Sequence[Experiment]) -> Prose:
-    found = [retention(one, one.student_arm, "fft") for one in experiments if one.student_arm is not None]
+    found = [retention(one, one.student_arm, one.teacher_arm) for one in experiments if one.student_arm is not None]
     kept = [value.mean for value in found if value is not None]
     if not kept:
         return Prose(
@@ -201,14 +201,14 @@ def opening(experiment: Experiment, comparisons: Sequence[Comparison], href: str
 
 
 def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[str, object]:
-    arm = experiment.student_arm
+    arm, taught_by = experiment.student_arm, experiment.teacher_arm
     facts: dict[str, object] = {
         "arm": arm,
         "name": experiment.name,
         "split": experiment.split,
         "faults": experiment.faults,
         "unfinished": [run.record for run in experiment.unfinished],
-        "teacher": experiment.score("fft"),
+        "teacher": experiment.score(taught_by),
         "words": experiment.score("words"),
         "score": experiment.score(arm) if arm else None,
         "most_seeds": max((len(experiment.finished(one)) for one in experiment.arms), default=0),
@@ -220,7 +220,9 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         "intervals": INTERVALS,
     }
     others: dict[str, float] = {
-        one: score.mean for one in ("lora", *STUDENT_ARMS) if (score := experiment.score(one)) is not None
+        one: score.mean
+        for one in ("lora", *STUDENT_ARMS)
+        if one != taught_by and (score := experiment.score(one)) is not None
     }
     facts |= {"others": others, "best": max(others, key=others.__getitem__, default=None)}
     if experiment.choice is not None:
@@ -230,10 +232,11 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         seeds = len(experiment.finished(arm))
         metric = f"{score_title(experiment.task.metrics)} on {experiment.split}"
         facts["scored"] = f"{metric}, {'one seed' if seeds == 1 else f'{seeds} seeds'}"
-        facts["kept"] = retention(experiment, arm, "fft")
-        facts["teacher_model"] = next((model_title(run.record.model) for run in experiment.finished("fft")), "")
+        facts["kept"] = retention(experiment, arm, taught_by)
+        title = next((model_title(run.record.model) for run in experiment.finished(taught_by)), "")
+        facts["teacher_model"] = f"{title} (LoRA)" if title and taught_by == "lora" else title
         costs = ((PARAMETERS, "fewer", "parameters"), (TIME, "less", "time per text"))
-        facts["savings"] = [(saving(experiment, cost, arm=arm, than="fft"), *words) for cost, *words in costs]
+        facts["savings"] = [(saving(experiment, cost, arm=arm, than=taught_by), *words) for cost, *words in costs]
     return facts
 
 
@@ -251,17 +254,21 @@ def _constant_seeds(experiment: Experiment) -> list[str]:
 
 def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str) -> Tiles | None:
     """Collect the figures that decide, each beside what it is compared with; None without a student."""
-    arm = experiment.student_arm
+    arm, taught_by = experiment.student_arm, experiment.teacher_arm
     if arm is None:
         return None
-    score, teacher, kept = experiment.score(arm), experiment.score("fft"), retention(experiment, arm, "fft")
+    score, teacher, kept = (
+        experiment.score(arm),
+        experiment.score(taught_by),
+        retention(experiment, arm, taught_by),
+    )
     if kept is None or kept.mean > 100:  # there is nothing to keep of
         tiles = [Tile("Score", plus_minus(score), score_title(experiment.task.metrics), href)]
     else:
         share = f"{plus_minus(score)} of {plus_minus(teacher)}"
         tiles = [Tile("Score kept", plus_minus(kept, unit="%"), share, href)]
     for label, cost in (("Parameters", PARAMETERS), ("Time per text", TIME), ("Training memory", MEMORY)):
-        one, whole = (cost.mean(experiment.finished(name)) for name in (arm, "fft"))
+        one, whole = (cost.mean(experiment.finished(name)) for name in (arm, taught_by))
         if one is not None:
             less = "fewer" if cost is PARAMETERS else "less"
             detail = f"{change(whole, one, less)} than the teacher’s {cost.write(whole)}" if whole else ""

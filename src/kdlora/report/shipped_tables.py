@@ -113,7 +113,7 @@ def _plots(experiment: Experiment, shipped: Shipped, mark: str) -> list[Block | 
 def _style(experiment: Experiment, model: ModelFigures, number: int) -> Style:
     """Give teacher and student the look of their arms, the exports one of their own."""
     if model.name == TEACHER:
-        return arm_style("fft")
+        return arm_style(experiment.teacher_arm)
     if model.backend == "onnx" or model.precision == "int8":
         return Style(4 if model.precision == "int8" else 3)
     is_student = model.name == "student" and experiment.student_arm is not None

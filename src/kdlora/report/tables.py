@@ -138,7 +138,7 @@ def joint_table(experiments: Sequence[Experiment], base: Path) -> Table:
     for number, one in enumerate(experiments, start=1):
         links = Links(base, f"e{number}-runs")
         cells = [Cell(plus_minus(one.score(arm)), links.to_all(one.finished(arm))) for arm in arms]
-        kept = retention(one, one.student_arm, "fft") if one.student_arm else None
+        kept = retention(one, one.student_arm, one.teacher_arm) if one.student_arm else None
         rows.append((one.name, *cells, links.derived(plus_minus(kept, unit="%"))))
     if len({one.task.name or one.name for one in experiments}) == len(experiments):
         ours = [[score.mean if (score := one.score(arm)) else None for one in experiments] for arm in arms]
@@ -147,7 +147,7 @@ def joint_table(experiments: Sequence[Experiment], base: Path) -> Table:
             theirs = [published_scores(one.task.name).get("bert", {}) for one in experiments]
             means = [mean_of([scores.get(arm) for scores in theirs]) for arm in arms]
             rows.append((*published_row("BERT, same tasks", means), "–"))
-    columns = ("experiment", *map(arm_title, arms), "kept of FFT")
+    columns = ("experiment", *map(arm_title, arms), "kept of the teacher")
     return Table("Scores, 0 to 100", columns, tuple(rows), note=SEEDS_NOTE)
 
 

@@ -214,7 +214,7 @@ def _labels(folder: Path, config: dict[str, Any]) -> tuple[FolderKind, tuple[str
 
 def _position_limit(folder: Path, config: dict[str, Any]) -> int | None:
     """Count the tokens that fit the position table; None where the model has no table."""
-    positions = config.get("max_position_embeddings")
+    positions = config.get("max_position_embeddings", config.get("n_positions"))  # the second in GPT-2
     if not isinstance(positions, int) or not 1 <= positions < _ENDLESS:
         return None
     if config.get("model_type") in _OFFSET_POSITIONS:

@@ -44,7 +44,8 @@ docs: $(VENV)/.dev  ## write the pages that are generated from the code
 site: $(VENV)/.dev  ## build the documentation site into build/site, and serve it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-check-docs: $(VENV)/.dev  ## run every command, snippet, example and notebook of the documentation
+check-docs: $(VENV)/.dev  ## check the words of the documentation; run its commands, snippets, examples and notebooks
+	$(BIN)/python docs/readability.py
 	$(BIN)/python -m pytest -m docs -n auto tests/docs
 
 picture: $(VENV)/.dev  ## draw the README's picture anew, from the demo's records

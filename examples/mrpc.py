@@ -2,7 +2,7 @@
 
     python examples/mrpc.py [OUT]
 
-On a GPU a few minutes; on two CPU cores some hours (`--set` of the command line shortens it: see configs/mrpc.yaml).
+On a GPU this takes some minutes, on two CPU cores some hours. `kdlora run configs/mrpc.yaml --dry-run` estimates the time.
 """
 
 import sys
@@ -11,6 +11,7 @@ from kdlora import build_config, live_progress, run_experiment
 
 config = build_config(
     {
+        "recipe": "paper",
         "family": "bert",
         "task": {"name": "mrpc"},
         "data": {"path": "nyu-mll/glue"},

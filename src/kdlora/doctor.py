@@ -114,7 +114,7 @@ def _device() -> tuple[str, int | None]:
         traits = torch.cuda.get_device_properties(0)
         more = f", and {torch.cuda.device_count() - 1} more" if torch.cuda.device_count() > 1 else ""
         return f"cuda: {traits.name}, {traits.total_memory / 2**30:.1f} GiB{more}", threads
-    return "mps" if torch.backends.mps.is_available() else "cpu", threads
+    return "cpu (Apple's mps is not used)" if torch.backends.mps.is_available() else "cpu", threads
 
 
 def _free_memory() -> float | None:

@@ -2,7 +2,7 @@
 
     python examples/mrpc.py [OUT]
 
-On a GPU this takes some minutes, on two CPU cores some hours. `kdlora run configs/mrpc.yaml --dry-run` estimates the time.
+On a GPU this takes some minutes, on two CPU cores some hours: `kdlora run configs/mrpc.yaml --dry-run` estimates it.
 """
 
 import sys

@@ -94,7 +94,7 @@ def test_it_opens_with_the_answer_in_one_sentence(reviews):
         r"The distilled student \(kd-lora\) was shipped: on validation it is better than the student without a teacher "
         r"\(student-lora\) by \d\.\d points \(95% interval \+\d\.\d to \+\d\.\d; n = 3\)\. "
         r"It keeps \d+\.\d ± \d\.\d% of bert-base-uncased’s score \(\d+\.\d ± \d\.\d of \d+\.\d ± \d\.\d; "
-        r"accuracy on validation, 3 seeds\) with 39% fewer parameters and \d+% less time per text; distillation adds "
+        r"accuracy on validation, 3 seeds\) with 39% fewer parameters and \d+% less time per text\. Distillation adds "
         r"\+\d\.\d points over the same student without a teacher \(95% interval \+\d\.\d to \+\d\.\d; n = 3\)\."
     )
     assert re.fullmatch(pattern, opening)
@@ -104,7 +104,7 @@ def test_it_opens_with_the_answer_in_one_sentence(reviews):
     assert f"({mean['kd-lora']:.1f} ± " in opening
     assert f" of {mean['fft']:.1f} ± " in opening
     assert f"It keeps {sum(100 * score / mean['fft'] for score in scores['kd-lora']) / 3:.1f} ± " in opening
-    assert f"distillation adds +{mean['kd-lora'] - mean['student-lora']:.1f} points" in opening
+    assert f"Distillation adds +{mean['kd-lora'] - mean['student-lora']:.1f} points" in opening
     assert report.paths == (layout.report_md, layout.report_html)
     assert report.paths[0].read_text(encoding="utf-8") == report.markdown
 
@@ -113,11 +113,11 @@ def test_a_teacher_below_its_student_is_called_out(reviews, tmp_path, monkeypatc
     """A share of 105% reads like success; it is a teacher that nobody trained to its end."""
     monkeypatch.setitem(fabricate._NOISE, "fft", 0.8)
     report = _report(make_experiment(tmp_path / "weak").root)
-    assert "It may be half trained" in report.html
+    assert "It may need longer training" in report.html
     said = r"; n = 3\); on validation the teacher is \d\d\.\d points below kd-lora: it needs longer training, see docs"
     assert re.search(said, _opening(report))
     assert re.search(r"It scores \d\d\.\d ± \d\.\d against \d\d\.\d ± \d\.\d of bert-base", _opening(report))  # no 105%
-    assert "half trained" not in reviews[1].html
+    assert "may need longer training" not in reviews[1].html
     assert "below" not in _opening(reviews[1])
 
 
@@ -125,7 +125,7 @@ def test_one_seed_gives_no_verdict(tmp_path):
     """A single seed must not look like evidence."""
     opening = _opening(_report(make_experiment(tmp_path / "reviews", seeds=(0,)).root))
     assert re.search(
-        r"distillation makes a difference of \+\d\.\d points .*95% interval over rows .*; one seed: no v", opening
+        r"Distillation makes a difference of \+\d\.\d points .*95% interval over rows .*; one seed: no v", opening
     )
     assert not re.search("±| adds | costs | better ", opening)
 
@@ -138,7 +138,7 @@ def test_a_better_student_without_a_teacher_ships_and_opens_the_report(tmp_path,
     pattern = (
         r"The student without a teacher \(student-lora\) was shipped: on validation it is better than the distilled "
         r"student \(kd-fft\) by \d\.\d points \(95% interval \+\d\.\d to \+\d\.\d; n = 3\).*"
-        r"distillation costs \d+\.\d points"
+        r"Distillation costs \d+\.\d points"
     )
     assert re.match(pattern, opening)
 
@@ -156,9 +156,9 @@ def test_an_arm_that_is_neither_teacher_nor_student_is_shown_and_never_shipped(t
 @pytest.mark.parametrize(
     ("arms", "expected"),
     [
-        (("fft", "kd-lora"), "what distillation adds is not known, for lack of a student without a teacher"),
+        (("fft", "kd-lora"), "What distillation adds is not known, since there is no student without a teacher"),
         (("kd-lora", "student-lora"), "accuracy on validation, 3 seeds; its teacher’s own score is not available)"),
-        (("fft", "student-lora"), "no distilled student was run beside it"),
+        (("fft", "student-lora"), "No distilled student was run"),
         (("student-fft",), "it is the only student with a score. It scores"),
         (("fft", "lora"), "There is no answer yet: no student run of reviews has finished (the teacher scores"),
     ],
@@ -190,7 +190,7 @@ def test_no_gain_is_not_called_a_gain(tmp_path):
     for seed in range(3):
         shutil.copy(layout.run("kd-lora", seed).predictions, layout.run("student-lora", seed).predictions)
     opening = _opening(_report(layout.root))
-    assert "distillation makes a difference of 0.0 points" in opening
+    assert "Distillation makes a difference of 0.0 points" in opening
     assert "it includes zero, so no gain is shown" in opening
 
 
@@ -344,7 +344,9 @@ def test_missing_and_damaged_predictions_cost_their_parts_only(tmp_path):
     layout.run("fft", 0).predictions.write_bytes(b"PAR1 broken")
     report = _report(layout.root)
     text = _plain(report.html)
-    assert "kd-lora, seed 1: predictions.parquet is missing. The parts that need them leave that run out." in text
+    assert (
+        "kd-lora, seed 1: predictions.parquet is missing. Tables and plots that need them leave that run out." in text
+    )
     assert "fft, seed 0: its predictions cannot be read" in text
     assert "accuracy on validation, 3 seeds" in _opening(report)
     assert "95% interval" in _opening(report)

@@ -30,8 +30,8 @@ def deferral_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
             Paragraph(f"{file.name} cannot be read ({fault.error_count()} faults); run kdlora defer again.", "warning")
         ]
     told = (
-        "Below the threshold of its file a model gives no label. Of the labels that it gives, at most "
-        f"{found.error:.1%} are wrong, with {found.confidence:.0%} confidence."
+        "A model gives no label where it is less sure than the threshold of its file. Of the labels that it gives, "
+        f"at most {found.error:.1%} are wrong, with {found.confidence:.0%} confidence."
     )
     if not any(model.promise for model in found.models):
         told = "Nothing can be promised, so every text is answered."
@@ -39,7 +39,9 @@ def deferral_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
 
 
 def _table(found: Deferral) -> Table:
-    left_out = f" {found.known} rows were left out: their texts were trained or validated on." if found.known else ""
+    left_out = (
+        f" {found.known} rows were left out, since their texts are training or validation texts." if found.known else ""
+    )
     reasons = dict.fromkeys(f" {model.name}: {model.reason}." for model in found.models if model.reason)
     columns = {
         "model": lambda model: _title(model.name),

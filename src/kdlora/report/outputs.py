@@ -94,7 +94,7 @@ def _confusion_plot(outputs: Outputs, identity: str) -> Figure:
         axes.set_yticks(range(task.num_labels), names)
 
     right = "; ".join(f"{name} {100 * shares[row, row]:.0f}%" for row, name in enumerate(task.label_names))
-    description = f"Share of each label's rows that is decided rightly: {right}."
+    description = f"Share of each label's rows that is predicted correctly: {right}."
     caption, bottom = f"Each row adds up to 100%. {outputs.told}", 150 if crowded else 50
     frame = Frame(290 + bottom, left=140, bottom=bottom)
     return draw(paint, f"Confusion matrix of {outputs.name}", description, identity, caption=caption, frame=frame)
@@ -200,10 +200,7 @@ def _calibration_plot(arms: Sequence[Outputs], identity: str) -> Figure:
         axes.set(xlabel="confidence of the decision", ylabel="share of right decisions")
 
     said = "; ".join(f"{arm.name} {error}%" for arm, error in zip(arms, errors, strict=True))
-    caption = (
-        "On the line, a model is right as often as it is sure. "
-        "Marks grow with the share of decisions; bins of width 0.1."
-    )
+    caption = "On the line, confidence equals accuracy. Marks grow with the share of decisions; bins of width 0.1."
     description = f"Expected calibration error: {said}."
     return draw(paint, "Calibration", description, identity, caption=caption, frame=Frame(360))
 
@@ -225,7 +222,7 @@ def example_blocks(experiment: Experiment) -> list[Block]:
         "multi-label": "the largest difference in the probability of a label",
         "regression": "the difference of their predictions",
     }[experiment.task.kind]
-    told = f"Ordered by {measure}. Some of these are wrong labels: look before training on."
+    told = f"Ordered by {measure}. Some of these are wrong labels: check them."
     return [Paragraph(told), Quotations(tuple(found))]
 
 

@@ -15,7 +15,7 @@ from kdlora.report.page import html_table
 TEACHER = "teacher"
 """Name of the teacher in a benchmark."""
 
-_RERUN = "Delete .deployed in the experiment's folder and run the same command again, which makes the file anew."
+_RERUN = "Delete .deployed in the experiment's folder and run the same command again to write the file."
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

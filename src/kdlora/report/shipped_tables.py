@@ -155,7 +155,7 @@ def _stage_table(export: Export, stages: list[Parity], href: str) -> Table:
         f"Quantisation: {export.recipe}." if export.recipe else "",
         f"Fused operators: {fused}." if fused else "",
         f"Opset {export.opset}." if export.opset is not None else "",
-        "Every stage is held to the one named, on the same texts; scores are of the labelled rows among them.",
+        "Each stage is compared with the one named, on the same texts. Scores are of the labelled rows among them.",
     ]
     return Table.of(
         "The export, stage by stage",
@@ -198,6 +198,6 @@ def _calibration_table(found: Calibration) -> Table:
     columns = ("", "temperature", "expected calibration error", "log loss (nats)")
     told = (
         f"Fitted on {found.rows:,} validation rows and measured on the same, so “after” is a little too good. "
-        "Ten bins. Logits are divided by the temperature: above 1, the student was too sure. Decisions stay the same."
+        "Ten bins. Logits are divided by the temperature: above 1, the student was too sure. Predictions stay the same."
     )
     return Table("Calibration of the shipped student", columns, rows, note=told, compact=True)

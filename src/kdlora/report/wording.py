@@ -11,14 +11,14 @@ from kdlora.evidence.stats import Difference, MeanSd
 MINUS = "−"
 
 INTERVALS = (
-    "Intervals are over rows and seeds: a paired bootstrap over examples, drawn jointly for both arms and all seeds, "
-    "plus the variance of the seed-paired differences (t with Satterthwaite’s degrees of freedom). With one seed they "
-    "are over rows alone, and there is no verdict."
+    "Intervals are over rows and seeds. The part of the rows is a paired bootstrap, drawn jointly for both arms and all "
+    "seeds. The part of the seeds is the variance of the seed-paired differences (t with Satterthwaite’s degrees of "
+    "freedom). With one seed, intervals are over rows alone, and there is no verdict."
 )
 """What an interval says, below every table that has one."""
 
 ARMS = {
-    "words": ("bag of words", "no transformer at all: TF-IDF of words and characters with a linear model, one seed"),
+    "words": ("bag of words", "no transformer: a linear model on TF-IDF of words and characters, one seed"),
     "fft": ("FFT", "the teacher, all weights tuned"),
     "lora": ("LoRA", "a model of the teacher's size with adapters"),
     "kd-lora": ("KD-LoRA", "the student with adapters, taught by the teacher"),

@@ -301,7 +301,7 @@ class RunConfig(Section):
 
 
 class ExportConfig(Section):
-    """The export of the shipped student. It needs the extra `onnx`."""
+    """The export of the shipped student."""
 
     formats: tuple[Literal["onnx", "onnx-int8"], ...] = ("onnx", "onnx-int8")
     """Files in `student-onnx/`: fp32 and dynamic int8. An empty list exports nothing."""

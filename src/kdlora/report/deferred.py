@@ -39,9 +39,7 @@ def deferral_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
 
 
 def _table(found: Deferral) -> Table:
-    left_out = (
-        f" {found.known} rows were left out, since their texts are training or validation texts." if found.known else ""
-    )
+    left_out = f" {found.known} rows were left out: these are training or validation texts." if found.known else ""
     reasons = dict.fromkeys(f" {model.name}: {model.reason}." for model in found.models if model.reason)
     columns = {
         "model": lambda model: _title(model.name),

@@ -11,9 +11,9 @@ from kdlora.evidence.stats import Difference, MeanSd
 MINUS = "−"
 
 INTERVALS = (
-    "Intervals are over rows and seeds. The part of the rows is a paired bootstrap, drawn jointly for both arms and all "
-    "seeds. The part of the seeds is the variance of the seed-paired differences (t with Satterthwaite’s degrees of "
-    "freedom). With one seed, intervals are over rows alone, and there is no verdict."
+    "Intervals are over rows and seeds. The part of the rows is a paired bootstrap, drawn jointly for both arms and "
+    "all seeds. The part of the seeds is the variance of the seed-paired differences (t with Satterthwaite’s degrees "
+    "of freedom). With one seed, intervals are over rows alone, and there is no verdict."
 )
 """What an interval says, below every table that has one."""
 

@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from kdlora.config import LoraConfig
+from kdlora.config import LoraSettings
 from kdlora.data.batches import PAD_MULTIPLE, LengthBucketSampler, Tokenised
 from kdlora.data.tasks import GLUE
 from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
@@ -95,7 +95,7 @@ def build_model(size: Size, rank: int | None, *, device: str = "cpu") -> tuple[n
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary), pad_token="[PAD]", unk_token="[UNK]")
     encoder = Encoder(model.eval(), tokenizer, fresh, size.title)
     with torch.device(device):
-        return model if rank is None else add_adapter(encoder, LoraConfig(rank=rank), seed=0), encoder
+        return model if rank is None else add_adapter(encoder, LoraSettings(rank=rank), seed=0), encoder
 
 
 def count(size: Size, rank: int | None = None) -> ParameterCounts:

@@ -33,7 +33,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from kdlora.config import DataConfig, DistilConfig, LoraConfig, StudentTrainConfig, TaskConfig, TeacherTrainConfig
+from kdlora.config import DataConfig, DistilConfig, LoraSettings, StudentTrainConfig, TaskConfig, TeacherTrainConfig
 from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_splits
 from kdlora.defaults import RECIPES
@@ -141,7 +141,7 @@ def ours(work: Work, source: str = "student", recipe: str = "", *, lora: bool = 
         epochs=50, batch_size=BATCH, dropout=keys.get("student", {}).get("train", {}).get("dropout")
     )
     rows = [tokenise(part, encoder.tokenizer, work.max_length) for part in (train, splits.validation)]
-    model = add_adapter(encoder, LoraConfig(**keys.get("lora", {})), seed=0) if lora else encoder.model
+    model = add_adapter(encoder, LoraSettings(**keys.get("lora", {})), seed=0) if lora else encoder.model
     with tempfile.TemporaryDirectory() as folder:
         chosen = TrainingOptions(Path(folder), distil=distil, callbacks=[Budget(work.seconds)])
         outcome = train_model(model, encoder.tokenizer, *rows, splits.task, settings, chosen)

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from kdlora.config import Config, DistilConfig, LoraConfig, StudentTrainConfig, TaskConfig
+from kdlora.config import Config, DistilConfig, LoraSettings, StudentTrainConfig, TaskConfig
 from kdlora.configfile import build_config, load_config, save_config
 from kdlora.errors import ConfigError
 
@@ -166,7 +166,7 @@ def test_a_recipe_fills_in_what_is_not_set():
     changed = build_config({**MINIMAL, "student": {"train": {"learning_rate": 1e-3}}}, ["recipe=paper-tuned"])
     assert (changed.student.train.epochs, changed.student.train.learning_rate) == (10, 1e-3)
     # The paper's are what the keys' own defaults are: a baseline that drifts with the product is none.
-    assert (paper.student.train, paper.lora, paper.distil) == (StudentTrainConfig(), LoraConfig(), DistilConfig())
+    assert (paper.student.train, paper.lora, paper.distil) == (StudentTrainConfig(), LoraSettings(), DistilConfig())
     assert (paper.student.train.epochs, paper.student.train.learning_rate, paper.data.augment) == (5, 5e-4, 0)
     assert (paper.lora.targets, paper.lora.rank, paper.lora.alpha) == ("query-value", 8, 16)
     assert (paper.distil.loss, paper.distil.alpha, paper.distil.temperature) == ("kl", 0.5, 2.0)

@@ -34,6 +34,13 @@ def test_an_unknown_name_says_so():
         _ = kdlora.run_experimentt
 
 
+def test_the_old_name_of_the_adapters_settings_works_and_warns():
+    """A script that was written for 0.1 breaks at its import, or goes on without a word until the name is gone."""
+    with pytest.warns(DeprecationWarning, match="called kdlora.LoraSettings now"):
+        from kdlora import LoraConfig
+    assert LoraConfig is kdlora.LoraSettings
+
+
 @pytest.mark.parametrize(
     "code",
     [

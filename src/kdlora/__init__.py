@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         Config as Config,
         DataConfig as DataConfig,
         DistilConfig as DistilConfig,
-        LoraConfig as LoraConfig,
+        LoraSettings as LoraSettings,
         StudentTrainConfig as StudentTrainConfig,
         TaskConfig as TaskConfig,
         TeacherTrainConfig as TeacherTrainConfig,
@@ -81,6 +81,13 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("kdlora")
+    if name == "LoraConfig":
+        importlib.import_module("warnings").warn(
+            "kdlora.LoraConfig is called kdlora.LoraSettings now, for PEFT has a LoraConfig of its own",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        name = "LoraSettings"
     if name not in _HOMES:
         raise AttributeError(f"module 'kdlora' has no attribute {name!r}")
     from kdlora.extras import extras_named

@@ -227,7 +227,7 @@ class StudentConfig(Section):
         return self
 
 
-class LoraConfig(Section):
+class LoraSettings(Section):
     """The adapters (LoRA, through PEFT)."""
 
     rank: int = Field(default=8, ge=1, le=8192)
@@ -335,7 +335,7 @@ class Config(Section):
     data: DataConfig
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
-    lora: LoraConfig = LoraConfig()
+    lora: LoraSettings = LoraSettings()
     distil: DistilConfig = DistilConfig()
     run: RunConfig = RunConfig()
     export: ExportConfig = ExportConfig()

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from deploy_folders import TEXTS
-from kdlora.config import LoraConfig
+from kdlora.config import LoraSettings
 from kdlora.data.tasks import Task
 from kdlora.deploy import benchmark as module
 from kdlora.deploy.benchmark import benchmark
@@ -64,7 +64,7 @@ def test_table_and_plot(result, tmp_path):
 def test_an_adapter_that_is_not_merged_is_refused(tmp_path, tiny_model_folder):
     """Prevents the known misleading benchmark: an adapter runs up to half slower before it is merged."""
     encoder = load_encoder(str(tiny_model_folder("bert")), TASK, seed=0)
-    save_adapter(add_adapter(encoder, LoraConfig(), seed=0), tmp_path / "adapter")
+    save_adapter(add_adapter(encoder, LoraSettings(), seed=0), tmp_path / "adapter")
     with pytest.raises(ModelError, match=r"an adapter of the base .* Merge it first.*unmerged adapters are slower"):
         benchmark([tmp_path / "adapter"], TEXTS, **QUICK)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from kdlora.config import DistilConfig, LoraConfig, TrainConfig
+from kdlora.config import DistilConfig, LoraSettings, TrainConfig
 from kdlora.data.batches import Tokenised, tokenise
 from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits, join_unlabelled
@@ -114,7 +114,7 @@ def make_setup(tiny_model_folder) -> Callable[..., Setup]:
         encoder = load_encoder(str(tiny_model_folder(family)), task, seed=1)
         model: Any = encoder.model
         if lora:
-            model = add_adapter(encoder, LoraConfig(dropout=0.1 if dropout is None else dropout), seed=1)
+            model = add_adapter(encoder, LoraSettings(dropout=0.1 if dropout is None else dropout), seed=1)
         if dropout is not None:
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
@@ -157,7 +157,7 @@ def make_model(tiny_model_folder) -> Callable[..., Any]:
 
     def make(family: str = "bert", rate: float = 0.0, **lora: Any) -> Any:
         encoder = load_encoder(str(tiny_model_folder(family)), TASKS["single-label"], seed=1)
-        model = add_adapter(encoder, LoraConfig(dropout=rate, **lora), seed=1)
+        model = add_adapter(encoder, LoraSettings(dropout=rate, **lora), seed=1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from interruptions import CutAfter, PowerCutError, SaveAt, assert_resumes, assert_same_bits, weights
 
-from kdlora.config import DistilConfig, LoraConfig
+from kdlora.config import DistilConfig, LoraSettings
 from kdlora.distil import precision
 from kdlora.distil.resume import (
     CheckpointFolder,
@@ -143,17 +143,17 @@ def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog, file,
         ({"precision": "bf16"}, "the number format"),
         ({"distil": DistilConfig(alpha=0.4)}, "the distillation settings"),
         ({"lora": False}, "the model or its initial weights"),
-        ({"adapter": LoraConfig(alpha=32.0)}, "the adapter's settings"),  # its scale is in no weight
+        ({"adapter": LoraSettings(alpha=32.0)}, "the adapter's settings"),  # its scale is in no weight
         ({"rows": 40}, "the training rows or their teacher logits"),
     ],
 )
 def test_checkpoints_of_another_training_are_refused(make_setup, tmp_path, change, named):
     """Going on from another training's checkpoint mixes two experiments in one record."""
     with pytest.raises(PowerCutError):
-        make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)], lora=LoraConfig())
+        make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)], lora=LoraSettings())
     options = {key: change[key] for key in ("seed", "precision", "distil") if key in change}
     setup = make_setup(**{key: value for key, value in change.items() if key not in (*options, "adapter")})
-    options["lora"] = change.get("adapter", LoraConfig())
+    options["lora"] = change.get("adapter", LoraSettings())
     with pytest.raises(ArtifactError, match=f"of another training: .*{named}.* changed. Delete"):
         setup.run(tmp_path, **options)
 

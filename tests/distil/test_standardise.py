@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from kdlora.config import LoraConfig
+from kdlora.config import LoraSettings
 from kdlora.distil.standardise import TargetScale, fold_into_head
 from kdlora.errors import ModelError
 from kdlora.models.adapters import add_adapter, merge_student
@@ -46,7 +46,7 @@ def test_equal_labels():
 def test_folded_into_the_head(tiny_model_folder, tasks, family, lora):
     """PEFT keeps the head twice: folding into the unused copy changes nothing, and nobody notices until the merge."""
     encoder = load_encoder(str(tiny_model_folder(family)), tasks["regression"], seed=1)
-    model = add_adapter(encoder, LoraConfig(), seed=1) if lora else encoder.model
+    model = add_adapter(encoder, LoraSettings(), seed=1) if lora else encoder.model
     scale = TargetScale(2000.0, 300.0)
     before = predict(model)
     fold_into_head(model, scale)

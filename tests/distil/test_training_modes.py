@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdlora.config import LoraConfig
+from kdlora.config import LoraSettings
 from kdlora.distil import training_modes as allocator
 from kdlora.distil.training_modes import dropout_set, freed_memory_kept
 from kdlora.models.adapters import add_adapter
@@ -39,7 +39,7 @@ def test_no_dropout_is_no_dropout_anywhere(tiny_model_folder, family):
 def test_the_adapters_dropout_is_apart(tiny_model_folder):
     """`lora.dropout` is an option of its own; setting one by the other would tune two things at once."""
     encoder = load_encoder(str(tiny_model_folder("bert")), task(), seed=0)
-    model = add_adapter(encoder, LoraConfig(dropout=0.25), seed=0)
+    model = add_adapter(encoder, LoraSettings(dropout=0.25), seed=0)
 
     def rates(adapter: bool) -> set[float]:
         return {

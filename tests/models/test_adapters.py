@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification
 
 import tiny
-from kdlora.config import LoraConfig
+from kdlora.config import LoraSettings
 from kdlora.errors import ModelError
 from kdlora.models.adapters import (
     ParameterCounts,
@@ -44,17 +44,17 @@ TARGETS = {
 }
 TASK = tiny.task(names=("bad", "so-so", "good"))
 VARIANTS = {
-    "plain": LoraConfig(),
-    "all-linear": LoraConfig(targets="all-linear", rank=4),
-    "rslora": LoraConfig(rslora=True),
-    "dora": LoraConfig(dora=True),
-    "gaussian": LoraConfig(init="gaussian"),
-    "orthogonal": LoraConfig(init="orthogonal"),
-    "olora": LoraConfig(init="olora"),
-    "pissa": LoraConfig(init="pissa"),
-    "pissa, rslora and dora": LoraConfig(init="pissa", rslora=True, dora=True),
-    "embeddings": LoraConfig(targets="all-linear", embedding_rank=3),
-    "embeddings, pissa, rslora and dora": LoraConfig(embedding_rank=3, init="pissa", rslora=True, dora=True),
+    "plain": LoraSettings(),
+    "all-linear": LoraSettings(targets="all-linear", rank=4),
+    "rslora": LoraSettings(rslora=True),
+    "dora": LoraSettings(dora=True),
+    "gaussian": LoraSettings(init="gaussian"),
+    "orthogonal": LoraSettings(init="orthogonal"),
+    "olora": LoraSettings(init="olora"),
+    "pissa": LoraSettings(init="pissa"),
+    "pissa, rslora and dora": LoraSettings(init="pissa", rslora=True, dora=True),
+    "embeddings": LoraSettings(targets="all-linear", embedding_rank=3),
+    "embeddings, pissa, rslora and dora": LoraSettings(embedding_rank=3, init="pissa", rslora=True, dora=True),
 }
 CASES = [(family, "plain") for family in FAMILIES] + [(family, "all-linear") for family in FAMILIES]
 CASES += [(family, variant) for family in ("bert", "modernbert") for variant in list(VARIANTS)[2:]]
@@ -145,7 +145,7 @@ def test_an_untrained_adapter_changes_nothing_and_comes_from_its_seed(tiny_model
     for encoder, seed in zip(encoders, (1, 1, 2), strict=True):
         torch.rand(7)
         state = torch.get_rng_state()
-        models.append(add_adapter(encoder, LoraConfig(init=init, embedding_rank=2), seed=seed))
+        models.append(add_adapter(encoder, LoraSettings(init=init, embedding_rank=2), seed=seed))
         assert torch.equal(torch.get_rng_state(), state)
     first, again, other = (model.state_dict() for model in models)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
@@ -201,7 +201,7 @@ def test_a_saved_adapter_finds_its_base(tiny_model_folder, adapted, tmp_path):
     assert "bad, so-so, good" in (tmp_path / "README.md").read_text()
     encoder = encoder_of(tiny_model_folder("bert"))
     encoder.revision = "abc123"  # an adapter on the `main` of tomorrow is another model
-    save_adapter(add_adapter(encoder, LoraConfig(), seed=0), tmp_path / "pinned")
+    save_adapter(add_adapter(encoder, LoraSettings(), seed=0), tmp_path / "pinned")
     assert json.loads((tmp_path / "pinned" / "adapter_config.json").read_text())["revision"] == "abc123"
 
 
@@ -209,7 +209,7 @@ def test_an_adapter_on_teacher_layers_brings_its_base(tiny_model_folder, tmp_pat
     """On the whole teacher its adapters would load onto the wrong layers without a word."""
     source = str(tiny_model_folder("bert", layers=4))
     encoder = student_from_layers(source, [1, 3], TASK, seed=3)
-    model = add_adapter(encoder, LoraConfig(), seed=1)
+    model = add_adapter(encoder, LoraSettings(), seed=1)
     disturb(model)
     save_adapter(model, tmp_path / "making")
     assert not json.loads((tmp_path / "making" / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -257,7 +257,7 @@ def test_the_papers_count_is_ten_times_too_high(tiny_model_folder):
     encoder = Encoder(model, tiny.train_tokenizer(), ("classifier",), "bert-base-uncased")
     total = sum(parameter.numel() for parameter in model.parameters())
     head = 768 * 2 + 2
-    counts = count_parameters(add_adapter(encoder, LoraConfig(rank=8), seed=0))
+    counts = count_parameters(add_adapter(encoder, LoraSettings(rank=8), seed=0))
     assert counts == ParameterCounts(total, 294_912 + head, 294_912, head)
     plain = encoder_of(tiny_model_folder("distilbert")).model
     total = sum(parameter.numel() for parameter in plain.parameters())
@@ -272,7 +272,7 @@ def test_named_targets_reach_just_what_they_name(tiny_model_folder):
     assert "roberta.encoder.layer.0.intermediate.dense" in dense
     assert not any("classifier" in name for name in dense)
     full = "roberta.encoder.layer.1.attention.self.query"
-    model = add_adapter(encoder, LoraConfig(targets=(full,)), seed=0)
+    model = add_adapter(encoder, LoraSettings(targets=(full,)), seed=0)
     assert {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name} == {
         f"base_model.model.{full}"
     }
@@ -324,10 +324,10 @@ def test_other_architectures_are_found_by_their_names(name, options, expected):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (LoraConfig(init="orthogonal", rank=3), "needs an even lora.rank, got 3"),
-        (LoraConfig(init="pissa", rank=64), "lora.rank can be at most 32"),
-        (LoraConfig(init="olora", rank=64), "lora.rank can be at most 32"),
-        (LoraConfig(embedding_rank=33), r"lora\.embedding_rank is 33, .* are 32 wide; set it to 32 at most"),
+        (LoraSettings(init="orthogonal", rank=3), "needs an even lora.rank, got 3"),
+        (LoraSettings(init="pissa", rank=64), "lora.rank can be at most 32"),
+        (LoraSettings(init="olora", rank=64), "lora.rank can be at most 32"),
+        (LoraSettings(embedding_rank=33), r"lora\.embedding_rank is 33, .* are 32 wide; set it to 32 at most"),
     ],
 )
 def test_ranks_that_an_initialisation_cannot_have_are_refused(tiny_model_folder, lora, message):
@@ -341,7 +341,7 @@ def test_the_adapter_of_the_word_embeddings_has_its_own_rank_and_scale(tiny_mode
     """PEFT begins it with N(0, 1): with the scale of the linear layers the first steps would be as large as a word."""
     encoder = encoder_of(tiny_model_folder("bert"))
     before = encoder.model.get_input_embeddings().weight.clone()
-    model = add_adapter(encoder, LoraConfig(embedding_rank=4, embedding_alpha=3.0, rslora=rslora), seed=1)
+    model = add_adapter(encoder, LoraSettings(embedding_rank=4, embedding_alpha=3.0, rslora=rslora), seed=1)
     layer = model.base_model.model.get_input_embeddings()
     words, directions = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
     assert words.shape == (4, len(before))
@@ -359,7 +359,7 @@ def test_a_fresh_name_that_reaches_further_is_refused(tiny_model_folder):
     encoder = encoder_of(tiny_model_folder("bert"))
     encoder.fresh = ("classifier", "bert.pooler", "dense")
     with pytest.raises(ModelError, match="modules trained in full are not those intended"):
-        add_adapter(encoder, LoraConfig(), seed=0)
+        add_adapter(encoder, LoraSettings(), seed=0)
 
 
 def test_weights_that_nobody_asked_to_train_are_refused(tiny_model_folder, monkeypatch):
@@ -372,4 +372,4 @@ def test_weights_that_nobody_asked_to_train_are_refused(tiny_model_folder, monke
 
     monkeypatch.setattr("kdlora.models.adapters.get_peft_model", with_a_loose_weight)
     with pytest.raises(ModelError, match="trainable parameters are not those intended"):
-        add_adapter(encoder_of(tiny_model_folder("bert")), LoraConfig(), seed=0)
+        add_adapter(encoder_of(tiny_model_folder("bert")), LoraSettings(), seed=0)

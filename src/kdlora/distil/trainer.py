@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from kdlora.config import DistilConfig, LoraConfig, SettledTraining
+from kdlora.config import DistilConfig, LoraSettings, SettledTraining
 from kdlora.data.batches import PAD_MULTIPLE, Collator, LengthBucketSampler, SharedSampler
 from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.losses import LossSums, LossTerms, term_means
@@ -74,7 +74,7 @@ class TrainingOptions:
     precision: str = "auto"  # what `auto` was found to be is kept in the folder
     device: str = "auto"
     distil: DistilConfig | None = None  # None trains on the labels alone, whether or not there are teacher logits
-    lora: LoraConfig | None = None  # a checkpoint of another adapter is refused, for its scale is in no weight
+    lora: LoraSettings | None = None  # a checkpoint of another adapter is refused, for its scale is in no weight
     fresh: Sequence[str] = ()  # the encoder's `fresh`, which `head_learning_rate` is for
     rows_per_epoch: int | None = None  # None draws every row once; a control with fewer rows draws some again
     copies: int = 0  # so many of the last rows are perturbed copies, of which a step has as many as of the others

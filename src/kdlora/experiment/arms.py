@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from kdlora.config import LoraConfig, StudentTrainConfig, TeacherTrainConfig, TrainConfig
+from kdlora.config import LoraSettings, StudentTrainConfig, TeacherTrainConfig, TrainConfig
 from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits
 from kdlora.distil.logits import join_unlabelled
@@ -81,7 +81,7 @@ def train_student(
     settings: TrainConfig = StudentTrainConfig(),
     *,
     folder: str | Path,
-    lora: LoraConfig | None = LoraConfig(),
+    lora: LoraSettings | None = LoraSettings(),
     seed: int = 0,
     precision: str = "auto",
     device: str = "auto",

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kdlora.config import LoraConfig
+from kdlora.config import LoraSettings
 from kdlora.errors import ModelError, did_you_mean
 from kdlora.models.encoders import Encoder, save_encoder
 from kdlora.models.loading import is_decoder
@@ -88,7 +88,7 @@ def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], fresh:
     return list(dict.fromkeys(chosen))
 
 
-def add_adapter(encoder: Encoder, lora: LoraConfig, *, seed: int) -> PeftModel:
+def add_adapter(encoder: Encoder, lora: LoraSettings, *, seed: int) -> PeftModel:
     """Put LoRA adapters into an encoder and leave trainable exactly these and the fresh modules."""
     targets = resolve_targets(encoder.model, lora.targets, encoder.fresh)
     linear = _linear_layers(encoder.model, encoder.fresh)
@@ -262,7 +262,7 @@ def _candidates(linear: Sequence[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "none"
 
 
-def _check_ranks(model: PreTrainedModel, lora: LoraConfig, layers: Sequence[str], words: Any) -> None:
+def _check_ranks(model: PreTrainedModel, lora: LoraSettings, layers: Sequence[str], words: Any) -> None:
     if lora.init == "orthogonal" and lora.rank % 2:
         raise ModelError(f"lora.init: orthogonal needs an even lora.rank, got {lora.rank}")
     width, narrow = min((min(model.get_submodule(name).weight.shape), name) for name in layers)

@@ -175,7 +175,7 @@ class TeacherConfig(Section):
     logits: str | None = None
     """A table of logits: Parquet or JSON Lines with `id`, optional `split`, one column per label name."""
     probabilities: str | None = None
-    """The same with probabilities in place of logits."""
+    """The same with probabilities in place of logits; or with one column `label` of label names, smoothed by 0.1."""
     seed: int | None = Field(default=None, ge=0, lt=_SEEDS)
     """Seed of the one teacher. Default: the first of `run.seeds`."""
     tuning: Literal["full", "lora"] = "full"

@@ -65,6 +65,17 @@ def test_probabilities_of_one_label(file, task):
     assert np.isfinite(logits).all()
 
 
+def test_a_column_of_labels(file, task):
+    """A teacher that only names labels would be refused, or teach the wrong class with all certainty."""
+    write(file, {"id": ["a", "b"], "label": ["Positive ", "negative"], "text": ["good", "bad"]})
+    found = read_teacher_table(file, task, values="probabilities")
+    np.testing.assert_allclose(np.exp(found.logits), [[0.05, 0.95], [0.95, 0.05]], rtol=1e-6)
+    assert found.from_probabilities
+    write(file, {"id": ["a", "b", "c"], "label": ["positive", "positiv", None]})
+    with pytest.raises(DataError, match=r"2 rows have none, first id 'b': 'positiv'\. Did you mean 'positive'"):
+        read_teacher_table(file, task, values="probabilities")
+
+
 @pytest.mark.parametrize("kind", ["single-label", "multi-label"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 1000.0])
 def test_probabilities_teach_by_themselves(file, tasks, kind, temperature):

@@ -21,6 +21,8 @@ _RESERVED = ("id", "split", "label", "group", "text", "text_pair", "__index_leve
 _SUFFIXES = (".parquet", ".pq", ".jsonl", ".ndjson", ".json")
 _NEVER = -1e6  # log of a probability of 0: finite, and 0 again at every temperature
 _TOLERANCE = 1e-3
+_SMOOTHING = 0.1
+"""Of the probability of a named label, this is spread evenly over all labels (label smoothing, arXiv 1512.00567)."""
 
 
 def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str = "train") -> TeacherLogits:
@@ -28,7 +30,8 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
 
     Columns: `id`, one per label name (case does not count; `logit:<label>` is accepted too), optionally `split`.
     Without `split` the table covers the training split. For regression the one column is named as the label or
-    `prediction`.
+    `prediction`. In place of a column per label, probabilities of a single-label task may be one column `label` of
+    label names: such a label has probability 0.9, and 0.1 is spread evenly over all labels.
 
     Args:
         path: the file or folder.
@@ -58,7 +61,8 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         )
     source = open_file(file, f"teacher.{values}", every_key=True)
     source.require("id", f"teacher.{values}")
-    columns = _label_columns(source.columns, task, file)
+    is_named = values == "probabilities" and _names_labels(source.columns, task)
+    columns = ["label"] if is_named else _label_columns(source.columns, task, file)
     wanted = ["id", *({"split"} & set(source.columns)), *columns]
     table = _rows_of_split(source.read(tuple(dict.fromkeys(wanted))).table, split, file)
     kind = table.column("id").type
@@ -66,10 +70,7 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
         raise DataError(f"{file}: expected text or whole numbers in column 'id', got {kind}")
     given = values == "probabilities" and task.kind != "regression"
-    logits = np.empty((table.num_rows, len(columns)), np.float64 if given else np.float32)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused with its id
-        for place, column in enumerate(columns):
-            logits[:, place] = _numbers(table, column, file)
+    logits = _smoothed(table, task, file) if is_named else _matrix(table, columns, file, given)
     if given:
         logits = _as_logits(logits, task, table.column("id"), file)
     ingredients = {"file": hash_file(file), "values": values, "split": split, "labels": task.label_names}
@@ -118,6 +119,37 @@ def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
         )
     remedy = "A table has one column for each label of the task; rename or remove others"
     return [found[place] for place in match_labels(names, task.label_names, str(file), remedy)]
+
+
+def _names_labels(columns: Sequence[str], task: Task) -> bool:
+    """Say whether a table names one label a row, in place of a column for each label."""
+    others = [column for column in columns if column not in _RESERVED]
+    return task.kind == "single-label" and "label" in columns and "label" not in task.label_names and not others
+
+
+def _smoothed(table: pa.Table, task: Task, file: Path) -> np.ndarray:
+    """Turn label names into probabilities."""
+    places = {name.strip().casefold(): place for place, name in enumerate(task.label_names)}
+    names = [str(name) for name in table.column("label").to_pylist()]
+    found = [places.get(name.strip().casefold()) for name in names]
+    if None in found:
+        row = found.index(None)
+        raise DataError(
+            f"{file}: expected a label of the task in column 'label' ({', '.join(task.label_names):.200}); "
+            f"{found.count(None)} rows have none, first id {table.column('id')[row].as_py()!r}: {names[row]!r:.80}."
+            f"{did_you_mean(names[row], task.label_names)}"
+        )
+    size = len(task.label_names)
+    return np.eye(size)[np.array(found, dtype=int)] * (1 - _SMOOTHING) + _SMOOTHING / size
+
+
+def _matrix(table: pa.Table, columns: Sequence[str], file: Path, is_exact: bool) -> np.ndarray:
+    """Put columns of numbers side by side, in float64 where they are exact."""
+    values = np.empty((table.num_rows, len(columns)), np.float64 if is_exact else np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused with its id
+        for place, column in enumerate(columns):
+            values[:, place] = _numbers(table, column, file)
+    return values
 
 
 def _numbers(table: pa.Table, column: str, file: Path) -> np.ndarray:

@@ -23,7 +23,7 @@ def write_sets(plan: Plan, sources: Sequence[Path], folder: Path) -> None:
             train, test = _draw_test(own, train, plan.draw_seed)
         else:
             test = _read(own, own.test, sources)
-        train, test = _join(own, train), _join(own, test)
+        train, test = _join(own, _cut(own, train, plan.draw_seed)), _join(own, test)
         _write(folder / name / f"test.{own.format}", own, test)
         if own.validation is not None:
             _write(folder / name / f"validation.{own.format}", own, _join(own, _read(own, own.validation, sources)))
@@ -59,6 +59,17 @@ def _read(own: DataSet, source: str, folders: Sequence[Path]) -> list[Row]:
     if len(rows) < len(table):
         print(f"{source}: {len(table) - len(rows)} of {len(table)} rows lack a text or a label", flush=True)
     return [{**row, own.label: own.names.get(row[own.label], row[own.label])} for row in rows]
+
+
+def _cut(own: DataSet, rows: list[Row], seed: int) -> list[Row]:
+    """Draw as many rows of a class as the set declares; their order stays."""
+    draw, left = np.random.default_rng(seed), set(range(len(rows)))
+    for label, count in own.cut.items():
+        places = [place for place, row in enumerate(rows) if row[own.label] == label]
+        if len(places) < count:
+            raise SystemExit(f"{own.train} has {len(places)} rows of {label!r}, fewer than the {count} of the plan")
+        left -= {places[place] for place in draw.permutation(len(places))[count:]}
+    return [rows[place] for place in sorted(left)]
 
 
 def _join(own: DataSet, rows: list[Row]) -> list[Row]:

@@ -40,6 +40,8 @@ class DataSet(_Part):
     """Words for the source's labels."""
     join: int = 1
     """So many texts of one class become one."""
+    cut: dict[str, int] = {}
+    """Training rows that are drawn of a class, before all else; of a class that is not named, all."""
     rows: int | None = None
     """Training rows that are drawn; default: all."""
     format: Literal["csv", "jsonl"] = "csv"

@@ -75,6 +75,8 @@ def _type(annotation: Any) -> str:
         return " \\| ".join(f"`{value}`" for value in get_args(annotation))
     if origin in (Union, types.UnionType):
         return " \\| ".join(_type(part) for part in get_args(annotation) if part is not type(None))
+    if origin is dict:
+        return "mapping"
     if origin is tuple:
         return f"list of {_type(get_args(annotation)[0])}"
     if hasattr(annotation, "__metadata__"):

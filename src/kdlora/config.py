@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from kdlora.defaults import FamilyName, RecipeName, fill_in
-from kdlora.section import Section
+from kdlora.section import ClassWeights, Metric, Section, without_later_keys
 
 Kind = Literal["single-label", "regression", "multi-label"]
 Arm = Literal["words", "fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
@@ -45,13 +45,18 @@ class TaskConfig(Section):
     """Label column. Several columns of 0 and 1 make a multi-label task."""
     label_names: Names | None = Field(default=None, min_length=1)
     """Label names in the order of the model's outputs. Default: those of the data, sorted."""
+    metric: Metric | None = None
+    """What scores the task, and selects epochs, arms, trials and exports: a name such as `macro_f1`, that of a label
+    such as `recall@0.9:spam` (at precision 0.9), or `cost: {label: {decision: cost}}`. null: by kind and classes."""
 
     @model_validator(mode="after")
     def _glue_is_complete(self) -> Self:
-        given = [key for key in ("text", "label", "label_names") if getattr(self, key) is not None]
+        given = [key for key in ("text", "label", "label_names", "metric") if getattr(self, key) is not None]
         if self.name is not None and (given or self.kind != "auto"):
             keys = ", ".join(f"task.{key}" for key in given or ["kind"])
-            raise ValueError(f"{self.name!r} is a GLUE task with known columns; leave out {keys}, or task.name")
+            raise ValueError(
+                f"{self.name!r} is a GLUE task with known columns and metric; leave out {keys}, or task.name"
+            )
         if len(set(self.label_names or ())) != len(self.label_names or ()):
             raise ValueError("task.label_names holds a name twice")
         return self
@@ -130,6 +135,9 @@ class TrainConfig(Section):
     """Compute activations again rather than store them: same results, less memory, one more forward pass."""
     select: Literal["last", "best"] = "last"
     """Which epoch's weights are kept: the last, or the best on validation."""
+    class_weights: ClassWeights | None = None
+    """Factors of the hard loss by label: `{spam: 5}`, others 1, or `balanced`, inverse to a class's rows, with mean 1
+    over all; for multi-label, of rows that have the label. The teacher's term has none. No gain has been measured."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after this many epochs without a better validation score. Needs `select: best`."""
 
@@ -393,4 +401,4 @@ class Config(Section):
     def fingerprint(self, *sections: str) -> str:
         """Hash all but the name, or the named sections: SHA-256 of the canonical JSON, hexadecimal."""
         values = self.model_dump(mode="json", include=set(sections) or None, exclude={"name"})
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(without_later_keys(values), sort_keys=True).encode()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,35 @@ def best_rate(prepared: Path) -> float:
         records = json.loads((prepared / f"runs/small/mood/full-{rate}/results.json").read_text("utf-8"))
         scores[rate] = sum(run["score"] for run in records["runs"])
     return max(scores, key=lambda rate: scores[rate])
+
+
+def test_the_plan_of_weights_sets_weights_alone(tmp_path):
+    """A rate that crept in beside the weights would be told as their gain."""
+    plan = read_plan(PLAN.with_name("weights.yaml"))
+    configs = {job.settings: configure(plan, job, tmp_path, tmp_path) for job in plan_jobs(plan)}
+    plain = configs["plain"]
+    for name, config in configs.items():
+        weighed = [role for role in ("teacher", "student") if getattr(config, role).train.class_weights == "balanced"]
+        assert weighed == {"plain": [], "balanced": ["student"], "balanced-teacher": ["teacher", "student"]}[name]
+        assert config.task.metric == "macro_f1"
+        for role in ("teacher", "student"):
+            train = getattr(config, role).train.model_copy(update={"class_weights": None})
+            assert train == getattr(plain, role).train
+
+
+def test_a_set_may_be_cut_by_class(tmp_path):
+    """A cut that takes the first rows, or cuts the test file, too, is another set than the one that is declared."""
+    (tmp_path / "sources").mkdir()
+    write_sources(tmp_path / "sources")
+    plan = SMALL.replace(
+        "columns: {text: review, mood: mood}, rows: 32}", "columns: {text: review, mood: mood}, cut: {positive: 3}}"
+    )
+    (tmp_path / "plan.yaml").write_text(plan, encoding="utf-8")
+    places = ("--data", tmp_path / "sources", "--models", tmp_path / "models", "--out", tmp_path / "out")
+    assert call("prepare", "--plan", tmp_path / "plan.yaml", *places) == 0
+    folder = tmp_path / "out" / "data" / "mood"
+    assert Counter(row["mood"] for row in read_rows(folder / "train.csv")) == {"negative": 40, "positive": 3}
+    assert Counter(row["mood"] for row in read_rows(folder / "test.csv")) == {"negative": 40, "positive": 40}
+    (tmp_path / "plan.yaml").write_text(plan.replace("positive: 3", "positive: 300"), encoding="utf-8")
+    with pytest.raises(SystemExit, match="has 40 rows of 'positive', fewer than the 300 of the plan"):
+        call("prepare", "--plan", tmp_path / "plan.yaml", *places)

@@ -14,6 +14,7 @@ from loading import TEXTS, WORDS, labels, load, refused, write_jsonl
 
 from kdlora.data.load import load_examples
 from kdlora.data.tasks import Task
+from kdlora.errors import ConfigError
 
 
 def test_everything_inferred(csv_file) -> None:
@@ -258,3 +259,25 @@ def test_folders_that_are_no_data(tmp_path: Path, csv_file) -> None:
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "state.json").write_text("{}")
     assert "save it again" in refused(path=str(tmp_path / "damaged"))
+
+
+@pytest.mark.parametrize(("counts", "metric"), [((50, 10), "accuracy"), ((51, 10), "macro_f1"), ((6, 1), "macro_f1")])
+def test_uneven_classes_are_scored_by_macro_f1_and_it_is_said(csv_file, counts, metric) -> None:
+    """Where one class is 95% of the rows, accuracy calls a model that says nothing else nearly perfect."""
+    words = ["spam"] * counts[1] + ["ham"] * counts[0]
+    path = csv_file("a.csv", text=[f"text {row}" for row in range(len(words))], label=words)
+    names = ["ham", "spam", "scam"]  # a name without rows makes nothing uneven
+    splits = load({"label_names": names}, train=path, max_train_examples=40, validation_fraction=0.2)
+    assert splits.task.metrics == (metric,)
+    said = [note for note in splits.notes if note.startswith("Scored by macro F1")]
+    assert len(said) == (metric == "macro_f1")
+    assert all(f"{counts[0] / counts[1]:.1f} times" in note and "task.metric" in note for note in said)
+    assert load({"metric": "accuracy"}, train=path).task.metrics == ("accuracy",)
+
+
+def test_a_metric_of_an_unknown_label_is_refused_with_the_data(csv_file) -> None:
+    """A label that is misspelt would be told after the first epoch, or never found and scored 0."""
+    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+    with pytest.raises(ConfigError, match=r"task.metric: 'goood' is no label of the task \(bad, good\).*'good'"):
+        load({"metric": "recall@0.9:goood"}, train=path)
+    assert load({"metric": "recall@0.9:Good"}, train=path).task.metrics == ("recall@0.9:good",)

@@ -226,3 +226,32 @@ def test_the_logged_terms_are_means_over_their_own_rows():
         sums.add(distillation_loss(zeros, label, zeros, kind="single-label", alpha=1.0, labelled=labelled), 1)
     expected = {"loss": math.log(2) / 4, "hard_loss": math.log(2), "soft_loss": 0.0}
     assert term_means(sums.sums) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["single-label", "multi-label"])
+def test_class_weights_are_in_the_hard_loss_alone(kind):
+    """Divided by the sum of weights, as torch's own mean is, a batch of one class would not be weighed at all."""
+    draw = np.random.default_rng(3)
+    logits, teacher = (torch.tensor(draw.normal(size=(12, 3))) for _ in range(2))
+    weights = torch.tensor([1.0, 4.0, 0.5])
+    if kind == "single-label":
+        labels = torch.tensor(draw.integers(0, 3, 12))
+    else:
+        labels = torch.tensor(draw.integers(0, 2, (12, 3))).float()
+    recipe = {"kind": kind, "alpha": 0.3, "temperature": 3.0}
+    plain = distillation_loss(logits, labels, teacher, **recipe)
+    weighed = distillation_loss(logits, labels, teacher, class_weights=weights, **recipe)
+    assert torch.equal(weighed.soft, plain.soft)
+    if kind == "single-label":
+        expected = plain.hard * weights[labels]
+    else:
+        terms = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none")
+        expected = (terms * torch.where(labels > 0, weights, 1.0)).mean(dim=1)
+    torch.testing.assert_close(weighed.hard, expected)
+    torch.testing.assert_close(weighed.total, 0.3 * expected + 0.7 * plain.soft)
+
+
+def test_a_regression_has_no_class_weights():
+    """Ignored without a word, weights would be believed to have helped."""
+    with pytest.raises(ConfigError, match=r"class_weights: a regression has no classes"):
+        distillation_loss(torch.zeros(2, 1), torch.zeros(2), None, kind="regression", class_weights=torch.ones(1))

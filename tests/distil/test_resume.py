@@ -31,6 +31,7 @@ CASES = {
     "fraction": {"epochs": 2.5},
     "rate of the head": {"head_learning_rate": 2e-2},
     "micro-batches": {"micro_batch_tokens": 48},
+    "class weights": {"class_weights": {"positive": 5.0}, "micro_batch_tokens": 48},
     "bf16": {"precision": "bf16"},
     "full in bf16": {"lora": False, "precision": "bf16"},
     "every part": {

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from interruptions import assert_same_bits, weights
+from sklearn.utils.class_weight import compute_class_weight
 from transformers import TrainerCallback
 
 from kdlora.config import DistilConfig
+from kdlora.data.tasks import Task
 from kdlora.distil import train as train_module
 from kdlora.distil import trainer as trainer_module
 from kdlora.distil.inference import predict_logits
+from kdlora.distil.losses import distillation_loss
+from kdlora.distil.train import class_weights
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.metrics import compute_metrics
@@ -292,3 +296,46 @@ def test_prediction_switches_dropout_off_and_back(make_setup):
     results = [predict_logits(setup.model, setup.encoder.tokenizer, setup.validation) for _ in range(2)]
     np.testing.assert_array_equal(*results)
     assert [module.training for module in setup.model.modules()] == modes
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+    """Weights whose mean over the rows is not 1 would change how much the teacher's term counts, too."""
+    draw = np.random.default_rng(0)
+    names = ("a", "b", "c", "never")
+    task = Task("single-label", ("text",), ("label",), names, ("accuracy",))
+    labels = draw.choice(3, 200, p=[0.9, 0.07, 0.03])
+    found = class_weights(task, "balanced", labels).numpy()
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert found.tolist() == pytest.approx([*expected, 1.0])
+    assert found[labels].mean() == pytest.approx(1.0)
+    several = Task("multi-label", ("text",), names, names, ("micro_f1",))
+    marks = (draw.random((200, 4)) < [0.5, 0.1, 0.02, 0.0]).astype(float)
+    rows = marks[:, :3].sum(axis=0)
+    assert class_weights(several, "balanced", marks).tolist() == pytest.approx([*((200 - rows) / rows), 1.0])
+    assert class_weights(several, {"B": 7.0}, marks).tolist() == [1.0, 7.0, 1.0, 1.0]
+    assert class_weights(task, None, labels) is None
+    with pytest.raises(ConfigError, match=r"class_weights: 'nevr' is no label of the task.*'never'"):
+        class_weights(task, {"nevr": 2.0}, labels)
+
+
+@pytest.mark.parametrize("kind", ["single-label", "multi-label"])
+def test_weighed_rows_are_averaged_over_the_whole_step(make_setup, tmp_path, kind):
+    """A mean of micro-batches' means, or one over weights, would make the loss depend on how a step is cut."""
+    factors = {"positive": 5.0} if kind == "single-label" else {"b": 3.0}
+    runs = {}
+    for tokens in (None, 48):
+        setup = make_setup(kind, dropout=0.0, unlabelled=12, micro_batch_tokens=tokens, class_weights=factors, epochs=1)
+        runs[tokens] = setup, setup.run(tmp_path / str(tokens)).history[-1]
+    for name in ("loss", "hard_loss", "soft_loss"):
+        assert runs[None][1][name] == pytest.approx(runs[48][1][name], rel=1e-5)
+    one, other = (weights(setup.model) for setup, _ in runs.values())
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    still = {"dropout": 0.0, "unlabelled": 12, "learning_rate": 1e-12, "epochs": 1}
+    plain, setup = make_setup(kind, **still), make_setup(kind, **still, class_weights=factors)
+    hard = setup.run(tmp_path / "still").history[-1]["hard_loss"]
+    labelled = plain.train.dataset.select(range(44))
+    logits = torch.tensor(predict_logits(plain.model, plain.encoder.tokenizer, replace(plain.train, dataset=labelled)))
+    labels = torch.tensor(np.asarray(labelled["label"]))
+    by_label = torch.tensor([1.0, 5.0] if kind == "single-label" else [1.0, 3.0, 1.0])
+    expected = distillation_loss(logits, labels, None, kind=kind, class_weights=by_label).hard.mean()
+    assert hard == pytest.approx(float(expected), rel=1e-4)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
 from fabricate import BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, make_labels, make_logits
-from kdlora.data.tasks import Task
-from kdlora.errors import ArtifactError
+from kdlora.data.tasks import Task, full_metric
+from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.metrics import compute_metrics, metric_names, predict_labels, probabilities, score
 
 COLA = Task("single-label", ("text",), ("label",), ("unacceptable", "acceptable"), ("matthews",), "cola")
@@ -154,3 +157,105 @@ def test_what_has_no_meaning_is_refused():
         probabilities(np.zeros((2, 1)), "regression")
     with pytest.raises(ValueError, match="expected the metrics"):
         score(PAIRS, {"accuracy": 0.8})
+
+
+def drawn_task(draw, kind, metric):
+    """A task of two to five labels with rows and logits that have ties, rare classes and missing ones."""
+    names = tuple("abcde"[: draw.integers(2, 6)])
+    rows = int(draw.integers(5, 60))
+    logits = np.round(2 * draw.normal(size=(rows, len(names))), int(draw.integers(0, 3)))
+    if kind == "multi-label":
+        labels = (draw.random((rows, len(names))) < draw.uniform(0.1, 0.9)).astype(int)
+    else:
+        labels = draw.choice(len(names), rows, p=draw.dirichlet(np.ones(len(names))))
+    return Task(kind, ("text",), ("label",), names, (metric,)), logits, labels
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("kind", ["single-label", "multi-label"])
+def test_metrics_of_the_users_choice_are_those_of_scikit_learn(kind, seed):
+    """A tie cut in two, or a precision compared the wrong way, is a plausible figure that chooses the wrong model."""
+    task, logits, labels = drawn_task(np.random.default_rng(seed), kind, "average_precision")
+    several = kind == "multi-label"
+    shares = probabilities(logits, kind)
+    said, columns = predict_labels(task, logits), range(task.num_labels)
+    has = [labels[:, one] == 1 if several else labels == one for one in columns]
+    decided = [said[:, one] == 1 if several else said == one for one in columns]
+    # Rows of equal log-odds differ in the last digit of their probability.
+    precision = [
+        sk.average_precision_score(has[one], np.round(shares[:, one], 12)) for one in columns if has[one].any()
+    ]
+    found = compute_metrics(task, logits, labels)["average_precision"]
+    if several or task.num_labels > 2:
+        assert found == pytest.approx(np.mean(precision) if precision else 0.0)
+    elif has[1].any():
+        assert found == pytest.approx(precision[-1])
+    for one, name in enumerate(task.label_names):
+        names = (f"f1:{name}", f"average_precision:{name}", f"recall@0.7:{name}")
+        found = compute_metrics(replace(task, metrics=names), logits, labels)
+        assert found[names[0]] == pytest.approx(sk.f1_score(has[one], decided[one], zero_division=0))
+        if has[one].any():
+            shown = np.round(shares[:, one], 12)
+            assert found[names[1]] == pytest.approx(sk.average_precision_score(has[one], shown))
+            exact, recall, _ = sk.precision_recall_curve(has[one], shown)
+            assert found[names[2]] == pytest.approx(recall[exact >= 0.7].max())  # the last point is (1, 0)
+        else:
+            assert found[names[1]] == found[names[2]] == 0.0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_balanced_accuracy_cost_and_r2_are_those_of_scikit_learn(seed):
+    """A mean over the wrong axis, or costs of the transposed table, would choose a model by something else."""
+    draw = np.random.default_rng(seed)
+    task, logits, labels = drawn_task(draw, "single-label", "balanced_accuracy")
+    said = predict_labels(task, logits)
+    recalls = sk.recall_score(labels, said, labels=np.unique(labels), average=None, zero_division=0)
+    costs = np.round(5 * draw.random((task.num_labels, task.num_labels)), 1)
+    name = f"cost:{json.dumps(costs.tolist())}"
+    found = compute_metrics(replace(task, metrics=("balanced_accuracy", name)), logits, labels)
+    assert found["balanced_accuracy"] == pytest.approx(recalls.mean())
+    mean = (costs * sk.confusion_matrix(labels, said, labels=range(task.num_labels))).sum() / len(labels)
+    assert found[name] == pytest.approx(1 - mean / costs.max())
+    values = 1000 + draw.normal(size=len(labels))
+    stars = Task("regression", ("text",), ("stars",), ("stars",), ("r2",))
+    expected = sk.r2_score(values, values + logits[:, 0])
+    assert compute_metrics(stars, values + logits[:, 0], values)["r2"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "full"),
+    [
+        ("macro_f1", "single-label", "macro_f1"),
+        ("f1", "single-label", "f1"),
+        ("recall@0.95:SPAM", "single-label", "recall@0.95:spam"),
+        ("average_precision:ham", "multi-label", "average_precision:ham"),
+        ({"cost": {"spam": {"ham": 5.0}}}, "single-label", "cost:[[0.0, 1.0], [5.0, 0.0]]"),
+        ("r2", "regression", "r2"),
+    ],
+)
+def test_a_metric_has_one_full_name(given, kind, full):
+    """A cost at the transposed place would punish the harmless error."""
+    assert full_metric(given, kind, ("ham", "spam")) == full
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "told"),
+    [
+        ("macrof1", "single-label", "no metric of a single-label task.*Did you mean 'macro_f1'"),
+        ("mse", "regression", "r2 ranks models as the mean squared error does"),
+        ("accuracy", "multi-label", "expected one of micro_f1"),
+        ("recall@0.9:spma", "single-label", "'spma' is no label of the task.*Did you mean 'spam'"),
+        ("recall@0:spam", "single-label", "no metric"),
+        ("recall@1.5:spam", "single-label", "no metric"),
+        ("recall@0.9", "single-label", "no metric"),
+        ("accuracy:spam", "single-label", "no metric"),
+        ({"cost": {"spam": {"eggs": 1.0}}}, "single-label", "'eggs' is no label"),
+        ({"cost": {"spam": {"ham": 0.0}, "ham": {"spam": 0.0}}}, "single-label", "every cost is 0"),
+        ({"cost": {"spam": {"ham": 1.0}}}, "multi-label", "single-label"),
+        ("f1:stars", "regression", "no metric"),
+    ],
+)
+def test_a_metric_that_does_not_fit_is_refused(given, kind, told):
+    """A metric that is misspelt or of another kind must not end a run after its first epoch."""
+    with pytest.raises(ConfigError, match=rf"task\.metric: .*{told}"):
+        full_metric(given, kind, ("ham", "spam"))

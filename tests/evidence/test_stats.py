@@ -13,10 +13,20 @@ COLA = Task("single-label", ("text",), ("label",), ("unacceptable", "acceptable"
 MANY_TAGS = Task("multi-label", ("text",), ("tags",), ("a", "b", "c", "d"), ("macro_f1", "subset_accuracy"))
 ERRORS = Task("regression", ("text",), ("label",), ("stars",), ("mse", "mae"))
 TOPICS_MATTHEWS = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("matthews", "micro_f1"))
+CHOSEN = ("balanced_accuracy", "average_precision", "f1:b", "average_precision:a", "recall@0.6:c")
+CHOSEN_TOPICS = Task(
+    "single-label", ("text",), ("label",), ("a", "b", "c"), (*CHOSEN, "cost:[[0,1,2],[3,0,1],[1,1,0]]")
+)
+CHOSEN_TAGS = Task("multi-label", ("text",), ("tags",), ("a", "b", "c"), CHOSEN[1:])
+CHOSEN_BINARY = Task("single-label", ("text",), ("label",), ("a", "b"), ("average_precision", "recall@0.9:b", "f1:a"))
+VARIANCE = Task("regression", ("text",), ("label",), ("stars",), ("r2",))
+CHOICES = [CHOSEN_TOPICS, CHOSEN_TAGS, CHOSEN_BINARY, VARIANCE]
 
 
 @pytest.mark.parametrize(
-    "task", [BINARY, PAIRS, COLA, TOPICS, TOPICS_MATTHEWS, SIMILARITY, ERRORS, TAGS, MANY_TAGS], ids=lambda t: t.metrics
+    "task",
+    [*CHOICES, BINARY, PAIRS, COLA, TOPICS, TOPICS_MATTHEWS, SIMILARITY, ERRORS, TAGS, MANY_TAGS],
+    ids=lambda t: t.metrics,
 )
 def test_closed_forms_equal_the_metric_of_the_drawn_rows(task):
     """A closed form that is off by a little gives intervals that are off by a little, and nobody would see it."""

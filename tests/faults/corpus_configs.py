@@ -25,6 +25,18 @@ VALUES: dict[str, list[tuple[Any, ...]]] = {
     "student.train.max_length": [(3, "greater than or equal to 4"), (10**30, "less than or equal to 2147483647")],
     "student.train.micro_batch_tokens": [(1, "greater than or equal to 16")],
     "student.train.select": [("bset", "Did you mean 'best'?")],
+    "student.train.class_weights": [
+        ("balance", "expected balanced"),
+        ({"spam": 0}, "weight of 'spam' is 0", "above 0"),
+        ({"spam": "five"}, "weight of 'spam' is 'five'"),
+        ({"spam": True}, "weight of 'spam' is True"),
+        ({}, "expected balanced"),
+    ],
+    "task.metric": [
+        ({"costs": {}}, "cost: {label: {decision: cost}}"),
+        ({"cost": {"a": {"b": -1}}}, "cost of 'a' as 'b' is -1", "0 or more"),
+        ({"cost": 5}, "cost: {label: {decision: cost}}"),
+    ],
     "student.train": [({"early_stopping_patience": 2}, "select: best"), ("fast",)],
     "teacher.train.batch_size": [(True, "another kind of value than true")],
     "run.seeds": [
@@ -104,6 +116,11 @@ FIELDS: list[Case] = [
     ("no teacher", {"teacher": {"model": None}, "run": {"arms": ["kd-lora"]}}, ("need a teacher",)),
     ("no student", {"student": {"model": None}}, ("no student: set student.model",)),
     ("GLUE with columns", {"task": {"name": "cola", "text": "sentence"}}, ("known columns", "task.text")),
+    (
+        "GLUE with a metric",
+        {"task": {"name": "cola", "metric": "accuracy"}},
+        ("known columns and metric", "task.metric"),
+    ),
     ("no data", {"data": {"train": None, "validation": None}}, ("no data: set data.path", "data.train")),
     ("subset of files", {"data": {"subset": "x"}}, ("data.subset", "data.path")),
 ]

@@ -176,3 +176,12 @@ def test_a_url_is_no_folder(suite_values):
     """A URL taken for a folder would be written to `s3:` beside the suite file."""
     with pytest.raises(ConfigError, match="--out s3://bucket/suite: runs are written to a folder"):
         run_suite(build_suite(suite_values()), "s3://bucket/suite")
+
+
+def test_runs_of_two_metrics_are_not_mixed(suite_folder, suite_values):
+    """Cells scored by accuracy in an earlier version beside cells scored by macro F1 would stand in one table."""
+    place = next(suite_folder.glob("runs/reviews/student-lora-*/runs/*/run.json"))
+    record = read_record(place)
+    write_record(place, record.model_copy(update={"task": record.task | {"metrics": ["macro_f1"]}}))
+    with pytest.raises(ArtifactError, match=r"was scored by macro_f1.*now ask for accuracy\. Set task\.metric"):
+        run_suite(build_suite(suite_values()), suite_folder)

@@ -20,8 +20,9 @@ from kdlora.data.labels import infer_label_column, infer_task, infer_text_column
 from kdlora.data.opening import Groups, open_examples, open_splits
 from kdlora.data.read import Source
 from kdlora.data.spool import read_column
-from kdlora.data.tasks import GLUE, GlueTask, Task
+from kdlora.data.tasks import GLUE, UNEVEN, GlueTask, Task, full_metric
 from kdlora.errors import DataError
+from kdlora.section import Metric
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,8 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     splits = open_splits(known, data)
     reading = _begin(task, known, data, splits["train"][""])
     train = reading.read(splits["train"], labelled=True)
+    if known is None:
+        _settle_metric(reading, task.metric, train)
     if "validation" in splits:
         validation = reading.read(splits["validation"], labelled=True)
     else:
@@ -137,6 +140,22 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
     reading.task, notes = infer_task(train.read(columns.all), text, label, task)
     reading.notes += notes
     return reading
+
+
+def _settle_metric(reading: Reading, given: Metric | None, train: Dataset) -> None:
+    """Score by what the config names; else, where classes are uneven, by macro F1, which counts them alike."""
+    task = reading.task
+    if given is not None:
+        reading.task = replace(task, metrics=(full_metric(given, task.kind, task.label_names),))
+    elif task.kind == "single-label":
+        counts = np.bincount(read_column(train, "label").to_numpy())
+        most, least = counts.max(), counts[counts > 0].min()
+        if most > UNEVEN * least:
+            reading.task = replace(task, metrics=("macro_f1",))
+            reading.notes.append(
+                f"Scored by macro F1: the largest class has {most / least:.1f} times the training rows of the smallest "
+                f"(more than {UNEVEN}). Set task.metric to accuracy, or to another metric, where that is what counts."
+            )
 
 
 def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tuple[Dataset, Dataset]:

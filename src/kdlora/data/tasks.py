@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from kdlora.config import GlueName, Kind
-from kdlora.errors import DataError, KdLoraError, did_you_mean
+from kdlora.errors import ConfigError, DataError, KdLoraError, did_you_mean
+from kdlora.section import ClassWeights, Costs
 
 ProblemType = Literal["single_label_classification", "regression", "multi_label_classification"]
 
@@ -25,6 +27,16 @@ DEFAULT_METRICS: dict[Kind, tuple[str, ...]] = {
     "multi-label": ("micro_f1",),
 }
 """What scores a user's own task; the score is the mean of these, times 100."""
+
+METRICS: dict[Kind, tuple[str, ...]] = {
+    "single-label": ("accuracy", "macro_f1", "matthews", "balanced_accuracy", "average_precision", "f1"),
+    "regression": ("pearson", "spearman", "r2"),
+    "multi-label": ("micro_f1", "macro_f1", "subset_accuracy", "average_precision"),
+}
+"""What may score a user's own task; of a label also `f1:LABEL`, `average_precision:LABEL`, `recall@0.9:LABEL`."""
+
+UNEVEN = 5
+"""Where the largest class has more than so many times the rows of the smallest, accuracy says little of small ones."""
 
 GENERIC_LABEL = re.compile(r"LABEL_\d+", re.IGNORECASE)
 """What a transformers config calls labels that nobody named."""
@@ -178,3 +190,60 @@ def match_labels(
     if found and all(GENERIC_LABEL.fullmatch(name) for name in found):
         message += f" {found[0]} does not tell which is which."
     raise error(f"{message} {remedy}")
+
+
+def find_label(name: str, names: Sequence[str], key: str) -> int:
+    """Give the column of a label that a config names; case does not count where no name is exactly it."""
+    folded = {label.strip().casefold(): column for column, label in enumerate(names)}
+    column = names.index(name) if name in names else folded.get(name.strip().casefold())
+    if column is None:
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        raise ConfigError(f"{key}: {name!r} is no label of the task ({shown}).{did_you_mean(name, names)}")
+    return column
+
+
+def named_weights(task: Task, given: ClassWeights | None) -> dict[int, float]:
+    """Give the class weights that a config names, by column; `balanced` names none."""
+    if given is not None and task.kind == "regression":
+        raise ConfigError("train.class_weights: a regression has no classes; leave it out")
+    if given is None or given == "balanced":
+        return {}
+    return {find_label(name, task.label_names, "train.class_weights"): weight for name, weight in given.items()}
+
+
+def full_metric(given: str | Mapping[Literal["cost"], Costs], kind: Kind, names: Sequence[str]) -> str:
+    """Check that a metric fits the task, and write it as a task keeps it: `NAME`, `NAME:LABEL`, `cost:[[...], ...]`.
+
+    Costs that are not named are 1 for a wrong decision and 0 for the right one; a row is a label, a column a decision.
+    """
+    if not isinstance(given, str):
+        if kind != "single-label":
+            raise ConfigError(f"task.metric: cost is of the decisions of a single-label task; this one is {kind}")
+        matrix = [[float(row != column) for column in range(len(names))] for row in range(len(names))]
+        for label, costs in given["cost"].items():
+            for decision, cost in costs.items():
+                row, column = (find_label(one, names, "task.metric") for one in (label, decision))
+                matrix[row][column] = cost
+        if not any(map(any, matrix)):
+            raise ConfigError("task.metric: every cost is 0, so that all models are equal; name one that is above 0")
+        return f"cost:{json.dumps(matrix)}"
+    name, of, label = given.partition(":")
+    if of and kind != "regression" and (name in ("f1", "average_precision") or _is_recall_at(name)):
+        return f"{name}:{names[find_label(label, names, 'task.metric')]}"
+    if of or name not in METRICS[kind] or (name == "f1" and len(names) != 2):
+        known = [
+            *METRICS[kind],
+            *(("f1:LABEL", "average_precision:LABEL", "recall@0.9:LABEL") if kind != "regression" else ()),
+        ]
+        better = " r2 ranks models as the mean squared error does." if name in ("mse", "mae") else ""
+        raise ConfigError(
+            f"task.metric: {given!r} is no metric of a {kind} task with {len(names)} labels; expected one of "
+            f"{', '.join(known)}.{better}{did_you_mean(given, known)}"
+        )
+    return name
+
+
+def _is_recall_at(name: str) -> bool:
+    """Whether a name is `recall@PRECISION`, a precision above 0 and at most 1."""
+    head, at, precision = name.partition("@")
+    return head == "recall" and bool(at) and bool(re.fullmatch(r"0?\.\d+|1(\.0*)?", precision)) and float(precision) > 0

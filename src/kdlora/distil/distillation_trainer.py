@@ -41,6 +41,7 @@ class DistillationTrainer(Trainer):
         kind: Kind = "single-label",
         distil: DistilConfig | None = None,
         target_scale: TargetScale | None = None,
+        class_weights: Tensor | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         **trainer: Any,
     ) -> None:
@@ -53,6 +54,7 @@ class DistillationTrainer(Trainer):
             distil: weights and temperature; None trains on the labels alone.
             target_scale: standardises labels and teacher of a regression; the model then predicts standardised
                 values until `fold_into_head`.
+            class_weights: (labels,) factors of the hard loss alone, as in `distillation_loss`.
             callbacks: as in Trainer.
             trainer: all else that Trainer takes. `train_dataset` has `teacher_logits` where `distil` is given, and
                 `data_collator` must keep these and `labels`; `eval_dataset` may lack them: its loss is then the hard
@@ -70,6 +72,7 @@ class DistillationTrainer(Trainer):
         self.kind = kind
         self.distil = distil
         self.target_scale = target_scale
+        self.class_weights = None if class_weights is None else class_weights.to(args.device)
         if args.label_names is None:
             self.label_names = ["labels"]  # under PEFT, Trainer may not find them, and eval_loss goes missing
         # Both say the same to different versions: our loss is already divided by the rows of the whole step.
@@ -116,8 +119,8 @@ class DistillationTrainer(Trainer):
             labels = self.target_scale.standardise(labels)
             teacher = None if teacher is None else self.target_scale.standardise(teacher)
         recipe = (self.distil or DistilConfig()).model_dump(include={"alpha", "temperature", "loss"})
-        labelled = inputs.get(LABELLED)
-        terms = distillation_loss(outputs.logits, labels, teacher, kind=self.kind, labelled=labelled, **recipe)
+        recipe |= {"labelled": inputs.get(LABELLED), "class_weights": self.class_weights}
+        terms = distillation_loss(outputs.logits, labels, teacher, kind=self.kind, **recipe)
         if model.training:
             self.record(terms)
         rows = num_items_in_batch if model.training and num_items_in_batch is not None else len(terms.total)

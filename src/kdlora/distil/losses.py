@@ -38,11 +38,16 @@ def distillation_loss(
     temperature: float = 2.0,
     loss: str = "kl",
     labelled: Tensor | None = None,
+    class_weights: Tensor | None = None,
 ) -> LossTerms:
     """Weigh the loss against the labels and the loss against the teacher.
 
     A row without label has the teacher's term alone, with the weight that it has everywhere: the loss of a batch is
     `(alpha * sum of hard over the labelled rows + (1 - alpha) * sum of soft over all rows) / rows`.
+
+    Class weights multiply the hard loss of a row (for multi-label, of a label that the row has) and nothing else, and
+    the mean is over rows, not over weights: a weight of 5 makes the label's own say five times as strong against the
+    teacher, whose term counts every row alike and so keeps pulling towards the proportions that it was trained on.
 
     For regression the soft loss is always the squared error against the teacher's value: a single number has no
     distribution to soften.
@@ -56,12 +61,13 @@ def distillation_loss(
         temperature: softening of both distributions, finite and above 0; used by `kl` alone.
         loss: `kl` or `mse` (Kim et al., arXiv 2105.08919).
         labelled: (rows,) bool, false where the label only fills its place; None: every row has one.
+        class_weights: (labels,) factors above 0; None: all alike. A regression has none.
 
     Returns:
         The terms, each (rows,).
 
     Raises:
-        ConfigError: alpha, temperature or the loss's name is out of range.
+        ConfigError: alpha, temperature or the loss's name is out of range, or a regression has class weights.
         ModelError: student and teacher logits differ in shape.
         DataError: labels whose shape does not fit the logits.
 
@@ -71,8 +77,10 @@ def distillation_loss(
         raise ConfigError(f"distil.alpha is the weight of the hard loss and lies in 0 to 1; got {alpha!r}")
     if loss not in SOFT_LOSSES:
         raise ConfigError(f"distil.loss is one of {', '.join(SOFT_LOSSES)}; got {loss!r}")
+    if class_weights is not None and kind == "regression":
+        raise ConfigError("train.class_weights: a regression has no classes; leave it out")
     student = _at_least_float32(logits)
-    hard = _hard_loss(kind, student, labels)
+    hard = _hard_loss(kind, student, labels, class_weights)
     if labelled is not None:
         hard = torch.where(labelled, hard, torch.zeros_like(hard))
     if teacher_logits is None:
@@ -120,8 +128,9 @@ def binary_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return (yes + no).mean(dim=-1) * temperature**2
 
 
-def _hard_loss(kind: Kind, outputs: Tensor, labels: Tensor) -> Tensor:
+def _hard_loss(kind: Kind, outputs: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     """Measure the loss against the labels."""
+    weights = None if weights is None else weights.to(outputs)
     rows = len(outputs)
     fits = {
         "regression": outputs.numel() == labels.numel() == rows,
@@ -134,11 +143,12 @@ def _hard_loss(kind: Kind, outputs: Tensor, labels: Tensor) -> Tensor:
             f"in a {kind} task; expected {'(rows, labels)' if kind == 'multi-label' else '(rows,)'}"
         )
     if kind == "single-label":
-        return functional.cross_entropy(outputs, labels, reduction="none")
+        return functional.cross_entropy(outputs, labels, weight=weights, reduction="none")
     targets = labels.to(outputs.dtype)
     if kind == "regression":
         return (outputs.reshape(-1) - targets.reshape(-1)).square()
-    return functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(dim=-1)
+    losses = functional.binary_cross_entropy_with_logits(outputs, targets, pos_weight=weights, reduction="none")
+    return losses.mean(dim=-1)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from kdlora.config import DistilConfig, SettledTraining
 from kdlora.data.batches import INPUTS, Collator, LengthBucketSampler, Tokenised
 from kdlora.data.spool import hash_columns, label_array, read_column
-from kdlora.data.tasks import Task
+from kdlora.data.tasks import Task, named_weights
 from kdlora.distil.cpu_kernels import fast_on_cpu
 from kdlora.distil.inference import hash_model, predict_logits
 from kdlora.distil.logits import COLUMN, LABELLED, labelled_values
@@ -32,6 +32,7 @@ from kdlora.distil.trainer import ArmTrainer, MicroBatchCollator, Surroundings, 
 from kdlora.distil.training_modes import activations_recomputed, dropout_set, freed_memory_kept, left_as_found
 from kdlora.errors import DataError, KdLoraError
 from kdlora.evidence.metrics import compute_metrics, score
+from kdlora.section import ClassWeights, without_later_keys
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 _LOGS_PER_TRAINING = 100
@@ -77,6 +78,7 @@ def train_model(
     precision, _ = settle_precision(options.precision, options.device, options.folder / "precision.json")
     options = dataclasses.replace(options, precision=processes.first_says(precision))  # `auto` is timed: one answer
     scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
+    weights = class_weights(task, settings.class_weights, labelled_values(train.dataset))
 
     def validate() -> dict[str, float]:
         logits = predict_logits(model, tokenizer, validation, precision=options.precision, processes=processes)
@@ -107,6 +109,7 @@ def train_model(
             Surroundings(settings, options, sampler, checkpoints, processes, validate),
             kind=task.kind,
             target_scale=scale,
+            class_weights=weights,
             train_dataset=train.dataset.select_columns(names),
             data_collator=MicroBatchCollator(collator, settings.micro_batch_tokens),
         )
@@ -130,6 +133,25 @@ def _at_work(model: nn.Module, settings: SettledTraining, precision: str, device
         left_as_found(model),
     ):
         yield
+
+
+def class_weights(task: Task, given: ClassWeights | None, labels: np.ndarray) -> torch.Tensor | None:
+    """Give the factors of the hard loss in the order of the task's labels.
+
+    `balanced` is rows / (classes * rows of the class), whose mean over the training rows is 1, so that the teacher's
+    term keeps its share; for multi-label, rows without the label by rows with it. A label that no row has keeps 1.
+    """
+    if given is None:
+        return None
+    named, weights = named_weights(task, given), np.ones(task.num_labels)
+    weights[list(named)] = list(named.values())
+    if given == "balanced" and task.kind == "multi-label":
+        rows = labels.sum(axis=0)
+        np.divide(len(labels) - rows, rows, out=weights, where=(rows > 0) & (rows < len(labels)))
+    elif given == "balanced":
+        rows = np.bincount(labels, minlength=task.num_labels)
+        np.divide(len(labels) / np.count_nonzero(rows), rows, out=weights, where=rows > 0)
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 def _check(train: Tokenised, validation: Tokenised, distil: DistilConfig | None) -> None:
@@ -198,7 +220,7 @@ def _ingredients(
         "train": hash_columns(train.dataset, ["id", *_columns(options.distil)]),
         "validation": hash_columns(validation.dataset, ["id", *INPUTS, "label", "group"]),
         "task": task.to_dict(),
-        **{name: recipe and recipe.model_dump(mode="json") for name, recipe in recipes.items()},
+        **{name: recipe and without_later_keys(recipe.model_dump(mode="json")) for name, recipe in recipes.items()},
         **{name: getattr(options, name) for name in ("seed", "precision", "rows_per_epoch", "copies")},
     }
 

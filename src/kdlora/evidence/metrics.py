@@ -6,22 +6,21 @@ bootstrap needs no rows written out. On the rows as they are, every count is 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kdlora.errors import ArtifactError
+from kdlora.evidence.ranking import Weighted, curve_of, mean_precision, ratio, recall_at
 
 if TYPE_CHECKING:
     from kdlora.data.tasks import Task
 
 BINS = 10
 """Bins of confidence, of equal width from 0 to 1."""
-
-Weighted = Callable[[np.ndarray], np.ndarray]
-"""From counts (draws, examples) to a figure of each draw."""
 
 
 def compute_metrics(
@@ -32,7 +31,9 @@ def compute_metrics(
     Decisions: the first of the largest logits (single-label), logit > 0 (multi-label), the value itself
     (regression). Degenerate cases are defined: a constant prediction or label gives Matthews, Pearson and
     Spearman 0; F1 without any positive is 0; macro F1 of single-label tasks is the mean over the classes that
-    occur among labels or predictions, that of multi-label tasks the mean over all labels.
+    occur among labels or predictions, that of multi-label tasks the mean over all labels. Average precision is that of
+    the second label (two classes), else the mean over the labels that occur; `cost` is 1 less the mean cost, as a share
+    of the largest; recall at a precision that no threshold reaches is 0.
     """
     outputs, targets = check_arrays(task, logits, labels)
 
@@ -142,7 +143,10 @@ def _plain_pearson(targets: np.ndarray, decided: np.ndarray) -> float:
 def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndarray) -> Weighted:
     """Prepare one metric of one model, in closed form from counts."""
     decided, classes = predict_labels(task, outputs), len(task.label_names)
-    match task.kind, name:
+    base, _, label = name.partition(":")
+    if label and base != "cost":
+        return _of_label(task, base, task.label_names.index(label), outputs, targets)
+    match task.kind, base:
         case "single-label", "accuracy" | "micro_f1":
             return _mean_of(decided == targets)
         case "single-label", "f1" if classes == 2:
@@ -151,6 +155,16 @@ def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndar
             return _macro_f1(np.eye(classes)[decided], np.eye(classes)[targets], occurring_only=True)
         case "single-label", "matthews":
             return _matthews(np.eye(classes)[decided], np.eye(classes)[targets])
+        case "single-label", "balanced_accuracy":
+            wanted = np.eye(classes)[targets]
+            return _mean_ratio(np.eye(classes)[decided] * wanted, wanted, occurring_only=True)
+        case "single-label", "cost":
+            costs = np.asarray(json.loads(label))
+            return _mean_of(1 - costs[targets, decided] / (costs.max() or 1.0))
+        case "single-label", "average_precision" if classes == 2:
+            return _of_label(task, base, 1, outputs, targets)
+        case "single-label" | "multi-label", "average_precision":
+            return mean_precision([curve_of(task, column, outputs, targets) for column in range(classes)])
         case "multi-label", "micro_f1":
             return _pooled_f1(decided, targets)
         case "multi-label", "macro_f1":
@@ -165,6 +179,8 @@ def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndar
             return _pearson(decided, targets)
         case "regression", "spearman":
             return _spearman(decided, targets)
+        case "regression", "r2":
+            return _r2(decided, targets)
     raise ValueError(f"the metric {name!r} is not defined for a {task.kind} task with {classes} labels")
 
 
@@ -177,22 +193,40 @@ def _pooled_f1(decided: np.ndarray, targets: np.ndarray) -> Weighted:
     """F1 over all cells of the given columns."""
     hits = (decided * targets).sum(axis=1).astype(np.float64)
     marked = (decided + targets).sum(axis=1).astype(np.float64)
-    return lambda counts: _ratio(2.0 * (counts @ hits), counts @ marked)
+    return lambda counts: ratio(2.0 * (counts @ hits), counts @ marked)
 
 
 def _macro_f1(predicted: np.ndarray, wanted: np.ndarray, *, occurring_only: bool) -> Weighted:
     """Mean of each column's F1, over all columns or over those that occur in the draw."""
-    hits = predicted * wanted
-    marked = predicted + wanted
+    return _mean_ratio(2.0 * predicted * wanted, predicted + wanted, occurring_only=occurring_only)
+
+
+def _mean_ratio(above: np.ndarray, below: np.ndarray, *, occurring_only: bool) -> Weighted:
+    """Mean of the columns' ratios of sums, over all columns or over those that have something below."""
 
     def measure(counts: np.ndarray) -> np.ndarray:
-        seen = counts @ marked
-        scores = _ratio(2.0 * (counts @ hits), seen)
+        seen = counts @ below
+        scores = ratio(counts @ above, seen)
         if not occurring_only:
             return np.asarray(scores.mean(axis=1))
         return np.asarray(scores.sum(axis=1) / (seen > 0).sum(axis=1))
 
     return measure
+
+
+def _of_label(task: Task, base: str, column: int, outputs: np.ndarray, targets: np.ndarray) -> Weighted:
+    """Prepare a metric of one label against all others."""
+    if base == "f1":
+        decided = predict_labels(task, outputs)
+        said = decided == column if task.kind == "single-label" else decided[:, column]
+        wanted = targets == column if task.kind == "single-label" else targets[:, column]
+        return _pooled_f1(said[:, None].astype(np.int64), wanted[:, None].astype(np.int64))
+    curve = curve_of(task, column, outputs, targets)
+    return (
+        mean_precision([curve])
+        if base == "average_precision"
+        else recall_at(float(base.removeprefix("recall@")), curve)
+    )
 
 
 def _matthews(predicted: np.ndarray, wanted: np.ndarray) -> Weighted:
@@ -205,7 +239,7 @@ def _matthews_of(hits: Any, total: Any, said: np.ndarray, true: np.ndarray) -> n
     """Give the coefficient, by the rows that were said to be of each class, and that are."""
     above = hits * total - (said * true).sum(axis=-1)
     below = (total**2 - (said**2).sum(axis=-1)) * (total**2 - (true**2).sum(axis=-1))
-    return _ratio(above, np.sqrt(below))
+    return ratio(above, np.sqrt(below))
 
 
 def _pearson(decided: np.ndarray, targets: np.ndarray) -> Weighted:
@@ -221,6 +255,21 @@ def _pearson(decided: np.ndarray, targets: np.ndarray) -> Weighted:
             square_first - mean_first**2,
             square_second - mean_second**2,
         )
+
+    return measure
+
+
+def _r2(decided: np.ndarray, targets: np.ndarray) -> Weighted:
+    """Share of the labels' variance that the predictions explain; 0 where the labels of a draw are constant."""
+    spread = np.abs(targets - targets.mean()).max() or 1.0
+    centred, wrong = (targets - targets.mean()) / spread, (targets - decided) / spread
+    columns = np.stack([centred, centred**2, wrong**2], axis=1)
+
+    def measure(counts: np.ndarray) -> np.ndarray:
+        mean, square, error = ((counts @ columns) / counts.sum(axis=1, keepdims=True)).T
+        variance = square - mean**2
+        valid = variance > 1e-14
+        return np.where(valid, 1 - error / np.where(valid, variance, 1.0), 0.0)
 
     return measure
 
@@ -271,11 +320,6 @@ def _correlation(product: np.ndarray, first: np.ndarray, second: np.ndarray) -> 
     valid = (first > 1e-14) & (second > 1e-14)
     below = np.sqrt(np.where(valid, first * second, 1.0))
     return np.where(valid, np.clip(product / below, -1.0, 1.0), 0.0)
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Divide, with 0 where there is nothing to divide by."""
-    return np.where(below > 0, above / np.where(below > 0, below, 1.0), 0.0)
 
 
 def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np.ndarray:

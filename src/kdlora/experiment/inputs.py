@@ -9,7 +9,7 @@ from typing import Literal
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.data.collection import is_collection, open_collection
 from kdlora.data.load import Splits
-from kdlora.data.tasks import Task
+from kdlora.data.tasks import Task, named_weights
 from kdlora.distil.inference import hash_model
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.teacher import read_stored_logits
@@ -24,8 +24,10 @@ Role = Literal["teacher", "student"]
 
 
 def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
-    """Give every model that the experiment names, one after the other; check its adapters, and the trackers."""
+    """Give every model that the experiment names, one after the other; check its adapters, weights and trackers."""
     check_trackers(config.run.report_to)
+    for train in (config.teacher.train, config.student.train):
+        named_weights(task, train.class_weights)
     if config.teacher.fine_tuned is not None:
         yield "teacher", load_teacher(config, task)[0]
     trained: list[Arm] = [

@@ -16,7 +16,7 @@ from kdlora.errors import ConfigError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.settle import Chosen
 from kdlora.experiment.suitefile import Settings, SuiteConfig, configurations
-from kdlora.section import Section
+from kdlora.section import Section, without_later_keys
 from kdlora.system.integrity import hash_json
 
 
@@ -223,6 +223,7 @@ def _reset(section: Section, key: str) -> Any:
 def identity(config: Config) -> dict[str, Any]:
     """Give what must be equal for two runs of an arm with a seed to be the same run, their teacher aside."""
     values = config.model_dump(mode="json", exclude={"name", "family", "recipe", "export", "report"})
+    values = without_later_keys(values)
     values["run"] = {key: value for key, value in values["run"].items() if key in ("precision", "device", "threads")}
     return values
 

@@ -177,12 +177,20 @@ def undamaged_record(run: PlannedRun, root: Path) -> RunRecord | None:
 
 def finished_runs(runs: Iterable[PlannedRun], root: Path, facts: Mapping[str, TaskFacts]) -> dict[str, RunRecord]:
     """Read the records of a suite's runs that need not be repeated."""
-    found = {run.key: (run, record) for run in runs if (record := undamaged_record(run, root)) is not None}
-    return {
-        key: record
-        for key, (run, record) in found.items()
-        if record.fingerprints.get("data") == facts[run.task].fingerprint(run.config) and _is_same(run, record, root)
-    }
+    found = {}
+    for run in runs:
+        record, now = undamaged_record(run, root), facts[run.task]
+        if record is None or record.fingerprints.get("data") != now.fingerprint(run.config):
+            continue
+        if _is_same(run, record, root):
+            if record.task.get("metrics") != list(now.task["metrics"]):
+                raise ArtifactError(
+                    f"{run.key} was scored by {', '.join(record.task.get('metrics', ()))}, where the classes of "
+                    f"{run.task} now ask for {', '.join(now.task['metrics'])}. Set task.metric of that task to what it "
+                    "was, or name another folder with --out"
+                )
+            found[run.key] = record
+    return found
 
 
 def _is_same(run: PlannedRun, record: RunRecord, root: Path) -> bool:

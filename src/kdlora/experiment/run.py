@@ -32,7 +32,7 @@ from kdlora.experiment.preview import ExperimentPlan, make_plan
 from kdlora.experiment.queue import Queue, undamaged_record
 from kdlora.experiment.recording import TaskFacts, logged, look_at
 from kdlora.experiment.scoring import doubts_of_teacher
-from kdlora.experiment.settle import look_at_models, sample_texts, with_recorded
+from kdlora.experiment.settle import look_at_models, sample_texts, with_metric, with_recorded
 from kdlora.experiment.shipping import is_shipped, keep_examples, lacks_weights, ship_student, tell_anew
 from kdlora.experiment.stages import Stage
 from kdlora.experiment.team import Team, gather_team
@@ -168,7 +168,10 @@ def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, Tas
     """Settle the config by what is recorded, load the data, and find the runs that need not be repeated."""
     config = with_recorded(config, layout.config)
     check_folder(config, layout)
-    splits = load_splits(config.task, config.data, copies_in=layout.copies if layout.copies.exists() else None)
+    copies, kept = layout.copies if layout.copies.exists() else None, with_metric(config, layout)
+    splits = load_splits(config.task, config.data, copies_in=copies)
+    if kept.task.metric not in (config.task.metric, *splits.task.metrics):  # an earlier version chose another one
+        config, splits = kept, load_splits(kept.task, kept.data, copies_in=copies)
     facts = look_at(splits, config.data.augment)
     return config, splits, facts, _finished(config, layout, facts.fingerprint(config))
 
@@ -228,7 +231,7 @@ def check_folder(config: Config, layout: ExperimentLayout) -> None:
     refuse_foreign_folder(layout.root, "experiment")
     if not layout.config.exists():
         return
-    there, here = _flatten(load_config(layout.config)), _flatten(config)
+    there, here = (_flatten(with_metric(one, layout)) for one in (load_config(layout.config), config))
     if changed := [key for key in here if there[key] != here[key] and key not in _FREE_KEYS]:
         shown = [f"  - {key}: {there[key]!r} there, {here[key]!r} here" for key in changed[:8]]
         shown += [f"  - and {len(changed) - 8} more"] if len(changed) > 8 else []

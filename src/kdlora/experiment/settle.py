@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,8 @@ from kdlora.data.tasks import Task
 from kdlora.defaults import adapter_rate, epochs_for, full_rate
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import resolve_device, resolve_precision
-from kdlora.errors import ConfigError
+from kdlora.errors import ArtifactError, ConfigError
+from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment.inputs import Role, loaded_models
 from kdlora.models.encoders import Encoder
 
@@ -198,7 +200,7 @@ def with_recorded(config: Config, recorded: Path) -> Config:
     if not recorded.exists():
         return config
     there = load_config(recorded)
-    update = {}
+    update: dict[str, Any] = {"task": _without_null(config.task, metric=there.task.metric)}
     for role in ("teacher", "student"):
         here, old = getattr(config, role), getattr(there, role)
         train = _without_null(here.train, **{key: getattr(old.train, key) for key in OPEN})
@@ -206,6 +208,17 @@ def with_recorded(config: Config, recorded: Path) -> Config:
         section = _without_null(here, **{key: getattr(old, key) for key in rates})
         update[role] = section.model_copy(update={"train": train})
     return config.model_copy(update=update)
+
+
+def with_metric(config: Config, layout: ExperimentLayout) -> Config:
+    """Where no metric is named, name the one that runs were scored by; that of version 0.2 did not ask for the data."""
+    for place in sorted(layout.runs.glob("*/run.json")):
+        with contextlib.suppress(ArtifactError):
+            task = Task.from_dict(read_record(place).task)
+            own = task.kind == "single-label" and not task.name
+            section = _without_null(config.task, metric=task.metrics[0]) if own else config.task
+            return config.model_copy(update={"task": section})
+    return config
 
 
 def _without_null(section: Section, **values: Any) -> Section:

@@ -15,6 +15,7 @@ from kdlora.config import DISTILLED_ARMS, Arm, Config
 from kdlora.data.augment import keep_unscored
 from kdlora.data.load import Splits, add_copies, load_splits, split_rows
 from kdlora.data.spool import read_column, read_texts
+from kdlora.data.tasks import DEFAULT_METRICS
 from kdlora.distil.logits import attach_teacher
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import DataError
@@ -25,6 +26,7 @@ from kdlora.experiment.settle import Chosen, choose
 from kdlora.experiment.shipping import keep_weights
 from kdlora.experiment.stages import label_splits, train_splits
 from kdlora.searchconfig import SearchConfig
+from kdlora.system.integrity import hash_json
 
 
 class TrialStoppedError(Exception):
@@ -70,7 +72,10 @@ def hold_out(splits: Splits, search: SearchConfig) -> Splits:
 def inspect_rows(config: Config, search: SearchConfig) -> tuple[str, Chosen]:
     """Fingerprint the rows that a search uses, and say what data and models decide where the config does not."""
     splits = load_held_out(config, search)
-    return hash_splits(splits), choose(config, splits)
+    rows, task = hash_splits(splits), splits.task
+    if not task.name and task.metrics != DEFAULT_METRICS[task.kind]:
+        rows = hash_json([rows, task.metrics])  # trials by another metric are another study
+    return rows, choose(config, splits)
 
 
 def make_teacher(config: Config, search: SearchConfig, layout: ExperimentLayout, send: Callable[..., None]) -> None:

@@ -13,7 +13,7 @@ from kdlora.data.tasks import Task
 from kdlora.evidence.metrics import Reliability, predict_labels, probabilities, reliability
 from kdlora.evidence.stats import mean_sd
 from kdlora.report.collect import Experiment
-from kdlora.report.findings import align
+from kdlora.report.findings import CONTROLS, align
 from kdlora.report.page import Block, Figure, Paragraph, Quotation, Quotations, Table
 from kdlora.report.plots import PALETTE, Frame, Style, arm_style, draw, named, padded, scatter, shorten
 from kdlora.report.wording import arm_title, plus_minus, signed
@@ -40,21 +40,23 @@ class Outputs:
 
 
 def error_blocks(experiment: Experiment, mark: str) -> list[Block]:
-    """Show confusions or residuals of the shipped arm, and calibration."""
+    """Show every class, confusions or residuals of the shipped arm, and calibration."""
     arm, task = experiment.student_arm, experiment.task
     if arm is None:
         return []
     student, teacher = _outputs(experiment, arm), _outputs(experiment, experiment.teacher_arm)
+    control = _outputs(experiment, (CONTROLS | {own: taught for taught, own in CONTROLS.items()}).get(arm, ""))
     if student is None:
         return [Paragraph("No predictions were kept, so there is nothing to show here.", "note")]
     if task.kind == "regression":
         return _residual_plots(student, mark)
     calibration = _calibration_plot([one for one in (teacher, student) if one is not None], f"{mark}-calibration")
+    classes = _class_table([one for one in (teacher, student, control) if one is not None])
     if task.kind == "multi-label":
-        return [_label_table(student, teacher), calibration]
+        return [classes, calibration]
     if task.num_labels > _MOST_CLASSES:
-        return [_confusion_table(student), calibration]
-    return [_confusion_plot(student, f"{mark}-confusion"), calibration]
+        return [classes, _confusion_table(student), calibration]
+    return [classes, _confusion_plot(student, f"{mark}-confusion"), calibration]
 
 
 def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
@@ -116,29 +118,33 @@ def _confusion_table(outputs: Outputs) -> Table:
     return Table(caption, columns, rows, text_columns=2, note=outputs.told, side=True)
 
 
-def _label_table(outputs: Outputs, teacher: Outputs | None) -> Table:
-    """List precision, recall and F1 of every label of a multi-label task."""
-    figures = [*_per_label(outputs), *(_per_label(teacher)[2:] if teacher else [])]
-    columns = ("label", "rows", "precision", "recall", "F1", *(("teacher's F1",) if teacher else ()))
+def _class_table(arms: Sequence[Outputs]) -> Table:
+    """List precision, recall and F1 of every label, and its rows: of the teacher, of what ships, and of its control."""
+    names, labels = arms[0].task.label_names, arms[0].labels
+    support = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(names))
+    figures = {f"{arm.name}: {what}": values for arm in arms for what, values in _per_label(arm).items()}
     rows = tuple(
         (
             name,
-            f"{int(outputs.labels[:, number].sum())}",
-            *(plus_minus(mean_sd([100 * seed[number] for seed in figure])) for figure in figures),
+            str(int(support[place])),
+            *(plus_minus(mean_sd([100 * seed[place] for seed in seeds])) for seeds in figures.values()),
         )
-        for number, name in enumerate(outputs.task.label_names)
+        for place, name in enumerate(names)
     )
-    told = "Per cent, mean ± standard deviation over seeds."
-    return Table(f"Each label under {outputs.name}", columns, rows, note=told, side=True)
+    told = "Per cent, mean ± standard deviation over seeds; rows are those that have the label."
+    return Table("Every label", ("label", "rows", *figures), rows, note=told, compact=True)
 
 
-def _per_label(outputs: Outputs) -> list[tuple[np.ndarray, ...]]:
+def _per_label(outputs: Outputs) -> dict[str, list[np.ndarray]]:
     """Give precision, recall and F1 of each label, one array a seed; 0 where there is nothing to divide by."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    decided = [predict_labels(outputs.task, one) for one in outputs.logits]
-    seeds = [precision_recall_fscore_support(outputs.labels, one, average=None, zero_division=0) for one in decided]
-    return list(zip(*seeds, strict=True))[:3]
+    every, decided = range(outputs.task.num_labels), [predict_labels(outputs.task, one) for one in outputs.logits]
+    how: dict[str, Any] = {"labels": every, "average": None, "zero_division": 0}
+    seeds = [precision_recall_fscore_support(outputs.labels, one, **how)[:3] for one in decided]
+    return {
+        what: list(values) for what, values in zip(("precision", "recall", "F1"), zip(*seeds, strict=True), strict=True)
+    }
 
 
 def _residual_plots(outputs: Outputs, mark: str) -> list[Block]:

@@ -39,6 +39,9 @@ _METRIC_TITLES = {
     "mse": "mean squared error",
     "mae": "mean absolute error",
     "subset_accuracy": "subset accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "average_precision": "average precision",
+    "r2": "R²",
 }
 
 
@@ -48,7 +51,13 @@ def arm_title(arm: str) -> str:
 
 
 def metric_title(name: str) -> str:
-    """Name a metric, its group included."""
+    """Name a metric, its group or its label included."""
+    base, _, label = name.partition(":")
+    if base == "cost":
+        return "cost avoided, of the largest"
+    if label:
+        at = base.removeprefix("recall@")
+        return f"{metric_title(base)} of {label}" if at == base else f"recall of {label} at precision {at}"
     known = [key for key in _METRIC_TITLES if name == key or name.startswith(f"{key}_")]
     base = max(known, key=len, default="")
     group = name.removeprefix(base).removeprefix("_")

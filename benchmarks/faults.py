@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many seconds")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job hands down that it is ignored
     options.until = time.monotonic() + options.seconds
     options.out.mkdir(parents=True, exist_ok=True)
     logs = {part: Log(options.out / f"{part}.jsonl") for part in PARTS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
-from kdlora.asking.answers import TABLE, AnswerLog, BudgetSpentError, Key, Ledger, begin_folder, collect, write_tables
+from kdlora.asking.answers import Answers, BudgetSpentError, Key, begin_folder
 from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.questions import (
@@ -29,15 +30,16 @@ from kdlora.asking.questions import (
 )
 from kdlora.asking.server import Reply, Server
 from kdlora.configfile import expand_home
+from kdlora.data.logit_table import LOGIT, RESERVED, write_table
 from kdlora.data.spool import read_column
 from kdlora.errors import ConfigError, DataError
-from kdlora.system.integrity import hash_file
+from kdlora.system.integrity import hash_files
 from kdlora.system.storage import hold_lock, write_json_atomic
 
 if TYPE_CHECKING:
     from kdlora.asking.audit import Audit
 
-AUDIT = "audit.json"
+AUDIT, TABLE = "audit.json", "probabilities.parquet"
 _FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
 _SHOWN = 3
 _SAMPLE = 200
@@ -118,33 +120,35 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
         ConnectionError: the server was lost on the way.
     """
     start = time.perf_counter()
-    asking = _Asking(read_asked_rows(data, settings), settings)
+    asking = _Asking(rows := read_asked_rows(data, settings), settings)
     folder = expand_home(str(to)).resolve()
     with hold_lock(folder / ".lock", f"asks into {folder}", remedy=", or name another folder with --to"):
         begin_folder(folder, asking.ingredients, {"base_url": settings.url, "data": str(data)})
-        with AnswerLog(folder) as log:
-            chosen, audit, left = _run(asking.carry_out(log, progress))
+        ids = {split: read_column(part, "id") for split, part in rows.parts.items()}
+        with Answers(folder, ids, rows.task.num_labels, settings) as answers:
+            audit, left, written = _run(asking.carry_out(answers, progress)), 0, 0
             if audit is not None:
                 write_json_atomic(folder / AUDIT, asdict(audit))
-            rows = 0
-            if (audit is None) == (asking.rows.audit is None):
-                rows = write_tables(folder, asking.rows, log, chosen, 1.0 if audit is None else audit.temperature)
-            requests, read, written = log.spent.tolist()
-            return AskSummary(
-                folder=folder,
-                table=folder / TABLE,
-                rows=rows,
-                unanswered=len(log.bad),
-                examples=tuple(log.bad[:_SHOWN]),
-                left=left,
-                resumed=log.resumed,
-                requests=requests,
-                tokens_read=read,
-                tokens_written=written,
-                cost=settings.cost(read, written),
-                audit=audit,
-                seconds=time.perf_counter() - start,
-            )
+            chosen, temperature = (0, 1.0) if audit is None else (audit.chosen, audit.temperature)
+            if (audit is None) == (rows.audit is None):
+                written = write_tables(folder, rows, answers, chosen, temperature)
+            left = sum(len(answers.pending(chosen, *part)) for part in rows.chosen.items())
+    requests, tokens_read, tokens_written = answers.spent.tolist()
+    return AskSummary(
+        folder=folder,
+        table=folder / TABLE,
+        rows=written,
+        unanswered=len(answers.bad),
+        examples=tuple(answers.bad[:_SHOWN]),
+        left=left,
+        resumed=answers.resumed,
+        requests=requests,
+        tokens_read=tokens_read,
+        tokens_written=tokens_written,
+        cost=settings.cost(tokens_read, tokens_written),
+        audit=audit,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def plan_asking(data: str, settings: AskSettings) -> AskPlan:
@@ -187,15 +191,11 @@ class _Asking:
     @property
     def count(self) -> int:
         """Questions in all: audited rows are asked with each prompt, the others with the best."""
-        rows, audit = self.rows, self.rows.audit
-        count = sum(map(len, rows.parts.values()))
+        chosen, audit = self.rows.chosen, self.rows.audit
+        count = sum(map(len, chosen.values()))
         if audit is None:
             return count
-        again = 0
-        if rows.audit_split in rows.parts:  # drawn from those
-            asked = set(read_column(rows.parts[rows.audit_split], "id").to_pylist())
-            again = sum(name in asked for name in read_column(audit, "id").to_pylist())
-        return count - again + len(audit) * len(self.questions)
+        return count + len(self.questions) * len(audit[1]) - len(np.intersect1d(chosen[audit[0]], audit[1]))
 
     @property
     def ingredients(self) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class _Asking:
         rows, settings = self.rows, self.settings
         files = [rows.sources, list(rows.task.text), list(rows.task.label), settings.id_column]
         audited = settings.audit if isinstance(settings.audit, int) else None
-        by = None if settings.select_by is None else _hash_model(settings.select_by)
+        by = None if settings.select_by is None else hash_files(model := expand_home(settings.select_by), [model])
         return {
             "prompts": [one.source for one in self.questions],
             "labels": [list(label) for label in rows.labels.items()],
@@ -214,75 +214,67 @@ class _Asking:
             "selection": [settings.select, settings.seed, by, settings.rows if settings.select == "diverse" else None],
         }
 
-    async def carry_out(self, log: AnswerLog, progress: Progress | None) -> tuple[int, Audit | None, int]:
-        """Ask the audited rows with every prompt, then all others with the best; count the rows that are left."""
-        rows = self.rows
-        done, total = len(log.done), self.count
+    async def carry_out(self, answers: Answers, progress: Progress | None) -> Audit | None:
+        """Ask the audited rows with every prompt, then all others with the best."""
+        total, rows, audit = self.count, self.rows, None
 
         def hear() -> None:
             if progress is not None:
-                progress(len(log.done), total)
+                progress(answers.done, total)
 
         hear()
-        server = Server(self.settings, Ledger(log, self.settings), self.questions[0].tokens_of_answer)
-        keeping = asyncio.create_task(_keep(log))
-        chosen, audit = 0, None
-        try:
-            async with server:
-                if rows.audit is not None:
-                    parts = {rows.audit_split: rows.audit}
-                    pending = [self._pending(log, place, parts) for place in range(len(self.questions))]
-                    if await self._ask_all(server, log, chain.from_iterable(pending), hear):
-                        audit = self._audit(log)
-                        chosen = audit.chosen
-                if rows.audit is None or audit is not None:
-                    await self._ask_all(server, log, self._pending(log, chosen, rows.parts), hear)
-        finally:
-            keeping.cancel()
-        if len(log.done) == done == 0:
+        server = Server(self.settings, answers, self.questions[0].tokens_of_answer)
+        async with server.client:
+            enough = True
+            if rows.audit is not None:
+                asked = [self._pending(answers, prompt, *rows.audit) for prompt in range(len(self.questions))]
+                if enough := await self._ask_all(server, answers, chain.from_iterable(asked), hear):
+                    audit = self._audit(answers, *rows.audit)
+            if enough:
+                best = 0 if audit is None else audit.chosen
+                asked = [self._pending(answers, best, *part) for part in rows.chosen.items()]
+                await self._ask_all(server, answers, chain.from_iterable(asked), hear)
+        if not answers.done:
             raise ConfigError("the budget is less than one question may need; raise it, or shorten the prompt")
-        return chosen, audit, sum(1 for _ in self._pending(log, chosen, rows.parts))
+        return audit
 
-    def _pending(self, log: AnswerLog, prompt: int, parts: Mapping[str, Dataset]) -> Iterator[tuple[Key, Row]]:
-        for split, rows in parts.items():
-            for row in each_row(rows):
-                key = Key(prompt, split, row["id"])
-                if key not in log.done:
-                    yield key, row
+    def _pending(self, answers: Answers, prompt: int, split: str, places: np.ndarray) -> Iterator[tuple[Key, Row]]:
+        left = answers.pending(prompt, split, places)
+        for place, row in zip(left.tolist(), each_row(self.rows.parts[split].select(left)), strict=True):
+            yield Key(prompt, split, place), row
 
     async def _ask_all(
-        self, server: Server, log: AnswerLog, pending: Iterable[tuple[Key, Row]], hear: Callable[[], None]
+        self, server: Server, answers: Answers, pending: Iterator[tuple[Key, Row]], hear: Callable[[], None]
     ) -> bool:
         """Ask about rows, some at a time; say whether the budget was enough."""
-        queue = iter(pending)
         enough = True
 
         async def work(rows: Iterable[tuple[Key, Row]]) -> None:
             nonlocal enough
             for key, row in rows:
                 try:
-                    log.answer(key, await self._answer(server, self.questions[key.prompt], row, known=log.good > 0))
+                    answers.keep(key, await self._answer(server, key.prompt, row, known=answers.good > 0))
                 except BudgetSpentError:
                     enough = False
-                    return
                 hear()
-                if not log.good:
-                    _refuse_if_useless(log)
+                if not answers.good:
+                    _refuse_if_useless(answers)
                 if not enough:
                     return
 
-        while not log.good and enough and (first := list(islice(queue, 1))):  # one by one: it may all be wrong
+        while not answers.good and enough and (first := list(islice(pending, 1))):  # one by one: it may all be wrong
             await work(first)
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self.settings.concurrency if enough else 0):
-                    group.create_task(work(queue))
+                    group.create_task(work(pending))
         except BaseExceptionGroup as faults:
             raise faults.exceptions[0] from None
         return enough
 
-    async def _answer(self, server: Server, questions: Questions, row: Row, *, known: bool) -> np.ndarray | str:
+    async def _answer(self, server: Server, number: int, row: Row, *, known: bool) -> np.ndarray | str:
         """Find the probabilities of the labels, or say why there are none."""
+        questions = self.questions[number]
         options = questions.choices
         prompt = questions.fill(row, options)
         if questions.votes:
@@ -306,17 +298,13 @@ class _Asking:
             within[place] = inner
         return join_groups(found, options, within)
 
-    def _audit(self, log: AnswerLog) -> Audit:
+    def _audit(self, answers: Answers, split: str, places: np.ndarray) -> Audit:
         from kdlora.asking.audit import audit_answers  # here: it loads much, and is often not needed
 
-        rows, names = self.rows, [str(one.path or "default prompt") for one in self.questions]
-        assert rows.audit is not None  # asked for
-        tables = [
-            collect(log, place, {rows.audit_split: rows.audit}, rows.task.num_labels) for place in range(len(names))
-        ]
-        labels = read_column(rows.audit, "label").to_numpy()
-        answers = [table[rows.audit_split] for table in tables]
-        return audit_answers(rows.task, names, answers, labels, self.settings.seed)
+        names = [str(one.path or "default prompt") for one in self.questions]
+        tables = [answers.probabilities(prompt, split, places) for prompt in range(len(names))]
+        labels = read_column(self.rows.parts[split].select(places), "label").to_numpy()
+        return audit_answers(self.rows.task, names, tables, labels, self.settings.seed)
 
 
 def _read(reply: Reply, options: list[Option], *, known: bool) -> np.ndarray | None:
@@ -332,9 +320,9 @@ def _reason(reply: Reply) -> str:
     return reply.refused or f"no label: {reply.text!r}"
 
 
-def _refuse_if_useless(log: AnswerLog) -> None:
+def _refuse_if_useless(answers: Answers) -> None:
     """End what has no use before it costs more."""
-    reasons = [entry["unanswered"] for entry in log.bad]
+    reasons = [entry["unanswered"] for entry in answers.bad]
     refused = [reason for reason in reasons if reason.startswith("the server refuses")]
     if len(refused) >= _FIRST_REFUSED and len(refused) == len(reasons):
         raise ConfigError(f"{refused[0]}, and so for the first {len(refused)} rows; check the model and the prompt")
@@ -342,13 +330,40 @@ def _refuse_if_useless(log: AnswerLog) -> None:
         raise DataError(f"none of the first {len(reasons)} rows has an answer ({reasons[0]}); change the prompt")
 
 
-async def _keep(log: AnswerLog) -> None:
-    """Have what was written reach the disk, every second."""
-    while True:
-        await asyncio.sleep(1.0)
-        await asyncio.to_thread(log.synchronise)
+def write_tables(folder: Path, asked: AskedRows, answers: Answers, prompt: int, temperature: float) -> int:
+    """Write the probabilities, and the rows that have some; count them."""
+    from kdlora.asking.audit import temper
+
+    ids, splits, tables = list[pa.Array](), list[str](), list[np.ndarray]()
+    for split, places in asked.chosen.items():
+        table = answers.probabilities(prompt, split, places)
+        answered = ~np.isnan(table).any(axis=1)
+        if not answered.any():
+            continue
+        rows, table = asked.parts[split].select(places[answered]), temper(table[answered], temperature)
+        if split != "validation":
+            _write_rows(folder / f"{split}.parquet", asked, rows, split, table)
+        ids += read_column(rows, "id").chunks
+        splits += [split] * len(table)
+        tables.append(table)
+    if not tables:
+        raise DataError(f"none of the {len(answers.bad)} rows that were asked about has an answer; see {answers.path}")
+    together = np.concatenate(tables)
+    columns: dict[str, Any] = {"id": pa.chunked_array(ids)}
+    if {*splits} != {"train"}:
+        columns["split"] = pa.array(splits)
+    for place, name in enumerate(asked.task.label_names):
+        columns[LOGIT + name if name in RESERVED else name] = pa.array(together[:, place], pa.float32())
+    write_table(folder / TABLE, columns)
+    return len(together)
 
 
-def _hash_model(folder: str) -> dict[str, str]:
-    place = expand_home(folder)
-    return {file.name: hash_file(file) for file in sorted(place.glob("*")) if file.is_file()}
+def _write_rows(path: Path, asked: AskedRows, rows: Dataset, split: str, table: np.ndarray) -> None:
+    """Write rows: with people's label where there is one, else with the likeliest."""
+    columns: dict[str, Any] = {"id": read_column(rows, "id")}
+    for name, column in zip(("text", "text_pair"), asked.task.text, strict=False):
+        columns[column] = read_column(rows, name)
+    if split == "train":
+        codes = read_column(rows, "label").to_numpy() if asked.is_labelled else table.argmax(axis=1)
+        columns[asked.task.label[0]] = pa.array(np.asarray(asked.task.label_names)[codes])
+    write_table(path, columns)

@@ -32,8 +32,8 @@ class AskedRows:
     task: Task
     labels: Mapping[str, str]  # with descriptions
     parts: Mapping[str, Dataset]  # by split of the table
-    audit: Dataset | None
-    audit_split: str  # whose answers those of the audited rows are
+    chosen: Mapping[str, np.ndarray]  # places of the rows that the table is to have
+    audit: tuple[str, np.ndarray] | None  # split and places of the audited rows
     examples: list[dict[str, Any]]
     sources: dict[str, str]  # hashes of the files
     is_labelled: bool  # by people
@@ -59,18 +59,23 @@ def read_asked_rows(data: str, settings: AskSettings) -> AskedRows:
     task, labelled = _task(source, settings)
     labels = dict(settings.labels or dict.fromkeys(task.label_names, ""))
     rows = _read(source, task, settings, labelled=labelled)
-    audit, audit_split = _audit(rows if labelled else None, task, settings)
-    pool = np.arange(len(rows))
-    if isinstance(settings.audit, int):
-        pool = pool[~np.isin(pool, _draw(len(rows), settings, 1)[: settings.audit])]
-    examples = _examples(rows.select(pool) if labelled else None, settings, task)
-    parts = {"train": _choose(rows, settings)}
+    parts, chosen = {"train": rows}, {"train": _choose(rows, settings)}
     if settings.unlabelled is not None:
-        more = _open(settings.unlabelled, "unlabelled")
-        parts["unlabelled"] = _read(more, task, settings, labelled=False)
+        parts["unlabelled"] = _read(_open(settings.unlabelled, "unlabelled"), task, settings, labelled=False)
+    audit, pool = None, np.arange(len(rows))
+    if isinstance(settings.audit, str):
+        parts["validation"] = _read(_open(settings.audit, "audit"), task, settings, labelled=True)
+        audit = ("validation", np.arange(len(parts["validation"])))
+        if len(audit[1]) < LEAST_AUDIT_ROWS:
+            raise DataError(f"{settings.audit}: an audit takes at least {LEAST_AUDIT_ROWS} rows, found {len(audit[1])}")
+    elif settings.audit is not None:
+        audit = ("train", _drawn_audit(len(rows), settings.audit, settings, labelled=labelled))
+        pool = np.setdiff1d(pool, audit[1])
+    chosen |= {split: np.arange(len(part)) for split, part in parts.items() if split != "train"}
+    examples = _examples(rows.select(pool) if labelled else None, settings, task)
     files = {"data": data, "unlabelled": settings.unlabelled, "audit": settings.audit}
     sources = {name: hash_file(expand_home(file)) for name, file in files.items() if isinstance(file, str)}
-    return AskedRows(task, labels, parts, audit, audit_split, examples, sources, labelled)
+    return AskedRows(task, labels, parts, chosen, audit, examples, sources, labelled)
 
 
 def each_row(rows: Dataset) -> Iterator[Row]:
@@ -112,20 +117,12 @@ def _draw(count: int, settings: AskSettings, purpose: int) -> np.ndarray:
     return np.random.default_rng([settings.seed, purpose]).permutation(count)
 
 
-def _audit(rows: Dataset | None, task: Task, settings: AskSettings) -> tuple[Dataset | None, str]:
-    """Take the rows that people labelled from a file, or draw them from the rows asked about."""
-    if settings.audit is None:
-        return None, ""
-    if isinstance(settings.audit, str):
-        found = _read(_open(settings.audit, "audit"), task, settings, labelled=True)
-        if len(found) < LEAST_AUDIT_ROWS:
-            raise DataError(f"{settings.audit}: an audit takes at least {LEAST_AUDIT_ROWS} rows, found {len(found)}")
-        return found, "validation"
-    if rows is None:
+def _drawn_audit(rows: int, wanted: int, settings: AskSettings, *, labelled: bool) -> np.ndarray:
+    if not labelled:
         raise ConfigError("these rows have no labels to draw an audit from; give audit a file of rows that have")
-    if settings.audit > len(rows):
-        raise DataError(f"an audit of {settings.audit} rows cannot be drawn from {len(rows)}")
-    return rows.select(_draw(len(rows), settings, 1)[: settings.audit]), "train"
+    if wanted > rows:
+        raise DataError(f"an audit of {wanted} rows cannot be drawn from {rows}")
+    return _draw(rows, settings, 1)[:wanted]
 
 
 def _examples(rows: Dataset | None, settings: AskSettings, task: Task) -> list[dict[str, Any]]:
@@ -144,17 +141,17 @@ def _examples(rows: Dataset | None, settings: AskSettings, task: Task) -> list[d
     return [rows[int(place)] for place in chosen]
 
 
-def _choose(rows: Dataset, settings: AskSettings) -> Dataset:
+def _choose(rows: Dataset, settings: AskSettings) -> np.ndarray:
     """Take the rows to be asked about; more of them later begin with these."""
     if settings.rows is None or settings.rows >= len(rows):
-        return rows
+        return np.arange(len(rows))
     if settings.select == "random":
         order = _draw(len(rows), settings, 3)
     elif settings.select == "diverse":
         order = _spread(rows, settings)
     else:
         order = _doubts(rows, settings)
-    return rows.select(np.sort(order[: settings.rows]))
+    return np.sort(order[: settings.rows])
 
 
 def _spread(rows: Dataset, settings: AskSettings) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kdlora.errors import ConfigError
@@ -15,6 +15,13 @@ Selection = Literal["random", "uncertain", "diverse"]
 DEFAULT_URL = "https://api.openai.com/v1"
 LEAST_AUDIT_ROWS = 40
 """Half of them fit the temperature, which takes 20."""
+_LEAST = dict.fromkeys(("shots", "seed", "votes", "temperature", "price_in", "price_out"), 0) | {
+    "top_logprobs": 2,
+    "concurrency": 1,
+    "rows": 1,
+    "timeout": 0.001,
+    "audit": LEAST_AUDIT_ROWS,
+}
 
 
 @dataclass(frozen=True)
@@ -79,27 +86,24 @@ class AskSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be asked."""
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not least <= value < math.inf:
+                raise ConfigError(f"{name} is at least {least}, got {value}")
+        if self.top_logprobs > 20:
+            raise ConfigError("top_logprobs is at most 20, which is what servers show")
         limits = (self.max_requests, self.max_tokens, self.max_cost)
         if any(limit is not None and not limit > 0 for limit in limits):
             raise ConfigError("a budget of nothing asks nothing: max_requests, max_tokens and max_cost are above 0")
         if self.max_cost is not None and (self.price_in is None or self.price_out is None):
             raise ConfigError("max_cost needs price_in and price_out, the prices of a million tokens")
-        numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.type in ("int", "float")}
-        numbers |= {"rows": self.rows or 1, "price_in": self.price_in or 0, "price_out": self.price_out or 0}
-        numbers["temperature"] = self.heat
-        least = {"top_logprobs": 2, "concurrency": 1, "rows": 1, "timeout": 0.001}
-        for name, value in numbers.items():
-            if not (math.isfinite(value) and value >= least.get(name, 0)):
-                raise ConfigError(f"{name} is at least {least.get(name, 0)}, got {value}")
-        if self.rows == 0 or self.top_logprobs > 20:
-            raise ConfigError("rows is at least 1, and top_logprobs at most 20, which is what servers show")
+        if self.votes > 1 and self.heat == 0:
+            raise ConfigError("votes at temperature 0 are one answer, counted several times; leave temperature out")
         for name, choices in (("protocol", get_args(Protocol)), ("select", get_args(Selection))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is one of {', '.join(choices)}; got {getattr(self, name)!r}")
         if len(self.prompts) > 1 and self.audit is None:
             raise ConfigError("several prompts are compared on rows with labels by people; give them as audit")
-        if isinstance(self.audit, int) and self.audit < LEAST_AUDIT_ROWS:
-            raise ConfigError(f"an audit takes at least {LEAST_AUDIT_ROWS} rows, got {self.audit}")
         if (self.select == "uncertain") != (self.select_by is not None) or (self.rows is None and self.select_by):
             raise ConfigError("select: uncertain needs select_by, a model folder, and rows; the others take no model")
         if "@" in self.url or "?" in self.url or not self.url.startswith(("http://", "https://")):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.stats import binomtest
 
 from kdlora.data.tasks import Task
 from kdlora.deploy.calibrate import fit_temperature
@@ -13,7 +14,6 @@ from kdlora.evidence.metrics import compute_metrics, probabilities, reliability
 from kdlora.evidence.stats import Difference, PairedArms, contrast
 
 _LEAST_FITTED = 20
-_NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,20 @@ def audit_answers(
     outputs = [_as_logits(table, labels) for table in answers]
     right = [logits.argmax(axis=1) == labels for logits in outputs]
     chosen = int(np.argmax([found[choosing].mean() for found in right]))
-    scores = []
+    scores, wanted = [], replace(task, metrics=("accuracy", "macro_f1"))
     for place, (prompt, table) in enumerate(zip(prompts, answers, strict=True)):
-        score = _score(task, prompt, table, right[place], labels, (choosing, reported))
+        missing, good = np.isnan(table).any(axis=1), right[place][reported]
+        shown = reported[~missing[reported]]
+        interval = binomtest(int(good.sum()), len(reported)).proportion_ci(method="wilson")
+        score = PromptScore(
+            prompt,
+            chosen_on=100 * float(right[place][choosing].mean()),
+            accuracy=100 * float(good.mean()),
+            low=100 * interval.low,
+            high=100 * interval.high,
+            macro_f1=100 * compute_metrics(wanted, table[shown], labels[shown])["macro_f1"] if len(shown) else None,
+            unanswered=int(missing.sum()),
+        )
         if place != chosen:
             pair = PairedArms(task, labels[reported], [outputs[place][reported]], [outputs[chosen][reported]])
             score = replace(score, against_chosen=contrast([pair]))
@@ -95,38 +106,3 @@ def _as_logits(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
     missing = np.isnan(table).any(axis=1)
     wrong = np.eye(table.shape[1])[(labels + 1) % table.shape[1]] + 1e-6
     return np.asarray(np.log(np.where(missing[:, None], wrong, table)))
-
-
-def _score(
-    task: Task,
-    prompt: str,
-    table: np.ndarray,
-    right: np.ndarray,
-    labels: np.ndarray,
-    halves: tuple[np.ndarray, np.ndarray],
-) -> PromptScore:
-    choosing, reported = halves
-    missing = np.isnan(table).any(axis=1)
-    shown = reported[~missing[reported]]
-    low, high = _wilson(float(right[reported].mean()), len(reported))
-    f1 = None
-    if len(shown):
-        wanted = replace(task, metrics=("accuracy", "macro_f1"))
-        f1 = 100 * compute_metrics(wanted, table[shown], labels[shown])["macro_f1"]
-    return PromptScore(
-        prompt,
-        100 * float(right[choosing].mean()),
-        100 * float(right[reported].mean()),
-        100 * low,
-        100 * high,
-        f1,
-        int(missing.sum()),
-    )
-
-
-def _wilson(share: float, rows: int) -> tuple[float, float]:
-    """Give the bounds of a share's 95% interval (Wilson, JASA 22, 1927)."""
-    square = _NORMAL_95**2 / rows
-    middle, reach = share + square / 2, _NORMAL_95 * np.sqrt(share * (1 - share) / rows + square / (4 * rows))
-    low, high = np.clip(np.array([middle - reach, middle + reach]) / (1 + square), 0, 1)
-    return float(low), float(high)

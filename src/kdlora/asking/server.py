@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from kdlora.asking.answers import Ledger
+from kdlora.asking.answers import Answers
 from kdlora.asking.asksettings import DEFAULT_URL, AskSettings
 from kdlora.errors import ConfigError, first_line
 from kdlora.extras import check_installed
@@ -42,30 +42,24 @@ class Reply:
 
 
 class Server:
-    """A client that counts, waits and repeats; use it inside `async with`."""
+    """Counts, waits and repeats; use it inside `async with server.client`."""
 
-    def __init__(self, settings: AskSettings, ledger: Ledger, tokens_of_answer: int) -> None:
-        openai = _import_openai()
+    def __init__(self, settings: AskSettings, budget: Answers, tokens_of_answer: int) -> None:
+        check_installed("asking a language model", "ask")
+        import openai
+
         self._key = os.environ.get(settings.key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(f"the key in {settings.key_variable} has characters that no key has; set it again")
         if not self._key and settings.url == DEFAULT_URL:
             raise ConfigError(f"no key: set the environment variable {settings.key_variable}, or name your own server")
-        self._settings, self._ledger, self._written = settings, ledger, tokens_of_answer
+        self._settings, self._budget, self._written = settings, budget, tokens_of_answer
         self._openai = openai
-        self._client = openai.AsyncOpenAI(
+        self.client = openai.AsyncOpenAI(
             api_key=self._key or "none", base_url=settings.url, max_retries=0, timeout=settings.timeout
         )
         self._not_before = 0.0
         self._answers = 0
-
-    async def __aenter__(self) -> Server:
-        """Give itself."""
-        return self
-
-    async def __aexit__(self, *fault: object) -> None:
-        """Close the connections."""
-        await self._client.close()
 
     async def ask(self, prompt: str, vote: int | None = None) -> Reply:
         """Ask until there is an answer, or no use in asking."""
@@ -74,7 +68,7 @@ class Server:
         while True:
             while (rest := self._not_before - time.monotonic()) > 0:
                 await asyncio.sleep(rest * random.uniform(1.0, 1.2))  # not all at the same moment
-            await self._ledger.reserve(reserved)
+            await self._budget.reserve(reserved)
             used, patience = reserved, ATTEMPTS if self._answers else FIRST_ATTEMPTS
             try:
                 async with asyncio.timeout(self._settings.timeout):
@@ -98,7 +92,7 @@ class Server:
                 if self._answers and attempt + 1 >= UNREADABLE_ATTEMPTS:
                     return Reply(refused=problem)
             finally:
-                self._ledger.settle(reserved, used)
+                self._budget.settle(reserved, used)
             attempt += 1
             if attempt >= patience:
                 raise self._gave_up(attempt, problem)
@@ -116,7 +110,7 @@ class Server:
             asked |= {"logprobs": True, "top_logprobs": shown} if chat else {"logprobs": shown}
         # The typed methods copy the question and check the answer, which takes longer than all else here.
         path = "/chat/completions" if chat else "/completions"
-        return str(await self._client.post(path, body=asked, cast_to=str))
+        return str(await self.client.post(path, body=asked, cast_to=str))
 
     def _judge(self, fault: Any) -> Reply | None:
         """Say what an error means: raise where no row will fare better, None where another try may."""
@@ -152,13 +146,6 @@ class Server:
         """Quote a fault without the key."""
         said = first_line(fault) if isinstance(fault, BaseException) else str(fault)
         return (said.replace(self._key, "***") if self._key else said)[:_SHOWN]
-
-
-def _import_openai() -> Any:
-    check_installed("asking a language model", "ask")
-    import openai
-
-    return openai
 
 
 def _read_reply(body: str) -> Reply:

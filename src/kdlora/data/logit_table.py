@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 LOGIT = "logit:"
 """Marks the columns of logits, so that a label named `id` cannot collide."""
+RESERVED = ("id", "split", "label", "group", "text", "text_pair", "__index_level_0__")
+"""Columns of a table by people that are no labels."""
 _MEANING = {
     "weights": "the teacher's weights",
     "tokenizer": "the teacher's tokenizer",

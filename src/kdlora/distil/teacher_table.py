@@ -10,14 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdlora.data.collection import is_collection, match_collection, open_collection
-from kdlora.data.logit_table import LOGIT
+from kdlora.data.logit_table import LOGIT, RESERVED
 from kdlora.data.read import open_file
 from kdlora.data.tasks import Task, match_labels
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import DataError, did_you_mean
 from kdlora.system.integrity import hash_file, hash_json
 
-_RESERVED = ("id", "split", "label", "group", "text", "text_pair", "__index_level_0__")
 _SUFFIXES = (".parquet", ".pq", ".jsonl", ".ndjson", ".json")
 _NEVER = -1e6  # log of a probability of 0: finite, and 0 again at every temperature
 _TOLERANCE = 1e-3
@@ -105,7 +104,7 @@ def _rows_of_split(table: pa.Table, split: str, file: Path) -> pa.Table:
 
 def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
     """Find the column of every label by name, and refuse labels that the task does not have."""
-    found = [column for column in columns if column not in _RESERVED or column in task.label_names]
+    found = [column for column in columns if column not in RESERVED or column in task.label_names]
     names = [column.removeprefix(LOGIT) for column in found]
     if task.kind == "regression":
         for wanted in (*task.label_names, "prediction"):

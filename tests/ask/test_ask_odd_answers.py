@@ -106,7 +106,12 @@ def test_a_key_is_in_no_error_and_on_no_disk(asking, monkeypatch):
     """The line end of a file with the key is refused by the client, which quotes the key."""
     asking.model.key = "sk-secret"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
-    assert asking().rows == 60
+    said = "\ud800 not with sk-secret"
+    asking.model.edit = lambda answer: (
+        answer["choices"][0]["message"].update(refusal=said) if asking.model.number == 5 else None
+    )
+    done = asking(concurrency=1)
+    assert (done.rows, done.examples[0]["unanswered"]) == (59, "refused: ? not with ***")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-sécret")
     with pytest.raises(ConfigError, match="the key in OPENAI_API_KEY has characters that no key has"):
         asking()

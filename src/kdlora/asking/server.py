@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -26,6 +26,8 @@ _FRAME_TOKENS = 64
 """What a server's chat template may add to a prompt, at most."""
 _ABOVE = 0.01
 """A log-probability may be above 0 by rounding alone."""
+_LEAST_KEY = 8
+"""Letters of a key that is one; a server of your own may be given `x`."""
 _SHOWN = 200
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What reading an answer that is none may raise."""
@@ -73,6 +75,7 @@ class Server:
             try:
                 async with asyncio.timeout(self._settings.timeout):
                     reply = _read_reply(await self._request(prompt, vote))
+                reply = replace(reply, text=self._mask(reply.text), refused=self._mask(reply.refused))
                 used = reply.used or reserved
                 self._answers += 1
                 return reply
@@ -143,9 +146,10 @@ class Server:
         await asyncio.sleep(delay * random.uniform(0.5, 1.0))
 
     def _mask(self, fault: object) -> str:
-        """Quote a fault without the key."""
+        """Quote what somebody else says: without the key, and short."""
         said = first_line(fault) if isinstance(fault, BaseException) else str(fault)
-        return (said.replace(self._key, "***") if self._key else said)[:_SHOWN]
+        hidden = said.replace(self._key, "***") if len(self._key) >= _LEAST_KEY else said
+        return hidden[:_SHOWN].encode("utf-8", "replace").decode()
 
 
 def _read_reply(body: str) -> Reply:
@@ -153,14 +157,14 @@ def _read_reply(body: str) -> Reply:
     content = json.loads(body)
     choice = content["choices"][0]
     message = choice.get("message") or {}
-    text = str(message.get("content") or choice.get("text") or "").encode("utf-8", "replace").decode()
+    text = str(message.get("content") or choice.get("text") or "")
     used = _read_usage(content.get("usage") or {})
     if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-        return Reply(refused=f"refused: {message.get('refusal') or 'content filter'}"[:_SHOWN], used=used)
+        return Reply(refused=f"refused: {message.get('refusal') or 'content filter'}", used=used)
     likely = _likely_tokens(choice.get("logprobs"))
     if not text.strip() and not likely:
         return Reply(refused="an empty answer", used=used)
-    return Reply(text[:_SHOWN], likely, used=used)
+    return Reply(text, likely, used=used)
 
 
 def _read_usage(usage: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -173,18 +177,11 @@ def _likely_tokens(logprobs: Any) -> list[tuple[str, float]] | None:
     """Read the alternatives of the first token, in any of the shapes in use."""
     if not logprobs:
         return None
-    if logprobs.get("content"):  # chat
-        first = logprobs["content"][0]
-        found = [(one["token"], one["logprob"]) for one in first.get("top_logprobs") or [first]]
+    if content := logprobs.get("content"):  # chat
+        tops = content[0].get("top_logprobs") or content[:1]
     else:
-        tops = logprobs.get("top_logprobs")
-        if not tops:
-            return None
-        found = (
-            list(tops[0].items())
-            if isinstance(tops[0], Mapping)
-            else [(one["token"], one["logprob"]) for one in tops[0]]
-        )
+        tops = (logprobs.get("top_logprobs") or [[]])[0]
+    found = tops.items() if isinstance(tops, Mapping) else [(one["token"], one["logprob"]) for one in tops]
     kept = [(str(token), float("-inf") if value is None else float(value)) for token, value in found]
     if any(value > _ABOVE for _, value in kept):
         raise ValueError("a log-probability above 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -159,6 +160,7 @@ def test_the_command_prints_what_was_done(asking, cli):
     done = cli(*given, "--audit", 40, "--price-in", 1, "--price-out", 2)
     assert done.code == 0, done.err
     assert "Audit on 40 rows" in done.out
+    assert re.search(r"reported half:\s+\d+\.0% are\s+'(neg|posi)tive'", done.out)  # what a constant answer would reach
     assert "60 rows in" in done.err
     assert json.loads(cli(*given, "--audit", 40, "--json").out)["resumed"] == 60
 

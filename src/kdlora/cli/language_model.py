@@ -137,7 +137,10 @@ def _print_audit(audit: Audit) -> None:
         "against chosen",
         "unanswered",
     )
-    print_table(header, rows, title=f"Audit on {audit.rows} rows with people's labels")
+    counts = [sum(row) for row in audit.confusion]
+    always, share = audit.label_names[counts.index(max(counts))], max(counts) / sum(counts)
+    title = f"Audit on {audit.rows} rows with people's labels (reported half: {share:.1%} are {always!r})"
+    print_table(header, rows, title=title)
     confusion = [(name, *map(str, row)) for name, row in zip(audit.label_names, audit.confusion, strict=True)]
     if len(audit.label_names) <= 10:
         print_table(("people's label", *audit.label_names, "unanswered"), confusion)

@@ -122,7 +122,7 @@ def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
 
 def _names_labels(columns: Sequence[str], task: Task) -> bool:
     """Say whether a table names one label a row, in place of a column for each label."""
-    others = [column for column in columns if column not in _RESERVED]
+    others = [column for column in columns if column not in RESERVED]
     return task.kind == "single-label" and "label" in columns and "label" not in task.label_names and not others
 
 

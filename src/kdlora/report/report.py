@@ -214,6 +214,7 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         "most_seeds": max((len(experiment.finished(one)) for one in experiment.arms), default=0),
         "notable": NOTABLE,
         "given": is_teacher_given(experiment.runs),
+        "adapted": taught_by == "lora",
         "constant": _constant_seeds(experiment),
         "gain": find_gain(comparisons),
         "paired": any(one.difference for one in comparisons),

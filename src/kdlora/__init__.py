@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     )
     from kdlora.extras import MissingExtraError as MissingExtraError
     from kdlora.experiment.deferral import defer_experiment as defer_experiment
+    from kdlora.experiment.fitting import fit_thresholds as fit_thresholds
     from kdlora.experiment.labelling import (
         LabelSettings as LabelSettings,
         LabelSummary as LabelSummary,

@@ -30,6 +30,7 @@ _SPELT = BeforeValidator(
     lambda value: value.lower().replace("-", "").replace("_", "") if isinstance(value, str) else value
 )
 Names = Annotated[tuple[str, ...], _LISTED]
+Goal = Literal["f1", "macro_f1", "accuracy", "balanced_accuracy", "matthews"] | Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class TaskConfig(Section):
@@ -321,6 +322,20 @@ class ExportConfig(Section):
     """Fit a temperature to the validation rows. `Classifier` then divides the logits by it."""
     benchmark: bool = True
     """Measure teacher, student and exports side by side, for `benchmark.json` and the report."""
+    thresholds: Goal | dict[str, Goal] | None = None
+    """Fit the probability above which a label is predicted: for `f1`, `macro_f1`, `accuracy`, `balanced_accuracy`,
+    `matthews` or a precision (0.9), or for some labels only (`{label: 0.9}`). For multi-label tasks and two labels."""
+
+
+class DeferConfig(Section):
+    """The error rate that the shipped student promises on the test split. Less certain texts get no label."""
+
+    error: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Largest share of wrong answers. null promises nothing."""
+    confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
+    """Confidence of that promise."""
+    sureness: Literal["probability", "margin", "energy"] = "probability"
+    """Number that is compared with the threshold."""
 
 
 class ReportConfig(Section):
@@ -347,6 +362,7 @@ class Config(Section):
     distil: DistilConfig = DistilConfig()
     run: RunConfig = RunConfig()
     export: ExportConfig = ExportConfig()
+    defer: DeferConfig = DeferConfig()
     report: ReportConfig = ReportConfig()
 
     @model_validator(mode="before")

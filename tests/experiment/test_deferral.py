@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tiny
-from experiments import copy_experiment
+from experiments import copy_experiment, read_rows
 from kdlora.data.tasks import Task
 from kdlora.deploy.cascade import Cascade, measure_cascade
 from kdlora.deploy.gates import LabelledTexts
@@ -57,6 +57,14 @@ def finished(workshop, made_once) -> Path:
     return made_once("deferral", make)
 
 
+def tiny_rows(folder: Path) -> list[dict[str, str]]:
+    """Read the rows that the experiment is tested on."""
+    place = next(
+        line.split(": ")[1].strip() for line in (folder / "config.yaml").read_text().splitlines() if "test:" in line
+    )
+    return read_rows(place)
+
+
 @pytest.fixture
 def promised(finished: Path, tmp_path: Path, cli) -> Path:
     """A copy with its promise."""
@@ -100,27 +108,30 @@ def test_a_model_is_silent_where_it_is_not_sure(promised: Path, by_sureness, tmp
 
 def test_every_file_has_its_own_threshold(promised: Path) -> None:
     """Int8 moves what a model is sure of: with the threshold of fp32 nothing would be promised."""
-    kept = json.loads((promised / "student-onnx" / "kdlora_defer.json").read_text())
+    kept = json.loads((promised / "student-onnx" / "kdlora_decisions.json").read_text())
     assert set(kept) == {"model.onnx", "model_quantized.onnx"}
-    for promise in kept.values():
+    for promise in (one["promise"] for one in kept.values()):
         assert promise["wrong"] / promise["answered"] < 0.1
         assert 200 < promise["answered"] < promise["rows"] == 600
     del kept["model_quantized.onnx"]
-    (promised / "student-onnx" / "kdlora_defer.json").write_text(json.dumps(kept))
-    with pytest.raises(ModelError, match=r"promised for model.onnx, not model_quantized.onnx\. Promise anew"):
+    (promised / "student-onnx" / "kdlora_decisions.json").write_text(json.dumps(kept))
+    with pytest.raises(ModelError, match=r"fitted for model.onnx, not model_quantized.onnx\. Remove the file"):
         Classifier.load(promised / "student-onnx")
 
 
 def test_a_promise_of_other_weights_is_refused(promised: Path) -> None:
     """A folder whose weights were exchanged would answer by the threshold of a model that is gone."""
-    shutil.copy(promised / "student-onnx" / "kdlora_defer.json", promised / "teacher" / "kdlora_defer.json")
-    kept = promised / "teacher" / "kdlora_defer.json"
+    shutil.copy(promised / "student-onnx" / "kdlora_decisions.json", promised / "teacher" / "kdlora_decisions.json")
+    kept = promised / "teacher" / "kdlora_decisions.json"
     kept.write_text(kept.read_text().replace('"model.onnx"', '"safetensors"'))
-    with pytest.raises(ModelError, match="promised for other weights"):
+    with pytest.raises(ModelError, match="fitted for other weights"):
         Classifier.load(promised / "teacher")
-    kept.write_text('{"safetensors": {"error": "low"}}')
+    stored = json.loads((promised / "student" / "kdlora_decisions.json").read_text())
+    stored["safetensors"]["promise"]["error"] = "low"
+    kept = promised / "student" / "kdlora_decisions.json"
+    kept.write_text(json.dumps(stored))
     with pytest.raises(ModelError, match="must be numbers"):
-        Classifier.load(promised / "teacher")
+        Classifier.load(promised / "student")
 
 
 def test_rows_that_chose_the_model_promise_nothing(finished: Path, tmp_path: Path, cli) -> None:
@@ -144,7 +155,6 @@ def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path,
     refused = cli("defer", promised, "--error", "0.0001")
     assert refused.code == 2
     assert "cannot be promised with 95% confidence on 600 rows" in refused.err
-    assert not (promised / "student" / "kdlora_defer.json").exists()
     assert Classifier.load(promised / "student").predict(by_sureness[:1])[0].label is not None
     assert "above 0 and below 1, got 5" in cli("defer", promised, "--error", "5").err
 
@@ -217,3 +227,52 @@ def test_the_command_line_draws_both(promised: Path, finished: Path, cli) -> Non
     refused = cli("benchmark", models[0], "--cascade")
     assert refused.code == 2
     assert "two models" in refused.err
+
+
+def test_texts_of_no_known_class_are_met_by_every_model(promised: Path, tmp_path: Path, cli) -> None:
+    """A threshold that holds on known classes may let everything strange through, and nobody would see it."""
+    (tmp_path / "strange.txt").write_text("".join(f"qwx zzv {n}\n" for n in range(30)))
+    done = cli("defer", promised, "--error", "0.1", "--unknown", tmp_path / "strange.txt")
+    assert done.code == 0, done.err
+    assert "30 texts of no known class" in done.out
+    found = json.loads((promised / "defer.json").read_text())
+    met = {model["name"]: model["unknown"] for model in found["models"] if model["unknown"]}
+    assert set(met) == {"student", "student, ONNX", "student, int8", "fft"}
+    texts = [f"qwx zzv {n}" for n in range(30)]
+    answers = Classifier.load(promised / "student").predict(texts)
+    by_kind = {one["sureness"]: one for one in met["student"]}
+    assert set(by_kind) == {"probability", "margin", "energy"}
+    assert by_kind["probability"]["deferred"] == pytest.approx(np.mean([one.label is None for one in answers]))
+    known = [row["text"] for row in numbered(600, 3)]
+    sure, strange = (
+        np.array([max(one.probabilities.values()) for one in Classifier.load(promised / "student").predict(part)])
+        for part in (known, texts)
+    )
+    pairs = (sure[:, None] > strange).mean() + (sure[:, None] == strange).mean() / 2
+    assert by_kind["probability"]["told_apart"] == pytest.approx(pairs, abs=1e-3)
+    assert "Texts of no known class" in (promised / "report.md").read_text()
+    assert cli("defer", promised, "--unknown", tmp_path / "absent.txt").code == 2
+
+
+def test_a_promise_is_of_the_answers_by_thresholds(promised: Path, by_sureness, cli) -> None:
+    """Thresholds change answers, so a promise of the old ones would be kept to, and be false."""
+    fitted = cli("thresholds", promised, "--metric", "f1", "--positive", "negative")
+    assert fitted.code == 0, fitted.err
+    assert "of other answers and is gone" in fitted.err
+    assert not (promised / "defer.json").exists()
+    model = Classifier.load(promised / "student-onnx")
+    assert model.decisions.promise is None
+    assert set(model.decisions.thresholds) == {"negative"}
+    for answer in model.predict(by_sureness):
+        likely = answer.probabilities["negative"] > model.decisions.thresholds["negative"]
+        assert answer.label == ("negative" if likely else "positive")
+    assert cli("defer", promised, "--error", "0.2").code == 0
+    again = Classifier.load(promised / "student-onnx")
+    assert again.decisions.thresholds == model.decisions.thresholds
+    rows = numbered(600, 3)
+    answers = again.predict([row["text"] for row in rows])
+    labels = [row["label"] for row in tiny_rows(promised)]
+    given = [(one.label, label) for one, label in zip(answers, labels, strict=True) if one.label is not None]
+    promise = again.decisions.promise
+    assert promise is not None
+    assert (len(given), sum(said != label for said, label in given)) == (promise.answered, promise.wrong)

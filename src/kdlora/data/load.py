@@ -115,7 +115,7 @@ def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: boo
     """Load one file of examples for a task that is known, to evaluate or predict."""
     known = next((entry for name, entry in GLUE.items() if name == task.name), None)
     reading = Reading(task, id_column)
-    dataset = reading.read({"": open_examples(Path(path), known)}, labelled=labelled)
+    dataset = reading.read({"": open_examples(Path(path), known, plain=not labelled)}, labelled=labelled)
     for note in reading.notes:
         logger.warning(note)
     return dataset

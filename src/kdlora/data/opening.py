@@ -29,8 +29,8 @@ _DIAGNOSTIC_FILES = ("diagnostic.tsv", "ax.tsv", "AX.tsv", "test.tsv")
 _USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",), "unlabelled": ()}
 
 
-def open_examples(path: Path, known: GlueTask | None) -> Source:
-    """Open one file, or a folder that holds one, to evaluate or predict."""
+def open_examples(path: Path, known: GlueTask | None, *, plain: bool = False) -> Source:
+    """Open one file, or a folder that holds one, to evaluate or predict; `plain` allows a text a line."""
     if path.is_dir() and is_saved_dataset(path):
         splits = open_saved(path)
         if len(splits) > 1:
@@ -42,7 +42,7 @@ def open_examples(path: Path, known: GlueTask | None) -> Source:
             if known is None or not files:
                 raise DataError(f"{path} is a folder; expected a data file, or a folder written by save_to_disk")
             path = files[0]
-        source = _open_any_file(path, "the data file", known)
+        source = _open_any_file(path, "the data file", known, plain=plain)
     return _with_hub_columns(source, known)
 
 

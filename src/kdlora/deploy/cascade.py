@@ -111,11 +111,11 @@ class Cascade:
         """
         small = Classifier.load(student, threads=threads, defer=threshold is None)
         if threshold is None:
-            if small.promise is None:
+            if (promise := small.decisions.promise) is None:
                 raise ModelError(
                     f"{small.folder.path} promises no error rate; give a threshold, or run kdlora defer first."
                 )
-            threshold, sureness = small.promise.threshold, small.promise.sureness
+            threshold, sureness = promise.threshold, promise.sureness
         if isinstance(teacher, str | Path):
             teacher = Classifier.load(teacher, threads=threads, defer=False)
         return cls(small, teacher, threshold, sureness=sureness)
@@ -179,10 +179,8 @@ class Cascade:
 def _read(model: Classifier, logits: np.ndarray) -> list[tuple[str, dict[str, float]]]:
     """Give label and probabilities of each text, whether or not the model is sure of them."""
     table = probabilities(logits, "single-label", model.folder.temperature)
-    names = [model.label_names[column] for column in table.argmax(axis=1)]
-    return [
-        (name, dict(zip(model.label_names, row, strict=True))) for name, row in zip(names, table.tolist(), strict=True)
-    ]
+    said = zip(model.decide(logits), table.tolist(), strict=True)
+    return [(str(name), dict(zip(model.label_names, row, strict=True))) for name, row in said]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ FolderKind = Literal["single-label", "regression", "multi-label"]
 ONNX_FP32 = "model.onnx"
 ONNX_INT8 = "model_quantized.onnx"
 EXPORT_RECORD = "kdlora_export.json"
+DECISIONS = "kdlora_decisions.json"
 TEMPERATURE_KEY = "kdlora_temperature"
 CONFIG_FILE = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -46,7 +47,7 @@ _SHORTEST = 3
 _LEAST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-6, 1e6
 
 _MODEL_FILES = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|kdlora_export|kdlora_defer)\.json"
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|kdlora_export|kdlora_decisions)\.json"
     r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|model(_quantized)?\.onnx([._]data)?"
     r"|vocab\.txt|merges\.txt|bpe\.codes|(spm|spiece|tokenizer|sentencepiece\.bpe)\.model|README\.md|LICENSE|NOTICE"
 )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from kdlora.deploy.decisions import Decisions, read_decisions
 from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, read_model_folder
 from kdlora.deploy.onnx_backend import OnnxBackend
-from kdlora.deploy.promises import read_promise
 from kdlora.errors import ArtifactError, DataError, ModelError, first_line
-from kdlora.evidence.defer import Promise, measure_sureness
+from kdlora.evidence.defer import measure_sureness
 from kdlora.evidence.metrics import probabilities
+from kdlora.evidence.thresholds import shift_logits
 from kdlora.extras import check_installed
 from kdlora.foreign import panics_as_errors
 
@@ -46,8 +47,9 @@ class Prediction:
 
     Attributes:
         label: the most probable label (single-label), all labels of probability above 0.5 (multi-label), or the
-            predicted value (regression). None where the model does not answer: its folder promises an error rate
-            (`kdlora defer`), and it is not sure enough of this text.
+            predicted value (regression); where the folder has fitted thresholds (`kdlora thresholds`), by these. None
+            where the model does not answer: its folder promises an error rate (`kdlora defer`), and it is not sure
+            enough of this text.
         probabilities: label name to probability in 0..1; empty for regression. Those of a multi-label task do
             not add up to 1.
         deferred: why there is no label; empty where there is one.
@@ -66,9 +68,9 @@ class Classifier:
         'positive'
     """
 
-    def __init__(self, folder: ModelFolder, backend: Backend, promise: Promise | None = None) -> None:
+    def __init__(self, folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> None:
         """Join a described folder and its running network; most callers want `load`."""
-        self.promise = promise
+        self.decisions = Decisions() if decisions is None else decisions
         self.folder, self.input_names, self._backend = folder, tuple(backend.input_names), backend
         if unknown := sorted(set(self.input_names) - INPUTS.keys()):
             raise ModelError(f"{folder.path}: the model takes {unknown[0]!r:.80}, which a text does not give.")
@@ -88,6 +90,7 @@ class Classifier:
         max_length: int | None = None,
         verify: bool = True,
         defer: bool = True,
+        thresholds: bool = True,
         revision: str | None = None,
     ) -> Classifier:
         """Load a model folder, or a model of the Hub.
@@ -101,13 +104,15 @@ class Classifier:
             max_length: cut texts to that many tokens; by default what the folder says.
             verify: compare every file of an export that decides an answer with the hash that the export recorded.
             defer: give no label below the threshold of the error rate that the folder promises, if it promises one.
+            thresholds: say labels by the fitted thresholds of the folder, if it has some. False takes 0.5, or the most
+                probable label, and defers nothing, since a promise is of the answers by thresholds.
             revision: commit, tag or branch of a Hub id.
 
         Returns:
             The classifier, ready to predict.
 
         Raises:
-            ModelError: not a model folder, an adapter, no classification head; a promise that is of other weights.
+            ModelError: not a model folder, an adapter, no classification head; decisions of other weights.
             ArtifactError: a file is damaged or is not the one that was exported.
             MissingExtraError: a PyTorch folder, and the extra `train` is not installed.
         """
@@ -118,13 +123,14 @@ class Classifier:
         described = read_model_folder(folder, precision=precision, max_length=max_length)
         if threads is not None and threads < 1:
             raise ModelError(f"threads must be at least 1, got {threads}.")
-        promise = read_promise(described) if defer else None
+        decisions = read_decisions(described) if thresholds else Decisions()
+        decisions = decisions if defer else replace(decisions, promise=None)
         if described.backend == "onnx":
-            return cls(described, OnnxBackend(described, threads=threads, verify=verify), promise)
+            return cls(described, OnnxBackend(described, threads=threads, verify=verify), decisions)
         check_installed(f"{described.path} is a PyTorch model, which", "train")
         from kdlora.deploy.torch_backend import TorchBackend  # here: an ONNX folder is served without torch
 
-        return cls(described, TorchBackend(described, threads=threads), promise)
+        return cls(described, TorchBackend(described, threads=threads), decisions)
 
     from_pretrained = load
 
@@ -240,18 +246,29 @@ class Classifier:
         names, kind = self.label_names, self.folder.kind
         if kind == "regression":
             return [Prediction(float(row[0]) if len(row) == 1 else tuple(map(str, row)), {}) for row in logits]
-        table = probabilities(logits, kind, self.folder.temperature)
-        predictions = []
-        for row, values, why in zip(table, table.tolist(), self._defer(logits), strict=True):
-            label: str | tuple[str, ...] | None = None if why else names[int(row.argmax())]
-            if kind == "multi-label":
-                label = tuple(name for name, value in zip(names, values, strict=True) if value > 0.5)
-            predictions.append(Prediction(label, dict(zip(names, values, strict=True)), why))
-        return predictions
+        table = probabilities(logits, kind, self.folder.temperature).tolist()
+        return [
+            Prediction(None if why else label, dict(zip(names, values, strict=True)), why)
+            for label, values, why in zip(self.decide(logits), table, self._defer(logits), strict=True)
+        ]
+
+    def decide(self, logits: np.ndarray) -> list[str | tuple[str, ...]]:
+        """Name the label of each text, or its labels, whether or not the model is sure of them.
+
+        Args:
+            logits: float32 (texts, labels) of a classification, as from `predict_logits`.
+        """
+        names = self.label_names
+        shifted = shift_logits(logits, names, self.decisions.thresholds, self.folder.temperature)
+        if self.folder.kind == "multi-label":
+            return [
+                tuple(name for name, said in zip(names, row, strict=True) if said) for row in (shifted > 0).tolist()
+            ]
+        return [names[column] for column in shifted.argmax(axis=1).tolist()]
 
     def _defer(self, logits: np.ndarray) -> list[str]:
         """Say of each text why it is not answered, nothing where it is."""
-        promise = self.promise
+        promise = self.decisions.promise
         if promise is None or not len(logits):
             return [""] * len(logits)
         sureness = measure_sureness(logits, promise.sureness, self.folder.temperature).tolist()

@@ -62,6 +62,23 @@ class Promise:
 
 
 @dataclass(frozen=True)
+class Unknown:
+    """What one kind of sureness does with texts of no known class.
+
+    Attributes:
+        sureness: what is compared with a threshold.
+        told_apart: how often a known text is surer than an unknown one, 0..1 (the area under the ROC curve).
+        coverage: share of the known texts that is answered at the promised threshold; None where nothing is promised.
+        deferred: share of the unknown texts that is not answered there.
+    """
+
+    sureness: Sureness
+    told_apart: float
+    coverage: float | None = None
+    deferred: float | None = None
+
+
+@dataclass(frozen=True)
 class Deferring:
     """How one model does where it may defer.
 
@@ -71,6 +88,7 @@ class Deferring:
         risk: error rate where the surest 1%, 2%, ... 100% of the texts are answered, 0..1; mean over seeds.
         promise: what may be promised; None for arms that do not ship, and where nothing can be.
         reason: why nothing can be promised; empty elsewhere.
+        unknown: how it meets texts of no known class, by each kind of sureness; empty without such texts.
     """
 
     name: str
@@ -78,6 +96,7 @@ class Deferring:
     risk: tuple[float, ...]
     promise: Promise | None = None
     reason: str = ""
+    unknown: tuple[Unknown, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,7 @@ class Deferral:
         known: rows that were left out, because their texts are in the training or validation split, too.
         source: where they come from.
         models: what ships first, then the others on the same rows.
+        unknown: texts of no known class that were given.
     """
 
     error: float
@@ -101,6 +121,7 @@ class Deferral:
     known: int
     source: str
     models: tuple[Deferring, ...]
+    unknown: int = 0
 
 
 class NoPromiseError(DataError):
@@ -152,6 +173,13 @@ def area_under_risk(sureness: np.ndarray, wrong: np.ndarray) -> float:
     """Give the mean error rate over all coverages, 0..1: what deferring is worth at no threshold in particular."""
     coverage, risk = risk_coverage(sureness, wrong)
     return float(np.sum(risk * np.diff(coverage, prepend=0.0)))
+
+
+def tell_apart(known: np.ndarray, unknown: np.ndarray) -> float:
+    """Give the share of pairs in which the known text is surer than the unknown one; equal ones count half."""
+    ordered = np.sort(unknown)
+    below, not_above = (np.searchsorted(ordered, known, side=side) for side in ("left", "right"))
+    return float((below + not_above).mean() / (2 * len(unknown)))
 
 
 def promise_error(

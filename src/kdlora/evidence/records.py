@@ -129,6 +129,8 @@ class ExperimentLayout:
     export_record = _Inside("kdlora_export.json", of="onnx")  # how the files there were made and checked
     benchmark = _Inside("benchmark.json")  # teacher and student as they are shipped, measured side by side
     deferral = _Inside("defer.json")  # the error rate that is promised, and what each model would have to hand on
+    thresholds = _Inside("thresholds.json")  # above which probability what ships says a label, and what that does
+    decided = _Inside(".decided")  # fingerprint of the two, where the config asked for them
     deployed = _Inside(".deployed")  # fingerprint of what `student-onnx/` and `benchmark.json` were made from
     exported = _Inside(".exported")  # the same without `benchmark.json`, between the export and the measurement
     teacher_logits = _Inside("logits", of="teacher")

@@ -3,43 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
-from kdlora.config import Config
 from kdlora.configfile import load_config
-from kdlora.data.load import load_examples, load_splits
+from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
-from kdlora.deploy.predict import Classifier
-from kdlora.deploy.promises import write_promise
+from kdlora.deploy.decisions import write_decisions
+from kdlora.deploy.predict import Classifier, Text
 from kdlora.errors import DataError
 from kdlora.evidence.defer import (
     POINTS,
+    SURENESS,
     Deferral,
     Deferring,
     NoPromiseError,
     Promise,
     Sureness,
+    Unknown,
     area_under_risk,
     measure_sureness,
     promise_error,
     risk_coverage,
+    tell_apart,
 )
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment.deployment import texts_of
 from kdlora.experiment.scoring import recorded_task
+from kdlora.experiment.shipping import write_card
 from kdlora.system.storage import write_json_atomic
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One model's outputs on rows that fix the order of thresholds, and on those that test them."""
+
+    logits: tuple[np.ndarray, np.ndarray]
+    wrong: tuple[np.ndarray, np.ndarray]
+    temperature: float
+
+    @classmethod
+    def of(cls, model: Classifier, task: Task, parts: tuple[Dataset, Dataset]) -> _Judged:
+        outputs = [model.predict_logits(texts_of(rows)) for rows in parts]
+        names = np.array(task.label_names)
+        wrong = [
+            np.array(model.decide(one)) != names[label_array(rows)] for one, rows in zip(outputs, parts, strict=True)
+        ]
+        return cls((outputs[0], outputs[1]), (wrong[0], wrong[1]), model.folder.temperature)
+
+    def sure(self, logits: np.ndarray, how: Sureness) -> np.ndarray:
+        return measure_sureness(logits, how, self.temperature)
+
+    def promise(self, how: Sureness, error: float, confidence: float) -> Promise:
+        other, tested = (self.sure(logits, how) for logits in self.logits)
+        return promise_error(
+            tested, self.wrong[1], other=(other, self.wrong[0]), error=error, confidence=confidence, how=how
+        )
+
+    def meet(self, unknown: np.ndarray, error: float, confidence: float) -> tuple[Unknown, ...]:
+        """Say what each kind of sureness, at the threshold that it may promise, does with unknown texts."""
+        found = []
+        for how in SURENESS:
+            known, strange = self.sure(self.logits[1], how), self.sure(unknown, how)
+            met = Unknown(how, tell_apart(known, strange))
+            try:
+                promise = self.promise(how, error, confidence)
+            except NoPromiseError:
+                found.append(met)
+                continue
+            deferred = float(np.mean(strange < promise.threshold))
+            found.append(replace(met, coverage=promise.coverage, deferred=deferred))
+        return tuple(found)
 
 
 def defer_experiment(
     experiment: str | Path,
     *,
     data: str | None = None,
+    unknown: str | None = None,
     error: float = 0.02,
     confidence: float = 0.95,
     sureness: Sureness = "probability",
@@ -52,6 +98,7 @@ def defer_experiment(
     Args:
         experiment: an experiment's folder.
         data: labelled file, whose rows chose nothing; by default the test split.
+        unknown: file of texts of no known class: how many of them would be deferred.
         error: above 0 and below 1.
         confidence: above 0 and below 1.
         sureness: "probability", "margin" or "energy".
@@ -70,29 +117,6 @@ def defer_experiment(
         raise DataError(
             f"defer: expected a single-label task, got {task.kind}; only there an answer is right or wrong."
         )
-    other, rows, known, source = _rows(config, task, data)
-    models = []
-    for name, classifier in _shipped(layout):
-        seen, tested = (_judge(classifier, part, sureness) for part in (other, rows))
-        promise, reason = None, ""
-        try:
-            promise = promise_error(*tested, other=seen, error=error, confidence=confidence, how=sureness)
-        except NoPromiseError as refusal:
-            reason = str(refusal)
-        write_promise(classifier.folder, promise)
-        models.append(_describe(name, [tested], promise, reason))
-    reasons = [model.reason for model in models]
-    if data is None:
-        models += _arms(layout, set(rows["id"]), sureness)
-    found = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models))
-    write_json_atomic(layout.deferral, asdict(found))
-    if all(reasons):
-        raise NoPromiseError("; ".join(dict.fromkeys(reasons)) or f"{layout.root} ships no student")
-    return found
-
-
-def _rows(config: Config, task: Task, data: str | None) -> tuple[Dataset, Dataset, int, str]:
-    """Give the rows that fix the order of the thresholds, those that test them, how many were known, and the source."""
     splits = load_splits(config.task, config.data.model_copy(update={"augment": 0}))
     rows, source = splits.test, "the test split"
     if data is not None:
@@ -102,14 +126,44 @@ def _rows(config: Config, task: Task, data: str | None) -> tuple[Dataset, Datase
             "defer: this experiment has no test split, and its validation rows chose the model, so they can promise "
             "nothing; give labelled rows that were not used with --data"
         )
+    rows, known = unseen_rows(splits, rows, source)
+    strange = [] if unknown is None else texts_of(load_examples(unknown, task, labelled=False))
+    models = []
+    for name, model in list(shipped_models(layout)):  # all, before one of them has other decisions
+        judged = _Judged.of(model, task, (splits.validation, rows))
+        promise, reason = None, ""
+        try:
+            promise = judged.promise(sureness, error, confidence)
+        except NoPromiseError as refusal:
+            reason = str(refusal)
+        write_decisions(model.folder, replace(model.decisions, promise=promise))
+        tested = judged.sure(judged.logits[1], sureness), judged.wrong[1]
+        met = judged.meet(model.predict_logits(strange), error, confidence) if strange else ()
+        models.append(replace(_describe(name, [tested]), promise=promise, reason=reason, unknown=met))
+    reasons = [model.reason for model in models]
+    if data is None:
+        models += _arms(layout, set(rows["id"]), sureness)
+    found = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
+    if strange and layout.teacher.exists():
+        found = _with_teacher(found, layout.teacher, task, (splits.validation, rows), strange)
+    write_json_atomic(layout.deferral, asdict(found))
+    write_card(config, layout)
+    if all(reasons):
+        raise NoPromiseError("; ".join(dict.fromkeys(reasons)) or f"{layout.root} ships no student")
+    return found
+
+
+def unseen_rows(splits: Splits, rows: Dataset, source: str) -> tuple[Dataset, int]:
+    """Give the rows whose texts nothing was trained or chosen on, and how many others there were."""
     seen = {*texts_of(splits.train), *texts_of(splits.validation)}
     new = [place for place, text in enumerate(texts_of(rows)) if text not in seen]
     if not new:
-        raise DataError(f"defer: all {len(rows)} texts of {source} are in the training or validation split, too")
-    return splits.validation, rows.select(new), len(rows) - len(new), source
+        raise DataError(f"all {len(rows)} texts of {source} are in the training or validation split, too")
+    return rows.select(new), len(rows) - len(new)
 
 
-def _shipped(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]:
+def shipped_models(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]:
+    """Load what ships, one file after another, to look at all of its answers."""
     files = {
         "student": layout.student,
         "student, ONNX": layout.onnx / "model.onnx",
@@ -120,13 +174,17 @@ def _shipped(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]:
             yield name, Classifier.load(file, defer=False)
 
 
-def _judge(classifier: Classifier, rows: Dataset, sureness: Sureness) -> tuple[np.ndarray, np.ndarray]:
-    """Say of every row how sure the model is, and whether it is wrong."""
-    logits = classifier.predict_logits(texts_of(rows))
-    return (
-        measure_sureness(logits, sureness, classifier.folder.temperature),
-        logits.argmax(axis=1) != label_array(rows),
-    )
+def _with_teacher(
+    found: Deferral, folder: Path, task: Task, parts: tuple[Dataset, Dataset], strange: list[Text]
+) -> Deferral:
+    """Say how the teacher that was trained here, the arm `fft`, meets unknown texts."""
+    model = Classifier.load(folder, defer=False)
+    judged = _Judged.of(model, task, parts)
+    alone = _describe("fft", [(judged.sure(judged.logits[1], found.sureness), judged.wrong[1])])
+    arm = next((one for one in found.models if one.name == "fft"), alone)
+    met = judged.meet(model.predict_logits(strange), found.error, found.confidence)
+    others = [one for one in found.models if one.name != "fft"]
+    return replace(found, models=(*others, replace(arm, unknown=met)))
 
 
 def _arms(layout: ExperimentLayout, rows: set[str], sureness: Sureness) -> list[Deferring]:
@@ -144,12 +202,10 @@ def _arms(layout: ExperimentLayout, rows: set[str], sureness: Sureness) -> list[
     return [_describe(arm, runs) for arm, runs in judged.items()]
 
 
-def _describe(
-    name: str, judged: list[tuple[np.ndarray, np.ndarray]], promise: Promise | None = None, reason: str = ""
-) -> Deferring:
+def _describe(name: str, judged: list[tuple[np.ndarray, np.ndarray]]) -> Deferring:
     curves = []
     for sure, wrong in judged:
         coverage, risk = risk_coverage(sure, wrong)
         curves.append(risk[np.searchsorted(coverage, POINTS - 1e-9)])
     area = float(np.mean([area_under_risk(*one) for one in judged]))
-    return Deferring(name, area, tuple(np.mean(curves, axis=0).tolist()), promise, reason)
+    return Deferring(name, area, tuple(np.mean(curves, axis=0).tolist()))

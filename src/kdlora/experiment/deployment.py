@@ -18,7 +18,7 @@ from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.cascade import CascadeCurve, measure_cascade
 from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
-from kdlora.deploy.folder import read_model_folder
+from kdlora.deploy.folder import DECISIONS, read_model_folder
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier, Text
@@ -27,6 +27,7 @@ from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.recording import logged, prepare_process
 from kdlora.experiment.scoring import groups_of, recorded_task
 from kdlora.experiment.settle import cut_at
+from kdlora.experiment.shipping import forget_decisions
 from kdlora.foreign import read_json
 from kdlora.report.shipped import BenchmarkResult, Calibration
 from kdlora.system.integrity import hash_files, hash_json
@@ -121,6 +122,7 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
         # Nothing of an earlier deployment may stand beside a new export, or be taken for one.
         for place in (layout.deployed, layout.exported, layout.benchmark, layout.onnx):
             remove(place)
+        notes += forget_decisions(config, layout)
         save_temperature(layout.student, 1.0)
         calibration, notes = _calibrate(layout, splits) if config.export.calibrate else (None, [])
         with logged("export", "student", config.teacher_seed):
@@ -146,8 +148,9 @@ def is_deployed(config: Config, layout: ExperimentLayout) -> bool:
 def _mark(config: Config, layout: ExperimentLayout, *more: Path) -> str:
     """Fingerprint what a deployment depends on, and the files that it left."""
     files = hash_files(layout.root, [layout.student, layout.onnx, *more])
-    files.pop(f"{layout.student.name}/README.md", None)  # the card, which may be written anew
-    return hash_json({"export": config.export.model_dump(mode="json"), "files": files})
+    # The card and what becomes of the outputs may change, and are of these files, not the other way round.
+    files = {name: digest for name, digest in files.items() if Path(name).name not in ("README.md", DECISIONS)}
+    return hash_json({"export": config.export.model_dump(mode="json", exclude={"thresholds"}), "files": files})
 
 
 def _holds(file: Path, mark: str) -> bool:

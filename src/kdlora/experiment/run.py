@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from kdlora.config import DISTILLED_ARMS, Arm, Config, ExportConfig
+from kdlora.config import DISTILLED_ARMS, Arm, Config, DeferConfig, ExportConfig
 from kdlora.configfile import known_keys, load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
@@ -25,6 +25,7 @@ from kdlora.evidence.records import (
 )
 from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.engines import Here
+from kdlora.experiment.fitting import decide_student, is_decided
 from kdlora.experiment.inputs import check_table
 from kdlora.experiment.jobs import Job, Outcome, carry_out, ignore
 from kdlora.experiment.plan import Lesson, PlannedRun
@@ -54,6 +55,7 @@ _FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_
     "run.report_to",
     "report.paper",
     *(f"export.{key}" for key in ExportConfig.model_fields),
+    *(f"defer.{key}" for key in DeferConfig.model_fields),
 }
 """Keys that may change between two calls on one folder: they add runs, or change no figure of a run."""
 
@@ -220,6 +222,7 @@ def _lead(
         records = _run_all(config, layout, facts, finished, team, lock, listen)
         shipped = _ship_best(config, layout, splits.task, records)
         notes += () if shipped is None else _deploy(config, layout, shipped, listen)
+        notes += () if shipped is None else _decide(config, layout)
         lock.check()
         with logged("report", "all", config.teacher_seed):
             make_report([layout.root])
@@ -336,3 +339,11 @@ def _deploy(config: Config, layout: ExperimentLayout, shipped: Run, listen: List
     except Exception as error:  # a student that cannot be exported is still a student
         logger.error("the student was not exported: %s", error, exc_info=not isinstance(error, KdLoraError))
         return (f"The student was not exported: {error}",)
+
+
+def _decide(config: Config, layout: ExperimentLayout) -> tuple[str, ...]:
+    """Fit thresholds and promise an error rate, where the config says so; return what is to be said of them."""
+    if is_decided(config, layout):
+        return ()
+    with logged("decide", "student", config.teacher_seed):
+        return run_in_child(decide_student, config, layout)

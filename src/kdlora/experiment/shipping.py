@@ -10,10 +10,10 @@ from typing import Any, cast
 from kdlora.config import LORA_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
-from kdlora.deploy.folder import TEMPERATURE_KEY
+from kdlora.deploy.folder import DECISIONS, TEMPERATURE_KEY
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import ExampleText, write_examples
-from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord
+from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_record
 from kdlora.experiment.arms import Trained
 from kdlora.experiment.inputs import load_base
 from kdlora.experiment.recording import hash_base, prepare_process, splits_by_name
@@ -23,6 +23,7 @@ from kdlora.models.adapters import MUTATING, add_base, load_adapter, merge_stude
 from kdlora.models.encoders import Encoder, save_encoder
 from kdlora.models.settings import read_licence
 from kdlora.report.card import student_card
+from kdlora.report.deferred import decision_sentences
 from kdlora.report.findings import Choice, read_choice, write_choice
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import remove
@@ -94,7 +95,7 @@ def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: Run
             save_encoder(encoder, folder)
         else:
             shutil.copytree(place.model, folder, dirs_exist_ok=True)
-        _write_card(config, best, choice, folder)
+        _write_card(config, layout, best, choice, folder)
     if arm in LORA_ARMS:
         with atomic_folder(layout.adapter) as folder:
             shutil.copytree(place.adapter, folder, dirs_exist_ok=True)
@@ -106,18 +107,38 @@ def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: Run
     write_choice(layout.shipped, choice.model_copy(update={"files": _shipped_files(layout)}))
 
 
+def write_card(config: Config, layout: ExperimentLayout) -> None:
+    """Write the card of what ships anew, after something in it has changed."""
+    choice = read_choice(layout.shipped)
+    if choice is not None:
+        _write_card(config, layout, read_record(layout.run(choice.arm, choice.seed).record), choice, layout.student)
+
+
+def forget_decisions(config: Config, layout: ExperimentLayout) -> list[str]:
+    """Remove thresholds and promise, which were of files that are gone or of another config, and say so."""
+    places = (layout.thresholds, layout.deferral, layout.decided, layout.student / DECISIONS, layout.onnx / DECISIONS)
+    if not (found := [place for place in places if place.exists()]):
+        return []
+    asked = layout.decided.exists()
+    for place in found:
+        remove(place)
+    write_card(config, layout)
+    told = "Thresholds and promises of what shipped before are gone: kdlora thresholds, kdlora defer make them anew."
+    return [] if asked else [told]
+
+
 def tell_anew(config: Config, layout: ExperimentLayout, best: RunRecord, choice: Choice) -> None:
     """Write down the reasons for what is shipped already, where other runs have changed them."""
     told = read_choice(layout.shipped)
     if told is not None and told.sentence != choice.sentence:
-        _write_card(config, best, choice, layout.student)
+        _write_card(config, layout, best, choice, layout.student)
         write_choice(layout.shipped, choice.model_copy(update={"files": told.files}))
 
 
-def _write_card(config: Config, best: RunRecord, choice: Choice, folder: Path) -> None:
+def _write_card(config: Config, layout: ExperimentLayout, best: RunRecord, choice: Choice, folder: Path) -> None:
     base = config.student if config.student.model is not None else config.teacher
     licence = None if base.model is None else read_licence(base.model, base.revision)
-    card = student_card(best, licence, reason=choice.sentence)
+    card = student_card(best, licence, reason=choice.sentence, decisions=decision_sentences(layout))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ _HUB_METRICS = {
 """Our metric's name to the id that the Hub knows it by."""
 
 
-def student_card(record: RunRecord, licence: str | None = None, *, reason: str = "") -> str:
+def student_card(
+    record: RunRecord, licence: str | None = None, *, reason: str = "", decisions: Sequence[str] = ()
+) -> str:
     """Write the card of a student as Markdown with the Hub's metadata."""
     split, metrics = _scored(record)
     facts = {
@@ -39,6 +42,7 @@ def student_card(record: RunRecord, licence: str | None = None, *, reason: str =
         "teacher": _code(_short(record.teacher_model)),
         "licence": licence,
         "reason": reason,
+        "decisions": list(decisions),
         "versions": defaultdict(str, record.versions),
         "split": split,
         "score": record.test_score if split == "test" else record.score,

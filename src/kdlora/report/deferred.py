@@ -1,14 +1,17 @@
-"""The part of the report on deferring: the error rate that is promised, and error against coverage of every model."""
+"""The part of the report on what becomes of outputs: thresholds of labels, the promised error rate, and its curves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from kdlora.evidence.defer import EVERYTHING, POINTS, Deferral, Deferring
+from kdlora.evidence.defer import EVERYTHING, POINTS, Deferral, Deferring, Unknown
 from kdlora.evidence.records import ExperimentLayout
+from kdlora.evidence.thresholds import FittedModel, Threshold, Thresholds
 from kdlora.report.collect import Experiment
 from kdlora.report.page import Block, Figure, Paragraph, Table
 from kdlora.report.plots import PALETTE, Style, arm_style, draw, named
@@ -18,24 +21,112 @@ _SHIPPED = {"student": 6, "student, ONNX": 4, "student, int8": 5}
 """What ships, and its colour; the other models of a plot are arms."""
 
 
+THRESHOLD_COLUMNS: dict[str, Callable[[tuple[FittedModel, Threshold]], str]] = {
+    "model": lambda one: one[0].name,
+    "label": lambda one: one[1].label,
+    "fitted for": lambda one: one[1].goal,
+    "threshold": lambda one: f"{one[1].threshold:.4f}",
+    "precision": lambda one: _with_interval(one[1].precision, one[1].precision_low, one[1].precision_high),
+    "recall": lambda one: _with_interval(one[1].recall, one[1].recall_low, one[1].recall_high),
+    "at 0.5": lambda one: f"{one[1].before:.1%}",
+    "at the threshold": lambda one: f"{one[1].after:.1%}",
+}
+"""What is said of a threshold; the last two are of the metric that it was fitted for."""
+
+UNKNOWN_COLUMNS: dict[str, Callable[[tuple[Deferring, Unknown]], str]] = {
+    "model": lambda one: one[0].name,
+    "sureness": lambda one: one[1].sureness,
+    "answers of the known": lambda one: _share(one[1].coverage),
+    "deferred of the unknown": lambda one: _share(one[1].deferred),
+    "known is surer than unknown": lambda one: f"{one[1].told_apart:.1%}",
+}
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{value:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def threshold_rows(found: Thresholds) -> list[tuple[FittedModel, Threshold]]:
+    """Pair every threshold with the file that it is of."""
+    return [(model, label) for model in found.models for label in model.labels]
+
+
+def unknown_rows(found: Deferral) -> list[tuple[Deferring, Unknown]]:
+    """Pair what is known of texts of no class with the model that met them."""
+    return [(model, met) for model in found.models for met in model.unknown]
+
+
+def describe_thresholds(found: Thresholds) -> str:
+    """Say what the figures of thresholds are of, and what the task's score gains."""
+    of = f"{found.judged:,} rows of the test split"
+    if found.source != "test":
+        of = f"the {found.judged:,} validation rows that they were fitted on, so the figures are a little too good"
+    gains = "; ".join(f"{one.name} {one.score_before:.2f} to {one.score_after:.2f}" for one in found.models)
+    return f"Fitted on {found.rows:,} validation rows; figures of {of}. Intervals: 95%. Score of the task: {gains}."
+
+
 def deferral_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
-    """Show what `kdlora defer` found; nothing where it has not been called."""
-    file = ExperimentLayout(experiment.folder).deferral
+    """Show what `kdlora thresholds` and `kdlora defer` found; nothing where they have not been called."""
+    layout, blocks = ExperimentLayout(experiment.folder), list[Block | None]()
+    if (fitted := _read(layout.thresholds, Thresholds, "thresholds", blocks)) is not None:
+        note = " ".join([describe_thresholds(fitted), *(f"{note}." for note in fitted.notes)])
+        caption = "Above which probability a label is said"
+        blocks.append(Table.of(caption, threshold_rows(fitted), THRESHOLD_COLUMNS, text_columns=3, note=note))
+    if (found := _read(layout.deferral, Deferral, "defer", blocks)) is not None:
+        told = (
+            "A model gives no label where it is less sure than the threshold of its file. Of the labels that it gives, "
+            f"at most {found.error:.1%} are wrong, with {found.confidence:.0%} confidence."
+        )
+        if not any(model.promise for model in found.models):
+            told = "Nothing can be promised, so every text is answered."
+        blocks += [Paragraph(told), _table(found), _unknown_table(found), _curves(found, mark)]
+    return blocks
+
+
+def decision_sentences(layout: ExperimentLayout) -> list[str]:
+    """Say for the model card what becomes of the outputs of `student/`."""
+    blocks: list[Block | None] = []
+    fitted, found = _read(layout.thresholds, Thresholds, "", blocks), _read(layout.deferral, Deferral, "", blocks)
+    said = []
+    for model, label in [] if fitted is None else threshold_rows(fitted):
+        if model.name == "student":
+            where = "test" if fitted and fitted.source == "test" else "validation"
+            said.append(
+                f"{label.label} is said above a probability of {label.threshold:.4f} (fitted for {label.goal}; "
+                f"precision {label.precision:.1%}, recall {label.recall:.1%} on the {where} split)"
+            )
+    for one in () if found is None else found.models:
+        if one.name == "student" and found is not None and (promise := one.promise) is not None:
+            said.append(
+                f"no label is given where the {promise.sureness} is below {_threshold(one)}: of the answers, "
+                f"{promise.coverage:.1%} of {promise.rows:,} rows, at most {promise.error:.1%} are wrong, with "
+                f"{promise.confidence:.0%} confidence"
+            )
+    return said
+
+
+def _read(file: Path, form: type[Any], verb: str, blocks: list[Block | None]) -> Any:
+    """Read what a verb found; nothing where it has not been called, a warning where that is damaged."""
     if not file.exists():
-        return []
+        return None
     try:
-        found = TypeAdapter(Deferral).validate_json(file.read_bytes())
+        return TypeAdapter(form).validate_json(file.read_bytes())
     except ValidationError as fault:
-        return [
-            Paragraph(f"{file.name} cannot be read ({fault.error_count()} faults); run kdlora defer again.", "warning")
-        ]
-    told = (
-        "A model gives no label where it is less sure than the threshold of its file. Of the labels that it gives, "
-        f"at most {found.error:.1%} are wrong, with {found.confidence:.0%} confidence."
-    )
-    if not any(model.promise for model in found.models):
-        told = "Nothing can be promised, so every text is answered."
-    return [Paragraph(told), _table(found), _curves(found, mark)]
+        told = f"{file.name} cannot be read ({fault.error_count()} faults); run kdlora {verb} again."
+        blocks.append(Paragraph(told, "warning"))
+        return None
+
+
+def _unknown_table(found: Deferral) -> Table | None:
+    if not (rows := unknown_rows(found)):
+        return None
+    columns = {**UNKNOWN_COLUMNS, "model": lambda one: _title(one[0].name)}
+    note = f"{found.unknown:,} texts of no known class. Each kind of sureness has the threshold that it may promise."
+    return Table.of("Texts of no known class", rows, columns, text_columns=2, note=note)
 
 
 def _table(found: Deferral) -> Table:

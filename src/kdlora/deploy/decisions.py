@@ -1,0 +1,98 @@
+"""How the outputs of a model become answers: fitted thresholds, and the sureness below which it gives no label.
+
+Both lie beside the weights that they are of, in one file, and are refused for others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kdlora.deploy.folder import DECISIONS, ModelFolder
+from kdlora.errors import ModelError
+from kdlora.evidence.defer import SURENESS, Promise
+from kdlora.foreign import read_json
+from kdlora.system.integrity import hash_file, hash_json
+
+_NUMBERS = ("error", "confidence", "threshold", "rows", "answered", "wrong")
+_REMEDY = "Remove the file and fit or promise anew (kdlora thresholds, kdlora defer), or load it with thresholds=False."
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What the folder of a model says; nothing where it says nothing."""
+
+    promise: Promise | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)  # label to the probability above which it is said
+
+
+def write_decisions(folder: ModelFolder, decisions: Decisions) -> None:
+    """Keep decisions beside the weights that they are of, in the place of those that were there."""
+    from kdlora.system.storage import write_json_atomic  # here: whoever predicts does without it
+
+    path = folder.path / DECISIONS
+    kept: dict[str, Any] = read_json(path) if path.is_file() else {}
+    name, digest = _weights(folder)
+    kept[name] = {
+        "sha256": digest,
+        "temperature": folder.temperature,
+        "promise": None if decisions.promise is None else asdict(decisions.promise),
+        "thresholds": dict(decisions.thresholds),
+    }
+    write_json_atomic(path, kept)
+
+
+def read_decisions(folder: ModelFolder) -> Decisions:
+    """Read the decisions of a model.
+
+    Raises:
+        ModelError: those of the folder are of other weights, or damaged.
+    """
+    path = folder.path / DECISIONS
+    if not path.is_file():
+        return Decisions()
+    kept = read_json(path)
+    name, digest = _weights(folder)
+    found = kept.get(name)
+    if found is None:
+        raise ModelError(f"{path}: fitted for {', '.join(sorted(kept)) or 'nothing':.200}, not {name}. {_REMEDY}")
+    if not isinstance(found, Mapping):
+        raise ModelError(f"{path}: damaged: expected an object for {name}. {_REMEDY}")
+    if found.get("sha256") != digest or found.get("temperature") != folder.temperature:
+        raise ModelError(f"{path}: fitted for other weights than those of {name}. {_REMEDY}")
+    return Decisions(_promise(found.get("promise"), f"{path}: {name}"), _thresholds(found.get("thresholds"), folder))
+
+
+def _promise(found: Any, where: str) -> Promise | None:
+    if found is None:
+        return None
+    if not isinstance(found, Mapping) or not all(_is_number(found.get(key)) for key in _NUMBERS):
+        raise ModelError(f"{where}: damaged: {', '.join(_NUMBERS)} of the promise must be numbers. {_REMEDY}")
+    if found.get("sureness") not in SURENESS:
+        raise ModelError(f"{where}: sureness must be one of {', '.join(SURENESS)}, got {found.get('sureness')!r:.80}.")
+    return Promise(sureness=found["sureness"], **{key: found[key] for key in _NUMBERS})
+
+
+def _thresholds(found: Any, folder: ModelFolder) -> dict[str, float]:
+    values = {} if found is None else found
+    where = folder.path / DECISIONS
+    if not isinstance(values, Mapping) or not all(_is_number(value) and 0 < value < 1 for value in values.values()):
+        raise ModelError(f"{where}: damaged: thresholds must be probabilities above 0 and below 1. {_REMEDY}")
+    if unknown := sorted(set(values) - set(folder.label_names)):
+        raise ModelError(f"{where}: a threshold of {unknown[0]!r:.80}, which is no label of the model. {_REMEDY}")
+    most = {"multi-label": len(folder.label_names), "single-label": int(len(folder.label_names) == 2)}
+    if len(values) > most.get(folder.kind, 0):
+        raise ModelError(f"{where}: thresholds want a multi-label model, or one of two labels and one threshold.")
+    return {name: float(value) for name, value in values.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _weights(folder: ModelFolder) -> tuple[str, str]:
+    """Give the name and the hash of the weights that a folder was opened for."""
+    name = "safetensors" if folder.file is None else folder.file.name
+    files = sorted(folder.path.glob("*.safetensors" if folder.file is None else f"{name}*"))
+    return name, hash_json([hash_file(file) for file in files])

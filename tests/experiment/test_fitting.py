@@ -1,0 +1,203 @@
+"""`kdlora thresholds`, what it does to a model's answers, and what a config asks for after the export."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny
+from experiments import copy_experiment, snapshot
+from kdlora.deploy.decisions import Decisions, write_decisions
+from kdlora.deploy.predict import Classifier
+from kdlora.errors import ModelError
+from kdlora.experiment.run import run_experiment
+
+pytest_plugins = ["experiment_fixtures"]
+
+NAMES = ("film", "music", "praise")
+EXPORT = {"formats": ["onnx", "onnx-int8"], "benchmark": False, "min_agreement": 0.0, "max_metric_drop": 100.0}
+
+
+def flags(count: int, seed: int) -> list[dict[str, object]]:
+    """Make rows with three labels that may hold together."""
+    rows = [row | {"text": f"{row['text']} ({seed}, {n})"} for n, row in enumerate(tiny.sentiment_rows(count, seed))]
+    return [
+        {"text": row["text"], "praise": int(row["label"] == "positive")}
+        | {name: int(name in row["text"]) for name in ("film", "music")}
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(workshop, made_once) -> Path:
+    """A multi-label experiment with a test split and both exports; read only."""
+
+    def make(folder: Path) -> Path:
+        rows = {"train": flags(64, 1), "validation": flags(200, 2), "test": flags(120, 3)}
+        files = {name: str(tiny.write_csv(folder / f"{name}.csv", table)) for name, table in rows.items()}
+        sections = {"data": files, "task": {"label": NAMES}, "export": EXPORT}
+        return run_experiment(workshop.config(sections), folder / "experiment").layout.root
+
+    return made_once("thresholds", make)
+
+
+@pytest.fixture
+def fitted(finished: Path, tmp_path: Path, cli) -> Path:
+    """A copy with thresholds."""
+    folder = copy_experiment(finished, tmp_path / "experiment")
+    done = cli("thresholds", folder, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == json.loads((folder / "thresholds.json").read_text())
+    return folder
+
+
+def read(folder: Path, file: str = "safetensors") -> dict[str, float]:
+    """Read the thresholds of a file."""
+    place = folder / ("student" if file == "safetensors" else "student-onnx") / "kdlora_decisions.json"
+    return json.loads(place.read_text())[file]["thresholds"]
+
+
+def test_every_file_answers_by_its_own_thresholds(fitted: Path, tmp_path: Path, cli) -> None:
+    """Int8 shifts outputs, and one file's thresholds on another's would say labels that nobody judged."""
+    texts = [row["text"] for row in flags(60, 4)]
+    for file in ("safetensors", "model.onnx", "model_quantized.onnx"):
+        place = fitted / "student" if file == "safetensors" else fitted / "student-onnx" / file
+        model, thresholds = Classifier.load(place), read(fitted, file)
+        assert set(thresholds) == set(NAMES)
+        for answer in model.predict(texts):
+            assert answer.label == tuple(name for name in NAMES if answer.probabilities[name] > thresholds[name])
+        plain = Classifier.load(place, thresholds=False).predict(texts)
+        assert all(one.label == tuple(n for n in NAMES if one.probabilities[n] > 0.5) for one in plain)
+    assert read(fitted, "model.onnx") != read(fitted, "model_quantized.onnx")
+    source = tiny.write_csv(tmp_path / "texts.csv", [{"text": text} for text in texts])
+    assert cli("predict", fitted / "student-onnx", source, "--to", tmp_path / "said.csv").code == 0
+    with (tmp_path / "said.csv").open() as file:
+        said = [row["label"] for row in csv.DictReader(file)]
+    assert said == ["|".join(one.label) for one in Classifier.load(fitted / "student-onnx").predict(texts)]
+
+
+def test_the_figures_are_those_of_the_test_rows(fitted: Path, finished: Path) -> None:
+    """Figures of the rows that the thresholds were fitted on are too good, and were told as if they were not."""
+    rows = flags(120, 3)
+    found = json.loads((fitted / "thresholds.json").read_text())
+    assert (found["source"], found["judged"], found["rows"]) == ("test", 120, 200)
+    said = Classifier.load(fitted / "student").predict([row["text"] for row in rows])
+    for label in found["models"][0]["labels"]:
+        has = np.array([row[label["label"]] for row in rows]) == 1
+        gets = np.array([label["label"] in one.label for one in said])
+        assert (label["said"], label["right"]) == (gets.sum(), (gets & has).sum())
+    report = (fitted / "report.md").read_text()
+    assert "Above which probability a label is said" in report
+    assert "120 rows of the test split" in report
+    card = (fitted / "student" / "README.md").read_text()
+    assert f"film is said above a probability of {read(fitted)['film']:.4f}" in card
+
+
+def test_a_precision_of_one_label_leaves_the_others(fitted: Path, cli) -> None:
+    """A second call that forgot the first would put labels back to 0.5 without a word."""
+    before = read(fitted)
+    done = cli("thresholds", fitted, "--precision", "0.4", "--label", "praise")
+    assert done.code == 0, done.err
+    after = read(fitted)
+    assert {name: after[name] for name in ("film", "music")} == {name: before[name] for name in ("film", "music")}
+    assert "precision 0.4" in done.out
+    kept = snapshot(fitted)
+    refused = cli("thresholds", fitted, "--precision", "0.999", "--label", "praise")
+    assert refused.code == 2
+    assert "no threshold reaches a precision of 0.999 on 200 rows" in refused.err
+    assert snapshot(fitted) == kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--label", "musik"], "no label 'musik'; there are film, music, praise. Did you mean 'music'?"),
+        (["--metric", "f2"], "unknown metric 'f2'"),
+        (["--precision", "1.5"], "a precision must be above 0 and below 1, got 1.5"),
+        (["--precision", "0.5", "--metric", "f1"], "two goals"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(finished: Path, cli, arguments: list[str], told: str) -> None:
+    """A misspelt label or metric would leave 0.5 in force, at exit 0."""
+    refused = cli("thresholds", finished, *arguments)
+    assert refused.code == 2
+    assert told in refused.err
+    assert not (finished / "thresholds.json").exists()
+
+
+def test_a_label_without_rows_keeps_a_half(finished: Path, tmp_path: Path, cli) -> None:
+    """One rare label would keep all others from being fitted, or get a threshold out of nothing."""
+    folder = copy_experiment(finished, tmp_path / "experiment")
+    rows = [row | {"music": 0} for row in flags(200, 2)]
+    config = (folder / "config.yaml").read_text()
+    other = tiny.write_csv(tmp_path / "validation.csv", rows)
+    (folder / "config.yaml").write_text(config.replace(str(finished.parent / "validation.csv"), str(other)))
+    done = cli("thresholds", folder)
+    assert done.code == 0, done.err
+    assert "'music' keeps 0.5: none of 200 rows have the label" in done.err
+    assert set(read(folder)) == {"film", "praise"}
+    refused = cli("thresholds", folder, "--label", "music")
+    assert refused.code == 2
+    assert "none of 200 rows have the label" in refused.err
+
+
+def test_thresholds_of_other_weights_are_refused(fitted: Path) -> None:
+    """Thresholds of fp32 would be applied to int8, or those of a model that is gone to the one in its place."""
+    place = fitted / "student-onnx" / "kdlora_decisions.json"
+    kept = json.loads(place.read_text())
+    place.write_text(json.dumps({"model.onnx": kept["model.onnx"]}))
+    with pytest.raises(ModelError, match=r"fitted for model.onnx, not model_quantized.onnx\. Remove the file"):
+        Classifier.load(fitted / "student-onnx")
+    place.write_text(json.dumps({"model_quantized.onnx": kept["model.onnx"]}))
+    with pytest.raises(ModelError, match="fitted for other weights"):
+        Classifier.load(fitted / "student-onnx")
+    for values in ({"film": 1.0}, {"film": True}, {"tennis": 0.5}, ["film"]):
+        kept["model_quantized.onnx"]["thresholds"] = values
+        place.write_text(json.dumps(kept))
+        with pytest.raises(ModelError, match="threshold"):
+            Classifier.load(fitted / "student-onnx")
+    assert Classifier.load(fitted / "student-onnx", thresholds=False).predict(["a film"])
+
+
+def test_a_config_decides_once_and_takes_it_back(workshop, tmp_path: Path) -> None:
+    """A promise that every call makes anew costs minutes; one that outlives its config answers by what nobody set."""
+    rows = {"train": tiny.sentiment_rows(64), "test": tiny.sentiment_rows(150, seed=7)}
+    rows["test"] = [row | {"text": f"{row['text']} ({place})"} for place, row in enumerate(rows["test"])]
+    files = {name: str(tiny.write_csv(tmp_path / f"{name}.csv", table)) for name, table in rows.items()}
+    export = EXPORT | {"formats": ["onnx"]}
+
+    def run(**sections):
+        config = workshop.config({"data": files, "export": export} | sections)
+        return run_experiment(config, tmp_path / "out")
+
+    layout = run(export=export | {"thresholds": "f1"}, defer={"error": 0.7}).layout
+    model = Classifier.load(layout.student)
+    assert set(model.decisions.thresholds) == {"positive"}
+    assert model.decisions.promise is not None
+    assert model.decisions.promise.error == 0.7
+    assert "no label is given where" in (layout.student / "README.md").read_text()
+    places = (layout.student, layout.onnx, layout.thresholds, layout.deferral)
+    before = [place.stat().st_mtime_ns if place.is_file() else snapshot(place) for place in places]
+    run(export=export | {"thresholds": "f1"}, defer={"error": 0.7})
+    assert [place.stat().st_mtime_ns if place.is_file() else snapshot(place) for place in places] == before
+    notes = run(defer={"error": 0.0001}).notes
+    assert any("No error rate is promised (defer)" in note and "cannot be promised" in note for note in notes)
+    assert Classifier.load(layout.student).decisions == Decisions()
+    assert not layout.thresholds.exists()
+    write_decisions(model.folder, model.decisions)
+    run()
+    assert not list(layout.root.rglob("kdlora_decisions.json"))
+    files.pop("test")
+    (note,) = [
+        note
+        for note in run_experiment(
+            workshop.config({"data": files, "export": EXPORT | {"formats": []}, "defer": {"error": 0.1}}),
+            tmp_path / "new",
+        ).notes
+        if "promised" in note
+    ]
+    assert "no test split" in note

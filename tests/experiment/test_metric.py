@@ -79,6 +79,7 @@ def test_what_earlier_versions_did_hashes_as_it_did(uneven):
     plain, accuracy = identity(uneven()), identity(uneven(task={"metric": "accuracy"}))
     assert plain == accuracy
     assert "metric" not in plain["task"]
+    assert "tuning" not in plain["teacher"]
     assert "class_weights" not in plain["student"]["train"] | plain["teacher"]["train"]
     weighed = uneven(student={"train": {"class_weights": {"metric": 2}}})
     assert identity(weighed)["student"]["train"]["class_weights"] == {"metric": 2.0}

@@ -14,8 +14,6 @@ from kdlora.asking.ask import AskSummary, ask
 from kdlora.asking.asksettings import AskSettings
 from tiny import sentiment_rows, write_csv
 
-pytest_plugins = ["experiment_fixtures"]
-
 
 @pytest.fixture
 def model(monkeypatch):

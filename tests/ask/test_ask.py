@@ -17,6 +17,8 @@ from kdlora.asking.questions import Questions, count_votes, join_groups, likely_
 from kdlora.errors import ConfigError
 from tiny import sentiment_rows, write_csv
 
+pytest_plugins = ["experiment_fixtures"]
+
 LABELS = {"negative": "it was bad", "positive": "it was good"}
 
 

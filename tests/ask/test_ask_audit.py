@@ -11,6 +11,8 @@ import pytest
 from kdlora.asking.audit import audit_answers
 from tiny import sentiment_rows, task, write_csv
 
+pytest_plugins = ["experiment_fixtures"]
+
 TASK = task()
 
 

@@ -158,6 +158,8 @@ import os, sys
 import openai
 from kdlora.asking.ask import ask
 from kdlora.asking.asksettings import AskSettings
+
+pytest_plugins = ["experiment_fixtures"]
 data, to, url, budget = sys.argv[1:]
 for line in sys.stdin:
     if not (child := os.fork()):

@@ -18,6 +18,8 @@ from kdlora.asking.server import UNREADABLE_ATTEMPTS
 from kdlora.errors import ConfigError
 from tiny import sentiment_rows, task, write_csv
 
+pytest_plugins = ["experiment_fixtures"]
+
 
 @pytest.mark.parametrize(
     "usage",

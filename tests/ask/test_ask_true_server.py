@@ -10,6 +10,8 @@ import pytest
 from kdlora.asking.ask import ask
 from kdlora.errors import ConfigError
 
+pytest_plugins = ["experiment_fixtures"]
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif("LLM_URL" not in os.environ, reason="LLM_URL names no server of a language model"),

@@ -66,7 +66,7 @@ def test_a_model_that_cannot_recompute_is_refused(make_setup, tmp_path, monkeypa
     """Transformers' own error names neither the key nor what to do."""
     setup = make_setup(gradient_checkpointing=True)
     monkeypatch.setattr(type(setup.encoder.model), "supports_gradient_checkpointing", False)
-    with pytest.raises(ConfigError, match=r"train.gradient_checkpointing: .*lower train.micro_batch_tokens"):
+    with pytest.raises(ConfigError, match=r"train.gradient_checkpointing: .*lower micro_batch_tokens"):
         setup.run(tmp_path)
 
 

@@ -51,7 +51,7 @@ def main() -> NoReturn:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         number = asked[0] if asked else signal.SIGINT
-        _fail(f"interrupted by {_SIGNALS[number]}; the same command continues", 128 + number)
+        _fail(f"interrupted by {_SIGNALS[number]}; the same command continues where it stopped", 128 + number)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -122,17 +122,20 @@ def _class_table(arms: Sequence[Outputs]) -> Table:
     """List precision, recall and F1 of every label, and its rows: of the teacher, of what ships, and of its control."""
     names, labels = arms[0].task.label_names, arms[0].labels
     support = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(names))
-    figures = {f"{arm.name}: {what}": values for arm in arms for what, values in _per_label(arm).items()}
+    figures = {arm.name: _per_label(arm) for arm in arms}
     rows = tuple(
         (
             name,
+            arm,
             str(int(support[place])),
-            *(plus_minus(mean_sd([100 * seed[place] for seed in seeds])) for seeds in figures.values()),
+            *(plus_minus(mean_sd([100 * seed[place] for seed in seeds])) for seeds in own.values()),
         )
         for place, name in enumerate(names)
+        for arm, own in figures.items()
     )
     told = "Per cent, mean ± standard deviation over seeds; rows are those that have the label."
-    return Table("Every label", ("label", "rows", *figures), rows, note=told, compact=True)
+    columns = ("label", "model", "rows", *next(iter(figures.values())))
+    return Table("Every label", columns, rows, text_columns=2, note=told, compact=True)
 
 
 def _per_label(outputs: Outputs) -> dict[str, list[np.ndarray]]:

@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "kdlora"
 ORDER = [
     {"errors"},
     {"foreign", "extras", "section"},
-    {"defaults"},
+    {"defaults", "shipconfig"},
     {"config"},
     {"searchconfig"},
     {"configfile"},
@@ -32,7 +32,19 @@ ORDER = [
 ]
 TORCH = {"torch", "transformers", "datasets", "peft", "accelerate"}
 WITHOUT_TORCH = [
-    *("errors", "extras", "foreign", "section", "terminal", "defaults", "config", "searchconfig", "configfile", "cli"),
+    *(
+        "errors",
+        "extras",
+        "foreign",
+        "section",
+        "shipconfig",
+        "terminal",
+        "defaults",
+        "config",
+        "searchconfig",
+        "configfile",
+        "cli",
+    ),
     "demo",
     *("data.tasks", "data.logit_table", "distil.words", "evidence", "report", "system"),
 ]

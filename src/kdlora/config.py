@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from kdlora.defaults import FamilyName, RecipeName, fill_in
 from kdlora.section import ClassWeights, Metric, Section, without_later_keys
+from kdlora.shipconfig import DeferConfig, ExportConfig
 
 Kind = Literal["single-label", "regression", "multi-label"]
 Arm = Literal["words", "fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
@@ -30,7 +31,6 @@ _SPELT = BeforeValidator(
     lambda value: value.lower().replace("-", "").replace("_", "") if isinstance(value, str) else value
 )
 Names = Annotated[tuple[str, ...], _LISTED]
-Goal = Literal["f1", "macro_f1", "accuracy", "balanced_accuracy", "matthews"] | Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class TaskConfig(Section):
@@ -307,35 +307,6 @@ class RunConfig(Section):
             if len(set(values)) != len(values):
                 raise ValueError(f"run.{key} holds a value twice: {list(values)}")
         return self
-
-
-class ExportConfig(Section):
-    """The export of the shipped student."""
-
-    formats: tuple[Literal["onnx", "onnx-int8"], ...] = ("onnx", "onnx-int8")
-    """Files in `student-onnx/`: fp32 and dynamic int8. An empty list exports nothing."""
-    max_metric_drop: float = Field(default=0.5, ge=0.0)
-    """Points of the score that int8 may lose. If it loses more, it is not kept."""
-    min_agreement: float = Field(default=0.99, ge=0.0, le=1.0)
-    """Share of predictions that must be the same in int8 and fp32."""
-    calibrate: bool = False
-    """Fit a temperature to the validation rows. `Classifier` then divides the logits by it."""
-    benchmark: bool = True
-    """Measure teacher, student and exports side by side, for `benchmark.json` and the report."""
-    thresholds: Goal | dict[str, Goal] | None = None
-    """Fit the probability above which a label is predicted: for `f1`, `macro_f1`, `accuracy`, `balanced_accuracy`,
-    `matthews` or a precision (0.9), or for some labels only (`{label: 0.9}`). For multi-label tasks and two labels."""
-
-
-class DeferConfig(Section):
-    """The error rate that the shipped student promises on the test split. Less certain texts get no label."""
-
-    error: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Largest share of wrong answers. null promises nothing."""
-    confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
-    """Confidence of that promise."""
-    sureness: Literal["probability", "margin", "energy"] = "probability"
-    """Number that is compared with the threshold."""
 
 
 class ReportConfig(Section):

@@ -9,7 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
-_LATER: Mapping[str, tuple[Any, ...]] = {"metric": (None, "accuracy"), "class_weights": (None,), "tuning": ("full",)}
+_LATER: Mapping[str, tuple[Any, ...]] = {
+    "metric": (None, "accuracy"),
+    "class_weights": (None,),
+    "tuning": ("full",),
+    "thresholds": (None,),
+    "defer": ({"error": None, "confidence": 0.95, "sureness": "probability"},),
+}
 """Keys that version 0.2 did not have, and the values by which all is as it was there."""
 
 

@@ -51,7 +51,7 @@ def test_the_named_metric_selects_the_epoch_and_heads_the_report(uneven, worksho
     assert shipped["kdlora_task"]["metrics"] == [name], "gates and later exports read it there"
     report = make_report([result.folder], draws=50).markdown
     assert "Table 1. Score: recall of positive at precision 0.6" in report
-    assert "| positive | 20 |" in report
+    assert "| positive | student LoRA | 20 |" in report
 
 
 def test_a_folder_keeps_the_metric_that_its_runs_were_scored_by(uneven, tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from kdlora.config import DISTILLED_ARMS, Arm, Config, DeferConfig, ExportConfig
+from kdlora.config import DISTILLED_ARMS, Arm, Config
 from kdlora.configfile import known_keys, load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
@@ -41,6 +41,7 @@ from kdlora.report.collect import load_run
 from kdlora.report.findings import choose_student
 from kdlora.report.page import html_table
 from kdlora.report.report import make_report
+from kdlora.shipconfig import DeferConfig, ExportConfig
 from kdlora.system.children import run_in_child
 from kdlora.system.launch import read_launch
 from kdlora.system.ownership import check_folder as refuse_foreign_folder

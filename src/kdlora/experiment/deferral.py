@@ -149,7 +149,7 @@ def defer_experiment(
     write_json_atomic(layout.deferral, asdict(found))
     write_card(config, layout)
     if all(reasons):
-        raise NoPromiseError("; ".join(dict.fromkeys(reasons)) or f"{layout.root} ships no student")
+        raise NoPromiseError(" ".join(dict.fromkeys(reasons)) or f"{layout.root} ships no student")
     return found
 
 

@@ -119,21 +119,27 @@ def export_onnx(
     given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts)
     if "onnx-int8" in formats and not len(given.texts):
         raise DataError(
-            "int8 must be checked on validation texts, and there are none. Give texts, or formats=('onnx',)."
+            "int8 must be checked on validation texts, and there are none. Give texts, or formats=('onnx',)"
         )
     task = _settle_task(folder, given.task)
     say("PyTorch reference")
+    backend = _open_encoder(folder)
+    checks = Checks(task, folder, backend, given, more_texts)
+    return _write(target, backend, checks, formats, int8, say)
+
+
+def _open_encoder(folder: ModelFolder) -> TorchBackend:
+    """Load the model; a decoder is refused."""
     from kdlora.deploy.torch_backend import TorchBackend
     from kdlora.models.loading import is_decoder
 
     backend = TorchBackend(folder)
     if is_decoder(backend.model.config):
         raise ModelError(
-            f"{folder.path} is a {backend.model.config.model_type!r} model, a decoder, and only encoders are exported "
-            "to ONNX. It predicts as it is, by PyTorch; for a file without it choose an encoder as student"
+            f"{folder.path} is a decoder ({backend.model.config.model_type}), and only encoders are exported to ONNX. "
+            "It predicts as it is, by PyTorch; for a file without it choose an encoder as student"
         )
-    checks = Checks(task, folder, backend, given, more_texts)
-    return _write(target, backend, checks, formats, int8, say)
+    return backend
 
 
 def _write(

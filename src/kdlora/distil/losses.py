@@ -85,22 +85,26 @@ def distillation_loss(
         hard = torch.where(labelled, hard, torch.zeros_like(hard))
     if teacher_logits is None:
         return LossTerms(total=hard, hard=hard, soft=None, labelled=labelled)
+    soft = _soft_loss(kind, student, teacher_logits, loss, temperature)
+    return LossTerms(total=alpha * hard + (1.0 - alpha) * soft, hard=hard, soft=soft, labelled=labelled)
+
+
+def _soft_loss(kind: Kind, student: Tensor, teacher: Tensor, loss: str, temperature: float) -> Tensor:
+    """Measure the loss of every row against the teacher."""
     if kind == "regression":
-        student, teacher_logits = student.reshape(len(logits), -1), teacher_logits.reshape(len(teacher_logits), -1)
-    if student.shape != teacher_logits.shape:
+        student, teacher = student.reshape(len(student), -1), teacher.reshape(len(teacher), -1)
+    if student.shape != teacher.shape:
         # Broadcasting would teach every row the same, without a word.
         raise ModelError(
             f"student logits of shape {tuple(student.shape)} and teacher logits of shape "
-            f"{tuple(teacher_logits.shape)} differ; expected the same rows and the same labels in both"
+            f"{tuple(teacher.shape)} differ; expected the same rows and the same labels in both"
         )
-    teacher = teacher_logits.detach().to(device=student.device, dtype=student.dtype)
+    teacher = teacher.detach().to(device=student.device, dtype=student.dtype)
     if loss == "mse" or kind == "regression":
-        soft = (student - teacher).square().mean(dim=-1)
-    elif not (math.isfinite(temperature) and temperature > 0.0):
+        return (student - teacher).square().mean(dim=-1)
+    if not (math.isfinite(temperature) and temperature > 0.0):
         raise ConfigError(f"distil.temperature must be finite and above 0; got {temperature!r}")
-    else:
-        soft = (binary_kl if kind == "multi-label" else softened_kl)(student, teacher, float(temperature))
-    return LossTerms(total=alpha * hard + (1.0 - alpha) * soft, hard=hard, soft=soft, labelled=labelled)
+    return (binary_kl if kind == "multi-label" else softened_kl)(student, teacher, float(temperature))
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from kdlora.config import Config
 from kdlora.configfile import load_config
 from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.spool import label_array
@@ -114,43 +115,45 @@ def defer_experiment(
     layout = ExperimentLayout(Path(experiment))
     config, task = load_config(layout.config), recorded_task(layout)
     if task.kind != "single-label":
-        raise DataError(
-            f"defer: expected a single-label task, got {task.kind}; only there an answer is right or wrong."
-        )
+        raise DataError(f"defer: expected a single-label task, got {task.kind}; only there an answer is right or wrong")
     splits = load_splits(config.task, config.data.model_copy(update={"augment": 0}))
-    rows, source = splits.test, "the test split"
-    if data is not None:
-        rows, source = load_examples(data, task, id_column=config.data.id_column, labelled=True), str(data)
-    if rows is None:
-        raise DataError(
-            "defer: this experiment has no test split, and its validation rows chose the model, so they can promise "
-            "nothing; give labelled rows that were not used with --data"
-        )
+    rows, source = _test_rows(config, task, splits, data)
     rows, known = unseen_rows(splits, rows, source)
     strange = [] if unknown is None else texts_of(load_examples(unknown, task, labelled=False))
     models = []
     for name, model in list(shipped_models(layout)):  # all, before one of them has other decisions
         judged = _Judged.of(model, task, (splits.validation, rows))
-        promise, reason = None, ""
+        found = _describe(name, [(judged.sure(judged.logits[1], sureness), judged.wrong[1])])
         try:
-            promise = judged.promise(sureness, error, confidence)
+            found = replace(found, promise=judged.promise(sureness, error, confidence))
         except NoPromiseError as refusal:
-            reason = str(refusal)
-        write_decisions(model.folder, replace(model.decisions, promise=promise))
-        tested = judged.sure(judged.logits[1], sureness), judged.wrong[1]
+            found = replace(found, reason=str(refusal))
+        write_decisions(model.folder, replace(model.decisions, promise=found.promise))
         met = judged.meet(model.predict_logits(strange), error, confidence) if strange else ()
-        models.append(replace(_describe(name, [tested]), promise=promise, reason=reason, unknown=met))
+        models.append(replace(found, unknown=met))
     reasons = [model.reason for model in models]
     if data is None:
         models += _arms(layout, set(rows["id"]), sureness)
-    found = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
+    deferral = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
     if strange and layout.teacher.exists():
-        found = _with_teacher(found, layout.teacher, task, (splits.validation, rows), strange)
-    write_json_atomic(layout.deferral, asdict(found))
+        deferral = _with_teacher(deferral, layout.teacher, task, (splits.validation, rows), strange)
+    write_json_atomic(layout.deferral, asdict(deferral))
     write_card(config, layout)
     if all(reasons):
         raise NoPromiseError(" ".join(dict.fromkeys(reasons)) or f"{layout.root} ships no student")
-    return found
+    return deferral
+
+
+def _test_rows(config: Config, task: Task, splits: Splits, data: str | None) -> tuple[Dataset, str]:
+    """Give the labelled rows that are to promise, and where they come from."""
+    if data is not None:
+        return load_examples(data, task, id_column=config.data.id_column, labelled=True), str(data)
+    if splits.test is None:
+        raise DataError(
+            "defer: this experiment has no test split, and its validation rows chose the model, so they can promise "
+            "nothing; give labelled rows that were not used with --data"
+        )
+    return splits.test, "the test split"
 
 
 def unseen_rows(splits: Splits, rows: Dataset, source: str) -> tuple[Dataset, int]:

@@ -109,5 +109,5 @@ def test_a_decoder_as_student_predicts_what_was_scored(workshop, tmp_path, famil
     np.testing.assert_allclose(answers(layout.student, texts), scored.logits, atol=1e-4)
     assert [note for note in result.notes if "only encoders are exported to ONNX" in note]
     assert json.loads(layout.benchmark.read_text())["models"]
-    with pytest.raises(ModelError, match="a decoder, and only encoders"):
+    with pytest.raises(ModelError, match=r"is a decoder .*only encoders"):
         export_onnx(layout.student, tmp_path / "onnx", formats=("onnx",))

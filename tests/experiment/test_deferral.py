@@ -224,6 +224,9 @@ def test_the_command_line_draws_both(promised: Path, finished: Path, cli) -> Non
     drawn = cli("benchmark", *models, "--data", finished.parent / "test.csv", "--cascade")
     assert drawn.code == 0, drawn.err
     assert "within 0.2 points of the teacher" in drawn.out
+    refused = cli("benchmark", *models, "--data", finished.parent / "test.csv", "--cascade", "--plot", "curve.png")
+    assert refused.code == 2
+    assert "leave it out with --cascade" in refused.err
     refused = cli("benchmark", models[0], "--cascade")
     assert refused.code == 2
     assert "two models" in refused.err

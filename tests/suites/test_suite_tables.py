@@ -241,6 +241,9 @@ def test_claims_of_the_paper_are_refused_in_a_suite():
     """A key that is read and then forgotten."""
     with pytest.raises(ConfigError, match=r"config\.report\.paper: a suite's tables have.*Delete the key"):
         small_plan(config={"data": {"path": "x/y"}, "report": {"paper": True}})
+    for section, key in (("defer", "error"), ("export", "thresholds")):
+        with pytest.raises(ConfigError, match=rf"config.{section}.{key}: a suite ships nothing"):
+            small_plan(config={"data": {"path": "x/y"}, section: {key: 0.1}})
 
 
 def test_tables_of_nothing_can_be_written(tmp_path):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from kdlora.cli.app import IdColumn, Json, Text, app, completing, print_json, print_table, verb
-from kdlora.errors import harmless
+from kdlora.errors import ConfigError, harmless
 from kdlora.evidence.defer import EVERYTHING, Sureness
 from kdlora.terminal import draw_bars
 
@@ -115,6 +115,8 @@ def benchmark(
     """
     from kdlora.experiment.deployment import benchmark_cascade, benchmark_models
 
+    if cascade and plot is not None:
+        raise ConfigError("--plot draws models side by side; leave it out with --cascade, whose points are in --json")
     if cascade:
         curve = benchmark_cascade(models, data=data, threads=threads)
         _print_cascade(curve, as_json)

@@ -6,7 +6,7 @@ As all metrics, they are prepared for one model and take counts (draws, examples
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -69,6 +69,6 @@ def recall_at(precision: float, curve: Curve) -> Weighted:
     return measure
 
 
-def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def ratio(above: Any, below: Any) -> np.ndarray:
     """Divide, with 0 where there is nothing to divide by."""
     return np.where(below > 0, above / np.where(below > 0, below, 1.0), 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kdlora.errors import DataError
+from kdlora.evidence.ranking import ratio
 
 Goal = str | float
 """A metric of one label, or the precision that is wanted with the highest recall."""
@@ -84,14 +85,8 @@ class NoThresholdError(DataError):
     """No threshold does what is wanted; the message says how near one comes."""
 
 
-def _ratio(above: Any, below: Any) -> Any:
-    """Divide, with 0 where there is nothing to divide by."""
-    above, below = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
-    return np.divide(above, below, out=np.zeros(np.broadcast(above, below).shape), where=below > 0)
-
-
 def _f1(right: Any, said: Any, positive: int, rows: int) -> Any:
-    return _ratio(2 * right, said + positive)
+    return ratio(2 * right, said + positive)
 
 
 def _macro_f1(right: Any, said: Any, positive: int, rows: int) -> Any:
@@ -104,13 +99,13 @@ def _accuracy(right: Any, said: Any, positive: int, rows: int) -> Any:
 
 
 def _balanced_accuracy(right: Any, said: Any, positive: int, rows: int) -> Any:
-    return (_ratio(right, positive) + _ratio(_absent(right, said, positive, rows), rows - positive)) / 2
+    return (ratio(right, positive) + ratio(_absent(right, said, positive, rows), rows - positive)) / 2
 
 
 def _matthews(right: Any, said: Any, positive: int, rows: int) -> Any:
     below = np.sqrt(np.asarray(said, dtype=np.float64) * positive * (rows - said) * (rows - positive))
     above = np.asarray(right, dtype=np.float64) * rows - np.asarray(said, dtype=np.float64) * positive
-    return _ratio(above, below)
+    return ratio(above, below)
 
 
 def _absent(right: Any, said: Any, positive: int, rows: int) -> Any:
@@ -192,7 +187,7 @@ def judge_threshold(label: str, goal: Goal, threshold: float, odds: np.ndarray, 
         return int((chosen & (labels == 1)).sum()), int(chosen.sum())
 
     (right, said), positive, rows = count(threshold), int(labels.sum()), len(labels)
-    metric = METRICS.get(str(goal), lambda right, said, *_: _ratio(right, said))
+    metric = METRICS.get(str(goal), lambda right, said, *_: ratio(right, said))
     precision, recall = _share(right, said), _share(right, positive)
     told = goal if isinstance(goal, str) else f"precision {goal:g}"
     values = [float(metric(*found, positive, rows)) for found in (count(0.5), (right, said))]

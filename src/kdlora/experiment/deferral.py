@@ -136,7 +136,8 @@ def defer_experiment(
         models += _arms(layout, set(rows["id"]), sureness)
     deferral = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
     if strange and layout.teacher.exists():
-        deferral = _with_teacher(deferral, layout.teacher, task, (splits.validation, rows), strange)
+        teacher = Classifier.load(layout.teacher, defer=False)
+        deferral = _with_teacher(deferral, config.teacher_arm, teacher, task, (splits.validation, rows), strange)
     write_json_atomic(layout.deferral, asdict(deferral))
     write_card(config, layout)
     if all(reasons):
@@ -178,16 +179,15 @@ def shipped_models(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]
 
 
 def _with_teacher(
-    found: Deferral, folder: Path, task: Task, parts: tuple[Dataset, Dataset], strange: list[Text]
+    found: Deferral, arm: str, model: Classifier, task: Task, parts: tuple[Dataset, Dataset], strange: list[Text]
 ) -> Deferral:
-    """Say how the teacher that was trained here, the arm `fft`, meets unknown texts."""
-    model = Classifier.load(folder, defer=False)
+    """Say how the teacher that was trained here, by that arm, meets unknown texts."""
     judged = _Judged.of(model, task, parts)
-    alone = _describe("fft", [(judged.sure(judged.logits[1], found.sureness), judged.wrong[1])])
-    arm = next((one for one in found.models if one.name == "fft"), alone)
+    alone = _describe(arm, [(judged.sure(judged.logits[1], found.sureness), judged.wrong[1])])
+    known = next((one for one in found.models if one.name == arm), alone)
     met = judged.meet(model.predict_logits(strange), found.error, found.confidence)
-    others = [one for one in found.models if one.name != "fft"]
-    return replace(found, models=(*others, replace(arm, unknown=met)))
+    others = [one for one in found.models if one.name != arm]
+    return replace(found, models=(*others, replace(known, unknown=met)))
 
 
 def _arms(layout: ExperimentLayout, rows: set[str], sureness: Sureness) -> list[Deferring]:

@@ -164,6 +164,12 @@ class SuiteConfig(Section):
                 "config.report.paper: a suite's tables have the paper's figures as they are; its claims stand in the "
                 "report of an experiment. Delete the key"
             )
+        for section, key in (("defer", "error"), ("export", "thresholds")):
+            values = self.config.get(section)
+            if isinstance(values, Mapping) and values.get(key):
+                raise ValueError(
+                    f"config.{section}.{key}: a suite ships nothing, so it decides nothing. Delete the key"
+                )
         return self
 
     def count_runs(self) -> int:

@@ -64,6 +64,18 @@ def test_the_search_never_sees_the_reported_rows(search_of):
     assert rows_per_epoch(held) == rows_per_epoch(splits) == 64
 
 
+def test_a_journal_is_locked_without_a_link(search_of, tmp_path, monkeypatch):
+    """While a journal is locked by a link, or for good after a kill, a second process refuses the folder."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a link was made")
+
+    monkeypatch.setattr("os.symlink", refuse)
+    config, settings = search_of()
+    begin_search(config, settings, tmp_path / "found", None).study()
+    assert (tmp_path / "found" / "journal.log").stat().st_size
+
+
 def test_nothing_of_a_held_out_text_is_learnt(workshop, tmp_path):
     """Copies made before the rows are held out carry halves and words of the texts that judge the trial."""
     words = [f"w{row}" for row in range(40)]

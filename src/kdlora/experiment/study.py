@@ -54,7 +54,7 @@ def open_study(storage: str, name: str, search: SearchConfig) -> Study:
 def _open_storage(storage: str) -> BaseStorage:
     """Open a journal, a SQLite file or a database, after a look whether a file that is there is one."""
     from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     url = storage
     if "://" not in storage:
@@ -64,7 +64,8 @@ def _open_storage(storage: str) -> BaseStorage:
         if path.exists() and path.stat().st_size and not (_is_database if is_database else _is_journal)(path):
             raise ArtifactError(f"{path} is no search storage, and stays as it is; name another with --storage")
         if not is_database:
-            return JournalStorage(JournalFileBackend(str(path)))
+            # Optuna's other lock is a link, for which a second process would refuse the folder.
+            return JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
         url = f"sqlite:///{path}"
     try:
         return RDBStorage(url, {"connect_args": {"timeout": LOCK_SECONDS}} if url.startswith("sqlite") else {})

@@ -26,7 +26,7 @@ pytest_plugins = ["experiment_fixtures"]
 SHOW_MODULES = (
     "import atexit, sys; "
     "atexit.register(lambda: print('LOADED', sorted({'torch', 'transformers', 'datasets', 'peft', 'pandas', "
-    "'kdlora.experiment.run'} & set(sys.modules)))); "
+    "'kdlora.experiment.run', 'numpy'} & set(sys.modules)))); "
     "sys.argv[0] = 'kdlora'; from kdlora.cli import main; main()"
 )
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
 from kdlora.cli.app import IdColumn, Json, Text, app, completing, print_json, print_table, verb
 from kdlora.errors import ConfigError, harmless
-from kdlora.evidence.defer import EVERYTHING, Sureness
 from kdlora.terminal import draw_bars
 
 if TYPE_CHECKING:
@@ -155,7 +154,9 @@ def defer(
     experiment: Annotated[Path, Argument(help="Experiment folder.")],
     error: Annotated[float, Option(help="Largest share of wrong answers.")] = 0.02,
     confidence: Annotated[float, Option(help="Confidence of that promise.")] = 0.95,
-    sureness: Annotated[Sureness, Option(help="Number that is compared with the threshold.")] = "probability",
+    sureness: Annotated[
+        Literal["probability", "margin", "energy"], Option(help="Number that is compared with the threshold.")
+    ] = "probability",
     data: Annotated[str | None, Option(help="Labelled rows not used before. Default: the test split.")] = None,
     unknown: Annotated[str | None, Option(help="Texts of no known class: how many would be deferred?")] = None,
     as_json: Json = False,
@@ -164,6 +165,7 @@ def defer(
 
     Example: kdlora defer runs/reviews --error 0.02 --confidence 0.95
     """
+    from kdlora.evidence.defer import EVERYTHING
     from kdlora.experiment.deferral import defer_experiment
     from kdlora.report.deferred import UNKNOWN_COLUMNS, unknown_rows
     from kdlora.report.report import make_report

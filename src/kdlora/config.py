@@ -15,7 +15,7 @@ from kdlora.defaults import FamilyName, RecipeName, fill_in
 from kdlora.section import ClassWeights, Metric, Section, without_later_keys
 from kdlora.shipconfig import DeferConfig, ExportConfig
 
-Kind = Literal["single-label", "regression", "multi-label"]
+Kind = Literal["single-label", "regression", "multi-label", "tokens"]
 Arm = Literal["words", "fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
 GlueName = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"]
 

@@ -12,12 +12,13 @@ from kdlora.config import GlueName, Kind
 from kdlora.errors import ConfigError, DataError, KdLoraError, did_you_mean
 from kdlora.section import ClassWeights, Costs
 
-ProblemType = Literal["single_label_classification", "regression", "multi_label_classification"]
+ProblemType = Literal["single_label_classification", "regression", "multi_label_classification", "token_classification"]
 
 PROBLEM_TYPES: dict[Kind, ProblemType] = {
     "single-label": "single_label_classification",
     "regression": "regression",
     "multi-label": "multi_label_classification",
+    "tokens": "token_classification",  # transformers knows it by the model's class
 }
 """Our kinds in the words of a transformers config."""
 
@@ -25,6 +26,7 @@ DEFAULT_METRICS: dict[Kind, tuple[str, ...]] = {
     "single-label": ("accuracy",),
     "regression": ("pearson", "spearman"),
     "multi-label": ("micro_f1",),
+    "tokens": ("entity_f1",),
 }
 """What scores a user's own task; the score is the mean of these, times 100."""
 
@@ -32,8 +34,10 @@ METRICS: dict[Kind, tuple[str, ...]] = {
     "single-label": ("accuracy", "macro_f1", "matthews", "balanced_accuracy", "average_precision", "f1"),
     "regression": ("pearson", "spearman", "r2"),
     "multi-label": ("micro_f1", "macro_f1", "subset_accuracy", "average_precision"),
+    "tokens": ("entity_f1", "entity_precision", "entity_recall", "macro_entity_f1"),
 }
-"""What may score a user's own task; of a label also `f1:LABEL`, `average_precision:LABEL`, `recall@0.9:LABEL`."""
+"""What may score a user's own task; of a label also `f1:LABEL`, `average_precision:LABEL`, `recall@0.9:LABEL`, and of a
+type of entity `recall:TYPE`."""
 
 UNEVEN = 5
 """Where the largest class has more than so many times the rows of the smallest, accuracy says little of small ones."""
@@ -47,10 +51,11 @@ class Task:
     """What is learnt, and what every later stage must agree on.
 
     Attributes:
-        kind: single-label, regression or multi-label.
-        text: one text column, or the two columns of a pair.
+        kind: single-label, regression, multi-label or tokens.
+        text: one text column, or the two columns of a pair; of tokens the column of texts, or that of words.
         label: the label column; several for a multi-label task of 0/1 columns.
-        label_names: one name per column of the logits, in that order; regression has one.
+        label_names: one name per column of the logits, in that order; regression has one. Of tokens these are `O` and,
+            for each type, `B-TYPE` and `I-TYPE`.
         metrics: the metrics whose mean, times 100, is the score.
         name: the GLUE task, or an empty string.
     """
@@ -66,6 +71,11 @@ class Task:
     def num_labels(self) -> int:
         """Number of columns of the logits."""
         return len(self.label_names)
+
+    @property
+    def label_types(self) -> tuple[str, ...]:
+        """The types of entities, in the order of the labels; a task of another kind has none."""
+        return tuple(name[2:] for name in self.label_names[1::2]) if self.kind == "tokens" else ()
 
     @property
     def is_pair(self) -> bool:
@@ -228,13 +238,14 @@ def full_metric(given: str | Mapping[Literal["cost"], Costs], kind: Kind, names:
             raise ConfigError("task.metric: every cost is 0, so that all models are equal; name one that is above 0")
         return f"cost:{json.dumps(matrix)}"
     name, of, label = given.partition(":")
-    if of and kind != "regression" and (name in ("f1", "average_precision") or _is_recall_at(name)):
+    if kind == "tokens" and name == "recall" and of:
+        types = [tag[2:] for tag in names[1::2]]
+        return f"recall:{types[find_label(label, types, 'task.metric')]}"
+    if of and kind in ("single-label", "multi-label") and (name in ("f1", "average_precision") or _is_recall_at(name)):
         return f"{name}:{names[find_label(label, names, 'task.metric')]}"
     if of or name not in METRICS[kind] or (name == "f1" and len(names) != 2):
-        known = [
-            *METRICS[kind],
-            *(("f1:LABEL", "average_precision:LABEL", "recall@0.9:LABEL") if kind != "regression" else ()),
-        ]
+        of_labels = {"regression": (), "tokens": ("recall:TYPE",)}
+        known = [*METRICS[kind], *of_labels.get(kind, ("f1:LABEL", "average_precision:LABEL", "recall@0.9:LABEL"))]
         better = " r2 ranks models as the mean squared error does." if name in ("mse", "mae") else ""
         raise ConfigError(
             f"task.metric: {given!r} is no metric of a {kind} task with {len(names)} labels; expected one of "

@@ -14,7 +14,7 @@ ORDER = [
     {"searchconfig"},
     {"configfile"},
     {"system.integrity", "system.ownership"},
-    {"system", "data.tasks", "data.parquet", "data.lines"},
+    {"system", "data.tasks", "data.parquet", "data.lines", "data.tags"},
     {"data.logit_table"},
     {"evidence.predictions"},
     {"evidence.records"},
@@ -46,7 +46,7 @@ WITHOUT_TORCH = [
         "cli",
     ),
     "demo",
-    *("data.tasks", "data.logit_table", "distil.words", "evidence", "report", "system"),
+    *("data.tasks", "data.tags", "data.logit_table", "distil.words", "evidence", "report", "system"),
 ]
 
 

@@ -1,0 +1,182 @@
+"""Tags of words: the schemes of files, spans as tags and back, and the words of a text. Light: numpy alone.
+
+Inside, tags are numbers in strict IOB2: 0 is `O`, and type t has 2t + 1 for its first word (`B-`) and 2t + 2 for the
+others (`I-`). A word without a tag has -100. `offsets` say where each row's words begin, and where the last ends.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kdlora.errors import DataError
+
+Integers = npt.NDArray[np.int64]
+Scheme = Literal["IO", "IOB1", "IOB2", "BILOU"]
+
+OUTSIDE = "O"
+NO_TAG = -100
+"""What a word has that has no tag: it is neither learnt nor scored."""
+_PREFIXES = {"B": "B", "I": "I", "M": "I", "L": "E", "E": "E", "U": "S", "S": "S", "W": "S"}
+_TAG = re.compile(r"([BIMLEUSW])-(.+)", re.DOTALL)
+
+
+class Span(NamedTuple):
+    """A half-open stretch of one type, in words or in characters."""
+
+    start: int
+    end: int
+    type: str
+
+
+def tag_names(types: Sequence[str]) -> tuple[str, ...]:
+    """Name the tags of these types, in the order of their numbers."""
+    return (OUTSIDE, *(f"{prefix}-{name}" for name in types for prefix in "BI"))
+
+
+def tag_types(names: Sequence[str]) -> tuple[str, ...]:
+    """Give the types whose tags have these names."""
+    return tuple(name.removeprefix("B-") for name in names[1::2])
+
+
+def parse_tags(distinct: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Give prefix (B, I, E, S or O) and type of each tag of a file; those of no scheme are left out.
+
+    Where no tag has a prefix, and `O` occurs, each is a type (IO).
+    """
+    matches = {tag: _TAG.fullmatch(tag) for tag in distinct if tag != OUTSIDE}
+    found = {tag: (_PREFIXES[match[1]], match[2]) for tag, match in matches.items() if match}
+    if not found and OUTSIDE in distinct:
+        found = {tag: ("I", tag) for tag in matches if tag}
+    return found | {OUTSIDE: (OUTSIDE, "")}
+
+
+def normalise(
+    codes: Integers, parsed: Sequence[tuple[str, str]], types: Sequence[str], offsets: Integers
+) -> tuple[Integers, Scheme, int]:
+    """Bring a file's tags into IOB2: give their numbers, the file's scheme, and how many rows broke it.
+
+    A word's code is the place of its tag in `parsed`; a negative one has none. An entity begins at B and S, after E
+    and S, and wherever the type changes, so that every sequence has a reading.
+    """
+    places = {name: place for place, name in enumerate(types)}
+    own = np.array([*(places.get(name, -1) for _, name in parsed), -1])[np.maximum(codes, -1)]
+    prefix = np.array([*(ord(prefix) for prefix, _ in parsed), ord(OUTSIDE)])[np.maximum(codes, -1)]
+    begins, inside, ends, single = (prefix == ord(letter) for letter in "BIES")
+    joined = _joined(own + 1, offsets)
+    closed = np.concatenate(([False], (ends | single)[:-1]))
+    first = begins | single | ~joined | closed
+    if ends.any() or single.any():
+        scheme: Scheme = "BILOU"
+        goes_on = np.append((~first & (inside | ends))[1:], False)
+        broken = ((inside | ends) & first) | ((begins | inside) & ~goes_on)
+    else:
+        scheme = "IO" if not begins.any() else "IOB1" if joined[begins].all() else "IOB2"
+        broken = inside & ~joined if scheme == "IOB2" else np.zeros(len(codes), bool)
+    tags = np.where(own < 0, 0, 2 * own + np.where(first, 1, 2))
+    rows = np.unique(np.searchsorted(offsets, np.flatnonzero(broken), side="right"))
+    return np.where(codes < 0, NO_TAG, tags), scheme, len(rows)
+
+
+def decode(values: npt.NDArray[np.floating], offsets: Integers) -> Integers:
+    """Decide tags from the logits (or probabilities) of words: the first largest, strays `I-` made to begin.
+
+    A word that the model could not see, whose values are NaN, is outside.
+    """
+    tags = np.argmax(values, axis=1).astype(np.int64)
+    return tags - ((tags > 0) & (tags % 2 == 0) & ~_joined((tags + 1) // 2, offsets))
+
+
+def entity_bounds(tags: Integers, offsets: Integers) -> tuple[Integers, Integers]:
+    """Give the first words and the ends of all entities, strictly: `I-` without its `B-` before it is none."""
+    tags = np.asarray(tags, np.int64)
+    goes_on = (tags > 0) & (tags % 2 == 0) & _joined((tags + 1) // 2, offsets)
+    edges = np.flatnonzero(~goes_on)
+    is_entity = (tags[edges] > 0) & (tags[edges] % 2 == 1)
+    return edges[is_entity], np.append(edges[1:], len(tags))[is_entity]
+
+
+def spans_of(tags: Sequence[int] | Integers, names: Sequence[str]) -> list[Span]:
+    """Give the entities of one row, in words."""
+    numbers = np.asarray(tags, np.int64)
+    starts, ends = entity_bounds(numbers, np.array([0, len(numbers)]))
+    return [
+        Span(start, end, names[numbers[start]].removeprefix("B-"))
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+    ]
+
+
+def _joined(types: Integers, offsets: Integers) -> npt.NDArray[np.bool_]:
+    """Say which words are of a type (above 0), and of that of the word before them in their row."""
+    same = np.zeros(len(types), bool)
+    same[1:] = types[1:] == types[:-1]
+    same[offsets[offsets < len(types)]] = False
+    return same & (types > 0)
+
+
+@lru_cache(maxsize=1)
+def _words() -> re.Pattern[str]:
+    """Match letters, digits and marks in a row, or any other character that is no white space, with its marks."""
+    marks = "".join(chr(code) for code in range(0x300, 0x20000) if unicodedata.category(chr(code))[0] == "M")
+    marks += "\U000e0100-\U000e01ef"  # selectors of variants
+    return re.compile(rf"(?:[^\W_]|[{marks}])+|\S[{marks}\u200d]*")
+
+
+def split_words(text: str) -> tuple[list[int], list[int]]:
+    """Give where the words of a text begin and end."""
+    bounds = [match.span() for match in _words().finditer(text)]
+    return [start for start, _ in bounds], [end for _, end in bounds]
+
+
+def tags_from_spans(
+    text: str, given: Sequence[Mapping[str, object]], where: str
+) -> tuple[list[int], list[int], list[str]]:
+    """Give the words of a text, cut where a span begins or ends inside of one, and their tags in IOB2."""
+    spans = _checked(given, len(text), where)
+    edges = [edge for span in spans for edge in span[:2]]
+    pieces: list[tuple[int, int]] = []
+    for start, end in zip(*split_words(text), strict=True):
+        inner = edges[bisect_right(edges, start) : bisect_left(edges, end)]
+        pieces += pairwise(dict.fromkeys([start, *inner, end]))
+    tags = [OUTSIDE] * len(pieces)
+    for span in spans:
+        first, after = (bisect_left(pieces, (edge, 0)) for edge in span[:2])
+        if first == after:
+            raise DataError(f"{where}: {_shown(span)} holds no word, only white space; correct its offsets")
+        tags[first:after] = [f"{'I' if place else 'B'}-{span.type}" for place in range(after - first)]
+    return [start for start, _ in pieces], [end for _, end in pieces], tags
+
+
+def _checked(given: Sequence[Mapping[str, object]], length: int, where: str) -> list[Span]:
+    """Bring spans into order, and refuse what no sequence of tags can say."""
+    spans = []
+    for one in given:
+        start, end, label = (one.get(key) for key in ("start", "end", "label"))
+        if not (isinstance(start, int) and isinstance(end, int) and isinstance(label, str) and label.strip()):
+            raise DataError(
+                f"{where}: {dict(one)} is no span; expected start and end, in characters, and a label, as in "
+                '{"start": 0, "end": 5, "label": "PER"}'
+            )
+        spans.append(Span(start, end, label))
+        if not 0 <= start < end <= length:
+            fault = "ends before it has begun" if end <= start else f"leaves the text, which has {length} characters"
+            raise DataError(f"{where}: {_shown(spans[-1])} {fault}; correct its offsets")
+    spans.sort()
+    for before, span in pairwise(spans):
+        if span.start < before.end:
+            raise DataError(
+                f"{where}: {_shown(before)} and {_shown(span)} overlap; a word has one tag, so keep one of the two"
+            )
+    return spans
+
+
+def _shown(span: Span) -> str:
+    return f"the span {span.start} to {span.end} ({span.type})"

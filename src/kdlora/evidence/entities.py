@@ -1,0 +1,58 @@
+"""Entities that are right, predicted and wanted, by row and type; every metric of spans follows from their sums.
+
+Strict: an entity is right where its first word, its last word and its type are. Light: numpy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kdlora.data.tags import Integers, entity_bounds, tag_types
+from kdlora.evidence.ranking import Weighted, ratio
+
+
+def entity_counts(predicted: Integers, wanted: Integers, names: Sequence[str], offsets: Integers) -> Integers:
+    """Count the entities of each row and type: (rows, types, 3), of right, predicted and wanted ones.
+
+    Words without a label (-100) are left out of both.
+    """
+    kept = np.asarray(wanted) >= 0
+    edges = np.concatenate(([0], np.cumsum(kept)))[offsets]
+    found = []
+    for tags in (np.asarray(predicted)[kept], np.asarray(wanted)[kept]):
+        starts, ends = entity_bounds(tags, edges)
+        found.append(np.stack([starts, ends, (tags[starts] - 1) // 2], axis=1))
+    ends_of = np.full((int(kept.sum()), 2), -1)
+    ends_of[found[0][:, 0]] = found[0][:, 1:]
+    right = found[1][(ends_of[found[1][:, 0]] == found[1][:, 1:]).all(axis=1)]
+    counts = np.zeros((len(offsets) - 1, len(tag_types(names)), 3), np.int64)
+    for column, entities in enumerate((right, *found)):
+        rows = np.searchsorted(edges, entities[:, 0], side="right") - 1
+        np.add.at(counts, (rows, entities[:, 2], column), 1)
+    return counts
+
+
+def entity_rates(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give precision, recall and F1 of summed counts (..., 3); 0 where there is nothing to divide by."""
+    right, predicted, wanted = np.moveaxis(np.asarray(sums, np.float64), -1, 0)
+    return ratio(right, predicted), ratio(right, wanted), ratio(2 * right, predicted + wanted)
+
+
+def weighted_entities(name: str, counts: Integers, types: Sequence[str]) -> Weighted:
+    """Prepare a metric of spans: of all entities, the mean over the types that occur in a draw, or of one type."""
+    base, _, of = name.partition(":")
+    place = {"precision": 0, "recall": 1, "f1": 2}[base.removeprefix("macro_").removeprefix("entity_")]
+    columns = counts.astype(np.float64)
+    if of:
+        columns = columns[:, [list(types).index(of)]]
+    elif not base.startswith("macro_"):
+        columns = columns.sum(axis=1, keepdims=True)
+    rows, width, _ = columns.shape
+
+    def measure(draws: np.ndarray) -> np.ndarray:
+        sums = (draws @ columns.reshape(rows, -1)).reshape(-1, width, 3)
+        return ratio(entity_rates(sums)[place].sum(axis=1), (sums[..., 1:].sum(axis=2) > 0).sum(axis=1))
+
+    return measure

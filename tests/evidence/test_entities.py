@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from kdlora.data.tags import tag_names
+from kdlora.data.tasks import Task
+from kdlora.errors import ArtifactError
 from kdlora.evidence.entities import entity_counts, entity_rates, weighted_entities
+from kdlora.evidence.metrics import compute_metrics, metric_names, predict_labels, score
+from kdlora.evidence.stats import PairedArms, contrast
 
 TYPES = ("LOC", "ORG", "PER")
 NAMES = tag_names(TYPES)
@@ -109,3 +113,62 @@ def test_draws_in_closed_form_are_those_of_rows_written_out(name):
 def test_nothing_predicted_and_nothing_wanted_is_0(name):
     """NaN makes the best epoch a lottery."""
     assert weighted_entities(name, np.zeros((2, 3, 3), np.int64), TYPES)(np.ones((1, 2))).tolist() == [0.0]
+
+
+TASK = Task("tokens", ("words",), ("tags",), NAMES, ("entity_f1",))
+
+
+def as_logits(rows):
+    """Give logits that say these tags."""
+    return np.eye(len(NAMES))[[NAMES.index(tag) for row in rows for tag in row]].astype(np.float32)
+
+
+def as_arrays(predicted, wanted):
+    """Give logits, labels and offsets."""
+    labels = np.array([NAMES.index(tag) for row in wanted for tag in row])
+    return as_logits(predicted), labels, np.cumsum([0, *map(len, wanted)])
+
+
+def test_metrics_of_a_task_are_those_of_its_words():
+    """A metric by rows of words would be an accuracy, which `O` alone makes high."""
+    logits, labels, offsets = as_arrays([["B-PER", "I-LOC", "O"], ["O"]], [["B-PER", "B-LOC", "O"], ["B-ORG"]])
+    found = compute_metrics(TASK, logits, labels, offsets=offsets)
+    assert set(found) == set(metric_names(TASK))
+    assert found["entity_precision"] == 1.0  # the stray I-LOC begins an entity
+    assert found["entity_recall"] == pytest.approx(2 / 3)
+    assert score(TASK, found) == pytest.approx(80.0)
+    assert predict_labels(TASK, logits, offsets).tolist() == [5, 1, 0, 0]
+
+
+def test_unseen_words_are_outside_and_a_diverged_model_is_no_model_that_finds_nothing():
+    """NaN of a diverged training would be read as words beyond the window, and score 0 without a word."""
+    logits, labels, offsets = as_arrays([["B-PER", "B-LOC"]], [["B-PER", "B-LOC"]])
+    logits[1] = np.nan
+    assert compute_metrics(TASK, logits, labels, offsets=offsets)["entity_recall"] == 0.5
+    logits[0, 2] = np.nan
+    with pytest.raises(ArtifactError, match="diverged"):
+        compute_metrics(TASK, logits, labels, offsets=offsets)
+    with pytest.raises(ArtifactError, match="diverged"):
+        compute_metrics(TASK, np.full_like(logits, np.nan), labels, offsets=offsets)
+
+
+def test_arms_are_contrasted_over_rows_and_not_over_words():
+    """Words of one sentence are not independent: an interval over them is too narrow, and speaks of no example."""
+    runs = [drawn_rows(seed, rows=60) for seed in (5, 6)]
+    wanted = runs[0][1]
+    worse = [[tag if place % 3 else "O" for place, tag in enumerate(row)] for row in wanted]
+    logits, labels, offsets = as_arrays(runs[0][0], wanted)
+    pair = PairedArms(TASK, labels, [logits], [as_logits(worse)], offsets=offsets)
+    found = contrast([pair], draws=400)
+    first, second = (compute_metrics(TASK, one, labels, offsets=offsets) for one in (logits, as_logits(worse)))
+    assert found.difference == pytest.approx(100 * (first["entity_f1"] - second["entity_f1"]))
+    assert found.n_examples == 60
+    draw, differences = np.random.default_rng(4), []
+    for _ in range(300):
+        rows = draw.integers(0, 60, 60)
+        f1 = [
+            entity_rates(count([said[row] for row in rows], [wanted[row] for row in rows]).sum(axis=(0, 1)))[2]
+            for said in (runs[0][0], worse)
+        ]
+        differences.append(100 * (f1[0] - f1[1]))
+    assert (found.high - found.low) / 4 == pytest.approx(np.std(differences), rel=0.2)

@@ -1,13 +1,15 @@
-"""The one reader of CSV, TSV, JSON Lines and plain text, row by row; light, since a served model reads with it, too."""
+"""The one reader of CSV, TSV, JSON Lines, CoNLL and plain text, row by row; light: what is served reads with it."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, count
 from typing import Any, Literal, TextIO
 
+from kdlora.data.tags import OUTSIDE, parse_tags
 from kdlora.errors import DataError
 
 MOST_CHARACTERS = 64 << 20
@@ -19,7 +21,9 @@ NO_QUOTING = (
     "Write the file without quotes, or give it the extension .csv, which is read with quoting"
 )
 
-Format = Literal["csv", "tsv", "jsonl", "parquet", "text"]
+LINES = "lines"
+"""The column of a CoNLL file that says in which line each word stands."""
+Format = Literal["csv", "tsv", "jsonl", "parquet", "text", "conll"]
 FORMATS: dict[str, Format] = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -29,9 +33,13 @@ FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".pq": "parquet",
     ".txt": "text",
+    ".conll": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
 }
 Numbered = tuple[int, Mapping[str, Any] | str]
-"""A row's number from 0 (of JSON Lines, its line's), and its values or what is wrong with it."""
+"""A row's number from 0 (of JSON Lines and CoNLL, its line's), and its values or what is wrong with it."""
 
 
 class RowError(ValueError):
@@ -42,7 +50,7 @@ class _Lines:
     """Iterates over the lines of a stream, and goes on after an error, which a generator cannot."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self._number = stream, 0
+        self._stream, self.number = stream, 0
         self.ended = False
 
     def __iter__(self) -> _Lines:
@@ -53,12 +61,12 @@ class _Lines:
         if not line:
             self.ended = True
             raise StopIteration
-        self._number += 1
+        self.number += 1
         if len(line) <= MOST_CHARACTERS or line.endswith(("\n", "\r")):
             return line
         while (rest := self._stream.readline(_CHUNK)) and not rest.endswith(("\n", "\r")):
             pass
-        raise RowError(f"line {self._number} is longer than {MOST_CHARACTERS:,} characters")
+        raise RowError(f"line {self.number} is longer than {MOST_CHARACTERS:,} characters")
 
 
 def read_rows(
@@ -68,6 +76,8 @@ def read_rows(
     lines = _Lines(stream)
     if form in ("csv", "tsv"):
         return _read_delimited(lines, form, name, header)
+    if form == "conll":
+        return _read_conll(lines, name)
     return (("text",) if form == "text" else ()), _read_lines(lines, form)
 
 
@@ -113,6 +123,54 @@ def _delimited_rows(
             shown = f"{delimiter.join(values):.{_SHOWN}}"
             found = f"{len(values)} columns where {width} are expected (delimiter {delimiter!r}): {shown!r}"
             yield number, f"{found}. {advice}"
+
+
+def _read_conll(lines: _Lines, name: str) -> tuple[Sequence[str], Iterator[Numbered]]:
+    """Read a word and its columns a line, an empty line after each sentence; the first word shows what divides them."""
+    try:
+        head = next((line for line in lines if not _is_between(line)), "")
+    except RowError as error:
+        raise DataError(f"{name}: {error}; expected a word and its tag.") from None
+    if not head:
+        raise DataError(
+            f"{name} holds no words; expected a word and its tag a line, and an empty line after a sentence"
+        )
+    divider = re.compile("\t" if "\t" in head.rstrip() else "[ \t]+")
+    width = len(divider.split(head.rstrip()))
+    columns = ("words", *map(str, range(2, width)), "tags")[:width]
+    return columns, _sentences(head, lines, columns, divider)
+
+
+def _is_between(line: str) -> bool:
+    """Whether a line stands between sentences: empty, the mark of a document, or a comment, which ends in no tag."""
+    if not line.strip() or line.startswith("-DOCSTART-"):
+        return True
+    return line.startswith("# ") and (last := line.split()[-1]) != OUTSIDE and last not in parse_tags([last])
+
+
+def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pattern[str]) -> Iterator[Numbered]:
+    """Collect the columns of each sentence, and the numbers of its lines; one with a bad line is bad."""
+    words: list[list[Any]] = []
+    fault: Numbered | None = None
+    while True:
+        fields = divider.split(line.rstrip())
+        if not line.strip() or (not words and _is_between(line)):
+            if fault or any(word[0].strip() for word in words):
+                columned = zip((*columns, LINES), map(list, zip(*words, strict=True)), strict=False)
+                yield fault or (words[0][-1] - 1, dict(columned))
+            words, fault = [], None
+            if lines.ended:
+                return
+        elif len(fields) == len(columns):
+            words.append([*fields, lines.number])
+        elif fault is None:
+            shown = f"{line.rstrip():.{_SHOWN}}"
+            found = f"{len(fields)} columns where {len(columns)} are expected (as in the first line): {shown!r}"
+            fault = lines.number - 1, f"{found}. Give every word the same columns; an empty line ends a sentence"
+        try:
+            line = next(lines, "")
+        except RowError as error:
+            fault, line = (lines.number - 1, str(error)), "-"
 
 
 def _read_lines(lines: _Lines, form: Format) -> Iterator[Numbered]:

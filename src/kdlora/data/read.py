@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset
 from pydantic import TypeAdapter
 
-from kdlora.data.lines import FORMATS, NO_QUOTING, Format, Numbered, as_object, json_fault, read_rows
+from kdlora.data.lines import FORMATS, LINES, NO_QUOTING, Format, Numbered, as_object, json_fault, read_rows
 from kdlora.data.parquet import parquet_faults, read_batches
 from kdlora.data.spool import spool
 from kdlora.errors import DataError, did_you_mean, first_line
 
-EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll")
 _CHUNK_ROWS = 4096
 _LOOKED_AT = 10_000  # rows of JSON Lines, for their keys
 _QUOTED_FIELD = r'^"([^"]|"")*""([^"]|"")*"$'  # enclosed, with a doubled quote inside: only CSV quoting writes this
@@ -194,8 +194,9 @@ class _RowFile:
         with self._opened(dropped) as (_, rows):
             first = 0
             while chunk := list(islice(rows, _CHUNK_ROWS)):
-                arrays = [_to_array([row.get(key) for row in chunk], key, self.path, first) for key in wanted]
-                yield pa.RecordBatch.from_arrays(arrays, names=list(wanted))
+                names = [*wanted, LINES] if self.form == "conll" else list(wanted)
+                arrays = [_to_array([row.get(key) for row in chunk], key, self.path, first) for key in names]
+                yield pa.RecordBatch.from_arrays(arrays, names=names)
                 first += len(chunk)
 
     @contextmanager
@@ -207,7 +208,7 @@ class _RowFile:
                     yield (), self._sound(_array_rows(self.path, stream.read()), dropped, "row")
                 else:
                     columns, found = read_rows(stream, self.form, str(self.path), self.header)
-                    yield columns, self._sound(found, dropped, "line" if self.form == "jsonl" else "row")
+                    yield columns, self._sound(found, dropped, "line" if self.form in ("jsonl", "conll") else "row")
         except UnicodeDecodeError:
             raise _encoding_error(self.path) from None
 
@@ -295,7 +296,16 @@ def _to_array(values: list[Any], key: str, file: Path, first_row: int) -> pa.Arr
                     f"{file}, row {first_row + row + 1}: {key!r} is {type(value).__name__} ({str(value)[:40]!r}), but "
                     f"{expected.__name__} in the rows before; make it one type"
                 ) from None
-        raise DataError(f"{file}: {key!r} cannot be read ({error}); make it one type") from None
+        where = next((f", row {first_row + row + 1}" for row, value in known if not _is_of_one_type(value)), "")
+        raise DataError(f"{file}{where}: {key!r} cannot be read ({error}); make it one type") from None
+
+
+def _is_of_one_type(value: Any) -> bool:
+    try:
+        pa.array([value])
+    except (pa.ArrowException, OverflowError):
+        return False
+    return True
 
 
 def _is_broken(value: Any) -> bool:

@@ -26,7 +26,7 @@ OUTSIDE = "O"
 NO_TAG = -100
 """What a word has that has no tag: it is neither learnt nor scored."""
 _PREFIXES = {"B": "B", "I": "I", "M": "I", "L": "E", "E": "E", "U": "S", "S": "S", "W": "S"}
-_TAG = re.compile(r"([BIMLEUSW])-(.+)", re.DOTALL)
+_TAG = re.compile(r"([BIMLEUSW])-([^,;|]+)")  # what joins tags by a comma or a bar has several on a word
 
 
 class Span(NamedTuple):
@@ -55,7 +55,7 @@ def parse_tags(distinct: Sequence[str]) -> dict[str, tuple[str, str]]:
     matches = {tag: _TAG.fullmatch(tag) for tag in distinct if tag != OUTSIDE}
     found = {tag: (_PREFIXES[match[1]], match[2]) for tag, match in matches.items() if match}
     if not found and OUTSIDE in distinct:
-        found = {tag: ("I", tag) for tag in matches if tag}
+        found = {tag: ("I", tag) for tag in matches if tag and not re.search("[,;|]", tag)}
     return found | {OUTSIDE: (OUTSIDE, "")}
 
 

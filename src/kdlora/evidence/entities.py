@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kdlora.data.tags import Integers, entity_bounds, tag_types
+from kdlora.data.tags import Integers, decode, entity_bounds, tag_types
+from kdlora.errors import ArtifactError
 from kdlora.evidence.ranking import Weighted, ratio
 
 
@@ -32,6 +33,21 @@ def entity_counts(predicted: Integers, wanted: Integers, names: Sequence[str], o
         rows = np.searchsorted(edges, entities[:, 0], side="right") - 1
         np.add.at(counts, (rows, entities[:, 2], column), 1)
     return counts
+
+
+def counts_from_logits(
+    names: Sequence[str], logits: np.ndarray, labels: np.ndarray, offsets: np.ndarray | None
+) -> Integers:
+    """Count as `entity_counts` does what logits of words say; a word that has none was not seen, and is outside."""
+    edges = np.zeros(1, np.int64) if offsets is None else np.asarray(offsets, np.int64)
+    if logits.shape != (edges[-1], len(names)) or labels.shape != (edges[-1],):
+        raise ValueError(f"expected {edges[-1]} words x {len(names)} labels, got {logits.shape} and {labels.shape}")
+    unseen = np.isnan(logits).all(axis=1)
+    if unseen.all() or not np.isfinite(logits[~unseen]).all():
+        raise ArtifactError(
+            "expected finite logits, got nan or inf. The training diverged: lower the learning rate, or use fp32 or bf16."
+        )
+    return entity_counts(decode(logits, edges), labels, names, edges)
 
 
 def entity_rates(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kdlora.data.tags import decode, tag_types
 from kdlora.errors import ArtifactError
+from kdlora.evidence.entities import counts_from_logits, weighted_entities
 from kdlora.evidence.ranking import Weighted, curve_of, mean_precision, ratio, recall_at
 
 if TYPE_CHECKING:
@@ -24,7 +26,11 @@ BINS = 10
 
 
 def compute_metrics(
-    task: Task, logits: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None = None
+    task: Task,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str] | None = None,
+    offsets: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Compare a model's outputs with the labels.
 
@@ -33,9 +39,10 @@ def compute_metrics(
     Spearman 0; F1 without any positive is 0; macro F1 of single-label tasks is the mean over the classes that
     occur among labels or predictions, that of multi-label tasks the mean over all labels. Average precision is that of
     the second label (two classes), else the mean over the labels that occur; `cost` is 1 less the mean cost, as a share
-    of the largest; recall at a precision that no threshold reaches is 0.
+    of the largest; recall at a precision that no threshold reaches is 0. For tokens logits and labels are those of
+    words, and `offsets` say where each row's begin; entities are strict IOB2, macro F1 over the types that occur.
     """
-    outputs, targets = check_arrays(task, logits, labels)
+    outputs, targets = check_arrays(task, logits, labels, offsets)
 
     def of(rows: Any) -> dict[str, float]:
         return {name: _of_rows(task, name, outputs[rows], targets[rows]) for name in metric_names(task)}
@@ -65,13 +72,17 @@ def metric_names(task: Task) -> tuple[str, ...]:
         always = ("pearson", "spearman", "mse", "mae")
     elif task.kind == "multi-label":
         always = ("micro_f1", "macro_f1", "subset_accuracy")
+    elif task.kind == "tokens":
+        always = ("entity_f1", "entity_precision", "entity_recall", "macro_entity_f1")
     else:
         always = ("accuracy", "f1" if len(task.label_names) == 2 else "macro_f1")
     return tuple(dict.fromkeys((*task.metrics, *always)))
 
 
-def predict_labels(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Decide from logits."""
+def predict_labels(task: Task, logits: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
+    """Decide from logits; those of words by `offsets`, which say where each row's begin."""
+    if task.kind == "tokens":
+        return decode(logits, np.asarray(offsets))
     if task.kind == "regression":
         return np.asarray(logits, dtype=np.float64).reshape(len(logits), -1)[:, 0]
     if task.kind == "multi-label":
@@ -79,9 +90,17 @@ def predict_labels(task: Task, logits: np.ndarray) -> np.ndarray:
     return np.argmax(logits, axis=1).astype(np.int64)
 
 
-def check_arrays(task: Task, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Refuse outputs and labels that no metric can be computed from."""
+def check_arrays(
+    task: Task, logits: np.ndarray, labels: np.ndarray, offsets: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Refuse outputs and labels that no metric can be computed from; give a row an example.
+
+    For tokens both are the example's entities by type: those right, predicted and wanted.
+    """
     outputs = np.asarray(logits)
+    if task.kind == "tokens":
+        counts = counts_from_logits(task.label_names, outputs, np.asarray(labels), offsets)
+        return counts, counts
     if task.kind == "regression" and outputs.ndim == 1:
         outputs = outputs[:, None]
     width = 1 if task.kind == "regression" else len(task.label_names)
@@ -111,7 +130,7 @@ def _refuse_non_finite(values: np.ndarray, what: str, remedy: str) -> None:
 
 def _of_rows(task: Task, name: str, outputs: np.ndarray, targets: np.ndarray) -> float:
     """Give a metric of the rows as they are; sums of values that are no counts are taken in the usual order."""
-    decided = predict_labels(task, outputs)
+    decided = outputs if task.kind == "tokens" else predict_labels(task, outputs)
     match task.kind, name:
         case "single-label", "macro_f1" | "matthews":
             found = (decided, targets, targets[decided == targets])
@@ -142,6 +161,8 @@ def _plain_pearson(targets: np.ndarray, decided: np.ndarray) -> float:
 
 def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndarray) -> Weighted:
     """Prepare one metric of one model, in closed form from counts."""
+    if task.kind == "tokens":
+        return weighted_entities(name, outputs, tag_types(task.label_names))
     decided, classes = predict_labels(task, outputs), len(task.label_names)
     base, _, label = name.partition(":")
     if label and base != "cost":

@@ -69,6 +69,12 @@ class PairedArms:
     second: Sequence[np.ndarray]
     groups: Sequence[str] | None = None  # of each example (MNLI); examples are drawn within each group
     seeds: Sequence[int] | None = None  # of each pair of arrays, where a seed has several
+    offsets: np.ndarray | None = None  # where each example's words begin, in a task of tokens
+
+    @property
+    def examples(self) -> int:
+        """How many examples there are."""
+        return len(self.labels) if self.offsets is None else len(self.offsets) - 1
 
 
 def contrast(pairs: Sequence[PairedArms], *, draws: int = 2_000, level: float = 0.95, seed: int = 0) -> Difference:
@@ -94,7 +100,7 @@ def contrast(pairs: Sequence[PairedArms], *, draws: int = 2_000, level: float = 
         raise ValueError(f"expected draws >= 2 and 0 < level < 1, got {draws} and {level}")
     found = [_differences(pair, draws, [seed, place] if place else seed) for place, pair in enumerate(pairs)]
     observed, drawn = [one for one, _ in found], [one for _, one in found]
-    examples, seeds = sum(len(pair.labels) for pair in pairs), min(map(len, observed))
+    examples, seeds = sum(pair.examples for pair in pairs), min(map(len, observed))
     parts = [(float(np.var(np.mean(drawn, axis=0), ddof=1)), max(1, examples - len(pairs)))]
     if seeds > 1:
         parts += [(float(np.var(one, ddof=1)) / len(one) / len(pairs) ** 2, len(one) - 1) for one in observed]
@@ -123,8 +129,8 @@ def _paired(pair: PairedArms) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _differences(pair: PairedArms, draws: int, seed: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Give each seed's difference on the examples as they are, and the mean over seeds on each draw of examples."""
-    rows, runs = _group_rows(len(pair.labels), pair.groups), _paired(pair)
-    scorers = {id(logits): _scorer(pair.task, logits, pair.labels, rows) for arms in runs for logits in arms}
+    rows, runs = _group_rows(pair.examples, pair.groups), _paired(pair)
+    scorers = {id(logits): _scorer(pair, logits, rows) for arms in runs for logits in arms}
 
     def measure(counts: np.ndarray) -> np.ndarray:
         scores = {name: scorer(counts) for name, scorer in scorers.items()}
@@ -133,7 +139,7 @@ def _differences(pair: PairedArms, draws: int, seed: int | Sequence[int]) -> tup
         return np.stack([values[seeds == one].mean(axis=0) for one in dict.fromkeys(seeds.tolist())])
 
     drawn = [measure(counts).mean(axis=0) for counts in _draw_counts(rows, draws, seed)]
-    return measure(np.ones((1, len(pair.labels))))[:, 0], np.concatenate(drawn)
+    return measure(np.ones((1, pair.examples)))[:, 0], np.concatenate(drawn)
 
 
 def _group_rows(rows: int, groups: Sequence[str] | None) -> list[np.ndarray]:
@@ -144,12 +150,12 @@ def _group_rows(rows: int, groups: Sequence[str] | None) -> list[np.ndarray]:
     return [np.flatnonzero(members == name) for name in dict.fromkeys(groups)]
 
 
-def _scorer(task: Task, logits: np.ndarray, labels: np.ndarray, rows: list[np.ndarray]) -> _Scorer:
+def _scorer(pair: PairedArms, logits: np.ndarray, rows: list[np.ndarray]) -> _Scorer:
     """Make the function from counts (draws, examples) to one seed's score on each draw."""
-    outputs, targets = check_arrays(task, logits, labels)
+    outputs, targets = check_arrays(pair.task, logits, pair.labels, pair.offsets)
     parts = [
-        (members, weighted_metric(task, name, outputs[members], targets[members]))
-        for name in task.metrics
+        (members, weighted_metric(pair.task, name, outputs[members], targets[members]))
+        for name in pair.task.metrics
         for members in rows
     ]
     whole = len(rows) == 1

@@ -1,0 +1,238 @@
+"""Rows of words with tags, or of texts with spans, in one shape: `text`, `starts`, `ends`, and `tags` in IOB2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kdlora.config import TaskConfig
+from kdlora.data.lines import LINES
+from kdlora.data.read import RawTable, Source, first_true, is_text
+from kdlora.data.spool import spool
+from kdlora.data.tags import OUTSIDE, Integers, normalise, parse_tags, split_words, tag_names, tags_from_spans
+from kdlora.errors import DataError, did_you_mean
+
+WORDS = ("words", "tokens")
+TEXTS = ("text", "sentence", "content")
+TAGS = ("tags", "ner_tags", "labels", "label", "ner")
+SPANS = ("spans", "entities", "labels", "label")
+_ROWS = 10_000
+_EXPECTED = (
+    "expected a list of words and a list of tags (words and tags, or tokens and ner_tags), or a text and a list of "
+    'spans such as {"start": 0, "end": 5, "label": "PER"}'
+)
+
+
+def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] | None:
+    """Choose the columns of input and labels; None where `task.kind` is not given and the source holds no tokens."""
+    for given, key in ((config.text, "task.text"), (config.label, "task.label")):
+        if given is not None and len(given) > 1 and config.kind == "tokens":
+            raise DataError(f"{key} names {len(given)} columns ({', '.join(given)}), but task.kind is tokens; name one")
+    for inputs, labels in ((WORDS, TAGS), (TEXTS, SPANS)):
+        text = next((name for name in config.text or inputs if name in source.columns), None)
+        label = next((name for name in config.label or labels if name in source.columns), None)
+        if text is None or label is None or (config.kind == "auto" and text not in WORDS and label not in SPANS[:2]):
+            continue
+        if config.kind == "tokens" or _holds_tokens(source, text, label):
+            return text, label
+    if config.kind == "tokens":
+        raise DataError(
+            f"{source.name}: which columns hold words and tags? {_EXPECTED}. Set task.text and task.label; the columns "
+            f"are {', '.join(map(repr, source.columns))}"
+        )
+    return None
+
+
+def _holds_tokens(source: Source, text: str, label: str) -> bool:
+    table = source.read((text, label)).table
+    words, labels = table[text].type, table[label].type
+    return _is_list(labels) and (_is_list(words) or pa.types.is_struct(labels.value_type))
+
+
+def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str]) -> pa.Table:
+    """Bring every row into one shape, on disk; what cannot be is named. Without a label column there are no tags."""
+    if not raw.table.num_rows:
+        raise DataError(f"{raw.source} has no rows; expected examples")
+    input_type = raw.table[text].type
+    if is_text(input_type):
+        return spool(_batches_of_texts(raw, text, label), raw.source)
+    if not _is_list(input_type) or not (is_text(input_type.value_type) or pa.types.is_null(input_type.value_type)):
+        raise DataError(f"{raw.source}: the column {text!r} holds {input_type}; {_EXPECTED}")
+    words, offsets = _flatten(raw, text, "words")
+    columns = {"words": pc.utf8_trim_whitespace(words.cast(pa.string()))}
+    if label is not None:
+        columns["tags"] = _flat_tags(raw, label, offsets)
+    if LINES in raw.table.column_names:
+        columns[LINES] = pc.list_flatten(raw.table[LINES])
+    columns, offsets = _without_blanks(raw, columns, offsets, notes)
+    if label is not None:
+        columns["tags"] = _in_iob2(raw, columns, offsets, label, notes)
+    return spool(_batches_of_words(columns, offsets), raw.source)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _flatten(raw: RawTable, column: str, what: str) -> tuple[pa.ChunkedArray, Integers]:
+    """Give the values of a column of lists, and where each row begins."""
+    lists = raw.table[column]
+    if (position := first_true(pc.is_null(lists))) is not None:
+        raise DataError(f"{raw.where(position)}: no {what} in column {column!r}; remove the row, or give it some")
+    lengths = pc.list_value_length(lists).to_numpy().astype(np.int64)
+    return pc.list_flatten(lists), np.concatenate(([0], np.cumsum(lengths)))
+
+
+def _flat_tags(raw: RawTable, label: str, offsets: Integers) -> pa.ChunkedArray:
+    """Give the tags of all words as text, those of codes by name, null where a word has none."""
+    kind = raw.table[label].type
+    if not _is_list(kind):
+        raise DataError(
+            f"{raw.source}: the column {label!r} holds {kind}, where a list of tags is expected, one a word"
+        )
+    if pa.types.is_struct(kind.value_type):
+        raise DataError(
+            f"{raw.source}: {label!r} holds spans, whose offsets are those of a text, but the input is a list of "
+            "words; set task.text to a column of texts"
+        )
+    tags, own = _flatten(raw, label, "tags")
+    for row in np.flatnonzero(np.diff(own) != np.diff(offsets))[:1].tolist():
+        raise DataError(
+            f"{raw.where(row)}: {offsets[row + 1] - offsets[row]} words, but {own[row + 1] - own[row]} tags in "
+            f"{label!r}; every word needs one"
+        )
+    if label in raw.class_names:
+        inside = pc.and_(pc.greater_equal(tags, 0), pc.less(tags, len(raw.class_names[label])))
+        return pc.take(pa.array(raw.class_names[label], pa.string()), pc.if_else(inside, tags, None))
+    if not (is_text(kind.value_type) or pa.types.is_null(kind.value_type)):
+        raise DataError(
+            f"{raw.source}: the tags in {label!r} are {kind.value_type}, and nothing says which is which; write them "
+            "by name (B-PER), or as ClassLabels of a data set"
+        )
+    return tags.cast(pa.string())
+
+
+def _without_blanks(
+    raw: RawTable, columns: dict[str, pa.ChunkedArray], offsets: Integers, notes: list[str]
+) -> tuple[dict[str, pa.ChunkedArray], Integers]:
+    """Leave words of white space alone out, which real files hold; a row without any word is refused."""
+    blank = pc.fill_null(pc.equal(columns["words"], ""), True)
+    if count := pc.sum(blank).as_py():
+        kept = pc.invert(blank)
+        columns = {name: column.filter(kept) for name, column in columns.items()}
+        offsets = np.concatenate(([0], np.cumsum(kept.to_numpy())))[offsets]
+        notes.append(f"{raw.source}: {count} words of white space alone were left out.")
+    for row in np.flatnonzero(np.diff(offsets) == 0)[:1].tolist():
+        raise DataError(f"{raw.where(row)}: no words; remove the row")
+    return columns, offsets
+
+
+def _in_iob2(
+    raw: RawTable, columns: dict[str, pa.ChunkedArray], offsets: Integers, label: str, notes: list[str]
+) -> pa.Array:
+    """Bring the tags of a file into IOB2; its scheme and what was repaired is noted."""
+    encoded = columns["tags"].combine_chunks().dictionary_encode()
+    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+    distinct, codes = encoded.dictionary.to_pylist(), pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
+    parsed = parse_tags(distinct)
+    if strange := [code for code, tag in enumerate(distinct) if tag not in parsed]:
+        _refuse_tag(raw, columns, offsets, int(np.argmax(codes == strange[0])), label)
+    types = sorted({name for _, name in parsed.values() if name})
+    tags, scheme, repaired = normalise(codes, [parsed[tag] for tag in distinct], types, offsets)
+    note = f"{raw.source}: tags in {scheme}"
+    if repaired:
+        note += (
+            f"; {repaired} of {len(offsets) - 1} rows broke this scheme and were repaired, so that an entity begins "
+            "wherever a type does"
+        )
+    notes.append(f"{note}.")
+    return pc.take(pa.array(tag_names(types)), pa.array(tags, mask=tags < 0))
+
+
+def _refuse_tag(
+    raw: RawTable, columns: dict[str, pa.ChunkedArray], offsets: Integers, word: int, label: str
+) -> NoReturn:
+    """Say which word has a tag of no scheme."""
+    row = int(np.searchsorted(offsets, word, side="right")) - 1
+    where = f"{raw.where(row)}, word {word - offsets[row] + 1}"
+    if LINES in columns:
+        where = f"{raw.source}, line {columns[LINES][word].as_py()}"
+    tag, tags = columns["tags"][word].as_py(), pc.unique(columns["tags"]).to_pylist()
+    hint = did_you_mean(tag, [name for name in tags if name and name != tag and parse_tags([name]).get(name)])
+    if any(mark in tag for mark in ",;|"):
+        hint = " A word has one tag; keep that of one annotator."
+    elif OUTSIDE not in tags:
+        hint = f" No tag in {label!r} is O: is it the column of tags? task.label names another."
+    raise DataError(
+        f"{where}: the tag {tag!r} ({label!r}) is of no scheme; expected O, B-TYPE and I-TYPE (also with L and U, or E "
+        f"and S), or O and plain types throughout.{hint}"
+    )
+
+
+def _batches_of_words(columns: dict[str, pa.ChunkedArray], offsets: Integers) -> Iterator[pa.RecordBatch]:
+    """Join words by one space; they lie in the text where they were put."""
+    lengths = pc.utf8_length(columns["words"]).to_numpy().astype(np.int64)
+    ends = np.cumsum(lengths + 1)
+    ends -= np.repeat(np.concatenate(([0], ends))[offsets[:-1]], np.diff(offsets)) + 1
+    flat = {"starts": pa.array(ends - lengths, pa.int32()), "ends": pa.array(ends, pa.int32())}
+    flat |= {name: column for name, column in columns.items() if name != LINES}
+    for start in range(0, len(offsets) - 1, _ROWS):
+        edges = offsets[start : start + _ROWS + 1]
+        places = pa.array(edges - edges[0], pa.int32())
+        part = {name: _lists(column.slice(edges[0], edges[-1] - edges[0]), places) for name, column in flat.items()}
+        yield _batch(pc.binary_join(part.pop("words"), " "), part)
+
+
+def _batch(texts: pa.Array, lists: dict[str, pa.Array]) -> pa.RecordBatch:
+    return pa.record_batch(
+        {"text": texts} | {name: lists[name] for name in ("starts", "ends", "tags") if name in lists}
+    )
+
+
+def _lists(values: pa.Array | pa.ChunkedArray, places: pa.Array) -> pa.ListArray:
+    if isinstance(values, pa.ChunkedArray):
+        values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
+    return pa.ListArray.from_arrays(places, values)
+
+
+def _batches_of_texts(raw: RawTable, text: str, label: str | None) -> Iterator[pa.RecordBatch]:
+    """Split texts into words, cut where a span begins or ends."""
+    kind = raw.table[label].type if label is not None else None
+    if kind is not None and not (
+        _is_list(kind) and (pa.types.is_struct(kind.value_type) or pa.types.is_null(kind.value_type))
+    ):
+        raise DataError(f"{raw.source}: the column {label!r} holds {kind} beside texts; {_EXPECTED}")
+    wanted = [name for name in (text, label) if name is not None]
+    row = 0
+    for batch in raw.table.select(wanted).to_batches(_ROWS):
+        found = []
+        for values in batch.to_pylist():
+            found.append(_words_of(raw, row, values, text, label))
+            row += 1
+        names = ("starts", "ends", "tags")[: 2 if label is None else 3]
+        places = pa.array(np.cumsum([0, *(len(starts) for starts, _, _ in found)]), pa.int32())
+        kinds = (pa.int32(), pa.int32(), pa.string())
+        flat = (pa.array(chain.from_iterable(one[place] for one in found), kinds[place]) for place in range(len(names)))
+        yield _batch(
+            batch.column(0).cast(pa.string()),
+            {name: _lists(part, places) for name, part in zip(names, flat, strict=True)},
+        )
+
+
+def _words_of(
+    raw: RawTable, row: int, values: dict[str, object], text: str, label: str | None
+) -> tuple[Sequence[int], Sequence[int], Sequence[str]]:
+    """Give the words of one text and their tags."""
+    given, spans = values[text], values[label] if label is not None else []
+    if not isinstance(given, str) or not given.strip():
+        raise DataError(f"{raw.where(row)}: the text {text!r} is empty; remove the row or fill it in")
+    if not isinstance(spans, list) or not all(isinstance(span, dict) for span in spans):
+        raise DataError(
+            f"{raw.where(row)}: no list of spans in column {label!r}; an empty list says that there are none"
+        )
+    return tags_from_spans(given, spans, raw.where(row)) if label is not None else (*split_words(given), [])

@@ -45,7 +45,8 @@ def counts_from_logits(
     unseen = np.isnan(logits).all(axis=1)
     if unseen.all() or not np.isfinite(logits[~unseen]).all():
         raise ArtifactError(
-            "expected finite logits, got nan or inf. The training diverged: lower the learning rate, or use fp32 or bf16."
+            "expected finite logits, got nan or inf. The training diverged: lower the learning rate, or use fp32 "
+            "or bf16."
         )
     return entity_counts(decode(logits, edges), labels, names, edges)
 

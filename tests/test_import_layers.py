@@ -46,7 +46,7 @@ WITHOUT_TORCH = [
         "cli",
     ),
     "demo",
-    *("data.tasks", "data.tags", "data.logit_table", "distil.words", "evidence", "report", "system"),
+    *("data.tasks", "data.tags", "data.windows", "data.logit_table", "distil.words", "evidence", "report", "system"),
 ]
 
 

@@ -41,11 +41,11 @@ class TaskConfig(Section):
     kind: Kind | Literal["auto"] = "auto"
     """Kind of task. `auto` infers it from the labels where that is safe, and prints it."""
     text: Names | None = Field(default=None, min_length=1, max_length=2)
-    """Text column, or the two columns of a pair of texts."""
+    """Text column, or the two columns of a pair of texts. For tokens the column of words, or of texts with spans."""
     label: Names | None = Field(default=None, min_length=1)
-    """Label column. Several columns of 0 and 1 make a multi-label task."""
+    """Label column. Several columns of 0 and 1 make a multi-label task. For tokens the column of tags, or of spans."""
     label_names: Names | None = Field(default=None, min_length=1)
-    """Label names in the order of the model's outputs. Default: those of the data, sorted."""
+    """Label names in the order of the model's outputs. Default: those of the data, sorted. For tokens the types."""
     metric: Metric | None = None
     """What scores the task, and selects epochs, arms, trials and exports: a name such as `macro_f1`, that of a label
     such as `recall@0.9:spam` (at precision 0.9), or `cost: {label: {decision: cost}}`. null: by kind and classes."""
@@ -73,7 +73,7 @@ class DataConfig(Section):
     revision: str | None = None
     """Commit, tag or branch of the Hub data set."""
     train: str | None = None
-    """Training file (CSV, TSV, JSON Lines, Parquet); with `path`, the name of the training split."""
+    """Training file (CSV, TSV, JSON Lines, Parquet, CoNLL); with `path`, the name of the training split."""
     validation: str | None = None
     """Validation file or split name. Default: a part of the training rows."""
     test: str | None = None
@@ -113,7 +113,7 @@ class TrainConfig(Section):
     epochs: float | None = Field(default=3.0, gt=0.0)
     """Passes over the training rows. null: chosen by their number, so that few rows give enough steps."""
     batch_size: int = Field(default=32, ge=1, le=_MOST)
-    """Rows per optimiser step. The loss is their exact mean, however they are split into micro-batches."""
+    """Rows per optimiser step. The loss is their exact mean, or that of their words, whatever the micro-batches."""
     learning_rate: float | None = Field(default=2e-5, gt=0.0)
     """Peak learning rate. null: chosen by the width of the model."""
     head_learning_rate: float | None = Field(default=None, gt=0.0)
@@ -129,7 +129,8 @@ class TrainConfig(Section):
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Dropout of the model during training. null: as its config says. `lora.dropout` is separate."""
     max_length: int | None = Field(default=None, ge=4, le=_MOST)
-    """Longest input in tokens. Longer texts are cut and counted. null: long enough for 99% of the training texts."""
+    """Longest input in tokens. Longer texts are cut and counted; those of a task of tokens are read in overlapping
+    windows of this length. null: long enough for 99% of the training texts."""
     micro_batch_tokens: int | None = Field(default=16384, ge=16, le=_MOST)
     """Largest number of padded tokens in one forward and backward pass. It limits memory; the loss stays the same."""
     gradient_checkpointing: bool = False
@@ -275,8 +276,8 @@ class RunConfig(Section):
     """What is run, and on what."""
 
     arms: tuple[Arm, ...] = Field(default=("words", "fft", "kd-lora", "student-lora"), min_length=1)
-    """Arms to run: `words` (bag of words), `fft` (the teacher), `kd-lora` (the distilled student), `student-lora` (its
-    control), `lora`, `student-fft`, `kd-fft`."""
+    """Arms to run: `words` (bag of words; left out for tokens), `fft` (the teacher), `kd-lora` (the distilled
+    student), `student-lora` (its control), `lora`, `student-fft`, `kd-fft`."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=_SEEDS)], ...] = Field(default=(0, 1, 2), min_length=1)
     """Every arm runs once per seed, except `words`, which has no random choice and runs once."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

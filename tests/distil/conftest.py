@@ -16,24 +16,31 @@ from datasets import Dataset
 
 from kdlora.config import DistilConfig, LoraSettings, TrainConfig
 from kdlora.data.batches import Tokenised, tokenise
+from kdlora.data.spool import label_array
+from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
+from kdlora.data.word_tokens import word_offsets
 from kdlora.distil.logits import TeacherLogits, join_unlabelled
 from kdlora.distil.train import TrainOutcome, train_model
 from kdlora.distil.trainer import TrainingOptions
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder
+from sentences import tagged_rows
 from tiny import sentiment_rows
 
 TASKS = {
     "single-label": Task("single-label", ("text",), ("label",), ("negative", "positive"), ("accuracy",)),
     "multi-label": Task("multi-label", ("text",), ("a", "b", "c"), ("a", "b", "c"), ("micro_f1",)),
     "regression": Task("regression", ("text",), ("rating",), ("rating",), ("pearson", "spearman")),
+    "tokens": Task("tokens", ("words",), ("tags",), tag_names(("BAD", "GOOD", "PLACE")), ("entity_f1",)),
 }
 
 
 def examples(kind: str, count: int, seed: int = 0) -> Dataset:
     """Make rows that a tiny model can learn, with texts of very different lengths."""
     draw = np.random.default_rng(seed)
+    if kind == "tokens":
+        return _sentences(count, seed, draw)
     rows = sentiment_rows(count, seed)
     positive = np.array([row["label"] == "positive" for row in rows])
     texts = [" ".join([row["text"]] * int(draw.integers(1, 4))) for row in rows]
@@ -48,9 +55,30 @@ def examples(kind: str, count: int, seed: int = 0) -> Dataset:
     return Dataset.from_dict(table)
 
 
+def _sentences(count: int, seed: int, draw: np.random.Generator) -> Dataset:
+    """Make rows of words and tags, some of them longer than a window; a word in twenty has no tag."""
+    table: dict[str, list[Any]] = {name: [] for name in ("id", "text", "starts", "ends", "label")}
+    for row, one in enumerate(tagged_rows(count, seed)):
+        often = int(draw.integers(1, 13))
+        words, tags = (part * often for part in one.values())
+        ends = np.cumsum([len(word) + 1 for word in words]) - 1
+        names = TASKS["tokens"].label_names
+        label = [-100 if draw.random() < 0.05 else names.index(tag) for tag in tags]
+        starts = [int(end) - len(word) for end, word in zip(ends, words, strict=True)]
+        for name, value in zip(table, (f"{seed}-{row}", " ".join(words), starts, ends.tolist(), label), strict=True):
+            table[name].append(value)
+    return Dataset.from_dict(table)
+
+
 def teacher_for(dataset: Dataset, task: Task, seed: int = 0) -> TeacherLogits:
     """Invent a teacher that knows the labels but for some noise."""
-    draw = np.random.default_rng(seed)
+    draw, offsets = np.random.default_rng(seed), word_offsets(dataset)
+    if offsets is not None:  # it does not see the first word of all
+        labels = np.maximum(label_array(dataset), 0)
+        logits = 2.0 * np.eye(task.num_labels)[labels] + draw.normal(size=(len(labels), task.num_labels))
+        logits[0] = np.nan
+        values = logits.astype(np.float32)
+        return TeacherLogits(pa.array(dataset["id"]), values, task.label_names, "invented", offsets=offsets)
     noise = draw.normal(size=(len(dataset), task.num_labels))
     labels = np.asarray(dataset["label"])
     if task.kind == "single-label":

@@ -27,6 +27,7 @@ CASES = {
     "lora": {},
     "full": {"lora": False, "learning_rate": 3e-3},
     "regression": {"kind": "regression"},
+    "tokens": {"kind": "tokens", "micro_batch_tokens": 100, "unlabelled": 8},
     "best": {"lora": False, "learning_rate": 2e-2, "select": "best", "epochs": 4},
     "fraction": {"epochs": 2.5},
     "rate of the head": {"head_learning_rate": 2e-2},

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from datasets import Dataset
 from filelock import FileLock
 
 from kdlora.data.spool import TEXTS, hash_columns, make_dataset, read_column, slice_rows, spool, text_columns
+from kdlora.data.word_tokens import WORDS, word_columns
 from kdlora.system.integrity import hash_file, hash_json
 from kdlora.system.storage import atomic_file, write_text_atomic
 
@@ -23,6 +25,7 @@ SPLICED = 0.25
 """Share of the copies whose second half is another text's."""
 ECHOED = 0.2
 """Share of the pairs whose second text is made from the first, so that a teacher sees close pairs too."""
+_PLACES = pa.list_(pa.int32())
 
 
 def augment_texts(rows: Dataset, copies: int, *, seed: int = 0) -> Dataset:
@@ -34,7 +37,7 @@ def augment_texts(rows: Dataset, copies: int, *, seed: int = 0) -> Dataset:
     *Source*: word replacement for distillation, TinyBERT (Jiao et al., arXiv 1909.10351), section 3.3, with words drawn
     by frequency in place of a language model's; deletion, EDA (Wei and Zou, arXiv 1901.11196).
     """
-    names = ["id", *text_columns(rows)]
+    names = ["id", *text_columns(rows), *word_columns(rows)]
     batches = _copies(rows.select_columns(names), copies, np.random.default_rng(seed))
     return make_dataset(spool(batches, "copies"), rows.select_columns(names).features)
 
@@ -43,7 +46,12 @@ def stored_copies(rows: Dataset, copies: int, *, seed: int, scored: Sequence[Dat
     """Make the copies of the training texts that no row is scored on, or map those that were made before."""
     if folder is None:
         return keep_unscored(augment_texts(rows, copies, seed=seed), scored)
-    made_of = [hash_columns(rows, ["id", *TEXTS]), copies, seed, *(hash_columns(part, TEXTS) for part in scored)]
+    made_of = [
+        hash_columns(rows, ["id", *TEXTS, *word_columns(rows)]),
+        copies,
+        seed,
+        *(hash_columns(part, TEXTS) for part in scored),
+    ]
     file = folder / f"{hash_json(made_of)[:16]}.arrow"
     if not _is_whole(file):
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +64,7 @@ def stored_copies(rows: Dataset, copies: int, *, seed: int, scored: Sequence[Dat
                         writer.write_table(table.cast(schema))
                 write_text_atomic(file.with_suffix(".sha256"), hash_file(file))
     stored = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-    return make_dataset(stored, rows.select_columns(["id", *text_columns(rows)]).features)
+    return make_dataset(stored, rows.select_columns(["id", *text_columns(rows), *word_columns(rows)]).features)
 
 
 def _is_whole(file: Path) -> bool:
@@ -67,50 +75,58 @@ def _is_whole(file: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Words:
-    """The words of texts as numbers, since a list of strings takes fifty bytes a word."""
+    """The words of texts as numbers, since a list of strings takes fifty bytes a word.
 
-    known: list[str]
+    A word that the data has marked in a text comes in a pair, after whether white space stands before it.
+    """
+
+    known: list[Any]
     numbers: np.ndarray  # of all words, text after text; a frequent word is in it often
     ends: dict[str, np.ndarray]  # where each text ends, per column
 
     @classmethod
     def of(cls, rows: Dataset) -> _Words:
-        known: dict[str, int] = {}
+        known: dict[Any, int] = {}
         numbers = array("i")
         ends = {}
         for name in text_columns(rows):
             found = array("q", [len(numbers)])
-            for table in slice_rows(rows, [name]):
-                for text in table[name].to_pylist():
-                    numbers.extend(known.setdefault(word, len(known)) for word in _words(text))
+            for table in slice_rows(rows, [name, *word_columns(rows)]):
+                for text, *marked in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                    words = _marked_words(text, *marked) if marked else _words(text)
+                    numbers.extend(known.setdefault(word, len(known)) for word in words)
                     found.append(len(numbers))
             ends[name] = np.asarray(found)
         return cls(list(known), np.asarray(numbers), ends)
 
-    def text(self, name: str, row: int) -> list[str]:
+    def text(self, name: str, row: int) -> list[Any]:
         start, end = self.ends[name][row : row + 2]
         return [self.known[number] for number in self.numbers[start:end]]
 
-    def drawn(self, draw: np.random.Generator) -> str:
+    def drawn(self, draw: np.random.Generator) -> Any:
         """Draw a word by its frequency."""
         return self.known[self.numbers[int(draw.integers(len(self.numbers)))]]
 
 
 def _copies(rows: Dataset, copies: int, draw: np.random.Generator) -> Iterator[pa.RecordBatch]:
     words = _Words.of(rows)
+    schema = pa.schema([(name, _PLACES if name in WORDS else pa.string()) for name in rows.column_names])
     for copy in range(1, copies + 1):
         row = 0
         for table in slice_rows(rows, ["id"]):
-            made: dict[str, list[str]] = {name: [] for name in ("id", *words.ends)}
+            made: dict[str, list[Any]] = {name: [] for name in rows.column_names}
             for identity in table["id"].to_pylist():
                 made["id"].append(f"{identity}~{copy}")
                 for name in words.ends:
                     echo = name == "text_pair" and draw.random() < ECHOED
                     own = words.text("text" if echo else name, row)
                     other = words.text(name, int(draw.integers(len(rows))))
-                    made[name].append(_perturb(own, other, words, draw))
+                    kept, glue = _perturb(own, other, words, draw)
+                    found = _join(kept) if "starts" in made else {name: glue.join(kept)}
+                    for column, value in found.items():
+                        made[column].append(value)
                 row += 1
-            yield pa.RecordBatch.from_pydict(made)
+            yield pa.RecordBatch.from_pydict(made, schema)
 
 
 def _words(text: str) -> list[str]:
@@ -119,8 +135,26 @@ def _words(text: str) -> list[str]:
     return words if len(words) > 1 else list(text.strip())
 
 
-def _perturb(words: Sequence[str], other: Sequence[str], known: _Words, draw: np.random.Generator) -> str:
-    """Perturb one text, and join it again; something of it always remains."""
+def _marked_words(text: str, starts: Sequence[int], ends: Sequence[int]) -> list[tuple[bool, str]]:
+    """Give the words that the data has marked in a text; a first word counts as one with white space before it."""
+    before = zip((-1, *ends), starts, ends, strict=False)
+    return [(end < start, text[start:stop]) for end, start, stop in before]
+
+
+def _join(words: Sequence[tuple[bool, str]]) -> dict[str, Any]:
+    """Put marked words together, and say where they are; two of letters that meet are kept apart."""
+    text, starts, ends = "", list[int](), list[int]()
+    for is_apart, word in words:
+        meet = text[-1:].isalnum() and word[:1].isalnum()
+        text += " " if text and (is_apart or meet) else ""
+        starts.append(len(text))
+        text += word
+        ends.append(len(text))
+    return {"text": text, "starts": starts, "ends": ends}
+
+
+def _perturb(words: Sequence[Any], other: Sequence[Any], known: _Words, draw: np.random.Generator) -> Any:
+    """Perturb the words of one text, of which something always remains; give them and what joins them."""
     if draw.random() < SPLICED:
         words = [*words[: (len(words) + 1) // 2], *other[len(other) // 2 :]]
     chances = draw.random(len(words))
@@ -129,8 +163,7 @@ def _perturb(words: Sequence[str], other: Sequence[str], known: _Words, draw: np
         for word, chance in zip(words, chances, strict=True)
         if chance >= LOST / 2  # below, the word is deleted
     ]
-    glue = "" if words and all(len(word) == 1 for word in words) else " "
-    return glue.join(kept or words)
+    return kept or words, "" if words and all(len(word) == 1 for word in words) else " "
 
 
 def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:

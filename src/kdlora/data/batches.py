@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kdlora.config import Kind
 from kdlora.data.spool import make_dataset, slice_rows, spool, text_columns
+from kdlora.data.word_tokens import READ, encode_words, join_words, word_columns
 from kdlora.errors import ModelError
 
 PAD_MULTIPLE = 8
@@ -32,9 +33,13 @@ INPUTS = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8(
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Examples as token ids, without padding, and with the other columns that they have; `truncated` were cut."""
+    """Examples as token ids, without padding, and with the other columns that they have; `truncated` were cut.
 
-    dataset: Dataset  # id, input_ids, token_type_ids (some tokenizers), length in tokens, label, group, teacher_logits
+    Where examples have words, they are not cut but read in windows, whose tokens come one after the other.
+    """
+
+    # id, input_ids, token_type_ids (some tokenizers), length in tokens, label, group, teacher_logits, windows, places
+    dataset: Dataset
     truncated: int
     max_length: int  # in tokens, special ones included
 
@@ -61,11 +66,12 @@ def _encode_slices(
     limit: int,
     progress: Callable[[int], object],
 ) -> Iterator[pa.RecordBatch]:
-    texts = text_columns(dataset)
-    for part in slice_rows(dataset, [*texts, *carried], _TOKENISE_ROWS):
-        encoded = encode_texts({name: part[name].to_pylist() for name in texts}, tokenizer, limit)
+    texts, words = text_columns(dataset), word_columns(dataset)
+    for part in slice_rows(dataset, [*texts, *words, *carried], _TOKENISE_ROWS):
+        rows = {name: part[name].to_pylist() for name in (*texts, *words)}
+        encoded = encode_words(rows, tokenizer, limit) if words else encode_texts(rows, tokenizer, limit)
         columns = {name: part[name].combine_chunks() for name in carried}
-        columns |= {name: pa.array(values, INPUTS.get(name)) for name, values in encoded.items()}
+        columns |= {name: pa.array(values, (INPUTS | READ).get(name)) for name, values in encoded.items()}
         yield pa.RecordBatch.from_pydict(columns)
         progress(part.num_rows)
 
@@ -184,7 +190,7 @@ def length_sorted_batches(lengths: Sequence[int] | npt.NDArray[np.integer[Any]],
 
 @dataclass
 class Collator:
-    """Pad rows to one width, on the right, and make tensors of them."""
+    """Pad rows to one width, on the right, and make tensors of them; rows of tokens are windows from `split_row`."""
 
     pad_token_id: int
     kind: Kind = "single-label"
@@ -211,6 +217,8 @@ class Collator:
         batch = {"input_ids": _pad(rows, "input_ids", mask, self.pad_token_id), "attention_mask": mask.long()}
         if "token_type_ids" in rows[0]:
             batch["token_type_ids"] = _pad(rows, "token_type_ids", mask, self.pad_token_type_id)
+        if self.kind == "tokens":
+            return batch | {name: torch.from_numpy(values) for name, values in join_words(rows, width).items()}
         if "label" in rows[0]:
             dtype = torch.int64 if self.kind == "single-label" else torch.float32
             batch["labels"] = torch.as_tensor(np.asarray([row["label"] for row in rows]), dtype=dtype)

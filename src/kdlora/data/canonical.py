@@ -1,18 +1,20 @@
-"""One shape for every source: `id`, `text`, `text_pair`, `label`; what does not fit is named by row."""
+"""One shape for every source: `id`, `text`, `text_pair` or words, `label`; what does not fit is named by row."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
-from kdlora.data.labels import encode_labels
+from kdlora.data.labels import encode_labels, encode_tags
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_text
 from kdlora.data.spool import are_distinct, make_dataset, spool
+from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
+from kdlora.data.token_rows import TEXTS, WORDS, read_token_rows
 from kdlora.errors import DataError, did_you_mean
 
 _ROWS = 65_536
@@ -60,7 +62,24 @@ class Reading:
                 )
             if not raw.table.num_rows:
                 raise DataError(f"{source.name}: none of its {total} rows has both text and label")
+        if self.task.kind == "tokens":
+            return self._words(raw, columns)
         return _to_canonical(raw, columns, self.task, f"{group}-" if group else "")
+
+    def _words(self, raw: RawTable, columns: Columns) -> Dataset:
+        """Read texts and their words; the first source that has tags, the training rows, gives the types."""
+        label = columns.label[0] if columns.label else None
+        rows = read_token_rows(raw, columns.text[0], label, self.notes)
+        arrays = {"id": _ids(raw, columns.id, "")} | {name: rows[name] for name in ("text", "starts", "ends")}
+        if label is not None:
+            if not self.task.label_names:
+                found = pc.unique(pc.list_flatten(rows["tags"])).to_pylist()
+                types = sorted({tag[2:] for tag in found if tag and tag[2:]})
+                self.task = replace(self.task, label_names=tag_names(types))
+                shown = ", ".join(types[:10]) + (" ..." if len(types) > 10 else "")
+                self.notes.append(f"The {len(types)} types of entities were taken from the data: {shown}.")
+            arrays["label"] = encode_tags(raw, rows["tags"], label, self.task)
+        return make_dataset(pa.table(arrays))
 
     def columns(self, source: Source, *, labelled: bool) -> Columns:
         """Assign the columns of one source."""
@@ -71,6 +90,9 @@ class Reading:
                     f"({', '.join(self.task.text)}); give CSV, JSON Lines or Parquet with these columns"
                 )
             return Columns(source.columns, (), None)
+        if self.task.kind == "tokens" and not labelled and self.task.text[0] not in source.columns:
+            known = [name for name in (*WORDS, *TEXTS) if name in source.columns]  # texts, of rows that are words
+            return Columns(tuple(known[:1]) or (source.require(self.task.text[0], "task.text"),), (), self._id(source))
         text = tuple(source.require(column, "task.text") for column in self.task.text)
         label = self.task.label if labelled else ()
         for column in label:
@@ -80,10 +102,14 @@ class Reading:
                     f"{', '.join(map(repr, source.columns))}.{did_you_mean(column, source.columns)} Training, "
                     "validation and test files need labels"
                 )
+        return Columns(text, label, self._id(source))
+
+    def _id(self, source: Source) -> str | None:
+        """Name the column of ids, where there is one."""
         if self.id_column != "id" or ("id" in source.columns and not source.benchmark):
-            return Columns(text, label, source.require(self.id_column, "data.id_column"))
+            return source.require(self.id_column, "data.id_column")
         # QQP has a column `id` that is not the Hub's.
-        return Columns(text, label, "idx" if source.benchmark and "idx" in source.columns else None)
+        return "idx" if source.benchmark and "idx" in source.columns else None
 
     def has_labels(self, source: Source) -> bool:
         """Whether a split carries labels at all; the Hub's test splits of GLUE hold only -1."""

@@ -16,6 +16,7 @@ from kdlora.data.logit_table import LogitStore, open_store
 from kdlora.data.parquet import read_batches
 from kdlora.data.spool import TEXTS, are_distinct, make_dataset, spool
 from kdlora.data.tasks import Task, match_labels
+from kdlora.data.word_tokens import WORDS
 from kdlora.errors import ArtifactError, DataError
 
 _MOST_HASHES = 1 << 22
@@ -61,7 +62,8 @@ def open_collection_texts(folder: Path, task: Task) -> Dataset:
             f"{len(task.text)}: {', '.join(task.text)}"
         )
     match_collection(collection, task, "data.unlabelled")
-    table = spool(collection.batches(["id", *TEXTS[: len(task.text)]]), str(folder))
+    words = WORDS if task.kind == "tokens" else ()
+    table = spool(collection.batches(["id", *TEXTS[: len(task.text)], *words]), str(folder))
     if not are_distinct(table["id"]):
         raise DataError(f"{folder}: ids occur more than once in this collection; label it again from unique ids")
     return make_dataset(table)

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from kdlora.config import Kind, TaskConfig
 from kdlora.data.read import RawTable, Source, first_true, is_text
+from kdlora.data.tags import NO_TAG
 from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.errors import DataError, did_you_mean
 
@@ -41,6 +42,22 @@ def encode_labels(raw: RawTable, columns: Sequence[str], task: Task) -> pa.Array
         ordered = [_zeros_and_ones(raw, column) for column in task.label_names]  # the names are the columns
         return _as_lists(np.stack(ordered, axis=1))
     return _as_lists(_list_matrix(raw, columns[0], task.label_names))
+
+
+def encode_tags(raw: RawTable, tags: pa.ChunkedArray, column: str, task: Task) -> pa.ChunkedArray:
+    """Encode the tags of the words of every row; a word without one has -100."""
+    encoded = []
+    row = 0
+    for part in tags.chunks:
+        flat = part.flatten()
+        codes = pc.index_in(flat, pa.array(task.label_names))
+        if (position := first_true(pc.and_(pc.is_null(codes), pc.is_valid(flat)))) is not None:
+            row += int(np.searchsorted(np.cumsum(pc.list_value_length(part)), position, side="right"))
+            _refuse_unknown(raw.where(row), flat[position].as_py()[2:], column, task.label_types)
+        sizes = np.concatenate(([0], np.cumsum(pc.list_value_length(part)))).astype(np.int32)
+        encoded.append(pa.ListArray.from_arrays(sizes, pc.fill_null(codes, NO_TAG).cast(pa.int64())))
+        row += len(part)
+    return pa.chunked_array(encoded, pa.list_(pa.int64()))
 
 
 def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:

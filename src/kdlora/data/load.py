@@ -19,8 +19,10 @@ from kdlora.data.collection import open_collection_texts
 from kdlora.data.labels import infer_label_column, infer_task, infer_text_columns
 from kdlora.data.opening import Groups, open_examples, open_splits
 from kdlora.data.read import Source
-from kdlora.data.spool import read_column
-from kdlora.data.tasks import GLUE, UNEVEN, GlueTask, Task, full_metric
+from kdlora.data.spool import label_array, read_column
+from kdlora.data.tags import NO_TAG, OUTSIDE, tag_names
+from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric
+from kdlora.data.token_rows import infer_token_columns
 from kdlora.errors import DataError
 from kdlora.section import Metric
 
@@ -125,6 +127,8 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
     """Complete the task from the training data."""
     if known is not None:
         return Reading(known.task, data.id_column)
+    if task.kind in ("auto", "tokens") and (found := infer_token_columns(train, task)):
+        return _begin_tokens(task, data, train, found)
     text = task.text or infer_text_columns(train)
     label = task.label or infer_label_column(train)
     if both := [column for column in text if column in label]:
@@ -139,6 +143,19 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         reading.notes.append(f"Label column inferred from its name: {', '.join(label)}.")
     reading.task, notes = infer_task(train.read(columns.all), text, label, task)
     reading.notes += notes
+    return reading
+
+
+def _begin_tokens(task: TaskConfig, data: DataConfig, train: Source, columns: tuple[str, str]) -> Reading:
+    """Complete a task of words and their tags, or of texts and spans; the training rows give its types."""
+    types = sorted({name.removeprefix("B-").removeprefix("I-") for name in task.label_names or ()} - {OUTSIDE})
+    names = tag_names(types) if types else ()
+    text, label = columns
+    reading = Reading(Task("tokens", (text,), (label,), names, DEFAULT_METRICS["tokens"]), data.id_column)
+    if task.kind == "auto":
+        reading.notes.append(f"The kind of task, tokens, was inferred from the columns of {train.name}.")
+    if task.text is None or task.label is None:
+        reading.notes.append(f"Columns inferred from their names: {text} and {label}.")
     return reading
 
 
@@ -221,25 +238,30 @@ def _check_labels(task: Task, data: DataConfig, train: Dataset, others: Mapping[
         if np.ptp(labels) == 0:
             raise DataError(f"every training label is {labels[0]}; a regression needs different values.{limited}")
         return
-    known = _used_labels(task, train)
+    known, names = _used_labels(task, train), task.label_types or task.label_names
     if not known.any():
+        nothing = "holds no entity: every word is O" if task.kind == "tokens" else "are all 0"
         raise DataError(
-            f"no training row has any label ({', '.join(task.label)} are all 0); check task.label.{limited}"
+            f"no training row has any label ({', '.join(task.label)} {nothing}); check task.label.{limited}"
         )
     if task.kind == "single-label" and known.sum() < 2:
         only = task.label_names[int(np.flatnonzero(known)[0])]
         raise DataError(f"the training rows hold one class only ({only!r}); a classifier needs two or more.{limited}")
     for split, dataset in others.items():
         if dataset is not None and (strange := _used_labels(task, dataset) & ~known).any():
-            names = ", ".join(repr(task.label_names[column]) for column in np.flatnonzero(strange))
+            lacking = ", ".join(repr(names[column]) for column in np.flatnonzero(strange))
             raise DataError(
-                f"the {split} split has labels that training lacks: {names}. Add training rows of them.{limited}"
+                f"the {split} split has labels that training lacks: {lacking}. Add training rows of them.{limited}"
             )
 
 
 def _used_labels(task: Task, rows: Dataset) -> npt.NDArray[np.bool_]:
-    """Say of each label whether any row has it."""
+    """Say of each label, or type of entity, whether any row has it."""
     column = read_column(rows, "label")
+    if task.kind == "tokens":
+        tags = label_array(rows)
+        counts = np.bincount(tags[tags != NO_TAG], minlength=task.num_labels)
+        return counts[1::2] + counts[2::2] > 0
     if task.kind == "single-label":
         return np.bincount(column.to_numpy(), minlength=task.num_labels) > 0
     matrix = np.asarray(pc.list_flatten(column).to_numpy()).reshape(-1, task.num_labels)

@@ -1,5 +1,8 @@
 """The one form in which logits lie on disk: shards of an example id and a column `logit:LABEL` a label.
 
+Of an example with words a column holds a list, a value a word; in memory the words of all examples come one after the
+other, and `offsets` say where those of each begin.
+
 A shard is a Parquet file. It counts once a note beside it says so; a manifest says what made all of them, and lists
 them when they are complete. An experiment's teacher logits and a labelled collection are such folders.
 """
@@ -13,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -26,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 LOGIT = "logit:"
 """Marks the columns of logits, so that a label named `id` cannot collide."""
-RESERVED = ("id", "split", "label", "group", "text", "text_pair", "__index_level_0__")
+RESERVED = ("id", "split", "label", "group", "text", "text_pair", "starts", "ends", "words", "__index_level_0__")
 """Columns of a table by people that are no labels."""
 _MEANING = {
     "weights": "the teacher's weights",
@@ -170,8 +174,8 @@ class LogitStore(BaseModel):
         for file in self.files:
             yield from read_batches(file, columns, f"{file}, a shard of logits,", self.remedy)
 
-    def read(self, label_names: Sequence[str]) -> tuple[pa.ChunkedArray, np.ndarray]:
-        """Read ids and float32 logits `(rows, labels)` of all shards, which must be whole."""
+    def read(self, label_names: Sequence[str]) -> tuple[pa.ChunkedArray, np.ndarray, np.ndarray | None]:
+        """Read ids, float32 logits `(rows or words, labels)` and offsets of words; all shards must be whole."""
         if not self.complete:
             raise ArtifactError(f"{self.folder}: these teacher logits are unfinished. {self.remedy}")
         for shard in self.shards:
@@ -180,13 +184,18 @@ class LogitStore(BaseModel):
         names, ids, done = [LOGIT + name for name in label_names], list[pa.Array](), 0
         with parquet_faults(f"{self.folder}, a folder of logits,", self.remedy):
             rows = sum(int(pq.read_metadata(file).num_rows) for file in self.files)
-        logits = np.empty((rows, len(names)), np.float32)
+        logits, words, lengths = np.empty((rows, len(names)), np.float32), list[np.ndarray](), list[np.ndarray]()
         for batch in self.batches(["id", *names]):
             ids.append(batch.column(0))
-            for place, column in enumerate(batch.columns[1:]):
-                logits[done : done + len(column), place] = column.to_numpy(zero_copy_only=False)
+            values, counts = read_logits(batch.columns[1:])
+            if counts is None:
+                logits[done : done + len(batch)] = values
+            else:
+                words.append(values)
+                lengths.append(counts)
             done += len(batch)
-        return pa.chunked_array(ids, type=pa.string()), logits
+        every = pa.chunked_array(ids, type=pa.string())
+        return (every, np.concatenate(words), as_offsets(np.concatenate(lengths))) if words else (every, logits, None)
 
 
 def open_store(path: Path) -> LogitStore:
@@ -229,9 +238,35 @@ def _anew(folder: Path) -> str:
     return f"Delete the folder {folder} to compute them anew, or choose another output folder"
 
 
-def logit_columns(label_names: Sequence[str], logits: np.ndarray) -> dict[str, pa.Array]:
-    """Give the columns of a table of logits `(rows, labels)`."""
-    return {LOGIT + name: pa.array(logits[:, column], pa.float32()) for column, name in enumerate(label_names)}
+def logit_columns(
+    label_names: Sequence[str], logits: np.ndarray, offsets: np.ndarray | None = None
+) -> dict[str, pa.Array]:
+    """Give the columns of a table of logits `(rows, labels)`, or of words by their offsets."""
+    columns = {LOGIT + name: pa.array(logits[:, place], pa.float32()) for place, name in enumerate(label_names)}
+    if offsets is None:
+        return columns
+    return {name: as_lists(column, offsets) for name, column in columns.items()}
+
+
+def read_logits(columns: Sequence[pa.Array | pa.ChunkedArray]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Give float32 logits, a row an example; or a row a word, beside the number of words of each example."""
+    lengths = None
+    if pa.types.is_list(columns[0].type):
+        lengths, *others = (np.asarray(pc.fill_null(pc.list_value_length(column), 0)) for column in columns)
+        if any((other != lengths).any() for other in others):
+            raise ArtifactError("the labels of an example have different numbers of words; write the logits again")
+        columns = [pc.list_flatten(column) for column in columns]
+    return np.stack([np.asarray(column, np.float32) for column in columns], axis=1), lengths
+
+
+def as_lists(values: pa.Array, offsets: np.ndarray) -> pa.Array:
+    """Give a list an example, of the values of its words."""
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+
+
+def as_offsets(lengths: np.ndarray) -> np.ndarray:
+    """Give the offsets of the words of examples that have so many."""
+    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
 
 
 def write_table(path: Path, columns: Mapping[str, pa.Array]) -> str:

@@ -88,7 +88,10 @@ def read_texts(dataset: Dataset) -> dict[str, list[str]]:
 
 
 def label_array(examples: Dataset) -> npt.NDArray[Any]:
-    """Give the labels of a data set: a value a row, or in a multi-label task a row of 0 and 1 a row."""
+    """Give the labels of a data set: a value a row, in a multi-label task a row of 0 and 1 a row, or one a word."""
+    column = read_column(examples, "label")
+    if pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type):
+        return np.asarray(pc.list_flatten(column).to_numpy())
     return np.asarray(examples.select_columns(["label"]).with_format("numpy")[:]["label"])
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from kdlora.config import GlueName, Kind
+from kdlora.data.tags import tag_types
 from kdlora.errors import ConfigError, DataError, KdLoraError, did_you_mean
 from kdlora.section import ClassWeights, Costs
 
@@ -75,7 +76,7 @@ class Task:
     @property
     def label_types(self) -> tuple[str, ...]:
         """The types of entities, in the order of the labels; a task of another kind has none."""
-        return tuple(name[2:] for name in self.label_names[1::2]) if self.kind == "tokens" else ()
+        return tag_types(self.label_names) if self.kind == "tokens" else ()
 
     @property
     def is_pair(self) -> bool:
@@ -239,7 +240,7 @@ def full_metric(given: str | Mapping[Literal["cost"], Costs], kind: Kind, names:
         return f"cost:{json.dumps(matrix)}"
     name, of, label = given.partition(":")
     if kind == "tokens" and name == "recall" and of:
-        types = [tag[2:] for tag in names[1::2]]
+        types = tag_types(names)
         return f"recall:{types[find_label(label, types, 'task.metric')]}"
     if of and kind in ("single-label", "multi-label") and (name in ("f1", "average_precision") or _is_recall_at(name)):
         return f"{name}:{names[find_label(label, names, 'task.metric')]}"

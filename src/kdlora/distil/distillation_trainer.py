@@ -22,7 +22,8 @@ class DistillationTrainer(Trainer):
     Give it a data set with a column `teacher_logits` (`TeacherLogits.attach` adds it) and any collator that keeps
     it, such as `DataCollatorWithPadding`. The loss is the exact mean over all rows of an optimiser step, whatever
     `gradient_accumulation_steps` and however short the last batch. `loss`, `hard_loss` and `soft_loss` are logged,
-    each the mean over the rows since the last log.
+    each the mean over the rows since the last log. For `tokens` a row is a word: a batch has `words`, their places
+    among all tokens of the batch, and `labels` and `teacher_logits` for each of these.
 
     Example:
         ```python
@@ -107,7 +108,7 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Run the model and compute the loss; in evaluation the rows of this batch count, else those of the step."""
-        known = {name: value for name, value in inputs.items() if name not in ("labels", COLUMN, LABELLED)}
+        known = {name: value for name, value in inputs.items() if name not in ("labels", "words", COLUMN, LABELLED)}
         outputs = model(**known)
         labels, teacher = inputs["labels"], None if self.distil is None else inputs.get(COLUMN)
         if self.distil is not None and teacher is None and model.training:
@@ -120,7 +121,8 @@ class DistillationTrainer(Trainer):
             teacher = None if teacher is None else self.target_scale.standardise(teacher)
         recipe = (self.distil or DistilConfig()).model_dump(include={"alpha", "temperature", "loss"})
         recipe |= {"labelled": inputs.get(LABELLED), "class_weights": self.class_weights}
-        terms = distillation_loss(outputs.logits, labels, teacher, kind=self.kind, **recipe)
+        logits = outputs.logits.flatten(0, 1)[inputs["words"]] if self.kind == "tokens" else outputs.logits
+        terms = distillation_loss(logits, labels, teacher, kind=self.kind, **recipe)
         if model.training:
             self.record(terms)
         rows = num_items_in_batch if model.training and num_items_in_batch is not None else len(terms.total)

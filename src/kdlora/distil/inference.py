@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kdlora.data.batches import INPUTS, Collator, Tokenised, length_sorted_batches
 from kdlora.data.spool import read_column
+from kdlora.data.word_tokens import READ, split_row, word_offsets, words_seen
 from kdlora.distil.precision import autocast
 from kdlora.distil.processes import ALONE, Processes
 from kdlora.distil.training_modes import freed_memory_kept
@@ -38,40 +39,59 @@ def predict_logits(
     """Run a model over token ids, without dropout and without gradients.
 
     Several processes with the same model and data take turns at the batches, which are those of a single process, so
-    that the figures are the same to the bit.
+    that the figures are the same to the bit. Where examples have words the result has a row a word, the words of all
+    examples one after the other; that of a word which the model cannot see is NaN.
     """
-    collator = Collator.of(tokenizer, "single-label", data.max_length)
-    inputs = data.dataset.select_columns([name for name in INPUTS if name in data.dataset.column_names])
+    words = word_offsets(data.dataset)
+    seen = None if words is None else words_seen(data.dataset)
+    collator = Collator.of(tokenizer, "single-label" if words is None else "tokens", data.max_length)
+    inputs = data.dataset.select_columns([name for name in (*INPUTS, *READ) if name in data.dataset.column_names])
     device = next(model.parameters()).device
     order: list[int] = []
     outputs: list[torch.Tensor] = []
-    lengths = read_column(data.dataset, "length").to_numpy()
+    lengths, done = read_column(data.dataset, "length").to_numpy(), 0
 
-    def read(rows: list[int]) -> torch.Tensor:
+    def read(rows: list[int]) -> Iterator[torch.Tensor]:
         columns = inputs[rows]
         examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in collator(examples).items()}
-        logits: torch.Tensor = model(**batch).logits.float()
-        return logits
+        if words is not None:
+            examples = [window for example in examples for window in split_row(example)]
+        at_once = max(1, batch_tokens // max(len(one["input_ids"]) for one in examples))
+        for start in range(0, len(examples), at_once):  # several for the windows of long texts alone
+            made = collator(examples[start : start + at_once])
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in made.items()}
+            places = batch.pop("words", None)
+            logits: torch.Tensor = model(**batch).logits.float()
+            yield logits if places is None else logits.flatten(0, 1)[places]
 
     with freed_memory_kept(device), _evaluating(model), torch.inference_mode(), autocast(precision, device):
         for rows in length_sorted_batches(lengths, batch_tokens)[processes.rank :: processes.count]:
-            outputs.append(read(rows))
-            order.extend(rows)
+            outputs.extend(read(rows))
+            if words is None or seen is None:
+                order.extend(rows)
+            else:
+                order.extend(word for row in rows for word in range(*words[row : row + 2]) if seen[word])
+            done += len(rows)
             if progress is not None:
-                progress(min(len(order) * processes.count, len(lengths)))
-    return _in_row_order(order, outputs, processes)
+                progress(min(done * processes.count, len(lengths)))
+    return _in_row_order(order, outputs, len(lengths) if words is None else int(words[-1]), processes)
 
 
-def _in_row_order(order: list[int], outputs: list[torch.Tensor], processes: Processes) -> np.ndarray:
+def faulty_rows(logits: np.ndarray, data: Tokenised) -> np.ndarray:
+    """Number the rows whose logits are not finite, other than those of words that the model cannot see."""
+    bad = ~np.isfinite(logits).all(axis=1)
+    return np.flatnonzero(bad if word_offsets(data.dataset) is None else bad & words_seen(data.dataset))
+
+
+def _in_row_order(order: list[int], outputs: list[torch.Tensor], rows: int, processes: Processes) -> np.ndarray:
     """Undo the sorting by length; one copy from the device at the end, so that no batch waits for it."""
     own = (order, torch.cat(outputs).cpu().numpy()) if outputs else None
     parts = [part for part in processes.gather(own) if part is not None]
     if not parts:
         return np.zeros((0, 0), dtype=np.float32)
-    logits = np.empty((sum(len(rows) for rows, _ in parts), parts[0][1].shape[1]), dtype=np.float32)
-    for rows, found in parts:
-        logits[rows] = found
+    logits = np.full((rows, parts[0][1].shape[1]), np.nan, dtype=np.float32)
+    for numbers, found in parts:
+        logits[numbers] = found
     return logits
 
 

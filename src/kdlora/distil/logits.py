@@ -14,9 +14,11 @@ from datasets import Dataset, List, Value, concatenate_datasets
 from kdlora.config import DistilConfig
 from kdlora.data.batches import Tokenised
 from kdlora.data.load import Splits
-from kdlora.data.logit_table import LogitStore
+from kdlora.data.logit_table import LogitStore, as_lists, as_offsets
 from kdlora.data.spool import SLICE_ROWS, are_distinct, label_array, read_column, settle, slice_rows, spool
+from kdlora.data.tags import NO_TAG
 from kdlora.data.tasks import Task
+from kdlora.data.word_tokens import word_offsets
 from kdlora.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -35,19 +37,21 @@ class TeacherLogits:
     """A teacher's outputs, keyed by example id."""
 
     ids: pa.Array  # one per row, unique
-    logits: np.ndarray  # float32 (rows, labels), finite, columns in the order of `label_names`
+    # float32 (rows, labels), finite, columns in the order of `label_names`; for tokens a row a word, NaN if not seen
+    logits: np.ndarray
     label_names: tuple[str, ...]  # the task's labels in its order
     fingerprint: str  # of all that made the logits
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that made them
     truncated: int = 0  # texts that the teacher read cut
     source: str = "the teacher's logits"  # folder or file, for messages
+    offsets: np.ndarray | None = None  # for tokens: where each row's words begin among all words, and where they end
     from_probabilities: bool = False
     """They are logarithms of probabilities (log-odds in a multi-label task), which KL alone compares: 0 has none."""
 
     @classmethod
     def of(cls, store: LogitStore, label_names: Sequence[str], task: Task) -> TeacherLogits:
         """Read a store, whose labels are named in the task's order."""
-        ids, logits = store.read(label_names)
+        ids, logits, offsets = store.read(label_names)
         return cls(
             ids=ids,
             logits=logits,
@@ -56,6 +60,7 @@ class TeacherLogits:
             versions=store.versions,
             truncated=sum(shard.truncated for shard in store.shards),
             source=str(store.folder),
+            offsets=offsets,
         )
 
     def __repr__(self) -> str:
@@ -65,7 +70,7 @@ class TeacherLogits:
     def __post_init__(self) -> None:
         """Refuse what could not be attached to the right example."""
         object.__setattr__(self, "ids", _as_ids(self.ids))
-        expected = (len(self.ids), len(self.label_names))
+        expected = (len(self.ids) if self.offsets is None else int(self.offsets[-1]), len(self.label_names))
         if self.logits.shape != expected:
             raise DataError(f"{self.source}: expected logits of shape {expected}, got {self.logits.shape}")
         if self.ids.null_count:
@@ -77,17 +82,29 @@ class TeacherLogits:
                 f"{self.source}: {len(doubled)} ids occur more than once, first {_some(doubled)}; expected one row per "
                 "example. Remove the doubles, or add a `split` column if the rows are of different splits"
             )
-        finite = np.isfinite(self.logits).all(axis=1)
+        finite = np.isfinite(self.logits).all(axis=1) | self._unseen
         if not finite.all():
             bad = np.flatnonzero(~finite)
+            row = bad[0] if self.offsets is None else np.searchsorted(self.offsets, bad[0], side="right") - 1
             raise DataError(
                 f"{self.source}: {len(bad)} rows hold values that are not finite numbers, first id "
-                f"{self.ids[int(bad[0])].as_py()!r}: {self.logits[bad[0]].tolist()}. Let the teacher answer these anew"
+                f"{self.ids[int(row)].as_py()!r}: {self.logits[bad[0]].tolist()}. Let the teacher answer these anew"
             )
+
+    @property
+    def _unseen(self) -> np.ndarray:
+        """Which words the teacher could not see."""
+        return np.isnan(self.logits).all(axis=1) if self.offsets is not None else np.zeros(len(self.logits), bool)
+
+    @property
+    def unseen(self) -> int:
+        """How many words the teacher could not see."""
+        return int(self._unseen.sum())
 
     def attach(self, dataset: Dataset) -> Dataset:
         """Give every example its teacher's logits, by id."""
         rows = self._match(dataset)
+        self._check_words(rows, dataset)
         if extra := self._unused(rows):
             logger.info(
                 "%s: %d of %d rows belong to no example here and are not used", self.source, extra, len(self.ids)
@@ -98,11 +115,28 @@ class TeacherLogits:
 
     def _batches(self, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
         """Yield the logits of some rows, as lists."""
+        edges = np.arange(len(self.ids) + 1) if self.offsets is None else self.offsets
         for start in range(0, len(rows), SLICE_ROWS):
-            values = self.logits[rows[start : start + SLICE_ROWS]]
-            offsets = np.arange(0, values.size + 1, len(self.label_names), dtype=np.int32)
-            lists = pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), pa.float32()))
+            chosen = rows[start : start + SLICE_ROWS]
+            first, ends = edges[chosen], as_offsets(np.diff(edges)[chosen])
+            values = self.logits[np.repeat(first - ends[:-1], np.diff(ends)) + np.arange(ends[-1])]
+            lists = as_lists(pa.array(values.reshape(-1), pa.float32()), ends * len(self.label_names))
             yield pa.RecordBatch.from_arrays([lists], names=[COLUMN])
+
+    def _check_words(self, rows: np.ndarray, dataset: Dataset) -> None:
+        """Refuse logits of another number of words than an example has: each would be another word's."""
+        edges = word_offsets(dataset)
+        if (edges is None) != (self.offsets is None):
+            one, other = ("word", "example") if edges is not None else ("example", "word")
+            raise DataError(f"{self.source}: expected logits for each {one}, got some for each {other}")
+        if edges is None or self.offsets is None:
+            return
+        own, theirs = np.diff(edges), np.diff(self.offsets)[rows]
+        for row in np.flatnonzero(own != theirs)[:1].tolist():
+            raise DataError(
+                f"{self.source}: the example {dataset[row]['id']!r} has {own[row]} words, but logits of {theirs[row]}; "
+                "the teacher must answer for the words that the data has"
+            )
 
     def count_extra(self, dataset: Dataset) -> int:
         """Count the teacher's rows that belong to no example."""
@@ -186,10 +220,13 @@ def attach_teacher(
 
 def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> Tokenised:
     """Put rows with and without labels together, in this order."""
-    count = len(unlabelled.dataset)
-    dtype = np.int64 if task.kind == "single-label" else np.float32
-    empty = np.zeros((count, task.num_labels) if task.kind == "multi-label" else count, dtype)
-    without = unlabelled.dataset.add_column("label", list(empty), feature=labelled.dataset.features["label"])
+    count, words = len(unlabelled.dataset), word_offsets(unlabelled.dataset)
+    if words is None:
+        dtype = np.int64 if task.kind == "single-label" else np.float32
+        empty = list(np.zeros((count, task.num_labels) if task.kind == "multi-label" else count, dtype))
+    else:
+        empty = as_lists(pa.array(np.full(words[-1], NO_TAG)), words)
+    without = unlabelled.dataset.add_column("label", empty, feature=labelled.dataset.features["label"])
     names = [name for name in labelled.dataset.column_names if name in without.column_names]
     parts = [
         rows.select_columns(names).add_column(LABELLED, np.full(len(rows), is_labelled), feature=Value("bool"))
@@ -202,4 +239,6 @@ def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> T
 def labelled_values(dataset: Dataset) -> np.ndarray:
     """Read the labels that count."""
     labels = label_array(dataset)
+    if word_offsets(dataset) is not None:
+        return labels[labels != NO_TAG]
     return labels[read_column(dataset, LABELLED).to_numpy()] if LABELLED in dataset.column_names else labels

@@ -54,7 +54,8 @@ def distillation_loss(
 
     Args:
         logits: (rows, labels) of the student, any float type; the loss is computed in float32 at least.
-        labels: (rows,) class indices; (rows,) values for regression; (rows, labels) of 0 and 1 for multi-label.
+        labels: (rows,) class indices; (rows,) values for regression; (rows, labels) of 0 and 1 for multi-label. A row
+            of tokens is a word, whose label may be -100 where it is not `labelled`.
         teacher_logits: (rows, labels), columns in the student's order; None trains on the labels alone.
         kind: kind of the task.
         alpha: weight of the hard loss, 0 to 1.
@@ -139,14 +140,13 @@ def _hard_loss(kind: Kind, outputs: Tensor, labels: Tensor, weights: Tensor | No
     fits = {
         "regression": outputs.numel() == labels.numel() == rows,
         "multi-label": outputs.shape == labels.shape,
-        "single-label": outputs.dim() == 2 and labels.shape == outputs.shape[:1],
     }
-    if not fits[kind]:
+    if not fits.get(kind, outputs.dim() == 2 and labels.shape == outputs.shape[:1]):
         raise DataError(
             f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(outputs.shape)} "
             f"in a {kind} task; expected {'(rows, labels)' if kind == 'multi-label' else '(rows,)'}"
         )
-    if kind == "single-label":
+    if kind in ("single-label", "tokens"):
         return functional.cross_entropy(outputs, labels, weight=weights, reduction="none")
     targets = labels.to(outputs.dtype)
     if kind == "regression":

@@ -28,7 +28,8 @@ from kdlora.data.logit_table import (
 )
 from kdlora.data.spool import TEXTS, hash_columns, read_column
 from kdlora.data.tasks import Task
-from kdlora.distil.inference import hash_model, hash_tokenizer, predict_logits
+from kdlora.data.word_tokens import WORDS, word_columns, word_offsets
+from kdlora.distil.inference import faulty_rows, hash_model, hash_tokenizer, predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
 from kdlora.distil.processes import ALONE, Processes, current_processes
@@ -65,7 +66,7 @@ def teacher_logits(
     Args:
         encoder: the fine-tuned teacher.
         columns: label j of the task is column `columns[j]` of the teacher's output.
-        dataset: canonical columns `id`, `text` and for pairs `text_pair`.
+        dataset: canonical columns `id`, `text`, for pairs `text_pair`, for tokens `starts` and `ends`.
         task: its label names are the columns of the result.
         folder: for the shards and their manifest.
         max_length: longest input in tokens.
@@ -82,7 +83,7 @@ def teacher_logits(
     processes = current_processes()
     places = [int(column) for column in columns]
     teacher = Teacher(encoder, places, task.label_names, max_length, processes.first_says(precision), BATCH_TOKENS)
-    ingredients = teacher.ingredients() | {"examples": hash_columns(dataset, ["id", *TEXTS])}
+    ingredients = teacher.ingredients() | {"examples": hash_columns(dataset, ["id", *TEXTS, *word_columns(dataset)])}
     with contextlib.ExitStack() as held:
         store = None
         if processes.is_first:
@@ -171,8 +172,9 @@ class Teacher:
         kept: Sequence[str] = ("id",),
     ) -> Shard:
         """Store the answers to some rows in a file, a window at a time; of several processes the first writes."""
-        labels = [(LOGIT + name, pa.float32()) for name in self.label_names]
-        schema = pa.schema([*((name, pa.string()) for name in kept), *labels])
+        value = pa.list_(pa.float32()) if self.encoder.reads_words else pa.float32()
+        types = {name: pa.list_(pa.int32()) if name in WORDS else pa.string() for name in kept}
+        schema = pa.schema([*types.items(), *((LOGIT + name, value) for name in self.label_names)])
         rows = truncated = 0
 
         def tables() -> Iterator[pa.Table]:
@@ -180,9 +182,10 @@ class Teacher:
             for window in windows:
                 tokens = tokenise(window, self.encoder.tokenizer, self.max_length, quiet=True)
                 logits = self._answer(tokens, progress, processes)
-                rows, truncated = rows + len(logits), truncated + tokens.truncated
-                columns = {name: read_column(window, name).cast(pa.string()) for name in kept}
-                yield pa.table({**columns, **logit_columns(self.label_names, logits)}, schema)
+                rows, truncated = rows + len(window), truncated + tokens.truncated
+                columns = {name: read_column(window, name).cast(kind) for name, kind in types.items()}
+                found = logit_columns(self.label_names, logits, word_offsets(window))
+                yield pa.table({**columns, **found}, schema)
 
         if processes.is_first:
             digest = write_tables(path, schema, tables())
@@ -193,7 +196,7 @@ class Teacher:
         return Shard(file=path.name, sha256=digest, rows=rows, truncated=truncated)
 
     def _answer(self, tokens: Tokenised, progress: Callable[[int], None] | None, processes: Processes) -> np.ndarray:
-        """Give the logits `(rows, labels)` of a window."""
+        """Give the logits `(rows, labels)` of a window, or `(words, labels)`."""
         logits = predict_logits(
             self.encoder.model,
             self.encoder.tokenizer,
@@ -207,9 +210,11 @@ class Teacher:
         if max(self.columns) >= logits.shape[1]:
             raise ModelError(f"{source} has {logits.shape[1]} outputs; expected {max(self.columns) + 1} at least")
         chosen = np.ascontiguousarray(logits[:, self.columns])
-        if len(bad := np.flatnonzero(~np.isfinite(chosen).all(axis=1))):
+        if len(bad := faulty_rows(chosen, tokens)):
+            words = word_offsets(tokens.dataset)
+            row = bad[0] if words is None else np.searchsorted(words, bad[0], side="right") - 1
             raise ModelError(
-                f"{source} answers example {tokens.dataset[int(bad[0])]['id']!r} with {chosen[bad[0]].tolist()}; "
+                f"{source} answers example {tokens.dataset[int(row)]['id']!r} with {chosen[bad[0]].tolist()}; "
                 "expected finite logits. "
                 + ("Try the precision fp32" if self.precision != "fp32" else "Its weights are damaged or it diverged")
             )

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdlora.data.collection import is_collection, match_collection, open_collection
-from kdlora.data.logit_table import LOGIT, RESERVED
+from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets
 from kdlora.data.read import open_file
 from kdlora.data.tasks import Task, match_labels
 from kdlora.distil.logits import TeacherLogits
@@ -30,7 +30,8 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
     Columns: `id`, one per label name (case does not count; `logit:<label>` is accepted too), optionally `split`.
     Without `split` the table covers the training split. For regression the one column is named as the label or
     `prediction`. In place of a column per label, probabilities of a single-label task may be one column `label` of
-    label names: such a label has probability 0.9, and 0.1 is spread evenly over all labels.
+    label names: such a label has probability 0.9, and 0.1 is spread evenly over all labels. For tokens every column
+    holds a list, a value for each word of the example; null for a word that the teacher could not see.
 
     Args:
         path: the file or folder.
@@ -69,13 +70,18 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
         raise DataError(f"{file}: expected text or whole numbers in column 'id', got {kind}")
     given = values == "probabilities" and task.kind != "regression"
-    logits = _smoothed(table, task, file) if is_named else _matrix(table, columns, file, given)
-    if given:
+    cells, offsets = _by_word(table, columns, file) if task.kind == "tokens" else (table, None)
+    logits = _smoothed(cells, task, file) if is_named else _matrix(cells, columns, file, given)
+    if given and offsets is None:
         logits = _as_logits(logits, task, table.column("id"), file)
+    elif given:
+        seen = ~np.isnan(logits).all(axis=1)
+        logits[seen] = _as_logits(logits[seen], task, cells.column("id").filter(pa.array(seen)), file)
     ingredients = {"file": hash_file(file), "values": values, "split": split, "labels": task.label_names}
     return TeacherLogits(
         ids=table.column("id"),
-        logits=logits,
+        logits=logits if offsets is None else logits.astype(np.float32),
+        offsets=offsets,
         label_names=task.label_names,
         fingerprint=hash_json(ingredients),
         source=str(file),
@@ -102,6 +108,29 @@ def _rows_of_split(table: pa.Table, split: str, file: Path) -> pa.Table:
     return kept
 
 
+def _by_word(table: pa.Table, columns: Sequence[str], file: Path) -> tuple[pa.Table, np.ndarray]:
+    """Give a row a word, with the id of its example, and where the words of each example begin."""
+    for name in columns:
+        if not pa.types.is_list(table.column(name).type):
+            raise DataError(
+                f"{file}: expected a list in column {name!r}, a value a word, got {table.column(name).type}; a task of "
+                "tokens wants an answer for each word"
+            )
+    counts = [np.asarray(pc.fill_null(pc.list_value_length(table.column(name)), 0)) for name in columns]
+    for name, other in zip(columns, counts, strict=True):
+        for row in np.flatnonzero(other != counts[0])[:1].tolist():
+            raise DataError(
+                f"{file}: the example {table.column('id')[row].as_py()!r} has {counts[0][row]} values in column "
+                f"{columns[0]!r}, but {other[row]} in {name!r}; every word needs one of each label"
+            )
+    flat = {name: pc.list_flatten(table.column(name)) for name in columns}
+    flat = {
+        name: pc.fill_null(part, np.nan) if pa.types.is_floating(part.type) else part for name, part in flat.items()
+    }
+    ids = table.column("id").take(pa.array(np.repeat(np.arange(table.num_rows), counts[0])))
+    return pa.table({"id": ids, **flat}), as_offsets(counts[0])
+
+
 def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
     """Find the column of every label by name, and refuse labels that the task does not have."""
     found = [column for column in columns if column not in RESERVED or column in task.label_names]
@@ -121,9 +150,14 @@ def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
 
 
 def _names_labels(columns: Sequence[str], task: Task) -> bool:
-    """Say whether a table names one label a row, in place of a column for each label."""
+    """Say whether a table names one label a row, or a word, in place of a column for each label."""
     others = [column for column in columns if column not in RESERVED]
-    return task.kind == "single-label" and "label" in columns and "label" not in task.label_names and not others
+    return (
+        task.kind in ("single-label", "tokens")
+        and "label" in columns
+        and "label" not in task.label_names
+        and not others
+    )
 
 
 def _smoothed(table: pa.Table, task: Task, file: Path) -> np.ndarray:
@@ -168,7 +202,7 @@ def _numbers(table: pa.Table, column: str, file: Path) -> np.ndarray:
 
 def _as_logits(probabilities: np.ndarray, task: Task, ids: pa.ChunkedArray, file: Path) -> np.ndarray:
     """Turn probabilities into float32 logits whose softmax or sigmoid they are."""
-    is_single = task.kind == "single-label"
+    is_single = task.kind != "multi-label"
     with np.errstate(divide="ignore", invalid="ignore"):
         fits = {
             "that are finite numbers": np.isfinite(probabilities).all(axis=1),

@@ -20,8 +20,9 @@ from kdlora.config import DistilConfig, SettledTraining
 from kdlora.data.batches import INPUTS, Collator, LengthBucketSampler, Tokenised
 from kdlora.data.spool import hash_columns, label_array, read_column
 from kdlora.data.tasks import Task, named_weights
+from kdlora.data.word_tokens import READ, word_offsets
 from kdlora.distil.cpu_kernels import fast_on_cpu
-from kdlora.distil.inference import hash_model, predict_logits
+from kdlora.distil.inference import faulty_rows, hash_model, predict_logits
 from kdlora.distil.logits import COLUMN, LABELLED, labelled_values
 from kdlora.distil.losses import DivergedError, diverged
 from kdlora.distil.precision import frozen_in_half, resolve_device, settle_precision
@@ -82,18 +83,18 @@ def train_model(
 
     def validate() -> dict[str, float]:
         logits = predict_logits(model, tokenizer, validation, precision=options.precision, processes=processes)
-        if not np.isfinite(logits).all():
+        if len(faulty_rows(logits, validation)):
             raise KdLoraError(diverged("the validation logits are not finite numbers", settings.learning_rate))
         rows = validation.dataset
         groups = read_column(rows, "group").to_pylist() if "group" in rows.column_names else None
         outputs = logits if scale is None else scale.restore(logits)
-        metrics = compute_metrics(task, outputs, label_array(rows), groups)
+        metrics = compute_metrics(task, outputs, label_array(rows), groups, offsets=word_offsets(rows))
         return metrics | {"score": score(task, metrics)}
 
     sampler = _sampler(train, settings.batch_size * processes.count, options)
     ingredients = _ingredients(model, train, validation, task, settings, options)
     ingredients |= {"device": device.type, "processes": processes.count}
-    names = [name for name in _columns(options.distil) if name in train.dataset.column_names]
+    names = [name for name in (*READ, *_columns(options.distil)) if name in train.dataset.column_names]
     collator = Collator.of(tokenizer, task.kind, train.max_length)
     checkpoints = CheckpointFolder(options.folder, ingredients, options.keep_checkpoints)
     with _at_work(model, settings, options.precision, device):
@@ -214,11 +215,12 @@ def _ingredients(
     options: TrainingOptions,
 ) -> dict[str, Any]:
     """Name what a checkpoint must not outlive."""
+    words = [name for name in READ if name in train.dataset.column_names]
     recipes = {"settings": settings, "distil": options.distil, "lora": options.lora}
     return {
         "model": hash_model(model),
-        "train": hash_columns(train.dataset, ["id", *_columns(options.distil)]),
-        "validation": hash_columns(validation.dataset, ["id", *INPUTS, "label", "group"]),
+        "train": hash_columns(train.dataset, ["id", *_columns(options.distil), *words]),
+        "validation": hash_columns(validation.dataset, ["id", *INPUTS, "label", "group", *words]),
         "task": task.to_dict(),
         **{name: recipe and without_later_keys(recipe.model_dump(mode="json")) for name, recipe in recipes.items()},
         **{name: getattr(options, name) for name in ("seed", "precision", "rows_per_epoch", "copies")},

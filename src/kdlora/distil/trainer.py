@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from kdlora.config import DistilConfig, LoraSettings, SettledTraining
 from kdlora.data.batches import PAD_MULTIPLE, Collator, LengthBucketSampler, SharedSampler
+from kdlora.data.word_tokens import split_row
 from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.losses import LossSums, LossTerms, term_means
 from kdlora.distil.processes import Processes, StopSignals
@@ -93,6 +94,8 @@ class MicroBatchCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Tensor]]]:
         """Make the micro-batches of one step."""
+        if self.collator.kind == "tokens":
+            rows = [window for row in rows for window in split_row(row)]
         batches: list[list[Mapping[str, Any]]] = [[]]
         for row in sorted(rows, key=lambda row: len(row["input_ids"])):
             width = -(-len(row["input_ids"]) // PAD_MULTIPLE) * PAD_MULTIPLE
@@ -294,8 +297,11 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         return torch.stack(losses).sum()
 
     def mean_rows(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> Any:
-        """Give the number of rows to divide by, which the sampler knows."""
+        """Give the number of rows to divide by, which the sampler knows, or of words, which these batches have."""
         rows = self._rows_of_step()
+        if self.kind == "tokens":
+            own = sum(len(one["labels"]) for batch in batches for one in batch[_MICRO_BATCHES])
+            rows = max(1, int(self.processes.total(torch.tensor(own if self.processes.rank < rows else 0))))
         return rows if self.processes.count == 1 else rows / self.processes.count
 
     def _rows_of_step(self) -> int:

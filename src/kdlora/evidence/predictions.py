@@ -8,18 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kdlora.data.logit_table import LOGIT, logit_columns, write_table
+from kdlora.data.logit_table import LOGIT, as_lists, as_offsets, logit_columns, read_logits, write_table
 from kdlora.data.parquet import UNREADABLE
 from kdlora.errors import ArtifactError
 
 _EXAMPLE_COLUMNS = ["id", "split", "text", "text_pair"]
+_WORD_COLUMNS = ["starts", "ends"]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The raw outputs of one model on one or more splits."""
+    """The raw outputs of one model on one or more splits; of a task of tokens, logits and labels are those of words."""
 
     ids: tuple[str, ...]  # unique within a split (and group)
     split: tuple[str, ...]  # of each row, "validation" or "test"
@@ -27,6 +29,7 @@ class Predictions:
     label_names: tuple[str, ...]
     labels: np.ndarray | None = None  # int64 (rows,), float32 for regression, float32 (rows, labels) for multi-label
     groups: tuple[str, ...] | None = None  # of each row (MNLI: "matched", "mismatched"), where the task has them
+    offsets: np.ndarray | None = None  # int64 (rows + 1,): where the words of each row begin, in a task of tokens
 
     def only(self, split: str, group: str = "") -> Predictions:
         """Keep the rows of one split, or of one group of it, in their order."""
@@ -35,35 +38,44 @@ class Predictions:
             row for row, name in enumerate(self.split) if name == split and (groups is None or groups[row] == group)
         ]
         ids, splits = (tuple(names[row] for row in rows) for names in (self.ids, self.split))
-        labels = None if self.labels is None else self.labels[rows]
         groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
-        return Predictions(ids, splits, self.logits[rows], self.label_names, labels, groups)
+        chosen, offsets = np.asarray(rows, dtype=np.int64), None
+        if self.offsets is not None:
+            is_chosen = np.isin(np.arange(len(self.ids)), chosen)
+            offsets = as_offsets(np.diff(self.offsets)[rows])
+            chosen = np.flatnonzero(np.repeat(is_chosen, np.diff(self.offsets)))
+        labels = None if self.labels is None else self.labels[chosen]
+        return Predictions(ids, splits, self.logits[chosen], self.label_names, labels, groups, offsets)
 
 
 @dataclass(frozen=True)
 class ExampleText:
-    """The text of one example; `text_pair` is None for tasks on single texts."""
+    """The text of one example; `text_pair` is None for tasks on single texts. In a task of tokens it has words."""
 
     id: str
     split: str
     text: str
     text_pair: str | None = None
+    starts: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
     """Store predictions atomically."""
-    expected = (len(predictions.ids), len(predictions.label_names))
+    rows, offsets = len(predictions.ids), predictions.offsets
+    expected = (rows if offsets is None else int(offsets[-1]), len(predictions.label_names))
     if predictions.logits.shape != expected:
         raise ValueError(f"expected logits of shape {expected}, got {predictions.logits.shape}")
     columns = {"id": pa.array(predictions.ids, pa.string()), "split": pa.array(predictions.split, pa.string())}
     if predictions.groups is not None:
         columns["group"] = pa.array(predictions.groups, pa.string())
     if predictions.labels is not None:
-        columns["label"] = _label_column(predictions.labels)
-    if wrong := {name: len(column) for name, column in columns.items() if len(column) != expected[0]}:
-        raise ValueError(f"expected {expected[0]} rows in every column, got {wrong}")
+        labels = _label_column(predictions.labels)
+        columns["label"] = labels if offsets is None else as_lists(labels, offsets)
+    if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:
+        raise ValueError(f"expected {rows} rows in every column, got {wrong}")
     logits = np.asarray(predictions.logits, dtype=np.float32)
-    write_table(Path(path), columns | logit_columns(predictions.label_names, logits))
+    write_table(Path(path), columns | logit_columns(predictions.label_names, logits, offsets))
 
 
 def read_predictions(path: str | Path) -> Predictions:
@@ -75,27 +87,34 @@ def read_predictions(path: str | Path) -> Predictions:
             f"{path}: expected columns named 'logit:<label>', found {table.column_names}. "
             "Delete the run's folder and run the same command again."
         )
+    logits, lengths = read_logits([table.column(name) for name in names])
     return Predictions(
         ids=tuple(table.column("id").to_pylist()),
         split=tuple(table.column("split").to_pylist()),
-        logits=np.stack([table.column(name).to_numpy().astype(np.float32) for name in names], axis=1),
+        logits=logits,
         label_names=tuple(name.removeprefix(LOGIT) for name in names),
         labels=_labels_of(table),
         groups=tuple(table.column("group").to_pylist()) if "group" in table.column_names else None,
+        offsets=None if lengths is None else as_offsets(lengths),
     )
 
 
 def write_examples(path: str | Path, examples: Iterable[ExampleText]) -> None:
     """Store the texts that the report may quote, atomically."""
     kept = list(examples)
-    write_table(
-        Path(path), {name: pa.array([getattr(one, name) for one in kept], pa.string()) for name in _EXAMPLE_COLUMNS}
-    )
+    columns = {name: pa.array([getattr(one, name) for one in kept], pa.string()) for name in _EXAMPLE_COLUMNS}
+    if any(one.ends for one in kept):
+        columns |= {
+            name: pa.array([getattr(one, name) for one in kept], pa.list_(pa.int32())) for name in _WORD_COLUMNS
+        }
+    write_table(Path(path), columns)
 
 
 def read_examples(path: str | Path) -> dict[tuple[str, str], ExampleText]:
     """Read the texts by `(split, id)`."""
-    rows = _read_table(path, _EXAMPLE_COLUMNS).select(_EXAMPLE_COLUMNS).to_pylist()
+    table = _read_table(path, _EXAMPLE_COLUMNS)
+    words = [name for name in _WORD_COLUMNS if name in table.column_names]
+    rows = table.select([*_EXAMPLE_COLUMNS, *words]).to_pylist()
     examples = [ExampleText(**row) for row in rows]
     return {(one.split, one.id): one for one in examples}
 
@@ -127,6 +146,8 @@ def _labels_of(table: pa.Table) -> np.ndarray | None:
     if "label" not in table.column_names or table.column("label").null_count:
         return None
     column = table.column("label")
+    if pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type):
+        return np.asarray(pc.list_flatten(column))
     if pa.types.is_list(column.type):
         width = len(column[0]) if table.num_rows else 0
         return np.asarray(column.to_pylist(), dtype=np.float32).reshape(table.num_rows, width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 from transformers import TrainerCallback
 
 from kdlora.config import LoraSettings, StudentTrainConfig, TeacherTrainConfig, TrainConfig
-from kdlora.data.batches import tokenise
+from kdlora.data.batches import Tokenised, tokenise
 from kdlora.data.load import Splits
+from kdlora.data.word_tokens import words_seen
 from kdlora.distil.logits import join_unlabelled
 from kdlora.distil.train import TrainOutcome, train_model
 from kdlora.distil.trainer import ProgressEvent, TrainingOptions
+from kdlora.errors import ModelError
 from kdlora.experiment.settle import settled
 from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
 from kdlora.models.encoders import Encoder, load_encoder
@@ -32,6 +34,7 @@ class Trained:
         outcome: history, seconds and speed.
         parameters: how many parameters the adapter, the head and the whole model have.
         truncated: texts that were cut, per split.
+        unseen: words that the model cannot see, per split, in a task of tokens.
     """
 
     encoder: Encoder
@@ -39,6 +42,7 @@ class Trained:
     outcome: TrainOutcome
     parameters: ParameterCounts
     truncated: dict[str, int]
+    unseen: dict[str, int] = field(default_factory=dict)
 
 
 def train_teacher(
@@ -139,6 +143,7 @@ def train_arm(encoder: Encoder, splits: Splits, settings: TrainConfig, options: 
     if splits.distil is not None and splits.unlabelled is not None:
         parts["unlabelled"] = splits.unlabelled
     tokens = {name: tokenise(rows, encoder.tokenizer, final.max_length) for name, rows in parts.items()}
+    unseen = _unseen_words(tokens, encoder) if splits.task.kind == "tokens" else {}
     train = tokens["train"]
     if "unlabelled" in tokens:
         train = join_unlabelled(train, tokens["unlabelled"], splits.task)
@@ -149,4 +154,18 @@ def train_arm(encoder: Encoder, splits: Splits, settings: TrainConfig, options: 
         copies=0 if splits.distil is None else splits.copies,
     )
     outcome = train_model(model, encoder.tokenizer, train, tokens["validation"], splits.task, final, options)
-    return Trained(encoder, model, outcome, parameters, {name: part.truncated for name, part in tokens.items()})
+    truncated = {name: part.truncated for name, part in tokens.items()}
+    return Trained(encoder, model, outcome, parameters, truncated, unseen)
+
+
+def _unseen_words(tokens: Mapping[str, Tokenised], encoder: Encoder) -> dict[str, int]:
+    """Count the words of each split that have no token, and refuse a tokenizer that leaves none."""
+    found = {}
+    for name, part in tokens.items():
+        seen = words_seen(part.dataset)
+        if not seen.any():
+            raise ModelError(
+                f"the tokenizer of {encoder.source} drops all characters of the {name} words; choose another model"
+            )
+        found[name] = int((~seen).sum())
+    return found

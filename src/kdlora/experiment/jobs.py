@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from kdlora.config import Arm, Config
 from kdlora.configfile import save_config
 from kdlora.data.load import add_copies, load_splits
-from kdlora.errors import ArtifactError, KdLoraError
+from kdlora.errors import ArtifactError, ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord, write_record
 from kdlora.experiment.plan import ConfigurationLayout, PlannedRun
 from kdlora.experiment.recording import TaskFacts, blank_record, hash_splits, look_at, now
@@ -34,6 +34,8 @@ def inspect_task(
     """Load a task's data as its runs will, with each number of copies, and look at the models of each family."""
     config = next(iter(configs.values()))
     splits = load_splits(config.task, config.data.model_copy(update={"augment": 0}))
+    if splits.task.kind == "tokens" and "words" in config.run.arms:
+        raise ConfigError("arms: a bag of words has one answer a text, and a task of tokens wants one a word; drop it")
     facts, texts = look_at(splits, 0), sample_texts(splits.train)
     for number in copies:
         more = add_copies(splits, number, seed=config.data.split_seed, keep_in=copies_in)

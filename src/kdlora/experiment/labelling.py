@@ -7,6 +7,7 @@ import functools
 import glob
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,9 @@ from kdlora.data.collection import is_collection, refuse_double_ids
 from kdlora.data.logit_table import Shard, begin_store, find_shard, open_store, write_note
 from kdlora.data.parquet import parquet_faults
 from kdlora.data.spool import TEXTS, make_dataset
+from kdlora.data.tags import split_words
 from kdlora.data.tasks import Task
+from kdlora.data.word_tokens import WORDS
 from kdlora.deploy.predict import most_characters
 from kdlora.deploy.rows import SUFFIXES, Columns, Row, RowReader, cut_windows
 from kdlora.distil.inference import BATCH_TOKENS
@@ -324,7 +327,8 @@ def _load_teacher(model: str, settings: LabelSettings, task: Task) -> Teacher:
 def label_unit(job: _Job, unit: _Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:
     """Do what is left of a unit, on whatever machine, and say how many rows each window had."""
     shards, settings = unit.finished_shards(job.folder), job.settings
-    columns = Columns(settings.text, job.task.text, settings.id_column, most_characters(settings.max_length))
+    longest = sys.maxsize if job.task.kind == "tokens" else most_characters(settings.max_length)
+    columns = Columns(settings.text, job.task.text, settings.id_column, longest)
     start = unit.shard * settings.rows_per_shard + sum(shard.rows_read for shard in shards)
     with contextlib.closing(iter(RowReader(job.files[unit.file], columns, start=start))) as rows:
         ahead = list(islice(rows, 1))  # one row, which says whether the file has ended
@@ -359,7 +363,8 @@ def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: C
             if hear is not None:
                 hear(len(window))
 
-    kept = ["id", *(TEXTS[: len(job.task.text)] if job.settings.texts else ())]
+    texts = [*TEXTS[: len(job.task.text)], *(WORDS if job.task.kind == "tokens" else ())]
+    kept = ["id", *(texts if job.settings.texts else ())]
     shard = teacher.write_shard(job.folder / name, windows(), kept=kept)
     if not rejected:
         return shard
@@ -376,5 +381,17 @@ def _window(job: _Job, file: Path, rows: Sequence[Row]) -> Dataset:
             f"{file}: the model reads {'pairs of texts' if pairs else 'single texts'}; name "
             f"{'two text columns' if pairs else 'one text column'} with --text"
         )
+    if job.task.kind == "tokens":
+        return _words(rows)
     cells = ((row.id, *row.text) if isinstance(row.text, tuple) else (row.id, row.text) for row in rows)
     return make_dataset(pa.table(dict(zip(("id", *TEXTS), zip(*cells, strict=True), strict=False))))
+
+
+def _words(rows: Sequence[Row]) -> Dataset:
+    """Give texts with their words, in the shape that a task of tokens has."""
+    texts = [str(row.text) for row in rows]
+    places = zip(*map(split_words, texts), strict=True)
+    lists = (pa.array(list(part), pa.list_(pa.int32())) for part in places)
+    return make_dataset(
+        pa.table(dict(zip(("id", "text", *WORDS), ([row.id for row in rows], texts, *lists), strict=True)))
+    )

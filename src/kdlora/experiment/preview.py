@@ -58,7 +58,7 @@ class ExperimentPlan:
     task: Task
     rows: dict[str, int]  # per split; perturbed copies are among the unlabelled ones
     copies: int
-    labels: dict[str, int]  # training rows per label; empty for a regression
+    labels: dict[str, int]  # training rows per label, or entities per type; empty for a regression
     lengths: dict[str, TextLengths]  # for `teacher` and `student`, where such a model is used
     duplicates: dict[str, int]  # texts that were there before, in a split (`train`) and across two (`train and test`)
     trainings: tuple[PlannedTraining, ...]  # what is left, in its order
@@ -95,7 +95,8 @@ class ExperimentPlan:
             "labels": self._labels(),
             "tokens": self._of_each_model("median {0.median:g}, 99% of the training texts within {0.most_within}"),
             "max_length": self._of_each_model(
-                "{0.max_length} tokens, {0.cut:.1%} of the training texts are longer and are cut"
+                "{0.max_length} tokens, {0.cut:.1%} of the training texts are longer and are "
+                + ("read in windows" if task.kind == "tokens" else "cut")
             ),
             "duplicates": ", ".join(twice) or "no text occurs twice",
             "trainings": ", ".join(trainings),
@@ -108,7 +109,8 @@ class ExperimentPlan:
         ordered = [f"{name} {number:,}" for name, number in sorted(self.labels.items(), key=lambda item: -item[1])]
         if len(ordered) > _SHOWN_LABELS:
             return f"{len(ordered)}; most rows: {', '.join(ordered[:3])}; fewest: {', '.join(ordered[-3:])}"
-        return f"{len(ordered)}: {', '.join(ordered)} training rows" if ordered else ""
+        what = "entities in the training rows" if self.task.kind == "tokens" else "training rows"
+        return f"{len(ordered)}: {', '.join(ordered)} {what}" if ordered else ""
 
     def _of_each_model(self, words: str) -> str:
         """Tell one fact of all models, once where it is the same for all."""
@@ -190,10 +192,13 @@ def _text_lengths(look: ModelLook, max_length: int | None) -> TextLengths:
 
 
 def count_labels(task: Task, rows: Dataset) -> dict[str, int]:
-    """Count the rows of each label; nothing for a regression."""
+    """Count the rows of each label, or the entities of each type; nothing for a regression."""
     if task.kind == "regression":
         return {}
     labels = label_array(rows)
+    if task.kind == "tokens":
+        first = np.bincount(labels[labels > 0], minlength=task.num_labels)[1::2]  # B-, which every entity has once
+        return dict(zip(task.label_types, first.tolist(), strict=True))
     counts = labels.sum(0) if task.kind == "multi-label" else np.bincount(labels, minlength=task.num_labels)
     return {name: int(number) for name, number in zip(task.label_names, counts, strict=True)}
 

@@ -172,6 +172,9 @@ def add_training(record: RunRecord, trained: Trained, teacher: Sequence[TeacherL
     outcome, parameters = trained.outcome, trained.parameters
     names = ("train (by the teacher)", "unlabelled (by the teacher)")
     by_teacher = {name: logits.truncated for name, logits in zip(names, teacher, strict=False)}
+    unseen = trained.unseen | {name: logits.unseen for name, logits in zip(names, teacher, strict=False)}
+    counted = ", ".join(f"{count} of {name}" for name, count in unseen.items() if count)
+    notes = [f"words without a token: {counted}; they are no loss term, and are scored as O"] if counted else []
     return record.model_copy(
         update={
             "history": outcome.history,
@@ -183,6 +186,7 @@ def add_training(record: RunRecord, trained: Trained, teacher: Sequence[TeacherL
             "adapter_parameters": parameters.adapter,
             "head_parameters": parameters.head,
             "truncated": trained.truncated | by_teacher,
+            "notes": [*record.notes, *notes],
         }
     )
 

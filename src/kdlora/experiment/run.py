@@ -6,7 +6,7 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from kdlora.config import DISTILLED_ARMS, Arm, Config
 from kdlora.configfile import known_keys, load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
-from kdlora.errors import ArtifactError, KdLoraError
+from kdlora.errors import ArtifactError, ConfigError, KdLoraError
 from kdlora.evidence.records import (
     SUMMARY,
     ExperimentLayout,
@@ -175,8 +175,20 @@ def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, Tas
     splits = load_splits(config.task, config.data, copies_in=copies)
     if kept.task.metric not in (config.task.metric, *splits.task.metrics):  # an earlier version chose another one
         config, splits = kept, load_splits(kept.task, kept.data, copies_in=copies)
+    if splits.task.kind == "tokens" and "words" in config.run.arms:
+        config, splits = _without_words(config, splits)
     facts = look_at(splits, config.data.augment)
     return config, splits, facts, _finished(config, layout, facts.fingerprint(config))
+
+
+def _without_words(config: Config, splits: Splits) -> tuple[Config, Splits]:
+    """Leave the bag of words out of a task that it has no answer for, and say so."""
+    arms = tuple(arm for arm in config.run.arms if arm != "words")
+    if not arms:
+        raise ConfigError("run.arms: a bag of words has one answer a text, and this task wants one a word; name others")
+    note = "The arm words is left out: a bag of words has one answer a text, and this task wants one a word."
+    run = config.run.model_copy(update={"arms": arms})
+    return config.model_copy(update={"run": run}), replace(splits, notes=(*splits.notes, note))
 
 
 def _plan(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,11 +18,14 @@ from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Config
 from kdlora.configfile import load_config
 from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_examples
-from kdlora.data.spool import label_array, text_columns
+from kdlora.data.logit_table import as_offsets
+from kdlora.data.spool import label_array, read_column, text_columns
 from kdlora.data.tasks import Task
+from kdlora.data.word_tokens import word_offsets
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import resolve_device
 from kdlora.errors import ArtifactError, DataError
+from kdlora.evidence.entities import counts_from_logits
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import Predictions, read_predictions, write_predictions
 from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
@@ -35,7 +39,7 @@ _LATENCY_SECONDS = 1.0
 """For each batch size; a suite times thousands of models."""
 _WARM_UP = 5
 _FEWEST_ROWS = 3
-"""Validation rows that a class needs before it counts as unknown to a teacher that gets none of them right."""
+"""Validation rows, or entities, of a class before it counts as unknown to a teacher that gets none of them right."""
 _SHOWN = 5
 
 
@@ -45,7 +49,8 @@ class Evaluation:
 
     score: float  # the task's main figure, 0 to 100
     metrics: dict[str, float]  # every metric, as fractions
-    logits: np.ndarray = field(repr=False)  # float32 (examples, labels), in row order, regression on its own scale
+    # float32 (examples, labels), in row order, regression on its own scale; for tokens (words, labels)
+    logits: np.ndarray = field(repr=False)
     truncated: int  # texts that were cut
 
 
@@ -63,7 +68,7 @@ def evaluate(
     Args:
         model: a plain model, its adapter merged.
         tokenizer: the model's own.
-        examples: rows with `text`, `label` and for MNLI `group`.
+        examples: rows with `text`, `label`, for MNLI `group`, for tokens `starts` and `ends`.
         task: kind, labels and metrics.
         max_length: longest input in tokens; default: the model's own limit.
         columns: column of the model's output for each label of the task; default: the same order.
@@ -76,7 +81,7 @@ def evaluate(
 
 
 def _judge(task: Task, rows: Dataset, logits: np.ndarray, truncated: int = 0) -> Evaluation:
-    metrics = compute_metrics(task, logits, label_array(rows), groups_of(rows))
+    metrics = compute_metrics(task, logits, label_array(rows), groups_of(rows), word_offsets(rows))
     return Evaluation(score(task, metrics), metrics, logits, truncated)
 
 
@@ -99,7 +104,8 @@ def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits
         except DataError as error:
             notes.append(f"the teacher's score on the {split} split is not available: {error}")
             continue
-        outputs[split] = np.asarray(attached.with_format("numpy")["teacher_logits"], dtype=np.float32)
+        values = np.asarray(pc.list_flatten(read_column(attached, "teacher_logits")), dtype=np.float32)
+        outputs[split] = values.reshape(-1, splits.task.num_labels)
     if "validation" in outputs:
         record = score_outputs(record, splits, outputs, place)
     return finish(record, layout, [place.predictions], notes)
@@ -141,6 +147,7 @@ def _add_scores(record: RunRecord, splits: Splits, results: dict[str, Evaluation
     """Add the scores to a record, and keep the logits."""
     scored = {split: rows for split, rows in splits_by_name(splits, scored=True).items() if split in results}
     groups = [groups_of(rows) for rows in scored.values()]
+    edges = [edge for rows in scored.values() if (edge := word_offsets(rows)) is not None]
     predictions = Predictions(
         ids=tuple(identifier for rows in scored.values() for identifier in rows["id"]),
         split=tuple(split for split, rows in scored.items() for _ in range(len(rows))),
@@ -148,6 +155,7 @@ def _add_scores(record: RunRecord, splits: Splits, results: dict[str, Evaluation
         label_names=splits.task.label_names,
         labels=np.concatenate([label_array(rows) for rows in scored.values()]),
         groups=None if None in groups else tuple(name for part in groups for name in part or ()),
+        offsets=as_offsets(np.concatenate([np.diff(edge) for edge in edges])) if edges else None,
     )
     write_predictions(place.predictions, predictions)
     update: dict[str, Any] = {"truncated": record.truncated | {name: one.truncated for name, one in results.items()}}
@@ -252,8 +260,12 @@ def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequenc
 
 
 def unknown_classes(task: Task, predictions: Predictions) -> list[str]:
-    """Name the classes of which a teacher gets none of the validation rows right."""
+    """Name the classes, or types of entities, of which a teacher gets nothing in the validation rows right."""
     seen = predictions.only("validation")
+    if task.kind == "tokens" and seen.labels is not None:
+        counts = counts_from_logits(task.label_names, seen.logits, seen.labels, seen.offsets).sum(axis=0)
+        found = zip(task.label_types, counts.tolist(), strict=True)
+        return [name for name, (right, _, wanted) in found if wanted >= _FEWEST_ROWS and not right]
     if task.kind != "single-label" or seen.labels is None:
         return []
     labels = np.asarray(seen.labels, dtype=np.int64)

@@ -175,7 +175,9 @@ def keep_examples(layout: ExperimentLayout, splits: Splits) -> None:
     write_examples(
         layout.examples,
         (
-            ExampleText(row["id"], split, row["text"], row.get("text_pair"))
+            ExampleText(
+                row["id"], split, row["text"], row.get("text_pair"), row.get("starts") or (), row.get("ends") or ()
+            )
             for split, rows in splits_by_name(splits, scored=True).items()
             for row in rows
         ),

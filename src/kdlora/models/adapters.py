@@ -99,7 +99,7 @@ def add_adapter(encoder: Encoder, lora: LoraSettings, *, seed: int) -> PeftModel
     with _quiet_peft(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         config = PeftLoraConfig(
-            task_type=TaskType.SEQ_CLS,
+            task_type=TaskType.TOKEN_CLS if encoder.reads_words else TaskType.SEQ_CLS,
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
@@ -314,17 +314,19 @@ def _write_card(folder: Path, base: str, revision: str | None, config: Pretraine
     labels = config.id2label
     pin = f", revision={revision!r}" if revision else ""
     pin += f", pad_token_id={config.pad_token_id}" if is_decoder(config) else ""
+    words = "ForTokenClassification" in str(config.architectures)
+    made = f"AutoModelFor{'Token' if words else 'Sequence'}Classification"
     text = f"""---
 library_name: peft
-pipeline_tag: text-classification
+pipeline_tag: {"token" if words else "text"}-classification
 ---
 LoRA adapter, with the classification head trained beside it. The base is `{base}`.
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import {made}
 
-base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={len(labels)}{pin})
+base = {made}.from_pretrained({base!r}, num_labels={len(labels)}{pin})
 model = PeftModel.from_pretrained(base, "this folder")
 ```
 

@@ -14,14 +14,25 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from kdlora.data.tags import tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GENERIC_LABEL, PROBLEM_TYPES, Task, match_labels
 from kdlora.errors import ModelError
-from kdlora.models.loading import Loaded, Source, is_decoder, open_source, read_config, read_tokenizer, read_weights
+from kdlora.models.loading import (
+    Loaded,
+    Source,
+    classifies_words,
+    is_decoder,
+    open_source,
+    read_config,
+    read_tokenizer,
+    read_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +42,7 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "attention_window")
 
 @dataclass
 class Encoder:
-    """A model that classifies texts, with its own tokenizer."""
+    """A model that classifies texts, or their words, with its own tokenizer."""
 
     model: PreTrainedModel = field(repr=False)  # in fp32; its config carries label names and problem type
     tokenizer: PreTrainedTokenizerBase = field(repr=False)  # its `model_max_length` is what the model can really take
@@ -46,6 +57,11 @@ class Encoder:
     def width(self) -> int:
         """Hidden size."""
         return int(self.model.config.hidden_size)
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether it answers for each word of a text."""
+        return type(self.model).__name__.endswith("ForTokenClassification")
 
 
 def load_encoder(
@@ -70,14 +86,15 @@ def load_encoder(
     Raises:
         ModelError: unreachable, damaged, pickled only, of another architecture, or without a tokenizer.
     """
-    place = open_source(source, revision, trust_remote_code)
+    place = open_source(source, revision, trust_remote_code, task.kind == "tokens")
     config = read_config(place)
     if task.kind == "regression" and is_decoder(config):
         raise ModelError(
             f"{place.name} is a {config.model_type!r} model, a decoder: its head has no bias, so what it learns on "
             "standardised targets cannot be brought back to their scale. Choose an encoder for a regression"
         )
-    config.id2label, config.label2id, config.problem_type = task.id2label, task.label2id, task.problem_type
+    config.id2label, config.label2id = task.id2label, task.label2id
+    config.problem_type = _problem_type(task)
     loaded = read_weights(place, config)
     _start_afresh(loaded.model, _random_parameters(loaded), seed)
     return _encoder(place, loaded)
@@ -106,16 +123,17 @@ def load_fine_tuned(
     Raises:
         ModelError: as `load_encoder`; no trained head; or other labels than the task's.
     """
-    place = open_source(source, revision, trust_remote_code)
+    place = open_source(source, revision, trust_remote_code, task.kind == "tokens")
     config = read_config(place)
     architectures = getattr(config, "architectures", None) or []
-    if architectures and not any(name.endswith("ForSequenceClassification") for name in architectures):
+    what, end = ("token", "ForTokenClassification") if place.words else ("text", "ForSequenceClassification")
+    if architectures and not any(name.endswith(end) for name in architectures):
         raise ModelError(
-            f"{place.name} is a {', '.join(architectures)}, not a fine-tuned text classifier. Give it as "
+            f"{place.name} is a {', '.join(architectures)}, not a fine-tuned {what} classifier. Give it as "
             "teacher.model, and kdlora fine-tunes it"
         )
     columns = _match_columns(place, config, task, label_names)
-    config.problem_type = task.problem_type
+    config.problem_type = _problem_type(task)
     loaded = read_weights(place, config)
     if absent := sorted(loaded.missing | loaded.mismatched):
         raise ModelError(
@@ -150,10 +168,9 @@ def student_from_layers(
         if isinstance(values, list | tuple) and len(values) == depth:
             setattr(config, key, [values[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
+    made = AutoModelForTokenClassification if whole.reads_words else AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]):
-        small = AutoModelForSequenceClassification.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        small = made.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     given, origin = whole.model.state_dict(), {}
     for key in small.state_dict():  # its layer number i is layer number `layers[i]` of the large one
         new, _, rest = key.removeprefix(stack + ".").partition(".")
@@ -294,6 +311,11 @@ def _check_pooling(model: PreTrainedModel, place: Source) -> None:
         )
 
 
+def _problem_type(task: Task) -> str | None:
+    """Give what transformers has for a task; that of tokens is in the model's class alone."""
+    return None if task.kind == "tokens" else task.problem_type
+
+
 def _label_names(config: PretrainedConfig) -> list[str]:
     return [str(config.id2label[column]) for column in range(config.num_labels)]
 
@@ -333,12 +355,15 @@ def read_task(
     trust_remote_code: bool = False,
 ) -> Task:
     """Read kind and labels of a fine-tuned classifier from its config, without loading its weights."""
-    config = read_config(open_source(source, revision, trust_remote_code))
+    place = open_source(source, revision, trust_remote_code)
+    config = read_config(place)
     noted = getattr(config, "kdlora_task", None)
     if noted is not None and label_names is None:
         return Task.from_dict(noted)
     found = _label_names(config)
     problem = config.problem_type or ("regression" if len(found) == 1 else "single_label_classification")
+    if classifies_words(place, config):
+        return _token_task(source, tuple(label_names or found), tuple(text))
     kind = next((kind for kind, name in PROBLEM_TYPES.items() if name == problem), None)
     if kind is None:
         raise ModelError(
@@ -355,3 +380,11 @@ def read_task(
     if len(names) != len(found):
         raise ModelError(f"{source} has {len(found)} outputs ({', '.join(found)}), but {len(names)} names were given")
     return Task(kind, tuple(text), ("label",), names, DEFAULT_METRICS[kind])
+
+
+def _token_task(source: str, names: tuple[str, ...], text: tuple[str, ...]) -> Task:
+    """Give the task of a token classifier, whose tags are in IOB2, in any order."""
+    types = sorted({name[2:] for name in names if name.startswith(("B-", "I-"))})
+    remedy = "Label with a model whose tags are in IOB2: `O`, and `B-TYPE` and `I-TYPE` of each type"
+    match_labels(names, tag_names(types), source, remedy, ModelError)
+    return Task("tokens", text, ("tags",), tag_names(types), DEFAULT_METRICS["tokens"])

@@ -22,8 +22,10 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -67,12 +69,16 @@ def _compile_patterns() -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a folder or a Hub id; `local` reads only what lies on this machine."""
+    """Where a model comes from: a folder or a Hub id; `local` reads only what lies on this machine.
+
+    `words` says whether it is to classify words or texts; None leaves that to the model's own config.
+    """
 
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
     local: bool = False
+    words: bool | None = None
 
     @property
     def is_folder(self) -> bool:
@@ -89,12 +95,12 @@ class Loaded:
     mismatched: frozenset[str]
 
 
-def open_source(name: str, revision: str | None, trust_remote_code: bool) -> Source:
+def open_source(name: str, revision: str | None, trust_remote_code: bool, words: bool | None = None) -> Source:
     """Check what can be checked before anything is loaded."""
     path = expand_home(name)
     if path.is_dir():
         _check_folder(path)
-        return Source(str(path.resolve()), None, trust_remote_code)
+        return Source(str(path.resolve()), None, trust_remote_code, words=words)
     if path.exists():
         raise ModelError(f"{name} is a file; a model is a folder with config.json, or the id of a Hub model")
     if not HUB_ID.fullmatch(name) or name.startswith("."):
@@ -103,7 +109,7 @@ def open_source(name: str, revision: str | None, trust_remote_code: bool) -> Sou
             "bert-base-uncased or microsoft/deberta-v3-small). Check the path; a relative one counts from "
             "the folder of the config file"
         )
-    return Source(name, revision, trust_remote_code)
+    return Source(name, revision, trust_remote_code, words=words)
 
 
 def _check_folder(folder: Path) -> None:
@@ -132,19 +138,26 @@ def _check_folder(folder: Path) -> None:
 
 
 def read_config(source: Source) -> PretrainedConfig:
-    """Read a model's configuration and see to it that it can classify texts."""
+    """Read a model's configuration and see to it that it can classify texts, or words."""
     config = load_config(source)
     if (layers := getattr(config, "num_hidden_layers", 1)) is not None and layers < 1:
         raise ModelError(f"{source.name} has {layers} layers by its config.json; expected at least 1")
-    has_own_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    words = classifies_words(source, config)
+    wanted = AutoModelForTokenClassification if words else AutoModelForSequenceClassification
+    has_own_code = wanted.__name__ in (getattr(config, "auto_map", None) or {})
     if source.trust_remote_code and has_own_code:
         return config
-    kind = type(config)
-    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    known = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING if words else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(config) not in known:
         raise ModelError(
-            f"{source.name} is a {config.model_type!r} model, for which transformers has no text "
-            "classification. Expected an encoder such as BERT, RoBERTa, DeBERTa, ELECTRA or ModernBERT, or a decoder "
-            "such as Llama or Qwen"
+            f"{source.name} is a {config.model_type!r} model, for which transformers has no "
+            f"{'token' if words else 'text'} classification. Expected an encoder such as BERT, RoBERTa, DeBERTa, "
+            "ELECTRA or ModernBERT" + ("" if words else ", or a decoder such as Llama or Qwen")
+        )
+    if words and is_decoder(config):
+        raise ModelError(
+            f"{source.name} is a {config.model_type!r} model, a decoder: at a word it has not read what follows. "
+            "Choose an encoder for a task of tokens"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
@@ -152,6 +165,13 @@ def read_config(source: Source) -> PretrainedConfig:
             "two. It can still teach: write its answers to a table and set teacher.logits or teacher.probabilities"
         )
     return config
+
+
+def classifies_words(source: Source, config: PretrainedConfig) -> bool:
+    """Say whether a model is to classify words: as it was asked for, or else as its architecture says."""
+    if source.words is not None:
+        return source.words
+    return any(name.endswith("ForTokenClassification") for name in getattr(config, "architectures", None) or [])
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
@@ -220,12 +240,14 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def load_weights(source: Source, config: PretrainedConfig) -> Loaded:
-    """Load weights for sequence classification in fp32; all loads of any go through here. Nothing is unpickled.
+    """Load weights for classification in fp32; all loads of any go through here. Nothing is unpickled.
 
     The global random state is left as it was. What the checkpoint lacks is random.
     """
     with _loading_of("weights", source), torch.random.fork_rng(devices=[]):
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        words = classifies_words(source, config)
+        made = AutoModelForTokenClassification if words else AutoModelForSequenceClassification
+        model, report = made.from_pretrained(
             source.name,
             config=config,
             dtype=torch.float32,

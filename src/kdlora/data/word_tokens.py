@@ -1,0 +1,100 @@
+"""Words as a model reads them: the sub-tokens of a text in windows, and what of a row falls into each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from kdlora.data.logit_table import as_offsets
+from kdlora.data.spool import read_column
+from kdlora.data.tags import NO_TAG
+from kdlora.data.windows import read_windows
+from kdlora.errors import ModelError
+
+WORDS = ("starts", "ends")
+"""The columns of the words of each text, as places of characters."""
+READ = {"windows": pa.list_(pa.int32()), "places": pa.list_(pa.int32())}
+"""Of a tokenised row: the tokens of each window, and the place of each word among the tokens of all; -1: not seen."""
+Integers = npt.NDArray[np.int64]
+
+
+def word_columns(dataset: Dataset) -> list[str]:
+    """Name the columns that say where the words of a text are; none where examples are texts as a whole."""
+    return [name for name in WORDS if name in dataset.column_names]
+
+
+def word_offsets(dataset: Dataset) -> Integers | None:
+    """Say where each row's words begin in a flat list of all words; None where examples are texts as a whole."""
+    name = next((name for name in ("starts", "places") if name in dataset.column_names), None)
+    if name is None:
+        return None
+    return as_offsets(pc.list_value_length(read_column(dataset, name)).to_numpy())
+
+
+def words_seen(dataset: Dataset) -> npt.NDArray[np.bool_]:
+    """Say of each word of tokenised rows whether the model sees it."""
+    return np.asarray(pc.list_flatten(read_column(dataset, "places")).to_numpy() >= 0)
+
+
+def encode_words(rows: Mapping[str, list[Any]], tokenizer: Any, limit: int) -> dict[str, list[Any]]:
+    """Turn texts with words into token ids, window after window, and find their words in them."""
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path!r} does not say which characters a token stands for, so words "
+            "cannot be found in it; choose a model with a tokenizer.json"
+        )
+    more = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    encoded = tokenizer(rows["text"], truncation=False, verbose=False, return_attention_mask=False, **more)
+    names = [name for name in tokenizer.model_input_names if name in encoded and name != "attention_mask"]
+    columns: dict[str, list[Any]] = {name: [] for name in (*names, *READ)}
+    for row, (starts, ends) in enumerate(zip(rows["starts"], rows["ends"], strict=True)):
+        mask = encoded["special_tokens_mask"][row]
+        found = read_windows(encoded["offset_mapping"][row], mask, starts, ends, limit)
+        sizes = np.array([len(tokens) for tokens in found.tokens])
+        begins = np.cumsum(sizes) - sizes
+        chosen = np.concatenate(found.tokens)
+        for name in names:
+            columns[name].append(np.asarray(encoded[name][row])[chosen])
+        columns["windows"].append(sizes)
+        columns["places"].append(np.where(found.place < 0, -1, found.place + begins[found.window]))
+    lengths = [len(tokens) for tokens in columns["input_ids"]]
+    return columns | {"length": lengths, "truncated": [False] * len(lengths)}
+
+
+def split_row(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give the windows of a tokenised row, each with the words that are read in it, their labels and logits."""
+    places, stops = np.asarray(row["places"], np.int64), np.cumsum(row["windows"])
+    windows = np.searchsorted(stops, places, side="right")
+    of_words: dict[str, npt.NDArray[Any]] = {"places": places}
+    if "label" in row:
+        of_words["label"] = np.asarray(row["label"], np.int64)
+    if "teacher_logits" in row:
+        of_words["teacher_logits"] = np.asarray(row["teacher_logits"], np.float32).reshape(len(places), -1)
+    for number, (stop, size) in enumerate(zip(stops.tolist(), row["windows"], strict=True)):
+        read = (windows == number) & (places >= 0)
+        part = {name: row[name][stop - size : stop] for name in ("input_ids", "token_type_ids") if name in row}
+        part |= {name: values[read] for name, values in of_words.items()}
+        yield part | {"places": part["places"] - (stop - size)}
+
+
+def join_words(rows: Sequence[Mapping[str, Any]], width: int) -> dict[str, npt.NDArray[Any]]:
+    """Give the words of a batch of windows that count: their places among all its tokens, labels and logits.
+
+    With a teacher these are the words that it saw, and whether they have a label of their own; else those that have.
+    """
+    found = {"words": np.concatenate([number * width + row["places"] for number, row in enumerate(rows)])}
+    if "label" not in rows[0]:
+        return found
+    found["labels"] = np.concatenate([row["label"] for row in rows])
+    counts = found["labels"] != NO_TAG
+    if "teacher_logits" in rows[0]:
+        found["labelled"] = counts
+        found["teacher_logits"] = np.concatenate([row["teacher_logits"] for row in rows])
+        counts = np.isfinite(found["teacher_logits"]).all(axis=1)
+    return {name: values[counts] for name, values in found.items()}

@@ -1,0 +1,142 @@
+"""Tasks of tokens: a loss a word, whatever the windows and micro-batches, and a teacher's logits a word."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from interruptions import weights
+
+from kdlora.config import DistilConfig
+from kdlora.data.batches import tokenise
+from kdlora.data.spool import label_array
+from kdlora.data.word_tokens import word_offsets
+from kdlora.distil.inference import predict_logits
+from kdlora.distil.logits import TeacherLogits
+from kdlora.distil.losses import distillation_loss
+from kdlora.distil.teacher import read_stored_logits, teacher_logits
+from kdlora.distil.teacher_table import read_teacher_table
+from kdlora.errors import DataError
+from kdlora.models.encoders import load_encoder
+
+
+def test_the_loss_is_the_mean_over_the_words_of_a_step(make_setup, tmp_path):
+    """Silent failure: a mean of windows' or micro-batches' means, which weighs a word by its neighbours."""
+    runs = {}
+    for tokens in (None, 60):
+        setup = make_setup("tokens", dropout=0.0, unlabelled=12, micro_batch_tokens=tokens, epochs=1)
+        assert max(map(len, setup.train.dataset["windows"])) > 1
+        runs[tokens] = setup, setup.run(tmp_path / str(tokens)).history[-1]
+    for name in ("loss", "hard_loss", "soft_loss"):
+        assert runs[None][1][name] == pytest.approx(runs[60][1][name], rel=1e-5)
+    torch.testing.assert_close(*(weights(setup.model) for setup, _ in runs.values()), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_words_without_label_or_without_a_teacher_are_left_out(make_setup, tmp_path, taught):
+    """Silent failure: words that count as a row but add no loss make the rate of learning depend on them."""
+    still = {"dropout": 0.0, "learning_rate": 1e-12, "epochs": 1, "batch_size": 44}
+    setup = make_setup("tokens", **still)
+    plain = make_setup("tokens", **still)
+    logits = torch.tensor(predict_logits(plain.model, plain.encoder.tokenizer, plain.train))
+    labels = torch.tensor(label_array(plain.train.dataset))
+    teacher = torch.tensor([value for row in plain.train.dataset["teacher_logits"] for value in row])
+    teacher = teacher.reshape(logits.shape)
+    kept = teacher.isfinite().all(1) if taught else labels >= 0
+    assert 0 < kept.sum() < len(labels)
+    terms = distillation_loss(
+        logits[kept], labels[kept], teacher[kept] if taught else None, kind="tokens", labelled=(labels >= 0)[kept]
+    )
+    found = setup.run(tmp_path, distil=DistilConfig() if taught else None).history[-1]
+    assert found["loss"] == pytest.approx(float(terms.total.mean()), rel=1e-4)
+    assert found["hard_loss"] == pytest.approx(float(terms.hard.sum() / (labels >= 0)[kept].sum()), rel=1e-4)
+    assert ("soft_loss" in found) == taught
+
+
+def test_a_word_is_answered_in_the_window_that_it_is_read_in(make_setup):
+    """Silent failure: the logits of a long text's words come from another window, or in another order."""
+    setup = make_setup("tokens", rows=12)
+    model, tokenizer = setup.encoder.model.eval(), setup.encoder.tokenizer
+    found = predict_logits(model, tokenizer, setup.train, batch_tokens=100)
+    np.testing.assert_allclose(found, predict_logits(model, tokenizer, setup.train), atol=1e-5)
+    assert len(found) == word_offsets(setup.train.dataset)[-1]
+    row = setup.train.dataset[int(np.argmax(setup.train.dataset["length"]))]
+    first = sum(map(len, setup.train.dataset["label"][: setup.train.dataset["id"].index(row["id"])]))
+    stops = np.cumsum(row["windows"])
+    for place, values in zip(row["places"], found[first:], strict=False):
+        window = np.searchsorted(stops, place, side="right")
+        start = stops[window] - row["windows"][window]
+        with torch.no_grad():
+            alone = model(torch.tensor([row["input_ids"][start : stops[window]]])).logits[0, place - start]
+        np.testing.assert_allclose(values, alone, atol=1e-4)
+
+
+def test_a_teacher_of_another_tokenizer_is_read_word_by_word(tiny_model_folder, make_examples, tasks, tmp_path):
+    """Silent failure: logits that are attached by token, so that a student learns of word 5 what was said of word 4."""
+    rows, task = make_examples("tokens", 20), tasks["tokens"]
+    text = rows[0]["text"] + " \u200b\x00"  # characters that a tokenizer drops
+    first = {"text": text, "starts": [*rows[0]["starts"], len(text) - 1], "ends": [*rows[0]["ends"], len(text)]}
+    first["label"] = [*rows[0]["label"], 0]
+    rows = rows.map(lambda row: row | first if row["id"] == rows[0]["id"] else row, new_fingerprint="dropped")
+    encoder = load_encoder(str(tiny_model_folder("roberta")), task, seed=0)
+    made = teacher_logits(encoder, [*range(7)], rows, task, tmp_path, max_length=24, rows_per_shard=7)
+    stored = read_stored_logits(tmp_path, task)
+    np.testing.assert_array_equal(stored.logits, made.logits)
+    np.testing.assert_array_equal(stored.offsets, word_offsets(rows))
+    assert stored.unseen == 1
+    assert np.isnan(stored.logits[stored.offsets[1] - 1]).all()
+    student = load_encoder(str(tiny_model_folder("bert")), task, seed=0).tokenizer
+    shuffled = stored.attach(rows.select(np.random.default_rng(0).permutation(20)))
+    for row in tokenise(shuffled, student, 16).dataset:
+        number = stored.ids.to_pylist().index(row["id"])
+        wanted = stored.logits[stored.offsets[number] : stored.offsets[number + 1]]
+        np.testing.assert_array_equal(np.reshape(row["teacher_logits"], (-1, 7)), wanted)
+        assert len(row["places"]) == len(wanted)
+
+
+def test_a_teacher_that_answers_for_other_words_is_refused(make_examples, tasks):
+    """Silent failure: a table made with another splitting of the words is attached all the same."""
+    rows, task = make_examples("tokens", 3), tasks["tokens"]
+    offsets = word_offsets(rows)
+    values = np.zeros((offsets[-1], 7), np.float32)
+    good = TeacherLogits(rows["id"][:], values, task.label_names, "made up", offsets=offsets)
+    assert len(good.attach(rows)) == 3
+    shifted = replace(good, offsets=offsets - np.array([0, 1, 0, 0]))
+    with pytest.raises(DataError, match=r"the example .0-0. has .* words, but logits of"):
+        shifted.attach(rows)
+    with pytest.raises(DataError, match="expected logits for each word, got some for each example"):
+        TeacherLogits(rows["id"][:], values[:3], task.label_names, "made up").attach(rows)
+
+
+@pytest.mark.parametrize("values", ["logits", "probabilities", "names"])
+def test_a_table_answers_for_each_word(make_examples, tasks, tmp_path, values):
+    """Silent failure: a user's table whose words are shifted, or whose unseen words teach as sure ones."""
+    rows, task, draw = make_examples("tokens", 4), tasks["tokens"], np.random.default_rng(0)
+    names = task.label_names
+    table, expected = {"id": rows["id"][:]} | {name: [] for name in names}, []
+    for starts in rows["starts"]:
+        numbers = draw.dirichlet(np.ones(7), len(starts))
+        numbers[0] = np.nan
+        expected.append(np.log(numbers) if values == "probabilities" else numbers)
+        for name, column in zip(names, numbers.T, strict=True):
+            table[name].append([None if np.isnan(value) else float(value) for value in column])
+    if values == "names":
+        tags = [np.maximum(0, row) for row in rows["label"]]
+        table = {"id": table["id"], "label": [[names[tag] for tag in row] for row in tags]}
+        expected = [np.log(np.eye(7)[row] * 0.9 + 0.1 / 7) for row in tags]
+    pq.write_table(pa.table(table), tmp_path / "table.parquet")
+    kind = "logits" if values == "logits" else "probabilities"
+    found = read_teacher_table(tmp_path / "table.parquet", task, values=kind)
+    np.testing.assert_allclose(found.logits, np.concatenate(expected), rtol=1e-5)
+    assert found.unseen == (0 if values == "names" else 4)
+    assert len(found.attach(rows.select([2, 0]))) == 2
+    short = {
+        name: [part[:-1] for part in column] if name in ("O", "label") else column for name, column in table.items()
+    }
+    pq.write_table(pa.table(short), tmp_path / "short.parquet")
+    with pytest.raises(DataError, match=r"the example '0-0' has \d+ (words, but logits of|values in column 'O', but)"):
+        read_teacher_table(tmp_path / "short.parquet", task, values=kind).attach(rows)

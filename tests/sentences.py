@@ -1,0 +1,43 @@
+"""Small data of words and tags that a tiny model can learn: what is said of a film, and by whom."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from tiny import BAD, GOOD
+
+NAMES = ("Paris", "Zürich")
+SHAPES = ("what a {} film", "the {} story was {}", "a {} plot in {}", "{} music and a {} ending", "the acting")
+
+
+def tagged_rows(count: int, seed: int = 0) -> list[dict[str, list[str]]]:
+    """Make sentences in which praise, blame (of one word or two) and places are entities."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words, tags = [], []
+        for part in draw.choice(SHAPES).split():
+            kind = draw.choice(("GOOD", "BAD", "PLACE")) if part == "{}" else "O"
+            chosen = {"GOOD": GOOD, "BAD": BAD, "PLACE": NAMES, "O": (part,)}[kind]
+            length = draw.choice((1, 2)) if kind == "BAD" else 1
+            words += [draw.choice(chosen) for _ in range(length)]
+            tags += ["O"] if kind == "O" else [f"B-{kind}", f"I-{kind}"][:length]
+        rows.append({"words": words, "tags": tags})
+    return rows
+
+
+def write_conll(path: Path, rows: list[dict[str, list[str]]]) -> Path:
+    """Write a word and its tag a line."""
+    path.write_text(
+        "\n".join("".join(f"{word}\t{tag}\n" for word, tag in zip(*row.values(), strict=True)) for row in rows),
+        encoding="utf-8",
+    )
+    return path
+
+
+def write_words(path: Path, rows: list[dict[str, list[str]]]) -> Path:
+    """Write words and tags as JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -18,14 +18,14 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("train", "ask", "ray", "search")
+EXTRAS = ("train", "ask", "ray", "search", "serve")
 RESOLUTION = {"lowest": "lowest-direct", "newest": "highest"}
 TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "sqlalchemy")
 SMOKE = (
     *("test_config.py", "test_cli.py", "test_public_api.py", "test_python_users.py", "data", "models/test_adapters.py"),
     *("distil/test_losses.py", "distil/test_resume.py", "deploy/test_classifier.py", "deploy/test_export.py"),
     *("deploy/test_predict_file.py", "experiment/test_kinds.py", "report/test_report.py", "suites/test_search.py"),
-    "ask/test_ask.py",
+    *("ask/test_ask.py", "deploy/test_serving.py"),
 )
 
 

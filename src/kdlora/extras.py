@@ -14,6 +14,7 @@ EXTRAS = {
         *("onnxscript", "sklearn", "scipy", "pandas", "pyarrow", "matplotlib", "jinja2", "markupsafe"),
     ),
     "parquet": ("pyarrow",),
+    "serve": ("fastapi", "httptools", "prometheus_client", "uvicorn"),
     "ask": ("openai",),
     "ray": ("ray",),
     "search": ("optuna", "sqlalchemy"),

@@ -1,0 +1,55 @@
+"""The verb that serves models over HTTP."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from kdlora.cli.app import Json, print_json, verb
+
+if TYPE_CHECKING:
+    from kdlora.deploy.predict import Classifier
+
+
+@dataclass(frozen=True)
+class Serve:
+    """What `kdlora serve` is told; the fields after `threads` but the last are those of `Limits`."""
+
+    models: Annotated[list[str], Argument(help="Model folders, experiments or Hub ids. NAME=FOLDER names one.")]
+    host: Annotated[str, Option(help="Address to listen at. 0.0.0.0: all of this machine's.")] = "127.0.0.1"
+    port: Annotated[int, Option(help="Port. 0: any free one.", min=0, max=65535)] = 8000
+    threads: Annotated[int | None, Option(help="CPU threads of each model. Default: one per core.")] = None
+    waiting: Annotated[int, Option(help="Texts that may wait for a model. Beyond, the answer is 503.")] = 1024
+    texts: Annotated[int, Option(help="Largest number of texts in one request.")] = 256
+    characters: Annotated[int, Option(help="Largest number of characters in one text.")] = 20_000
+    body_bytes: Annotated[int, Option(help="Largest request, in bytes.")] = 1_000_000
+    as_json: Json = False
+
+
+@verb(Serve)
+def serve(options: Serve) -> None:
+    """Serve models over HTTP: /predict, /health and /metrics. SIGTERM ends it when what has begun is answered.
+
+    Example: kdlora serve runs/reviews --port 8000
+
+    Example: kdlora serve film=runs/reviews topic=runs/topics --host 0.0.0.0
+    """
+    from kdlora.deploy.serving import Limits, describe
+    from kdlora.deploy.serving import serve as serve_models
+
+    def ready(address: str, classifiers: Mapping[str, Classifier]) -> None:
+        if options.as_json:
+            print_json({"address": address, "models": {name: describe(one) for name, one in classifiers.items()}})
+        else:
+            print("\n".join(f"{name}: {classifier!r}" for name, classifier in classifiers.items()))
+            print(f"listening at {address}")
+        sys.stdout.flush()
+
+    limits = Limits(**{name: getattr(options, name) for name in Limits.__dataclass_fields__})
+    serve_models(
+        options.models, host=options.host, port=options.port, threads=options.threads, limits=limits, ready=ready
+    )

@@ -1,0 +1,263 @@
+"""Serve classifiers over HTTP: `/predict`, `/health`, `/metrics`; texts that wait together are computed together.
+
+Everything but the network runs in one event loop, so the queue of a model needs no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import generate_latest as write_metrics
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from starlette.requests import ClientDisconnect
+
+from kdlora.deploy.hub import locate_model
+from kdlora.deploy.predict import Classifier, Prediction, Text, check_text
+from kdlora.errors import ConfigError, DataError, KdLoraError
+from kdlora.evidence.records import ExperimentLayout
+
+logger = logging.getLogger(__name__)
+
+_TOGETHER = 64
+"""Most texts of several requests that are computed at once; they are batched by length."""
+_SECONDS_TO_END = 30
+"""How long requests that have begun may take after the server was asked to end."""
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a server takes."""
+
+    waiting: int = 1024  # texts that wait for one model; beyond, a request is sent away with 503
+    texts: int = 256  # of one request
+    characters: int = 20_000  # of one text
+    body_bytes: int = 1_000_000  # of one request
+
+    def __post_init__(self) -> None:
+        if min(self.waiting, self.texts, self.characters, self.body_bytes) < 1:
+            raise ConfigError("serve: every limit must be at least 1")
+        if self.texts > self.waiting:
+            raise ConfigError(f"serve: {self.texts} texts in one request could never wait among {self.waiting}")
+
+
+class _Meters:
+    """What `/metrics` says."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        kept: dict[str, Any] = {"namespace": "kdlora", "registry": self.registry}
+        self.requests = Counter("requests", "Requests to /predict by status.", ["status"], **kept)
+        self.seconds = Histogram("request_seconds", "Seconds from a request's head to its answer.", **kept)
+        self.texts = Counter("texts", "Texts that were answered.", ["model"], **kept)
+        self.batches = Histogram("batch_texts", "Texts computed at once.", ["model"], buckets=_BATCHES, **kept)
+        self.waiting = Gauge("waiting_texts", "Texts that wait for the model.", ["model"], **kept)
+
+
+@dataclass
+class _Queue:
+    """The requests that wait for one model; a task empties it as long as there are any."""
+
+    classifier: Classifier
+    name: str
+    most: int
+    meters: _Meters
+    waiting: int = 0
+    asked: deque[tuple[list[Text], asyncio.Future[list[Prediction]]]] = field(default_factory=deque)
+    task: asyncio.Task[None] | None = None
+
+    async def ask(self, texts: list[Text]) -> list[Prediction]:
+        """Wait for the predictions of one request; a full queue takes none."""
+        if self.waiting + len(texts) > self.most:
+            detail = f"{self.waiting} texts wait for {self.name} already; ask again later"
+            raise HTTPException(503, detail, {"Retry-After": "1"})
+        future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
+        self.asked.append((texts, future))
+        self.waiting += len(texts)
+        if self.task is None:
+            self.task = asyncio.create_task(self._empty())
+        return await future
+
+    async def _empty(self) -> None:
+        while self.asked:
+            batch = [self.asked.popleft()]
+            count = len(batch[0][0])
+            while self.asked and count + len(self.asked[0][0]) <= _TOGETHER:
+                batch.append(self.asked.popleft())
+                count += len(batch[-1][0])
+            self.waiting -= count
+            self.meters.batches.labels(self.name).observe(count)
+            await self._answer(batch)
+        self.task = None
+
+    async def _answer(self, batch: list[tuple[list[Text], asyncio.Future[list[Prediction]]]]) -> None:
+        """Answer requests together, or one by one where they fail together: one bad text fails its own request."""
+        texts = [text for some, _ in batch for text in some]
+        try:
+            predictions = iter(await asyncio.to_thread(self.classifier.predict, texts))
+        except Exception as error:
+            if len(batch) > 1:
+                for one in batch:
+                    await self._answer([one])
+            elif not batch[0][1].done():
+                batch[0][1].set_exception(error)
+            return
+        self.meters.texts.labels(self.name).inc(len(texts))
+        for some, future in batch:
+            answer = list(islice(predictions, len(some)))
+            if not future.done():  # as where the server ends
+                future.set_result(answer)
+
+
+def _question_type(limits: Limits) -> type[BaseModel]:
+    """Describe what `/predict` takes."""
+    one = Annotated[str, Field(max_length=limits.characters)]
+    text = one | tuple[one, one]
+    many = Annotated[list[text], Field(min_length=1, max_length=limits.texts)]  # type: ignore[valid-type]
+    strict = ConfigDict(extra="forbid", strict=True)
+    fields: dict[str, Any] = {"text": (text | None, None), "texts": (many | None, None), "model": (str | None, None)}
+    return create_model("Question", __config__=strict, **fields)
+
+
+def make_app(classifiers: Mapping[str, Classifier], limits: Limits | None = None) -> FastAPI:
+    """Build the application; the first model answers requests that name none."""
+    limits, meters = limits or Limits(), _Meters()
+    queues = {name: _Queue(one, name, limits.waiting, meters) for name, one in classifiers.items()}
+    for name, queue in queues.items():
+        meters.waiting.labels(name).set_function(lambda queue=queue: queue.waiting)
+    question = _question_type(limits)
+    app = FastAPI(title="kdlora", docs_url=None, redoc_url=None)  # those two would fetch scripts from elsewhere
+    content = {"application/json": {"schema": question.model_json_schema()}}
+
+    @app.post("/predict", openapi_extra={"requestBody": {"required": True, "content": content}})
+    async def predict(request: Request) -> Response:
+        """Classify a text, a pair, or a list of them."""
+        start, status = time.perf_counter(), 500
+        try:
+            asked = _parse(await _read_body(request, limits.body_bytes), question)
+            answer = await _predict(asked, queues)
+            status = 200
+            return _json(answer)
+        except HTTPException as refused:
+            status = refused.status_code
+            raise
+        finally:
+            meters.requests.labels(str(status)).inc()
+            meters.seconds.observe(time.perf_counter() - start)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Say that the server answers, and what it serves."""
+        return _json({"status": "ok", "models": {name: describe(one) for name, one in classifiers.items()}})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Give the figures in Prometheus' text format."""
+        return Response(write_metrics(meters.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def describe(classifier: Classifier) -> dict[str, Any]:
+    """Say what a served model is."""
+    names = ("kind", "label_names", "backend", "precision", "max_length")
+    return {name: getattr(classifier.folder, name) for name in names}
+
+
+async def _read_body(request: Request, most: int) -> bytes:
+    """Read a request, and no more of it than is allowed."""
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise HTTPException(413, f"the body has more than {most:,} bytes; send the texts in several requests")
+    except ClientDisconnect:
+        raise HTTPException(400, "the request ended before its body did") from None
+    return bytes(body)
+
+
+def _parse(body: bytes, form: type[BaseModel]) -> Any:
+    """Check a request; a fault is told by its place, without a word of the text."""
+    try:
+        asked: Any = form.model_validate_json(body)
+        if (asked.text is None) == (asked.texts is None):
+            raise DataError("expected either text (a text, or a pair as a list of two) or texts (a list of them)")
+        for place, text in enumerate(asked.texts if asked.text is None else [asked.text]):
+            check_text(text, "text" if asked.texts is None else f"texts, number {place}")
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise HTTPException(422, f"{place}: {first['msg']}" if place else first["msg"]) from None
+    except DataError as error:
+        raise HTTPException(422, str(error)) from None
+    return asked
+
+
+async def _predict(asked: Any, queues: Mapping[str, _Queue]) -> dict[str, Any]:
+    """Have the named model answer."""
+    name = next(iter(queues)) if asked.model is None else asked.model
+    if name not in queues:
+        raise HTTPException(404, f"no model {name!r:.80}; there are {', '.join(queues)}")
+    try:
+        found = await queues[name].ask([asked.text] if asked.texts is None else asked.texts)
+    except KdLoraError as error:
+        logger.error("%s: %s", name, error)
+        raise HTTPException(500, str(error)) from None
+    answers = [{"label": one.label, "probabilities": one.probabilities, "deferred": one.deferred} for one in found]
+    return {"model": name} | (answers[0] if asked.texts is None else {"predictions": answers})
+
+
+def _json(value: Any) -> Response:
+    return Response(json.dumps(value), media_type="application/json")
+
+
+def name_models(models: Sequence[str]) -> dict[str, Path]:
+    """Give the folder of each model by its name: what stands before `=`, else the last part of its path."""
+    found: dict[str, Path] = {}
+    for model in models:
+        name, given, place = model.partition("=")
+        if not given or Path(model).exists():
+            name, place = Path(model.partition("@")[0]).name, model
+        if not name or name in found:
+            raise ConfigError(f"serve: two models are named {name!r}; give each its own: NAME=FOLDER")
+        layout = ExperimentLayout(path := locate_model(place))
+        found[name] = layout.onnx if (layout.onnx / "config.json").is_file() else path
+    return found
+
+
+def serve(
+    models: Sequence[str],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    threads: int | None = None,
+    limits: Limits | None = None,
+    ready: Callable[[str, Mapping[str, Classifier]], None] = lambda address, classifiers: None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests that have begun are answered first."""
+    classifiers = {name: Classifier.load(path, threads=threads) for name, path in name_models(models).items()}
+    app, seconds = make_app(classifiers, limits), _SECONDS_TO_END
+    settings = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=seconds)
+    server = uvicorn.Server(settings)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=2048) as listener:
+        shown = f"[{host}]" if family == socket.AF_INET6 else host
+        ready(f"http://{shown}:{listener.getsockname()[1]}", classifiers)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on when all is answered
+            server.run(sockets=[listener])

@@ -1,0 +1,229 @@
+"""The HTTP server: answers, refusals, a full queue, and its end."""
+
+import contextlib
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import uvicorn
+from packaging.requirements import Requirement
+
+from deploy_folders import TEXTS
+from kdlora.deploy.predict import Classifier, Prediction
+from kdlora.deploy.serving import Limits, make_app, name_models
+from kdlora.errors import ConfigError, ModelError
+
+LIMITS = {"waiting": 64, "texts": 64, "characters": 2000, "body-bytes": 20_000}
+
+
+def call(port, body=None, path="/predict"):
+    """Send a request on a connection of its own; give status and answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("GET" if body is None else "POST", path, content)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        return answer.status, text if path == "/metrics" else json.loads(text)
+
+
+@contextlib.contextmanager
+def process(*models):
+    """Run `kdlora serve` in a process of its own; give it and its port."""
+    command = [sys.executable, "-m", "kdlora", "serve", *map(str, models), "--port", "0", "--threads", "1", "--json"]
+    command += [part for name, most in LIMITS.items() for part in (f"--{name}", str(most))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            said = "".join(iter(server.stdout.readline, "}\n"))
+            yield server, int(json.loads(said + "}")["address"].rpartition(":")[2])
+        finally:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def port(exported):
+    """A server of two files of one export."""
+    with process(f"fp32={exported() / 'model.onnx'}", exported()) as (_, found):
+        yield found
+
+
+def test_the_answers_are_those_of_the_classifier(port, exported):
+    """Answers that are another text's, since requests are computed together; a model that is served for another."""
+    model = Classifier.load(exported(), precision="fp32")
+    expected = dict(zip(TEXTS, model.predict(TEXTS), strict=True))
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda text: call(port, {"text": text, "model": "fp32"}), expected))
+    for (status, answer), (text, one) in zip(found, expected.items(), strict=True):
+        assert (status, answer["model"], answer["label"]) == (200, "fp32", one.label), text
+        assert answer["probabilities"] == pytest.approx(one.probabilities, abs=1e-4)
+    status, many = call(port, {"texts": [*TEXTS[:3], ["a pair", TEXTS[3]]]})
+    assert (status, many["model"], len(many["predictions"])) == (200, "fp32", 4), "the first model is the default"
+    assert [one["label"] for one in many["predictions"][:3]] == [expected[text].label for text in TEXTS[:3]]
+    pair = model.predict([("a pair", TEXTS[3])])[0]
+    assert many["predictions"][3]["probabilities"] == pytest.approx(pair.probabilities, abs=1e-4)
+    assert call(port, {"text": TEXTS[0], "model": exported().name})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"", 422, "JSON"),
+        (b"{", 422, "JSON"),
+        (b"\xff\x00", 422, "JSON"),
+        (b"[" * 10_000, 422, "JSON"),
+        (b'{"text": "\\ud800"}', 422, "JSON"),
+        (b'{"text": NaN}', 422, "text"),
+        (b'{"text": ' + b"9" * 9000 + b"}", 422, "text"),
+        ([], 422, "object"),
+        ({}, 422, "either text"),
+        ({"text": "a", "texts": ["a"]}, 422, "either text"),
+        ({"text": " "}, 422, "empty"),
+        ({"texts": ["a", ""]}, 422, "number 1"),
+        ({"texts": []}, 422, "texts"),
+        ({"texts": ["a"] * 65}, 422, "64"),
+        ({"text": ["a", "b", "c"]}, 422, "text"),
+        ({"text": "a" * 2001}, 422, "2000"),
+        ({"text": "a", "label": "b"}, 422, "label"),
+        ({"text": "a", "model": "unknown"}, 404, "fp32"),
+        (b" " * 20_001, 413, "20,000"),
+    ],
+)
+def test_a_bad_request_is_refused_with_the_place(port, body, status, said):
+    """A 500, which a balancer takes for a broken server, or the label of an empty text."""
+    found, answer = call(port, body)
+    assert (found, said in answer["detail"]) == (status, True), answer
+    assert call(port, {"text": "a"})[0] == 200
+
+
+def test_health_and_metrics_tell_what_is_served(port, exported):
+    """A balancer that finds nothing to ask, and figures that count something else."""
+    status, health = call(port, path="/health")
+    assert (status, health["status"], set(health["models"])) == (200, "ok", {"fp32", exported().name})
+
+    def count(name):
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", call(port, path="/metrics")[1], re.MULTILINE)[1])
+
+    call(port, {"text": "a", "model": "fp32"})  # so that every figure is there
+    call(port, b"{")
+    names = ('kdlora_texts_total{model="fp32"}', 'kdlora_requests_total{status="422"}', "kdlora_request_seconds_count")
+    before = [count(name) for name in names]
+    call(port, {"texts": ["a", "b"], "model": "fp32"})
+    call(port, b"{")
+    assert [count(name) - start for name, start in zip(names, before, strict=True)] == [2, 1, 2]
+    assert count('kdlora_waiting_texts{model="fp32"}') == 0
+
+
+@contextlib.contextmanager
+def in_thread(app):
+    """Run an application in a thread; give its port."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class Slow:
+    """A classifier that answers when it may, and notes what it was asked at once."""
+
+    def __init__(self):
+        self.go, self.calls = threading.Event(), []
+        self.folder = SimpleNamespace()
+
+    def predict(self, texts):
+        self.calls.append(list(texts))
+        assert self.go.wait(30)
+        if "bad" in texts:
+            raise ModelError("the output is not a number")
+        return [Prediction(text, {}) for text in texts]
+
+
+def test_texts_that_wait_are_computed_together_and_a_full_queue_sends_away():
+    """A queue without end, where every client waits for ever; one text a pass; a bad text that fails its neighbours."""
+    model = Slow()
+    with in_thread(make_app({"slow": model}, Limits(waiting=6, texts=6))) as port, ThreadPoolExecutor(8) as pool:
+        first = pool.submit(call, port, {"text": "first"})
+        wait_until(lambda: model.calls)
+        texts = ["a", "b", "bad", "c"]
+        others = [pool.submit(call, port, {"text": text}) for text in texts]
+        wait_until(lambda: 'waiting_texts{model="slow"} 4.0' in call(port, path="/metrics")[1])
+        full, answer = call(port, {"texts": ["d", "e", "f"]})
+        assert (full, "4 texts wait" in answer["detail"]) == (503, True)
+        model.go.set()
+        assert first.result()[1]["label"] == "first"
+        found = [one.result() for one in others]
+        assert [(status, answer.get("label")) for status, answer in found] == [
+            (200, "a"),
+            (200, "b"),
+            (500, None),
+            (200, "c"),
+        ]
+        assert call(port, {"texts": ["d", "e", "f"]})[0] == 200
+    assert sorted(model.calls[1]) == sorted(texts)
+
+
+def wait_until(condition):
+    """Wait for what must come soon."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_sigterm_ends_it_when_what_has_begun_is_answered(exported):
+    """Requests that are cut off at every deployment of a new version, or a process that has to be killed."""
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 13\r\n\r\n"
+    with process(exported()) as (server, port), socket.create_connection(("127.0.0.1", port), 30) as line:
+        line.sendall(head)
+        assert line.recv(1000).startswith(b"HTTP/1.1 100"), "the server waits for the body"
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: not listens(port))
+        line.sendall(b'{"text": "a"}')
+        assert line.recv(10_000).startswith(b"HTTP/1.1 200")
+        assert (server.wait(30), server.stderr.read()) == (0, "")
+
+
+def listens(port):
+    """Say whether new requests are taken."""
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 30):
+        return True
+    return False
+
+
+def test_what_cannot_be_served_is_refused_before_it_listens(exported):
+    """A server that is up and answers for one of two models of one name, or refuses every request of its own limit."""
+    with pytest.raises(ConfigError, match=r"two models are named 'onnx'.*NAME=FOLDER"):
+        name_models([str(exported()), f"onnx={exported()}"])
+    with pytest.raises(ConfigError, match="could never wait"):
+        Limits(waiting=2, texts=3)
+
+
+def test_the_image_holds_no_torch():
+    """A dependency of the server that pulls in gigabytes, which is seen only when an image is built."""
+    root = Path(__file__).parents[2]
+    assert '"/source[serve]"' in (root / "Dockerfile").read_text(encoding="utf-8")
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    todo, seen = [*project["dependencies"], *project["optional-dependencies"]["serve"]], set()
+    while todo:
+        need = Requirement(todo.pop())
+        if need.name not in seen and (need.marker is None or need.marker.evaluate({"extra": ""})):
+            seen.add(need.name)
+            todo += metadata.requires(need.name) or []
+    assert {"uvicorn", "starlette", "onnxruntime"} <= seen
+    assert not seen & {"torch", "transformers", "datasets", "pandas", "scipy"}

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,7 +129,7 @@ def _question_type(limits: Limits) -> type[BaseModel]:
     """Describe what `/predict` takes."""
     one = Annotated[str, Field(max_length=limits.characters)]
     text = one | tuple[one, one]
-    many = Annotated[list[text], Field(min_length=1, max_length=limits.texts)]  # type: ignore[valid-type]
+    many = Annotated[list[text], Field(min_length=1, max_length=limits.texts)]
     strict = ConfigDict(extra="forbid", strict=True)
     fields: dict[str, Any] = {"text": (text | None, None), "texts": (many | None, None), "model": (str | None, None)}
     return create_model("Question", __config__=strict, **fields)
@@ -139,7 +140,7 @@ def make_app(classifiers: Mapping[str, Classifier], limits: Limits | None = None
     limits, meters = limits or Limits(), _Meters()
     queues = {name: _Queue(one, name, limits.waiting, meters) for name, one in classifiers.items()}
     for name, queue in queues.items():
-        meters.waiting.labels(name).set_function(lambda queue=queue: queue.waiting)
+        meters.waiting.labels(name).set_function(partial(getattr, queue, "waiting"))
     question = _question_type(limits)
     app = FastAPI(title="kdlora", docs_url=None, redoc_url=None)  # those two would fetch scripts from elsewhere
     content = {"application/json": {"schema": question.model_json_schema()}}
@@ -198,8 +199,8 @@ def _parse(body: bytes, form: type[BaseModel]) -> Any:
         asked: Any = form.model_validate_json(body)
         if (asked.text is None) == (asked.texts is None):
             raise DataError("expected either text (a text, or a pair as a list of two) or texts (a list of them)")
-        for place, text in enumerate(asked.texts if asked.text is None else [asked.text]):
-            check_text(text, "text" if asked.texts is None else f"texts, number {place}")
+        for number, text in enumerate(asked.texts if asked.text is None else [asked.text]):
+            check_text(text, "text" if asked.texts is None else f"texts, number {number}")
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))

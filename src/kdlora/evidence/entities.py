@@ -61,12 +61,11 @@ def weighted_entities(name: str, counts: Integers, types: Sequence[str]) -> Weig
     """Prepare a metric of spans: of all entities, the mean over the types that occur in a draw, or of one type."""
     base, _, of = name.partition(":")
     place = {"precision": 0, "recall": 1, "f1": 2}[base.removeprefix("macro_").removeprefix("entity_")]
-    columns = counts.astype(np.float64)
     if of:
-        columns = columns[:, [list(types).index(of)]]
+        counts = counts[:, [types.index(of)]]
     elif not base.startswith("macro_"):
-        columns = columns.sum(axis=1, keepdims=True)
-    rows, width, _ = columns.shape
+        counts = counts.sum(axis=1, keepdims=True)
+    columns, (rows, width, _) = counts.astype(np.float64), counts.shape
 
     def measure(draws: np.ndarray) -> np.ndarray:
         sums = (draws @ columns.reshape(rows, -1)).reshape(-1, width, 3)

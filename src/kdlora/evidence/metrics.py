@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdlora.data.tags import decode, tag_types
+from kdlora.data.tags import decode
 from kdlora.errors import ArtifactError
 from kdlora.evidence.entities import counts_from_logits, weighted_entities
 from kdlora.evidence.ranking import Weighted, curve_of, mean_precision, ratio, recall_at
@@ -73,7 +73,8 @@ def metric_names(task: Task) -> tuple[str, ...]:
     elif task.kind == "multi-label":
         always = ("micro_f1", "macro_f1", "subset_accuracy")
     elif task.kind == "tokens":
-        always = ("entity_f1", "entity_precision", "entity_recall", "macro_entity_f1")
+        of_types = (f"{what}:{kind}" for kind in task.label_types for what in ("precision", "recall", "f1"))
+        always = ("entity_f1", "entity_precision", "entity_recall", "macro_entity_f1", *of_types)
     else:
         always = ("accuracy", "f1" if len(task.label_names) == 2 else "macro_f1")
     return tuple(dict.fromkeys((*task.metrics, *always)))
@@ -162,7 +163,7 @@ def _plain_pearson(targets: np.ndarray, decided: np.ndarray) -> float:
 def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndarray) -> Weighted:
     """Prepare one metric of one model, in closed form from counts."""
     if task.kind == "tokens":
-        return weighted_entities(name, outputs, tag_types(task.label_names))
+        return weighted_entities(name, outputs, task.label_types)
     decided, classes = predict_labels(task, outputs), len(task.label_names)
     base, _, label = name.partition(":")
     if label and base != "cost":
@@ -353,7 +354,7 @@ def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np
         # Two forms of one function, each where its exponential cannot overflow.
         small = np.exp(-np.abs(scaled))
         return np.asarray(np.where(scaled >= 0, 1 / (1 + small), small / (1 + small)))
-    if kind != "single-label":
+    if kind not in ("single-label", "tokens"):
         raise ValueError(f"a {kind} task has no probabilities")
     powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))

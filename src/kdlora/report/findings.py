@@ -94,7 +94,8 @@ def pair_runs(
     if labels is None:
         return Comparison(first[0], second[0], None, plain, "not paired: the examples have no labels")
     logits, cut = [one.logits for one in aligned], len(kept[0])
-    difference = contrast([PairedArms(task, labels, logits[:cut], logits[cut:], aligned[0].groups)], draws=draws)
+    arms = PairedArms(task, labels, logits[:cut], logits[cut:], aligned[0].groups, offsets=aligned[0].offsets)
+    difference = contrast([arms], draws=draws)
     return Comparison(first[0], second[0], difference, difference.difference)
 
 

@@ -10,12 +10,14 @@ import numpy as np
 from scipy.special import rel_entr
 
 from kdlora.data.tasks import Task
+from kdlora.evidence.entities import counts_from_logits, entity_rates
 from kdlora.evidence.metrics import Reliability, predict_labels, probabilities, reliability
 from kdlora.evidence.stats import mean_sd
 from kdlora.report.collect import Experiment
 from kdlora.report.findings import CONTROLS, align
 from kdlora.report.page import Block, Figure, Paragraph, Quotation, Quotations, Table
 from kdlora.report.plots import PALETTE, Frame, Style, arm_style, draw, named, padded, scatter, shorten
+from kdlora.report.spans import outcome_table, outcomes, span_quotations
 from kdlora.report.wording import arm_title, plus_minus, signed
 
 _MOST_CLASSES, _MOST_PAIRS, _MOST_POINTS = 10, 12, 1200
@@ -32,6 +34,7 @@ class Outputs:
     style: Style
     logits: tuple[np.ndarray, ...]
     labels: np.ndarray
+    offsets: np.ndarray | None = None  # where each row's words begin, in a task of tokens
 
     @property
     def told(self) -> str:
@@ -54,25 +57,35 @@ def error_blocks(experiment: Experiment, mark: str) -> list[Block]:
     classes = _class_table([one for one in (teacher, student, control) if one is not None])
     if task.kind == "multi-label":
         return [classes, calibration]
+    if task.kind == "tokens" and student.offsets is not None:
+        found = [outcomes(task, tags, student.labels, student.offsets) for tags in _decisions(student)]
+        confusions = np.mean([taken for _, taken, _ in found], axis=0)
+        table = outcome_table(task, student.name, found)
+        return [classes, table, _confusion_table(student, confusions, task.label_types), calibration]
     if task.num_labels > _MOST_CLASSES:
-        return [classes, _confusion_table(student), calibration]
+        return [classes, _confusion_table(student, _confusion_counts(student), task.label_names), calibration]
     return [classes, _confusion_plot(student, f"{mark}-confusion"), calibration]
 
 
 def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
     aligned = align(experiment.predictions(arm))
-    if aligned is None or aligned[0].labels is None or not all(np.isfinite(one.logits).all() for one in aligned):
+    if aligned is None or aligned[0].labels is None:
         return None
-    logits = tuple(one.logits for one in aligned)
-    return Outputs(experiment.task, arm_title(arm), arm_style(arm), logits, aligned[0].labels)
+    logits = tuple(one.logits for one in aligned)  # those of a word that a model did not see are no numbers
+    if experiment.task.kind != "tokens" and not all(np.isfinite(one).all() for one in logits):
+        return None
+    return Outputs(experiment.task, arm_title(arm), arm_style(arm), logits, aligned[0].labels, aligned[0].offsets)
+
+
+def _decisions(outputs: Outputs) -> list[np.ndarray]:
+    return [predict_labels(outputs.task, one, outputs.offsets) for one in outputs.logits]
 
 
 def _confusion_counts(outputs: Outputs) -> np.ndarray:
     from sklearn.metrics import confusion_matrix  # half a second, which no training waits for
 
     names = range(outputs.task.num_labels)
-    decided = [predict_labels(outputs.task, one) for one in outputs.logits]
-    return np.mean([confusion_matrix(outputs.labels, one, labels=names) for one in decided], axis=0)
+    return np.mean([confusion_matrix(outputs.labels, one, labels=names) for one in _decisions(outputs)], axis=0)
 
 
 def _confusion_plot(outputs: Outputs, identity: str) -> Figure:
@@ -102,9 +115,8 @@ def _confusion_plot(outputs: Outputs, identity: str) -> Figure:
     return draw(paint, f"Confusion matrix of {outputs.name}", description, identity, caption=caption, frame=frame)
 
 
-def _confusion_table(outputs: Outputs) -> Table:
+def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str]) -> Table:
     """List the most frequent confusions, for tasks with more labels than a matrix can show."""
-    counts, names = _confusion_counts(outputs), outputs.task.label_names
     totals = counts.sum(axis=1)
     np.fill_diagonal(counts, 0)
     order = np.argsort(-counts, axis=None, kind="stable")[:_MOST_PAIRS]
@@ -114,14 +126,20 @@ def _confusion_table(outputs: Outputs) -> Table:
         if (wrong := counts[label, decision]) > 0
     )
     columns = ("label", "taken for", "rows", "of the label's rows")
+    if outputs.offsets is not None:
+        columns = ("type", "taken for", "entities", "of those that were found")
     caption = f"Most frequent confusions of {outputs.name}"
     return Table(caption, columns, rows, text_columns=2, note=outputs.told, side=True)
 
 
 def _class_table(arms: Sequence[Outputs]) -> Table:
     """List precision, recall and F1 of every label, and its rows: of the teacher, of what ships, and of its control."""
-    names, labels = arms[0].task.label_names, arms[0].labels
-    support = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(names))
+    names, labels, what = arms[0].task.label_names, arms[0].labels, ("label", "rows")
+    if arms[0].task.kind == "tokens":
+        names, what = arms[0].task.label_types, ("type", "entities")
+        support = _entities(arms[0])[0][:, 2]
+    else:
+        support = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(names))
     figures = {arm.name: _per_label(arm) for arm in arms}
     rows = tuple(
         (
@@ -133,21 +151,29 @@ def _class_table(arms: Sequence[Outputs]) -> Table:
         for place, name in enumerate(names)
         for arm, own in figures.items()
     )
-    told = "Per cent, mean ± standard deviation over seeds; rows are those that have the label."
-    columns = ("label", "model", "rows", *next(iter(figures.values())))
-    return Table("Every label", columns, rows, text_columns=2, note=told, compact=True)
+    told = f"Per cent, mean ± standard deviation over seeds; {what[1]} are those that have the {what[0]}."
+    columns = (what[0], "model", what[1], *next(iter(figures.values())))
+    return Table(f"Every {what[0]}", columns, rows, text_columns=2, note=told, compact=True)
 
 
 def _per_label(outputs: Outputs) -> dict[str, list[np.ndarray]]:
     """Give precision, recall and F1 of each label, one array a seed; 0 where there is nothing to divide by."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    every, decided = range(outputs.task.num_labels), [predict_labels(outputs.task, one) for one in outputs.logits]
-    how: dict[str, Any] = {"labels": every, "average": None, "zero_division": 0}
-    seeds = [precision_recall_fscore_support(outputs.labels, one, **how)[:3] for one in decided]
+    how: dict[str, Any] = {"labels": range(outputs.task.num_labels), "average": None, "zero_division": 0}
+    if outputs.task.kind == "tokens":
+        seeds = [entity_rates(counts) for counts in _entities(outputs)]
+    else:
+        seeds = [precision_recall_fscore_support(outputs.labels, one, **how)[:3] for one in _decisions(outputs)]
     return {
         what: list(values) for what, values in zip(("precision", "recall", "F1"), zip(*seeds, strict=True), strict=True)
     }
+
+
+def _entities(outputs: Outputs) -> list[np.ndarray]:
+    """Count each seed's entities by type: right, predicted and wanted."""
+    names, labels, offsets = outputs.task.label_names, outputs.labels, outputs.offsets
+    return [counts_from_logits(names, one, labels, offsets).sum(axis=0) for one in outputs.logits]
 
 
 def _residual_plots(outputs: Outputs, mark: str) -> list[Block]:
@@ -215,6 +241,9 @@ def _calibration_plot(arms: Sequence[Outputs], identity: str) -> Figure:
 
 
 def _reliability(task: Task, logits: np.ndarray, labels: np.ndarray) -> Reliability:
+    if task.kind == "tokens":  # words that have a label, and that the model saw
+        kept = (labels >= 0) & np.isfinite(logits).all(axis=1)
+        logits, labels = logits[kept], labels[kept]
     return reliability(probabilities(logits, task.kind), labels, task.kind)
 
 
@@ -227,6 +256,7 @@ def example_blocks(experiment: Experiment) -> list[Block]:
         text = "There are no examples to show: the texts, or the predictions of teacher or student, were not kept."
         return [Paragraph(text, "note")]
     measure = {
+        "tokens": "the number of words on which they differ",
         "single-label": "the Jensen-Shannon divergence of their probabilities",
         "multi-label": "the largest difference in the probability of a label",
         "regression": "the difference of their predictions",
@@ -242,6 +272,8 @@ def _disagreements(experiment: Experiment, arm: str) -> list[Quotation]:
     if aligned is None:
         return []
     task, rows = experiment.task, aligned[0]
+    if task.kind == "tokens":
+        return span_quotations(task, aligned, experiment.examples, _MOST_QUOTATIONS)
     logits = [one.logits for one in aligned]
     teacher, *softened = logits if task.kind == "regression" else [probabilities(one, task.kind) for one in logits]
     student = np.mean(softened, axis=0)

@@ -130,12 +130,21 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class Marked:
+    """A text in pieces, each with the type that one side ("label", "teacher" or "student") gives it, or none."""
+
+    side: str
+    parts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Quotation:
-    """One example on which teacher and student disagree."""
+    """One example on which teacher and student disagree; where it is `marked`, a page shows this instead."""
 
     text: str
     text_pair: str | None
     facts: Mapping[str, str]
+    marked: tuple[Marked, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -247,8 +247,10 @@ def _constant_seeds(experiment: Experiment) -> list[str]:
         return []
     seeds = []
     for run in experiment.finished(experiment.student_arm):
-        logits = () if run.predictions is None else run.predictions.only(experiment.split).logits
-        if len(logits) > 1 and np.ptp(predict_labels(experiment.task, np.asarray(logits))) == 0:
+        if run.predictions is None:
+            continue
+        found = run.predictions.only(experiment.split)
+        if len(found.logits) > 1 and np.ptp(predict_labels(experiment.task, found.logits, found.offsets)) == 0:
             seeds.append(str(run.record.seed))
     return seeds
 

@@ -156,7 +156,7 @@ def score_table(experiment: Experiment, links: Links) -> Table:
     arms = [*ARMS, *(arm for arm in experiment.arms if arm not in ARMS)]
     score, task = experiment.task.metrics, experiment.task.name
     found = dict.fromkeys(name for run in experiment.runs for name in run.metrics(experiment.split))
-    others = [name for name in found if name not in score]  # beside the score's own, groups included
+    others = [name for name in found if name not in score and ":" not in name]  # beside the score's own, with groups
     rows: list[Row] = [(strong("score, here"), *(_score_cell(experiment, arm, links) for arm in arms))]
     rows += [_metric_row(experiment, arms, name, links) for name in (*(score if len(score) > 1 else ()), *others)]
     published = [

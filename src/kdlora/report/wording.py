@@ -42,6 +42,10 @@ _METRIC_TITLES = {
     "balanced_accuracy": "balanced accuracy",
     "average_precision": "average precision",
     "r2": "R²",
+    "entity_f1": "entity F1",
+    "entity_precision": "entity precision",
+    "entity_recall": "entity recall",
+    "macro_entity_f1": "macro entity F1",
 }
 
 

@@ -169,3 +169,12 @@ def test_two_columns_of_text_are_no_tokens(read):
     """Half of the input would be left out."""
     with pytest.raises(DataError, match=r"task\.text names 2 columns"):
         read("a.jsonl", lines({"a": ["x"], "b": ["y"], "tags": ["O"]}), text=["a", "b"])
+
+
+def test_a_sentence_is_named_by_its_line(tmp_path):
+    """The number of a sentence helps nobody to find it in a file of lines; a column may be called `lines`."""
+    (tmp_path / "a.conll").write_text("-DOCSTART- O\n\na O\n\n\nb O\nc O\n", encoding="utf-8")
+    source = open_file(tmp_path / "a.conll", "data.train")
+    assert source.read(("words", "tags")).where(1).endswith("a.conll, line 6")
+    (tmp_path / "a.jsonl").write_text(lines({"lines": "x", "tags": "y"}), encoding="utf-8")
+    assert open_file(tmp_path / "a.jsonl", "data.train").read(("lines", "tags")).where(0).endswith("a.jsonl, row 1")

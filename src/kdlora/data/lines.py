@@ -21,7 +21,7 @@ NO_QUOTING = (
     "Write the file without quotes, or give it the extension .csv, which is read with quoting"
 )
 
-LINES = "lines"
+LINES = "conll:line"
 """The column of a CoNLL file that says in which line each word stands."""
 Format = Literal["csv", "tsv", "jsonl", "parquet", "text", "conll"]
 FORMATS: dict[str, Format] = {

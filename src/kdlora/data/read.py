@@ -48,7 +48,9 @@ class RawTable:
         return pa.array(np.arange(self.table.num_rows)) if self.rows is None else self.rows
 
     def where(self, position: int) -> str:
-        """Name a row for a message; rows are counted from 1 and a header does not count."""
+        """Name a row for a message; rows are counted from 1 and a header does not count. A sentence's is its line."""
+        if LINES in self.table.column_names:
+            return f"{self.source}, line {self.table[LINES][position][0].as_py()}"
         row = position if self.rows is None else self.rows[position].as_py()
         return f"{self.source}, row {row + 1}"
 

@@ -83,6 +83,7 @@ FORTY = [f"t{row}" for row in range(40)]
 NUMBERS: dict[str, Any] = {"kind": "regression"}
 FLAGS: dict[str, Any] = {"label": ["x", "y"]}
 TABS = csv(header="id\ttext\tlabel", separator="\t")
+WORDS = "Ann\tB-PER\nran\tO\n\n" * 20
 LATIN = "id,text,label\n1,fine,a\n2,caf\xe9,b\n"
 
 CASES = [
@@ -265,6 +266,40 @@ CASES = [
     DataCase("without an ending", "train", csv(), ("unknown kind of file",), {}),
     file("Parquet called CSV", "csv", parquet()),
     file("CSV called Parquet", "parquet", csv(), "no readable Parquet"),
+    # A tag that is shifted by one, or a span that points elsewhere, teaches the wrong words.
+    file("a word without a tag", "conll", WORDS + "Bob\n", "line 61: 1 columns where 2 are expected"),
+    file("a word with the tags of two", "conll", WORDS + "Bob\tB-PER\tB-LOC\n", "line 61: 3 columns where 2"),
+    file("a tag of no scheme", "conll", WORDS + "Bob\tB_PER\n", "line 61: the tag 'B_PER'", "Did you mean 'B-PER'"),
+    file("two tags on a word", "conll", WORDS + "Bob\tB-PER,B-LOC\n", "line 61", "keep that of one annotator"),
+    file("words that are no entities", "conll", WORDS.replace("B-PER", "O"), "holds no entity"),
+    file("parts of speech as tags", "conll", "Ann\tNNP\nran\tVBD\n", "line 1: the tag 'NNP'", "task.label"),
+    file("fewer tags than words", "jsonl", b'{"words": ["a", "b"], "tags": ["B-X"]}', "row 1: 2 words, but 1 tags"),
+    file("a sentence without words", "jsonl", b'{"words": [], "tags": []}', "row 1: no words"),
+    file("tags without names", "jsonl", b'{"words": ["a"], "tags": [1]}', "nothing says which is which"),
+    *(
+        file(
+            f"a span {start} to {end}",
+            "jsonl",
+            f'{{"text": "Ann ran", "spans": [{{"start": {start}, "end": {end}, "label": "A"}}]}}',
+            f"row 1: the span {start} to {end} (A) {says}",
+        )
+        for start, end, says in (
+            (3, 1, "ends before"),
+            (4, 9, "leaves the text"),
+            (-1, 2, "leaves"),
+            (3, 4, "holds no word"),
+        )
+    ),
+    file(
+        "spans that overlap",
+        "jsonl",
+        b'{"text": "Ann ran", "spans": [{"start": 0, "end": 3, "label": "A"}, {"start": 1, "end": 7, "label": "B"}]}',
+        "row 1",
+        "overlap",
+    ),
+    settings(
+        "no words", "which columns hold words and tags", content=table(phrase=TEXTS, sort=AB), task={"kind": "tokens"}
+    ),
     settings("no such test file", "tset.csv", "data.test", data={"test": "/nowhere/tset.csv"}),
     settings("a folder", "folder", data={"test": "/tmp"}),
     settings("too few rows used", "one class only", "max_train_examples", data={"max_train_examples": 1}),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kdlora.data.tags import split_words, tag_names
 from kdlora.data.tasks import Task
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import ExampleText, Predictions, write_examples, write_predictions
@@ -19,6 +20,7 @@ PAIRS = Task("single-label", ("a", "b"), ("label",), ("not_equivalent", "equival
 TOPICS = Task("single-label", ("text",), ("label",), ("world", "sport", "business", "science"), ("macro_f1",))
 SIMILARITY = Task("regression", ("a", "b"), ("label",), ("similarity",), ("pearson", "spearman"), "stsb")
 TAGS = Task("multi-label", ("text",), ("tags",), ("angry", "funny", "sad"), ("micro_f1",))
+NAMES = Task("tokens", ("words",), ("tags",), tag_names(("LOC", "ORG", "PER")), ("entity_f1",))
 MNLI = Task("single-label", ("a", "b"), ("label",), ("entailment", "neutral", "contradiction"), ("accuracy",), "mnli")
 
 ARMS = ("fft", "lora", "kd-lora", "student-lora")
@@ -40,6 +42,10 @@ def make_labels(task: Task, rows: int, seed: int = 7) -> np.ndarray:
     random = np.random.default_rng(seed)
     if task.kind == "regression":
         return np.round(random.uniform(0, 5, rows), 1).astype(np.float32)
+    if task.kind == "tokens":  # of words, an entity of two now and then
+        drawn = random.choice(len(task.label_types), rows) * 2 + 1
+        tags = np.where(random.random(rows) < 0.25, drawn, 0)
+        return np.where((tags == 0) & (np.roll(tags, 1) > 0) & (random.random(rows) < 0.5), np.roll(tags, 1) + 1, tags)
     if task.kind == "multi-label":
         return (random.random((rows, task.num_labels)) < 0.35).astype(np.float32)
     return random.choice(task.num_labels, rows, p=_shares(task.num_labels)).astype(np.int64)
@@ -120,7 +126,15 @@ def make_experiment(
 ) -> ExperimentLayout:
     """Write a whole experiment folder: records, predictions, texts."""
     layout = ExperimentLayout(folder)
-    labels = make_labels(task, rows)
+    pair = "A second sentence about the same film, told by someone else" if len(task.text) == 2 else None
+    examples = [ExampleText(str(row), "validation", f"{texts[row % len(texts)]} ({row})", pair) for row in range(rows)]
+    if task.kind == "tokens":
+        words = [map(tuple, split_words(one.text)) for one in examples]
+        examples = [
+            ExampleText(one.id, one.split, one.text, None, *own) for one, own in zip(examples, words, strict=True)
+        ]
+    offsets = np.cumsum([0, *(len(one.ends) for one in examples)]) if task.kind == "tokens" else None
+    labels = make_labels(task, rows if offsets is None else int(offsets[-1]))
     groups = tuple("matched" if row % 2 else "mismatched" for row in range(rows)) if task.name == "mnli" else None
     half = rows // 2 if test_split else rows
     splits = ("validation",) * half + ("test",) * (rows - half)
@@ -128,7 +142,7 @@ def make_experiment(
     for arm in arms:
         for seed in seeds:
             logits = make_logits(task, labels, _NOISE[arm], seed=1000 * len(arm) + seed)
-            metrics = compute_metrics(task, logits, labels, groups)
+            metrics = compute_metrics(task, logits, labels, groups, offsets)
             record = make_record(arm, seed, task=task, experiment=experiment or folder.name, value=score(task, metrics))
             record = record.model_copy(update={"metrics": metrics})
             place = layout.run(arm, seed)
@@ -136,18 +150,14 @@ def make_experiment(
                 record = _failed(record)
             else:
                 ids = tuple(map(str, range(rows)))
-                found = Predictions(ids, splits, logits, task.label_names, labels, groups)
+                found = Predictions(ids, splits, logits, task.label_names, labels, groups, offsets)
                 write_predictions(place.predictions, found)
                 if test_split:
                     record = record.model_copy(update={"test_score": record.score, "test_metrics": metrics})
             write_record(place.record, record)
             records.append(record)
     write_results(layout.results, records)
-    pair = "A second sentence about the same film, told by someone else" if len(task.text) == 2 else None
-    write_examples(
-        layout.examples,
-        [ExampleText(str(row), "validation", f"{texts[row % len(texts)]} ({row})", pair) for row in range(rows)],
-    )
+    write_examples(layout.examples, examples)
     return layout
 
 

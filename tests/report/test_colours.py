@@ -57,3 +57,16 @@ def test_the_plots_colours_are_the_pages():
     """A picture of the benchmark in other colours than the report's."""
     css = files("kdlora.report").joinpath("templates/report.css").read_text(encoding="utf-8").split("@media")[0]
     assert dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", css)).items() >= PALETTE.items()
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_sides_of_marked_spans_can_be_told_apart(scheme, sight):
+    """A teacher's mark that looks like the label's; in grey, their lines differ."""
+    css = files("kdlora.report").joinpath("templates/report.css").read_text(encoding="utf-8")
+    marks = re.findall(r"\.marked\.(\w+) \{ --own: var\(--series-(\d)\); --line: (\w+); \}", css)
+    assert [side for side, _, _ in marks] == ["label", "teacher", "student"]
+    assert len({line for _, _, line in marks}) == 3
+    colours = palette(scheme)
+    for (_, one, _), (_, other, _) in combinations(marks, 2):
+        assert np.linalg.norm(lab(colours[int(one)], sight) - lab(colours[int(other)], sight)) > 15

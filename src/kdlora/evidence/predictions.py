@@ -37,15 +37,21 @@ class Predictions:
         rows = [
             row for row, name in enumerate(self.split) if name == split and (groups is None or groups[row] == group)
         ]
-        ids, splits = (tuple(names[row] for row in rows) for names in (self.ids, self.split))
-        groups = None if self.groups is None else tuple(self.groups[row] for row in rows)
-        chosen, offsets = np.asarray(rows, dtype=np.int64), None
+        return self.take(rows)
+
+    def take(self, rows: Sequence[int]) -> Predictions:
+        """Take rows in a given order, and their words with them."""
+        chosen, offsets = np.asarray(rows, np.int64), None
         if self.offsets is not None:
-            is_chosen = np.isin(np.arange(len(self.ids)), chosen)
-            offsets = as_offsets(np.diff(self.offsets)[rows])
-            chosen = np.flatnonzero(np.repeat(is_chosen, np.diff(self.offsets)))
+            lengths = np.diff(self.offsets)[chosen]
+            offsets = as_offsets(lengths)
+            chosen = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], lengths)
+        ids, split, groups = (
+            None if values is None else tuple(values[row] for row in rows)
+            for values in (self.ids, self.split, self.groups)
+        )
         labels = None if self.labels is None else self.labels[chosen]
-        return Predictions(ids, splits, self.logits[chosen], self.label_names, labels, groups, offsets)
+        return Predictions(ids or (), split or (), self.logits[chosen], self.label_names, labels, groups, offsets)
 
 
 @dataclass(frozen=True)

@@ -141,16 +141,14 @@ def align(predictions: Sequence[Predictions]) -> list[Predictions] | None:
 
 def _reorder(one: Predictions, rows: list[int], columns: list[int]) -> Predictions:
     """Take rows and columns in a given order; label indices follow the columns."""
-    labels = None if one.labels is None else one.labels[rows]
+    taken = one.take(rows)
+    labels = taken.labels
     if labels is not None and labels.ndim == 2:
         labels = labels[:, columns]
     elif labels is not None and np.issubdtype(labels.dtype, np.integer):
-        labels = np.argsort(columns)[labels]
-    ids, split, groups = (
-        None if values is None else tuple(values[row] for row in rows) for values in (one.ids, one.split, one.groups)
-    )
+        labels = np.where(labels < 0, labels, np.argsort(columns)[labels])  # below 0: a word without a label
     names = tuple(one.label_names[column] for column in columns)
-    return Predictions(ids or (), split or (), one.logits[rows][:, columns], names, labels, groups)
+    return replace(taken, logits=taken.logits[:, columns], label_names=names, labels=labels)
 
 
 def retention(experiment: Experiment, arm: str, of: str) -> MeanSd | None:

@@ -92,7 +92,7 @@ def test_marked_sentences_are_those_of_the_predictions(told):
     for quotation in quoted:
         identity = re.search(r"<dt>id</dt><dd>(\d+)</dd>", quotation)[1]
         example, row = examples["validation", identity], teacher.ids.index(identity)
-        lines = dict(re.findall(r'<p class="marked (\w+)"><span class="side">\w+</span>(.*?)</p>', quotation))
+        lines = dict(re.findall(r'<p class="marked (\w+)"><span class="who">\w+</span>(.*?)</p>', quotation))
         assert list(lines) == ["label", "teacher", "student"]
         for line in lines.values():
             text = re.sub(r"<small>.*?</small>", "", line)

@@ -484,8 +484,8 @@ def test_old_and_truncated_records_are_refused_by_name(tmp_path):
     path.write_text(whole.replace('"schema_version": 1', '"schema_version": 0'))
     with pytest.raises(ArtifactError, match=r"lora-seed1/run\.json.*older kdlora"):
         make_report([layout.root])
-    path.write_text(json.dumps(seal(json.loads(whole.replace('"kind": "single-label"', '"kind": "tokens"')))))
-    with pytest.raises(ArtifactError, match=r"lora-seed1/run\.json.*kind 'tokens'"):
+    path.write_text(json.dumps(seal(json.loads(whole.replace('"kind": "single-label"', '"kind": "spans"')))))
+    with pytest.raises(ArtifactError, match=r"lora-seed1/run\.json.*kind 'spans'"):
         make_report([layout.root])
 
 

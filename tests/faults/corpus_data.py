@@ -271,7 +271,7 @@ CASES = [
     file("a word with the tags of two", "conll", WORDS + "Bob\tB-PER\tB-LOC\n", "line 61: 3 columns where 2"),
     file("a tag of no scheme", "conll", WORDS + "Bob\tB_PER\n", "line 61: the tag 'B_PER'", "Did you mean 'B-PER'"),
     file("two tags on a word", "conll", WORDS + "Bob\tB-PER,B-LOC\n", "line 61", "keep that of one annotator"),
-    file("words that are no entities", "conll", WORDS.replace("B-PER", "O"), "holds no entity"),
+    DataCase("no entities", "train.conll", WORDS.replace("B-PER", "O").encode(), ("holds no entity",), {}),
     file("parts of speech as tags", "conll", "Ann\tNNP\nran\tVBD\n", "line 1: the tag 'NNP'", "task.label"),
     file("fewer tags than words", "jsonl", b'{"words": ["a", "b"], "tags": ["B-X"]}', "row 1: 2 words, but 1 tags"),
     file("a sentence without words", "jsonl", b'{"words": [], "tags": []}', "row 1: no words"),

@@ -57,7 +57,7 @@ def outcome_table(task: Task, name: str, counts: Sequence[tuple[np.ndarray, np.n
         f"are those found where none is. {_seeds(len(counts))}"
     )
     columns = ("type", "entities", *OUTCOMES, "invented")
-    return Table(f"What becomes of entities, by {name}", columns, rows, note=note, side=True)
+    return Table(f"What becomes of entities, by {name}", columns, rows, note=note)
 
 
 def _share(value: float, total: float) -> str:

@@ -18,11 +18,13 @@ PROBLEMS = {
     "single-label": "single_label_classification",
     "regression": "regression",
     "multi-label": "multi_label_classification",
+    "tokens": None,
 }
 LABELS = {
     "single-label": ("negative", "neutral", "positive"),
     "regression": ("score",),
     "multi-label": ("joy", "anger", "fear"),
+    "tokens": ("O", "B-LOC", "I-LOC", "B-PER", "I-PER"),
 }
 
 
@@ -45,7 +47,8 @@ def build_classifier(
     config.problem_type = PROBLEMS[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+        head = "Token" if kind == "tokens" else "Sequence"
+        model = getattr(transformers, f"AutoModelFor{head}Classification").from_config(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
@@ -63,7 +66,7 @@ def _spread_logits(model: transformers.PreTrainedModel, tokenizer: transformers.
     texts = [row["text"] for row in sentiment_rows(40)]
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
-    logits = model(**inputs).logits
+    logits = model(**inputs).logits.flatten(0, -2)
     scale = 2.0 / logits.std(dim=0)
     head.weight.mul_(scale[:, None])
     head.bias.mul_(scale).sub_(logits.mean(dim=0) * scale)

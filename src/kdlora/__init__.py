@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from kdlora.deploy.gates import LabelledTexts as LabelledTexts
     from kdlora.deploy.hub import push_experiment as push_experiment
     from kdlora.deploy.predict import Classifier as Classifier, Prediction as Prediction
+    from kdlora.deploy.redact import redact as redact, redact_file as redact_file
     from kdlora.deploy.stream import predict_file as predict_file
+    from kdlora.deploy.tagger import Entity as Entity, Tagger as Tagger, Words as Words
     from kdlora.distil.distillation_trainer import DistillationTrainer as DistillationTrainer
     from kdlora.distil.logits import TeacherLogits as TeacherLogits, attach_teacher as attach_teacher
     from kdlora.distil.losses import distillation_loss as distillation_loss

@@ -14,6 +14,7 @@ _LATER: Mapping[str, tuple[Any, ...]] = {
     "class_weights": (None,),
     "tuning": ("full",),
     "thresholds": (None,),
+    "min_recall": ({},),
     "defer": ({"error": None, "confidence": 0.95, "sureness": "probability"},),
 }
 """Keys that version 0.2 did not have, and the values by which all is as it was there."""

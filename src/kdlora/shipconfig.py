@@ -8,6 +8,7 @@ from pydantic import Field
 
 from kdlora.section import Section
 
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Goal = Literal["f1", "macro_f1", "accuracy", "balanced_accuracy", "matthews"] | Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -20,8 +21,11 @@ class ExportConfig(Section):
     """Points of the score that int8 may lose. If it loses more, it is not kept."""
     min_agreement: float = Field(default=0.99, ge=0.0, le=1.0)
     """Share of predictions that must be the same in int8 and fp32."""
+    min_recall: dict[str, Share] = Field(default_factory=dict)
+    """Least share of the entities of a type that every file must find on the validation rows, such as {EMAIL: 0.99}.
+    Nothing is exported below it. For `task.kind: tokens`."""
     calibrate: bool = False
-    """Fit a temperature to the validation rows. `Classifier` then divides the logits by it."""
+    """Fit a temperature to the validation rows. `Classifier` and `Tagger` then divide the logits by it."""
     benchmark: bool = True
     """Measure teacher, student and exports side by side, for `benchmark.json` and the report."""
     thresholds: Goal | dict[str, Goal] | None = None

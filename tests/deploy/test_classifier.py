@@ -16,7 +16,8 @@ from deploy_folders import LONG, PAIRS, TEXTS
 from experiments import edit_json
 from kdlora.deploy.calibrate import save_temperature
 from kdlora.deploy.folder import read_model_folder
-from kdlora.deploy.predict import Classifier, length_batches
+from kdlora.deploy.network import length_batches
+from kdlora.deploy.predict import Classifier
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.evidence.metrics import probabilities
 from kdlora.extras import EXTRAS, MissingExtraError
@@ -32,7 +33,8 @@ import sys
 for name in {BLOCKED!r}:
     sys.modules[name] = None
 from kdlora import Cascade
-from kdlora.deploy.predict import Classifier, length_batches
+from kdlora.deploy.network import length_batches
+from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
 classifier = Classifier.load({str(exported())!r})
 print(classifier.predict(["a wonderful film"])[0].label)

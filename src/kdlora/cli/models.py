@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument, Option
 
 from kdlora.cli.app import IdColumn, Json, Text, app, completing, print_json, print_table, verb
-from kdlora.errors import ConfigError, harmless
+from kdlora.errors import ConfigError, did_you_mean, harmless
 from kdlora.terminal import draw_bars
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ class Predict:
 
 @verb(Predict)
 def predict(options: Predict) -> None:
-    """Predict the label of every row of a file, in constant memory. After an interruption, the same command continues.
+    """Predict the label of every row of a file, or its entities, in constant memory.
+
+    After an interruption, the same command continues. Entities are written as JSON Lines.
 
     Example: kdlora predict runs/mrpc/student new.csv --to labelled.csv
 
@@ -64,6 +67,61 @@ def predict(options: Predict) -> None:
         print_json(asdict(summary))
     elif not to_stdout:
         print(f"{summary.rows} rows, {summary.errors} of them bad, in {summary.to}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Redact:
+    """What `kdlora redact` is told."""
+
+    model: Annotated[Path, Argument(help="Folder of a model that marks entities, experiment, or Hub id.")]
+    source: Annotated[str, Argument(help="Text file (a text per line), CSV, TSV, JSON Lines, or - for standard input.")]
+    to: Annotated[str, Option("--to", help="Output file, or - for standard output.")] = "-"
+    text: Annotated[str | None, Option(metavar="COLUMN", help="Text column. Default: that of the training data.")] = (
+        None
+    )
+    types: Annotated[str | None, Option(metavar="TYPE,...", help="Only these types. Default: all.")] = None
+    replacements: Annotated[
+        list[str] | None,
+        Option("--with", metavar="TEXT | TYPE=TEXT", help="What stands for them. Default: the type, in brackets."),
+    ] = None
+    batch_size: Annotated[int, Option(help="Largest number of texts in one forward pass.")] = 32
+    as_json: Json = False
+
+
+@verb(Redact)
+def redact(options: Redact) -> None:
+    """Replace names or other entities in every row of a file, in constant memory. Other columns stay as they are.
+
+    It stops at a row that it cannot read. The output file appears when it is whole.
+
+    Example: kdlora redact runs/names/student-onnx letters.txt --to redacted.txt --types PER,LOC --with PER='[NAME]'
+
+    Example: kdlora redact runs/names/student-onnx letters.jsonl --text body --with '***'
+    """
+    from kdlora.deploy.redact import redact_file
+    from kdlora.deploy.tagger import Tagger
+
+    model = Tagger.load(options.model)
+    types = [name.strip() for name in options.types.split(",")] if options.types else list(model.types)
+    placeholders = _placeholders(types, options.replacements or ())
+    summary = redact_file(
+        model, options.source, options.to, text=options.text, placeholders=placeholders, batch_size=options.batch_size
+    )
+    if options.as_json and options.to != "-":
+        print_json(asdict(summary))
+    else:
+        counts = ", ".join(f"{count:,} {name}" for name, count in summary.replaced.items())
+        print(harmless(f"{summary.rows:,} rows, replaced {counts}"), file=sys.stderr)
+
+
+def _placeholders(types: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+    """Say what stands for each type: TYPE=TEXT for one, TEXT for all others."""
+    own = dict(one.split("=", 1) for one in given if "=" in one)
+    if unknown := [name for name in own if name not in types]:
+        hint = did_you_mean(unknown[0], types)
+        raise ConfigError(f"--with: {unknown[0]!r} is none of the types to replace, {', '.join(types)}.{hint}")
+    common = [one for one in given if "=" not in one]
+    return {name: own.get(name, common[-1] if common else f"[{name}]") for name in types}
 
 
 @app.command()

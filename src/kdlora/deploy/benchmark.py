@@ -20,9 +20,11 @@ from typing import IO, Any, cast
 import numpy as np
 
 from kdlora.deploy.folder import read_model_folder
-from kdlora.deploy.gates import LabelledTexts
+from kdlora.deploy.gates import LabelledTexts, check_texts
+from kdlora.deploy.network import spread
 from kdlora.deploy.onnx_backend import default_threads
-from kdlora.deploy.predict import Classifier, Text, spread
+from kdlora.deploy.predict import Classifier, Text
+from kdlora.deploy.tagger import Tagger, Words, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 from kdlora.report.shipped import BenchmarkResult, ModelFigures
 from kdlora.system.environment import collect_versions, describe_machine, forget_peak, read_memory
@@ -38,7 +40,7 @@ _START = "from kdlora.deploy.benchmark import serve; serve()"
 
 def benchmark(
     models: Sequence[str | Path] | Mapping[str, str | Path],
-    texts: Sequence[Text] | LabelledTexts = (),
+    texts: Sequence[Text | Words] | LabelledTexts = (),
     *,
     max_length: int | None = None,
     threads: int | None = None,
@@ -76,9 +78,10 @@ def benchmark(
     given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts or _DEFAULT_TEXTS)
     if given.labels is not None and given.task is None:
         raise DataError("benchmark: labels need a task.")
-    rows = given.checked_texts("text")
-    for path in named.values():
-        read_model_folder(path)
+    kinds = {read_model_folder(path).kind for path in named.values()}
+    if "tokens" in kinds and len(kinds) > 1:
+        raise ModelError("benchmark: some of the models mark entities and some classify texts; measure either.")
+    rows = check_texts(given.texts, "tokens" if "tokens" in kinds else "", "text")
     say = progress or (lambda step: None)
     with contextlib.ExitStack() as stack:
         found = []
@@ -86,7 +89,8 @@ def benchmark(
             say(f"{name}: loading")
             found.append(stack.enter_context(contextlib.closing(ModelProcess(name, str(path), count))))
             found[-1].load(max_length)
-        _time_models(found, rows, rounds, batch_sizes, say)
+        # Words are found anew, as where texts are served.
+        _time_models(found, [row.text if isinstance(row, Words) else row for row in rows], rounds, batch_sizes, say)
         for model in found:
             model.figures |= {"peak_memory_bytes": model.ask("memory"), "score": _score(model, given, rows)}
         _time_grid(found, grid, say)
@@ -131,7 +135,7 @@ def _time_grid(models: Sequence[ModelProcess], grid: Sequence[tuple[int, int]], 
                 cells[f"{size}x{length}"] = model.ask("grid", batch_size=size, length=length)
 
 
-def _score(model: ModelProcess, given: LabelledTexts, texts: list[Text]) -> float | None:
+def _score(model: ModelProcess, given: LabelledTexts, texts: list[Text | Words]) -> float | None:
     """Score a model by label name; one whose labels are others (an untrained base) has no score."""
     task, names = given.task, model.facts["label_names"]
     if given.labels is None or task is None or model.facts["kind"] != task.kind:
@@ -212,7 +216,7 @@ def serve() -> None:
 class _Worker:
     """Carries out the requests in the model's own process; `load` comes first."""
 
-    classifier: Classifier
+    model: Classifier | Tagger
     level = 0
 
     def load(self, folder: str, threads: int, max_length: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -225,30 +229,30 @@ class _Worker:
         self.level = memory.resident if memory else 0
 
         def load() -> None:
-            self.classifier = Classifier.load(folder, threads=threads, max_length=max_length)
-            self.classifier.predict_logits(["a"])
+            self.model = load_model(folder, threads=threads, max_length=max_length)
+            self.model.predict_logits(["a"])
 
         seconds = _seconds(load)
-        loaded = self.classifier.folder
+        loaded = self.model.folder
         figures = {name: getattr(loaded, name) for name in ("backend", "precision", "size_bytes")}
         facts = {name: getattr(loaded, name) for name in ("label_names", "kind", "max_length")}
         return figures | {"load_seconds": seconds}, facts
 
-    def time(self, batches: Sequence[Sequence[Text]], batch_size: int = 1) -> list[float]:
+    def time(self, batches: Sequence[Sequence[Any]], batch_size: int = 1) -> list[float]:
         """Time each call from text to logits, in length-sorted batches, as `predict` makes them."""
-        return [_seconds(self.classifier.predict_logits, texts, batch_size=batch_size) for texts in batches]
+        return [_seconds(self.model.predict_logits, texts, batch_size=batch_size) for texts in batches]
 
     def grid(self, batch_size: int, length: int) -> float:
         """Time one batch of full rows, median milliseconds; tokenisation is not part of it."""
         ids = np.random.default_rng(0).integers(10, 100, (batch_size, length), dtype=np.int64)
         arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        inputs = {name: arrays[name] for name in self.classifier.input_names}
-        times = [_seconds(self.classifier.run, inputs) for _ in range(_GRID_REPEATS + 1)]
+        inputs = {name: arrays[name] for name in self.model.input_names}
+        times = [_seconds(self.model.run, inputs) for _ in range(_GRID_REPEATS + 1)]
         return float(np.median(times[1:])) * 1e3
 
-    def logits(self, texts: Sequence[Text]) -> list[list[float]]:
+    def logits(self, texts: Sequence[Any]) -> list[list[float]]:
         """Give the logits, for the score."""
-        found: list[list[float]] = self.classifier.predict_logits(texts).tolist()
+        found: list[list[float]] = self.model.predict_logits(texts).tolist()
         return found
 
     def memory(self) -> int | None:

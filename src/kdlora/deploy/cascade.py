@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from kdlora.deploy.predict import Classifier, Text
+from kdlora.deploy.predict import Classifier, Text, check_text
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import Sureness, measure_sureness
 from kdlora.evidence.metrics import probabilities
@@ -242,7 +242,7 @@ def measure_cascade(
     Cascade(student, teacher, 0.0, sureness=sureness)
     if given.task is None or given.labels is None:
         raise DataError("a cascade is scored on labelled rows; give a labelled file.")
-    texts, outputs, seconds = given.checked_texts("text"), [], []
+    texts, outputs, seconds = [check_text(text, f"text {row}") for row, text in enumerate(given.texts)], [], []
     for model in (student, teacher):
         model.predict_logits(texts[:32])
         start = perf_counter()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from kdlora.data.tags import tag_names, tag_types
 from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.deploy.folder import (
     CONFIG_FILE,
@@ -23,6 +24,7 @@ from kdlora.deploy.folder import (
 )
 from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.deploy.predict import Text
+from kdlora.deploy.tagger import Words
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError, did_you_mean
 from kdlora.extras import check_installed
 from kdlora.foreign import read_json
@@ -74,12 +76,13 @@ def export_onnx(
     model_folder: str | Path,
     to: str | Path,
     *,
-    texts: Sequence[Text] | LabelledTexts = (),
-    more_texts: Sequence[Text] = (),
+    texts: Sequence[Text | Words] | LabelledTexts = (),
+    more_texts: Sequence[Text | Words] = (),
     formats: Sequence[Format] = ("onnx", "onnx-int8"),
     max_length: int | None = None,
     max_metric_drop: float = 0.5,
     min_agreement: float = 0.99,
+    min_recall: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Export a transformers folder as a folder that ONNX Runtime serves without torch.
@@ -98,7 +101,8 @@ def export_onnx(
         formats: which files to keep.
         max_length: longest input in tokens, recorded for prediction; by default what the tokenizer says.
         max_metric_drop: points that int8 may lose.
-        min_agreement: least share of equal predictions of int8, 0..1.
+        min_agreement: least share of equal predictions of int8 (of texts, or of words where these have labels), 0..1.
+        min_recall: least share, 0..1, of the entities of a type that every file must find on the labelled texts.
         progress: called with a short sentence at each step.
 
     Returns:
@@ -106,7 +110,7 @@ def export_onnx(
 
     Raises:
         ConfigError: an unknown format or a limit that makes no sense.
-        ModelError: not a merged classifier, a family that cannot be exported.
+        ModelError: not a merged model, a family that cannot be exported, a recall that the model itself lacks.
         DataError: int8 without texts to check it on, an empty text, labels that do not fit.
         ParityError: a stage does not hold; the stages before are in `to`.
         OSError: the disk is full; nothing is left behind.
@@ -124,7 +128,7 @@ def export_onnx(
     task = _settle_task(folder, given.task)
     say("PyTorch reference")
     backend = _open_encoder(folder)
-    checks = Checks(task, folder, backend, given, more_texts)
+    checks = Checks(task, folder, backend, given, more_texts, min_recall)
     return _write(target, backend, checks, formats, int8, say)
 
 
@@ -200,7 +204,7 @@ def _quantise(optimised: Path, to: Path, checks: Checks, gate: Gate, say: Progre
 
     def rank() -> list[str]:
         say("int8: measuring which products are sensitive")
-        return rank_products(optimised, checks.classifier, checks.texts)
+        return rank_products(optimised, checks.model, checks.texts)
 
     for recipe in recipes(rank):
         say(f"int8: {recipe.name}")
@@ -260,6 +264,9 @@ def _settle_task(folder: ModelFolder, task: Task | None) -> Task:
     """Take the task that is given or recorded, or the defaults of the model's kind."""
     if task is None and folder.task is not None:
         task = Task.from_dict(folder.task)
+    names = folder.label_names
+    if folder.kind == "tokens" and names != tag_names(tag_types(names)):
+        raise ModelError(f"{folder.path}: expected the labels O, B-X, I-X, B-Y, I-Y in this order, got {list(names)}.")
     if task is None:
         return Task(folder.kind, ("text",), ("label",), folder.label_names, DEFAULT_METRICS[folder.kind])
     if task.kind != folder.kind or (task.kind != "regression" and task.label_names != folder.label_names):

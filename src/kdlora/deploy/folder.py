@@ -22,7 +22,7 @@ from kdlora.models.settings import (
 )
 
 Precision = Literal["auto", "fp32", "int8"]
-FolderKind = Literal["single-label", "regression", "multi-label"]
+FolderKind = Literal["single-label", "regression", "multi-label", "tokens"]
 
 ONNX_FP32 = "model.onnx"
 ONNX_INT8 = "model_quantized.onnx"
@@ -37,6 +37,8 @@ _KINDS: dict[str, FolderKind] = {
     "regression": "regression",
     "multi_label_classification": "multi-label",
 }
+_OF_TEXTS, _OF_TOKENS = "ForSequenceClassification", "ForTokenClassification"
+"""Ends of the names of transformers' classes; a config of the second kind has no problem type."""
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "data2vec-text")
 """Families whose position table starts at `pad_token_id + 1`, so that it holds that many tokens fewer."""
 _ENDLESS = 1_000_000
@@ -61,7 +63,7 @@ def is_model_file(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A sequence-classification model on disk."""
+    """A model on disk that gives labels of texts or, of kind tokens, of the words in them."""
 
     path: Path
     file: Path | None  # the ONNX file; None for a transformers folder
@@ -194,9 +196,10 @@ def _check_files(folder: Path, file: Path | None) -> None:
 def _labels(folder: Path, config: dict[str, Any]) -> tuple[FolderKind, tuple[str, ...]]:
     """Read kind and label names; a checkpoint of another head is refused."""
     architectures, where = config.get("architectures") or [], folder / CONFIG_FILE
-    if architectures and not any(name.endswith("ForSequenceClassification") for name in architectures):
+    of_tokens = any(name.endswith(_OF_TOKENS) for name in architectures)
+    if architectures and not any(name.endswith((_OF_TEXTS, _OF_TOKENS)) for name in architectures):
         raise ModelError(
-            f"{folder}: expected a model with a classification head (…ForSequenceClassification), got "
+            f"{folder}: expected a model with a classification head (…{_OF_TEXTS} or …{_OF_TOKENS}), got "
             f"{', '.join(architectures):.200}. Fine-tune it first."
         )
     id2label = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
@@ -207,6 +210,8 @@ def _labels(folder: Path, config: dict[str, Any]) -> tuple[FolderKind, tuple[str
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ModelError(f"{where}: id2label has two labels named {twice!r:.80}; of one the answers would be lost.")
+    if of_tokens:
+        return "tokens", names
     problem = config.get("problem_type") or ("regression" if len(names) == 1 else "single_label_classification")
     if problem not in _KINDS:
         raise ModelError(f"{where}: problem_type must be one of {', '.join(_KINDS)}, got {problem!r:.80}.")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdlora.data.tasks import Task
+from kdlora.data.tags import decode
+from kdlora.data.tasks import Task, find_label
 from kdlora.deploy.folder import ModelFolder
+from kdlora.deploy.network import Backend
 from kdlora.deploy.onnx_backend import OnnxBackend
-from kdlora.deploy.predict import Backend, Classifier, Text, check_text
-from kdlora.errors import DataError
+from kdlora.deploy.predict import Text, check_text
+from kdlora.deploy.tagger import Words, check_words, join_network, word_offsets
+from kdlora.errors import DataError, ModelError
+from kdlora.evidence.entities import entity_counts
 from kdlora.evidence.metrics import compute_metrics, predict_labels, score
 from kdlora.evidence.stats import PairedArms, contrast
 from kdlora.report.shipped import Parity
@@ -29,29 +33,36 @@ class LabelledTexts:
     """Texts to judge a model on, and what is right for them.
 
     Attributes:
-        texts: texts, or pairs as tuples.
-        labels: label index, value or 0/1 row of each text; without them no score is computed.
+        texts: texts, pairs as tuples, or `Words`.
+        labels: label index, value or 0/1 row of each text; of `Words` a label index for each word of all texts, -100
+            for a word that has none. Without them no score is computed.
         task: columns and score metrics.
         groups: group of each text (MNLI).
     """
 
-    texts: Sequence[Text]
+    texts: Sequence[Text | Words]
     labels: Sequence[Any] | np.ndarray | None = None
     task: Task | None = None
     groups: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.labels is not None and (len(self.labels) != len(self.texts) or not len(self.labels)):
-            raise DataError(f"expected one label a text, got {len(self.labels)} labels for {len(self.texts)} texts.")
+        if self.labels is None:
+            return
+        count, what = (len(self.texts), "text") if self.offsets is None else (self.offsets[-1], "word")
+        if len(self.labels) != count or not count:
+            raise DataError(f"expected one label a {what}, got {len(self.labels)} labels for {count} {what}s.")
 
-    def checked_texts(self, noun: str) -> list[Text]:
-        """Give the texts; an empty one is refused by its row."""
-        return [check_text(text, f"{noun} {row}") for row, text in enumerate(self.texts)]
+    @property
+    def offsets(self) -> np.ndarray | None:
+        """Where the words of each text begin among those of all; None where a text has one label."""
+        words = [text for text in self.texts if isinstance(text, Words)]
+        return word_offsets(words) if words else None
 
     def score(self, task: Task, logits: np.ndarray) -> float:
-        """Score the logits of the labelled texts, 0..100."""
+        """Score the logits of the labelled texts, with which they begin, 0..100."""
+        labels = np.asarray(self.labels)
         try:
-            return score(task, compute_metrics(task, logits, np.asarray(self.labels), self.groups))
+            return score(task, compute_metrics(task, logits[: len(labels)], labels, self.groups, self.offsets))
         except ValueError as error:
             raise DataError(f"the labels do not fit the {task.kind} task: {error}") from None
 
@@ -69,45 +80,74 @@ class Checks:
     """What every stage of one export is judged on: texts, and the logits of the latest stage that held."""
 
     def __init__(
-        self, task: Task, folder: ModelFolder, backend: Backend, given: LabelledTexts, more_texts: Sequence[Text]
+        self,
+        task: Task,
+        folder: ModelFolder,
+        backend: Backend,
+        given: LabelledTexts,
+        more: Sequence[Text | Words] = (),
+        recall: Mapping[str, float] | None = None,
     ) -> None:
         """Run PyTorch on the texts; its logits are what the first stage is compared with."""
         self.task, self.folder, self.given = task, folder, given
+        self.least_recall = recall or {}  # share of the entities of a type that every stage must find
         self.stages: list[Parity] = []  # that held
         self.attempts: list[Parity] = []  # that did not
-        self.texts = given.checked_texts("validation text")
-        wanted = min(len(more_texts), max(0, ENOUGH_ROWS - len(self.texts)))
-        for row in np.linspace(0, len(more_texts) - 1, wanted, dtype=int):
-            self.texts.append(check_text(more_texts[row], f"training text {row}"))
-        self.texts = self.texts or list(_PROBES)
-        self.stage, self.classifier = "pytorch", Classifier(folder, backend)
-        self.logits = self.classifier.predict_logits(self.texts)
-        self.score = None if given.labels is None else self._score(self.logits)
+        self.texts = check_texts(given.texts, task.kind, "validation text")
+        wanted = min(len(more), max(0, ENOUGH_ROWS - len(self.texts)))
+        for row in np.linspace(0, len(more) - 1, wanted, dtype=int):
+            self.texts += check_texts([more[row]], task.kind, "training text", row)
+        self.texts = self.texts or check_texts(_PROBES, task.kind, "text")
+        self.offsets = word_offsets(self.texts) if task.kind == "tokens" else None
+        self.stage, self.model = "pytorch", join_network(folder, backend)
+        self.logits = self.model.predict_logits(self.texts)
+        self.score = None if given.labels is None else given.score(task, self.logits)
+        if faults := self._find_recall(self.logits)[1]:
+            raise ModelError(f"{folder.path}: not exported, since of what min_recall asks {'; '.join(faults)}.")
 
     def judge(self, stage: str, file: Path, gate: Gate, *, optimised: bool = True) -> Parity:
         """Run a file on the texts, with the tokenizer beside it, and compare it with the latest fp32 stage."""
         described = replace(self.folder, path=file.parent, file=file, record={} if optimised else None)
-        classifier = Classifier(described, OnnxBackend(described))
-        after = classifier.predict_logits(self.texts)
+        model = join_network(described, OnnxBackend(described))
+        after = model.predict_logits(self.texts)
         parity = self._compare(stage, after, gate)
         (self.stages if parity.passed else self.attempts).append(parity)
         if parity.passed and gate.largest_difference is not None:
-            self.stage, self.classifier, self.logits, self.score = stage, classifier, after, parity.score
+            self.stage, self.model, self.logits, self.score = stage, model, after, parity.score
         return parity
+
+    def _find_recall(self, logits: np.ndarray) -> tuple[dict[str, float], list[str]]:
+        """Give the share of the entities that are found of each type with a limit, and say which fall short of it."""
+        offsets = self.given.offsets
+        if not self.least_recall:
+            return {}, []
+        if offsets is None or self.given.labels is None:
+            raise DataError("the recall of a type (min_recall) wants validation texts with labelled words.")
+        targets = np.asarray(self.given.labels)
+        tags = decode(logits[: len(targets)], offsets)
+        counts = entity_counts(tags, targets, self.task.label_names, offsets).sum(axis=0)
+        found, faults = {}, []
+        for name, least in self.least_recall.items():
+            column = find_label(name, self.task.label_types, "min_recall")
+            right, _, total = counts[column].tolist()
+            found[name] = right / max(1, total)
+            if found[name] < least:
+                faults.append(f"{right} of {total} {name} are found, {found[name]:.2%} and not {least:.2%}")
+        return found, faults
 
     def _compare(self, stage: str, after: np.ndarray, gate: Gate) -> Parity:
         """Measure a stage, and list the limits that it breaks."""
-        difference = float(np.abs(self.logits - after).max())
-        agreement = measure_agreement(self.task, self.logits, after)
+        difference = float(np.nanmax(np.abs(self.logits - after)))  # a word that cannot be read has no logits
+        agreement = measure_agreement(self.task, self.logits, after, self.offsets)
         own = drop = low = high = None
         if self.score is not None:
-            own = self._score(after)
+            own = self.given.score(self.task, after)
             drop = self.score - own
-            labels = np.asarray(self.given.labels)
+            labels, offsets = np.asarray(self.given.labels), self.given.offsets
             pair = [part[: len(labels)] for part in (self.logits, after)]
-            spread = contrast([PairedArms(self.task, labels, pair[:1], pair[1:], self.given.groups)])
+            spread = contrast([PairedArms(self.task, labels, pair[:1], pair[1:], self.given.groups, offsets=offsets)])
             low, high = spread.low, spread.high
-        faults = []
+        recall, faults = self._find_recall(after)
         if gate.largest_difference is not None:
             values = self.task.kind == "regression"
             allowed = gate.largest_difference * (max(1.0, float(np.abs(self.logits).max())) if values else 1.0)
@@ -117,15 +157,19 @@ class Checks:
             faults.append(f"{agreement:.2%} of predictions agree, fewer than {gate.agreement:.2%}")
         if gate.drop is not None and drop is not None and not drop <= gate.drop:
             faults.append(f"the score falls by {drop:.2f} points, more than {gate.drop:.2f}")
-        return Parity(stage, self.stage, len(after), agreement, difference, own, drop, low, high, "; ".join(faults))
-
-    def _score(self, logits: np.ndarray) -> float:
-        return self.given.score(self.task, logits[: len(self.given.texts)])
+        figures = (agreement, difference, own, drop, low, high)
+        return Parity(stage, self.stage, len(self.texts), *figures, "; ".join(faults), recall)
 
 
-def measure_agreement(task: Task, before: np.ndarray, after: np.ndarray) -> float:
-    """Give the share of decisions that are the same."""
-    first, second = predict_labels(task, before), predict_labels(task, after)
+def check_texts(texts: Sequence[Any], kind: str, noun: str, first: int = 0) -> list[Any]:
+    """Give the texts, those of tokens as `Words`; what cannot be read is refused by its row."""
+    check: Callable[[Any, str], Any] = check_words if kind == "tokens" else check_text
+    return [check(text, f"{noun} {row}") for row, text in enumerate(texts, first)]
+
+
+def measure_agreement(task: Task, before: np.ndarray, after: np.ndarray, offsets: np.ndarray | None = None) -> float:
+    """Give the share of decisions, on texts or on words, that are the same."""
+    first, second = (predict_labels(task, logits, offsets) for logits in (before, after))
     if task.kind == "regression":
         # A constant reference leaves no spread to measure by; then only fp32's last digits may differ.
         allowed = max(_REGRESSION_SHARE * float(first.std()), 1e-6 * float(np.abs(first).max()))

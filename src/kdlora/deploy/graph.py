@@ -72,7 +72,8 @@ def capture(model: PreTrainedModel, names: Sequence[str], to: Path) -> None:
     for value in graph.inputs:
         value.shape = ir.Shape(["batch", "length"])
     for value in graph.outputs:
-        value.shape = ir.Shape(["batch", *list(value.shape or ())[1:]])
+        sizes = list(value.shape or ())
+        value.shape = ir.Shape(["batch", *["length"] * (len(sizes) - 2), sizes[-1]])
     for value in (value for node in graph for value in node.outputs):
         value.metadata_props.clear()
         if not value.is_graph_output():

@@ -5,40 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from kdlora.deploy.decisions import Decisions, read_decisions
-from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, read_model_folder
-from kdlora.deploy.onnx_backend import OnnxBackend
-from kdlora.errors import ArtifactError, DataError, ModelError, first_line
+from kdlora.deploy.folder import Precision
+from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Network, open_network
+from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import measure_sureness
 from kdlora.evidence.metrics import probabilities
 from kdlora.evidence.thresholds import shift_logits
-from kdlora.extras import check_installed
-from kdlora.foreign import panics_as_errors
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
 
 Text = str | tuple[str, str]
-INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-"""Names of the arrays that a text becomes, and where an encoding has them."""
-
-BATCH_SIZE = 32
-BATCH_TOKENS = 1024
-"""Most padded tokens that one forward pass holds: enough to keep the cores busy, and memory small."""
-
-
-class Backend(Protocol):
-    """What runs the network."""
-
-    input_names: tuple[str, ...]  # of the arrays that `run` takes
-    tokenizer_json: str  # content of the `tokenizer.json` that goes with it
-
-    def run(self, inputs: dict[str, np.ndarray]) -> Any:
-        """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens); what fails is told by the caller."""
+MOST_CHARACTERS = 4 << 20
+"""Of a text that is read whole: all its tokens are in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +41,13 @@ class Prediction:
     deferred: str = ""
 
 
-class Classifier:
+class Classifier(Network):
     """A loaded model. `predict` may be called from several threads at once.
 
     Example:
         >>> Classifier.load("runs/sst2/onnx").predict(["a charming journey"])[0].label  # doctest: +SKIP
         'positive'
     """
-
-    def __init__(self, folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> None:
-        """Join a described folder and its running network; most callers want `load`."""
-        self.decisions = Decisions() if decisions is None else decisions
-        self.folder, self.input_names, self._backend = folder, tuple(backend.input_names), backend
-        if unknown := sorted(set(self.input_names) - INPUTS.keys()):
-            raise ModelError(f"{folder.path}: the model takes {unknown[0]!r:.80}, which a text does not give.")
-        if "input_ids" not in self.input_names:
-            raise ModelError(f"{folder.path}: the model does not take input_ids, so it reads no text.")
-        # Never changed from here on, so threads may share it.
-        self._tokenizer = _open_tokenizer(folder, backend.tokenizer_json)
-        self._pad = _pad_token_id(folder, self._tokenizer)
 
     @classmethod
     def load(
@@ -116,37 +85,13 @@ class Classifier:
             ArtifactError: a file is damaged or is not the one that was exported.
             MissingExtraError: a PyTorch folder, and the extra `train` is not installed.
         """
-        if not Path(folder).exists():
-            from kdlora.deploy.hub import locate_model  # here: what lies on this machine is served without it
-
-            folder = locate_model(folder, revision=revision)
-        described = read_model_folder(folder, precision=precision, max_length=max_length)
-        if threads is not None and threads < 1:
-            raise ModelError(f"threads must be at least 1, got {threads}.")
+        described, backend = open_network(
+            folder, precision=precision, threads=threads, max_length=max_length, verify=verify, revision=revision
+        )
         decisions = read_decisions(described) if thresholds else Decisions()
-        decisions = decisions if defer else replace(decisions, promise=None)
-        if described.backend == "onnx":
-            return cls(described, OnnxBackend(described, threads=threads, verify=verify), decisions)
-        check_installed(f"{described.path} is a PyTorch model, which", "train")
-        from kdlora.deploy.torch_backend import TorchBackend  # here: an ONNX folder is served without torch
-
-        return cls(described, TorchBackend(described, threads=threads), decisions)
+        return cls(described, backend, decisions if defer else replace(decisions, promise=None))
 
     from_pretrained = load
-
-    def __repr__(self) -> str:
-        """Say what is loaded, and from where."""
-        folder = self.folder
-        name = folder.path if folder.file is None else folder.path / folder.file.name
-        return (
-            f"Classifier({str(name)!r}, {folder.kind}, labels {list(self.label_names)}, {folder.backend}, "
-            f"{folder.precision}, {folder.size_bytes / 1e6:.1f} MB, at most {folder.max_length} tokens)"
-        )
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """Names of the logit columns."""
-        return self.folder.label_names
 
     def predict(self, texts: Sequence[Text], *, batch_size: int = BATCH_SIZE) -> list[Prediction]:
         """Classify texts; they are batched by length and come back in the order given.
@@ -202,40 +147,7 @@ class Classifier:
         """Give the arrays that the model takes, texts of like length together, and which texts these are."""
         most = most_characters(self.folder.max_length)
         cut = [text[:most] if isinstance(text, str) else (text[0][:most], text[1][:most]) for text in texts]
-        try:
-            with panics_as_errors():
-                encodings: list[Encoding] = self._tokenizer.encode_batch(cut)
-        except Exception as error:
-            place = self.folder.path / TOKENIZER
-            raise ArtifactError(f"{place}: the tokenizer fails on a text: {first_line(error)}") from None
-        for rows in length_batches([len(encoding) for encoding in encodings], batch_size, batch_tokens):
-            shape = len(rows), len(encodings[rows[-1]])  # the longest is the last
-            arrays = {name: np.zeros(shape, dtype=np.int64) for name in self.input_names}
-            arrays["input_ids"][:] = self._pad
-            for place_in_batch, row in enumerate(rows):
-                for name, array in arrays.items():
-                    array[place_in_batch, : len(encodings[row])] = getattr(encodings[row], INPUTS[name])
-            yield rows, arrays
-
-    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """Compute float32 logits (rows, labels) of int64 token arrays (rows, tokens), checked for their width."""
-        place = self.folder.file or self.folder.path
-        try:
-            logits = self._backend.run(inputs)
-        except Exception as error:  # a config or a graph decides what is computed, and it may be anybody's
-            if self.folder.file is None and "memory" in str(error):
-                raise MemoryError(first_line(error)) from error
-            raise ModelError(f"{place}: the model cannot run ({first_line(error):.200}).") from error
-        if not isinstance(logits, np.ndarray) or not np.issubdtype(logits.dtype, np.floating):
-            kind = logits.dtype if isinstance(logits, np.ndarray) else type(logits).__name__
-            raise ModelError(f"{place}: the first output must be floating-point logits, got {kind}.")
-        rows = len(next(iter(inputs.values())))
-        if logits.shape != (rows, len(self.label_names)):
-            raise ModelError(
-                f"{self.folder.path}: config.json names {len(self.label_names)} labels, but the model gives an "
-                f"output of shape {logits.shape} for {rows} texts."
-            )
-        return logits
+        yield from self.pack(self.encode(cut), batch_size, batch_tokens)
 
     def to_predictions(self, logits: np.ndarray) -> list[Prediction]:
         """Turn logits into labels and calibrated probabilities.
@@ -288,60 +200,21 @@ def check_text(text: Any, where: str) -> Text:
     if isinstance(text, tuple | list):
         if len(text) != 2:
             raise DataError(f"{where}: expected a text or a pair of texts, got {len(text)} values.")
-        first, second = (_check_one(part, f"{where}, text {number}") for number, part in enumerate(text, 1))
+        first, second = (check_one(part, f"{where}, text {number}") for number, part in enumerate(text, 1))
         return first, second
-    return _check_one(text, where)
+    return check_one(text, where)
 
 
-def _check_one(text: Any, where: str) -> str:
+def check_one(text: Any, where: str, *, whole: bool = False) -> str:
+    """Refuse what is no single text; one that is read whole may be empty, but has a largest length."""
     if not isinstance(text, str):
         raise DataError(f"{where}: expected a text, got {type(text).__name__} ({text!r:.40}).")
-    if not text or text.isspace():
+    if not whole and (not text or text.isspace()):
         raise DataError(f"{where}: the text is empty. Remove the row or give it a text.")
+    if whole and len(text) > MOST_CHARACTERS:
+        raise DataError(f"{where}: {len(text):,} characters, more than {MOST_CHARACTERS:,} in one text. Split it.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: the text is not valid UTF-8 (at character {error.start}).") from None
     return text
-
-
-def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
-    """Group rows of like length, so that little padding is computed."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    batches: list[list[int]] = []
-    for row in order:
-        current = batches[-1] if batches else None
-        if current is None or len(current) >= batch_size or (len(current) + 1) * lengths[row] > batch_tokens:
-            batches.append([row])
-        else:
-            current.append(row)
-    return batches
-
-
-def spread(texts: Sequence[Text], count: int) -> list[Text]:
-    """Take some texts, evenly spaced."""
-    return [texts[row] for row in np.linspace(0, len(texts) - 1, min(count, len(texts)), dtype=int)]
-
-
-def _open_tokenizer(folder: ModelFolder, content: str) -> Any:
-    """Read a tokenizer, and fix where it truncates."""
-    from tokenizers import Tokenizer
-
-    try:
-        with panics_as_errors():
-            tokenizer = Tokenizer.from_str(content)
-    except Exception as error:  # the library raises a bare one for a damaged file
-        raise ArtifactError(f"{folder.path / TOKENIZER}: the tokenizer cannot be read: {error}") from None
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(folder.max_length, strategy="longest_first")
-    return tokenizer
-
-
-def _pad_token_id(folder: ModelFolder, tokenizer: Any) -> int:
-    """Find the padding id; its value hardly matters, as padding is masked, but it must be in the vocabulary."""
-    found = tokenizer.token_to_id(folder.pad_token) if folder.pad_token is not None else None
-    if found is None:
-        found = max(0, folder.pad_token_id or 0)
-    if tokenizer.id_to_token(found) is None:
-        raise ModelError(f"{folder.path / CONFIG_FILE}: pad_token_id {found} is no token of {TOKENIZER}.")
-    return int(found)

@@ -11,8 +11,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from kdlora.deploy.graph import optimise, quiet
+from kdlora.deploy.network import spread
 from kdlora.deploy.onnx_backend import open_session
-from kdlora.deploy.predict import Classifier, Text, spread
+from kdlora.deploy.predict import Classifier, Text
+from kdlora.deploy.tagger import Tagger, Words
 from kdlora.system.ownership import remove
 
 _PRODUCTS = ("MatMul", "Attention")
@@ -136,16 +138,17 @@ def _add_weight(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
-def rank_products(model: Path, classifier: Classifier, texts: list[Text]) -> list[str]:
+def rank_products(model: Path, served: Classifier | Tagger, texts: Sequence[Text | Words]) -> list[str]:
     """Order the products of a graph by what rounding each one's input does to the logits."""
     copy = model.with_name("switched.onnx")
     names = _add_rounding_switches(model, copy)
     session = open_session(copy, optimised=True)
     remove(copy)
-    batches = [arrays for _, arrays in classifier.batches(spread(texts, _ROWS))]
+    batches = [arrays for _, arrays in served.batches(spread(texts, _ROWS))]
 
     def logits(rounded: np.ndarray) -> np.ndarray:
-        return np.concatenate([session.run(None, {**batch, "rounded": rounded})[0] for batch in batches])
+        found = [session.run(None, {**batch, "rounded": rounded})[0] for batch in batches]
+        return np.concatenate([part.reshape(-1, part.shape[-1]) for part in found])
 
     exact = logits(np.zeros(len(names), dtype=bool))
     harm = [float(np.square(logits(switch) - exact).mean()) for switch in np.eye(len(names), dtype=bool)]

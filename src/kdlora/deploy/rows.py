@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, get_args
 import numpy as np
 
 from kdlora.data.lines import FORMATS, Format, Numbered, read_rows
-from kdlora.deploy.predict import Text, check_text
+from kdlora.deploy.predict import Text, check_one, check_text
 from kdlora.errors import DataError, did_you_mean
 from kdlora.extras import check_installed
 
@@ -34,6 +34,7 @@ class Row:
     text: Text | None
     error: str = ""
     numbered: bool = False  # the id is the row's number from 0, since the input names none
+    values: Mapping[str, Any] | None = None  # as they came, where they are kept
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Columns:
     text: tuple[str, ...] | None
     recorded: tuple[str, ...] | None
     id: str
-    cut: int  # characters of a text to keep; what lies beyond would be truncated anyway
+    cut: int | None  # characters of a text to keep, since the rest would be truncated; None: all, one text, maybe empty
+    keep: bool = False  # all values of a row, and not its text alone
 
 
 class RowReader:
@@ -56,8 +58,15 @@ class RowReader:
         self.form = _choose_format(self._path, form)
         self._columns, self.start = columns, start
         self._texts: tuple[str, ...] = ()
+        self.header: Sequence[str] = ()
+        """Columns of the input, once its first row is read; none of JSON Lines, where each row has its own."""
         self.fraction: Callable[[], float | None] = lambda: None
         """Give the share of the input that has been read, 0..1; None for a stream."""
+
+    @property
+    def text_column(self) -> str:
+        """Name the first column of texts, once a row is read."""
+        return self._texts[0]
 
     def __iter__(self) -> Generator[Row]:
         """Give the rows."""
@@ -79,7 +88,7 @@ class RowReader:
             text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
             stack.callback(text.detach)
             columns, rows = read_rows(text, self.form, self.name)
-            self._texts = self._find_columns(columns) if columns else ()
+            self.header, self._texts = columns, self._find_columns(columns) if columns else ()
             yield from islice(rows, self.start, None)
 
     def _parquet(self) -> Generator[Numbered]:
@@ -110,14 +119,16 @@ class RowReader:
             name.encode("utf-8")
         except UnicodeEncodeError:
             return Row(str(number), None, f"row {number}: the id is not valid UTF-8")
-        parts = []
+        parts, cut = [], self._columns.cut
         for column in self._texts:
-            if (part := values.get(column)) is None:
+            part = values.get(column)
+            if part is None and not (cut is None and column in values):
                 return Row(name, None, f"row {number}: column {column!r} is empty or missing")
-            parts.append(part[: self._columns.cut] if isinstance(part, str) else part)
+            parts.append(part[:cut] if isinstance(part, str) else "" if part is None else part)
         try:
-            text = check_text(parts[0] if len(parts) == 1 else tuple(parts), f"row {number}")
-            return Row(name, text, numbered=given is None)
+            found, where = parts[0] if len(parts) == 1 else tuple(parts), f"row {number}"
+            text = check_one(found, where, whole=True) if cut is None else check_text(found, where)
+            return Row(name, text, numbered=given is None, values=values if self._columns.keep else None)
         except DataError as error:
             return Row(name, None, str(error))
 
@@ -142,7 +153,7 @@ class RowReader:
         if recorded and all(column in available for column in recorded):
             return recorded
         if "text" in available:
-            return ("text", "text_pair") if "text_pair" in available else ("text",)
+            return ("text", "text_pair") if "text_pair" in available and self._columns.cut is not None else ("text",)
         others = [column for column in available if column not in (self._columns.id, "label")]
         if len(others) == 1:
             return (others[0],)
@@ -160,6 +171,7 @@ def cut_windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
     for row in rows:
         window.append(row)
         characters += sum(map(len, row.text)) if isinstance(row.text, tuple) else len(row.text or "")
+        characters += sum(len(str(value)) for value in (row.values or {}).values())
         if len(window) >= _WINDOW_ROWS or characters >= _WINDOW_CHARACTERS:
             yield window
             window, characters = [], 0

@@ -11,15 +11,17 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdlora.data.lines import Format
 from kdlora.deploy.folder import ModelFolder
-from kdlora.deploy.predict import BATCH_SIZE, Classifier, Prediction, most_characters
+from kdlora.deploy.network import BATCH_SIZE, Network
+from kdlora.deploy.predict import Classifier, Prediction, most_characters
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
+from kdlora.deploy.tagger import Entity, Tagger, load_model
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.extras import check_installed
 from kdlora.system.ownership import MANIFEST, claim_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, float | None], None]
 """Called with the rows done and the share of the input read (None for a stream)."""
+Answer = Prediction | list[Entity]
 
 _SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every row
@@ -57,7 +60,7 @@ class PredictionSummary:
 
 
 def predict_file(
-    model: Classifier | str | Path,
+    model: Classifier | Tagger | str | Path,
     source: str | Path,
     to: str | Path = "-",
     *,
@@ -69,15 +72,16 @@ def predict_file(
     resume: bool = True,
     progress: Progress | None = None,
 ) -> PredictionSummary:
-    """Classify every row of a file or of standard input, in input order.
+    """Classify every row of a file or of standard input, in input order, or mark the entities of every row.
 
     Rows are read in windows; within a window they are batched by length. Each window is on disk before the next is
     read, so an interrupted run resumes; the output file appears when it is whole.
 
     Args:
-        model: a classifier, or the folder of one.
+        model: a classifier or a tagger, or the folder of one.
         source: CSV, TSV, JSON Lines, Parquet or text file (one text a line), or "-" for standard input.
-        to: CSV, JSON Lines or Parquet file by extension, or "-" for JSON Lines on standard output.
+        to: CSV, JSON Lines or Parquet file by extension, or "-" for JSON Lines on standard output. Entities are written
+            as JSON Lines.
         text: text column, or the two of a pair; by default those of the training data, or `text` (and `text_pair`).
         id_column: copied to the output; rows are numbered from 0 where the input has none.
         input_format: by default from the extension; standard input is one text a line.
@@ -97,7 +101,7 @@ def predict_file(
     start = time.perf_counter()
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
-    classifier = model if isinstance(model, Classifier) else Classifier.load(model)
+    classifier = load_model(model) if isinstance(model, str | Path) else model
     columns = _columns(classifier, text, id_column)
     reader = RowReader(source, columns, form=input_format)
     output = _Output(_Form(classifier.folder, str(to)))
@@ -111,7 +115,12 @@ def predict_file(
 
 
 def _predict(
-    classifier: Classifier, reader: RowReader, output: _Output, batch_size: int, strict: bool, progress: Progress | None
+    classifier: Classifier | Tagger,
+    reader: RowReader,
+    output: _Output,
+    batch_size: int,
+    strict: bool,
+    progress: Progress | None,
 ) -> None:
     """Classify window by window what is not done yet."""
     try:
@@ -121,7 +130,7 @@ def _predict(
                 if bad and strict:
                     raise DataError(f"{reader.name}: {bad[0].error}")
                 texts = [row.text for row in window if row.text is not None]
-                found = iter(classifier.predict(texts, batch_size=batch_size))
+                found: Iterator[Answer] = iter(classifier.predict(texts, batch_size=batch_size))  # type: ignore[arg-type]
                 output.add([(row, None if row.text is None else next(found)) for row in window], len(bad))
                 if progress is not None:
                     progress(output.rows, reader.fraction())
@@ -131,15 +140,18 @@ def _predict(
     output.finish()
 
 
-def _columns(classifier: Classifier, text: Sequence[str] | str | None, id_column: str) -> Columns:
+def _columns(classifier: Network, text: Sequence[str] | str | None, id_column: str) -> Columns:
     names = (text,) if isinstance(text, str) else (tuple(text) if text is not None else None)
     if names is not None and len(names) not in (1, 2):
         raise ConfigError(f"expected one text column or the two of a pair, got {len(names)}: {', '.join(names)}.")
     recorded = tuple((classifier.folder.task or {}).get("text") or ()) or None
-    return Columns(names, recorded, id_column, most_characters(classifier.folder.max_length))
+    is_tagger = classifier.folder.kind == "tokens"
+    if is_tagger and names is not None and len(names) > 1:
+        raise ConfigError(f"entities are marked in one text column, got {', '.join(names)}.")
+    return Columns(names, recorded, id_column, None if is_tagger else most_characters(classifier.folder.max_length))
 
 
-def _fingerprint(classifier: Classifier, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:
+def _fingerprint(classifier: Network, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:
     """Collect all that decides the predictions."""
     folder = classifier.folder
     weights = [folder.file] if folder.file is not None else sorted(folder.path.glob("*.safetensors"))
@@ -169,13 +181,15 @@ class _Form:
             expected = ", ".join(_SUFFIXES)
             raise DataError(f"{to}: expected an output file of {expected}, got {suffix or 'no extension'!r}.")
         self.name = _SUFFIXES[suffix]
+        if folder.kind == "tokens" and self.name != "jsonl":
+            raise DataError(f"{to}: a row may have any number of entities; name a .jsonl file, which holds them.")
         if self.name == "parquet":
             check_installed("writing Parquet", "parquet")
         self._kind = folder.kind
         labels = () if folder.kind == "regression" else folder.label_names
         self._columns = ["id", "label", *(f"probability:{name}" for name in labels), "error"]
 
-    def encode(self, answers: Sequence[tuple[Row, Prediction | None]]) -> bytes:
+    def encode(self, answers: Sequence[tuple[Row, Answer | None]]) -> bytes:
         """Write rows; one without prediction gets its error."""
         if self.name == "jsonl":
             return "".join(f"{_to_json(_as_object(*one))}\n" for one in answers).encode()
@@ -205,8 +219,8 @@ class _Form:
                 with part.open("rb") as source:
                     shutil.copyfileobj(source, file, 1 << 20)
 
-    def _values(self, row: Row, prediction: Prediction | None) -> list[Any]:
-        if prediction is None:
+    def _values(self, row: Row, prediction: Answer | None) -> list[Any]:
+        if not isinstance(prediction, Prediction):
             return [row.id, *([None] * (len(self._columns) - 2)), row.error]
         label: Any = prediction.label
         if isinstance(label, tuple):
@@ -221,9 +235,11 @@ class _Form:
         return pa.schema(list(zip(self._columns, [pa.string(), label, *numbers, pa.string()], strict=True)))
 
 
-def _as_object(row: Row, prediction: Prediction | None) -> dict[str, Any]:
+def _as_object(row: Row, prediction: Answer | None) -> dict[str, Any]:
     if prediction is None:
         return {"id": row.id, "error": row.error}
+    if not isinstance(prediction, Prediction):
+        return {"id": row.id, "entities": [asdict(entity) for entity in prediction]}
     found: dict[str, Any] = {"id": row.id, "label": prediction.label}
     found |= {"deferred": prediction.deferred} if prediction.deferred else {}
     return found | ({"probabilities": prediction.probabilities} if prediction.probabilities else {})
@@ -242,7 +258,7 @@ class _Output:
         self.form = form
         self.rows = self.errors = self.resumed = 0
 
-    def add(self, answers: Sequence[tuple[Row, Prediction | None]], errors: int) -> None:
+    def add(self, answers: Sequence[tuple[Row, Answer | None]], errors: int) -> None:
         """Write one window."""
         self.write(self.form.encode(answers), len(answers), errors)
         self.rows, self.errors = self.rows + len(answers), self.errors + errors

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kdlora.deploy.folder import ModelFolder
-from kdlora.deploy.predict import INPUTS
+from kdlora.deploy.network import INPUTS
 from kdlora.errors import ModelError
 from kdlora.models import loading
 from kdlora.models.loading import Source

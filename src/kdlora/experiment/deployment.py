@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from kdlora.config import Config
 from kdlora.configfile import load_config
 from kdlora.data.load import Splits, load_examples, load_splits
-from kdlora.data.spool import label_array, read_texts
+from kdlora.data.spool import label_array, read_column, read_texts
 from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
@@ -21,7 +22,8 @@ from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
 from kdlora.deploy.folder import DECISIONS, read_model_folder
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.hub import locate_model
-from kdlora.deploy.predict import Classifier, Text
+from kdlora.deploy.predict import Classifier
+from kdlora.deploy.tagger import Words, load_model
 from kdlora.errors import ConfigError, DataError, ModelError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.recording import logged, prepare_process
@@ -30,6 +32,7 @@ from kdlora.experiment.settle import cut_at
 from kdlora.experiment.shipping import forget_decisions
 from kdlora.foreign import read_json
 from kdlora.report.shipped import BenchmarkResult, Calibration
+from kdlora.section import without_later_keys
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import remove
 from kdlora.system.storage import write_json_atomic, write_text_atomic
@@ -101,9 +104,12 @@ def _labelled(rows: Dataset, task: Task) -> LabelledTexts:
     return LabelledTexts(texts_of(rows), label_array(rows), task, groups_of(rows))
 
 
-def texts_of(rows: Dataset) -> list[Text]:
-    """Return the texts of a data set, pairs as tuples."""
+def texts_of(rows: Dataset) -> list[Any]:
+    """Return the texts of a data set, pairs as tuples, with their words where these have labels."""
     texts, *pairs = read_texts(rows).values()
+    if "starts" in rows.column_names:
+        edges = [read_column(rows, name).to_pylist() for name in ("starts", "ends")]
+        return list(map(Words, texts, *edges))
     return list(zip(texts, pairs[0], strict=True)) if pairs else list(texts)
 
 
@@ -150,7 +156,8 @@ def _mark(config: Config, layout: ExperimentLayout, *more: Path) -> str:
     files = hash_files(layout.root, [layout.student, layout.onnx, *more])
     # The card and what becomes of the outputs may change, and are of these files, not the other way round.
     files = {name: digest for name, digest in files.items() if Path(name).name not in ("README.md", DECISIONS)}
-    return hash_json({"export": config.export.model_dump(mode="json", exclude={"thresholds"}), "files": files})
+    settings = without_later_keys(config.export.model_dump(mode="json", exclude={"thresholds"}))
+    return hash_json({"export": settings, "files": files})
 
 
 def _holds(file: Path, mark: str) -> bool:
@@ -161,8 +168,12 @@ def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | 
     """Fit the student's temperature on validation rows; give the figures, and the sentences on them."""
     if splits.task.kind == "regression":
         return None, ["A regression gives no probabilities, so there was nothing to calibrate (export.calibrate)."]
-    logits = Classifier.load(layout.student).predict_logits(texts_of(splits.validation))
-    fitted = fit_temperature(logits, label_array(splits.validation), splits.task.kind)
+    logits = load_model(layout.student).predict_logits(texts_of(splits.validation))
+    labels, kind = label_array(splits.validation), splits.task.kind
+    if kind == "tokens":  # a softmax a word, of those that have a label and could be read
+        known = (labels >= 0) & np.isfinite(logits).all(axis=1)
+        logits, labels, kind = logits[known], labels[known], "single-label"
+    fitted = fit_temperature(logits, labels, kind)
     save_temperature(layout.student, fitted.temperature)
     return fitted, [
         f"Calibrated with temperature {fitted.temperature:.3f}: expected calibration error on the validation split "
@@ -201,6 +212,7 @@ def _export_rows(
         max_length=cut_at(config.student.train),
         max_metric_drop=config.export.max_metric_drop,
         min_agreement=config.export.min_agreement,
+        min_recall=config.export.min_recall,
         progress=say,
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from kdlora.data.tasks import Task
 from kdlora.evidence.records import RunRecord
 from kdlora.report.page import engine
 
@@ -25,6 +26,9 @@ _HUB_METRICS = {
     "matthews": "matthews_correlation",
     "pearson": "pearsonr",
     "spearman": "spearmanr",
+    "entity_f1": "f1",
+    "entity_precision": "precision",
+    "entity_recall": "recall",
 }
 """Our metric's name to the id that the Hub knows it by."""
 
@@ -33,11 +37,12 @@ def student_card(
     record: RunRecord, licence: str | None = None, *, reason: str = "", decisions: Sequence[str] = ()
 ) -> str:
     """Write the card of a student as Markdown with the Hub's metadata."""
-    split, metrics = _scored(record)
+    (split, metrics), task = _scored(record), Task.from_dict(record.task)
     facts = {
         "record": record,
         "metadata": yaml.safe_dump(card_metadata(record, licence), sort_keys=False, allow_unicode=True).strip(),
-        "names": Markup(", ").join(map(_code, record.task["label_names"])),
+        "names": Markup(", ").join(map(_code, task.label_types or task.label_names)),
+        "is_tagger": task.kind == "tokens",
         "student": _code(_short(record.student_model)),
         "teacher": _code(_short(record.teacher_model)),
         "licence": licence,
@@ -58,6 +63,7 @@ def card_metadata(record: RunRecord, licence: str | None = None) -> dict[str, An
     base = _hub_id(config.get("student", {}).get("model") or config.get("teacher", {}).get("model"))
     source, (split, metrics) = _hub_id(data.get("path")), _scored(record)
     title = " ".join(record.experiment.split())
+    kind = "token-classification" if record.task["kind"] == "tokens" else "text-classification"
     dataset = {
         "type": source or "custom",
         "name": source or title,
@@ -66,7 +72,7 @@ def card_metadata(record: RunRecord, licence: str | None = None) -> dict[str, An
         "revision": data.get("revision") if source else None,
     }
     result = {
-        "task": {"type": "text-classification", "name": f"Text classification ({record.task['kind']})"},
+        "task": {"type": kind, "name": f"{kind.capitalize().replace('-', ' ')} ({record.task['kind']})"},
         "dataset": _known(dataset),
         "metrics": [
             {"type": _HUB_METRICS.get(name, name), "name": name, "value": round(value, 4)}
@@ -76,7 +82,7 @@ def card_metadata(record: RunRecord, licence: str | None = None) -> dict[str, An
     }
     metadata = {
         "library_name": "transformers",
-        "pipeline_tag": "text-classification",
+        "pipeline_tag": kind,
         "license": licence,
         "base_model": base,
         "base_model_relation": "finetune" if base else None,

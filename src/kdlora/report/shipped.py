@@ -136,6 +136,7 @@ class Parity:
     drop_low: Finite | None = None
     drop_high: Finite | None = None
     reason: str = ""  # which limits it broke, in figures; empty where it passed
+    recall: dict[str, Amount] = field(default_factory=dict)  # of the types of entities for which it has a limit, 0..1
 
     @property
     def passed(self) -> bool:

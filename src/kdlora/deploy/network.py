@@ -1,0 +1,186 @@
+"""What a classifier and a tagger have in common: a folder, its tokenizer, and the network, which is run in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from kdlora.deploy.decisions import Decisions
+from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, read_model_folder
+from kdlora.deploy.onnx_backend import OnnxBackend
+from kdlora.errors import ArtifactError, ModelError, first_line
+from kdlora.extras import check_installed
+from kdlora.foreign import panics_as_errors
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+"""Names of the arrays that a text becomes, and where an encoding has them."""
+
+BATCH_SIZE = 32
+BATCH_TOKENS = 1024
+"""Most padded tokens that one forward pass holds: enough to keep the cores busy, and memory small."""
+
+
+class Backend(Protocol):
+    """What runs the network."""
+
+    input_names: tuple[str, ...]  # of the arrays that `run` takes
+    tokenizer_json: str  # content of the `tokenizer.json` that goes with it
+
+    def run(self, inputs: dict[str, np.ndarray]) -> Any:
+        """Compute float32 logits (rows, labels) of int64 arrays (rows, tokens); what fails is told by the caller."""
+
+
+class Network:
+    """A described folder and its running network; never changed once it is made, so threads may share it."""
+
+    marks_entities = False
+
+    def __init__(self, folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> None:
+        """Join them, and see that a text gives all that the network takes."""
+        if (folder.kind == "tokens") != self.marks_entities:
+            raise ModelError(_other_kind(folder))
+        self.decisions = Decisions() if decisions is None else decisions
+        self.folder, self.input_names, self._backend = folder, tuple(backend.input_names), backend
+        if unknown := sorted(set(self.input_names) - INPUTS.keys()):
+            raise ModelError(f"{folder.path}: the model takes {unknown[0]!r:.80}, which a text does not give.")
+        if "input_ids" not in self.input_names:
+            raise ModelError(f"{folder.path}: the model does not take input_ids, so it reads no text.")
+        self._tokenizer = _open_tokenizer(folder, backend.tokenizer_json)
+        self._pad = _pad_token_id(folder, self._tokenizer)
+
+    def __repr__(self) -> str:
+        """Say what is loaded, and from where."""
+        folder = self.folder
+        name = folder.path if folder.file is None else folder.path / folder.file.name
+        return (
+            f"{type(self).__name__}({str(name)!r}, {folder.kind}, labels {list(self.label_names)}, {folder.backend}, "
+            f"{folder.precision}, {folder.size_bytes / 1e6:.1f} MB, at most {folder.max_length} tokens)"
+        )
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the logit columns."""
+        return self.folder.label_names
+
+    def encode(self, texts: Sequence[Any], *, special: bool = True) -> list[Encoding]:
+        """Turn texts into tokens, with the special ones or without."""
+        try:
+            with panics_as_errors():
+                found: list[Encoding] = self._tokenizer.encode_batch(texts, add_special_tokens=special)
+                return found
+        except Exception as error:
+            place = self.folder.path / TOKENIZER
+            raise ArtifactError(f"{place}: the tokenizer fails on a text: {first_line(error)}") from None
+
+    def pack(
+        self, encodings: Sequence[Any], batch_size: int, batch_tokens: int
+    ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+        """Give the arrays that the model takes, encodings of like length together, and which ones these are."""
+        for rows in length_batches([len(encoding) for encoding in encodings], batch_size, batch_tokens):
+            shape = len(rows), len(encodings[rows[-1]])  # the longest is the last
+            arrays = {name: np.zeros(shape, dtype=np.int64) for name in self.input_names}
+            arrays["input_ids"][:] = self._pad
+            for place_in_batch, row in enumerate(rows):
+                for name, array in arrays.items():
+                    array[place_in_batch, : len(encodings[row])] = getattr(encodings[row], INPUTS[name])
+            yield rows, arrays
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Compute float32 logits (rows, labels), or (rows, tokens, labels), of int64 token arrays (rows, tokens)."""
+        place = self.folder.file or self.folder.path
+        try:
+            logits = self._backend.run(inputs)
+        except Exception as error:  # a config or a graph decides what is computed, and it may be anybody's
+            if self.folder.file is None and "memory" in str(error):
+                raise MemoryError(first_line(error)) from error
+            raise ModelError(f"{place}: the model cannot run ({first_line(error):.200}).") from error
+        if not isinstance(logits, np.ndarray) or not np.issubdtype(logits.dtype, np.floating):
+            kind = logits.dtype if isinstance(logits, np.ndarray) else type(logits).__name__
+            raise ModelError(f"{place}: the first output must be floating-point logits, got {kind}.")
+        shape = inputs["input_ids"].shape
+        if logits.shape != (*shape[: 1 + self.marks_entities], len(self.label_names)):
+            raise ModelError(
+                f"{self.folder.path}: config.json names {len(self.label_names)} labels, but the model gives an "
+                f"output of shape {logits.shape} for {shape[0]} texts."
+            )
+        return logits
+
+
+def open_network(
+    folder: str | Path,
+    *,
+    precision: Precision = "auto",
+    threads: int | None = None,
+    max_length: int | None = None,
+    verify: bool = True,
+    revision: str | None = None,
+) -> tuple[ModelFolder, Backend]:
+    """Open a model folder, or a model of the Hub."""
+    if not Path(folder).exists():
+        from kdlora.deploy.hub import locate_model  # here: what lies on this machine is served without it
+
+        folder = locate_model(folder, revision=revision)
+    described = read_model_folder(folder, precision=precision, max_length=max_length)
+    if threads is not None and threads < 1:
+        raise ModelError(f"threads must be at least 1, got {threads}.")
+    if described.backend == "onnx":
+        return described, OnnxBackend(described, threads=threads, verify=verify)
+    check_installed(f"{described.path} is a PyTorch model, which", "train")
+    from kdlora.deploy.torch_backend import TorchBackend  # here: an ONNX folder is served without torch
+
+    return described, TorchBackend(described, threads=threads)
+
+
+def _other_kind(folder: ModelFolder) -> str:
+    """Say which class a folder is for."""
+    if folder.kind == "tokens":
+        return f"{folder.path}: its model marks entities in texts and gives no label of a text; use kdlora.Tagger."
+    return f"{folder.path}: its model gives labels of whole texts and marks no entities; use kdlora.Classifier."
+
+
+def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
+    """Group rows of like length, so that little padding is computed."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batches: list[list[int]] = []
+    for row in order:
+        current = batches[-1] if batches else None
+        if current is None or len(current) >= batch_size or (len(current) + 1) * lengths[row] > batch_tokens:
+            batches.append([row])
+        else:
+            current.append(row)
+    return batches
+
+
+def spread(texts: Sequence[Any], count: int) -> list[Any]:
+    """Take some texts, evenly spaced."""
+    return [texts[row] for row in np.linspace(0, len(texts) - 1, min(count, len(texts)), dtype=int)]
+
+
+def _open_tokenizer(folder: ModelFolder, content: str) -> Any:
+    """Read a tokenizer, and fix where it truncates."""
+    from tokenizers import Tokenizer
+
+    try:
+        with panics_as_errors():
+            tokenizer = Tokenizer.from_str(content)
+    except Exception as error:  # the library raises a bare one for a damaged file
+        raise ArtifactError(f"{folder.path / TOKENIZER}: the tokenizer cannot be read: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(folder.max_length, strategy="longest_first")
+    return tokenizer
+
+
+def _pad_token_id(folder: ModelFolder, tokenizer: Any) -> int:
+    """Find the padding id; its value hardly matters, as padding is masked, but it must be in the vocabulary."""
+    found = tokenizer.token_to_id(folder.pad_token) if folder.pad_token is not None else None
+    if found is None:
+        found = max(0, folder.pad_token_id or 0)
+    if tokenizer.id_to_token(found) is None:
+        raise ModelError(f"{folder.path / CONFIG_FILE}: pad_token_id {found} is no token of {TOKENIZER}.")
+    return int(found)

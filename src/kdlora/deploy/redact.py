@@ -1,0 +1,180 @@
+"""Replace entities in a text or in a column of a file, in bounded memory; what cannot be read is not passed on."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+from kdlora.data.lines import Format
+from kdlora.deploy.network import BATCH_SIZE
+from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
+from kdlora.deploy.stream import Progress
+from kdlora.deploy.tagger import Entity, Tagger
+from kdlora.errors import ConfigError, DataError, did_you_mean, harmless_json
+from kdlora.system.storage import atomic_file
+
+
+@dataclass(frozen=True)
+class RedactionSummary:
+    """What a redaction did.
+
+    Attributes:
+        to: the output file, or "-".
+        rows: in the output.
+        replaced: how many spans of each type were replaced.
+        seconds: wall-clock time.
+    """
+
+    to: str
+    rows: int
+    replaced: dict[str, int]
+    seconds: float
+
+
+def redact(text: str, entities: Sequence[Entity], placeholders: Mapping[str, str] | None = None) -> str:
+    """Put placeholders in the place of entities.
+
+    Args:
+        text: the text that the entities are of.
+        entities: as from `Tagger.predict`.
+        placeholders: what stands for each type; other types stay. By default `[TYPE]` for every type.
+
+    Returns:
+        The text without these entities.
+    """
+    parts, place = [], 0
+    for entity in entities:
+        if placeholders is None or entity.label in placeholders:
+            written = f"[{entity.label}]" if placeholders is None else placeholders[entity.label]
+            parts += [text[place : entity.start], written]
+            place = entity.end
+    return "".join([*parts, text[place:]])
+
+
+def redact_file(
+    model: Tagger | str | Path,
+    source: str | Path,
+    to: str | Path = "-",
+    *,
+    text: str | None = None,
+    placeholders: Mapping[str, str] | None = None,
+    input_format: Format | None = None,
+    batch_size: int = BATCH_SIZE,
+    progress: Progress | None = None,
+) -> RedactionSummary:
+    """Replace the entities of every row of a file or of standard input; the output has the form of the input.
+
+    A row that cannot be read ends it, for nothing may pass unseen; the output file appears when it is whole.
+
+    Args:
+        model: a tagger, or the folder of one.
+        source: CSV, TSV, JSON Lines or text file (one text a line), or "-" for standard input.
+        to: the file to write, or "-" for standard output.
+        text: text column; by default that of the training data, or `text`. Other columns stay as they are.
+        placeholders: what stands for each type; other types stay. By default `[TYPE]` for every type.
+        input_format: by default from the extension; standard input is one text a line.
+        batch_size: most windows of texts in one forward pass.
+        progress: called with the rows done and the share of the input read, after some rows each.
+
+    Returns:
+        Counts and time.
+
+    Raises:
+        DataError: no such file or column, an unknown format, a row that cannot be read.
+        ConfigError: an unknown type; the output would replace the input.
+        ModelError: not a folder of a tagger.
+    """
+    start, tagger = time.perf_counter(), model if isinstance(model, Tagger) else Tagger.load(model)
+    wanted = _check_placeholders(tagger, placeholders)
+    recorded = tuple((tagger.folder.task or {}).get("text") or ()) or None
+    columns = Columns(None if text is None else (text,), recorded, "id", None, keep=True)
+    reader, counts, rows = RowReader(source, columns, form=input_format), Counter[str](), 0
+    if reader.form == "parquet":
+        raise DataError(f"{source}: Parquet is not redacted; write the rows as JSON Lines or CSV first.")
+    with _open(source, to) as file, contextlib.closing(iter(reader)) as given:
+        for window in chain(cut_windows(given), [[]]):  # the last one for a file that is a header alone
+            if not rows:
+                file.write(_header(reader))
+            found = tagger.predict([_text_of(row, reader) for row in window], batch_size=batch_size)
+            for row, entities in zip(window, found, strict=True):
+                file.write(_encode(reader, row, redact(str(row.text), entities, wanted)))
+                counts.update(entity.label for entity in entities if entity.label in wanted)
+            rows += len(window)
+            file.flush()
+            if progress is not None:
+                progress(rows, reader.fraction())
+    return RedactionSummary(str(to), rows, {name: counts[name] for name in wanted}, time.perf_counter() - start)
+
+
+def _check_placeholders(tagger: Tagger, given: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Give what stands for each type; a type of which the model knows nothing would be left in the text."""
+    if given is None:
+        return {name: f"[{name}]" for name in tagger.types}
+    for name, written in given.items():
+        if name not in tagger.types:
+            known = ", ".join(tagger.types)
+            raise ConfigError(f"the model knows no type {name!r}; it has {known}.{did_you_mean(name, tagger.types)}")
+        if set("\t\r\n") & set(written):
+            raise ConfigError(f"{written!r} cannot stand for {name}: a line break or tab would make another row of it.")
+    return given
+
+
+@contextlib.contextmanager
+def _open(source: str | Path, to: str | Path) -> Iterator[BinaryIO]:
+    """Open the output; a file appears when it is whole."""
+    if str(to) == "-":
+        yield sys.stdout.buffer
+        return
+    if Path(to).exists() and str(source) != "-" and Path(to).samefile(source):
+        raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
+    with atomic_file(Path(to)) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+def _text_of(row: Row, reader: RowReader) -> str:
+    """Give the text of a row; what cannot be read may hold anything."""
+    if not isinstance(row.text, str):
+        raise DataError(f"{reader.name}: {row.error}. Nothing is passed on unread: correct the row, or remove it.")
+    return row.text
+
+
+def _header(reader: RowReader) -> bytes:
+    """Write the header of a file that has one."""
+    if reader.form not in ("csv", "tsv"):
+        return b""
+    if len(set(reader.header)) < len(reader.header):
+        raise DataError(
+            f"{reader.name}: two columns have one name, and the values of the first would be lost; rename it."
+        )
+    return _delimited(reader.header, reader.form)
+
+
+def _encode(reader: RowReader, row: Row, text: str) -> bytes:
+    """Write a row with another text in the form of the input; a value of no text stays."""
+    values = dict(row.values or {})
+    if row.text:
+        values[reader.text_column] = text
+    if reader.form == "text":
+        return f"{text}\n".encode()
+    if reader.form == "jsonl":  # half of a pair of surrogates stays the number that it was
+        return (harmless_json(json.dumps(values, ensure_ascii=False)) + "\n").encode(errors="backslashreplace")
+    return _delimited(list(values.values()), reader.form)
+
+
+def _delimited(values: Sequence[str], form: Format) -> bytes:
+    buffer = io.StringIO(newline="")
+    if form == "tsv":
+        buffer.write("\t".join(values) + "\n")
+    else:
+        csv.writer(buffer, lineterminator="\n").writerow(values)
+    return buffer.getvalue().encode(errors="surrogateescape")

@@ -1,0 +1,249 @@
+"""Entities in texts of any length, from transformers and ONNX folders; an ONNX folder needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+
+from kdlora.data.tags import decode, entity_bounds, split_words, tag_names, tag_types
+from kdlora.data.windows import read_windows
+from kdlora.deploy.decisions import read_decisions
+from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Precision
+from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Backend, Network, open_network
+from kdlora.deploy.predict import Classifier, check_one
+from kdlora.errors import DataError, ModelError
+from kdlora.evidence.metrics import probabilities
+
+
+class Words(NamedTuple):
+    """A text whose words are given: where each begins and ends, in characters, half open and ascending."""
+
+    text: str
+    starts: Sequence[int]
+    ends: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A span of a text, which is `text[start:end]`.
+
+    Attributes:
+        text: the characters of the span.
+        start: its first character.
+        end: the character behind its last one.
+        label: its type.
+        score: probability of that type, mean over the words, 0..1.
+    """
+
+    text: str
+    start: int
+    end: int
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A part of a text as tokens, special ones included, and the words that are read in it."""
+
+    ids: np.ndarray
+    type_ids: np.ndarray
+    words: np.ndarray  # places among the words of all texts
+    places: np.ndarray  # of their first tokens in the window
+
+    @property
+    def attention_mask(self) -> np.ndarray:
+        return np.ones_like(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Tagger(Network):
+    """A loaded model that marks entities. `predict` may be called from several threads at once.
+
+    Example:
+        >>> Tagger.load("runs/names/student-onnx").predict("Ada met Alan")[0].label  # doctest: +SKIP
+        'PER'
+    """
+
+    marks_entities = True
+
+    def __init__(self, folder: ModelFolder, backend: Backend) -> None:
+        """Join a described folder and its running network; most callers want `load`."""
+        super().__init__(folder, backend)
+        self._tokenizer.no_truncation()
+        types = dict.fromkeys(name[2:] for name in self.label_names if name[:2] == "B-")
+        names = tag_names(tuple(types))
+        if sorted(names) != sorted(self.label_names):
+            raise ModelError(
+                f"{folder.path / CONFIG_FILE}: expected the labels O, and B-TYPE and I-TYPE for each type of entity, "
+                f"got {', '.join(self.label_names):.200}."
+            )
+        self.types = tag_types(names)
+        self._columns = [self.label_names.index(name) for name in names]
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        precision: Precision = "auto",
+        threads: int | None = None,
+        max_length: int | None = None,
+        verify: bool = True,
+        revision: str | None = None,
+    ) -> Tagger:
+        """Load a model folder, or a model of the Hub.
+
+        Args:
+            folder: as in `Classifier.load`.
+            precision: which ONNX file of a folder that has several; `auto` prefers int8.
+            threads: of the network's products; by default `OMP_NUM_THREADS`, else one a core. With PyTorch this is
+                process-wide.
+            max_length: tokens of a window, of which a long text has several; by default what the folder says.
+            verify: compare every file of an export that decides an answer with the hash that the export recorded.
+            revision: commit, tag or branch of a Hub id.
+
+        Returns:
+            The tagger, ready to predict.
+
+        Raises:
+            ModelError: not a model folder, an adapter, a model of another kind.
+            ArtifactError: a file is damaged or is not the one that was exported.
+            MissingExtraError: a PyTorch folder, and the extra `train` is not installed.
+        """
+        return cls(
+            *open_network(
+                folder, precision=precision, threads=threads, max_length=max_length, verify=verify, revision=revision
+            )
+        )
+
+    from_pretrained = load
+
+    @overload
+    def predict(self, texts: str, *, batch_size: int = BATCH_SIZE) -> list[Entity]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def predict(self, texts: Sequence[str | Words], *, batch_size: int = BATCH_SIZE) -> list[list[Entity]]: ...
+
+    def predict(
+        self, texts: str | Sequence[str | Words], *, batch_size: int = BATCH_SIZE
+    ) -> list[Entity] | list[list[Entity]]:
+        """Mark the entities of one text, or of several; long texts are read in overlapping windows.
+
+        Args:
+            texts: a text, or texts; an empty one has no entities.
+            batch_size: most windows in one forward pass.
+
+        Returns:
+            The entities in the order of the text; for several texts a list for each.
+
+        Raises:
+            DataError: what is no text, or longer than 4 million characters; nothing is predicted then.
+            ModelError: the model gives values that are not finite.
+        """
+        if isinstance(texts, str):
+            return self.predict([texts], batch_size=batch_size)[0]
+        given = _check_all(texts)
+        values, offsets = self._run_on(given, batch_size, BATCH_TOKENS)[:, self._columns], word_offsets(given)
+        tags, table = decode(values, offsets), probabilities(values, "single-label", self.folder.temperature)
+        found: list[list[Entity]] = [[] for _ in given]
+        for first, after in zip(*map(np.ndarray.tolist, entity_bounds(tags, offsets)), strict=True):
+            row, column = int(np.searchsorted(offsets, first, side="right")) - 1, int(tags[first])
+            text, starts, ends = given[row]
+            start, end = int(starts[first - offsets[row]]), int(ends[after - 1 - offsets[row]])
+            score = float(table[first:after, column : column + 2].sum(axis=1).mean())
+            found[row].append(Entity(text[start:end], start, end, self.types[column // 2], score))
+        return found
+
+    def predict_logits(
+        self, texts: Sequence[str | Words], *, batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
+    ) -> np.ndarray:
+        """Compute the raw outputs of all words; the temperature is not applied.
+
+        Args:
+            texts: texts, whose words are then runs of letters and digits or single other characters; or `Words`.
+            batch_size: most windows in one forward pass.
+            batch_tokens: most padded tokens in one forward pass.
+
+        Returns:
+            float32 (words of all texts, labels); NaN for a word of which the tokenizer left nothing.
+
+        Raises:
+            DataError: what is no text, or longer than 4 million characters.
+            ModelError: the model gives values that are not finite.
+        """
+        return self._run_on(_check_all(texts), batch_size, batch_tokens)
+
+    def _run_on(self, given: Sequence[Words], batch_size: int, batch_tokens: int) -> np.ndarray:
+        if batch_size < 1:
+            raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
+        windows, offsets = self._windows(given), word_offsets(given)
+        logits = np.full((int(offsets[-1]), len(self.label_names)), np.nan, dtype=np.float32)
+        for rows, inputs in self.pack(windows, batch_size, batch_tokens):
+            for row, values in zip(rows, self.run(inputs), strict=True):
+                logits[windows[row].words] = values[windows[row].places]
+        read = np.concatenate([window.words for window in windows] or [np.empty(0, np.int64)])
+        if not np.isfinite(logits[read]).all():
+            word = read[~np.isfinite(logits[read]).all(axis=1)][0]
+            row = int(np.searchsorted(offsets, word, side="right")) - 1
+            raise ModelError(f"{self.folder.path}: the model's output for text {row} is not a finite number.")
+        return logits
+
+    def batches(self, texts: Sequence[str | Words]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+        """Give the arrays that the model takes, windows of like length together, and which windows these are."""
+        return self.pack(self._windows(_check_all(texts)), BATCH_SIZE, BATCH_TOKENS)
+
+    def _windows(self, given: Sequence[Words]) -> list[_Window]:
+        """Cut texts into the windows in which a word is read."""
+        found: list[_Window] = []
+        encodings = self.encode([text for text, _, _ in given])
+        for encoding, (_, starts, ends), before in zip(encodings, given, word_offsets(given), strict=False):
+            read = read_windows(encoding.offsets, encoding.special_tokens_mask, starts, ends, self.folder.max_length)
+            ids, types = np.asarray(encoding.ids), np.asarray(encoding.type_ids)
+            seen = np.flatnonzero(read.place >= 0)
+            edges = np.searchsorted(read.window[seen], np.arange(len(read.tokens) + 1)).tolist()
+            for tokens, first, after in zip(read.tokens, edges, edges[1:], strict=False):
+                if first < after:
+                    words = seen[first:after]
+                    found.append(_Window(ids[tokens], types[tokens], words + before, read.place[words]))
+        return found
+
+
+def load_model(folder: str | Path, *, threads: int | None = None, max_length: int | None = None) -> Classifier | Tagger:
+    """Load a classifier or a tagger, as the folder says."""
+    described, backend = open_network(folder, threads=threads, max_length=max_length)
+    found = join_network(described, backend)
+    found.decisions = read_decisions(described)
+    return found
+
+
+def join_network(folder: ModelFolder, backend: Backend) -> Classifier | Tagger:
+    """Make a classifier or a tagger of a described folder and its running network."""
+    return Tagger(folder, backend) if folder.kind == "tokens" else Classifier(folder, backend)
+
+
+def word_offsets(texts: Sequence[Words]) -> np.ndarray:
+    """Say where the words of each text begin among those of all, and where the last one ends."""
+    return np.cumsum([0, *(len(words.starts) for words in texts)], dtype=np.int64)
+
+
+def _check_all(texts: Sequence[Any]) -> list[Words]:
+    return [check_words(text, f"text {row}") for row, text in enumerate(texts)]
+
+
+def check_words(text: Any, where: str) -> Words:
+    """Refuse what cannot be read, and find the words of a text that comes without them; an empty text has none."""
+    whole, *words = text if isinstance(text, tuple | list) and len(text) == 3 else (text,)
+    found = check_one(whole, where, whole=True)
+    if not words:
+        return Words(found, *split_words(found))
+    edges = np.array([0, *np.stack(words, axis=1).ravel(), len(found)])
+    if (np.diff(edges) < 0).any():
+        raise DataError(f"{where}: expected words that follow each other within the text.")
+    return Words(found, *words)

@@ -1,0 +1,285 @@
+"""The tagger: entities that are where they say, in every text, by every file, in one window or in many."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_classifier import BLOCKED
+
+from deploy_folders import TEXTS, build_classifier
+from experiments import edit_json
+from kdlora.data.tags import decode, split_words
+from kdlora.data.tasks import Task
+from kdlora.deploy.benchmark import benchmark
+from kdlora.deploy.calibrate import save_temperature
+from kdlora.deploy.export import ParityError, export_onnx
+from kdlora.deploy.gates import LabelledTexts
+from kdlora.deploy.predict import MOST_CHARACTERS, Classifier
+from kdlora.deploy.redact import redact, redact_file
+from kdlora.deploy.stream import predict_file
+from kdlora.deploy.tagger import Tagger, Words, word_offsets
+from kdlora.errors import ConfigError, DataError, ModelError
+
+NAMES = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
+TASK = Task("tokens", ("text",), ("tags",), NAMES, ("entity_f1",))
+PIECES = (
+    *("wonderful", "film", "Zürich", "naïve", "Straße", "a", "2", "the", "日本語", "Привет", "x" * 40),
+    *("e\u0301", "n\u0303\u0323", "\u0301", "\u200d", "\ufeff", "\u00ad", "\x00", "\ufffd", "\U0001f600"),
+    *("\U0001f469\u200d\U0001f4bb", "\U0001f1e8\U0001f1ed", "\u2764\ufe0f", "שלום", "\u202eעברית\u202c", "مرحبا", "ﷺ"),
+    *("[SEP]", "[MASK]", "@a", "#b", "http://x.y/z?q=1", "...", "—", "'s", "½", "ß", "İ", "ǆ", "\u1e9b\u0323"),
+)
+SPACES = (" ", " ", " ", "", "", "\t", "\n", "\u00a0", "\u3000", "\u2028", "  \r\n")
+
+
+def fuzzed_texts(count: int = 1000) -> list[str]:
+    """Make texts that break offsets: what normalisation makes longer or shorter, joins, drops or turns around."""
+    draw = random.Random(0)
+    texts = ["", " ", "\u0301", "\ufeff", "y" * 10_000, "\U0001f600" * 300, "e\u0301" * 5_000, "日" * 200]
+    while len(texts) < count:
+        size = draw.choice((1, 3, 8, 20, 120))
+        texts.append("".join(draw.choice(PIECES) + draw.choice(SPACES) for _ in range(size)))
+    return texts
+
+
+def places(entities):
+    """Leave the scores out."""
+    return [(entity.start, entity.end, entity.label) for entity in entities]
+
+
+@pytest.fixture(scope="module")
+def tagger(exported):
+    return Tagger.load(exported("bert", "tokens"), precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def labelled(tagger):
+    """Texts that the model itself has labelled, and the task."""
+    texts = [Words(text, *split_words(text)) for text in TEXTS]
+    return LabelledTexts(texts, decode(tagger.predict_logits(texts), word_offsets(texts)), TASK)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_offsets_point_at_the_text_they_claim(exported, tmp_path, precision):
+    """Prevents offsets into normalised text, in bytes or UTF-16: a redaction that leaves half a name, everywhere."""
+    model, texts = Tagger.load(exported("bert", "tokens"), precision=precision), fuzzed_texts()
+    found = model.predict(texts)
+    assert sum(map(len, found)) > 1000
+    for text, entities in zip(texts, found, strict=True):
+        assert [entity.text for entity in entities] == [text[entity.start : entity.end] for entity in entities]
+        edges = [edge for entity in entities for edge in (entity.start, entity.end)]
+        assert edges == sorted(edges)
+        assert all(entity.text == entity.text.strip() and 0 <= entity.score <= 1.0001 for entity in entities)
+        rest = redact(text, entities, {"LOC": "", "PER": ""})
+        assert len(rest) == len(text) - sum(len(entity.text) for entity in entities)
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"n": n, "text": text}) + "\n" for n, text in enumerate(texts)))
+    summary = redact_file(model, source, tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row["n"] for row in rows] == list(range(len(texts)))
+    if precision == "fp32":  # int8 rounds by the batch
+        assert [row["text"] for row in rows] == [redact(*pair) for pair in zip(texts, found, strict=True)]
+        assert sum(summary.replaced.values()) == sum(map(len, found))
+
+
+def test_backends_and_batches_agree(exported, classifier_folder, tagger):
+    """Prevents a graph, or a padded batch, that reads other words than the model alone does."""
+    reference, texts = Tagger.load(classifier_folder("bert", "tokens")), fuzzed_texts(60)
+    expected = reference.predict_logits(texts)
+    np.testing.assert_allclose(tagger.predict_logits(texts), expected, atol=1e-4)
+    one_by_one = np.concatenate([tagger.predict_logits([text], batch_size=1) for text in texts])
+    np.testing.assert_allclose(one_by_one, expected, atol=1e-4)
+    assert tagger.predict(texts[20]) == tagger.predict([texts[20]])[0]
+    assert tagger.predict([]) == []
+    assert tagger.predict("") == []
+
+
+def test_one_window_or_many_give_the_same(tmp_path):
+    """Prevents words that are read at the edge of a window, twice, or not at all."""
+    folder = build_classifier("bert", tmp_path / "model", kind="tokens")
+    model = transformers.AutoModelForTokenClassification.from_pretrained(folder)
+    with torch.no_grad():  # a token's logits depend on it alone, so a window changes nothing but what is read
+        model.bert.embeddings.position_embeddings.weight.zero_()
+        for layer in model.bert.encoder.layer:
+            layer.attention.output.dense.weight.zero_()
+    model.save_pretrained(folder)
+    text = " ".join(TEXTS[:5])
+    whole = Tagger.load(folder)
+    assert len(whole._windows([Words(text, *split_words(text))])) == 1
+    expected = whole.predict(text)
+    assert len(expected) > 5
+    for length in (3, 7, 24, 40):
+        cut = Tagger.load(folder, max_length=length)
+        assert len(cut._windows([Words(text, *split_words(text))])) > 1
+        found = cut.predict(text)
+        assert places(found) == places(expected)
+        assert [one.score for one in found] == pytest.approx([one.score for one in expected], abs=1e-4)
+
+
+def test_score_is_the_probability_of_the_type(exported, tmp_path):
+    """Prevents the score of one tag of a span, and a temperature that is stored and never applied."""
+    folder = shutil.copytree(exported("bert", "tokens"), tmp_path / "model")
+    first = Tagger.load(folder, precision="fp32").predict(TEXTS[0])[0]
+    save_temperature(folder, 3.0)
+    model = Tagger.load(folder, precision="fp32")
+    entity = model.predict(TEXTS[0])[0]
+    starts, ends = split_words(TEXTS[0])
+    logits = model.predict_logits([TEXTS[0]])[starts.index(entity.start) : ends.index(entity.end) + 1] / 3.0
+    table = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    column = NAMES.index(f"B-{entity.label}")
+    assert entity.score == pytest.approx(table[:, column : column + 2].sum(axis=1).mean(), abs=1e-6)
+    assert (entity.start, entity.end) == (first.start, first.end)
+    assert entity.score < first.score
+
+
+def test_labels_in_another_order_and_in_none(classifier_folder, tmp_path):
+    """Prevents entities of the wrong type by a model of somebody else, and a scheme that is misread."""
+    folder = shutil.copytree(classifier_folder("bert", "tokens"), tmp_path / "model")
+    model = transformers.AutoModelForTokenClassification.from_pretrained(folder)
+    order = [4, 2, 0, 1, 3]
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight[order])
+        model.classifier.bias.copy_(model.classifier.bias[order])
+    model.config.id2label = {place: NAMES[column] for place, column in enumerate(order)}
+    model.config.label2id = {name: place for place, name in model.config.id2label.items()}
+    model.save_pretrained(folder)
+    expected = Tagger.load(classifier_folder("bert", "tokens")).predict(TEXTS)
+    found = Tagger.load(folder).predict(TEXTS)
+    assert list(map(places, found)) == list(map(places, expected))
+    with pytest.raises(ModelError, match=r"labels O, B-X, I-X, B-Y, I-Y in this order"):
+        export_onnx(folder, tmp_path / "out", texts=TEXTS)
+    edit_json(folder / "config.json", id2label={str(column): f"LABEL_{column}" for column in range(5)})
+    with pytest.raises(ModelError, match=r"expected the labels O, and B-TYPE and I-TYPE"):
+        Tagger.load(folder)
+
+
+def test_onnx_folder_needs_no_torch(exported, tmp_path):
+    """Prevents a serving image of gigabytes: the packages are made unimportable, then names are found and replaced."""
+    (tmp_path / "rows.txt").write_text(f"{TEXTS[0]}\n")
+    code = f"""
+import sys
+for name in {BLOCKED!r}:
+    sys.modules[name] = None
+from kdlora import Tagger, predict_file, redact_file
+tagger = Tagger.from_pretrained({str(exported("bert", "tokens"))!r})
+print(len(tagger.predict({TEXTS[0]!r})))
+print(predict_file(tagger, {str(tmp_path / "rows.txt")!r}, {str(tmp_path / "out.jsonl")!r}).rows)
+print(redact_file(tagger, {str(tmp_path / "rows.txt")!r}, {str(tmp_path / "out.txt")!r}).rows)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count = len(Tagger.load(exported("bert", "tokens")).predict(TEXTS[0]))
+    assert done.stdout.split() == [str(count), "1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([None], "text 0: expected a text, got NoneType"),
+        (["fine", ("one", "two")], "text 1: expected a text, got tuple"),
+        (["broken \udcff"], "not valid UTF-8"),
+        (["x" * (MOST_CHARACTERS + 1)], "4,194,305 characters, more than 4,194,304 in one text. Split it"),
+        ([Words("two words", [0, 4], [5, 9])], "words that follow each other within the text"),
+        ([Words("two", [0], [4])], "words that follow each other within the text"),
+    ],
+)
+def test_bad_texts_are_named(tagger, texts, message):
+    """Prevents entities of what is no text, and a machine that runs out of memory."""
+    with pytest.raises(DataError, match=message):
+        tagger.predict(texts)
+
+
+def test_a_folder_of_the_other_kind_is_named(exported):
+    """Prevents the labels of words taken for labels of texts, or the other way round."""
+    with pytest.raises(ModelError, match=r"marks entities in texts and gives no label of a text; use kdlora\.Tagger"):
+        Classifier.load(exported("bert", "tokens"))
+    with pytest.raises(ModelError, match=r"gives labels of whole texts and marks no entities; use kdlora\.Classifier"):
+        Tagger.load(exported())
+
+
+def test_the_pipeline_of_transformers_reads_the_folder(classifier_folder):
+    """Prevents a folder that only kdlora can serve."""
+    folder = str(classifier_folder("bert", "tokens"))
+    tag = transformers.pipeline("token-classification", folder, aggregation_strategy="simple")
+    found = tag(TEXTS[0])
+    assert {entity["entity_group"] for entity in found} <= {"LOC", "PER"}
+    assert all(TEXTS[0][entity["start"] : entity["end"]] for entity in found)
+    assert found
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_gates_on_entities_and_on_recall(tmp_path, classifier_folder, labelled):
+    """Prevents an int8 file whose entities were never compared, and a type that is lost without a word."""
+    folder, wide = classifier_folder("bert", "tokens"), {"min_agreement": 0.0, "max_metric_drop": 100}
+    result = export_onnx(folder, tmp_path / "a", texts=labelled, min_recall={"PER": 0.2}, **wide)
+    first, second, int8 = result.stages
+    assert (first.score, second.score, first.agreement) == (100, 100, 1)
+    assert first.recall == second.recall == {"PER": 1.0}
+    assert int8.rows == len(TEXTS)
+    assert int8.drop == pytest.approx(100 - int8.score)
+    assert int8.drop_low <= int8.drop <= int8.drop_high
+    assert 0.2 <= int8.recall["PER"] <= 1
+    record = json.loads((tmp_path / "a" / "kdlora_export.json").read_text())
+    assert record["stages"][2]["recall"] == int8.recall
+    with pytest.raises(ParityError, match=r"\d+ of \d+ PER are found, \d+\.\d\d% and not 100\.00%"):
+        export_onnx(folder, tmp_path / "b", texts=labelled, min_recall={"PER": 1.0}, **wide)
+    assert (tmp_path / "b" / "model.onnx").is_file()
+    assert not (tmp_path / "b" / "model_quantized.onnx").exists()
+
+
+def test_a_recall_that_the_model_lacks_exports_nothing(tmp_path, classifier_folder, labelled):
+    """Prevents a folder beside a config that promises more than the model can do."""
+    folder = classifier_folder("bert", "tokens")
+    wrong = np.where(labelled.labels == 3, 1, labelled.labels)  # LOC where the model says PER
+    given = LabelledTexts(labelled.texts, wrong, TASK)
+    with pytest.raises(ModelError, match=r"not exported, .* min_recall asks \d+ of \d+ LOC are found, .* not 99\.00%"):
+        export_onnx(folder, tmp_path / "out", texts=given, min_recall={"LOC": 0.99})
+    with pytest.raises(ConfigError, match=r"min_recall: 'LOK' is no label of the task \(LOC, PER\)"):
+        export_onnx(folder, tmp_path / "out", texts=labelled, min_recall={"LOK": 0.9})
+    with pytest.raises(DataError, match="wants validation texts with labelled words"):
+        export_onnx(folder, tmp_path / "out", texts=TEXTS, min_recall={"LOC": 0.9})
+    with pytest.raises(DataError, match="one label a word, got 3 labels for 5 words"):
+        LabelledTexts([Words("a b c d e", range(0, 9, 2), range(1, 10, 2))], [0, 0, 0], TASK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_benchmark_scores_entities(exported, classifier_folder, labelled):
+    """Prevents a score of the words that are outside of every entity, and two kinds in one table."""
+    models = {"teacher": classifier_folder("bert", "tokens"), "int8": exported("bert", "tokens")}
+    quick = {"rounds": 1, "threads": 1, "batch_sizes": (8,), "grid": ((1, 8),)}
+    teacher, int8 = benchmark(models, labelled, **quick).models
+    assert teacher.score == 100
+    assert 0 < int8.score < 100
+    assert int8.texts_per_second > 0
+    assert set(int8.grid_ms) == {"1x8"}
+    with pytest.raises(ModelError, match="some of the models mark entities and some classify texts"):
+        benchmark({"one": exported(), "other": exported("bert", "tokens")}, **quick)
+
+
+def test_predict_writes_entities(tagger, tmp_path):
+    """Prevents entities of another row, and a table that has room for one of them."""
+    source = tmp_path / "in.jsonl"
+    given = [{"id": "a", "text": TEXTS[0]}, {"id": "b", "text": ""}, {"id": "c", "text": None}, {"id": "d"}]
+    given.append({"text": TEXTS[1]})
+    source.write_text("".join(json.dumps(row) + "\n" for row in given))
+    summary = predict_file(tagger, source, tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert (summary.rows, summary.errors) == (5, 1)
+    assert [row["id"] for row in rows] == ["a", "b", "c", "d", "4"]
+    assert rows[1]["entities"] == rows[2]["entities"] == []
+    assert "column 'text' is empty or missing" in rows[3]["error"]
+    for row, text in ((rows[0], TEXTS[0]), (rows[4], TEXTS[1])):
+        expected = tagger.predict(text)
+        assert [one["text"] for one in row["entities"]] == [one.text for one in expected]
+        assert set(row["entities"][0]) == {"text", "start", "end", "label", "score"}
+    with pytest.raises(DataError, match=r"any number of entities; name a \.jsonl file"):
+        predict_file(tagger, source, tmp_path / "out.csv")
+    with pytest.raises(ConfigError, match="entities are marked in one text column, got a, b"):
+        predict_file(tagger, source, tmp_path / "out.jsonl", text=("a", "b"))

@@ -78,10 +78,10 @@ def benchmark(
     given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts or _DEFAULT_TEXTS)
     if given.labels is not None and given.task is None:
         raise DataError("benchmark: labels need a task.")
+    rows = check_texts(given.texts, "" if given.offsets is None else "tokens", "text")
     kinds = {read_model_folder(path).kind for path in named.values()}
     if "tokens" in kinds and len(kinds) > 1:
         raise ModelError("benchmark: some of the models mark entities and some classify texts; measure either.")
-    rows = check_texts(given.texts, "tokens" if "tokens" in kinds else "", "text")
     say = progress or (lambda step: None)
     with contextlib.ExitStack() as stack:
         found = []

@@ -9,7 +9,7 @@ from typing import Literal
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.data.collection import is_collection, open_collection
 from kdlora.data.load import Splits
-from kdlora.data.tasks import Task, named_weights
+from kdlora.data.tasks import Task, find_label, named_weights
 from kdlora.distil.inference import hash_model
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.teacher import read_stored_logits
@@ -28,6 +28,10 @@ def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
     check_trackers(config.run.report_to)
     for train in (config.teacher.train, config.student.train):
         named_weights(task, train.class_weights)
+    if config.export.min_recall and task.kind != "tokens":
+        raise ConfigError("export.min_recall: only a task of tokens has types of entities; leave it out")
+    for name in config.export.min_recall:
+        find_label(name, task.label_types, "export.min_recall")
     if config.teacher.fine_tuned is not None:
         yield "teacher", load_teacher(config, task)[0]
     trained: list[Arm] = [

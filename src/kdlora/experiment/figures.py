@@ -179,7 +179,7 @@ class SuiteFigures:
         task = Task.from_dict(self.records[pairs[0][0].key].task)
         groups = None if group else aligned[0].groups
         seeds = [run.seed for run, _ in pairs]
-        arms = PairedArms(task, aligned[0].labels, logits[::2], logits[1::2], groups, seeds)
+        arms = PairedArms(task, aligned[0].labels, logits[::2], logits[1::2], groups, seeds, aligned[0].offsets)
         return contrast([arms], draws=_DRAWS)
 
 

@@ -144,7 +144,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(folder)
-    _write_card(folder, config.base_model_name_or_path or "base", config.revision, model.config)
+    _write_card(folder, config, model.config)
 
 
 def load_adapter(encoder: Encoder, folder: Path) -> PeftModel:
@@ -166,10 +166,10 @@ def add_base(folder: Path, encoder: Encoder, *, address: Path) -> None:
     """Put an adapter's base beside it, where that base lies nowhere else (a student made from layers)."""
     save_encoder(encoder, folder / "base")
     config = PeftLoraConfig.from_pretrained(folder)
-    config.base_model_name_or_path = str(address.resolve() / "base")
+    config.base_model_name_or_path, config.revision = str(address.resolve() / "base"), None
     config.target_modules = sorted(config.target_modules)
     config.save_pretrained(folder)
-    _write_card(folder, config.base_model_name_or_path, None, encoder.model.config)
+    _write_card(folder, config, encoder.model.config)
 
 
 def merge_student(model: PeftModel) -> PreTrainedModel:
@@ -309,12 +309,12 @@ def _weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def _write_card(folder: Path, base: str, revision: str | None, config: PretrainedConfig) -> None:
+def _write_card(folder: Path, adapter: Any, config: PretrainedConfig) -> None:
     """Write how the adapter is loaded; PEFT's own card is a form to be filled in."""
-    labels = config.id2label
-    pin = f", revision={revision!r}" if revision else ""
+    labels, base = config.id2label, adapter.base_model_name_or_path or "base"
+    pin = f", revision={adapter.revision!r}" if adapter.revision else ""
     pin += f", pad_token_id={config.pad_token_id}" if is_decoder(config) else ""
-    words = "ForTokenClassification" in str(config.architectures)
+    words = adapter.task_type == TaskType.TOKEN_CLS
     made = f"AutoModelFor{'Token' if words else 'Sequence'}Classification"
     text = f"""---
 library_name: peft

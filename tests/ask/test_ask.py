@@ -15,6 +15,7 @@ from experiments import write_lines
 from kdlora.asking.ask import plan_asking
 from kdlora.asking.questions import Questions, count_votes, join_groups, likely_groups, read_logprobs, read_vote
 from kdlora.errors import ConfigError
+from kdlora.report.wording import duration
 from tiny import sentiment_rows, write_csv
 
 pytest_plugins = ["experiment_fixtures"]
@@ -168,12 +169,12 @@ def test_the_command_prints_what_was_done(asking, cli):
 
 
 def test_a_student_learns_from_the_answers(asking, cli, tiny_model_folder):
-    """The way on: rows that were refused are in neither file, so that the experiment finds an answer for every row."""
+    """The way on: rows that were refused are in neither file, and the report knows what the answers cost."""
     asking.model.fault = lambda number: "refusal" if number in (7, 30) else None
     validation = write_csv(asking.folder / "validation.csv", sentiment_rows(40, 1))
     more = asking.folder / "more.csv"
     write_csv(more, [{"id": row["id"], "text": row["text"] + " again"} for row in sentiment_rows(30, 2)])
-    done = asking(audit=str(validation), unlabelled=str(more))
+    done = asking(audit=str(validation), unlabelled=str(more), price_in=1.0, price_out=2.0)
     assert (done.rows, done.unanswered) == (128, 2)
     config = {
         "task": {"text": "text", "label": "label"},
@@ -181,15 +182,41 @@ def test_a_student_learns_from_the_answers(asking, cli, tiny_model_folder):
         | {"validation": str(validation)},
         "teacher": {"probabilities": str(done.table)},
         "student": {"model": str(tiny_model_folder("bert")), "train": {"epochs": 1, "learning_rate": 5e-3}},
-        "run": {"arms": ["kd-lora"], "seeds": [0], "precision": "fp32", "threads": 1},
+        "run": {"arms": ["fft", "kd-lora"], "seeds": [0], "precision": "fp32", "threads": 1},
         "export": {"formats": [], "benchmark": False},
     }
     path = asking.folder / "config.yaml"
     path.write_text(json.dumps(config))
     ended = cli("run", path, "--out", asking.folder / "run")
     assert ended.code == 0, ended.err
-    record = json.loads(next((asking.folder / "run").rglob("kd-lora*/run.json")).read_text())
-    assert record["status"] == "finished"
+    records = [json.loads(next((asking.folder / "run").rglob(f"{arm}*/run.json")).read_text()) for arm in ("kd", "fft")]
+    assert [record["status"] for record in records] == ["finished"] * 2
+    assert records[1]["model"] == records[0]["teacher_model"] == "m"
+    assert records[0]["asked"] == json.loads((asking.to / "asked.json").read_text())
+    report = (asking.folder / "run" / "report.md").read_text().replace("\u00a0", " ")
+    asked, student = re.search(r"\*\*A million texts\*\*\n\n.*\n.*\n(.*)\n(.*)\n", report).groups()
+    assert (
+        asked
+        == f"| m, asked | 100.0 | {done.asked.per_second:,.0f} | {duration(1e6 / done.asked.per_second)} | "
+        + (f"{1e6 * done.cost / 130:,.2f} |")
+    )
+    assert re.fullmatch(r"\| the student, KD-LoRA \| [\d.]+ \| [\d,]+ \| [\d.]+ (s|min|h) \| – \|", student)
+
+
+def test_the_rate_is_that_of_the_longest_call(asking, cli):
+    """A call that only found everything done reports no time at all, and one row more the time of a first answer."""
+    asking.model.delay = 0.02
+    first = asking(rows=40)
+    assert first.asked.timed == first.asked.questions == 40
+    assert 0 < first.asked.per_second < 16 / 0.02
+    later = asking(rows=41, concurrency=1).asked
+    assert (later.questions, later.timed, later.concurrency) == (41, 40, 16)
+    assert later.per_second == first.asked.per_second
+    assert later.cost_per_million is None
+    (asking.to / "asked.json").write_text('{"model": "m"}')
+    done = cli("ask", asking.data, "--to", asking.to, "--model", "m", "--base-url", asking.model.url, "--rows", 41)
+    assert done.code == 2
+    assert "asked.json is damaged" in done.err
 
 
 def test_a_code_that_is_not_shown_gets_a_part_of_what_is_not_shown():

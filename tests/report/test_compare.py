@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
 
 from fabricate import PAIRS, SIMILARITY, make_experiment
 from kdlora.errors import ArtifactError
-from kdlora.evidence.records import read_record
+from kdlora.evidence.records import read_record, write_record
 from kdlora.report.compare import compare
 
 
@@ -34,6 +35,27 @@ def test_experiments_stand_in_one_table_paired_with_the_first_student(tmp_path):
     assert report.paths == (tmp_path / "both" / "compare.md", tmp_path / "both" / "compare.html")
     assert report.paths[1].read_text(encoding="utf-8") == report.html
     assert "Score against parameters" in report.html
+
+
+def test_scores_are_drawn_over_the_texts_that_were_labelled(tmp_path):
+    """Whether asking is worth more than labelling by hand: copies of labelled rows would count as asked ones."""
+    for name, asked, alpha in (("few", 0, 0.5), ("many", 8000, 0.5), ("alone", 2000, 0.0)):
+        layout = make_experiment(tmp_path / name, seeds=(0,), arms=("fft", "kd-lora", "student-lora"))
+        for place in layout.runs.glob("*/run.json"):
+            record = read_record(place)
+            config = {"distil": {"alpha": alpha}, "data": {"augment": 2}}
+            rows = record.rows | {"unlabelled": asked + 2 * record.rows["train"]}
+            write_record(place, record.model_copy(update={"rows": rows, "config": config}))
+    html = compare([tmp_path / name for name in ("few", "many", "alone")], out=tmp_path, draws=50).html
+    told = re.search(r"score on validation by texts that were labelled[^<]*", html)[0]
+    assert re.findall(r"[\w -]+(?:, no labels)? ends at", told) == [
+        " KD-LoRA ends at",
+        " student LoRA ends at",
+        " KD-LoRA, no labels ends at",
+    ]
+    figure = html[html.index("Score against texts") :]
+    assert {"5000", "10000"} <= set(re.findall(r">(\d+)</text>", figure))
+    assert "Score against texts" not in compare([tmp_path / "few"], draws=50).html
 
 
 def test_single_runs_are_compared(tmp_path):

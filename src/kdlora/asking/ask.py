@@ -33,6 +33,7 @@ from kdlora.configfile import expand_home
 from kdlora.data.logit_table import LOGIT, RESERVED, write_table
 from kdlora.data.spool import read_column
 from kdlora.errors import ConfigError, DataError
+from kdlora.evidence.records import Asked
 from kdlora.system.integrity import hash_files
 from kdlora.system.storage import hold_lock, write_json_atomic
 
@@ -66,6 +67,7 @@ class AskSummary:
         tokens_written: likewise.
         cost: of these, where prices are given.
         audit: what people's labels say of the answers.
+        asked: rate and price, which the report of an experiment shows that this table teaches.
         seconds: wall-clock time of this call.
     """
 
@@ -81,6 +83,7 @@ class AskSummary:
     tokens_written: int
     cost: float | None
     audit: Audit | None
+    asked: Asked
     seconds: float
 
 
@@ -124,9 +127,13 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
     folder = expand_home(str(to)).resolve()
     with hold_lock(folder / ".lock", f"asks into {folder}", remedy=", or name another folder with --to"):
         begin_folder(folder, asking.ingredients, {"base_url": settings.url, "data": str(data)})
+        before = Asked.read(folder)
         ids = {split: read_column(part, "id") for split, part in rows.parts.items()}
         with Answers(folder, ids, rows.task.num_labels, settings) as answers:
+            begun = time.perf_counter()
             audit, left, written = _run(asking.carry_out(answers, progress)), 0, 0
+            asked = _sum_up(answers, settings, time.perf_counter() - begun, before)
+            write_json_atomic(folder / Asked.FILE, asdict(asked))
             if audit is not None:
                 write_json_atomic(folder / AUDIT, asdict(audit))
             chosen, temperature = (0, 1.0) if audit is None else (audit.chosen, audit.temperature)
@@ -147,7 +154,25 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
         tokens_written=tokens_written,
         cost=settings.cost(tokens_read, tokens_written),
         audit=audit,
+        asked=asked,
         seconds=time.perf_counter() - start,
+    )
+
+
+def _sum_up(answers: Answers, settings: AskSettings, seconds: float, before: Asked | None) -> Asked:
+    """Say how fast the longest call had its answers, and what all cost."""
+    new, cost = answers.done - answers.resumed, settings.cost(*answers.spent[1:].tolist())
+    if before is not None and before.timed >= new:
+        timed, rate, concurrency = before.timed, before.per_second, before.concurrency
+    else:
+        timed, rate, concurrency = new, new / seconds if new else None, settings.concurrency
+    return Asked(
+        model=settings.model,
+        questions=answers.done,
+        timed=timed,
+        per_second=rate,
+        concurrency=concurrency,
+        cost_per_million=None if cost is None else 1e6 * cost / answers.done,
     )
 
 

@@ -112,6 +112,12 @@ def _print_summary(summary: AskSummary) -> None:
     cost = "" if summary.cost is None else f", {summary.cost:.4f} paid"
     tokens = f"{summary.tokens_read + summary.tokens_written:,} tokens"
     said = [f"{summary.rows:,} rows in {summary.table}; {summary.requests:,} requests, {tokens}{cost} in all"]
+    if (asked := summary.asked).per_second is not None:
+        price = "" if asked.cost_per_million is None else f" and {asked.cost_per_million:,.2f}"
+        hours = 1e6 / asked.per_second / 3600
+        said.append(
+            f"{asked.per_second:.3g} a second, {asked.concurrency} at a time; a million take {hours:,.1f} h{price}"
+        )
     if summary.unanswered:
         said.append(f"{summary.unanswered:,} without an answer, left out of the table:")
         said += [f"  {one['split']} {one['id']}: {one['unanswered']}" for one in summary.examples]

@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kdlora.config import ARMS
-from kdlora.errors import ArtifactError
+from kdlora.errors import ArtifactError, first_line
 from kdlora.foreign import read_json
 from kdlora.system.integrity import CHECKSUM, is_sealed_or_old, seal
 from kdlora.system.storage import plain_json, write_json_atomic
@@ -30,6 +30,42 @@ class Latency(BaseModel):
     p50_ms: float = Field(ge=0, description="median, milliseconds")
     p95_ms: float = Field(ge=0, description="95th percentile, milliseconds")
     threads: int = Field(gt=0, description="threads that the pass could use")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How fast a language model answered whose answers are a table of probabilities, and for what price.
+
+    Attributes:
+        model: its name on the server.
+        questions: what was asked, with or without an answer.
+        timed: of these, those of the longest call, which tells the rate.
+        per_second: questions a second in that call.
+        concurrency: requests at the same time in that call.
+        cost_per_million: of so many questions, where prices were given.
+    """
+
+    FILE: ClassVar[str] = "asked.json"
+
+    model: str
+    questions: int
+    timed: int
+    per_second: Annotated[float, Field(gt=0)] | None
+    concurrency: int
+    cost_per_million: float | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Asked | None:
+        """Read what `kdlora ask` left beside its table; None where the table is of other making."""
+        file = folder / cls.FILE
+        if not file.exists():
+            return None
+        remedy = "Delete it, and run kdlora ask again."
+        content = read_json(file, remedy)
+        try:
+            return TypeAdapter(cls).validate_python(content)
+        except ValidationError as fault:
+            raise ArtifactError(f"{file} is damaged: {first_line(fault)}. {remedy}") from None
 
 
 class RunRecord(BaseModel):
@@ -64,6 +100,7 @@ class RunRecord(BaseModel):
     examples_per_second: float | None = None
     best_epoch: float | None = None
     latency: list[Latency] = Field(default_factory=list)
+    asked: Asked | None = Field(default=None, description="the language model whose answers are the teacher")
     precision: str = ""
     device: str = ""
     truncated: dict[str, int] = Field(default_factory=dict, description="texts cut at max_length")

@@ -22,7 +22,7 @@ from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import settle_precision
 from kdlora.distil.words import BAG_OF_WORDS
 from kdlora.errors import ArtifactError
-from kdlora.evidence.records import ExperimentLayout, RunRecord, read_record
+from kdlora.evidence.records import Asked, ExperimentLayout, RunRecord, read_record
 from kdlora.experiment.arms import Trained
 from kdlora.models.encoders import Encoder
 from kdlora.system.environment import collect_versions, describe_machine, git_state
@@ -100,7 +100,9 @@ def blank_record(config: Config, arm: str, seed: int, facts: TaskFacts) -> RunRe
     student_name = student.model
     if student_name is None and student.from_teacher_layers is not None:
         student_name = f"{teacher.model}, layers {list(student.from_teacher_layers)}"
-    teacher_name = teacher.fine_tuned or teacher.logits or teacher.probabilities or teacher.model
+    asked = None if teacher.probabilities is None else Asked.read(Path(teacher.probabilities).parent)
+    table = teacher.logits or teacher.probabilities
+    teacher_name = teacher.fine_tuned or (asked.model if asked else table) or teacher.model
     models = {"words": BAG_OF_WORDS, "fft": teacher_name, "lora": teacher.model}
     return RunRecord(
         experiment=config.title(),
@@ -112,6 +114,7 @@ def blank_record(config: Config, arm: str, seed: int, facts: TaskFacts) -> RunRe
         teacher_model=teacher_name,
         student_model=student_name,
         model=str(models.get(arm, student_name)),
+        asked=asked,
         fingerprints={"config": config.fingerprint(), "data": facts.fingerprint(config)},
         versions=collect_versions(),
         machine=describe_machine(),

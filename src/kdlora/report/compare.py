@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from kdlora.config import STUDENT_ARMS
+from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS
+from kdlora.evidence.records import RunRecord
 from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.report.collect import Experiment, Run, load_experiments
 from kdlora.report.findings import Comparison, pair_runs
 from kdlora.report.page import (
     Block,
     Cell,
+    Figure,
     Page,
     Paragraph,
     Prose,
@@ -25,7 +27,7 @@ from kdlora.report.page import (
     strong,
     write_page,
 )
-from kdlora.report.plots import Style, differences
+from kdlora.report.plots import Curve, Style, arm_style, differences, learning_curves
 from kdlora.report.tables import DISK, MEMORY, PARAMETERS, TIME, Links, compared, cost_plots
 from kdlora.report.wording import INTERVALS, arm_title, model_title, plus_minus, score_title, signed, span
 
@@ -138,6 +140,36 @@ def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[s
     return Table(caption, columns, tuple(rows), text_columns=2, note=note)
 
 
+def _text_curve(group: Sequence[Candidate], identity: str, suffix: str) -> Figure | None:
+    """Draw the students' scores over the texts that they learnt from, where these differ."""
+    curves: dict[tuple[str, bool, str], list[tuple[tuple[float, float], ...]]] = {}
+    for one in group:
+        for run in one.runs:
+            score, config = run.score(one.experiment.split), run.record.config
+            if one.arm in STUDENT_ARMS and score is not None:
+                distilled = one.arm in DISTILLED_ARMS
+                alone = distilled and (config.get("distil") or {}).get("alpha") == 0
+                table = (config.get("teacher") or {}).get("probabilities") or run.record.teacher_model
+                taught_by = "/".join(Path(str(table)).parts[-2:]) if distilled else ""
+                curves.setdefault((one.arm, alone, taught_by), []).append(((_texts_seen(run.record), score),))
+    if len({points[0][0] for seeds in curves.values() for points in seeds}) < 2:
+        return None
+    many, drawn = len({taught_by for *_, taught_by in curves} - {""}) > 1, []
+    for (arm, alone, taught_by), seeds in curves.items():
+        name = arm_title(arm) + (", no labels" if alone else "") + (f", {taught_by}" if many and taught_by else "")
+        drawn.append(Curve(name, replace(arm_style(arm), dashed=alone), tuple(seeds)))
+    value = f"score on {group[0].experiment.split}"
+    title, across = f"Score against texts{suffix}", "texts that were labelled, by people or the teacher"
+    return learning_curves(drawn, title=title, value=value, identity=identity, across=across)
+
+
+def _texts_seen(record: RunRecord) -> int:
+    """Count the labelled texts of a run, and for a distilled arm those that the teacher alone labelled; no copies."""
+    rows, copies = record.rows, (record.config.get("data") or {}).get("augment", 0)
+    more = max(0, rows.get("unlabelled", 0) - copies * rows["train"]) if record.arm in DISTILLED_ARMS else 0
+    return rows["train"] + more
+
+
 def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> list[Block | None]:
     tasks: dict[tuple[str, ...], list[Candidate]] = {}
     for one in candidates:
@@ -148,5 +180,6 @@ def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> li
         suffix = f": {shown.task.name or shown.name}" if len(tasks) > 1 else ""
         rows = [(row.name, Style(place), row.runs) for place, row in enumerate(group)]
         drawn += cost_plots(rows, shown.split, f"task-{number}", suffix)
+        drawn.append(_text_curve(group, f"task-{number}-texts", suffix))
     known = [(found.first, found.difference) for found in paired.values() if found.difference is not None]
     return [*drawn, differences(known, title="Differences from the reference", identity="differences")]

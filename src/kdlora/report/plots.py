@@ -267,8 +267,10 @@ def log_ticks(axes: Any, low: float, high: float) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def learning_curves(curves: Sequence[Curve], *, title: str, value: str, identity: str) -> Figure | None:
-    """Plot means over seeds with bands from the lowest to the highest seed."""
+def learning_curves(
+    curves: Sequence[Curve], *, title: str, value: str, identity: str, across: str = "epoch"
+) -> Figure | None:
+    """Plot means over seeds with bands from the lowest to the highest seed, over epochs or something else."""
     drawn = [(curve, curve.by_epoch()) for curve in curves if any(curve.seeds)]
     if not drawn:
         return None
@@ -278,15 +280,17 @@ def learning_curves(curves: Sequence[Curve], *, title: str, value: str, identity
             _paint_curve(axes, curve, epochs)
         values = [value for _, epochs in drawn for seeds in epochs.values() for value in seeds]
         axes.set_ylim(*padded(values, margin=0.06, least=0.02 * max(map(abs, values)) or 1.0))
-        axes.set(xlabel="epoch", ylabel=value)
+        axes.set(xlabel=across, ylabel=value)
         whole = sorted({epoch for _, epochs in drawn for epoch in epochs if epoch == int(epoch)})
-        if len(whole) <= 10:
+        if across != "epoch":
+            log_ticks(axes, whole[0] / 1.3, whole[-1] * 1.3)
+        elif len(whole) <= 10:
             axes.set_xticks(whole)
 
     said = "; ".join(f"{curve.name} ends at {np.mean(list(epochs.values())[-1]):.3g}" for curve, epochs in drawn)
     many = any(len(curve.seeds) > 1 for curve, _ in drawn)
     caption = "Lines: mean over seeds. Bands: from the lowest to the highest seed." if many else "One seed."
-    return draw(paint, title, f"{value} over epochs: {said}.", identity, caption=caption)
+    return draw(paint, title, f"{value} by {across}: {said}.", identity, caption=caption)
 
 
 def _paint_curve(axes: Any, curve: Curve, epochs: dict[float, list[float]]) -> None:

@@ -38,6 +38,7 @@ from kdlora.report.tables import (
     PARAMETERS,
     TIME,
     Links,
+    asked_table,
     claims_table,
     cost_plots,
     cost_table,
@@ -142,7 +143,7 @@ def _score_blocks(
 
 def _cost_blocks(experiment: Experiment, links: Links, mark: str) -> list[Block | None]:
     groups = [(arm_title(arm), arm_style(arm), experiment.finished(arm)) for arm in experiment.arms]
-    return [cost_table(experiment, links), *cost_plots(groups, experiment.split, mark)]
+    return [cost_table(experiment, links), asked_table(experiment), *cost_plots(groups, experiment.split, mark)]
 
 
 def _training_blocks(experiment: Experiment, mark: str) -> list[Block | None]:

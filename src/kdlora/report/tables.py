@@ -11,12 +11,13 @@ from urllib.parse import quote
 import numpy as np
 
 from kdlora.evidence.records import RunRecord
-from kdlora.evidence.stats import mean_sd
+from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.report.collect import Experiment, Run
 from kdlora.report.findings import Comparison, retention
 from kdlora.report.page import Cell, Figure, Link, Row, Table, strong
 from kdlora.report.paper import ARMS, CLAIMS, COSTS, FAMILY_TITLES, Claim, family_of, published_scores
 from kdlora.report.plots import Series, Style, score_against_cost
+from kdlora.report.shipped import TEACHER
 from kdlora.report.wording import (
     INTERVALS,
     arm_title,
@@ -212,6 +213,35 @@ def cost_table(experiment: Experiment, links: Links) -> Table:
         )
     columns = ("model", "method", *(cost.title for cost in _COSTS), "seeds")
     return Table("Table 2. Costs", columns, tuple(rows), text_columns=2, note=note, compact=True)
+
+
+def asked_table(experiment: Experiment) -> Table | None:
+    """Hold the time and price of a million texts by a language model that was asked against those by the student."""
+    asked = next((run.record.asked for run in experiment.runs if run.record.asked is not None), None)
+    if asked is None:
+        return None
+    price = "–" if asked.cost_per_million is None else f"{asked.cost_per_million:,.2f}"
+    rows = [_a_million(f"{model_title(asked.model)}, asked", experiment.score("fft"), asked.per_second, price)]
+    arm, shipped = experiment.student_arm, experiment.shipped
+    if shipped is not None and shipped.models:
+        own = [model for model in shipped.models if model.name != TEACHER]
+        rows += [
+            _a_million(one.name, None if one.score is None else mean_sd([one.score]), one.texts_per_second)
+            for one in own
+        ]
+    elif arm is not None and (batch := TIME_OF_32.mean(experiment.finished(arm))):
+        rows.append(_a_million(f"the student, {arm_title(arm)}", experiment.score(arm), 32_000 / batch))
+    note = (
+        f"Asked: {asked.timed:,} questions in a row, {asked.concurrency} at a time; the price is that of all "
+        f"{asked.questions:,}, repetitions included. The student: on this machine."
+    )
+    columns = ("", f"score on {experiment.split}", "texts/s", "time of a million", "price of a million")
+    return Table("A million texts", columns, tuple(rows), note=note)
+
+
+def _a_million(name: str, score: MeanSd | None, per_second: float | None, price: str = "–") -> Row:
+    rate = "–" if per_second is None else f"{per_second:,.3g}" if per_second < 100 else f"{per_second:,.0f}"
+    return name, plus_minus(score), rate, duration(1e6 / per_second if per_second else None), price
 
 
 def _hardware(experiment: Experiment) -> str:

@@ -37,9 +37,9 @@ class Model:
         before, cache = self._begun.pop(key, ([], DynamicCache()))
         same = next((n for n, pair in enumerate(zip(before, tokens, strict=False)) if len({*pair}) > 1), len(before))
         same = min(same, len(tokens) - 1)
-        if before:
-            cache.crop(same)
-        output = self.model(torch.tensor([tokens[same:]]), past_key_values=cache, logits_to_keep=1)
+        if same < len(before):
+            cache.crop(same - len(before))
+        output = self.model(torch.tensor([tokens[same:]]), cache=cache, logits_to_keep=1)
         self._begun[key] = (tokens, cache)
         if len(self._begun) > KEPT:
             self._begun.popitem(last=False)

@@ -129,7 +129,7 @@ def experiment(options: argparse.Namespace, place: Path, train: Path, names: Seq
         "name": place.name,
         "task": {"text": "text", "label": "label", "label_names": list(names), "metric": "accuracy"},
         "data": {"train": str(train), "validation": str(train.with_name("scored.csv")), "augment": 0},
-        "student": {"model": str(options.models / options.student)},
+        "student": {"model": str(options.models / options.student), "train": {"epochs": options.epochs}},
         "run": {"seeds": options.seeds, "threads": options.threads},
         "export": {"formats": [], "benchmark": False},
     }
@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", help="examples in the prompt; default: 0, and 8 or 77")
     parser.add_argument("--scored", type=int, default=1000, help="rows that score")
     parser.add_argument("--steps", type=int, default=1500, help="of a student that a prompted model teaches")
+    parser.add_argument("--epochs", type=float, help="of the other students; default: kdlora's choice")
     parser.add_argument("--rows", type=int, default=8000, help="labelled rows of `tuned`")
     parser.add_argument("--teacher-epochs", type=float, default=3)
     options = parser.parse_args()

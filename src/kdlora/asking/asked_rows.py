@@ -137,7 +137,7 @@ def _examples(rows: Dataset | None, settings: AskSettings, task: Task) -> list[d
     for label in range(task.num_labels):
         of_label = labels == label
         turn[of_label] = np.arange(of_label.sum())
-    chosen = order[np.lexsort((labels, turn))[: settings.shots]]
+    chosen = order[np.argsort(turn, kind="stable")[: settings.shots]]
     return [rows[int(place)] for place in chosen]
 
 

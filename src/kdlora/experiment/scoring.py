@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -23,6 +24,7 @@ from kdlora.data.spool import label_array, read_column, text_columns
 from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import word_offsets
 from kdlora.distil.inference import predict_logits
+from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
 from kdlora.errors import ArtifactError, DataError
 from kdlora.evidence.entities import counts_from_logits
@@ -100,15 +102,32 @@ def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits
         return finish(record, layout, [place.predictions], ["the teacher was given: evaluated, not trained"])
     for split, rows in splits_by_name(splits, scored=True).items():
         try:
-            attached = read_table(config, splits.task, split).attach(rows)
+            table, missing = read_table(config, splits.task, split), 0
+            if record.asked is not None:
+                table, missing = _with_unanswered(table, rows)
+            attached = table.attach(rows)
         except DataError as error:
             notes.append(f"the teacher's score on the {split} split is not available: {error}")
             continue
+        if missing:
+            notes.append(f"{missing} of {len(rows)} {split} rows have no answer of the teacher and count as wrong")
         values = np.asarray(pc.list_flatten(read_column(attached, "teacher_logits")), dtype=np.float32)
         outputs[split] = values.reshape(-1, splits.task.num_labels)
     if "validation" in outputs:
         record = score_outputs(record, splits, outputs, place)
     return finish(record, layout, [place.predictions], notes)
+
+
+def _with_unanswered(table: TeacherLogits, rows: Dataset) -> tuple[TeacherLogits, int]:
+    """Let a language model be wrong about the rows that it was asked about and did not answer; count them."""
+    known = set(table.ids.to_pylist())
+    missing = [place for place, name in enumerate(rows["id"]) if name not in known]
+    if not missing or len(missing) == len(rows):
+        return table, 0
+    size = len(table.label_names)
+    wrong = np.eye(size, dtype=np.float32)[(label_array(rows)[missing] + 1) % size]
+    ids = pa.concat_arrays([table.ids, pa.array(list(rows.select(missing)["id"]), table.ids.type)])
+    return replace(table, ids=ids, logits=np.concatenate([table.logits, wrong])), len(missing)
 
 
 def score_model(

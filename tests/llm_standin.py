@@ -43,6 +43,7 @@ class StandIn:
     logprobs: bool = True
     models: tuple[str, ...] = ()
     key: str | None = None
+    limit: str = "max_tokens"
     sureness: float = 0.9
     edit: Callable[[dict[str, Any]], object] = lambda answer: None
     seen: list[dict[str, Any]] = field(default_factory=list)
@@ -101,6 +102,9 @@ class StandIn:
             return 401, json.dumps({"error": {"message": f"wrong key {given}"}}).encode()
         if self.models and asked["model"] not in self.models:
             return 404, json.dumps({"error": {"message": f"no model {asked['model']}"}}).encode()
+        if self.limit not in asked:
+            told = f"Unsupported parameter: 'max_tokens'. Use '{self.limit}' instead."
+            return 400, json.dumps({"error": {"message": told}}).encode()
         if fault in ("429", "500"):
             return int(fault), json.dumps({"error": {"message": "busy"}}).encode()
         if fault == "garbage":

@@ -158,6 +158,14 @@ def test_a_full_disk_leaves_no_half_line_to_others(asking, monkeypatch):
     assert 0 < done.resumed < 60
 
 
+def test_a_server_with_another_name_for_the_limit_is_obeyed(asking):
+    """Every row would be refused, and a call that goes on asks many at once before it knows."""
+    asking.model.limit = "max_completion_tokens"
+    assert asking(rows=20).unanswered == 0
+    assert asking(concurrency=8).rows == 60
+    assert [one.get("max_completion_tokens") for one in asking.model.seen[-10:]] == [1] * 10
+
+
 def test_an_audit_of_one_class():
     """No metric or interval to fall over."""
     labels, sure = np.zeros(60, np.int64), np.tile([0.7, 0.3], (60, 1))

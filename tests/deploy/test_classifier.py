@@ -123,6 +123,9 @@ def test_nothing_one_text_and_no_torch(exported, classifier_folder, monkeypatch)
     model = Classifier.from_pretrained(exported())
     assert model.predict([]) == []
     assert model.predict("wonderful") == model.predict(["wonderful"])
+    monkeypatch.setitem(sys.modules, "peft", None)  # what only a training needs
+    assert len(Classifier.load(classifier_folder()).predict(["wonderful"])) == 1
+    monkeypatch.delitem(sys.modules, "kdlora.deploy.torch_backend")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match=r"PyTorch model, which needs torch, .*pip install 'kdlora\[train\]'"):
         Classifier.load(classifier_folder())

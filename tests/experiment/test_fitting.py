@@ -11,9 +11,11 @@ import pytest
 
 import tiny
 from experiments import copy_experiment, snapshot
+from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ModelError
+from kdlora.experiment.fitting import settle_goals
 from kdlora.experiment.run import run_experiment
 
 pytest_plugins = ["experiment_fixtures"]
@@ -201,3 +203,26 @@ def test_a_config_decides_once_and_takes_it_back(workshop, tmp_path: Path) -> No
         if "promised" in note
     ]
     assert "no test split" in note
+
+
+@pytest.mark.parametrize(
+    ("metric", "goal", "expected"),
+    [
+        ("recall@0.9:ham", None, {"ham": 0.9}),
+        ("recall@.95:spam", None, {"spam": 0.95}),
+        ("recall@0.9:ham", 0.5, {"ham": 0.5}),
+        ("recall@0.9:ham", {"spam": None}, {"spam": "f1"}),
+        ("f1:ham", None, {"ham": "f1"}),
+        ("matthews", None, {"spam": "matthews"}),
+        ("accuracy", 0.8, {"spam": 0.8}),
+    ],
+)
+def test_the_tasks_metric_is_the_goal(metric, goal, expected):
+    """Who asked for the recall of a rare label at a precision would get the other label's threshold, for F1."""
+    assert settle_goals(Task("single-label", ("text",), ("label",), ("ham", "spam"), (metric,)), goal) == expected
+
+
+def test_of_several_labels_only_the_metrics_own_has_its_goal():
+    """The other labels of a multi-label task keep F1."""
+    task = Task("multi-label", ("text",), ("label",), NAMES, ("recall@0.8:music",))
+    assert settle_goals(task, None) == {"film": "f1", "music": 0.8, "praise": "f1"}

@@ -1,5 +1,7 @@
 """What a config means: which runs in which order, and what it leaves open settled by rows and widths."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from kdlora.data.tasks import Task
 from kdlora.defaults import adapter_rate, epochs_for, full_rate
 from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import Predictions
+from kdlora.experiment import settle
 from kdlora.experiment.run import plan_runs
 from kdlora.experiment.scoring import unknown_classes
 from kdlora.experiment.settle import Chosen, choose_max_length, closed, settings_for
@@ -43,6 +46,22 @@ def test_few_rows_get_more_passes_and_many_rows_fewer():
     assert [epochs_for("student", rows, 32) for rows in (300, 67_349)] == [60, 4]
     assert (full_rate(768), full_rate(384)) == (5e-5, 1e-4)  # a wider model takes a lower rate
     assert (adapter_rate(768), adapter_rate(384), adapter_rate(128)) == (5e-4, 1e-3, 3e-3)
+
+
+def test_a_busy_machine_does_not_make_a_model_slow(monkeypatch):
+    """A plan that says days, since the processor was lent to others while four rows were timed."""
+    clock = SimpleNamespace(wall=0.0, own=0.0)
+
+    def predict(model, tokenizer, rows, precision):
+        clock.wall, clock.own = clock.wall + 1.0, clock.own + 0.002 * len(rows)
+
+    times = SimpleNamespace(perf_counter=lambda: clock.wall, process_time=lambda: clock.own)
+    for name, value in {"time": times, "predict_logits": predict, "tokenise": lambda rows, *_, quiet: rows}.items():
+        monkeypatch.setattr(settle, name, value)
+    encoder = SimpleNamespace(model=SimpleNamespace(to=lambda device: None), tokenizer=None)
+    config = build_config(CONFIG | {"run": {"device": "cpu", "precision": "fp32"}})
+    found = settle._time_a_token(config, encoder, {"text": ["a"] * 300}, np.full(300, 10), 8)
+    assert found == pytest.approx(0.002 / 8)
 
 
 def test_only_what_is_null_is_settled():

@@ -62,6 +62,7 @@ class Server:
         )
         self._not_before = 0.0
         self._answers = 0
+        self._limit = "max_tokens"  # some servers call it otherwise, and say so
 
     async def ask(self, prompt: str, vote: int | None = None) -> Reply:
         """Ask until there is an answer, or no use in asking."""
@@ -72,6 +73,7 @@ class Server:
                 await asyncio.sleep(rest * random.uniform(1.0, 1.2))  # not all at the same moment
             await self._budget.reserve(reserved)
             used, patience = reserved, ATTEMPTS if self._answers else FIRST_ATTEMPTS
+            limited_by = self._limit
             try:
                 async with asyncio.timeout(self._settings.timeout):
                     reply = _read_reply(await self._request(prompt, vote))
@@ -81,6 +83,9 @@ class Server:
                 return reply
             except self._openai.APIStatusError as fault:
                 used = (0, 0)
+                if limited_by == "max_tokens" and "max_completion_tokens" in str(fault):
+                    self._limit = "max_completion_tokens"
+                    continue
                 if (refusal := self._judge(fault)) is not None:
                     return refusal
                 wait, problem = _retry_after(fault.response.headers), self._mask(fault)
@@ -103,7 +108,7 @@ class Server:
 
     async def _request(self, prompt: str, vote: int | None) -> str:
         settings = self._settings
-        asked: dict[str, Any] = {"model": settings.model, "max_tokens": self._written, "temperature": settings.heat}
+        asked: dict[str, Any] = {"model": settings.model, self._limit: self._written, "temperature": settings.heat}
         chat = settings.protocol == "chat"
         asked |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
         if vote is not None:

@@ -172,10 +172,12 @@ def benchmark(
     """
     from kdlora.experiment.deployment import benchmark_cascade, benchmark_models
 
-    if cascade and plot is not None:
-        raise ConfigError("--plot draws models side by side; leave it out with --cascade, whose points are in --json")
     if cascade:
         curve = benchmark_cascade(models, data=data, threads=threads)
+        if plot is not None:
+            from kdlora.report.plots import plot_cascade
+
+            plot_cascade([(point.cost, point.score) for point in curve.points], plot)
         _print_cascade(curve, as_json)
         return
     result = benchmark_models(models, data=data, threads=threads)

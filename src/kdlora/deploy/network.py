@@ -12,7 +12,7 @@ from kdlora.deploy.decisions import Decisions
 from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, read_model_folder
 from kdlora.deploy.onnx_backend import OnnxBackend
 from kdlora.errors import ArtifactError, ModelError, first_line
-from kdlora.extras import check_installed
+from kdlora.extras import extras_named
 from kdlora.foreign import panics_as_errors
 
 if TYPE_CHECKING:
@@ -131,8 +131,8 @@ def open_network(
         raise ModelError(f"threads must be at least 1, got {threads}.")
     if described.backend == "onnx":
         return described, OnnxBackend(described, threads=threads, verify=verify)
-    check_installed(f"{described.path} is a PyTorch model, which", "train")
-    from kdlora.deploy.torch_backend import TorchBackend  # here: an ONNX folder is served without torch
+    with extras_named(f"{described.path} is a PyTorch model, which"):
+        from kdlora.deploy.torch_backend import TorchBackend  # here: an ONNX folder is served without torch
 
     return described, TorchBackend(described, threads=threads)
 

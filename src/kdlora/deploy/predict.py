@@ -83,7 +83,7 @@ class Classifier(Network):
         Raises:
             ModelError: not a model folder, an adapter, no classification head; decisions of other weights.
             ArtifactError: a file is damaged or is not the one that was exported.
-            MissingExtraError: a PyTorch folder, and the extra `train` is not installed.
+            MissingExtraError: a PyTorch folder, and PyTorch or transformers is not installed.
         """
         described, backend = open_network(
             folder, precision=precision, threads=threads, max_length=max_length, verify=verify, revision=revision

@@ -115,7 +115,7 @@ class Tagger(Network):
         Raises:
             ModelError: not a model folder, an adapter, a model of another kind.
             ArtifactError: a file is damaged or is not the one that was exported.
-            MissingExtraError: a PyTorch folder, and the extra `train` is not installed.
+            MissingExtraError: a PyTorch folder, and PyTorch or transformers is not installed.
         """
         return cls(
             *open_network(

@@ -136,8 +136,7 @@ def defer_experiment(
         models += _arms(layout, set(rows["id"]), sureness)
     deferral = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
     if strange and layout.teacher.exists():
-        teacher = Classifier.load(layout.teacher, defer=False)
-        deferral = _with_teacher(deferral, config.teacher_arm, teacher, task, (splits.validation, rows), strange)
+        deferral = _with_teacher(deferral, config.teacher_arm, layout.teacher, task, (splits.validation, rows), strange)
     write_json_atomic(layout.deferral, asdict(deferral))
     write_card(config, layout)
     if all(reasons):
@@ -179,9 +178,10 @@ def shipped_models(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]
 
 
 def _with_teacher(
-    found: Deferral, arm: str, model: Classifier, task: Task, parts: tuple[Dataset, Dataset], strange: list[Text]
+    found: Deferral, arm: str, folder: Path, task: Task, parts: tuple[Dataset, Dataset], strange: list[Text]
 ) -> Deferral:
     """Say how the teacher that was trained here, by that arm, meets unknown texts."""
+    model = Classifier.load(folder, defer=False)
     judged = _Judged.of(model, task, parts)
     alone = _describe(arm, [(judged.sure(judged.logits[1], found.sureness), judged.wrong[1])])
     known = next((one for one in found.models if one.name == arm), alone)

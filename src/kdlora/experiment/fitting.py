@@ -50,7 +50,7 @@ def fit_thresholds(experiment: str | Path, goal: Goal | Mapping[str, Goal | None
         goal: what is highest at the threshold: "f1", "macro_f1", "accuracy", "balanced_accuracy" or "matthews" of the
             label, or the precision that is wanted, such as 0.9, with the highest recall. A mapping from label to goal
             fits these labels alone; of a task with two labels, the one that it names is the positive one, else the
-            second. By default the task's own metric where it is one of these, else F1.
+            second. By default the task's own metric where it is one of these or `recall@0.9:LABEL`, else F1.
 
     Returns:
         Thresholds and what they do, on test rows where there are some; `thresholds.json` holds them for the report.
@@ -98,7 +98,8 @@ def settle_goals(task: Task, goal: Goal | Mapping[str, Goal | None] | None) -> d
             f"thresholds: expected a multi-label task, or one with two labels, got {task.kind}{labels}; "
             + ("a value has no threshold" if task.kind == "regression" else "there the most probable label is said")
         )
-    names = task.label_names[1:] if binary else task.label_names
+    of_labels = dict(filter(None, map(_goal_of, task.metrics)))
+    names = tuple(of_labels or task.label_names[1:]) if binary else task.label_names
     goals = dict(goal) if isinstance(goal, Mapping) else dict.fromkeys(names, goal)
     if unknown := [name for name in goals if name not in task.label_names]:
         known, hint = ", ".join(task.label_names), did_you_mean(unknown[0], task.label_names)
@@ -106,7 +107,15 @@ def settle_goals(task: Task, goal: Goal | Mapping[str, Goal | None] | None) -> d
     if binary and len(goals) != 1:
         raise DataError(f"thresholds: of two labels one is the positive one, got {', '.join(goals) or 'none'}")
     own = next((name for name in task.metrics if binary and name in METRICS), "f1")
-    return {name: check_goal(own if one is None else one) for name, one in goals.items()}
+    return {name: check_goal(of_labels.get(name, own) if one is None else one) for name, one in goals.items()}
+
+
+def _goal_of(metric: str) -> tuple[str, Goal] | None:
+    """Read the label that a metric is of, and what for: `recall@0.9:spam` is the recall at a precision of 0.9."""
+    name, _, label = metric.partition(":")
+    if name == "f1" and label:
+        return label, "f1"
+    return (label, float(name.removeprefix("recall@"))) if name.startswith("recall@") else None
 
 
 def check_goal(goal: Goal) -> Goal:

@@ -358,3 +358,18 @@ def plot_benchmark(result: BenchmarkResult, to: str | Path) -> None:
             axes.set(xlabel=label, ylabel="score" if scored else "texts per second")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=min(4, len(result.models)))
         figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
+
+
+def plot_cascade(points: Sequence[tuple[float, float]], to: str | Path) -> None:
+    """Draw a cascade's scores over its time as a share of the teacher's, from nothing handed on to everything."""
+    path, shares = Path(to), [(100 * cost, score) for cost, score in points]
+    ends = {"student alone": shares[0], "teacher alone": (100.0, shares[-1][1])}
+    with _matplotlib({"svg.hashsalt": "cascade"}) as new_figure, atomic_file(path) as temporary:
+        figure = new_figure(figsize=(5.5, 4.4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*zip(*shares, strict=True), color=Style(2).colour, linewidth=2.2, label="cascade")
+        for number, (name, end) in enumerate(ends.items()):
+            scatter(axes, [end], Style(number), radius=5.5, label=name, zorder=3)
+        axes.set(xlabel="time, of the teacher's (%)", ylabel="score")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)

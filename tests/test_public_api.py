@@ -1,5 +1,6 @@
 """The names that users import."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -26,6 +27,13 @@ def test_the_page_of_the_reference_has_the_public_names_and_no_others():
     assert [name for name in kdlora.__all__ if not re.search(rf"\b{name}\b", page)] == []
     addressed = re.findall(r"^::: kdlora\.\S+\.(\w+)$", page, re.MULTILINE)
     assert [name for name in addressed if name not in kdlora.__all__] == []
+
+
+def test_type_checkers_read_what_python_imports():
+    """A name that an editor completes and Python refuses, or one that Python gives and mypy calls unknown."""
+    tree = ast.parse(Path(kdlora.__file__).read_text(encoding="utf-8"))
+    typed = next(part for part in tree.body if isinstance(part, ast.If)).body
+    assert {one.asname: part.module for part in typed for one in part.names} == kdlora._HOMES
 
 
 def test_an_unknown_name_says_so():

@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 UV     ?=
 install_into = $(if $(UV),$(UV) pip install --quiet --python $(1)/python,$(1)/python -m pip install --quiet --disable-pip-version-check)
 
-.PHONY: help install demo test test-cluster check docs site check-docs wheel test-lowest test-newest audit picture clean
+.PHONY: help install demo test test-cluster check docs site check-docs wheel test-elsewhere test-lowest test-newest audit picture clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -30,6 +30,9 @@ test: $(VENV)/.dev  ## everything the tests need, then the tests
 
 test-cluster: $(VENV)/.dev  ## the tests that start several processes, or a Ray cluster, on this machine
 	$(BIN)/python -m pytest -m cluster tests/suites tests/experiment
+
+test-elsewhere: $(VENV)/.dev  ## a part of the tests without what only Linux has, as on macOS or Windows
+	PYTHONPATH=tests/guard KDLORA_TESTS_SYSTEM=another $(BIN)/python -m pytest -n auto --dist loadfile $$(cat tests/elsewhere.txt)
 
 check: $(VENV)/.dev  ## lint, format, types, import layers, the documentation site
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@ import pytest
 import tiny
 from experiments import ARMS, Outcome, Workshop
 
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
 
 @pytest.fixture(scope="session")
 def workshop(made_once) -> Workshop:
@@ -46,7 +48,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["kdlora", *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         capsys.readouterr()
         try:
             with pytest.raises(SystemExit) as ended:

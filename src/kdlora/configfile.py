@@ -50,6 +50,10 @@ def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> Config:
 
     Raises:
         ConfigError: with every fault at once, each with its key, what was expected and what came.
+
+    Examples:
+        >>> load_config("configs/mrpc.yaml", ["run.seeds=[0]"]).run.seeds
+        (0,)
     """
     file = Path(path)
     return build_config(read_mapping(file, "config file"), overrides, base=file.resolve().parent, where=str(file))
@@ -68,6 +72,9 @@ def load_search(
 
     Raises:
         ConfigError: with every fault at once.
+
+    Examples:
+        >>> config, settings = load_search("search.yaml", trials=2)
     """
     file = Path(path)
     values = read_mapping(file, "config file")
@@ -130,6 +137,17 @@ def build_config(
 
     Raises:
         ConfigError: with every fault at once.
+
+    Examples:
+        >>> config = build_config(
+        ...     {
+        ...         "task": {"text": "review", "label": "sentiment"},
+        ...         "data": {"train": "reviews.csv"},
+        ...         "family": "bert",
+        ...     }
+        ... )
+        >>> config.student.model
+        'distilbert-base-uncased'
     """
     return build_search(values, overrides, base=base, where=where)[0]
 

@@ -40,7 +40,15 @@ def log_to_stderr(level: int | str) -> None:
 
 
 class KdLoraError(Exception):
-    """Base of every error that kdlora raises on purpose; the command line prints it without a traceback."""
+    """Base of every error that kdlora raises on purpose; the command line prints it without a traceback.
+
+    Examples:
+        >>> try:
+        ...     load_config("configs/mrpc.yaml", ["lora.rank=0"])
+        ... except KdLoraError as error:
+        ...     print(type(error).__name__)
+        ConfigError
+    """
 
     def __str__(self) -> str:
         """Give the message, which may quote what strangers wrote."""
@@ -48,19 +56,47 @@ class KdLoraError(Exception):
 
 
 class ConfigError(KdLoraError):
-    """A configuration that cannot be carried out as it is written."""
+    """A configuration that cannot be carried out as it is written.
+
+    Examples:
+        >>> load_config("configs/mrpc.yaml", ["lora.rank=0"])
+        Traceback (most recent call last):
+            ...
+        kdlora.errors.ConfigError: ...
+    """
 
 
 class DataError(KdLoraError):
-    """A data file, column, row or label that does not fit the task."""
+    """A data file, column, row or label that does not fit the task.
+
+    Examples:
+        >>> Classifier.load("runs/reviews/student").predict([""])
+        Traceback (most recent call last):
+            ...
+        kdlora.errors.DataError: text 0: the text is empty. Remove the row or give it a text.
+    """
 
 
 class ModelError(KdLoraError):
-    """A model folder, label space or adapter target that does not fit the task."""
+    """A model folder, label space or adapter target that does not fit the task.
+
+    Examples:
+        >>> Classifier.load("configs")
+        Traceback (most recent call last):
+            ...
+        kdlora.errors.ModelError: ...
+    """
 
 
 class ArtifactError(KdLoraError):
-    """A stored result (logits, record, checkpoint, export) that is stale, foreign or damaged."""
+    """A stored result (logits, record, checkpoint, export) that is stale, foreign or damaged.
+
+    Examples:
+        >>> make_report(["configs"])
+        Traceback (most recent call last):
+            ...
+        kdlora.errors.ArtifactError: ...
+    """
 
 
 def first_line(fault: BaseException) -> str:

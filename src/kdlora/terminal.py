@@ -96,14 +96,12 @@ class NotebookBars:
 def live_progress() -> Iterator[Listener | None]:
     """Give a listener for `run_experiment` that draws a bar per stage, in a terminal or below a notebook's cell.
 
-    Example:
-        ```python
-        with live_progress() as listen:
-            result = run_experiment(config, listen=listen)
-        ```
-
     Yields:
         The listener; None where standard error is neither, so that no log fills with bars.
+
+    Examples:
+        >>> with live_progress() as listen:
+        ...     result = run_experiment(config, "runs/reviews", listen=listen)
     """
     with draw_bars() as show:
         titles = {"label": "teacher reads the training rows", "deploy": "export and measure the student"}

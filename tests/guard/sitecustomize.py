@@ -60,3 +60,7 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 if os.environ.get(LOG):
     sys.addaudithook(_watch)
+if os.environ.get("KDLORA_TESTS_SYSTEM"):
+    import other_system
+
+    other_system.take_away()

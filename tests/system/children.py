@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from kdlora.errors import DataError
-from kdlora.system.children import before_fork
+from kdlora.system.childprocess import before_fork
 from kdlora.system.environment import forget_peak, peak_since, read_memory
 
 prepared_by: list[int] = []
@@ -93,7 +93,8 @@ def tidy_up_when_asked(path: str, send: Callable[..., None]) -> None:
 
     signal.signal(signal.SIGTERM, save)
     send(os.getpid())
-    time.sleep(30)
+    for _ in range(300):
+        time.sleep(0.1)
 
 
 def name_temporary_file() -> tuple[str, str]:

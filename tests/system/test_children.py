@@ -21,13 +21,20 @@ from kdlora.system.environment import read_memory
 from kdlora.system.ownership import owned_name
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_server():
-    """Close what these tests start; the server of the experiments, which holds the libraries, is put aside."""
+@pytest.fixture(autouse=True, scope="module", params=["forked", "started"])
+def way(request):
+    """The two ways to have a child, the second in a process that lacks what only Linux has.
+
+    What these tests start is closed; the server of the experiments, which holds the libraries, is put aside.
+    """
     others = processes._servers[:]
     processes._servers.clear()
-    yield
-    close_server()
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "started":
+            patch.delattr(os, "fork")
+            patch.setenv("KDLORA_TESTS_SYSTEM", "another")
+        yield request.param
+        close_server()
     processes._servers.extend(others)
 
 
@@ -56,16 +63,20 @@ def test_the_peak_is_the_childs_own_and_includes_what_was_freed():
     assert run_in_child(children.peak_of_allocating, 120, True) < 40 * 2**20
 
 
-def test_what_children_share_is_prepared_once_by_the_server():
+def test_what_children_share_is_prepared_once_by_the_server(way):
     """What a library computes at its first use, hundreds of patterns for one, each of a night's runs would repeat."""
+    if way == "started":
+        pytest.skip("each child prepares itself")
     (once, server), again = (run_in_child(children.who_prepared) for _ in range(2))
     assert once == [server]
     assert again == (once, server)
     assert children.prepared_by == []
 
 
-def test_a_server_whose_parent_goes_in_a_hurry_ends_quietly(capfd: pytest.CaptureFixture[str], monkeypatch):
+def test_a_server_whose_parent_goes_in_a_hurry_ends_quietly(capfd: pytest.CaptureFixture[str], monkeypatch, way):
     """After a signal the command ends without reading how its child ended; the user saw the server's traceback."""
+    if way == "started":
+        pytest.skip("there is no server")
     server = processes.ForkServer()
     monkeypatch.setattr(server, "_exit_status", lambda: None)
     server.converse(children.allocate, (1,), None)
@@ -190,7 +201,7 @@ def test_a_killed_server_takes_its_child_along(tmp_path):
         heard.append(process)
         processes._servers[0].process.kill()
 
-    with pytest.raises(ChildDiedError, match="together with its server"):
+    with pytest.raises(ChildDiedError, match=r"together with its server|killed by SIGKILL"):
         run_in_child(children.sleep_and_write, str(tmp_path / "x"), on_message=kill_server)
     assert _is_gone(heard[0])
     assert run_in_child(os.getpid) != os.getpid()
@@ -245,13 +256,6 @@ def test_a_function_that_no_other_process_finds_is_refused():
     """The child would fail with a pickle error that names neither the cause nor the cure."""
     with pytest.raises(ValueError, match="top of an importable module"):
         run_in_child(lambda: None)
-
-
-def test_without_fork_the_function_runs_here(monkeypatch: pytest.MonkeyPatch):
-    """On Windows there is no fork; the experiment still has to run."""
-    monkeypatch.delattr(os, "fork")
-    done = run_in_child(children.where)
-    assert done[0] == os.getpid()
 
 
 def _is_gone(process: int) -> bool:

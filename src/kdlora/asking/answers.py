@@ -96,7 +96,8 @@ class Answers:
 
     def __enter__(self) -> Self:
         """Read what is there; a line that a kill cut short goes."""
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        binary = getattr(os, "O_BINARY", 0)  # Windows would write two characters for a line's end
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o644)
         whole, places = 0, dict[str, dict[str, int]]()
         with self.path.open("rb") as file:
             for text in file:

@@ -69,6 +69,10 @@ class AskSummary:
         audit: what people's labels say of the answers.
         asked: rate and price, which the report of an experiment shows that this table teaches.
         seconds: wall-clock time of this call.
+
+    Examples:
+        >>> summary.table.name
+        'probabilities.parquet'
     """
 
     folder: Path
@@ -121,6 +125,9 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
         DataError: no such file or column, an empty text, no row with an answer.
         ArtifactError: the folder holds answers to something else, or another process writes it.
         ConnectionError: the server was lost on the way.
+
+    Examples:
+        >>> summary = ask("reviews.csv", "asked", settings)
     """
     start = time.perf_counter()
     asking = _Asking(rows := read_asked_rows(data, settings), settings)
@@ -177,7 +184,12 @@ def _sum_up(answers: Answers, settings: AskSettings, seconds: float, before: Ask
 
 
 def plan_asking(data: str, settings: AskSettings) -> AskPlan:
-    """Fill some prompts and count, without asking anything; errors are those of `ask`."""
+    """Fill some prompts and count, without asking anything; errors are those of `ask`.
+
+    Examples:
+        >>> plan_asking("reviews.csv", settings).rows
+        120
+    """
     asking = _Asking(read_asked_rows(data, settings), settings)
     sample = list(islice(chain.from_iterable(map(each_row, asking.rows.parts.values())), _SAMPLE))
     first = asking.questions[0]

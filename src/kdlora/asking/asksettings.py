@@ -55,6 +55,9 @@ class AskSettings:
         price_in: price of a million tokens read.
         price_out: price of a million tokens written.
         timeout: seconds for one answer.
+
+    Examples:
+        >>> settings = AskSettings(model="default", text=("review",), label="sentiment", audit=20)
     """
 
     model: str

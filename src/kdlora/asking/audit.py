@@ -32,7 +32,12 @@ class PromptScore:
 
 @dataclass(frozen=True)
 class Audit:
-    """What people's labels say of the answers; calibration errors are 0 to 1."""
+    """What people's labels say of the answers; calibration errors are 0 to 1.
+
+    Examples:
+        >>> summary.audit.rows
+        20
+    """
 
     rows: int
     chosen: int  # place of the best prompt

@@ -44,6 +44,10 @@ class Splits:
         held_out: training rows that a search took out; an epoch draws as many of the others once more.
         distil: how a teacher teaches whose logits lie in a column `teacher_logits` of `train` and `unlabelled`; None
             where there are none (`attach_teacher` adds them).
+
+    Examples:
+        >>> splits.train.column_names
+        ['id', 'text', 'label']
     """
 
     task: Task
@@ -77,6 +81,9 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     Raises:
         DataError: something is missing, cannot be read, is ambiguous or does not fit; the message names file, row
             or config key, and the remedy.
+
+    Examples:
+        >>> splits = load_splits(TaskConfig(text="review", label="sentiment"), DataConfig(train="reviews.csv"))
     """
     known = GLUE[task.name] if task.name is not None else None
     if known is not None and known.name == "ax":

@@ -59,6 +59,11 @@ class Task:
             for each type, `B-TYPE` and `I-TYPE`.
         metrics: the metrics whose mean, times 100, is the score.
         name: the GLUE task, or an empty string.
+
+    Examples:
+        >>> task = Task("single-label", ("review",), ("sentiment",), ("negative", "positive"), ("accuracy",))
+        >>> splits.task == task
+        True
     """
 
     kind: Kind

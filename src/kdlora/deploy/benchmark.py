@@ -68,6 +68,9 @@ def benchmark(
         ConfigError: no models, or settings that make no sense.
         ModelError: not a model folder, an adapter that is not merged, a model whose process ended.
         DataError: an empty text, labels without a task, or labels that do not fit.
+
+    Examples:
+        >>> figures = benchmark({"teacher": "runs/reviews/teacher", "student": "runs/reviews/student"}, rounds=1)
     """
     named = models if isinstance(models, Mapping) else {str(path): path for path in models}
     if not named:

@@ -34,6 +34,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibr
         DataError: regression, too few rows, or labels that do not fit.
 
     *Source*: Guo et al., "On Calibration of Modern Neural Networks", sections 4.2 and 2.
+
+    Examples:
+        >>> logits = np.array([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0]] * 20)
+        >>> fit_temperature(logits, np.array([0, 1, 1] * 20), "single-label").temperature > 1  # too sure of a third
+        True
     """
     if kind not in ("single-label", "multi-label"):
         raise DataError(f"a {kind} model gives no probabilities, there is nothing to calibrate.")

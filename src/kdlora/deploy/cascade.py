@@ -46,10 +46,10 @@ class CascadeAnswer:
 class Cascade:
     """The student answers where it is sure enough; the teacher answers the rest.
 
-    Example:
-        >>> cascade = Cascade.load("runs/sst2/student-onnx", "runs/sst2/teacher", 0.9)  # doctest: +SKIP
-        >>> cascade.predict(["a charming journey"])[0].by  # doctest: +SKIP
-        'student'
+    Examples:
+        >>> cascade = Cascade.load("runs/reviews/student", "runs/reviews/teacher", 0.9)
+        >>> cascade.predict(["a film that stays with you for days"])[0].by in ("student", "teacher")
+        True
     """
 
     def __init__(

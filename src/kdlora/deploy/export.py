@@ -114,6 +114,9 @@ def export_onnx(
         DataError: int8 without texts to check it on, an empty text, labels that do not fit.
         ParityError: a stage does not hold; the stages before are in `to`.
         OSError: the disk is full; nothing is left behind.
+
+    Examples:
+        >>> exported = export_onnx("runs/reviews/student", "work/onnx", formats=["onnx"])
     """
     say = progress or logger.info
     int8 = _check_settings(formats, max_metric_drop, min_agreement)

@@ -38,6 +38,9 @@ class LabelledTexts:
             for a word that has none. Without them no score is computed.
         task: columns and score metrics.
         groups: group of each text (MNLI).
+
+    Examples:
+        >>> judged = LabelledTexts(["what a wonderful film", "a dull plot"], [1, 0], splits.task)
     """
 
     texts: Sequence[Text | Words]

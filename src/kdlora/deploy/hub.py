@@ -99,6 +99,9 @@ def push_experiment(
         ConfigError: a name that no repository can have.
         KdLoraError: not allowed, or a public repository without `public`.
         OSError: the Hub cannot be reached or fails.
+
+    Examples:
+        >>> pushed = push_experiment("runs/reviews", "me/reviews")
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled

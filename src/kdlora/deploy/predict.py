@@ -34,6 +34,11 @@ class Prediction:
         probabilities: label name to probability in 0..1; empty for regression. Those of a multi-label task do
             not add up to 1.
         deferred: why there is no label; empty where there is one.
+
+    Examples:
+        >>> prediction = classifier.predict(["a film that stays with you for days"])[0]
+        >>> sorted(prediction.probabilities)
+        ['negative', 'positive']
     """
 
     label: str | tuple[str, ...] | float | None
@@ -44,9 +49,10 @@ class Prediction:
 class Classifier(Network):
     """A loaded model. `predict` may be called from several threads at once.
 
-    Example:
-        >>> Classifier.load("runs/sst2/onnx").predict(["a charming journey"])[0].label  # doctest: +SKIP
-        'positive'
+    Examples:
+        >>> classifier = Classifier.from_pretrained("runs/reviews/student")
+        >>> classifier.label_names
+        ('negative', 'positive')
     """
 
     @classmethod

@@ -25,13 +25,16 @@ class DistillationTrainer(Trainer):
     each the mean over the rows since the last log. For `tokens` a row is a word: a batch has `words`, their places
     among all tokens of the batch, and `labels` and `teacher_logits` for each of these.
 
-    Example:
-        ```python
-        trainer = DistillationTrainer(
-            model, args, kind="single-label", distil=DistilConfig(), train_dataset=teacher.attach(train), ...
-        )
-        trainer.train()
-        ```
+    Examples:
+        >>> trainer = DistillationTrainer(
+        ...     model,
+        ...     TrainingArguments("work/own", max_steps=2, report_to="none"),
+        ...     distil=DistilConfig(loss="kl"),
+        ...     train_dataset=rows,  # with columns `input_ids`, `label` and `teacher_logits`
+        ...     data_collator=DataCollatorWithPadding(encoder.tokenizer),
+        ... )
+        >>> trainer.train().global_step
+        2
     """
 
     def __init__(

@@ -34,7 +34,12 @@ _AHEAD_ROWS = 4 * SLICE_ROWS
 
 @dataclass(frozen=True, eq=False)
 class TeacherLogits:
-    """A teacher's outputs, keyed by example id."""
+    """A teacher's outputs, keyed by example id.
+
+    Examples:
+        >>> values = np.array([[2.0, -2.0], [-1.0, 1.0]], np.float32)
+        >>> own = TeacherLogits(["id-1", "id-2"], values, ("negative", "positive"), fingerprint="by hand")
+    """
 
     ids: pa.Array  # one per row, unique
     # float32 (rows, labels), finite, columns in the order of `label_names`; for tokens a row a word, NaN if not seen
@@ -208,6 +213,9 @@ def attach_teacher(
     Raises:
         DataError: rows without logits.
         ConfigError: a loss that compares logits, of a teacher that gives probabilities.
+
+    Examples:
+        >>> taught = attach_teacher(splits, said, distil=DistilConfig(loss="kl"))
     """
     if distil.loss == "mse" and teacher.from_probabilities:
         raise ConfigError("distil.loss: mse compares logits, and this teacher gives probabilities; use kl")

@@ -73,6 +73,12 @@ def distillation_loss(
         DataError: labels whose shape does not fit the logits.
 
     *Source*: KD-LoRA (arXiv 2410.20777), eq. 3.
+
+    Examples:
+        >>> student, teacher = torch.zeros(4, 2), torch.tensor([[2.0, -2.0]]).expand(4, 2)
+        >>> terms = distillation_loss(student, torch.tensor([0, 0, 1, 0]), teacher, kind="single-label")
+        >>> terms.total.shape
+        torch.Size([4])
     """
     if not 0.0 <= alpha <= 1.0:
         raise ConfigError(f"distil.alpha is the weight of the hard loss and lies in 0 to 1; got {alpha!r}")

@@ -79,6 +79,9 @@ def teacher_logits(
         ArtifactError: the folder holds logits that something else made; the message names what changed.
         ModelError: the teacher's output is not finite.
         DataError: ids that are not unique.
+
+    Examples:
+        >>> said = teacher_logits(encoder, columns, splits.train, splits.task, "work/logits", max_length=64)
     """
     processes = current_processes()
     places = [int(column) for column in columns]

@@ -46,6 +46,9 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
 
     Raises:
         DataError: no such file or format, missing or other columns, doubled ids, values out of range.
+
+    Examples:
+        >>> said = read_teacher_table("answers.jsonl", splits.task, values="probabilities")
     """
     file = Path(path)
     if is_collection(file):

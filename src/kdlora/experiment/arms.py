@@ -35,6 +35,10 @@ class Trained:
         parameters: how many parameters the adapter, the head and the whole model have.
         truncated: texts that were cut, per split.
         unseen: words that the model cannot see, per split, in a task of tokens.
+
+    Examples:
+        >>> trained.parameters.trained < trained.parameters.total
+        True
     """
 
     encoder: Encoder
@@ -71,6 +75,10 @@ def train_teacher(
         revision: commit, tag or branch of a Hub id.
         progress: called with each training event.
         callbacks: transformers' own kind, such as a tracker's.
+
+    Examples:
+        >>> settings = TeacherTrainConfig(epochs=1)
+        >>> teacher = train_teacher("bert-base-uncased", splits, settings, folder="work/teacher")
     """
     encoder = load_encoder(source, splits.task, seed=seed, revision=revision)
     options = TrainingOptions(
@@ -109,6 +117,10 @@ def train_student(
         device: `auto`, `cpu` or `cuda`.
         progress: called with each training event.
         callbacks: transformers' own kind, such as a tracker's.
+
+    Examples:
+        >>> settings = StudentTrainConfig(epochs=1, learning_rate=5e-4)
+        >>> trained = train_student("distilbert-base-uncased", taught, settings, folder="work/student")
     """
     encoder = load_encoder(source, splits.task, seed=seed) if isinstance(source, str) else source
     options = TrainingOptions(

@@ -111,6 +111,9 @@ def defer_experiment(
         DataError: no rows that chose nothing, a task that is not single-label, rates that are no rates.
         NoPromiseError: for none of the files anything can be promised.
         ArtifactError: no finished experiment.
+
+    Examples:
+        >>> promises = defer_experiment("runs/reviews", data="later.csv", error=0.2)
     """
     layout = ExperimentLayout(Path(experiment))
     config, task = load_config(layout.config), recorded_task(layout)

@@ -60,6 +60,9 @@ def fit_thresholds(experiment: str | Path, goal: Goal | Mapping[str, Goal | None
         ConfigError: an unknown metric, a precision that is none.
         NoThresholdError: no threshold reaches the precision, or no label can be fitted; nothing is written.
         ArtifactError: no finished experiment.
+
+    Examples:
+        >>> thresholds = fit_thresholds("runs/reviews", "f1")
     """
     layout = ExperimentLayout(Path(experiment))
     config, task = load_config(layout.config), recorded_task(layout)

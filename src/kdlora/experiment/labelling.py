@@ -61,6 +61,9 @@ class LabelSettings:
         texts: keep the texts beside the logits, so that the collection can serve as `data.unlabelled`.
         strict: stop at the first bad row instead of noting it in `rejected-*.jsonl`.
         trust_remote_code: let the model's own Python code run.
+
+    Examples:
+        >>> settings = LabelSettings(text=("review",), max_length=64)
     """
 
     text: tuple[str, ...] | None = None
@@ -100,6 +103,10 @@ class LabelSummary:
         shards: files of the collection.
         resumed: rows that an earlier, interrupted call had done.
         seconds: wall-clock time of this call.
+
+    Examples:
+        >>> labelled.rows, labelled.rejected
+        (120, 0)
     """
 
     folder: Path
@@ -179,6 +186,9 @@ def label_collection(
         ModelError: the model is no classifier, or its outputs have no names.
         ArtifactError: the folder holds a collection of something else, or another process is writing it.
         ConfigError: a number out of range, or Ray cannot be reached.
+
+    Examples:
+        >>> labelled = label_collection("runs/reviews/teacher", "reviews.csv", "labelled", settings)
     """
     start = time.perf_counter()
     folder = expand_home(str(to)).resolve()

@@ -78,6 +78,10 @@ class ExperimentResult:
         records: one record per run, in the order of the plan.
         shipped: the run that became `student/`; None where no student run finished.
         notes: what was inferred or dropped on the way, in plain sentences.
+
+    Examples:
+        >>> sorted({record.arm for record in result.records})
+        ['fft', 'kd-lora', 'student-lora', 'words']
     """
 
     folder: Path
@@ -152,6 +156,11 @@ def run_experiment(
 
     Raises:
         KdLoraError: if the config, its data or its models do not fit, or the folder belongs to another config.
+
+    Examples:
+        >>> result = run_experiment(config, "runs/reviews")
+        >>> result.layout.report_html.exists()
+        True
     """
     layout = _layout(config, out)
     with gather_team(config) as team:

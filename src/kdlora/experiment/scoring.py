@@ -74,6 +74,11 @@ def evaluate(
         task: kind, labels and metrics.
         max_length: longest input in tokens; default: the model's own limit.
         columns: column of the model's output for each label of the task; default: the same order.
+
+    Examples:
+        >>> found = evaluate(model, trained.encoder.tokenizer, splits.validation, splits.task)
+        >>> 0 <= found.score <= 100
+        True
     """
     if "label" not in examples.column_names:
         raise DataError("these examples have no labels, so there is nothing to score; use predict")

@@ -104,6 +104,10 @@ class SearchResult:
         pruned: trials that were stopped.
         failed: trials that failed.
         paths: the best config and the report.
+
+    Examples:
+        >>> found.finished + found.pruned
+        2
     """
 
     folder: Path
@@ -140,6 +144,9 @@ def run_search(
 
     Raises:
         KdLoraError: if the space, the data or the models do not fit, or the storage cannot be used.
+
+    Examples:
+        >>> found = run_search(config, settings, "runs/search")
     """
     search = begin_search(config, settings, out, storage)
     with storage_faults(search.storage):

@@ -59,6 +59,10 @@ class SuiteResult:
         records: record of every run, by the run's key.
         reused: runs that were finished before.
         tables: the files with the tables.
+
+    Examples:
+        >>> {record.status for record in result.records.values()}
+        {'ok'}
     """
 
     folder: Path
@@ -107,6 +111,9 @@ def run_suite(
 
     Raises:
         KdLoraError: if the suite, its data or its models do not fit, before any training.
+
+    Examples:
+        >>> result = run_suite(load_suite("suite.yaml"), "runs/suite")
     """
     check_size(suite, confirmed=confirmed)
     plan = make_plan(suite)

@@ -194,6 +194,9 @@ def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> SuiteConfig:
 
     Raises:
         ConfigError: with every fault at once.
+
+    Examples:
+        >>> suite = load_suite("configs/paper-small.yaml", ["tasks=[sst2]"])
     """
     file = Path(path)
     return build_suite(read_mapping(file, "suite file"), overrides, base=file.resolve().parent, where=str(file))

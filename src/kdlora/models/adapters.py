@@ -183,6 +183,9 @@ def merge_student(model: PeftModel) -> PreTrainedModel:
 
     Raises:
         ModelError: the adapter holds values that are not finite.
+
+    Examples:
+        >>> model = merge_student(trained.model)
     """
     student = copy.deepcopy(model)
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in student.parameters()):

@@ -85,6 +85,9 @@ def load_encoder(
 
     Raises:
         ModelError: unreachable, damaged, pickled only, of another architecture, or without a tokenizer.
+
+    Examples:
+        >>> encoder = load_encoder("distilbert-base-uncased", splits.task, seed=0)
     """
     place = open_source(source, revision, trust_remote_code, task.kind == "tokens")
     config = read_config(place)
@@ -122,6 +125,11 @@ def load_fine_tuned(
 
     Raises:
         ModelError: as `load_encoder`; no trained head; or other labels than the task's.
+
+    Examples:
+        >>> encoder, columns = load_fine_tuned("distilbert-base-uncased-finetuned-sst-2-english", splits.task)
+        >>> columns
+        [0, 1]
     """
     place = open_source(source, revision, trust_remote_code, task.kind == "tokens")
     config = read_config(place)

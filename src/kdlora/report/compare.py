@@ -66,6 +66,9 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
     Raises:
         ArtifactError: a folder that is neither, a record that cannot be read, or nothing that finished.
         OSError: the folder cannot be written.
+
+    Examples:
+        >>> report = compare(["runs/reviews"], out="runs/compared")
     """
     base = Path(out) if out is not None else Path.cwd()
     page = _page(load_experiments(folders, runs=True), base, draws)

@@ -76,6 +76,9 @@ def make_report(folders: Sequence[Path | str], *, out: Path | str | None = None,
     Raises:
         ArtifactError: a folder that is not an experiment, or a record that cannot be read.
         OSError: the folder cannot be written, or the disk is full; nothing half-written is left.
+
+    Examples:
+        >>> report = make_report(["runs/reviews"])
     """
     experiments = load_experiments(folders)
     places = list(dict.fromkeys(map(Path, folders)))

@@ -1,22 +1,18 @@
-"""Functions run in processes of their own: a server holds the imports and forks one child a request.
+"""Functions run in processes of their own; here is the caller's end, in `childprocess.py` the other one.
 
 `multiprocessing` has such a server too, but its children import the caller's main script again, so that a plain
 script without a `__main__` guard would start itself over and over. Ours takes functions of importable modules only.
-Everything that is pickled here passes between a process and its own children.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
-import gc
-import importlib
 import json
 import logging
 import os
 import pickle
-import select
+import queue
 import signal
 import socket
 import subprocess
@@ -24,13 +20,12 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, TypeVar, cast
 
-from kdlora.errors import log_to_stderr
+from kdlora.system.childprocess import BEGUN, Answer, Place
 from kdlora.system.ownership import SCRATCH, owned_name, remove, remove_abandoned
 
 T = TypeVar("T")
@@ -40,12 +35,9 @@ GRACE_SECONDS = 8.0
 _SERVER_SECONDS = 1.5
 """Time that a server has to end; one that imports does not see that it should."""
 _POLL_SECONDS = 0.05
-_BEGUN = b"begun"
-"""What a child sends first: from then on there is something to save."""
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, prctl(2)
 _START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from kdlora.system.children import serve; serve(int(sys.argv[1]), sys.argv[3], sys.argv[4])"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from kdlora.system import childprocess; "
+    "getattr(childprocess, sys.argv[1])(*sys.argv[3:])"
 )
 
 
@@ -53,43 +45,19 @@ class ChildDiedError(RuntimeError):
     """A child ended without an answer: killed by a signal, or by an exit from within."""
 
 
-class _Place(NamedTuple):
-    """Where a child runs: what it takes over from the caller, and whether it may send."""
-
-    path: list[str]
-    folder: str
-    environment: dict[str, str]
-    preload: str
-    sends: bool
-    log_level: int | None
-
-
-class _Answer(NamedTuple):
-    """The end of a request: a value, or what was raised."""
-
-    value: Any = None
-    fault: BaseException | None = None
-
-
-# The caller's end.
-
-
 def run_in_child(function: Callable[..., T], *arguments: Any, on_message: Callable[[Any], None] | None = None) -> T:
     """Run a function in a process of its own, so that its memory is its own, and give what it returns.
 
-    The child is forked from a server that has imported the function's module, and has the caller's environment and
-    working directory. `on_message` hears what the function sends, which then takes a sender as its last argument.
-    Where the system cannot fork, the function runs in this process.
+    The child has the caller's environment and working directory. `on_message` hears what the function sends, which
+    then takes a sender as its last argument.
     """
-    if not hasattr(os, "fork"):
-        return function(*arguments, *(() if on_message is None else (on_message,)))
     name = f"{function.__module__}.{function.__qualname__}"
     if function.__module__ == "__main__" or "<" in function.__qualname__:
         raise ValueError(f"expected a function at the top of an importable module, got {name}")
     with _lock:
         if not _servers or _servers[0].process.poll() is not None:
             close_server()
-            _servers.append(ForkServer())
+            _servers.append(_start())
         answer = None
         try:
             answer = _servers[0].converse(function, arguments, on_message)
@@ -105,8 +73,13 @@ def run_in_child(function: Callable[..., T], *arguments: Any, on_message: Callab
 def prepare_children(module: str) -> None:
     """Start the server of children while this process still imports: a command begins that much sooner."""
     with _lock:
-        if hasattr(os, "fork") and not _servers:
-            _servers.append(ForkServer(module))
+        if not _servers:
+            _servers.append(_start(module))
+
+
+def _start(module: str = "") -> ForkServer | StartedChild:
+    can_fork = sys.platform == "linux" and hasattr(os, "fork")
+    return ForkServer(module) if can_fork else StartedChild(module)
 
 
 def close_server() -> None:
@@ -116,7 +89,7 @@ def close_server() -> None:
 
 
 _lock = threading.Lock()
-_servers: list[ForkServer] = []
+_servers: list[ForkServer | StartedChild] = []
 atexit.register(close_server)
 
 
@@ -128,7 +101,7 @@ class ForkServer:
         self.control, theirs = socket.socketpair()
         self.scratch = _make_scratch()
         self.was_asked = False
-        details = (str(theirs.fileno()), json.dumps(sys.path), self.scratch, preload)
+        details = ("serve", json.dumps(sys.path), self.scratch, preload, str(theirs.fileno()))
         # A session of its own: Ctrl-C reaches the parent alone, which then ends the child.
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, *details],
@@ -140,30 +113,27 @@ class ForkServer:
 
     def converse(
         self, function: Callable[..., Any], arguments: tuple[Any, ...], listen: Callable[[Any], None] | None
-    ) -> _Answer:
+    ) -> Answer:
         """Run a function in a fresh child, and pass on what it sends until it answers or dies."""
-        root, module = logging.getLogger(), function.__module__
-        level = root.level if root.handlers else None
-        place = _Place(sys.path, str(Path.cwd()), dict(os.environ), module, listen is not None, level)
-        body = pickle.dumps((function, arguments))
+        place, body = _pickle_place(function, listen), pickle.dumps((function, arguments))
         self.was_asked = True
         ours, theirs = socket.socketpair()
-        answer: _Answer | None = None
+        answer: Answer | None = None
         with Connection(ours.detach()) as channel, contextlib.suppress(EOFError, ConnectionError):
             with theirs:
                 socket.send_fds(self.control, [b"r"], [theirs.fileno()])
-            channel.send_bytes(pickle.dumps(place))
+            channel.send_bytes(place)
             channel.send_bytes(body)
             begun = False
             try:
-                begun = channel.recv() == _BEGUN
+                begun = channel.recv() == BEGUN
                 answer = _hear(channel, listen)
             except KeyboardInterrupt:
                 if begun:  # before that the server imports, which is slow, and there is nothing to save
                     self._end_child(channel)
                 raise
         status = self._exit_status()
-        return answer or _Answer(fault=ChildDiedError(_describe_death(status)))
+        return answer or Answer(fault=ChildDiedError(_describe_death(status)))
 
     def _end_child(self, channel: Connection) -> None:
         """Ask the child to end, and give it time to save; a second Ctrl-C cuts that short."""
@@ -185,17 +155,99 @@ class ForkServer:
     def close(self) -> None:
         """End the server, and a child that may still run."""
         self.control.close()
+        _bury(self)
+
+
+class StartedChild:
+    """The same where nothing is forked: a process for one request, which ends when its input is closed."""
+
+    def __init__(self, preload: str = "") -> None:
+        """Start the child, which imports while this process goes on."""
+        self.scratch, self.was_asked = _make_scratch(), False
+        details = ("serve_once", json.dumps(sys.path), self.scratch, preload)
+        # As above, Ctrl-C reaches the parent alone; a group of its own is what Windows has for that.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _START, *details],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
+        self._requests = cast("IO[bytes]", self.process.stdin)
+        self._heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
+
+    def _read(self, answers: IO[bytes]) -> None:
+        """Take what the child sends off the pipe, in a thread: on Windows no signal ends a read."""
         try:
-            self.process.wait(timeout=_SERVER_SECONDS if self.was_asked else 0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        remove(Path(self.scratch))
+            with answers:
+                while True:
+                    self._heard.put(pickle.load(answers))  # noqa: S301 - from our own child
+        except (EOFError, OSError, pickle.UnpicklingError):
+            self._heard.put(None)
+        except Exception as fault:  # of a class that this process cannot build
+            self._heard.put(Answer(fault=fault))
+
+    def recv(self) -> Any:
+        """Wait for what the child sends."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                if (received := self._heard.get(timeout=_POLL_SECONDS)) is None:
+                    raise EOFError
+                return received
+
+    def _send(self, *parts: bytes) -> None:
+        with contextlib.suppress(OSError):  # it died, as `recv` tells
+            for part in parts:
+                pickle.dump(part, self._requests)
+            self._requests.flush()
+
+    def converse(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], listen: Callable[[Any], None] | None
+    ) -> Answer:
+        """Send the request, and pass on what the child sends until it answers or dies."""
+        self.was_asked, begun, answer = True, False, None
+        self._send(_pickle_place(function, listen), pickle.dumps((function, arguments)))
+        try:
+            with contextlib.suppress(EOFError):
+                begun = self.recv() == BEGUN
+                answer = _hear(self, listen)
+        except KeyboardInterrupt:
+            if begun:
+                self._send(b"end")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(GRACE_SECONDS)
+            raise
+        status = self.process.wait()
+        return answer or Answer(fault=ChildDiedError(_describe_death(status)))
+
+    def close(self) -> None:
+        """End the child, by closing its input."""
+        with contextlib.suppress(OSError):
+            self._requests.close()
+        _bury(self)
 
 
-def _hear(channel: Connection, listen: Callable[[Any], None] | None) -> _Answer:
+def _pickle_place(function: Callable[..., Any], listen: Callable[[Any], None] | None) -> bytes:
+    root = logging.getLogger()
+    level = root.level if root.handlers else None
+    path, module = str(Path.cwd()), function.__module__
+    return pickle.dumps(Place(sys.path, path, dict(os.environ), module, listen is not None, level))
+
+
+def _bury(server: ForkServer | StartedChild) -> None:
+    """Wait until a process has ended, and end it if need be."""
+    try:
+        server.process.wait(timeout=_SERVER_SECONDS if server.was_asked else 0)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        server.process.wait()
+    remove(Path(server.scratch))
+
+
+def _hear(channel: Connection | StartedChild, listen: Callable[[Any], None] | None) -> Answer:
     """Pass on what a child sends, a single value as it is and several as a tuple, until it answers."""
-    while not isinstance(received := channel.recv(), _Answer):
+    while not isinstance(received := channel.recv(), Answer):
         if listen is not None:
             listen(received[0] if len(received) == 1 else received)
     return received
@@ -218,128 +270,3 @@ def _describe_death(status: int | None) -> str:
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
     hint = " (the system may be out of memory)" if -status == signal.SIGKILL else ""
     return f"the process that ran this was killed by {name}{hint}"
-
-
-# The server's end: it imports, forks a child for each request, and waits for its end.
-
-_preparations: list[Callable[[], None]] = []
-
-
-def before_fork(prepare: Callable[[], None]) -> Callable[[], None]:
-    """Have a server call a function once, when it has imported the function's module; a decorator."""
-    _preparations.append(prepare)
-    return prepare
-
-
-def serve(control_number: int, scratch: str, preload: str) -> NoReturn:
-    """Take requests until the parent is gone; this is the server's main function."""
-    tempfile.tempdir = scratch
-    if preload:
-        _preload(preload)
-    with socket.socket(fileno=control_number) as control:
-        while (channel := _next_request(control)) is not None:
-            with contextlib.suppress(EOFError, ConnectionError):
-                place = _take_over(channel, scratch)
-                if select.select([control], [], [], 0)[0]:
-                    break  # the parent went away during the imports
-                ended, lives = os.pipe()  # what the child holds closes when it ends
-                child = os.fork()
-                if child == 0:
-                    control.close()
-                    if sys.platform == "linux":  # a child that trains on would fight the next command for its folder
-                        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-                    _carry_out(channel, place)
-                channel.close()
-                os.close(lives)
-                status = _wait(child, control, ended)
-                if status is None:
-                    break
-                os.close(ended)
-                control.sendall(str(status).encode())
-    remove(Path(scratch))
-    os._exit(0)  # the parent waits, and to tear down what was imported takes over a second
-
-
-def _next_request(control: socket.socket) -> Connection | None:
-    """Wait for the channel of a request; None where the parent is gone."""
-    with contextlib.suppress(ConnectionError):  # it went without having read how the last child ended
-        received, numbers, _, _ = socket.recv_fds(control, 1, 1)
-        if received and numbers:
-            return Connection(numbers[0])
-    return None
-
-
-def _take_over(channel: Connection, scratch: str) -> _Place:
-    """Take the caller's place, and import the function's module so that later children have it already."""
-    place: _Place = pickle.loads(channel.recv_bytes())  # noqa: S301 - from our own parent
-    sys.path[:] = place.path
-    with contextlib.suppress(OSError):
-        os.chdir(place.folder)
-    os.environ.clear()
-    os.environ.update(place.environment, TMPDIR=scratch)
-    _preload(place.preload)
-    return place
-
-
-def _preload(module: str) -> None:
-    """Import a module so that children have it already, and keep the garbage collector away from what it made.
-
-    What comes with torch and transformers stays: to look for garbage among it costs the import, and every training
-    once more at its start.
-    """
-    gc.disable()
-    # A fault of the import is reported by the child, which runs into it again.
-    with contextlib.suppress(Exception):
-        importlib.import_module(module)
-        while _preparations:
-            _preparations.pop()()
-    gc.freeze()
-    gc.enable()
-
-
-def _wait(child: int, control: socket.socket, ended: int) -> int | None:
-    """Wait for a child; ask it to end when the parent says so, and end it when the parent goes away (None)."""
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if control.fileno() in select.select([control.fileno(), ended], [], [], _POLL_SECONDS)[0]:
-            wanted = control.recv(1)
-            os.kill(child, signal.SIGTERM if wanted else signal.SIGKILL)
-            if not wanted:
-                os.waitpid(child, 0)
-                return None
-
-
-def _carry_out(channel: Connection, place: _Place) -> None:
-    """Run the request in the child, send the outcome, and end without the server's exit handlers."""
-    status = 1
-    channel.send(_BEGUN)
-    if place.log_level is not None:
-        log_to_stderr(place.log_level)
-    try:
-        try:
-            function, arguments = pickle.loads(channel.recv_bytes())  # noqa: S301 - from our own parent
-            sender = (lambda *values: channel.send(values),) if place.sends else ()
-            outcome = pickle.dumps(_Answer(value=function(*arguments, *sender)))
-        except BaseException as fault:
-            outcome = pickle.dumps(_Answer(fault=_portable(fault)))
-        channel.send_bytes(outcome)
-        status = 0
-    finally:
-        with contextlib.suppress(Exception):
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
-
-
-def _portable(fault: BaseException) -> BaseException:
-    """Make an exception that survives the way to the parent, the child's traceback in a note."""
-    trace = "".join(traceback.format_exception(fault))
-    portable: BaseException = RuntimeError(f"{type(fault).__name__}: {fault}")
-    with contextlib.suppress(Exception):
-        if isinstance(fault, Exception):
-            portable = pickle.loads(pickle.dumps(fault))  # noqa: S301 - what was pickled in this line
-    portable.add_note(f"In the child process:\n{trace}")
-    return portable

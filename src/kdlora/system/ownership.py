@@ -173,9 +173,9 @@ def is_abandoned(path: Path) -> bool:
         return False
     if found is None or (hasattr(os, "getuid") and state.st_uid != os.getuid()):
         return False
-    if found["place"] == _place():
+    if found["place"] == _place() and hasattr(os, "getuid"):  # on Windows, to ask about a process is to end it
         return not is_alive(int(found["process"]), int(found["start"]))
-    return time.time() - state.st_mtime > _FOREIGN_SECONDS  # of another machine or container, or of an earlier boot
+    return time.time() - state.st_mtime > _FOREIGN_SECONDS  # of another machine, container or boot
 
 
 def is_alive(process: int, start: int = 0) -> bool:

@@ -96,10 +96,13 @@ def _replace_folder(temporary: Path, target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk; links and platforms without folder handles are passed over."""
-    if path.is_symlink() or (path.is_dir() and os.name == "nt"):
+    """Flush a file or folder to the disk; a link is passed over, and on Windows a folder, which cannot be opened."""
+    if path.is_symlink():
         return
-    handle = os.open(path, os.O_RDONLY)
+    try:  # Windows flushes only what is open for writing
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError:
+        return
     try:
         os.fsync(handle)
     finally:

@@ -104,7 +104,7 @@ def live_progress() -> Iterator[Listener | None]:
         ...     result = run_experiment(config, "runs/reviews", listen=listen)
     """
     with draw_bars() as show:
-        titles = {"label": "teacher reads the training rows", "deploy": "export and measure the student"}
+        titles = {"label": "the teacher reads the training rows", "deploy": "the student is exported and measured"}
 
         def listen(stage: Stage, event: Any) -> None:
             if show is not None:
@@ -147,7 +147,7 @@ def print_result(result: ExperimentResult) -> None:
     for note in result.notes:
         console.tell(note, style="dim")
     title, rows = summarise_arms(result.records)
-    table = Table(title=title, caption="ex/s: rows trained per second; ms: median latency at batch 1")
+    table = Table(title=title, caption="ex/s: training rows per second; ms: median time for one text")
     for name in SUMMARY:
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for row in rows:

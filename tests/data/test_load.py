@@ -221,7 +221,7 @@ def test_hub_splits_without_labels_are_not_scored(monkeypatch: pytest.MonkeyPatc
     assert asked == [(("owner/name", "small"), {"revision": "abc"})]
     assert splits.test is None
     assert len(splits.validation) == 20
-    assert any("carries no labels" in note for note in splits.notes)
+    assert any("has no labels" in note for note in splits.notes)
     assert "no label in column 'label' (20 of 20 rows)" in refused(path="owner/name", test="test")
 
 

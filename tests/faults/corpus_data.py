@@ -171,19 +171,19 @@ CASES = [
         "set task.kind to single-label or regression",
         content=table(text=FORTY, label=range(40)),
     ),
-    settings("whole decimals", "all whole numbers", content=table(text=FORTY, label=[1.0, 2.0] * 20)),
+    settings("whole decimals", "whole numbers as decimals", content=table(text=FORTY, label=[1.0, 2.0] * 20)),
     settings("many names", "40 texts in 40 rows", content=table(text=FORTY, label=FORTY)),
     settings(
         "a word among numbers",
         "row 17",
-        "'n/a' among numbers",
+        "'n/a', other rows have numbers",
         content=table(text=TEXTS, label=[*(f"{row}.5" for row in range(16)), "n/a", "1.5", "2.5", "3.5"]),
     ),
     # One NaN among the targets makes every weight NaN.
     file("numbers wanted", "csv", csv(), "row 1", "'a'", task=NUMBERS),
     *(
         file(
-            f"{value!r} among numbers",
+            f"{value!r}, other rows have numbers",
             "csv",
             table(text=TEXTS, label=[0.5, 1.5] * 8 + [value] + [2.0, 3.0, 4.0]),
             "row 17: ",

@@ -283,8 +283,8 @@ def test_named_targets_reach_just_what_they_name(tiny_model_folder):
     [
         ("querry", r"'querry' matches no module of this 'roberta' model\. Did you mean 'query'\?"),
         ("q_lin", r"Its linear layers are attention\.self\.query \(2\), attention\.self\.key \(2\)"),
-        ("classifier", "is a new module that is trained in full already"),
-        ("classifier.dense", "is a new module that is trained in full already"),
+        ("classifier", "is a new module; it is trained in full"),
+        ("classifier.dense", "is a new module; it is trained in full"),
         ("LayerNorm", "is a LayerNorm; adapters go on linear layers"),
     ],
 )

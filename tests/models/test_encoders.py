@@ -252,7 +252,7 @@ def test_what_was_not_fine_tuned_is_not_a_teacher(tiny_model_folder, tmp_path):
         load_fine_tuned(str(tiny_model_folder("bert")), tiny.task())
     folder = Path(shutil.copytree(tiny_model_folder("bert"), tmp_path / "model"))
     edit_json(folder / "config.json", architectures=None, id2label={"0": "negative", "1": "positive"})
-    with pytest.raises(ModelError, match=r"not fine-tuned: classifier\.bias, classifier\.weight would be random"):
+    with pytest.raises(ModelError, match=r"not fine-tuned: it has no weights for classifier\.bias, classifier\.weight"):
         load_fine_tuned(str(folder), tiny.task())
     folder = classifier_folder(tiny_model_folder("modernbert"), tmp_path / "tagger")
     edit_json(folder / "config.json", architectures=["ModernBertForTokenClassification"])
@@ -267,7 +267,7 @@ def test_what_was_not_fine_tuned_is_not_a_teacher(tiny_model_folder, tmp_path):
         (("negativ", "positive"), ("negative", "positive"), r"Missing: negative Did you mean 'negativ'\?"),
         (("yes", "YES"), ("no", "yes"), "differ by more than case"),
         (("a", "b"), ("a", "A"), "differ by more than case"),
-        (("LABEL_0", "LABEL_1"), ("no", "yes"), "does not tell which is which"),
+        (("LABEL_0", "LABEL_1"), ("no", "yes"), "does not say which label it is"),
     ],
 )
 def test_label_spaces_that_differ_are_refused(found, wanted, message):

@@ -697,14 +697,14 @@ def test_stored_logits_are_read_from_their_own_folder(tmp_path):
 
 
 DATA_CARDS = {
-    "absolute": ("data_files: [{{split: train, path: {secret}}}]", "which is not of this data set"),
-    "a scheme": ("data_files: 'file://{secret}'", "which is not of this data set"),
-    "a folder": ("data_dir: {folder}", "which is not of this data set"),
-    "another host": ("data_files: '{url}/stolen.csv'", "which is not of this data set"),
-    "another data set": ("data_files: 'hf://datasets/someone/private/train.csv'", "which is not of this data set"),
-    "upwards": ("data_files: 'a/../../../x.csv'", "which is not of this data set"),
-    "a merge": ("<<: {{data_files: '{url}/stolen.csv'}}", "which is not of this data set"),
-    "behind dashes": ("---a: b\n  data_files: '{url}/stolen.csv'", "which is not of this data set"),
+    "absolute": ("data_files: [{{split: train, path: {secret}}}]", "which this data set does not hold"),
+    "a scheme": ("data_files: 'file://{secret}'", "which this data set does not hold"),
+    "a folder": ("data_dir: {folder}", "which this data set does not hold"),
+    "another host": ("data_files: '{url}/stolen.csv'", "which this data set does not hold"),
+    "another data set": ("data_files: 'hf://datasets/someone/private/train.csv'", "which this data set does not hold"),
+    "upwards": ("data_files: 'a/../../../x.csv'", "which this data set does not hold"),
+    "a merge": ("<<: {{data_files: '{url}/stolen.csv'}}", "which this data set does not hold"),
+    "behind dashes": ("---a: b\n  data_files: '{url}/stolen.csv'", "which this data set does not hold"),
     "a circle": ("data_files: &a [*a]", "its card README.md cannot be read"),
     "no text": ("? [a]\n  : b", "its card README.md cannot be read"),
     "no list": ("data_files: train.csv\n- 5", "cannot be loaded from the Hub"),

@@ -264,7 +264,7 @@ def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
         label(model, tmp_path / "nothing-*.csv", tmp_path / "out")
     with pytest.raises(ConfigError, match="rows_per_shard is at least 1"):
         label(model, texts, tmp_path / "out", rows_per_shard=0)
-    with pytest.raises(ModelError, match="LABEL_0, LABEL_1, which says nothing; name them"):
+    with pytest.raises(ModelError, match="LABEL_0, LABEL_1, which are no real names; give them"):
         label(tiny_model_folder("bert"), texts, tmp_path / "out")
     with pytest.raises(DataError, match="no column 'body'"):
         label(model, texts, tmp_path / "out", text=("body",))

@@ -288,7 +288,7 @@ def _kind_of_decimals(raw: RawTable, column: str) -> Kind:
     if pc.any(pc.not_equal(pc.floor(numbers), numbers)).as_py():
         return "regression"
     raise DataError(
-        f"{raw.source}: the label column {column!r} holds decimals that are all whole numbers (such as "
+        f"{raw.source}: the label column {column!r} holds whole numbers as decimals (such as "
         f"{raw.table[column][0].as_py()}), classes or a quantity; set task.kind to single-label or regression"
     )
 
@@ -298,8 +298,8 @@ def _kind_of_names(raw: RawTable, column: str, distinct: pa.Array, decimal: pa.A
         strange = distinct.filter(pc.invert(decimal))[0].as_py()
         position = pc.index(raw.table[column].cast(pa.string()), strange).as_py()
         raise DataError(
-            f"{raw.where(position)}: the label {column!r} is {strange!r} among numbers; correct it, or set task.kind: "
-            "single-label if these are names"
+            f"{raw.where(position)}: the label {column!r} is {strange!r}, other rows have numbers; correct it, or set "
+            "task.kind: single-label if these are names"
         )
     most = min(MOST_NAMES, max(MOST_CLASSES, raw.table.num_rows // 5))
     if len(distinct) > most:

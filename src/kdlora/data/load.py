@@ -114,7 +114,7 @@ def add_copies(splits: Splits, copies: int, *, seed: int, keep_in: Path | None =
     scored = [part for part in (splits.validation, splits.test) if part is not None]
     made = stored_copies(splits.train, copies, seed=seed, scored=scored, folder=keep_in)
     parts = [splits.unlabelled.select_columns(made.column_names)] if splits.unlabelled is not None else []
-    note = f"{len(made)} perturbed copies of the training texts are there for the teacher to label (data.augment)."
+    note = f"{len(made)} perturbed copies of the training texts were made; the teacher labels them (data.augment)."
     return replace(
         splits, unlabelled=concatenate_datasets([*parts, made]), copies=len(made), notes=(*splits.notes, note)
     )
@@ -210,7 +210,7 @@ def _test(reading: Reading, data: DataConfig, splits: Mapping[str, Groups]) -> D
         return None
     if data.test is None and not all(reading.has_labels(source) for source in groups.values()):
         names = ", ".join(source.name for source in groups.values())
-        reading.notes.append(f"{names} carries no labels and is not used for scoring.")
+        reading.notes.append(f"{names} has no labels and is not used for scoring.")
         return None
     return reading.read(groups, labelled=True)
 

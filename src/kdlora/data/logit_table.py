@@ -136,7 +136,7 @@ class LogitStore(BaseModel):
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
         if self.ingredients.get("labels", self.label_names) != self.label_names:
-            raise ValueError("the labels are not those of its ingredients")
+            raise ValueError("its labels are not those that it was made for")
         return self
 
     @property

@@ -257,7 +257,7 @@ def _check_card(path: str, revision: str | None) -> None:
             raise DataError(f"data.path {path!r}: its card {name} cannot be read ({first_line(error)})") from None
         for file in files:
             if "://" in file or file.startswith("/") or ".." in file.split("/"):
-                raise DataError(f"data.path {path!r}: its card names {file!r:.80}, which is not of this data set")
+                raise DataError(f"data.path {path!r}: its card names {file!r:.80}, which this data set does not hold")
 
 
 def _named_files(metadata: Any) -> Iterator[str]:

@@ -342,7 +342,7 @@ def _stored_class_names(name: str, schema: pa.Schema, columns: Iterable[str]) ->
                 found[column] = TypeAdapter(tuple[str, ...]).validate_python(feature["names"])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DataError(
-            f"{name}: its metadata 'huggingface', where label names stand, cannot be read ({first_line(error)}); write "
-            "the file again without it, with labels by name"
+            f"{name}: its metadata 'huggingface', which hold the label names, cannot be read ({first_line(error)}); "
+            "write the file again without it, with labels by name"
         ) from None
     return found

@@ -204,7 +204,7 @@ def match_labels(
     if foreign:
         message += f" Not a label of the task: {', '.join(foreign)}."
     if found and all(GENERIC_LABEL.fullmatch(name) for name in found):
-        message += f" {found[0]} does not tell which is which."
+        message += f" {found[0]} does not say which label it is."
     raise error(f"{message} {remedy}")
 
 

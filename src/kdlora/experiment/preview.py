@@ -82,7 +82,7 @@ class ExperimentPlan:
         rows |= {"perturbed copies of training texts": self.copies}
         task, metrics = self.task, " and ".join(metric_title(name) for name in self.task.metrics)
         if self.config.task.metric is None and not task.name and task.metrics == ("macro_f1",):
-            metrics += ", for the classes are uneven (task.metric)"
+            metrics += ", because the classes are uneven (task.metric)"
         twice = [f"{number:,} in {name}" for name, number in self.duplicates.items() if number]
         trainings = [
             f"{one.arm} {f'{one.runs} × {one.steps:,} steps' if one.steps else f'in about {one.seconds:.0f} seconds'}"
@@ -95,13 +95,13 @@ class ExperimentPlan:
             "labels": self._labels(),
             "tokens": self._of_each_model("median {0.median:g}, 99% of the training texts within {0.most_within}"),
             "max_length": self._of_each_model(
-                "{0.max_length} tokens, {0.cut:.1%} of the training texts are longer and are "
+                "{0.max_length} tokens; {0.cut:.1%} of the training texts are longer and are "
                 + ("read in windows" if task.kind == "tokens" else "cut")
             ),
             "duplicates": ", ".join(twice) or "no text occurs twice",
             "trainings": ", ".join(trainings),
             "steps": f"{self.steps:,} in all",
-            "time": f"about {time}; an estimate from a few forward passes on this machine",
+            "time": f"about {time}, estimated from a few forward passes on this machine",
         }
         return [(name, text) for name, text in told.items() if text or name == "trainings"]
 

@@ -234,7 +234,7 @@ def _query_value(model: PreTrainedModel, linear: Sequence[str]) -> tuple[str, ..
             logger.info("%s makes query, key and value in one projection: the adapter is on all three", fused)
             return (fused,)
     raise ModelError(
-        f"no query and value projections known in a {model.config.model_type!r} model. Set lora.targets to "
+        f"kdlora knows no query and value projections of a {model.config.model_type!r} model. Set lora.targets to "
         f"all-linear, or to some of its linear layers: {_candidates(linear)}"
     )
 
@@ -248,7 +248,7 @@ def _no_match(
 ) -> str:
     problem = f"lora.targets: {name!r} matches no module of this {model.config.model_type!r} model."
     if any(_ends_with(part, own) or part.startswith(f"{own}.") for part in found for own in fresh):
-        problem = f"lora.targets: {name!r} is a new module that is trained in full already; it takes no adapter."
+        problem = f"lora.targets: {name!r} is a new module; it is trained in full and takes no adapter."
     elif found:
         problem = f"lora.targets: {name!r} is a {next(iter(found.values()))}; adapters go on linear layers."
     parts = {part for layer in linear for part in (_within_layer(layer), layer.rpartition(".")[2])}
@@ -271,8 +271,8 @@ def _check_ranks(model: PreTrainedModel, lora: LoraSettings, layers: Sequence[st
     width, narrow = min((min(model.get_submodule(name).weight.shape), name) for name in layers)
     if lora.init in MUTATING and lora.rank > width:
         raise ModelError(
-            f"lora.init: {lora.init} takes the adapter out of the weights, so lora.rank can be at most "
-            f"{width} ({narrow} is that narrow), got {lora.rank}"
+            f"lora.init: {lora.init} builds the adapter from the weights, so lora.rank can be at most "
+            f"{width}, the width of {narrow}; got {lora.rank}"
         )
     if lora.embedding_rank > words.weight.shape[1]:
         raise ModelError(

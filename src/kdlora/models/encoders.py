@@ -145,8 +145,8 @@ def load_fine_tuned(
     loaded = read_weights(place, config)
     if absent := sorted(loaded.missing | loaded.mismatched):
         raise ModelError(
-            f"{source} is not fine-tuned: {', '.join(absent)} would be random. Give it as teacher.model, and kdlora "
-            "fine-tunes it; or give a model with a trained classification head"
+            f"{source} is not fine-tuned: it has no weights for {', '.join(absent)}. Give it as teacher.model, and "
+            "kdlora fine-tunes it; or give a model with a trained classification head"
         )
     return _encoder(place, loaded), columns
 
@@ -380,8 +380,8 @@ def read_task(
     names = tuple(label_names or found)
     if kind != "regression" and any(GENERIC_LABEL.fullmatch(name) for name in names):
         raise ModelError(
-            f"{source} calls its labels {', '.join(names)}, which says nothing; name them in the order of its outputs "
-            "with --label-name, once for each"
+            f"{source} calls its labels {', '.join(names)}, which are no real names; give them in the order of its "
+            "outputs with --label-name, once for each"
         )
     if len(set(names)) < len(names):
         raise ModelError(f"{source} has two labels of one name ({', '.join(names):.200}); name them with --label-name")

@@ -272,7 +272,7 @@ def _inspect(source: Source) -> None:
     """Read the files that transformers would follow, before it does."""
     if _find(source, ADAPTER) is not None:
         raise ModelError(
-            f"{source.name} holds an adapter ({ADAPTER}) beside a whole model, and says of neither that it is meant. "
+            f"{source.name} holds an adapter ({ADAPTER}) beside a whole model, and it is unclear which one is meant. "
             f"Remove {ADAPTER}, or merge the adapter into the model and give the result"
         )
     if (path := _find(source, "config.json")) is not None:
@@ -324,7 +324,7 @@ def _loading_of(what: str, source: Source) -> Iterator[None]:
             if isinstance(fault, OSError) and fault.errno is not None:
                 raise  # disk full, no permission: not a fault of the model
             if isinstance(fault, RuntimeError) and "memory" in str(fault):
-                raise MemoryError(f"the {what} of {source.name} cannot be held: {first_line(fault):.200}") from fault
+                raise MemoryError(f"the {what} of {source.name} needs more memory: {first_line(fault):.200}") from fault
             raise ModelError(_explanation(source, what, fault)) from fault
         finally:
             log.set_verbosity(verbosity)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import logging
 import os
 import signal
@@ -37,6 +38,8 @@ def main() -> NoReturn:
     if level not in logging.getLevelNamesMapping():
         _fail(f"KDLORA_LOG is {level!r}; expected DEBUG, INFO, WARNING or ERROR", 2)
     log_to_stderr(level)
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():  # Windows has another encoding for pipes
+        sys.stdout.reconfigure(encoding="utf-8")
     if not sys.stderr.isatty():  # a log full of bars cannot be read; libraries draw theirs into files, too
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 _GONE = {
-    os: "fork forkpty pidfd_open getuid geteuid sched_getaffinity sched_setaffinity sysconf killpg",
+    os: "fork forkpty pidfd_open getuid geteuid sched_getaffinity sched_setaffinity killpg",
     socket: "send_fds recv_fds",
     signal: "SIGHUP SIGALRM SIGUSR1 SIGUSR2 pthread_kill setitimer",
 }
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f]|[. ]$|^(con|nul|aux|prn)(\..*)?$', re.IGNORECASE)
-_PSUTIL = f"{os.sep}psutil{os.sep}"
+_OWN_WAYS = (f"{os.sep}psutil{os.sep}", f"{os.sep}filelock{os.sep}", f"{os.sep}tempfile.py")
+"""What knows another way on each system, and takes Linux' here."""
 _readlink, _kill, _fsync = os.readlink, os.kill, os.fsync
 _asked = threading.local()
 
@@ -37,6 +38,7 @@ def take_away() -> None:
             if hasattr(module, name):
                 delattr(module, name)
     shutil._use_fd_functions = False
+    os.environ.setdefault("USERNAME", "somebody")  # which Windows sets, and Python asks before the system's users
     os.kill, os.fsync, os.readlink = kill, fsync, readlink
     sys.addaudithook(_refuse)
 
@@ -63,14 +65,17 @@ def readlink(path: Any, **options: Any) -> Any:
 
 
 def _check_proc(path: str) -> None:
-    if not path.startswith("/proc/"):
-        return
+    if path.startswith("/proc/") and not _has_own_way():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+
+
+def _has_own_way() -> bool:
     frame = sys._getframe()
-    while frame is not None:  # psutil has another way on each system
-        if _PSUTIL in frame.f_code.co_filename:
-            return
+    while frame is not None:
+        if any(part in frame.f_code.co_filename for part in _OWN_WAYS):
+            return True
         frame = frame.f_back
-    raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+    return False
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
@@ -87,7 +92,7 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
 def _check_open(paths: list[str], arguments: tuple[Any, ...]) -> None:
     for path in paths[:1]:
         _check_proc(path)
-        if arguments[1] is None and Path(path).is_dir():  # os.open
+        if arguments[1] is None and Path(path).is_dir() and not _has_own_way():  # os.open
             raise PermissionError(errno.EACCES, "Permission denied", path)
         if arguments[2] & os.O_CREAT:
             _check_name([path])
@@ -112,7 +117,8 @@ def _check_free(paths: list[str], arguments: tuple[Any, ...] = ()) -> None:
         except OSError:
             continue
     for path in map(os.path.realpath, paths):
-        if busy := [name for name in used if name == path or name.startswith(path + os.sep)]:
+        busy = [name for name in used if name == path or name.startswith(path + os.sep)]
+        if busy and not _has_own_way():
             raise PermissionError(errno.EACCES, "The file is used by another process", busy[0])
 
 

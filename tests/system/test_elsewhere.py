@@ -40,7 +40,8 @@ def test_the_mode_takes_away_what_it_says(tmp_path):
     assert done.stdout.split() == ["refused"] * 6
 
 
-@pytest.mark.slow
+@pytest.mark.elsewhere
+@pytest.mark.timeout(600)
 def test_a_run_predictions_and_labels(workshop, tmp_path):
     """What only Linux has creeps in unseen: on Windows or macOS the first run fails, or has other figures."""
     changes = {"run": {"arms": ["student-lora"]}, "export": {"formats": ["onnx"]}}

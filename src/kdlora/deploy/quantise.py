@@ -75,6 +75,9 @@ def quantise(source: Path, to: Path, recipe: Recipe) -> None:
         _quantise_embeddings(model.graph)
     _store_as_levels(model.graph, recipe.excluded)
     RemoveUnusedNodesPass()(model)
+    # The quantiser turns some weights round, and does not correct a shape that is noted beside them.
+    for value in model.graph.initializers.values():
+        value.shape = None
     with quiet("root"):  # it advises to pre-process a graph that is optimised already
         quantize_dynamic(
             ir.to_proto(model),

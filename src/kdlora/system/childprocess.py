@@ -208,11 +208,11 @@ class Pipes:
         try:
             for _ in range(2):
                 self._heard.put(pickle.load(requests))  # noqa: S301 - from our own parent
-            pickle.load(requests)  # noqa: S301
+            while pickle.load(requests):  # noqa: S301
+                signal.raise_signal(signal.SIGTERM)
         except (EOFError, OSError, pickle.UnpicklingError):
             remove(Path(self._scratch))
-            os._exit(1)
-        signal.raise_signal(signal.SIGTERM)
+        os._exit(1)
 
     def send(self, value: Any) -> None:
         """Send a value, pickled."""

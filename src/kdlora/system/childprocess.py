@@ -156,7 +156,7 @@ def _wait(child: int, control: socket.socket, ended: int) -> int | None:
                 return None
 
 
-def _carry_out(channel: Channel, place: Place) -> None:
+def _carry_out(channel: Channel, place: Place) -> NoReturn:
     """Run the request in the child, send the outcome, and end without the server's exit handlers."""
     status = 1
     channel.send(BEGUN)

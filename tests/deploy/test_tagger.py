@@ -241,6 +241,11 @@ def test_a_recall_that_the_model_lacks_exports_nothing(tmp_path, classifier_fold
     given = LabelledTexts(labelled.texts, wrong, TASK)
     with pytest.raises(ModelError, match=r"not exported, .* min_recall asks \d+ of \d+ LOC are found, .* not 99\.00%"):
         export_onnx(folder, tmp_path / "out", texts=given, min_recall={"LOC": 0.99})
+    joined = [text.replace(" ", "-") for text in TEXTS]  # words of a file that nobody will tell the tagger
+    texts = [Words(text, [0], [len(text)]) for text in joined]
+    tags = decode(Tagger.load(folder).predict_logits(texts), word_offsets(texts))
+    with pytest.raises(ModelError, match=r"min_recall asks 0 of \d+ PER are found"):
+        export_onnx(folder, tmp_path / "out", texts=LabelledTexts(texts, tags, TASK), min_recall={"PER": 0.5})
     with pytest.raises(ConfigError, match=r"min_recall: 'LOK' is no label of the task \(LOC, PER\)"):
         export_onnx(folder, tmp_path / "out", texts=labelled, min_recall={"LOK": 0.9})
     with pytest.raises(DataError, match="wants validation texts with labelled words"):

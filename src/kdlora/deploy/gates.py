@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from kdlora.data.tags import decode
+from kdlora.data.tags import spans_of
 from kdlora.data.tasks import Task, find_label
 from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.network import Backend
 from kdlora.deploy.onnx_backend import OnnxBackend
-from kdlora.deploy.predict import Text, check_text
-from kdlora.deploy.tagger import Words, check_words, join_network, word_offsets
+from kdlora.deploy.predict import Classifier, Text, check_text
+from kdlora.deploy.tagger import Tagger, Words, check_words, join_network, word_offsets
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.entities import entity_counts
 from kdlora.evidence.metrics import compute_metrics, predict_labels, score
 from kdlora.evidence.stats import PairedArms, contrast
 from kdlora.report.shipped import Parity
@@ -105,7 +105,7 @@ class Checks:
         self.stage, self.model = "pytorch", join_network(folder, backend)
         self.logits = self.model.predict_logits(self.texts)
         self.score = None if given.labels is None else given.score(task, self.logits)
-        if faults := self._find_recall(self.logits)[1]:
+        if faults := self._find_recall(self.model)[1]:
             raise ModelError(f"{folder.path}: not exported, since of what min_recall asks {'; '.join(faults)}.")
 
     def judge(self, stage: str, file: Path, gate: Gate, *, optimised: bool = True) -> Parity:
@@ -113,26 +113,24 @@ class Checks:
         described = replace(self.folder, path=file.parent, file=file, record={} if optimised else None)
         model = join_network(described, OnnxBackend(described))
         after = model.predict_logits(self.texts)
-        parity = self._compare(stage, after, gate)
+        parity, (recall, faults) = self._compare(stage, after, gate), self._find_recall(model)
+        reasons = [parity.reason] if parity.reason else []
+        parity = replace(parity, reason="; ".join([*reasons, *faults]), recall=recall)
         (self.stages if parity.passed else self.attempts).append(parity)
         if parity.passed and gate.largest_difference is not None:
             self.stage, self.model, self.logits, self.score = stage, model, after, parity.score
         return parity
 
-    def _find_recall(self, logits: np.ndarray) -> tuple[dict[str, float], list[str]]:
-        """Give the share of the entities that are found of each type with a limit, and say which fall short of it."""
-        offsets = self.given.offsets
+    def _find_recall(self, model: Classifier | Tagger) -> tuple[dict[str, float], list[str]]:
+        """Give the share of the labelled spans of each type with a limit that a model finds; say which fall short."""
         if not self.least_recall:
             return {}, []
-        if offsets is None or self.given.labels is None:
+        if self.given.offsets is None or self.given.labels is None or not isinstance(model, Tagger):
             raise DataError("the recall of a type (min_recall) wants validation texts with labelled words.")
-        targets = np.asarray(self.given.labels)
-        tags = decode(logits[: len(targets)], offsets)
-        counts = entity_counts(tags, targets, self.task.label_names, offsets).sum(axis=0)
-        found, faults = {}, []
+        counts, found, faults = count_spans(self.given, model), {}, []
         for name, least in self.least_recall.items():
-            column = find_label(name, self.task.label_types, "min_recall")
-            right, _, total = counts[column].tolist()
+            find_label(name, self.task.label_types, "min_recall")
+            right, total = (one[name] for one in counts)
             found[name] = right / max(1, total)
             if found[name] < least:
                 faults.append(f"{right} of {total} {name} are found, {found[name]:.2%} and not {least:.2%}")
@@ -150,7 +148,7 @@ class Checks:
             pair = [part[: len(labels)] for part in (self.logits, after)]
             spread = contrast([PairedArms(self.task, labels, pair[:1], pair[1:], self.given.groups, offsets=offsets)])
             low, high = spread.low, spread.high
-        recall, faults = self._find_recall(after)
+        faults = []
         if gate.largest_difference is not None:
             values = self.task.kind == "regression"
             allowed = gate.largest_difference * (max(1.0, float(np.abs(self.logits).max())) if values else 1.0)
@@ -161,7 +159,23 @@ class Checks:
         if gate.drop is not None and drop is not None and not drop <= gate.drop:
             faults.append(f"the score falls by {drop:.2f} points, more than {gate.drop:.2f}")
         figures = (agreement, difference, own, drop, low, high)
-        return Parity(stage, self.stage, len(self.texts), *figures, "; ".join(faults), recall)
+        return Parity(stage, self.stage, len(self.texts), *figures, "; ".join(faults))
+
+
+def count_spans(given: LabelledTexts, tagger: Tagger) -> tuple[Counter[str], Counter[str]]:
+    """Count by type the labelled spans that a tagger finds, and all of them.
+
+    By characters, and the tagger reads plain texts: where it is served, nobody tells it the words.
+    """
+    words = [text for text in given.texts if isinstance(text, Words)]
+    right, total = Counter[str](), Counter[str]()
+    rows = np.split(np.asarray(given.labels), word_offsets(words)[1:-1])
+    for text, tags, entities in zip(words, rows, tagger.predict([one.text for one in words]), strict=True):
+        found = {(one.start, one.end, one.label) for one in entities}
+        for span in spans_of(tags, tagger.label_names):
+            total[span.type] += 1
+            right[span.type] += (text.starts[span.start], text.ends[span.end - 1], span.type) in found
+    return right, total
 
 
 def check_texts(texts: Sequence[Any], kind: str, noun: str, first: int = 0) -> list[Any]:

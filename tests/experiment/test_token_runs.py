@@ -117,7 +117,7 @@ def test_the_plan_says_what_it_is_about_to_do(config, tmp_path):
     assert plan.labels["PLACE"] == sum(row["tags"].count("B-PLACE") for row in tagged_rows(40))
     assert "entities in the training rows" in told["labels"]
     assert "words" not in {one.arm for one in plan.trainings}
-    assert any("arm words is left out" in note for note in plan.notes)
+    assert "words: one answer a text" in told["left out"]
     only = config.model_copy(update={"run": config.run.model_copy(update={"arms": ("words",)})})
     with pytest.raises(ConfigError, match=r"run\.arms: a bag of words"):
         plan_experiment(only, tmp_path / "out")

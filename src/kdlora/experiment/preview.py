@@ -28,6 +28,8 @@ FULL, ADAPTERS = 4.0, 3.6
 RUN_SECONDS, DEPLOY_SECONDS, WORDS_SECONDS = 5.0, 30.0, 0.002
 """Of a run beside its training; of export and benchmark of what ships; of a bag of words, a training row."""
 _SHOWN_LABELS = 6
+WITHOUT_WORDS = "The arm words is left out: a bag of words has one answer a text, and this task wants one a word."
+"""What is said where a task of tokens names the arm."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class ExperimentPlan:
             ),
             "duplicates": ", ".join(twice) or "no text occurs twice",
             "trainings": ", ".join(trainings),
+            "left out": "words: one answer a text, where each word wants one" if WITHOUT_WORDS in self.notes else "",
             "steps": f"{self.steps:,} in all",
             "time": f"about {time}, estimated from a few forward passes on this machine",
         }

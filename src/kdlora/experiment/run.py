@@ -29,7 +29,7 @@ from kdlora.experiment.fitting import decide_student, is_decided
 from kdlora.experiment.inputs import check_table
 from kdlora.experiment.jobs import Job, Outcome, carry_out, ignore
 from kdlora.experiment.plan import Lesson, PlannedRun
-from kdlora.experiment.preview import ExperimentPlan, make_plan
+from kdlora.experiment.preview import WITHOUT_WORDS, ExperimentPlan, make_plan
 from kdlora.experiment.queue import Queue, undamaged_record
 from kdlora.experiment.recording import TaskFacts, logged, look_at
 from kdlora.experiment.scoring import doubts_of_teacher
@@ -195,9 +195,8 @@ def _without_words(config: Config, splits: Splits) -> tuple[Config, Splits]:
     arms = tuple(arm for arm in config.run.arms if arm != "words")
     if not arms:
         raise ConfigError("run.arms: a bag of words has one answer a text, and this task wants one a word; name others")
-    note = "The arm words is left out: a bag of words has one answer a text, and this task wants one a word."
     run = config.run.model_copy(update={"arms": arms})
-    return config.model_copy(update={"run": run}), replace(splits, notes=(*splits.notes, note))
+    return config.model_copy(update={"run": run}), replace(splits, notes=(*splits.notes, WITHOUT_WORDS))
 
 
 def _plan(

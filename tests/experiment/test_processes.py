@@ -21,11 +21,13 @@ from kdlora.experiment.run import run_experiment
 from kdlora.experiment.settle import with_recorded
 from kdlora.experiment.stages import label_splits
 from kdlora.system.launch import check_launch, read_launch
+from sentences import tagged_rows, write_conll
 
 pytest_plugins = ["experiment_fixtures"]
 
 TRAIN = {"epochs": 15, "batch_size": 5, "learning_rate": 1e-3, "dropout": 0.0, "micro_batch_tokens": 64}
 LIMIT_SECONDS = 60
+SENTENCES = {"train": 37, "validation": 20}
 
 
 class Together(NamedTuple):
@@ -135,6 +137,22 @@ def test_two_processes_take_the_path_of_one_with_the_doubled_batch(together, tmp
                 assert theirs[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (record.arm, ours["epoch"], name)
         assert "2 processes, each with 5 of the 10 rows of a step" in other.notes
     assert together.layout.student.is_dir()
+
+
+@pytest.mark.cluster
+def test_a_word_weighs_the_same_in_two_processes_as_in_one(workshop, tmp_path):
+    """Each process that divides by its own words lets a word count for more where it has fewer beside it."""
+    data = {name: str(write_conll(tmp_path / f"{name}.conll", tagged_rows(count))) for name, count in SENTENCES.items()}
+    values = changes(epochs=2, max_length=10) | {"data": data}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(workshop.values(values)))
+    code, log = launch(["kdlora", "run", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "together")])
+    assert code == 0, log
+    doubled = workshop.config(changes(epochs=2, max_length=10, batch_size=2 * TRAIN["batch_size"]) | {"data": data})
+    for record in run_experiment(doubled, tmp_path / "alone").records:
+        other = read_record(ExperimentLayout(tmp_path / "together").run(record.arm, 0).record)
+        for ours, theirs in zip(record.history, other.history, strict=True):
+            for name in ("loss", "hard_loss", "entity_f1"):
+                assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-5), (record.arm, name)
 
 
 @pytest.mark.cluster

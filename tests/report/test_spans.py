@@ -13,6 +13,8 @@ from kdlora.data.tags import spans_of, tag_names
 from kdlora.data.tasks import Task
 from kdlora.evidence.entities import counts_from_logits, entity_rates
 from kdlora.evidence.predictions import read_examples, read_predictions
+from kdlora.evidence.records import read_record
+from kdlora.report.card import card_metadata, student_card
 from kdlora.report.report import make_report
 from kdlora.report.spans import OUTCOMES, outcomes
 
@@ -127,3 +129,17 @@ def test_long_texts_are_quoted_from_before_the_first_difference(tmp_path):
     lines = re.findall(r'<p class="marked \w+">.*?</p>', report.html)
     assert lines
     assert all(len(re.sub(r"<.*?>", "", line)) < 1500 for line in lines)
+
+
+def test_the_card_has_the_figures_of_every_type(told):
+    """One figure over all types hides that a model misses every address."""
+    record = read_record(told[0].run("kd-lora", 1).record)
+    card = student_card(record)
+    for name in NAMES.label_types:
+        figures = " | ".join(f"{record.metrics[f'{what}:{name}']:.4f}" for what in ("precision", "recall", "f1"))
+        assert f"| {name} | {figures} |" in card
+    results = card_metadata(record)["model-index"][0]["results"][0]
+    assert results["task"]["type"] == "token-classification"
+    assert {"type": "recall", "name": "recall:PER", "value": round(record.metrics["recall:PER"], 4)} in results[
+        "metrics"
+    ]

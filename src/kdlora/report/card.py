@@ -42,7 +42,7 @@ def student_card(
         "record": record,
         "metadata": yaml.safe_dump(card_metadata(record, licence), sort_keys=False, allow_unicode=True).strip(),
         "names": Markup(", ").join(map(_code, task.label_types or task.label_names)),
-        "is_tagger": task.kind == "tokens",
+        "types": task.label_types,
         "student": _code(_short(record.student_model)),
         "teacher": _code(_short(record.teacher_model)),
         "licence": licence,
@@ -75,7 +75,7 @@ def card_metadata(record: RunRecord, licence: str | None = None) -> dict[str, An
         "task": {"type": kind, "name": f"{kind.capitalize().replace('-', ' ')} ({record.task['kind']})"},
         "dataset": _known(dataset),
         "metrics": [
-            {"type": _HUB_METRICS.get(name, name), "name": name, "value": round(value, 4)}
+            {"type": _HUB_METRICS.get(name, name.partition(":")[0]), "name": name, "value": round(value, 4)}
             for name, value in metrics.items()
             if value is not None
         ],

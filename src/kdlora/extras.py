@@ -15,6 +15,8 @@ EXTRAS = {
     ),
     "parquet": ("pyarrow",),
     "serve": ("fastapi", "httptools", "prometheus_client", "uvicorn"),
+    "openvino": ("openvino",),
+    "openvino-export": ("nncf",),
     "ask": ("openai",),
     "ray": ("ray",),
     "search": ("optuna", "sqlalchemy"),

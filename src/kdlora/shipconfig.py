@@ -15,8 +15,8 @@ Goal = Literal["f1", "macro_f1", "accuracy", "balanced_accuracy", "matthews"] | 
 class ExportConfig(Section):
     """The export of the shipped student."""
 
-    formats: tuple[Literal["onnx", "onnx-int8"], ...] = ("onnx", "onnx-int8")
-    """Files in `student-onnx/`: fp32 and dynamic int8. An empty list exports nothing."""
+    formats: tuple[Literal["onnx", "onnx-int8", "openvino"], ...] = ("onnx", "onnx-int8")
+    """Files in `student-onnx/`: fp32, dynamic int8, and static int8 for OpenVINO. An empty list exports nothing."""
     max_metric_drop: float = Field(default=0.5, ge=0.0)
     """Points of the score that int8 may lose. If it loses more, it is not kept."""
     min_agreement: float = Field(default=0.99, ge=0.0, le=1.0)

@@ -17,7 +17,7 @@ from kdlora.terminal import draw_bars
 if TYPE_CHECKING:
     from kdlora.deploy.cascade import CascadeCurve
 
-_FORMATS = ("onnx", "onnx-int8", "all")
+_FORMATS = ("onnx", "onnx-int8", "all", "openvino")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,12 @@ def export(
     model: Annotated[Path, Argument(help="Experiment folder, merged model folder, or Hub id.")],
     to: Annotated[Path, Option("--to", help="Folder to write.")],
     formats: Annotated[
-        str, Option("--format", help="onnx, onnx-int8 or all.", autocompletion=completing(lambda: _FORMATS))
+        str,
+        Option(
+            "--format",
+            help="onnx, onnx-int8, all (both), or openvino (all three).",
+            autocompletion=completing(lambda: _FORMATS),
+        ),
     ] = "all",
     data: Annotated[str | None, Option(help="Labelled file for the checks. Default: the validation rows.")] = None,
     as_json: Json = False,

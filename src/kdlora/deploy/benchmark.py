@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from kdlora.deploy.folder import read_model_folder
+from kdlora.deploy.folder import Way
 from kdlora.deploy.gates import LabelledTexts, check_texts
 from kdlora.deploy.network import spread
 from kdlora.deploy.onnx_backend import default_threads
@@ -35,11 +35,16 @@ _LATENCY_TEXTS = 100
 _SEARCH_TEXTS = 256
 _GRID = tuple(product((1, 8, 32), (16, 64, 128)))
 _GRID_REPEATS = 3
+_LIBRARIES = {
+    "transformers": "kdlora.deploy.torch_backend",
+    "onnx": "onnxruntime",
+    "openvino": "kdlora.deploy.openvino_backend",
+}
 _START = "from kdlora.deploy.benchmark import serve; serve()"
 
 
 def benchmark(
-    models: Sequence[str | Path] | Mapping[str, str | Path],
+    models: Sequence[str | Path] | Mapping[str, str | Path | Way],
     texts: Sequence[Text | Words] | LabelledTexts = (),
     *,
     max_length: int | None = None,
@@ -52,7 +57,7 @@ def benchmark(
     """Measure models side by side. In each round every model is timed in turn, so that drift hits all alike.
 
     Args:
-        models: folders, or name to folder; an `.onnx` file chooses one of a folder's two.
+        models: folders, or name to folder; an `.onnx` file chooses one of a folder's two, and a `Way` a runtime.
         texts: what to classify; by default made-up texts of 4 to 64 words. A score needs labels and their task.
         max_length: longest input in tokens, for all models; by default each model's own.
         threads: of each model; by default `OMP_NUM_THREADS`, else one a core that this process may use.
@@ -82,15 +87,16 @@ def benchmark(
     if given.labels is not None and given.task is None:
         raise DataError("benchmark: labels need a task.")
     rows = check_texts(given.texts, "" if given.offsets is None else "tokens", "text")
-    kinds = {read_model_folder(path).kind for path in named.values()}
+    ways = {name: path if isinstance(path, Way) else Way(Path(path)) for name, path in named.items()}
+    kinds = {way.describe().kind for way in ways.values()}
     if "tokens" in kinds and len(kinds) > 1:
         raise ModelError("benchmark: some of the models mark entities and some classify texts; measure either.")
     say = progress or (lambda step: None)
     with contextlib.ExitStack() as stack:
         found = []
-        for name, path in named.items():
+        for name, way in ways.items():
             say(f"{name}: loading")
-            found.append(stack.enter_context(contextlib.closing(ModelProcess(name, str(path), count))))
+            found.append(stack.enter_context(contextlib.closing(ModelProcess(name, way, count))))
             found[-1].load(max_length)
         # Words are found anew, as where texts are served.
         _time_models(found, [row.text if isinstance(row, Words) else row for row in rows], rounds, batch_sizes, say)
@@ -114,8 +120,9 @@ def _time_models(
         say(f"{model.name}: warm-up and batch size")
         model.ask("time", batches=singles[:10])
         model.ask("time", batches=[some[:64]], batch_size=batch_sizes[0])
-        seconds = [model.ask("time", batches=[some], batch_size=size) for size in batch_sizes]
-        model.figures["batch_size"] = min(zip(seconds, batch_sizes, strict=True))[1]
+        seconds = {size: min(model.ask("time", batches=[some, some], batch_size=size)) for size in batch_sizes}
+        model.figures["batch_size"] = min(seconds, key=seconds.__getitem__)
+        model.figures["speeds"] = {size: len(some) / found for size, found in seconds.items()}
     for turn in range(rounds):
         for model in models:
             say(f"round {turn + 1} of {rounds}: {model.name}")
@@ -124,6 +131,7 @@ def _time_models(
     for model in models:
         for part in (50, 95, 99):
             model.figures[f"p{part}_ms"] = float(np.percentile(model.latencies, part)) * 1e3
+        model.figures["speeds"][1] = 1e3 / model.figures["p50_ms"]
         model.figures["texts_per_second"] = len(texts) / float(np.median(model.seconds))
 
 
@@ -154,9 +162,9 @@ def _score(model: ModelProcess, given: LabelledTexts, texts: list[Text | Words])
 class ModelProcess:
     """A model's process, seen from the benchmark, and what was found out about the model so far."""
 
-    def __init__(self, name: str, folder: str, threads: int) -> None:
-        self.name, self.threads = name, threads
-        self.figures: dict[str, Any] = {"name": name, "folder": folder}
+    def __init__(self, name: str, way: Way, threads: int) -> None:
+        self.name, self.way, self.threads = name, way, threads
+        self.figures: dict[str, Any] = {"name": name, "folder": str(way.folder)}
         self.facts: dict[str, Any] = {}
         self.latencies: list[float] = []  # seconds of single texts
         self.seconds: list[float] = []  # of all texts, a round each
@@ -171,9 +179,8 @@ class ModelProcess:
 
     def load(self, max_length: int | None) -> None:
         """Have the model loaded, and hear what it is."""
-        figures, self.facts = self.ask(
-            "load", folder=self.figures["folder"], threads=self.threads, max_length=max_length
-        )
+        way = [str(self.way.folder), self.way.runtime, self.way.precision]
+        figures, self.facts = self.ask("load", way=way, threads=self.threads, max_length=max_length)
         self.figures |= figures
 
     def ask(self, do: str, **arguments: Any) -> Any:
@@ -222,17 +229,17 @@ class _Worker:
     model: Classifier | Tagger
     level = 0
 
-    def load(self, folder: str, threads: int, max_length: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def load(self, way: list[Any], threads: int, max_length: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Import what runs the model, then load it; time and memory count from after the imports."""
-        torch_needed = read_model_folder(folder).backend == "transformers"
         importlib.import_module("tokenizers")
-        importlib.import_module("kdlora.deploy.torch_backend" if torch_needed else "onnxruntime")
+        chosen = Way(Path(way[0]), *way[1:])
+        importlib.import_module(_LIBRARIES[chosen.describe().backend])
         forget_peak()
         memory = read_memory()
         self.level = memory.resident if memory else 0
 
         def load() -> None:
-            self.model = load_model(folder, threads=threads, max_length=max_length)
+            self.model = load_model(chosen, threads=threads, max_length=max_length)
             self.model.predict_logits(["a"])
 
         seconds = _seconds(load)

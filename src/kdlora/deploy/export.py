@@ -15,8 +15,10 @@ from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.deploy.folder import (
     CONFIG_FILE,
     EXPORT_RECORD,
+    MEASURED,
     ONNX_FP32,
     ONNX_INT8,
+    OPENVINO_INT8,
     TOKENIZER,
     ModelFolder,
     is_model_file,
@@ -40,14 +42,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["onnx", "onnx-int8"]
+Format = Literal["onnx", "onnx-int8", "openvino"]
 Progress = Callable[[str], None]
 
 FP32_TOLERANCE = 1e-4
 """Largest difference of fp32 logits; for regression, relative to the largest output above 1."""
 _COPIES = 6
 """Graphs that exist at once while a stage is made: the stage before, the new one, and the tools' temporary ones."""
-_FILES = {"onnx": ONNX_FP32, "onnx-int8": ONNX_INT8}
+_FILES = {"onnx": ONNX_FP32, "onnx-int8": ONNX_INT8, "openvino": OPENVINO_INT8}
+_CHECKED_ON_TEXTS = {"onnx-int8", "openvino"}
 
 
 class ParityError(ArtifactError):
@@ -88,9 +91,10 @@ def export_onnx(
     """Export a transformers folder as a folder that ONNX Runtime serves without torch.
 
     Stages: PyTorch fp32, the captured graph, the optimised graph (`model.onnx`), dynamic int8
-    (`model_quantized.onnx`). Each must reproduce the one before it on the given texts, or the export fails with the
-    figures and keeps the stages before. Where plain int8 does not hold, remedies are tried in order; the result
-    names the one that passed.
+    (`model_quantized.onnx`); for `openvino` that runtime with `model.onnx`, in bf16 too where the processor has it, and
+    static int8 (`openvino_model_quantized.xml`). Each must reproduce the one before it on the given texts, or the
+    export fails with the figures and keeps the stages before. Where plain int8 does not hold, remedies are tried in
+    order; the result names the one that passed.
 
     Args:
         model_folder: a merged model, such as an experiment's `student`.
@@ -123,8 +127,10 @@ def export_onnx(
     folder = read_model_folder(model_folder, max_length=max_length)
     target = check_target(Path(to), folder)
     check_installed("an export", "train")
+    if "openvino" in formats:
+        check_installed("an export for OpenVINO", "openvino-export")
     given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts)
-    if "onnx-int8" in formats and not len(given.texts):
+    if _CHECKED_ON_TEXTS & set(formats) and not len(given.texts):
         raise DataError(
             "int8 must be checked on validation texts, and there are none. Give texts, or formats=('onnx',)"
         )
@@ -156,12 +162,16 @@ def _write(
     folder = checks.folder
     with atomic_folder(target) as work:
         start_package(work, folder, backend.tokenizer)
-        graphs, how = run_stages(work, backend, checks, int8 if "onnx-int8" in formats else None, say)
+        graphs, how = run_stages(work, backend, checks, formats, int8, say)
         # A failed stage leaves the one before it, asked for or not.
         kept = {name: graphs[name] for name in formats if name in graphs} or graphs
-        finish_package(work, folder, checks.task, {_FILES[name]: file for name, file in kept.items()}, asdict(how))
+        keep = {_FILES[name]: file for name, file in kept.items()}
+        keep |= {
+            file.with_suffix(".bin").name: file.with_suffix(".bin") for file in keep.values() if file.suffix == ".xml"
+        }
+        finish_package(work, folder, checks.task, keep, asdict(how))
     files: dict[str, Path] = {name: target / _FILES[name] for name in kept}
-    sizes = {name: path.stat().st_size for name, path in files.items()}
+    sizes = {name: sum(part.stat().st_size for part in target.glob(f"{path.stem}.*")) for name, path in files.items()}
     result = ExportResult(**vars(how), folder=target, files=files, size_bytes=sizes, temperature=folder.temperature)
     if how.failure:
         raise ParityError(f"{target}: {how.failure}. Kept: {', '.join(files)}.", result)
@@ -169,7 +179,7 @@ def _write(
 
 
 def run_stages(
-    work: Path, backend: TorchBackend, checks: Checks, int8: Gate | None, say: Progress
+    work: Path, backend: TorchBackend, checks: Checks, formats: Sequence[Format], int8: Gate, say: Progress
 ) -> tuple[dict[Format, Path], Export]:
     """Go on to the first stage that does not hold; give the graph of each format, and how they were made."""
     from kdlora.deploy.graph import OPSET, capture, fuse
@@ -193,11 +203,18 @@ def run_stages(
         failure = f"the optimised graph does not reproduce the captured one: {parity.reason}"
         return graphs, Export(tuple(checks.stages), tuple(checks.attempts), "", failure, fused, OPSET)
     graphs["onnx"] = optimised
-    if int8 is not None and (recipe := _quantise(optimised, work / ONNX_INT8, checks, int8, say)):
+    if "onnx-int8" in formats and (recipe := _quantise(optimised, work / ONNX_INT8, checks, int8, say)):
         graphs["onnx-int8"] = work / ONNX_INT8
-    elif int8 is not None:
+    elif "onnx-int8" in formats:
         best = max(checks.attempts, key=lambda attempt: attempt.agreement)
         failure = f"int8 does not hold with any remedy; the closest was {best.stage}: {best.reason}"
+    if "openvino" in formats:
+        from kdlora.deploy.openvino_export import add_openvino
+
+        if fault := add_openvino(work, checks, exact, int8, say):
+            failure = "; ".join(filter(None, (failure, fault)))
+        else:
+            graphs["openvino"] = work / OPENVINO_INT8
     return graphs, Export(tuple(checks.stages), tuple(checks.attempts), recipe, failure, fused, OPSET)
 
 
@@ -250,7 +267,7 @@ def check_target(to: Path, folder: ModelFolder) -> Path:
         raise ArtifactError(f"{to}: expected a folder to write, got a file.")
     if target.is_dir() and any(target.iterdir()) and not (target / EXPORT_RECORD).is_file():
         raise ArtifactError(f"{to}: the folder is not empty and holds no earlier export; give a new folder.")
-    if target.is_dir() and (foreign := [entry.name for entry in target.iterdir() if not is_model_file(entry)]):
+    if target.is_dir() and (foreign := _other_files(target)):
         raise ArtifactError(f"{to}: {foreign[0]} is no file of an export, and would be lost; give a new folder.")
     place = next(parent for parent in (target, *target.parents) if parent.exists())
     free, needed = shutil.disk_usage(place).free, _COPIES * folder.size_bytes
@@ -261,6 +278,11 @@ def check_target(to: Path, folder: ModelFolder) -> Path:
             str(to),
         )
     return target
+
+
+def _other_files(folder: Path) -> list[str]:
+    """List what an export does not make."""
+    return [entry.name for entry in folder.iterdir() if not is_model_file(entry) and entry.name != MEASURED]
 
 
 def _settle_task(folder: ModelFolder, task: Task | None) -> Task:

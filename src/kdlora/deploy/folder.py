@@ -21,13 +21,18 @@ from kdlora.models.settings import (
     content_of_token,
 )
 
-Precision = Literal["auto", "fp32", "int8"]
+Precision = Literal["auto", "fp32", "bf16", "int8"]
+Runtime = Literal["auto", "onnxruntime", "openvino"]
 FolderKind = Literal["single-label", "regression", "multi-label", "tokens"]
 
 ONNX_FP32 = "model.onnx"
 ONNX_INT8 = "model_quantized.onnx"
+OPENVINO_INT8 = "openvino_model_quantized.xml"
+"""Its weights lie beside it, in a file that ends in `.bin`."""
 EXPORT_RECORD = "kdlora_export.json"
 DECISIONS = "kdlora_decisions.json"
+MEASURED = "kdlora_runtimes.json"
+"""What was measured on which host; no part of the model."""
 TEMPERATURE_KEY = "kdlora_temperature"
 CONFIG_FILE = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -50,7 +55,7 @@ _LEAST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-6, 1e6
 
 _MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|kdlora_export|kdlora_decisions)\.json"
-    r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|model(_quantized)?\.onnx([._]data)?"
+    r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json|model(_quantized)?\.onnx([._]data)?|openvino_model_quantized\.(xml|bin)"
     r"|vocab\.txt|merges\.txt|bpe\.codes|(spm|spiece|tokenizer|sentencepiece\.bpe)\.model|README\.md|LICENSE|NOTICE"
 )
 _RECORD: Mapping[str, Check] = {"max_length": TOKENS, "sha256": NAMES, "task": TASK}
@@ -66,7 +71,7 @@ class ModelFolder:
     """A model on disk that gives labels of texts or, of kind tokens, of the words in them."""
 
     path: Path
-    file: Path | None  # the ONNX file; None for a transformers folder
+    file: Path | None  # the ONNX or OpenVINO file; None for a transformers folder
     kind: FolderKind  # what the outputs mean
     label_names: tuple[str, ...]  # of the logit columns, in order
     max_length: int  # longest input in tokens, special tokens included
@@ -76,35 +81,69 @@ class ModelFolder:
     pad_token: str | None = None
     pad_token_id: int | None = None
     digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the JSON files that all this comes from
+    runtime: Runtime = "onnxruntime"  # what runs the file
+    half: bool = False  # products in bf16, of an fp32 file
 
     @property
-    def backend(self) -> Literal["transformers", "onnx"]:
+    def backend(self) -> Literal["transformers", "onnx", "openvino"]:
         """What runs it."""
-        return "transformers" if self.file is None else "onnx"
+        if self.file is None:
+            return "transformers"
+        return "openvino" if self.runtime == "openvino" else "onnx"
 
     @property
-    def precision(self) -> Literal["fp32", "int8"]:
-        """Number format of the weights, by file name."""
+    def precision(self) -> Literal["fp32", "bf16", "int8"]:
+        """Number format of the weights by file name, or of the products."""
+        if self.half:
+            return "bf16"
         return "int8" if self.file is not None and "quantized" in self.file.name else "fp32"
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the weights: the ONNX file with its external data, or the safetensors files."""
         pattern = "*.safetensors" if self.file is None else f"{self.file.name}*data"
+        if self.file is not None and self.file.suffix == ".xml":
+            pattern = self.file.with_suffix(".bin").name
         beside = sum(part.stat().st_size for part in self.path.glob(pattern))
         return beside + (0 if self.file is None else self.file.stat().st_size)
 
 
-def read_model_folder(path: str | Path, *, precision: Precision = "auto", max_length: int | None = None) -> ModelFolder:
-    """Read configuration, labels and limits of a transformers or ONNX folder."""
+@dataclass(frozen=True)
+class Way:
+    """One way to run a model folder."""
+
+    folder: Path
+    runtime: Runtime = "onnxruntime"
+    precision: Precision = "auto"
+    batch_size: int = 32  # that the runtime `auto` is chosen for
+
+    def describe(self, max_length: int | None = None) -> ModelFolder:
+        """Read the folder as it is run."""
+        return read_model_folder(self.folder, precision=self.precision, max_length=max_length, runtime=self.runtime)
+
+
+def read_model_folder(
+    path: str | Path,
+    *,
+    precision: Precision = "auto",
+    max_length: int | None = None,
+    runtime: Runtime = "onnxruntime",
+) -> ModelFolder:
+    """Read configuration, labels and limits of a transformers, ONNX or OpenVINO folder."""
     place = Path(path)
-    named = place if place.suffix == ".onnx" else None
+    named = place if place.suffix in (".onnx", ".xml") else None
     if named is not None and not named.is_file():
         raise ModelError(f"{place}: no such file. Give a model folder or an existing .onnx file.")
+    runtime = "openvino" if place.suffix == ".xml" else runtime
     folder = _with_config(place if named is None else place.parent)
     digests: dict[str, str] = {}
     config = _read(folder / CONFIG_FILE, CONFIG, digests)
-    file = named or _onnx_file(folder, precision)
+    file = named or _exported_file(folder, precision, runtime)
+    if file is None and runtime == "openvino":
+        raise ModelError(f"{folder}: OpenVINO runs the files of an export; run `kdlora export` first.")
+    half = precision == "bf16" and file is not None and "quantized" not in file.name
+    if precision == "bf16" and (runtime != "openvino" or not half):
+        raise ModelError(f"{folder}: precision 'bf16' is {ONNX_FP32} in OpenVINO (runtime='openvino').")
     _check_files(folder, file)
     record = _read(folder / EXPORT_RECORD, _RECORD, digests)
     tokenizer = _read(folder / TOKENIZER_CONFIG, TOKENIZER_SETTINGS, digests)
@@ -134,6 +173,8 @@ def read_model_folder(path: str | Path, *, precision: Precision = "auto", max_le
         pad_token=content_of_token(tokenizer.get("pad_token")),
         pad_token_id=config.get("pad_token_id"),
         digests=digests,
+        runtime=runtime,
+        half=half,
     )
 
 
@@ -170,12 +211,12 @@ def _with_config(folder: Path) -> Path:
     )
 
 
-def _onnx_file(folder: Path, precision: Precision) -> Path | None:
-    """Choose the ONNX file; None means that the folder's safetensors are meant."""
-    fp32, int8 = folder / ONNX_FP32, folder / ONNX_INT8
+def _exported_file(folder: Path, precision: Precision, runtime: Runtime) -> Path | None:
+    """Choose the file of an export; None means that the folder's safetensors are meant."""
+    fp32, int8 = folder / ONNX_FP32, folder / (OPENVINO_INT8 if runtime == "openvino" else ONNX_INT8)
     if precision == "int8" and not int8.is_file():
-        raise ModelError(f"{folder}: precision 'int8' was asked for, but {ONNX_INT8} is missing.")
-    if precision != "fp32" and int8.is_file():
+        raise ModelError(f"{folder}: precision 'int8' was asked for, but {int8.name} is missing.")
+    if precision in ("auto", "int8") and int8.is_file():
         return int8
     return fp32 if fp32.is_file() else None
 

@@ -12,9 +12,8 @@ import numpy as np
 
 from kdlora.data.tags import spans_of
 from kdlora.data.tasks import Task, find_label
-from kdlora.deploy.folder import ModelFolder
-from kdlora.deploy.network import Backend
-from kdlora.deploy.onnx_backend import OnnxBackend
+from kdlora.deploy.folder import ModelFolder, Runtime
+from kdlora.deploy.network import Backend, open_backend, spread
 from kdlora.deploy.predict import Classifier, Text, check_text
 from kdlora.deploy.tagger import Tagger, Words, check_words, join_network, word_offsets
 from kdlora.errors import DataError, ModelError
@@ -24,6 +23,8 @@ from kdlora.report.shipped import Parity
 
 ENOUGH_ROWS = 2_000
 """Where validation has fewer rows, training rows fill up to this many."""
+_CALIBRATION = 300
+"""Texts that the scales of static int8 are measured on."""
 _REGRESSION_SHARE = 0.1
 _PROBES = ("a", "one short text", "a longer text of a dozen words or so, with 2 digits!", "long " * 600)
 
@@ -101,6 +102,8 @@ class Checks:
         for row in np.linspace(0, len(more) - 1, wanted, dtype=int):
             self.texts += check_texts([more[row]], task.kind, "training text", row)
         self.texts = self.texts or check_texts(_PROBES, task.kind, "text")
+        few = spread(more, _CALIBRATION)
+        self.calibration = check_texts(few, task.kind, "training text") if few else spread(self.texts, _CALIBRATION)
         self.offsets = word_offsets(self.texts) if task.kind == "tokens" else None
         self.stage, self.model = "pytorch", join_network(folder, backend)
         self.logits = self.model.predict_logits(self.texts)
@@ -108,10 +111,20 @@ class Checks:
         if faults := self._find_recall(self.model)[1]:
             raise ModelError(f"{folder.path}: not exported, since of what min_recall asks {'; '.join(faults)}.")
 
-    def judge(self, stage: str, file: Path, gate: Gate, *, optimised: bool = True) -> Parity:
+    def judge(
+        self,
+        stage: str,
+        file: Path,
+        gate: Gate,
+        *,
+        optimised: bool = True,
+        runtime: Runtime = "onnxruntime",
+        half: bool = False,
+    ) -> Parity:
         """Run a file on the texts, with the tokenizer beside it, and compare it with the latest fp32 stage."""
-        described = replace(self.folder, path=file.parent, file=file, record={} if optimised else None)
-        model = join_network(described, OnnxBackend(described))
+        record: dict[str, Any] | None = {} if optimised else None
+        described = replace(self.folder, path=file.parent, file=file, record=record, runtime=runtime, half=half)
+        model = join_network(described, open_backend(described, verify=False))
         after = model.predict_logits(self.texts)
         parity, (recall, faults) = self._compare(stage, after, gate), self._find_recall(model)
         reasons = [parity.reason] if parity.reason else []
@@ -146,8 +159,8 @@ class Checks:
             drop = self.score - own
             labels, offsets = np.asarray(self.given.labels), self.given.offsets
             pair = [part[: len(labels)] for part in (self.logits, after)]
-            spread = contrast([PairedArms(self.task, labels, pair[:1], pair[1:], self.given.groups, offsets=offsets)])
-            low, high = spread.low, spread.high
+            interval = contrast([PairedArms(self.task, labels, pair[:1], pair[1:], self.given.groups, offsets=offsets)])
+            low, high = interval.low, interval.high
         faults = []
         if gate.largest_difference is not None:
             values = self.task.kind == "regression"

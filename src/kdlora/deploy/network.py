@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from kdlora.deploy.decisions import Decisions
-from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, read_model_folder
+from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Way
 from kdlora.deploy.onnx_backend import OnnxBackend
 from kdlora.errors import ArtifactError, ModelError, first_line
 from kdlora.extras import extras_named
@@ -113,28 +113,41 @@ class Network:
 
 
 def open_network(
-    folder: str | Path,
+    way: Way,
     *,
-    precision: Precision = "auto",
     threads: int | None = None,
     max_length: int | None = None,
     verify: bool = True,
     revision: str | None = None,
 ) -> tuple[ModelFolder, Backend]:
     """Open a model folder, or a model of the Hub."""
-    if not Path(folder).exists():
+    if not way.folder.exists():
         from kdlora.deploy.hub import locate_model  # here: what lies on this machine is served without it
 
-        folder = locate_model(folder, revision=revision)
-    described = read_model_folder(folder, precision=precision, max_length=max_length)
+        way = replace(way, folder=locate_model(way.folder, revision=revision))
+    if way.runtime == "auto":
+        from kdlora.deploy.runtimes import fastest_way  # here: most know what they want
+
+        way = fastest_way(way.describe().path, way.precision, way.batch_size)
+    described = way.describe(max_length)
     if threads is not None and threads < 1:
         raise ModelError(f"threads must be at least 1, got {threads}.")
-    if described.backend == "onnx":
-        return described, OnnxBackend(described, threads=threads, verify=verify)
-    with extras_named(f"{described.path} is a PyTorch model, which"):
-        from kdlora.deploy.torch_backend import TorchBackend  # here: an ONNX folder is served without torch
+    return described, open_backend(described, threads=threads, verify=verify)
 
-    return described, TorchBackend(described, threads=threads)
+
+def open_backend(folder: ModelFolder, *, threads: int | None = None, verify: bool = True) -> Backend:
+    """Open what runs a folder; each runtime is imported where it is used, so that no other has to be installed."""
+    if folder.backend == "onnx":
+        return OnnxBackend(folder, threads=threads, verify=verify)
+    if folder.backend == "openvino":
+        with extras_named("the runtime OpenVINO"):
+            from kdlora.deploy.openvino_backend import OpenvinoBackend
+
+        return OpenvinoBackend(folder, threads=threads, verify=verify)
+    with extras_named(f"{folder.path} is a PyTorch model, which"):
+        from kdlora.deploy.torch_backend import TorchBackend
+
+    return TorchBackend(folder, threads=threads)
 
 
 def _other_kind(folder: ModelFolder) -> str:

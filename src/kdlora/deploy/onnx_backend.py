@@ -42,10 +42,8 @@ class OnnxBackend:
         """Open a session, and compare every file that decides an answer with the hash that the export recorded."""
         if folder.file is None:
             raise ModelError(f"{folder.path}: not an ONNX folder.")
-        expected = _recorded_hashes(folder) if verify else {}
-        tokenizer = (folder.path / TOKENIZER).read_bytes()
-        _check_hash(folder.path / TOKENIZER, tokenizer, expected)
-        self.tokenizer_json = tokenizer.decode("utf-8", errors="replace")
+        expected = recorded_hashes(folder) if verify else {}
+        self.tokenizer_json = read_tokenizer(folder, expected)
         is_ours = folder.record is not None
         self._session = open_session(folder.file, threads=threads, optimised=is_ours, expected=expected)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
@@ -68,9 +66,9 @@ def open_session(
     options.intra_op_num_threads = threads or default_threads()
     if optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    graph, data = _read_onnx(file)
+    graph, data = read_onnx(file)
     for name, content in {file.name: graph, **data}.items():
-        _check_hash(file.parent / name, content, expected or {})
+        check_hash(file.parent / name, content, expected or {})
     try:
         if data:
             options.add_external_initializers_from_files_in_memory(
@@ -94,18 +92,25 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _recorded_hashes(folder: ModelFolder) -> Mapping[str, str]:
+def recorded_hashes(folder: ModelFolder) -> Mapping[str, str]:
     """Give the hashes that an export recorded, and compare the JSON files, already read, with theirs."""
     record = folder.record or {}
     if not is_sealed_or_old(record):
         raise ArtifactError(f"{folder.path / EXPORT_RECORD}: edited since the export. Export the model again.")
     hashes: Mapping[str, str] = record.get("sha256") or {}
     for name in (CONFIG_FILE, TOKENIZER_CONFIG):
-        _check_hash(folder.path / name, folder.digests.get(name, "none"), hashes)
+        check_hash(folder.path / name, folder.digests.get(name, "none"), hashes)
     return hashes
 
 
-def _check_hash(path: Path, content: bytes | str, expected: Mapping[str, str]) -> None:
+def read_tokenizer(folder: ModelFolder, expected: Mapping[str, str]) -> str:
+    """Read the tokenizer of an export, which must be the one that was exported."""
+    content = (folder.path / TOKENIZER).read_bytes()
+    check_hash(folder.path / TOKENIZER, content, expected)
+    return content.decode("utf-8", errors="replace")
+
+
+def check_hash(path: Path, content: bytes | str, expected: Mapping[str, str]) -> None:
     """Compare a file's content, or what it hashed to, with the hash that an export recorded for it, if it did."""
     wanted = expected.get(path.name)
     if wanted is None:
@@ -118,7 +123,7 @@ def _check_hash(path: Path, content: bytes | str, expected: Mapping[str, str]) -
         )
 
 
-def _read_onnx(file: Path) -> tuple[bytes, dict[str, bytes]]:
+def read_onnx(file: Path) -> tuple[bytes, dict[str, bytes]]:
     """Read a graph, and by name the files of weights beside it."""
     graph = file.read_bytes()
     try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from kdlora.deploy.decisions import Decisions, read_decisions
-from kdlora.deploy.folder import Precision
+from kdlora.deploy.folder import Precision, Runtime, Way
 from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Network, open_network
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import measure_sureness
@@ -61,6 +61,8 @@ class Classifier(Network):
         folder: str | Path,
         *,
         precision: Precision = "auto",
+        runtime: Runtime | Literal["auto"] = "onnxruntime",
+        batch_size: int = BATCH_SIZE,
         threads: int | None = None,
         max_length: int | None = None,
         verify: bool = True,
@@ -73,7 +75,10 @@ class Classifier(Network):
         Args:
             folder: a transformers folder, an exported folder or an `.onnx` file in it; or a Hub id `USER/REPO`, a
                 folder in it as `USER/REPO/onnx`, each with `@REVISION` behind it if need be.
-            precision: which ONNX file of a folder that has several; `auto` prefers int8.
+            precision: which ONNX file of a folder that has several; `auto` prefers int8. bf16 is fp32's in OpenVINO.
+            runtime: what runs the files of an export; `auto` takes runtime and precision that were the fastest when
+                `kdlora benchmark` measured the export on this host, and ONNX Runtime where it did not.
+            batch_size: with `auto`, how many texts will be predicted at once.
             threads: of the network's products; by default `OMP_NUM_THREADS`, else one a core. With PyTorch this is
                 process-wide.
             max_length: cut texts to that many tokens; by default what the folder says.
@@ -91,9 +96,8 @@ class Classifier(Network):
             ArtifactError: a file is damaged or is not the one that was exported.
             MissingExtraError: a PyTorch folder, and PyTorch or transformers is not installed.
         """
-        described, backend = open_network(
-            folder, precision=precision, threads=threads, max_length=max_length, verify=verify, revision=revision
-        )
+        way = Way(Path(folder), runtime, precision, batch_size)
+        described, backend = open_network(way, threads=threads, max_length=max_length, verify=verify, revision=revision)
         decisions = read_decisions(described) if thresholds else Decisions()
         return cls(described, backend, decisions if defer else replace(decisions, promise=None))
 

@@ -12,7 +12,7 @@ import numpy as np
 from kdlora.data.tags import decode, entity_bounds, split_words, tag_names, tag_types
 from kdlora.data.windows import read_windows
 from kdlora.deploy.decisions import read_decisions
-from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Precision
+from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Precision, Way
 from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Backend, Network, open_network
 from kdlora.deploy.predict import Classifier, check_one
 from kdlora.errors import DataError, ModelError
@@ -117,11 +117,8 @@ class Tagger(Network):
             ArtifactError: a file is damaged or is not the one that was exported.
             MissingExtraError: a PyTorch folder, and PyTorch or transformers is not installed.
         """
-        return cls(
-            *open_network(
-                folder, precision=precision, threads=threads, max_length=max_length, verify=verify, revision=revision
-            )
-        )
+        way = Way(Path(folder), precision=precision)
+        return cls(*open_network(way, threads=threads, max_length=max_length, verify=verify, revision=revision))
 
     from_pretrained = load
 
@@ -215,9 +212,12 @@ class Tagger(Network):
         return found
 
 
-def load_model(folder: str | Path, *, threads: int | None = None, max_length: int | None = None) -> Classifier | Tagger:
+def load_model(
+    folder: str | Path | Way, *, threads: int | None = None, max_length: int | None = None
+) -> Classifier | Tagger:
     """Load a classifier or a tagger, as the folder says."""
-    described, backend = open_network(folder, threads=threads, max_length=max_length)
+    way = folder if isinstance(folder, Way) else Way(Path(folder))
+    described, backend = open_network(way, threads=threads, max_length=max_length)
     found = join_network(described, backend)
     found.decisions = read_decisions(described)
     return found

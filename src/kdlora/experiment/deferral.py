@@ -15,6 +15,7 @@ from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import write_decisions
+from kdlora.deploy.folder import OPENVINO_INT8
 from kdlora.deploy.predict import Classifier, Text
 from kdlora.errors import DataError
 from kdlora.evidence.defer import (
@@ -174,6 +175,7 @@ def shipped_models(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]
         "student": layout.student,
         "student, ONNX": layout.onnx / "model.onnx",
         "student, int8": layout.onnx / "model_quantized.onnx",
+        "student, OpenVINO int8": layout.onnx / OPENVINO_INT8,
     }
     for name, file in files.items():
         if file.exists():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.cascade import CascadeCurve, measure_cascade
 from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
-from kdlora.deploy.folder import DECISIONS, read_model_folder
+from kdlora.deploy.folder import DECISIONS, EXPORT_RECORD, OPENVINO_INT8, Way, read_model_folder
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
+from kdlora.deploy.runtimes import store_speeds, ways_to_run
 from kdlora.deploy.tagger import Words, load_model
 from kdlora.errors import ConfigError, DataError, ModelError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout
@@ -37,17 +39,22 @@ from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import remove
 from kdlora.system.storage import write_json_atomic, write_text_atomic
 
+logger = logging.getLogger(__name__)
+
 FORMATS: dict[str, tuple[Format, ...]] = {
     "onnx": ("onnx",),
     "onnx-int8": ("onnx-int8",),
     "all": ("onnx", "onnx-int8"),
+    "openvino": ("onnx", "onnx-int8", "openvino"),
 }
 
 
 def export_model(model: str | Path, to: str | Path, *, formats: str = "all", data: str | None = None) -> ExportResult:
     """Export an experiment's student, or any merged model folder, to ONNX and int8."""
     if formats not in FORMATS:
-        raise ConfigError(f"--format {formats!r}: expected onnx, onnx-int8 or all.{did_you_mean(formats, FORMATS)}")
+        raise ConfigError(
+            f"--format {formats!r}: expected onnx, onnx-int8, all or openvino.{did_you_mean(formats, FORMATS)}"
+        )
     place, wanted = locate_model(model), FORMATS[formats]
     layout = ExperimentLayout(place)
     if layout.config.exists():
@@ -60,7 +67,7 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
         return _export_rows(config, layout, to, rows, formats=wanted)
     if data is not None:
         return export_onnx(place, to, texts=_read_labelled(place, data), formats=wanted)
-    if "onnx-int8" in wanted:
+    if formats != "onnx":
         raise DataError(
             f"{place} is no experiment folder, so int8 has no rows to be checked on: give them with --data, "
             "or take --format onnx"
@@ -69,9 +76,31 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
 
 
 def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads: int | None = None) -> BenchmarkResult:
-    """Measure model folders side by side, on a labelled file where there is one."""
+    """Measure model folders side by side, on a labelled file where there is one; of an export all that runs here."""
     places = _locate(models)
-    return benchmark(places, () if data is None else _read_labelled(places[0], data), threads=threads)
+    named: dict[str, Path | Way] = {}
+    for place in places:
+        ways = ways_to_run(place) if (place / EXPORT_RECORD).is_file() else []
+        named.update({f"{place} ({way.runtime} {way.precision})": way for way in ways})
+        if not ways:
+            named[str(place)] = place
+    texts = () if data is None else _read_labelled(places[0], data)
+    result = benchmark(named, texts, threads=threads)
+    _store_speeds(named, result)
+    return result
+
+
+def _store_speeds(models: Mapping[str, Path | Way], result: BenchmarkResult) -> None:
+    """Keep what was measured of exports beside their files."""
+    found: dict[Path, dict[Way, dict[int, float]]] = {}
+    for model, figures in zip(models.values(), result.models, strict=True):
+        if isinstance(model, Way):
+            found.setdefault(model.folder, {})[model] = figures.speeds
+    for speeds in found.values():
+        try:
+            store_speeds(speeds)
+        except OSError as error:
+            logger.warning("the measurement is not kept for runtime='auto': %s", error)
 
 
 def benchmark_cascade(models: Sequence[Path], *, data: str | None = None, threads: int | None = None) -> CascadeCurve:
@@ -225,6 +254,7 @@ def _benchmark_student(
     files = {
         "student, ONNX": layout.onnx / "model.onnx",
         "student, int8": layout.onnx / "model_quantized.onnx",
+        "student, OpenVINO int8": layout.onnx / OPENVINO_INT8,
     }
     models = {name: place for name, place in folders.items() if (place / "config.json").exists()}
     models |= {name: file for name, file in files.items() if file.exists()}

@@ -27,8 +27,8 @@ class ModelFigures:
     """What one model costs, and how good it is."""
 
     name: str
-    backend: str  # "transformers" or "onnx"
-    precision: str  # "fp32" or "int8"
+    backend: str  # "transformers", "onnx" or "openvino"
+    precision: str  # "fp32", "bf16" or "int8"
     p50_ms: Amount  # latency of one text, tokenisation included
     p95_ms: Amount
     p99_ms: Amount
@@ -39,6 +39,7 @@ class ModelFigures:
     folder: str = ""
     peak_memory_bytes: Count | None = None  # above the level after imports; None where the system cannot tell
     score: Finite | None = None  # 0..100; None without labels
+    speeds: dict[int, Amount] = field(default_factory=dict)  # largest number of texts in a batch to texts a second
     grid_ms: dict[str, Amount] = field(default_factory=dict)  # "batch x length" to the median of one forward pass
 
 

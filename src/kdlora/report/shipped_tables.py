@@ -12,9 +12,10 @@ from kdlora.report.shipped import AXES, TEACHER, Calibration, Export, ModelFigur
 from kdlora.report.tables import Links
 from kdlora.report.wording import milliseconds, points, signed, size, times
 
-_BACKENDS = {"transformers": "PyTorch", "onnx": "ONNX Runtime"}
+_BACKENDS = {"transformers": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 _STAGES = {"pytorch": "PyTorch", "onnx": "ONNX, as captured", "onnx-optimised": "ONNX, optimised"}
-_INT8_STAGE = re.compile(r"onnx-int8 \((?P<recipe>.*)\)", re.DOTALL)
+_STAGES |= {"openvino": "OpenVINO", "openvino-bf16": "OpenVINO in bf16"}
+_INT8_STAGE = re.compile(r"(onnx|openvino)-int8 \((?P<recipe>.*)\)", re.DOTALL)
 
 
 def shipped_tiles(experiment: Experiment, href: str) -> Tiles | None:

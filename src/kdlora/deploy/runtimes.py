@@ -1,0 +1,123 @@
+"""The ways to run an export: which files in which runtime, and which of them is the fastest on this machine.
+
+A benchmark of an export stores its figures beside the files, by the host's name. They stay on this machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+
+from kdlora.deploy.decisions import read_decisions
+from kdlora.deploy.folder import (
+    EXPORT_RECORD,
+    MEASURED,
+    ONNX_FP32,
+    ONNX_INT8,
+    OPENVINO_INT8,
+    Precision,
+    Runtime,
+    Way,
+)
+from kdlora.errors import ArtifactError, ModelError
+from kdlora.foreign import read_json
+from kdlora.system.environment import describe_machine
+from kdlora.system.integrity import hash_file
+from kdlora.system.storage import write_json_atomic
+
+
+@dataclass(frozen=True)
+class _Speeds:
+    runtime: Runtime
+    precision: Precision
+    texts_per_second: Annotated[dict[PositiveInt, PositiveFloat], Field(min_length=1)]  # by batch size
+
+
+@dataclass(frozen=True)
+class _Host:
+    processor: dict[str, str]
+    speeds: tuple[_Speeds, ...]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The content of the file."""
+
+    export: str  # SHA-256 of the record of the export that was measured
+    hosts: dict[str, _Host]  # by name
+
+
+def ways_to_run(folder: Path) -> list[Way]:
+    """List the ways to run an export that passed its checks, as far as this machine has them."""
+    found = [Way(folder, precision="fp32")] if (folder / ONNX_FP32).is_file() else []
+    if (folder / ONNX_INT8).is_file():
+        found.append(Way(folder, precision="int8"))
+    if importlib.util.find_spec("openvino") is None or not (folder / EXPORT_RECORD).is_file():
+        return found
+    from kdlora.deploy.openvino_backend import has_bf16
+
+    stages = read_json(folder / EXPORT_RECORD).get("stages")
+    passed = [one.get("stage") for one in stages if isinstance(one, dict)] if isinstance(stages, list) else []
+    if (folder / ONNX_FP32).is_file() and "openvino" in passed:
+        found.append(Way(folder, "openvino", "fp32"))
+        if "openvino-bf16" in passed and has_bf16():
+            found.append(Way(folder, "openvino", "bf16"))
+    return found + ([Way(folder, "openvino", "int8")] if (folder / OPENVINO_INT8).is_file() else [])
+
+
+def store_speeds(speeds: Mapping[Way, Mapping[int, float]]) -> None:
+    """Keep the texts a second of the ways to run one export by batch size, beside those of other hosts."""
+    folder = next(iter(speeds)).folder
+    measured, export = _read(folder), hash_file(folder / EXPORT_RECORD)
+    hosts = dict(measured.hosts) if measured.export == export else {}
+    rows = tuple(_Speeds(way.runtime, way.precision, dict(found)) for way, found in speeds.items())
+    hosts[platform.node()] = _Host(_processor(), rows)
+    write_json_atomic(folder / MEASURED, asdict(_Measured(export, hosts)))
+
+
+def fastest_way(folder: Path, precision: Precision, batch_size: int) -> Way:
+    """Choose by the figures of this host; ONNX Runtime where it has none of this export."""
+    best, most = Way(folder, "onnxruntime", precision), 0.0
+    measured = _read(folder)
+    host = measured.hosts.get(platform.node())
+    if host is None or host.processor != _processor() or measured.export != hash_file(folder / EXPORT_RECORD):
+        return best
+    ways = [way for way in ways_to_run(folder) if precision in ("auto", way.precision) and _is_fitted(way)]
+    for row in host.speeds:
+        nearest = min(row.texts_per_second, key=lambda size: abs(math.log(size / batch_size)))
+        way = Way(folder, row.runtime, row.precision)
+        if way in ways and row.texts_per_second[nearest] > most:
+            best, most = way, row.texts_per_second[nearest]
+    return best
+
+
+def _read(folder: Path) -> _Measured:
+    """Read what was measured of an export, on any host."""
+    path = folder / MEASURED
+    if not path.is_file():
+        return _Measured("", {})
+    try:
+        return TypeAdapter(_Measured).validate_json(path.read_bytes())
+    except ValidationError:
+        raise ArtifactError(f"{path}: damaged. Remove it, and measure again: kdlora benchmark {folder}") from None
+
+
+def _is_fitted(way: Way) -> bool:
+    """Say whether the folder's thresholds and promise, if it has any, are of this way."""
+    try:
+        read_decisions(way.describe())
+    except ModelError:
+        return False
+    return True
+
+
+def _processor() -> dict[str, str]:
+    machine = describe_machine()
+    return {name: machine[name] for name in ("cpu", "cores")}

@@ -1,0 +1,141 @@
+"""OpenVINO as a second runtime: its stages of an export, its files, and the choice by a measurement."""
+
+import functools
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+from deploy_folders import TEXTS
+from kdlora.deploy.decisions import Decisions, write_decisions
+from kdlora.deploy.export import export_onnx
+from kdlora.deploy.folder import Way, read_model_folder
+from kdlora.deploy.predict import Classifier
+from kdlora.deploy.runtimes import fastest_way, store_speeds, ways_to_run
+from kdlora.errors import ArtifactError, ModelError
+
+pytestmark = pytest.mark.skipif(find_spec("nncf") is None, reason="the extra openvino-export is not installed")
+
+
+@pytest.fixture(scope="module")
+def folder(made_once, classifier_folder):
+    """An export for both runtimes; read only."""
+
+    def make(place):
+        settings = {"formats": ("onnx", "onnx-int8", "openvino"), "min_agreement": 0.5, "max_metric_drop": 50}
+        return export_onnx(classifier_folder(), place / "onnx", texts=TEXTS[:40], more_texts=TEXTS[40:], **settings)
+
+    return made_once("export-openvino", make).folder
+
+
+def test_every_stage_is_judged_in_its_own_runtime(folder):
+    """A file that was never run in the runtime that it ships for, or int8 that is no smaller."""
+    record = json.loads((folder / "kdlora_export.json").read_text())
+    names = [stage["stage"].partition(" ")[0] for stage in record["stages"]]
+    assert names[:4] == ["onnx", "onnx-optimised", "onnx-int8", "openvino"]
+    assert names[-1] == "openvino-int8"
+    assert set(record["sha256"]) >= {"openvino_model_quantized.xml", "openvino_model_quantized.bin"}
+    exact = Classifier.load(folder, precision="fp32").predict_logits(TEXTS)
+    fp32 = Classifier.load(folder, precision="fp32", runtime="openvino")
+    assert (fp32.folder.backend, fp32.folder.precision) == ("openvino", "fp32")
+    assert np.abs(fp32.predict_logits(TEXTS) - exact).max() < 1e-4
+    int8 = Classifier.load(folder, runtime="openvino")
+    assert int8.folder.precision == "int8"
+    assert 0.8 < np.corrcoef(int8.predict_logits(TEXTS).ravel(), exact.ravel())[0, 1] < 0.9999999
+    assert np.array_equal(
+        int8.predict_logits(TEXTS), Classifier.load(folder / int8.folder.file.name).predict_logits(TEXTS)
+    )
+    weights = folder / "openvino_model_quantized.bin"
+    assert int8.folder.size_bytes > weights.stat().st_size < fp32.folder.size_bytes
+
+
+def test_bf16_is_run_where_the_processor_has_it_and_refused_elsewhere(folder, monkeypatch):
+    """A precision that is asked for and quietly another one."""
+    from kdlora.deploy import openvino_backend
+
+    with pytest.raises(ModelError, match="runtime='openvino'"):
+        Classifier.load(folder, precision="bf16")
+    if openvino_backend.has_bf16():
+        exact = Classifier.load(folder, precision="fp32").predict_logits(TEXTS)
+        half = Classifier.load(folder, precision="bf16", runtime="openvino").predict_logits(TEXTS)
+        assert 0.9 < np.corrcoef(half.ravel(), exact.ravel())[0, 1] < 0.9999999, "a random model is sensitive"
+    monkeypatch.setattr(openvino_backend, "has_bf16", lambda: False)
+    with pytest.raises(ModelError, match="needs a processor"):
+        Classifier.load(folder, precision="bf16", runtime="openvino")
+
+
+def test_weights_that_were_exchanged_are_refused(folder, classifier_folder, tmp_path):
+    """Weights of another model beside a graph that was checked; a PyTorch folder that OpenVINO was to run."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    weights = copy / "openvino_model_quantized.bin"
+    weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
+    with pytest.raises(ArtifactError, match=r"quantized\.bin: not the file that was exported"):
+        Classifier.load(copy, runtime="openvino")
+    (copy / "openvino_model_quantized.xml").write_text("<net")
+    with pytest.raises(ArtifactError, match=r"OpenVINO .* cannot load it"):
+        Classifier.load(copy, runtime="openvino", verify=False)
+    with pytest.raises(ModelError, match="run `kdlora export` first"):
+        Classifier.load(classifier_folder(), runtime="openvino")
+
+
+def test_auto_takes_what_was_the_fastest_on_this_host(folder, tmp_path, monkeypatch):
+    """Figures of another machine, of an earlier export or of another batch size that decide here."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert Classifier.load(copy, runtime="auto").folder.backend == "onnx", "nothing was measured"
+    figures = {("onnxruntime", "int8"): {1: 900, 32: 1000}, ("openvino", "int8"): {1: 500, 32: 2000}}
+    figures |= {("openvino", "fp32"): {1: 100, 32: 700}, ("onnxruntime", "fp32"): {1: 400, 32: 600}}
+    store_speeds({Way(copy, *way): speeds for way, speeds in figures.items()})
+    chosen = [fastest_way(copy, "auto", size) for size in (1, 4, 64)]
+    assert [(way.runtime, way.precision) for way in chosen] == [
+        ("onnxruntime", "int8"),
+        ("onnxruntime", "int8"),
+        ("openvino", "int8"),
+    ]
+    assert fastest_way(copy, "fp32", 32).runtime == "openvino"
+    loaded = Classifier.load(copy, runtime="auto", batch_size=64).folder
+    assert (loaded.backend, loaded.precision) == ("openvino", "int8")
+    write_decisions(read_model_folder(copy), Decisions(thresholds={}))
+    assert fastest_way(copy, "auto", 64).runtime == "onnxruntime", "thresholds are of one file in one runtime"
+    (copy / "kdlora_decisions.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "node", lambda: "another host")
+        assert fastest_way(copy, "auto", 64) == Way(copy)
+    record = copy / "kdlora_export.json"
+    record.write_bytes(record.read_bytes() + b"\n")
+    assert fastest_way(copy, "auto", 64) == Way(copy), "of an earlier export"
+    (copy / "kdlora_runtimes.json").write_text('{"export": 1}')
+    with pytest.raises(ArtifactError, match=r"damaged.*kdlora benchmark"):
+        fastest_way(copy, "auto", 64)
+
+
+def test_a_benchmark_of_an_export_shows_all_that_runs_here_and_keeps_it(folder, tmp_path, monkeypatch):
+    """One of two runtimes in the table, and a choice that has nothing to go by."""
+    from kdlora.experiment import deployment
+
+    quick = functools.partial(deployment.benchmark, rounds=1, batch_sizes=(8,), grid=())
+    monkeypatch.setattr(deployment, "benchmark", quick)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    result = deployment.benchmark_models([copy], threads=1)
+    ways = ways_to_run(copy)
+    assert [(one.backend, one.precision) for one in result.models] == [
+        (way.describe().backend, way.precision) for way in ways
+    ]
+    assert {one.backend for one in result.models} == {"onnx", "openvino"}
+    assert all(set(one.speeds) == {1, 8} for one in result.models)
+    most = max(zip(result.models, ways, strict=True), key=lambda pair: pair[0].speeds[8])
+    assert fastest_way(copy, "auto", 8) == most[1]
+
+
+def test_nobody_is_told(tmp_path):
+    """A library that sends to its makers what is run, and marks the user by a file in the home folder."""
+    code = "import kdlora.deploy.openvino_export, sys; print({one for one in sys.modules if 'telemetry' in one})"
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert "openvino_telemetry." not in done.stdout
+    assert not (tmp_path / "intel").exists()

@@ -55,6 +55,19 @@ def test_every_stage_is_judged_in_its_own_runtime(folder):
     assert int8.folder.size_bytes > weights.stat().st_size < fp32.folder.size_bytes
 
 
+def test_sensitive_operators_stay_in_fp32(classifier_folder, traced_once, tmp_path, monkeypatch):
+    """A remedy that is only tried on models that need it, and then fails."""
+    from kdlora.deploy import openvino_export
+
+    monkeypatch.setattr(openvino_export, "RECIPES", (openvino_export.CAREFUL,))
+    settings = {"formats": ("openvino",), "min_agreement": 0.9}
+    found = export_onnx(classifier_folder(), tmp_path / "onnx", texts=TEXTS[:40], more_texts=TEXTS[40:], **settings)
+    assert found.stages[-1].stage == "openvino-int8 (static int8, sensitive operators in fp32)"
+    assert [path.name for path in (tmp_path / "onnx").glob("*.[ob]*n*")] == ["openvino_model_quantized.bin"]
+    assert found.size_bytes["openvino"] > (tmp_path / "onnx" / "openvino_model_quantized.bin").stat().st_size
+    assert Classifier.load(tmp_path / "onnx" / "openvino_model_quantized.xml").predict(TEXTS[:2])
+
+
 def test_bf16_is_run_where_the_processor_has_it_and_refused_elsewhere(folder, monkeypatch):
     """A precision that is asked for and quietly another one."""
     from kdlora.deploy import openvino_backend

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from kdlora.cli.app import Json, print_json, verb
+from kdlora.deploy.folder import Runtime
 
 if TYPE_CHECKING:
     from kdlora.deploy.predict import Classifier
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Serve:
-    """What `kdlora serve` is told; the fields after `threads` but the last are those of `Limits`."""
+    """What `kdlora serve` is told; the fields after `runtime` but the last are those of `Limits`."""
 
     models: Annotated[list[str], Argument(help="Model folders, experiments or Hub ids. NAME=FOLDER names one.")]
     host: Annotated[str, Option(help="Address to listen at. 0.0.0.0: all of this machine's.")] = "127.0.0.1"
     port: Annotated[int, Option(help="Port. 0: any free one.", min=0, max=65535)] = 8000
     threads: Annotated[int | None, Option(help="CPU threads of each model. Default: one per core.")] = None
+    runtime: Annotated[Runtime, Option(help="auto: the fastest when kdlora benchmark measured it here.")] = (
+        "onnxruntime"
+    )
     waiting: Annotated[int, Option(help="Texts that may wait for a model. Beyond, the answer is 503.")] = 1024
     texts: Annotated[int, Option(help="Largest number of texts in one request.")] = 256
     characters: Annotated[int, Option(help="Largest number of characters in one text.")] = 20_000
@@ -51,5 +55,11 @@ def serve(options: Serve) -> None:
 
     limits = Limits(**{name: getattr(options, name) for name in Limits.__dataclass_fields__})
     serve_models(
-        options.models, host=options.host, port=options.port, threads=options.threads, limits=limits, ready=ready
+        options.models,
+        host=options.host,
+        port=options.port,
+        threads=options.threads,
+        runtime=options.runtime,
+        limits=limits,
+        ready=ready,
     )

@@ -19,7 +19,8 @@ from kdlora.system.ownership import remove
 
 nncf = import_untracked("nncf")
 Inputs = dict[str, np.ndarray]
-RECIPES = ("static int8 with smoothed activations", "static int8, sensitive operators in fp32")
+_PLAIN, CAREFUL = "static int8 with smoothed activations", "static int8, sensitive operators in fp32"
+RECIPES = (_PLAIN, CAREFUL)
 """In the order in which they are tried; the second looks for the operators whose rounding changes decisions."""
 
 
@@ -59,7 +60,7 @@ def _quantise(source: Path, to: Path, recipe: str, checks: Checks, least: float)
     model, data = openvino.Core().read_model(source), nncf.Dataset(rows)
     settings: dict[str, Any] = {"model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(rows)}
     with quiet("nncf"):
-        if recipe == RECIPES[0]:
+        if recipe == _PLAIN:
             found = nncf.quantize(model, data, **settings)
         else:
             settings["max_drop"] = 1 - least

@@ -26,6 +26,7 @@ from prometheus_client import generate_latest as write_metrics
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.requests import ClientDisconnect
 
+from kdlora.deploy.folder import Runtime
 from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier, Prediction, Text, check_text
 from kdlora.errors import ConfigError, DataError, KdLoraError
@@ -248,11 +249,14 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     threads: int | None = None,
+    runtime: Runtime = "onnxruntime",
     limits: Limits | None = None,
     ready: Callable[[str, Mapping[str, Classifier]], None] = lambda address, classifiers: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that have begun are answered first."""
-    classifiers = {name: Classifier.load(path, threads=threads) for name, path in name_models(models).items()}
+    classifiers = {
+        name: Classifier.load(path, runtime=runtime, threads=threads) for name, path in name_models(models).items()
+    }
     app, seconds = make_app(classifiers, limits), _SECONDS_TO_END
     settings = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=seconds)
     server = uvicorn.Server(settings)

@@ -41,10 +41,12 @@ def read_windows(offsets: npt.ArrayLike, special: npt.ArrayLike, starts: Any, en
     own = np.flatnonzero(~is_special)
     lead, trail = (int(own[0]), len(is_special) - 1 - int(own[-1])) if len(own) else (len(is_special), 0)
     count, room = len(is_special) - lead - trail, max(1, max_length - lead - trail)
-    begins = _window_starts(count, room)
-    outer = np.arange(len(is_special))
-    tokens = [np.r_[outer[:lead], lead + np.arange(a, min(a + room, count)), outer[lead + count :]] for a in begins]
     first = _first_tokens(np.asarray(offsets, np.int64).reshape(-1, 2)[lead : lead + count], starts, ends)
+    outer = np.arange(len(is_special))
+    if count <= room:  # as nearly every text
+        return Windows([outer], np.zeros(len(first), np.int64), np.where(first < 0, -1, first + lead))
+    begins = _window_starts(count, room)
+    tokens = [np.r_[outer[:lead], lead + np.arange(a, min(a + room, count)), outer[lead + count :]] for a in begins]
     middles = (begins[1:] + begins[:-1] + room - 1) / 2  # from there on the next window's edge is farther
     window = np.maximum.accumulate(np.where(first < 0, 0, np.searchsorted(middles, first)))
     return Windows(tokens, window, np.where(first < 0, -1, first - begins[window] + lead))

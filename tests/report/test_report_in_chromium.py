@@ -18,6 +18,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+import fabricate
 from fabricate import ARMS, PAIRS, SIMILARITY, TAGS, make_experiment, ship
 from kdlora.data.tasks import Task
 from kdlora.report.compare import compare
@@ -77,7 +78,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ship(make_experiment(root / "mrpc", task=PAIRS, arms=(*ARMS, "student-fft", "kd-fft")), calibrated=True)
     ship(make_experiment(root / "stsb", task=SIMILARITY), int8=False)
     make_experiment(root / "tags", task=TAGS, seeds=(0,))
-    for name in ("hostile", "mrpc", "stsb", "tags"):
+    make_experiment(root / "spans", task=fabricate.NAMES, texts=HOSTILE, seeds=(0,), rows=40)
+    for name in ("hostile", "mrpc", "stsb", "tags", "spans"):
         make_report([root / name], draws=200)
     make_report([root / "mrpc", root / "stsb"], out=root / "both", draws=200)
     compare([root / "mrpc", root / "stsb", root / "hostile"], out=root / "compared", draws=200)
@@ -95,7 +97,7 @@ def server(pages: Path) -> Iterator[socketserver.ThreadingTCPServer]:
         serving.shutdown()
 
 
-NAMES = ("hostile", "mrpc", "stsb", "tags", "both", "compared")
+NAMES = ("hostile", "mrpc", "stsb", "tags", "spans", "both", "compared")
 
 
 def _show(

@@ -69,8 +69,8 @@ def read_set(data: Path, name: str, part: str) -> pd.DataFrame:
     return found[found["text"] != ""]
 
 
-def write_rows(options: argparse.Namespace, name: str, folder: Path) -> None:
-    """Draw the labelled rows, label by label in turn and each size within the next, the texts, and the scored rows."""
+def write_rows(options: argparse.Namespace, name: str, folder: Path) -> list[str]:
+    """Draw the labelled rows, label by label in turn, the texts and the scored rows; give the labels."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = read_set(options.data, name, "train").sample(frac=1, random_state=0)
     order = np.argsort(rows.groupby("label").cumcount().to_numpy(), kind="stable")
@@ -81,6 +81,7 @@ def write_rows(options: argparse.Namespace, name: str, folder: Path) -> None:
     rest.head(max(options.texts)).to_csv(folder / "texts.csv", index=False)
     scored = read_set(options.data, name, "scored").sample(frac=1, random_state=0)
     scored[~scored["text"].isin(rows["text"])].head(options.scored).to_csv(folder / "scored.csv", index=False)
+    return sorted(rows["label"].unique())
 
 
 @contextlib.contextmanager
@@ -98,14 +99,15 @@ def served(options: argparse.Namespace) -> Iterator[str]:
             service.kill()
 
 
-def ask_about(options: argparse.Namespace, name: str, shots: int, folder: Path) -> Path:
+def ask_about(options: argparse.Namespace, folder: Path, shots: int, labels: Sequence[str]) -> Path:
     """Have all texts labelled, the labelled rows and the scored ones too; what was answered is not asked again."""
     to = folder / f"asked-{shots}"
     if not (to / "probabilities.parquet").exists():
         with served(options) as url:
             settings = AskSettings(
-                Path(options.model).name,
+                options.model.removesuffix("/hf"),
                 base_url=url,
+                labels=dict.fromkeys(labels, ""),
                 shots=shots,
                 audit=str(folder / "scored.csv"),
                 unlabelled=str(folder / "texts.csv"),
@@ -115,9 +117,9 @@ def ask_about(options: argparse.Namespace, name: str, shots: int, folder: Path) 
             start = time.perf_counter()
 
             def tell(done: int, total: int) -> None:
-                if done % 500 == 0:
+                if done % 100 == 0:
                     seconds = time.perf_counter() - start
-                    print(f"{name}, {shots} examples: {done:,} of {total:,} asked, {seconds:,.0f} s", flush=True)
+                    print(f"{folder.name}, {shots} examples: {done:,} of {total:,} asked, {seconds:,.0f} s", flush=True)
 
             ask(str(folder / f"people-{max(options.human)}.csv"), to, settings, progress=tell)
     return to
@@ -127,7 +129,8 @@ def experiment(options: argparse.Namespace, place: Path, train: Path, names: Seq
     """Run an experiment, or what is left of it; sections of the config are laid over those that all have."""
     values: dict[str, Any] = {
         "name": place.name,
-        "task": {"text": "text", "label": "label", "label_names": list(names), "metric": "accuracy"},
+        "task": {"text": "text", "label": "label", "kind": "single-label", "label_names": list(names)}
+        | {"metric": "accuracy"},
         "data": {"train": str(train), "validation": str(train.with_name("scored.csv")), "augment": 0},
         "student": {"model": str(options.models / options.student), "train": {"epochs": options.epochs}},
         "run": {"seeds": options.seeds, "threads": options.threads},
@@ -162,9 +165,8 @@ def epochs(options: argparse.Namespace, rows: int) -> dict[str, Any]:
 def run_prompted(options: argparse.Namespace, name: str) -> None:
     """Ask, train, and print the comparison of all students and the model itself."""
     folder = options.out / "prompted" / name
-    write_rows(options, name, folder)
+    names = write_rows(options, name, folder)
     few, most = min(options.human), max(options.texts)
-    names = sorted(pd.read_csv(folder / f"people-{max(options.human)}.csv", dtype=str)["label"].unique())
     people = [
         experiment(
             options, folder / "runs" / f"people-{n}", folder / f"people-{n}.csv", names, run=arms("student-lora")
@@ -173,7 +175,7 @@ def run_prompted(options: argparse.Namespace, name: str) -> None:
     ]
     lines = []
     for shots in (0, SETS[name].shots) if options.shots is None else options.shots:
-        asked = ask_about(options, name, shots, folder)
+        asked = ask_about(options, folder, shots, names)
         audit, paid = json.loads((asked / "audit.json").read_text()), Asked.read(asked)
         own = audit["prompts"][audit["chosen"]]
         calibration = f"{audit['ece_before']:.3f} to {audit['ece_after']:.3f}"
@@ -213,9 +215,8 @@ def run_tuned(options: argparse.Namespace, name: str) -> None:
     """Train both teachers and their students, and print the comparison and the time of labelling."""
     folder = options.out / "tuned" / name
     options.human, options.texts = [options.rows], [1]
-    write_rows(options, name, folder)
+    names = write_rows(options, name, folder)
     train = folder / f"people-{options.rows}.csv"
-    names = sorted(pd.read_csv(train, dtype=str)["label"].unique())
     settings = {"train": {"epochs": options.teacher_epochs}}
     teachers = {
         "encoder": ({"model": str(options.models / options.encoder)}, ("fft", "kd-lora", "student-lora")),
@@ -231,7 +232,8 @@ def run_tuned(options: argparse.Namespace, name: str) -> None:
         file = place.with_suffix(".labelling.json")
         timed = json.loads(file.read_text()) if file.exists() else {"rows": 0, "seconds": 0}
         rate = timed["rows"] / timed["seconds"] if timed["seconds"] else float("nan")
-        lines.append((name, first["model"], first["train_seconds"], f"{rate:.1f}", f"{options.rows / rate:.0f}"))
+        model = Path(first["model"]).relative_to(options.models)
+        lines.append((name, model, f"{first['train_seconds']:.0f}", f"{rate:.1f}", f"{options.rows / rate:.0f}"))
     print(compare(places, out=folder).markdown)
     print(markdown(("set", "teacher", "training, s", "labelled, texts/s", "seconds of all rows"), lines, 2))
 

@@ -195,7 +195,7 @@ class Pipes:
 
     def __init__(self, scratch: str) -> None:
         """Take both for the request: what a library prints goes to the error output."""
-        self._scratch, self._answers = scratch, os.fdopen(os.dup(1), "wb")
+        self._scratch, self._answers = scratch, os.dup(1)
         os.dup2(2, 1)
         requests = os.fdopen(os.dup(0), "rb")
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -220,8 +220,9 @@ class Pipes:
 
     def send_bytes(self, content: bytes) -> None:
         """Send what is pickled already."""
-        self._answers.write(content)
-        self._answers.flush()
+        rest = memoryview(content)  # no buffered file, which refuses a signal's handler that sends during a write
+        while rest:
+            rest = rest[os.write(self._answers, rest) :]
 
 
 def serve_once(scratch: str, preload: str) -> NoReturn:

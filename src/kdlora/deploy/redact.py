@@ -51,6 +51,10 @@ def redact(text: str, entities: Sequence[Entity], placeholders: Mapping[str, str
 
     Returns:
         The text without these entities.
+
+    Examples:
+        >>> redact("Ada met Alan", [Entity("Ada", 0, 3, "PER", 0.99)])
+        '[PER] met Alan'
     """
     parts, place = [], 0
     for entity in entities:
@@ -93,6 +97,9 @@ def redact_file(
         DataError: no such file or column, an unknown format, a row that cannot be read.
         ConfigError: an unknown type; the output would replace the input.
         ModelError: not a folder of a tagger.
+
+    Examples:
+        >>> summary = redact_file("runs/names/student", "reviews.csv", "redacted.csv", text="review")
     """
     start, tagger = time.perf_counter(), model if isinstance(model, Tagger) else Tagger.load(model)
     wanted = _check_placeholders(tagger, placeholders)

@@ -20,7 +20,11 @@ from kdlora.evidence.metrics import probabilities
 
 
 class Words(NamedTuple):
-    """A text whose words are given: where each begins and ends, in characters, half open and ascending."""
+    """A text whose words are given: where each begins and ends, in characters, half open and ascending.
+
+    Examples:
+        >>> words = Words("Ada met Alan", [0, 4, 8], [3, 7, 12])
+    """
 
     text: str
     starts: Sequence[int]
@@ -37,6 +41,9 @@ class Entity:
         end: the character behind its last one.
         label: its type.
         score: probability of that type, mean over the words, 0..1.
+
+    Examples:
+        >>> entity = Entity("Ada", 0, 3, "PER", 0.99)
     """
 
     text: str
@@ -66,9 +73,9 @@ class _Window:
 class Tagger(Network):
     """A loaded model that marks entities. `predict` may be called from several threads at once.
 
-    Example:
-        >>> Tagger.load("runs/names/student-onnx").predict("Ada met Alan")[0].label  # doctest: +SKIP
-        'PER'
+    Examples:
+        >>> tagger = Tagger.load("runs/names/student")
+        >>> entities = tagger.predict("Ada met Alan")
     """
 
     marks_entities = True

@@ -33,8 +33,7 @@ class DistillationTrainer(Trainer):
         ...     train_dataset=rows,  # with columns `input_ids`, `label` and `teacher_logits`
         ...     data_collator=DataCollatorWithPadding(encoder.tokenizer),
         ... )
-        >>> trainer.train().global_step
-        2
+        >>> outcome = trainer.train()
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class Trained:
         unseen: words that the model cannot see, per split, in a task of tokens.
 
     Examples:
-        >>> trained.parameters.trained < trained.parameters.total
+        >>> trained.parameters.trainable < trained.parameters.total
         True
     """
 

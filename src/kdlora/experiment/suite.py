@@ -62,7 +62,7 @@ class SuiteResult:
 
     Examples:
         >>> {record.status for record in result.records.values()}
-        {'ok'}
+        {'finished'}
     """
 
     folder: Path

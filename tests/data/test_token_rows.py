@@ -165,6 +165,12 @@ def test_bad_files_are_refused_with_place_and_remedy(read, name, content, says):
         read(name, content)
 
 
+def test_a_column_misspelt_is_named(read):
+    """Another column that happens to exist would be learnt in its place."""
+    with pytest.raises(DataError, match=r"has no column '4' \(task\.label\); it has 'words', '2', 'tags'"):
+        read("a.conll", NEWS, label="4")
+
+
 def test_two_columns_of_text_are_no_tokens(read):
     """Half of the input would be left out."""
     with pytest.raises(DataError, match=r"task\.text names 2 columns"):

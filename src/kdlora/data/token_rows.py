@@ -31,8 +31,11 @@ _EXPECTED = (
 def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] | None:
     """Choose the columns of input and labels; None where `task.kind` is not given and the source holds no tokens."""
     for given, key in ((config.text, "task.text"), (config.label, "task.label")):
-        if given is not None and len(given) > 1 and config.kind == "tokens":
+        if given is None or config.kind != "tokens":
+            continue
+        if len(given) > 1:
             raise DataError(f"{key} names {len(given)} columns ({', '.join(given)}), but task.kind is tokens; name one")
+        source.require(given[0], key)
     for inputs, labels in ((WORDS, TAGS), (TEXTS, SPANS)):
         text = next((name for name in config.text or inputs if name in source.columns), None)
         label = next((name for name in config.label or labels if name in source.columns), None)

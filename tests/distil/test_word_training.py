@@ -107,7 +107,7 @@ def test_a_teacher_that_answers_for_other_words_is_refused(make_examples, tasks)
     assert len(good.attach(rows)) == 3
     shifted = replace(good, offsets=offsets - np.array([0, 1, 0, 0]))
     with pytest.raises(DataError, match=r"the example .0-0. has .* words, but logits of"):
-        shifted.attach(rows)
+        shifted.count_extra(rows)
     with pytest.raises(DataError, match="expected logits for each word, got some for each example"):
         TeacherLogits(rows["id"][:], values[:3], task.label_names, "made up").attach(rows)
 

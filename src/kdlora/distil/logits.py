@@ -144,8 +144,10 @@ class TeacherLogits:
             )
 
     def count_extra(self, dataset: Dataset) -> int:
-        """Count the teacher's rows that belong to no example."""
-        return self._unused(self._match(dataset))
+        """Count the teacher's rows that belong to no example; refuse those that do not fit the words of theirs."""
+        rows = self._match(dataset)
+        self._check_words(rows, dataset)
+        return self._unused(rows)
 
     def _unused(self, rows: np.ndarray) -> int:
         used = np.zeros(len(self.ids), dtype=bool)

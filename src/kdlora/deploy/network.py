@@ -153,8 +153,10 @@ def open_backend(folder: ModelFolder, *, threads: int | None = None, verify: boo
 def _other_kind(folder: ModelFolder) -> str:
     """Say which class a folder is for."""
     if folder.kind == "tokens":
-        return f"{folder.path}: its model marks entities in texts and gives no label of a text; use kdlora.Tagger."
-    return f"{folder.path}: its model gives labels of whole texts and marks no entities; use kdlora.Classifier."
+        read = "kdlora predict and kdlora redact read it, in Python kdlora.Tagger"
+        return f"{folder.path}: its model marks entities and gives no label of a whole text; {read}."
+    read = "kdlora predict reads it, in Python kdlora.Classifier"
+    return f"{folder.path}: its model gives labels of whole texts and marks no entities; {read}."
 
 
 def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:

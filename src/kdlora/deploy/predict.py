@@ -18,8 +18,8 @@ from kdlora.evidence.metrics import probabilities
 from kdlora.evidence.thresholds import shift_logits
 
 Text = str | tuple[str, str]
-MOST_CHARACTERS = 4 << 20
-"""Of a text that is read whole: all its tokens are in memory at once."""
+MOST_CHARACTERS = 1 << 20
+"""Of a text that is read whole: all its tokens are in memory at once, some 200 bytes a character."""
 
 
 @dataclass(frozen=True, slots=True)

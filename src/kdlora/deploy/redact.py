@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from kdlora.data.lines import Format
 from kdlora.deploy.network import BATCH_SIZE
+from kdlora.deploy.predict import MOST_CHARACTERS
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
 from kdlora.deploy.stream import Progress
 from kdlora.deploy.tagger import Entity, Tagger
@@ -109,7 +110,7 @@ def redact_file(
     if reader.form == "parquet":
         raise DataError(f"{source}: Parquet is not redacted; write the rows as JSON Lines or CSV first.")
     with _open(source, to) as file, contextlib.closing(iter(reader)) as given:
-        for window in chain(cut_windows(given), [[]]):  # the last one for a file that is a header alone
+        for window in chain(cut_windows(given, MOST_CHARACTERS), [[]]):  # the last one for a header alone
             if not rows:
                 file.write(_header(reader))
             found = tagger.predict([_text_of(row, reader) for row in window], batch_size=batch_size)

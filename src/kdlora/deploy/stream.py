@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kdlora.data.lines import Format
 from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.network import BATCH_SIZE, Network
-from kdlora.deploy.predict import Classifier, Prediction, most_characters
+from kdlora.deploy.predict import MOST_CHARACTERS, Classifier, Prediction, most_characters
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
 from kdlora.deploy.tagger import Entity, Tagger, load_model
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
@@ -129,7 +129,7 @@ def _predict(
     """Classify window by window what is not done yet."""
     try:
         with contextlib.closing(iter(reader)) as given:
-            for window in cut_windows(given):
+            for window in cut_windows(given, MOST_CHARACTERS) if isinstance(classifier, Tagger) else cut_windows(given):
                 bad = [row for row in window if row.text is None]
                 if bad and strict:
                     raise DataError(f"{reader.name}: {bad[0].error}")

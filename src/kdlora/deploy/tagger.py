@@ -148,7 +148,7 @@ class Tagger(Network):
             The entities in the order of the text; for several texts a list for each.
 
         Raises:
-            DataError: what is no text, or longer than 4 million characters; nothing is predicted then.
+            DataError: what is no text, or longer than a million characters; nothing is predicted then.
             ModelError: the model gives values that are not finite.
         """
         if isinstance(texts, str):
@@ -179,7 +179,7 @@ class Tagger(Network):
             float32 (words of all texts, labels); NaN for a word of which the tokenizer left nothing.
 
         Raises:
-            DataError: what is no text, or longer than 4 million characters.
+            DataError: what is no text, or longer than a million characters.
             ModelError: the model gives values that are not finite.
         """
         return self._run_on(_check_all(texts), batch_size, batch_tokens)

@@ -58,7 +58,7 @@ def test_a_busy_machine_does_not_make_a_model_slow(monkeypatch):
     times = SimpleNamespace(perf_counter=lambda: clock.wall, process_time=lambda: clock.own)
     for name, value in {"time": times, "predict_logits": predict, "tokenise": lambda rows, *_, quiet: rows}.items():
         monkeypatch.setattr(settle, name, value)
-    encoder = SimpleNamespace(model=SimpleNamespace(to=lambda device: None), tokenizer=None)
+    encoder = SimpleNamespace(model=SimpleNamespace(to=lambda _: None), tokenizer=None, reads_words=False)
     config = build_config(CONFIG | {"run": {"device": "cpu", "precision": "fp32"}})
     found = settle._time_a_token(config, encoder, {"text": ["a"] * 300}, np.full(300, 10), 8)
     assert found == pytest.approx(0.002 / 8)

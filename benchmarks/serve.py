@@ -92,7 +92,7 @@ async def load(port: int, bodies: list[bytes], clients: int, seconds: float) -> 
 def malformed(draw: random.Random) -> bytes:
     """Make a request's body that is wrong in one of many ways."""
     good = json.dumps({"text": "a film", "model": "model"}).encode()
-    wrong: list[object] = [None, 3, [], {}, "", " ", [1], ["a"], ["a", "b", "c"], True, 1e300, {"text": "a"}, [[]]]
+    wrong: list[object] = [None, 3, [], {}, "", " ", [1], True, 1e300, {"text": "a"}, [[]]]
     kind = draw.randrange(6)
     if kind == 0:
         return good[: draw.randrange(len(good))]
@@ -101,7 +101,8 @@ def malformed(draw: random.Random) -> bytes:
     if kind == 2:
         return json.dumps({draw.choice(["text", "texts", "model", "label"]): draw.choice(wrong)}).encode()
     if kind == 3:
-        return json.dumps({"texts": ["a", draw.choice(wrong[:-1])], "model": draw.choice(["model", "none"])}).encode()
+        text = draw.choice([*wrong, ["a"], ["a", "b", "c"]])
+        return json.dumps({"texts": ["a", text], "model": draw.choice(["model", "none"])}).encode()
     if kind == 4:
         return b"[{"[draw.randrange(2) :] * draw.randrange(1, 5000) + good
     return json.dumps({"text": "a" * draw.randrange(20_001, 2_000_000)}).encode()

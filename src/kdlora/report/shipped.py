@@ -39,8 +39,8 @@ class ModelFigures:
     folder: str = ""
     peak_memory_bytes: Count | None = None  # above the level after imports; None where the system cannot tell
     score: Finite | None = None  # 0..100; None without labels
-    speeds: dict[int, Amount] = field(default_factory=dict)  # largest number of texts in a batch to texts a second
     grid_ms: dict[str, Amount] = field(default_factory=dict)  # "batch x length" to the median of one forward pass
+    speeds: dict[int, Amount] = field(default_factory=dict)  # largest number of texts in a batch to texts a second
 
 
 AXES: dict[str, tuple[str, Callable[[ModelFigures], float | None]]] = {

@@ -120,18 +120,20 @@ def _time_models(
         say(f"{model.name}: warm-up and batch size")
         model.ask("time", batches=singles[:10])
         model.ask("time", batches=[some[:64]], batch_size=batch_sizes[0])
-        seconds = {size: min(model.ask("time", batches=[some, some], batch_size=size)) for size in batch_sizes}
+        seconds = {size: model.ask("time", batches=[some], batch_size=size) for size in batch_sizes}
         model.figures["batch_size"] = min(seconds, key=seconds.__getitem__)
-        model.figures["speeds"] = {size: len(some) / found for size, found in seconds.items()}
     for turn in range(rounds):
         for model in models:
             say(f"round {turn + 1} of {rounds}: {model.name}")
             model.latencies += model.ask("time", batches=singles)
             model.seconds += model.ask("time", batches=[texts], batch_size=model.figures["batch_size"])
+            for size in batch_sizes:
+                model.of_sizes.setdefault(size, []).extend(model.ask("time", batches=[some], batch_size=size))
     for model in models:
         for part in (50, 95, 99):
             model.figures[f"p{part}_ms"] = float(np.percentile(model.latencies, part)) * 1e3
-        model.figures["speeds"][1] = 1e3 / model.figures["p50_ms"]
+        speeds = {size: len(some) / float(np.median(found)) for size, found in model.of_sizes.items()}
+        model.figures["speeds"] = {1: 1e3 / model.figures["p50_ms"], **speeds}
         model.figures["texts_per_second"] = len(texts) / float(np.median(model.seconds))
 
 
@@ -168,6 +170,7 @@ class ModelProcess:
         self.facts: dict[str, Any] = {}
         self.latencies: list[float] = []  # seconds of single texts
         self.seconds: list[float] = []  # of all texts, a round each
+        self.of_sizes: dict[int, list[float]] = {}  # seconds of some texts in batches of each size, a round each
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", _START],  # not from the current folder

@@ -164,7 +164,7 @@ class RowReader:
         )
 
 
-def cut_windows(rows: Iterable[Row], most: int = _WINDOW_CHARACTERS) -> Iterator[list[Row]]:
+def cut_windows(rows: Iterable[Row], most: int | None = None) -> Iterator[list[Row]]:
     """Group rows by count and by characters, so that long texts do not fill the memory."""
     window: list[Row] = []
     characters = 0
@@ -172,7 +172,7 @@ def cut_windows(rows: Iterable[Row], most: int = _WINDOW_CHARACTERS) -> Iterator
         window.append(row)
         characters += sum(map(len, row.text)) if isinstance(row.text, tuple) else len(row.text or "")
         characters += sum(len(str(value)) for value in (row.values or {}).values())
-        if len(window) >= _WINDOW_ROWS or characters >= most:
+        if len(window) >= _WINDOW_ROWS or characters >= (most or _WINDOW_CHARACTERS):
             yield window
             window, characters = [], 0
     if window:

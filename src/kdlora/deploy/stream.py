@@ -129,7 +129,7 @@ def _predict(
     """Classify window by window what is not done yet."""
     try:
         with contextlib.closing(iter(reader)) as given:
-            for window in cut_windows(given, MOST_CHARACTERS) if isinstance(classifier, Tagger) else cut_windows(given):
+            for window in cut_windows(given, MOST_CHARACTERS if isinstance(classifier, Tagger) else None):
                 bad = [row for row in window if row.text is None]
                 if bad and strict:
                     raise DataError(f"{reader.name}: {bad[0].error}")

@@ -15,7 +15,7 @@ from experiments import write_lines
 
 PAGE = ROOT / "docs" / "api.md"
 RUN = """
-import csv, doctest, sys
+import doctest, sys
 import kdlora
 from kdlora import *
 session = {"rows": None}
@@ -26,12 +26,6 @@ for name in sys.argv[2:]:
     if name == "DistillationTrainer":
         tokens = session["encoder"].tokenizer
         session["rows"] = session["taught"].train.map(lambda row: tokens(row["text"], truncation=True, max_length=64))
-    if name == "defer_experiment":  # what the student says is right here, so that a rate can be promised
-        kdlora.predict_file("runs/reviews/student", "texts.csv", "said.csv", text="review")
-        texts, said = (list(csv.DictReader(open(name, encoding="utf-8"))) for name in ("texts.csv", "said.csv"))
-        with open("later.csv", "w", encoding="utf-8", newline="") as file:
-            rows = [[text["review"], one["label"]] for text, one in zip(texts, said)]
-            csv.writer(file).writerows([["review", "sentiment"], *rows])
     test = doctest.DocTestParser().get_doctest(text, session, name, kdlora._HOMES[name], 0)
     runner.run(test, clear_globs=False)
     session.update(test.globs)
@@ -66,9 +60,8 @@ def names_in_order() -> list[str]:
 def furnish(folder: Path) -> None:
     """Write the files that the examples name."""
     (folder / "configs").symlink_to(ROOT / "configs")
-    for name, count, seed in (("reviews.csv", 120, 0), ("texts.csv", 600, 1)):
-        rows = [{"review": row["text"], "sentiment": row["label"]} for row in tiny.sentiment_rows(count, seed)]
-        tiny.write_csv(folder / name, rows)
+    rows = [{"review": row["text"], "sentiment": row["label"]} for row in tiny.sentiment_rows(120)]
+    tiny.write_csv(folder / "reviews.csv", rows)
     write_lines(folder / "answers.jsonl", [{"id": str(n), "negative": 0.3, "positive": 0.7} for n in range(120)])
     build_classifier("bert", folder / "runs" / "names" / "student", names=("O", "B-PER", "I-PER"), kind="tokens")
     (folder / "suite.yaml").write_text(SUITE)

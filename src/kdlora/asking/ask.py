@@ -187,8 +187,7 @@ def plan_asking(data: str, settings: AskSettings) -> AskPlan:
     """Fill some prompts and count, without asking anything; errors are those of `ask`.
 
     Examples:
-        >>> plan_asking("reviews.csv", settings).rows
-        120
+        >>> plan = plan_asking("reviews.csv", settings)
     """
     asking = _Asking(read_asked_rows(data, settings), settings)
     sample = list(islice(chain.from_iterable(map(each_row, asking.rows.parts.values())), _SAMPLE))

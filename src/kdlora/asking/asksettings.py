@@ -57,7 +57,7 @@ class AskSettings:
         timeout: seconds for one answer.
 
     Examples:
-        >>> settings = AskSettings(model="default", text=("review",), label="sentiment", audit=20)
+        >>> settings = AskSettings(model="default", text=("review",), label="sentiment", audit=40)
     """
 
     model: str

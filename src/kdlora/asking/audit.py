@@ -35,8 +35,7 @@ class Audit:
     """What people's labels say of the answers; calibration errors are 0 to 1.
 
     Examples:
-        >>> summary.audit.rows
-        20
+        >>> audit = summary.audit
     """
 
     rows: int

@@ -34,6 +34,7 @@ class DistillationTrainer(Trainer):
         ...     data_collator=DataCollatorWithPadding(encoder.tokenizer),
         ... )
         >>> outcome = trainer.train()
+        {'train_runtime': ...}
     """
 
     def __init__(

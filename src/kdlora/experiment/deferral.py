@@ -114,7 +114,7 @@ def defer_experiment(
         ArtifactError: no finished experiment.
 
     Examples:
-        >>> promises = defer_experiment("runs/reviews", data="later.csv", error=0.05)
+        >>> promises = defer_experiment("runs/reviews", data="later.csv")  # doctest: +SKIP
     """
     layout = ExperimentLayout(Path(experiment))
     config, task = load_config(layout.config), recorded_task(layout)

@@ -286,7 +286,7 @@ def test_bad_numbers_and_data(asking, cli):
     assert "cannot be drawn from 60" in refused(asking, cli, "--audit", 61)
     assert "several prompts are compared" in refused(asking, cli, "--prompt", "a", "--prompt", "b")
     assert "does not exist" in refused(asking, cli, data=asking.folder / "gone.csv")
-    assert "no label column; name two labels" in refused(asking, cli, data=plain)
+    assert "no label column; name the labels" in refused(asking, cli, data=plain)
     assert "select: uncertain needs" in refused(asking, cli, "--select", "uncertain", "--rows", 3)
     assert "examples (shots) are drawn" in refused(asking, cli, "--shots", 100)
     assert not asking.model.seen

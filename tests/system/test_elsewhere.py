@@ -44,12 +44,12 @@ def test_the_mode_takes_away_what_it_says(tmp_path):
 @pytest.mark.timeout(600)
 def test_a_run_predictions_and_labels(workshop, tmp_path):
     """What only Linux has creeps in unseen: on Windows or macOS the first run fails, or has other figures."""
-    changes = {"run": {"arms": ["student-lora"]}, "export": {"formats": ["onnx"]}}
+    changes = {"run": {"arms": ["kd-lora"]}, "data": {"augment": 1}, "export": {"formats": ["onnx"]}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(workshop.values(changes)))
     scores = []
     for name, elsewhere in (("elsewhere", True), ("linux", False)):
         kdlora("run", tmp_path / "config.yaml", "--out", tmp_path / name, elsewhere=elsewhere)
-        record = read_record(ExperimentLayout(tmp_path / name).run("student-lora", 0).record)
+        record = read_record(ExperimentLayout(tmp_path / name).run("kd-lora", 0).record)
         assert (record.peak_memory_bytes is None) == elsewhere
         scores.append(record.metrics)
     assert scores[0] == scores[1]

@@ -102,7 +102,7 @@ def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
         raise ConfigError("label names differ by more than case, and none is empty")
     if not label:
         if len(names) < 2:
-            raise ConfigError(f"{source.name} has no label column; name two labels or more with labels")
+            raise ConfigError(f"{source.name} has no label column; name the labels in a file: --labels FILE")
         return Task("single-label", tuple(text), (settings.label or "label",), names, ("accuracy",)), False
     config = TaskConfig(kind="single-label", text=tuple(text), label=label, label_names=names or None)
     return infer_task(source.read(label), tuple(text), label, config)[0], True

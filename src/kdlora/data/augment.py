@@ -59,7 +59,12 @@ def stored_copies(rows: Dataset, copies: int, *, seed: int, scored: Sequence[Dat
             if not _is_whole(file):
                 made = keep_unscored(augment_texts(rows, copies, seed=seed), scored)
                 schema = made.features.arrow_schema
-                with atomic_file(file) as temporary, pa.ipc.new_stream(str(temporary), schema) as writer:
+                # Given a path, the writer closes the file some time later, and Windows renames no open file.
+                with (
+                    atomic_file(file) as temporary,
+                    temporary.open("wb") as sink,
+                    pa.ipc.new_stream(sink, schema) as writer,
+                ):
                     for table in slice_rows(made, made.column_names):
                         writer.write_table(table.cast(schema))
                 write_text_atomic(file.with_suffix(".sha256"), hash_file(file))

@@ -90,7 +90,7 @@ class ExperimentPlan:
             f"{one.arm} {f'{one.runs} × {one.steps:,} steps' if one.steps else f'in about {one.seconds:.0f} seconds'}"
             for one in self.trainings
         ]
-        time = f"{60 * self.hours:.0f} minutes" if self.hours < 1.5 else f"{self.hours:.1f} hours"
+        time = f"{max(2, round(60 * self.hours))} minutes" if self.hours < 1.5 else f"{self.hours:.1f} hours"
         told = {
             "rows": ", ".join(f"{number:,} {name}" for name, number in rows.items() if number),
             "task": f"{task.kind}, {' + '.join(task.text)} to {', '.join(task.label)}; scored by {metrics}",

@@ -33,7 +33,8 @@ def bounds() -> list[str]:
     """Give `==` the lower bound of every dependency, those of the extras that users install among them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(one for name in (*EXTRAS, "trackers", "openvino", "openvino-export") for one in extras[name])]
+    names = (*EXTRAS, "trackers", "openvino", "openvino-export")
+    wanted = [*project["dependencies"], *(one for name in names for one in extras[name])]
     wanted = [text for text in wanted if not text.startswith("kdlora")]
     return [re.sub(r"\[.*?\]", "", re.sub(r">=([0-9.]+).*", r"==\1", text)) for text in wanted]
 

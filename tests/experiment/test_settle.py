@@ -42,8 +42,10 @@ def test_the_longest_input_holds_99_percent_of_the_texts(lengths, limits, expect
 
 def test_few_rows_get_more_passes_and_many_rows_fewer():
     """Fixed epochs leave a teacher of 300 rows half trained, and take days on 100,000."""
-    assert [epochs_for("teacher", rows, 32) for rows in (300, 1_500, 67_349)] == [30, 6, 2]
-    assert [epochs_for("student", rows, 32) for rows in (300, 67_349)] == [60, 4]
+    assert [epochs_for("teacher", rows, 2, 32) for rows in (300, 1_500, 67_349)] == [30, 6, 2]
+    assert [epochs_for("student", rows, 2, 32) for rows in (300, 67_349)] == [60, 4]
+    assert epochs_for("teacher", 1_800, 77, 32) == 14, "77 classes are not learnt in as few steps as two"
+    assert epochs_for("teacher", 300, 1_000, 32) == 30, "nor do 1,000 take hundreds of passes"
     assert (full_rate(768), full_rate(384)) == (5e-5, 1e-4)  # a wider model takes a lower rate
     assert (adapter_rate(768), adapter_rate(384), adapter_rate(128)) == (5e-4, 1e-3, 3e-3)
 
@@ -66,7 +68,7 @@ def test_a_busy_machine_does_not_make_a_model_slow(monkeypatch):
 
 def test_only_what_is_null_is_settled():
     """A rate that the user set and that is replaced in silence is somebody else's experiment."""
-    chosen = Chosen(64, 1500, {"teacher": 768, "student": 384})
+    chosen = Chosen(64, 1500, 2, {"teacher": 768, "student": 384})
     config = chosen.fill_in(build_config(CONFIG | {"teacher": {"model": "t", "train": {"learning_rate": 1e-5}}}))
     assert (config.teacher.train.learning_rate, config.teacher.train.epochs) == (1e-5, 6)
     assert (config.student.train.max_length, config.student.train.learning_rate) == (64, 1e-3)

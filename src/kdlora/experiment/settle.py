@@ -140,6 +140,7 @@ class Chosen:
 
     max_length: int  # tokens that hold 99% of the texts
     rows: int  # of the training split
+    labels: int
     widths: Mapping[Role, int]  # hidden size of teacher and student, as far as they are models
 
     def fill_in(self, config: Config) -> Config:
@@ -152,7 +153,7 @@ class Chosen:
         rates = {"teacher": wide and full_rate(wide), "student": narrow and adapter_rate(narrow)}
         update = {}
         for role, section in (("teacher", teacher), ("student", student)):
-            epochs = epochs_for(role, self.rows, section.train.batch_size)
+            epochs = epochs_for(role, self.rows, self.labels, section.train.batch_size)
             chosen = {"max_length": self.max_length, "epochs": epochs, "learning_rate": rates[role]}
             update[role] = section.model_copy(update={"train": _without_null(section.train, **chosen)})
         return config.model_copy(update=update)
@@ -161,15 +162,15 @@ class Chosen:
 def choose(config: Config, splits: Splits) -> Chosen:
     """Load an experiment's models, and look at its texts."""
     looks = look_at_models(config, splits.task, sample_texts(splits.train), timed=False)
-    return decide(looks, len(splits.train) + splits.held_out)
+    return decide(looks, len(splits.train) + splits.held_out, splits.task.num_labels)
 
 
-def decide(looks: Looks, rows: int) -> Chosen:
-    """Choose by the models and the texts of so many training rows; a bag of words alone has no model."""
+def decide(looks: Looks, rows: int, labels: int) -> Chosen:
+    """Choose by models and texts, and by the number of training rows and labels; a bag of words has no model."""
     if not looks:
-        return Chosen(LEAST, rows, {})
+        return Chosen(LEAST, rows, labels, {})
     longest = choose_max_length([one.lengths for one in looks.values()], [one.limit for one in looks.values()])
-    return Chosen(longest, rows, {role: one.width for role, one in looks.items()})
+    return Chosen(longest, rows, labels, {role: one.width for role, one in looks.items()})
 
 
 def settled(settings: TrainConfig, encoder: Encoder, rows: Dataset, *, adapters: bool) -> SettledTraining:
@@ -179,7 +180,8 @@ def settled(settings: TrainConfig, encoder: Encoder, rows: Dataset, *, adapters:
         counts = count_tokens(sample_texts(rows), encoder.tokenizer)
         length = choose_max_length([counts], [encoder.tokenizer.model_max_length])
     rate = adapter_rate(encoder.width) if adapters else full_rate(encoder.width)
-    epochs = epochs_for("student" if adapters else "teacher", len(rows), settings.batch_size)
+    role = "student" if adapters else "teacher"
+    epochs = epochs_for(role, len(rows), int(encoder.model.config.num_labels), settings.batch_size)
     return closed(_without_null(settings, max_length=length, epochs=epochs, learning_rate=rate))
 
 

@@ -13,7 +13,7 @@ from kdlora.data import augment
 from kdlora.data.augment import augment_texts
 from kdlora.data.load import load_splits
 from kdlora.errors import ConfigError
-from kdlora.experiment.arms import rows_per_epoch
+from kdlora.experiment.settle import rows_per_epoch
 from tiny import sentiment_rows, write_csv
 
 TEXTS = [f"the {word} film lasted {number} minutes and nobody left" for number, word in enumerate("abcdefgh" * 5)]

@@ -15,7 +15,7 @@ from kdlora.evidence.predictions import Predictions
 from kdlora.experiment import settle
 from kdlora.experiment.run import plan_runs
 from kdlora.experiment.scoring import unknown_classes
-from kdlora.experiment.settle import Chosen, choose_max_length, closed, settings_for
+from kdlora.experiment.settle import Chosen, choose_max_length, closed, decide, settings_for
 from kdlora.experiment.stages import shard_rows
 
 CONFIG = {
@@ -68,7 +68,7 @@ def test_a_busy_machine_does_not_make_a_model_slow(monkeypatch):
 
 def test_only_what_is_null_is_settled():
     """A rate that the user set and that is replaced in silence is somebody else's experiment."""
-    chosen = Chosen(64, 1500, 2, {"teacher": 768, "student": 384})
+    chosen = Chosen(64, {"teacher": 1500, "student": 1500}, 2, {"teacher": 768, "student": 384})
     config = chosen.fill_in(build_config(CONFIG | {"teacher": {"model": "t", "train": {"learning_rate": 1e-5}}}))
     assert (config.teacher.train.learning_rate, config.teacher.train.epochs) == (1e-5, 6)
     assert (config.student.train.max_length, config.student.train.learning_rate) == (64, 1e-3)
@@ -80,6 +80,13 @@ def test_only_what_is_null_is_settled():
     assert settings_for(paper, "lora").learning_rate == settings_for(paper, "kd-lora").learning_rate == 5e-4
     with pytest.raises(ConfigError, match=r"train\.max_length is null"):  # else a traceback of the optimiser's
         closed(TrainConfig())
+
+
+def test_unlabelled_texts_are_counted_among_the_rows_of_a_student():
+    """With 100 labelled rows a student would pass 150 times over 8,000 unlabelled texts."""
+    chosen = decide({}, {"train": 100, "unlabelled": 8000}, 2)
+    config = chosen.fill_in(build_config(CONFIG | {"teacher": {"model": "t"}}))
+    assert (config.teacher.train.epochs, config.student.train.epochs) == (75, 15)
 
 
 def test_student_arms_share_one_recipe():

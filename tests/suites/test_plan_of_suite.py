@@ -108,7 +108,9 @@ def test_the_papers_suites(name, fft, adapters):
 def test_an_open_max_length_is_filled_in_for_all_arms_alike():
     """A control that reads less of a text than the distilled arm measures the cut."""
     suite = build_suite(SUITE | {"config": {"data": {"path": "x/y"}, "student": {"train": {"max_length": 96}}}})
-    found = make_plan(suite, {("cola", "one"): Chosen(40, 1000, 2, {"teacher": 768, "student": 384})})
+    found = make_plan(
+        suite, {("cola", "one"): Chosen(40, {"teacher": 1000, "student": 1000}, 2, {"teacher": 768, "student": 384})}
+    )
     configs = {cell.arm: cell.runs[0].config for cell in found.cells if (cell.task, cell.family) == ("cola", "one")}
     assert configs["fft"].teacher.train.max_length == configs["kd-lora"].teacher.train.max_length == 40
     assert {configs[arm].student.train.max_length for arm in ("lora", "kd-lora", "student-lora")} == {96}

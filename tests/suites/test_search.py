@@ -19,8 +19,8 @@ from kdlora.data.load import load_splits
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.experiment import study as study_module
-from kdlora.experiment.arms import rows_per_epoch
 from kdlora.experiment.search import Reporter, begin_search, carry_out_trial, run_search
+from kdlora.experiment.settle import rows_per_epoch
 from kdlora.experiment.study import ask, check_space, counted_trials, grid_of, settings_of
 from kdlora.experiment.trial import hold_out, load_held_out, train_trial
 from kdlora.searchconfig import SearchConfig

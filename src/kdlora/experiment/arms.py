@@ -17,7 +17,7 @@ from kdlora.distil.logits import join_unlabelled
 from kdlora.distil.train import TrainOutcome, train_model
 from kdlora.distil.trainer import ProgressEvent, TrainingOptions
 from kdlora.errors import ModelError
-from kdlora.experiment.settle import settled
+from kdlora.experiment.settle import rows_per_epoch, settled
 from kdlora.models.adapters import ParameterCounts, add_adapter, count_parameters
 from kdlora.models.encoders import Encoder, load_encoder
 
@@ -136,19 +136,9 @@ def train_student(
     return train_arm(encoder, splits, settings, options)
 
 
-def rows_per_epoch(splits: Splits) -> int:
-    """Count the rows that an epoch of every student arm draws: the training rows and the unlabelled ones.
-
-    Perturbed copies do not make an epoch longer: a distilled arm has one beside every other row of a step. Rows that a
-    search holds out do not make it shorter: its trainings take as many steps as those that they stand for.
-    """
-    more = 0 if splits.unlabelled is None else len(splits.unlabelled)
-    return len(splits.train) + splits.held_out + more - splits.copies
-
-
 def train_arm(encoder: Encoder, splits: Splits, settings: TrainConfig, options: TrainingOptions) -> Trained:
     """Train any arm on a loaded encoder; `train_teacher` and `train_student` name the usual choices."""
-    final = settled(settings, encoder, splits.train, adapters=options.lora is not None)
+    final = settled(settings, encoder, splits, adapters=options.lora is not None)
     model = encoder.model if options.lora is None else add_adapter(encoder, options.lora, seed=options.seed)
     parameters = count_parameters(model)
     parts = {"train": splits.train, "validation": splits.validation}

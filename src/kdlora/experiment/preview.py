@@ -133,11 +133,11 @@ def make_plan(
     processes: int = 1,
 ) -> ExperimentPlan:
     """Sum up what is left of an experiment."""
-    if looks:
-        config = decide(looks, len(splits.train), splits.task.num_labels).fill_in(config)
     seeds = Counter(arm for arm in left if arm != "fft" or not config.given_teacher)
     rows = {name: len(part) for name, part in splits_by_name(splits).items()}
     own = rows | {"unlabelled": rows.get("unlabelled", 0) - splits.copies}
+    if looks:
+        config = decide(looks, own, splits.task.num_labels).fill_in(config)
     trainings = []
     for arm, runs in seeds.items():
         steps, settings = 0, settings_for(config, arm)

@@ -139,7 +139,7 @@ class Chosen:
     """What data and models decide where a config decides nothing."""
 
     max_length: int  # tokens that hold 99% of the texts
-    rows: int  # of the training split
+    rows: Mapping[str, int]  # that an epoch draws, by role
     labels: int
     widths: Mapping[Role, int]  # hidden size of teacher and student, as far as they are models
 
@@ -153,7 +153,7 @@ class Chosen:
         rates = {"teacher": wide and full_rate(wide), "student": narrow and adapter_rate(narrow)}
         update = {}
         for role, section in (("teacher", teacher), ("student", student)):
-            epochs = epochs_for(role, self.rows, self.labels, section.train.batch_size)
+            epochs = epochs_for(role, self.rows[role], self.labels, section.train.batch_size)
             chosen = {"max_length": self.max_length, "epochs": epochs, "learning_rate": rates[role]}
             update[role] = section.model_copy(update={"train": _without_null(section.train, **chosen)})
         return config.model_copy(update=update)
@@ -162,26 +162,39 @@ class Chosen:
 def choose(config: Config, splits: Splits) -> Chosen:
     """Load an experiment's models, and look at its texts."""
     looks = look_at_models(config, splits.task, sample_texts(splits.train), timed=False)
-    return decide(looks, len(splits.train) + splits.held_out, splits.task.num_labels)
+    train = len(splits.train) + splits.held_out
+    rows = {"train": train, "unlabelled": rows_per_epoch(splits) - train}
+    return decide(looks, rows, splits.task.num_labels)
 
 
-def decide(looks: Looks, rows: int, labels: int) -> Chosen:
-    """Choose by models and texts, and by the number of training rows and labels; a bag of words has no model."""
+def decide(looks: Looks, rows: Mapping[str, int], labels: int) -> Chosen:
+    """Choose by models and texts, and by the rows of each split and the labels; a bag of words has no model."""
+    drawn = {"teacher": rows["train"], "student": rows["train"] + rows.get("unlabelled", 0)}
     if not looks:
-        return Chosen(LEAST, rows, labels, {})
+        return Chosen(LEAST, drawn, labels, {})
     longest = choose_max_length([one.lengths for one in looks.values()], [one.limit for one in looks.values()])
-    return Chosen(longest, rows, labels, {role: one.width for role, one in looks.items()})
+    return Chosen(longest, drawn, labels, {role: one.width for role, one in looks.items()})
 
 
-def settled(settings: TrainConfig, encoder: Encoder, rows: Dataset, *, adapters: bool) -> SettledTraining:
+def rows_per_epoch(splits: Splits) -> int:
+    """Count the rows that an epoch of every student arm draws: the training rows and the unlabelled ones.
+
+    Perturbed copies do not make an epoch longer: a distilled arm has one beside every other row of a step. Rows that a
+    search holds out do not make it shorter: its trainings take as many steps as those that they stand for.
+    """
+    more = 0 if splits.unlabelled is None else len(splits.unlabelled)
+    return len(splits.train) + splits.held_out + more - splits.copies
+
+
+def settled(settings: TrainConfig, encoder: Encoder, splits: Splits, *, adapters: bool) -> SettledTraining:
     """Settle the training of one model by its own texts and width, all of it or its adapters alone."""
     length = settings.max_length
     if length is None:
-        counts = count_tokens(sample_texts(rows), encoder.tokenizer)
+        counts = count_tokens(sample_texts(splits.train), encoder.tokenizer)
         length = choose_max_length([counts], [encoder.tokenizer.model_max_length])
     rate = adapter_rate(encoder.width) if adapters else full_rate(encoder.width)
-    role = "student" if adapters else "teacher"
-    epochs = epochs_for(role, len(rows), int(encoder.model.config.num_labels), settings.batch_size)
+    role, rows = ("student", rows_per_epoch(splits)) if adapters else ("teacher", len(splits.train))
+    epochs = epochs_for(role, rows, int(encoder.model.config.num_labels), settings.batch_size)
     return closed(_without_null(settings, max_length=length, epochs=epochs, learning_rate=rate))
 
 

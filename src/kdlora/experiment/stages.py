@@ -17,7 +17,7 @@ from kdlora.distil.tracking import TrackedRun, tracked
 from kdlora.distil.trainer import TrainingOptions
 from kdlora.distil.words import fit_words
 from kdlora.evidence.records import ExperimentLayout, RunRecord
-from kdlora.experiment.arms import Progress, Trained, rows_per_epoch, train_arm
+from kdlora.experiment.arms import Progress, Trained, train_arm
 from kdlora.experiment.inputs import check_collection, labels_unlabelled, load_base, load_teacher, stored_logits
 from kdlora.experiment.recording import (
     add_origin,
@@ -30,7 +30,7 @@ from kdlora.experiment.recording import (
     splits_by_name,
 )
 from kdlora.experiment.scoring import score_given_teacher, score_model, score_outputs
-from kdlora.experiment.settle import cut_at, settings_for
+from kdlora.experiment.settle import cut_at, rows_per_epoch, settings_for
 from kdlora.experiment.shipping import keep_weights
 from kdlora.models.encoders import Encoder
 from kdlora.system.environment import MemoryLevel, forget_peak, peak_since, read_memory

@@ -179,7 +179,7 @@ def settle_plan(
     facts = {task: found for task, (found, _) in answers.items()}
     looks = {(task, family): one for task, (_, found) in answers.items() for family, one in found.items()}
     chosen = {
-        place: decide(one, facts[place[0]].rows["train"], len(facts[place[0]].task["label_names"]))
+        place: decide(one, facts[place[0]].rows, len(facts[place[0]].task["label_names"]))
         for place, one in looks.items()
     }
     return make_plan(suite, chosen), facts, looks

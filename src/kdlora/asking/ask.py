@@ -69,10 +69,6 @@ class AskSummary:
         audit: what people's labels say of the answers.
         asked: rate and price, which the report of an experiment shows that this table teaches.
         seconds: wall-clock time of this call.
-
-    Examples:
-        >>> summary.table.name
-        'probabilities.parquet'
     """
 
     folder: Path
@@ -127,6 +123,7 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
         ConnectionError: the server was lost on the way.
 
     Examples:
+        >>> plan = plan_asking("reviews.csv", settings)
         >>> summary = ask("reviews.csv", "asked", settings)
     """
     start = time.perf_counter()
@@ -184,11 +181,7 @@ def _sum_up(answers: Answers, settings: AskSettings, seconds: float, before: Ask
 
 
 def plan_asking(data: str, settings: AskSettings) -> AskPlan:
-    """Fill some prompts and count, without asking anything; errors are those of `ask`.
-
-    Examples:
-        >>> plan = plan_asking("reviews.csv", settings)
-    """
+    """Fill some prompts and count, without asking anything; errors are those of `ask`."""
     asking = _Asking(read_asked_rows(data, settings), settings)
     sample = list(islice(chain.from_iterable(map(each_row, asking.rows.parts.values())), _SAMPLE))
     first = asking.questions[0]

@@ -50,8 +50,7 @@ class LabelSettings:
 
     Attributes:
         text: text column, or the two of a pair; by default those of the training data, or `text` (and `text_pair`).
-        id_column: names a row; where there is none the row's number from 0 is its id, after the file's name and a
-            colon where there are several files.
+        id_column: names a row. Without it the id is the row's number from 0, with several files "FILE:NUMBER".
         label_names: names of the model's outputs in their order, where its config only says LABEL_0, LABEL_1, …
         revision: commit, tag or branch of a Hub id.
         max_length: longest input in tokens.
@@ -61,9 +60,6 @@ class LabelSettings:
         texts: keep the texts beside the logits, so that the collection can serve as `data.unlabelled`.
         strict: stop at the first bad row instead of noting it in `rejected-*.jsonl`.
         trust_remote_code: let the model's own Python code run.
-
-    Examples:
-        >>> settings = LabelSettings(text=("review",), max_length=64)
     """
 
     text: tuple[str, ...] | None = None
@@ -103,10 +99,6 @@ class LabelSummary:
         shards: files of the collection.
         resumed: rows that an earlier, interrupted call had done.
         seconds: wall-clock time of this call.
-
-    Examples:
-        >>> labelled.rows, labelled.rejected
-        (120, 0)
     """
 
     folder: Path
@@ -188,7 +180,7 @@ def label_collection(
         ConfigError: a number out of range, or Ray cannot be reached.
 
     Examples:
-        >>> labelled = label_collection("runs/reviews/teacher", "reviews.csv", "labelled", settings)
+        >>> labelled = label_collection("runs/reviews/teacher", "reviews.csv", "labelled", LabelSettings(max_length=64))
     """
     start = time.perf_counter()
     folder = expand_home(str(to)).resolve()

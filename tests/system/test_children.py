@@ -4,11 +4,9 @@ import errno
 import importlib
 import os
 import select
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -139,28 +137,41 @@ def test_an_interrupted_child_saves_first_and_ends_in_any_case(tmp_path, monkeyp
     assert run_in_child(os.getpid) != os.getpid()
 
 
-def test_an_interruption_does_not_wait_for_imports(tmp_path, monkeypatch: pytest.MonkeyPatch):
+INTERRUPTED = """
+import os, signal, sys, threading, time
+if sys.argv[1] == "started":
+    vars(os).pop("fork", None)
+from kdlora.system.children import run_in_child
+import slow_module
+run_in_child(os.getpid)  # the server is up
+os.environ["KDLORA_TEST_SLOW"] = "yes"
+signal.signal(signal.SIGINT, signal.default_int_handler)
+begin = time.monotonic()
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    run_in_child(slow_module.work)
+except KeyboardInterrupt:
+    print("interrupted", time.monotonic() - begin < 4)
+del os.environ["KDLORA_TEST_SLOW"]
+print(run_in_child(slow_module.work))
+"""
+
+
+def test_an_interruption_does_not_wait_for_imports(tmp_path, way):
     """On a slow disk the libraries take longer to import than the 10 s in which the command promises to end."""
-    run_in_child(os.getpid)  # the server is up
     (tmp_path / "slow_module.py").write_text(
         "import os, time\nif 'KDLORA_TEST_SLOW' in os.environ:\n    time.sleep(60)\ndef work():\n    return 1\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    slow_module = importlib.import_module("slow_module")
-    monkeypatch.setenv("KDLORA_TEST_SLOW", "yes")
-    former = signal.signal(signal.SIGUSR1, signal.default_int_handler)  # the alarm belongs to the limit of a test
-    interruption = threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))
-    begin = time.monotonic()
-    try:
-        interruption.start()
-        with pytest.raises(KeyboardInterrupt):
-            run_in_child(slow_module.work)
-    finally:
-        interruption.join()
-        signal.signal(signal.SIGUSR1, former)
-    assert time.monotonic() - begin < 4
-    monkeypatch.delenv("KDLORA_TEST_SLOW")
-    assert run_in_child(slow_module.work) == 1
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, way],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+    assert done.stdout.split() == ["interrupted", "True", "1"], done.stderr
 
 
 def test_a_server_may_begin_to_import_before_it_is_asked(tmp_path, monkeypatch: pytest.MonkeyPatch):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import command_line
+from harness import command_line, markdown
 
 from kdlora.evidence.defer import SURENESS, NoPromiseError, area_under_risk, measure_sureness, promise_error
 from kdlora.evidence.predictions import Predictions, read_predictions
@@ -103,6 +103,17 @@ def _mixed(small: Predictions, large: Predictions, threshold: float) -> tuple[fl
     return float(passed.mean()), 100 * float(np.mean(said == small.labels))
 
 
+def sum_up(lines: list[dict[str, Any]]) -> str:
+    """Give the mean error over the coverages of each experiment and arm, in percent, over its seeds."""
+    areas: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for line in lines:
+        if "area" in line:
+            of_arm = areas.setdefault((line["experiment"], line["arm"]), {how: [] for how in SURENESS})
+            of_arm[line["sureness"]].append(100 * line["area"])
+    rows = [(*place, *(f"{np.mean(values):.1f}" for values in found.values())) for place, found in areas.items()]
+    return markdown(("experiment", "arm", *SURENESS), rows)
+
+
 def main() -> None:
     """Judge every experiment, print the tables, keep the figures."""
     parser = command_line(__doc__)
@@ -125,6 +136,7 @@ def main() -> None:
                 lines.append(place | {"cascade": cascade(run, taught)})
     for line in lines:
         print(json.dumps(line), flush=True)
+    print(sum_up(lines))
     if options.keep is not None:
         options.keep.write_text(json.dumps({"error": options.error, "figures": lines}, indent=1), encoding="utf-8")
 

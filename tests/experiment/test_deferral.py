@@ -83,7 +83,7 @@ def promised(finished: Path, tmp_path: Path, cli) -> Path:
 def by_sureness(promised: Path) -> list[str]:
     """Texts, the one first that the student is least sure of."""
     texts = [row["text"] for row in numbered(90, 5)]
-    said = Classifier.load(promised / "student", defer=False).predict(texts)
+    said = Classifier.load(promised / "student", decisions="thresholds").predict(texts)
     return [texts[place] for place in np.argsort([max(one.probabilities.values()) for one in said])]
 
 
@@ -97,7 +97,7 @@ def test_a_model_is_silent_where_it_is_not_sure(promised: Path, by_sureness, tmp
         assert second.label is None
         assert "is below" in second.deferred
         assert set(second.probabilities) == {"negative", "positive"}
-        assert Classifier.load(place, defer=False).predict([unsure])[0].label is not None
+        assert Classifier.load(place, decisions="thresholds").predict([unsure])[0].label is not None
     texts = tiny.write_csv(tmp_path / "texts.csv", [{"id": "a", "text": sure}, {"id": "b", "text": unsure}])
     assert cli("predict", promised / "student-onnx", texts, "--to", tmp_path / "said.csv").code == 0
     with (tmp_path / "said.csv").open() as file:
@@ -165,7 +165,7 @@ def test_a_cascade_hands_on_what_the_student_is_not_sure_of(promised: Path, by_s
     texts = by_sureness[::2] + by_sureness[1::2]
     cascade = Cascade.load(promised / "student-onnx" / "model.onnx", promised / "teacher")
     answers = cascade.predict(texts)
-    student = Classifier.load(promised / "student-onnx", precision="fp32", defer=False).predict(texts)
+    student = Classifier.load(promised / "student-onnx", precision="fp32", decisions="thresholds").predict(texts)
     teacher = Classifier.load(promised / "teacher").predict(texts)
     assert {answer.by for answer in answers} == {"student", "teacher"}
     for answer, small, large in zip(answers, student, teacher, strict=True):
@@ -205,7 +205,7 @@ def test_the_curve_of_a_cascade_ends_at_its_models(promised: Path) -> None:
     given = LabelledTexts(
         [row["text"] for row in rows], [names.index(row["label"]) for row in rows], Task.from_dict(task)
     )
-    models = [Classifier.load(promised / name, defer=False) for name in ("student", "teacher")]
+    models = [Classifier.load(promised / name, decisions="thresholds") for name in ("student", "teacher")]
     curve = measure_cascade(*models, given)
     alone = [given.score(given.task, model.predict_logits(given.texts)) for model in models]
     assert [curve.points[0].handed_on, curve.points[-1].handed_on] == [0.0, 1.0]

@@ -72,7 +72,7 @@ def test_every_file_answers_by_its_own_thresholds(fitted: Path, tmp_path: Path, 
         assert set(thresholds) == set(NAMES)
         for answer in model.predict(texts):
             assert answer.label == tuple(name for name in NAMES if answer.probabilities[name] > thresholds[name])
-        plain = Classifier.load(place, thresholds=False).predict(texts)
+        plain = Classifier.load(place, decisions="none").predict(texts)
         assert all(one.label == tuple(n for n in NAMES if one.probabilities[n] > 0.5) for one in plain)
     assert read(fitted, "model.onnx") != read(fitted, "model_quantized.onnx")
     source = tiny.write_csv(tmp_path / "texts.csv", [{"text": text} for text in texts])
@@ -162,7 +162,7 @@ def test_thresholds_of_other_weights_are_refused(fitted: Path) -> None:
         place.write_text(json.dumps(kept))
         with pytest.raises(ModelError, match="threshold"):
             Classifier.load(fitted / "student-onnx")
-    assert Classifier.load(fitted / "student-onnx", thresholds=False).predict(["a film"])
+    assert Classifier.load(fitted / "student-onnx", decisions="none").predict(["a film"])
 
 
 def test_a_config_decides_once_and_takes_it_back(workshop, tmp_path: Path) -> None:

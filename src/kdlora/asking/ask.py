@@ -135,14 +135,10 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
         ids = {split: read_column(part, "id") for split, part in rows.parts.items()}
         with Answers(folder, ids, rows.task.num_labels, settings) as answers:
             begun = time.perf_counter()
-            audit, left, written = _run(asking.carry_out(answers, progress)), 0, 0
+            audit = _run(asking.carry_out(answers, progress))
             asked = _sum_up(answers, settings, time.perf_counter() - begun, before)
             write_json_atomic(folder / Asked.FILE, asdict(asked))
-            if audit is not None:
-                write_json_atomic(folder / AUDIT, asdict(audit))
-            chosen, temperature = (0, 1.0) if audit is None else (audit.chosen, audit.temperature)
-            if (audit is None) == (rows.audit is None):
-                written = write_tables(folder, rows, answers, chosen, temperature)
+            chosen, written = _write_outcome(folder, rows, answers, audit)
             left = sum(len(answers.pending(chosen, *part)) for part in rows.chosen.items())
     requests, tokens_read, tokens_written = answers.spent.tolist()
     return AskSummary(
@@ -161,6 +157,15 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
         asked=asked,
         seconds=time.perf_counter() - start,
     )
+
+
+def _write_outcome(folder: Path, rows: AskedRows, answers: Answers, audit: Audit | None) -> tuple[int, int]:
+    """Write the audit, and the table by the prompt that it chose; give the prompt's place and the rows of the table."""
+    if audit is not None:
+        write_json_atomic(folder / AUDIT, asdict(audit))
+    chosen, temperature = (0, 1.0) if audit is None else (audit.chosen, audit.temperature)
+    is_audited = (audit is None) == (rows.audit is None)
+    return chosen, write_tables(folder, rows, answers, chosen, temperature) if is_audited else 0
 
 
 def _sum_up(answers: Answers, settings: AskSettings, seconds: float, before: Asked | None) -> Asked:

@@ -93,11 +93,7 @@ def benchmark(
         raise ModelError("benchmark: some of the models mark entities and some classify texts; measure either.")
     say = progress or (lambda step: None)
     with contextlib.ExitStack() as stack:
-        found = []
-        for name, way in ways.items():
-            say(f"{name}: loading")
-            found.append(stack.enter_context(contextlib.closing(ModelProcess(name, way, count))))
-            found[-1].load(max_length)
+        found = [_load(stack, ModelProcess(name, way, count), max_length, say) for name, way in ways.items()]
         # Words are found anew, as where texts are served.
         _time_models(found, [row.text if isinstance(row, Words) else row for row in rows], rounds, batch_sizes, say)
         for model in found:
@@ -105,6 +101,16 @@ def benchmark(
         _time_grid(found, grid, say)
     figures = tuple(ModelFigures(**model.figures) for model in found)
     return BenchmarkResult(figures, count, rounds, len(rows), machine=describe_machine(), versions=collect_versions())
+
+
+def _load(
+    stack: contextlib.ExitStack, model: ModelProcess, max_length: int | None, say: Callable[[str], None]
+) -> ModelProcess:
+    """Load a model in its process, which the stack ends."""
+    stack.enter_context(contextlib.closing(model))
+    say(f"{model.name}: loading")
+    model.load(max_length)
+    return model
 
 
 def _time_models(

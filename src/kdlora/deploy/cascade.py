@@ -109,7 +109,7 @@ class Cascade:
         Raises:
             ModelError: a folder that is no model, another kind of task, labels that differ.
         """
-        small = Classifier.load(student, threads=threads, defer=threshold is None)
+        small = Classifier.load(student, threads=threads, decisions="all" if threshold is None else "thresholds")
         if threshold is None:
             if (promise := small.decisions.promise) is None:
                 raise ModelError(
@@ -117,7 +117,7 @@ class Cascade:
                 )
             threshold, sureness = promise.threshold, promise.sureness
         if isinstance(teacher, str | Path):
-            teacher = Classifier.load(teacher, threads=threads, defer=False)
+            teacher = Classifier.load(teacher, threads=threads, decisions="thresholds")
         return cls(small, teacher, threshold, sureness=sureness)
 
     def predict(self, texts: Sequence[Text]) -> list[CascadeAnswer]:

@@ -16,7 +16,7 @@ from kdlora.foreign import read_json
 from kdlora.system.integrity import hash_file, hash_json
 
 _NUMBERS = ("error", "confidence", "threshold", "rows", "answered", "wrong")
-_REMEDY = "Remove the file and fit or promise anew (kdlora thresholds, kdlora defer), or load it with thresholds=False."
+_REMEDY = "Remove the file and fit or promise anew (kdlora thresholds, kdlora defer), or load it with decisions='none'."
 
 
 @dataclass(frozen=True)

@@ -129,11 +129,7 @@ def export_onnx(
     check_installed("an export", "train")
     if "openvino" in formats:
         check_installed("an export for OpenVINO", "openvino-export")
-    given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts)
-    if _CHECKED_ON_TEXTS & set(formats) and not len(given.texts):
-        raise DataError(
-            "int8 must be checked on validation texts, and there are none. Give texts, or formats=('onnx',)"
-        )
+    given = _check_texts(texts, formats)
     task = _settle_task(folder, given.task)
     say("PyTorch reference")
     backend = _open_encoder(folder)
@@ -251,6 +247,15 @@ def _check_settings(formats: Sequence[str], max_metric_drop: float, min_agreemen
     if not 0 <= min_agreement <= 1:
         raise ConfigError(f"export: min_agreement must be a share between 0 and 1, got {min_agreement}.")
     return Gate(agreement=min_agreement, drop=max_metric_drop)
+
+
+def _check_texts(texts: Sequence[Text | Words] | LabelledTexts, formats: Sequence[str]) -> LabelledTexts:
+    given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts)
+    if _CHECKED_ON_TEXTS & set(formats) and not len(given.texts):
+        raise DataError(
+            "int8 must be checked on validation texts, and there are none. Give texts, or formats=('onnx',)"
+        )
+    return given
 
 
 def check_target(to: Path, folder: ModelFolder) -> Path:

@@ -66,8 +66,7 @@ class Classifier(Network):
         threads: int | None = None,
         max_length: int | None = None,
         verify: bool = True,
-        defer: bool = True,
-        thresholds: bool = True,
+        decisions: Literal["all", "thresholds", "none"] = "all",
         revision: str | None = None,
     ) -> Classifier:
         """Load a model folder, or a model of the Hub.
@@ -83,8 +82,8 @@ class Classifier(Network):
                 process-wide.
             max_length: cut texts to that many tokens; by default what the folder says.
             verify: compare every file of an export that decides an answer with the hash that the export recorded.
-            defer: give no label below the threshold of the error rate that the folder promises, if it promises one.
-            thresholds: say labels by the fitted thresholds of the folder, if it has some. False takes 0.5, or the most
+            decisions: what the folder has of them. `all` says labels by the fitted thresholds, and gives none below the
+                threshold of the promised error rate; `thresholds` defers nothing; `none` takes 0.5, or the most
                 probable label, and defers nothing, since a promise is of the answers by thresholds.
             revision: commit, tag or branch of a Hub id.
 
@@ -96,10 +95,12 @@ class Classifier(Network):
             ArtifactError: a file is damaged or is not the one that was exported.
             MissingExtraError: a PyTorch folder, and PyTorch or transformers is not installed.
         """
+        if decisions not in ("all", "thresholds", "none"):
+            raise ModelError(f"decisions is all, thresholds or none; got {decisions!r}.")
         way = Way(Path(folder), runtime, precision, batch_size)
         described, backend = open_network(way, threads=threads, max_length=max_length, verify=verify, revision=revision)
-        decisions = read_decisions(described) if thresholds else Decisions()
-        return cls(described, backend, decisions if defer else replace(decisions, promise=None))
+        found = Decisions() if decisions == "none" else read_decisions(described)
+        return cls(described, backend, found if decisions == "all" else replace(found, promise=None))
 
     from_pretrained = load
 

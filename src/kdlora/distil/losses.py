@@ -80,12 +80,7 @@ def distillation_loss(
         >>> terms.total.shape
         torch.Size([4])
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ConfigError(f"distil.alpha is the weight of the hard loss and lies in 0 to 1; got {alpha!r}")
-    if loss not in SOFT_LOSSES:
-        raise ConfigError(f"distil.loss is one of {', '.join(SOFT_LOSSES)}; got {loss!r}")
-    if class_weights is not None and kind == "regression":
-        raise ConfigError("train.class_weights: a regression has no classes; leave it out")
+    _check_settings(kind, alpha, loss, class_weights)
     student = _at_least_float32(logits)
     hard = _hard_loss(kind, student, labels, class_weights)
     if labelled is not None:
@@ -94,6 +89,15 @@ def distillation_loss(
         return LossTerms(total=hard, hard=hard, soft=None, labelled=labelled)
     soft = _soft_loss(kind, student, teacher_logits, loss, temperature)
     return LossTerms(total=alpha * hard + (1.0 - alpha) * soft, hard=hard, soft=soft, labelled=labelled)
+
+
+def _check_settings(kind: Kind, alpha: float, loss: str, class_weights: Tensor | None) -> None:
+    if not 0.0 <= alpha <= 1.0:
+        raise ConfigError(f"distil.alpha is the weight of the hard loss and lies in 0 to 1; got {alpha!r}")
+    if loss not in SOFT_LOSSES:
+        raise ConfigError(f"distil.loss is one of {', '.join(SOFT_LOSSES)}; got {loss!r}")
+    if class_weights is not None and kind == "regression":
+        raise ConfigError("train.class_weights: a regression has no classes; leave it out")
 
 
 def _soft_loss(kind: Kind, student: Tensor, teacher: Tensor, loss: str, temperature: float) -> Tensor:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from kdlora.data.collection import is_collection, match_collection, open_collection
 from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets
-from kdlora.data.read import open_file
+from kdlora.data.read import Source, open_file
 from kdlora.data.tasks import Task, match_labels
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import DataError, did_you_mean
@@ -57,21 +57,12 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         if split != "train":
             raise DataError(f"{file}: a labelled collection covers the training split, not {split!r}")
         return read_collection(file, task, "teacher.logits")
-    if file.is_file() and file.suffix.lower() not in _SUFFIXES:
-        raise DataError(
-            f"{file} (teacher.{values}): a table of teacher outputs is Parquet or JSON Lines ({', '.join(_SUFFIXES)}); "
-            f"got {file.suffix.lower() or 'no extension'!r}"
-        )
-    source = open_file(file, f"teacher.{values}", every_key=True)
-    source.require("id", f"teacher.{values}")
+    source = _open_table(file, values)
     is_named = values == "probabilities" and _names_labels(source.columns, task)
     columns = ["label"] if is_named else _label_columns(source.columns, task, file)
     wanted = ["id", *({"split"} & set(source.columns)), *columns]
     table = _rows_of_split(source.read(tuple(dict.fromkeys(wanted))).table, split, file)
-    kind = table.column("id").type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
-        raise DataError(f"{file}: expected text or whole numbers in column 'id', got {kind}")
+    _check_ids(table, file)
     given = values == "probabilities" and task.kind != "regression"
     cells, offsets = _by_word(table, columns, file) if task.kind == "tokens" else (table, None)
     logits = _smoothed(cells, task, file) if is_named else _matrix(cells, columns, file, given)
@@ -90,6 +81,24 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         source=str(file),
         from_probabilities=given,
     )
+
+
+def _open_table(file: Path, values: str) -> Source:
+    if file.is_file() and file.suffix.lower() not in _SUFFIXES:
+        raise DataError(
+            f"{file} (teacher.{values}): a table of teacher outputs is Parquet or JSON Lines ({', '.join(_SUFFIXES)}); "
+            f"got {file.suffix.lower() or 'no extension'!r}"
+        )
+    source = open_file(file, f"teacher.{values}", every_key=True)
+    source.require("id", f"teacher.{values}")
+    return source
+
+
+def _check_ids(table: pa.Table, file: Path) -> None:
+    kind = table.column("id").type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        raise DataError(f"{file}: expected text or whole numbers in column 'id', got {kind}")
 
 
 def read_collection(folder: Path, task: Task, key: str) -> TeacherLogits:

@@ -67,6 +67,14 @@ class _Judged:
             tested, self.wrong[1], other=(other, self.wrong[0]), error=error, confidence=confidence, how=how
         )
 
+    def describe(self, name: str, how: Sureness, error: float, confidence: float) -> Deferring:
+        """Give the model's curve, and what may be promised for it or why nothing may."""
+        found = _describe(name, [(self.sure(self.logits[1], how), self.wrong[1])])
+        try:
+            return replace(found, promise=self.promise(how, error, confidence))
+        except NoPromiseError as refusal:
+            return replace(found, reason=str(refusal))
+
     def meet(self, unknown: np.ndarray, error: float, confidence: float) -> tuple[Unknown, ...]:
         """Say what each kind of sureness, at the threshold that it may promise, does with unknown texts."""
         found = []
@@ -127,11 +135,7 @@ def defer_experiment(
     models = []
     for name, model in list(shipped_models(layout)):  # all, before one of them has other decisions
         judged = _Judged.of(model, task, (splits.validation, rows))
-        found = _describe(name, [(judged.sure(judged.logits[1], sureness), judged.wrong[1])])
-        try:
-            found = replace(found, promise=judged.promise(sureness, error, confidence))
-        except NoPromiseError as refusal:
-            found = replace(found, reason=str(refusal))
+        found = judged.describe(name, sureness, error, confidence)
         write_decisions(model.folder, replace(model.decisions, promise=found.promise))
         met = judged.meet(model.predict_logits(strange), error, confidence) if strange else ()
         models.append(replace(found, unknown=met))
@@ -179,14 +183,14 @@ def shipped_models(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]
     }
     for name, file in files.items():
         if file.exists():
-            yield name, Classifier.load(file, defer=False)
+            yield name, Classifier.load(file, decisions="thresholds")
 
 
 def _with_teacher(
     found: Deferral, arm: str, folder: Path, task: Task, parts: tuple[Dataset, Dataset], strange: list[Text]
 ) -> Deferral:
     """Say how the teacher that was trained here, by that arm, meets unknown texts."""
-    model = Classifier.load(folder, defer=False)
+    model = Classifier.load(folder, decisions="thresholds")
     judged = _Judged.of(model, task, parts)
     alone = _describe(arm, [(judged.sure(judged.logits[1], found.sureness), judged.wrong[1])])
     known = next((one for one in found.models if one.name == arm), alone)

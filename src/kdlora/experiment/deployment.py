@@ -108,7 +108,7 @@ def benchmark_cascade(models: Sequence[Path], *, data: str | None = None, thread
     if len(models) != 2 or data is None:
         raise ConfigError("a cascade wants two models, the small one first, and labelled rows: --data FILE")
     places = _locate(models)
-    small, large = (Classifier.load(place, threads=threads, defer=False) for place in places)
+    small, large = (Classifier.load(place, threads=threads, decisions="thresholds") for place in places)
     return measure_cascade(small, large, _read_labelled(places[0], data))
 
 

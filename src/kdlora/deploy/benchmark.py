@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,7 +33,9 @@ from kdlora.system.environment import collect_versions, describe_machine, forget
 _WORDS = ("The", "film", "was", "a", "quiet", "and", "moving", "story")
 _DEFAULT_TEXTS = [" ".join((_WORDS * 8)[:length]) for length in (4, 8, 12, 16, 24, 32, 48, 64)] * 16
 _LATENCY_TEXTS = 100
-_SEARCH_TEXTS = 256
+_WARM_UP_TEXTS = 64
+_PASS_SECONDS = 2.0  # what the slowest model may take for one pass over the texts
+_LEAST_SECONDS = 0.5  # what a fast one is timed for in each round, pass after pass
 _GRID = tuple(product((1, 8, 32), (16, 64, 128)))
 _GRID_REPEATS = 3
 _LIBRARIES = {
@@ -58,7 +61,8 @@ def benchmark(
 
     Args:
         models: folders, or name to folder; an `.onnx` file chooses one of a folder's two, and a `Way` a runtime.
-        texts: what to classify; by default made-up texts of 4 to 64 words. A score needs labels and their task.
+        texts: what to classify; by default made-up texts of 4 to 64 words. All are scored, which needs labels and their
+            task; a slow model limits how many are timed, the same for all.
         max_length: longest input in tokens, for all models; by default each model's own.
         threads: of each model; by default `OMP_NUM_THREADS`, else one a core that this process may use.
         rounds: interleaved rounds.
@@ -95,12 +99,13 @@ def benchmark(
     with contextlib.ExitStack() as stack:
         found = [_load(stack, ModelProcess(name, way, count), max_length, say) for name, way in ways.items()]
         # Words are found anew, as where texts are served.
-        _time_models(found, [row.text if isinstance(row, Words) else row for row in rows], rounds, batch_sizes, say)
+        plain = [row.text if isinstance(row, Words) else row for row in rows]
+        timed = _time_models(found, plain, rounds, batch_sizes, say)
         for model in found:
             model.figures |= {"peak_memory_bytes": model.ask("memory"), "score": _score(model, given, rows)}
         _time_grid(found, grid, say)
     figures = tuple(ModelFigures(**model.figures) for model in found)
-    return BenchmarkResult(figures, count, rounds, len(rows), machine=describe_machine(), versions=collect_versions())
+    return BenchmarkResult(figures, count, rounds, timed, machine=describe_machine(), versions=collect_versions())
 
 
 def _load(
@@ -119,28 +124,30 @@ def _time_models(
     rounds: int,
     batch_sizes: Sequence[int],
     say: Callable[[str], None],
-) -> None:
-    """Find each model's best batch size, then time all models round by round."""
-    some, singles = spread(texts, _SEARCH_TEXTS), [[text] for text in spread(texts, _LATENCY_TEXTS)]
+) -> int:
+    """Time all models round by round, for each batch size; return how many texts a pass has."""
+    singles, some = [[text] for text in spread(texts, _LATENCY_TEXTS)], spread(texts, _WARM_UP_TEXTS)
     for model in models:
-        say(f"{model.name}: warm-up and batch size")
+        say(f"{model.name}: warm-up")
         model.ask("time", batches=singles[:10])
-        model.ask("time", batches=[some[:64]], batch_size=batch_sizes[0])
-        seconds = {size: model.ask("time", batches=[some], batch_size=size) for size in batch_sizes}
-        model.figures["batch_size"] = min(seconds, key=seconds.__getitem__)
+        model.pace = model.ask("time", batches=[some] * 2, batch_size=batch_sizes[0])[1] / len(some)
+    # All read the same texts, since batches of more texts are filled better.
+    some = spread(texts, max(_WARM_UP_TEXTS, int(_PASS_SECONDS / max(model.pace for model in models))))
     for turn in range(rounds):
         for model in models:
             say(f"round {turn + 1} of {rounds}: {model.name}")
             model.latencies += model.ask("time", batches=singles)
-            model.seconds += model.ask("time", batches=[texts], batch_size=model.figures["batch_size"])
+            passes = [some] * math.ceil(_LEAST_SECONDS / (model.pace * len(some)))
             for size in batch_sizes:
-                model.of_sizes.setdefault(size, []).extend(model.ask("time", batches=[some], batch_size=size))
+                model.seconds.setdefault(size, []).extend(model.ask("time", batches=passes, batch_size=size))
     for model in models:
         for part in (50, 95, 99):
             model.figures[f"p{part}_ms"] = float(np.percentile(model.latencies, part)) * 1e3
-        speeds = {size: len(some) / float(np.median(found)) for size, found in model.of_sizes.items()}
+        speeds = {size: len(some) / float(np.median(found)) for size, found in model.seconds.items()}
+        best = max(speeds, key=speeds.__getitem__)
+        model.figures |= {"batch_size": best, "texts_per_second": speeds[best]}
         model.figures["speeds"] = {1: 1e3 / model.figures["p50_ms"], **speeds}
-        model.figures["texts_per_second"] = len(texts) / float(np.median(model.seconds))
+    return len(some)
 
 
 def _time_grid(models: Sequence[ModelProcess], grid: Sequence[tuple[int, int]], say: Callable[[str], None]) -> None:
@@ -175,8 +182,8 @@ class ModelProcess:
         self.figures: dict[str, Any] = {"name": name, "folder": str(way.folder)}
         self.facts: dict[str, Any] = {}
         self.latencies: list[float] = []  # seconds of single texts
-        self.seconds: list[float] = []  # of all texts, a round each
-        self.of_sizes: dict[int, list[float]] = {}  # seconds of some texts in batches of each size, a round each
+        self.pace = 0.0  # seconds a text, roughly
+        self.seconds: dict[int, list[float]] = {}  # of a pass over the texts in batches of each size
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", _START],  # not from the current folder

@@ -55,4 +55,4 @@ def pair_up(task: Task, first: Mapping[int, Predictions], second: Mapping[int, P
     if aligned is None or aligned[0].labels is None:
         raise SystemExit("two sides of a contrast have other rows")
     logits = [one.logits for one in aligned]
-    return PairedArms(task, aligned[0].labels, logits[: len(seeds)], logits[len(seeds) :])
+    return PairedArms(task, aligned[0].labels, logits[: len(seeds)], logits[len(seeds) :], offsets=aligned[0].offsets)

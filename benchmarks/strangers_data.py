@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,15 +19,15 @@ Row = dict[str, str]
 def write_sets(plan: Plan, sources: Sequence[Path], folder: Path) -> None:
     """Write each set's training files, test file and the like; the same plan gives the same bytes."""
     for name, own in plan.sets.items():
-        train = _read(own, own.train, sources)
+        train = _read_all(own, own.train, sources)
         if own.test is None:
             train, test = _draw_test(own, train, plan.draw_seed)
         else:
-            test = _read(own, own.test, sources)
+            test = _read_all(own, own.test, sources)
         train, test = _join(own, _cut(own, train, plan.draw_seed)), _join(own, test)
         _write(folder / name / f"test.{own.format}", own, test)
         if own.validation is not None:
-            _write(folder / name / f"validation.{own.format}", own, _join(own, _read(own, own.validation, sources)))
+            _write(folder / name / f"validation.{own.format}", own, _join(own, _read_all(own, own.validation, sources)))
         taken: set[int] = set()
         for limit in {own.limit(pair.rows): None for pair in plan.pairs.values() if name in pair.sets}:
             drawn = _draw(own, train, limit, plan.draw_seed)
@@ -34,8 +35,13 @@ def write_sets(plan: Plan, sources: Sequence[Path], folder: Path) -> None:
             _write(folder / name / own.train_file(limit), own, [train[row] for row in drawn])
             print(f"{name}: {len(drawn)} of {len(train)} training rows, {len(test)} test rows", flush=True)
         rest = [{column: row[column] for column in own.text} for place, row in enumerate(train) if place not in taken]
-        if rest:
+        if rest and own.columns:
             _write(folder / name / f"unlabelled.{own.format}", own, rest)
+
+
+def _read_all(own: DataSet, sources: str | Sequence[str], folders: Sequence[Path]) -> list[Row]:
+    """Read one file or several."""
+    return [row for name in ([sources] if isinstance(sources, str) else sources) for row in _read(own, name, folders)]
 
 
 def _read(own: DataSet, source: str, folders: Sequence[Path]) -> list[Row]:
@@ -43,6 +49,8 @@ def _read(own: DataSet, source: str, folders: Sequence[Path]) -> list[Row]:
     file = next((folder / source for folder in folders if (folder / source).is_file()), None)
     if file is None:
         raise SystemExit(f"there is no {source} in {' or '.join(map(str, folders))}; check --data and --models")
+    if own.format == "conll":
+        return [{"sentence": lines} for lines in re.split(r"\n\s*\n", file.read_text(encoding="utf-8").strip("\n"))]
     quoted = file.suffix == ".csv"
     with file.open(encoding="utf-8-sig", newline="" if quoted else None) as lines:
         dialect = {} if quoted else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -101,14 +109,17 @@ def _draw(own: DataSet, rows: list[Row], limit: int | None, seed: int) -> list[i
     """Draw training rows, classes in their proportions."""
     if limit is None or limit >= len(rows):
         return list(range(len(rows)))
-    labels = [row[own.label] for row in rows]
-    classes = None if _numbers(labels) else np.unique(labels, return_inverse=True)[1]
+    labels = [row[own.label] for row in rows] if own.columns else []
+    classes = None if not labels or _numbers(labels) else np.unique(labels, return_inverse=True)[1]
     return [int(row) for row in split_rows(len(rows), limit / len(rows), seed, classes)[1]]
 
 
 def _write(file: Path, own: DataSet, rows: list[Row]) -> None:
-    frame = pd.DataFrame(rows, columns=[column for column in own.columns if column in rows[0]])
     file.parent.mkdir(parents=True, exist_ok=True)
+    if own.format == "conll":
+        file.write_text("\n\n".join(row["sentence"] for row in rows) + "\n", encoding="utf-8")
+        return
+    frame = pd.DataFrame(rows, columns=[column for column in own.columns if column in rows[0]])
     if own.format == "csv":
         frame.to_csv(file, index=False, lineterminator="\r\n")
         return

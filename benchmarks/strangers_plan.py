@@ -25,8 +25,8 @@ class DataSet(_Part):
     """A source, and what of it a stranger would have."""
 
     half: Literal["tuning", "reported", "guard"]
-    train: str
-    """The source's file, below `--data` or `--models`; `test` and `validation` likewise."""
+    train: str | tuple[str, ...]
+    """The source's file or files, below `--data` or `--models`; `test` and `validation` likewise."""
     test: str | None = None
     validation: str | None = None
     test_share: float = 0.25
@@ -34,8 +34,8 @@ class DataSet(_Part):
     group: int | None = None
     """Column whose part before `_` names what a drawn split keeps together."""
     header: bool = True
-    columns: dict[str, str | int]
-    """Name here to name (or number) in the source; the last column is the label."""
+    columns: dict[str, str | int] = {}
+    """Name here to name (or number) in the source; the last column is the label. A CoNLL file needs none."""
     names: dict[str, str] = {}
     """Words for the source's labels."""
     join: int = 1
@@ -44,7 +44,8 @@ class DataSet(_Part):
     """Training rows that are drawn of a class, before all else; of a class that is not named, all."""
     rows: int | None = None
     """Training rows that are drawn; default: all."""
-    format: Literal["csv", "jsonl"] = "csv"
+    format: Literal["csv", "jsonl", "conll"] = "csv"
+    """Of the files here; sentences of CoNLL files are copied as they are."""
     kind: Kind | Literal["auto"] = "auto"
     """Set where the product asks for it."""
 
@@ -161,7 +162,7 @@ def configure(plan: Plan, job: Job, out: Path, models: Path) -> Config:
     teacher = {"model": str(models / pair.teacher)}
     if settings.teacher_of is not None:
         teacher["fine_tuned"] = str(out / "runs" / Job(job.pair, job.dataset, settings.teacher_of).name / "teacher")
-    task = {"text": dataset.text, "label": dataset.label, "kind": dataset.kind}
+    task = {"text": dataset.text, "label": dataset.label, "kind": dataset.kind} if dataset.columns else {}
     values: dict[str, Any] = {"task": task, "data": data, "teacher": teacher, "student": student, "run": run}
     merge(values, copy.deepcopy(settings.config))
     return build_config(values, [f"{key}={value}" for key, value in job.point], base=out / "data" / job.dataset)

@@ -16,13 +16,15 @@ from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.predictions import Predictions, read_predictions
 from kdlora.evidence.records import ExperimentLayout, RunRecord, read_results
 from kdlora.evidence.stats import PairedArms, contrast, mean_sd
+from kdlora.report.shipped import Shipped, read_shipped
 from kdlora.report.wording import signed
 
 Figures = dict[str, Any]
 Runs = list[tuple[RunRecord, Predictions]]
 HALVES = ("tuning", "reported")
 _LEGEND = """\
-Test scores, 0 to 100, mean ± standard deviation over seeds; F1 is macro F1; seconds of one training. Differences in
+Test scores, 0 to 100, mean ± standard deviation over seeds; F1 is macro F1; seconds of one training. int8: score and
+texts a second of the shipped student, quantised, and how many times those of the teacher in PyTorch. Differences in
 points; of several sides the best on test counts. Intervals over rows and seeds: 95% each for sets and for tuning means;
 {1:.2f}% for reported means: 95% for all {0} claims of the plan together (Bonferroni). One seed proves nothing."""
 
@@ -61,7 +63,7 @@ def collect(plan: Plan, out: Path, states: Mapping[Job, Figures], draws: int) ->
 
 def _collect_cell(jobs: Sequence[Job], out: Path, states: Mapping[Job, Figures]) -> tuple[Figures, dict[str, Runs]]:
     """Read a pair's experiments on a set; of settings with a grid the best point, once all are finished."""
-    cell: Figures = {"experiments": {}, "sides": {}}
+    cell: Figures = {"experiments": {}, "sides": {}, "int8": None}
     found: dict[str, Runs] = {}
     for settings in dict.fromkeys(job.settings for job in jobs):
         own = [job for job in jobs if job.settings == settings]
@@ -71,12 +73,23 @@ def _collect_cell(jobs: Sequence[Job], out: Path, states: Mapping[Job, Figures])
         best = max(own, key=lambda job: np.mean([record.score or 0.0 for record, _ in runs[job]]))
         seconds = sum(states[job]["seconds"] for job in own)
         cell["experiments"][settings] = states[best] | {"point": dict(best.point), "seconds": seconds}
+        if shipped := read_shipped(ExperimentLayout(out / "runs" / best.name)):
+            cell["int8"] = _int8_figures(shipped)
         for record, predictions in runs[best]:
             found.setdefault(f"{settings}/{record.arm}", []).append((record, predictions))
             task = Task.from_dict(record.task)
             cell |= {"kind": task.kind, "labels": task.num_labels, "rows": record.rows, "made": _made(record)}
     cell["sides"] = {side: [_run_figures(*run) for run in runs] for side, runs in found.items()}
     return cell, found
+
+
+def _int8_figures(shipped: Shipped) -> Figures | None:
+    """Keep what the product measured: the quantised student beside the teacher in PyTorch, in the same rounds."""
+    student, teacher = shipped.int8, shipped.reference
+    if student is None or teacher is None:
+        return None
+    rates = {"texts_per_second": student.texts_per_second, "teacher": teacher.texts_per_second}
+    return {"score": student.score, "precision": teacher.precision, **rates}
 
 
 def _read_runs(layout: ExperimentLayout) -> Runs:
@@ -140,7 +153,8 @@ def _score_table(cells: Sequence[Figures]) -> str:
     sides = list(dict.fromkeys(side for cell in cells for side in cell["sides"]))
     lines = []
     for cell in cells:
-        kind = cell["kind"] if cell["kind"] == "regression" else f"{cell['labels']} classes"
+        several = f"{cell['labels'] // 2} types" if cell["kind"] == "tokens" else f"{cell['labels']} classes"
+        kind = "regression" if cell["kind"] == "regression" else several
         rows = f"{cell['rows']['train']:,} / {cell['rows']['test']:,}"
         lines.append((cell["set"], cell["half"], kind, rows, *(_scores(cell, side) for side in sides)))
     return markdown(("set", "half", "kind", "train / test", *map(_short, sides)), lines, 4 + len(sides))
@@ -172,13 +186,22 @@ def _contrast_table(plan: Plan, cells: Sequence[Figures], means: Sequence[Figure
         shipped = next((f"`{own['shipped'][0]}`" for own in experiments if own["shipped"]), "–")
         seconds = sum(own["seconds"] for own in experiments)
         found = [_difference(cell["contrasts"].get(name)) for name in plan.contrasts]
-        lines.append((cell["set"], shipped, *found, f"{seconds:,.0f}"))
+        lines.append((cell["set"], shipped, *found, _int8(cell["int8"]), f"{seconds:,.0f}"))
     for half in HALVES:
         own = {mean["contrast"]: mean for mean in means if mean["half"] == half}
         if own:
-            lines.append((f"**mean of {half}**", "", *(_difference(own.get(name)) for name in plan.contrasts), ""))
-    header = ("set", "shipped", *plan.contrasts, "all, s")
+            lines.append((f"**mean of {half}**", "", *(_difference(own.get(name)) for name in plan.contrasts), "", ""))
+    header = ("set", "shipped", *plan.contrasts, "int8", "all, s")
     return markdown(header, lines, len(header))
+
+
+def _int8(one: Figures | None) -> str:
+    """Write the quantised student's score, and its texts a second against the teacher's."""
+    if one is None:
+        return "–"
+    times = one["texts_per_second"] / one["teacher"]
+    score = "" if one["score"] is None else f"{one['score']:.1f}; "
+    return f"{score}{one['texts_per_second']:,.0f}/s, {times:.1f} x {one['precision']}"
 
 
 def _difference(one: Figures | None) -> str:

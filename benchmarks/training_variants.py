@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     Trainer,
     TrainerCallback,
@@ -36,6 +39,7 @@ from transformers import (
 from kdlora.config import DataConfig, DistilConfig, LoraSettings, StudentTrainConfig, TaskConfig, TeacherTrainConfig
 from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_splits
+from kdlora.data.tags import NO_TAG
 from kdlora.defaults import RECIPES
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import resolve_precision
@@ -48,6 +52,7 @@ from kdlora.system.environment import forget_peak, read_memory
 BATCH = 32
 LEARNING_RATE = 5e-4
 LONG_ROWS = 2000
+WNUT = {"train": "train", "validation": "dev"}
 BARE: dict[str, Any] = {
     "per_device_train_batch_size": BATCH,
     "num_train_epochs": 50,
@@ -64,16 +69,16 @@ Speed = tuple[int, float]
 
 @dataclass(frozen=True)
 class Work:
-    """One measurement: a key of `VARIANTS`, and folders of the large encoder, the small one and GLUE's files.
+    """One measurement: a key of `VARIANTS`, and folders of the large encoder, the small one and the data.
 
-    The task is `cola`, `mrpc`, `long` (200 to 400 tokens) or `wide` (every row has 128 tokens).
+    The task is `cola`, `mrpc`, `long` (200 to 400 tokens), `wide` (every row has 128 tokens) or `wnut17` (entities).
     """
 
     variant: str
     task: str
     teacher: str
     student: str
-    glue: str
+    data: str
     seconds: float
 
     @property
@@ -101,8 +106,12 @@ class Budget(TrainerCallback):
 
 def load_rows(work: Work) -> Splits:
     """Load the data; validation is cut to a few rows, for it is not what is measured."""
-    name = work.task if work.task in ("cola", "mrpc") else "sst2"
-    splits = load_splits(TaskConfig(name=name), DataConfig(path=work.glue, max_train_examples=20_000))
+    name = "sst2" if work.task in ("long", "wide") else work.task
+    if name == "wnut17":
+        files = {split: f"{work.data}/ner/wnut17/{file}.conll" for split, file in WNUT.items()}
+        splits = load_splits(TaskConfig(), DataConfig(**files))
+    else:
+        splits = load_splits(TaskConfig(name=name), DataConfig(path=f"{work.data}/glue", max_train_examples=20_000))
     splits = replace(splits, validation=splits.validation.select(range(16)))
     if name == work.task:
         return splits
@@ -124,9 +133,10 @@ def _joined(rows: Dataset, words: tuple[int, int]) -> Dataset:
 
 
 def with_logits(rows: Dataset, labels: int) -> Dataset:
-    """Give every row some teacher logits: the work is the same whatever they say."""
-    values = np.random.default_rng(0).normal(size=(len(rows), labels)).astype(np.float32)
-    return rows.add_column("teacher_logits", list(values))
+    """Give every row, or every word, some teacher logits: the work is the same whatever they say."""
+    draw = np.random.default_rng(0)
+    words = [len(row) for row in rows["starts"]] if "starts" in rows.column_names else [1] * len(rows)
+    return rows.add_column("teacher_logits", [draw.normal(size=labels * count).astype(np.float32) for count in words])
 
 
 def ours(work: Work, source: str = "student", recipe: str = "", *, lora: bool = True) -> Speed:
@@ -202,10 +212,13 @@ def stock(
     """Train with transformers' Trainer and PEFT as most people do: fp32, dynamic padding, no teacher."""
     splits = load_rows(work)
     tokenizer = AutoTokenizer.from_pretrained(getattr(work, source))
-    model = AutoModelForSequenceClassification.from_pretrained(getattr(work, source), num_labels=2)
+    tags = splits.task.kind == "tokens"
+    loader = AutoModelForTokenClassification if tags else AutoModelForSequenceClassification
+    model = loader.from_pretrained(getattr(work, source), num_labels=splits.task.num_labels)
     if lora:
         targets = ["q", "v"] if model.config.model_type == "mpnet" else ["query", "value"]
-        adapters = PeftLoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
+        task_type = "TOKEN_CLS" if tags else "SEQ_CLS"
+        adapters = PeftLoraConfig(task_type=task_type, r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets)
         model = get_peft_model(model, adapters)
     padding = {"padding": "max_length", "max_length": 512} if pad else {}  # as the paper's script does
     budget = Budget(work.seconds)
@@ -218,8 +231,8 @@ def stock(
             remove_unused_columns=not online,
             **BARE,
         ),
-        train_dataset=_stock_rows(splits, tokenizer, work.max_length),
-        data_collator=DataCollatorWithPadding(tokenizer, **padding),
+        train_dataset=(_stock_words if tags else _stock_rows)(splits, tokenizer, work.max_length),
+        data_collator=(DataCollatorForTokenClassification if tags else DataCollatorWithPadding)(tokenizer, **padding),
         callbacks=[budget],
     )
     if online:
@@ -241,6 +254,25 @@ def _stock_rows(splits: Splits, tokenizer: Any, max_length: int) -> Dataset:
         batched=True,
         remove_columns=[name for name in kept.column_names if name != "labels"],
     )
+
+
+def _stock_words(splits: Splits, tokenizer: Any, max_length: int) -> Dataset:
+    """Label the first sub-token of each word, as transformers' script for token classification does."""
+
+    def encode(rows: dict[str, list[Any]]) -> Any:
+        places = zip(rows["text"], rows["starts"], rows["ends"], strict=True)
+        words = [[text[a:b] for a, b in zip(starts, ends, strict=True)] for text, starts, ends in places]
+        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
+        encoded["labels"] = [
+            [
+                NO_TAG if word in (None, before) else tags[word]
+                for before, word in pairwise([None, *encoded.word_ids(row)])
+            ]
+            for row, tags in enumerate(rows["label"])
+        ]
+        return encoded
+
+    return splits.train.map(encode, batched=True, remove_columns=splits.train.column_names)
 
 
 VARIANTS: dict[str, Callable[[Work], Speed]] = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.measure import Measurement
 from rich.table import Table
 
 from kdlora.defaults import FAMILIES
@@ -71,11 +72,21 @@ def print_json(value: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], **settings: Any) -> None:
-    """Print a table for people."""
-    table = Table(*header, **settings)
-    for row in rows:
-        table.add_row(*row)
-    SafeConsole().print(table)
+    """Print a table for people: turned on its side where a terminal is too narrow, as wide as it is in a file."""
+    lines, console = [header, *rows], SafeConsole()
+
+    def build() -> Table:
+        table = Table(*lines[0], **settings)
+        for line in lines[1:]:
+            table.add_row(*line)
+        return table
+
+    wide = Measurement.get(console, console.options.update(width=1000), build()).maximum
+    if not console.is_terminal:
+        console.width = max(console.width, wide)
+    elif wide > console.width and len(lines) < len(header):
+        lines = [list(column) for column in zip(*lines, strict=True)]
+    console.print(build())
 
 
 def completing(list_names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:

@@ -77,7 +77,7 @@ class Gate:
 
     largest_difference: float | None = None  # of two logits; for regression, relative to the largest output above 1
     agreement: float | None = None  # least share of equal decisions, 0..1
-    drop: float | None = None  # most points that the score may fall
+    drop: float | None = None  # most points that the score may fall; a single row may change, unless it is 0
 
 
 class Checks:
@@ -169,8 +169,10 @@ class Checks:
                 faults.append(f"logits differ by {difference:.2e}, more than {allowed:.1e}")
         if gate.agreement is not None and not agreement >= gate.agreement:
             faults.append(f"{agreement:.2%} of predictions agree, fewer than {gate.agreement:.2%}")
-        if gate.drop is not None and drop is not None and not drop <= gate.drop:
-            faults.append(f"the score falls by {drop:.2f} points, more than {gate.drop:.2f}")
+        if gate.drop is not None and drop is not None:
+            allowed = max(gate.drop, 100 / len(self.given.texts)) if gate.drop else 0.0
+            if not drop <= allowed + 1e-9:
+                faults.append(f"the score falls by {drop:.2f} points, more than {allowed:.2f}")
         figures = (agreement, difference, own, drop, low, high)
         return Parity(stage, self.stage, len(self.texts), *figures, "; ".join(faults))
 

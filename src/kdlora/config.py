@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from kdlora.dataconfig import MOST, SEEDS
+from kdlora.dataconfig import DataConfig as DataConfig
 from kdlora.defaults import FamilyName, RecipeName, fill_in
 from kdlora.section import ClassWeights, Metric, Section, without_later_keys
 from kdlora.shipconfig import DeferConfig, ExportConfig
@@ -24,7 +26,6 @@ TEACHER_ARMS: frozenset[Arm] = frozenset({"fft", "lora"})
 LORA_ARMS: frozenset[Arm] = frozenset({"lora", "kd-lora", "student-lora"})
 DISTILLED_ARMS: frozenset[Arm] = frozenset({"kd-lora", "kd-fft"})
 STUDENT_ARMS: tuple[Arm, ...] = ("kd-lora", "kd-fft", "student-lora", "student-fft")  # of equal ones the first ships
-_SEEDS, _MOST = 2**32, 2**31 - 1  # NumPy's seeds; what tokenizers, Arrow and PyTorch can all count to
 _LISTED = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 # The benchmark's own spelling (`SST-2`, `CoLA`) is accepted for a task.
 _SPELT = BeforeValidator(
@@ -63,56 +64,12 @@ class TaskConfig(Section):
         return self
 
 
-class DataConfig(Section):
-    """Where the rows come from. Relative paths start at the config file's folder."""
-
-    path: str | None = None
-    """A folder in GLUE's layout, a `save_to_disk` folder, or a Hub data set such as `nyu-mll/glue`."""
-    subset: str | None = None
-    """Configuration of the Hub data set, if it has several."""
-    revision: str | None = None
-    """Commit, tag or branch of the Hub data set."""
-    train: str | None = None
-    """Training file (CSV, TSV, JSON Lines, Parquet, CoNLL); with `path`, the name of the training split."""
-    validation: str | None = None
-    """Validation file or split name. Default: a part of the training rows."""
-    test: str | None = None
-    """Test file or split name. If there is one, reported scores are measured on it."""
-    unlabelled: str | None = None
-    """More texts without labels: a file, a folder written by `kdlora label`, or a split name. In a `.txt` file every
-    line is a text. The teacher labels them, and the distilled arms learn from them too.
-    """
-    id_column: str = "id"
-    """Column with the ids of the rows. Without it, the id is the row number from 0."""
-    validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
-    """Share of the training rows that is used for validation if no validation split is given."""
-    split_seed: int = Field(default=0, ge=0, lt=_SEEDS)
-    """Seed of that split. It does not depend on `run.seeds`."""
-    max_train_examples: int | None = Field(default=None, ge=1, le=_MOST)
-    """Use only this many training rows, the first ones."""
-    max_unlabelled_examples: int | None = Field(default=None, ge=1, le=_MOST)
-    """Use only this many rows of `unlabelled`, the first ones."""
-    augment: int = Field(default=0, ge=0, le=1000)
-    """Perturbed copies of each training text (TinyBERT, arXiv 1909.10351). The teacher labels them. Each step of a
-    distilled arm has one copy beside every labelled row."""
-
-    @model_validator(mode="after")
-    def _has_a_source(self) -> Self:
-        if self.path is None and self.train is None:
-            raise ValueError("no data: set data.path (folder or Hub id) or data.train (file)")
-        if self.path is None and (self.subset or self.revision):
-            raise ValueError("data.subset and data.revision describe a Hub data set; set data.path to its id")
-        if self.unlabelled is None and self.max_unlabelled_examples is not None:
-            raise ValueError("data.max_unlabelled_examples limits data.unlabelled, which is not set")
-        return self
-
-
 class TrainConfig(Section):
     """How one model is trained (AdamW)."""
 
     epochs: float | None = Field(default=3.0, gt=0.0)
     """Passes over the training rows. null: chosen by their number, so that few rows give enough steps."""
-    batch_size: int = Field(default=32, ge=1, le=_MOST)
+    batch_size: int = Field(default=32, ge=1, le=MOST)
     """Rows per optimiser step. The loss is their exact mean, or that of their words, whatever the micro-batches."""
     learning_rate: float | None = Field(default=2e-5, gt=0.0)
     """Peak learning rate. null: chosen by the width of the model."""
@@ -128,10 +85,10 @@ class TrainConfig(Section):
     """Larger gradients are scaled down to this norm."""
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Dropout of the model during training. null: as its config says. `lora.dropout` is separate."""
-    max_length: int | None = Field(default=None, ge=4, le=_MOST)
-    """Longest input in tokens. Longer texts are cut and counted; those of a task of tokens are read in overlapping
-    windows of this length. null: long enough for 99% of the training texts."""
-    micro_batch_tokens: int | None = Field(default=16384, ge=16, le=_MOST)
+    max_length: int | None = Field(default=None, ge=4, le=MOST)
+    """Longest input in tokens. Longer texts are cut and counted; with `data.long_texts: windows`, and in a task of
+    tokens, they are read in overlapping windows of this length. null: long enough for 99% of the training texts."""
+    micro_batch_tokens: int | None = Field(default=16384, ge=16, le=MOST)
     """Largest number of padded tokens in one forward and backward pass. It limits memory; the loss stays the same."""
     gradient_checkpointing: bool = False
     """Compute activations again rather than store them: same results, less memory, one more forward pass."""
@@ -186,7 +143,7 @@ class TeacherConfig(Section):
     """A table of logits: Parquet or JSON Lines with `id`, optional `split`, one column per label name."""
     probabilities: str | None = None
     """The same with probabilities in place of logits; or with one column `label` of label names, smoothed by 0.1."""
-    seed: int | None = Field(default=None, ge=0, lt=_SEEDS)
+    seed: int | None = Field(default=None, ge=0, lt=SEEDS)
     """Seed of the one teacher. Default: the first of `run.seeds`."""
     tuning: Literal["full", "lora"] = "full"
     """How the teacher is fine-tuned: all weights (arm `fft`), or adapters as in `lora` (arm `lora`), which are merged
@@ -278,7 +235,7 @@ class RunConfig(Section):
     arms: tuple[Arm, ...] = Field(default=("words", "fft", "kd-lora", "student-lora"), min_length=1)
     """Arms to run: `words` (bag of words; left out for tokens), `fft` (the teacher), `kd-lora` (the distilled
     student), `student-lora` (its control), `lora`, `student-fft`, `kd-fft`."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=_SEEDS)], ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=SEEDS)], ...] = Field(default=(0, 1, 2), min_length=1)
     """Every arm runs once per seed, except `words`, which has no random choice and runs once."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format in training. `auto` chooses by what the machine can do, and records it."""
@@ -290,7 +247,7 @@ class RunConfig(Section):
     """Stop at the first failed run. Otherwise the other arms go on."""
     checkpoint_seconds: float = Field(default=60.0, gt=0.0)
     """Seconds of training between two checkpoints. A crash costs no more."""
-    keep_checkpoints: int = Field(default=1, ge=1, le=_MOST)
+    keep_checkpoints: int = Field(default=1, ge=1, le=MOST)
     """Number of checkpoints that a training keeps. A second one helps if the newest is damaged."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], _LISTED] = ()
     """Trackers that get every run: `tensorboard`, `wandb` (offline), `mlflow`."""
@@ -364,6 +321,10 @@ class Config(Section):
             yield "teacher.probabilities gives no logits for distil.loss: mse; set distil.loss to kl, or teacher.logits"
         if self.data.augment and teacher.is_table:
             yield "data.augment makes new texts, and a table has no answers for them: set it to 0, or a teacher model"
+        stride = self.data.window_stride
+        for key, longest in (("teacher", teacher.train.max_length), ("student", student.train.max_length)):
+            if stride is not None and longest is not None and stride >= longest:
+                yield f"data.window_stride: {stride} is not below {key}.train.max_length ({longest}), a window's length"
 
     @property
     def given_teacher(self) -> bool:

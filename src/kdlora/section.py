@@ -14,6 +14,9 @@ _LATER: Mapping[str, tuple[Any, ...]] = {
     "class_weights": (None,),
     "tuning": ("full",),
     "thresholds": (None,),
+    "long_texts": ("cut",),
+    "window_pool": ("mean",),
+    "window_stride": (None,),
     "min_recall": ({},),
     "defer": ({"error": None, "confidence": 0.95, "sureness": "probability"},),
 }

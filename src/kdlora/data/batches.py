@@ -19,11 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from kdlora.config import Kind
 from kdlora.data.spool import make_dataset, slice_rows, spool, text_columns
-from kdlora.data.word_tokens import READ, encode_words, join_words, word_columns
-from kdlora.errors import ModelError
+from kdlora.data.windows import Pool, WindowSettings
+from kdlora.data.word_tokens import READ, encode_words, join_words, split_row, split_windows, word_columns
+from kdlora.errors import ConfigError, ModelError
 
 PAD_MULTIPLE = 8
 """Widths that matrix units take well; also what `length_sorted_batches` and `Collator` agree on."""
+MICRO_BATCHES = "micro_batches"
 _TOKENISE_ROWS = 1000
 _CHUNK_BATCHES = 50
 _CARRIED = ("id", "label", "group", "teacher_logits")
@@ -35,28 +37,42 @@ INPUTS = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8(
 class Tokenised:
     """Examples as token ids, without padding, and with the other columns that they have; `truncated` were cut.
 
-    Where examples have words, they are not cut but read in windows, whose tokens come one after the other.
+    Where examples have words, or long texts are read in windows, these are not cut: their windows' tokens come one
+    after the other.
     """
 
     # id, input_ids, token_type_ids (some tokenizers), length in tokens, label, group, teacher_logits, windows, places
     dataset: Dataset
     truncated: int
     max_length: int  # in tokens, special ones included
+    pool: Pool = "mean"  # how the logits of a text's windows become one row
 
 
 def tokenise(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, quiet: bool = False
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    windows: WindowSettings | None = None,
+    quiet: bool = False,
 ) -> Tokenised:
     """Turn texts into token ids, row by row in the same order; the result lies in a mapped temporary file."""
     limit = min(max_length, tokenizer.model_max_length)
+    if windows is not None and limit < max_length:
+        raise ConfigError(
+            f"max_length is {max_length}, but {tokenizer.name_or_path} reads {limit} tokens at most, and "
+            f"data.long_texts: windows has windows of max_length: set it to {limit} or less for this model"
+        )
     carried = [name for name in dataset.column_names if name in _CARRIED]
     hidden = quiet or not sys.stderr.isatty()  # no bar in log files
     with datasets.utils.tqdm(total=len(dataset), unit=" examples", desc="Tokenising", disable=hidden) as bar:
-        table = spool(_encode_slices(dataset, carried, tokenizer, limit, bar.update), "the data set to tokenise")
+        slices = _encode_slices(dataset, carried, tokenizer, limit, windows, bar.update)
+        table = spool(slices, "the data set to tokenise")
     truncated = pc.sum(table["truncated"]).as_py()
     table = table.drop_columns("truncated")
     features = Features.from_arrow_schema(table.schema) | {name: dataset.features[name] for name in carried}
-    return Tokenised(make_dataset(table, Features(features)), truncated, limit)
+    pool = (windows or WindowSettings()).pool
+    return Tokenised(make_dataset(table, Features(features)), truncated, limit, pool)
 
 
 def _encode_slices(
@@ -64,12 +80,18 @@ def _encode_slices(
     carried: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
+    windows: WindowSettings | None,
     progress: Callable[[int], object],
 ) -> Iterator[pa.RecordBatch]:
     texts, words = text_columns(dataset), word_columns(dataset)
     for part in slice_rows(dataset, [*texts, *words, *carried], _TOKENISE_ROWS):
         rows = {name: part[name].to_pylist() for name in (*texts, *words)}
-        encoded = encode_words(rows, tokenizer, limit) if words else encode_texts(rows, tokenizer, limit)
+        if words:
+            encoded = encode_words(rows, tokenizer, limit)
+        elif windows is not None:
+            encoded = _encode_windows(rows["text"], tokenizer, limit, windows)
+        else:
+            encoded = encode_texts(rows, tokenizer, limit)
         columns = {name: part[name].combine_chunks() for name in carried}
         columns |= {name: pa.array(values, (INPUTS | READ).get(name)) for name, values in encoded.items()}
         yield pa.RecordBatch.from_pydict(columns)
@@ -90,6 +112,24 @@ def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBa
             for row, tokens in zip(long, cut[name], strict=True):
                 columns[name][row] = tokens
     return columns | {"length": [len(tokens) for tokens in columns["input_ids"]], "truncated": truncated}
+
+
+def _encode_windows(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: int, windows: WindowSettings
+) -> dict[str, list[Any]]:
+    """Turn some texts into token ids, window after window."""
+    plain = {"truncation": False, "verbose": False, "return_attention_mask": False}
+    encoded = tokenizer(texts, return_special_tokens_mask=True, **plain)
+    kept = [name for name in tokenizer.model_input_names if name in INPUTS]
+    columns: dict[str, list[Any]] = {name: [] for name in (*kept, "windows", "length", "truncated")}
+    for row, special in enumerate(encoded["special_tokens_mask"]):
+        found, is_cut = windows.cut(special, limit)
+        chosen = np.concatenate(found)
+        for name in kept:
+            columns[name].append(np.asarray(encoded[name][row])[chosen])
+        for name, value in (("windows", [len(one) for one in found]), ("length", len(chosen)), ("truncated", is_cut)):
+            columns[name].append(value)
+    return columns
 
 
 class LengthBucketSampler(Sampler[list[int]]):
@@ -190,7 +230,10 @@ def length_sorted_batches(lengths: Sequence[int] | npt.NDArray[np.integer[Any]],
 
 @dataclass
 class Collator:
-    """Pad rows to one width, on the right, and make tensors of them; rows of tokens are windows from `split_row`."""
+    """Pad rows to one width, on the right, and make tensors of them; rows of tokens are windows from `split_row`.
+
+    A text of several windows has as many rows among the inputs; `texts` then says which text each of them is of.
+    """
 
     pad_token_id: int
     kind: Kind = "single-label"
@@ -208,6 +251,9 @@ class Collator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch."""
+        texts = rows
+        if "windows" in rows[0]:
+            rows = [window for row in rows for window in split_windows(row)]
         lengths = [len(row["input_ids"]) for row in rows]
         longest = max(lengths)
         width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
@@ -219,15 +265,42 @@ class Collator:
             batch["token_type_ids"] = _pad(rows, "token_type_ids", mask, self.pad_token_type_id)
         if self.kind == "tokens":
             return batch | {name: torch.from_numpy(values) for name, values in join_words(rows, width).items()}
-        if "label" in rows[0]:
+        if len(rows) > len(texts):
+            counts = torch.tensor([len(row["windows"]) for row in texts])
+            batch["texts"] = torch.arange(len(texts)).repeat_interleave(counts)
+        if "label" in texts[0]:
             dtype = torch.int64 if self.kind == "single-label" else torch.float32
-            batch["labels"] = torch.as_tensor(np.asarray([row["label"] for row in rows]), dtype=dtype)
-        if "teacher_logits" in rows[0]:
-            logits = np.asarray([row["teacher_logits"] for row in rows], dtype=np.float32)
+            batch["labels"] = torch.as_tensor(np.asarray([row["label"] for row in texts]), dtype=dtype)
+        if "teacher_logits" in texts[0]:
+            logits = np.asarray([row["teacher_logits"] for row in texts], dtype=np.float32)
             batch["teacher_logits"] = torch.from_numpy(logits)
-        if "labelled" in rows[0]:
-            batch["labelled"] = torch.tensor([bool(row["labelled"]) for row in rows])
+        if "labelled" in texts[0]:
+            batch["labelled"] = torch.tensor([bool(row["labelled"]) for row in texts])
         return batch
+
+
+@dataclass
+class MicroBatchCollator:
+    """Cut the rows of one optimiser step into micro-batches of like length, of at most `tokens` tokens with padding."""
+
+    collator: Collator
+    tokens: int | None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, torch.Tensor]]]:
+        """Make the micro-batches of one step."""
+        if self.collator.kind == "tokens":
+            rows = [window for row in rows for window in split_row(row)]
+        batches: list[list[Mapping[str, Any]]] = [[]]
+        count = 0  # inputs of the last batch; a text in windows has several, which stay together
+        for row in sorted(rows, key=lambda row: len(row["input_ids"])):
+            sizes = row.get("windows") or [len(row["input_ids"])]
+            width = -(-max(sizes) // PAD_MULTIPLE) * PAD_MULTIPLE
+            count += len(sizes)
+            if self.tokens is not None and batches[-1] and count * width > self.tokens:
+                batches.append([])
+                count = len(sizes)
+            batches[-1].append(row)
+        return {MICRO_BATCHES: [self.collator(batch) for batch in batches]}
 
 
 def _pad(rows: Sequence[Mapping[str, Any]], column: str, mask: torch.Tensor, fill: int) -> torch.Tensor:

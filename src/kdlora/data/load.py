@@ -21,9 +21,9 @@ from kdlora.data.opening import Groups, open_examples, open_splits
 from kdlora.data.read import Source
 from kdlora.data.spool import label_array, read_column
 from kdlora.data.tags import NO_TAG, OUTSIDE, tag_names
-from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric
+from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, window_settings
 from kdlora.data.token_rows import infer_token_columns
-from kdlora.errors import DataError
+from kdlora.errors import ConfigError, DataError
 from kdlora.section import Metric
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
         raise DataError("task.name: ax has no training data; train on mnli, and predict AX with that model")
     splits = open_splits(known, data)
     reading = _begin(task, known, data, splits["train"][""])
+    _settle_windows(reading, data)
     train = reading.read(splits["train"], labelled=True)
     if known is None:
         _settle_metric(reading, task.metric, train)
@@ -164,6 +165,22 @@ def _begin_tokens(task: TaskConfig, data: DataConfig, train: Source, columns: tu
     if task.text is None or task.label is None:
         reading.notes.append(f"Columns inferred from their names: {text} and {label}.")
     return reading
+
+
+def _settle_windows(reading: Reading, data: DataConfig) -> None:
+    """Read long texts in windows where the config says so, and an example is one text with labels of the whole."""
+    windows, task = window_settings(data), reading.task
+    if windows is not None and task.kind == "tokens":
+        raise ConfigError(
+            "data.long_texts: a task of tokens always reads long texts in windows, each word in one of them; leave "
+            "data.long_texts out"
+        )
+    if windows is not None and task.is_pair:
+        raise ConfigError(
+            f"data.long_texts: windows are of one text, and this task has pairs ({', '.join(task.text)}); set it to "
+            "cut, or put both texts into one column"
+        )
+    reading.task = replace(task, windows=windows)
 
 
 def _settle_metric(reading: Reading, given: Metric | None, train: Dataset) -> None:

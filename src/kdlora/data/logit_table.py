@@ -39,6 +39,7 @@ _MEANING = {
     "labels": "the labels or their order",
     "columns": "the order of the teacher's outputs",
     "max_length": "the longest input (max_length)",
+    "windows": "how long texts are read (data.long_texts)",
     "precision": "the number format (precision)",
     "inputs": "the input files",
     "text": "the text columns (text)",

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from kdlora.config import GlueName, Kind
+from kdlora.config import DataConfig, GlueName, Kind
 from kdlora.data.tags import tag_types
+from kdlora.data.windows import WindowSettings, is_window_settings
 from kdlora.errors import ConfigError, DataError, KdLoraError, did_you_mean
 from kdlora.section import ClassWeights, Costs
 
@@ -59,6 +60,7 @@ class Task:
             for each type, `B-TYPE` and `I-TYPE`.
         metrics: the metrics whose mean, times 100, is the score.
         name: the GLUE task, or an empty string.
+        windows: how long texts are read in windows; None: they are cut, or words have labels.
 
     Examples:
         >>> task = Task("single-label", ("review",), ("sentiment",), ("negative", "positive"), ("accuracy",))
@@ -72,6 +74,7 @@ class Task:
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
     name: str = ""
+    windows: WindowSettings | None = None
 
     @property
     def num_labels(self) -> int:
@@ -106,6 +109,8 @@ class Task:
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold; `from_dict` reads it back."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if self.windows is None:  # as earlier versions wrote it, for hashes
+            del values["windows"]
         return {"name": self.name} | values
 
     @classmethod
@@ -127,7 +132,20 @@ class Task:
                 + did_you_mean(str(values["kind"]), PROBLEM_TYPES)
             )
         columns: dict[str, Any] = {name: tuple(values[name]) for name in lists}
-        return cls(kind=values["kind"], name=values.get("name", ""), **columns)
+        windows = values.get("windows")
+        if not is_window_settings(windows):
+            raise DataError(f"a stored task has the windows {windows!r:.80}; expected stride and pool (mean or max)")
+        return cls(
+            kind=values["kind"],
+            name=values.get("name", ""),
+            windows=None if windows is None else WindowSettings(**windows),
+            **columns,
+        )
+
+
+def window_settings(data: DataConfig) -> WindowSettings | None:
+    """Say how texts are read in windows; None where they are cut."""
+    return WindowSettings(data.window_stride, data.window_pool) if data.long_texts == "windows" else None
 
 
 @dataclass(frozen=True)

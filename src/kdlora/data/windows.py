@@ -1,17 +1,76 @@
-"""Long texts in overlapping windows of tokens, and where in them a model reads each word. Light: NumPy alone."""
+"""Long texts in overlapping windows of tokens: where in them a word is read, how their logits become one row.
+
+Light: NumPy alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from kdlora.errors import ConfigError
+
 OVERLAP = 4
 """Neighbouring windows share at least one of so many of their tokens."""
+MOST_WINDOWS = 64
+"""Of a text that has one label: all of them are in memory at once when it teaches. What comes after them is cut."""
 
 Ints = npt.NDArray[np.int64]
+Pool = Literal["mean", "max"]
+
+
+@dataclass(frozen=True)
+class WindowSettings:
+    """How a text with one label is read that is longer than a model takes: in windows, whose logits are pooled."""
+
+    stride: int | None = None  # tokens that neighbours share; None: a quarter of a window's
+    pool: Pool = "mean"
+
+    def cut(self, special: npt.ArrayLike, max_length: int) -> tuple[list[Ints], bool]:
+        """Give the tokens of each window of an encoded text, and say whether it has more than the windows hold.
+
+        `special` is as in `read_windows`.
+        """
+        frame = _Frame.of(special, max_length)
+        if (stride := frame.room // OVERLAP if self.stride is None else self.stride) >= frame.room:
+            raise ConfigError(
+                f"data.window_stride is {stride}, but a window of max_length {max_length} holds {frame.room} tokens of "
+                f"a text: set it to {frame.room - 1} at most, or a greater max_length"
+            )
+        if frame.count <= frame.room:
+            return [np.arange(frame.size)], False
+        begins = _window_starts(frame.count, frame.room, stride)
+        return frame.windows(begins[:MOST_WINDOWS]), len(begins) > MOST_WINDOWS
+
+    def count_tokens(self, lengths: npt.ArrayLike, max_length: int) -> npt.NDArray[np.float64]:
+        """Estimate how many tokens a model reads of texts of these lengths, special tokens aside."""
+        stride = max_length // OVERLAP if self.stride is None else self.stride
+        more = np.ceil(np.maximum(0, np.asarray(lengths) - max_length) / max(1, max_length - stride))
+        return np.where(more == 0, lengths, max_length * np.minimum(1 + more, MOST_WINDOWS))
+
+    def pool_logits(self, logits: npt.NDArray[np.float32], counts: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Make one row of the rows of each text's windows, of which there are so many."""
+        numbers = np.asarray(counts, np.int64)
+        starts = np.cumsum(numbers) - numbers
+        if not len(starts):
+            return logits
+        if self.pool == "max":
+            return np.maximum.reduceat(logits, starts, axis=0)
+        return np.add.reduceat(logits, starts, axis=0) / numbers[:, None].astype(np.float32)
+
+
+def is_window_settings(values: Any) -> bool:
+    """Say whether a file has settings of windows where it should, or none."""
+    if values is None:
+        return True
+    if not isinstance(values, Mapping) or values.keys() != {"stride", "pool"} or values["pool"] not in get_args(Pool):
+        return False
+    stride = values["stride"]
+    return stride is None or (isinstance(stride, int) and not isinstance(stride, bool) and stride >= 0)
 
 
 @dataclass(frozen=True)
@@ -37,24 +96,47 @@ def read_windows(offsets: npt.ArrayLike, special: npt.ArrayLike, starts: Any, en
     no edges. `offsets` (tokens, 2) and `special` are what a tokenizer says of the whole text, which it encodes with its
     special tokens; `starts` and `ends` are the words' places in the text's characters.
     """
-    is_special = np.asarray(special, np.bool_)
-    own = np.flatnonzero(~is_special)
-    lead, trail = (int(own[0]), len(is_special) - 1 - int(own[-1])) if len(own) else (len(is_special), 0)
-    count, room = len(is_special) - lead - trail, max(1, max_length - lead - trail)
-    first = _first_tokens(np.asarray(offsets, np.int64).reshape(-1, 2)[lead : lead + count], starts, ends)
-    outer = np.arange(len(is_special))
-    if count <= room:  # as nearly every text
-        return Windows([outer], np.zeros(len(first), np.int64), np.where(first < 0, -1, first + lead))
-    begins = _window_starts(count, room)
-    tokens = [np.r_[outer[:lead], lead + np.arange(a, min(a + room, count)), outer[lead + count :]] for a in begins]
+    frame = _Frame.of(special, max_length)
+    lead, room = frame.lead, frame.room
+    first = _first_tokens(np.asarray(offsets, np.int64).reshape(-1, 2)[lead : lead + frame.count], starts, ends)
+    if frame.count <= room:  # as nearly every text
+        return Windows([np.arange(frame.size)], np.zeros(len(first), np.int64), np.where(first < 0, -1, first + lead))
+    begins = _window_starts(frame.count, room, room // OVERLAP)
     middles = (begins[1:] + begins[:-1] + room - 1) / 2  # from there on the next window's edge is farther
     window = np.maximum.accumulate(np.where(first < 0, 0, np.searchsorted(middles, first)))
-    return Windows(tokens, window, np.where(first < 0, -1, first - begins[window] + lead))
+    return Windows(frame.windows(begins), window, np.where(first < 0, -1, first - begins[window] + lead))
 
 
-def _window_starts(tokens: int, room: int) -> Ints:
+@dataclass(frozen=True)
+class _Frame:
+    """The tokens of an encoded text: special ones, `count` of its own, special ones; a window holds `room` of these."""
+
+    size: int
+    lead: int
+    count: int
+    room: int
+
+    @classmethod
+    def of(cls, special: npt.ArrayLike, max_length: int) -> _Frame:
+        """Find them by which tokens are special."""
+        own = np.flatnonzero(~np.asarray(special, np.bool_))
+        size = np.size(special)
+        lead, trail = (int(own[0]), size - 1 - int(own[-1])) if len(own) else (size, 0)
+        return cls(size, lead, size - lead - trail, max(1, max_length - lead - trail))
+
+    def windows(self, begins: Ints) -> list[Ints]:
+        """Give the tokens of windows by the first one of each, with the special ones at both ends."""
+        outer, end = np.arange(self.size), self.lead + self.count
+        last = self.lead + np.minimum(begins + self.room, self.count)
+        return [
+            np.r_[outer[: self.lead], outer[self.lead + begin : stop], outer[end:]]
+            for begin, stop in zip(begins, last, strict=True)
+        ]
+
+
+def _window_starts(tokens: int, room: int, stride: int) -> Ints:
     """Give the first token of each window; the last one ends with the text."""
-    step = room - room // OVERLAP
+    step = room - stride
     starts = np.arange(0, max(1, tokens - room + step), step)
     starts[-1] = max(0, min(starts[-1], tokens - room))
     return starts

@@ -37,6 +37,13 @@ def word_offsets(dataset: Dataset) -> Integers | None:
     return as_offsets(pc.list_value_length(read_column(dataset, name)).to_numpy())
 
 
+def window_counts(dataset: Dataset) -> Integers | None:
+    """Count the windows of each tokenised text; None where texts are cut, or words have labels."""
+    if "windows" not in dataset.column_names or "places" in dataset.column_names:
+        return None
+    return pc.list_value_length(read_column(dataset, "windows")).to_numpy().astype(np.int64)
+
+
 def words_seen(dataset: Dataset) -> npt.NDArray[np.bool_]:
     """Say of each word of tokenised rows whether the model sees it."""
     return np.asarray(pc.list_flatten(read_column(dataset, "places")).to_numpy() >= 0)
@@ -67,6 +74,16 @@ def encode_words(rows: Mapping[str, list[Any]], tokenizer: Any, limit: int) -> d
     return columns | {"length": lengths, "truncated": [False] * len(lengths)}
 
 
+def split_windows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give the windows of a tokenised row: what a model reads."""
+    stops = np.cumsum(row["windows"])
+    names = [name for name in ("input_ids", "token_type_ids") if name in row]
+    return [
+        {name: row[name][stop - size : stop] for name in names}
+        for stop, size in zip(stops.tolist(), row["windows"], strict=True)
+    ]
+
+
 def split_row(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Give the windows of a tokenised row, each with the words that are read in it, their labels and logits."""
     places, stops = np.asarray(row["places"], np.int64), np.cumsum(row["windows"])
@@ -76,11 +93,11 @@ def split_row(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         of_words["label"] = np.asarray(row["label"], np.int64)
     if "teacher_logits" in row:
         of_words["teacher_logits"] = np.asarray(row["teacher_logits"], np.float32).reshape(len(places), -1)
-    for number, (stop, size) in enumerate(zip(stops.tolist(), row["windows"], strict=True)):
+    begins = (stops - row["windows"]).tolist()
+    for number, (begin, part) in enumerate(zip(begins, split_windows(row), strict=True)):
         read = (windows == number) & (places >= 0)
-        part = {name: row[name][stop - size : stop] for name in ("input_ids", "token_type_ids") if name in row}
         part |= {name: values[read] for name, values in of_words.items()}
-        yield part | {"places": part["places"] - (stop - size)}
+        yield part | {"places": part["places"] - begin}
 
 
 def join_words(rows: Sequence[Mapping[str, Any]], width: int) -> dict[str, npt.NDArray[Any]]:

@@ -6,7 +6,7 @@ import errno
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -304,7 +304,7 @@ def _settle_task(folder: ModelFolder, task: Task | None) -> Task:
             f"{folder.path}: the model gives {folder.kind} outputs {list(folder.label_names)}, but the task is "
             f"{task.kind} with {list(task.label_names)}."
         )
-    return task
+    return replace(task, windows=folder.windows)
 
 
 def start_package(work: Path, folder: ModelFolder, tokenizer: Any) -> None:

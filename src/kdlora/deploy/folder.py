@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from kdlora.data.windows import WindowSettings
 from kdlora.errors import ModelError
 from kdlora.foreign import Check, check_types, read_json, read_json_and_digest
 from kdlora.models.settings import (
@@ -83,6 +84,15 @@ class ModelFolder:
     digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the JSON files that all this comes from
     runtime: Runtime = "onnxruntime"  # what runs the file
     half: bool = False  # products in bf16, of an fp32 file
+
+    @property
+    def windows(self) -> WindowSettings | None:
+        """How texts longer than `max_length` are read in windows; None where they are cut, and where words have labels.
+
+        As the student was trained.
+        """
+        found = (self.task or {}).get("windows")
+        return None if found is None or self.kind == "tokens" else WindowSettings(**found)
 
     @property
     def backend(self) -> Literal["transformers", "onnx", "openvino"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -24,6 +24,22 @@ INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_id
 BATCH_SIZE = 32
 BATCH_TOKENS = 1024
 """Most padded tokens that one forward pass holds: enough to keep the cores busy, and memory small."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a text as tokens, special ones included, with what `pack` takes of an encoding."""
+
+    ids: np.ndarray
+    type_ids: np.ndarray
+
+    @property
+    def attention_mask(self) -> np.ndarray:
+        """Ones: a window has no padding."""
+        return np.ones_like(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class Backend(Protocol):
@@ -178,7 +194,7 @@ def spread(texts: Sequence[Any], count: int) -> list[Any]:
 
 
 def _open_tokenizer(folder: ModelFolder, content: str) -> Any:
-    """Read a tokenizer, and fix where it truncates."""
+    """Read a tokenizer, and fix whether it truncates, and where."""
     from tokenizers import Tokenizer
 
     try:
@@ -187,7 +203,10 @@ def _open_tokenizer(folder: ModelFolder, content: str) -> Any:
     except Exception as error:  # the library raises a bare one for a damaged file
         raise ArtifactError(f"{folder.path / TOKENIZER}: the tokenizer cannot be read: {error}") from None
     tokenizer.no_padding()
-    tokenizer.enable_truncation(folder.max_length, strategy="longest_first")
+    if folder.kind == "tokens" or folder.windows is not None:
+        tokenizer.no_truncation()
+    else:
+        tokenizer.enable_truncation(folder.max_length, strategy="longest_first")
     return tokenizer
 
 

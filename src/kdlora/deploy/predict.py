@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from kdlora.data.windows import WindowSettings
 from kdlora.deploy.decisions import Decisions, read_decisions
 from kdlora.deploy.folder import Precision, Runtime, Way
-from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Network, open_network
+from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Network, Window, open_network
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import measure_sureness
 from kdlora.evidence.metrics import probabilities
 from kdlora.evidence.thresholds import shift_logits
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 Text = str | tuple[str, str]
 MOST_CHARACTERS = 1 << 20
@@ -80,7 +84,8 @@ class Classifier(Network):
             batch_size: with `auto`, how many texts will be predicted at once.
             threads: of the network's products; by default `OMP_NUM_THREADS`, else one a core. With PyTorch this is
                 process-wide.
-            max_length: cut texts to that many tokens; by default what the folder says.
+            max_length: cut texts to that many tokens; where the folder reads long texts in windows, tokens of a window.
+                By default what the folder says.
             verify: compare every file of an export that decides an answer with the hash that the export recorded.
             decisions: what the folder has of them. `all` says labels by the fitted thresholds, and gives none below the
                 threshold of the promised error rate; `thresholds` defers nothing; `none` takes 0.5, or the most
@@ -108,7 +113,8 @@ class Classifier(Network):
         """Classify texts; they are batched by length and come back in the order given.
 
         Args:
-            texts: texts, or pairs of texts as tuples. Texts beyond `max_length` tokens are truncated.
+            texts: texts, or pairs of texts as tuples. Texts beyond `max_length` tokens are truncated, or
+                read in windows, as in training (`data.long_texts`).
             batch_size: most texts in one forward pass.
 
         Returns:
@@ -144,9 +150,12 @@ class Classifier(Network):
         if batch_size < 1:
             raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
         checked = [check_text(text, f"text {row}") for row, text in enumerate(texts)]
-        logits = np.empty((len(checked), len(self.label_names)), dtype=np.float32)
-        for rows, inputs in self.batches(checked, batch_size, batch_tokens):
+        parts, counts = self._parts(checked)
+        logits = np.empty((len(parts), len(self.label_names)), dtype=np.float32)
+        for rows, inputs in self.pack(parts, batch_size, batch_tokens):
             logits[rows] = self.run(inputs)
+        if self.folder.windows is not None:
+            logits = self.folder.windows.pool_logits(logits, counts)
         if not np.isfinite(logits).all():
             row = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
             raise ModelError(f"{self.folder.path}: the model's output for text {row} is not a finite number.")
@@ -155,10 +164,21 @@ class Classifier(Network):
     def batches(
         self, texts: Sequence[Text], batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
     ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-        """Give the arrays that the model takes, texts of like length together, and which texts these are."""
-        most = most_characters(self.folder.max_length)
+        """Give the arrays that the model takes, texts or their windows of like length together, and which these are."""
+        yield from self.pack(self._parts(texts)[0], batch_size, batch_tokens)
+
+    def _parts(self, texts: Sequence[Text]) -> tuple[list[Encoding | Window], list[int]]:
+        """Give what the model reads, one text after the other, and in how many parts it reads each of them."""
+        windows, longest = self.folder.windows, self.folder.max_length
+        most = most_characters(longest, windows)
         cut = [text[:most] if isinstance(text, str) else (text[0][:most], text[1][:most]) for text in texts]
-        yield from self.pack(self.encode(cut), batch_size, batch_tokens)
+        parts: list[Encoding | Window] = list(self.encode(cut))
+        if windows is None:
+            return parts, [1] * len(parts)
+        cuts = [windows.cut(one.special_tokens_mask, longest)[0] for one in parts]
+        arrays = [(np.asarray(one.ids), np.asarray(one.type_ids)) for one in parts]
+        read = [Window(ids[one], types[one]) for (ids, types), own in zip(arrays, cuts, strict=True) for one in own]
+        return list(read), list(map(len, cuts))
 
     def to_predictions(self, logits: np.ndarray) -> list[Prediction]:
         """Turn logits into labels and calibrated probabilities.
@@ -201,9 +221,9 @@ class Classifier(Network):
         ]
 
 
-def most_characters(max_length: int) -> int:
+def most_characters(max_length: int, windows: WindowSettings | None = None) -> int:
     """Say how much of a text is worth reading: ten megabytes must not be tokenised to find that they are truncated."""
-    return max(20_000, 100 * max_length)
+    return max(20_000, 100 * max_length) if windows is None else MOST_CHARACTERS
 
 
 def check_text(text: Any, where: str) -> Text:

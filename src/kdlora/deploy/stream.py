@@ -129,7 +129,8 @@ def _predict(
     """Classify window by window what is not done yet."""
     try:
         with contextlib.closing(iter(reader)) as given:
-            for window in cut_windows(given, MOST_CHARACTERS if isinstance(classifier, Tagger) else None):
+            reads_whole = isinstance(classifier, Tagger) or classifier.folder.windows is not None
+            for window in cut_windows(given, MOST_CHARACTERS if reads_whole else None):
                 bad = [row for row in window if row.text is None]
                 if bad and strict:
                     raise DataError(f"{reader.name}: {bad[0].error}")
@@ -152,7 +153,9 @@ def _columns(classifier: Network, text: Sequence[str] | str | None, id_column: s
     is_tagger = classifier.folder.kind == "tokens"
     if is_tagger and names is not None and len(names) > 1:
         raise ConfigError(f"entities are marked in one text column, got {', '.join(names)}.")
-    return Columns(names, recorded, id_column, None if is_tagger else most_characters(classifier.folder.max_length))
+    folder = classifier.folder
+    most = None if is_tagger else most_characters(folder.max_length, folder.windows)
+    return Columns(names, recorded, id_column, most)
 
 
 def _fingerprint(classifier: Network, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from kdlora.data.tags import decode, entity_bounds, split_words, tag_names, tag_
 from kdlora.data.windows import read_windows
 from kdlora.deploy.decisions import read_decisions
 from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Precision, Way
-from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Backend, Network, open_network
+from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Backend, Network, Window, open_network
 from kdlora.deploy.predict import Classifier, check_one
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.metrics import probabilities
@@ -54,20 +54,11 @@ class Entity:
 
 
 @dataclass(frozen=True)
-class _Window:
-    """A part of a text as tokens, special ones included, and the words that are read in it."""
+class _Window(Window):
+    """A part of a text as tokens, and the words that are read in it."""
 
-    ids: np.ndarray
-    type_ids: np.ndarray
     words: np.ndarray  # places among the words of all texts
     places: np.ndarray  # of their first tokens in the window
-
-    @property
-    def attention_mask(self) -> np.ndarray:
-        return np.ones_like(self.ids)
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 class Tagger(Network):
@@ -83,7 +74,6 @@ class Tagger(Network):
     def __init__(self, folder: ModelFolder, backend: Backend) -> None:
         """Join a described folder and its running network; most callers want `load`."""
         super().__init__(folder, backend)
-        self._tokenizer.no_truncation()
         types = dict.fromkeys(name[2:] for name in self.label_names if name[:2] == "B-")
         names = tag_names(tuple(types))
         if sorted(names) != sorted(self.label_names):

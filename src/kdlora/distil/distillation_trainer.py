@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kdlora.config import DistilConfig, Kind
+from kdlora.data.windows import Pool
 from kdlora.distil.logits import COLUMN, LABELLED
-from kdlora.distil.losses import LossSums, LossTerms, distillation_loss, term_means
+from kdlora.distil.losses import LossSums, LossTerms, distillation_loss, pool_windows, term_means
 from kdlora.distil.standardise import TargetScale
 from kdlora.errors import ConfigError, DataError
 
@@ -23,7 +24,8 @@ class DistillationTrainer(Trainer):
     it, such as `DataCollatorWithPadding`. The loss is the exact mean over all rows of an optimiser step, whatever
     `gradient_accumulation_steps` and however short the last batch. `loss`, `hard_loss` and `soft_loss` are logged,
     each the mean over the rows since the last log. For `tokens` a row is a word: a batch has `words`, their places
-    among all tokens of the batch, and `labels` and `teacher_logits` for each of these.
+    among all tokens of the batch, and `labels` and `teacher_logits` for each of these. A text may have several rows of
+    inputs: `texts` in a batch then says which text each of them is of, and their logits are pooled before the loss.
 
     Examples:
         >>> trainer = DistillationTrainer(
@@ -46,6 +48,7 @@ class DistillationTrainer(Trainer):
         distil: DistilConfig | None = None,
         target_scale: TargetScale | None = None,
         class_weights: Tensor | None = None,
+        pool: Pool = "mean",
         callbacks: Sequence[TrainerCallback] | None = None,
         **trainer: Any,
     ) -> None:
@@ -59,6 +62,7 @@ class DistillationTrainer(Trainer):
             target_scale: standardises labels and teacher of a regression; the model then predicts standardised
                 values until `fold_into_head`.
             class_weights: (labels,) factors of the hard loss alone, as in `distillation_loss`.
+            pool: how the logits of a text's several inputs become one row: their `mean`, or each label's `max`.
             callbacks: as in Trainer.
             trainer: all else that Trainer takes. `train_dataset` has `teacher_logits` where `distil` is given, and
                 `data_collator` must keep these and `labels`; `eval_dataset` may lack them: its loss is then the hard
@@ -76,6 +80,7 @@ class DistillationTrainer(Trainer):
         self.kind = kind
         self.distil = distil
         self.target_scale = target_scale
+        self.pool = pool
         self.class_weights = None if class_weights is None else class_weights.to(args.device)
         if args.label_names is None:
             self.label_names = ["labels"]  # under PEFT, Trainer may not find them, and eval_loss goes missing
@@ -111,7 +116,8 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Run the model and compute the loss; in evaluation the rows of this batch count, else those of the step."""
-        known = {name: value for name, value in inputs.items() if name not in ("labels", "words", COLUMN, LABELLED)}
+        ours = ("labels", "words", "texts", COLUMN, LABELLED)
+        known = {name: value for name, value in inputs.items() if name not in ours}
         outputs = model(**known)
         labels, teacher = inputs["labels"], None if self.distil is None else inputs.get(COLUMN)
         if self.distil is not None and teacher is None and model.training:
@@ -125,6 +131,8 @@ class DistillationTrainer(Trainer):
         recipe = (self.distil or DistilConfig()).model_dump(include={"alpha", "temperature", "loss"})
         recipe |= {"labelled": inputs.get(LABELLED), "class_weights": self.class_weights}
         logits = outputs.logits.flatten(0, 1)[inputs["words"]] if self.kind == "tokens" else outputs.logits
+        if "texts" in inputs:
+            logits = pool_windows(logits, inputs["texts"], len(labels), self.pool)
         terms = distillation_loss(logits, labels, teacher, kind=self.kind, **recipe)
         if model.training:
             self.record(terms)

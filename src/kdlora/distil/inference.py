@@ -13,8 +13,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kdlora.data.batches import INPUTS, Collator, Tokenised, length_sorted_batches
+from kdlora.data.logit_table import as_offsets
 from kdlora.data.spool import read_column
-from kdlora.data.word_tokens import READ, split_row, word_offsets, words_seen
+from kdlora.data.windows import WindowSettings
+from kdlora.data.word_tokens import READ, split_row, split_windows, window_counts, word_offsets, words_seen
 from kdlora.distil.precision import autocast
 from kdlora.distil.processes import ALONE, Processes
 from kdlora.distil.training_modes import freed_memory_kept
@@ -42,8 +44,9 @@ def predict_logits(
     that the figures are the same to the bit. Where examples have words the result has a row a word, the words of all
     examples one after the other; that of a word which the model cannot see is NaN.
     """
-    words = word_offsets(data.dataset)
+    words, counts = word_offsets(data.dataset), window_counts(data.dataset)
     seen = None if words is None else words_seen(data.dataset)
+    parts = words if counts is None else as_offsets(counts)  # what has an answer of its own: words, or windows
     collator = Collator.of(tokenizer, "single-label" if words is None else "tokens", data.max_length)
     inputs = data.dataset.select_columns([name for name in (*INPUTS, *READ) if name in data.dataset.column_names])
     device = next(model.parameters()).device
@@ -54,8 +57,9 @@ def predict_logits(
     def read(rows: list[int]) -> Iterator[torch.Tensor]:
         columns = inputs[rows]
         examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        if words is not None:
-            examples = [window for example in examples for window in split_row(example)]
+        if parts is not None:
+            split = split_windows if words is None else split_row
+            examples = [window for example in examples for window in split(example)]
         at_once = max(1, batch_tokens // max(len(one["input_ids"]) for one in examples))
         for start in range(0, len(examples), at_once):  # several for the windows of long texts alone
             made = collator(examples[start : start + at_once])
@@ -67,14 +71,16 @@ def predict_logits(
     with freed_memory_kept(device), _evaluating(model), torch.inference_mode(), autocast(precision, device):
         for rows in length_sorted_batches(lengths, batch_tokens)[processes.rank :: processes.count]:
             outputs.extend(read(rows))
-            if words is None or seen is None:
+            if parts is None:
                 order.extend(rows)
             else:
-                order.extend(word for row in rows for word in range(*words[row : row + 2]) if seen[word])
+                own = (part for row in rows for part in range(*parts[row : row + 2]))
+                order.extend(part for part in own if seen is None or seen[part])
             done += len(rows)
             if progress is not None:
                 progress(min(done * processes.count, len(lengths)))
-    return _in_row_order(order, outputs, len(lengths) if words is None else int(words[-1]), processes)
+    logits = _in_row_order(order, outputs, len(lengths) if parts is None else int(parts[-1]), processes)
+    return logits if counts is None else WindowSettings(pool=data.pool).pool_logits(logits, counts)
 
 
 def faulty_rows(logits: np.ndarray, data: Tokenised) -> np.ndarray:

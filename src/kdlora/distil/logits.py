@@ -243,7 +243,7 @@ def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> T
         for rows, is_labelled in ((labelled.dataset, True), (without, False))
     ]
     truncated = labelled.truncated + unlabelled.truncated
-    return Tokenised(concatenate_datasets(parts), truncated, max_length=labelled.max_length)
+    return replace(labelled, dataset=concatenate_datasets(parts), truncated=truncated)
 
 
 def labelled_values(dataset: Dataset) -> np.ndarray:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdlora.config import Kind
+from kdlora.data.windows import Pool
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 
 SOFT_LOSSES = ("kl", "mse")
@@ -116,6 +117,15 @@ def _soft_loss(kind: Kind, student: Tensor, teacher: Tensor, loss: str, temperat
     if not (math.isfinite(temperature) and temperature > 0.0):
         raise ConfigError(f"distil.temperature must be finite and above 0; got {temperature!r}")
     return (binary_kl if kind == "multi-label" else softened_kl)(student, teacher, float(temperature))
+
+
+def pool_windows(logits: Tensor, texts: Tensor, rows: int, pool: Pool) -> Tensor:
+    """Make one row for each text of the logits of its windows; `texts` says which text a window is of."""
+    if pool == "max":
+        lowest = logits.new_full((rows, logits.shape[1]), -math.inf)
+        return lowest.scatter_reduce(0, texts[:, None].expand_as(logits), logits, "amax", include_self=False)
+    sums = logits.new_zeros((rows, logits.shape[1])).index_add(0, texts, logits)
+    return sums / torch.bincount(texts, minlength=rows)[:, None]
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

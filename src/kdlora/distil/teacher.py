@@ -85,7 +85,7 @@ def teacher_logits(
     """
     processes = current_processes()
     places = [int(column) for column in columns]
-    teacher = Teacher(encoder, places, task.label_names, max_length, processes.first_says(precision), BATCH_TOKENS)
+    teacher = Teacher(encoder, places, task, max_length, processes.first_says(precision), BATCH_TOKENS)
     ingredients = teacher.ingredients() | {"examples": hash_columns(dataset, ["id", *TEXTS, *word_columns(dataset)])}
     with contextlib.ExitStack() as held:
         store = None
@@ -134,7 +134,7 @@ class Teacher:
 
     encoder: Encoder
     columns: list[int]
-    label_names: tuple[str, ...]
+    task: Task
     max_length: int
     precision: str
     batch_tokens: int
@@ -146,14 +146,16 @@ class Teacher:
 
     def ingredients(self) -> dict[str, Any]:
         """Name what makes its answer to a text, by hash or value."""
-        return {
+        ingredients = {
             "weights": self.weights,
             "tokenizer": hash_tokenizer(self.encoder.tokenizer),
-            "labels": list(self.label_names),
+            "labels": list(self.task.label_names),
             "columns": self.columns,
             "max_length": self.max_length,
             "precision": self.precision,
         }
+        windows = self.task.to_dict().get("windows")
+        return ingredients if windows is None else ingredients | {"windows": windows}
 
     def new_store(self, manifest: Path, ingredients: dict[str, Any], rows_per_shard: int) -> LogitStore:
         """Describe a store of its logits that has no shards yet."""
@@ -161,7 +163,7 @@ class Teacher:
             path=manifest,
             fingerprint=hash_json(ingredients),
             ingredients=ingredients,
-            label_names=list(self.label_names),
+            label_names=list(self.task.label_names),
             versions=collect_versions(),
             rows_per_shard=rows_per_shard,
         )
@@ -177,17 +179,19 @@ class Teacher:
         """Store the answers to some rows in a file, a window at a time; of several processes the first writes."""
         value = pa.list_(pa.float32()) if self.encoder.reads_words else pa.float32()
         types = {name: pa.list_(pa.int32()) if name in WORDS else pa.string() for name in kept}
-        schema = pa.schema([*types.items(), *((LOGIT + name, value) for name in self.label_names)])
+        schema = pa.schema([*types.items(), *((LOGIT + name, value) for name in self.task.label_names)])
         rows = truncated = 0
 
         def tables() -> Iterator[pa.Table]:
             nonlocal rows, truncated
             for window in windows:
-                tokens = tokenise(window, self.encoder.tokenizer, self.max_length, quiet=True)
+                tokens = tokenise(
+                    window, self.encoder.tokenizer, self.max_length, windows=self.task.windows, quiet=True
+                )
                 logits = self._answer(tokens, progress, processes)
                 rows, truncated = rows + len(window), truncated + tokens.truncated
                 columns = {name: read_column(window, name).cast(kind) for name, kind in types.items()}
-                found = logit_columns(self.label_names, logits, word_offsets(window))
+                found = logit_columns(self.task.label_names, logits, word_offsets(window))
                 yield pa.table({**columns, **found}, schema)
 
         if processes.is_first:

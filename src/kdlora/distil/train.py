@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from kdlora.config import DistilConfig, SettledTraining
-from kdlora.data.batches import INPUTS, Collator, LengthBucketSampler, Tokenised
+from kdlora.data.batches import INPUTS, Collator, LengthBucketSampler, MicroBatchCollator, Tokenised
 from kdlora.data.spool import hash_columns, label_array, read_column
 from kdlora.data.tasks import Task, named_weights
 from kdlora.data.word_tokens import READ, word_offsets
@@ -29,7 +29,7 @@ from kdlora.distil.precision import frozen_in_half, resolve_device, settle_preci
 from kdlora.distil.processes import TIMEOUT_SECONDS, current_processes
 from kdlora.distil.resume import CheckpointFolder, load_trained_tensors
 from kdlora.distil.standardise import TargetScale, fold_into_head
-from kdlora.distil.trainer import ArmTrainer, MicroBatchCollator, Surroundings, TrainingOptions
+from kdlora.distil.trainer import ArmTrainer, Surroundings, TrainingOptions
 from kdlora.distil.training_modes import activations_recomputed, dropout_set, freed_memory_kept, left_as_found
 from kdlora.errors import DataError, KdLoraError
 from kdlora.evidence.metrics import compute_metrics, score
@@ -105,6 +105,7 @@ def train_model(
             kind=task.kind,
             target_scale=scale,
             class_weights=weights,
+            pool=train.pool,
             train_dataset=train.dataset.select_columns(names),
             data_collator=MicroBatchCollator(collator, settings.micro_batch_tokens),
         )

@@ -21,8 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import PrinterCallback
 
 from kdlora.config import DistilConfig, LoraSettings, SettledTraining
-from kdlora.data.batches import PAD_MULTIPLE, Collator, LengthBucketSampler, SharedSampler
-from kdlora.data.word_tokens import split_row
+from kdlora.data.batches import MICRO_BATCHES, LengthBucketSampler, SharedSampler
 from kdlora.distil.distillation_trainer import DistillationTrainer
 from kdlora.distil.losses import LossSums, LossTerms, term_means
 from kdlora.distil.processes import Processes, StopSignals
@@ -42,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 _PROGRESS_SECONDS = 0.5
 _GO_ON, _SAVE, _STOP = range(3)
-_MICRO_BATCHES = "micro_batches"
 _ADAPTED = "base_model.model."  # what PEFT puts before the names of a model's parameters
 
 
@@ -83,26 +81,6 @@ class TrainingOptions:
     keep_checkpoints: int = 1
     callbacks: Sequence[TrainerCallback] = ()
     progress: Callable[[ProgressEvent], None] | None = None  # told every half second, and after every epoch
-
-
-@dataclass
-class MicroBatchCollator:
-    """Cut the rows of one optimiser step into micro-batches of like length, of at most `tokens` tokens with padding."""
-
-    collator: Collator
-    tokens: int | None
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Tensor]]]:
-        """Make the micro-batches of one step."""
-        if self.collator.kind == "tokens":
-            rows = [window for row in rows for window in split_row(row)]
-        batches: list[list[Mapping[str, Any]]] = [[]]
-        for row in sorted(rows, key=lambda row: len(row["input_ids"])):
-            width = -(-len(row["input_ids"]) // PAD_MULTIPLE) * PAD_MULTIPLE
-            if self.tokens is not None and batches[-1] and (len(batches[-1]) + 1) * width > self.tokens:
-                batches.append([])
-            batches[-1].append(row)
-        return {_MICRO_BATCHES: [self.collator(batch) for batch in batches]}
 
 
 @dataclass(frozen=True)
@@ -285,7 +263,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         """Run forward and backward over the micro-batches of a step."""
         rows = self._rows_of_step()
         self.examples += rows
-        own: list[dict[str, Any]] = inputs[_MICRO_BATCHES]
+        own: list[dict[str, Any]] = inputs[MICRO_BATCHES]
         # With fewer rows than processes, a spare process has a row of another's; here it weighs nothing.
         self.weightless = self.processes.rank >= rows
         divisor = torch.tensor(math.inf) if self.weightless else num_items_in_batch
@@ -300,7 +278,7 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         """Give the number of rows to divide by, which the sampler knows, or of words, which these batches have."""
         rows = self._rows_of_step()
         if self.kind == "tokens":
-            own = sum(len(one["labels"]) for batch in batches for one in batch[_MICRO_BATCHES])
+            own = sum(len(one["labels"]) for batch in batches for one in batch[MICRO_BATCHES])
             rows = max(1, int(self.processes.total(torch.tensor(own if self.processes.rank < rows else 0))))
         return rows if self.processes.count == 1 else rows / self.processes.count
 

@@ -144,7 +144,10 @@ def train_arm(encoder: Encoder, splits: Splits, settings: TrainConfig, options: 
     parts = {"train": splits.train, "validation": splits.validation}
     if splits.distil is not None and splits.unlabelled is not None:
         parts["unlabelled"] = splits.unlabelled
-    tokens = {name: tokenise(rows, encoder.tokenizer, final.max_length) for name, rows in parts.items()}
+    windows = splits.task.windows
+    tokens = {
+        name: tokenise(rows, encoder.tokenizer, final.max_length, windows=windows) for name, rows in parts.items()
+    }
     unseen = _unseen_words(tokens, encoder) if splits.task.kind == "tokens" else {}
     train = tokens["train"]
     if "unlabelled" in tokens:

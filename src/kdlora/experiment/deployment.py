@@ -261,7 +261,7 @@ def _benchmark_student(
     result = benchmark(
         models,
         _labelled(splits.test or splits.validation, splits.task),
-        max_length=cut_at(config.student.train),
+        max_length=cut_at(config.student.train) if splits.task.windows is None else None,
         threads=config.run.threads,
         progress=say,
     )

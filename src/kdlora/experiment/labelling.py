@@ -323,13 +323,13 @@ def _load_teacher(model: str, settings: LabelSettings, task: Task) -> Teacher:
     device = resolve_device(settings.device)
     batch_tokens = BATCH_TOKENS if device.type == "cpu" else _CUDA_BATCH_TOKENS
     encoder.model.to(device)
-    return Teacher(encoder, columns, task.label_names, settings.max_length, settings.precision, batch_tokens)
+    return Teacher(encoder, columns, task, settings.max_length, settings.precision, batch_tokens)
 
 
 def label_unit(job: _Job, unit: _Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:
     """Do what is left of a unit, on whatever machine, and say how many rows each window had."""
     shards, settings = unit.finished_shards(job.folder), job.settings
-    longest = sys.maxsize if job.task.kind == "tokens" else most_characters(settings.max_length)
+    longest = sys.maxsize if job.task.kind == "tokens" else most_characters(settings.max_length, job.task.windows)
     columns = Columns(settings.text, job.task.text, settings.id_column, longest)
     start = unit.shard * settings.rows_per_shard + sum(shard.rows_read for shard in shards)
     with contextlib.closing(iter(RowReader(job.files[unit.file], columns, start=start))) as rows:

@@ -16,11 +16,11 @@ from datasets import Dataset
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.data.load import Splits
 from kdlora.data.spool import label_array, read_column, text_columns
-from kdlora.data.tasks import Task
+from kdlora.data.tasks import Task, window_settings
 from kdlora.distil.words import MOST_ROWS
 from kdlora.experiment.inputs import labels_unlabelled
 from kdlora.experiment.recording import splits_by_name
-from kdlora.experiment.settle import Looks, ModelLook, closed, decide, settings_for
+from kdlora.experiment.settle import Looks, ModelLook, closed, decide, settings_for, tokens_read
 from kdlora.report.wording import metric_title
 
 FULL, ADAPTERS = 4.0, 3.6
@@ -98,8 +98,9 @@ class ExperimentPlan:
             "tokens": self._of_each_model("median {0.median:g}, 99% of the training texts within {0.most_within}"),
             "max_length": self._of_each_model(
                 "{0.max_length} tokens; {0.cut:.1%} of the training texts are longer and are "
-                + ("read in windows" if task.kind == "tokens" else "cut")
-            ),
+                + ("read in windows" if task.kind == "tokens" or task.windows else "cut")
+            )
+            + self._remedy(),
             "duplicates": ", ".join(twice) or "no text occurs twice",
             "trainings": ", ".join(trainings),
             "left out": "words: one answer a text, where each word wants one" if WITHOUT_WORDS in self.notes else "",
@@ -107,6 +108,12 @@ class ExperimentPlan:
             "time": f"about {time}, estimated from a few forward passes on this machine",
         }
         return [(name, text) for name, text in told.items() if text or name == "trainings"]
+
+    def _remedy(self) -> str:
+        """Say what reads all of a text, where some are cut."""
+        read = self.task.kind == "tokens" or self.task.windows or self.task.is_pair
+        is_cut = any(one.cut for one in self.lengths.values())
+        return "; data.long_texts: windows reads all of them" if is_cut and not read else ""
 
     def _labels(self) -> str:
         ordered = [f"{name} {number:,}" for name, number in sorted(self.labels.items(), key=lambda item: -item[1])]
@@ -185,7 +192,7 @@ def _row_seconds(config: Config, looks: Looks, arm: Arm) -> float:
     """Give the seconds of a forward pass over a training text of mean length."""
     look = looks["teacher" if arm in TEACHER_ARMS else "student"]
     max_length = settings_for(config, arm).max_length or look.limit
-    return look.seconds * float(np.minimum(look.lengths, max_length).mean())
+    return look.seconds * float(tokens_read(look.lengths, max_length, window_settings(config.data)).mean())
 
 
 def _text_lengths(look: ModelLook, max_length: int | None) -> TextLengths:

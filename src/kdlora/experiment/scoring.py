@@ -17,11 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Config
 from kdlora.configfile import load_config
-from kdlora.data.batches import tokenise
+from kdlora.data.batches import INPUTS, Collator, tokenise
 from kdlora.data.load import Splits, load_examples
 from kdlora.data.logit_table import as_offsets
 from kdlora.data.spool import label_array, read_column, text_columns
 from kdlora.data.tasks import Task
+from kdlora.data.windows import WindowSettings
 from kdlora.data.word_tokens import word_offsets
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.logits import TeacherLogits
@@ -82,7 +83,7 @@ def evaluate(
     """
     if "label" not in examples.column_names:
         raise DataError("these examples have no labels, so there is nothing to score; use predict")
-    data = tokenise(examples, tokenizer, max_length or tokenizer.model_max_length)
+    data = tokenise(examples, tokenizer, max_length or tokenizer.model_max_length, windows=task.windows)
     logits = predict_logits(model, tokenizer, data)
     return _judge(task, examples, logits if columns is None else logits[:, list(columns)], data.truncated)
 
@@ -150,7 +151,7 @@ def score_model(
         for split, rows in splits_by_name(splits, scored=True).items()
     }
     record = _add_scores(record, splits, results, place)
-    latency = measure_latency(model, tokenizer, splits.validation, max_length=max_length)
+    latency = measure_latency(model, tokenizer, splits.validation, max_length=max_length, windows=splits.task.windows)
     update = {
         "latency": latency,
         "evaluation_seconds": (record.evaluation_seconds or 0.0) + time.perf_counter() - start,
@@ -195,6 +196,7 @@ def measure_latency(
     rows: Dataset,
     *,
     max_length: int,
+    windows: WindowSettings | None = None,
     batch_sizes: Sequence[int] = (1, 32),
     repeats: int = 50,
 ) -> list[Latency]:
@@ -204,6 +206,11 @@ def measure_latency(
     longest = min(max_length, tokenizer.model_max_length)  # what both the caller and the model's positions allow
 
     def encode(numbers: Sequence[int]) -> Mapping[str, Any]:
+        if windows is not None:
+            chosen = rows.select([row % len(rows) for row in numbers])
+            some = tokenise(chosen, tokenizer, longest, windows=windows, quiet=True)
+            made = Collator.of(tokenizer, "single-label", longest)(list(some.dataset))
+            return {name: made[name].to(device) for name in (*INPUTS, "attention_mask") if name in made}
         texts = ([rows[row % len(rows)][name] for row in numbers] for name in columns)
         batch = tokenizer(*texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
         return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,8 @@ from kdlora.configfile import load_config
 from kdlora.data.batches import PAD_MULTIPLE, Tokenised, encode_texts, tokenise
 from kdlora.data.load import Splits
 from kdlora.data.spool import read_texts
-from kdlora.data.tasks import Task
+from kdlora.data.tasks import Task, window_settings
+from kdlora.data.windows import WindowSettings
 from kdlora.defaults import adapter_rate, epochs_for, full_rate
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import resolve_device, resolve_precision
@@ -119,7 +120,7 @@ def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.nd
     device = resolve_device(config.run.device)
     encoder.model.to(device)
     precision = resolve_precision(config.run.precision, config.run.device)[0]
-    by_length = np.argsort(lengths, kind="stable")
+    by_length, windows = np.argsort(lengths, kind="stable"), window_settings(config.data)
     threads, clock = torch.get_num_threads(), time.process_time if device.type == "cpu" else time.perf_counter
 
     def run(tokens: Tokenised) -> float:
@@ -134,15 +135,21 @@ def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.nd
             rows = by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
             some = {name: [column[row] for row in rows] for name, column in texts.items()}
             words = {"starts": [[0]] * count, "ends": [[1]] * count} if encoder.reads_words else {}
-            tokens = tokenise(Dataset.from_dict(some | words), encoder.tokenizer, max_length, quiet=True)
+            rows_read = Dataset.from_dict(some | words)
+            tokens = tokenise(rows_read, encoder.tokenizer, max_length, windows=windows, quiet=True)
             seconds = run(tokens)
             if warm and (seconds > _TIMED_SECONDS or count > 200):
                 seconds = min(seconds, run(tokens), run(tokens))  # what else the machine does can only lengthen one
-                seconds /= float(np.minimum(lengths[rows], max_length).sum())
+                seconds /= float(tokens_read(lengths[rows], max_length, windows).sum())
                 return seconds / threads**_GAIN if device.type == "cpu" else seconds
             count, warm = (count * 4 if warm else count), True
     finally:
         torch.set_num_threads(threads)
+
+
+def tokens_read(lengths: np.ndarray, max_length: int, windows: WindowSettings | None) -> np.ndarray:
+    """Count the tokens that a model reads of texts of these lengths."""
+    return np.minimum(lengths, max_length) if windows is None else windows.count_tokens(lengths, max_length)
 
 
 @dataclass(frozen=True)
@@ -153,9 +160,13 @@ class Chosen:
     rows: Mapping[str, int]  # that an epoch draws, by role
     labels: int
     widths: Mapping[Role, int]  # hidden size of teacher and student, as far as they are models
+    limits: Mapping[str, int] = field(default_factory=dict)  # most tokens that these take
 
     def fill_in(self, config: Config) -> Config:
-        """Settle every `max_length`, `epochs` and learning rate that is null; what is explicit stays."""
+        """Settle every `max_length`, `epochs` and learning rate that is null; what is explicit stays.
+
+        Teacher and student cut texts alike; in windows each reads as much at once as it can.
+        """
         teacher, student = config.teacher, config.student
         wide, narrow = (self.widths.get(role) for role in ("teacher", "student"))
         if student.train.learning_rate is None:  # else a rate that was set holds for the adapters of every model
@@ -165,7 +176,9 @@ class Chosen:
         update = {}
         for role, section in (("teacher", teacher), ("student", student)):
             epochs = epochs_for(role, self.rows[role], self.labels, section.train.batch_size)
-            chosen = {"max_length": self.max_length, "epochs": epochs, "learning_rate": rates[role]}
+            alone = config.data.long_texts == "windows" and role in self.limits
+            longest = min([self.max_length, *([self.limits[role]] if alone else self.limits.values())])
+            chosen = {"max_length": longest, "epochs": epochs, "learning_rate": rates[role]}
             update[role] = section.model_copy(update={"train": _without_null(section.train, **chosen)})
         return config.model_copy(update=update)
 
@@ -183,8 +196,9 @@ def decide(looks: Looks, rows: Mapping[str, int], labels: int) -> Chosen:
     drawn = {"teacher": rows["train"], "student": rows["train"] + rows.get("unlabelled", 0)}
     if not looks:
         return Chosen(LEAST, drawn, labels, {})
-    longest = choose_max_length([one.lengths for one in looks.values()], [one.limit for one in looks.values()])
-    return Chosen(longest, drawn, labels, {role: one.width for role, one in looks.items()})
+    longest = choose_max_length([one.lengths for one in looks.values()], [])
+    widths, limits = ({role: getattr(one, key) for role, one in looks.items()} for key in ("width", "limit"))
+    return Chosen(longest, drawn, labels, widths, limits)
 
 
 def rows_per_epoch(splits: Splits) -> int:

@@ -173,8 +173,12 @@ def check_space(config: Config, search: SearchConfig) -> None:
         )
     faults = []
     for key, one in search.space.items():
-        if key.split(".")[0] not in ("teacher", "student", "lora", "distil"):
-            faults.append(f"{key}: a search is over keys of teacher, student, lora and distil; the rest is the same")
+        windows = key in ("data.window_pool", "data.window_stride")
+        if not windows and key.split(".")[0] not in ("teacher", "student", "lora", "distil"):
+            faults.append(
+                f"{key}: a search is over keys of teacher, student, lora and distil, and data.window_pool and "
+                "data.window_stride; the rest is the same"
+            )
             continue
         for value in one.values if isinstance(one, Choices) else one.ends:
             try:

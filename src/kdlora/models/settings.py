@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdlora.data.windows import is_window_settings
 from kdlora.errors import ModelError
 from kdlora.foreign import Check, is_plain_name, read_front_matter, read_json
 
@@ -35,7 +36,7 @@ def _is_task(value: Any) -> bool:
     if not isinstance(value, dict) or not all(isinstance(value.get(key, ""), str) for key in ("name", "kind")):
         return False
     lists = [value.get(key, []) for key in ("text", "label", "label_names", "metrics")]
-    return all(map(_is_list_of_text, lists)) and len(lists[0]) <= 2
+    return all(map(_is_list_of_text, lists)) and len(lists[0]) <= 2 and is_window_settings(value.get("windows"))
 
 
 TEXT: Check = ("a text", lambda value: isinstance(value, str))
@@ -48,7 +49,7 @@ NUMBER: Check = (
     "a finite number",
     lambda value: isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300,
 )
-TASK: Check = ("a task: an object with lists of texts", _is_task)
+TASK: Check = ("a task: an object with lists of texts, and perhaps settings of windows", _is_task)
 
 
 def content_of_token(token: Any) -> Any:

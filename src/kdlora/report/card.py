@@ -43,6 +43,7 @@ def student_card(
         "metadata": yaml.safe_dump(card_metadata(record, licence), sort_keys=False, allow_unicode=True).strip(),
         "names": Markup(", ").join(map(_code, task.label_types or task.label_names)),
         "types": task.label_types,
+        "windows": task.windows,
         "student": _code(_short(record.student_model)),
         "teacher": _code(_short(record.teacher_model)),
         "licence": licence,

@@ -1,0 +1,92 @@
+"""Texts in windows that teach a model: the loss is of a text's pooled logits, whatever the micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from interruptions import assert_same_bits, weights
+
+from kdlora.data.batches import tokenise
+from kdlora.data.windows import WindowSettings
+from kdlora.distil.inference import predict_logits
+from kdlora.distil.losses import distillation_loss
+
+
+def put_into_windows(setup, examples, settings, max_length):
+    """Give a training the rows of `examples` in windows, or cut where the settings are None."""
+    for name, rows in examples.items():
+        setattr(setup, name, tokenise(rows, setup.encoder.tokenizer, max_length, windows=settings))
+    return setup
+
+
+def logits_by_hand(setup, data, pool):
+    """Run every window alone, and pool."""
+    model, rows = setup.model.eval(), []
+    for row in data.dataset:
+        parts = np.split(np.asarray(row["input_ids"]), np.cumsum(row["windows"])[:-1])
+        with torch.no_grad():
+            found = [model(input_ids=torch.as_tensor(part)[None]).logits[0] for part in parts]
+        rows.append(torch.stack(found).mean(0) if pool == "mean" else torch.stack(found).amax(0))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_texts_of_one_window_train_as_texts_that_are_cut(make_setup, make_examples, tmp_path, pool):
+    """Windows that change anything where no text is long would make figures with and without them incomparable."""
+    rows = {"train": make_examples("single-label", 44), "validation": make_examples("single-label", 30, seed=9)}
+    short = {name: part.filter(lambda row: len(row["text"]) < 100) for name, part in rows.items()}
+    first, second = (
+        put_into_windows(make_setup(), short, windows, 64) for windows in (None, WindowSettings(pool=pool))
+    )
+    assert second.train.dataset["windows"][:] == [[length] for length in first.train.dataset["length"][:]]
+    histories = [setup.run(tmp_path / str(place), distil=None).history for place, setup in enumerate((first, second))]
+    assert histories[0] == histories[1]
+    assert_same_bits(weights(first.model), weights(second.model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool"),
+    [("single-label", "mean"), ("single-label", "max"), ("multi-label", "max"), ("regression", "mean")],
+)
+def test_the_loss_is_of_pooled_logits_whatever_the_micro_batches(make_setup, make_examples, tmp_path, kind, pool):
+    """A loss a window, or windows of a text in two micro-batches, would teach that every part says the label."""
+    rows = {"train": make_examples(kind, 24), "validation": make_examples(kind, 12, seed=9)}
+    outcomes, setups = [], []
+    for tokens in (None, 64):
+        setup = make_setup(kind, dropout=0.0, lora=False, epochs=1, batch_size=24, micro_batch_tokens=tokens)
+        put_into_windows(setup, rows, WindowSettings(4, pool), 16)
+        counts = [len(sizes) for sizes in setup.train.dataset["windows"]]
+        assert min(counts) == 1 or max(counts) > 3
+        by_hand = logits_by_hand(setup, setup.train, pool)
+        found = predict_logits(setup.model, setup.encoder.tokenizer, setup.train, batch_tokens=48)
+        np.testing.assert_allclose(found, by_hand, atol=1e-5)
+        outcomes.append(setup.run(tmp_path / str(tokens), distil=None))
+        setups.append(setup)
+    if kind != "regression":  # whose targets are standardised
+        labels = torch.as_tensor(rows["train"]["label"][:])
+        expected = distillation_loss(by_hand, labels, None, kind=kind).total.mean()
+        assert outcomes[0].history[0]["hard_loss"] == pytest.approx(float(expected), abs=1e-5)
+    losses = [outcome.history[0]["loss"] for outcome in outcomes]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for first, second in zip(*(weights(setup.model).values() for setup in setups), strict=True):
+        torch.testing.assert_close(first, second, atol=2e-4, rtol=1e-3)
+
+
+def test_rows_without_labels_teach_in_windows_too(make_setup, make_examples, tmp_path):
+    """Unlabelled texts that lost their windows would be read as one input longer than the model takes."""
+    setup = make_setup(unlabelled=10, rows=20)
+    cut = dataclasses.replace(setup.train)
+    rows = {"validation": make_examples("single-label", 12, seed=9)}
+    put_into_windows(setup, rows, WindowSettings(), 16)
+    sizes = [[16] * (length // 16) + [length % 16] * (length % 16 > 0) for length in cut.dataset["length"]]
+    setup.train = dataclasses.replace(cut, dataset=cut.dataset.add_column("windows", sizes), max_length=16)
+    widths = []
+    setup.encoder.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: widths.append(args[0].shape[1])
+    )
+    outcome = setup.run(tmp_path)
+    assert outcome.history[-1]["soft_loss"] > 0
+    assert max(widths) == 16

@@ -1,0 +1,234 @@
+"""Texts longer than a model takes, in windows: one answer in training, scoring, labelling, export and prediction."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from experiments import edit_json
+from kdlora.configfile import build_config
+from kdlora.deploy.predict import Classifier
+from kdlora.deploy.stream import predict_file
+from kdlora.errors import ConfigError, ModelError
+from kdlora.evidence.predictions import read_predictions
+from kdlora.experiment.labelling import LabelSettings, label_collection
+from kdlora.experiment.run import run_experiment
+from kdlora.experiment.scoring import evaluate_experiment
+from kdlora.experiment.settle import Chosen
+from kdlora.experiment.study import check_space
+from kdlora.searchconfig import SearchConfig
+from tiny import sentiment_rows, write_csv
+
+pytest_plugins = ["experiment_fixtures"]
+
+TRAIN = {"epochs": 1, "batch_size": 8, "learning_rate": 5e-3}
+WINDOWS = {"long_texts": "windows", "window_pool": "max", "window_stride": 4}
+
+
+def long_rows(count, seed=0):
+    """Rows whose label is in the last sentence; one in four has no other."""
+    rows = sentiment_rows(count, seed)
+    before = "the company said its profit rose by 12 percent in the third quarter "
+    return [row | {"text": before * (place % 4 > 0) + row["text"]} for place, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def values(workshop, tmp_path_factory):
+    """The sections of a config whose teacher reads every text whole, and whose student has windows of 16 tokens."""
+    folder = tmp_path_factory.mktemp("long")
+    files = {name: str(write_csv(folder / f"{name}.csv", long_rows(24, len(name)))) for name in ("train", "validation")}
+    return workshop.values(
+        {
+            "data": files | WINDOWS | {"augment": 1},
+            "teacher": {"train": TRAIN | {"max_length": 64}},
+            "student": {"train": TRAIN | {"max_length": 16}},
+            "run": {"arms": ["fft", "kd-lora"]},
+            "export": {"formats": ["onnx", "onnx-int8"], "min_agreement": 0.5, "max_metric_drop": 50},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def result(values, tmp_path_factory):
+    """A finished experiment."""
+    return run_experiment(build_config(values), tmp_path_factory.mktemp("long-run") / "out")
+
+
+def kept(result, arm):
+    """The logits on which a run was scored."""
+    return read_predictions(result.layout.run(arm, 0).predictions).only("validation").logits
+
+
+def texts_of(values):
+    return [row["text"] for row in long_rows(24, len("validation"))]
+
+
+def test_what_is_scored_exported_and_served_is_one_answer(result, values):
+    """A student that is scored in windows and served cut, or pooled otherwise, is not the one of the report."""
+    texts, layout = texts_of(values), result.layout
+    assert [record.status for record in result.records] == ["finished", "finished"]
+    assert not any(any(record.truncated.values()) for record in result.records)
+    scored = kept(result, "kd-lora")
+    for folder, precision in ((layout.student, "auto"), (layout.onnx, "fp32")):
+        model = Classifier.load(folder, precision=precision)
+        np.testing.assert_allclose(model.predict_logits(texts), scored, atol=1e-4)
+        np.testing.assert_allclose(model.predict_logits(texts, batch_size=1, batch_tokens=1), scored, atol=1e-4)
+    assert "pools their logits (max); the pipeline below cuts it" in (layout.student / "README.md").read_text()
+    int8 = Classifier.load(layout.onnx).predict_logits(texts)
+    assert np.corrcoef(int8.ravel(), scored.ravel())[0, 1] > 0.9
+    again = evaluate_experiment(layout.root, values["data"]["validation"])
+    assert [row["score"] for row in again] == [
+        pytest.approx(next(one.score for one in result.records if one.arm == arm)) for arm in ("kd-lora", "fft")
+    ]
+
+
+def test_a_text_is_pooled_over_windows_that_share_the_stride(result):
+    """Another stride or pool where a text is served than where it was learnt shows in no score."""
+    model = Classifier.load(result.layout.student)
+    assert (model.folder.max_length, model.folder.windows.stride, model.folder.windows.pool) == (16, 4, "max")
+    text = long_rows(2)[1]["text"]
+    [whole] = model.encode([text])
+    ids, step = whole.ids, 16 - 2 - 4
+    own = ids[1:-1]
+    starts = [*range(0, len(own) - 14, step), len(own) - 14]
+    inputs = np.array([[ids[0], *own[start : start + 14], ids[-1]] for start in starts])
+    parts = model.run({"input_ids": inputs, "attention_mask": np.ones_like(inputs)})
+    np.testing.assert_allclose(model.predict_logits([text])[0], parts.max(axis=0), atol=1e-5)
+
+
+def test_the_end_of_a_text_counts_and_a_short_one_is_as_without_windows(result, tmp_path):
+    """A window option that reads the beginning alone looks like one that works."""
+    cut = tmp_path / "cut"
+    shutil.copytree(result.layout.student, cut)
+    task = json.loads((cut / "config.json").read_text())["kdlora_task"]
+    edit_json(cut / "config.json", kdlora_task={key: value for key, value in task.items() if key != "windows"})
+    windows, without = Classifier.load(result.layout.student), Classifier.load(cut)
+    first = "the company said its profit rose by 12 percent in the third quarter "
+    pair = [first + "what a wonderful film", first + "what a dreadful film"]
+    assert np.ptp(windows.predict_logits(pair), axis=0).max() > 1e-4
+    assert np.ptp(without.predict_logits(pair), axis=0).max() == 0
+    short = ["what a wonderful film", "a story"]
+    assert np.array_equal(windows.predict_logits(short), without.predict_logits(short))
+
+
+def test_a_collection_is_labelled_as_the_teacher_was_trained(result, values, tmp_path):
+    """Labels of texts that are cut would teach what the teacher of the experiment never said."""
+    for longest in (64, 16):
+        settings = LabelSettings(max_length=longest, precision="fp32")
+        labelled = label_collection(
+            str(result.layout.teacher), values["data"]["validation"], tmp_path / f"{longest}", settings
+        )
+        assert labelled.truncated == 0
+        table = pq.read_table(next(labelled.folder.glob("*.parquet")))
+        found = np.stack([table[f"logit:{name}"] for name in ("negative", "positive")], axis=1)
+        expected = Classifier.load(result.layout.teacher, max_length=longest).predict_logits(texts_of(values))
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        if longest == 64:
+            np.testing.assert_allclose(found, kept(result, "fft"), atol=1e-4)
+    remedy = r"max_length is 128, but .* reads 64 tokens at most"
+    with pytest.raises(ConfigError, match=remedy):
+        label_collection(str(result.layout.teacher), values["data"]["validation"], tmp_path / "more", LabelSettings())
+
+
+def test_a_file_is_predicted_in_windows(result, values, tmp_path):
+    """A file that is read up to the characters of one window would lose the ends of its texts."""
+    long = "what a wonderful film " * 1200
+    assert len(long) > 20_000
+    rows = [{"id": "1", "text": long + "dreadful " * 3}, {"id": "2", "text": "a story"}]
+    to = tmp_path / "out.jsonl"
+    assert predict_file(result.layout.onnx, write_csv(tmp_path / "in.csv", rows), to).errors == 0
+    model = Classifier.load(result.layout.onnx)
+    first = json.loads(to.read_text().splitlines()[0])
+    expected = model.predict([rows[0]["text"]])[0].probabilities
+    assert [first["probabilities"][name] for name in expected] == pytest.approx(list(expected.values()), abs=1e-5)
+
+
+def test_a_folder_with_windows_that_make_no_sense_is_refused(result, tmp_path):
+    """A file's nonsense ends in a traceback, or is taken for a mean."""
+    folder = tmp_path / "model"
+    shutil.copytree(result.layout.student, folder)
+    task = json.loads((folder / "config.json").read_text())["kdlora_task"]
+    edit_json(folder / "config.json", kdlora_task=task | {"windows": {"stride": "4", "pool": "max"}})
+    with pytest.raises(ModelError, match=r"kdlora_task.*settings of windows"):
+        Classifier.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"data": {"window_stride": 16}}, r"data.window_stride: 16 is not below student.train.max_length \(16\)"),
+        ({"data": {"long_texts": "cut"}}, "are of windows; set data.long_texts to windows"),
+        ({"data": {"window_pool": "sum"}}, "data.window_pool.*'mean' or 'max'"),
+    ],
+)
+def test_faults_of_a_config_are_told_before_anything_is_loaded(values, changes, fault):
+    """A stride that leaves a window where it was would never end; a pool without windows would do nothing."""
+    with pytest.raises(ConfigError, match=fault):
+        build_config(values | {key: values[key] | part for key, part in changes.items()})
+
+
+def test_what_only_data_and_models_tell_stops_the_plan(values, cli, tmp_path):
+    """A run that begins and dies at its first student has cost a teacher."""
+    pairs = write_csv(tmp_path / "pairs.csv", [row | {"other": "a"} for row in long_rows(24)])
+    words = tmp_path / "words.conll"
+    words.write_text("Ada\tB-PER\nmet\tO\n\nOslo\tB-LOC\n\n" * 6)
+    cases = [
+        ({"student": {"train": {"max_length": 65}}}, "max_length is 65, but", "reads 64 tokens at most"),
+        ({"data": {"window_stride": 15}}, "data.window_stride is 15", "set it to 13 at most"),
+        ({"data": {"train": str(pairs)}, "task": {"text": ["text", "other"]}}, "pairs (text, other)", "cut"),
+        ({"data": {"train": str(words), "validation": str(words)}}, "a task of tokens always", "out"),
+    ]
+    for changes, *said in cases:
+        config = {key: dict(part) if isinstance(part, dict) else part for key, part in values.items()}
+        for key, part in changes.items():
+            train = {"train": config[key]["train"] | part["train"]} if "train" in part and key == "student" else part
+            config[key] = config[key] | train
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        ended = cli("run", path, "--out", tmp_path / "out")
+        assert ended.code == 2, said
+        assert all(part in ended.err for part in said), ended.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_names_the_remedy_and_each_model_has_its_own_length(values, cli, tmp_path):
+    """Nobody learns from a share of cut texts that they need not be; a teacher cut like its student is no better."""
+    path = tmp_path / "config.yaml"
+    data = {key: value for key, value in values["data"].items() if not key.startswith(("window", "long"))}
+    open_lengths = {role: values[role] | {"train": TRAIN} for role in ("teacher", "student")}
+    student = {"student": values["student"] | {"train": TRAIN | {"max_length": 16}}}
+    for changes, said in (
+        ({"data": data, **student}, "are cut; data.long_texts: windows reads all of them"),
+        (student, "are read in windows"),
+        ({"data": data, **open_lengths}, "0.0% of the training texts are longer and are cut"),
+    ):
+        path.write_text(yaml.safe_dump(values | changes), encoding="utf-8")
+        line = next(line for line in cli("run", path, "--dry-run").out.splitlines() if line.startswith("max_length"))
+        assert line.endswith(said), line
+    chosen = Chosen(3000, {"teacher": 100, "student": 100}, 2, {}, {"teacher": 8192, "student": 512})
+    for long_texts, lengths in (("cut", (512, 512)), ("windows", (3000, 512))):
+        config = build_config(values | open_lengths | {"data": data | {"long_texts": long_texts}})
+        filled = chosen.fill_in(config)
+        assert (filled.teacher.train.max_length, filled.student.train.max_length) == lengths
+
+
+def test_the_pool_can_be_searched_and_other_keys_of_the_data_cannot(values):
+    """A search over rows would compare trials that saw other data."""
+    check_space(
+        build_config(values), SearchConfig(space={"data.window_pool": ["mean", "max"], "data.window_stride": [0, 4]})
+    )
+    with pytest.raises(ConfigError, match=r"data.augment: a search is over"):
+        check_space(build_config(values), SearchConfig(space={"data.augment": [0, 4]}))
+
+
+def test_a_model_reads_no_more_windows_at_once_than_its_batch_allows(result, values):
+    """All windows of a file in one pass would fill the memory."""
+    model = Classifier.load(result.layout.student)
+    shapes = [arrays["input_ids"].shape for _, arrays in model.batches(texts_of(values), 32, 64)]
+    assert all(rows * width <= 64 for rows, width in shapes)
+    assert sum(rows for rows, _ in shapes) > len(texts_of(values))

@@ -26,7 +26,7 @@ from tiny import sentiment_rows, write_csv
 
 pytest_plugins = ["experiment_fixtures"]
 
-TRAIN = {"epochs": 1, "batch_size": 8, "learning_rate": 5e-3}
+TRAIN = {"epochs": 20, "batch_size": 8, "learning_rate": 5e-3}
 WINDOWS = {"long_texts": "windows", "window_pool": "max", "window_stride": 4}
 
 
@@ -41,13 +41,14 @@ def long_rows(count, seed=0):
 def values(workshop, tmp_path_factory):
     """The sections of a config whose teacher reads every text whole, and whose student has windows of 16 tokens."""
     folder = tmp_path_factory.mktemp("long")
-    files = {name: str(write_csv(folder / f"{name}.csv", long_rows(24, len(name)))) for name in ("train", "validation")}
+    files = {name: str(write_csv(folder / f"{name}.csv", long_rows(32, len(name)))) for name in ("train", "validation")}
     return workshop.values(
         {
-            "data": files | WINDOWS | {"augment": 1},
-            "teacher": {"train": TRAIN | {"max_length": 64}},
-            "student": {"train": TRAIN | {"max_length": 16}},
-            "run": {"arms": ["fft", "kd-lora"]},
+            "data": files | WINDOWS,
+            "teacher": {"train": TRAIN | {"epochs": 4, "max_length": 64}},
+            "student": {"full_learning_rate": 1e-2, "train": TRAIN | {"max_length": 16}},
+            "distil": {"alpha": 0.9},
+            "run": {"arms": ["fft", "kd-fft"]},
             "export": {"formats": ["onnx", "onnx-int8"], "min_agreement": 0.5, "max_metric_drop": 50},
         }
     )
@@ -65,7 +66,7 @@ def kept(result, arm):
 
 
 def texts_of(values):
-    return [row["text"] for row in long_rows(24, len("validation"))]
+    return [row["text"] for row in long_rows(32, len("validation"))]
 
 
 def test_what_is_scored_exported_and_served_is_one_answer(result, values):
@@ -73,7 +74,8 @@ def test_what_is_scored_exported_and_served_is_one_answer(result, values):
     texts, layout = texts_of(values), result.layout
     assert [record.status for record in result.records] == ["finished", "finished"]
     assert not any(any(record.truncated.values()) for record in result.records)
-    scored = kept(result, "kd-lora")
+    scored = kept(result, "kd-fft")
+    assert result.records[-1].score > 70  # which the beginnings of the texts cannot give
     for folder, precision in ((layout.student, "auto"), (layout.onnx, "fp32")):
         model = Classifier.load(folder, precision=precision)
         np.testing.assert_allclose(model.predict_logits(texts), scored, atol=1e-4)
@@ -83,7 +85,7 @@ def test_what_is_scored_exported_and_served_is_one_answer(result, values):
     assert np.corrcoef(int8.ravel(), scored.ravel())[0, 1] > 0.9
     again = evaluate_experiment(layout.root, values["data"]["validation"])
     assert [row["score"] for row in again] == [
-        pytest.approx(next(one.score for one in result.records if one.arm == arm)) for arm in ("kd-lora", "fft")
+        pytest.approx(next(one.score for one in result.records if one.arm == arm)) for arm in ("kd-fft", "fft")
     ]
 
 
@@ -110,7 +112,7 @@ def test_the_end_of_a_text_counts_and_a_short_one_is_as_without_windows(result, 
     windows, without = Classifier.load(result.layout.student), Classifier.load(cut)
     first = "the company said its profit rose by 12 percent in the third quarter "
     pair = [first + "what a wonderful film", first + "what a dreadful film"]
-    assert np.ptp(windows.predict_logits(pair), axis=0).max() > 1e-4
+    assert np.ptp(windows.predict_logits(pair), axis=0).max() > 1e-2
     assert np.ptp(without.predict_logits(pair), axis=0).max() == 0
     short = ["what a wonderful film", "a story"]
     assert np.array_equal(windows.predict_logits(short), without.predict_logits(short))
@@ -137,15 +139,15 @@ def test_a_collection_is_labelled_as_the_teacher_was_trained(result, values, tmp
 
 def test_a_file_is_predicted_in_windows(result, values, tmp_path):
     """A file that is read up to the characters of one window would lose the ends of its texts."""
-    long = "what a wonderful film " * 1200
-    assert len(long) > 20_000
-    rows = [{"id": "1", "text": long + "dreadful " * 3}, {"id": "2", "text": "a story"}]
-    to = tmp_path / "out.jsonl"
-    assert predict_file(result.layout.onnx, write_csv(tmp_path / "in.csv", rows), to).errors == 0
-    model = Classifier.load(result.layout.onnx)
-    first = json.loads(to.read_text().splitlines()[0])
-    expected = model.predict([rows[0]["text"]])[0].probabilities
-    assert [first["probabilities"][name] for name in expected] == pytest.approx(list(expected.values()), abs=1e-5)
+    first = "the company said its profit rose by 12 percent in the third quarter"
+    rows = [{"id": "1", "text": f"{first}{' ' * 25_000}what a dreadful film"}]
+    to, folder = tmp_path / "out.jsonl", result.layout.onnx / "model.onnx"
+    assert predict_file(folder, write_csv(tmp_path / "in.csv", rows), to).errors == 0
+    found = json.loads(to.read_text())["probabilities"]
+    said = Classifier.load(folder).predict([f"{first} what a dreadful film", first])
+    whole, beginning = (one.probabilities for one in said)
+    assert found == pytest.approx(whole, abs=1e-5)
+    assert found != pytest.approx(beginning, abs=1e-3)
 
 
 def test_a_folder_with_windows_that_make_no_sense_is_refused(result, tmp_path):

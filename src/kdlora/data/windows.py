@@ -60,7 +60,7 @@ class WindowSettings:
             return logits
         if self.pool == "max":
             return np.maximum.reduceat(logits, starts, axis=0)
-        return np.add.reduceat(logits, starts, axis=0) / numbers[:, None].astype(np.float32)
+        return np.asarray(np.add.reduceat(logits, starts, axis=0) / numbers[:, None], np.float32)
 
 
 def is_window_settings(values: Any) -> bool:

@@ -172,11 +172,11 @@ class Classifier(Network):
         windows, longest = self.folder.windows, self.folder.max_length
         most = most_characters(longest, windows)
         cut = [text[:most] if isinstance(text, str) else (text[0][:most], text[1][:most]) for text in texts]
-        parts: list[Encoding | Window] = list(self.encode(cut))
+        whole = self.encode(cut)
         if windows is None:
-            return parts, [1] * len(parts)
-        cuts = [windows.cut(one.special_tokens_mask, longest)[0] for one in parts]
-        arrays = [(np.asarray(one.ids), np.asarray(one.type_ids)) for one in parts]
+            return list(whole), [1] * len(whole)
+        cuts = [windows.cut(one.special_tokens_mask, longest)[0] for one in whole]
+        arrays = [(np.asarray(one.ids), np.asarray(one.type_ids)) for one in whole]
         read = [Window(ids[one], types[one]) for (ids, types), own in zip(arrays, cuts, strict=True) for one in own]
         return list(read), list(map(len, cuts))
 

@@ -160,7 +160,7 @@ class Chosen:
     rows: Mapping[str, int]  # that an epoch draws, by role
     labels: int
     widths: Mapping[Role, int]  # hidden size of teacher and student, as far as they are models
-    limits: Mapping[str, int] = field(default_factory=dict)  # most tokens that these take
+    limits: Mapping[Role, int] = field(default_factory=dict)  # most tokens that these take
 
     def fill_in(self, config: Config) -> Config:
         """Settle every `max_length`, `epochs` and learning rate that is null; what is explicit stays.
@@ -176,8 +176,8 @@ class Chosen:
         update = {}
         for role, section in (("teacher", teacher), ("student", student)):
             epochs = epochs_for(role, self.rows[role], self.labels, section.train.batch_size)
-            alone = config.data.long_texts == "windows" and role in self.limits
-            longest = min([self.max_length, *([self.limits[role]] if alone else self.limits.values())])
+            own = [limit for name, limit in self.limits.items() if name == role or config.data.long_texts == "cut"]
+            longest = min([self.max_length, *own])
             chosen = {"max_length": longest, "epochs": epochs, "learning_rate": rates[role]}
             update[role] = section.model_copy(update={"train": _without_null(section.train, **chosen)})
         return config.model_copy(update=update)
@@ -197,8 +197,8 @@ def decide(looks: Looks, rows: Mapping[str, int], labels: int) -> Chosen:
     if not looks:
         return Chosen(LEAST, drawn, labels, {})
     longest = choose_max_length([one.lengths for one in looks.values()], [])
-    widths, limits = ({role: getattr(one, key) for role, one in looks.items()} for key in ("width", "limit"))
-    return Chosen(longest, drawn, labels, widths, limits)
+    widths = {role: one.width for role, one in looks.items()}
+    return Chosen(longest, drawn, labels, widths, {role: one.limit for role, one in looks.items()})
 
 
 def rows_per_epoch(splits: Splits) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import read_rows
+from fabricate import make_experiment
 from kdlora import demo
 from kdlora.errors import ArtifactError
 from kdlora.experiment.run import plan_runs
+
+pytest_plugins = ["experiment_fixtures"]
 
 WEIGHTS = b"not really weights"
 SETUP = b"import os; open(os.environ['TRAP'], 'w')\n"
@@ -179,3 +183,26 @@ def test_the_cache_folder_can_be_chosen(monkeypatch):
     assert demo.cache_folder() == Path("/somewhere/cache/kdlora")
     monkeypatch.setenv("KDLORA_CACHE", "~/models")
     assert demo.cache_folder() == Path.home() / "models"
+
+
+def test_a_demo_without_a_page_is_a_demo(monkeypatch, tmp_path, cli):
+    """An hour of training that ends as a failure, since a registry of JavaScript packages did not answer."""
+    layout = make_experiment(tmp_path / "demo", arms=("fft", "kd-lora"), seeds=(0,), rows=40)
+    layout.results.write_text('{"runs": []}', encoding="utf-8")
+    done = SimpleNamespace(layout=layout, folder=layout.root, shipped=object(), failed=())
+    monkeypatch.setattr(demo, "demo_config", lambda: None)
+    monkeypatch.setattr("kdlora.system.children.prepare_children", lambda *_: None)
+    monkeypatch.setattr("kdlora.experiment.run.run_experiment", lambda *_, **__: done)
+
+    def refuse(*_):
+        raise ArtifactError("no registry answers")
+
+    monkeypatch.setattr("kdlora.deploy.webpage.write_web_page", refuse)
+    told = cli("demo", "--json")
+    assert told.code == 0
+    assert "no page for the browser was built: no registry answers" in told.err
+    assert json.loads(told.out)["folder"] == str(layout.root)
+    assert not layout.page.exists()
+    monkeypatch.setattr("kdlora.deploy.webpage.write_web_page", lambda _, to: (to.mkdir(), (to / "index.html").touch()))
+    assert "no page" not in cli("demo", "--json").err
+    assert layout.report_html.exists(), "the report is written again, with its link"

@@ -22,6 +22,7 @@ from typing import IO
 from kdlora.config import Config
 from kdlora.configfile import build_config
 from kdlora.errors import ArtifactError
+from kdlora.system.environment import cache_folder
 from kdlora.system.storage import atomic_folder
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,6 @@ NEUTRAL_BAND = 1.0
 """Reviews whose mean rating lies strictly between -1 and 1 are left out."""
 _ROWS_USED = 1500
 TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 3000, 1000, 1000
-
-
-def cache_folder() -> Path:
-    """Folder that keeps the demo's downloads: `KDLORA_CACHE`, else the user's cache folder."""
-    if "KDLORA_CACHE" in os.environ:
-        return Path(os.environ["KDLORA_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "kdlora"
 
 
 def demo_config() -> Config:

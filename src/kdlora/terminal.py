@@ -6,6 +6,7 @@ Light: the packages that load torch are imported where they are needed.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
@@ -161,4 +162,6 @@ def print_result(result: ExperimentResult) -> None:
             console.tell(choice.sentence)
         if layout.onnx.exists():
             console.tell(f"onnx     {layout.onnx}")
+        if layout.page.exists():
+            console.tell(f"page     python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(layout.page))}")
     console.tell(f"report   {layout.report_html}")

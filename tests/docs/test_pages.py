@@ -14,7 +14,12 @@ from experiments import write_lines
 
 RUNNER = Path(__file__).with_name("run_page.py")
 PAGES = [page for page in pages() if any(block.is_run for block in read_blocks(page))]
-NEEDS = {"serve.md": ("node", "npm", "curl"), "tokens.md": ("node", "npm"), "tutorial.md": ("curl",)}
+NEEDS = {
+    "serve.md": ("node", "npm", "curl"),
+    "tokens.md": ("node", "npm"),
+    "browser.md": ("npm", "curl"),
+    "tutorial.md": ("curl",),
+}
 
 
 def give_data(folder):

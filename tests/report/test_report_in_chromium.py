@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import base64
 import re
-import shutil
-import socketserver
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 import fabricate
+from chromium import NEEDS_CHROMIUM, Server, open_browser, serious_faults, serve_folder, show, weak_texts
 from fabricate import ARMS, PAIRS, SIMILARITY, TAGS, make_experiment, ship
 from kdlora.data.tasks import Task
 from kdlora.report.compare import compare
 from kdlora.report.report import make_report
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not BROWSER or not DRIVER, reason="needs chromium and chromedriver (Debian: chromium-driver)"),
+    NEEDS_CHROMIUM,
 ]
 
 HOSTILE = (
@@ -38,34 +30,12 @@ HOSTILE = (
     "a label that is very long indeed, much longer than any column of a table has room for on a telephone",
     "Donaudampfschifffahrtsgesellschaftskapitänsmützenabzeichenverordnungsparagraph",
 )
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-)
-
-
-class _Handler(SimpleHTTPRequestHandler):
-    """Serves a folder and remembers what was asked for."""
-
-    asked: list[str]
-
-    def do_GET(self) -> None:
-        self.server.asked.append(self.path)  # type: ignore[attr-defined]
-        super().do_GET()
-
-    def log_message(self, *arguments: object) -> None:
-        return
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    yield driver
-    driver.quit()
+    with open_browser(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -88,26 +58,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(pages: Path) -> Iterator[socketserver.ThreadingTCPServer]:
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), partial(_Handler, directory=str(pages))) as serving:
-        serving.daemon_threads = True
-        serving.asked = []  # type: ignore[attr-defined]
-        threading.Thread(target=serving.serve_forever, daemon=True).start()
+def server(pages: Path) -> Iterator[Server]:
+    with serve_folder(pages) as serving:
         yield serving
-        serving.shutdown()
 
 
 NAMES = ("hostile", "mrpc", "stsb", "tags", "spans", "both", "compared")
 
 
-def _show(
-    browser: webdriver.Chrome, server: socketserver.TCPServer, name: str, width: int, scheme: str = "light"
-) -> None:
-    features = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", features)
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get(f"http://127.0.0.1:{server.server_address[1]}/{name}/report.html")
+def _show(browser: webdriver.Chrome, server: Server, name: str, width: int, scheme: str = "light") -> None:
+    show(browser, f"{server.address}/{name}/report.html", width, scheme)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -185,60 +145,23 @@ def test_texts_in_plots_do_not_overlap(browser, server, name, width):
 def test_text_can_be_read_in_light_and_dark(browser, server, scheme):
     """Grey on grey: WCAG asks for a contrast of 4.5."""
     _show(browser, server, "mrpc", 1280, scheme)
-    weak = browser.execute_script(
-        """
-        const parts = text => text.match(/[\\d.]+/g).map(Number);
-        const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
-          .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-          .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-        const behind = e => { for (; e; e = e.parentElement) {
-          const back = getComputedStyle(e).backgroundColor; if (parts(back)[3] !== 0) return back; } };
-        return [...document.querySelectorAll('p, td, th, dt, dd, figcaption, summary, li, a, h1, h2, h3, h4, text')]
-          .filter(e => e.textContent.trim() && !e.closest('.skip'))
-          .filter(e => !e.getAttribute('style')?.includes('fill: var(--card)'))
-          .map(e => { const own = getComputedStyle(e);
-            const front = light(parts(e.tagName === 'text' ? own.fill : own.color)), back = light(parts(behind(e)));
-            return [(Math.max(front, back) + .05) / (Math.min(front, back) + .05), e.outerHTML.slice(0, 80)]; })
-          .filter(([ratio]) => ratio < 4.5);
-        """
-    )
-    assert weak == []
+    assert weak_texts(browser) == []
     back = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (int(back.split("(")[1].split(",")[0]) < 100) == (scheme == "dark")
-
-
-def _serious_faults(browser: webdriver.Chrome) -> list[str]:
-    """Run axe-core's rules; say what is serious or critical."""
-    import axe_core_python
-
-    script = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
-    browser.execute_cdp_cmd("Runtime.evaluate", {"expression": script})
-    found = browser.execute_async_script(
-        "const done = arguments[arguments.length - 1];"
-        "axe.run(document, {resultTypes: ['violations']}).then(done, error => done({error: String(error)}))"
-    )
-    assert "error" not in found, found
-    assert len(found["passes"]) > 15, "axe looked at the page"
-    return [
-        f"{fault['id']}: {node['html'][:160]}"
-        for fault in found["violations"]
-        if fault["impact"] in ("serious", "critical")
-        for node in fault["nodes"][:3]
-    ]
 
 
 @pytest.mark.parametrize(("name", "scheme"), [*((name, "light") for name in NAMES), ("mrpc", "dark")])
 def test_axe_finds_no_serious_fault(browser, server, name, scheme):
     """A plot without words, a table without headers, text too pale: some readers get nothing."""
     _show(browser, server, name, 1280, scheme)
-    assert _serious_faults(browser) == []
+    assert serious_faults(browser) == []
 
 
 def test_axe_is_able_to_find_faults(browser, server):
     """A checker that was not loaded finds nothing wrong."""
     _show(browser, server, "mrpc", 1280)
     browser.execute_script("document.documentElement.lang = ''; document.querySelector('main a').textContent = ''")
-    assert _serious_faults(browser)
+    assert serious_faults(browser)
 
 
 def _column(browser: webdriver.Chrome, table: int, column: int) -> list[str]:

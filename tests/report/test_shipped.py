@@ -210,3 +210,14 @@ def test_what_the_deployment_writes_can_be_read(layout):
     assert not found.faults
     assert found.benchmark == result
     assert found.export == replace(export, attempts=(replace(stage, largest_difference=None),))
+
+
+def test_the_report_leads_to_the_page_for_the_browser(layout):
+    """A page that nobody finds; a link to one that is not there."""
+    ship(layout)
+    assert "http.server" not in _report(layout).html
+    layout.page.mkdir()
+    (layout.page / "index.html").touch()
+    html = _report(layout).html
+    assert 'href="page/index.html"' in html
+    assert "python -m http.server -d page" in html

@@ -15,11 +15,12 @@ from typer import Argument, Exit, Option
 
 from kdlora.cli.app import Json, Out, Set, Text, app, completing, print_json, print_table, verb
 from kdlora.defaults import FAMILIES
-from kdlora.errors import ConfigError
+from kdlora.errors import ConfigError, KdLoraError, harmless
 from kdlora.terminal import SafeConsole, live_progress, print_plan, print_result
 
 if TYPE_CHECKING:
     from kdlora.config import Config
+    from kdlora.evidence.records import ExperimentLayout
     from kdlora.experiment.preview import ExperimentPlan
 
 _HOURS_UNASKED = 4.0
@@ -104,13 +105,13 @@ def run(options: Run) -> None:
 
 @app.command()
 def demo(out: Out = None, as_json: Json = False) -> None:
-    """Run an experiment on film reviews with a small encoder, both downloaded from the package index.
+    """Run an experiment on film reviews with a small encoder, both downloaded, and write a page to try the student.
 
     Example: kdlora demo
     """
     from kdlora.demo import demo_config
 
-    _run(demo_config(), out, as_json, yes=True)
+    _run(demo_config(), out, as_json, yes=True, page=True)
 
 
 @app.command()
@@ -201,7 +202,7 @@ def _dry_run(config: Config, out: Path | None, as_json: bool) -> None:
     print_json(plan.to_dict()) if as_json else print_plan(plan, SafeConsole())
 
 
-def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool) -> None:
+def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool, page: bool = False) -> None:
     from kdlora.system.children import prepare_children
     from kdlora.system.launch import read_launch
 
@@ -221,9 +222,24 @@ def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool) -> None:
         raise Exit(1 if run_experiment(config, out).failed else 0)
     with live_progress() as listen:
         result = run_experiment(config, out, listen=listen, before=announce)
+    if page and result.shipped is not None and not result.layout.page.exists():
+        _add_page(result.layout)
     if as_json:
         results = json.loads(result.layout.results.read_text(encoding="utf-8"))
         print(json.dumps({"folder": str(result.folder), **results}))
     else:
         print_result(result)
     raise Exit(1 if result.failed else 0)
+
+
+def _add_page(layout: ExperimentLayout) -> None:
+    """Put a page for the browser beside the report, or say why there is none."""
+    from kdlora.deploy.webpage import write_web_page
+    from kdlora.report.report import make_report
+
+    try:
+        write_web_page(layout.root, layout.page)
+    except (KdLoraError, OSError) as error:
+        print(harmless(f"no page for the browser was built: {error}"), file=sys.stderr)
+    else:
+        make_report([layout.root])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -137,6 +138,9 @@ def export(
         ),
     ] = "all",
     data: Annotated[str | None, Option(help="Labelled file for the checks. Default: the validation rows.")] = None,
+    web: Annotated[
+        bool, Option("--web", help="Write a page for the browser, of an export or an experiment that has one.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Export to ONNX and int8. Each file is compared with the one before it, and refused if it differs too much.
@@ -144,7 +148,14 @@ def export(
     Example: kdlora export runs/mrpc --to mrpc-onnx
 
     Example: kdlora export runs/mrpc/student --to mrpc-onnx --data validation.csv
+
+    Example: kdlora export runs/mrpc --to mrpc-page --web
     """
+    if web:
+        if data is not None or formats != "all":
+            raise ConfigError("--web takes what is exported already; leave --data and --format out")
+        _export_page(model, to, as_json)
+        return
     from kdlora.experiment.deployment import export_model
 
     result = export_model(model, to, formats=formats, data=data)
@@ -158,6 +169,17 @@ def export(
         rows.append((stage.stage, stage.reference, score, difference, f"{stage.agreement:.2%}"))
     print_table(("stage", "against", "score", "largest logit difference", "same predictions"), rows)
     print(f"in {result.folder}" + (f"; int8 by {result.recipe}" if result.recipe else ""))
+
+
+def _export_page(model: Path, to: Path, as_json: bool) -> None:
+    from kdlora.deploy.webpage import write_web_page
+
+    page = write_web_page(model, to)
+    if as_json:
+        print_json(asdict(page))
+        return
+    print(f"{page.model} in {page.folder}, {page.size_bytes / 1e6:.1f} MB that a browser loads")
+    print(f"serve it, for example: python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(page.folder))}")
 
 
 @app.command()

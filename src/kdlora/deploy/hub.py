@@ -49,6 +49,13 @@ def locate_model(name: str | Path, *, revision: str | None = None) -> Path:
     return snapshot / inner
 
 
+def locate_export(name: str | Path) -> Path:
+    """Find a model likewise; of an experiment, the export where there is one."""
+    path = locate_model(name)
+    export = ExperimentLayout(path).onnx
+    return export if (export / "config.json").is_file() else path
+
+
 def _download(repo: str, revision: str | None, inner: str) -> Path:
     """Fetch the files of a model, and nothing that runs code; what is in the cache is not fetched again."""
     from huggingface_hub import snapshot_download

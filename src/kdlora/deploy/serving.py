@@ -27,10 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.requests import ClientDisconnect
 
 from kdlora.deploy.folder import Runtime
-from kdlora.deploy.hub import locate_model
+from kdlora.deploy.hub import locate_export
 from kdlora.deploy.predict import Classifier, Prediction, Text, check_text
 from kdlora.errors import ConfigError, DataError, KdLoraError
-from kdlora.evidence.records import ExperimentLayout
 
 logger = logging.getLogger(__name__)
 
@@ -238,8 +237,7 @@ def name_models(models: Sequence[str]) -> dict[str, Path]:
             name, place = Path(model.partition("@")[0]).name, model
         if not name or name in found:
             raise ConfigError(f"serve: two models are named {name!r}; give each its own: NAME=FOLDER")
-        layout = ExperimentLayout(path := locate_model(place))
-        found[name] = layout.onnx if (layout.onnx / "config.json").is_file() else path
+        found[name] = locate_export(place)
     return found
 
 

@@ -163,6 +163,7 @@ class ExperimentLayout:
     student = _Inside("student")  # what ships, merged
     adapter = _Inside("adapter")  # of what ships
     onnx = _Inside("student-onnx")  # what ships, for ONNX Runtime
+    page = _Inside("page")  # what ships, for a browser; the demo makes it
     export_record = _Inside("kdlora_export.json", of="onnx")  # how the files there were made and checked
     benchmark = _Inside("benchmark.json")  # teacher and student as they are shipped, measured side by side
     deferral = _Inside("defer.json")  # the error rate that is promised, and what each model would have to hand on

@@ -155,7 +155,7 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
     notes: list[str] = []
     if not _holds(layout.exported, _mark(config, layout)):
         # Nothing of an earlier deployment may stand beside a new export, or be taken for one.
-        for place in (layout.deployed, layout.exported, layout.benchmark, layout.onnx):
+        for place in (layout.deployed, layout.exported, layout.benchmark, layout.onnx, layout.page):
             remove(place)
         notes += forget_decisions(config, layout)
         save_temperature(layout.student, 1.0)

@@ -48,6 +48,9 @@ def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Bloc
     if shipped is None:
         return []
     blocks: list[Block | None] = [Paragraph(fault, "warning") for fault in shipped.faults]
+    if (page := shipped.layout.page / "index.html").is_file():
+        how = f"a page for the browser, once its folder is served: python -m http.server -d {shipped.layout.page.name}"
+        blocks.append(Tiles((Tile("Try it", links.file(page), how, links.file(page)),)))
     if shipped.models:
         blocks += [_model_table(shipped, links), *_plots(experiment, shipped, mark), _grid_table(shipped)]
     if shipped.export is not None:

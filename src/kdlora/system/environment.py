@@ -1,4 +1,4 @@
-"""What a run was made with: library versions, machine, state of the working tree; and this process's memory."""
+"""What a run was made with: library versions, machine, state of the working tree; this process's memory; the cache."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ from typing import Any
 
 _PACKAGES: tuple[str, ...] = ("kdlora", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers")
 _PACKAGES += ("safetensors", "numpy", "scikit-learn", "scipy")
+
+
+def cache_folder() -> Path:
+    """Folder that keeps downloads: `KDLORA_CACHE`, else the user's cache folder."""
+    if "KDLORA_CACHE" in os.environ:
+        return Path(os.environ["KDLORA_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "kdlora"
 
 
 def collect_versions() -> dict[str, str]:

@@ -37,18 +37,17 @@ _FOREIGN_SECONDS = 24 * 3600.0
 def check_folder(folder: Path, kind: str) -> None:
     """See that a folder is new, empty, or ours and of this kind; nothing is changed."""
     if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file; name a folder with --out")
+        raise ArtifactError(f"{folder} is a file; name a folder")
     # What a call that came to nothing left in a new folder is no content.
     if not folder.exists() or all(entry.name == ".lock" or is_ours_by_name(entry) for entry in folder.iterdir()):
         return
     found = read_manifest(folder)
     if found is None and not _is_of_an_earlier_version(folder, kind):
         raise ArtifactError(
-            f"{folder} is not empty and holds no {MANIFEST}, so it is no {kind}'s folder; name another with --out, or "
-            "empty it"
+            f"{folder} is not empty and holds no {MANIFEST}, so it is no {kind}'s folder; name another, or empty it"
         )
     if found is not None and found["kind"] != kind:
-        raise ArtifactError(f"{folder} is the folder of a {found['kind']}, not of a {kind}; name another with --out")
+        raise ArtifactError(f"{folder} is the folder of a {found['kind']}, not of a {kind}; name another")
     if (link := _find_link(folder)) is not None:
         raise ArtifactError(f"{link} is a link, and kdlora writes through none; put what it names in its place")
 

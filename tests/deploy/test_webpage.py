@@ -1,0 +1,326 @@
+"""A page for the browser: its files and refusals; in Chromium, its answers beside Python's, and its use by all."""
+
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import tarfile
+from dataclasses import replace
+
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+import tiny
+from chromium import NEEDS_CHROMIUM, open_browser, serious_faults, serve_folder, show, weak_texts
+from deploy_folders import LONG, PROBLEMS, TEXTS, build_classifier
+from kdlora.deploy import webpage
+from kdlora.deploy.decisions import Decisions, write_decisions
+from kdlora.deploy.export import export_onnx
+from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TOKENIZER, read_model_folder
+from kdlora.deploy.predict import Classifier
+from kdlora.deploy.webpage import write_web_page
+from kdlora.errors import ArtifactError, ModelError
+from kdlora.evidence.defer import Promise
+from scripts import SENTENCES, texts_of_scripts
+
+pytest_plugins = ["experiment_fixtures"]
+
+
+HOSTILE = ("<img src=x onerror=document.title=1>", "plain", "“quoted” & more")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """An int8 export whose vocabulary has twelve scripts, and labels that are markup."""
+    root = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "OTHER_TEXT", (*tiny.OTHER_TEXT, *SENTENCES.values(), *texts_of_scripts(4, seed=1)))
+        model = build_classifier("bert", root / "model", names=HOSTILE)
+    return export_onnx(model, root / "onnx", texts=TEXTS, min_agreement=0.5).folder
+
+
+def foreign(folder, copy, *, tokenizer=None, **config):
+    """Copy an export as another tool would have made it, with another tokenizer or other settings."""
+    shutil.copytree(folder, copy)
+    (copy / EXPORT_RECORD).unlink()
+    if tokenizer is not None:
+        tokenizer.save(str(copy / TOKENIZER))
+    settings = json.loads((copy / CONFIG_FILE).read_text(encoding="utf-8"))
+    (copy / CONFIG_FILE).write_text(json.dumps(settings | config), encoding="utf-8")
+    return copy
+
+
+def pack(content):
+    """Make an archive as the npm registry has them."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for name in content:
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(name)
+            archive.addfile(member, io.BytesIO(name.encode()))
+    return file.getvalue()
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """A registry on this machine with small archives of the right form."""
+    shelf = tmp_path / "registry"
+    small = []
+    for package in webpage._PACKAGES:
+        content = pack(package.files)
+        place = shelf / package.name / "-" / f"{package.name.split('/')[-1]}-{package.version}.tgz"
+        place.parent.mkdir(parents=True)
+        place.write_bytes(content)
+        small.append(replace(package, sha256=hashlib.sha256(content).hexdigest()))
+    monkeypatch.setattr(webpage, "_PACKAGES", tuple(small))
+    monkeypatch.setenv("KDLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with serve_folder(shelf) as server:
+        monkeypatch.setenv("NPM_CONFIG_REGISTRY", f"{server.address}/")
+        server.shelf = shelf
+        yield server
+
+
+def test_the_packages_are_fetched_once_and_the_page_can_be_written_again(registry, world, tmp_path, cli):
+    """A page that lacks a file shows nothing but `loading`; 33 MB that are fetched for every page."""
+    folder, page = world, tmp_path / "page"
+    for _ in range(2):
+        done = cli("export", folder, "--to", page, "--web")
+        assert done.code == 0, done.err
+    assert len(registry.asked) == len(webpage._PACKAGES)
+    assert {path.name for path in page.iterdir()} == webpage._NAMES
+    assert (page / "ort.js").read_text() == "dist/ort.wasm.bundle.min.mjs"
+    assert (page / "model.onnx").read_bytes() == (folder / "model_quantized.onnx").read_bytes()
+    assert "http.server" in done.out
+    (page / "thesis.txt").touch()
+    with pytest.raises(ArtifactError, match=r"thesis\.txt is no file of a page"):
+        write_web_page(folder, page)
+    with pytest.raises(ArtifactError, match="not empty"):
+        write_web_page(folder, folder)
+
+
+def test_an_exchanged_archive_is_neither_opened_nor_kept(registry, world, tmp_path, monkeypatch):
+    """Somebody's script in every page that is written from then on."""
+    for archive in registry.shelf.rglob("*.tgz"):
+        archive.write_bytes(archive.read_bytes() + b"!")
+    with pytest.raises(ArtifactError, match="expected SHA-256"):
+        write_web_page(world, tmp_path / "page")
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_the_message_says_how_to_bring_the_packages(registry, world, tmp_path, monkeypatch, offline):
+    """A page cannot be built on a server without a network, and nobody knows which files to copy where."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", f"{registry.address}/nowhere")
+    with pytest.raises(ArtifactError) as caught:
+        write_web_page(world, tmp_path / "page")
+    for part in ("npm pack onnxruntime-web@", "@huggingface/tokenizers@", str(tmp_path / "cache" / "web")):
+        assert part in str(caught.value)
+    assert ("HF_HUB_OFFLINE is set" in str(caught.value)) == offline
+    assert len(registry.asked) == (0 if offline else 1)
+
+
+def test_what_has_no_page_is_refused(world, tmp_path, cli):
+    """A page of a model that it cannot run, or that shows labels of texts where the model has those of words."""
+    with pytest.raises(ModelError, match="kdlora redact"):
+        write_web_page(
+            foreign(world, tmp_path / "tags", architectures=["BertForTokenClassification"]), tmp_path / "page"
+        )
+    with pytest.raises(ModelError, match=r"kdlora export .* --to FOLDER"):
+        write_web_page(world.with_name("model"), tmp_path / "page")
+    done = cli("export", world, "--to", tmp_path / "page", "--web", "--format", "onnx")
+    assert (done.code, "leave --data and --format out" in done.err) == (2, True)
+    assert not (tmp_path / "page").exists()
+
+
+ASK = (
+    "const [texts, done] = arguments; import('./classify.js').then(async ({load}) => { const model = await load();"
+    "const found = []; for (const one of texts) found.push(await model.answer(one)); done(found) })"
+    ".catch(error => done(String(error)))"
+)
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """A cache with the real archives, which npm fetches or has."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "web").mkdir()
+    wanted = [f"{package.name}@{package.version}" for package in webpage._PACKAGES]
+    npm = shutil.which("npm")
+    command = [npm, "pack", "--prefer-offline", "--silent", "--pack-destination", str(cache / "web"), *wanted]
+    if npm is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip(f"needs npm, and a registry that has {' and '.join(wanted)}")
+    return cache
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with open_browser(tmp_path_factory.mktemp("chromium")) as driver:
+        driver.set_script_timeout(60)
+        yield driver
+
+
+@pytest.fixture
+def page(packages, browser, tmp_path, monkeypatch):
+    """`page(folder)` writes a page, serves it and opens it; it gives the server."""
+    monkeypatch.setenv("KDLORA_CACHE", str(packages))
+    serving = []
+
+    def give(folder, width=1280, scheme="light"):
+        write_web_page(folder, tmp_path / "page")
+        serving.append(serve_folder(tmp_path / "page"))
+        server = serving[0].__enter__()
+        browser.get_log("browser")
+        show(browser, f"{server.address}/index.html", width, scheme)
+        wait(browser, "Ready.")
+        return server
+
+    yield give
+    for one in serving:
+        one.__exit__(None, None, None)
+
+
+def _state(browser):
+    return browser.find_element(By.ID, "state").text
+
+
+def wait(browser, *expected):
+    """Wait until the page says one of these."""
+
+    def said(_):
+        state = _state(browser)
+        assert "does not work" not in state, state
+        return any(one in state for one in expected) and state
+
+    return WebDriverWait(browser, 30).until(said)
+
+
+def byte_level(most):
+    """Train a tokenizer of bytes, as RoBERTa's is."""
+    tokenizer, special = Tokenizer(models.BPE()), ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer.pre_tokenizer, alphabet = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.ByteLevel.alphabet(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=most, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts_of_scripts(4, seed=1), trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return tokenizer
+
+
+def check_answers(browser, folder, texts):
+    """Compare the page's answers with Python's, text by text: int8 rounds a batch otherwise than its texts."""
+    model = Classifier.load(folder, threads=1)
+    found = browser.execute_async_script(ASK, [[one] if isinstance(one, str) else one for one in texts])
+    assert isinstance(found, list), found
+    expected = [model.predict([text])[0] for text in texts]
+    for answer, one, text in zip(found, expected, texts, strict=True):
+        values = list(one.probabilities.values()) or [float(value) for value in one.label]
+        assert answer["values"] == pytest.approx(values, abs=1e-3), text
+        assert bool(answer["deferred"]) == bool(one.deferred), text
+        if one.probabilities and not one.deferred:
+            assert answer["chosen"] == ([one.label] if isinstance(one.label, str) else list(one.label)), text
+    return expected
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+def test_the_answers_are_those_of_python_in_twelve_scripts(page, browser, world):
+    """A tokenizer that reads Greek capitals or Thai vowels otherwise gives a confident answer to another text."""
+    page(world)
+    found = check_answers(browser, world, [*texts_of_scripts(), *TEXTS[:10], LONG, "[CLS] what a [MASK] film"])
+    assert len({one.label for one in found}) > 1
+    assert len({round(max(one.probabilities.values()), 2) for one in found}) > 20, "the texts are told apart"
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+def test_byte_level_tokens_and_a_foreign_export(page, browser, world, tmp_path):
+    """A tokenizer of another family, and a graph that is not ours."""
+    size = json.loads((world / CONFIG_FILE).read_text(encoding="utf-8"))["vocab_size"]
+    folder = foreign(world, tmp_path / "foreign", tokenizer=byte_level(min(size, 700)))
+    page(folder)
+    check_answers(browser, folder, [*texts_of_scripts(5), LONG])
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+def test_pairs_and_a_promised_error_rate(page, browser, world, tmp_path):
+    """A pair whose longer text is cut in another place; an answer where the model promised to give none."""
+    task = tiny.task(names=HOSTILE).to_dict() | {"text": ["premise", "hypothesis"]}
+    folder = foreign(world, tmp_path / "foreign", kdlora_task=task)
+    texts = texts_of_scripts(4)
+    pairs = [*zip(texts, texts[::-1], strict=True), (LONG, texts[0]), (texts[0], LONG), (LONG, f"a {LONG}")]
+    sure = sorted(max(one.probabilities.values()) for one in Classifier.load(folder).predict(pairs))
+    promise = Promise(0.1, 0.9, "margin", sure[len(sure) // 2] / 2, 100, 50, 1)
+    write_decisions(read_model_folder(folder), Decisions(promise))
+    page(folder)
+    found = check_answers(browser, folder, pairs)
+    assert {bool(one.deferred) for one in found} == {True, False}
+    for field, text in zip(browser.find_elements(By.TAG_NAME, "textarea"), pairs[0], strict=True):
+        field.send_keys(text.replace("😀👩‍💻", ""))
+    wait(browser, "%", "No answer: too uncertain")
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+@pytest.mark.parametrize("kind", ["multi-label", "regression"])
+def test_several_labels_by_thresholds_and_numbers(page, browser, world, tmp_path, kind):
+    """Labels by 0.5 where others are fitted; a number that is shown as a probability."""
+    folder = foreign(world, tmp_path / "foreign", problem_type=PROBLEMS[kind])
+    if kind == "multi-label":
+        fitted = dict(zip(HOSTILE, (0.05, 0.9, 0.3), strict=True))
+        write_decisions(read_model_folder(folder), Decisions(thresholds=fitted))
+    page(folder)
+    check_answers(browser, folder, TEXTS[:40])
+    browser.switch_to.active_element.send_keys("the film was wonderful")
+    assert ("%" in wait(browser, " ms)", "labels")) == (kind == "multi-label")
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_everybody_can_use_the_page(page, browser, world, width, scheme):
+    """A page for the mouse alone, pale text in the dark, a label that runs as a script, a request to elsewhere."""
+    server = page(world, width, scheme)
+    assert serious_faults(browser) == []
+    browser.switch_to.active_element.send_keys("the film was wonderful <b>indeed</b>")
+    state = wait(browser, *HOSTILE)
+    assert " ms)" in state
+    WebDriverWait(browser, 30).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "#words tr")) >= 4)
+    rows = [row.text for row in browser.find_elements(By.CSS_SELECTOR, "#values tr")]
+    assert all(any(row.startswith(name) for row in rows) for name in HOSTILE)
+    assert "<b>indeed</b>" in browser.find_element(By.ID, "marked").text
+    assert browser.execute_script("return document.querySelectorAll('main img, main b').length") == 0
+    assert browser.find_elements(By.TAG_NAME, "mark")
+    assert serious_faults(browser) == []
+    assert weak_texts(browser) == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    back = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (int(back.split("(")[1].split(",")[0]) < 100) == (scheme == "dark")
+    fetched = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [one for one in fetched if not one.startswith((server.address, "data:"))] == []
+    assert browser.get_log("browser") == [], "nothing that the page's own policy refused"
+
+
+@pytest.mark.slow
+@NEEDS_CHROMIUM
+def test_a_page_that_reads_other_tokens_says_so(packages, browser, world, tmp_path, monkeypatch):
+    """Wrong answers that look right, where a browser and Python do not agree on the tokens."""
+    monkeypatch.setenv("KDLORA_CACHE", str(packages))
+    write_web_page(world, tmp_path / "page")
+    place = tmp_path / "page" / "settings.json"
+    settings = json.loads(place.read_text(encoding="utf-8"))
+    settings["checks"][3]["ids"][1] += 1
+    place.write_text(json.dumps(settings), encoding="utf-8")
+    with serve_folder(tmp_path / "page") as server:
+        show(browser, f"{server.address}/index.html", 1280)
+        WebDriverWait(browser, 30).until(lambda _: "other tokens than Python" in _state(browser))
+        assert not browser.find_elements(By.TAG_NAME, "textarea")

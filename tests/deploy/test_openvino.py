@@ -131,7 +131,7 @@ def test_a_benchmark_of_an_export_shows_all_that_runs_here_and_keeps_it(folder, 
     """One of two runtimes in the table, and a choice that has nothing to go by."""
     from kdlora.experiment import deployment
 
-    quick = functools.partial(deployment.benchmark, rounds=1, batch_sizes=(8,), grid=())
+    quick = functools.partial(deployment.benchmark, rounds=1, batch_sizes=(8,))
     monkeypatch.setattr(deployment, "benchmark", quick)
     copy = shutil.copytree(folder, tmp_path / "copy")
     result = deployment.benchmark_models([copy], threads=1)

@@ -258,12 +258,11 @@ def test_a_recall_that_the_model_lacks_exports_nothing(tmp_path, classifier_fold
 def test_benchmark_scores_entities(exported, classifier_folder, labelled):
     """Prevents a score of the words that are outside of every entity, and two kinds in one table."""
     models = {"teacher": classifier_folder("bert", "tokens"), "int8": exported("bert", "tokens")}
-    quick = {"rounds": 1, "threads": 1, "batch_sizes": (8,), "grid": ((1, 8),)}
+    quick = {"rounds": 1, "threads": 1, "batch_sizes": (8,)}
     teacher, int8 = benchmark(models, labelled, **quick).models
     assert teacher.score == 100
     assert 0 < int8.score < 100
     assert int8.texts_per_second > 0
-    assert set(int8.grid_ms) == {"1x8"}
     with pytest.raises(ModelError, match="some of the models mark entities and some classify texts"):
         benchmark({"one": exported(), "other": exported("bert", "tokens")}, **quick)
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -36,8 +35,6 @@ _LATENCY_TEXTS = 100
 _WARM_UP_TEXTS = 64
 _PASS_SECONDS = 2.0  # what the slowest model may take for one pass over the texts
 _LEAST_SECONDS = 0.5  # what a fast one is timed for in each round, pass after pass
-_GRID = tuple(product((1, 8, 32), (16, 64, 128)))
-_GRID_REPEATS = 3
 _LIBRARIES = {
     "transformers": "kdlora.deploy.torch_backend",
     "onnx": "onnxruntime",
@@ -54,7 +51,6 @@ def benchmark(
     threads: int | None = None,
     rounds: int = 3,
     batch_sizes: Sequence[int] = (8, 32, 64),
-    grid: Sequence[tuple[int, int]] = _GRID,
     progress: Callable[[str], None] | None = None,
 ) -> BenchmarkResult:
     """Measure models side by side. In each round every model is timed in turn, so that drift hits all alike.
@@ -67,7 +63,6 @@ def benchmark(
         threads: of each model; by default `OMP_NUM_THREADS`, else one a core that this process may use.
         rounds: interleaved rounds.
         batch_sizes: tried for the best throughput.
-        grid: (batch size, length in tokens) of single forward passes; those that a model cannot hold are left out.
         progress: called with a short sentence at each step.
 
     Returns:
@@ -103,7 +98,6 @@ def benchmark(
         timed = _time_models(found, plain, rounds, batch_sizes, say)
         for model in found:
             model.figures |= {"peak_memory_bytes": model.ask("memory"), "score": _score(model, given, rows)}
-        _time_grid(found, grid, say)
     figures = tuple(ModelFigures(**model.figures) for model in found)
     return BenchmarkResult(figures, count, rounds, timed, machine=describe_machine(), versions=collect_versions())
 
@@ -148,17 +142,6 @@ def _time_models(
         model.figures |= {"batch_size": best, "texts_per_second": speeds[best]}
         model.figures["speeds"] = {1: 1e3 / model.figures["p50_ms"], **speeds}
     return len(some)
-
-
-def _time_grid(models: Sequence[ModelProcess], grid: Sequence[tuple[int, int]], say: Callable[[str], None]) -> None:
-    """Time each cell for all models before the next cell."""
-    longest = min(model.facts["max_length"] for model in models)
-    for size, length in grid:
-        if length <= longest:
-            say(f"batch {size} x length {length}")
-            for model in models:
-                cells = model.figures.setdefault("grid_ms", {})
-                cells[f"{size}x{length}"] = model.ask("grid", batch_size=size, length=length)
 
 
 def _score(model: ModelProcess, given: LabelledTexts, texts: list[Text | Words]) -> float | None:
@@ -261,20 +244,12 @@ class _Worker:
         seconds = _seconds(load)
         loaded = self.model.folder
         figures = {name: getattr(loaded, name) for name in ("backend", "precision", "size_bytes")}
-        facts = {name: getattr(loaded, name) for name in ("label_names", "kind", "max_length")}
+        facts = {name: getattr(loaded, name) for name in ("label_names", "kind")}
         return figures | {"load_seconds": seconds}, facts
 
     def time(self, batches: Sequence[Sequence[Any]], batch_size: int = 1) -> list[float]:
         """Time each call from text to logits, in length-sorted batches, as `predict` makes them."""
         return [_seconds(self.model.predict_logits, texts, batch_size=batch_size) for texts in batches]
-
-    def grid(self, batch_size: int, length: int) -> float:
-        """Time one batch of full rows, median milliseconds; tokenisation is not part of it."""
-        ids = np.random.default_rng(0).integers(10, 100, (batch_size, length), dtype=np.int64)
-        arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        inputs = {name: arrays[name] for name in self.model.input_names}
-        times = [_seconds(self.model.run, inputs) for _ in range(_GRID_REPEATS + 1)]
-        return float(np.median(times[1:])) * 1e3
 
     def logits(self, texts: Sequence[Any]) -> list[list[float]]:
         """Give the logits, for the score."""

@@ -39,7 +39,6 @@ class ModelFigures:
     folder: str = ""
     peak_memory_bytes: Count | None = None  # above the level after imports; None where the system cannot tell
     score: Finite | None = None  # 0..100; None without labels
-    grid_ms: dict[str, Amount] = field(default_factory=dict)  # "batch x length" to the median of one forward pass
     speeds: dict[int, Amount] = field(default_factory=dict)  # largest number of texts in a batch to texts a second
 
 

@@ -52,7 +52,7 @@ def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Bloc
         how = f"a page for the browser, once its folder is served: python -m http.server -d {shipped.layout.page.name}"
         blocks.append(Tiles((Tile("Try it", links.file(page), how, links.file(page)),)))
     if shipped.models:
-        blocks += [_model_table(shipped, links), *_plots(experiment, shipped, mark), _grid_table(shipped)]
+        blocks += [_model_table(shipped, links), *_plots(experiment, shipped, mark)]
     if shipped.export is not None:
         blocks += _export_blocks(shipped.export, links.file(shipped.layout.export_record))
     elif not shipped.layout.export_record.exists():
@@ -122,17 +122,6 @@ def _style(experiment: Experiment, model: ModelFigures, number: int) -> Style:
         return Style(4 if model.precision == "int8" else 3)
     is_student = model.name == "student" and experiment.student_arm is not None
     return arm_style(experiment.student_arm or "") if is_student else Style(number)
-
-
-def _grid_table(shipped: Shipped) -> Table | None:
-    """Show the time of one forward pass for each batch size and length; the lengths of a model may be fewer."""
-    cells = list(dict.fromkeys(cell for model in shipped.models for cell in model.grid_ms))
-    if not cells:
-        return None
-    columns = ("model", *(cell.replace("x", " × ") for cell in cells))
-    rows = tuple((model.name, *(milliseconds(model.grid_ms.get(cell)) for cell in cells)) for model in shipped.models)
-    told = "Median of one forward pass, without tokenisation."
-    return Table("Time of one batch: texts × tokens", columns, rows, note=told, compact=True)
 
 
 def _export_blocks(export: Export, href: str) -> list[Block]:

@@ -19,7 +19,7 @@ EXTRAS = {
     "openvino-export": ("nncf",),
     "ask": ("openai",),
     "ray": ("ray",),
-    "search": ("optuna", "sqlalchemy"),
+    "search": ("optuna",),
     "trackers": ("mlflow", "tensorboard", "wandb"),
 }
 """Modules that the light installation lacks; one that two extras bring is most often missed for the first."""

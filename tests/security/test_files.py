@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import re
 import shutil
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -269,30 +267,6 @@ def test_a_report_replaces_no_report_of_the_users(tmp_path):
     with pytest.raises(ArtifactError, match=r"report\.md was not written by kdlora and stays"):
         write_page(page, tmp_path / "report.md", tmp_path / "report.html")
     assert snapshot(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", ["thesis.pdf", "notes.txt", "rows.jsonl", "photos.db", "text.db"])
-def test_a_search_storage_is_no_file_of_the_users(tmp_path, name):
-    """A file that `--storage` named by mistake got a line at its end, or tables between its own."""
-    pytest.importorskip("optuna")
-    from kdlora.experiment.study import open_study
-    from kdlora.searchconfig import SearchConfig
-
-    path = tmp_path / name
-    if name == "photos.db":
-        with contextlib.closing(sqlite3.connect(path)) as database:
-            database.execute("create table photos (name)")
-            database.commit()
-    else:
-        path.write_bytes(b'{"a": 1}\n' if name == "rows.jsonl" else b"%PDF-1.4 \xff mine, without a line's end")
-    before = path.read_bytes()
-    search = SearchConfig(space={"lora.rank": [2, 4]}, trials=2)
-    with pytest.raises(ArtifactError, match="is no search storage, and stays as it is"):
-        open_study(str(path), "mine", search)
-    assert path.read_bytes() == before
-    for good in ("journal.log", "study.db"):
-        open_study(str(tmp_path / good), "mine", search)
-        open_study(str(tmp_path / good), "mine", search)
 
 
 # Locks and temporary folders that others can write to.
@@ -564,18 +538,6 @@ def test_passwords_of_addresses_are_not_shown(url):
     assert secret not in HarmlessFormatter().format(record)
     for plain in ("ray://head:10001 is gone", "USER/REPO@main", "a@b.org", "https://x.org/a?b=c", "12:30 @ home"):
         assert harmless(plain) == plain
-
-
-def test_the_password_of_a_search_storage_is_not_shown(cli, workshop, tmp_path):
-    """`--storage` takes a database with its password, and the message on a database that is away quoted it."""
-    values = workshop.values() | {"search": {"space": {"student.train.learning_rate": [1e-3, 5e-3]}, "trials": 2}}
-    path = tmp_path / "search.yaml"
-    path.write_text(yaml.safe_dump(values))
-    storage = f"sqlite:////nowhere/{'x' * 8}.db?password=hunter2hunter2"
-    shown = cli("search", path, "--out", tmp_path / "out", "--storage", storage)
-    assert shown.code == 2, shown.err
-    assert "hunter2" not in shown.err + shown.out
-    assert "password=***" in shown.err
 
 
 def test_names_from_data_do_not_steer_the_terminal(cli, workshop, tmp_path):

@@ -64,9 +64,6 @@ class Search:
     config: Annotated[Path, Argument(help="Config file (YAML) with a section `search`, or with --space.")]
     space: Annotated[Path | None, Option(help="YAML file with the values or range of each config key.")] = None
     trials: Annotated[int | None, Option(help="Number of trainings, over all processes.")] = None
-    storage: Annotated[
-        str | None, Option(help="Journal file, SQLite file or database URL. Default: a journal in --out.")
-    ] = None
     out: Annotated[Path | None, Option("--out", help="Folder of the search. Default: runs/<name>-search.")] = None
     overrides: Set = None
     on: On = None
@@ -97,7 +94,6 @@ def search(options: Search) -> None:
         result = run_search(
             *wanted,
             options.out,
-            storage=options.storage,
             on=options.on,
             listen=lambda event: _show_search(event, show),
         )

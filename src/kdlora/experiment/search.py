@@ -28,7 +28,6 @@ from kdlora.experiment.study import (
     check_space,
     open_study,
     settings_of,
-    storage_faults,
     with_settings,
 )
 from kdlora.experiment.trial import TrialResult, inspect_rows, make_teacher, train_trial
@@ -47,24 +46,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Search:
-    """A search under way: the config as given, the same with the one arm that is trained, and where it all goes.
-
-    `storage` is as the user named it, `rows` the fingerprint of the rows that are used.
-    """
+    """A search under way: the config as given, the same with the one arm that is trained, and where it all goes."""
 
     given: Config
     config: Config
     settings: SearchConfig
     arm: Arm
     folder: Path
-    storage: str
-    rows: str
+    rows: str  # fingerprint of those that are used
 
     def study(self) -> Study:
         """Open the study, which all processes share; what makes its trials comparable names it."""
         values = identity(self.config) | {"seeds": self.config.run.seeds[:1], "rows": self.rows}
         values |= {"search": self.settings.model_dump(mode="json", exclude={"trials", "resources"})}
-        return open_study(self.storage, f"{self.config.title()}-{hash_json(values)[:10]}", self.settings)
+        return open_study(self.folder, f"{self.config.title()}-{hash_json(values)[:10]}", self.settings)
 
     def key(self, config: Config, arm: Arm) -> str:
         """Hash what decides a training's figures."""
@@ -124,7 +119,6 @@ def run_search(
     settings: SearchConfig,
     out: str | Path | None = None,
     *,
-    storage: str | None = None,
     on: str | None = None,
     listen: Callable[[SearchEvent], None] | None = None,
 ) -> SearchResult:
@@ -132,30 +126,28 @@ def run_search(
 
     The config's own validation and test rows are never scored, so that what is reported of the best config stays
     clean: `kdlora run OUT/best.yaml` trains on all training rows. The same call again goes on; several processes
-    with the same storage and folder share the trials.
+    with the same folder share the trials.
 
     Args:
         config: the base.
         settings: space, number of trials, pruning.
         out: folder; default `runs/<name>-search`.
-        storage: a journal file, a SQLite file, or a database URL; default: a journal in the folder.
         on: `ray` or `ray://HOST:PORT`: the cluster that carries the trials out; default: this process.
         listen: called with each event.
 
     Raises:
-        KdLoraError: if the space, the data or the models do not fit, or the storage cannot be used.
+        KdLoraError: if the space, the data or the models do not fit.
 
     Examples:
         >>> found = run_search(config, settings, "runs/search")
     """
-    search = begin_search(config, settings, out, storage)
-    with storage_faults(search.storage):
-        _carry_out_trials(search, on, listen)
-        return _end(search)
+    search = begin_search(config, settings, out)
+    _carry_out_trials(search, on, listen)
+    return _end(search)
 
 
-def begin_search(config: Config, settings: SearchConfig, out: str | Path | None, storage: str | None) -> Search:
-    """Check a search, and make its folder and storage."""
+def begin_search(config: Config, settings: SearchConfig, out: str | Path | None) -> Search:
+    """Check a search, and make its folder."""
     check_installed("a search", "search")
     check_space(config, settings)
     students: list[Arm] = [arm for arm in STUDENT_ARMS if arm in config.run.arms]
@@ -165,7 +157,7 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None,
     check_folder(folder, "search")
     rows, chosen = run_in_child(inspect_rows, config, settings)
     given, config = chosen.fill_in(given), chosen.fill_in(config)
-    search = Search(given, config, settings, arm, folder, storage or str(folder / "journal.log"), rows)
+    search = Search(given, config, settings, arm, folder, rows)
     claim_folder(folder, "search")
     search.study()
     write_text_atomic(folder / "search.yaml", save_config(config))
@@ -173,7 +165,7 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None,
 
 
 def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEvent], None] | None) -> None:
-    """Carry out trials until all are done or under way elsewhere; the storage counts them, so none is done twice."""
+    """Carry out trials until all are done or under way elsewhere; the journal counts them, so none is done twice."""
     study = search.study()
     is_over, lost = False, 0
 
@@ -313,10 +305,9 @@ def _make_teacher(search: Search, config: Config, hear: Callable[[Any], None]) -
 
 def _end(search: Search) -> SearchResult:
     """Write the best config and the report."""
-    study = search.study()
-    trials = study.get_trials(deepcopy=False)
+    trials = search.study().get_trials(deepcopy=False)
     states, ranked = Counter(one.state.name for one in trials), best_first(trials)
-    paths = write_search_report(search.folder, search.config.title(), search.arm, search.settings, study)
+    paths = write_search_report(search.folder, search.config.title(), search.arm, search.settings, trials)
     best: dict[str, Any] = {}
     if ranked:
         best = settings_of(search.settings, ranked[0].params)

@@ -1,45 +1,48 @@
-"""The report of a search: what was best, how it went, what each key does; Markdown, HTML and CSV."""
+"""The report of a search: what was best, and how it went; Markdown, HTML and CSV."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from kdlora.experiment.study import best_first, settings_of
-from kdlora.report.page import Block, Cell, Figure, Link, Page, Paragraph, Prose, Section, Table, to_csv, write_page
-from kdlora.report.plots import Curve, Style, draw, learning_curves, log_ticks, padded, scatter, shorten
+from kdlora.report.page import Cell, Link, Page, Paragraph, Prose, Section, Table, to_csv, write_page
+from kdlora.report.plots import Curve, Style, learning_curves
 from kdlora.report.wording import arm_title
-from kdlora.searchconfig import Range, SearchConfig
+from kdlora.searchconfig import SearchConfig
 from kdlora.system.storage import write_text_atomic
 
 if TYPE_CHECKING:
-    from optuna import Study
     from optuna.trial import FrozenTrial
 
 _SHOWN = 20
 
 
-def write_search_report(folder: Path, title: str, arm: str, search: SearchConfig, study: Study) -> tuple[Path, ...]:
+def write_search_report(
+    folder: Path, title: str, arm: str, search: SearchConfig, trials: Sequence[FrozenTrial]
+) -> tuple[Path, ...]:
     """Write `search.md`, `search.html` and `trials.csv`."""
-    trials = study.get_trials(deepcopy=False)
     ranked = best_first(trials)
     failed = [one for one in trials if one.state.name == "FAIL" and "error" in one.user_attrs]
     told = [f"Trial {one.number} failed: {one.user_attrs['error']}" for one in failed[:_SHOWN]]
-    keys: list[Block | None] = [Paragraph("No trial has finished.", "note")]
-    if ranked:
-        slices = (_slice(ranked, search, key, f"slice-{number}") for number, key in enumerate(search.space))
-        keys = [_importance_table(study), *slices]
-    sections = (
-        Section("Trials", "trials", [_trial_table(ranked, search), *(Paragraph(text, "warning") for text in told)]),
-        Section("What each key does", "keys", keys),
-        Section("Course of the search", "course", _course(trials, ranked)),
+    groups = {
+        "the best trial": ranked[:1],
+        "other finished trials": ranked[1:],
+        "pruned trials": [one for one in trials if one.state.name == "PRUNED"],
+    }
+    curves = [
+        Curve(name, Style(number), tuple(tuple(sorted(one.intermediate_values.items())) for one in members))
+        for number, (name, members) in enumerate(groups.items())
+        if members
+    ]
+    plot = learning_curves(curves, title="Score by epoch", value="score on the held-out rows", identity="epochs")
+    blocks = [_trial_table(ranked, search), *(Paragraph(text, "warning") for text in told), plot]
+    page = Page(
+        f"Search: {title}", "search", _lead(trials, ranked, search, arm), (Section("Trials", "trials", blocks),)
     )
-    page = Page(f"Search: {title}", "search", _lead(trials, ranked, search, arm), sections)
     report = write_page(page, folder / "search.md", folder / "search.html")
     write_text_atomic(folder / "trials.csv", to_csv(_lines(trials, search)))
     return (*report.paths, folder / "trials.csv")
@@ -84,75 +87,6 @@ def _trial_table(ranked: Sequence[FrozenTrial], search: SearchConfig) -> Table:
     }
     told = f"The best {_SHOWN} of {len(ranked)}; trials.csv has all." if len(ranked) > _SHOWN else ""
     return Table.of("Trials that finished, the best first", ranked[:_SHOWN], columns, note=told)
-
-
-def _importance_table(study: Study) -> Table | None:
-    import optuna
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        try:
-            shares = optuna.importance.get_param_importances(study)
-        except (RuntimeError, ValueError, UserWarning):  # too few trials to tell, or all with one value
-            return None
-    lines = tuple((key, f"{100 * value:.0f}%") for key, value in shares.items())
-    told = "Share of the differences in score that each key explains by itself (PED-ANOVA, Optuna’s default)."
-    return Table("Importance", ("key", "share"), lines, note=told, side=True) if lines else None
-
-
-def _slice(complete: Sequence[FrozenTrial], search: SearchConfig, key: str, identity: str) -> Figure:
-    """Plot the score against one key; the values of a list stand side by side."""
-    space = search.space[key]
-    values = [settings_of(search, trial.params)[key] for trial in complete]
-    listed = [] if isinstance(space, Range) else list(space.values)
-    places = [float(listed.index(value)) if listed else float(value) for value in values]
-
-    def paint(axes: Any) -> None:
-        _paint_scores(axes, places, complete, shorten(key, 48))
-        if listed:
-            axes.set_xticks(range(len(listed)), [shorten(str(value), 14) for value in listed])
-            axes.set_xlim(-0.5, len(listed) - 0.5)
-        elif isinstance(space, Range) and space.log and space.high > space.low:
-            margin = (space.high / space.low) ** 0.05
-            log_ticks(axes, space.low / margin, space.high * margin)
-
-    chosen = _setting(max(complete, key=_value), search, key)
-    description = f"Score against {key} of {len(complete)} trials; the best has {chosen}."
-    return draw(paint, key, description, identity, caption="Each mark is a trial.")
-
-
-def _paint_scores(
-    axes: Any, places: Sequence[float], trials: Sequence[FrozenTrial], title: str, label: str = ""
-) -> None:
-    scores = list(map(_value, trials))
-    scatter(axes, list(zip(places, scores, strict=True)), Style(2), label=label, zorder=3)
-    axes.set_ylim(*padded(scores, least=1.0))
-    axes.set(xlabel=title, ylabel="score on the held-out rows")
-
-
-def _course(trials: Sequence[FrozenTrial], ranked: Sequence[FrozenTrial]) -> list[Block | None]:
-    groups = {
-        "the best trial": ranked[:1],
-        "other finished trials": ranked[1:],
-        "pruned trials": [one for one in trials if one.state.name == "PRUNED"],
-    }
-    curves = [
-        Curve(name, Style(number), tuple(tuple(sorted(one.intermediate_values.items())) for one in members))
-        for number, (name, members) in enumerate(groups.items())
-        if members
-    ]
-    plot = learning_curves(curves, title="Score by epoch", value="score on the held-out rows", identity="epochs")
-    if not ranked:
-        return [plot]
-    complete = sorted(ranked, key=lambda one: one.number)
-    numbers, best = [one.number for one in complete], list(itertools.accumulate(map(_value, complete), max))
-
-    def paint(axes: Any) -> None:
-        _paint_scores(axes, numbers, complete, "trial", "trials")
-        axes.plot(numbers, best, color=Style(0).colour, linewidth=2.2, label="best")
-
-    description = f"Score of {len(complete)} finished trials in their order; the best so far ends at {best[-1]:.2f}."
-    return [draw(paint, "Score by trial", description, "history"), plot]
 
 
 def _lines(trials: Sequence[FrozenTrial], search: SearchConfig) -> list[Sequence[Any]]:

@@ -1,4 +1,4 @@
-"""The study of a search, in Optuna's words: its space, its storage, and trials that several processes share."""
+"""The study of a search, in Optuna's words: its space, its journal, and trials that several processes share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import itertools
 import json
 import math
 import random
-import sqlite3
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,31 +16,31 @@ from filelock import FileLock, Timeout
 
 from kdlora.config import Config
 from kdlora.configfile import build_config
-from kdlora.errors import ArtifactError, ConfigError, first_line
+from kdlora.errors import ArtifactError, ConfigError
 from kdlora.searchconfig import Choices, Range, SearchConfig
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
-    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-LOCK_SECONDS = 30.0
-"""How long to wait for a database that another process has locked."""
 
-
-def open_study(storage: str, name: str, search: SearchConfig) -> Study:
-    """Open a study, which is created on first use."""
+def open_study(folder: Path, name: str, search: SearchConfig) -> Study:
+    """Open a study in the journal of a search's folder; both are created on first use."""
     import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
+    journal = str(folder / "journal.log")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings(), storage_faults(storage):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            place = _open_storage(storage)
-            study = optuna.create_study(storage=place, study_name=name, direction="maximize", load_if_exists=True)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:  # a journal that is none
-            raise ArtifactError(f"{storage} is no search storage, or a damaged one; name another: {error!r}") from None
+            # Optuna's other lock is a link, for which a second process would refuse the folder.
+            storage = JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal)))
+            study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+            raise ArtifactError(f"{journal} is damaged ({error!r}); name another folder with --out") from None
         # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
         seed = search.seed + len(study.trials)
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=seed)
@@ -49,66 +48,6 @@ def open_study(storage: str, name: str, search: SearchConfig) -> Study:
     if search.pruning:
         study.pruner = optuna.pruners.MedianPruner(search.pruning_startup_trials, search.pruning_warmup_epochs + 1)
     return study
-
-
-def _open_storage(storage: str) -> BaseStorage:
-    """Open a journal, a SQLite file or a database, after a look whether a file that is there is one."""
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
-    url = storage
-    if "://" not in storage:
-        path = Path(storage).absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_database = path.suffix in (".db", ".sqlite", ".sqlite3")
-        if path.exists() and path.stat().st_size and not (_is_database if is_database else _is_journal)(path):
-            raise ArtifactError(f"{path} is no search storage, and stays as it is; name another with --storage")
-        if not is_database:
-            # Optuna's other lock is a link, for which a second process would refuse the folder.
-            return JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
-        url = f"sqlite:///{path}"
-    try:
-        return RDBStorage(url, {"connect_args": {"timeout": LOCK_SECONDS}} if url.startswith("sqlite") else {})
-    except ImportError:
-        raise ConfigError(
-            f"--storage {url.partition('://')[0]}://...: the Python driver of this database is not installed; install "
-            "it (psycopg2-binary for postgresql, pymysql for mysql+pymysql), or name a file"
-        ) from None
-
-
-def _is_database(path: Path) -> bool:
-    try:
-        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-            tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
-    except sqlite3.DatabaseError as fault:
-        return isinstance(fault, sqlite3.OperationalError)  # locked, for one: Optuna tells of that
-    return not tables or {"studies", "trials", "version_info"} <= tables
-
-
-def _is_journal(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return "op_code" in json.loads(file.readline())
-    except (ValueError, TypeError, RecursionError):
-        return False
-
-
-@contextlib.contextmanager
-def storage_faults(storage: str) -> Iterator[None]:
-    """Turn what a storage raises into a message on the storage."""
-    import optuna
-    import sqlalchemy.exc
-
-    try:
-        yield
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
-        reason = first_line(error.__cause__ or error)
-        if "locked" in reason:
-            raise ArtifactError(
-                f"the search storage {storage} is locked by another process, and stayed so for {LOCK_SECONDS:.0f} s "
-                f"({reason}); end that process, or name another --storage"
-            ) from None
-        raise ArtifactError(f"the search storage {storage} cannot be used: {reason}") from None
 
 
 def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLock] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from kdlora.errors import DataError
-from kdlora.system.childprocess import before_fork
+from kdlora.system.children import before_fork
 from kdlora.system.environment import forget_peak, peak_since, read_memory
 
 prepared_by: list[int] = []

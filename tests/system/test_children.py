@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import select
 import subprocess
 import sys
 import tempfile
@@ -74,17 +73,13 @@ def test_what_children_share_is_prepared_once_by_the_server(way):
     assert children.prepared_by == []
 
 
-def test_a_server_whose_parent_goes_in_a_hurry_ends_quietly(capfd: pytest.CaptureFixture[str], monkeypatch, way):
+def test_a_server_whose_parent_goes_in_a_hurry_ends_quietly():
     """After a signal the command ends without reading how its child ended; the user saw the server's traceback."""
-    if way == "started":
-        pytest.skip("there is no server")
-    server = processes.ForkServer()
-    monkeypatch.setattr(server, "_exit_status", lambda: None)
-    server.converse(children.allocate, (1,), None)
-    assert select.select([server.control], [], [], 10)[0]
-    server.close()
-    assert server.process.returncode == 0
-    assert capfd.readouterr().err == ""
+    script = (
+        "import os, children\nfrom kdlora.system.children import run_in_child\n"
+        "run_in_child(children.count, 3, on_message=lambda _: os._exit(0))\n"
+    )
+    assert run("-c", script).communicate(timeout=20) == ("", "")
 
 
 def test_messages_arrive_in_order():

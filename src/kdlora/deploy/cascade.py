@@ -226,18 +226,7 @@ def measure_cascade(
 ) -> CascadeCurve:
     """Score every share of handed-on texts on labelled rows, with the time that both models take for them.
 
-    Args:
-        student: a single-label classifier.
-        teacher: one with the same labels.
-        given: texts, labels and task.
-        sureness: what is compared with the threshold.
-
-    Returns:
-        The curve. A threshold that is read off it was chosen on these rows: judge it on others.
-
-    Raises:
-        DataError: no labels.
-        ModelError: labels that differ.
+    A threshold that is read off the curve was chosen on these rows: judge it on others.
     """
     Cascade(student, teacher, 0.0, sureness=sureness)
     if given.task is None or given.labels is None:

@@ -44,11 +44,7 @@ def write_decisions(folder: ModelFolder, decisions: Decisions) -> None:
 
 
 def read_decisions(folder: ModelFolder) -> Decisions:
-    """Read the decisions of a model.
-
-    Raises:
-        ModelError: those of the folder are of other weights, or damaged.
-    """
+    """Read the decisions of a model; those of other weights are refused."""
     path = folder.path / DECISIONS
     if not path.is_file():
         return Decisions()

@@ -1,14 +1,14 @@
 """Run an ONNX file on the CPU; the runtime gets bytes that were read and checked here, and opens no file itself.
 
-A graph names the files of its large weights. Such a name may be absolute, lead up, or be a link: which files a graph
-names is found here, by a walk over the encoded message, since the `onnx` package is not needed to predict.
+A graph names the files of its large weights. Such a name may be absolute, lead up, or be a link.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,10 @@ import numpy as np
 
 from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TOKENIZER, ModelFolder
 from kdlora.errors import ArtifactError, ModelError, first_line
+from kdlora.extras import extras_named
 from kdlora.foreign import is_plain_name
 from kdlora.models.settings import TOKENIZER_CONFIG
 from kdlora.system.integrity import is_sealed_or_old
-
-_CHILDREN: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "function": {7: "node", 11: "attribute"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-    "tensor": {13: "entry"},
-    "entry": {1: "key", 2: "value"},
-}
-"""Numbers of the fields of `onnx.proto` that lead to a tensor's `external_data`, by kind of message."""
-_VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 
 
 class OnnxBackend:
@@ -130,7 +117,7 @@ def read_onnx(file: Path) -> tuple[bytes, dict[str, bytes]]:
         if graph[4:8] == b"ORTM":  # a format of ONNX Runtime's own, with names of files that are not looked at here
             raise ValueError("it is in ONNX Runtime's own format")
         names = sorted(set(_external_names(graph)))
-    except (ValueError, IndexError) as fault:
+    except ValueError as fault:
         raise ArtifactError(f"{file}: ONNX Runtime cannot load it: no ONNX file ({fault})") from None
     return graph, {name: _beside(file, name).read_bytes() for name in names}
 
@@ -151,48 +138,18 @@ def _beside(file: Path, name: str) -> Path:
 
 def _external_names(graph: bytes) -> Iterator[str]:
     """Give the `location` of every tensor whose values lie in another file."""
-    todo: list[tuple[str, memoryview]] = [("model", memoryview(graph))]
+    if not re.search(rb"[\0\x08]location", graph):  # the key as it is encoded, after its length
+        return
+    with extras_named("a graph with weights in a file of their own"):
+        import onnx  # here: graphs without such a file are served without it
+    try:
+        todo: list[Any] = [onnx.load_model_from_string(graph)]
+    except Exception as error:  # protobuf's
+        raise ValueError(first_line(error)) from None
     while todo:
-        kind, message = todo.pop()
-        texts: dict[str, bytes] = {}
-        for number, content in _fields(message):
-            child = _CHILDREN[kind].get(number)
-            if child in _CHILDREN:
-                todo.append((child, content))
-            elif child is not None:
-                texts[child] = bytes(content)
-        if texts.get("key") == b"location":
-            yield texts.get("value", b"").decode("utf-8")
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Give number and content of the fields that have a length; pass over the others."""
-    place, end = 0, len(message)
-    while place < end:
-        tag, place = _varint(message, place)
-        kind, size = tag & 7, 0
-        if kind == _VARINT:
-            _, place = _varint(message, place)
-        elif kind == _BYTES:
-            size, place = _varint(message, place)
-        elif kind in (_FIXED_32, _FIXED_64):
-            size = 4 if kind == _FIXED_32 else 8
-        else:
-            raise ValueError(f"an unknown kind of field at byte {place}")
-        if place + size > end:
-            raise ValueError("it is cut off")
-        if kind == _BYTES:
-            yield tag >> 3, message[place : place + size]
-        place += size
-
-
-def _varint(message: memoryview, place: int) -> tuple[int, int]:
-    """Read a number of seven bits a byte; give it and the place after it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[place]
-        value |= (byte & 127) << shift
-        place += 1
-        if byte < 128:
-            return value, place
-    raise ValueError(f"a number without end at byte {place}")
+        message = todo.pop()
+        for field, value in message.ListFields():
+            if field.name == "external_data":
+                yield from (entry.value for entry in value if entry.key == "location")
+            elif field.message_type is not None:
+                todo += value if isinstance(value, Sequence) else [value]

@@ -129,20 +129,7 @@ class NoPromiseError(DataError):
 
 
 def measure_sureness(logits: np.ndarray, how: Sureness = "probability", temperature: float = 1.0) -> np.ndarray:
-    """Say how sure a single-label classifier is of each text.
-
-    Args:
-        logits: (texts, labels).
-        how: "probability": the largest probability; "margin": the largest less the second; "energy": the logarithm of
-            the sum of the exponentials of the logits (Liu et al., "Energy-based Out-of-distribution Detection", eq. 4).
-        temperature: logits are divided by it.
-
-    Returns:
-        float64 (texts,), larger where the model is surer.
-
-    Raises:
-        ValueError: another word for `how`.
-    """
+    """Say how sure a classifier is of each text; energy: Liu et al., "Energy-based Out-of-distribution Detection", eq. 4."""
     if how == "energy":
         return np.asarray(temperature * np.logaddexp.reduce(logits.astype(np.float64) / temperature, axis=1))
     ordered = np.sort(probabilities(logits, "single-label", temperature), axis=1)
@@ -154,15 +141,7 @@ def measure_sureness(logits: np.ndarray, how: Sureness = "probability", temperat
 
 
 def risk_coverage(sureness: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give the error rate at every coverage, the surest texts first.
-
-    Args:
-        sureness: (texts,).
-        wrong: bool (texts,).
-
-    Returns:
-        Coverage and error rate, both 0..1 and ascending in coverage; texts that are equally sure make one point.
-    """
+    """Give coverage and error rate, the surest texts first; texts that are equally sure make one point."""
     order = np.argsort(-sureness, kind="stable")
     answered, mistakes = np.arange(1, len(order) + 1), np.cumsum(wrong[order])
     last = np.append(np.diff(sureness[order]) != 0, True)
@@ -193,20 +172,7 @@ def promise_error(
 ) -> Promise:
     """Find the lowest threshold whose answers are wrong in at most `error` of the cases, with `confidence`.
 
-    Args:
-        sureness: (rows,) of labelled rows that chose neither the model nor anything else.
-        wrong: bool (rows,), whether the model's label is wrong.
-        other: the same two of other rows, such as validation: they fix the order of the thresholds.
-        error: the promised rate, above 0 and below 1.
-        confidence: above 0 and below 1.
-        how: what `sureness` is; it is kept with the promise.
-
-    Returns:
-        The promise.
-
-    Raises:
-        NoPromiseError: no threshold passes.
-        DataError: rates that are no rates, or no rows.
+    The rows chose neither the model nor anything else; the `other` ones, such as validation, order the thresholds.
     """
     for name, value in (("error", error), ("confidence", confidence)):
         if not 0 < value < 1:

@@ -34,25 +34,16 @@ class Latency(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """How fast a language model answered whose answers are a table of probabilities, and for what price.
-
-    Attributes:
-        model: its name on the server.
-        questions: what was asked, with or without an answer.
-        timed: of these, those of the longest call, which tells the rate.
-        per_second: questions a second in that call.
-        concurrency: requests at the same time in that call.
-        cost_per_million: of so many questions, where prices were given.
-    """
+    """How fast a language model answered whose answers are a table of probabilities, and for what price."""
 
     FILE: ClassVar[str] = "asked.json"
 
     model: str
-    questions: int
-    timed: int
+    questions: int  # with or without an answer
+    timed: int  # of these, those of the longest call, which the next two are of
     per_second: Annotated[float, Field(gt=0)] | None
     concurrency: int
-    cost_per_million: float | None
+    cost_per_million: float | None  # questions, where prices were given
 
     @classmethod
     def read(cls, folder: Path) -> Asked | None:

@@ -140,19 +140,9 @@ def shift_logits(
 
 
 def fit_threshold(odds: np.ndarray, labels: np.ndarray, goal: Goal) -> float:
-    """Find the probability above which a label is to be said.
+    """Find the probability above which a label is to be said; 0.5 where that is as good as any.
 
-    Args:
-        odds: (rows,), from `log_odds`.
-        labels: 0 or 1 (rows,).
-        goal: a metric of `METRICS`, or a precision: then the recall is the highest that keeps it with one wrong row
-            more than was seen, for rows at the edge promise little.
-
-    Returns:
-        The threshold, 0..1; 0.5 where that is as good as any.
-
-    Raises:
-        NoThresholdError: the labels are all the same, or no threshold reaches the precision.
+    A wanted precision is kept with one wrong row more than was seen, for rows at the edge promise little.
     """
     positive, rows = int(labels.sum()), len(labels)
     if positive in (0, rows):

@@ -45,7 +45,7 @@ from kdlora.models.settings import (
     check_index,
     refuse_detours,
 )
-from kdlora.system.childprocess import before_fork
+from kdlora.system.children import before_fork
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")

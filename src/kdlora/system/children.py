@@ -1,4 +1,8 @@
-"""Functions run in processes of their own; here is the caller's end, in `childprocess.py` the other one.
+"""Functions run in processes of their own: the caller's end, and below it the other one.
+
+A server imports once, hears by its standard input, answers by its standard output, and forks a child for each request.
+Where a fork is not there (Windows), or not safe once libraries with threads are loaded (macOS), it carries out one
+request itself and ends. All that is pickled here passes between a process and its own children.
 
 `multiprocessing` has such a server too, but its children import the caller's main script again, so that a plain
 script without a `__main__` guard would start itself over and over. Ours takes functions of importable modules only.
@@ -8,24 +12,27 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
+import gc
+import importlib
 import json
 import logging
 import os
 import pickle
 import queue
+import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, NamedTuple, NoReturn, TypeVar, cast
 
-from kdlora.system.childprocess import BEGUN, Answer, Place
+from kdlora.errors import log_to_stderr
 from kdlora.system.ownership import SCRATCH, owned_name, remove, remove_abandoned
 
 T = TypeVar("T")
@@ -35,14 +42,35 @@ GRACE_SECONDS = 8.0
 _SERVER_SECONDS = 1.5
 """Time that a server has to end; one that imports does not see that it should."""
 _POLL_SECONDS = 0.05
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, prctl(2)
+_BEGUN, _BURIED = "begun", "buried"
+"""What comes first, when there is something to save; and last, when a forked child has ended after its answer."""
 _START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from kdlora.system import childprocess; "
-    "getattr(childprocess, sys.argv[1])(*sys.argv[3:])"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from kdlora.system.children import serve; "
+    "serve(*sys.argv[2:])"
 )
 
 
 class ChildDiedError(RuntimeError):
     """A child ended without an answer: killed by a signal, or by an exit from within."""
+
+
+class Place(NamedTuple):
+    """Where a child runs: what it takes over from the caller, and whether it may send."""
+
+    path: list[str]
+    folder: str
+    environment: dict[str, str]
+    preload: str
+    sends: bool
+    log_level: int | None
+
+
+class Answer(NamedTuple):
+    """The end of a request: a value, or what was raised."""
+
+    value: Any = None
+    fault: BaseException | None = None
 
 
 def run_in_child(function: Callable[..., T], *arguments: Any, on_message: Callable[[Any], None] | None = None) -> T:
@@ -57,7 +85,7 @@ def run_in_child(function: Callable[..., T], *arguments: Any, on_message: Callab
     with _lock:
         if not _servers or _servers[0].process.poll() is not None:
             close_server()
-            _servers.append(_start())
+            _servers.append(Server())
         answer = None
         try:
             answer = _servers[0].converse(function, arguments, on_message)
@@ -74,12 +102,7 @@ def prepare_children(module: str) -> None:
     """Start the server of children while this process still imports: a command begins that much sooner."""
     with _lock:
         if not _servers:
-            _servers.append(_start(module))
-
-
-def _start(module: str = "") -> ForkServer | StartedChild:
-    can_fork = sys.platform == "linux" and hasattr(os, "fork")
-    return ForkServer(module) if can_fork else StartedChild(module)
+            _servers.append(Server(module))
 
 
 def close_server() -> None:
@@ -88,86 +111,16 @@ def close_server() -> None:
         _servers.pop().close()
 
 
-_lock = threading.Lock()
-_servers: list[ForkServer | StartedChild] = []
-atexit.register(close_server)
-
-
-class ForkServer:
-    """The parent's end: one server process, one child at a time."""
+class Server:
+    """The process that has children, or is one, seen from its parent; it ends with this process, however this ends."""
 
     def __init__(self, preload: str = "") -> None:
-        """Start the server; it ends with this process, however this process ends."""
-        self.control, theirs = socket.socketpair()
-        self.scratch = _make_scratch()
-        self.was_asked = False
-        details = ("serve", json.dumps(sys.path), self.scratch, preload, str(theirs.fileno()))
-        # A session of its own: Ctrl-C reaches the parent alone, which then ends the child.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, *details],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
-
-    def converse(
-        self, function: Callable[..., Any], arguments: tuple[Any, ...], listen: Callable[[Any], None] | None
-    ) -> Answer:
-        """Run a function in a fresh child, and pass on what it sends until it answers or dies."""
-        place, body = _pickle_place(function, listen), pickle.dumps((function, arguments))
-        self.was_asked = True
-        ours, theirs = socket.socketpair()
-        answer: Answer | None = None
-        with Connection(ours.detach()) as channel, contextlib.suppress(EOFError, ConnectionError):
-            with theirs:
-                socket.send_fds(self.control, [b"r"], [theirs.fileno()])
-            channel.send_bytes(place)
-            channel.send_bytes(body)
-            begun = False
-            try:
-                begun = channel.recv() == BEGUN
-                answer = _hear(channel, listen)
-            except KeyboardInterrupt:
-                if begun:  # before that the server imports, which is slow, and there is nothing to save
-                    self._end_child(channel)
-                raise
-        status = self._exit_status()
-        return answer or Answer(fault=ChildDiedError(_describe_death(status)))
-
-    def _end_child(self, channel: Connection) -> None:
-        """Ask the child to end, and give it time to save; a second Ctrl-C cuts that short."""
-        with contextlib.suppress(OSError):
-            self.control.sendall(b"t")
-            until = time.monotonic() + GRACE_SECONDS
-            # Bytes, not messages: the interruption may have come in the middle of one.
-            while channel.poll(max(0.0, until - time.monotonic())) and os.read(channel.fileno(), 65536):
-                pass
-
-    def _exit_status(self) -> int | None:
-        """Wait until the server has buried the child; None where the server itself died."""
-        try:
-            answer = self.control.recv(16)
-        except ConnectionError:
-            return None
-        return int(answer) if answer else None
-
-    def close(self) -> None:
-        """End the server, and a child that may still run."""
-        self.control.close()
-        _bury(self)
-
-
-class StartedChild:
-    """The same where nothing is forked: a process for one request, which ends when its input is closed."""
-
-    def __init__(self, preload: str = "") -> None:
-        """Start the child, which imports while this process goes on."""
+        """Start it; it imports while this process goes on."""
         self.scratch, self.was_asked = _make_scratch(), False
-        details = ("serve_once", json.dumps(sys.path), self.scratch, preload)
-        # As above, Ctrl-C reaches the parent alone; a group of its own is what Windows has for that.
+        forks = "forks" if sys.platform == "linux" and hasattr(os, "fork") else ""
+        # A session of its own: Ctrl-C reaches the parent alone, which then ends the child. On Windows a group is that.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, *details],
+            [sys.executable, "-P", "-c", _START, json.dumps(sys.path), self.scratch, preload, forks],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -178,79 +131,79 @@ class StartedChild:
         threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
 
     def _read(self, answers: IO[bytes]) -> None:
-        """Take what the child sends off the pipe, in a thread: on Windows no signal ends a read."""
-        try:
-            with answers:
-                while True:
-                    self._heard.put(pickle.load(answers))  # noqa: S301 - from our own child
-        except (EOFError, OSError, pickle.UnpicklingError):
-            self._heard.put(None)
-        except Exception as fault:  # of a class that this process cannot build
-            self._heard.put(Answer(fault=fault))
+        """Take what comes off the pipe, in a thread: on Windows no signal ends a read."""
+        with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError), answers:
+            while True:
+                content = pickle.load(answers)  # noqa: S301 - from our own child
+                try:
+                    self._heard.put(pickle.loads(content))  # noqa: S301
+                except Exception as fault:  # of a class that this process cannot build
+                    self._heard.put(Answer(fault=fault))
+        self._heard.put(None)
 
-    def recv(self) -> Any:
-        """Wait for what the child sends."""
+    def _hear(self) -> Any:
+        """Wait for what comes next; None where it is gone."""
         while True:
             with contextlib.suppress(queue.Empty):
-                if (received := self._heard.get(timeout=_POLL_SECONDS)) is None:
-                    raise EOFError
-                return received
+                return self._heard.get(timeout=_POLL_SECONDS)
 
     def _send(self, *parts: bytes) -> None:
-        with contextlib.suppress(OSError):  # it died, as `recv` tells
+        with contextlib.suppress(OSError):  # it died, as `_hear` tells
             for part in parts:
-                pickle.dump(part, self._requests)
-            self._requests.flush()
+                _write(self._requests.fileno(), part)
 
     def converse(
         self, function: Callable[..., Any], arguments: tuple[Any, ...], listen: Callable[[Any], None] | None
     ) -> Answer:
-        """Send the request, and pass on what the child sends until it answers or dies."""
-        self.was_asked, begun, answer = True, False, None
-        self._send(_pickle_place(function, listen), pickle.dumps((function, arguments)))
+        """Have a function run in a child, and pass on what it sends, a single value as it is and several as a tuple."""
+        root = logging.getLogger()
+        level = root.level if root.handlers else None
+        place = Place(sys.path, str(Path.cwd()), dict(os.environ), function.__module__, listen is not None, level)
+        self.was_asked, begun = True, False
         try:
-            with contextlib.suppress(EOFError):
-                begun = self.recv() == BEGUN
-                answer = _hear(self, listen)
+            self._send(pickle.dumps(place), pickle.dumps((function, arguments)))
+            begun = self._hear() is not None
+            while isinstance(received := self._hear() if begun else None, tuple) and not isinstance(received, Answer):
+                if listen is not None:
+                    listen(received[0] if len(received) == 1 else received)
+            if received is not None and self._hear() is not None:
+                return cast("Answer", received)
         except KeyboardInterrupt:
-            if begun:
+            if begun:  # before that it imports, which is slow, and there is nothing to save
                 self._send(b"end")
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(GRACE_SECONDS)
+                self._wait_until(time.monotonic() + GRACE_SECONDS)
             raise
         status = self.process.wait()
-        return answer or Answer(fault=ChildDiedError(_describe_death(status)))
+        return received or Answer(fault=ChildDiedError(_describe_death(status)))
+
+    def _wait_until(self, time_is_up: float) -> None:
+        """Give the child time to end; a second Ctrl-C cuts that short."""
+        with contextlib.suppress(queue.Empty):
+            while self._heard.get(timeout=max(0.0, time_is_up - time.monotonic())) not in (None, _BURIED):
+                pass
 
     def close(self) -> None:
-        """End the child, by closing its input."""
+        """End it, and a child that may still run, by closing its input; kill it if need be."""
         with contextlib.suppress(OSError):
             self._requests.close()
-        _bury(self)
+        try:
+            self.process.wait(timeout=_SERVER_SECONDS if self.was_asked else 0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        remove(Path(self.scratch))
 
 
-def _pickle_place(function: Callable[..., Any], listen: Callable[[Any], None] | None) -> bytes:
-    root = logging.getLogger()
-    level = root.level if root.handlers else None
-    path, module = str(Path.cwd()), function.__module__
-    return pickle.dumps(Place(sys.path, path, dict(os.environ), module, listen is not None, level))
+_lock = threading.Lock()
+_servers: list[Server] = []
+atexit.register(close_server)
 
 
-def _bury(server: ForkServer | StartedChild) -> None:
-    """Wait until a process has ended, and end it if need be."""
-    try:
-        server.process.wait(timeout=_SERVER_SECONDS if server.was_asked else 0)
-    except subprocess.TimeoutExpired:
-        server.process.kill()
-        server.process.wait()
-    remove(Path(server.scratch))
-
-
-def _hear(channel: Connection | StartedChild, listen: Callable[[Any], None] | None) -> Answer:
-    """Pass on what a child sends, a single value as it is and several as a tuple, until it answers."""
-    while not isinstance(received := channel.recv(), Answer):
-        if listen is not None:
-            listen(received[0] if len(received) == 1 else received)
-    return received
+def _write(number: int, content: bytes) -> None:
+    """Send bytes, so that the other end can tell where they end."""
+    rest = memoryview(pickle.dumps(content))  # no buffered file, which refuses a signal's handler that sends meanwhile
+    while rest:
+        rest = rest[os.write(number, rest) :]
 
 
 def _make_scratch() -> str:
@@ -262,11 +215,154 @@ def _make_scratch() -> str:
     return str(scratch)
 
 
-def _describe_death(status: int | None) -> str:
-    if status is None:
-        return "the process that ran this was ended from outside, together with its server"
+def _describe_death(status: int) -> str:
     if status >= 0:
         return f"the process that ran this ended by itself with exit status {status}, without a result"
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
     hint = " (the system may be out of memory)" if -status == signal.SIGKILL else ""
     return f"the process that ran this was killed by {name}{hint}"
+
+
+# The other end.
+
+_preparations: list[Callable[[], None]] = []
+
+
+def before_fork(prepare: Callable[[], None]) -> Callable[[], None]:
+    """Have a server call a function once, when it has imported the function's module; a decorator."""
+    _preparations.append(prepare)
+    return prepare
+
+
+def serve(scratch: str, preload: str, forks: str) -> NoReturn:
+    """Carry out requests until the parent is gone; the main function of a server."""
+    tempfile.tempdir, status = scratch, 0
+    answers, requests = os.dup(1), os.fdopen(os.dup(0), "rb")
+    os.dup2(2, 1)  # what a library prints goes to the error output
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    _preload(preload)
+    while status == 0 and (request := _next_request(requests)) is not None:
+        place, body = request
+        _take_over(place, scratch)
+        if not forks:
+            threading.Thread(target=_heed, args=(requests, scratch), daemon=True).start()
+            _carry_out(answers, place, body)
+        if select.select([requests], [], [], 0)[0]:
+            break  # the parent went away during the imports
+        ended, lives = os.pipe()  # what the child holds closes when it ends
+        child = os.fork()
+        if child == 0:
+            # A child that trains on would fight the next command for its folder.
+            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+            _carry_out(answers, place, body)
+        os.close(lives)
+        status = _wait(child, requests, ended)
+        os.close(ended)
+        if status == 0:
+            with contextlib.suppress(OSError):  # the parent may be gone
+                _write(answers, pickle.dumps(_BURIED))
+    remove(Path(scratch))
+    _end_like_a_child(status)
+
+
+def _next_request(requests: IO[bytes]) -> tuple[Place, bytes] | None:
+    """Wait for a place and a function with its arguments; None where the parent is gone."""
+    with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
+        return pickle.loads(pickle.load(requests)), pickle.load(requests)  # noqa: S301 - from our own parent
+    return None
+
+
+def _take_over(place: Place, scratch: str) -> None:
+    """Take the caller's place, and import the function's module so that later children have it already."""
+    sys.path[:] = place.path
+    with contextlib.suppress(OSError):
+        os.chdir(place.folder)
+    os.environ.clear()
+    os.environ.update(place.environment, TMPDIR=scratch)
+    _preload(place.preload)
+
+
+def _preload(module: str) -> None:
+    """Import a module so that children have it already, and keep the garbage collector away from what it made.
+
+    What comes with torch and transformers stays: to look for garbage among it costs the import, and every training
+    once more at its start.
+    """
+    gc.disable()
+    # A fault of the import is reported by the child, which runs into it again.
+    with contextlib.suppress(Exception):
+        importlib.import_module(module)
+        while _preparations:
+            _preparations.pop()()
+    gc.freeze()
+    gc.enable()
+
+
+def _wait(child: int, requests: IO[bytes], ended: int) -> int:
+    """Wait for a child; ask it to end when the parent says so, and end it when the parent goes away."""
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if requests in select.select([requests, ended], [], [], _POLL_SECONDS)[0]:
+            try:
+                pickle.load(requests)  # noqa: S301 - from our own parent
+                os.kill(child, signal.SIGTERM)
+            except (EOFError, pickle.UnpicklingError):
+                os.kill(child, signal.SIGKILL)
+                return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _end_like_a_child(status: int) -> NoReturn:
+    """End as a forked child did: by the end of its server the parent hears of one that has not answered."""
+    if status < 0:
+        import resource  # here: Windows has none
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with contextlib.suppress(OSError):  # SIGKILL
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)  # the parent waits, and to tear down what was imported takes over a second
+
+
+def _heed(requests: IO[bytes], scratch: str) -> NoReturn:
+    """End this process, which carries out a request, when the parent says so, and at once when the parent is gone."""
+    with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
+        while pickle.load(requests):  # noqa: S301 - from our own parent
+            signal.raise_signal(signal.SIGTERM)
+    remove(Path(scratch))
+    os._exit(1)
+
+
+def _carry_out(answers: int, place: Place, body: bytes) -> NoReturn:
+    """Run the request in the child, send the outcome, and end without the server's exit handlers."""
+    status = 1
+    try:
+        try:
+            _write(answers, pickle.dumps(_BEGUN))
+            if place.log_level is not None:
+                log_to_stderr(place.log_level)
+            function, arguments = pickle.loads(body)  # noqa: S301 - from our own parent
+            sender = (lambda *values: _write(answers, pickle.dumps(values)),) if place.sends else ()
+            outcome = pickle.dumps(Answer(value=function(*arguments, *sender)))
+        except BaseException as fault:
+            outcome = pickle.dumps(Answer(fault=_portable(fault)))
+        _write(answers, outcome)
+        status = 0
+    finally:
+        with contextlib.suppress(Exception):
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def _portable(fault: BaseException) -> BaseException:
+    """Make an exception that survives the way to the parent, the child's traceback in a note."""
+    trace = "".join(traceback.format_exception(fault))
+    portable: BaseException = RuntimeError(f"{type(fault).__name__}: {fault}")
+    with contextlib.suppress(Exception):
+        if isinstance(fault, Exception):
+            portable = pickle.loads(pickle.dumps(fault))  # noqa: S301 - what was pickled in this line
+    portable.add_note(f"In the child process:\n{trace}")
+    return portable

@@ -86,7 +86,6 @@ def load_search(
 
 
 def read_mapping(file: Path, what: str) -> dict[str, Any]:
-    """Read a YAML file that must be a mapping."""
     try:
         return parse_mapping(file.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError:
@@ -96,7 +95,6 @@ def read_mapping(file: Path, what: str) -> dict[str, Any]:
 
 
 def parse_mapping(text: str, where: str) -> dict[str, Any]:
-    """Parse YAML that must be a mapping."""
     try:
         values = _read_yaml(text, _UniqueKeyLoader)
     except ConfigError as error:
@@ -253,7 +251,6 @@ def expand_home(path: str) -> Path:
 
 
 def describe_faults(error: ValidationError, where: str, root: type[BaseModel] = Config) -> str:
-    """Put all faults of a validation into words."""
     found = error.errors(include_url=False)
     inner = {fault["loc"][:-1] for fault in found}
     # A list whose one item is faulty is reported as too short as well.

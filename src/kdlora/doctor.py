@@ -38,7 +38,6 @@ class Diagnosis:
     problems: tuple[str, ...]
 
     def lines(self) -> dict[str, str]:
-        """Put it into words, by subject."""
         lines = {
             "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
             "machine": ", ".join(f"{name} {value}" for name, value in self.machine.items()),

@@ -28,12 +28,10 @@ class HarmlessFormatter(logging.Formatter):
     """Formats log lines by `harmless`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Give the line."""
         return harmless(super().format(record))
 
 
 def log_to_stderr(level: int | str) -> None:
-    """Set up the log of this process."""
     handler = logging.StreamHandler()
     handler.setFormatter(HarmlessFormatter("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
@@ -105,7 +103,6 @@ def first_line(fault: BaseException) -> str:
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Suggest the nearest known name."""
     folded = {candidate.casefold(): candidate for candidate in candidates}
     matches = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
     return f" Did you mean {folded[matches[0]]!r}?" if matches else ""

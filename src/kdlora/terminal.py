@@ -33,7 +33,6 @@ class SafeConsole(Console):
     """A console on which names from data and folders cannot move the cursor or hide text."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Give the parts that are printed."""
         for part in super().render(renderable, options):
             yield part if part.control else Segment(harmless(part.text), part.style)
 
@@ -134,7 +133,6 @@ def _state(event: ProgressEvent | tuple[int, int] | str) -> tuple[int | None, in
 
 
 def print_plan(plan: ExperimentPlan, console: SafeConsole) -> None:
-    """Print what an experiment is about to do."""
     for name, text in plan.lines():
         console.tell(f"{name:<11} {text}")
 

@@ -155,7 +155,6 @@ class Answers:
         return self._table(prompt, split)[0][places].astype(np.float64)
 
     def pending(self, prompt: int, split: str, places: np.ndarray) -> np.ndarray:
-        """Give those places that were not asked about."""
         return places[~self._table(prompt, split)[1][places]]
 
     def keep(self, key: Key, found: np.ndarray | str) -> None:

@@ -210,8 +210,6 @@ def _run(work: Any) -> Any:
 
 
 class _Asking:
-    """All questions, and the way through them."""
-
     def __init__(self, rows: AskedRows, settings: AskSettings) -> None:
         self.rows, self.settings = rows, settings
         self.questions = [
@@ -233,7 +231,6 @@ class _Asking:
 
     @property
     def ingredients(self) -> dict[str, Any]:
-        """What decides the answers."""
         rows, settings = self.rows, self.settings
         files = [rows.sources, list(rows.task.text), list(rows.task.label), settings.id_column]
         audited = settings.audit if isinstance(settings.audit, int) else None

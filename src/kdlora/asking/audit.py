@@ -101,7 +101,6 @@ def audit_answers(
 
 
 def temper(table: np.ndarray, temperature: float) -> np.ndarray:
-    """Soften or sharpen probabilities."""
     return table if temperature == 1.0 else probabilities(np.log(table), "single-label", temperature)
 
 

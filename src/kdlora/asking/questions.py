@@ -108,7 +108,6 @@ class Questions:
 
     @property
     def tokens_of_answer(self) -> int:
-        """Tokens that an answer may have."""
         return _TOKENS_OF_VOTE if self.votes else 1
 
     def fill(self, row: Row, options: Sequence[Option]) -> str:

@@ -67,7 +67,6 @@ def verb(options: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[Any]
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON for programs."""
     print(harmless_json(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
 
 

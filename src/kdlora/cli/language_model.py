@@ -28,7 +28,6 @@ _OTHERWISE = {
 
 
 def _option(name: str, kind: Any) -> Any:
-    """Make an option of a setting."""
     if name in ("text", "id_column"):
         return Text if name == "text" else IdColumn
     text = _TEXTS.get(name, name)

@@ -33,7 +33,6 @@ _LIST_VALUES = 1 << 30  # offsets of an Arrow list are 32-bit
 
 
 def encode_labels(raw: RawTable, columns: Sequence[str], task: Task) -> pa.Array | pa.ChunkedArray:
-    """Encode the labels of every row."""
     if task.kind == "single-label":
         return _codes(raw, columns[0], task.label_names)
     if task.kind == "regression":
@@ -61,7 +60,6 @@ def encode_tags(raw: RawTable, tags: pa.ChunkedArray, column: str, task: Task) -
 
 
 def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
-    """Spell single labels as their names."""
     values = raw.table[column]
     if column in raw.class_names:
         return _named_codes(values, raw.class_names[column])
@@ -206,12 +204,10 @@ def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:
 
 
 def infer_text_columns(source: Source) -> tuple[str, ...]:
-    """Choose the text columns by well-known names."""
     return _choose_columns(source, [*TEXT_PAIRS, *TEXT_COLUMNS], "text", "task.text")
 
 
 def infer_label_column(source: Source) -> tuple[str, ...]:
-    """Choose the label column by a well-known name."""
     return _choose_columns(source, LABEL_COLUMNS, "label", "task.label")
 
 

@@ -174,7 +174,6 @@ def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pat
 
 
 def _read_lines(lines: _Lines, form: Format) -> Iterator[Numbered]:
-    """Read one text or one JSON object a line."""
     for number in count():
         try:
             line = next(lines)
@@ -200,7 +199,6 @@ def json_fault(error: Exception) -> str:
 
 
 def as_object(value: object) -> dict[str, Any]:
-    """Refuse what is no JSON object."""
     if not isinstance(value, dict):
         found = type(value).__name__
         raise RowError(f'expected a JSON object such as {{"text": ..., "label": ...}}, found {found}')

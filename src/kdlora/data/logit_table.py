@@ -142,7 +142,6 @@ class LogitStore(BaseModel):
 
     @property
     def folder(self) -> Path:
-        """Where all of it lies."""
         return self.path.parent
 
     @property
@@ -159,7 +158,6 @@ class LogitStore(BaseModel):
         )
 
     def save(self) -> None:
-        """Write the manifest."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json_atomic(self.path, seal(self.model_dump()))
 
@@ -171,7 +169,6 @@ class LogitStore(BaseModel):
         return finished
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Read some columns of all shards."""
         for file in self.files:
             yield from read_batches(file, columns, f"{file}, a shard of logits,", self.remedy)
 
@@ -200,7 +197,6 @@ class LogitStore(BaseModel):
 
 
 def open_store(path: Path) -> LogitStore:
-    """Read a manifest."""
     try:
         content = read_json(path)
         if not is_sealed_or_old(content):

@@ -44,7 +44,6 @@ class RawTable:
 
     @property
     def numbers(self) -> pa.Array:
-        """The number of each row in the source."""
         return pa.array(np.arange(self.table.num_rows)) if self.rows is None else self.rows
 
     def where(self, position: int) -> str:
@@ -141,7 +140,6 @@ def is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
-    """Give the first row where a mask is true."""
     position: int = pc.index(mask, True).as_py()
     return None if position < 0 else position
 
@@ -178,7 +176,6 @@ class _RowFile:
         return columns
 
     def read(self, wanted: tuple[str, ...]) -> RawTable:
-        """Read some columns."""
         dropped: list[int] = []
         raw = RawTable(str(self.path), spool(self._batches(wanted, dropped), str(self.path)))
         if self.form == "tsv" and not self.benchmark:

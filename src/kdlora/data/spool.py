@@ -78,7 +78,6 @@ def read_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
 
 
 def text_columns(dataset: Dataset) -> list[str]:
-    """Name the columns that hold texts."""
     return [name for name in TEXTS if name in dataset.column_names]
 
 

@@ -252,7 +252,6 @@ class _Worker:
         return [_seconds(self.model.predict_logits, texts, batch_size=batch_size) for texts in batches]
 
     def logits(self, texts: Sequence[Any]) -> list[list[float]]:
-        """Give the logits, for the score."""
         found: list[list[float]] = self.model.predict_logits(texts).tolist()
         return found
 

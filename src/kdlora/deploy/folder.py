@@ -96,7 +96,6 @@ class ModelFolder:
 
     @property
     def backend(self) -> Literal["transformers", "onnx", "openvino"]:
-        """What runs it."""
         if self.file is None:
             return "transformers"
         return "openvino" if self.runtime == "openvino" else "onnx"

@@ -167,7 +167,6 @@ def open_backend(folder: ModelFolder, *, threads: int | None = None, verify: boo
 
 
 def _other_kind(folder: ModelFolder) -> str:
-    """Say which class a folder is for."""
     if folder.kind == "tokens":
         read = "kdlora predict and kdlora redact read it, in Python kdlora.Tagger"
         return f"{folder.path}: its model marks entities and gives no label of a whole text; {read}."

@@ -36,7 +36,6 @@ class OnnxBackend:
         self.input_names = tuple(value.name for value in self._session.get_inputs())
 
     def run(self, inputs: dict[str, np.ndarray]) -> Any:
-        """Give the first output."""
         return self._session.run(None, inputs)[0]
 
 

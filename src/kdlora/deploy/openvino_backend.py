@@ -56,7 +56,6 @@ class OpenvinoBackend:
         self._of_thread = threading.local()  # a request holds its inputs and outputs
 
     def run(self, inputs: dict[str, np.ndarray]) -> Any:
-        """Give the first output."""
         if not hasattr(self._of_thread, "request"):
             self._of_thread.request = self._compiled.create_infer_request()
         return self._of_thread.request.infer(inputs)[0]
@@ -64,7 +63,6 @@ class OpenvinoBackend:
 
 @cache
 def has_bf16() -> bool:
-    """Say whether this processor multiplies in bf16."""
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 

@@ -67,7 +67,6 @@ def _weight(value: ir.Value | None) -> np.ndarray | None:
 
 
 def quantise(source: Path, to: Path, recipe: Recipe) -> None:
-    """Quantise an optimised graph."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = ir.load(source)

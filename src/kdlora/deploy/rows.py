@@ -65,11 +65,9 @@ class RowReader:
 
     @property
     def text_column(self) -> str:
-        """Name the first column of texts, once a row is read."""
         return self._texts[0]
 
     def __iter__(self) -> Generator[Row]:
-        """Give the rows."""
         with contextlib.closing(self._parquet() if self.form == "parquet" else self._text()) as found:
             for number, values in found:
                 if isinstance(values, str):
@@ -92,7 +90,6 @@ class RowReader:
             yield from islice(rows, self.start, None)
 
     def _parquet(self) -> Generator[Numbered]:
-        """Read a Parquet file, some rows at a time."""
         check_installed("reading Parquet", "parquet")
         import pyarrow.parquet as pq
 
@@ -111,7 +108,6 @@ class RowReader:
                     number += 1
 
     def _row(self, number: int, values: Mapping[str, Any]) -> Row:
-        """Make a row, or say what is wrong with it."""
         self._texts = self._texts or self._find_columns(list(values))
         given = values.get(self._columns.id) if self.form != "text" else None
         name = str(number) if given is None else str(given)
@@ -133,7 +129,6 @@ class RowReader:
             return Row(name, None, str(error))
 
     def _find_columns(self, available: Sequence[str]) -> tuple[str, ...]:
-        """Settle the text columns."""
         found = self._choose_columns(available)
         for column in (*found, self._columns.id):
             if list(available).count(column) > 1:
@@ -180,7 +175,6 @@ def cut_windows(rows: Iterable[Row], most: int | None = None) -> Iterator[list[R
 
 
 def _choose_format(path: Path | None, wanted: Format | None) -> Format:
-    """Settle how the input is read."""
     known = get_args(Format)
     if wanted is not None and wanted not in known:
         raise DataError(

@@ -48,8 +48,6 @@ class _Host:
 
 @dataclass(frozen=True)
 class _Measured:
-    """The content of the file."""
-
     export: str  # SHA-256 of the record of the export that was measured
     hosts: dict[str, _Host]  # by name
 

@@ -175,7 +175,6 @@ def make_app(classifiers: Mapping[str, Classifier], limits: Limits | None = None
 
 
 def describe(classifier: Classifier) -> dict[str, Any]:
-    """Say what a served model is."""
     names = ("kind", "label_names", "backend", "precision", "max_length")
     return {name: getattr(classifier.folder, name) for name in names}
 
@@ -211,7 +210,6 @@ def _parse(body: bytes, form: type[BaseModel]) -> Any:
 
 
 async def _predict(asked: Any, queues: Mapping[str, _Queue]) -> dict[str, Any]:
-    """Have the named model answer."""
     name = next(iter(queues)) if asked.model is None else asked.model
     if name not in queues:
         raise HTTPException(404, f"no model {name!r:.80}; there are {', '.join(queues)}")

@@ -212,7 +212,6 @@ class _Form:
         return buffer.getvalue()
 
     def join(self, parts: Iterable[Path], to: Path) -> None:
-        """Make one file of parts."""
         if self.name == "parquet":
             import pyarrow.parquet as pq
 
@@ -266,12 +265,10 @@ class _Output:
         self.rows = self.errors = self.resumed = 0
 
     def add(self, answers: Sequence[tuple[Row, Answer | None]], errors: int) -> None:
-        """Write one window."""
         self.write(self.form.encode(answers), len(answers), errors)
         self.rows, self.errors = self.rows + len(answers), self.errors + errors
 
     def write(self, content: bytes, rows: int, errors: int) -> None:
-        """Write the bytes of one window."""
         sys.stdout.buffer.write(harmless_json(content.decode()).encode())
         sys.stdout.buffer.flush()
 
@@ -308,12 +305,10 @@ class PartialResult(_Output):
         self.errors = sum(errors for _, errors in counts)
 
     def write(self, content: bytes, rows: int, errors: int) -> None:
-        """Write one part, atomically."""
         with atomic_file(self.folder / f"part-{len(self._parts()):08d}-{rows}-{errors}") as temporary:
             temporary.write_bytes(content)
 
     def discard(self) -> None:
-        """Remove the parts."""
         self._refuse_foreign()
         remove(self.folder)
 

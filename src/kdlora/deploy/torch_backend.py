@@ -39,7 +39,6 @@ class TorchBackend:
         self.input_names = tuple(name for name in INPUTS if name in self.tokenizer.model_input_names and name in taken)
 
     def run(self, inputs: dict[str, np.ndarray]) -> Any:
-        """Give the logits."""
         with torch.inference_mode():
             output = self.model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
         return None if output.logits is None else output.logits.float().numpy()

@@ -43,7 +43,6 @@ def keep_mask(shape: torch.Size, rate: float) -> Tensor:
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
-    """Set dropped elements to zero."""
     bits = _BITS[values.dtype]
     return values.view(bits).bitwise_and(mask.to(bits)).view(values.dtype)
 

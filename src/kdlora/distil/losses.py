@@ -102,7 +102,6 @@ def _check_settings(kind: Kind, alpha: float, loss: str, class_weights: Tensor |
 
 
 def _soft_loss(kind: Kind, student: Tensor, teacher: Tensor, loss: str, temperature: float) -> Tensor:
-    """Measure the loss of every row against the teacher."""
     if kind == "regression":
         student, teacher = student.reshape(len(student), -1), teacher.reshape(len(teacher), -1)
     if student.shape != teacher.shape:
@@ -154,7 +153,6 @@ def binary_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def _hard_loss(kind: Kind, outputs: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Measure the loss against the labels."""
     weights = None if weights is None else weights.to(outputs)
     rows = len(outputs)
     fits = {
@@ -184,7 +182,6 @@ class DivergedError(KdLoraError):
     """A loss or a gradient that is not a finite number, at an optimiser step from 1; -1 where it is not known."""
 
     def __init__(self, message: str, step: int = -1) -> None:
-        """Say what diverged."""
         super().__init__(message)
         self.step = step
 
@@ -193,14 +190,12 @@ class LossSums:
     """Sums of loss terms over rows, on the device: reading them is what costs, not adding."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start at zero."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(6, dtype=dtype, device=device)
         self.bad_loss, self.bad_gradient = (torch.full((), -1, dtype=torch.int64, device=device) for _ in range(2))
 
     @torch.no_grad()
     def add(self, terms: LossTerms, step: int) -> None:
-        """Add the rows of a micro-batch."""
         rows = terms.hard.new_full((), len(terms.hard))
         zero = torch.zeros_like(rows)
         soft, soft_rows = (zero, zero) if terms.soft is None else (terms.soft.sum(), rows)

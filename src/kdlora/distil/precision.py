@@ -23,7 +23,6 @@ WORTH_ROUNDING = 1.25  # bf16 keeps 8 bits of a number; a smaller gain in speed 
 
 
 def resolve_device(device: str) -> torch.device:
-    """Choose where to compute."""
     _check_name("run.device", device, ["auto", "cpu", "cuda"])
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is cuda, but PyTorch finds no CUDA device here; use auto or cpu")

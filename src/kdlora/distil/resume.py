@@ -51,7 +51,6 @@ class Checkpoint:
     state: Mapping[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Read a file of tensors."""
         return load_file(self.folder / f"{name}.safetensors")
 
 
@@ -100,7 +99,6 @@ class CheckpointFolder:
             remove(folder)
 
     def save_best(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the weights of now as the best so far."""
         self._claim()
         with atomic_file(self.best) as temporary:
             save_tensors(temporary, tensors)
@@ -147,7 +145,6 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, from any device."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
@@ -176,7 +173,6 @@ def pack_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
 
 
 def unpack_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `pack_optimizer`."""
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
@@ -198,7 +194,6 @@ def pack_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack_random_state(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Set every global random generator."""
     version, words, gauss = rest["python"]
     random.setstate((version, tuple(words), gauss))
     name, position, has_gauss, cached = rest["numpy"]

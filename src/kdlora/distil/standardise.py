@@ -31,11 +31,9 @@ class TargetScale:
         return cls(mean=float(values.mean()), std=std if std > 0.0 else 1.0)
 
     def standardise(self, values: Tensor) -> Tensor:
-        """Bring values to the scale of training."""
         return (values - self.mean) / self.std
 
     def restore(self, values: np.ndarray) -> np.ndarray:
-        """Bring predictions back to the original scale."""
         return np.asarray(values * self.std + self.mean, dtype=values.dtype)
 
 

@@ -141,7 +141,6 @@ class Teacher:
 
     @cached_property
     def weights(self) -> str:
-        """The hash of its weights."""
         return hash_model(self.encoder.model)
 
     def ingredients(self) -> dict[str, Any]:

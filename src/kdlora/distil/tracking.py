@@ -32,12 +32,10 @@ class TrackedRun:
 
     @property
     def key(self) -> str:
-        """Hash of the run's place."""
         return hashlib.sha256(str(self.place.resolve()).encode()).hexdigest()[:16]
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
-    """Check that every tracker is installed."""
     missing = [name for name in trackers if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(

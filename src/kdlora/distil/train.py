@@ -54,7 +54,6 @@ class TrainOutcome:
 
     @property
     def examples_per_second(self) -> float:
-        """The speed of the training loop."""
         return self.examples / max(self.train_seconds, 1e-9)
 
 

@@ -102,7 +102,6 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, args: TrainingArguments, around: Surroundings, **trainer: Any) -> None:
-        """Set up a training."""
         self.around, self.options, self.processes = around, around.options, around.processes
         self.sampler, self.checkpoints = around.sampler, around.checkpoints
         self.history: list[dict[str, Any]] = []
@@ -147,7 +146,6 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
     # What goes on around the steps.
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock."""
         self.began, self.saved_at = time.monotonic() - self.train_seconds, self.train_seconds
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -195,7 +193,6 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         self._tell()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop the clock."""
         self.train_seconds = self.seconds()
 
     def _tell(self) -> None:
@@ -283,7 +280,6 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         return rows if self.processes.count == 1 else rows / self.processes.count
 
     def _rows_of_step(self) -> int:
-        """Count the rows of the present optimiser step, in all processes."""
         return self.sampler.rows_of(self.state.global_step % len(self.sampler))
 
     def rows_of_step(self, step: int) -> list[int]:

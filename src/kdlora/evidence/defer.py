@@ -129,7 +129,7 @@ class NoPromiseError(DataError):
 
 
 def measure_sureness(logits: np.ndarray, how: Sureness = "probability", temperature: float = 1.0) -> np.ndarray:
-    """Say how sure a classifier is of each text; energy: Liu et al., "Energy-based Out-of-distribution Detection", eq. 4."""
+    """Say how sure a model is of each text; energy: Liu et al., "Energy-based Out-of-distribution Detection", eq. 4."""
     if how == "energy":
         return np.asarray(temperature * np.logaddexp.reduce(logits.astype(np.float64) / temperature, axis=1))
     ordered = np.sort(probabilities(logits, "single-label", temperature), axis=1)

@@ -67,7 +67,6 @@ class ExampleText:
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
-    """Store predictions atomically."""
     rows, offsets = len(predictions.ids), predictions.offsets
     expected = (rows if offsets is None else int(offsets[-1]), len(predictions.label_names))
     if predictions.logits.shape != expected:
@@ -85,7 +84,6 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """Read a predictions file."""
     table = _read_table(path, ("id", "split"))
     names = [name for name in table.column_names if name.startswith(LOGIT)]
     if not names:

@@ -177,7 +177,6 @@ class ExperimentLayout:
         return self.root / "teacher"
 
     def run(self, arm: str, seed: int) -> RunLayout:
-        """Name the folder of one arm × seed."""
         return RunLayout(self.runs / f"{arm}-seed{seed}")
 
 
@@ -187,7 +186,6 @@ def write_record(path: str | Path, record: RunRecord) -> None:
 
 
 def read_record(path: str | Path) -> RunRecord:
-    """Read a run record."""
     return _parse_record(_read_json(Path(path)), str(path))
 
 
@@ -197,7 +195,6 @@ def write_results(path: str | Path, records: Iterable[RunRecord]) -> None:
 
 
 def read_results(path: str | Path) -> list[RunRecord]:
-    """Read the records of a `results.json`."""
     content = _read_json(Path(path))
     runs = content.get("runs")
     if not isinstance(runs, list):
@@ -213,7 +210,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _parse_record(content: Any, where: str) -> RunRecord:
-    """Check version, fields and checksum of a record."""
     if not isinstance(content, dict):
         raise ArtifactError(f"{where}: expected a JSON object, found {type(content).__name__}. {_RERUN}")
     version = content.get("schema_version")

@@ -28,7 +28,6 @@ class MeanSd:
 
 
 def mean_sd(values: Sequence[float]) -> MeanSd:
-    """Summarise the values of several seeds, one figure each."""
     if not len(values):
         raise ValueError("expected at least one value")
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -73,7 +72,6 @@ class PairedArms:
 
     @property
     def examples(self) -> int:
-        """How many examples there are."""
         return len(self.labels) if self.offsets is None else len(self.offsets) - 1
 
 

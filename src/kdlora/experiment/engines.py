@@ -88,7 +88,6 @@ class OnRay:
         return list(self._ray.get([self._answer.remote(function, each) for each in arguments]))
 
     def cancel(self) -> None:
-        """End what still runs."""
         for reference in self._pending:
             self._ray.cancel(reference, force=True)
 

@@ -98,7 +98,6 @@ class SuiteFigures:
         }
 
     def family_title(self, family: str) -> str:
-        """Write a family as the paper does, where it is the paper's."""
         return FAMILY_TITLES.get(self.plan.family_of_paper(family), family)
 
     def published(self, row: SuiteRow, family: str, arm: str) -> float | None:
@@ -106,11 +105,9 @@ class SuiteFigures:
         return published_scores(row.published).get(self.plan.family_of_paper(family), {}).get(arm)
 
     def ended(self, cell: Cell) -> Runs:
-        """List the runs of a cell that have a record."""
         return [(run, self.records[run.key]) for run in cell.runs if run.key in self.records]
 
     def finished(self, cell: Cell) -> Runs:
-        """List the runs of a cell that finished."""
         return [(run, record) for run, record in self.ended(cell) if record.status == "finished"]
 
     def figure(self, cell: Cell, group: str = "") -> Figure:
@@ -145,7 +142,6 @@ class SuiteFigures:
         return None if found is None else found.median
 
     def gain(self, row: SuiteRow, family: str, arm: str) -> Gain | None:
-        """Compute what the teacher adds to a distilled arm on one row."""
         cells = self.plan.cells_of(row.task, family)
         if CONTROLS[arm] not in cells or arm not in cells:
             return None

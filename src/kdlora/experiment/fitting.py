@@ -122,7 +122,6 @@ def _goal_of(metric: str) -> tuple[str, Goal] | None:
 
 
 def check_goal(goal: Goal) -> Goal:
-    """Refuse what nothing can be fitted for."""
     if isinstance(goal, str):
         if goal not in METRICS:
             expected = f"{', '.join(METRICS)}, or a precision.{did_you_mean(goal, METRICS)}"

@@ -150,7 +150,6 @@ def _without_model(job: Job, record: RunRecord) -> RunRecord:
 def record_failure(
     run: Job | PlannedRun, layout: ConfigurationLayout, facts: TaskFacts, fault: str, notes: Sequence[str] = ()
 ) -> RunRecord:
-    """Write the record of a run that did not come to an end."""
     record = blank_record(run.config, run.arm, run.seed, facts)
     update = {"status": "failed", "error": fault, "finished": now(), "notes": [*record.notes, *notes]}
     record = record.model_copy(update=update)

@@ -126,11 +126,9 @@ class Plan:
         return list(lessons.values())
 
     def teacher_arm(self, task: str, family: str) -> Arm:
-        """Name the arm that teaches on a task."""
         return next((run.arm for run in self.teachers.get((task, family), ())), "fft")
 
     def cells_of(self, task: str, family: str) -> dict[str, Cell]:
-        """Give the cells of a task and family, by arm."""
         return {cell.arm: cell for cell in self.cells if (cell.task, cell.family) == (task, family)}
 
     def family_of_paper(self, family: str) -> str:
@@ -196,7 +194,6 @@ def reset_unused(config: Config, arm: Arm) -> Config:
 
 
 def _unused_keys(config: Config, arm: Arm) -> list[str]:
-    """Name the keys and sections that an arm does not use."""
     unused = ["family", "student.full_learning_rate" if arm in LORA_ARMS else "lora"]
     if arm not in DISTILLED_ARMS:  # perturbed copies are texts for the students of a teacher alone
         unused += [

@@ -69,11 +69,9 @@ class ExperimentPlan:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps in all."""
         return sum(one.runs * one.steps for one in self.trainings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the facts for programs."""
         facts = asdict(self)
         del facts["config"]
         return facts | {"task": self.task.to_dict(), "steps": self.steps}
@@ -139,7 +137,6 @@ def make_plan(
     labelled: bool = False,
     processes: int = 1,
 ) -> ExperimentPlan:
-    """Sum up what is left of an experiment."""
     seeds = Counter(arm for arm in left if arm != "fft" or not config.given_teacher)
     rows = {name: len(part) for name, part in splits_by_name(splits).items()}
     own = rows | {"unlabelled": rows.get("unlabelled", 0) - splits.copies}

@@ -59,11 +59,9 @@ class Queue:
 
     @property
     def failed(self) -> list[RunRecord]:
-        """The runs that failed, in no particular order."""
         return [record for record in self.records.values() if record.status == "failed"]
 
     def in_order(self) -> list[RunRecord]:
-        """List the records in the order of the plan."""
         return [self.records[run.key] for run in self.runs if run.key in self.records]
 
     def next_job(self) -> Job | None:

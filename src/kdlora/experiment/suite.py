@@ -151,7 +151,6 @@ def _carry_out(queue: Queue, engine: Engine, work: Work, listen: Callable[[Suite
 
 
 def suite_folder(suite: SuiteConfig, out: str | Path | None) -> Path:
-    """Say where a suite goes."""
     return (Path(out) if out is not None else Path("runs") / suite.name).absolute()
 
 

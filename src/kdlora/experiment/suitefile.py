@@ -120,7 +120,6 @@ class Grids(Section):
     """Of `student-fft` and `kd-fft`, alike: keys of `student` and `distil`."""
 
     def of(self, arm: Arm) -> Axes:
-        """Give the grid of an arm."""
         if arm == "words":
             return ()
         return self.fft if arm == "fft" else self.adapters if arm in LORA_ARMS else self.full_students

@@ -52,7 +52,6 @@ class Team:
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other process."""
         return self.launch.count == 1
 
     @property

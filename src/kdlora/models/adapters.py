@@ -203,7 +203,6 @@ def merge_student(model: PeftModel) -> PreTrainedModel:
 
 
 def count_parameters(model: PreTrainedModel | PeftModel) -> ParameterCounts:
-    """Count parameters; shared ones once."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapter = sum(size for name, size in sizes.items() if ADAPTER_PART.search(name))

@@ -55,7 +55,6 @@ class Encoder:
 
     @property
     def width(self) -> int:
-        """Hidden size."""
         return int(self.model.config.hidden_size)
 
     @property

@@ -82,7 +82,6 @@ class Source:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the weights lie on this machine under that name."""
         return Path(self.name).is_dir()
 
 

@@ -118,7 +118,6 @@ def _short(source: str | None) -> str:
 
 
 def _code(text: str) -> Markup:
-    """Quote text for Markdown, whatever it holds."""
     flat = " ".join(text.split())
     fence = "`" * (max((len(run) for run in re.findall("`+", flat)), default=0) + 1)
     return Markup(f"{fence} {flat} {fence}" if "`" in flat else f"`{flat}`")

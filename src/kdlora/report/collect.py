@@ -27,11 +27,9 @@ class Run:
     predictions: Predictions | None
 
     def score(self, split: str) -> float | None:
-        """Give the score on "validation" or "test"."""
         return self.record.test_score if split == "test" else self.record.score
 
     def metrics(self, split: str) -> dict[str, float | None]:
-        """Give the metrics on "validation" or "test"."""
         return self.record.test_metrics if split == "test" else self.record.metrics
 
 

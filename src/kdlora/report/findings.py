@@ -45,7 +45,6 @@ class Comparison:
 
     @property
     def turned(self) -> Comparison:
-        """The second arm minus the first."""
         one = self.difference
         if one is not None:
             one = replace(one, difference=-one.difference, low=-one.high, high=-one.low)

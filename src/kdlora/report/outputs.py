@@ -212,7 +212,6 @@ def _residual_plots(outputs: Outputs, mark: str) -> list[Block]:
 
 
 def _calibration_plot(arms: Sequence[Outputs], identity: str) -> Figure:
-    """Draw reliability diagrams of several arms."""
     task = arms[0].task
     start = 0.5 if task.kind == "multi-label" or task.num_labels == 2 else 0.0
     errors = [

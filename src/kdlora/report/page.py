@@ -34,7 +34,6 @@ class Prose(Markup):
 
 
 def strong(text: str) -> Prose:
-    """Emphasise text."""
     return Prose("<strong>{}</strong>").format(text.strip())
 
 

@@ -55,7 +55,6 @@ class Style:
 
     @property
     def colour(self) -> str:
-        """The colour in light mode."""
         return PALETTE[f"series-{self.number % len(_MARKERS)}"]
 
     @property

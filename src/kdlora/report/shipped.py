@@ -140,7 +140,6 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        """Whether every limit held."""
         return not self.reason
 
 
@@ -167,7 +166,6 @@ class Shipped:
 
     @property
     def models(self) -> tuple[ModelFigures, ...]:
-        """The models that were measured."""
         return self.benchmark.models if self.benchmark else ()
 
     @property

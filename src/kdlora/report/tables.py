@@ -46,12 +46,10 @@ class Cost:
     write: Callable[[float | None], str]
 
     def mean(self, runs: Sequence[Run]) -> float | None:
-        """Average over the runs that measured it."""
         values = [float(value) for run in runs if (value := self.read(run.record)) is not None]
         return float(np.mean(values)) if values else None
 
     def text(self, runs: Sequence[Run]) -> str:
-        """Write the average in its unit."""
         return self.write(self.mean(runs))
 
 
@@ -111,7 +109,6 @@ class Links:
         return quote(Path(os.path.relpath(path.resolve(), self.base.resolve())).as_posix())
 
     def to_all(self, runs: Sequence[Run]) -> tuple[Link, ...]:
-        """Link to the records of several runs."""
         return tuple(
             Link(str(run.record.seed), self.file(run.path), f"{run.record.arm}, seed {run.record.seed}") for run in runs
         )
@@ -286,7 +283,6 @@ def compared(one: Comparison) -> tuple[str, str, str]:
 
 
 def difference_table(comparisons: Sequence[Comparison], links: Links) -> Table:
-    """List differences with intervals, p and n."""
     rows: list[Row] = []
     for one in comparisons:
         value, *rest = compared(one)

@@ -50,7 +50,6 @@ _METRIC_TITLES = {
 
 
 def arm_title(arm: str) -> str:
-    """Name an arm for a heading or legend."""
     return ARMS[arm][0] if arm in ARMS else arm
 
 
@@ -69,7 +68,6 @@ def metric_title(name: str) -> str:
 
 
 def score_title(metrics: tuple[str, ...]) -> str:
-    """Name what a score is made of."""
     names = [metric_title(name) for name in metrics]
     return names[0] if len(names) == 1 else f"mean of {' and '.join(names)}"
 
@@ -106,12 +104,10 @@ def points(value: float | None, digits: int = 1) -> str:
 
 
 def interval(difference: Difference) -> str:
-    """Write the ends of an interval."""
     return f"{signed(difference.low)} to {signed(difference.high)}"
 
 
 def interval_cell(difference: Difference) -> str:
-    """Write an interval for a table."""
     return f"{interval(difference)}{' (one seed: no verdict)' if difference.n_seeds < 2 else ''}"
 
 
@@ -124,7 +120,6 @@ def span(difference: Difference) -> str:
 
 
 def p_value(p: float) -> str:
-    """Write p with two figures."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 

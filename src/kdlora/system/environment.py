@@ -112,7 +112,6 @@ class MemoryLevel:
 
 
 def read_memory() -> MemoryLevel | None:
-    """Read this process's memory."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:

@@ -12,7 +12,6 @@ CHECKSUM = "checksum"
 
 
 def hash_file(path: Path) -> str:
-    """Give the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

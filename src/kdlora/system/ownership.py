@@ -178,7 +178,6 @@ def is_abandoned(path: Path) -> bool:
 
 
 def is_alive(process: int, start: int = 0) -> bool:
-    """Say whether a process of this machine still runs."""
     try:
         os.kill(process, 0)  # signal 0 asks without sending anything
     except (ProcessLookupError, OverflowError):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
-from itertools import chain, islice
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -253,22 +252,20 @@ def _refuse_quoting(raw: RawTable) -> None:
 
 def _encoding_error(file: Path) -> DataError:
     """Describe the first byte that is not UTF-8."""
-    decoder, offset, line = getincrementaldecoder("utf-8")(), 0, 1
+    offset = 0
     with file.open("rb") as stream:
         if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             return DataError(f"{file} is UTF-16, but UTF-8 is expected; save it as UTF-8 (iconv -f utf-16 -t utf-8)")
         stream.seek(0)
-        for chunk in chain(iter(partial(stream.read, 1 << 20), b""), [b""]):
+        for number, line in enumerate(stream, start=1):
             try:
-                decoder.decode(chunk, final=not chunk)
+                line.decode()
             except UnicodeDecodeError as error:
-                bad, place = error.object, error.start
-                offset += len(chunk) - len(bad) + place
                 return DataError(
-                    f"{file}, line {line + bad.count(10, 0, place)}: byte 0x{bad[place]:02X} at offset {offset} is not "
+                    f"{file}, line {number}: byte 0x{line[error.start]:02X} at offset {offset + error.start} is not "
                     "UTF-8; convert the file to UTF-8 (for example: iconv -f windows-1252 -t utf-8)"
                 )
-            line, offset = line + chunk.count(b"\n"), offset + len(chunk)
+            offset += len(line)
     return DataError(f"{file} was not UTF-8 when it was read, and has changed since; try again")
 
 

@@ -299,13 +299,19 @@ def test_weights_beside_a_graph_are_read_in_a_folder_and_in_the_hubs_cache(graph
     refused(snapshot, "a link to a file in another folder")
 
 
-NO_GRAPHS = (b"\x00" * 9, b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 64, b"abcdORTM" + b"\x00" * 99)
+NO_GRAPHS = (b"\x00" * 9, b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 64, b"\x08location")
 
 
 @pytest.mark.parametrize("content", NO_GRAPHS)
-def test_what_is_no_graph_is_refused(graph_folder, no_runtime, content):
-    """A walk over a hostile message must end, and a format that it does not know must not reach the runtime."""
+def test_what_is_no_graph_is_refused(graph_folder, content):
+    """A reader of a hostile message must end, and say which file it was."""
     (graph_folder / "model.onnx").write_bytes(content)
+    refused(graph_folder, "cannot load it")
+
+
+def test_the_runtimes_own_format_is_refused(graph_folder, no_runtime):
+    """It names files as well, which nothing here would look at."""
+    (graph_folder / "model.onnx").write_bytes(b"abcdORTM" + b"\x00" * 99)
     refused(graph_folder, "cannot load it")
 
 

@@ -304,7 +304,7 @@ def _wait(child: int, requests: IO[bytes], ended: int) -> int:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if requests in select.select([requests, ended], [], [], _POLL_SECONDS)[0]:
+        if requests.fileno() in select.select([requests.fileno(), ended], [], [], _POLL_SECONDS)[0]:
             try:
                 pickle.load(requests)  # noqa: S301 - from our own parent
                 os.kill(child, signal.SIGTERM)

@@ -59,7 +59,7 @@ def test_a_busy_machine_does_not_make_a_model_slow(monkeypatch):
         clock.wall, clock.own = clock.wall + 1.0, clock.own + 0.002 * len(rows)
 
     times = SimpleNamespace(perf_counter=lambda: clock.wall, process_time=lambda: clock.own)
-    for name, value in {"time": times, "predict_logits": predict, "tokenise": lambda rows, *_, quiet: rows}.items():
+    for name, value in {"time": times, "predict_logits": predict, "tokenise": lambda rows, *_, **__: rows}.items():
         monkeypatch.setattr(settle, name, value)
     encoder = SimpleNamespace(model=SimpleNamespace(to=lambda _: None), tokenizer=None, reads_words=False)
     config = build_config(CONFIG | {"run": {"device": "cpu", "precision": "fp32"}})

@@ -18,6 +18,7 @@ from harness import command_line, markdown, tell_machine
 from serve import read_texts
 
 from kdlora import Classifier
+from kdlora.deploy.hub import locate_export
 from kdlora.deploy.network import spread
 from kdlora.deploy.webpage import write_web_page
 
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     options = parser.parse_args()
     texts = spread(read_texts(options.file), options.count)
-    model = Classifier.load(options.model, threads=1)
+    model = Classifier.load(locate_export(options.model), threads=1)
     with tempfile.TemporaryDirectory() as place:
         page = write_web_page(options.model, Path(place) / "page")
         with serve_folder(page.folder) as server, open_browser(Path(place) / "profile") as browser:

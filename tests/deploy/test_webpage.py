@@ -147,7 +147,7 @@ ASK = (
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """A cache with the real archives, which npm fetches or has."""
+    """The files of the real archives, which npm fetches or has."""
     cache = tmp_path_factory.mktemp("cache")
     (cache / "web").mkdir()
     wanted = [f"{package.name}@{package.version}" for package in webpage._PACKAGES]
@@ -155,7 +155,15 @@ def packages(tmp_path_factory):
     command = [npm, "pack", "--prefer-offline", "--silent", "--pack-destination", str(cache / "web"), *wanted]
     if npm is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip(f"needs npm, and a registry that has {' and '.join(wanted)}")
-    return cache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLORA_CACHE", str(cache))
+        return {package.name: webpage._read_package(package) for package in webpage._PACKAGES}
+
+
+@pytest.fixture
+def unpacked(packages, monkeypatch):
+    """Take the files as they were read before: to unpack them takes a second."""
+    monkeypatch.setattr(webpage, "_read_package", lambda package: packages[package.name])
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +174,8 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def page(packages, browser, tmp_path, monkeypatch):
+def page(unpacked, browser, tmp_path):
     """`page(folder)` writes a page, serves it and opens it; it gives the server."""
-    monkeypatch.setenv("KDLORA_CACHE", str(packages))
     serving = []
 
     def give(folder, width=1280, scheme="light"):
@@ -291,13 +298,19 @@ def test_everybody_can_use_the_page(page, browser, world, width, scheme):
     """A page for the mouse alone, pale text in the dark, a label that runs as a script, a request to elsewhere."""
     server = page(world, width, scheme)
     assert serious_faults(browser) == []
-    browser.switch_to.active_element.send_keys("the film was wonderful <b>indeed</b>")
+    text, model = "the film was wonderful <b>indeed</b>", Classifier.load(world, threads=1)
+    browser.switch_to.active_element.send_keys(text)
     state = wait(browser, *HOSTILE)
     assert " ms)" in state
     WebDriverWait(browser, 30).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "#words tr")) >= 4)
     rows = [row.text for row in browser.find_elements(By.CSS_SELECTOR, "#values tr")]
     assert all(any(row.startswith(name) for row in rows) for name in HOSTILE)
-    assert "<b>indeed</b>" in browser.find_element(By.ID, "marked").text
+    with_it, without = (model.predict([one])[0].probabilities for one in (text, text.replace("wonderful", "")))
+    top = max(with_it, key=with_it.__getitem__)
+    effects = dict(row.text.rsplit(" ", 2)[:2] for row in browser.find_elements(By.CSS_SELECTOR, "#words tr"))
+    effect = float(effects["wonderful"].replace("\N{MINUS SIGN}", "-"))
+    assert effect == pytest.approx(100 * (with_it[top] - without[top]), abs=0.15)
+    assert browser.find_element(By.ID, "marked").text == text
     assert browser.execute_script("return document.querySelectorAll('main img, main b').length") == 0
     assert browser.find_elements(By.TAG_NAME, "mark")
     assert serious_faults(browser) == []
@@ -312,9 +325,8 @@ def test_everybody_can_use_the_page(page, browser, world, width, scheme):
 
 @pytest.mark.slow
 @NEEDS_CHROMIUM
-def test_a_page_that_reads_other_tokens_says_so(packages, browser, world, tmp_path, monkeypatch):
+def test_a_page_that_reads_other_tokens_says_so(unpacked, browser, world, tmp_path):
     """Wrong answers that look right, where a browser and Python do not agree on the tokens."""
-    monkeypatch.setenv("KDLORA_CACHE", str(packages))
     write_web_page(world, tmp_path / "page")
     place = tmp_path / "page" / "settings.json"
     settings = json.loads(place.read_text(encoding="utf-8"))

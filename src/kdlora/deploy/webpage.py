@@ -102,10 +102,8 @@ def write_web_page(model: str | Path, to: str | Path) -> WebPage:
             "then name that FOLDER."
         )
     classifier = Classifier.load(place)
-    if read_onnx(file)[1]:
-        raise ModelError(f"{file}: its weights lie in another file, which a browser does not find.")
-    if '"Precompiled"' in (classifier.folder.path / TOKENIZER).read_text(encoding="utf-8"):
-        raise ModelError(f"{place}: its SentencePiece tokenizer is only approximated in a browser; serve it by Python.")
+    if fault := _find_fault(classifier, file):
+        raise ModelError(f"{place}: {fault}, and the page cannot do that; use `kdlora serve`.")
     _check_target(target)
     parts = {name: content for package in _PACKAGES for name, content in _read_package(package).items()}
     with atomic_folder(target) as work:
@@ -119,6 +117,16 @@ def write_web_page(model: str | Path, to: str | Path) -> WebPage:
             shutil.copyfile(classifier.folder.path / name, work / name)
         write_json_atomic(work / _SETTINGS, _describe(classifier, Path(model).resolve().name))
     return WebPage(target, file.name, sum(one.stat().st_size for one in target.iterdir()))
+
+
+def _find_fault(classifier: Classifier, file: Path) -> str:
+    """Say what of a model a browser cannot do as Python does; nothing where there is nothing."""
+    if classifier.folder.windows is not None:
+        return "it reads long texts in windows"
+    if read_onnx(file)[1]:
+        return "its weights lie in another file"
+    with_table = '"Precompiled"' in (classifier.folder.path / TOKENIZER).read_text(encoding="utf-8")
+    return "its SentencePiece tokenizer has a table of characters" if with_table else ""
 
 
 def _check_target(target: Path) -> None:

@@ -13,7 +13,7 @@ from kdlora.cli.app import Json, print_json, verb
 from kdlora.deploy.folder import Runtime
 
 if TYPE_CHECKING:
-    from kdlora.deploy.predict import Classifier
+    from kdlora.deploy.serving import Model
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ def serve(options: Serve) -> None:
     from kdlora.deploy.serving import Limits, describe
     from kdlora.deploy.serving import serve as serve_models
 
-    def ready(address: str, classifiers: Mapping[str, Classifier]) -> None:
+    def ready(address: str, models: Mapping[str, Model]) -> None:
         if options.as_json:
-            print_json({"address": address, "models": {name: describe(one) for name, one in classifiers.items()}})
+            print_json({"address": address, "models": {name: describe(one) for name, one in models.items()}})
         else:
-            print("\n".join(f"{name}: {classifier!r}" for name, classifier in classifiers.items()))
+            print("\n".join(f"{name}: {model!r}" for name, model in models.items()))
             print(f"listening at {address}")
         sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Serve classifiers over HTTP: `/predict`, `/health`, `/metrics`; texts that wait together are computed together.
+"""Serve models over HTTP: `/predict`, `/health`, `/metrics`; texts that wait together are computed together.
 
 Everything but the network runs in one event loop, so the queue of a model needs no lock.
 """
@@ -12,8 +12,8 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,12 +26,16 @@ from prometheus_client import generate_latest as write_metrics
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.requests import ClientDisconnect
 
-from kdlora.deploy.folder import Runtime
+from kdlora.deploy.folder import Runtime, Way
 from kdlora.deploy.hub import locate_export
 from kdlora.deploy.predict import Classifier, Prediction, Text, check_text
+from kdlora.deploy.tagger import Entity, Tagger, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError
 
 logger = logging.getLogger(__name__)
+
+Model = Classifier | Tagger
+Answer = Prediction | list[Entity]
 
 _TOGETHER = 64
 """Most texts of several requests that are computed at once; they are batched by length."""
@@ -74,20 +78,20 @@ class _Meters:
 class _Queue:
     """The requests that wait for one model; a task empties it as long as there are any."""
 
-    classifier: Classifier
+    model: Model
     name: str
     most: int
     meters: _Meters
     waiting: int = 0
-    asked: deque[tuple[list[Text], asyncio.Future[list[Prediction]]]] = field(default_factory=deque)
+    asked: deque[tuple[list[Text], asyncio.Future[list[Answer]]]] = field(default_factory=deque)
     task: asyncio.Task[None] | None = None
 
-    async def ask(self, texts: list[Text]) -> list[Prediction]:
+    async def ask(self, texts: list[Text]) -> list[Answer]:
         """Wait for the predictions of one request; a full queue takes none."""
         if self.waiting + len(texts) > self.most:
             detail = f"{self.waiting} texts wait for {self.name} already; ask again later"
             raise HTTPException(503, detail, {"Retry-After": "1"})
-        future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
         self.asked.append((texts, future))
         self.waiting += len(texts)
         if self.task is None:
@@ -106,11 +110,11 @@ class _Queue:
             await self._answer(batch)
         self.task = None
 
-    async def _answer(self, batch: list[tuple[list[Text], asyncio.Future[list[Prediction]]]]) -> None:
+    async def _answer(self, batch: list[tuple[list[Text], asyncio.Future[list[Answer]]]]) -> None:
         """Answer requests together, or one by one where they fail together: one bad text fails its own request."""
         texts = [text for some, _ in batch for text in some]
         try:
-            predictions = iter(await asyncio.to_thread(self.classifier.predict, texts))
+            answers: Iterator[Answer] = iter(await asyncio.to_thread(self.model.predict, texts))  # type: ignore[arg-type]
         except Exception as error:
             if len(batch) > 1:
                 for one in batch:
@@ -120,7 +124,7 @@ class _Queue:
             return
         self.meters.texts.labels(self.name).inc(len(texts))
         for some, future in batch:
-            answer = list(islice(predictions, len(some)))
+            answer = list(islice(answers, len(some)))
             if not future.done():  # as where the server ends
                 future.set_result(answer)
 
@@ -135,10 +139,10 @@ def _question_type(limits: Limits) -> type[BaseModel]:
     return create_model("Question", __config__=strict, **fields)
 
 
-def make_app(classifiers: Mapping[str, Classifier], limits: Limits | None = None) -> FastAPI:
+def make_app(models: Mapping[str, Model], limits: Limits | None = None) -> FastAPI:
     """Build the application; the first model answers requests that name none."""
     limits, meters = limits or Limits(), _Meters()
-    queues = {name: _Queue(one, name, limits.waiting, meters) for name, one in classifiers.items()}
+    queues = {name: _Queue(one, name, limits.waiting, meters) for name, one in models.items()}
     for name, queue in queues.items():
         meters.waiting.labels(name).set_function(partial(getattr, queue, "waiting"))
     question = _question_type(limits)
@@ -147,7 +151,7 @@ def make_app(classifiers: Mapping[str, Classifier], limits: Limits | None = None
 
     @app.post("/predict", openapi_extra={"requestBody": {"required": True, "content": content}})
     async def predict(request: Request) -> Response:
-        """Classify a text, a pair, or a list of them."""
+        """Classify a text, a pair, or a list of them, or mark their entities."""
         start, status = time.perf_counter(), 500
         try:
             asked = _parse(await _read_body(request, limits.body_bytes), question)
@@ -164,7 +168,7 @@ def make_app(classifiers: Mapping[str, Classifier], limits: Limits | None = None
     @app.get("/health")
     async def health() -> Response:
         """Say that the server answers, and what it serves."""
-        return _json({"status": "ok", "models": {name: describe(one) for name, one in classifiers.items()}})
+        return _json({"status": "ok", "models": {name: describe(one) for name, one in models.items()}})
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -174,9 +178,9 @@ def make_app(classifiers: Mapping[str, Classifier], limits: Limits | None = None
     return app
 
 
-def describe(classifier: Classifier) -> dict[str, Any]:
+def describe(model: Model) -> dict[str, Any]:
     names = ("kind", "label_names", "backend", "precision", "max_length")
-    return {name: getattr(classifier.folder, name) for name in names}
+    return {name: getattr(model.folder, name) for name in names}
 
 
 async def _read_body(request: Request, most: int) -> bytes:
@@ -215,10 +219,12 @@ async def _predict(asked: Any, queues: Mapping[str, _Queue]) -> dict[str, Any]:
         raise HTTPException(404, f"no model {name!r:.80}; there are {', '.join(queues)}")
     try:
         found = await queues[name].ask([asked.text] if asked.texts is None else asked.texts)
+    except DataError as error:  # as of a pair that a tagger does not read
+        raise HTTPException(422, str(error)) from None
     except KdLoraError as error:
         logger.error("%s: %s", name, error)
         raise HTTPException(500, str(error)) from None
-    answers = [{"label": one.label, "probabilities": one.probabilities, "deferred": one.deferred} for one in found]
+    answers = [{"entities": list(map(asdict, one))} if isinstance(one, list) else asdict(one) for one in found]
     return {"model": name} | (answers[0] if asked.texts is None else {"predictions": answers})
 
 
@@ -247,18 +253,16 @@ def serve(
     threads: int | None = None,
     runtime: Runtime = "onnxruntime",
     limits: Limits | None = None,
-    ready: Callable[[str, Mapping[str, Classifier]], None] = lambda address, classifiers: None,
+    ready: Callable[[str, Mapping[str, Model]], None] = lambda address, models: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that have begun are answered first."""
-    classifiers = {
-        name: Classifier.load(path, runtime=runtime, threads=threads) for name, path in name_models(models).items()
-    }
-    app, seconds = make_app(classifiers, limits), _SECONDS_TO_END
+    loaded = {name: load_model(Way(path, runtime), threads=threads) for name, path in name_models(models).items()}
+    app, seconds = make_app(loaded, limits), _SECONDS_TO_END
     settings = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=seconds)
     server = uvicorn.Server(settings)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=2048) as listener:
         shown = f"[{host}]" if family == socket.AF_INET6 else host
-        ready(f"http://{shown}:{listener.getsockname()[1]}", classifiers)
+        ready(f"http://{shown}:{listener.getsockname()[1]}", loaded)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on when all is answered
             server.run(sockets=[listener])

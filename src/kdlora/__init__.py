@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         TeacherTrainConfig as TeacherTrainConfig,
     )
     from kdlora.configfile import build_config as build_config, load_config as load_config, load_search as load_search
+    from kdlora.data.batches import WordCollator as WordCollator
     from kdlora.data.load import Splits as Splits, load_splits as load_splits
+    from kdlora.data.tags import Words as Words
     from kdlora.data.tasks import Task as Task
     from kdlora.deploy.benchmark import benchmark as benchmark
     from kdlora.deploy.calibrate import fit_temperature as fit_temperature
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from kdlora.deploy.predict import Classifier as Classifier, Prediction as Prediction
     from kdlora.deploy.redact import redact as redact, redact_file as redact_file
     from kdlora.deploy.stream import predict_file as predict_file
-    from kdlora.deploy.tagger import Entity as Entity, Tagger as Tagger, Words as Words
+    from kdlora.deploy.tagger import Entity as Entity, Tagger as Tagger
     from kdlora.distil.distillation_trainer import DistillationTrainer as DistillationTrainer
     from kdlora.distil.logits import TeacherLogits as TeacherLogits, attach_teacher as attach_teacher
     from kdlora.distil.losses import distillation_loss as distillation_loss
@@ -77,7 +79,9 @@ _NAMES = {
     "kdlora.asking.audit": "Audit",
     "kdlora.config": "Config DataConfig DistilConfig LoraSettings StudentTrainConfig TaskConfig TeacherTrainConfig",
     "kdlora.configfile": "build_config load_config load_search",
+    "kdlora.data.batches": "WordCollator",
     "kdlora.data.load": "Splits load_splits",
+    "kdlora.data.tags": "Words",
     "kdlora.data.tasks": "Task",
     "kdlora.deploy.benchmark": "benchmark",
     "kdlora.deploy.calibrate": "fit_temperature",
@@ -88,7 +92,7 @@ _NAMES = {
     "kdlora.deploy.predict": "Classifier Prediction",
     "kdlora.deploy.redact": "redact redact_file",
     "kdlora.deploy.stream": "predict_file",
-    "kdlora.deploy.tagger": "Entity Tagger Words",
+    "kdlora.deploy.tagger": "Entity Tagger",
     "kdlora.distil.distillation_trainer": "DistillationTrainer",
     "kdlora.distil.logits": "TeacherLogits attach_teacher",
     "kdlora.distil.losses": "distillation_loss",

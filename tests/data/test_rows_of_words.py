@@ -12,6 +12,7 @@ from kdlora.data.augment import augment_texts
 from kdlora.data.batches import Collator, tokenise
 from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.spool import label_array
+from kdlora.data.tags import split_words
 from kdlora.data.word_tokens import split_row, word_offsets, words_seen
 from kdlora.errors import DataError
 from sentences import tagged_rows, write_conll, write_words
@@ -55,6 +56,28 @@ def test_unlabelled_texts_are_split_and_copies_have_words_where_they_say(splits)
         assert set(words) <= known
         assert row["text"] == " ".join(words)
     assert "label" not in splits.unlabelled.column_names
+
+
+def test_training_words_are_cut_as_those_of_a_served_text(tmp_path):
+    """Silent failure: a model that has learnt of `#Oslo` as one word marks `#` alone, or `Oslo`, where it is served."""
+    words = ["in", "#Oslo", "U.S.", "Áda-Lee", "x y", "."]
+    tags = ["O", "B-LOC", "I-LOC", "B-PER", "O", "O"]
+    for name in ("train", "validation"):
+        write_conll(tmp_path / f"{name}.conll", [{"words": words, "tags": tags}] * 3)
+    data = DataConfig(train=str(tmp_path / "train.conll"), validation=str(tmp_path / "validation.conll"))
+    splits = load_splits(TaskConfig(), data)
+    row = splits.train[1]
+    assert (row["starts"], row["ends"]) == split_words(row["text"])
+    parts = [row["text"][start:end] for start, end in zip(row["starts"], row["ends"], strict=True)]
+    assert parts == ["in", "#", "Oslo", "U", ".", "S", ".", "Áda", "-", "Lee", "x", "y", "."]
+    assert [splits.task.label_names[tag] for tag in row["label"]] == (
+        ["O", "B-LOC", "I-LOC", "I-LOC", "I-LOC", "I-LOC", "I-LOC", "B-PER", "I-PER", "I-PER", "O", "O", "O"]
+    )
+    assert row["given"] == [True, True, False, True, False, False, False, True, False, False, True, False, True]
+    assert any(note.startswith("12 of 18 training words, such as '#Oslo', are several") for note in splits.notes)
+    whole = splits.validation[0]
+    assert [whole["text"][a:b] for a, b in zip(whole["starts"], whole["ends"], strict=True)] == words
+    assert "given" not in splits.validation.column_names
 
 
 def test_a_copy_keeps_words_together_that_have_no_space_between_them(tmp_path):

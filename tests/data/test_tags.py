@@ -40,9 +40,9 @@ def read(*rows: str):
     codes = np.array([distinct.index(tag) for row in tags for tag in row], np.int64)
     offsets = np.cumsum([0, *map(len, tags)])
     parsed = parse_tags(distinct)
-    numbers, scheme, repaired = normalise(codes, [parsed[tag] for tag in distinct], TYPES, offsets)
+    numbers, scheme, broken = normalise(codes, [parsed[tag] for tag in distinct], TYPES, offsets)
     bounds = pairwise(offsets)
-    return [" ".join(NAMES[tag] for tag in numbers[a:b]) for a, b in bounds], scheme, repaired
+    return [" ".join(NAMES[tag] for tag in numbers[a:b]) for a, b in bounds], scheme, len(broken)
 
 
 @pytest.mark.parametrize("scheme", WRITTEN)

@@ -50,7 +50,7 @@ def lines(*rows):
 def test_conll_of_several_columns(read):
     """The wrong column would be learnt, and its scores would look like any others."""
     expected = ["EU/B-ORG rejects/O", "Ann/B-PER Lee/I-PER"]
-    assert read("a.conll", NEWS) == (expected, ["FILE: tags in IOB2."])
+    assert read("a.conll", NEWS) == (expected, [])
     assert read("a.bio", NEWS.replace(" ", "\t").replace("\n", "\r\n"), kind="auto")[0] == expected
     chunks = NEWS.replace(" NNP", " B-NP").replace(" VBZ", " O")
     assert read("a.conll", chunks, label="2")[0] == ["EU/B-NP rejects/O", "Ann/B-NP Lee/B-NP"]
@@ -61,7 +61,7 @@ def test_conll_with_odd_white_space_comments_and_words_that_look_like_these(read
     text = "# id 7\tdomain=x\n#\tO\nÉ \tB-LOC\n\t\n \tO\na b\tO\n \u3000\tO\n\u00a0\t\n\n\tO\n\n# id 8\tdomain=x\n-\tO"
     found, notes = read("a.conll", text)
     assert found == ["#/O É/B-LOC", "a b/O", "-/O"]
-    assert notes == ["FILE: 2 words of white space alone were left out.", "FILE: tags in IOB2."]
+    assert notes == ["FILE: 2 words of white space alone were left out."]
 
 
 def test_schemes_are_told_and_repairs_are_counted_by_row(read):
@@ -71,6 +71,9 @@ def test_schemes_are_told_and_repairs_are_counted_by_row(read):
     found, notes = read("a.conll", "a B-X\nb O\nc I-X\nd I-X\n\ne O\n")
     assert found == ["a/B-X b/O c/B-X d/I-X", "e/O"]
     assert notes[0].startswith("FILE: tags in IOB2; 1 of 2 rows broke this scheme and were repaired")
+    mixed = "a I-X\nb O\n\n" * 10 + "a B-X\nb O\n\n" * 9 + "c O\n\n" * 99
+    with pytest.raises(DataError, match=r"10 of the 19 rows with entities break this scheme, the first at .*line 1;"):
+        read("a.conll", mixed)
 
 
 def test_words_and_tags_of_json_parquet_and_data_sets(read, tmp_path):

@@ -18,6 +18,7 @@ from kdlora.deploy.export import export_onnx
 from kdlora.deploy.folder import Way, read_model_folder
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import fastest_way, store_speeds, ways_to_run
+from kdlora.deploy.tagger import Tagger
 from kdlora.errors import ArtifactError, ModelError
 
 pytestmark = pytest.mark.skipif(find_spec("nncf") is None, reason="the extra openvino-export is not installed")
@@ -53,6 +54,16 @@ def test_every_stage_is_judged_in_its_own_runtime(folder):
     )
     weights = folder / "openvino_model_quantized.bin"
     assert int8.folder.size_bytes > weights.stat().st_size < fp32.folder.size_bytes
+
+
+def test_a_tagger_runs_in_it(exported):
+    """A runtime that flattens the tokens of a batch, or that a tagger silently does not take."""
+    onnx, other = (
+        Tagger.load(exported("bert", "tokens"), precision="fp32", runtime=runtime)
+        for runtime in ("onnxruntime", "openvino")
+    )
+    assert (onnx.folder.backend, other.folder.backend) == ("onnx", "openvino")
+    assert np.abs(onnx.predict_logits(TEXTS) - other.predict_logits(TEXTS)).max() < 1e-4
 
 
 def test_sensitive_operators_stay_in_fp32(classifier_folder, traced_once, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import threading
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from packaging.requirements import Requirement
 from deploy_folders import TEXTS
 from kdlora.deploy.predict import Classifier, Prediction
 from kdlora.deploy.serving import Limits, make_app, name_models
+from kdlora.deploy.tagger import Tagger
 from kdlora.errors import ConfigError, ModelError
 
 LIMITS = {"waiting": 64, "texts": 64, "characters": 2000, "body-bytes": 20_000}
@@ -184,6 +186,20 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_a_tagger_is_served_with_the_entities_of_each_text(exported):
+    """Entities of another text's, or a tagger whose first request fails."""
+    tagger = Tagger.load(exported("bert", "tokens"))
+    with in_thread(make_app({"names": tagger}, Limits())) as port:
+        status, many = call(port, {"texts": TEXTS[:20]})
+        assert (status, call(port, path="/health")[1]["models"]["names"]["kind"]) == (200, "tokens")
+        found = [[asdict(one) for one in entities] for entities in tagger.predict(TEXTS[:20])]
+        assert sum(map(len, found)) > 20
+        assert [one["entities"] for one in many["predictions"]] == found
+        assert call(port, {"text": TEXTS[0]})[1]["entities"][0].keys() == {"text", "start", "end", "label", "score"}
+        status, refused = call(port, {"text": ["a pair", "of texts"]})
+        assert (status, "expected a text" in refused["detail"]) == (422, True)
 
 
 def test_sigterm_ends_it_when_what_has_begun_is_answered(exported):

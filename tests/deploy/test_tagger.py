@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from test_classifier import BLOCKED
 
 from deploy_folders import TEXTS, build_classifier
 from experiments import edit_json
-from kdlora.data.tags import decode, split_words
+from kdlora.data.tags import Words, decode, split_words
 from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import save_temperature
@@ -25,28 +24,12 @@ from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.predict import MOST_CHARACTERS, Classifier
 from kdlora.deploy.redact import redact, redact_file
 from kdlora.deploy.stream import predict_file
-from kdlora.deploy.tagger import Tagger, Words, word_offsets
+from kdlora.deploy.tagger import Tagger, word_offsets
 from kdlora.errors import ConfigError, DataError, ModelError
+from sentences import fuzzed_texts
 
 NAMES = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 TASK = Task("tokens", ("text",), ("tags",), NAMES, ("entity_f1",))
-PIECES = (
-    *("wonderful", "film", "Zürich", "naïve", "Straße", "a", "2", "the", "日本語", "Привет", "x" * 40),
-    *("e\u0301", "n\u0303\u0323", "\u0301", "\u200d", "\ufeff", "\u00ad", "\x00", "\ufffd", "\U0001f600"),
-    *("\U0001f469\u200d\U0001f4bb", "\U0001f1e8\U0001f1ed", "\u2764\ufe0f", "שלום", "\u202eעברית\u202c", "مرحبا", "ﷺ"),
-    *("[SEP]", "[MASK]", "@a", "#b", "http://x.y/z?q=1", "...", "—", "'s", "½", "ß", "İ", "ǆ", "\u1e9b\u0323"),
-)
-SPACES = (" ", " ", " ", "", "", "\t", "\n", "\u00a0", "\u3000", "\u2028", "  \r\n")
-
-
-def fuzzed_texts(count: int = 1000) -> list[str]:
-    """Make texts that break offsets: what normalisation makes longer or shorter, joins, drops or turns around."""
-    draw = random.Random(0)
-    texts = ["", " ", "\u0301", "\ufeff", "y" * 10_000, "\U0001f600" * 300, "e\u0301" * 5_000, "日" * 200]
-    while len(texts) < count:
-        size = draw.choice((1, 3, 8, 20, 120))
-        texts.append("".join(draw.choice(PIECES) + draw.choice(SPACES) for _ in range(size)))
-    return texts
 
 
 def places(entities):

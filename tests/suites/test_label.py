@@ -16,9 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments import write_lines
+from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.collection import open_collection, refuse_double_ids
 from kdlora.data.load import load_splits
 from kdlora.data.logit_table import LOGIT
+from kdlora.data.tags import tag_names
+from kdlora.data.tasks import Task
 from kdlora.deploy.rows import Columns, RowReader
 from kdlora.distil import precision
 from kdlora.distil.inference import predict_logits
@@ -30,6 +33,7 @@ from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.models.encoders import load_encoder, load_fine_tuned, save_encoder
 from kdlora.system.storage import hold_lock
+from sentences import tagged_rows, write_conll, write_words
 from tiny import sentiment_rows, task, write_csv
 
 pytest_plugins = ["experiment_fixtures"]
@@ -291,6 +295,31 @@ def test_a_collection_teaches_an_experiment(model, workshop, texts, tmp_path):
     label(model, workshop.train, tmp_path / "train")
     table = workshop.config({"teacher": {"model": None, "logits": str(tmp_path / "train")}})
     assert check_table(table, load_splits(table.task, table.data)) == []
+
+
+def test_words_are_labelled_as_they_are_given(tiny_model_folder, tmp_path):
+    """A collection that answers for other words than those of the file cannot teach on it, or teaches nonsense."""
+    kind = Task("tokens", ("words",), ("tags",), tag_names(("BAD", "GOOD", "PLACE")), ("entity_f1",))
+    save_encoder(load_encoder(str(tiny_model_folder("bert")), kind, seed=4), tmp_path / "model")
+    given = tagged_rows(20)
+    given[3]["words"][0] = "#what-ever"
+    files = [write_conll(tmp_path / "a.conll", given), write_words(tmp_path / "a.jsonl", given)]
+    with files[1].open("a") as file:
+        file.write('{"words": ["a", 3]}\n{"words": [" "]}\n{"words": "plain, text"}\n')
+    for file, count, bad in ((files[0], 20, 0), (files[1], 21, 2)):
+        summary = label(tmp_path / "model", file, tmp_path / f"{file.suffix}-out")
+        assert (summary.rows, summary.rejected) == (count, bad)
+        found = read_all(tmp_path / f"{file.suffix}-out")
+        assert found["id"].tolist() == [*map(str, range(20)), *(["22"] if bad else [])]
+        for row, wanted in zip(found.itertuples(), given, strict=False):
+            assert [row.text[a:b] for a, b in zip(row.starts, row.ends, strict=True)] == wanted["words"]
+    rejected = (tmp_path / ".jsonl-out" / "rejected-00000-000000.jsonl").read_text()
+    assert "row 20: expected a list of words" in rejected
+    assert "row 21: no words" in rejected
+    data = DataConfig(train=str(files[0]))
+    rows = load_splits(TaskConfig(label_names=("BAD", "GOOD", "PLACE")), data).train
+    taught = read_collection(tmp_path / ".conll-out", kind, "teacher.logits").attach(rows)
+    assert len(taught["teacher_logits"][0]) == 7 * len(rows["starts"][0])
 
 
 def test_a_collection_of_other_weights_is_refused(model, workshop, texts, tiny_model_folder, tmp_path):

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from kdlora.config import Kind
 from kdlora.data.spool import make_dataset, slice_rows, spool, text_columns
 from kdlora.data.windows import Pool, WindowSettings
-from kdlora.data.word_tokens import READ, encode_words, join_words, split_row, split_windows, word_columns
+from kdlora.data.word_tokens import READ, WORDS, encode_words, join_words, split_row, split_windows, word_columns
 from kdlora.errors import ConfigError, ModelError
 
 PAD_MULTIPLE = 8
@@ -301,6 +301,37 @@ class MicroBatchCollator:
                 count = len(sizes)
             batches[-1].append(row)
         return {MICRO_BATCHES: [self.collator(batch) for batch in batches]}
+
+
+@dataclass
+class WordCollator:
+    """Make batches for `DistillationTrainer(kind="tokens")` of rows as `load_splits` gives them.
+
+    Attributes:
+        tokenizer: of the model that is trained; one with a `tokenizer.json`.
+        max_length: longest input in tokens; a longer text becomes several, with overlap, and each word counts once.
+
+    Examples:
+        >>> collate = WordCollator(encoder.tokenizer, max_length=64)
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int = 128
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Tokenise rows with `text`, `starts`, `ends`, `label` and, where a teacher answers, `teacher_logits`.
+
+        Args:
+            rows: of a data set.
+
+        Returns:
+            What the model reads, and of the words that count `words`, their places among all tokens of the batch,
+            `labels` (-100: none) and `teacher_logits`.
+        """
+        limit = min(self.max_length, self.tokenizer.model_max_length)
+        encoded = encode_words({name: [row[name] for row in rows] for name in ("text", *WORDS)}, self.tokenizer, limit)
+        whole = [{**row, **{name: values[place] for name, values in encoded.items()}} for place, row in enumerate(rows)]
+        return Collator.of(self.tokenizer, "tokens", limit)([part for row in whole for part in split_row(row)])
 
 
 def _pad(rows: Sequence[Mapping[str, Any]], column: str, mask: torch.Tensor, fill: int) -> torch.Tensor:

@@ -12,9 +12,9 @@ from datasets import Dataset, concatenate_datasets
 from kdlora.data.labels import encode_labels, encode_tags
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_text
 from kdlora.data.spool import are_distinct, make_dataset, spool
-from kdlora.data.tags import tag_names
+from kdlora.data.tags import WORD_COLUMNS, tag_names
 from kdlora.data.tasks import Task
-from kdlora.data.token_rows import TEXTS, WORDS, read_token_rows
+from kdlora.data.token_rows import TEXTS, read_token_rows
 from kdlora.errors import DataError, did_you_mean
 
 _ROWS = 65_536
@@ -91,7 +91,8 @@ class Reading:
                 )
             return Columns(source.columns, (), None)
         if self.task.kind == "tokens" and not labelled and self.task.text[0] not in source.columns:
-            known = [name for name in (*WORDS, *TEXTS) if name in source.columns]  # texts, of rows that are words
+            # Texts, where the labelled rows are words.
+            known = [name for name in (*WORD_COLUMNS, *TEXTS) if name in source.columns]
             return Columns(tuple(known[:1]) or (source.require(self.task.text[0], "task.text"),), (), self._id(source))
         text = tuple(source.require(column, "task.text") for column in self.task.text)
         label = self.task.label if labelled else ()

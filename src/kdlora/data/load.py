@@ -23,6 +23,7 @@ from kdlora.data.spool import label_array, read_column
 from kdlora.data.tags import NO_TAG, OUTSIDE, tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, window_settings
 from kdlora.data.token_rows import infer_token_columns
+from kdlora.data.word_tokens import GIVEN, cut_words, word_offsets
 from kdlora.errors import ConfigError, DataError
 from kdlora.section import Metric
 
@@ -102,6 +103,8 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     test = _test(reading, data, splits)
     _check_labels(reading.task, data, train, {"validation": validation, "test": test})
     unlabelled = _unlabelled(reading, data, splits, [part for part in (validation, test) if part is not None])
+    if reading.task.kind == "tokens":
+        train = _cut_words(reading, train)
     for note in reading.notes:
         logger.info(note)
     splits_read = Splits(reading.task, train, validation, test, tuple(reading.notes), unlabelled)
@@ -214,6 +217,23 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
     return train.select(kept), train.select(drawn)
 
 
+def _cut_words(reading: Reading, train: Dataset) -> Dataset:
+    """Cut the words of the training rows as those of a served text are, and note how many there were to cut."""
+    cut = cut_words(train)
+    if cut is not train:
+        given, offsets = np.flatnonzero(pc.list_flatten(read_column(cut, GIVEN))), word_offsets(cut)
+        parts = np.diff(np.append(given, offsets[-1]))
+        first = given[parts > 1][0]
+        row = int(np.searchsorted(offsets, first, side="right")) - 1
+        one, place = cut[row], int(first - offsets[row])
+        shown = one["text"][one["starts"][place] : one["ends"][place + int(parts[parts > 1][0]) - 1]]
+        reading.notes.append(
+            f"{(parts > 1).sum()} of {len(parts)} training words, such as {shown!r:.40}, are several where a text is "
+            "served; they were cut there, so that the model learns to read both."
+        )
+    return cut
+
+
 def _first(reading: Reading, rows: Dataset, limit: int | None, what: str, key: str) -> Dataset:
     if limit is None or limit >= len(rows):
         return rows
@@ -240,6 +260,7 @@ def _unlabelled(
         return None
     if "unlabelled" in splits:
         rows = reading.read(splits["unlabelled"], labelled=False)
+        rows = cut_words(rows) if reading.task.kind == "tokens" else rows
     else:
         rows = open_collection_texts(Path(data.unlabelled), reading.task)
     kept = keep_unscored(rows, scored)

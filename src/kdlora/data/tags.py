@@ -11,7 +11,7 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -23,6 +23,8 @@ Integers = npt.NDArray[np.int64]
 Scheme = Literal["IO", "IOB1", "IOB2", "BILOU"]
 
 OUTSIDE = "O"
+WORD_COLUMNS = ("words", "tokens")
+"""What columns of lists of words are called."""
 NO_TAG = -100
 """What a word has that has no tag: it is neither learnt nor scored."""
 _PREFIXES = {"B": "B", "I": "I", "M": "I", "L": "E", "E": "E", "U": "S", "S": "S", "W": "S"}
@@ -35,6 +37,18 @@ class Span(NamedTuple):
     start: int
     end: int
     type: str
+
+
+class Words(NamedTuple):
+    """A text whose words are given: where each begins and ends, in characters, half open and ascending.
+
+    Examples:
+        >>> words = Words("Ada met Alan", [0, 4, 8], [3, 7, 12])
+    """
+
+    text: str
+    starts: Sequence[int]
+    ends: Sequence[int]
 
 
 def tag_names(types: Sequence[str]) -> tuple[str, ...]:
@@ -61,8 +75,8 @@ def parse_tags(distinct: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def normalise(
     codes: Integers, parsed: Sequence[tuple[str, str]], types: Sequence[str], offsets: Integers
-) -> tuple[Integers, Scheme, int]:
-    """Bring a file's tags into IOB2: give their numbers, the file's scheme, and how many rows broke it.
+) -> tuple[Integers, Scheme, Integers]:
+    """Bring a file's tags into IOB2: give their numbers, the file's scheme, and the rows that broke it.
 
     A word's code is the place of its tag in `parsed`; a negative one has none. An entity begins at B and S, after E
     and S, and wherever the type changes, so that every sequence has a reading.
@@ -82,8 +96,12 @@ def normalise(
         scheme = "IO" if not begins.any() else "IOB1" if joined[begins].all() else "IOB2"
         broken = inside & ~joined if scheme == "IOB2" else np.zeros(len(codes), bool)
     tags = np.where(own < 0, 0, 2 * own + np.where(first, 1, 2))
-    rows = np.unique(np.searchsorted(offsets, np.flatnonzero(broken), side="right"))
-    return np.where(codes < 0, NO_TAG, tags), scheme, len(rows)
+    return np.where(codes < 0, NO_TAG, tags), scheme, rows_with(broken, offsets)
+
+
+def rows_with(words: npt.NDArray[np.bool_], offsets: Integers) -> Integers:
+    """Number the rows that have such a word."""
+    return np.unique(np.searchsorted(offsets, np.flatnonzero(words), side="right") - 1)
 
 
 def decode(values: npt.NDArray[np.floating], offsets: Integers) -> Integers:
@@ -137,6 +155,18 @@ def split_words(text: str) -> tuple[list[int], list[int]]:
     """Give where the words of a text begin and end."""
     bounds = [match.span() for match in _words().finditer(text)]
     return [start for start, _ in bounds], [end for _, end in bounds]
+
+
+def join_words(given: Sequence[object], where: str) -> Words:
+    """Make a text of words as training does: a space between them, and those of white space alone left out."""
+    words = [word.strip() for word in given if isinstance(word, str)]
+    words = [word for word in words if word]
+    if len(words) < len(given) and not all(isinstance(word, str) for word in given):
+        raise DataError(f"{where}: expected a list of words, got {given!r:.60}.")
+    if not words:
+        raise DataError(f"{where}: no words. Remove the row.")
+    starts = [0, *accumulate(len(word) + 1 for word in words[:-1])]
+    return Words(" ".join(words), starts, [start + len(word) for start, word in zip(starts, words, strict=True)])
 
 
 def tags_from_spans(

@@ -14,14 +14,25 @@ from kdlora.config import TaskConfig
 from kdlora.data.lines import LINES
 from kdlora.data.read import RawTable, Source, first_true, is_text
 from kdlora.data.spool import spool
-from kdlora.data.tags import OUTSIDE, Integers, normalise, parse_tags, split_words, tag_names, tags_from_spans
+from kdlora.data.tags import (
+    OUTSIDE,
+    WORD_COLUMNS,
+    Integers,
+    normalise,
+    parse_tags,
+    rows_with,
+    split_words,
+    tag_names,
+    tags_from_spans,
+)
 from kdlora.errors import DataError, did_you_mean
 
-WORDS = ("words", "tokens")
 TEXTS = ("text", "sentence", "content")
 TAGS = ("tags", "ner_tags", "labels", "label", "ner")
 SPANS = ("spans", "entities", "labels", "label")
 _ROWS = 10_000
+_MANY = 10
+"""Fewer rows that break their scheme are repaired, however few rows there are."""
 _EXPECTED = (
     "expected a list of words and a list of tags (words and tags, or tokens and ner_tags), or a text and a list of "
     'spans such as {"start": 0, "end": 5, "label": "PER"}'
@@ -36,10 +47,12 @@ def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] |
         if len(given) > 1:
             raise DataError(f"{key} names {len(given)} columns ({', '.join(given)}), but task.kind is tokens; name one")
         source.require(given[0], key)
-    for inputs, labels in ((WORDS, TAGS), (TEXTS, SPANS)):
+    for inputs, labels in ((WORD_COLUMNS, TAGS), (TEXTS, SPANS)):
         text = next((name for name in config.text or inputs if name in source.columns), None)
         label = next((name for name in config.label or labels if name in source.columns), None)
-        if text is None or label is None or (config.kind == "auto" and text not in WORDS and label not in SPANS[:2]):
+        if text is None or label is None:
+            continue
+        if config.kind == "auto" and text not in WORD_COLUMNS and label not in SPANS[:2]:
             continue
         if config.kind == "tokens" or _holds_tokens(source, text, label):
             return text, label
@@ -138,7 +151,7 @@ def _without_blanks(
 def _in_iob2(
     raw: RawTable, columns: dict[str, pa.ChunkedArray], offsets: Integers, label: str, notes: list[str]
 ) -> pa.Array:
-    """Bring the tags of a file into IOB2; its scheme and what was repaired is noted."""
+    """Bring the tags of a file into IOB2; another scheme, and what was repaired, is noted."""
     encoded = columns["tags"].combine_chunks().dictionary_encode()
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     distinct, codes = encoded.dictionary.to_pylist(), pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
@@ -146,14 +159,20 @@ def _in_iob2(
     if strange := [code for code, tag in enumerate(distinct) if tag not in parsed]:
         _refuse_tag(raw, columns, offsets, int(np.argmax(codes == strange[0])), label)
     types = sorted({name for _, name in parsed.values() if name})
-    tags, scheme, repaired = normalise(codes, [parsed[tag] for tag in distinct], types, offsets)
+    tags, scheme, broken = normalise(codes, [parsed[tag] for tag in distinct], types, offsets)
     note = f"{raw.source}: tags in {scheme}"
-    if repaired:
+    if len(broken) >= _MANY and 2 * len(broken) > (marked := len(rows_with(tags > 0, offsets))):
+        raise DataError(
+            f"{note}, but {len(broken)} of the {marked} rows with entities break this scheme, the first at "
+            f"{raw.where(int(broken[0]))}; write the tags in one scheme throughout. Is {label!r} the column of tags?"
+        )
+    if len(broken):
         note += (
-            f"; {repaired} of {len(offsets) - 1} rows broke this scheme and were repaired, so that an entity begins "
+            f"; {len(broken)} of {len(offsets) - 1} rows broke this scheme and were repaired, so that an entity begins "
             "wherever a type does"
         )
-    notes.append(f"{note}.")
+    if scheme != "IOB2" or len(broken):
+        notes.append(f"{note}.")
     return pc.take(pa.array(tag_names(types)), pa.array(tags, mask=tags < 0))
 
 

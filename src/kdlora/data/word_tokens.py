@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,16 +10,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, Features
 
-from kdlora.data.logit_table import as_offsets
-from kdlora.data.spool import read_column
-from kdlora.data.tags import NO_TAG
+from kdlora.data.logit_table import as_lists, as_offsets
+from kdlora.data.spool import make_dataset, read_column, slice_rows, spool
+from kdlora.data.tags import NO_TAG, split_words
 from kdlora.data.windows import read_windows
 from kdlora.errors import ModelError
 
 WORDS = ("starts", "ends")
 """The columns of the words of each text, as places of characters."""
+GIVEN = "given"
 READ = {"windows": pa.list_(pa.int32()), "places": pa.list_(pa.int32())}
 """Of a tokenised row: the tokens of each window, and the place of each word among the tokens of all; -1: not seen."""
 Integers = npt.NDArray[np.int64]
@@ -42,6 +44,39 @@ def window_counts(dataset: Dataset) -> Integers | None:
     if "windows" not in dataset.column_names or "places" in dataset.column_names:
         return None
     return pc.list_value_length(read_column(dataset, "windows")).to_numpy().astype(np.int64)
+
+
+def cut_words(rows: Dataset) -> Dataset:
+    """Cut the words that a file gives where `split_words` does, as where the model is served; their entities go on.
+
+    In a column `given` each part says whether a word of the file begins with it; without that nothing was cut.
+    """
+    batches = (_cut_slice(part) for part in slice_rows(rows, rows.column_names, rows=1000))
+    table = spool(batches, "the words of the training rows")
+    if pc.all(pc.list_flatten(table[GIVEN])).as_py():
+        return rows
+    return make_dataset(table, Features.from_arrow_schema(table.schema) | rows.features)
+
+
+def _cut_slice(rows: pa.Table) -> pa.RecordBatch:
+    starts, ends, parts, sizes = list[int](), list[int](), list[int](), [0]
+    for text, *words in zip(*(rows[name].to_pylist() for name in ("text", *WORDS)), strict=True):
+        first, after = split_words(text)
+        for start, end in zip(*words, strict=True):
+            low = bisect_right(after, start)
+            high = max(low + 1, bisect_left(first, end))
+            starts += [start, *first[low + 1 : high]]
+            ends += [*after[low : high - 1], end]
+            parts.append(high - low)
+        sizes.append(len(starts))
+    given = np.zeros(len(starts), bool)
+    given[np.cumsum(parts) - parts] = True
+    flat = {"starts": pa.array(starts, pa.int32()), "ends": pa.array(ends, pa.int32()), GIVEN: pa.array(given)}
+    if "label" in rows.column_names:
+        tags = np.repeat(pc.list_flatten(rows["label"]).to_numpy(), parts)
+        flat["label"] = pa.array(tags + (~given & (tags > 0) & (tags % 2 == 1)))  # after B- comes I-
+    columns = {name: rows[name].combine_chunks() for name in rows.column_names}
+    return pa.RecordBatch.from_pydict(columns | {name: as_lists(part, np.array(sizes)) for name, part in flat.items()})
 
 
 def words_seen(dataset: Dataset) -> npt.NDArray[np.bool_]:

@@ -19,12 +19,13 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from kdlora.data.tags import Words
 from kdlora.deploy.folder import Way
 from kdlora.deploy.gates import LabelledTexts, check_texts
 from kdlora.deploy.network import spread
 from kdlora.deploy.onnx_backend import default_threads
 from kdlora.deploy.predict import Classifier, Text
-from kdlora.deploy.tagger import Tagger, Words, load_model
+from kdlora.deploy.tagger import Tagger, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 from kdlora.report.shipped import BenchmarkResult, ModelFigures
 from kdlora.system.environment import collect_versions, describe_machine, forget_peak, read_memory

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from kdlora.data.tags import tag_names, tag_types
+from kdlora.data.tags import Words, tag_names, tag_types
 from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.deploy.folder import (
     CONFIG_FILE,
@@ -26,7 +26,6 @@ from kdlora.deploy.folder import (
 )
 from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.deploy.predict import Text
-from kdlora.deploy.tagger import Words
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError, did_you_mean
 from kdlora.extras import check_installed
 from kdlora.foreign import read_json

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from kdlora.data.tags import spans_of
+from kdlora.data.tags import Words, spans_of
 from kdlora.data.tasks import Task, find_label
 from kdlora.deploy.folder import ModelFolder, Runtime
 from kdlora.deploy.network import Backend, open_backend, spread
 from kdlora.deploy.predict import Classifier, Text, check_text
-from kdlora.deploy.tagger import Tagger, Words, check_words, join_network, word_offsets
+from kdlora.deploy.tagger import Tagger, check_words, join_network, word_offsets
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.metrics import compute_metrics, predict_labels, score
 from kdlora.evidence.stats import PairedArms, contrast

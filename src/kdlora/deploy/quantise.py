@@ -10,11 +10,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from kdlora.data.tags import Words
 from kdlora.deploy.graph import optimise, quiet
 from kdlora.deploy.network import spread
 from kdlora.deploy.onnx_backend import open_session
 from kdlora.deploy.predict import Classifier, Text
-from kdlora.deploy.tagger import Tagger, Words
+from kdlora.deploy.tagger import Tagger
 from kdlora.system.ownership import remove
 
 _PRODUCTS = ("MatMul", "Attention")

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, get_args
 import numpy as np
 
 from kdlora.data.lines import FORMATS, Format, Numbered, read_rows
+from kdlora.data.tags import WORD_COLUMNS, Words, join_words
 from kdlora.deploy.predict import Text, check_one, check_text
 from kdlora.errors import DataError, did_you_mean
 from kdlora.extras import check_installed
@@ -31,7 +32,7 @@ class Row:
     """One row of the input: a text or a pair, or what is wrong with it."""
 
     id: str
-    text: Text | None
+    text: Text | Words | None
     error: str = ""
     numbered: bool = False  # the id is the row's number from 0, since the input names none
     values: Mapping[str, Any] | None = None  # as they came, where they are kept
@@ -46,6 +47,7 @@ class Columns:
     id: str
     cut: int | None  # characters of a text to keep, since the rest would be truncated; None: all, one text, maybe empty
     keep: bool = False  # all values of a row, and not its text alone
+    words: bool = False  # a list of words is a text, too
 
 
 class RowReader:
@@ -87,6 +89,8 @@ class RowReader:
             stack.callback(text.detach)
             columns, rows = read_rows(text, self.form, self.name)
             self.header, self._texts = columns, self._find_columns(columns) if columns else ()
+            if self.form == "conll":  # by sentences, as in training
+                rows = ((number, values) for number, (_, values) in enumerate(rows))
             yield from islice(rows, self.start, None)
 
     def _parquet(self) -> Generator[Numbered]:
@@ -123,7 +127,10 @@ class RowReader:
             parts.append(part[:cut] if isinstance(part, str) else "" if part is None else part)
         try:
             found, where = parts[0] if len(parts) == 1 else tuple(parts), f"row {number}"
-            text = check_one(found, where, whole=True) if cut is None else check_text(found, where)
+            words = join_words(found, where) if self._columns.words and isinstance(found, list) else None
+            found = found if words is None else words.text
+            text: Text | Words = check_one(found, where, whole=True) if cut is None else check_text(found, where)
+            text = text if words is None else words
             return Row(name, text, numbered=given is None, values=values if self._columns.keep else None)
         except DataError as error:
             return Row(name, None, str(error))
@@ -147,6 +154,8 @@ class RowReader:
             return wanted
         if recorded and all(column in available for column in recorded):
             return recorded
+        if known := [name for name in WORD_COLUMNS if self._columns.words and name in available]:
+            return (known[0],)
         if "text" in available:
             return ("text", "text_pair") if "text_pair" in available and self._columns.cut is not None else ("text",)
         others = [column for column in available if column not in (self._columns.id, "label")]

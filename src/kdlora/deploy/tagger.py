@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 
-from kdlora.data.tags import decode, entity_bounds, split_words, tag_names, tag_types
+from kdlora.data.tags import Words, decode, entity_bounds, split_words, tag_names, tag_types
 from kdlora.data.windows import read_windows
 from kdlora.deploy.decisions import read_decisions
 from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Precision, Runtime, Way
@@ -17,18 +17,6 @@ from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Backend, Network, Wi
 from kdlora.deploy.predict import Classifier, check_one
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.metrics import probabilities
-
-
-class Words(NamedTuple):
-    """A text whose words are given: where each begins and ends, in characters, half open and ascending.
-
-    Examples:
-        >>> words = Words("Ada met Alan", [0, 4, 8], [3, 7, 12])
-    """
-
-    text: str
-    starts: Sequence[int]
-    ends: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

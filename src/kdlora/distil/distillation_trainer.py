@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kdlora.config import DistilConfig, Kind
 from kdlora.data.windows import Pool
+from kdlora.data.word_tokens import WORDS
 from kdlora.distil.logits import COLUMN, LABELLED
 from kdlora.distil.losses import LossSums, LossTerms, distillation_loss, pool_windows, term_means
 from kdlora.distil.standardise import TargetScale
@@ -23,9 +24,9 @@ class DistillationTrainer(Trainer):
     Give it a data set with a column `teacher_logits` (`TeacherLogits.attach` adds it) and any collator that keeps
     it, such as `DataCollatorWithPadding`. The loss is the exact mean over all rows of an optimiser step, whatever
     `gradient_accumulation_steps` and however short the last batch. `loss`, `hard_loss` and `soft_loss` are logged,
-    each the mean over the rows since the last log. For `tokens` a row is a word: a batch has `words`, their places
-    among all tokens of the batch, and `labels` and `teacher_logits` for each of these. A text may have several rows of
-    inputs: `texts` in a batch then says which text each of them is of, and their logits are pooled before the loss.
+    each the mean over the rows since the last log. For `tokens` a row is a word, and `WordCollator` makes the batches. A
+    text may have several rows of inputs: `texts` in a batch then says which text each of them is of, and their logits
+    are pooled before the loss.
 
     Examples:
         >>> trainer = DistillationTrainer(
@@ -162,6 +163,7 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the teacher's columns where Trainer drops what the model's forward does not take."""
+        """Keep the columns of teacher and words where Trainer drops what the model's forward does not take."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in (COLUMN, LABELLED) if name not in self._signature_columns]
+        kept = (COLUMN, LABELLED, *(("text", *WORDS) if self.kind == "tokens" else ()))
+        self._signature_columns += [name for name in kept if name not in self._signature_columns]

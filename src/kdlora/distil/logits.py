@@ -18,7 +18,7 @@ from kdlora.data.logit_table import LogitStore, as_lists, as_offsets
 from kdlora.data.spool import SLICE_ROWS, are_distinct, label_array, read_column, settle, slice_rows, spool
 from kdlora.data.tags import NO_TAG
 from kdlora.data.tasks import Task
-from kdlora.data.word_tokens import word_offsets
+from kdlora.data.word_tokens import GIVEN, word_offsets
 from kdlora.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -109,44 +109,55 @@ class TeacherLogits:
     def attach(self, dataset: Dataset) -> Dataset:
         """Give every example its teacher's logits, by id."""
         rows = self._match(dataset)
-        self._check_words(rows, dataset)
+        places, edges = self._places(rows, dataset)
         if extra := self._unused(rows):
             logger.info(
                 "%s: %d of %d rows belong to no example here and are not used", self.source, extra, len(self.ids)
             )
         rest = settle(dataset.remove_columns(COLUMN) if COLUMN in dataset.column_names else dataset)
-        column = spool(self._batches(rows), self.source)[COLUMN] if len(rows) else pa.array([], _LISTS)
+        column = spool(self._batches(places, edges), self.source)[COLUMN] if len(rows) else pa.array([], _LISTS)
         return rest.add_column(COLUMN, column, feature=List(Value("float32")))
 
-    def _batches(self, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
-        """Yield the logits of some rows, as lists."""
-        edges = np.arange(len(self.ids) + 1) if self.offsets is None else self.offsets
-        for start in range(0, len(rows), SLICE_ROWS):
-            chosen = rows[start : start + SLICE_ROWS]
-            first, ends = edges[chosen], as_offsets(np.diff(edges)[chosen])
-            values = self.logits[np.repeat(first - ends[:-1], np.diff(ends)) + np.arange(ends[-1])]
-            lists = as_lists(pa.array(values.reshape(-1), pa.float32()), ends * len(self.label_names))
+    def _batches(self, places: np.ndarray, edges: np.ndarray) -> Iterator[pa.RecordBatch]:
+        """Yield the logits at these places, a list for each example."""
+        for start in range(0, len(edges) - 1, SLICE_ROWS):
+            ends = edges[start : start + SLICE_ROWS + 1]
+            chosen = places[ends[0] : ends[-1]]
+            values = np.where(chosen[:, None] < 0, np.float32(np.nan), self.logits[chosen])
+            lists = as_lists(pa.array(values.reshape(-1)), (ends - ends[0]) * len(self.label_names))
             yield pa.RecordBatch.from_arrays([lists], names=[COLUMN])
 
-    def _check_words(self, rows: np.ndarray, dataset: Dataset) -> None:
-        """Refuse logits of another number of words than an example has: each would be another word's."""
+    def _places(self, rows: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        """Give the place of the logits of each example, or of each word (-1: none), and where those of each begin.
+
+        Another number of words than an example has is refused, for each would be another word's. Of words that were
+        cut a table may answer for the whole ones: its answer is that of the first part.
+        """
         edges = word_offsets(dataset)
         if (edges is None) != (self.offsets is None):
             one, other = ("word", "example") if edges is not None else ("example", "word")
             raise DataError(f"{self.source}: expected logits for each {one}, got some for each {other}")
         if edges is None or self.offsets is None:
-            return
-        own, theirs = np.diff(edges), np.diff(self.offsets)[rows]
+            return rows, np.arange(len(rows) + 1)
+        own, theirs, answered = np.diff(edges), np.diff(self.offsets)[rows], np.ones(edges[-1], bool)
+        if GIVEN in dataset.column_names:
+            given = np.asarray(pc.list_flatten(read_column(dataset, GIVEN)))
+            whole = np.diff(np.append(0, np.cumsum(given))[edges])
+            answered = given | np.repeat(own == theirs, own)
+            own = np.where(own == theirs, own, whole)
         for row in np.flatnonzero(own != theirs)[:1].tolist():
             raise DataError(
                 f"{self.source}: the example {dataset[row]['id']!r} has {own[row]} words, but logits of {theirs[row]}; "
                 "the teacher must answer for the words that the data has"
             )
+        places = np.full(edges[-1], -1)
+        places[answered] = np.repeat(self.offsets[rows] - as_offsets(theirs)[:-1], theirs) + np.arange(theirs.sum())
+        return places, edges
 
     def count_extra(self, dataset: Dataset) -> int:
         """Count the teacher's rows that belong to no example; refuse those that do not fit the words of theirs."""
         rows = self._match(dataset)
-        self._check_words(rows, dataset)
+        self._places(rows, dataset)
         return self._unused(rows)
 
     def _unused(self, rows: np.ndarray) -> int:

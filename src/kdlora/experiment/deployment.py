@@ -15,6 +15,7 @@ from kdlora.config import Config
 from kdlora.configfile import load_config
 from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.spool import label_array, read_column, read_texts
+from kdlora.data.tags import Words
 from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
@@ -25,7 +26,7 @@ from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import store_speeds, ways_to_run
-from kdlora.deploy.tagger import Words, load_model
+from kdlora.deploy.tagger import load_model
 from kdlora.errors import ConfigError, DataError, ModelError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.recording import logged, prepare_process

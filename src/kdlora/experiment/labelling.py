@@ -24,7 +24,7 @@ from kdlora.data.collection import is_collection, refuse_double_ids
 from kdlora.data.logit_table import Shard, begin_store, find_shard, open_store, write_note
 from kdlora.data.parquet import parquet_faults
 from kdlora.data.spool import TEXTS, make_dataset
-from kdlora.data.tags import split_words
+from kdlora.data.tags import Words, split_words
 from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import WORDS
 from kdlora.deploy.predict import most_characters
@@ -329,8 +329,9 @@ def _load_teacher(model: str, settings: LabelSettings, task: Task) -> Teacher:
 def label_unit(job: _Job, unit: _Unit, hear: Callable[[int], None] | None = None) -> list[Shard]:
     """Do what is left of a unit, on whatever machine, and say how many rows each window had."""
     shards, settings = unit.finished_shards(job.folder), job.settings
-    longest = sys.maxsize if job.task.kind == "tokens" else most_characters(settings.max_length, job.task.windows)
-    columns = Columns(settings.text, job.task.text, settings.id_column, longest)
+    words = job.task.kind == "tokens"
+    longest = sys.maxsize if words else most_characters(settings.max_length, job.task.windows)
+    columns = Columns(settings.text, job.task.text, settings.id_column, longest, words=words)
     start = unit.shard * settings.rows_per_shard + sum(shard.rows_read for shard in shards)
     with contextlib.closing(iter(RowReader(job.files[unit.file], columns, start=start))) as rows:
         ahead = list(islice(rows, 1))  # one row, which says whether the file has ended
@@ -378,7 +379,7 @@ def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: C
 def _window(job: _Job, file: Path, rows: Sequence[Row]) -> Dataset:
     """Give the rows that the teacher reads at once."""
     pairs = job.task.is_pair
-    if isinstance(rows[0].text, tuple) != pairs:
+    if (isinstance(rows[0].text, tuple) and not isinstance(rows[0].text, Words)) != pairs:
         raise DataError(
             f"{file}: the model reads {'pairs of texts' if pairs else 'single texts'}; name "
             f"{'two text columns' if pairs else 'one text column'} with --text"
@@ -391,9 +392,9 @@ def _window(job: _Job, file: Path, rows: Sequence[Row]) -> Dataset:
 
 def _words(rows: Sequence[Row]) -> Dataset:
     """Give texts with their words, in the shape that a task of tokens has."""
-    texts = [str(row.text) for row in rows]
-    places = zip(*map(split_words, texts), strict=True)
-    lists = (pa.array(list(part), pa.list_(pa.int32())) for part in places)
+    found = [row.text if isinstance(row.text, Words) else (str(row.text), *split_words(str(row.text))) for row in rows]
+    texts, *places = map(list, zip(*found, strict=True))
+    lists = (pa.array(part, pa.list_(pa.int32())) for part in places)
     return make_dataset(
         pa.table(dict(zip(("id", "text", *WORDS), ([row.id for row in rows], texts, *lists), strict=True)))
     )

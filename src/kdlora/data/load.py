@@ -229,7 +229,7 @@ def _cut_words(reading: Reading, train: Dataset) -> Dataset:
         shown = one["text"][one["starts"][place] : one["ends"][place + int(parts[parts > 1][0]) - 1]]
         reading.notes.append(
             f"{(parts > 1).sum()} of {len(parts)} training words, such as {shown!r:.40}, are several where a text is "
-            "served; they were cut there, so that the model learns to read both."
+            "served; they were cut there."
         )
     return cut
 

@@ -23,7 +23,7 @@ from kdlora.data.spool import label_array, read_column
 from kdlora.data.tags import NO_TAG, OUTSIDE, tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, window_settings
 from kdlora.data.token_rows import infer_token_columns
-from kdlora.data.word_tokens import GIVEN, cut_words, word_offsets
+from kdlora.data.word_tokens import GIVEN, cut_words
 from kdlora.errors import ConfigError, DataError
 from kdlora.section import Metric
 
@@ -221,15 +221,11 @@ def _cut_words(reading: Reading, train: Dataset) -> Dataset:
     """Cut the words of the training rows as those of a served text are, and note how many there were to cut."""
     cut = cut_words(train)
     if cut is not train:
-        given, offsets = np.flatnonzero(pc.list_flatten(read_column(cut, GIVEN))), word_offsets(cut)
-        parts = np.diff(np.append(given, offsets[-1]))
-        first = given[parts > 1][0]
-        row = int(np.searchsorted(offsets, first, side="right")) - 1
-        one, place = cut[row], int(first - offsets[row])
-        shown = one["text"][one["starts"][place] : one["ends"][place + int(parts[parts > 1][0]) - 1]]
+        given = np.asarray(pc.list_flatten(read_column(cut, GIVEN)))
+        several = np.diff(np.append(np.flatnonzero(given), len(given))) > 1
         reading.notes.append(
-            f"{(parts > 1).sum()} of {len(parts)} training words, such as {shown!r:.40}, are several where a text is "
-            "served; they were cut there."
+            f"{several.sum()} of {len(several)} training words are several where a text is served (as #a or b-c "
+            "are); they were cut there."
         )
     return cut
 

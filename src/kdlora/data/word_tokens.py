@@ -55,7 +55,7 @@ def cut_words(rows: Dataset) -> Dataset:
     table = spool(batches, "the words of the training rows")
     if pc.all(pc.list_flatten(table[GIVEN])).as_py():
         return rows
-    return make_dataset(table, Features.from_arrow_schema(table.schema) | rows.features)
+    return make_dataset(table, Features(Features.from_arrow_schema(table.schema) | rows.features))
 
 
 def _cut_slice(rows: pa.Table) -> pa.RecordBatch:

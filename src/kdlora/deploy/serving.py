@@ -12,7 +12,7 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -114,7 +114,8 @@ class _Queue:
         """Answer requests together, or one by one where they fail together: one bad text fails its own request."""
         texts = [text for some, _ in batch for text in some]
         try:
-            answers: Iterator[Answer] = iter(await asyncio.to_thread(self.model.predict, texts))  # type: ignore[arg-type]
+            predict: Callable[..., Sequence[Answer]] = self.model.predict
+            answers = iter(await asyncio.to_thread(predict, texts))
         except Exception as error:
             if len(batch) > 1:
                 for one in batch:

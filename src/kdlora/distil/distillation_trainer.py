@@ -24,9 +24,9 @@ class DistillationTrainer(Trainer):
     Give it a data set with a column `teacher_logits` (`TeacherLogits.attach` adds it) and any collator that keeps
     it, such as `DataCollatorWithPadding`. The loss is the exact mean over all rows of an optimiser step, whatever
     `gradient_accumulation_steps` and however short the last batch. `loss`, `hard_loss` and `soft_loss` are logged,
-    each the mean over the rows since the last log. For `tokens` a row is a word, and `WordCollator` makes the batches. A
-    text may have several rows of inputs: `texts` in a batch then says which text each of them is of, and their logits
-    are pooled before the loss.
+    each the mean over the rows since the last log. For `tokens` a row is a word, and `WordCollator` makes the batches.
+    A text may have several rows of inputs: `texts` in a batch then says which text each of them is of, and their
+    logits are pooled before the loss.
 
     Examples:
         >>> trainer = DistillationTrainer(

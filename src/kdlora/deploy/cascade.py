@@ -28,19 +28,12 @@ _SHARES = tuple(np.arange(0, 101) / 100)
 
 @dataclass(frozen=True, slots=True)
 class CascadeAnswer:
-    """What the cascade says about one text.
+    """What the cascade says about one text."""
 
-    Attributes:
-        label: the label.
-        by: who gave it.
-        probabilities: label name to probability, of whoever gave it; empty where that was a function.
-        sureness: of the student.
-    """
-
-    label: str
-    by: Literal["student", "teacher"]
-    probabilities: dict[str, float]
-    sureness: float
+    label: str  # the label
+    by: Literal["student", "teacher"]  # who gave it
+    probabilities: dict[str, float]  # label name to probability, of whoever gave it; empty where that was a function
+    sureness: float  # of the student
 
 
 class Cascade:
@@ -185,36 +178,22 @@ def _read(model: Classifier, logits: np.ndarray) -> list[tuple[str, dict[str, fl
 
 @dataclass(frozen=True)
 class CascadePoint:
-    """A cascade at one threshold.
+    """A cascade at one threshold."""
 
-    Attributes:
-        threshold: of the student's sureness.
-        handed_on: share of the texts that the teacher answers, 0..1.
-        score: of the cascade, 0..100.
-        cost: time of the cascade as a share of the teacher's, 0..1 and more.
-    """
-
-    threshold: float
-    handed_on: float
-    score: float
-    cost: float
+    threshold: float  # of the student's sureness
+    handed_on: float  # share of the texts that the teacher answers, 0..1
+    score: float  # of the cascade, 0..100
+    cost: float  # time of the cascade as a share of the teacher's, 0..1 and more
 
 
 @dataclass(frozen=True)
 class CascadeCurve:
-    """Cascades of one student and one teacher, from none to all of the texts handed on.
+    """Cascades of one student and one teacher, from none to all of the texts handed on."""
 
-    Attributes:
-        student_seconds: for all texts.
-        teacher_seconds: for all texts.
-        texts: how many.
-        points: in the order of what is handed on.
-    """
-
-    student_seconds: float
-    teacher_seconds: float
-    texts: int
-    points: tuple[CascadePoint, ...]
+    student_seconds: float  # for all texts
+    teacher_seconds: float  # for all texts
+    texts: int  # how many
+    points: tuple[CascadePoint, ...]  # in the order of what is handed on
 
     def as_good_as_teacher(self, within: float = 0.2) -> CascadePoint:
         """Give the cheapest point that is at most `within` points below the teacher alone."""

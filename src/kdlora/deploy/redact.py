@@ -27,19 +27,12 @@ from kdlora.system.storage import atomic_file
 
 @dataclass(frozen=True)
 class RedactionSummary:
-    """What a redaction did.
+    """What a redaction did."""
 
-    Attributes:
-        to: the output file, or "-".
-        rows: in the output.
-        replaced: how many spans of each type were replaced.
-        seconds: wall-clock time.
-    """
-
-    to: str
-    rows: int
-    replaced: dict[str, int]
-    seconds: float
+    to: str  # the output file, or "-"
+    rows: int  # in the output
+    replaced: dict[str, int]  # how many spans of each type were replaced
+    seconds: float  # wall-clock time
 
 
 def redact(text: str, entities: Sequence[Entity], placeholders: Mapping[str, str] | None = None) -> str:

@@ -42,21 +42,13 @@ _PART = re.compile(r"part-[0-9]{8}-[0-9]{1,18}-[0-9]{1,18}")
 
 @dataclass(frozen=True)
 class PredictionSummary:
-    """What a prediction run did.
+    """What a prediction run did."""
 
-    Attributes:
-        to: the output file, or "-".
-        rows: in the output, bad ones included.
-        errors: bad rows among them.
-        resumed: rows that an interrupted run had done before.
-        seconds: wall-clock time of this run.
-    """
-
-    to: str
-    rows: int
-    errors: int
-    resumed: int
-    seconds: float
+    to: str  # the output file, or "-"
+    rows: int  # in the output, bad ones included
+    errors: int  # bad rows among them
+    resumed: int  # rows that an interrupted run had done before
+    seconds: float  # wall-clock time of this run
 
 
 def predict_file(

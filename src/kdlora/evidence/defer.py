@@ -35,25 +35,15 @@ _MOST_ROWS = 10_000_000
 
 @dataclass(frozen=True)
 class Promise:
-    """An error rate that holds for the answered texts, with a stated confidence.
+    """An error rate that holds for the answered texts, with a stated confidence."""
 
-    Attributes:
-        error: the share of wrong answers that is not exceeded, 0..1.
-        confidence: how sure that is, 0..1, over the draw of the rows that it was tested on.
-        sureness: what is compared with the threshold.
-        threshold: a text is answered where its sureness is at least this.
-        rows: labelled rows of the test.
-        answered: of them, those at or above the threshold.
-        wrong: of the answered, the wrong ones.
-    """
-
-    error: float
-    confidence: float
-    sureness: Sureness
-    threshold: float
-    rows: int
-    answered: int
-    wrong: int
+    error: float  # the share of wrong answers that is not exceeded, 0..1
+    confidence: float  # how sure that is, 0..1, over the draw of the rows that it was tested on
+    sureness: Sureness  # what is compared with the threshold
+    threshold: float  # a text is answered where its sureness is at least this
+    rows: int  # labelled rows of the test
+    answered: int  # of them, those at or above the threshold
+    wrong: int  # of the answered, the wrong ones
 
     @property
     def coverage(self) -> float:
@@ -63,65 +53,38 @@ class Promise:
 
 @dataclass(frozen=True)
 class Unknown:
-    """What one kind of sureness does with texts of no known class.
+    """What one kind of sureness does with texts of no known class."""
 
-    Attributes:
-        sureness: what is compared with a threshold.
-        told_apart: how often a known text is surer than an unknown one, 0..1 (the area under the ROC curve).
-        coverage: share of the known texts that is answered at the promised threshold; None where nothing is promised.
-        deferred: share of the unknown texts that is not answered there.
-    """
-
-    sureness: Sureness
-    told_apart: float
-    coverage: float | None = None
-    deferred: float | None = None
+    sureness: Sureness  # what is compared with a threshold
+    told_apart: float  # how often a known text is surer than an unknown one, 0..1 (the area under the ROC curve)
+    coverage: float | None = None  # share of the known texts that is answered at the promised threshold
+    deferred: float | None = None  # share of the unknown texts that is not answered there
 
 
 @dataclass(frozen=True)
 class Deferring:
-    """How one model does where it may defer.
+    """How one model does where it may defer."""
 
-    Attributes:
-        name: the model: what ships and its exports, the teacher, or an arm of the experiment.
-        area: mean error rate over all coverages, 0..1; mean over seeds.
-        risk: error rate where the surest 1%, 2%, ... 100% of the texts are answered, 0..1; mean over seeds.
-        promise: what may be promised; None for arms that do not ship, and where nothing can be.
-        reason: why nothing can be promised; empty elsewhere.
-        unknown: how it meets texts of no known class, by each kind of sureness; empty without such texts.
-    """
-
-    name: str
-    area: float
-    risk: tuple[float, ...]
-    promise: Promise | None = None
-    reason: str = ""
-    unknown: tuple[Unknown, ...] = ()
+    name: str  # the model: what ships and its exports, the teacher, or an arm of the experiment
+    area: float  # mean error rate over all coverages, 0..1; mean over seeds
+    risk: tuple[float, ...]  # error rate where the surest 1%, 2%, ... 100% of the texts are answered; likewise
+    promise: Promise | None = None  # what may be promised; None for arms that do not ship, and where nothing can be
+    reason: str = ""  # why nothing can be promised; empty elsewhere
+    unknown: tuple[Unknown, ...] = ()  # texts of no known class, by each kind of sureness; empty without them
 
 
 @dataclass(frozen=True)
 class Deferral:
-    """What `kdlora defer` found.
+    """What `kdlora defer` found."""
 
-    Attributes:
-        error: the promised rate, 0..1.
-        confidence: of the promise, 0..1.
-        sureness: what was compared with the thresholds.
-        rows: labelled rows of the test.
-        known: rows that were left out, because their texts are in the training or validation split, too.
-        source: where they come from.
-        models: what ships first, then the others on the same rows.
-        unknown: texts of no known class that were given.
-    """
-
-    error: float
-    confidence: float
-    sureness: Sureness
-    rows: int
-    known: int
-    source: str
-    models: tuple[Deferring, ...]
-    unknown: int = 0
+    error: float  # the promised rate, 0..1
+    confidence: float  # of the promise, 0..1
+    sureness: Sureness  # what was compared with the thresholds
+    rows: int  # labelled rows of the test
+    known: int  # rows that were left out, because their texts are in the training or validation split, too
+    source: str  # where they come from
+    models: tuple[Deferring, ...]  # what ships first, then the others on the same rows
+    unknown: int = 0  # texts of no known class that were given
 
 
 class NoPromiseError(DataError):

@@ -19,37 +19,23 @@ _LEAST = 1e-9
 
 @dataclass(frozen=True)
 class Threshold:
-    """One label's threshold, and what it does on labelled rows.
+    """One label's threshold, and what it does on labelled rows."""
 
-    Attributes:
-        label: its name.
-        goal: the metric that is highest there, or `precision 0.9`.
-        threshold: the label is said where its probability is above this.
-        rows: labelled rows that it is judged on.
-        positive: of them, those that have the label.
-        said: those of which the model says it.
-        right: those of which it says so rightly.
-        precision: right of said, with its 95% interval (Clopper and Pearson), 0..1.
-        recall: right of positive, likewise.
-        before: the goal's metric at 0.5.
-        after: the same at the threshold.
-    """
-
-    label: str
-    goal: str
-    threshold: float
-    rows: int
-    positive: int
-    said: int
-    right: int
-    precision: float
+    label: str  # its name
+    goal: str  # the metric that is highest there, or `precision 0.9`
+    threshold: float  # the label is said where its probability is above this
+    rows: int  # labelled rows that it is judged on
+    positive: int  # of them, those that have the label
+    said: int  # those of which the model says it
+    right: int  # those of which it says so rightly
+    precision: float  # right of said, with its 95% interval (Clopper and Pearson), 0..1
     precision_low: float
     precision_high: float
-    recall: float
+    recall: float  # right of positive, likewise
     recall_low: float
     recall_high: float
-    before: float
-    after: float
+    before: float  # the goal's metric at 0.5
+    after: float  # the same at the threshold
 
 
 @dataclass(frozen=True)
@@ -64,21 +50,13 @@ class FittedModel:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What `kdlora thresholds` found.
+    """What `kdlora thresholds` found."""
 
-    Attributes:
-        rows: validation rows that the thresholds were fitted on.
-        judged: rows that the figures are of.
-        source: where these come from; "validation" where there are no others, so that the figures are too good.
-        models: what ships.
-        notes: labels that keep 0.5, and what else is to be known.
-    """
-
-    rows: int
-    judged: int
-    source: str
-    models: tuple[FittedModel, ...]
-    notes: tuple[str, ...] = ()
+    rows: int  # validation rows that the thresholds were fitted on
+    judged: int  # rows that the figures are of
+    source: str  # where these come from; "validation" where there are no others, so that the figures are too good
+    models: tuple[FittedModel, ...]  # what ships
+    notes: tuple[str, ...] = ()  # labels that keep 0.5, and what else is to be known
 
 
 class NoThresholdError(DataError):

@@ -70,21 +70,13 @@ class Search:
 
 @dataclass(frozen=True)
 class SearchEvent:
-    """Where a search stands.
+    """Where a search stands."""
 
-    Attributes:
-        done: trials that have ended.
-        trials: trials in all.
-        best: the best score so far; None before the first.
-        number: of the trial that this is about.
-        detail: a training's progress, or a sentence on how the trial ended.
-    """
-
-    done: int
-    trials: int
-    best: float | None
-    number: int
-    detail: Any
+    done: int  # trials that have ended
+    trials: int  # trials in all
+    best: float | None  # the best score so far; None before the first
+    number: int  # of the trial that this is about
+    detail: Any  # a training's progress, or a sentence on how the trial ended
 
 
 @dataclass(frozen=True)

@@ -32,21 +32,13 @@ MOST_RUNS = 10_000
 
 @dataclass(frozen=True)
 class SuiteEvent:
-    """Where a suite stands.
+    """Where a suite stands."""
 
-    Attributes:
-        done: runs that have ended, earlier calls included.
-        total: runs in all.
-        failed: of those done, how many failed.
-        job: the job that this is about; None where none is.
-        detail: an event of the job itself, such as a training's progress, or its `Outcome`; None at the start.
-    """
-
-    done: int
-    total: int
-    failed: int
-    job: Job | None = None
-    detail: Any = None
+    done: int  # runs that have ended, earlier calls included
+    total: int  # runs in all
+    failed: int  # of those done, how many failed
+    job: Job | None = None  # the job that this is about; None where none is
+    detail: Any = None  # an event of the job itself, such as a training's progress, or its `Outcome`; None at the start
 
 
 @dataclass(frozen=True)

@@ -186,17 +186,11 @@ class Page:
 
 @dataclass(frozen=True)
 class Report:
-    """A rendered report.
+    """A rendered report."""
 
-    Attributes:
-        markdown: the content of `report.md`.
-        html: the content of `report.html`: one page with its styles and plots inside, without network.
-        paths: the files that were written.
-    """
-
-    markdown: str = field(repr=False)
-    html: str = field(repr=False)
-    paths: tuple[Path, ...]
+    markdown: str = field(repr=False)  # the content of `report.md`
+    html: str = field(repr=False)  # of `report.html`: one page with its styles and plots inside, without network
+    paths: tuple[Path, ...]  # the files that were written
 
     def _repr_html_(self) -> str:
         """Show the page in a notebook, in a frame that keeps it apart from the notebook's own styles."""

@@ -262,7 +262,7 @@ def test_byte_level_tokens_and_a_foreign_export(page, browser, world, tmp_path):
 def test_pairs_and_a_promised_error_rate(page, browser, world, tmp_path):
     """A pair whose longer text is cut in another place; an answer where the model promised to give none."""
     task = tiny.task(names=HOSTILE).to_dict() | {"text": ["premise", "hypothesis"]}
-    folder = foreign(world, tmp_path / "foreign", kdlora_task=task)
+    folder = foreign(world, tmp_path / "foreign", kdlora_task=task, kdlora_temperature=1.7)
     texts = texts_of_scripts(4)
     pairs = [*zip(texts, texts[::-1], strict=True), (LONG, texts[0]), (texts[0], LONG), (LONG, f"a {LONG}")]
     sure = sorted(max(one.probabilities.values()) for one in Classifier.load(folder).predict(pairs))
@@ -281,7 +281,7 @@ def test_pairs_and_a_promised_error_rate(page, browser, world, tmp_path):
 @pytest.mark.parametrize("kind", ["multi-label", "regression"])
 def test_several_labels_by_thresholds_and_numbers(page, browser, world, tmp_path, kind):
     """Labels by 0.5 where others are fitted; a number that is shown as a probability."""
-    folder = foreign(world, tmp_path / "foreign", problem_type=PROBLEMS[kind])
+    folder = foreign(world, tmp_path / "foreign", problem_type=PROBLEMS[kind], kdlora_temperature=0.6)
     if kind == "multi-label":
         fitted = dict(zip(HOSTILE, (0.05, 0.9, 0.3), strict=True))
         write_decisions(read_model_folder(folder), Decisions(thresholds=fitted))

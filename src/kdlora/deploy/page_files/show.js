@@ -33,12 +33,11 @@ function say(settings, found) {
 }
 
 function showValues(settings, { values }) {
-  const rows = settings.labels.map((name, column) => [name, values[column]]);
-  const isShare = settings.kind !== "regression";
-  if (isShare) rows.sort((one, other) => other[1] - one[1]);
-  const shown = rows.slice(0, SHOWN).map(([name, value]) => [name, isShare ? percent(value) : value.toFixed(3), isShare ? value : 0]);
-  const caption = isShare ? "Probabilities" : "Values";
-  fill(element("values"), rows.length > SHOWN ? `${caption}, the largest ${SHOWN} of ${rows.length}` : caption, shown);
+  const rows = settings.labels.map((name, column) => [name, percent(values[column]), values[column]]);
+  rows.sort((one, other) => other[2] - one[2]);
+  const caption = rows.length > SHOWN ? `Probabilities, the largest ${SHOWN} of ${rows.length}` : "Probabilities";
+  fill(element("values"), caption, rows.slice(0, SHOWN));
+  element("values").hidden = settings.kind === "regression";
 }
 
 // Classify again without each word: what the value loses is what the word did for it.
@@ -89,7 +88,7 @@ function makeField(column, number, isOnly) {
   label.htmlFor = `text-${number}`;
   label.textContent = isOnly ? "Text" : column;
   const field = document.createElement("textarea");
-  Object.assign(field, { id: label.htmlFor, rows: isOnly ? 4 : 3, maxLength: 20000, dir: "auto", disabled: true });
+  Object.assign(field, { id: label.htmlFor, rows: isOnly ? 4 : 3, maxLength: 20000, dir: "auto" });
   element("texts").append(label, field);
   return field;
 }
@@ -116,7 +115,6 @@ async function start() {
   }
   const guarded = (number) => classify(number).catch(fail);
   for (const field of fields) {
-    field.disabled = false;
     field.addEventListener("input", () => {
       const number = ++latest;
       setTimeout(() => number === latest && guarded(number), PAUSE);

@@ -14,6 +14,7 @@ from experiments import edit_json
 from kdlora.configfile import build_config
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
+from kdlora.deploy.webpage import write_web_page
 from kdlora.errors import ConfigError, ModelError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.experiment.labelling import LabelSettings, label_collection
@@ -158,6 +159,12 @@ def test_a_folder_with_windows_that_make_no_sense_is_refused(result, tmp_path):
     edit_json(folder / "config.json", kdlora_task=task | {"windows": {"stride": "4", "pool": "max"}})
     with pytest.raises(ModelError, match=r"kdlora_task.*settings of windows"):
         Classifier.load(folder)
+
+
+def test_a_page_that_would_cut_texts_is_not_written(result, tmp_path):
+    """A page for the browser that cuts answers otherwise than Python, without a word."""
+    with pytest.raises(ModelError, match="in windows, which a page does not"):
+        write_web_page(result.layout.onnx, tmp_path / "page")
 
 
 @pytest.mark.parametrize(

@@ -66,14 +66,15 @@ def experiment(options: argparse.Namespace, name: str, sections: dict[str, dict[
     return run_experiment(build_config({"name": name, **usual, **sections}), options.out / name)
 
 
-def train_teachers(options: argparse.Namespace, files: dict[str, str]) -> dict[str, ExperimentResult]:
-    """Train a teacher that reads texts whole, and one for each way to read them in parts."""
-    found, model = {}, {"model": str(options.models / "minilm-l6")}
-    for name, way in {"whole": {}, **WAYS}.items():
-        train = {"epochs": options.epochs, "max_length": WHOLE if name == "whole" else options.length}
-        sections = {"data": files | way, "teacher": model | {"train": train}, "run": {"arms": ["fft"], "seeds": [0]}}
-        found[name] = experiment(options, f"teacher-{name.replace(', ', '-')}", sections)
-    return found
+def train_teacher(options: argparse.Namespace, files: dict[str, str], name: str) -> ExperimentResult:
+    """Train a teacher that reads texts whole, or in one of the ways."""
+    train = {"epochs": options.epochs, "max_length": WHOLE if name == "whole" else options.length}
+    sections = {
+        "data": files | WAYS.get(name, {}),
+        "teacher": {"model": str(options.models / "minilm-l6"), "train": train},
+        "run": {"arms": ["fft"], "seeds": [0]},
+    }
+    return experiment(options, f"teacher-{name.replace(', ', '-')}", sections)
 
 
 def train_students(options: argparse.Namespace, files: dict[str, str], teacher: Path) -> dict[str, ExperimentResult]:
@@ -116,8 +117,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students")
     options = parser.parse_args()
     files = write_rows(options.data, options.out / "rows", options.rows)
-    teachers = train_teachers(options, files)
-    students = train_students(options, files, teachers["whole"].layout.teacher)
+    whole = train_teacher(options, files, "whole")
+    students = train_students(options, files, whole.layout.teacher)
+    teachers = {"whole": whole} | {name: train_teacher(options, files, name) for name in WAYS}
     tell_machine()
     header = ["texts", "arm", "test accuracy", f"above cut at {options.length}", "seconds"]
     rows = [line(name, one, "fft", teachers["cut"]) for name, one in teachers.items()]

@@ -163,7 +163,7 @@ def test_a_folder_with_windows_that_make_no_sense_is_refused(result, tmp_path):
 
 def test_a_page_that_would_cut_texts_is_not_written(result, tmp_path):
     """A page for the browser that cuts answers otherwise than Python, without a word."""
-    with pytest.raises(ModelError, match="in windows, which a page does not"):
+    with pytest.raises(ModelError, match="it reads long texts in windows, and the page cannot"):
         write_web_page(result.layout.onnx, tmp_path / "page")
 
 

@@ -1,7 +1,5 @@
 """Settings and fixtures of every test: no network, no user's caches, tiny real models."""
 
-from __future__ import annotations
-
 import gc
 import importlib.util
 import os
@@ -47,6 +45,7 @@ assert _spec.loader is not None
 sys.modules["network_guard"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules["network_guard"])
 
+pytest_plugins = ["experiment_fixtures"]
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
 
 
@@ -122,14 +121,6 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         return built[key]
 
     return folder
-
-
-@pytest.fixture(scope="session")
-def sentiment_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CSV file of 200 rows (`id`, `text`, `label` positive/negative) with a rule that a tiny model learns."""
-    import tiny
-
-    return tiny.write_csv(tmp_path_factory.mktemp("data") / "sentiment.csv", tiny.sentiment_rows())
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Whole classifier folders of every family, in transformers' layout, for the tests of this room."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

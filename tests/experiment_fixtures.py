@@ -1,6 +1,4 @@
-"""Fixtures for tests of whole experiments, one that is finished among them; a plugin, since two folders use it."""
-
-from __future__ import annotations
+"""Fixtures for tests of whole experiments, one that is finished among them."""
 
 import signal
 import sys
@@ -9,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import tiny
 from experiments import ARMS, Outcome, Workshop
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
@@ -22,6 +19,8 @@ def workshop(made_once) -> Workshop:
 
 
 def _furnish(folder: Path) -> Workshop:
+    import tiny
+
     return Workshop(
         teacher=tiny.build_model_folder("bert", folder / "bert"),
         student=tiny.build_model_folder("distilbert", folder / "distilbert", layers=1),

@@ -1,7 +1,5 @@
 """What the tests of whole experiments share: small models and data, and how to look at folders."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Synthetic experiments: run records, predictions and texts with the structure of real ones, in milliseconds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Repositories live in memory, with commits, branches, private ones, LFS uploads t
 every upload, so that a test can tell what was sent twice.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib

@@ -4,8 +4,6 @@ It reads the options in the prompt (lines `CODE: name`) and answers by the words
 `python llm_standin.py` prints its address and serves until it is ended; `--log FILE` gets a line for each request.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

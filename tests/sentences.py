@@ -1,7 +1,5 @@
 """Small data of words and tags that a tiny model can learn: what is said of a film, and by whom."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

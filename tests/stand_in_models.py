@@ -1,7 +1,5 @@
 """Tiny models and data sets under the names that the documentation uses, on the stand-in of the Hub."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

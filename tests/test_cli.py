@@ -22,8 +22,6 @@ from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment import run as experiment_run
 from kdlora.experiment.stages import Stage
 
-pytest_plugins = ["experiment_fixtures"]
-
 SHOW_MODULES = (
     "import atexit, sys; "
     "atexit.register(lambda: print('LOADED', sorted({'torch', 'transformers', 'datasets', 'peft', 'pandas', "
@@ -127,23 +125,20 @@ def test_run_with_options_makes_a_config(asked, workshop, tmp_path, monkeypatch)
     assert asked(*glue).student.model == "distilbert-base-uncased"
 
 
-def test_options_go_over_the_config_file(asked, small):
-    """An option that the file silently overrides is worse than none; a name of any script must arrive."""
+def test_options_go_over_the_config_file(asked, small, tmp_path):
+    """An option that the file silently overrides is worse than none; a name of any script must arrive.
+
+    With a source of many splits, `--set data.validation=NAME` is a name, not a file beside the user.
+    """
     arguments = (small, "--label", "a", "--label", "b 😀", "--student", "other/model", "--set", "lora.rank=2")
     config = asked(*arguments)
     assert config.task.label == ("a", "b 😀")
     assert config.student.model == "other/model"
     assert config.lora.rank == 2
     assert config.student.train == load_config(small).student.train
-
-
-def test_split_names_can_be_overridden(small, tmp_path):
-    """With a source of many splits, `--set data.validation=NAME` is a name, not a file beside the user."""
-    values = yaml.safe_load(small.read_text()) | {"data": {"path": "someone/data"}}
-    config = load_config(write_config(tmp_path / "hub.yaml", values), ["data.validation=validation_matched"])
-    assert config.data.validation == "validation_matched"
-    config = load_config(write_config(tmp_path / "hub.yaml", values), ["data.train=small.csv", "data.path=null"])
-    assert config.data.train.endswith("/small.csv")
+    hub = write_config(tmp_path / "hub.yaml", yaml.safe_load(small.read_text()) | {"data": {"path": "someone/data"}})
+    assert load_config(hub, ["data.validation=validation_matched"]).data.validation == "validation_matched"
+    assert load_config(hub, ["data.train=small.csv", "data.path=null"]).data.train.endswith("/small.csv")
 
 
 def test_a_failed_run_exits_with_1_and_the_others_finish(cli, workshop, tmp_path):
@@ -164,29 +159,25 @@ def test_a_failed_run_exits_with_1_and_the_others_finish(cli, workshop, tmp_path
 
 
 def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop, tmp_path):
-    """The verbs after the run must find what the run left."""
+    """The verbs after the run must find what the run left; a traceback about a missing file is no remedy."""
     shown = cli("evaluate", experiment.folder, workshop.validation, "--json")
     assert shown.code == 0, shown.err
     scores = {row["model"]: row["score"] for row in json.loads(shown.out)}
     assert scores["teacher"] == pytest.approx(experiment.records[0].score)
-    table = cli("evaluate", experiment.folder, workshop.validation)
-    assert f"{scores['student']:.2f}" in table.out
+    assert f"{scores['student']:.2f}" in cli("evaluate", experiment.folder, workshop.validation).out
     again = cli("report", experiment.folder, "--out", tmp_path / "report")
     assert again.code == 0, again.err
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
     assert str(tmp_path / "report" / "report.md") in again.out
-
-
-def test_evaluate_and_report_refuse_what_is_no_experiment(cli, experiment, workshop, tmp_path):
-    """A traceback about a missing file does not say what to run first."""
-    bare = ExperimentLayout(tmp_path / "bare")
-    bare.root.mkdir()
-    for path in (bare.config, bare.results):
+    bare, begun = ExperimentLayout(tmp_path / "bare"), ExperimentLayout(tmp_path / "begun")
+    for path in (bare.config, bare.results, begun.config):
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes((experiment.folder / path.name).read_bytes())
     for arguments, expected in (
         (("evaluate", tmp_path, workshop.validation), "kdlora run"),
         (("evaluate", experiment.folder, tmp_path / "none.csv"), "none.csv"),
         (("evaluate", bare.root, workshop.validation), "no model to evaluate"),
+        (("export", begun.root, "--to", tmp_path / "x", "--data", workshop.validation), "Run the experiment first"),
         (("report", tmp_path), str(tmp_path)),
     ):
         shown = cli(*arguments)
@@ -217,14 +208,9 @@ def test_faults_of_the_machine_have_their_own_exit_codes(cli, small, monkeypatch
     shown = cli("run", small)
     assert (shown.code, expected in shown.err) == (code, True)
     assert "Traceback" not in shown.err
-
-
-def test_a_misspelt_log_level_is_refused(cli, monkeypatch):
-    """An environment variable is input too; its fault came out as a traceback."""
-    monkeypatch.setenv("KDLORA_LOG", "loud")
+    monkeypatch.setenv("KDLORA_LOG", "loud")  # input, too: a mistake, and no fault of the machine
     shown = cli("tasks")
-    assert shown.code == 2
-    assert "KDLORA_LOG is 'LOUD'; expected DEBUG" in shown.err
+    assert (shown.code, "KDLORA_LOG is 'LOUD'; expected DEBUG" in shown.err) == (2, True)
 
 
 def test_the_progress_bar_names_stage_terms_and_speed(monkeypatch, capsys):

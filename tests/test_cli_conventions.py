@@ -1,17 +1,19 @@
-"""What people and programs expect of every verb: help with an example, JSON, completion, no colours, no bars."""
+"""What people and programs expect of every verb: help, JSON, completion, no colours; and what the doctor says."""
 
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import typer
 
+from kdlora import doctor
 from kdlora.cli import app
-
-pytest_plugins = ["experiment_fixtures"]
 
 COMMANDS = typer.main.get_command(app).commands
 VERBS = sorted(COMMANDS)
@@ -62,7 +64,6 @@ def test_predict_report_and_compare_print_json(cli, experiment, tmp_path):
     [
         ("kdlora r", {"run", "report"}),
         ("kdlora run --task mr", {"mrpc"}),
-        ("kdlora run --family rob", {"roberta"}),
         ("kdlora run --set student.train.learn", {"student.train.learning_rate="}),
         ("kdlora export x --format onnx-", {"onnx-int8"}),
     ],
@@ -74,35 +75,58 @@ def test_the_shell_completes_verbs_names_and_keys(words, wanted):
     assert wanted <= set(done.stdout.split()), done.stderr
 
 
-def test_errors_go_to_standard_error_without_colour(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["validate", "absent.yaml"], "kdlora: config file"),
+        (["validate"], "kdlora: Missing argument"),
+        (["run", "--family", "bert"], "--train FILE"),  # and no keys of a config that nobody has seen
+        ([], "Usage: kdlora"),
+    ],
+)
+def test_errors_go_to_standard_error(arguments, said):
     """An error on standard output ends up in the file that the user redirected to."""
-    done = shell("validate", str(tmp_path / "absent.yaml"), NO_COLOR="1", FORCE_COLOR="")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("kdlora: config file")
-    usage = shell("validate")
-    assert (usage.returncode, usage.stdout) == (2, "")
-    assert usage.stderr.startswith("kdlora: Missing argument")
-
-
-def test_the_version_is_told_and_a_missing_verb_shows_the_help():
-    """The first thing that a bug report is asked for; and an error without a word."""
-    assert re.fullmatch(r"kdlora \d+\.\d+\.\d+\S*\n", shell("--version").stdout)
-    alone = shell()
-    assert alone.returncode == 2
-    assert "Usage: kdlora" in alone.stdout + alone.stderr
-    assert "kdlora: \n" not in alone.stderr
-
-
-def test_options_that_are_missing_are_named_as_options():
-    """Config keys in the message, for somebody who has never seen a config file."""
-    done = shell("run", "--family", "bert")
-    assert done.returncode == 2
-    assert "--train FILE" in done.stderr
-    assert "kdlora run --help" in done.stderr
+    done = shell(*arguments, FORCE_COLOR="", NO_COLOR="1")
+    assert (done.returncode, said in (done.stderr if arguments else done.stdout + done.stderr)) == (2, True), done
+    assert not arguments or done.stdout == ""
+    assert "kdlora: \n" not in done.stderr
 
 
 def test_no_colour_where_it_is_not_wanted():
     """Escape codes in a log, or for a reader who switched them off."""
     assert "\x1b[" in shell("tasks", FORCE_COLOR="1").stdout
-    for arguments in (["tasks"], ["--help"]):
-        assert "\x1b[3" not in shell(*arguments, FORCE_COLOR="1", NO_COLOR="1").stdout
+    assert "\x1b[3" not in shell("--help", FORCE_COLOR="1", NO_COLOR="1").stdout
+    assert re.fullmatch(r"kdlora \d+\.\d+\.\d+\S*\n", shell("--version", FORCE_COLOR="1", NO_COLOR="1").stdout)
+
+
+def test_it_names_what_is_installed_and_what_is_missing(monkeypatch):
+    """An extra reported as complete although a package of it is too old or absent."""
+    declared = ["numpy>=1.26", "transformers>=99", "nowhere>=1; extra == 'ray'", "onnx>=1; extra == 'onnx'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: declared)
+    monkeypatch.setattr(doctor.metadata.metadata("kdlora").__class__, "get_all", lambda self, key: ["ray", "onnx"])
+    base, extras = doctor.unmet_requirements()
+    assert base == (f"transformers>=99 ({metadata.version('transformers')} is installed)",)
+    assert extras == {"onnx": (), "ray": ("nowhere>=1 (not installed)",)}
+
+
+def test_the_report_carries_nothing_private_and_problems_have_exit_code_1(cli, monkeypatch):
+    """People paste this into public issues: no host name, no user's folder. A check in CI must fail."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = cli("doctor").out
+    for part in ("torch 2", "device", "CPU threads", "memory", "HF_HUB_OFFLINE is set", "extra trackers"):
+        assert part in text
+    assert str(Path.home()) not in text.replace("/root", "") or str(Path.home()) == "/"
+    assert socket.gethostname() not in text
+    monkeypatch.setattr(doctor, "unmet_requirements", lambda: (("peft>=99 (0.1 is installed)",), {}))
+    shown = cli("doctor", "--json")
+    assert shown.code == 1
+    assert json.loads(shown.out)["problems"] == ["peft>=99 (0.1 is installed) is not met"]
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "hub.example"])
+def test_a_hub_that_does_not_answer_is_no_crash(monkeypatch, endpoint):
+    """Behind a firewall the doctor is needed most."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    said = doctor.diagnose(hub_seconds=0.5).hub
+    assert "cannot be reached" in said or "which is no address" in said

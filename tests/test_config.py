@@ -47,14 +47,10 @@ def test_five_faults_are_reported_at_once():
     assert "  - run: run.seeds holds a value twice: [1, 1]" in lines
 
 
-def test_a_family_names_both_models_and_yields_to_what_is_set():
-    """A family that overrode teacher.model would train another model than the one written down."""
+def test_a_family_yields_to_what_is_set_and_a_key_of_0_1_is_known():
+    """A family that overrode teacher.model would train another model; a folder of 0.1 could not be resumed."""
     config = build_config(MINIMAL | {"teacher": {"model": "my/teacher"}})
     assert (config.teacher.model, config.student.model) == ("my/teacher", "distilbert-base-uncased")
-
-
-def test_a_folder_of_version_0_1_names_a_key_that_is_gone():
-    """Every folder of 0.1 holds `run.shard_teacher: false`; none of them could be reported or resumed."""
     assert build_config(MINIMAL | {"run": {"shard_teacher": False}}) == build_config(MINIMAL)
     assert "run.shard_teacher: unknown key" in "\n".join(faults_of(MINIMAL | {"run": {"shard_teacher": True}}))
 
@@ -69,6 +65,12 @@ def test_overrides_are_yaml_and_reach_nested_keys():
     assert config.run.seeds == (3, 4)
     assert config.lora.targets == ("query", "key")
     assert config.name == "x"
+
+    # Two configs with one fingerprint would share a folder and mix their runs.
+    base = build_config(MINIMAL)
+    for override in ("lora.rank=4", "distil.alpha=0.7", "run.seeds=[9]", "data.split_seed=1", "teacher.train.epochs=1"):
+        assert build_config(MINIMAL, [override]).fingerprint() != base.fingerprint(), override
+    assert build_config(MINIMAL, ["name=other"]).fingerprint() == base.fingerprint()
 
 
 def test_relative_paths_resolve_against_the_config_file(tmp_path, monkeypatch):
@@ -108,7 +110,7 @@ def leaves(model, *path):
 LEAVES = dict(leaves(Config)) | {("task", "name"): TaskConfig.model_fields["name"]}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(keys=st.sets(st.sampled_from(sorted(LEAVES)), min_size=1, max_size=5), draw=st.data())
 def test_any_config_reads_back_equal(tmp_path, keys, draw):
     """Of some eighty keys, one that is written in another form than it is read in is found by nobody."""
@@ -127,14 +129,6 @@ def test_any_config_reads_back_equal(tmp_path, keys, draw):
     file.write_text(save_config(config), encoding="utf-8")
     assert load_config(file) == config
     assert load_config(file).fingerprint() == config.fingerprint()
-
-
-def test_the_fingerprint_sees_every_section_but_the_name():
-    """Two configs with one fingerprint would share a folder and mix their runs."""
-    base = build_config(MINIMAL)
-    for override in ("lora.rank=4", "distil.alpha=0.7", "run.seeds=[9]", "data.split_seed=1", "teacher.train.epochs=1"):
-        assert build_config(MINIMAL, [override]).fingerprint() != base.fingerprint(), override
-    assert build_config(MINIMAL, ["name=other"]).fingerprint() == base.fingerprint()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
@@ -167,13 +161,6 @@ def test_a_recipe_fills_in_what_is_not_set():
     assert (changed.student.train.epochs, changed.student.train.learning_rate) == (10, 1e-3)
     # The paper's are what the keys' own defaults are: a baseline that drifts with the product is none.
     assert (paper.student.train, paper.lora, paper.distil) == (StudentTrainConfig(), LoraSettings(), DistilConfig())
-    assert (paper.student.train.epochs, paper.student.train.learning_rate, paper.data.augment) == (5, 5e-4, 0)
-    assert (paper.lora.targets, paper.lora.rank, paper.lora.alpha) == ("query-value", 8, 16)
-    assert (paper.distil.loss, paper.distil.alpha, paper.distil.temperature) == ("kl", 0.5, 2.0)
-    assert (config.lora.targets, config.lora.rank, config.lora.dropout) == ("all-linear", 16, 0.0)
-    assert (config.distil.loss, config.distil.alpha, config.data.augment) == ("kl", 0.5, 4)
-    assert (config.student.train.epochs, config.student.train.learning_rate) == (None, None)
-    assert (config.student.train.dropout, config.teacher.train.dropout) == (0.0, None)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 SOURCE = Path(__file__).parents[1] / "src" / "kdlora"
 ORDER = [
     {"errors"},
@@ -30,25 +28,6 @@ ORDER = [
     {"cli"},
     {"__main__"},
 ]
-TORCH = {"torch", "transformers", "datasets", "peft", "accelerate"}
-WITHOUT_TORCH = [
-    *(
-        "errors",
-        "extras",
-        "foreign",
-        "section",
-        "dataconfig",
-        "shipconfig",
-        "terminal",
-        "defaults",
-        "config",
-        "searchconfig",
-        "configfile",
-        "cli",
-    ),
-    "demo",
-    *("data.tasks", "data.tags", "data.windows", "data.logit_table", "distil.words", "evidence", "report", "system"),
-]
 
 
 def modules():
@@ -67,7 +46,7 @@ def level(module):
     raise AssertionError(f"kdlora.{module} has no place in ORDER")
 
 
-def imports(file, *, top_level_only=False):
+def imports(file):
     tree = ast.parse(file.read_text(encoding="utf-8"))
     guarded = {
         id(inner)
@@ -75,7 +54,7 @@ def imports(file, *, top_level_only=False):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         for inner in ast.walk(node)
     }
-    for node in tree.body if top_level_only else ast.walk(tree):
+    for node in ast.walk(tree):
         if id(node) in guarded:
             continue
         if isinstance(node, ast.Import):
@@ -85,20 +64,14 @@ def imports(file, *, top_level_only=False):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize(("module", "file"), [pytest.param(m, f, id=m) for m, f in modules() if m != "__init__"])
-def test_imports_go_one_way(module, file):
+def test_imports_go_one_way():
     """A room that reaches back makes a circle, and soon nothing can be used alone."""
-    own = level(module)
-    names = {name for _, f in modules() for name in [_]}
-    for imported in imports(file):
-        inner = imported.removeprefix("kdlora.")
-        if imported.startswith("kdlora.") and inner in names and inner != "__init__":
-            assert level(inner) <= own, f"{module} imports {inner}"
-
-
-@pytest.mark.parametrize(("module", "file"), [pytest.param(m, f, id=m) for m, f in modules()])
-def test_light_modules_do_not_load_torch(module, file):
-    """`--help`, `validate` and `report` would take seconds if torch came in by the way."""
-    if module == "__init__" or any(module == light or module.startswith(light + ".") for light in WITHOUT_TORCH):
-        heavy = {name.split(".")[0] for name in imports(file, top_level_only=True)} & TORCH
-        assert not heavy, f"kdlora.{module} imports {heavy} at the top"
+    files = {module: file for module, file in modules() if module != "__init__"}
+    back = [
+        f"{module} imports {imported}"
+        for module, file in files.items()
+        for imported in imports(file)
+        if imported.removeprefix("kdlora.") in files and level(imported.removeprefix("kdlora.")) > level(module)
+        if imported.startswith("kdlora.")
+    ]
+    assert back == []

@@ -14,54 +14,35 @@ from fabricate import make_experiment
 from kdlora.extras import EXTRAS
 
 
-@pytest.mark.parametrize("name", kdlora.__all__)
-def test_every_public_name_can_be_imported(name):
-    """A name whose home moved fails at the user's first import, and nowhere before."""
-    assert getattr(kdlora, name) is not None
-    assert name in dir(kdlora)
-
-
-def test_the_page_of_the_reference_has_the_public_names_and_no_others():
-    """A public function that only its source describes; an import that the page promises and Python refuses."""
-    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
-    assert [name for name in kdlora.__all__ if not re.search(rf"\b{name}\b", page)] == []
-    addressed = re.findall(r"^::: kdlora\.\S+\.(\w+)$", page, re.MULTILINE)
-    assert [name for name in addressed if name not in kdlora.__all__] == []
-
-
-def test_type_checkers_read_what_python_imports():
-    """A name that an editor completes and Python refuses, or one that Python gives and mypy calls unknown."""
-    tree = ast.parse(Path(kdlora.__file__).read_text(encoding="utf-8"))
-    typed = next(part for part in tree.body if isinstance(part, ast.If)).body
-    assert {one.asname: part.module for part in typed for one in part.names} == kdlora._HOMES
-
-
-def test_an_unknown_name_says_so():
-    """A lazy module that answers anything with None hides every misspelling."""
+def test_every_public_name_can_be_imported():
+    """A name whose home moved fails at the first import; a lazy module that knows every name hides misspellings."""
+    for name in kdlora.__all__:
+        assert getattr(kdlora, name) is not None
+        assert name in dir(kdlora)
     with pytest.raises(AttributeError, match="no attribute 'run_experimentt'"):
         _ = kdlora.run_experimentt
-
-
-def test_the_old_name_of_the_adapters_settings_works_and_warns():
-    """A script that was written for 0.1 breaks at its import, or goes on without a word until the name is gone."""
     with pytest.warns(DeprecationWarning, match="called kdlora.LoraSettings now"):
         from kdlora import LoraConfig
     assert LoraConfig is kdlora.LoraSettings
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import kdlora; kdlora.Config; kdlora.KdLoraError; kdlora.load_config; kdlora.Task",
-        "import kdlora.data.tasks",
-        "from kdlora.report.report import make_report; make_report(['e'], draws=100)",
-    ],
-    ids=["names", "tasks", "report"],
-)
-def test_what_is_light_loads_nothing_heavy(tmp_path, code):
+def test_page_and_type_checkers_have_the_public_names_and_no_others():
+    """A function that only its source describes; a name that page or editor promise and Python refuses."""
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    assert [name for name in kdlora.__all__ if not re.search(rf"\b{name}\b", page)] == []
+    addressed = re.findall(r"^::: kdlora\.\S+\.(\w+)$", page, re.MULTILINE)
+    assert [name for name in addressed if name not in kdlora.__all__] == []
+    tree = ast.parse(Path(kdlora.__file__).read_text(encoding="utf-8"))
+    typed = next(part for part in tree.body if isinstance(part, ast.If)).body
+    assert {one.asname: part.module for part in typed for one in part.names} == kdlora._HOMES
+
+
+def test_what_is_light_loads_nothing_heavy(tmp_path):
     """Completion, `--help`, the report and every script that only wants `Config` would wait for torch."""
     make_experiment(tmp_path / "e", seeds=(0,))
-    code += "; import sys; print({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))"
+    code = "import kdlora, kdlora.data.tasks; kdlora.Config; kdlora.KdLoraError; kdlora.load_config; kdlora.Task; "
+    code += "from kdlora.report.report import make_report; make_report(['e'], draws=100); "
+    code += "import sys; print({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

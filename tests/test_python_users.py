@@ -28,8 +28,6 @@ from kdlora.errors import ConfigError
 from kdlora.report.report import make_report
 from kdlora.terminal import NotebookBars
 
-pytest_plugins = ["experiment_fixtures"]
-
 
 @pytest.fixture(scope="module")
 def splits(workshop):
@@ -101,9 +99,7 @@ def test_callbacks_reach_the_training(workshop, splits, tmp_path):
     )
     assert steps.count == 4
 
-
-def test_a_teacher_learns_from_the_labels_alone(workshop, splits, tmp_path):
-    """Splits that already teach a student must not distil one teacher into the next."""
+    # Splits that already teach a student must not distil one teacher into the next.
     ids = splits.train["id"]
     said = TeacherLogits(pa.array(ids), np.zeros((len(ids), 2), np.float32), splits.task.label_names, "by hand")
     settings, told = TeacherTrainConfig(epochs=1, batch_size=32, learning_rate=1e-4), []

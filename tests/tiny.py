@@ -1,7 +1,5 @@
 """Tiny but real: a trained tokenizer, model folders of nine families as a hub has them, a learnable data set."""
 
-from __future__ import annotations
-
 import csv
 import random
 from collections.abc import Sequence
@@ -173,6 +171,16 @@ def task(kind: str = "single-label", names: Sequence[str] = ("negative", "positi
     metric = {"single-label": "accuracy", "regression": "pearson", "multi-label": "micro_f1"}[kind]
     labels = ("label",) if kind == "regression" else tuple(names)
     return Task(kind=kind, text=("text",), label=("label",), label_names=labels, metrics=(metric,))
+
+
+def save_classifier(source: Path, folder: Path) -> Path:
+    """Save a classifier of `task()` as an experiment ships it; its head is random."""
+    from kdlora.models.encoders import load_encoder, save_encoder
+
+    encoder = load_encoder(str(source), task(), seed=3)
+    encoder.model.config.kdlora_task = task().to_dict()
+    save_encoder(encoder, folder)
+    return folder
 
 
 def batch(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:

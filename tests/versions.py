@@ -8,8 +8,6 @@ versions, and runs a part of the suite there (SMOKE). `bounds` prints the lowest
 needs, for an audit. Standard library only.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

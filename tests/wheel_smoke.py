@@ -4,8 +4,6 @@ python wheel_smoke.py full FOLDER    in an environment that has the wheel with i
 python wheel_smoke.py light FOLDER   in one that has the wheel alone; predicts with what the other wrote
 """
 
-from __future__ import annotations
-
 import importlib.util
 import resource
 import subprocess

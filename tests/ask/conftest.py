@@ -1,7 +1,5 @@
 """Rows, a language model on loopback, and a call with both."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,4 @@
-"""What is asked of a language model, what is made of its answers, and the table that teaches."""
-
-from __future__ import annotations
+"""What is asked of a language model, what is made of its answers, and how good they are."""
 
 import json
 import math
@@ -10,15 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import llm_standin
 from experiments import write_lines
 from kdlora.asking.ask import plan_asking
+from kdlora.asking.audit import audit_answers
 from kdlora.asking.questions import Questions, count_votes, join_groups, likely_groups, read_logprobs, read_vote
 from kdlora.errors import ConfigError
 from kdlora.report.wording import duration
-from tiny import sentiment_rows, write_csv
-
-pytest_plugins = ["experiment_fixtures"]
+from tiny import save_classifier, sentiment_rows, task, write_csv
 
 LABELS = {"negative": "it was bad", "positive": "it was good"}
 
@@ -74,7 +70,7 @@ def test_votes_where_there_are_no_log_probabilities(asking):
     assert table[["negative", "positive"]].min().min() > 0
 
 
-def test_many_labels_are_asked_for_in_two_steps(asking):
+def test_many_labels_are_asked_for_in_two_steps_with_examples_of_all(asking):
     """Seventy labels do not fit the likely tokens that a server shows: those beyond would have no probability."""
     names = [f"topic {number}" for number in range(70)]
     rows = [{"id": f"r{n}", "text": f"it is about topic {n % 70} again", "label": names[n % 70]} for n in range(140)]
@@ -87,9 +83,7 @@ def test_many_labels_are_asked_for_in_two_steps(asking):
     with pytest.raises(ConfigError, match="70 labels are too many for 5 likely tokens, even in two steps"):
         asking(data, top_logprobs=5)
 
-
-def test_examples_of_many_labels_are_not_those_of_the_first(asking):
-    """Eight examples of the first eight labels of seventy would have the model say no other."""
+    # Eight examples of the first eight labels of seventy would have the model say no other.
     rows = [
         {"id": f"r{n}", "text": f"it is about topic {n % 70:02} again", "label": f"topic {n % 70:02}"}
         for n in range(140)
@@ -117,14 +111,6 @@ def test_pairs_unlabelled_texts_and_their_split(asking):
 
     assert ask(str(pairs), asking.folder / "pairs", asking.settings()).rows == 8
     assert "Text: a\nSecond text: superb" in asking.model.seen[0]["messages"][0]["content"]
-
-
-def test_rows_without_labels_get_the_likeliest(asking):
-    """Texts that nobody labelled need the names of the labels, and train.parquet says what the model chose."""
-    data = asking.folder / "texts.txt"
-    data.write_text("a superb plot\nan awful ending\n", encoding="utf-8")
-    asking(data, labels=LABELS)
-    assert pd.read_parquet(asking.to / "train.parquet")["label"].tolist() == ["positive", "negative"]
 
 
 def test_a_dry_run_asks_nothing(asking, cli):
@@ -155,12 +141,8 @@ def test_some_rows_and_later_more_of_them(asking, select):
 def test_a_model_chooses_the_rows_that_it_doubts(asking, tiny_model_folder, tmp_path):
     """The order of the margins, not of the confidence in one label."""
     from kdlora.deploy.predict import Classifier
-    from kdlora.models.encoders import load_encoder, save_encoder
-    from tiny import task
 
-    encoder = load_encoder(str(tiny_model_folder("bert")), task(), seed=3)
-    encoder.model.config.kdlora_task = task().to_dict()
-    save_encoder(encoder, tmp_path / "student")
+    save_classifier(tiny_model_folder("bert"), tmp_path / "student")
     asking(rows=10, select="uncertain", select_by=str(tmp_path / "student"))
     rows = pd.read_csv(asking.data)
     found = Classifier.load(tmp_path / "student").predict(rows["text"].tolist())
@@ -229,7 +211,7 @@ def test_the_rate_is_that_of_the_longest_call(asking, cli):
     assert "asked.json is damaged" in done.err
 
 
-def test_a_code_that_is_not_shown_gets_a_part_of_what_is_not_shown():
+def test_log_probabilities_of_codes_become_probabilities():
     """Zero would say that the model excludes the label; more than the least that is shown cannot be."""
     options = questions(4).choices
     found = read_logprobs(tokens(A=0.7, B=0.2), options)
@@ -237,9 +219,7 @@ def test_a_code_that_is_not_shown_gets_a_part_of_what_is_not_shown():
     found = read_logprobs(tokens(A=0.5, B=0.02), options)
     assert found == pytest.approx(np.array([0.5, 0.02, 0.02, 0.02]) / 0.56)
 
-
-def test_tokens_around_a_code_count_and_words_that_begin_with_it_do_not():
-    """`Absolutely` is no A, and `I cannot` no I."""
+    # `Absolutely` is no A, and `I cannot` no I.
     options = questions(9).choices
     assert "I" not in {option.code for option in options}
     found = read_logprobs(
@@ -247,6 +227,13 @@ def test_tokens_around_a_code_count_and_words_that_begin_with_it_do_not():
     )
     assert found[:2] == pytest.approx([0.5, 0.5], abs=1e-4)
     assert read_logprobs(tokens(I=0.9, Absolutely=0.09), options) is None
+
+    # A group that was not asked keeps its mass, evenly.
+    choices = questions(4, most=2).choices
+    assert likely_groups(np.array([0.02, 0.98])) == [1]
+    assert likely_groups(np.array([0.4, 0.6])) == [0, 1]
+    found = join_groups(np.array([0.2, 0.8]), choices, {1: np.array([0.25, 0.75])})
+    assert found == pytest.approx([0.1, 0.1, 0.2, 0.6])
 
 
 def test_votes_are_read_by_code_or_name():
@@ -258,9 +245,7 @@ def test_votes_are_read_by_code_or_name():
     assert count_votes([0, 0, None], 2) == pytest.approx([2.25 / 2.5, 0.25 / 2.5], abs=1e-3)
     assert count_votes([0, None, None], 2) is None
 
-
-def test_an_article_is_no_vote_and_a_name_with_signs_is_one():
-    """`A film that I liked` would be a vote for the first label, and `C++` for none."""
+    # `A film that I liked` would be a vote for the first label, and `C++` for none.
     options = Questions(None, {"good": "", "C++": "", "(größer)": ""}, (), most=20, votes=True).choices
     said = ["A film that I liked", "A", "A.", "a good", "A good", "B: C++", "C++", "GRÖSSER", "A\nB", "**C**"]
     assert [read_vote(one, options) for one in said] == [None, 0, 0, None, 0, 1, 1, 2, 0, 2]
@@ -274,16 +259,80 @@ def test_of_equally_many_votes_the_first_decides(votes):
     assert found[1] == pytest.approx(found[0], abs=1e-3)
 
 
-def test_groups_multiply():
-    """A group that was not asked keeps its mass, evenly."""
-    choices = questions(4, most=2).choices
-    assert likely_groups(np.array([0.02, 0.98])) == [1]
-    assert likely_groups(np.array([0.4, 0.6])) == [0, 1]
-    found = join_groups(np.array([0.2, 0.8]), choices, {1: np.array([0.25, 0.75])})
-    assert found == pytest.approx([0.1, 0.1, 0.2, 0.6])
+TASK = task()
 
 
-def test_the_stand_in_is_one(asking):
-    """The other tests rest on it."""
-    prompt = "Labels:\nA: negative\nB: positive (good)\n\nText: what a superb film\nAnswer:"
-    assert llm_standin.likely(prompt, 0.9) == pytest.approx({"A": 0.1, "B": 0.9})
+def answers(right: np.ndarray, labels: np.ndarray, sure: float) -> np.ndarray:
+    table = np.full((len(labels), 2), 1 - sure)
+    table[np.arange(len(labels)), np.where(right, labels, 1 - labels)] = sure
+    return table
+
+
+def test_figures_are_those_of_the_half_that_chose_nothing():
+    """A prompt chosen and reported on the same rows looks better than it is."""
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 2, 400)
+    tables = [answers(draw.random(400) < 0.7, labels, 0.99) for _ in range(6)]
+    audit = audit_answers(TASK, [f"p{n}" for n in range(6)], tables, labels, seed=1)
+    chosen = audit.prompts[audit.chosen]
+    assert chosen.chosen_on == max(one.chosen_on for one in audit.prompts)
+    right = (tables[audit.chosen].argmax(axis=1) == labels).sum()
+    assert round(chosen.chosen_on * 2 + chosen.accuracy * 2) == right
+    assert chosen.low < chosen.accuracy < chosen.high
+    assert sum(map(sum, audit.confusion)) == 200
+    others = [one.against_chosen for one in audit.prompts if one is not chosen]
+    assert all(one.n_examples == 200 and one.low < one.difference < one.high for one in others)
+    assert audit.temperature > 2
+    assert audit.ece_after < 0.1 < audit.ece_before
+
+
+def test_flawless_and_unanswered_rows():
+    """However sure, right answers have them surer: the fit ran to its bound, and a table of 0.9 became one of 1.0."""
+    labels = np.arange(200) % 2
+    flawless, flawed = np.ones(200, bool), np.arange(200) % 10 > 0
+    audit = audit_answers(TASK, ["p"], [answers(flawless, labels, 0.9)], labels, seed=0)
+    assert audit.temperature == 1
+    assert audit.ece_after == audit.ece_before
+    assert audit.untempered == "all 100 answered rows of the half that chooses are right"
+    audit = audit_answers(TASK, ["p"], [answers(flawed, labels, 0.99)], labels, seed=0)
+    assert audit.temperature > 1
+    assert not audit.untempered
+
+    # A prompt that refuses what is difficult would win.
+    labels = np.arange(200) % 2
+    careful, plain = answers(np.ones(200, bool), labels, 0.9), answers(np.arange(200) % 10 > 0, labels, 0.9)
+    careful[np.arange(200) % 3 > 0] = np.nan
+    audit = audit_answers(TASK, ["careful", "plain"], [careful, plain], labels, seed=0)
+    assert audit.chosen == 1
+    assert audit.prompts[0].accuracy < 50
+    assert audit.prompts[0].macro_f1 == 100
+    assert audit.prompts[0].unanswered == 133
+    assert audit.prompts[0].against_chosen.high < 0
+
+
+def test_prompts_are_compared_and_the_best_one_asks_the_rest(asking):
+    """The table of a prompt that lost, or of two prompts mixed."""
+    bad, good = asking.folder / "bad.j2", asking.folder / "good.j2"
+    body = "Labels:\n{% for one in labels %}\n{{ one.code }}: {{ one.name }}\n{% endfor %}\n\nText: "
+    bad.write_text(body + "{{ text[:3] }}")
+    good.write_text(body + "{{ text }}")
+    validation = write_csv(asking.folder / "validation.csv", sentiment_rows(80, 1))
+    done = asking(prompts=(str(bad), str(good)), audit=str(validation))
+    assert done.audit.chosen == 1
+    assert done.requests == 2 * 80 + 60
+    assert (done.rows, done.audit.prompts[1].accuracy) == (140, 100)
+    table = pd.read_parquet(done.table)
+    assert table["split"].value_counts().to_dict() == {"validation": 80, "train": 60}
+    assert done.audit.temperature == 1
+    assert table[["negative", "positive"]].max(axis=1).to_numpy() == pytest.approx(0.9, abs=1e-6)
+    assert json.loads((asking.to / "audit.json").read_text())["chosen"] == 1
+
+
+def test_audited_rows_are_no_examples(asking):
+    """A model that has seen the answer of an audited row audits itself."""
+    asking(audit=40, shots=6)
+    lines = map(json.loads, (asking.to / "answers.jsonl").read_text().splitlines())
+    ids = [line["id"] for line in lines if "id" in line]
+    examples = json.loads((asking.to / "ask.json").read_text())["ingredients"]["examples"]
+    assert (len(ids), len(examples)) == (60, 6)
+    assert not {one["id"] for one in examples} & set(ids[:40])  # those are asked first

@@ -1,7 +1,5 @@
 """Answers, keys and data that are not as they should be: no wrong sum, no lost answer, no key where others read."""
 
-from __future__ import annotations
-
 import errno
 import os
 
@@ -12,13 +10,10 @@ import pytest
 from experiments import write_lines
 from kdlora.asking import answers as answer_files
 from kdlora.asking.ask import ask, plan_asking
-from kdlora.asking.asked_rows import read_labels
 from kdlora.asking.audit import audit_answers
 from kdlora.asking.server import UNREADABLE_ATTEMPTS
 from kdlora.errors import ConfigError
 from tiny import sentiment_rows, task, write_csv
-
-pytest_plugins = ["experiment_fixtures"]
 
 
 @pytest.mark.parametrize(
@@ -27,8 +22,6 @@ pytest_plugins = ["experiment_fixtures"]
         {"prompt_tokens": 0, "completion_tokens": 1},
         {"prompt_tokens": -50, "completion_tokens": 1},
         {"prompt_tokens": float("inf"), "completion_tokens": 1},
-        {"prompt_tokens": None},
-        {"prompt_tokens": 12},
         None,
     ],
 )
@@ -101,7 +94,7 @@ def test_one_answer_without_log_probabilities_is_one_row_without_an_answer(askin
 def test_a_server_that_lets_few_through_is_waited_for(asking):
     """Most of sixteen requests are refused nine times in a row where one is served at a time."""
     asking.model.fault = lambda number: None if number % 5 == 0 else "429"
-    assert asking().rows == 60
+    assert asking(rows=16).rows == 16
 
 
 def test_a_key_is_in_no_error_and_on_no_disk(asking, monkeypatch):
@@ -211,26 +204,9 @@ def test_the_label_column_may_be_in_the_audited_rows_only(asking):
     assert pd.read_parquet(asking.to / "train.parquet")["kind"].tolist() == ["positive", "negative"]
 
 
-def test_labels_in_another_order_keep_their_probabilities(asking):
-    """The order of the file of labels, and not that of the data, is that of the codes."""
-    done = asking(labels={"positive": "", "negative": ""}, top_logprobs=2)
-    table = pd.read_parquet(done.table).set_index("id")
-    assert list(table) == ["positive", "negative"]
-    rows = pd.read_csv(asking.data).set_index("id")
-    assert (table.loc[rows.index].idxmax(axis=1) == rows["label"]).all()
-
-
 def test_a_group_of_one_label_is_not_asked_within(asking):
     """A question with one possible answer costs a request and may have none."""
     rows = [{"id": str(n), "text": f"it is about topic {n % 3}", "label": f"topic {n % 3}"} for n in range(30)]
     done = asking(write_lines(asking.folder / "d.jsonl", rows), top_logprobs=2)
     assert (done.rows, done.unanswered) == (30, 0)
     assert done.requests <= 30 + 30
-
-
-def test_a_list_in_a_list_is_no_label(tmp_path):
-    """`['a']` would be the name of a label."""
-    path = tmp_path / "l.yaml"
-    path.write_text("- [a]\n- b\n")
-    with pytest.raises(ConfigError, match="expected a list of different label names"):
-        read_labels(str(path))

@@ -1,7 +1,5 @@
 """The benchmark of language models as teachers: what is drawn, asked and compared, and that a call goes on."""
 
-from __future__ import annotations
-
 import csv
 import json
 
@@ -74,14 +72,3 @@ def test_prompted(prepared, monkeypatch, capsys):
     assert (record["rows"]["train"], record["rows"]["unlabelled"]) == (8, 20)
     assert record["config"]["distil"]["alpha"] == 0
     assert (place / "compared-0" / "compare.html").read_text().count("Score against texts") >= 1
-
-
-def test_tuned(prepared, monkeypatch, capsys, tmp_path):
-    """A table of labelling without a figure, or without the decoder."""
-    _, given = prepared
-    decoder = tiny.build_model_folder("llama", tmp_path / "llama")
-    call(monkeypatch, "tuned", *given, "--rows", "40", "--model", str(decoder))
-    told = capsys.readouterr().out.replace("**", "")
-    for row in ("encoder: FFT", "encoder: KD-LoRA", "encoder: student LoRA", "decoder: LoRA", "decoder: KD-LoRA"):
-        assert f"| {row} |" in told, row
-    assert told.count("| sst2 |") == 2

@@ -1,7 +1,5 @@
 """The benchmark of a stranger's first run: what is drawn, what is set, what is trained once, and what is claimed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
@@ -211,20 +209,6 @@ def best_rate(prepared: Path) -> float:
         records = json.loads((prepared / f"runs/small/mood/full-{rate}/results.json").read_text("utf-8"))
         scores[rate] = sum(run["score"] for run in records["runs"])
     return max(scores, key=lambda rate: scores[rate])
-
-
-def test_the_plan_of_weights_sets_weights_alone(tmp_path):
-    """A rate that crept in beside the weights would be told as their gain."""
-    plan = read_plan(PLAN.with_name("weights.yaml"))
-    configs = {job.settings: configure(plan, job, tmp_path, tmp_path) for job in plan_jobs(plan)}
-    plain = configs["plain"]
-    for name, config in configs.items():
-        weighed = [role for role in ("teacher", "student") if getattr(config, role).train.class_weights == "balanced"]
-        assert weighed == {"plain": [], "balanced": ["student"], "balanced-teacher": ["teacher", "student"]}[name]
-        assert config.task.metric == "macro_f1"
-        for role in ("teacher", "student"):
-            train = getattr(config, role).train.model_copy(update={"class_weights": None})
-            assert train == getattr(plain, role).train
 
 
 def test_a_set_may_be_cut_by_class(tmp_path):

@@ -1,7 +1,5 @@
 """The studies are suites that can be carried out, and their contrasts compare what they say."""
 
-from __future__ import annotations
-
 import pytest
 import study
 
@@ -10,8 +8,6 @@ from kdlora import load_splits, load_suite, run_suite
 from kdlora.config import DataConfig
 from kdlora.experiment.plan import make_plan, whole_config
 from kdlora.experiment.suitefile import build_suite
-
-pytest_plugins = ["experiment_fixtures"]
 
 SUITES = sorted(path for path in study.STUDIES.glob("*.yaml") if path.stem != "contrasts")
 

@@ -1,18 +1,13 @@
 """Table 2 at real size: the models are the published ones, and what is measured is what the page says."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 
 import pytest
 import table2
-import table2_models
-import torch
 from table2_measure import TIMED, Conditions, Timing, train_steps
 from table2_models import SIZES, TRAIN_COUNTS, VALIDATION_COUNTS, Size, batches_to_run, count, lengths_of, padded_tokens
 
-from kdlora.errors import ConfigError
 from kdlora.system.children import run_in_child
 
 PUBLISHED = {
@@ -87,24 +82,3 @@ def test_paper_and_ours_stand_in_one_row():
     assert "Others used the CPU" not in text
     results["bert"].timing["fp32"] = replace(results["bert"].timing["fp32"], occupied=0.06)
     assert "as little as 6% of their threads" in table2.render(results, table2.parse([]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", SIZES)
-def test_the_command_measures_and_writes_what_it_prints(tmp_path, monkeypatch, capsys, family):
-    """The whole way at tiny sizes: a family that fails would fail after ten minutes at its real size."""
-    monkeypatch.setitem(table2_models.SIZES, family, tuple(shrunk(size) for size in SIZES[family]))
-    out = tmp_path / "table2.md"
-    table2.main(["--families", family, "--runs", "1", "--every", "40", "--out", str(out)])
-    printed = capsys.readouterr().out
-    assert printed.strip() == out.read_text(encoding="utf-8").strip()
-    assert "one warm-up and 1 timed run(s) over one of 40 batches" in printed
-    assert "None" not in printed
-    assert "nan" not in printed
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_without_a_device_is_refused():
-    """CPU figures under the heading of a GPU."""
-    with pytest.raises(ConfigError, match="finds no CUDA device"):
-        table2.parse(["--device", "cuda"])

@@ -1,10 +1,5 @@
 """Load splits, or gather why they are refused; twenty texts and their labels."""
 
-from __future__ import annotations
-
-import json
-from pathlib import Path
-
 import pytest
 from datasets import Dataset
 
@@ -33,8 +28,3 @@ def values(dataset: Dataset, name: str) -> list:
 
 def labels(dataset: Dataset) -> list:
     return values(dataset, "label")
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> str:
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return str(path)

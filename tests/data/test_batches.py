@@ -1,7 +1,3 @@
-from __future__ import annotations
-
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdlora.data.batches import Collator, LengthBucketSampler, SharedSampler, length_sorted_batches, tokenise
-from kdlora.errors import ModelError
 
 TEXTS = ["a good film", "bad", "a long and rather dull film that nobody should have to see twice " * 3, "fine"]
 
@@ -22,7 +17,7 @@ def dataset(**columns) -> Dataset:
     return Dataset.from_dict({"id": ids, "text": TEXTS, **columns})
 
 
-def test_tokens_are_the_tokenizers_own(tiny_tokenizer) -> None:
+def test_tokens_are_the_tokenizers_own_and_what_is_cut_is_counted(tiny_tokenizer):
     """Other token ids make a student that is served something else; without its logits, distillation is training."""
     carried = {"label": [0, 1, 0, 1], "group": ["matched"] * 4, "teacher_logits": [[0.5, -0.5]] * 4}
     data = tokenise(dataset(**carried), tiny_tokenizer, 16)
@@ -34,9 +29,7 @@ def test_tokens_are_the_tokenizers_own(tiny_tokenizer) -> None:
     assert (data.truncated, data.max_length) == (1, 16)
     assert tokenise(dataset().select([3, 1]), tiny_tokenizer, 16).dataset["id"][:] == ["3", "1"]
 
-
-def test_what_is_cut_is_counted(tiny_tokenizer) -> None:
-    """A count that is wrong at the limit hides a loss; a limit above the model's positions fails in mid-training."""
+    # A count that is wrong at the limit hides a loss; a limit above the model's positions fails in mid-training.
     rows = dataset().select([0, 1])
     longest = len(tiny_tokenizer(TEXTS[0])["input_ids"])
     assert [tokenise(rows, tiny_tokenizer, limit).truncated for limit in (longest, longest - 1)] == [0, 1]
@@ -44,9 +37,7 @@ def test_what_is_cut_is_counted(tiny_tokenizer) -> None:
     assert data.max_length == tiny_tokenizer.model_max_length == max(data.dataset["length"])
     assert data.truncated == 1
 
-
-def test_pairs_cut_the_longer_text(tiny_tokenizer) -> None:
-    """Cutting only the second text can remove a whole hypothesis."""
+    # Cutting only the second text can remove a whole hypothesis.
     pairs = list(reversed(TEXTS))
     data = tokenise(dataset(text_pair=pairs), tiny_tokenizer, 20)
     expected = tiny_tokenizer(TEXTS, pairs, truncation="longest_first", max_length=20)
@@ -131,7 +122,7 @@ def rows_of(*lengths: int, **columns) -> list[dict]:
     ]
 
 
-def test_collator_pads_and_masks() -> None:
+def test_collator_pads_and_masks():
     """Padding that is attended to, or filled with a real token, changes every short text."""
     batch = Collator(pad_token_id=9, pad_token_type_id=3)(rows_of(3, 10))
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids"}
@@ -142,9 +133,7 @@ def test_collator_pads_and_masks() -> None:
     assert batch["token_type_ids"][1].tolist() == [1] * 10 + [3] * 6
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
-
-def test_collator_respects_the_last_position() -> None:
-    """Rounding 509 up to 512 indexes past the position table of a model with 510 positions."""
+    # Rounding 509 up to 512 indexes past the position table of a model with 510 positions.
     collator = Collator(pad_token_id=0, max_length=510)
     assert collator(rows_of(509))["input_ids"].shape == (1, 510)
     assert collator(rows_of(500))["input_ids"].shape == (1, 504)
@@ -167,11 +156,3 @@ def test_label_types(kind, labels, dtype, shape) -> None:
     assert batch["labels"].tolist() == labels
     assert batch["teacher_logits"].dtype == torch.float32
     assert batch["teacher_logits"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
-
-
-def test_no_padding_token(tiny_tokenizer) -> None:
-    """Padding with None fails deep inside torch; the model has to be refused by name."""
-    bare = copy.deepcopy(tiny_tokenizer)
-    bare.pad_token = None
-    with pytest.raises(ModelError, match="no padding token"):
-        Collator.of(bare, "single-label", 16)

@@ -1,20 +1,22 @@
 """What becomes of a user's data: columns, kinds, labels, splits and ids."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from loading import TEXTS, WORDS, labels, load, refused, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+from loading import TEXTS, WORDS, labels, load, refused
 
-from kdlora.data.load import load_examples
-from kdlora.data.tasks import Task
-from kdlora.errors import ConfigError
+from experiments import write_lines
+from kdlora.data.load import load_examples, split_rows
+from kdlora.data.tasks import GLUE, Task
+from kdlora.errors import ConfigError, DataError
 
 
 def test_everything_inferred(csv_file) -> None:
@@ -33,7 +35,7 @@ def test_everything_inferred(csv_file) -> None:
     assert "data.split_seed 0" in said
 
 
-def test_ids_survive_the_split(csv_file) -> None:
+def test_a_drawn_split_keeps_ids_and_follows_seed_fraction_and_limit(csv_file):
     """Teacher logits are attached by id; ids that are renumbered after the split attach those of other texts."""
     splits = load(train=csv_file("a.csv", text=TEXTS, label=WORDS), validation_fraction=0.3)
     for part in (splits.train, splits.validation):
@@ -41,15 +43,20 @@ def test_ids_survive_the_split(csv_file) -> None:
         assert [WORDS[int(row["id"])] for row in part] == [splits.task.label_names[row["label"]] for row in part]
     assert sorted(int(i) for part in (splits.train, splits.validation) for i in part["id"]) == list(range(20))
 
-
-def test_split_seed_and_fraction(csv_file) -> None:
-    """An option without effect."""
+    # An option without effect.
     path = csv_file("a.csv", text=TEXTS, label=WORDS)
     first, again, other = (
         list(load(train=path, validation_fraction=0.4, split_seed=seed).validation["id"]) for seed in (1, 1, 2)
     )
     assert first == again != other
     assert len(first) == 8
+
+    # A limit that acts before the split changes the validation rows, so that runs are not comparable.
+    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+    whole, limited = load(train=path), load(train=path, max_train_examples=6)
+    assert list(limited.validation["id"]) == list(whole.validation["id"])
+    assert list(limited.train["id"]) == list(whole.train["id"])[:6]
+    assert any("first 6 of 18" in note for note in limited.notes)
 
 
 def test_given_splits_and_id_column(csv_file) -> None:
@@ -64,16 +71,7 @@ def test_given_splits_and_id_column(csv_file) -> None:
     assert not any("validation split" in note for note in splits.notes)
 
 
-def test_first_training_rows_after_the_split(csv_file) -> None:
-    """A limit that acts before the split changes the validation rows, so that runs are not comparable."""
-    path = csv_file("a.csv", text=TEXTS, label=WORDS)
-    whole, limited = load(train=path), load(train=path, max_train_examples=6)
-    assert list(limited.validation["id"]) == list(whole.validation["id"])
-    assert list(limited.train["id"]) == list(whole.train["id"])[:6]
-    assert any("first 6 of 18" in note for note in limited.notes)
-
-
-def test_pairs(csv_file) -> None:
+def test_pairs_several_labels_and_kinds_that_are_set(csv_file):
     """The second text of a pair is dropped in silence by tools that know one column."""
     path = csv_file("a.csv", premise=TEXTS, hypothesis=TEXTS[::-1], label=WORDS)
     splits = load(train=path)
@@ -81,6 +79,25 @@ def test_pairs(csv_file) -> None:
     assert splits.train["text_pair"][0] == TEXTS[::-1][int(splits.train["id"][0])]
     swapped = load({"text": ["hypothesis", "premise"]}, train=path)
     assert swapped.train["text"][:] == splits.train["text_pair"][:]
+
+    # Several label columns must not be cut to the first.
+    path = csv_file("a.csv", text=TEXTS, joy=[0, 1] * 10, anger=["1.0", "0"] * 10, fear=["true", "False"] * 10)
+    splits = load({"label": ["joy", "anger", "fear"]}, train=path, validation=path)
+    assert (splits.task.kind, splits.task.label_names) == ("multi-label", ("joy", "anger", "fear"))
+    assert splits.train.features["label"] == List(Value("float32"))
+    assert labels(splits.train)[:2] == [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
+    task = {"label": ["joy", "anger", "fear"], "label_names": ["fear", "joy", "anger"]}
+    assert labels(load(task, train=path, validation=path).train)[:2] == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+
+    # Ratings of 1 to 5 are classes or a scale; only the user knows.
+    many = csv_file("b.csv", text=TEXTS * 2, label=range(40))
+    assert load({"kind": "single-label"}, train=many, validation=many).task.num_labels == 40
+    path = csv_file("a.csv", text=TEXTS, label=[1, 2, 3, 4] * 5)
+    assert load(train=path).task.label_names == ("1", "2", "3", "4")
+    regression = load({"kind": "regression"}, train=path, validation=path)
+    assert regression.task.metrics == ("pearson", "spearman")
+    assert labels(regression.train) == [1.0, 2.0, 3.0, 4.0] * 5
+    assert regression.train.features["label"] == Value("float32")
 
 
 @pytest.mark.parametrize("extension", ["csv", "tsv", "jsonl", "parquet"])
@@ -135,41 +152,18 @@ def test_label_names_set_the_order_and_name_codes(csv_file, values: list) -> Non
     assert labels(splits.train) == ([1, 0] if values == WORDS else [0, 1]) * 10
 
 
-def test_kind_can_be_set(csv_file) -> None:
-    """Ratings of 1 to 5 are classes or a scale; only the user knows."""
-    many = csv_file("b.csv", text=TEXTS * 2, label=range(40))
-    assert load({"kind": "single-label"}, train=many, validation=many).task.num_labels == 40
-    path = csv_file("a.csv", text=TEXTS, label=[1, 2, 3, 4] * 5)
-    assert load(train=path).task.label_names == ("1", "2", "3", "4")
-    regression = load({"kind": "regression"}, train=path, validation=path)
-    assert regression.task.metrics == ("pearson", "spearman")
-    assert labels(regression.train) == [1.0, 2.0, 3.0, 4.0] * 5
-    assert regression.train.features["label"] == Value("float32")
-
-
-def test_multi_label_columns(csv_file) -> None:
-    """Several label columns must not be cut to the first."""
-    path = csv_file("a.csv", text=TEXTS, joy=[0, 1] * 10, anger=["1.0", "0"] * 10, fear=["true", "False"] * 10)
-    splits = load({"label": ["joy", "anger", "fear"]}, train=path, validation=path)
-    assert (splits.task.kind, splits.task.label_names) == ("multi-label", ("joy", "anger", "fear"))
-    assert splits.train.features["label"] == List(Value("float32"))
-    assert labels(splits.train)[:2] == [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
-    task = {"label": ["joy", "anger", "fear"], "label_names": ["fear", "joy", "anger"]}
-    assert labels(load(task, train=path, validation=path).train)[:2] == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
-
-
 @pytest.mark.parametrize(
     ("values", "names"), [([["b"], ["a", "b"], []], ("a", "b")), ([[0, 1], [1, 1], [0, 0]], ("0", "1"))]
 )
 def test_multi_label_lists(tmp_path: Path, values: list, names: tuple[str, ...]) -> None:
     """A row without any label is a valid row, not a missing one."""
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "t", "labels": value} for value in values])
+    path = str(write_lines(tmp_path / "a.jsonl", [{"text": "t", "labels": value} for value in values]))
     splits = load(train=path, validation=path)
     assert (splits.task.kind, splits.task.label_names) == ("multi-label", names)
     assert labels(splits.train) == [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
 
 
-def test_load_examples(csv_file) -> None:
+def test_load_examples(csv_file):
     """Evaluation on a file with other columns or codes than training must mean the same labels."""
     task = Task("single-label", ("text",), ("label",), ("negative", "positive"), ("accuracy",))
     path = csv_file("a.csv", id=["a", "b"], text=["t", "u"], label=["positive", "negative"])
@@ -178,6 +172,12 @@ def test_load_examples(csv_file) -> None:
     codes = csv_file("b.csv", text=["t", "u"], label=[0, 1])
     assert labels(load_examples(codes, task, labelled=True)) == [0, 1]
     assert list(load_examples(codes, task, labelled=False)["id"]) == ["0", "1"]
+
+    # A label that is misspelt would be told after the first epoch, or never found and scored 0.
+    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+    with pytest.raises(ConfigError, match=r"task.metric: 'goood' is no label of the task \(bad, good\).*'good'"):
+        load({"metric": "recall@0.9:goood"}, train=path)
+    assert load({"metric": "recall@0.9:Good"}, train=path).task.metrics == ("recall@0.9:good",)
 
 
 # Folders and the Hub
@@ -225,12 +225,20 @@ def test_hub_splits_without_labels_are_not_scored(monkeypatch: pytest.MonkeyPatc
     assert "no label in column 'label' (20 of 20 rows)" in refused(path="owner/name", test="test")
 
 
-def test_hub_that_cannot_be_reached() -> None:
+def test_what_is_neither_hub_nor_folder(tmp_path, csv_file):
     """Offline machines need to know what to bring, not a stack of retries."""
     message = refused(path="owner/no-such-data-set")
     assert "cannot be reached" in message
     assert "save_to_disk" in message
     assert "neither a folder that exists nor the id" in refused(path="./no/such/folder")
+
+    # A folder of files, or a file as a folder: the config keys are easily mixed up.
+    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+    assert "set data.train" in refused(path=str(tmp_path))
+    assert "put files into data.train" in refused(path=path)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "state.json").write_text("{}")
+    assert "save it again" in refused(path=str(tmp_path / "damaged"))
 
 
 @pytest.mark.parametrize(
@@ -251,16 +259,6 @@ def test_hub_faults(monkeypatch: pytest.MonkeyPatch, error: Exception, expected:
     assert expected in refused(path="a/b")
 
 
-def test_folders_that_are_no_data(tmp_path: Path, csv_file) -> None:
-    """A folder of files, or a file as a folder: the config keys are easily mixed up."""
-    path = csv_file("a.csv", text=TEXTS, label=WORDS)
-    assert "set data.train" in refused(path=str(tmp_path))
-    assert "put files into data.train" in refused(path=path)
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "state.json").write_text("{}")
-    assert "save it again" in refused(path=str(tmp_path / "damaged"))
-
-
 @pytest.mark.parametrize(("counts", "metric"), [((50, 10), "accuracy"), ((51, 10), "macro_f1"), ((6, 1), "macro_f1")])
 def test_uneven_classes_are_scored_by_macro_f1_and_it_is_said(csv_file, counts, metric) -> None:
     """Where one class is 95% of the rows, accuracy calls a model that says nothing else nearly perfect."""
@@ -275,9 +273,68 @@ def test_uneven_classes_are_scored_by_macro_f1_and_it_is_said(csv_file, counts, 
     assert load({"metric": "accuracy"}, train=path).task.metrics == ("accuracy",)
 
 
-def test_a_metric_of_an_unknown_label_is_refused_with_the_data(csv_file) -> None:
-    """A label that is misspelt would be told after the first epoch, or never found and scored 0."""
-    path = csv_file("a.csv", text=TEXTS, label=WORDS)
-    with pytest.raises(ConfigError, match=r"task.metric: 'goood' is no label of the task \(bad, good\).*'good'"):
-        load({"metric": "recall@0.9:goood"}, train=path)
-    assert load({"metric": "recall@0.9:Good"}, train=path).task.metrics == ("recall@0.9:good",)
+@given(
+    classes=st.lists(st.integers(0, 4), min_size=2, max_size=300),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**32),
+)
+def test_stratified_split(classes: list[int], fraction: float, seed: int) -> None:
+    """A row in both parts leaks; a class that is missing from training can't be learnt."""
+    labels = np.array(classes)
+    train, validation = split_rows(len(labels), fraction, seed, labels)
+    assert sorted([*train, *validation]) == list(range(len(labels)))
+    assert len(train) > 0
+    assert list(train) == sorted(train)
+    assert list(validation) == sorted(validation)
+    counts = np.bincount(labels, minlength=5)
+    drawn = np.bincount(labels[validation], minlength=5)
+    for count, share in zip(counts, drawn, strict=True):
+        assert share < max(count, 1)
+        assert count < 2 or abs(share - count * fraction) <= 1 + 1e-9
+        assert share or count < 2 or len(labels) < 25  # five classes are a fifth of 25 rows
+
+
+@given(rows_a_class=st.integers(2, 5), classes=st.integers(1, 80), seed=st.integers(0, 50))
+def test_few_rows_a_class_stay_for_training(rows_a_class: int, classes: int, seed: int) -> None:
+    """A row of every class took half of a set with two rows a class, which then had one each to learn from."""
+    labels = np.repeat(np.arange(classes), rows_a_class)
+    train, validation = split_rows(len(labels), 0.1, seed, labels)
+    assert 0 < len(validation) <= max(1, np.ceil(len(labels) / 5))
+    assert len(validation) >= 0.1 * len(labels) - 1
+    assert set(labels[train]) == set(range(classes))
+    if classes > 20 and rows_a_class == 2:
+        assert labels[validation].max() > classes // 2  # not of the first classes alone
+
+
+@given(rows=st.integers(2, 500), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 100))
+def test_plain_split(rows: int, fraction: float, seed: int) -> None:
+    """An empty part would end in a division by zero, or in a score over nothing."""
+    train, validation = split_rows(rows, fraction, seed)
+    assert sorted([*train, *validation]) == list(range(rows))
+    assert len(validation) == min(rows - 1, max(1, round(rows * fraction)))
+
+
+def test_names_and_metrics_are_the_hubs() -> None:
+    """A swapped order turns every prediction of a Hub model around; accuracy flatters a constant CoLA model."""
+    pair, three = ("entailment", "not_entailment"), ("entailment", "neutral", "contradiction")
+    assert {name: (glue.label_names, glue.metrics) for name, glue in GLUE.items()} == {
+        "cola": (("unacceptable", "acceptable"), ("matthews",)),
+        "sst2": (("negative", "positive"), ("accuracy",)),
+        "mrpc": (("not_equivalent", "equivalent"), ("accuracy", "f1")),
+        "stsb": (("label",), ("pearson", "spearman")),
+        "qqp": (("not_duplicate", "duplicate"), ("accuracy", "f1")),
+        "mnli": (three, ("accuracy",)),
+        "qnli": (pair, ("accuracy",)),
+        "rte": (pair, ("accuracy",)),
+        "wnli": (pair[::-1], ("accuracy",)),
+        "ax": (three, ("matthews",)),
+    }
+
+
+def test_damaged_record() -> None:
+    """A record without a field must say so, not fail with a KeyError far away."""
+    with pytest.raises(DataError, match="lacks label_names, metrics; it has kind, text, label"):
+        Task.from_dict({"kind": "regression", "text": ["t"], "label": ["l"]})
+    values = GLUE["mrpc"].task.to_dict() | {"kind": "singel-label"}
+    with pytest.raises(DataError, match="Did you mean 'single-label'"):
+        Task.from_dict(values)

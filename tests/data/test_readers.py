@@ -1,7 +1,5 @@
 """Every format as other tools read it, and what is wrong with a file, by row."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path
@@ -10,10 +8,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loading import TEXTS, WORDS, load
+from loading import refused as load_refused
 
+from experiments import write_lines
+from kdlora.data.load import load_examples
 from kdlora.data.read import open_file
+from kdlora.data.tasks import Task
 from kdlora.errors import DataError
 
 # Carriage returns inside quotes are normalised differently by every CSV reader; surrogates are not UTF-8.
@@ -73,25 +77,31 @@ def test_byte_order_mark_and_line_breaks(tmp_path: Path, line_break: str) -> Non
     assert read(path) == {"text": ["ä", "b"]}
 
 
-def test_words_that_mean_null_elsewhere(tmp_path: Path) -> None:
-    """Pandas reads the label NA (Namibia, "not applicable") as missing."""
+def test_odd_files_and_words(tmp_path):
+    """The usual fault; the nearest name in the folder is the remedy."""
+    write(tmp_path / "reviews.csv", "text,label\na,b\n")
+    message = refused(tmp_path / "review.csv")
+    assert all(part in message for part in ("does not exist", "Did you mean 'reviews.csv'", "data.train"))
+    assert "is a folder" in refused(tmp_path)
+
+    # Parquet's own reader takes both.
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"]), tmp_path / "a.parquet")
+    assert "two columns named" in refused(tmp_path / "a.parquet")
+
+    # Pandas reads the label NA (Namibia, "not applicable") as missing.
     path = write(tmp_path / "a.csv", "text,label\nnull,NA\nNone,nan\n")
     assert read(path) == {"text": ["null", "None"], "label": ["NA", "nan"]}
 
 
-def test_parquet(tmp_path: Path) -> None:
-    """Column order in a Parquet file must not decide which text is first."""
-    pq.write_table(pa.table({"b": ["x", "y"], "a": [1, 2]}), tmp_path / "a.parquet")
-    table = open_file(tmp_path / "a.parquet", "data.train").read(("a", "b")).table
-    assert table.column_names == ["a", "b"]
-    assert table.to_pydict() == {"a": [1, 2], "b": ["x", "y"]}
+def test_long_files_and_quotes_that_are_text(tmp_path):
+    """The offset must be right beyond the first block, and when a block ends inside a character."""
+    content = b"tx,label\n" + ("é" * 50 + ",1\n").encode() * 30_000 + b"\xff,0\n"
+    assert content[1 << 20] & 0xC0 == 0x80  # the first block of the scan ends inside a character
+    message = refused(write(tmp_path / "a.csv", content))
+    assert "line 30002" in message
+    assert f"offset {len(content) - 4}" in message
 
-
-def test_json_type_may_widen(tmp_path: Path) -> None:
-    """Scores that begin with whole numbers, thousands of rows long, must not be cut or refused; names among them must.
-
-    Types are found by block, so that a change between blocks could slip through.
-    """
+    # Scores that begin with whole numbers, thousands of rows long, must not be cut or refused; names among them must.
     lines = ['{"text": "a", "label": 1}'] * 10_000
     path = write(tmp_path / "a.jsonl", "\n".join([*lines, '{"text": "b", "label": 2.5}']))
     table = open_file(path, "data.train").read(("text", "label")).table
@@ -100,28 +110,10 @@ def test_json_type_may_widen(tmp_path: Path) -> None:
     message = refused(write(path, "\n".join([*lines, '{"text": "b", "label": "bad"}'])))
     assert "make it one type" in message
 
-
-def test_missing_file(tmp_path: Path) -> None:
-    """The usual fault; the nearest name in the folder is the remedy."""
-    write(tmp_path / "reviews.csv", "text,label\na,b\n")
-    message = refused(tmp_path / "review.csv")
-    assert all(part in message for part in ("does not exist", "Did you mean 'reviews.csv'", "data.train"))
-    assert "is a folder" in refused(tmp_path)
-
-
-def test_two_columns_of_a_name_in_parquet(tmp_path: Path) -> None:
-    """Parquet's own reader takes both."""
-    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"]), tmp_path / "a.parquet")
-    assert "two columns named" in refused(tmp_path / "a.parquet")
-
-
-def test_broken_utf8_far_into_a_file(tmp_path: Path) -> None:
-    """The offset must be right beyond the first block, and when a block ends inside a character."""
-    content = b"tx,label\n" + ("é" * 50 + ",1\n").encode() * 30_000 + b"\xff,0\n"
-    assert content[1 << 20] & 0xC0 == 0x80  # the first block of the scan ends inside a character
-    message = refused(write(tmp_path / "a.csv", content))
-    assert "line 30002" in message
-    assert f"offset {len(content) - 4}" in message
+    # Refusing every quote would refuse half of GLUE; a text may end with a line break and its closing quote.
+    content = 'text\tlabel\n" the witness "\t1\nhe said ""no""\t0\n"\t1\n'
+    assert read(write(tmp_path / "a.tsv", content))["text"] == ['" the witness "', 'he said ""no""', '"']
+    assert read(write(tmp_path / "b.csv", 'label,text\n1,a\n0,"b\nc"\n'))["text"] == ["a", "b\nc"]
 
 
 @pytest.mark.parametrize(
@@ -142,8 +134,77 @@ def test_quoted_tsv(tmp_path: Path, content: str) -> None:
     assert read(write(tmp_path / "a.csv", content))["text"][0].strip('"') != ""
 
 
-def test_quotes_that_are_text(tmp_path: Path) -> None:
-    """Refusing every quote would refuse half of GLUE; a text may end with a line break and its closing quote."""
-    content = 'text\tlabel\n" the witness "\t1\nhe said ""no""\t0\n"\t1\n'
-    assert read(write(tmp_path / "a.tsv", content))["text"] == ['" the witness "', 'he said ""no""', '"']
-    assert read(write(tmp_path / "b.csv", 'label,text\n1,a\n0,"b\nc"\n'))["text"] == ["a", "b\nc"]
+def test_second_files_need_the_labels_of_training(csv_file):
+    """A split without labels can't be scored."""
+    path, bare = csv_file("a.csv", text=TEXTS, label=WORDS), csv_file("b.csv", text=TEXTS)
+    for split in ("validation", "test"):
+        message = load_refused(train=path, **{split: bare})
+        assert bare in message
+        assert "need labels" in message
+
+    # A label that was never learnt costs accuracy that no training can win back.
+    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+    other = csv_file("b.csv", text=["t", "u"], label=["good", "god"])
+    for split in ("validation", "test"):
+        message = load_refused(train=path, **{split: other})
+        assert f"{other}, row 2: the label 'god'" in message
+        assert "Did you mean 'good'" in message
+    named = {"label_names": ["bad", "good", "god"]}
+    assert "validation split has labels that training lacks: 'god'" in load_refused(named, train=path, validation=other)
+    path = csv_file("c.csv", text=TEXTS, label=["good"] * 18 + ["bad"] * 2)
+    message = load_refused(train=path, validation=path, max_train_examples=5)
+    assert "one class only ('good')" in message
+    assert "data.max_train_examples" in message
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "expected"),
+    [
+        (
+            [("t", row % 2) for row in range(10)] + [("u", None), ("v", None)],
+            {},
+            "row 11: no label in column 'label' (2",
+        ),
+        ([("t", "a"), (None, "b")], {}, "row 2: the text 'text' is empty"),
+        ([(1, "a"), (2, "b")], {}, "holds int64, not text"),
+        ([("t", [0, 1]), ("t", [0, 3])], {}, "row 2: 'label' is 3, but"),
+        ([("t", [0, 1]), ("t", [0])], {}, "differ in length"),
+        ([("t", ["a"]), ("t", None), ("t", ["b"])], {}, "row 2: no label"),
+        ([("t", [0, 1])], {"label_names": ["a", "b", "c"]}, "row 1: 'label' has 2 values, but there are 3 labels"),
+        ([("t", ["a"]), ("t", ["b"])], {"kind": "single-label"}, "set task.kind: multi-label"),
+    ],
+)
+def test_values_that_only_json_has(tmp_path: Path, rows, task, expected) -> None:
+    """A missing label must not become a class of its own, or zero; numbers as texts come from a wrong column."""
+    path = str(write_lines(tmp_path / "a.jsonl", [{"text": text, "label": label} for text, label in rows]))
+    assert expected in load_refused(task, train=path)
+
+
+def test_ids_that_are_lists_and_decimals_as_classes(tmp_path):
+    """An id has to be written into tables of logits and predictions."""
+    rows = [{"id": [1], "text": "t", "label": "a"}, {"id": [2], "text": "u", "label": "b"}]
+    assert "the id column 'id' holds list" in load_refused(train=str(write_lines(tmp_path / "a.jsonl", rows)))
+
+    # A pandas column with 1.0 and 0.0 means the classes 1 and 0; 0.5 means no class.
+    path = tmp_path / "a.parquet"
+    pd.DataFrame({"text": TEXTS, "label": [0.0, 1.0] * 10}).to_parquet(path)
+    assert load({"kind": "single-label"}, train=str(path)).task.label_names == ("0", "1")
+    pd.DataFrame({"text": TEXTS, "label": [0.0, 0.5] * 10}).to_parquet(path)
+    assert "row 2: the label 'label' is 0.5, a decimal" in load_refused({"kind": "single-label"}, train=str(path))
+    for missing in (None, float("nan")):
+        pq.write_table(pa.table({"text": TEXTS, "label": pa.array([0.0, missing, 1.0, 0.0] * 5, pa.float64())}), path)
+        for kind in ("auto", "single-label"):
+            assert "row 2: no label in column 'label' (5 of 20 rows)" in load_refused({"kind": kind}, train=str(path))
+
+
+def test_load_examples_faults(tmp_path: Path, csv_file, emotions: Dataset) -> None:
+    """`kdlora evaluate` on a file without labels, or on a folder of splits."""
+    task = Task("single-label", ("text",), ("label",), ("sad", "glad"), ("accuracy",))
+    with pytest.raises(DataError, match="no label column 'label'"):
+        load_examples(csv_file("a.csv", text=["t"]), task, labelled=True)
+    with pytest.raises(DataError, match="is a folder"):
+        load_examples(str(tmp_path), task, labelled=False)
+    DatasetDict({"train": emotions, "test": emotions}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="holds the splits train, test"):
+        load_examples(str(tmp_path / "saved"), task, labelled=True)
+    assert len(load_examples(str(tmp_path / "saved" / "test"), task, labelled=True)) == 20

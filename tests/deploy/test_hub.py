@@ -27,22 +27,22 @@ from kdlora.data.load import load_splits
 from kdlora.models.encoders import load_fine_tuned
 
 splits = load_splits(TaskConfig(text="sentence", label="mood"), DataConfig(path="someone/moods", revision=sys.argv[1]))
-encoder, columns = load_fine_tuned("someone/student", splits.task, revision=sys.argv[2])
+encoder, columns = load_fine_tuned("someone/teacher", splits.task, revision=sys.argv[2])
 print(json.dumps([len(splits.train), list(splits.task.label_names), encoder.model.config.num_labels]))
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hub():
     with hub_standin.running() as server:
         yield server
         assert server.unknown == []  # what the libraries asked for is served, or the stand-in is no stand-in
 
 
-@pytest.fixture
-def finished(tmp_path, classifier_folder, exported):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, classifier_folder, exported):
     """A folder as an experiment leaves it: student with card, ONNX export, config, report."""
-    layout = ExperimentLayout(tmp_path / "runs" / "reviews")
+    layout = ExperimentLayout(tmp_path_factory.mktemp("finished") / "reviews")
     shutil.copytree(classifier_folder(), layout.student)
     shutil.copytree(exported(), layout.onnx)
     (layout.student / "README.md").write_text(student_card(make_record(), "apache-2.0"))
@@ -52,70 +52,78 @@ def finished(tmp_path, classifier_folder, exported):
     return layout
 
 
-def call(hub, tmp_path, *arguments, token=True, text=None):
-    """Run Python in a process that knows no other Hub than the stand-in."""
-    environment = {**os.environ, **hub_standin.environment(hub, str(tmp_path / "cache"), token=token)}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment, input=text
-    )
+COMMANDS = """
+import contextlib, io, json, sys
+from kdlora.cli import main
+told = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, out, err, code = ["kdlora", *arguments], io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    told.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(told))
+"""
+
+
+def python(hub, folder, *arguments, token=True):
+    """Run Python in a process that knows no other Hub than the stand-in; give what it printed last."""
+    environment = {**os.environ, **hub_standin.environment(hub, str(folder / "cache"), token=token)}
+    command = [sys.executable, "-c", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def call(hub, folder, *commands, token=True):
+    """Call `kdlora` several times in one process: code, output and errors of each."""
+    return python(hub, folder, COMMANDS, json.dumps([list(map(str, command)) for command in commands]), token=token)
 
 
 def test_a_push_is_private_is_resumed_and_its_model_loads_by_id(hub, finished, tmp_path):
     """A push that starts again from nothing after a lost connection, or shows a private model to everyone."""
-    command = ("-m", "kdlora", "push", finished.root, "someone/student")
+    (tmp_path / "texts.txt").write_text("what a superb film\n")
+    push, to = ("push", finished.root, "someone/student"), tmp_path / "said.jsonl"
     hub.refused_uploads = 1
-    broken = call(hub, tmp_path, *command)
-    assert broken.returncode == 1, broken.stderr
-    assert "the same command again sends only what is missing" in broken.stderr
-    sent = list(hub.uploads)
-    done = call(hub, tmp_path, *command, "--json")
-    assert done.returncode == 0, done.stderr
-    pushed = json.loads(done.stdout)
-    assert pushed["private"] is True
-    assert hub.repositories["models/someone/student"].private
+    broken, done, again, predicted = call(
+        hub,
+        tmp_path,
+        push,
+        (*push, "--json"),
+        (*push, "--json"),
+        ("predict", "someone/student/onnx", tmp_path / "texts.txt", "--to", to),
+    )
+    assert (broken[0], "the same command again sends only what is missing" in broken[2]) == (1, True), broken
+    assert done[0] == 0, done
+    pushed = json.loads(done[1])
+    assert pushed["private"] is hub.repositories["models/someone/student"].private is True
     assert len(hub.uploads) == len(set(hub.uploads)) == 3, "weights, ONNX and int8, each once"
-    assert set(sent) < set(hub.uploads)
-
     files = hub.repositories["models/someone/student"].commits[pushed["revision"]]
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "onnx/model.onnx"} <= set(files)
     assert not {"config.yaml", "results.json", "report.html"} & set(files)
     assert 'model="someone/student"' in files["README.md"].decode()
-    assert str(tmp_path).encode() not in b"".join(content for name, content in files.items() if name.endswith("json"))
-
-    again = call(hub, tmp_path, *command, "--json")
-    assert json.loads(again.stdout)["revision"] == pushed["revision"], "nothing changed, so nothing is committed"
-    assert len(hub.uploads) == 3
-
-    name = f"someone/student/onnx@{pushed['revision']}"
-    predicted = call(hub, tmp_path, "-m", "kdlora", "predict", name, "-", text="what a superb film\n")
-    assert predicted.returncode == 0, predicted.stderr
-    assert set(json.loads(predicted.stdout)["probabilities"]) == {"negative", "neutral", "positive"}
-    stranger = call(hub, tmp_path / "other", "-m", "kdlora", "predict", "someone/student", "-", token=False, text="x\n")
-    assert stranger.returncode == 2
-    assert "no Hub model of this name that you may see" in stranger.stderr
+    assert str(finished.root) not in b"".join(files[name] for name in files if name.endswith("json")).decode()
+    assert json.loads(again[1])["revision"] == pushed["revision"], "nothing changed, so nothing is committed"
+    assert predicted[0] == 0, predicted
+    assert set(json.loads(to.read_text())["probabilities"]) == {"negative", "neutral", "positive"}
+    asked = ("predict", "someone/student", tmp_path / "texts.txt")
+    stranger, unknown = call(hub, tmp_path / "other", asked, push, token=False)
+    assert (stranger[0], "no Hub model of this name that you may see" in stranger[2]) == (2, True), stranger
+    assert (unknown[0], "hf auth login" in unknown[2], "Traceback" in unknown[2]) == (2, True, False), unknown
 
 
 def test_a_public_repository_is_not_pushed_to_by_accident(hub, finished, tmp_path):
     """The default is private; an existing public repository would publish the model all the same."""
-    hub.add("someone/student", {"README.md": b"here"})
-    refused = call(hub, tmp_path, "-m", "kdlora", "push", finished.root, "someone/student")
-    assert refused.returncode == 2
-    assert "is public; say --public" in refused.stderr
-    assert hub.uploads == []
-    wanted = ("--public", "--report", "--revision", "second")
-    done = call(hub, tmp_path, "-m", "kdlora", "push", finished.root, "someone/student", *wanted, "--json")
-    assert done.returncode == 0, done.stderr
-    repository = hub.repositories["models/someone/student"]
+    hub.add("someone/open", {"README.md": b"here"})
+    push, wanted = ("push", finished.root, "someone/open"), ("--public", "--report", "--revision", "second")
+    refused, done = call(hub, tmp_path, push, (*push, *wanted, "--json"))
+    assert (refused[0], "is public; say --public" in refused[2]) == (2, True), refused
+    assert done[0] == 0, done
+    repository = hub.repositories["models/someone/open"]
     assert {"report.html", "report.md"} <= set(repository.commits[repository.branches["second"]])
     assert set(repository.commits[repository.branches["main"]]) == {"README.md"}
-
-
-def test_without_a_token_the_push_says_how_to_log_in(hub, finished, tmp_path):
-    """A traceback of an HTTP library is how this usually ends."""
-    done = call(hub, tmp_path, "-m", "kdlora", "push", finished.root, "someone/student", token=False)
-    assert done.returncode == 2
-    assert "hf auth login" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_data_sets_and_fine_tuned_teachers_load_by_id_and_revision(hub, classifier_folder, tmp_path):
@@ -125,11 +133,9 @@ def test_data_sets_and_fine_tuned_teachers_load_by_id_and_revision(hub, classifi
     hub.add("someone/moods", {"train.jsonl": lines * 2}, kind="datasets")
     folder = classifier_folder("bert", "single-label")
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    revision = hub.add("someone/student", files)
-    hub.add("someone/student", {"config.json": b"{}"})
-    done = call(hub, tmp_path, "-c", LOAD_BY_ID, first, revision)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [54, ["negative", "neutral", "positive"], 3]
+    revision = hub.add("someone/teacher", files)
+    hub.add("someone/teacher", {"config.json": b"{}"})
+    assert python(hub, tmp_path, LOAD_BY_ID, first, revision) == [54, ["negative", "neutral", "positive"], 3]
 
 
 def test_the_card_carries_what_the_hub_reads():
@@ -162,9 +168,9 @@ def test_what_cannot_be_pushed_or_found_is_refused_before_the_hub_is_asked(tmp_p
     """Typing errors must not become repositories."""
     with pytest.raises(ConfigError, match="'student' is no name of a repository; expected USER/NAME"):
         push_experiment(finished.root, "student")
-    shutil.rmtree(finished.student)
+    (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(ModelError, match="has no student to push"):
-        push_experiment(finished.root, "someone/student")
+        push_experiment(tmp_path, "someone/student")
     with pytest.raises(KdLoraError, match="no such folder, no Hub model of this name in the cache"):
         locate_model("someone/nothing")
     assert locate_model(tmp_path) == tmp_path

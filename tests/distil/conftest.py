@@ -1,7 +1,5 @@
 """Small trainings for the tests of this room."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A training that diverges stops before its weights are spoilt, and says where, on which rows, and what is left."""
 
-from __future__ import annotations
-
 import dataclasses
 import pickle
 
@@ -43,6 +41,10 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(make_setup, tmp_pat
     assert str(caught.value).endswith(f"Last good checkpoint: {tmp_path / 'step-000000003'}, from before that")
     assert all(torch.isfinite(parameter).all() for parameter in setup.model.parameters())
 
+    # A child answers with its exception; one that loses its step, or cannot travel, hides the cause.
+    fault = pickle.loads(pickle.dumps(DivergedError("the training diverged", 7)))  # noqa: S301 - its own
+    assert (str(fault), fault.step) == ("the training diverged", 7)
+
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_the_rows_of_the_step_are_named(make_setup, tmp_path, epoch):
@@ -74,9 +76,3 @@ def test_rows_of_a_later_epoch_are_those_that_were_drawn(make_setup, tmp_path, m
     make_setup(batch_size=4).run(tmp_path)
     assert len(drawn) == 2
     assert drawn[0] != drawn[1]
-
-
-def test_a_divergence_crosses_to_another_process_with_its_step():
-    """A child answers with its exception; one that loses its step, or cannot travel, hides the cause."""
-    fault = pickle.loads(pickle.dumps(DivergedError("the training diverged", 7)))  # noqa: S301 - its own
-    assert (str(fault), fault.step) == ("the training diverged", 7)

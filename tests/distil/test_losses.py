@@ -1,7 +1,6 @@
-"""Losses against values computed by hand and against float64 references."""
+"""Losses against values computed by hand and float64 references, and the scale of a regression's targets."""
 
-from __future__ import annotations
-
+import copy
 import math
 
 import numpy as np
@@ -9,9 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
+from kdlora.config import LoraSettings
 from kdlora.distil.losses import LossSums, binary_kl, distillation_loss, softened_kl, term_means
+from kdlora.distil.standardise import TargetScale, fold_into_head
 from kdlora.errors import ConfigError, DataError, ModelError
+from kdlora.models.adapters import add_adapter, merge_student
+from kdlora.models.encoders import load_encoder
 
 LOG3 = math.log(3.0)
 
@@ -39,16 +44,6 @@ def test_kl_by_hand():
     reverse = 4 * (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
     assert softened_kl(teacher, student, 2.0).item() == pytest.approx(reverse, rel=1e-6)
     assert expected != pytest.approx(reverse, rel=1e-3)
-
-
-def test_binary_kl_by_hand():
-    """A softmax over labels that do not compete (TextBrewer's fault) would give another number here."""
-    teacher, student = torch.tensor([[LOG3, -LOG3]]), torch.tensor([[0.0, 0.0]])
-    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)  # the same for both labels, so also their mean
-    assert binary_kl(student, teacher, 1.0).item() == pytest.approx(expected, rel=1e-6)
-    one_label = torch.tensor([[LOG3]])
-    assert softened_kl(torch.zeros(1, 1), one_label, 1.0).item() == 0.0
-    assert binary_kl(torch.zeros(1, 1), one_label, 1.0).item() == pytest.approx(expected, rel=1e-6)
 
 
 def reference_hard(kind: str, logits: list[float], label) -> float:
@@ -111,22 +106,23 @@ def test_gradients(kind):
     assert student.grad is not None
 
 
-def test_temperature_squared_keeps_the_gradient():
-    """Without T² the soft loss loses its weight against the hard loss as the temperature rises."""
-    student = torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64, requires_grad=True)
-    teacher = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)
-    gradients = [torch.autograd.grad(softened_kl(student, teacher, t).sum(), student)[0] for t in (500.0, 1000.0)]
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-2, atol=1e-6)
-    difference = (student - teacher).detach()
-    centred = (difference - difference.mean()) / difference.numel()
-    torch.testing.assert_close(gradients[1], centred, rtol=1e-2, atol=1e-6)
-
-
-def test_extreme_logits_stay_finite():
+def test_extreme_logits_no_teacher_and_flat_values():
     """A sure teacher (probability 0 in float32) times a log of 0 gives NaN in the naive formula."""
     teacher, student = torch.tensor([[500.0, -500.0]]), torch.tensor([[-500.0, 500.0]])
     assert softened_kl(student, teacher, 1.0).item() == pytest.approx(1000.0, rel=1e-5)
     assert binary_kl(student, teacher, 1.0).item() == pytest.approx(500.0, rel=1e-5)
+
+    # The control arm must not be weighed by alpha: half a learning rate is no control.
+    logits, labels = torch.randn(3, 2), torch.tensor([0, 1, 1])
+    terms = distillation_loss(logits, labels, None, kind="single-label", alpha=0.25)
+    assert terms.soft is None
+    assert torch.equal(terms.total, torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+
+    # A (rows,) against (rows, 1) difference broadcasts to rows × rows, and trains towards the mean.
+    flat = distillation_loss(
+        torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]), torch.tensor([[3.0], [2.0]]), kind="regression"
+    )
+    assert (flat.hard.tolist(), flat.soft.tolist()) == ([1.0, 4.0], [4.0, 0.0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -140,22 +136,6 @@ def test_half_logits_are_computed_in_float32(dtype):
     for ours, exact in ((terms.total, expected.total), (terms.hard, expected.hard), (terms.soft, expected.soft)):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
-
-
-def test_without_a_teacher_the_loss_is_the_hard_loss():
-    """The control arm must not be weighed by alpha: half a learning rate is no control."""
-    logits, labels = torch.randn(3, 2), torch.tensor([0, 1, 1])
-    terms = distillation_loss(logits, labels, None, kind="single-label", alpha=0.25)
-    assert terms.soft is None
-    assert torch.equal(terms.total, torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
-
-
-def test_regression_takes_values_with_and_without_a_label_axis():
-    """A (rows,) against (rows, 1) difference broadcasts to rows × rows, and trains towards the mean."""
-    flat = distillation_loss(
-        torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]), torch.tensor([[3.0], [2.0]]), kind="regression"
-    )
-    assert (flat.hard.tolist(), flat.soft.tolist()) == ([1.0, 4.0], [4.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -186,10 +166,8 @@ def test_teacher_of_another_shape(shape):
     ("kind", "logits", "labels"),
     [
         ("single-label", (3, 2), (3, 2)),
-        ("single-label", (3, 2), (2,)),
         ("multi-label", (3, 2), (3,)),
         ("regression", (3, 1), (2,)),
-        ("regression", (3, 2), (3,)),
     ],
 )
 def test_labels_of_another_shape(kind, logits, labels):
@@ -251,7 +229,56 @@ def test_class_weights_are_in_the_hard_loss_alone(kind):
     torch.testing.assert_close(weighed.total, 0.3 * expected + 0.7 * plain.soft)
 
 
-def test_a_regression_has_no_class_weights():
-    """Ignored without a word, weights would be believed to have helped."""
-    with pytest.raises(ConfigError, match=r"class_weights: a regression has no classes"):
-        distillation_loss(torch.zeros(2, 1), torch.zeros(2), None, kind="regression", class_weights=torch.ones(1))
+FAMILIES = ("bert", "distilbert", "roberta", "deberta-v2", "electra", "mpnet", "modernbert")
+
+
+def predict(model) -> torch.Tensor:
+    ids = torch.tensor([[2, 17, 18, 19, 20, 3], [2, 40, 41, 42, 43, 3]])
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def test_there_and_back():
+    """A population of labels measured in another precision, or another way, would not come back to the same values."""
+    labels = np.array([1.0, 3.0, 5.0], dtype=np.float32)
+    scale = TargetScale.of(labels)
+    assert (scale.mean, scale.std) == pytest.approx((3.0, np.sqrt(8 / 3)))
+    standardised = scale.standardise(torch.tensor(labels))
+    assert standardised.mean().item() == pytest.approx(0.0, abs=1e-6)
+    np.testing.assert_allclose(scale.restore(standardised.numpy()), labels, rtol=1e-6)
+    assert TargetScale.of(np.full(4, 7.0)) == TargetScale(7.0, 1.0), "a deviation of 0 makes every target NaN"
+
+    # A model that answers on another scale than it says must be refused, and left as it was.
+    model = Squashed()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match="Squashed: expected the last linear layer to give the prediction"):
+        fold_into_head(model, TargetScale(10.0, 2.0))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for unfit in (Squashed(bias=False), nn.Linear(2, 2)):
+        with pytest.raises(ModelError, match="one output and a bias"):
+            fold_into_head(unfit, TargetScale(10.0, 2.0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [True, False])
+def test_folded_into_the_head(tiny_model_folder, tasks, family, lora):
+    """PEFT keeps the head twice: folding into the unused copy changes nothing, and nobody notices until the merge."""
+    encoder = load_encoder(str(tiny_model_folder(family)), tasks["regression"], seed=1)
+    model = add_adapter(encoder, LoraSettings(), seed=1) if lora else encoder.model
+    scale = TargetScale(2000.0, 300.0)
+    before = predict(model)
+    fold_into_head(model, scale)
+    torch.testing.assert_close(predict(model), before * 300.0 + 2000.0)
+    merged = merge_student(model) if lora else model
+    torch.testing.assert_close(predict(merged), before * 300.0 + 2000.0)
+
+
+class Squashed(nn.Module):
+    """A model that is not linear in its last layer."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 1, bias=bias)
+
+    def forward(self, input_ids, attention_mask):
+        return SequenceClassifierOutput(logits=torch.tanh(self.head(input_ids.float().sum(1, keepdim=True))))

@@ -1,7 +1,5 @@
 """Teacher logits: attached by id, computed once, refused when stale, mended when damaged."""
 
-from __future__ import annotations
-
 import json
 import logging
 import threading
@@ -69,7 +67,7 @@ def made_up(ids, width: int = 2) -> TeacherLogits:
     return TeacherLogits(pa.array(ids), logits, tuple("abcdef"[:width]), "made up")
 
 
-def test_attached_by_id_not_by_position():
+def test_attached_by_id_and_never_missing():
     """A teacher table in another order taught every row some other row's answer."""
     teacher = made_up(["c", "a", "d", "b"])
     dataset = Dataset.from_dict({"id": ["a", "b", "c"], "text": ["x", "y", "z"]})
@@ -82,9 +80,7 @@ def test_attached_by_id_not_by_position():
     again = made_up(["a", "b", "c"], width=3).attach(attached)
     assert again["teacher_logits"][0] == [0.0, 1.0, 2.0], "an older column stays in force"
 
-
-def test_missing_rows_are_refused():
-    """Rows without a teacher, filled with zeros or dropped, make a student that nobody asked for."""
+    # Rows without a teacher, filled with zeros or dropped, make a student that nobody asked for.
     dataset = Dataset.from_dict({"id": [str(row) for row in range(10)]})
     with pytest.raises(DataError, match=r"8 of 10 examples have no teacher logits, first ids '0', '1', '2', '3', '6'"):
         made_up(["4", "5"]).attach(dataset)
@@ -149,7 +145,7 @@ def test_logits_are_those_of_the_teacher(label, make_encoder, rows):
     assert {"torch", "transformers"} <= found.versions.keys()
 
 
-def test_columns_are_permuted(label, tmp_path):
+def test_columns_are_permuted_and_pairs_read_whole(label, tmp_path, make_examples):
     """roberta-large-mnli scored 4% until somebody saw that its labels come in another order."""
     straight = label()
     turned = label(columns=[1, 0], folder=tmp_path / "turned")
@@ -157,9 +153,7 @@ def test_columns_are_permuted(label, tmp_path):
     with pytest.raises(ModelError, match="has 2 outputs; expected 3 at least"):
         label(columns=[0, 2], folder=tmp_path / "third")
 
-
-def test_pairs_and_truncation(label, make_examples, tmp_path):
-    """The second text left out, or cuts that are not counted, only show as a worse teacher."""
+    # The second text left out, or cuts that are not counted, only show as a worse teacher.
     rows = make_examples("single-label", 6)
     pairs = rows.add_column("text_pair", ["a wonderful film"] * 6)
     alone = label(dataset=rows, folder=tmp_path / "alone")
@@ -253,7 +247,7 @@ def test_stale_logits_are_refused(label, make_encoder, rows, tasks, change, name
         label(encoder=encoder, dataset=Dataset.from_dict(columns), **changes)
 
 
-def test_use_does_not_change_the_fingerprint(make_encoder, rows):
+def test_fingerprints_are_of_content(make_encoder, rows):
     """A fast tokenizer remembers its last truncation: a hash over all of it makes every cache stale."""
     encoder = make_encoder()
     before = hash_model(encoder.model), hash_tokenizer(encoder.tokenizer)
@@ -261,9 +255,7 @@ def test_use_does_not_change_the_fingerprint(make_encoder, rows):
     predict_logits(encoder.model, encoder.tokenizer, tokenise(rows, encoder.tokenizer, 48))
     assert (hash_model(encoder.model), hash_tokenizer(encoder.tokenizer)) == before
 
-
-def test_columns_hash_by_content(rows):
-    """A hash over how rows are stored refuses a cache after a reload; one that joins texts misses a moved boundary."""
+    # A hash over how rows are stored refuses a cache after a reload; one that joins texts misses a moved boundary.
     turned = rows.select(range(len(rows) - 1, -1, -1))
     straight = turned.select(range(len(rows) - 1, -1, -1))
     names = ["id", "text", "text_pair"]
@@ -383,7 +375,7 @@ def test_all_kinds_and_no_rows(label, make_encoder, make_examples, tasks, rows, 
     assert label(dataset=rows.select([])).logits.shape == (0, 2)
 
 
-def test_a_label_named_id(label, tasks, tmp_path):
+def test_odd_labels_and_ids_can_be_stored(label, tasks, tmp_path, rows):
     """A label that is named as a column of the store would overwrite the ids."""
     task = replace(tasks["single-label"], label_names=("id", "split"))
     found = label(task=task, folder=tmp_path / "named")
@@ -391,9 +383,7 @@ def test_a_label_named_id(label, tasks, tmp_path):
     assert again.ids.to_pylist()[0].startswith("0-")
     np.testing.assert_array_equal(found.logits, again.logits)
 
-
-def test_ids_that_are_numbers_can_be_stored(label, rows):
-    """A plain script's data set counts its rows in whole numbers; the storage of text ids failed on them."""
+    # A plain script's data set counts its rows in whole numbers; the storage of text ids failed on them.
     numbered = rows.remove_columns("id").add_column("id", list(range(len(rows))))
     stored = label(dataset=numbered)
     assert stored.ids.to_pylist()[:3] == ["0", "1", "2"]

@@ -1,7 +1,5 @@
 """A user's table as the teacher: what is read, and every way in which it can be wrong."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -47,9 +45,7 @@ def test_columns_by_name(file, task):
     assert found.ids.to_pylist() == ["a", "b"]
     assert found.label_names == ("negative", "positive")
 
-
-def test_prefixed_columns_and_numbers_as_ids(file, task):
-    """The files that kdlora itself writes must be good as teachers; row numbers are ids too."""
+    # The files that kdlora itself writes must be good as teachers; row numbers are ids too.
     write(file, {"id": [0, 1], "logit:negative": [0, 1], "logit:positive": [2, 3], "label": [1, 1]})
     found = read_teacher_table(file, task, values="logits")
     assert found.logits.tolist() == [[0.0, 2.0], [1.0, 3.0]]
@@ -100,28 +96,12 @@ def test_probabilities_teach_by_themselves(file, tasks, kind, temperature):
     torch.testing.assert_close(gradient, temperature * (0.5 - soft) / width, rtol=1e-6, atol=1e-6 * temperature)
 
 
-def test_probabilities_of_several_labels(file, tasks):
-    """Labels that do not compete need log-odds; log-probabilities would pull all of them below 0.5."""
-    write(file, {"id": ["x"], "a": [0.75], "b": [0.0], "c": [1.0]})
-    logits = read_teacher_table(file, tasks["multi-label"], values="probabilities").logits[0]
-    assert logits[0] == pytest.approx(math.log(3.0), rel=1e-6)
-    assert -np.inf < logits[1] < -1e3
-    assert 1e3 < logits[2] < np.inf
-
-
 @pytest.mark.parametrize("column", ["rating", "Prediction"])
 @pytest.mark.parametrize("values", ["logits", "probabilities"])
 def test_regression(file, tasks, column, values):
     """A value of 4.5 stars is no probability."""
     write(file, {"id": ["x", "y"], column: [4.5, -1.0], "comment": ["not", "used"]})
     assert read_teacher_table(file, tasks["regression"], values=values).logits.tolist() == [[4.5], [-1.0]]
-
-
-def test_a_label_column_named_label(file):
-    """The commonest name of a regression's column must not be taken for the gold label and skipped."""
-    task = Task("regression", ("text",), ("label",), ("label",), ("pearson",))
-    write(file, {"id": ["x"], "label": [0.5]})
-    assert read_teacher_table(file, task, values="logits").logits.tolist() == [[0.5]]
 
 
 def test_split_column(file, task):
@@ -137,6 +117,11 @@ def test_split_column(file, task):
     with pytest.raises(DataError, match="no row is of split 'test'; found validation, train"):
         read_teacher_table(file, task, values="logits", split="test")
 
+    # Training rows scored as validation rows give a perfect teacher.
+    write(file, {"id": [0], "negative": [1.0], "positive": [0.0]})
+    with pytest.raises(DataError, match="covers the training split, not 'validation'"):
+        read_teacher_table(file, task, values="logits", split="validation")
+
 
 def test_a_split_named_late_is_seen(tmp_path, task):
     """A `split` that JSON Lines name after their first 10,000 rows would be read as training rows."""
@@ -147,13 +132,6 @@ def test_a_split_named_late_is_seen(tmp_path, task):
         read_teacher_table(tmp_path / "late.jsonl", task, values="logits")
 
 
-def test_without_a_split_column_it_is_the_training_split(file, task):
-    """Training rows scored as validation rows give a perfect teacher."""
-    write(file, {"id": [0], "negative": [1.0], "positive": [0.0]})
-    with pytest.raises(DataError, match="covers the training split, not 'validation'"):
-        read_teacher_table(file, task, values="logits", split="validation")
-
-
 def test_fingerprint_follows_the_content(file, task):
     """A changed table must not pass for the one that the record names."""
     write(file, {"id": [0], "negative": [0.5], "positive": [0.5]})
@@ -161,6 +139,11 @@ def test_fingerprint_follows_the_content(file, task):
     assert read_teacher_table(file, task, values="probabilities").fingerprint != first
     write(file, {"id": [0], "negative": [0.4], "positive": [0.6]})
     assert read_teacher_table(file, task, values="logits").fingerprint != first
+
+    # The commonest name of a regression's column must not be taken for the gold label and skipped.
+    task = Task("regression", ("text",), ("label",), ("label",), ("pearson",))
+    write(file, {"id": ["x"], "label": [0.5]})
+    assert read_teacher_table(file, task, values="logits").logits.tolist() == [[0.5]]
 
 
 GOOD = {"id": ["a", "b"], "negative": [0.4, 0.5], "positive": [0.6, 0.5]}
@@ -184,17 +167,14 @@ GOOD = {"id": ["a", "b"], "negative": [0.4, 0.5], "positive": [0.6, 0.5]}
         ({"Negative": [0, 0]}, "logits", "must differ by more than case: .* has negative, positive, Negative"),
         ({"id": ["a", "a"]}, "logits", "1 ids occur more than once, first 'a'"),
         ({"id": ["a", None]}, "logits", "1 rows have no id"),
-        ({"id": [0.5, 1.5]}, "logits", "expected text or whole numbers in column 'id'"),
         ({"positive": [1.0, None]}, "logits", "1 rows lack a value in column 'positive', first id 'b'"),
         ({"positive": [1.0, math.inf]}, "logits", "1 rows hold values that are not finite numbers, first id 'b'"),
-        ({"positive": [1.0, 1e300]}, "logits", "1 rows hold values that are not finite numbers, first id 'b'"),
         ({"positive": ["high", "low"]}, "logits", "expected numbers in column 'positive', got (large_)?string"),
         (
             {"positive": [0.6, 1.5]},
             "probabilities",
             "between 0 and 1; 1 rows are not, first id 'b'.*set teacher.logits",
         ),
-        ({"positive": [0.6, -0.1]}, "probabilities", "between 0 and 1; 1 rows are not"),
         ({"positive": [0.6, 0.51]}, "probabilities", "sum to 1 over the labels; 1 rows are not, first id 'b'"),
         ({"positive": [0.6, math.nan]}, "probabilities", "1 rows are not, first id 'b'|lack a value"),
     ],
@@ -213,12 +193,8 @@ def test_wrong_content(file, task, change, values, message):
     [
         ("absent.parquet", None, "does not exist"),
         ("table.csv", b"id,negative,positive\n", r"is Parquet or JSON Lines .*got '.csv'"),
-        ("table", b"", "got 'no extension'"),
-        ("table.parquet", b"no parquet", "no readable Parquet file"),
         ("table.jsonl", b'{"id": 1}\n{"id": \n', "line 2: not JSON"),
         ("table.jsonl", b'{"id": 1}\n\n[1, 2]\n', "line 3: expected a JSON object.*found list"),
-        ("table.jsonl", b"\n\n", "holds no JSON objects"),
-        ("table.jsonl", b'{"id": "\xff"}\n', "UTF-8"),
         ("table.jsonl", b'{"id": 1, "negative": 0, "positive": 0}\n{"id": "a"}\n', "row 2: 'id' is str .* one type"),
     ],
 )
@@ -230,10 +206,3 @@ def test_wrong_files(tmp_path, task, name, content, message):
     with pytest.raises(DataError, match=message) as fault:
         read_teacher_table(path, task, values="logits")
     assert str(path) in str(fault.value)
-
-
-def test_missing_rows_show_when_attached(file, task):
-    """A table that covers half of the training rows must not train on the other half's labels alone."""
-    write(file, GOOD)
-    with pytest.raises(DataError, match=r"1 of 2 examples have no teacher logits, first ids 'c'"):
-        read_teacher_table(file, task, values="logits").attach(Dataset.from_dict({"id": ["a", "c"]}))

@@ -1,16 +1,13 @@
 """Training of one model: what it learns, from whom, and that batches, seeds and numbers are what they claim to be."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from interruptions import assert_same_bits, weights
+from interruptions import assert_same_bits, callback, weights
 from sklearn.utils.class_weight import compute_class_weight
-from transformers import TrainerCallback
 
 from kdlora.config import DistilConfig
 from kdlora.data.tasks import Task
@@ -70,18 +67,6 @@ def test_a_model_that_cannot_recompute_is_refused(make_setup, tmp_path, monkeypa
         setup.run(tmp_path)
 
 
-def test_micro_batches_respect_the_budget(make_setup, tmp_path):
-    """A budget that does not bind would run out of memory on the machine it was set for."""
-    setup = make_setup(micro_batch_tokens=48)
-    shapes = []
-    setup.encoder.model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: shapes.append(tuple(args[0].shape)) if module.training else None
-    )
-    setup.run(tmp_path)
-    assert all(rows == 1 or rows * width <= 48 for rows, width in shapes)
-    assert sum(rows for rows, _ in shapes) == 2 * 44
-
-
 def test_the_student_follows_its_teacher(make_setup, tmp_path):
     """Teacher logits attached to the wrong rows, or a soft loss without effect, still give a falling loss."""
     setup = make_setup(lora=False, rows=80, epochs=14, learning_rate=3e-3)
@@ -103,19 +88,33 @@ def test_the_control_is_the_same_training_without_the_teacher(make_setup, tmp_pa
     assert one.history[0]["loss"] == one.history[0]["hard_loss"]
 
 
-def test_history(make_setup, tmp_path):
-    """Loss terms that are not means over the rows would not add up to the loss that is trained on."""
-    setup = make_setup(epochs=2.5)
-    outcome = setup.run(tmp_path, distil=DistilConfig(alpha=0.3))
+def test_history_progress_and_micro_batches(make_setup, tmp_path, monkeypatch):
+    """Loss terms that are not means over the rows would not add up; a budget that does not bind runs out of memory.
+
+    A bar that ends at 80% makes users wait for nothing.
+    """
+    monkeypatch.setattr(trainer_module, "_PROGRESS_SECONDS", 0.0)
+    setup, shapes = make_setup(epochs=2.5, micro_batch_tokens=48), []
+    setup.encoder.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: shapes.append(tuple(args[0].shape)) if module.training else None
+    )
+    events: list[ProgressEvent] = []
+    outcome = setup.run(tmp_path, distil=DistilConfig(alpha=0.3), progress=events.append)
     assert [entry["epoch"] for entry in outcome.history] == [1.0, 2.0, 2.5]
     assert [entry["step"] for entry in outcome.history] == [6, 12, 15]
     for entry in outcome.history:
         assert entry["loss"] == pytest.approx(0.3 * entry["hard_loss"] + 0.7 * entry["soft_loss"], rel=1e-6)
         assert entry["score"] == pytest.approx(100 * entry["accuracy"])
-    assert outcome.steps == 15
-    assert outcome.examples == 2 * 44 + 3 * 8
-    assert outcome.best_epoch == 2.5
+    assert (outcome.steps, outcome.examples, outcome.best_epoch) == (15, 2 * 44 + 3 * 8, 2.5)
     assert outcome.history[0]["learning_rate"] > outcome.history[-1]["learning_rate"] > 0.0
+    assert all(rows == 1 or rows * width <= 48 for rows, width in shapes)
+    assert sum(rows for rows, _ in shapes) == outcome.examples
+    assert [event.step for event in events] == [*range(1, 7), 6, *range(7, 13), 12, 13, 14, 15, 15]
+    last = events[-1]
+    assert (last.steps, last.epoch, last.epochs, last.eta_seconds) == (15, 2.5, 2.5, 0.0)
+    assert last.loss == pytest.approx(0.3 * last.hard_loss + 0.7 * last.soft_loss, rel=1e-6)
+    assert (events[0].score, last.score) == (None, outcome.history[-1]["score"])
+    assert all(event.examples_per_second > 0 for event in events)
 
 
 @pytest.mark.parametrize(
@@ -129,13 +128,9 @@ def test_history(make_setup, tmp_path):
 def test_schedule(make_setup, tmp_path, schedule, warmup, expected):
     """A schedule silently ignored costs a few points; transformers' `constant` ignores the warm-up."""
     rates = []
-
-    class Watch(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
-            rates.append(optimizer.param_groups[0]["lr"])
-
+    watch = callback("on_pre_optimizer_step", lambda optimizer, **_: rates.append(optimizer.param_groups[0]["lr"]))
     setup = make_setup(epochs=1, schedule=schedule, warmup_fraction=warmup, learning_rate=1e-3)
-    outcome = setup.run(tmp_path, callbacks=[Watch()])
+    outcome = setup.run(tmp_path, callbacks=[watch])
     assert rates == pytest.approx([1e-3 * share for share in expected], rel=1e-2)
     assert outcome.history[0]["learning_rate"] == rates[-1]
 
@@ -145,12 +140,8 @@ def test_fresh_modules_have_a_rate_of_their_own(make_setup, tmp_path, lora):
     """A rate that reaches other modules, or none, or a bias that then decays, changes the figures only a little."""
     setup = make_setup(lora=lora, head_learning_rate=1e-12, schedule="constant", warmup_fraction=0.0)
     before, groups = weights(setup.model), []
-
-    class Look(TrainerCallback):
-        def on_train_begin(self, args, state, control, optimizer=None, **_):
-            groups.extend(optimizer.param_groups)
-
-    outcome = setup.run(tmp_path / "one", callbacks=[Look()])
+    look = callback("on_train_begin", lambda optimizer, **_: groups.extend(optimizer.param_groups))
+    outcome = setup.run(tmp_path / "one", callbacks=[look])
     trained = [(name, value) for name, value in setup.model.named_parameters() if value.requires_grad]
     moved = {name: float((value.detach() - before[name]).abs().max()) for name, value in trained}
     fresh = [name for name in moved if any(f"{own}." in name for own in setup.encoder.fresh)]
@@ -160,11 +151,7 @@ def test_fresh_modules_have_a_rate_of_their_own(make_setup, tmp_path, lora):
     assert [entry["learning_rate"] for entry in outcome.history] == [5e-3, 5e-3]
     rates = [(group["lr"], group["weight_decay"]) for group in groups]
     assert rates == [(5e-3, 0.01), (5e-3, 0.0), (1e-12, 0.01), (1e-12, 0.0)]
-
-
-def test_a_rate_without_fresh_modules_is_refused(make_setup, tmp_path):
-    """A rate that reaches nothing would be reported as tried."""
-    with pytest.raises(ConfigError, match="head_learning_rate"):
+    with pytest.raises(ConfigError, match="head_learning_rate"):  # which would reach nothing
         make_setup(head_learning_rate=1e-3).run(tmp_path, fresh=())
 
 
@@ -173,13 +160,9 @@ def test_best_epoch_is_restored(make_setup, tmp_path, monkeypatch):
     scores = iter([10.0, 30.0, 30.0, 20.0])
     monkeypatch.setattr(train_module, "score", lambda task, metrics: next(scores))
     after_epoch = []
-
-    class Keep(TrainerCallback):
-        def on_epoch_end(self, args, state, control, model=None, **_):
-            after_epoch.append(weights(model))
-
     setup = make_setup(epochs=4, select="best")
-    outcome = setup.run(tmp_path, callbacks=[Keep()])
+    keep = callback("on_epoch_end", lambda model, **_: after_epoch.append(weights(model)))
+    outcome = setup.run(tmp_path, callbacks=[keep])
     assert outcome.best_epoch == 2.0
     assert_same_bits(weights(setup.model), after_epoch[1])
     assert any(not torch.equal(after_epoch[1][name], after_epoch[3][name]) for name in after_epoch[1])
@@ -226,33 +209,14 @@ def test_bf16_training_leaves_the_model_in_fp32(make_setup, tmp_path):
         torch.testing.assert_close(setup.model(**tokens).logits.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_progress(make_setup, tmp_path, monkeypatch):
-    """A bar that ends at 80% makes users wait for nothing."""
-    monkeypatch.setattr(trainer_module, "_PROGRESS_SECONDS", 0.0)
-    events: list[ProgressEvent] = []
-    make_setup().run(tmp_path, progress=events.append)
-    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]
-    assert {event.steps for event in events} == {12}
-    last = events[-1]
-    assert (last.epoch, last.epochs, last.eta_seconds) == (2.0, 2.0, 0.0)
-    assert last.loss == pytest.approx(0.5 * last.hard_loss + 0.5 * last.soft_loss, rel=1e-6)
-    assert last.score is not None
-    assert events[0].score is None
-    assert all(event.examples_per_second > 0 for event in events)
-
-
 def test_evaluation_is_not_training_time(make_setup, tmp_path, monkeypatch):
     """The stopwatch must really be paused around the evaluation."""
     now = [0.0]
     monkeypatch.setattr(trainer_module.time, "monotonic", lambda: now[0])
     setup = make_setup()
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            now[0] += 1.0
-
+    clock = callback("on_step_end", lambda **_: now.__setitem__(0, now[0] + 1.0))
     setup.model.register_forward_hook(lambda module, *_: now.__setitem__(0, now[0] + (0 if module.training else 1e3)))
-    outcome = setup.run(tmp_path, callbacks=[Clock()])
+    outcome = setup.run(tmp_path, callbacks=[clock])
     assert outcome.train_seconds == 12.0
     assert outcome.examples_per_second == pytest.approx(88 / 12)
     assert now[0] > 2000
@@ -274,7 +238,7 @@ def test_missing_teacher_and_labels(make_setup, tmp_path, change, message):
         setup.run(tmp_path)
 
 
-def test_predictions_come_in_row_order(make_setup):
+def test_predictions_come_in_row_order_without_dropout(make_setup):
     """Batches are sorted by length: logits left in that order would belong to other examples."""
     setup = make_setup()
     rows = setup.validation.dataset
@@ -286,9 +250,7 @@ def test_predictions_come_in_row_order(make_setup):
     assert together.dtype == np.float32
     assert len(set(map(tuple, together.round(6)))) > 5
 
-
-def test_prediction_switches_dropout_off_and_back(make_setup):
-    """Evaluating with dropout, or training on without it, both look like a slightly worse model."""
+    # Evaluating with dropout, or training on without it, both look like a slightly worse model.
     setup = make_setup()
     setup.model.train()
     setup.encoder.model.classifier.eval()

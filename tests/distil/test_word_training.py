@@ -1,7 +1,5 @@
 """Tasks of tokens: a loss a word, whatever the windows and micro-batches, and a teacher's logits a word."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

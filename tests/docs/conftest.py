@@ -1,7 +1,5 @@
 """A Hub with tiny models under their real names, a language model that answers, an environment that sees both."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

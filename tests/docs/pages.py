@@ -1,7 +1,5 @@
 """Read the code blocks of a page: what is written to a file, what is run, and what is not run for which reason."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Type a page's commands from top to bottom: `python run_page.py PAGE`, in an empty folder."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

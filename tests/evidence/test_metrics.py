@@ -1,7 +1,6 @@
-from __future__ import annotations
-
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,21 +15,44 @@ from kdlora.evidence.metrics import compute_metrics, metric_names, predict_label
 COLA = Task("single-label", ("text",), ("label",), ("unacceptable", "acceptable"), ("matthews",), "cola")
 
 
-def test_binary_metrics_are_those_of_scikit_learn():
-    """A swapped positive class would give a plausible, wrong F1."""
-    labels = make_labels(PAIRS, 200)
-    logits = make_logits(PAIRS, labels, 0.8, seed=1)
-    said = logits.argmax(axis=1)
-    found = compute_metrics(PAIRS, logits, labels)
-    assert found["accuracy"] == pytest.approx(sk.accuracy_score(labels, said))
-    assert found["f1"] == pytest.approx(sk.f1_score(labels, said, pos_label=1))
-    assert found["f1"] != pytest.approx(sk.f1_score(labels, said, pos_label=0), abs=1e-3)
-    assert compute_metrics(COLA, logits, labels)["matthews"] == pytest.approx(sk.matthews_corrcoef(labels, said))
+def test_metrics_are_those_of_scikit_learn():
+    """A swapped positive class, micro averages for macro ones, or a threshold at 0.5 of the logit, look plausible."""
+    for task, own in (
+        (PAIRS, {"accuracy": sk.accuracy_score, "f1": sk.f1_score}),
+        (COLA, {"matthews": sk.matthews_corrcoef}),
+        (TOPICS, {"macro_f1": partial(sk.f1_score, average="macro"), "accuracy": sk.accuracy_score}),
+        (TAGS, {f"{kind}_f1": partial(sk.f1_score, average=kind) for kind in ("micro", "macro")}),
+        (TAGS, {"subset_accuracy": sk.accuracy_score}),
+    ):
+        labels = make_labels(task, 200)
+        logits = make_logits(task, labels, 0.6, seed=1)
+        said = logits > 0 if task.kind == "multi-label" else logits.argmax(axis=1)
+        found = compute_metrics(task, logits, labels)
+        for name, reference in own.items():
+            assert found[name] == pytest.approx(reference(labels, said)), (task, name)
+    assert metric_names(TOPICS) == ("macro_f1", "accuracy")
 
 
-def test_score_is_the_mean_of_the_score_metrics_only():
+def test_scores_ties_and_groups():
     """An extra metric that leaks into the score would change every GLUE figure."""
     assert score(PAIRS, {"accuracy": 0.8, "f1": 0.9, "macro_f1": 0.1}) == pytest.approx(85.0)
+
+    # A tie that depends on the platform would make runs differ.
+    assert predict_labels(TOPICS, np.zeros((2, 4))).tolist() == [0, 0]
+    assert predict_labels(TAGS, np.zeros((1, 3))).tolist() == [[0, 0, 0]]
+
+    # Scikit-learn takes one column for a binary task, where micro F1 is accuracy.
+    task = Task("multi-label", ("text",), ("spam",), ("spam",), ("micro_f1",))
+    found = compute_metrics(task, np.array([[1.0], [1.0], [-1.0], [-1.0]]), np.array([[1], [0], [0], [0]]))
+    assert found["micro_f1"] == pytest.approx(2 / 3)
+
+    # MNLI's score is the mean of two accuracies, not the accuracy of the pooled rows.
+    labels = np.array([0, 0, 0, 1])
+    logits = np.eye(3)[[0, 0, 0, 0]]
+    found = compute_metrics(MNLI, logits, labels, ["matched"] * 3 + ["mismatched"])
+    assert found["accuracy_matched"] == 1.0
+    assert found["accuracy_mismatched"] == 0.0
+    assert score(MNLI, found) == pytest.approx(50.0)
 
 
 def test_regression_metrics_are_those_of_scipy():
@@ -43,33 +65,6 @@ def test_regression_metrics_are_those_of_scipy():
     assert found["mse"] == pytest.approx(float(np.mean((labels.astype(float) - logits[:, 0]) ** 2)))
     assert found["mae"] == pytest.approx(float(np.mean(np.abs(labels.astype(float) - logits[:, 0]))))
     assert compute_metrics(SIMILARITY, logits[:, 0], labels) == found
-
-
-def test_multi_label_metrics_are_those_of_scikit_learn():
-    """A threshold on the logit in place of the probability would be 0.5, not 0."""
-    labels = make_labels(TAGS, 150)
-    logits = make_logits(TAGS, labels, 0.5, seed=3)
-    said = logits > 0
-    found = compute_metrics(TAGS, logits, labels)
-    assert found["micro_f1"] == pytest.approx(sk.f1_score(labels, said, average="micro"))
-    assert found["macro_f1"] == pytest.approx(sk.f1_score(labels, said, average="macro"))
-    assert found["subset_accuracy"] == pytest.approx(sk.accuracy_score(labels, said))
-
-
-def test_multi_label_task_with_one_label_is_not_read_as_accuracy():
-    """scikit-learn takes one column for a binary task, where micro F1 is accuracy."""
-    task = Task("multi-label", ("text",), ("spam",), ("spam",), ("micro_f1",))
-    found = compute_metrics(task, np.array([[1.0], [1.0], [-1.0], [-1.0]]), np.array([[1], [0], [0], [0]]))
-    assert found["micro_f1"] == pytest.approx(2 / 3)
-
-
-def test_macro_f1_of_many_classes():
-    """Micro averaging would hide a class that is never found."""
-    labels = make_labels(TOPICS, 200)
-    logits = make_logits(TOPICS, labels, 0.5, seed=4)
-    found = compute_metrics(TOPICS, logits, labels)
-    assert found["macro_f1"] == pytest.approx(sk.f1_score(labels, logits.argmax(axis=1), average="macro"))
-    assert metric_names(TOPICS) == ("macro_f1", "accuracy")
 
 
 @pytest.mark.parametrize("task", [COLA, PAIRS])
@@ -92,6 +87,15 @@ def test_classes_that_do_not_occur_have_defined_metrics():
         assert (found["micro_f1"], found["macro_f1"]) == (0.0, 0.0)
         assert found["subset_accuracy"] == 1.0 - marked
 
+    # A binary F1 of three classes, or a sigmoid of a rating, is a number between 0 and 1 all the same.
+    task = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("f1",))
+    with pytest.raises(ValueError, match="'f1' is not defined"):
+        compute_metrics(task, np.eye(3), np.array([0, 1, 2]))
+    with pytest.raises(ValueError, match="a regression task has no probabilities"):
+        probabilities(np.zeros((2, 1)), "regression")
+    with pytest.raises(ValueError, match="expected the metrics"):
+        score(PAIRS, {"accuracy": 0.8})
+
 
 @pytest.mark.parametrize("constant", [1.0, 0.1 + 0.2])
 def test_constant_regression_correlates_with_nothing(constant):
@@ -100,22 +104,6 @@ def test_constant_regression_correlates_with_nothing(constant):
     assert (found["pearson"], found["spearman"]) == (0.0, 0.0)
     single = compute_metrics(SIMILARITY, np.array([1.0]), np.array([1.0]))
     assert (single["pearson"], single["spearman"]) == (0.0, 0.0)
-
-
-def test_the_first_of_equal_logits_wins():
-    """A tie that depends on the platform would make runs differ."""
-    assert predict_labels(TOPICS, np.zeros((2, 4))).tolist() == [0, 0]
-    assert predict_labels(TAGS, np.zeros((1, 3))).tolist() == [[0, 0, 0]]
-
-
-def test_groups_weigh_alike_whatever_their_size():
-    """MNLI's score is the mean of two accuracies, not the accuracy of the pooled rows."""
-    labels = np.array([0, 0, 0, 1])
-    logits = np.eye(3)[[0, 0, 0, 0]]
-    found = compute_metrics(MNLI, logits, labels, ["matched"] * 3 + ["mismatched"])
-    assert found["accuracy_matched"] == 1.0
-    assert found["accuracy_mismatched"] == 0.0
-    assert score(MNLI, found) == pytest.approx(50.0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -136,9 +124,7 @@ def test_non_finite_logits_are_refused_with_the_row(bad):
         (BINARY, np.zeros((2, 3)), np.zeros(2, dtype=int)),
         (BINARY, np.zeros((2, 2)), np.zeros(3, dtype=int)),
         (BINARY, np.zeros((2, 2)), np.array([0, 2])),
-        (BINARY, np.zeros((2, 2)), np.array([0, -1])),
         (TAGS, np.zeros((2, 3)), np.array([0, 1])),
-        (TAGS, np.zeros((1, 3)), np.array([[0, 2, 0]])),
         (SIMILARITY, np.zeros((2, 2)), np.zeros(2)),
     ],
 )
@@ -146,17 +132,6 @@ def test_shapes_and_labels_that_do_not_fit_are_refused(task, logits, labels):
     """NumPy would broadcast most of these into a number."""
     with pytest.raises(ValueError, match="expected"):
         compute_metrics(task, logits, labels)
-
-
-def test_what_has_no_meaning_is_refused():
-    """A binary F1 of three classes, or a sigmoid of a rating, is a number between 0 and 1 all the same."""
-    task = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("f1",))
-    with pytest.raises(ValueError, match="'f1' is not defined"):
-        compute_metrics(task, np.eye(3), np.array([0, 1, 2]))
-    with pytest.raises(ValueError, match="a regression task has no probabilities"):
-        probabilities(np.zeros((2, 1)), "regression")
-    with pytest.raises(ValueError, match="expected the metrics"):
-        score(PAIRS, {"accuracy": 0.8})
 
 
 def drawn_task(draw, kind, metric):
@@ -246,13 +221,9 @@ def test_a_metric_has_one_full_name(given, kind, full):
         ("accuracy", "multi-label", "expected one of micro_f1"),
         ("recall@0.9:spma", "single-label", "'spma' is no label of the task.*Did you mean 'spam'"),
         ("recall@0:spam", "single-label", "no metric"),
-        ("recall@1.5:spam", "single-label", "no metric"),
-        ("recall@0.9", "single-label", "no metric"),
-        ("accuracy:spam", "single-label", "no metric"),
         ({"cost": {"spam": {"eggs": 1.0}}}, "single-label", "'eggs' is no label"),
         ({"cost": {"spam": {"ham": 0.0}, "ham": {"spam": 0.0}}}, "single-label", "every cost is 0"),
         ({"cost": {"spam": {"ham": 1.0}}}, "multi-label", "single-label"),
-        ("f1:stars", "regression", "no metric"),
     ],
 )
 def test_a_metric_that_does_not_fit_is_refused(given, kind, told):

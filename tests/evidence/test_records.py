@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import socket
 
 import numpy as np
@@ -38,8 +36,19 @@ def test_a_record_comes_back_as_it_went(tmp_path):
     write_results(tmp_path / "results.json", [record])
     assert read_results(tmp_path / "results.json") == [record]
 
+    # A record that names the user's machine would travel with the report.
+    described = describe_machine()
+    assert int(described["cores"]) >= 1
+    assert described["memory"].endswith("GiB")
+    assert socket.gethostname() not in " ".join(described.values())
+    versions = collect_versions()
+    assert {"python", "numpy", "torch"} <= set(versions)
+    assert git_state(tmp_path) == {}
+    state = git_state()
+    assert not state or (len(state["commit"]) == 40 and state["dirty"] in ("yes", "no"))
 
-def test_numbers_that_json_lacks_become_null(tmp_path):
+
+def test_odd_numbers_and_truncated_records(tmp_path):
     """Python's json writes NaN, which no other reader takes; a diverged run must still be recorded."""
     record = make_record().model_copy(
         update={"history": [{"loss": float("nan"), "score": np.float32(1.5)}], "metrics": {"f1": float("inf")}}
@@ -52,9 +61,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
     assert back.history == [{"loss": None, "score": 1.5}]
     assert back.metrics == {"f1": None}
 
-
-def test_a_truncated_record_names_file_and_remedy(tmp_path):
-    """A record that was cut off must not be taken for a finished run."""
+    # A record that was cut off must not be taken for a finished run.
     path = tmp_path / "run.json"
     write_record(path, make_record())
     text = path.read_text()
@@ -119,16 +126,7 @@ def test_predictions_come_back_as_they_went(tmp_path, task):
     assert np.array_equal(after.only("test").logits, before.logits[4:])
 
 
-def test_predictions_keep_groups_and_odd_label_names(tmp_path):
-    """A label may hold a colon or a slash; a row may have no label."""
-    names = ("a:b", "../../x", "<script>")
-    before = Predictions(("1",), ("test",), np.zeros((1, 3), np.float32), names, None, ("matched",))
-    write_predictions(tmp_path / "p.parquet", before)
-    after = read_predictions(tmp_path / "p.parquet")
-    assert (after.label_names, after.labels, after.groups) == (names, None, ("matched",))
-
-
-def test_predictions_that_do_not_fit_together_are_refused(tmp_path):
+def test_predictions_and_examples_on_disk(tmp_path):
     """A shorter column would shift every row after it."""
     good = {"ids": ("1", "2"), "split": ("test",) * 2, "logits": np.zeros((2, 2)), "label_names": ("a", "b")}
     for bad in ({"logits": np.zeros((2, 3))}, {"split": ("test",)}, {"labels": np.zeros(3)}, {"groups": ("x",)}):
@@ -136,9 +134,7 @@ def test_predictions_that_do_not_fit_together_are_refused(tmp_path):
             write_predictions(tmp_path / "p.parquet", Predictions(**(good | bad)))
     assert list(tmp_path.iterdir()) == []
 
-
-def test_damaged_predictions_name_file_and_remedy(tmp_path):
-    """An Arrow error without the path sends the user searching."""
+    # An Arrow error without the path sends the user searching.
     path = tmp_path / "p.parquet"
     with pytest.raises(ArtifactError, match=r"p\.parquet: there is no such file"):
         read_predictions(path)
@@ -149,22 +145,14 @@ def test_damaged_predictions_name_file_and_remedy(tmp_path):
     with pytest.raises(ArtifactError, match=r"p\.parquet.*whole Parquet file"):
         read_predictions(path)
 
+    # A label may hold a colon or a slash; a row may have no label.
+    names = ("a:b", "../../x", "<script>")
+    before = Predictions(("1",), ("test",), np.zeros((1, 3), np.float32), names, None, ("matched",))
+    write_predictions(tmp_path / "p.parquet", before)
+    after = read_predictions(tmp_path / "p.parquet")
+    assert (after.label_names, after.labels, after.groups) == (names, None, ("matched",))
 
-def test_examples_are_found_by_split_and_id(tmp_path):
-    """Validation and test both count from 0: the wrong text would be quoted."""
+    # Validation and test both count from 0: the wrong text would be quoted.
     one, two = ExampleText("0", "validation", "first"), ExampleText("0", "test", "second", "pair")
     write_examples(tmp_path / "e.parquet", [one, two])
     assert read_examples(tmp_path / "e.parquet") == {("validation", "0"): one, ("test", "0"): two}
-
-
-def test_the_environment_is_described_without_the_hosts_name(tmp_path):
-    """A record that names the user's machine would travel with the report."""
-    described = describe_machine()
-    assert int(described["cores"]) >= 1
-    assert described["memory"].endswith("GiB")
-    assert socket.gethostname() not in " ".join(described.values())
-    versions = collect_versions()
-    assert {"python", "numpy", "torch"} <= set(versions)
-    assert git_state(tmp_path) == {}
-    state = git_state()
-    assert not state or (len(state["commit"]) == 40 and state["dirty"] in ("yes", "no"))

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy.stats import bootstrap, norm, t
@@ -111,6 +109,12 @@ def test_runs_of_one_seed_are_averaged_first():
     assert found.n_seeds == 2
     assert found.difference == pytest.approx(contrast([PairedArms(BINARY, labels, *arms)]).difference)
 
+    # A spread of 0.0 for one seed would look like perfect stability.
+    assert mean_sd([90.0]).sd is None
+    assert mean_sd([90.0, 92.0]).sd == pytest.approx(np.sqrt(2))
+    with pytest.raises(ValueError, match="at least one"):
+        mean_sd([])
+
 
 @pytest.mark.parametrize(
     ("low", "high", "seeds", "sign"),
@@ -129,6 +133,15 @@ def test_seeds_are_averaged_after_the_metric():
     means = [np.mean([score(PAIRS, compute_metrics(PAIRS, one, labels)) for one in arm]) for arm in arms]
     assert found.difference == pytest.approx(means[0] - means[1])
     assert (found.n_examples, found.n_seeds, found.draws) == (200, 3, 500)
+    assert found.low < found.difference < found.high
+
+    # MNLI's score of a draw is the mean of two accuracies, as it is in the table.
+    labels = make_labels(MNLI, 200)
+    groups = ["matched"] * 150 + ["mismatched"] * 50
+    arms = [[make_logits(MNLI, labels, noise, seed=1)] for noise in (0.5, 0.9)]
+    found = contrast([PairedArms(MNLI, labels, *arms, groups)], draws=500)
+    scores = [score(MNLI, compute_metrics(MNLI, arm[0], labels, groups)) for arm in arms]
+    assert found.difference == pytest.approx(scores[0] - scores[1])
     assert found.low < found.difference < found.high
 
 
@@ -158,17 +171,6 @@ def test_same_seed_gives_the_same_interval_whatever_the_chunks(monkeypatch: pyte
     assert (chunked.low, chunked.high) == pytest.approx((first.low, first.high), rel=1e-12)
 
 
-def test_groups_keep_their_sizes_and_weigh_alike():
-    """MNLI's score of a draw is the mean of two accuracies, as it is in the table."""
-    labels = make_labels(MNLI, 200)
-    groups = ["matched"] * 150 + ["mismatched"] * 50
-    arms = [[make_logits(MNLI, labels, noise, seed=1)] for noise in (0.5, 0.9)]
-    found = contrast([PairedArms(MNLI, labels, *arms, groups)], draws=500)
-    scores = [score(MNLI, compute_metrics(MNLI, arm[0], labels, groups)) for arm in arms]
-    assert found.difference == pytest.approx(scores[0] - scores[1])
-    assert found.low < found.difference < found.high
-
-
 @pytest.mark.parametrize(
     ("first", "second", "options", "match"),
     [
@@ -187,14 +189,6 @@ def test_impossible_requests_are_refused(first, second, options, match):
         contrast([pair], **options)
     with pytest.raises(ValueError, match="at least one task"):
         contrast([])
-
-
-def test_one_seed_has_no_spread():
-    """A spread of 0.0 for one seed would look like perfect stability."""
-    assert mean_sd([90.0]).sd is None
-    assert mean_sd([90.0, 92.0]).sd == pytest.approx(np.sqrt(2))
-    with pytest.raises(ValueError, match="at least one"):
-        mean_sd([])
 
 
 def test_the_mean_over_tasks_weighs_tasks_alike_and_narrows():

@@ -1,12 +1,19 @@
-"""Thresholds of labels: the best there is, by counting every cut."""
-
-from __future__ import annotations
+"""What may be acted on: thresholds of labels by counting every cut, sureness, and the promise of an error rate."""
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 from sklearn import metrics
 
+from kdlora.errors import DataError
+from kdlora.evidence.defer import (
+    EVERYTHING,
+    NoPromiseError,
+    area_under_risk,
+    measure_sureness,
+    promise_error,
+    risk_coverage,
+)
 from kdlora.evidence.metrics import probabilities
 from kdlora.evidence.thresholds import (
     METRICS,
@@ -26,7 +33,7 @@ REFERENCES = {
 }
 
 
-def draw(seed: int, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:
+def draw_odds(seed: int, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:
     """Draw odds, some of them equal, and labels that follow them a little."""
     random = np.random.default_rng(seed)
     odds = np.round(random.normal(size=rows) * 2, 1) - 1.5
@@ -37,7 +44,7 @@ def draw(seed: int, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:
 def test_no_other_threshold_is_better(metric: str) -> None:
     """A threshold between rows of equal probability, or one row off, would be kept as the best."""
     for seed in range(5):
-        odds, labels = draw(seed)
+        odds, labels = draw_odds(seed)
         judged = judge_threshold("a", metric, fit_threshold(odds, labels, metric), odds, labels)
         cuts = [*np.unique(odds), odds.min() - 1]
         best = max(REFERENCES[metric](labels, odds > cut) for cut in cuts if (odds > cut).any())
@@ -49,7 +56,7 @@ def test_no_other_threshold_is_better(metric: str) -> None:
 def test_a_wanted_precision_costs_no_more_recall_than_it_must() -> None:
     """A precision that a single lucky row reaches is none, and a threshold too high loses what could be had."""
     for seed in range(5):
-        odds, labels = draw(seed, rows=200)
+        odds, labels = draw_odds(seed, rows=200)
         judged = judge_threshold("a", 0.65, fit_threshold(odds, labels, 0.65), odds, labels)
         able = [
             int(labels[said].sum())
@@ -81,3 +88,69 @@ def test_shifted_logits_decide_by_the_threshold(kind: str, names: tuple[str, ...
     odds = log_odds(logits, kind, 1, 1.7)
     assert 1 / (1 + np.exp(-odds)) == pytest.approx(probabilities(logits, kind, 1.7)[:, 1])
     assert (shifted[:, 0] == logits[:, 0]).all()
+
+
+def draw(generator: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw texts whose error rate falls with the sureness: 40% where it is 0, none where it is 1."""
+    sureness = generator.uniform(0, 1, rows)
+    return sureness, generator.uniform(0, 1, rows) < 0.4 * (1 - sureness) ** 2
+
+
+def true_error(threshold: float) -> float:
+    """Integrate the error rate of the texts at or above a threshold."""
+    return 0.4 * (1 - max(threshold, 0.0)) ** 2 / 3
+
+
+def test_sureness_is_what_its_name_says():
+    """A margin of logits where one of probabilities is meant would order many-class answers differently."""
+    logits = np.log(np.array([[0.7, 0.2, 0.1], [0.5, 0.49, 0.01]]))
+    assert measure_sureness(logits) == pytest.approx([0.7, 0.5])
+    assert measure_sureness(logits, "margin") == pytest.approx([0.5, 0.01])
+    assert measure_sureness(logits + 3, "energy") == pytest.approx([3.0, 3.0])
+    assert measure_sureness(logits * 2, temperature=2.0) == pytest.approx([0.7, 0.5])
+    with pytest.raises(ValueError, match="probability, margin, energy"):
+        measure_sureness(logits, "entropy")  # type: ignore[arg-type]
+
+    # Within a tie the order of rows is an accident; no threshold cuts through it.
+    coverage, risk = risk_coverage(np.array([0.9, 0.5, 0.5, 0.1]), np.array([False, True, False, True]))
+    assert coverage.tolist() == [0.25, 0.75, 1.0]
+    assert risk.tolist() == pytest.approx([0.0, 1 / 3, 0.5])
+    assert area_under_risk(np.array([0.9, 0.1]), np.array([False, True])) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("rows", "error"), [(1_000, 0.05), (4_000, 0.03)])
+def test_the_promise_is_kept_over_a_thousand_draws(rows: int, error: float) -> None:
+    """A threshold chosen on the rows that it is judged by would break the promise far more often than it says."""
+    generator, broken, given = np.random.default_rng(rows), 0, 0
+    for _ in range(1_000):
+        sureness, wrong = draw(generator, rows)
+        try:
+            promise = promise_error(sureness, wrong, other=draw(generator, 300), error=error)
+        except NoPromiseError:
+            continue
+        given += 1
+        broken += true_error(promise.threshold) > error
+    assert given > 500
+    assert broken <= binom.ppf(0.999, 1_000, 0.05)
+
+
+def test_the_largest_set_that_can_be_promised_is_answered():
+    """A bound that is too careful would hand on texts for nothing."""
+    sureness, wrong = draw(np.random.default_rng(1), 200_000)
+    promise = promise_error(sureness, wrong, other=draw(np.random.default_rng(2), 1_000))
+    best = 1 - (1 - np.sqrt(0.02 * 3 / 0.4))
+    assert promise.coverage == pytest.approx(best, abs=0.02)
+    everything = promise_error(sureness, np.zeros_like(wrong), other=(sureness[:100], wrong[:100]))
+    assert everything.coverage == 1.0
+    assert everything.threshold == EVERYTHING
+
+    # Without the number nobody knows whether to label ten more rows or to give up.
+    sure, right = np.full(100, 0.9), np.zeros(100, dtype=bool)
+    with pytest.raises(NoPromiseError, match=r"2.0% .* 95% confidence on 100 rows; about 149 "):
+        promise_error(sure, right, other=(sure, right))
+    assert promise_error(np.full(149, 0.9), np.zeros(149, dtype=bool), other=(sure, right)).answered == 149
+    with pytest.raises(DataError, match="error must be above 0 and below 1, got 2"):  # 2 for 2% would promise nothing
+        promise_error(sure, right, other=(sure, right), error=2)
+    wrong = np.arange(1_000) % 10 == 0
+    with pytest.raises(NoPromiseError, match=r"nor on more: of the surest rows 10.0% are wrong"):
+        promise_error(np.full(1_000, 0.9), wrong, other=(sure, right))

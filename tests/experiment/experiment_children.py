@@ -1,7 +1,5 @@
 """Stand-ins for stages, which run in a process of their own and are found there by name."""
 
-from __future__ import annotations
-
 import os
 import signal
 from typing import Any

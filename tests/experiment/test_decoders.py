@@ -19,9 +19,6 @@ from kdlora.evidence.predictions import read_predictions
 from kdlora.experiment.plan import reset_unused
 from kdlora.experiment.run import plan_experiment, plan_runs, run_experiment
 
-pytest_plugins = ["experiment_fixtures"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it
-
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
@@ -63,16 +60,12 @@ def test_the_teacher_tuned_by_adapters_is_the_one_that_teaches(workshop, taught)
     np.testing.assert_allclose(answers(layout.teacher, texts), stored.logits, atol=1e-4)
     assert any(name.endswith("teacher/model.safetensors") for name in own["lora"].files)
 
-
-def test_the_report_holds_the_student_against_that_teacher(taught):
-    """Without `fft` the report would say that no teacher was run."""
+    # Without `fft` the report would say that no teacher was run.
     report = taught[1].layout.report_md.read_text()
     assert "model (LoRA)’s score" in report or "of model (LoRA)" in report
     assert "was not run" not in report
 
-
-def test_the_same_call_again_trains_nothing(workshop, taught):
-    """A teacher in another arm's folder, not found, would be trained anew at every call."""
+    # A teacher in another arm's folder, not found, would be trained anew at every call.
     layout = taught[1].layout
     before = layout.run("lora", 0).record.stat().st_mtime_ns
     again = run_experiment(taught[0].config, layout.root)

@@ -1,11 +1,8 @@
 """`kdlora defer`, what its promise does to a model's answers, and the cascade on top of it."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +16,6 @@ from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import DataError, ModelError
 from kdlora.experiment.run import run_experiment
-
-pytest_plugins = ["experiment_fixtures"]
 
 
 def numbered(count: int, seed: int) -> list[dict[str, str]]:
@@ -114,23 +109,14 @@ def test_every_file_has_its_own_threshold(promised: Path) -> None:
     for promise in (one["promise"] for one in kept.values()):
         assert promise["wrong"] / promise["answered"] < 0.1
         assert 200 < promise["answered"] < promise["rows"] == 600
-    del kept["model_quantized.onnx"]
-    (promised / "student-onnx" / "kdlora_decisions.json").write_text(json.dumps(kept))
-    with pytest.raises(ModelError, match=r"fitted for model.onnx, not model_quantized.onnx\. Remove the file"):
-        Classifier.load(promised / "student-onnx")
 
 
-def test_a_promise_of_other_weights_is_refused(promised: Path) -> None:
-    """A folder whose weights were exchanged would answer by the threshold of a model that is gone."""
-    shutil.copy(promised / "student-onnx" / "kdlora_decisions.json", promised / "teacher" / "kdlora_decisions.json")
-    kept = promised / "teacher" / "kdlora_decisions.json"
-    kept.write_text(kept.read_text().replace('"model.onnx"', '"safetensors"'))
-    with pytest.raises(ModelError, match="fitted for other weights"):
-        Classifier.load(promised / "teacher")
-    stored = json.loads((promised / "student" / "kdlora_decisions.json").read_text())
+def test_a_promise_that_is_none_is_refused(promised: Path) -> None:
+    """Text in place of a rate would end in a traceback; `test_fitting.py` has decisions of other weights."""
+    place = promised / "student" / "kdlora_decisions.json"
+    stored = json.loads(place.read_text())
     stored["safetensors"]["promise"]["error"] = "low"
-    kept = promised / "student" / "kdlora_decisions.json"
-    kept.write_text(json.dumps(stored))
+    place.write_text(json.dumps(stored))
     with pytest.raises(ModelError, match="must be numbers"):
         Classifier.load(promised / "student")
 
@@ -298,5 +284,4 @@ def test_a_promise_is_of_the_answers_by_thresholds(promised: Path, by_sureness, 
     labels = [row["label"] for row in tiny_rows(promised)]
     given = [(one.label, label) for one, label in zip(answers, labels, strict=True) if one.label is not None]
     promise = again.decisions.promise
-    assert promise is not None
     assert (len(given), sum(said != label for said, label in given)) == (promise.answered, promise.wrong)

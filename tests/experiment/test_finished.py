@@ -15,9 +15,6 @@ from kdlora.evidence.records import read_record, read_results
 from kdlora.experiment.scoring import evaluate_experiment
 from kdlora.report.findings import read_choice
 
-pytest_plugins = ["experiment_fixtures"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it
-
 
 @pytest.fixture(scope="module")
 def layout(experiment):
@@ -68,9 +65,7 @@ def test_results_and_records_are_complete(layout):
         distilled = record.arm.startswith("kd-")
         assert all(("soft_loss" in entry) == distilled for entry in record.history), record.arm
 
-
-def test_sizes_are_those_of_the_models(layout):
-    """Arms that loaded the wrong model would still train and score; and compactness is a headline."""
+    # Arms that loaded the wrong model would still train and score; and compactness is a headline.
     records = {record.arm: record for record in read_results(layout.results)}
     totals = {arm: record.total_parameters for arm, record in records.items()}
     assert totals["fft"] == totals["lora"] > totals["kd-lora"]

@@ -1,7 +1,5 @@
 """`kdlora thresholds`, what it does to a model's answers, and what a config asks for after the export."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path
@@ -17,8 +15,6 @@ from kdlora.deploy.predict import Classifier
 from kdlora.errors import ModelError
 from kdlora.experiment.fitting import settle_goals
 from kdlora.experiment.run import run_experiment
-
-pytest_plugins = ["experiment_fixtures"]
 
 NAMES = ("film", "music", "praise")
 EXPORT = {"formats": ["onnx", "onnx-int8"], "benchmark": False, "min_agreement": 0.0, "max_metric_drop": 100.0}

@@ -1,4 +1,4 @@
-"""Every kind of task through the whole experiment, with every kind of teacher."""
+"""Every kind of task through the whole experiment, with every kind of teacher and with unlabelled text."""
 
 import math
 
@@ -10,18 +10,18 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments import FAST, copy_experiment, edit_json, read_rows, snapshot, write_lines
+from experiments import copy_experiment, edit_json, read_rows, snapshot, write_lines
+from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
 from kdlora.distil.teacher import read_stored_logits
+from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.predictions import read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment.inputs import check_table
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.report.card import student_card
 from tiny import sentiment_rows, write_csv
-
-pytest_plugins = ["experiment_fixtures"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it
 
 
 def predicted(layout, arm, split="validation"):
@@ -97,27 +97,6 @@ def test_multi_label_columns_taught_by_a_table_of_probabilities(workshop, tmp_pa
     assert list(shipped.id2label.values()) == ["praise", "film", "music"]
     assert "not available" in result.layout.report_md.read_text()
     assert not result.layout.teacher.exists()
-
-
-def test_sure_probabilities_begin_at_a_loss_of_the_labels_size(workshop, tmp_path):
-    """The squared error of clipped logarithms began at 100 and drowned the labels, without a word."""
-    lines = [  # of the workshop's rows
-        {"id": row["id"]} | {name: float(row["label"] == name) for name in ("negative", "positive")}
-        for row in sentiment_rows(64)
-    ]
-    table = write_lines(tmp_path / "teacher.jsonl", lines)
-    config = workshop.config(
-        {
-            "recipe": "paper",
-            "teacher": {"model": None, "probabilities": str(table)},
-            "student": {"train": {**FAST, "epochs": 1, "learning_rate": 1e-6}},
-            "run": {"arms": ["kd-lora"]},
-        }
-    )
-    (student,) = run_experiment(config, tmp_path / "out").records
-    first = student.history[0]
-    assert 0.5 * math.log(2) < first["hard_loss"] < 2 * math.log(2)
-    assert 0.5 * math.log(2) < first["soft_loss"] / config.distil.temperature**2 < 2 * math.log(2)
 
 
 def test_a_list_column_taught_by_a_table_of_logits_with_splits(workshop, tmp_path):
@@ -222,8 +201,91 @@ def test_texts_that_the_teacher_reads_cut_are_counted(experiment, workshop, tmp_
     assert record.truncated["train (by the teacher)"] == 64
     assert record.truncated["train"] == 0
 
-
-def test_a_constant_student_is_shipped_without_a_score(experiment):
-    """A correlation that is not defined must not bring down the experiment at its very end."""
+    # A correlation that is not defined must not bring down the experiment at its very end.
     record = experiment.records[0].model_copy(update={"score": None, "metrics": {"pearson": None}})
     assert "Score not defined on the validation split" in student_card(record)
+
+
+ARMS = ["fft", "kd-lora", "student-lora"]
+
+
+@pytest.fixture(scope="module")
+def config(workshop, tmp_path_factory):
+    """Forty unlabelled rows with ids that the training rows have too, and one scored text."""
+    rows = [{"id": row["id"], "text": row["text"] + " indeed"} for row in sentiment_rows(40, seed=7)]
+    rows.append({"id": "scored", "text": sentiment_rows(40, seed=1)[0]["text"]})
+    path = write_csv(tmp_path_factory.mktemp("unlabelled") / "unlabelled.csv", rows)
+    return workshop.config({"data": {"unlabelled": str(path)}, "run": {"arms": ARMS}})
+
+
+@pytest.fixture(scope="module")
+def result(config, tmp_path_factory):
+    """A finished experiment with unlabelled rows."""
+    return run_experiment(config, tmp_path_factory.mktemp("unlabelled-experiment") / "out")
+
+
+def check_labelled(result, config):
+    """See that the stored logits of the unlabelled rows are theirs; give the splits."""
+    splits = load_splits(config.task, config.data)
+    stored = read_stored_logits(result.layout.unlabelled_logits, splits.task)
+    assert stored.ids.to_pylist() == splits.unlabelled["id"][:]
+    np.testing.assert_array_equal(np.asarray(stored.attach(splits.unlabelled)["teacher_logits"]), stored.logits)
+    return splits
+
+
+def test_the_teacher_labels_them_and_the_student_learns_from_both(result, config):
+    """Rows that nobody trains on, or logits attached to the training row of the same id, would go unnoticed."""
+    teacher, control, student = result.records
+    assert [record.status for record in result.records] == ["finished"] * 3
+    assert student.rows == {"train": 64, "unlabelled": 40, "validation": 40}
+    check_labelled(result, config)
+    steps = 2 * math.ceil(104 / 8)
+    assert student.history[-1]["step"] == control.history[-1]["step"] == steps
+    assert teacher.history[-1]["step"] == 2 * math.ceil(64 / 8)
+    assert student.history[-1]["soft_loss"] > 0
+    assert student.truncated["unlabelled (by the teacher)"] == student.truncated["unlabelled"] == 0
+    assert "unlabelled" not in control.truncated
+    report = result.layout.report_md.read_text()  # a reader who does not know of them takes the gain for the loss's
+    assert "train 64, unlabelled 40, validation 40" in report
+    assert "40 unlabelled rows: the teacher labelled them" in report
+    assert "hold the text of a validation or test row" in report
+    assert "unlabelled rows, labelled by the teacher: 40" in (result.layout.student / "README.md").read_text()
+
+
+def test_a_table_must_cover_the_unlabelled_rows(config, tmp_path, workshop):
+    """Found out by the child of the first student, the fault costs a teacher's evaluation; named early, nothing."""
+    path = tmp_path / "table.jsonl"
+    teacher = config.teacher.model_copy(update={"model": None, "logits": str(path)})
+    config, splits = config.model_copy(update={"teacher": teacher}), load_splits(config.task, config.data)
+    rows = [("train", key) for key in splits.train["id"]] + [("unlabelled", key) for key in splits.unlabelled["id"]]
+    table = [{"split": split, "id": key, "negative": 0.5, "positive": 0.25} for split, key in rows]
+    write_lines(path, [row for row in table if row["split"] == "train"])
+    with pytest.raises(DataError, match="no row is of split 'unlabelled'"):
+        check_table(config, splits)
+    write_lines(path, [*table, {"split": "unlabelled", "id": "x", "negative": 0, "positive": 0}])
+    assert check_table(config, splits) == [f"{path}: 1 rows belong to no unlabelled example and are not used."]
+
+    # Two teachers that teach one student make a gain that belongs to neither.
+    (tmp_path / "collection.json").write_text(
+        '{"schema_version": 1, "complete": true, "model": "M", "texts": 1, "label_names": ["negative", "positive"], '
+        '"fingerprint": "f", "ingredients": {"weights": "w"}, "versions": {}, "shards": []}'
+    )
+    config = workshop.config({"data": {"unlabelled": str(tmp_path)}, "run": {"arms": ["kd-lora"]}})
+    splits = load_splits(config.task, workshop.config().data)
+    with pytest.raises(ConfigError, match=r"that M labelled, but this experiment trains a teacher of its own"):
+        check_table(config, splits)
+
+
+def test_the_teacher_labels_the_copies_and_the_epochs_stay_as_long(workshop, tmp_path):
+    """Copies that nobody labels, or that make the student's training longer, would be an unfair gain or none."""
+    config = workshop.config({"data": {"augment": 2}, "run": {"arms": ARMS}})
+    result = run_experiment(config, tmp_path / "out")
+    _, control, student = result.records
+    assert [record.status for record in result.records] == ["finished"] * 3
+    splits = check_labelled(result, config)
+    assert 64 < splits.copies <= 128
+    assert student.rows["unlabelled"] == splits.copies
+    assert [record.history[-1]["step"] for record in result.records] == [2 * math.ceil(64 / 8)] * 3
+    assert student.history[-1]["loss"] != control.history[-1]["loss"]
+    assert len(list(result.layout.copies.glob("*.arrow"))) == 1
+    assert "perturbed copies" in result.layout.report_md.read_text()

@@ -1,7 +1,5 @@
 """The metric that the user names, or that the data ask for, decides everywhere; an earlier folder keeps its own."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -16,8 +14,6 @@ from kdlora.experiment.plan import identity
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.report.report import make_report
 from tiny import sentiment_rows, write_csv
-
-pytest_plugins = ["experiment_fixtures"]
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ from kdlora.cli import experiments as verbs
 from kdlora.configfile import load_config
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.run import plan_experiment, run_experiment
-from tiny import sentiment_rows, write_csv
-
-pytest_plugins = ["experiment_fixtures"]
+from tiny import write_csv
 
 OPEN = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
 
@@ -65,16 +63,14 @@ def test_the_length_is_chosen_once_and_kept(workshop, tmp_path):
     assert load_config(layout.config).student.train.max_length == 48
 
 
-def test_an_explicit_length_stays_and_the_share_that_it_cuts_is_told(workshop):
+def test_an_explicit_length_stays_and_the_share_that_it_cuts_is_told(workshop, tmp_path):
     """What the user set must not be overruled, and 128 tokens of a long review are a part of it."""
     plan = plan_experiment(workshop.config({"student": {"train": OPEN | {"max_length": 8}}}))
     assert plan.config.student.train.max_length == 8
     assert plan.lengths["student"].cut > 0.5
     assert "8 tokens" in dict(plan.lines())["max_length"]
 
-
-def test_texts_that_occur_twice_and_labels_are_counted(workshop, tmp_path):
-    """A test text that was trained on is no test; a pair differs from another with the same first text."""
+    # A test text that was trained on is no test; a pair differs from another with the same first text.
     rows = [{"text": text, "more": more, "label": label} for text, more, label in ("axc", "ayd", "bxc")]
     other = write_csv(tmp_path / "other.csv", [*rows[:2], {"text": "n", "more": "x", "label": "c"}])
     data = {"train": str(write_csv(tmp_path / "train.csv", rows)), "validation": str(other)}
@@ -95,17 +91,3 @@ def test_a_long_run_asks_where_a_person_can_answer(cli, small, tmp_path, monkeyp
     assert done.code == code
     assert "trainings" in done.err
     assert (tmp_path / "out" / "results.json").exists() == trained
-
-
-def test_many_labels_are_told_by_most_and_fewest(workshop, tmp_path):
-    """A class with two rows among 77 is what a user has to know beforehand."""
-    rows = sentiment_rows(60)
-    for place, row in enumerate(rows):
-        row["label"] = f"class{min(place, 9)}"
-    data = {
-        "train": str(write_csv(tmp_path / "many.csv", rows)),
-        "validation": str(write_csv(tmp_path / "v.csv", rows)),
-    }
-    said = dict(plan_experiment(workshop.config({"data": data})).lines())
-    assert said["labels"].startswith("10; most rows: class9 51, ")
-    assert said["duplicates"].endswith("60 in train and validation")

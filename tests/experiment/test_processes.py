@@ -1,7 +1,5 @@
 """Several processes that train together, as `accelerate launch` and `torchrun` start them."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess
@@ -22,8 +20,6 @@ from kdlora.experiment.settle import with_recorded
 from kdlora.experiment.stages import label_splits
 from kdlora.system.launch import check_launch, read_launch
 from sentences import tagged_rows, write_conll
-
-pytest_plugins = ["experiment_fixtures"]
 
 TRAIN = {"epochs": 15, "batch_size": 5, "learning_rate": 1e-3, "dropout": 0.0, "micro_batch_tokens": 64}
 LIMIT_SECONDS = 60

@@ -1,7 +1,5 @@
 """Time of a forward pass, as a record tells it."""
 
-from __future__ import annotations
-
 import time
 
 from datasets import Dataset

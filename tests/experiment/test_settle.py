@@ -50,6 +50,11 @@ def test_few_rows_get_more_passes_and_many_rows_fewer():
     assert (full_rate(768), full_rate(384)) == (5e-5, 1e-4)  # a wider model takes a lower rate
     assert (adapter_rate(768), adapter_rate(384), adapter_rate(128)) == (5e-4, 1e-3, 3e-3)
 
+    # With 100 labelled rows a student would pass 150 times over 8,000 unlabelled texts.
+    chosen = decide({}, {"train": 100, "unlabelled": 8000}, 2)
+    config = chosen.fill_in(build_config(CONFIG | {"teacher": {"model": "t"}}))
+    assert (config.teacher.train.epochs, config.student.train.epochs) == (75, 15)
+
 
 def test_a_busy_machine_does_not_make_a_model_slow(monkeypatch):
     """A plan that says days, since the processor was lent to others while four rows were timed."""
@@ -84,16 +89,7 @@ def test_only_what_is_null_is_settled():
     with pytest.raises(ConfigError, match=r"train\.max_length is null"):  # else a traceback of the optimiser's
         closed(TrainConfig())
 
-
-def test_unlabelled_texts_are_counted_among_the_rows_of_a_student():
-    """With 100 labelled rows a student would pass 150 times over 8,000 unlabelled texts."""
-    chosen = decide({}, {"train": 100, "unlabelled": 8000}, 2)
-    config = chosen.fill_in(build_config(CONFIG | {"teacher": {"model": "t"}}))
-    assert (config.teacher.train.epochs, config.student.train.epochs) == (75, 15)
-
-
-def test_student_arms_share_one_recipe():
-    """A control with another recipe than the distilled arm measures the recipe."""
+    # A control with another recipe than the distilled arm measures the recipe.
     config = build_config(CONFIG | {"student": {"model": "s", "train": {"epochs": 7}}})
     settings = {arm: settings_for(config, arm) for arm in ("kd-lora", "student-lora", "kd-fft", "student-fft")}
     assert settings["kd-lora"] == settings["student-lora"] == config.student.train

@@ -1,7 +1,5 @@
 """Trackers: one tracked run for each run of an experiment, which can be found by arm and seed."""
 
-from __future__ import annotations
-
 import socket
 import sqlite3
 import subprocess
@@ -12,8 +10,6 @@ import pytest
 from kdlora.distil import tracking
 from kdlora.errors import ConfigError
 from kdlora.experiment.run import run_experiment
-
-pytest_plugins = ["experiment_fixtures"]
 
 SECRETS = {
     "HF_TOKEN": "hf_thisIsASecretThatNobodyMayRead",
@@ -68,8 +64,7 @@ def test_tensorboard_has_a_folder_for_each_run(workshop, tmp_path):
 def test_mlflow_has_a_run_for_each_run_with_arm_and_seed(workshop, tmp_path):
     """A tracked run without arm and seed cannot be told from its control."""
     pytest.importorskip("mlflow")
-    folder = track(workshop, tmp_path / "out", "mlflow", seeds=[0])
-    track(workshop, tmp_path / "out", "mlflow", seeds=[0, 3])  # adds a run, and leaves the first one
+    folder = track(workshop, tmp_path / "out", "mlflow", seeds=[0, 3])
     with sqlite3.connect(folder / "mlflow.db") as database:
         runs = dict(database.execute("select name, run_uuid from runs where status = 'FINISHED'").fetchall())
         assert sorted(runs) == ["student-lora-seed0", "student-lora-seed3"]

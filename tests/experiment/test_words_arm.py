@@ -14,8 +14,6 @@ from kdlora.experiment.scoring import doubts_of_teacher
 from kdlora.report.collect import load_experiments
 from kdlora.searchconfig import SearchConfig
 
-pytest_plugins = ["experiment_fixtures"]
-
 
 def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
     """A bag of words in `student/` is no model; one that is fitted again on every call changes a finished folder."""
@@ -56,6 +54,12 @@ def test_it_needs_no_model_and_runs_once(workshop, tmp_path):
     assert [(record.arm, record.seed, record.status) for record in result.records] == [("words", 5, "finished")]
     assert result.shipped is None
 
+    # Thirty equal trials look like a search.
+    with pytest.raises(ValueError, match="words"):
+        SearchConfig(arm="words")
+    with pytest.raises(ConfigError, match="no student"):
+        build_config({"data": {"train": "a.csv"}, "run": {"arms": ["words", "student-lora"]}})
+
 
 def test_a_teacher_below_it_is_told_before_it_labels(workshop, tmp_path):
     """Hours of distillation from a teacher that seconds of counting words beat."""
@@ -69,11 +73,3 @@ def test_a_teacher_below_it_is_told_before_it_labels(workshop, tmp_path):
     student = words.model_copy(update={"arm": "kd-lora"})  # taught by it, so no control: nothing is told
     assert doubts_of_teacher(config, layout, [student, teacher]) == []
     assert json.loads(layout.run("words", 0).record.read_text())["score"] == words.score
-
-
-def test_there_is_nothing_to_search_in_it():
-    """Thirty equal trials look like a search."""
-    with pytest.raises(ValueError, match="words"):
-        SearchConfig(arm="words")
-    with pytest.raises(ConfigError, match="no student"):
-        build_config({"data": {"train": "a.csv"}, "run": {"arms": ["words", "student-lora"]}})

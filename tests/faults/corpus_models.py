@@ -1,8 +1,5 @@
 """Model folders, tables of teacher outputs and command lines that must be refused."""
 
-from __future__ import annotations
-
-import json
 import pickle
 import struct
 from collections.abc import Callable
@@ -51,11 +48,6 @@ def _endless_header(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
 
 
-def _offsets_outside(folder: Path) -> None:
-    header = json.dumps({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 2**40]}}).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-
-
 def _grow_tokenizer(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"extra{index}" for index in range(50)])
@@ -72,25 +64,18 @@ MODELS: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
     ("empty", _only, ("expected config.json", "nothing")),
     ("no config", lambda f: (f / "config.json").unlink(), ("expected config.json",)),
     ("config cut off", lambda f: _cut(f / "config.json", 30), ("config.json is damaged", "line ")),
-    ("config empty", lambda f: _cut(f / "config.json", 0), ("config.json", "damaged")),
     (
         "config a list",
         lambda f: (f / "config.json").write_text("[]"),
         ("config.json", "expected a JSON object, found list"),
     ),
-    ("config not UTF-8", lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ("config.json", "damaged")),
-    ("config nested too deep", lambda f: (f / "config.json").write_text("[" * 99999), ("config.json", "damaged")),
     ("unknown architecture", _config(model_type="banana"), ("the configuration in", "banana")),
-    ("no architecture", lambda f: (f / "config.json").write_text("{}"), ("config",)),
     ("T5", transformers.T5Config().save_pretrained, ("a decoder follows; expected one of the two", "teacher.logits")),
     ("ViT", transformers.ViTConfig().save_pretrained, ("'vit'", "encoder", "no text classification")),
-    ("CLIP", transformers.CLIPConfig().save_pretrained, ("no text classification",)),
     ("own code", _config(model_type="x", auto_map={"AutoConfig": "c.C"}), ("trust_remote_code: true",)),
     ("another width", _config(dim=64), ("do not fit its config.json",)),
-    ("another inner width", _config(hidden_dim=48), ("do not fit its config.json", "ffn.lin1")),
     ("heads that do not divide", _config(n_heads=5), ("config",)),
     ("negative layers", _config(n_layers=-1), ("-1 layers",)),
-    ("a width that is text", _config(dim="wide"), ("config",)),
     ("more layers", _config(n_layers=3), ("tensors are missing", "layer.1")),
     ("no weights", lambda f: (f / "model.safetensors").unlink(), ("no weights", "tokenizer.json")),
     (
@@ -103,11 +88,8 @@ MODELS: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
         lambda f: (f / "model.safetensors").rename(f / "x.safetensors"),
         ("no file named model.safetensors",),
     ),
-    ("weights empty", lambda f: _cut(f / "model.safetensors", 0), ("weights",)),
     ("weights cut off", lambda f: _cut(f / "model.safetensors", 5000), ("the weights in", "cannot be read")),
     ("a header without end", _endless_header, ("weights",)),
-    ("offsets outside", _offsets_outside, ("weights",)),
-    ("weights are text", lambda f: (f / "model.safetensors").write_text("hello"), ("weights",)),
     (
         "other weights",
         lambda f: _weights(f, lambda w: {f"x.{k}": v for k, v in w.items()}),
@@ -121,7 +103,6 @@ MODELS: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
     ),
     ("another tokenizer", _grow_tokenizer, ("they do not belong together",)),
     ("tokenizer cut off", lambda f: _cut(f / "tokenizer.json", 200), ("tokenizer",)),
-    ("tokenizer a list", lambda f: (f / "tokenizer.json").write_text("[]"), ("tokenizer",)),
     ("no padding", lambda f: edit_json(f / "tokenizer_config.json", pad_token=None), ("padding token",)),
     ("an adapter", lambda f: (f / "config.json").rename(f / "adapter_config.json"), ("holds an adapter, not a model",)),
     ("data", lambda f: (_only(f), (f / "train.tsv").touch()), ("expected config.json, it holds train.tsv",)),
@@ -133,10 +114,7 @@ NAMES: list[tuple[str, tuple[str, ...]]] = [
     (__file__, ("is a file; a model is a folder",)),
     ("bert-base-uncsed", ("bert-base-uncsed",)),
     ("not a name", ("not a name", "there is no folder")),
-    ("a/b/c", ("a/b/c", "there is no folder")),
-    ("../../etc", ("there is no folder",)),
     ("https://example.org/model", ("https://example.org/model",)),
-    ("/dev/null", ("/dev/null",)),
     ("~nobody-here/model", ("there is no folder", "~nobody-here/model")),
     ("x" * 5000, ("xxx",)),
 ]
@@ -149,15 +127,9 @@ TABLES: list[tuple[str, Callable[[list[Row]], list[Row] | str], tuple[str, ...]]
     ("rows missing", lambda rows: rows[3:], ("3 of 64", "FIRST", "add the rows")),
     ("an id twice", lambda rows: [*rows, rows[0]], ("FIRST",)),
     ("a label misspelt", lambda rows: [{"id": r["id"], "negativ": 0, "positive": 1} for r in rows], ("Did you mean",)),
-    ("a list", lambda rows: [row | {"positive": [1.0]} for row in rows], ("positive",)),
-    ("infinite", lambda rows: [*rows[1:], rows[0] | {"positive": float("inf")}], ("first id", "FIRST")),
     ("not a number", lambda rows: [*rows[1:], rows[0] | {"positive": float("nan")}], ("FIRST",)),
-    ("too large for float32", lambda rows: [*rows[1:], rows[0] | {"positive": 1e300}], ("FIRST",)),
     ("of another split", lambda rows: [row | {"split": "trian"} for row in rows], ("no row is of split 'train'",)),
-    ("broken JSON", lambda rows: json.dumps(rows[0]) + "\n{", ("line 2",)),
     ("a list as a line", lambda rows: "[1]\n", ("row 1", "expected a JSON object")),
-    ("nested too deep", lambda rows: "[" * 99999, ("line 1", "nested")),
-    ("an endless number", lambda rows: '{"id": ' + "9" * 5000 + "}", ("line 1",)),
     ("half a character", lambda rows: '{"id": "\\ud800", "positive": 1, "negative": 0}', ("row 1", "half")),
     ("empty", lambda rows: "", ("is empty (0 bytes)",)),
 ]
@@ -169,30 +141,21 @@ COMMANDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("run",), ("data: this section or key is required",)),
     (("run", "none.yaml"), ("none.yaml", "does not exist")),
     (("run", "."), ("cannot be read",)),
-    (("run", "--train"), ("--train",)),
     (("run", "--train", "caf\udce9.csv", "--family", "bert"), ("data.train", "is UTF-8")),
     (("run", "--train", "~nobody-here/x.csv", "--family", "bert"), ("data.train", "does not exist")),
     (("run", "--train", "x.csv", "--family", "brt"), ("Did you mean 'bert'?",)),
-    (("run", "--task", "cloa", "--data", "x"), ("Did you mean 'cola'?",)),
     (("run", "--train", "x.csv", "--text", "a", "--text", "b", "--text", "c", "--family", "bert"), ("task.text",)),
     (("validate",), ("Missing argument", "'config'")),
-    (("validate", "none.yaml"), ("none.yaml",)),
     (("predict", "nowhere", "x.csv"), ("nowhere",)),
-    (("predict", "{student}", "none.csv"), ("none.csv",)),
     (("predict", "{student}", "{train}", "--batch-size", "0"), ("batch",)),
-    (("predict", "{student}", "{train}", "--batch-size", "x"), ("batch-size",)),
     (("predict", "{student}", "{train}", "--text", "txet", "--to", "out.csv"), ("txet",)),
     (("predict", "{student}", "{train}", "--to", "out.xlsx"), ("out.xlsx",)),
     (("predict", "{student}", "{train}", "--to", "nowhere/deep/\x00"), ("",)),
     (("export", "nowhere", "--to", "x"), ("nowhere",)),
-    (("export", "{student}"), ("--to",)),
     (("export", "{student}", "--to", "x", "--format", "onix"), ("onnx",)),
     (("export", "{student}", "--to", "x"), ("--data",)),
     (("benchmark", "nowhere"), ("nowhere",)),
     (("benchmark", "{student}", "--threads", "0"), ("threads",)),
     (("evaluate", "nowhere", "{train}"), ("nowhere",)),
-    (("report", "nowhere"), ("nowhere",)),
     (("report",), ("'experiments'",)),
-    (("compare", "nowhere"), ("nowhere",)),
-    (("families", "bert"), ("bert",)),
 ]

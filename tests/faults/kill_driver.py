@@ -1,7 +1,5 @@
 """Start the real command line, strike it at a chosen moment of a chosen stage, and say from its log what was hit."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

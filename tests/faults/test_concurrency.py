@@ -1,7 +1,5 @@
 """Two processes on one folder: one works, the other waits or is told who does; a lock goes with its process."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal
@@ -39,7 +37,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_the_holder_is_named(holder, tmp_path):
+def test_the_holder_is_named_and_waited_for(holder, tmp_path, caplog):
     """Told only that somebody is at work, a user deletes the lock."""
     with (
         pytest.raises(ArtifactError) as caught,
@@ -50,6 +48,13 @@ def test_the_holder_is_named(holder, tmp_path):
     assert said.startswith(f"another process runs it in out: process {holder.pid} on {socket.gethostname()}, since 20")
     assert said.endswith("; wait for it, or name another folder")
 
+    # A command that waits in silence looks as if it hung.
+    threading.Timer(0.3, holder.kill).start()
+    begin = time.monotonic()
+    with caplog.at_level(logging.WARNING), hold_lock(tmp_path / ".lock", "computes logits in x", wait=True):
+        assert time.monotonic() - begin > 0.2
+    assert f"waiting: another process computes logits in x: process {holder.pid}" in caplog.text
+
 
 def test_the_lock_of_a_killed_process_is_free(holder, tmp_path):
     """A lock that outlives its holder stops every later command."""
@@ -58,15 +63,6 @@ def test_the_lock_of_a_killed_process_is_free(holder, tmp_path):
     assert str(holder.pid) in (tmp_path / ".lock").read_text()
     with hold_lock(tmp_path / ".lock", "runs it"):
         assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
-
-
-def test_who_waits_says_for_whom_and_goes_on(holder, tmp_path, caplog):
-    """A command that waits in silence looks as if it hung."""
-    threading.Timer(0.3, holder.kill).start()
-    begin = time.monotonic()
-    with caplog.at_level(logging.WARNING), hold_lock(tmp_path / ".lock", "computes logits in x", wait=True):
-        assert time.monotonic() - begin > 0.2
-    assert f"waiting: another process computes logits in x: process {holder.pid}" in caplog.text
 
 
 def test_a_lock_knows_when_its_folder_is_gone(tmp_path):

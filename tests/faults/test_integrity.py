@@ -1,7 +1,5 @@
 """Damage and exchange of what is reused: noticed, and then computed again or refused; never mixed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random
@@ -22,8 +20,6 @@ from kdlora.experiment import deployment
 from kdlora.experiment.run import run_experiment
 from kdlora.system.integrity import damaged_files, hash_files, is_sealed_or_old, seal
 from tiny import train_tokenizer, write_csv
-
-pytest_plugins = ["experiment_fixtures"]
 
 ARMS = ["kd-lora"]
 
@@ -87,16 +83,12 @@ def remove(path: Path) -> None:
 
 RECOMPUTED = [
     ("runs/kd-lora-seed0/predictions.parquet", truncate),
-    ("runs/kd-lora-seed0/predictions.parquet", flip_one_bit),
-    ("runs/kd-lora-seed0/adapter/adapter_model.safetensors", truncate),
     ("runs/kd-lora-seed0/adapter/adapter_model.safetensors", flip_one_bit),
     ("runs/kd-lora-seed0/adapter/adapter_config.json", remove),
     ("shipped.json", truncate),
     ("teacher/model.safetensors", flip_one_bit),
     ("teacher/tokenizer.json", exchange_tokenizer),
-    ("student/tokenizer.json", exchange_tokenizer),
     ("student/model.safetensors", flip_one_bit),
-    ("student/config.json", truncate),
     ("adapter/adapter_model.safetensors", flip_one_bit),
 ]
 
@@ -196,16 +188,6 @@ def test_an_export_that_was_damaged_is_made_again(made, layout):
     assert deployment.is_deployed(made.config, layout)
 
 
-def test_seals_hold_through_json_and_show_every_change():
-    """A checksum over another form than the one on disk is either always broken or never."""
-    document = {"b": [1, 2.5, None, 1e-300], "a": {"naïve": "\u2028<script>", "x": True}, "n": 10**20}
-    sealed = json.loads(json.dumps(seal(document), indent=2))
-    assert is_sealed_or_old(sealed)
-    assert is_sealed_or_old(document)
-    assert not is_sealed_or_old(sealed | {"n": 10**20 + 1})
-    assert not is_sealed_or_old(sealed | {"c": 1})
-
-
 def test_a_removed_folder_is_not_damage_but_a_missing_file_is(tmp_path):
     """Weights deleted to save space must not start a training; half a model must not be loaded."""
     write_lines((tmp_path / "a.txt"), [{}])
@@ -219,6 +201,14 @@ def test_a_removed_folder_is_not_damage_but_a_missing_file_is(tmp_path):
     assert damaged_files(tmp_path, digests) == ["model/config"]
     shutil.rmtree(tmp_path / "model")
     assert damaged_files(tmp_path, digests) == []
+
+    # A checksum over another form than the one on disk is either always broken or never.
+    document = {"b": [1, 2.5, None, 1e-300], "a": {"naïve": "\u2028<script>", "x": True}, "n": 10**20}
+    sealed = json.loads(json.dumps(seal(document), indent=2))
+    assert is_sealed_or_old(sealed)
+    assert is_sealed_or_old(document)
+    assert not is_sealed_or_old(sealed | {"n": 10**20 + 1})
+    assert not is_sealed_or_old(sealed | {"c": 1})
 
 
 def test_the_record_lists_what_the_run_left(made):

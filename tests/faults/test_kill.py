@@ -1,7 +1,5 @@
 """`kill -9`, and SIGTERM in the middle of a training, through the real command line."""
 
-from __future__ import annotations
-
 import random
 import signal
 import time
@@ -17,8 +15,6 @@ from kdlora.configfile import load_config
 from kdlora.experiment import jobs
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.stages import Stage
-
-pytest_plugins = ["experiment_fixtures"]
 
 SETTINGS = {"epochs": 12, "batch_size": 8, "learning_rate": 2e-3, "select": "best"}
 

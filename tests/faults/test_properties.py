@@ -4,8 +4,6 @@
 and `test_hostile.py` a whole experiment.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +14,7 @@ from hypothesis import strategies as st
 
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.teacher_table import read_teacher_table
-from kdlora.models.encoders import load_encoder, save_encoder
-from tiny import task
+from tiny import save_classifier, task
 
 SOON = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -51,10 +48,7 @@ def test_a_table_gives_every_id_its_own_numbers(folder, rows, turned):
 
 @pytest.fixture(scope="module")
 def classifier(tiny_model_folder, tmp_path_factory) -> Classifier:
-    encoder, folder = load_encoder(str(tiny_model_folder("bert")), task(), seed=0), tmp_path_factory.mktemp("shipped")
-    encoder.model.config.kdlora_task = task().to_dict()
-    save_encoder(encoder, folder)
-    return Classifier.load(folder)
+    return Classifier.load(save_classifier(tiny_model_folder("bert"), tmp_path_factory.mktemp("shipped")))
 
 
 @settings(parent=SOON, max_examples=40)

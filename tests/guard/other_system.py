@@ -5,8 +5,6 @@ does: to flush what is open for reading only, to ask about a process by signal 0
 file that is open or mapped, and names that only other systems take.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """Forbid the network to every Python process of the tests; `conftest.py` puts this folder on the path of children."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import sys

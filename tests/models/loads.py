@@ -1,7 +1,5 @@
 """What the tests of loading run in a process of its own."""
 
-from __future__ import annotations
-
 from transformers import conversion_mapping
 
 import kdlora.models.loading  # noqa: F401 - its preparation is what is looked at

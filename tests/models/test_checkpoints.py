@@ -1,7 +1,5 @@
 """Checkpoints: faults of the machine, code of their own, threads. The bad ones: `tests/faults/corpus_models.py`."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 import time

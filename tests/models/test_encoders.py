@@ -1,7 +1,5 @@
 """Loading encoders: the new head, the seed, the tokenizer's limits, label spaces, students made from layers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -87,15 +85,6 @@ def test_a_head_from_another_task_starts_anew(tiny_model_folder, tmp_path, famil
     assert again.model.config.id2label == {0: "negative", 1: "positive"}
 
 
-def test_what_pretraining_left_beside_the_encoder_is_kept(tiny_model_folder):
-    """ModernBERT's prediction head is pretrained; starting it anew would throw that away."""
-    folder = tiny_model_folder("modernbert")
-    pretrained = transformers.ModernBertForMaskedLM.from_pretrained(folder)
-    encoder = load_encoder(str(folder), tiny.task(), seed=0)
-    assert torch.equal(encoder.model.head.dense.weight, pretrained.head.dense.weight)
-    assert "head" in encoder.fresh
-
-
 def test_a_half_precision_checkpoint_is_trained_in_fp32(tiny_model_folder, tmp_path):
     """Transformers 5 keeps the file's precision, and small updates to bf16 weights vanish."""
     model = transformers.BertModel.from_pretrained(tiny_model_folder("bert"), dtype=torch.bfloat16)
@@ -131,6 +120,13 @@ def test_loading_says_nothing_and_restores_the_library(tiny_model_folder, capfd)
     load_encoder(str(tiny_model_folder("deberta-v2")), tiny.task(), seed=0)
     assert capfd.readouterr() == ("", "")
     assert transformers.logging.get_verbosity() == before
+
+    # ModernBERT's prediction head is pretrained; starting it anew would throw that away.
+    folder = tiny_model_folder("modernbert")
+    pretrained = transformers.ModernBertForMaskedLM.from_pretrained(folder)
+    encoder = load_encoder(str(folder), tiny.task(), seed=0)
+    assert torch.equal(encoder.model.head.dense.weight, pretrained.head.dense.weight)
+    assert "head" in encoder.fresh
 
 
 @pytest.mark.parametrize(("family", "positions"), [("bert", 66), ("roberta", 64), ("mpnet", 64), ("modernbert", 66)])
@@ -202,7 +198,7 @@ def test_a_decoder_answers_by_the_last_token_of_the_text(tiny_model_folder, tmp_
         assert torch.allclose(model.score(last), alone[0], atol=1e-6)
 
 
-def test_decoders_that_do_not_pool_the_last_token_are_refused(tmp_path):
+def test_decoders_that_do_not_pool_the_last_token_are_refused(tmp_path, tiny_model_folder):
     """XLNet reads the last place of a row, which is padding in all rows but the longest."""
     tokenizer = tiny.train_tokenizer("llama")
     config = transformers.XLNetConfig(vocab_size=len(tokenizer), d_model=32, n_layer=1, n_head=2, d_inner=32)
@@ -211,18 +207,9 @@ def test_decoders_that_do_not_pool_the_last_token_are_refused(tmp_path):
     with pytest.raises(ModelError, match="depends on the padding"):
         load_encoder(str(tmp_path), THREE_WAY, seed=0)
 
-
-def test_a_decoder_learns_no_regression(tiny_model_folder):
-    """Its head has no bias for the mean of the targets: refused after hours of training, or off by the mean."""
+    # Its head has no bias for the mean of the targets: refused after hours of training, or off by the mean.
     with pytest.raises(ModelError, match=r"no bias.*Choose an encoder for a regression"):
         load_encoder(str(tiny_model_folder("llama")), tiny.task("regression"), seed=0)
-
-
-def test_columns_are_permuted_by_name(tiny_model_folder, tmp_path):
-    """roberta-large-mnli scored 4% for years because its labels stand in another order than the data's."""
-    folder = classifier_folder(tiny_model_folder("bert"), tmp_path / "teacher", ("Good ", "bad", "So-so"))
-    _, columns = load_fine_tuned(str(folder), THREE_WAY)
-    assert columns == [1, 2, 0]
 
 
 def test_generic_names_need_the_users_order(tiny_model_folder, tmp_path):
@@ -305,15 +292,10 @@ def test_a_student_loads_again_as_itself(tiny_model_folder, tmp_path, family):
     assert torch.equal(tiny.logits(again, student.tokenizer), tiny.logits(student.model, student.tokenizer))
 
 
-def test_modernbert_layers_keep_their_reach(tiny_model_folder):
-    """A layer pretrained on a window of tokens would be run over the whole text."""
-    source = str(tiny_model_folder("modernbert", layers=4))
-    student = student_from_layers(source, [0, 1, 3], THREE_WAY, seed=0).model
+def test_settings_of_layers_are_cut_with_them_and_others_left_alone(tiny_model_folder):
+    """A layer pretrained on a window of tokens would be run over the whole text; DeBERTa's two kinds are no layers."""
+    student = student_from_layers(str(tiny_model_folder("modernbert", layers=4)), [0, 1, 3], THREE_WAY, seed=0).model
     assert student.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
-
-
-def test_settings_that_merely_look_like_layers_are_left_alone(tiny_model_folder):
-    """DeBERTa's two kinds of position attention are not its two layers."""
     student = student_from_layers(str(tiny_model_folder("deberta-v2", layers=2)), [1], THREE_WAY, seed=0).model
     assert student.config.pos_att_type == ["p2c", "c2p"]
 
@@ -331,11 +313,7 @@ def test_impossible_choices_are_refused(tiny_model_folder, layers, message):
     """Python would take -1 for the last layer, and slicing forgive the rest."""
     with pytest.raises(ModelError, match=message):
         student_from_layers(str(tiny_model_folder("bert")), layers, THREE_WAY, seed=0)
-
-
-def test_shared_layers_cannot_be_chosen():
-    """ALBERT runs one layer many times: there is nothing to cut."""
     sizes = {"vocab_size": 64, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 16}
     config = transformers.AlbertConfig(**sizes, num_hidden_layers=4, num_attention_heads=2)
-    with pytest.raises(ModelError, match="expected one list of 4 layers, found none"):
+    with pytest.raises(ModelError, match="expected one list of 4 layers, found none"):  # it runs one layer many times
         find_layers(transformers.AlbertForSequenceClassification(config))

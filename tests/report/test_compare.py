@@ -1,12 +1,7 @@
-from __future__ import annotations
-
 import re
 import shutil
 
-import pytest
-
 from fabricate import PAIRS, SIMILARITY, make_experiment
-from kdlora.errors import ArtifactError
 from kdlora.evidence.records import read_record, write_record
 from kdlora.report.compare import compare
 
@@ -90,9 +85,3 @@ def test_failed_runs_are_named_and_nothing_finished_is_said(tmp_path):
     assert "one, KD-LoRA, seed 1: failed" in compare([tmp_path / "one"], draws=100).markdown
     make_experiment(tmp_path / "two", arms=("kd-lora",), seeds=(0,), failed=[("kd-lora", 0)])
     assert "no run has finished" in compare([tmp_path / "two"], draws=100).markdown
-
-
-def test_no_folders_are_refused():
-    """An empty table would look like an answer."""
-    with pytest.raises(ArtifactError, match="at least one experiment or run folder"):
-        compare([])

@@ -1,6 +1,7 @@
-from __future__ import annotations
+"""Plots, words and colours, as every reader sees them."""
 
 import re
+from importlib.resources import files
 from xml.etree import ElementTree
 
 import pytest
@@ -9,6 +10,7 @@ from markdown_it import MarkdownIt
 from kdlora.evidence.stats import Difference
 from kdlora.report.page import Bullets, Cell, Code, Link, Page, Paragraph, Prose, Section, Table, escape, render
 from kdlora.report.plots import (
+    PALETTE,
     Curve,
     Series,
     Style,
@@ -90,9 +92,7 @@ def test_points_lie_where_their_values_are():
     assert "low 80.00 at 1; high 91.00 at 9" in figure.description
     assert score_against_cost([], **PARAMETERS) is None
 
-
-def test_wide_ranges_of_cost_get_a_logarithmic_axis_and_zero_does_not():
-    """4 million and 400 million parameters on a linear axis put all small models on one spot; log of 0 fails."""
+    # 4 million and 400 million parameters on a linear axis put all small models on one spot; log of 0 fails.
     wide, zero = (
         score_against_cost([Series("a", Style(0), ((cost, 80.0), (4e8, 90.0)))], **PARAMETERS) for cost in (4e6, 0.0)
     )
@@ -106,15 +106,12 @@ def test_curves_average_the_seeds_that_reached_an_epoch():
     """A seed that stopped early must not pull the last epochs down to zero."""
     curve = Curve("KD-LoRA", arm_style("kd-lora"), (((1.0, 0.5), (2.0, 0.4)), ((1.0, 0.7),)))
     figure = learning_curves([curve], title="t", value="loss", identity="i")
-    assert figure is not None
     assert "KD-LoRA ends at 0.4" in figure.description
     assert "Bands" in figure.caption
     assert learning_curves([Curve("x", arm_style("lora"), ())], title="t", value="loss", identity="i") is None
     assert learning_curves([Curve("x", arm_style("lora"), ((),))], title="t", value="loss", identity="i") is None
 
-
-def test_a_single_constant_point_is_drawn():
-    """One epoch with loss 0 has no range on either axis."""
+    # One epoch with loss 0 has no range on either axis.
     style = arm_style("new-arm")
     figure = learning_curves([Curve("x", style, (((1.0, 0.0),),))], title="t", value="loss", identity="i")
     assert figure is not None
@@ -155,9 +152,7 @@ def test_figures_are_written_as_people_read_them():
     assert [metric_title("accuracy_matched"), metric_title("macro_f1_x")] == ["accuracy, matched", "macro F1, x"]
     assert shorten("a  long\nname", 7) == "a long…"
 
-
-def test_a_models_folder_is_not_shown_in_the_headline():
-    """The report travels; the user's home folder need not."""
+    # The report travels; the user's home folder need not.
     assert model_title("/home/me/models/minilm-l6/") == "minilm-l6"
     assert model_title("C:\\models\\minilm") == "minilm"
     assert (
@@ -195,3 +190,15 @@ def test_every_block_has_its_markdown():
     assert "| x\\|y | 1 [0](p) [1](q) |" in text
     assert "\n````\n```\nx\n````" in text
     assert re.search(r"\n---\n\nkdlora [\d.]+ report\. Written .*record of its run\.\n$", text)
+
+
+ARMS = ("fft", "lora", "kd-lora", "student-lora", "student-fft", "kd-fft")
+
+
+def test_the_plots_colours_are_the_pages():
+    """A picture of the benchmark in other colours than the report's."""
+    css = files("kdlora.report").joinpath("templates/report.css").read_text(encoding="utf-8").split("@media")[0]
+    assert dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", css)).items() >= PALETTE.items()
+
+    # A printout in grey: shapes must differ too.
+    assert len({arm_style(arm).marker for arm in ARMS}) == len(ARMS)

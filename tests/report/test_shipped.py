@@ -1,7 +1,5 @@
 """The part of the report on what was shipped."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 from html import unescape
@@ -59,30 +57,6 @@ def test_each_model_stands_beside_the_teacher(report):
     assert "- int8 file: score: **91.05** (teacher 92.40, student 91.20, student, ONNX 91.20)" in text
 
 
-def test_without_a_teacher_nothing_is_said_of_one(layout):
-    """A teacher given as a table cannot be measured; the student's speed-up over itself is no news."""
-    ship(layout)
-    models = json.loads(layout.benchmark.read_text(encoding="utf-8"))["models"]
-    _change(layout.benchmark, models=models[1:])
-    assert "(3.0× as fast as student (9.60\u00a0ms))" in _report(layout).markdown
-    _change(layout.benchmark, models=models[3:])
-    assert "int8 file: size: **23.0\u00a0MB** (there is no other model to compare with)" in _report(layout).markdown
-
-
-def test_four_points_lie_in_every_plot(report):
-    """Score against latency, size and memory, with the names of the points."""
-    for name, label in (
-        ("latency", "latency of one text, p50 (ms)"),
-        ("throughput", "time of 1,000 texts in batches (s)"),
-        ("size", "size on disk (MB)"),
-        ("memory", "peak memory (MB)"),
-    ):
-        drawing = report.html.split(f'id="e1-shipped-{name}-t"')[1].split("</svg>")[0]
-        assert label in drawing
-        assert all(model in drawing for model in ("teacher", "student", "student, ONNX", "student, int8"))
-        assert all(drawing.count(f"fill: var(--series-{number})") == 2 for number in (0, 2, 3, 4)), "point and legend"
-
-
 def test_a_quantisation_that_failed_is_shown_as_failed(layout):
     """An int8 file that is missing without a word looks like one that nobody asked for."""
     ship(layout, int8=False)
@@ -111,6 +85,18 @@ def test_the_recipe_that_passed_follows_those_that_failed(report):
     assert "Quantisation: uint8 weights, embeddings left in fp32. Fused operators: 6 Attention, 13 Layer" in report.html
     assert "The export failed" not in report.html
 
+    # Score against latency, size and memory, with the names of the points.
+    for name, label in (
+        ("latency", "latency of one text, p50 (ms)"),
+        ("throughput", "time of 1,000 texts in batches (s)"),
+        ("size", "size on disk (MB)"),
+        ("memory", "peak memory (MB)"),
+    ):
+        drawing = report.html.split(f'id="e1-shipped-{name}-t"')[1].split("</svg>")[0]
+        assert label in drawing
+        assert all(model in drawing for model in ("teacher", "student", "student, ONNX", "student, int8"))
+        assert all(drawing.count(f"fill: var(--series-{number})") == 2 for number in (0, 2, 3, 4)), "point and legend"
+
 
 def test_calibration_stands_with_both_errors(layout):
     """A temperature without the error that it removes cannot be judged; nor one without a benchmark."""
@@ -131,15 +117,20 @@ def test_what_was_not_shipped_is_said(layout):
     layout.export_record.unlink()
     assert "The student was not exported to ONNX" in _report(layout).html
 
+    # A teacher given as a table cannot be measured; the student's speed-up over itself is no news.
+    ship(layout)
+    models = json.loads(layout.benchmark.read_text(encoding="utf-8"))["models"]
+    _change(layout.benchmark, models=models[1:])
+    assert "(3.0× as fast as student (9.60\u00a0ms))" in _report(layout).markdown
+    _change(layout.benchmark, models=models[3:])
+    assert "int8 file: size: **23.0\u00a0MB** (there is no other model to compare with)" in _report(layout).markdown
+
 
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
         ("", "benchmark.json: not the figures of this version"),
-        ("[1]", "benchmark.json: not the figures of this version"),
         ('{"models": [{"name": "x"}]}', "'models.0.backend': Field required"),
-        ('{"models": 3}', "'models'"),
-        ('{"threads": -1}', "'threads'"),
         ('{"calibration": {"temperature": NaN}}', "'calibration.temperature'"),
     ],
 )
@@ -203,7 +194,6 @@ def test_what_the_deployment_writes_can_be_read(layout):
     export = Export((), (stage,), opset=18)
     write_json_atomic(layout.export_record, asdict(export))
     found = read_shipped(layout)
-    assert found is not None
     assert not found.faults
     assert found.benchmark == result
     assert found.export == replace(export, attempts=(replace(stage, largest_difference=None),))

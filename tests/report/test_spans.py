@@ -1,7 +1,5 @@
 """The report of a task of tokens: types, what becomes of entities, and sentences with their spans marked."""
 
-from __future__ import annotations
-
 import re
 from html import unescape
 

@@ -1,7 +1,5 @@
 """A graph of three operators whose table of weights may lie in another file, and folders that serve it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

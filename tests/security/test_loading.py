@@ -1,7 +1,5 @@
 """Doors at loading and predicting: a folder, a file or a stream that somebody else wrote, who means no good."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os
@@ -39,8 +37,6 @@ from kdlora.evidence.records import read_record, read_results
 from kdlora.models.encoders import load_encoder, load_fine_tuned, read_task
 from kdlora.models.settings import read_licence
 from kdlora.system.integrity import hash_files, seal
-
-pytest_plugins = ["experiment_fixtures"]
 
 SOURCE = Path(__file__).parents[2] / "src" / "kdlora"
 CODE = "from pathlib import Path\nPath({mark!r}).touch()\n"
@@ -105,11 +101,10 @@ def test_no_answer_on_standard_input_lets_a_folder_run_its_code(folder, tmp_path
     mark = tmp_path / "owned"
     add_own_code(folder, mark)
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    for verb in (["predict", folder, "-"], ["export", folder, "--to", tmp_path / "x", "--format", "onnx"]):
-        done = run_python("-m", "kdlora", *verb, input="y\ntext\ny\ny\n", env=environment)
-        assert done.returncode == 2, done.stderr
-        assert "Python code of its own" in done.stderr
-        assert not mark.exists()
+    done = run_python("-m", "kdlora", "predict", folder, "-", input="y\ntext\ny\ny\n", env=environment)
+    assert done.returncode == 2, done.stderr
+    assert "Python code of its own" in done.stderr
+    assert not mark.exists()
 
 
 def pickle_as_adapter(folder: Path, mark: Path) -> None:
@@ -334,12 +329,6 @@ def test_a_panic_of_the_tokenizer_is_an_error_like_others(served, changes):
         Classifier.load(served).predict([f"a wonderful {'a' * 60}!"])
 
 
-def test_a_panic_under_transformers_is_an_error_too(folder):
-    """The same file, read by another library on the way."""
-    edit_json(folder / "tokenizer.json", **PANICS["when it is read"])
-    assert "tokenizer" in refusals(folder)
-
-
 @pytest.mark.parametrize("output", ["text", "sequence", "int", "one"])
 def test_a_graph_that_gives_no_logits_is_refused(graph_folder, output):
     """One row for all texts was taken for the answer to each; other kinds ended in a traceback."""
@@ -349,29 +338,21 @@ def test_a_graph_that_gives_no_logits_is_refused(graph_folder, output):
 
 SETTINGS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     ("architectures a number", "config.json", {"architectures": 5}, ("architectures must be",)),
-    ("architectures of numbers", "config.json", {"architectures": [5]}, ("architectures must be",)),
     ("a problem that is a list", "config.json", {"problem_type": ["regression"]}, ("problem_type must be",)),
     ("labels that are a list", "config.json", {"id2label": ["a", "b"]}, ("id2label must be",)),
     ("labels from 1", "config.json", {"id2label": {"1": "a", "2": "b"}}, ("id2label must name the columns 0 to n-1",)),
-    ("an unknown problem", "config.json", {"problem_type": "ranking"}, ("problem_type must be one of",)),
-    ("labels that are objects", "config.json", {"id2label": {"0": {}, "1": "b"}}, ("id2label must name",)),
     ("equal labels", "config.json", {"id2label": {"0": "a", "1": "a"}}, ("two labels named 'a'",)),
-    ("equal once written", "config.json", {"id2label": {"0": 1, "1": "1"}}, ("two labels named '1'",)),
     ("half a character", "config.json", {"id2label": {"0": "\ud800", "1": "b"}}, ("config.json is damaged",)),
     ("a padding list", "config.json", {"pad_token_id": [0]}, ("pad_token_id must be",)),
     ("a padding beyond the words", "config.json", {"pad_token_id": 99999}, ("pad_token_id 99999",)),
     ("no room for tokens", "config.json", {"max_position_embeddings": 2}, ("leaves room for 2 tokens",)),
     ("a temperature that is text", "config.json", {"kdlora_temperature": "1"}, ("kdlora_temperature",)),
-    ("an endless temperature", "config.json", {"kdlora_temperature": 10**400}, ("kdlora_temperature",)),
     ("a temperature of nothing", "config.json", {"kdlora_temperature": 1e-300}, ("kdlora_temperature",)),
     ("a reading length that is text", "config.json", {"kdlora_max_length": "9"}, ("kdlora_max_length must be",)),
     ("a task that is text", "config.json", {"kdlora_task": "x"}, ("kdlora_task must be",)),
-    ("a task of numbers", "config.json", {"kdlora_task": {"text": [1]}}, ("kdlora_task must be",)),
     ("a task of three texts", "config.json", {"kdlora_task": {"text": ["a", "b", "c"]}}, ("kdlora_task must be",)),
     ("a length that is text", "kdlora_export.json", {"max_length": "9"}, ("max_length must be",)),
-    ("an endless length", "kdlora_export.json", {"max_length": 10**30}, ("max_length must be",)),
     ("hashes that are a list", "kdlora_export.json", {"sha256": ["x"]}, ("sha256 must be",)),
-    ("a hash that is a number", "kdlora_export.json", {"sha256": {"model.onnx": 1}}, ("sha256 must be",)),
     ("a limit that is text", "tokenizer_config.json", {"model_max_length": "9"}, ("model_max_length must be",)),
     ("a padding that is a number", "tokenizer_config.json", {"pad_token": 5}, ("pad_token must be",)),
 ]
@@ -391,13 +372,11 @@ def test_settings_of_a_wrong_type_are_named(served, file, changes, expected):
     [
         ({"architectures": [5]}, {}),
         ({"problem_type": ["x"]}, {}),
-        ({"id2label": ["a"]}, {}),
         ({"num_labels": 10**12}, {}),
         ({"pad_token_id": "zero"}, {}),
         ({"kdlora_task": {"kind": ["x"]}}, {}),
         ({}, {"model_max_length": "long"}),
         ({}, {"model_input_names": 7}),
-        ({}, {"pad_token": {"content": 1}}),
     ],
 )
 def test_settings_of_a_model_to_train_are_named_alike(folder, config, tokenizer):
@@ -489,15 +468,11 @@ def test_a_new_temperature_is_part_of_the_export(exported):
 CARDS = {
     "no date": ("license: apache-2.0\ndate: 2024-99-99", "apache-2.0"),
     "deep": ("license: mit\nx: " + "[" * 50_000, None),
-    "deep and long": ("x: " + "[" * 50_000 + "]" * 50_000 + "\nlicense: mit", None),
     "a loop": ("license: &a\n- *a", None),
     "markup": ("license: <img src=x onerror=alert(1)>", None),
     "code": ("license: '`x` | [y](http://192.0.2.1)'", None),
-    "two lines": ('license: "mit\\n# Title"', None),
-    "a number": ("license: 0x10", "0x10"),
     "an object": ("license: !!python/object/apply:os.system [true]", None),
     "long": ("license: " + "a" * 500, None),
-    "broken": ("license: [broken", None),
     "usual": ("language: en\nlicense: cc-by-nc-sa-4.0", "cc-by-nc-sa-4.0"),
 }
 
@@ -532,10 +507,8 @@ HOSTILE_ROWS: dict[str, tuple[str, str, str]] = {
     "deep JSON": ("rows.jsonl", '{{"text": {deep}}}\n{{"text": "good"}}\n', "nested too deep"),
     "an endless number": ("rows.jsonl", '{{"text": {digits}}}\n{{"text": "good"}}\n', "not JSON"),
     "a long line of text": ("rows.txt", "{long}\ngood\n", "longer than 100,000 characters"),
-    "a long line of JSON": ("rows.jsonl", '{{"text": "{long}"}}\n{{"text": "good"}}\n', "longer than 100,000"),
     "a long line of CSV": ("rows.csv", "text,b\n{long},1\ngood,1\n", "longer than 100,000"),
     "a line of many commas": ("rows.csv", "text,b\n{commas}\ngood,1\n", "longer than 100,000"),
-    "a long line of TSV": ("rows.tsv", "text\tb\n{long}\t1\ngood\t1\n", "longer than 100,000"),
 }
 
 
@@ -575,7 +548,8 @@ import resource, sys
 from kdlora.data.read import open_file
 from kdlora.errors import DataError
 source = open_file(sys.argv[1], "data.train")
-resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
 try:
     source.read(("text",))
 except DataError as refusal:
@@ -607,24 +581,6 @@ def test_metadata_of_a_parquet_file_are_no_traceback(tmp_path, metadata):
     pq.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(DataError, match="metadata 'huggingface'"):
         open_file(tmp_path / "x.parquet", "data.train").read(("text", "label"))
-
-
-def test_label_names_of_a_parquet_file_are_read(tmp_path):
-    """The check must not cost what it checks."""
-    from datasets import ClassLabel, Dataset, Features, List, Value
-
-    names = ClassLabel(names=["bad", "good"])
-    features = Features({"text": Value("string"), "label": names, "labels": List(names)})
-    Dataset.from_dict({"text": ["a"], "label": [1], "labels": [[0, 1]]}, features).to_parquet(tmp_path / "x.parquet")
-    found = open_file(tmp_path / "x.parquet", "data.train").read(("text", "label", "labels")).class_names
-    assert found == {"label": ("bad", "good"), "labels": ("bad", "good")}
-
-
-def test_two_columns_of_one_name_are_refused_in_predict(served, tmp_path):
-    """Of two texts the second was answered, and nobody was told."""
-    (tmp_path / "rows.csv").write_text("text,text\nmeant,not meant\n")
-    with pytest.raises(DataError, match="two columns 'text'"):
-        predict_file(Classifier.load(served), tmp_path / "rows.csv", tmp_path / "x.csv")
 
 
 def test_a_damaged_page_of_parquet_is_no_traceback(served, tmp_path):
@@ -684,9 +640,7 @@ def test_a_saved_data_set_reads_its_own_files(tmp_path):
     with pytest.raises(DataError, match=r"state\.json"):
         open_saved(tmp_path / "secret")
 
-
-def test_stored_logits_are_read_from_their_own_folder(tmp_path):
-    """The manifest of the teacher's logits names files as well."""
+    # The manifest of the teacher's logits names files as well.
     shard = {"file": "../secret.parquet", "sha256": "", "truncated": 0}
     fields = {
         "fingerprint": "",
@@ -762,6 +716,12 @@ def test_a_config_that_computes_nothing_is_no_traceback(folder, changes):
     edit_json(folder / "config.json", **changes)
     with pytest.raises(ModelError):
         Classifier.load(folder).predict(["a wonderful film", "x " * 100])
+
+
+def test_a_panic_under_transformers_is_an_error_too(folder):
+    """The same file, read by another library on the way."""
+    edit_json(folder / "tokenizer.json", **PANICS["when it is read"])
+    assert "tokenizer" in refusals(folder)
 
 
 @pytest.mark.parametrize("changes", [{"problem_type": "x"}, {"id2label": {"0": "a", "1": "b", "2": "a"}}])

@@ -1,7 +1,5 @@
 """A small suite, and the folder of one that was carried out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import pytest
 
 from experiments import Workshop
-from tiny import task
+from tiny import save_classifier
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +54,4 @@ def suite_folder(finished_suite, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def fine_tuned(tiny_model_folder, tmp_path_factory) -> Path:
     """A classifier as an experiment keeps its teacher; its weights are random."""
-    from kdlora.models.encoders import load_encoder, save_encoder
-
-    encoder = load_encoder(str(tiny_model_folder("bert")), task(), seed=3)
-    encoder.model.config.kdlora_task = task().to_dict()
-    folder = tmp_path_factory.mktemp("label-model") / "teacher"
-    save_encoder(encoder, folder)
-    return folder
+    return save_classifier(tiny_model_folder("bert"), tmp_path_factory.mktemp("label-model") / "teacher")

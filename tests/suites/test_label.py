@@ -1,7 +1,5 @@
 """Teacher logits for collections: every row once, whatever happens on the way."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -35,8 +33,6 @@ from kdlora.models.encoders import load_encoder, load_fine_tuned, save_encoder
 from kdlora.system.storage import hold_lock
 from sentences import tagged_rows, write_conll, write_words
 from tiny import sentiment_rows, task, write_csv
-
-pytest_plugins = ["experiment_fixtures"]
 
 TASK = task()
 
@@ -241,7 +237,7 @@ def test_ids_are_unique_over_all_files(model, tmp_path):
         open_collection(tmp_path / "double")
 
 
-def test_double_ids_are_found_in_parts(tmp_path):
+def test_double_ids_are_found_in_parts(tmp_path, texts):
     """The ids of a hundred million rows do not fit in memory; two that are equal may lie in any two files."""
     files = []
     for number in range(4):
@@ -252,9 +248,7 @@ def test_double_ids_are_found_in_parts(tmp_path):
     with pytest.raises(DataError, match=r"the id 'id-7' occurs more than once \(0\.parquet, 3\.parquet\)"):
         refuse_double_ids(files, most_hashes=40)
 
-
-def test_reading_from_a_row_on(texts):
-    """A resumed file must go on with the very next row, across row groups too."""
+    # A resumed file must go on with the very next row, across row groups too.
     columns = Columns(None, None, "id", 1000)
     for name in ("a.parquet", "b.jsonl", "c.csv"):
         whole = list(RowReader(texts / name, columns))
@@ -336,16 +330,6 @@ def test_a_collection_of_other_weights_is_refused(model, workshop, texts, tiny_m
     )
     with pytest.raises(ArtifactError, match="was labelled with other weights"):
         label_training_rows(config, ExperimentLayout(tmp_path / "experiment"))
-
-
-def test_the_command(cli, model, texts, tmp_path):
-    """The verb is one call; its exit status is the user's when the input is."""
-    done = cli("label", model, texts / "b.jsonl", "--to", tmp_path / "out", "--json")
-    assert done.code == 0
-    assert json.loads(done.out)["rows"] == 30
-    refused = cli("label", model, texts / "b.jsonl", "--to", tmp_path / "out", "--max-length", "9")
-    assert refused.code == 2
-    assert "the longest input (max_length) changed" in refused.err
 
 
 def test_who_has_just_taken_the_lock_is_named(tmp_path):

@@ -1,7 +1,5 @@
 """Suite, search and labelling on a real Ray of this machine, a node or a worker killed on the way."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time
@@ -22,7 +20,6 @@ from kdlora.searchconfig import Resources
 from tiny import sentiment_rows
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-pytest_plugins = ["experiment_fixtures"]
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),

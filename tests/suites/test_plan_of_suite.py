@@ -1,12 +1,20 @@
-"""Which runs a suite plans, and which of them it shares."""
+"""What a suite file may say, which runs it plans and shares, and how long they will take."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import yaml
 
+from kdlora.data.tasks import GLUE
+from kdlora.errors import ConfigError
 from kdlora.experiment.plan import make_plan
-from kdlora.experiment.settle import Chosen
-from kdlora.experiment.suitefile import build_suite, load_suite
+from kdlora.experiment.preview import ADAPTERS, FULL, RUN_SECONDS
+from kdlora.experiment.recording import TaskFacts
+from kdlora.experiment.settle import Chosen, ModelLook
+from kdlora.experiment.suite import check_size, estimate, run_suite
+from kdlora.experiment.suitefile import build_suite, configurations, load_suite, save_suite
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -46,19 +54,11 @@ def test_nothing_is_made_twice():
     assert [run.key for run in cells[0]["fft"].runs] == [run.key for run in cells[1]["fft"].runs]
     assert not {run.key for run in cells[0]["kd-lora"].runs} & {run.key for run in cells[1]["kd-lora"].runs}
 
-
-def test_a_distilled_arm_plans_its_teachers():
-    """Without `fft` among the arms, its students would wait for a teacher that nobody trains."""
+    # Without `fft` among the arms, its students would wait for a teacher that nobody trains.
     found = plan(arms=["kd-lora"], seeds=[3, 4])
     assert [(run.seed) for run in arms(found, "fft")] == [3, 3]
     assert plan(arms=["student-lora"]).teachers == {}
     assert [len(group) for group in plan(teacher="first").teachers.values()] == [1, 1, 1, 1]
-
-
-def test_teachers_come_before_their_students():
-    """The order of the plan is the order of the serial engine."""
-    order = [run.arm for run in plan(arms=["kd-lora", "fft"]).runs() if run.task == "cola"]
-    assert order.index("fft") < order.index("kd-lora")
 
 
 def test_a_folder_names_what_decides_the_figures():
@@ -71,9 +71,7 @@ def test_a_folder_names_what_decides_the_figures():
     assert {key for key in changed & base if "/fft-" not in key} == set()
     assert {key for key in changed if "/fft-" in key} == {key for key in base if "/fft-" in key}
 
-
-def test_settings_that_an_arm_does_not_use_are_not_its_own():
-    """A control labelled "alpha 0.1" claims a distillation that it never had."""
+    # A control labelled "alpha 0.1" claims a distillation that it never had.
     assert {key for run in arms(plan(), "student-lora") for key, _ in run.settings} == {"lora.rank"}
     assert {key for run in arms(plan(), "kd-lora") for key, _ in run.settings} == {"lora.rank", "distil.alpha"}
 
@@ -115,3 +113,128 @@ def test_an_open_max_length_is_filled_in_for_all_arms_alike():
     assert configs["fft"].teacher.train.max_length == configs["kd-lora"].teacher.train.max_length == 40
     assert {configs[arm].student.train.max_length for arm in ("lora", "kd-lora", "student-lora")} == {96}
     assert {run.config.teacher.train.max_length for run in found.runs() if run.task != "cola"} == {None}
+
+
+FACTS = {
+    name: TaskFacts(GLUE[name].task.to_dict(), {}, {"train": rows}, ()) for name, rows in (("cola", 1000), ("rte", 500))
+}
+LENGTHS = np.array([4, 6])  # five tokens a text
+LOOKS = {"teacher": ModelLook(LENGTHS, 128, 768, seconds=1e-4), "student": ModelLook(LENGTHS, 128, 384, seconds=1e-5)}
+TWO, FOUR = ({"epochs": epochs, "learning_rate": 1e-3, "max_length": 128} for epochs in (2, 4))
+
+
+def guess(tasks, seconds=()):
+    """Estimate a suite of which the runs of the first task took some seconds."""
+    values = {
+        "name": "s",
+        "tasks": tasks,
+        "families": {"own": {"teacher": {"model": "large"}, "student": {"model": "small"}}},
+        "config": {"data": {"path": "x/y"}, "teacher": {"train": TWO}, "student": {"train": FOUR}},
+        "arms": ["fft", "student-lora"],
+    }
+    plan = make_plan(build_suite(values))
+    records = {
+        run.key: SimpleNamespace(
+            train_seconds=each, started="2026-01-01T00:00:00+00:00", finished=f"2026-01-01T00:00:{each + 5:02.0f}+00:00"
+        )
+        for run, each in zip(plan.runs(), seconds, strict=False)
+    }
+    return estimate(plan, records, FACTS, {(task, "own"): LOOKS for task in tasks})
+
+
+def test_finished_runs_tell_how_long_others_like_them_take():
+    """An estimate from a data sheet, where a measurement lies beside it, is off by a factor."""
+    found = guess(["cola", "rte"], seconds=(20.0, 8.0))
+    # RTE has half the rows, texts of the same length, and the same five seconds beside the training.
+    assert found.seconds == pytest.approx(10.0 + 4.0 + 2 * 5.0)
+    assert (found.measured, found.runs) == (2, 2)
+
+    # The first question is asked before anything has run.
+    found = guess(["cola"])
+    expected = 1000 * 5.0 * (2 * FULL * 1e-4 + 4 * ADAPTERS * 1e-5)
+    assert found.seconds == pytest.approx(expected + 2 * RUN_SECONDS)
+    assert found.measured == 0
+
+
+GLUE = {"name": "s", "tasks": ["cola", "SST-2"], "families": ["bert", "roberta"], "config": {"data": {"path": "x/y"}}}
+
+
+def suite(**changes):
+    return build_suite(GLUE | changes)
+
+
+def test_names_stand_for_sections():
+    """The benchmark's own spelling of a task must not become a second task."""
+    found = suite()
+    assert found.tasks == {"cola": {"task": {"name": "cola"}}, "sst2": {"task": {"name": "sst2"}}}
+    assert found.families["roberta"] == {"family": "roberta"}
+
+    # One teacher for every task of a suite would be the teacher of the wrong labels.
+    with pytest.raises(ConfigError, match="a suite trains its teachers"):
+        make_plan(suite(config={"data": {"path": "x/y"}, "teacher": {"fine_tuned": "somewhere"}}))
+
+    # Among thousands of configurations, "rank: greater than 0" alone helps nobody.
+    with pytest.raises(ConfigError, match=r"(?s)s: cola, bert, lora.*lora\.rank"):
+        make_plan(suite(grids={"adapters": {"lora.rank": [8, 0]}}))
+    with pytest.raises(ConfigError, match=r"lora\.rnak: unknown key. Did you mean 'rank'"):
+        make_plan(suite(grids={"adapters": {"lora.rnak": [8]}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"tasks": ["cloa"]}, "unknown task 'cloa'.*Did you mean 'cola'"),
+        ({"tasks": ["ax"]}, "ax.*no training data"),
+        ({"families": ["rberta"]}, "unknown family 'rberta'.*Did you mean 'roberta'"),
+        ({"arms": ["kdlora"]}, "arms.0: input should be 'words', .*, got 'kdlora'. Did you mean 'kd-lora'"),
+        ({"tasks": ["sst2", "SST-2"]}, "'sst2' stands twice, so two runs would share one folder"),
+        ({"families": {"a/b": {}}}, "cannot name a folder"),
+        ({"seeds": [1, 1]}, "seeds holds a value twice, so two runs would share one folder"),
+        ({"grids": {"adapters": {"lora.rank": [8, 8]}}}, "stands twice, so two runs would share one folder"),
+        ({"grids": {"adapters": {"lora.rank": 8}}}, "expected a list of values, got 8"),
+        ({"config": {"data": {"path": "x"}, "run": {"seeds": [1]}}}, "set `seeds` at the top level"),
+    ],
+)
+def test_faults_are_told(changes, expected):
+    """A slip that passes costs a week of wrong runs."""
+    with pytest.raises(ConfigError, match=f"(?s){expected}"):
+        suite(**changes)
+
+
+def test_a_huge_grid_asks_first(tmp_path):
+    """A slip of the pen in a grid must show before it fills a disk or a cluster's queue."""
+    grids = {"adapters": {"lora.rank": list(range(1, 1001)), "lora.alpha": list(range(1, 126))}}
+    huge = suite(grids=grids, arms=["lora", "kd-lora"])
+    assert huge.count_runs() == 1_000_000
+    with pytest.raises(ConfigError, match=r"1,000,000 runs .* add --yes"):
+        run_suite(huge, tmp_path / "suite")
+    assert not (tmp_path / "suite").exists()
+    check_size(huge, confirmed=True)
+
+
+def test_axes_multiply_and_joint_settings_stay_together():
+    """A grid that is read otherwise than it was written runs other configurations than the table claims."""
+    grid = [{"lora.rank": [8, 16]}, [{"lora.alpha": 16, "lora.dropout": 0.0}, {"lora.alpha": 32, "lora.dropout": 0.1}]]
+    found = list(configurations(suite(grids={"adapters": grid}).grids.adapters))
+    assert found == [
+        {"lora.rank": 8, "lora.alpha": 16, "lora.dropout": 0.0},
+        {"lora.rank": 8, "lora.alpha": 32, "lora.dropout": 0.1},
+        {"lora.rank": 16, "lora.alpha": 16, "lora.dropout": 0.0},
+        {"lora.rank": 16, "lora.alpha": 32, "lora.dropout": 0.1},
+    ]
+    assert list(configurations(())) == [{}]
+
+
+def test_paths_resolve_where_they_were_written(tmp_path, monkeypatch):
+    """A saved suite that is carried out from another folder must read the same data."""
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "glue").mkdir()
+    file = tmp_path / "suites" / "s.yaml"
+    file.write_text(yaml.safe_dump(GLUE | {"config": {"data": {"path": "../glue"}}}), encoding="utf-8")
+    loaded = load_suite(file)
+    assert loaded.config["data"]["path"] == str(tmp_path / "glue")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_suite(file, ["config.data.path=./other"]).config["data"]["path"] == str(tmp_path / "other")
+    again = build_suite(yaml.safe_load(save_suite(loaded)), base=tmp_path / "other")
+    assert again == loaded

@@ -1,18 +1,16 @@
 """Searches: what they may see, how they resume and share, what they leave."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from datasets import Dataset
 
+from experiments import read_rows
 from kdlora.configfile import build_search, load_config, load_search
 from kdlora.data.load import load_splits
 from kdlora.distil.trainer import ProgressEvent
@@ -23,8 +21,6 @@ from kdlora.experiment.study import ask, check_space, counted_trials, grid_of, s
 from kdlora.experiment.trial import hold_out, load_held_out, train_trial
 from kdlora.searchconfig import SearchConfig
 from tiny import write_csv
-
-pytest_plugins = ["experiment_fixtures"]
 
 SPACE = {"student.train.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "lora.rank": [2, 4]}
 
@@ -62,18 +58,6 @@ def test_the_search_never_sees_the_reported_rows(search_of):
     assert rows_per_epoch(held) == rows_per_epoch(splits) == 64
 
 
-def test_a_journal_is_locked_without_a_link(search_of, tmp_path, monkeypatch):
-    """While a journal is locked by a link, or for good after a kill, a second process refuses the folder."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a link was made")
-
-    monkeypatch.setattr("os.symlink", refuse)
-    config, settings = search_of()
-    begin_search(config, settings, tmp_path / "found").study()
-    assert (tmp_path / "found" / "journal.log").stat().st_size
-
-
 def test_nothing_of_a_held_out_text_is_learnt(workshop, tmp_path):
     """Copies made before the rows are held out carry halves and words of the texts that judge the trial."""
     words = [f"w{row}" for row in range(40)]
@@ -98,14 +82,9 @@ def test_nothing_of_a_held_out_text_is_learnt(workshop, tmp_path):
 
 def test_labels_of_the_reported_rows_change_nothing(search_of, workshop, tmp_path):
     """The proof by experiment: false labels in the validation file must leave the trials' scores as they are."""
-    flipped = tmp_path / "validation.csv"
     swap = {"positive": "negative", "negative": "positive"}
-    with workshop.validation.open(encoding="utf-8", newline="") as source:
-        rows = [{**row, "label": swap[row["label"]]} for row in csv.DictReader(source)]
-    with flipped.open("w", encoding="utf-8", newline="") as target:
-        writer = csv.DictWriter(target, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = [{**row, "label": swap[row["label"]]} for row in read_rows(workshop.validation)]
+    flipped = write_csv(tmp_path / "validation.csv", rows)
     histories = []
     for number, validation in enumerate((workshop.validation, flipped)):
         config, settings = search_of({"lora.rank": [2]}, {"data": {"validation": str(validation)}}, trials=1)
@@ -129,16 +108,20 @@ def test_a_search_leaves_a_config_a_report_and_all_trials(finished_search, works
     assert [line["epochs"] for line in lines] == ["2"] * 3
 
 
-def test_a_second_call_goes_on_where_the_first_ended(finished_search, workshop, tmp_path):
-    """A search that forgets its trials repeats hours, and its sampler learns from nothing."""
-    folder = shutil.copytree(finished_search.folder, tmp_path / "search", copy_function=shutil.copy2)
+def test_a_second_call_goes_on_where_the_first_ended(cli, finished_search, workshop, tmp_path):
+    """A search that forgets its trials repeats hours; exit status and best settings are what a script reads."""
+    folder, file = tmp_path / "search", tmp_path / "config.yaml"
+    shutil.copytree(finished_search.folder, folder, copy_function=shutil.copy2)
     values = workshop.values({"student": {"train": {"epochs": 2, "batch_size": 8}}})
-    config, settings = build_search(values | {"search": {"space": SPACE, "trials": 4}})
+    file.write_text(yaml.safe_dump(values | {"search": {"space": SPACE, "trials": 4}}), encoding="utf-8")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/trial.json")}
-    result = run_search(config, settings, folder)
-    assert result.finished == 4
+    found = cli("search", file, "--out", folder)
+    assert found.code == 0, found.err
+    assert "4 trials finished, 0 pruned, 0 failed" in found.out
+    assert f"lora.rank: {load_config(folder / 'best.yaml').lora.rank}" in found.out
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(list(folder.glob("trials/*/trial.json"))) == 4
+    assert cli("search", file, "--out", tmp_path / "s", "--set", "search.space=[]").code == 2
 
 
 def test_processes_share_the_trials(search_of, tmp_path):
@@ -218,10 +201,13 @@ def test_a_training_stops_when_it_is_asked_to(search_of, tmp_path):
     assert result.score is None
 
 
-def test_a_damaged_journal_is_told(search_of, tmp_path):
+def test_a_journal_is_locked_without_a_link_and_told_where_damaged(search_of, tmp_path, monkeypatch):
     """Optuna's traceback of a hundred lines hides the four words that matter."""
     config, settings = search_of()
+    monkeypatch.setattr("os.symlink", lambda *_, **__: pytest.fail("locked by a link, for good after a kill"))
     run = begin_search(config, settings, tmp_path / "s")
+    run.study()
+    assert (run.folder / "journal.log").stat().st_size
     (run.folder / "journal.log").write_text("mine\n", encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"journal\.log is damaged"):
         run_search(config, settings, run.folder)
@@ -233,10 +219,8 @@ def test_a_damaged_journal_is_told(search_of, tmp_path):
         ({}, "there is nothing to search"),
         ({"lora.rnak": [1]}, "lora.rnak: unknown key. Did you mean 'rank'"),
         ({"lora.rank": [0]}, "lora.rank: input should be greater than or equal to 1"),
-        ({"distil.alpha": {"low": 0, "high": 2.0}}, "distil.alpha: input should be less than or equal to 1"),
         ({"run.seeds": [[0]]}, "run.seeds: a search is over keys of teacher"),
         ({"lora.rank": [8, 8]}, "lora.rank: 8 stands twice"),
-        ({"lora.rank": 8}, "expected a list of values"),
         ({"lora.dropout": {"low": 0.0, "high": 0.1, "log": True}}, "a logarithmic range starts above 0"),
         ({"lora.dropout": {"low": 0.2, "high": 0.1}}, "low 0.2 is above high 0.1"),
     ],
@@ -247,7 +231,7 @@ def test_a_space_that_cannot_be_searched_is_refused(search_of, space, expected):
         check_space(*search_of(space))
 
 
-def test_spaces_are_read_as_they_are_written():
+def test_spaces_are_read_as_they_are_written(workshop, tmp_path):
     """A rank of 8.0, or a list that Optuna cannot keep, would fail far from the file that says it."""
     search = SearchConfig(
         space={
@@ -263,9 +247,7 @@ def test_spaces_are_read_as_they_are_written():
     assert point == {"lora.rank": 2, "lora.targets": ["query"], "distil.alpha": 0.0}
     assert grid_of(search.model_copy(update={"trials": 23})) is None
 
-
-def test_a_config_may_carry_its_search(workshop, tmp_path):
-    """`kdlora run` must take the same file, and the search must not become part of the experiment."""
+    # `kdlora run` must take the same file, and the search must not become part of the experiment.
     values = workshop.values() | {"search": {"space": {"lora.rank": [2, 4]}, "trials": 7}}
     file, space = tmp_path / "config.yaml", tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -276,16 +258,3 @@ def test_a_config_may_carry_its_search(workshop, tmp_path):
     assert (found.trials, found.space["lora.rank"].values) == (9, (16,))
     with pytest.raises(ConfigError, match=r"search: 1 fault\n  - trails: unknown key. Did you mean 'trials'"):
         load_search(file, ["search.trails=9"])
-
-
-def test_the_command_line_searches(cli, workshop, tmp_path):
-    """The exit status and the best settings are what a script reads."""
-    file = tmp_path / "config.yaml"
-    values = workshop.values({"student": {"train": {"epochs": 1, "batch_size": 8}}})
-    file.write_text(yaml.safe_dump(values | {"search": {"space": {"lora.rank": [2]}}}), encoding="utf-8")
-    found = cli("search", file, "--out", tmp_path / "s")
-    assert found.code == 0, found.err
-    assert "1 trials finished, 0 pruned, 0 failed" in found.out
-    assert "lora.rank: 2" in found.out
-    assert Path(tmp_path / "s" / "best.yaml").is_file()
-    assert cli("search", file, "--out", tmp_path / "s", "--set", "search.space=[]").code == 2

@@ -1,7 +1,5 @@
 """The tables of a suite, from records whose figures are known."""
 
-from __future__ import annotations
-
 import csv
 import re
 import statistics
@@ -83,9 +81,7 @@ def test_a_figure_is_the_median_of_the_best_configurations(tmp_path):
     assert found.sd == pytest.approx(statistics.stdev([88.0, 88.5, 86.0, 86.5]))
     assert (found.configurations, found.failed, found.missing) == (3, 0, 0)
 
-
-def test_mnli_has_two_rows_of_its_own_figures(tmp_path):
-    """Ten rows are nine trainings; the mean of matched and mismatched in both rows would look right."""
+    # Ten rows are nine trainings; the mean of matched and mismatched in both rows would look right.
     plan = small_plan()
     figures = SuiteFigures(plan, made(plan), tmp_path)
     assert [row.title for row in figures.rows] == ["CoLA", "MNLI-m", "MNLI-mm"]
@@ -167,9 +163,7 @@ def test_the_headline_is_not_ruled_by_a_row_where_the_teacher_learnt_nothing(tmp
     lead = (tmp_path / "suite.md").read_text(encoding="utf-8")
     assert "KD-LoRA keeps **90.0%** of its teacher’s score (45.0 of 50.0, means of the rows below)" in lead
 
-
-def test_nothing_is_below_zero_that_rounds_to_it(tmp_path):
-    """Matthews of a model that learnt nothing is often a hair below zero, and stood in the table as -0.0."""
+    # Matthews of a model that learnt nothing is often a hair below zero, and stood in the table as -0.0.
     plan = small_plan(tasks=["cola"])
     write_tables(plan, tmp_path, {run.key: record(run, -0.02) for run in plan.runs()})
     for name in ("suite.md", "table1.tex"):
@@ -237,24 +231,20 @@ def test_every_link_leads_to_a_record(tmp_path):
     assert "curve" in page
 
 
-def test_claims_of_the_paper_are_refused_in_a_suite():
-    """A key that is read and then forgotten."""
-    with pytest.raises(ConfigError, match=r"config\.report\.paper: a suite's tables have.*Delete the key"):
-        small_plan(config={"data": {"path": "x/y"}, "report": {"paper": True}})
-    for section, key in (("defer", "error"), ("export", "thresholds")):
-        with pytest.raises(ConfigError, match=rf"config.{section}.{key}: a suite ships nothing"):
-            small_plan(config={"data": {"path": "x/y"}, section: {key: 0.1}})
-
-
 def test_tables_of_nothing_can_be_written(tmp_path):
     """Ctrl-C in the first minute must leave a page, not a traceback over the reason."""
     write_tables(small_plan(), tmp_path, {})
     assert "0 of" in (tmp_path / "suite.md").read_text(encoding="utf-8")
 
-
-def test_texts_are_harmless_in_every_format():
-    """A model's name can break a table, or run as a spreadsheet's formula."""
+    # A model's name can break a table, or run as a spreadsheet's formula.
     latex = to_latex(Table("", ("a_b", "%"), ((r"50% {x} \y", Cell("−2.0\u00a0±\u00a01")),)))
     assert r"a\_b & \% \\" in latex
     assert r"50\% \{x\} \textbackslash y & -2.0 ± 1 \\" in latex
     assert to_csv([["=1+1", "-x", -1.5, None, 'say "a, b"']]) == '\'=1+1,\'-x,-1.5,,"say ""a, b"""\n'
+
+    # A key that is read and then forgotten.
+    with pytest.raises(ConfigError, match=r"config\.report\.paper: a suite's tables have.*Delete the key"):
+        small_plan(config={"data": {"path": "x/y"}, "report": {"paper": True}})
+    for section, key in (("defer", "error"), ("export", "thresholds")):
+        with pytest.raises(ConfigError, match=rf"config.{section}.{key}: a suite ships nothing"):
+            small_plan(config={"data": {"path": "x/y"}, section: {key: 0.1}})

@@ -1,7 +1,5 @@
 """Tasks of tokens in collections, searches and suites."""
 
-from __future__ import annotations
-
 import pytest
 
 from kdlora.configfile import build_search
@@ -15,9 +13,6 @@ from kdlora.experiment.suite import run_suite
 from kdlora.experiment.suitefile import build_suite
 from kdlora.models.encoders import load_encoder, save_encoder
 from sentences import tagged_rows, write_conll
-
-pytest_plugins = ["experiment_fixtures"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it
 
 TRAIN = {"epochs": 1, "batch_size": 8, "learning_rate": 5e-3}
 

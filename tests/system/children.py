@@ -1,7 +1,5 @@
 """Functions that the tests run in a process of their own."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

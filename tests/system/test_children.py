@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import errno
 import importlib
 import os
@@ -88,6 +86,10 @@ def test_messages_arrive_in_order():
     done = run_in_child(children.count, 3, on_message=heard.append)
     assert heard == [(0, 3), (1, 3), (2, 3), "done"]
     assert done == "counted"
+
+    # The child would fail with a pickle error that names neither the cause nor the cure.
+    with pytest.raises(ValueError, match="top of an importable module"):
+        run_in_child(lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_temporary_files_of_children_go(tmp_path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_childs_log_follows_the_level_of_the_caller():
+def test_a_childs_log_follows_the_level_of_the_caller(tmp_path):
     """A log that says nothing of the stages proves nothing, and helps nobody to find a fault."""
     script = (
         "import logging, children\nfrom kdlora.system.children import run_in_child\n"
@@ -239,6 +241,14 @@ def test_a_childs_log_follows_the_level_of_the_caller():
     )
     said = [run("-c", script.format(level=level)).communicate()[1] for level in ("INFO", "WARNING")]
     assert said == ["heard from the child\n", ""]
+
+    # Multiprocessing's children import the main script; a user's script would run over and over.
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('started')\nimport children\nfrom kdlora.system.children import run_in_child\n"
+        "print(run_in_child(children.allocate, 1))\n"
+    )
+    assert run(str(script)).communicate()[0].split() == ["started", "1"]
 
 
 def test_a_killed_parent_takes_its_child_along(tmp_path):
@@ -251,22 +261,6 @@ def test_a_killed_parent_takes_its_child_along(tmp_path):
         child = int(parent.stdout.readline())
         parent.kill()
     assert _is_gone(child)
-
-
-def test_a_plain_script_without_a_guard_does_not_start_itself_again(tmp_path):
-    """Multiprocessing's children import the main script; a user's script would run over and over."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "print('started')\nimport children\nfrom kdlora.system.children import run_in_child\n"
-        "print(run_in_child(children.allocate, 1))\n"
-    )
-    assert run(str(script)).communicate()[0].split() == ["started", "1"]
-
-
-def test_a_function_that_no_other_process_finds_is_refused():
-    """The child would fail with a pickle error that names neither the cause nor the cure."""
-    with pytest.raises(ValueError, match="top of an importable module"):
-        run_in_child(lambda: None)
 
 
 def _is_gone(process: int) -> bool:

@@ -11,7 +11,6 @@ import yaml
 
 from kdlora.evidence.records import ExperimentLayout, read_record
 
-pytest_plugins = ["experiment_fixtures"]
 GUARD = Path(__file__).parents[1] / "guard"
 
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -10,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from fabricate import make_record
+from kdlora.errors import ArtifactError
 from kdlora.evidence.records import read_record, write_record
 from kdlora.system import storage
-from kdlora.system.ownership import MANIFEST, claim_folder, owned_name, remove_abandoned
+from kdlora.system.ownership import MANIFEST, claim_folder, owned_name, remove, remove_abandoned
 from kdlora.system.storage import atomic_file, atomic_folder, write_json_atomic, write_text_atomic
 
 
@@ -24,6 +23,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         _write_and_stop(temporary)
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+    # The platform's encoding, or a temporary file's mode, would make folders unreadable for others.
+    write_json_atomic(tmp_path / "deep" / "a.json", {"é": [1, float("inf")], "path": Path("x/y")})
+    raw = (tmp_path / "deep" / "a.json").read_bytes()
+    assert "é".encode() in raw
+    assert json.loads(raw) == {"é": [1, None], "path": "x/y"}
+    with pytest.raises(TypeError):
+        write_json_atomic(tmp_path / "b.json", {"x": object()})
+    (tmp_path / "c.txt").write_text("x")
+    assert (tmp_path / "deep" / "a.json").stat().st_mode == (tmp_path / "c.txt").stat().st_mode
 
 
 def test_a_full_disk_is_told_and_leaves_no_part(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -108,26 +117,21 @@ def test_everything_that_is_abandoned_below_a_folder_goes(tmp_path):
         f".e.tmp-{'0' * 12}-1-1-{end}": True,  # of another machine or container, old
         ".f.tmp": False,
         f"g.tmp-{place}-999999999-0-{end}": False,  # not ours: ours are hidden
+        ".archive.tmp-2023-10-31-backup": False,  # of the user's, like the next ones
+        f".a.tmp-{place}-²-0-{end}": False,
+        f".a.tmp-{place}-{'9' * 20}-0-{end}": False,
+        f".a.tmp-{place}-999999999-0-{end}.txt": False,
     }
     for name in names:
         (tmp_path / "deep" / name).mkdir(parents=True)
         (tmp_path / "deep" / name / "weights").write_text("half")
-    os.utime(tmp_path / "deep" / f".e.tmp-{'0' * 12}-1-1-{end}", (0, 0))
+        if not name.startswith(".d"):
+            os.utime(tmp_path / "deep" / name, (0, 0))
     remove_abandoned(tmp_path)
     assert {entry.name for entry in (tmp_path / "deep").iterdir()} == {name for name, goes in names.items() if not goes}
+    with pytest.raises(ArtifactError, match="was not made by kdlora and stays"):
+        remove(tmp_path / "deep" / ".archive.tmp-2023-10-31-backup")
     remove_abandoned(tmp_path / "missing")
-
-
-def test_text_is_utf8_with_plain_line_ends_and_the_usual_permissions(tmp_path):
-    """The platform's encoding, or a temporary file's mode, would make folders unreadable for others."""
-    write_json_atomic(tmp_path / "deep" / "a.json", {"é": [1, float("inf")], "path": Path("x/y")})
-    raw = (tmp_path / "deep" / "a.json").read_bytes()
-    assert "é".encode() in raw
-    assert json.loads(raw) == {"é": [1, None], "path": "x/y"}
-    with pytest.raises(TypeError):
-        write_json_atomic(tmp_path / "b.json", {"x": object()})
-    (tmp_path / "c.txt").write_text("x")
-    assert (tmp_path / "deep" / "a.json").stat().st_mode == (tmp_path / "c.txt").stat().st_mode
 
 
 def _write_and_stop(path: Path) -> None:

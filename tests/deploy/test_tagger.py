@@ -20,7 +20,7 @@ from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import save_temperature
 from kdlora.deploy.export import ParityError, export_onnx
-from kdlora.deploy.gates import LabelledTexts
+from kdlora.deploy.gates import LabelledTexts, count_spans
 from kdlora.deploy.predict import MOST_CHARACTERS, Classifier
 from kdlora.deploy.redact import redact, redact_file
 from kdlora.deploy.stream import predict_file
@@ -206,6 +206,9 @@ def test_gates_on_entities_and_on_recall(tmp_path, classifier_folder, labelled):
     assert (first.score, second.score, first.agreement) == (100, 100, 1)
     assert first.recall == second.recall == {"PER": 1.0}
     assert int8.rows == len(TEXTS)
+    right, wanted, marked = count_spans(labelled, Tagger.load(folder))
+    assert right == wanted == marked
+    assert marked.total() > 20
     assert int8.drop == pytest.approx(100 - int8.score)
     assert int8.drop_low <= int8.drop <= int8.drop_high
     assert 0.2 <= int8.recall["PER"] <= 1

@@ -192,6 +192,10 @@ def test_any_text_is_read_where_its_words_are(tiny_model_folder, tasks, tmp_path
                 assert row["input_ids"][place] == first, (text, start)
                 seen += 1
     assert seen > 10_000
+    some = [row | {"label": [0] * len(row["starts"])} for row in rows.select(range(100))]
+    batch = WordCollator(encoder.tokenizer, max_length=32)(some)
+    assert len(batch["labels"]) == sum(place >= 0 for row in tokens.select(range(100)) for place in row["places"])
+    assert torch.isfinite(encoder.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits).all()
     stored = teacher_logits(encoder, list(range(7)), rows, tasks["tokens"], tmp_path, max_length=32)
     assert np.array_equal(stored.offsets, word_offsets(rows))
     assert stored.unseen == sum(place < 0 for row in tokens for place in row["places"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +25,7 @@ from sentences import tagged_rows, write_conll, write_words
 pytest_plugins = ["experiment_fixtures"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it
 
+HASHED = {"words": ["the", "music", "#Paris"], "tags": ["O", "O", "B-PLACE"]}
 TRAIN = {"epochs": 5, "batch_size": 4, "learning_rate": 1e-2, "max_length": 12}
 
 
@@ -32,7 +35,7 @@ def values(workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     files = {
         "train": str(write_conll(folder / "train.conll", tagged_rows(40))),
-        "validation": str(write_words(folder / "validation.jsonl", tagged_rows(30, seed=1))),
+        "validation": str(write_words(folder / "validation.jsonl", [*tagged_rows(30, seed=1), HASHED])),
         "test": str(write_conll(folder / "test.conll", tagged_rows(30, seed=2))),
         "unlabelled": str(folder / "more.txt"),
         "augment": 1,
@@ -67,6 +70,8 @@ def test_every_arm_runs_and_learns(result):
         assert record.score == pytest.approx(100 * record.metrics["entity_f1"])
         assert record.test_score > 50, record.arm
     assert any("arm words is left out" in note for note in result.notes)
+    plain = re.search(r"finds itself, the student has ([0-9.]+) entity F1", " ".join(result.notes))
+    assert 50 < float(plain[1]) < 100
 
 
 def test_predictions_lie_word_by_word_and_give_the_scores(result, config):

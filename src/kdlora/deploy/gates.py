@@ -143,7 +143,7 @@ class Checks:
         counts, found, faults = count_spans(self.given, model), {}, []
         for name, least in self.least_recall.items():
             find_label(name, self.task.label_types, "min_recall")
-            right, total = (one[name] for one in counts)
+            right, total, _ = (one[name] for one in counts)
             found[name] = right / max(1, total)
             if found[name] < least:
                 faults.append(f"{right} of {total} {name} are found, {found[name]:.2%} and not {least:.2%}")
@@ -177,20 +177,21 @@ class Checks:
         return Parity(stage, self.stage, len(self.texts), *figures, "; ".join(faults))
 
 
-def count_spans(given: LabelledTexts, tagger: Tagger) -> tuple[Counter[str], Counter[str]]:
-    """Count by type the labelled spans that a tagger finds, and all of them.
+def count_spans(given: LabelledTexts, tagger: Tagger) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """Count by type the labelled spans that a tagger finds, all labelled ones, and all that it marks.
 
     By characters, and the tagger reads plain texts: where it is served, nobody tells it the words.
     """
     words = [text for text in given.texts if isinstance(text, Words)]
-    right, total = Counter[str](), Counter[str]()
+    right, wanted, marked = Counter[str](), Counter[str](), Counter[str]()
     rows = np.split(np.asarray(given.labels), word_offsets(words)[1:-1])
     for text, tags, entities in zip(words, rows, tagger.predict([one.text for one in words]), strict=True):
         found = {(one.start, one.end, one.label) for one in entities}
+        marked.update(one.label for one in entities)
         for span in spans_of(tags, tagger.label_names):
-            total[span.type] += 1
+            wanted[span.type] += 1
             right[span.type] += (text.starts[span.start], text.ends[span.end - 1], span.type) in found
-    return right, total
+    return right, wanted, marked
 
 
 def check_texts(texts: Sequence[Any], kind: str, noun: str, first: int = 0) -> list[Any]:

@@ -15,18 +15,18 @@ from kdlora.config import Config
 from kdlora.configfile import load_config
 from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.spool import label_array, read_column, read_texts
-from kdlora.data.tags import Words
+from kdlora.data.tags import Words, split_words
 from kdlora.data.tasks import Task
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.cascade import CascadeCurve, measure_cascade
 from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
 from kdlora.deploy.folder import DECISIONS, EXPORT_RECORD, OPENVINO_INT8, Way, read_model_folder
-from kdlora.deploy.gates import LabelledTexts
+from kdlora.deploy.gates import LabelledTexts, count_spans
 from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import store_speeds, ways_to_run
-from kdlora.deploy.tagger import load_model
+from kdlora.deploy.tagger import Tagger, load_model
 from kdlora.errors import ConfigError, DataError, ModelError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.recording import logged, prepare_process
@@ -160,7 +160,8 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
             remove(place)
         notes += forget_decisions(config, layout)
         save_temperature(layout.student, 1.0)
-        calibration, notes = _calibrate(layout, splits) if config.export.calibrate else (None, [])
+        calibration, told = _calibrate(layout, splits) if config.export.calibrate else (None, [])
+        notes += told + _score_plain_texts(layout, splits)
         with logged("export", "student", config.teacher_seed):
             notes += _export_student(config, layout, splits, say)
         if calibration is not None:
@@ -208,6 +209,18 @@ def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | 
     return fitted, [
         f"Calibrated with temperature {fitted.temperature:.3f}: expected calibration error on the validation split "
         f"{fitted.ece_before:.4f} before, {fitted.ece_after:.4f} after."
+    ]
+
+
+def _score_plain_texts(layout: ExperimentLayout, splits: Splits) -> list[str]:
+    """Say how well a tagger marks texts whose words it finds itself, where those of the file are others."""
+    given = _labelled(splits.validation, splits.task)
+    if all(list(text.starts) == split_words(text.text)[0] for text in given.texts if isinstance(text, Words)):
+        return []
+    right, wanted, marked = (sum(one.values()) for one in count_spans(given, Tagger.load(layout.student)))
+    return [
+        f"On plain texts, whose words it finds itself, the student has {200 * right / max(1, wanted + marked):.1f} "
+        "entity F1 on the validation split."
     ]
 
 

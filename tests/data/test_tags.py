@@ -1,17 +1,11 @@
-"""Schemes of tags, spans as tags and back; rows of words, from files to tokens in windows."""
+"""Schemes of tags, spans as tags and back, and the words of a text."""
 
-import json
 import random
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from kdlora.config import DataConfig, TaskConfig
-from kdlora.data.augment import augment_texts
-from kdlora.data.batches import Collator, tokenise
-from kdlora.data.load import Splits, load_examples, load_splits
-from kdlora.data.spool import label_array
 from kdlora.data.tags import (
     decode,
     entity_bounds,
@@ -22,10 +16,7 @@ from kdlora.data.tags import (
     tag_names,
     tags_from_spans,
 )
-from kdlora.data.word_tokens import split_row, word_offsets, words_seen
 from kdlora.errors import DataError
-from sentences import tagged_rows, write_conll, write_words
-from tiny import train_tokenizer
 
 TYPES = ("LOC", "PER")
 NAMES = tag_names(TYPES)
@@ -169,107 +160,3 @@ def test_spans_that_no_tags_can_say_are_refused(spans, says):
     """A nested or wrong span that is dropped in silence is an error in the data that is learnt."""
     with pytest.raises(DataError, match=f"data.jsonl, row 3: .*{says}"):
         tags_from_spans("abc def", spans, "data.jsonl, row 3")
-
-
-TAG_NAMES = ("O", "B-BAD", "I-BAD", "B-GOOD", "I-GOOD", "B-PLACE", "I-PLACE")
-
-
-@pytest.fixture
-def splits(tmp_path) -> Splits:
-    train = write_conll(tmp_path / "train.conll", tagged_rows(40))
-    test = write_conll(tmp_path / "test.conll", tagged_rows(20, seed=1))
-    (tmp_path / "more.txt").write_text("the music, in Paris\nwhat a film\n", encoding="utf-8")
-    data = DataConfig(train=str(train), test=str(test), unlabelled=str(tmp_path / "more.txt"), augment=2)
-    return load_splits(TaskConfig(), data)
-
-
-def test_a_conll_file_becomes_texts_with_words_and_the_kind_is_inferred(splits):
-    """Silent failure: tags that belong to the words beside them."""
-    assert (splits.task.kind, splits.task.label_names, splits.task.metrics) == ("tokens", TAG_NAMES, ("entity_f1",))
-    assert splits.task.label_types == ("BAD", "GOOD", "PLACE")
-    for row, wanted in zip(splits.test, tagged_rows(20, seed=1), strict=True):
-        words = [row["text"][start:end] for start, end in zip(row["starts"], row["ends"], strict=True)]
-        assert words == wanted["words"]
-        assert [TAG_NAMES[tag] for tag in row["label"]] == wanted["tags"]
-    assert np.array_equal(label_array(splits.test), [tag for row in splits.test["label"] for tag in row])
-
-
-def test_unlabelled_texts_are_split_and_copies_have_words_where_they_say(splits):
-    """Silent failure: copies whose words lie beside where they should, which a teacher answers all the same."""
-    plain = [row for row in splits.unlabelled if "~" not in row["id"]]
-    assert [[row["text"][a:b] for a, b in zip(row["starts"], row["ends"], strict=True)] for row in plain] == [
-        ["the", "music", ",", "in", "Paris"],
-        ["what", "a", "film"],
-    ]
-    known = {word for row in tagged_rows(40) for word in row["words"]}
-    copies = [row for row in splits.unlabelled if "~" in row["id"]]
-    assert len(copies) == splits.copies > 40
-    for row in copies:
-        words = [row["text"][start:end] for start, end in zip(row["starts"], row["ends"], strict=True)]
-        assert set(words) <= known
-        assert row["text"] == " ".join(words)
-    assert "label" not in splits.unlabelled.column_names
-
-
-def test_a_copy_keeps_words_together_that_have_no_space_between_them(tmp_path):
-    """Silent failure: punctuation stands alone in every copy, as it does in no text of the user's."""
-    row = {"text": "well, said (Paris)!", "spans": [{"start": 12, "end": 17, "label": "PLACE"}]}
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row | {"id": name}) + "\n" for name in "abcdefgh"))
-    train = load_splits(TaskConfig(), DataConfig(train=str(tmp_path / "train.jsonl"))).train
-    texts = augment_texts(train, 30)["text"]
-    assert any("(Paris)" in text for text in texts)
-    assert any("well," in text for text in texts)
-    assert not any(" ," in text or "saidParis" in text for text in texts)
-
-
-def test_words_are_found_in_windows_as_in_one(splits):
-    """Silent failure: in a text that is read in several windows a word gets the tokens of another one."""
-    tokenizer = train_tokenizer("roberta")
-    whole, cut = (tokenise(splits.train, tokenizer, longest).dataset for longest in (64, 8))
-    assert max(map(len, cut["windows"])) > 1 == max(map(len, whole["windows"]))
-    assert words_seen(cut).all()
-    assert np.array_equal(word_offsets(cut), word_offsets(splits.train))
-    for one, other in zip(whole, cut, strict=True):
-        found = []
-        for row in (one, other):
-            windows = list(split_row(row))
-            assert all(len(window["input_ids"]) <= (64 if row is one else 8) for window in windows)
-            places = [window["input_ids"][place] for window in windows for place in window["places"]]
-            found.append((places, np.concatenate([window["label"] for window in windows]).tolist()))
-        assert found[0] == found[1] == (found[0][0], one["label"])
-
-
-def test_a_batch_has_the_words_that_count(splits):
-    """Silent failure: words that the teacher or the student cannot see teach the student nonsense."""
-    tokens = tokenise(splits.train, tokenizer := train_tokenizer(), 64).dataset
-    collator = Collator.of(tokenizer, "tokens", 64)
-    rows = [dict(tokens[place]) for place in range(2)]
-    rows[0]["label"] = [-100, *rows[0]["label"][1:]]
-    count = sum(len(row["label"]) for row in rows)
-    plain = collator([window for row in rows for window in split_row(row)])
-    assert len(plain["labels"]) == count - 1
-    ids = plain["input_ids"].flatten()[plain["words"]].tolist()
-    assert ids == [row["input_ids"][place] for row in rows for place in row["places"]][1:]
-    for row in rows:
-        row["teacher_logits"] = np.ones((len(row["label"]), 7), np.float32)
-    rows[1]["teacher_logits"][0] = np.nan
-    rows[0]["places"][1] = -1
-    taught = collator([window for row in rows for window in split_row(row)])
-    assert len(taught["labels"]) == count - 2
-    assert (~taught["labelled"]).sum() == 1
-    assert taught["labels"][0] == -100
-    assert taught["teacher_logits"].isfinite().all()
-
-
-def test_types_that_training_lacks_are_refused_by_row(tmp_path):
-    """Silent failure: entities of a type that no output stands for count as nothing, and the score looks fine."""
-    train = write_words(tmp_path / "train.jsonl", tagged_rows(30))
-    rows = [*tagged_rows(2, seed=1), {"words": ["Anna", "said"], "tags": ["B-PERSON", "O"]}]
-    other = write_words(tmp_path / "other.jsonl", rows)
-    with pytest.raises(DataError, match=r"other.jsonl, row 3: the label 'PERSON'.*BAD"):
-        load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(other)))
-    task = load_splits(TaskConfig(), DataConfig(train=str(train))).task
-    assert load_examples(str(train), task, labelled=True).num_rows == 30
-    plain = write_words(tmp_path / "plain.jsonl", [{"words": ["a", "b"], "tags": ["O", "O"]}] * 3)
-    with pytest.raises(DataError, match="every word is O"):
-        load_splits(TaskConfig(kind="tokens"), DataConfig(train=str(plain), validation=str(plain)))

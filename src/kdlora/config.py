@@ -241,6 +241,9 @@ class RunConfig(Section):
     """Number format in training. `auto` chooses by what the machine can do, and records it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. `auto`: CUDA if PyTorch sees a device, else the CPU. Apple's `mps` is not used."""
+    devices: Literal["auto", "one"] = "auto"
+    """Of several GPUs, `auto` gives each run of an experiment or suite one, so that runs go on at the same time; `one`
+    uses the first."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads. Default: PyTorch's choice (the physical cores)."""
     fail_fast: bool = False

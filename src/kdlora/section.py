@@ -14,6 +14,7 @@ _LATER: Mapping[str, tuple[Any, ...]] = {
     "class_weights": (None,),
     "tuning": ("full",),
     "thresholds": (None,),
+    "devices": ("auto", "one"),
     "long_texts": ("cut",),
     "window_pool": ("mean",),
     "window_stride": (None,),

@@ -23,15 +23,15 @@ def way(request):
 
     What these tests start is closed; the server of the experiments, which holds the libraries, is put aside.
     """
-    others = processes._servers[:]
-    processes._servers.clear()
+    others = processes._shared.servers[:]
+    processes._shared.servers.clear()
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "started":
             patch.delattr(os, "fork")
             patch.setenv("KDLORA_TESTS_SYSTEM", "another")
         yield request.param
         close_server()
-    processes._servers.extend(others)
+    processes._shared.servers.extend(others)
 
 
 def test_a_run_has_a_process_of_its_own_in_the_callers_place(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -187,7 +187,7 @@ def test_a_server_may_begin_to_import_before_it_is_asked(tmp_path, monkeypatch: 
     close_server()
     assert time.monotonic() - begin < 0.5
     prepare_children("marking_module")
-    server = processes._servers[0]
+    server = processes._shared.servers[0]
     for _ in range(200):
         if mark.exists():
             break
@@ -195,7 +195,7 @@ def test_a_server_may_begin_to_import_before_it_is_asked(tmp_path, monkeypatch: 
     assert mark.exists()
     prepare_children("marking_module")
     assert run_in_child(importlib.import_module("marking_module").work) == 2
-    assert processes._servers == [server]
+    assert processes._shared.servers == [server]
 
 
 def run(*arguments: str) -> subprocess.Popen[str]:
@@ -212,7 +212,7 @@ def test_a_killed_server_takes_its_child_along(tmp_path):
 
     def kill_server(process: int) -> None:
         heard.append(process)
-        processes._servers[0].process.kill()
+        processes._shared.servers[0].process.kill()
 
     with pytest.raises(ChildDiedError, match=r"together with its server|killed by SIGKILL"):
         run_in_child(children.sleep_and_write, str(tmp_path / "x"), on_message=kill_server)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -27,6 +28,15 @@ def resolve_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is cuda, but PyTorch finds no CUDA device here; use auto or cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def visible_gpus() -> list[str]:
+    """Name the GPUs here as CUDA_VISIBLE_DEVICES does: by number, UUID, or that of a part of one (MIG)."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(count)] if shown is None else [name.strip() for name in shown.split(",")]
+    # Of several parts a process sees the first alone. Otherwise names from the first wrong one on do not count.
+    return names if count and all(name.startswith("MIG-") for name in names) else names[:count]
 
 
 def resolve_precision(precision: str, device: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What carries work out: this process, one piece after the other, or a Ray cluster whose nodes are looked at first."""
+"""What carries work out: this process, one piece after the other or one on each GPU, or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from kdlora.config import Config
+from kdlora.distil.precision import visible_gpus
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.extras import check_installed
 from kdlora.searchconfig import Resources
-from kdlora.system.children import run_in_child
+from kdlora.system.children import Children, run_in_child
 from kdlora.system.environment import collect_versions
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ Work = Callable[[Any, Callable[[Any], None] | None], Any]
 """Carries out a piece, and passes its events on."""
 
 KNOCK_SECONDS = 5.0
+_POLL_SECONDS = 0.05
 _QUEUED_PER_SLOT = 2
 """Pieces that wait at Ray for each that runs: enough to keep a node busy, few enough to start the best ones next."""
 
@@ -45,6 +49,50 @@ class Here:
     def call_all(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call a function in children, once for each tuple of arguments; an exception stands in its value's place."""
         return [_answer(function, each) for each in arguments]
+
+
+class OnGpus(Here):
+    """As many pieces at a time as there are GPUs, each in children that see one of them and no other."""
+
+    def __init__(self, gpus: Sequence[str]) -> None:
+        self._children = [Children(CUDA_VISIBLE_DEVICES=gpu) for gpu in gpus]
+
+    def results(self, work: Work, next_piece: Callable[[], Any], hear: Hear | None = None) -> Iterator[tuple[Any, Any]]:
+        """Do the same at the same time; what a piece raises, and Ctrl-C, interrupts the others, which save."""
+        events: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
+        free, running = [*self._children], dict[Future[Any], tuple[Any, Children]]()
+        with ThreadPoolExecutor(len(free)) as threads:
+            try:
+                while True:
+                    while free and (piece := next_piece()) is not None:
+                        listen = None if hear is None else functools.partial(_note, events, piece)
+                        children = free.pop(0)
+                        running[threads.submit(children.carry_out, work, piece, listen)] = piece, children
+                    if not running:
+                        return
+                    done, _ = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
+                    while hear is not None and not events.empty():
+                        hear(*events.get())
+                    for future in done:
+                        piece, children = running.pop(future)
+                        free.append(children)
+                        yield piece, future.result()
+            finally:
+                for _, children in running.values():
+                    children.interrupted.set()
+                try:
+                    wait(running)
+                finally:  # a second Ctrl-C cuts short what they save
+                    if running:
+                        self.close()
+
+    def close(self) -> None:
+        for children in self._children:
+            children.close()
+
+
+def _note(events: SimpleQueue[tuple[Any, Any]], piece: Any, event: Any) -> None:
+    events.put((piece, event))
 
 
 class OnRay:
@@ -107,11 +155,34 @@ def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return error
 
 
+def gpus_for(config: Config, processes: int = 1) -> list[str]:
+    """Name the GPUs of which each gets a run of its own; none where there are no two of them to share runs out to."""
+    run = config.run
+    gpus = [] if run.device == "cpu" or run.devices == "one" or processes > 1 else visible_gpus()
+    return gpus if len(gpus) > 1 else []
+
+
+def shared_machine(gpus: Sequence[str]) -> list[str]:
+    """Say what a record must say of its times, where others ran beside it."""
+    return [f"up to {len(gpus)} runs at a time, a GPU each (run.devices); they share the processor"] if gpus else []
+
+
 @contextlib.contextmanager
-def open_engine(on: str | None, needs: Resources, paths: Iterable[str]) -> Iterator[Engine]:
-    """Give what carries work out: this process, or a cluster each of whose nodes was seen to have some paths."""
-    if on is None:
+def open_here(gpus: Sequence[str]) -> Iterator[Here]:
+    """Give what carries work out on this machine."""
+    if not gpus:
         yield Here()
+        return
+    with contextlib.closing(OnGpus(gpus)) as engine:
+        yield engine
+
+
+@contextlib.contextmanager
+def open_engine(on: str | None, needs: Resources, paths: Iterable[str], gpus: Sequence[str] = ()) -> Iterator[Engine]:
+    """Give what carries work out: this machine, or a cluster each of whose nodes was seen to have some paths."""
+    if on is None:
+        with open_here(gpus) as here:
+            yield here
         return
     ray = connect(on)
     with contextlib.ExitStack() as stack:

@@ -66,6 +66,7 @@ class ExperimentPlan:
     trainings: tuple[PlannedTraining, ...]  # what is left, in its order
     hours: float  # all of it, an estimate from a few forward passes on this machine
     notes: tuple[str, ...] = ()  # what was inferred, dropped or drawn, in plain sentences
+    gpus: int = 0  # that get a run each at the same time
 
     @property
     def steps(self) -> int:
@@ -103,7 +104,8 @@ class ExperimentPlan:
             "trainings": ", ".join(trainings),
             "left out": "words: one answer a text, where each word wants one" if WITHOUT_WORDS in self.notes else "",
             "steps": f"{self.steps:,} in all",
-            "time": f"about {time}, estimated from a few forward passes on this machine",
+            "time": f"about {time}, estimated from a few forward passes on this machine"
+            + (f"; less on {self.gpus} GPUs, each of which gets a run" if self.gpus else ""),
         }
         return [(name, text) for name, text in told.items() if text or name == "trainings"]
 

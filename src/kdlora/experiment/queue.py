@@ -6,7 +6,7 @@ import dataclasses
 import heapq
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -64,9 +64,10 @@ class Queue:
     def in_order(self) -> list[RunRecord]:
         return [self.records[run.key] for run in self.runs if run.key in self.records]
 
-    def next_job(self) -> Job | None:
-        """Give a job whose needs are met; None where every such job was given."""
-        return heapq.heappop(self._heap)[2] if self._heap else None
+    def next_job(self, later: Container[str] = ()) -> Job | None:
+        """Give a job whose needs are met; None where all were given, but for those of arms that come later."""
+        is_ready = self._heap and self._heap[0][2].arm not in later
+        return heapq.heappop(self._heap)[2] if is_ready else None
 
     def take(self, outcome: Outcome) -> None:
         """Note the outcome of a job, and what it makes ready."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,10 +24,10 @@ from kdlora.evidence.records import (
     write_results,
 )
 from kdlora.experiment.deployment import deploy_student, is_deployed
-from kdlora.experiment.engines import Here
+from kdlora.experiment.engines import Here, gpus_for, open_here, shared_machine
 from kdlora.experiment.fitting import decide_student, is_decided
 from kdlora.experiment.inputs import check_table
-from kdlora.experiment.jobs import Job, Outcome, carry_out, ignore
+from kdlora.experiment.jobs import Job, carry_out, ignore
 from kdlora.experiment.plan import Lesson, PlannedRun
 from kdlora.experiment.preview import WITHOUT_WORDS, ExperimentPlan, make_plan
 from kdlora.experiment.queue import Queue, undamaged_record
@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 Listener = Callable[[Stage, Any], None]
 
 _FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds", "run.keep_checkpoints"} | {
+    "run.devices",
     "run.report_to",
     "report.paper",
     *(f"export.{key}" for key in ExportConfig.model_fields),
@@ -205,7 +206,8 @@ def _plan(
     """Look at models and data before the runs that are left."""
     left = [run.arm for run in plan_runs(config) if run.key not in finished]
     looks = run_in_child(look_at_models, config, splits.task, sample_texts(splits.train))
-    return make_plan(config, splits, left, looks, labelled=layout.teacher_logits.exists(), processes=processes)
+    plan = make_plan(config, splits, left, looks, labelled=layout.teacher_logits.exists(), processes=processes)
+    return replace(plan, gpus=len(gpus_for(config, processes)))
 
 
 def _read_result(config: Config, layout: ExperimentLayout, end: dict[str, Any]) -> ExperimentResult:
@@ -304,32 +306,30 @@ def _run_all(
     lesson = Lesson(() if config.given_teacher else teachers, students, labels=not config.teacher.is_table)
     queue = Queue(runs, [lesson] if students else [], layout.root, {"": facts}, finished, ships=True)
 
-    @functools.cache
-    def doubts() -> list[str]:
-        found = doubts_of_teacher(config, layout, queue.in_order())
-        for doubt in found:
-            logger.warning(doubt)
-        return found
-
-    def work(job: Job, hear: Callable[[Any], None] | None) -> Outcome:
-        in_child = run_in_child if team.is_alone else team.run
-        notes = doubts() if job.arm in DISTILLED_ARMS else ()
-        return carry_out(job, hear, in_child=in_child, check=lock.check, notes=notes)
-
-    def next_job() -> Job | None:
-        return None if config.run.fail_fast and queue.failed else queue.next_job()
+    def next_job(later: Container[str]) -> Job | None:
+        return None if config.run.fail_fast and queue.failed else queue.next_job(later)
 
     def hear(job: Job, event: Any) -> None:
         if listen is not None:
             listen(Stage(job.kind, job.arm, job.seed), event)
 
+    def carry_out_all(engine: Here, notes: Sequence[str], later: Container[str] = ()) -> None:
+        in_child = run_in_child if team.is_alone else team.run
+        work = functools.partial(carry_out, in_child=in_child, check=lock.check, notes=notes)
+        for _, outcome in engine.results(work, functools.partial(next_job, later), hear):
+            queue.take(outcome)
+            write_results(layout.results, queue.in_order())  # after every run, so that an interrupted one can be read
+
     if queue.records:
         write_results(layout.results, queue.in_order())
-    for _, outcome in Here().results(work, next_job, hear):
-        queue.take(outcome)
-        write_results(layout.results, queue.in_order())  # after every run, so that an interrupted one can be read
-    if students:
-        doubts()
+    gpus = gpus_for(config, team.launch.count)
+    with open_here(gpus) as engine:
+        notes = shared_machine(gpus)
+        carry_out_all(engine, notes, later=DISTILLED_ARMS)
+        doubts = doubts_of_teacher(config, layout, queue.in_order()) if students else []
+        for doubt in doubts:
+            logger.warning(doubt)
+        carry_out_all(engine, [*doubts, *notes])
     return queue.in_order()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from kdlora.config import TEACHER_ARMS, Arm
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
-from kdlora.experiment.engines import Engine, Here, Work, local_paths, open_engine
+from kdlora.experiment.engines import Engine, Here, Work, gpus_for, local_paths, open_engine, shared_machine
 from kdlora.experiment.jobs import Job, carry_out, inspect_task, lost
 from kdlora.experiment.plan import Plan, make_plan, whole_config
 from kdlora.experiment.preview import RUN_SECONDS, training_seconds
@@ -118,11 +118,16 @@ def run_suite(
         claim_folder(root, "suite")
         write_text_atomic(root / "suite.yaml", save_suite(suite))
         paths = [path for cell in plan.cells for path in local_paths(cell.runs[0].config)]
-        with open_engine(on, suite.resources, [str(root / "suite.yaml"), *paths]) as engine:
+        gpus = gpus_for(plan.cells[0].runs[0].config)
+        with open_engine(on, suite.resources, [str(root / "suite.yaml"), *paths], gpus) as engine:
             plan, facts, _ = settle_plan(plan, engine, root / "copies")
             runs = plan.runs()
             queue = Queue(runs, plan.lessons(), root, facts, finished_runs(runs, root, facts))
-            work = carry_out if on is not None else functools.partial(carry_out, check=lock.check)
+            work = (
+                carry_out
+                if on is not None
+                else functools.partial(carry_out, check=lock.check, notes=shared_machine(gpus))
+            )
             try:
                 _carry_out(queue, engine, work, listen)
             finally:  # also after Ctrl-C: what there is can be read

@@ -29,6 +29,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, TypeVar, cast
 
@@ -82,41 +83,63 @@ def run_in_child(function: Callable[..., T], *arguments: Any, on_message: Callab
     name = f"{function.__module__}.{function.__qualname__}"
     if function.__module__ == "__main__" or "<" in function.__qualname__:
         raise ValueError(f"expected a function at the top of an importable module, got {name}")
-    with _lock:
-        if not _servers or _servers[0].process.poll() is not None:
-            close_server()
-            _servers.append(Server())
-        answer = None
-        try:
-            answer = _servers[0].converse(function, arguments, on_message)
-        finally:
-            if answer is None:  # Ctrl-C, or a fault of the listener: the child must not go on
-                close_server()
+    answer = _own.get().ask(function, arguments, on_message)
     if answer.fault is not None:
         raise answer.fault
     value: T = answer.value
     return value
 
 
-def prepare_children(module: str) -> None:
-    """Start the server of children while this process still imports: a command begins that much sooner."""
-    with _lock:
-        if not _servers:
-            _servers.append(Server(module))
+class Children:
+    """A server, started anew where it is gone, whose children run one after the other; another thread can have its own.
 
+    They see the caller's environment and what is named here.
+    """
 
-def close_server() -> None:
-    """End the server and its child; the next call starts a fresh one."""
-    while _servers:
-        _servers.pop().close()
+    def __init__(self, **environment: str) -> None:
+        self.servers: list[Server] = []
+        self.environment, self.interrupted, self._lock = environment, threading.Event(), threading.Lock()
+
+    def prepare(self, module: str) -> None:
+        """Start the server while this process still imports: a command begins that much sooner."""
+        with self._lock:
+            if not self.servers:
+                self.servers.append(Server(self, module))
+
+    def ask(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], listen: Callable[[Any], None] | None
+    ) -> Answer:
+        """Have a function run in a child."""
+        with self._lock:
+            if not self.servers or self.servers[0].process.poll() is not None:
+                self.close()
+                self.servers.append(Server(self))
+            answer = None
+            try:
+                answer = self.servers[0].converse(function, arguments, listen)
+            finally:
+                if answer is None:  # Ctrl-C, or a fault of the listener: the child must not go on
+                    self.close()
+        return answer
+
+    def carry_out(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in this thread, which has no children but these."""
+        _own.set(self)
+        return function(*arguments)
+
+    def close(self) -> None:
+        """End the server and its child; the next call starts a fresh one."""
+        with contextlib.suppress(IndexError):  # two threads may do so at once
+            while True:
+                self.servers.pop().close()
 
 
 class Server:
     """The process that has children, or is one, seen from its parent; it ends with this process, however this ends."""
 
-    def __init__(self, preload: str = "") -> None:
+    def __init__(self, owner: Children, preload: str = "") -> None:
         """Start it; it imports while this process goes on."""
-        self.scratch, self.was_asked = _make_scratch(), False
+        self.scratch, self.was_asked, self._owner = _make_scratch(), False, owner
         forks = "forks" if sys.platform == "linux" and hasattr(os, "fork") else ""
         # A session of its own: Ctrl-C reaches the parent alone, which then ends the child. On Windows a group is that.
         self.process = subprocess.Popen(
@@ -143,9 +166,10 @@ class Server:
 
     def _hear(self) -> Any:
         """Wait for what comes next; None where it is gone."""
-        while True:
+        while not self._owner.interrupted.is_set():
             with contextlib.suppress(queue.Empty):
                 return self._heard.get(timeout=_POLL_SECONDS)
+        raise KeyboardInterrupt
 
     def _send(self, *parts: bytes) -> None:
         with contextlib.suppress(OSError):  # it died, as `_hear` tells
@@ -158,7 +182,8 @@ class Server:
         """Have a function run in a child, and pass on what it sends, a single value as it is and several as a tuple."""
         root = logging.getLogger()
         level = root.level if root.handlers else None
-        place = Place(sys.path, str(Path.cwd()), dict(os.environ), function.__module__, listen is not None, level)
+        environment = os.environ | self._owner.environment
+        place = Place(sys.path, str(Path.cwd()), environment, function.__module__, listen is not None, level)
         self.was_asked, begun = True, False
         try:
             self._send(pickle.dumps(place), pickle.dumps((function, arguments)))
@@ -194,8 +219,9 @@ class Server:
         remove(Path(self.scratch))
 
 
-_lock = threading.Lock()
-_servers: list[Server] = []
+_shared = Children()
+_own: ContextVar[Children] = ContextVar("children", default=_shared)
+prepare_children, close_server = _shared.prepare, _shared.close
 atexit.register(close_server)
 
 

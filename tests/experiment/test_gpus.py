@@ -1,0 +1,117 @@
+"""Runs of an experiment at the same time, each on a GPU of its own; here on two names that no card has."""
+
+from __future__ import annotations
+
+import uuid
+from collections import defaultdict
+
+import experiment_children
+import numpy as np
+import pytest
+import torch
+
+from experiments import processes_marked
+from kdlora.distil.precision import visible_gpus
+from kdlora.evidence.predictions import read_predictions
+from kdlora.experiment import engines, jobs
+from kdlora.experiment.run import plan_experiment, run_experiment
+from kdlora.system import children
+
+pytest_plugins = ["experiment_fixtures"]
+
+GPUS = ["GPU-first", "GPU-second"]
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(engines, "visible_gpus", lambda: GPUS)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_runs_go_on_at_the_same_time_and_come_out_the_same(workshop, experiment, tmp_path, monkeypatch):
+    """Two runs on one card run out of its memory; a teacher that labels before its controls ended is not doubted.
+
+    Each run waits for another one here, so a plan that is carried out one by one fails. One run is killed, as for
+    want of memory, which must not cost its neighbour.
+    """
+    monkeypatch.setattr(jobs, "train_run", experiment_children.train_beside_another)
+    monkeypatch.setattr(jobs, "label_training_rows", experiment_children.label_after_controls)
+    (seen := tmp_path / "seen").mkdir()
+    monkeypatch.setenv("KDLORA_TEST_PLACE", str(seen))
+    config = workshop.config({"run": {"arms": ["kd-lora", "student-lora"], "seeds": [0, 1, 2]}})
+    assert "2 GPUs" in dict(plan_experiment(config, tmp_path / "out").lines())["time"]
+    result = run_experiment(config, tmp_path / "out")
+    assert [(record.arm, record.seed) for record in result.failed] == [("student-lora", 2)]
+    assert "killed by SIGKILL" in result.failed[0].error
+    assert len(result.records) == 7
+    gpus = {path.name: path.read_text() for path in seen.iterdir()}
+    assert {gpus["fft-0"], gpus["student-lora-0"]} == {gpus["kd-lora-0"], gpus["kd-lora-1"]} == set(GPUS)
+    for record in (one for one in result.records if one.seed < 2):
+        alone = next(one for one in experiment.records if (one.arm, one.seed) == (record.arm, record.seed))
+        assert (record.score, record.history) == (alone.score, alone.history)
+        assert any("2 runs at a time" in note for note in record.notes)
+        logits = [
+            read_predictions(one.layout.run(record.arm, record.seed).predictions).logits for one in (result, experiment)
+        ]
+        assert np.array_equal(*logits)
+
+
+def test_interrupted_runs_all_save_and_go_on_one_by_one(workshop, tmp_path, monkeypatch):
+    """Ctrl-C reaches the main thread alone: runs that another one waits for would go on, or lose all they had done."""
+    mark = f"kdlora-mark-{uuid.uuid4()}"
+    monkeypatch.setenv("KDLORA_TEST_MARK", mark)
+    train = {"epochs": 40, "batch_size": 8, "learning_rate": 2e-3}
+    config = workshop.config({"student": {"train": train}, "run": {"seeds": [0, 1], "checkpoint_seconds": 600}})
+    steps: dict[int, list[int]] = defaultdict(list)
+
+    def interrupt(stage, event):
+        steps[stage.seed].append(event.step)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "visible_gpus", lambda: GPUS)
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment(config, tmp_path / "out", listen=interrupt)
+    assert set(processes_marked(mark)) <= {server.process.pid for server in children._shared.servers}
+    saved = {seed: [*tmp_path.glob(f"out/runs/student-lora-seed{seed}/checkpoints/step-*")] for seed in (0, 1)}
+    assert all(saved.values())
+    steps.clear()
+    resumed = run_experiment(config, tmp_path / "out", listen=lambda stage, event: steps[stage.seed].append(event.step))
+    for seed, (checkpoint,) in saved.items():
+        assert steps[seed][0] >= int(checkpoint.name.removeprefix("step-"))
+    assert [record.status for record in resumed.records] == ["finished", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "count", "names"),
+    [
+        (None, 2, ["0", "1"]),
+        ("3, 1", 2, ["3", "1"]),
+        ("GPU-8932f937,GPU-d72d", 2, ["GPU-8932f937", "GPU-d72d"]),
+        ("0,9,1", 1, ["0"]),
+        ("MIG-1a,MIG-2b,MIG-3c", 1, ["MIG-1a", "MIG-2b", "MIG-3c"]),
+        ("", 0, []),
+        (None, 0, []),
+    ],
+)
+def test_gpus_are_named_as_the_caller_shows_them(shown, count, names, monkeypatch):
+    """Numbered anew, runs would take the cards that the caller had hidden since they are somebody else's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert visible_gpus() == names
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_runs_are_shared_out_only_where_that_was_meant(workshop, monkeypatch):
+    """Processes that train one run together would each start runs on all cards."""
+    config = workshop.config()
+    assert engines.gpus_for(config) == GPUS
+    assert engines.gpus_for(config, processes=2) == []
+    assert engines.gpus_for(workshop.config({"run": {"devices": "one"}})) == []
+    assert engines.gpus_for(workshop.config({"run": {"device": "cpu"}})) == []
+    monkeypatch.setattr(engines, "visible_gpus", lambda: GPUS[:1])
+    assert engines.gpus_for(config) == []

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 import tiny
 from chromium import NEEDS_CHROMIUM, open_browser, serious_faults, serve_folder, show, weak_texts
@@ -133,6 +133,15 @@ def test_what_has_no_page_is_refused(world, tmp_path, cli):
         )
     with pytest.raises(ModelError, match=r"kdlora export .* --to FOLDER"):
         write_web_page(world.with_name("model"), tmp_path / "page")
+    windows = tiny.task(names=HOSTILE).to_dict() | {"windows": {"stride": None, "pool": "mean"}}
+    with_table = Tokenizer.from_file(str(world / TOKENIZER))
+    with_table.normalizer = normalizers.Precompiled(bytes((4, 0, 0, 0, 0, 0, 0, 0, 0)))
+    for name, wanted, change in (
+        ("long", "in windows", {"kdlora_task": windows}),
+        ("piece", "table of characters", {"tokenizer": with_table}),
+    ):
+        with pytest.raises(ModelError, match=wanted):
+            write_web_page(foreign(world, tmp_path / name, **change), tmp_path / "page")
     done = cli("export", world, "--to", tmp_path / "page", "--web", "--format", "onnx")
     assert (done.code, "leave --data and --format out" in done.err) == (2, True)
     assert not (tmp_path / "page").exists()

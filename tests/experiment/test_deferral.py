@@ -15,7 +15,9 @@ from kdlora.deploy.cascade import Cascade, measure_cascade
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import DataError, ModelError
+from kdlora.experiment.deferral import defer_experiment
 from kdlora.experiment.run import run_experiment
+from kdlora.report.report import make_report
 
 
 def numbered(count: int, seed: int) -> list[dict[str, str]]:
@@ -61,17 +63,24 @@ def tiny_rows(folder: Path) -> list[dict[str, str]]:
     return read_rows(place)
 
 
+@pytest.fixture(scope="module")
+def with_promise(finished: Path, made_once) -> Path:
+    """The same with its promise; read only, where nothing else is said."""
+
+    def make(folder: Path) -> Path:
+        found = defer_experiment(copy_experiment(finished, folder / "experiment"), error=0.1)
+        make_report([folder / "experiment"])
+        names = ["student", "student, ONNX", "student, int8", "fft", "student-lora", "kd-lora"]
+        assert [model.name for model in found.models] == names
+        return folder / "experiment"
+
+    return made_once("deferral-promised", make)
+
+
 @pytest.fixture
-def promised(finished: Path, tmp_path: Path, cli) -> Path:
-    """A copy with its promise."""
-    folder = copy_experiment(finished, tmp_path / "experiment")
-    done = cli("defer", folder, "--error", "0.1", "--json")
-    assert done.code == 0, done.err
-    found = json.loads(done.out)
-    names = [model["name"] for model in found["models"]]
-    assert names == ["student", "student, ONNX", "student, int8", "fft", "student-lora", "kd-lora"]
-    assert json.loads((folder / "defer.json").read_text()) == found
-    return folder
+def promised(with_promise: Path, tmp_path: Path) -> Path:
+    """A copy, free to be changed."""
+    return copy_experiment(with_promise, tmp_path / "experiment")
 
 
 @pytest.fixture
@@ -201,6 +210,8 @@ def test_the_curve_of_a_cascade_ends_at_its_models(promised: Path) -> None:
 
 def test_the_command_line_draws_both(promised: Path, finished: Path, cli) -> None:
     """A verb that fails on its own output, or a report without its section, would leave the promise unseen."""
+    told = json.loads((promised / "defer.json").read_text())
+    assert json.loads(cli("defer", promised, "--error", "0.1", "--json").out) == told
     shown = cli("defer", promised, "--error", "0.1")
     assert shown.code == 0, shown.err
     assert "600 rows of the test split, at most 10.0% wrong, 95%" in shown.out

@@ -13,8 +13,9 @@ from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ModelError
-from kdlora.experiment.fitting import settle_goals
+from kdlora.experiment.fitting import fit_thresholds, settle_goals
 from kdlora.experiment.run import run_experiment
+from kdlora.report.report import make_report
 
 NAMES = ("film", "music", "praise")
 EXPORT = {"formats": ["onnx", "onnx-int8"], "benchmark": False, "min_agreement": 0.0, "max_metric_drop": 100.0}
@@ -43,14 +44,22 @@ def finished(workshop, made_once) -> Path:
     return made_once("thresholds", make)
 
 
+@pytest.fixture(scope="module")
+def with_thresholds(finished: Path, made_once) -> Path:
+    """The same with thresholds; read only."""
+
+    def make(folder: Path) -> Path:
+        fit_thresholds(copy_experiment(finished, folder / "experiment"))
+        make_report([folder / "experiment"])
+        return folder / "experiment"
+
+    return made_once("thresholds-fitted", make)
+
+
 @pytest.fixture
-def fitted(finished: Path, tmp_path: Path, cli) -> Path:
-    """A copy with thresholds."""
-    folder = copy_experiment(finished, tmp_path / "experiment")
-    done = cli("thresholds", folder, "--json")
-    assert done.code == 0, done.err
-    assert json.loads(done.out) == json.loads((folder / "thresholds.json").read_text())
-    return folder
+def fitted(with_thresholds: Path, tmp_path: Path) -> Path:
+    """A copy, free to be changed."""
+    return copy_experiment(with_thresholds, tmp_path / "experiment")
 
 
 def read(folder: Path, file: str = "safetensors") -> dict[str, float]:
@@ -98,6 +107,8 @@ def test_the_figures_are_those_of_the_test_rows(fitted: Path, finished: Path) ->
 def test_a_precision_of_one_label_leaves_the_others(fitted: Path, cli) -> None:
     """A second call that forgot the first would put labels back to 0.5 without a word."""
     before = read(fitted)
+    told = json.loads((fitted / "thresholds.json").read_text())
+    assert json.loads(cli("thresholds", fitted, "--json").out) == told
     done = cli("thresholds", fitted, "--precision", "0.4", "--label", "praise")
     assert done.code == 0, done.err
     after = read(fitted)

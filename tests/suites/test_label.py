@@ -298,6 +298,7 @@ def test_words_are_labelled_as_they_are_given(tiny_model_folder, tmp_path):
     given = tagged_rows(20)
     given[3]["words"][0] = "#what-ever"
     files = [write_conll(tmp_path / "a.conll", given), write_words(tmp_path / "a.jsonl", given)]
+    files[1].write_text(files[1].read_text().replace("\n", "\n\n", 1))
     with files[1].open("a") as file:
         file.write('{"words": ["a", 3]}\n{"words": [" "]}\n{"words": "plain, text"}\n')
     for file, count, bad in ((files[0], 20, 0), (files[1], 21, 2)):

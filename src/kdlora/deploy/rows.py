@@ -89,7 +89,7 @@ class RowReader:
             stack.callback(text.detach)
             columns, rows = read_rows(text, self.form, self.name)
             self.header, self._texts = columns, self._find_columns(columns) if columns else ()
-            if self.form == "conll":  # by sentences, as in training
+            if self.form in ("conll", "jsonl"):  # as in training: by sentences, and without empty lines
                 rows = ((number, values) for number, (_, values) in enumerate(rows))
             yield from islice(rows, self.start, None)
 

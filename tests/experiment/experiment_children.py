@@ -25,7 +25,7 @@ def train_beside_another(config: Any, layout: Any, arm: str, seed: int, progress
         os.kill(os.getpid(), signal.SIGKILL)
     place = Path(os.environ["KDLORA_TEST_PLACE"])
     (place / f"{arm}-{seed}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    pair = ["kd-lora-0", "kd-lora-1"] if arm == "kd-lora" else ["fft-0", "student-lora-0"]
+    pair = ["kd-lora-0", "kd-lora-1"] if arm == "kd-lora" else os.environ["KDLORA_TEST_PAIR"].split()
     until = time.monotonic() + 60
     while not all((place / name).exists() for name in pair):
         if time.monotonic() > until:

@@ -27,6 +27,15 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(engines, "visible_gpus", lambda: GPUS)
 
 
+def wait_for_another(monkeypatch, folder, pair):
+    """Let runs wait until both of a pair have begun; give the folder in which each notes its GPU."""
+    monkeypatch.setattr(jobs, "train_run", experiment_children.train_beside_another)
+    (seen := folder / "seen").mkdir()
+    monkeypatch.setenv("KDLORA_TEST_PLACE", str(seen))
+    monkeypatch.setenv("KDLORA_TEST_PAIR", pair)
+    return seen
+
+
 @pytest.mark.usefixtures("two_gpus")
 def test_runs_go_on_at_the_same_time_and_come_out_the_same(workshop, experiment, tmp_path, monkeypatch):
     """Two runs on one card run out of its memory; a teacher that labels before its controls ended is not doubted.
@@ -34,10 +43,8 @@ def test_runs_go_on_at_the_same_time_and_come_out_the_same(workshop, experiment,
     Each run waits for another one here, so a plan that is carried out one by one fails. One run is killed, as for
     want of memory, which must not cost its neighbour.
     """
-    monkeypatch.setattr(jobs, "train_run", experiment_children.train_beside_another)
+    seen = wait_for_another(monkeypatch, tmp_path, "fft-0 student-lora-0")
     monkeypatch.setattr(jobs, "label_training_rows", experiment_children.label_after_controls)
-    (seen := tmp_path / "seen").mkdir()
-    monkeypatch.setenv("KDLORA_TEST_PLACE", str(seen))
     config = workshop.config({"run": {"arms": ["kd-lora", "student-lora"], "seeds": [0, 1, 2]}})
     assert "2 GPUs" in dict(plan_experiment(config, tmp_path / "out").lines())["time"]
     result = run_experiment(config, tmp_path / "out")
@@ -60,7 +67,8 @@ def test_interrupted_runs_all_save_and_go_on_one_by_one(workshop, tmp_path, monk
     """Ctrl-C reaches the main thread alone: runs that another one waits for would go on, or lose all they had done."""
     mark = f"kdlora-mark-{uuid.uuid4()}"
     monkeypatch.setenv("KDLORA_TEST_MARK", mark)
-    train = {"epochs": 40, "batch_size": 8, "learning_rate": 2e-3}
+    wait_for_another(monkeypatch, tmp_path, "student-lora-0 student-lora-1")
+    train = {"epochs": 25, "batch_size": 8, "learning_rate": 2e-3}
     config = workshop.config({"student": {"train": train}, "run": {"seeds": [0, 1], "checkpoint_seconds": 600}})
     steps: dict[int, list[int]] = defaultdict(list)
 

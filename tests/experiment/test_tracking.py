@@ -4,6 +4,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -72,6 +74,29 @@ def test_mlflow_has_a_run_for_each_run_with_arm_and_seed(workshop, tmp_path):
         scores = database.execute("select count(*) from metrics where key = 'eval_score'").fetchone()
     assert (tags["arm"], tags["seed"]) == ("student-lora", "3")
     assert scores == (4,)
+
+
+def test_of_runs_that_begin_at_once_one_makes_mlflows_database(tmp_path, monkeypatch):
+    """Two that make its tables at the same time, each on a GPU of its own, fail, and hours of training with them."""
+    mlflow = pytest.importorskip("mlflow")
+    inside, most = [], []
+
+    def set_experiment(name):
+        inside.append(name)
+        time.sleep(0.2)
+        most.append(len(inside))
+        inside.pop()
+        raise ConnectionError
+
+    def begin(seed):
+        run = tracking.TrackedRun("small", f"seed{seed}", {}, tmp_path / str(seed), tmp_path / "tracking")
+        with pytest.raises(ConnectionError), tracking.tracked(["mlflow"], run):
+            pass
+
+    monkeypatch.setattr(mlflow, "set_experiment", set_experiment)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(begin, (0, 1)))
+    assert most == [1, 1]
 
 
 def test_wandb_is_offline_unless_it_is_asked_for(workshop, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from experiments import snapshot
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import read_record, write_record
+from kdlora.experiment import engines
 from kdlora.experiment.suite import run_suite
 from kdlora.experiment.suitefile import build_suite
 
@@ -39,8 +40,12 @@ def test_a_second_call_repeats_nothing(suite_folder, suite_values):
     assert snapshot(suite_folder / "runs") == before
 
 
-def test_only_what_is_missing_or_damaged_is_done_again(suite_folder, suite_values):
-    """Resume must find the gaps, and a bit that flipped, and keep the rest, down to the bits of the files."""
+def test_only_what_is_missing_or_damaged_is_done_again(suite_folder, suite_values, monkeypatch):
+    """Resume must find the gaps, and a bit that flipped, and keep the rest, down to the bits of the files.
+
+    Here on two GPUs, which make no bit different.
+    """
+    monkeypatch.setattr(engines, "visible_gpus", lambda: ["GPU-first", "GPU-second"])
     gone = next(suite_folder.glob("runs/reviews/kd-lora-*/runs/*"))
     score = read_record(gone / "run.json").score
     shutil.rmtree(gone)
@@ -52,6 +57,7 @@ def test_only_what_is_missing_or_damaged_is_done_again(suite_folder, suite_value
     after = snapshot(suite_folder / "runs")
     assert result.reused == 6
     assert read_record(gone / "run.json").score == score
+    assert any("2 runs at a time" in note for note in read_record(gone / "run.json").notes)
     assert weights.read_bytes() == whole
     again = weights.parents[1].relative_to(suite_folder / "runs").as_posix()
     kept = [name for name in before if "config.yaml" not in name and not name.startswith(again)]

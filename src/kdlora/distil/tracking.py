@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from transformers import TrainerCallback
 
 from kdlora.errors import ConfigError
@@ -117,10 +118,11 @@ def _mlflow(run: TrackedRun) -> Iterator[TrainerCallback]:
     import mlflow
     from transformers.integrations import MLflowCallback
 
+    run.folder.mkdir(parents=True, exist_ok=True)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
-        run.folder.mkdir(parents=True, exist_ok=True)
         mlflow.set_tracking_uri(f"sqlite:///{run.folder.resolve() / 'mlflow.db'}")
-    experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.experiment)
+    with FileLock(run.folder / ".mlflow.lock"):  # of runs that begin at the same time, one makes the database
+        experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.experiment)
     where = f"tags.`{_KEY}` = '{run.key}'"
     client = mlflow.MlflowClient()
     found: list[Any] = client.search_runs([experiment.experiment_id], where)

@@ -190,6 +190,9 @@ def test_foreign_folder_is_not_replaced(tmp_path, classifier_folder):
     ("settings", "kind", "message"),
     [
         ({"formats": ("onnx-int4",)}, ConfigError, "unknown format 'onnx-int4'.*Did you mean 'onnx-int8'"),
+        ({"formats": ()}, ConfigError, "at least one format"),
+        ({"max_metric_drop": -1}, ConfigError, "0 or more points"),
+        ({"texts": ["good", " "]}, DataError, "validation text 1: the text is empty"),
         ({"min_agreement": 99}, ConfigError, "share between 0 and 1, got 99"),
         ({"texts": ()}, DataError, "must be checked on validation texts"),
         ({"texts": LabelledTexts(TEXTS, [7] * 60)}, DataError, "labels do not fit the single-label task"),

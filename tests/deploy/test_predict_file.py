@@ -230,6 +230,8 @@ def test_standard_streams(model, monkeypatch, capfdbinary):
     [
         ("in.csv", "id,txt,b\n1,a,b\n", {}, DataError, "expected a column 'text'.*there are id, txt, b"),
         ("in.csv", "id,texts\n1,a\n", {"text": "text"}, DataError, "no column 'text'.*Did you mean 'texts'"),
+        ("in.csv", "", {}, DataError, "header line with the column names, got an empty file"),
+        ("in.csv", "text\na\n", {"source": "nowhere.csv"}, DataError, "no such file"),
         ("in.xlsx", "x", {}, DataError, "cannot tell the format from '.xlsx'"),
         ("in.csv", "text\na\n", {"input_format": "cvs"}, DataError, "unknown input format 'cvs'.*Did you mean 'csv'"),
         ("in.csv", "text\na\n", {"text": ("a", "b", "c")}, ConfigError, "one text column or the two of a pair"),

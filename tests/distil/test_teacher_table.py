@@ -167,6 +167,7 @@ GOOD = {"id": ["a", "b"], "negative": [0.4, 0.5], "positive": [0.6, 0.5]}
         ({"Negative": [0, 0]}, "logits", "must differ by more than case: .* has negative, positive, Negative"),
         ({"id": ["a", "a"]}, "logits", "1 ids occur more than once, first 'a'"),
         ({"id": ["a", None]}, "logits", "1 rows have no id"),
+        ({"id": [0.5, 1.5]}, "logits", "expected text or whole numbers in column 'id'"),
         ({"positive": [1.0, None]}, "logits", "1 rows lack a value in column 'positive', first id 'b'"),
         ({"positive": [1.0, math.inf]}, "logits", "1 rows hold values that are not finite numbers, first id 'b'"),
         ({"positive": ["high", "low"]}, "logits", "expected numbers in column 'positive', got (large_)?string"),
@@ -191,6 +192,7 @@ def test_wrong_content(file, task, change, values, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("table.jsonl", b"\n\n", "holds no JSON objects"),
         ("absent.parquet", None, "does not exist"),
         ("table.csv", b"id,negative,positive\n", r"is Parquet or JSON Lines .*got '.csv'"),
         ("table.jsonl", b'{"id": 1}\n{"id": \n', "line 2: not JSON"),

@@ -125,6 +125,7 @@ def test_non_finite_logits_are_refused_with_the_row(bad):
         (BINARY, np.zeros((2, 2)), np.zeros(3, dtype=int)),
         (BINARY, np.zeros((2, 2)), np.array([0, 2])),
         (TAGS, np.zeros((2, 3)), np.array([0, 1])),
+        (TAGS, np.zeros((1, 3)), np.array([[0, 2, 0]])),
         (SIMILARITY, np.zeros((2, 2)), np.zeros(2)),
     ],
 )

@@ -251,6 +251,7 @@ CASES = [
     settings(
         "no words", "which columns hold words and tags", content=table(phrase=TEXTS, sort=AB), task={"kind": "tokens"}
     ),
+    settings("one number", "cannot be split", content=b"text,label\nt,0.5\n"),
     settings("no such test file", "tset.csv", "data.test", data={"test": "/nowhere/tset.csv"}),
     settings("a folder", "folder", data={"test": "/tmp"}),
     settings("too few rows used", "one class only", "max_train_examples", data={"max_train_examples": 1}),

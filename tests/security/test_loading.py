@@ -341,6 +341,8 @@ SETTINGS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     ("a problem that is a list", "config.json", {"problem_type": ["regression"]}, ("problem_type must be",)),
     ("labels that are a list", "config.json", {"id2label": ["a", "b"]}, ("id2label must be",)),
     ("labels from 1", "config.json", {"id2label": {"1": "a", "2": "b"}}, ("id2label must name the columns 0 to n-1",)),
+    ("an unknown problem", "config.json", {"problem_type": "ranking"}, ("problem_type must be one of",)),
+    ("labels that are objects", "config.json", {"id2label": {"0": {}, "1": "b"}}, ("id2label must name",)),
     ("equal labels", "config.json", {"id2label": {"0": "a", "1": "a"}}, ("two labels named 'a'",)),
     ("half a character", "config.json", {"id2label": {"0": "\ud800", "1": "b"}}, ("config.json is damaged",)),
     ("a padding list", "config.json", {"pad_token_id": [0]}, ("pad_token_id must be",)),

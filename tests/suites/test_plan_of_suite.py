@@ -191,6 +191,7 @@ def test_names_stand_for_sections():
         ({"families": {"a/b": {}}}, "cannot name a folder"),
         ({"seeds": [1, 1]}, "seeds holds a value twice, so two runs would share one folder"),
         ({"grids": {"adapters": {"lora.rank": [8, 8]}}}, "stands twice, so two runs would share one folder"),
+        ({"grids": {"adapters": {"lora.rank": []}}}, "an axis has no values"),
         ({"grids": {"adapters": {"lora.rank": 8}}}, "expected a list of values, got 8"),
         ({"config": {"data": {"path": "x"}, "run": {"seeds": [1]}}}, "set `seeds` at the top level"),
     ],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from kdlora.cli.app import Json, print_json, verb
-from kdlora.deploy.folder import Runtime
+from kdlora.deploy import Runtime
 
 if TYPE_CHECKING:
     from kdlora.deploy.serving import Model

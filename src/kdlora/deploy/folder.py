@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdlora.data.windows import WindowSettings
+from kdlora.deploy import Runtime
 from kdlora.errors import ModelError
 from kdlora.foreign import Check, check_types, read_json, read_json_and_digest
 from kdlora.models.settings import (
@@ -23,7 +24,6 @@ from kdlora.models.settings import (
 )
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]
-Runtime = Literal["auto", "onnxruntime", "openvino"]
 FolderKind = Literal["single-label", "regression", "multi-label", "tokens"]
 
 ONNX_FP32 = "model.onnx"

@@ -12,7 +12,8 @@ import numpy as np
 
 from kdlora.data.tags import Words, spans_of
 from kdlora.data.tasks import Task, find_label
-from kdlora.deploy.folder import ModelFolder, Runtime
+from kdlora.deploy import Runtime
+from kdlora.deploy.folder import ModelFolder
 from kdlora.deploy.network import Backend, open_backend, spread
 from kdlora.deploy.predict import Classifier, Text, check_text
 from kdlora.deploy.tagger import Tagger, check_words, join_network, word_offsets

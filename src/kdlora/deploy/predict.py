@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from kdlora.data.windows import WindowSettings
+from kdlora.deploy import Runtime
 from kdlora.deploy.decisions import Decisions, read_decisions
-from kdlora.deploy.folder import Precision, Runtime, Way
+from kdlora.deploy.folder import Precision, Way
 from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Network, Window, open_network
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import measure_sureness

@@ -15,6 +15,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
+from kdlora.deploy import Runtime
 from kdlora.deploy.decisions import read_decisions
 from kdlora.deploy.folder import (
     EXPORT_RECORD,
@@ -23,7 +24,6 @@ from kdlora.deploy.folder import (
     ONNX_INT8,
     OPENVINO_INT8,
     Precision,
-    Runtime,
     Way,
 )
 from kdlora.errors import ArtifactError, ModelError

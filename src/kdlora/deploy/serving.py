@@ -26,7 +26,8 @@ from prometheus_client import generate_latest as write_metrics
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.requests import ClientDisconnect
 
-from kdlora.deploy.folder import Runtime, Way
+from kdlora.deploy import Runtime
+from kdlora.deploy.folder import Way
 from kdlora.deploy.hub import locate_export
 from kdlora.deploy.predict import Classifier, Prediction, Text, check_text
 from kdlora.deploy.tagger import Entity, Tagger, load_model

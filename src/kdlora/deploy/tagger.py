@@ -11,8 +11,9 @@ import numpy as np
 
 from kdlora.data.tags import Words, decode, entity_bounds, split_words, tag_names, tag_types
 from kdlora.data.windows import read_windows
+from kdlora.deploy import Runtime
 from kdlora.deploy.decisions import read_decisions
-from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Precision, Runtime, Way
+from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Precision, Way
 from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Backend, Network, Window, open_network
 from kdlora.deploy.predict import Classifier, check_one
 from kdlora.errors import DataError, ModelError

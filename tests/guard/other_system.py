@@ -5,6 +5,7 @@ does: to flush what is open for reading only, to ask about a process by signal 0
 file that is open or mapped, and names that only other systems take.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -31,6 +32,8 @@ _asked = threading.local()
 
 def take_away() -> None:
     """Make this process one of another system, for good."""
+    with contextlib.suppress(ImportError):
+        import platformdirs  # noqa: F401 - it chooses by the system's name, and takes the user's number from Linux' `os`
     for module, names in _GONE.items():
         for name in names.split():
             if hasattr(module, name):

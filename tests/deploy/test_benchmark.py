@@ -104,9 +104,9 @@ class PacedModel:
         self.name, self.per_text, self.pace, self.asked = name, seconds, 0.0, []
         self.figures, self.latencies, self.seconds = {}, [], {}
 
-    def ask(self, do, batches, batch_size=1):
-        self.asked.append([len(texts) for texts in batches])
-        return [self.per_text * len(texts) for texts in batches]
+    def ask(self, do, batches, batch_size=1, repeats=1):
+        self.asked.append([len(texts) for texts in batches] * repeats)
+        return [self.per_text * len(texts) for texts in batches] * repeats
 
 
 def test_a_slow_model_limits_how_many_texts_all_are_timed_on():

@@ -125,16 +125,17 @@ def _time_models(
     for model in models:
         say(f"{model.name}: warm-up")
         model.ask("time", batches=singles[:10])
-        model.pace = model.ask("time", batches=[some] * 2, batch_size=batch_sizes[0])[1] / len(some)
+        model.pace = model.ask("time", batches=[some], batch_size=batch_sizes[0], repeats=2)[1] / len(some)
     # All read the same texts, since batches of more texts are filled better.
     some = spread(texts, max(_WARM_UP_TEXTS, int(_PASS_SECONDS / max(model.pace for model in models))))
     for turn in range(rounds):
         for model in models:
             say(f"round {turn + 1} of {rounds}: {model.name}")
             model.latencies += model.ask("time", batches=singles)
-            passes = [some] * math.ceil(_LEAST_SECONDS / (model.pace * len(some)))
+            repeats = math.ceil(_LEAST_SECONDS / (model.pace * len(some)))
             for size in batch_sizes:
-                model.seconds.setdefault(size, []).extend(model.ask("time", batches=passes, batch_size=size))
+                took = model.ask("time", batches=[some], batch_size=size, repeats=repeats)
+                model.seconds.setdefault(size, []).extend(took)
     for model in models:
         for part in (50, 95, 99):
             model.figures[f"p{part}_ms"] = float(np.percentile(model.latencies, part)) * 1e3
@@ -248,9 +249,9 @@ class _Worker:
         facts = {name: getattr(loaded, name) for name in ("label_names", "kind")}
         return figures | {"load_seconds": seconds}, facts
 
-    def time(self, batches: Sequence[Sequence[Any]], batch_size: int = 1) -> list[float]:
+    def time(self, batches: Sequence[Sequence[Any]], batch_size: int = 1, repeats: int = 1) -> list[float]:
         """Time each call from text to logits, in length-sorted batches, as `predict` makes them."""
-        return [_seconds(self.model.predict_logits, texts, batch_size=batch_size) for texts in batches]
+        return [_seconds(self.model.predict_logits, texts, batch_size=batch_size) for texts in [*batches] * repeats]
 
     def logits(self, texts: Sequence[Any]) -> list[list[float]]:
         found: list[list[float]] = self.model.predict_logits(texts).tolist()

@@ -9,6 +9,7 @@ needs, for an audit. Standard library only.
 """
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -45,15 +46,18 @@ def main() -> None:
     which, folder, arguments = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     if which not in RESOLUTION:
         raise SystemExit(f"{which!r}: expected lowest or newest")
-    python = str(folder / "bin" / "python")
+    python, uv = str(folder / "bin" / "python"), shutil.which("uv") or str(folder / "bin" / "uv")
     if not Path(python).exists():
-        venv.create(folder, with_pip=True)
+        venv.create(folder, with_pip=not shutil.which("uv"))
+    if not Path(uv).exists():
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"], check=True)
-    install = [python, "-m", "uv", "pip", "install", "--quiet", "--python", python]
-    chosen = ["--upgrade", "--resolution", RESOLUTION[which]]
-    subprocess.run([*install, *chosen, "-e", f"{ROOT}[{','.join(EXTRAS)}]"], check=True)
+    install = [uv, "pip", "install", "--quiet", "--python", python]
+    # Not `-e .[...]`: of an editable project uv gives some packages their newest versions.
+    wanted = ["-r", str(ROOT / "pyproject.toml"), *(f"--extra={extra}" for extra in EXTRAS)]
+    subprocess.run([*install, "--upgrade", "--resolution", RESOLUTION[which], *wanted], check=True)
+    subprocess.run([*install, "--no-deps", "-e", str(ROOT)], check=True)
     subprocess.run([*install, *TOOLS], check=True)
-    subprocess.run([python, "-m", "uv", "pip", "list", "--python", python], check=True)
+    subprocess.run([uv, "pip", "list", "--python", python], check=True)
     smoke = [str(ROOT / "tests" / name) for name in SMOKE]
     # Old versions of some packages call what new versions of others have deprecated.
     warnings = ["-W", "ignore::DeprecationWarning"] if which == "lowest" else []

@@ -16,7 +16,8 @@ GUARD = Path(__file__).parents[1] / "guard"
 
 def kdlora(*arguments: object, elsewhere: bool = True, **options: object) -> subprocess.CompletedProcess[bytes]:
     """Call the command line in a process of another system, whose console has a few characters."""
-    own = {"KDLORA_TESTS_SYSTEM": "another", "PYTHONIOENCODING": "cp1252"} if elsewhere else {}
+    own = {"KDLORA_TESTS_SYSTEM": "another" if elsewhere else ""}
+    own |= {"PYTHONIOENCODING": "cp1252"} if elsewhere else {}
     command = [sys.executable, "-m", "kdlora", *map(str, arguments)]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stderr.decode(errors="replace")

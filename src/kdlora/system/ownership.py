@@ -172,12 +172,19 @@ def is_abandoned(path: Path) -> bool:
         return False
     if found is None or (hasattr(os, "getuid") and state.st_uid != os.getuid()):
         return False
-    if found["place"] == _place() and hasattr(os, "getuid"):  # on Windows, to ask about a process is to end it
-        return not is_alive(int(found["process"]), int(found["start"]))
+    if found["place"] == _place() and (alive := _is_alive(int(found["process"]), int(found["start"]))) is not None:
+        return not alive
     return time.time() - state.st_mtime > _FOREIGN_SECONDS  # of another machine, container or boot
 
 
-def is_alive(process: int, start: int = 0) -> bool:
+def _is_alive(process: int, start: int) -> bool | None:
+    """Say whether a process runs; None where nothing here can tell."""
+    if not hasattr(os, "getuid"):  # on Windows, to ask by a signal is to end it
+        with contextlib.suppress(ImportError, OverflowError):
+            import psutil  # comes with what trains, which alone writes for hours
+
+            return bool(psutil.pid_exists(process))
+        return None
     try:
         os.kill(process, 0)  # signal 0 asks without sending anything
     except (ProcessLookupError, OverflowError):

@@ -128,7 +128,7 @@ def main(options: argparse.Namespace) -> None:
     models |= {"student ONNX": out / "onnx" / "model.onnx", "student int8": out / "onnx" / "model_quantized.onnx"}
     result = benchmark(models, texts, max_length=MAX_LENGTH, rounds=options.rounds, batch_sizes=(32,), progress=print)
     print(f"{result.texts} texts of SST-2, {result.threads} threads, {result.rounds} rounds")
-    print(markdown(*result.table()))
+    print(markdown(result.table().columns, result.table().texts()))
     teacher, student, _, int8 = result.models
     memory = 100 * (int8.peak_memory_bytes or 0) / (teacher.peak_memory_bytes or 1)
     found = [

@@ -19,7 +19,7 @@ def draw(experiment: Path, to: Path) -> None:
         experiment: a finished experiment's folder.
         to: the SVG file.
     """
-    page = make_report([experiment]).html
+    page = make_report(experiment).html
     found = _FIGURE.search(page)
     if found is None:
         raise SystemExit(f"the report of {experiment} has no plot; let the experiment finish")

@@ -41,7 +41,7 @@ def test_what_is_light_loads_nothing_heavy(tmp_path):
     """Completion, `--help`, the report and every script that only wants `Config` would wait for torch."""
     make_experiment(tmp_path / "e", seeds=(0,))
     code = "import kdlora, kdlora.data.tasks; kdlora.Config; kdlora.KdLoraError; kdlora.load_config; kdlora.Task; "
-    code += "from kdlora.report.report import make_report; make_report(['e'], draws=100); "
+    code += "from kdlora.report.report import make_report; make_report('e', draws=100); "
     code += "import sys; print({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

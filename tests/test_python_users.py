@@ -44,7 +44,7 @@ class Steps(TrainerCallback):
 
 def test_reprs_are_a_line_and_notebooks_show_tables(experiment, splits, workshop):
     """The default repr of an experiment is ten thousand characters of records, of a model every layer."""
-    report = make_report([experiment.folder], out=experiment.folder.parent / "again", draws=50)
+    report = make_report(experiment.folder, out=experiment.folder.parent / "again", draws=50)
     logits = TeacherLogits(["a", "b"], np.zeros((2, 2), dtype=np.float32), ("no", "yes"), "")
     said = [
         repr(experiment),

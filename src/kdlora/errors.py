@@ -90,7 +90,7 @@ class ArtifactError(KdLoraError):
     """A stored result (logits, record, checkpoint, export) that is stale, foreign or damaged.
 
     Examples:
-        >>> make_report(["configs"])
+        >>> make_report("configs")
         Traceback (most recent call last):
             ...
         kdlora.errors.ArtifactError: ...

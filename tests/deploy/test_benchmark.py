@@ -50,10 +50,10 @@ def test_figures_of_all_models(result):
 
 def test_table_and_plot(result, tmp_path):
     """Prevents ratios to the wrong model, and a plot that is empty or fails on a missing figure."""
-    header, rows = result.table()
-    assert len(rows) == 3
-    assert all(len(row) == len(header) for row in rows)
-    assert rows[0][header.index("speed")] == "1.0x"
+    table = result.table()
+    assert len(table.rows) == 3
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert table.texts()[0][table.columns.index("speed-up of texts/s")] == "1.0×"
     plot_benchmark(result, tmp_path / "figure.svg")
     text = (tmp_path / "figure.svg").read_text()
     assert "<svg" in text

@@ -69,7 +69,7 @@ def with_promise(finished: Path, made_once) -> Path:
 
     def make(folder: Path) -> Path:
         found = defer_experiment(copy_experiment(finished, folder / "experiment"), error=0.1)
-        make_report([folder / "experiment"])
+        make_report(folder / "experiment")
         names = ["student", "student, ONNX", "student, int8", "fft", "student-lora", "kd-lora"]
         assert [model.name for model in found.models] == names
         return folder / "experiment"
@@ -214,7 +214,7 @@ def test_the_command_line_draws_both(promised: Path, finished: Path, cli) -> Non
     assert json.loads(cli("defer", promised, "--error", "0.1", "--json").out) == told
     shown = cli("defer", promised, "--error", "0.1")
     assert shown.code == 0, shown.err
-    assert "600 rows of the test split, at most 10.0% wrong, 95%" in shown.out
+    assert "600 rows of the test split, at most 10.0% wrong with 95% confidence" in " ".join(shown.out.split())
     assert "What may be acted on" in (promised / "report.md").read_text()
     page = (promised / "report.html").read_text()
     assert "Error against coverage" in page

@@ -50,7 +50,7 @@ def with_thresholds(finished: Path, made_once) -> Path:
 
     def make(folder: Path) -> Path:
         fit_thresholds(copy_experiment(finished, folder / "experiment"))
-        make_report([folder / "experiment"])
+        make_report(folder / "experiment")
         return folder / "experiment"
 
     return made_once("thresholds-fitted", make)
@@ -147,7 +147,7 @@ def test_a_label_without_rows_keeps_a_half(finished: Path, tmp_path: Path, cli) 
     (folder / "config.yaml").write_text(config.replace(str(finished.parent / "validation.csv"), str(other)))
     done = cli("thresholds", folder)
     assert done.code == 0, done.err
-    assert "'music' keeps 0.5: none of 200 rows have the label" in done.err
+    assert "'music' keeps 0.5: none of 200 rows have the label" in " ".join(done.out.split())
     assert set(read(folder)) == {"film", "praise"}
     refused = cli("thresholds", folder, "--label", "music")
     assert refused.code == 2

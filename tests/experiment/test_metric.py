@@ -45,7 +45,7 @@ def test_the_named_metric_selects_the_epoch_and_heads_the_report(uneven, worksho
     assert record.score == pytest.approx(score(task, compute_metrics(task, kept.logits, kept.labels)))
     shipped = json.loads((result.layout.student / "config.json").read_text(encoding="utf-8"))
     assert shipped["kdlora_task"]["metrics"] == [name], "gates and later exports read it there"
-    report = make_report([result.folder], draws=50).markdown
+    report = make_report(result.folder, draws=50).markdown
     assert "Table 1. Score: recall of positive at precision 0.6" in report
     assert "| positive | student LoRA | 20 |" in report
 

@@ -11,7 +11,7 @@ from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results, summarise_arms
 from kdlora.experiment.run import Run, plan_experiment, run_experiment
 from kdlora.experiment.scoring import doubts_of_teacher
-from kdlora.report.collect import load_experiments
+from kdlora.report.collect import load_experiment
 from kdlora.searchconfig import SearchConfig
 
 
@@ -30,7 +30,7 @@ def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
     assert result.shipped == Run("student-lora", 0)
     assert not result.layout.run("words", 0).model.exists()
 
-    (experiment,) = load_experiments([result.folder])
+    experiment = load_experiment(result.folder)
     assert experiment.student_arm == "student-lora"
     report = result.layout.report_md.read_text(encoding="utf-8")
     assert report.count("bag of words") > 3

@@ -11,7 +11,6 @@ from kdlora.evidence.stats import Difference
 from kdlora.report.page import Bullets, Cell, Code, Link, Page, Paragraph, Prose, Section, Table, escape, render
 from kdlora.report.plots import (
     PALETTE,
-    Curve,
     Series,
     Style,
     arm_style,
@@ -104,16 +103,15 @@ def test_points_lie_where_their_values_are():
 
 def test_curves_average_the_seeds_that_reached_an_epoch():
     """A seed that stopped early must not pull the last epochs down to zero."""
-    curve = Curve("KD-LoRA", arm_style("kd-lora"), (((1.0, 0.5), (2.0, 0.4)), ((1.0, 0.7),)))
+    curve = Series("KD-LoRA", arm_style("kd-lora"), ((1.0, 0.5), (2.0, 0.4), (1.0, 0.7)))
     figure = learning_curves([curve], title="t", value="loss", identity="i")
     assert "KD-LoRA ends at 0.4" in figure.description
     assert "Bands" in figure.caption
-    assert learning_curves([Curve("x", arm_style("lora"), ())], title="t", value="loss", identity="i") is None
-    assert learning_curves([Curve("x", arm_style("lora"), ((),))], title="t", value="loss", identity="i") is None
+    assert learning_curves([Series("x", arm_style("lora"), ())], title="t", value="loss", identity="i") is None
 
     # One epoch with loss 0 has no range on either axis.
     style = arm_style("new-arm")
-    figure = learning_curves([Curve("x", style, (((1.0, 0.0),),))], title="t", value="loss", identity="i")
+    figure = learning_curves([Series("x", style, ((1.0, 0.0),))], title="t", value="loss", identity="i")
     assert figure is not None
     assert len(_marks(figure, style)) == 2, "one in the plot, one in the legend"
 

@@ -9,7 +9,7 @@ import fabricate
 from fabricate import MNLI, TAGS, TOPICS, make_experiment, make_labels, make_logits
 from kdlora.evidence.predictions import Predictions
 from kdlora.evidence.records import read_record, write_record
-from kdlora.report.collect import load_experiments
+from kdlora.report.collect import load_experiment
 from kdlora.report.findings import align, choose_student, compare_arms, read_choice, retention, write_choice
 from kdlora.report.paper import CLAIMS, family_of
 from kdlora.report.report import make_report
@@ -68,7 +68,7 @@ def test_other_examples_labels_or_names_are_not_aligned():
 def test_controls_are_compared_on_common_seeds_and_the_teacher_on_all_of_its_own(tmp_path):
     """A control with other seeds would differ by the seeds as well as by the teacher."""
     make_experiment(tmp_path / "e", failed=[("student-lora", 1), ("fft", 1), ("fft", 2)])
-    (experiment,) = load_experiments([tmp_path / "e"])
+    experiment = load_experiment(tmp_path / "e")
     found = {one.second: one.difference for one in compare_arms(experiment, draws=100)}
     assert list(found) == ["student-lora", "lora", "fft"]
     assert found["student-lora"] is not None
@@ -80,7 +80,7 @@ def test_controls_are_compared_on_common_seeds_and_the_teacher_on_all_of_its_own
 def test_shares_and_savings(tmp_path):
     """A share of the wrong arm, or a saving with the wrong sign."""
     make_experiment(tmp_path / "e")
-    (experiment,) = load_experiments([tmp_path / "e"])
+    experiment = load_experiment(tmp_path / "e")
     kept = retention(experiment, "kd-lora", "fft")
     assert kept.mean == pytest.approx(100 * experiment.score("kd-lora").mean / experiment.score("fft").mean)
     assert retention(experiment, "kd-lora", "kd-fft") is None
@@ -108,7 +108,7 @@ def choose(folder, **noise):
         for arm, value in noise.items():
             patch.setitem(fabricate._NOISE, arm.replace("_", "-"), value)
         make_experiment(folder, arms=("fft", *(arm for arm in STUDENTS if arm.replace("-", "_") in noise)))
-    (experiment,) = load_experiments([folder])
+    experiment = load_experiment(folder)
     return choose_student(experiment.task, experiment.runs)
 
 
@@ -128,7 +128,7 @@ def test_the_best_on_validation_ships_and_within_its_interval_the_distilled_one(
     """An arm that always ships may be the worst by ten points."""
     found = choose(tmp_path / "e", **noise)
     assert (found.arm, found.against) == (shipped, against)
-    (experiment,) = load_experiments([tmp_path / "e"])
+    experiment = load_experiment(tmp_path / "e")
     scores = {run.record.seed: run.record.score for run in experiment.finished(shipped)}
     assert found.seed == max(scores, key=lambda seed: scores[seed])
     assert set(found.scores) == {arm.replace("_", "-") for arm in noise}
@@ -144,7 +144,7 @@ def test_validation_chooses_and_not_the_test_split(tmp_path):
     for seed in range(3):
         place = layout.run("student-lora", seed).record
         write_record(place, read_record(place).model_copy(update={"test_score": 99.0}))
-    (experiment,) = load_experiments([layout.root])
+    experiment = load_experiment(layout.root)
     assert experiment.choice.arm == "kd-lora"
 
 
@@ -154,7 +154,7 @@ def test_a_score_that_is_not_defined_does_not_ship_before_one_that_is(tmp_path):
     for seed in range(3):
         place = layout.run("kd-lora", seed).record
         write_record(place, read_record(place).model_copy(update={"score": None}))
-    (experiment,) = load_experiments([layout.root])
+    experiment = load_experiment(layout.root)
     found = choose_student(experiment.task, experiment.runs)
     assert (found.arm, found.scores["kd-lora"]) == ("student-lora", None)
 
@@ -162,11 +162,11 @@ def test_a_score_that_is_not_defined_does_not_ship_before_one_that_is(tmp_path):
 def test_the_report_goes_by_what_was_shipped(tmp_path):
     """A report that chooses anew would speak of another student than the one in `student/`."""
     layout = make_experiment(tmp_path / "e", seeds=(0,))
-    found = choose_student(load_experiments([layout.root])[0].task, load_experiments([layout.root])[0].runs)
+    found = choose_student(load_experiment(layout.root).task, load_experiment(layout.root).runs)
     other = found.model_copy(update={"arm": "student-lora", "sentence": "The other student was shipped: it is."})
     write_choice(layout.shipped, other)
     assert read_choice(layout.shipped) == other
-    report = make_report([layout.root], draws=50)
+    report = make_report(layout.root, draws=50)
     assert report.markdown.split("\n\n")[1].startswith("**The other student was shipped**: it is. It keeps")
     layout.shipped.write_text("{")
-    assert "The distilled student (kd-lora) was shipped" in make_report([layout.root], draws=50).markdown
+    assert "The distilled student (kd-lora) was shipped" in make_report(layout.root, draws=50).markdown

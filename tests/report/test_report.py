@@ -41,7 +41,7 @@ INTENTS = Task("single-label", ("text",), ("label",), tuple(f"intent {n}" for n 
 
 
 def _report(folder: Path) -> Report:
-    return make_report([folder], draws=200)
+    return make_report(folder, draws=200)
 
 
 def _opening(report: Report) -> str:
@@ -231,7 +231,7 @@ def test_mnli_shows_both_groups(tmp_path):
     [
         (BINARY, ("Confusion matrix of KD-LoRA", "Calibration")),
         (TOPICS, ("Confusion matrix of KD-LoRA", "Calibration")),
-        (SIMILARITY, ("Predictions of KD-LoRA against labels", "Residuals of KD-LoRA")),
+        (SIMILARITY, ("Predictions of KD-LoRA against labels",)),
         (TAGS, ("Every label", "Calibration")),
         (INTENTS, ("Most frequent confusions of KD-LoRA", "Calibration")),  # a matrix of 30 labels cannot be read
     ],
@@ -256,7 +256,7 @@ def test_every_kind_of_task_has_its_plots(tmp_path, task, titles):
 def test_links_lead_to_the_records(tmp_path):
     """A figure that cannot be traced to its run is a claim."""
     layout = make_experiment(tmp_path / "a folder, with #signs?")
-    report = make_report([layout.root], out=tmp_path / "elsewhere", draws=200)
+    report = make_report(layout.root, out=tmp_path / "elsewhere", draws=200)
     checker = _check(report.html)
     links = [one["href"] or "" for one in checker.all("a")]
     files = [link for link in links if not link.startswith("#")]
@@ -295,7 +295,7 @@ def test_text_from_outside_is_escaped_in_markdown(tmp_path):
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(report.markdown)
     inline = [child for token in tokens for child in token.children or []]
     html = "".join(token.content for token in [*tokens, *inline] if token.type.startswith("html"))
-    assert re.sub(r'<a id="e1[a-z-]*">|</a>', "", html).strip() == ""
+    assert re.sub(r'<a id="[a-z]*">|</a>', "", html).strip() == ""
     hrefs = [str(child.attrGet("href")) for child in inline if child.type == "link_open"]
     assert hrefs
     assert all(href.startswith("#") or href.endswith("run.json") for href in hrefs)
@@ -359,16 +359,6 @@ def test_missing_and_damaged_predictions_cost_their_parts_only(tmp_path):
     assert "There are no examples to show" in bare.html
 
 
-def test_results_alone_make_a_report(tmp_path):
-    """Someone may keep results.json and throw the runs away."""
-    layout = make_experiment(tmp_path / "reviews")
-    shutil.rmtree(layout.runs)
-    report = _report(layout.root)
-    assert "It keeps" in _opening(report)
-    assert "only results.json was kept" in report.html
-    assert '"results.json"' in report.html
-
-
 def test_disagreements_show_opposite_decisions_first(reviews):
     """A list that starts with mere differences in confidence wastes the reader's time."""
     html = reviews[1].html
@@ -378,38 +368,14 @@ def test_disagreements_show_opposite_decisions_first(reviews):
     assert facts[2][1].split(",")[0] != facts[3][1].split(",")[0]
 
 
-def test_several_experiments_stand_in_one_table(tmp_path):
-    """Experiments of different tasks get sections of their own, never a common confusion matrix."""
-    tasks = {"mrpc": PAIRS, "stsb": SIMILARITY}
-    folders = [make_experiment(tmp_path / name, task=task).root for name, task in tasks.items()]
-    report = make_report(folders, draws=200)
-    assert report.paths[1] == tmp_path / "report.html"
-    assert "On average over the experiments, the student keeps" in _opening(report)
-    checker = _check(report.html)
-    ids = [attributes["id"] for _, attributes in checker.tags if attributes.get("id")]
-    assert {"e1", "e2", "e1-runs", "e2-runs"} <= set(ids)
-    assert len(ids) == len(set(ids))
-    assert "| paper, BERT, same tasks | 89.2 | 89.1 | 88.5 |" in report.markdown
-
-    # Two experiments called mrpc would be one section.
-    folders = [make_experiment(tmp_path / name, experiment="mrpc", seeds=(0,)).root for name in ("one", "two")]
-    report = make_report(folders, draws=100)
-    assert "mrpc (one, 1)" in report.html
-    assert "mrpc (two, 2)" in report.html
-    once = make_report([folders[0], folders[0]], draws=100)
-    assert "mrpc (one" not in once.html
-
-
-def test_runs_of_different_tasks_in_one_folder_are_kept_apart(tmp_path):
+def test_runs_of_different_tasks_in_one_folder_are_refused(tmp_path):
     """Accuracy and Pearson would be averaged into one figure."""
     layout = make_experiment(tmp_path / "mixed", task=PAIRS)
     other = make_experiment(tmp_path / "other", task=SIMILARITY, experiment="mixed")
     for run in other.runs.iterdir():
         shutil.copytree(run, layout.runs / f"{run.name}-stsb")
-    report = _report(layout.root)
-    assert "mixed: mrpc" in report.html
-    assert "mixed: stsb" in report.html
-    _check(report.html)
+    with pytest.raises(ArtifactError, match="its runs are of different tasks"):
+        _report(layout.root)
 
 
 def test_a_score_of_zero_is_no_base_of_a_share(tmp_path):
@@ -459,14 +425,9 @@ def test_one_epoch_and_strange_histories_are_drawn(tmp_path):
 
 def test_a_folder_without_records_is_refused(tmp_path):
     """An empty report would look like an experiment without results."""
-    with pytest.raises(ArtifactError, match="there is no such folder"):
-        make_report([tmp_path / "missing"])
-    with pytest.raises(ArtifactError, match="at least one experiment folder"):
-        make_report([])
-    for _ in range(2):
+    for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ArtifactError, match=r"expected the folder of an experiment.*found no record"):
-            make_report([tmp_path])
-        (tmp_path / "results.json").write_text('{"runs": []}')
+            make_report(folder)
 
 
 def test_a_record_of_an_unknown_task_is_refused_by_name(tmp_path):
@@ -476,7 +437,7 @@ def test_a_record_of_an_unknown_task_is_refused_by_name(tmp_path):
     content = json.loads(path.read_text().replace('"kind": "single-label"', '"kind": "spans"'))
     path.write_text(json.dumps(seal(content)))
     with pytest.raises(ArtifactError, match=r"lora-seed1/run\.json.*kind 'spans'"):
-        make_report([layout.root])
+        make_report(layout.root)
 
 
 @pytest.mark.parametrize("task", [BINARY, INTENTS, TAGS], ids=["binary", "many", "several"])

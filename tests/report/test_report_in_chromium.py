@@ -50,8 +50,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_experiment(root / "tags", task=TAGS, seeds=(0,))
     make_experiment(root / "spans", task=fabricate.NAMES, texts=HOSTILE, seeds=(0,), rows=40)
     for name in ("hostile", "mrpc", "stsb", "tags", "spans"):
-        make_report([root / name], draws=200)
-    make_report([root / "mrpc", root / "stsb"], out=root / "both", draws=200)
+        make_report(root / name, draws=200)
     compare([root / "mrpc", root / "stsb", root / "hostile"], out=root / "compared", draws=200)
     (root / "compared" / "compare.html").rename(root / "compared" / "report.html")
     return root
@@ -63,7 +62,7 @@ def server(pages: Path) -> Iterator[Server]:
         yield serving
 
 
-NAMES = ("hostile", "mrpc", "stsb", "tags", "spans", "both", "compared")
+NAMES = ("hostile", "mrpc", "stsb", "tags", "spans", "compared")
 
 
 def _show(browser: webdriver.Chrome, server: Server, name: str, width: int, scheme: str = "light") -> None:

@@ -65,7 +65,7 @@ def test_rows_and_words_without_labels_are_kept_apart():
 def told(tmp_path_factory):
     """A report of three arms, and the folder."""
     layout = make_experiment(tmp_path_factory.mktemp("spans") / "names", task=NAMES, rows=80)
-    return layout, make_report([layout.root], draws=100)
+    return layout, make_report(layout.root, draws=100)
 
 
 def test_the_answer_is_in_entity_f1_and_every_type_has_its_figures(told):
@@ -111,7 +111,7 @@ def test_marked_sentences_are_those_of_the_predictions(told):
 def test_texts_and_types_are_escaped(tmp_path):
     """A text of a stranger that runs in the reader's browser."""
     layout = make_experiment(tmp_path / "hostile", task=TYPED, rows=40, texts=HOSTILE)
-    report = make_report([layout.root], draws=50)
+    report = make_report(layout.root, draws=50)
     assert "<script>alert" not in report.html
     assert "<b>Rome" not in report.html
     assert "<i>x" not in report.html
@@ -123,7 +123,7 @@ def test_texts_and_types_are_escaped(tmp_path):
 def test_long_texts_are_quoted_from_before_the_first_difference(tmp_path):
     """The beginning of a long text, on which both agree, would be shown as a disagreement."""
     layout = make_experiment(tmp_path / "long", task=NAMES, rows=3, texts=("word " * 400,), arms=("fft", "kd-lora"))
-    report = make_report([layout.root], draws=50)
+    report = make_report(layout.root, draws=50)
     lines = re.findall(r'<p class="marked \w+">.*?</p>', report.html)
     assert lines
     assert all(len(re.sub(r"<.*?>", "", line)) < 1500 for line in lines)

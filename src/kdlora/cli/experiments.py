@@ -171,19 +171,17 @@ def compare(
 
 @app.command()
 def report(
-    experiments: Annotated[list[Path], Argument(help="Experiment folders.")],
-    out: Annotated[
-        Path | None, Option("--out", help="Output folder. Default: the experiment's, or the parent of several.")
-    ] = None,
+    experiment: Annotated[Path, Argument(help="Experiment folder.")],
+    out: Annotated[Path | None, Option("--out", help="Output folder. Default: the experiment's.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the report of one or several experiments again, as Markdown and HTML.
+    """Write the report of an experiment again, as Markdown and HTML.
 
-    Example: kdlora report runs/mrpc runs/cola --out both
+    Example: kdlora report runs/mrpc
     """
     from kdlora.report.report import make_report
 
-    _print_paths(make_report(experiments, out=out).paths, as_json)
+    _print_paths(make_report(experiment, out=out).paths, as_json)
 
 
 def _print_paths(paths: Sequence[Path], as_json: bool) -> None:
@@ -242,4 +240,4 @@ def _add_page(layout: ExperimentLayout) -> None:
     except (KdLoraError, OSError) as error:
         print(harmless(f"no page for the browser was built: {error}"), file=sys.stderr)
     else:
-        make_report([layout.root])
+        make_report(layout.root)

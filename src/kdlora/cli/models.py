@@ -215,8 +215,8 @@ def benchmark(
     if as_json:
         print_json(asdict(result))
         return
-    header, rows = result.table()
-    print_table(header, rows, caption=result.conditions())
+    table = result.table()
+    print_table(table.columns, table.texts(), caption=table.note)
 
 
 def _print_cascade(curve: CascadeCurve, as_json: bool) -> None:

@@ -39,7 +39,7 @@ from kdlora.experiment.stages import Stage
 from kdlora.experiment.team import Team, gather_team
 from kdlora.report.collect import load_run
 from kdlora.report.findings import choose_student
-from kdlora.report.page import html_table
+from kdlora.report.page import Table, html_table
 from kdlora.report.report import make_report
 from kdlora.shipconfig import DeferConfig, ExportConfig
 from kdlora.system.children import run_in_child
@@ -98,7 +98,7 @@ class ExperimentResult:
     def _repr_html_(self) -> str:
         """Show the table of the arms in a notebook."""
         title, rows = summarise_arms(self.records)
-        return html_table(SUMMARY, rows, f"{self.folder.name}: {title}")
+        return html_table(Table(f"{self.folder.name}: {title}", SUMMARY, tuple(rows)))
 
     @property
     def layout(self) -> ExperimentLayout:
@@ -248,7 +248,7 @@ def _lead(
         notes += () if shipped is None else _decide(config, layout)
         lock.check()
         with logged("report", "all", config.teacher_seed):
-            make_report([layout.root])
+            make_report(layout.root)
     return ExperimentResult(layout.root, records, shipped, tuple(notes))
 
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from kdlora.experiment.study import best_first, settings_of
 from kdlora.report.page import Cell, Link, Page, Paragraph, Prose, Section, Table, to_csv, write_page
-from kdlora.report.plots import Curve, Style, learning_curves
+from kdlora.report.plots import Series, Style, learning_curves
 from kdlora.report.wording import arm_title
 from kdlora.searchconfig import SearchConfig
 from kdlora.system.storage import write_text_atomic
@@ -34,7 +34,7 @@ def write_search_report(
         "pruned trials": [one for one in trials if one.state.name == "PRUNED"],
     }
     curves = [
-        Curve(name, Style(number), tuple(tuple(sorted(one.intermediate_values.items())) for one in members))
+        Series(name, Style(number), tuple(point for one in members for point in one.intermediate_values.items()))
         for number, (name, members) in enumerate(groups.items())
         if members
     ]

@@ -29,7 +29,7 @@ from kdlora.report.page import (
     write_page,
 )
 from kdlora.report.paper import COSTS, RANKS
-from kdlora.report.plots import Curve, arm_style, learning_curves
+from kdlora.report.plots import Series, arm_style, learning_curves
 from kdlora.report.tables import HEAD, MEMORY, TIME, TIME_OF_32, Cost, mean_of, published_row
 from kdlora.report.wording import INTERVALS, arm_title, count, interval_cell, model_title, points, signed
 from kdlora.system.storage import write_text_atomic
@@ -215,7 +215,7 @@ def _convergence_curves(figures: SuiteFigures) -> list[Block | None]:
     for task in figures.plan.suite.tasks:
         for family in figures.plan.suite.families:
             curves = [
-                Curve.of(arm_title(arm), arm_style(arm), [one.record for one in figures.figure(cell).taken])
+                Series.of(arm_title(arm), arm_style(arm), [one.record for one in figures.figure(cell).taken])
                 for arm, cell in figures.plan.cells_of(task, family).items()
             ]
             title = f"{task}, {figures.family_title(family)}"

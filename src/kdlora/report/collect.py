@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from kdlora.configfile import load_config
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, DataError, KdLoraError
 from kdlora.evidence.predictions import ExampleText, Predictions, read_examples, read_predictions
-from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_record, read_results
+from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_record
 from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.report.findings import Choice, choose_student, read_choice
 from kdlora.report.shipped import Shipped, read_shipped
@@ -109,63 +108,29 @@ class Experiment:
             return {}
 
 
-def load_experiments(folders: Sequence[Path | str], *, runs: bool = False) -> list[Experiment]:
-    """Read experiment folders, and those of single runs where they may be; runs of different tasks are kept apart."""
-    if not folders:
-        raise ArtifactError(f"expected at least one experiment{' or run' if runs else ''} folder, got none")
-    found: list[Experiment] = []
-    for folder in dict.fromkeys(map(Path, folders)):
-        place = RunLayout(folder)
-        if runs and place.record.is_file():
-            run, faults = load_run(read_record(place.record), place)
-            name = f"{run.record.experiment}: {folder.name}"
-            found.append(Experiment(name, _task_of(run), folder.parent.parent, (run,), faults))
-        else:
-            found += _load_folder(ExperimentLayout(folder))
-    names = [experiment.name for experiment in found]
-    return [
-        replace(one, name=f"{one.name} ({one.folder.name}, {number})") if names.count(one.name) > 1 else one
-        for number, one in enumerate(found, start=1)
-    ]
-
-
-def _load_folder(layout: ExperimentLayout) -> list[Experiment]:
+def load_experiment(folder: Path) -> Experiment:
+    """Read the folder of an experiment."""
+    layout = ExperimentLayout(folder)
     order: dict[str, int] = {arm: place for place, arm in enumerate(ARMS)}
-    records = sorted(_records_of(layout), key=lambda one: (order.get(one[0].arm, len(order)), one[0].arm, one[0].seed))
+    records = [(read_record(path), RunLayout(path.parent)) for path in sorted(layout.runs.glob("*/run.json"))]
+    records.sort(key=lambda one: (order.get(one[0].arm, len(order)), one[0].arm, one[0].seed))
+    if not records:
+        raise ArtifactError(
+            f"{layout.root}: expected the folder of an experiment, with runs/<arm>-seed<k>/run.json, but found no "
+            "record. Run the experiment first, or name its folder."
+        )
     loaded = [load_run(*one) for one in records]
     faults = tuple(fault for _, found in loaded for fault in found)
-    by_task: dict[str, list[Run]] = {}
-    for run, _ in loaded:
-        by_task.setdefault(repr(run.record.task), []).append(run)
-    # A folder has one student; where several tasks were put together, nothing says whose it is.
-    shipped = read_shipped(layout) if len(by_task) == 1 else None
-    experiments = []
-    for runs in by_task.values():
-        task, name = _task_of(runs[0]), runs[0].record.experiment or layout.root.name
-        suffix = f": {task.name or ', '.join(task.label)}" if len(by_task) > 1 else ""
-        experiments.append(Experiment(f"{name}{suffix}", task, layout.root, tuple(runs), faults, shipped))
-    return experiments
+    runs = tuple(run for run, _ in loaded)
+    tasks = [_task_of(run) for run in runs]
+    if any(task != tasks[0] for task in tasks):
+        raise ArtifactError(f"{layout.root}: its runs are of different tasks; keep each task in a folder of its own")
+    name = records[0][0].experiment or layout.root.name
+    return Experiment(name, tasks[0], layout.root, runs, faults, read_shipped(layout))
 
 
-def _records_of(layout: ExperimentLayout) -> list[tuple[RunRecord, RunLayout | Path]]:
-    """Read the runs' own records; those in results.json where the folder of runs was not kept."""
-    if not layout.root.is_dir():
-        raise ArtifactError(f"{layout.root}: there is no such folder. Name the folder of an experiment (`--out`).")
-    if paths := sorted(layout.runs.glob("*/run.json")):
-        return [(read_record(path), RunLayout(path.parent)) for path in paths]
-    if layout.results.is_file() and (records := read_results(layout.results)):
-        return [(record, layout.results) for record in records]
-    raise ArtifactError(
-        f"{layout.root}: expected the folder of an experiment, with runs/<arm>-seed<k>/run.json, but found no record. "
-        "Run the experiment first, or name its folder."
-    )
-
-
-def load_run(record: RunRecord, place: RunLayout | Path) -> tuple[Run, tuple[str, ...]]:
-    """Read a run's predictions too, and say what could not be read; a file of records stands for a lost folder."""
-    who = f"{record.arm}, seed {record.seed}"
-    if isinstance(place, Path):
-        return Run(record, place, None), (f"{who}: only results.json was kept, so there are no predictions",)
+def load_run(record: RunRecord, place: RunLayout) -> tuple[Run, tuple[str, ...]]:
+    """Read a run's predictions too, and say what could not be read."""
     if record.status != "finished":
         return Run(record, place.record, None), ()
     try:
@@ -174,7 +139,14 @@ def load_run(record: RunRecord, place: RunLayout | Path) -> tuple[Run, tuple[str
         reason = f"its predictions cannot be read ({error})"
         if not place.predictions.exists():
             reason = f"{place.predictions.name} is missing"
-        return Run(record, place.record, None), (f"{who}: {reason}",)
+        return Run(record, place.record, None), (f"{record.arm}, seed {record.seed}: {reason}",)
+
+
+def load_single_run(place: RunLayout) -> Experiment:
+    """Read the folder of one run as an experiment of its own."""
+    run, faults = load_run(read_record(place.record), place)
+    name = f"{run.record.experiment}: {place.root.name}"
+    return Experiment(name, _task_of(run), place.root.parent.parent, (run,), faults)
 
 
 def _task_of(run: Run) -> Task:

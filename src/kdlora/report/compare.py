@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS
-from kdlora.evidence.records import RunRecord
+from kdlora.errors import ArtifactError
+from kdlora.evidence.records import RunLayout, RunRecord
 from kdlora.evidence.stats import MeanSd, mean_sd
-from kdlora.report.collect import Experiment, Run, load_experiments
+from kdlora.report.collect import Experiment, Run, load_experiment, load_single_run
 from kdlora.report.findings import Comparison, pair_runs
 from kdlora.report.page import (
     Block,
@@ -27,7 +28,7 @@ from kdlora.report.page import (
     strong,
     write_page,
 )
-from kdlora.report.plots import Curve, Style, arm_style, differences, learning_curves
+from kdlora.report.plots import Series, Style, arm_style, differences, learning_curves
 from kdlora.report.tables import DISK, MEMORY, PARAMETERS, TIME, Links, compared, cost_plots
 from kdlora.report.wording import INTERVALS, arm_title, model_title, plus_minus, score_title, signed, span
 
@@ -71,8 +72,21 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
         >>> report = compare(["runs/reviews"], out="runs/compared")
     """
     base = Path(out) if out is not None else Path.cwd()
-    page = _page(load_experiments(folders, runs=True), base, draws)
+    page = _page(_load(folders), base, draws)
     return render(page) if out is None else write_page(page, base / "compare.md", base / "compare.html")
+
+
+def _load(folders: Sequence[Path | str]) -> list[Experiment]:
+    """Read experiments and single runs; those of the same name are told apart by folder and number."""
+    places = [RunLayout(Path(folder)) for folder in dict.fromkeys(map(Path, folders))]
+    if not places:
+        raise ArtifactError("expected at least one experiment or run folder, got none")
+    found = [load_single_run(one) if one.record.is_file() else load_experiment(one.root) for one in places]
+    names = [experiment.name for experiment in found]
+    return [
+        replace(one, name=f"{one.name} ({one.folder.name}, {number})") if names.count(one.name) > 1 else one
+        for number, one in enumerate(found, start=1)
+    ]
 
 
 def _page(experiments: Sequence[Experiment], base: Path, draws: int) -> Page:
@@ -145,7 +159,7 @@ def _table(candidates: Sequence[Candidate], reference: Candidate, paired: dict[s
 
 def _text_curve(group: Sequence[Candidate], identity: str, suffix: str) -> Figure | None:
     """Draw the students' scores over the texts that they learnt from, where these differ."""
-    curves: dict[tuple[str, bool, str], list[tuple[tuple[float, float], ...]]] = {}
+    curves: dict[tuple[str, bool, str], list[tuple[float, float]]] = {}
     for one in group:
         for run in one.runs:
             score, config = run.score(one.experiment.split), run.record.config
@@ -154,13 +168,13 @@ def _text_curve(group: Sequence[Candidate], identity: str, suffix: str) -> Figur
                 alone = distilled and (config.get("distil") or {}).get("alpha") == 0
                 table = (config.get("teacher") or {}).get("probabilities") or run.record.teacher_model
                 taught_by = "/".join(Path(str(table)).parts[-2:]) if distilled else ""
-                curves.setdefault((one.arm, alone, taught_by), []).append(((_texts_seen(run.record), score),))
-    if len({points[0][0] for seeds in curves.values() for points in seeds}) < 2:
+                curves.setdefault((one.arm, alone, taught_by), []).append((_texts_seen(run.record), score))
+    if len({texts for points in curves.values() for texts, _ in points}) < 2:
         return None
     many, drawn = len({taught_by for *_, taught_by in curves} - {""}) > 1, []
-    for (arm, alone, taught_by), seeds in curves.items():
+    for (arm, alone, taught_by), points in curves.items():
         name = arm_title(arm) + (", no labels" if alone else "") + (f", {taught_by}" if many and taught_by else "")
-        drawn.append(Curve(name, replace(arm_style(arm), dashed=alone), tuple(seeds)))
+        drawn.append(Series(name, replace(arm_style(arm), dashed=alone), tuple(points)))
     value = f"score on {group[0].experiment.split}"
     title, across = f"Score against texts{suffix}", "texts that were labelled, by people or the teacher"
     return learning_curves(drawn, title=title, value=value, identity=identity, across=across)

@@ -21,27 +21,6 @@ _SHIPPED = {"student": 6, "student, ONNX": 4, "student, int8": 5}
 """What ships, and its colour; the other models of a plot are arms."""
 
 
-THRESHOLD_COLUMNS: dict[str, Callable[[tuple[FittedModel, Threshold]], str]] = {
-    "model": lambda one: one[0].name,
-    "label": lambda one: one[1].label,
-    "fitted for": lambda one: one[1].goal,
-    "threshold": lambda one: f"{one[1].threshold:.4f}",
-    "precision": lambda one: _with_interval(one[1].precision, one[1].precision_low, one[1].precision_high),
-    "recall": lambda one: _with_interval(one[1].recall, one[1].recall_low, one[1].recall_high),
-    "at 0.5": lambda one: f"{one[1].before:.1%}",
-    "at the threshold": lambda one: f"{one[1].after:.1%}",
-}
-"""What is said of a threshold; the last two are of the metric that it was fitted for."""
-
-UNKNOWN_COLUMNS: dict[str, Callable[[tuple[Deferring, Unknown]], str]] = {
-    "model": lambda one: one[0].name,
-    "sureness": lambda one: one[1].sureness,
-    "answers of the known": lambda one: _share(one[1].coverage),
-    "deferred of the unknown": lambda one: _share(one[1].deferred),
-    "known is surer than unknown": lambda one: f"{one[1].told_apart:.1%}",
-}
-
-
 def _with_interval(value: float, low: float, high: float) -> str:
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
 
@@ -50,32 +29,33 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def threshold_rows(found: Thresholds) -> list[tuple[FittedModel, Threshold]]:
-    """Pair every threshold with the file that it is of."""
-    return [(model, label) for model in found.models for label in model.labels]
-
-
-def unknown_rows(found: Deferral) -> list[tuple[Deferring, Unknown]]:
-    """Pair what is known of texts of no class with the model that met them."""
-    return [(model, met) for model in found.models for met in model.unknown]
-
-
-def describe_thresholds(found: Thresholds) -> str:
-    """Say what the figures of thresholds are of, and what the task's score gains."""
+def threshold_table(found: Thresholds) -> Table:
+    """List every threshold with the file that it is of; the last two columns are of the metric it was fitted for."""
+    columns: dict[str, Callable[[tuple[FittedModel, Threshold]], str]] = {
+        "model": lambda one: one[0].name,
+        "label": lambda one: one[1].label,
+        "fitted for": lambda one: one[1].goal,
+        "threshold": lambda one: f"{one[1].threshold:.4f}",
+        "precision": lambda one: _with_interval(one[1].precision, one[1].precision_low, one[1].precision_high),
+        "recall": lambda one: _with_interval(one[1].recall, one[1].recall_low, one[1].recall_high),
+        "at 0.5": lambda one: f"{one[1].before:.1%}",
+        "at the threshold": lambda one: f"{one[1].after:.1%}",
+    }
     of = f"{found.judged:,} rows of the test split"
     if found.source != "test":
         of = f"the {found.judged:,} validation rows that they were fitted on, so the figures are a little too good"
     gains = "; ".join(f"{one.name} {one.score_before:.2f} to {one.score_after:.2f}" for one in found.models)
-    return f"Fitted on {found.rows:,} validation rows; figures of {of}. Intervals: 95%. Score of the task: {gains}."
+    note = f"Fitted on {found.rows:,} validation rows; figures of {of}. Intervals: 95%. Score of the task: {gains}."
+    note = " ".join([note, *(f"{one}." for one in found.notes)])
+    rows = [(model, label) for model in found.models for label in model.labels]
+    return Table.of("Above which probability a label is said", rows, columns, text_columns=3, note=note)
 
 
-def deferral_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
+def deferral_blocks(experiment: Experiment) -> list[Block | None]:
     """Show what `kdlora thresholds` and `kdlora defer` found; nothing where they have not been called."""
     layout, blocks = ExperimentLayout(experiment.folder), list[Block | None]()
     if (fitted := _read(layout.thresholds, Thresholds, "thresholds", blocks)) is not None:
-        note = " ".join([describe_thresholds(fitted), *(f"{note}." for note in fitted.notes)])
-        caption = "Above which probability a label is said"
-        blocks.append(Table.of(caption, threshold_rows(fitted), THRESHOLD_COLUMNS, text_columns=3, note=note))
+        blocks.append(threshold_table(fitted))
     if (found := _read(layout.deferral, Deferral, "defer", blocks)) is not None:
         told = (
             "A model gives no label where it is less sure than the threshold of its file. Of the labels that it gives, "
@@ -83,7 +63,7 @@ def deferral_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
         )
         if not any(model.promise for model in found.models):
             told = "Nothing can be promised, so every text is answered."
-        blocks += [Paragraph(told), _table(found), _unknown_table(found), _curves(found, mark)]
+        blocks += [Paragraph(told), *deferral_tables(found), _curves(found)]
     return blocks
 
 
@@ -91,16 +71,15 @@ def decision_sentences(layout: ExperimentLayout) -> list[str]:
     """Say for the model card what becomes of the outputs of `student/`."""
     blocks: list[Block | None] = []
     fitted, found = _read(layout.thresholds, Thresholds, "", blocks), _read(layout.deferral, Deferral, "", blocks)
-    said = []
-    for model, label in [] if fitted is None else threshold_rows(fitted):
-        if model.name == "student":
-            where = "test" if fitted and fitted.source == "test" else "validation"
-            said.append(
-                f"{label.label} is said above a probability of {label.threshold:.4f} (fitted for {label.goal}; "
-                f"precision {label.precision:.1%}, recall {label.recall:.1%} on the {where} split)"
-            )
-    for one in () if found is None else found.models:
-        if one.name == "student" and found is not None and (promise := one.promise) is not None:
+    said = [
+        f"{label.label} is said above a probability of {label.threshold:.4f} (fitted for {label.goal}; "
+        f"precision {label.precision:.1%}, recall {label.recall:.1%} on the {fitted.source} split)"
+        for model in ([] if fitted is None else fitted.models)
+        for label in model.labels
+        if model.name == "student"
+    ]
+    for one in [] if found is None else found.models:
+        if one.name == "student" and (promise := one.promise) is not None:
             said.append(
                 f"no label is given where the {promise.sureness} is below {_threshold(one)}: of the answers, "
                 f"{promise.coverage:.1%} of {promise.rows:,} rows, at most {promise.error:.1%} are wrong, with "
@@ -121,28 +100,31 @@ def _read(file: Path, form: type[Any], verb: str, blocks: list[Block | None]) ->
         return None
 
 
-def _unknown_table(found: Deferral) -> Table | None:
-    if not (rows := unknown_rows(found)):
-        return None
-    columns = {**UNKNOWN_COLUMNS, "model": lambda one: _title(one[0].name)}
-    note = f"{found.unknown:,} texts of no known class. Each kind of sureness has the threshold that it may promise."
-    return Table.of("Texts of no known class", rows, columns, text_columns=2, note=note)
-
-
-def _table(found: Deferral) -> Table:
+def deferral_tables(found: Deferral) -> list[Table]:
+    """Show what each model would have to hand on; and, where some were given, what it does with unknown texts."""
     left_out = f" {found.known} rows were left out: these are training or validation texts." if found.known else ""
     reasons = dict.fromkeys(f" {model.name}: {model.reason}." for model in found.models if model.reason)
-    columns = {
-        "model": lambda model: _title(model.name),
-        "answers": lambda model: f"{model.promise.coverage:.1%}" if model.promise else "–",
-        "wrong among them": lambda model: (
-            f"{model.promise.wrong} of {model.promise.answered}" if model.promise else "–"
-        ),
+    columns: dict[str, Callable[[Deferring], str]] = {
+        "model": lambda one: _title(one.name),
+        "answers": lambda one: _share(one.promise.coverage if one.promise else None),
+        "wrong among them": lambda one: f"{one.promise.wrong} of {one.promise.answered}" if one.promise else "–",
         f"least {found.sureness}": _threshold,
-        "error, mean over coverages": lambda model: f"{model.area:.2%}",
+        "error, mean over coverages": lambda one: f"{one.area:.2%}",
     }
-    note = f"{found.rows} rows of {found.source}.{left_out}{''.join(reasons)}"
-    return Table.of("What may be acted on", found.models, columns, note=note)
+    promised = f"at most {found.error:.1%} wrong with {found.confidence:.0%} confidence"
+    note = f"{found.rows} rows of {found.source}, {promised}.{left_out}{''.join(reasons)}"
+    tables = [Table.of("What may be acted on", found.models, columns, note=note)]
+    if rows := [(model, met) for model in found.models for met in model.unknown]:
+        of_unknown: dict[str, Callable[[tuple[Deferring, Unknown]], str]] = {
+            "model": lambda one: _title(one[0].name),
+            "sureness": lambda one: one[1].sureness,
+            "answers of the known": lambda one: _share(one[1].coverage),
+            "deferred of the unknown": lambda one: _share(one[1].deferred),
+            "known is surer than unknown": lambda one: f"{one[1].told_apart:.1%}",
+        }
+        note = f"{found.unknown:,} texts of no known class. Each kind of sureness has the threshold it may promise."
+        tables.append(Table.of("Texts of no known class", rows, of_unknown, text_columns=2, note=note))
+    return tables
 
 
 def _title(name: str) -> str:
@@ -155,7 +137,7 @@ def _threshold(model: Deferring) -> str:
     return "none" if model.promise.threshold == EVERYTHING else f"{model.promise.threshold:.4f}"
 
 
-def _curves(found: Deferral, mark: str) -> Figure:
+def _curves(found: Deferral) -> Figure:
     """Plot the error rate of the surest texts against their share."""
 
     def paint(axes: Any) -> None:
@@ -172,4 +154,4 @@ def _curves(found: Deferral, mark: str) -> Figure:
         f"{_title(model.name)} {model.risk[49]:.1%} at half, {model.risk[-1]:.1%} at all" for model in found.models
     )
     caption = "The surest texts first; mean over seeds. Lower is better. The dotted line is the promised rate."
-    return draw(paint, "Error against coverage", f"Error rate: {said}.", f"{mark}-risk", caption=caption)
+    return draw(paint, "Error against coverage", f"Error rate: {said}.", "risk", caption=caption)

@@ -42,7 +42,7 @@ class Outputs:
         return f"Mean over {len(self.logits)} seeds." if len(self.logits) > 1 else "One seed."
 
 
-def error_blocks(experiment: Experiment, mark: str) -> list[Block]:
+def error_blocks(experiment: Experiment) -> list[Block]:
     """Show every class, confusions or residuals of the shipped arm, and calibration."""
     arm, task = experiment.student_arm, experiment.task
     if arm is None:
@@ -52,8 +52,8 @@ def error_blocks(experiment: Experiment, mark: str) -> list[Block]:
     if student is None:
         return [Paragraph("No predictions were kept, so there is nothing to show here.", "note")]
     if task.kind == "regression":
-        return _residual_plots(student, mark)
-    calibration = _calibration_plot([one for one in (teacher, student) if one is not None], f"{mark}-calibration")
+        return [_residual_plot(student)]
+    calibration = _calibration_plot([one for one in (teacher, student) if one is not None])
     classes = _class_table([one for one in (teacher, student, control) if one is not None])
     if task.kind == "multi-label":
         return [classes, calibration]
@@ -64,7 +64,7 @@ def error_blocks(experiment: Experiment, mark: str) -> list[Block]:
         return [classes, table, _confusion_table(student, confusions, task.label_types), calibration]
     if task.num_labels > _MOST_CLASSES:
         return [classes, _confusion_table(student, _confusion_counts(student), task.label_names), calibration]
-    return [classes, _confusion_plot(student, f"{mark}-confusion"), calibration]
+    return [classes, _confusion_plot(student), calibration]
 
 
 def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
@@ -88,7 +88,7 @@ def _confusion_counts(outputs: Outputs) -> np.ndarray:
     return np.mean([confusion_matrix(outputs.labels, one, labels=names) for one in _decisions(outputs)], axis=0)
 
 
-def _confusion_plot(outputs: Outputs, identity: str) -> Figure:
+def _confusion_plot(outputs: Outputs) -> Figure:
     """Draw the confusion matrix as shares of each label, a cell the darker the larger."""
     from matplotlib.patches import Rectangle
 
@@ -112,7 +112,7 @@ def _confusion_plot(outputs: Outputs, identity: str) -> Figure:
     description = f"Share of each label's rows that is predicted correctly: {right}."
     caption, bottom = f"Each row adds up to 100%. {outputs.told}", 150 if crowded else 50
     frame = Frame(290 + bottom, left=140, bottom=bottom)
-    return draw(paint, f"Confusion matrix of {outputs.name}", description, identity, caption=caption, frame=frame)
+    return draw(paint, f"Confusion matrix of {outputs.name}", description, "confusion", caption=caption, frame=frame)
 
 
 def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str]) -> Table:
@@ -176,26 +176,19 @@ def _entities(outputs: Outputs) -> list[np.ndarray]:
     return [counts_from_logits(names, one, labels, offsets).sum(axis=0) for one in outputs.logits]
 
 
-def _residual_plots(outputs: Outputs, mark: str) -> list[Block]:
-    """Draw predictions of one seed against labels of a regression task, and how its errors are distributed."""
+def _residual_plot(outputs: Outputs) -> Figure:
+    """Draw predictions of one seed against labels of a regression task."""
     predicted, true = outputs.logits[0][:, 0].astype(float), outputs.labels.astype(float)
     residuals, quantity = predicted - true, outputs.task.label_names[0]
     size = np.abs(residuals)
     shown = np.linspace(0, len(true) - 1, min(len(true), _MOST_POINTS)).astype(int)
     limits = padded([*true[shown].tolist(), *predicted[shown].tolist()], margin=0.05, least=1e-6)
-    reach = float(size.max()) or 1.0
 
-    def paint_points(axes: Any) -> None:
+    def paint(axes: Any) -> None:
         axes.plot(limits, limits, **_GUIDE)
         points = list(zip(true[shown], predicted[shown], strict=True))
         scatter(axes, points, outputs.style, radius=3, alpha=0.4, linewidths=0)
         axes.set(xlim=limits, ylim=limits, xlabel=f"label ({quantity})", ylabel=f"prediction ({quantity})")
-
-    def paint_errors(axes: Any) -> None:
-        counts, edges = np.histogram(residuals, bins=21, range=(-reach, reach))
-        axes.bar(edges[:-1], counts, 0.95 * np.diff(edges), align="edge", color=PALETTE["series-1"])
-        axes.axvline(0, **_GUIDE)
-        axes.set(xlim=(-reach, reach), xlabel=f"prediction − label ({quantity})", ylabel="rows")
 
     said = (
         f"Mean error {signed(float(residuals.mean()), 3)}, mean absolute error {size.mean():.3g}, "
@@ -203,15 +196,11 @@ def _residual_plots(outputs: Outputs, mark: str) -> list[Block]:
     )
     part = "" if len(shown) == len(true) else f" {len(shown)} of {len(true)} rows are drawn."
     caption = f"{said} One seed; on the line, prediction and label agree.{part}"
-    title, frame = f"Predictions of {outputs.name} against labels", Frame(360)
-    points = draw(paint_points, title, said, f"{mark}-residuals", caption=caption, frame=frame)
-    within = 100 * float(np.mean(size <= reach / 4))
-    said = f"{within:.0f}% of the errors lie within {reach / 4:.2g} of zero; the largest is {reach:.2g}."
-    title, caption = f"Residuals of {outputs.name}", f"{said} One seed."
-    return [points, draw(paint_errors, title, said, f"{mark}-histogram", caption=caption, frame=frame)]
+    title = f"Predictions of {outputs.name} against labels"
+    return draw(paint, title, said, "residuals", caption=caption, frame=Frame(360))
 
 
-def _calibration_plot(arms: Sequence[Outputs], identity: str) -> Figure:
+def _calibration_plot(arms: Sequence[Outputs]) -> Figure:
     task = arms[0].task
     start = 0.5 if task.kind == "multi-label" or task.num_labels == 2 else 0.0
     errors = [
@@ -236,7 +225,7 @@ def _calibration_plot(arms: Sequence[Outputs], identity: str) -> Figure:
     said = "; ".join(f"{arm.name} {error}%" for arm, error in zip(arms, errors, strict=True))
     caption = "On the line, confidence equals accuracy. Marks grow with the share of decisions; bins of width 0.1."
     description = f"Expected calibration error: {said}."
-    return draw(paint, "Calibration", description, identity, caption=caption, frame=Frame(360))
+    return draw(paint, "Calibration", description, "calibration", caption=caption, frame=Frame(360))
 
 
 def _reliability(task: Task, logits: np.ndarray, labels: np.ndarray) -> Reliability:

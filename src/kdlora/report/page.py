@@ -48,7 +48,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Running text; tone is "plain", "lead" (the answer), "note" or "warning"."""
+    """Running text; tone is "plain", "note" or "warning"."""
 
     text: str
     tone: str = "plain"
@@ -99,6 +99,11 @@ class Table:
         """Make a table of items, each column by its title and what it says of an item."""
         rows = tuple(tuple(say(item) for say in columns.values()) for item in items)
         return cls(caption, tuple(columns), rows, **looks)
+
+    def texts(self) -> list[tuple[str, ...]]:
+        """Give the rows without links and emphasis."""
+        cells = ((cell if isinstance(cell, str) else cell.text for cell in row) for row in self.rows)
+        return [tuple(text.striptags() if isinstance(text, Markup) else text for text in row) for row in cells]
 
 
 @dataclass(frozen=True)
@@ -166,12 +171,11 @@ Block = Code | Paragraph | Bullets | Table | Figure | Tiles | Quotations
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with its blocks, of which those that are None are left out, and the sections below it."""
+    """A heading with its blocks, of which those that are None are left out."""
 
     title: str
     anchor: str
     blocks: Sequence[Block | None] = ()
-    sections: tuple[Section, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -227,9 +231,8 @@ def render(page: Page, paths: tuple[Path, ...] = ()) -> Report:
     return Report(f"{markdown}\n", f"{page_html}\n", paths)
 
 
-def html_table(header: Sequence[str], rows: Iterable[Row], caption: str) -> str:
+def html_table(table: Table) -> str:
     """Give a table that a notebook shows; every text is escaped."""
-    table = Table(caption, tuple(header), tuple(rows))
     return str(engine("html").get_template("macros.html").module.table(table))  # type: ignore[attr-defined]
 
 
@@ -288,7 +291,7 @@ def to_latex(table: Table) -> str:
     """Write a table as LaTeX for the package booktabs; links are left to the pages."""
     import pandas as pd
 
-    lines = [[_plain(cell if isinstance(cell, str) else cell.text) for cell in row] for row in table.rows]
+    lines = [[_plain(text) for text in row] for row in table.texts()]
     align = "l" * table.text_columns + "r" * (len(table.columns) - table.text_columns)
     frame = pd.DataFrame(lines, columns=[_plain(name) for name in table.columns], dtype=object)
     return str(frame.to_latex(index=False, escape=True, column_format=align, caption=_plain(table.caption)))
@@ -296,5 +299,4 @@ def to_latex(table: Table) -> str:
 
 def _plain(text: str) -> str:
     """Write minus signs and blanks as every LaTeX can read them, on one line."""
-    text = text.striptags() if isinstance(text, Markup) else text
     return " ".join(text.replace("−", "-").split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,34 +70,22 @@ def arm_style(arm: str) -> Style:
 
 @dataclass(frozen=True)
 class Series:
-    """The runs of one arm, or one model: (cost, score) of each."""
+    """What is drawn in one look: (cost, score) of the runs of an arm, or (epoch, value) of all its seeds."""
 
     name: str
     style: Style
     points: tuple[tuple[float, float], ...]
 
-
-@dataclass(frozen=True)
-class Curve:
-    """A quantity over training for one arm: one list of (epoch, value) for each seed."""
-
-    name: str
-    style: Style
-    seeds: tuple[tuple[tuple[float, float], ...], ...]
-
     @classmethod
-    def of(cls, name: str, style: Style, records: Iterable[RunRecord], key: str = "score") -> Curve:
+    def of(cls, name: str, style: Style, records: Iterable[RunRecord], key: str = "score") -> Series:
         """Read one quantity from the histories of runs; what is no finite number there is left out."""
-        seeds = (
-            tuple((entry["epoch"], entry[key]) for entry in record.history if _has_numbers(entry, "epoch", key))
-            for record in records
-        )
-        return cls(name, style, tuple(points for points in seeds if points))
+        entries = (entry for record in records for entry in record.history if _has_numbers(entry, "epoch", key))
+        return cls(name, style, tuple((entry["epoch"], entry[key]) for entry in entries))
 
     def by_epoch(self) -> dict[float, list[float]]:
         """Collect the seeds' values at each epoch."""
         found: dict[float, list[float]] = {}
-        for epoch, value in itertools.chain.from_iterable(self.seeds):
+        for epoch, value in self.points:
             found.setdefault(epoch, []).append(value)
         return dict(sorted(found.items()))
 
@@ -267,10 +254,10 @@ def log_ticks(axes: Any, low: float, high: float) -> None:
 
 
 def learning_curves(
-    curves: Sequence[Curve], *, title: str, value: str, identity: str, across: str = "epoch"
+    curves: Sequence[Series], *, title: str, value: str, identity: str, across: str = "epoch"
 ) -> Figure | None:
     """Plot means over seeds with bands from the lowest to the highest seed, over epochs or something else."""
-    drawn = [(curve, curve.by_epoch()) for curve in curves if any(curve.seeds)]
+    drawn = [(curve, curve.by_epoch()) for curve in curves if curve.points]
     if not drawn:
         return None
 
@@ -287,14 +274,14 @@ def learning_curves(
             axes.set_xticks(whole)
 
     said = "; ".join(f"{curve.name} ends at {np.mean(list(epochs.values())[-1]):.3g}" for curve, epochs in drawn)
-    many = any(len(curve.seeds) > 1 for curve, _ in drawn)
+    many = any(len(values) > 1 for _, epochs in drawn for values in epochs.values())
     caption = "Lines: mean over seeds. Bands: from the lowest to the highest seed." if many else "One seed."
     return draw(paint, title, f"{value} by {across}: {said}.", identity, caption=caption)
 
 
-def _paint_curve(axes: Any, curve: Curve, epochs: dict[float, list[float]]) -> None:
+def _paint_curve(axes: Any, curve: Series, epochs: dict[float, list[float]]) -> None:
     colour, marked = curve.style.colour, len(epochs) <= 15 and not curve.style.dashed
-    if len(curve.seeds) > 1:
+    if any(len(values) > 1 for values in epochs.values()):
         lowest, highest = ([choose(values) for values in epochs.values()] for choose in (min, max))
         axes.fill_between(list(epochs), lowest, highest, color=colour, alpha=0.16, linewidth=0)
     axes.plot(
@@ -337,38 +324,41 @@ def differences(rows: Sequence[tuple[str, Difference]], *, title: str, identity:
     return draw(paint, title, description, identity, caption=caption, frame=Frame(76 + 52 * len(rows), left=18))
 
 
+@contextmanager
+def _panels(to: str | Path, count: int) -> Iterator[Any]:
+    """Lend some axes side by side, and write them with a legend above to an image file."""
+    path = Path(to)
+    with _matplotlib({"svg.hashsalt": "panels"}) as new_figure, atomic_file(path) as temporary:
+        figure = new_figure(figsize=(4.4 * count + 1.1, 4.4), layout="constrained")
+        axes = figure.subplots(1, count, squeeze=False)[0]
+        yield axes
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
+
+
 def plot_benchmark(result: BenchmarkResult, to: str | Path) -> None:
     """Draw one panel each for latency, size and memory, with a point for each model."""
-    panels = [AXES[name] for name in ("latency", "size", "memory")]
-    if not all(model.peak_memory_bytes for model in result.models):
-        del panels[-1]
-    scores = [model.score for model in result.models if model.score is not None]
-    scored = len(scores) == len(result.models)
-    heights = scores if scored else [model.texts_per_second for model in result.models]
-    path = Path(to)
-    with _matplotlib({"svg.hashsalt": "benchmark"}) as new_figure, atomic_file(path) as temporary:
-        figure = new_figure(figsize=(4.4 * len(panels), 4.4), layout="constrained")
-        for axes, (label, read) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    scored = all(model.score is not None for model in result.models)
+    names = (
+        ("latency", "size", "memory") if all(one.peak_memory_bytes for one in result.models) else ("latency", "size")
+    )
+    with _panels(to, len(names)) as panels:
+        for axes, (label, read) in zip(panels, [AXES[name] for name in names], strict=True):
+            heights = [model.score if scored else model.texts_per_second for model in result.models]
             series = [
-                Series(model.name, Style(number), ((read(model) or 0.0, heights[number]),))
-                for number, model in enumerate(result.models)
+                Series(model.name, Style(number), ((read(model) or 0.0, height or 0.0),))
+                for number, (model, height) in enumerate(zip(result.models, heights, strict=True))
             ]
             _paint_costs(axes, series, far=4)
             axes.set(xlabel=label, ylabel="score" if scored else "texts per second")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=min(4, len(result.models)))
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
 
 
 def plot_cascade(points: Sequence[tuple[float, float]], to: str | Path) -> None:
     """Draw a cascade's scores over its time as a share of the teacher's, from nothing handed on to everything."""
-    path, shares = Path(to), [(100 * cost, score) for cost, score in points]
+    shares = [(100 * cost, score) for cost, score in points]
     ends = {"student alone": shares[0], "teacher alone": (100.0, shares[-1][1])}
-    with _matplotlib({"svg.hashsalt": "cascade"}) as new_figure, atomic_file(path) as temporary:
-        figure = new_figure(figsize=(5.5, 4.4), layout="constrained")
-        axes = figure.subplots()
+    with _panels(to, 1) as (axes,):
         axes.plot(*zip(*shares, strict=True), color=Style(2).colour, linewidth=2.2, label="cascade")
         for number, (name, end) in enumerate(ends.items()):
             scatter(axes, [end], Style(number), radius=5.5, label=name, zorder=3)
         axes.set(xlabel="time, of the teacher's (%)", ylabel="score")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)

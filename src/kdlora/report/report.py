@@ -1,9 +1,8 @@
-"""The report of one or several experiments."""
+"""The report of an experiment."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from kdlora.config import STUDENT_ARMS
 from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.report.collect import Experiment, load_experiments
+from kdlora.report.collect import Experiment, load_experiment
 from kdlora.report.deferred import deferral_blocks
 from kdlora.report.findings import CONTROLS, NOTABLE, Comparison, compare_arms, find_gain, is_teacher_given, retention
 from kdlora.report.outputs import error_blocks, example_blocks
@@ -31,8 +30,8 @@ from kdlora.report.page import (
     engine,
     write_page,
 )
-from kdlora.report.plots import Curve, Style, arm_style, differences, learning_curves
-from kdlora.report.shipped_tables import shipped_blocks, shipped_tiles
+from kdlora.report.plots import Series, Style, arm_style, differences, learning_curves
+from kdlora.report.shipped_tables import shipped_blocks
 from kdlora.report.tables import (
     MEMORY,
     PARAMETERS,
@@ -43,7 +42,6 @@ from kdlora.report.tables import (
     cost_plots,
     cost_table,
     difference_table,
-    joint_table,
     run_table,
     saving,
     score_table,
@@ -62,12 +60,12 @@ from kdlora.report.wording import (
 )
 
 
-def make_report(folders: Sequence[Path | str], *, out: Path | str | None = None, draws: int = 2_000) -> Report:
-    """Write `report.md` and `report.html` of experiments.
+def make_report(experiment: Path | str, *, out: Path | str | None = None, draws: int = 2_000) -> Report:
+    """Write `report.md` and `report.html` of an experiment.
 
     Args:
-        folders: experiment folders; different tasks get sections of their own.
-        out: folder to write to; by default that of the one experiment, or the folder that holds all of them.
+        experiment: its folder.
+        out: folder to write to; by default that of the experiment.
         draws: bootstrap draws.
 
     Returns:
@@ -78,88 +76,61 @@ def make_report(folders: Sequence[Path | str], *, out: Path | str | None = None,
         OSError: the folder cannot be written, or the disk is full; nothing half-written is left.
 
     Examples:
-        >>> report = make_report(["runs/reviews"])
+        >>> report = make_report("runs/reviews")
     """
-    experiments = load_experiments(folders)
-    places = list(dict.fromkeys(map(Path, folders)))
-    common = places[0] if len(places) == 1 else os.path.commonpath([place.resolve().parent for place in places])
-    base = Path(common if out is None else out)
-    sections = [_section(one, f"e{n}", base, draws) for n, one in enumerate(experiments, start=1)]
-    if len(sections) == 1:
-        whole = sections[0]
-        answered, *blocks = whole.blocks  # the answer is the page's first sentence
-        short = Section("In short", whole.anchor, blocks)
-        page = Page(whole.title, "report", answered.text, (short, *whole.sections))  # type: ignore[union-attr]
-    else:
-        overview = Section("All experiments", "all", (joint_table(experiments, base),))
-        page = Page(f"{len(experiments)} experiments", "report", _joint_answer(experiments), (overview, *sections))
-    layout = ExperimentLayout(base)
+    layout = ExperimentLayout(Path(experiment if out is None else out))
+    page = _page(load_experiment(Path(experiment)), Links(layout.root, "runs"), draws)
     return write_page(page, layout.report_md, layout.report_html)
 
 
-def _joint_answer(experiments: Sequence[Experiment]) -> Prose:
-    found = [retention(one, one.student_arm, one.teacher_arm) for one in experiments if one.student_arm is not None]
-    kept = [value.mean for value in found if value is not None]
-    if not kept:
-        return Prose(
-            "There is <strong>no answer yet</strong>: no experiment has both a student and a teacher that finished."
-        )
-    return Prose(
-        "On average over the experiments, the student keeps <strong>{:.1f}%</strong> of its teacher’s score "
-        "(from {:.1f}% to {:.1f}%, {} of {} experiments)."
-    ).format(np.mean(kept), min(kept), max(kept), len(kept), len(experiments))
-
-
-def _section(experiment: Experiment, mark: str, base: Path, draws: int) -> Section:
-    """Tell the whole story of one experiment: answer, tables, plots, examples, runs, environment."""
-    links = Links(base, f"{mark}-runs")
+def _page(experiment: Experiment, links: Links, draws: int) -> Page:
+    """Tell the whole story of an experiment: answer, tables, plots, examples, runs, environment."""
     comparisons = compare_arms(experiment, draws=draws)
-    answered, tiles, *cautions = opening(experiment, comparisons, f"#{links.runs}")
-    top = [answered, tiles, shipped_tiles(experiment, f"#{mark}-shipped"), *cautions]
+    answered, cautions = opening(experiment, comparisons)
+    short = [_tiles(experiment, comparisons, f"#{links.runs}"), *cautions]
     explained = Bullets(tuple(f"{': '.join(ARMS[arm])}." for arm in experiment.arms if arm in ARMS))
     parts: tuple[tuple[str, str, Sequence[Block | None]], ...] = (
-        ("Score", "score", _score_blocks(experiment, comparisons, links, mark)),
-        ("Cost", "cost", _cost_blocks(experiment, links, mark)),
-        ("As shipped", "shipped", shipped_blocks(experiment, links, mark)),
-        ("What may be acted on", "deferring", deferral_blocks(experiment, mark)),
-        ("Training", "training", _training_blocks(experiment, mark)),
-        ("What it gets wrong", "errors", error_blocks(experiment, mark)),
+        ("In short", "short", short),
+        ("Score", "score", _score_blocks(experiment, comparisons, links)),
+        ("Cost", "cost", _cost_blocks(experiment, links)),
+        ("As shipped", "shipped", shipped_blocks(experiment, links)),
+        ("What may be acted on", "deferring", deferral_blocks(experiment)),
+        ("Training", "training", _training_blocks(experiment)),
+        ("What it gets wrong", "errors", error_blocks(experiment)),
         ("Where teacher and student disagree most", "examples", example_blocks(experiment)),
-        ("Runs", "runs", [run_table(experiment, links), explained]),
+        ("Runs", links.runs, [run_table(experiment, links), explained]),
         ("How it was made", "made", _provenance(experiment)),
     )
-    sections = (Section(title, f"{mark}-{anchor}", blocks) for title, anchor, blocks in parts if any(blocks))
-    return Section(experiment.name, mark, top, tuple(sections))
+    sections = tuple(Section(*part) for part in parts if any(part[2]))
+    return Page(experiment.name, "report", answered, sections)
 
 
-def _score_blocks(
-    experiment: Experiment, comparisons: Sequence[Comparison], links: Links, mark: str
-) -> list[Block | None]:
+def _score_blocks(experiment: Experiment, comparisons: Sequence[Comparison], links: Links) -> list[Block | None]:
     paired = [(one.title, one.difference) for one in comparisons if one.difference is not None]
     return [
         score_table(experiment, links),
         claims_table(experiment, links) if experiment.shows_paper else None,
         difference_table(comparisons, links) if comparisons else None,
-        differences(paired, title="Differences with their intervals", identity=f"{mark}-differences"),
+        differences(paired, title="Differences with their intervals", identity="differences"),
     ]
 
 
-def _cost_blocks(experiment: Experiment, links: Links, mark: str) -> list[Block | None]:
+def _cost_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
     groups = [(arm_title(arm), arm_style(arm), experiment.finished(arm)) for arm in experiment.arms]
-    return [cost_table(experiment, links), asked_table(experiment), *cost_plots(groups, experiment.split, mark)]
+    return [cost_table(experiment, links), asked_table(experiment), *cost_plots(groups, experiment.split)]
 
 
-def _training_blocks(experiment: Experiment, mark: str) -> list[Block | None]:
+def _training_blocks(experiment: Experiment) -> list[Block | None]:
     records = {arm: [run.record for run in runs] for arm in experiment.arms if (runs := experiment.finished(arm))}
-    scores = [Curve.of(arm_title(arm), arm_style(arm), own) for arm, own in records.items()]
+    scores = [Series.of(arm_title(arm), arm_style(arm), own) for arm, own in records.items()]
     losses = []
     for arm in [arm for arm in records if arm not in ("fft", "lora")] or records:
         style, soft = arm_style(arm), Style(arm_style(arm).number, dashed=True)
-        losses.append(Curve.of(f"{arm_title(arm)}, hard loss", style, records[arm], "hard_loss"))
-        losses.append(Curve.of(f"{arm_title(arm)}, soft loss", soft, records[arm], "soft_loss"))
+        losses.append(Series.of(f"{arm_title(arm)}, hard loss", style, records[arm], "hard_loss"))
+        losses.append(Series.of(f"{arm_title(arm)}, soft loss", soft, records[arm], "soft_loss"))
     return [
-        learning_curves(scores, title="Validation score", value="score on validation", identity=f"{mark}-curve"),
-        learning_curves(losses, title="Loss terms of the students", value="training loss", identity=f"{mark}-loss"),
+        learning_curves(scores, title="Validation score", value="score on validation", identity="curve"),
+        learning_curves(losses, title="Loss terms of the students", value="training loss", identity="loss"),
     ]
 
 
@@ -190,8 +161,8 @@ def _pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def opening(experiment: Experiment, comparisons: Sequence[Comparison], href: str) -> list[Block | None]:
-    """Say what ships and why, what it keeps, saves and gains; then the key figures; then what limits all this."""
+def opening(experiment: Experiment, comparisons: Sequence[Comparison]) -> tuple[Prose, list[Paragraph]]:
+    """Say what ships and why, what it keeps, saves and gains; and then what limits all this."""
     environment = engine("prose")
     environment.filters |= {"figure": plus_minus, "signed": signed, "points": points, "span": span}
     environment.filters["arm_title"] = arm_title
@@ -200,8 +171,8 @@ def opening(experiment: Experiment, comparisons: Sequence[Comparison], href: str
     def said(part: str) -> list[Prose]:
         return [Prose(line) for line in str(getattr(words, part)()).splitlines() if line]
 
-    blocks: list[Block | None] = [Paragraph(Prose().join(said("lead")), "lead"), _tiles(experiment, comparisons, href)]
-    return [*blocks, *(Paragraph(text, tone[:-1]) for tone in ("warnings", "notes") for text in said(tone))]
+    cautions = [Paragraph(text, tone[:-1]) for tone in ("warnings", "notes") for text in said(tone)]
+    return Prose().join(said("lead")), cautions
 
 
 def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[str, object]:

@@ -10,10 +10,12 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.report.page import html_table
+from kdlora.report.page import Cell, Link, Table, html_table
+from kdlora.report.wording import milliseconds, points, size, times
 
 TEACHER = "teacher"
 """Name of the teacher in a benchmark."""
+_BACKENDS = {"transformers": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 
 _RERUN = "Delete .deployed in the experiment's folder and run the same command again to write the file."
 
@@ -84,8 +86,7 @@ class BenchmarkResult:
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
-        header, rows = self.table()
-        return html_table(header, rows, self.conditions())
+        return html_table(self.table())
 
     def conditions(self) -> str:
         """Say how much was measured, and on what."""
@@ -103,23 +104,33 @@ class BenchmarkResult:
         )
         return ", ".join(part for part in known if part)
 
-    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Give header and rows as text, with ratios to the first model."""
-        columns: dict[str, Callable[[ModelFigures], str]] = {
-            "model": lambda one: one.name,
-            "runs on": lambda one: f"{one.backend} {one.precision}",
-            "p50 ms": lambda one: f"{one.p50_ms:.2f}",
-            "p95 ms": lambda one: f"{one.p95_ms:.2f}",
-            "p99 ms": lambda one: f"{one.p99_ms:.2f}",
+    def table(self, links: tuple[Link, ...] = ()) -> Table:
+        """Put the models side by side, speeds as ratios to the teacher's, or to the first model's."""
+        base = next((model for model in self.models if model.name == TEACHER), self.models[0])
+        note = (
+            f"{self.conditions() or 'The conditions were not recorded'}. Latency: one text at a time, tokenisation "
+            "included. Texts/s: length-sorted batches of the size that is best for the model. "
+            f"Speed-up: against {base.name}. Load time: until the first answer, after imports. Peak memory: above the "
+            "level after imports. Score: 0 to 100, of the one seed that was shipped."
+        )
+        columns: dict[str, Callable[[ModelFigures], Cell | str]] = {
+            "model": lambda one: Cell(one.name, links),
+            "runs on": lambda one: _BACKENDS.get(one.backend, one.backend),
+            "precision": lambda one: one.precision,
+            "latency p50": lambda one: milliseconds(one.p50_ms),
+            "latency p95": lambda one: milliseconds(one.p95_ms),
+            "latency p99": lambda one: milliseconds(one.p99_ms),
+            "speed-up of p50": lambda one: times(base.p50_ms, one.p50_ms),
             "texts/s": lambda one: f"{one.texts_per_second:,.0f}",
-            "batch": lambda one: str(one.batch_size),
-            "speed": lambda one: f"{one.texts_per_second / self.models[0].texts_per_second:.1f}x",
-            "load s": lambda one: f"{one.load_seconds:.2f}",
-            "memory MB": lambda one: "-" if one.peak_memory_bytes is None else f"{one.peak_memory_bytes / 1e6:.0f}",
-            "size MB": lambda one: f"{one.size_bytes / 1e6:.1f}",
-            "score": lambda one: "-" if one.score is None else f"{one.score:.2f}",
+            "batch size": lambda one: str(one.batch_size),
+            "speed-up of texts/s": lambda one: times(one.texts_per_second, base.texts_per_second),
+            "load time": lambda one: f"{one.load_seconds:.2f}\u00a0s",
+            "peak memory": lambda one: size(one.peak_memory_bytes),
+            "size on disk": lambda one: size(one.size_bytes),
+            "score": lambda one: points(one.score, 2),
         }
-        return tuple(columns), [tuple(write(model) for write in columns.values()) for model in self.models]
+        caption = "Models measured side by side"
+        return Table.of(caption, self.models, columns, text_columns=3, note=note, compact=True)
 
 
 @dataclass(frozen=True)
@@ -167,17 +178,6 @@ class Shipped:
     @property
     def models(self) -> tuple[ModelFigures, ...]:
         return self.benchmark.models if self.benchmark else ()
-
-    @property
-    def reference(self) -> ModelFigures | None:
-        """The model that the others are compared with: the teacher, else the first."""
-        first = self.models[0] if self.models else None
-        return next((model for model in self.models if model.name == TEACHER), first)
-
-    @property
-    def int8(self) -> ModelFigures | None:
-        """The quantised student, where there is one."""
-        return next((model for model in self.models if model.precision == "int8"), None)
 
 
 def read_shipped(layout: ExperimentLayout) -> Shipped | None:

@@ -10,39 +10,14 @@ from kdlora.report.page import Block, Bullets, Cell, Link, Paragraph, Prose, Tab
 from kdlora.report.plots import Series, Style, arm_style, score_against_cost
 from kdlora.report.shipped import AXES, TEACHER, Calibration, Export, ModelFigures, Parity, Shipped
 from kdlora.report.tables import Links
-from kdlora.report.wording import milliseconds, points, signed, size, times
+from kdlora.report.wording import points, signed
 
-_BACKENDS = {"transformers": "PyTorch", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 _STAGES = {"pytorch": "PyTorch", "onnx": "ONNX, as captured", "onnx-optimised": "ONNX, optimised"}
 _STAGES |= {"openvino": "OpenVINO", "openvino-bf16": "OpenVINO in bf16"}
 _INT8_STAGE = re.compile(r"(onnx|openvino)-int8 \((?P<recipe>.*)\)", re.DOTALL)
 
 
-def shipped_tiles(experiment: Experiment, href: str) -> Tiles | None:
-    """Collect what the int8 file costs and keeps, each beside the teacher."""
-    shipped = experiment.shipped
-    if shipped is None or shipped.int8 is None or shipped.reference is None:
-        return None
-    own, other = shipped.int8, shipped.reference
-    whose = "the teacher" if other.name == TEACHER else other.name
-    faster, more = times(other.p50_ms, own.p50_ms), times(own.texts_per_second, other.texts_per_second)
-    part = f"{100 * own.size_bytes / other.size_bytes:.1f}%" if other.size_bytes else "–"
-    beside = f"{more} {whose}’s {other.texts_per_second:,.0f} texts/s"
-    facts = {
-        "time per text": (milliseconds(own.p50_ms), f"{faster} as fast as {whose} ({milliseconds(other.p50_ms)})"),
-        "throughput": (f"{own.texts_per_second:,.0f} texts/s", beside),
-        "size": (size(own.size_bytes), f"{part} of {whose}’s {size(other.size_bytes)}"),
-    }
-    if other is own:
-        facts = {label: (value, "there is no other model to compare with") for label, (value, _) in facts.items()}
-    if own.score is not None:
-        others = [model for model in shipped.models if model is not own and model.score is not None]
-        scores = ", ".join(f"{model.name} {points(model.score, 2)}" for model in others)
-        facts["score"] = (points(own.score, 2), scores or "0 to 100")
-    return Tiles(tuple(Tile(f"int8 file: {label}", *told, href) for label, told in facts.items()))
-
-
-def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Block | None]:
+def shipped_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
     """Show the shipped models side by side, how the export was checked, and the calibration."""
     shipped = experiment.shipped
     if shipped is None:
@@ -51,8 +26,9 @@ def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Bloc
     if (page := shipped.layout.page / "index.html").is_file():
         how = f"a page for the browser, once its folder is served: python -m http.server -d {shipped.layout.page.name}"
         blocks.append(Tiles((Tile("Try it", links.file(page), how, links.file(page)),)))
-    if shipped.models:
-        blocks += [_model_table(shipped, links), *_plots(experiment, shipped, mark)]
+    if shipped.benchmark is not None and shipped.models:
+        link = Link("benchmark.json", links.file(shipped.layout.benchmark))
+        blocks += [shipped.benchmark.table((link,)), *_plots(experiment, shipped)]
     if shipped.export is not None:
         blocks += _export_blocks(shipped.export, links.file(shipped.layout.export_record))
     elif not shipped.layout.export_record.exists():
@@ -63,44 +39,7 @@ def shipped_blocks(experiment: Experiment, links: Links, mark: str) -> list[Bloc
     return blocks
 
 
-def _model_table(shipped: Shipped, links: Links) -> Table:
-    reference = shipped.reference or shipped.models[0]
-    link = (Link("benchmark.json", links.file(shipped.layout.benchmark)),)
-    return Table.of(
-        "Teacher and student as shipped, measured side by side",
-        shipped.models,
-        {
-            "model": lambda one: Cell(one.name, link),
-            "runs on": lambda one: _BACKENDS.get(one.backend, one.backend),
-            "precision": lambda one: one.precision,
-            "latency p50": lambda one: milliseconds(one.p50_ms),
-            "latency p95": lambda one: milliseconds(one.p95_ms),
-            "speed-up of p50": lambda one: times(reference.p50_ms, one.p50_ms),
-            "texts/s": lambda one: f"{one.texts_per_second:,.0f}",
-            "batch size": lambda one: str(one.batch_size),
-            "speed-up of texts/s": lambda one: times(one.texts_per_second, reference.texts_per_second),
-            "load time": lambda one: f"{one.load_seconds:.2f}\u00a0s",
-            "peak memory": lambda one: size(one.peak_memory_bytes),
-            "size on disk": lambda one: size(one.size_bytes),
-            "score": lambda one: points(one.score, 2),
-        },
-        text_columns=3,
-        note=_conditions(shipped, reference),
-        compact=True,
-    )
-
-
-def _conditions(shipped: Shipped, reference: ModelFigures) -> str:
-    known = shipped.benchmark.conditions() if shipped.benchmark else ""
-    return (
-        f"{known or 'The conditions were not recorded'}. Latency: one text at a time, tokenisation included. "
-        "Texts/s: length-sorted batches of the size that is best for the model. "
-        f"Speed-up: against {reference.name}. Load time: until the first answer, after imports. Peak memory: above "
-        "the level after imports. Score: 0 to 100, of the one seed that was shipped."
-    )
-
-
-def _plots(experiment: Experiment, shipped: Shipped, mark: str) -> list[Block | None]:
+def _plots(experiment: Experiment, shipped: Shipped) -> list[Block | None]:
     plots: list[Block | None] = []
     for name, (cost, read) in AXES.items():
         series = [
@@ -108,7 +47,7 @@ def _plots(experiment: Experiment, shipped: Shipped, mark: str) -> list[Block | 
             for number, model in enumerate(shipped.models)
             if (value := read(model)) is not None and model.score is not None
         ]
-        title, score, identity = f"As shipped: score against {name}", "score (0 to 100)", f"{mark}-shipped-{name}"
+        title, score, identity = f"As shipped: score against {name}", "score (0 to 100)", f"shipped-{name}"
         # Each export is a multiple of the next, so that a logarithmic axis soon shows more.
         plots.append(score_against_cost(series, title=title, cost=cost, score=score, identity=identity, far=4))
     return plots

@@ -74,7 +74,7 @@ def saving(experiment: Experiment, cost: Cost, *, arm: str, than: str) -> float 
 
 
 def cost_plots(
-    groups: Sequence[tuple[str, Style, Sequence[Run]]], split: str, mark: str, suffix: str = ""
+    groups: Sequence[tuple[str, Style, Sequence[Run]]], split: str, mark: str = "cost", suffix: str = ""
 ) -> list[Figure | None]:
     """Draw the scores of named groups of runs against parameters, and against latency."""
     plots = []
@@ -127,26 +127,6 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     """Average the rows of a column; None where one is missing, for means of other rows cannot be compared."""
     kept = [value for value in values if value is not None]
     return float(np.mean(kept)) if kept and len(kept) == len(values) else None
-
-
-def joint_table(experiments: Sequence[Experiment], base: Path) -> Table:
-    """Show all experiments in the form of the paper's Table 1, with the mean where every cell is filled."""
-    arms = [*ARMS, *sorted({arm for one in experiments for arm in one.arms} - set(ARMS))]
-    rows: list[Row] = []
-    for number, one in enumerate(experiments, start=1):
-        links = Links(base, f"e{number}-runs")
-        cells = [Cell(plus_minus(one.score(arm)), links.to_all(one.finished(arm))) for arm in arms]
-        kept = retention(one, one.student_arm, one.teacher_arm) if one.student_arm else None
-        rows.append((one.name, *cells, links.derived(plus_minus(kept, unit="%"))))
-    if len({one.task.name or one.name for one in experiments}) == len(experiments):
-        ours = [[score.mean if (score := one.score(arm)) else None for one in experiments] for arm in arms]
-        rows.append((strong("mean"), *(strong(points(mean_of(column))) for column in ours), ""))
-        if all(one.task.name for one in experiments):
-            theirs = [published_scores(one.task.name).get("bert", {}) for one in experiments]
-            means = [mean_of([scores.get(arm) for scores in theirs]) for arm in arms]
-            rows.append((*published_row("BERT, same tasks", means), "–"))
-    columns = ("experiment", *map(arm_title, arms), "kept of the teacher")
-    return Table("Scores, 0 to 100", columns, tuple(rows), note=SEEDS_NOTE)
 
 
 def score_table(experiment: Experiment, links: Links) -> Table:

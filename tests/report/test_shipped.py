@@ -153,7 +153,7 @@ def test_missing_figures_leave_dashes(layout):
     write_json_atomic(layout.benchmark, {"models": blank})
     report = _report(layout)
     row = _row(report, "student, int8")
-    assert [row[place] for place in (5, 10, 12)] == ["–", "–", "–"]
+    assert [row[place] for place in (6, 11, 13)] == ["–", "–", "–"]
     assert "shipped-" not in report.html
     assert "The conditions were not recorded" in report.html
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kdlora.deploy.folder import DECISIONS, ModelFolder
 from kdlora.errors import ModelError
-from kdlora.evidence.defer import SURENESS, Promise
+from kdlora.evidence.defer import Promise
 from kdlora.foreign import read_json
 from kdlora.system.integrity import hash_file, hash_json
 
-_NUMBERS = ("error", "confidence", "threshold", "rows", "answered", "wrong")
 _REMEDY = "Remove the file and fit or promise anew (kdlora thresholds, kdlora defer), or load it with decisions='none'."
 
 
@@ -53,38 +53,31 @@ def read_decisions(folder: ModelFolder) -> Decisions:
     found = kept.get(name)
     if found is None:
         raise ModelError(f"{path}: fitted for {', '.join(sorted(kept)) or 'nothing':.200}, not {name}. {_REMEDY}")
-    if not isinstance(found, Mapping):
-        raise ModelError(f"{path}: damaged: expected an object for {name}. {_REMEDY}")
-    if found.get("sha256") != digest or found.get("temperature") != folder.temperature:
+    if not isinstance(found, Mapping) or [found.get("sha256"), found.get("temperature")] != [
+        digest,
+        folder.temperature,
+    ]:
         raise ModelError(f"{path}: fitted for other weights than those of {name}. {_REMEDY}")
-    return Decisions(_promise(found.get("promise"), f"{path}: {name}"), _thresholds(found.get("thresholds"), folder))
+    from pydantic import TypeAdapter, ValidationError  # here: most folders are served without it
+
+    try:
+        decisions = TypeAdapter(Decisions).validate_python(found)
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ModelError(f"{path}: {name} is damaged at {place}: {first['msg']}. {_REMEDY}") from None
+    _check_thresholds(decisions.thresholds, folder, path)
+    return decisions
 
 
-def _promise(found: Any, where: str) -> Promise | None:
-    if found is None:
-        return None
-    if not isinstance(found, Mapping) or not all(_is_number(found.get(key)) for key in _NUMBERS):
-        raise ModelError(f"{where}: damaged: {', '.join(_NUMBERS)} of the promise must be numbers. {_REMEDY}")
-    if found.get("sureness") not in SURENESS:
-        raise ModelError(f"{where}: sureness must be one of {', '.join(SURENESS)}, got {found.get('sureness')!r:.80}.")
-    return Promise(sureness=found["sureness"], **{key: found[key] for key in _NUMBERS})
-
-
-def _thresholds(found: Any, folder: ModelFolder) -> dict[str, float]:
-    values = {} if found is None else found
-    where = folder.path / DECISIONS
-    if not isinstance(values, Mapping) or not all(_is_number(value) and 0 < value < 1 for value in values.values()):
+def _check_thresholds(found: Mapping[str, float], folder: ModelFolder, where: Path) -> None:
+    if not all(0 < value < 1 for value in found.values()):
         raise ModelError(f"{where}: damaged: thresholds must be probabilities above 0 and below 1. {_REMEDY}")
-    if unknown := sorted(set(values) - set(folder.label_names)):
+    if unknown := sorted(set(found) - set(folder.label_names)):
         raise ModelError(f"{where}: a threshold of {unknown[0]!r:.80}, which is no label of the model. {_REMEDY}")
     most = {"multi-label": len(folder.label_names), "single-label": int(len(folder.label_names) == 2)}
-    if len(values) > most.get(folder.kind, 0):
+    if len(found) > most.get(folder.kind, 0):
         raise ModelError(f"{where}: thresholds want a multi-label model, or one of two labels and one threshold.")
-    return {name: float(value) for name, value in values.items()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def _weights(folder: ModelFolder) -> tuple[str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 
-from kdlora.deploy.decisions import Decisions
-from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Way
+from kdlora.deploy import Runtime
+from kdlora.deploy.decisions import Decisions, read_decisions
+from kdlora.deploy.folder import CONFIG_FILE, TOKENIZER, ModelFolder, Precision, Way
 from kdlora.deploy.onnx_backend import OnnxBackend
 from kdlora.errors import ArtifactError, ModelError, first_line
 from kdlora.extras import extras_named
@@ -69,6 +71,56 @@ class Network:
             raise ModelError(f"{folder.path}: the model does not take input_ids, so it reads no text.")
         self._tokenizer = _open_tokenizer(folder, backend.tokenizer_json)
         self._pad = _pad_token_id(folder, self._tokenizer)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        precision: Precision = "auto",
+        runtime: Runtime = "onnxruntime",
+        batch_size: int = BATCH_SIZE,
+        threads: int | None = None,
+        max_length: int | None = None,
+        verify: bool = True,
+        decisions: Literal["all", "thresholds", "none"] = "all",
+        revision: str | None = None,
+    ) -> Self:
+        """Load a model folder, or a model of the Hub.
+
+        Args:
+            folder: a transformers folder, an exported folder or an `.onnx` file in it; or a Hub id `USER/REPO`, a
+                folder in it as `USER/REPO/onnx`, each with `@REVISION` behind it if need be.
+            precision: which ONNX file of a folder that has several; `auto` prefers int8. bf16 is fp32's in OpenVINO.
+            runtime: what runs the files of an export; `auto` takes runtime and precision that were the fastest when
+                `kdlora benchmark` measured the export on this host, and ONNX Runtime where it did not.
+            batch_size: with `auto`, how many texts will be predicted at once.
+            threads: of the network's products; by default `OMP_NUM_THREADS`, else one a core. With PyTorch this is
+                process-wide.
+            max_length: cut texts to that many tokens; where long texts are read in windows, as by a tagger, tokens of
+                a window. By default what the folder says.
+            verify: compare every file of an export that decides an answer with the hash that the export recorded.
+            decisions: what the folder of a classifier has of them. `all` says labels by the fitted thresholds, and
+                gives none below the threshold of the promised error rate; `thresholds` defers nothing; `none` takes
+                0.5, or the most probable label, and defers nothing, since a promise is of the answers by thresholds.
+            revision: commit, tag or branch of a Hub id.
+
+        Returns:
+            The model, ready to predict.
+
+        Raises:
+            ModelError: not a model folder, an adapter, a model of another kind; decisions of other weights.
+            ArtifactError: a file is damaged or is not the one that was exported.
+            MissingExtraError: a PyTorch folder, and PyTorch or transformers is not installed.
+        """
+        if decisions not in ("all", "thresholds", "none"):
+            raise ModelError(f"decisions is all, thresholds or none; got {decisions!r}.")
+        way = Way(Path(folder), runtime, precision, batch_size)
+        described, backend = open_network(way, threads=threads, max_length=max_length, verify=verify, revision=revision)
+        found = Decisions() if decisions == "none" else read_decisions(described)
+        return cls(described, backend, found if decisions == "all" else replace(found, promise=None))
+
+    from_pretrained = load
 
     def __repr__(self) -> str:
         """Say what is loaded, and from where."""

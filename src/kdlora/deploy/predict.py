@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kdlora.data.windows import WindowSettings
-from kdlora.deploy import Runtime
-from kdlora.deploy.decisions import Decisions, read_decisions
-from kdlora.deploy.folder import Precision, Way
-from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Network, Window, open_network
+from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Network, Window
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import measure_sureness
 from kdlora.evidence.metrics import probabilities
@@ -59,56 +55,6 @@ class Classifier(Network):
         >>> classifier.label_names
         ('negative', 'positive')
     """
-
-    @classmethod
-    def load(
-        cls,
-        folder: str | Path,
-        *,
-        precision: Precision = "auto",
-        runtime: Runtime | Literal["auto"] = "onnxruntime",
-        batch_size: int = BATCH_SIZE,
-        threads: int | None = None,
-        max_length: int | None = None,
-        verify: bool = True,
-        decisions: Literal["all", "thresholds", "none"] = "all",
-        revision: str | None = None,
-    ) -> Classifier:
-        """Load a model folder, or a model of the Hub.
-
-        Args:
-            folder: a transformers folder, an exported folder or an `.onnx` file in it; or a Hub id `USER/REPO`, a
-                folder in it as `USER/REPO/onnx`, each with `@REVISION` behind it if need be.
-            precision: which ONNX file of a folder that has several; `auto` prefers int8. bf16 is fp32's in OpenVINO.
-            runtime: what runs the files of an export; `auto` takes runtime and precision that were the fastest when
-                `kdlora benchmark` measured the export on this host, and ONNX Runtime where it did not.
-            batch_size: with `auto`, how many texts will be predicted at once.
-            threads: of the network's products; by default `OMP_NUM_THREADS`, else one a core. With PyTorch this is
-                process-wide.
-            max_length: cut texts to that many tokens; where the folder reads long texts in windows, tokens of a window.
-                By default what the folder says.
-            verify: compare every file of an export that decides an answer with the hash that the export recorded.
-            decisions: what the folder has of them. `all` says labels by the fitted thresholds, and gives none below the
-                threshold of the promised error rate; `thresholds` defers nothing; `none` takes 0.5, or the most
-                probable label, and defers nothing, since a promise is of the answers by thresholds.
-            revision: commit, tag or branch of a Hub id.
-
-        Returns:
-            The classifier, ready to predict.
-
-        Raises:
-            ModelError: not a model folder, an adapter, no classification head; decisions of other weights.
-            ArtifactError: a file is damaged or is not the one that was exported.
-            MissingExtraError: a PyTorch folder, and PyTorch or transformers is not installed.
-        """
-        if decisions not in ("all", "thresholds", "none"):
-            raise ModelError(f"decisions is all, thresholds or none; got {decisions!r}.")
-        way = Way(Path(folder), runtime, precision, batch_size)
-        described, backend = open_network(way, threads=threads, max_length=max_length, verify=verify, revision=revision)
-        found = Decisions() if decisions == "none" else read_decisions(described)
-        return cls(described, backend, found if decisions == "all" else replace(found, promise=None))
-
-    from_pretrained = load
 
     def predict(self, texts: Sequence[Text], *, batch_size: int = BATCH_SIZE) -> list[Prediction]:
         """Classify texts; they are batched by length and come back in the order given.

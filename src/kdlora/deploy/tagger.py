@@ -11,9 +11,8 @@ import numpy as np
 
 from kdlora.data.tags import Words, decode, entity_bounds, split_words, tag_names, tag_types
 from kdlora.data.windows import read_windows
-from kdlora.deploy import Runtime
 from kdlora.deploy.decisions import read_decisions
-from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Precision, Way
+from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Way
 from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Backend, Network, Window, open_network
 from kdlora.deploy.predict import Classifier, check_one
 from kdlora.errors import DataError, ModelError
@@ -72,45 +71,6 @@ class Tagger(Network):
             )
         self.types = tag_types(names)
         self._columns = [self.label_names.index(name) for name in names]
-
-    @classmethod
-    def load(
-        cls,
-        folder: str | Path,
-        *,
-        precision: Precision = "auto",
-        runtime: Runtime = "onnxruntime",
-        batch_size: int = BATCH_SIZE,
-        threads: int | None = None,
-        max_length: int | None = None,
-        verify: bool = True,
-        revision: str | None = None,
-    ) -> Tagger:
-        """Load a model folder, or a model of the Hub.
-
-        Args:
-            folder: as in `Classifier.load`.
-            precision: which ONNX file of a folder that has several; `auto` prefers int8.
-            runtime: what runs the files of an export, `auto` the fastest that was measured here.
-            batch_size: with `auto`, how many texts will be predicted at once.
-            threads: of the network's products; by default `OMP_NUM_THREADS`, else one a core. With PyTorch this is
-                process-wide.
-            max_length: tokens of a window, of which a long text has several; by default what the folder says.
-            verify: compare every file of an export that decides an answer with the hash that the export recorded.
-            revision: commit, tag or branch of a Hub id.
-
-        Returns:
-            The tagger, ready to predict.
-
-        Raises:
-            ModelError: not a model folder, an adapter, a model of another kind.
-            ArtifactError: a file is damaged or is not the one that was exported.
-            MissingExtraError: a PyTorch folder, and PyTorch or transformers is not installed.
-        """
-        way = Way(Path(folder), runtime, precision, batch_size)
-        return cls(*open_network(way, threads=threads, max_length=max_length, verify=verify, revision=revision))
-
-    from_pretrained = load
 
     @overload
     def predict(self, texts: str, *, batch_size: int = BATCH_SIZE) -> list[Entity]: ...  # type: ignore[overload-overlap]

@@ -45,7 +45,8 @@ def compute_metrics(
     outputs, targets = check_arrays(task, logits, labels, offsets)
 
     def of(rows: Any) -> dict[str, float]:
-        return {name: _of_rows(task, name, outputs[rows], targets[rows]) for name in metric_names(task)}
+        parts, once = (outputs[rows], targets[rows]), np.ones((1, len(outputs[rows])))
+        return {name: float(weighted_metric(task, name, *parts)(once)[0]) for name in metric_names(task)}
 
     if groups is None:
         return of(slice(None))
@@ -127,37 +128,6 @@ def _refuse_non_finite(values: np.ndarray, what: str, remedy: str) -> None:
     if bad.any():
         row = int(np.argwhere(bad)[0][0])
         raise ArtifactError(f"expected finite {what}, got {values[row]} in row {row}. {remedy}")
-
-
-def _of_rows(task: Task, name: str, outputs: np.ndarray, targets: np.ndarray) -> float:
-    """Give a metric of the rows as they are; sums of values that are no counts are taken in the usual order."""
-    decided = outputs if task.kind == "tokens" else predict_labels(task, outputs)
-    match task.kind, name:
-        case "single-label", "macro_f1" | "matthews":
-            found = (decided, targets, targets[decided == targets])
-            said, true, hits = (np.bincount(part, minlength=outputs.shape[1]).astype(np.float64) for part in found)
-            if name == "matthews":
-                return float(_matthews_of(hits.sum(), said.sum(), said, true))
-            marked = said + true
-            return float(np.mean(2.0 * hits[marked > 0] / marked[marked > 0]))
-        case "regression", "mse":
-            return float(np.mean((targets - decided) ** 2))
-        case "regression", "mae":
-            return float(np.mean(np.abs(targets - decided)))
-        case "regression", "pearson":
-            return _plain_pearson(targets, decided)
-        case "regression", "spearman":
-            once = np.ones((1, len(targets)))
-            return _plain_pearson(_Ranks(targets).centred(once)[0], _Ranks(decided).centred(once)[0])
-    return float(weighted_metric(task, name, outputs, targets)(np.ones((1, len(outputs))))[0])
-
-
-def _plain_pearson(targets: np.ndarray, decided: np.ndarray) -> float:
-    """Pearson correlation; 0 where labels or predictions are constant."""
-    first, second = _standardise(decided), _standardise(targets)
-    if not first.any() or not second.any():
-        return 0.0
-    return float(np.clip(first @ second / np.sqrt((first @ first) * (second @ second)), -1.0, 1.0))
 
 
 def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndarray) -> Weighted:
@@ -253,15 +223,14 @@ def _of_label(task: Task, base: str, column: int, outputs: np.ndarray, targets: 
 
 def _matthews(predicted: np.ndarray, wanted: np.ndarray) -> Weighted:
     """Matthews from counts of hits, predictions and labels of each class."""
-    hits = (predicted * wanted).sum(axis=1)
-    return lambda counts: _matthews_of(counts @ hits, counts.sum(axis=1), counts @ predicted, counts @ wanted)
+    right = (predicted * wanted).sum(axis=1)
 
+    def measure(counts: np.ndarray) -> np.ndarray:
+        hits, total, said, true = counts @ right, counts.sum(axis=1), counts @ predicted, counts @ wanted
+        below = (total**2 - (said**2).sum(axis=1)) * (total**2 - (true**2).sum(axis=1))
+        return ratio(hits * total - (said * true).sum(axis=1), np.sqrt(below))
 
-def _matthews_of(hits: Any, total: Any, said: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Give the coefficient, by the rows that were said to be of each class, and that are."""
-    above = hits * total - (said * true).sum(axis=-1)
-    below = (total**2 - (said**2).sum(axis=-1)) * (total**2 - (true**2).sum(axis=-1))
-    return ratio(above, np.sqrt(below))
+    return measure
 
 
 def _pearson(decided: np.ndarray, targets: np.ndarray) -> Weighted:

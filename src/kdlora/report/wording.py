@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from math import inf
 
+from kdlora.data.tasks import METRICS
 from kdlora.evidence.stats import Difference, MeanSd
 
 MINUS = "−"
@@ -29,23 +30,11 @@ ARMS = {
 """An arm's title in a heading or legend, and what it is."""
 
 _METRIC_TITLES = {
-    "accuracy": "accuracy",
-    "f1": "F1",
-    "macro_f1": "macro F1",
-    "micro_f1": "micro F1",
-    "matthews": "Matthews",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
+    **{name: name.replace("_", " ").replace("f1", "F1") for names in METRICS.values() for name in names},
+    **{name: name.capitalize() for name in ("matthews", "pearson", "spearman")},
     "mse": "mean squared error",
     "mae": "mean absolute error",
-    "subset_accuracy": "subset accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "average_precision": "average precision",
     "r2": "R²",
-    "entity_f1": "entity F1",
-    "entity_precision": "entity precision",
-    "entity_recall": "entity recall",
-    "macro_entity_f1": "macro entity F1",
 }
 
 

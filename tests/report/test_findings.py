@@ -10,10 +10,11 @@ from fabricate import MNLI, TAGS, TOPICS, make_experiment, make_labels, make_log
 from kdlora.evidence.predictions import Predictions
 from kdlora.evidence.records import read_record, write_record
 from kdlora.report.collect import load_experiment
-from kdlora.report.findings import align, choose_student, compare_arms, read_choice, retention, write_choice
+from kdlora.report.findings import align, choose_student, compare_arms, read_choice, retention
 from kdlora.report.paper import CLAIMS, family_of
 from kdlora.report.report import make_report
 from kdlora.report.tables import PARAMETERS, saving
+from kdlora.system.storage import write_json_atomic
 
 
 def _predictions(task, rows=8, seed=0) -> Predictions:
@@ -164,7 +165,7 @@ def test_the_report_goes_by_what_was_shipped(tmp_path):
     layout = make_experiment(tmp_path / "e", seeds=(0,))
     found = choose_student(load_experiment(layout.root).task, load_experiment(layout.root).runs)
     other = found.model_copy(update={"arm": "student-lora", "sentence": "The other student was shipped: it is."})
-    write_choice(layout.shipped, other)
+    write_json_atomic(layout.shipped, other.model_dump())
     assert read_choice(layout.shipped) == other
     report = make_report(layout.root, draws=50)
     assert report.markdown.split("\n\n")[1].startswith("**The other student was shipped**: it is. It keeps")

@@ -80,18 +80,6 @@ def test_the_recipe_that_passed_follows_those_that_failed(report):
     assert "Quantisation: uint8 weights, embeddings left in fp32. Fused operators: 6 Attention, 13 Layer" in report.html
     assert "The export failed" not in report.html
 
-    # Score against latency, size and memory, with the names of the points.
-    for name, label in (
-        ("latency", "latency of one text, p50 (ms)"),
-        ("throughput", "time of 1,000 texts in batches (s)"),
-        ("size", "size on disk (MB)"),
-        ("memory", "peak memory (MB)"),
-    ):
-        drawing = report.html.split(f'id="shipped-{name}-t"')[1].split("</svg>")[0]
-        assert label in drawing
-        assert all(model in drawing for model in ("teacher", "student", "student, ONNX", "student, int8"))
-        assert all(drawing.count(f"fill: var(--series-{number})") == 2 for number in (0, 2, 3, 4)), "point and legend"
-
 
 def test_calibration_stands_with_both_errors(layout):
     """A temperature without the error that it removes cannot be judged; nor one without a benchmark."""
@@ -154,7 +142,6 @@ def test_missing_figures_leave_dashes(layout):
     report = _report(layout)
     row = _row(report, "student, int8")
     assert [row[place] for place in (6, 11, 13)] == ["–", "–", "–"]
-    assert "shipped-" not in report.html
     assert "The conditions were not recorded" in report.html
 
 

@@ -200,14 +200,12 @@ class CascadeCurve:
         return next(point for point in self.points if point.score >= self.points[-1].score - within)
 
 
-def measure_cascade(
-    student: Classifier, teacher: Classifier, given: LabelledTexts, *, sureness: Sureness = "probability"
-) -> CascadeCurve:
+def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTexts) -> CascadeCurve:
     """Score every share of handed-on texts on labelled rows, with the time that both models take for them.
 
     A threshold that is read off the curve was chosen on these rows: judge it on others.
     """
-    Cascade(student, teacher, 0.0, sureness=sureness)
+    Cascade(student, teacher, 0.0)  # which refuses what cannot be one
     if given.task is None or given.labels is None:
         raise DataError("a cascade is scored on labelled rows; give a labelled file.")
     texts, outputs, seconds = [check_text(text, f"text {row}") for row, text in enumerate(given.texts)], [], []
@@ -217,7 +215,7 @@ def measure_cascade(
         outputs.append(model.predict_logits(texts))
         seconds.append(perf_counter() - start)
     small, large = outputs[0], outputs[1][:, [teacher.label_names.index(name) for name in student.label_names]]
-    sure = measure_sureness(small, sureness, student.folder.temperature)
+    sure = measure_sureness(small, temperature=student.folder.temperature)
     thresholds = np.append(np.unique(np.quantile(sure, _SHARES[:-1], method="lower")), np.inf)
     points = []
     for threshold in thresholds:

@@ -53,10 +53,8 @@ def read_decisions(folder: ModelFolder) -> Decisions:
     found = kept.get(name)
     if found is None:
         raise ModelError(f"{path}: fitted for {', '.join(sorted(kept)) or 'nothing':.200}, not {name}. {_REMEDY}")
-    if not isinstance(found, Mapping) or [found.get("sha256"), found.get("temperature")] != [
-        digest,
-        folder.temperature,
-    ]:
+    made_of = (found.get("sha256"), found.get("temperature")) if isinstance(found, Mapping) else None
+    if made_of != (digest, folder.temperature):
         raise ModelError(f"{path}: fitted for other weights than those of {name}. {_REMEDY}")
     from pydantic import TypeAdapter, ValidationError  # here: most folders are served without it
 

@@ -136,11 +136,11 @@ class Network:
         """Names of the logit columns."""
         return self.folder.label_names
 
-    def encode(self, texts: Sequence[Any], *, special: bool = True) -> list[Encoding]:
-        """Turn texts into tokens, with the special ones or without."""
+    def encode(self, texts: Sequence[Any]) -> list[Encoding]:
+        """Turn texts into tokens, special ones included."""
         try:
             with panics_as_errors():
-                found: list[Encoding] = self._tokenizer.encode_batch(texts, add_special_tokens=special)
+                found: list[Encoding] = self._tokenizer.encode_batch(texts)
                 return found
         except Exception as error:
             place = self.folder.path / TOKENIZER

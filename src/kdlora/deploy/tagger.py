@@ -11,7 +11,7 @@ import numpy as np
 
 from kdlora.data.tags import Words, decode, entity_bounds, split_words, tag_names, tag_types
 from kdlora.data.windows import read_windows
-from kdlora.deploy.decisions import read_decisions
+from kdlora.deploy.decisions import Decisions, read_decisions
 from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Way
 from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Backend, Network, Window, open_network
 from kdlora.deploy.predict import Classifier, check_one
@@ -59,9 +59,9 @@ class Tagger(Network):
 
     marks_entities = True
 
-    def __init__(self, folder: ModelFolder, backend: Backend) -> None:
+    def __init__(self, folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> None:
         """Join a described folder and its running network; most callers want `load`."""
-        super().__init__(folder, backend)
+        super().__init__(folder, backend, decisions)
         types = dict.fromkeys(name[2:] for name in self.label_names if name[:2] == "B-")
         names = tag_names(tuple(types))
         if sorted(names) != sorted(self.label_names):
@@ -168,14 +168,12 @@ def load_model(
     """Load a classifier or a tagger, as the folder says."""
     way = folder if isinstance(folder, Way) else Way(Path(folder))
     described, backend = open_network(way, threads=threads, max_length=max_length)
-    found = join_network(described, backend)
-    found.decisions = read_decisions(described)
-    return found
+    return join_network(described, backend, read_decisions(described))
 
 
-def join_network(folder: ModelFolder, backend: Backend) -> Classifier | Tagger:
+def join_network(folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> Classifier | Tagger:
     """Make a classifier or a tagger of a described folder and its running network."""
-    return Tagger(folder, backend) if folder.kind == "tokens" else Classifier(folder, backend)
+    return (Tagger if folder.kind == "tokens" else Classifier)(folder, backend, decisions)
 
 
 def word_offsets(texts: Sequence[Words]) -> np.ndarray:

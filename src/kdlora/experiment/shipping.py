@@ -24,10 +24,10 @@ from kdlora.models.encoders import Encoder, save_encoder
 from kdlora.models.settings import read_licence
 from kdlora.report.card import student_card
 from kdlora.report.deferred import decision_sentences
-from kdlora.report.findings import Choice, read_choice, write_choice
+from kdlora.report.findings import Choice, read_choice
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import remove
-from kdlora.system.storage import atomic_folder
+from kdlora.system.storage import atomic_folder, write_json_atomic
 
 
 def keep_weights(
@@ -104,7 +104,7 @@ def ship_student(config: Config, layout: ExperimentLayout, task: Task, best: Run
     elif layout.adapter.exists():  # of another arm, shipped before
         remove(layout.adapter)
     # Last: once it is there, nothing is shipped again.
-    write_choice(layout.shipped, choice.model_copy(update={"files": _shipped_files(layout)}))
+    write_json_atomic(layout.shipped, {**choice.model_dump(mode="json"), "files": _shipped_files(layout)})
 
 
 def write_card(config: Config, layout: ExperimentLayout) -> None:
@@ -132,7 +132,7 @@ def tell_anew(config: Config, layout: ExperimentLayout, best: RunRecord, choice:
     told = read_choice(layout.shipped)
     if told is not None and told.sentence != choice.sentence:
         _write_card(config, layout, best, choice, layout.student)
-        write_choice(layout.shipped, choice.model_copy(update={"files": told.files}))
+        write_json_atomic(layout.shipped, {**choice.model_dump(mode="json"), "files": told.files})
 
 
 def _write_card(config: Config, layout: ExperimentLayout, best: RunRecord, choice: Choice, folder: Path) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from kdlora.evidence.defer import EVERYTHING, POINTS, Deferral, Deferring, Unknown
 from kdlora.evidence.records import ExperimentLayout
@@ -15,6 +13,7 @@ from kdlora.evidence.thresholds import FittedModel, Threshold, Thresholds
 from kdlora.report.collect import Experiment
 from kdlora.report.page import Block, Figure, Paragraph, Table
 from kdlora.report.plots import PALETTE, Style, arm_style, draw, named
+from kdlora.report.shipped import read_part
 from kdlora.report.wording import arm_title
 
 _SHIPPED = {"student": 6, "student, ONNX": 4, "student, int8": 5}
@@ -53,10 +52,13 @@ def threshold_table(found: Thresholds) -> Table:
 
 def deferral_blocks(experiment: Experiment) -> list[Block | None]:
     """Show what `kdlora thresholds` and `kdlora defer` found; nothing where they have not been called."""
-    layout, blocks = ExperimentLayout(experiment.folder), list[Block | None]()
-    if (fitted := _read(layout.thresholds, Thresholds, "thresholds", blocks)) is not None:
+    layout = ExperimentLayout(experiment.folder)
+    fitted, fault = read_part(layout.thresholds, Thresholds, "Run kdlora thresholds again.")
+    found, other = read_part(layout.deferral, Deferral, "Run kdlora defer again.")
+    blocks: list[Block | None] = [Paragraph(told, "warning") for told in (fault, other) if told]
+    if fitted is not None:
         blocks.append(threshold_table(fitted))
-    if (found := _read(layout.deferral, Deferral, "defer", blocks)) is not None:
+    if found is not None:
         told = (
             "A model gives no label where it is less sure than the threshold of its file. Of the labels that it gives, "
             f"at most {found.error:.1%} are wrong, with {found.confidence:.0%} confidence."
@@ -69,8 +71,7 @@ def deferral_blocks(experiment: Experiment) -> list[Block | None]:
 
 def decision_sentences(layout: ExperimentLayout) -> list[str]:
     """Say for the model card what becomes of the outputs of `student/`."""
-    blocks: list[Block | None] = []
-    fitted, found = _read(layout.thresholds, Thresholds, "", blocks), _read(layout.deferral, Deferral, "", blocks)
+    fitted, found = read_part(layout.thresholds, Thresholds, "")[0], read_part(layout.deferral, Deferral, "")[0]
     said = [
         f"{label.label} is said above a probability of {label.threshold:.4f} (fitted for {label.goal}; "
         f"precision {label.precision:.1%}, recall {label.recall:.1%} on the {fitted.source} split)"
@@ -86,18 +87,6 @@ def decision_sentences(layout: ExperimentLayout) -> list[str]:
                 f"{promise.confidence:.0%} confidence"
             )
     return said
-
-
-def _read(file: Path, form: type[Any], verb: str, blocks: list[Block | None]) -> Any:
-    """Read what a verb found; nothing where it has not been called, a warning where that is damaged."""
-    if not file.exists():
-        return None
-    try:
-        return TypeAdapter(form).validate_json(file.read_bytes())
-    except ValidationError as fault:
-        told = f"{file.name} cannot be read ({fault.error_count()} faults); run kdlora {verb} again."
-        blocks.append(Paragraph(told, "warning"))
-        return None
 
 
 def deferral_tables(found: Deferral) -> list[Table]:

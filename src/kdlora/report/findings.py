@@ -16,7 +16,6 @@ from kdlora.evidence.predictions import Predictions
 from kdlora.evidence.stats import Difference, MeanSd, PairedArms, contrast, mean_sd
 from kdlora.report.wording import arm_title, signed, span
 from kdlora.system.integrity import hash_json
-from kdlora.system.storage import write_json_atomic
 
 if TYPE_CHECKING:
     from kdlora.report.collect import Experiment, Run
@@ -184,11 +183,6 @@ def read_choice(path: Path) -> Choice | None:
         return Choice.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
-
-
-def write_choice(path: Path, choice: Choice) -> None:
-    """Write the experiment's `shipped.json`, atomically."""
-    write_json_atomic(path, choice.model_dump(mode="json"))
 
 
 def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:

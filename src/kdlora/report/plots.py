@@ -18,7 +18,7 @@ import numpy as np
 from kdlora.evidence.records import RunRecord
 from kdlora.evidence.stats import Difference
 from kdlora.report.page import Figure
-from kdlora.report.shipped import AXES, BenchmarkResult
+from kdlora.report.shipped import BenchmarkResult, ModelFigures
 from kdlora.report.wording import interval, signed
 from kdlora.system.storage import atomic_file
 
@@ -42,6 +42,8 @@ _SETTINGS = {
     **{"legend.frameon": False, "legend.handlelength": 1.6, "legend.columnspacing": 1.2},
 }
 _WIDTH = 440
+_FAR = 20
+"""Costs that are further apart stand on a logarithmic axis."""
 _MARKERS = ("s", "D", "o", "^", "v", "p", "P")
 
 
@@ -189,9 +191,7 @@ def padded(values: Sequence[float], *, margin: float = 0.12, least: float = 1.0)
     return middle - spread * (0.5 + margin), middle + spread * (0.5 + margin)
 
 
-def score_against_cost(
-    series: Sequence[Series], *, title: str, cost: str, score: str, identity: str, far: float = 20
-) -> Figure | None:
+def score_against_cost(series: Sequence[Series], *, title: str, cost: str, score: str, identity: str) -> Figure | None:
     """Plot every run, and the mean ± standard deviation of arms with several."""
     drawn = [one for one in series if one.points]
     if not drawn:
@@ -200,10 +200,10 @@ def score_against_cost(
     caption = "Further left is cheaper, further up is better."
     if any(len(one.points) > 1 for one in drawn):
         caption = "Large marks: mean over seeds, with its standard deviation. Small marks: single runs."
-    caption += " The horizontal axis is logarithmic." if _is_log(drawn, far) else ""
+    caption += " The horizontal axis is logarithmic." if _is_log(drawn) else ""
 
     def paint(axes: Any) -> None:
-        _paint_costs(axes, drawn, far)
+        _paint_costs(axes, drawn)
         axes.set(xlabel=cost, ylabel=score)
 
     return draw(paint, title, f"{score} against {cost}: {said}.", identity, caption=caption)
@@ -214,12 +214,12 @@ def _middle(one: Series) -> tuple[float, float]:
     return float(across), float(up)
 
 
-def _is_log(series: Sequence[Series], far: float) -> bool:
+def _is_log(series: Sequence[Series]) -> bool:
     costs = [cost for one in series for cost, _ in one.points]
-    return min(costs) > 0 and max(costs) / min(costs) > far
+    return min(costs) > 0 and max(costs) / min(costs) > _FAR
 
 
-def _paint_costs(axes: Any, series: Sequence[Series], far: float) -> None:
+def _paint_costs(axes: Any, series: Sequence[Series]) -> None:
     """Draw the runs of each arm and their mean; arms of the same cost stand side by side."""
     from matplotlib.transforms import ScaledTranslation
 
@@ -236,7 +236,7 @@ def _paint_costs(axes: Any, series: Sequence[Series], far: float) -> None:
         scatter(axes, [_middle(one)], one.style, radius=5.5, label=named(one.name), transform=moved, zorder=3)
     costs = [cost for one in series for cost, _ in one.points]
     axes.set_ylim(*padded([score for one in series for _, score in one.points], margin=0.18, least=2.0))
-    if _is_log(series, far):
+    if _is_log(series):
         log_ticks(axes, min(costs) / 1.6, max(costs) * 1.6)
     else:
         axes.set_xlim(0, max(costs) * 1.12 or 1)
@@ -339,17 +339,19 @@ def _panels(to: str | Path, count: int) -> Iterator[Any]:
 def plot_benchmark(result: BenchmarkResult, to: str | Path) -> None:
     """Draw one panel each for latency, size and memory, with a point for each model."""
     scored = all(model.score is not None for model in result.models)
-    names = (
-        ("latency", "size", "memory") if all(one.peak_memory_bytes for one in result.models) else ("latency", "size")
-    )
-    with _panels(to, len(names)) as panels:
-        for axes, (label, read) in zip(panels, [AXES[name] for name in names], strict=True):
+    costs: dict[str, Callable[[ModelFigures], float]] = {
+        "latency of one text, p50 (ms)": lambda one: one.p50_ms,
+        "size on disk (MB)": lambda one: one.size_bytes / 1e6,
+        "peak memory (MB)": lambda one: (one.peak_memory_bytes or 0) / 1e6,
+    }
+    with _panels(to, len(costs)) as panels:
+        for axes, (label, read) in zip(panels, costs.items(), strict=True):
             heights = [model.score if scored else model.texts_per_second for model in result.models]
             series = [
-                Series(model.name, Style(number), ((read(model) or 0.0, height or 0.0),))
+                Series(model.name, Style(number), ((read(model), height or 0.0),))
                 for number, (model, height) in enumerate(zip(result.models, heights, strict=True))
             ]
-            _paint_costs(axes, series, far=4)
+            _paint_costs(axes, series)
             axes.set(xlabel=label, ylabel="score" if scored else "texts per second")
 
 

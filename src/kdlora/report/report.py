@@ -93,7 +93,7 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
         ("In short", "short", short),
         ("Score", "score", _score_blocks(experiment, comparisons, links)),
         ("Cost", "cost", _cost_blocks(experiment, links)),
-        ("As shipped", "shipped", shipped_blocks(experiment, links)),
+        ("As shipped", "shipped", shipped_blocks(experiment.shipped, links)),
         ("What may be acted on", "deferring", deferral_blocks(experiment)),
         ("Training", "training", _training_blocks(experiment)),
         ("What it gets wrong", "errors", error_blocks(experiment)),

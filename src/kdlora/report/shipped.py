@@ -44,18 +44,6 @@ class ModelFigures:
     speeds: dict[int, Amount] = field(default_factory=dict)  # largest number of texts in a batch to texts a second
 
 
-AXES: dict[str, tuple[str, Callable[[ModelFigures], float | None]]] = {
-    "latency": ("latency of one text, p50 (ms)", lambda one: one.p50_ms),
-    "throughput": (
-        "time of 1,000 texts in batches (s)",
-        lambda one: 1000 / one.texts_per_second if one.texts_per_second > 0 else None,
-    ),
-    "size": ("size on disk (MB)", lambda one: one.size_bytes / 1e6),
-    "memory": ("peak memory (MB)", lambda one: None if one.peak_memory_bytes is None else one.peak_memory_bytes / 1e6),
-}
-"""What a score is drawn against: left is better in every plot."""
-
-
 @dataclass(frozen=True)
 class Calibration:
     """A temperature, and what it does on the `rows` that it was fitted on: log loss in nats, error over ten bins."""
@@ -181,25 +169,22 @@ class Shipped:
 
 
 def read_shipped(layout: ExperimentLayout) -> Shipped | None:
-    """Read what was shipped; a file that cannot be read costs its part of the report, no more."""
+    """Read what was shipped."""
     if not (layout.benchmark.exists() or layout.export_record.exists()):
         return None
-    faults: list[str] = []
-    benchmark = _read(layout.benchmark, BenchmarkResult, faults)
-    return Shipped(layout, benchmark, _read(layout.export_record, Export, faults), tuple(faults))
+    benchmark, fault = read_part(layout.benchmark, BenchmarkResult, _RERUN)
+    export, other = read_part(layout.export_record, Export, _RERUN)
+    return Shipped(layout, benchmark, export, tuple(filter(None, (fault, other))))
 
 
-def _read(path: Path, form: type[Any], faults: list[str]) -> Any:
-    """Read one file if it is there, and note what is wrong with it."""
-    if not path.exists():
-        return None
+def read_part(path: Path, form: type[Any], remedy: str) -> tuple[Any, str]:
+    """Read a file if it is there, or say what is wrong with it, which costs its part of the report, no more."""
     try:
-        return TypeAdapter(form).validate_json(path.read_bytes())
+        return (TypeAdapter(form).validate_json(path.read_bytes()) if path.exists() else None), ""
     except OSError as error:
-        faults.append(f"{path.name}: cannot be read: {error.strerror or error}. {_RERUN}")
+        return None, f"{path.name}: cannot be read: {error.strerror or error}. {remedy}"
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         where = f" at {place!r}" if place else ""
-        faults.append(f"{path.name}: not the figures of this version{where}: {first['msg']}. {_RERUN}")
-    return None
+        return None, f"{path.name}: not the figures of this version{where}: {first['msg']}. {remedy}"

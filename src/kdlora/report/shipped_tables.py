@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import re
 
-from kdlora.report.collect import Experiment
 from kdlora.report.page import Block, Bullets, Cell, Link, Paragraph, Prose, Table, Tile, Tiles, strong
-from kdlora.report.plots import Series, Style, arm_style, score_against_cost
-from kdlora.report.shipped import AXES, TEACHER, Calibration, Export, ModelFigures, Parity, Shipped
+from kdlora.report.shipped import Calibration, Export, Parity, Shipped
 from kdlora.report.tables import Links
 from kdlora.report.wording import points, signed
 
@@ -17,9 +15,8 @@ _STAGES |= {"openvino": "OpenVINO", "openvino-bf16": "OpenVINO in bf16"}
 _INT8_STAGE = re.compile(r"(onnx|openvino)-int8 \((?P<recipe>.*)\)", re.DOTALL)
 
 
-def shipped_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
+def shipped_blocks(shipped: Shipped | None, links: Links) -> list[Block | None]:
     """Show the shipped models side by side, how the export was checked, and the calibration."""
-    shipped = experiment.shipped
     if shipped is None:
         return []
     blocks: list[Block | None] = [Paragraph(fault, "warning") for fault in shipped.faults]
@@ -28,7 +25,7 @@ def shipped_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
         blocks.append(Tiles((Tile("Try it", links.file(page), how, links.file(page)),)))
     if shipped.benchmark is not None and shipped.models:
         link = Link("benchmark.json", links.file(shipped.layout.benchmark))
-        blocks += [shipped.benchmark.table((link,)), *_plots(experiment, shipped)]
+        blocks.append(shipped.benchmark.table((link,)))
     if shipped.export is not None:
         blocks += _export_blocks(shipped.export, links.file(shipped.layout.export_record))
     elif not shipped.layout.export_record.exists():
@@ -37,30 +34,6 @@ def shipped_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
     if shipped.benchmark is not None and shipped.benchmark.calibration is not None:
         blocks.append(_calibration_table(shipped.benchmark.calibration))
     return blocks
-
-
-def _plots(experiment: Experiment, shipped: Shipped) -> list[Block | None]:
-    plots: list[Block | None] = []
-    for name, (cost, read) in AXES.items():
-        series = [
-            Series(model.name, _style(experiment, model, number), ((value, model.score),))
-            for number, model in enumerate(shipped.models)
-            if (value := read(model)) is not None and model.score is not None
-        ]
-        title, score, identity = f"As shipped: score against {name}", "score (0 to 100)", f"shipped-{name}"
-        # Each export is a multiple of the next, so that a logarithmic axis soon shows more.
-        plots.append(score_against_cost(series, title=title, cost=cost, score=score, identity=identity, far=4))
-    return plots
-
-
-def _style(experiment: Experiment, model: ModelFigures, number: int) -> Style:
-    """Give teacher and student the look of their arms, the exports one of their own."""
-    if model.name == TEACHER:
-        return arm_style(experiment.teacher_arm)
-    if model.backend == "onnx" or model.precision == "int8":
-        return Style(4 if model.precision == "int8" else 3)
-    is_student = model.name == "student" and experiment.student_arm is not None
-    return arm_style(experiment.student_arm or "") if is_student else Style(number)
 
 
 def _export_blocks(export: Export, href: str) -> list[Block]:

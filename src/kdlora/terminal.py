@@ -139,17 +139,17 @@ def print_plan(plan: ExperimentPlan, console: SafeConsole) -> None:
 
 def print_result(result: ExperimentResult) -> None:
     """Print the table of the arms, what was noted on the way, and where everything lies."""
-    from kdlora.evidence.records import SUMMARY, summarise_arms
     from kdlora.report.findings import read_choice
+    from kdlora.report.tables import arm_table
 
     console, layout = SafeConsole(), result.layout
     for note in result.notes:
         console.tell(note, style="dim")
-    title, rows = summarise_arms(result.records)
-    table = Table(title=title, caption="ex/s: training rows per second; ms: median time for one text")
-    for name in SUMMARY:
+    found = arm_table(result.records)
+    table = Table(title=found.caption)
+    for name in found.columns:
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
-    for row in rows:
+    for row in found.texts():
         table.add_row(*row)
     console.print(table)
     for record in result.failed:

@@ -8,10 +8,11 @@ from experiments import snapshot
 from kdlora.configfile import build_config
 from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import read_predictions
-from kdlora.evidence.records import ExperimentLayout, read_results, summarise_arms
+from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment.run import Run, plan_experiment, run_experiment
 from kdlora.experiment.scoring import doubts_of_teacher
 from kdlora.report.collect import load_experiment
+from kdlora.report.tables import arm_table
 from kdlora.searchconfig import SearchConfig
 
 
@@ -35,7 +36,7 @@ def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
     report = result.layout.report_md.read_text(encoding="utf-8")
     assert report.count("bag of words") > 3
     assert f"{words.score:.2f}" in report
-    assert [row[0] for row in summarise_arms([words, student])[1]] == ["words", "student-lora"]
+    assert [row[0] for row in arm_table([words, student]).rows] == ["words", "student-lora"]
 
     before = snapshot(kept.root)
     run_experiment(config, result.folder)

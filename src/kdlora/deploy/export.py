@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,10 +44,7 @@ Progress = Callable[[str], None]
 
 FP32_TOLERANCE = 1e-4
 """Largest difference of fp32 logits; for regression, relative to the largest output above 1."""
-_COPIES = 6
-"""Graphs that exist at once while a stage is made: the stage before, the new one, and the tools' temporary ones."""
 _FILES = {"onnx": ONNX_FP32, "onnx-int8": ONNX_INT8, "openvino": OPENVINO_INT8}
-_CHECKED_ON_TEXTS = {"onnx-int8", "openvino"}
 
 
 class ParityError(ArtifactError):
@@ -128,7 +123,9 @@ def export_onnx(
     check_installed("an export", "train")
     if "openvino" in formats:
         check_installed("an export for OpenVINO", "openvino-export")
-    given = _check_texts(texts, formats)
+    given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts)
+    if not set(formats) <= {"onnx"} and not len(given.texts):
+        raise DataError("int8 must be checked on validation texts, and there are none. Give texts, or only onnx")
     task = _settle_task(folder, given.task)
     say("PyTorch reference")
     backend = _open_encoder(folder)
@@ -248,17 +245,8 @@ def _check_settings(formats: Sequence[str], max_metric_drop: float, min_agreemen
     return Gate(agreement=min_agreement, drop=max_metric_drop)
 
 
-def _check_texts(texts: Sequence[Text | Words] | LabelledTexts, formats: Sequence[str]) -> LabelledTexts:
-    given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts)
-    if _CHECKED_ON_TEXTS & set(formats) and not len(given.texts):
-        raise DataError(
-            "int8 must be checked on validation texts, and there are none. Give texts, or formats=('onnx',)"
-        )
-    return given
-
-
 def check_target(to: Path, folder: ModelFolder) -> Path:
-    """Refuse to export an export, to replace what is none, and a disk that is too small."""
+    """Refuse to export an export, and to replace what is none."""
     if folder.backend != "transformers":
         raise ModelError(
             f"{folder.path}: expected a transformers folder (model.safetensors), got one that is exported already."
@@ -271,22 +259,10 @@ def check_target(to: Path, folder: ModelFolder) -> Path:
         raise ArtifactError(f"{to}: expected a folder to write, got a file.")
     if target.is_dir() and any(target.iterdir()) and not (target / EXPORT_RECORD).is_file():
         raise ArtifactError(f"{to}: the folder is not empty and holds no earlier export; give a new folder.")
-    if target.is_dir() and (foreign := _other_files(target)):
-        raise ArtifactError(f"{to}: {foreign[0]} is no file of an export, and would be lost; give a new folder.")
-    place = next(parent for parent in (target, *target.parents) if parent.exists())
-    free, needed = shutil.disk_usage(place).free, _COPIES * folder.size_bytes
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"the export needs about {needed / 1e6:,.0f} MB of free space for a while, there are {free / 1e6:,.0f} MB",
-            str(to),
-        )
+    for entry in target.iterdir() if target.is_dir() else ():
+        if not is_model_file(entry) and entry.name != MEASURED:
+            raise ArtifactError(f"{to}: {entry.name} is no file of an export, and would be lost; give a new folder.")
     return target
-
-
-def _other_files(folder: Path) -> list[str]:
-    """List what an export does not make."""
-    return [entry.name for entry in folder.iterdir() if not is_model_file(entry) and entry.name != MEASURED]
 
 
 def _settle_task(folder: ModelFolder, task: Task | None) -> Task:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from kdlora.config import ARMS
 from kdlora.errors import ArtifactError, first_line
 from kdlora.foreign import read_json
 from kdlora.system.integrity import CHECKSUM, is_sealed_or_old, seal
@@ -226,34 +224,3 @@ def _parse_record(content: Any, where: str) -> RunRecord:
     if not is_sealed_or_old(content):
         raise ArtifactError(f"{where}: its content does not fit its checksum, so it was damaged or edited. {_RERUN}")
     return record
-
-
-SUMMARY = ("arm", "n", "score", "sd", "trained", "params", "ex/s", "ms")
-"""Columns of `summarise_arms`; ex/s: rows trained per second; ms: median latency at batch 1."""
-
-
-def summarise_arms(records: Sequence[RunRecord]) -> tuple[str, list[tuple[str, ...]]]:
-    """Put the runs of an experiment together for terminals and notebooks: which score it is, and a row an arm."""
-    on_test = any(record.test_score is not None for record in records)
-    rows = []
-    for arm in ARMS:
-        if runs := [record for record in records if record.arm == arm]:
-            rows.append((arm, *_summarise([run for run in runs if run.status == "finished"], on_test)))
-    return f"score on the {'test' if on_test else 'validation'} split, 0 to 100", rows
-
-
-def _summarise(runs: Sequence[RunRecord], on_test: bool) -> tuple[str, ...]:
-    if not runs:
-        return ("0", "failed", "", "", "", "", "")
-    scores = [value for run in runs if (value := run.test_score if on_test else run.score) is not None]
-    latencies = [entry.p50_ms for run in runs for entry in run.latency if entry.batch_size == 1]
-    speeds = [run.examples_per_second for run in runs if run.examples_per_second]
-    parameters = (runs[0].trainable_parameters, runs[0].total_parameters)
-    return (
-        str(len(runs)),
-        f"{statistics.mean(scores):.2f}" if scores else "not available",
-        f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else "–",
-        *("–" if number is None else f"{number:,}" for number in parameters),
-        f"{statistics.mean(speeds):.0f}" if speeds else "–",
-        f"{statistics.mean(latencies):.1f}" if latencies else "–",
-    )

@@ -16,11 +16,9 @@ from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
 from kdlora.evidence.records import (
-    SUMMARY,
     ExperimentLayout,
     RunRecord,
     read_record,
-    summarise_arms,
     write_results,
 )
 from kdlora.experiment.deployment import deploy_student, is_deployed
@@ -39,8 +37,9 @@ from kdlora.experiment.stages import Stage
 from kdlora.experiment.team import Team, gather_team
 from kdlora.report.collect import load_run
 from kdlora.report.findings import choose_student
-from kdlora.report.page import Table, html_table
+from kdlora.report.page import html_table
 from kdlora.report.report import make_report
+from kdlora.report.tables import arm_table
 from kdlora.shipconfig import DeferConfig, ExportConfig
 from kdlora.system.children import run_in_child
 from kdlora.system.launch import read_launch
@@ -97,8 +96,7 @@ class ExperimentResult:
 
     def _repr_html_(self) -> str:
         """Show the table of the arms in a notebook."""
-        title, rows = summarise_arms(self.records)
-        return html_table(Table(f"{self.folder.name}: {title}", SUMMARY, tuple(rows)))
+        return html_table(arm_table(self.records))
 
     @property
     def layout(self) -> ExperimentLayout:

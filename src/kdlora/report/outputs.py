@@ -18,7 +18,7 @@ from kdlora.report.findings import CONTROLS, align
 from kdlora.report.page import Block, Figure, Paragraph, Quotation, Quotations, Table
 from kdlora.report.plots import PALETTE, Frame, Style, arm_style, draw, named, padded, scatter, shorten
 from kdlora.report.spans import outcome_table, outcomes, span_quotations
-from kdlora.report.wording import arm_title, plus_minus, signed
+from kdlora.report.wording import arm_title, of_seeds, plus_minus, signed
 
 _MOST_CLASSES, _MOST_PAIRS, _MOST_POINTS = 10, 12, 1200
 _MOST_QUOTATIONS, _LONGEST = 8, 600
@@ -35,11 +35,6 @@ class Outputs:
     logits: tuple[np.ndarray, ...]
     labels: np.ndarray
     offsets: np.ndarray | None = None  # where each row's words begin, in a task of tokens
-
-    @property
-    def told(self) -> str:
-        """What counts are a mean of."""
-        return f"Mean over {len(self.logits)} seeds." if len(self.logits) > 1 else "One seed."
 
 
 def error_blocks(experiment: Experiment) -> list[Block]:
@@ -110,7 +105,7 @@ def _confusion_plot(outputs: Outputs) -> Figure:
 
     right = "; ".join(f"{name} {100 * shares[row, row]:.0f}%" for row, name in enumerate(task.label_names))
     description = f"Share of each label's rows that is predicted correctly: {right}."
-    caption, bottom = f"Each row adds up to 100%. {outputs.told}", 150 if crowded else 50
+    caption, bottom = f"Each row adds up to 100%. {of_seeds(len(outputs.logits))}", 150 if crowded else 50
     frame = Frame(290 + bottom, left=140, bottom=bottom)
     return draw(paint, f"Confusion matrix of {outputs.name}", description, "confusion", caption=caption, frame=frame)
 
@@ -129,7 +124,7 @@ def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str])
     if outputs.offsets is not None:
         columns = ("type", "taken for", "entities", "of those that were found")
     caption = f"Most frequent confusions of {outputs.name}"
-    return Table(caption, columns, rows, text_columns=2, note=outputs.told, side=True)
+    return Table(caption, columns, rows, text_columns=2, note=of_seeds(len(outputs.logits)), side=True)
 
 
 def _class_table(arms: Sequence[Outputs]) -> Table:

@@ -11,6 +11,7 @@ from kdlora.data.tasks import Task
 from kdlora.evidence.metrics import probabilities
 from kdlora.evidence.predictions import ExampleText, Predictions
 from kdlora.report.page import Marked, Quotation, Table
+from kdlora.report.wording import of_seeds
 
 OUTCOMES = ("right", "other type", "other edges", "both", "missed")
 """What becomes of an entity: found, found with another type or other edges or both, or nothing found there at all."""
@@ -54,7 +55,7 @@ def outcome_table(task: Task, name: str, counts: Sequence[tuple[np.ndarray, np.n
     )
     note = (
         "An entity that is not right has another type, other edges, or both, or nothing is found where it is. Invented "
-        f"are those found where none is. {_seeds(len(counts))}"
+        f"are those found where none is. {of_seeds(len(counts))}"
     )
     columns = ("type", "entities", *OUTCOMES, "invented")
     return Table(f"What becomes of entities, by {name}", columns, rows, note=note)
@@ -62,10 +63,6 @@ def outcome_table(task: Task, name: str, counts: Sequence[tuple[np.ndarray, np.n
 
 def _share(value: float, total: float) -> str:
     return f"{100 * value / total:.0f}%" if total else "–"
-
-
-def _seeds(count: int) -> str:
-    return f"Mean over {count} seeds." if count > 1 else "One seed."
 
 
 def span_quotations(

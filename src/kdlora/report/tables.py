@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from kdlora.config import ARMS as ALL_ARMS
 from kdlora.evidence.records import RunRecord
 from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.report.collect import Experiment, Run
@@ -273,6 +274,29 @@ def difference_table(comparisons: Sequence[Comparison], links: Links) -> Table:
     draws = next((one.difference.draws for one in comparisons if one.difference), 0)
     note = f"{draws:,} draws over examples; p is two-sided. {INTERVALS}" if draws else ""
     return Table("Differences in score", columns, tuple(rows), note=note, side=True)
+
+
+def arm_table(records: Sequence[RunRecord]) -> Table:
+    """Put the runs of an experiment together for terminals and notebooks."""
+    split = "test" if any(record.test_score is not None for record in records) else "validation"
+    arms: dict[str, list[Run]] = {arm: [] for arm in ALL_ARMS if any(record.arm == arm for record in records)}
+    for record in records:
+        if record.status == "finished":
+            arms[record.arm].append(Run(record, Path(), None))
+
+    def score(arm: str) -> str:
+        found = [value for run in arms[arm] if (value := run.score(split)) is not None]
+        return plus_minus(mean_sd(found), 2) if found else "not available" if arms[arm] else "failed"
+
+    columns: dict[str, Callable[[str], str]] = {
+        "arm": str,
+        "seeds": lambda arm: str(len(arms[arm])),
+        "score": score,
+        "trainable": lambda arm: TRAINABLE.text(arms[arm]),
+        "in all": lambda arm: PARAMETERS.text(arms[arm]),
+        "time of a text": lambda arm: TIME.text(arms[arm]),
+    }
+    return Table.of(f"score on the {split} split, 0 to 100", arms, columns)
 
 
 def run_table(experiment: Experiment, links: Links) -> Table:

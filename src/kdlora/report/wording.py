@@ -108,6 +108,11 @@ def span(difference: Difference) -> str:
     return f"{level} {interval(difference)}; n = {difference.n_seeds}"
 
 
+def of_seeds(count: int) -> str:
+    """Say what a figure is a mean of."""
+    return f"Mean over {count} seeds." if count > 1 else "One seed."
+
+
 def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 

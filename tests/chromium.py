@@ -72,11 +72,16 @@ def open_browser(profile: Path) -> Iterator[webdriver.Chrome]:
 
 def show(browser: webdriver.Chrome, address: str, width: int, scheme: str = "light") -> None:
     """Open a page at a width, in light or dark."""
+    look(browser, width, scheme)
+    browser.get(address)
+
+
+def look(browser: webdriver.Chrome, width: int, scheme: str = "light") -> None:
+    """Give the page that is open, or the next one, a width, and make it light or dark."""
     features = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", features)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get(address)
 
 
 def weak_texts(browser: webdriver.Chrome) -> list[object]:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from filelock import FileLock
 
@@ -45,6 +46,8 @@ assert _spec.loader is not None
 sys.modules["network_guard"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules["network_guard"])
 
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=40)
+hypothesis.settings.load_profile("tests")
 pytest_plugins = ["experiment_fixtures"]
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
 
@@ -59,6 +62,28 @@ def pytest_collection_finish() -> None:
     """Keep what the test modules imported from the garbage collector: accelerate calls it in every training."""
     gc.freeze()
     gc.enable()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Save what is most of a test's time and not looked at: the marks in a report's figures, a benchmark's repetitions.
+
+    A test that looks at figures is marked `drawn`.
+    """
+    from kdlora.deploy import benchmark
+    from kdlora.report import deferred, outputs, plots
+
+    benchmark._LEAST_SECONDS = 0.02
+    drawing = vars(plots).setdefault("_drawing", plots.draw)
+    for module in (plots, outputs, deferred):
+        module.draw = drawing if item.get_closest_marker("drawn") else _outline
+
+
+def _outline(paint: object, title: str, description: str, identity: str, *, caption: str = "", **_: object) -> object:
+    """Stand for the report's `draw`: a figure with its words, and nothing drawn."""
+    from kdlora.report import plots
+
+    svg = plots._for_page('viewBox="0 0 1 1"></style></defs></svg>', title, description, identity)
+    return plots.Figure(title, svg, description, caption)
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -3,9 +3,11 @@
 import signal
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from experiments import ARMS, Outcome, Workshop
 
@@ -38,14 +40,24 @@ def experiment(workshop: Workshop, made_once):
     return made_once("all-arms", lambda folder: run_experiment(config, folder / "all-arms"))
 
 
+@cache
+def _command(app: object) -> object:
+    """Build the verbs once, not for each call."""
+    return get_command(app)
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """`cli("run", path, ...)` calls the command line in this process, and takes what it prints."""
+    """`cli("run", path, ..., code=0)` calls the command line in this process, and takes what it prints.
+
+    It must end with that exit code, and without a traceback.
+    """
     from kdlora.cli import main
 
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("typer.main.get_command", _command)
 
-    def call(*arguments: object) -> Outcome:
+    def call(*arguments: object, code: int = 0) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["kdlora", *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         capsys.readouterr()
@@ -56,6 +68,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         printed = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), printed.out, printed.err)
+        assert (int(ended.value.code or 0), "Traceback" in printed.err) == (code, False), printed.err[-3000:]
+        return Outcome(printed.out, printed.err)
 
     return call

@@ -95,6 +95,5 @@ def processes_marked(mark: str) -> list[int]:
 class Outcome:
     """What a command left in the terminal."""
 
-    code: int
     out: str
     err: str

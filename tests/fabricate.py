@@ -10,7 +10,7 @@ from kdlora.data.tags import split_words, tag_names
 from kdlora.data.tasks import Task
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import ExampleText, Predictions, write_examples, write_predictions
-from kdlora.evidence.records import ExperimentLayout, Latency, RunRecord, write_record, write_results
+from kdlora.evidence.records import ExperimentLayout, Latency, RunRecord, read_record, write_record, write_results
 from kdlora.system.storage import write_json_atomic
 
 BINARY = Task("single-label", ("text",), ("label",), ("negative", "positive"), ("accuracy",))
@@ -157,6 +157,11 @@ def make_experiment(
     write_results(layout.results, records)
     write_examples(layout.examples, examples)
     return layout
+
+
+def edit_record(path: Path, **changes: object) -> None:
+    """Change fields of a record, as if its run had left them so."""
+    write_record(path, read_record(path).model_copy(update=changes))
 
 
 def ship(

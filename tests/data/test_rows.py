@@ -88,15 +88,6 @@ def test_no_file_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert table["value"].to_pylist() == [0, 1, 2]
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files as Linux lists them")
-def test_files_go_with_their_rows() -> None:
-    """A map that outlives its table keeps the disk space and a file descriptor until the process ends."""
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    for value in range(20):
-        spool(iter([pa.RecordBatch.from_pydict({"value": [value]})]), "one row")
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_not_the_datas_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sound file was called unreadable, with the advice to write it again, where only space was wanting."""

@@ -9,14 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deploy_folders import LONG, PAIRS, TEXTS
 from experiments import edit_json
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.folder import read_model_folder
-from kdlora.deploy.network import length_batches
 from kdlora.deploy.predict import Classifier
+from kdlora.deploy.tagger import Tagger
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.evidence.metrics import probabilities
 from kdlora.extras import EXTRAS, MissingExtraError
@@ -24,35 +26,45 @@ from kdlora.extras import EXTRAS, MissingExtraError
 BLOCKED = {*(name for modules in EXTRAS.values() for name in modules), "pydantic", "yaml", "typer"}
 
 
-def test_onnx_folder_needs_no_torch(exported, tmp_path):
-    """Prevents a serving image of gigabytes: the packages are made unimportable, then texts are classified."""
-    (tmp_path / "rows.csv").write_text("id,text\na,a wonderful film\n")
+def test_onnx_folders_need_no_torch(exported, tmp_path):
+    """Prevents a serving image of gigabytes: the packages are made unimportable, then texts are read."""
+    (tmp_path / "rows.txt").write_text(f"{TEXTS[0]}\n")
     code = f"""
 import sys
 for name in {BLOCKED!r}:
     sys.modules[name] = None
-from kdlora import Cascade
+from kdlora import Cascade, Tagger, redact_file
 from kdlora.deploy.network import length_batches
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
-classifier = Classifier.load({str(exported())!r})
-print(classifier.predict(["a wonderful film"])[0].label)
-print(predict_file(classifier, {str(tmp_path / "rows.csv")!r}, {str(tmp_path / "out.jsonl")!r}).rows)
+classifier, tagger = Classifier.load({str(exported())!r}), Tagger.from_pretrained({str(exported("bert", "tokens"))!r})
+print(classifier.predict([{TEXTS[0]!r}])[0].label, len(tagger.predict({TEXTS[0]!r})))
+for model in (classifier, tagger):
+    print(predict_file(model, {str(tmp_path / "rows.txt")!r}, {str(tmp_path / "out.jsonl")!r}).rows)
+print(redact_file(tagger, {str(tmp_path / "rows.txt")!r}, {str(tmp_path / "out.txt")!r}).rows)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    label = Classifier.load(exported()).predict(["a wonderful film"])[0].label
-    assert done.stdout.split() == [label, "1"]
+    label = Classifier.load(exported()).predict(TEXTS[:1])[0].label
+    count = len(Tagger.load(exported("bert", "tokens")).predict(TEXTS[0]))
+    assert done.stdout.split() == [label, str(count), "1", "1", "1"]
 
 
-def test_batches_hold_every_row_once_and_little_padding():
-    """Prevents lost or doubled rows, and batches beyond the token budget."""
-    lengths = [5, 100, 3, 70, 5, 5, 64, 300]
-    batches = length_batches(lengths, 3, 128)
-    assert sorted(row for batch in batches for row in batch) == list(range(8))
-    for batch in batches:
-        assert len(batch) <= 3
-        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= 128
+@pytest.fixture(scope="module")
+def plain(classifier_folder) -> Classifier:
+    return Classifier.load(classifier_folder())
+
+
+ANY = st.text(st.characters(exclude_categories=("Cs",)), max_size=200).filter(str.strip)
+
+
+@given(texts=st.lists(ANY, min_size=1, max_size=6))
+def test_any_text_gets_an_answer_that_does_not_depend_on_its_neighbours(plain, texts):
+    """Prevents a text that the tokenizer turns into nothing, or that shifts the others of its batch."""
+    together = plain.predict_logits(texts)
+    assert np.isfinite(together).all()
+    alone = np.concatenate([plain.predict_logits([text]) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-4)
 
 
 def test_threads_share_a_classifier(exported, classifier_folder):
@@ -161,11 +173,6 @@ def test_changed_file_is_refused(exported, tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ArtifactError, match="cannot load it"):
         Classifier.load(folder, verify=False)
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="not the file that was exported"):
-        Classifier.load(folder, precision="fp32")
-    with pytest.raises(ArtifactError, match="the tokenizer cannot be read"):
-        Classifier.load(folder, precision="fp32", verify=False)
 
 
 def test_incomplete_folders_are_named(exported, classifier_folder, tmp_path):

@@ -14,8 +14,6 @@ from kdlora.deploy.redact import redact, redact_file
 from kdlora.deploy.tagger import Entity, Tagger
 from kdlora.errors import ConfigError, DataError
 
-pytest_plugins = ["experiment_fixtures"]
-
 
 @pytest.fixture(scope="module")
 def tagger(exported):
@@ -126,8 +124,8 @@ def test_the_verbs(cli, exported, tagger, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(source.read_bytes())))
     done = cli("redact", folder / "model.onnx", "-", *options)
     assert done.out.splitlines() == expected
-    done = cli("redact", folder, source, "--to", tmp_path / "o.txt", "--types", "PER", "--with", "LOC=x")
-    assert (done.code, "'LOC' is none of the types to replace, PER" in done.err) == (2, True)
+    done = cli("redact", folder, source, "--to", tmp_path / "o.txt", "--types", "PER", "--with", "LOC=x", code=2)
+    assert "'LOC' is none of the types to replace, PER" in done.err
     for verb, other, sentence in (
         ("redact", exported(), "marks no entities"),
         ("predict", folder, "any number of entities"),
@@ -135,5 +133,5 @@ def test_the_verbs(cli, exported, tagger, tmp_path, monkeypatch):
     ):
         more = {"predict": ("--to", tmp_path / "o.csv"), "benchmark": (exported(), "--cascade", "--data", source)}
         arguments = (other, source) if verb != "benchmark" else (other,)
-        done = cli(verb, *arguments, *more.get(verb, ()))
-        assert (done.code, sentence in done.err) == (2, True), done.err
+        done = cli(verb, *arguments, *more.get(verb, ()), code=2)
+        assert sentence in done.err

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from test_classifier import BLOCKED
 
 from deploy_folders import TEXTS, build_classifier
 from experiments import edit_json
@@ -141,25 +138,6 @@ def test_labels_in_another_order_and_in_none(classifier_folder, tmp_path):
     edit_json(folder / "config.json", id2label={str(column): f"LABEL_{column}" for column in range(5)})
     with pytest.raises(ModelError, match=r"expected the labels O, and B-TYPE and I-TYPE"):
         Tagger.load(folder)
-
-
-def test_onnx_folder_needs_no_torch(exported, tmp_path):
-    """Prevents a serving image of gigabytes: the packages are made unimportable, then names are found and replaced."""
-    (tmp_path / "rows.txt").write_text(f"{TEXTS[0]}\n")
-    code = f"""
-import sys
-for name in {BLOCKED!r}:
-    sys.modules[name] = None
-from kdlora import Tagger, predict_file, redact_file
-tagger = Tagger.from_pretrained({str(exported("bert", "tokens"))!r})
-print(len(tagger.predict({TEXTS[0]!r})))
-print(predict_file(tagger, {str(tmp_path / "rows.txt")!r}, {str(tmp_path / "out.jsonl")!r}).rows)
-print(redact_file(tagger, {str(tmp_path / "rows.txt")!r}, {str(tmp_path / "out.txt")!r}).rows)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    count = len(Tagger.load(exported("bert", "tokens")).predict(TEXTS[0]))
-    assert done.stdout.split() == [str(count), "1", "1"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 import tiny
-from chromium import NEEDS_CHROMIUM, open_browser, serious_faults, serve_folder, show, weak_texts
+from chromium import NEEDS_CHROMIUM, look, open_browser, serious_faults, serve_folder, show, weak_texts
 from deploy_folders import LONG, PROBLEMS, TEXTS, build_classifier
 from kdlora.deploy import webpage
 from kdlora.deploy.decisions import Decisions, write_decisions
@@ -25,9 +25,6 @@ from kdlora.deploy.webpage import write_web_page
 from kdlora.errors import ArtifactError, ModelError
 from kdlora.evidence.defer import Promise
 from scripts import SENTENCES, texts_of_scripts
-
-pytest_plugins = ["experiment_fixtures"]
-
 
 HOSTILE = ("<img src=x onerror=document.title=1>", "plain", "“quoted” & more")
 
@@ -89,7 +86,6 @@ def test_the_packages_are_fetched_once_and_the_page_can_be_written_again(registr
     folder, page = world, tmp_path / "page"
     for _ in range(2):
         done = cli("export", folder, "--to", page, "--web")
-        assert done.code == 0, done.err
     assert len(registry.asked) == len(webpage._PACKAGES)
     assert {path.name for path in page.iterdir()} == webpage._NAMES
     assert (page / "ort.js").read_text() == "dist/ort.wasm.bundle.min.mjs"
@@ -142,8 +138,8 @@ def test_what_has_no_page_is_refused(world, tmp_path, cli):
     ):
         with pytest.raises(ModelError, match=wanted):
             write_web_page(foreign(world, tmp_path / name, **change), tmp_path / "page")
-    done = cli("export", world, "--to", tmp_path / "page", "--web", "--format", "onnx")
-    assert (done.code, "leave --data and --format out" in done.err) == (2, True)
+    done = cli("export", world, "--to", tmp_path / "page", "--web", "--format", "onnx", code=2)
+    assert "leave --data and --format out" in done.err
     assert not (tmp_path / "page").exists()
 
 
@@ -187,12 +183,12 @@ def page(unpacked, browser, tmp_path):
     """`page(folder)` writes a page, serves it and opens it; it gives the server."""
     serving = []
 
-    def give(folder, width=1280, scheme="light"):
+    def give(folder):
         write_web_page(folder, tmp_path / "page")
         serving.append(serve_folder(tmp_path / "page"))
         server = serving[0].__enter__()
         browser.get_log("browser")
-        show(browser, f"{server.address}/index.html", width, scheme)
+        show(browser, f"{server.address}/index.html", 1280)
         wait(browser, "Ready.")
         return server
 
@@ -302,10 +298,9 @@ def test_several_labels_by_thresholds_and_numbers(page, browser, world, tmp_path
 
 @pytest.mark.slow
 @NEEDS_CHROMIUM
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_everybody_can_use_the_page(page, browser, world, width, scheme):
+def test_everybody_can_use_the_page(page, browser, world):
     """A page for the mouse alone, pale text in the dark, a label that runs as a script, a request to elsewhere."""
-    server = page(world, width, scheme)
+    server = page(world)
     assert serious_faults(browser) == []
     text, model = "the film was wonderful <b>indeed</b>", Classifier.load(world, threads=1)
     browser.switch_to.active_element.send_keys(text)
@@ -322,11 +317,13 @@ def test_everybody_can_use_the_page(page, browser, world, width, scheme):
     assert browser.find_element(By.ID, "marked").text == text
     assert browser.execute_script("return document.querySelectorAll('main img, main b').length") == 0
     assert browser.find_elements(By.TAG_NAME, "mark")
-    assert serious_faults(browser) == []
-    assert weak_texts(browser) == []
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    back = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (int(back.split("(")[1].split(",")[0]) < 100) == (scheme == "dark")
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        look(browser, width, scheme)
+        assert serious_faults(browser) == []
+        assert weak_texts(browser) == []
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        back = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert (int(back.split("(")[1].split(",")[0]) < 100) == (scheme == "dark")
     fetched = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert [one for one in fetched if not one.startswith((server.address, "data:"))] == []
     assert browser.get_log("browser") == [], "nothing that the page's own policy refused"

@@ -26,7 +26,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "deberta-v2", "electra", "mpnet", "modernbert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_cast_once_equals_cast_every_time(make_model, family):
     """Casting more than autocast does (norms, embeddings, adapters) saves nothing, and costs accuracy."""
     model = make_model(family).eval()

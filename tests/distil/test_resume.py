@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,11 @@ from kdlora.system.integrity import seal
 from kdlora.system.ownership import owned_name
 
 CASES = {
-    "lora": {},
-    "full": {"lora": False, "learning_rate": 3e-3},
     "regression": {"kind": "regression"},
     "tokens": {"kind": "tokens", "micro_batch_tokens": 100, "unlabelled": 8},
     "best": {"lora": False, "learning_rate": 2e-2, "select": "best", "epochs": 4},
     "fraction": {"epochs": 2.5},
     "rate of the head": {"head_learning_rate": 2e-2},
-    "micro-batches": {"micro_batch_tokens": 48},
     "class weights": {"class_weights": {"positive": 5.0}, "micro_batch_tokens": 48},
     "bf16": {"precision": "bf16"},
     "full in bf16": {"lora": False, "precision": "bf16"},
@@ -42,7 +40,7 @@ CASES = {
 }
 
 
-BETWEEN_EPOCHS = ("lora", "best", "fraction", "tokens", "every part")
+BETWEEN_EPOCHS = ("best", "fraction", "tokens", "every part")
 
 
 @pytest.mark.parametrize(("case", "saved"), [*((case, 9) for case in CASES), *((case, 6) for case in BETWEEN_EPOCHS)])
@@ -105,41 +103,49 @@ def test_keeps_the_newest(make_setup, tmp_path):
     assert list((tmp_path / "2").rglob("*.safetensors")) == []
 
 
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        ("manifest.json", None),
-        ("optimizer.safetensors", None),
-        ("weights.safetensors", lambda content: content[:-4]),
-        ("weights.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
-    ],
-    ids=["manifest", "missing", "truncated", "flipped"],
-)
-def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog, file, damage):
+def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog):
     """A half-written checkpoint taken for whole resumes from garbage, or crashes for good."""
-    folder = tmp_path / "cut"
-    with pytest.raises(PowerCutError):
-        make_setup().run(folder, callbacks=[SaveAt(3, 9), CutAfter(11)], keep_checkpoints=2)
-    (folder / f".step-000000010.tmp-{owned_name().split('-')[0]}-999999999-0-0123abcd").mkdir()
-    spoilt = folder / "step-000000009" / file
-    content = spoilt.read_bytes()
-    spoilt.unlink()
-    if damage is not None:
-        spoilt.write_bytes(damage(content))
-    undisturbed, resumed, seen = make_setup(), make_setup(), []
+    undisturbed = make_setup()
     expected = undisturbed.run(tmp_path / "undisturbed")
-    with caplog.at_level(logging.WARNING):
-        outcome = resumed.run(folder, callbacks=[CutAfter(-1, seen)])
-    assert "step-000000009 is unfinished or damaged" in caplog.text
-    assert list(folder.glob(".step*")) == []
-    assert seen[0] == 4
-    assert_same_bits(weights(undisturbed.model), weights(resumed.model))
-    assert outcome.history == expected.history
+    with pytest.raises(PowerCutError):
+        make_setup().run(tmp_path / "cut", callbacks=[SaveAt(3, 9), CutAfter(11)], keep_checkpoints=2)
+    (tmp_path / "cut" / f".step-000000010.tmp-{owned_name().split('-')[0]}-999999999-0-0123abcd").mkdir()
+    for number, (file, damage) in enumerate(
+        [
+            ("manifest.json", None),
+            ("optimizer.safetensors", None),
+            ("weights.safetensors", lambda content: content[:-4]),
+            ("weights.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+        ]
+    ):
+        folder = Path(shutil.copytree(tmp_path / "cut", tmp_path / str(number)))
+        spoilt = folder / "step-000000009" / file
+        content = spoilt.read_bytes()
+        spoilt.unlink()
+        if damage is not None:
+            spoilt.write_bytes(damage(content))
+        resumed, seen = make_setup(), []
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            outcome = resumed.run(folder, callbacks=[CutAfter(-1, seen)])
+        assert "step-000000009 is unfinished or damaged" in caplog.text
+        assert list(folder.glob(".step*")) == []
+        assert seen[0] == 4
+        assert_same_bits(weights(undisturbed.model), weights(resumed.model))
+        assert outcome.history == expected.history
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
+@pytest.fixture
+def cut(make_setup, tmp_path) -> Path:
+    """The folder of a training that was cut off after four steps, the third of which is saved."""
+    with pytest.raises(PowerCutError):
+        make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)], lora=LoraSettings())
+    return tmp_path
+
+
+def test_checkpoints_of_another_training_are_refused(make_setup, cut):
+    """Going on from another training's checkpoint mixes two experiments in one record."""
+    for change, named in (
         ({"learning_rate": 1e-3}, "the training settings"),
         ({"seed": 4}, "the seed"),
         ({"precision": "bf16"}, "the number format"),
@@ -147,35 +153,31 @@ def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog, file,
         ({"lora": False}, "the model or its initial weights"),
         ({"adapter": LoraSettings(alpha=32.0)}, "the adapter's settings"),  # its scale is in no weight
         ({"rows": 40}, "the training rows or their teacher logits"),
-    ],
-)
-def test_checkpoints_of_another_training_are_refused(make_setup, tmp_path, change, named):
-    """Going on from another training's checkpoint mixes two experiments in one record."""
-    with pytest.raises(PowerCutError):
-        make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)], lora=LoraSettings())
-    options = {key: change[key] for key in ("seed", "precision", "distil") if key in change}
-    setup = make_setup(**{key: value for key, value in change.items() if key not in (*options, "adapter")})
-    options["lora"] = change.get("adapter", LoraSettings())
-    with pytest.raises(ArtifactError, match=f"of another training: .*{named}.* changed. Delete"):
-        setup.run(tmp_path, **options)
+    ):
+        options = {key: change[key] for key in ("seed", "precision", "distil") if key in change}
+        setup = make_setup(**{key: value for key, value in change.items() if key not in (*options, "adapter")})
+        options["lora"] = change.get("adapter", LoraSettings())
+        with pytest.raises(ArtifactError, match=f"of another training: .*{named}.* changed. Delete"):
+            setup.run(cut, **options)
+    files = [path for path in cut.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}, "a pickle would run code where it is resumed"
+    assert all(json.loads(path.read_text(encoding="utf-8")) for path in files if path.suffix == ".json")
 
 
-@pytest.mark.parametrize(("then", "remedy"), [(2, "with torchrun --nproc-per-node 2"), (1, "without a launcher")])
-def test_another_number_of_processes_is_told_what_to_do(make_setup, tmp_path, then, remedy):
+def test_another_number_of_processes_is_told_what_to_do(make_setup, cut):
     """With fewer GPUs in sight the user reads that settings changed, though they changed none."""
-    with pytest.raises(PowerCutError):
-        make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)])
-    (path,) = tmp_path.glob("step-*/manifest.json")
+    (path,) = cut.glob("step-*/manifest.json")
     manifest = json.loads(path.read_text())
-    now = CheckpointFolder(tmp_path, manifest["ingredients"] | {"processes": 3 - then})
     del manifest["checksum"]
-    manifest["ingredients"]["processes"] = then
-    path.write_text(json.dumps(seal(manifest)))
-    with pytest.raises(ArtifactError, match=f"processes that trained: {then}, now: {3 - then},.*{remedy}, or delete"):
-        now.latest()
-    if then == 2:
-        with pytest.raises(ArtifactError, match="processes that trained: 2, now: 1"):
-            make_setup().run(tmp_path)
+    for then, remedy in ((1, "without a launcher"), (2, "with torchrun --nproc-per-node 2")):
+        now = CheckpointFolder(cut, manifest["ingredients"] | {"processes": 3 - then})
+        manifest["ingredients"]["processes"] = then
+        path.write_text(json.dumps(seal(dict(manifest))))
+        told = f"processes that trained: {then}, now: {3 - then},.*{remedy}, or delete"
+        with pytest.raises(ArtifactError, match=told):
+            now.latest()
+    with pytest.raises(ArtifactError, match="processes that trained: 2, now: 1"):
+        make_setup().run(cut, lora=LoraSettings())
 
 
 def test_random_state_comes_back_where_fewer_gpus_are_seen(monkeypatch):
@@ -187,15 +189,6 @@ def test_random_state_comes_back_where_fewer_gpus_are_seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: pytest.fail("of all GPUs"))
     unpack_random_state(*pack_random_state())
     assert [state.tolist() for state in put] == [[2]]
-
-
-def test_nothing_is_pickled(make_setup, tmp_path):
-    """A pickle in a run folder runs code on the machine of whoever resumes it."""
-    with pytest.raises(PowerCutError):
-        make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)])
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
-    assert all(json.loads(path.read_text(encoding="utf-8")) for path in files if path.suffix == ".json")
 
 
 def test_an_adapter_checkpoint_holds_the_head_and_not_the_base(make_setup, tmp_path):

@@ -102,15 +102,15 @@ def test_what_cannot_be_attached(ids, logits, message):
         TeacherLogits(pa.array(ids), np.asarray(logits, dtype=np.float32), ("x", "y"), "")
 
 
-def test_a_million_rows_attach_quickly():
-    """A Python loop over ids takes a minute in every run."""
-    ids = pa.array([f"example-{row}" for row in range(1_000_000)])
-    order = np.random.default_rng(0).permutation(1_000_000)
-    teacher = TeacherLogits(ids, np.arange(2_000_000, dtype=np.float32).reshape(-1, 2), ("a", "b"), "")
+def test_many_rows_attach_quickly():
+    """A Python loop over a million ids takes a minute in every run."""
+    ids = pa.array([f"example-{row}" for row in range(300_000)])
+    order = np.random.default_rng(0).permutation(300_000)
+    teacher = TeacherLogits(ids, np.arange(600_000, dtype=np.float32).reshape(-1, 2), ("a", "b"), "")
     dataset = Dataset(pa.table({"id": ids.take(pa.array(order))}))
     start = time.process_time()
     attached = teacher.attach(dataset)
-    assert time.process_time() - start < 2.0
+    assert time.process_time() - start < 0.6
     assert attached[12345]["teacher_logits"] == [2.0 * order[12345], 2.0 * order[12345] + 1]
 
 
@@ -162,16 +162,17 @@ def test_columns_are_permuted_and_pairs_read_whole(label, tmp_path, make_example
     assert label(dataset=pairs, folder=tmp_path / "short", max_length=8).truncated == 6
 
 
-def test_a_second_call_runs_no_forward(label, forwards):
-    """Arms and seeds that each label anew cost more than all their training."""
-    first = label()
-    assert forwards == [10, 10, 3]
-    told = []
-    second = label(progress=lambda done, total: told.append((done, total)))
+def test_a_second_call_runs_no_forward_and_progress_counts_rows_once(label, forwards, monkeypatch):
+    """Arms and seeds that each label anew cost more than all their training; counted again, rows run past the end."""
+    monkeypatch.setattr(teacher_module, "BATCH_TOKENS", 64)
+    told = [], []
+    first, second = (label(progress=lambda *counts, own=own: own.append(counts)) for own in told)
     assert forwards == [10, 10, 3]
     np.testing.assert_array_equal(first.logits, second.logits)
     assert first.fingerprint == second.fingerprint
-    assert told == [(23, 23)]
+    assert told[0] == sorted(told[0])
+    assert len(told[0]) > 3
+    assert told[0][-1:] == told[1] == [(23, 23)]
 
 
 def test_two_at_once_compute_once(label, make_encoder, forwards, tmp_path):
@@ -185,16 +186,6 @@ def test_two_at_once_compute_once(label, make_encoder, forwards, tmp_path):
         thread.join()
     assert forwards == [10, 10, 3]
     np.testing.assert_array_equal(found[0].logits, found[1].logits)
-
-
-def test_progress(label, monkeypatch):
-    """Rows of earlier shards that are counted again would run past the end."""
-    monkeypatch.setattr(teacher_module, "BATCH_TOKENS", 64)
-    told = []
-    label(progress=lambda done, total: told.append((done, total)))
-    assert told == sorted(told)
-    assert told[-1] == (23, 23)
-    assert len(told) > 3
 
 
 def test_an_interrupted_labelling_goes_on(label, forwards, monkeypatch):

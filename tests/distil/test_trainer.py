@@ -29,7 +29,7 @@ def labels_of(data) -> np.ndarray:
 @pytest.mark.parametrize("lora", [True, False])
 def test_same_seed_same_bits(make_setup, tmp_path, lora):
     """An unseeded source of randomness would make every comparison of arms a comparison of luck."""
-    first, second, other = (make_setup(lora=lora) for _ in range(3))
+    first, second, other = (make_setup(lora=lora, epochs=1) for _ in range(3))
     histories = [
         setup.run(tmp_path / str(number), seed=seed).history
         for number, (setup, seed) in enumerate([(first, 3), (second, 3), (other, 4)])
@@ -42,7 +42,7 @@ def test_same_seed_same_bits(make_setup, tmp_path, lora):
 @pytest.mark.parametrize("lora", [True, False])
 def test_gradient_checkpointing_recomputes_the_same_bits(make_setup, tmp_path, lora):
     """Dropout that drew other elements the second time would train on gradients of another network."""
-    kept, again = (make_setup(lora=lora, gradient_checkpointing=wanted) for wanted in (False, True))
+    kept, again = (make_setup(lora=lora, epochs=1, gradient_checkpointing=wanted) for wanted in (False, True))
     calls = []
     for setup in (kept, again):
         calls.append(0)

@@ -119,10 +119,10 @@ def test_sureness_is_what_its_name_says():
 
 
 @pytest.mark.parametrize(("rows", "error"), [(1_000, 0.05), (4_000, 0.03)])
-def test_the_promise_is_kept_over_a_thousand_draws(rows: int, error: float) -> None:
+def test_the_promise_is_kept_over_many_draws(rows: int, error: float) -> None:
     """A threshold chosen on the rows that it is judged by would break the promise far more often than it says."""
     generator, broken, given = np.random.default_rng(rows), 0, 0
-    for _ in range(1_000):
+    for _ in range(400):
         sureness, wrong = draw(generator, rows)
         try:
             promise = promise_error(sureness, wrong, other=draw(generator, 300), error=error)
@@ -130,8 +130,8 @@ def test_the_promise_is_kept_over_a_thousand_draws(rows: int, error: float) -> N
             continue
         given += 1
         broken += true_error(promise.threshold) > error
-    assert given > 500
-    assert broken <= binom.ppf(0.999, 1_000, 0.05)
+    assert given > 200
+    assert broken <= binom.ppf(0.999, 400, 0.05)
 
 
 def test_the_largest_set_that_can_be_promised_is_answered():

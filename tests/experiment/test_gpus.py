@@ -17,8 +17,6 @@ from kdlora.experiment import engines, jobs
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.system import children
 
-pytest_plugins = ["experiment_fixtures"]
-
 GPUS = ["GPU-first", "GPU-second"]
 
 
@@ -68,7 +66,7 @@ def test_interrupted_runs_all_save_and_go_on_one_by_one(workshop, tmp_path, monk
     mark = f"kdlora-mark-{uuid.uuid4()}"
     monkeypatch.setenv("KDLORA_TEST_MARK", mark)
     wait_for_another(monkeypatch, tmp_path, "student-lora-0 student-lora-1")
-    train = {"epochs": 25, "batch_size": 8, "learning_rate": 2e-3}
+    train = {"epochs": 12, "batch_size": 8, "learning_rate": 2e-3}
     config = workshop.config({"student": {"train": train}, "run": {"seeds": [0, 1], "checkpoint_seconds": 600}})
     steps: dict[int, list[int]] = defaultdict(list)
 

@@ -27,7 +27,6 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(cli, small, tmp_path):
     """A day of training on the wrong column is seen at its end; and a look must leave nothing behind."""
     out = tmp_path / "out"
     said = cli("run", small, "--dry-run", "--out", out)
-    assert said.code == 0
     assert not out.exists()
     lines = dict(line.split(maxsplit=1) for line in said.out.strip().splitlines())
     assert len(lines) <= 11
@@ -87,7 +86,5 @@ def test_a_long_run_asks_where_a_person_can_answer(cli, small, tmp_path, monkeyp
     monkeypatch.setattr("typer.confirm", lambda *arguments, **options: answer == "y")
     terminal = SimpleNamespace(isatty=lambda: True)
     monkeypatch.setattr(verbs, "sys", SimpleNamespace(stdin=terminal, stderr=terminal))
-    done = cli("run", small, "--out", tmp_path / "out", *options)
-    assert done.code == code
-    assert "trainings" in done.err
+    assert "trainings" in cli("run", small, "--out", tmp_path / "out", *options, code=code).err
     assert (tmp_path / "out" / "results.json").exists() == trained

@@ -22,9 +22,6 @@ from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
 from sentences import tagged_rows, write_conll, write_words
 
-pytest_plugins = ["experiment_fixtures"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it
-
 HASHED = {"words": ["the", "music", "#Paris"], "tags": ["O", "O", "B-PLACE"]}
 TRAIN = {"epochs": 5, "batch_size": 4, "learning_rate": 1e-2, "max_length": 12}
 

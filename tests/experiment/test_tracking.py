@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import pytest
 
@@ -21,24 +22,30 @@ SECRETS = {
 HOST, USER, COMMAND, REMOTE = (f"{what}-of-mine-4711" for what in ("host", "user", "command", "remote"))
 
 
-@pytest.fixture(autouse=True)
-def machine(monkeypatch, tmp_path):
+@pytest.fixture(autouse=True, scope="module")
+def machine(tmp_path_factory):
     """Give this machine, its user, the command and the repository names and secrets that can be looked for."""
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_MODE", "WANDB_DIR", "TENSORBOARD_LOGGING_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    users = dict.fromkeys(("USER", "LOGNAME", "USERNAME", "LNAME"), USER)
-    for name, value in {**SECRETS, **users, "HOSTNAME": HOST}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", [f"/{COMMAND}", "run"])
-    subprocess.run(["git", "init", "-q", tmp_path / "repository"], check=True)
-    monkeypatch.chdir(tmp_path / "repository")
-    subprocess.run(["git", "remote", "add", "origin", f"https://{REMOTE}/a.git"], check=True)
+    place = tmp_path_factory.mktemp("tracked")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_MODE", "WANDB_DIR"):
+            patch.delenv(name, raising=False)
+        patch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+        users = dict.fromkeys(("USER", "LOGNAME", "USERNAME", "LNAME"), USER)
+        for name, value in {**SECRETS, **users, "HOSTNAME": HOST}.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", [f"/{COMMAND}", "run"])
+        subprocess.run(["git", "init", "-q", place / "repository"], check=True)
+        patch.chdir(place / "repository")
+        subprocess.run(["git", "remote", "add", "origin", f"https://{REMOTE}/a.git"], check=True)
+        yield place
 
 
-def track(workshop, folder, *trackers, seeds=(0, 1)):
-    """Run an experiment, and look through what its trackers noted down: the command, its environment and its output."""
-    changes = {"run": {"seeds": list(seeds), "report_to": list(trackers)}}
-    result = run_experiment(workshop.config(changes), folder)
+@pytest.fixture(scope="module")
+def tracking_folder(workshop, machine):
+    """Two runs by all trackers that are here; what they noted of command, environment and output is looked through."""
+    trackers = [name for name in ("tensorboard", "mlflow", "wandb") if find_spec(name)]
+    changes = {"run": {"seeds": [0, 3], "report_to": trackers}}
+    result = run_experiment(workshop.config(changes), machine / "out")
     assert not result.failed, [record.error for record in result.failed]
     host = socket.gethostname()
     for path in result.folder.rglob("*"):
@@ -51,29 +58,37 @@ def track(workshop, folder, *trackers, seeds=(0, 1)):
     return result.folder / "tracking"
 
 
-def test_tensorboard_has_a_folder_for_each_run(workshop, tmp_path):
+def test_tensorboard_has_a_folder_for_each_run(tracking_folder):
     """Runs in one folder are drawn as one curve that jumps back and forth."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    folder = track(workshop, tmp_path / "out", "tensorboard") / "tensorboard"
-    assert sorted(path.name for path in folder.iterdir()) == ["student-lora-seed0", "student-lora-seed1"]
-    events = accumulator.EventAccumulator(str(folder / "student-lora-seed1")).Reload()
+    folder = tracking_folder / "tensorboard"
+    assert sorted(path.name for path in folder.iterdir()) == ["student-lora-seed0", "student-lora-seed3"]
+    events = accumulator.EventAccumulator(str(folder / "student-lora-seed3")).Reload()
     assert len(events.Scalars("eval/score")) == 2  # one for each epoch
     assert events.Scalars("train/hard_loss")[0].value > 0
     tags = events.Tensors("tags/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert tags == "arm: student-lora, seed: 1"
+    assert tags == "arm: student-lora, seed: 3"
 
 
-def test_mlflow_has_a_run_for_each_run_with_arm_and_seed(workshop, tmp_path):
+def test_mlflow_has_a_run_for_each_run_with_arm_and_seed(tracking_folder):
     """A tracked run without arm and seed cannot be told from its control."""
     pytest.importorskip("mlflow")
-    folder = track(workshop, tmp_path / "out", "mlflow", seeds=[0, 3])
-    with sqlite3.connect(folder / "mlflow.db") as database:
+    with sqlite3.connect(tracking_folder / "mlflow.db") as database:
         runs = dict(database.execute("select name, run_uuid from runs where status = 'FINISHED'").fetchall())
         assert sorted(runs) == ["student-lora-seed0", "student-lora-seed3"]
         tags = dict(database.execute("select key, value from tags where run_uuid = ?", [runs["student-lora-seed3"]]))
         scores = database.execute("select count(*) from metrics where key = 'eval_score'").fetchone()
     assert (tags["arm"], tags["seed"]) == ("student-lora", "3")
     assert scores == (4,)
+
+
+def test_wandb_is_offline_unless_it_is_asked_for(tracking_folder):
+    """A tracker that sends data off without being told to gives texts and names away."""
+    pytest.importorskip("wandb")
+    found = [file.read_bytes() for file in (tracking_folder / "wandb").glob("offline-run-*/*.wandb")]
+    assert len(found) == 2
+    assert all(b"arm:student-lora" in content and b"eval/score" in content for content in found)
+    assert {seed for seed in (0, 3) for content in found if b"seed:%d" % seed in content} == {0, 3}
 
 
 def test_of_runs_that_begin_at_once_one_makes_mlflows_database(tmp_path, monkeypatch):
@@ -99,19 +114,7 @@ def test_of_runs_that_begin_at_once_one_makes_mlflows_database(tmp_path, monkeyp
     assert most == [1, 1]
 
 
-def test_wandb_is_offline_unless_it_is_asked_for(workshop, tmp_path):
-    """A tracker that sends data off without being told to gives texts and names away."""
-    pytest.importorskip("wandb")
-    folder = track(workshop, tmp_path / "out", "wandb", seeds=[0]) / "wandb"
-    (run,) = folder.glob("offline-run-*")
-    (file,) = run.glob("*.wandb")
-    content = file.read_bytes()
-    assert b"arm:student-lora" in content
-    assert b"seed:0" in content
-    assert b"eval/score" in content
-
-
-def test_a_tracker_that_is_not_installed_is_told_before_any_training(workshop, tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_told_before_any_training(monkeypatch):
     """Hours later every run would have failed."""
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"names wandb and mlflow, not installed here; pip install wandb mlflow"):

@@ -139,6 +139,7 @@ COMMANDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("run", "--otu", "x"), ("--otu",)),
     (("run", "a.yaml", "b.yaml"), ("b.yaml",)),
     (("run",), ("data: this section or key is required",)),
+    (("run", "--family", "bert"), ("--train FILE",)),  # and no keys of a config that nobody has seen
     (("run", "none.yaml"), ("none.yaml", "does not exist")),
     (("run", "."), ("cannot be read",)),
     (("run", "--train", "caf\udce9.csv", "--family", "bert"), ("data.train", "is UTF-8")),

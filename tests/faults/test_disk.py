@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,15 +68,13 @@ def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, tmp_path,
     config, right = undisturbed
     path = write_config(config, tmp_path / "config.yaml")
     ballast = leave_room(disk, kilobytes * 1024)
-    shown = cli("run", path, "--out", disk / "out")
-    assert shown.code == 1, (shown.out, shown.err[-3000:])
+    shown = cli("run", path, "--out", disk / "out", code=1)
     assert "No space left on device" in shown.err
     assert shown.err.strip().splitlines()[-1].endswith("free some space and run the same command again")
-    assert "Traceback" not in shown.err
     records = [read_record(place) for place in ExperimentLayout(disk / "out").runs.glob("*/run.json")]
     assert {record.status for record in records} <= {"finished"}
     ballast.unlink()
-    assert cli("run", path, "--out", disk / "out").code == 0
+    cli("run", path, "--out", disk / "out")
     assert differences(right, disk / "out") == []
 
 
@@ -85,23 +82,9 @@ def test_a_folder_that_cannot_be_written(cli, disk, tmp_path, undisturbed):
     """Root writes into every folder, so it takes a disk that is mounted read-only."""
     config, _ = undisturbed
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    shown = cli("run", write_config(config, tmp_path / "config.yaml"), "--out", disk / "out")
-    assert shown.code == 1
+    shown = cli("run", write_config(config, tmp_path / "config.yaml"), "--out", disk / "out", code=1)
     assert "Read-only file system" in shown.err
     assert str(disk) in shown.err
-    assert "Traceback" not in shown.err
-
-
-def test_a_full_disk_for_temporary_files(cli, disk, tmp_path, monkeypatch, undisturbed):
-    """The rows lie there while they are used: that it is full is no fault of the data, and the message names it."""
-    config, _ = undisturbed
-    leave_room(disk, 0)
-    monkeypatch.setattr(tempfile, "tempdir", str(disk))
-    shown = cli("run", write_config(config, tmp_path / "config.yaml"), "--out", tmp_path / "out")
-    assert shown.code == 1, shown.err[-3000:]
-    assert f"No space left on device in the folder for temporary files (TMPDIR): '{disk}'; free some" in shown.err
-    assert "Traceback" not in shown.err
-    assert [entry.name for entry in disk.iterdir()] == ["ballast"]
 
 
 def test_a_folder_that_vanishes(undisturbed, tmp_path):

@@ -48,15 +48,11 @@ def test_arms_can_be_told_apart_by_colour(scheme, sight):
         assert np.linalg.norm(a - b) > 10, (one, other, np.linalg.norm(a - b))
 
 
-def test_colour_is_never_the_only_sign():
-    """A printout in grey: shapes must differ too."""
-    assert len({arm_style(arm).marker for arm in ARMS}) == len(ARMS)
-
-
-def test_the_plots_colours_are_the_pages():
-    """A picture of the benchmark in other colours than the report's."""
+def test_the_plots_colours_are_the_pages_and_never_the_only_sign():
+    """A picture of the benchmark in other colours than the report's; in a printout in grey, shapes must differ too."""
     css = files("kdlora.report").joinpath("templates/report.css").read_text(encoding="utf-8").split("@media")[0]
     assert dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", css)).items() >= PALETTE.items()
+    assert len({arm_style(arm).marker for arm in ARMS}) == len(ARMS)
 
 
 @pytest.mark.parametrize("sight", SIGHT)

@@ -1,8 +1,10 @@
 import re
 import shutil
 
-from fabricate import PAIRS, SIMILARITY, make_experiment
-from kdlora.evidence.records import read_record, write_record
+import pytest
+
+from fabricate import PAIRS, SIMILARITY, edit_record, make_experiment
+from kdlora.evidence.records import read_record
 from kdlora.report.compare import compare
 
 
@@ -32,15 +34,15 @@ def test_experiments_stand_in_one_table_paired_with_the_first_student(tmp_path):
     assert "Score against parameters" in report.html
 
 
+@pytest.mark.drawn
 def test_scores_are_drawn_over_the_texts_that_were_labelled(tmp_path):
     """Whether asking is worth more than labelling by hand: copies of labelled rows would count as asked ones."""
     for name, asked, alpha in (("few", 0, 0.5), ("many", 8000, 0.5), ("alone", 2000, 0.0)):
         layout = make_experiment(tmp_path / name, seeds=(0,), arms=("fft", "kd-lora", "student-lora"))
         for place in layout.runs.glob("*/run.json"):
-            record = read_record(place)
+            rows = read_record(place).rows
             config = {"distil": {"alpha": alpha}, "data": {"augment": 2}}
-            rows = record.rows | {"unlabelled": asked + 2 * record.rows["train"]}
-            write_record(place, record.model_copy(update={"rows": rows, "config": config}))
+            edit_record(place, rows=rows | {"unlabelled": asked + 2 * rows["train"]}, config=config)
     html = compare([tmp_path / name for name in ("few", "many", "alone")], out=tmp_path, draws=50).html
     told = re.search(r"score on validation by texts that were labelled[^<]*", html)[0]
     assert re.findall(r"[\w -]+(?:, no labels)? ends at", told) == [

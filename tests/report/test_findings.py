@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 import fabricate
-from fabricate import MNLI, TAGS, TOPICS, make_experiment, make_labels, make_logits
+from fabricate import MNLI, TAGS, TOPICS, edit_record, make_experiment, make_labels, make_logits
 from kdlora.evidence.predictions import Predictions
-from kdlora.evidence.records import read_record, write_record
 from kdlora.report.collect import load_experiment
 from kdlora.report.findings import align, choose_student, compare_arms, read_choice, retention
 from kdlora.report.paper import CLAIMS, family_of
@@ -143,8 +142,7 @@ def test_validation_chooses_and_not_the_test_split(tmp_path):
     """A choice by the test split makes its score too high."""
     layout = make_experiment(tmp_path / "e", arms=("fft", "kd-lora", "student-lora"), test_split=True)
     for seed in range(3):
-        place = layout.run("student-lora", seed).record
-        write_record(place, read_record(place).model_copy(update={"test_score": 99.0}))
+        edit_record(layout.run("student-lora", seed).record, test_score=99.0)
     experiment = load_experiment(layout.root)
     assert experiment.choice.arm == "kd-lora"
 
@@ -153,8 +151,7 @@ def test_a_score_that_is_not_defined_does_not_ship_before_one_that_is(tmp_path):
     """A constant student of a regression has no correlation; as NaN it would win or crash."""
     layout = make_experiment(tmp_path / "e", arms=("kd-lora", "student-lora"))
     for seed in range(3):
-        place = layout.run("kd-lora", seed).record
-        write_record(place, read_record(place).model_copy(update={"score": None}))
+        edit_record(layout.run("kd-lora", seed).record, score=None)
     experiment = load_experiment(layout.root)
     found = choose_student(experiment.task, experiment.runs)
     assert (found.arm, found.scores["kd-lora"]) == ("student-lora", None)

@@ -13,11 +13,11 @@ from markdown_it import MarkdownIt
 from sklearn.metrics import precision_recall_fscore_support
 
 import fabricate
-from fabricate import ARMS, BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, make_experiment
+from fabricate import ARMS, BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, edit_record, make_experiment
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions, write_predictions
-from kdlora.evidence.records import read_record, write_record
+from kdlora.evidence.records import read_record
 from kdlora.report.report import Report, make_report
 from kdlora.system.integrity import seal
 
@@ -178,8 +178,7 @@ def test_a_failed_run_is_shown_as_failed_and_left_out_of_the_means(tmp_path):
     assert "KD-LoRA, seed 1 failed: ChildDiedError: the process that ran this was killed by SIGKILL" in text
     row = next(line for line in report.markdown.splitlines() if line.startswith("| **score, here**"))
     assert "failed" in row.split("|")[3]
-    place = layout.run("student-lora", 2)
-    write_record(place.record, read_record(place.record).model_copy(update={"status": "running", "score": None}))
+    edit_record(layout.run("student-lora", 2).record, status="running", score=None)
     assert "student LoRA, seed 2 has not finished; the same command continues it" in _plain(_report(layout.root).html)
 
 
@@ -226,6 +225,7 @@ def test_mnli_shows_both_groups(tmp_path):
     assert "| paper, BERT | 84.7 | 83.7 | 82.2 |" in markdown
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize(
     ("task", "titles"),
     [
@@ -269,6 +269,7 @@ def test_links_lead_to_the_records(tmp_path):
     assert {unquote(link) for link in in_markdown} == {unquote(link) for link in files}
 
 
+@pytest.mark.drawn
 def test_text_from_outside_is_escaped_in_html(tmp_path):
     """A label named <script> would run in the browser of whoever opens the report."""
     task = Task("single-label", HOSTILE[:1], HOSTILE[1:2], HOSTILE, (f"average_precision:{HOSTILE[0]}",))
@@ -307,6 +308,7 @@ def test_text_from_outside_is_escaped_in_markdown(tmp_path):
             assert len(re.split(r"(?<!\\)\|", line)) in (2 + 5, 2 + 6, 2 + 10, 2 + 11)
 
 
+@pytest.mark.drawn
 def test_it_needs_no_network_and_is_small(tmp_path):
     """A report that loads a font or a script from elsewhere fails on the train, and tells where it is read."""
     html = _report(make_experiment(tmp_path / "e", task=SIMILARITY, rows=1500).root).html
@@ -382,8 +384,7 @@ def test_a_score_of_zero_is_no_base_of_a_share(tmp_path):
     """A teacher with Matthews 0 would give a share of infinity or of nonsense."""
     layout = make_experiment(tmp_path / "e")
     for seed in range(3):
-        place = layout.run("fft", seed).record
-        write_record(place, read_record(place).model_copy(update={"score": 0.0}))
+        edit_record(layout.run("fft", seed).record, score=0.0)
     assert re.search(r"It scores \d+\.\d ± \d\.\d against 0\.0 ± 0\.0 of", _opening(_report(layout.root)))
 
 
@@ -401,8 +402,7 @@ def test_a_record_without_costs_leaves_dashes(tmp_path):
     layout = make_experiment(tmp_path / "e")
     bare = dict.fromkeys(("peak_memory_bytes", "total_parameters", "size_bytes", "train_seconds"))
     for run in layout.runs.iterdir():
-        record = read_record(run / "run.json")
-        write_record(run / "run.json", record.model_copy(update=bare | {"latency": [], "history": []}))
+        edit_record(run / "run.json", latency=[], history=[], **bare)
     report = _report(layout.root)
     assert "parameters" not in _opening(report)
     assert "Score against" not in report.html
@@ -410,13 +410,13 @@ def test_a_record_without_costs_leaves_dashes(tmp_path):
     _check(report.html)
 
 
+@pytest.mark.drawn
 def test_one_epoch_and_strange_histories_are_drawn(tmp_path):
     """A diverged run records null; one epoch is a point, not a line of no length."""
     layout = make_experiment(tmp_path / "e", seeds=(0,))
     for arm in ARMS:
-        place = layout.run(arm, 0).record
         history = [{"epoch": 1.0, "score": 80.0, "hard_loss": None, "loss": "x"}, {"step": 3}]
-        write_record(place, read_record(place).model_copy(update={"history": history}))
+        edit_record(layout.run(arm, 0).record, history=history)
     report = _report(layout.root)
     assert "Validation score" in report.html
     assert "Loss terms" not in report.html

@@ -42,6 +42,7 @@ def _change(path: Path, **changes: object) -> None:
     write_json_atomic(path, json.loads(path.read_text(encoding="utf-8")) | changes)
 
 
+@pytest.mark.drawn
 def test_each_model_stands_beside_the_teacher(report):
     """A speed-up upside down, or against the student, still looks like one; the int8 file is what a reader came for."""
     row = _row(report, "student, int8")[1:]
@@ -66,6 +67,7 @@ def test_a_quantisation_that_failed_is_shown_as_failed(layout):
     assert "int8 file" not in report.markdown
 
 
+@pytest.mark.drawn
 def test_the_recipe_that_passed_follows_those_that_failed(report):
     """Which remedy was needed is what the next reader wants to know; 99.996% is not all."""
     stages = [line.split("]")[0] for line in report.markdown.splitlines() if "kdlora_export.json" in line]

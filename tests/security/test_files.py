@@ -135,8 +135,7 @@ def test_a_config_beside_the_results_is_not_rewritten(cli, workshop, tmp_path, m
     Path("student").mkdir()
     Path("student", "thesis.tex").write_text("years of work")
     before = snapshot(tmp_path)
-    refused = cli(verb, name, "--out", ".")
-    assert refused.code == 2, refused.err
+    refused = cli(verb, name, "--out", ".", code=2)
     assert expected in refused.err
     assert snapshot(tmp_path) == before
 
@@ -422,13 +421,11 @@ def test_a_push_sends_what_a_model_consists_of(finished, cli):
     assert set(parcel.sizes) == model | onnx | {"report.md", "report.html"}
     assert {"customers.csv", "optimizer.pt", "vocab.txt", "LICENSE", "onnx/debug.txt"} < set(parcel.stays)
     shown = cli("push", finished.root, "someone/student", "--dry-run")
-    assert shown.code == 0
     assert "model.safetensors" in shown.err
     assert "not sent: LICENSE, customers.csv" in shown.err
     assert "report.html" not in shown.err
     assert json.loads(cli("push", finished.root, "someone/student", "--dry-run", "--json").out)["sizes"]
-    real = cli("push", finished.root, "someone/student")  # the tests have no network
-    assert real.code == 2
+    real = cli("push", finished.root, "someone/student", code=2)  # the tests have no network
     assert real.err.index("model.safetensors") < real.err.index("HF_HUB_OFFLINE is set"), "named before it is sent"
 
 
@@ -484,8 +481,9 @@ def test_names_from_data_do_not_steer_the_terminal(cli, workshop, tmp_path):
     rows = tmp_path / "rows.csv"
     rows.write_text(f"{evil},label\na,b\n", encoding="utf-8")
     models = ("--teacher", workshop.teacher, "--student", workshop.student)
-    shown = cli("run", "--train", rows, "--validation", rows, "--text", "text", *models, "--out", tmp_path / "out")
-    assert shown.code == 2
+    shown = cli(
+        "run", "--train", rows, "--validation", rows, "--text", "text", *models, "--out", tmp_path / "out", code=2
+    )
     assert "\\x1b" in shown.err
     assert not set(shown.err) & set("\x1b\x07\x9b\u202e")
 

@@ -353,6 +353,7 @@ SETTINGS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     ("a reading length that is text", "config.json", {"kdlora_max_length": "9"}, ("kdlora_max_length must be",)),
     ("a task that is text", "config.json", {"kdlora_task": "x"}, ("kdlora_task must be",)),
     ("a task of three texts", "config.json", {"kdlora_task": {"text": ["a", "b", "c"]}}, ("kdlora_task must be",)),
+    ("windows of text", "config.json", {"kdlora_task": {"windows": {"stride": "4", "pool": "max"}}}, ("windows",)),
     ("a length that is text", "kdlora_export.json", {"max_length": "9"}, ("max_length must be",)),
     ("hashes that are a list", "kdlora_export.json", {"sha256": ["x"]}, ("sha256 must be",)),
     ("a limit that is text", "tokenizer_config.json", {"model_max_length": "9"}, ("model_max_length must be",)),

@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from experiments import snapshot
+from fabricate import edit_record
 from kdlora.errors import ArtifactError, ConfigError, DataError
-from kdlora.evidence.records import read_record, write_record
+from kdlora.evidence.records import read_record
 from kdlora.experiment import engines
 from kdlora.experiment.suite import run_suite
 from kdlora.experiment.suitefile import build_suite
@@ -114,9 +115,8 @@ def test_students_with_and_without_copies_share_their_teacher(suite_values, tmp_
 
 def test_changed_data_make_the_runs_again(suite_folder, suite_values):
     """Old figures on other rows would stand in the table beside new ones."""
-    record_path = next(suite_folder.glob("runs/reviews/student-lora-*/runs/*/run.json"))
-    record = read_record(record_path)
-    write_record(record_path, record.model_copy(update={"fingerprints": record.fingerprints | {"data": "other"}}))
+    place = next(suite_folder.glob("runs/reviews/student-lora-*/runs/*/run.json"))
+    edit_record(place, fingerprints=read_record(place).fingerprints | {"data": "other"})
     result = run_suite(build_suite(suite_values(arms=["student-lora"])), suite_folder)
     assert result.reused == 1
 
@@ -154,26 +154,21 @@ def test_the_command_line_tells_by_its_exit_status(cli, suite_values, suite_fold
     file = tmp_path / "suite.yaml"
     file.write_text(yaml.safe_dump(suite_values(arms=["student-lora"])), encoding="utf-8")
     planned = cli("suite", file, "--out", suite_folder, "--dry-run")
-    assert planned.code == 0
     assert "2 runs, 2 of them finished" in planned.out
     facts = json.loads(cli("suite", file, "--out", tmp_path / "new", "--dry-run", "--json").out)
     assert (facts["runs"], facts["finished"], facts["labellings"], facts["obstacle"]) == (2, 0, 0, "")
     assert facts["estimate"]["seconds"] > 0
     done = cli("suite", file, "--out", suite_folder)
-    assert done.code == 0
     assert "2 runs finished, 2 of them before; 0 failed" in done.out
-    bad = cli("suite", file, "--out", tmp_path / "bad", "--set", "grids.adapters={lora.targets: [[nothing]]}")
-    assert bad.code == 1
+    bad = cli("suite", file, "--out", tmp_path / "bad", "--set", "grids.adapters={lora.targets: [[nothing]]}", code=1)
     assert "failed:" in bad.out
-    wrong = cli("suite", file, "--out", tmp_path / "bad", "--set", "arms=[kd-lroa]")
-    assert wrong.code == 2
+    wrong = cli("suite", file, "--out", tmp_path / "bad", "--set", "arms=[kd-lroa]", code=2)
     assert "Did you mean 'kd-lora'?" in wrong.err
 
 
 def test_runs_of_two_metrics_are_not_mixed(suite_folder, suite_values):
     """Cells scored by accuracy in an earlier version beside cells scored by macro F1 would stand in one table."""
     place = next(suite_folder.glob("runs/reviews/student-lora-*/runs/*/run.json"))
-    record = read_record(place)
-    write_record(place, record.model_copy(update={"task": record.task | {"metrics": ["macro_f1"]}}))
+    edit_record(place, task=read_record(place).task | {"metrics": ["macro_f1"]})
     with pytest.raises(ArtifactError, match=r"was scored by macro_f1.*now ask for accuracy\. Set task\.metric"):
         run_suite(build_suite(suite_values()), suite_folder)

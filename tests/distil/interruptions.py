@@ -56,20 +56,22 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 def assert_resumes(
     make: Callable[[], Any], folder: Path, *saved: int, cut: int = 11, resumed: Any = None, **options: Any
 ) -> None:
-    """Check that a training that is cut off after a step goes on after the last one saved, and ends as if undisturbed.
+    """Check that a training that is cut off after a step goes on after the one that was saved, as if undisturbed.
 
-    `resumed` are options of the cut and the resumed training alone.
+    It is cut off once for each step in `saved`; `resumed` are options of the cut and the resumed training alone.
     """
-    undisturbed, again, seen = make(), make(), []
+    undisturbed = make()
     expected = undisturbed.run(folder / "undisturbed", **options)
     options |= resumed or {}
-    with pytest.raises(PowerCutError):
-        make().run(folder / "cut", callbacks=[SaveAt(*saved), CutAfter(cut)], **options)
-    assert [path.name for path in (folder / "cut").glob("step-*")] == [f"step-{saved[-1]:09d}"]
-    torch.manual_seed(12345)  # a new process has another random state
-    outcome = again.run(folder / "cut", callbacks=[CutAfter(-1, seen)], **options)
-    assert seen[0] == saved[-1] + 1, "the training started anew"
-    assert_same_bits(weights(undisturbed.model), weights(again.model))
-    assert outcome.history == expected.history
-    assert (outcome.examples, outcome.steps) == (expected.examples, expected.steps)
-    assert outcome.best_epoch == expected.best_epoch
+    for step in saved:
+        again, seen, place = make(), [], folder / f"cut-{step}"
+        with pytest.raises(PowerCutError):
+            make().run(place, callbacks=[SaveAt(step), CutAfter(cut)], **options)
+        assert [path.name for path in place.glob("step-*")] == [f"step-{step:09d}"]
+        torch.manual_seed(12345)  # a new process has another random state
+        outcome = again.run(place, callbacks=[CutAfter(-1, seen)], **options)
+        assert seen[0] == step + 1, "the training started anew"
+        assert_same_bits(weights(undisturbed.model), weights(again.model))
+        assert outcome.history == expected.history
+        assert (outcome.examples, outcome.steps) == (expected.examples, expected.steps)
+        assert outcome.best_epoch == expected.best_epoch

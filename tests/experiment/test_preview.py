@@ -79,12 +79,12 @@ def test_an_explicit_length_stays_and_the_share_that_it_cuts_is_told(workshop, t
         assert plan.labels == {"c": 2, "d": 1}
 
 
-@pytest.mark.parametrize(("answer", "options", "code", "trained"), [("n", [], 1, False), ("n", ["--yes"], 0, True)])
-def test_a_long_run_asks_where_a_person_can_answer(cli, small, tmp_path, monkeypatch, answer, options, code, trained):
+def test_a_long_run_asks_where_a_person_can_answer(cli, small, tmp_path, monkeypatch):
     """A command that turns out to take a day must not begin unasked; with --yes, or in a script, it does not wait."""
     monkeypatch.setattr(verbs, "_HOURS_UNASKED", 0.0)
-    monkeypatch.setattr("typer.confirm", lambda *arguments, **options: answer == "y")
+    monkeypatch.setattr("typer.confirm", lambda *arguments, **options: False)
     terminal = SimpleNamespace(isatty=lambda: True)
     monkeypatch.setattr(verbs, "sys", SimpleNamespace(stdin=terminal, stderr=terminal))
-    assert "trainings" in cli("run", small, "--out", tmp_path / "out", *options, code=code).err
-    assert (tmp_path / "out" / "results.json").exists() == trained
+    for options, code in (((), 1), (("--yes",), 0)):
+        assert "trainings" in cli("run", small, "--out", tmp_path / "out", *options, code=code).err
+        assert (tmp_path / "out" / "results.json").exists() == (code == 0)

@@ -188,6 +188,7 @@ GOOD = {"id": ["a", "b"], "negative": [0.4, 0.5], "positive": [0.6, 0.5]}
             "Missing: positive Did you mean 'postive'.*Not a label of the task: postive",
         ),
         ({"neutral": [0, 0]}, "logits", "Not a label of the task: neutral.*rename or remove"),
+        ({"negative": None, "LABEL_0": [0, 0]}, "logits", "LABEL_0"),
         ({"Negative": [0, 0]}, "logits", "must differ by more than case: .* has negative, positive, Negative"),
         ({"id": ["a", "a"]}, "logits", "1 ids occur more than once, first 'a'"),
         ({"id": ["a", None]}, "logits", "1 rows have no id"),

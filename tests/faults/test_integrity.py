@@ -77,17 +77,10 @@ def exchange_tokenizer(path: Path) -> None:
     train_tokenizer("roberta").save_pretrained(path.parent)
 
 
-def remove(path: Path) -> None:
-    path.unlink()
-
-
 RECOMPUTED = [
-    ("runs/kd-lora-seed0/predictions.parquet", truncate),
     ("runs/kd-lora-seed0/adapter/adapter_model.safetensors", flip_one_bit),
-    ("runs/kd-lora-seed0/adapter/adapter_config.json", remove),
     ("shipped.json", truncate),
     ("teacher/model.safetensors", flip_one_bit),
-    ("teacher/tokenizer.json", exchange_tokenizer),
     ("student/model.safetensors", flip_one_bit),
     ("adapter/adapter_model.safetensors", flip_one_bit),
 ]
@@ -197,6 +190,9 @@ def test_a_removed_folder_is_not_damage_but_a_missing_file_is(tmp_path):
     digests = hash_files(tmp_path, [tmp_path / "a.txt", tmp_path / "model", tmp_path / "none"])
     assert list(digests) == ["a.txt", "model/config", "model/weights"]
     assert damaged_files(tmp_path, digests) == []
+    flip_one_bit(tmp_path / "a.txt")
+    assert damaged_files(tmp_path, digests) == ["a.txt"]
+    flip_one_bit(tmp_path / "a.txt")
     (tmp_path / "model" / "config").unlink()
     assert damaged_files(tmp_path, digests) == ["model/config"]
     shutil.rmtree(tmp_path / "model")

@@ -12,6 +12,7 @@ EXTRAS = {
     "train": (
         *("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "sentencepiece", "onnx", "onnx_ir"),
         *("onnxscript", "sklearn", "scipy", "pandas", "pyarrow", "matplotlib", "jinja2", "markupsafe"),
+        "psutil",
     ),
     "parquet": ("pyarrow",),
     "serve": ("fastapi", "httptools", "prometheus_client", "uvicorn"),

@@ -157,17 +157,14 @@ def export(
         _export_page(model, to, as_json)
         return
     from kdlora.experiment.deployment import export_model
+    from kdlora.report.shipped_tables import stage_table
 
     result = export_model(model, to, formats=formats, data=data)
     if as_json:
         print_json(asdict(result))
         return
-    rows = []
-    for stage in result.stages:
-        score = "–" if stage.score is None else f"{stage.score:.2f}"
-        difference = "–" if stage.largest_difference is None else f"{stage.largest_difference:.2e}"
-        rows.append((stage.stage, stage.reference, score, difference, f"{stage.agreement:.2%}"))
-    print_table(("stage", "against", "score", "largest logit difference", "same predictions"), rows)
+    table = stage_table(result, result.stages)
+    print_table(table.columns, table.texts())
     print(f"in {result.folder}" + (f"; int8 by {result.recipe}" if result.recipe else ""))
 
 

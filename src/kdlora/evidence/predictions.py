@@ -67,18 +67,13 @@ class ExampleText:
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
-    rows, offsets = len(predictions.ids), predictions.offsets
-    expected = (rows if offsets is None else int(offsets[-1]), len(predictions.label_names))
-    if predictions.logits.shape != expected:
-        raise ValueError(f"expected logits of shape {expected}, got {predictions.logits.shape}")
+    offsets = predictions.offsets
     columns = {"id": pa.array(predictions.ids, pa.string()), "split": pa.array(predictions.split, pa.string())}
     if predictions.groups is not None:
         columns["group"] = pa.array(predictions.groups, pa.string())
     if predictions.labels is not None:
         labels = _label_column(predictions.labels)
         columns["label"] = labels if offsets is None else as_lists(labels, offsets)
-    if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:
-        raise ValueError(f"expected {rows} rows in every column, got {wrong}")
     logits = np.asarray(predictions.logits, dtype=np.float32)
     write_table(Path(path), columns | logit_columns(predictions.label_names, logits, offsets))
 

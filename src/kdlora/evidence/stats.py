@@ -24,14 +24,13 @@ class MeanSd:
 
     mean: float
     sd: float | None
-    n: int
 
 
 def mean_sd(values: Sequence[float]) -> MeanSd:
     if not len(values):
         raise ValueError("expected at least one value")
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return MeanSd(float(np.mean(values)), spread, len(values))
+    return MeanSd(float(np.mean(values)), spread)
 
 
 @dataclass(frozen=True)

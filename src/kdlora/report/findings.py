@@ -172,7 +172,7 @@ class Choice(BaseModel):
     scores: dict[str, float | None]  # mean validation score over the seeds, by student arm
     against: str | None = None  # the arm that it was weighed against
     difference: Difference | None = None  # the shipped arm minus that one, on validation, where they could be paired
-    sentence: str  # the choice and its reason, and the teacher where it is below a student
+    sentence: str  # the choice and its reason
     made_of: str = ""  # hash of what the run left
     files: dict[str, str] = {}  # SHA-256 of what was shipped, by path from the experiment's folder
 
@@ -218,7 +218,7 @@ def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
         scores={name: mean if np.isfinite(mean) else None for name, mean in means.items()},
         against=against,
         difference=None if weighed is None else weighed.difference,
-        sentence=f"{_reason(arm, weighed, is_best=arm == best)}{_teacher(finished)}.",
+        sentence=f"{_reason(arm, weighed, is_best=arm == best)}.",
         made_of=hash_json(run.record.files),
     )
 
@@ -247,24 +247,6 @@ def _reason(arm: str, weighed: Comparison | None, *, is_best: bool) -> str:
 def describe(arm: str) -> str:
     """Name a student arm in a sentence: `the student without a teacher (student-lora)`."""
     return f"{'the distilled student' if arm in DISTILLED_ARMS else 'the student without a teacher'} ({arm})"
-
-
-def _teacher(finished: Sequence[Run]) -> str:
-    """Say by how much the teacher is below its best student, on the split of the headline."""
-    split = "test" if all(run.record.test_score is not None for run in finished) else "validation"
-    own = ((run.record.arm, run.score(split)) for run in finished)
-    known = [(arm, score) for arm, score in own if score is not None]
-    means = {name: float(np.mean([score for arm, score in known if arm == name])) for name in dict(known)}
-    best = max((arm for arm in means if arm in STUDENT_ARMS), key=lambda arm: means[arm], default=None)
-    teacher = finished[0].record.teacher_arm
-    if teacher not in means or best is None or (gap := means[best] - means[teacher]) < 0.05:
-        return ""
-    below = f"; on {split} the teacher is {gap:.1f} points below {best}"
-    return (
-        below
-        if gap < NOTABLE or is_teacher_given(finished)
-        else f"{below}: it needs longer training, see docs/recipes.md"
-    )
 
 
 def is_teacher_given(runs: Sequence[Run]) -> bool:

@@ -16,7 +16,7 @@ from kdlora.evidence.stats import mean_sd
 from kdlora.report.collect import Experiment
 from kdlora.report.findings import CONTROLS, align
 from kdlora.report.page import Block, Figure, Paragraph, Quotation, Quotations, Table
-from kdlora.report.plots import PALETTE, Frame, Style, arm_style, draw, named, padded, scatter, shorten
+from kdlora.report.plots import PALETTE, Frame, Style, arm_style, draw, named, padded, scatter
 from kdlora.report.spans import outcome_table, outcomes, span_quotations
 from kdlora.report.wording import arm_title, of_seeds, plus_minus, signed
 
@@ -59,7 +59,7 @@ def error_blocks(experiment: Experiment) -> list[Block]:
         return [classes, table, _confusion_table(student, confusions, task.label_types), calibration]
     if task.num_labels > _MOST_CLASSES:
         return [classes, _confusion_table(student, _confusion_counts(student), task.label_names), calibration]
-    return [classes, _confusion_plot(student), calibration]
+    return [classes, _confusion_matrix(student), calibration]
 
 
 def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
@@ -83,31 +83,14 @@ def _confusion_counts(outputs: Outputs) -> np.ndarray:
     return np.mean([confusion_matrix(outputs.labels, one, labels=names) for one in _decisions(outputs)], axis=0)
 
 
-def _confusion_plot(outputs: Outputs) -> Figure:
-    """Draw the confusion matrix as shares of each label, a cell the darker the larger."""
-    from matplotlib.patches import Rectangle
-
-    counts, task = _confusion_counts(outputs), outputs.task
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    names = [shorten(name, 14) for name in task.label_names]
-    crowded = max(map(len, names)) * task.num_labels > 36
-
-    def paint(axes: Any) -> None:
-        for (row, column), share in np.ndenumerate(shares):
-            look = {"color": PALETTE["series-0"], "alpha": 0.04 + 0.96 * share, "linewidth": 0}
-            axes.add_patch(Rectangle((column - 0.49, row - 0.49), 0.98, 0.98, **look))
-            colour = PALETTE["card" if share > 0.5 else "ink"]
-            axes.text(column, row, f"{100 * share:.0f}%", ha="center", va="center", color=colour, fontweight="bold")
-        axes.set(xlim=(-0.5, len(shares) - 0.5), ylim=(len(shares) - 0.5, -0.5), xlabel="decision", ylabel="label")
-        axes.grid(visible=False)
-        axes.set_xticks(range(task.num_labels), names, rotation=90 if crowded else 0)
-        axes.set_yticks(range(task.num_labels), names)
-
-    right = "; ".join(f"{name} {100 * shares[row, row]:.0f}%" for row, name in enumerate(task.label_names))
-    description = f"Share of each label's rows that is predicted correctly: {right}."
-    caption, bottom = f"Each row adds up to 100%. {of_seeds(len(outputs.logits))}", 150 if crowded else 50
-    frame = Frame(290 + bottom, left=140, bottom=bottom)
-    return draw(paint, f"Confusion matrix of {outputs.name}", description, "confusion", caption=caption, frame=frame)
+def _confusion_matrix(outputs: Outputs) -> Table:
+    """Show the share of each label's rows that gets each decision."""
+    counts, names = _confusion_counts(outputs), outputs.task.label_names
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    rows = tuple((name, *(f"{share:.0f}%" for share in own)) for name, own in zip(names, shares, strict=True))
+    caption = f"Confusion matrix of {outputs.name}: labels in rows, decisions in columns"
+    note = f"Each row adds up to 100%. {of_seeds(len(outputs.logits))}"
+    return Table(caption, ("label", *names), rows, note=note, side=True)
 
 
 def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str]) -> Table:

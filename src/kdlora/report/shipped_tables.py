@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 from kdlora.report.page import Block, Bullets, Cell, Link, Paragraph, Prose, Table, Tile, Tiles, strong
 from kdlora.report.shipped import Calibration, Export, Parity, Shipped
@@ -47,14 +48,15 @@ def _export_blocks(export: Export, href: str) -> list[Block]:
     stages = [*passed, *export.attempts, *(stage for stage in export.stages if stage not in passed)]
     if not stages:
         return blocks
-    blocks.append(_stage_table(export, stages, href))
+    blocks.append(stage_table(export, stages, (Link("export record", href),)))
     failed = Prose("{}: <strong>failed</strong>, {}.")
     if broken := tuple(failed.format(_stage_title(one.stage), one.reason) for one in stages if one.reason):
         blocks.append(Bullets(broken))
     return blocks
 
 
-def _stage_table(export: Export, stages: list[Parity], href: str) -> Table:
+def stage_table(export: Export, stages: Sequence[Parity], links: tuple[Link, ...] = ()) -> Table:
+    """List what each stage of an export kept."""
     fused = ", ".join(f"{number} {name}" for name, number in export.fused.items() if number)
     facts = [
         f"Quantisation: {export.recipe}." if export.recipe else "",
@@ -66,7 +68,7 @@ def _stage_table(export: Export, stages: list[Parity], href: str) -> Table:
         "The export, stage by stage",
         stages,
         {
-            "stage": lambda one: Cell(_stage_title(one.stage), (Link("export record", href),)),
+            "stage": lambda one: Cell(_stage_title(one.stage), links),
             "held to": lambda one: _stage_title(one.reference),
             "outcome": lambda one: strong("failed") if one.reason else "passed",
             "rows": lambda one: f"{one.rows:,}",

@@ -82,15 +82,14 @@ def span_quotations(
             break
         if example is not None and len(example.starts) == rows[row + 1] - rows[row]:
             spans = {
-                side: _in_characters(example, spans_of(tags[rows[row] : rows[row + 1]], task.label_names))
+                side: [
+                    Span(example.starts[one.start], example.ends[one.end - 1], one.type)
+                    for one in spans_of(tags[rows[row] : rows[row + 1]], task.label_names)
+                ]
                 for side, tags in sides.items()
             }
             quotations.append(_quote(example, spans, teacher.ids[row]))
     return quotations
-
-
-def _in_characters(example: ExampleText, spans: Sequence[Span]) -> list[Span]:
-    return [Span(example.starts[span.start], example.ends[span.end - 1], span.type) for span in spans]
 
 
 def _quote(example: ExampleText, spans: dict[str, list[Span]], identity: str) -> Quotation:

@@ -53,18 +53,7 @@ class Cascade:
         *,
         sureness: Sureness = "probability",
     ) -> None:
-        """Join two loaded models; most callers want `load`.
-
-        Args:
-            student: a single-label classifier.
-            teacher: a classifier with the same labels, or a function from texts to label names.
-            threshold: the student answers where its sureness is at least this.
-            sureness: what is compared with it.
-
-        Raises:
-            ModelError: another kind of task, or labels that differ.
-            DataError: the threshold is no number.
-        """
+        """Join two loaded models; most callers want `load`, which says what they are."""
         for model in (student, teacher):
             if isinstance(model, Classifier) and model.folder.kind != "single-label":
                 raise ModelError(f"{model.folder.path}: a cascade wants single-label models, got {model.folder.kind}.")
@@ -91,9 +80,9 @@ class Cascade:
         Args:
             student: folder or Hub id of the small model.
             teacher: folder or Hub id of the large one, in PyTorch or ONNX; or a function from texts to label names.
-            threshold: as in `Cascade`; by default that of the error rate which the student's folder promises, with its
-                kind of sureness.
-            sureness: as in `Cascade`.
+            threshold: the student answers where its sureness is at least this; by default that of the error rate which
+                the student's folder promises, with its kind of sureness.
+            sureness: what is compared with the threshold.
             threads: as in `Classifier.load`.
 
         Returns:

@@ -111,19 +111,9 @@ class Tagger(Network):
     def predict_logits(
         self, texts: Sequence[str | Words], *, batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
     ) -> np.ndarray:
-        """Compute the raw outputs of all words; the temperature is not applied.
+        """Compute float32 logits (words of all texts, labels) as `Classifier.predict_logits`; NaN: no token is left.
 
-        Args:
-            texts: texts, whose words are then runs of letters and digits or single other characters; or `Words`.
-            batch_size: most windows in one forward pass.
-            batch_tokens: most padded tokens in one forward pass.
-
-        Returns:
-            float32 (words of all texts, labels); NaN for a word of which the tokenizer left nothing.
-
-        Raises:
-            DataError: what is no text, or longer than a million characters.
-            ModelError: the model gives values that are not finite.
+        The words of a plain text are its runs of letters and digits, and single other characters.
         """
         return self._run_on(_check_all(texts), batch_size, batch_tokens)
 

@@ -84,12 +84,8 @@ def contrast(pairs: Sequence[PairedArms], *, draws: int = 2_000, level: float = 
     With T tasks every V_s is divided by T². The interval is d ± t(f) · sqrt(V_r + ΣV_s), with the degrees of freedom
     of Satterthwaite (Biometrics Bulletin 2(6), 1946): f = (V_r + ΣV_s)² / (V_r² / f_r + ΣV_s² / f_s).
 
-    With one seed there is no V_s: the interval speaks of rows alone. What another task would give it never says. Few
-    seeds know their variance badly: where it is much larger than that of rows, a 95% interval holds the truth in 92%
-    of cases with n = 3 and in 88% with n = 2. What a seed changes on single rows is in both parts and widens it.
-
-    Figures are points; examples are summed, seeds are those of the task with the fewest. For m contrasts take a level
-    of 1 - 0.05 / m (Bonferroni).
+    With one seed there is no V_s, and the interval speaks of rows alone; few seeds know their variance badly
+    (docs/concepts/retention.md). For m contrasts take a level of 1 - 0.05 / m (Bonferroni).
     """
     if not pairs or not all(pair.first and pair.second for pair in pairs):
         raise ValueError("expected at least one task, and at least one seed in each arm")

@@ -302,19 +302,16 @@ def arm_table(records: Sequence[RunRecord]) -> Table:
 def run_table(experiment: Experiment, links: Links) -> Table:
     """List every run with its figures, failed ones too."""
 
+    def optional(value: float | None, form: str) -> str:
+        return "–" if value is None else f"{value:{form}}"
+
+    def status(run: Run) -> str:
+        one = run.record
+        return f"failed: {one.error or 'no reason was recorded'}" if one.status == "failed" else one.status
+
     def name(run: Run) -> Cell:
         link = Link(run.record.arm, links.file(run.path))
         return Cell(f"{arm_title(run.record.arm)}, seed {run.record.seed}", (link,))
-
-    def status(run: Run) -> str:
-        return (
-            f"failed: {run.record.error or 'no reason was recorded'}"
-            if run.record.status == "failed"
-            else (run.record.status)
-        )
-
-    def optional(value: float | None, form: str) -> str:
-        return "–" if value is None else f"{value:{form}}"
 
     return Table.of(
         "Every run; each leads to its record",

@@ -184,7 +184,7 @@ def benchmark(
     models: Annotated[list[Path], Argument(help="Model folders, .onnx files, experiments or Hub ids.")],
     data: Annotated[str | None, Option(help="Labelled file, for texts and scores.")] = None,
     threads: Annotated[int | None, Option(help="CPU threads of each model. Default: one per core.")] = None,
-    plot: Annotated[Path | None, Option(help="Image file to draw.")] = None,
+    plot: Annotated[Path | None, Option(help="With --cascade: image file to draw.")] = None,
     cascade: Annotated[
         bool, Option("--cascade", help="Let the second model answer what the first is unsure about: score and cost.")
     ] = False,
@@ -204,11 +204,9 @@ def benchmark(
             plot_cascade([(point.cost, point.score) for point in curve.points], plot)
         _print_cascade(curve, as_json)
         return
-    result = benchmark_models(models, data=data, threads=threads)
     if plot is not None:
-        from kdlora.report.plots import plot_benchmark
-
-        plot_benchmark(result, plot)
+        raise ConfigError("--plot draws a cascade; give --cascade, too")
+    result = benchmark_models(models, data=data, threads=threads)
     if as_json:
         print_json(asdict(result))
         return

@@ -18,7 +18,6 @@ import numpy as np
 from kdlora.evidence.records import RunRecord
 from kdlora.evidence.stats import Difference
 from kdlora.report.page import Figure
-from kdlora.report.shipped import BenchmarkResult, ModelFigures
 from kdlora.report.wording import interval, signed
 from kdlora.system.storage import atomic_file
 
@@ -324,43 +323,16 @@ def differences(rows: Sequence[tuple[str, Difference]], *, title: str, identity:
     return draw(paint, title, description, identity, caption=caption, frame=Frame(76 + 52 * len(rows), left=18))
 
 
-@contextmanager
-def _panels(to: str | Path, count: int) -> Iterator[Any]:
-    """Lend some axes side by side, and write them with a legend above to an image file."""
-    path = Path(to)
-    with _matplotlib({"svg.hashsalt": "panels"}) as new_figure, atomic_file(path) as temporary:
-        figure = new_figure(figsize=(4.4 * count + 1.1, 4.4), layout="constrained")
-        axes = figure.subplots(1, count, squeeze=False)[0]
-        yield axes
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
-
-
-def plot_benchmark(result: BenchmarkResult, to: str | Path) -> None:
-    """Draw one panel each for latency, size and memory, with a point for each model."""
-    scored = all(model.score is not None for model in result.models)
-    costs: dict[str, Callable[[ModelFigures], float]] = {
-        "latency of one text, p50 (ms)": lambda one: one.p50_ms,
-        "size on disk (MB)": lambda one: one.size_bytes / 1e6,
-        "peak memory (MB)": lambda one: (one.peak_memory_bytes or 0) / 1e6,
-    }
-    with _panels(to, len(costs)) as panels:
-        for axes, (label, read) in zip(panels, costs.items(), strict=True):
-            heights = [model.score if scored else model.texts_per_second for model in result.models]
-            series = [
-                Series(model.name, Style(number), ((read(model), height or 0.0),))
-                for number, (model, height) in enumerate(zip(result.models, heights, strict=True))
-            ]
-            _paint_costs(axes, series)
-            axes.set(xlabel=label, ylabel="score" if scored else "texts per second")
-
-
 def plot_cascade(points: Sequence[tuple[float, float]], to: str | Path) -> None:
     """Draw a cascade's scores over its time as a share of the teacher's, from nothing handed on to everything."""
-    shares = [(100 * cost, score) for cost, score in points]
+    path, shares = Path(to), [(100 * cost, score) for cost, score in points]
     ends = {"student alone": shares[0], "teacher alone": (100.0, shares[-1][1])}
-    with _panels(to, 1) as (axes,):
+    with _matplotlib({"svg.hashsalt": "cascade"}) as new_figure, atomic_file(path) as temporary:
+        figure = new_figure(figsize=(5.5, 4.4), layout="constrained")
+        axes = figure.subplots()
         axes.plot(*zip(*shares, strict=True), color=Style(2).colour, linewidth=2.2, label="cascade")
         for number, (name, end) in enumerate(ends.items()):
             scatter(axes, [end], Style(number), radius=5.5, label=name, zorder=3)
         axes.set(xlabel="time, of the teacher's (%)", ylabel="score")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)

@@ -255,13 +255,6 @@ class RunConfig(Section):
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], _LISTED] = ()
     """Trackers that get every run: `tensorboard`, `wandb` (offline), `mlflow`."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_sharding(cls, values: Any) -> Any:
-        """Read the folders of version 0.1, which all say that no teacher is shared out over processes."""
-        gone = isinstance(values, Mapping) and values.get("shard_teacher") is False
-        return {key: value for key, value in values.items() if key != "shard_teacher"} if gone else values
-
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
         for key, values in {"arms": self.arms, "seeds": self.seeds, "report_to": self.report_to}.items():
@@ -350,7 +343,7 @@ class Config(Section):
         stem = re.sub(r"[^\w.+-]", "-", Path(str(source)).stem).strip(".-")
         return self.name or self.task.name or stem or "experiment"
 
-    def fingerprint(self, *sections: str) -> str:
-        """Hash all but the name, or the named sections: SHA-256 of the canonical JSON, hexadecimal."""
-        values = self.model_dump(mode="json", include=set(sections) or None, exclude={"name"})
+    def fingerprint(self) -> str:
+        """Hash all but the name: SHA-256 of the canonical JSON, hexadecimal."""
+        values = self.model_dump(mode="json", exclude={"name"})
         return hashlib.sha256(json.dumps(without_later_keys(values), sort_keys=True).encode()).hexdigest()

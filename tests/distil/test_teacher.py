@@ -280,26 +280,6 @@ def test_damaged_shards_are_computed_anew(label, forwards, tmp_path, caplog, dam
     np.testing.assert_array_equal(first.logits, mended.logits)
 
 
-def test_a_folder_of_before_is_gone_on_with(label, forwards, tasks, tmp_path):
-    """A manifest of 0.1 lists its shards by number, and none has a note: hours of a teacher would be spent again."""
-    first = label()
-    path = tmp_path / "logits" / "manifest.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    shards = [{key: shard[key] for key in ("file", "sha256", "truncated")} for shard in content["shards"]]
-    kept = ("schema_version", "fingerprint", "ingredients", "label_names", "rows_per_shard", "versions")
-    old = {key: content[key] for key in kept} | {"rows": 23, "shards": {"0": shards[0], "2": shards[2]}}
-    for note in path.parent.glob("*.parquet.json"):
-        note.unlink()
-    path.write_text(json.dumps(seal(old)), encoding="utf-8")
-    with pytest.raises(ArtifactError, match="these teacher logits are unfinished"):
-        read_stored_logits(path.parent, tasks["single-label"])
-    np.testing.assert_array_equal(label().logits, first.logits)
-    assert forwards == [10, 10, 3, 10]
-    path.write_text(json.dumps(seal(old | {"shards": dict(enumerate(shards))})), encoding="utf-8")
-    np.testing.assert_array_equal(label().logits, first.logits)
-    assert len(forwards) == 4
-
-
 def test_notes_without_a_manifest_do_not_count(label, make_encoder, forwards, tmp_path):
     """Whose logits they are, only the manifest says."""
     label()

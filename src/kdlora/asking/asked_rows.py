@@ -15,7 +15,7 @@ from kdlora.asking.questions import Row
 from kdlora.config import TaskConfig
 from kdlora.configfile import expand_home
 from kdlora.data.canonical import Reading
-from kdlora.data.labels import LABEL_COLUMNS, infer_label_column, infer_task, infer_text_columns
+from kdlora.data.labels import KNOWN_COLUMNS, infer_columns, infer_task
 from kdlora.data.read import Source, open_file
 from kdlora.data.spool import read_column, slice_rows
 from kdlora.data.tasks import Task
@@ -90,13 +90,13 @@ def _open(file: str, key: str) -> Source:
 
 def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
     """Settle columns and labels, and whether people labelled the rows."""
-    text = settings.text or (source.columns if source.plain else infer_text_columns(source))
+    text = settings.text or (source.columns if source.plain else infer_columns(source, "text"))
     folded = {column.casefold() for column in source.columns}
     elsewhere = isinstance(settings.audit, str) and settings.label not in source.columns  # in the audited rows
-    if elsewhere if settings.label else not folded & set(LABEL_COLUMNS):
+    if elsewhere if settings.label else not folded & set(KNOWN_COLUMNS["label"]):
         label: tuple[str, ...] = ()
     else:
-        label = (source.require(settings.label, "label"),) if settings.label else infer_label_column(source)
+        label = (source.require(settings.label, "label"),) if settings.label else infer_columns(source, "label")
     names = tuple(settings.labels or ())
     if len({name.strip().casefold() for name in names} - {""}) != len(names):
         raise ConfigError("label names differ by more than case, and none is empty")

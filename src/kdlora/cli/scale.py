@@ -130,15 +130,11 @@ def _print_overview(overview: Overview) -> None:
     console = SafeConsole()
     counts = f"{overview.runs:,} runs, {overview.finished:,} of them finished"
     console.print(f"{counts}; {overview.labellings} teachers label the rows, once each")
-    found = overview.estimate
-    if found is None:
+    if (seconds := overview.seconds) is None:
         console.print(f"no time estimate: {overview.obstacle}", markup=False)
         return
-    hours = f"{found.seconds / 3600:,.1f} hours" if found.seconds > 5400 else f"{found.seconds / 60:,.0f} minutes"
-    basis = f"{found.measured:,} of {found.runs:,} runs from finished ones like them"
-    if found.measured < found.runs:
-        basis += ", the others from a few forward passes on this machine"
-    console.print(f"about {hours} on this machine, one run at a time ({basis})")
+    time = f"{seconds / 3600:,.1f} hours" if seconds > 5400 else f"{seconds / 60:,.0f} minutes"
+    console.print(f"about {time}, one run at a time, estimated from a few forward passes on this machine")
 
 
 def _print_suite(result: SuiteResult) -> None:

@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 
 from kdlora.data.labels import encode_labels, encode_tags
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_text
-from kdlora.data.spool import are_distinct, make_dataset, spool
+from kdlora.data.spool import doubles, make_dataset, spool
 from kdlora.data.tags import WORD_COLUMNS, tag_names
 from kdlora.data.tasks import Task
 from kdlora.data.token_rows import TEXTS, read_token_rows
@@ -177,9 +177,8 @@ def _given_ids(raw: RawTable, column: str) -> pa.ChunkedArray:
         raise DataError(f"{raw.source}: the id column {column!r} holds {kind}; expected text or integers") from None
     if (position := first_true(pc.fill_null(pc.equal(ids, ""), True))) is not None:
         raise DataError(f"{raw.where(position)}: the id ({column!r}) is empty; every example needs one")
-    if not are_distinct(ids):
-        counts = pc.value_counts(ids)
-        repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0]
+    if len(found := doubles(ids)):
+        repeated = found[0]
         first = pc.index(ids, repeated).as_py()
         second = pc.index(ids, repeated, first + 1).as_py()
         raise DataError(

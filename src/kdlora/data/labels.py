@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,15 @@ from kdlora.data.tags import NO_TAG
 from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.errors import DataError, did_you_mean
 
-TEXT_COLUMNS = ("text", "sentence", "review", "content", "comment", "tweet", "document", "body", "message", "utterance")
-TEXT_PAIRS = (
-    *("sentence1 sentence2", "premise hypothesis", "question1 question2", "question sentence", "text1 text2"),
-    *("text_a text_b", "text text_pair", "query passage"),
-)
-LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "sentiment", "intent")
+KNOWN_COLUMNS = {
+    "text": (
+        *("sentence1 sentence2", "premise hypothesis", "question1 question2", "question sentence", "text1 text2"),
+        *("text_a text_b", "text text_pair", "query passage", "text", "sentence", "review", "content", "comment"),
+        *("tweet", "document", "body", "message", "utterance"),
+    ),
+    "label": ("label", "labels", "target", "class", "category", "sentiment", "intent"),
+}
+"""Usual names of columns; two are a pair of texts."""
 
 MOST_CLASSES = 20
 """So many distinct integers are still taken for classes."""
@@ -203,23 +206,15 @@ def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:
     return pa.chunked_array([pa.FixedSizeListArray.from_arrays(part, width).cast(kind) for part in flat], kind)
 
 
-def infer_text_columns(source: Source) -> tuple[str, ...]:
-    return _choose_columns(source, [*TEXT_PAIRS, *TEXT_COLUMNS], "text", "task.text")
-
-
-def infer_label_column(source: Source) -> tuple[str, ...]:
-    return _choose_columns(source, LABEL_COLUMNS, "label", "task.label")
-
-
-def _choose_columns(source: Source, known: Sequence[str], what: str, key: str) -> tuple[str, ...]:
+def infer_columns(source: Source, what: Literal["text", "label"]) -> tuple[str, ...]:
     """Choose the columns of the one known spelling that a source has; a pair stands for its two names."""
     folded = {column.casefold(): column for column in source.columns}
-    found = [names for names in map(str.split, known) if all(name in folded for name in names)]
+    found = [names for names in map(str.split, KNOWN_COLUMNS[what]) if all(name in folded for name in names)]
     paired = {name for names in found if len(names) == 2 for name in names}
     found = [names for names in found if len(names) == 2 or names[0] not in paired]
     if len(found) == 1:
         return tuple(folded[name] for name in found[0])
-    columns = ", ".join(map(repr, source.columns))
+    key, columns = f"task.{what}", ", ".join(map(repr, source.columns))
     if not found:
         raise DataError(f"{source.name}: which column is the {what}? Set {key}; the columns are {columns}")
     candidates = " or ".join("+".join(names) for names in found)

@@ -16,7 +16,7 @@ from kdlora.config import DataConfig, DistilConfig, TaskConfig
 from kdlora.data.augment import keep_unscored, stored_copies
 from kdlora.data.canonical import Reading
 from kdlora.data.collection import open_collection_texts
-from kdlora.data.labels import infer_label_column, infer_task, infer_text_columns
+from kdlora.data.labels import infer_columns, infer_task
 from kdlora.data.opening import Groups, open_examples, open_splits
 from kdlora.data.read import Source
 from kdlora.data.spool import label_array, read_column
@@ -140,8 +140,8 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
         return Reading(known.task, data.id_column)
     if task.kind in ("auto", "tokens") and (found := infer_token_columns(train, task)):
         return _begin_tokens(task, data, train, found)
-    text = task.text or infer_text_columns(train)
-    label = task.label or infer_label_column(train)
+    text = task.text or infer_columns(train, "text")
+    label = task.label or infer_columns(train, "label")
     if both := [column for column in text if column in label]:
         raise DataError(
             f"the column {both[0]!r} is both text and label, so there is nothing to learn; set task.text and task.label"

@@ -124,16 +124,6 @@ class LogitStore(BaseModel):
     versions: dict[str, str]
     shards: list[Shard] = []
 
-    @model_validator(mode="before")
-    @classmethod
-    def _list_shards(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """Take the manifest of an experiment of 0.1, which lists the shards by number and as they come."""
-        shards = content.get("shards")
-        if not isinstance(shards, dict):
-            return content
-        complete = len(shards) == -(-content["rows"] // content["rows_per_shard"])
-        return content | {"complete": complete, "shards": [shards[key] for key in sorted(shards, key=int)]}
-
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
         if self.ingredients.get("labels", self.label_names) != self.label_names:

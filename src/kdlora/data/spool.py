@@ -152,21 +152,17 @@ def _update(digest: Any, array: pa.Array) -> None:
         digest.update(pc.fill_null(array, nothing).to_numpy(zero_copy_only=False).tobytes())
 
 
-def are_distinct(ids: pa.Array | pa.ChunkedArray) -> bool:
-    """Say whether no id occurs twice.
+def doubles(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Give the ids that occur more than once.
 
     Hashes of 64 bits are sorted, in 8 bytes a row where a table of all ids takes many times as much; the ids
     themselves are looked at only where two hashes are equal.
     """
     chunks = ids.chunks if isinstance(ids, pa.ChunkedArray) else [ids]
-    pieces = [chunk.slice(start, _HASHED_ROWS) for chunk in chunks for start in range(0, len(chunk), _HASHED_ROWS)]
-    hashes = np.concatenate([np.empty(0, np.uint64), *map(_hash_each, pieces)])
-    hashes.sort()
-    if not (hashes[1:] == hashes[:-1]).any():
-        return True
-    return bool(pc.count_distinct(ids, mode="all").as_py() == len(ids))
-
-
-def _hash_each(texts: pa.Array) -> npt.NDArray[np.uint64]:
-    hashes: npt.NDArray[np.uint64] = hash_array(texts.to_numpy(zero_copy_only=False), categorize=False)
-    return hashes
+    pieces = (chunk.slice(start, _HASHED_ROWS) for chunk in chunks for start in range(0, len(chunk), _HASHED_ROWS))
+    hashes = [hash_array(piece.to_numpy(zero_copy_only=False), categorize=False) for piece in pieces]
+    every = np.sort(np.concatenate([np.empty(0, np.uint64), *hashes]))
+    if not (every[1:] == every[:-1]).any():
+        return ids[:0]
+    counts = pc.value_counts(ids)
+    return counts.field("values").filter(pc.greater(counts.field("counts"), 1))

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from kdlora.config import DataConfig, GlueName, Kind
 from kdlora.data.tags import tag_types
-from kdlora.data.windows import WindowSettings, is_window_settings
+from kdlora.data.windows import WindowSettings
 from kdlora.errors import ConfigError, DataError, KdLoraError, did_you_mean
 from kdlora.section import ClassWeights, Costs
 
@@ -123,24 +125,15 @@ class Task:
         Raises:
             DataError: a field is missing or the kind is unknown.
         """
-        lists = ("text", "label", "label_names", "metrics")
-        if missing := [name for name in ("kind", *lists) if name not in values]:
-            raise DataError(f"a stored task lacks {', '.join(missing)}; it has {', '.join(values) or 'nothing'}")
-        if values["kind"] not in PROBLEM_TYPES:
-            raise DataError(
-                f"a stored task has the kind {values['kind']!r}; expected one of {', '.join(PROBLEM_TYPES)}."
-                + did_you_mean(str(values["kind"]), PROBLEM_TYPES)
-            )
-        columns: dict[str, Any] = {name: tuple(values[name]) for name in lists}
-        windows = values.get("windows")
-        if not is_window_settings(windows):
-            raise DataError(f"a stored task has the windows {windows!r:.80}; expected stride and pool (mean or max)")
-        return cls(
-            kind=values["kind"],
-            name=values.get("name", ""),
-            windows=None if windows is None else WindowSettings(**windows),
-            **columns,
-        )
+        try:
+            return _STORED.validate_python(dict(values))
+        except ValidationError as fault:
+            faults = fault.errors(include_url=False, include_input=False)
+            told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in faults)
+            raise DataError(f"a stored task cannot be read ({told})") from None
+
+
+_STORED = TypeAdapter(Task)
 
 
 def window_settings(data: DataConfig) -> WindowSettings | None:

@@ -90,7 +90,10 @@ class _Attention(Function):
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         share = query.new_empty(*query.shape[:3], key.shape[2])
         keep = keep_mask(share.shape, rate) if rate > 0 else None
-        bias = None if mask is None else _bias(mask, query.dtype).expand(share.shape)
+        bias = None
+        if mask is not None:  # the lowest number hides a key: a row without any key then attends to all alike
+            hidden = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+            bias = hidden.expand(share.shape)
         mixed = query.new_empty(*query.shape[:3], value.shape[3])
         for part in _parts(share.shape):
             scores = _product(query[part], key[part].transpose(-1, -2), scale)
@@ -120,11 +123,6 @@ class _Attention(Function):
             by_query[part] = _product(by_scores, key[part], ctx.scale)
             by_key[part] = _product(by_scores.transpose(-1, -2), query[part], ctx.scale)
         return by_query, by_key, by_value, None, None, None
-
-
-def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give what hides a key when it is added to a score: a row without any key then attends to all alike."""
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:

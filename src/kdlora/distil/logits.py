@@ -15,7 +15,7 @@ from kdlora.config import DistilConfig
 from kdlora.data.batches import Tokenised
 from kdlora.data.load import Splits
 from kdlora.data.logit_table import LogitStore, as_lists, as_offsets
-from kdlora.data.spool import SLICE_ROWS, are_distinct, label_array, read_column, settle, slice_rows, spool
+from kdlora.data.spool import SLICE_ROWS, doubles, label_array, read_column, settle, slice_rows, spool
 from kdlora.data.tags import NO_TAG
 from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import GIVEN, word_offsets
@@ -80,9 +80,7 @@ class TeacherLogits:
             raise DataError(f"{self.source}: expected logits of shape {expected}, got {self.logits.shape}")
         if self.ids.null_count:
             raise DataError(f"{self.source}: {self.ids.null_count} rows have no id")
-        if not are_distinct(self.ids):
-            counted = pc.value_counts(self.ids)
-            doubled = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
+        if len(doubled := doubles(self.ids)):
             raise DataError(
                 f"{self.source}: {len(doubled)} ids occur more than once, first {_some(doubled)}; expected one row per "
                 "example. Remove the doubles, or add a `split` column if the rows are of different splits"

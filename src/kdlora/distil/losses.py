@@ -82,7 +82,8 @@ def distillation_loss(
         torch.Size([4])
     """
     _check_settings(kind, alpha, loss, class_weights)
-    student = _at_least_float32(logits)
+    # Half types lose the small differences that a softened distribution teaches by.
+    student = logits if logits.dtype == torch.float64 else logits.float()
     hard = _hard_loss(kind, student, labels, class_weights)
     if labelled is not None:
         hard = torch.where(labelled, hard, torch.zeros_like(hard))
@@ -173,11 +174,6 @@ def _hard_loss(kind: Kind, outputs: Tensor, labels: Tensor, weights: Tensor | No
     return losses.mean(dim=-1)
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
-    """Leave float64 alone; half types lose the small differences that a softened distribution teaches by."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
 class DivergedError(KdLoraError):
     """A loss or a gradient that is not a finite number, at an optimiser step from 1; -1 where it is not known."""
 
@@ -190,8 +186,7 @@ class LossSums:
     """Sums of loss terms over rows, on the device: reading them is what costs, not adding."""
 
     def __init__(self, device: torch.device) -> None:
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(6, dtype=dtype, device=device)
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
         self.bad_loss, self.bad_gradient = (torch.full((), -1, dtype=torch.int64, device=device) for _ in range(2))
 
     @torch.no_grad()

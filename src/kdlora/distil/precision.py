@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,17 +116,9 @@ def _bf16_speed_up() -> float:
 
 
 def _cpu_flags() -> frozenset[str]:
-    """Read what the processor can do, from PyTorch or, failing that, from Linux."""
     if not torch.backends.mkldnn.is_available():
         return frozenset()
-    if hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        return frozenset(name for name, value in capabilities.items() if value is True)
-    if platform.system() != "Linux":
-        return frozenset()
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    words = next((line.split(":", 1)[1] for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return frozenset(words.split())
+    return frozenset(name for name, value in torch.cpu.get_capabilities().items() if value is True)
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:

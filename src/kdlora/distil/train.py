@@ -90,7 +90,13 @@ def train_model(
         metrics = compute_metrics(task, outputs, label_array(rows), groups, offsets=word_offsets(rows))
         return metrics | {"score": score(task, metrics)}
 
-    sampler = _sampler(train, settings.batch_size * processes.count, options)
+    sampler = LengthBucketSampler(
+        read_column(train.dataset, "length").to_numpy(),
+        settings.batch_size * processes.count,
+        seed=options.seed,
+        rows_per_epoch=options.rows_per_epoch,
+        beside=options.copies,
+    )
     ingredients = _ingredients(model, train, validation, task, settings, options)
     ingredients |= {"device": device.type, "processes": processes.count}
     names = [name for name in (*READ, *_columns(options.distil)) if name in train.dataset.column_names]
@@ -114,12 +120,6 @@ def train_model(
             raise _explain(fault, trainer, train.dataset) from None
         processes.first_says(None)  # its best weights lie on the disk now
     return _finish(model, trainer, scale)
-
-
-def _sampler(train: Tokenised, batch_size: int, options: TrainingOptions) -> LengthBucketSampler:
-    lengths = read_column(train.dataset, "length").to_numpy()
-    rows, beside = options.rows_per_epoch, options.copies
-    return LengthBucketSampler(lengths, batch_size, seed=options.seed, rows_per_epoch=rows, beside=beside)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import write_decisions
-from kdlora.deploy.folder import OPENVINO_INT8
 from kdlora.deploy.predict import Classifier, Text
 from kdlora.errors import DataError
 from kdlora.evidence.defer import (
@@ -35,7 +34,7 @@ from kdlora.evidence.defer import (
 )
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
-from kdlora.experiment.deployment import texts_of
+from kdlora.experiment.deployment import exported_files, texts_of
 from kdlora.experiment.scoring import recorded_task
 from kdlora.experiment.shipping import write_card
 from kdlora.system.storage import write_json_atomic
@@ -175,13 +174,7 @@ def unseen_rows(splits: Splits, rows: Dataset, source: str) -> tuple[Dataset, in
 
 def shipped_models(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]:
     """Load what ships, one file after another, to look at all of its answers."""
-    files = {
-        "student": layout.student,
-        "student, ONNX": layout.onnx / "model.onnx",
-        "student, int8": layout.onnx / "model_quantized.onnx",
-        "student, OpenVINO int8": layout.onnx / OPENVINO_INT8,
-    }
-    for name, file in files.items():
+    for name, file in ({"student": layout.student} | exported_files(layout)).items():
         if file.exists():
             yield name, Classifier.load(file, decisions="thresholds")
 

@@ -162,8 +162,12 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
         save_temperature(layout.student, 1.0)
         calibration, told = _calibrate(layout, splits) if config.export.calibrate else (None, [])
         notes += told + _score_plain_texts(layout, splits)
-        with logged("export", "student", config.teacher_seed):
-            notes += _export_student(config, layout, splits, say)
+        if formats := config.export.formats:
+            with logged("export", "student", config.teacher_seed):
+                try:
+                    _export_rows(config, layout, layout.onnx, splits.validation, splits.train, formats=formats, say=say)
+                except (ParityError, ModelError) as error:
+                    notes.append(str(error))
         if calibration is not None:
             write_json_atomic(layout.benchmark, asdict(BenchmarkResult(calibration=calibration)))
         write_text_atomic(layout.exported, _mark(config, layout))
@@ -224,17 +228,6 @@ def _score_plain_texts(layout: ExperimentLayout, splits: Splits) -> list[str]:
     ]
 
 
-def _export_student(config: Config, layout: ExperimentLayout, splits: Splits, say: Callable[[str], None]) -> list[str]:
-    formats = config.export.formats
-    if not formats:
-        return []
-    try:
-        _export_rows(config, layout, layout.onnx, splits.validation, splits.train, formats=formats, say=say)
-    except (ParityError, ModelError) as error:
-        return [f"{error}"]
-    return []
-
-
 def _export_rows(
     config: Config,
     layout: ExperimentLayout,
@@ -260,18 +253,23 @@ def _export_rows(
     )
 
 
-def _benchmark_student(
-    config: Config, layout: ExperimentLayout, splits: Splits, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Measure what is there of teacher, student and exports, on the rows of the headline."""
-    folders = {"teacher": Path(config.teacher.fine_tuned or layout.teacher), "student": layout.student}
+def exported_files(layout: ExperimentLayout) -> dict[str, Path]:
+    """Name the files that an export left."""
     files = {
         "student, ONNX": layout.onnx / "model.onnx",
         "student, int8": layout.onnx / "model_quantized.onnx",
         "student, OpenVINO int8": layout.onnx / OPENVINO_INT8,
     }
+    return {name: file for name, file in files.items() if file.exists()}
+
+
+def _benchmark_student(
+    config: Config, layout: ExperimentLayout, splits: Splits, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure what is there of teacher, student and exports, on the rows of the headline."""
+    folders = {"teacher": Path(config.teacher.fine_tuned or layout.teacher), "student": layout.student}
     models = {name: place for name, place in folders.items() if (place / "config.json").exists()}
-    models |= {name: file for name, file in files.items() if file.exists()}
+    models |= exported_files(layout)
     result = benchmark(
         models,
         _labelled(splits.test or splits.validation, splits.task),

@@ -65,7 +65,7 @@ class OnGpus(Here):
             try:
                 while True:
                     while free and (piece := next_piece()) is not None:
-                        listen = None if hear is None else functools.partial(_note, events, piece)
+                        listen = None if hear is None else lambda event, piece=piece: events.put((piece, event))
                         children = free.pop(0)
                         running[threads.submit(children.carry_out, work, piece, listen)] = piece, children
                     if not running:
@@ -89,10 +89,6 @@ class OnGpus(Here):
     def close(self) -> None:
         for children in self._children:
             children.close()
-
-
-def _note(events: SimpleQueue[tuple[Any, Any]], piece: Any, event: Any) -> None:
-    events.put((piece, event))
 
 
 class OnRay:

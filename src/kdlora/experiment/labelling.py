@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST, expand_home
-from kdlora.data.collection import is_collection, refuse_double_ids
-from kdlora.data.logit_table import Shard, begin_store, find_shard, open_store, write_note
+from kdlora.data.collection import is_collection
+from kdlora.data.logit_table import LogitStore, Shard, begin_store, find_shard, open_store, write_note
 from kdlora.data.parquet import parquet_faults
-from kdlora.data.spool import TEXTS, make_dataset
+from kdlora.data.spool import TEXTS, doubles, make_dataset, spool
 from kdlora.data.tags import Words, split_words
 from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import WORDS
@@ -199,12 +199,22 @@ def label_collection(
         resumed = sum(shard.rows_read for shards in done.values() for shard in shards)
         _carry_out(job, done, on, _counting(job, progress, resumed))
         shards = [shard for shards in done.values() for shard in shards]
-        refuse_double_ids([folder / shard.file for shard in shards])
+        rows, rejected, cut = (sum(getattr(one, key) for one in shards) for key in ("rows", "rejected", "truncated"))
+        if rows:
+            _refuse_doubles(store.model_copy(update={"shards": shards}))
         store.finish(shards, len(job.task.text) if job.settings.texts else 0)
-    rows, rejected, truncated = (sum(getattr(one, key) for one in shards) for key in ("rows", "rejected", "truncated"))
     if not rows:
         raise DataError(f"{folder}: none of the {rejected} rows has a text; see rejected-*.jsonl there")
-    return LabelSummary(folder, rows, rejected, truncated, len(shards), resumed, time.perf_counter() - start)
+    return LabelSummary(folder, rows, rejected, cut, len(shards), resumed, time.perf_counter() - start)
+
+
+def _refuse_doubles(store: LogitStore) -> None:
+    """Refuse a collection in which an id occurs twice: logits could not be attached to the right row."""
+    if len(found := doubles(spool(store.batches(["id"]), str(store.folder))["id"])):
+        raise DataError(
+            f"{store.folder}: the id {found[0].as_py()!r} occurs more than once; ids must be unique over the whole "
+            "collection. Make them so, or name another column with --id-column and another folder with --to"
+        )
 
 
 def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job:

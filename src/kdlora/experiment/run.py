@@ -62,21 +62,13 @@ _FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_
 
 
 @dataclass(frozen=True)
-class Run:
-    """One arm with one seed."""
-
-    arm: Arm
-    seed: int
-
-
-@dataclass(frozen=True)
 class ExperimentResult:
     """What an experiment left behind.
 
     Attributes:
         folder: the experiment folder.
         records: one record per run, in the order of the plan.
-        shipped: the run that became `student/`; None where no student run finished.
+        shipped: the record of the run that became `student/`; None where no student run finished.
         notes: what was inferred or dropped on the way, in plain sentences.
 
     Examples:
@@ -86,7 +78,7 @@ class ExperimentResult:
 
     folder: Path
     records: list[RunRecord]
-    shipped: Run | None
+    shipped: RunRecord | None
     notes: tuple[str, ...] = field(default=())
 
     def __repr__(self) -> str:
@@ -212,7 +204,8 @@ def _read_result(config: Config, layout: ExperimentLayout, end: dict[str, Any]) 
     """Tell what the first process left, in another one."""
     places = [layout.run(run.arm, run.seed).record for run in plan_runs(config)]
     records = [read_record(place) for place in places if place.exists()]
-    return ExperimentResult(layout.root, records, end["shipped"] and Run(*end["shipped"]), tuple(end["notes"]))
+    shipped = next((one for one in records if [one.arm, one.seed] == end["shipped"]), None)
+    return ExperimentResult(layout.root, records, shipped, tuple(end["notes"]))
 
 
 def _lead(
@@ -331,7 +324,7 @@ def _run_all(
     return queue.in_order()
 
 
-def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: list[RunRecord]) -> Run | None:
+def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: list[RunRecord]) -> RunRecord | None:
     """Choose a student on validation and put it into `student/` and `adapter/`, unless it is there."""
     choice = choose_student(task, [load_run(one, layout.run(one.arm, one.seed))[0] for one in records])
     if choice is None:
@@ -342,14 +335,14 @@ def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: li
     else:
         with logged("ship", best.arm, best.seed):
             run_in_child(ship_student, config, layout, task, best, choice)
-    return Run(cast("Arm", best.arm), best.seed)
+    return best
 
 
-def _deploy(config: Config, layout: ExperimentLayout, shipped: Run, listen: Listener | None) -> tuple[str, ...]:
+def _deploy(config: Config, layout: ExperimentLayout, shipped: RunRecord, listen: Listener | None) -> tuple[str, ...]:
     """Calibrate, export and measure the shipped student, unless that is done; return what is to be said of it."""
     if is_deployed(config, layout):
         return ()
-    stage = Stage("deploy", shipped.arm, shipped.seed)
+    stage = Stage("deploy", cast("Arm", shipped.arm), shipped.seed)
     hear = None if listen is None else lambda step: listen(stage, step)
     try:
         return run_in_child(deploy_student, config, layout, on_message=hear or ignore)

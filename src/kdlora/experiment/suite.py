@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from kdlora.config import TEACHER_ARMS, Arm
+from kdlora.config import Arm
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
 from kdlora.experiment.engines import Engine, Here, Work, gpus_for, local_paths, open_engine, shared_machine
@@ -203,29 +201,17 @@ class PlannedArm:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Seconds of the runs that are left, one after the other, without the teachers' labelling.
-
-    `measured` of these runs were estimated from finished ones of the same arm and model.
-    """
-
-    seconds: float
-    measured: int
-    runs: int
-
-
-@dataclass(frozen=True)
 class Overview:
     """What a suite would do: its runs, in all and by task and arm, the teachers that label, the time of what is left.
 
-    There is no estimate where the data or a model cannot be reached; `obstacle` says why.
+    There are no seconds where the data or a model cannot be reached; `obstacle` says why.
     """
 
     runs: int
     finished: int
     arms: tuple[PlannedArm, ...]
     labellings: int
-    estimate: Estimate | None = None
+    seconds: float | None = None  # of the runs one after the other, without the labelling
     obstacle: str = ""
 
 
@@ -233,18 +219,18 @@ def look_at_suite(suite: SuiteConfig, out: str | Path | None = None, *, confirme
     """Say what a suite would do, without doing any of it."""
     check_size(suite, confirmed=confirmed)
     plan, records = make_plan(suite), dict[str, RunRecord]()
-    found: Estimate | None = None
+    seconds: float | None = None
     obstacle = ""
     try:
         plan, facts, looks = settle_plan(plan, Here(), timed=True)
         records = finished_runs(plan.runs(), suite_folder(suite, out), facts)
-        found = estimate(plan, records, facts, looks)
+        seconds = estimate(plan, records, facts, looks)
     except (KdLoraError, OSError) as error:
         obstacle = str(error)
     counts = Counter((run.task, run.arm) for run in plan.runs())
     done = Counter((run.task, run.arm) for run in plan.runs() if run.key in records)
     arms = tuple(PlannedArm(task, arm, number, done[task, arm]) for (task, arm), number in counts.items())
-    return Overview(counts.total(), done.total(), arms, len(plan.lessons()), found, obstacle)
+    return Overview(counts.total(), done.total(), arms, len(plan.lessons()), seconds, obstacle)
 
 
 def estimate(
@@ -252,26 +238,10 @@ def estimate(
     records: Mapping[str, RunRecord],
     facts: Mapping[str, TaskFacts],
     looks: Mapping[tuple[str, str], Looks],
-) -> Estimate:
-    """Estimate the time of the runs that have not finished, from timed forward passes and from finished runs like them.
-
-    What a run took, by what was expected of it, is what others of its arm and model are expected to take.
-    """
-    factors: dict[tuple[str, str], list[float]] = {}
-    beyond: list[float] = []
-    left: list[tuple[tuple[str, str], float]] = []
-    for family, run in plan.by_family():
-        student = run.config.student
-        kind = run.arm, str(run.config.teacher.model if run.arm in TEACHER_ARMS else student.model or student)
-        expected = training_seconds(run.config, run.arm, facts[run.task].rows, looks[run.task, family])
-        record = records.get(run.key)
-        if record is None:
-            left.append((kind, expected))
-        elif record.train_seconds:
-            factors.setdefault(kind, []).append(record.train_seconds / expected)
-            if record.started:
-                whole = datetime.fromisoformat(record.finished) - datetime.fromisoformat(record.started)
-                beyond.append(max(0.0, whole.total_seconds() - record.train_seconds))
-    overhead = statistics.median(beyond) if beyond else RUN_SECONDS
-    seconds = sum(overhead + expected * statistics.median(factors.get(kind, [1.0])) for kind, expected in left)
-    return Estimate(seconds, sum(kind in factors for kind, _ in left), len(left))
+) -> float:
+    """Estimate the seconds of the runs that have not finished, from timed forward passes."""
+    return sum(
+        RUN_SECONDS + training_seconds(run.config, run.arm, facts[run.task].rows, looks[run.task, family])
+        for family, run in plan.by_family()
+        if run.key not in records
+    )

@@ -63,7 +63,6 @@ def write_tables(plan: Plan, root: Path, records: Mapping[str, RunRecord]) -> tu
         Section("What is kept, and what the teacher adds", "gain", [_gain_table(figures)]),
         Section("Table 2: costs", "table-2", [costs]),
         Section("Convergence", "curves", _convergence_curves(figures)),
-        Section("Configurations", "configurations", [_runs_behind(figures, family) for family in plan.suite.families]),
         *([Section("Runs that failed", "failed", [failed])] if failed.rows else []),
     ]
     page = Page(plan.suite.name, "suite", _lead(figures), tuple(sections))
@@ -71,7 +70,6 @@ def write_tables(plan: Plan, root: Path, records: Mapping[str, RunRecord]) -> tu
     contents = {
         "table1.csv": to_csv(_score_lines(figures)),
         "table1.tex": to_latex(scores),
-        "table2.csv": to_csv(_cost_lines(figures)),
         "table2.tex": to_latex(costs),
         "runs.csv": to_csv(_run_lines(figures)),
     }
@@ -223,20 +221,6 @@ def _convergence_curves(figures: SuiteFigures) -> list[Block | None]:
     return drawn if any(drawn) else [Paragraph("No run has finished an epoch.", "note")]
 
 
-def _runs_behind(figures: SuiteFigures, family: str) -> Table:
-    """List which configurations each figure of Table 1 is the median of."""
-    lines: list[Row] = []
-    for task in figures.plan.suite.tasks:
-        for arm, cell in figures.plan.cells_of(task, family).items():
-            taken = figures.figure(cell).taken
-            for one, link in zip(taken, _run_links([one.run for one in taken]), strict=True):
-                figure = (settings_text(one.run), str(one.run.seed), f"{one.value:.2f}")
-                lines.append((f"{task}, {arm_title(arm)}", *figure, Cell("", (link,))))
-    columns = ("task and arm", "configuration", "seed", "score", "run")
-    caption = f"{figures.family_title(family)}: the runs behind Table 1, the best first"
-    return Table(caption, columns, tuple(lines), text_columns=2)
-
-
 def _failed_runs(figures: SuiteFigures) -> Table:
     failed = [run for run in figures.plan.runs() if run.key in figures.records]
     return Table.of(
@@ -270,27 +254,15 @@ def _score_lines(figures: SuiteFigures) -> Iterable[Sequence[Any]]:
         yield (row.title, row.task, family, arm, *numbers, paper, runs)
 
 
-def _cost_lines(figures: SuiteFigures) -> Iterable[Sequence[Any]]:
-    yield (
-        *("family", "arm", "model", "rank", "trainable_parameters", "head_parameters", "total_parameters"),
-        *("peak_memory_bytes", "latency_ms_batch_1", "latency_ms_batch_32", "n", "runs"),
-    )
-    for family, arm, found in _measured(figures):
-        for rank in sorted({run.config.lora.rank for run, _ in found}):
-            of_rank = [(run, record) for run, record in found if run.config.lora.rank == rank]
-            first = of_rank[0][1]
-            head = (family, arm, first.model, rank if first.adapter_parameters else None)
-            counts = (first.trainable_parameters, first.head_parameters, first.total_parameters)
-            typical = [_typical(of_rank, cost) for cost in (MEMORY, TIME, TIME_OF_32)]
-            yield (*head, *counts, *typical, len(of_rank), _record_names(run for run, _ in of_rank))
-
-
 def _run_lines(figures: SuiteFigures) -> Iterable[Sequence[Any]]:
-    costs = ("score", "test_score", "train_seconds", "examples_per_second", "peak_memory_bytes")
+    costs = (
+        *("score", "test_score", "train_seconds", "examples_per_second", "peak_memory_bytes", "trainable_parameters"),
+        *("head_parameters", "total_parameters"),
+    )
     yield ("task", "arm", "seed", "configuration", "status", *costs, "teacher", "error", "record")
     for run in figures.plan.runs():
         one = figures.records.get(run.key)
-        found: list[Any] = ["to come", *[None] * 7]
+        found: list[Any] = ["to come", *[None] * 10]
         if one is not None:
             measured = (getattr(one, cost) for cost in costs)
             found = [one.status, *measured, one.fingerprints.get("taught_by"), one.error]

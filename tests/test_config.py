@@ -135,7 +135,7 @@ def test_shipped_configs_are_valid(file):
     if file.name.startswith("paper"):
         from kdlora.experiment.suitefile import load_suite
 
-        assert load_suite(file).count_runs()
+        assert load_suite(file).tasks
     else:
         assert load_config(file).title()
 

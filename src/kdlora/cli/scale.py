@@ -26,7 +26,6 @@ def suite(
     overrides: Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help=_SET_HELP)] = None,
     on: On = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and the estimated time.")] = False,
-    yes: Annotated[bool, Option("--yes", help="Carry out a plan of more than 10,000 runs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run tasks x families x arms x configurations x seeds, and write the paper's tables.
@@ -48,11 +47,11 @@ def suite(
     from kdlora.experiment.suite import look_at_suite, run_suite
 
     if dry_run:
-        overview = look_at_suite(wanted, out, confirmed=yes)
+        overview = look_at_suite(wanted, out)
         print_json(asdict(overview)) if as_json else _print_overview(overview)
         return
     with draw_bars() as show:
-        result = run_suite(wanted, out, on=on, confirmed=yes, listen=lambda event: _show_suite(event, show))
+        result = run_suite(wanted, out, on=on, listen=lambda event: _show_suite(event, show))
     print_json(result.to_dict()) if as_json else _print_suite(result)
     raise Exit(1 if result.failed else 0)
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from kdlora.config import Kind
 from kdlora.data.spool import make_dataset, slice_rows, spool, text_columns
 from kdlora.data.windows import Pool, WindowSettings
-from kdlora.data.word_tokens import READ, WORDS, encode_words, join_words, split_row, split_windows, word_columns
+from kdlora.data.word_tokens import READ, WORDS, encode_windows, join_words, split_row, split_windows, word_columns
 from kdlora.errors import ConfigError, ModelError
 
 PAD_MULTIPLE = 8
@@ -86,10 +86,8 @@ def _encode_slices(
     texts, words = text_columns(dataset), word_columns(dataset)
     for part in slice_rows(dataset, [*texts, *words, *carried], _TOKENISE_ROWS):
         rows = {name: part[name].to_pylist() for name in (*texts, *words)}
-        if words:
-            encoded = encode_words(rows, tokenizer, limit)
-        elif windows is not None:
-            encoded = _encode_windows(rows["text"], tokenizer, limit, windows)
+        if words or windows is not None:
+            encoded = encode_windows(rows, tokenizer, limit, windows)
         else:
             encoded = encode_texts(rows, tokenizer, limit)
         columns = {name: part[name].combine_chunks() for name in carried}
@@ -112,24 +110,6 @@ def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBa
             for row, tokens in zip(long, cut[name], strict=True):
                 columns[name][row] = tokens
     return columns | {"length": [len(tokens) for tokens in columns["input_ids"]], "truncated": truncated}
-
-
-def _encode_windows(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: int, windows: WindowSettings
-) -> dict[str, list[Any]]:
-    """Turn some texts into token ids, window after window."""
-    plain = {"truncation": False, "verbose": False, "return_attention_mask": False}
-    encoded = tokenizer(texts, return_special_tokens_mask=True, **plain)
-    kept = [name for name in tokenizer.model_input_names if name in INPUTS]
-    columns: dict[str, list[Any]] = {name: [] for name in (*kept, "windows", "length", "truncated")}
-    for row, special in enumerate(encoded["special_tokens_mask"]):
-        found, is_cut = windows.cut(special, limit)
-        chosen = np.concatenate(found)
-        for name in kept:
-            columns[name].append(np.asarray(encoded[name][row])[chosen])
-        for name, value in (("windows", [len(one) for one in found]), ("length", len(chosen)), ("truncated", is_cut)):
-            columns[name].append(value)
-    return columns
 
 
 class LengthBucketSampler(Sampler[list[int]]):
@@ -329,7 +309,9 @@ class WordCollator:
             `labels` (-100: none) and `teacher_logits`.
         """
         limit = min(self.max_length, self.tokenizer.model_max_length)
-        encoded = encode_words({name: [row[name] for row in rows] for name in ("text", *WORDS)}, self.tokenizer, limit)
+        encoded = encode_windows(
+            {name: [row[name] for row in rows] for name in ("text", *WORDS)}, self.tokenizer, limit
+        )
         whole = [{**row, **{name: values[place] for name, values in encoded.items()}} for place, row in enumerate(rows)]
         return Collator.of(self.tokenizer, "tokens", limit)([part for row in whole for part in split_row(row)])
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdlora.config import Kind, TaskConfig
-from kdlora.data.read import RawTable, Source, first_true, is_text
+from kdlora.data.read import RawTable, Source, first_true, is_list, is_text
 from kdlora.data.tags import NO_TAG
 from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.errors import DataError, did_you_mean
@@ -252,7 +252,7 @@ def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:
         return "multi-label"
     column = label[0]
     values = raw.table[column]
-    if _is_list(values.type):
+    if is_list(values.type):
         return "multi-label"
     if column in raw.class_names or pa.types.is_boolean(values.type):
         return "single-label"
@@ -314,7 +314,7 @@ def _label_names(raw: RawTable, kind: Kind, label: tuple[str, ...], given: tuple
             )
         return given or label
     column, values = label[0], raw.table[label[0]]
-    if kind == "single-label" and _is_list(values.type):
+    if kind == "single-label" and is_list(values.type):
         raise DataError(f"{raw.source}: the label column {column!r} holds lists; set task.kind: multi-label")
     if named := given or raw.class_names.get(column):
         return named
@@ -322,7 +322,7 @@ def _label_names(raw: RawTable, kind: Kind, label: tuple[str, ...], given: tuple
 
 
 def _names_in_lists(raw: RawTable, column: str, values: pa.ChunkedArray) -> tuple[str, ...]:
-    if not _is_list(values.type):
+    if not is_list(values.type):
         raise DataError(
             f"{raw.source}: the task is multi-label, but the column {column!r} holds {values.type}; expected a list of "
             "label names or of 0 and 1, or several columns of 0 and 1 (task.label: [A, B, ...])"
@@ -341,7 +341,3 @@ def _names_in_lists(raw: RawTable, column: str, values: pa.ChunkedArray) -> tupl
 def _sorted_names(strings: pa.ChunkedArray) -> tuple[str, ...]:
     names = sorted(pc.unique(pc.drop_null(strings)).to_pylist())
     return tuple(sorted(names, key=int) if all(name.lstrip("+-").isdecimal() for name in names) else names)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))

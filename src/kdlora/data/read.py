@@ -133,6 +133,10 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner))
 
 
+def is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     """Whether texts have nothing to read; null has not."""
     return pc.invert(pc.fill_null(pc.match_substring_regex(texts, _NOT_BLANK), False))

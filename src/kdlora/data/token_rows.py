@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from kdlora.config import TaskConfig
 from kdlora.data.lines import LINES
-from kdlora.data.read import RawTable, Source, first_true, is_text
+from kdlora.data.read import RawTable, Source, first_true, is_list, is_text
 from kdlora.data.spool import spool
 from kdlora.data.tags import (
     OUTSIDE,
@@ -67,7 +67,7 @@ def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] |
 def _holds_tokens(source: Source, text: str, label: str) -> bool:
     table = source.read((text, label)).table
     words, labels = table[text].type, table[label].type
-    return _is_list(labels) and (_is_list(words) or pa.types.is_struct(labels.value_type))
+    return is_list(labels) and (is_list(words) or pa.types.is_struct(labels.value_type))
 
 
 def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str]) -> pa.Table:
@@ -77,7 +77,7 @@ def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str
     input_type = raw.table[text].type
     if is_text(input_type):
         return spool(_batches_of_texts(raw, text, label), raw.source)
-    if not _is_list(input_type) or not (is_text(input_type.value_type) or pa.types.is_null(input_type.value_type)):
+    if not is_list(input_type) or not (is_text(input_type.value_type) or pa.types.is_null(input_type.value_type)):
         raise DataError(f"{raw.source}: the column {text!r} holds {input_type}; {_EXPECTED}")
     words, offsets = _flatten(raw, text, "words")
     columns = {"words": pc.utf8_trim_whitespace(words.cast(pa.string()))}
@@ -89,10 +89,6 @@ def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str
     if label is not None:
         columns["tags"] = _in_iob2(raw, columns, offsets, label, notes)
     return spool(_batches_of_words(columns, offsets), raw.source)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _flatten(raw: RawTable, column: str, what: str) -> tuple[pa.ChunkedArray, Integers]:
@@ -107,7 +103,7 @@ def _flatten(raw: RawTable, column: str, what: str) -> tuple[pa.ChunkedArray, In
 def _flat_tags(raw: RawTable, label: str, offsets: Integers) -> pa.ChunkedArray:
     """Give the tags of all words as text, those of codes by name, null where a word has none."""
     kind = raw.table[label].type
-    if not _is_list(kind):
+    if not is_list(kind):
         raise DataError(
             f"{raw.source}: the column {label!r} holds {kind}, where a list of tags is expected, one a word"
         )
@@ -226,7 +222,7 @@ def _batches_of_texts(raw: RawTable, text: str, label: str | None) -> Iterator[p
     """Split texts into words, cut where a span begins or ends."""
     kind = raw.table[label].type if label is not None else None
     if kind is not None and not (
-        _is_list(kind) and (pa.types.is_struct(kind.value_type) or pa.types.is_null(kind.value_type))
+        is_list(kind) and (pa.types.is_struct(kind.value_type) or pa.types.is_null(kind.value_type))
     ):
         raise DataError(f"{raw.source}: the column {label!r} holds {kind} beside texts; {_EXPECTED}")
     wanted = [name for name in (text, label) if name is not None]

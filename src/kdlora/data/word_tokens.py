@@ -15,7 +15,7 @@ from datasets import Dataset, Features
 from kdlora.data.logit_table import as_lists, as_offsets
 from kdlora.data.spool import make_dataset, read_column, slice_rows, spool
 from kdlora.data.tags import NO_TAG, split_words
-from kdlora.data.windows import read_windows
+from kdlora.data.windows import WindowSettings, read_windows
 from kdlora.errors import ModelError
 
 WORDS = ("starts", "ends")
@@ -84,29 +84,35 @@ def words_seen(dataset: Dataset) -> npt.NDArray[np.bool_]:
     return np.asarray(pc.list_flatten(read_column(dataset, "places")).to_numpy() >= 0)
 
 
-def encode_words(rows: Mapping[str, list[Any]], tokenizer: Any, limit: int) -> dict[str, list[Any]]:
-    """Turn texts with words into token ids, window after window, and find their words in them."""
-    if not tokenizer.is_fast:
+def encode_windows(
+    rows: Mapping[str, list[Any]], tokenizer: Any, limit: int, settings: WindowSettings | None = None
+) -> dict[str, list[Any]]:
+    """Turn texts into token ids, window after window; where they have words, find these in them."""
+    has_words = "starts" in rows
+    if has_words and not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer of {tokenizer.name_or_path!r} does not say which characters a token stands for, so words "
             "cannot be found in it; choose a model with a tokenizer.json"
         )
-    more = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    more = {"return_offsets_mapping": has_words, "return_special_tokens_mask": True}
     encoded = tokenizer(rows["text"], truncation=False, verbose=False, return_attention_mask=False, **more)
     names = [name for name in tokenizer.model_input_names if name in encoded and name != "attention_mask"]
-    columns: dict[str, list[Any]] = {name: [] for name in (*names, *READ)}
-    for row, (starts, ends) in enumerate(zip(rows["starts"], rows["ends"], strict=True)):
-        mask = encoded["special_tokens_mask"][row]
-        found = read_windows(encoded["offset_mapping"][row], mask, starts, ends, limit)
-        sizes = np.array([len(tokens) for tokens in found.tokens])
-        begins = np.cumsum(sizes) - sizes
-        chosen = np.concatenate(found.tokens)
+    of_words = ["places"] if has_words else []
+    columns: dict[str, list[Any]] = {name: [] for name in (*names, "windows", *of_words, "length", "truncated")}
+    for row, mask in enumerate(encoded["special_tokens_mask"]):
+        if has_words:
+            found = read_windows(encoded["offset_mapping"][row], mask, rows["starts"][row], rows["ends"][row], limit)
+            windows, is_cut = found.tokens, False
+            begins = np.cumsum([0, *map(len, windows)])
+            columns["places"].append(np.where(found.place < 0, -1, found.place + begins[found.window]))
+        else:
+            windows, is_cut = (settings or WindowSettings()).cut(mask, limit)
+        chosen = np.concatenate(windows)
         for name in names:
             columns[name].append(np.asarray(encoded[name][row])[chosen])
-        columns["windows"].append(sizes)
-        columns["places"].append(np.where(found.place < 0, -1, found.place + begins[found.window]))
-    lengths = [len(tokens) for tokens in columns["input_ids"]]
-    return columns | {"length": lengths, "truncated": [False] * len(lengths)}
+        for name, value in (("windows", list(map(len, windows))), ("length", len(chosen)), ("truncated", is_cut)):
+            columns[name].append(value)
+    return columns
 
 
 def split_windows(row: Mapping[str, Any]) -> list[dict[str, Any]]:

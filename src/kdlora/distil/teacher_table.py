@@ -191,25 +191,21 @@ def _smoothed(table: pa.Table, task: Task, file: Path) -> np.ndarray:
 def _matrix(table: pa.Table, columns: Sequence[str], file: Path, is_exact: bool) -> np.ndarray:
     """Put columns of numbers side by side, in float64 where they are exact."""
     values = np.empty((table.num_rows, len(columns)), np.float64 if is_exact else np.float32)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused with its id
-        for place, column in enumerate(columns):
-            values[:, place] = _numbers(table, column, file)
+    for place, column in enumerate(columns):
+        array = table.column(column)
+        if array.null_count:
+            row = int(np.flatnonzero(array.is_null().to_numpy())[0])
+            raise DataError(
+                f"{file}: {array.null_count} rows lack a value in column {column!r}, first id "
+                f"{table.column('id')[row].as_py()!r}"
+            )
+        try:
+            numbers = array.cast(pa.float64()).to_numpy()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as fault:
+            raise DataError(f"{file}: expected numbers in column {column!r}, got {array.type}: {fault}") from None
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused with its id
+            values[:, place] = numbers
     return values
-
-
-def _numbers(table: pa.Table, column: str, file: Path) -> np.ndarray:
-    array = table.column(column)
-    if array.null_count:
-        row = int(np.flatnonzero(array.is_null().to_numpy())[0])
-        raise DataError(
-            f"{file}: {array.null_count} rows lack a value in column {column!r}, first id "
-            f"{table.column('id')[row].as_py()!r}"
-        )
-    try:
-        numbers: np.ndarray = array.cast(pa.float64()).to_numpy()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as fault:
-        raise DataError(f"{file}: expected numbers in column {column!r}, got {array.type}: {fault}") from None
-    return numbers
 
 
 def _as_logits(probabilities: np.ndarray, task: Task, ids: pa.ChunkedArray, file: Path) -> np.ndarray:

@@ -24,9 +24,6 @@ from kdlora.experiment.suitefile import SuiteConfig, save_suite
 from kdlora.system.ownership import check_folder, claim_folder
 from kdlora.system.storage import hold_lock, write_text_atomic
 
-MOST_RUNS = 10_000
-"""A plan of more runs has to be confirmed: it may be a slip of the pen."""
-
 
 @dataclass(frozen=True)
 class SuiteEvent:
@@ -84,7 +81,6 @@ def run_suite(
     out: str | Path | None = None,
     *,
     on: str | None = None,
-    confirmed: bool = False,
     listen: Callable[[SuiteEvent], None] | None = None,
 ) -> SuiteResult:
     """Carry out every run of a suite that is not finished yet, and write its tables.
@@ -93,7 +89,6 @@ def run_suite(
         suite: tasks, families, arms, configurations and seeds.
         out: its folder, default `runs/<name>`. The same call again repeats no finished run.
         on: `ray` or `ray://HOST:PORT`: the cluster that carries the runs out; default: this process, one by one.
-        confirmed: whether a plan of more than 10,000 runs is meant.
         listen: called with each event.
 
     Returns:
@@ -105,7 +100,6 @@ def run_suite(
     Examples:
         >>> result = run_suite(load_suite("suite.yaml"), "runs/suite")
     """
-    check_size(suite, confirmed=confirmed)
     plan = make_plan(suite)
     if "://" in str(out):
         raise ConfigError(f"--out {out}: runs are written to a folder; mount the store, and name a folder of it")
@@ -147,18 +141,6 @@ def _carry_out(queue: Queue, engine: Engine, work: Work, listen: Callable[[Suite
 
 def suite_folder(suite: SuiteConfig, out: str | Path | None) -> Path:
     return (Path(out) if out is not None else Path("runs") / suite.name).absolute()
-
-
-def check_size(suite: SuiteConfig, *, confirmed: bool) -> None:
-    """Refuse a huge plan that nobody has confirmed."""
-    runs = suite.count_runs()
-    if runs > MOST_RUNS and not confirmed:
-        counts = [(suite.tasks, "tasks"), (suite.families, "families"), (suite.arms, "arms"), (suite.seeds, "seeds")]
-        sizes = ", ".join(f"{word}: {len(values)}" for values, word in counts)
-        raise ConfigError(
-            f"this suite has {runs:,} runs ({sizes}, and the configurations of each arm), more than "
-            f"{MOST_RUNS:,}; if that is what you mean, add --yes, else shorten a grid"
-        )
 
 
 def settle_plan(
@@ -215,9 +197,8 @@ class Overview:
     obstacle: str = ""
 
 
-def look_at_suite(suite: SuiteConfig, out: str | Path | None = None, *, confirmed: bool = False) -> Overview:
+def look_at_suite(suite: SuiteConfig, out: str | Path | None = None) -> Overview:
     """Say what a suite would do, without doing any of it."""
-    check_size(suite, confirmed=confirmed)
     plan, records = make_plan(suite), dict[str, RunRecord]()
     seconds: float | None = None
     obstacle = ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -170,12 +169,6 @@ class SuiteConfig(Section):
                     f"config.{section}.{key}: a suite ships nothing, so it decides nothing. Delete the key"
                 )
         return self
-
-    def count_runs(self) -> int:
-        """Count the runs of the plan before any is made, shared ones more than once."""
-        seeds, cells = len(self.seeds), len(self.tasks) * len(self.families)
-        sizes = [math.prod(len(axis) for axis in self.grids.of(arm)) for arm in self.arms]
-        return cells * seeds * sum(sizes)
 
 
 def configurations(axes: Axes) -> Iterator[Settings]:

@@ -117,14 +117,7 @@ class Task:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Task:
-        """Read what `to_dict` wrote.
-
-        Args:
-            values: the dictionary of a run record or an experiment.
-
-        Raises:
-            DataError: a field is missing or the kind is unknown.
-        """
+        """Read what `to_dict` wrote; raises a DataError that names the fields that do not fit."""
         try:
             return _STORED.validate_python(dict(values))
         except ValidationError as fault:

@@ -128,24 +128,17 @@ class Team:
 
     def _reason(self, fault: Exception) -> Exception:
         """Find out why a stage failed here: the first process that fails takes the others with it."""
-        until = time.monotonic() + _REPORT_SECONDS
         for rank in range(1, self.launch.count):
-            outcome, key = None, f"outcome-{self.number}-{rank}"
-            with suppress(distributed.DistError):
-                if self._wait_for([key], until):
-                    outcome = json.loads(self.store.get(key))
-            if outcome is None:
+            key = f"outcome-{self.number}-{rank}"
+            try:
+                self.store.wait([key], timedelta(seconds=_REPORT_SECONDS))
+                outcome = json.loads(self.store.get(key))
+            except distributed.DistError:
                 reason = f"process {rank} of this run is gone; the same command continues where it stopped"
                 return ConnectionError(reason)
             if outcome["kind"] in _FAULTS:
                 return _FAULTS[outcome["kind"]](f"process {rank}: {outcome['text']}")
         return fault
-
-    def _wait_for(self, keys: list[str], until: float) -> bool:
-        """Wait until the store has all keys; False where it is too late."""
-        while not (found := bool(self.store.check(keys))) and time.monotonic() < until:
-            time.sleep(_POLL_SECONDS)
-        return found
 
     def end(self, **said: Any) -> None:
         """Tell the others how it ended; the store may go with this process, so they get time to hear it."""
@@ -153,7 +146,7 @@ class Team:
             with suppress(distributed.DistError):
                 self.store.set("end", json.dumps(said))
                 left = [f"left-{rank}" for rank in range(1, self.launch.count)]
-                self._wait_for(left, time.monotonic() + _FAREWELL_SECONDS)
+                self.store.wait(left, timedelta(seconds=_FAREWELL_SECONDS))
 
 
 def _experiment(config: Config, layout: ExperimentLayout) -> dict[str, Any]:

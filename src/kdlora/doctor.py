@@ -22,10 +22,7 @@ HUB = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The state of an installation; it names no user, host or folder. Memory and disk are free GiB.
-
-    `extras` maps an extra to its requirements that are not met; `problems` are plain sentences.
-    """
+    """The state of an installation, without user, host or folder: free GiB, and what `extras` lack."""
 
     versions: dict[str, str]
     machine: dict[str, str]

@@ -115,11 +115,9 @@ def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBa
 class LengthBucketSampler(Sampler[list[int]]):
     """Draw batches of like length in random order.
 
-    Rows are shuffled, cut into chunks of many batches, sorted by length within a chunk, and the batches shuffled:
-    every epoch forms new batches, and a batch is hardly padded. Every row comes once; the last, short batch is drawn
-    like the others but comes last. The order depends on the lengths, the seed and the epoch alone. An epoch of more
-    rows than there are takes all of them again and again, the last time a part drawn at random. Rows `beside`
-    come in addition: every epoch has as many of them as of the others.
+    Rows are shuffled, cut into chunks, sorted by length within a chunk, and the batches shuffled; the short one comes
+    last. The order depends on the lengths, the seed and the epoch alone. An epoch of more rows than there are takes all
+    of them again and again; of the rows `beside` it has as many as of the others.
     """
 
     def __init__(
@@ -300,9 +298,6 @@ class WordCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Tokenise rows with `text`, `starts`, `ends`, `label` and, where a teacher answers, `teacher_logits`.
-
-        Args:
-            rows: of a data set.
 
         Returns:
             What the model reads, and of the words that count `words`, their places among all tokens of the batch,

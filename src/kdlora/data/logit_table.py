@@ -56,10 +56,7 @@ def _plain(name: str) -> str:
 
 
 class Shard(BaseModel):
-    """A finished file: its SHA-256, rows with logits, rows rejected, texts that the teacher read cut.
-
-    The input file ends with it where `ends` says so.
-    """
+    """A finished file: rows with logits, rows rejected, texts read cut, and whether the input file `ends` with it."""
 
     model_config = ConfigDict(strict=True, frozen=True)
     file: Annotated[str, AfterValidator(_plain)]

@@ -91,11 +91,7 @@ def open_file(
     plain: bool = False,
     every_key: bool = False,
 ) -> Source:
-    """Open a data file by its extension.
-
-    `header` names the columns of one that has no header line; with `every_key` the columns of JSON Lines are the keys
-    of all rows, not of the first ones.
-    """
+    """Open a data file by its extension; `header` names columns, `every_key` looks for them in all JSON rows."""
     file = Path(path)
     _check_file(file, key)
     extension = file.suffix.lower()

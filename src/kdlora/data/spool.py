@@ -29,11 +29,7 @@ _SPREAD = 16
 
 
 def spool(batches: Iterator[pa.RecordBatch], source: str) -> pa.Table:
-    """Write batches to temporary Arrow files and map them, so that rows need no memory.
-
-    A batch whose types differ (JSON that turns from integers to decimals) begins a new file; only the columns
-    concerned are converted in memory.
-    """
+    """Write batches to temporary Arrow files and map them, so that rows need no memory; new types begin a new file."""
     rows = (batch for batch in batches if batch.num_rows)
     tables = [_map(schema, group) for schema, group in itertools.groupby(rows, key=lambda batch: batch.schema)]
     if not tables:

@@ -31,10 +31,7 @@ class WindowSettings:
     pool: Pool = "mean"
 
     def cut(self, special: npt.ArrayLike, max_length: int) -> tuple[list[Ints], bool]:
-        """Give the tokens of each window of an encoded text, and say whether it has more than the windows hold.
-
-        `special` is as in `read_windows`.
-        """
+        """Give the tokens of each window of an encoded text, and say whether more are left; see `read_windows`."""
         frame = _Frame.of(special, max_length)
         if (stride := frame.room // OVERLAP if self.stride is None else self.stride) >= frame.room:
             raise ConfigError(

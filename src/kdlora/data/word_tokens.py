@@ -47,10 +47,7 @@ def window_counts(dataset: Dataset) -> Integers | None:
 
 
 def cut_words(rows: Dataset) -> Dataset:
-    """Cut the words that a file gives where `split_words` does, as where the model is served; their entities go on.
-
-    In a column `given` each part says whether a word of the file begins with it; without that nothing was cut.
-    """
+    """Cut the words of a file where `split_words` does, as where it is served; `given` marks where they begin."""
     batches = (_cut_slice(part) for part in slice_rows(rows, rows.column_names, rows=1000))
     table = spool(batches, "the words of the training rows")
     if pc.all(pc.list_flatten(table[GIVEN])).as_py():

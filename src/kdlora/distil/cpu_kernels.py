@@ -32,8 +32,8 @@ _CACHED = 2**19
 def keep_mask(shape: torch.Size, rate: float) -> Tensor:
     """Draw which elements a dropout keeps, eight at a time.
 
-    `torch.bernoulli` draws a float per element, which takes longer than the matrix product beside it. A byte per
-    element rounds the rate to 1/256. Comparisons and what is made of their results are slow too, so none is made.
+    `torch.bernoulli` draws a float per element, which takes longer than the matrix product beside it; a byte per
+    element rounds the rate to 1/256. Comparisons are slow too, so none is made.
     """
     count = math.prod(shape)
     words = torch.empty(-(-count // 8), dtype=torch.int64).random_(_LOWEST, None)
@@ -145,10 +145,7 @@ def _parts(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dropout: float, scale: float
 ) -> Tensor:
-    """Compute scaled dot-product attention with dropout on the shares (Vaswani et al., 2017, eq. 1).
-
-    PyTorch's fused kernel for CPUs knows no dropout, and its fallback draws a float per share and keeps two copies.
-    """
+    """Compute scaled dot-product attention with dropout on the shares, which PyTorch's fused kernel for CPUs lacks."""
     # Rotary positions leave queries and keys in fp32 under autocast, beside values in bf16.
     return _Attention.apply(query.to(value.dtype), key.to(value.dtype), value, mask, dropout, scale)
 

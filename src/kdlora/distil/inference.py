@@ -40,9 +40,8 @@ def predict_logits(
 ) -> np.ndarray:
     """Run a model over token ids, without dropout and without gradients.
 
-    Several processes with the same model and data take turns at the batches, which are those of a single process, so
-    that the figures are the same to the bit. Where examples have words the result has a row a word, the words of all
-    examples one after the other; that of a word which the model cannot see is NaN.
+    Several processes take turns at the batches, which are those of a single process, so that the figures are the same
+    to the bit. Where examples have words the result has a row a word; that of one which the model cannot see is NaN.
     """
     words, counts = word_offsets(data.dataset), window_counts(data.dataset)
     seen = None if words is None else words_seen(data.dataset)
@@ -129,11 +128,7 @@ def hash_model(model: nn.Module, *, without: Collection[str] = ()) -> str:
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Give the SHA-256 of how a tokenizer turns text into ids.
-
-    Truncation and padding are left out: every call sets them anew, so they would change the hash of a tokenizer
-    that has merely been used.
-    """
+    """Give the SHA-256 of how a tokenizer turns text into ids; truncation and padding do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         vocabulary = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}

@@ -164,11 +164,7 @@ class TeacherLogits:
         return len(self.ids) - int(used.sum())
 
     def _match(self, dataset: Dataset) -> np.ndarray:
-        """Find the teacher's row of every example.
-
-        While they come in the teacher's order, where some may be left out, a table of some thousand ids at a time
-        serves in place of one of all of them.
-        """
+        """Find the teacher's row of every example, a few thousand ids at a time while they are in its order."""
         found, place = list[np.ndarray](), 0
         for part in slice_rows(dataset, ["id"]):
             near = pc.index_in(_as_ids(part["id"]), value_set=self.ids.slice(place, _AHEAD_ROWS))

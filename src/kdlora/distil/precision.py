@@ -130,10 +130,8 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 def frozen_in_half(model: nn.Module, precision: str) -> Iterator[int]:
     """Hold the frozen linear layers in half precision while a training runs; the originals come back on exit.
 
-    Autocast casts every weight again in every step; a frozen weight gives the same result each time. Only layers
-    that autocast would cast are touched: adapters, fresh modules, embeddings and norms stay in fp32, so the
-    numbers are those of plain autocast. What comes back is the very tensor that was there, so an adapter is
-    merged into the unrounded base. Layers under DoRA are left alone, whose norm is taken over the base weight.
+    Autocast casts every weight again in every step. Only layers that it would cast are touched, so the numbers are
+    those of plain autocast; layers under DoRA are left alone, whose norm is taken over the base weight.
     """
     originals: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:

@@ -62,10 +62,7 @@ class CheckpointFolder:
         self.folder, self.ingredients, self.keep, self.best = folder, dict(ingredients), keep, folder / _BEST
 
     def latest(self) -> Checkpoint | None:
-        """Find the newest whole checkpoint; unfinished or damaged ones are passed over.
-
-        What a killed process was writing goes: it may be as large as the model.
-        """
+        """Find the newest whole checkpoint; what a killed process was writing, perhaps a whole model, goes."""
         if self.folder.is_dir():
             self._claim()
             remove_abandoned(self.folder, deep=False)

@@ -16,8 +16,7 @@ from kdlora.errors import ModelError
 class TargetScale:
     """How targets are brought to mean 0 and standard deviation 1.
 
-    A fresh head starts near 0 and learns in steps of the learning rate: targets such as 2,000 ± 300 would take it
-    most of the training to reach. `fold_into_head` makes the model predict on the original scale afterwards.
+    A fresh head starts near 0: targets such as 2,000 ± 300 would take it most of the training to reach.
     """
 
     mean: float

@@ -48,8 +48,7 @@ _ADAPTED = "base_model.model."  # what PEFT puts before the names of a model's p
 class ProgressEvent:
     """Where a training stands, of `epochs` and optimiser `steps` in all.
 
-    Losses are means over the epoch's rows so far, None before the first. Evaluation is left out of the speed and of
-    the seconds to the last step. `score` is that of the newest evaluation, 0 to 100.
+    Losses are means over the epoch's rows so far; speed and seconds leave evaluation out; `score` is the newest.
     """
 
     epoch: float

@@ -28,10 +28,8 @@ _users: list[object] = []
 def freed_memory_kept(device: torch.device) -> Iterator[bool]:
     """Let this process reuse the large blocks that it frees, in place of giving each back to the system.
 
-    Every operation of a step allocates tensors of many megabytes. By default each is mapped afresh and the kernel
-    clears its pages, which on long texts takes longer than the matrix products. On exit the freed memory goes back.
-    Nothing is done on another device, without glibc, or where the user has tuned its allocator through the
-    environment. May be nested.
+    By default each tensor of many megabytes is mapped afresh and the kernel clears its pages, which on long texts takes
+    longer than the matrix products. Nothing is done on another device, without glibc, or where the user has tuned it.
     """
     libc = _glibc()
     if libc is None or device.type != "cpu":
@@ -62,11 +60,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 @contextmanager
 def dropout_set(model: nn.Module, rate: float | None) -> Iterator[int]:
-    """Train with another dropout than the model's config asks for; the model's own comes back on exit.
-
-    A model that is small for its task underfits rather than overfits, and a teacher's soft targets regularise by
-    themselves; dropout then only adds noise. The config stays as it is, so what is saved is an ordinary checkpoint.
-    """
+    """Train with another dropout than the model's config asks for, which stays as it is; its own comes back on exit."""
     places = [] if rate is None else _places(model)
     originals = [getattr(module, name) for module, name in places]
     try:

@@ -32,10 +32,7 @@ _EMPTY = "∅"  # stands for a text of nothing but space, so that a vocabulary i
 
 @dataclass(frozen=True)
 class BagOfWords:
-    """TF-IDF of words and of characters, and a linear model: one for all classes, or one a label of several.
-
-    A label whose rows are all alike has a number for a model. `rows` were learnt from, and `strength` was best.
-    """
+    """TF-IDF and a linear model: one for all classes, or one a label of several, a number where all rows are alike."""
 
     task: Task
     vectorizers: tuple[TfidfVectorizer, ...]

@@ -111,11 +111,7 @@ class SuiteFigures:
         return [(run, record) for run, record in self.ended(cell) if record.status == "finished"]
 
     def figure(self, cell: Cell, group: str = "") -> Figure:
-        """Compute one cell of Table 1: the median of its best configurations.
-
-        Which configurations are best is decided on the validation split; where every run has a test score, the figure
-        is that of the test split.
-        """
+        """Compute one cell of Table 1: the median of those that are best on validation, on test if it can be."""
         ended, finished = self.ended(cell), self.finished(cell)
         on_test = bool(finished) and not group and all(record.test_score is not None for _, record in finished)
         by_configuration: dict[str, list[tuple[Taken, float]]] = {}

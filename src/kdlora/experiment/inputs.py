@@ -78,10 +78,7 @@ def load_teacher(config: Config, task: Task, trained: Path | None = None) -> tup
 
 
 def stored_logits(config: Config, layout: ExperimentLayout | None, splits: Splits) -> list[TeacherLogits]:
-    """Read the teacher logits of the training rows, and of the unlabelled ones where there are any.
-
-    They come from the user's table, from a labelled collection, or from where `label_training_rows` stored them.
-    """
+    """Read the teacher logits of training and unlabelled rows, from the user's table, a collection, or our own."""
     found = []
     for split, rows in (("train", splits.train), ("unlabelled", splits.unlabelled)):
         collection = _collection(config) if split == "unlabelled" else None

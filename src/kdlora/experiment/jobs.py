@@ -82,10 +82,9 @@ def carry_out(
     check: Callable[[], None] | None = None,
     notes: Sequence[str] = (),
 ) -> Outcome:
-    """Carry out a job in a child of this process; what goes wrong there becomes a failed outcome.
+    """Carry out a job in a child of this process; what goes wrong there becomes a failed outcome, but for a full disk.
 
-    A full disk, a vanished folder or a lost process ends all jobs alike. `check` is called before the record, which
-    gets the notes, is written.
+    `check` is called before the record, which gets the notes, is written.
     """
     start = time.perf_counter()
     record, fault = None, None

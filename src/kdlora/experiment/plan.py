@@ -22,10 +22,7 @@ from kdlora.system.integrity import hash_json
 
 @dataclass(frozen=True)
 class ConfigurationLayout(ExperimentLayout):
-    """The folder of one configuration of an arm; a student's teacher lies in the folder of another.
-
-    `shared_folder` is that of the suite or search.
-    """
+    """The folder of one configuration of an arm; the teacher of a student, and what a suite shares, lie elsewhere."""
 
     shared_teacher: Path | None = None
     shared_folder: Path | None = None
@@ -45,9 +42,8 @@ class ConfigurationLayout(ExperimentLayout):
 class PlannedRun:
     """One arm of one configuration with one seed; the runs of an experiment have no `task`, and all lie in its folder.
 
-    `folder` is relative to the suite's; its name holds a hash of everything that decides the figures, so that an
-    edited grid neither mixes nor repeats runs. `settings` are what the grid set, as far as the arm uses it. A
-    distilled arm's config gets its teacher when that is known.
+    `folder` is relative to the suite's; its name holds a hash of everything that decides the figures. `settings` are
+    what the grid set, as far as the arm uses it.
     """
 
     arm: Arm
@@ -91,10 +87,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A suite's runs: every task x family x arm, and for each task x family the runs of which one teaches.
-
-    Teachers are in the order of the grid, and left out where nothing is distilled.
-    """
+    """A suite's runs: every task x family x arm, and for each task x family the runs of which one teaches, if any."""
 
     suite: SuiteConfig
     cells: tuple[Cell, ...]

@@ -84,10 +84,7 @@ class Queue:
             self._prune()
 
     def _push(self, run: PlannedRun, lesson: int = -1, labels: PlannedRun | None = None) -> None:
-        """Queue the training of a run, or the labelling that it waits for by that teacher.
-
-        Task by task, so that the tables fill from above.
-        """
+        """Queue the training of a run, or the labelling that it waits for by that teacher; tables fill task by task."""
         place = labels or run
         layout, config, mark = place.layout(self._root), run.config, ""
         if (teacher := self._teachers.get(lesson)) is not None:

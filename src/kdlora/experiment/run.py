@@ -104,8 +104,7 @@ class ExperimentResult:
 def plan_runs(config: Config) -> list[PlannedRun]:
     """Order the runs of an experiment: a bag of words, the teacher, the arms without it, then what it teaches.
 
-    The teacher is the run of `config.teacher_arm` and `config.teacher_seed`. It is planned wherever a distilled arm
-    needs it, asked for or not, and never twice. A given teacher is one model, so it has one run; so has a bag of words.
+    The teacher is planned wherever a distilled arm needs it, asked for or not; a given one, and a bag of words, once.
     """
     arms = sorted(config.run.arms, key=DISTILLED_ARMS.__contains__)  # a control can still speak against the teacher
     words = [PlannedRun("words", config.run.seeds[0], config)] if "words" in arms else []

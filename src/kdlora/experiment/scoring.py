@@ -254,10 +254,7 @@ def time_calls(
 
 
 def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequence[RunRecord]) -> list[str]:
-    """Say what speaks against the teacher on the validation rows, before it labels, and what to do about it.
-
-    A control that is better, or a class of which it gets no row right; nothing else.
-    """
+    """Say whether a control is better than the teacher, or it gets no row of a class right, and what to do about it."""
     scores = {(one.arm, one.seed): one.score for one in records if one.status == "finished" and one.score is not None}
     arm, seed, taught = config.teacher_arm, config.teacher_seed, TEACHER_ARMS | DISTILLED_ARMS
     if (own := scores.get((arm, seed))) is None:

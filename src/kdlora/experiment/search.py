@@ -203,10 +203,7 @@ def carry_out_trial(
 
 
 def _settle(search: Search, study: Study, trial: Trial, hear: Callable[[Any], None]) -> str:
-    """Train a trial and tell the study; a config that cannot be trained is a failed trial, not the end of the search.
-
-    A full disk or the like ends the search.
-    """
+    """Train a trial and tell the study; a config that fails is a failed trial, but a full disk ends the search."""
     from optuna.trial import TrialState
 
     settings = settings_of(search.settings, trial.params)
@@ -261,10 +258,7 @@ class Reporter:
         self._reported: set[int] = set()
 
     def hear(self, event: Any) -> None:
-        """Take an event of the training; within an epoch it has the score of the one before.
-
-        At the very end of an epoch it may come before the evaluation or after it.
-        """
+        """Take an event of the training; within an epoch it has the score of the one before."""
         if not isinstance(event, ProgressEvent):
             return
         self._tell(event)

@@ -50,11 +50,9 @@ Section = TypeVar("Section", bound=BaseModel)
 
 
 def settings_for(config: Config, arm: Arm) -> TrainConfig:
-    """Return how an arm is trained.
+    """Return how an arm is trained: the teacher by `teacher.train`, all else by `student.train`.
 
-    The teacher follows `teacher.train`; all else, a teacher-size `lora` that teaches nothing included, follows
-    `student.train`, since the paper searches one range for LoRA and KD-LoRA. Fully tuned students take
-    `student.full_learning_rate`.
+    So is `lora` where it teaches nothing, since the paper searches one range for LoRA and KD-LoRA.
     """
     if arm == "fft":
         return config.teacher.train
@@ -113,10 +111,7 @@ def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = Tr
 
 
 def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.ndarray, max_length: int) -> float:
-    """Time forward passes over texts of all lengths, more of them until it takes long enough to tell.
-
-    On a CPU it is one thread's own time: several that wait for each other on a busy machine tell nothing.
-    """
+    """Time forward passes over texts of all lengths, long enough to tell; on a CPU one thread's own time."""
     device = resolve_device(config.run.device)
     encoder.model.to(device)
     precision = resolve_precision(config.run.precision, config.run.device)[0]
@@ -204,8 +199,7 @@ def decide(looks: Looks, rows: Mapping[str, int], labels: int) -> Chosen:
 def rows_per_epoch(splits: Splits) -> int:
     """Count the rows that an epoch of every student arm draws: the training rows and the unlabelled ones.
 
-    Perturbed copies do not make an epoch longer: a distilled arm has one beside every other row of a step. Rows that a
-    search holds out do not make it shorter: its trainings take as many steps as those that they stand for.
+    Perturbed copies come beside these, and rows that a search holds out count: its trainings take as many steps.
     """
     more = 0 if splits.unlabelled is None else len(splits.unlabelled)
     return len(splits.train) + splits.held_out + more - splits.copies

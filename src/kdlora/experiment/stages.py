@@ -50,10 +50,7 @@ class Stage:
 
 
 def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, progress: Progress | None) -> RunRecord:
-    """Train, measure and keep one arm with one seed; a given teacher is only evaluated.
-
-    Of several processes all train, and the first measures and keeps.
-    """
+    """Train, measure and keep one arm with one seed; of several processes the first measures and keeps."""
     prepare_process(config)
     forget_peak()
     level = read_memory()

@@ -184,10 +184,7 @@ class PlannedArm:
 
 @dataclass(frozen=True)
 class Overview:
-    """What a suite would do: its runs, in all and by task and arm, the teachers that label, the time of what is left.
-
-    There are no seconds where the data or a model cannot be reached; `obstacle` says why.
-    """
+    """What a suite would do: its runs by task and arm, the labellings, the time of what is left, or an obstacle."""
 
     runs: int
     finished: int

@@ -86,10 +86,7 @@ class Team:
         return run_in_child(carry_out_together, *arguments, on_message=on_message)
 
     def follow(self, config: Config, layout: ExperimentLayout) -> dict[str, Any]:
-        """Take part in every stage that process 0 announces, until it has come to its end.
-
-        Whoever reaches the store can announce a stage, so what is carried out is what this process was started with.
-        """
+        """Take part in every stage that process 0 announces, if it is one of what this process was started with."""
         while (said := self._next_stage()) is not None:
             outcome = {"kind": "done", "text": ""}
             try:
@@ -185,10 +182,7 @@ def gather_team(config: Config) -> Iterator[Team]:
 
 
 def _meet(launch: Launch) -> Any:
-    """Open the store through which the processes talk.
-
-    For processes of this machine the port is open on the loopback interface; PyTorch itself would open it on all.
-    """
+    """Open the store through which the processes talk, on the loopback interface where all are on this machine."""
     is_master = launch.rank == 0 and not launch.hosted
     try:
         door = None

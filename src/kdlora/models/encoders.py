@@ -159,12 +159,10 @@ def student_from_layers(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Encoder:
-    """Make a student from some layers of a pretrained encoder, and its embeddings, pooler and tokenizer.
+    """Make a student from some layers of a pretrained encoder (arXiv 2305.15032), its embeddings, pooler and tokenizer.
 
-    It is built from a configuration, not cut in place, so that what is saved loads again as the same function:
-    ModernBERT's first layer, for one, lacks the norm that the others have.
-
-    *Source*: which of them matters little, lower ones help (arXiv 2305.15032, 2502.04499).
+    It is built from a configuration, so that what is saved loads again as the same function: ModernBERT's first layer,
+    for one, lacks the norm that the others have.
     """
     whole = load_encoder(source, task, seed=seed, revision=revision, trust_remote_code=trust_remote_code)
     stack, depth = find_layers(whole.model)
@@ -234,8 +232,7 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
 def fresh_modules(loaded: Loaded) -> tuple[str, ...]:
     """Name the modules to be trained in full: what the checkpoint lacks, and everything beside the encoder.
 
-    A part of the head is named by its outermost module (`classifier`, not `classifier.dense`), a part of the
-    encoder by the module that holds the parameter (`bert.pooler.dense`).
+    A part of the head is named by its outermost module (`classifier`), one of the encoder by its own.
     """
     model = loaded.model
     head = [name for name, child in model.named_children() if child is not model.base_model]

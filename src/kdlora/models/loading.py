@@ -239,10 +239,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def load_weights(source: Source, config: PretrainedConfig) -> Loaded:
-    """Load weights for classification in fp32; all loads of any go through here. Nothing is unpickled.
-
-    The global random state is left as it was. What the checkpoint lacks is random.
-    """
+    """Load weights for classification in fp32, never pickled ones; what the checkpoint lacks is random."""
     with _loading_of("weights", source), torch.random.fork_rng(devices=[]):
         words = classifies_words(source, config)
         made = AutoModelForTokenClassification if words else AutoModelForSequenceClassification
@@ -303,8 +300,7 @@ def _find(source: Source, name: str) -> Path | None:
 def _loading_of(what: str, source: Source) -> Iterator[None]:
     """Silence transformers while it loads, and turn faults that the user can mend into a `ModelError` that says how.
 
-    One thread loads at a time: transformers exchanges functions of torch and of its own classes while it loads, and
-    of two threads the second would put back for good what the first had put there for a moment.
+    One thread at a time: transformers exchanges functions of torch and of its own classes while it loads.
     """
     log = transformers.utils.logging
     with _loading:

@@ -29,6 +29,7 @@ from starlette.requests import ClientDisconnect
 from kdlora.deploy import Runtime
 from kdlora.deploy.folder import Way
 from kdlora.deploy.hub import locate_export
+from kdlora.deploy.onnx_backend import default_threads
 from kdlora.deploy.predict import Classifier, Prediction, Text, check_text
 from kdlora.deploy.tagger import Entity, Tagger, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError
@@ -77,15 +78,16 @@ class _Meters:
 
 @dataclass
 class _Queue:
-    """The requests that wait for one model; a task empties it as long as there are any."""
+    """The requests that wait for one model; tasks empty it as long as there are any."""
 
     model: Model
     name: str
     most: int
     meters: _Meters
+    at_once: int = 1  # batches that are computed at the same time
     waiting: int = 0
     asked: deque[tuple[list[Text], asyncio.Future[list[Answer]]]] = field(default_factory=deque)
-    task: asyncio.Task[None] | None = None
+    tasks: set[Any] = field(default_factory=set)
 
     async def ask(self, texts: list[Text]) -> list[Answer]:
         """Wait for the predictions of one request; a full queue takes none."""
@@ -95,21 +97,22 @@ class _Queue:
         future: asyncio.Future[list[Answer]] = asyncio.get_running_loop().create_future()
         self.asked.append((texts, future))
         self.waiting += len(texts)
-        if self.task is None:
-            self.task = asyncio.create_task(self._empty())
+        if len(self.tasks) < self.at_once:
+            self.tasks.add(asyncio.create_task(self._empty()))
         return await future
 
     async def _empty(self) -> None:
         while self.asked:
+            most = min(_TOGETHER, -(-self.waiting // self.at_once))  # what waits is shared
             batch = [self.asked.popleft()]
             count = len(batch[0][0])
-            while self.asked and count + len(self.asked[0][0]) <= _TOGETHER:
+            while self.asked and count + len(self.asked[0][0]) <= most:
                 batch.append(self.asked.popleft())
                 count += len(batch[-1][0])
             self.waiting -= count
             self.meters.batches.labels(self.name).observe(count)
             await self._answer(batch)
-        self.task = None
+        self.tasks.discard(asyncio.current_task())
 
     async def _answer(self, batch: list[tuple[list[Text], asyncio.Future[list[Answer]]]]) -> None:
         """Answer requests together, or one by one where they fail together: one bad text fails its own request."""
@@ -141,10 +144,10 @@ def _question_type(limits: Limits) -> type[BaseModel]:
     return create_model("Question", __config__=strict, **fields)
 
 
-def make_app(models: Mapping[str, Model], limits: Limits | None = None) -> FastAPI:
+def make_app(models: Mapping[str, Model], limits: Limits | None = None, at_once: int = 1) -> FastAPI:
     """Build the application; the first model answers requests that name none."""
     limits, meters = limits or Limits(), _Meters()
-    queues = {name: _Queue(one, name, limits.waiting, meters) for name, one in models.items()}
+    queues = {name: _Queue(one, name, limits.waiting, meters, at_once) for name, one in models.items()}
     for name, queue in queues.items():
         meters.waiting.labels(name).set_function(partial(getattr, queue, "waiting"))
     question = _question_type(limits)
@@ -258,8 +261,11 @@ def serve(
     ready: Callable[[str, Mapping[str, Model]], None] = lambda address, models: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that have begun are answered first."""
+    at_once = 1
+    if runtime == "onnxruntime":  # a batch for each thread: in one batch for all, they wait for each other
+        at_once, threads = threads or default_threads(), 1
     loaded = {name: load_model(Way(path, runtime), threads=threads) for name, path in name_models(models).items()}
-    app, seconds = make_app(loaded, limits), _SECONDS_TO_END
+    app, seconds = make_app(loaded, limits, at_once), _SECONDS_TO_END
     settings = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=seconds)
     server = uvicorn.Server(settings)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

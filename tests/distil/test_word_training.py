@@ -172,7 +172,7 @@ def test_a_script_of_ones_own_trains_on_words(make_examples, make_setup, tmp_pat
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-def test_any_text_is_read_where_its_words_are(tiny_model_folder, tasks, tmp_path):
+def test_any_text_is_read_where_its_words_are(tiny_model_folder, tasks, make_setup, tmp_path):
     """Silent failure: in texts that normalisation makes longer or shorter a word gets the answer of another place."""
     texts = [text for text in fuzzed_texts() if split_words(text)[0]]
     assert len(texts) > 950
@@ -204,6 +204,15 @@ def test_any_text_is_read_where_its_words_are(tiny_model_folder, tasks, tmp_path
         alone = predict_logits(encoder.model, encoder.tokenizer, tokenise(rows.select([place]), encoder.tokenizer, 32))
         part = stored.logits[stored.offsets[place] : stored.offsets[place + 1]]
         np.testing.assert_allclose(part, alone, atol=1e-4)
+    setup = make_setup("tokens", epochs=1, batch_size=64)
+    labelled = rows.add_column("label", [[0] * len(starts) for starts, _ in words])
+    setup.train = tokenise(stored.attach(labelled), setup.encoder.tokenizer, 32)
+    before = {name: value.clone() for name, value in weights(setup.model).items()}
+    [epoch] = setup.run(tmp_path / "training").history
+    assert np.isfinite([epoch["loss"], epoch["hard_loss"], epoch["soft_loss"]]).all()
+    after = weights(setup.model)
+    assert all(value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in after)
 
 
 @pytest.mark.parametrize("values", ["logits", "probabilities", "names"])

@@ -274,8 +274,9 @@ def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequenc
     if place.exists() and (unknown := unknown_classes(task, read_predictions(place))):
         names = ", ".join(map(repr, unknown[:_SHOWN]))
         names += f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        thing = "entity" if task.kind == "tokens" else "row"
         found.append(
-            f"The teacher gets no validation row of {names} right: it does not know what it would teach there."
+            f"The teacher gets no validation {thing} of {names} right: it does not know what it would teach there."
         )
     train, remedy = settings_for(config, arm), "Give another teacher, or ship the control."
     if not config.given_teacher:

@@ -36,15 +36,15 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
 
 STEPS: dict[str, tuple[int, int, int]] = {"teacher": (6, 300, 4000), "student": (15, 600, 8000)}
 """Passes over the training rows, and the least and the most optimiser steps, where `epochs` is null."""
-STEPS_A_LABEL, PASSES_FOR_LABELS = 10, 20
-"""Many labels take at least so many steps each, but no more than so many passes over the rows for them."""
+STEPS_A_LABEL, STEPS_A_TYPE, PASSES_FOR_LABELS = 10, 100, 20
+"""Labels, or types of entities, take at least so many steps each, but no more than so many passes over the rows."""
 
 
-def epochs_for(role: str, rows: int, labels: int, batch_size: int) -> float:
+def epochs_for(role: str, rows: int, steps_for_labels: int, batch_size: int) -> float:
     """Choose the epochs of a `teacher` or `student`: some passes, but neither too few optimiser steps nor too many."""
     passes, least, most = STEPS[role]
     steps = -(-rows // batch_size)
-    for_labels = min(STEPS_A_LABEL * labels / steps, PASSES_FOR_LABELS)
+    for_labels = min(steps_for_labels / steps, PASSES_FOR_LABELS)
     return float(max(1, round(min(max(passes, for_labels, least / steps), most / steps))))
 
 

@@ -12,6 +12,7 @@ import tiny
 from kdlora.config import TrainConfig
 from kdlora.configfile import build_config
 from kdlora.data.batches import LengthBucketSampler
+from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
 from kdlora.defaults import adapter_rate, epochs_for, full_rate
 from kdlora.errors import ConfigError
@@ -19,7 +20,7 @@ from kdlora.evidence.predictions import Predictions
 from kdlora.experiment import settle
 from kdlora.experiment.run import plan_runs
 from kdlora.experiment.scoring import measure_latency, time_calls, unknown_classes
-from kdlora.experiment.settle import Chosen, choose_max_length, closed, decide, settings_for
+from kdlora.experiment.settle import Chosen, choose_max_length, closed, decide, settings_for, steps_for_labels
 from kdlora.experiment.stages import shard_rows
 from kdlora.models.encoders import load_encoder
 
@@ -47,15 +48,23 @@ def test_the_longest_input_holds_99_percent_of_the_texts(lengths, limits, expect
 
 def test_few_rows_get_more_passes_and_many_rows_fewer():
     """Fixed epochs leave a teacher of 300 rows half trained, and take days on 100,000."""
-    assert [epochs_for("teacher", rows, 2, 32) for rows in (300, 1_500, 67_349)] == [30, 6, 2]
-    assert [epochs_for("student", rows, 2, 32) for rows in (300, 67_349)] == [60, 4]
-    assert epochs_for("teacher", 1_800, 77, 32) == 14, "77 classes are not learnt in as few steps as two"
-    assert epochs_for("teacher", 300, 1_000, 32) == 30, "nor do 1,000 take hundreds of passes"
+    assert [epochs_for("teacher", rows, 20, 32) for rows in (300, 1_500, 67_349)] == [30, 6, 2]
+    assert [epochs_for("student", rows, 20, 32) for rows in (300, 67_349)] == [60, 4]
+    assert epochs_for("teacher", 1_800, 770, 32) == 14, "77 classes are not learnt in as few steps as two"
+    assert epochs_for("teacher", 300, 10_000, 32) == 30, "nor do 1,000 take hundreds of passes"
+    names = Task("tokens", ("words",), ("tags",), tag_names(tuple("abcdef")), ("entity_f1",))
+    assert epochs_for("teacher", 1_500, steps_for_labels(names), 32) == 13, (
+        "nor are six types, where most words are none"
+    )
     assert (full_rate(768), full_rate(384)) == (5e-5, 1e-4)  # a wider model takes a lower rate
     assert (adapter_rate(768), adapter_rate(384), adapter_rate(128)) == (5e-4, 1e-3, 3e-3)
 
     # With 100 labelled rows a student would pass 150 times over 8,000 unlabelled texts.
-    chosen = decide({}, {"train": 100, "unlabelled": 8000}, 2)
+    chosen = decide(
+        {},
+        {"train": 100, "unlabelled": 8000},
+        Task("single-label", ("text",), ("label",), ("no", "yes"), ("accuracy",)),
+    )
     config = chosen.fill_in(build_config(CONFIG | {"teacher": {"model": "t"}}))
     assert (config.teacher.train.epochs, config.student.train.epochs) == (75, 15)
 

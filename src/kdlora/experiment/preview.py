@@ -143,7 +143,7 @@ def make_plan(
     rows = {name: len(part) for name, part in splits_by_name(splits).items()}
     own = rows | {"unlabelled": rows.get("unlabelled", 0) - splits.copies}
     if looks:
-        config = decide(looks, own, splits.task.num_labels).fill_in(config)
+        config = decide(looks, own, splits.task).fill_in(config)
     trainings = []
     for arm, runs in seeds.items():
         steps, settings = 0, settings_for(config, arm)

@@ -23,7 +23,7 @@ from kdlora.data.load import Splits
 from kdlora.data.spool import read_texts
 from kdlora.data.tasks import Task, window_settings
 from kdlora.data.windows import WindowSettings
-from kdlora.defaults import adapter_rate, epochs_for, full_rate
+from kdlora.defaults import STEPS_A_LABEL, STEPS_A_TYPE, adapter_rate, epochs_for, full_rate
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.precision import resolve_device, resolve_precision
 from kdlora.errors import ArtifactError, ConfigError
@@ -153,7 +153,7 @@ class Chosen:
 
     max_length: int  # tokens that hold 99% of the texts
     rows: Mapping[str, int]  # that an epoch draws, by role
-    labels: int
+    steps_for_labels: int
     widths: Mapping[Role, int]  # hidden size of teacher and student, as far as they are models
     limits: Mapping[Role, int] = field(default_factory=dict)  # most tokens that these take
 
@@ -170,7 +170,7 @@ class Chosen:
         rates = {"teacher": wide and full_rate(wide), "student": narrow and adapter_rate(narrow)}
         update = {}
         for role, section in (("teacher", teacher), ("student", student)):
-            epochs = epochs_for(role, self.rows[role], self.labels, section.train.batch_size)
+            epochs = epochs_for(role, self.rows[role], self.steps_for_labels, section.train.batch_size)
             own = [limit for name, limit in self.limits.items() if name == role or config.data.long_texts == "cut"]
             longest = min([self.max_length, *own])
             chosen = {"max_length": longest, "epochs": epochs, "learning_rate": rates[role]}
@@ -183,17 +183,22 @@ def choose(config: Config, splits: Splits) -> Chosen:
     looks = look_at_models(config, splits.task, sample_texts(splits.train), timed=False)
     train = len(splits.train) + splits.held_out
     rows = {"train": train, "unlabelled": rows_per_epoch(splits) - train}
-    return decide(looks, rows, splits.task.num_labels)
+    return decide(looks, rows, splits.task)
 
 
-def decide(looks: Looks, rows: Mapping[str, int], labels: int) -> Chosen:
+def decide(looks: Looks, rows: Mapping[str, int], task: Task) -> Chosen:
     """Choose by models and texts, and by the rows of each split and the labels; a bag of words has no model."""
     drawn = {"teacher": rows["train"], "student": rows["train"] + rows.get("unlabelled", 0)}
     if not looks:
-        return Chosen(LEAST, drawn, labels, {})
+        return Chosen(LEAST, drawn, steps_for_labels(task), {})
     longest = choose_max_length([one.lengths for one in looks.values()], [])
     widths = {role: one.width for role, one in looks.items()}
-    return Chosen(longest, drawn, labels, widths, {role: one.limit for role, one in looks.items()})
+    return Chosen(longest, drawn, steps_for_labels(task), widths, {role: one.limit for role, one in looks.items()})
+
+
+def steps_for_labels(task: Task) -> int:
+    """Count the steps that the labels take; a type of entity takes more than a class, since few words are of it."""
+    return STEPS_A_TYPE * len(task.label_types) if task.kind == "tokens" else STEPS_A_LABEL * task.num_labels
 
 
 def rows_per_epoch(splits: Splits) -> int:
@@ -213,7 +218,7 @@ def settled(settings: TrainConfig, encoder: Encoder, splits: Splits, *, adapters
         length = choose_max_length([counts], [encoder.tokenizer.model_max_length])
     rate = adapter_rate(encoder.width) if adapters else full_rate(encoder.width)
     role, rows = ("student", rows_per_epoch(splits)) if adapters else ("teacher", len(splits.train))
-    epochs = epochs_for(role, rows, int(encoder.model.config.num_labels), settings.batch_size)
+    epochs = epochs_for(role, rows, steps_for_labels(splits.task), settings.batch_size)
     return closed(_without_null(settings, max_length=length, epochs=epochs, learning_rate=rate))
 
 

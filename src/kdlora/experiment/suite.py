@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlora.config import Arm
+from kdlora.data.tasks import Task
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
 from kdlora.experiment.engines import Engine, Here, Work, gpus_for, local_paths, open_engine, shared_machine
@@ -155,8 +156,7 @@ def settle_plan(
     facts = {task: found for task, (found, _) in answers.items()}
     looks = {(task, family): one for task, (_, found) in answers.items() for family, one in found.items()}
     chosen = {
-        place: decide(one, facts[place[0]].rows, len(facts[place[0]].task["label_names"]))
-        for place, one in looks.items()
+        place: decide(one, facts[place[0]].rows, Task.from_dict(facts[place[0]].task)) for place, one in looks.items()
     }
     return make_plan(suite, chosen), facts, looks
 

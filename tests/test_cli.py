@@ -21,6 +21,7 @@ from kdlora.errors import ArtifactError
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment import run as experiment_run
 from kdlora.experiment.stages import Stage
+from kdlora.report.wording import count
 
 SHOW_MODULES = (
     "import atexit, sys; "
@@ -95,7 +96,7 @@ def test_run_prints_table_and_places_and_repeats_nothing(cli, small, tmp_path):
     first = cli("run", small, "--out", out)
     row = next(line for line in first.out.splitlines() if "student-lora" in line)
     record = read_results(ExperimentLayout(out).results)[0]
-    for part in (f"{record.score:.2f}", f"{record.trainable_parameters:,}"):
+    for part in (f"{record.score:.2f}", count(record.trainable_parameters)):
         assert part in row
     for place in ("student", "report.html"):
         assert str(out / place) in first.out

@@ -11,8 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
-import numpy as np
-
 from kdlora.data.lines import FORMATS, Format, Numbered, read_rows
 from kdlora.data.tags import WORD_COLUMNS, Words, join_words
 from kdlora.deploy.predict import Text, check_one, check_text
@@ -102,10 +100,13 @@ class RowReader:
         with parquet_faults(self.name), pq.ParquetFile(self._path) as file:
             names = file.schema_arrow.names
             self._texts = self._find_columns(names)
-            number, groups = _groups_from(file.metadata, self.start)
+            number = 0
             self.fraction = lambda: number / max(1, file.metadata.num_rows)
             wanted = [name for name in dict.fromkeys((*self._texts, self._columns.id)) if name in names]
-            for batch in file.iter_batches(batch_size=256, columns=wanted, row_groups=groups):
+            for batch in file.iter_batches(batch_size=256, columns=wanted):
+                if number + batch.num_rows <= self.start:
+                    number += batch.num_rows
+                    continue
                 for values in _parquet_rows(batch):
                     if number >= self.start:
                         yield number, values
@@ -202,13 +203,6 @@ def _choose_format(path: Path | None, wanted: Format | None) -> Format:
             f"{', '.join(SUFFIXES)}, or name the format."
         )
     return found
-
-
-def _groups_from(metadata: Any, start: int) -> tuple[int, list[int]]:
-    """Find the row groups of a Parquet file that hold a row and those after it, and the number of their first row."""
-    ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
-    group = int(np.searchsorted(ends, start, side="right"))
-    return int(ends[group - 1]) if group else 0, list(range(group, len(ends)))
 
 
 def _parquet_rows(batch: Any) -> list[Mapping[str, Any] | str]:

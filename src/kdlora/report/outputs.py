@@ -16,7 +16,7 @@ from kdlora.evidence.stats import mean_sd
 from kdlora.report.collect import Experiment
 from kdlora.report.findings import CONTROLS, align
 from kdlora.report.page import Block, Figure, Paragraph, Quotation, Quotations, Table
-from kdlora.report.plots import PALETTE, Frame, Style, arm_style, draw, named, padded, scatter
+from kdlora.report.plots import PALETTE, Style, arm_style, draw, named, padded, scatter
 from kdlora.report.spans import outcome_table, outcomes, span_quotations
 from kdlora.report.wording import arm_title, of_seeds, plus_minus, signed
 
@@ -175,7 +175,7 @@ def _residual_plot(outputs: Outputs) -> Figure:
     part = "" if len(shown) == len(true) else f" {len(shown)} of {len(true)} rows are drawn."
     caption = f"{said} One seed; on the line, prediction and label agree.{part}"
     title = f"Predictions of {outputs.name} against labels"
-    return draw(paint, title, said, "residuals", caption=caption, frame=Frame(360))
+    return draw(paint, title, said, "residuals", caption=caption, height=360)
 
 
 def _calibration_plot(arms: Sequence[Outputs]) -> Figure:
@@ -203,7 +203,7 @@ def _calibration_plot(arms: Sequence[Outputs]) -> Figure:
     said = "; ".join(f"{arm.name} {error}%" for arm, error in zip(arms, errors, strict=True))
     caption = "On the line, confidence equals accuracy. Marks grow with the share of decisions; bins of width 0.1."
     description = f"Expected calibration error: {said}."
-    return draw(paint, "Calibration", description, "calibration", caption=caption, frame=Frame(360))
+    return draw(paint, "Calibration", description, "calibration", caption=caption, height=360)
 
 
 def _reliability(task: Task, logits: np.ndarray, labels: np.ndarray) -> Reliability:

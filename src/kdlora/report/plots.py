@@ -40,7 +40,7 @@ _SETTINGS = {
     **{"ytick.left": False, "ytick.labelcolor": PALETTE["soft"], "ytick.major.pad": 7, "grid.color": PALETTE["rule"]},
     **{"legend.frameon": False, "legend.handlelength": 1.6, "legend.columnspacing": 1.2},
 }
-_WIDTH = 440
+_WIDTH, _BOTTOM = 440, 50
 _FAR = 20
 """Costs that are further apart stand on a logarithmic axis."""
 _MARKERS = ("s", "D", "o", "^", "v", "p", "P")
@@ -91,15 +91,6 @@ class Series:
         return dict(sorted(found.items()))
 
 
-@dataclass(frozen=True)
-class Frame:
-    """The height of a figure without its legend, and the room for what stands along its axes, in pixels."""
-
-    height: int = 320
-    left: int = 62
-    bottom: int = 50
-
-
 def _has_numbers(entry: dict[str, Any], *keys: str) -> bool:
     values = [entry.get(key) for key in keys]
     return all(isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) for value in values)
@@ -112,17 +103,18 @@ def draw(
     identity: str,
     *,
     caption: str = "",
-    frame: Frame = Frame(),
+    height: int = 320,
+    left: int = 62,
 ) -> Figure:
-    """Draw a figure of a report; equal data give equal bytes."""
+    """Draw a figure of a report, with room for what stands along its axes; equal data give equal bytes."""
     with _matplotlib({"svg.hashsalt": identity}) as new_figure:
         figure = new_figure(facecolor="none")
         axes = figure.add_axes((0, 0, 1, 1))
         paint(axes)
-        whole = frame.height + _add_legend(figure, axes)
+        whole = height + _add_legend(figure, axes)
         figure.set_size_inches(_WIDTH / 72, whole / 72)
-        right, top = _WIDTH - frame.left - 16, frame.height - frame.bottom - 14
-        axes.set_position((frame.left / _WIDTH, frame.bottom / whole, right / _WIDTH, top / whole))
+        right, top = _WIDTH - left - 16, height - _BOTTOM - 14
+        axes.set_position((left / _WIDTH, _BOTTOM / whole, right / _WIDTH, top / whole))
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return Figure(title, _for_page(stream.getvalue(), title, description, identity), description, caption)
@@ -320,7 +312,7 @@ def differences(rows: Sequence[tuple[str, Difference]], *, title: str, identity:
     said = "; ".join(f"{name}: {signed(one.difference)} ({interval(one)})" for name, one in rows)
     description = f"Differences in score with their 95% intervals. {said}."
     caption = "Right of zero: the first is better. Bars: 95% intervals over rows and seeds; one seed: over rows."
-    return draw(paint, title, description, identity, caption=caption, frame=Frame(76 + 52 * len(rows), left=18))
+    return draw(paint, title, description, identity, caption=caption, height=76 + 52 * len(rows), left=18)
 
 
 def plot_cascade(points: Sequence[tuple[float, float]], to: str | Path) -> None:

@@ -158,5 +158,5 @@ COMMANDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("benchmark", "nowhere"), ("nowhere",)),
     (("benchmark", "{student}", "--threads", "0"), ("threads",)),
     (("evaluate", "nowhere", "{train}"), ("nowhere",)),
-    (("report",), ("'experiments'",)),
+    (("report",), ("'experiment'",)),
 ]

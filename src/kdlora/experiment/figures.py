@@ -59,8 +59,7 @@ class Figure:
 class Gain:
     """What the teacher adds to a distilled arm, in points."""
 
-    of_figures: float | None  # difference of the two arms' figures
-    paired: float | None  # mean difference of the runs with the same configuration and seed
+    paired: float  # mean difference of the runs with the same configuration and seed
     pairs: int
     difference: Difference | None  # the same with its interval; None where predictions are missing
 
@@ -141,7 +140,6 @@ class SuiteFigures:
         cells = self.plan.cells_of(row.task, family)
         if CONTROLS[arm] not in cells or arm not in cells:
             return None
-        ours, theirs = (self.median(row, family, name) for name in (arm, CONTROLS[arm]))
         of_control = {_pairing(run): (run, record) for run, record in self.ended(cells[CONTROLS[arm]])}
         pairs: list[tuple[PlannedRun, PlannedRun]] = []
         differences = []
@@ -151,12 +149,9 @@ class SuiteFigures:
                 if one is not None and other is not None:
                     pairs.append((run, twin[0]))
                     differences.append(one - other)
-        return Gain(
-            of_figures=None if ours is None or theirs is None else ours - theirs,
-            paired=statistics.mean(differences) if differences else None,
-            pairs=len(pairs),
-            difference=self._contrast(pairs, row.group) if pairs else None,
-        )
+        if not pairs:
+            return None
+        return Gain(statistics.mean(differences), len(pairs), self._contrast(pairs, row.group))
 
     def _contrast(self, pairs: Sequence[tuple[PlannedRun, PlannedRun]], group: str) -> Difference | None:
         """Compare runs on validation, pair by pair; None where their predictions are not all here, or not alike."""

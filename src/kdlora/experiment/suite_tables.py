@@ -1,4 +1,4 @@
-"""The pages and files of a suite: Tables 1 and 2 in the paper's form, curves, configurations, failures."""
+"""The pages and files of a suite: Tables 1 and 2 in the paper's form, what the teacher adds, failures."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from kdlora.experiment.figures import Figure, Runs, SuiteFigures, SuiteRow
 from kdlora.experiment.plan import Plan, PlannedRun
 from kdlora.report.findings import CONTROLS
 from kdlora.report.page import (
-    Block,
     Cell,
     Link,
     Page,
-    Paragraph,
     Prose,
     Row,
     Section,
@@ -29,7 +27,6 @@ from kdlora.report.page import (
     write_page,
 )
 from kdlora.report.paper import COSTS, RANKS
-from kdlora.report.plots import Series, arm_style, learning_curves
 from kdlora.report.tables import HEAD, MEMORY, TIME, TIME_OF_32, Cost, mean_of, published_row
 from kdlora.report.wording import INTERVALS, arm_title, count, interval_cell, model_title, points, signed
 from kdlora.system.storage import write_text_atomic
@@ -62,7 +59,6 @@ def write_tables(plan: Plan, root: Path, records: Mapping[str, RunRecord]) -> tu
         Section("Table 1: scores", "table-1", [scores]),
         Section("What is kept, and what the teacher adds", "gain", [_gain_table(figures)]),
         Section("Table 2: costs", "table-2", [costs]),
-        Section("Convergence", "curves", _convergence_curves(figures)),
         *([Section("Runs that failed", "failed", [failed])] if failed.rows else []),
     ]
     page = Page(plan.suite.name, "suite", _lead(figures), tuple(sections))
@@ -152,16 +148,16 @@ def _gain_table(figures: SuiteFigures) -> Table:
             lines.append((f"{figures.family_title(family)}, {row.title}", *cells))
     columns = ["", "KD-LoRA keeps of FFT", "of LoRA"]
     for arm in distilled:
-        columns += [f"{arm_title(arm)} − {arm_title(CONTROLS[arm])}, of the figures", "paired", "95% interval"]
+        columns += [f"{arm_title(arm)} − {arm_title(CONTROLS[arm])}, paired", "95% interval"]
     return Table("Retention, and the control’s difference", tuple(columns), tuple(lines), note=_GAINS_NOTE)
 
 
-def _gain(figures: SuiteFigures, row: SuiteRow, family: str, arm: str) -> tuple[str, str, str]:
+def _gain(figures: SuiteFigures, row: SuiteRow, family: str, arm: str) -> tuple[str, str]:
     found = figures.gain(row, family, arm)
-    if found is None or found.paired is None:
-        return ("–", "–", "–")
+    if found is None:
+        return ("–", "–")
     span = "predictions are missing" if found.difference is None else interval_cell(found.difference)
-    return (signed(found.of_figures), f"{signed(found.paired)} (n\u00a0{found.pairs})", span)
+    return (f"{signed(found.paired)} (n\u00a0{found.pairs})", span)
 
 
 def _cost_table(figures: SuiteFigures) -> Table:
@@ -206,19 +202,6 @@ def _by_rank(counts: Mapping[int, float | None]) -> str:
 def _typical(runs: Runs, cost: Cost) -> float | None:
     values = [value for _, record in runs if (value := cost.read(record)) is not None]
     return statistics.median(values) if values else None
-
-
-def _convergence_curves(figures: SuiteFigures) -> list[Block | None]:
-    drawn: list[Block | None] = []
-    for task in figures.plan.suite.tasks:
-        for family in figures.plan.suite.families:
-            curves = [
-                Series.of(arm_title(arm), arm_style(arm), [one.record for one in figures.figure(cell).taken])
-                for arm, cell in figures.plan.cells_of(task, family).items()
-            ]
-            title = f"{task}, {figures.family_title(family)}"
-            drawn.append(learning_curves(curves, title=title, value="validation score", identity=f"curve-{len(drawn)}"))
-    return drawn if any(drawn) else [Paragraph("No run has finished an epoch.", "note")]
 
 
 def _failed_runs(figures: SuiteFigures) -> Table:

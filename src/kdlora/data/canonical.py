@@ -98,10 +98,11 @@ class Reading:
         label = self.task.label if labelled else ()
         for column in label:
             if column not in source.columns:
+                others = [name for name in source.columns if name not in (*text, self.id_column)]
                 raise DataError(
                     f"{source.name} has no label column {column!r} (task.label); it has "
-                    f"{', '.join(map(repr, source.columns))}.{did_you_mean(column, source.columns)} Training, "
-                    "validation and test files need labels"
+                    f"{', '.join(map(repr, source.columns))}.{did_you_mean(column, others)} Training, validation and "
+                    "test files need labels, by people or by a model; texts without any are for data.unlabelled"
                 )
         return Columns(text, label, self._id(source))
 

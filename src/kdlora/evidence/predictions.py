@@ -67,7 +67,9 @@ class ExampleText:
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
-    offsets = predictions.offsets
+    offsets, width = predictions.offsets, len(predictions.label_names)
+    if predictions.logits.shape[1:] != (width,):  # pyarrow sees that all columns are of one length
+        raise ValueError(f"expected logits of {width} labels, got shape {predictions.logits.shape}")
     columns = {"id": pa.array(predictions.ids, pa.string()), "split": pa.array(predictions.split, pa.string())}
     if predictions.groups is not None:
         columns["group"] = pa.array(predictions.groups, pa.string())

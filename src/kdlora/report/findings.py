@@ -239,6 +239,8 @@ def _reason(arm: str, weighed: Comparison | None, *, is_best: bool) -> str:
         why = f"is within the interval of the best, {other} ({signed(weighed.plain)} points, {span(found)})"
     elif found.sign == 1:
         why = f"is better than {other} by {points} ({span(found)})"
+    elif points == "0.0 points":
+        why = f"scores as high as {other} ({span(found)})"
     else:
         why = f"scores highest, {points} above {other} ({span(found)})"
     return f"{shipped}: on validation it {why}"

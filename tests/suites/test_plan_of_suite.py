@@ -90,6 +90,18 @@ def test_copies_belong_to_the_students_of_a_teacher_alone():
     assert len({lesson.candidates[0].key for lesson in found.lessons()}) == 2
 
 
+def test_a_rate_of_adapters_is_none_of_a_tuned_teacher():
+    """Families of two student rates would train the same teacher twice: hours, for two equal models."""
+    data, student = {"data": {"path": "x/y"}, "teacher": {"model": "teacher"}}, {"model": "small"}
+    families = {"open": {"student": student}, "set": {"student": student | {"train": {"learning_rate": 1e-4}}}}
+    suite = build_suite(SUITE | {"families": families, "grids": {}, "config": data})
+    chosen = Chosen(40, {"teacher": 1000, "student": 1000}, 20, {"teacher": 768, "student": 384})
+    found = make_plan(suite, {(task, family): chosen for task in suite.tasks for family in families})
+    for task in suite.tasks:
+        assert len({run.folder for run in found.runs() if (run.task, run.arm) == (task, "fft")}) == 1
+        assert len({run.folder for run in found.runs() if (run.task, run.arm) == (task, "lora")}) == 2
+
+
 @pytest.mark.parametrize(("name", "fft", "adapters"), [("paper", 25, 24), ("paper-small", 2, 3)])
 def test_the_papers_suites(name, fft, adapters):
     """The protocol is 25 configurations of FFT and 24 of the others; a slip in a grid changes it silently."""

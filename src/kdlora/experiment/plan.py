@@ -194,6 +194,8 @@ def _unused_keys(config: Config, arm: Arm) -> list[str]:
             "distil",
             *([] if arm in ("fft", config.teacher_arm) else ["teacher.train", "teacher.seed"]),
         ]
+    if "lora" not in (arm, config.teacher_arm):
+        unused += ["teacher.adapter_learning_rate"]
     if arm in ("words", "fft"):
         unused += ["student"]
     elif arm == "lora":

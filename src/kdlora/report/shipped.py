@@ -106,7 +106,6 @@ class BenchmarkResult:
             "runs on": lambda one: _BACKENDS.get(one.backend, one.backend),
             "precision": lambda one: one.precision,
             "latency p50": lambda one: milliseconds(one.p50_ms),
-            "latency p95": lambda one: milliseconds(one.p95_ms),
             "latency p99": lambda one: milliseconds(one.p99_ms),
             "speed-up of p50": lambda one: times(base.p50_ms, one.p50_ms),
             "texts/s": lambda one: f"{one.texts_per_second:,.0f}",

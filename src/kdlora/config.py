@@ -140,7 +140,7 @@ class TeacherConfig(Section):
     label_names: Names | None = None
     """Label order of `fine_tuned`, if its own config only says LABEL_0, LABEL_1 ..."""
     logits: str | None = None
-    """A table of logits: Parquet or JSON Lines with `id`, optional `split`, one column per label name."""
+    """A table of logits: CSV, JSON Lines or Parquet with `id`, optional `split`, one column per label name."""
     probabilities: str | None = None
     """The same with probabilities in place of logits; or with one column `label` of label names, smoothed by 0.1."""
     seed: int | None = Field(default=None, ge=0, lt=SEEDS)

@@ -47,6 +47,11 @@ def test_columns_by_name(file, task):
     assert found.ids.to_pylist() == ["a", "b"]
     assert found.label_names == ("negative", "positive")
 
+    text = file.with_name("table.csv")  # ids are text there, and stay it
+    text.write_text("Positive,id,NEGATIVE\n1,007,-1\n2e0,b,-2.0\n", encoding="utf-8")
+    said = read_teacher_table(text, task, values="logits")
+    assert (said.ids.to_pylist(), said.logits.tolist()) == (["007", "b"], found.logits.tolist())
+
     # The files that kdlora itself writes must be good as teachers; row numbers are ids too.
     write(file, {"id": [0, 1], "logit:negative": [0, 1], "logit:positive": [2, 3], "label": [1, 1]})
     found = read_teacher_table(file, task, values="logits")
@@ -219,7 +224,9 @@ def test_wrong_content(file, task, change, values, message):
     [
         ("table.jsonl", b"\n\n", "holds no JSON objects"),
         ("absent.parquet", None, "does not exist"),
-        ("table.csv", b"id,negative,positive\n", r"is Parquet or JSON Lines .*got '.csv'"),
+        ("table.csv", b"id,negative,positive\n1,0.5,n/a\n", "expected numbers in column 'positive'.*n/a"),
+        ("table.csv", b"id,negative,positive\n1,,0.5\n", "expected numbers in column 'negative'"),
+        ("table.xlsx", b"PK", "unknown kind of file '.xlsx'"),
         ("table.jsonl", b'{"id": 1}\n{"id": \n', "line 2: not JSON"),
         ("table.jsonl", b'{"id": 1}\n\n[1, 2]\n', "line 3: expected a JSON object.*found list"),
         ("table.jsonl", b'{"id": 1, "negative": 0, "positive": 0}\n{"id": "a"}\n', "row 2: 'id' is str .* one type"),

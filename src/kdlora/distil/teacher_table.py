@@ -11,13 +11,12 @@ import pyarrow.compute as pc
 
 from kdlora.data.collection import is_collection, match_collection, open_collection
 from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets
-from kdlora.data.read import Source, open_file
+from kdlora.data.read import open_file
 from kdlora.data.tasks import Task, match_labels
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import DataError, did_you_mean
 from kdlora.system.integrity import hash_file, hash_json
 
-_SUFFIXES = (".parquet", ".pq", ".jsonl", ".ndjson", ".json")
 _NEVER = -1e6  # log of a probability of 0: finite, and 0 again at every temperature
 _TOLERANCE = 1e-3
 _SMOOTHING = 0.1
@@ -25,7 +24,7 @@ _SMOOTHING = 0.1
 
 
 def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str = "train") -> TeacherLogits:
-    """Read a teacher's outputs from a Parquet or JSON Lines file, or from a folder that `kdlora label` made.
+    """Read a teacher's outputs from a CSV, JSON Lines or Parquet file, or from a folder that `kdlora label` made.
 
     Columns: `id`, one per label name (case does not count; `logit:<label>` is accepted too), optionally `split`.
     Without `split` the table covers the training split. For regression the one column is named as the label or
@@ -57,7 +56,8 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         if split != "train":
             raise DataError(f"{file}: a labelled collection covers the training split, not {split!r}")
         return read_collection(file, task, "teacher.logits")
-    source = _open_table(file, values)
+    source = open_file(file, f"teacher.{values}", every_key=True)
+    source.require("id", f"teacher.{values}")
     is_named = values == "probabilities" and _names_labels(source.columns, task)
     columns = ["label"] if is_named else _label_columns(source.columns, task, file)
     wanted = ["id", *({"split"} & set(source.columns)), *columns]
@@ -81,17 +81,6 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         source=str(file),
         from_probabilities=given,
     )
-
-
-def _open_table(file: Path, values: str) -> Source:
-    if file.is_file() and file.suffix.lower() not in _SUFFIXES:
-        raise DataError(
-            f"{file} (teacher.{values}): a table of teacher outputs is Parquet or JSON Lines ({', '.join(_SUFFIXES)}); "
-            f"got {file.suffix.lower() or 'no extension'!r}"
-        )
-    source = open_file(file, f"teacher.{values}", every_key=True)
-    source.require("id", f"teacher.{values}")
-    return source
 
 
 def _check_ids(table: pa.Table, file: Path) -> None:

@@ -47,10 +47,12 @@ def test_five_faults_are_reported_at_once():
     assert "  - run: run.seeds holds a value twice: [1, 1]" in lines
 
 
-def test_a_family_yields_to_what_is_set():
-    """A family that overrode teacher.model would train another model."""
+def test_a_family_yields_to_what_is_set_and_a_key_of_0_1_is_known():
+    """A family that overrode teacher.model would train another model; a folder of 0.1 could not be resumed."""
     config = build_config(MINIMAL | {"teacher": {"model": "my/teacher"}})
     assert (config.teacher.model, config.student.model) == ("my/teacher", "distilbert-base-uncased")
+    assert build_config(MINIMAL | {"run": {"shard_teacher": False}}) == build_config(MINIMAL)
+    assert "run.shard_teacher: unknown key" in "\n".join(faults_of(MINIMAL | {"run": {"shard_teacher": True}}))
 
 
 def test_overrides_are_yaml_and_reach_nested_keys():

@@ -1,5 +1,6 @@
 """The names that users import."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -25,12 +26,15 @@ def test_every_public_name_can_be_imported():
     assert LoraConfig is kdlora.LoraSettings
 
 
-def test_the_page_has_the_public_names_and_no_others():
-    """A function that only its source describes; a name that the page promises and Python refuses."""
+def test_page_and_type_checkers_have_the_public_names_and_no_others():
+    """A function that only its source describes; a name that page or editor promise and Python refuses."""
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
     assert [name for name in kdlora.__all__ if not re.search(rf"\b{name}\b", page)] == []
     addressed = re.findall(r"^::: kdlora\.\S+\.(\w+)$", page, re.MULTILINE)
     assert [name for name in addressed if name not in kdlora.__all__] == []
+    tree = ast.parse(Path(kdlora.__file__).read_text(encoding="utf-8"))
+    typed = next(part for part in tree.body if isinstance(part, ast.If)).body
+    assert {one.asname: part.module for part in typed for one in part.names} == kdlora._HOMES
 
 
 def test_what_is_light_loads_nothing_heavy(tmp_path):

@@ -6,7 +6,6 @@ The public names are imported on first use, so that `import kdlora` costs nothin
 from __future__ import annotations
 
 import importlib
-import re
 from typing import TYPE_CHECKING, Any
 
 # ruff: noqa: I001 - a public name beside its re-export
@@ -74,19 +73,51 @@ if TYPE_CHECKING:
     from kdlora.report.report import make_report as make_report
     from kdlora.terminal import live_progress as live_progress
 
+_NAMES = {
+    "kdlora.asking.ask": "AskSummary ask plan_asking",
+    "kdlora.asking.asksettings": "AskSettings",
+    "kdlora.asking.audit": "Audit",
+    "kdlora.config": "Config DataConfig DistilConfig LoraSettings StudentTrainConfig TaskConfig TeacherTrainConfig",
+    "kdlora.configfile": "build_config load_config load_search",
+    "kdlora.data.batches": "WordCollator",
+    "kdlora.data.load": "Splits load_splits",
+    "kdlora.data.tags": "Words",
+    "kdlora.data.tasks": "Task",
+    "kdlora.deploy.benchmark": "benchmark",
+    "kdlora.deploy.calibrate": "fit_temperature",
+    "kdlora.deploy.cascade": "Cascade",
+    "kdlora.deploy.export": "export_onnx",
+    "kdlora.deploy.gates": "LabelledTexts",
+    "kdlora.deploy.hub": "push_experiment",
+    "kdlora.deploy.predict": "Classifier Prediction",
+    "kdlora.deploy.redact": "redact redact_file",
+    "kdlora.deploy.stream": "predict_file",
+    "kdlora.deploy.tagger": "Entity Tagger",
+    "kdlora.distil.distillation_trainer": "DistillationTrainer",
+    "kdlora.distil.logits": "TeacherLogits attach_teacher",
+    "kdlora.distil.losses": "distillation_loss",
+    "kdlora.distil.teacher": "teacher_logits",
+    "kdlora.distil.teacher_table": "read_teacher_table",
+    "kdlora.errors": "ArtifactError ConfigError DataError KdLoraError ModelError",
+    "kdlora.experiment.arms": "Trained train_student train_teacher",
+    "kdlora.experiment.deferral": "defer_experiment",
+    "kdlora.experiment.fitting": "fit_thresholds",
+    "kdlora.experiment.labelling": "LabelSettings LabelSummary label_collection",
+    "kdlora.experiment.run": "ExperimentResult run_experiment",
+    "kdlora.experiment.scoring": "evaluate",
+    "kdlora.experiment.search": "SearchResult run_search",
+    "kdlora.experiment.suite": "SuiteResult run_suite",
+    "kdlora.experiment.suitefile": "load_suite",
+    "kdlora.extras": "MissingExtraError",
+    "kdlora.models.adapters": "merge_student",
+    "kdlora.models.encoders": "load_encoder load_fine_tuned",
+    "kdlora.report.compare": "compare",
+    "kdlora.report.report": "make_report",
+    "kdlora.terminal": "live_progress",
+}
+"""Each module to its public names; `tests/test_public_api.py` compares them with what type checkers read above."""
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-def _read_homes() -> dict[str, str]:
-    """Read the imports above, which are for type checkers: each public name, and the module that it comes from."""
-    homes, module = dict[str, str](), ""
-    source: str = __spec__.loader.get_source(__name__)  # type: ignore[union-attr]
-    for home, name in re.findall(r"from (kdlora\.\S+) import|(\w+) as \2\b", source):
-        module = home or module
-        if name:
-            homes[name] = module
-    return homes
-
-
-_HOMES = _read_homes()
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 
 

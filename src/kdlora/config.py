@@ -255,6 +255,13 @@ class RunConfig(Section):
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], _LISTED] = ()
     """Trackers that get every run: `tensorboard`, `wandb` (offline), `mlflow`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_sharding(cls, values: Any) -> Any:
+        """Read the folders of version 0.1, which all say that no teacher is shared out over processes."""
+        gone = isinstance(values, Mapping) and values.get("shard_teacher") is False
+        return {key: value for key, value in values.items() if key != "shard_teacher"} if gone else values
+
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
         for key, values in {"arms": self.arms, "seeds": self.seeds, "report_to": self.report_to}.items():

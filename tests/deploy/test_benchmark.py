@@ -104,8 +104,9 @@ class PacedModel:
         return [self.per_text * len(texts) for texts in batches] * repeats
 
 
-def test_a_slow_model_limits_how_many_texts_all_are_timed_on():
+def test_a_slow_model_limits_how_many_texts_all_are_timed_on(monkeypatch):
     """Prevents minutes of benchmark after a short run, and a ratio of batches filled differently."""
+    monkeypatch.setattr(module, "_LEAST_SECONDS", 0.5)
     slow, fast = PacedModel("teacher", 0.02), PacedModel("int8", 0.0005)
     timed = module._time_models([slow, fast], ["a text"] * 5000, 3, (8, 32), lambda step: None)
     assert timed == 100  # two seconds of the slow model

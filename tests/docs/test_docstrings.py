@@ -55,7 +55,7 @@ def names_in_order() -> list[str]:
     """List the public names as the page has them."""
     text = PAGE.read_text(encoding="utf-8")
     found = re.findall(r"^::: kdlora\.\S+\.(\w+)$", text, re.MULTILINE)
-    return [*found, *re.findall(r"\w+Error", re.search(r"members: \[(.*)\]", text)[1])]
+    return [*found, *re.findall(r"\w+Error", re.search(r"\bmembers: \[(.*)\]", text)[1])]
 
 
 def furnish(folder: Path) -> None:

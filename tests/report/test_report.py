@@ -434,7 +434,7 @@ def test_a_record_of_an_unknown_task_is_refused_by_name(tmp_path):
     path = layout.run("lora", 1).record
     content = json.loads(path.read_text().replace('"kind": "single-label"', '"kind": "spans"'))
     path.write_text(json.dumps(seal(content)))
-    with pytest.raises(ArtifactError, match=r"lora-seed1/run\.json.*kind 'spans'"):
+    with pytest.raises(ArtifactError, match=r"lora-seed1/run\.json.*kind: Input should be 'single-label'"):
         make_report(layout.root)
 
 

@@ -653,7 +653,7 @@ def test_a_saved_data_set_reads_its_own_files(tmp_path):
         "rows_per_shard": 1,
         "versions": {},
     }
-    manifest = {"schema_version": 1, "shards": {"0": shard}, **fields}
+    manifest = {"schema_version": 1, "shards": [shard], **fields}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="not in the same folder"):
         open_store(tmp_path / "manifest.json")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import time
 from collections.abc import Callable, Iterable, Iterator
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -43,7 +45,10 @@ class SafeConsole(Console):
 def draw_bars() -> Iterator[Show | None]:
     """Give what draws bars, in a terminal or below a notebook's cell; None where standard error is neither."""
     console = SafeConsole(stderr=True)
-    if not (console.is_terminal or console.is_jupyter):  # no log shall fill with bars
+    if console.is_jupyter:
+        yield NotebookBars().show
+        return
+    if not console.is_terminal:  # no log shall fill with bars
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
@@ -60,6 +65,31 @@ def draw_bars() -> Iterator[Show | None]:
         yield show
     finally:
         progress.stop()
+
+
+class NotebookBars:
+    """Bars below a notebook's cell; they need IPython and no widgets."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, str] = {}
+        self._shown: Any = None
+        self._drawn_at = 0.0
+
+    def show(self, name: str, done: int | None, total: float | None, status: str) -> None:
+        """Take the state of a bar; all are drawn anew at most five times a second, and at a bar's beginning and end."""
+        from IPython.display import HTML, display
+
+        is_due = name not in self._rows or done == total or time.monotonic() - self._drawn_at >= 0.2
+        amount = "" if total is None else f' value="{done}" max="{total}"'
+        bar = f'<progress aria-label="{escape(name)}"{amount}></progress>'
+        self._rows[name] = f'<tr><th scope="row">{escape(name)}</th><td>{bar}</td><td>{escape(status)}</td></tr>'
+        if is_due:
+            page = HTML(f"<table>{''.join(self._rows.values())}</table>")
+            if self._shown is None:
+                self._shown = display(page, display_id=True)
+            else:
+                self._shown.update(page)
+            self._drawn_at = time.monotonic()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
         "teacher": {"train": {"epochs": None, "learning_rate": None, "head_learning_rate": 1e-3}},
         "student": {
             "full_learning_rate": None,
-            "train": {"epochs": None, "learning_rate": None, "dropout": 0.0},
+            "train": {"epochs": None, "learning_rate": None, "warmup_fraction": 0.2, "dropout": 0.0},
         },
         "lora": {"targets": "all-linear", "rank": 16, "alpha": 32.0, "dropout": 0.0},
         "distil": {"alpha": 0.5, "temperature": 1.0},

@@ -39,7 +39,6 @@ from kdlora.searchconfig import Resources
 from kdlora.system.storage import hold_lock, write_text_atomic
 
 _CUDA_BATCH_TOKENS = 65536
-
 Progress = Callable[[int, int | None], None]
 """Called with rows done and rows in all; the latter is None where the input does not say how many it has."""
 
@@ -83,8 +82,7 @@ class LabelSettings:
             numbers = f"{self.rows_per_shard} and {self.max_length}"
             raise ConfigError(f"rows_per_shard is at least 1 and max_length 4; got {numbers}")
         if self.text is not None and len(self.text) not in (1, 2):
-            names = ", ".join(self.text)
-            raise ConfigError(f"expected one text column or the two of a pair, got {len(self.text)}: {names}")
+            raise ConfigError(f"expected one text column or the two of a pair, got {', '.join(self.text) or 'none'}")
 
 
 @dataclass(frozen=True)
@@ -286,8 +284,7 @@ def _count_rows(file: Path) -> int:
 
 def _counting(job: _Job, progress: Progress | None, done: int) -> Callable[[int], None]:
     """Give a function that adds rows and tells the caller, first of those that were there."""
-    known = all(file.suffix.lower() == ".parquet" for file in job.files)
-    total = sum(map(_count_rows, job.files)) if known else None
+    total = sum(map(_count_rows, job.files)) if all(file.suffix.lower() == ".parquet" for file in job.files) else None
 
     def add(rows: int) -> None:
         nonlocal done
@@ -301,16 +298,14 @@ def _counting(job: _Job, progress: Progress | None, done: int) -> Callable[[int]
 
 def _carry_out(job: _Job, done: dict[_Unit, list[Shard]], on: str | None, tell: Callable[[int], None]) -> None:
     """Do the units that are not finished; what is done twice writes the same file."""
-    left = iter([unit for unit, shards in done.items() if not unit.is_done(shards)])
-    first = next(left, None)
-    if first is None:
+    left = [unit for unit, shards in done.items() if not unit.is_done(shards)][::-1]
+    if not left:
         return
-    left = chain([first], left)
     needs = Resources(gpus=0.0 if job.settings.device == "cpu" else None)
     paths = [str(job.folder), *([job.model] if Path(job.model).is_absolute() else [])]
     with open_engine(on, needs, paths) as engine:
         work = functools.partial(label_unit, job)
-        for unit, shards in engine.results(work, lambda: next(left, None), lambda _, rows: tell(rows)):
+        for unit, shards in engine.results(work, lambda: left.pop() if left else None, lambda _, rows: tell(rows)):
             if isinstance(shards, LostError):
                 raise KdLoraError(f"a worker was lost again and again, the last time by: {shards}")
             if isinstance(shards, Exception):
@@ -395,16 +390,11 @@ def _window(job: _Job, file: Path, rows: Sequence[Row]) -> Dataset:
             f"{'two text columns' if pairs else 'one text column'} with --text"
         )
     if job.task.kind == "tokens":
-        return _words(rows)
+        asked = [row.text if isinstance(row.text, Words) else str(row.text) for row in rows]
+        found = [text if isinstance(text, Words) else (text, *split_words(text)) for text in asked]
+        texts, *places = map(list, zip(*found, strict=True))
+        lists = (pa.array(part, pa.list_(pa.int32())) for part in places)
+        columns = zip(("id", "text", *WORDS), ([row.id for row in rows], texts, *lists), strict=True)
+        return make_dataset(pa.table(dict(columns)))
     cells = ((row.id, *row.text) if isinstance(row.text, tuple) else (row.id, row.text) for row in rows)
     return make_dataset(pa.table(dict(zip(("id", *TEXTS), zip(*cells, strict=True), strict=False))))
-
-
-def _words(rows: Sequence[Row]) -> Dataset:
-    """Give texts with their words, in the shape that a task of tokens has."""
-    found = [row.text if isinstance(row.text, Words) else (str(row.text), *split_words(str(row.text))) for row in rows]
-    texts, *places = map(list, zip(*found, strict=True))
-    lists = (pa.array(part, pa.list_(pa.int32())) for part in places)
-    return make_dataset(
-        pa.table(dict(zip(("id", "text", *WORDS), ([row.id for row in rows], texts, *lists), strict=True)))
-    )

@@ -63,6 +63,7 @@ def test_tags_without_beginnings_and_of_no_scheme():
     assert set(parse_tags(["B-PER", "O", "PER", "b-LOC", "B-", ""])) == {"B-PER", "O"}
     assert parse_tags(["O", "person-actor"])["person-actor"] == ("I", "person-actor")
     assert parse_tags(["O", "B-a-b"])["B-a-b"] == ("B", "a-b")
+    assert parse_tags(["O", "b-per", "i-per"]) == {"b-per": ("B", "per"), "i-per": ("I", "per"), "O": ("O", "")}
 
 
 @pytest.mark.parametrize(

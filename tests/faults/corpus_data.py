@@ -237,6 +237,7 @@ CASES = [
     file("Parquet of numbers", "parquet", parquet(text=list(range(20))), "text"),
     file("Parquet with nulls", "parquet", parquet(text=["a", None, "b", "c"] * 5), "row 2", "text"),
     file("a spreadsheet", "xlsx", b"PK\x03\x04", "unknown kind of file", ".csv, .tsv, .jsonl, .json, .parquet"),
+    file("words and tags as TSV", "tsv", "Ada\tB-PER\nmet\tO\n", "needs the extension .conll"),
     DataCase("without an ending", "train", csv(), ("unknown kind of file",), {}),
     file("CSV called Parquet", "parquet", csv(), "no readable Parquet"),
     # `tests/data/test_token_rows.py` has the other files of words and spans.

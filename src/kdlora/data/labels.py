@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from kdlora.config import Kind, TaskConfig
 from kdlora.data.read import RawTable, Source, first_true, is_list, is_text
-from kdlora.data.tags import NO_TAG
+from kdlora.data.tags import NO_TAG, OUTSIDE, parse_tags
 from kdlora.data.tasks import DEFAULT_METRICS, Task
 from kdlora.errors import DataError, did_you_mean
 
@@ -216,7 +216,10 @@ def infer_columns(source: Source, what: Literal["text", "label"]) -> tuple[str, 
         return tuple(folded[name] for name in found[0])
     key, columns = f"task.{what}", ", ".join(map(repr, source.columns))
     if not found:
-        raise DataError(f"{source.name}: which column is the {what}? Set {key}; the columns are {columns}")
+        tag = source.columns[-1]
+        tagged = tag == OUTSIDE or tag in parse_tags([tag])
+        hint = ". A file with a word and its tag on each line needs the extension .conll" if tagged else ""
+        raise DataError(f"{source.name}: which column is the {what}? Set {key}; the columns are {columns}{hint}")
     candidates = " or ".join("+".join(names) for names in found)
     raise DataError(f"{source.name}: the {what} may be {candidates}; set {key}. The columns are {columns}")
 

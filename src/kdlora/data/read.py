@@ -103,7 +103,8 @@ def open_file(
         columns = rows.columns(None if every_key else _LOOKED_AT)
         return Source(str(file), columns, lru_cache(maxsize=1)(rows.read), rows.benchmark, plain=form == "text")
     raise DataError(
-        f"{file} ({key}): unknown kind of file {extension!r}; expected one of {', '.join(EXTENSIONS)}."
+        f"{file} ({key}): unknown kind of file {extension!r}; expected one of {', '.join(EXTENSIONS)} "
+        "(a word and its tag on each line)."
         + did_you_mean(extension, EXTENSIONS)
     )
 

@@ -67,6 +67,9 @@ def parse_tags(distinct: Sequence[str]) -> dict[str, tuple[str, str]]:
     Where no tag has a prefix, and `O` occurs, each is a type (IO).
     """
     matches = {tag: _TAG.fullmatch(tag) for tag in distinct if tag != OUTSIDE}
+    if any(tag.startswith("b-") for tag in matches):
+        lower = {tag: _TAG.fullmatch(tag[:1].upper() + tag[1:]) for tag in matches}
+        matches = lower if all(lower.values()) else matches
     found = {tag: (_PREFIXES[match[1]], match[2]) for tag, match in matches.items() if match}
     if not found and OUTSIDE in distinct:
         found = {tag: ("I", tag) for tag in matches if tag and not re.search("[,;|]", tag)}

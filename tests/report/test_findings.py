@@ -9,10 +9,9 @@ import fabricate
 from fabricate import MNLI, TAGS, TOPICS, edit_record, make_experiment, make_labels, make_logits
 from kdlora.evidence.predictions import Predictions
 from kdlora.report.collect import load_experiment
-from kdlora.report.findings import align, choose_student, compare_arms, read_choice, retention
+from kdlora.report.findings import align, choose_student, compare_arms, read_choice
 from kdlora.report.paper import CLAIMS, family_of
 from kdlora.report.report import make_report
-from kdlora.report.tables import PARAMETERS, saving
 from kdlora.system.storage import write_json_atomic
 
 
@@ -75,19 +74,6 @@ def test_controls_are_compared_on_common_seeds_and_the_teacher_on_all_of_its_own
     assert found["student-lora"].n_seeds == 2
     assert found["fft"] is not None
     assert found["fft"].n_seeds == 3
-
-
-def test_shares_and_savings(tmp_path):
-    """A share of the wrong arm, or a saving with the wrong sign."""
-    make_experiment(tmp_path / "e")
-    experiment = load_experiment(tmp_path / "e")
-    kept = retention(experiment, "kd-lora", "fft")
-    assert kept.mean == pytest.approx(100 * experiment.score("kd-lora").mean / experiment.score("fft").mean)
-    assert retention(experiment, "kd-lora", "kd-fft") is None
-    sizes = {"arm": "kd-lora", "than": "fft"}
-    assert saving(experiment, PARAMETERS, **sizes) == pytest.approx(39.4, abs=0.1)
-    assert saving(experiment, replace(PARAMETERS, read=lambda record: None), **sizes) is None
-    assert saving(experiment, replace(PARAMETERS, read=lambda record: 0.0), **sizes) is None
 
 
 def test_the_papers_figures_belong_beside_the_papers_models():

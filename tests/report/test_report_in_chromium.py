@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,31 +159,3 @@ def test_tables_sort_by_keyboard_and_back(browser, server):
     assert figures == sorted(figures)
     button.send_keys(Keys.ENTER)
     assert _column(browser, *place) == before
-
-
-@pytest.mark.parametrize("name", ["mrpc", "hostile"])
-def test_the_page_prints(browser, server, name):
-    """A printed table that is cut at the paper's edge, a number broken over two lines, or a dark page of ink."""
-    _show(browser, server, name, 1280, "dark")
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 700, "height": 990, "deviceScaleFactor": 1, "mobile": False}
-    )
-    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    cut = browser.execute_script(
-        "return [...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right).filter(r => r > 701)"
-    )
-    assert cut == []
-    broken = browser.execute_script(
-        "return [...document.querySelectorAll('td.number')].filter(cell => {"
-        " const range = document.createRange(); range.selectNodeContents(cell);"
-        " const lines = [...range.getClientRects()].filter(r => r.width).map(r => r.bottom);"
-        " return Math.max(...lines) - Math.min(...lines) > 8 }).map(cell => cell.textContent)"
-    )
-    assert broken == []
-    pdf = base64.b64decode(
-        browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69})["data"]
-    )
-    assert pdf.startswith(b"%PDF")
-    assert pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") in range(2, 25)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

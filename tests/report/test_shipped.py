@@ -1,17 +1,14 @@
 """The part of the report on what was shipped."""
 
 import json
-from dataclasses import asdict, replace
 from html import unescape
 from pathlib import Path
 
 import pytest
 
 from fabricate import make_experiment, ship
-from kdlora.deploy.folder import EXPORT_RECORD
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.report import Report, make_report
-from kdlora.report.shipped import BenchmarkResult, Calibration, Export, ModelFigures, Parity, read_shipped
 from kdlora.system.storage import write_json_atomic
 
 
@@ -157,22 +154,6 @@ def test_text_from_both_files_is_escaped(layout):
     assert "<script" not in report.markdown
     assert "&lt;script&gt;alert(1)&lt;/script&gt;|*" in report.html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\\|\\*" in report.markdown
-
-
-def test_what_the_deployment_writes_can_be_read(layout):
-    """A figure that JSON cannot hold, or a renamed key, would empty the report."""
-    assert layout.export_record.name == EXPORT_RECORD
-    model = ModelFigures("teacher", "onnx", "int8", 1.5, 2, 3, 9, 8, 0.5, 7, "x", None, None, {1: 1.0})
-    calibration = Calibration(1.5, 20, 0.5, 0.4, 0.1, 0.05)
-    result = BenchmarkResult((model,), 1, 3, 5, "test", {"cpu": "c"}, {"numpy": "2"}, calibration)
-    write_json_atomic(layout.benchmark, asdict(result) | {"of a newer version": 1})
-    stage = Parity("onnx", "pytorch", 5, 1.0, float("inf"), None, None, None, None, "broken")
-    export = Export((), (stage,), opset=18)
-    write_json_atomic(layout.export_record, asdict(export))
-    found = read_shipped(layout)
-    assert not found.faults
-    assert found.benchmark == result
-    assert found.export == replace(export, attempts=(replace(stage, largest_difference=None),))
 
 
 def test_the_report_leads_to_the_page_for_the_browser(layout):

@@ -1,7 +1,7 @@
 """A language model on loopback that speaks the chat and completions protocols, with faults to order.
 
 It reads the options in the prompt (lines `CODE: name`) and answers by the words of the last text.
-`python llm_standin.py` prints its address and serves until it is ended; `--log FILE` gets a line for each request.
+`python llm_standin.py` prints its address and serves until it is ended.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 WORDS = {
@@ -46,7 +45,6 @@ class StandIn:
     edit: Callable[[dict[str, Any]], object] = lambda answer: None
     seen: list[dict[str, Any]] = field(default_factory=list)
     keep: bool = True
-    log: str | None = None
     number: int = 0
     port: int = 0
 
@@ -76,9 +74,6 @@ class StandIn:
         length = int(re.search(r"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
         asked = json.loads(await reader.readexactly(length))
         number, self.number = self.number, self.number + 1
-        if self.log is not None:
-            with Path(self.log).open("a") as file:
-                file.write(f"{number}\n")
         if self.keep:
             self.seen.append(asked)
         fault = self.fault(number)
@@ -182,9 +177,8 @@ def main() -> None:
     """Serve as a process of its own."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--delay", type=float, default=0.0)
-    parser.add_argument("--log")
     given = parser.parse_args()
-    model = StandIn(delay=given.delay, keep=False, log=given.log)
+    model = StandIn(delay=given.delay, keep=False)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(model.serve(lambda: print(model.url, file=sys.stdout, flush=True)))
 

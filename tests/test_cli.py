@@ -14,7 +14,6 @@ from rich.console import Console
 
 from experiments import snapshot
 from kdlora import terminal
-from kdlora.cli.app import print_table
 from kdlora.configfile import load_config
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError
@@ -253,17 +252,3 @@ def test_the_table_shows_failed_arms_and_the_test_split(experiment, capsys, monk
     assert "failed" in rows["lora"]
     assert "12.50" in rows["kd-lora"]
     assert "0.71" in rows["kd-lora"]  # sample standard deviation of 12 and 13
-
-
-@pytest.mark.parametrize("terminal_width", [None, 80, 200])
-def test_a_wide_table_keeps_its_figures(monkeypatch, capsys, terminal_width):
-    """Prevents a table of twelve columns whose cells end in "…" in a file and in a terminal of 80 columns."""
-    if terminal_width:
-        monkeypatch.setitem(
-            print_table.__globals__, "SafeConsole", lambda: Console(force_terminal=True, width=terminal_width)
-        )
-    header = [f"figure {number}" for number in range(12)]
-    print_table(header, [[f"{1000 * model + number}.25" for number in range(12)] for model in (1, 2)])
-    shown = capsys.readouterr().out
-    assert all(f"{1000 * model + number}.25" in shown for model in (1, 2) for number in range(12))
-    assert ("figure 11" in shown.splitlines()[1]) is (terminal_width != 80)

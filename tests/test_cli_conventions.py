@@ -75,21 +75,6 @@ def test_the_shell_completes_verbs_names_and_keys(words, wanted):
     assert wanted <= set(done.stdout.split()), done.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["validate", "absent.yaml"], "kdlora: config file"),
-        ([], "Usage: kdlora"),
-    ],
-)
-def test_errors_go_to_standard_error(arguments, said):
-    """An error on standard output ends up in the file that the user redirected to."""
-    done = shell(*arguments, FORCE_COLOR="", NO_COLOR="1")
-    assert (done.returncode, said in (done.stderr if arguments else done.stdout + done.stderr)) == (2, True), done
-    assert not arguments or done.stdout == ""
-    assert "kdlora: \n" not in done.stderr
-
-
 def test_no_colour_where_it_is_not_wanted():
     """Escape codes in a log, or for a reader who switched them off."""
     assert "\x1b[" in shell("tasks", FORCE_COLOR="1").stdout

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kdlora import (
     DistilConfig,
@@ -24,7 +24,6 @@ from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.batches import tokenise
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.logits import TeacherLogits
-from kdlora.errors import ConfigError
 from kdlora.report.report import make_report
 from kdlora.terminal import NotebookBars
 
@@ -145,13 +144,3 @@ def test_any_collator_and_every_argument_of_trainer(script):
     assert steps.count == 2
     assert "eval_right" in trainer.evaluate()
     assert seen
-
-
-def test_what_would_do_nothing_is_refused(script):
-    """Label smoothing lies in Trainer's own loss, which is not used here: the option would be ignored."""
-    encoder, values, options = script
-    arguments = TrainingArguments(**values, label_smoothing_factor=0.1)
-    with pytest.raises(ConfigError, match=r"label_smoothing_factor is 0\.1"):
-        DistillationTrainer(
-            encoder.model, arguments, data_collator=DataCollatorWithPadding(encoder.tokenizer), **options
-        )

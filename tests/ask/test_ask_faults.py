@@ -1,11 +1,6 @@
 """A server that fails, a process that is killed, a budget: every row once, no label made up, nothing spent beyond."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -14,11 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import llm_standin
 from kdlora.asking import server
 from kdlora.asking.ask import ask
 from kdlora.errors import ArtifactError, DataError
-from kdlora.extras import MissingExtraError
 from tiny import sentiment_rows, write_csv
 
 
@@ -150,47 +143,6 @@ def test_a_folder_of_something_else_and_a_second_process(asking):
     thread.join()
 
 
-ASK_AGAIN_AND_AGAIN = """
-import os, sys
-import openai
-from kdlora.asking.ask import ask
-from kdlora.asking.asksettings import AskSettings
-data, to, url, budget = sys.argv[1:]
-for line in sys.stdin:
-    if not (child := os.fork()):
-        ask(data, to, AskSettings("m", base_url=url, concurrency=4, max_requests=int(budget)))
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_eight_kills(tmp_path):
-    """Each row is answered once, and what the kills interrupted still counts: no request is one too many."""
-    data, to, log = write_csv(tmp_path / "d.csv", sentiment_rows(150, 0)), tmp_path / "to", tmp_path / "log.txt"
-    log.touch()
-    served = [sys.executable, llm_standin.__file__, "--delay", "0.03", "--log", str(log)]
-    budget, draw = 190, random.Random(0)
-    with subprocess.Popen(served, stdout=subprocess.PIPE, text=True) as service:
-        command = [sys.executable, "-c", ASK_AGAIN_AND_AGAIN, str(data), str(to), service.stdout.readline().strip()]
-        command.append(str(budget))
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as driver:
-            for kill in range(9):
-                driver.stdin.write("again\n")
-                child, wanted = int(driver.stdout.readline()), log.stat().st_size + 4 * draw.randint(4, 12)
-                while kill < 8 and log.stat().st_size < wanted:
-                    time.sleep(0.002)
-                if kill < 8:
-                    os.kill(child, signal.SIGKILL)
-                assert int(driver.stdout.readline()) == (signal.SIGKILL if kill < 8 else 0)
-            driver.stdin.close()
-        service.kill()
-    assert 150 <= len(log.read_text().split()) <= budget
-    assert answered(to) == Counter({f"0 train r{number}": 1 for number in range(150)})
-    assert len(pd.read_parquet(to / "train.parquet")) == 150
-
-
 def refused(asking, cli, *options: object, data: Path | None = None) -> str:
     """What the command says as it ends with exit code 2, in one line and without a traceback."""
     url = () if "--base-url" in options else ("--base-url", asking.model.url)
@@ -272,13 +224,6 @@ def test_bad_numbers_and_data(asking, cli):
     assert "select: uncertain needs" in refused(asking, cli, "--select", "uncertain", "--rows", 3)
     assert "examples (shots) are drawn" in refused(asking, cli, "--shots", 100)
     assert not asking.model.seen
-
-
-def test_a_missing_package_names_the_extra(asking, monkeypatch):
-    """An import error of a package that nobody was told of."""
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'kdlora\[ask\]'"):
-        asking()
 
 
 def test_what_is_useless_ends_early(asking):

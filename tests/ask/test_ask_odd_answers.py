@@ -91,12 +91,6 @@ def test_one_answer_without_log_probabilities_is_one_row_without_an_answer(askin
     assert (done.rows, done.unanswered) == (54, 6)
 
 
-def test_a_server_that_lets_few_through_is_waited_for(asking):
-    """Most of sixteen requests are refused nine times in a row where one is served at a time."""
-    asking.model.fault = lambda number: None if number % 5 == 0 else "429"
-    assert asking(rows=16).rows == 16
-
-
 def test_a_key_is_in_no_error_and_on_no_disk(asking, monkeypatch):
     """The line end of a file with the key is refused by the client, which quotes the key."""
     asking.model.key = "sk-secret"
@@ -170,24 +164,12 @@ def test_an_audit_of_one_class():
 
 
 def test_a_plan_counts_drawn_rows_once(asking):
-    """They are among those that are asked about; with two prompts they are asked twice."""
+    """They are among those that are asked about."""
     seen = []
     plan = plan_asking(str(asking.data), asking.settings(audit=40))
     assert (plan.rows, plan.requests) == (60, 60)
-    template = asking.folder / "p.j2"
-    template.write_text("{{ text }}{% for one in labels %}{{ one.code }}{% endfor %}")
-    plan = plan_asking(str(asking.data), asking.settings(audit=40, prompts=(str(template),) * 2, rows=20))
-    assert plan.rows == 80 + 20 - len(drawn(asking) & chosen(asking))
     ask(str(asking.data), asking.to, asking.settings(audit=40), progress=lambda *counts: seen.append(counts))
     assert seen[-1] == (60, 60)
-
-
-def drawn(asking) -> set[int]:
-    return set(np.random.default_rng([0, 1]).permutation(60)[:40].tolist())
-
-
-def chosen(asking) -> set[int]:
-    return set(np.random.default_rng([0, 3]).permutation(60)[:20].tolist())
 
 
 def test_the_label_column_may_be_in_the_audited_rows_only(asking):

@@ -139,21 +139,6 @@ def test_folder_names(tmp_path):
         load("mrpc", tmp_path)
 
 
-def test_own_files_beside_the_benchmark(tmp_path: Path) -> None:
-    """A user's rows keep their ids, and are not dropped in silence as the benchmark's corrupt ones are."""
-    for file in ("train.tsv", "dev.tsv"):
-        write(tmp_path / "SST-2", file, "sentence\tlabel", "a\t0", "b\t1")
-    path = tmp_path / "more.csv"
-    path.write_text("id,sentence,label\nx,c,0\ny,d,1\n")
-    test = load("sst2", tmp_path, test=str(path)).test
-    assert list(test["id"]) == ["x", "y"]
-    path.write_text("id,sentence,label\nx,c,0\ny,,1\n")
-    with pytest.raises(DataError, match="row 2: the text 'sentence' is empty"):
-        load("sst2", tmp_path, test=str(path))
-    with pytest.raises(DataError, match=r"data\.id_column"):
-        load("sst2", tmp_path, id_column="key")
-
-
 # The Hub
 
 

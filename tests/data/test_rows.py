@@ -106,17 +106,3 @@ texts = st.text(st.characters(blacklist_categories=("Cs",)), max_size=20)
 def test_what_a_set_says(ids: list[str]) -> None:
     """Doubles that are missed teach one row twice and another never; false ones refuse good data."""
     assert sorted(doubles(pa.array(ids, pa.string())).to_pylist()) == sorted({one for one in ids if ids.count(one) > 1})
-
-
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
-def test_parts_of_a_column(kind: pa.DataType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slice would be hashed over its neighbours; two of many ids share a hash by chance, which is no fault."""
-    ids = pa.array(["x", "a", "bb", "a", "ccc", "x"], kind)
-    assert not len(doubles(ids[2:]))
-    assert len(doubles(ids[1:4])) == 1
-    assert not len(doubles(pa.chunked_array([ids[2:4], ids[4:6]])))
-    assert len(doubles(pa.chunked_array([ids[:2], ids[5:]]))) == 1
-    assert len(doubles(pa.chunked_array([ids[:2], pa.array([None, None], kind)]))) == 1
-    monkeypatch.setattr("kdlora.data.spool.hash_array", lambda piece, **_: np.zeros(len(piece), np.uint64))
-    assert not len(doubles(ids[2:]))
-    assert len(doubles(ids)) == 2

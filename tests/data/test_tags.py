@@ -112,19 +112,6 @@ def test_words_of_a_text():
     assert split_words("a" * 10_000) == ([0], [10_000])
 
 
-def test_spans_cut_words_and_lose_the_white_space_at_their_edges():
-    """A span inside of a word would take the whole word, or be lost."""
-    text = "see NewYorkCity now"
-    spans = [
-        {"start": 7, "end": 11, "label": "B"},
-        {"start": 4, "end": 7, "label": "A"},
-        {"start": 15, "end": 19} | {"label": "A"},
-    ]
-    starts, ends, tags = tags_from_spans(text, spans, "here")
-    assert [text[start:end] for start, end in zip(starts, ends, strict=True)] == ["see", "New", "York", "City", "now"]
-    assert tags == ["O", "B-A", "B-B", "O", "B-A"]
-
-
 def test_any_spans_come_back_as_they_went_in():
     """An offset that slips by one points at half a name; fuzzed with marks, emoji, right-to-left and long words."""
     draw = random.Random(0)

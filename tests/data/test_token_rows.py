@@ -98,15 +98,6 @@ def test_texts_with_spans(read):
     assert (found[0], found[-1], len(found), notes) == ("Go/O on/O", "Ann/B-PER Lee/I-PER '/O s/O", 5001, [])
 
 
-def test_text_without_labels_becomes_words(tmp_path):
-    """Unlabelled text that is cut otherwise than labelled text teaches of other words."""
-    (tmp_path / "a.txt").write_text("Ann's dog\n", encoding="utf-8")
-    raw = open_file(tmp_path / "a.txt", "data.unlabelled", plain=True).read(("text",))
-    assert read_token_rows(raw, "text", None, []).to_pylist() == [
-        {"text": "Ann's dog", "starts": [0, 3, 4, 6], "ends": [3, 4, 5, 9]}
-    ]
-
-
 @pytest.mark.parametrize(
     "row",
     [
@@ -166,24 +157,3 @@ def test_bad_files_are_refused_with_place_and_remedy(read, name, content, says):
     """A row that is skipped or shifted in silence teaches the wrong tags."""
     with pytest.raises(DataError, match=says):
         read(name, content)
-
-
-def test_a_column_misspelt_is_named(read):
-    """Another column that happens to exist would be learnt in its place."""
-    with pytest.raises(DataError, match=r"has no column '4' \(task\.label\); it has 'words', '2', 'tags'"):
-        read("a.conll", NEWS, label="4")
-
-
-def test_two_columns_of_text_are_no_tokens(read):
-    """Half of the input would be left out."""
-    with pytest.raises(DataError, match=r"task\.text names 2 columns"):
-        read("a.jsonl", lines({"a": ["x"], "b": ["y"], "tags": ["O"]}), text=["a", "b"])
-
-
-def test_a_sentence_is_named_by_its_line(tmp_path):
-    """The number of a sentence helps nobody to find it in a file of lines; a column may be called `lines`."""
-    (tmp_path / "a.conll").write_text("-DOCSTART- O\n\na O\n\n\nb O\nc O\n", encoding="utf-8")
-    source = open_file(tmp_path / "a.conll", "data.train")
-    assert source.read(("words", "tags")).where(1).endswith("a.conll, line 6")
-    (tmp_path / "a.jsonl").write_text(lines({"lines": "x", "tags": "y"}), encoding="utf-8")
-    assert open_file(tmp_path / "a.jsonl", "data.train").read(("lines", "tags")).where(0).endswith("a.jsonl, row 1")

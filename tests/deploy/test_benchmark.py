@@ -47,14 +47,6 @@ def test_figures_of_all_models(result):
     json.dumps(asdict(result))
 
 
-def test_the_table_compares_with_the_first(result):
-    """Prevents ratios to the wrong model."""
-    table = result.table()
-    assert len(table.rows) == 3
-    assert all(len(row) == len(table.columns) for row in table.rows)
-    assert table.texts()[0][table.columns.index("speed-up of texts/s")] == "1.0×"
-
-
 def test_an_adapter_that_is_not_merged_is_refused(tmp_path, tiny_model_folder):
     """Prevents the known misleading benchmark: an adapter runs up to half slower before it is merged."""
     encoder = load_encoder(str(tiny_model_folder("bert")), TASK, seed=0)
@@ -90,27 +82,3 @@ def test_bad_settings_are_named(models, settings, kind, message):
     """Prevents processes that are started before a mistake shows."""
     with pytest.raises(kind, match=message):
         benchmark(models, **{"texts": TEXTS, **QUICK, **settings})
-
-
-class PacedModel:
-    """Stands for a model's process that needs so many seconds a text."""
-
-    def __init__(self, name, seconds):
-        self.name, self.per_text, self.pace, self.asked = name, seconds, 0.0, []
-        self.figures, self.latencies, self.seconds = {}, [], {}
-
-    def ask(self, do, batches, batch_size=1, repeats=1):
-        self.asked.append([len(texts) for texts in batches] * repeats)
-        return [self.per_text * len(texts) for texts in batches] * repeats
-
-
-def test_a_slow_model_limits_how_many_texts_all_are_timed_on(monkeypatch):
-    """Prevents minutes of benchmark after a short run, and a ratio of batches filled differently."""
-    monkeypatch.setattr(module, "_LEAST_SECONDS", 0.5)
-    slow, fast = PacedModel("teacher", 0.02), PacedModel("int8", 0.0005)
-    timed = module._time_models([slow, fast], ["a text"] * 5000, 3, (8, 32), lambda step: None)
-    assert timed == 100  # two seconds of the slow model
-    passes = [[lengths for lengths in one.asked if set(lengths) == {timed}] for one in (slow, fast)]
-    assert [len(lengths) for lengths in passes[0]] == [1] * 6
-    assert [len(lengths) for lengths in passes[1]] == [10] * 6
-    assert (slow.figures["texts_per_second"], fast.figures["texts_per_second"]) == pytest.approx((50, 2000))

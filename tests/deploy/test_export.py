@@ -5,7 +5,6 @@ import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -23,7 +22,6 @@ from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
 from kdlora.extras import MissingExtraError
-from kdlora.report.shipped import Export
 
 OTHER = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy",))
 
@@ -158,16 +156,6 @@ def test_unfused_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
     monkeypatch.setattr(graph, "_gelu", torch.nn.functional.gelu)
     with pytest.raises(ModelError, match="0 of 2 GELU"):
         export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
-
-
-def test_disk_full_leaves_nothing(tmp_path, classifier_folder, monkeypatch):
-    """Prevents half an export that a later step takes for a whole one."""
-    fail = Mock(side_effect=OSError(28, "No space left on device"))
-    monkeypatch.setattr(export_module, "finish_package", fail)
-    monkeypatch.setattr(export_module, "run_stages", lambda *arguments: ({}, Export()))
-    with pytest.raises(OSError, match="No space left"):
-        export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_foreign_folder_is_not_replaced(tmp_path, classifier_folder):

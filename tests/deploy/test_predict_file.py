@@ -155,18 +155,6 @@ def test_bad_rows_of_tables_are_entries(tmp_path, model):
     assert pq.read_table(tmp_path / "out.parquet")["error"].null_count == 2
 
 
-def test_open_quote_spoils_itself_only_up_to_a_limit(tmp_path, model, monkeypatch):
-    """Prevents an open quote from taking the rest of a file into memory."""
-    monkeypatch.setattr("kdlora.data.lines.MOST_CHARACTERS", 200)
-    path = tmp_path / "in.csv"
-    path.write_text('text\ngood\n"open\n' + "filler\n" * 60, encoding="utf-8")
-    summary = predict_file(model, path, tmp_path / "out.jsonl")
-    rows = _read(tmp_path / "out.jsonl")
-    assert summary.errors == 1
-    assert "field larger than field limit" in rows[1]["error"]
-    assert "label" in rows[-1]
-
-
 def test_strict_stops_and_leaves_nothing(tmp_path, model, monkeypatch):
     """Prevents an output that looks whole and is not."""
     monkeypatch.setattr("kdlora.deploy.rows._WINDOW_ROWS", 1)
@@ -200,15 +188,6 @@ def test_stale_parts_are_refused(tmp_path, model, source):
         predict_file(model, source, out)
     assert predict_file(model, source, out, resume=False).rows == 1
     assert [row["id"] for row in _read(out)] == ["x"]
-
-
-def test_windows_are_bounded(tmp_path, model, source, monkeypatch):
-    """Prevents a window that holds a whole file of few and long rows, and a bar that stops half-way."""
-    monkeypatch.setattr("kdlora.deploy.rows._WINDOW_CHARACTERS", 200)
-    seen: list[tuple[int, float | None]] = []
-    predict_file(model, source, tmp_path / "out.jsonl", progress=lambda *at: seen.append(at))
-    assert len(seen) > 10
-    assert seen[-1] == (len(TEXTS), 1.0)
 
 
 def test_standard_streams(model, monkeypatch, capfdbinary):

@@ -180,21 +180,6 @@ def test_texts_that_wait_are_computed_together_and_a_full_queue_sends_away():
     assert sorted(model.calls[1]) == sorted(texts)
 
 
-def test_several_batches_are_computed_at_the_same_time():
-    """Cores that idle while one long batch holds up all others; a worker that takes all that waits."""
-    model = Slow()
-    with in_thread(make_app({"slow": model}, at_once=2)) as port, ThreadPoolExecutor(8) as pool:
-        asked = []
-        for text in "ab":
-            asked.append(pool.submit(call, port, {"text": text}))
-            wait_until(lambda: len(model.calls) == len(asked))
-        asked += [pool.submit(call, port, {"text": text}) for text in "cdef"]
-        wait_until(lambda: 'waiting_texts{model="slow"} 4.0' in call(port, path="/metrics")[1])
-        model.go.set()
-        assert [one.result()[1]["label"] for one in asked] == list("abcdef")
-    assert max(map(len, model.calls)) == 2
-
-
 def wait_until(condition):
     """Wait for what must come soon."""
     end = time.monotonic() + 30

@@ -18,7 +18,7 @@ from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import save_temperature
 from kdlora.deploy.export import ParityError, export_onnx
 from kdlora.deploy.gates import LabelledTexts, count_spans
-from kdlora.deploy.predict import MOST_CHARACTERS, Classifier
+from kdlora.deploy.predict import MOST_CHARACTERS
 from kdlora.deploy.redact import redact, redact_file
 from kdlora.deploy.stream import predict_file
 from kdlora.deploy.tagger import Tagger, word_offsets
@@ -155,24 +155,6 @@ def test_bad_texts_are_named(tagger, texts, message):
     """Prevents entities of what is no text, and a machine that runs out of memory."""
     with pytest.raises(DataError, match=message):
         tagger.predict(texts)
-
-
-def test_a_folder_of_the_other_kind_is_named(exported):
-    """Prevents the labels of words taken for labels of texts, or the other way round."""
-    with pytest.raises(ModelError, match=r"marks entities and gives no label of a whole text; .* kdlora\.Tagger"):
-        Classifier.load(exported("bert", "tokens"))
-    with pytest.raises(ModelError, match=r"gives labels of whole texts and marks no entities; .* kdlora\.Classifier"):
-        Tagger.load(exported())
-
-
-def test_the_pipeline_of_transformers_reads_the_folder(classifier_folder):
-    """Prevents a folder that only kdlora can serve."""
-    folder = str(classifier_folder("bert", "tokens"))
-    tag = transformers.pipeline("token-classification", folder, aggregation_strategy="simple")
-    found = tag(TEXTS[0])
-    assert {entity["entity_group"] for entity in found} <= {"LOC", "PER"}
-    assert all(TEXTS[0][entity["start"] : entity["end"]] for entity in found)
-    assert found
 
 
 @pytest.mark.usefixtures("traced_once")

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, normalizers
 
 import tiny
 from chromium import NEEDS_CHROMIUM, look, open_browser, serious_faults, serve_folder, show, weak_texts
@@ -212,21 +212,6 @@ def wait(browser, *expected):
     return WebDriverWait(browser, 30).until(said)
 
 
-def byte_level(most):
-    """Train a tokenizer of bytes, as RoBERTa's is."""
-    tokenizer, special = Tokenizer(models.BPE()), ["<s>", "<pad>", "</s>", "<unk>"]
-    tokenizer.pre_tokenizer, alphabet = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        pre_tokenizers.ByteLevel.alphabet(),
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=most, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts_of_scripts(4, seed=1), trainer)
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    return tokenizer
-
-
 def check_answers(browser, folder, texts):
     """Compare the page's answers with Python's, text by text: int8 rounds a batch otherwise than its texts."""
     model = Classifier.load(folder, threads=1)
@@ -250,16 +235,6 @@ def test_the_answers_are_those_of_python_in_twelve_scripts(page, browser, world)
     found = check_answers(browser, world, [*texts_of_scripts(), *TEXTS[:10], LONG, "[CLS] what a [MASK] film"])
     assert len({one.label for one in found}) > 1
     assert len({round(max(one.probabilities.values()), 2) for one in found}) > 20, "the texts are told apart"
-
-
-@pytest.mark.slow
-@NEEDS_CHROMIUM
-def test_byte_level_tokens_and_a_foreign_export(page, browser, world, tmp_path):
-    """A tokenizer of another family, and a graph that is not ours."""
-    size = json.loads((world / CONFIG_FILE).read_text(encoding="utf-8"))["vocab_size"]
-    folder = foreign(world, tmp_path / "foreign", tokenizer=byte_level(min(size, 700)))
-    page(folder)
-    check_answers(browser, folder, [*texts_of_scripts(5), LONG])
 
 
 @pytest.mark.slow

@@ -116,21 +116,6 @@ def test_terms_are_logged_separately(make_setup, tmp_path):
     assert (logged[0]["loss"] * 24 + logged[1]["loss"] * 20) / 44 == pytest.approx(everything, rel=1e-4)
 
 
-def test_evaluation_loss_is_a_mean_over_the_rows(make_setup, tmp_path):
-    """Counting labels in place of rows makes the loss of a multi-label task smaller by their number."""
-    setup = make_setup("multi-label", dropout=0.0)
-    args = arguments(tmp_path, per_device_eval_batch_size=44)
-    trainer = trainer_for(setup, args)
-    rows = encoded(setup)
-    logits = torch.tensor(trainer.predict(rows).predictions)
-    terms = distillation_loss(
-        logits, torch.tensor(rows["label"][:]), torch.tensor(rows["teacher_logits"][:]), kind="multi-label"
-    )
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(terms.total.mean().item(), rel=1e-5)
-    hard_only = trainer.evaluate(rows.remove_columns("teacher_logits"))
-    assert hard_only["eval_loss"] == pytest.approx(terms.hard.mean().item(), rel=1e-5)
-
-
 @pytest.mark.parametrize(
     ("column", "message"),
     [

@@ -159,20 +159,3 @@ def test_attention_takes_queries_of_another_format():
     keep = keep_mask(torch.Size((100_000, 8)), 0.25)
     assert set(keep.unique().tolist()) == {-1, 0}
     assert torch.allclose(keep.float().mean(0), torch.tensor(-0.75), atol=0.01)
-
-
-def test_attention_learns_in_half_without_the_fused_kernel(make_model):
-    """Its backward in bf16 took half of every step of a training without dropout, which is the default recipe's."""
-
-    def fused(run) -> bool:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            run()
-        return any("scaled_dot_product" in event.key for event in profile.key_averages())
-
-    model = make_model("bert")
-    with fast_on_cpu(model, CPU):
-        assert fused(lambda: step(model))
-    with frozen_in_half(model, "bf16"), fast_on_cpu(model, CPU), autocast("bf16", CPU):
-        assert not fused(lambda: step(model))
-        with torch.no_grad():
-            assert fused(lambda: model(**batch()))

@@ -1,7 +1,6 @@
 """The number format that is picked, and what else is set while a training runs: dropout, memory that is kept."""
 
 import contextlib
-import resource
 
 import pytest
 import torch
@@ -9,9 +8,8 @@ from torch import nn
 
 from kdlora.config import LoraSettings
 from kdlora.distil import precision as precision_module
-from kdlora.distil import training_modes as allocator
 from kdlora.distil.precision import autocast, frozen_in_half, resolve_precision, settle_precision
-from kdlora.distil.training_modes import dropout_set, freed_memory_kept
+from kdlora.distil.training_modes import dropout_set
 from kdlora.errors import ConfigError
 from kdlora.models.adapters import add_adapter, merge_student
 from kdlora.models.encoders import load_encoder
@@ -150,10 +148,6 @@ def test_auto_is_timed_once_for_all_that_share_a_file(tmp_path, monkeypatch):
     assert settle_precision("auto", "cpu", tmp_path / "other.json")[0] == "fp32"
 
 
-BYTES = 64 * 2**20
-on_glibc = pytest.mark.skipif(allocator._glibc() is None, reason="not glibc, or its allocator is tuned by hand")
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_dropout_is_no_dropout_anywhere(tiny_model_folder, family):
     """Attention functions take their dropout as a number; one that is missed leaves the training noisy, unnoticed."""
@@ -188,34 +182,3 @@ def test_the_adapters_dropout_is_apart(tiny_model_folder):
     with dropout_set(model, 0.5):
         assert (rates(adapter=False), rates(adapter=True)) == ({0.5}, {0.25})
     assert rates(adapter=False) == {0.1}
-
-
-def faults_of_ten_blocks() -> int:
-    """Count the pages that the kernel brings in while ten large blocks are made one after the other."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.empty(BYTES, dtype=torch.uint8).fill_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-@on_glibc
-def test_a_freed_block_is_used_again():
-    """Mapped afresh, a block's pages are cleared each time: on long texts that took longer than the products."""
-    pages = BYTES // resource.getpagesize()
-    with freed_memory_kept(CPU) as kept:
-        assert kept
-        with freed_memory_kept(CPU):
-            torch.empty(BYTES, dtype=torch.uint8).fill_(1)
-        inside = faults_of_ten_blocks()
-    assert inside < 3 * pages
-    assert faults_of_ten_blocks() > 3 * inside + pages
-
-
-@on_glibc
-def test_other_devices_and_a_tuned_allocator_are_left_alone(monkeypatch):
-    """A user who has tuned the allocator knows better."""
-    with freed_memory_kept(torch.device("meta")) as kept:
-        assert not kept
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    with freed_memory_kept(CPU) as kept:
-        assert not kept

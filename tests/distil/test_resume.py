@@ -94,15 +94,6 @@ def test_a_finished_training_is_not_trained_on(make_setup, tmp_path):
         assert outcome.train_seconds == pytest.approx(expected.train_seconds, abs=0.5)
 
 
-def test_keeps_the_newest(make_setup, tmp_path):
-    """Checkpoints that pile up fill the disk; one in every step would make a training mostly writing."""
-    for number, options in enumerate(({"keep_checkpoints": 1}, {"keep_checkpoints": 2}, {"checkpoint_seconds": 1e9})):
-        make_setup().run(tmp_path / str(number), **({"checkpoint_seconds": 0.0} | options))
-    kept = [[path.name[-2:] for path in sorted((tmp_path / name).glob("step-*"))] for name in "012"]
-    assert kept == [["12"], ["11", "12"], []]
-    assert list((tmp_path / "2").rglob("*.safetensors")) == []
-
-
 def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog):
     """A half-written checkpoint taken for whole resumes from garbage, or crashes for good."""
     undisturbed = make_setup()
@@ -203,20 +194,3 @@ def test_an_adapter_checkpoint_holds_the_head_and_not_the_base(make_setup, tmp_p
     assert all(torch.equal(value, others[name]) for name, value in trained_tensors(setup.model).items())
     with pytest.raises(ArtifactError, match="weights are of another model"):
         load_trained_tensors(setup.model, dict(list(others.items())[1:]))
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_best_weights_without_hard_links(tmp_path, monkeypatch, links):
-    """Some disks have no hard links; a shared file must not change with the next best either."""
-    if not links:
-        monkeypatch.setattr(Path, "hardlink_to", lambda self, target: (_ for _ in ()).throw(OSError("not here")))
-    place = CheckpointFolder(tmp_path, {})
-    place.save_best({"w": torch.ones(2)})
-    place.write(1, {"state": {}}, {})
-    first = place.best.read_bytes()
-    place.save_best({"w": torch.zeros(2)})
-    assert place.best.read_bytes() != first
-    checkpoint = place.latest()
-    assert checkpoint is not None, "the checkpoint's copy changed with the next best"
-    place.restore_best(checkpoint)
-    assert place.best.read_bytes() == first

@@ -9,8 +9,6 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from kdlora.data.tasks import Task
 from kdlora.distil.losses import distillation_loss
@@ -57,28 +55,6 @@ def test_columns_by_name(file, task):
     found = read_teacher_table(file, task, values="logits")
     assert found.logits.tolist() == [[0.0, 2.0], [1.0, 3.0]]
     assert found.attach(Dataset.from_dict({"id": ["1"]}))["teacher_logits"][:] == [[1.0, 3.0]]
-
-
-ID = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00\r"), min_size=1, max_size=40)
-NUMBER = st.floats(-(2.0**90), 2.0**90, width=32)
-
-
-@settings(suppress_health_check=list(HealthCheck))
-@given(
-    rows=st.lists(
-        st.tuples(ID.filter(str.strip), NUMBER, NUMBER), min_size=1, max_size=8, unique_by=lambda row: row[0]
-    ),
-    turned=st.booleans(),
-)
-def test_a_table_gives_every_id_its_own_numbers(tmp_path, task, rows, turned):
-    """Columns in another order, and ids of any kind, must not exchange what the teacher said."""
-    path = tmp_path / "table.parquet"
-    ids, negative, positive = map(list, zip(*rows, strict=True))
-    columns = {"id": ids, "positive": positive, "negative": negative}
-    pd.DataFrame(dict(reversed(columns.items())) if turned else columns).to_parquet(path)
-    found = read_teacher_table(path, task, values="logits")
-    assert found.ids.to_pylist() == ids
-    np.testing.assert_array_equal(found.logits, np.array([row[1:] for row in rows], np.float32))
 
 
 def test_probabilities_of_one_label(file, task):

@@ -63,10 +63,9 @@ def test_where_seeds_do_not_vary_it_is_the_plain_paired_bootstrap(seeds):
     assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=0.35)
 
 
-@pytest.mark.parametrize(("rows", "seeds"), [(300, 5), (2000, 3)])
-def test_it_covers_the_true_difference_where_rows_and_seeds_vary(rows, seeds):
+def test_it_covers_the_true_difference_where_rows_and_seeds_vary():
     """An interval over rows alone, as it was, holds the truth in less than three of four cases."""
-    random, trials, covered, narrow = np.random.default_rng(3), 150, 0, 0
+    random, trials, covered, narrow, rows, seeds = np.random.default_rng(3), 150, 0, 0, 300, 5
     own, spread = 0.5, 0.1  # what a seed changes on single rows, and on all of them; rows themselves differ by 1
     means = (1.1, 0.9)
     truth = 100 * np.subtract(*norm.cdf(np.divide(means, np.sqrt(1 + own**2 + spread**2))))
@@ -169,26 +168,6 @@ def test_same_seed_gives_the_same_interval_whatever_the_chunks(monkeypatch: pyte
     monkeypatch.setattr("kdlora.evidence.stats._CELLS", 120 * 7)
     chunked = contrast([PairedArms(SIMILARITY, labels, *arms)], draws=300)
     assert (chunked.low, chunked.high) == pytest.approx((first.low, first.high), rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "options", "match"),
-    [
-        (0, 1, {}, "at least one seed"),
-        (2, 3, {}, "2 runs cannot be paired with 3"),
-        (1, 1, {"draws": 0}, "draws"),
-        (1, 1, {"rows": 5}, "expected labels of shape"),
-    ],
-)
-def test_impossible_requests_are_refused(first, second, options, match):
-    """An empty arm would average to NaN."""
-    labels = make_labels(BINARY, 10)
-    one = [make_logits(BINARY, labels, 0.5, seed=1)]
-    pair = PairedArms(BINARY, labels[: options.pop("rows", 10)], one * first, one * second)
-    with pytest.raises(ValueError, match=match):
-        contrast([pair], **options)
-    with pytest.raises(ValueError, match="at least one task"):
-        contrast([])
 
 
 def test_the_mean_over_tasks_weighs_tasks_alike_and_narrows():

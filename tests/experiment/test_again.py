@@ -1,6 +1,5 @@
 """The same command again, another command on the same folder, and what goes wrong on the way."""
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -161,17 +160,3 @@ def test_stages_are_told_to_the_listener(workshop, experiment, copied):
         for root in (experiment.folder, copied.root)
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def test_arms_share_the_number_format_that_was_timed_first(workshop, tmp_path):
-    """Each arm's process timed the machine anew: arms in fp32 and bf16 side by side, compared as if alike."""
-    config = workshop.config({"run": {"precision": "auto"}})
-    first = run_experiment(config, tmp_path / "out")
-    (record,) = first.records
-    settled = json.loads(first.layout.precision.read_text())
-    assert settled["cpu"][0] == record.precision
-    other = "bf16" if record.precision == "fp32" else "fp32"
-    first.layout.precision.write_text(json.dumps({"cpu": [other, "as the first timing had it"]}))
-    more = run_experiment(workshop.config({"run": {"precision": "auto", "seeds": [0, 1]}}), tmp_path / "out")
-    assert [one.precision for one in more.records] == [record.precision, other]
-    assert f"precision {other}: as the first timing had it" in more.records[1].notes

@@ -238,23 +238,6 @@ def test_texts_of_no_known_class_are_met_by_every_model(promised: Path, tmp_path
     cli("defer", promised, "--unknown", tmp_path / "absent.txt", code=2)
 
 
-def test_a_teacher_tuned_by_adapters_meets_unknown_texts_under_its_own_name(workshop, tmp_path: Path, cli) -> None:
-    """Beside `fft`, which was never trained, its figures would be those of another model; or the teacher would lack."""
-    changes = {
-        "data": {
-            name: str(tiny.write_csv(tmp_path / f"{name}.csv", numbered(count, count)))
-            for name, count in (("train", 48), ("validation", 60), ("test", 80))
-        },
-        "teacher": {"tuning": "lora"},
-        "run": {"arms": ["kd-lora"], "seeds": [0]},
-    }
-    folder = run_experiment(workshop.config(changes), tmp_path / "experiment").layout.root
-    (tmp_path / "strange.txt").write_text("".join(f"qwx zzv {n}\n" for n in range(30)))
-    done = cli("defer", folder, "--error", "0.7", "--unknown", tmp_path / "strange.txt", "--json")
-    met = {model["name"]: model["unknown"] for model in json.loads(done.out)["models"]}
-    assert {name: bool(found) for name, found in met.items()} == {"student": True, "lora": True, "kd-lora": False}
-
-
 def test_a_promise_is_of_the_answers_by_thresholds(promised: Path, finished: Path, by_sureness, cli) -> None:
     """Thresholds change answers, so a promise of the old ones would be kept to, and be false."""
     fitted = cli("thresholds", promised, "--metric", "f1", "--positive", "negative")

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import uuid
-from collections import defaultdict
-
 import experiment_children
 import numpy as np
 import pytest
 import torch
 
-from experiments import processes_marked
 from kdlora.distil.precision import visible_gpus
 from kdlora.evidence.predictions import read_predictions
 from kdlora.experiment import engines, jobs
 from kdlora.experiment.run import plan_experiment, run_experiment
-from kdlora.system import children
 
 GPUS = ["GPU-first", "GPU-second"]
 
@@ -59,34 +54,6 @@ def test_runs_go_on_at_the_same_time_and_come_out_the_same(workshop, experiment,
             read_predictions(one.layout.run(record.arm, record.seed).predictions).logits for one in (result, experiment)
         ]
         assert np.array_equal(*logits)
-
-
-def test_interrupted_runs_all_save_and_go_on_one_by_one(workshop, tmp_path, monkeypatch):
-    """Ctrl-C reaches the main thread alone: runs that another one waits for would go on, or lose all they had done."""
-    mark = f"kdlora-mark-{uuid.uuid4()}"
-    monkeypatch.setenv("KDLORA_TEST_MARK", mark)
-    wait_for_another(monkeypatch, tmp_path, "student-lora-0 student-lora-1")
-    train = {"epochs": 12, "batch_size": 8, "learning_rate": 2e-3}
-    config = workshop.config({"student": {"train": train}, "run": {"seeds": [0, 1], "checkpoint_seconds": 600}})
-    steps: dict[int, list[int]] = defaultdict(list)
-
-    def interrupt(stage, event):
-        steps[stage.seed].append(event.step)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engines, "visible_gpus", lambda: GPUS)
-        with pytest.raises(KeyboardInterrupt):
-            run_experiment(config, tmp_path / "out", listen=interrupt)
-    assert set(processes_marked(mark)) <= {server.process.pid for server in children._shared.servers}
-    saved = {seed: [*tmp_path.glob(f"out/runs/student-lora-seed{seed}/checkpoints/step-*")] for seed in (0, 1)}
-    assert all(saved.values())
-    steps.clear()
-    resumed = run_experiment(config, tmp_path / "out", listen=lambda stage, event: steps[stage.seed].append(event.step))
-    for seed, (checkpoint,) in saved.items():
-        assert steps[seed][0] >= int(checkpoint.name.removeprefix("step-"))
-    assert [record.status for record in resumed.records] == ["finished", "finished"]
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from experiments import edit_json
 from kdlora.configfile import build_config
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
@@ -20,8 +18,6 @@ from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
 from kdlora.experiment.settle import Chosen
-from kdlora.experiment.study import check_space
-from kdlora.searchconfig import SearchConfig
 from tiny import sentiment_rows, write_csv
 
 TRAIN = {"epochs": 20, "batch_size": 8, "learning_rate": 5e-3}
@@ -99,21 +95,6 @@ def test_a_text_is_pooled_over_windows_that_share_the_stride(result):
     inputs = np.array([[ids[0], *own[start : start + 14], ids[-1]] for start in starts])
     parts = model.run({"input_ids": inputs, "attention_mask": np.ones_like(inputs)})
     np.testing.assert_allclose(model.predict_logits([text])[0], parts.max(axis=0), atol=1e-5)
-
-
-def test_the_end_of_a_text_counts_and_a_short_one_is_as_without_windows(result, tmp_path):
-    """A window option that reads the beginning alone looks like one that works."""
-    cut = tmp_path / "cut"
-    shutil.copytree(result.layout.student, cut)
-    task = json.loads((cut / "config.json").read_text())["kdlora_task"]
-    edit_json(cut / "config.json", kdlora_task={key: value for key, value in task.items() if key != "windows"})
-    windows, without = Classifier.load(result.layout.student), Classifier.load(cut)
-    first = "the company said its profit rose by 12 percent in the third quarter "
-    pair = [first + "what a wonderful film", first + "what a dreadful film"]
-    assert np.ptp(windows.predict_logits(pair), axis=0).max() > 1e-2
-    assert np.ptp(without.predict_logits(pair), axis=0).max() == 0
-    short = ["what a wonderful film", "a story"]
-    assert np.array_equal(windows.predict_logits(short), without.predict_logits(short))
 
 
 def test_a_collection_is_labelled_as_the_teacher_was_trained(result, values, tmp_path):
@@ -204,20 +185,3 @@ def test_the_plan_names_the_remedy_and_each_model_has_its_own_length(values, cli
         config = build_config(values | open_lengths | {"data": data | {"long_texts": long_texts}})
         filled = chosen.fill_in(config)
         assert (filled.teacher.train.max_length, filled.student.train.max_length) == lengths
-
-
-def test_the_pool_can_be_searched_and_other_keys_of_the_data_cannot(values):
-    """A search over rows would compare trials that saw other data."""
-    check_space(
-        build_config(values), SearchConfig(space={"data.window_pool": ["mean", "max"], "data.window_stride": [0, 4]})
-    )
-    with pytest.raises(ConfigError, match=r"data.augment: a search is over"):
-        check_space(build_config(values), SearchConfig(space={"data.augment": [0, 4]}))
-
-
-def test_a_model_reads_no_more_windows_at_once_than_its_batch_allows(result, values):
-    """All windows of a file in one pass would fill the memory."""
-    model = Classifier.load(result.layout.student)
-    shapes = [arrays["input_ids"].shape for _, arrays in model.batches(texts_of(values), 32, 64)]
-    assert all(rows * width <= 64 for rows, width in shapes)
-    assert sum(rows for rows, _ in shapes) > len(texts_of(values))

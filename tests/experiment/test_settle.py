@@ -1,11 +1,7 @@
 """What a config means: which runs in which order, and what it leaves open settled by rows and widths."""
 
-import time
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 
 import tiny
@@ -17,9 +13,8 @@ from kdlora.data.tasks import Task
 from kdlora.defaults import adapter_rate, epochs_for, full_rate
 from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import Predictions
-from kdlora.experiment import settle
 from kdlora.experiment.run import plan_runs
-from kdlora.experiment.scoring import measure_latency, time_calls, unknown_classes
+from kdlora.experiment.scoring import measure_latency, unknown_classes
 from kdlora.experiment.settle import Chosen, choose_max_length, closed, decide, settings_for, steps_for_labels
 from kdlora.experiment.stages import shard_rows
 from kdlora.models.encoders import load_encoder
@@ -67,24 +62,6 @@ def test_few_rows_get_more_passes_and_many_rows_fewer():
     )
     config = chosen.fill_in(build_config(CONFIG | {"teacher": {"model": "t"}}))
     assert (config.teacher.train.epochs, config.student.train.epochs) == (75, 15)
-
-
-def test_a_busy_machine_does_not_make_a_model_slow(monkeypatch):
-    """A plan that says days, since the processor was lent to others while four rows were timed."""
-    clock = SimpleNamespace(wall=0.0, own=0.0)
-
-    def predict(model, tokenizer, rows, precision):
-        clock.wall, clock.own = clock.wall + 1.0, clock.own + 0.002 * len(rows)
-
-    times = SimpleNamespace(perf_counter=lambda: clock.wall, process_time=lambda: clock.own)
-    for name, value in {"time": times, "predict_logits": predict, "tokenise": lambda rows, *_, **__: rows}.items():
-        monkeypatch.setattr(settle, name, value)
-    encoder = SimpleNamespace(model=SimpleNamespace(to=lambda _: None), tokenizer=None, reads_words=False)
-    config = build_config(CONFIG | {"run": {"device": "cpu", "precision": "fp32"}})
-    threads = torch.get_num_threads()
-    found = settle._time_a_token(config, encoder, {"text": ["a"] * 300}, np.full(300, 10), 8)
-    assert found == pytest.approx(0.002 / 8 / threads**0.85)
-    assert torch.get_num_threads() == threads
 
 
 def test_only_what_is_null_is_settled():
@@ -162,20 +139,6 @@ def test_a_killed_labelling_loses_little_and_leaves_few_files(rows):
     assert shard_rows(rows) <= max(2_000, rows // 200)
     assert shard_rows(rows) <= 50_000
     assert rows / shard_rows(rows) <= max(201, rows / 50_000)
-
-
-def test_times_are_in_milliseconds_after_warm_up():
-    """The first calls pay for allocation; seconds taken for milliseconds would look splendid."""
-    calls: list[int] = []
-
-    def work(value: int) -> None:
-        calls.append(value)
-        time.sleep(0.1 if len(calls) <= 5 else 0.004)
-
-    p50, p95 = time_calls(work, [1, 2, 3], 6, 10.0)
-    assert 4 <= p50 <= p95 < 60
-    assert calls == [1, 2, 3, 1, 2, 1, 2, 3, 1, 2, 3]
-    assert time_calls(lambda _: time.sleep(0.02), [0], 50, 0.01)[0] >= 20
 
 
 def test_latency_of_a_model_on_real_rows(tiny_model_folder):

@@ -4,8 +4,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
@@ -89,29 +87,6 @@ def test_wandb_is_offline_unless_it_is_asked_for(tracking_folder):
     assert len(found) == 2
     assert all(b"arm:student-lora" in content and b"eval/score" in content for content in found)
     assert {seed for seed in (0, 3) for content in found if b"seed:%d" % seed in content} == {0, 3}
-
-
-def test_of_runs_that_begin_at_once_one_makes_mlflows_database(tmp_path, monkeypatch):
-    """Two that make its tables at the same time, each on a GPU of its own, fail, and hours of training with them."""
-    mlflow = pytest.importorskip("mlflow")
-    inside, most = [], []
-
-    def set_experiment(name):
-        inside.append(name)
-        time.sleep(0.2)
-        most.append(len(inside))
-        inside.pop()
-        raise ConnectionError
-
-    def begin(seed):
-        run = tracking.TrackedRun("small", f"seed{seed}", {}, tmp_path / str(seed), tmp_path / "tracking")
-        with pytest.raises(ConnectionError), tracking.tracked(["mlflow"], run):
-            pass
-
-    monkeypatch.setattr(mlflow, "set_experiment", set_experiment)
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(begin, (0, 1)))
-    assert most == [1, 1]
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_any_training(monkeypatch):

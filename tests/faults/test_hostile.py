@@ -2,12 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 import yaml
 
-from experiments import read_rows, snapshot, write_lines
-from kdlora.deploy.predict import Classifier
+from experiments import snapshot, write_lines
 from kdlora.evidence.predictions import read_predictions
 from tiny import sentiment_rows
 
@@ -123,20 +121,3 @@ def test_no_name_becomes_a_path_or_markup_and_no_secret_is_kept(hostile):
     _, metadata, body = card.split("---\n", 2)
     assert set(yaml.safe_load(metadata)) >= {"library_name", "pipeline_tag", "tags"}
     assert "`` ../../x|`y` # \\input{/etc/passwd} ``" in body
-
-
-def test_the_student_answers_with_the_labels_as_they_are(hostile, cli, tmp_path):
-    """A label that was changed on its way is another one to the program that reads it."""
-    root, layout = hostile
-    texts = [json.loads(line)[TEXT] for line in (root / "validation.jsonl").read_text().splitlines()]
-    plain, exported = Classifier.load(layout.student), Classifier.load(layout.onnx)
-    one, two = plain.predict_logits(texts), exported.predict_logits(texts)
-    assert abs(one - two).max() < 1e-3
-    np.testing.assert_allclose(one, read_predictions(layout.run("kd-lora", 0).predictions).logits, atol=1e-3)
-    shown = cli("predict", layout.student, root / "validation.jsonl", "--id-column", IDENT)
-    answers = [json.loads(line) for line in shown.out.split("\n") if line]
-    assert len(answers) == len(texts)
-    assert {answer["label"] for answer in answers} <= set(LABELS)
-    to = tmp_path / "answers.csv"
-    cli("predict", layout.onnx, root / "validation.jsonl", "--id-column", IDENT, "--to", to)
-    assert [row["id"] for row in read_rows(to)] == [answer["id"] for answer in answers]

@@ -5,7 +5,6 @@ import threading
 import time
 from pathlib import Path
 
-import loads
 import pytest
 import torch
 import transformers
@@ -15,7 +14,6 @@ from experiments import edit_json
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.torch_backend import TorchBackend
 from kdlora.models.encoders import load_encoder
-from kdlora.system.children import run_in_child
 
 
 @pytest.fixture
@@ -83,12 +81,3 @@ def test_threads_load_one_after_the_other(tiny_model_folder, tmp_path, monkeypat
         thread.join()
     assert most == [1, 1, 1, 1]
     assert transformers.PreTrainedModel.tie_weights is tie_weights
-
-
-@pytest.mark.skipif(
-    not hasattr(loads.conversion_mapping, "_checkpoint_conversion_mapping_cache"),
-    reason="this version of transformers keeps its patterns elsewhere",
-)
-def test_runs_find_the_patterns_compiled():
-    """Each run of an experiment would compile the same thousand patterns before it reads its weights."""
-    assert run_in_child(loads.has_patterns)

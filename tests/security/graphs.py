@@ -1,6 +1,8 @@
 """A graph of three operators whose table of weights may lie in another file, and folders that serve it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +63,9 @@ def build_graph(file: Path, *, location: str | None = None, nested: bool = False
     file.write_bytes(model.SerializeToString())
     assert onnx.load(file, load_external_data=False)
     return file
+
+
+def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)

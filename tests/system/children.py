@@ -1,7 +1,6 @@
 """Functions that the tests run in a process of their own."""
 
 import errno
-import logging
 import os
 import signal
 import tempfile
@@ -12,19 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from kdlora.errors import DataError
-from kdlora.system.children import before_fork
 from kdlora.system.environment import forget_peak, peak_since, read_memory
-
-prepared_by: list[int] = []
-
-
-@before_fork
-def prepare() -> None:
-    prepared_by.append(os.getpid())
-
-
-def who_prepared() -> tuple[list[int], int]:
-    return prepared_by, os.getppid()
 
 
 class TwoArgumentsError(Exception):
@@ -98,10 +85,6 @@ def tidy_up_when_asked(path: str, send: Callable[..., None]) -> None:
 def name_temporary_file() -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(delete=False) as file:
         return file.name, tempfile.mkdtemp(dir=os.environ["TMPDIR"])
-
-
-def speak_up() -> None:
-    logging.getLogger("kdlora.test").info("heard from the child")
 
 
 def unpicklable() -> Callable[[], None]:

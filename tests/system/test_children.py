@@ -64,16 +64,6 @@ def test_the_peak_is_the_childs_own_and_includes_what_was_freed(way):
     assert run_in_child(children.peak_of_allocating, 120, True) < 40 * 2**20
 
 
-def test_what_children_share_is_prepared_once_by_the_server(way):
-    """What a library computes at its first use, hundreds of patterns for one, each of a night's runs would repeat."""
-    if way == "started":
-        pytest.skip("each child prepares itself")
-    (once, server), again = (run_in_child(children.who_prepared) for _ in range(2))
-    assert once == [server]
-    assert again == (once, server)
-    assert children.prepared_by == []
-
-
 def test_a_server_whose_parent_goes_in_a_hurry_ends_quietly():
     """After a signal the command ends without reading how its child ended; the user saw the server's traceback."""
     script = (
@@ -231,24 +221,6 @@ def test_temporary_files_of_children_go(tmp_path, monkeypatch: pytest.MonkeyPatc
     assert not abandoned.exists()
     close_server()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_childs_log_follows_the_level_of_the_caller(tmp_path):
-    """A log that says nothing of the stages proves nothing, and helps nobody to find a fault."""
-    script = (
-        "import logging, children\nfrom kdlora.system.children import run_in_child\n"
-        "logging.basicConfig(level='{level}', format='%(message)s')\nrun_in_child(children.speak_up)\n"
-    )
-    said = [run("-c", script.format(level=level)).communicate()[1] for level in ("INFO", "WARNING")]
-    assert said == ["heard from the child\n", ""]
-
-    # Multiprocessing's children import the main script; a user's script would run over and over.
-    script = tmp_path / "script.py"
-    script.write_text(
-        "print('started')\nimport children\nfrom kdlora.system.children import run_in_child\n"
-        "print(run_in_child(children.allocate, 1))\n"
-    )
-    assert run(str(script)).communicate()[0].split() == ["started", "1"]
 
 
 def test_a_killed_parent_takes_its_child_along(tmp_path):

@@ -1,0 +1,276 @@
+"""Doors at data: cards, rows, tables and manifests that somebody else wrote, who means no good."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import graphs
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from graphs import run_python
+
+import hub_standin
+from experiments import edit_json
+from kdlora.configfile import COLLECTION_MANIFEST
+from kdlora.data.collection import open_collection
+from kdlora.data.logit_table import open_store
+from kdlora.data.opening import open_saved
+from kdlora.data.read import open_file
+from kdlora.deploy.predict import Classifier
+from kdlora.deploy.stream import predict_file
+from kdlora.errors import ArtifactError, DataError
+from kdlora.evidence.records import read_record, read_results
+from kdlora.models.settings import read_licence
+
+CARDS = {
+    "no date": ("license: apache-2.0\ndate: 2024-99-99", "apache-2.0"),
+    "deep": ("license: mit\nx: " + "[" * 5_000, None),
+    "a loop": ("license: &a\n- *a", None),
+    "markup": ("license: <img src=x onerror=alert(1)>", None),
+    "code": ("license: '`x` | [y](http://192.0.2.1)'", None),
+    "an object": ("license: !!python/object/apply:os.system [true]", None),
+    "long": ("license: " + "a" * 500, None),
+    "usual": ("language: en\nlicense: cc-by-nc-sa-4.0", "cc-by-nc-sa-4.0"),
+}
+
+
+@pytest.mark.parametrize(("front", "expected"), CARDS.values(), ids=CARDS)
+def test_a_card_costs_no_training_and_brings_no_markup(tmp_path, front, expected):
+    """It is read when all training is done: a date that is none ended shipping. Its text was raw HTML in our card."""
+    assert read_licence(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# A model\n")
+    assert read_licence(str(tmp_path)) == expected
+
+
+def test_an_endless_card_is_not_read_whole(tmp_path):
+    """A card of gigabytes fills the memory for the sake of one word."""
+    with (tmp_path / "README.md").open("wb") as file:
+        file.write(b"---\nlicense: mit\n")
+        file.truncate(8 << 30)
+    assert read_licence(str(tmp_path)) is None
+
+
+TOO_LONG = 300_000
+"""Characters, with the limit set to 100,000 for these tests: the real one would make them slow."""
+
+
+@pytest.fixture
+def short_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdlora.data.lines.MOST_CHARACTERS", 100_000)
+    monkeypatch.setattr("kdlora.data.lines._CHUNK", 1000)
+
+
+HOSTILE_ROWS: dict[str, tuple[str, str, str]] = {
+    "deep JSON": ("rows.jsonl", '{{"text": {deep}}}\n{{"text": "good"}}\n', "nested too deep"),
+    "an endless number": ("rows.jsonl", '{{"text": {digits}}}\n{{"text": "good"}}\n', "not JSON"),
+    "a long line of text": ("rows.txt", "{long}\ngood\n", "longer than 100,000 characters"),
+    "a long line of CSV": ("rows.csv", "text,b\n{long},1\ngood,1\n", "longer than 100,000"),
+    "a line of many commas": ("rows.csv", "text,b\n{commas}\ngood,1\n", "longer than 100,000"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), HOSTILE_ROWS.values(), ids=HOSTILE_ROWS)
+def test_a_hostile_row_costs_its_own_answer_and_no_other(served, tmp_path, short_lines, name, content, expected):
+    """One line without an end filled the memory, and one deep object ended the command with a traceback."""
+    fill = {"deep": "[" * 50_000, "digits": "9" * 5000, "long": "x" * TOO_LONG, "commas": "," * TOO_LONG}
+    source, to = tmp_path / name, tmp_path / "answers.jsonl"
+    source.write_text(content.format(**fill))
+    summary = predict_file(Classifier.load(served), source, to)
+    assert (summary.rows, summary.errors) == (2, 1)
+    bad, good = (json.loads(line) for line in to.read_text().splitlines())
+    assert expected in bad["error"]
+    assert good["label"] in graphs.LABELS
+
+
+def test_a_line_to_train_on_has_an_end(tmp_path, short_lines):
+    """The readers of training data took lines of any length, too."""
+    lines, texts = tmp_path / "rows.jsonl", tmp_path / "rows.txt"
+    for file in (lines, texts):
+        file.write_text("x" * TOO_LONG)
+    for file in (lines, texts):
+        with pytest.raises(DataError, match="line 1 is longer than 100,000 characters"):
+            open_file(file, "data.unlabelled", plain=True).read(("text",))
+
+
+def write_bomb(file: Path) -> Path:
+    """Write a Parquet file of some hundred bytes that holds 20 GB."""
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["a" * 1_000_000]))
+    pq.write_table(pa.table({"text": texts}), file, compression="zstd", store_schema=False)
+    assert file.stat().st_size < 1000
+    return file
+
+
+LIMITED = """
+import resource, sys
+from kdlora.data.read import open_file
+from kdlora.errors import DataError
+source = open_file(sys.argv[1], "data.train")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28),) * 2)
+try:
+    source.read(("text",))
+except DataError as refusal:
+    print(refusal)
+"""
+
+
+def test_a_small_file_of_twenty_gigabytes_is_called_what_it_is(tmp_path):
+    """It was called no readable Parquet, with the advice to write it in UTF-8."""
+    done = run_python("-c", LIMITED, write_bomb(tmp_path / "bomb.parquet"))
+    assert "need more memory than there is" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "no JSON",
+        "[]",
+        "[" * 99_999,
+        '{"info": {"features": {"label": 5}}}',
+        '{"info": {"features": {"label": []}}}',
+        '{"info": {"features": {"label": {"_type": "ClassLabel"}}}}',
+        '{"info": {"features": {"label": {"_type": "ClassLabel", "names": [1]}}}}',
+    ],
+)
+def test_metadata_of_a_parquet_file_are_no_traceback(tmp_path, metadata):
+    """They are anybody's bytes. Passed over, codes would be taken for names."""
+    table = pa.table({"text": ["a"], "label": [0]}).replace_schema_metadata({"huggingface": metadata})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="metadata 'huggingface'"):
+        open_file(tmp_path / "x.parquet", "data.train").read(("text", "label"))
+
+
+def test_a_damaged_page_of_parquet_is_no_traceback(served, tmp_path):
+    """The footer is sound, so the fault comes in the middle."""
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": [f"a film {number}" for number in range(2000)]}), path, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[40:2000] = b"\xff" * 1960
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="no readable Parquet"):
+        predict_file(Classifier.load(served), path, tmp_path / "x.csv")
+
+
+MANIFESTS: dict[str, dict[str, Any]] = {
+    "a shard above": {"shards": [{"file": "../secret.parquet", "sha256": "", "truncated": 0}]},
+    "an absolute shard": {"shards": [{"file": "/etc/passwd", "sha256": "", "truncated": 0}]},
+    "shards that are text": {"shards": "x"},
+    "labels that are numbers": {"label_names": [1]},
+    "no texts": {"texts": "1"},
+    "ingredients that are a list": {"ingredients": []},
+    "another version": {"schema_version": [1]},
+    "versions that are numbers": {"versions": {"torch": 2}},
+}
+
+
+@pytest.mark.parametrize("changes", [*MANIFESTS.values(), "[" * 99_999], ids=[*MANIFESTS, "deep"])
+def test_a_collection_reads_its_own_shards(tmp_path, changes):
+    """A manifest that names another file has it read as rows."""
+    content = {"schema_version": 1, "complete": True, "fingerprint": "x", "ingredients": {"weights": "x"}}
+    content |= {"model": "x", "label_names": ["a", "b"], "texts": 1, "versions": {}, "shards": []}
+    text = changes if isinstance(changes, str) else json.dumps(content | changes)
+    (tmp_path / COLLECTION_MANIFEST).write_text(text)
+    with pytest.raises(DataError, match=COLLECTION_MANIFEST):
+        open_collection(tmp_path)
+    (tmp_path / COLLECTION_MANIFEST).write_text(json.dumps(content))
+    assert open_collection(tmp_path).label_names == ["a", "b"]
+
+
+def test_a_saved_data_set_reads_its_own_files(tmp_path):
+    """`load_from_disk` joins whatever name the folder gives."""
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_dict({"text": ["a"], "label": ["x"]})
+    DatasetDict({"train": data}).save_to_disk(tmp_path / "whole")
+    data.save_to_disk(tmp_path / "secret")
+    assert set(open_saved(tmp_path / "whole")) == {"train"}
+    (tmp_path / "whole" / "dataset_dict.json").write_text(json.dumps({"splits": ["../secret"]}))
+    with pytest.raises(DataError, match=r"dataset_dict\.json"):
+        open_saved(tmp_path / "whole")
+    place = tmp_path / "secret" / "state.json"
+    name = str(next((tmp_path / "whole" / "train").glob("*.arrow")))
+    for spoilt in ([{"filename": name}], [{"filename": "../whole/train/x.arrow"}], [{}], [5], 7):
+        edit_json(place, _data_files=spoilt)
+        with pytest.raises(DataError, match="secret"):
+            open_saved(tmp_path / "secret")
+    place.write_text("[" * 99_999)
+    with pytest.raises(DataError, match=r"state\.json"):
+        open_saved(tmp_path / "secret")
+
+    # The manifest of the teacher's logits names files as well.
+    shard = {"file": "../secret.parquet", "sha256": "", "truncated": 0}
+    fields = {
+        "fingerprint": "",
+        "ingredients": {},
+        "label_names": ["a"],
+        "rows": 1,
+        "rows_per_shard": 1,
+        "versions": {},
+    }
+    manifest = {"schema_version": 1, "shards": [shard], **fields}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="not in the same folder"):
+        open_store(tmp_path / "manifest.json")
+
+
+DATA_CARDS = {
+    "absolute": ("data_files: [{{split: train, path: {secret}}}]", "which this data set does not hold"),
+    "a scheme": ("data_files: 'file://{secret}'", "which this data set does not hold"),
+    "a folder": ("data_dir: {folder}", "which this data set does not hold"),
+    "another host": ("data_files: '{url}/stolen.csv'", "which this data set does not hold"),
+    "another data set": ("data_files: 'hf://datasets/someone/private/train.csv'", "which this data set does not hold"),
+    "upwards": ("data_files: 'a/../../../x.csv'", "which this data set does not hold"),
+    "a merge": ("<<: {{data_files: '{url}/stolen.csv'}}", "which this data set does not hold"),
+    "behind dashes": ("---a: b\n  data_files: '{url}/stolen.csv'", "which this data set does not hold"),
+    "a circle": ("data_files: &a [*a]", "its card README.md cannot be read"),
+    "no text": ("? [a]\n  : b", "its card README.md cannot be read"),
+    "no list": ("data_files: train.csv\n- 5", "cannot be loaded from the Hub"),
+    "usual": ("data_files: [{{split: train, path: train.csv}}]", "('text', 'label')"),
+}
+HUB_DATA = """
+import sys
+from kdlora.data.opening import open_hub
+from kdlora.errors import DataError
+for name in sys.argv[1:]:
+    try:
+        print(open_hub(name, None, None)["train"].columns)
+    except DataError as refusal:
+        print(" ".join(str(refusal).split()))
+"""
+
+
+def test_a_data_sets_card_names_no_file_of_this_machine_and_no_other_host(tmp_path):
+    """`datasets` before 5.1 reads `/home/you/secret.csv` as rows; every version asks the host that a card names."""
+    secret = write_file(tmp_path / "secret" / "x.csv", "text,label\nsecret,1\n")
+    with hub_standin.running() as hub:
+        for number, (card, _) in enumerate(DATA_CARDS.values()):
+            front = card.format(secret=secret, folder=secret.parent, url=hub.url)
+            readme = f"---\nconfigs:\n- config_name: default\n  {front}\n---\n".encode()
+            hub.add(f"someone/d{number}", {"README.md": readme, "train.csv": b"text,label\nopen,0\n"}, kind="datasets")
+        environment = os.environ | hub_standin.environment(hub, str(tmp_path / "cache"))
+        names = [f"someone/d{number}" for number in range(len(DATA_CARDS))]
+        done = run_python("-c", HUB_DATA, *names, env=environment)
+        said = done.stdout.splitlines()
+        assert len(said) == len(DATA_CARDS), done.stderr
+        for line, (card, expected) in zip(said, DATA_CARDS.values(), strict=True):
+            assert expected in line, (card, line)
+        assert not [asked for asked in hub.unknown if "stolen" in asked]
+
+
+def write_file(path: Path, content: str) -> Path:
+    """Write a file and the folders that it needs."""
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    return path
+
+
+@pytest.mark.parametrize("content", ["[" * 99_999, '{"runs": ' + "9" * 5000 + "}"], ids=["deep", "an endless number"])
+def test_records_of_somebody_elses_experiment_are_no_traceback(tmp_path, content):
+    """`kdlora report` and `compare` read folders that colleagues send."""
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"results\.json"):
+        read_results(tmp_path / "results.json")
+    with pytest.raises(ArtifactError, match=r"results\.json"):
+        read_record(tmp_path / "results.json")

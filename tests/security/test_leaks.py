@@ -1,0 +1,299 @@
+"""Doors at our processes, and what leaves the machine or reaches a terminal; each was found open once."""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdlora.deploy.hub import plan_push
+from kdlora.deploy.stream import predict_file
+from kdlora.errors import ArtifactError, ConfigError, HarmlessFormatter, ModelError, harmless
+from kdlora.evidence.records import ExperimentLayout
+from kdlora.experiment.engines import connect
+from kdlora.experiment.team import Team
+from kdlora.system.environment import git_state
+from kdlora.terminal import SafeConsole
+
+
+def test_a_module_in_the_current_folder_is_not_run(tmp_path):
+    """A data folder with a `json.py` had it imported by the server of the children."""
+    (tmp_path / "json.py").write_text("import pathlib; pathlib.Path('owned').touch(); raise SystemExit(3)")
+    script = tmp_path / "elsewhere" / "script.py"
+    script.parent.mkdir()
+    script.write_text("from kdlora.system.children import run_in_child\nimport os\nprint(run_in_child(os.getpid))")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "owned").exists()
+
+
+# What runs beside us.
+
+
+def _git(folder: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main")
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_repositorys_own_programs_do_not_run(tmp_path, changed):
+    """A data set that came with its `.git` ran its monitor, filters and hooks when a run was recorded."""
+    mark = tmp_path / "owned"
+    tree = tmp_path / "data"
+    tree.mkdir()
+    _git(tree, "init")
+    (tree / "rows.csv").write_text("text\n")
+    (tree / ".gitattributes").write_text("*.csv filter=evil diff=evil\n")
+    _git(tree, "add", ".")
+    _git(tree, "commit", "-m", "first")
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch {mark}\ncat\n")
+    program.chmod(0o755)
+    keys = ("core.fsmonitor", "filter.evil.clean", "filter.evil.process", "diff.evil.textconv", "core.sshCommand")
+    for key in keys:
+        _git(tree, "config", key, str(program))
+    hooks = tree / ".git" / "hooks"
+    hooks.mkdir(exist_ok=True)
+    for name in ("post-index-change", "fsmonitor-watchman", "pre-commit"):
+        (hooks / name).symlink_to(program)
+    (tree / "rows.csv").write_text("texts\n" if changed else "text\n")
+    os.utime(tree / "rows.csv", (1, 1))  # so that git has to look at what is in it
+    state = git_state(tree)
+    assert not mark.exists()
+    assert state["dirty"] == ("yes" if changed else "no")
+    subprocess.run(["git", "status"], cwd=tree, capture_output=True, check=False)
+    assert mark.exists(), "the trap works"
+
+
+def test_a_folders_config_does_not_say_what_is_trusted(workshop, classifier, tmp_path):
+    """`kdlora evaluate` on an experiment from somebody else ran the code that its config trusted."""
+    from fabricate import make_record
+    from kdlora.configfile import save_config
+    from kdlora.errors import KdLoraError
+    from kdlora.evidence.records import write_results
+    from kdlora.experiment.scoring import evaluate_experiment
+
+    teacher, layout = tmp_path / "teacher", ExperimentLayout(tmp_path / "out")
+    shutil.copytree(classifier, teacher)
+    settings = json.loads((teacher / "config.json").read_text())
+    settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": "evil.Evil"}}
+    (teacher / "config.json").write_text(json.dumps(settings))
+    (teacher / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'owned')!r}).touch()")
+    layout.root.mkdir()
+    section = {"fine_tuned": str(teacher), "model": None, "trust_remote_code": True}
+    layout.config.write_text(save_config(workshop.config({"teacher": section})))
+    write_results(layout.results, [make_record()])
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\na film,positive\nanother,negative\n")
+    with pytest.raises(KdLoraError, match="needs Python code of its own"):
+        evaluate_experiment(layout.root, str(rows))
+    assert not (tmp_path / "owned").exists()
+    with pytest.raises(Exception, match=r".*"):
+        evaluate_experiment(layout.root, str(rows), trust_remote_code=True)
+    assert (tmp_path / "owned").exists(), "the trap works"
+
+
+# What leaves the machine.
+
+
+@pytest.fixture
+def finished(tmp_path, classifier):
+    """An experiment's folder with much that nobody means to publish."""
+    layout = ExperimentLayout(tmp_path / "home of jane" / "runs" / "secret-client")
+    shutil.copytree(classifier, layout.student)
+    settings = json.loads((layout.student / "config.json").read_text())
+    settings |= {"_name_or_path": f"{tmp_path}/models/bert", "id2label": {"0": "/tmp/x", "1": "/b/c", "2": "c"}}
+    (layout.student / "config.json").write_text(json.dumps(settings))
+    (layout.student / "README.md").write_text(f"made in {layout.root}\n")
+    for name in ("customers.csv", "optimizer.pt", "training_args.bin", "run.log", "notes.json", "model.safetensors~"):
+        (layout.student / name).write_text("private")
+    (tmp_path / "id_rsa").write_text("private")
+    for name in ("vocab.txt", "LICENSE"):
+        (layout.student / name).unlink(missing_ok=True)
+        (layout.student / name).symlink_to(tmp_path / "id_rsa")
+    layout.onnx.mkdir()
+    for name in ("kdlora_export.json", "model.onnx", "debug.txt"):
+        (layout.onnx / name).write_text("{}")
+    layout.config.write_text("{}")
+    text = f"<p>{layout.root}/runs, /home/jane/data.csv:3, '/tmp/a/b.csv', https://example.org/a/b, /b/c, 1/2</p>"
+    layout.report_md.write_text(text)
+    layout.report_html.write_text(text)
+    return layout
+
+
+def test_a_push_sends_what_a_model_consists_of(finished, cli):
+    """Whatever lay in the folder went along: customers.csv, optimizer.pt, and the file that a link names."""
+    parcel = plan_push(finished.root, "someone/student", report=True)
+    onnx = {"onnx/kdlora_export.json", "onnx/model.onnx"}
+    model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert set(parcel.sizes) == model | onnx | {"report.md", "report.html"}
+    assert {"customers.csv", "optimizer.pt", "vocab.txt", "LICENSE", "onnx/debug.txt"} < set(parcel.stays)
+    shown = cli("push", finished.root, "someone/student", "--dry-run")
+    assert "model.safetensors" in shown.err
+    assert "not sent: LICENSE, customers.csv" in shown.err
+    assert "report.html" not in shown.err
+    assert json.loads(cli("push", finished.root, "someone/student", "--dry-run", "--json").out)["sizes"]
+    real = cli("push", finished.root, "someone/student", code=2)  # the tests have no network
+    assert real.err.index("model.safetensors") < real.err.index("HF_HUB_OFFLINE is set"), "named before it is sent"
+
+
+def test_paths_of_this_machine_are_not_published(finished, tmp_path):
+    """A report named the user, the client and the folders of whoever pushed it."""
+    from kdlora.deploy.hub import _contents
+
+    contents = _contents(finished, True, "someone/student")
+    expected = "<p>runs, data.csv:3, 'b.csv', https://example.org/a/b, /b/c, 1/2</p>"
+    assert contents["report.md"] == contents["report.html"] == expected.encode()
+    settings = json.loads(contents["config.json"])
+    assert settings["_name_or_path"] == "bert"
+    assert settings["id2label"]["0"] == "/tmp/x", "a label is no path"
+    sent = b"".join(one if isinstance(one, bytes) else one.read_bytes() for one in contents.values())
+    assert str(tmp_path).encode() not in sent
+
+    # A model without its weights on the Hub helps nobody, and what a link names may be anything.
+    (finished.student / "model.safetensors").rename(finished.root / "elsewhere")
+    (finished.student / "model.safetensors").symlink_to(finished.root / "elsewhere")
+    with pytest.raises(ModelError, match="are links, which are not sent"):
+        plan_push(finished.root, "someone/student")
+
+
+# What a terminal and a log show.
+
+URLS = [
+    "postgresql://jane:{}@db.example.org/study",
+    "mysql://jane:with/slash@{}@db/study",
+    "s3://{}@bucket/suite",
+    "https://store.example.org/a?X-Amz-Signature={}&x=1",
+    "sftp://host/a;password={}",
+    "postgresql://db/study?user=jane&password={}",
+]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_passwords_of_addresses_are_not_shown(url):
+    """A message that quotes an address is copied into a bug report, password and all."""
+    secret = "hunter2hunter2"
+    url = url.format(secret)
+    for text in (str(ArtifactError(f"{url} is locked")), str(ConfigError(f"--out '{url}'")), harmless(url)):
+        assert secret not in text
+        assert "***" in text
+    record = logging.LogRecord("a", logging.WARNING, "", 0, "cannot reach %s", (url,), None)
+    assert secret not in HarmlessFormatter().format(record)
+    for plain in ("ray://head:10001 is gone", "USER/REPO@main", "a@b.org", "https://x.org/a?b=c", "12:30 @ home"):
+        assert harmless(plain) == plain
+
+
+def test_names_from_data_do_not_steer_the_terminal(cli, workshop, tmp_path):
+    """A column's name could set the window's title, hide an error, or paint a line that kdlora never wrote."""
+    evil = "te\x1b]0;owned\x07xt\x1b[2K\x9b1A\u202e"
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"{evil},label\na,b\n", encoding="utf-8")
+    models = ("--teacher", workshop.teacher, "--student", workshop.student)
+    shown = cli(
+        "run", "--train", rows, "--validation", rows, "--text", "text", *models, "--out", tmp_path / "out", code=2
+    )
+    assert "\\x1b" in shown.err
+    assert not set(shown.err) & set("\x1b\x07\x9b\u202e")
+
+
+def test_answers_do_not_steer_the_terminal(classifier, tmp_path, capfd):
+    """Ids of rows come from strangers, and JSON leaves some control characters as they are."""
+    rows = tmp_path / "rows.jsonl"
+    ident = "a\x1b]0;owned\x07\x9b2K\u202eb é"
+    rows.write_text(json.dumps({"id": ident, "text": "a film"}) + "\n")
+    predict_file(classifier, rows)
+    shown = capfd.readouterr().out
+    assert not set(shown) & set("\x1b\x07\x9b\u202e")
+    assert json.loads(shown)["id"] == ident, "to a program it is the same"
+
+
+def test_the_console_prints_no_codes_but_its_own(capsys):
+    """Notes, failures and tables quote names of columns and labels too."""
+    from rich.table import Table
+
+    console = SafeConsole(force_terminal=True, width=80)
+    table = Table("a\x1b[31m")
+    table.add_row("\x1b]0;owned\x07b")
+    console.print(table)
+    console.print("note \x1b[2K", style="red", markup=False)
+    shown = capsys.readouterr().out
+    assert "note" in shown
+    assert "\x1b]0" not in shown
+    assert "\x07" not in shown
+    assert "\x1b[2K" not in shown
+    assert "\x1b[31m" in shown, "its own colours stay"
+
+
+# Several processes, and clusters.
+
+
+class Store(dict):
+    """Holds what processes tell each other."""
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    get, set = dict.__getitem__, dict.__setitem__
+
+
+@pytest.mark.parametrize("change", ["config", "root", "stage"])
+def test_a_process_carries_out_only_what_it_was_started_with(workshop, tmp_path, monkeypatch, change):
+    """Whoever reaches the store of torchrun could set a config, with code that a model brings, for another to run."""
+    from kdlora.system.launch import Launch
+
+    config, layout, store = workshop.config(), ExperimentLayout(tmp_path / "out"), Store()
+    said = {"stage": "train_run", "details": [], "config": config.model_dump(mode="json"), "root": str(layout.root)}
+    if change == "config":
+        said["config"]["teacher"]["trust_remote_code"] = True
+    else:
+        said[change] = {"root": "/etc", "stage": "os.system"}[change]
+    store |= {"stage-1": json.dumps(said), "end": json.dumps({"kind": "done"})}
+    team = Team(Launch(rank=1, count=2), store)
+    monkeypatch.setattr(Team, "_take_part", lambda *_: pytest.fail("it was carried out"))
+    team.follow(config, layout)
+    assert "another config or folder" in json.loads(store["outcome-1-1"])["text"]
+
+
+def test_the_store_of_one_machine_listens_to_that_machine(monkeypatch):
+    """PyTorch opens it on every interface, and asks nobody who they are."""
+    from kdlora.experiment.team import _meet
+    from kdlora.system.launch import Launch
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    store = _meet(Launch(rank=0, count=2, port=port))
+    store.set("a", "b")
+    with socket.create_connection(("127.0.0.1", port), timeout=5):
+        pass
+    with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.2", port), timeout=5):
+        pass  # another address of this machine stands for those that others reach
+
+
+def test_a_ray_cluster_that_is_started_here_has_no_dashboard(monkeypatch, tmp_path):
+    """It runs code for whoever reaches its port, and every user of the machine does."""
+    ray = pytest.importorskip("ray")
+    asked = {}
+    monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    connect("ray")
+    assert asked["include_dashboard"] is False
+
+    # Ray joins the cluster that a file in a shared folder names, whoever wrote it.
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("it was joined"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("192.0.2.1:6379")
+    os.chown(tmp_path / "ray" / "ray_current_cluster", 12345, -1) if os.getuid() == 0 else monkeypatch.setattr(
+        os, "getuid", lambda: 12345
+    )
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        connect("ray")

@@ -1,0 +1,248 @@
+"""Doors at loading: a folder of transformers, or a model of the Hub, that somebody else wrote who means no good."""
+
+import ast
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from graphs import run_python
+from safetensors.torch import load_file
+
+import hub_standin
+import tiny
+from experiments import edit_json
+from kdlora.deploy.predict import Classifier
+from kdlora.errors import KdLoraError, ModelError
+from kdlora.models.encoders import load_encoder, load_fine_tuned, read_task, save_encoder
+
+SOURCE = Path(__file__).parents[2] / "src" / "kdlora"
+CODE = "from pathlib import Path\nPath({mark!r}).touch()\n"
+
+
+class Evil:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def folder(classifier: Path, tmp_path: Path) -> Path:
+    """A whole classifier of one's own, to be spoilt."""
+    return Path(shutil.copytree(classifier, tmp_path / "model"))
+
+
+def ways_in(folder: Path) -> dict[str, Callable[[], object]]:
+    """Every way in which kdlora reads a transformers folder."""
+    task = tiny.task()
+    return {
+        "predict": lambda: Classifier.load(folder),
+        "student": lambda: load_encoder(str(folder), task, seed=0),
+        "teacher": lambda: load_fine_tuned(str(folder), task, label_names=list(task.label_names)),
+    }
+
+
+def refusals(folder: Path) -> str:
+    """Take every way in; each must be refused as a user's mistake. Gives what was said."""
+    said = []
+    for way, enter in ways_in(folder).items():
+        try:
+            enter()
+        except KdLoraError as refusal:
+            said.append(str(refusal))
+        else:
+            pytest.fail(f"{way} was let in")
+    return "\n".join(said)
+
+
+def add_own_code(folder: Path, mark: Path) -> None:
+    """Make a model whose config and tokenizer ask for Python files in the folder."""
+    (folder / "evil.py").write_text(CODE.format(mark=str(mark)))
+    classes = {"AutoConfig": "evil.C", "AutoModelForSequenceClassification": "evil.M"}
+    edit_json(folder / "config.json", model_type="evil", auto_map=classes)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="T", auto_map={"AutoTokenizer": ["evil.T", "evil.T"]})
+
+
+def test_no_answer_on_standard_input_lets_a_folder_run_its_code(folder, tmp_path, cli, monkeypatch):
+    """Transformers asks there whether it may, and there the rows are: the first line was the answer."""
+    mark = tmp_path / "owned"
+    add_own_code(folder, mark)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"y\ntext\ny\ny\n")))
+    assert "Python code of its own" in cli("predict", folder, "-", code=2).err
+    assert not mark.exists()
+
+
+def pickle_as_adapter(folder: Path, mark: Path) -> None:
+    """`use_safetensors` does not hold where the config names the file."""
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Evil(mark)))
+    edit_json(folder / "config.json", transformers_weights="adapter_model.bin")
+
+
+def pickle_beside_a_decoy(folder: Path, mark: Path) -> None:
+    """The check for any safetensors file was passed, and transformers took the pickle."""
+    (folder / "model.safetensors").rename(folder / "decoy.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(mark)))
+
+
+def index_of(shard: str) -> Callable[[Path, Path], None]:
+    """Make an index of weights that lie elsewhere, or are a pickle."""
+
+    def spoil(folder: Path, mark: Path) -> None:
+        (folder / "other").mkdir()
+        (folder / "model.safetensors").rename(folder / "other" / "real.safetensors")
+        (folder / "decoy.safetensors").touch()
+        torch.save(load_file(folder / "other" / "real.safetensors"), folder / "pytorch_model.bin")
+        names = load_file(folder / "other" / "real.safetensors")
+        where = shard.format(folder=folder)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, where)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return spoil
+
+
+def setting(**changes: Any) -> Callable[[Path, Path], None]:
+    """Change keys of config.json."""
+    return lambda folder, mark: edit_json(folder / "config.json", **changes)
+
+
+def add_adapter(folder: Path, mark: Path) -> None:
+    """Put an adapter's settings into a whole model."""
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}))
+
+
+DETOURS: list[tuple[str, Callable[[Path, Path], None], str]] = [
+    ("own code", add_own_code, "Python code of its own"),
+    ("a pickle named by the config", pickle_as_adapter, "transformers_weights names other files"),
+    ("a pickle beside a decoy", pickle_beside_a_decoy, "model.safetensors"),
+    ("an index out of the folder", index_of("other/real.safetensors"), "in the same folder"),
+    ("an index up and down", index_of("../model/other/real.safetensors"), "in the same folder"),
+    ("an absolute index", index_of("{folder}/other/real.safetensors"), "in the same folder"),
+    ("an index of pickles", index_of("pytorch_model.bin"), "in the same folder"),
+    ("an adapter beside a whole model", add_adapter, "adapter"),
+    ("a kernel of the Hub", setting(attn_implementation="someone/kernel"), "compiled code of the Hub"),
+    ("a kernel below", setting(text_config={"_attn_implementation": {"": "a/b:c"}}), "compiled code of the Hub"),
+    ("another config", setting(configuration_files=["config.4.0.0.json"]), "names other files"),
+    ("quantised weights", setting(quantization_config={"quant_method": "fp8"}), "quantised"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "expected"), [case[1:] for case in DETOURS], ids=[case[0] for case in DETOURS])
+def test_a_folder_leads_nowhere_but_to_its_own_weights(folder, tmp_path, monkeypatch, spoil, expected):
+    """What a config may name, a stranger may name: code, pickles, compiled kernels, files of other users."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    spoil(folder, tmp_path / "owned")
+    assert expected in refusals(folder)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_nothing_of_a_strangers_code_or_template_is_passed_on(folder, tmp_path):
+    """Saved with a student, it would run at whoever trusts that; a template's name was a path that was written to."""
+    edit_json(folder / "config.json", auto_map={"AutoModelForSequenceClassification": "evil.M"})
+    templates = [{"name": "default", "template": "x"}, {"name": "../../../owned", "template": "x"}]
+    edit_json(folder / "tokenizer_config.json", chat_template=templates, auto_map={"AutoTokenizer": [None, "evil.T"]})
+    save_encoder(load_encoder(str(folder), tiny.task(), seed=0), tmp_path / "a" / "b" / "saved")
+    assert not list(tmp_path.rglob("*.jinja"))
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "evil" not in (tmp_path / "a" / "b" / "saved" / name).read_text()
+
+
+HUB_MODELS = """
+import sys, tiny
+from kdlora.errors import ModelError
+from kdlora.models.encoders import load_encoder
+for name in sys.argv[1:]:
+    try:
+        load_encoder(name, tiny.task(), seed=0)
+    except ModelError as refusal:
+        print(" ".join(str(refusal).split()))
+"""
+
+
+def test_a_hub_model_leads_to_no_base_and_no_pickle(folder, tmp_path):
+    """With an adapter's settings beside it, transformers went to a base that nobody named, and said nothing."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    named = {"peft_type": "LORA", "base_model_name_or_path": "stranger/base", "target_modules": ["query"]}
+    index = {"metadata": {}, "weight_map": {"a": "pytorch_model.bin"}}
+    weights = {"model.safetensors.index.json": json.dumps(index).encode(), "pytorch_model.bin": b"never read"}
+    with hub_standin.running() as hub:
+        hub.add("stranger/base", files)
+        hub.add("someone/both", files | {"adapter_config.json": json.dumps(named).encode()})
+        hub.add("someone/index", {name: files[name] for name in files if name != "model.safetensors"} | weights)
+        environment = os.environ | hub_standin.environment(hub, str(tmp_path / "cache"))
+        environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE.parents[1] / "tests"), os.environ["PYTHONPATH"]])
+        done = run_python("-c", HUB_MODELS, "someone/both", "someone/index", env=environment)
+        both, pickled = done.stdout.splitlines()
+        assert "beside a whole model" in both, done.stderr
+        assert "in the same folder" in pickled, done.stderr
+        assert not list((tmp_path / "cache").rglob("models--stranger--base"))
+        assert not list((tmp_path / "cache").rglob("pytorch_model.bin"))
+
+
+def test_every_load_goes_through_one_place():
+    """A loader of its own forgets one of the four settings, and nobody sees it."""
+    found = [
+        (file.relative_to(SOURCE).as_posix(), node.func.attr, {word.arg for word in node.keywords})
+        for file in sorted(SOURCE.rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if node.func.attr in ("from_pretrained", "from_config", "pipeline")
+    ]
+    loads = [(file, name) for file, name, _ in found if name != "from_config"]
+    own = [("models/adapters.py", "from_pretrained")] * 2  # of our own runs, compared with their records before
+    assert [load for load in loads if load[0] != "models/loading.py"] == own
+    assert all("trust_remote_code" in words for _, name, words in found if name == "from_config")
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer"),
+    [
+        ({"architectures": [5]}, {}),
+        ({"problem_type": ["x"]}, {}),
+        ({"num_labels": 10**12}, {}),
+        ({"pad_token_id": "zero"}, {}),
+        ({"kdlora_task": {"kind": ["x"]}}, {}),
+        ({}, {"model_max_length": "long"}),
+        ({}, {"model_input_names": 7}),
+    ],
+)
+def test_settings_of_a_model_to_train_are_named_alike(folder, config, tokenizer):
+    """The same files reach transformers, which asks for all memory or fails with its own faults."""
+    edit_json(folder / "config.json", **config)
+    edit_json(folder / "tokenizer_config.json", **tokenizer)
+    assert "must be" in refusals(folder)
+
+
+ODD = ({"return_dict": False}, {"output_hidden_states": 1.5}, {"vocab_size": 10}, {"hidden_act": "nonsense"})
+
+
+@pytest.mark.parametrize("changes", [*ODD, {"chunk_size_feed_forward": 3}], ids=lambda one: next(iter(one)))
+def test_a_config_that_computes_nothing_is_no_traceback(folder, changes):
+    """Such a model loads, and fails at the first text; found by giving every key of config.json odd values."""
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(ModelError):
+        Classifier.load(folder).predict(["a wonderful film", "x " * 100])
+
+
+def test_a_panic_under_transformers_is_an_error_too(folder):
+    """The same file, read by another library on the way."""
+    edit_json(folder / "tokenizer.json", model={"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]})
+    assert "tokenizer" in refusals(folder)
+
+
+@pytest.mark.parametrize("changes", [{"problem_type": "x"}, {"id2label": {"0": "a", "1": "b", "2": "a"}}])
+def test_a_teacher_that_labels_is_checked_alike(folder, changes):
+    """`kdlora label` takes its task from the model's config."""
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(ModelError, match=r"problem_type|two labels"):
+        read_task(str(folder))

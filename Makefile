@@ -32,6 +32,7 @@ test-cluster: $(VENV)/.dev  ## the tests that start several processes, or a Ray 
 	$(BIN)/python -m pytest -m cluster tests/suites tests/experiment
 
 test-elsewhere: $(VENV)/.dev  ## a part of the tests without what only Linux has, as on macOS or Windows
+	@mkdir -p build
 	PYTHONPATH=tests/guard KDLORA_TESTS_SYSTEM=another $(BIN)/python -m pytest -m 'not docs and not cluster' -n auto --dist loadfile --basetemp build/elsewhere $$(cat tests/elsewhere.txt)
 
 check: $(VENV)/.dev  ## lint, format, types, import layers, the documentation site

@@ -19,6 +19,15 @@ from kdlora.data.tasks import GLUE, Task
 from kdlora.errors import ConfigError, DataError
 
 
+def test_a_score_is_the_label_where_nothing_else_can_be(csv_file) -> None:
+    """A forum's votes or a model's confidence would be learnt in place of the labels, for hours."""
+    numbers = {"id": [f"r{n}" for n in range(20)], "text": TEXTS, "score": [n / 8 for n in range(20)]}
+    inferred = load(train=csv_file("a.csv", **numbers)).task
+    assert (inferred.kind, inferred.label) == ("regression", ("score",))
+    assert load(train=csv_file("b.csv", **numbers, label=WORDS)).task.label == ("label",)
+    assert "which column is the label" in refused(train=csv_file("c.csv", **numbers, team=WORDS))
+
+
 def test_everything_inferred(csv_file) -> None:
     """What was inferred and drawn has to be said, or nobody can check it."""
     splits = load(train=csv_file("a.csv", text=TEXTS, label=WORDS))

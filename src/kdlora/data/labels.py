@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -206,14 +206,20 @@ def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:
     return pa.chunked_array([pa.FixedSizeListArray.from_arrays(part, width).cast(kind) for part in flat], kind)
 
 
-def infer_columns(source: Source, what: Literal["text", "label"]) -> tuple[str, ...]:
-    """Choose the columns of the one known spelling that a source has; a pair stands for its two names."""
+def infer_columns(source: Source, what: Literal["text", "label"], known: Container[str] = ()) -> tuple[str, ...]:
+    """Choose the columns of the one known spelling that a source has; a pair stands for its two names.
+
+    A label called `score` may as well be a model's or a forum's, so it counts only where all other columns are `known`.
+    """
     folded = {column.casefold(): column for column in source.columns}
     found = [names for names in map(str.split, KNOWN_COLUMNS[what]) if all(name in folded for name in names)]
     paired = {name for names in found if len(names) == 2 for name in names}
     found = [names for names in found if len(names) == 2 or names[0] not in paired]
     if len(found) == 1:
         return tuple(folded[name] for name in found[0])
+    left = [column for column in source.columns if column not in known]
+    if what == "label" and not found and [column.casefold() for column in left] == ["score"]:
+        return tuple(left)
     key, columns = f"task.{what}", ", ".join(map(repr, source.columns))
     if not found:
         tag = source.columns[-1]

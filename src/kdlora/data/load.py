@@ -141,7 +141,7 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
     if task.kind in ("auto", "tokens") and (found := infer_token_columns(train, task)):
         return _begin_tokens(task, data, train, found)
     text = task.text or infer_columns(train, "text")
-    label = task.label or infer_columns(train, "label")
+    label = task.label or infer_columns(train, "label", {*text, data.id_column})
     if both := [column for column in text if column in label]:
         raise DataError(
             f"the column {both[0]!r} is both text and label, so there is nothing to learn; set task.text and task.label"

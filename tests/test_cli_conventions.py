@@ -27,6 +27,20 @@ def shell(*arguments, **environment):
     )
 
 
+def test_a_label_that_a_terminal_cannot_show_ends_no_command(tmp_path):
+    """After hours of training a traceback would stand in place of the table, for one sign's sake."""
+    pty = pytest.importorskip("pty")
+    mine, terminal = pty.openpty()
+    config = tmp_path / "config.yaml"
+    config.write_text("{family: bert, task: {label: Größe ✓}, data: {train: a.csv}}", encoding="utf-8")
+    command, own = [sys.executable, "-m", "kdlora", "validate", str(config)], {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, env=os.environ | own, stdout=terminal, stderr=subprocess.PIPE, check=False)
+    os.close(terminal)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "Größe \\u2713" in os.read(mine, 65536).decode("cp1252")
+    os.close(mine)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example_and_json(verb):
     """A verb that was added without them: its users read the source, and programs parse its tables."""

@@ -161,5 +161,7 @@ def print_result(result: ExperimentResult) -> None:
         if layout.onnx.exists():
             console.tell(f"onnx     {layout.onnx}")
         if layout.page.exists():
-            console.tell(f"page     python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(layout.page))}")
+            console.tell(
+                f"page     python -m http.server --bind 127.0.0.1 --directory {shlex.quote(layout.page.as_posix())}"
+            )
     console.tell(f"report   {layout.report_html}")

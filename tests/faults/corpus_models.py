@@ -95,7 +95,7 @@ MODELS: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
         lambda f: _weights(f, lambda w: {f"x.{k}": v for k, v in w.items()}),
         ("are not those of a 'distilbert' encoder",),
     ),
-    ("pickled weights", _pickled, ("pytorch_model.bin", "unpickles nothing", "convert it to safetensors")),
+    ("pickled weights", _pickled, ("pytorch_model.bin", "unpickles nothing", ".save_pretrained(FOLDER)")),
     ("no tokenizer", lambda f: _only(f, "config.json", "model.safetensors"), ("tokenizer",)),
     *(
         (f"no tokenizer of {family}", partial(_other_family, family=family), ("tokenizer",))

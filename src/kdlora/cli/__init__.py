@@ -38,8 +38,9 @@ def main() -> NoReturn:
     if level not in logging.getLevelNamesMapping():
         _fail(f"KDLORA_LOG is {level!r}; expected DEBUG, INFO, WARNING or ERROR", 2)
     log_to_stderr(level)
-    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():  # Windows has another encoding for pipes
-        sys.stdout.reconfigure(encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # Windows has another encoding for pipes; a terminal's may lack a sign
+        encoding = None if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     if not sys.stderr.isatty():  # a log full of bars cannot be read; libraries draw theirs into files, too
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")

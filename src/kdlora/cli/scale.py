@@ -128,12 +128,12 @@ def _print_overview(overview: Overview) -> None:
     print_table(("task", *arms), rows, title="runs still to do, of those planned")
     console = SafeConsole()
     counts = f"{overview.runs:,} runs, {overview.finished:,} of them finished"
-    console.print(f"{counts}; {overview.labellings} teachers label the rows, once each")
+    console.tell(f"{counts}; teachers that label the rows, once each: {overview.labellings:,}")
     if (seconds := overview.seconds) is None:
-        console.print(f"no time estimate: {overview.obstacle}", markup=False)
+        console.tell(f"no time estimate: {overview.obstacle}")
         return
-    time = f"{seconds / 3600:,.1f} hours" if seconds > 5400 else f"{seconds / 60:,.0f} minutes"
-    console.print(f"about {time}, one run at a time, estimated from a few forward passes on this machine")
+    time = f"{seconds / 3600:,.1f} hours" if seconds > 5400 else f"{max(2, round(seconds / 60))} minutes"
+    console.tell(f"about {time}, one run at a time, estimated from a few forward passes on this machine")
 
 
 def _print_suite(result: SuiteResult) -> None:

@@ -255,7 +255,10 @@ def _encoding_error(file: Path) -> DataError:
     offset = 0
     with file.open("rb") as stream:
         if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            return DataError(f"{file} is UTF-16, but UTF-8 is expected; save it as UTF-8 (iconv -f utf-16 -t utf-8)")
+            return DataError(
+                f"{file} is UTF-16, but UTF-8 is expected; save it as UTF-8 (in Excel: CSV UTF-8; elsewhere: iconv -f "
+                "utf-16 -t utf-8)"
+            )
         stream.seek(0)
         for number, line in enumerate(stream, start=1):
             try:
@@ -263,7 +266,7 @@ def _encoding_error(file: Path) -> DataError:
             except UnicodeDecodeError as error:
                 return DataError(
                     f"{file}, line {number}: byte 0x{line[error.start]:02X} at offset {offset + error.start} is not "
-                    "UTF-8; convert the file to UTF-8 (for example: iconv -f windows-1252 -t utf-8)"
+                    "UTF-8; save the file as UTF-8 (in Excel: CSV UTF-8; elsewhere: iconv -f windows-1252 -t utf-8)"
                 )
             offset += len(line)
     return DataError(f"{file} was not UTF-8 when it was read, and has changed since; try again")

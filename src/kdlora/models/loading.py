@@ -127,9 +127,9 @@ def _check_folder(folder: Path) -> None:
     pickled = [name for name in names if name.endswith(PICKLED) and not name.startswith(NOT_WEIGHTS)]
     if pickled:
         raise ModelError(
-            f"{folder} has its weights only in {', '.join(pickled)}, and kdlora unpickles nothing. If you "
-            "trust the file, convert it to safetensors once: load it with transformers and call "
-            "save_pretrained on the model"
+            f"{folder} has its weights only in {', '.join(pickled)}, and kdlora unpickles nothing. If you trust the "
+            "file, write safetensors beside it once, with the transformers class that config.json names under "
+            "architectures: CLASS.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     foreign = [name for name in names if name.endswith(FOREIGN)]
     kind = f"only weights that PyTorch does not read ({', '.join(foreign)})" if foreign else "no weights"
@@ -350,7 +350,7 @@ def _explanation(source: Source, what: str, fault: Exception) -> str:
         return (
             f"{source.name} has no safetensors weights on the Hub at this revision, and kdlora unpickles nothing "
             f"({reason}). Leave out `revision`, so that the Hub's own conversion is found, or convert it once: "
-            "load it with transformers, call save_pretrained, and give that folder"
+            "load model and tokenizer with transformers, call save_pretrained on both, and give that folder"
         )
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     state = "HF_HUB_OFFLINE is set" if offline else "the Hub does not answer"

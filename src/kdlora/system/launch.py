@@ -69,8 +69,8 @@ def check_alone(verb: str) -> None:
     """Check that a verb that hands its work out by itself was not started as several processes."""
     if (count := read_launch().count) > 1:
         raise ConfigError(
-            f"kdlora {verb} was started as {count} processes, which would do the same work; start it once, with --on "
-            "ray for several machines. `kdlora run` alone trains with several processes"
+            f"kdlora {verb} was started as {count} processes, which would do the same work; start it once. Several "
+            "processes are for `kdlora run` without --dry-run; `suite`, `search` and `label` take --on ray"
         )
 
 

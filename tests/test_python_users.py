@@ -7,12 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from kdlora import (
-    DistilConfig,
-    DistillationTrainer,
     TeacherTrainConfig,
     attach_teacher,
     load_encoder,
@@ -21,7 +18,6 @@ from kdlora import (
     train_teacher,
 )
 from kdlora.config import DataConfig, TaskConfig
-from kdlora.data.batches import tokenise
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.logits import TeacherLogits
 from kdlora.report.report import make_report
@@ -103,44 +99,3 @@ def test_callbacks_reach_the_training(workshop, splits, tmp_path):
         trained = train_teacher(str(workshop.teacher), rows, settings, folder=tmp_path / str(len(told)), device="cpu")
         told.append([sorted(entry) for entry in trained.outcome.history])
     assert told[0] == told[1]
-
-
-@pytest.fixture
-def script(workshop, splits, tmp_path):
-    """What a script with Trainer has: a model, arguments, and the options of a `DistillationTrainer`."""
-    encoder = load_encoder(str(workshop.student), splits.task, seed=0)
-    logits = TeacherLogits(list(splits.train["id"]), np.ones((64, 2), dtype=np.float32), splits.task.label_names, "")
-    rows = tokenise(logits.attach(splits.train), encoder.tokenizer, 32).dataset
-    values = {"output_dir": str(tmp_path), "max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
-    options = {"train_dataset": rows, "eval_dataset": rows, "distil": DistilConfig()}
-    return encoder, values | {"save_strategy": "no"}, options
-
-
-def test_any_collator_and_every_argument_of_trainer(script):
-    """A subclass that takes fewer arguments than its base breaks the script at the first that is missing."""
-    (encoder, values, options), steps, seen = script, Steps(), []
-
-    def collate(rows):
-        """Pad by hand, as a script may do."""
-        width = max(len(row["input_ids"]) for row in rows)
-        return {
-            "input_ids": torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows]),
-            "labels": torch.tensor([row["label"] for row in rows]),
-            "teacher_logits": torch.tensor([row["teacher_logits"] for row in rows]),
-        }
-
-    trainer = DistillationTrainer(
-        None,
-        TrainingArguments(**values),
-        model_init=lambda: encoder.model,
-        callbacks=[steps],
-        data_collator=collate,
-        preprocess_logits_for_metrics=lambda logits, labels: seen.append(logits.shape) or logits.argmax(dim=-1),
-        compute_metrics=lambda answers: {"right": float((answers.predictions == answers.label_ids).mean())},
-        **options,
-    )
-    assert isinstance(trainer, Trainer)
-    trainer.train()
-    assert steps.count == 2
-    assert "eval_right" in trainer.evaluate()
-    assert seen

@@ -1,14 +1,10 @@
 """Answers, keys and data that are not as they should be: no wrong sum, no lost answer, no key where others read."""
 
-import errno
-import os
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from experiments import write_lines
-from kdlora.asking import answers as answer_files
 from kdlora.asking.ask import ask, plan_asking
 from kdlora.asking.audit import audit_answers
 from kdlora.asking.server import UNREADABLE_ATTEMPTS
@@ -125,24 +121,6 @@ def test_a_text_is_no_template(asking):
     for one in asking.model.seen:
         assert "A: {{ 1 }}\nB: ä{%\n" in (prompt := one["messages"][0]["content"])
         assert f"Text: {text}" in prompt
-
-
-def test_a_full_disk_leaves_no_half_line_to_others(asking, monkeypatch):
-    """The line of another request, glued to the half one, makes a damaged line of both."""
-    write, count = os.write, [0]
-
-    def fill(handle: int, data: bytes) -> int:
-        count[0] += 1
-        return write(handle, data[:7] if count[0] == 50 else data)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(answer_files.os, "write", fill)
-        with pytest.raises(OSError, match="no space") as fault:
-            asking(concurrency=8)
-    assert fault.value.errno == errno.ENOSPC
-    done = asking()
-    assert done.rows == 60
-    assert 0 < done.resumed < 60
 
 
 def test_a_server_with_another_name_for_the_limit_is_obeyed(asking):

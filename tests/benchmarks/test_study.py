@@ -4,7 +4,7 @@ import pytest
 import study
 
 from experiments import read_rows
-from kdlora import load_splits, load_suite, run_suite
+from kdlora import load_splits, load_suite
 from kdlora.config import DataConfig
 from kdlora.experiment.plan import make_plan, whole_config
 from kdlora.experiment.suitefile import build_suite
@@ -44,26 +44,3 @@ def test_texts_are_the_rows_that_do_not_train(workshop, tmp_path):
     drawn = load_splits(whole_config(suite, "mood", "one").task, whole_config(suite, "mood", "one").data)
     assert list(drawn.train["text"]) == list(splits.train["text"])[:10]
     assert [row["text"] for row in read_rows(texts)] == list(splits.train["text"])[10:]
-
-
-def test_contrasts_are_those_of_the_runs(workshop, tmp_path):
-    """A sign or a side mixed up would look plausible; one seed must not give a verdict."""
-    values = workshop.values()
-    base = {key: values[key] for key in ("recipe", "data", "teacher", "student", "export")}
-    suite = build_suite(
-        {
-            "name": "tiny",
-            "tasks": {"mood": {"task": {"text": "text", "label": "label"}}},
-            "families": {"one": {}, "two": {"lora": {"rank": 2}}},
-            "arms": ["student-lora", "student-fft"],
-            "config": base | {"run": {"precision": "fp32", "threads": 1}},
-        }
-    )
-    result = run_suite(suite, tmp_path / "tiny")
-    pairs = [(("one", "student-lora"), ("one", "student-fft")), (("two", "student-lora"), ("one", "student-lora"))]
-    lines = study.contrast_table(pairs, [result], 50).splitlines()
-    score = {(cell.family, cell.arm): result.records[cell.runs[0].key].score for cell in result.plan.cells}
-    for line, (first, second) in zip(lines[2:], pairs, strict=False):
-        assert f"| {score[first] - score[second]:+.1f} |" in line
-        assert line.endswith("| one seed: no verdict | 1 |")
-    assert "97.50% each" in lines[-1]

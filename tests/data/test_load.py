@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -248,24 +247,6 @@ def test_what_is_neither_hub_nor_folder(tmp_path, csv_file):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "state.json").write_text("{}")
     assert "save it again" in refused(path=str(tmp_path / "damaged"))
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist"), "check the name"),
-        (ValueError("BuilderConfig 'x' not found. Available: ['y']"), "Set data.subset"),
-        (RuntimeError("Dataset scripts are no longer supported"), "no longer supported"),
-    ],
-)
-def test_hub_faults(monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str) -> None:
-    """Each fault of the Hub has another remedy."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr("kdlora.data.opening.load_dataset", fail)
-    assert expected in refused(path="a/b")
 
 
 @pytest.mark.parametrize(("counts", "metric"), [((50, 10), "accuracy"), ((51, 10), "macro_f1"), ((6, 1), "macro_f1")])

@@ -1,6 +1,5 @@
 """The export chain: seven families, three kinds, gates that close, and refusals that leave nothing behind."""
 
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -21,7 +20,6 @@ from kdlora.deploy.export import ParityError, export_onnx
 from kdlora.deploy.gates import Checks, Gate, LabelledTexts
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
-from kdlora.extras import MissingExtraError
 
 OTHER = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy",))
 
@@ -193,16 +191,6 @@ def test_bad_settings_are_named(tmp_path, classifier_folder, settings, kind, mes
     with pytest.raises(kind, match=message):
         export_onnx(classifier_folder(), tmp_path / "out", **{"texts": TEXTS, **settings})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_labels_are_counted_and_tools_are_missed(tmp_path, classifier_folder, monkeypatch):
-    """Prevents a score of the rows that have a label, and an ImportError from the middle of an export."""
-    with pytest.raises(DataError, match="one label a text, got 2 labels for 60"):
-        LabelledTexts(TEXTS, [0, 1])
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    with pytest.raises(MissingExtraError, match=r"an export needs onnxscript.*pip install 'kdlora\[train\]'"):
-        export_onnx(classifier_folder(), tmp_path / "out", texts=TEXTS)
 
 
 def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported, tiny_model_folder):

@@ -1,6 +1,5 @@
 """OpenVINO as a second runtime: its stages of an export, its files, and the choice by a measurement."""
 
-import functools
 import json
 import platform
 import shutil
@@ -15,7 +14,7 @@ from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.folder import Way, read_model_folder
 from kdlora.deploy.predict import Classifier
-from kdlora.deploy.runtimes import fastest_way, store_speeds, ways_to_run
+from kdlora.deploy.runtimes import fastest_way, store_speeds
 from kdlora.deploy.tagger import Tagger
 from kdlora.errors import ArtifactError, ModelError
 
@@ -136,21 +135,3 @@ def test_auto_takes_what_was_the_fastest_on_this_host(folder, tmp_path, monkeypa
     (copy / "kdlora_runtimes.json").write_text('{"export": 1}')
     with pytest.raises(ArtifactError, match=r"damaged.*kdlora benchmark"):
         fastest_way(copy, "auto", 64)
-
-
-def test_a_benchmark_of_an_export_shows_all_that_runs_here_and_keeps_it(folder, tmp_path, monkeypatch):
-    """One of two runtimes in the table, and a choice that has nothing to go by."""
-    from kdlora.experiment import deployment
-
-    quick = functools.partial(deployment.benchmark, rounds=1, batch_sizes=(8,))
-    monkeypatch.setattr(deployment, "benchmark", quick)
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    result = deployment.benchmark_models([copy], threads=1)
-    ways = ways_to_run(copy)
-    assert [(one.backend, one.precision) for one in result.models] == [
-        (way.describe().backend, way.precision) for way in ways
-    ]
-    assert {one.backend for one in result.models} == {"onnx", "openvino"}
-    assert all(set(one.speeds) == {1, 8} for one in result.models)
-    most = max(zip(result.models, ways, strict=True), key=lambda pair: pair[0].speeds[8])
-    assert fastest_way(copy, "auto", 8) == most[1]

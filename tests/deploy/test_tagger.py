@@ -14,7 +14,6 @@ from deploy_folders import TEXTS, build_classifier
 from experiments import edit_json
 from kdlora.data.tags import Words, decode, split_words
 from kdlora.data.tasks import Task
-from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import save_temperature
 from kdlora.deploy.export import ParityError, export_onnx
 from kdlora.deploy.gates import LabelledTexts, count_spans
@@ -199,18 +198,6 @@ def test_a_recall_that_the_model_lacks_exports_nothing(tmp_path, classifier_fold
     with pytest.raises(DataError, match="one label a word, got 3 labels for 5 words"):
         LabelledTexts([Words("a b c d e", range(0, 9, 2), range(1, 10, 2))], [0, 0, 0], TASK)
     assert not (tmp_path / "out").exists()
-
-
-def test_benchmark_scores_entities(exported, classifier_folder, labelled):
-    """Prevents a score of the words that are outside of every entity, and two kinds in one table."""
-    models = {"teacher": classifier_folder("bert", "tokens"), "int8": exported("bert", "tokens")}
-    quick = {"rounds": 1, "threads": 1, "batch_sizes": (8,)}
-    teacher, int8 = benchmark(models, labelled, **quick).models
-    assert teacher.score == 100
-    assert 0 < int8.score < 100
-    assert int8.texts_per_second > 0
-    with pytest.raises(ModelError, match="some of the models mark entities and some classify texts"):
-        benchmark({"one": exported(), "other": exported("bert", "tokens")}, **quick)
 
 
 def test_predict_writes_entities(tagger, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from interruptions import callback, weights
-from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator
+from transformers import DataCollatorWithPadding, TrainingArguments
 
 from kdlora.config import DistilConfig
 from kdlora.distil.distillation_trainer import DistillationTrainer
@@ -134,16 +134,3 @@ def test_a_collator_that_drops_a_column(make_setup, tmp_path, column, message):
     trainer = trainer_for(setup, arguments(tmp_path), data_collator=forgetful)
     with pytest.raises(DataError, match=message):
         trainer.train()
-
-
-def test_columns_that_nobody_needs_are_still_dropped(make_setup, tmp_path):
-    """`remove_unused_columns=False` keeps the teacher, and hands text to the collator, which crashes."""
-    setup = make_setup(rows=8)
-    padded = setup.train.dataset.map(
-        lambda row: setup.encoder.tokenizer.pad({"input_ids": row["input_ids"]}, max_length=48, padding="max_length"),
-        new_fingerprint="padded",  # or datasets disassembles all that the function can reach, which takes seconds
-    )
-    rows = padded.remove_columns("token_type_ids").add_column("note", ["text"] * 8)
-    trainer = trainer_for(setup, arguments(tmp_path), train_dataset=rows, data_collator=default_data_collator)
-    trainer.train()
-    assert "note" in rows.column_names

@@ -12,14 +12,10 @@ from interruptions import CutAfter, PowerCutError, SaveAt, assert_resumes, asser
 from kdlora.config import DistilConfig, LoraSettings
 from kdlora.distil import precision
 from kdlora.distil.resume import (
-    CheckpointFolder,
     load_trained_tensors,
-    pack_random_state,
     trained_tensors,
-    unpack_random_state,
 )
 from kdlora.errors import ArtifactError
-from kdlora.system.integrity import seal
 from kdlora.system.ownership import owned_name
 
 CASES = {
@@ -153,33 +149,6 @@ def test_checkpoints_of_another_training_are_refused(make_setup, cut):
     files = [path for path in cut.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}, "a pickle would run code where it is resumed"
     assert all(json.loads(path.read_text(encoding="utf-8")) for path in files if path.suffix == ".json")
-
-
-def test_another_number_of_processes_is_told_what_to_do(make_setup, cut):
-    """With fewer GPUs in sight the user reads that settings changed, though they changed none."""
-    (path,) = cut.glob("step-*/manifest.json")
-    manifest = json.loads(path.read_text())
-    del manifest["checksum"]
-    for then, remedy in ((1, "without a launcher"), (2, "with torchrun --nproc-per-node 2")):
-        now = CheckpointFolder(cut, manifest["ingredients"] | {"processes": 3 - then})
-        manifest["ingredients"]["processes"] = then
-        path.write_text(json.dumps(seal(dict(manifest))))
-        told = f"processes that trained: {then}, now: {3 - then},.*{remedy}, or delete"
-        with pytest.raises(ArtifactError, match=told):
-            now.latest()
-    with pytest.raises(ArtifactError, match="processes that trained: 2, now: 1"):
-        make_setup().run(cut, lora=LoraSettings())
-
-
-def test_random_state_comes_back_where_fewer_gpus_are_seen(monkeypatch):
-    """A state for each GPU that was in sight asks, on resuming, for GPUs that are not there."""
-    put = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([2], dtype=torch.uint8))
-    monkeypatch.setattr(torch.cuda, "set_rng_state", put.append)
-    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: pytest.fail("of all GPUs"))
-    unpack_random_state(*pack_random_state())
-    assert [state.tolist() for state in put] == [[2]]
 
 
 def test_an_adapter_checkpoint_holds_the_head_and_not_the_base(make_setup, tmp_path):

@@ -1,7 +1,6 @@
 """Teacher logits: attached by id, computed once, refused when stale, mended when damaged."""
 
 import logging
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -158,19 +157,6 @@ def test_a_second_call_runs_no_forward_and_progress_counts_rows_once(label, forw
     assert told[0] == sorted(told[0])
     assert len(told[0]) > 3
     assert told[0][-1:] == told[1] == [(23, 23)]
-
-
-def test_two_at_once_compute_once(label, make_encoder, forwards, tmp_path):
-    """Two experiments that share a teacher's folder would each write the shards under the other's hands."""
-    found = []
-    encoders = [make_encoder() for _ in range(2)]  # not in the threads, which share PyTorch's random state
-    threads = [threading.Thread(target=lambda own=own: found.append(label(encoder=own))) for own in encoders]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert forwards == [10, 10, 3]
-    np.testing.assert_array_equal(found[0].logits, found[1].logits)
 
 
 def test_an_interrupted_labelling_goes_on(label, forwards, monkeypatch):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -73,20 +71,3 @@ def test_the_loss_is_of_pooled_logits_whatever_the_micro_batches(make_setup, mak
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     for first, second in zip(*(weights(setup.model).values() for setup in setups), strict=True):
         torch.testing.assert_close(first, second, atol=2e-4, rtol=1e-3)
-
-
-def test_rows_without_labels_teach_in_windows_too(make_setup, make_examples, tmp_path):
-    """Unlabelled texts that lost their windows would be read as one input longer than the model takes."""
-    setup = make_setup(unlabelled=10, rows=20)
-    cut = dataclasses.replace(setup.train)
-    rows = {"validation": make_examples("single-label", 12, seed=9)}
-    put_into_windows(setup, rows, WindowSettings(), 16)
-    sizes = [[16] * (length // 16) + [length % 16] * (length % 16 > 0) for length in cut.dataset["length"]]
-    setup.train = dataclasses.replace(cut, dataset=cut.dataset.add_column("windows", sizes), max_length=16)
-    widths = []
-    setup.encoder.model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: widths.append(args[0].shape[1])
-    )
-    outcome = setup.run(tmp_path)
-    assert outcome.history[-1]["soft_loss"] > 0
-    assert max(widths) == 16

@@ -9,9 +9,7 @@ import pytest
 
 import tiny
 from experiments import copy_experiment, read_rows
-from kdlora.data.tasks import Task
-from kdlora.deploy.cascade import Cascade, measure_cascade
-from kdlora.deploy.gates import LabelledTexts
+from kdlora.deploy.cascade import Cascade
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import DataError, ModelError
 from kdlora.experiment.deferral import defer_experiment
@@ -176,22 +174,6 @@ def test_a_service_may_be_the_teacher(promised: Path) -> None:
         Cascade.load(promised / "student", service, float("nan"))
     with pytest.raises(ModelError, match="promises no error rate"):
         Cascade.load(promised / "teacher", service)
-
-
-def test_the_curve_of_a_cascade_ends_at_its_models(promised: Path) -> None:
-    """A curve whose ends are not the two models scores something else in between."""
-    rows = numbered(80, 6)
-    task = Classifier.load(promised / "student").folder.task
-    names = ("negative", "positive")
-    given = LabelledTexts(
-        [row["text"] for row in rows], [names.index(row["label"]) for row in rows], Task.from_dict(task)
-    )
-    models = [Classifier.load(promised / name, decisions="thresholds") for name in ("student", "teacher")]
-    curve = measure_cascade(*models, given)
-    alone = [given.score(given.task, model.predict_logits(given.texts)) for model in models]
-    assert [curve.points[0].handed_on, curve.points[-1].handed_on] == [0.0, 1.0]
-    assert [curve.points[0].score, curve.points[-1].score] == pytest.approx(alone)
-    assert curve.as_good_as_teacher(100.0) == curve.points[0]
 
 
 def test_the_command_line_draws_both(promised: Path, finished: Path, cli) -> None:

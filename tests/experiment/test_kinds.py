@@ -57,9 +57,6 @@ def test_regression_is_scored_and_shipped_on_the_original_scale(workshop, tmp_pa
     assert 1900 < stored.logits.mean() < 2200
 
 
-NAMES = ("film", "music", "praise")
-
-
 def flags(count, seed):
     """Make rows with three labels that may hold together."""
     return [
@@ -96,24 +93,6 @@ def test_multi_label_columns_taught_by_a_table_of_probabilities(workshop, tmp_pa
     assert list(shipped.id2label.values()) == ["praise", "film", "music"]
     assert "not available" in result.layout.report_md.read_text()
     assert not result.layout.teacher.exists()
-
-
-def test_a_list_column_taught_by_a_table_of_logits_with_splits(workshop, tmp_path):
-    """A table that covers the validation split is a teacher like any other, scored on it."""
-    files, table = {}, []
-    for split, count in (("train", 48), ("validation", 24)):
-        rows = flags(count, len(split))
-        lines = [{"id": r["id"], "text": r["text"], "labels": [name for name in NAMES if r[name]]} for r in rows]
-        files[split] = str(write_lines(tmp_path / f"{split}.jsonl", lines))
-        table += [{"id": r["id"], "split": split} | {name: 6.0 * r[name] - 3.0 for name in NAMES} for r in rows]
-    teacher = {"model": None, "logits": str(write_lines(tmp_path / "teacher.jsonl", table))}
-    sections = {"data": files, "task": {"label": "labels"}, "teacher": teacher}
-    result = run_experiment(workshop.config(sections | {"run": {"arms": ["fft", "kd-lora"]}}), tmp_path / "out")
-    teacher, student = result.records
-    assert teacher.score == pytest.approx(100.0)  # the table holds the labels
-    assert predicted(result.layout, "fft").logits.min() == pytest.approx(-3.0)
-    assert student.status == "finished"
-    assert student.task["label_names"] == list(NAMES)
 
 
 def test_pairs_of_three_classes_with_a_test_split_and_a_student_of_the_teachers_layers(workshop, tmp_path):

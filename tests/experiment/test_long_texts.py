@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +9,6 @@ import yaml
 
 from kdlora.configfile import build_config
 from kdlora.deploy.predict import Classifier
-from kdlora.deploy.stream import predict_file
 from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.experiment.labelling import LabelSettings, label_collection
@@ -114,19 +111,6 @@ def test_a_collection_is_labelled_as_the_teacher_was_trained(result, values, tmp
     remedy = r"max_length is 128, but .* reads 64 tokens at most"
     with pytest.raises(ConfigError, match=remedy):
         label_collection(str(result.layout.teacher), values["data"]["validation"], tmp_path / "more", LabelSettings())
-
-
-def test_a_file_is_predicted_in_windows(result, values, tmp_path):
-    """A file that is read up to the characters of one window would lose the ends of its texts."""
-    first = "the company said its profit rose by 12 percent in the third quarter"
-    rows = [{"id": "1", "text": f"{first}{' ' * 25_000}what a dreadful film"}]
-    to, folder = tmp_path / "out.jsonl", result.layout.onnx / "model.onnx"
-    assert predict_file(folder, write_csv(tmp_path / "in.csv", rows), to).errors == 0
-    found = json.loads(to.read_text())["probabilities"]
-    said = Classifier.load(folder).predict([f"{first} what a dreadful film", first])
-    whole, beginning = (one.probabilities for one in said)
-    assert found == pytest.approx(whole, abs=1e-5)
-    assert found != pytest.approx(beginning, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pytest
 from peft import AutoPeftModelForTokenClassification
 from transformers import AutoModelForTokenClassification
 
-from experiments import snapshot
 from kdlora.configfile import build_config
 from kdlora.data.load import load_splits
 from kdlora.data.word_tokens import word_offsets
@@ -101,13 +100,6 @@ def test_what_ships_is_a_token_classifier_and_scores_alike(result, values):
     adapter = result.layout.run("kd-lora", 0).adapter
     AutoPeftModelForTokenClassification.from_pretrained(adapter, num_labels=7)
     assert "AutoModelForTokenClassification" in (adapter / "README.md").read_text()
-
-
-def test_the_same_call_repeats_nothing(result, config):
-    """Silent failure: `words`, which no run stands for, has everything done again."""
-    before = snapshot(result.layout.runs)
-    run_experiment(config, result.folder)
-    assert snapshot(result.layout.runs) == before
 
 
 def test_the_plan_says_what_it_is_about_to_do(config, tmp_path):

@@ -7,10 +7,11 @@ import statistics
 import numpy as np
 import pytest
 
+from fabricate import make_record
 from kdlora.data.tasks import GLUE
 from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import Predictions, write_predictions
-from kdlora.evidence.records import Latency, RunRecord, write_record
+from kdlora.evidence.records import write_record
 from kdlora.experiment.figures import SuiteFigures
 from kdlora.experiment.plan import make_plan
 from kdlora.experiment.suite_tables import write_tables
@@ -38,27 +39,12 @@ def lines_of(path):
 
 
 def record(run, points, **changes):
-    score = points
     task = GLUE[run.task].task
-    metrics = {task.metrics[0]: score / 100}
+    metrics = {task.metrics[0]: points / 100}
     if run.task == "mnli":
-        metrics |= {"accuracy_matched": (score - 1) / 100, "accuracy_mismatched": (score + 1) / 100}
-    values = {
-        "experiment": "e",
-        "task": task.to_dict(),
-        "arm": run.arm,
-        "seed": run.seed,
-        "status": "finished",
-        "model": "bert_base & <co>",
-        "score": score,
-        "metrics": metrics,
-        "history": [{"epoch": 1.0, "score": score - 3}, {"epoch": 2.0, "score": score}],
-        "trainable_parameters": 1000 * run.config.lora.rank,
-        "head_parameters": 1538,
-        "peak_memory_bytes": 10**9,
-        "latency": [Latency(batch_size=1, p50_ms=5.0, p95_ms=6.0, threads=1)],
-    }
-    return RunRecord(**values | changes)
+        metrics |= {"accuracy_matched": (points - 1) / 100, "accuracy_mismatched": (points + 1) / 100}
+    values = {"model": "bert_base & <co>", "metrics": metrics, "trainable_parameters": 1000 * run.config.lora.rank}
+    return make_record(run.arm, run.seed, task=task, value=points).model_copy(update=values | changes)
 
 
 def made(plan):

@@ -1,5 +1,4 @@
 import errno
-import importlib
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 
 from kdlora.errors import DataError
 from kdlora.system import children as processes
-from kdlora.system.children import ChildDiedError, close_server, prepare_children, run_in_child
+from kdlora.system.children import ChildDiedError, close_server, run_in_child
 from kdlora.system.environment import read_memory
 from kdlora.system.ownership import owned_name
 
@@ -62,15 +61,6 @@ def test_the_peak_is_the_childs_own_and_includes_what_was_freed(way):
     assert small < 15 * 2**20
     assert 110 * 2**20 < large < 140 * 2**20
     assert run_in_child(children.peak_of_allocating, 120, True) < 40 * 2**20
-
-
-def test_a_server_whose_parent_goes_in_a_hurry_ends_quietly():
-    """After a signal the command ends without reading how its child ended; the user saw the server's traceback."""
-    script = (
-        "import os, children\nfrom kdlora.system.children import run_in_child\n"
-        "run_in_child(children.count, 3, on_message=lambda _: os._exit(0))\n"
-    )
-    assert run("-c", script).communicate(timeout=20) == ("", "")
 
 
 def test_messages_arrive_in_order():
@@ -159,33 +149,6 @@ def test_an_interruption_does_not_wait_for_imports(tmp_path, way):
         timeout=50,
     )
     assert done.stdout.split() == ["interrupted", "True", "1"], done.stderr
-
-
-def test_a_server_may_begin_to_import_before_it_is_asked(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """Command and server need the same libraries: one after the other a user waits for them twice.
-
-    After a mistake in the config the prompt must come at once, not seconds later, when the imports are done.
-    """
-    close_server()
-    (tmp_path / "sleeping_module.py").write_text("import time\ntime.sleep(60)\n")
-    mark = tmp_path / "imported"
-    (tmp_path / "marking_module.py").write_text(f"open({str(mark)!r}, 'w').close()\ndef work():\n    return 2\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    prepare_children("sleeping_module")
-    time.sleep(0.5)
-    begin = time.monotonic()
-    close_server()
-    assert time.monotonic() - begin < 0.5
-    prepare_children("marking_module")
-    server = processes._shared.servers[0]
-    for _ in range(200):
-        if mark.exists():
-            break
-        time.sleep(0.05)
-    assert mark.exists()
-    prepare_children("marking_module")
-    assert run_in_child(importlib.import_module("marking_module").work) == 2
-    assert processes._shared.servers == [server]
 
 
 def run(*arguments: str) -> subprocess.Popen[str]:

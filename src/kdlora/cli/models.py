@@ -316,4 +316,4 @@ def label(options: Label) -> None:
         return
     bad = f", {summary.rejected} rejected (rejected-*.jsonl)" if summary.rejected else ""
     cut = f", {summary.truncated} cut at {options.max_length} tokens" if summary.truncated else ""
-    print(f"{summary.rows} rows{bad}{cut} in {summary.shards} files in {summary.folder}", file=sys.stderr)
+    print(f"{summary.rows:,} rows{bad}{cut} in {summary.folder}; files: {summary.shards:,}", file=sys.stderr)

@@ -7,7 +7,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "kdlora"
 ORDER = [
     {"errors"},
     {"foreign", "extras", "section"},
-    {"dataconfig", "defaults", "shipconfig"},
+    {"defaults"},
     {"config"},
     {"searchconfig"},
     {"configfile"},

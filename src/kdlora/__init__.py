@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from kdlora.distil.distillation_trainer import DistillationTrainer as DistillationTrainer
     from kdlora.distil.logits import TeacherLogits as TeacherLogits, attach_teacher as attach_teacher
     from kdlora.distil.losses import distillation_loss as distillation_loss
+    from kdlora.distil.train import Trained as Trained
     from kdlora.distil.teacher_table import read_teacher_table as read_teacher_table
-    from kdlora.distil.teacher import teacher_logits as teacher_logits
+    from kdlora.distil.inference import teacher_logits as teacher_logits
     from kdlora.errors import (
         ArtifactError as ArtifactError,
         ConfigError as ConfigError,
@@ -49,14 +50,9 @@ if TYPE_CHECKING:
         KdLoraError as KdLoraError,
         ModelError as ModelError,
     )
-    from kdlora.experiment.arms import (
-        Trained as Trained,
-        train_student as train_student,
-        train_teacher as train_teacher,
-    )
+    from kdlora.experiment.stages import train_student as train_student, train_teacher as train_teacher
     from kdlora.extras import MissingExtraError as MissingExtraError
-    from kdlora.experiment.deferral import defer_experiment as defer_experiment
-    from kdlora.experiment.fitting import fit_thresholds as fit_thresholds
+    from kdlora.experiment.deferral import defer_experiment as defer_experiment, fit_thresholds as fit_thresholds
     from kdlora.experiment.labelling import (
         LabelSettings as LabelSettings,
         LabelSummary as LabelSummary,
@@ -96,12 +92,12 @@ _NAMES = {
     "kdlora.distil.distillation_trainer": "DistillationTrainer",
     "kdlora.distil.logits": "TeacherLogits attach_teacher",
     "kdlora.distil.losses": "distillation_loss",
-    "kdlora.distil.teacher": "teacher_logits",
+    "kdlora.distil.inference": "teacher_logits",
     "kdlora.distil.teacher_table": "read_teacher_table",
+    "kdlora.distil.train": "Trained",
     "kdlora.errors": "ArtifactError ConfigError DataError KdLoraError ModelError",
-    "kdlora.experiment.arms": "Trained train_student train_teacher",
-    "kdlora.experiment.deferral": "defer_experiment",
-    "kdlora.experiment.fitting": "fit_thresholds",
+    "kdlora.experiment.stages": "train_student train_teacher",
+    "kdlora.experiment.deferral": "defer_experiment fit_thresholds",
     "kdlora.experiment.labelling": "LabelSettings LabelSummary label_collection",
     "kdlora.experiment.run": "ExperimentResult run_experiment",
     "kdlora.experiment.scoring": "evaluate",

@@ -11,11 +11,9 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kdlora.dataconfig import MOST, SEEDS
-from kdlora.dataconfig import DataConfig as DataConfig
 from kdlora.defaults import FamilyName, RecipeName, fill_in
-from kdlora.section import ClassWeights, Metric, Section, without_later_keys
-from kdlora.shipconfig import DeferConfig, ExportConfig
+from kdlora.section import MOST, SEEDS, ClassWeights, DeferConfig, ExportConfig, Metric, Section, without_later_keys
+from kdlora.section import DataConfig as DataConfig
 
 Kind = Literal["single-label", "regression", "multi-label", "tokens"]
 Arm = Literal["words", "fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]

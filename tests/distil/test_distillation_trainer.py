@@ -11,8 +11,7 @@ from transformers import DataCollatorWithPadding, TrainingArguments
 
 from kdlora.config import DistilConfig
 from kdlora.distil.distillation_trainer import DistillationTrainer
-from kdlora.distil.losses import distillation_loss
-from kdlora.distil.standardise import TargetScale
+from kdlora.distil.losses import TargetScale, distillation_loss
 from kdlora.errors import DataError
 
 

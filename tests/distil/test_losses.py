@@ -13,7 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kdlora.config import LoraSettings
 from kdlora.distil.losses import binary_kl, distillation_loss, softened_kl
-from kdlora.distil.standardise import TargetScale, fold_into_head
+from kdlora.distil.losses import TargetScale, fold_into_head
 from kdlora.errors import ConfigError, DataError, ModelError
 from kdlora.models.adapters import add_adapter, merge_student
 from kdlora.models.encoders import load_encoder

@@ -11,10 +11,9 @@ from datasets import Dataset
 
 from kdlora.data.batches import tokenise
 from kdlora.data.spool import hash_columns
-from kdlora.distil import teacher as teacher_module
-from kdlora.distil.inference import hash_model, hash_tokenizer, predict_logits
+from kdlora.distil import inference as teacher_module
+from kdlora.distil.inference import hash_model, hash_tokenizer, predict_logits, read_stored_logits, teacher_logits
 from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.teacher import read_stored_logits, teacher_logits
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.models.encoders import load_encoder
 

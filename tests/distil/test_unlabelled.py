@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from kdlora.data.batches import LengthBucketSampler
 from kdlora.distil.logits import LABELLED, labelled_values
+from kdlora.distil.losses import TargetScale
 from kdlora.distil.resume import trained_tensors
-from kdlora.distil.standardise import TargetScale
 from kdlora.errors import DataError
 
 KINDS = ("single-label", "multi-label", "regression")

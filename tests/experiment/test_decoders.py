@@ -13,7 +13,7 @@ from kdlora.configfile import build_config
 from kdlora.data.tasks import Task
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.predict import Classifier
-from kdlora.distil.teacher import read_stored_logits
+from kdlora.distil.inference import read_stored_logits
 from kdlora.errors import ConfigError, ModelError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.experiment.plan import reset_unused

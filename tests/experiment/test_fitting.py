@@ -12,7 +12,7 @@ from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ModelError
-from kdlora.experiment.fitting import fit_thresholds, settle_goals
+from kdlora.experiment.deferral import fit_thresholds, settle_goals
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report
 

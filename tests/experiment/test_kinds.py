@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from experiments import copy_experiment, edit_json, read_rows, snapshot, write_lines
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
-from kdlora.distil.teacher import read_stored_logits
+from kdlora.distil.inference import read_stored_logits
 from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.predictions import read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from kdlora.config import TeacherTrainConfig
 from kdlora.data.load import load_splits
-from kdlora.experiment.arms import train_teacher
 from kdlora.experiment.run import run_experiment
+from kdlora.experiment.stages import train_teacher
 from kdlora.system.environment import read_memory
 
 

@@ -12,9 +12,8 @@ from filelock import FileLock
 
 from experiments import write_lines
 from kdlora.config import DataConfig, TaskConfig
-from kdlora.data.collection import open_collection
 from kdlora.data.load import load_splits
-from kdlora.data.logit_table import LOGIT
+from kdlora.data.logit_table import LOGIT, open_collection
 from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
 from kdlora.deploy.rows import Columns, RowReader

@@ -16,8 +16,16 @@ from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.experiment.search import Reporter, begin_search, carry_out_trial, run_search
 from kdlora.experiment.settle import rows_per_epoch
-from kdlora.experiment.study import ask, check_space, counted_trials, grid_of, settings_of
-from kdlora.experiment.trial import hold_out, load_held_out, train_trial
+from kdlora.experiment.study import (
+    ask,
+    check_space,
+    counted_trials,
+    grid_of,
+    hold_out,
+    load_held_out,
+    settings_of,
+    train_trial,
+)
 from kdlora.searchconfig import SearchConfig
 from tiny import write_csv
 

@@ -12,7 +12,7 @@ from kdlora.data.tasks import GLUE
 from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import Predictions, write_predictions
 from kdlora.evidence.records import write_record
-from kdlora.experiment.figures import SuiteFigures
+from kdlora.experiment.suite_tables import SuiteFigures
 from kdlora.experiment.plan import make_plan
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import build_suite

@@ -85,7 +85,7 @@ def search(options: Search) -> None:
 
     check_alone("search")
     if options.on is None:
-        prepare_children("kdlora.experiment.trial")
+        prepare_children("kdlora.experiment.study")
     from kdlora.experiment.search import run_search
 
     wanted = load_search(options.config, options.overrides or [], space=options.space, trials=options.trials)

@@ -15,9 +15,8 @@ from datasets import Dataset, concatenate_datasets
 from kdlora.config import DataConfig, DistilConfig, TaskConfig
 from kdlora.data.augment import keep_unscored, stored_copies
 from kdlora.data.canonical import Reading
-from kdlora.data.collection import open_collection_texts
 from kdlora.data.labels import infer_columns, infer_task
-from kdlora.data.opening import Groups, open_examples, open_splits
+from kdlora.data.opening import Groups, open_collection_texts, open_examples, open_splits
 from kdlora.data.read import Source
 from kdlora.data.spool import label_array, read_column
 from kdlora.data.tags import NO_TAG, OUTSIDE, tag_names

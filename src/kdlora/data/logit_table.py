@@ -20,8 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.parquet import parquet_faults, read_batches
-from kdlora.errors import ArtifactError
+from kdlora.data.tasks import Task, match_labels
+from kdlora.errors import ArtifactError, DataError
 from kdlora.foreign import is_plain_name, read_json
 from kdlora.system.integrity import compare, hash_file, is_sealed_or_old, seal
 from kdlora.system.storage import atomic_file, write_json_atomic
@@ -197,6 +199,32 @@ def open_store(path: Path) -> LogitStore:
         raise ArtifactError(
             f"{path}: not a manifest of logits that this version of kdlora reads ({reason}). {_anew(path.parent)}"
         ) from None
+
+
+def is_collection(folder: Path) -> bool:
+    """Whether `kdlora label` wrote this folder."""
+    return (folder / COLLECTION_MANIFEST).is_file()
+
+
+def open_collection(folder: Path) -> LogitStore:
+    """Read the manifest of a finished collection."""
+    try:
+        collection = open_store(folder / COLLECTION_MANIFEST)
+    except ArtifactError as fault:
+        raise DataError(str(fault)) from None
+    if not collection.complete:
+        raise DataError(f"{folder}: this labelled collection is unfinished; run the same kdlora label command again")
+    return collection
+
+
+def match_collection(collection: LogitStore, task: Task, key: str) -> list[str]:
+    """Name the collection's labels in the task's order, or refuse those of another task."""
+    if task.kind == "regression" and len(collection.label_names) == 1:
+        return collection.label_names
+    where, remedy = f"{collection.folder} ({key})", "Label it with a teacher of this task"
+    return [
+        collection.label_names[place] for place in match_labels(collection.label_names, task.label_names, where, remedy)
+    ]
 
 
 def begin_store(wanted: LogitStore) -> LogitStore:

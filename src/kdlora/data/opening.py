@@ -13,9 +13,11 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
 
 from kdlora.config import DataConfig
-from kdlora.data.collection import is_collection
+from kdlora.data.logit_table import is_collection, match_collection, open_collection
 from kdlora.data.read import RawTable, Source, open_dataset, open_file
-from kdlora.data.tasks import GlueTask
+from kdlora.data.spool import TEXTS, doubles, make_dataset, spool
+from kdlora.data.tasks import GlueTask, Task
+from kdlora.data.word_tokens import WORDS
 from kdlora.errors import ArtifactError, DataError, did_you_mean, first_line
 from kdlora.foreign import is_plain_name, read_front_matter, read_json
 
@@ -276,3 +278,23 @@ def _named_files(metadata: Any) -> Iterator[str]:
 
 def _sources(loaded: DatasetDict, name: str) -> dict[str, Source]:
     return {split: open_dataset(dataset, f"{name}, split {split!r}") for split, dataset in loaded.items()}
+
+
+def open_collection_texts(folder: Path, task: Task) -> Dataset:
+    """Read ids and texts of a collection that serves as unlabelled rows."""
+    collection = open_collection(folder)
+    if not collection.texts:
+        raise DataError(
+            f"{folder} (data.unlabelled) holds logits without texts; label it again without --without-texts"
+        )
+    if collection.texts != len(task.text):
+        raise DataError(
+            f"{folder} (data.unlabelled) holds {collection.texts} text(s) a row, but the task has "
+            f"{len(task.text)}: {', '.join(task.text)}"
+        )
+    match_collection(collection, task, "data.unlabelled")
+    words = WORDS if task.kind == "tokens" else ()
+    table = spool(collection.batches(["id", *TEXTS[: len(task.text)], *words]), str(folder))
+    if len(found := doubles(table["id"])):
+        raise DataError(f"{folder}: the id {found[0].as_py()!r} occurs more than once; label it again from unique ids")
+    return make_dataset(table)

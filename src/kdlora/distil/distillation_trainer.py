@@ -13,8 +13,7 @@ from kdlora.config import DistilConfig, Kind
 from kdlora.data.windows import Pool
 from kdlora.data.word_tokens import WORDS
 from kdlora.distil.logits import COLUMN, LABELLED
-from kdlora.distil.losses import LossSums, LossTerms, distillation_loss, pool_windows, term_means
-from kdlora.distil.standardise import TargetScale
+from kdlora.distil.losses import LossSums, LossTerms, TargetScale, distillation_loss, pool_windows, term_means
 from kdlora.errors import ConfigError, DataError
 
 

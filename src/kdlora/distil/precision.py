@@ -1,14 +1,19 @@
-"""Number formats: which one the machine is good at, and a frozen base that is cast once."""
+"""How a model is at work: number formats and a base cast once, dropout, recomputed activations, memory that is kept."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
+import sys
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -20,6 +25,12 @@ from kdlora.system.storage import write_json_atomic
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")
 WORTH_ROUNDING = 1.25  # bf16 keeps 8 bits of a number; a smaller gain in speed is not worth them
+# Parameters of mallopt(3).
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_NEVER = 2**31 - 1
+_LARGEST_THRESHOLD = 32 * 2**20
+
+_users: list[object] = []
 
 
 def resolve_device(device: str) -> torch.device:
@@ -126,7 +137,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return contextlib.nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=DTYPES[precision])
 
 
-@contextlib.contextmanager
+@contextmanager
 def frozen_in_half(model: nn.Module, precision: str) -> Iterator[int]:
     """Hold the frozen linear layers in half precision while a training runs; the originals come back on exit.
 
@@ -161,3 +172,111 @@ def _frozen_linear_layers(model: nn.Module) -> list[nn.Linear]:
         and all(not p.requires_grad and owners[id(p)] == 1 for p in module.parameters(recurse=False))
         and module.weight.dtype == torch.float32
     ]
+
+
+@contextmanager
+def freed_memory_kept(device: torch.device) -> Iterator[bool]:
+    """Let this process reuse the large blocks that it frees, in place of giving each back to the system.
+
+    By default each tensor of many megabytes is mapped afresh and the kernel clears its pages, which on long texts takes
+    longer than the matrix products. Nothing is done on another device, without glibc, or where the user has tuned it.
+    """
+    libc = _glibc()
+    if libc is None or device.type != "cpu":
+        yield False
+        return
+    _users.append(device)
+    if len(_users) == 1:
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_TRIM_THRESHOLD, _NEVER)
+    try:
+        yield True
+    finally:
+        _users.pop()
+        if not _users:
+            # glibc's own limits, its threshold at the value that it would have found by itself.
+            libc.mallopt(_MMAP_MAX, 65536)
+            libc.mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+            libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
+            libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+@contextmanager
+def dropout_set(model: nn.Module, rate: float | None) -> Iterator[int]:
+    """Train with another dropout than the model's config asks for, which stays as it is; its own comes back on exit."""
+    places = [] if rate is None else _places(model)
+    originals = [getattr(module, name) for module, name in places]
+    try:
+        for module, name in places:
+            setattr(module, name, rate)
+        yield len(places)
+    finally:
+        for (module, name), original in zip(places, originals, strict=True):
+            setattr(module, name, original)
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Find dropout modules, and the numbers that attention functions read in place of one (ModernBERT)."""
+    found: list[tuple[nn.Module, str]] = []
+    for path, module in model.named_modules():
+        if "lora_dropout" in path.split("."):
+            continue
+        if isinstance(module, nn.Dropout):
+            found.append((module, "p"))
+        else:
+            numbers = [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+            found += [(module, name) for name in numbers]
+    return found
+
+
+@contextmanager
+def activations_recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Keep only each layer's input for the backward pass, which computes the rest again (Chen et al., 2016).
+
+    The results are the same bits: dropout draws the same elements again.
+    """
+    if not wanted:
+        yield
+        return
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    if not getattr(base, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"train.gradient_checkpointing: {type(base).__name__} cannot compute its layers again; lower "
+            "micro_batch_tokens in teacher.train or student.train to save memory"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of new names, which older releases do not have
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            base.gradient_checkpointing_disable()
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Take back what Trainer and Accelerate leave on a model: a forward under autocast, and a config entry.
+
+    Under that forward, a model trained in bf16 would go on computing in bf16 wherever it is used afterwards.
+    """
+    config: Any = getattr(model, "config", None)
+    noted = {} if config is None else {name: value for name, value in vars(config).items() if name == "use_cache"}
+    own = {name: value for name, value in vars(model).items() if name == "forward"}
+    try:
+        yield
+    finally:
+        vars(model).pop("_original_forward", None)
+        vars(model).pop("forward", None)
+        vars(model).update(own)
+        if config is not None:
+            vars(config).pop("use_cache", None)
+            vars(config).update(noted)

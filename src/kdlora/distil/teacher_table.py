@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdlora.data.collection import is_collection, match_collection, open_collection
-from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets
+from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets, is_collection, match_collection, open_collection
 from kdlora.data.read import open_file
 from kdlora.data.tasks import Task, match_labels
 from kdlora.distil.logits import TeacherLogits

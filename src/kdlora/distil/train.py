@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,23 @@ from kdlora.data.word_tokens import READ, word_offsets
 from kdlora.distil.cpu_kernels import fast_on_cpu
 from kdlora.distil.inference import faulty_rows, hash_model, predict_logits
 from kdlora.distil.logits import COLUMN, LABELLED, labelled_values
-from kdlora.distil.losses import DivergedError, diverged
-from kdlora.distil.precision import frozen_in_half, resolve_device, settle_precision
+from kdlora.distil.losses import DivergedError, TargetScale, diverged, fold_into_head
+from kdlora.distil.precision import (
+    activations_recomputed,
+    dropout_set,
+    freed_memory_kept,
+    frozen_in_half,
+    left_as_found,
+    resolve_device,
+    settle_precision,
+)
 from kdlora.distil.processes import TIMEOUT_SECONDS, current_processes
 from kdlora.distil.resume import CheckpointFolder, load_trained_tensors
-from kdlora.distil.standardise import TargetScale, fold_into_head
 from kdlora.distil.trainer import ArmTrainer, Surroundings, TrainingOptions
-from kdlora.distil.training_modes import activations_recomputed, dropout_set, freed_memory_kept, left_as_found
 from kdlora.errors import DataError, KdLoraError
 from kdlora.evidence.metrics import compute_metrics, score
+from kdlora.models.adapters import ParameterCounts
+from kdlora.models.encoders import Encoder
 from kdlora.section import ClassWeights, without_later_keys
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -55,6 +63,31 @@ class TrainOutcome:
     @property
     def examples_per_second(self) -> float:
         return self.examples / max(self.train_seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, before its adapter is merged.
+
+    Attributes:
+        encoder: the base model with its tokenizer.
+        model: what was trained: a `PeftModel`, or the encoder's own model after full fine-tuning.
+        outcome: history, seconds and speed.
+        parameters: how many parameters the adapter, the head and the whole model have.
+        truncated: texts that were cut, per split.
+        unseen: words that the model cannot see, per split, in a task of tokens.
+
+    Examples:
+        >>> trained.parameters.trainable < trained.parameters.total
+        True
+    """
+
+    encoder: Encoder
+    model: Any = field(repr=False)
+    outcome: TrainOutcome
+    parameters: ParameterCounts
+    truncated: dict[str, int]
+    unseen: dict[str, int] = field(default_factory=dict)
 
 
 def train_model(

@@ -61,7 +61,7 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
     if layout.config.exists():
         config = load_config(layout.config)
         if data is None:
-            splits = _load_without_copies(config)
+            splits = load_without_copies(config)
             return _export_rows(config, layout, to, splits.validation, splits.train, formats=wanted)
         task = recorded_task(layout)
         rows = load_examples(data, task, id_column=config.data.id_column, labelled=True)
@@ -143,16 +143,16 @@ def texts_of(rows: Dataset) -> list[Any]:
     return list(zip(texts, pairs[0], strict=True)) if pairs else list(texts)
 
 
-def _load_without_copies(config: Config) -> Splits:
+def load_without_copies(config: Config) -> Splits:
     return load_splits(config.task, config.data.model_copy(update={"augment": 0}))
 
 
 def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str], None]) -> tuple[str, ...]:
     """Calibrate and export the shipped student, and measure it beside its teacher; an export that is whole stays."""
     prepare_process(config)
-    splits = _load_without_copies(config)
+    splits = load_without_copies(config)
     notes: list[str] = []
-    if not _holds(layout.exported, _mark(config, layout)):
+    if not holds(layout.exported, _mark(config, layout)):
         # Nothing of an earlier deployment may stand beside a new export, or be taken for one.
         for place in (layout.deployed, layout.exported, layout.benchmark, layout.onnx, layout.page):
             remove(place)
@@ -181,7 +181,7 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
 
 def is_deployed(config: Config, layout: ExperimentLayout) -> bool:
     """Say whether `deploy_student` has nothing left to do."""
-    return _holds(layout.deployed, _mark(config, layout, layout.benchmark))
+    return holds(layout.deployed, _mark(config, layout, layout.benchmark))
 
 
 def _mark(config: Config, layout: ExperimentLayout, *more: Path) -> str:
@@ -193,7 +193,7 @@ def _mark(config: Config, layout: ExperimentLayout, *more: Path) -> str:
     return hash_json({"export": settings, "files": files})
 
 
-def _holds(file: Path, mark: str) -> bool:
+def holds(file: Path, mark: str) -> bool:
     return file.exists() and file.read_text(encoding="utf-8", errors="replace") == mark
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config
-from kdlora.data.collection import is_collection, open_collection
 from kdlora.data.load import Splits
+from kdlora.data.logit_table import is_collection, open_collection
 from kdlora.data.tasks import Task, find_label, named_weights
-from kdlora.distil.inference import hash_model
+from kdlora.distil.inference import hash_model, read_stored_logits
 from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.teacher import read_stored_logits
 from kdlora.distil.teacher_table import read_collection, read_teacher_table
 from kdlora.distil.tracking import check_trackers
 from kdlora.errors import ArtifactError, ConfigError

@@ -20,8 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST, expand_home
-from kdlora.data.collection import is_collection
-from kdlora.data.logit_table import LogitStore, Shard, begin_store, find_shard, open_store, write_note
+from kdlora.data.logit_table import LogitStore, Shard, begin_store, find_shard, is_collection, open_store, write_note
 from kdlora.data.parquet import parquet_faults
 from kdlora.data.spool import TEXTS, doubles, make_dataset, spool
 from kdlora.data.tags import Words, split_words
@@ -29,9 +28,8 @@ from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import WORDS
 from kdlora.deploy.predict import most_characters
 from kdlora.deploy.rows import SUFFIXES, Columns, Row, RowReader, cut_windows
-from kdlora.distil.inference import BATCH_TOKENS
+from kdlora.distil.inference import BATCH_TOKENS, Teacher
 from kdlora.distil.precision import resolve_device, resolve_precision
-from kdlora.distil.teacher import Teacher
 from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError
 from kdlora.experiment.engines import LostError, open_engine
 from kdlora.models.encoders import load_fine_tuned, read_task

@@ -76,7 +76,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Cell:
+class SuiteCell:
     """What one figure of the tables is made of: the runs of an arm on a task with a family."""
 
     task: str
@@ -90,7 +90,7 @@ class Plan:
     """A suite's runs: every task x family x arm, and for each task x family the runs of which one teaches, if any."""
 
     suite: SuiteConfig
-    cells: tuple[Cell, ...]
+    cells: tuple[SuiteCell, ...]
     teachers: dict[tuple[str, str], tuple[PlannedRun, ...]]
 
     def runs(self) -> list[PlannedRun]:
@@ -121,7 +121,7 @@ class Plan:
     def teacher_arm(self, task: str, family: str) -> Arm:
         return next((run.arm for run in self.teachers.get((task, family), ())), "fft")
 
-    def cells_of(self, task: str, family: str) -> dict[str, Cell]:
+    def cells_of(self, task: str, family: str) -> dict[str, SuiteCell]:
         return {cell.arm: cell for cell in self.cells if (cell.task, cell.family) == (task, family)}
 
     def family_of_paper(self, family: str) -> str:
@@ -131,13 +131,13 @@ class Plan:
 
 def make_plan(suite: SuiteConfig, chosen: Mapping[tuple[str, str], Chosen] | None = None) -> Plan:
     """Lay out every run of a suite; without `chosen`, what the suite leaves open stays open."""
-    cells: list[Cell] = []
+    cells: list[SuiteCell] = []
     teachers: dict[tuple[str, str], tuple[PlannedRun, ...]] = {}
     for task in suite.tasks:
         for family in suite.families:
             facts = (chosen or {}).get((task, family))
             for arm in suite.arms:
-                cells.append(Cell(task, family, arm, tuple(_runs(suite, task, family, arm, facts))))
+                cells.append(SuiteCell(task, family, arm, tuple(_runs(suite, task, family, arm, facts))))
             if set(suite.arms) & DISTILLED_ARMS:
                 teacher = whole_config(suite, task, family).teacher_arm
                 candidates = tuple(_runs(suite, task, family, teacher, facts, teaching=True))

@@ -20,10 +20,10 @@ from kdlora.data.spool import hash_columns
 from kdlora.distil.inference import hash_model, hash_tokenizer
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import settle_precision
+from kdlora.distil.train import Trained
 from kdlora.distil.words import BAG_OF_WORDS
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import Asked, ExperimentLayout, RunRecord, read_record
-from kdlora.experiment.arms import Trained
 from kdlora.models.encoders import Encoder
 from kdlora.system.environment import collect_versions, describe_machine, git_state
 from kdlora.system.integrity import hash_files, hash_json

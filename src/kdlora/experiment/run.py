@@ -21,14 +21,13 @@ from kdlora.evidence.records import (
     read_record,
     write_results,
 )
+from kdlora.experiment.deferral import decide_student, is_decided
 from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.engines import Here, gpus_for, open_here, shared_machine
-from kdlora.experiment.fitting import decide_student, is_decided
 from kdlora.experiment.inputs import check_table
-from kdlora.experiment.jobs import Job, carry_out, ignore
+from kdlora.experiment.jobs import Job, Queue, carry_out, ignore, undamaged_record
 from kdlora.experiment.plan import Lesson, PlannedRun
 from kdlora.experiment.preview import WITHOUT_WORDS, ExperimentPlan, make_plan
-from kdlora.experiment.queue import Queue, undamaged_record
 from kdlora.experiment.recording import TaskFacts, logged, look_at
 from kdlora.experiment.scoring import doubts_of_teacher
 from kdlora.experiment.settle import look_at_models, sample_texts, with_metric, with_recorded
@@ -40,7 +39,7 @@ from kdlora.report.findings import choose_student
 from kdlora.report.page import html_table
 from kdlora.report.report import make_report
 from kdlora.report.tables import arm_table
-from kdlora.shipconfig import DeferConfig, ExportConfig
+from kdlora.section import DeferConfig, ExportConfig
 from kdlora.system.children import run_in_child
 from kdlora.system.launch import read_launch
 from kdlora.system.ownership import check_folder as refuse_foreign_folder

@@ -11,10 +11,10 @@ from kdlora.config import LORA_ARMS, STUDENT_ARMS, Arm, Config
 from kdlora.data.load import Splits
 from kdlora.data.tasks import Task
 from kdlora.deploy.folder import DECISIONS, TEMPERATURE_KEY
+from kdlora.distil.train import Trained
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import ExampleText, write_examples
 from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_record
-from kdlora.experiment.arms import Trained
 from kdlora.experiment.inputs import load_base
 from kdlora.experiment.recording import hash_base, prepare_process, splits_by_name
 from kdlora.experiment.settle import cut_at, settings_for

@@ -14,10 +14,9 @@ from kdlora.data.tasks import Task
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
 from kdlora.experiment.engines import Engine, Here, Work, gpus_for, local_paths, open_engine, shared_machine
-from kdlora.experiment.jobs import Job, carry_out, inspect_task, lost
+from kdlora.experiment.jobs import Job, Queue, carry_out, finished_runs, inspect_task, lost
 from kdlora.experiment.plan import Plan, make_plan, whole_config
 from kdlora.experiment.preview import RUN_SECONDS, training_seconds
-from kdlora.experiment.queue import Queue, finished_runs
 from kdlora.experiment.recording import TaskFacts
 from kdlora.experiment.settle import Looks, decide
 from kdlora.experiment.suite_tables import write_tables

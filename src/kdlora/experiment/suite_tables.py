@@ -1,18 +1,24 @@
-"""The pages and files of a suite: Tables 1 and 2 in the paper's form, what the teacher adds, failures."""
+"""The figures of a suite, and its pages and files: Tables 1 and 2 in the paper's form, what the teacher adds."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from kdlora.config import LORA_ARMS
-from kdlora.evidence.records import RunRecord
-from kdlora.experiment.figures import Figure, Runs, SuiteFigures, SuiteRow
-from kdlora.experiment.plan import Plan, PlannedRun
-from kdlora.report.findings import CONTROLS
+from kdlora.data.tasks import GLUE, Task
+from kdlora.errors import ArtifactError
+from kdlora.evidence.predictions import read_predictions
+from kdlora.evidence.records import RunLayout, RunRecord
+from kdlora.evidence.stats import Difference, PairedArms, contrast
+from kdlora.experiment.plan import Plan, PlannedRun, SuiteCell
+from kdlora.report.findings import CONTROLS, align
 from kdlora.report.page import (
     Cell,
     Link,
@@ -26,7 +32,7 @@ from kdlora.report.page import (
     to_latex,
     write_page,
 )
-from kdlora.report.paper import COSTS, RANKS
+from kdlora.report.paper import COSTS, FAMILY_TITLES, RANKS, published_scores
 from kdlora.report.tables import HEAD, MEMORY, TIME, TIME_OF_32, Cost, mean_of, published_row
 from kdlora.report.wording import INTERVALS, arm_title, count, interval_cell, model_title, points, signed
 from kdlora.system.storage import write_text_atomic
@@ -49,6 +55,162 @@ _COSTS_NOTE = (
     "allocator). Latency: median forward pass of the merged model. The paper’s memory is that of the GPU, its time "
     "that of CoLA’s whole validation set, on an A100."
 )
+_GROUPS = {"matched": "m", "mismatched": "mm"}
+_DRAWS = 1_000
+"""For each row of a table; a suite of the paper's size compares 1,300 runs."""
+Runs = list[tuple[PlannedRun, RunRecord]]
+
+
+@dataclass(frozen=True)
+class SuiteRow:
+    """One row of Table 1: a task, or one of the groups of its validation rows, and our name of the paper's row."""
+
+    task: str
+    group: str
+    title: str
+    published: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One cell of Table 1, in points, and how many of its runs and configurations there are."""
+
+    median: float | None  # over the best configurations, each the mean of its seeds
+    sd: float | None  # sample standard deviation of the runs in them
+    taken: tuple[tuple[PlannedRun, float], ...]  # these runs, each with its value
+    configurations: int
+    failed: int
+    missing: int
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What the teacher adds to a distilled arm, in points."""
+
+    paired: float  # mean difference of the runs with the same configuration and seed
+    pairs: int
+    difference: Difference | None  # the same with its interval; None where predictions are missing
+
+
+@dataclass(frozen=True)
+class SuiteFigures:
+    """A suite's figures, from the records that there are."""
+
+    plan: Plan
+    records: Mapping[str, RunRecord]
+    root: Path
+
+    @cached_property
+    def rows(self) -> list[SuiteRow]:
+        rows: list[SuiteRow] = []
+        for task in self.plan.suite.tasks:
+            found = [record for cell in self.plan.cells if cell.task == task for _, record in self.ended(cell)]
+            name = next((str(record.task.get("name") or "") for record in found if record.task), "")
+            title = next((entry.folder for key, entry in GLUE.items() if key == name), task)
+            groups = next((_groups_of(record) for record in found if record.status == "finished"), [])
+            rows += [
+                SuiteRow(task, group, f"{title}-{_GROUPS.get(group, group)}", f"{name}-{group}") for group in groups
+            ] or [SuiteRow(task, "", title, name)]
+        return rows
+
+    @cached_property
+    def scores(self) -> dict[tuple[SuiteRow, str, str], Figure]:
+        return {
+            (row, family, arm): self.figure(cell, row.group)
+            for row in self.rows
+            for family in self.plan.suite.families
+            for arm, cell in self.plan.cells_of(row.task, family).items()
+        }
+
+    def family_title(self, family: str) -> str:
+        return FAMILY_TITLES.get(self.plan.family_of_paper(family), family)
+
+    def published(self, row: SuiteRow, family: str, arm: str) -> float | None:
+        return published_scores(row.published).get(self.plan.family_of_paper(family), {}).get(arm)
+
+    def ended(self, cell: SuiteCell) -> Runs:
+        return [(run, self.records[run.key]) for run in cell.runs if run.key in self.records]
+
+    def finished(self, cell: SuiteCell) -> Runs:
+        return [(run, record) for run, record in self.ended(cell) if record.status == "finished"]
+
+    def figure(self, cell: SuiteCell, group: str = "") -> Figure:
+        """Compute one cell of Table 1: the median of those that are best on validation, on test if it can be."""
+        ended, finished = self.ended(cell), self.finished(cell)
+        on_test = bool(finished) and not group and all(record.test_score is not None for _, record in finished)
+        by_configuration: dict[str, list[tuple[PlannedRun, float, float]]] = {}
+        for run, record in finished:
+            rank = row_score(record, group)
+            value = record.test_score if on_test else rank
+            if rank is not None and value is not None:
+                by_configuration.setdefault(run.folder, []).append((run, value, rank))
+        ranked = sorted(by_configuration.values(), key=lambda runs: -statistics.mean(rank for *_, rank in runs))
+        best = ranked[: self.plan.suite.best]
+        taken = tuple((run, value) for runs in best for run, value, _ in runs)
+        return Figure(
+            median=statistics.median(statistics.mean(value for _, value, _ in runs) for runs in best) if best else None,
+            sd=statistics.stdev(value for _, value in taken) if len(taken) > 1 else None,
+            taken=taken,
+            configurations=len(by_configuration),
+            failed=len(ended) - len(finished),
+            missing=len(cell.runs) - len(ended),
+        )
+
+    def median(self, row: SuiteRow, family: str, arm: str) -> float | None:
+        found = self.scores.get((row, family, arm))
+        return None if found is None else found.median
+
+    def gain(self, row: SuiteRow, family: str, arm: str) -> Gain | None:
+        cells = self.plan.cells_of(row.task, family)
+        if CONTROLS[arm] not in cells or arm not in cells:
+            return None
+        of_control = {_pairing(run): (run, record) for run, record in self.ended(cells[CONTROLS[arm]])}
+        pairs: list[tuple[PlannedRun, PlannedRun]] = []
+        differences = []
+        for run, record in self.ended(cells[arm]):
+            if (twin := of_control.get(_pairing(run))) is not None:
+                one, other = (row_score(each, row.group) for each in (record, twin[1]))
+                if one is not None and other is not None:
+                    pairs.append((run, twin[0]))
+                    differences.append(one - other)
+        if not pairs:
+            return None
+        return Gain(statistics.mean(differences), len(pairs), self._contrast(pairs, row.group))
+
+    def _contrast(self, pairs: Sequence[tuple[PlannedRun, PlannedRun]], group: str) -> Difference | None:
+        """Compare runs on validation, pair by pair; None where their predictions are not all here, or not alike."""
+        try:
+            found = [read_predictions(RunLayout(self.root / run.key).predictions) for pair in pairs for run in pair]
+        except ArtifactError:
+            return None
+        aligned = align([one.only("validation", group) for one in found])
+        if aligned is None or aligned[0].labels is None:
+            return None
+        logits = [one.logits for one in aligned]
+        task = Task.from_dict(self.records[pairs[0][0].key].task)
+        groups = None if group else aligned[0].groups
+        seeds = [run.seed for run, _ in pairs]
+        arms = PairedArms(task, aligned[0].labels, logits[::2], logits[1::2], groups, seeds, aligned[0].offsets)
+        return contrast([arms], draws=_DRAWS)
+
+
+def _groups_of(record: RunRecord) -> list[str]:
+    metric = next(iter(record.task.get("metrics", ())), None)
+    return [name.removeprefix(f"{metric}_") for name in record.metrics if name.startswith(f"{metric}_")]
+
+
+def row_score(record: RunRecord, group: str) -> float | None:
+    if not group:
+        return record.score
+    values = [record.metrics.get(f"{name}_{group}") for name in record.task.get("metrics", ())]
+    kept = [value for value in values if value is not None]
+    return 100 * statistics.mean(kept) if values and len(kept) == len(values) else None
+
+
+def _pairing(run: PlannedRun) -> tuple[Any, ...]:
+    """Say what a distilled run and its control have in common: everything but the distillation and its copies."""
+    own = ("distil.", "data.augment")
+    return (run.seed, *((key, str(value)) for key, value in run.settings if not key.startswith(own)))
 
 
 def write_tables(plan: Plan, root: Path, records: Mapping[str, RunRecord]) -> tuple[Path, ...]:
@@ -123,13 +285,12 @@ def _published_line(title: str, values: Sequence[float | None]) -> list[Row]:
 
 
 def _figure_cell(one: Figure) -> Cell:
-    """Write a figure with spread, n, and links to its runs."""
     if one.median is None:
         return Cell("failed" if one.failed else "–")
     spread = "" if one.sd is None else f"\u00a0±\u00a0{one.sd:.1f}"
     absent = (f", {one.failed} failed" if one.failed else "") + (f", {one.missing} to come" if one.missing else "")
     text = f"{points(one.median)}{spread} (n\u00a0{len(one.taken)}{absent})"
-    return Cell(text, _run_links([taken.run for taken in one.taken]))
+    return Cell(text, _run_links([run for run, _ in one.taken]))
 
 
 def _run_links(runs: Sequence[PlannedRun]) -> tuple[Link, ...]:
@@ -163,7 +324,12 @@ def _gain(figures: SuiteFigures, row: SuiteRow, family: str, arm: str) -> tuple[
 def _cost_table(figures: SuiteFigures) -> Table:
     """Show the costs in the form of the paper's Table 2, its own figures in the line below."""
     lines: list[Row] = []
-    for family, arm, found in _measured(figures):
+    suite, plan = figures.plan.suite, figures.plan
+    for family, arm in itertools.product(suite.families, suite.arms):
+        cells = (plan.cells_of(task, family)[arm] for task in suite.tasks)
+        found: Runs = next(filter(None, map(figures.finished, cells)), [])
+        if not found:
+            continue
         first = found[0][1]
         trainable = {run.config.lora.rank: record.trainable_parameters for run, record in found}
         lines.append(
@@ -174,25 +340,13 @@ def _cost_table(figures: SuiteFigures) -> Table:
                 Cell(f"n\u00a0{len(found)}", _run_links([run for run, _ in found[:6]])),
             )
         )
-        if one := COSTS.get(figures.plan.family_of_paper(family), {}).get(arm):
+        if one := COSTS.get(plan.family_of_paper(family), {}).get(arm):
             by_rank = dict(zip(RANKS, one.trainable, strict=False))
             counts = _by_rank(by_rank) if arm in LORA_ARMS else count(one.trainable[0])
             measured = ("–", f"{one.memory_mb:.1f}\u00a0MB", "–", f"{one.seconds:.2f}\u00a0s in all", "")
             lines.append((Cell("paper", quiet=True), arm_title(arm), one.model, counts, *measured))
-    columns = (
-        *("family", "method", "model", "trainable", "head alone", "training memory", "latency, batch 1"),
-        *("batch 32", "runs"),
-    )
-    return Table("Table 2. Costs", columns, tuple(lines), text_columns=3, note=_COSTS_NOTE)
-
-
-def _measured(figures: SuiteFigures) -> Iterable[tuple[str, str, Runs]]:
-    """Give the finished runs of each family and arm, on the first task that has any."""
-    for family in figures.plan.suite.families:
-        for arm in figures.plan.suite.arms:
-            cells = (figures.plan.cells_of(task, family)[arm] for task in figures.plan.suite.tasks)
-            if found := next(filter(None, map(figures.finished, cells)), None):
-                yield family, arm, found
+    columns = ("family", "method", "model", "trainable", "head alone", "training memory", "latency, batch 1")
+    return Table("Table 2. Costs", (*columns, "batch 32", "runs"), tuple(lines), text_columns=3, note=_COSTS_NOTE)
 
 
 def _by_rank(counts: Mapping[int, float | None]) -> str:
@@ -225,23 +379,17 @@ def settings_text(run: PlannedRun) -> str:
     return ", ".join(parts) or "as in the config"
 
 
-def _record_names(runs: Iterable[PlannedRun]) -> str:
-    return " ".join(f"{run.key}/run.json" for run in runs)
-
-
 def _score_lines(figures: SuiteFigures) -> Iterable[Sequence[Any]]:
     yield ("row", "task", "family", "arm", "median", "sd", "n", "configurations", "failed", "missing", "paper", "runs")
     for (row, family, arm), one in figures.scores.items():
         numbers = (one.median, one.sd, len(one.taken), one.configurations, one.failed, one.missing)
-        paper, runs = figures.published(row, family, arm), _record_names(taken.run for taken in one.taken)
+        paper, runs = figures.published(row, family, arm), " ".join(f"{run.key}/run.json" for run, _ in one.taken)
         yield (row.title, row.task, family, arm, *numbers, paper, runs)
 
 
 def _run_lines(figures: SuiteFigures) -> Iterable[Sequence[Any]]:
-    costs = (
-        *("score", "test_score", "train_seconds", "examples_per_second", "peak_memory_bytes", "trainable_parameters"),
-        *("head_parameters", "total_parameters"),
-    )
+    counts = ("trainable_parameters", "head_parameters", "total_parameters")
+    costs = ("score", "test_score", "train_seconds", "examples_per_second", "peak_memory_bytes", *counts)
     yield ("task", "arm", "seed", "configuration", "status", *costs, "teacher", "error", "record")
     for run in figures.plan.runs():
         one = figures.records.get(run.key)

@@ -54,7 +54,6 @@ def _metric(value: Any) -> Any:
 
 
 def _weights(value: Any) -> Any:
-    """Check the form of class weights."""
     if value == "balanced" or value is None:
         return value
     if not isinstance(value, Mapping) or not value:

@@ -73,7 +73,6 @@ def stored_copies(rows: Dataset, copies: int, *, seed: int, scored: Sequence[Dat
 
 
 def _is_whole(file: Path) -> bool:
-    """Say whether a file is there, and still what was written."""
     digest = file.with_suffix(".sha256")
     return file.is_file() and digest.is_file() and digest.read_text(encoding="utf-8") == hash_file(file)
 
@@ -109,7 +108,6 @@ class _Words:
         return [self.known[number] for number in self.numbers[start:end]]
 
     def drawn(self, draw: np.random.Generator) -> Any:
-        """Draw a word by its frequency."""
         return self.known[self.numbers[int(draw.integers(len(self.numbers)))]]
 
 

@@ -139,15 +139,12 @@ class LengthBucketSampler(Sampler[list[int]]):
         self.rows_per_epoch = self.drawn * (2 if beside else 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Number of batches, the short one included."""
         return (self.rows_per_epoch + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the row numbers of each batch."""
         draw = np.random.default_rng([self.seed, self.epoch])
         first = len(self.lengths) - self.beside
         order = self._draw(draw, first, self.drawn)
@@ -172,7 +169,6 @@ class LengthBucketSampler(Sampler[list[int]]):
         return np.concatenate([draw.permutation(rows) for _ in range(passes)])[:wanted]
 
     def rows_of(self, place: int) -> int:
-        """Count the rows of a batch."""
         return min(self.batch_size, self.rows_per_epoch - place * self.batch_size)
 
 
@@ -184,11 +180,9 @@ class SharedSampler(Sampler[list[int]]):
         self.drop_last = False  # accelerate asks
 
     def __len__(self) -> int:
-        """Number of batches."""
         return len(self.whole)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the row numbers of each part."""
         for batch in self.whole:
             # With fewer rows than processes, some get a row that another one has, and that must not count.
             yield batch[self.rank :: self.count] or batch[:1]
@@ -220,7 +214,6 @@ class Collator:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, kind: Kind, max_length: int) -> Collator:
-        """Take the padding from a tokenizer."""
         if tokenizer.pad_token_id is None:
             raise ModelError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no padding token; choose another encoder"
@@ -228,7 +221,6 @@ class Collator:
         return cls(tokenizer.pad_token_id, kind, max_length, pad_token_type_id=tokenizer.pad_token_type_id)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make a batch."""
         texts = rows
         if "windows" in rows[0]:
             rows = [window for row in rows for window in split_windows(row)]
@@ -265,7 +257,6 @@ class MicroBatchCollator:
     tokens: int | None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, torch.Tensor]]]:
-        """Make the micro-batches of one step."""
         if self.collator.kind == "tokens":
             rows = [window for row in rows for window in split_row(row)]
         batches: list[list[Mapping[str, Any]]] = [[]]

@@ -82,7 +82,6 @@ class Reading:
         return make_dataset(pa.table(arrays))
 
     def columns(self, source: Source, *, labelled: bool) -> Columns:
-        """Assign the columns of one source."""
         if source.plain:
             if self.task.is_pair:
                 raise DataError(
@@ -107,7 +106,6 @@ class Reading:
         return Columns(text, label, self._id(source))
 
     def _id(self, source: Source) -> str | None:
-        """Name the column of ids, where there is one."""
         if self.id_column != "id" or ("id" in source.columns and not source.benchmark):
             return source.require(self.id_column, "data.id_column")
         # QQP has a column `id` that is not the Hub's.

@@ -86,7 +86,6 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
 
 
 def refuse_missing(raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Array) -> None:
-    """Name the first row without a label."""
     if (position := first_true(missing)) is not None:
         raise DataError(
             f"{raw.where(position)}: no label in column {column!r} ({pc.sum(missing).as_py()} of "

@@ -61,7 +61,6 @@ class Splits:
     distil: DistilConfig | None = None
 
     def __repr__(self) -> str:
-        """Say what is learnt, and how many examples there are."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         rows = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)
         return f"Splits({self.task.kind}, labels {list(self.task.label_names)}, {rows})"

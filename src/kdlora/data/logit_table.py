@@ -207,7 +207,6 @@ def is_collection(folder: Path) -> bool:
 
 
 def open_collection(folder: Path) -> LogitStore:
-    """Read the manifest of a finished collection."""
     try:
         collection = open_store(folder / COLLECTION_MANIFEST)
     except ArtifactError as fault:

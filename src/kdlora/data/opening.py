@@ -186,7 +186,6 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def open_saved(folder: Path) -> dict[str, Source]:
-    """Open a folder written by `save_to_disk`."""
     try:
         _check_saved(folder)
         loaded = load_from_disk(str(folder))

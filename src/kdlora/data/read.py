@@ -73,7 +73,6 @@ class Source:
     plain: bool = False  # one text a line
 
     def require(self, column: str, key: str) -> str:
-        """Return `column` if the source has it."""
         if column not in self.columns:
             raise DataError(
                 f"{self.name} has no column {column!r} ({key}); it has {', '.join(map(repr, self.columns))}."

@@ -155,7 +155,6 @@ def _words() -> re.Pattern[str]:
 
 
 def split_words(text: str) -> tuple[list[int], list[int]]:
-    """Give where the words of a text begin and end."""
     bounds = [match.span() for match in _words().finditer(text)]
     return [start for start, _ in bounds], [end for _, end in bounds]
 

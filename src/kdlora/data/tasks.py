@@ -153,7 +153,6 @@ class GlueTask:
 
     @property
     def task(self) -> Task:
-        """The task, with the Hub's column names."""
         return Task(self.kind, self.text, ("label",), self.label_names, self.metrics, self.name)
 
 

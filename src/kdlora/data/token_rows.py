@@ -175,7 +175,6 @@ def _in_iob2(
 def _refuse_tag(
     raw: RawTable, columns: dict[str, pa.ChunkedArray], offsets: Integers, word: int, label: str
 ) -> NoReturn:
-    """Say which word has a tag of no scheme."""
     row = int(np.searchsorted(offsets, word, side="right")) - 1
     where = f"{raw.where(row)}, word {word - offsets[row] + 1}"
     if LINES in columns:
@@ -245,7 +244,6 @@ def _batches_of_texts(raw: RawTable, text: str, label: str | None) -> Iterator[p
 def _words_of(
     raw: RawTable, row: int, values: dict[str, object], text: str, label: str | None
 ) -> tuple[Sequence[int], Sequence[int], Sequence[str]]:
-    """Give the words of one text and their tags."""
     given, spans = values[text], values[label] if label is not None else []
     if not isinstance(given, str) or not given.strip():
         raise DataError(f"{raw.where(row)}: the text {text!r} is empty; remove the row or fill it in")

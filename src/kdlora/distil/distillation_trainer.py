@@ -141,7 +141,6 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def record(self, terms: LossTerms) -> None:
-        """Add the terms of a training batch to the running means."""
         self.window.add(terms, self.state.global_step + 1)
 
     def training_step(
@@ -154,7 +153,6 @@ class DistillationTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss terms to what Trainer logs."""
         if "loss" in logs:
             self.window.check(self.args.learning_rate)
             logs = logs | term_means(self.accelerator.reduce(self.window.sums, reduction="sum"))

@@ -287,7 +287,6 @@ class Teacher:
         return ingredients if windows is None else ingredients | {"windows": windows}
 
     def new_store(self, manifest: Path, ingredients: dict[str, Any], rows_per_shard: int) -> LogitStore:
-        """Describe a store of its logits that has no shards yet."""
         return LogitStore(
             path=manifest,
             fingerprint=hash_json(ingredients),
@@ -358,7 +357,6 @@ class Teacher:
 
 
 def read_stored_logits(folder: str | Path, task: Task) -> TeacherLogits:
-    """Read logits that `teacher_logits` stored, without the teacher."""
     path = Path(folder) / _MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder}: there are no stored teacher logits. Run the same command again to compute them")

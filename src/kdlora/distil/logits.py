@@ -69,7 +69,6 @@ class TeacherLogits:
         )
 
     def __repr__(self) -> str:
-        """Say whose logits these are."""
         return f"TeacherLogits({self.source!r}, {len(self.ids):,} examples, labels {list(self.label_names)})"
 
     def __post_init__(self) -> None:
@@ -96,7 +95,6 @@ class TeacherLogits:
 
     @property
     def _unseen(self) -> np.ndarray:
-        """Which words the teacher could not see."""
         return np.isnan(self.logits).all(axis=1) if self.offsets is not None else np.zeros(len(self.logits), bool)
 
     @property
@@ -252,7 +250,6 @@ def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> T
 
 
 def labelled_values(dataset: Dataset) -> np.ndarray:
-    """Read the labels that count."""
     labels = label_array(dataset)
     if word_offsets(dataset) is not None:
         return labels[labels != NO_TAG]

@@ -223,7 +223,6 @@ def term_means(sums: Tensor) -> dict[str, float]:
 
 
 def diverged(what: str, learning_rate: float) -> str:
-    """Say what to do about a training that has diverged."""
     return (
         f"the training diverged: {what}. Most often the learning rate (now {learning_rate:g}) is too high; else set "
         "run.precision to fp32, lower max_grad_norm, lengthen the warm-up, or look for labels or teacher logits of "
@@ -289,7 +288,6 @@ def _last_linear(model: nn.Module) -> nn.Linear:
 
 
 def _probe(model: nn.Module) -> np.ndarray:
-    """Predict for a few made-up inputs."""
     device = next(model.parameters()).device
     ids = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]], device=device)
     training = model.training

@@ -33,15 +33,12 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes."""
         return self.rank == 0
 
     def largest(self, value: int) -> int:
-        """Give the largest of the values that the processes name."""
         return int(self._reduce(torch.tensor([value]), distributed.ReduceOp.MAX))
 
     def total(self, values: Tensor) -> Tensor:
-        """Add the tensors of all processes."""
         return self._reduce(values, distributed.ReduceOp.SUM)
 
     def _reduce(self, values: Tensor, operation: Any) -> Tensor:
@@ -52,7 +49,6 @@ class Processes:
         return shared.to(values.device)
 
     def gather(self, value: Any) -> list[Any]:
-        """Give the values of all processes, in the order of their numbers."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -60,7 +56,6 @@ class Processes:
         return values
 
     def first_says(self, value: Any) -> Any:
-        """Give the value of process 0."""
         if self.count == 1:
             return value
         shared = [value]
@@ -132,7 +127,6 @@ class StopSignals:
         self.heed("after its last step")
 
     def heed(self, where: str) -> None:
-        """Stop the training if that was asked for."""
         if self.received is not None:
             name = signal.Signals(self.received).name
             raise TrainingStoppedError(f"the training stopped {where} ({name}); the same call continues it")

@@ -58,7 +58,6 @@ class CheckpointFolder:
     """The checkpoints of one training, and its best weights so far."""
 
     def __init__(self, folder: Path, ingredients: Mapping[str, Any], keep: int = 1) -> None:
-        """Name the place; nothing is written yet."""
         self.folder, self.ingredients, self.keep, self.best = folder, dict(ingredients), keep, folder / _BEST
 
     def latest(self) -> Checkpoint | None:
@@ -120,7 +119,6 @@ class CheckpointFolder:
         mark_folder(self.folder, "training")
 
     def _refuse_others(self, checkpoint: Path, ingredients: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of another training."""
         changed = compare(ingredients, self.ingredients)
         if changed == ["processes"]:
             count = int(ingredients["processes"])
@@ -154,7 +152,6 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_trained_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put saved values into a model, in place."""
     current = trained_tensors(model)
     if current.keys() != tensors.keys() or any(current[name].shape != tensors[name].shape for name in tensors):
         different = sorted(current.keys() ^ tensors.keys())[:3] or "shapes"

@@ -90,7 +90,6 @@ def _check_ids(table: pa.Table, file: Path) -> None:
 
 
 def read_collection(folder: Path, task: Task, key: str) -> TeacherLogits:
-    """Read the logits of a finished collection that `kdlora label` made."""
     collection = open_collection(folder)
     return TeacherLogits.of(collection, match_collection(collection, task, key), task)
 
@@ -161,7 +160,6 @@ def _names_labels(columns: Sequence[str], task: Task) -> bool:
 
 
 def _smoothed(table: pa.Table, task: Task, file: Path) -> np.ndarray:
-    """Turn label names into probabilities."""
     places = {name.strip().casefold(): place for place, name in enumerate(task.label_names)}
     names = [str(name) for name in table.column("label").to_pylist()]
     found = [places.get(name.strip().casefold()) for name in names]

@@ -262,7 +262,6 @@ def _ingredients(
 def _arguments(
     settings: SettledTraining, options: TrainingOptions, device: torch.device, steps_per_epoch: int
 ) -> TrainingArguments:
-    """Say it in the words of transformers."""
     precision = options.precision
     steps = math.ceil(settings.epochs * steps_per_epoch)
     arguments = TrainingArguments(

@@ -282,7 +282,6 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
         return self.sampler.rows_of(self.state.global_step % len(self.sampler))
 
     def rows_of_step(self, step: int) -> list[int]:
-        """Name the rows that an optimiser step is made of."""
         epoch, place = divmod(step - 1, len(self.sampler))
         self.sampler.set_epoch(epoch)
         return next(itertools.islice(iter(self.sampler), place, None))

@@ -42,7 +42,6 @@ class BagOfWords:
 
     @property
     def parameters(self) -> int:
-        """Number of coefficients, intercepts included."""
         linear = [model for model in self.models if not isinstance(model, float)]
         return sum(model.coef_.size + np.size(model.intercept_) for model in linear)
 

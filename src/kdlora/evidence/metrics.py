@@ -207,7 +207,6 @@ def _mean_ratio(above: np.ndarray, below: np.ndarray, *, occurring_only: bool) -
 
 
 def _of_label(task: Task, base: str, column: int, outputs: np.ndarray, targets: np.ndarray) -> Weighted:
-    """Prepare a metric of one label against all others."""
     if base == "f1":
         decided = predict_labels(task, outputs)
         said = decided == column if task.kind == "single-label" else decided[:, column]

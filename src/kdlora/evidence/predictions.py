@@ -101,7 +101,6 @@ def read_predictions(path: str | Path) -> Predictions:
 
 
 def write_examples(path: str | Path, examples: Iterable[ExampleText]) -> None:
-    """Store the texts that the report may quote, atomically."""
     kept = list(examples)
     columns = {name: pa.array([getattr(one, name) for one in kept], pa.string()) for name in _EXAMPLE_COLUMNS}
     if any(one.ends for one in kept):

@@ -201,7 +201,6 @@ def read_results(path: str | Path) -> list[RunRecord]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or say what is wrong with the file."""
     if not path.exists():
         raise ArtifactError(f"{path}: there is no such file. Run the experiment first, or check the path.")
     return read_json(path, _RERUN)

@@ -148,8 +148,6 @@ def fit_threshold(odds: np.ndarray, labels: np.ndarray, goal: Goal) -> float:
 
 
 def judge_threshold(label: str, goal: Goal, threshold: float, odds: np.ndarray, labels: np.ndarray) -> Threshold:
-    """Say what a threshold does on labelled rows."""
-
     def count(at: float) -> tuple[int, int]:
         chosen = odds > np.log(at / (1 - at))
         return int((chosen & (labels == 1)).sum()), int(chosen.sum())

@@ -92,7 +92,6 @@ def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads
 
 
 def _store_speeds(models: Mapping[str, Path | Way], result: BenchmarkResult) -> None:
-    """Keep what was measured of exports beside their files."""
     found: dict[Path, dict[Way, dict[int, float]]] = {}
     for model, figures in zip(models.values(), result.models, strict=True):
         if isinstance(model, Way):
@@ -180,7 +179,6 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
 
 
 def is_deployed(config: Config, layout: ExperimentLayout) -> bool:
-    """Say whether `deploy_student` has nothing left to do."""
     return holds(layout.deployed, _mark(config, layout, layout.benchmark))
 
 
@@ -252,7 +250,6 @@ def _export_rows(
 
 
 def exported_files(layout: ExperimentLayout) -> dict[str, Path]:
-    """Name the files that an export left."""
     files = {
         "student, ONNX": layout.onnx / "model.onnx",
         "student, int8": layout.onnx / "model_quantized.onnx",

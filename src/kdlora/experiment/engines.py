@@ -165,7 +165,6 @@ def shared_machine(gpus: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def open_here(gpus: Sequence[str]) -> Iterator[Here]:
-    """Give what carries work out on this machine."""
     if not gpus:
         yield Here()
         return

@@ -95,7 +95,6 @@ def stored_logits(config: Config, layout: ExperimentLayout | None, splits: Split
 
 
 def read_table(config: Config, task: Task, split: str) -> TeacherLogits:
-    """Read the rows of one split from the table that is the teacher."""
     teacher = config.teacher
     if teacher.logits is not None:
         return read_teacher_table(teacher.logits, task, values="logits", split=split)
@@ -135,7 +134,6 @@ def labels_unlabelled(config: Config) -> bool:
 
 
 def check_collection(config: Config, encoder: Encoder) -> None:
-    """Refuse unlabelled rows that another teacher than this one has labelled."""
     folder = _collection(config)
     if folder is None:
         return

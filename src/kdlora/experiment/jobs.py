@@ -161,7 +161,6 @@ def record_failure(
 
 
 def lost(job: Job, error: Exception) -> Outcome:
-    """Give the outcome of a job of which nothing came back."""
     fault = f"{type(error).__name__}: {error}"
     record = None if job.kind == "label" else record_failure(job, job.layout, job.facts, fault)
     return Outcome(job, record, fault, 0.0)
@@ -187,7 +186,6 @@ class Queue:
         *,
         ships: bool = False,
     ) -> None:
-        """Take the plan, what is known of its tasks, and the records of the runs that need not be repeated."""
         self.runs, self.records, self.reused = runs, dict(finished), len(finished)
         self._lessons, self._root, self._facts, self._ships = lessons, root, facts, ships
         self._teachers: dict[int, PlannedRun | None] = {}

@@ -132,7 +132,6 @@ class _Unit:
         return f"logits-{self.file:05d}-{self.shard + number:06d}.parquet"
 
     def is_done(self, shards: Sequence[Shard]) -> bool:
-        """Say whether these shards are all of it."""
         return bool(shards) and (shards[-1].ends or not self.to_the_end)
 
     def finished_shards(self, folder: Path) -> list[Shard]:
@@ -214,7 +213,6 @@ def _refuse_doubles(store: LogitStore) -> None:
 
 
 def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job:
-    """Settle what the model and the files decide."""
     files = _find_files(data)
     place = expand_home(model)
     model = str(place.resolve()) if place.exists() else model  # found from anywhere; a Hub id stays
@@ -252,7 +250,6 @@ def _find_files(data: str) -> tuple[Path, ...]:
 
 
 def _ingredients(job: _Job) -> dict[str, Any]:
-    """Name what makes a collection beside the teacher."""
     settings = job.settings
     return {
         "id_column": settings.id_column,
@@ -380,7 +377,6 @@ def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: C
 
 
 def _window(job: _Job, file: Path, rows: Sequence[Row]) -> Dataset:
-    """Give the rows that the teacher reads at once."""
     pairs = job.task.is_pair
     if (isinstance(rows[0].text, tuple) and not isinstance(rows[0].text, Words)) != pairs:
         raise DataError(

@@ -29,12 +29,10 @@ class ConfigurationLayout(ExperimentLayout):
 
     @property
     def shared(self) -> Path:
-        """The folder of what all runs have in common."""
         return self.shared_folder or super().shared
 
     @property
     def teacher(self) -> Path:
-        """The one teacher and its logits."""
         return self.shared_teacher or super().teacher
 
 
@@ -59,7 +57,6 @@ class PlannedRun:
         return f"{self.folder}/runs/{self.arm}-seed{self.seed}".removeprefix("/")
 
     def layout(self, root: Path) -> ConfigurationLayout:
-        """Name the files of the configuration."""
         return ConfigurationLayout(root / self.folder, shared_folder=root)
 
 

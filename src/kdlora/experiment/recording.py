@@ -59,12 +59,10 @@ class TaskFacts:
     notes: tuple[str, ...]
 
     def fingerprint(self, config: Config) -> str:
-        """Give the fingerprint of the rows that a run of this config has."""
         return self.fingerprints[config.data.augment]
 
 
 def look_at(splits: Splits, copies: int) -> TaskFacts:
-    """Sum up a task's data."""
     rows = {name: len(part) for name, part in splits_by_name(splits).items()}
     return TaskFacts(splits.task.to_dict(), {copies: hash_splits(splits)}, rows, splits.notes)
 
@@ -75,7 +73,6 @@ def choose_precision(config: Config, layout: ExperimentLayout) -> tuple[str, str
 
 
 def now() -> str:
-    """Return the time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -125,7 +122,6 @@ def blank_record(config: Config, arm: str, seed: int, facts: TaskFacts) -> RunRe
 
 
 def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> RunRecord:
-    """Start the record of a run in its process."""
     record = blank_record(config, arm, seed, look_at(splits, config.data.augment))
     precision, reason = choose_precision(config, layout)
     notes = [f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"]
@@ -143,7 +139,6 @@ def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Ar
 
 
 def hash_base(encoder: Encoder) -> str:
-    """Fingerprint a pretrained model and its tokenizer, as it was loaded."""
     return hash_json([hash_model(encoder.model, without=encoder.fresh), hash_tokenizer(encoder.tokenizer)])
 
 
@@ -171,7 +166,6 @@ def add_origin(
 
 
 def add_training(record: RunRecord, trained: Trained, teacher: Sequence[TeacherLogits]) -> RunRecord:
-    """Add what the training was and cost."""
     outcome, parameters = trained.outcome, trained.parameters
     names = ("train (by the teacher)", "unlabelled (by the teacher)")
     by_teacher = {name: logits.truncated for name, logits in zip(names, teacher, strict=False)}

@@ -191,7 +191,6 @@ def _without_words(config: Config, splits: Splits) -> tuple[Config, Splits]:
 def _plan(
     config: Config, layout: ExperimentLayout, splits: Splits, finished: Mapping[str, RunRecord], processes: int
 ) -> ExperimentPlan:
-    """Look at models and data before the runs that are left."""
     left = [run.arm for run in plan_runs(config) if run.key not in finished]
     looks = run_in_child(look_at_models, config, splits.task, sample_texts(splits.train))
     plan = make_plan(config, splits, left, looks, labelled=layout.teacher_logits.exists(), processes=processes)

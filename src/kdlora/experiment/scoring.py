@@ -169,7 +169,6 @@ def score_outputs(record: RunRecord, splits: Splits, outputs: dict[str, np.ndarr
 
 
 def _add_scores(record: RunRecord, splits: Splits, results: dict[str, Evaluation], place: RunLayout) -> RunRecord:
-    """Add the scores to a record, and keep the logits."""
     scored = {split: rows for split, rows in splits_by_name(splits, scored=True).items() if split in results}
     groups = [groups_of(rows) for rows in scored.values()]
     edges = [edge for rows in scored.values() if (edge := word_offsets(rows)) is not None]

@@ -148,7 +148,6 @@ def run_search(
 
 
 def begin_search(config: Config, settings: SearchConfig, out: str | Path | None) -> Search:
-    """Check a search, and make its folder."""
     check_installed("a search", "search")
     check_space(config, settings)
     students: list[Arm] = [arm for arm in STUDENT_ARMS if arm in config.run.arms]
@@ -299,7 +298,6 @@ def _make_teacher(search: Search, config: Config, hear: Callable[[Any], None]) -
 
 
 def _end(search: Search) -> SearchResult:
-    """Write the best config and the report."""
     trials = search.study().get_trials(deepcopy=False)
     states, ranked = Counter(one.state.name for one in trials), best_first(trials)
     paths = write_search_report(search.folder, search.config.title(), search.arm, search.settings, trials)

@@ -68,7 +68,6 @@ def settings_for(config: Config, arm: Arm) -> TrainConfig:
 
 
 def sample_texts(rows: Dataset) -> dict[str, list[str]]:
-    """Take texts that stand for all of a split."""
     if len(rows) > MOST_TEXTS:
         rows = rows.select(np.linspace(0, len(rows) - 1, MOST_TEXTS).astype(int))
     return read_texts(rows)
@@ -179,7 +178,6 @@ class Chosen:
 
 
 def choose(config: Config, splits: Splits) -> Chosen:
-    """Load an experiment's models, and look at its texts."""
     looks = look_at_models(config, splits.task, sample_texts(splits.train), timed=False)
     train = len(splits.train) + splits.held_out
     rows = {"train": train, "unlabelled": rows_per_epoch(splits) - train}
@@ -223,7 +221,6 @@ def settled(settings: TrainConfig, encoder: Encoder, splits: Splits, *, adapters
 
 
 def closed(settings: TrainConfig) -> SettledTraining:
-    """Give the settings of a training with nothing left open."""
     null = [key for key in OPEN if getattr(settings, key) is None]
     if null:
         raise ConfigError(f"train.{null[0]} is null and no texts were looked at yet; set it, or use run_experiment")

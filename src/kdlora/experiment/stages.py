@@ -162,7 +162,6 @@ def label_training_rows(config: Config, layout: ExperimentLayout, progress: Coun
 
 
 def label_splits(config: Config, layout: ExperimentLayout, splits: Splits, progress: Counted | None = None) -> None:
-    """Do the same on given splits."""
     encoder, columns = load_teacher(config, splits.task, layout.teacher)
     check_collection(config, encoder)
     parts = [(splits.train, layout.teacher_logits)]

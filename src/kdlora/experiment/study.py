@@ -116,7 +116,6 @@ def best_first(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def with_settings(config: Config, settings: Mapping[str, Any], *, where: str = "the search") -> Config:
-    """Put settings into a config."""
     return build_config(config.model_dump(mode="json"), settings.items(), where=where)
 
 

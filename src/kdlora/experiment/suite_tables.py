@@ -257,7 +257,6 @@ def _lead(figures: SuiteFigures) -> Prose:
 
 
 def _kept(student: float | None, other: float | None) -> str:
-    """Write the share of another arm's score that a student keeps."""
     return "–" if student is None or other is None or other <= 0 else f"{points(100 * student / other)}%"
 
 

@@ -210,8 +210,6 @@ def build_suite(
 
 
 def _with_absolute_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """Resolve the paths in every partial config."""
-
     def resolve(part: Any) -> Any:
         data = part.get("data") if isinstance(part, Mapping) else None
         has_source = isinstance(data, Mapping) and data.get("path") is not None

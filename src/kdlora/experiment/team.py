@@ -47,7 +47,6 @@ class Team:
     """The processes of an experiment, seen from one of them."""
 
     def __init__(self, launch: Launch, store: Any = None) -> None:
-        """Take part, with the store through which all talk."""
         self.launch, self.store, self.number = launch, store, 0
 
     @property
@@ -56,7 +55,6 @@ class Team:
 
     @property
     def leads(self) -> bool:
-        """Whether this process plans and writes."""
         return self.launch.rank == 0
 
     def run(

@@ -69,7 +69,6 @@ class ParameterCounts:
 
 
 def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], fresh: Sequence[str]) -> list[str]:
-    """Find the linear layers that get adapters."""
     linear = _linear_layers(model, fresh)
     if targets == "query-value":
         names: Sequence[str] = _query_value(model, linear)

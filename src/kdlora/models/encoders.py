@@ -207,7 +207,6 @@ def find_layers(model: PreTrainedModel) -> tuple[str, int]:
 
 
 def _check_layers(layers: Sequence[int], depth: int, where: str) -> None:
-    """Refuse a choice of layers that no student can be made of."""
     if outside := [layer for layer in layers if not 0 <= layer < depth]:
         raise ModelError(
             f"student.from_teacher_layers names layer {outside[0]}, but {where} has {depth} layers: 0 to {depth - 1}"

@@ -117,7 +117,6 @@ def check_index(path: Path) -> None:
 
 
 def read_licence(name: str, revision: str | None = None) -> str | None:
-    """Read the licence that a model's card states."""
     card = Path(name) / "README.md" if Path(name).is_dir() else _fetch_card(name, revision)
     if card is None or not card.is_file():
         return None

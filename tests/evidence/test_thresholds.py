@@ -8,21 +8,19 @@ from sklearn import metrics
 from kdlora.errors import DataError
 from kdlora.evidence.defer import (
     EVERYTHING,
-    NoPromiseError,
-    area_under_risk,
-    measure_sureness,
-    promise_error,
-    risk_coverage,
-)
-from kdlora.evidence.metrics import probabilities
-from kdlora.evidence.thresholds import (
     METRICS,
+    NoPromiseError,
     NoThresholdError,
+    area_under_risk,
     fit_threshold,
     judge_threshold,
     log_odds,
+    measure_sureness,
+    promise_error,
+    risk_coverage,
     shift_logits,
 )
+from kdlora.evidence.metrics import probabilities
 
 REFERENCES = {
     "f1": metrics.f1_score,

@@ -17,8 +17,8 @@ from kdlora.distil.inference import read_stored_logits
 from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.predictions import read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.inputs import check_table
 from kdlora.experiment.run import run_experiment
+from kdlora.experiment.settle import check_table
 from kdlora.experiment.stages import label_training_rows, train_run
 from tiny import sentiment_rows, write_csv
 

@@ -13,8 +13,8 @@ from kdlora.evidence.entities import counts_from_logits, entity_rates
 from kdlora.evidence.predictions import read_examples, read_predictions
 from kdlora.evidence.records import read_record
 from kdlora.report.card import card_metadata, student_card
+from kdlora.report.outputs import OUTCOMES, outcomes
 from kdlora.report.report import make_report
-from kdlora.report.spans import OUTCOMES, outcomes
 
 HOSTILE = ("<script>alert(1)</script> of <b>Rome</b>", "a|b\nc", "`*_[x](javascript:alert(3))", "שלום 👨‍👩‍👧 e\u0301")
 TYPED = Task("tokens", ("words",), ("tags",), tag_names(("<i>x</i>", "PER|*a*")), ("entity_f1",))

@@ -22,8 +22,8 @@ from kdlora.distil.inference import predict_logits
 from kdlora.distil.teacher_table import read_collection
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.inputs import check_table
 from kdlora.experiment.labelling import LabelSettings, label_collection
+from kdlora.experiment.settle import check_table
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.models.encoders import load_encoder, load_fine_tuned, save_encoder
 from sentences import tagged_rows, write_conll, write_words

@@ -11,9 +11,8 @@ import numpy as np
 from kdlora.data.windows import WindowSettings
 from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Network, Window
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.defer import measure_sureness
+from kdlora.evidence.defer import measure_sureness, shift_logits
 from kdlora.evidence.metrics import probabilities
-from kdlora.evidence.thresholds import shift_logits
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

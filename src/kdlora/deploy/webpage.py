@@ -26,7 +26,7 @@ from kdlora.deploy.hub import locate_export
 from kdlora.deploy.onnx_backend import read_onnx
 from kdlora.deploy.predict import Classifier, Text
 from kdlora.errors import ArtifactError, ModelError
-from kdlora.evidence.thresholds import shift_logits
+from kdlora.evidence.defer import shift_logits
 from kdlora.models.settings import TOKENIZER_CONFIG
 from kdlora.system.environment import cache_folder
 from kdlora.system.ownership import MANIFEST, check_folder, mark_folder

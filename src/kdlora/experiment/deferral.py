@@ -18,37 +18,35 @@ from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.predict import Classifier, Text
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError, did_you_mean
 from kdlora.evidence.defer import (
+    METRICS,
     POINTS,
     SURENESS,
     Deferral,
     Deferring,
+    FittedModel,
+    Goal,
     NoPromiseError,
+    NoThresholdError,
     Promise,
     Sureness,
+    Thresholds,
     Unknown,
     area_under_risk,
+    fit_threshold,
+    judge_threshold,
+    log_odds,
     measure_sureness,
     promise_error,
     risk_coverage,
+    shift_logits,
     tell_apart,
 )
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
-from kdlora.evidence.thresholds import (
-    METRICS,
-    FittedModel,
-    Goal,
-    NoThresholdError,
-    Thresholds,
-    fit_threshold,
-    judge_threshold,
-    log_odds,
-    shift_logits,
-)
 from kdlora.experiment.deployment import exported_files, holds, load_without_copies, texts_of
+from kdlora.experiment.recording import forget_decisions, write_card
 from kdlora.experiment.scoring import groups_of, recorded_task
-from kdlora.experiment.shipping import forget_decisions, write_card
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import remove
 from kdlora.system.storage import write_json_atomic, write_text_atomic

@@ -29,10 +29,9 @@ from kdlora.deploy.runtimes import store_speeds, ways_to_run
 from kdlora.deploy.tagger import Tagger, load_model
 from kdlora.errors import ConfigError, DataError, ModelError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.recording import logged, prepare_process
+from kdlora.experiment.recording import forget_decisions, logged, prepare_process
 from kdlora.experiment.scoring import groups_of, recorded_task
 from kdlora.experiment.settle import cut_at
-from kdlora.experiment.shipping import forget_decisions
 from kdlora.foreign import read_json
 from kdlora.report.shipped import BenchmarkResult, Calibration
 from kdlora.section import without_later_keys

@@ -18,9 +18,8 @@ from kdlora.data.load import Splits
 from kdlora.data.spool import label_array, read_column, text_columns
 from kdlora.data.tasks import Task, window_settings
 from kdlora.distil.words import MOST_ROWS
-from kdlora.experiment.inputs import labels_unlabelled
 from kdlora.experiment.recording import splits_by_name
-from kdlora.experiment.settle import Looks, ModelLook, closed, decide, settings_for, tokens_read
+from kdlora.experiment.settle import Looks, ModelLook, closed, decide, labels_unlabelled, settings_for, tokens_read
 from kdlora.report.wording import metric_title
 
 FULL, ADAPTERS = 4.0, 3.6

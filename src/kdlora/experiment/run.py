@@ -24,14 +24,21 @@ from kdlora.evidence.records import (
 from kdlora.experiment.deferral import decide_student, is_decided
 from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.engines import Here, gpus_for, open_here, shared_machine
-from kdlora.experiment.inputs import check_table
 from kdlora.experiment.jobs import Job, Queue, carry_out, ignore, undamaged_record
 from kdlora.experiment.plan import Lesson, PlannedRun
 from kdlora.experiment.preview import WITHOUT_WORDS, ExperimentPlan, make_plan
-from kdlora.experiment.recording import TaskFacts, logged, look_at
+from kdlora.experiment.recording import (
+    TaskFacts,
+    is_shipped,
+    keep_examples,
+    lacks_weights,
+    logged,
+    look_at,
+    ship_student,
+    tell_anew,
+)
 from kdlora.experiment.scoring import doubts_of_teacher
-from kdlora.experiment.settle import look_at_models, sample_texts, with_metric, with_recorded
-from kdlora.experiment.shipping import is_shipped, keep_examples, lacks_weights, ship_student, tell_anew
+from kdlora.experiment.settle import check_table, look_at_models, sample_texts, with_metric, with_recorded
 from kdlora.experiment.stages import Stage
 from kdlora.experiment.team import Team, gather_team
 from kdlora.report.collect import load_run

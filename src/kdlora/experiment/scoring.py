@@ -32,9 +32,8 @@ from kdlora.evidence.entities import counts_from_logits
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import Predictions, read_predictions, write_predictions
 from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
-from kdlora.experiment.inputs import load_teacher, read_table
 from kdlora.experiment.recording import finish, splits_by_name
-from kdlora.experiment.settle import cut_at, settings_for
+from kdlora.experiment.settle import cut_at, load_teacher, read_table, settings_for
 from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
 

@@ -34,20 +34,29 @@ from kdlora.distil.trainer import ProgressEvent, TrainingOptions
 from kdlora.distil.words import fit_words
 from kdlora.errors import ModelError
 from kdlora.evidence.records import ExperimentLayout, RunRecord
-from kdlora.experiment.inputs import check_collection, labels_unlabelled, load_base, load_teacher, stored_logits
 from kdlora.experiment.recording import (
     add_origin,
     add_training,
     choose_precision,
     finish,
+    keep_weights,
     logged,
     new_record,
     prepare_process,
     splits_by_name,
 )
 from kdlora.experiment.scoring import score_given_teacher, score_model, score_outputs
-from kdlora.experiment.settle import cut_at, rows_per_epoch, settings_for, settled
-from kdlora.experiment.shipping import keep_weights
+from kdlora.experiment.settle import (
+    check_collection,
+    cut_at,
+    labels_unlabelled,
+    load_base,
+    load_teacher,
+    rows_per_epoch,
+    settings_for,
+    settled,
+    stored_logits,
+)
 from kdlora.models.adapters import add_adapter, count_parameters
 from kdlora.models.encoders import Encoder, load_encoder
 from kdlora.system.environment import MemoryLevel, forget_peak, peak_since, read_memory

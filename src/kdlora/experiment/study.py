@@ -28,10 +28,8 @@ from kdlora.distil.logits import attach_teacher
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.inputs import load_base, stored_logits
-from kdlora.experiment.recording import hash_splits, prepare_process
-from kdlora.experiment.settle import Chosen, choose
-from kdlora.experiment.shipping import keep_weights
+from kdlora.experiment.recording import hash_splits, keep_weights, prepare_process
+from kdlora.experiment.settle import Chosen, choose, load_base, stored_logits
 from kdlora.experiment.stages import label_splits, train_splits
 from kdlora.searchconfig import Choices, Range, SearchConfig
 from kdlora.system.integrity import hash_json

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from kdlora.evidence.defer import EVERYTHING, POINTS, Deferral, Deferring, Unknown
+from kdlora.evidence.defer import EVERYTHING, POINTS, Deferral, Deferring, FittedModel, Threshold, Thresholds, Unknown
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.evidence.thresholds import FittedModel, Threshold, Thresholds
 from kdlora.report.collect import Experiment
 from kdlora.report.page import Block, Figure, Paragraph, Table
 from kdlora.report.plots import PALETTE, Style, arm_style, draw, named

@@ -12,8 +12,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kdlora.config import LoraSettings
-from kdlora.distil.losses import binary_kl, distillation_loss, softened_kl
-from kdlora.distil.losses import TargetScale, fold_into_head
+from kdlora.distil.losses import TargetScale, binary_kl, distillation_loss, fold_into_head, softened_kl
 from kdlora.errors import ConfigError, DataError, ModelError
 from kdlora.models.adapters import add_adapter, merge_student
 from kdlora.models.encoders import load_encoder

@@ -8,8 +8,7 @@ from torch import nn
 
 from kdlora.config import LoraSettings
 from kdlora.distil import precision as precision_module
-from kdlora.distil.precision import autocast, frozen_in_half, resolve_precision, settle_precision
-from kdlora.distil.precision import dropout_set
+from kdlora.distil.precision import autocast, dropout_set, frozen_in_half, resolve_precision, settle_precision
 from kdlora.errors import ConfigError
 from kdlora.models.adapters import add_adapter, merge_student
 from kdlora.models.encoders import load_encoder

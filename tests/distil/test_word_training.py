@@ -16,10 +16,9 @@ from kdlora.data.batches import Collator, WordCollator, tokenise
 from kdlora.data.spool import label_array
 from kdlora.data.tags import split_words
 from kdlora.data.word_tokens import cut_words, split_row, word_offsets
-from kdlora.distil.inference import predict_logits
+from kdlora.distil.inference import predict_logits, read_stored_logits, teacher_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.losses import distillation_loss
-from kdlora.distil.inference import read_stored_logits, teacher_logits
 from kdlora.distil.teacher_table import read_teacher_table
 from kdlora.errors import DataError
 from kdlora.models.encoders import load_encoder

@@ -14,8 +14,7 @@ from graphs import run_python
 import hub_standin
 from experiments import edit_json
 from kdlora.configfile import COLLECTION_MANIFEST
-from kdlora.data.collection import open_collection
-from kdlora.data.logit_table import open_store
+from kdlora.data.logit_table import open_collection, open_store
 from kdlora.data.opening import open_saved
 from kdlora.data.read import open_file
 from kdlora.deploy.predict import Classifier

@@ -12,9 +12,8 @@ from kdlora.data.tasks import GLUE
 from kdlora.errors import ConfigError
 from kdlora.evidence.predictions import Predictions, write_predictions
 from kdlora.evidence.records import write_record
-from kdlora.experiment.suite_tables import SuiteFigures
 from kdlora.experiment.plan import make_plan
-from kdlora.experiment.suite_tables import write_tables
+from kdlora.experiment.suite_tables import SuiteFigures, write_tables
 from kdlora.experiment.suitefile import build_suite
 from kdlora.report.page import Cell, Table, to_csv, to_latex
 
@@ -62,7 +61,7 @@ def test_a_figure_is_the_median_of_the_best_configurations(tmp_path):
     plan = small_plan()
     found = SuiteFigures(plan, made(plan), tmp_path).figure(plan.cells_of("cola", "own")["lora"])
     assert found.median == pytest.approx(statistics.median([86.25, 88.25]))
-    assert [one.value for one in found.taken] == [88.0, 88.5, 86.0, 86.5]
+    assert [value for _, value in found.taken] == [88.0, 88.5, 86.0, 86.5]
     assert found.sd == pytest.approx(statistics.stdev([88.0, 88.5, 86.0, 86.5]))
     assert (found.configurations, found.failed, found.missing) == (3, 0, 0)
 

@@ -44,8 +44,7 @@ if TYPE_CHECKING:
 
 AUDIT, TABLE = "audit.json", "probabilities.parquet"
 _FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
-_SHOWN = 3
-_SAMPLE = 200
+_SHOWN, _SAMPLE = 3, 200
 _CHARACTERS_OF_TOKEN = 4
 
 Progress = Callable[[int, int], None]
@@ -354,7 +353,6 @@ def _reason(reply: Reply) -> str:
 
 
 def _refuse_if_useless(answers: Answers) -> None:
-    """End what has no use before it costs more."""
     reasons = [entry["unanswered"] for entry in answers.bad]
     refused = [reason for reason in reasons if reason.startswith("the server refuses")]
     if len(refused) >= _FIRST_REFUSED and len(refused) == len(reasons):

@@ -157,7 +157,7 @@ def export(
         _export_page(model, to, as_json)
         return
     from kdlora.experiment.deployment import export_model
-    from kdlora.report.shipped import stage_table
+    from kdlora.report.shipped_tables import stage_table
 
     result = export_model(model, to, formats=formats, data=data)
     if as_json:

@@ -31,7 +31,7 @@ from kdlora.report.page import (
     write_page,
 )
 from kdlora.report.plots import Series, Style, arm_style, differences, learning_curves
-from kdlora.report.shipped import shipped_blocks
+from kdlora.report.shipped_tables import shipped_blocks
 from kdlora.report.tables import (
     MEMORY,
     PARAMETERS,

@@ -1,7 +1,5 @@
 """Chromium for the tests of pages: a browser, a server that remembers what it was asked for, and what readers need."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import socketserver
@@ -27,7 +25,7 @@ FLAGS = (
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    server: Server
+    server: "Server"
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)

@@ -1,7 +1,5 @@
 """Texts in twelve scripts, with what tokenizers trip over: accents, final letters, digits, joined emoji, ligatures."""
 
-from __future__ import annotations
-
 import random
 
 SENTENCES = {

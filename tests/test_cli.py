@@ -10,16 +10,13 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from rich.console import Console
 
 from experiments import snapshot
 from kdlora import terminal
 from kdlora.configfile import load_config
-from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment import run as experiment_run
-from kdlora.experiment.stages import Stage
 from kdlora.report.wording import count
 
 SHOW_MODULES = (
@@ -124,10 +121,7 @@ def test_run_with_options_makes_a_config(asked, workshop, tmp_path, monkeypatch)
 
 
 def test_options_go_over_the_config_file(asked, small, tmp_path):
-    """An option that the file silently overrides is worse than none; a name of any script must arrive.
-
-    With a source of many splits, `--set data.validation=NAME` is a name, not a file beside the user.
-    """
+    """An option that the file silently overrides is worse than none; a name of any script must arrive."""
     arguments = (small, "--label", "a", "--label", "b 😀", "--student", "other/model", "--set", "lora.rank=2")
     config = asked(*arguments)
     assert config.task.label == ("a", "b 😀")
@@ -154,10 +148,7 @@ def test_a_failed_run_exits_with_1_and_the_others_finish(cli, workshop, tmp_path
 
 
 def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop, tmp_path):
-    """Other truncation or label order in `evaluate` would give other scores for the same model and rows.
-
-    The verbs after the run must find what the run left; a traceback about a missing file is no remedy.
-    """
+    """Other truncation or label order in `evaluate` would give other scores for the same model and rows."""
     before, shipped = snapshot(experiment.folder), (experiment.shipped.arm, experiment.shipped.seed)
     shown = cli("evaluate", experiment.folder, workshop.validation, "--json")
     rows = {row["model"]: row for row in json.loads(shown.out)}
@@ -211,25 +202,6 @@ def test_faults_of_the_machine_have_their_own_exit_codes(cli, small, monkeypatch
     monkeypatch.setenv("KDLORA_LOG", "loud")  # input, too: a mistake, and no fault of the machine
     shown = cli("tasks", code=2)
     assert "KDLORA_LOG is 'LOUD'; expected DEBUG" in shown.err
-
-
-def test_the_progress_bar_names_stage_terms_and_speed(monkeypatch, capsys):
-    """The bar is what a user watches for an hour."""
-    with terminal.live_progress() as listen:
-        assert listen is None, "log files full of bars cannot be read"
-    monkeypatch.setattr(
-        terminal, "SafeConsole", lambda stderr=False: Console(stderr=stderr, force_terminal=True, width=200)
-    )
-    terms = {"loss": 0.5, "hard_loss": 0.25, "soft_loss": 0.75, "examples_per_second": 321.0, "score": 87.5}
-    event = ProgressEvent(epoch=1.5, epochs=3, step=50, steps=100, eta_seconds=9.0, **terms)
-    with terminal.live_progress() as listen:
-        listen(Stage("label", "kd-lora", 0), (32, 64))
-        listen(Stage("train", "kd-lora", 0), event)
-    shown = capsys.readouterr().err
-    assert "teacher reads the training rows" in shown
-    assert "32 of 64" in shown
-    for part in ("kd-lora, seed 0", "epoch 1.5/3", "loss 0.500", "hard 0.250", "soft 0.750", "321 examples/s", "87.5"):
-        assert part in shown
 
 
 def test_the_table_shows_failed_arms_and_the_test_split(experiment, capsys, monkeypatch):

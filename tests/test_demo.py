@@ -86,10 +86,7 @@ def registry(monkeypatch, tmp_path):
 
 
 def test_the_demo_is_whole_fetched_once_and_always_the_same(registry, tmp_path):
-    """A split that changes from call to call makes every figure of the demo incomparable.
-
-    The demo is the first thing that a stranger runs; one that downloads 84 MB each time is run once.
-    """
+    """A split that changes from call to call makes every figure of the demo incomparable."""
     config = demo.demo_config()
     assert config.title() == "demo"
     assert {run.arm for run in plan_runs(config)} == {"words", "fft", "kd-lora", "student-lora"}

@@ -1,8 +1,6 @@
 """What Python users see: reprs, tables and bars in notebooks, callbacks, arguments of a plain Trainer script."""
 
-import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +19,6 @@ from kdlora.config import DataConfig, TaskConfig
 from kdlora.deploy.predict import Classifier
 from kdlora.distil.logits import TeacherLogits
 from kdlora.report.report import make_report
-from kdlora.terminal import NotebookBars
 
 
 @pytest.fixture(scope="module")
@@ -58,28 +55,6 @@ def test_reprs_are_a_line_and_notebooks_show_tables(experiment, splits, workshop
     frame = report._repr_html_()
     assert frame.startswith('<iframe sandbox="allow-scripts" title=')
     assert "<script>" not in frame, "the page is an attribute, escaped"
-
-
-def test_bars_in_a_notebook_are_drawn_once_and_then_changed(monkeypatch):
-    """A new bar per event fills the notebook with thousands of them."""
-    displays = pytest.importorskip("IPython.display", reason="IPython comes with the extra docs")
-    pages, handles = [], []
-
-    def display(page, display_id):
-        handles.append(display_id)
-        pages.append(page.data)
-        return SimpleNamespace(update=lambda page: pages.append(page.data))
-
-    monkeypatch.setattr(displays, "display", display)
-    bars = NotebookBars()
-    for step in range(1, 21):
-        bars.show("kd-lora, seed 0", step, 20, "epoch 0.5")
-    bars.show("export", None, None, "benchmark <b>")
-    assert handles == [True]
-    assert len(pages) < 10
-    assert 'value="20" max="20"' in pages[-1]
-    assert "benchmark &lt;b&gt;" in pages[-1]
-    assert len(re.findall("<progress", pages[-1])) == 2
 
 
 def test_callbacks_reach_the_training(workshop, splits, tmp_path):

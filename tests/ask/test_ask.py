@@ -192,23 +192,6 @@ def test_a_student_learns_from_the_answers(asking, cli, tiny_model_folder):
     assert re.fullmatch(r"\| the student, KD-LoRA \| [\d.]+ \| [\d,]+ \| [\d.]+ (s|min|h) \| – \|", student)
 
 
-def test_the_rate_is_that_of_the_longest_call(asking, cli):
-    """A call that only found everything done reports no time at all, and one row more the time of a first answer."""
-    asking.model.delay = 0.02
-    first = asking(rows=40)
-    assert first.asked.timed == first.asked.questions == 40
-    assert 0 < first.asked.per_second < 16 / 0.02
-    later = asking(rows=41, concurrency=1).asked
-    assert (later.questions, later.timed, later.concurrency) == (41, 40, 16)
-    assert later.per_second == first.asked.per_second
-    assert later.cost_per_million is None
-    (asking.to / "asked.json").write_text('{"model": "m"}')
-    done = cli(
-        "ask", asking.data, "--to", asking.to, "--model", "m", "--base-url", asking.model.url, "--rows", 41, code=2
-    )
-    assert "asked.json is damaged" in done.err
-
-
 def test_log_probabilities_of_codes_become_probabilities():
     """Zero would say that the model excludes the label; more than the least that is shown cannot be."""
     options = questions(4).choices

@@ -90,18 +90,6 @@ def test_mnli_groups(tmp_path: Path) -> None:
     assert any("1 of 4 corrupt rows" in note for note in splits.notes)
 
 
-def test_diagnostic_set(tmp_path: Path) -> None:
-    """AX has no labels of its own: it is predicted with the MNLI model, in the MNLI order."""
-    write(tmp_path / "diagnostic", "diagnostic.tsv", "index\tsentence1\tsentence2", "0\tp\th", "1\tq\ti")
-    for path in (tmp_path / "diagnostic", tmp_path / "diagnostic" / "diagnostic.tsv"):
-        rows = load_examples(str(path), GLUE["mnli"].task, labelled=False)
-        assert rows.to_dict() == {"id": ["0", "1"], "text": ["p", "q"], "text_pair": ["h", "i"]}
-    write(tmp_path / "AX", "ax.tsv", "index\tPremise\tHypothesis", "0\tp\th")
-    assert len(load_examples(str(tmp_path / "AX"), GLUE["ax"].task, labelled=False)) == 1
-    with pytest.raises(DataError, match="train on mnli"):
-        load("ax", tmp_path)
-
-
 def test_corrupt_rows_of_qqp(tmp_path: Path) -> None:
     """Ragged rows that are skipped must not renumber those after them: ids are those of the Hub."""
     header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"

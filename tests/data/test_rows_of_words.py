@@ -1,7 +1,5 @@
 """Rows of words: from files to tokens in windows, perturbed copies, and lists on disk."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

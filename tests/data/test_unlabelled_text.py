@@ -119,18 +119,6 @@ def test_plain_text_is_one_text_a_line(load, tmp_path, csv_file):
         load_splits(TaskConfig(text=("a", "b"), label="label"), DataConfig(train=train, unlabelled=str(file)))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"\n \n", "no line with text"), (b"fine\n\xff\n", "line 2: byte 0xFF"), (b"", "is empty")],
-)
-def test_a_text_file_that_cannot_serve_is_refused(load, tmp_path, content, message):
-    """A traceback, or an experiment that trains without the texts that it was given."""
-    file = tmp_path / "more.txt"
-    file.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        load(unlabelled=str(file))
-
-
 SENTENCES = [f"the {word} film lasted {number} minutes and nobody left" for number, word in enumerate("abcdefgh" * 5)]
 
 

@@ -12,7 +12,7 @@ from kdlora.deploy import benchmark as module
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.predict import Classifier
-from kdlora.errors import ConfigError, DataError, ModelError
+from kdlora.errors import ModelError
 from kdlora.models.adapters import add_adapter, save_adapter
 from kdlora.models.encoders import load_encoder
 
@@ -67,18 +67,3 @@ def test_dead_process_is_named(exported, monkeypatch):
     monkeypatch.setattr(module.ModelProcess, "ask", kill_first)
     with pytest.raises(ModelError, match="its process ended with code -9 during 'memory'"):
         benchmark({"int8": exported()}, TEXTS[:4], **QUICK)
-
-
-@pytest.mark.parametrize(
-    ("models", "settings", "kind", "message"),
-    [
-        ([], {}, ConfigError, "at least one model"),
-        (["nowhere"], {}, ModelError, "nowhere: no such folder"),
-        (["nowhere"], {"rounds": 0}, ConfigError, "must be at least 1"),
-        (["nowhere"], {"texts": LabelledTexts(["a"], [0])}, DataError, "labels need a task"),
-    ],
-)
-def test_bad_settings_are_named(models, settings, kind, message):
-    """Prevents processes that are started before a mistake shows."""
-    with pytest.raises(kind, match=message):
-        benchmark(models, **{"texts": TEXTS, **QUICK, **settings})

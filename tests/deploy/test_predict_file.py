@@ -1,8 +1,6 @@
 """Files and streams: order, bad rows, bounded windows, and runs that are interrupted."""
 
-import io
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -188,20 +186,6 @@ def test_stale_parts_are_refused(tmp_path, model, source):
         predict_file(model, source, out)
     assert predict_file(model, source, out, resume=False).rows == 1
     assert [row["id"] for row in _read(out)] == ["x"]
-
-
-def test_standard_streams(model, monkeypatch, capfdbinary):
-    """Prevents a pipe that cannot be used, or whose output holds anything but results."""
-    stdin = io.TextIOWrapper(io.BytesIO(b"a wonderful film\n\nboring\n"))
-    monkeypatch.setattr(sys, "stdin", stdin)
-    summary = predict_file(model, "-")
-    rows = [json.loads(line) for line in capfdbinary.readouterr().out.decode().splitlines()]
-    assert [row.get("label") for row in rows] == [
-        model.predict(["a wonderful film"])[0].label,
-        None,
-        model.predict(["boring"])[0].label,
-    ]
-    assert (summary.to, summary.rows, summary.errors) == ("-", 3, 1)
 
 
 @pytest.mark.parametrize(

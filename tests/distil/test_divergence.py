@@ -8,7 +8,6 @@ import torch
 from transformers import TrainerCallback
 
 from kdlora.distil.losses import DivergedError
-from kdlora.distil.trainer import ArmTrainer
 from kdlora.errors import KdLoraError
 
 
@@ -58,20 +57,3 @@ def test_the_rows_of_the_step_are_named(make_setup, tmp_path):
         setup.run(tmp_path)
     for part in (repr(rows[17]["id"]), "The step's 4 rows: ", "none was written yet"):
         assert part in str(caught.value)
-
-
-def test_rows_of_a_later_epoch_are_those_that_were_drawn(make_setup, tmp_path, monkeypatch):
-    """Each epoch has its own order; the first one's would blame innocent rows."""
-    drawn = []
-    begin = ArmTrainer.on_epoch_begin
-
-    def compare(self, args, state, control, **options):
-        begin(self, args, state, control, **options)
-        drawn.append(list(self.sampler))
-        first = state.global_step + 1
-        assert [self.rows_of_step(first + place) for place in range(len(drawn[-1]))] == drawn[-1]
-
-    monkeypatch.setattr(ArmTrainer, "on_epoch_begin", compare)
-    make_setup(batch_size=4).run(tmp_path)
-    assert len(drawn) == 2
-    assert drawn[0] != drawn[1]

@@ -62,20 +62,6 @@ def test_a_resumed_training_keeps_its_number_format(make_setup, tmp_path, monkey
     assert_resumes(make_setup, tmp_path, 9, precision="bf16", resumed={"precision": "auto"})
 
 
-def test_cut_again_and_again(make_setup, tmp_path):
-    """State that survives one interruption may be lost in the second checkpoint."""
-    settings = {"lora": False, "epochs": 3, "select": "best", "learning_rate": 1e-2}
-    undisturbed = make_setup(**settings)
-    expected = undisturbed.run(tmp_path / "undisturbed")
-    for step in (2, 3, 7, 12, 13, 17):
-        with pytest.raises(PowerCutError):
-            make_setup(**settings).run(tmp_path / "cut", callbacks=[CutAfter(step)], checkpoint_seconds=0.0)
-    resumed = make_setup(**settings)
-    outcome = resumed.run(tmp_path / "cut", checkpoint_seconds=0.0)
-    assert_same_bits(weights(undisturbed.model), weights(resumed.model))
-    assert outcome.history == expected.history
-
-
 def test_a_finished_training_is_not_trained_on(make_setup, tmp_path):
     """A crash after the last step, while the weights are being kept, must not cost an epoch, nor add a step."""
     for case in ({"epochs": 2.5}, {"epochs": 9, "learning_rate": 1e-9, "select": "best", "early_stopping_patience": 2}):

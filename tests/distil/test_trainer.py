@@ -75,10 +75,7 @@ def test_the_control_is_the_same_training_without_the_teacher(make_setup, tmp_pa
 
 
 def test_history_progress_and_micro_batches(make_setup, tmp_path, monkeypatch):
-    """Loss terms that are not means over the rows would not add up; a budget that does not bind runs out of memory.
-
-    A bar that ends at 80% makes users wait for nothing.
-    """
+    """Loss terms that are not means over the rows would not add up; a budget that does not bind runs out of memory."""
     monkeypatch.setattr(trainer_module, "_PROGRESS_SECONDS", 0.0)
     setup, shapes = make_setup(epochs=2.5, micro_batch_tokens=48), []
     setup.encoder.model.get_input_embeddings().register_forward_hook(

@@ -1,11 +1,9 @@
 """Texts in windows that teach a model: the loss is of a text's pooled logits, whatever the micro-batches."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
-from interruptions import assert_same_bits, weights
+from interruptions import weights
 
 from kdlora.data.batches import tokenise
 from kdlora.data.windows import WindowSettings
@@ -29,20 +27,6 @@ def logits_by_hand(setup, data, pool):
             found = [model(input_ids=torch.as_tensor(part)[None]).logits[0] for part in parts]
         rows.append(torch.stack(found).mean(0) if pool == "mean" else torch.stack(found).amax(0))
     return torch.stack(rows)
-
-
-@pytest.mark.parametrize("pool", ["mean", "max"])
-def test_texts_of_one_window_train_as_texts_that_are_cut(make_setup, make_examples, tmp_path, pool):
-    """Windows that change anything where no text is long would make figures with and without them incomparable."""
-    rows = {"train": make_examples("single-label", 44), "validation": make_examples("single-label", 30, seed=9)}
-    short = {name: part.filter(lambda row: len(row["text"]) < 100) for name, part in rows.items()}
-    first, second = (
-        put_into_windows(make_setup(), short, windows, 64) for windows in (None, WindowSettings(pool=pool))
-    )
-    assert second.train.dataset["windows"][:] == [[length] for length in first.train.dataset["length"][:]]
-    histories = [setup.run(tmp_path / str(place), distil=None).history for place, setup in enumerate((first, second))]
-    assert histories[0] == histories[1]
-    assert_same_bits(weights(first.model), weights(second.model))
 
 
 @pytest.mark.parametrize(

@@ -88,10 +88,7 @@ def test_the_shipped_arm_and_seed_are_the_best_on_validation(experiment, layout)
 
 
 def test_student_and_adapter_reload_and_say_what_was_recorded(experiment, layout, workshop):
-    """Merged with the wrong scale, or saved before the merge, a student loads and errs.
-
-    An adapter saved without its head gets a random one on loading, and only a warning.
-    """
+    """Merged with the wrong scale, or saved before the merge, a student loads and errs."""
     recorded = read_predictions(layout.run(experiment.shipped.arm, experiment.shipped.seed).predictions)
     assert recorded.label_names == ("negative", "positive")
     student = AutoModelForSequenceClassification.from_pretrained(layout.student)

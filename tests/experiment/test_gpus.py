@@ -1,7 +1,5 @@
 """Runs of an experiment at the same time, each on a GPU of its own; here on two names that no card has."""
 
-from __future__ import annotations
-
 import experiment_children
 import numpy as np
 import pytest

@@ -1,7 +1,5 @@
 """Texts longer than a model takes, in windows: one answer in training, scoring, labelling, export and prediction."""
 
-from __future__ import annotations
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest

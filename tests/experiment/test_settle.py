@@ -125,10 +125,7 @@ def test_a_class_that_the_teacher_never_gets_right_is_named():
     ],
 )
 def test_the_teacher_comes_first_and_only_once(teacher, arms, seeds, expected):
-    """A teacher planned late leaves the students without logits; planned twice, it is the most expensive waste.
-
-    One that is worse than a bag of words should be known for that before it has taught anybody.
-    """
+    """A teacher planned late leaves the students without logits; planned twice, it is the most expensive waste."""
     runs = plan_runs(build_config(CONFIG | {"teacher": teacher, "run": {"arms": arms.split(), "seeds": seeds}}))
     assert [f"{run.arm} {run.seed}" for run in runs] == expected
 
@@ -142,10 +139,7 @@ def test_a_killed_labelling_loses_little_and_leaves_few_files(rows):
 
 
 def test_latency_of_a_model_on_real_rows(tiny_model_folder):
-    """Padding to the maximum or a model in training mode would time something that nobody runs.
-
-    A run whose `max_length` exceeded the model's positions died after its training, when it was timed.
-    """
+    """Padding to the maximum or a model in training mode would time something that nobody runs."""
     encoder = load_encoder(str(tiny_model_folder("bert")), tiny.task(), seed=0)
     model, tokenizer = encoder.model.train(), encoder.tokenizer
     shapes: list[tuple[int, ...]] = []

@@ -1,7 +1,5 @@
 """A task of tokens through whole experiments: every arm, unlabelled text, copies, tables, and what is said of it."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

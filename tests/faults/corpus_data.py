@@ -240,7 +240,7 @@ CASES = [
     file("words and tags as TSV", "tsv", "Ada\tB-PER\nmet\tO\n", "needs the extension .conll"),
     DataCase("without an ending", "train", csv(), ("unknown kind of file",), {}),
     file("CSV called Parquet", "parquet", csv(), "no readable Parquet"),
-    # `tests/data/test_token_rows.py` has the other files of words and spans.
+    # `tests/data/test_tags.py` has the other files of words and spans.
     DataCase("no entities", "train.conll", WORDS.replace("B-PER", "O").encode(), ("holds no entity",), {}),
     file(
         "spans that overlap",

@@ -45,10 +45,7 @@ def classifier_folder(source: Path, folder: Path, names=THREE) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_random_module_is_named_fresh_and_comes_from_the_seed_alone(tiny_model_folder, family):
-    """PEFT freezes what it does not know: DeBERTa's pooler and ModernBERT's head would stay random for ever.
-
-    Arms that start from other heads are no controls; a load that moves the global state shifts the data order.
-    """
+    """PEFT freezes what it does not know: DeBERTa's pooler and ModernBERT's head would stay random for ever."""
     source = str(tiny_model_folder(family))
     torch.manual_seed(1)
     encoder = load_encoder(source, THREE_WAY, seed=5)
@@ -284,3 +281,25 @@ def test_impossible_choices_are_refused(tiny_model_folder, layers, message):
     config = transformers.AlbertConfig(**sizes, num_hidden_layers=4, num_attention_heads=2)
     with pytest.raises(ModelError, match="expected one list of 4 layers, found none"):  # it runs one layer many times
         find_layers(transformers.AlbertForSequenceClassification(config))
+
+
+OWN_CODE = """
+from transformers import BertConfig, BertForSequenceClassification
+class OwnConfig(BertConfig):
+    model_type = "own"
+class OwnForSequenceClassification(BertForSequenceClassification):
+    config_class = OwnConfig
+"""
+
+
+def test_own_code_with_leave_is_loaded_like_any_other(tiny_model_folder, tmp_path):
+    """The one switch must be enough, and the new head must still come from the seed."""
+    folder = Path(shutil.copytree(tiny_model_folder("bert"), tmp_path / "model"))
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnForSequenceClassification"}
+    edit_json(folder / "config.json", model_type="own", auto_map=code)
+    (folder / "own.py").write_text(OWN_CODE)
+    encoder = load_encoder(str(folder), tiny.task(), seed=0, trust_remote_code=True)
+    again = load_encoder(str(folder), tiny.task(), seed=0, trust_remote_code=True)
+    assert type(encoder.model).__name__ == "OwnForSequenceClassification"
+    assert encoder.fresh == ("classifier",)
+    assert torch.equal(encoder.model.classifier.weight, again.model.classifier.weight)

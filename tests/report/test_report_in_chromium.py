@@ -1,15 +1,11 @@
 """The report as a browser shows it: no overflow, no network, labelled axes, for every reader, in print."""
 
-from __future__ import annotations
-
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
 
 import fabricate
 from chromium import NEEDS_CHROMIUM, Server, look, open_browser, serious_faults, serve_folder, show, weak_texts
@@ -87,10 +83,7 @@ OVERLAPS = """
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_fetches_nothing_fits_any_screen_and_serves_every_reader(browser, server, name):
-    """A label that is a script, a plot that is loaded from elsewhere, has no units or no words for who cannot see it.
-
-    A table that widens the page makes every paragraph unreadable on a telephone; two labels on one spot are none.
-    """
+    """A label that is a script, a plot that is loaded from elsewhere, or has no words for who cannot see it."""
     server.asked.clear()
     _show(browser, server, name, 1280)
     assert server.asked == [f"/{name}/report.html"]
@@ -125,37 +118,3 @@ def test_text_can_be_read_in_light_and_dark(browser, server):
         assert (int(back.split("(")[1].split(",")[0]) < 100) == (scheme == "dark")
     browser.execute_script("document.documentElement.lang = ''; document.querySelector('main a').textContent = ''")
     assert serious_faults(browser)
-
-
-def _column(browser: webdriver.Chrome, table: int, column: int) -> list[str]:
-    return browser.execute_script(
-        "return [...document.querySelectorAll('main table')[arguments[0]].tBodies[0].rows]"
-        ".map(row => row.cells[arguments[1]].textContent.trim())",
-        table,
-        column,
-    )
-
-
-def test_tables_sort_by_keyboard_and_back(browser, server):
-    """Scores sorted as text put 9.5 above 85.0; a sort that cannot be undone loses the order of the report."""
-    _show(browser, server, "compared", 1280)
-    place = browser.execute_script(
-        "const tables = [...document.querySelectorAll('main table')];"
-        "for (const [number, table] of tables.entries()) for (const header of table.tHead.rows[0].cells)"
-        " if (/score/.test(header.textContent) && table.tBodies[0].rows.length > 2) return [number, header.cellIndex]"
-    )
-    before = _column(browser, *place)
-    button = browser.execute_script(
-        "return document.querySelectorAll('main table')[arguments[0]].tHead.rows[0].cells[arguments[1]]"
-        ".querySelector('button')",
-        *place,
-    )
-    button.send_keys(Keys.ENTER)
-    figures = [float(re.search(r"[\d.]+", text)[0]) for text in _column(browser, *place) if re.search(r"\d", text)]
-    assert figures == sorted(figures, reverse=True)
-    assert button.find_element(By.XPATH, "..").get_attribute("aria-sort") == "descending"
-    button.send_keys(Keys.ENTER)
-    figures = [float(re.search(r"[\d.]+", text)[0]) for text in _column(browser, *place) if re.search(r"\d", text)]
-    assert figures == sorted(figures)
-    button.send_keys(Keys.ENTER)
-    assert _column(browser, *place) == before

@@ -1,9 +1,6 @@
 """Doors at the user's files; each was found open once."""
 
-import os
 import re
-import socket
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,9 +12,7 @@ from kdlora.deploy.stream import predict_file
 from kdlora.distil.resume import CheckpointFolder
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.experiment.run import run_experiment
-from kdlora.system import ownership
-from kdlora.system.children import _make_scratch
-from kdlora.system.ownership import MANIFEST, claim_folder, owned_name, remove
+from kdlora.system.ownership import MANIFEST, claim_folder, remove
 from kdlora.system.storage import atomic_folder, hold_lock
 
 SOURCE = Path(__file__).parents[2] / "src" / "kdlora"
@@ -218,51 +213,3 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     with pytest.raises((OSError, ArtifactError)), hold_lock(tmp_path / ".lock", "runs it"):
         pass
     assert victim.read_text() == "years of work"
-
-
-@pytest.fixture
-def shared_temporary(tmp_path, monkeypatch):
-    """A folder for temporary files that others use too."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
-
-
-def test_names_in_the_shared_folder_stop_no_server(shared_temporary):
-    """Any local user could end every command by a folder's name."""
-    place, host = owned_name().split("-")[0], socket.gethostname()
-    names = [
-        f"kdlora-scratch-{place}-²-0-0123abcd",
-        f"kdlora-scratch-{place}-{'9' * 20}-0-0123abcd",
-        f"kdlora-scratch-{host}-²-0-ab",
-        f"kdlora-scratch-{host}-{'9' * 20}-0-ab",
-        f"kdlora-scratch-{host}-1-{'9' * 5000}-ab",
-    ]
-    for name in names:
-        if len(name) < 255:
-            (shared_temporary / name).mkdir()
-    assert Path(_make_scratch()).is_dir()
-
-
-def test_scratch_of_another_namespace_or_user_stays(shared_temporary, monkeypatch):
-    """In a container with the same host name, process ids mean other processes: a live one's files were removed."""
-    with monkeypatch.context() as patch:
-        readlink = Path.readlink
-        patch.setattr(
-            Path, "readlink", lambda self: Path("pid:[1]") if str(self) == "/proc/self/ns/pid" else readlink(self)
-        )
-        ownership._place.cache_clear()
-        other = shared_temporary / f"kdlora-scratch-{owned_name()}"
-    ownership._place.cache_clear()
-    gone = other.with_name(re.sub(r"-\d+-\d+-", "-999999999-0-", other.name))
-    gone.mkdir()
-    place = owned_name().split("-")[0]
-    assert not gone.name.startswith(f"kdlora-scratch-{place}")
-    somebody = shared_temporary / f"kdlora-scratch-{place}-999999999-0-0123abcd"
-    somebody.mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "getuid", lambda: somebody.stat().st_uid + 1)
-        _make_scratch()
-    assert gone.is_dir()
-    assert somebody.is_dir()
-    _make_scratch()
-    assert not somebody.exists()

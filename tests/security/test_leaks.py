@@ -18,7 +18,6 @@ from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.engines import connect
 from kdlora.experiment.team import Team
 from kdlora.system.environment import git_state
-from kdlora.terminal import SafeConsole
 
 
 def test_a_module_in_the_current_folder_is_not_run(tmp_path):
@@ -211,23 +210,6 @@ def test_answers_do_not_steer_the_terminal(classifier, tmp_path, capfd):
     shown = capfd.readouterr().out
     assert not set(shown) & set("\x1b\x07\x9b\u202e")
     assert json.loads(shown)["id"] == ident, "to a program it is the same"
-
-
-def test_the_console_prints_no_codes_but_its_own(capsys):
-    """Notes, failures and tables quote names of columns and labels too."""
-    from rich.table import Table
-
-    console = SafeConsole(force_terminal=True, width=80)
-    table = Table("a\x1b[31m")
-    table.add_row("\x1b]0;owned\x07b")
-    console.print(table)
-    console.print("note \x1b[2K", style="red", markup=False)
-    shown = capsys.readouterr().out
-    assert "note" in shown
-    assert "\x1b]0" not in shown
-    assert "\x07" not in shown
-    assert "\x1b[2K" not in shown
-    assert "\x1b[31m" in shown, "its own colours stay"
 
 
 # Several processes, and clusters.

@@ -16,8 +16,6 @@ from kdlora.data.load import load_splits
 from kdlora.data.logit_table import LOGIT, open_collection
 from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
-from kdlora.deploy.rows import Columns, RowReader
-from kdlora.distil import precision
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.teacher_table import read_collection
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
@@ -101,16 +99,6 @@ def test_every_row_of_every_format_once_with_its_own_logits(model, texts, tmp_pa
     bare = label(model, texts / "b.jsonl", tmp_path / "bare", texts=False)
     assert bare.rows == 30
     assert "text" not in read_all(tmp_path / "bare")
-
-
-def test_the_number_format_is_timed_once(model, texts, tmp_path, monkeypatch):
-    """A second timing that came out otherwise refused to go on with the collection that the same command had begun."""
-    timings = iter([2.0, 1.0, 1.0, 1.0])
-    monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset({"amx_bf16"}))
-    monkeypatch.setattr(precision, "_bf16_speed_up", lambda: next(timings))
-    first, again = (label(model, texts / "b.jsonl", tmp_path / "out") for _ in range(2))
-    assert (first.resumed, again.resumed) == (0, 30)
-    assert open_collection(tmp_path / "out").ingredients["precision"] == "bf16"
 
 
 def test_a_kill_between_any_two_writes_costs_one_shard(model, texts, tmp_path, monkeypatch):
@@ -215,15 +203,6 @@ def test_ids_are_unique_over_all_files(model, tmp_path):
         label(model, folder, tmp_path / "double")
     with pytest.raises(DataError, match="unfinished"):
         open_collection(tmp_path / "double")
-
-
-def test_a_file_is_read_from_any_row(texts):
-    """A resumed file must go on with the very next row, across row groups too."""
-    columns = Columns(None, None, "id", 1000)
-    for name in ("a.parquet", "b.jsonl", "c.csv"):
-        whole = list(RowReader(texts / name, columns))
-        for start in (0, 1, 6, 7, 8, 19, 20, 99):
-            assert list(RowReader(texts / name, columns, start=start)) == whole[start:]
 
 
 def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):

@@ -8,12 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdlora.configfile import build_search
 from kdlora.errors import ConfigError, DataError
 from kdlora.experiment.engines import check_nodes, connect
 from kdlora.experiment.jobs import Outcome
 from kdlora.experiment.labelling import LabelSettings, label_collection
-from kdlora.experiment.search import run_search
 from kdlora.experiment.suite import run_suite
 from kdlora.experiment.suitefile import build_suite
 from kdlora.searchconfig import Resources
@@ -63,18 +61,6 @@ def test_what_a_cluster_lacks_is_told_before_anything_runs(cluster, suite_values
     with pytest.raises(ConfigError, match=r"(?s)every node needs the same folders.*lacks /nowhere"):
         check_nodes(joined, ["/nowhere"], Resources())
     joined.shutdown()
-
-
-def test_a_search_on_a_cluster_counts_its_trials_once(cluster, workshop, tmp_path, monkeypatch):
-    """Nodes that each count for themselves train every trial twice."""
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    values = workshop.values({"student": {"train": {"epochs": 1, "batch_size": 8}}})
-    config, settings = build_search(values | {"search": {"space": {"lora.rank": [2, 4, 8]}}})
-    heard = []
-    result = run_search(config, settings, tmp_path / "search", on="ray", listen=heard.append)
-    assert (result.finished, result.failed) == (3, 0)
-    assert len(list(result.folder.glob("trials/*/trial.json"))) == 3
-    assert heard[-1].done == 3
 
 
 def test_a_killed_node_loses_nothing_and_doubles_nothing(cluster, suite_values, finished_suite, tmp_path, monkeypatch):

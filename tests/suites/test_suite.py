@@ -42,10 +42,7 @@ def test_a_second_call_repeats_nothing(suite_folder, suite_values):
 
 
 def test_only_what_is_missing_or_damaged_is_done_again(suite_folder, suite_values, monkeypatch):
-    """Resume must find the gaps, and a bit that flipped, and keep the rest, down to the bits of the files.
-
-    Here on two GPUs, which make no bit different.
-    """
+    """Resume must find the gaps, and a bit that flipped, and keep the rest, down to the bits of the files."""
     monkeypatch.setattr(engines, "visible_gpus", lambda: ["GPU-first", "GPU-second"])
     gone = next(suite_folder.glob("runs/reviews/kd-lora-*/runs/*"))
     score = read_record(gone / "run.json").score

@@ -47,10 +47,7 @@ def test_a_run_has_a_process_of_its_own_in_the_callers_place(tmp_path, monkeypat
 
 
 def test_the_peak_is_the_childs_own_and_includes_what_was_freed(way):
-    """A level read at the end misses the peak; a parent's memory would be counted in every arm.
-
-    Loading weights peaks higher than training an adapter, and can be left out: the figure is about training.
-    """
+    """A level read at the end misses the peak; a parent's memory would be counted in every arm."""
     if way == "started":
         pytest.skip("without /proc no memory is measured")
     level = read_memory()
@@ -76,10 +73,7 @@ def test_messages_arrive_in_order():
 
 
 def test_a_fault_keeps_its_class_and_its_words():
-    """The command exits 2 on a KdLoraError and 1 on anything else; an experiment stops on a full disk alone.
-
-    Waiting for a dead child would hang the whole experiment, and so would the next one.
-    """
+    """The command exits 2 on a KdLoraError and 1 on anything else; an experiment stops on a full disk alone."""
     for function, arguments, kind, match in (
         (children.refuse, (), DataError, r"train\.csv, row 3: no label"),
         (children.fill_the_disk, (), OSError, "No space"),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import sys
 import time
@@ -19,7 +17,7 @@ from kdlora.data.lines import Format
 from kdlora.deploy.network import BATCH_SIZE
 from kdlora.deploy.predict import MOST_CHARACTERS
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
-from kdlora.deploy.stream import Progress
+from kdlora.deploy.stream import Progress, csv_bytes, refuse_replacing
 from kdlora.deploy.tagger import Entity, Tagger
 from kdlora.errors import ConfigError, DataError, did_you_mean, harmless_json
 from kdlora.system.storage import atomic_file
@@ -136,8 +134,7 @@ def _open(source: str | Path, to: str | Path) -> Iterator[BinaryIO]:
     if str(to) == "-":
         yield sys.stdout.buffer
         return
-    if Path(to).exists() and str(source) != "-" and Path(to).samefile(source):
-        raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
+    refuse_replacing(source, Path(to))
     with atomic_file(Path(to)) as temporary, temporary.open("wb") as file:
         yield file
 
@@ -173,9 +170,4 @@ def _encode(reader: RowReader, row: Row, text: str) -> bytes:
 
 
 def _delimited(values: Sequence[str], form: Format) -> bytes:
-    buffer = io.StringIO(newline="")
-    if form == "tsv":
-        buffer.write("\t".join(values) + "\n")
-    else:
-        csv.writer(buffer, lineterminator="\n").writerow(values)
-    return buffer.getvalue().encode(errors="surrogateescape")
+    return ("\t".join(values) + "\n").encode(errors="surrogateescape") if form == "tsv" else csv_bytes([values])

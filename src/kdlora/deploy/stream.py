@@ -194,7 +194,7 @@ class _Form:
             return "".join(f"{_to_json(_as_object(*one))}\n" for one in answers).encode()
         rows = [self._values(*one) for one in answers]
         if self.name == "csv":
-            return _csv_bytes(rows)
+            return csv_bytes(rows)
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -212,7 +212,7 @@ class _Form:
                     writer.write_table(pq.read_table(part, schema=self._schema()))
             return
         with to.open("wb") as file:
-            file.write(_csv_bytes([self._columns]) if self.name == "csv" else b"")
+            file.write(csv_bytes([self._columns]) if self.name == "csv" else b"")
             for part in parts:
                 with part.open("rb") as source:
                     shutil.copyfileobj(source, file, 1 << 20)
@@ -243,10 +243,17 @@ def _as_object(row: Row, prediction: Answer | None) -> dict[str, Any]:
     return found | ({"probabilities": prediction.probabilities} if prediction.probabilities else {})
 
 
-def _csv_bytes(rows: Iterable[Sequence[Any]]) -> bytes:
+def csv_bytes(rows: Iterable[Sequence[Any]]) -> bytes:
+    """Write rows as CSV; bytes that were no UTF-8 where they were read stay what they were."""
     buffer = io.StringIO(newline="")
     csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue().encode()
+    return buffer.getvalue().encode(errors="surrogateescape")
+
+
+def refuse_replacing(source: str | Path, to: Path) -> None:
+    """Refuse an output in the place of its own input."""
+    if str(source) != "-" and to.exists() and to.samefile(source):
+        raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
 
 
 class _Output:
@@ -277,8 +284,7 @@ class PartialResult(_Output):
     def __init__(self, form: _Form, to: Path, made_of: dict[str, Any], *, resume: bool) -> None:
         """Make the folder, or take over that of an interrupted run."""
         super().__init__(form)
-        if made_of["source"] != "-" and to.exists() and to.samefile(made_of["source"]):
-            raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
+        refuse_replacing(made_of["source"], to)
         self.to, self.folder = to, to.with_name(f"{to.name}.partial")
         self._refuse_foreign()
         made_of |= {"output_format": form.name}

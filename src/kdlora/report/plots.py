@@ -78,10 +78,10 @@ class Series:
     points: tuple[tuple[float, float], ...]
 
     @classmethod
-    def of(cls, name: str, style: Style, records: Iterable[RunRecord], key: str = "score") -> Series:
-        """Read one quantity from the histories of runs; what is no finite number there is left out."""
-        entries = (entry for record in records for entry in record.history if _has_numbers(entry, "epoch", key))
-        return cls(name, style, tuple((entry["epoch"], entry[key]) for entry in entries))
+    def of(cls, name: str, style: Style, records: Iterable[RunRecord]) -> Series:
+        """Read the scores from the histories of runs; what is no finite number there is left out."""
+        entries = (entry for record in records for entry in record.history if _has_numbers(entry, "epoch", "score"))
+        return cls(name, style, tuple((entry["epoch"], entry["score"]) for entry in entries))
 
     def by_epoch(self) -> dict[float, list[float]]:
         """Collect the seeds' values at each epoch."""

@@ -30,7 +30,7 @@ from kdlora.report.page import (
     engine,
     write_page,
 )
-from kdlora.report.plots import Series, Style, arm_style, differences, learning_curves
+from kdlora.report.plots import Series, arm_style, differences, learning_curves
 from kdlora.report.shipped_tables import shipped_blocks
 from kdlora.report.tables import (
     MEMORY,
@@ -119,17 +119,9 @@ def _cost_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
 
 
 def _training_blocks(experiment: Experiment) -> list[Block | None]:
-    records = {arm: [run.record for run in runs] for arm in experiment.arms if (runs := experiment.finished(arm))}
+    records = {arm: [run.record for run in experiment.finished(arm)] for arm in experiment.arms}
     scores = [Series.of(arm_title(arm), arm_style(arm), own) for arm, own in records.items()]
-    losses = []
-    for arm in [arm for arm in records if arm not in ("fft", "lora")] or records:
-        style, soft = arm_style(arm), Style(arm_style(arm).number, dashed=True)
-        losses.append(Series.of(f"{arm_title(arm)}, hard loss", style, records[arm], "hard_loss"))
-        losses.append(Series.of(f"{arm_title(arm)}, soft loss", soft, records[arm], "soft_loss"))
-    return [
-        learning_curves(scores, title="Validation score", value="score on validation", identity="curve"),
-        learning_curves(losses, title="Loss terms of the students", value="training loss", identity="loss"),
-    ]
+    return [learning_curves(scores, title="Validation score", value="score on validation", identity="curve")]
 
 
 def _provenance(experiment: Experiment) -> list[Block | None]:

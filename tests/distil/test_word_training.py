@@ -1,4 +1,4 @@
-"""Tasks of tokens: a loss a word, whatever the windows and micro-batches, and a teacher's logits a word."""
+"""Tasks of tokens, and texts in windows: a loss a word or a text, whatever the windows and micro-batches."""
 
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from kdlora.config import DistilConfig
 from kdlora.data.batches import Collator, WordCollator, tokenise
 from kdlora.data.spool import label_array
 from kdlora.data.tags import split_words
+from kdlora.data.windows import WindowSettings
 from kdlora.data.word_tokens import cut_words, split_row, word_offsets
 from kdlora.distil.inference import predict_logits, read_stored_logits, teacher_logits
 from kdlora.distil.logits import TeacherLogits
@@ -209,3 +210,49 @@ def test_a_table_answers_for_each_word(make_examples, tasks, tmp_path, values):
     pq.write_table(pa.table(short), tmp_path / "short.parquet")
     with pytest.raises(DataError, match=r"the example '0-0' has \d+ (words, but logits of|values in column 'O', but)"):
         read_teacher_table(tmp_path / "short.parquet", task, values=kind).attach(rows)
+
+
+def put_into_windows(setup, examples, settings, max_length):
+    """Give a training the rows of `examples` in windows, or cut where the settings are None."""
+    for name, rows in examples.items():
+        setattr(setup, name, tokenise(rows, setup.encoder.tokenizer, max_length, windows=settings))
+    return setup
+
+
+def logits_by_hand(setup, data, pool):
+    """Run every window alone, and pool."""
+    model, rows = setup.model.eval(), []
+    for row in data.dataset:
+        parts = np.split(np.asarray(row["input_ids"]), np.cumsum(row["windows"])[:-1])
+        with torch.no_grad():
+            found = [model(input_ids=torch.as_tensor(part)[None]).logits[0] for part in parts]
+        rows.append(torch.stack(found).mean(0) if pool == "mean" else torch.stack(found).amax(0))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool"),
+    [("single-label", "mean"), ("single-label", "max"), ("multi-label", "max"), ("regression", "mean")],
+)
+def test_the_loss_is_of_pooled_logits_whatever_the_micro_batches(make_setup, make_examples, tmp_path, kind, pool):
+    """A loss a window, or windows of a text in two micro-batches, would teach that every part says the label."""
+    rows = {"train": make_examples(kind, 24), "validation": make_examples(kind, 12, seed=9)}
+    outcomes, setups = [], []
+    for tokens in (None, 64):
+        setup = make_setup(kind, dropout=0.0, lora=False, epochs=1, batch_size=24, micro_batch_tokens=tokens)
+        put_into_windows(setup, rows, WindowSettings(4, pool), 16)
+        counts = [len(sizes) for sizes in setup.train.dataset["windows"]]
+        assert min(counts) == 1 or max(counts) > 3
+        by_hand = logits_by_hand(setup, setup.train, pool)
+        found = predict_logits(setup.model, setup.encoder.tokenizer, setup.train, batch_tokens=48)
+        np.testing.assert_allclose(found, by_hand, atol=1e-5)
+        outcomes.append(setup.run(tmp_path / str(tokens), distil=None))
+        setups.append(setup)
+    if kind != "regression":  # whose targets are standardised
+        labels = torch.as_tensor(rows["train"]["label"][:])
+        expected = distillation_loss(by_hand, labels, None, kind=kind).total.mean()
+        assert outcomes[0].history[0]["hard_loss"] == pytest.approx(float(expected), abs=1e-5)
+    losses = [outcome.history[0]["loss"] for outcome in outcomes]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for first, second in zip(*(weights(setup.model).values() for setup in setups), strict=True):
+        torch.testing.assert_close(first, second, atol=2e-4, rtol=1e-3)

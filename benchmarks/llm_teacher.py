@@ -101,7 +101,7 @@ def served(options: argparse.Namespace) -> Iterator[str]:
 
 def ask_about(options: argparse.Namespace, folder: Path, shots: int, labels: Sequence[str]) -> Path:
     """Have all texts labelled, the labelled rows and the scored ones too; what was answered is not asked again."""
-    to = folder / f"asked-{shots}"
+    to = folder / f"asked-{options.codes}-{shots}"
     if not (to / "probabilities.parquet").exists():
         with served(options) as url:
             settings = AskSettings(
@@ -109,6 +109,7 @@ def ask_about(options: argparse.Namespace, folder: Path, shots: int, labels: Seq
                 base_url=url,
                 labels=dict.fromkeys(labels, ""),
                 shots=shots,
+                codes=options.codes,
                 audit=str(folder / "scored.csv"),
                 unlabelled=str(folder / "texts.csv"),
                 concurrency=2,  # it answers one after another
@@ -179,12 +180,14 @@ def run_prompted(options: argparse.Namespace, name: str) -> None:
         audit, paid = json.loads((asked / "audit.json").read_text()), Asked.read(asked)
         own = audit["prompts"][audit["chosen"]]
         calibration = f"{audit['ece_before']:.3f} to {audit['ece_after']:.3f}"
+        after = f"{audit['accuracy_after']:.1f}"
         interval = f"{own['accuracy']:.1f} ({own['low']:.1f} to {own['high']:.1f})"
         rate = "–" if paid is None or paid.per_second is None else f"{paid.per_second:.2f}"
-        lines.append((name, shots, interval, own["unanswered"], calibration, f"{audit['temperature']:.2f}", rate))
+        lines.append((name, shots, interval, after, own["unanswered"], calibration, rate))
         places = list(people)
-        jobs = [(f"alone-{shots}-{texts}", few, texts, 0.0) for texts in sorted(options.texts)]
-        jobs += [(f"both-{shots}-{labels}", labels, most, 0.5) for labels in options.human]
+        asking = f"{options.codes}-{shots}"
+        jobs = [(f"alone-{asking}-{texts}", few, texts, 0.0) for texts in sorted(options.texts)]
+        jobs += [(f"both-{asking}-{labels}", labels, most, 0.5) for labels in options.human]
         for job, labels, texts, alpha in jobs:
             given = {
                 "data": {"unlabelled": str(folder / "texts.csv"), "max_unlabelled_examples": texts},
@@ -195,15 +198,16 @@ def run_prompted(options: argparse.Namespace, name: str) -> None:
             }
             train = folder / f"people-{labels}.csv"
             places.append(experiment(options, folder / "runs" / job, train, names, **given))
-        print(compare(places, out=folder / f"compared-{shots}").markdown)
+        print(compare(places, out=folder / f"compared-{asking}").markdown)
     header = (
         "set",
         "examples shown",
         "accuracy of the reported half",
+        "with temperature and bias",
         "unanswered",
-        "calibration error by temperature",
+        "calibration error by them",
     )
-    print(markdown((*header, "temperature", "texts/s"), lines))
+    print(markdown((*header, "texts/s"), lines))
 
 
 def arms(*names: str) -> dict[str, Any]:
@@ -253,6 +257,7 @@ def main() -> None:
     parser.add_argument("--human", type=int, nargs="+", default=[100, 500, 2000], help="rows that people labelled")
     parser.add_argument("--texts", type=int, nargs="+", default=[500, 2000, 8000], help="texts asked about")
     parser.add_argument("--shots", type=int, nargs="+", help="examples in the prompt; default: 0, and 8 or 77")
+    parser.add_argument("--codes", choices=("letters", "names"), default="letters", help="what the model answers with")
     parser.add_argument("--scored", type=int, default=1000, help="rows that score")
     parser.add_argument("--steps", type=int, default=1500, help="of a student that a prompted model teaches")
     parser.add_argument("--epochs", type=float, help="of the other students; default: kdlora's choice")

@@ -10,6 +10,7 @@ import pytest
 
 from experiments import write_lines
 from kdlora.asking.ask import plan_asking
+from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.audit import audit_answers
 from kdlora.asking.questions import Questions, count_votes, join_groups, likely_groups, read_logprobs, read_vote
 from kdlora.errors import ConfigError
@@ -20,7 +21,8 @@ LABELS = {"negative": "it was bad", "positive": "it was good"}
 
 
 def questions(count: int, *, most: int = 20, votes: bool = False, examples=()) -> Questions:
-    return Questions(None, {f"topic {number}": "" for number in range(count)}, examples, most=most, votes=votes)
+    settings = AskSettings("m", top_logprobs=most, votes=5 * votes)
+    return Questions(None, {f"topic {number}": "" for number in range(count)}, examples, settings)
 
 
 def tokens(**given: float) -> list[tuple[str, float]]:
@@ -217,6 +219,24 @@ def test_log_probabilities_of_codes_become_probabilities():
     assert found == pytest.approx([0.1, 0.1, 0.2, 0.6])
 
 
+def test_names_in_place_of_letters_are_told_by_their_first_token():
+    """A model of few parameters answers letters by their place in the list; `A` would be the beginning of `angry`."""
+    settings = AskSettings("m", codes="names")
+    made = Questions(None, {"angry": "", "no": "", "not sure": "of it"}, (), settings)
+    options = made.choices
+    filled = made.fill({"text": "hm"}, options)
+    assert "\nangry\nno\nnot sure (of it)\n" in filled
+    assert "Reply with the label, and nothing else." in filled
+    given = [(" Ang", 0.4), ("a", 0.2), ("No", 0.1), ("not", 0.1), ("Well", 0.05)]
+    found = read_logprobs([(token, math.log(p)) for token, p in given], options)
+    assert found == pytest.approx([2 / 3, 1 / 6, 1 / 6])
+    assert [read_vote(one, options) for one in ("Angry.", "not sure", "NO", "maybe")] == [0, 2, 1, None]
+    with pytest.raises(ConfigError, match="'card lost' and 'card stolen'"):
+        Questions(None, {"card lost": "", "card stolen": ""}, (), settings)
+    with pytest.raises(ConfigError, match=r"as the server shows \(20\), not 21"):
+        Questions(None, {f"{number} is it": "" for number in range(21)}, (), settings)
+
+
 def test_votes_are_read_by_code_or_name():
     """An answer in a sentence, or of another label, is no vote."""
     options = questions(30, votes=True).choices
@@ -227,7 +247,7 @@ def test_votes_are_read_by_code_or_name():
     assert count_votes([0, None, None], 2) is None
 
     # `A film that I liked` would be a vote for the first label, and `C++` for none.
-    options = Questions(None, {"good": "", "C++": "", "(größer)": ""}, (), most=20, votes=True).choices
+    options = Questions(None, {"good": "", "C++": "", "(größer)": ""}, (), AskSettings("m", votes=5)).choices
     said = ["A film that I liked", "A", "A.", "a good", "A good", "B: C++", "C++", "GRÖSSER", "A\nB", "**C**"]
     assert [read_vote(one, options) for one in said] == [None, 0, 0, None, 0, 1, 1, 2, 0, 2]
 
@@ -265,6 +285,22 @@ def test_figures_are_those_of_the_half_that_chose_nothing():
     assert all(one.n_examples == 200 and one.low < one.difference < one.high for one in others)
     assert audit.temperature > 2
     assert audit.ece_after < 0.1 < audit.ece_before
+
+
+def test_a_model_that_prefers_a_label_is_corrected():
+    """It orders the texts well and still gives all of them one label, which a temperature cannot mend."""
+    draw = np.random.default_rng(0)
+    labels = np.arange(400) % 2
+    odds = np.where(labels == 1, 1.0, -1.0) + draw.normal(0, 0.5, 400) - 3.0
+    table = 1 / (1 + np.exp(np.stack((odds, -odds), axis=1)))
+    audit = audit_answers(TASK, ["p"], [table], labels, seed=0)
+    assert audit.prompts[0].accuracy < 55
+    assert audit.accuracy_after > 90
+    assert audit.bias[1] - audit.bias[0] > 2
+    assert audit.ece_after < 0.1 < audit.ece_before
+    few = audit_answers(TASK, ["p"], [table[:60]], (np.arange(60) % 10 == 0).astype(int), seed=0)
+    assert few.bias == ()
+    assert few.accuracy_after == few.prompts[0].accuracy
 
 
 def test_flawless_and_unanswered_rows():

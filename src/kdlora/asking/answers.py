@@ -27,7 +27,7 @@ _MEANING = {
     "examples": "the examples that the prompts show",
     "model": "the model",
     "data": "the data, or what is read of it",
-    "method": "how answers are read (votes, temperature, top_logprobs, protocol)",
+    "method": "how answers are read (votes, temperature, top_logprobs, protocol, codes)",
     "selection": "how rows are chosen (select, select_by, seed)",
 }
 

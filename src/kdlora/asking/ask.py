@@ -164,9 +164,9 @@ def _write_outcome(folder: Path, rows: AskedRows, answers: Answers, audit: Audit
     """Write the audit, and the table by the prompt that it chose; give the prompt's place and the rows of the table."""
     if audit is not None:
         write_json_atomic(folder / AUDIT, asdict(audit))
-    chosen, temperature = (0, 1.0) if audit is None else (audit.chosen, audit.temperature)
     is_audited = (audit is None) == (rows.audit is None)
-    return chosen, write_tables(folder, rows, answers, chosen, temperature) if is_audited else 0
+    chosen = 0 if audit is None else audit.chosen
+    return chosen, write_tables(folder, rows, answers, audit) if is_audited else 0
 
 
 def _sum_up(answers: Answers, settings: AskSettings, seconds: float, before: Asked | None) -> Asked:
@@ -213,10 +213,8 @@ def _run(work: Any) -> Any:
 class _Asking:
     def __init__(self, rows: AskedRows, settings: AskSettings) -> None:
         self.rows, self.settings = rows, settings
-        self.questions = [
-            Questions(file, rows.labels, rows.examples, most=settings.top_logprobs, votes=bool(settings.votes))
-            for file in (map(expand_home, settings.prompts) if settings.prompts else (None,))
-        ]
+        files = map(expand_home, settings.prompts) if settings.prompts else (None,)
+        self.questions = [Questions(file, rows.labels, rows.examples, settings) for file in files]
         row = next(each_row(rows.parts["train"]))
         for one in self.questions:
             one.check(row)
@@ -242,7 +240,7 @@ class _Asking:
             "examples": rows.examples,
             "model": settings.model,
             "data": [*files, audited],
-            "method": [settings.protocol, settings.votes, settings.heat, settings.top_logprobs],
+            "method": [settings.protocol, settings.votes, settings.heat, settings.top_logprobs, settings.codes],
             "selection": [settings.select, settings.seed, by, settings.rows if settings.select == "diverse" else None],
         }
 
@@ -361,17 +359,20 @@ def _refuse_if_useless(answers: Answers) -> None:
         raise DataError(f"none of the first {len(reasons)} rows has an answer ({reasons[0]}); change the prompt")
 
 
-def write_tables(folder: Path, asked: AskedRows, answers: Answers, prompt: int, temperature: float) -> int:
+def write_tables(folder: Path, asked: AskedRows, answers: Answers, audit: Audit | None) -> int:
     """Write the probabilities, and the rows that have some; count them."""
-    from kdlora.asking.audit import temper
+    from kdlora.asking.audit import correct
 
+    prompt = 0 if audit is None else audit.chosen
     ids, splits, tables = list[pa.Array](), list[str](), list[np.ndarray]()
     for split, places in asked.chosen.items():
         table = answers.probabilities(prompt, split, places)
         answered = ~np.isnan(table).any(axis=1)
         if not answered.any():
             continue
-        rows, table = asked.parts[split].select(places[answered]), temper(table[answered], temperature)
+        rows, table = asked.parts[split].select(places[answered]), table[answered]
+        if audit is not None:
+            table = correct(table, audit.temperature, audit.bias)
         if split != "validation":
             _write_rows(folder / f"{split}.parquet", asked, rows, split, table)
         ids += read_column(rows, "id").chunks

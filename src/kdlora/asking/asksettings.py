@@ -12,6 +12,7 @@ from kdlora.errors import ConfigError
 
 Protocol = Literal["chat", "completions"]
 Selection = Literal["random", "uncertain", "diverse"]
+Codes = Literal["letters", "names"]
 DEFAULT_URL = "https://api.openai.com/v1"
 LEAST_AUDIT_ROWS = 40
 """Half of them fit the temperature, which takes 20."""
@@ -37,6 +38,7 @@ class AskSettings:
         labels: label names with descriptions (or empty). Default: the names in the label column.
         text: text column, or the two of a pair.
         label: label column of rows that people labelled.
+        codes: what the model answers with, `letters` or `names` of labels. Small models know names better.
         id_column: column with the ids of rows. Without it, the id is the row number from 0.
         shots: labelled rows that each prompt shows as examples.
         seed: seed of all random choices.
@@ -68,6 +70,7 @@ class AskSettings:
     labels: Mapping[str, str] | None = None
     text: tuple[str, ...] | None = None
     label: str | None = None
+    codes: Codes = "letters"
     id_column: str = "id"
     shots: int = 0
     seed: int = 0
@@ -102,7 +105,11 @@ class AskSettings:
             raise ConfigError("max_cost needs price_in and price_out, the prices of a million tokens")
         if self.votes > 1 and self.heat == 0:
             raise ConfigError("votes at temperature 0 are one answer, counted several times; leave temperature out")
-        for name, choices in (("protocol", get_args(Protocol)), ("select", get_args(Selection))):
+        for name, choices in (
+            ("protocol", get_args(Protocol)),
+            ("select", get_args(Selection)),
+            ("codes", get_args(Codes)),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is one of {', '.join(choices)}; got {getattr(self, name)!r}")
         if len(self.prompts) > 1 and self.audit is None:

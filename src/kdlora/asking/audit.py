@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import minimize
 from scipy.stats import binomtest
 
 from kdlora.data.tasks import Task
@@ -13,7 +14,9 @@ from kdlora.deploy.calibrate import fit_temperature
 from kdlora.evidence.metrics import compute_metrics, probabilities, reliability
 from kdlora.evidence.stats import Difference, PairedArms, contrast
 
-_LEAST_FITTED = 20
+_LEAST_FITTED, _LEAST_OF_LABEL = 20, 10
+_MOST_HEAT, _SPREAD = 3.0, 3.0
+"""Bounds of the logarithm of the temperature, and the standard deviation of the biases."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Audit:
     label_names: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]  # of the reported half: people's label, the model's; last: unanswered
     temperature: float  # fitted on the half that chooses, applied to the table; 1 where that half does not tell
+    bias: tuple[float, ...]  # of the labels, in nats, fitted and applied likewise; empty where it was not fitted
+    accuracy_after: float  # of the chosen prompt on the reported half, by temperature and bias
     untempered: str  # why it is 1; empty where it was fitted
     ece_before: float | None  # of the reported half; None where nothing was answered
     ece_after: float | None
@@ -52,7 +57,7 @@ class Audit:
 def audit_answers(
     task: Task, prompts: Sequence[str], answers: Sequence[np.ndarray], labels: np.ndarray, seed: int
 ) -> Audit:
-    """Choose a prompt and fit a temperature on one half of the rows, and report both on the other half.
+    """Choose a prompt and fit a temperature and biases on one half of the rows, and report both on the other half.
 
     `answers` holds probabilities (rows, labels) of each prompt, NaN where a row has none.
     """
@@ -83,25 +88,64 @@ def audit_answers(
     answered = ~np.isnan(best).any(axis=1)
     fitted, shown = choosing[answered[choosing]], reported[answered[reported]]
     temperature, untempered = 1.0, ""
+    bias: tuple[float, ...] = ()
     if len(fitted) < _LEAST_FITTED:
         untempered = f"only {len(fitted)} rows of the half that chooses were answered"
     elif right[chosen][fitted].all():  # however sure the answers are made, these rows would have them surer
         untempered = f"all {len(fitted)} answered rows of the half that chooses are right"
     else:
-        temperature = fit_temperature(np.log(best[fitted]), labels[fitted], "single-label").temperature
+        temperature, bias = _fit(np.log(best[fitted]), labels[fitted])
+    after = correct(best, temperature, bias)
     errors = [
-        reliability(temper(best[shown], heat), labels[shown], "single-label").error if len(shown) else None
-        for heat in (1.0, temperature)
+        reliability(table[shown], labels[shown], "single-label").error if len(shown) else None
+        for table in (best, after)
     ]
     said = np.where(answered, np.nan_to_num(best).argmax(axis=1), task.num_labels)
     confusion = np.zeros((task.num_labels, task.num_labels + 1), np.int64)
     np.add.at(confusion, (labels[reported], said[reported]), 1)
     matrix = tuple(tuple(map(int, row)) for row in confusion)
-    return Audit(len(labels), chosen, tuple(scores), task.label_names, matrix, temperature, untempered, *errors)
+    return Audit(
+        rows=len(labels),
+        chosen=chosen,
+        prompts=tuple(scores),
+        label_names=task.label_names,
+        confusion=matrix,
+        temperature=temperature,
+        bias=bias,
+        accuracy_after=100 * float((_as_logits(after, labels).argmax(axis=1) == labels)[reported].mean()),
+        untempered=untempered,
+        ece_before=errors[0],
+        ece_after=errors[1],
+    )
 
 
-def temper(table: np.ndarray, temperature: float) -> np.ndarray:
-    return table if temperature == 1.0 else probabilities(np.log(table), "single-label", temperature)
+def _fit(logits: np.ndarray, labels: np.ndarray) -> tuple[float, tuple[float, ...]]:
+    """Fit a temperature, and a bias for each label where every label has rows enough.
+
+    Biases have a normal prior with a standard deviation of 3 nats.
+
+    *Source*: Guo et al., "On Calibration of Modern Neural Networks", section 4.2, with a scalar in place of a vector.
+    """
+    temperature = fit_temperature(logits, labels, "single-label").temperature
+    count = logits.shape[1]
+    if np.bincount(labels, minlength=count).min() < _LEAST_OF_LABEL:
+        return temperature, ()
+
+    def loss(values: np.ndarray) -> float:
+        scaled = logits * np.exp(values[0]) + values[1:]
+        wrong = np.logaddexp.reduce(scaled, axis=1) - scaled[np.arange(len(scaled)), labels]
+        return float(wrong.sum() + np.square(values[1:] / _SPREAD).sum() / 2)
+
+    start = np.concatenate(([-np.log(temperature)], np.zeros(count)))
+    found = minimize(loss, start, method="L-BFGS-B", bounds=[(-_MOST_HEAT, _MOST_HEAT), *[(None, None)] * count])
+    return float(np.exp(-found.x[0])), tuple(found.x[1:].tolist())
+
+
+def correct(table: np.ndarray, temperature: float, bias: Sequence[float]) -> np.ndarray:
+    """Give probabilities by a temperature and a bias for each label."""
+    if temperature == 1.0 and not bias:
+        return table
+    return probabilities(np.log(table) / temperature + (np.asarray(bias) if bias else 0.0), "single-label")
 
 
 def _as_logits(table: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which rows are asked and what: labels with one-letter codes, examples, a template; what an answer says of them."""
+"""Which rows are asked and what: labels with their codes, examples, a template; what an answer says of them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ _AROUND = " \t\r\n.:,;()[]{}*\"'`_▁Ġ"
 _TOKENS_OF_VOTE = 8
 _HAIR = 1e-3
 _SLICE = 1000
+_LEAST_BEGUN = 2
 LEAST_OF_GROUP = 0.05
 """Probability from which a group of many labels is asked within."""
 
@@ -58,11 +59,11 @@ class Questions:
     """One template, filled for rows."""
 
     def __init__(
-        self, template: Path | None, labels: Mapping[str, str], examples: Sequence[Row], *, most: int, votes: bool
+        self, template: Path | None, labels: Mapping[str, str], examples: Sequence[Row], settings: AskSettings
     ) -> None:
-        """Take the labels in the table's order, and how many codes a server can show."""
+        """Take the labels in the table's order."""
         self.path = template
-        self.names, self.votes, self._examples = list(labels), votes, examples
+        self.names, self.votes, self._examples = list(labels), bool(settings.votes), examples
         file = template or Path(__file__).with_name("prompt.j2")
         try:
             self.source = file.read_text(encoding="utf-8")
@@ -70,7 +71,8 @@ class Questions:
             raise ConfigError(f"{file}: the prompt cannot be read ({first_line(fault)}); give a text file") from None
         self._environment = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         self._template = self._compile(file)
-        self.groups = self._groups(labels, most)
+        most = settings.top_logprobs
+        self.groups = [_named(labels, most)] if settings.codes == "names" else self._groups(labels, most)
 
     def _compile(self, file: Path) -> Any:
         try:
@@ -155,6 +157,21 @@ class Questions:
         return str(self.path or "the default prompt")
 
 
+def _named(labels: Mapping[str, str], most: int) -> list[Option]:
+    """Give options whose codes are the labels' names, each to be told by its first token."""
+    if len(labels) > most:
+        raise ConfigError(f"codes: names is for as many labels as the server shows ({most}), not {len(labels)}")
+    begun: dict[str, str] = {}
+    for name in labels:
+        first = re.split(r"[\W_]+", name.strip(_AROUND).casefold(), maxsplit=1)[0]
+        if (other := begun.setdefault(first, name)) != name:
+            raise ConfigError(
+                f"codes: names needs labels that begin with different words, but there are {other!r} and {name!r}; "
+                "rename one by --labels, or use letters"
+            )
+    return [Option(name, name, text, (place,)) for place, (name, text) in enumerate(labels.items())]
+
+
 def _texts(row: Row) -> dict[str, str]:
     return {name: row[name] for name in ("text", "text_pair") if name in row}
 
@@ -162,14 +179,14 @@ def _texts(row: Row) -> dict[str, str]:
 def read_logprobs(likely: Sequence[tuple[str, float]], options: Sequence[Option]) -> np.ndarray | None:
     """Turn the likely first tokens into probabilities of the options; None where the answer is none of them.
 
-    A code that is not shown gets an equal part of the mass that is not shown, at most the least that is shown.
+    A code that is not shown gets an equal part of the mass that is not shown, at most the least that is shown. A token
+    may be the beginning of a name, and shares its mass evenly where it begins several.
     """
-    places = {option.code: place for place, option in enumerate(options)}
     mass = np.zeros(len(options))
     shown = np.array([math.exp(min(0.0, value)) for _, value in likely])
     for (token, _), probability in zip(likely, shown, strict=True):
-        if (place := places.get(token.strip(_AROUND))) is not None:
-            mass[place] += probability
+        places = _meant(token.strip(_AROUND), options)
+        mass[places] += probability / max(1, len(places))
     if mass.sum() < LEAST_MASS:
         return None
     missing = mass == 0
@@ -179,11 +196,21 @@ def read_logprobs(likely: Sequence[tuple[str, float]], options: Sequence[Option]
     return _normalise(mass)
 
 
+def _meant(said: str, options: Sequence[Option]) -> list[int]:
+    """Find the options whose code a token is, or else those whose code is a name that it begins."""
+    if options[0].code != options[0].name:
+        return [place for place, option in enumerate(options) if option.code == said]
+    names, said = [option.name.strip(_AROUND).casefold() for option in options], said.casefold()
+    if said in names:
+        return [names.index(said)]
+    return [place for place, name in enumerate(names) if len(said) >= _LEAST_BEGUN and name.startswith(said)]
+
+
 def read_vote(answer: str, options: Sequence[Option]) -> int | None:
     """Find the option that an answer names: by its name alone, or by its code at the beginning."""
     codes, said = {option.code for option in options}, answer.strip(_AROUND).casefold()
     for place, option in enumerate(options):
-        if option.name not in codes and option.name.strip(_AROUND).casefold() == said:
+        if (option.name == option.code or option.name not in codes) and option.name.strip(_AROUND).casefold() == said:
             return place
     for place, option in enumerate(options):
         code, name = re.escape(option.code), re.escape(option.name)

@@ -153,6 +153,14 @@ def _print_audit(audit: Audit) -> None:
         print(f"temperature 1, not fitted: {audit.untempered}")
     elif audit.ece_before is not None:
         print(
-            f"temperature {audit.temperature:.2f}; calibration error {audit.ece_before:.3f} without it, "
-            f"{audit.ece_after:.3f} with it"
+            f"temperature {audit.temperature:.2f}; calibration error {audit.ece_before:.3f} before, "
+            f"{audit.ece_after:.3f} after"
+        )
+    if audit.bias:
+        bias = ", ".join(f"{name} {value:+.2f}" for name, value in zip(audit.label_names, audit.bias, strict=True))
+        before = audit.prompts[audit.chosen].accuracy
+        print(
+            harmless(
+                f"bias of the labels: {bias}; accuracy {before:.1f} without it, {audit.accuracy_after:.1f} with it"
+            )
         )

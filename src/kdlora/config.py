@@ -268,6 +268,13 @@ class RunConfig(Section):
         return self
 
 
+class ReportConfig(Section):
+    """Additional parts of the report."""
+
+    paper: bool = False
+    """Compare the claims of the KD-LoRA paper with its own tables and with this experiment."""
+
+
 class Config(Section):
     """One experiment: arms and seeds on one task."""
 
@@ -286,17 +293,12 @@ class Config(Section):
     run: RunConfig = RunConfig()
     export: ExportConfig = ExportConfig()
     defer: DeferConfig = DeferConfig()
+    report: ReportConfig = ReportConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        if values.get("report"):  # in the folders of earlier versions, where nothing was asked for
-            if values["report"] != {"paper": False}:
-                raise ValueError("report: the table of the paper's claims is gone; delete the section")
-            values = {key: value for key, value in values.items() if key != "report"}
-        return fill_in(values)
+        return fill_in(values) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _arms_have_their_models(self) -> Self:

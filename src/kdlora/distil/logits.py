@@ -106,7 +106,7 @@ class TeacherLogits:
         """Give every example its teacher's logits, by id."""
         rows = self._match(dataset)
         places, edges = self._places(rows, dataset)
-        if extra := len(self.ids) - len(np.unique(rows)):
+        if extra := self._unused(rows):
             logger.info(
                 "%s: %d of %d rows belong to no example here and are not used", self.source, extra, len(self.ids)
             )
@@ -154,7 +154,12 @@ class TeacherLogits:
         """Count the teacher's rows that belong to no example; refuse those that do not fit the words of theirs."""
         rows = self._match(dataset)
         self._places(rows, dataset)
-        return len(self.ids) - len(np.unique(rows))
+        return self._unused(rows)
+
+    def _unused(self, rows: np.ndarray) -> int:
+        used = np.zeros(len(self.ids), dtype=bool)
+        used[rows] = True
+        return len(self.ids) - int(used.sum())
 
     def _match(self, dataset: Dataset) -> np.ndarray:
         """Find the teacher's row of every example, a few thousand ids at a time while they are in its order."""

@@ -144,8 +144,7 @@ def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndar
         case "single-label", "f1" if classes == 2:
             return _pooled_f1(decided[:, None], targets[:, None])
         case "single-label", "macro_f1":
-            said, wanted = np.eye(classes)[decided], np.eye(classes)[targets]
-            return _mean_ratio(2.0 * said * wanted, said + wanted, occurring_only=True)
+            return _macro_f1(np.eye(classes)[decided], np.eye(classes)[targets], occurring_only=True)
         case "single-label", "matthews":
             return _matthews(np.eye(classes)[decided], np.eye(classes)[targets])
         case "single-label", "balanced_accuracy":
@@ -161,7 +160,7 @@ def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndar
         case "multi-label", "micro_f1":
             return _pooled_f1(decided, targets)
         case "multi-label", "macro_f1":
-            return _mean_ratio(2.0 * decided * targets, (decided + targets).astype(np.float64), occurring_only=False)
+            return _macro_f1(decided.astype(np.float64), targets.astype(np.float64), occurring_only=False)
         case "multi-label", "subset_accuracy":
             return _mean_of((decided == targets).all(axis=1))
         case "regression", "mse":
@@ -187,6 +186,11 @@ def _pooled_f1(decided: np.ndarray, targets: np.ndarray) -> Weighted:
     hits = (decided * targets).sum(axis=1).astype(np.float64)
     marked = (decided + targets).sum(axis=1).astype(np.float64)
     return lambda counts: ratio(2.0 * (counts @ hits), counts @ marked)
+
+
+def _macro_f1(predicted: np.ndarray, wanted: np.ndarray, *, occurring_only: bool) -> Weighted:
+    """Mean of each column's F1, over all columns or over those that occur in the draw."""
+    return _mean_ratio(2.0 * predicted * wanted, predicted + wanted, occurring_only=occurring_only)
 
 
 def _mean_ratio(above: np.ndarray, below: np.ndarray, *, occurring_only: bool) -> Weighted:

@@ -211,7 +211,7 @@ def _reset(section: Section, key: str) -> Any:
 
 def identity(config: Config) -> dict[str, Any]:
     """Give what must be equal for two runs of an arm with a seed to be the same run, their teacher aside."""
-    values = config.model_dump(mode="json", exclude={"name", "family", "recipe", "export", "defer"})
+    values = config.model_dump(mode="json", exclude={"name", "family", "recipe", "export", "defer", "report"})
     values = without_later_keys(values)
     values["run"] = {key: value for key, value in values["run"].items() if key in ("precision", "device", "threads")}
     return values

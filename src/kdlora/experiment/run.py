@@ -60,6 +60,7 @@ Listener = Callable[[Stage, Any], None]
 _FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds", "run.keep_checkpoints"} | {
     "run.devices",
     "run.report_to",
+    "report.paper",
     *(f"export.{key}" for key in ExportConfig.model_fields),
     *(f"defer.{key}" for key in DeferConfig.model_fields),
 }

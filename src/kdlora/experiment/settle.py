@@ -83,13 +83,15 @@ def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
 
 def load_base(config: Config, arm: Arm, seed: int, task: Task) -> Encoder:
     """Load the pretrained encoder that an arm trains, with a fresh head."""
-    layers = None if arm in TEACHER_ARMS else config.student.from_teacher_layers
-    named = config.teacher if arm in TEACHER_ARMS or layers is not None else config.student
-    assert named.model is not None  # the config refuses arms, and layers, without their model
-    trust, revision = named.trust_remote_code, named.revision
-    if layers is not None:
-        return student_from_layers(named.model, layers, task, seed=seed, revision=revision, trust_remote_code=trust)
-    return load_encoder(named.model, task, seed=seed, revision=revision, trust_remote_code=trust)
+    teacher, layers = config.teacher, config.student.from_teacher_layers
+    if arm not in TEACHER_ARMS and layers is not None:
+        assert teacher.model is not None  # the config refuses layers without a teacher model
+        trust, revision = teacher.trust_remote_code, teacher.revision
+        return student_from_layers(teacher.model, layers, task, seed=seed, revision=revision, trust_remote_code=trust)
+    named = teacher if arm in TEACHER_ARMS else config.student
+    assert named.model is not None  # the config refuses arms without their model
+    trust = named.trust_remote_code
+    return load_encoder(named.model, task, seed=seed, revision=named.revision, trust_remote_code=trust)
 
 
 def load_teacher(config: Config, task: Task, trained: Path | None = None) -> tuple[Encoder, list[int]]:
@@ -125,8 +127,11 @@ def stored_logits(config: Config, layout: ExperimentLayout | None, splits: Split
 
 
 def read_table(config: Config, task: Task, split: str) -> TeacherLogits:
-    values = "logits" if config.teacher.logits is not None else "probabilities"
-    return read_teacher_table(getattr(config.teacher, values), task, values=values, split=split)
+    teacher = config.teacher
+    if teacher.logits is not None:
+        return read_teacher_table(teacher.logits, task, values="logits", split=split)
+    assert teacher.probabilities is not None
+    return read_teacher_table(teacher.probabilities, task, values="probabilities", split=split)
 
 
 def check_table(config: Config, splits: Splits) -> list[str]:

@@ -156,6 +156,12 @@ class SuiteConfig(Section):
                 raise ValueError(f"{key} holds a value twice, so two runs would share one folder: {list(values)}")
             if key in (self.config.get("run") or {}):
                 raise ValueError(f"config.run.{key}: a suite has its own {key}; set `{key}` at the top level")
+        report = self.config.get("report")
+        if isinstance(report, Mapping) and report.get("paper"):
+            raise ValueError(
+                "config.report.paper: a suite's tables have the paper's figures as they are; its claims stand in the "
+                "report of an experiment. Delete the key"
+            )
         for section, key in (("defer", "error"), ("export", "thresholds")):
             values = self.config.get(section)
             if isinstance(values, Mapping) and values.get(key):

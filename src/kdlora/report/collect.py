@@ -7,8 +7,9 @@ from functools import cached_property
 from pathlib import Path
 
 from kdlora.config import ARMS
+from kdlora.configfile import load_config
 from kdlora.data.tasks import Task
-from kdlora.errors import ArtifactError, DataError
+from kdlora.errors import ArtifactError, DataError, KdLoraError
 from kdlora.evidence.predictions import ExampleText, Predictions, read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_record
 from kdlora.evidence.stats import MeanSd, mean_sd
@@ -89,6 +90,14 @@ class Experiment:
     def student_arm(self) -> str | None:
         """The arm that ships; None where no student run has finished with a score."""
         return None if self.choice is None else self.choice.arm
+
+    @cached_property
+    def shows_paper(self) -> bool:
+        """Whether the config asks for the paper's claims."""
+        try:
+            return load_config(ExperimentLayout(self.folder).config).report.paper
+        except (KdLoraError, OSError):
+            return False
 
     @cached_property
     def examples(self) -> dict[tuple[str, str], ExampleText]:

@@ -57,6 +57,38 @@ COSTS = {
 """Table 2, by family and method."""
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A headline claim: the per cent of another arm's score that is kept, or of one of its costs that is saved."""
+
+    text: str
+    stated: int  # by the paper, per cent
+    of: str  # "score", or a field of PublishedCosts
+    than: str  # the arm
+
+    def in_tables(self, family: str) -> float:
+        """Give what the paper's own tables say for a family, per cent."""
+        if self.of == "score":
+            scores = published_scores("score")[family]
+            return 100 * scores["kd-lora"] / scores[self.than]
+        after, before = (getattr(COSTS[family][arm], self.of) for arm in ("kd-lora", self.than))
+        if self.of == "trainable":
+            after, before = after[0], before[0]
+        return float(100 * (1 - after / before))
+
+
+CLAIMS = (
+    Claim("Score kept, of full fine-tuning", 97, "score", "fft"),
+    Claim("Score kept, of LoRA", 98, "score", "lora"),
+    Claim("Fewer parameters in all than the teacher", 40, "total", "fft"),
+    Claim("Fewer trainable parameters than full fine-tuning", 99, "trainable", "fft"),
+    Claim("Fewer trainable parameters than LoRA", 49, "trainable", "lora"),
+    Claim("Less memory than full fine-tuning", 75, "memory_mb", "fft"),
+    Claim("Less memory than LoRA", 30, "memory_mb", "lora"),
+    Claim("Less inference time than full fine-tuning", 30, "seconds", "fft"),
+)
+
+
 def published_scores(task: str) -> dict[str, dict[str, float]]:
     """Give Table 1's row of a GLUE task, by family and arm; empty where it has none."""
     if task == "mnli":

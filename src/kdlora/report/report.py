@@ -38,6 +38,7 @@ from kdlora.report.tables import (
     TIME,
     Links,
     asked_table,
+    claims_table,
     cost_plots,
     cost_table,
     difference_table,
@@ -108,6 +109,7 @@ def _score_blocks(experiment: Experiment, comparisons: Sequence[Comparison], lin
     paired = [(one.title, one.difference) for one in comparisons if one.difference is not None]
     return [
         score_table(experiment, links),
+        claims_table(experiment, links) if experiment.shows_paper else None,
         difference_table(comparisons, links) if comparisons else None,
         differences(paired, title="Differences with their intervals", identity="differences"),
     ]

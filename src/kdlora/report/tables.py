@@ -14,9 +14,9 @@ from kdlora.config import ARMS as ALL_ARMS
 from kdlora.evidence.records import RunRecord
 from kdlora.evidence.stats import MeanSd, mean_sd
 from kdlora.report.collect import Experiment, Run
-from kdlora.report.findings import Comparison
+from kdlora.report.findings import Comparison, retention
 from kdlora.report.page import Cell, Figure, Link, Row, Table, strong
-from kdlora.report.paper import ARMS, COSTS, FAMILY_TITLES, family_of, published_scores
+from kdlora.report.paper import ARMS, CLAIMS, COSTS, FAMILY_TITLES, Claim, family_of, published_scores
 from kdlora.report.plots import Series, Style, score_against_cost
 from kdlora.report.shipped import TEACHER
 from kdlora.report.wording import (
@@ -32,6 +32,7 @@ from kdlora.report.wording import (
     plus_minus,
     points,
     score_title,
+    share,
     signed,
     size,
 )
@@ -94,6 +95,7 @@ def cost_plots(
 
 SEEDS_NOTE = "Mean ± sample standard deviation over seeds; the small numbers are the seeds and lead to their records."
 _COSTS = (TRAINABLE, ADAPTER, HEAD, PARAMETERS, MEMORY, TIME, TIME_OF_32, DISK)
+_CLAIMED = {"total": PARAMETERS, "trainable": TRAINABLE, "memory_mb": MEMORY, "seconds": TIME}
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,32 @@ def _hardware(experiment: Experiment) -> str:
     cores = f"{record.machine['cores']} cores" if "cores" in record.machine else ""
     parts = [record.device or "unknown device", record.machine.get("cpu", ""), record.precision, cores]
     return "Measured on " + ", ".join(part for part in parts if part)
+
+
+def claims_table(experiment: Experiment, links: Links) -> Table | None:
+    """Hold the paper's headline claims against its own tables and against this experiment."""
+    arm = experiment.student_arm
+    if arm is None:
+        return None
+
+    def here(claim: Claim) -> Cell:
+        if claim.of == "score":
+            return links.derived(plus_minus(retention(experiment, arm, claim.than), unit="%"))
+        return links.derived(share(saving(experiment, _CLAIMED[claim.of], arm=arm, than=claim.than)))
+
+    columns: dict[str, Callable[[Claim], Cell | str]] = {
+        "claim": lambda claim: claim.text,
+        "here": here,
+        "paper says": lambda claim: f"{claim.stated}%",
+    }
+    for family, title in FAMILY_TITLES.items():
+        columns[f"its tables, {title}"] = lambda claim, family=family: f"{claim.in_tables(family):.0f}%"  # type: ignore[misc]
+    note = (
+        "Shares of score: each seed against the other arm’s mean. Memory: peak of training here, of the GPU in the "
+        "paper. Time: median latency of one text here, CoLA’s validation set in the paper. "
+        "A minus means that it costs more."
+    )
+    return Table.of(f"The paper’s claims, its own tables, and {arm_title(arm)} here", CLAIMS, columns, note=note)
 
 
 def compared(one: Comparison) -> tuple[str, str, str]:

@@ -157,3 +157,10 @@ def times(larger: float, smaller: float) -> str:
         return "–"
     ratio = larger / smaller
     return f"{ratio:.0f}×" if ratio >= 100 else f"{ratio:.1f}×" if ratio >= 0.1 else f"{ratio:.2g}×"
+
+
+def share(value: float | None) -> str:
+    """Write per cent without decimals, but never 100% for what only rounds to it."""
+    if value is None:
+        return "–"
+    return f"{points(value, 1 if 99.5 <= value < 100 else 0)}%"

@@ -16,17 +16,15 @@ import pyarrow as pa
 from datasets import Dataset
 
 from kdlora.asking.answers import Answers, BudgetSpentError, Key, begin_folder
+from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.questions import (
-    AskedRows,
     Option,
     Questions,
     Row,
     count_votes,
-    each_row,
     join_groups,
     likely_groups,
-    read_asked_rows,
     read_logprobs,
     read_vote,
 )

@@ -1,31 +1,21 @@
-"""Which rows are asked and what: labels with their codes, examples, a template; what an answer says of them."""
+"""What each row is asked: labels with their codes, examples, a template; and what an answer says of the labels."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from datasets import Dataset
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
-from kdlora.asking.asksettings import LEAST_AUDIT_ROWS, AskSettings
-from kdlora.config import TaskConfig
-from kdlora.configfile import expand_home
-from kdlora.data.canonical import Reading
-from kdlora.data.labels import KNOWN_COLUMNS, infer_columns, infer_task
-from kdlora.data.read import Source, open_file
-from kdlora.data.spool import read_column, slice_rows
-from kdlora.data.tasks import Task
-from kdlora.errors import ConfigError, DataError, did_you_mean, first_line
-from kdlora.system.integrity import hash_file
+from kdlora.asking.asksettings import AskSettings
+from kdlora.errors import ConfigError, did_you_mean, first_line
 
 CODES = "ABCDEFGHJKLMNOPQRSTUVWXYZ"
 """No I: a refusal begins with it ("I cannot ...")."""
@@ -36,7 +26,6 @@ _FIELDS = {"text", "text_pair", "labels", "examples"}
 _AROUND = " \t\r\n.:,;()[]{}*\"'`_▁Ġ"
 _TOKENS_OF_VOTE = 8
 _HAIR = 1e-3
-_SLICE = 1000
 _LEAST_BEGUN = 2
 LEAST_OF_GROUP = 0.05
 """Probability from which a group of many labels is asked within."""
@@ -250,165 +239,3 @@ def likely_groups(groups: np.ndarray) -> list[int]:
 def _normalise(mass: np.ndarray) -> np.ndarray:
     kept = np.maximum(mass / mass.sum(), LEAST_PROBABILITY)
     return np.asarray(kept / kept.sum())
-
-
-@dataclass(frozen=True)
-class AskedRows:
-    """What is asked about, in canonical columns."""
-
-    task: Task
-    labels: Mapping[str, str]  # with descriptions
-    parts: Mapping[str, Dataset]  # by split of the table
-    chosen: Mapping[str, np.ndarray]  # places of the rows that the table is to have
-    audit: tuple[str, np.ndarray] | None  # split and places of the audited rows
-    examples: list[dict[str, Any]]
-    sources: dict[str, str]  # hashes of the files
-    is_labelled: bool  # by people
-
-
-def read_labels(file: str) -> dict[str, str]:
-    """Read a YAML file of label names, a list or a mapping to descriptions."""
-    try:
-        content = yaml.load(expand_home(file).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as fault:
-        raise ConfigError(f"{file}: no file of labels can be read there ({first_line(fault)})") from None
-    if isinstance(content, list):
-        words = {name for name in content if isinstance(name, str)}
-        content = dict.fromkeys(content, "") if len(words) == len(content) else None
-    if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
-        raise ConfigError(f"{file}: expected a list of different label names, or a mapping `name: what it means`")
-    return {str(name): text for name, text in content.items()}
-
-
-def read_asked_rows(data: str, settings: AskSettings) -> AskedRows:
-    """Read everything that is asked about, and draw what is drawn."""
-    source = _open(data, "the data")
-    task, labelled = _task(source, settings)
-    labels = dict(settings.labels or dict.fromkeys(task.label_names, ""))
-    rows = _read(source, task, settings, labelled=labelled)
-    parts, chosen = {"train": rows}, {"train": _choose(rows, settings)}
-    if settings.unlabelled is not None:
-        parts["unlabelled"] = _read(_open(settings.unlabelled, "unlabelled"), task, settings, labelled=False)
-    audit, pool = None, np.arange(len(rows))
-    if isinstance(settings.audit, str):
-        parts["validation"] = _read(_open(settings.audit, "audit"), task, settings, labelled=True)
-        audit = ("validation", np.arange(len(parts["validation"])))
-        if len(audit[1]) < LEAST_AUDIT_ROWS:
-            raise DataError(f"{settings.audit}: an audit takes at least {LEAST_AUDIT_ROWS} rows, found {len(audit[1])}")
-    elif settings.audit is not None:
-        audit = ("train", _drawn_audit(len(rows), settings.audit, settings, labelled=labelled))
-        pool = np.setdiff1d(pool, audit[1])
-    chosen |= {split: np.arange(len(part)) for split, part in parts.items() if split != "train"}
-    examples = _examples(rows.select(pool) if labelled else None, settings, task)
-    files = {"data": data, "unlabelled": settings.unlabelled, "audit": settings.audit}
-    sources = {name: hash_file(expand_home(file)) for name, file in files.items() if isinstance(file, str)}
-    return AskedRows(task, labels, parts, chosen, audit, examples, sources, labelled)
-
-
-def each_row(rows: Dataset) -> Iterator[Row]:
-    """Give rows one after the other, a slice in memory at a time."""
-    for table in slice_rows(rows, rows.column_names, _SLICE):
-        yield from table.to_pylist()
-
-
-def _open(file: str, key: str) -> Source:
-    return open_file(expand_home(file), key, plain=True)
-
-
-def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
-    """Settle columns and labels, and whether people labelled the rows."""
-    text = settings.text or (source.columns if source.plain else infer_columns(source, "text"))
-    folded = {column.casefold() for column in source.columns}
-    elsewhere = isinstance(settings.audit, str) and settings.label not in source.columns  # in the audited rows
-    if elsewhere if settings.label else not folded & set(KNOWN_COLUMNS["label"]):
-        label: tuple[str, ...] = ()
-    else:
-        label = (source.require(settings.label, "label"),) if settings.label else infer_columns(source, "label")
-    names = tuple(settings.labels or ())
-    if len({name.strip().casefold() for name in names} - {""}) != len(names):
-        raise ConfigError("label names differ by more than case, and none is empty")
-    if not label:
-        if len(names) < 2:
-            raise ConfigError(f"{source.name} has no label column; name the labels in a file: --labels FILE")
-        return Task("single-label", tuple(text), (settings.label or "label",), names, ("accuracy",)), False
-    config = TaskConfig(kind="single-label", text=tuple(text), label=label, label_names=names or None)
-    return infer_task(source.read(label), tuple(text), label, config)[0], True
-
-
-def _read(source: Source, task: Task, settings: AskSettings, *, labelled: bool) -> Dataset:
-    own = settings.id_column if settings.id_column in source.columns or labelled else "id"
-    return Reading(task, own).read({"": source}, labelled=labelled)
-
-
-def _draw(count: int, settings: AskSettings, purpose: int) -> np.ndarray:
-    return np.random.default_rng([settings.seed, purpose]).permutation(count)
-
-
-def _drawn_audit(rows: int, wanted: int, settings: AskSettings, *, labelled: bool) -> np.ndarray:
-    if not labelled:
-        raise ConfigError("these rows have no labels to draw an audit from; give audit a file of rows that have")
-    if wanted > rows:
-        raise DataError(f"an audit of {wanted} rows cannot be drawn from {rows}")
-    return _draw(rows, settings, 1)[:wanted]
-
-
-def _examples(rows: Dataset | None, settings: AskSettings, task: Task) -> list[dict[str, Any]]:
-    """Draw labelled rows, label by label in turn, so that every label has an example where there are enough."""
-    if not settings.shots:
-        return []
-    if rows is None or len(rows) < settings.shots:
-        raise ConfigError(f"{settings.shots} examples (shots) are drawn from rows with labels, and there are too few")
-    order = _draw(len(rows), settings, 2)
-    labels = read_column(rows, "label").to_numpy()[order]
-    turn = np.zeros(len(rows), np.int64)
-    for label in range(task.num_labels):
-        of_label = labels == label
-        turn[of_label] = np.arange(of_label.sum())
-    chosen = order[np.argsort(turn, kind="stable")[: settings.shots]]
-    return [rows[int(place)] for place in chosen]
-
-
-def _choose(rows: Dataset, settings: AskSettings) -> np.ndarray:
-    """Take the rows to be asked about; more of them later begin with these."""
-    if settings.rows is None or settings.rows >= len(rows):
-        return np.arange(len(rows))
-    if settings.select == "random":
-        order = _draw(len(rows), settings, 3)
-    elif settings.select == "diverse":
-        order = _spread(rows, settings)
-    else:
-        order = _doubts(rows, settings)
-    return np.sort(order[: settings.rows])
-
-
-def _spread(rows: Dataset, settings: AskSettings) -> np.ndarray:
-    """Order rows so that one of each group of similar texts comes first: k-means of TF-IDF, nearest to its centre."""
-    from sklearn.cluster import MiniBatchKMeans
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    texts = read_column(rows, "text").to_pylist()
-    words = TfidfVectorizer(sublinear_tf=True, max_features=20_000).fit_transform(texts)
-    groups = MiniBatchKMeans(min(settings.rows or 1, 500), random_state=settings.seed, n_init=1, batch_size=2048).fit(
-        words
-    )
-    near, turn = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
-    for number, centre in enumerate(groups.cluster_centers_):
-        members = np.flatnonzero(groups.labels_ == number)
-        near[members] = words[members] @ centre
-        turn[members[np.argsort(-near[members], kind="stable")]] = np.arange(len(members))
-    return np.lexsort((-near, turn))
-
-
-def _doubts(rows: Dataset, settings: AskSettings) -> np.ndarray:
-    """Order rows by how little the first student prefers its label to the next."""
-    from kdlora.deploy.predict import Classifier
-
-    model = Classifier.load(str(settings.select_by))
-    margins: list[float] = []
-    for table in slice_rows(rows, ["text", *(["text_pair"] if "text_pair" in rows.column_names else [])], _SLICE):
-        columns = [column.to_pylist() for column in table.columns]
-        texts = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-        for found in model.predict(texts):
-            best = sorted(found.probabilities.values(), reverse=True)
-            margins.append(best[0] - best[1])
-    return np.argsort(margins, kind="stable")

@@ -88,7 +88,7 @@ def ask(options: Any) -> None:
 
 
 def _settings(options: Any) -> AskSettings:
-    from kdlora.asking.questions import read_labels
+    from kdlora.asking.asked_rows import read_labels
 
     given = {one.name: getattr(options, one.name) for one in fields(AskSettings)}
     given["prompts"] = tuple(options.prompts or ())

@@ -249,7 +249,7 @@ def test_every_kind_of_task_has_its_plots(tmp_path, task, titles):
     assert len(report.html.encode()) < 3_000_000
     checker = _check(report.html)
     drawings = [one for one in checker.all("svg") if one.get("role") == "img"]
-    assert len(drawings) >= 6
+    assert len(drawings) >= 5
     ids = [attributes["id"] for _, attributes in checker.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
     assert all(set((one["aria-labelledby"] or "").split()) <= set(ids) for one in drawings)

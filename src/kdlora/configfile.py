@@ -17,7 +17,7 @@ from kdlora.searchconfig import SearchConfig
 
 Override = str | tuple[str, Any]
 _MOST_PARTS = 400_000  # of JSON: about four for each value
-_PATH_KEYS = [
+PATH_KEYS = [
     *(("data", key) for key in ("path", "train", "validation", "test", "unlabelled")),
     *(("teacher", key) for key in ("model", "fine_tuned", "logits", "probabilities")),
     ("student", "model"),
@@ -226,7 +226,7 @@ def merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
 def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> dict[str, Any]:
     """Make file keys absolute; a model or data source only where it is a path and no Hub id."""
     resolved = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    for section, key in _PATH_KEYS:
+    for section, key in PATH_KEYS:
         part = resolved.get(section)
         value = part.get(key) if isinstance(part, dict) else None
         if not isinstance(part, dict) or not isinstance(value, str):

@@ -188,7 +188,6 @@ class Answers:
         self._append(_Line(spent=(1, *tokens)))
 
     def settle(self, reserved: tuple[int, int], used: tuple[int, int]) -> None:
-        """Correct what was reserved."""
         self._under_way -= 1
         self._changed.set()
         if used != reserved:

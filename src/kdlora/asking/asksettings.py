@@ -91,7 +91,6 @@ class AskSettings:
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be asked."""
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if isinstance(value, int | float) and not least <= value < math.inf:
@@ -124,7 +123,6 @@ class AskSettings:
 
     @property
     def url(self) -> str:
-        """Address of the server."""
         return (self.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
 
     @property

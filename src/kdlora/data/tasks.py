@@ -48,6 +48,7 @@ UNEVEN = 5
 
 GENERIC_LABEL = re.compile(r"LABEL_\d+", re.IGNORECASE)
 """What a transformers config calls labels that nobody named."""
+_RECALL_AT = re.compile(r"recall@(0?\.\d*[1-9]\d*|1(\.0*)?)")
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,11 @@ def full_metric(given: str | Mapping[Literal["cost"], Costs], kind: Kind, names:
     if kind == "tokens" and name == "recall" and of:
         types = tag_types(names)
         return f"recall:{types[find_label(label, types, 'task.metric')]}"
-    if of and kind in ("single-label", "multi-label") and (name in ("f1", "average_precision") or _is_recall_at(name)):
+    if (
+        of
+        and kind in ("single-label", "multi-label")
+        and (name in ("f1", "average_precision") or _RECALL_AT.fullmatch(name))
+    ):
         return f"{name}:{names[find_label(label, names, 'task.metric')]}"
     if of or name not in METRICS[kind] or (name == "f1" and len(names) != 2):
         of_labels = {"regression": (), "tokens": ("recall:TYPE",)}
@@ -261,9 +266,3 @@ def full_metric(given: str | Mapping[Literal["cost"], Costs], kind: Kind, names:
             f"{', '.join(known)}.{better}{did_you_mean(given, known)}"
         )
     return name
-
-
-def _is_recall_at(name: str) -> bool:
-    """Whether a name is `recall@PRECISION`, a precision above 0 and at most 1."""
-    head, at, precision = name.partition("@")
-    return head == "recall" and bool(at) and bool(re.fullmatch(r"0?\.\d+|1(\.0*)?", precision)) and float(precision) > 0

@@ -258,7 +258,6 @@ class _Worker:
         return found
 
     def memory(self) -> int | None:
-        """Give the peak above the level after imports, bytes."""
         memory = read_memory()
         return memory.high_water - self.level if memory else None
 

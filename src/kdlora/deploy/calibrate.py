@@ -52,7 +52,6 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibr
         raise DataError("the logits to calibrate hold values that are not finite.")
 
     def loss(log_temperature: float) -> float:
-        """Compute the mean negative log-likelihood in nats."""
         scaled = logits / np.exp(log_temperature)
         if kind == "multi-label":
             return float(np.mean(np.logaddexp(0.0, scaled) - scaled * targets))

@@ -142,7 +142,6 @@ class Cascade:
             yield from self.predict(block)
 
     def _ask(self, texts: list[Text]) -> list[tuple[str, dict[str, float]]]:
-        """Let the teacher answer."""
         if not texts:
             return []
         if isinstance(self.teacher, Classifier):

@@ -230,7 +230,6 @@ def _quantise(optimised: Path, to: Path, checks: Checks, gate: Gate, say: Progre
 
 
 def _check_settings(formats: Sequence[str], max_metric_drop: float, min_agreement: float) -> Gate:
-    """Check what needs no model."""
     known = get_args(Format)
     if not formats:
         raise ConfigError(f"export: expected at least one format of {', '.join(known)}, got none.")

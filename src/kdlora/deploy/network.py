@@ -123,7 +123,6 @@ class Network:
     from_pretrained = load
 
     def __repr__(self) -> str:
-        """Say what is loaded, and from where."""
         folder = self.folder
         name = folder.path if folder.file is None else folder.path / folder.file.name
         return (
@@ -133,7 +132,6 @@ class Network:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of the logit columns."""
         return self.folder.label_names
 
     def encode(self, texts: Sequence[Any]) -> list[Encoding]:

@@ -15,8 +15,15 @@ import numpy as np
 
 from kdlora.data.tags import decode
 from kdlora.errors import ArtifactError
-from kdlora.evidence.entities import counts_from_logits, weighted_entities
-from kdlora.evidence.ranking import Weighted, curve_of, mean_precision, ratio, recall_at
+from kdlora.evidence.ranking import (
+    Weighted,
+    counts_from_logits,
+    curve_of,
+    mean_precision,
+    ratio,
+    recall_at,
+    weighted_entities,
+)
 
 if TYPE_CHECKING:
     from kdlora.data.tasks import Task

@@ -1,4 +1,4 @@
-"""Metrics of a label by how sure a model is of it: average precision, and recall at a precision. Light: numpy alone.
+"""Metrics from counts: of a label by how sure a model is of it, and of spans, by row and type. Light: numpy alone.
 
 As all metrics, they are prepared for one model and take counts (draws, examples).
 """
@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from kdlora.data.tags import Integers, decode, entity_bounds, tag_types
+from kdlora.errors import ArtifactError
 
 if TYPE_CHECKING:
     from kdlora.data.tasks import Task
@@ -72,3 +75,64 @@ def recall_at(precision: float, curve: Curve) -> Weighted:
 def ratio(above: Any, below: Any) -> np.ndarray:
     """Divide, with 0 where there is nothing to divide by."""
     return np.where(below > 0, above / np.where(below > 0, below, 1.0), 0.0)
+
+
+def entity_counts(predicted: Integers, wanted: Integers, names: Sequence[str], offsets: Integers) -> Integers:
+    """Count the entities of each row and type: (rows, types, 3), of right, predicted and wanted ones.
+
+    Strict: an entity is right where its first word, its last word and its type are. Words without a label (-100) are
+    left out of both.
+    """
+    kept = np.asarray(wanted) >= 0
+    edges = np.concatenate(([0], np.cumsum(kept)))[offsets]
+    found = []
+    for tags in (np.asarray(predicted)[kept], np.asarray(wanted)[kept]):
+        starts, ends = entity_bounds(tags, edges)
+        found.append(np.stack([starts, ends, (tags[starts] - 1) // 2], axis=1))
+    ends_of = np.full((int(kept.sum()), 2), -1)
+    ends_of[found[0][:, 0]] = found[0][:, 1:]
+    right = found[1][(ends_of[found[1][:, 0]] == found[1][:, 1:]).all(axis=1)]
+    counts = np.zeros((len(offsets) - 1, len(tag_types(names)), 3), np.int64)
+    for column, entities in enumerate((right, *found)):
+        rows = np.searchsorted(edges, entities[:, 0], side="right") - 1
+        np.add.at(counts, (rows, entities[:, 2], column), 1)
+    return counts
+
+
+def counts_from_logits(
+    names: Sequence[str], logits: np.ndarray, labels: np.ndarray, offsets: np.ndarray | None
+) -> Integers:
+    """Count as `entity_counts` does what logits of words say; a word that has none was not seen, and is outside."""
+    edges = np.zeros(1, np.int64) if offsets is None else np.asarray(offsets, np.int64)
+    if logits.shape != (edges[-1], len(names)) or labels.shape != (edges[-1],):
+        raise ValueError(f"expected {edges[-1]} words x {len(names)} labels, got {logits.shape} and {labels.shape}")
+    unseen = np.isnan(logits).all(axis=1)
+    if unseen.all() or not np.isfinite(logits[~unseen]).all():
+        raise ArtifactError(
+            "expected finite logits, got nan or inf. The training diverged: lower the learning rate, or use fp32 "
+            "or bf16."
+        )
+    return entity_counts(decode(logits, edges), labels, names, edges)
+
+
+def entity_rates(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give precision, recall and F1 of summed counts (..., 3); 0 where there is nothing to divide by."""
+    right, predicted, wanted = np.moveaxis(np.asarray(sums, np.float64), -1, 0)
+    return ratio(right, predicted), ratio(right, wanted), ratio(2 * right, predicted + wanted)
+
+
+def weighted_entities(name: str, counts: Integers, types: Sequence[str]) -> Weighted:
+    """Prepare a metric of spans: of all entities, the mean over the types that occur in a draw, or of one type."""
+    base, _, of = name.partition(":")
+    place = {"precision": 0, "recall": 1, "f1": 2}[base.removeprefix("macro_").removeprefix("entity_")]
+    if of:
+        counts = counts[:, [types.index(of)]]
+    elif not base.startswith("macro_"):
+        counts = counts.sum(axis=1, keepdims=True)
+    columns, (rows, width, _) = counts.astype(np.float64), counts.shape
+
+    def measure(draws: np.ndarray) -> np.ndarray:
+        sums = (draws @ columns.reshape(rows, -1)).reshape(-1, width, 3)
+        return ratio(entity_rates(sums)[place].sum(axis=1), (sums[..., 1:].sum(axis=2) > 0).sum(axis=1))
+
+    return measure

@@ -31,7 +31,7 @@ from kdlora.errors import ConfigError, DataError, ModelError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.recording import forget_decisions, logged, prepare_process
 from kdlora.experiment.scoring import groups_of, recorded_task
-from kdlora.experiment.settle import cut_at
+from kdlora.experiment.settle import closed
 from kdlora.foreign import read_json
 from kdlora.report.shipped import BenchmarkResult, Calibration
 from kdlora.section import without_later_keys
@@ -240,7 +240,7 @@ def _export_rows(
         texts=_labelled(rows, recorded_task(layout)),
         more_texts=() if more is None else texts_of(more.select(range(min(len(more), 2000)))),
         formats=formats,
-        max_length=cut_at(config.student.train),
+        max_length=closed(config.student.train).max_length,
         max_metric_drop=config.export.max_metric_drop,
         min_agreement=config.export.min_agreement,
         min_recall=config.export.min_recall,
@@ -267,7 +267,7 @@ def _benchmark_student(
     result = benchmark(
         models,
         _labelled(splits.test or splits.validation, splits.task),
-        max_length=cut_at(config.student.train) if splits.task.windows is None else None,
+        max_length=closed(config.student.train).max_length if splits.task.windows is None else None,
         threads=config.run.threads,
         progress=say,
     )

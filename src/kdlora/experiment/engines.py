@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from kdlora.config import Config
+from kdlora.configfile import PATH_KEYS
 from kdlora.distil.precision import visible_gpus
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.extras import check_installed
@@ -164,19 +165,10 @@ def shared_machine(gpus: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def open_here(gpus: Sequence[str]) -> Iterator[Here]:
-    if not gpus:
-        yield Here()
-        return
-    with contextlib.closing(OnGpus(gpus)) as engine:
-        yield engine
-
-
-@contextlib.contextmanager
 def open_engine(on: str | None, needs: Resources, paths: Iterable[str], gpus: Sequence[str] = ()) -> Iterator[Engine]:
     """Give what carries work out: this machine, or a cluster each of whose nodes was seen to have some paths."""
     if on is None:
-        with open_here(gpus) as here:
+        with contextlib.closing(OnGpus(gpus)) if gpus else contextlib.nullcontext(Here()) as here:
             yield here
         return
     ray = connect(on)
@@ -192,9 +184,7 @@ def open_engine(on: str | None, needs: Resources, paths: Iterable[str], gpus: Se
 
 def local_paths(config: Config) -> list[str]:
     """List the files and folders that a run reads; Hub ids are left out."""
-    data, teacher = config.data, config.teacher
-    named = [data.path, data.train, data.validation, data.test, data.unlabelled, config.student.model]
-    named += [teacher.model, teacher.fine_tuned, teacher.logits, teacher.probabilities]
+    named = (getattr(getattr(config, section), key) for section, key in PATH_KEYS)
     return [name for name in dict.fromkeys(named) if name is not None and Path(name).is_absolute()]
 
 

@@ -29,7 +29,7 @@ from kdlora.distil.words import BAG_OF_WORDS
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import ExampleText, write_examples
 from kdlora.evidence.records import Asked, ExperimentLayout, RunLayout, RunRecord, read_record
-from kdlora.experiment.settle import cut_at, load_base, settings_for
+from kdlora.experiment.settle import closed, load_base, settings_for
 from kdlora.foreign import read_json
 from kdlora.models.adapters import MUTATING, add_base, load_adapter, merge_student, save_adapter
 from kdlora.models.encoders import Encoder, save_encoder
@@ -79,11 +79,6 @@ class TaskFacts:
 def look_at(splits: Splits, copies: int) -> TaskFacts:
     rows = {name: len(part) for name, part in splits_by_name(splits).items()}
     return TaskFacts(splits.task.to_dict(), {copies: hash_splits(splits)}, rows, splits.notes)
-
-
-def choose_precision(config: Config, layout: ExperimentLayout) -> tuple[str, str]:
-    """Give the number format of all runs, and the reason in plain words; `auto` is settled by the first that asks."""
-    return settle_precision(config.run.precision, config.run.device, layout.precision)
 
 
 def now() -> str:
@@ -137,7 +132,7 @@ def blank_record(config: Config, arm: str, seed: int, facts: TaskFacts) -> RunRe
 
 def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> RunRecord:
     record = blank_record(config, arm, seed, look_at(splits, config.data.augment))
-    precision, reason = choose_precision(config, layout)
+    precision, reason = settle_precision(config.run.precision, config.run.device, layout.precision)
     notes = [f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"]
     if splits.unlabelled is not None and (count := len(splits.unlabelled) - splits.copies):
         notes.insert(
@@ -251,7 +246,7 @@ def _merged(config: Config, place: RunLayout, task: Task, arm: Arm, seed: int) -
 def _describe(encoder: Encoder, config: Config, task: Task, arm: Arm) -> None:
     """Note in a model's own config what it was trained on, and where it cut the texts: prediction does alike."""
     encoder.model.config.kdlora_task = task.to_dict()
-    limit = min(cut_at(settings_for(config, arm)), encoder.tokenizer.model_max_length)
+    limit = min(closed(settings_for(config, arm)).max_length, encoder.tokenizer.model_max_length)
     encoder.model.config.kdlora_max_length = limit
 
 

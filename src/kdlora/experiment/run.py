@@ -23,7 +23,7 @@ from kdlora.evidence.records import (
 )
 from kdlora.experiment.deferral import decide_student, is_decided
 from kdlora.experiment.deployment import deploy_student, is_deployed
-from kdlora.experiment.engines import Here, gpus_for, open_here, shared_machine
+from kdlora.experiment.engines import Engine, gpus_for, open_engine, shared_machine
 from kdlora.experiment.jobs import Job, Queue, carry_out, ignore, undamaged_record
 from kdlora.experiment.plan import Lesson, PlannedRun
 from kdlora.experiment.preview import WITHOUT_WORDS, ExperimentPlan, make_plan
@@ -46,6 +46,7 @@ from kdlora.report.findings import choose_student
 from kdlora.report.page import html_table
 from kdlora.report.report import make_report
 from kdlora.report.tables import arm_table
+from kdlora.searchconfig import Resources
 from kdlora.section import DeferConfig, ExportConfig
 from kdlora.system.children import run_in_child
 from kdlora.system.launch import read_launch
@@ -308,7 +309,7 @@ def _run_all(
         if listen is not None:
             listen(Stage(job.kind, job.arm, job.seed), event)
 
-    def carry_out_all(engine: Here, notes: Sequence[str], later: Container[str] = ()) -> None:
+    def carry_out_all(engine: Engine, notes: Sequence[str], later: Container[str] = ()) -> None:
         in_child = run_in_child if team.is_alone else team.run
         work = functools.partial(carry_out, in_child=in_child, check=lock.check, notes=notes)
         for _, outcome in engine.results(work, functools.partial(next_job, later), hear):
@@ -318,7 +319,7 @@ def _run_all(
     if queue.records:
         write_results(layout.results, queue.in_order())
     gpus = gpus_for(config, team.launch.count)
-    with open_here(gpus) as engine:
+    with open_engine(None, Resources(), (), gpus) as engine:
         notes = shared_machine(gpus)
         carry_out_all(engine, notes, later=DISTILLED_ARMS)
         doubts = doubts_of_teacher(config, layout, queue.in_order()) if students else []

@@ -28,12 +28,12 @@ from kdlora.distil.inference import predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
 from kdlora.errors import ArtifactError, DataError
-from kdlora.evidence.entities import counts_from_logits
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import Predictions, read_predictions, write_predictions
+from kdlora.evidence.ranking import counts_from_logits
 from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
 from kdlora.experiment.recording import finish, splits_by_name
-from kdlora.experiment.settle import cut_at, load_teacher, read_table, settings_for
+from kdlora.experiment.settle import closed, load_teacher, read_table, settings_for
 from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
 
@@ -103,7 +103,7 @@ def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits
     if not config.teacher.is_table:
         encoder, columns = load_teacher(config, splits.task)
         encoder.model.to(resolve_device(config.run.device))
-        record = score_model(record, encoder, splits, cut_at(config.teacher.train), place, columns)
+        record = score_model(record, encoder, splits, closed(config.teacher.train).max_length, place, columns)
         return finish(record, layout, [place.predictions], ["the teacher was given: evaluated, not trained"])
     for split, rows in splits_by_name(splits, scored=True).items():
         try:
@@ -331,9 +331,9 @@ def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: boo
 
     rows = []
     if layout.student.exists():
-        rows.append(row("student", load_fine_tuned(str(layout.student), task), cut_at(config.student.train)))
+        rows.append(row("student", load_fine_tuned(str(layout.student), task), closed(config.student.train).max_length))
     if layout.teacher.exists() or config.teacher.fine_tuned is not None:
-        rows.append(row("teacher", load_teacher(config, task, layout.teacher), cut_at(config.teacher.train)))
+        rows.append(row("teacher", load_teacher(config, task, layout.teacher), closed(config.teacher.train).max_length))
     if not rows:
         raise ArtifactError(f"{layout.root} holds no model to evaluate: no student was shipped, and no teacher trained")
     return rows

@@ -24,7 +24,6 @@ from kdlora.experiment.engines import LostError, local_paths, open_engine
 from kdlora.experiment.jobs import train_afresh
 from kdlora.experiment.plan import ConfigurationLayout, identity, reset_unused
 from kdlora.experiment.study import (
-    TrialResult,
     ask,
     best_first,
     check_space,
@@ -217,7 +216,7 @@ def _settle(search: Search, study: Study, trial: Trial, hear: Callable[[Any], No
     settings = settings_of(search.settings, trial.params)
     trial.set_user_attr("settings", settings)
     try:
-        score = _train(search, trial, settings, hear).score
+        score = _train(search, trial, settings, hear)
     except OSError:
         raise
     except Exception as error:
@@ -230,8 +229,8 @@ def _settle(search: Search, study: Study, trial: Trial, hear: Callable[[Any], No
     return "pruned" if score is None else f"score {score:.2f}"
 
 
-def _train(search: Search, trial: Trial, settings: dict[str, Any], hear: Callable[[Any], None]) -> TrialResult:
-    """Train a trial's config, unless another trial has trained the very same before."""
+def _train(search: Search, trial: Trial, settings: dict[str, Any], hear: Callable[[Any], None]) -> float | None:
+    """Score a trial's config, trained unless another trial has trained the very same; None where it was stopped."""
     config, arm = with_settings(search.config, settings), search.arm
     key = search.key(reset_unused(config, arm), arm)
     layout = ConfigurationLayout(search.folder / "trials" / key, shared_folder=search.folder)
@@ -242,20 +241,22 @@ def _train(search: Search, trial: Trial, settings: dict[str, Any], hear: Callabl
         reporter = Reporter(trial, stop, hear)
         if known.exists():
             content = json.loads(known.read_text(encoding="utf-8"))
-            result = TrialResult(content["score"], content["history"])
+            score, history = content["score"], content["history"]
         else:
             if arm in DISTILLED_ARMS and not config.teacher.is_table:
                 layout = replace(layout, shared_teacher=_make_teacher(search, config, hear))
             remove(stop)
             arguments = (config, search.settings, layout, arm, stop)
-            result = train_afresh(lambda: run_in_child(train_trial, *arguments, on_message=reporter.hear), layout.runs)
+            score, history = train_afresh(
+                lambda: run_in_child(train_trial, *arguments, on_message=reporter.hear), layout.runs
+            )
             remove(layout.runs)
             remove(stop)
-            if result.score is not None:
-                write_json_atomic(known, {"settings": settings, "score": result.score, "history": result.history})
-        for epoch, entry in enumerate(result.history, start=1):  # those before an interruption among them
+            if score is not None:
+                write_json_atomic(known, {"settings": settings, "score": score, "history": history})
+        for epoch, entry in enumerate(history, start=1):  # those before an interruption among them
             reporter.report(epoch, float(entry["score"]))
-    return result
+    return score
 
 
 class Reporter:

@@ -362,13 +362,6 @@ def closed(settings: TrainConfig) -> SettledTraining:
     return SettledTraining(**settings.model_dump())
 
 
-def cut_at(settings: TrainConfig) -> int:
-    """Give `max_length`, which was settled before."""
-    if settings.max_length is None:
-        raise ConfigError("max_length is null and no texts were counted yet; set it, or use run_experiment")
-    return settings.max_length
-
-
 def with_recorded(config: Config, recorded: Path) -> Config:
     """Settle what an experiment's `config.yaml`, if there is one, has settled: a later call trains as the first did."""
     if not recorded.exists():

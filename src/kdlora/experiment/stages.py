@@ -27,6 +27,7 @@ from kdlora.data.spool import label_array, read_texts
 from kdlora.data.word_tokens import words_seen
 from kdlora.distil.inference import teacher_logits
 from kdlora.distil.logits import attach_teacher, join_unlabelled
+from kdlora.distil.precision import settle_precision
 from kdlora.distil.processes import current_processes
 from kdlora.distil.tracking import TrackedRun, tracked
 from kdlora.distil.train import Trained, train_model
@@ -37,7 +38,6 @@ from kdlora.evidence.records import ExperimentLayout, RunRecord
 from kdlora.experiment.recording import (
     add_origin,
     add_training,
-    choose_precision,
     finish,
     keep_weights,
     logged,
@@ -48,7 +48,7 @@ from kdlora.experiment.recording import (
 from kdlora.experiment.scoring import score_given_teacher, score_model, score_outputs
 from kdlora.experiment.settle import (
     check_collection,
-    cut_at,
+    closed,
     labels_unlabelled,
     load_base,
     load_teacher,
@@ -102,7 +102,7 @@ def train_run(config: Config, layout: ExperimentLayout, arm: Arm, seed: int, pro
     with logged("merge", arm, seed):
         encoder, kept = keep_weights(config, layout, splits.task, trained, arm, seed)
     with logged("evaluate", arm, seed):
-        record = score_model(record, encoder, splits, cut_at(settings), place)
+        record = score_model(record, encoder, splits, closed(settings).max_length, place)
     count, rows = processes.count, settings.batch_size
     spread = f"{count} processes, each with {rows} of the {rows * count} rows of a step"
     return finish(record, layout, [place.predictions, *kept], [spread] if count > 1 else [])
@@ -153,7 +153,7 @@ def train_splits(
             folder=place.checkpoints,
             lora=config.lora if arm in LORA_ARMS else None,
             seed=seed,
-            precision=choose_precision(config, layout)[0],
+            precision=settle_precision(config.run.precision, config.run.device, layout.precision)[0],
             device=config.run.device,
             checkpoint_seconds=config.run.checkpoint_seconds,
             keep_checkpoints=config.run.keep_checkpoints,
@@ -190,8 +190,8 @@ def label_splits(config: Config, layout: ExperimentLayout, splits: Splits, progr
                 rows,
                 splits.task,
                 folder,
-                max_length=cut_at(config.teacher.train),
-                precision=choose_precision(config, layout)[0],
+                max_length=closed(config.teacher.train).max_length,
+                precision=settle_precision(config.run.precision, config.run.device, layout.precision)[0],
                 device=config.run.device,
                 rows_per_shard=shard_rows(len(rows)),
                 progress=count_on,

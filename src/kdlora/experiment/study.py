@@ -10,7 +10,6 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,14 +189,6 @@ class TrialStoppedError(Exception):
     """A trial was asked to stop: it is pruned."""
 
 
-@dataclass(frozen=True)
-class TrialResult:
-    """The score on the held-out rows of the weights that the recipe selects (None: stopped), and those by epoch."""
-
-    score: float | None
-    history: list[dict[str, Any]]
-
-
 def load_held_out(config: Config, search: SearchConfig, copies_in: Path | None = None) -> Splits:
     """Load the split that a search sees: part of the training rows is its validation split, and nothing else is."""
     plain = config.data.model_copy(update={"augment": 0})  # no copy may be made of a held-out text, or of part of one
@@ -248,8 +239,8 @@ def make_teacher(config: Config, search: SearchConfig, layout: ExperimentLayout,
 
 def train_trial(
     config: Config, search: SearchConfig, layout: ExperimentLayout, arm: Arm, stop: Path, send: Callable[[Any], None]
-) -> TrialResult:
-    """Train one arm as a trial's config says, and score it on the held-out rows after every epoch."""
+) -> tuple[float | None, list[dict[str, Any]]]:
+    """Train one arm as a trial's config says; score what the recipe selects, and every epoch, on the held-out rows."""
     prepare_process(config)
     splits, seed = load_held_out(config, search, layout.copies), config.run.seeds[0]
     if arm in DISTILLED_ARMS:
@@ -264,7 +255,7 @@ def train_trial(
     try:
         trained = train_splits(config, layout, splits, encoder, arm, seed, watch)
     except TrialStoppedError:
-        return TrialResult(None, [])
+        return None, []
     history = trained.outcome.history
     chosen = next(entry for entry in history if float(entry["epoch"]) == trained.outcome.best_epoch)
-    return TrialResult(float(chosen["score"]), history)
+    return float(chosen["score"]), history

@@ -45,7 +45,6 @@ class Experiment:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The arms in the usual order."""
         return tuple(dict.fromkeys(run.record.arm for run in self.runs))
 
     @cached_property
@@ -109,7 +108,6 @@ class Experiment:
 
 
 def load_experiment(folder: Path) -> Experiment:
-    """Read the folder of an experiment."""
     layout = ExperimentLayout(folder)
     order: dict[str, int] = {arm: place for place, arm in enumerate(ARMS)}
     records = [(read_record(path), RunLayout(path.parent)) for path in sorted(layout.runs.glob("*/run.json"))]

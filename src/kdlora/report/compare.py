@@ -46,7 +46,6 @@ class Candidate:
 
     @cached_property
     def score(self) -> MeanSd:
-        """Mean and spread over the seeds."""
         return mean_sd([value for run in self.runs if (value := run.score(self.experiment.split)) is not None])
 
 

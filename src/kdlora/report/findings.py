@@ -39,7 +39,6 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """Name it as a subtraction."""
         return f"{arm_title(self.first)} − {arm_title(self.second)}"
 
     @property

@@ -11,9 +11,9 @@ from scipy.special import rel_entr
 
 from kdlora.data.tags import Integers, Span, decode, entity_bounds, spans_of
 from kdlora.data.tasks import Task
-from kdlora.evidence.entities import counts_from_logits, entity_rates
 from kdlora.evidence.metrics import Reliability, predict_labels, probabilities, reliability
 from kdlora.evidence.predictions import ExampleText, Predictions
+from kdlora.evidence.ranking import counts_from_logits, entity_rates
 from kdlora.evidence.stats import mean_sd
 from kdlora.report.collect import Experiment
 from kdlora.report.findings import CONTROLS, align

@@ -59,7 +59,6 @@ class Style:
 
     @property
     def marker(self) -> str:
-        """The shape, as matplotlib calls it."""
         return _MARKERS[self.number % len(_MARKERS)]
 
 

@@ -73,7 +73,6 @@ class BenchmarkResult:
     calibration: Calibration | None = None
 
     def _repr_html_(self) -> str:
-        """Show the table in a notebook."""
         return html_table(self.table())
 
     def conditions(self) -> str:
@@ -168,7 +167,6 @@ class Shipped:
 
 
 def read_shipped(layout: ExperimentLayout) -> Shipped | None:
-    """Read what was shipped."""
     if not (layout.benchmark.exists() or layout.export_record.exists()):
         return None
     benchmark, fault = read_part(layout.benchmark, BenchmarkResult, _RERUN)

@@ -120,7 +120,6 @@ class Links:
 
 
 def published_row(title: str, values: Sequence[float | None]) -> Row:
-    """Show scores of the paper below ours."""
     return (Cell(f"paper, {title}" if title else "paper", quiet=True), *map(points, values))
 
 

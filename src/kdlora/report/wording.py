@@ -109,7 +109,6 @@ def span(difference: Difference) -> str:
 
 
 def of_seeds(count: int) -> str:
-    """Say what a figure is a mean of."""
     return f"Mean over {count} seeds." if count > 1 else "One seed."
 
 

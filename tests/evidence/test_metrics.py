@@ -13,8 +13,8 @@ from fabricate import BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, make_labels
 from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task, full_metric
 from kdlora.errors import ArtifactError, ConfigError
-from kdlora.evidence.entities import entity_counts, entity_rates, weighted_entities
 from kdlora.evidence.metrics import compute_metrics, metric_names, predict_labels, probabilities, score
+from kdlora.evidence.ranking import entity_counts, entity_rates, weighted_entities
 from kdlora.evidence.stats import PairedArms, contrast
 
 COLA = Task("single-label", ("text",), ("label",), ("unacceptable", "acceptable"), ("matthews",), "cola")

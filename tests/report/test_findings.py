@@ -11,8 +11,8 @@ import fabricate
 from fabricate import MNLI, NAMES, TAGS, TOPICS, edit_record, make_experiment, make_labels, make_logits
 from kdlora.data.tags import spans_of, tag_names
 from kdlora.data.tasks import Task
-from kdlora.evidence.entities import counts_from_logits, entity_rates
 from kdlora.evidence.predictions import Predictions, read_examples, read_predictions
+from kdlora.evidence.ranking import counts_from_logits, entity_rates
 from kdlora.evidence.records import read_record
 from kdlora.report.card import card_metadata, student_card
 from kdlora.report.collect import load_experiment

@@ -30,13 +30,11 @@ from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device, resolve_precision
 from kdlora.distil.teacher_table import read_collection, read_teacher_table
 from kdlora.distil.tracking import check_trackers
+from kdlora.distil.words import Texts
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder, load_fine_tuned, student_from_layers
-
-Texts = Mapping[str, list[str]]
-"""`text`, and `text_pair` for pairs."""
 
 OPEN = ("max_length", "epochs", "learning_rate")
 """Keys of a training that may be null until data and models are known."""

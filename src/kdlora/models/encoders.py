@@ -96,7 +96,7 @@ def load_encoder(
             "standardised targets cannot be brought back to their scale. Choose an encoder for a regression"
         )
     config.id2label, config.label2id = task.id2label, task.label2id
-    config.problem_type = _problem_type(task)
+    config.problem_type = None if place.words else task.problem_type  # of words it is in the class alone
     loaded = read_weights(place, config)
     _start_afresh(loaded.model, _random_parameters(loaded), seed)
     return _encoder(place, loaded)
@@ -140,7 +140,7 @@ def load_fine_tuned(
             "teacher.model, and kdlora fine-tunes it"
         )
     columns = _match_columns(place, config, task, label_names)
-    config.problem_type = _problem_type(task)
+    config.problem_type = None if place.words else task.problem_type  # of words it is in the class alone
     loaded = read_weights(place, config)
     if absent := sorted(loaded.missing | loaded.mismatched):
         raise ModelError(
@@ -312,11 +312,6 @@ def _check_pooling(model: PreTrainedModel, place: Source) -> None:
             f"{place.name} is a {model.config.model_type!r} model, whose answer to a text depends on the padding "
             "beside it: transformers does not pool its last token. Choose another decoder, or an encoder"
         )
-
-
-def _problem_type(task: Task) -> str | None:
-    """Give what transformers has for a task; that of tokens is in the model's class alone."""
-    return None if task.kind == "tokens" else task.problem_type
 
 
 def _label_names(config: PretrainedConfig) -> list[str]:

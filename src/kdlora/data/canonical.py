@@ -30,7 +30,6 @@ class Columns:
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Those to read, each once."""
         return tuple(dict.fromkeys((*([self.id] if self.id else []), *self.text, *self.label)))
 
 

@@ -133,7 +133,6 @@ def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: boo
 
 
 def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: Source) -> Reading:
-    """Complete the task from the training data."""
     if known is not None:
         return Reading(known.task, data.id_column)
     if task.kind in ("auto", "tokens") and (found := infer_token_columns(train, task)):

@@ -135,7 +135,6 @@ class LogitStore(BaseModel):
 
     @property
     def files(self) -> list[Path]:
-        """The shards, in the order of the rows."""
         return [self.folder / shard.file for shard in self.shards]
 
     @property

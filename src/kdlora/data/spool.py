@@ -78,7 +78,6 @@ def text_columns(dataset: Dataset) -> list[str]:
 
 
 def read_texts(dataset: Dataset) -> dict[str, list[str]]:
-    """Take all texts into memory, by column."""
     return {name: read_column(dataset, name).to_pylist() for name in text_columns(dataset)}
 
 

@@ -57,7 +57,6 @@ def tag_names(types: Sequence[str]) -> tuple[str, ...]:
 
 
 def tag_types(names: Sequence[str]) -> tuple[str, ...]:
-    """Give the types whose tags have these names."""
     return tuple(name.removeprefix("B-") for name in names[1::2])
 
 
@@ -126,7 +125,6 @@ def entity_bounds(tags: Integers, offsets: Integers) -> tuple[Integers, Integers
 
 
 def spans_of(tags: Sequence[int] | Integers, names: Sequence[str]) -> list[Span]:
-    """Give the entities of one row, in words."""
     numbers = np.asarray(tags, np.int64)
     starts, ends = entity_bounds(numbers, np.array([0, len(numbers)]))
     return [

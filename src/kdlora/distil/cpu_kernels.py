@@ -160,11 +160,9 @@ class _Packed:
         self.backward = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), None)
 
     def product(self, rows: Tensor) -> Tensor:
-        """Compute `rows @ weight.T + bias`."""
         return torch.ops.mkldnn._linear_pointwise(rows, self.forward, self.bias, "none", [], "")
 
     def product_of_gradient(self, gradient: Tensor) -> Tensor:
-        """Compute `gradient @ weight`."""
         return torch.ops.mkldnn._linear_pointwise(gradient, self.backward, None, "none", [], "")
 
 

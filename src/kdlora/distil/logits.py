@@ -173,7 +173,6 @@ class TeacherLogits:
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
     def _look_up(self, dataset: Dataset) -> np.ndarray:
-        """Match examples in any order."""
         wanted = _as_ids(read_column(dataset, "id"))
         index = pc.index_in(wanted, value_set=self.ids)
         if index.null_count:

@@ -111,7 +111,6 @@ def write_examples(path: str | Path, examples: Iterable[ExampleText]) -> None:
 
 
 def read_examples(path: str | Path) -> dict[tuple[str, str], ExampleText]:
-    """Read the texts by `(split, id)`."""
     table = _read_table(path, _EXAMPLE_COLUMNS)
     words = [name for name in _WORD_COLUMNS if name in table.column_names]
     rows = table.select([*_EXAMPLE_COLUMNS, *words]).to_pylist()

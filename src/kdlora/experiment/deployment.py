@@ -112,7 +112,6 @@ def benchmark_cascade(models: Sequence[Path], *, data: str | None = None, thread
 
 
 def _locate(models: Sequence[Path]) -> list[Path]:
-    """Give the folders of models; of an experiment, what it ships."""
     found = [locate_model(path) for path in models]
     return [ExperimentLayout(path).student if ExperimentLayout(path).config.exists() else path for path in found]
 

@@ -217,7 +217,6 @@ class Queue:
         return heapq.heappop(self._heap)[2] if is_ready else None
 
     def take(self, outcome: Outcome) -> None:
-        """Note the outcome of a job, and what it makes ready."""
         job = outcome.job
         if job.kind == "label":
             self._teach(job.lesson, f"the teacher's logits are missing: {outcome.error}" if outcome.error else "")
@@ -285,7 +284,6 @@ class Queue:
                 self.records[run.key] = record_failure(run, run.layout(self._root), self._facts[run.task], fault)
 
     def _best(self, lesson: Lesson) -> PlannedRun | None:
-        """Choose among the candidates that finished: the best on validation, the first of equals."""
         finished = [one for one in lesson.candidates if self._is_finished(one)]
         return max(finished, key=lambda one: self.records[one.key].score or -math.inf, default=None)
 

@@ -345,7 +345,6 @@ def label_unit(job: _Job, unit: _Unit, hear: Callable[[int], None] | None = None
 
 
 def _write_shard(job: _Job, unit: _Unit, name: str, rows: Iterator[Row], hear: Callable[[int], None] | None) -> Shard:
-    """Write one shard, and beside it the rows that were rejected."""
     teacher, file = _load_teacher(job.model, job.settings, job.task), job.files[unit.file]
     if teacher.weights != job.weights:
         raise ArtifactError(

@@ -93,7 +93,6 @@ def load_base(config: Config, arm: Arm, seed: int, task: Task) -> Encoder:
 
 
 def load_teacher(config: Config, task: Task, trained: Path | None = None) -> tuple[Encoder, list[int]]:
-    """Load the teacher that was given, or else the one that was trained here."""
     teacher = config.teacher
     if teacher.fine_tuned is None:
         return load_fine_tuned(str(trained), task)

@@ -161,7 +161,6 @@ def settle_plan(
 
 
 def _without_faults(names: Iterable[str], answers: list[Any]) -> list[Any]:
-    """Give the answers, unless one of them is a fault."""
     faults = {name: answer for name, answer in zip(names, answers, strict=True) if isinstance(answer, Exception)}
     for fault in faults.values():
         if len(faults) == 1 or not isinstance(fault, KdLoraError):

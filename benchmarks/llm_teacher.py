@@ -126,6 +126,15 @@ def ask_about(options: argparse.Namespace, folder: Path, shots: int, labels: Seq
     return to
 
 
+def write_answered(folder: Path, asked: Path, count: int) -> Path:
+    """Write those of the rows that people labelled about which the model answered."""
+    rows = pd.read_csv(folder / f"people-{count}.csv", dtype=str, keep_default_na=False)
+    answered = pd.read_parquet(asked / "probabilities.parquet", columns=["id"])["id"]
+    file = folder / f"{asked.name}-{count}.csv"
+    rows[rows["id"].isin(answered)].to_csv(file, index=False)
+    return file
+
+
 def experiment(options: argparse.Namespace, place: Path, train: Path, names: Sequence[str], **more: Any) -> Path:
     """Run an experiment, or what is left of it; sections of the config are laid over those that all have."""
     values: dict[str, Any] = {
@@ -190,13 +199,13 @@ def run_prompted(options: argparse.Namespace, name: str) -> None:
         jobs += [(f"both-{asking}-{labels}", labels, most, 0.5) for labels in options.human]
         for job, labels, texts, alpha in jobs:
             given = {
-                "data": {"unlabelled": str(folder / "texts.csv"), "max_unlabelled_examples": texts},
+                "data": {"unlabelled": str(asked / "unlabelled.parquet"), "max_unlabelled_examples": texts},
                 "teacher": {"probabilities": str(asked / "probabilities.parquet")},
                 "student": epochs(options, labels + texts),
                 "distil": {"alpha": alpha},
                 "run": arms(*(("fft",) if alpha == 0 and texts == most else ()), "kd-lora"),
             }
-            train = folder / f"people-{labels}.csv"
+            train = write_answered(folder, asked, labels)
             places.append(experiment(options, folder / "runs" / job, train, names, **given))
         print(compare(places, out=folder / f"compared-{asking}").markdown)
     header = (

@@ -66,20 +66,9 @@ def audit_answers(
     outputs = [_as_logits(table, labels) for table in answers]
     right = [logits.argmax(axis=1) == labels for logits in outputs]
     chosen = int(np.argmax([found[choosing].mean() for found in right]))
-    scores, wanted = [], replace(task, metrics=("accuracy", "macro_f1"))
+    scores = []
     for place, (prompt, table) in enumerate(zip(prompts, answers, strict=True)):
-        missing, good = np.isnan(table).any(axis=1), right[place][reported]
-        shown = reported[~missing[reported]]
-        interval = binomtest(int(good.sum()), len(reported)).proportion_ci(method="wilson")
-        score = PromptScore(
-            prompt,
-            chosen_on=100 * float(right[place][choosing].mean()),
-            accuracy=100 * float(good.mean()),
-            low=100 * interval.low,
-            high=100 * interval.high,
-            macro_f1=100 * compute_metrics(wanted, table[shown], labels[shown])["macro_f1"] if len(shown) else None,
-            unanswered=int(missing.sum()),
-        )
+        score = _score_prompt(task, prompt, table, labels, right[place], (choosing, reported))
         if place != chosen:
             pair = PairedArms(task, labels[reported], [outputs[place][reported]], [outputs[chosen][reported]])
             score = replace(score, against_chosen=contrast([pair]))
@@ -116,6 +105,25 @@ def audit_answers(
         untempered=untempered,
         ece_before=errors[0],
         ece_after=errors[1],
+    )
+
+
+def _score_prompt(
+    task: Task, prompt: str, table: np.ndarray, labels: np.ndarray, right: np.ndarray, halves: tuple[np.ndarray, ...]
+) -> PromptScore:
+    choosing, reported = halves
+    missing, good = np.isnan(table).any(axis=1), right[reported]
+    shown = reported[~missing[reported]]
+    interval = binomtest(int(good.sum()), len(reported)).proportion_ci(method="wilson")
+    wanted = replace(task, metrics=("accuracy", "macro_f1"))
+    return PromptScore(
+        prompt,
+        chosen_on=100 * float(right[choosing].mean()),
+        accuracy=100 * float(good.mean()),
+        low=100 * interval.low,
+        high=100 * interval.high,
+        macro_f1=100 * compute_metrics(wanted, table[shown], labels[shown])["macro_f1"] if len(shown) else None,
+        unanswered=int(missing.sum()),
     )
 
 

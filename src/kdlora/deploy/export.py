@@ -128,8 +128,7 @@ def export_onnx(
         raise DataError("int8 must be checked on validation texts, and there are none. Give texts, or only onnx")
     task = _settle_task(folder, given.task)
     say("PyTorch reference")
-    backend = _open_encoder(folder)
-    checks = Checks(task, folder, backend, given, more_texts, min_recall)
+    checks = Checks(task, folder, backend := _open_encoder(folder), given, more_texts, min_recall)
     return _write(target, backend, checks, formats, int8, say)
 
 

@@ -48,9 +48,8 @@ def distillation_loss(
     A row without label has the teacher's term alone, with the weight that it has everywhere: the loss of a batch is
     `(alpha * sum of hard over the labelled rows + (1 - alpha) * sum of soft over all rows) / rows`.
 
-    Class weights multiply the hard loss of a row (for multi-label, of a label that the row has) and nothing else, and
-    the mean is over rows, not over weights: a weight of 5 makes the label's own say five times as strong against the
-    teacher, whose term counts every row alike and so keeps pulling towards the proportions that it was trained on.
+    Class weights multiply the hard loss of a row (for multi-label, of a label that the row has) and nothing else. The
+    mean is over rows, not over weights. The teacher's term counts every row alike.
 
     For regression the soft loss is always the squared error against the teacher's value: a single number has no
     distribution to soften.

@@ -101,9 +101,8 @@ def train_model(
 ) -> TrainOutcome:
     """Train a model in place, from fp32; it is left holding the selected weights, in evaluation mode.
 
-    A call with the same arguments and folder continues from the last whole checkpoint, to the same bits. Of several
-    processes that torch.distributed has joined all must call: a step has `batch_size` rows of each, and the first one
-    alone writes.
+    A call with the same arguments and folder continues from the last whole checkpoint, to the same bits. All processes
+    of torch.distributed must call: a step has `batch_size` rows of each, and the first one alone writes.
     """
     _check(train, validation, options.distil)
     processes, device = current_processes(), resolve_device(options.device)

@@ -137,12 +137,16 @@ def test_half_logits_are_computed_in_float32(dtype):
         ),
         *(({"alpha": value}, r"distil\.alpha .* 0 to 1") for value in (-0.1, 1.1, math.nan)),
         ({"loss": "KL"}, r"distil\.loss is one of kl, mse; got 'KL'"),
+        ({"kind": "multilabel"}, r"kind is one of single-label, .*; got 'multilabel'"),
     ],
 )
 def test_settings_out_of_range(wrong, message):
-    """A temperature of 0 gives NaN weights; an alpha above 1 trains away from the teacher; neither says so."""
+    """A temperature of 0 gives NaN weights; an alpha above 1 trains away from the teacher; a kind misspelt is another.
+
+    None of them says so.
+    """
     with pytest.raises(ConfigError, match=message):
-        distillation_loss(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(1, 2), kind="single-label", **wrong)
+        distillation_loss(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(1, 2), **{"kind": "single-label", **wrong})
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3,), (3, 1), (3, 3)])

@@ -13,7 +13,7 @@ from datasets import Dataset
 from kdlora.data.tasks import Task
 from kdlora.distil.losses import distillation_loss
 from kdlora.distil.teacher_table import read_teacher_table
-from kdlora.errors import DataError
+from kdlora.errors import ConfigError, DataError
 
 
 def write(path: Path, columns: dict[str, list[object]]) -> Path:
@@ -126,6 +126,13 @@ def test_split_column(file, task):
     write(file, {"id": [0], "negative": [1.0], "positive": [0.0]})
     with pytest.raises(DataError, match="covers the training split, not 'validation'"):
         read_teacher_table(file, task, values="logits", split="validation")
+
+
+def test_a_misspelt_word_for_the_values(file, task):
+    """Probabilities that are read as logits teach almost nothing, without a word."""
+    write(file, {"id": [0], "negative": [0.1], "positive": [0.9]})
+    with pytest.raises(ConfigError, match="values is `logits` or `probabilities`; got 'probs'"):
+        read_teacher_table(file, task, values="probs")
 
 
 def test_a_split_named_late_is_seen(tmp_path, task):

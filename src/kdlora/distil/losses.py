@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +71,7 @@ def distillation_loss(
         The terms, each (rows,).
 
     Raises:
-        ConfigError: alpha, temperature or the loss's name is out of range, or a regression has class weights.
+        ConfigError: alpha, temperature, kind or the loss's name is out of range, or a regression has class weights.
         ModelError: student and teacher logits differ in shape.
         DataError: labels whose shape does not fit the logits.
 
@@ -95,6 +96,8 @@ def distillation_loss(
 
 
 def _check_settings(kind: Kind, alpha: float, loss: str, class_weights: Tensor | None) -> None:
+    if kind not in get_args(Kind):
+        raise ConfigError(f"kind is one of {', '.join(get_args(Kind))}; got {kind!r}")
     if not 0.0 <= alpha <= 1.0:
         raise ConfigError(f"distil.alpha is the weight of the hard loss and lies in 0 to 1; got {alpha!r}")
     if loss not in SOFT_LOSSES:

@@ -13,7 +13,7 @@ from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets, is_collection, 
 from kdlora.data.read import open_file
 from kdlora.data.tasks import Task, match_labels
 from kdlora.distil.logits import TeacherLogits
-from kdlora.errors import DataError, did_you_mean
+from kdlora.errors import ConfigError, DataError, did_you_mean
 from kdlora.system.integrity import hash_file, hash_json
 
 _NEVER = -1e6  # log of a probability of 0: finite, and 0 again at every temperature
@@ -43,11 +43,14 @@ def read_teacher_table(path: str | Path, task: Task, *, values: str, split: str 
         (multi-label), and it is noted that they are none.
 
     Raises:
+        ConfigError: another word than these two for `values`.
         DataError: no such file or format, missing or other columns, doubled ids, values out of range.
 
     Examples:
         >>> said = read_teacher_table("answers.jsonl", splits.task, values="probabilities")
     """
+    if values not in ("logits", "probabilities"):
+        raise ConfigError(f"values is `logits` or `probabilities`; got {values!r}")
     file = Path(path)
     if is_collection(file):
         if values != "logits":

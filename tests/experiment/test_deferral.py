@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import tiny
-from experiments import copy_experiment, read_rows
+from experiments import copy_experiment, read_rows, snapshot
 from kdlora.deploy.cascade import Cascade
 from kdlora.deploy.predict import Classifier
-from kdlora.errors import DataError, ModelError
-from kdlora.experiment.deferral import defer_experiment
+from kdlora.errors import ArtifactError, DataError, ModelError
+from kdlora.experiment.deferral import defer_experiment, fit_thresholds
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report
 
@@ -240,3 +240,16 @@ def test_a_promise_is_of_the_answers_by_thresholds(promised: Path, finished: Pat
     given = [(one.label, label) for one, label in zip(answers, labels, strict=True) if one.label is not None]
     promise = again.decisions.promise
     assert (len(given), sum(said != label for said, label in given)) == (promise.answered, promise.wrong)
+
+
+@pytest.mark.parametrize("decide", [fit_thresholds, lambda folder: defer_experiment(folder, error=0.1)])
+@pytest.mark.parametrize("name", ["student", "student/README.md"])
+def test_nothing_is_decided_through_a_link(promised, tmp_path, decide, name):
+    """An experiment of somebody else may hold `student/README.md -> ../../.bashrc`, which became the model's card."""
+    theirs = tmp_path / "theirs"
+    (promised / name).rename(theirs)
+    (promised / name).symlink_to(theirs)
+    before = snapshot(theirs) if theirs.is_dir() else theirs.read_text()
+    with pytest.raises(ArtifactError, match=f"{name} is a link"):
+        decide(promised)
+    assert before == (snapshot(theirs) if theirs.is_dir() else theirs.read_text())

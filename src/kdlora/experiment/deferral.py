@@ -48,7 +48,7 @@ from kdlora.experiment.deployment import exported_files, holds, load_without_cop
 from kdlora.experiment.recording import forget_decisions, write_card
 from kdlora.experiment.scoring import groups_of, recorded_task
 from kdlora.system.integrity import hash_files, hash_json
-from kdlora.system.ownership import remove
+from kdlora.system.ownership import refuse_links, remove
 from kdlora.system.storage import write_json_atomic, write_text_atomic
 
 
@@ -184,7 +184,8 @@ def unseen_rows(splits: Splits, rows: Dataset, source: str) -> tuple[Dataset, in
 
 
 def shipped_models(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]:
-    """Load what ships, one file after another, to look at all of its answers."""
+    """Load what ships, one file after another, to look at all of its answers; what is decided is written there."""
+    refuse_links(layout.root)
     for name, file in ({"student": layout.student} | exported_files(layout)).items():
         if file.exists():
             yield name, Classifier.load(file, decisions="thresholds")

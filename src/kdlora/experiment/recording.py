@@ -40,7 +40,7 @@ from kdlora.report.findings import Choice, read_choice
 from kdlora.system.environment import collect_versions, describe_machine, git_state
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import remove
-from kdlora.system.storage import atomic_folder, write_json_atomic
+from kdlora.system.storage import atomic_folder, write_json_atomic, write_text_atomic
 
 _MEANING = {
     "data": "the data",
@@ -312,7 +312,7 @@ def _write_card(config: Config, layout: ExperimentLayout, best: RunRecord, choic
     base = config.student if config.student.model is not None else config.teacher
     licence = None if base.model is None else read_licence(base.model, base.revision)
     card = student_card(best, licence, reason=choice.sentence, decisions=decision_sentences(layout))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text_atomic(folder / "README.md", card)
 
 
 def is_shipped(layout: ExperimentLayout, choice: Choice) -> bool:

@@ -48,6 +48,23 @@ def check_folder(folder: Path, kind: str) -> None:
         )
     if found is not None and found["kind"] != kind:
         raise ArtifactError(f"{folder} is the folder of a {found['kind']}, not of a {kind}; name another")
+    refuse_links(folder)
+
+
+def refuse_foreign(folder: Path, manifest: str, what: str) -> Path:
+    """Give a folder that is new, has hidden files alone, or holds a manifest of this name; nothing is changed."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; name a folder")
+    if not (folder / manifest).is_file():
+        if any(not entry.name.startswith(".") for entry in folder.glob("*")):
+            raise ArtifactError(f"{folder} is not empty and holds no {what}; name another with --to")
+        return folder
+    refuse_links(folder)
+    return folder
+
+
+def refuse_links(folder: Path) -> None:
+    """See that nothing in a folder leads out of it; what is written there would go elsewhere."""
     if (link := _find_link(folder)) is not None:
         raise ArtifactError(f"{link} is a link, and kdlora writes through none; put what it names in its place")
 

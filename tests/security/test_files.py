@@ -213,3 +213,22 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     with pytest.raises((OSError, ArtifactError)), hold_lock(tmp_path / ".lock", "runs it"):
         pass
     assert victim.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("verb", ["label", "ask"])
+def test_a_lock_of_somebody_else_stays(cli, workshop, tmp_path, verb):
+    """A `.lock` of the user's was overwritten, at times before its folder was refused."""
+    theirs = tmp_path / "project"
+    theirs.mkdir()
+    (theirs / ".lock").write_text("packages = 12")
+    if verb == "label":
+        arguments = [workshop.student, workshop.train, "--to", theirs, "--label-name", "no", "--label-name", "yes"]
+    else:
+        arguments = [workshop.train, "--to", theirs, "--model", "m", "--base-url", "http://127.0.0.1:9/v1"]
+    assert ".lock was not made by kdlora" in cli(verb, *arguments, code=2).err
+    (theirs / "notes.txt").write_text("mine")
+    assert "is not empty" in cli(verb, *arguments, code=2).err
+    assert {entry.name: entry.read_text() for entry in theirs.iterdir()} == {
+        ".lock": "packages = 12",
+        "notes.txt": "mine",
+    }

@@ -15,9 +15,11 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdlora.asking.asksettings import AskSettings
+from kdlora.configfile import expand_home
 from kdlora.errors import ArtifactError
 from kdlora.foreign import read_json
 from kdlora.system.integrity import compare, is_sealed_or_old, seal
+from kdlora.system.ownership import refuse_foreign
 from kdlora.system.storage import write_json_atomic
 
 MANIFEST, ANSWERS = "ask.json", "answers.jsonl"
@@ -56,14 +58,15 @@ class _Line(BaseModel):
     spent: tuple[int, int, int] = (0, 0, 0)
 
 
+def find_folder(to: str | Path) -> Path:
+    """Give the folder that is meant: a new one, or one with answers."""
+    return refuse_foreign(expand_home(str(to)).resolve(), MANIFEST, "answers of a language model")
+
+
 def begin_folder(folder: Path, ingredients: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Begin a folder, or go on with one of the same making."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        if any(not entry.name.startswith(".") for entry in folder.glob("*")):
-            raise ArtifactError(
-                f"{folder} is not empty and holds no answers of a language model; name another with --to"
-            )
         write_json_atomic(manifest, seal({"schema_version": 1, "ingredients": ingredients, **about}))
         return
     content = read_json(manifest)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from kdlora.asking.answers import Answers, BudgetSpentError, Key, begin_folder
+from kdlora.asking.answers import Answers, BudgetSpentError, Key, begin_folder, find_folder
 from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.questions import (
@@ -127,7 +127,7 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
     """
     start = time.perf_counter()
     asking = _Asking(rows := read_asked_rows(data, settings), settings)
-    folder = expand_home(str(to)).resolve()
+    folder = find_folder(to)
     with hold_lock(folder / ".lock", f"asks into {folder}", remedy=", or name another folder with --to"):
         begin_folder(folder, asking.ingredients, {"base_url": settings.url, "data": str(data)})
         before = Asked.read(folder)

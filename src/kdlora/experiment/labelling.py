@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from kdlora.configfile import COLLECTION_MANIFEST, expand_home
-from kdlora.data.logit_table import LogitStore, Shard, begin_store, find_shard, is_collection, open_store, write_note
+from kdlora.data.logit_table import LogitStore, Shard, begin_store, find_shard, open_store, write_note
 from kdlora.data.parquet import parquet_faults
 from kdlora.data.spool import TEXTS, doubles, make_dataset, spool
 from kdlora.data.tags import Words, split_words
@@ -34,6 +34,7 @@ from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError
 from kdlora.experiment.engines import LostError, open_engine
 from kdlora.models.encoders import load_fine_tuned, read_task
 from kdlora.searchconfig import Resources
+from kdlora.system.ownership import refuse_foreign
 from kdlora.system.storage import hold_lock, write_text_atomic
 
 _CUDA_BATCH_TOKENS = 65536
@@ -178,13 +179,11 @@ def label_collection(
         >>> labelled = label_collection("runs/reviews/teacher", "reviews.csv", "labelled", LabelSettings(max_length=64))
     """
     start = time.perf_counter()
-    folder = expand_home(str(to)).resolve()
+    folder = refuse_foreign(expand_home(str(to)).resolve(), COLLECTION_MANIFEST, "labelled collection")
     job = _begin(model, data, folder, settings or LabelSettings())
     held = hold_lock(folder / ".lock", f"labels into {folder}", remedy=", or name another with --to")
     with held, contextlib.ExitStack() as stack:
         stack.callback(_load_teacher.cache_clear)  # another call may find another model there
-        if not is_collection(folder) and any(not entry.name.startswith(".") for entry in folder.glob("*")):
-            raise ArtifactError(f"{folder} is not empty and holds no labelled collection; name another with --to")
         teacher = _load_teacher(job.model, job.settings, job.task)
         job = replace(job, weights=teacher.weights)
         ingredients = teacher.ingredients() | _ingredients(job)

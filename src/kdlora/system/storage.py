@@ -23,6 +23,8 @@ from kdlora.system.ownership import is_ours, remove, remove_abandoned, temporary
 
 logger = logging.getLogger(__name__)
 
+_HOLDER = "process "
+"""How a lock's content begins, which says who took it."""
 _NAMED_SECONDS = 1.0
 """How long who took a lock may take to write its name there: of two that begin at once, one asks before it is there."""
 
@@ -143,12 +145,26 @@ class HeldLock:
             )
 
 
+def _is_lock(path: Path) -> bool:
+    """Say whether a file is there for us to lock: none, an empty one, or one that says who took it."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(len(_HOLDER))
+    except OSError:  # not there, or a fault that locking it tells
+        return True
+    return content in (b"", _HOLDER.encode())
+
+
 @contextlib.contextmanager
 def hold_lock(path: Path, what: str, *, wait: bool = False, remedy: str = "") -> Iterator[HeldLock]:
     """Hold a lock, which the system drops with the process, however it ends; refuse where another one has it, or wait.
 
     `what` and `remedy` are for the message: "runs the experiment in out", ", or name another folder".
     """
+    if not _is_lock(path):
+        raise ArtifactError(
+            f"{path} was not made by kdlora, which would overwrite it; move it away, or name another place"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(path), ""
     try:
@@ -168,7 +184,7 @@ def hold_lock(path: Path, what: str, *, wait: bool = False, remedy: str = "") ->
         held = path.stat()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         with contextlib.suppress(OSError):  # a name for the others; the lock holds without it too
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n", encoding="utf-8")
+            path.write_text(f"{_HOLDER}{os.getpid()} on {socket.gethostname()}, since {since}\n", encoding="utf-8")
         yield HeldLock(path, (held.st_dev, held.st_ino))
     finally:
         lock.release()

@@ -8,7 +8,7 @@
 beside them. `run` carries out what is not finished, the cheapest sets first; after --minutes it stops, in the middle of
 a training too, which goes on from there next time; the exit code is 75 if work is left, 1 if an experiment failed.
 Several processes may share one --out. Of a finished experiment records, predictions and the teacher stay, other weights
-go. A changed product wants another --out: its figures are not to be mixed with these.
+go (not with --keep). A changed product wants another --out: its figures are not to be mixed with these.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         shop.folder(job).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(Timeout), FileLock(shop.folder(job, ".lock")).acquire(timeout=0):
             if not shop.state(job)["finished"] and time.monotonic() < end:
-                failed |= not carry_out(shop, job, end)
+                failed |= not carry_out(shop, job, end, options.keep)
         left |= not shop.state(job)["finished"]
     print("work is left; run the same command again" if left else "all is done", flush=True)
     return 1 if failed else UNFINISHED if left else 0
@@ -124,7 +124,7 @@ def stopped_at(end: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def carry_out(shop: Workshop, job: Job, end: float) -> bool:
+def carry_out(shop: Workshop, job: Job, end: float, keep: bool) -> bool:
     """Run an experiment until it is finished or the time is over; return whether nothing failed."""
     start, state, folder = time.monotonic(), shop.state(job), shop.folder(job)
     faults: list[str] = []
@@ -141,7 +141,7 @@ def carry_out(shop: Workshop, job: Job, end: float) -> bool:
         faults = [str(error)]
     state["seconds"] += time.monotonic() - start
     write_json_atomic(shop.folder(job, ".json"), state)
-    if state["finished"]:
+    if state["finished"] and not keep:
         remove_weights(ExperimentLayout(folder))
     print(f"{job.name}: {state['seconds']:.0f} s{'' if state['finished'] else ', not finished'}", *faults, sep="\n  ")
     return not faults
@@ -180,6 +180,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
             for name in ("sets", "pairs", "settings"):
                 verb.add_argument(f"--{name}", nargs="+")
             verb.add_argument("--minutes", type=float, default=1e6)
+            verb.add_argument("--keep", action="store_true", help="keep all weights")
         else:
             verb.add_argument("--draws", type=int, default=2_000)
     return parser.parse_args(arguments)

@@ -14,7 +14,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from tokenizers import Tokenizer, normalizers
 
 import tiny
-from chromium import NEEDS_CHROMIUM, look, open_browser, serious_faults, serve_folder, show, weak_texts
+from chromium import NEEDS_CHROMIUM, axe_faults, look, open_browser, serve_folder, show, weak_texts
 from deploy_folders import LONG, PROBLEMS, TEXTS, build_classifier
 from kdlora.deploy import webpage
 from kdlora.deploy.decisions import Decisions, write_decisions
@@ -276,7 +276,7 @@ def test_several_labels_by_thresholds_and_numbers(page, browser, world, tmp_path
 def test_everybody_can_use_the_page(page, browser, world):
     """A page for the mouse alone, pale text in the dark, a label that runs as a script, a request to elsewhere."""
     server = page(world)
-    assert serious_faults(browser) == []
+    assert axe_faults(browser) == []
     text, model = "the film was wonderful <b>indeed</b>", Classifier.load(world, threads=1)
     browser.switch_to.active_element.send_keys(text)
     state = wait(browser, *HOSTILE)
@@ -294,7 +294,7 @@ def test_everybody_can_use_the_page(page, browser, world):
     assert browser.find_elements(By.TAG_NAME, "mark")
     for width, scheme in ((1280, "light"), (390, "dark")):
         look(browser, width, scheme)
-        assert serious_faults(browser) == []
+        assert axe_faults(browser) == []
         assert weak_texts(browser) == []
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         back = browser.execute_script("return getComputedStyle(document.body).backgroundColor")

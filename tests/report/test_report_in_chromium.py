@@ -8,7 +8,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 
 import fabricate
-from chromium import NEEDS_CHROMIUM, Server, look, open_browser, serious_faults, serve_folder, show, weak_texts
+from chromium import NEEDS_CHROMIUM, Server, axe_faults, look, open_browser, serve_folder, show, weak_texts
 from fabricate import ARMS, PAIRS, SIMILARITY, TAGS, make_experiment, ship
 from kdlora.data.tasks import Task
 from kdlora.report.compare import compare
@@ -95,7 +95,7 @@ def test_a_page_fetches_nothing_fits_any_screen_and_serves_every_reader(browser,
     allowed = browser.find_element(By.CSS_SELECTOR, "meta[http-equiv]").get_attribute("content")
     assert "script-src 'sha256-" in allowed
     assert "unsafe-inline'; script-src" in allowed, "styles only"
-    assert serious_faults(browser) == []
+    assert axe_faults(browser) == []
     if name == "hostile":  # escaping must not eat the text either
         assert browser.find_element(By.TAG_NAME, "h1").text == HOSTILE[0]
         assert HOSTILE[1] in browser.find_element(By.TAG_NAME, "body").text
@@ -113,8 +113,8 @@ def test_text_can_be_read_in_light_and_dark(browser, server):
     for scheme in ("light", "dark"):
         _show(browser, server, "mrpc", 1280, scheme)
         assert weak_texts(browser) == []
-        assert serious_faults(browser) == []
+        assert axe_faults(browser) == []
         back = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert (int(back.split("(")[1].split(",")[0]) < 100) == (scheme == "dark")
     browser.execute_script("document.documentElement.lang = ''; document.querySelector('main a').textContent = ''")
-    assert serious_faults(browser)
+    assert axe_faults(browser)

@@ -11,7 +11,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 from cli_page import cli_page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from kdlora.config import Config
 from kdlora.defaults import RECIPES
@@ -107,14 +106,15 @@ def _limits(field: FieldInfo) -> str:
 
 def _default_of(path: str, field: FieldInfo) -> str:
     """Say what a config gets that names no recipe, and what the paper's recipe has where that differs."""
-    if field.default is PydanticUndefined:
+    if field.is_required():
         return "required"
+    default = field.get_default(call_default_factory=True)
     value: Any = RECIPES["default"]
     for key in path.split("."):
-        value = value.get(key, field.default) if isinstance(value, Mapping) else field.default
-    if value == field.default:
-        return "–" if value is None else _shown(value)
-    return f"{_shown(value)}; paper: {_shown(field.default)}"
+        value = value.get(key, default) if isinstance(value, Mapping) else default
+    if value == default:
+        return "–" if value is None or value == {} else _shown(value)
+    return f"{_shown(value)}; paper: {_shown(default)}"
 
 
 def _shown(value: Any) -> str:

@@ -124,7 +124,9 @@ CASES = [
     file("half a pair", "csv", table(sentence1=TEXTS, sentence2=[*TEXTS[:19], ""], label=AB), "row 20: the text 'sent"),
     csv_line("id missing", ",a film,a", "the id ('id') is empty"),
     # Two rows with one id share teacher logits: one of them learns from another text.
-    csv_line("id twice", "3,a film,a", "the id '3' ('id') is also that of row 4", "data.id_column"),
+    csv_line("id twice", "3,a film,a", "the id '3' ('id') is also that of row 4;", "data.id_column"),
+    # An export that has no unique id, but a column of that name, is at a dead end without the way out.
+    file("two ids twice", "csv", csv("3,a film,a", "5,a film,b"), "(1 more such ids)", "without a column 'id'"),
     # A model of one class, or of one value, is right on every row that it has seen.
     settings("one class", "one class only (a)", "task.label", content=csv().replace(b",b\n", b",a\n")),
     settings(

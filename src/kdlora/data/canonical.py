@@ -179,8 +179,10 @@ def _given_ids(raw: RawTable, column: str) -> pa.ChunkedArray:
         repeated = found[0]
         first = pc.index(ids, repeated).as_py()
         second = pc.index(ids, repeated, first + 1).as_py()
+        others = f" ({len(found) - 1} more such ids)" if len(found) > 1 else ""
         raise DataError(
-            f"{raw.where(second)}: the id {repeated.as_py()!r} ({column!r}) is also that of row {first + 1}; ids must "
-            "be unique within a file. Make them so, or set data.id_column to another column"
+            f"{raw.where(second)}: the id {repeated.as_py()!r} ({column!r}) is also that of row {first + 1}{others}; "
+            "ids must be unique within a file. Remove rows that are there twice, or set data.id_column to another "
+            "column; without it, and without a column 'id', the id is the row's number"
         )
     return ids

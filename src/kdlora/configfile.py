@@ -267,7 +267,9 @@ def _describe_fault(fault: Any, root: type[BaseModel]) -> str:
         for part in location[:-1]:
             model = _section(model, part) if model else None
         known = list(model.model_fields) if model else []
-        suggestion = did_you_mean(location[-1], known) or f" Known keys: {', '.join(known)}."
+        elsewhere = [key for key in known_keys(root) if key.endswith(f".{location[-1]}")]
+        hint = f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else did_you_mean(location[-1], known)
+        suggestion = hint or f" Known keys: {', '.join(known)}."
         return f"{'.'.join(location)}: unknown key.{suggestion}"
     key = ".".join(part for part in location if not part.startswith(("function-", "literal[", "tuple[")))
     if fault["type"] == "value_error":

@@ -120,6 +120,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("lora.rank=[", ("not valid YAML",)),
     ("lora.rank=two", ("lora.rank", "integer")),
     ("lora.rang=2", ("unknown key", "Did you mean 'rank'?")),
+    ("data.max_length=64", ("Did you mean 'student.train.max_length' or 'teacher.train.max_length'?",)),
     ("lora=2", ("lora",)),
     ("run.seeds=0,1", ("run.seeds",)),
     ("lora.rank=" + "9" * 5000, ("digits",)),

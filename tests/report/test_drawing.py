@@ -89,6 +89,10 @@ def test_points_lie_where_their_values_are():
     low, high = ([place for place in _marks(figure, Style(number)) if place[1] > 60] for number in (0, 1))
     assert max(low)[0] < min(high)[0]
     assert min(y for _, y in low) > max(y for _, y in high)
+    assert "side by side" not in figure.caption
+    apart = score_against_cost([Series(name, Style(0), ((9.0, 80.0),)) for name in "ab"], **PARAMETERS)
+    assert apart is not None
+    assert "Marks of the same cost stand side by side." in apart.caption
     assert "low 80.00 at 1; high 91.00 at 9" in figure.description
     assert score_against_cost([], **PARAMETERS) is None
 

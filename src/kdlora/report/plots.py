@@ -190,6 +190,7 @@ def score_against_cost(series: Sequence[Series], *, title: str, cost: str, score
     caption = "Further left is cheaper, further up is better."
     if any(len(one.points) > 1 for one in drawn):
         caption = "Large marks: mean over seeds, with its standard deviation. Small marks: single runs."
+    caption += " Marks of the same cost stand side by side." if any(_aside(drawn)) else ""
     caption += " The horizontal axis is logarithmic." if _is_log(drawn) else ""
 
     def paint(axes: Any) -> None:
@@ -209,20 +210,24 @@ def _is_log(series: Sequence[Series]) -> bool:
     return min(costs) > 0 and max(costs) / min(costs) > _FAR
 
 
+def _aside(series: Sequence[Series]) -> list[float]:
+    """Say by how many points each mark is moved, so that those of the same cost do not hide each other."""
+    middles = np.array([_middle(one)[0] for one in series])
+    same = np.abs(middles[:, None] - middles) <= 0.02 * middles.max()
+    return [11 * (row[:number].sum() - (row.sum() - 1) / 2) for number, row in enumerate(same)]
+
+
 def _paint_costs(axes: Any, series: Sequence[Series]) -> None:
-    """Draw the runs of each arm and their mean; arms of the same cost stand side by side."""
+    """Draw the runs of each arm and their mean."""
     from matplotlib.transforms import ScaledTranslation
 
-    middles = [_middle(one)[0] for one in series]
-    for number, one in enumerate(series):
-        same = [place for place, other in enumerate(middles) if abs(other - middles[number]) <= 0.02 * max(middles)]
-        aside = 11 * (same.index(number) - (len(same) - 1) / 2)
+    for one, aside in zip(series, _aside(series), strict=True):
         moved = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
         scores = [score for _, score in one.points]
         if len(scores) > 1:
             scatter(axes, one.points, one.style, radius=3, alpha=0.6, transform=moved)
             ends = float(np.mean(scores)) + float(np.std(scores, ddof=1)) * np.array([-1, 1])
-            axes.plot([middles[number]] * 2, ends, color=PALETTE["ink"], linewidth=1.6, transform=moved)
+            axes.plot([_middle(one)[0]] * 2, ends, color=PALETTE["ink"], linewidth=1.6, transform=moved)
         scatter(axes, [_middle(one)], one.style, radius=5.5, label=named(one.name), transform=moved, zorder=3)
     costs = [cost for one in series for cost, _ in one.points]
     axes.set_ylim(*padded([score for one in series for _, score in one.points], margin=0.18, least=2.0))

@@ -121,6 +121,23 @@ def add_adapter(folder: Path, mark: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}))
 
 
+def tokenizer_of(key: str, *, legacy: bool = False, several: bool = False) -> Callable[[Path, Path], None]:
+    """Have a tokenizer's settings, or its older file of special tokens, name a file of the user's as vocabulary."""
+
+    def spoil(folder: Path, mark: Path) -> None:
+        secret = folder.parent / "id_rsa"
+        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"secret{number}" for number in range(20))]
+        secret.write_text("\n".join(pieces))
+        (folder / "tokenizer.json").rename(folder / "tokenizer.json.bak")
+        settings = {key: [str(secret)] if several else str(secret)}
+        edit_json(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer", **({} if legacy else settings))
+        if legacy:
+            (folder / "vocab.txt").write_text("\n".join([*pieces[:5], *"abcdefghijklmnop"]))
+            (folder / "special_tokens_map.json").write_text(json.dumps(settings))
+
+    return spoil
+
+
 DETOURS: list[tuple[str, Callable[[Path, Path], None], str]] = [
     ("own code", add_own_code, "Python code of its own"),
     ("a pickle named by the config", pickle_as_adapter, "transformers_weights names other files"),
@@ -133,6 +150,10 @@ DETOURS: list[tuple[str, Callable[[Path, Path], None], str]] = [
     ("a kernel of the Hub", setting(attn_implementation="someone/kernel"), "compiled code of the Hub"),
     ("a kernel below", setting(text_config={"_attn_implementation": {"": "a/b:c"}}), "compiled code of the Hub"),
     ("another config", setting(configuration_files=["config.4.0.0.json"]), "names other files"),
+    ("a vocabulary by its path", tokenizer_of("vocab"), "vocab must be"),
+    ("a vocabulary by its place", tokenizer_of("init_inputs", several=True), "init_inputs must be"),
+    ("a file of a tokenizer", tokenizer_of("spm_file"), "spm_file names the file"),
+    ("a file beside special tokens", tokenizer_of("vocab_file", legacy=True), "vocab_file names the file"),
     ("quantised weights", setting(quantization_config={"quant_method": "fp8"}), "quantised"),
 ]
 

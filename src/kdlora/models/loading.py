@@ -40,10 +40,12 @@ from kdlora.models.settings import (
     ADAPTER,
     CONFIG,
     INDEX,
+    SPECIAL_TOKENS,
     TOKENIZER_CONFIG,
     TOKENIZER_SETTINGS,
     check_index,
     refuse_detours,
+    refuse_files,
 )
 from kdlora.system.children import before_fork
 
@@ -229,8 +231,10 @@ def load_config(source: Source) -> PretrainedConfig:
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load a tokenizer; all loads of one by transformers go through here."""
     with _loading_of("tokenizer", source):
-        if (path := _find(source, TOKENIZER_CONFIG)) is not None:
-            check_types(read_json(path), TOKENIZER_SETTINGS, path)
+        for path in (_find(source, name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS)):
+            if path is not None:
+                check_types(values := read_json(path), TOKENIZER_SETTINGS, path)
+                refuse_files(values, path)
         tokenizer = AutoTokenizer.from_pretrained(source.name, **_options(source))
     tokenizer.chat_template = None  # a classifier has no use for it, and its parts are saved under names of their own
     if not source.trust_remote_code:

@@ -5,6 +5,7 @@ Light: no torch, no transformers, no pydantic, since an ONNX folder is served wi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from kdlora.foreign import Check, is_plain_name, read_front_matter, read_json
 
 ADAPTER = "adapter_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 INDEX = "model.safetensors.index.json"
 
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
@@ -70,9 +72,16 @@ CONFIG: Mapping[str, Check] = {
 """The keys of `config.json` that decide what kdlora does."""
 
 TOKENIZER_SETTINGS: Mapping[str, Check] = {
+    "fast_tokenizer_files": (
+        "a list of names of files",
+        lambda value: isinstance(value, list) and all(map(is_plain_name, value)),
+    ),
+    "init_inputs": ("an empty list", lambda value: value == []),
+    "merges": ("a list of pieces", lambda value: isinstance(value, list)),
     "model_input_names": ("a list of texts", _is_list_of_text),
     "model_max_length": NUMBER,
     "pad_token": ("a text, or an object with its content", lambda value: isinstance(content_of_token(value), str)),
+    "vocab": ("an object or a list of pieces, not the path of a file", lambda value: isinstance(value, dict | list)),
 }
 """Likewise those of `tokenizer_config.json`."""
 
@@ -91,6 +100,15 @@ def refuse_detours(values: Mapping[str, Any], where: Path | str, *, trusted: boo
         if "_implementation" in key and "/" in value and not trusted:
             raise ModelError(
                 f"{where}: {key} is {value!r:.60}, compiled code of the Hub, which kdlora does not load. Remove the key"
+            )
+
+
+def refuse_files(values: Mapping[str, Any], where: Path | str) -> None:
+    """Refuse settings of a tokenizer that name a file of this machine: transformers keeps its lines as pieces."""
+    for key, value in values.items():
+        if key != "name_or_path" and isinstance(value, str) and os.path.isfile(value):  # noqa: PTH113 - takes any text
+            raise ModelError(
+                f"{where}: {key} names the file {value!r:.80}; kdlora reads the model's own. Remove the key"
             )
 
 

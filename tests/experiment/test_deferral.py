@@ -10,9 +10,12 @@ import pytest
 import tiny
 from experiments import copy_experiment, read_rows, snapshot
 from kdlora.deploy.cascade import Cascade
+from kdlora.deploy.decisions import Decisions, write_decisions
+from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.experiment.deferral import defer_experiment, fit_thresholds
+from kdlora.experiment.deployment import benchmark_cascade
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report
 
@@ -174,6 +177,19 @@ def test_a_service_may_be_the_teacher(promised: Path) -> None:
         Cascade.load(promised / "student", service, float("nan"))
     with pytest.raises(ModelError, match="promises no error rate"):
         Cascade.load(promised / "teacher", service)
+
+
+def test_a_cascade_is_scored_by_the_answers_that_it_gives(promised: Path, finished: Path) -> None:
+    """With fitted thresholds it gave other answers than those that the curve's score was of."""
+    student, rows = promised / "student", read_rows(finished.parent / "test.csv")
+    said = Classifier.load(student).predict([row["text"] for row in rows])
+    middle = np.median([one.probabilities["positive"] for one in said])
+    write_decisions(read_model_folder(student), Decisions(thresholds={"positive": float(middle)}))
+    curve = benchmark_cascade([student, promised / "teacher"], data=str(finished.parent / "test.csv"))
+    for point in curve.points[:: len(curve.points) // 3]:
+        answers = Cascade.load(student, promised / "teacher", point.threshold).predict([row["text"] for row in rows])
+        right = [one.label == row["label"] for one, row in zip(answers, rows, strict=True)]
+        assert point.score == pytest.approx(100 * np.mean(right))
 
 
 def test_the_command_line_draws_both(promised: Path, finished: Path, cli) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from kdlora.deploy.predict import Classifier, Text, check_text
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.defer import Sureness, measure_sureness
+from kdlora.evidence.defer import Sureness, measure_sureness, shift_logits
 from kdlora.evidence.metrics import probabilities
 
 if TYPE_CHECKING:
@@ -202,8 +202,12 @@ def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTex
         start = perf_counter()
         outputs.append(model.predict_logits(texts))
         seconds.append(perf_counter() - start)
-    small, large = outputs[0], outputs[1][:, [teacher.label_names.index(name) for name in student.label_names]]
-    sure = measure_sureness(small, temperature=student.folder.temperature)
+    sure = measure_sureness(outputs[0], temperature=student.folder.temperature)
+    small, large = (
+        shift_logits(logits, model.label_names, model.decisions.thresholds, model.folder.temperature)
+        for model, logits in zip((student, teacher), outputs, strict=True)
+    )
+    large = large[:, [teacher.label_names.index(name) for name in student.label_names]]
     thresholds = np.append(np.unique(np.quantile(sure, _SHARES[:-1], method="lower")), np.inf)
     points = []
     for threshold in thresholds:

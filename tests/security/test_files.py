@@ -146,8 +146,9 @@ def test_a_folder_is_replaced_and_worked_in_only_where_it_is_ours(tmp_path):
         claim_folder(tmp_path / "out", "suite")
 
 
-def test_an_export_keeps_what_was_put_beside_it(classifier, tmp_path):
-    """A second export replaced the folder with all that lay in it."""
+@pytest.mark.parametrize("name", ["thesis.tex", "model.safetensors", "README.md", "LICENSE"])
+def test_an_export_keeps_what_was_put_beside_it(classifier, tmp_path, name):
+    """A second export replaced the folder with all that lay in it, the model's own weights and card among it."""
     from kdlora.deploy.export import check_target
     from kdlora.deploy.folder import EXPORT_RECORD, read_model_folder
 
@@ -156,8 +157,8 @@ def test_an_export_keeps_what_was_put_beside_it(classifier, tmp_path):
     (target / EXPORT_RECORD).write_text("{}")
     folder = read_model_folder(classifier)
     assert check_target(target, folder) == target
-    (target / "thesis.tex").write_text("years of work")
-    with pytest.raises(ArtifactError, match=r"thesis\.tex is no file of an export, and would be lost"):
+    (target / name).write_text("years of work")
+    with pytest.raises(ArtifactError, match=f"{re.escape(name)} is no file of an export, and would be lost"):
         check_target(target, folder)
 
 

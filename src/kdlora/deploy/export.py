@@ -47,6 +47,10 @@ FP32_TOLERANCE = 1e-4
 _FILES = {"onnx": ONNX_FP32, "onnx-int8": ONNX_INT8, "openvino": OPENVINO_INT8}
 
 
+_NOT_EXPORTED = ("README", "LICENSE", "NOTICE", "generation_config", "model.safetensors", "model-")
+"""How files of a model begin that no export writes."""
+
+
 class ParityError(ArtifactError):
     """A stage is not as good as the one before it; the stages that passed are on disk.
 
@@ -258,7 +262,8 @@ def check_target(to: Path, folder: ModelFolder) -> Path:
     if target.is_dir() and any(target.iterdir()) and not (target / EXPORT_RECORD).is_file():
         raise ArtifactError(f"{to}: the folder is not empty and holds no earlier export; give a new folder.")
     for entry in target.iterdir() if target.is_dir() else ():
-        if not is_model_file(entry) and entry.name != MEASURED:
+        is_exported = is_model_file(entry) and not entry.name.startswith(_NOT_EXPORTED)
+        if not is_exported and entry.name != MEASURED:
             raise ArtifactError(f"{to}: {entry.name} is no file of an export, and would be lost; give a new folder.")
     return target
 

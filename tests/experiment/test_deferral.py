@@ -210,6 +210,8 @@ def test_the_command_line_draws_both(promised: Path, finished: Path, cli) -> Non
     )
     refused = cli("benchmark", models[0], "--cascade", code=2)
     assert "two models" in refused.err
+    refused = cli("benchmark", *models, "--cascade", "--plot", promised / "c.csv", code=2)
+    assert "c.csv: a plot is drawn as one of png, svg" in refused.err
 
 
 def test_texts_of_no_known_class_are_met_by_every_model(promised: Path, tmp_path: Path, cli) -> None:

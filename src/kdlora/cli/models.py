@@ -197,10 +197,12 @@ def benchmark(
     from kdlora.experiment.deployment import benchmark_cascade, benchmark_models
 
     if cascade:
+        from kdlora.report.plots import picture_format, plot_cascade
+
+        if plot is not None:  # before minutes of measuring
+            picture_format(plot)
         curve = benchmark_cascade(models, data=data, threads=threads)
         if plot is not None:
-            from kdlora.report.plots import plot_cascade
-
             plot_cascade([(point.cost, point.score) for point in curve.points], plot)
         _print_cascade(curve, as_json)
         return

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from kdlora.errors import ConfigError
 from kdlora.evidence.records import RunRecord
 from kdlora.evidence.stats import Difference
 from kdlora.report.page import Figure
@@ -27,6 +28,7 @@ PALETTE = {
     **{"series-4": "#e69f00", "series-5": "#cc79a7", "series-6": "#6b6f76"},
 }
 """The colours of `report.css` in light mode, by the names of their CSS variables, which replace them in a page."""
+_PICTURES = ("png", "svg", "pdf", "jpg", "webp")
 _SETTINGS = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
@@ -319,6 +321,13 @@ def differences(rows: Sequence[tuple[str, Difference]], *, title: str, identity:
     return draw(paint, title, description, identity, caption=caption, height=76 + 52 * len(rows), left=18)
 
 
+def picture_format(path: Path) -> str:
+    """Say in which format a picture is written, by its extension."""
+    if (found := path.suffix.lower().lstrip(".") or "png") not in _PICTURES:
+        raise ConfigError(f"{path}: a plot is drawn as one of {', '.join(_PICTURES)}, by the file's extension")
+    return found
+
+
 def plot_cascade(points: Sequence[tuple[float, float]], to: str | Path) -> None:
     """Draw a cascade's scores over its time as a share of the teacher's, from nothing handed on to everything."""
     path, shares = Path(to), [(100 * cost, score) for cost, score in points]
@@ -331,4 +340,4 @@ def plot_cascade(points: Sequence[tuple[float, float]], to: str | Path) -> None:
             scatter(axes, [end], Style(number), radius=5.5, label=name, zorder=3)
         axes.set(xlabel="time, of the teacher's (%)", ylabel="score")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
+        figure.savefig(temporary, format=picture_format(path), dpi=150)

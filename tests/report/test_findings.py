@@ -228,6 +228,19 @@ def test_the_answer_is_in_entity_f1_and_every_type_has_its_figures(told):
     assert "What becomes of entities, by KD-LoRA" in report.markdown
 
 
+def test_what_is_not_there_is_no_figure(tmp_path, monkeypatch):
+    """A type that no row has is not found in 0% of the cases, and two models that agree have kept their examples."""
+    monkeypatch.setattr(fabricate, "_NOISE", dict.fromkeys(fabricate.ARMS, 0.0))
+    layout = make_experiment(tmp_path / "names", task=NAMES, rows=1)
+    markdown = make_report(layout.root, draws=10).markdown
+    kept = read_predictions(layout.run("kd-lora", 0).predictions)
+    absent = [name for place, name in enumerate(NAMES.label_types) if 2 * place + 1 not in kept.labels]
+    assert absent
+    assert all(f"| {name} | KD-LoRA | 0 | – | – | – |" in markdown for name in absent)
+    assert "teacher and student agree on every word" in markdown
+    assert "Most frequent confusions" not in markdown
+
+
 def test_marked_sentences_are_those_of_the_predictions(told):
     """Marks that slip by a word accuse a model, or a label, of what it never said."""
     layout, report = told

@@ -182,10 +182,20 @@ def test_a_failed_run_is_shown_as_failed_and_left_out_of_the_means(tmp_path):
     assert "accuracy on validation, 2 seeds" in _opening(report)
     text = _plain(report.html)
     assert "KD-LoRA, seed 1 failed: ChildDiedError: the process that ran this was killed by SIGKILL" in text
-    row = next(line for line in report.markdown.splitlines() if line.startswith("| **score, here**"))
+    row = next(line for line in report.markdown.splitlines() if line.startswith("| **score**"))
     assert "failed" in row.split("|")[3]
     edit_record(layout.run("student-lora", 2).record, status="running", score=None)
     assert "student LoRA, seed 2 has not finished; the same command continues it" in _plain(_report(layout.root).html)
+
+
+def test_a_task_of_ones_own_has_no_column_of_the_paper(tmp_path):
+    """A column of dashes for an arm that nobody ran, and a paper's name, leave a reader puzzled."""
+    arms = ("fft", "kd-lora", "student-lora")
+    own, glue = (
+        _report(make_experiment(tmp_path / f"e{task.name}", task=task, arms=arms).root) for task in (BINARY, PAIRS)
+    )
+    assert "|  | FFT | KD-LoRA | student LoRA |" in own.markdown
+    assert "|  | FFT | LoRA | KD-LoRA | student LoRA |" in glue.markdown
 
 
 def test_no_gain_is_not_called_a_gain(tmp_path):
@@ -207,6 +217,16 @@ def test_the_test_split_takes_the_headline(reviews, tmp_path):
     assert "There is no test split" in reviews[1].html
 
 
+@pytest.mark.parametrize("plan", ['{"duplicates": {"train and test": 7, "train and validation": 9}}', "{}", "[", None])
+def test_training_texts_among_those_of_the_headline_are_told(tmp_path, plan):
+    """Who is only shown the report believes a score on texts that the model has learnt."""
+    layout = make_experiment(tmp_path / "reviews", test_split=True)
+    if plan:
+        layout.plan.write_text(plan)
+    told = "7 of the test texts are training texts, too" in _report(layout.root).markdown
+    assert told == (plan is not None and "7" in plan)
+
+
 def test_the_papers_tables_stand_beside_ours(reviews, tmp_path):
     """A figure of the paper in the wrong column would be believed."""
     layout = make_experiment(tmp_path / "mrpc", task=PAIRS)
@@ -220,7 +240,6 @@ def test_the_papers_tables_stand_beside_ours(reviews, tmp_path):
     assert [cell.replace("\u00a0", " ") for cell in costs[2:8]] == ["1.2 M", "–", "–", "66 M", "296.8 MB", "5.36 s"]
     claim = next(row for row in rows if row[0] == "| Less inference time than full fine-tuning")
     assert claim[2:] == ["30%", "12%", "38%", "28% |"]
-    assert "The paper has no figures for this task" in reviews[1].markdown
     markdown = _report(make_experiment(tmp_path / "mnli", task=MNLI).root).markdown
     assert "| accuracy, matched (%) |" in markdown  # one of the two accuracies alone is not MNLI's score
     assert "| paper, BERT, mismatched | 84.9 | 83.9 | 82.4 |" in markdown

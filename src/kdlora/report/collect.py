@@ -13,6 +13,7 @@ from kdlora.errors import ArtifactError, DataError, KdLoraError
 from kdlora.evidence.predictions import ExampleText, Predictions, read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_record
 from kdlora.evidence.stats import MeanSd, mean_sd
+from kdlora.foreign import read_json
 from kdlora.report.findings import Choice, choose_student, read_choice
 from kdlora.report.shipped import Shipped, read_shipped
 
@@ -97,6 +98,15 @@ class Experiment:
             return load_config(ExperimentLayout(self.folder).config).report.paper
         except (KdLoraError, OSError):
             return False
+
+    @cached_property
+    def seen(self) -> int:
+        """How many texts of the headline's split are training texts too, as the plan counted them; 0 without a plan."""
+        try:
+            found = read_json(ExperimentLayout(self.folder).plan)["duplicates"][f"train and {self.split}"]
+        except (ArtifactError, KeyError, TypeError):
+            return 0
+        return found if isinstance(found, int) else 0
 
     @cached_property
     def examples(self) -> dict[tuple[str, str], ExampleText]:

@@ -58,9 +58,9 @@ def error_blocks(experiment: Experiment) -> list[Block]:
         found = [outcomes(task, tags, student.labels, student.offsets) for tags in _decisions(student)]
         confusions = np.mean([taken for _, taken, _ in found], axis=0)
         table = outcome_table(task, student.name, found)
-        return [classes, table, _confusion_table(student, confusions, task.label_types), calibration]
+        return [classes, table, *_confusion_table(student, confusions, task.label_types), calibration]
     if task.num_labels > _MOST_CLASSES:
-        return [classes, _confusion_table(student, _confusion_counts(student), task.label_names), calibration]
+        return [classes, *_confusion_table(student, _confusion_counts(student), task.label_names), calibration]
     return [classes, _confusion_matrix(student), calibration]
 
 
@@ -95,8 +95,8 @@ def _confusion_matrix(outputs: Outputs) -> Table:
     return Table(caption, ("label", *names), rows, note=note, side=True)
 
 
-def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str]) -> Table:
-    """List the most frequent confusions, for tasks with more labels than a matrix can show."""
+def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str]) -> list[Table]:
+    """List the most frequent confusions, if any, for tasks with more labels than a matrix can show."""
     totals = counts.sum(axis=1)
     np.fill_diagonal(counts, 0)
     order = np.argsort(-counts, axis=None, kind="stable")[:_MOST_PAIRS]
@@ -109,7 +109,8 @@ def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str])
     if outputs.offsets is not None:
         columns = ("type", "taken for", "entities", "of those that were found")
     caption = f"Most frequent confusions of {outputs.name}"
-    return Table(caption, columns, rows, text_columns=2, note=of_seeds(len(outputs.logits)), side=True)
+    found = Table(caption, columns, rows, text_columns=2, note=of_seeds(len(outputs.logits)), side=True)
+    return [found] if rows else []
 
 
 def _class_table(arms: Sequence[Outputs]) -> Table:
@@ -126,7 +127,10 @@ def _class_table(arms: Sequence[Outputs]) -> Table:
             name,
             arm,
             str(int(support[place])),
-            *(plus_minus(mean_sd([100 * seed[place] for seed in seeds])) for seeds in own.values()),
+            *(
+                plus_minus(mean_sd([100 * seed[place] for seed in seeds])) if support[place] else "–"
+                for seeds in own.values()
+            ),
         )
         for place, name in enumerate(names)
         for arm, own in figures.items()
@@ -221,8 +225,10 @@ def example_blocks(experiment: Experiment) -> list[Block]:
         return []
     found = _disagreements(experiment, experiment.student_arm)
     if not found:
-        text = "There are no examples to show: the texts, or the predictions of teacher or student, were not kept."
-        return [Paragraph(text, "note")]
+        why = "the texts, or the predictions of teacher or student, were not kept"
+        if found is not None:
+            why = "teacher and student agree on every word"
+        return [Paragraph(f"There are no examples to show: {why}.", "note")]
     measure = {
         "tokens": "the number of words on which they differ",
         "single-label": "the Jensen-Shannon divergence of their probabilities",
@@ -233,12 +239,12 @@ def example_blocks(experiment: Experiment) -> list[Block]:
     return [Paragraph(told), Quotations(tuple(found))]
 
 
-def _disagreements(experiment: Experiment, arm: str) -> list[Quotation]:
-    """Quote where the teacher's first run with predictions, and the mean over the shipped arm's seeds, differ most."""
+def _disagreements(experiment: Experiment, arm: str) -> list[Quotation] | None:
+    """Quote where the teacher's first run, and the mean over the shipped arm's seeds, differ most; None: not kept."""
     teachers, students = (experiment.predictions(name) for name in (experiment.teacher_arm, arm))
     aligned = align([teachers[0], *students]) if teachers and students and experiment.examples else None
     if aligned is None:
-        return []
+        return None
     task, rows = experiment.task, aligned[0]
     if task.kind == "tokens":
         return span_quotations(task, aligned, experiment.examples, _MOST_QUOTATIONS)

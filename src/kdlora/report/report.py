@@ -173,6 +173,7 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         "arm": arm,
         "name": experiment.name,
         "split": experiment.split,
+        "seen": experiment.seen,
         "faults": experiment.faults,
         "unfinished": [run.record for run in experiment.unfinished],
         "teacher": experiment.score(taught_by),

@@ -130,21 +130,22 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def score_table(experiment: Experiment, links: Links) -> Table:
-    """Show the arms' scores in the form of the paper's Table 1, with the paper's rows for the same task."""
-    arms = [*ARMS, *(arm for arm in experiment.arms if arm not in ARMS)]
+    """Show the arms' scores; of a GLUE task in the form of the paper's Table 1, with the paper's rows for the task."""
+    ours = [arm for arm in ARMS if experiment.task.name or arm in experiment.arms]
+    arms = [*ours, *(arm for arm in experiment.arms if arm not in ARMS)]
     score, task = experiment.task.metrics, experiment.task.name
     found = dict.fromkeys(name for run in experiment.runs for name in run.metrics(experiment.split))
     others = [name for name in found if name not in score and ":" not in name]  # beside the score's own, with groups
-    rows: list[Row] = [(strong("score, here"), *(_score_cell(experiment, arm, links) for arm in arms))]
+    title = strong("score, here" if task else "score")
+    rows: list[Row] = [(title, *(_score_cell(experiment, arm, links) for arm in arms))]
     rows += [_metric_row(experiment, arms, name, links) for name in (*(score if len(score) > 1 else ()), *others)]
     published = [
         published_row(f"{FAMILY_TITLES[family]}{', ' if group else ''}{group}", [scores.get(arm) for arm in arms])
         for group in (("", "matched", "mismatched") if task == "mnli" else ("",))
         for family, scores in published_scores(f"{task}-{group}" if group else task).items()
     ]
-    note = SEEDS_NOTE if published else f"{SEEDS_NOTE} The paper has no figures for this task."
     caption = f"Table 1. Score: {score_title(score)}, 0 to 100, {experiment.split} split"
-    return Table(caption, ("", *map(arm_title, arms)), (*rows, *published), note=note)
+    return Table(caption, ("", *map(arm_title, arms)), (*rows, *published), note=SEEDS_NOTE)
 
 
 def _score_cell(experiment: Experiment, arm: str, links: Links) -> Cell:

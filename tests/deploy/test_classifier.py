@@ -200,6 +200,14 @@ def test_recovers_a_known_temperature(kind, factor):
         assert found.ece_before > 3 * found.ece_after
 
 
+@pytest.mark.parametrize("kind", ["single-label", "multi-label"])
+def test_rows_that_are_all_right_tell_no_temperature(kind):
+    """A temperature at its bound makes a model sure of everything, because thirty rows happened to be easy."""
+    wanted = np.eye(3, dtype=int)[np.arange(30) % 3]
+    found = fit_temperature(wanted - 0.5, wanted if kind == "multi-label" else wanted.argmax(axis=1), kind)
+    assert (found.temperature, found.nll_after) == (1.0, found.nll_before)
+
+
 @pytest.mark.usefixtures("traced_once")
 def test_saved_temperature_is_exported_and_applied(tmp_path, classifier_folder):
     """Prevents a calibrated student whose export is not calibrated."""

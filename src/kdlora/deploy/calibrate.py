@@ -22,6 +22,8 @@ _LEAST_ROWS = 20
 def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibration:
     """Fit the temperature by maximum likelihood; predictions keep their order, probabilities change.
 
+    Where every row is right the temperature is 1: however sure the model is made, these rows would have it surer.
+
     Args:
         logits: (rows, labels), of validation data that the model was not trained on.
         labels: int (rows,), or 0/1 (rows, labels) for multi-label.
@@ -51,6 +53,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibr
     if not np.isfinite(logits).all():
         raise DataError("the logits to calibrate hold values that are not finite.")
 
+    is_right = (logits > 0) == targets if kind == "multi-label" else logits.argmax(axis=1) == targets
+
     def loss(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
         if kind == "multi-label":
@@ -59,9 +63,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibr
 
     # In the logarithm the search is symmetric: a model can be half as sure as it should be, or twice.
     found = minimize_scalar(loss, bounds=tuple(np.log(_RANGE)), method="bounded", options={"xatol": 1e-4})
-    temperature = float(np.exp(found.x))
+    best = 0.0 if is_right.all() else float(found.x)
+    temperature = float(np.exp(best))
     before, after = (reliability(probabilities(logits, kind, at), targets, kind).error for at in (1.0, temperature))
-    return Calibration(temperature, len(logits), loss(0.0), loss(float(found.x)), ece_before=before, ece_after=after)
+    return Calibration(temperature, len(logits), loss(0.0), loss(best), ece_before=before, ece_after=after)
 
 
 def save_temperature(folder: str | Path, temperature: float) -> None:

@@ -204,6 +204,8 @@ def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | 
         logits, labels, kind = logits[known], labels[known], "single-label"
     fitted = fit_temperature(logits, labels, kind)
     save_temperature(layout.student, fitted.temperature)
+    if fitted.temperature == 1:
+        return fitted, ["Not calibrated: all validation rows are right, and tell no temperature (export.calibrate)."]
     return fitted, [
         f"Calibrated with temperature {fitted.temperature:.3f}: expected calibration error on the validation split "
         f"{fitted.ece_before:.4f} before, {fitted.ece_after:.4f} after."

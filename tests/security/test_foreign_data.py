@@ -194,6 +194,10 @@ def test_a_saved_data_set_reads_its_own_files(tmp_path):
         edit_json(place, _data_files=spoilt)
         with pytest.raises(DataError, match="secret"):
             open_saved(tmp_path / "secret")
+    features = {"text": {"languages": ["en"], "_type": "Translation"}, "label": {"dtype": "string", "_type": "Value"}}
+    edit_json(tmp_path / "whole" / "train" / "dataset_info.json", features=features)
+    with pytest.raises(DataError, match="no readable save_to_disk folder"):
+        open_saved(tmp_path / "whole" / "train")
     place.write_text("[" * 99_999)
     with pytest.raises(DataError, match=r"state\.json"):
         open_saved(tmp_path / "secret")

@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 
 from kdlora.config import DataConfig
 from kdlora.data.logit_table import is_collection, match_collection, open_collection
+from kdlora.data.parquet import UNREADABLE
 from kdlora.data.read import RawTable, Source, open_dataset, open_file
 from kdlora.data.spool import TEXTS, doubles, make_dataset, spool
 from kdlora.data.tasks import GlueTask, Task
@@ -189,7 +190,7 @@ def open_saved(folder: Path) -> dict[str, Source]:
     try:
         _check_saved(folder)
         loaded = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (*UNREADABLE, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{folder} (data.path) is no readable save_to_disk folder ({error}); save it again") from None
     except ArtifactError as error:
         raise DataError(str(error)) from None

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from kdlora.errors import DataError
 
 UNREADABLE = (pa.ArrowException, UnicodeDecodeError, OSError)
-"""What pyarrow raises for a damaged Parquet file; a column's name that is not UTF-8 comes as Python's own error."""
+"""What pyarrow raises for a damaged file; a column's name that is not UTF-8 comes as Python's own error."""
 _REMEDY = "write it again, with all text in UTF-8"
 _BATCH_ROWS = 65536
 

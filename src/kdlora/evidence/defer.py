@@ -52,6 +52,11 @@ class Promise:
     answered: int  # of them, those at or above the threshold
     wrong: int  # of the answered, the wrong ones
 
+    def __post_init__(self) -> None:
+        """Refuse counts that cannot be, as a file may hold them."""
+        if not 0 <= self.wrong <= self.answered <= self.rows or not self.rows:
+            raise ValueError(f"{self.wrong} wrong of {self.answered} answered of {self.rows} rows cannot be")
+
     @property
     def coverage(self) -> float:
         """The share of the rows that is answered, 0..1."""
@@ -78,6 +83,11 @@ class Deferring:
     promise: Promise | None = None  # what may be promised; None for arms that do not ship, and where nothing can be
     reason: str = ""  # why nothing can be promised; empty elsewhere
     unknown: tuple[Unknown, ...] = ()  # texts of no known class, by each kind of sureness; empty without them
+
+    def __post_init__(self) -> None:
+        """Refuse a curve of other points."""
+        if len(self.risk) != len(POINTS):
+            raise ValueError(f"expected {len(POINTS)} error rates, got {len(self.risk)}")
 
 
 @dataclass(frozen=True)

@@ -181,9 +181,9 @@ def _text_curve(group: Sequence[Candidate], identity: str, suffix: str) -> Figur
 
 def _texts_seen(record: RunRecord) -> int:
     """Count the labelled texts of a run, and for a distilled arm those that the teacher alone labelled; no copies."""
-    rows, copies = record.rows, (record.config.get("data") or {}).get("augment", 0)
-    more = max(0, rows.get("unlabelled", 0) - copies * rows["train"]) if record.arm in DISTILLED_ARMS else 0
-    return rows["train"] + more
+    train, copies = record.rows.get("train", 0), (record.config.get("data") or {}).get("augment") or 0
+    more = max(0, record.rows.get("unlabelled", 0) - copies * train) if record.arm in DISTILLED_ARMS else 0
+    return train + more
 
 
 def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> list[Block | None]:

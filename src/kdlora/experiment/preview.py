@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -93,12 +93,10 @@ class ExperimentPlan:
             "rows": ", ".join(f"{number:,} {name}" for name, number in rows.items() if number),
             "task": f"{task.kind}, {' + '.join(task.text)} to {', '.join(task.label)}; scored by {metrics}",
             "labels": self._labels(),
-            "tokens": self._of_each_model("median {0.median:g}, 99% of the training texts within {0.most_within}"),
-            "max_length": self._of_each_model(
-                "{0.max_length} tokens; {0.cut:.1%} of the training texts are longer and are "
-                + ("read in windows" if task.kind == "tokens" or task.windows else "cut")
-            )
-            + self._remedy(),
+            "tokens": self._of_each_model(
+                lambda one: f"median {one.median:g}, 99% of the training texts within {one.most_within}"
+            ),
+            "max_length": self._of_each_model(self._longest) + self._remedy(),
             "duplicates": ", ".join(twice) or "no text occurs twice",
             "trainings": ", ".join(trainings),
             "left out": "words: one answer a text, where each word wants one" if WITHOUT_WORDS in self.notes else "",
@@ -107,6 +105,12 @@ class ExperimentPlan:
             + (f"; less on {self.gpus} GPUs, each of which gets a run" if self.gpus else ""),
         }
         return [(name, text) for name, text in told.items() if text or name == "trainings"]
+
+    def _longest(self, one: TextLengths) -> str:
+        if not one.cut:
+            return f"{one.max_length} tokens; no training text is longer"
+        done = "read in windows" if self.task.kind == "tokens" or self.task.windows else "cut"
+        return f"{one.max_length} tokens; {one.cut:.1%} of the training texts are longer and are {done}"
 
     def _remedy(self) -> str:
         """Say what reads all of a text, where some are cut."""
@@ -121,9 +125,9 @@ class ExperimentPlan:
         what = "entities in the training rows" if self.task.kind == "tokens" else "training rows"
         return f"{len(ordered)}: {', '.join(ordered)} {what}" if ordered else ""
 
-    def _of_each_model(self, words: str) -> str:
+    def _of_each_model(self, tell: Callable[[TextLengths], str]) -> str:
         """Tell one fact of all models, once where it is the same for all."""
-        texts = {name: words.format(one) for name, one in self.lengths.items()}
+        texts = {name: tell(one) for name, one in self.lengths.items()}
         if len(set(texts.values())) == 1:
             return next(iter(texts.values()))
         return "; ".join(f"{name}: {text}" for name, text in texts.items())

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import hub_standin
 from experiments import edit_json
+from fabricate import make_experiment
 from kdlora.configfile import COLLECTION_MANIFEST
 from kdlora.data.logit_table import open_collection, open_store
 from kdlora.data.opening import open_saved
@@ -25,6 +26,7 @@ from kdlora.errors import ArtifactError, DataError
 from kdlora.evidence.defer import Deferral, Deferring, Promise
 from kdlora.evidence.records import RunRecord, read_record, read_results
 from kdlora.models.settings import read_licence
+from kdlora.report.report import make_report
 from kdlora.system.integrity import seal
 
 CARDS = {
@@ -302,3 +304,38 @@ def test_a_promise_that_cannot_be_costs_its_part_only(change):
     place[change] = () if change == "risk" else 0
     with pytest.raises(ValidationError):
         TypeAdapter(Deferral).validate_python(content)
+
+
+def column(table: pa.Table, name: str, value: Any, kind: pa.DataType | None = None) -> pa.Table:
+    """Fill a column with one value."""
+    return table.set_column(table.column_names.index(name), name, pa.array([value] * len(table), kind))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logit:negative", "x"),
+        ("logit:negative", [1.0]),
+        ("logit:negative", float("nan")),
+        ("label", 9),
+        ("label", -1),
+        ("label", "a"),
+        ("label", [1, 2]),
+        ("id", None),
+    ],
+)
+def test_predictions_of_somebody_elses_run_cost_that_run_alone(tmp_path, name, value):
+    """Numbers out of range were looked up as labels, and ended the report in a traceback."""
+    layout = make_experiment(tmp_path, seeds=(0,), rows=40)
+    path = layout.run("kd-lora", 0).predictions
+    pq.write_table(column(pq.read_table(path), name, value), path)
+    report = make_report(tmp_path, draws=10)
+    assert "kd-lora, seed 0: its predictions cannot be read" in report.html
+
+
+@pytest.mark.parametrize(("name", "value"), [("text", None), ("text", [5]), ("text_pair", [5])])
+def test_texts_that_are_none_are_not_quoted(tmp_path, name, value):
+    """A report counts on texts where it quotes rows."""
+    layout = make_experiment(tmp_path, seeds=(0,), rows=40)
+    pq.write_table(column(pq.read_table(layout.examples), name, value), layout.examples)
+    assert "Where teacher and student disagree" in make_report(tmp_path, draws=10).html

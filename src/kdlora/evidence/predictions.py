@@ -17,6 +17,7 @@ from kdlora.errors import ArtifactError
 
 _EXAMPLE_COLUMNS = ["id", "split", "text", "text_pair"]
 _WORD_COLUMNS = ["starts", "ends"]
+_REMEDY = "Delete the run's folder and run the same command again."
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,9 @@ def read_predictions(path: str | Path) -> Predictions:
     table = _read_table(path, ("id", "split"))
     names = [name for name in table.column_names if name.startswith(LOGIT)]
     if not names:
-        raise ArtifactError(
-            f"{path}: expected columns named 'logit:<label>', found {table.column_names}. "
-            "Delete the run's folder and run the same command again."
-        )
-    logits, lengths = read_logits([table.column(name) for name in names])
+        raise ArtifactError(f"{path}: expected columns named 'logit:<label>', found {table.column_names}. {_REMEDY}")
+    kind = pa.list_(pa.float32()) if pa.types.is_list(table.schema.field(names[0]).type) else pa.float32()
+    logits, lengths = read_logits([_cast(table, name, kind, path) for name in names])
     return Predictions(
         ids=tuple(table.column("id").to_pylist()),
         split=tuple(table.column("split").to_pylist()),
@@ -111,25 +110,37 @@ def write_examples(path: str | Path, examples: Iterable[ExampleText]) -> None:
 
 
 def read_examples(path: str | Path) -> dict[tuple[str, str], ExampleText]:
-    table = _read_table(path, _EXAMPLE_COLUMNS)
+    table = _read_table(path, _EXAMPLE_COLUMNS, may_lack="text_pair")
     words = [name for name in _WORD_COLUMNS if name in table.column_names]
     rows = table.select([*_EXAMPLE_COLUMNS, *words]).to_pylist()
     examples = [ExampleText(**row) for row in rows]
     return {(one.split, one.id): one for one in examples}
 
 
-def _read_table(path: str | Path, needed: Sequence[str]) -> pa.Table:
-    remedy = "Delete the run's folder and run the same command again."
+def _read_table(path: str | Path, needed: Sequence[str], *, may_lack: str = "") -> pa.Table:
+    """Read a file whose `needed` columns hold texts; in one of them a row may have none."""
     try:
         table = pq.read_table(path, partitioning=None)
     except FileNotFoundError:
-        raise ArtifactError(f"{path}: there is no such file. {remedy}") from None
+        raise ArtifactError(f"{path}: there is no such file. {_REMEDY}") from None
     except UNREADABLE as fault:
-        raise ArtifactError(f"{path}: expected a whole Parquet file: {fault}. {remedy}") from None
+        raise ArtifactError(f"{path}: expected a whole Parquet file: {fault}. {_REMEDY}") from None
     missing = [name for name in needed if name not in table.column_names]
     if missing:
-        raise ArtifactError(f"{path}: expected the columns {missing}, found {table.column_names}. {remedy}")
+        raise ArtifactError(f"{path}: expected the columns {missing}, found {table.column_names}. {_REMEDY}")
+    for name in (*needed, *({"group"} & set(table.column_names))):
+        texts = _cast(table, name, pa.string(), path)
+        if texts.null_count and name != may_lack:
+            raise ArtifactError(f"{path}: {texts.null_count} rows have no {name}. {_REMEDY}")
+        table = table.set_column(table.column_names.index(name), name, texts)
     return table
+
+
+def _cast(table: pa.Table, name: str, kind: pa.DataType, path: str | Path) -> pa.ChunkedArray:
+    try:
+        return table.column(name).cast(kind)
+    except pa.ArrowException as fault:
+        raise ArtifactError(f"{path}: expected {kind} in column {name!r}: {fault}. {_REMEDY}") from None
 
 
 def _label_column(labels: np.ndarray) -> pa.Array:

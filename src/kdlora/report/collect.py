@@ -10,6 +10,7 @@ from kdlora.config import ARMS
 from kdlora.configfile import load_config
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, DataError, KdLoraError
+from kdlora.evidence.metrics import check_arrays
 from kdlora.evidence.predictions import ExampleText, Predictions, read_examples, read_predictions
 from kdlora.evidence.records import ExperimentLayout, RunLayout, RunRecord, read_record
 from kdlora.evidence.stats import MeanSd, mean_sd
@@ -142,12 +143,25 @@ def load_run(record: RunRecord, place: RunLayout) -> tuple[Run, tuple[str, ...]]
     if record.status != "finished":
         return Run(record, place.record, None), ()
     try:
-        return Run(record, place.record, read_predictions(place.predictions)), ()
-    except ArtifactError as error:
+        predictions = read_predictions(place.predictions)
+        _check_predictions(record, predictions)
+        return Run(record, place.record, predictions), ()
+    except (KdLoraError, ValueError, IndexError) as error:
         reason = f"its predictions cannot be read ({error})"
         if not place.predictions.exists():
             reason = f"{place.predictions.name} is missing"
         return Run(record, place.record, None), (f"{record.arm}, seed {record.seed}: {reason}",)
+
+
+def _check_predictions(record: RunRecord, found: Predictions) -> None:
+    """See that predictions, which lie in a file of their own, are of the record's task."""
+    names = tuple(record.task.get("label_names") or ())
+    if found.label_names != names:
+        raise ValueError(
+            f"they are of the labels {', '.join(found.label_names):.80}, the run of {', '.join(names):.80}"
+        )
+    if found.labels is not None:
+        check_arrays(Task.from_dict(record.task), found.logits, found.labels, found.offsets)
 
 
 def load_single_run(place: RunLayout) -> Experiment:

@@ -125,6 +125,15 @@ class DataConfig(Section):
     """Perturbed copies of each training text (TinyBERT, arXiv 1909.10351). The teacher labels them. Each step of a
     distilled arm has one copy beside every labelled row."""
 
+    @property
+    def row_settings(self) -> tuple[Any, ...]:
+        """What decides which rows are read, and not how a model reads them."""
+        return tuple(self.model_dump(exclude={"long_texts", "window_pool", "window_stride"}).values())
+
+    @property
+    def without_copies(self) -> Self:
+        return self.model_copy(update={"augment": 0})
+
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
         if self.path is None and self.train is None:

@@ -15,6 +15,7 @@ from kdlora.experiment.recording import TaskFacts
 from kdlora.experiment.settle import Chosen, ModelLook
 from kdlora.experiment.suite import estimate
 from kdlora.experiment.suitefile import build_suite, configurations, load_suite, save_suite
+from kdlora.section import DataConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -128,7 +129,8 @@ def test_an_open_max_length_is_filled_in_for_all_arms_alike():
 
 
 FACTS = {
-    name: TaskFacts(GLUE[name].task.to_dict(), {}, {"train": rows}, ()) for name, rows in (("cola", 1000), ("rte", 500))
+    name: TaskFacts(GLUE[name].task.to_dict(), {}, {DataConfig(path="x/y").row_settings: {"train": rows}}, ())
+    for name, rows in (("cola", 1000), ("rte", 500))
 }
 LENGTHS = np.array([4, 6])  # five tokens a text
 LOOKS = {"teacher": ModelLook(LENGTHS, 128, 768, seconds=1e-4), "student": ModelLook(LENGTHS, 128, 384, seconds=1e-5)}

@@ -110,6 +110,28 @@ def test_students_with_and_without_copies_share_their_teacher(suite_values, tmp_
     assert run_suite(suite, tmp_path / "suite").reused == 4
 
 
+def test_students_of_other_texts_share_their_teacher(suite_values, tmp_path):
+    """The rows of the first family stood for all: every other one trained a teacher of its own, and failed."""
+    file = tmp_path / "texts.txt"
+    file.write_text("".join(f"film {number} was long\n" for number in range(40)), encoding="utf-8")
+    both = suite_values()["families"]["tiny"]
+    texts = {"augment": 0, "unlabelled": str(file)}
+    families = {
+        "few": both | {"data": texts | {"max_unlabelled_examples": 8}},
+        "many": both | {"data": texts},
+        "less": both | {"data": {"augment": 0, "max_train_examples": 40}},
+    }
+    suite = build_suite(suite_values(families=families, grids={}, arms=["kd-lora"]))
+    result = run_suite(suite, tmp_path / "suite")
+    assert [record.error for record in result.failed] == []
+    taught = {record.rows.get("unlabelled"): record for record in result.records.values() if record.arm == "kd-lora"}
+    assert taught.keys() == {8, 40, None}
+    assert taught[8].fingerprints["taught_by"] == taught[40].fingerprints["taught_by"]
+    assert sorted(one.rows["train"] for one in result.records.values() if one.arm == "fft")[0] == 40
+    assert len(result.records) == 5
+    assert run_suite(suite, tmp_path / "suite").reused == 5
+
+
 def test_changed_data_make_the_runs_again(suite_folder, suite_values):
     """Old figures on other rows would stand in the table beside new ones."""
     place = next(suite_folder.glob("runs/reviews/student-lora-*/runs/*/run.json"))

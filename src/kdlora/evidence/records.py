@@ -178,7 +178,6 @@ class ExperimentLayout:
     deployed = _Inside(".deployed")  # fingerprint of what `student-onnx/` and `benchmark.json` were made from
     exported = _Inside(".exported")  # the same without `benchmark.json`, between the export and the measurement
     teacher_logits = _Inside("logits", of="teacher")
-    unlabelled_logits = _Inside("logits-unlabelled", of="teacher")
     runs = _Inside("runs")
 
     @property
@@ -190,6 +189,10 @@ class ExperimentLayout:
     def teacher(self) -> Path:
         """The one teacher and its logits; a suite's configurations share one."""
         return self.root / "teacher"
+
+    @property
+    def unlabelled_logits(self) -> Path:
+        return self.teacher / "logits-unlabelled"
 
     def run(self, arm: str, seed: int) -> RunLayout:
         return RunLayout(self.runs / f"{arm}-seed{seed}")

@@ -14,13 +14,14 @@ from typing import Any, Literal, TypeVar
 
 from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.configfile import save_config
-from kdlora.data.load import add_copies, load_splits
+from kdlora.data.load import load_splits
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord, read_record, write_record
 from kdlora.experiment.plan import ConfigurationLayout, Lesson, PlannedRun, identity
-from kdlora.experiment.recording import TaskFacts, blank_record, hash_splits, look_at, now
+from kdlora.experiment.recording import TaskFacts, blank_record, look_at, now
 from kdlora.experiment.settle import Looks, look_at_models, sample_texts
 from kdlora.experiment.stages import label_training_rows, train_run
+from kdlora.section import DataConfig
 from kdlora.system.children import run_in_child
 from kdlora.system.integrity import damaged_files
 from kdlora.system.ownership import remove
@@ -33,17 +34,19 @@ T = TypeVar("T")
 
 
 def inspect_task(
-    configs: dict[str, Config], copies: Iterable[int], copies_in: Path | None, timed: bool
+    configs: dict[str, Config], sections: Iterable[DataConfig], copies_in: Path | None, timed: bool
 ) -> tuple[TaskFacts, dict[str, Looks]]:
-    """Load a task's data as its runs will, with each number of copies, and look at the models of each family."""
+    """Load a task's data by every `data` section of its runs, and look at the models of each family."""
     config = next(iter(configs.values()))
-    splits = load_splits(config.task, config.data.model_copy(update={"augment": 0}))
+    splits = load_splits(config.task, config.data.without_copies)
     if splits.task.kind == "tokens" and "words" in config.run.arms:
         raise ConfigError("arms: a bag of words has one answer a text, and a task of tokens wants one a word; drop it")
-    facts, texts = look_at(splits, 0), sample_texts(splits.train)
-    for number in copies:
-        more = add_copies(splits, number, seed=config.data.split_seed, keep_in=copies_in)
-        facts.fingerprints[number] = hash_splits(more)
+    facts, texts = look_at(splits, config.data.without_copies), sample_texts(splits.train)
+    for section in (part for one in sections for part in (one.without_copies, one)):
+        if section.row_settings not in facts.rows:
+            more = look_at(load_splits(config.task, section, copies_in=copies_in), section)
+            facts.fingerprints.update(more.fingerprints)
+            facts.rows.update(more.rows)
     return facts, {name: look_at_models(one, splits.task, texts, timed=timed) for name, one in configs.items()}
 
 
@@ -232,7 +235,7 @@ class Queue:
     def _push(self, run: PlannedRun, lesson: int = -1, labels: PlannedRun | None = None) -> None:
         """Queue the training of a run, or the labelling that it waits for by that teacher; tables fill task by task."""
         place = labels or run
-        layout, config, mark = place.layout(self._root), run.config, ""
+        layout, config, mark = place.layout(self._root, texts_of=run), run.config, ""
         if (teacher := self._teachers.get(lesson)) is not None:
             folder = teacher.layout(self._root).teacher
             layout, mark = dataclasses.replace(layout, shared_teacher=folder), self._mark(teacher)

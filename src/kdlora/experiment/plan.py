@@ -26,6 +26,7 @@ class ConfigurationLayout(ExperimentLayout):
 
     shared_teacher: Path | None = None
     shared_folder: Path | None = None
+    texts: str = ""  # which texts the teacher labels; students of other texts share it
 
     @property
     def shared(self) -> Path:
@@ -34,6 +35,11 @@ class ConfigurationLayout(ExperimentLayout):
     @property
     def teacher(self) -> Path:
         return self.shared_teacher or super().teacher
+
+    @property
+    def unlabelled_logits(self) -> Path:
+        own = super().unlabelled_logits
+        return own.with_name(f"{own.name}-{self.texts}") if self.texts else own
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,9 @@ class PlannedRun:
         """Name the run's own folder, relative to the suite's."""
         return f"{self.folder}/runs/{self.arm}-seed{self.seed}".removeprefix("/")
 
-    def layout(self, root: Path) -> ConfigurationLayout:
-        return ConfigurationLayout(root / self.folder, shared_folder=root)
+    def layout(self, root: Path, texts_of: PlannedRun | None = None) -> ConfigurationLayout:
+        texts = hash_json((texts_of or self).config.data.row_settings)[:10] if self.task else ""
+        return ConfigurationLayout(root / self.folder, shared_folder=root, texts=texts)
 
 
 @dataclass
@@ -104,12 +111,12 @@ class Plan:
 
     def lessons(self) -> list[Lesson]:
         """Say which runs teach which; students of the same candidates who read the same texts share a lesson."""
-        lessons: dict[tuple[str, int], Lesson] = {}
+        lessons: dict[tuple[Any, ...], Lesson] = {}
         placed: set[str] = set()
         for cell in self.cells:
             for run in cell.runs if cell.arm in DISTILLED_ARMS else ():
                 candidates = self.teachers[cell.task, cell.family]
-                names = ",".join(one.key for one in candidates), run.config.data.augment
+                names = *(one.key for one in candidates), run.config.data.row_settings
                 if run.key not in placed:
                     lessons.setdefault(names, Lesson(candidates)).students.append(run)
                 placed.add(run.key)
@@ -191,6 +198,8 @@ def _unused_keys(config: Config, arm: Arm) -> list[str]:
             "distil",
             *([] if arm in ("fft", config.teacher_arm) else ["teacher.train", "teacher.seed"]),
         ]
+    if arm in ("words", "fft", config.teacher_arm):  # a teacher labels more texts, and learns from none of them
+        unused += ["data.unlabelled", "data.max_unlabelled_examples"]
     if "lora" not in (arm, config.teacher_arm):
         unused += ["teacher.adapter_learning_rate"]
     if arm in ("words", "fft"):

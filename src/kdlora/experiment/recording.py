@@ -37,6 +37,7 @@ from kdlora.models.settings import read_licence
 from kdlora.report.card import student_card
 from kdlora.report.deferred import decision_sentences
 from kdlora.report.findings import Choice, read_choice
+from kdlora.section import DataConfig
 from kdlora.system.environment import collect_versions, describe_machine, git_state
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import remove
@@ -65,20 +66,24 @@ def hash_splits(splits: Splits) -> str:
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What is known of a task's data."""
+    """What is known of a task's data, which a suite's runs may read by several `data` sections: by `row_settings`."""
 
     task: dict[str, Any]  # Task.to_dict()
-    fingerprints: dict[int, str]  # of ids, texts and labels, by the number of copies (data.augment)
-    rows: dict[str, int]
+    fingerprints: dict[tuple[Any, ...], str]  # of ids, texts and labels
+    rows: dict[tuple[Any, ...], dict[str, int]]  # per split
     notes: tuple[str, ...]
 
     def fingerprint(self, config: Config) -> str:
-        return self.fingerprints[config.data.augment]
+        return self.fingerprints[config.data.row_settings]
+
+    def rows_without_copies(self, config: Config) -> dict[str, int]:
+        return self.rows[config.data.without_copies.row_settings]
 
 
-def look_at(splits: Splits, copies: int) -> TaskFacts:
+def look_at(splits: Splits, data: DataConfig) -> TaskFacts:
     rows = {name: len(part) for name, part in splits_by_name(splits).items()}
-    return TaskFacts(splits.task.to_dict(), {copies: hash_splits(splits)}, rows, splits.notes)
+    key = data.row_settings
+    return TaskFacts(splits.task.to_dict(), {key: hash_splits(splits)}, {key: rows}, splits.notes)
 
 
 def now() -> str:
@@ -113,7 +118,7 @@ def blank_record(config: Config, arm: str, seed: int, facts: TaskFacts) -> RunRe
     return RunRecord(
         experiment=config.title(),
         task=facts.task,
-        rows=facts.rows,
+        rows=facts.rows[config.data.row_settings],
         arm=arm,
         seed=seed,
         status="running",
@@ -131,7 +136,7 @@ def blank_record(config: Config, arm: str, seed: int, facts: TaskFacts) -> RunRe
 
 
 def new_record(config: Config, layout: ExperimentLayout, splits: Splits, arm: Arm, seed: int) -> RunRecord:
-    record = blank_record(config, arm, seed, look_at(splits, config.data.augment))
+    record = blank_record(config, arm, seed, look_at(splits, config.data))
     precision, reason = settle_precision(config.run.precision, config.run.device, layout.precision)
     notes = [f"precision {precision}: {reason}", f"{torch.get_num_threads()} threads"]
     if splits.unlabelled is not None and (count := len(splits.unlabelled) - splits.copies):

@@ -183,7 +183,7 @@ def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, Tas
         config, splits = kept, load_splits(kept.task, kept.data, copies_in=copies)
     if splits.task.kind == "tokens" and "words" in config.run.arms:
         config, splits = _without_words(config, splits)
-    facts = look_at(splits, config.data.augment)
+    facts = look_at(splits, config.data)
     return config, splits, facts, _finished(config, layout, facts.fingerprint(config))
 
 

@@ -149,13 +149,17 @@ def settle_plan(
     """Look at the data of every task and its models, and lay out the runs with what they decide."""
     suite = plan.suite
     configs = {task: {name: whole_config(suite, task, name) for name in suite.families} for task in suite.tasks}
-    copies = {task: sorted({run.config.data.augment for run in plan.runs() if run.task == task}) for task in configs}
-    questions = [(config, copies[task], copies_in, timed) for task, config in configs.items()]
+    read = [(run.task, run.config.data) for run in plan.runs()]
+    read += [(task, config.data) for task, own in configs.items() for config in own.values()]
+    questions = [(own, [data for one, data in read if one == task], copies_in, timed) for task, own in configs.items()]
     answers = dict(zip(configs, _without_faults(configs, engine.call_all(inspect_task, questions)), strict=True))
     facts = {task: found for task, (found, _) in answers.items()}
     looks = {(task, family): one for task, (_, found) in answers.items() for family, one in found.items()}
     chosen = {
-        place: decide(one, facts[place[0]].rows, Task.from_dict(facts[place[0]].task)) for place, one in looks.items()
+        (task, family): decide(
+            one, facts[task].rows_without_copies(configs[task][family]), Task.from_dict(facts[task].task)
+        )
+        for (task, family), one in looks.items()
     }
     return make_plan(suite, chosen), facts, looks
 
@@ -217,7 +221,10 @@ def estimate(
 ) -> float:
     """Estimate the seconds of the runs that have not finished, from timed forward passes."""
     return sum(
-        RUN_SECONDS + training_seconds(run.config, run.arm, facts[run.task].rows, looks[run.task, family])
+        RUN_SECONDS
+        + training_seconds(
+            run.config, run.arm, facts[run.task].rows_without_copies(run.config), looks[run.task, family]
+        )
         for family, run in plan.by_family()
         if run.key not in records
     )

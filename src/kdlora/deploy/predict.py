@@ -107,11 +107,9 @@ class Classifier(Network):
             raise ModelError(f"{self.folder.path}: the model's output for text {row} is not a finite number.")
         return logits
 
-    def batches(
-        self, texts: Sequence[Text], batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
-    ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+    def batches(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Give the arrays that the model takes, texts or their windows of like length together, and which these are."""
-        yield from self.pack(self._parts(texts)[0], batch_size, batch_tokens)
+        yield from self.pack(self._parts(texts)[0], BATCH_SIZE, BATCH_TOKENS)
 
     def _parts(self, texts: Sequence[Text]) -> tuple[list[Encoding | Window], list[int]]:
         """Give what the model reads, one text after the other, and in how many parts it reads each of them."""

@@ -76,6 +76,13 @@ def is_plain_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\:\0")
 
 
+def leads_out(path: Path) -> bool:
+    """Say whether a file lies in another folder than its link; the Hub's cache links to `blobs` beside `snapshots`."""
+    folder, real = path.parent.resolve(), path.resolve()
+    blobs = [parent.parent / "blobs" for parent in (folder, *folder.parents) if parent.name == "snapshots"]
+    return real.parent not in (folder, *blobs)
+
+
 def read_front_matter(card: Path) -> Any:
     """Read the YAML at the head of a model's or a data set's card, or all of a YAML file; every value is a text."""
     import yaml  # here: what serves has no use for it

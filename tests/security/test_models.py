@@ -138,6 +138,13 @@ def tokenizer_of(key: str, *, legacy: bool = False, several: bool = False) -> Ca
     return spoil
 
 
+def link_a_vocabulary(folder: Path, mark: Path) -> None:
+    """Put a link to a file of the user's in the place of a vocabulary, as an archive may hold one."""
+    tokenizer_of("vocab_file")(folder, mark)
+    edit_json(folder / "tokenizer_config.json", vocab_file=None)
+    (folder / "vocab.txt").symlink_to(folder.parent / "id_rsa")
+
+
 DETOURS: list[tuple[str, Callable[[Path, Path], None], str]] = [
     ("own code", add_own_code, "Python code of its own"),
     ("a pickle named by the config", pickle_as_adapter, "transformers_weights names other files"),
@@ -154,6 +161,7 @@ DETOURS: list[tuple[str, Callable[[Path, Path], None], str]] = [
     ("a vocabulary by its place", tokenizer_of("init_inputs", several=True), "init_inputs must be"),
     ("a file of a tokenizer", tokenizer_of("spm_file"), "spm_file names the file"),
     ("a file beside special tokens", tokenizer_of("vocab_file", legacy=True), "vocab_file names the file"),
+    ("a vocabulary by a link", link_a_vocabulary, "vocab.txt is a link to a file in another folder"),
     ("quantised weights", setting(quantization_config={"quant_method": "fp8"}), "quantised"),
 ]
 

@@ -35,7 +35,7 @@ from transformers.utils.hub import cached_file
 
 from kdlora.configfile import expand_home
 from kdlora.errors import ArtifactError, ModelError, first_line
-from kdlora.foreign import check_types, panics_as_errors, read_json
+from kdlora.foreign import check_types, leads_out, panics_as_errors, read_json
 from kdlora.models.settings import (
     ADAPTER,
     CONFIG,
@@ -53,6 +53,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 SAFE = (".safetensors", ".safetensors.index.json")
 FOREIGN = (".h5", ".msgpack", ".onnx", ".gguf", ".tflite")
+VOCABULARIES = (".txt", ".model", ".codes")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FEWEST_PIECES = 10
 """A vocabulary with fewer pieces beside the special tokens is no vocabulary: transformers builds an empty
@@ -235,6 +236,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             if path is not None:
                 check_types(values := read_json(path), TOKENIZER_SETTINGS, path)
                 refuse_files(values, path)
+        for path in Path(source.name).iterdir() if source.is_folder else ():
+            if path.suffix in VOCABULARIES and leads_out(path):
+                raise ModelError(f"{path} is a link to a file in another folder; copy that file here if it is meant")
         tokenizer = AutoTokenizer.from_pretrained(source.name, **_options(source))
     tokenizer.chat_template = None  # a classifier has no use for it, and its parts are saved under names of their own
     if not source.trust_remote_code:

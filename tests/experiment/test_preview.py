@@ -199,7 +199,7 @@ def test_a_folder_keeps_the_metric_that_its_runs_were_scored_by(uneven, tmp_path
     """Seeds scored by accuracy beside seeds scored by macro F1 have a mean that means nothing."""
     assert plan_experiment(uneven(), tmp_path / "new").task.metrics == ("macro_f1",)
     told = dict(plan_experiment(uneven(), tmp_path / "new").lines())["task"]
-    assert told.endswith("scored by macro F1, because the classes are uneven (task.metric)")
+    assert "scored by macro F1, because the classes are uneven (task.metric; student.train.class_weights" in told
     words = {"arms": ["words"], "seeds": [0]}
     first = run_experiment(uneven(run=words, task={"metric": "accuracy"}), tmp_path / "old")
     layout = ExperimentLayout(first.folder)

@@ -373,10 +373,14 @@ def test_runs_of_different_tasks_in_one_folder_are_refused(tmp_path):
 
 def test_a_student_that_always_says_the_same_is_named(reviews, tmp_path):
     """69% accuracy on CoLA is what the most frequent label gets."""
-    layout = make_experiment(tmp_path / "e")
-    path = layout.run("kd-lora", 1).predictions
-    write_predictions(path, replace(read_predictions(path), logits=np.tile(np.float32([0.0, 1.0]), (400, 1))))
-    assert "KD-LoRA (seed 1) predicts the same for every example" in _plain(_report(layout.root).html)
+    for name, task, remedy in (("e", BINARY, False), ("uneven", TOPICS, True)):
+        layout = make_experiment(tmp_path / name, task=task)
+        path = layout.run("kd-lora", 1).predictions
+        logits = np.tile(np.arange(task.num_labels, dtype=np.float32), (400, 1))
+        write_predictions(path, replace(read_predictions(path), logits=logits))
+        said = _plain(_report(layout.root).html)
+        assert "KD-LoRA (seed 1) predicts the same for every example" in said
+        assert ("The classes are uneven: see student.train.class_weights" in said) == remedy
     assert "predicts the same for every example" not in reviews[1].html
 
 

@@ -82,7 +82,7 @@ class ExperimentPlan:
         rows |= {"perturbed copies of training texts": self.copies}
         task, metrics = self.task, " and ".join(metric_title(name) for name in self.task.metrics)
         if self.config.task.metric is None and not task.name and task.metrics == ("macro_f1",):
-            metrics += ", because the classes are uneven (task.metric)"
+            metrics += ", because the classes are uneven (task.metric; student.train.class_weights may help)"
         twice = [f"{number:,} in {name}" for name, number in self.duplicates.items() if number]
         trainings = [
             f"{one.arm} {f'{one.runs} × {one.steps:,} steps' if one.steps else f'in about {one.seconds:.0f} seconds'}"

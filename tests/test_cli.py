@@ -163,7 +163,11 @@ def test_evaluate_and_report_on_a_finished_experiment(cli, experiment, workshop,
     assert rows["student"]["score"] == pytest.approx(student.score)
     assert rows["student"]["metrics"] == pytest.approx(student.metrics)
     assert rows["student"]["examples"] == 40
-    assert f"{student.score:.2f}" in cli("evaluate", experiment.folder, workshop.validation).out
+    lines = [line.split("│") for line in cli("evaluate", experiment.folder, workshop.validation).out.splitlines()]
+    told = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines if len(line) > 2}
+    assert told["score"] == [f"{one['score']:.2f}" for one in rows.values()]
+    for name in student.metrics:  # a line each, for a tagger has three of every type
+        assert told[name] == [f"{one['metrics'][name]:.4f}" for one in rows.values()]
     assert snapshot(experiment.folder) == before
     again = cli("report", experiment.folder, "--out", tmp_path / "report")
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000

@@ -147,11 +147,10 @@ def evaluate(
     if as_json:
         print_json(scores)
         return
-    rows = []
-    for row in scores:
-        metrics = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
-        rows.append((row["model"], str(row["examples"]), f"{row['score']:.2f}", metrics))
-    print_table(("model", "examples", "score", "metrics"), rows)
+    rows = [("examples", *(str(one["examples"]) for one in scores))]
+    rows += [("score", *(f"{one['score']:.2f}" for one in scores))]
+    rows += [(name, *(f"{one['metrics'][name]:.4f}" for one in scores)) for name in scores[0]["metrics"]]
+    print_table(("", *(one["model"] for one in scores)), rows)
 
 
 @app.command()

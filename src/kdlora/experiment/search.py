@@ -324,8 +324,8 @@ def write_search_report(
     told = [f"Trial {one.number} failed: {one.user_attrs['error']}" for one in failed[:_SHOWN]]
     groups = {
         "the best trial": ranked[:1],
-        "other finished trials": ranked[1:],
-        "pruned trials": [one for one in trials if one.state.name == "PRUNED"],
+        "mean of the other finished trials": ranked[1:],
+        "mean of the pruned trials": [one for one in trials if one.state.name == "PRUNED"],
     }
     curves = [
         Series(name, Style(number), tuple(point for one in members for point in one.intermediate_values.items()))

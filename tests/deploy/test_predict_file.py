@@ -1,6 +1,7 @@
 """Files and streams: order, bad rows, bounded windows, and runs that are interrupted."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deploy_folders import PAIRS, TEXTS
+from experiments import edit_json
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
 from kdlora.errors import ArtifactError, ConfigError, DataError
@@ -186,6 +188,16 @@ def test_stale_parts_are_refused(tmp_path, model, source):
         predict_file(model, source, out)
     assert predict_file(model, source, out, resume=False).rows == 1
     assert [row["id"] for row in _read(out)] == ["x"]
+
+
+def test_parts_by_a_model_with_other_labels_are_refused(tmp_path, exported, source):
+    """With two labels exchanged in config.json, one file held both readings of the same columns."""
+    place = Path(shutil.copytree(exported(), tmp_path / "model"))
+    _interrupt(Classifier.load(place), source, tmp_path / "out.csv", 10)
+    names = json.loads((place / "config.json").read_text())["id2label"]
+    edit_json(place / "config.json", id2label=dict(zip(names, reversed(names.values()), strict=True)))
+    with pytest.raises(ArtifactError, match="an interrupted prediction of something else"):
+        predict_file(Classifier.load(place, verify=False), source, tmp_path / "out.csv")
 
 
 @pytest.mark.parametrize(

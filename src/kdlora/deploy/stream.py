@@ -160,6 +160,7 @@ def _fingerprint(classifier: Network, source: str | Path, columns: Columns, inpu
         "source_bytes": state.st_size if state else None,
         "source_time": state.st_mtime_ns if state else None,
         "model": str(folder.path.absolute()),
+        "settings": dict(folder.digests),
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
         "temperature": folder.temperature,
         "threshold": None if (promise := classifier.decisions.promise) is None else promise.threshold,

@@ -164,7 +164,7 @@ def test_the_card_carries_what_the_hub_reads():
     yaml.safe_load(student_card(local).split("---")[1])
 
 
-def test_what_cannot_be_pushed_or_found_is_refused_before_the_hub_is_asked(tmp_path, finished):
+def test_what_cannot_be_pushed_or_found_is_refused_before_the_hub_is_asked(tmp_path, finished, monkeypatch):
     """Typing errors must not become repositories."""
     with pytest.raises(ConfigError, match="'student' is no name of a repository; expected USER/NAME"):
         push_experiment(finished.root, "student")
@@ -173,5 +173,9 @@ def test_what_cannot_be_pushed_or_found_is_refused_before_the_hub_is_asked(tmp_p
         push_experiment(tmp_path, "someone/student")
     with pytest.raises(KdLoraError, match="no such folder, no Hub model of this name in the cache"):
         locate_model("someone/nothing")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    with pytest.raises(ModelError, match="runs/demo/student: there is no such folder in runs/demo"):
+        locate_model("runs/demo/student")
     assert locate_model(tmp_path) == tmp_path
     assert str(locate_model("../someone/nothing")) == "../someone/nothing"

@@ -40,6 +40,8 @@ def locate_model(name: str | Path, *, revision: str | None = None) -> Path:
     path, found = Path(name), _HUB_ID.fullmatch(Path(name).as_posix())
     if path.exists() or found is None or path.suffix == ".onnx":
         return path
+    if found["inner"] and Path(found["repo"]).is_dir():
+        raise ModelError(f"{path}: there is no such folder in {found['repo']}; check the path, or finish what makes it")
     if revision is not None and found["revision"] is not None and revision != found["revision"]:
         raise ConfigError(f"{name}: names the revision {found['revision']!r}, but the revision {revision!r} is given")
     inner = found["inner"].strip("/")

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from kdlora.config import DISTILLED_ARMS, TEACHER_ARMS, Arm, Config
 from kdlora.configfile import save_config
-from kdlora.data.load import load_splits
+from kdlora.data.load import add_copies, load_splits
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord, read_record, write_record
 from kdlora.experiment.plan import ConfigurationLayout, Lesson, PlannedRun, identity
@@ -38,15 +38,22 @@ def inspect_task(
 ) -> tuple[TaskFacts, dict[str, Looks]]:
     """Load a task's data by every `data` section of its runs, and look at the models of each family."""
     config = next(iter(configs.values()))
-    splits = load_splits(config.task, config.data.without_copies)
+    first = config.data.without_copies
+    splits = load_splits(config.task, first)
     if splits.task.kind == "tokens" and "words" in config.run.arms:
         raise ConfigError("arms: a bag of words has one answer a text, and a task of tokens wants one a word; drop it")
-    facts, texts = look_at(splits, config.data.without_copies), sample_texts(splits.train)
+    facts, texts = look_at(splits, first), sample_texts(splits.train)
+    read = {first.row_settings: splits}  # files are read once, whatever the number of copies
     for section in (part for one in sections for part in (one.without_copies, one)):
-        if section.row_settings not in facts.rows:
-            more = look_at(load_splits(config.task, section, copies_in=copies_in), section)
-            facts.fingerprints.update(more.fingerprints)
-            facts.rows.update(more.rows)
+        if section.row_settings in facts.rows:
+            continue
+        plain = section.without_copies
+        if plain.row_settings not in read:
+            read[plain.row_settings] = load_splits(config.task, plain)
+        own = add_copies(read[plain.row_settings], section.augment, seed=section.split_seed, keep_in=copies_in)
+        more = look_at(own, section)
+        facts.fingerprints.update(more.fingerprints)
+        facts.rows.update(more.rows)
     return facts, {name: look_at_models(one, splits.task, texts, timed=timed) for name, one in configs.items()}
 
 

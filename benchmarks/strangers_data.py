@@ -66,7 +66,7 @@ def _read(own: DataSet, source: str, folders: Sequence[Path]) -> list[Row]:
     ]
     if len(rows) < len(table):
         print(f"{source}: {len(table) - len(rows)} of {len(table)} rows lack a text or a label", flush=True)
-    return [{**row, own.label: own.names.get(row[own.label], row[own.label])} for row in rows]
+    return [{**row, own.label: own.names.get(row[own.label], own.rest or row[own.label])} for row in rows]
 
 
 def _cut(own: DataSet, rows: list[Row], seed: int) -> list[Row]:

@@ -38,6 +38,8 @@ class DataSet(_Part):
     """Name here to name (or number) in the source; the last column is the label. A CoNLL file needs none."""
     names: dict[str, str] = {}
     """Words for the source's labels."""
+    rest: str | None = None
+    """One name for all labels that `names` does not list; default: they keep theirs."""
     join: int = 1
     """So many texts of one class become one."""
     cut: dict[str, int] = {}

@@ -66,3 +66,19 @@ def test_a_lock_knows_when_its_folder_is_gone(tmp_path):
         (tmp_path / "out" / ".lock").touch()
         with pytest.raises(FileNotFoundError, match="removed, moved or unmounted"):
             lock.check()
+
+
+def test_a_file_that_is_missing_with_its_folder_is_told_as_the_folder(tmp_path):
+    """A write in a child process may meet the empty mount point before anybody checks the lock."""
+    out = tmp_path / "out"
+
+    def write(*, moved: bool) -> None:
+        with hold_lock(out / ".lock", "runs it"):
+            if moved:
+                out.rename(tmp_path / "away")
+            (out / "deep" / "record").write_text("")
+
+    with pytest.raises(FileNotFoundError, match="removed, moved or unmounted"):
+        write(moved=True)
+    with pytest.raises(FileNotFoundError, match="record"):
+        write(moved=False)

@@ -185,6 +185,11 @@ def hold_lock(path: Path, what: str, *, wait: bool = False, remedy: str = "") ->
         since = datetime.now(UTC).isoformat(timespec="seconds")
         with contextlib.suppress(OSError):  # a name for the others; the lock holds without it too
             path.write_text(f"{_HOLDER}{os.getpid()} on {socket.gethostname()}, since {since}\n", encoding="utf-8")
-        yield HeldLock(path, (held.st_dev, held.st_ino))
+        mine = HeldLock(path, (held.st_dev, held.st_ino))
+        try:
+            yield mine
+        except OSError:  # of a file that is missing, the reason may be that the folder is
+            mine.check()
+            raise
     finally:
         lock.release()

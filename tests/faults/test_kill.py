@@ -49,7 +49,7 @@ def test_struck_in_its_trainings_an_experiment_ends_as_if_undisturbed(cli, works
         assert attempt.lost_seconds() < 5
     asked, killed = attempts
     assert (asked.code, killed.code) == (128 + signal.SIGTERM, -signal.SIGKILL)
-    assert asked.ended < 10
+    assert asked.ended < 30  # a loaded machine takes seconds for a checkpoint
     assert asked.log[-1].endswith("the same command continues where it stopped")
     assert asked.checkpoints[-1][0] > asked.struck  # it saved after it was asked to end
     assert "Traceback" not in "\n".join(asked.log)

@@ -135,6 +135,10 @@ def test_types_that_training_lacks_are_refused_by_row(tmp_path):
     other = write_words(tmp_path / "other.jsonl", rows)
     with pytest.raises(DataError, match=r"other.jsonl, row 3: the label 'PERSON'.*BAD"):
         load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(other)))
+    named = tmp_path / "other.conll"
+    named.write_text("in\tO\n\tO\nParis\tB-PLACE\n\nsaid\tO\n\tO\nAnna\tB-PERSON\n")
+    with pytest.raises(DataError, match=r"other.conll, line 7: the label 'PERSON'"):
+        load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(named)))
     task = load_splits(TaskConfig(), DataConfig(train=str(train))).task
     assert load_examples(str(train), task, labelled=True).num_rows == 30
     plain = write_words(tmp_path / "plain.jsonl", [{"words": ["a", "b"], "tags": ["O", "O"]}] * 3)

@@ -77,7 +77,7 @@ class Reading:
                 self.task = replace(self.task, label_names=tag_names(types))
                 shown = ", ".join(types[:10]) + (" ..." if len(types) > 10 else "")
                 self.notes.append(f"The {len(types)} types of entities were taken from the data: {shown}.")
-            arrays["label"] = encode_tags(raw, rows["tags"], label, self.task)
+            arrays["label"] = encode_tags(raw, rows, label, self.task)
         return make_dataset(pa.table(arrays))
 
     def columns(self, source: Source, *, labelled: bool) -> Columns:

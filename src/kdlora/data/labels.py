@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdlora.config import Kind, TaskConfig
+from kdlora.data.lines import LINES
 from kdlora.data.read import RawTable, Source, first_true, is_list, is_text
 from kdlora.data.tags import NO_TAG, OUTSIDE, parse_tags
 from kdlora.data.tasks import DEFAULT_METRICS, Task
@@ -46,16 +47,20 @@ def encode_labels(raw: RawTable, columns: Sequence[str], task: Task) -> pa.Array
     return _as_lists(_list_matrix(raw, columns[0], task.label_names))
 
 
-def encode_tags(raw: RawTable, tags: pa.ChunkedArray, column: str, task: Task) -> pa.ChunkedArray:
+def encode_tags(raw: RawTable, words: pa.Table, column: str, task: Task) -> pa.ChunkedArray:
     """Encode the tags of the words of every row; a word without one has -100."""
     encoded = []
     row = 0
-    for part in tags.chunks:
+    for batch in words.to_batches():
+        part = batch["tags"]
         flat = part.flatten()
         codes = pc.index_in(flat, pa.array(task.label_names))
         if (position := first_true(pc.and_(pc.is_null(codes), pc.is_valid(flat)))) is not None:
             row += int(np.searchsorted(np.cumsum(pc.list_value_length(part)), position, side="right"))
-            _refuse_unknown(raw.where(row), flat[position].as_py()[2:], column, task.label_types)
+            where = raw.where(row)
+            if LINES in words.column_names:
+                where = f"{raw.source}, line {batch[LINES].flatten()[position].as_py()}"
+            _refuse_unknown(where, flat[position].as_py()[2:], column, task.label_types)
         sizes = np.concatenate(([0], np.cumsum(pc.list_value_length(part)))).astype(np.int32)
         encoded.append(pa.ListArray.from_arrays(sizes, pc.fill_null(codes, NO_TAG).cast(pa.int64())))
         row += len(part)

@@ -196,19 +196,12 @@ def _batches_of_words(columns: dict[str, pa.ChunkedArray], offsets: Integers) ->
     lengths = pc.utf8_length(columns["words"]).to_numpy().astype(np.int64)
     ends = np.cumsum(lengths + 1)
     ends -= np.repeat(np.concatenate(([0], ends))[offsets[:-1]], np.diff(offsets)) + 1
-    flat = {"starts": pa.array(ends - lengths, pa.int32()), "ends": pa.array(ends, pa.int32())}
-    flat |= {name: column for name, column in columns.items() if name != LINES}
+    flat = {"starts": pa.array(ends - lengths, pa.int32()), "ends": pa.array(ends, pa.int32()), **columns}
     for start in range(0, len(offsets) - 1, _ROWS):
         edges = offsets[start : start + _ROWS + 1]
         places = pa.array(edges - edges[0], pa.int32())
         part = {name: _lists(column.slice(edges[0], edges[-1] - edges[0]), places) for name, column in flat.items()}
-        yield _batch(pc.binary_join(part.pop("words"), " "), part)
-
-
-def _batch(texts: pa.Array, lists: dict[str, pa.Array]) -> pa.RecordBatch:
-    return pa.record_batch(
-        {"text": texts} | {name: lists[name] for name in ("starts", "ends", "tags") if name in lists}
-    )
+        yield pa.record_batch({"text": pc.binary_join(part.pop("words"), " "), **part})
 
 
 def _lists(values: pa.Array | pa.ChunkedArray, places: pa.Array) -> pa.ListArray:
@@ -235,10 +228,8 @@ def _batches_of_texts(raw: RawTable, text: str, label: str | None) -> Iterator[p
         places = pa.array(np.cumsum([0, *(len(starts) for starts, _, _ in found)]), pa.int32())
         kinds = (pa.int32(), pa.int32(), pa.string())
         flat = (pa.array(chain.from_iterable(one[place] for one in found), kinds[place]) for place in range(len(names)))
-        yield _batch(
-            batch.column(0).cast(pa.string()),
-            {name: _lists(part, places) for name, part in zip(names, flat, strict=True)},
-        )
+        parts = {name: _lists(part, places) for name, part in zip(names, flat, strict=True)}
+        yield pa.record_batch({"text": batch.column(0).cast(pa.string()), **parts})
 
 
 def _words_of(

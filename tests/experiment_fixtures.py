@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
 
-from experiments import ARMS, Outcome, Workshop
+from experiments import ARMS, Workshop
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
@@ -47,7 +48,7 @@ def _command(app: object) -> object:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """`cli("run", path, ..., code=0)` calls the command line in this process, and takes what it prints.
 
     It must end with that exit code, and without a traceback.
@@ -57,7 +58,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("typer.main.get_command", _command)
 
-    def call(*arguments: object, code: int = 0) -> Outcome:
+    def call(*arguments: object, code: int = 0) -> Any:
         monkeypatch.setattr(sys, "argv", ["kdlora", *map(str, arguments)])
         handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         capsys.readouterr()
@@ -69,6 +70,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
                 signal.signal(number, handler)
         printed = capsys.readouterr()
         assert (int(ended.value.code or 0), "Traceback" in printed.err) == (code, False), printed.err[-3000:]
-        return Outcome(printed.out, printed.err)
+        return printed
 
     return call

@@ -89,11 +89,3 @@ def processes_marked(mark: str) -> list[int]:
         except OSError:
             continue
     return [process for process in found if process != os.getpid()]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left in the terminal."""
-
-    out: str
-    err: str

@@ -14,8 +14,8 @@ from loading import TEXTS, WORDS, labels, load, refused
 
 from experiments import write_lines
 from kdlora.data.load import load_examples, split_rows
-from kdlora.data.tasks import GLUE, Task
-from kdlora.errors import ConfigError, DataError
+from kdlora.data.tasks import Task
+from kdlora.errors import ConfigError
 
 
 def test_a_score_is_the_label_where_nothing_else_can_be(csv_file) -> None:
@@ -302,12 +302,3 @@ def test_plain_split(rows: int, fraction: float, seed: int) -> None:
     train, validation = split_rows(rows, fraction, seed)
     assert sorted([*train, *validation]) == list(range(rows))
     assert len(validation) == min(rows - 1, max(1, round(rows * fraction)))
-
-
-def test_damaged_record() -> None:
-    """A record without a field must say so, not fail with a KeyError far away."""
-    with pytest.raises(DataError, match="label_names: Field required; metrics: Field required"):
-        Task.from_dict({"kind": "regression", "text": ["t"], "label": ["l"]})
-    values = GLUE["mrpc"].task.to_dict() | {"kind": "singel-label"}
-    with pytest.raises(DataError, match="kind: Input should be 'single-label'"):
-        Task.from_dict(values)

@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import tempfile
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loading import TEXTS, WORDS, load
@@ -23,7 +22,7 @@ from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.batches import tokenise
 from kdlora.data.load import load_examples, load_splits
 from kdlora.data.read import open_file
-from kdlora.data.spool import doubles, read_column, settle, slice_rows, spool
+from kdlora.data.spool import doubles, spool
 from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import DataError
@@ -223,41 +222,11 @@ def test_load_examples_faults(tmp_path: Path, csv_file, emotions: Dataset) -> No
 
 ROWS = 4_000
 
-kinds_of_selection = st.one_of(
-    st.lists(st.integers(0, 199), max_size=60),  # shuffled, repeated
-    st.sets(st.integers(0, 199), max_size=150).map(sorted),  # drawn
-)
-
 
 def write_parquet(path: Path, rows: int) -> Path:
     texts = [f"a good film that nobody should have to see twice {row}" for row in range(rows)]
     pq.write_table(pa.table({"text": texts, "label": ["no", "yes"] * (rows // 2)}), path)
     return path
-
-
-@cache
-def columns() -> Dataset:
-    values = {
-        "id": [str(row) for row in range(200)],
-        "value": list(range(200)),
-        "label": [row % 2 for row in range(200)],
-    }
-    return Dataset.from_dict(values).cast_column("label", ClassLabel(names=["no", "yes"]))
-
-
-@settings(deadline=None)
-@given(selection=kinds_of_selection, rows=st.integers(1, 30))
-def test_slices_are_the_rows_in_order(selection: list[int], rows: int) -> None:
-    """A selection that is read past its list of row numbers gives texts the labels of others, written down or not."""
-    chosen = columns().select(selection)
-    slices = list(slice_rows(chosen, ["value", "id"], rows))
-    assert all(part.column_names == ["value", "id"] and 0 < part.num_rows <= rows for part in slices)
-    assert [row for part in slices for row in part["value"].to_pylist()] == selection
-    assert [row for part in slices for row in part["id"].to_pylist()] == list(map(str, selection))
-    settled = settle(chosen)
-    assert settled[:] == chosen[:]
-    assert settled.features == chosen.features
-    assert read_column(settled, "value").to_pylist() == selection
 
 
 @pytest.mark.parametrize("validation", [True, False])

@@ -7,7 +7,7 @@ import pytest
 
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.augment import augment_texts
-from kdlora.data.batches import Collator, tokenise
+from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.spool import label_array
 from kdlora.data.tags import split_words
@@ -104,28 +104,6 @@ def test_words_are_found_in_windows_as_in_one(splits):
             places = [window["input_ids"][place] for window in windows for place in window["places"]]
             found.append((places, np.concatenate([window["label"] for window in windows]).tolist()))
         assert found[0] == found[1] == (found[0][0], one["label"])
-
-
-def test_a_batch_has_the_words_that_count(splits):
-    """Silent failure: words that the teacher or the student cannot see teach the student nonsense."""
-    tokens = tokenise(splits.train, tokenizer := train_tokenizer(), 64).dataset
-    collator = Collator.of(tokenizer, "tokens", 64)
-    rows = [dict(tokens[place]) for place in range(2)]
-    rows[0]["label"] = [-100, *rows[0]["label"][1:]]
-    count = sum(len(row["label"]) for row in rows)
-    plain = collator([window for row in rows for window in split_row(row)])
-    assert len(plain["labels"]) == count - 1
-    ids = plain["input_ids"].flatten()[plain["words"]].tolist()
-    assert ids == [row["input_ids"][place] for row in rows for place in row["places"]][1:]
-    for row in rows:
-        row["teacher_logits"] = np.ones((len(row["label"]), 7), np.float32)
-    rows[1]["teacher_logits"][0] = np.nan
-    rows[0]["places"][1] = -1
-    taught = collator([window for row in rows for window in split_row(row)])
-    assert len(taught["labels"]) == count - 2
-    assert (~taught["labelled"]).sum() == 1
-    assert taught["labels"][0] == -100
-    assert taught["teacher_logits"].isfinite().all()
 
 
 def test_types_that_training_lacks_are_refused_by_row(tmp_path):

@@ -6,15 +6,12 @@ from dataclasses import asdict
 import pytest
 
 from deploy_folders import TEXTS
-from kdlora.config import LoraSettings
 from kdlora.data.tasks import Task
 from kdlora.deploy import benchmark as module
 from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.gates import LabelledTexts
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ModelError
-from kdlora.models.adapters import add_adapter, save_adapter
-from kdlora.models.encoders import load_encoder
 
 TASK = Task("single-label", ("text",), ("label",), ("positive", "neutral", "negative"), ("accuracy",))
 QUICK = {"rounds": 2, "threads": 1, "batch_sizes": (4, 8)}
@@ -45,14 +42,6 @@ def test_figures_of_all_models(result):
     assert student.name == "student"
     assert student.score == fp32.score == 100  # the task lists the labels in another order than the model
     json.dumps(asdict(result))
-
-
-def test_an_adapter_that_is_not_merged_is_refused(tmp_path, tiny_model_folder):
-    """Prevents the known misleading benchmark: an adapter runs up to half slower before it is merged."""
-    encoder = load_encoder(str(tiny_model_folder("bert")), TASK, seed=0)
-    save_adapter(add_adapter(encoder, LoraSettings(), seed=0), tmp_path / "adapter")
-    with pytest.raises(ModelError, match=r"an adapter of the base .* Merge it first.*unmerged adapters are slower"):
-        benchmark([tmp_path / "adapter"], TEXTS, **QUICK)
 
 
 def test_dead_process_is_named(exported, monkeypatch):

@@ -158,7 +158,6 @@ def test_foreign_folder_is_not_replaced(tmp_path, classifier_folder):
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
-        ({"formats": ("onnx-int4",)}, ConfigError, "unknown format 'onnx-int4'.*Did you mean 'onnx-int8'"),
         ({"formats": ()}, ConfigError, "at least one format"),
         ({"max_metric_drop": -1}, ConfigError, "0 or more points"),
         ({"texts": ["good", " "]}, DataError, "validation text 1: the text is empty"),

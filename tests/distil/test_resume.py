@@ -6,15 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from interruptions import CutAfter, PowerCutError, SaveAt, assert_resumes, assert_same_bits, weights
 
 from kdlora.config import DistilConfig, LoraSettings
 from kdlora.distil import precision
-from kdlora.distil.resume import (
-    load_trained_tensors,
-    trained_tensors,
-)
 from kdlora.errors import ArtifactError
 from kdlora.system.ownership import owned_name
 
@@ -135,17 +130,3 @@ def test_checkpoints_of_another_training_are_refused(make_setup, cut):
     files = [path for path in cut.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}, "a pickle would run code where it is resumed"
     assert all(json.loads(path.read_text(encoding="utf-8")) for path in files if path.suffix == ".json")
-
-
-def test_an_adapter_checkpoint_holds_the_head_and_not_the_base(make_setup, tmp_path):
-    """Trainer's checkpoint of a PEFT model may lack fresh modules; a whole base in each would be slow to write."""
-    setup = make_setup()
-    kept = trained_tensors(setup.model)
-    assert any("classifier.modules_to_save" in name for name in kept)
-    assert all(name in kept for name, value in setup.model.named_parameters() if value.requires_grad)
-    assert not any(".base_layer." in name or "original_module" in name for name in kept)
-    others = {name: value + 1 for name, value in kept.items()}
-    load_trained_tensors(setup.model, others)
-    assert all(torch.equal(value, others[name]) for name, value in trained_tensors(setup.model).items())
-    with pytest.raises(ArtifactError, match="weights are of another model"):
-        load_trained_tensors(setup.model, dict(list(others.items())[1:]))

@@ -62,24 +62,6 @@ def test_words_without_label_or_without_a_teacher_are_left_out(make_setup, tmp_p
     assert ("soft_loss" in found) == taught
 
 
-def test_a_word_is_answered_in_the_window_that_it_is_read_in(make_setup):
-    """Silent failure: the logits of a long text's words come from another window, or in another order."""
-    setup = make_setup("tokens", rows=12)
-    model, tokenizer = setup.encoder.model.eval(), setup.encoder.tokenizer
-    found = predict_logits(model, tokenizer, setup.train, batch_tokens=100)
-    np.testing.assert_allclose(found, predict_logits(model, tokenizer, setup.train), atol=1e-5)
-    assert len(found) == word_offsets(setup.train.dataset)[-1]
-    row = setup.train.dataset[int(np.argmax(setup.train.dataset["length"]))]
-    first = sum(map(len, setup.train.dataset["label"][: setup.train.dataset["id"].index(row["id"])]))
-    stops = np.cumsum(row["windows"])
-    for place, values in zip(row["places"], found[first:], strict=False):
-        window = np.searchsorted(stops, place, side="right")
-        start = stops[window] - row["windows"][window]
-        with torch.no_grad():
-            alone = model(torch.tensor([row["input_ids"][start : stops[window]]])).logits[0, place - start]
-        np.testing.assert_allclose(values, alone, atol=1e-4)
-
-
 def test_a_teacher_of_another_tokenizer_is_read_word_by_word(tiny_model_folder, make_examples, tasks, tmp_path):
     """Silent failure: logits that are attached by token, so that a student learns of word 5 what was said of word 4."""
     rows, task = make_examples("tokens", 20), tasks["tokens"]

@@ -125,10 +125,6 @@ Row = dict[str, Any]
 # `tests/distil/test_teacher_table.py` has the wrong columns, ids and numbers, in both formats.
 TABLES: list[tuple[str, Callable[[list[Row]], list[Row] | str], tuple[str, ...]]] = [
     ("rows missing", lambda rows: rows[3:], ("3 of 64", "FIRST", "add the rows")),
-    ("an id twice", lambda rows: [*rows, rows[0]], ("FIRST",)),
-    ("a label misspelt", lambda rows: [{"id": r["id"], "negativ": 0, "positive": 1} for r in rows], ("Did you mean",)),
-    ("not a number", lambda rows: [*rows[1:], rows[0] | {"positive": float("nan")}], ("FIRST",)),
-    ("of another split", lambda rows: [row | {"split": "trian"} for row in rows], ("no row is of split 'train'",)),
     ("a list as a line", lambda rows: "[1]\n", ("row 1", "expected a JSON object")),
     ("half a character", lambda rows: '{"id": "\\ud800", "positive": 1, "negative": 0}', ("row 1", "half")),
     ("empty", lambda rows: "", ("is empty (0 bytes)",)),

@@ -12,7 +12,7 @@ from corpus_configs import FIELDS, FILES, OVERRIDES
 from corpus_data import CASES, DataCase
 from corpus_models import COMMANDS, MODELS, NAMES, TABLES
 
-from experiments import Outcome, Workshop, read_rows, snapshot, write_lines
+from experiments import Workshop, read_rows, snapshot, write_lines
 from tiny import save_classifier
 
 
@@ -30,7 +30,7 @@ def student(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
-def refused(cli: Callable[..., Outcome], workshop: Workshop, tmp_path: Path) -> Callable[..., None]:
+def refused(cli: Callable[..., Any], workshop: Workshop, tmp_path: Path) -> Callable[..., None]:
     """`refused(expected, arguments...)`, or `refused(expected, changes={...})` for a config file."""
 
     def check(expected: tuple[str, ...], *arguments: object, changes: dict[str, Any] | None = None) -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from pyarrow.parquet import read_table
 
 from experiments import snapshot, write_lines
 from kdlora.evidence.predictions import read_predictions
@@ -85,18 +86,10 @@ def test_ids_come_through_every_stage(hostile):
     predictions = read_predictions(layout.run("kd-lora", 0).predictions)
     assert list(predictions.ids) == [row[IDENT] for row in rows]
     assert set(predictions.label_names) == set(LABELS)
-    stored = read_rows_of_logits(layout)
-    assert stored == [json.loads(line)[IDENT] for line in (root / "train.jsonl").read_text().splitlines()]
-
-
-def read_rows_of_logits(layout) -> list[str]:
-    import pyarrow.parquet as pq
-
-    return [
-        name
-        for file in sorted(layout.teacher_logits.glob("*.parquet"))
-        for name in pq.read_table(file)["id"].to_pylist()
+    stored = [
+        name for file in sorted(layout.teacher_logits.glob("*.parquet")) for name in read_table(file)["id"].to_pylist()
     ]
+    assert stored == [json.loads(line)[IDENT] for line in (root / "train.jsonl").read_text().splitlines()]
 
 
 def test_no_name_becomes_a_path_or_markup_and_no_secret_is_kept(hostile):
@@ -109,14 +102,12 @@ def test_no_name_becomes_a_path_or_markup_and_no_secret_is_kept(hostile):
     assert (layout.onnx / "model.onnx").exists()
 
     # A token in a record is published with the record.
-    root, _ = hostile
     for path in root.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
             assert not [name for name, secret in SECRETS.items() if secret.encode() in content], path
 
     # A backtick in a label ends the code early, and what follows is markup.
-    _, layout = hostile
     card = (layout.student / "README.md").read_text(encoding="utf-8")
     _, metadata, body = card.split("---\n", 2)
     assert set(yaml.safe_load(metadata)) >= {"library_name", "pipeline_tag", "tags"}

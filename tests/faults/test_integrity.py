@@ -1,7 +1,6 @@
 """Damage and exchange of what is reused: noticed, and then computed again or refused; never mixed."""
 
 import contextlib
-import json
 import random
 import shutil
 from collections.abc import Iterator
@@ -11,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import edit_json, read_rows, snapshot, write_lines
+from experiments import edit_json, read_rows, snapshot
 from kdlora.config import Config
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment import deployment
 from kdlora.experiment.run import run_experiment
-from kdlora.system.integrity import damaged_files, hash_files, is_sealed_or_old, seal
 from tiny import train_tokenizer, write_csv
 
 ARMS = ["kd-lora"]
@@ -179,32 +177,6 @@ def test_an_export_that_was_damaged_is_made_again(made, layout):
             flip_one_bit(path)
             assert not deployment.is_deployed(made.config, layout)
     assert deployment.is_deployed(made.config, layout)
-
-
-def test_a_removed_folder_is_not_damage_but_a_missing_file_is(tmp_path):
-    """Weights deleted to save space must not start a training; half a model must not be loaded."""
-    write_lines((tmp_path / "a.txt"), [{}])
-    (tmp_path / "model").mkdir()
-    for name in ("weights", "config"):
-        (tmp_path / "model" / name).write_text(name)
-    digests = hash_files(tmp_path, [tmp_path / "a.txt", tmp_path / "model", tmp_path / "none"])
-    assert list(digests) == ["a.txt", "model/config", "model/weights"]
-    assert damaged_files(tmp_path, digests) == []
-    flip_one_bit(tmp_path / "a.txt")
-    assert damaged_files(tmp_path, digests) == ["a.txt"]
-    flip_one_bit(tmp_path / "a.txt")
-    (tmp_path / "model" / "config").unlink()
-    assert damaged_files(tmp_path, digests) == ["model/config"]
-    shutil.rmtree(tmp_path / "model")
-    assert damaged_files(tmp_path, digests) == []
-
-    # A checksum over another form than the one on disk is either always broken or never.
-    document = {"b": [1, 2.5, None, 1e-300], "a": {"naïve": "\u2028<script>", "x": True}, "n": 10**20}
-    sealed = json.loads(json.dumps(seal(document), indent=2))
-    assert is_sealed_or_old(sealed)
-    assert is_sealed_or_old(document)
-    assert not is_sealed_or_old(sealed | {"n": 10**20 + 1})
-    assert not is_sealed_or_old(sealed | {"c": 1})
 
 
 def test_the_record_lists_what_the_run_left(made):

@@ -91,24 +91,6 @@ def test_a_half_precision_checkpoint_is_trained_in_fp32(tiny_model_folder, tmp_p
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float32"
 
 
-@pytest.mark.parametrize(
-    ("kind", "problem"),
-    [
-        ("single-label", "single_label_classification"),
-        ("regression", "regression"),
-        ("multi-label", "multi_label_classification"),
-    ],
-)
-def test_labels_and_kind_stand_in_the_config(tiny_model_folder, tmp_path, kind, problem):
-    """Otherwise the shipped model answers LABEL_0, and a pipeline applies the wrong activation."""
-    task = tiny.task(kind)
-    save_encoder(load_encoder(str(tiny_model_folder("bert")), task, seed=0), tmp_path)
-    config = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert config.problem_type == problem
-    assert config.id2label == task.id2label
-    assert config.label2id == task.label2id
-
-
 @pytest.mark.parametrize(("family", "positions"), [("bert", 66), ("roberta", 64), ("mpnet", 64), ("modernbert", 66)])
 def test_texts_are_cut_where_the_model_ends(tiny_model_folder, tmp_path, family, positions):
     """RoBERTa has two positions fewer than its config says; one text too long is an index error."""

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fabricate import make_record
 from kdlora.errors import ArtifactError
-from kdlora.evidence.records import read_record, write_record
 from kdlora.system import storage
 from kdlora.system.ownership import MANIFEST, _start_of, claim_folder, owned_name, remove, remove_abandoned
 from kdlora.system.storage import atomic_file, atomic_folder, write_json_atomic, write_text_atomic
@@ -33,23 +31,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         write_json_atomic(tmp_path / "b.json", {"x": object()})
     (tmp_path / "c.txt").write_text("x")
     assert (tmp_path / "deep" / "a.json").stat().st_mode == (tmp_path / "c.txt").stat().st_mode
-
-
-def test_a_full_disk_is_told_and_leaves_no_part(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """The record of the run before must survive the full disk."""
-    path = tmp_path / "run.json"
-    write_record(path, make_record(seed=1))
-
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(storage.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_record(path, make_record(seed=2))
-    assert caught.value.errno == errno.ENOSPC
-    monkeypatch.undo()
-    assert read_record(path).seed == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):

@@ -81,21 +81,6 @@ def test_the_whole_loss_matches_float64(seed, kind, rows, alpha, loss, temperatu
     np.testing.assert_allclose(rounded.total, expected, rtol=1e-3, atol=2e-5 * max(1.0, temperature**2))
 
 
-@pytest.mark.parametrize("kind", ["single-label", "multi-label"])
-def test_gradients(kind):
-    """A gradient into the teacher, or one that fades with the temperature, would go unnoticed in the loss."""
-    student, teacher = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    labels = torch.tensor([0, 1, 3]) if kind == "single-label" else torch.ones(3, 4)
-
-    def loss(logits):
-        return distillation_loss(logits, labels, teacher, kind=kind, alpha=0.0).total
-
-    assert torch.autograd.gradcheck(loss, (student,))
-    loss(student).sum().backward()
-    assert teacher.grad is None
-    assert student.grad is not None
-
-
 def test_extreme_logits_no_teacher_and_flat_values():
     """A sure teacher (probability 0 in float32) times a log of 0 gives NaN in the naive formula."""
     teacher, student = torch.tensor([[500.0, -500.0]]), torch.tensor([[-500.0, 500.0]])

@@ -19,9 +19,7 @@ CASES = {
     "best": {"lora": False, "learning_rate": 2e-2, "select": "best", "epochs": 4},
     "fraction": {"epochs": 2.5},
     "rate of the head": {"head_learning_rate": 2e-2},
-    "class weights": {"class_weights": {"positive": 5.0}, "micro_batch_tokens": 48},
     "bf16": {"precision": "bf16"},
-    "full in bf16": {"lora": False, "precision": "bf16"},
     "every part": {
         "dropout": 0.1,
         "epochs": 3,

@@ -1,6 +1,7 @@
 """Files and streams: order, bad rows, bounded windows, and runs that are interrupted."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -9,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from deploy_folders import PAIRS, TEXTS
+from experiments import edit_json
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
-from kdlora.errors import ConfigError, DataError
+from kdlora.errors import ArtifactError, ConfigError, DataError
 from tiny import write_csv
 
 
@@ -57,12 +59,13 @@ def test_input_order_and_ids(tmp_path, model, suffix):
     }[suffix]()
     summary = predict_file(model, path, tmp_path / "out.jsonl")
     rows = _read(tmp_path / "out.jsonl")
-    assert (summary.rows, summary.errors) == (len(TEXTS), 0)
+    assert (summary.rows, summary.errors, summary.resumed) == (len(TEXTS), 0, 0)
     assert [row["id"] for row in rows] == [f"{'' if suffix == '.txt' else 'r'}{n}" for n in range(len(TEXTS))]
     expected = model.predict(TEXTS)
     assert [row["label"] for row in rows] == [p.label for p in expected]
     for row, prediction in zip(rows, expected, strict=True):
         assert row["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-4)
+    assert not (tmp_path / "out.jsonl.partial").exists()
 
 
 def test_outputs_agree(tmp_path, model, source):
@@ -162,15 +165,39 @@ def test_strict_stops_and_leaves_nothing(tmp_path, model, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_an_interrupted_run_leaves_nothing(tmp_path, model, source, suffix):
-    """Prevents an output file that looks whole and is not, in place of the one of before."""
+def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
+    """Prevents doubled or lost rows after a kill, and an output file before the run is whole."""
+    predict_file(model, source, tmp_path / f"whole{suffix}")
     out = tmp_path / f"out{suffix}"
-    for before in (None, b"of before"):
-        if before:
-            out.write_bytes(before)
-        _interrupt(model, source, out, 30)
-        assert [entry.name for entry in tmp_path.iterdir()] == ["in.csv", out.name][: 2 if before else 1]
-    assert out.read_bytes() == before
+    _interrupt(model, source, out, 30)
+    assert not out.exists()
+    with monkeypatch.context() as patch:
+        predict, asked = Classifier.predict, []
+        patch.setattr(Classifier, "predict", lambda self, texts, **_: asked.extend(texts) or predict(self, texts))
+        summary = predict_file(model, source, out)
+    assert (summary.rows, summary.resumed, asked) == (60, 30, TEXTS[30:])
+    assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
+def test_stale_parts_are_refused(tmp_path, model, source):
+    """Prevents one output made of two inputs."""
+    out = tmp_path / "out.jsonl"
+    _interrupt(model, source, out, 10)
+    write_csv(source, [{"id": "x", "text": "another file"}])
+    with pytest.raises(ArtifactError, match=r"out.jsonl.partial: holds an interrupted prediction of something else"):
+        predict_file(model, source, out)
+    assert predict_file(model, source, out, resume=False).rows == 1
+    assert [row["id"] for row in _read(out)] == ["x"]
+
+
+def test_parts_by_a_model_with_other_labels_are_refused(tmp_path, exported, source):
+    """With two labels exchanged in config.json, one file held both readings of the same columns."""
+    place = Path(shutil.copytree(exported(), tmp_path / "model"))
+    _interrupt(Classifier.load(place), source, tmp_path / "out.csv", 10)
+    names = json.loads((place / "config.json").read_text())["id2label"]
+    edit_json(place / "config.json", id2label=dict(zip(names, reversed(names.values()), strict=True)))
+    with pytest.raises(ArtifactError, match="an interrupted prediction of something else"):
+        predict_file(Classifier.load(place, verify=False), source, tmp_path / "out.csv")
 
 
 @pytest.mark.parametrize(

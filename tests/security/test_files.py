@@ -37,6 +37,45 @@ def test_one_place_removes_and_nothing_else_does():
     assert found == {"system/ownership.py"}
 
 
+@pytest.mark.parametrize("what", ["folder", "link"])
+def test_predict_keeps_a_folder_that_is_not_its_own(classifier, rows, tmp_path, what):
+    """A folder of the user's with the name of the parts was emptied, at exit 0; a link took them to another folder."""
+    theirs = tmp_path / "theirs" if what == "link" else tmp_path / "answers.csv.partial"
+    theirs.mkdir()
+    (theirs / "thesis.tex").write_text("years of work")
+    if what == "link":
+        (tmp_path / "answers.csv.partial").symlink_to(theirs)
+    before = snapshot(tmp_path)
+    for resume in (True, False):
+        with pytest.raises(ArtifactError, match=r"answers\.csv\.partial stands where"):
+            predict_file(classifier, rows, tmp_path / "answers.csv", resume=resume)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_what_is_put_between_the_parts_stays(classifier, rows, tmp_path, monkeypatch, what):
+    """The folder of an interrupted prediction is seen by people, who may put their notes there."""
+    folder = tmp_path / "answers.csv.partial"
+
+    def cut(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kdlora.deploy.stream.PartialResult.finish", cut)
+        with pytest.raises(KeyboardInterrupt):
+            predict_file(classifier, rows, tmp_path / "answers.csv")
+    if what == "file":
+        (folder / "notes.txt").write_text("mine")
+    else:
+        (folder / "part-00000009-1-0").symlink_to(rows)
+    with pytest.raises(ArtifactError, match="was not made by kdlora and would be lost"):
+        predict_file(classifier, rows, tmp_path / "answers.csv")
+    (name,) = {"notes.txt", "part-00000009-1-0"} & {entry.name for entry in folder.iterdir()}
+    (folder / name).unlink()
+    assert predict_file(classifier, rows, tmp_path / "answers.csv").resumed == 10
+    assert not folder.exists()
+
+
 def test_predict_does_not_replace_its_own_input(classifier, tmp_path):
     """The labelled file would stand where the only copy of the rows was."""
     source = tmp_path / "rows.csv"

@@ -39,7 +39,7 @@ class Predict:
 def predict(options: Predict) -> None:
     """Predict the label of every row of a file, or its entities, in constant memory.
 
-    The output file appears when it is whole. Entities are written as JSON Lines.
+    After an interruption, the same command continues. Entities are written as JSON Lines.
 
     Example: kdlora predict runs/mrpc/student new.csv --to labelled.csv
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 from kdlora.data.lines import Format
 from kdlora.deploy.network import BATCH_SIZE
 from kdlora.deploy.predict import MOST_CHARACTERS
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
-from kdlora.deploy.stream import Progress, csv_bytes, open_output
+from kdlora.deploy.stream import Progress, csv_bytes, refuse_replacing
 from kdlora.deploy.tagger import Entity, Tagger
 from kdlora.errors import ConfigError, DataError, did_you_mean, harmless_json
+from kdlora.system.storage import atomic_file
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def redact_file(
     reader, counts, rows = RowReader(source, columns, form=input_format), Counter[str](), 0
     if reader.form == "parquet":
         raise DataError(f"{source}: Parquet is not redacted; write the rows as JSON Lines or CSV first.")
-    with open_output(source, to) as file, contextlib.closing(iter(reader)) as given:
+    with _open(source, to) as file, contextlib.closing(iter(reader)) as given:
         for window in chain(cut_windows(given, MOST_CHARACTERS), [[]]):  # the last one for a header alone
             if not rows:
                 file.write(_header(reader))
@@ -123,6 +126,17 @@ def _check_placeholders(tagger: Tagger, given: Mapping[str, str] | None) -> Mapp
         if set("\t\r\n") & set(written):
             raise ConfigError(f"{written!r} cannot stand for {name}: a line break or tab would make another row of it.")
     return given
+
+
+@contextlib.contextmanager
+def _open(source: str | Path, to: str | Path) -> Iterator[BinaryIO]:
+    """Open the output; a file appears when it is whole."""
+    if str(to) == "-":
+        yield sys.stdout.buffer
+        return
+    refuse_replacing(source, Path(to))
+    with atomic_file(Path(to)) as temporary, temporary.open("wb") as file:
+        yield file
 
 
 def _text_of(row: Row, reader: RowReader) -> str:

@@ -1,4 +1,4 @@
-"""Classify a file or a stream in bounded memory; a file of answers appears when it is whole."""
+"""Classify a file or a stream in bounded memory; an interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import contextlib
 import csv
 import io
 import json
+import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from kdlora.data.lines import Format
 from kdlora.deploy.folder import ModelFolder
@@ -19,8 +22,9 @@ from kdlora.deploy.network import BATCH_SIZE, Network
 from kdlora.deploy.predict import MOST_CHARACTERS, Classifier, Prediction, most_characters
 from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
 from kdlora.deploy.tagger import Entity, Tagger, load_model
-from kdlora.errors import ConfigError, DataError, harmless_json
+from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.extras import check_installed
+from kdlora.system.ownership import MANIFEST, claim_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
 from kdlora.system.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -28,10 +32,12 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, float | None], None]
 """Called with the rows done and the share of the input read (None for a stream)."""
-Answers = Sequence[tuple[Row, Prediction | list[Entity] | None]]
+Answer = Prediction | list[Entity]
 
 _SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every row
+_PART = re.compile(r"part-[0-9]{8}-[0-9]{1,18}-[0-9]{1,18}")
+"""Name of a part: its number, rows and bad rows, so that a part is whole or absent."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class PredictionSummary:
     to: str  # the output file, or "-"
     rows: int  # in the output, bad ones included
     errors: int  # bad rows among them
-    seconds: float  # wall-clock time
+    resumed: int  # rows that an interrupted run had done before
+    seconds: float  # wall-clock time of this run
 
 
 def predict_file(
@@ -54,11 +61,13 @@ def predict_file(
     input_format: Format | None = None,
     batch_size: int = BATCH_SIZE,
     strict: bool = False,
+    resume: bool = True,
     progress: Progress | None = None,
 ) -> PredictionSummary:
     """Classify every row of a file or of standard input, in input order, or mark the entities of every row.
 
-    Rows are read in windows; within a window they are batched by length. The output file appears when it is whole.
+    Rows are read in windows; within a window they are batched by length. Each window is on disk before the next is
+    read, so an interrupted run resumes; the output file appears when it is whole.
 
     Args:
         model: a classifier or a tagger, or the folder of one.
@@ -70,6 +79,7 @@ def predict_file(
         input_format: by default from the extension; standard input is one text a line.
         batch_size: most texts in one forward pass.
         strict: stop at the first bad row instead of writing an error entry.
+        resume: go on after an interrupted run; False starts again.
         progress: called after each window.
 
     Returns:
@@ -77,7 +87,7 @@ def predict_file(
 
     Raises:
         DataError: no such file or column, an unknown format, or a bad row under `strict` (no output then).
-        ConfigError: the output would replace the input.
+        ArtifactError: the interrupted run that would be resumed was of another input or model.
         ModelError: not a model folder.
 
     Examples:
@@ -88,34 +98,43 @@ def predict_file(
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
     classifier = load_model(model) if isinstance(model, str | Path) else model
-    reader = RowReader(source, _columns(classifier, text, id_column), form=input_format)
-    form, rows, errors = _Form(classifier.folder, str(to)), 0, 0
-    reads_whole = isinstance(classifier, Tagger) or classifier.folder.windows is not None
-    with open_output(source, to) as file, form.writer(file) as write, contextlib.closing(iter(reader)) as given:
-        for window in cut_windows(given, MOST_CHARACTERS if reads_whole else None):
-            bad = [row for row in window if row.text is None]
-            if bad and strict:
-                raise DataError(f"{reader.name}: {bad[0].error}")
-            texts = [row.text for row in window if row.text is not None]
-            found: Iterator[Any] = iter(classifier.predict(texts, batch_size=batch_size))  # type: ignore[arg-type]
-            write([(row, None if row.text is None else next(found)) for row in window])
-            file.flush()
-            rows, errors = rows + len(window), errors + len(bad)
-            if progress is not None:
-                progress(rows, reader.fraction())
-    return PredictionSummary(str(to), rows, errors, time.perf_counter() - start)
+    columns = _columns(classifier, text, id_column)
+    reader = RowReader(source, columns, form=input_format)
+    output = _Output(_Form(classifier.folder, str(to)))
+    if str(to) != "-":
+        made_of = _fingerprint(classifier, source, columns, reader.form)
+        # A stream cannot be known to be the same one again.
+        output = PartialResult(output.form, Path(to), made_of, resume=resume and str(source) != "-")
+    reader.start = output.resumed
+    _predict(classifier, reader, output, batch_size, strict, progress)
+    return PredictionSummary(str(to), output.rows, output.errors, output.resumed, time.perf_counter() - start)
 
 
-@contextlib.contextmanager
-def open_output(source: str | Path, to: str | Path) -> Iterator[BinaryIO]:
-    """Open an output, or standard output for `-`; a file appears when it is whole, and never in its input's place."""
-    if str(to) == "-":
-        yield sys.stdout.buffer
-        return
-    if str(source) != "-" and Path(to).exists() and Path(to).samefile(source):
-        raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
-    with atomic_file(to) as temporary, temporary.open("wb") as file:
-        yield file
+def _predict(
+    classifier: Classifier | Tagger,
+    reader: RowReader,
+    output: _Output,
+    batch_size: int,
+    strict: bool,
+    progress: Progress | None,
+) -> None:
+    """Classify window by window what is not done yet."""
+    try:
+        with contextlib.closing(iter(reader)) as given:
+            reads_whole = isinstance(classifier, Tagger) or classifier.folder.windows is not None
+            for window in cut_windows(given, MOST_CHARACTERS if reads_whole else None):
+                bad = [row for row in window if row.text is None]
+                if bad and strict:
+                    raise DataError(f"{reader.name}: {bad[0].error}")
+                texts = [row.text for row in window if row.text is not None]
+                found: Iterator[Answer] = iter(classifier.predict(texts, batch_size=batch_size))  # type: ignore[arg-type]
+                output.add([(row, None if row.text is None else next(found)) for row in window], len(bad))
+                if progress is not None:
+                    progress(output.rows, reader.fraction())
+    except DataError:
+        output.discard()  # the input must change before this can succeed, and parts of the old one are of no use then
+        raise
+    output.finish()
 
 
 def _columns(classifier: Network, text: Sequence[str] | str | None, id_column: str) -> Columns:
@@ -129,6 +148,28 @@ def _columns(classifier: Network, text: Sequence[str] | str | None, id_column: s
     folder = classifier.folder
     most = None if is_tagger else most_characters(folder.max_length, folder.windows)
     return Columns(names, recorded, id_column, most, words=is_tagger)
+
+
+def _fingerprint(classifier: Network, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:
+    """Collect all that decides the predictions."""
+    folder = classifier.folder
+    weights = [folder.file] if folder.file is not None else sorted(folder.path.glob("*.safetensors"))
+    state = Path(source).stat() if str(source) != "-" else None
+    return {
+        "source": str(Path(source).absolute()) if state else "-",
+        "source_bytes": state.st_size if state else None,
+        "source_time": state.st_mtime_ns if state else None,
+        "model": str(folder.path.absolute()),
+        "settings": dict(folder.digests),
+        "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+        "temperature": folder.temperature,
+        "threshold": None if (promise := classifier.decisions.promise) is None else promise.threshold,
+        "thresholds": dict(classifier.decisions.thresholds),
+        "max_length": folder.max_length,
+        "text": list(columns.text) if columns.text else None,
+        "id": columns.id,
+        "input_format": input_format,
+    }
 
 
 class _Form:
@@ -148,29 +189,36 @@ class _Form:
         labels = () if folder.kind == "regression" else folder.label_names
         self._columns = ["id", "label", *(f"probability:{name}" for name in labels), "error"]
 
-    @contextlib.contextmanager
-    def writer(self, file: BinaryIO) -> Iterator[Callable[[Answers], object]]:
-        """Give what writes some rows; one without prediction gets its error."""
+    def encode(self, answers: Sequence[tuple[Row, Answer | None]]) -> bytes:
+        """Write rows; one without prediction gets its error."""
+        if self.name == "jsonl":
+            return "".join(f"{_to_json(_as_object(*one))}\n" for one in answers).encode()
+        rows = [self._values(*one) for one in answers]
+        if self.name == "csv":
+            return csv_bytes(rows)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema, buffer = self._schema(), io.BytesIO()
+        columns = [pa.array(values, kind) for values, kind in zip(zip(*rows, strict=True), schema.types, strict=True)]
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), buffer)
+        return buffer.getvalue()
+
+    def join(self, parts: Iterable[Path], to: Path) -> None:
         if self.name == "parquet":
-            import pyarrow as pa
             import pyarrow.parquet as pq
 
-            with pq.ParquetWriter(file, schema := self._schema()) as parquet:
-                yield lambda answers: parquet.write_batch(
-                    pa.record_batch(list(map(pa.array, zip(*self._rows(answers), strict=True), schema.types)), schema)
-                )
-        elif self.name == "csv":
-            file.write(csv_bytes([self._columns]))
-            yield lambda answers: file.write(csv_bytes(self._rows(answers)))
-        else:
-            yield lambda answers: file.write(
-                "".join(f"{harmless_json(_to_json(_as_object(*one)))}\n" for one in answers).encode()
-            )
+            with pq.ParquetWriter(to, self._schema()) as writer:
+                for part in parts:
+                    writer.write_table(pq.read_table(part, schema=self._schema()))
+            return
+        with to.open("wb") as file:
+            file.write(csv_bytes([self._columns]) if self.name == "csv" else b"")
+            for part in parts:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, file, 1 << 20)
 
-    def _rows(self, answers: Answers) -> list[list[Any]]:
-        return [self._values(*one) for one in answers]
-
-    def _values(self, row: Row, prediction: Prediction | list[Entity] | None) -> list[Any]:
+    def _values(self, row: Row, prediction: Answer | None) -> list[Any]:
         if not isinstance(prediction, Prediction):
             return [row.id, *([None] * (len(self._columns) - 2)), row.error]
         label: Any = prediction.label
@@ -186,7 +234,7 @@ class _Form:
         return pa.schema(list(zip(self._columns, [pa.string(), label, *numbers, pa.string()], strict=True)))
 
 
-def _as_object(row: Row, prediction: Prediction | list[Entity] | None) -> dict[str, Any]:
+def _as_object(row: Row, prediction: Answer | None) -> dict[str, Any]:
     if prediction is None:
         return {"id": row.id, "error": row.error}
     if not isinstance(prediction, Prediction):
@@ -201,3 +249,87 @@ def csv_bytes(rows: Iterable[Sequence[Any]]) -> bytes:
     buffer = io.StringIO(newline="")
     csv.writer(buffer, lineterminator="\n").writerows(rows)
     return buffer.getvalue().encode(errors="surrogateescape")
+
+
+def refuse_replacing(source: str | Path, to: Path) -> None:
+    """Refuse an output in the place of its own input."""
+    if str(source) != "-" and to.exists() and to.samefile(source):
+        raise ConfigError(f"{to} would replace the rows that it is made from; name another file with --to.")
+
+
+class _Output:
+    """Standard output, which gets the windows as they come; nothing can be resumed or taken back."""
+
+    def __init__(self, form: _Form) -> None:
+        self.form = form
+        self.rows = self.errors = self.resumed = 0
+
+    def add(self, answers: Sequence[tuple[Row, Answer | None]], errors: int) -> None:
+        self.write(self.form.encode(answers), len(answers), errors)
+        self.rows, self.errors = self.rows + len(answers), self.errors + errors
+
+    def write(self, content: bytes, rows: int, errors: int) -> None:
+        sys.stdout.buffer.write(harmless_json(content.decode()).encode())
+        sys.stdout.buffer.flush()
+
+    def discard(self) -> None:
+        """Take back what was written."""
+
+    def finish(self) -> None:
+        """Put the windows together."""
+
+
+class PartialResult(_Output):
+    """The folder beside an output file that holds finished parts until the last one is written."""
+
+    def __init__(self, form: _Form, to: Path, made_of: dict[str, Any], *, resume: bool) -> None:
+        """Make the folder, or take over that of an interrupted run."""
+        super().__init__(form)
+        refuse_replacing(made_of["source"], to)
+        self.to, self.folder = to, to.with_name(f"{to.name}.partial")
+        self._refuse_foreign()
+        made_of |= {"output_format": form.name}
+        if not resume:
+            remove(self.folder)
+        elif found := read_manifest(self.folder):
+            for key in sorted(key for key, value in made_of.items() if found.get(key) != value):
+                raise ArtifactError(
+                    f"{self.folder}: holds an interrupted prediction of something else ({key} was {found.get(key)!r}, "
+                    f"is {made_of[key]!r}). Delete the folder, or predict without resuming."
+                )
+        claim_folder(self.folder, "prediction", **made_of)
+        remove_abandoned(self.folder)
+        counts = [tuple(map(int, part.name.split("-")[2:])) for part in self._parts()]
+        self.rows = self.resumed = sum(rows for rows, _ in counts)
+        self.errors = sum(errors for _, errors in counts)
+
+    def write(self, content: bytes, rows: int, errors: int) -> None:
+        with atomic_file(self.folder / f"part-{len(self._parts()):08d}-{rows}-{errors}") as temporary:
+            temporary.write_bytes(content)
+
+    def discard(self) -> None:
+        self._refuse_foreign()
+        remove(self.folder)
+
+    def finish(self) -> None:
+        """Join the parts into the output file, which appears whole, and remove them."""
+        with atomic_file(self.to) as temporary:
+            self.form.join(self._parts(), temporary)
+        self.discard()
+
+    def _parts(self) -> list[Path]:
+        return sorted(entry for entry in self.folder.iterdir() if _PART.fullmatch(entry.name))
+
+    def _refuse_foreign(self) -> None:
+        """See that all that stands in the place of the parts is ours."""
+        if not os.path.lexists(self.folder):
+            return
+        if self.folder.is_symlink() or not self.folder.is_dir() or read_manifest(self.folder) is None:
+            raise ArtifactError(
+                f"{self.folder} stands where the parts of {self.to.name} would go, and was not made by kdlora; move it "
+                "away, or name another file with --to"
+            )
+        for entry in self.folder.iterdir():
+            known = _PART.fullmatch(entry.name) or entry.name == MANIFEST or is_ours_by_name(entry)
+            if not known or entry.is_symlink():
+                raise ArtifactError(f"{entry} was not made by kdlora and would be lost; move it away")

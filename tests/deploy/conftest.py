@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy_folders import TEXTS, build_classifier
+from deploy_folders import LABELS, TEXTS, build_classifier
+from experiments import edit_json
+from kdlora.data.tasks import Task
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +31,19 @@ def exported(made_once, classifier_folder) -> Callable[..., Path]:
     def give(family: str = "bert", kind: str = "single-label") -> Path:
         source = classifier_folder(family, kind)
         return made_once(f"export-{family}-{kind}", lambda folder: _export(source, folder / "onnx", kind))
+
+    return give
+
+
+@pytest.fixture
+def trained_on(classifier_folder, tmp_path: Path) -> Callable[..., Path]:
+    """`trained_on("premise", "hypothesis")` gives a classifier whose training noted these columns of its text."""
+
+    def give(*columns: str) -> Path:
+        folder = shutil.copytree(classifier_folder(), tmp_path / "-".join(columns))
+        task = Task("single-label", columns, ("label",), LABELS["single-label"], ("accuracy",))
+        edit_json(folder / "config.json", kdlora_task=task.to_dict())
+        return folder
 
     return give
 

@@ -44,6 +44,16 @@ def test_figures_of_all_models(result):
     json.dumps(asdict(result))
 
 
+def test_models_of_pairs_are_timed_on_pairs(trained_on, monkeypatch):
+    """Times of half of what a model reads, beside another model's of the whole."""
+    pairs = trained_on("premise", "hypothesis")
+    monkeypatch.setattr(module, "_LEAST_SECONDS", 0.05)
+    monkeypatch.setattr(module, "_LATENCY_TEXTS", 4)
+    assert benchmark([pairs], **QUICK | {"rounds": 1}).models[0].p50_ms > 0
+    with pytest.raises(ModelError, match="some of the models read pairs of texts and some single ones"):
+        benchmark([trained_on("review"), pairs], **QUICK)
+
+
 def test_dead_process_is_named(exported, monkeypatch):
     """Prevents a benchmark that waits for ever for a process that was killed."""
     ask = module.ModelProcess.ask

@@ -99,6 +99,20 @@ def test_bad_texts_are_named(exported, texts, message):
         Classifier.load(exported()).predict(texts)
 
 
+@pytest.mark.usefixtures("traced_once")
+def test_single_texts_and_pairs_are_not_taken_for_each_other(trained_on, tmp_path):
+    """A label for a pair by a model that has only ever read one text, or for half of what a model compares."""
+    single, pairs = Classifier.load(trained_on("review")), Classifier.load(trained_on("premise", "hypothesis"))
+    assert len(single.predict(TEXTS[:2])) == len(pairs.predict(PAIRS[:2])) == 2
+    with pytest.raises(DataError, match="text 1: expected one text, as the model was trained on, got a pair"):
+        single.predict([TEXTS[0], PAIRS[0]])
+    with pytest.raises(DataError, match="text 0: expected a pair of texts, as the model was trained on, got one text"):
+        pairs.predict(TEXTS[0])
+    export_onnx(pairs.folder.path, tmp_path / "onnx", formats=("onnx",))  # checked on pairs, made up though they are
+    with pytest.raises(DataError, match="expected a pair"):
+        Classifier.load(tmp_path / "onnx").predict_logits(TEXTS[:1])
+
+
 def test_nothing_one_text_and_no_torch(exported, classifier_folder, monkeypatch):
     """Prevents a crash on an empty list, a string taken for letters, an ImportError where a pip command helps."""
     model = Classifier.from_pretrained(exported())

@@ -200,6 +200,21 @@ def test_parts_by_a_model_with_other_labels_are_refused(tmp_path, exported, sour
         predict_file(Classifier.load(place, verify=False), source, tmp_path / "out.csv")
 
 
+def test_a_file_has_as_many_texts_as_the_model_reads(tmp_path, trained_on):
+    """A whole file of labels for other questions than the model was trained to answer."""
+    single, pairs = Classifier.load(trained_on("review")), Classifier.load(trained_on("premise", "hypothesis"))
+    path = write_csv(tmp_path / "in.csv", [{"text": a, "text_pair": b} for a, b in PAIRS])
+    predict_file(single, path, tmp_path / "single.jsonl")
+    assert [row["label"] for row in _read(tmp_path / "single.jsonl")] == [p.label for p in single.predict(TEXTS[:12])]
+    with pytest.raises(DataError, match="trained on single texts, got the text 'text' and 'text_pair'"):
+        predict_file(single, path, tmp_path / "no.jsonl", text=("text", "text_pair"))
+    with pytest.raises(DataError, match="trained on pairs of texts, got the text 'text'"):
+        predict_file(pairs, path, tmp_path / "no.jsonl", text="text")
+    (tmp_path / "in.jsonl").write_text('{"text": "wonderful"}\n{"text": ["one", "another"]}\n')
+    assert predict_file(single, tmp_path / "in.jsonl", tmp_path / "out.jsonl").errors == 1
+    assert not (tmp_path / "no.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "settings", "kind", "message"),
     [

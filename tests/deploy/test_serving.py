@@ -196,6 +196,14 @@ def test_a_tagger_is_served_with_the_entities_of_each_text(exported):
         assert (status, "expected a text" in refused["detail"]) == (422, True)
 
 
+def test_a_pair_is_refused_where_the_model_reads_single_texts(trained_on):
+    """A label at status 200 for a pair, from a model that has only ever read one text."""
+    with in_thread(make_app({"reviews": Classifier.load(trained_on("review"))}, Limits())) as port:
+        status, refused = call(port, {"texts": [TEXTS[0], ["one", "another"]]})
+        assert (status, refused["detail"][:25]) == (422, "text 1: expected one text")
+        assert call(port, {"text": TEXTS[0]})[0] == 200
+
+
 def test_sigterm_ends_it_when_what_has_begun_is_answered(exported):
     """Requests that are cut off at every deployment of a new version, or a process that has to be killed."""
     head = b"POST /predict HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 13\r\n\r\n"

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from kdlora.data.tags import Words
-from kdlora.deploy.folder import Way
+from kdlora.deploy.folder import ModelFolder, Way
 from kdlora.deploy.gates import LabelledTexts, check_texts
 from kdlora.deploy.network import spread
 from kdlora.deploy.onnx_backend import default_threads
@@ -58,8 +58,8 @@ def benchmark(
 
     Args:
         models: folders, or name to folder; an `.onnx` file chooses one of a folder's two, and a `Way` a runtime.
-        texts: what to classify; by default made-up texts of 4 to 64 words. All are scored, which needs labels and their
-            task; a slow model limits how many are timed, the same for all.
+        texts: what to classify; by default made-up texts of 4 to 64 words, or pairs of them. All are scored, which
+            needs labels and their task; a slow model limits how many are timed, the same for all.
         max_length: longest input in tokens, for all models; by default each model's own.
         threads: of each model; by default `OMP_NUM_THREADS`, else one a core that this process may use.
         rounds: interleaved rounds.
@@ -83,14 +83,12 @@ def benchmark(
     count = default_threads() if threads is None else threads
     if rounds < 1 or count < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError("benchmark: rounds, threads and batch sizes must be at least 1.")
-    given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts or _DEFAULT_TEXTS)
+    ways = {name: path if isinstance(path, Way) else Way(Path(path)) for name, path in named.items()}
+    example = _check_alike([way.describe() for way in ways.values()]).example
+    given = texts if isinstance(texts, LabelledTexts) else LabelledTexts(texts or [*map(example, _DEFAULT_TEXTS)])
     if given.labels is not None and given.task is None:
         raise DataError("benchmark: labels need a task.")
     rows = check_texts(given.texts, "" if given.offsets is None else "tokens", "text")
-    ways = {name: path if isinstance(path, Way) else Way(Path(path)) for name, path in named.items()}
-    kinds = {way.describe().kind for way in ways.values()}
-    if "tokens" in kinds and len(kinds) > 1:
-        raise ModelError("benchmark: some of the models mark entities and some classify texts; measure either.")
     say = progress or (lambda step: None)
     with contextlib.ExitStack() as stack:
         found = [_load(stack, ModelProcess(name, way, count), max_length, say) for name, way in ways.items()]
@@ -101,6 +99,15 @@ def benchmark(
             model.figures |= {"peak_memory_bytes": model.ask("memory"), "score": _score(model, given, rows)}
     figures = tuple(ModelFigures(**model.figures) for model in found)
     return BenchmarkResult(figures, count, rounds, timed, machine=describe_machine(), versions=collect_versions())
+
+
+def _check_alike(folders: Sequence[ModelFolder]) -> ModelFolder:
+    """Refuse models that read different things; give one that says how many texts it reads, if any does."""
+    if len({folder.kind == "tokens" for folder in folders}) > 1:
+        raise ModelError("benchmark: some of the models mark entities and some classify texts; measure either.")
+    if len({folder.texts for folder in folders if folder.texts}) > 1:
+        raise ModelError("benchmark: some of the models read pairs of texts and some single ones; measure either.")
+    return max(folders, key=lambda folder: folder.texts or 0)
 
 
 def _load(
@@ -241,7 +248,7 @@ class _Worker:
 
         def load() -> None:
             self.model = load_model(chosen, threads=threads, max_length=max_length)
-            self.model.predict_logits(["a"])
+            self.logits([self.model.folder.example("a")])
 
         seconds = _seconds(load)
         loaded = self.model.folder

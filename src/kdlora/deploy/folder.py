@@ -84,6 +84,11 @@ class ModelFolder:
     digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the JSON files that all this comes from
     runtime: Runtime = "onnxruntime"  # what runs the file
     half: bool = False  # products in bf16, of an fp32 file
+    texts: int | None = None  # that an example has, 1 or 2; None where training did not note it
+
+    def example(self, text: str) -> str | tuple[str, str]:
+        """Make of a text what the model reads: a pair where it reads pairs."""
+        return (text, text) if self.texts == 2 else text
 
     @property
     def windows(self) -> WindowSettings | None:
@@ -184,6 +189,7 @@ def read_model_folder(
         digests=digests,
         runtime=runtime,
         half=half,
+        texts=len(config.get("kdlora_task", {}).get("text", ())) or None,  # an export's record may have default columns
     )
 
 

@@ -102,7 +102,7 @@ class Checks:
         wanted = min(len(more), max(0, ENOUGH_ROWS - len(self.texts)))
         for row in np.linspace(0, len(more) - 1, wanted, dtype=int):
             self.texts += check_texts([more[row]], task.kind, "training text", row)
-        self.texts = self.texts or check_texts(_PROBES, task.kind, "text")
+        self.texts = self.texts or check_texts(list(map(folder.example, _PROBES)), task.kind, "text")
         few = spread(more, _CALIBRATION)
         self.calibration = check_texts(few, task.kind, "training text") if few else spread(self.texts, _CALIBRATION)
         self.offsets = word_offsets(self.texts) if task.kind == "tokens" else None

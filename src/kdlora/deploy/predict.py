@@ -67,7 +67,8 @@ class Classifier(Network):
             One prediction a text.
 
         Raises:
-            DataError: a text is empty or is no text; nothing is predicted then.
+            DataError: a text is empty or is no text, or is a pair where the model was trained on single texts, or the
+                other way round; nothing is predicted then.
             ModelError: the model gives values that are not finite.
         """
         return self.to_predictions(self.predict_logits(texts, batch_size=batch_size))
@@ -86,7 +87,7 @@ class Classifier(Network):
             float32 (texts, labels), in the order given.
 
         Raises:
-            DataError: a text is empty or is no text.
+            DataError: as in `predict`.
             ModelError: the model gives values that are not finite.
         """
         if not len(texts):
@@ -95,7 +96,7 @@ class Classifier(Network):
             texts = [texts]
         if batch_size < 1:
             raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
-        checked = [check_text(text, f"text {row}") for row, text in enumerate(texts)]
+        checked = [check_text(text, f"text {row}", self.folder.texts) for row, text in enumerate(texts)]
         parts, counts = self._parts(checked)
         logits = np.empty((len(parts), len(self.label_names)), dtype=np.float32)
         for rows, inputs in self.pack(parts, batch_size, batch_tokens):
@@ -170,14 +171,18 @@ def most_characters(max_length: int, windows: WindowSettings | None = None) -> i
     return max(20_000, 100 * max_length) if windows is None else MOST_CHARACTERS
 
 
-def check_text(text: Any, where: str) -> Text:
-    """Refuse what cannot be classified, rather than give it the label of an empty string."""
-    if isinstance(text, tuple | list):
-        if len(text) != 2:
-            raise DataError(f"{where}: expected a text or a pair of texts, got {len(text)} values.")
-        first, second = (check_one(part, f"{where}, text {number}") for number, part in enumerate(text, 1))
-        return first, second
-    return check_one(text, where)
+def check_text(text: Any, where: str, texts: int | None = None) -> Text:
+    """Refuse what cannot be classified, rather than give it the label of an empty string; `texts` are of an example."""
+    if not isinstance(text, tuple | list):
+        if texts == 2:
+            raise DataError(f"{where}: expected a pair of texts, as the model was trained on, got one text.")
+        return check_one(text, where)
+    if len(text) != 2:
+        raise DataError(f"{where}: expected a text or a pair of texts, got {len(text)} values.")
+    if texts == 1:
+        raise DataError(f"{where}: expected one text, as the model was trained on, got a pair of texts.")
+    first, second = (check_one(part, f"{where}, text {number}") for number, part in enumerate(text, 1))
+    return first, second
 
 
 def check_one(text: Any, where: str, *, whole: bool = False) -> str:

@@ -46,6 +46,7 @@ class Columns:
     cut: int | None  # characters of a text to keep, since the rest would be truncated; None: all, one text, maybe empty
     keep: bool = False  # all values of a row, and not its text alone
     words: bool = False  # a list of words is a text, too
+    texts: int | None = None  # that the model reads, 1 or 2; None where it does not say
 
 
 class RowReader:
@@ -130,7 +131,9 @@ class RowReader:
             found, where = parts[0] if len(parts) == 1 else tuple(parts), f"row {number}"
             words = join_words(found, where) if self._columns.words and isinstance(found, list) else None
             found = found if words is None else words.text
-            text: Text | Words = check_one(found, where, whole=True) if cut is None else check_text(found, where)
+            text: Text | Words = (
+                check_one(found, where, whole=True) if cut is None else check_text(found, where, self._columns.texts)
+            )
             text = text if words is None else words
             return Row(name, text, numbered=given is None, values=values if self._columns.keep else None)
         except DataError as error:
@@ -141,6 +144,10 @@ class RowReader:
         for column in (*found, self._columns.id):
             if list(available).count(column) > 1:
                 raise DataError(f"{self.name}: there are two columns {column!r}; rename one.")
+        if (expected := self._columns.texts) is not None and len(found) != expected:
+            told = ("pairs of texts", "both columns") if expected == 2 else ("single texts", "one column")
+            columns = " and ".join(map(repr, found))
+            raise DataError(f"{self.name}: the model was trained on {told[0]}, got the text {columns}. Name {told[1]}.")
         return found
 
     def _choose_columns(self, available: Sequence[str]) -> tuple[str, ...]:
@@ -158,7 +165,8 @@ class RowReader:
         if known := [name for name in WORD_COLUMNS if self._columns.words and name in available]:
             return (known[0],)
         if "text" in available:
-            return ("text", "text_pair") if "text_pair" in available and self._columns.cut is not None else ("text",)
+            may_be_pair = self._columns.cut is not None and self._columns.texts != 1
+            return ("text", "text_pair") if "text_pair" in available and may_be_pair else ("text",)
         others = [column for column in available if column not in (self._columns.id, "label")]
         if len(others) == 1:
             return (others[0],)

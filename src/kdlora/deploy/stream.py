@@ -147,7 +147,7 @@ def _columns(classifier: Network, text: Sequence[str] | str | None, id_column: s
         raise ConfigError(f"entities are marked in one text column, got {', '.join(names)}.")
     folder = classifier.folder
     most = None if is_tagger else most_characters(folder.max_length, folder.windows)
-    return Columns(names, recorded, id_column, most, words=is_tagger)
+    return Columns(names, recorded, id_column, most, words=is_tagger, texts=folder.texts)
 
 
 def _fingerprint(classifier: Network, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:

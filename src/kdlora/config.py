@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from kdlora.defaults import FamilyName, RecipeName, fill_in
-from kdlora.section import MOST, SEEDS, ClassWeights, DeferConfig, ExportConfig, Metric, Section, without_later_keys
+from kdlora.section import (
+    MOST,
+    SEEDS,
+    DeferConfig,
+    ExportConfig,
+    Metric,
+    OpenClassWeights,
+    Section,
+    without_later_keys,
+)
 from kdlora.section import DataConfig as DataConfig
 
 Kind = Literal["single-label", "regression", "multi-label", "tokens"]
@@ -92,9 +101,10 @@ class TrainConfig(Section):
     """Compute activations again rather than store them: same results, less memory, one more forward pass."""
     select: Literal["last", "best"] = "last"
     """Which epoch's weights are kept: the last, or the best on validation."""
-    class_weights: ClassWeights | None = None
+    class_weights: OpenClassWeights | None = None
     """Factors of the hard loss by label: `{spam: 5}`, others 1, or `balanced`, inverse to a class's rows, with mean 1
-    over all; for multi-label, of rows that have the label. The teacher's term has none. No gain has been measured."""
+    over all; for multi-label, of rows that have the label. `auto`: `balanced` where the task's metric is `macro_f1` or
+    `balanced_accuracy` of one label a text, else none. The teacher's term has none."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after this many epochs without a better validation score. Needs `select: best`."""
 

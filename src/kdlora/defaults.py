@@ -18,10 +18,18 @@ FAMILIES: dict[FamilyName, tuple[str, str]] = {
 RECIPES: dict[RecipeName, dict[str, Any]] = {
     "default": {
         "data": {"augment": 4},
-        "teacher": {"train": {"epochs": None, "learning_rate": None, "head_learning_rate": 1e-3}},
+        "teacher": {
+            "train": {"epochs": None, "learning_rate": None, "head_learning_rate": 1e-3, "class_weights": "auto"}
+        },
         "student": {
             "full_learning_rate": None,
-            "train": {"epochs": None, "learning_rate": None, "warmup_fraction": 0.2, "dropout": 0.0},
+            "train": {
+                "epochs": None,
+                "learning_rate": None,
+                "warmup_fraction": 0.2,
+                "dropout": 0.0,
+                "class_weights": "auto",
+            },
         },
         "lora": {"targets": "all-linear", "rank": 16, "alpha": 32.0, "dropout": 0.0},
         "distil": {"alpha": 0.5, "temperature": 1.0},

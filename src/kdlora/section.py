@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 
 _LATER: Mapping[str, tuple[Any, ...]] = {
     "metric": (None, "accuracy"),
-    "class_weights": (None,),
+    "class_weights": (None, "auto"),
     "tuning": ("full",),
     "thresholds": (None,),
     "devices": ("auto", "one"),
@@ -54,16 +54,17 @@ def _metric(value: Any) -> Any:
 
 
 def _weights(value: Any) -> Any:
-    if value == "balanced" or value is None:
+    if value in ("auto", "balanced", None):
         return value
     if not isinstance(value, Mapping) or not value:
-        raise ValueError(f"expected balanced, or weights by label such as {{spam: 5}}, got {value!r}")
+        raise ValueError(f"expected auto, balanced, or weights by label such as {{spam: 5}}, got {value!r}")
     return _figures(value, "weight of")
 
 
 Costs = dict[str, dict[str, float]]
 Metric = Annotated[str | dict[Literal["cost"], Costs], BeforeValidator(_metric)]
-ClassWeights = Annotated[Literal["balanced"] | dict[str, float], BeforeValidator(_weights)]
+ClassWeights = Literal["balanced"] | dict[str, float]
+OpenClassWeights = Annotated[Literal["auto"] | ClassWeights, BeforeValidator(_weights)]
 
 
 class Section(BaseModel):

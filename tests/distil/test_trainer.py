@@ -205,7 +205,8 @@ def test_balanced_weights_are_those_of_scikit_learn():
     rows = marks[:, :3].sum(axis=0)
     assert class_weights(several, "balanced", marks).tolist() == pytest.approx([*((200 - rows) / rows), 1.0])
     assert class_weights(several, {"B": 7.0}, marks).tolist() == [1.0, 7.0, 1.0, 1.0]
-    assert class_weights(task, None, labels) is None
+    assert class_weights(task, None, labels) is class_weights(task, "auto", labels) is None
+    assert class_weights(replace(task, metrics=("macro_f1",)), "auto", labels).tolist() == found.tolist()
     with pytest.raises(ConfigError, match=r"class_weights: 'nevr' is no label of the task.*'never'"):
         class_weights(task, {"nevr": 2.0}, labels)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
 from experiments import read_rows
+from fabricate import BINARY
 from kdlora.configfile import build_config
 from kdlora.data.tasks import Task
 from kdlora.deploy.export import export_onnx
@@ -172,7 +173,7 @@ def test_the_plan_names_the_remedy_and_each_model_has_its_own_length(values, cli
         path.write_text(yaml.safe_dump(values | changes), encoding="utf-8")
         line = next(line for line in cli("run", path, "--dry-run").out.splitlines() if line.startswith("max_length"))
         assert line.endswith(said), line
-    chosen = Chosen(3000, {"teacher": 100, "student": 100}, 2, {}, {"teacher": 8192, "student": 512})
+    chosen = Chosen(3000, {"teacher": 100, "student": 100}, BINARY, {}, {"teacher": 8192, "student": 512})
     for long_texts, lengths in (("cut", (512, 512)), ("windows", (3000, 512))):
         config = build_config(values | open_lengths | {"data": data | {"long_texts": long_texts}})
         filled = chosen.fill_in(config)

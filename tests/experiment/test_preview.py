@@ -197,9 +197,9 @@ def test_the_named_metric_selects_the_epoch_and_heads_the_report(uneven, worksho
 
 def test_a_folder_keeps_the_metric_that_its_runs_were_scored_by(uneven, tmp_path):
     """Seeds scored by accuracy beside seeds scored by macro F1 have a mean that means nothing."""
-    assert plan_experiment(uneven(), tmp_path / "new").task.metrics == ("macro_f1",)
-    told = dict(plan_experiment(uneven(), tmp_path / "new").lines())["task"]
-    assert "scored by macro F1, because the classes are uneven (task.metric; student.train.class_weights" in told
+    plan = plan_experiment(uneven(), tmp_path / "new")
+    assert plan.task.metrics == ("macro_f1",)
+    assert "scored by macro F1, because the classes are uneven (task.metric)" in dict(plan.lines())["task"]
     words = {"arms": ["words"], "seeds": [0]}
     first = run_experiment(uneven(run=words, task={"metric": "accuracy"}), tmp_path / "old")
     layout = ExperimentLayout(first.folder)
@@ -213,6 +213,26 @@ def test_a_folder_keeps_the_metric_that_its_runs_were_scored_by(uneven, tmp_path
     fresh = run_experiment(uneven(run=words), tmp_path / "fresh")
     assert [record.task["metrics"] for record in fresh.records] == [["macro_f1"]]
     assert any("Scored by macro F1" in note for note in fresh.notes)
+
+
+def test_weights_follow_the_metric_where_they_are_auto(uneven, workshop, tmp_path):
+    """A model that is scored by its rare classes, and trained as if they did not count, never says them."""
+    train = workshop.values()["student"]["train"]
+    for metric, given, expected in (
+        ("balanced_accuracy", "auto", "balanced"),
+        ("accuracy", "auto", None),
+        (None, None, None),
+        ("accuracy", "balanced", "balanced"),
+        (None, "auto", "balanced"),  # the classes are uneven, so macro F1 scores
+    ):
+        config = uneven(task={"metric": metric}, student={"train": train | {"class_weights": given}})
+        plan = plan_experiment(config, tmp_path / "out")
+        assert plan.config.student.train.class_weights == expected
+        assert ("weights" in dict(plan.lines())) == (expected is not None)
+    layout = run_experiment(config, tmp_path / "out").layout
+    assert load_config(layout.config).student.train.class_weights == "balanced"
+    again = run_experiment(config, layout.root)  # of an open config, the same is made of it
+    assert [record.status for record in again.records] == ["finished"]
 
 
 def test_what_earlier_versions_did_hashes_as_it_did(uneven):

@@ -5,6 +5,7 @@ import pytest
 from datasets import Dataset
 
 import tiny
+from fabricate import BINARY
 from kdlora.config import TrainConfig
 from kdlora.configfile import build_config
 from kdlora.data.batches import LengthBucketSampler
@@ -66,7 +67,7 @@ def test_few_rows_get_more_passes_and_many_rows_fewer():
 
 def test_only_what_is_null_is_settled():
     """A rate that the user set and that is replaced in silence is somebody else's experiment."""
-    chosen = Chosen(64, {"teacher": 1500, "student": 1500}, 2, {"teacher": 768, "student": 384})
+    chosen = Chosen(64, {"teacher": 1500, "student": 1500}, BINARY, {"teacher": 768, "student": 384})
     config = chosen.fill_in(build_config(CONFIG | {"teacher": {"model": "t", "train": {"learning_rate": 1e-5}}}))
     assert (config.teacher.train.learning_rate, config.teacher.train.epochs) == (1e-5, 6)
     assert (config.student.train.max_length, config.student.train.learning_rate) == (64, 1e-3)

@@ -13,11 +13,11 @@ VALUES: dict[str, list[tuple[Any, ...]]] = {
     "student.train.schedule": [("linera", "Did you mean 'linear'?")],
     "student.train.max_length": [(3, "greater than or equal to 4"), (10**30, "less than or equal to 2147483647")],
     "student.train.class_weights": [
-        ("balance", "expected balanced"),
+        ("balance", "expected auto, balanced, or weights by label"),
         ({"spam": 0}, "weight of 'spam' is 0", "above 0"),
         ({"spam": "five"}, "weight of 'spam' is 'five'"),
         ({"spam": True}, "weight of 'spam' is True"),
-        ({}, "expected balanced"),
+        ({}, "expected auto, balanced, or weights by label"),
     ],
     "task.metric": [
         ({"costs": {}}, "cost: {label: {decision: cost}}"),

@@ -371,14 +371,11 @@ def test_runs_of_different_tasks_in_one_folder_are_refused(tmp_path):
 
 def test_a_student_that_always_says_the_same_is_named(reviews, tmp_path):
     """69% accuracy on CoLA is what the most frequent label gets."""
-    for name, task, remedy in (("e", BINARY, False), ("uneven", TOPICS, True)):
-        layout = make_experiment(tmp_path / name, task=task)
-        path = layout.run("kd-lora", 1).predictions
-        logits = np.tile(np.arange(task.num_labels, dtype=np.float32), (400, 1))
-        write_predictions(path, replace(read_predictions(path), logits=logits))
-        said = _plain(_report(layout.root).html)
-        assert "KD-LoRA (seed 1) predicts the same for every example" in said
-        assert ("Where classes are uneven, student.train.class_weights may help" in said) == remedy
+    layout = make_experiment(tmp_path / "e")
+    path = layout.run("kd-lora", 1).predictions
+    logits = np.tile(np.arange(2, dtype=np.float32), (400, 1))
+    write_predictions(path, replace(read_predictions(path), logits=logits))
+    assert "KD-LoRA (seed 1) predicts the same for every example" in _plain(_report(layout.root).html)
     assert "predicts the same for every example" not in reviews[1].html
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from fabricate import BINARY
 from kdlora.data.tasks import GLUE
 from kdlora.errors import ConfigError
 from kdlora.experiment.plan import make_plan
@@ -96,7 +97,7 @@ def test_a_rate_of_adapters_is_none_of_a_tuned_teacher():
     data, student = {"data": {"path": "x/y"}, "teacher": {"model": "teacher"}}, {"model": "small"}
     families = {"open": {"student": student}, "set": {"student": student | {"train": {"learning_rate": 1e-4}}}}
     suite = build_suite(SUITE | {"families": families, "grids": {}, "config": data})
-    chosen = Chosen(40, {"teacher": 1000, "student": 1000}, 20, {"teacher": 768, "student": 384})
+    chosen = Chosen(40, {"teacher": 1000, "student": 1000}, BINARY, {"teacher": 768, "student": 384})
     found = make_plan(suite, {(task, family): chosen for task in suite.tasks for family in families})
     for task in suite.tasks:
         assert len({run.folder for run in found.runs() if (run.task, run.arm) == (task, "fft")}) == 1
@@ -120,7 +121,8 @@ def test_an_open_max_length_is_filled_in_for_all_arms_alike():
     """A control that reads less of a text than the distilled arm measures the cut."""
     suite = build_suite(SUITE | {"config": {"data": {"path": "x/y"}, "student": {"train": {"max_length": 96}}}})
     found = make_plan(
-        suite, {("cola", "one"): Chosen(40, {"teacher": 1000, "student": 1000}, 2, {"teacher": 768, "student": 384})}
+        suite,
+        {("cola", "one"): Chosen(40, {"teacher": 1000, "student": 1000}, BINARY, {"teacher": 768, "student": 384})},
     )
     configs = {cell.arm: cell.runs[0].config for cell in found.cells if (cell.task, cell.family) == ("cola", "one")}
     assert configs["fft"].teacher.train.max_length == configs["kd-lora"].teacher.train.max_length == 40

@@ -14,7 +14,7 @@ from kdlora.config import DataConfig, GlueName, Kind
 from kdlora.data.tags import tag_types
 from kdlora.data.windows import WindowSettings
 from kdlora.errors import ConfigError, DataError, KdLoraError, did_you_mean
-from kdlora.section import ClassWeights, Costs
+from kdlora.section import Costs, OpenClassWeights
 
 ProblemType = Literal["single_label_classification", "regression", "multi_label_classification", "token_classification"]
 
@@ -93,6 +93,12 @@ class Task:
     def is_pair(self) -> bool:
         """Whether an example is a pair of texts."""
         return len(self.text) == 2
+
+    @property
+    def auto_weights(self) -> Literal["balanced"] | None:
+        """What `class_weights: auto` is: where all classes count alike in the score, they do in training, too."""
+        alike = self.kind == "single-label" and self.metrics[0] in ("macro_f1", "balanced_accuracy")
+        return "balanced" if alike else None
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -222,11 +228,13 @@ def find_label(name: str, names: Sequence[str], key: str) -> int:
     return column
 
 
-def named_weights(task: Task, given: ClassWeights | None) -> dict[int, float]:
-    """Give the class weights that a config names, by column; `balanced` names none."""
-    if given is not None and task.kind == "regression":
+def named_weights(task: Task, given: OpenClassWeights | None) -> dict[int, float]:
+    """Give the class weights that a config names, by column; `auto` and `balanced` name none."""
+    if given is None or given == "auto":
+        return {}
+    if task.kind == "regression":
         raise ConfigError("train.class_weights: a regression has no classes; leave it out")
-    if given is None or given == "balanced":
+    if given == "balanced":
         return {}
     return {find_label(name, task.label_names, "train.class_weights"): weight for name, weight in given.items()}
 

@@ -41,7 +41,7 @@ from kdlora.errors import DataError, KdLoraError
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.models.adapters import ParameterCounts
 from kdlora.models.encoders import Encoder
-from kdlora.section import ClassWeights, without_later_keys
+from kdlora.section import OpenClassWeights, without_later_keys
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 _LOGS_PER_TRAINING = 100
@@ -167,12 +167,13 @@ def _at_work(model: nn.Module, settings: SettledTraining, precision: str, device
         yield
 
 
-def class_weights(task: Task, given: ClassWeights | None, labels: np.ndarray) -> torch.Tensor | None:
+def class_weights(task: Task, given: OpenClassWeights | None, labels: np.ndarray) -> torch.Tensor | None:
     """Give the factors of the hard loss in the order of the task's labels.
 
     `balanced` is rows / (classes * rows of the class), whose mean over the training rows is 1, so that the teacher's
     term keeps its share; for multi-label, rows without the label by rows with it. A label that no row has keeps 1.
     """
+    given = task.auto_weights if given == "auto" else given
     if given is None:
         return None
     named, weights = named_weights(task, given), np.ones(task.num_labels)

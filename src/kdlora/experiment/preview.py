@@ -82,7 +82,8 @@ class ExperimentPlan:
         rows |= {"perturbed copies of training texts": self.copies}
         task, metrics = self.task, " and ".join(metric_title(name) for name in self.task.metrics)
         if self.config.task.metric is None and not task.name and task.metrics == ("macro_f1",):
-            metrics += ", because the classes are uneven (task.metric; student.train.class_weights may help)"
+            metrics += ", because the classes are uneven (task.metric)"
+        balanced = "balanced" in (self.config.teacher.train.class_weights, self.config.student.train.class_weights)
         twice = [f"{number:,} in {name}" for name, number in self.duplicates.items() if number]
         trainings = [
             f"{one.arm} {f'{one.runs} × {one.steps:,} steps' if one.steps else f'in about {one.seconds:.0f} seconds'}"
@@ -93,6 +94,7 @@ class ExperimentPlan:
             "rows": ", ".join(f"{number:,} {name}" for name, number in rows.items() if number),
             "task": f"{task.kind}, {' + '.join(task.text)} to {', '.join(task.label)}; scored by {metrics}",
             "labels": self._labels(),
+            "weights": "rare classes count for more in training (class_weights)" if balanced else "",
             "tokens": self._of_each_model(
                 lambda one: f"median {one.median:g}, 99% of the training texts within {one.most_within}"
             ),

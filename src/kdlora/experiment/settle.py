@@ -35,6 +35,7 @@ from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder, load_fine_tuned, student_from_layers
+from kdlora.section import OpenClassWeights
 
 OPEN = ("max_length", "epochs", "learning_rate")
 """Keys of a training that may be null until data and models are known."""
@@ -284,12 +285,12 @@ class Chosen:
 
     max_length: int  # tokens that hold 99% of the texts
     rows: Mapping[str, int]  # that an epoch draws, by role
-    steps_for_labels: int
+    task: Task
     widths: Mapping[Role, int]  # hidden size of teacher and student, as far as they are models
     limits: Mapping[Role, int] = field(default_factory=dict)  # most tokens that these take
 
     def fill_in(self, config: Config) -> Config:
-        """Settle every `max_length`, `epochs` and learning rate that is null; what is explicit stays.
+        """Settle every `max_length`, `epochs` and learning rate that is null, and weights that are `auto`.
 
         Teacher and student cut texts alike; in windows each reads as much at once as it can.
         """
@@ -301,11 +302,12 @@ class Chosen:
         rates = {"teacher": wide and full_rate(wide), "student": narrow and adapter_rate(narrow)}
         update = {}
         for role, section in (("teacher", teacher), ("student", student)):
-            epochs = epochs_for(role, self.rows[role], self.steps_for_labels, section.train.batch_size)
+            epochs = epochs_for(role, self.rows[role], steps_for_labels(self.task), section.train.batch_size)
             own = [limit for name, limit in self.limits.items() if name == role or config.data.long_texts == "cut"]
             longest = min([self.max_length, *own])
             chosen = {"max_length": longest, "epochs": epochs, "learning_rate": rates[role]}
-            update[role] = section.model_copy(update={"train": _without_null(section.train, **chosen)})
+            train = _weighed(_without_null(section.train, **chosen), self.task.auto_weights)
+            update[role] = section.model_copy(update={"train": train})
         return config.model_copy(update=update)
 
 
@@ -320,10 +322,10 @@ def decide(looks: Looks, rows: Mapping[str, int], task: Task) -> Chosen:
     """Choose by models and texts, and by the rows of each split and the labels; a bag of words has no model."""
     drawn = {"teacher": rows["train"], "student": rows["train"] + rows.get("unlabelled", 0)}
     if not looks:
-        return Chosen(LEAST, drawn, steps_for_labels(task), {})
+        return Chosen(LEAST, drawn, task, {})
     longest = choose_max_length([one.lengths for one in looks.values()], [])
     widths = {role: one.width for role, one in looks.items()}
-    return Chosen(longest, drawn, steps_for_labels(task), widths, {role: one.limit for role, one in looks.items()})
+    return Chosen(longest, drawn, task, widths, {role: one.limit for role, one in looks.items()})
 
 
 def steps_for_labels(task: Task) -> int:
@@ -368,6 +370,7 @@ def with_recorded(config: Config, recorded: Path) -> Config:
     for role in ("teacher", "student"):
         here, old = getattr(config, role), getattr(there, role)
         train = _without_null(here.train, **{key: getattr(old.train, key) for key in OPEN})
+        train = _weighed(train, old.train.class_weights)
         rates = [key for key in ("adapter_learning_rate", "full_learning_rate") if hasattr(old, key)]
         section = _without_null(here, **{key: getattr(old, key) for key in rates})
         update[role] = section.model_copy(update={"train": train})
@@ -383,6 +386,11 @@ def with_metric(config: Config, layout: ExperimentLayout) -> Config:
             section = _without_null(config.task, metric=task.metrics[0]) if own else config.task
             return config.model_copy(update={"task": section})
     return config
+
+
+def _weighed(settings: TrainConfig, weights: OpenClassWeights | None) -> TrainConfig:
+    auto = settings.class_weights == "auto"
+    return settings.model_copy(update={"class_weights": weights}) if auto else settings
 
 
 def _without_null(section: Section, **values: Any) -> Section:

@@ -177,7 +177,6 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         "given": is_teacher_given(experiment.runs),
         "adapted": taught_by == "lora",
         "constant": _constant_seeds(experiment),
-        "by_class": experiment.task.kind == "single-label" and experiment.task.metrics[0] == "macro_f1",
         "gain": find_gain(comparisons),
         "paired": any(one.difference for one in comparisons),
         "intervals": INTERVALS,

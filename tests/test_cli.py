@@ -84,7 +84,7 @@ def test_help_and_validate_come_at_once(small):
     """
     done = lightly("--help", seconds=0.6)
     assert done.returncode == 0
-    assert {"run", "validate", "evaluate", "predict", "report", "suite"} <= set(done.stdout.split())
+    assert {"run", "validate", "evaluate", "predict", "report", "tasks"} <= set(done.stdout.split())
     done = lightly("validate", str(small), "--set", "lora.rank=4", seconds=1.0)
     assert done.returncode == 0
     printed = yaml.safe_load(done.stdout.split("LOADED")[0])
@@ -210,7 +210,7 @@ def test_faults_of_the_machine_have_their_own_exit_codes(cli, small, monkeypatch
         return
     assert expected in cli("run", small, code=code).err
     monkeypatch.setenv("KDLORA_LOG", "loud")  # input, too: a mistake, and no fault of the machine
-    shown = cli("doctor", code=2)
+    shown = cli("tasks", code=2)
     assert "KDLORA_LOG is 'LOUD'; expected DEBUG" in shown.err
 
 
@@ -272,8 +272,11 @@ def test_every_verb_has_help_with_an_example_and_json(verb):
     assert "2 a mistake in the command" in app.info.epilog, "scripts branch on the exit codes"
 
 
-def test_validate_prints_json(cli, tmp_path):
-    """Programs read settings from here; a table in between breaks them."""
+def test_reference_and_validate_print_json(cli, tmp_path):
+    """Programs read names and settings from here; a table in between breaks them."""
+    tasks, families = json.loads(cli("tasks", "--json").out), json.loads(cli("families", "--json").out)
+    assert tasks["mrpc"]["label_names"] == ["not_equivalent", "equivalent"]
+    assert families["bert"] == {"teacher": "bert-base-uncased", "student": "distilbert-base-uncased"}
     path = tmp_path / "config.yaml"
     path.write_text("{family: bert, task: {name: mrpc}, data: {path: nyu-mll/glue}}")
     assert json.loads(cli("validate", path, "--json").out)["lora"]["rank"] == 16
@@ -291,17 +294,25 @@ def test_predict_report_and_compare_print_json(cli, experiment, tmp_path):
     assert [path.split("/")[-1] for path in compared["paths"]] == ["compare.md", "compare.html"]
 
 
-def test_the_shell_completes_verbs_and_names():
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("kdlora r", {"run", "report"}),
+        ("kdlora run --task mr", {"mrpc"}),
+        ("kdlora run --set student.train.learn", {"student.train.learning_rate="}),
+        ("kdlora export x --format onnx-", {"onnx-int8"}),
+    ],
+)
+def test_the_shell_completes_verbs_names_and_keys(words, wanted):
     """Completion that fails does so without a word: the shell offers files instead."""
-    for words, wanted in (("kdlora r", {"run", "report"}), ("kdlora export x --format onnx-", {"onnx-int8"})):
-        number = str(len(words.split()) - 1)
-        done = shell(_KDLORA_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=number)
-        assert wanted <= set(done.stdout.split()), done.stderr
+    number = str(len(words.split()) - 1)
+    done = shell(_KDLORA_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=number)
+    assert wanted <= set(done.stdout.split()), done.stderr
 
 
 def test_no_colour_where_it_is_not_wanted():
     """Escape codes in a log, or for a reader who switched them off."""
-    assert "\x1b[" in shell("--help", FORCE_COLOR="1").stdout
+    assert "\x1b[" in shell("tasks", FORCE_COLOR="1").stdout
     assert "\x1b[3" not in shell("--help", FORCE_COLOR="1", NO_COLOR="1").stdout
     assert re.fullmatch(r"kdlora \d+\.\d+\.\d+\S*\n", shell("--version", FORCE_COLOR="1", NO_COLOR="1").stdout)
 

@@ -7,12 +7,14 @@ from xml.etree import ElementTree
 import pytest
 from markdown_it import MarkdownIt
 
+from kdlora.evidence.stats import Difference
 from kdlora.report.page import Bullets, Cell, Code, Link, Page, Paragraph, Prose, Section, Table, escape, render
 from kdlora.report.plots import (
     PALETTE,
     Series,
     Style,
     arm_style,
+    differences,
     learning_curves,
     score_against_cost,
     shorten,
@@ -87,6 +89,10 @@ def test_points_lie_where_their_values_are():
     low, high = ([place for place in _marks(figure, Style(number)) if place[1] > 60] for number in (0, 1))
     assert max(low)[0] < min(high)[0]
     assert min(y for _, y in low) > max(y for _, y in high)
+    assert "side by side" not in figure.caption
+    apart = score_against_cost([Series(name, Style(0), ((9.0, 80.0),)) for name in "ab"], **PARAMETERS)
+    assert apart is not None
+    assert "Marks of the same cost stand side by side." in apart.caption
     assert "low 80.00 at 1; high 91.00 at 9" in figure.description
     assert score_against_cost([], **PARAMETERS) is None
 
@@ -113,6 +119,24 @@ def test_curves_average_the_seeds_that_reached_an_epoch():
     figure = learning_curves([Series("x", style, ((1.0, 0.0),))], title="t", value="loss", identity="i")
     assert figure is not None
     assert len(_marks(figure, style)) == 2, "one in the plot, one in the legend"
+
+
+def test_intervals_are_drawn_from_low_to_high():
+    """A bar of the wrong length beside the right numbers."""
+    one = Difference(1.0, -1.0, 4.0, 0.2, 100, 3, 1000, 0.95)
+    figure = differences([("A − B", one)], title="t", identity="i")
+    assert figure is not None
+    lines = [
+        [float(number) for number in re.findall(r"-?[\d.]+", path)]
+        for path, style in re.findall(r'<path d="([^"]*)"[^>]*?style="([^"]*)"', figure.svg)
+        if "stroke-dasharray" in style or "var(--series-2)" in style
+    ]
+    (zero,) = (line[0] for line in lines if line[0] == line[2])
+    ((left, _, right, _),) = (line for line in lines if line[0] != line[2])
+    assert left < zero < right
+    assert (right - zero) == pytest.approx(4 * (zero - left), rel=0.01)
+    assert "+1.0 [−1.0 to +4.0]" in _texts(figure)
+    assert differences([], title="t", identity="i") is None
 
 
 def test_figures_are_written_as_people_read_them():

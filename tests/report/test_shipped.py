@@ -88,8 +88,9 @@ def test_calibration_stands_with_both_errors(layout):
     ship(layout, calibrated=True)
     _change(layout.benchmark, models=[])
     text = _report(layout).markdown
-    assert "Calibrated on 400 validation rows: logits are divided by 1.730." in text
-    assert "from 8.71% to 1.94%, the log loss from 0.4120 to 0.3050 nats" in text
+    assert "| before | 1 | 8.71% | 0.4120 |" in text
+    assert "| after | **1.730** | **1.94%** | **0.3050** |" in text
+    assert "Fitted on 400 validation rows" in text
     assert "measured side by side" not in text
     assert "int8 file" not in text
 
@@ -214,6 +215,18 @@ def test_scores_are_drawn_over_the_texts_that_were_labelled(tmp_path):
     figure = html[html.index("Score against texts") :]
     assert {"5000", "10000"} <= set(re.findall(r">(\d+)</text>", figure))
     assert "Score against texts" not in compare([tmp_path / "few"], draws=50).html
+
+
+def test_single_runs_are_compared(tmp_path):
+    """A user who wants to ship one seed compares that seed, not the mean."""
+    layout = make_experiment(tmp_path / "one")
+    places = [layout.run("kd-lora", 0), layout.run("student-lora", 1)]
+    report = compare([place.root for place in places], draws=300)
+    rows = _rows(report.markdown)
+    for place in places:
+        score = read_record(place.record).score
+        assert rows[f"one: {place.root.name}"][1].startswith(f"[{score:.1f}]")
+    assert report.paths == ()
 
 
 def test_other_tasks_and_other_rows_are_not_paired(tmp_path):

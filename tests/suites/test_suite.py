@@ -175,7 +175,7 @@ def test_the_command_line_tells_by_its_exit_status(cli, suite_values, suite_fold
     planned = cli("suite", file, "--out", suite_folder, "--dry-run")
     assert "2 runs, 2 of them finished" in planned.out
     facts = json.loads(cli("suite", file, "--out", tmp_path / "new", "--dry-run", "--json").out)
-    assert (facts["runs"], facts["finished"], facts["labellings"]) == (2, 0, 0)
+    assert (facts["runs"], facts["finished"], facts["labellings"], facts["obstacle"]) == (2, 0, 0, "")
     assert facts["seconds"] > 0
     done = cli("suite", file, "--out", suite_folder)
     assert "2 runs finished, 2 of them before; 0 failed" in done.out

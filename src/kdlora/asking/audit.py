@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from kdlora.data.tasks import Task
 from kdlora.deploy.calibrate import fit_temperature
-from kdlora.evidence.metrics import calibration_error, compute_metrics, probabilities
+from kdlora.evidence.metrics import compute_metrics, probabilities, reliability
 from kdlora.evidence.stats import Difference, PairedArms, contrast
 
 _LEAST_FITTED, _LEAST_OF_LABEL = 20, 10
@@ -86,7 +86,7 @@ def audit_answers(
         temperature, bias = _fit(np.log(best[fitted]), labels[fitted])
     after = correct(best, temperature, bias)
     errors = [
-        calibration_error(table[shown], labels[shown], "single-label") if len(shown) else None
+        reliability(table[shown], labels[shown], "single-label").error if len(shown) else None
         for table in (best, after)
     ]
     said = np.where(answered, np.nan_to_num(best).argmax(axis=1), task.num_labels)

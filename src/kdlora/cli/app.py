@@ -1,4 +1,4 @@
-"""The Typer application, what verbs share (options, tables, JSON), and the doctor."""
+"""The Typer application, what verbs share (options, tables, JSON), and the verbs that tell what kdlora knows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from rich.measure import Measurement
 from rich.table import Table
 
+from kdlora.defaults import FAMILIES
 from kdlora.errors import harmless_json
 from kdlora.terminal import SafeConsole
 
@@ -87,11 +88,53 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], **settings
     console.print(build())
 
 
+def completing(list_names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Let the shell complete one of these names."""
+    return lambda incomplete: [name for name in list_names() if name.startswith(incomplete)]
+
+
+def _assignments() -> Iterable[str]:
+    from kdlora.configfile import known_keys
+
+    return [f"{key}=" for key in known_keys()]
+
+
+_SET = {"metavar": "KEY=VALUE", "autocompletion": completing(_assignments)}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Experiment folder. Default: runs/<name>.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a config key. Values are YAML.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Set a config key. Values are YAML.", **_SET)]
 Text = Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Text column. Give it twice for a pair.")]
 IdColumn = Annotated[str, typer.Option(metavar="COLUMN", help="Column with the ids of the rows.")]
+
+
+@app.command()
+def tasks(as_json: Json = False) -> None:
+    """List the GLUE tasks with their columns, labels and metrics.
+
+    Example: kdlora tasks
+    """
+    from kdlora.data.tasks import GLUE
+
+    if as_json:
+        print_json({name: task.task.to_dict() for name, task in GLUE.items()})
+        return
+    rows = [
+        (name, task.kind, ", ".join(task.text), ", ".join(task.label_names), " + ".join(task.metrics))
+        for name, task in GLUE.items()
+    ]
+    print_table(("task", "kind", "text", "labels", "score"), rows)
+
+
+@app.command()
+def families(as_json: Json = False) -> None:
+    """List the paper's pairs of teacher and student.
+
+    Example: kdlora families
+    """
+    if as_json:
+        print_json({name: {"teacher": teacher, "student": student} for name, (teacher, student) in FAMILIES.items()})
+    else:
+        print_table(("family", "teacher", "student"), [(name, *models) for name, models in FAMILIES.items()])
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Exit, Option
 
-from kdlora.cli.app import Json, Out, Set, Text, app, print_json, print_table, verb
-from kdlora.defaults import FamilyName
+from kdlora.cli.app import Json, Out, Set, Text, app, completing, print_json, print_table, verb
+from kdlora.defaults import FAMILIES
 from kdlora.errors import ConfigError, KdLoraError, harmless
 from kdlora.terminal import SafeConsole, live_progress, print_plan, print_result
 
@@ -28,6 +28,13 @@ _WITHOUT_A_FILE = (
     "Without a config file, give the data (--train FILE --text COLUMN --label COLUMN, or --task NAME --data FOLDER) "
     "and the models (--family NAME, or --teacher and --student); `kdlora run --help` has examples"
 )
+_FAMILY_HELP = "bert, roberta or deberta-v3: the paper's teacher and student."
+
+
+def _glue_tasks() -> Iterable[str]:
+    from kdlora.data.tasks import GLUE
+
+    return GLUE
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Run:
     config: Annotated[Path | None, Argument(help="Config file (YAML), or use the options below.")] = None
     out: Out = None
     overrides: Set = None
-    task: Annotated[str | None, Option(help="GLUE task. Needs --data.")] = None
+    task: Annotated[str | None, Option(help="GLUE task. Needs --data.", autocompletion=completing(_glue_tasks))] = None
     data: Annotated[str | None, Option(help="Folder or Hub id with the data.")] = None
     train: Annotated[str | None, Option(help="Training file.")] = None
     validation: Annotated[str | None, Option(help="Validation file. Default: a part of the training rows.")] = None
@@ -47,7 +54,7 @@ class Run:
         list[str] | None,
         Option(metavar="COLUMN", help="Label column. Several columns of 0 and 1 make a multi-label task."),
     ] = None
-    family: Annotated[FamilyName | None, Option(help="The paper's teacher and student.")] = None
+    family: Annotated[str | None, Option(help=_FAMILY_HELP, autocompletion=completing(FAMILIES.keys))] = None
     teacher: Annotated[str | None, Option(help="Pretrained teacher: Hub id or folder.")] = None
     student: Annotated[str | None, Option(help="Pretrained student: Hub id or folder.")] = None
     fail_fast: Annotated[bool, Option("--fail-fast", help="Stop at the first failed run.")] = False
@@ -148,13 +155,13 @@ def evaluate(
 
 @app.command()
 def compare(
-    experiments: Annotated[list[Path], Argument(help="Experiment folders.")],
+    experiments: Annotated[list[Path], Argument(help="Experiment folders, or folders of single runs.")],
     out: Annotated[Path, Option("--out", help="Folder for compare.md and compare.html.")] = Path(),
     as_json: Json = False,
 ) -> None:
-    """Compare the arms of experiments in one table, row by row where they have the same rows.
+    """Compare experiments or single runs in one table and one plot, row by row where they have the same rows.
 
-    Example: kdlora compare runs/first runs/second --out comparison
+    Example: kdlora compare runs/first runs/second/runs/kd-lora-seed0 --out comparison
     """
     from kdlora.report.compare import compare as compare_runs
 

@@ -6,12 +6,12 @@ import re
 import sys
 from dataclasses import asdict, field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from typer import Argument, Option
 
 from kdlora.asking.asksettings import AskSettings
-from kdlora.cli.app import IdColumn, Json, Text, print_json, print_table, verb
+from kdlora.cli.app import IdColumn, Json, Text, completing, print_json, print_table, verb
 from kdlora.errors import harmless
 from kdlora.terminal import draw_bars
 
@@ -35,6 +35,8 @@ def _option(name: str, kind: Any) -> Any:
     if name in _OTHERWISE:
         own, flag, metavar = _OTHERWISE[name]
         return Annotated[own | None, Option(flag, metavar=metavar, help=text)]
+    if get_origin(kind) is Literal:
+        return Annotated[str, Option(help=text, autocompletion=completing(lambda: get_args(kind)))]
     return Annotated[kind, Option(help=text)]
 
 

@@ -7,16 +7,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from kdlora.cli.app import IdColumn, Json, Text, app, print_json, print_table, verb
+from kdlora.cli.app import IdColumn, Json, Text, app, completing, print_json, print_table, verb
 from kdlora.errors import ConfigError, did_you_mean, harmless
 from kdlora.terminal import draw_bars
 
 if TYPE_CHECKING:
     from kdlora.deploy.cascade import CascadeCurve
+
+_FORMATS = ("onnx", "onnx-int8", "all", "openvino")
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,12 @@ def export(
     model: Annotated[Path, Argument(help="Experiment folder, merged model folder, or Hub id.")],
     to: Annotated[Path, Option("--to", help="Folder to write.")],
     formats: Annotated[
-        Literal["onnx", "onnx-int8", "all", "openvino"],
-        Option("--format", help="all: the first two. openvino: all three."),
+        str,
+        Option(
+            "--format",
+            help="onnx, onnx-int8, all (both), or openvino (all three).",
+            autocompletion=completing(lambda: _FORMATS),
+        ),
     ] = "all",
     data: Annotated[str | None, Option(help="Labelled file for the checks. Default: the validation rows.")] = None,
     web: Annotated[

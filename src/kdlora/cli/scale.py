@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option
 
-from kdlora.cli.app import Json, Set, app, print_json, verb
+from kdlora.cli.app import Json, Set, app, print_json, print_table, verb
 from kdlora.terminal import SafeConsole, Show, draw_bars
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def suite(
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and the estimated time.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run tasks x families x arms x configurations x seeds, and write the paper's Table 1.
+    """Run tasks x families x arms x configurations x seeds, and write the paper's tables.
 
     The same command continues: it repeats no finished run, and tries failed ones again.
 
@@ -121,9 +121,17 @@ def _show_suite(event: SuiteEvent, show: Show | None) -> None:
 
 
 def _print_overview(overview: Overview) -> None:
-    console, seconds = SafeConsole(), overview.seconds
+    tasks = list(dict.fromkeys(one.task for one in overview.arms))
+    arms = list(dict.fromkeys(one.arm for one in overview.arms))
+    left = {(one.task, one.arm): f"{one.runs - one.finished} of {one.runs}" for one in overview.arms}
+    rows = [(task, *(left.get((task, arm), "–") for arm in arms)) for task in tasks]
+    print_table(("task", *arms), rows, title="runs still to do, of those planned")
+    console = SafeConsole()
     counts = f"{overview.runs:,} runs, {overview.finished:,} of them finished"
     console.tell(f"{counts}; teachers that label the rows, once each: {overview.labellings:,}")
+    if (seconds := overview.seconds) is None:
+        console.tell(f"no time estimate: {overview.obstacle}")
+        return
     time = f"{seconds / 3600:,.1f} hours" if seconds > 5400 else f"{max(2, round(seconds / 60))} minutes"
     console.tell(f"about {time}, one run at a time, estimated from a few forward passes on this machine")
 

@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 
 from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TEMPERATURE_KEY
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.metrics import calibration_error, probabilities
+from kdlora.evidence.metrics import probabilities, reliability
 from kdlora.foreign import read_json
 from kdlora.report.shipped import Calibration
 from kdlora.system.integrity import hash_file, seal
@@ -65,7 +65,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibr
     found = minimize_scalar(loss, bounds=tuple(np.log(_RANGE)), method="bounded", options={"xatol": 1e-4})
     best = 0.0 if is_right.all() else float(found.x)
     temperature = float(np.exp(best))
-    before, after = (calibration_error(probabilities(logits, kind, at), targets, kind) for at in (1.0, temperature))
+    before, after = (reliability(probabilities(logits, kind, at), targets, kind).error for at in (1.0, temperature))
     return Calibration(temperature, len(logits), loss(0.0), loss(best), ece_before=before, ece_after=after)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -174,9 +175,9 @@ def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndar
         case "regression", "mae":
             return _mean_of(np.abs(decided - targets))
         case "regression", "pearson":
-            return _correlation(_values(decided), _values(targets))
+            return _pearson(decided, targets)
         case "regression", "spearman":
-            return _correlation(_ranks(decided), _ranks(targets))
+            return _spearman(decided, targets)
         case "regression", "r2":
             return _r2(decided, targets)
     raise ValueError(f"the metric {name!r} is not defined for a {task.kind} task with {classes} labels")
@@ -238,55 +239,84 @@ def _matthews(predicted: np.ndarray, wanted: np.ndarray) -> Weighted:
     return measure
 
 
+def _pearson(decided: np.ndarray, targets: np.ndarray) -> Weighted:
+    """Pearson from weighted moments; centred first, because sums of squares of raw values lose digits."""
+    first, second = _standardise(decided), _standardise(targets)
+    columns = np.stack([first, second, first * first, second * second, first * second], axis=1)
+
+    def measure(counts: np.ndarray) -> np.ndarray:
+        moments = (counts @ columns) / counts.sum(axis=1, keepdims=True)
+        mean_first, mean_second, square_first, square_second, product = moments.T
+        return _correlation(
+            product - mean_first * mean_second,
+            square_first - mean_first**2,
+            square_second - mean_second**2,
+        )
+
+    return measure
+
+
 def _r2(decided: np.ndarray, targets: np.ndarray) -> Weighted:
     """Share of the labels' variance that the predictions explain; 0 where the labels of a draw are constant."""
-    centred = targets - targets.mean()
-    error, mean, square = map(_mean_of, ((targets - decided) ** 2, centred, centred**2))
-    least = 1e-14 * np.square(centred).max()
+    spread = np.abs(targets - targets.mean()).max() or 1.0
+    centred, wrong = (targets - targets.mean()) / spread, (targets - decided) / spread
+    columns = np.stack([centred, centred**2, wrong**2], axis=1)
 
     def measure(counts: np.ndarray) -> np.ndarray:
-        variance = square(counts) - mean(counts) ** 2
-        valid = variance > least
-        return np.where(valid, 1 - error(counts) / np.where(valid, variance, 1.0), 0.0)
+        mean, square, error = ((counts @ columns) / counts.sum(axis=1, keepdims=True)).T
+        variance = square - mean**2
+        valid = variance > 1e-14
+        return np.where(valid, 1 - error / np.where(valid, variance, 1.0), 0.0)
 
     return measure
 
 
-def _correlation(first: Weighted, second: Weighted) -> Weighted:
-    """Correlate columns that are centred for each draw; 0 where one is constant up to rounding."""
+def _spearman(decided: np.ndarray, targets: np.ndarray) -> Weighted:
+    """Pearson of the average ranks among the drawn examples, ties included."""
+    first, second = _Ranks(decided), _Ranks(targets)
 
     def measure(counts: np.ndarray) -> np.ndarray:
-        one, other = first(counts), second(counts)
-        pairs = ((one, other), (one, one), (other, other))
-        product, *squares = (np.einsum("de,de,de->d", counts, *pair) for pair in pairs)
-        valid = np.min(squares, axis=0) > 1e-14 * counts.sum(axis=1)
-        below = np.sqrt(np.where(valid, squares[0] * squares[1], 1.0))
-        return np.where(valid, np.clip(product / below, -1.0, 1.0), 0.0)
+        one, other = first.centred(counts), second.centred(counts)
+        product = np.einsum("de,de,de->d", counts, one, other)
+        square_one = np.einsum("de,de,de->d", counts, one, one)
+        square_other = np.einsum("de,de,de->d", counts, other, other)
+        return _correlation(product, square_one, square_other)
 
     return measure
 
 
-def _values(values: np.ndarray) -> Weighted:
-    """Give each example's value less the mean of the draw, scaled; a spread below the values' rounding is none."""
+class _Ranks:
+    """Average ranks of one column under any counts, from a single sort."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.order = np.argsort(values, kind="stable")
+        ordered = values[self.order]
+        starts = np.concatenate(([True], ordered[1:] != ordered[:-1]))
+        self.starts = np.flatnonzero(starts)
+        self.group = np.empty(len(values), dtype=np.int64)
+        self.group[self.order] = np.cumsum(starts) - 1
+
+    def centred(self, counts: np.ndarray) -> np.ndarray:
+        """Give each example's average rank in each draw, less the mean rank."""
+        tied = np.add.reduceat(counts[:, self.order], self.starts, axis=1)
+        last = np.cumsum(tied, axis=1)
+        # Tied examples share the mean of the places from last - tied + 1 to last.
+        ranks = last - (tied - 1) / 2 - (last[:, -1:] + 1) / 2
+        return np.take(ranks, self.group, axis=1)
+
+
+def _standardise(values: np.ndarray) -> np.ndarray:
+    """Centre and scale, by which no correlation changes; a spread below the values' own rounding is none."""
     centred = values - values.mean()
     spread = np.abs(centred).max()
-    scaled = centred / spread if spread > 1e-13 * np.abs(values).max() else np.zeros_like(centred)
-    mean = _mean_of(scaled)
-    return lambda counts: scaled - mean(counts)[:, None]
+    return centred / spread if spread > 1e-13 * np.abs(values).max() else np.zeros_like(centred)
 
 
-def _ranks(values: np.ndarray) -> Weighted:
-    """Give each example's average rank in the draw less their mean; tied ones share the mean of their places."""
-    order = np.argsort(values, kind="stable")
-    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    starts = np.cumsum(sizes) - sizes
-
-    def centred(counts: np.ndarray) -> np.ndarray:
-        tied = np.add.reduceat(counts[:, order], starts, axis=1)
-        last = np.cumsum(tied, axis=1)
-        return np.asarray((last - (tied - 1) / 2 - (last[:, -1:] + 1) / 2)[:, group])
-
-    return centred
+def _correlation(product: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Divide a covariance by two variances; 0 where either vanishes up to rounding."""
+    valid = (first > 1e-14) & (second > 1e-14)
+    below = np.sqrt(np.where(valid, first * second, 1.0))
+    return np.where(valid, np.clip(product / below, -1.0, 1.0), 0.0)
 
 
 def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np.ndarray:
@@ -305,8 +335,18 @@ def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
-def calibration_error(table: np.ndarray, labels: np.ndarray, kind: str) -> float:
-    """Give the expected calibration error, 0 to 1, over ten bins of confidence of equal width.
+@dataclass(frozen=True)
+class Reliability:
+    """How often decisions of a given confidence are right, by bins of confidence that are not empty."""
+
+    confidence: tuple[float, ...]  # mean of each bin
+    accuracy: tuple[float, ...]  # share of right decisions in it
+    count: tuple[int, ...]  # decisions in it
+    error: float  # expected calibration error, 0 to 1: mean of |accuracy - confidence|, weighted by count
+
+
+def reliability(table: np.ndarray, labels: np.ndarray, kind: str) -> Reliability:
+    """Bin decisions by confidence, in ten bins of equal width from 0 to 1.
 
     Confidence is the largest probability (single-label), or that of the decision on each label (multi-label).
     *Source*: Guo et al., "On Calibration of Modern Neural Networks", eq. 3.
@@ -317,4 +357,9 @@ def calibration_error(table: np.ndarray, labels: np.ndarray, kind: str) -> float
     else:
         confidence, right = table.max(axis=1), table.argmax(axis=1) == labels
     place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    return float(np.abs(np.bincount(place, right - confidence, BINS)).sum() / len(place))
+    count = np.bincount(place, minlength=BINS)
+    filled = count > 0
+    mean_confidence = np.bincount(place, confidence, BINS)[filled] / count[filled]
+    accuracy = np.bincount(place, right, BINS)[filled] / count[filled]
+    error = float(np.sum(count[filled] * np.abs(accuracy - mean_confidence)) / count.sum())
+    return Reliability(tuple(mean_confidence.tolist()), tuple(accuracy.tolist()), tuple(count[filled].tolist()), error)

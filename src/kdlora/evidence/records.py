@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from kdlora.errors import ArtifactError, first_line
 from kdlora.foreign import read_json
@@ -16,6 +16,13 @@ from kdlora.system.storage import plain_json, write_json_atomic
 
 SCHEMA_VERSION = 1
 
+_SECTIONS: dict[str, dict[str, type]] = {
+    "teacher": {"model": str},
+    "student": {"model": str},
+    "distil": {},
+    "data": {"path": str, "subset": str, "revision": str, "augment": int},
+}
+"""What reports and cards read of a run's config, which may be a stranger's or of an earlier version."""
 _RERUN = "Delete the run's folder and run the same command again."
 
 
@@ -102,6 +109,16 @@ class RunRecord(BaseModel):
     finished: str = Field(default="", description="ISO 8601")
     notes: list[str] = Field(default_factory=list)
     config: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("config")
+    @classmethod
+    def _has_sections(cls, config: dict[str, Any]) -> dict[str, Any]:
+        for name, keys in _SECTIONS.items():
+            section = config.get(name) or {}
+            known = isinstance(section, dict) and {key: section.get(key) for key in keys}
+            if known is False or not all(isinstance(value, (keys[key], type(None))) for key, value in known.items()):
+                raise ValueError(f"its section {name} is none of a config's")
+        return config
 
     @property
     def teacher_arm(self) -> str:

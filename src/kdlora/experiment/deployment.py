@@ -27,7 +27,7 @@ from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import store_speeds, ways_to_run
 from kdlora.deploy.tagger import Tagger, load_model
-from kdlora.errors import ConfigError, DataError, ModelError
+from kdlora.errors import ConfigError, DataError, ModelError, did_you_mean
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.recording import forget_decisions, logged, prepare_process
 from kdlora.experiment.scoring import groups_of, recorded_task
@@ -51,6 +51,10 @@ FORMATS: dict[str, tuple[Format, ...]] = {
 
 def export_model(model: str | Path, to: str | Path, *, formats: str = "all", data: str | None = None) -> ExportResult:
     """Export an experiment's student, or any merged model folder, to ONNX and int8."""
+    if formats not in FORMATS:
+        raise ConfigError(
+            f"--format {formats!r}: expected onnx, onnx-int8, all or openvino.{did_you_mean(formats, FORMATS)}"
+        )
     place, wanted = locate_model(model), FORMATS[formats]
     layout = ExperimentLayout(place)
     if layout.config.exists():

@@ -20,6 +20,7 @@ from kdlora.errors import ConfigError, KdLoraError
 from kdlora.extras import check_installed
 from kdlora.searchconfig import Resources
 from kdlora.system.children import Children, run_in_child
+from kdlora.system.environment import collect_versions
 
 logger = logging.getLogger(__name__)
 
@@ -238,28 +239,36 @@ def _knock(address: str) -> None:
         ) from None
 
 
-def _missing(paths: Sequence[str]) -> list[str]:
-    return [path for path in paths if not Path(path).exists()]
+def _look_around(paths: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
+    """Give this machine's name, which paths it lacks, and the versions of what is installed."""
+    return socket.gethostname(), [path for path in paths if not Path(path).exists()], collect_versions()
 
 
 def check_nodes(ray: Any, paths: Sequence[str], needs: Resources) -> None:
-    """Look at every node: whether it has the paths, and whether any can hold a run at all."""
+    """Look at every node: its paths, its kdlora, and whether any node can hold a run at all."""
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     _check_resources([node["Resources"] for node in nodes], needs)
-    look = ray.remote(num_cpus=0, max_retries=0)(_missing)
+    look = ray.remote(num_cpus=0, max_retries=0)(_look_around)
     places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     answers = [look.options(scheduling_strategy=place).remote(list(paths)) for place in places]
-    faults = []
+    faults, own = [], collect_versions()
     for node, answer in zip(nodes, answers, strict=True):
         address = node["NodeManagerAddress"]
         try:
-            faults += [f"node {address} lacks {path}" for path in ray.get(answer)]
+            host, missing, versions = ray.get(answer)
         except RayError as error:
-            reason = str(error).strip().splitlines()[-1]
-            faults.append(f"node {address} cannot run kdlora ({reason}); install the same version there")
+            if any(now["Alive"] for now in ray.nodes() if now["NodeID"] == node["NodeID"]):  # else it left meanwhile
+                reason = str(error).strip().splitlines()[-1]
+                faults.append(f"node {address} cannot run kdlora ({reason}); install the same version there")
+            continue
+        faults += [f"node {address} ({host}) lacks {path}" for path in missing]
+        if differing := ", ".join(name for name, version in versions.items() if own.get(name) != version):
+            logger.warning(
+                "node %s has other versions of %s; its figures may differ in their last digits", address, differing
+            )
     if faults:
         remedy = "every node needs the same folders at the same paths: mount them there, or name a Hub data set"
         raise ConfigError("\n".join([f"{remedy}:", *(f"  - {fault}" for fault in faults)]))

@@ -35,7 +35,8 @@ from kdlora.experiment.study import (
     with_settings,
 )
 from kdlora.extras import check_installed
-from kdlora.report.page import Block, Cell, Link, Page, Paragraph, Prose, Section, Table, to_csv, write_page
+from kdlora.report.page import Cell, Link, Page, Paragraph, Prose, Section, Table, to_csv, write_page
+from kdlora.report.plots import Series, Style, learning_curves
 from kdlora.report.wording import arm_title
 from kdlora.searchconfig import SearchConfig
 from kdlora.system.children import run_in_child
@@ -321,7 +322,18 @@ def write_search_report(
     ranked = best_first(trials)
     failed = [one for one in trials if one.state.name == "FAIL" and "error" in one.user_attrs]
     told = [f"Trial {one.number} failed: {one.user_attrs['error']}" for one in failed[:_SHOWN]]
-    blocks: list[Block] = [_trial_table(ranked, search), *(Paragraph(text, "warning") for text in told)]
+    groups = {
+        "the best trial": ranked[:1],
+        "mean of the other finished trials": ranked[1:],
+        "mean of the pruned trials": [one for one in trials if one.state.name == "PRUNED"],
+    }
+    curves = [
+        Series(name, Style(number), tuple(point for one in members for point in one.intermediate_values.items()))
+        for number, (name, members) in enumerate(groups.items())
+        if members
+    ]
+    plot = learning_curves(curves, title="Score by epoch", value="score on the held-out rows", identity="epochs")
+    blocks = [_trial_table(ranked, search), *(Paragraph(text, "warning") for text in told), plot]
     page = Page(
         f"Search: {title}", "search", _lead(trials, ranked, search, arm), (Section("Trials", "trials", blocks),)
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdlora.config import Arm
 from kdlora.data.tasks import Task
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
@@ -173,21 +175,42 @@ def _without_faults(names: Iterable[str], answers: list[Any]) -> list[Any]:
 
 
 @dataclass(frozen=True)
+class PlannedArm:
+    """One arm of a task: its runs in all families, shared ones once, and how many of them need not be repeated."""
+
+    task: str
+    arm: Arm
+    runs: int
+    finished: int
+
+
+@dataclass(frozen=True)
 class Overview:
-    """What a suite would do, and how long what is left takes, one run after the other, without the labelling."""
+    """What a suite would do: its runs by task and arm, the labellings, the time of what is left, or an obstacle."""
 
     runs: int
     finished: int
+    arms: tuple[PlannedArm, ...]
     labellings: int
-    seconds: float
+    seconds: float | None = None  # of the runs one after the other, without the labelling
+    obstacle: str = ""
 
 
 def look_at_suite(suite: SuiteConfig, out: str | Path | None = None) -> Overview:
     """Say what a suite would do, without doing any of it."""
-    plan, facts, looks = settle_plan(make_plan(suite), Here(), timed=True)
-    records = finished_runs(plan.runs(), suite_folder(suite, out), facts)
-    seconds = estimate(plan, records, facts, looks)
-    return Overview(len(plan.runs()), len(records), len(plan.lessons()), seconds)
+    plan, records = make_plan(suite), dict[str, RunRecord]()
+    seconds: float | None = None
+    obstacle = ""
+    try:
+        plan, facts, looks = settle_plan(plan, Here(), timed=True)
+        records = finished_runs(plan.runs(), suite_folder(suite, out), facts)
+        seconds = estimate(plan, records, facts, looks)
+    except (KdLoraError, OSError) as error:
+        obstacle = str(error)
+    counts = Counter((run.task, run.arm) for run in plan.runs())
+    done = Counter((run.task, run.arm) for run in plan.runs() if run.key in records)
+    arms = tuple(PlannedArm(task, arm, number, done[task, arm]) for (task, arm), number in counts.items())
+    return Overview(counts.total(), done.total(), arms, len(plan.lessons()), seconds, obstacle)
 
 
 def estimate(

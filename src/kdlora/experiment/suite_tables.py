@@ -1,7 +1,8 @@
-"""The figures of a suite, and its pages and files: Table 1 in the paper's form, what the teacher adds, every run."""
+"""The figures of a suite, and its pages and files: Tables 1 and 2 in the paper's form, what the teacher adds."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from kdlora.config import LORA_ARMS
 from kdlora.data.tasks import GLUE, Task
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions
@@ -30,9 +32,9 @@ from kdlora.report.page import (
     to_latex,
     write_page,
 )
-from kdlora.report.paper import FAMILY_TITLES, published_scores
-from kdlora.report.tables import TIME, mean_of, published_row
-from kdlora.report.wording import INTERVALS, arm_title, interval_cell, points, signed
+from kdlora.report.paper import COSTS, FAMILY_TITLES, RANKS, published_scores
+from kdlora.report.tables import HEAD, MEMORY, TIME, TIME_OF_32, Cost, mean_of, published_row
+from kdlora.report.wording import INTERVALS, arm_title, count, interval_cell, model_title, points, signed
 from kdlora.system.storage import write_text_atomic
 
 _SCORES_NOTE = (
@@ -46,6 +48,12 @@ _SCORES_NOTE = (
 _GAINS_NOTE = (
     "Points. Paired: mean difference of all runs with the same configuration and seed on validation, chosen or "
     f"not, so no choice flatters it; n counts them. {INTERVALS}"
+)
+_COSTS_NOTE = (
+    "Medians over all finished runs of a family and arm, on the first task of the suite that has any. Trainable: "
+    "adapters and head, by rank. Memory: peak of the training above the level after imports (on CUDA of the "
+    "allocator). Latency: median forward pass of the merged model. The paper’s memory is that of the GPU, its time "
+    "that of CoLA’s whole validation set, on an A100."
 )
 _GROUPS = {"matched": "m", "mismatched": "mm"}
 _DRAWS = 1_000
@@ -206,12 +214,13 @@ def _pairing(run: PlannedRun) -> tuple[Any, ...]:
 
 
 def write_tables(plan: Plan, root: Path, records: Mapping[str, RunRecord]) -> tuple[Path, ...]:
-    """Write the suite's tables: `suite.md`, `suite.html`, Table 1 as CSV and LaTeX, and all runs as CSV."""
+    """Write the suite's tables: `suite.md`, `suite.html`, and Tables 1 and 2 and all runs as CSV and LaTeX."""
     figures = SuiteFigures(plan, records, root)
-    scores, failed = _score_table(figures), _failed_runs(figures)
+    scores, costs, failed = _score_table(figures), _cost_table(figures), _failed_runs(figures)
     sections = [
         Section("Table 1: scores", "table-1", [scores]),
         Section("What is kept, and what the teacher adds", "gain", [_gain_table(figures)]),
+        Section("Table 2: costs", "table-2", [costs]),
         *([Section("Runs that failed", "failed", [failed])] if failed.rows else []),
     ]
     page = Page(plan.suite.name, "suite", _lead(figures), tuple(sections))
@@ -219,6 +228,7 @@ def write_tables(plan: Plan, root: Path, records: Mapping[str, RunRecord]) -> tu
     contents = {
         "table1.csv": to_csv(_score_lines(figures)),
         "table1.tex": to_latex(scores),
+        "table2.tex": to_latex(costs),
         "runs.csv": to_csv(_run_lines(figures)),
     }
     for name, text in contents.items():
@@ -310,6 +320,43 @@ def _gain(figures: SuiteFigures, row: SuiteRow, family: str, arm: str) -> tuple[
     return (f"{signed(found.paired)} (n\u00a0{found.pairs})", span)
 
 
+def _cost_table(figures: SuiteFigures) -> Table:
+    """Show the costs in the form of the paper's Table 2, its own figures in the line below."""
+    lines: list[Row] = []
+    suite, plan = figures.plan.suite, figures.plan
+    for family, arm in itertools.product(suite.families, suite.arms):
+        cells = (plan.cells_of(task, family)[arm] for task in suite.tasks)
+        found: Runs = next(filter(None, map(figures.finished, cells)), [])
+        if not found:
+            continue
+        first = found[0][1]
+        trainable = {run.config.lora.rank: record.trainable_parameters for run, record in found}
+        lines.append(
+            (
+                *(figures.family_title(family), arm_title(arm), model_title(first.model)),
+                _by_rank(trainable) if arm in LORA_ARMS else count(first.trainable_parameters),
+                *(cost.write(_typical(found, cost)) for cost in (HEAD, MEMORY, TIME, TIME_OF_32)),
+                Cell(f"n\u00a0{len(found)}", _run_links([run for run, _ in found[:6]])),
+            )
+        )
+        if one := COSTS.get(plan.family_of_paper(family), {}).get(arm):
+            by_rank = dict(zip(RANKS, one.trainable, strict=False))
+            counts = _by_rank(by_rank) if arm in LORA_ARMS else count(one.trainable[0])
+            measured = ("–", f"{one.memory_mb:.1f}\u00a0MB", "–", f"{one.seconds:.2f}\u00a0s in all", "")
+            lines.append((Cell("paper", quiet=True), arm_title(arm), one.model, counts, *measured))
+    columns = ("family", "method", "model", "trainable", "head alone", "training memory", "latency, batch 1")
+    return Table("Table 2. Costs", (*columns, "batch 32", "runs"), tuple(lines), text_columns=3, note=_COSTS_NOTE)
+
+
+def _by_rank(counts: Mapping[int, float | None]) -> str:
+    return ", ".join(f"r\u00a0{rank}: {count(value)}" for rank, value in sorted(counts.items()))
+
+
+def _typical(runs: Runs, cost: Cost) -> float | None:
+    values = [value for _, record in runs if (value := cost.read(record)) is not None]
+    return statistics.median(values) if values else None
+
+
 def _failed_runs(figures: SuiteFigures) -> Table:
     failed = [run for run in figures.plan.runs() if run.key in figures.records]
     return Table.of(
@@ -342,11 +389,11 @@ def _score_lines(figures: SuiteFigures) -> Iterable[Sequence[Any]]:
 def _run_lines(figures: SuiteFigures) -> Iterable[Sequence[Any]]:
     counts = ("trainable_parameters", "head_parameters", "total_parameters")
     costs = ("score", "test_score", "train_seconds", "examples_per_second", "peak_memory_bytes", *counts)
-    yield ("task", "arm", "seed", "configuration", "status", *costs, "latency_ms", "teacher", "error", "record")
+    yield ("task", "arm", "seed", "configuration", "status", *costs, "teacher", "error", "record")
     for run in figures.plan.runs():
         one = figures.records.get(run.key)
-        found: list[Any] = ["to come", *[None] * 11]
+        found: list[Any] = ["to come", *[None] * 10]
         if one is not None:
             measured = (getattr(one, cost) for cost in costs)
-            found = [one.status, *measured, TIME.read(one), one.fingerprints.get("taught_by"), one.error]
+            found = [one.status, *measured, one.fingerprints.get("taught_by"), one.error]
         yield (run.task, run.arm, run.seed, settings_text(run), *found, f"{run.key}/run.json")

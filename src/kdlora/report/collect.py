@@ -164,6 +164,13 @@ def _check_predictions(record: RunRecord, found: Predictions) -> None:
         check_arrays(Task.from_dict(record.task), found.logits, found.labels, found.offsets)
 
 
+def load_single_run(place: RunLayout) -> Experiment:
+    """Read the folder of one run as an experiment of its own."""
+    run, faults = load_run(read_record(place.record), place)
+    name = f"{run.record.experiment}: {place.root.name}"
+    return Experiment(name, _task_of(run), place.root.parent.parent, (run,), faults)
+
+
 def _task_of(run: Run) -> Task:
     try:
         return Task.from_dict(run.record.task)

@@ -1,4 +1,4 @@
-"""Several experiments side by side, for a user's own decision."""
+"""Several experiments or single runs side by side, for a user's own decision."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS
 from kdlora.errors import ArtifactError
-from kdlora.evidence.records import RunRecord
+from kdlora.evidence.records import RunLayout, RunRecord
 from kdlora.evidence.stats import MeanSd, mean_sd
-from kdlora.report.collect import Experiment, Run, load_experiment
+from kdlora.report.collect import Experiment, Run, load_experiment, load_single_run
 from kdlora.report.findings import Comparison, pair_runs
 from kdlora.report.page import (
     Block,
@@ -28,7 +28,7 @@ from kdlora.report.page import (
     strong,
     write_page,
 )
-from kdlora.report.plots import Series, Style, arm_style, learning_curves
+from kdlora.report.plots import Series, Style, arm_style, differences, learning_curves
 from kdlora.report.tables import DISK, MEMORY, PARAMETERS, TIME, Links, compared, cost_plots
 from kdlora.report.wording import INTERVALS, arm_title, model_title, plus_minus, score_title, signed, span
 
@@ -37,7 +37,7 @@ _COSTS = {"parameters": PARAMETERS, "training memory": MEMORY, "latency, batch 1
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of the comparison: an arm of an experiment with its seeds."""
+    """One row of the comparison: an arm of an experiment with its seeds, or a single run."""
 
     name: str
     experiment: Experiment
@@ -50,13 +50,13 @@ class Candidate:
 
 
 def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, draws: int = 2_000) -> Report:
-    """Put the arms of experiments into one table.
+    """Put experiments and single runs into one table and one plot.
 
     The first student (or, without one, the first run) is the reference; every other row of the same task is
     paired with it, example by example, where the validation (or test) examples are the same.
 
     Args:
-        folders: experiment folders.
+        folders: experiment folders, or folders of single runs with a `run.json`.
         out: folder for `compare.md` and `compare.html`; None writes nothing.
         draws: bootstrap draws.
 
@@ -64,7 +64,7 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
         Both texts, and the paths where files were written.
 
     Raises:
-        ArtifactError: a folder that is no experiment, or a record that cannot be read.
+        ArtifactError: a folder that is neither, a record that cannot be read, or nothing that finished.
         OSError: the folder cannot be written.
 
     Examples:
@@ -76,10 +76,11 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
 
 
 def _load(folders: Sequence[Path | str]) -> list[Experiment]:
-    """Read experiments; those of the same name are told apart by folder and number."""
-    found = [load_experiment(folder) for folder in dict.fromkeys(map(Path, folders))]
-    if not found:
-        raise ArtifactError("expected at least one experiment folder, got none")
+    """Read experiments and single runs; those of the same name are told apart by folder and number."""
+    places = [RunLayout(Path(folder)) for folder in dict.fromkeys(map(Path, folders))]
+    if not places:
+        raise ArtifactError("expected at least one experiment or run folder, got none")
+    found = [load_single_run(one) if one.record.is_file() else load_experiment(one.root) for one in places]
     names = [experiment.name for experiment in found]
     return [
         replace(one, name=f"{one.name} ({one.folder.name}, {number})") if names.count(one.name) > 1 else one
@@ -196,4 +197,5 @@ def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> li
         rows = [(row.name, Style(place), row.runs) for place, row in enumerate(group)]
         drawn += cost_plots(rows, shown.split, f"task-{number}", suffix)
         drawn.append(_text_curve(group, f"task-{number}-texts", suffix))
-    return drawn
+    known = [(found.first, found.difference) for found in paired.values() if found.difference is not None]
+    return [*drawn, differences(known, title="Differences from the reference", identity="differences")]

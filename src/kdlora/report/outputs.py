@@ -1,4 +1,4 @@
-"""What a model says: confusions, errors, calibration, and where teacher and student differ most."""
+"""What a model says: confusions, residuals, calibration, and where teacher and student differ most."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from scipy.special import rel_entr
 
 from kdlora.data.tags import Integers, Span, decode, entity_bounds, spans_of
 from kdlora.data.tasks import Task
-from kdlora.evidence.metrics import calibration_error, predict_labels, probabilities
+from kdlora.evidence.metrics import Reliability, predict_labels, probabilities, reliability
 from kdlora.evidence.predictions import ExampleText, Predictions
 from kdlora.evidence.ranking import counts_from_logits, entity_rates
 from kdlora.evidence.stats import mean_sd
 from kdlora.report.collect import Experiment
 from kdlora.report.findings import CONTROLS, align
-from kdlora.report.page import Block, Marked, Paragraph, Quotation, Quotations, Table
+from kdlora.report.page import Block, Figure, Marked, Paragraph, Quotation, Quotations, Table
+from kdlora.report.plots import PALETTE, Style, arm_style, draw, named, padded, scatter
 from kdlora.report.wording import arm_title, of_seeds, plus_minus, signed
 
-_MOST_PAIRS = 12
+_MOST_CLASSES, _MOST_PAIRS, _MOST_POINTS = 10, 12, 1200
 _MOST_QUOTATIONS, _LONGEST = 8, 600
 _LONGEST_MARKED, _BEFORE = 500, 80
+_GUIDE: dict[str, Any] = {"color": PALETTE["soft"], "linestyle": "--", "linewidth": 1.2, "zorder": 1}
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,14 @@ class Outputs:
 
     task: Task
     name: str
+    style: Style
     logits: tuple[np.ndarray, ...]
     labels: np.ndarray
     offsets: np.ndarray | None = None  # where each row's words begin, in a task of tokens
 
 
 def error_blocks(experiment: Experiment) -> list[Block]:
-    """Show every class, confusions or errors of the shipped arm, and calibration."""
+    """Show every class, confusions or residuals of the shipped arm, and calibration."""
     arm, task = experiment.student_arm, experiment.task
     if arm is None:
         return []
@@ -46,8 +49,8 @@ def error_blocks(experiment: Experiment) -> list[Block]:
     if student is None:
         return [Paragraph("No predictions were kept, so there is nothing to show here.", "note")]
     if task.kind == "regression":
-        return [_errors_of_values(student)]
-    calibration = _calibration([one for one in (teacher, student) if one is not None])
+        return [_residual_plot(student)]
+    calibration = _calibration_plot([one for one in (teacher, student) if one is not None])
     classes = _class_table([one for one in (teacher, student, control) if one is not None])
     if task.kind == "multi-label":
         return [classes, calibration]
@@ -56,7 +59,9 @@ def error_blocks(experiment: Experiment) -> list[Block]:
         confusions = np.mean([taken for _, taken, _ in found], axis=0)
         table = outcome_table(task, student.name, found)
         return [classes, table, *_confusion_table(student, confusions, task.label_types), calibration]
-    return [classes, *_confusion_table(student, _confusion_counts(student), task.label_names), calibration]
+    if task.num_labels > _MOST_CLASSES:
+        return [classes, *_confusion_table(student, _confusion_counts(student), task.label_names), calibration]
+    return [classes, _confusion_matrix(student), calibration]
 
 
 def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
@@ -66,7 +71,7 @@ def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
     logits = tuple(one.logits for one in aligned)  # those of a word that a model did not see are no numbers
     if experiment.task.kind != "tokens" and not all(np.isfinite(one).all() for one in logits):
         return None
-    return Outputs(experiment.task, arm_title(arm), logits, aligned[0].labels, aligned[0].offsets)
+    return Outputs(experiment.task, arm_title(arm), arm_style(arm), logits, aligned[0].labels, aligned[0].offsets)
 
 
 def _decisions(outputs: Outputs) -> list[np.ndarray]:
@@ -80,8 +85,18 @@ def _confusion_counts(outputs: Outputs) -> np.ndarray:
     return np.mean([confusion_matrix(outputs.labels, one, labels=names) for one in _decisions(outputs)], axis=0)
 
 
+def _confusion_matrix(outputs: Outputs) -> Table:
+    """Show the share of each label's rows that gets each decision."""
+    counts, names = _confusion_counts(outputs), outputs.task.label_names
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    rows = tuple((name, *(f"{share:.0f}%" for share in own)) for name, own in zip(names, shares, strict=True))
+    caption = f"Confusion matrix of {outputs.name}: labels in rows, decisions in columns"
+    note = f"Each row adds up to 100%. {of_seeds(len(outputs.logits))}"
+    return Table(caption, ("label", *names), rows, note=note, side=True)
+
+
 def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str]) -> list[Table]:
-    """List the most frequent confusions, if any."""
+    """List the most frequent confusions, if any, for tasks with more labels than a matrix can show."""
     totals = counts.sum(axis=1)
     np.fill_diagonal(counts, 0)
     order = np.argsort(-counts, axis=None, kind="stable")[:_MOST_PAIRS]
@@ -94,7 +109,7 @@ def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str])
     if outputs.offsets is not None:
         columns = ("type", "taken for", "entities", "of those that were found")
     caption = f"Most frequent confusions of {outputs.name}"
-    found = Table(caption, columns, rows, text_columns=2, note=of_seeds(len(outputs.logits)))
+    found = Table(caption, columns, rows, text_columns=2, note=of_seeds(len(outputs.logits)), side=True)
     return [found] if rows else []
 
 
@@ -145,27 +160,63 @@ def _entities(outputs: Outputs) -> list[np.ndarray]:
     return [counts_from_logits(names, one, labels, offsets).sum(axis=0) for one in outputs.logits]
 
 
-def _errors_of_values(outputs: Outputs) -> Paragraph:
-    """Say how far the predictions of a regression, of one seed, are from the labels."""
-    residuals = outputs.logits[0][:, 0].astype(float) - outputs.labels
+def _residual_plot(outputs: Outputs) -> Figure:
+    """Draw predictions of one seed against labels of a regression task."""
+    predicted, true = outputs.logits[0][:, 0].astype(float), outputs.labels.astype(float)
+    residuals, quantity = predicted - true, outputs.task.label_names[0]
     size = np.abs(residuals)
-    return Paragraph(
-        f"Predictions of {outputs.name}, one seed: mean error {signed(float(residuals.mean()), 3)}, mean absolute "
-        f"error {size.mean():.3g}; the worst is off by {size.max():.3g}."
+    shown = np.linspace(0, len(true) - 1, min(len(true), _MOST_POINTS)).astype(int)
+    limits = padded([*true[shown].tolist(), *predicted[shown].tolist()], margin=0.05, least=1e-6)
+
+    def paint(axes: Any) -> None:
+        axes.plot(limits, limits, **_GUIDE)
+        points = list(zip(true[shown], predicted[shown], strict=True))
+        scatter(axes, points, outputs.style, radius=3, alpha=0.4, linewidths=0)
+        axes.set(xlim=limits, ylim=limits, xlabel=f"label ({quantity})", ylabel=f"prediction ({quantity})")
+
+    said = (
+        f"Mean error {signed(float(residuals.mean()), 3)}, mean absolute error {size.mean():.3g}, "
+        f"root mean squared error {np.sqrt((residuals**2).mean()):.3g}; the worst is off by {size.max():.3g}."
     )
+    part = "" if len(shown) == len(true) else f" {len(shown)} of {len(true)} rows are drawn."
+    caption = f"{said} One seed; on the line, prediction and label agree.{part}"
+    title = f"Predictions of {outputs.name} against labels"
+    return draw(paint, title, said, "residuals", caption=caption, height=360)
 
 
-def _calibration(arms: Sequence[Outputs]) -> Paragraph:
-    """Tell the calibration error of each arm; of words, of those that have a label, and that the model saw."""
-    said = []
-    for arm in arms:
-        errors = []
-        for logits in arm.logits:
-            kept = (arm.labels >= 0) & np.isfinite(logits).all(axis=1) if arm.task.kind == "tokens" else slice(None)
-            table = probabilities(logits[kept], arm.task.kind)
-            errors.append(100 * calibration_error(table, arm.labels[kept], arm.task.kind))
-        said.append(f"{arm.name} {plus_minus(mean_sd(errors))}%")
-    return Paragraph(f"Expected calibration error, over ten bins of confidence: {'; '.join(said)}.")
+def _calibration_plot(arms: Sequence[Outputs]) -> Figure:
+    task = arms[0].task
+    start = 0.5 if task.kind == "multi-label" or task.num_labels == 2 else 0.0
+    errors = [
+        plus_minus(mean_sd([100 * _reliability(task, one, arm.labels).error for one in arm.logits])) for arm in arms
+    ]
+
+    def paint(axes: Any) -> None:
+        axes.plot([start, 1], [start, 1], **_GUIDE)
+        lowest = start
+        for arm, error in zip(arms, errors, strict=True):
+            pooled = _reliability(task, np.concatenate(arm.logits), np.concatenate([arm.labels] * len(arm.logits)))
+            confidence = np.maximum(pooled.confidence, start)
+            sizes = (6 + 12 * np.sqrt(np.array(pooled.count) / sum(pooled.count))) ** 2
+            colour, label = arm.style.colour, named(f"{arm.name}, ECE {error}%")
+            axes.plot(confidence, pooled.accuracy, color=colour, linewidth=2.2)
+            marks = {"marker": arm.style.marker, "edgecolors": PALETTE["card"], "zorder": 3, "label": label}
+            axes.scatter(confidence, pooled.accuracy, sizes, colour, **marks)
+            lowest = min(lowest, *pooled.accuracy)
+        axes.set(xlim=(start, 1.02), ylim=(np.floor(10 * lowest) / 10, 1.03))
+        axes.set(xlabel="confidence of the decision", ylabel="share of right decisions")
+
+    said = "; ".join(f"{arm.name} {error}%" for arm, error in zip(arms, errors, strict=True))
+    caption = "On the line, confidence equals accuracy. Marks grow with the share of decisions; bins of width 0.1."
+    description = f"Expected calibration error: {said}."
+    return draw(paint, "Calibration", description, "calibration", caption=caption, height=360)
+
+
+def _reliability(task: Task, logits: np.ndarray, labels: np.ndarray) -> Reliability:
+    if task.kind == "tokens":  # words that have a label, and that the model saw
+        kept = (labels >= 0) & np.isfinite(logits).all(axis=1)
+        logits, labels = logits[kept], labels[kept]
+    return reliability(probabilities(logits, task.kind), labels, task.kind)
 
 
 def example_blocks(experiment: Experiment) -> list[Block]:

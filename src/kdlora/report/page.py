@@ -48,11 +48,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Running text, which may end with a link; tone is "plain", "note" or "warning"."""
+    """Running text; tone is "plain", "note" or "warning"."""
 
     text: str
     tone: str = "plain"
-    link: Link | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ Item = TypeVar("Item")
 class Table:
     """A table whose first column names the rows; columns behind the `text_columns` are figures, aligned to the right.
 
-    `compact` is for many columns.
+    `side` leaves room for the figure that follows; `compact` is for many columns.
     """
 
     caption: str
@@ -90,6 +89,7 @@ class Table:
     rows: tuple[Row, ...]
     text_columns: int = 1
     note: str = ""
+    side: bool = False
     compact: bool = False
 
     @classmethod
@@ -114,6 +114,23 @@ class Figure:
     svg: str
     description: str
     caption: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A key figure with what it is and what it is compared with."""
+
+    label: str
+    value: str
+    detail: str
+    href: str = ""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A row of key figures."""
+
+    items: tuple[Tile, ...]
 
 
 @dataclass(frozen=True)
@@ -149,7 +166,7 @@ class Code:
     text: str
 
 
-Block = Code | Paragraph | Bullets | Table | Figure | Quotations
+Block = Code | Paragraph | Bullets | Table | Figure | Tiles | Quotations
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ARMS = ("fft", "lora", "kd-lora")
-"""The paper's three methods."""
+"""The paper's three methods; the ranks of its Table 2 are `RANKS`."""
+RANKS = (8, 16, 32, 64)
 FAMILY_TITLES = {"bert": "BERT", "roberta": "RoBERTa", "deberta-v3": "DeBERTaV3"}
 
 # Table 1, GLUE validation sets: the three methods for each family.
@@ -30,7 +31,7 @@ class PublishedCosts:
 
     model: str
     total: float
-    trainable: tuple[float, ...]  # for the two methods with adapters: by rank, 8, 16, 32 and 64
+    trainable: tuple[float, ...]  # by rank, for the two methods with adapters
     memory_mb: float  # of the GPU
     seconds: float  # inference on CoLA's validation set
 

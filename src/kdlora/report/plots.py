@@ -17,7 +17,9 @@ import numpy as np
 
 from kdlora.errors import ConfigError
 from kdlora.evidence.records import RunRecord
+from kdlora.evidence.stats import Difference
 from kdlora.report.page import Figure
+from kdlora.report.wording import interval, signed
 from kdlora.system.storage import atomic_file
 
 PALETTE = {
@@ -40,7 +42,7 @@ _SETTINGS = {
     **{"ytick.left": False, "ytick.labelcolor": PALETTE["soft"], "ytick.major.pad": 7, "grid.color": PALETTE["rule"]},
     **{"legend.frameon": False, "legend.handlelength": 1.6, "legend.columnspacing": 1.2},
 }
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 440, 320, 62, 50
+_WIDTH, _BOTTOM = 440, 50
 _FAR = 20
 """Costs that are further apart stand on a logarithmic axis."""
 _MARKERS = ("s", "D", "o", "^", "v", "p", "P")
@@ -102,16 +104,18 @@ def draw(
     identity: str,
     *,
     caption: str = "",
+    height: int = 320,
+    left: int = 62,
 ) -> Figure:
     """Draw a figure of a report, with room for what stands along its axes; equal data give equal bytes."""
     with _matplotlib({"svg.hashsalt": identity}) as new_figure:
         figure = new_figure(facecolor="none")
         axes = figure.add_axes((0, 0, 1, 1))
         paint(axes)
-        whole = _HEIGHT + _add_legend(figure, axes)
+        whole = height + _add_legend(figure, axes)
         figure.set_size_inches(_WIDTH / 72, whole / 72)
-        right, top = _WIDTH - _LEFT - 16, _HEIGHT - _BOTTOM - 14
-        axes.set_position((_LEFT / _WIDTH, _BOTTOM / whole, right / _WIDTH, top / whole))
+        right, top = _WIDTH - left - 16, height - _BOTTOM - 14
+        axes.set_position((left / _WIDTH, _BOTTOM / whole, right / _WIDTH, top / whole))
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return Figure(title, _for_page(stream.getvalue(), title, description, identity), description, caption)
@@ -188,6 +192,7 @@ def score_against_cost(series: Sequence[Series], *, title: str, cost: str, score
     caption = "Further left is cheaper, further up is better."
     if any(len(one.points) > 1 for one in drawn):
         caption = "Large marks: mean over seeds, with its standard deviation. Small marks: single runs."
+    caption += " Marks of the same cost stand side by side." if any(_aside(drawn)) else ""
     caption += " The horizontal axis is logarithmic." if _is_log(drawn) else ""
 
     def paint(axes: Any) -> None:
@@ -207,15 +212,25 @@ def _is_log(series: Sequence[Series]) -> bool:
     return min(costs) > 0 and max(costs) / min(costs) > _FAR
 
 
+def _aside(series: Sequence[Series]) -> list[float]:
+    """Say by how many points each mark is moved, so that those of the same cost do not hide each other."""
+    middles = np.array([_middle(one)[0] for one in series])
+    same = np.abs(middles[:, None] - middles) <= 0.02 * middles.max()
+    return [11 * (row[:number].sum() - (row.sum() - 1) / 2) for number, row in enumerate(same)]
+
+
 def _paint_costs(axes: Any, series: Sequence[Series]) -> None:
     """Draw the runs of each arm and their mean."""
-    for one in series:
+    from matplotlib.transforms import ScaledTranslation
+
+    for one, aside in zip(series, _aside(series), strict=True):
+        moved = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
         scores = [score for _, score in one.points]
         if len(scores) > 1:
-            scatter(axes, one.points, one.style, radius=3, alpha=0.6)
+            scatter(axes, one.points, one.style, radius=3, alpha=0.6, transform=moved)
             ends = float(np.mean(scores)) + float(np.std(scores, ddof=1)) * np.array([-1, 1])
-            axes.plot([_middle(one)[0]] * 2, ends, color=PALETTE["ink"], linewidth=1.6)
-        scatter(axes, [_middle(one)], one.style, radius=5.5, label=named(one.name), zorder=3)
+            axes.plot([_middle(one)[0]] * 2, ends, color=PALETTE["ink"], linewidth=1.6, transform=moved)
+        scatter(axes, [_middle(one)], one.style, radius=5.5, label=named(one.name), transform=moved, zorder=3)
     costs = [cost for one in series for cost, _ in one.points]
     axes.set_ylim(*padded([score for one in series for _, score in one.points], margin=0.18, least=2.0))
     if _is_log(series):
@@ -277,6 +292,33 @@ def _paint_curve(axes: Any, curve: Series, epochs: dict[float, list[float]]) -> 
         markeredgecolor=PALETTE["card"],
         label=named(curve.name),
     )
+
+
+def differences(rows: Sequence[tuple[str, Difference]], *, title: str, identity: str) -> Figure | None:
+    """Plot differences with their intervals, one below the other, around a line at zero."""
+    if not rows:
+        return None
+
+    def paint(axes: Any) -> None:
+        axes.axvline(0, color=PALETTE["soft"], linestyle="--", linewidth=1.2)
+        axes.grid(axis="x")
+        for number, (name, one) in enumerate(rows):
+            axes.plot([one.low, one.high], [number] * 2, color=Style(2).colour, linewidth=4, alpha=0.5)
+            scatter(axes, [(one.difference, number)], Style(2), radius=5.5)
+            place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+            place["bbox"] = {"facecolor": PALETTE["card"], "edgecolor": "none", "pad": 1}
+            axes.annotate(shorten(name, 28), (0, number), (0, 14), fontweight="bold", **place)
+            text = f"{signed(one.difference)} [{interval(one)}]"
+            axes.annotate(text, (1, number), (0, 14), ha="right", color=PALETTE["soft"], **place)
+        axes.set_xlim(*padded([end for _, one in rows for end in (one.low, one.high, 0.0)], margin=0.08))
+        axes.set_ylim(len(rows) - 0.6, -0.8)
+        axes.set_yticks([])
+        axes.set_xlabel("difference in score (points)")
+
+    said = "; ".join(f"{name}: {signed(one.difference)} ({interval(one)})" for name, one in rows)
+    description = f"Differences in score with their 95% intervals. {said}."
+    caption = "Right of zero: the first is better. Bars: 95% intervals over rows and seeds; one seed: over rows."
+    return draw(paint, title, description, identity, caption=caption, height=76 + 52 * len(rows), left=18)
 
 
 def picture_format(path: Path) -> str:

@@ -25,12 +25,15 @@ from kdlora.report.page import (
     Prose,
     Report,
     Section,
+    Tile,
+    Tiles,
     engine,
     write_page,
 )
-from kdlora.report.plots import Series, arm_style, learning_curves
+from kdlora.report.plots import Series, arm_style, differences, learning_curves
 from kdlora.report.shipped_tables import shipped_blocks
 from kdlora.report.tables import (
+    MEMORY,
     PARAMETERS,
     TIME,
     Links,
@@ -47,6 +50,7 @@ from kdlora.report.wording import (
     ARMS,
     INTERVALS,
     arm_title,
+    change,
     model_title,
     plus_minus,
     points,
@@ -83,9 +87,10 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
     """Tell the whole story of an experiment: answer, tables, plots, examples, runs, environment."""
     comparisons = compare_arms(experiment, draws=draws)
     answered, cautions = opening(experiment, comparisons)
+    short = [_tiles(experiment, comparisons, f"#{links.runs}"), *cautions]
     explained = Bullets(tuple(f"{': '.join(ARMS[arm])}." for arm in experiment.arms if arm in ARMS))
     parts: tuple[tuple[str, str, Sequence[Block | None]], ...] = (
-        ("Cautions", "cautions", cautions),
+        ("In short", "short", short),
         ("Score", "score", _score_blocks(experiment, comparisons, links)),
         ("Cost", "cost", _cost_blocks(experiment, links)),
         ("As shipped", "shipped", shipped_blocks(experiment.shipped, links)),
@@ -101,10 +106,12 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
 
 
 def _score_blocks(experiment: Experiment, comparisons: Sequence[Comparison], links: Links) -> list[Block | None]:
+    paired = [(one.title, one.difference) for one in comparisons if one.difference is not None]
     return [
         score_table(experiment, links),
         claims_table(experiment, links) if experiment.shows_paper else None,
         difference_table(comparisons, links) if comparisons else None,
+        differences(paired, title="Differences with their intervals", identity="differences"),
     ]
 
 
@@ -214,3 +221,30 @@ def _constant_seeds(experiment: Experiment) -> list[str]:
         if len(found.logits) > 1 and np.ptp(predict_labels(experiment.task, found.logits, found.offsets)) == 0:
             seeds.append(str(run.record.seed))
     return seeds
+
+
+def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str) -> Tiles | None:
+    """Collect the figures that decide, each beside what it is compared with; None without a student."""
+    arm, taught_by = experiment.student_arm, experiment.teacher_arm
+    if arm is None:
+        return None
+    score, teacher, kept = (
+        experiment.score(arm),
+        experiment.score(taught_by),
+        retention(experiment, arm, taught_by),
+    )
+    if kept is None or kept.mean > 100:  # there is nothing to keep of
+        tiles = [Tile("Score", plus_minus(score), score_title(experiment.task.metrics), href)]
+    else:
+        share = f"{plus_minus(score)} of {plus_minus(teacher)}"
+        tiles = [Tile("Score kept", plus_minus(kept, unit="%"), share, href)]
+    for label, cost in (("Parameters", PARAMETERS), ("Time per text", TIME), ("Training memory", MEMORY)):
+        one, whole = (cost.mean(experiment.finished(name)) for name in (arm, taught_by))
+        if one is not None:
+            less = "fewer" if cost is PARAMETERS else "less"
+            detail = f"{change(whole, one, less)} than the teacher’s {cost.write(whole)}" if whole else ""
+            tiles.append(Tile(label, cost.write(one), detail or "no teacher to compare with", href))
+    if (found := find_gain(comparisons)) is not None:
+        detail = found.reason if found.difference is None else span(found.difference)
+        tiles.append(Tile("Gain by distillation", signed(found.plain), detail, href))
+    return Tiles(tuple(tiles))

@@ -273,7 +273,7 @@ def difference_table(comparisons: Sequence[Comparison], links: Links) -> Table:
     columns = ("difference", "points", "95% interval", "p", "examples", "seeds")
     draws = next((one.difference.draws for one in comparisons if one.difference), 0)
     note = f"{draws:,} draws over examples; p is two-sided. {INTERVALS}" if draws else ""
-    return Table("Differences in score", columns, tuple(rows), note=note)
+    return Table("Differences in score", columns, tuple(rows), note=note, side=True)
 
 
 def arm_table(records: Sequence[RunRecord]) -> Table:

@@ -144,6 +144,12 @@ duration = partial(_scaled, ((90, 1, ".1f", "\u00a0s"), (5400, 60, ".1f", "\u00a
 """Write seconds, minutes or hours."""
 
 
+def change(before: float, after: float, less: str = "less") -> str:
+    """Say how much smaller or larger one amount is than another; countable things are "fewer"."""
+    share = 100 * (after / before - 1)
+    return f"{abs(share):.0f}% {less if share < 0 else 'more'}"
+
+
 def times(larger: float, smaller: float) -> str:
     """Write how many times as much one amount is as another."""
     if not smaller > 0:

@@ -5,10 +5,8 @@ python wheel_smoke.py light FOLDER   in one that has the wheel alone; predicts w
 """
 
 import importlib.util
-import resource
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -39,7 +37,7 @@ def train(folder: Path) -> None:
 
 
 def predict(folder: Path) -> None:
-    """Predict with the export, be refused what trains, and measure size and start."""
+    """Predict with the export, be refused what trains, and measure the size."""
     present = [name for names in EXTRAS.values() for name in names if importlib.util.find_spec(name)]
     assert not present, f"the light installation has {present}"
     said = _call("predict", folder / "student-onnx", "-")
@@ -56,27 +54,12 @@ def predict(folder: Path) -> None:
     compiled = sum(size for entry, size in sizes.items() if entry.suffix == ".pyc")
     size = sum(sizes.values()) - compiled
     assert size < MOST_BYTES, f"the light installation takes {size / 1e6:.0f} MB"
-    load = f"Classifier.from_pretrained({str(folder / 'student-onnx')!r}).predict([{TEXT!r}])"
-    seconds, wall = _start(f"from kdlora import Classifier; {load}")
     print(f"light: {size / 1e6:.0f} MB, and {compiled / 1e6:.0f} MB that Python compiled from it")
-    print(f"first label after {seconds:.2f} s of the processor, {wall:.2f} by the clock")
-    print(f"of which python {_start('pass')[0]:.3f}, and with import kdlora {_start('import kdlora')[0]:.3f}")
 
 
 def _call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Call the command line with one text on standard input."""
     return subprocess.run([SCRIPT, *arguments], input=f"{TEXT}\n", capture_output=True, text=True, check=False)
-
-
-def _start(code: str) -> tuple[float, float]:
-    """Run code in a new Python, ten times; give the least seconds of the processor, and by the clock."""
-    took = []
-    for _ in range(10):
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall))
-    return min(seconds for seconds, _ in took), min(wall for _, wall in took)
 
 
 def main() -> None:

@@ -167,11 +167,7 @@ def test_second_files_need_the_labels_of_training(csv_file):
 @pytest.mark.parametrize(
     ("rows", "task", "expected"),
     [
-        (
-            [("t", row % 2) for row in range(10)] + [("u", None), ("v", None)],
-            {},
-            "row 11: no label in column 'label' (2",
-        ),
+        ([("t", 0), ("t", 1)] * 5 + [("u", None), ("v", None)], {}, "row 11: no label in column 'label' (2"),
         ([("t", "a"), (None, "b")], {}, "row 2: the text 'text' is empty"),
         ([(1, "a"), (2, "b")], {}, "holds int64, not text"),
         ([("t", [0, 1]), ("t", [0, 3])], {}, "row 2: 'label' is 3, but"),

@@ -2,27 +2,14 @@
 
 import dataclasses
 import pickle
+from itertools import count
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from interruptions import SaveAt, callback
 
 from kdlora.distil.losses import DivergedError
 from kdlora.errors import KdLoraError
-
-
-class At(TrainerCallback):
-    """Save after one step, and do something to the model before another."""
-
-    def __init__(self, saved: int, step: int = -1, act=None) -> None:
-        self.saved, self.step, self.act = saved, step, act
-
-    def on_step_begin(self, args, state, control, model=None, **_):
-        if state.global_step + 1 == self.step:
-            self.act(model)
-
-    def on_step_end(self, args, state, control, **_):
-        control.should_save = state.global_step == self.saved
 
 
 def spoil_gradients(model) -> None:
@@ -33,9 +20,10 @@ def spoil_gradients(model) -> None:
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(make_setup, tmp_path):
     """The loss of that step is fine; taken, the step makes every weight NaN, and a checkpoint would keep them."""
-    setup = make_setup()
+    setup, steps = make_setup(), count(1)
+    spoil = callback("on_step_begin", lambda model, **_: spoil_gradients(model) if next(steps) == 5 else None)
     with pytest.raises(KdLoraError, match="the gradients are not finite numbers at step 5") as caught:
-        setup.run(tmp_path, callbacks=[At(3, 5, spoil_gradients)])
+        setup.run(tmp_path, callbacks=[SaveAt(3), spoil])
     assert "learning rate (now 0.005)" in str(caught.value)
     assert str(caught.value).endswith(f"Last good checkpoint: {tmp_path / 'step-000000003'}, from before that")
     assert all(torch.isfinite(parameter).all() for parameter in setup.model.parameters())

@@ -61,6 +61,7 @@ def test_a_finished_training_is_not_trained_on(make_setup, tmp_path):
         folder = tmp_path / str(case["epochs"])
         first, again = make_setup(**case), make_setup(**case)
         expected = first.run(folder, checkpoint_seconds=0.0)
+        assert len(expected.history) == 3, "patience counts from the best epoch, here the first"
         seen: list[int] = []
         outcome = again.run(folder, callbacks=[CutAfter(-1, seen)])
         assert seen == []

@@ -156,16 +156,8 @@ GOOD = {"id": ["a", "b"], "negative": [0.4, 0.5], "positive": [0.6, 0.5]}
     ("change", "values", "message"),
     [
         ({"id": None, "Id": ["a", "b"]}, "logits", "no column 'id' .*Did you mean 'Id'"),
-        (
-            {"positive": None},
-            "logits",
-            r"1 labels \(negative\); the task has 2 \(negative, positive\)\. Missing: positive",
-        ),
-        (
-            {"positive": None, "postive": [1, 2]},
-            "logits",
-            "Missing: positive Did you mean 'postive'.*Not a label of the task: postive",
-        ),
+        ({"positive": None}, "logits", r"the task has 2 \(negative, positive\)\. Missing: positive"),
+        ({"positive": None, "postive": [1, 2]}, "logits", "Did you mean 'postive'.*Not a label of the task: postive"),
         ({"neutral": [0, 0]}, "logits", "Not a label of the task: neutral.*rename or remove"),
         ({"negative": None, "LABEL_0": [0, 0]}, "logits", "LABEL_0"),
         ({"Negative": [0, 0]}, "logits", "must differ by more than case: .* has negative, positive, Negative"),
@@ -175,11 +167,7 @@ GOOD = {"id": ["a", "b"], "negative": [0.4, 0.5], "positive": [0.6, 0.5]}
         ({"positive": [1.0, None]}, "logits", "1 rows lack a value in column 'positive', first id 'b'"),
         ({"positive": [1.0, math.inf]}, "logits", "1 rows hold values that are not finite numbers, first id 'b'"),
         ({"positive": ["high", "low"]}, "logits", "expected numbers in column 'positive', got (large_)?string"),
-        (
-            {"positive": [0.6, 1.5]},
-            "probabilities",
-            "between 0 and 1; 1 rows are not, first id 'b'.*set teacher.logits",
-        ),
+        ({"positive": [0.6, 1.5]}, "probabilities", "between 0 and 1; 1 rows are not, first id 'b'.*teacher.logits"),
         ({"positive": [0.6, 0.51]}, "probabilities", "sum to 1 over the labels; 1 rows are not, first id 'b'"),
         ({"positive": [0.6, math.nan]}, "probabilities", "1 rows are not, first id 'b'|lack a value"),
     ],

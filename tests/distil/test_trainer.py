@@ -133,14 +133,6 @@ def test_best_epoch_is_restored(make_setup, tmp_path, monkeypatch):
     assert any(not torch.equal(after_epoch[1][name], after_epoch[3][name]) for name in after_epoch[1])
 
 
-def test_early_stopping(make_setup, tmp_path):
-    """Patience that counts from the last epoch, and not from the best, never stops."""
-    setup = make_setup(epochs=9, learning_rate=1e-9, select="best", early_stopping_patience=2)
-    outcome = setup.run(tmp_path)
-    assert [entry["epoch"] for entry in outcome.history] == [1.0, 2.0, 3.0]
-    assert outcome.best_epoch == 1.0
-
-
 def test_bf16_training_leaves_the_model_in_fp32(make_setup, tmp_path):
     """Accelerate leaves a forward under autocast behind; every later fp32 figure would be one of bf16."""
     setup = make_setup()

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-Case = tuple[str, dict[str, Any], tuple[str, ...]]
+Case = tuple[dict[str, Any], tuple[str, ...]]
 
 
 FROM_0, FROM_1, SEED = "greater than or equal to 0", "greater than or equal to 1", "less than 4294967296"
-NO_AMOUNTS = [(0, "greater than 0"), (-2, "greater than 0"), (float("nan"), "finite"), (float("inf"), "finite")]
+NO_AMOUNTS = [(0, "greater than 0"), (float("nan"), "finite")]
 VALUES: dict[str, list[tuple[Any, ...]]] = {
     "student.train.epochs": [*NO_AMOUNTS, ("many", "number"), ([3], "number")],
     "student.train.batch_size": [(0, FROM_1), (1.5, "integer"), (2**31, "less than or equal to 2147483647")],
@@ -58,35 +58,22 @@ def _nested(key: str, value: object) -> dict[str, Any]:
 
 
 FIELDS: list[Case] = [
-    *(
-        (f"{key}={value!r}"[:60], _nested(key, value), (key, *expected))
-        for key, cases in VALUES.items()
-        for value, *expected in cases
-    ),
-    (
-        "squared errors of probabilities",
-        {"teacher": {"probabilities": "a"}, "distil": {"loss": "mse"}},
-        ("set distil.loss to kl",),
-    ),
-    (
-        "a table that is not there",
-        {"teacher": {"model": None, "logits": "/nowhere/none.parquet"}, "run": {"arms": ["kd-lora"]}},
-        ("none.parquet",),
-    ),
-    ("two students", {"student": {"from_teacher_layers": [0]}}, ("student.model", "both set")),
-    ("two teachers", {"teacher": {"logits": "a.parquet", "probabilities": "b.parquet"}}, ("one teacher only",)),
-    ("order without a model", {"teacher": {"label_names": ["a", "b"]}}, ("teacher.fine_tuned, which is not set",)),
-    ("lora without its base", {"teacher": {"model": None}, "run": {"arms": ["lora"]}}, ("teacher.model",)),
-    ("no teacher", {"teacher": {"model": None}, "run": {"arms": ["kd-lora"]}}, ("need a teacher",)),
-    ("no student", {"student": {"model": None}}, ("no student: set student.model",)),
-    ("GLUE with columns", {"task": {"name": "cola", "text": "sentence"}}, ("known columns", "task.text")),
-    (
-        "GLUE with a metric",
-        {"task": {"name": "cola", "metric": "accuracy"}},
-        ("known columns and metric", "task.metric"),
-    ),
-    ("no data", {"data": {"train": None, "validation": None}}, ("no data: set data.path", "data.train")),
-    ("subset of files", {"data": {"subset": "x"}}, ("data.subset", "data.path")),
+    *((_nested(key, value), (key, *expected)) for key, cases in VALUES.items() for value, *expected in cases),
+    # Squared errors of probabilities, and a table that is not there.
+    ({"teacher": {"probabilities": "a"}, "distil": {"loss": "mse"}}, ("set distil.loss to kl",)),
+    ({"teacher": {"model": None, "logits": "/nowhere/none.parquet"}, "run": {"arms": ["kd-lora"]}}, ("none.parquet",)),
+    # Models that are set twice, or wanted and not set.
+    ({"student": {"from_teacher_layers": [0]}}, ("student.model", "both set")),
+    ({"teacher": {"logits": "a.parquet", "probabilities": "b.parquet"}}, ("one teacher only",)),
+    ({"teacher": {"label_names": ["a", "b"]}}, ("teacher.fine_tuned, which is not set",)),
+    ({"teacher": {"model": None}, "run": {"arms": ["lora"]}}, ("teacher.model",)),
+    ({"teacher": {"model": None}, "run": {"arms": ["kd-lora"]}}, ("need a teacher",)),
+    ({"student": {"model": None}}, ("no student: set student.model",)),
+    # GLUE's columns and metrics are its own.
+    ({"task": {"name": "cola", "text": "sentence"}}, ("known columns", "task.text")),
+    ({"task": {"name": "cola", "metric": "accuracy"}}, ("known columns and metric", "task.metric")),
+    ({"data": {"train": None, "validation": None}}, ("no data: set data.path", "data.train")),
+    ({"data": {"subset": "x"}}, ("data.subset", "data.path")),
 ]
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(

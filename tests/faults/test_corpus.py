@@ -52,7 +52,7 @@ def refused(cli: Callable[..., Any], workshop: Workshop, tmp_path: Path) -> Call
     return check
 
 
-@pytest.mark.parametrize(("changes", "expected"), [case[1:] for case in FIELDS], ids=[case[0] for case in FIELDS])
+@pytest.mark.parametrize(("changes", "expected"), FIELDS, ids=[f"{case[0]}"[:70] for case in FIELDS])
 def test_config_values(refused, changes, expected):
     """A value out of range that is taken all the same wastes the night, or makes nonsense that looks like a result."""
     refused(expected, changes=changes)
@@ -75,7 +75,7 @@ def test_overrides(refused, workshop, tmp_path, override, expected):
     refused(expected, "run", path, "--set", override, "--out", tmp_path / "out")
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.what for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=[": ".join((case.name, *case.expected[-1:])) for case in CASES])
 def test_data_files(refused, tmp_path, case: DataCase):
     """Rows that are read otherwise than they were meant train a model that nobody asked for."""
     path = tmp_path / case.name
@@ -84,7 +84,7 @@ def test_data_files(refused, tmp_path, case: DataCase):
     refused(case.expected, changes=_merged({"data": {"train": str(path), "validation": None}}, dict(case.changes)))
 
 
-@pytest.mark.parametrize(("damage", "expected"), [case[1:] for case in MODELS], ids=[case[0] for case in MODELS])
+@pytest.mark.parametrize(("damage", "expected"), MODELS, ids=[case[1][-1] for case in MODELS])
 def test_model_folders(refused, workshop, tmp_path, damage, expected):
     """Random weights train too, pickled ones run code, and both leave a score."""
     folder = Path(shutil.copytree(workshop.student, tmp_path / "model"))
@@ -99,7 +99,7 @@ def test_model_names(refused, name, expected):
     refused(expected, changes={"student": {"model": name}})
 
 
-@pytest.mark.parametrize(("change", "expected"), [case[1:] for case in TABLES], ids=[c[0] for c in TABLES])
+@pytest.mark.parametrize(("change", "expected"), TABLES, ids=[case[1][-1] for case in TABLES])
 def test_tables_of_a_teacher(refused, workshop, tmp_path, change, expected):
     """A table that does not fit teaches the wrong row, or the wrong label."""
     good = [{"id": row["id"], "negative": 0.25, "positive": 0.75} for row in read_rows(workshop.train)]
@@ -136,7 +136,8 @@ def test_command_lines(refused, student, workshop, tmp_path, monkeypatch, argume
     refused(expected, *(places.get(argument, argument) for argument in arguments))
 
 
-def test_the_corpus_is_large_enough():
-    """The figure in docs/reliability.md is counted here."""
-    sizes = [len(part) for part in (FIELDS, FILES, OVERRIDES, CASES, MODELS, NAMES, TABLES, COMMANDS)]
-    assert sum(sizes) >= 250, json.dumps(sizes)
+def test_the_page_has_the_size_of_the_corpus():
+    """A figure that was true once."""
+    size = sum(len(part) for part in (FIELDS, FILES, OVERRIDES, CASES, MODELS, NAMES, TABLES, COMMANDS))
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert f"| bad inputs | {size}, of them {len(FILES)} through two verbs |" in page

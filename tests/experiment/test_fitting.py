@@ -13,6 +13,7 @@ from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ModelError
 from kdlora.experiment.deferral import fit_thresholds, settle_goals
+from kdlora.experiment.deployment import benchmark_models
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report
 
@@ -100,6 +101,20 @@ def test_the_figures_are_those_of_the_test_rows(fitted: Path, finished: Path) ->
     assert "120 rows of the test split" in report
     card = (fitted / "student" / "README.md").read_text()
     assert f"film is said above a probability of {read(fitted)['film']:.4f}" in card
+
+
+def test_scores_are_those_of_the_answers_by_thresholds(fitted: Path, finished: Path, cli, monkeypatch) -> None:
+    """A score of other answers than those that the same folder gives."""
+    rows, told = finished.parent / "test.csv", json.loads((fitted / "thresholds.json").read_text())["models"]
+    assert [one["score_before"] != one["score_after"] for one in told[:2]] == [True, True]
+    (student,) = json.loads(cli("evaluate", fitted, rows, "--json").out)
+    assert student["thresholds"] == read(fitted)
+    assert student["score"] == pytest.approx(told[0]["score_after"])
+    assert f"film {read(fitted)['film']:.4f}" in cli("evaluate", fitted, rows).out
+    monkeypatch.setattr("kdlora.deploy.benchmark._LEAST_SECONDS", 0.01)
+    done = benchmark_models([fitted / "student-onnx" / "model.onnx"], data=str(rows), threads=1)
+    assert done.models[0].score == pytest.approx(told[1]["score_after"])
+    assert "By fitted thresholds: the score of" in done.table().note
 
 
 def test_a_precision_of_one_label_leaves_the_others(fitted: Path, cli) -> None:

@@ -139,6 +139,8 @@ def evaluate(
 ) -> None:
     """Score the shipped student, and the teacher if its weights are there, on another labelled file.
 
+    The student decides by its fitted thresholds, where it has some (kdlora thresholds).
+
     Example: kdlora evaluate runs/mrpc new-examples.csv
     """
     from kdlora.experiment.scoring import evaluate_experiment
@@ -150,7 +152,9 @@ def evaluate(
     rows = [("examples", *(str(one["examples"]) for one in scores))]
     rows += [("score", *(f"{one['score']:.2f}" for one in scores))]
     rows += [(name, *(f"{one['metrics'][name]:.4f}" for one in scores)) for name in scores[0]["metrics"]]
-    print_table(("", *(one["model"] for one in scores)), rows)
+    fitted = [f"{label} {value:.4f}" for label, value in scores[0]["thresholds"].items()]
+    note = f"By the student's fitted thresholds: {', '.join(fitted)}" if fitted else None
+    print_table(("", *(one["model"] for one in scores)), rows, caption=note)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from kdlora.deploy.onnx_backend import default_threads
 from kdlora.deploy.predict import Classifier, Text
 from kdlora.deploy.tagger import Tagger, load_model
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
+from kdlora.evidence.defer import shift_logits
 from kdlora.report.shipped import BenchmarkResult, ModelFigures
 from kdlora.system.environment import collect_versions, describe_machine, forget_peak, read_memory
 
@@ -253,6 +254,7 @@ class _Worker:
         seconds = _seconds(load)
         loaded = self.model.folder
         figures = {name: getattr(loaded, name) for name in ("backend", "precision", "size_bytes")}
+        figures["thresholds"] = dict(self.model.decisions.thresholds)
         facts = {name: getattr(loaded, name) for name in ("label_names", "kind")}
         return figures | {"load_seconds": seconds}, facts
 
@@ -261,7 +263,12 @@ class _Worker:
         return [_seconds(self.model.predict_logits, texts, batch_size=batch_size) for texts in [*batches] * repeats]
 
     def logits(self, texts: Sequence[Any]) -> list[list[float]]:
-        found: list[list[float]] = self.model.predict_logits(texts).tolist()
+        """Give logits whose usual decision is the one by the fitted thresholds."""
+        model = self.model
+        logits, thresholds = model.predict_logits(texts), model.decisions.thresholds
+        found: list[list[float]] = shift_logits(
+            logits, model.label_names, thresholds, model.folder.temperature
+        ).tolist()
         return found
 
     def memory(self) -> int | None:

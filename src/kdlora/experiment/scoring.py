@@ -24,10 +24,13 @@ from kdlora.data.spool import label_array, read_column, text_columns
 from kdlora.data.tasks import Task
 from kdlora.data.windows import WindowSettings
 from kdlora.data.word_tokens import word_offsets
+from kdlora.deploy.decisions import read_decisions
+from kdlora.deploy.folder import TEMPERATURE_KEY, read_model_folder
 from kdlora.distil.inference import predict_logits
 from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
 from kdlora.errors import ArtifactError, DataError
+from kdlora.evidence.defer import shift_logits
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import Predictions, read_predictions, write_predictions
 from kdlora.evidence.ranking import counts_from_logits
@@ -310,7 +313,7 @@ def recorded_task(layout: ExperimentLayout) -> Task:
 
 
 def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: bool = False) -> list[dict[str, Any]]:
-    """Score the shipped student, and the teacher where it is there, on another labelled file."""
+    """Score the shipped student, by its fitted thresholds, and the teacher if it is there, on another labelled file."""
     layout = ExperimentLayout(Path(folder))
     if not layout.config.exists() or not layout.results.exists():
         raise ArtifactError(
@@ -323,15 +326,23 @@ def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: boo
     task = recorded_task(layout)
     examples = load_examples(data, task, id_column=config.data.id_column, labelled=True)
 
-    def row(name: str, found: tuple[Encoder, list[int]], max_length: int) -> dict[str, Any]:
+    def row(
+        name: str, found: tuple[Encoder, list[int]], max_length: int, thresholds: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
         encoder, columns = found
         result = evaluate(encoder.model, encoder.tokenizer, examples, task, max_length=max_length, columns=columns)
+        if thresholds:
+            temperature = getattr(encoder.model.config, TEMPERATURE_KEY, 1.0)
+            shifted = shift_logits(result.logits, task.label_names, thresholds, temperature)
+            result = _judge(task, examples, shifted, result.truncated)
         figures = {"score": result.score, "metrics": result.metrics, "truncated": result.truncated}
-        return {"model": name, "examples": len(examples), **figures}
+        return {"model": name, "examples": len(examples), **figures, "thresholds": dict(thresholds or {})}
 
     rows = []
     if layout.student.exists():
-        rows.append(row("student", load_fine_tuned(str(layout.student), task), closed(config.student.train).max_length))
+        thresholds = read_decisions(read_model_folder(layout.student)).thresholds
+        model = load_fine_tuned(str(layout.student), task)
+        rows.append(row("student", model, closed(config.student.train).max_length, thresholds))
     if layout.teacher.exists() or config.teacher.fine_tuned is not None:
         rows.append(row("teacher", load_teacher(config, task, layout.teacher), closed(config.teacher.train).max_length))
     if not rows:

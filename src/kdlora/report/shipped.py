@@ -41,6 +41,7 @@ class ModelFigures:
     folder: str = ""
     peak_memory_bytes: Count | None = None  # above the level after imports; None where the system cannot tell
     score: Finite | None = None  # 0..100; None without labels
+    thresholds: dict[str, Amount] = field(default_factory=dict)  # of labels, which the score is by; empty: none
     speeds: dict[int, Amount] = field(default_factory=dict)  # largest number of texts in a batch to texts a second
 
 
@@ -100,6 +101,8 @@ class BenchmarkResult:
             f"Speed-up: against {base.name}. Load time: until the first answer, after imports. Peak memory: above the "
             "level after imports. Score: 0 to 100, of the one seed that was shipped."
         )
+        if fitted := [one.name for one in self.models if one.thresholds and one.score is not None]:
+            note += f" By fitted thresholds: the score of {', '.join(fitted)}."
         columns: dict[str, Callable[[ModelFigures], Cell | str]] = {
             "model": lambda one: Cell(one.name, links),
             "runs on": lambda one: _BACKENDS.get(one.backend, one.backend),

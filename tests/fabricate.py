@@ -102,7 +102,7 @@ def make_record(
         truncated={"train": 12, "validation": 1},
         versions={"kdlora": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0", "peft": "0.21.2"},
         machine={"cpu": "Intel Xeon", "cores": "2", "memory": "16.0 GiB", "os": "Linux 6.8"},
-        git={"commit": "0123456789abcdef"},
+        git={"commit": "0123456789abcdef", "dirty": "no"},
         started="2026-11-25T08:00:00+00:00",
         finished="2026-11-25T08:06:00+00:00",
         notes=["label column inferred as single-label from 2 distinct values"],

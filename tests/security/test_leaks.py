@@ -40,7 +40,8 @@ def _git(folder: Path, *arguments: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_a_repositorys_own_programs_do_not_run(tmp_path):
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_repositorys_own_programs_do_not_run(tmp_path, changed):
     """A data set that came with its `.git` ran its monitor, filters and hooks when a run was recorded."""
     mark = tmp_path / "owned"
     tree = tmp_path / "data"
@@ -60,11 +61,11 @@ def test_a_repositorys_own_programs_do_not_run(tmp_path):
     hooks.mkdir(exist_ok=True)
     for name in ("post-index-change", "fsmonitor-watchman", "pre-commit"):
         (hooks / name).symlink_to(program)
-    (tree / "rows.csv").write_text("texts\n")
+    (tree / "rows.csv").write_text("texts\n" if changed else "text\n")
     os.utime(tree / "rows.csv", (1, 1))  # so that git has to look at what is in it
     state = git_state(tree)
     assert not mark.exists()
-    assert len(state["commit"]) == 40
+    assert state["dirty"] == ("yes" if changed else "no")
     subprocess.run(["git", "status"], cwd=tree, capture_output=True, check=False)
     assert mark.exists(), "the trap works"
 

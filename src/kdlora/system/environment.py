@@ -1,4 +1,4 @@
-"""What a run was made with: library versions, machine, commit; this process's memory; the cache."""
+"""What a run was made with: library versions, machine, state of the working tree; this process's memory; the cache."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -57,14 +58,47 @@ def _processor_name() -> str:
 
 
 def git_state(folder: str | Path | None = None) -> dict[str, str]:
-    """Read the commit of the working tree around a folder, for which git runs no program that a repository names."""
-    command = ["git", "-C", str(folder or Path.cwd()), "rev-parse", "HEAD"]
-    settled = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    """Read commit and cleanliness of the working tree around a folder."""
+    place = Path(folder) if folder is not None else Path.cwd()
+    found = _git(place, "rev-parse", "--path-format=absolute", "--git-common-dir", "--git-dir", "--show-toplevel")
+    commit = _git(place, "rev-parse", "HEAD")
+    if found is None or commit is None or len(places := found.splitlines()) != 3:
+        return {}
+    changes = _changes(commit, *map(Path, places))
+    return {} if changes is None else {"commit": commit, "dirty": "yes" if changes else "no"}
+
+
+def _changes(commit: str, common: Path, own: Path, tree: Path) -> str | None:
+    """Compare a working tree with its commit, without the repository's settings, which name programs that git runs.
+
+    A repository that came with an archive may hold a monitor, filters or hooks; so git gets an empty one in its place
+    that borrows objects and index.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        bare = Path(place)
+        for name in ("objects", "refs"):
+            (bare / name).mkdir()
+        (bare / "HEAD").write_text(f"{commit}\n", encoding="ascii")
+        borrowed = {
+            "GIT_DIR": place,
+            "GIT_OBJECT_DIRECTORY": str(common / "objects"),
+            "GIT_INDEX_FILE": str(own / "index"),
+            "GIT_WORK_TREE": str(tree),
+        }
+        return _git(tree, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all", **borrowed)
+
+
+def _git(folder: Path, *arguments: str, **environment: str) -> str | None:
+    """Ask git one question; None where git or the repository is missing."""
+    command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+    command += ["-C", str(folder), *arguments]
+    settled = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")} | environment
+    settled |= {"GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False, env=settled)
     except (OSError, ValueError, subprocess.TimeoutExpired):
-        return {}
-    return {} if answer.returncode else {"commit": answer.stdout.strip()}
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 @dataclass(frozen=True)

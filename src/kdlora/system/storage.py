@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _HOLDER = "process "
 """How a lock's content begins, which says who took it."""
+_NAMED_SECONDS = 1.0
+"""How long who took a lock may take to write its name there: of two that begin at once, one asks before it is there."""
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -167,9 +170,12 @@ def hold_lock(path: Path, what: str, *, wait: bool = False, remedy: str = "") ->
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        with contextlib.suppress(OSError):
-            holder = path.read_text(encoding="utf-8", errors="replace").strip()
-        holder = f": {holder}" if holder else ""  # of two that begin at once, the other may not have written its name
+        until = time.monotonic() + _NAMED_SECONDS
+        while not holder and time.monotonic() < until:
+            with contextlib.suppress(OSError):
+                holder = path.read_text(encoding="utf-8", errors="replace").strip()
+            time.sleep(0 if holder else 0.02)
+        holder = f": {holder}" if holder else ""
         if not wait:
             raise ArtifactError(f"another process {what}{holder}; wait for it{remedy}") from None
         logger.warning("waiting: another process %s%s", what, holder)

@@ -113,13 +113,13 @@ def cut(make_setup, tmp_path) -> Path:
 def test_checkpoints_of_another_training_are_refused(make_setup, cut):
     """Going on from another training's checkpoint mixes two experiments in one record."""
     for change, named in (
-        ({"learning_rate": 1e-3}, "settings"),
-        ({"seed": 4}, r"seed \(was 3\)"),
-        ({"precision": "bf16"}, "precision"),
-        ({"distil": DistilConfig(alpha=0.4)}, "distil"),
-        ({"lora": False}, "model"),
-        ({"adapter": LoraSettings(alpha=32.0)}, "lora"),  # its scale is in no weight
-        ({"rows": 40}, "train"),
+        ({"learning_rate": 1e-3}, "the training settings"),
+        ({"seed": 4}, "the seed"),
+        ({"precision": "bf16"}, "the number format"),
+        ({"distil": DistilConfig(alpha=0.4)}, "the distillation settings"),
+        ({"lora": False}, "the model or its initial weights"),
+        ({"adapter": LoraSettings(alpha=32.0)}, "the adapter's settings"),  # its scale is in no weight
+        ({"rows": 40}, "the training rows or their teacher logits"),
     ):
         options = {key: change[key] for key in ("seed", "precision", "distil") if key in change}
         setup = make_setup(**{key: value for key, value in change.items() if key not in (*options, "adapter")})

@@ -162,14 +162,14 @@ def test_an_interrupted_labelling_goes_on(label, forwards, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("weights", "weights"),
-        ("texts", "examples"),
-        ("ids", "examples"),
-        ("max_length", "max_length"),
-        ("precision", "precision"),
-        ("columns", "columns"),
-        ("tokenizer", "tokenizer"),
-        ("labels", "labels"),
+        ("weights", "the teacher's weights"),
+        ("texts", "ids or texts of the examples"),
+        ("ids", "ids or texts of the examples"),
+        ("max_length", "the longest input"),
+        ("precision", "the number format"),
+        ("columns", "the order of the teacher's outputs"),
+        ("tokenizer", "the teacher's tokenizer"),
+        ("labels", "the labels or their order"),
     ],
 )
 def test_stale_logits_are_refused(label, make_encoder, rows, tasks, change, named):

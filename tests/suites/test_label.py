@@ -157,10 +157,10 @@ def test_another_job_in_the_folder_is_refused(model, texts, tmp_path):
     out, source = tmp_path / "out", tmp_path / "in.jsonl"
     write_lines(source, rows(5, 1))
     label(model, source, out)
-    with pytest.raises(ArtifactError, match="are stale: max_length changed"):
+    with pytest.raises(ArtifactError, match=r"are stale: the longest input \(max_length\) changed"):
         label(model, source, out, max_length=32)
     write_lines(source, rows(6, 1))
-    with pytest.raises(ArtifactError, match="inputs changed"):
+    with pytest.raises(ArtifactError, match="the input files changed"):
         label(model, source, out)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("dear")

@@ -28,6 +28,19 @@ SCHEMA_VERSION = 3
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-[0-9]{9}")
 _BEST = "best.safetensors"
+_MEANING = {
+    "model": "the model or its initial weights",
+    "train": "the training rows or their teacher logits",
+    "validation": "the validation rows",
+    "settings": "the training settings",
+    "processes": "the number of processes",
+    "distil": "the distillation settings",
+    "lora": "the adapter's settings",
+    "precision": "the number format",
+    "device": "the kind of device",
+    "rows_per_epoch": "the number of rows in an epoch",
+    "copies": "the number of perturbed copies",
+}
 
 
 @dataclass(frozen=True)
@@ -107,9 +120,15 @@ class CheckpointFolder:
 
     def _refuse_others(self, checkpoint: Path, ingredients: Mapping[str, Any]) -> None:
         changed = compare(ingredients, self.ingredients)
+        if changed == ["processes"]:
+            count = int(ingredients["processes"])
+            way = "without a launcher" if count == 1 else f"with torchrun --nproc-per-node {count}"
+            raise ArtifactError(
+                f"{checkpoint}: processes that trained: {count}, now: {self.ingredients['processes']}, with which a "
+                f"step would have other rows. Start the same command {way}, or delete {self.folder} to train anew"
+            )
         if changed:
-            before = {name: ingredients.get(name) for name in changed}
-            named = ", ".join(f"{name} (was {was})" if isinstance(was, int) else name for name, was in before.items())
+            named = ", ".join(_MEANING.get(name, f"the {name}") for name in changed)
             raise ArtifactError(
                 f"{checkpoint}: this checkpoint is of another training: {named} changed. Delete {self.folder} to "
                 "train anew, or choose another output folder"

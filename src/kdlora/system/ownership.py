@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlora.errors import ArtifactError
+from kdlora.system.integrity import is_sealed_or_old
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ SCRATCH = "kdlora-scratch"
 TRACKING = "tracking"
 """Folder of an experiment for the files of trackers, which make links of their own."""
 _MANIFESTS = (MANIFEST, "kdlora_export.json")
+_SETTINGS = {"experiment": "config.yaml", "suite": "suite.yaml"}
 _OWNER = r"(?P<place>[0-9a-f]{12})-(?P<process>[1-9][0-9]{0,9})-(?P<start>[0-9]{1,19})-[0-9a-f]{8}"
 _OWNED = re.compile(rf"(?:\..+\.tmp|{SCRATCH})-{_OWNER}", re.ASCII | re.DOTALL)
 _FOREIGN_SECONDS = 24 * 3600.0
@@ -40,11 +42,11 @@ def check_folder(folder: Path, kind: str) -> None:
     if not folder.exists() or all(entry.name == ".lock" or is_ours_by_name(entry) for entry in folder.iterdir()):
         return
     found = read_manifest(folder)
-    if found is None:
+    if found is None and not _is_of_an_earlier_version(folder, kind):
         raise ArtifactError(
             f"{folder} is not empty and holds no {MANIFEST}, so it is no {kind}'s folder; name another, or empty it"
         )
-    if found["kind"] != kind:
+    if found is not None and found["kind"] != kind:
         raise ArtifactError(f"{folder} is the folder of a {found['kind']}, not of a {kind}; name another")
     refuse_links(folder)
 
@@ -97,6 +99,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     is_ours = isinstance(content, dict) and content.get("made_by") == "kdlora" and isinstance(content.get("kind"), str)
     return content if is_ours else None
+
+
+def _is_of_an_earlier_version(folder: Path, kind: str) -> bool:
+    """Say whether a folder without manifest holds a record of ours beside its settings, as kdlora 0.1 left them."""
+    if kind not in _SETTINGS or not (folder / _SETTINGS[kind]).is_file():
+        return False
+    try:
+        record = json.loads(next(folder.glob("runs/**/run.json")).read_text(encoding="utf-8"))
+    except (StopIteration, OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {"schema_version", "arm", "seed"} <= record.keys() and is_sealed_or_old(record)
 
 
 def _find_link(folder: Path) -> Path | None:

@@ -171,6 +171,20 @@ def test_multi_label_lists(tmp_path: Path, values: list, names: tuple[str, ...])
     assert labels(splits.train) == [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
 
 
+def test_what_a_score_cannot_tell_is_told(csv_file, caplog):
+    """A macro F1 of 33, or a correlation of 0, would be the model's fault, though the file allows no other."""
+    task = Task("multi-label", ("text",), ("a", "b", "c"), ("a", "b", "c"), ("macro_f1",))
+    load_examples(csv_file("a.csv", text=["t", "u"], a=[1, 0], b=[0, 0], c=[0, 0]), task, labelled=True)
+    load_examples(csv_file("b.csv", text=["t", "u"], a=[1, 0], b=[0, 1], c=[0, 1]), task, labelled=True)
+    number = Task("regression", ("text",), ("label",), ("label",), ("pearson",))
+    load_examples(csv_file("c.csv", text=["t", "u"], label=[1.5, 1.5]), number, labelled=True)
+    told = [message.rpartition("/")[2] for message in caplog.messages]
+    assert told == [
+        "a.csv: no row has 'b', 'c' (2 of 3 labels). The score says nothing of these, and their own figures are 0.",
+        "c.csv: every label is 1.5, so correlations are 0.",
+    ]
+
+
 def test_load_examples(csv_file):
     """Evaluation on a file with other columns or codes than training must mean the same labels."""
     task = Task("single-label", ("text",), ("label",), ("negative", "positive"), ("accuracy",))

@@ -28,6 +28,9 @@ from kdlora.section import Metric
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = 10
+"""Labels that a message names."""
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -123,13 +126,25 @@ def add_copies(splits: Splits, copies: int, *, seed: int, keep_in: Path | None =
 
 
 def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: bool) -> Dataset:
-    """Load one file of examples for a task that is known, to evaluate or predict."""
+    """Load one file of examples for a task that is known, to evaluate or predict; say which labels no row has."""
     known = next((entry for name, entry in GLUE.items() if name == task.name), None)
     reading = Reading(task, id_column)
     dataset = reading.read({"": open_examples(Path(path), known, plain=not labelled)}, labelled=labelled)
-    for note in reading.notes:
+    for note in (*reading.notes, *(_doubts_of_labels(task, dataset, path) if labelled else ())):
         logger.warning(note)
     return dataset
+
+
+def _doubts_of_labels(task: Task, rows: Dataset, path: str) -> list[str]:
+    """Say what a score on these rows cannot tell."""
+    if task.kind == "regression":
+        labels = read_column(rows, "label").to_numpy()
+        return [f"{path}: every label is {labels[0]:g}, so correlations are 0."] if np.ptp(labels) == 0 else []
+    names = task.label_types or task.label_names
+    lacking = [repr(names[column]) for column in np.flatnonzero(~_used_labels(task, rows))]
+    shown = ", ".join(lacking[:_SHOWN]) + (f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else "")
+    told = f"{path}: no row has {shown} ({len(lacking)} of {len(names)} labels)"
+    return [f"{told}. The score says nothing of these, and their own figures are 0."] if lacking else []
 
 
 def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: Source) -> Reading:

@@ -18,9 +18,7 @@ FAMILIES: dict[FamilyName, tuple[str, str]] = {
 RECIPES: dict[RecipeName, dict[str, Any]] = {
     "default": {
         "data": {"augment": 4},
-        "teacher": {
-            "train": {"epochs": None, "learning_rate": None, "head_learning_rate": 1e-3, "class_weights": "auto"}
-        },
+        "teacher": {"train": {"epochs": None, "learning_rate": None, "head_learning_rate": 1e-3}},
         "student": {
             "full_learning_rate": None,
             "train": {

@@ -114,7 +114,6 @@ def live_progress() -> Iterator[Listener | None]:
 
 
 def _state(event: ProgressEvent | tuple[int, int] | str) -> tuple[int | None, int | None, str]:
-    """Give what is done, of how many, and how that reads."""
     if isinstance(event, str):
         return None, None, event
     if isinstance(event, tuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -279,36 +280,28 @@ def _refuse_duplicates(name: str, columns: Sequence[str]) -> None:
 def _to_array(values: list[Any], key: str, file: Path, first_row: int) -> pa.Array:
     try:
         return pa.array(values)
-    except UnicodeEncodeError:
-        row = next(row for row, value in enumerate(values) if _is_broken(value))
-        raise DataError(
-            f"{file}, row {first_row + row + 1}: {key!r} holds half a character (a lone surrogate, such as \\ud800); "
-            "write the text again"
-        ) from None
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-        known = [(row, value) for row, value in enumerate(values) if value is not None]
-        expected = type(known[0][1])
-        for row, value in known:
-            if type(value) is not expected and {type(value), expected} != {int, float}:
-                raise DataError(
-                    f"{file}, row {first_row + row + 1}: {key!r} is {type(value).__name__} ({str(value)[:40]!r}), but "
-                    f"{expected.__name__} in the rows before; make it one type"
-                ) from None
-        where = next((f", row {first_row + row + 1}" for row, value in known if not _is_of_one_type(value)), "")
-        raise DataError(f"{file}{where}: {key!r} cannot be read ({error}); make it one type") from None
+    except (UnicodeEncodeError, pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        row = bisect_left(range(len(values)), True, key=lambda last: not _fits(values[: last + 1]))
+        where, value = f"{file}, row {first_row + row + 1}: {key!r}", values[row]
+        if isinstance(error, UnicodeEncodeError):
+            raise DataError(
+                f"{where} holds half a character (a lone surrogate, such as \\ud800); write the text again"
+            ) from None
+        expected = next(type(known) for known in values if known is not None)
+        if type(value) is not expected and {type(value), expected} != {int, float}:
+            raise DataError(
+                f"{where} is {type(value).__name__} ({str(value)[:40]!r}), but {expected.__name__} in the rows before; "
+                "make it one type"
+            ) from None
+        raise DataError(f"{where} cannot be read ({error}); make it one type") from None
 
 
-def _is_of_one_type(value: Any) -> bool:
+def _fits(values: list[Any]) -> bool:
     try:
-        pa.array([value])
-    except (pa.ArrowException, OverflowError):
+        pa.array(values)
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         return False
     return True
-
-
-def _is_broken(value: Any) -> bool:
-    """Say whether text, however deep, cannot be written as UTF-8."""
-    return any(0xD800 <= ord(character) <= 0xDFFF for character in json.dumps(value, ensure_ascii=False))
 
 
 def _open_parquet(file: Path) -> Source:

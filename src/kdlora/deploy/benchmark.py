@@ -114,7 +114,6 @@ def _check_alike(folders: Sequence[ModelFolder]) -> ModelFolder:
 def _load(
     stack: contextlib.ExitStack, model: ModelProcess, max_length: int | None, say: Callable[[str], None]
 ) -> ModelProcess:
-    """Load a model in its process, which the stack ends."""
     stack.enter_context(contextlib.closing(model))
     say(f"{model.name}: loading")
     model.load(max_length)

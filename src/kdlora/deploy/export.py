@@ -153,7 +153,6 @@ def _open_encoder(folder: ModelFolder) -> TorchBackend:
 def _write(
     target: Path, backend: TorchBackend, checks: Checks, formats: Sequence[Format], int8: Gate, say: Progress
 ) -> ExportResult:
-    """Write the folder, with the stages that hold."""
     folder = checks.folder
     with atomic_folder(target) as work:
         start_package(work, folder, backend.tokenizer)

@@ -151,7 +151,6 @@ class Checks:
         return found, faults
 
     def _compare(self, stage: str, after: np.ndarray, gate: Gate) -> Parity:
-        """Measure a stage, and list the limits that it breaks."""
         difference = float(np.nanmax(np.abs(self.logits - after)))  # a word that cannot be read has no logits
         agreement = measure_agreement(self.task, self.logits, after, self.offsets)
         own = drop = low = high = None

@@ -201,7 +201,6 @@ def shorten_paths(text: str, root: Path) -> str:
 
 
 def _pushable(root: Path) -> ModelFolder:
-    """Find the transformers folder that shall be pushed."""
     if ExperimentLayout(root).config.exists() and not ExperimentLayout(root).student.exists():
         raise ModelError(f"{root} has no student to push; run it to its end with `kdlora run`")
     folder = read_model_folder(root)

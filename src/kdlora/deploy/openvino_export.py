@@ -69,5 +69,4 @@ def _quantise(source: Path, to: Path, recipe: str, checks: Checks, least: float)
 
 
 def _join(outputs: Iterable[np.ndarray]) -> np.ndarray:
-    """Join the outputs of single texts, or of all their tokens."""
     return np.concatenate([output.reshape(-1, output.shape[-1]) for output in outputs])

@@ -130,7 +130,6 @@ def _check_placeholders(tagger: Tagger, given: Mapping[str, str] | None) -> Mapp
 
 @contextlib.contextmanager
 def _open(source: str | Path, to: str | Path) -> Iterator[BinaryIO]:
-    """Open the output; a file appears when it is whole."""
     if str(to) == "-":
         yield sys.stdout.buffer
         return
@@ -147,7 +146,6 @@ def _text_of(row: Row, reader: RowReader) -> str:
 
 
 def _header(reader: RowReader) -> bytes:
-    """Write the header of a file that has one."""
     if reader.form not in ("csv", "tsv"):
         return b""
     if len(set(reader.header)) < len(reader.header):

@@ -97,7 +97,6 @@ def fastest_way(folder: Path, precision: Precision, batch_size: int) -> Way:
 
 
 def _read(folder: Path) -> _Measured:
-    """Read what was measured of an export, on any host."""
     path = folder / MEASURED
     if not path.is_file():
         return _Measured("", {})

@@ -118,7 +118,6 @@ def _predict(
     strict: bool,
     progress: Progress | None,
 ) -> None:
-    """Classify window by window what is not done yet."""
     try:
         with contextlib.closing(iter(reader)) as given:
             reads_whole = isinstance(classifier, Tagger) or classifier.folder.windows is not None
@@ -151,7 +150,6 @@ def _columns(classifier: Network, text: Sequence[str] | str | None, id_column: s
 
 
 def _fingerprint(classifier: Network, source: str | Path, columns: Columns, input_format: str) -> dict[str, Any]:
-    """Collect all that decides the predictions."""
     folder = classifier.folder
     weights = [folder.file] if folder.file is not None else sorted(folder.path.glob("*.safetensors"))
     state = Path(source).stat() if str(source) != "-" else None
@@ -321,7 +319,6 @@ class PartialResult(_Output):
         return sorted(entry for entry in self.folder.iterdir() if _PART.fullmatch(entry.name))
 
     def _refuse_foreign(self) -> None:
-        """See that all that stands in the place of the parts is ours."""
         if not os.path.lexists(self.folder):
             return
         if self.folder.is_symlink() or not self.folder.is_dir() or read_manifest(self.folder) is None:

@@ -158,7 +158,6 @@ def frozen_in_half(model: nn.Module, precision: str) -> Iterator[int]:
 
 
 def _frozen_linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """List plain linear layers without a trainable or shared parameter."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

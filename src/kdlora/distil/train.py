@@ -155,7 +155,6 @@ def train_model(
 
 @contextmanager
 def _at_work(model: nn.Module, settings: SettledTraining, precision: str, device: torch.device) -> Iterator[None]:
-    """Set what holds while a model trains; afterwards all is as it was."""
     with (
         freed_memory_kept(device),
         frozen_in_half(model, precision),

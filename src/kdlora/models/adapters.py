@@ -214,7 +214,6 @@ def count_parameters(model: PreTrainedModel | PeftModel) -> ParameterCounts:
 
 
 def _linear_layers(model: PreTrainedModel, fresh: Sequence[str]) -> list[str]:
-    """Names of the encoder's linear layers that are not trained in full."""
     return [
         name
         for name, module in model.named_modules()

@@ -242,7 +242,6 @@ def fresh_modules(loaded: Loaded) -> tuple[str, ...]:
 
 
 def _random_parameters(loaded: Loaded) -> set[str]:
-    """Names of the parameters that get new weights from the seed."""
     random = set(loaded.missing | loaded.mismatched)
     trained_as = getattr(loaded.model.config, "architectures", None) or [""]
     if not trained_as[0].endswith(("ForMaskedLM", "ForPreTraining")):

@@ -156,6 +156,10 @@ def test_a_cascade_hands_on_what_the_student_is_not_sure_of(promised: Path, by_s
     streamed = list(cascade.predict_stream(iter(texts), rows=7))
     assert [(one.label, one.by) for one in streamed] == [(one.label, one.by) for one in answers]
     assert cascade.predict([]) == []
+    with pytest.raises(DataError, match="text 8: the text is empty"):
+        list(cascade.predict_stream([*texts[:8], " "], rows=7))
+    with pytest.raises(ModelError, match="rows must be at least 1"):
+        list(cascade.predict_stream(texts, rows=0))
 
 
 def test_a_service_may_be_the_teacher(promised: Path) -> None:
@@ -169,6 +173,8 @@ def test_a_service_may_be_the_teacher(promised: Path) -> None:
     answers = Cascade.load(promised / "student", service, 2.0).predict(["a wonderful film", "a dull one"])
     assert [answer.label for answer in answers] == ["negative", "negative"]
     assert asked == ["a wonderful film", "a dull one"]
+    Cascade.load(promised / "student", service, 2.0).predict("a film")
+    assert asked[2:] == ["a film"], "not its first letter"
     with pytest.raises(DataError, match="got 0 of 1"):
         Cascade.load(promised / "student", lambda texts: [], 2.0).predict(["a film"])
     with pytest.raises(DataError, match="gave 'good'; the labels are negative, positive"):

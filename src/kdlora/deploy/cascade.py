@@ -114,6 +114,7 @@ class Cascade:
         Raises:
             DataError: an empty text; a function that gives another number of labels, or one that nobody knows.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         logits = self.student.predict_logits(texts)
         if not len(logits):
             return []
@@ -128,17 +129,29 @@ class Cascade:
         return answers
 
     def predict_stream(self, texts: Iterable[Text], *, rows: int = STREAM_ROWS) -> Iterator[CascadeAnswer]:
-        """Answer texts one after another, with `rows` of them in memory at a time.
+        """Answer texts as they come, such as the lines of a file, with `rows` of them in memory at a time.
 
         Args:
-            texts: any iterable.
-            rows: texts that are read before the first is answered.
+            texts: any iterable of what `predict` takes, such as a generator; it is read as far as answers are taken.
+            rows: texts that are read before the first of them is answered, and that go to the teacher together.
 
-        Yields:
-            One answer for each text, in the order given.
+        Returns:
+            An iterator with one answer for each text, in the order given.
+
+        Raises:
+            DataError: as `predict`, when its answer is due; the number of a text is that in the stream. The answers
+                to the blocks before it have been given.
+            ModelError: `rows` is below 1.
+
+        Examples:
+            >>> stream = cascade.predict_stream(line.strip() for line in open("messages.txt"))
+            >>> next(stream).by in ("student", "teacher")
+            True
         """
-        source = iter(texts)
-        while block := list(islice(source, rows)):
+        if rows < 1:
+            raise ModelError(f"rows must be at least 1, got {rows}.")
+        numbered, count = enumerate([texts] if isinstance(texts, str) else texts), self.student.folder.texts
+        while block := [check_text(text, f"text {number}", count) for number, text in islice(numbered, rows)]:
             yield from self.predict(block)
 
     def _ask(self, texts: list[Text]) -> list[tuple[str, dict[str, float]]]:

@@ -22,7 +22,7 @@ from kdlora.config import DataConfig, TaskConfig
 from kdlora.data.batches import tokenise
 from kdlora.data.load import load_examples, load_splits
 from kdlora.data.read import open_file
-from kdlora.data.spool import doubles, spool
+from kdlora.data.spool import doubles, settle, slice_rows, spool
 from kdlora.data.tasks import Task
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import DataError
@@ -223,6 +223,16 @@ def write_parquet(path: Path, rows: int) -> Path:
     texts = [f"a good film that nobody should have to see twice {row}" for row in range(rows)]
     pq.write_table(pa.table({"text": texts, "label": ["no", "yes"] * (rows // 2)}), path)
     return path
+
+
+@pytest.mark.parametrize("selection", [range(0, 200, 3), [*range(150, 200), *range(150)][::-7], [7, 7, 199, 0], []])
+def test_slices_are_the_rows_in_order(selection) -> None:
+    """A selection that is read past its list of row numbers gives texts the labels of others, written down or not."""
+    chosen = Dataset.from_dict({"value": list(range(200)), "id": list(map(str, range(200)))}).select(selection)
+    parts = list(slice_rows(chosen, ["id"], 3))
+    assert [name for part in parts for name in part["id"].to_pylist()] == list(map(str, selection))
+    assert all(0 < part.num_rows <= 3 for part in parts)
+    assert settle(chosen)[:] == chosen[:]
 
 
 @pytest.mark.parametrize("validation", [True, False])

@@ -77,6 +77,7 @@ def exchange_tokenizer(path: Path) -> None:
 
 RECOMPUTED = [
     ("runs/kd-lora-seed0/adapter/adapter_model.safetensors", flip_one_bit),
+    ("runs/kd-lora-seed0/adapter/adapter_config.json", Path.unlink),
     ("shipped.json", truncate),
     ("teacher/model.safetensors", flip_one_bit),
     ("student/model.safetensors", flip_one_bit),

@@ -129,6 +129,7 @@ def test_predictions_come_back_as_they_went(tmp_path, task):
 def test_predictions_and_examples_on_disk(tmp_path):
     """A shorter column would shift every row after it."""
     good = {"ids": ("1", "2"), "split": ("test",) * 2, "logits": np.zeros((2, 2)), "label_names": ("a", "b")}
+    good["labels"] = np.zeros(2, np.int64)
     for bad in ({"logits": np.zeros((2, 3))}, {"split": ("test",)}, {"labels": np.zeros(3)}, {"groups": ("x",)}):
         with pytest.raises(ValueError, match="expected"):
             write_predictions(tmp_path / "p.parquet", Predictions(**(good | bad)))
@@ -145,12 +146,12 @@ def test_predictions_and_examples_on_disk(tmp_path):
     with pytest.raises(ArtifactError, match=r"p\.parquet.*whole Parquet file"):
         read_predictions(path)
 
-    # A label may hold a colon or a slash; a row may have no label.
+    # A label may hold a colon or a slash.
     names = ("a:b", "../../x", "<script>")
-    before = Predictions(("1",), ("test",), np.zeros((1, 3), np.float32), names, None, ("matched",))
+    before = Predictions(("1",), ("test",), np.zeros((1, 3), np.float32), names, np.array([2]), ("matched",))
     write_predictions(tmp_path / "p.parquet", before)
     after = read_predictions(tmp_path / "p.parquet")
-    assert (after.label_names, after.labels, after.groups) == (names, None, ("matched",))
+    assert (after.label_names, after.labels.tolist(), after.groups) == (names, [2], ("matched",))
 
     # Validation and test both count from 0: the wrong text would be quoted.
     one, two = ExampleText("0", "validation", "first"), ExampleText("0", "test", "second", "pair")

@@ -64,7 +64,6 @@ def test_other_examples_labels_or_names_are_not_aligned():
     assert align([first, replace(first, ids=(*first.ids[:-1], "0"))]) is None
     assert align([first, replace(first, label_names=("a", "b", "c", "d"))]) is None
     assert align([replace(first, ids=("0",) * 8)]) is None
-    assert align([first, replace(first, labels=None)]) is None
     assert align([first, replace(first, groups=("matched",) * 8)]) is None
     # MNLI's matched and mismatched rows both count from 0.
     one = replace(_predictions(MNLI), ids=tuple("01230123"), groups=("matched",) * 4 + ("mismatched",) * 4)

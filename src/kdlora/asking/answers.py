@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -154,7 +155,6 @@ class Answers:
         return self._tables[prompt, split]
 
     def probabilities(self, prompt: int, split: str, places: np.ndarray) -> np.ndarray:
-        """Give probabilities (places, labels), NaN where a row has no answer."""
         return self._table(prompt, split)[0][places].astype(np.float64)
 
     def pending(self, prompt: int, split: str, places: np.ndarray) -> np.ndarray:
@@ -182,7 +182,13 @@ class Answers:
 
     async def reserve(self, tokens: tuple[int, int]) -> None:
         """Wait until a request of so many tokens surely fits the budget, whatever those under way cost; count it."""
-        while not self._fits(*(self.spent + np.array((1, *tokens))).tolist()):
+        settings = self._settings
+        limits = [one or math.inf for one in (settings.max_requests, settings.max_tokens, settings.max_cost)]
+        while True:
+            requests, read, written = (self.spent + np.array((1, *tokens))).tolist()
+            spent = requests, read + written, settings.cost(read, written) or 0
+            if all(one <= limit for one, limit in zip(spent, limits, strict=True)):
+                break
             if not self._under_way:
                 raise BudgetSpentError
             self._changed.clear()
@@ -195,8 +201,3 @@ class Answers:
         self._changed.set()
         if used != reserved:
             self._append(_Line(spent=(0, used[0] - reserved[0], used[1] - reserved[1])))
-
-    def _fits(self, requests: int, read: int, written: int) -> bool:
-        settings = self._settings
-        spent = {"max_requests": requests, "max_tokens": read + written, "max_cost": settings.cost(read, written)}
-        return not any((limit := getattr(settings, name)) and (value or 0) > limit for name, value in spent.items())

@@ -69,7 +69,11 @@ def read_asked_rows(data: str, settings: AskSettings) -> AskedRows:
         if len(audit[1]) < LEAST_AUDIT_ROWS:
             raise DataError(f"{settings.audit}: an audit takes at least {LEAST_AUDIT_ROWS} rows, found {len(audit[1])}")
     elif settings.audit is not None:
-        audit = ("train", _drawn_audit(len(rows), settings.audit, settings, labelled=labelled))
+        if not labelled:
+            raise ConfigError("these rows have no labels to draw an audit from; give audit a file of rows that have")
+        if settings.audit > len(rows):
+            raise DataError(f"an audit of {settings.audit} rows cannot be drawn from {len(rows)}")
+        audit = ("train", _draw(len(rows), settings, 1)[: settings.audit])
         pool = np.setdiff1d(pool, audit[1])
     chosen |= {split: np.arange(len(part)) for split, part in parts.items() if split != "train"}
     examples = _examples(rows.select(pool) if labelled else None, settings, task)
@@ -79,7 +83,6 @@ def read_asked_rows(data: str, settings: AskSettings) -> AskedRows:
 
 
 def each_row(rows: Dataset) -> Iterator[Row]:
-    """Give rows one after the other, a slice in memory at a time."""
     for table in slice_rows(rows, rows.column_names, _SLICE):
         yield from table.to_pylist()
 
@@ -115,14 +118,6 @@ def _read(source: Source, task: Task, settings: AskSettings, *, labelled: bool) 
 
 def _draw(count: int, settings: AskSettings, purpose: int) -> np.ndarray:
     return np.random.default_rng([settings.seed, purpose]).permutation(count)
-
-
-def _drawn_audit(rows: int, wanted: int, settings: AskSettings, *, labelled: bool) -> np.ndarray:
-    if not labelled:
-        raise ConfigError("these rows have no labels to draw an audit from; give audit a file of rows that have")
-    if wanted > rows:
-        raise DataError(f"an audit of {wanted} rows cannot be drawn from {rows}")
-    return _draw(rows, settings, 1)[:wanted]
 
 
 def _examples(rows: Dataset | None, settings: AskSettings, task: Task) -> list[dict[str, Any]]:

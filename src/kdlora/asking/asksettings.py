@@ -131,7 +131,6 @@ class AskSettings:
         return (1.0 if self.votes else 0.0) if self.temperature is None else self.temperature
 
     def cost(self, read: float, written: float) -> float | None:
-        """Price some tokens."""
         if self.price_in is None or self.price_out is None:
             return None
         return (read * self.price_in + written * self.price_out) / 1e6

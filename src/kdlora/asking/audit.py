@@ -150,7 +150,6 @@ def _fit(logits: np.ndarray, labels: np.ndarray) -> tuple[float, tuple[float, ..
 
 
 def correct(table: np.ndarray, temperature: float, bias: Sequence[float]) -> np.ndarray:
-    """Give probabilities by a temperature and a bias for each label."""
     if temperature == 1.0 and not bias:
         return table
     return probabilities(np.log(table) / temperature + (np.asarray(bias) if bias else 0.0), "single-label")

@@ -101,7 +101,6 @@ class Questions:
 
     @cached_property
     def choices(self) -> list[Option]:
-        """What the first question lets choose from: labels, or groups of them."""
         if len(self.groups) == 1:
             return self.groups[0]
         return [

@@ -65,7 +65,6 @@ class Run:
     as_json: Json = False
 
     def load(self) -> Config:
-        """Read the config file, if there is one, and lay the options over it."""
         from kdlora.configfile import build_config, load_config
 
         given: dict[str, Any] = {"family": self.family, "run.fail_fast": self.fail_fast}
@@ -97,10 +96,18 @@ def run(options: Run) -> None:
     Example: kdlora run configs/reviews.yaml --dry-run
     """
     config = options.load()
-    if options.dry_run:
-        _dry_run(config, options.out, options.as_json)
-    else:
+    if not options.dry_run:
         _run(config, options.out, options.as_json, yes=options.yes)
+        return
+    from kdlora.system.children import prepare_children
+    from kdlora.system.launch import check_alone
+
+    check_alone("run --dry-run")
+    prepare_children("kdlora.experiment.preview")
+    from kdlora.experiment.run import plan_experiment
+
+    plan = plan_experiment(config, options.out)
+    print_json(plan.to_dict()) if options.as_json else print_plan(plan, SafeConsole())
 
 
 @app.command()
@@ -189,18 +196,6 @@ def report(
 
 def _print_paths(paths: Sequence[Path], as_json: bool) -> None:
     print_json({"paths": paths}) if as_json else print("\n".join(map(str, paths)))
-
-
-def _dry_run(config: Config, out: Path | None, as_json: bool) -> None:
-    from kdlora.system.children import prepare_children
-    from kdlora.system.launch import check_alone
-
-    check_alone("run --dry-run")
-    prepare_children("kdlora.experiment.preview")
-    from kdlora.experiment.run import plan_experiment
-
-    plan = plan_experiment(config, out)
-    print_json(plan.to_dict()) if as_json else print_plan(plan, SafeConsole())
 
 
 def _run(config: Config, out: Path | None, as_json: bool, *, yes: bool, page: bool = False) -> None:

@@ -16,7 +16,7 @@ from kdlora.errors import harmless
 from kdlora.terminal import draw_bars
 
 if TYPE_CHECKING:
-    from kdlora.asking.ask import AskPlan, AskSummary
+    from kdlora.asking.ask import AskSummary
     from kdlora.asking.audit import Audit
 
 _TEXTS = dict(re.findall(r"^ {8}(\w+): (.+)$", AskSettings.__doc__ or "", re.MULTILINE))
@@ -75,7 +75,12 @@ def ask(options: Any) -> None:
     settings = _settings(options)
     if options.dry_run:
         plan = plan_asking(options.data, settings)
-        print_json(asdict(plan)) if options.as_json else _print_plan(plan)
+        if options.as_json:
+            print_json(asdict(plan))
+            return
+        cost = "" if plan.cost is None else f", cost {plan.cost:.2f}"
+        print(harmless("".join(f"{prompt}\n\n---\n\n" for prompt in plan.prompts)), end="")
+        print(f"{plan.rows:,} rows, {plan.requests:,} requests, about {plan.tokens:,} tokens to read{cost}")
         return
     with draw_bars() as show:
 
@@ -96,13 +101,6 @@ def _settings(options: Any) -> AskSettings:
     given["labels"] = None if options.labels is None else read_labels(options.labels)
     given["audit"] = int(given["audit"]) if (options.audit or "").isdecimal() else options.audit
     return AskSettings(**given)
-
-
-def _print_plan(plan: AskPlan) -> None:
-    for prompt in plan.prompts:
-        print(harmless(prompt), end="\n\n---\n\n")
-    cost = "" if plan.cost is None else f", cost {plan.cost:.2f}"
-    print(f"{plan.rows:,} rows, {plan.requests:,} requests, about {plan.tokens:,} tokens to read{cost}")
 
 
 def _print_summary(summary: AskSummary) -> None:

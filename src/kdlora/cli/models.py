@@ -154,7 +154,15 @@ def export(
     if web:
         if data is not None or formats != "all":
             raise ConfigError("--web takes what is exported already; leave --data and --format out")
-        _export_page(model, to, as_json)
+        from kdlora.deploy.webpage import write_web_page
+
+        page = write_web_page(model, to)
+        if as_json:
+            print_json(asdict(page))
+            return
+        print(f"{page.model} in {page.folder}, {page.size_bytes / 1e6:.1f} MB that a browser loads")
+        folder = shlex.quote(str(page.folder))
+        print(f"serve it, for example: python -m http.server --bind 127.0.0.1 --directory {folder}")
         return
     from kdlora.experiment.deployment import export_model
     from kdlora.report.shipped_tables import stage_table
@@ -166,17 +174,6 @@ def export(
     table = stage_table(result, result.stages)
     print_table(table.columns, table.texts())
     print(f"in {result.folder}" + (f"; int8 by {result.recipe}" if result.recipe else ""))
-
-
-def _export_page(model: Path, to: Path, as_json: bool) -> None:
-    from kdlora.deploy.webpage import write_web_page
-
-    page = write_web_page(model, to)
-    if as_json:
-        print_json(asdict(page))
-        return
-    print(f"{page.model} in {page.folder}, {page.size_bytes / 1e6:.1f} MB that a browser loads")
-    print(f"serve it, for example: python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(page.folder))}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from kdlora.cli.app import Json, Set, app, print_json, print_table, verb
 from kdlora.terminal import SafeConsole, Show, draw_bars
 
 if TYPE_CHECKING:
-    from kdlora.experiment.search import SearchEvent, SearchResult
+    from kdlora.experiment.search import SearchEvent
     from kdlora.experiment.suite import Overview, SuiteEvent, SuiteResult
 
 _SET_HELP = "Set a key of the suite (seeds=[0], config.run.threads=1)."
@@ -96,7 +96,15 @@ def search(options: Search) -> None:
             on=options.on,
             listen=lambda event: _show_search(event, show),
         )
-    print_json(asdict(result)) if options.as_json else _print_search(result)
+    if options.as_json:
+        print_json(asdict(result))
+    else:
+        console = SafeConsole()
+        console.print(f"{result.finished} trials finished, {result.pruned} pruned, {result.failed} failed")
+        if result.score is not None:
+            console.print(f"best {result.score:.2f} on the held-out rows")
+        for line in (*(f"  {key}: {value}" for key, value in result.best.items()), *map(str, result.paths)):
+            console.tell(line)
     raise Exit(0 if result.score is not None else 1)
 
 
@@ -158,12 +166,3 @@ def _show_search(event: SearchEvent, show: Show | None) -> None:
         epoch = getattr(event.detail, "epoch", None)
         now = f"trial {event.number}" + (f", epoch {epoch:.1f}" if epoch is not None else "")
         show("trials", event.done, event.trials, count + best + now)
-
-
-def _print_search(result: SearchResult) -> None:
-    console = SafeConsole()
-    console.print(f"{result.finished} trials finished, {result.pruned} pruned, {result.failed} failed")
-    if result.score is not None:
-        console.print(f"best {result.score:.2f} on the held-out rows")
-    for line in (*(f"  {key}: {value}" for key, value in result.best.items()), *map(str, result.paths)):
-        console.tell(line)

@@ -130,7 +130,6 @@ def check_arrays(
 
 
 def _refuse_non_finite(values: np.ndarray, what: str, remedy: str) -> None:
-    """Name the first row that holds NaN or an infinity."""
     bad = ~np.isfinite(values.astype(np.float64))
     if bad.any():
         row = int(np.argwhere(bad)[0][0])
@@ -175,9 +174,9 @@ def weighted_metric(task: Task, name: str, outputs: np.ndarray, targets: np.ndar
         case "regression", "mae":
             return _mean_of(np.abs(decided - targets))
         case "regression", "pearson":
-            return _pearson(decided, targets)
+            return _correlation(_values(decided), _values(targets))
         case "regression", "spearman":
-            return _spearman(decided, targets)
+            return _correlation(_ranks(decided), _ranks(targets))
         case "regression", "r2":
             return _r2(decided, targets)
     raise ValueError(f"the metric {name!r} is not defined for a {task.kind} task with {classes} labels")
@@ -228,7 +227,6 @@ def _of_label(task: Task, base: str, column: int, outputs: np.ndarray, targets: 
 
 
 def _matthews(predicted: np.ndarray, wanted: np.ndarray) -> Weighted:
-    """Matthews from counts of hits, predictions and labels of each class."""
     right = (predicted * wanted).sum(axis=1)
 
     def measure(counts: np.ndarray) -> np.ndarray:
@@ -239,84 +237,55 @@ def _matthews(predicted: np.ndarray, wanted: np.ndarray) -> Weighted:
     return measure
 
 
-def _pearson(decided: np.ndarray, targets: np.ndarray) -> Weighted:
-    """Pearson from weighted moments; centred first, because sums of squares of raw values lose digits."""
-    first, second = _standardise(decided), _standardise(targets)
-    columns = np.stack([first, second, first * first, second * second, first * second], axis=1)
-
-    def measure(counts: np.ndarray) -> np.ndarray:
-        moments = (counts @ columns) / counts.sum(axis=1, keepdims=True)
-        mean_first, mean_second, square_first, square_second, product = moments.T
-        return _correlation(
-            product - mean_first * mean_second,
-            square_first - mean_first**2,
-            square_second - mean_second**2,
-        )
-
-    return measure
-
-
 def _r2(decided: np.ndarray, targets: np.ndarray) -> Weighted:
     """Share of the labels' variance that the predictions explain; 0 where the labels of a draw are constant."""
-    spread = np.abs(targets - targets.mean()).max() or 1.0
-    centred, wrong = (targets - targets.mean()) / spread, (targets - decided) / spread
-    columns = np.stack([centred, centred**2, wrong**2], axis=1)
+    centred = targets - targets.mean()
+    error, mean, square = map(_mean_of, ((targets - decided) ** 2, centred, centred**2))
+    least = 1e-14 * np.square(centred).max()
 
     def measure(counts: np.ndarray) -> np.ndarray:
-        mean, square, error = ((counts @ columns) / counts.sum(axis=1, keepdims=True)).T
-        variance = square - mean**2
-        valid = variance > 1e-14
-        return np.where(valid, 1 - error / np.where(valid, variance, 1.0), 0.0)
+        variance = square(counts) - mean(counts) ** 2
+        valid = variance > least
+        return np.where(valid, 1 - error(counts) / np.where(valid, variance, 1.0), 0.0)
 
     return measure
 
 
-def _spearman(decided: np.ndarray, targets: np.ndarray) -> Weighted:
-    """Pearson of the average ranks among the drawn examples, ties included."""
-    first, second = _Ranks(decided), _Ranks(targets)
+def _correlation(first: Weighted, second: Weighted) -> Weighted:
+    """Correlate columns that are centred for each draw; 0 where one is constant up to rounding."""
 
     def measure(counts: np.ndarray) -> np.ndarray:
-        one, other = first.centred(counts), second.centred(counts)
-        product = np.einsum("de,de,de->d", counts, one, other)
-        square_one = np.einsum("de,de,de->d", counts, one, one)
-        square_other = np.einsum("de,de,de->d", counts, other, other)
-        return _correlation(product, square_one, square_other)
+        one, other = first(counts), second(counts)
+        pairs = ((one, other), (one, one), (other, other))
+        product, *squares = (np.einsum("de,de,de->d", counts, *pair) for pair in pairs)
+        valid = np.min(squares, axis=0) > 1e-14 * counts.sum(axis=1)
+        below = np.sqrt(np.where(valid, squares[0] * squares[1], 1.0))
+        return np.where(valid, np.clip(product / below, -1.0, 1.0), 0.0)
 
     return measure
 
 
-class _Ranks:
-    """Average ranks of one column under any counts, from a single sort."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.order = np.argsort(values, kind="stable")
-        ordered = values[self.order]
-        starts = np.concatenate(([True], ordered[1:] != ordered[:-1]))
-        self.starts = np.flatnonzero(starts)
-        self.group = np.empty(len(values), dtype=np.int64)
-        self.group[self.order] = np.cumsum(starts) - 1
-
-    def centred(self, counts: np.ndarray) -> np.ndarray:
-        """Give each example's average rank in each draw, less the mean rank."""
-        tied = np.add.reduceat(counts[:, self.order], self.starts, axis=1)
-        last = np.cumsum(tied, axis=1)
-        # Tied examples share the mean of the places from last - tied + 1 to last.
-        ranks = last - (tied - 1) / 2 - (last[:, -1:] + 1) / 2
-        return np.take(ranks, self.group, axis=1)
-
-
-def _standardise(values: np.ndarray) -> np.ndarray:
-    """Centre and scale, by which no correlation changes; a spread below the values' own rounding is none."""
+def _values(values: np.ndarray) -> Weighted:
+    """Give each example's value less the mean of the draw, scaled; a spread below the values' rounding is none."""
     centred = values - values.mean()
     spread = np.abs(centred).max()
-    return centred / spread if spread > 1e-13 * np.abs(values).max() else np.zeros_like(centred)
+    scaled = centred / spread if spread > 1e-13 * np.abs(values).max() else np.zeros_like(centred)
+    mean = _mean_of(scaled)
+    return lambda counts: scaled - mean(counts)[:, None]
 
 
-def _correlation(product: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Divide a covariance by two variances; 0 where either vanishes up to rounding."""
-    valid = (first > 1e-14) & (second > 1e-14)
-    below = np.sqrt(np.where(valid, first * second, 1.0))
-    return np.where(valid, np.clip(product / below, -1.0, 1.0), 0.0)
+def _ranks(values: np.ndarray) -> Weighted:
+    """Give each example's average rank in the draw less their mean; tied ones share the mean of their places."""
+    order = np.argsort(values, kind="stable")
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    starts = np.cumsum(sizes) - sizes
+
+    def centred(counts: np.ndarray) -> np.ndarray:
+        tied = np.add.reduceat(counts[:, order], starts, axis=1)
+        last = np.cumsum(tied, axis=1)
+        return np.asarray((last - (tied - 1) / 2 - (last[:, -1:] + 1) / 2)[:, group])
+
+    return centred
 
 
 def probabilities(logits: np.ndarray, kind: str, temperature: float = 1.0) -> np.ndarray:

@@ -28,12 +28,11 @@ class Predictions:
     split: tuple[str, ...]  # of each row, "validation" or "test"
     logits: np.ndarray  # float32 (rows, labels), columns as `label_names`; regression on the original scale
     label_names: tuple[str, ...]
-    labels: np.ndarray | None = None  # int64 (rows,), float32 for regression, float32 (rows, labels) for multi-label
+    labels: np.ndarray  # int64 (rows,), float32 for regression, float32 (rows, labels) for multi-label
     groups: tuple[str, ...] | None = None  # of each row (MNLI: "matched", "mismatched"), where the task has them
     offsets: np.ndarray | None = None  # int64 (rows + 1,): where the words of each row begin, in a task of tokens
 
     def only(self, split: str, group: str = "") -> Predictions:
-        """Keep the rows of one split, or of one group of it, in their order."""
         groups = self.groups if group else None
         rows = [
             row for row, name in enumerate(self.split) if name == split and (groups is None or groups[row] == group)
@@ -51,8 +50,8 @@ class Predictions:
             None if values is None else tuple(values[row] for row in rows)
             for values in (self.ids, self.split, self.groups)
         )
-        labels = None if self.labels is None else self.labels[chosen]
-        return Predictions(ids or (), split or (), self.logits[chosen], self.label_names, labels, groups, offsets)
+        logits, labels = self.logits[chosen], self.labels[chosen]
+        return Predictions(ids or (), split or (), logits, self.label_names, labels, groups, offsets)
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,14 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
     columns = {"id": pa.array(predictions.ids, pa.string()), "split": pa.array(predictions.split, pa.string())}
     if predictions.groups is not None:
         columns["group"] = pa.array(predictions.groups, pa.string())
-    if predictions.labels is not None:
-        labels = _label_column(predictions.labels)
-        columns["label"] = labels if offsets is None else as_lists(labels, offsets)
+    given = predictions.labels
+    if given.ndim == 2:
+        labels = pa.array([row.tolist() for row in given], pa.list_(pa.float32()))
+    elif np.issubdtype(given.dtype, np.integer):
+        labels = pa.array(given, pa.int64())
+    else:
+        labels = pa.array(given.astype(np.float32), pa.float32())
+    columns["label"] = labels if offsets is None else as_lists(labels, offsets)
     logits = np.asarray(predictions.logits, dtype=np.float32)
     write_table(Path(path), columns | logit_columns(predictions.label_names, logits, offsets))
 
@@ -93,7 +97,7 @@ def read_predictions(path: str | Path) -> Predictions:
         split=tuple(table.column("split").to_pylist()),
         logits=logits,
         label_names=tuple(name.removeprefix(LOGIT) for name in names),
-        labels=_labels_of(table),
+        labels=_labels_of(table, path),
         groups=tuple(table.column("group").to_pylist()) if "group" in table.column_names else None,
         offsets=None if lengths is None else as_offsets(lengths),
     )
@@ -143,18 +147,9 @@ def _cast(table: pa.Table, name: str, kind: pa.DataType, path: str | Path) -> pa
         raise ArtifactError(f"{path}: expected {kind} in column {name!r}: {fault}. {_REMEDY}") from None
 
 
-def _label_column(labels: np.ndarray) -> pa.Array:
-    if labels.ndim == 2:
-        return pa.array([row.tolist() for row in labels], pa.list_(pa.float32()))
-    if np.issubdtype(labels.dtype, np.integer):
-        return pa.array(labels, pa.int64())
-    return pa.array(labels.astype(np.float32), pa.float32())
-
-
-def _labels_of(table: pa.Table) -> np.ndarray | None:
-    """Read the labels back in the type they were stored in."""
+def _labels_of(table: pa.Table, path: str | Path) -> np.ndarray:
     if "label" not in table.column_names or table.column("label").null_count:
-        return None
+        raise ArtifactError(f"{path}: expected a label in every row, in the column 'label'. {_REMEDY}")
     column = table.column("label")
     if pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type):
         return np.asarray(pc.list_flatten(column))

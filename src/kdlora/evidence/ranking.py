@@ -26,7 +26,13 @@ Curve = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 def curve_of(task: Task, column: int, outputs: np.ndarray, targets: np.ndarray) -> Curve:
     """Prepare the curve of one label; rows of equal sureness stand together."""
     has_label = targets == column if task.kind == "single-label" else targets[:, column]
-    sureness = _sureness(task, column, outputs.astype(np.float64))
+    logits = outputs.astype(np.float64)
+    sureness = logits[:, column]
+    if task.kind != "multi-label":  # the log-odds, which order rows as probabilities do
+        others = np.delete(logits, column, axis=1)
+        top = others.max(axis=1)
+        odds = sureness - top - np.log(np.exp(others - top[:, None]).sum(axis=1))
+        sureness = np.round(odds, 9)  # what differs by rounding alone is equal
     order = np.argsort(-sureness, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(sureness[order]), -1.0))
     marks = has_label[order].astype(np.float64)
@@ -36,15 +42,6 @@ def curve_of(task: Task, column: int, outputs: np.ndarray, targets: np.ndarray) 
         return np.cumsum(ordered * marks, axis=1)[:, ends], np.cumsum(ordered, axis=1)[:, ends]
 
     return measure
-
-
-def _sureness(task: Task, column: int, logits: np.ndarray) -> np.ndarray:
-    """Give the log-odds of a label, which order rows as probabilities do; what differs by rounding alone is equal."""
-    if task.kind == "multi-label":
-        return logits[:, column]
-    others = np.delete(logits, column, axis=1)
-    top = others.max(axis=1)
-    return np.round(logits[:, column] - top - np.log(np.exp(others - top[:, None]).sum(axis=1)), 9)
 
 
 def mean_precision(curves: Sequence[Curve]) -> Weighted:

@@ -208,7 +208,6 @@ def read_record(path: str | Path) -> RunRecord:
 
 
 def write_results(path: str | Path, records: Iterable[RunRecord]) -> None:
-    """Write `{"runs": [...]}` atomically."""
     write_json_atomic(path, {"runs": [record.model_dump() for record in records]})
 
 

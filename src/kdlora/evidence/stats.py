@@ -111,18 +111,15 @@ def contrast(pairs: Sequence[PairedArms], *, draws: int = 2_000, level: float = 
 _Scorer = Callable[[np.ndarray], np.ndarray]
 
 
-def _paired(pair: PairedArms) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Line the runs up, pair by pair; an arm of one model has it in every pair."""
+def _differences(pair: PairedArms, draws: int, seed: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Give each seed's difference on the examples as they are, and the mean over seeds on each draw of examples."""
     count = max(len(pair.first), len(pair.second))
     first, second = (list(arm) * count if len(arm) == 1 else list(arm) for arm in (pair.first, pair.second))
     if len(first) != len(second) or (pair.seeds is not None and len(pair.seeds) != count):
         raise ValueError(f"{len(pair.first)} runs cannot be paired with {len(pair.second)}, seed by seed")
-    return list(zip(first, second, strict=True))
-
-
-def _differences(pair: PairedArms, draws: int, seed: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Give each seed's difference on the examples as they are, and the mean over seeds on each draw of examples."""
-    rows, runs = _group_rows(pair.examples, pair.groups), _paired(pair)
+    runs = list(zip(first, second, strict=True))
+    members = np.asarray(pair.groups if pair.groups is not None else [""] * pair.examples)
+    rows = [np.flatnonzero(members == name) for name in dict.fromkeys(members.tolist())]  # of each group
     scorers = {id(logits): _scorer(pair, logits, rows) for arms in runs for logits in arms}
 
     def measure(counts: np.ndarray) -> np.ndarray:
@@ -133,14 +130,6 @@ def _differences(pair: PairedArms, draws: int, seed: int | Sequence[int]) -> tup
 
     drawn = [measure(counts).mean(axis=0) for counts in _draw_counts(rows, draws, seed)]
     return measure(np.ones((1, pair.examples)))[:, 0], np.concatenate(drawn)
-
-
-def _group_rows(rows: int, groups: Sequence[str] | None) -> list[np.ndarray]:
-    """List the row numbers of each group; one group of all rows where there are none."""
-    if groups is None:
-        return [np.arange(rows)]
-    members = np.asarray(groups)
-    return [np.flatnonzero(members == name) for name in dict.fromkeys(groups)]
 
 
 def _scorer(pair: PairedArms, logits: np.ndarray, rows: list[np.ndarray]) -> _Scorer:

@@ -212,7 +212,7 @@ def _arms(layout: ExperimentLayout, rows: set[str], sureness: Sureness) -> list[
         if record.status == "finished" and file.exists():
             found = read_predictions(file).only("test")
             kept = np.array([name in rows for name in found.ids], dtype=bool)
-            if found.labels is not None and kept.sum() == len(rows):
+            if kept.sum() == len(rows):
                 logits = found.logits[kept]
                 wrong = logits.argmax(axis=1) != found.labels[kept]
                 judged.setdefault(record.arm, []).append((measure_sureness(logits, sureness), wrong))

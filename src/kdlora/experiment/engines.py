@@ -183,13 +183,11 @@ def open_engine(on: str | None, needs: Resources, paths: Iterable[str], gpus: Se
 
 
 def local_paths(config: Config) -> list[str]:
-    """List the files and folders that a run reads; Hub ids are left out."""
     named = (getattr(getattr(config, section), key) for section, key in PATH_KEYS)
     return [name for name in dict.fromkeys(named) if name is not None and Path(name).is_absolute()]
 
 
 def connect(on: str) -> Any:
-    """Join a Ray cluster, or start one on this machine."""
     if on != "ray" and not on.startswith("ray://"):
         raise ConfigError(f"--on takes ray, or ray://HOST:PORT such as ray://head:10001; got {on!r}")
     check_installed("--on", "ray")

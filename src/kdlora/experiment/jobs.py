@@ -135,7 +135,15 @@ def _train(job: Job, in_child: Callable[..., Any], listen: Listener) -> RunRecor
         record = train_afresh(lambda: in_child(train_run, *arguments, on_message=listen), stale)
     if record.fingerprints.get("data") != job.facts.fingerprint(job.config):
         raise ArtifactError("the data changed while the experiment ran; put back what was there and run it again")
-    return record if job.ships else _without_model(job, record)
+    if job.ships:
+        return record
+    # A suite compares, it ships nothing, and thousands of models fill a disk.
+    model = job.layout.run(job.arm, job.seed).model
+    remove(model)
+    inside = f"{model.relative_to(job.layout.root).as_posix()}/"
+    files = {name: digest for name, digest in record.files.items() if not name.startswith(inside)}
+    taught = {"taught_by": job.teacher} if job.teacher else {}
+    return record.model_copy(update={"fingerprints": record.fingerprints | taught, "files": files})
 
 
 def train_afresh(train: Callable[[], T], checkpoints: Path) -> T:
@@ -148,16 +156,6 @@ def train_afresh(train: Callable[[], T], checkpoints: Path) -> T:
         logger.info("%s starts afresh: %s", checkpoints.parent, error)
         remove(checkpoints)
         return train()
-
-
-def _without_model(job: Job, record: RunRecord) -> RunRecord:
-    """Remove a run's whole model: a suite compares, it ships nothing, and thousands of models fill a disk."""
-    model = job.layout.run(job.arm, job.seed).model
-    remove(model)
-    inside = f"{model.relative_to(job.layout.root).as_posix()}/"
-    files = {name: digest for name, digest in record.files.items() if not name.startswith(inside)}
-    taught = {"taught_by": job.teacher} if job.teacher else {}
-    return record.model_copy(update={"fingerprints": record.fingerprints | taught, "files": files})
 
 
 def record_failure(

@@ -186,7 +186,6 @@ def _base_values(suite: SuiteConfig, task: str, family: str, arms: Sequence[str]
 
 
 def reset_unused(config: Config, arm: Arm) -> Config:
-    """Reset what an arm does not use, so that equal runs are one run."""
     return functools.reduce(_reset, _unused_keys(config, arm), config)
 
 
@@ -212,7 +211,6 @@ def _unused_keys(config: Config, arm: Arm) -> list[str]:
 
 
 def _reset(section: Section, key: str) -> Any:
-    """Set a key, or a key of an inner section, to its default."""
     name, _, rest = key.partition(".")
     value = _reset(getattr(section, name), rest) if rest else type(section).model_fields[name].default
     return section.model_copy(update={name: value})

@@ -59,7 +59,6 @@ def splits_by_name(splits: Splits, *, scored: bool = False) -> dict[str, Dataset
 
 
 def hash_splits(splits: Splits) -> str:
-    """Fingerprint the ids, texts and labels of every split, in their order."""
     parts = splits_by_name(splits).items()
     return hash_json({name: hash_columns(rows, sorted(rows.column_names)) for name, rows in parts})
 
@@ -99,7 +98,6 @@ def prepare_process(config: Config) -> None:
 
 @contextlib.contextmanager
 def logged(stage: str, arm: str, seed: int) -> Iterator[None]:
-    """Log the begin of a stage, and its end unless it fails."""
     logger.info("begin %s %s seed %d", stage, arm, seed)
     yield
     logger.info("end %s %s seed %d", stage, arm, seed)
@@ -203,7 +201,6 @@ def add_training(record: RunRecord, trained: Trained, teacher: Sequence[TeacherL
 
 
 def finish(record: RunRecord, layout: ExperimentLayout, kept: Iterable[Path], notes: Sequence[str] = ()) -> RunRecord:
-    """End the record of a run, with the hashes of what it leaves and more notes."""
     ended = {"status": "finished", "finished": now(), "files": hash_files(layout.root, kept)}
     return record.model_copy(update=ended | {"notes": [*record.notes, *notes]})
 
@@ -234,7 +231,6 @@ def keep_weights(
 
 
 def lacks_weights(layout: ExperimentLayout, arm: Arm, seed: int) -> bool:
-    """Say whether a run that may ship has lost, or never kept, its weights."""
     place = layout.run(arm, seed)
     return arm in STUDENT_ARMS and not (place.adapter if arm in LORA_ARMS else place.model).exists()
 
@@ -349,7 +345,6 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def keep_examples(layout: ExperimentLayout, splits: Splits) -> None:
-    """Keep the texts of the scored rows, so that the report can quote them."""
     write_examples(
         layout.examples,
         (

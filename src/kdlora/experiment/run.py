@@ -89,12 +89,10 @@ class ExperimentResult:
     notes: tuple[str, ...] = field(default=())
 
     def __repr__(self) -> str:
-        """Say where it lies and how it went."""
         shipped = "nothing shipped" if self.shipped is None else f"{self.shipped.arm} seed {self.shipped.seed} shipped"
         return f"ExperimentResult({str(self.folder)!r}, {len(self.records)} runs, {len(self.failed)} failed, {shipped})"
 
     def _repr_html_(self) -> str:
-        """Show the table of the arms in a notebook."""
         return html_table(arm_table(self.records))
 
     @property
@@ -162,7 +160,11 @@ def run_experiment(
     layout = _layout(config, out)
     with gather_team(config) as team:
         if not team.leads:
-            return _read_result(config, layout, team.follow(config, layout))
+            end = team.follow(config, layout)
+            places = [layout.run(run.arm, run.seed).record for run in plan_runs(config)]
+            records = [read_record(place) for place in places if place.exists()]
+            best = next((one for one in records if [one.arm, one.seed] == end["shipped"]), None)
+            return ExperimentResult(layout.root, records, best, tuple(end["notes"]))
         result = _lead(config, layout, team, listen, before)
         shipped = None if result.shipped is None else [result.shipped.arm, result.shipped.seed]
         team.end(kind="done", shipped=shipped, notes=result.notes)
@@ -205,14 +207,6 @@ def _plan(
     return replace(plan, gpus=len(gpus_for(config, processes)))
 
 
-def _read_result(config: Config, layout: ExperimentLayout, end: dict[str, Any]) -> ExperimentResult:
-    """Tell what the first process left, in another one."""
-    places = [layout.run(run.arm, run.seed).record for run in plan_runs(config)]
-    records = [read_record(place) for place in places if place.exists()]
-    shipped = next((one for one in records if [one.arm, one.seed] == end["shipped"]), None)
-    return ExperimentResult(layout.root, records, shipped, tuple(end["notes"]))
-
-
 def _lead(
     config: Config,
     layout: ExperimentLayout,
@@ -241,7 +235,9 @@ def _lead(
         records = _run_all(config, layout, facts, finished, team, lock, listen)
         shipped = _ship_best(config, layout, splits.task, records)
         notes += () if shipped is None else _deploy(config, layout, shipped, listen)
-        notes += () if shipped is None else _decide(config, layout)
+        if shipped is not None and not is_decided(config, layout):
+            with logged("decide", "student", config.teacher_seed):
+                notes += run_in_child(decide_student, config, layout)
         lock.check()
         with logged("report", "all", config.teacher_seed):
             make_report(layout.root)
@@ -356,11 +352,3 @@ def _deploy(config: Config, layout: ExperimentLayout, shipped: RunRecord, listen
     except Exception as error:  # a student that cannot be exported is still a student
         logger.error("the student was not exported: %s", error, exc_info=not isinstance(error, KdLoraError))
         return (f"The student was not exported: {error}",)
-
-
-def _decide(config: Config, layout: ExperimentLayout) -> tuple[str, ...]:
-    """Fit thresholds and promise an error rate, where the config says so; return what is to be said of them."""
-    if is_decided(config, layout):
-        return ()
-    with logged("decide", "student", config.teacher_seed):
-        return run_in_child(decide_student, config, layout)

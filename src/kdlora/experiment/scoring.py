@@ -96,7 +96,6 @@ def _judge(task: Task, rows: Dataset, logits: np.ndarray, truncated: int = 0) ->
 
 
 def groups_of(examples: Dataset) -> list[str] | None:
-    """Return the group of each example (MNLI), None where there are none."""
     return list(examples["group"]) if "group" in examples.column_names else None
 
 
@@ -292,11 +291,11 @@ def doubts_of_teacher(config: Config, layout: ExperimentLayout, records: Sequenc
 def unknown_classes(task: Task, predictions: Predictions) -> list[str]:
     """Name the classes, or types of entities, of which a teacher gets nothing in the validation rows right."""
     seen = predictions.only("validation")
-    if task.kind == "tokens" and seen.labels is not None:
+    if task.kind == "tokens":
         counts = counts_from_logits(task.label_names, seen.logits, seen.labels, seen.offsets).sum(axis=0)
         found = zip(task.label_types, counts.tolist(), strict=True)
         return [name for name, (right, _, wanted) in found if wanted >= _FEWEST_ROWS and not right]
-    if task.kind != "single-label" or seen.labels is None:
+    if task.kind != "single-label":
         return []
     labels = np.asarray(seen.labels, dtype=np.int64)
     right = labels[seen.logits.argmax(axis=1) == labels]
@@ -305,7 +304,6 @@ def unknown_classes(task: Task, predictions: Predictions) -> list[str]:
 
 
 def recorded_task(layout: ExperimentLayout) -> Task:
-    """Read the task of an experiment in which a run has ended."""
     records = read_results(layout.results)
     if not records:
         raise ArtifactError(f"{layout.results}: no run has ended yet; finish the experiment first: kdlora run")

@@ -318,7 +318,6 @@ if TYPE_CHECKING:
 def write_search_report(
     folder: Path, title: str, arm: str, search: SearchConfig, trials: Sequence[FrozenTrial]
 ) -> tuple[Path, ...]:
-    """Write `search.md`, `search.html` and `trials.csv`."""
     ranked = best_first(trials)
     failed = [one for one in trials if one.state.name == "FAIL" and "error" in one.user_attrs]
     told = [f"Trial {one.number} failed: {one.user_attrs['error']}" for one in failed[:_SHOWN]]
@@ -342,10 +341,6 @@ def write_search_report(
     return (*report.paths, folder / "trials.csv")
 
 
-def _value(trial: FrozenTrial) -> float:
-    return float(trial.value or 0.0)
-
-
 def _setting(trial: FrozenTrial, search: SearchConfig, key: str) -> str:
     value = settings_of(search, trial.params).get(key, "–")
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -362,7 +357,7 @@ def _lead(trials: Sequence[FrozenTrial], ranked: Sequence[FrozenTrial], search: 
         "test rows of the config were not scored. The best of many is too high: report what best.yaml scores on them. "
         "A trial is one seed: no verdict on the difference of two."
     ).format(
-        *(arm_title(arm), counted, _value(ranked[0]), statistics.median(map(_value, ranked))),
+        *(arm_title(arm), counted, ranked[0].value, statistics.median(one.value or 0.0 for one in ranked)),
         ", ".join(f"{key} {_setting(ranked[0], search, key)}" for key in search.space),
         search.validation_fraction,
     )
@@ -376,7 +371,7 @@ def _trial_table(ranked: Sequence[FrozenTrial], search: SearchConfig) -> Table:
 
     columns: dict[str, Callable[[FrozenTrial], Cell | str]] = {
         "trial": number,
-        "score": lambda one: f"{_value(one):.2f}",
+        "score": lambda one: f"{one.value:.2f}",
         **{key: lambda one, key=key: _setting(one, search, key) for key in search.space},  # type: ignore[misc]
     }
     told = f"The best {_SHOWN} of {len(ranked)}; trials.csv has all." if len(ranked) > _SHOWN else ""

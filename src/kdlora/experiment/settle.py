@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, SettledTraining, TrainConfig
 from kdlora.configfile import load_config
-from kdlora.data.batches import PAD_MULTIPLE, Tokenised, encode_texts, tokenise
+from kdlora.data.batches import PAD_MULTIPLE, encode_texts, tokenise
 from kdlora.data.load import Splits
 from kdlora.data.logit_table import is_collection, open_collection
 from kdlora.data.spool import read_texts
@@ -81,7 +81,6 @@ def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
 
 
 def load_base(config: Config, arm: Arm, seed: int, task: Task) -> Encoder:
-    """Load the pretrained encoder that an arm trains, with a fresh head."""
     teacher, layers = config.teacher, config.student.from_teacher_layers
     if arm not in TEACHER_ARMS and layers is not None:
         assert teacher.model is not None  # the config refuses layers without a teacher model
@@ -158,7 +157,6 @@ def check_table(config: Config, splits: Splits) -> list[str]:
 
 
 def labels_unlabelled(config: Config) -> bool:
-    """Say whether the teacher of the experiment has to read the unlabelled rows."""
     more = config.data.unlabelled is not None or config.data.augment > 0
     return more and _collection(config) is None and not config.teacher.is_table
 
@@ -177,7 +175,6 @@ def check_collection(config: Config, encoder: Encoder) -> None:
 
 
 def _collection(config: Config) -> Path | None:
-    """Return the labelled collection that `data.unlabelled` names, if it is one."""
     place = None if config.data.unlabelled is None else Path(config.data.unlabelled)
     return place if place is not None and is_collection(place) else None
 
@@ -207,7 +204,6 @@ def sample_texts(rows: Dataset) -> dict[str, list[str]]:
 
 
 def count_tokens(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Count the tokens of each text or pair, uncut, special tokens included."""
     return np.asarray(encode_texts(texts, tokenizer, 2**31 - 1)["length"])
 
 
@@ -250,32 +246,30 @@ def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.nd
     by_length, windows = np.argsort(lengths, kind="stable"), window_settings(config.data)
     threads, clock = torch.get_num_threads(), time.process_time if device.type == "cpu" else time.perf_counter
 
-    def run(tokens: Tokenised) -> float:
+    def run(count: int) -> tuple[float, float]:
+        """Give the seconds of a pass over so many texts, and those a token."""
+        rows = by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
+        some = {name: [column[row] for row in rows] for name, column in texts.items()}
+        words = {"starts": [[0]] * count, "ends": [[1]] * count} if encoder.reads_words else {}
+        tokens = tokenise(Dataset.from_dict(some | words), encoder.tokenizer, max_length, windows=windows, quiet=True)
         start = clock()
         predict_logits(encoder.model, encoder.tokenizer, tokens, precision=precision)
-        return clock() - start
+        seconds = clock() - start
+        return seconds, seconds / float(tokens_read(lengths[rows], max_length, windows).sum())
 
-    count, warm = 4, False
+    count = 4
     try:
         torch.set_num_threads(1)
-        while True:
-            rows = by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
-            some = {name: [column[row] for row in rows] for name, column in texts.items()}
-            words = {"starts": [[0]] * count, "ends": [[1]] * count} if encoder.reads_words else {}
-            rows_read = Dataset.from_dict(some | words)
-            tokens = tokenise(rows_read, encoder.tokenizer, max_length, windows=windows, quiet=True)
-            seconds = run(tokens)
-            if warm and (seconds > _TIMED_SECONDS or count > 200):
-                seconds = min(seconds, run(tokens), run(tokens))  # what else the machine does can only lengthen one
-                seconds /= float(tokens_read(lengths[rows], max_length, windows).sum())
-                return seconds / threads**_GAIN if device.type == "cpu" else seconds
-            count, warm = (count * 4 if warm else count), True
+        run(count)  # the first pass is slower than all others
+        while run(count)[0] < _TIMED_SECONDS and count < 200:
+            count *= 4
+        seconds = min(run(count)[1] for _ in range(3))  # what else the machine does can only lengthen one
+        return seconds / threads**_GAIN if device.type == "cpu" else seconds
     finally:
         torch.set_num_threads(threads)
 
 
 def tokens_read(lengths: np.ndarray, max_length: int, windows: WindowSettings | None) -> np.ndarray:
-    """Count the tokens that a model reads of texts of these lengths."""
     return np.minimum(lengths, max_length) if windows is None else windows.count_tokens(lengths, max_length)
 
 
@@ -394,5 +388,4 @@ def _weighed(settings: TrainConfig, weights: OpenClassWeights | None) -> TrainCo
 
 
 def _without_null(section: Section, **values: Any) -> Section:
-    """Fill in the keys of a section that are null."""
     return section.model_copy(update={key: value for key, value in values.items() if getattr(section, key) is None})

@@ -142,7 +142,6 @@ def check_space(config: Config, search: SearchConfig) -> None:
 
 
 def distributions(search: SearchConfig) -> dict[str, BaseDistribution]:
-    """Say the space in Optuna's words."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     found: dict[str, BaseDistribution] = {}
@@ -157,8 +156,6 @@ def distributions(search: SearchConfig) -> dict[str, BaseDistribution]:
 
 
 def settings_of(search: SearchConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a trial's point back into config values."""
-
     def value_of(space: Range | Choices, point: Any) -> Any:
         return point if isinstance(space, Range) else next(one for one in space.values if _label(one) == point)
 

@@ -64,7 +64,6 @@ class SuiteResult:
         return [record for record in self.records.values() if record.status == "failed"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures for programs."""
         names = ("experiment", "arm", "seed", "error")
         return {
             "folder": str(self.folder),
@@ -197,7 +196,6 @@ class Overview:
 
 
 def look_at_suite(suite: SuiteConfig, out: str | Path | None = None) -> Overview:
-    """Say what a suite would do, without doing any of it."""
     plan, records = make_plan(suite), dict[str, RunRecord]()
     seconds: float | None = None
     obstacle = ""

@@ -184,7 +184,7 @@ class SuiteFigures:
         except ArtifactError:
             return None
         aligned = align([one.only("validation", group) for one in found])
-        if aligned is None or aligned[0].labels is None:
+        if aligned is None:
             return None
         logits = [one.logits for one in aligned]
         task = Task.from_dict(self.records[pairs[0][0].key].task)

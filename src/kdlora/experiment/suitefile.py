@@ -172,7 +172,6 @@ class SuiteConfig(Section):
 
 
 def configurations(axes: Axes) -> Iterator[Settings]:
-    """Give every configuration of a grid, the last axis fastest."""
     return (dict(itertools.chain.from_iterable(part.items() for part in parts)) for parts in itertools.product(*axes))
 
 
@@ -197,7 +196,6 @@ def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> SuiteConfig:
 def build_suite(
     values: Mapping[str, Any], overrides: Iterable[str] = (), *, base: Path | None = None, where: str = "suite"
 ) -> SuiteConfig:
-    """Validate nested values into a suite; paths become absolute."""
     changes: dict[str, Any] = {}
     for override in overrides:
         assign(changes, override)
@@ -223,5 +221,4 @@ def _with_absolute_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any
 
 
 def save_suite(suite: SuiteConfig) -> str:
-    """Write a suite as YAML that carries it out again from anywhere."""
     return yaml.safe_dump(suite.model_dump(mode="json"), sort_keys=False)

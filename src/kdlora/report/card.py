@@ -36,7 +36,6 @@ _HUB_METRICS = {
 def student_card(
     record: RunRecord, licence: str | None = None, *, reason: str = "", decisions: Sequence[str] = ()
 ) -> str:
-    """Write the card of a student as Markdown with the Hub's metadata."""
     (split, metrics), task = _scored(record), Task.from_dict(record.task)
     facts = {
         "record": record,
@@ -100,7 +99,6 @@ def _known(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scored(record: RunRecord) -> tuple[str, dict[str, float | None]]:
-    """Name the split of the headline, and give its metrics."""
     return ("validation", record.metrics) if record.test_score is None else ("test", record.test_metrics)
 
 

@@ -56,13 +56,11 @@ class Experiment:
         return "test" if finished and all(run.record.test_score is not None for run in finished) else "validation"
 
     def finished(self, arm: str) -> tuple[Run, ...]:
-        """List the finished runs of an arm that have a score."""
         own = (run for run in self.runs if run.record.arm == arm and run.record.status == "finished")
         return tuple(run for run in own if run.score(self.split) is not None)
 
     @property
     def unfinished(self) -> tuple[Run, ...]:
-        """The runs that failed or never ended."""
         return tuple(run for run in self.runs if run.record.status != "finished")
 
     def score(self, arm: str) -> MeanSd | None:
@@ -89,12 +87,10 @@ class Experiment:
 
     @property
     def student_arm(self) -> str | None:
-        """The arm that ships; None where no student run has finished with a score."""
         return None if self.choice is None else self.choice.arm
 
     @cached_property
     def shows_paper(self) -> bool:
-        """Whether the config asks for the paper's claims."""
         try:
             return load_config(ExperimentLayout(self.folder).config).report.paper
         except (KdLoraError, OSError):
@@ -111,7 +107,6 @@ class Experiment:
 
     @cached_property
     def examples(self) -> dict[tuple[str, str], ExampleText]:
-        """The texts of the scored rows; empty where they were not kept."""
         try:
             return read_examples(ExperimentLayout(self.folder).examples)
         except ArtifactError:
@@ -160,8 +155,7 @@ def _check_predictions(record: RunRecord, found: Predictions) -> None:
         raise ValueError(
             f"they are of the labels {', '.join(found.label_names):.80}, the run of {', '.join(names):.80}"
         )
-    if found.labels is not None:
-        check_arrays(Task.from_dict(record.task), found.logits, found.labels, found.offsets)
+    check_arrays(Task.from_dict(record.task), found.logits, found.labels, found.offsets)
 
 
 def load_single_run(place: RunLayout) -> Experiment:

@@ -87,11 +87,8 @@ def pair_runs(
     aligned = align([run.predictions.only(split) for runs in kept for run in runs if run.predictions is not None])
     if aligned is None:
         return Comparison(first[0], second[0], None, plain, "not paired: the examples are not the same")
-    labels = aligned[0].labels
-    if labels is None:
-        return Comparison(first[0], second[0], None, plain, "not paired: the examples have no labels")
-    logits, cut = [one.logits for one in aligned], len(kept[0])
-    arms = PairedArms(task, labels, logits[:cut], logits[cut:], aligned[0].groups, offsets=aligned[0].offsets)
+    logits, cut, one = [one.logits for one in aligned], len(kept[0]), aligned[0]
+    arms = PairedArms(task, one.labels, logits[:cut], logits[cut:], one.groups, offsets=one.offsets)
     difference = contrast([arms], draws=draws)
     return Comparison(first[0], second[0], difference, difference.difference)
 
@@ -132,17 +129,16 @@ def align(predictions: Sequence[Predictions]) -> list[Predictions] | None:
             return None
         columns = [one.label_names.index(name) for name in first.label_names]
         aligned.append(_reorder(one, [rows_of[key] for key in places[0]], columns))
-    labels = [np.asarray(one.labels) for one in aligned]  # None where there are none
-    return aligned if all(np.array_equal(one, labels[0]) for one in labels) else None
+    return aligned if all(np.array_equal(one.labels, aligned[0].labels) for one in aligned) else None
 
 
 def _reorder(one: Predictions, rows: list[int], columns: list[int]) -> Predictions:
     """Take rows and columns in a given order; label indices follow the columns."""
     taken = one.take(rows)
     labels = taken.labels
-    if labels is not None and labels.ndim == 2:
+    if labels.ndim == 2:
         labels = labels[:, columns]
-    elif labels is not None and np.issubdtype(labels.dtype, np.integer):
+    elif np.issubdtype(labels.dtype, np.integer):
         labels = np.where(labels < 0, labels, np.argsort(columns)[labels])  # below 0: a word without a label
     names = tuple(one.label_names[column] for column in columns)
     return replace(taken, logits=taken.logits[:, columns], label_names=names, labels=labels)
@@ -223,7 +219,6 @@ def choose_student(task: Task, runs: Sequence[Run]) -> Choice | None:
 
 
 def _known(score: float | None) -> float:
-    """Put a score that is not defined below every other."""
     return -np.inf if score is None else score
 
 

@@ -66,7 +66,7 @@ def error_blocks(experiment: Experiment) -> list[Block]:
 
 def _outputs(experiment: Experiment, arm: str) -> Outputs | None:
     aligned = align(experiment.predictions(arm))
-    if aligned is None or aligned[0].labels is None:
+    if aligned is None:
         return None
     logits = tuple(one.logits for one in aligned)  # those of a word that a model did not see are no numbers
     if experiment.task.kind != "tokens" and not all(np.isfinite(one).all() for one in logits):
@@ -96,7 +96,6 @@ def _confusion_matrix(outputs: Outputs) -> Table:
 
 
 def _confusion_table(outputs: Outputs, counts: np.ndarray, names: Sequence[str]) -> list[Table]:
-    """List the most frequent confusions, if any, for tasks with more labels than a matrix can show."""
     totals = counts.sum(axis=1)
     np.fill_diagonal(counts, 0)
     order = np.argsort(-counts, axis=None, kind="stable")[:_MOST_PAIRS]
@@ -155,7 +154,6 @@ def _per_label(outputs: Outputs) -> dict[str, list[np.ndarray]]:
 
 
 def _entities(outputs: Outputs) -> list[np.ndarray]:
-    """Count each seed's entities by type: right, predicted and wanted."""
     names, labels, offsets = outputs.task.label_names, outputs.labels, outputs.offsets
     return [counts_from_logits(names, one, labels, offsets).sum(axis=0) for one in outputs.logits]
 
@@ -261,7 +259,7 @@ def _disagreements(experiment: Experiment, arm: str) -> list[Quotation] | None:
     for row in np.argsort(-distance, kind="stable")[: 4 * _MOST_QUOTATIONS]:
         example = experiment.examples.get((rows.split[row], rows.ids[row]))
         if example is not None and len(quotations) < _MOST_QUOTATIONS:
-            facts = {"id": rows.ids[row]} | ({} if rows.labels is None else {"label": _label(task, rows.labels[row])})
+            facts = {"id": rows.ids[row], "label": _label(task, rows.labels[row])}
             facts["teacher"] = _opinion(task, teacher[row], student[row])
             facts[who] = _opinion(task, student[row], teacher[row])
             pair = None if example.text_pair is None else _cut(example.text_pair)
@@ -349,7 +347,7 @@ def span_quotations(
 ) -> list[Quotation]:
     """Quote where the entities of the first predictions, the teacher's, and of the mean of the others differ most."""
     teacher, rows = aligned[0], aligned[0].offsets
-    if rows is None or teacher.labels is None:
+    if rows is None:
         return []
     student = np.mean([probabilities(one.logits, task.kind) for one in aligned[1:]], axis=0)
     sides = {"label": teacher.labels, "teacher": decode(teacher.logits, rows), "student": decode(student, rows)}

@@ -101,7 +101,6 @@ class Table:
         return cls(caption, tuple(columns), rows, **looks)
 
     def texts(self) -> list[tuple[str, ...]]:
-        """Give the rows without links and emphasis."""
         cells = ((cell if isinstance(cell, str) else cell.text for cell in row) for row in self.rows)
         return [tuple(text.striptags() if isinstance(text, Markup) else text for text in row) for row in cells]
 
@@ -203,7 +202,6 @@ class Report:
 
 
 def write_page(page: Page, markdown_path: Path, html_path: Path) -> Report:
-    """Render a page both ways and write both files atomically."""
     for path in (markdown_path, html_path):
         if path.exists() and not is_ours(path) and _SIGN not in path.read_text(encoding="utf-8", errors="replace"):
             raise ArtifactError(f"{path} was not written by kdlora and stays; name another folder with --out")
@@ -214,7 +212,6 @@ def write_page(page: Page, markdown_path: Path, html_path: Path) -> Report:
 
 
 def render(page: Page, paths: tuple[Path, ...] = ()) -> Report:
-    """Render a page both ways; every text is escaped by the template engine."""
     script = files("kdlora.report").joinpath("templates/report.js").read_text(encoding="utf-8")
     try:
         own = f"kdlora {version('kdlora')}"
@@ -232,7 +229,6 @@ def render(page: Page, paths: tuple[Path, ...] = ()) -> Report:
 
 
 def html_table(table: Table) -> str:
-    """Give a table that a notebook shows; every text is escaped."""
     return str(engine("html").get_template("macros.html").module.table(table))  # type: ignore[attr-defined]
 
 
@@ -265,14 +261,12 @@ def _to_markdown(value: object) -> Markup:
 
 
 def escape(text: str) -> str:
-    """Make text harmless in a line or table cell of Markdown."""
     flat = _BLANKS.sub(" ", text).strip(" ")
     flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _NUMBERED.sub(r"\1\\\2", _SIGNS.sub(r"\\\1", flat))
 
 
 def _fence(text: str) -> Markup:
-    """Give a fence that the text does not hold."""
     return Markup("`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0)))
 
 

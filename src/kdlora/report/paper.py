@@ -67,7 +67,6 @@ class Claim:
     than: str  # the arm
 
     def in_tables(self, family: str) -> float:
-        """Give what the paper's own tables say for a family, per cent."""
         if self.of == "score":
             scores = published_scores("score")[family]
             return 100 * scores["kd-lora"] / scores[self.than]
@@ -102,7 +101,6 @@ def published_scores(task: str) -> dict[str, dict[str, float]]:
 
 
 def family_of(teacher: str | None, student: str | None) -> str | None:
-    """Find the paper's family that a pair of models is."""
     names = [str(source or "").rstrip("/").rsplit("/", 1)[-1] for source in (teacher, student)]
     pairs = {family: [costs["fft"].model, costs["kd-lora"].model] for family, costs in COSTS.items()}
     return next((family for family, pair in pairs.items() if pair == names), None)

@@ -85,7 +85,6 @@ class Series:
         return cls(name, style, tuple((entry["epoch"], entry["score"]) for entry in entries))
 
     def by_epoch(self) -> dict[float, list[float]]:
-        """Collect the seeds' values at each epoch."""
         found: dict[float, list[float]] = {}
         for epoch, value in self.points:
             found.setdefault(epoch, []).append(value)
@@ -170,13 +169,11 @@ def _for_page(svg: str, title: str, description: str, identity: str) -> str:
 
 
 def scatter(axes: Any, points: Sequence[tuple[float, float]], style: Style, *, radius: float = 4, **looks: Any) -> None:
-    """Draw marks at points."""
     looks = {"c": style.colour, "marker": style.marker, "edgecolors": PALETTE["card"]} | looks
     axes.scatter(*zip(*points, strict=True), (2 * radius) ** 2, **looks)
 
 
 def padded(values: Sequence[float], *, margin: float = 0.12, least: float = 1.0) -> tuple[float, float]:
-    """Give limits around values with some air, and at least so much range."""
     low, high = min(values), max(values)
     spread = max(high - low, least)
     middle = (low + high) / 2
@@ -220,7 +217,6 @@ def _aside(series: Sequence[Series]) -> list[float]:
 
 
 def _paint_costs(axes: Any, series: Sequence[Series]) -> None:
-    """Draw the runs of each arm and their mean."""
     from matplotlib.transforms import ScaledTranslation
 
     for one, aside in zip(series, _aside(series), strict=True):
@@ -240,7 +236,6 @@ def _paint_costs(axes: Any, series: Sequence[Series]) -> None:
 
 
 def log_ticks(axes: Any, low: float, high: float) -> None:
-    """Make the horizontal axis logarithmic, with plain numbers along it."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     axes.set_xscale("log")
@@ -322,7 +317,6 @@ def differences(rows: Sequence[tuple[str, Difference]], *, title: str, identity:
 
 
 def picture_format(path: Path) -> str:
-    """Say in which format a picture is written, by its extension."""
     if (found := path.suffix.lower().lstrip(".") or "png") not in _PICTURES:
         raise ConfigError(f"{path}: a plot is drawn as one of {', '.join(_PICTURES)}, by the file's extension")
     return found

@@ -88,14 +88,26 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
     comparisons = compare_arms(experiment, draws=draws)
     answered, cautions = opening(experiment, comparisons)
     short = [_tiles(experiment, comparisons, f"#{links.runs}"), *cautions]
+    runs = {arm: experiment.finished(arm) for arm in experiment.arms}
+    curves = [Series.of(arm_title(arm), arm_style(arm), [run.record for run in own]) for arm, own in runs.items()]
+    groups = [(arm_title(arm), arm_style(arm), own) for arm, own in runs.items()]
+    paired = [(one.title, one.difference) for one in comparisons if one.difference is not None]
+    score = [
+        score_table(experiment, links),
+        claims_table(experiment, links) if experiment.shows_paper else None,
+        difference_table(comparisons, links) if comparisons else None,
+        differences(paired, title="Differences with their intervals", identity="differences"),
+    ]
+    cost = [cost_table(experiment, links), asked_table(experiment), *cost_plots(groups, experiment.split)]
+    training = learning_curves(curves, title="Validation score", value="score on validation", identity="curve")
     explained = Bullets(tuple(f"{': '.join(ARMS[arm])}." for arm in experiment.arms if arm in ARMS))
     parts: tuple[tuple[str, str, Sequence[Block | None]], ...] = (
         ("In short", "short", short),
-        ("Score", "score", _score_blocks(experiment, comparisons, links)),
-        ("Cost", "cost", _cost_blocks(experiment, links)),
+        ("Score", "score", score),
+        ("Cost", "cost", cost),
         ("As shipped", "shipped", shipped_blocks(experiment.shipped, links)),
         ("What may be acted on", "deferring", deferral_blocks(experiment)),
-        ("Training", "training", _training_blocks(experiment)),
+        ("Training", "training", [training]),
         ("What it gets wrong", "errors", error_blocks(experiment)),
         ("Where teacher and student disagree most", "examples", example_blocks(experiment)),
         ("Runs", links.runs, [run_table(experiment, links), explained]),
@@ -103,27 +115,6 @@ def _page(experiment: Experiment, links: Links, draws: int) -> Page:
     )
     sections = tuple(Section(*part) for part in parts if any(part[2]))
     return Page(experiment.name, "report", answered, sections)
-
-
-def _score_blocks(experiment: Experiment, comparisons: Sequence[Comparison], links: Links) -> list[Block | None]:
-    paired = [(one.title, one.difference) for one in comparisons if one.difference is not None]
-    return [
-        score_table(experiment, links),
-        claims_table(experiment, links) if experiment.shows_paper else None,
-        difference_table(comparisons, links) if comparisons else None,
-        differences(paired, title="Differences with their intervals", identity="differences"),
-    ]
-
-
-def _cost_blocks(experiment: Experiment, links: Links) -> list[Block | None]:
-    groups = [(arm_title(arm), arm_style(arm), experiment.finished(arm)) for arm in experiment.arms]
-    return [cost_table(experiment, links), asked_table(experiment), *cost_plots(groups, experiment.split)]
-
-
-def _training_blocks(experiment: Experiment) -> list[Block | None]:
-    records = {arm: [run.record for run in experiment.finished(arm)] for arm in experiment.arms}
-    scores = [Series.of(arm_title(arm), arm_style(arm), own) for arm, own in records.items()]
-    return [learning_curves(scores, title="Validation score", value="score on validation", identity="curve")]
 
 
 def _provenance(experiment: Experiment) -> list[Block | None]:

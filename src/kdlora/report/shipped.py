@@ -77,8 +77,6 @@ class BenchmarkResult:
         return html_table(self.table())
 
     def conditions(self) -> str:
-        """Say how much was measured, and on what."""
-
         def number(value: int | None, what: str, more: str = "") -> str:
             return "" if value is None else f"{value:,} {what}{'' if value == 1 else 's'}{more}"
 

@@ -56,7 +56,6 @@ def _export_blocks(export: Export, href: str) -> list[Block]:
 
 
 def stage_table(export: Export, stages: Sequence[Parity], links: tuple[Link, ...] = ()) -> Table:
-    """List what each stage of an export kept."""
     fused = ", ".join(f"{number} {name}" for name, number in export.fused.items() if number)
     facts = [
         f"Quantisation: {export.recipe}." if export.recipe else "",

@@ -106,7 +106,6 @@ class Links:
     runs: str
 
     def file(self, path: Path) -> str:
-        """Give a relative, encoded address."""
         return quote(Path(os.path.relpath(path.resolve(), self.base.resolve())).as_posix())
 
     def to_all(self, runs: Sequence[Run]) -> tuple[Link, ...]:
@@ -277,7 +276,6 @@ def difference_table(comparisons: Sequence[Comparison], links: Links) -> Table:
 
 
 def arm_table(records: Sequence[RunRecord]) -> Table:
-    """Put the runs of an experiment together for terminals and notebooks."""
     split = "test" if any(record.test_score is not None for record in records) else "validation"
     arms: dict[str, list[Run]] = {arm: [] for arm in ALL_ARMS if any(record.arm == arm for record in records)}
     for record in records:
@@ -300,8 +298,6 @@ def arm_table(records: Sequence[RunRecord]) -> Table:
 
 
 def run_table(experiment: Experiment, links: Links) -> Table:
-    """List every run with its figures, failed ones too."""
-
     def optional(value: float | None, form: str) -> str:
         return "–" if value is None else f"{value:{form}}"
 

@@ -43,7 +43,6 @@ def arm_title(arm: str) -> str:
 
 
 def metric_title(name: str) -> str:
-    """Name a metric, its group or its label included."""
     base, _, label = name.partition(":")
     if base == "cost":
         return "cost avoided, of the largest"
@@ -70,7 +69,6 @@ def model_title(source: str | None) -> str:
 
 
 def plus_minus(value: MeanSd | None, digits: int = 1, unit: str = "") -> str:
-    """Write mean ± sample standard deviation, or the mean alone for one seed."""
     if value is None:
         return "–"
     mean = points(value.mean, digits)
@@ -101,7 +99,6 @@ def interval_cell(difference: Difference) -> str:
 
 
 def span(difference: Difference) -> str:
-    """Write an interval and the number of seeds that it speaks of."""
     level = f"{100 * difference.level:g}% interval"
     if difference.n_seeds < 2:
         return f"{level} over rows {interval(difference)}; one seed: no verdict"
@@ -151,7 +148,6 @@ def change(before: float, after: float, less: str = "less") -> str:
 
 
 def times(larger: float, smaller: float) -> str:
-    """Write how many times as much one amount is as another."""
     if not smaller > 0:
         return "–"
     ratio = larger / smaller

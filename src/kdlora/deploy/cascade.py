@@ -142,11 +142,6 @@ class Cascade:
             DataError: as `predict`, when its answer is due; the number of a text is that in the stream. The answers
                 to the blocks before it have been given.
             ModelError: `rows` is below 1.
-
-        Examples:
-            >>> stream = cascade.predict_stream(line.strip() for line in open("messages.txt"))
-            >>> next(stream).by in ("student", "teacher")
-            True
         """
         if rows < 1:
             raise ModelError(f"rows must be at least 1, got {rows}.")

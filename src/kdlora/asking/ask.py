@@ -137,11 +137,7 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
             audit = _run(asking.carry_out(answers, progress))
             asked = _sum_up(answers, settings, time.perf_counter() - begun, before)
             write_json_atomic(folder / Asked.FILE, asdict(asked))
-            chosen = 0 if audit is None else audit.chosen
-            if audit is not None:
-                write_json_atomic(folder / AUDIT, asdict(audit))
-            is_audited = (audit is None) == (rows.audit is None)
-            written = write_tables(folder, rows, answers, audit) if is_audited else 0
+            chosen, written = _write_outcome(folder, rows, answers, audit)
             left = sum(len(answers.pending(chosen, *part)) for part in rows.chosen.items())
     requests, tokens_read, tokens_written = answers.spent.tolist()
     return AskSummary(
@@ -160,6 +156,15 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
         asked=asked,
         seconds=time.perf_counter() - start,
     )
+
+
+def _write_outcome(folder: Path, rows: AskedRows, answers: Answers, audit: Audit | None) -> tuple[int, int]:
+    """Write the audit, and the table by the prompt that it chose; give the prompt's place and the rows of the table."""
+    if audit is not None:
+        write_json_atomic(folder / AUDIT, asdict(audit))
+    is_audited = (audit is None) == (rows.audit is None)
+    chosen = 0 if audit is None else audit.chosen
+    return chosen, write_tables(folder, rows, answers, audit) if is_audited else 0
 
 
 def _sum_up(answers: Answers, settings: AskSettings, seconds: float, before: Asked | None) -> Asked:

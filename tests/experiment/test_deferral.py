@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,10 @@ def test_a_service_may_be_the_teacher(promised: Path) -> None:
         Cascade.load(promised / "student", service, float("nan"))
     with pytest.raises(ModelError, match="promises no error rate"):
         Cascade.load(promised / "teacher", service)
+    of_pairs = Classifier.load(promised / "teacher")
+    of_pairs.folder = replace(of_pairs.folder, texts=2)
+    with pytest.raises(ModelError, match="one reads 1 text a row, the other 2"):
+        Cascade.load(promised / "student", of_pairs, 0.9)
 
 
 def test_a_cascade_is_scored_by_the_answers_that_it_gives(promised: Path, finished: Path) -> None:

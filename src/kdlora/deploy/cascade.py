@@ -61,6 +61,9 @@ class Cascade:
             raise ModelError(
                 f"student and teacher must have the same labels; only one of them has {', '.join(sorted(odd)):.200}."
             )
+        read = [model.folder.texts for model in (student, teacher) if isinstance(model, Classifier)]
+        if len({texts for texts in read if texts}) > 1:
+            raise ModelError(f"student and teacher differ: one reads {read[0]} text a row, the other {read[1]}.")
         if not isinstance(threshold, int | float) or np.isnan(threshold):
             raise DataError(f"the threshold of a cascade must be a number, got {threshold!r:.80}.")
         self.student, self.teacher, self.threshold, self.sureness = student, teacher, threshold, sureness
@@ -89,7 +92,7 @@ class Cascade:
             The cascade, ready to predict.
 
         Raises:
-            ModelError: a folder that is no model, another kind of task, labels that differ.
+            ModelError: a folder that is no model, another kind of task, labels or numbers of texts that differ.
         """
         small = Classifier.load(student, threads=threads, decisions="all" if threshold is None else "thresholds")
         if threshold is None:

@@ -4,13 +4,14 @@
 
 Reads the stored predictions of experiments with a test split (such as those of `strangers.py`); nothing is trained. A
 random half of the test rows promises, and all of them judge. Every arm and kind of sureness meets the same halves.
-The cascade's threshold is chosen on validation, and scored on test.
+The cascade's threshold is chosen on validation, and scored on test. The last line compares `kd-lora` with its control:
+the mean error over the coverages by probability, its mean over the experiments, a 95% interval over rows and seeds.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from harness import command_line, markdown
 from kdlora.evidence.defer import SURENESS, NoPromiseError, area_under_risk, measure_sureness, promise_error
 from kdlora.evidence.predictions import Predictions, read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
+from kdlora.evidence.stats import estimate
 
 WITHIN = 0.2
 """Points below the teacher that count as being as good."""
+_PAIR = ("kd-lora", "student-lora")
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,34 @@ def sum_up(lines: list[dict[str, Any]]) -> str:
     return markdown(("experiment", "arm", *SURENESS), rows)
 
 
+def gain(experiments: Sequence[Sequence[Judged]], draws: int = 1_000) -> str:
+    """Compare the distilled student's mean error over the coverages with its control's."""
+    found, examples = [], 0
+    for runs in experiments:
+        first, second = (
+            {run.seed: judge(run.tested, "probability") for run in runs if run.arm == arm} for arm in _PAIR
+        )
+        pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+        if pairs:
+            count, draw = len(pairs[0][0][0]), np.random.default_rng(0)
+            drawn = [np.mean(_gains(pairs, draw.integers(0, count, count))) for _ in range(draws)]
+            found.append((_gains(pairs, np.arange(count)), np.array(drawn)))
+            examples += count
+    if not found:
+        return "no experiment has both kd-lora and student-lora"
+    one = estimate(found, examples, 0.95)
+    return (
+        f"kd-lora - student-lora, mean error over the coverages: {one.difference:+.2f} points "
+        f"({one.low:+.2f} to {one.high:+.2f}; {len(found)} experiments, at least {one.n_seeds} seeds)"
+    )
+
+
+def _gains(pairs: Sequence[Any], rows: np.ndarray) -> np.ndarray:
+    """Give each seed's difference of areas on some rows, in points."""
+    areas = [[area_under_risk(sure[rows], wrong[rows]) for sure, wrong in pair] for pair in pairs]
+    return 100 * -np.diff(areas, axis=1)[:, 0]
+
+
 def main() -> None:
     """Judge every experiment, print the tables, keep the figures."""
     parser = command_line(__doc__)
@@ -123,20 +154,21 @@ def main() -> None:
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     lines: list[dict[str, Any]] = []
-    for folder in options.experiments:
-        runs = list(collect(folder))
+    experiments = [list(collect(folder)) for folder in options.experiments]
+    for folder, runs in zip(options.experiments, experiments, strict=True):
         teachers = {run.seed: run for run in runs if run.arm == "fft"}
         for run in runs:
             place = {"experiment": str(folder), "arm": run.arm, "seed": run.seed}
             for how in SURENESS:
                 found = promise(run, how, options.error, options.splits if how == "probability" else 100)
                 lines.append(place | {"sureness": how} | found)
-            if run.arm in ("kd-lora", "student-lora") and teachers:
+            if run.arm in _PAIR and teachers:
                 taught = teachers.get(run.seed, next(iter(teachers.values())))
                 lines.append(place | {"cascade": cascade(run, taught)})
     for line in lines:
         print(json.dumps(line), flush=True)
     print(sum_up(lines))
+    print(gain(experiments))
     if options.keep is not None:
         options.keep.write_text(json.dumps({"error": options.error, "figures": lines}, indent=1), encoding="utf-8")
 

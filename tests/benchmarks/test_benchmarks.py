@@ -1,8 +1,11 @@
 """Studies that can be carried out, Table 2 at real size, and language models as teachers."""
 
+import re
 from dataclasses import replace
 
+import defer
 import llm_server
+import numpy as np
 import pytest
 import study
 import table2
@@ -14,6 +17,7 @@ import tiny
 from experiments import read_rows
 from kdlora import load_splits, load_suite
 from kdlora.config import DataConfig
+from kdlora.evidence.predictions import Predictions
 from kdlora.experiment.plan import make_plan, whole_config
 from kdlora.experiment.suitefile import build_suite
 
@@ -116,3 +120,18 @@ def test_what_is_kept_of_a_beginning_changes_no_answer(tmp_path):
             alone = model.model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
         assert read == len(tokens)
         torch.testing.assert_close(likely, alone, atol=1e-4, rtol=0)
+
+
+def test_knowing_where_one_is_wrong_counts_as_less_error():
+    """A gain with the other sign, or with pairs of different seeds, would be told as a finding."""
+    labels, sure = np.arange(200) % 2, np.linspace(0.1, 3, 200)
+    said = np.where(np.arange(200) < 40, -1, 1) * (2 * labels - 1)  # 40 wrong answers
+    judged = []
+    for arm, seeds, sureness in (("kd-lora", 2, sure), ("student-lora", 3, sure[::-1])):
+        logits = np.stack([np.zeros(200), said * sureness], axis=1)
+        rows = Predictions(tuple(map(str, range(200))), ("test",) * 200, logits, ("no", "yes"), labels)
+        judged += [defer.Judged("one", arm, seed, rows, rows) for seed in range(seeds)]
+    told = defer.gain([judged], draws=20)
+    assert float(re.match(r".*: ([+-]\S+) points", told)[1]) < -20
+    assert "2 seeds" in told
+    assert defer.gain([judged[:2]]) == "no experiment has both kd-lora and student-lora"

@@ -92,11 +92,16 @@ def contrast(pairs: Sequence[PairedArms], *, draws: int = 2_000, level: float = 
     if draws < 2 or not 0 < level < 1:
         raise ValueError(f"expected draws >= 2 and 0 < level < 1, got {draws} and {level}")
     found = [_differences(pair, draws, [seed, place] if place else seed) for place, pair in enumerate(pairs)]
+    return estimate(found, sum(pair.examples for pair in pairs), level)
+
+
+def estimate(found: Sequence[tuple[np.ndarray, np.ndarray]], examples: int, level: float) -> Difference:
+    """Join the variances of rows and seeds as `contrast` says, from each task's differences by seed and by draw."""
     observed, drawn = [one for one, _ in found], [one for _, one in found]
-    examples, seeds = sum(pair.examples for pair in pairs), min(map(len, observed))
-    parts = [(float(np.var(np.mean(drawn, axis=0), ddof=1)), max(1, examples - len(pairs)))]
+    seeds, draws = min(map(len, observed)), len(drawn[0])
+    parts = [(float(np.var(np.mean(drawn, axis=0), ddof=1)), max(1, examples - len(found)))]
     if seeds > 1:
-        parts += [(float(np.var(one, ddof=1)) / len(one) / len(pairs) ** 2, len(one) - 1) for one in observed]
+        parts += [(float(np.var(one, ddof=1)) / len(one) / len(found) ** 2, len(one) - 1) for one in observed]
     difference = float(np.mean([one.mean() for one in observed]))
     variance = sum(part for part, _ in parts)
     if not variance:  # the same on every draw and seed

@@ -10,6 +10,8 @@ import pytest
 import hub_standin
 import llm_standin
 
+QUICK = Path(__file__).with_name("quick")
+
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hub_standin.StandIn]:
@@ -34,5 +36,6 @@ def reader(hub, language_model, tmp_path_factory) -> dict[str, str]:
     cache = tmp_path_factory.mktemp("cache")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     own = hub_standin.environment(hub, str(cache)) | {"LLM_URL": language_model, "PATH": path, "COLUMNS": "120"}
+    own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(QUICK), os.environ.get("PYTHONPATH")]))
     own["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # of examples that call `datasets` themselves: the counter is elsewhere
     return {**os.environ, **own, "JUPYTER_PLATFORM_DIRS": "1", "IPYTHONDIR": str(cache / "ipython")}

@@ -16,13 +16,6 @@ from experiments import Workshop, read_rows, snapshot, write_lines
 from tiny import save_classifier
 
 
-def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    return values | {
-        key: _merged(values[key], value) if isinstance(value, dict) and isinstance(values.get(key), dict) else value
-        for key, value in changes.items()
-    }
-
-
 @pytest.fixture(scope="module")
 def student(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder as an experiment ships it."""
@@ -37,7 +30,7 @@ def refused(cli: Callable[..., Any], workshop: Workshop, tmp_path: Path) -> Call
         out = tmp_path / "out"
         if changes is not None:
             config = tmp_path / "config.yaml"
-            config.write_text(yaml.safe_dump(_merged(workshop.values(), changes)), encoding="utf-8")
+            config.write_text(yaml.safe_dump(workshop.values(changes)), encoding="utf-8")
             arguments = ("run", config, "--out", out)
         before = snapshot(tmp_path)
         shown = cli(*arguments, code=2)
@@ -81,7 +74,8 @@ def test_data_files(refused, tmp_path, case: DataCase):
     path = tmp_path / case.name
     if case.content is not None:
         path.write_bytes(case.content)
-    refused(case.expected, changes=_merged({"data": {"train": str(path), "validation": None}}, dict(case.changes)))
+    data = {"train": str(path), "validation": None, **case.changes.get("data", {})}
+    refused(case.expected, changes={**case.changes, "data": data})
 
 
 @pytest.mark.parametrize(("damage", "expected"), MODELS, ids=[case[1][-1] for case in MODELS])

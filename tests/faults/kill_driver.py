@@ -19,14 +19,9 @@ from kdlora.evidence.records import ExperimentLayout, read_record
 
 _LINE = re.compile(r"(begin|end) (\w+) ([\w-]+) seed (\d+)$")
 _CHECKPOINT = re.compile(r"checkpoint at step (\d+)$")
-SAME_EVERY_TIME = (
-    "score",
-    "metrics",
-    "test_score",
-    "test_metrics",
-    "best_epoch",
-    "fingerprints",
-    "trainable_parameters",
+SAME = (
+    *("score", "metrics", "test_score", "test_metrics", "best_epoch", "history"),
+    *("fingerprints", "trainable_parameters"),
 )
 
 
@@ -151,8 +146,7 @@ def differences(undisturbed: Path, other: Path) -> list[str]:
         return [*found, "other runs"]
     for name in runs:
         one, two = (read_record(layout.runs / name / "run.json") for layout in (right, left))
-        found += [f"{name}: {key}" for key in SAME_EVERY_TIME if getattr(one, key) != getattr(two, key)]
-        found += [] if one.history == two.history else [f"{name}: history"]
+        found += [f"{name}: {key}" for key in SAME if getattr(one, key) != getattr(two, key)]
         first, second = (read_predictions(layout.runs / name / "predictions.parquet") for layout in (right, left))
         if first.ids != second.ids or not np.array_equal(first.logits, second.logits):
             found.append(f"{name}: predictions")

@@ -1,6 +1,5 @@
 """A disk that fills, a folder that is read-only or goes away: exit 1, and nothing half-written counts."""
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,27 +12,16 @@ from kill_driver import differences
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment.run import run_experiment
 
-SIZE = 8 * 2**20
-
-
-def mount(folder: Path, options: str) -> None:
-    """Mount a small file system in memory, or skip where that is refused."""
-    command = shutil.which("mount")
-    if command is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
-        pytest.skip("a small disk can be mounted by root alone")
-    done = subprocess.run(
-        [command, "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"mounting was refused: {done.stderr.strip()}")
-
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty disk of 8 MiB."""
+    """An empty disk of 8 MiB in memory; skips where it cannot be mounted, which root alone may do."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount(folder, f"size={SIZE}")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={8 * 2**20}", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("mount") else None
+    if done is None or done.returncode:
+        pytest.skip(f"a small disk cannot be mounted: {done and done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
@@ -50,14 +38,6 @@ def write_config(config, path: Path) -> Path:
     return path
 
 
-def leave_room(disk: Path, size: int) -> Path:
-    """Fill the disk but for some bytes."""
-    ballast = disk / "ballast"
-    with ballast.open("wb") as file:
-        file.write(b"x" * (shutil.disk_usage(disk).free - size))
-    return ballast
-
-
 def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, tmp_path, undisturbed):
     """What was cut off by the end of the disk must not be taken for a model, and the remedy is to free some space.
 
@@ -65,8 +45,9 @@ def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, tmp_path,
     """
     config, right = undisturbed
     command = ("run", write_config(config, tmp_path / "config.yaml"), "--out", disk / "out")
+    ballast = disk / "ballast"
     for kilobytes in (0, 300, 700):
-        ballast = leave_room(disk, kilobytes * 1024)
+        ballast.write_bytes(b"x" * (shutil.disk_usage(disk).free - kilobytes * 1024))
         shown = cli(*command, code=1)
         assert "No space left on device" in shown.err
         assert shown.err.strip().splitlines()[-1].endswith("free some space and run the same command again")

@@ -2,17 +2,15 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from pages import ROOT, pages, read_blocks
+from pages import ROOT, follow, pages, read_blocks
 
 import tiny
 from experiments import write_lines
 
-RUNNER = Path(__file__).with_name("run_page.py")
 PAGES = [page for page in pages() if any(block.is_run for block in read_blocks(page))]
 NEEDS = {
     "serve.md": ("node", "npm", "curl"),
@@ -20,17 +18,6 @@ NEEDS = {
     "browser.md": ("npm", "curl"),
     "tutorial.md": ("curl",),
 }
-
-
-def give_data(folder):
-    """Write the files that the README supposes the reader to have."""
-    rows = [{"review": row["text"], "sentiment": row["label"]} for row in tiny.sentiment_rows(120)]
-    tiny.write_csv(folder / "reviews.csv", rows)
-    pairs = [
-        {"question": row["text"], "answer": row["text"] if number % 2 else "no", "relevant": ["no", "yes"][number % 2]}
-        for number, row in enumerate(tiny.sentiment_rows(120))
-    ]
-    write_lines(folder / "pairs.jsonl", pairs)
 
 
 @pytest.mark.docs
@@ -43,11 +30,14 @@ def test_the_page_works_as_printed(page, reader, tmp_path):
         pytest.skip(f"needs {', '.join(absent)}")
     for name in ("configs", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    give_data(tmp_path)
-    done = subprocess.run(
-        [sys.executable, str(RUNNER), str(page)], cwd=tmp_path, env=reader, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    rows = tiny.sentiment_rows(120)  # of the files that the README supposes the reader to have
+    tiny.write_csv(tmp_path / "reviews.csv", [{"review": row["text"], "sentiment": row["label"]} for row in rows])
+    pairs = [
+        {"question": row["text"], "answer": row["text"] if number % 2 else "no", "relevant": ["no", "yes"][number % 2]}
+        for number, row in enumerate(rows)
+    ]
+    write_lines(tmp_path / "pairs.jsonl", pairs)
+    follow([sys.executable, str(Path(__file__).with_name("run_page.py")), str(page)], tmp_path, reader)
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))

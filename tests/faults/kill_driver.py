@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record
@@ -123,18 +124,9 @@ def run_command(arguments: Sequence[str], blow: Blow | None = None, *, limit: fl
 
 
 def youngest_descendant(process: int) -> int | None:
-    """Find the process at the end of a line of children: the one that a stage runs in."""
-    found = None
-    while children := _children_of(process if found is None else found):
-        found = max(children)
-    return found
-
-
-def _children_of(process: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except OSError:
-        return []
+    """Find the process that a stage runs in, the last one to be started."""
+    descendants = psutil.Process(process).children(recursive=True)
+    return max(descendants, key=psutil.Process.create_time).pid if descendants else None
 
 
 def differences(undisturbed: Path, other: Path) -> list[str]:

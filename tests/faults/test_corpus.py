@@ -1,6 +1,5 @@
 """A corpus of bad input through the command line: exit 2, place and remedy, no traceback, nothing changed on disk."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from corpus_configs import FIELDS, FILES, OVERRIDES
 from corpus_data import CASES, DataCase
 from corpus_models import COMMANDS, MODELS, NAMES, TABLES
 
-from experiments import Workshop, read_rows, snapshot, write_lines
+from experiments import Workshop, edit_json, read_rows, snapshot, write_lines
 from tiny import save_classifier
 
 
@@ -112,13 +111,12 @@ def test_teachers_that_cannot_teach(refused, student, workshop, tmp_path):
     """A fresh head teaches at random, and labels matched by position teach spam for praise."""
     refused((str(workshop.teacher), "fine-tuned", "teacher.model"), changes=distilled(fine_tuned=str(workshop.teacher)))
     folder = Path(shutil.copytree(student, tmp_path / "given"))
-    settings = json.loads((folder / "config.json").read_text())
     for names, expected in (
         (("ham", "spam"), (str(folder), "ham, spam", "negative", "teacher.label_names")),
         (("LABEL_0", "LABEL_1"), ("Set teacher.label_names",)),
     ):
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
-        (folder / "config.json").write_text(json.dumps(settings | labels))
+        places = {name: place for place, name in enumerate(names)}
+        edit_json(folder / "config.json", id2label=dict(enumerate(names)), label2id=places)
         refused(expected, changes=distilled(fine_tuned=str(folder)))
 
 

@@ -145,7 +145,7 @@ def test_deep_settings_are_refused(served, name, levels):
 
 
 @pytest.fixture
-def exported(made_once, tmp_path: Path) -> Path:
+def exported(tmp_path: Path) -> Path:
     """An export as kdlora writes it, and its weights outside of the graph, as other tools do."""
     source = graphs.build_folder(tmp_path / "source", problem_type="single_label_classification")
     graphs.build_graph(source / "model.onnx")

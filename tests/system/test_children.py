@@ -1,8 +1,10 @@
 import errno
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -79,8 +81,8 @@ def test_a_fault_keeps_its_class_and_its_words():
         (children.fill_the_disk, (), OSError, "No space"),
         (children.raise_oddly, (), RuntimeError, "TwoArgumentsError: not rebuilt"),  # cannot travel, but as text
         (sys.exit, (3,), RuntimeError, "SystemExit: 3"),
-        (children.unpicklable, (), Exception, "pickle"),
-        (children.die, (), ChildDiedError, r"killed by SIGKILL.*out of memory"),
+        (threading.Lock, (), Exception, "pickle"),
+        (signal.raise_signal, (signal.SIGKILL,), ChildDiedError, r"killed by SIGKILL.*out of memory"),
         (os._exit, (7,), ChildDiedError, "exit status 7"),
     ):
         with pytest.raises(kind, match=match) as caught:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from kill_driver import differences
 
+from kdlora.configfile import save_config
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment.run import run_experiment
 
@@ -28,23 +28,20 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def undisturbed(workshop, tmp_path_factory):
-    """The experiment on a disk that has room."""
+    """The experiment on a disk that has room: its config, the config's file, and the folder."""
+    root = tmp_path_factory.mktemp("undisturbed")
     config = workshop.config({"run": {"arms": ["kd-lora"], "checkpoint_seconds": 0.01}})
-    return config, run_experiment(config, tmp_path_factory.mktemp("undisturbed") / "out").folder
+    (root / "config.yaml").write_text(save_config(config))
+    return config, root / "config.yaml", run_experiment(config, root / "out").folder
 
 
-def write_config(config, path: Path) -> Path:
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    return path
-
-
-def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, tmp_path, undisturbed):
+def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, undisturbed):
     """What was cut off by the end of the disk must not be taken for a model, and the remedy is to free some space.
 
     The sizes let it fill at the lock, in the teacher's training, and while models are kept.
     """
-    config, right = undisturbed
-    command = ("run", write_config(config, tmp_path / "config.yaml"), "--out", disk / "out")
+    _, file, right = undisturbed
+    command = ("run", file, "--out", disk / "out")
     ballast = disk / "ballast"
     for kilobytes in (0, 300, 700):
         ballast.write_bytes(b"x" * (shutil.disk_usage(disk).free - kilobytes * 1024))
@@ -58,18 +55,17 @@ def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, tmp_path,
     assert differences(right, disk / "out") == []
 
 
-def test_a_folder_that_cannot_be_written(cli, disk, tmp_path, undisturbed):
+def test_a_folder_that_cannot_be_written(cli, disk, undisturbed):
     """Root writes into every folder, so it takes a disk that is mounted read-only."""
-    config, _ = undisturbed
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    shown = cli("run", write_config(config, tmp_path / "config.yaml"), "--out", disk / "out", code=1)
+    shown = cli("run", undisturbed[1], "--out", disk / "out", code=1)
     assert "Read-only file system" in shown.err
     assert str(disk) in shown.err
 
 
 def test_a_folder_that_vanishes(undisturbed, tmp_path):
     """A network disk that is gone leaves its empty mount point: results must not be scattered over two places."""
-    config, _ = undisturbed
+    config, *_ = undisturbed
     out, gone = tmp_path / "out", []
 
     def take_away(stage, event):

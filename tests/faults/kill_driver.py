@@ -17,6 +17,7 @@ import psutil
 
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record
+from kdlora.system.integrity import hash_files
 
 _LINE = re.compile(r"(begin|end) (\w+) ([\w-]+) seed (\d+)$")
 _CHECKPOINT = re.compile(r"checkpoint at step (\d+)$")
@@ -24,6 +25,8 @@ SAME = (
     *("score", "metrics", "test_score", "test_metrics", "best_epoch", "history"),
     *("fingerprints", "trainable_parameters"),
 )
+KINDS = ("*.safetensors", "tokenizer.json", "*.onnx", "logits-*.parquet", "config.json")
+"""Weights, tokenizers, exports and stored logits, which are compared byte by byte."""
 
 
 @dataclass(frozen=True)
@@ -142,22 +145,9 @@ def differences(undisturbed: Path, other: Path) -> list[str]:
         first, second = (read_predictions(layout.runs / name / "predictions.parquet") for layout in (right, left))
         if first.ids != second.ids or not np.array_equal(first.logits, second.logits):
             found.append(f"{name}: predictions")
-    return found + _different_files(undisturbed, other)
-
-
-def _different_files(undisturbed: Path, other: Path) -> list[str]:
-    """Compare weights, tokenizers, exports and stored logits byte by byte."""
-    kinds = ("*.safetensors", "tokenizer.json", "*.onnx", "logits-*.parquet", "config.json")
-    found = []
-    for kind in kinds:
-        names = sorted(path.relative_to(undisturbed) for path in undisturbed.rglob(kind))
-        if names != sorted(path.relative_to(other) for path in other.rglob(kind)):
-            found.append(f"other files of the kind {kind}")
-            continue
-        found += [
-            f"{name} differs" for name in names if (undisturbed / name).read_bytes() != (other / name).read_bytes()
-        ]
-    return found
+    folders = (undisturbed, other)
+    one, two = (hash_files(place, [path for kind in KINDS for path in place.rglob(kind)]) for place in folders)
+    return found + [f"{name} differs" for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name)]
 
 
 def repeated_stages(attempts: Sequence[Attempt]) -> list[str]:

@@ -6,10 +6,10 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from graphs import run_python
 
 from experiments import edit_json
 from fabricate import make_record
@@ -31,7 +31,7 @@ def test_a_module_in_the_current_folder_is_not_run(tmp_path):
     script = tmp_path / "elsewhere" / "script.py"
     script.parent.mkdir()
     script.write_text("from kdlora.system.children import run_in_child\nimport os\nprint(run_in_child(os.getpid))")
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_python(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "owned").exists()
 

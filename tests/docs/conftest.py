@@ -14,25 +14,19 @@ QUICK = Path(__file__).with_name("quick")
 
 
 @pytest.fixture(scope="session")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hub_standin.StandIn]:
-    """The stand-in, filled."""
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[hub_standin.StandIn, str]]:
+    """The stand-in of the Hub, filled, and the address of one of a language model, which speaks the chat protocol."""
     import stand_in_models
 
-    with hub_standin.running() as server:
-        stand_in_models.fill(server, tmp_path_factory.mktemp("models"))
-        yield server
-
-
-@pytest.fixture(scope="session")
-def language_model() -> Iterator[str]:
-    """The address of a server that speaks the chat protocol."""
-    with llm_standin.running() as model:
-        yield model.url.removesuffix("/v1")
+    with hub_standin.running() as hub, llm_standin.running() as model:
+        stand_in_models.fill(hub, tmp_path_factory.mktemp("models"))
+        yield hub, model.url.removesuffix("/v1")
 
 
 @pytest.fixture
-def reader(hub, language_model, tmp_path_factory) -> dict[str, str]:
+def reader(servers, tmp_path_factory) -> dict[str, str]:
     """The environment of somebody who follows a page."""
+    hub, language_model = servers
     cache = tmp_path_factory.mktemp("cache")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     own = hub_standin.environment(hub, str(cache)) | {"LLM_URL": language_model, "PATH": path, "COLUMNS": "120"}

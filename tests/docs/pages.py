@@ -1,7 +1,9 @@
 """Read the code blocks of a page: what is written to a file, what is run, and what is not run for which reason."""
 
 import re
+import subprocess
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +49,13 @@ def read_blocks(page: Path) -> list[Block]:
             )
         )
     return blocks
+
+
+def follow(command: Sequence[str], folder: Path, environment: dict[str, str]) -> str:
+    """Do as a reader does, in a folder; give what was printed."""
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
 
 
 def pages() -> list[Path]:

@@ -1,12 +1,11 @@
 """The examples in the docstrings of the public names, in the order of the reference page, in one session."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from pages import ROOT, read_blocks
+from pages import ROOT, follow, read_blocks
 
 import kdlora
 import tiny
@@ -85,12 +84,4 @@ def test_the_examples_run(reader, tmp_path):
     furnish(tmp_path)
     begin = next(block.code for block in read_blocks(PAGE) if block.is_run)
     own = {"OPENAI_BASE_URL": f"{reader['LLM_URL']}/v1", "OPENAI_API_KEY": "none"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, begin, *names_in_order()],
-        cwd=tmp_path,
-        env=reader | own,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+    follow([sys.executable, "-c", RUN, begin, *names_in_order()], tmp_path, reader | own)

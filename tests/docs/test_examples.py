@@ -2,20 +2,13 @@
 
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
-from pages import ROOT
+from pages import ROOT, follow
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
-
-
-def follow(command, reader, folder):
-    done = subprocess.run(command, cwd=folder, env=reader, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
 
 
 @pytest.mark.docs
@@ -23,7 +16,7 @@ def follow(command, reader, folder):
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
 def test_the_script_runs(script, reader, tmp_path):
     """An example that no longer runs is worse than none."""
-    printed = follow([sys.executable, str(script)], reader, tmp_path)
+    printed = follow([sys.executable, str(script)], tmp_path, reader)
     assert printed.strip()
     assert re.search(r"(?<!0 )failed", printed) is None
 
@@ -38,9 +31,8 @@ def test_the_notebook_runs(notebook, reader, tmp_path):
     pytest.importorskip("nbclient")
     shutil.copy(notebook, tmp_path)
     code = "import sys, nbformat, nbclient; n = nbformat.read(sys.argv[1], 4); nbclient.NotebookClient(n, timeout=800)"
-    follow(
-        [sys.executable, "-c", f"{code}.execute(); nbformat.write(n, 'done.ipynb')", notebook.name], reader, tmp_path
-    )
+    code += ".execute(); nbformat.write(n, 'done.ipynb')"
+    follow([sys.executable, "-c", code, notebook.name], tmp_path, reader)
     cells = [cell for cell in nbformat.read(tmp_path / "done.ipynb", 4).cells if cell.cell_type == "code"]
     shown = [output for cell in cells for output in cell.outputs]
     html = [output["data"]["text/html"] for output in shown if "text/html" in output.get("data", {})]

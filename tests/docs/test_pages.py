@@ -2,17 +2,15 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from pages import ROOT, pages, read_blocks
+from pages import ROOT, follow, pages, read_blocks
 
 import tiny
 from experiments import write_lines
 
-RUNNER = Path(__file__).with_name("run_page.py")
 PAGES = [page for page in pages() if any(block.is_run for block in read_blocks(page))]
 NEEDS = {
     "serve.md": ("node", "npm", "curl"),
@@ -20,17 +18,6 @@ NEEDS = {
     "browser.md": ("npm", "curl"),
     "tutorial.md": ("curl",),
 }
-
-
-def give_data(folder):
-    """Write the files that the README supposes the reader to have."""
-    rows = [{"review": row["text"], "sentiment": row["label"]} for row in tiny.sentiment_rows(120)]
-    tiny.write_csv(folder / "reviews.csv", rows)
-    pairs = [
-        {"question": row["text"], "answer": row["text"] if number % 2 else "no", "relevant": ["no", "yes"][number % 2]}
-        for number, row in enumerate(tiny.sentiment_rows(120))
-    ]
-    write_lines(folder / "pairs.jsonl", pairs)
 
 
 @pytest.mark.docs
@@ -43,11 +30,14 @@ def test_the_page_works_as_printed(page, reader, tmp_path):
         pytest.skip(f"needs {', '.join(absent)}")
     for name in ("configs", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    give_data(tmp_path)
-    done = subprocess.run(
-        [sys.executable, str(RUNNER), str(page)], cwd=tmp_path, env=reader, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    rows = tiny.sentiment_rows(120)  # of the files that the README supposes the reader to have
+    tiny.write_csv(tmp_path / "reviews.csv", [{"review": row["text"], "sentiment": row["label"]} for row in rows])
+    pairs = [
+        {"question": row["text"], "answer": row["text"] if number % 2 else "no", "relevant": ["no", "yes"][number % 2]}
+        for number, row in enumerate(rows)
+    ]
+    write_lines(tmp_path / "pairs.jsonl", pairs)
+    follow([sys.executable, str(Path(__file__).with_name("run_page.py")), str(page)], tmp_path, reader)
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
@@ -59,11 +49,12 @@ def test_a_block_that_is_not_run_says_why(page):
         assert re.search(r"--8\s*<\s*--", block.code) is None, f"an include that is not put in: {block}"
 
 
-def test_the_main_pages_are_found_and_have_commands():
-    """A pattern that matches nothing passes every test."""
+def test_the_main_pages_are_found_and_have_commands_and_the_readme_is_short():
+    """A pattern that matches nothing passes every test; and a stranger decides within five minutes."""
     names = {page.name for page in PAGES}
     assert {"README.md", "tutorial.md", "serve.md", "language-model.md", "hub.md"} <= names
     assert sum(block.is_run for page in PAGES for block in read_blocks(page)) > 30
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/api.md"])
@@ -77,8 +68,3 @@ def test_the_files_and_names_of_a_page_exist(page):
         module, _, name = address.rpartition(".")
         file = source / f"{module.replace('.', '/')}.py"
         assert (source / f"{name}.py").exists() or re.search(rf"^(def|class) {name}\b", file.read_text(), re.MULTILINE)
-
-
-def test_the_readme_is_short():
-    """A stranger decides within five minutes."""
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -13,21 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_record
+from kdlora.system.integrity import hash_files
 
 _LINE = re.compile(r"(begin|end) (\w+) ([\w-]+) seed (\d+)$")
 _CHECKPOINT = re.compile(r"checkpoint at step (\d+)$")
-SAME_EVERY_TIME = (
-    "score",
-    "metrics",
-    "test_score",
-    "test_metrics",
-    "best_epoch",
-    "fingerprints",
-    "trainable_parameters",
+SAME = (
+    *("score", "metrics", "test_score", "test_metrics", "best_epoch", "history"),
+    *("fingerprints", "trainable_parameters"),
 )
+KINDS = ("*.safetensors", "tokenizer.json", "*.onnx", "logits-*.parquet", "config.json")
+"""Weights, tokenizers, exports and stored logits, which are compared byte by byte."""
 
 
 @dataclass(frozen=True)
@@ -128,18 +127,9 @@ def run_command(arguments: Sequence[str], blow: Blow | None = None, *, limit: fl
 
 
 def youngest_descendant(process: int) -> int | None:
-    """Find the process at the end of a line of children: the one that a stage runs in."""
-    found = None
-    while children := _children_of(process if found is None else found):
-        found = max(children)
-    return found
-
-
-def _children_of(process: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except OSError:
-        return []
+    """Find the process that a stage runs in, the last one to be started."""
+    descendants = psutil.Process(process).children(recursive=True)
+    return max(descendants, key=psutil.Process.create_time).pid if descendants else None
 
 
 def differences(undisturbed: Path, other: Path) -> list[str]:
@@ -151,27 +141,13 @@ def differences(undisturbed: Path, other: Path) -> list[str]:
         return [*found, "other runs"]
     for name in runs:
         one, two = (read_record(layout.runs / name / "run.json") for layout in (right, left))
-        found += [f"{name}: {key}" for key in SAME_EVERY_TIME if getattr(one, key) != getattr(two, key)]
-        found += [] if one.history == two.history else [f"{name}: history"]
+        found += [f"{name}: {key}" for key in SAME if getattr(one, key) != getattr(two, key)]
         first, second = (read_predictions(layout.runs / name / "predictions.parquet") for layout in (right, left))
         if first.ids != second.ids or not np.array_equal(first.logits, second.logits):
             found.append(f"{name}: predictions")
-    return found + _different_files(undisturbed, other)
-
-
-def _different_files(undisturbed: Path, other: Path) -> list[str]:
-    """Compare weights, tokenizers, exports and stored logits byte by byte."""
-    kinds = ("*.safetensors", "tokenizer.json", "*.onnx", "logits-*.parquet", "config.json")
-    found = []
-    for kind in kinds:
-        names = sorted(path.relative_to(undisturbed) for path in undisturbed.rglob(kind))
-        if names != sorted(path.relative_to(other) for path in other.rglob(kind)):
-            found.append(f"other files of the kind {kind}")
-            continue
-        found += [
-            f"{name} differs" for name in names if (undisturbed / name).read_bytes() != (other / name).read_bytes()
-        ]
-    return found
+    folders = (undisturbed, other)
+    one, two = (hash_files(place, [path for kind in KINDS for path in place.rglob(kind)]) for place in folders)
+    return found + [f"{name} differs" for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name)]
 
 
 def repeated_stages(attempts: Sequence[Attempt]) -> list[str]:

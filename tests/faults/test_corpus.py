@@ -1,6 +1,5 @@
 """A corpus of bad input through the command line: exit 2, place and remedy, no traceback, nothing changed on disk."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +11,8 @@ from corpus_configs import FIELDS, FILES, OVERRIDES
 from corpus_data import CASES, DataCase
 from corpus_models import COMMANDS, MODELS, NAMES, TABLES
 
-from experiments import Workshop, read_rows, snapshot, write_lines
+from experiments import Workshop, edit_json, read_rows, snapshot, write_lines
 from tiny import save_classifier
-
-
-def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    return values | {
-        key: _merged(values[key], value) if isinstance(value, dict) and isinstance(values.get(key), dict) else value
-        for key, value in changes.items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +29,7 @@ def refused(cli: Callable[..., Any], workshop: Workshop, tmp_path: Path) -> Call
         out = tmp_path / "out"
         if changes is not None:
             config = tmp_path / "config.yaml"
-            config.write_text(yaml.safe_dump(_merged(workshop.values(), changes)), encoding="utf-8")
+            config.write_text(yaml.safe_dump(workshop.values(changes)), encoding="utf-8")
             arguments = ("run", config, "--out", out)
         before = snapshot(tmp_path)
         shown = cli(*arguments, code=2)
@@ -81,7 +73,8 @@ def test_data_files(refused, tmp_path, case: DataCase):
     path = tmp_path / case.name
     if case.content is not None:
         path.write_bytes(case.content)
-    refused(case.expected, changes=_merged({"data": {"train": str(path), "validation": None}}, dict(case.changes)))
+    data = {"train": str(path), "validation": None, **case.changes.get("data", {})}
+    refused(case.expected, changes={**case.changes, "data": data})
 
 
 @pytest.mark.parametrize(("damage", "expected"), MODELS, ids=[case[1][-1] for case in MODELS])
@@ -118,13 +111,12 @@ def test_teachers_that_cannot_teach(refused, student, workshop, tmp_path):
     """A fresh head teaches at random, and labels matched by position teach spam for praise."""
     refused((str(workshop.teacher), "fine-tuned", "teacher.model"), changes=distilled(fine_tuned=str(workshop.teacher)))
     folder = Path(shutil.copytree(student, tmp_path / "given"))
-    settings = json.loads((folder / "config.json").read_text())
     for names, expected in (
         (("ham", "spam"), (str(folder), "ham, spam", "negative", "teacher.label_names")),
         (("LABEL_0", "LABEL_1"), ("Set teacher.label_names",)),
     ):
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
-        (folder / "config.json").write_text(json.dumps(settings | labels))
+        places = {name: place for place, name in enumerate(names)}
+        edit_json(folder / "config.json", id2label=dict(enumerate(names)), label2id=places)
         refused(expected, changes=distilled(fine_tuned=str(folder)))
 
 

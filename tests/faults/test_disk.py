@@ -1,72 +1,50 @@
 """A disk that fills, a folder that is read-only or goes away: exit 1, and nothing half-written counts."""
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from kill_driver import differences
 
+from kdlora.configfile import save_config
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment.run import run_experiment
-
-SIZE = 8 * 2**20
-
-
-def mount(folder: Path, options: str) -> None:
-    """Mount a small file system in memory, or skip where that is refused."""
-    command = shutil.which("mount")
-    if command is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
-        pytest.skip("a small disk can be mounted by root alone")
-    done = subprocess.run(
-        [command, "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"mounting was refused: {done.stderr.strip()}")
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty disk of 8 MiB."""
+    """An empty disk of 8 MiB in memory; skips where it cannot be mounted, which root alone may do."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount(folder, f"size={SIZE}")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={8 * 2**20}", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("mount") else None
+    if done is None or done.returncode:
+        pytest.skip(f"a small disk cannot be mounted: {done and done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(workshop, tmp_path_factory):
-    """The experiment on a disk that has room."""
+    """The experiment on a disk that has room: its config, the config's file, and the folder."""
+    root = tmp_path_factory.mktemp("undisturbed")
     config = workshop.config({"run": {"arms": ["kd-lora"], "checkpoint_seconds": 0.01}})
-    return config, run_experiment(config, tmp_path_factory.mktemp("undisturbed") / "out").folder
+    (root / "config.yaml").write_text(save_config(config))
+    return config, root / "config.yaml", run_experiment(config, root / "out").folder
 
 
-def write_config(config, path: Path) -> Path:
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    return path
-
-
-def leave_room(disk: Path, size: int) -> Path:
-    """Fill the disk but for some bytes."""
-    ballast = disk / "ballast"
-    with ballast.open("wb") as file:
-        file.write(b"x" * (shutil.disk_usage(disk).free - size))
-    return ballast
-
-
-def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, tmp_path, undisturbed):
+def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, undisturbed):
     """What was cut off by the end of the disk must not be taken for a model, and the remedy is to free some space.
 
     The sizes let it fill at the lock, in the teacher's training, and while models are kept.
     """
-    config, right = undisturbed
-    command = ("run", write_config(config, tmp_path / "config.yaml"), "--out", disk / "out")
+    _, file, right = undisturbed
+    command = ("run", file, "--out", disk / "out")
+    ballast = disk / "ballast"
     for kilobytes in (0, 300, 700):
-        ballast = leave_room(disk, kilobytes * 1024)
+        ballast.write_bytes(b"x" * (shutil.disk_usage(disk).free - kilobytes * 1024))
         shown = cli(*command, code=1)
         assert "No space left on device" in shown.err
         assert shown.err.strip().splitlines()[-1].endswith("free some space and run the same command again")
@@ -77,18 +55,17 @@ def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, tmp_path,
     assert differences(right, disk / "out") == []
 
 
-def test_a_folder_that_cannot_be_written(cli, disk, tmp_path, undisturbed):
+def test_a_folder_that_cannot_be_written(cli, disk, undisturbed):
     """Root writes into every folder, so it takes a disk that is mounted read-only."""
-    config, _ = undisturbed
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    shown = cli("run", write_config(config, tmp_path / "config.yaml"), "--out", disk / "out", code=1)
+    shown = cli("run", undisturbed[1], "--out", disk / "out", code=1)
     assert "Read-only file system" in shown.err
     assert str(disk) in shown.err
 
 
 def test_a_folder_that_vanishes(undisturbed, tmp_path):
     """A network disk that is gone leaves its empty mount point: results must not be scattered over two places."""
-    config, _ = undisturbed
+    config, *_ = undisturbed
     out, gone = tmp_path / "out", []
 
     def take_away(stage, event):

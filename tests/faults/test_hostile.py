@@ -1,13 +1,13 @@
 """Names, texts and ids that would like to be paths, markup or commands, through a whole experiment; and secrets."""
 
-import json
+from pathlib import Path
 
-import pytest
 import yaml
 from pyarrow.parquet import read_table
 
 from experiments import snapshot, write_lines
 from kdlora.evidence.predictions import read_predictions
+from kdlora.experiment.run import run_experiment
 from tiny import sentiment_rows
 
 LABELS = ("<script>document.title='owned'</script> ", "\x85../../x|`y`\n# \\input{/etc/passwd}")
@@ -51,61 +51,36 @@ def hostile_rows(count: int, seed: int) -> list[dict[str, str]]:
 IDENT, TEXT, LABEL = "../id|<b>", "text<script>", "label`|\n../.."
 
 
-@pytest.fixture(scope="module")
-def hostile(workshop, tmp_path_factory):
-    """The folder around a finished experiment on hostile data, which has secrets in its environment."""
-    from kdlora.configfile import build_config
-    from kdlora.experiment.run import run_experiment
-
-    root = tmp_path_factory.mktemp("hostile")
-    files = {
-        split: str(write_lines(root / f"{split}.jsonl", hostile_rows(count, seed)))
-        for split, count, seed in (("train", 60, 0), ("validation", 24, 1))
-    }
-    values = workshop.values(
-        {
-            "task": {"text": TEXT, "label": LABEL},
-            "data": files | {"id_column": IDENT},
-            "run": {"arms": ["kd-lora"]},
-            "export": {"formats": ["onnx"], "benchmark": False},
-        }
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for name, secret in SECRETS.items():
-            patch.setenv(name, secret)
-        patch.chdir(root)
-        result = run_experiment(build_config(values), root / "work" / "out")
+def test_names_come_through_and_become_no_path_or_markup_and_no_secret_is_kept(workshop, tmp_path, monkeypatch):
+    """`../../x` as a label, an id or a column must never become a path, and a prediction under another id is wrong."""
+    rows = {"train": hostile_rows(60, 0), "validation": hostile_rows(24, 1)}
+    files = {split: str(write_lines(tmp_path / f"{split}.jsonl", own)) for split, own in rows.items()}
+    changes = {"task": {"text": TEXT, "label": LABEL}, "data": files | {"id_column": IDENT}}
+    changes |= {"run": {"arms": ["kd-lora"]}, "export": {"formats": ["onnx"], "benchmark": False}}
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
+    monkeypatch.chdir(tmp_path)
+    result = run_experiment(workshop.config(changes), tmp_path / "work" / "out")
     assert not result.failed
-    return root, result.layout
+    layout = result.layout
 
-
-def test_ids_come_through_every_stage(hostile):
-    """A prediction under a changed id belongs to another row."""
-    root, layout = hostile
-    rows = [json.loads(line) for line in (root / "validation.jsonl").read_text().splitlines()]
     predictions = read_predictions(layout.run("kd-lora", 0).predictions)
-    assert list(predictions.ids) == [row[IDENT] for row in rows]
+    assert list(predictions.ids) == [row[IDENT] for row in rows["validation"]]
     assert set(predictions.label_names) == set(LABELS)
-    stored = [
-        name for file in sorted(layout.teacher_logits.glob("*.parquet")) for name in read_table(file)["id"].to_pylist()
-    ]
-    assert stored == [json.loads(line)[IDENT] for line in (root / "train.jsonl").read_text().splitlines()]
+    shards = sorted(layout.teacher_logits.glob("*.parquet"))
+    stored = [name for shard in shards for name in read_table(shard)["id"].to_pylist()]
+    assert stored == [row[IDENT] for row in rows["train"]]
 
-
-def test_no_name_becomes_a_path_or_markup_and_no_secret_is_kept(hostile):
-    """`../../x` as a label, an id or a column must never become a path."""
-    root, layout = hostile
-    outside = {name for name in snapshot(root) if not name.startswith("work/out/")}
+    outside = {name for name in snapshot(tmp_path) if not name.startswith("work/out/")}
     assert outside == {"train.jsonl", "validation.jsonl"}
-    assert not [path for path in root.rglob("*") if path.name in ("owned", "x") or "|" in path.name]
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("owned", "x") or "|" in path.name]
     assert layout.student.exists()
     assert (layout.onnx / "model.onnx").exists()
 
     # A token in a record is published with the record.
-    for path in root.rglob("*"):
-        if path.is_file():
-            content = path.read_bytes()
-            assert not [name for name, secret in SECRETS.items() if secret.encode() in content], path
+    for path in filter(Path.is_file, tmp_path.rglob("*")):
+        content = path.read_bytes()
+        assert not [name for name, secret in SECRETS.items() if secret.encode() in content], path
 
     # A backtick in a label ends the code early, and what follows is markup.
     card = (layout.student / "README.md").read_text(encoding="utf-8")

@@ -3,22 +3,15 @@
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 
-@pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this test's own trespasses are noted, in place of the suite's."""
-    path = tmp_path / "network.log"
-    monkeypatch.setenv("KDLORA_TESTS_NETWORK_LOG", str(path))
-    return path
-
-
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-def test_the_guard_holds_here_and_in_children_and_lets_this_machine_be_asked(log):
+def test_the_guard_holds_here_and_in_children_and_lets_this_machine_be_asked(tmp_path, monkeypatch):
     """A guard that lets everything through proves nothing about the code behind it; the loopback serves pages."""
+    log = tmp_path / "network.log"  # of this test's own trespasses, in place of the suite's
+    monkeypatch.setenv("KDLORA_TESTS_NETWORK_LOG", str(log))
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname(), timeout=5).close()
     assert not log.exists()

@@ -6,18 +6,23 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from graphs import run_python
 
-from kdlora.deploy.hub import plan_push
+from experiments import edit_json
+from fabricate import make_record
+from kdlora.configfile import save_config
+from kdlora.deploy.hub import _contents, plan_push
 from kdlora.deploy.stream import predict_file
-from kdlora.errors import ArtifactError, ConfigError, HarmlessFormatter, ModelError, harmless
-from kdlora.evidence.records import ExperimentLayout
+from kdlora.errors import ArtifactError, ConfigError, HarmlessFormatter, KdLoraError, ModelError, harmless
+from kdlora.evidence.records import ExperimentLayout, write_results
 from kdlora.experiment.engines import connect
-from kdlora.experiment.team import Team
+from kdlora.experiment.scoring import evaluate_experiment
+from kdlora.experiment.team import Team, _meet
 from kdlora.system.environment import git_state
+from kdlora.system.launch import Launch
 
 
 def test_a_module_in_the_current_folder_is_not_run(tmp_path):
@@ -26,7 +31,7 @@ def test_a_module_in_the_current_folder_is_not_run(tmp_path):
     script = tmp_path / "elsewhere" / "script.py"
     script.parent.mkdir()
     script.write_text("from kdlora.system.children import run_in_child\nimport os\nprint(run_in_child(os.getpid))")
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_python(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "owned").exists()
 
@@ -72,17 +77,10 @@ def test_a_repositorys_own_programs_do_not_run(tmp_path, changed):
 
 def test_a_folders_config_does_not_say_what_is_trusted(workshop, classifier, tmp_path):
     """`kdlora evaluate` on an experiment from somebody else ran the code that its config trusted."""
-    from fabricate import make_record
-    from kdlora.configfile import save_config
-    from kdlora.errors import KdLoraError
-    from kdlora.evidence.records import write_results
-    from kdlora.experiment.scoring import evaluate_experiment
-
     teacher, layout = tmp_path / "teacher", ExperimentLayout(tmp_path / "out")
     shutil.copytree(classifier, teacher)
-    settings = json.loads((teacher / "config.json").read_text())
-    settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": "evil.Evil"}}
-    (teacher / "config.json").write_text(json.dumps(settings))
+    classes = {"AutoConfig": "evil.Evil", "AutoTokenizer": "evil.Evil"}
+    edit_json(teacher / "config.json", model_type="evil", auto_map=classes)
     (teacher / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'owned')!r}).touch()")
     layout.root.mkdir()
     section = {"fine_tuned": str(teacher), "model": None, "trust_remote_code": True}
@@ -106,9 +104,8 @@ def finished(tmp_path, classifier):
     """An experiment's folder with much that nobody means to publish."""
     layout = ExperimentLayout(tmp_path / "home of jane" / "runs" / "secret-client")
     shutil.copytree(classifier, layout.student)
-    settings = json.loads((layout.student / "config.json").read_text())
-    settings |= {"_name_or_path": f"{tmp_path}/models/bert", "id2label": {"0": "/tmp/x", "1": "/b/c", "2": "c"}}
-    (layout.student / "config.json").write_text(json.dumps(settings))
+    labels = {"0": "/tmp/x", "1": "/b/c", "2": "c"}
+    edit_json(layout.student / "config.json", _name_or_path=f"{tmp_path}/models/bert", id2label=labels)
     (layout.student / "README.md").write_text(f"made in {layout.root}\n")
     for name in ("customers.csv", "optimizer.pt", "training_args.bin", "run.log", "notes.json", "model.safetensors~"):
         (layout.student / name).write_text("private")
@@ -144,8 +141,6 @@ def test_a_push_sends_what_a_model_consists_of(finished, cli):
 
 def test_paths_of_this_machine_are_not_published(finished, tmp_path):
     """A report named the user, the client and the folders of whoever pushed it."""
-    from kdlora.deploy.hub import _contents
-
     contents = _contents(finished, True, "someone/student")
     expected = "<p>runs, data.csv:3, 'b.csv', https://example.org/a/b, /b/c, 1/2</p>"
     assert contents["report.md"] == contents["report.html"] == expected.encode()
@@ -227,8 +222,6 @@ class Store(dict):
 @pytest.mark.parametrize("change", ["config", "root", "stage"])
 def test_a_process_carries_out_only_what_it_was_started_with(workshop, tmp_path, monkeypatch, change):
     """Whoever reaches the store of torchrun could set a config, with code that a model brings, for another to run."""
-    from kdlora.system.launch import Launch
-
     config, layout, store = workshop.config(), ExperimentLayout(tmp_path / "out"), Store()
     said = {"stage": "train_run", "details": [], "config": config.model_dump(mode="json"), "root": str(layout.root)}
     if change == "config":
@@ -242,11 +235,8 @@ def test_a_process_carries_out_only_what_it_was_started_with(workshop, tmp_path,
     assert "another config or folder" in json.loads(store["outcome-1-1"])["text"]
 
 
-def test_the_store_of_one_machine_listens_to_that_machine(monkeypatch):
+def test_the_store_of_one_machine_listens_to_that_machine():
     """PyTorch opens it on every interface, and asks nobody who they are."""
-    from kdlora.experiment.team import _meet
-    from kdlora.system.launch import Launch
-
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -258,19 +248,15 @@ def test_the_store_of_one_machine_listens_to_that_machine(monkeypatch):
         pass  # another address of this machine stands for those that others reach
 
 
-def test_a_ray_cluster_that_is_started_here_has_no_dashboard(monkeypatch, tmp_path):
-    """It runs code for whoever reaches its port, and every user of the machine does."""
+def test_a_ray_cluster_has_no_dashboard_and_is_nobody_elses(monkeypatch, tmp_path):
+    """A dashboard runs code for whoever reaches its port; Ray joins the cluster that a shared folder's file names."""
     ray = pytest.importorskip("ray")
     asked = {}
     monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     connect("ray")
     assert asked["include_dashboard"] is False
-
-    # Ray joins the cluster that a file in a shared folder names, whoever wrote it.
-    ray = pytest.importorskip("ray")
     monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("it was joined"))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("192.0.2.1:6379")

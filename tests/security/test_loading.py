@@ -30,19 +30,14 @@ def refused(folder: Path, *expected: str, verify: bool = True, **options: Any) -
     assert len(str(caught.value)) < 1000
 
 
-@pytest.fixture
-def no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail where the runtime is reached: what is refused must be refused by kdlora, whatever the runtime does."""
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: pytest.fail("the runtime was reached"))
-
-
 OUTSIDE = ("../secret.bin", "{root}/secret.bin", "link.bin", "up/secret.bin", "./../secret.bin", "..\\secret.bin", "")
 
 
 @pytest.mark.parametrize("location", OUTSIDE)
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_graph_reads_no_file_outside_of_its_folder(graph_folder, no_runtime, location, nested):
+def test_a_graph_reads_no_file_outside_of_its_folder(graph_folder, monkeypatch, location, nested):
     """Runtimes up to 1.23 took any path: what lay there came out as answers. A newer one may forget again."""
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: pytest.fail("the runtime was reached"))
     root = graph_folder.parent
     (root / "secret.bin").write_bytes(graphs.table().tobytes())
     (graph_folder / "link.bin").symlink_to("../secret.bin")
@@ -71,12 +66,9 @@ def test_weights_beside_a_graph_are_read_in_a_folder_and_in_the_hubs_cache(graph
     refused(snapshot, "a link to a file in another folder")
 
 
-NO_GRAPHS = (b"\x00" * 9, b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 64, b"\x08location")
-
-
 def test_what_is_no_graph_is_refused(graph_folder, monkeypatch):
     """A reader of a hostile message must end, and say which file it was; the runtime's own format names files, too."""
-    for content in NO_GRAPHS:
+    for content in (b"\x00" * 9, b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 64, b"\x08location"):
         (graph_folder / "model.onnx").write_bytes(content)
         refused(graph_folder, "cannot load it")
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: pytest.fail("the runtime was reached"))
@@ -153,7 +145,7 @@ def test_deep_settings_are_refused(served, name, levels):
 
 
 @pytest.fixture
-def exported(made_once, tmp_path: Path) -> Path:
+def exported(tmp_path: Path) -> Path:
     """An export as kdlora writes it, and its weights outside of the graph, as other tools do."""
     source = graphs.build_folder(tmp_path / "source", problem_type="single_label_classification")
     graphs.build_graph(source / "model.onnx")

@@ -25,13 +25,9 @@ def where() -> tuple[int, str, str | None]:
     return os.getpid(), str(Path.cwd()), os.environ.get("KDLORA_TEST")
 
 
-def allocate(megabytes: int) -> int:
-    return int(np.ones(megabytes * 2**20 // 8)[-1])
-
-
 def peak_of_allocating(megabytes: int, forget: bool = False) -> int | None:
     level = read_memory()
-    allocate(megabytes)
+    np.ones(megabytes * 2**20 // 8)
     if forget:
         forget_peak()
     return peak_since(level)
@@ -47,10 +43,6 @@ def fill_the_disk() -> None:
 
 def raise_oddly() -> None:
     raise TwoArgumentsError("not", "rebuilt")
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def count(to: int, send: Callable[..., None]) -> str:
@@ -85,7 +77,3 @@ def tidy_up_when_asked(path: str, send: Callable[..., None]) -> None:
 def name_temporary_file() -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(delete=False) as file:
         return file.name, tempfile.mkdtemp(dir=os.environ["TMPDIR"])
-
-
-def unpicklable() -> Callable[[], None]:
-    return lambda: None

@@ -1,8 +1,10 @@
 import errno
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -79,8 +81,8 @@ def test_a_fault_keeps_its_class_and_its_words():
         (children.fill_the_disk, (), OSError, "No space"),
         (children.raise_oddly, (), RuntimeError, "TwoArgumentsError: not rebuilt"),  # cannot travel, but as text
         (sys.exit, (3,), RuntimeError, "SystemExit: 3"),
-        (children.unpicklable, (), Exception, "pickle"),
-        (children.die, (), ChildDiedError, r"killed by SIGKILL.*out of memory"),
+        (threading.Lock, (), Exception, "pickle"),
+        (signal.raise_signal, (signal.SIGKILL,), ChildDiedError, r"killed by SIGKILL.*out of memory"),
         (os._exit, (7,), ChildDiedError, "exit status 7"),
     ):
         with pytest.raises(kind, match=match) as caught:
@@ -128,29 +130,20 @@ print(run_in_child(slow_module.work))
 """
 
 
+def environment(place: Path) -> dict[str, str]:
+    """Give one in which a process can import what lies in a folder."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])}
+
+
 def test_an_interruption_does_not_wait_for_imports(tmp_path, way):
     """On a slow disk the libraries take longer to import than the 10 s in which the command promises to end."""
     (tmp_path / "slow_module.py").write_text(
         "import os, time\nif 'KDLORA_TEST_SLOW' in os.environ:\n    time.sleep(60)\ndef work():\n    return 1\n"
     )
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, way],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=50,
-    )
+    command = [sys.executable, "-c", INTERRUPTED, way]
+    own = environment(tmp_path)
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False, timeout=50)
     assert done.stdout.split() == ["interrupted", "True", "1"], done.stderr
-
-
-def run(*arguments: str) -> subprocess.Popen[str]:
-    """Start a Python script that can import `children`."""
-    places = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *arguments], env=environment, **pipes)
 
 
 def test_a_killed_server_takes_its_child_along(tmp_path):
@@ -186,7 +179,8 @@ def test_a_killed_parent_takes_its_child_along(tmp_path):
         "import children\nfrom kdlora.system.children import run_in_child\n"
         f"run_in_child(children.sleep_and_write, {str(tmp_path / 'x')!r}, on_message=lambda p: print(p, flush=True))\n"
     )
-    with run("-c", script) as parent:
+    own = environment(Path(__file__).parent)
+    with subprocess.Popen([sys.executable, "-c", script], env=own, stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())
         parent.kill()
     assert _is_gone(child)

@@ -28,18 +28,11 @@ CONFIG = {
 }
 
 
-@pytest.mark.parametrize(
-    ("lengths", "limits", "expected"),
-    [
-        ([[10] * 99 + [500]], [512], 16),
-        ([[40] * 98 + [61, 500]], [512], 64),
-        ([[20] * 100, [33] * 100], [512, 512], 40),
-        ([[300] * 100], [512, 128], 128),
-    ],
-)
-def test_the_longest_input_holds_99_percent_of_the_texts(lengths, limits, expected):
+def test_the_longest_input_holds_99_percent_of_the_texts():
     """A fixed length cuts long texts in silence, or pads what need not be padded."""
-    assert choose_max_length([np.array(counts) for counts in lengths], limits) == expected
+    assert choose_max_length([np.array([40] * 98 + [61, 500])], [512]) == 64
+    assert choose_max_length([np.array([20] * 100), np.array([33] * 100)], [512, 512]) == 40
+    assert choose_max_length([np.array([300] * 100)], [512, 128]) == 128
 
 
 def test_few_rows_get_more_passes_and_many_rows_fewer():

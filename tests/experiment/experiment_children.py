@@ -9,13 +9,6 @@ from typing import Any
 from kdlora.experiment import stages
 
 
-def die_in_lora_arms(config: Any, layout: Any, arm: str, seed: int, progress: Any) -> Any:
-    """Train as usual, but be killed as by the system where the arm has adapters."""
-    if arm.endswith("lora"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return stages.train_run(config, layout, arm, seed, progress)
-
-
 def train_beside_another(config: Any, layout: Any, arm: str, seed: int, progress: Any) -> Any:
     """Note the GPU, wait until the run that should go on at the same time is there, and train as usual.
 
@@ -25,7 +18,7 @@ def train_beside_another(config: Any, layout: Any, arm: str, seed: int, progress
         os.kill(os.getpid(), signal.SIGKILL)
     place = Path(os.environ["KDLORA_TEST_PLACE"])
     (place / f"{arm}-{seed}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    pair = ["kd-lora-0", "kd-lora-1"] if arm == "kd-lora" else os.environ["KDLORA_TEST_PAIR"].split()
+    pair = ["kd-lora-0", "kd-lora-1"] if arm == "kd-lora" else ["fft-0", "student-lora-0"]
     until = time.monotonic() + 60
     while not all((place / name).exists() for name in pair):
         if time.monotonic() > until:

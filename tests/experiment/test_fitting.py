@@ -33,33 +33,24 @@ def flags(count: int, seed: int) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def finished(workshop, made_once) -> Path:
-    """A multi-label experiment with a test split and both exports; read only."""
+    """A multi-label experiment with a test split and both exports, and beside it one with thresholds; read only."""
 
     def make(folder: Path) -> Path:
         rows = {"train": flags(64, 1), "validation": flags(200, 2), "test": flags(120, 3)}
         files = {name: str(tiny.write_csv(folder / f"{name}.csv", table)) for name, table in rows.items()}
         sections = {"data": files, "task": {"label": NAMES}, "export": EXPORT}
-        return run_experiment(workshop.config(sections), folder / "experiment").layout.root
+        root = run_experiment(workshop.config(sections), folder / "experiment").layout.root
+        fit_thresholds(copy_experiment(root, folder / "fitted"))
+        make_report(folder / "fitted")
+        return root
 
     return made_once("thresholds", make)
 
 
-@pytest.fixture(scope="module")
-def with_thresholds(finished: Path, made_once) -> Path:
-    """The same with thresholds; read only."""
-
-    def make(folder: Path) -> Path:
-        fit_thresholds(copy_experiment(finished, folder / "experiment"))
-        make_report(folder / "experiment")
-        return folder / "experiment"
-
-    return made_once("thresholds-fitted", make)
-
-
 @pytest.fixture
-def fitted(with_thresholds: Path, tmp_path: Path) -> Path:
-    """A copy, free to be changed."""
-    return copy_experiment(with_thresholds, tmp_path / "experiment")
+def fitted(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the one with thresholds, free to be changed."""
+    return copy_experiment(finished.parent / "fitted", tmp_path / "experiment")
 
 
 def read(folder: Path, file: str = "safetensors") -> dict[str, float]:
@@ -172,10 +163,15 @@ def test_thresholds_of_other_weights_are_refused(fitted: Path) -> None:
     place.write_text(json.dumps({"model_quantized.onnx": kept["model.onnx"]}))
     with pytest.raises(ModelError, match="fitted for other weights"):
         Classifier.load(fitted / "student-onnx")
-    for values in ({"film": 1.0}, {"film": True}, {"tennis": 0.5}, ["film"]):
-        kept["model_quantized.onnx"]["thresholds"] = values
-        place.write_text(json.dumps(kept))
-        with pytest.raises(ModelError, match="threshold"):
+    for fault, told in (
+        ({"thresholds": {"film": 1.0}}, "above 0 and below 1"),
+        ({"thresholds": {"film": True}}, "above 0 and below 1"),
+        ({"thresholds": {"tennis": 0.5}}, "'tennis', which is no label of the model"),
+        ({"thresholds": ["film"]}, "damaged at thresholds"),
+        ({"promise": {"error": "low"}}, r"damaged at promise\.error"),
+    ):
+        place.write_text(json.dumps({"model_quantized.onnx": kept["model_quantized.onnx"] | fault}))
+        with pytest.raises(ModelError, match=told):
             Classifier.load(fitted / "student-onnx")
     assert Classifier.load(fitted / "student-onnx", decisions="none").predict(["a film"])
 
@@ -230,14 +226,10 @@ def test_a_config_decides_once_and_takes_it_back(workshop, tmp_path: Path) -> No
         ("f1:ham", None, {"ham": "f1"}),
         ("matthews", None, {"spam": "matthews"}),
         ("accuracy", 0.8, {"spam": 0.8}),
+        ("recall@0.8:music", None, {"film": "f1", "music": 0.8, "praise": "f1"}),
     ],
 )
 def test_the_tasks_metric_is_the_goal(metric, goal, expected):
     """Who asked for the recall of a rare label at a precision would get the other label's threshold, for F1."""
-    assert settle_goals(Task("single-label", ("text",), ("label",), ("ham", "spam"), (metric,)), goal) == expected
-
-
-def test_of_several_labels_only_the_metrics_own_has_its_goal():
-    """The other labels of a multi-label task keep F1."""
-    task = Task("multi-label", ("text",), ("label",), NAMES, ("recall@0.8:music",))
-    assert settle_goals(task, None) == {"film": "f1", "music": 0.8, "praise": "f1"}
+    kind, names = ("multi-label", NAMES) if "music" in expected else ("single-label", ("ham", "spam"))
+    assert settle_goals(Task(kind, ("text",), ("label",), names, (metric,)), goal) == expected

@@ -18,15 +18,6 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(engines, "visible_gpus", lambda: GPUS)
 
 
-def wait_for_another(monkeypatch, folder, pair):
-    """Let runs wait until both of a pair have begun; give the folder in which each notes its GPU."""
-    monkeypatch.setattr(jobs, "train_run", experiment_children.train_beside_another)
-    (seen := folder / "seen").mkdir()
-    monkeypatch.setenv("KDLORA_TEST_PLACE", str(seen))
-    monkeypatch.setenv("KDLORA_TEST_PAIR", pair)
-    return seen
-
-
 @pytest.mark.usefixtures("two_gpus")
 def test_runs_go_on_at_the_same_time_and_come_out_the_same(workshop, experiment, tmp_path, monkeypatch):
     """Two runs on one card run out of its memory; a teacher that labels before its controls ended is not doubted.
@@ -34,7 +25,9 @@ def test_runs_go_on_at_the_same_time_and_come_out_the_same(workshop, experiment,
     Each run waits for another one here, so a plan that is carried out one by one fails. One run is killed, as for
     want of memory, which must not cost its neighbour.
     """
-    seen = wait_for_another(monkeypatch, tmp_path, "fft-0 student-lora-0")
+    (seen := tmp_path / "seen").mkdir()
+    monkeypatch.setenv("KDLORA_TEST_PLACE", str(seen))
+    monkeypatch.setattr(jobs, "train_run", experiment_children.train_beside_another)
     monkeypatch.setattr(jobs, "label_training_rows", experiment_children.label_after_controls)
     config = workshop.config({"run": {"arms": ["kd-lora", "student-lora"], "seeds": [0, 1, 2]}})
     assert "2 GPUs" in dict(plan_experiment(config, tmp_path / "out").lines())["time"]

@@ -121,7 +121,6 @@ def test_pairs_of_three_classes_with_a_test_split_and_a_student_of_the_teachers_
     assert student.test_score == pytest.approx(100 * student.test_metrics["accuracy"])
     assert student.total_parameters < teacher.total_parameters
     assert "on the test split" in (result.layout.student / "README.md").read_text()
-    assert "test" in result.layout.report_md.read_text()
     on_test = predicted(result.layout, "kd-lora", "test")
     assert on_test.label_names == names
     assert on_test.ids == tuple(str(row) for row in range(30))
@@ -143,10 +142,6 @@ def test_pairs_of_three_classes_with_a_test_split_and_a_student_of_the_teachers_
     assert (result.layout.adapter / "base" / "model.safetensors").is_file()
 
 
-def given(workshop, folder, **teacher):
-    return workshop.config({"teacher": {"fine_tuned": str(folder), **teacher}, "run": {"arms": ["fft", "kd-lora"]}})
-
-
 def test_a_given_teacher_with_its_labels_in_another_order_is_the_same_teacher(experiment, workshop, tmp_path):
     """Columns matched by position teach every student the opposite, and the loss still falls."""
     teacher = experiment.layout.teacher
@@ -159,7 +154,8 @@ def test_a_given_teacher_with_its_labels_in_another_order_is_the_same_teacher(ex
     edit_json(turned / "config.json", label2id={"positive": 0, "negative": 1})
     task, outcomes = Task.from_dict(experiment.records[0].task), []
     for folder in (teacher, turned):
-        layout, config = ExperimentLayout(tmp_path / f"of-{folder.name}"), given(workshop, folder)
+        layout = ExperimentLayout(tmp_path / f"of-{folder.name}")
+        config = workshop.config({"teacher": {"fine_tuned": str(folder)}, "run": {"arms": ["fft", "kd-lora"]}})
         record = train_run(config, layout, "fft", 0, lambda event: None)
         label_training_rows(config, layout)
         stored = read_stored_logits(layout.teacher_logits, task)
@@ -170,39 +166,24 @@ def test_a_given_teacher_with_its_labels_in_another_order_is_the_same_teacher(ex
     assert any("evaluated, not trained" in note for note in record.notes)
 
 
-ARMS = ["fft", "kd-lora", "student-lora"]
-
-
-@pytest.fixture(scope="module")
-def config(workshop, tmp_path_factory):
+@pytest.fixture
+def config(workshop, tmp_path):
     """Forty unlabelled rows with ids that the training rows have too, and one scored text."""
     rows = [{"id": row["id"], "text": row["text"] + " indeed"} for row in sentiment_rows(40, seed=7)]
     rows.append({"id": "scored", "text": sentiment_rows(40, seed=1)[0]["text"]})
-    path = write_csv(tmp_path_factory.mktemp("unlabelled") / "unlabelled.csv", rows)
-    return workshop.config({"data": {"unlabelled": str(path)}, "run": {"arms": ARMS}})
+    path = write_csv(tmp_path / "unlabelled.csv", rows)
+    return workshop.config({"data": {"unlabelled": str(path)}, "run": {"arms": ["fft", "kd-lora", "student-lora"]}})
 
 
-@pytest.fixture(scope="module")
-def result(config, tmp_path_factory):
-    """A finished experiment with unlabelled rows."""
-    return run_experiment(config, tmp_path_factory.mktemp("unlabelled-experiment") / "out")
-
-
-def check_labelled(result, config):
-    """See that the stored logits of the unlabelled rows are theirs; give the splits."""
-    splits = load_splits(config.task, config.data)
+def test_the_teacher_labels_them_and_the_student_learns_from_both(config, tmp_path):
+    """Rows that nobody trains on, or logits attached to the training row of the same id, would go unnoticed."""
+    result, splits = run_experiment(config, tmp_path / "out"), load_splits(config.task, config.data)
     stored = read_stored_logits(result.layout.unlabelled_logits, splits.task)
     assert stored.ids.to_pylist() == splits.unlabelled["id"][:]
     np.testing.assert_array_equal(np.asarray(stored.attach(splits.unlabelled)["teacher_logits"]), stored.logits)
-    return splits
-
-
-def test_the_teacher_labels_them_and_the_student_learns_from_both(result, config):
-    """Rows that nobody trains on, or logits attached to the training row of the same id, would go unnoticed."""
     teacher, control, student = result.records
     assert [record.status for record in result.records] == ["finished"] * 3
     assert student.rows == {"train": 64, "unlabelled": 40, "validation": 40}
-    check_labelled(result, config)
     steps = 2 * math.ceil(104 / 8)
     assert student.history[-1]["step"] == control.history[-1]["step"] == steps
     assert teacher.history[-1]["step"] == 2 * math.ceil(64 / 8)

@@ -9,7 +9,6 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import tiny
 from experiments import read_rows
 from fabricate import BINARY
 from kdlora.configfile import build_config
@@ -21,7 +20,7 @@ from kdlora.errors import ConfigError, ModelError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.plan import reset_unused
-from kdlora.experiment.run import plan_experiment, plan_runs, run_experiment
+from kdlora.experiment.run import run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
 from kdlora.experiment.settle import Chosen
 from tiny import sentiment_rows, write_csv
@@ -35,6 +34,9 @@ def long_rows(count, seed=0):
     rows = sentiment_rows(count, seed)
     before = "the company said its profit rose by 12 percent in the third quarter "
     return [row | {"text": before * (place % 4 > 0) + row["text"]} for place, row in enumerate(rows)]
+
+
+TEXTS = [row["text"] for row in long_rows(32, len("validation"))]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,6 @@ def values(workshop, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(values, tmp_path_factory):
-    """A finished experiment."""
     return run_experiment(build_config(values), tmp_path_factory.mktemp("long-run") / "out")
 
 
@@ -65,42 +66,25 @@ def kept(result, arm):
     return read_predictions(result.layout.run(arm, 0).predictions).only("validation").logits
 
 
-def texts_of(values):
-    return [row["text"] for row in long_rows(32, len("validation"))]
-
-
 def test_what_is_scored_exported_and_served_is_one_answer(result, values):
     """A student that is scored in windows and served cut, or pooled otherwise, is not the one of the report."""
-    texts, layout = texts_of(values), result.layout
+    layout = result.layout
     assert [record.status for record in result.records] == ["finished", "finished"]
     assert not any(any(record.truncated.values()) for record in result.records)
     scored = kept(result, "kd-fft")
     assert result.records[-1].score > 70  # which the beginnings of the texts cannot give
     for folder, precision in ((layout.student, "auto"), (layout.onnx, "fp32")):
         model = Classifier.load(folder, precision=precision)
-        np.testing.assert_allclose(model.predict_logits(texts), scored, atol=1e-4)
-        np.testing.assert_allclose(model.predict_logits(texts, batch_size=1, batch_tokens=1), scored, atol=1e-4)
+        assert (model.folder.max_length, model.folder.windows.stride, model.folder.windows.pool) == (16, 4, "max")
+        np.testing.assert_allclose(model.predict_logits(TEXTS), scored, atol=1e-4)
+        np.testing.assert_allclose(model.predict_logits(TEXTS, batch_size=1, batch_tokens=1), scored, atol=1e-4)
     assert "pools their logits (max); the pipeline below cuts it" in (layout.student / "README.md").read_text()
-    int8 = Classifier.load(layout.onnx).predict_logits(texts)
+    int8 = Classifier.load(layout.onnx).predict_logits(TEXTS)
     assert np.corrcoef(int8.ravel(), scored.ravel())[0, 1] > 0.9
     again = evaluate_experiment(layout.root, values["data"]["validation"])
     assert [row["score"] for row in again] == [
         pytest.approx(next(one.score for one in result.records if one.arm == arm)) for arm in ("kd-fft", "fft")
     ]
-
-
-def test_a_text_is_pooled_over_windows_that_share_the_stride(result):
-    """Another stride or pool where a text is served than where it was learnt shows in no score."""
-    model = Classifier.load(result.layout.student)
-    assert (model.folder.max_length, model.folder.windows.stride, model.folder.windows.pool) == (16, 4, "max")
-    text = long_rows(2)[1]["text"]
-    [whole] = model.encode([text])
-    ids, step = whole.ids, 16 - 2 - 4
-    own = ids[1:-1]
-    starts = [*range(0, len(own) - 14, step), len(own) - 14]
-    inputs = np.array([[ids[0], *own[start : start + 14], ids[-1]] for start in starts])
-    parts = model.run({"input_ids": inputs, "attention_mask": np.ones_like(inputs)})
-    np.testing.assert_allclose(model.predict_logits([text])[0], parts.max(axis=0), atol=1e-5)
 
 
 def test_a_collection_is_labelled_as_the_teacher_was_trained(result, values, tmp_path):
@@ -113,7 +97,7 @@ def test_a_collection_is_labelled_as_the_teacher_was_trained(result, values, tmp
         assert labelled.truncated == 0
         table = pq.read_table(next(labelled.folder.glob("*.parquet")))
         found = np.stack([table[f"logit:{name}"] for name in ("negative", "positive")], axis=1)
-        expected = Classifier.load(result.layout.teacher, max_length=longest).predict_logits(texts_of(values))
+        expected = Classifier.load(result.layout.teacher, max_length=longest).predict_logits(TEXTS)
         np.testing.assert_allclose(found, expected, atol=1e-4)
         if longest == 64:
             np.testing.assert_allclose(found, kept(result, "fft"), atol=1e-4)
@@ -142,18 +126,14 @@ def test_what_only_data_and_models_tell_stops_the_plan(values, cli, tmp_path):
     words = tmp_path / "words.conll"
     words.write_text("Ada\tB-PER\nmet\tO\n\nOslo\tB-LOC\n\n" * 6)
     cases = [
-        ({"student": {"train": {"max_length": 65}}}, "max_length is 65, but", "reads 64 tokens at most"),
+        ({"student": {"train": TRAIN | {"max_length": 65}}}, "max_length is 65, but", "reads 64 tokens at most"),
         ({"data": {"window_stride": 15}}, "data.window_stride is 15", "set it to 13 at most"),
         ({"data": {"train": str(pairs)}, "task": {"text": ["text", "other"]}}, "pairs (text, other)", "cut"),
         ({"data": {"train": str(words), "validation": str(words)}}, "a task of tokens always", "out"),
     ]
     for changes, *said in cases:
-        config = {key: dict(part) if isinstance(part, dict) else part for key, part in values.items()}
-        for key, part in changes.items():
-            train = {"train": config[key]["train"] | part["train"]} if "train" in part and key == "student" else part
-            config[key] = config[key] | train
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        path, config = tmp_path / "config.yaml", {key: values[key] | part for key, part in changes.items()}
+        path.write_text(yaml.safe_dump(values | config), encoding="utf-8")
         ended = cli("run", path, "--out", tmp_path / "out", code=2)
         assert all(part in ended.err for part in said), ended.err
         assert not (tmp_path / "out").exists()
@@ -180,20 +160,6 @@ def test_the_plan_names_the_remedy_and_each_model_has_its_own_length(values, cli
         assert (filled.teacher.train.max_length, filled.student.train.max_length) == lengths
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return tiny.build_model_folder("llama", tmp_path_factory.mktemp("llama") / "model")
-
-
-@pytest.fixture(scope="module")
-def taught(workshop, llama, tmp_path_factory):
-    """A Llama, tuned by adapters, teaches a DistilBERT."""
-    teacher = {"model": str(llama), "tuning": "lora", "adapter_learning_rate": 1e-2}
-    config = workshop.config({"teacher": teacher, "run": {"arms": ["kd-lora", "student-lora"]}})
-    folder = tmp_path_factory.mktemp("taught") / "out"
-    return plan_experiment(config, folder), run_experiment(config, folder)
-
-
 def answers(folder, texts):
     """Give what a saved model says by transformers alone."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -201,11 +167,15 @@ def answers(folder, texts):
         return model(**AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")).logits.numpy()
 
 
-def test_the_teacher_tuned_by_adapters_is_the_one_that_teaches(workshop, taught):
+def test_the_teacher_tuned_by_adapters_is_the_one_that_teaches(workshop, tiny_model_folder, tmp_path):
     """All weights would be tuned after all, or the base without its adapter asked for the logits."""
-    plan, result = taught
+    llama = tiny_model_folder("llama")
+    teacher = {"model": str(llama), "tuning": "lora", "adapter_learning_rate": 1e-2}
+    config = workshop.config({"teacher": teacher, "run": {"arms": ["kd-lora", "student-lora"]}})
+    plans = []
+    result = run_experiment(config, tmp_path / "out", before=plans.append)
     layout = result.layout
-    assert [one.arm for one in plan.trainings] == ["lora", "student-lora", "kd-lora"]
+    assert [one.arm for one in plans[0].trainings] == ["lora", "student-lora", "kd-lora"]
     assert [record.status for record in result.records] == ["finished"] * 3
     own = {record.arm: record for record in result.records}
     assert own["lora"].trainable_parameters < own["lora"].total_parameters / 2
@@ -221,24 +191,21 @@ def test_the_teacher_tuned_by_adapters_is_the_one_that_teaches(workshop, taught)
     assert any(name.endswith("teacher/model.safetensors") for name in own["lora"].files)
 
     # Without `fft` the report would say that no teacher was run.
-    report = taught[1].layout.report_md.read_text()
-    assert "model (LoRA)’s score" in report or "of model (LoRA)" in report
+    report = layout.report_md.read_text()
+    assert f"{llama.name} (LoRA)" in report
     assert "was not run" not in report
 
     # A teacher in another arm's folder, not found, would be trained anew at every call.
-    layout = taught[1].layout
     before = layout.run("lora", 0).record.stat().st_mtime_ns
-    again = run_experiment(taught[0].config, layout.root)
+    again = run_experiment(config, layout.root)
     assert len(again.records) == 3
     assert layout.run("lora", 0).record.stat().st_mtime_ns == before
 
 
-def test_who_teaches_is_planned_and_counts_for_a_suite(workshop):
+def test_who_teaches_counts_for_a_suite_and_is_among_the_arms(workshop):
     """Runs by another teacher, or at another seed, would be taken for equal ones."""
     values = {"teacher": {"tuning": "lora", "seed": 7}, "run": {"arms": ["fft", "lora", "kd-lora"], "seeds": [0, 1]}}
     config = workshop.config(values)
-    runs = [(run.arm, run.seed) for run in plan_runs(config)]
-    assert runs == [("lora", 7), ("fft", 0), ("fft", 1), ("lora", 0), ("lora", 1), ("kd-lora", 0), ("kd-lora", 1)]
     assert reset_unused(config, "lora").teacher == config.teacher
     assert reset_unused(workshop.config(values | {"teacher": {"seed": 7}}), "lora").teacher.seed is None
     data = {"data": {"train": "rows.csv"}, "student": {"model": "small"}}
@@ -248,10 +215,11 @@ def test_who_teaches_is_planned_and_counts_for_a_suite(workshop):
         build_config({**data, "teacher": {"fine_tuned": "large", "tuning": "lora"}})
 
 
-def test_a_decoder_as_student_predicts_what_was_scored(workshop, llama, tmp_path):
+def test_a_decoder_as_student_predicts_what_was_scored(workshop, tiny_model_folder, tmp_path):
     """Served with other padding or without it, a student answers otherwise than in its report."""
-    changes = {"student": {"model": str(llama)}, "export": {"formats": ["onnx"], "benchmark": True}}
-    result = run_experiment(workshop.config(changes), tmp_path / "out")
+    export = {"formats": ["onnx"], "benchmark": True}
+    config = workshop.config({"student": {"model": str(tiny_model_folder("llama"))}, "export": export})
+    result = run_experiment(config, tmp_path / "out")
     layout = result.layout
     scored = read_predictions(layout.run("student-lora", 0).predictions).only("validation")
     texts = [row["text"] for row in read_rows(workshop.validation)]

@@ -17,9 +17,7 @@ from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment.plan import identity
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import doubts_of_teacher
-from kdlora.report.collect import load_experiment
 from kdlora.report.report import make_report
-from kdlora.report.tables import arm_table
 from kdlora.searchconfig import SearchConfig
 from tiny import sentiment_rows, write_csv
 
@@ -105,7 +103,7 @@ def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
     """A bag of words in `student/` is no model; one that is fitted again on every call changes a finished folder."""
     config = workshop.config({"data": {"test": str(workshop.validation)}, "run": {"arms": ["words", "student-lora"]}})
     result = run_experiment(config, tmp_path / "out")
-    words, student = read_results(result.layout.results)
+    words, _ = read_results(result.layout.results)
     assert (words.arm, words.status, words.model) == ("words", "finished", "bag of words")
     assert words.trainable_parameters == words.total_parameters > 100
     assert words.train_seconds > 0
@@ -115,13 +113,9 @@ def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
     assert read_predictions(kept.predictions).only("test").logits.shape == (40, 2)
     assert (result.shipped.arm, result.shipped.seed) == ("student-lora", 0)
     assert not result.layout.run("words", 0).model.exists()
-
-    experiment = load_experiment(result.folder)
-    assert experiment.student_arm == "student-lora"
     report = result.layout.report_md.read_text(encoding="utf-8")
     assert report.count("bag of words") > 3
     assert f"{words.score:.2f}" in report
-    assert [row[0] for row in arm_table([words, student]).rows] == ["words", "student-lora"]
 
     before = snapshot(kept.root)
     run_experiment(config, result.folder)
@@ -210,9 +204,6 @@ def test_a_folder_keeps_the_metric_that_its_runs_were_scored_by(uneven, tmp_path
         run_experiment(uneven(run=words, task={"metric": "macro_f1"}), layout.root)
     more = run_experiment(uneven(run={"arms": ["words", "student-lora"], "seeds": [0]}), layout.root)
     assert [record.task["metrics"] for record in more.records] == [["accuracy"]] * 2
-    fresh = run_experiment(uneven(run=words), tmp_path / "fresh")
-    assert [record.task["metrics"] for record in fresh.records] == [["macro_f1"]]
-    assert any("Scored by macro F1" in note for note in fresh.notes)
 
 
 def test_weights_follow_the_metric_where_they_are_auto(uneven, workshop, tmp_path):
@@ -249,19 +240,15 @@ def test_what_earlier_versions_did_hashes_as_it_did(uneven):
 
 def test_weights_that_do_not_fit_are_refused_before_anything_trains(cli, workshop, uneven, tmp_path):
     """A weight for a label that does not exist would be without effect, and shown as if it had one."""
-    path = tmp_path / "e.yaml"
-    for changes, told in [
-        ({"student": {"class_weights": {"postive": 5}}}, "Did you mean 'positive'?"),
-        ({"teacher": {"class_weights": {"postive": 5}}}, "Did you mean 'positive'?"),
-        ({"student": {"class_weights": "balanced"}, "kind": "regression"}, "a regression has no classes"),
+    path, train = tmp_path / "e.yaml", workshop.values()["student"]["train"]
+    rows = [{"text": row["text"], "label": str(place / 7)} for place, row in enumerate(sentiment_rows(40))]
+    numbers = {"train": str(write_csv(tmp_path / "numbers.csv", rows)), "validation": None}
+    for role, weights, changes, told in [
+        ("student", {"postive": 5}, {}, "Did you mean 'positive'?"),
+        ("teacher", {"postive": 5}, {}, "Did you mean 'positive'?"),
+        ("student", "balanced", {"task": {"kind": "regression"}, "data": numbers}, "a regression has no classes"),
     ]:
-        values = workshop.values()
-        for role in ("teacher", "student"):
-            values[role]["train"] = values[role]["train"] | changes.get(role, {})
-        if "kind" in changes:
-            rows = [{"text": row["text"], "label": str(place / 7)} for place, row in enumerate(sentiment_rows(40))]
-            numbers = str(write_csv(tmp_path / "numbers.csv", rows))
-            values |= {"task": {"kind": "regression"}, "data": {"train": numbers}}
+        values = workshop.values(changes | {role: {"train": train | {"class_weights": weights}}})
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         said = cli("run", path, "--out", tmp_path / "none", code=2)
         assert "train.class_weights" in said.err

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from experiments import Workshop
+from experiments import Workshop, copy_experiment
 from tiny import save_classifier
 
 
@@ -46,12 +46,10 @@ def finished_suite(suite_values: Callable[..., dict[str, Any]], made_once):
 @pytest.fixture
 def suite_folder(finished_suite, tmp_path: Path) -> Path:
     """A copy of the small suite's folder."""
-    import shutil
-
-    return Path(shutil.copytree(finished_suite.folder, tmp_path / "suite", copy_function=shutil.copy2))
+    return copy_experiment(finished_suite.folder, tmp_path / "suite")
 
 
 @pytest.fixture(scope="session")
-def fine_tuned(tiny_model_folder, tmp_path_factory) -> Path:
+def model(tiny_model_folder, tmp_path_factory) -> Path:
     """A classifier as an experiment keeps its teacher; its weights are random."""
     return save_classifier(tiny_model_folder("bert"), tmp_path_factory.mktemp("label-model") / "teacher")

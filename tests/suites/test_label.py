@@ -16,24 +16,18 @@ from kdlora.data.load import load_splits
 from kdlora.data.logit_table import LOGIT, open_collection
 from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
-from kdlora.distil.inference import predict_logits
+from kdlora.deploy.predict import Classifier
 from kdlora.distil.teacher_table import read_collection
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.settle import check_table
 from kdlora.experiment.stages import label_training_rows, train_run
-from kdlora.models.encoders import load_encoder, load_fine_tuned, save_encoder
+from kdlora.models.encoders import load_encoder, save_encoder
 from sentences import tagged_rows, write_conll, write_words
 from tiny import sentiment_rows, task, write_csv
 
 TASK = task()
-
-
-@pytest.fixture
-def model(fine_tuned):
-    """The classifier that labels."""
-    return fine_tuned
 
 
 def rows(count: int, seed: int) -> list[dict[str, str]]:
@@ -48,17 +42,6 @@ def texts(tmp_path_factory):
     write_lines(folder / "b.jsonl", rows(30, 2))
     write_csv(folder / "c.csv", rows(20, 3))
     return folder
-
-
-def expected_logits(model: Path, wanted: list[str]) -> np.ndarray:
-    """Logits of texts one by one, by the plainest way there is."""
-    from datasets import Dataset
-
-    from kdlora.data.batches import tokenise
-
-    encoder, columns = load_fine_tuned(str(model), TASK)
-    data = Dataset.from_dict({"id": wanted, "text": wanted})
-    return predict_logits(encoder.model, encoder.tokenizer, tokenise(data, encoder.tokenizer, 128))[:, columns]
 
 
 def read_all(folder: Path) -> pd.DataFrame:
@@ -89,7 +72,7 @@ def test_every_row_of_every_format_once_with_its_own_logits(model, texts, tmp_pa
     assert found["id"].tolist() == [row["id"] for row in given]
     assert found["text"].tolist() == [row["text"] for row in given]
     logits = found[[LOGIT + name for name in TASK.label_names]].to_numpy()
-    np.testing.assert_allclose(logits, expected_logits(model, found["text"].tolist()), atol=1e-5)
+    np.testing.assert_allclose(logits, Classifier.load(model).predict_logits(found["text"].tolist()), atol=1e-4)
     stored = read_collection(tmp_path / "out", task(names=("positive", "Negative")), "teacher.logits")
     np.testing.assert_array_equal(stored.logits, logits[:, ::-1])  # by name, not by position
     with pytest.raises(
@@ -127,13 +110,6 @@ def test_a_kill_between_any_two_writes_costs_one_shard(model, texts, tmp_path, m
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_a_second_process_is_refused(model, texts, tmp_path):
-    """Two processes do everything twice."""
-    (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(ArtifactError, match="another process labels into"):
-        label(model, texts, tmp_path / "out", rows_per_shard=16)
-
-
 def test_a_finished_collection_is_not_labelled_again_and_a_damaged_shard_is(model, texts, tmp_path, monkeypatch):
     """Hours of labelling must not start anew because of one bad sector; nor may the sector go unnoticed."""
     out = tmp_path / "out"
@@ -152,11 +128,13 @@ def test_a_finished_collection_is_not_labelled_again_and_a_damaged_shard_is(mode
     assert contents(out) == before
 
 
-def test_another_job_in_the_folder_is_refused(model, texts, tmp_path):
-    """Shards of two settings in one folder are logits of no teacher."""
+def test_another_job_in_the_folder_is_refused(model, tmp_path):
+    """Shards of two settings in one folder are logits of no teacher; two processes do everything twice."""
     out, source = tmp_path / "out", tmp_path / "in.jsonl"
     write_lines(source, rows(5, 1))
     label(model, source, out)
+    with FileLock(out / ".lock"), pytest.raises(ArtifactError, match="another process labels into"):
+        label(model, source, out)
     with pytest.raises(ArtifactError, match=r"are stale: the longest input \(max_length\) changed"):
         label(model, source, out, max_length=32)
     write_lines(source, rows(6, 1))
@@ -219,16 +197,11 @@ def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
         label(model, texts / "b.jsonl", tmp_path / "ray", on="spark")
 
 
-def test_a_collection_teaches_an_experiment(model, workshop, texts, tmp_path):
+def test_a_collection_teaches_an_experiment(model, workshop, texts, tiny_model_folder, tmp_path):
     """A collection is there so that the teacher need not read it again; as a table it covers the training rows."""
     label(model, texts, tmp_path / "labelled", rows_per_shard=16)
-    config = workshop.config(
-        {
-            "data": {"unlabelled": str(tmp_path / "labelled")},
-            "teacher": {"fine_tuned": str(model)},
-            "run": {"arms": ["kd-lora"]},
-        }
-    )
+    sections = {"data": {"unlabelled": str(tmp_path / "labelled")}, "run": {"arms": ["kd-lora"]}}
+    config = workshop.config(sections | {"teacher": {"fine_tuned": str(model)}})
     layout = ExperimentLayout(tmp_path / "experiment")
     label_training_rows(config, layout)
     assert not layout.unlabelled_logits.exists()
@@ -238,6 +211,12 @@ def test_a_collection_teaches_an_experiment(model, workshop, texts, tmp_path):
     label(model, workshop.train, tmp_path / "train")
     table = workshop.config({"teacher": {"model": None, "logits": str(tmp_path / "train")}})
     assert check_table(table, load_splits(table.task, table.data)) == []
+
+    # Two teachers of one name, one of them trained a little longer, look alike in every config.
+    save_encoder(load_encoder(str(tiny_model_folder("bert")), TASK, seed=4), tmp_path / "other")
+    config = workshop.config(sections | {"teacher": {"fine_tuned": str(tmp_path / "other")}})
+    with pytest.raises(ArtifactError, match="was labelled with other weights"):
+        label_training_rows(config, ExperimentLayout(tmp_path / "again"))
 
 
 def test_words_are_labelled_as_they_are_given(tiny_model_folder, tmp_path):
@@ -264,19 +243,3 @@ def test_words_are_labelled_as_they_are_given(tiny_model_folder, tmp_path):
     rows = load_splits(TaskConfig(label_names=("BAD", "GOOD", "PLACE")), data).train
     taught = read_collection(tmp_path / ".conll-out", kind, "teacher.logits").attach(rows)
     assert len(taught["teacher_logits"][0]) == 7 * len(rows["starts"][0])
-
-
-def test_a_collection_of_other_weights_is_refused(model, workshop, texts, tiny_model_folder, tmp_path):
-    """Two teachers of one name, one of them trained a little longer, look alike in every config."""
-    label(model, texts / "b.jsonl", tmp_path / "labelled")
-    other = load_encoder(str(tiny_model_folder("bert")), TASK, seed=4)
-    save_encoder(other, tmp_path / "other")
-    config = workshop.config(
-        {
-            "data": {"unlabelled": str(tmp_path / "labelled")},
-            "teacher": {"fine_tuned": str(tmp_path / "other")},
-            "run": {"arms": ["kd-lora"]},
-        }
-    )
-    with pytest.raises(ArtifactError, match="was labelled with other weights"):
-        label_training_rows(config, ExperimentLayout(tmp_path / "experiment"))

@@ -113,13 +113,13 @@ def kill_a_worker(folder, killed):
         time.sleep(0.01)
 
 
-def test_a_lost_worker_loses_no_row_and_doubles_none(fine_tuned, texts, tmp_path):
+def test_a_lost_worker_loses_no_row_and_doubles_none(model, texts, tmp_path):
     """A piece that dies with its worker must be done again by another, once."""
-    label_collection(str(fine_tuned), texts, tmp_path / "here", LabelSettings(rows_per_shard=8))
+    label_collection(str(model), texts, tmp_path / "here", LabelSettings(rows_per_shard=8))
     killed: list[int] = []
     thread = threading.Thread(target=kill_a_worker, args=(tmp_path / "there", killed))
     thread.start()
-    summary = label_collection(str(fine_tuned), texts, tmp_path / "there", LabelSettings(rows_per_shard=8), on="ray")
+    summary = label_collection(str(model), texts, tmp_path / "there", LabelSettings(rows_per_shard=8), on="ray")
     thread.join()
     assert len(killed) == 1
     assert (summary.rows, summary.shards) == (320, 40)
@@ -127,9 +127,9 @@ def test_a_lost_worker_loses_no_row_and_doubles_none(fine_tuned, texts, tmp_path
         assert (tmp_path / "there" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_faults_come_back_in_our_words(fine_tuned, texts, tmp_path):
+def test_faults_come_back_in_our_words(model, texts, tmp_path):
     """Ray wraps what a worker raises in pages of its own."""
     with pytest.raises(DataError, match="no column 'body'"):
-        label_collection(str(fine_tuned), texts, tmp_path / "out", LabelSettings(text=("body",)), on="ray")
+        label_collection(str(model), texts, tmp_path / "out", LabelSettings(text=("body",)), on="ray")
     with pytest.raises(ConfigError, match=r"no Ray cluster answers at ray://127\.0\.0\.1:1 "):
-        label_collection(str(fine_tuned), texts, tmp_path / "nobody", on="ray://127.0.0.1:1")
+        label_collection(str(model), texts, tmp_path / "nobody", on="ray://127.0.0.1:1")

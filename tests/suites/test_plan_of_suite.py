@@ -19,8 +19,6 @@ from kdlora.experiment.suitefile import build_suite, configurations, load_suite,
 from kdlora.section import DataConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
 SUITE = {
     "name": "s",
     "tasks": ["cola", "rte"],
@@ -35,10 +33,15 @@ SUITE = {
         "adapters": {"lora.rank": [8, 16], "distil.alpha": [0.1, 0.5]},
     },
 }
+CHOSEN = Chosen(40, {"teacher": 1000, "student": 1000}, BINARY, {"teacher": 768, "student": 384})
+
+
+def suite(**changes):
+    return build_suite(SUITE | changes)
 
 
 def plan(**changes):
-    return make_plan(build_suite(SUITE | changes))
+    return make_plan(suite(**changes))
 
 
 def arms(found, arm, task="cola"):
@@ -90,16 +93,18 @@ def test_copies_belong_to_the_students_of_a_teacher_alone():
     assert len(arms(found, "fft")) == 1
     assert [len(lesson.candidates) for lesson in found.lessons()] == [1] * 4
     assert len({lesson.candidates[0].key for lesson in found.lessons()}) == 2
+    families = {f"copied-{count}": families["paper"] | {"data": {"augment": count}} for count in (0, 1)}
+    found = plan(families=families, grids={})
+    assert [len(arms(found, arm)) for arm in ("fft", "kd-lora", "student-lora")] == [1, 2, 1]
 
 
 def test_a_rate_of_adapters_is_none_of_a_tuned_teacher():
     """Families of two student rates would train the same teacher twice: hours, for two equal models."""
     data, student = {"data": {"path": "x/y"}, "teacher": {"model": "teacher"}}, {"model": "small"}
     families = {"open": {"student": student}, "set": {"student": student | {"train": {"learning_rate": 1e-4}}}}
-    suite = build_suite(SUITE | {"families": families, "grids": {}, "config": data})
-    chosen = Chosen(40, {"teacher": 1000, "student": 1000}, BINARY, {"teacher": 768, "student": 384})
-    found = make_plan(suite, {(task, family): chosen for task in suite.tasks for family in families})
-    for task in suite.tasks:
+    both = suite(families=families, grids={}, config=data)
+    found = make_plan(both, {(task, family): CHOSEN for task in both.tasks for family in families})
+    for task in both.tasks:
         assert len({run.folder for run in found.runs() if (run.task, run.arm) == (task, "fft")}) == 1
         assert len({run.folder for run in found.runs() if (run.task, run.arm) == (task, "lora")}) == 2
 
@@ -107,9 +112,9 @@ def test_a_rate_of_adapters_is_none_of_a_tuned_teacher():
 @pytest.mark.parametrize(("name", "fft", "adapters"), [("paper", 25, 24), ("paper-small", 2, 3)])
 def test_the_papers_suites(name, fft, adapters):
     """The protocol is 25 configurations of FFT and 24 of the others; a slip in a grid changes it silently."""
-    suite = load_suite(CONFIGS / f"{name}.yaml")
-    found = make_plan(suite)
-    cell = found.cells_of(next(iter(suite.tasks)), next(iter(suite.families)))
+    papers = load_suite(CONFIGS / f"{name}.yaml")
+    found = make_plan(papers)
+    cell = found.cells_of(next(iter(papers.tasks)), next(iter(papers.families)))
     assert len({run.folder for run in cell["fft"].runs}) == fft
     for arm in ("lora", "kd-lora", "student-lora"):
         assert len({run.folder for run in cell[arm].runs}) == adapters
@@ -119,11 +124,8 @@ def test_the_papers_suites(name, fft, adapters):
 
 def test_an_open_max_length_is_filled_in_for_all_arms_alike():
     """A control that reads less of a text than the distilled arm measures the cut."""
-    suite = build_suite(SUITE | {"config": {"data": {"path": "x/y"}, "student": {"train": {"max_length": 96}}}})
-    found = make_plan(
-        suite,
-        {("cola", "one"): Chosen(40, {"teacher": 1000, "student": 1000}, BINARY, {"teacher": 768, "student": 384})},
-    )
+    cut = suite(config={"data": {"path": "x/y"}, "student": {"train": {"max_length": 96}}})
+    found = make_plan(cut, {("cola", "one"): CHOSEN})
     configs = {cell.arm: cell.runs[0].config for cell in found.cells if (cell.task, cell.family) == ("cola", "one")}
     assert configs["fft"].teacher.train.max_length == configs["kd-lora"].teacher.train.max_length == 40
     assert {configs[arm].student.train.max_length for arm in ("lora", "kd-lora", "student-lora")} == {96}
@@ -141,44 +143,31 @@ TWO, FOUR = ({"epochs": epochs, "learning_rate": 1e-3, "max_length": 128} for ep
 
 def test_the_estimate_leaves_out_what_has_finished():
     """A suite that is nearly done would be put off for the hours that it has behind it."""
-    values = {
-        "name": "s",
-        "tasks": ["cola", "rte"],
-        "families": {"own": {"teacher": {"model": "large"}, "student": {"model": "small"}}},
-        "config": {"data": {"path": "x/y"}, "teacher": {"train": TWO}, "student": {"train": FOUR}},
-        "arms": ["fft", "student-lora"],
-    }
-    plan = make_plan(build_suite(values))
-    looks = {(task, "own"): LOOKS for task in values["tasks"]}
+    config = {"data": {"path": "x/y"}, "teacher": {"train": TWO}, "student": {"train": FOUR}}
+    own = plan(families={"own": SUITE["families"]["one"]}, config=config, arms=["fft", "student-lora"], grids={})
+    looks = {(task, "own"): LOOKS for task in SUITE["tasks"]}
     of_cola = 1000 * 5.0 * (2 * FULL * 1e-4 + 4 * ADAPTERS * 1e-5)
     # RTE has half the rows, texts of the same length.
-    assert estimate(plan, {}, FACTS, looks) == pytest.approx(of_cola * 1.5 + 4 * RUN_SECONDS)
-    done = {run.key: SimpleNamespace() for run in plan.runs() if run.task == "rte"}
-    assert estimate(plan, done, FACTS, looks) == pytest.approx(of_cola + 2 * RUN_SECONDS)
-
-
-GLUE = {"name": "s", "tasks": ["cola", "SST-2"], "families": ["bert", "roberta"], "config": {"data": {"path": "x/y"}}}
-
-
-def suite(**changes):
-    return build_suite(GLUE | changes)
+    assert estimate(own, {}, FACTS, looks) == pytest.approx(of_cola * 1.5 + 4 * RUN_SECONDS)
+    done = {run.key: SimpleNamespace() for run in own.runs() if run.task == "rte"}
+    assert estimate(own, done, FACTS, looks) == pytest.approx(of_cola + 2 * RUN_SECONDS)
 
 
 def test_names_stand_for_sections():
     """The benchmark's own spelling of a task must not become a second task."""
-    found = suite()
+    found = suite(tasks=["cola", "SST-2"], families=["bert", "roberta"])
     assert found.tasks == {"cola": {"task": {"name": "cola"}}, "sst2": {"task": {"name": "sst2"}}}
     assert found.families["roberta"] == {"family": "roberta"}
 
     # One teacher for every task of a suite would be the teacher of the wrong labels.
     with pytest.raises(ConfigError, match="a suite trains its teachers"):
-        make_plan(suite(config={"data": {"path": "x/y"}, "teacher": {"fine_tuned": "somewhere"}}))
+        plan(families=["bert"], config={"data": {"path": "x/y"}, "teacher": {"fine_tuned": "somewhere"}})
 
     # Among thousands of configurations, "rank: greater than 0" alone helps nobody.
-    with pytest.raises(ConfigError, match=r"(?s)s: cola, bert, lora.*lora\.rank"):
-        make_plan(suite(grids={"adapters": {"lora.rank": [8, 0]}}))
+    with pytest.raises(ConfigError, match=r"(?s)s: cola, one, lora.*lora\.rank"):
+        plan(grids={"adapters": {"lora.rank": [8, 0]}})
     with pytest.raises(ConfigError, match=r"lora\.rnak: unknown key. Did you mean 'rank'"):
-        make_plan(suite(grids={"adapters": {"lora.rnak": [8]}}))
+        plan(grids={"adapters": {"lora.rnak": [8]}})
 
 
 @pytest.mark.parametrize(
@@ -221,7 +210,7 @@ def test_paths_resolve_where_they_were_written(tmp_path, monkeypatch):
     (tmp_path / "suites").mkdir()
     (tmp_path / "glue").mkdir()
     file = tmp_path / "suites" / "s.yaml"
-    file.write_text(yaml.safe_dump(GLUE | {"config": {"data": {"path": "../glue"}}}), encoding="utf-8")
+    file.write_text(yaml.safe_dump(SUITE | {"config": {"data": {"path": "../glue"}}}), encoding="utf-8")
     loaded = load_suite(file)
     assert loaded.config["data"]["path"] == str(tmp_path / "glue")
     (tmp_path / "other").mkdir()

@@ -3,17 +3,18 @@
 import csv
 import dataclasses
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from datasets import Dataset
 
+from experiments import copy_experiment
 from kdlora.configfile import build_search, load_config, load_search
 from kdlora.data.load import load_splits
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError
+from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.search import Reporter, begin_search, carry_out_trial, run_search
 from kdlora.experiment.settle import rows_per_epoch
 from kdlora.experiment.study import (
@@ -104,8 +105,7 @@ def test_a_search_leaves_a_config_a_report_and_all_trials(finished_search, works
 
 def test_a_second_call_goes_on_where_the_first_ended(cli, finished_search, workshop, tmp_path):
     """A search that forgets its trials repeats hours; exit status and best settings are what a script reads."""
-    folder, file = tmp_path / "search", tmp_path / "config.yaml"
-    shutil.copytree(finished_search.folder, folder, copy_function=shutil.copy2)
+    folder, file = copy_experiment(finished_search.folder, tmp_path / "search"), tmp_path / "config.yaml"
     values = workshop.values({"student": {"train": {"epochs": 2, "batch_size": 8}}})
     file.write_text(yaml.safe_dump(values | {"search": {"space": SPACE, "trials": 4}}), encoding="utf-8")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/trial.json")}
@@ -166,8 +166,8 @@ def test_a_failed_trial_is_kept_and_the_search_goes_on(search_of, tmp_path):
     assert "failed" in (result.folder / "search.md").read_text(encoding="utf-8")
 
 
-def test_the_pruner_gets_each_epochs_own_score(tmp_path):
-    """An event at the end of an epoch, before its evaluation, carries the score of the epoch before."""
+def test_the_pruner_gets_each_epochs_own_score_and_the_training_stops(search_of, tmp_path):
+    """An event at the end of an epoch carries the score of the epoch before; a pruned trial would train to its end."""
     reports, stop = [], tmp_path / "stop"
     trial = SimpleNamespace(
         report=lambda score, epoch: reports.append((epoch, score)), should_prune=lambda: reports[-1][0] == 2
@@ -179,19 +179,9 @@ def test_the_pruner_gets_each_epochs_own_score(tmp_path):
     for _ in range(2):
         reporter.hear(ProgressEvent(2.3, 3, 0, 0, None, None, None, 0.0, None, 60.0))
     assert (reports, stop.exists()) == ([(1, 70.0), (2, 60.0)], True)
-
-
-def test_a_training_stops_when_it_is_asked_to(search_of, tmp_path):
-    """A pruned trial that trains to its end saves nothing."""
-    from kdlora.evidence.records import ExperimentLayout
-
-    config, _ = search_of()
-    (tmp_path / "stop").touch()
+    config, settings = search_of(validation_fraction=0.2)
     layout = ExperimentLayout(tmp_path / "trial")
-    score, _ = train_trial(
-        config, SearchConfig(validation_fraction=0.2), layout, "student-lora", tmp_path / "stop", lambda event: None
-    )
-    assert score is None
+    assert train_trial(config, settings, layout, "student-lora", stop, lambda event: None)[0] is None
 
 
 def test_a_journal_is_locked_without_a_link_and_told_where_damaged(search_of, tmp_path, monkeypatch):

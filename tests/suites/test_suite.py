@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import yaml
+from filelock import FileLock
 
 from experiments import snapshot
 from fabricate import edit_record
@@ -31,14 +33,6 @@ def test_every_run_has_its_record_and_one_teacher_taught_them_all(finished_suite
     assert len(list(finished_suite.folder.glob("runs/*/fft-*/teacher/model.safetensors"))) == 1
     assert len(list(finished_suite.folder.rglob("logits"))) == 1
     assert not list(finished_suite.folder.glob("runs/*/*/runs/*/model"))
-
-
-def test_a_second_call_repeats_nothing(suite_folder, suite_values):
-    """A suite of a week that starts over after a crash, or after its folder was moved, is never finished."""
-    before = snapshot(suite_folder / "runs")
-    result = run_suite(build_suite(suite_values()), suite_folder)
-    assert result.reused == 8
-    assert snapshot(suite_folder / "runs") == before
 
 
 def test_only_what_is_missing_or_damaged_is_done_again(suite_folder, suite_values, monkeypatch):
@@ -97,21 +91,8 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(suite_values, tmp_path):
     assert (again.reused, len(again.failed)) == (1, 4)
 
 
-def test_students_with_and_without_copies_share_their_teacher(suite_values, tmp_path):
-    """Recipes with and without copies, side by side in one suite, were told as data that changed."""
-    both = suite_values()["families"]["tiny"]
-    families = {"plain": both | {"data": {"augment": 0}}, "copied": both | {"data": {"augment": 1}}}
-    grids = {"fft": {"teacher.train.learning_rate": [5e-3]}}
-    suite = build_suite(suite_values(families=families, grids=grids, arms=["kd-lora", "student-lora"]))
-    result = run_suite(suite, tmp_path / "suite")
-    assert sorted(record.arm for record in result.records.values()) == ["fft", "kd-lora", "kd-lora", "student-lora"]
-    assert [record.error for record in result.failed] == []
-    assert len({one.fingerprints["taught_by"] for one in result.records.values() if one.arm == "kd-lora"}) == 1
-    assert run_suite(suite, tmp_path / "suite").reused == 4
-
-
 def test_students_of_other_texts_share_their_teacher(suite_values, tmp_path):
-    """The rows of the first family stood for all: every other one trained a teacher of its own, and failed."""
+    """The rows of the first family stood for all: copies were data that changed, others had a teacher of their own."""
     file = tmp_path / "texts.txt"
     file.write_text("".join(f"film {number} was long\n" for number in range(40)), encoding="utf-8")
     both = suite_values()["families"]["tiny"]
@@ -120,22 +101,28 @@ def test_students_of_other_texts_share_their_teacher(suite_values, tmp_path):
         "few": both | {"data": texts | {"max_unlabelled_examples": 8}},
         "many": both | {"data": texts},
         "less": both | {"data": {"augment": 0, "max_train_examples": 40}},
+        "copied": both | {"data": {"augment": 1}},
     }
     suite = build_suite(suite_values(families=families, grids={}, arms=["kd-lora"]))
     result = run_suite(suite, tmp_path / "suite")
     assert [record.error for record in result.failed] == []
-    taught = {record.rows.get("unlabelled"): record for record in result.records.values() if record.arm == "kd-lora"}
-    assert taught.keys() == {8, 40, None}
-    assert taught[8].fingerprints["taught_by"] == taught[40].fingerprints["taught_by"]
-    assert sorted(one.rows["train"] for one in result.records.values() if one.arm == "fft")[0] == 40
-    assert len(result.records) == 5
-    assert run_suite(suite, tmp_path / "suite").reused == 5
+    students = [record for record in result.records.values() if record.arm == "kd-lora"]
+    taught = {record.rows.get("unlabelled"): record.fingerprints["taught_by"] for record in students}
+    assert taught.keys() > {8, 40, None}
+    assert len(taught) == 4
+    assert len({teacher for rows, teacher in taught.items() if rows}) == 1
+    assert sorted(one.rows["train"] for one in result.records.values() if one.arm == "fft") == [40, 64]
+    assert run_suite(suite, tmp_path / "suite").reused == 6
 
 
-def test_changed_data_make_the_runs_again(suite_folder, suite_values):
-    """Old figures on other rows would stand in the table beside new ones."""
+def test_runs_of_another_metric_are_not_mixed_and_of_other_rows_made_again(suite_folder, suite_values):
+    """Cells of an earlier version, scored by another metric or on other rows, would stand beside new ones."""
     place = next(suite_folder.glob("runs/reviews/student-lora-*/runs/*/run.json"))
-    edit_record(place, fingerprints=read_record(place).fingerprints | {"data": "other"})
+    record = read_record(place)
+    edit_record(place, task=record.task | {"metrics": ["macro_f1"]})
+    with pytest.raises(ArtifactError, match=r"was scored by macro_f1.*now ask for accuracy\. Set task\.metric"):
+        run_suite(build_suite(suite_values()), suite_folder)
+    edit_record(place, fingerprints=record.fingerprints | {"data": "other"})
     result = run_suite(build_suite(suite_values(arms=["student-lora"])), suite_folder)
     assert result.reused == 1
 
@@ -160,16 +147,12 @@ def test_missing_data_are_told_before_any_training(suite_values, tmp_path):
 
 def test_two_processes_in_one_folder_are_refused(suite_folder, suite_values):
     """Two schedulers in one folder would train every run twice and overwrite each other's records."""
-    from filelock import FileLock
-
     with FileLock(suite_folder / ".lock"), pytest.raises(ArtifactError, match="another process"):
         run_suite(build_suite(suite_values()), suite_folder)
 
 
 def test_the_command_line_tells_by_its_exit_status(cli, suite_values, suite_folder, tmp_path):
     """A scheduler only sees the status: 0 all finished, 1 a run failed, 2 the suite is wrong."""
-    import yaml
-
     file = tmp_path / "suite.yaml"
     file.write_text(yaml.safe_dump(suite_values(arms=["student-lora"])), encoding="utf-8")
     planned = cli("suite", file, "--out", suite_folder, "--dry-run")
@@ -183,11 +166,3 @@ def test_the_command_line_tells_by_its_exit_status(cli, suite_values, suite_fold
     assert "failed:" in bad.out
     wrong = cli("suite", file, "--out", tmp_path / "bad", "--set", "arms=[kd-lroa]", code=2)
     assert "Did you mean 'kd-lora'?" in wrong.err
-
-
-def test_runs_of_two_metrics_are_not_mixed(suite_folder, suite_values):
-    """Cells scored by accuracy in an earlier version beside cells scored by macro F1 would stand in one table."""
-    place = next(suite_folder.glob("runs/reviews/student-lora-*/runs/*/run.json"))
-    edit_record(place, task=read_record(place).task | {"metrics": ["macro_f1"]})
-    with pytest.raises(ArtifactError, match=r"was scored by macro_f1.*now ask for accuracy\. Set task\.metric"):
-        run_suite(build_suite(suite_values()), suite_folder)

@@ -25,10 +25,7 @@ def rows(make_examples) -> Dataset:
 
 @pytest.fixture
 def make_encoder(tiny_model_folder, tasks):
-    def make(kind: str = "single-label", seed: int = 1):
-        return load_encoder(str(tiny_model_folder("bert")), tasks[kind], seed=seed)
-
-    return make
+    return lambda: load_encoder(str(tiny_model_folder("bert")), tasks["single-label"], seed=1)
 
 
 @pytest.fixture

@@ -180,13 +180,6 @@ def test_a_table_answers_for_each_word(make_examples, tasks, tmp_path, values):
         read_teacher_table(tmp_path / "short.parquet", task, values=kind).count_extra(rows)
 
 
-def put_into_windows(setup, examples, settings, max_length):
-    """Give a training the rows of `examples` in windows, or cut where the settings are None."""
-    for name, rows in examples.items():
-        setattr(setup, name, tokenise(rows, setup.encoder.tokenizer, max_length, windows=settings))
-    return setup
-
-
 def logits_by_hand(setup, data, pool):
     """Run every window alone, and pool."""
     model, rows = setup.model.eval(), []
@@ -208,7 +201,8 @@ def test_the_loss_is_of_pooled_logits_whatever_the_micro_batches(make_setup, mak
     outcomes, setups = [], []
     for tokens in (None, 64):
         setup = make_setup(kind, dropout=0.0, lora=False, epochs=1, batch_size=24, micro_batch_tokens=tokens)
-        put_into_windows(setup, rows, WindowSettings(4, pool), 16)
+        for name, part in rows.items():
+            setattr(setup, name, tokenise(part, setup.encoder.tokenizer, 16, windows=WindowSettings(4, pool)))
         counts = [len(sizes) for sizes in setup.train.dataset["windows"]]
         assert min(counts) == 1 or max(counts) > 3
         by_hand = logits_by_hand(setup, setup.train, pool)

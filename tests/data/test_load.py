@@ -45,14 +45,14 @@ def test_everything_inferred(csv_file) -> None:
 
 def test_a_drawn_split_keeps_ids_and_follows_seed_fraction_and_limit(csv_file):
     """Teacher logits are attached by id; ids that are renumbered after the split attach those of other texts."""
-    splits = load(train=csv_file("a.csv", text=TEXTS, label=WORDS), validation_fraction=0.3)
+    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+    splits = load(train=path, validation_fraction=0.3)
     for part in (splits.train, splits.validation):
         assert [TEXTS[int(row["id"])] for row in part] == list(part["text"])
         assert [WORDS[int(row["id"])] for row in part] == [splits.task.label_names[row["label"]] for row in part]
     assert sorted(int(i) for part in (splits.train, splits.validation) for i in part["id"]) == list(range(20))
 
     # An option without effect.
-    path = csv_file("a.csv", text=TEXTS, label=WORDS)
     first, again, other = (
         list(load(train=path, validation_fraction=0.4, split_seed=seed).validation["id"]) for seed in (1, 1, 2)
     )
@@ -60,7 +60,6 @@ def test_a_drawn_split_keeps_ids_and_follows_seed_fraction_and_limit(csv_file):
     assert len(first) == 8
 
     # A limit that acts before the split changes the validation rows, so that runs are not comparable.
-    path = csv_file("a.csv", text=TEXTS, label=WORDS)
     whole, limited = load(train=path), load(train=path, max_train_examples=6)
     assert list(limited.validation["id"]) == list(whole.validation["id"])
     assert list(limited.train["id"]) == list(whole.train["id"])[:6]

@@ -168,22 +168,15 @@ def test_one_step_equals_pytorchs(make_model, family, targets):
         torch.testing.assert_close(fast_gradients[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def other_model(family: str) -> nn.Module:
-    """Give a classifier whose attention is not that of BERT's kin."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = getattr(transformers, f"{family}Config")(
-        **sizes, vocab_size=64, num_key_value_heads=2, pad_token_id=0, bos_token_id=2, eos_token_id=3
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return getattr(transformers, f"{family}ForSequenceClassification")(config).train()
-
-
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("family", ["EuroBert", "Llama"])
 def test_shared_keys_and_causal_attention_are_kept(family, padded):
     """Fewer heads of keys than of queries were an error; a model that looks back only would look ahead."""
-    model = other_model(family)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 64, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config).train()
     rows = batch() if padded else {name: value[:1] for name, value in batch().items()}
     for half in (False, True):
         with autocast("bf16" if half else "fp32", CPU):

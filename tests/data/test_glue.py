@@ -18,13 +18,9 @@ def load(name: str, path: Path | str, **data) -> Splits:
     return load_splits(TaskConfig(name=name), DataConfig(path=str(path), **data))
 
 
-def write(folder: Path, file: str, header: str, *rows: str) -> None:
+def write(folder: Path, file: str, *lines: str) -> None:
     folder.mkdir(exist_ok=True)
-    lines = [header, *rows] if header else list(rows)
     (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-# The benchmark's own files
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -50,9 +46,6 @@ def test_official_rows(glue_folder: Path, name: str) -> None:
     assert len(test) > 100
     with pytest.raises(DataError, match="no label column"):
         load_examples(str(folder / "test.tsv"), task, labelled=True)
-
-
-# The tasks whose files are not at hand, in the same layout
 
 
 @pytest.mark.parametrize(
@@ -125,9 +118,6 @@ def test_folder_names(tmp_path):
         write(tmp_path / "MRPC", file, "sentence\tlabel", "a\t0", "b\t1")
     with pytest.raises(DataError, match="lacks the text columns of the GLUE task 'mrpc'"):
         load("mrpc", tmp_path)
-
-
-# The Hub
 
 
 def hub_split(task: Task, values: list) -> Dataset:

@@ -45,14 +45,14 @@ def test_everything_inferred(csv_file) -> None:
 
 def test_a_drawn_split_keeps_ids_and_follows_seed_fraction_and_limit(csv_file):
     """Teacher logits are attached by id; ids that are renumbered after the split attach those of other texts."""
-    splits = load(train=csv_file("a.csv", text=TEXTS, label=WORDS), validation_fraction=0.3)
+    path = csv_file("a.csv", text=TEXTS, label=WORDS)
+    splits = load(train=path, validation_fraction=0.3)
     for part in (splits.train, splits.validation):
         assert [TEXTS[int(row["id"])] for row in part] == list(part["text"])
         assert [WORDS[int(row["id"])] for row in part] == [splits.task.label_names[row["label"]] for row in part]
     assert sorted(int(i) for part in (splits.train, splits.validation) for i in part["id"]) == list(range(20))
 
     # An option without effect.
-    path = csv_file("a.csv", text=TEXTS, label=WORDS)
     first, again, other = (
         list(load(train=path, validation_fraction=0.4, split_seed=seed).validation["id"]) for seed in (1, 1, 2)
     )
@@ -60,7 +60,6 @@ def test_a_drawn_split_keeps_ids_and_follows_seed_fraction_and_limit(csv_file):
     assert len(first) == 8
 
     # A limit that acts before the split changes the validation rows, so that runs are not comparable.
-    path = csv_file("a.csv", text=TEXTS, label=WORDS)
     whole, limited = load(train=path), load(train=path, max_train_examples=6)
     assert list(limited.validation["id"]) == list(whole.validation["id"])
     assert list(limited.train["id"]) == list(whole.train["id"])[:6]
@@ -296,6 +295,9 @@ def test_stratified_split(classes: list[int], fraction: float, seed: int) -> Non
         assert share < max(count, 1)
         assert count < 2 or abs(share - count * fraction) <= 1 + 1e-9
         assert share or count < 2 or len(labels) < 25  # five classes are a fifth of 25 rows
+    train, validation = split_rows(len(labels), fraction, seed)  # without classes
+    assert sorted([*train, *validation]) == list(range(len(labels)))
+    assert len(validation) == min(len(labels) - 1, max(1, round(len(labels) * fraction)))
 
 
 @given(rows_a_class=st.integers(2, 5), classes=st.integers(1, 80), seed=st.integers(0, 50))
@@ -308,11 +310,3 @@ def test_few_rows_a_class_stay_for_training(rows_a_class: int, classes: int, see
     assert set(labels[train]) == set(range(classes))
     if classes > 20 and rows_a_class == 2:
         assert labels[validation].max() > classes // 2  # not of the first classes alone
-
-
-@given(rows=st.integers(2, 500), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 100))
-def test_plain_split(rows: int, fraction: float, seed: int) -> None:
-    """An empty part would end in a division by zero, or in a score over nothing."""
-    train, validation = split_rows(rows, fraction, seed)
-    assert sorted([*train, *validation]) == list(range(rows))
-    assert len(validation) == min(rows - 1, max(1, round(rows * fraction)))

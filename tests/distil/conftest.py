@@ -70,27 +70,32 @@ def _sentences(count: int, seed: int, draw: np.random.Generator) -> Dataset:
 
 def teacher_for(dataset: Dataset, task: Task, seed: int = 0) -> TeacherLogits:
     """Invent a teacher that knows the labels but for some noise."""
-    draw, offsets = np.random.default_rng(seed), word_offsets(dataset)
-    if offsets is not None:  # it does not see the first word of all
-        labels = np.maximum(label_array(dataset), 0)
-        logits = 2.0 * np.eye(task.num_labels)[labels] + draw.normal(size=(len(labels), task.num_labels))
-        logits[0] = np.nan
-        values = logits.astype(np.float32)
-        return TeacherLogits(pa.array(dataset["id"]), values, task.label_names, "invented", offsets=offsets)
-    noise = draw.normal(size=(len(dataset), task.num_labels))
-    labels = np.asarray(dataset["label"])
-    if task.kind == "single-label":
-        logits = 2.0 * np.eye(task.num_labels)[labels] + noise
-    elif task.kind == "multi-label":
+    offsets, labels = word_offsets(dataset), label_array(dataset)
+    noise = np.random.default_rng(seed).normal(size=(len(labels), task.num_labels))
+    if task.kind == "multi-label":
         logits = 4.0 * labels - 2.0 + noise
-    else:
+    elif task.kind == "regression":
         logits = labels[:, None] + 10.0 * noise
-    return TeacherLogits(pa.array(dataset["id"]), logits.astype(np.float32), task.label_names, "invented")
+    else:
+        logits = 2.0 * np.eye(task.num_labels)[np.maximum(labels, 0)] + noise
+    if offsets is not None:  # it does not see the first word of all
+        logits[0] = np.nan
+    values = logits.astype(np.float32)
+    return TeacherLogits(pa.array(dataset["id"]), values, task.label_names, "invented", offsets=offsets)
 
 
 def tokenise_taught(rows: Dataset, task: Task, encoder: Encoder) -> Tokenised:
     """Give rows a teacher, and turn them into token ids."""
     return tokenise(teacher_for(rows, task).attach(rows), encoder.tokenizer, 48)
+
+
+def set_dropout(model: torch.nn.Module, rate: float) -> None:
+    """Set every dropout, of adapters too."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rate
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = rate
 
 
 @dataclass
@@ -121,7 +126,7 @@ class Setup:
 
 @pytest.fixture
 def make_setup(tiny_model_folder) -> Callable[..., Setup]:
-    """`make_setup(kind=..., family=..., lora=True, dropout=None, rows=44, **settings)` gives a fresh training.
+    """`make_setup(kind=..., lora=True, dropout=None, rows=44, **settings)` gives a fresh training.
 
     With `unlabelled=30` it has as many rows more, without labels.
     """
@@ -129,7 +134,6 @@ def make_setup(tiny_model_folder) -> Callable[..., Setup]:
     def make(
         kind: str = "single-label",
         *,
-        family: str = "bert",
         lora: bool = True,
         dropout: float | None = None,
         rows: int = 44,
@@ -137,16 +141,12 @@ def make_setup(tiny_model_folder) -> Callable[..., Setup]:
         **settings: Any,
     ) -> Setup:
         task = TASKS[kind]
-        encoder = load_encoder(str(tiny_model_folder(family)), task, seed=1)
+        encoder = load_encoder(str(tiny_model_folder("bert")), task, seed=1)
         model: Any = encoder.model
         if lora:
             model = add_adapter(encoder, LoraSettings(dropout=0.1 if dropout is None else dropout), seed=1)
         if dropout is not None:
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = dropout
-                if hasattr(module, "dropout_prob"):  # attention functions take it as a number
-                    module.dropout_prob = dropout
+            set_dropout(model, dropout)
         train = tokenise_taught(examples(kind, rows), task, encoder)
         if unlabelled:
             more = tokenise_taught(examples(kind, unlabelled, seed=5), task, encoder)
@@ -188,11 +188,7 @@ def make_model(tiny_model_folder) -> Callable[..., Any]:
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = rate
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = rate
+        set_dropout(model, rate)
         return model.train()
 
     return make

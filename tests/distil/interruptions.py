@@ -53,9 +53,7 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def assert_resumes(
-    make: Callable[[], Any], folder: Path, *saved: int, cut: int = 11, resumed: Any = None, **options: Any
-) -> None:
+def assert_resumes(make: Callable[[], Any], folder: Path, *saved: int, resumed: Any = None, **options: Any) -> None:
     """Check that a training that is cut off after a step goes on after the one that was saved, as if undisturbed.
 
     It is cut off once for each step in `saved`; `resumed` are options of the cut and the resumed training alone.
@@ -66,7 +64,7 @@ def assert_resumes(
     for step in saved:
         again, seen, place = make(), [], folder / f"cut-{step}"
         with pytest.raises(PowerCutError):
-            make().run(place, callbacks=[SaveAt(step), CutAfter(cut)], **options)
+            make().run(place, callbacks=[SaveAt(step), CutAfter(11)], **options)
         assert [path.name for path in place.glob("step-*")] == [f"step-{step:09d}"]
         torch.manual_seed(12345)  # a new process has another random state
         outcome = again.run(place, callbacks=[CutAfter(-1, seen)], **options)

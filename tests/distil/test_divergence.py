@@ -1,7 +1,7 @@
 """A training that diverges stops before its weights are spoilt, and says where, on which rows, and what is left."""
 
-import dataclasses
 import pickle
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -12,18 +12,17 @@ from kdlora.distil.losses import DivergedError
 from kdlora.errors import KdLoraError
 
 
-def spoil_gradients(model) -> None:
-    next(parameter for parameter in model.parameters() if parameter.requires_grad).register_hook(
-        lambda gradient: gradient * float("inf")
-    )
-
-
 def test_a_gradient_that_is_not_finite_stops_before_the_step(make_setup, tmp_path):
     """The loss of that step is fine; taken, the step makes every weight NaN, and a checkpoint would keep them."""
     setup, steps = make_setup(), count(1)
-    spoil = callback("on_step_begin", lambda model, **_: spoil_gradients(model) if next(steps) == 5 else None)
+
+    def spoil(model, **_):
+        if next(steps) == 5:
+            trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+            trained.register_hook(lambda gradient: gradient * float("inf"))
+
     with pytest.raises(KdLoraError, match="the gradients are not finite numbers at step 5") as caught:
-        setup.run(tmp_path, callbacks=[SaveAt(3), spoil])
+        setup.run(tmp_path, callbacks=[SaveAt(3), callback("on_step_begin", spoil)])
     assert "learning rate (now 0.005)" in str(caught.value)
     assert str(caught.value).endswith(f"Last good checkpoint: {tmp_path / 'step-000000003'}, from before that")
     assert all(torch.isfinite(parameter).all() for parameter in setup.model.parameters())
@@ -40,7 +39,7 @@ def test_the_rows_of_the_step_are_named(make_setup, tmp_path):
     logits = [list(row) for row in rows["teacher_logits"]]
     logits[17][0] = float("nan")
     spoilt = rows.remove_columns("teacher_logits").add_column("teacher_logits", logits)
-    setup.train = dataclasses.replace(setup.train, dataset=spoilt)
+    setup.train = replace(setup.train, dataset=spoilt)
     with pytest.raises(KdLoraError, match=r"the loss is not a finite number at step \d+") as caught:
         setup.run(tmp_path)
     for part in (repr(rows[17]["id"]), "The step's 4 rows: ", "none was written yet"):

@@ -29,9 +29,6 @@ CASES = {
 }
 
 
-BETWEEN_EPOCHS = ("best", "fraction", "tokens", "every part")
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_equals_undisturbed(make_setup, tmp_path, case):
     """Dropout, row order, optimiser, schedule, loss sums, best weights or a base that start anew change a little."""
@@ -44,7 +41,8 @@ def test_resumed_equals_undisturbed(make_setup, tmp_path, case):
         setup.settings = setup.settings.model_copy(update=own)
         return setup
 
-    assert_resumes(make, tmp_path, *((9, 6) if case in BETWEEN_EPOCHS else (9,)), **options)
+    between_epochs = case in ("best", "fraction", "tokens", "every part")
+    assert_resumes(make, tmp_path, *((9, 6) if between_epochs else (9,)), **options)
 
 
 def test_a_resumed_training_keeps_its_number_format(make_setup, tmp_path, monkeypatch):
@@ -102,16 +100,10 @@ def test_damaged_checkpoints_are_passed_over(make_setup, tmp_path, caplog):
         assert outcome.history == expected.history
 
 
-@pytest.fixture
-def cut(make_setup, tmp_path) -> Path:
-    """The folder of a training that was cut off after four steps, the third of which is saved."""
+def test_checkpoints_of_another_training_are_refused(make_setup, tmp_path):
+    """Going on from another training's checkpoint mixes two experiments in one record."""
     with pytest.raises(PowerCutError):
         make_setup().run(tmp_path, callbacks=[SaveAt(3), CutAfter(4)], lora=LoraSettings())
-    return tmp_path
-
-
-def test_checkpoints_of_another_training_are_refused(make_setup, cut):
-    """Going on from another training's checkpoint mixes two experiments in one record."""
     for change, named in (
         ({"learning_rate": 1e-3}, "the training settings"),
         ({"seed": 4}, "the seed"),
@@ -125,7 +117,7 @@ def test_checkpoints_of_another_training_are_refused(make_setup, cut):
         setup = make_setup(**{key: value for key, value in change.items() if key not in (*options, "adapter")})
         options["lora"] = change.get("adapter", LoraSettings())
         with pytest.raises(ArtifactError, match=f"of another training: .*{named}.* changed. Delete"):
-            setup.run(cut, **options)
-    files = [path for path in cut.rglob("*") if path.is_file()]
+            setup.run(tmp_path, **options)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}, "a pickle would run code where it is resumed"
     assert all(json.loads(path.read_text(encoding="utf-8")) for path in files if path.suffix == ".json")

@@ -1,7 +1,5 @@
 """Tasks of tokens, and texts in windows: a loss a word or a text, whatever the windows and micro-batches."""
 
-from dataclasses import replace
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -85,20 +83,6 @@ def test_a_teacher_of_another_tokenizer_is_read_word_by_word(tiny_model_folder, 
         assert len(row["places"]) == len(wanted)
 
 
-def test_a_teacher_that_answers_for_other_words_is_refused(make_examples, tasks):
-    """Silent failure: a table made with another splitting of the words is attached all the same."""
-    rows, task = make_examples("tokens", 3), tasks["tokens"]
-    offsets = word_offsets(rows)
-    values = np.zeros((offsets[-1], 7), np.float32)
-    good = TeacherLogits(rows["id"][:], values, task.label_names, "made up", offsets=offsets)
-    assert len(good.attach(rows)) == 3
-    shifted = replace(good, offsets=offsets - np.array([0, 1, 0, 0]))
-    with pytest.raises(DataError, match=r"the example .0-0. has .* words, but logits of"):
-        shifted.count_extra(rows)
-    with pytest.raises(DataError, match="expected logits for each word, got some for each example"):
-        TeacherLogits(rows["id"][:], values[:3], task.label_names, "made up").attach(rows)
-
-
 def test_a_table_may_answer_for_the_words_before_they_were_cut(tasks):
     """Silent failure: an answer for `#Oslo` that is attached to `Oslo` as well, or to a word of another row."""
     task = tasks["tokens"]
@@ -111,6 +95,8 @@ def test_a_table_may_answer_for_the_words_before_they_were_cut(tasks):
     found = [np.array(row).reshape(-1, 7)[:, 0] for row in table.attach(cut)["teacher_logits"]]
     for row, wanted in zip(found, ([1, 2, np.nan], [3, np.nan, np.nan, 4], [0]), strict=True):
         np.testing.assert_array_equal(row, wanted)
+    with pytest.raises(DataError, match="expected logits for each word, got some for each example"):
+        TeacherLogits(["x", "y", "z"], values[:3], task.label_names, "made up").attach(cut)
     parts = np.arange(8, dtype=np.float32)[:, None] + np.zeros(7, np.float32)
     each = TeacherLogits(["x", "y", "z"], parts, task.label_names, "made up", offsets=np.array([0, 3, 7, 8]))
     assert [np.array(row).reshape(-1, 7)[:, 0].tolist() for row in each.attach(cut)["teacher_logits"]] == [
@@ -191,14 +177,7 @@ def test_a_table_answers_for_each_word(make_examples, tasks, tmp_path, values):
     }
     pq.write_table(pa.table(short), tmp_path / "short.parquet")
     with pytest.raises(DataError, match=r"the example '0-0' has \d+ (words, but logits of|values in column 'O', but)"):
-        read_teacher_table(tmp_path / "short.parquet", task, values=kind).attach(rows)
-
-
-def put_into_windows(setup, examples, settings, max_length):
-    """Give a training the rows of `examples` in windows, or cut where the settings are None."""
-    for name, rows in examples.items():
-        setattr(setup, name, tokenise(rows, setup.encoder.tokenizer, max_length, windows=settings))
-    return setup
+        read_teacher_table(tmp_path / "short.parquet", task, values=kind).count_extra(rows)
 
 
 def logits_by_hand(setup, data, pool):
@@ -222,7 +201,8 @@ def test_the_loss_is_of_pooled_logits_whatever_the_micro_batches(make_setup, mak
     outcomes, setups = [], []
     for tokens in (None, 64):
         setup = make_setup(kind, dropout=0.0, lora=False, epochs=1, batch_size=24, micro_batch_tokens=tokens)
-        put_into_windows(setup, rows, WindowSettings(4, pool), 16)
+        for name, part in rows.items():
+            setattr(setup, name, tokenise(part, setup.encoder.tokenizer, 16, windows=WindowSettings(4, pool)))
         counts = [len(sizes) for sizes in setup.train.dataset["windows"]]
         assert min(counts) == 1 or max(counts) > 3
         by_hand = logits_by_hand(setup, setup.train, pool)

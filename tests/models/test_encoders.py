@@ -33,10 +33,6 @@ THREE = ("bad", "so-so", "good")
 THREE_WAY = tiny.task(names=THREE)
 
 
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def classifier_folder(source: Path, folder: Path, names=THREE) -> Path:
     """Save a model with a trained head, as a fine-tuning elsewhere leaves it."""
     save_encoder(load_encoder(str(source), tiny.task(names=names), seed=11), folder)
@@ -57,9 +53,9 @@ def test_every_random_module_is_named_fresh_and_comes_from_the_seed_alone(tiny_m
     assert tiny.logits(encoder.model, encoder.tokenizer).shape == (2, 3)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    first, second = (weights(one.model) for one in (encoder, load_encoder(source, THREE_WAY, seed=5)))
+    second, other = (load_encoder(source, THREE_WAY, seed=seed).model.state_dict() for seed in (5, 6))
     assert torch.equal(torch.get_rng_state(), state)
-    other = weights(load_encoder(source, THREE_WAY, seed=6).model)
+    first = encoder.model.state_dict()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     changed = {name for name, value in first.items() if not torch.equal(value, other[name])}
     assert changed
@@ -249,7 +245,6 @@ def test_settings_of_layers_are_cut_with_them_and_others_left_alone(tiny_model_f
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([0, 2], r"names layer 2, but .* has 2 layers: 0 to 1"),
         ([-1], "names layer -1"),
         ([1, 0], r"increasing indices without repetition, such as \[0, 1\]"),
         ([0, 0], "without repetition"),

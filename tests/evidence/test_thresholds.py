@@ -67,13 +67,8 @@ def test_a_wanted_precision_costs_no_more_recall_than_it_must() -> None:
         assert (judged.recall_low, judged.recall_high) == pytest.approx((exact.low, exact.high))
     with pytest.raises(NoThresholdError, match=r"no threshold reaches a precision of 0\.9 on 4 rows, 2 of which"):
         fit_threshold(np.array([3.0, 2.0, 1.0, 0.0]), np.array([1, 1, 0, 0]), 0.9)
-
-
-@pytest.mark.parametrize(("labels", "told"), [([0, 0], "none of 2 rows"), ([1, 1], "all of 2 rows")])
-def test_labels_of_one_class_fit_nothing(labels: list[int], told: str) -> None:
-    """A threshold that says a label never, or always, would come out of rows that know nothing of it."""
-    with pytest.raises(NoThresholdError, match=told):
-        fit_threshold(np.array([0.1, 0.2]), np.array(labels), "f1")
+    with pytest.raises(NoThresholdError, match="all of 2 rows"):  # they know nothing of the label
+        fit_threshold(np.array([0.1, 0.2]), np.array([1, 1]), "f1")
 
 
 @pytest.mark.parametrize(("kind", "names"), [("multi-label", ("a", "b", "c")), ("single-label", ("no", "yes"))])

@@ -104,35 +104,25 @@ def test_what_was_not_shipped_is_said(layout):
 
 
 @pytest.mark.parametrize(
-    ("content", "fault"),
+    ("name", "content", "fault", "kept"),
     [
-        ("", "benchmark.json: not the figures of this version"),
-        ('{"models": [{"name": "x"}]}', "'models.0.backend': Field required"),
-        ('{"calibration": {"temperature": NaN}}', "'calibration.temperature'"),
+        ("benchmark", "", "benchmark.json: not the figures of this version", "The export, stage by stage"),
+        ("benchmark", '{"calibration": {"temperature": NaN}}', "'calibration.temperature'", "stage by stage"),
+        ("export_record", '{"stages": [{"stage": 1}]}', "kdlora_export.json: not the figures", "measured side by side"),
+        ("export_record", None, "kdlora_export.json: cannot be read", "measured side by side"),
     ],
 )
-def test_a_damaged_benchmark_costs_its_part_only(layout, content, fault):
+def test_a_damaged_file_costs_its_part_only(layout, name, content, fault, kept):
     """A report that cannot be made at the end of a long experiment, or figures that vanish without a word."""
     ship(layout)
-    layout.benchmark.write_text(content, encoding="utf-8")
+    place = getattr(layout, name)
+    place.unlink()
+    place.mkdir() if content is None else place.write_text(content, encoding="utf-8")
     html = unescape(_report(layout).html)
-    assert fault in html
-    assert "Delete .deployed in the experiment's folder" in html
-    assert str(layout.root) not in html
-    assert "The export, stage by stage" in html
-
-
-def test_a_damaged_export_record_costs_its_part_only(layout):
-    """The same for the other file; a folder in its place is a fault as well."""
-    ship(layout)
-    layout.export_record.write_text('{"stages": [{"stage": 1}]}', encoding="utf-8")
-    html = _report(layout).html
-    assert "kdlora_export.json: not the figures of this version" in html
-    assert "not exported to ONNX" not in html
-    assert "measured side by side" in html
-    layout.export_record.unlink()
-    layout.export_record.mkdir()
-    assert "kdlora_export.json: cannot be read" in _report(layout).html
+    for told in (fault, kept, "Delete .deployed in the experiment's folder"):
+        assert told in html
+    for never in ("not exported to ONNX", str(layout.root)):
+        assert never not in html
 
 
 def test_missing_figures_leave_dashes(layout):

@@ -40,6 +40,11 @@ class Asker:
         """Where answers go."""
         return self.folder / "asked"
 
+    @property
+    def command(self) -> tuple[object, ...]:
+        """The command line that asks."""
+        return ("ask", self.data, "--to", self.to, "--model", "m", "--base-url", self.model.url)
+
     def settings(self, **given: Any) -> AskSettings:
         """Settings that reach the stand-in."""
         return AskSettings(**{"model": "m", "base_url": self.model.url, "timeout": 5.0, **given})

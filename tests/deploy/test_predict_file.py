@@ -108,8 +108,8 @@ def test_pairs(tmp_path, model, exported):
         model.folder.task["text"] = ["text"]
 
 
-def test_bad_rows_are_entries(tmp_path, model):
-    """Prevents one bad row from stopping a million good ones, or from getting a label."""
+def test_bad_rows_are_entries(tmp_path, model, monkeypatch):
+    """Prevents one bad row from stopping a million good ones, or an output that looks whole where it is to stop."""
     path = tmp_path / "in.jsonl"
     lines = [
         b'{"id": 1, "text": "wonderful"}',
@@ -130,6 +130,10 @@ def test_bad_rows_are_entries(tmp_path, model):
     ):
         assert word in row["error"]
         assert "label" not in row
+    monkeypatch.setattr("kdlora.deploy.rows._WINDOW_ROWS", 1)
+    with pytest.raises(DataError, match=r"in.jsonl: row 1: the text is empty"):
+        predict_file(model, path, tmp_path / "strict.jsonl", strict=True)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
 
 
 def test_bad_rows_of_tables_are_entries(tmp_path, model):
@@ -147,15 +151,6 @@ def test_bad_rows_of_tables_are_entries(tmp_path, model):
     assert "row 1: 1 columns where 2 are expected" in table["error"][1]
     assert "row 4: a quote is opened and never closed" in table["error"][4]
     assert pq.read_table(tmp_path / "out.parquet")["error"].null_count == 2
-
-
-def test_strict_stops_and_leaves_nothing(tmp_path, model, monkeypatch):
-    """Prevents an output that looks whole and is not."""
-    monkeypatch.setattr("kdlora.deploy.rows._WINDOW_ROWS", 1)
-    path = write_csv(tmp_path / "in.csv", [{"text": "good"}, {"text": " "}])
-    with pytest.raises(DataError, match=r"in.csv: row 1: the text is empty"):
-        predict_file(model, path, tmp_path / "out.csv", strict=True)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["in.csv"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

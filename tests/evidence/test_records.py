@@ -24,7 +24,7 @@ from kdlora.evidence.records import (
     write_record,
     write_results,
 )
-from kdlora.system.environment import collect_versions, describe_machine, git_state
+from kdlora.system.environment import describe_machine, git_state
 
 
 def test_a_record_comes_back_as_it_went(tmp_path):
@@ -42,11 +42,7 @@ def test_a_record_comes_back_as_it_went(tmp_path):
     assert int(described["cores"]) >= 1
     assert described["memory"].endswith("GiB")
     assert socket.gethostname() not in " ".join(described.values())
-    versions = collect_versions()
-    assert {"python", "numpy", "torch"} <= set(versions)
     assert git_state(tmp_path) == {}
-    state = git_state()
-    assert not state or (len(state["commit"]) == 40 and state["dirty"] in ("yes", "no"))
 
 
 def test_odd_numbers_and_truncated_records(tmp_path):

@@ -20,7 +20,6 @@ from kdlora.report.findings import align, compare_arms, read_choice
 from kdlora.report.outputs import OUTCOMES, outcomes
 from kdlora.report.paper import family_of
 from kdlora.report.report import make_report
-from kdlora.system.storage import write_json_atomic
 
 
 def _predictions(task, rows=8, seed=0) -> Predictions:
@@ -143,7 +142,7 @@ def test_the_report_goes_by_what_was_shipped(tmp_path):
     layout = make_experiment(tmp_path / "e", seeds=(0,))
     found = load_experiment(layout.root).choice
     other = found.model_copy(update={"arm": "student-lora", "sentence": "The other student was shipped: it is."})
-    write_json_atomic(layout.shipped, other.model_dump())
+    layout.shipped.write_text(other.model_dump_json())
     assert read_choice(layout.shipped) == other
     report = make_report(layout.root, draws=50)
     assert report.markdown.split("\n\n")[1].startswith("**The other student was shipped**: it is. It keeps")

@@ -84,30 +84,19 @@ def test_threads_share_a_classifier(exported):
     assert all(arrays["token_type_ids"].max() == 1 for _, arrays in model.batches(PAIRS))
 
 
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (["fine", ""], "text 1: the text is empty"),
-        (["fine", None], "text 1: expected a text, got NoneType"),
-        ([("one", "two", "three")], "text 0: expected a text or a pair of texts, got 3 values"),
-        (["broken \udcff"], "not valid UTF-8"),
-    ],
-)
-def test_bad_texts_are_named(exported, texts, message):
-    """Prevents a confident label for nothing."""
-    with pytest.raises(DataError, match=message):
-        Classifier.load(exported()).predict(texts)
-
-
 @pytest.mark.usefixtures("traced_once")
 def test_single_texts_and_pairs_are_not_taken_for_each_other(trained_on, tmp_path):
-    """A label for a pair by a model that has only ever read one text, or for half of what a model compares."""
+    """A label for nothing, for a pair by a model that has only read single texts, or for half of what it compares."""
     single, pairs = Classifier.load(trained_on("review")), Classifier.load(trained_on("premise", "hypothesis"))
     assert len(single.predict(TEXTS[:2])) == len(pairs.predict(PAIRS[:2])) == 2
     with pytest.raises(DataError, match="text 1: expected one text, as the model was trained on, got a pair"):
         single.predict([TEXTS[0], PAIRS[0]])
     with pytest.raises(DataError, match="text 0: expected a pair of texts, as the model was trained on, got one text"):
         pairs.predict(TEXTS[0])
+    with pytest.raises(DataError, match="text 1: expected a text or a pair of texts, got 3 values"):
+        pairs.predict([PAIRS[0], ("one", "two", "three")])
+    with pytest.raises(DataError, match="text 1: the text is empty"):
+        single.predict([TEXTS[0], ""])
     export_onnx(pairs.folder.path, tmp_path / "onnx", formats=("onnx",))  # checked on pairs, made up though they are
     with pytest.raises(DataError, match="expected a pair"):
         Classifier.load(tmp_path / "onnx").predict_logits(TEXTS[:1])

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, normalizers
 import tiny
 from chromium import NEEDS_CHROMIUM, axe_faults, look, open_browser, serve_folder, show, weak_texts
 from deploy_folders import LONG, PROBLEMS, TEXTS, build_classifier
+from experiments import edit_json
 from kdlora.deploy import webpage
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.export import export_onnx
@@ -45,8 +46,7 @@ def foreign(folder, copy, *, tokenizer=None, **config):
     (copy / EXPORT_RECORD).unlink()
     if tokenizer is not None:
         tokenizer.save(str(copy / TOKENIZER))
-    settings = json.loads((copy / CONFIG_FILE).read_text(encoding="utf-8"))
-    (copy / CONFIG_FILE).write_text(json.dumps(settings | config), encoding="utf-8")
+    edit_json(copy / CONFIG_FILE, **config)
     return copy
 
 

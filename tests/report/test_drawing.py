@@ -8,7 +8,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from kdlora.evidence.stats import Difference
-from kdlora.report.page import Bullets, Cell, Code, Link, Page, Paragraph, Prose, Section, Table, escape, render
+from kdlora.report.page import escape
 from kdlora.report.plots import (
     PALETTE,
     Series,
@@ -157,23 +157,6 @@ def test_markdown_shows_text_as_it_is(text):
     assert {child.type for child in children} <= {"text", "text_special"}
     shown = "".join(child.content for child in children)
     assert shown.split() == text.replace("\x00", " ").split()
-
-
-def test_every_block_has_its_markdown():
-    """A block that renders to nothing is lost evidence."""
-    table = Table("caption", ("", "a"), (("x|y", Cell("1", (Link("0", "p"), Link("1", "q")))),), note="note")
-    blocks = (
-        Paragraph(Prose("a <strong>{}</strong> c").format("b"), "warning"),
-        Bullets(("one",)),
-        table,
-        Code("Config", "```\nx"),
-    )
-    text = render(Page("T", "report", "lead", (Section("S", "s", blocks),))).markdown
-    for piece in ("# T", "\nlead\n", '<a id="s"></a>', "## S", "> a **b** c", "- one", "**caption**", "| --- | ---: |"):
-        assert piece in text
-    assert "| x\\|y | 1 [0](p) [1](q) |" in text
-    assert "\n````\n```\nx\n````" in text
-    assert re.search(r"\n---\n\nkdlora [\d.]+ report\. Written .*record of its run\.\n$", text)
 
 
 # Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency", 2009,

@@ -154,13 +154,6 @@ HOSTILE = ("<script>alert(1)</script> of <b>Rome</b>", "a|b\nc", "`*_[x](javascr
 TYPED = Task("tokens", ("words",), ("tags",), tag_names(("<i>x</i>", "PER|*a*")), ("entity_f1",))
 
 
-def follow(predicted, wanted):
-    """Follow the entities of one row of tags."""
-    names = NAMES.label_names
-    tags, labels = (np.array([names.index(tag) for tag in row.split()]) for row in (predicted, wanted))
-    return outcomes(NAMES, tags, labels, np.array([0, len(labels)]))
-
-
 @pytest.mark.parametrize(
     ("predicted", "outcome", "invented"),
     [
@@ -177,7 +170,9 @@ def follow(predicted, wanted):
 )
 def test_what_becomes_of_an_entity(predicted, outcome, invented):
     """An error of the edge that is shown as one of the type sends its reader to the wrong labels."""
-    found, taken, added = follow(predicted, "B-PER I-PER O O")
+    rows = (predicted, "B-PER I-PER O O")
+    tags, labels = (np.array([NAMES.label_names.index(tag) for tag in row.split()]) for row in rows)
+    found, taken, added = outcomes(NAMES, tags, labels, np.array([0, 4]))
     assert found[NAMES.label_types.index("PER")].tolist() == [int(name == outcome) for name in OUTCOMES]
     assert (found.sum(), added.sum()) == (1, invented)
     assert taken.sum() == (outcome != "missed")

@@ -74,8 +74,8 @@ def test_votes_where_there_are_no_log_probabilities(asking):
 
 def test_many_labels_are_asked_for_in_two_steps_with_examples_of_all(asking):
     """Seventy labels do not fit the likely tokens that a server shows: those beyond would have no probability."""
-    names = [f"topic {number}" for number in range(70)]
-    rows = [{"id": f"r{n}", "text": f"it is about topic {n % 70} again", "label": names[n % 70]} for n in range(140)]
+    names = [f"topic {number:02}" for number in range(70)]
+    rows = [{"id": f"r{n}", "text": f"it is about {names[n % 70]} again", "label": names[n % 70]} for n in range(140)]
     data = write_lines(asking.folder / "topics.jsonl", rows)
     done = asking(data, top_logprobs=10)
     table = pd.read_parquet(done.table).set_index("id")
@@ -86,11 +86,7 @@ def test_many_labels_are_asked_for_in_two_steps_with_examples_of_all(asking):
         asking(data, top_logprobs=5)
 
     # Eight examples of the first eight labels of seventy would have the model say no other.
-    rows = [
-        {"id": f"r{n}", "text": f"it is about topic {n % 70:02} again", "label": f"topic {n % 70:02}"}
-        for n in range(140)
-    ]
-    plan = plan_asking(str(write_lines(asking.folder / "topics.jsonl", rows)), asking.settings(shots=8))
+    plan = plan_asking(str(data), asking.settings(shots=8))
     shown = re.findall(r"about topic (\d+)", plan.prompts[0])[:-1]
     assert len(set(shown)) == 8
     assert max(map(int, shown)) > 20

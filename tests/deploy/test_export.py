@@ -1,5 +1,6 @@
 """The export chain: families, kinds, quantisation, gates that close, and refusals that leave nothing behind."""
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -109,11 +110,9 @@ def test_wrong_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
     capture = graph.capture
 
     def wrong(model, names, to):
-        with_noise = model.get_submodule("bert.encoder.layer.0.output.dense").bias
-        before = with_noise.data.clone()
-        with_noise.data[0] += 0.5
-        capture(model, names, to)
-        with_noise.data = before
+        other = copy.deepcopy(model)
+        other.get_submodule("bert.encoder.layer.0.output.dense").bias.data[0] += 0.5
+        capture(other, names, to)
 
     monkeypatch.setattr(graph, "capture", wrong)
     with pytest.raises(ModelError, match=r"does not reproduce the PyTorch model: logits differ by .*'bert'"):
@@ -162,26 +161,22 @@ def test_bad_settings_are_named(tmp_path, classifier_folder, settings, kind, mes
 
 def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported, tiny_model_folder):
     """Prevents exporting a random head, an adapter, or an export."""
-    out = tmp_path / "out"
-    with pytest.raises(ModelError, match="no such folder"):
-        export_onnx(tmp_path / "nowhere", out, texts=TEXTS)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"not a model folder, config.json is missing"):
-        export_onnx(tmp_path / "empty", out, texts=TEXTS)
-    with pytest.raises(ModelError, match=r"classification head.*got BertForPreTraining"):
-        export_onnx(tiny_model_folder("bert"), out, texts=TEXTS)
-    with pytest.raises(ModelError, match="exported already"):
-        export_onnx(exported(), out, texts=TEXTS)
-    adapter = tmp_path / "adapter"
+    out, adapter = tmp_path / "out", tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere/base"}')
-    with pytest.raises(ModelError, match=r"an adapter of the base 'somewhere/base'. Merge it first"):
-        export_onnx(adapter, out, texts=TEXTS)
     headless = shutil.copytree(classifier_folder(), tmp_path / "headless")
     weights = {k: v for k, v in load_file(headless / "model.safetensors").items() if "classifier" not in k}
     save_file(weights, headless / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks weights of the classifier \(classifier.bias, classifier.weight\)"):
-        export_onnx(headless, out, texts=TEXTS)
+    for folder, message in (
+        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path, "not a model folder, config.json is missing"),
+        (tiny_model_folder("bert"), "classification head.*got BertForPreTraining"),
+        (exported(), "exported already"),
+        (adapter, "an adapter of the base 'somewhere/base'. Merge it first"),
+        (headless, r"lacks weights of the classifier \(classifier.bias, classifier.weight\)"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            export_onnx(folder, out, texts=TEXTS)
     assert not out.exists()
 
 

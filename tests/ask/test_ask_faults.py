@@ -128,20 +128,15 @@ def test_answers_to_something_else_are_refused(asking, monkeypatch, change, name
         asking()
 
 
-def test_a_folder_of_something_else_and_a_second_process(asking):
+def test_a_second_process_is_refused(asking):
     """Two processes that write one log pay for each row twice."""
-    asking.to.mkdir()
-    (asking.to / "mine.txt").write_text("x")
-    with pytest.raises(ArtifactError, match="is not empty"):
-        asking()
     asking.model.delay = 0.2
-    other = asking.folder / "other"
-    thread = threading.Thread(target=ask, args=(str(asking.data), other, asking.settings(concurrency=4)))
+    thread = threading.Thread(target=asking, kwargs={"concurrency": 4})
     thread.start()
-    while not (other / "answers.jsonl").exists():
+    while not (asking.to / "answers.jsonl").exists():
         time.sleep(0.01)
     with pytest.raises(ArtifactError, match="another process asks into"):
-        ask(str(asking.data), other, asking.settings())
+        asking()
     thread.join()
 
 

@@ -1,5 +1,6 @@
 """A page for the browser: its files and refusals; in Chromium, its answers beside Python's, and its use by all."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -181,20 +182,17 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def page(unpacked, browser, tmp_path):
     """`page(folder)` writes a page, serves it and opens it; it gives the server."""
-    serving = []
+    with contextlib.ExitStack() as stack:
 
-    def give(folder):
-        write_web_page(folder, tmp_path / "page")
-        serving.append(serve_folder(tmp_path / "page"))
-        server = serving[0].__enter__()
-        browser.get_log("browser")
-        show(browser, f"{server.address}/index.html", 1280)
-        wait(browser, "Ready.")
-        return server
+        def give(folder):
+            write_web_page(folder, tmp_path / "page")
+            server = stack.enter_context(serve_folder(tmp_path / "page"))
+            browser.get_log("browser")
+            show(browser, f"{server.address}/index.html", 1280)
+            wait(browser, "Ready.")
+            return server
 
-    yield give
-    for one in serving:
-        one.__exit__(None, None, None)
+        yield give
 
 
 def _state(browser):

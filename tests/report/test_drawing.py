@@ -19,18 +19,7 @@ from kdlora.report.plots import (
     score_against_cost,
     shorten,
 )
-from kdlora.report.wording import (
-    count,
-    duration,
-    metric_title,
-    milliseconds,
-    model_title,
-    p_value,
-    share,
-    signed,
-    size,
-    times,
-)
+from kdlora.report.wording import count, duration, milliseconds, model_title, p_value, share, signed, size, times
 
 pytestmark = pytest.mark.drawn
 NASTY = "<script>&\"'|`*"
@@ -133,7 +122,6 @@ def test_figures_are_written_as_people_read_them():
     assert [p_value(0.0002), p_value(0.0123), p_value(0.5)] == ["< 0.001", "0.012", "0.50"]
     assert [share(99.9), share(100), share(98.6), share(-12.2), share(None)] == ["99.9%", "100%", "99%", "−12%", "–"]
     assert [times(*pair) for pair in ((200, 1), (30, 2), (1, 500), (1, 0))] == ["200×", "15.0×", "0.002×", "–"]
-    assert [metric_title("accuracy_matched"), metric_title("macro_f1_x")] == ["accuracy, matched", "macro F1, x"]
     assert shorten("a  long\nname", 7) == "a long…"
 
     # The report travels; the user's home folder need not.

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deploy_folders import LONG, PAIRS, TEXTS
 from experiments import edit_json
@@ -46,6 +48,23 @@ print(redact_file(tagger, {str(tmp_path / "rows.txt")!r}, {str(tmp_path / "out.t
     label = Classifier.load(exported()).predict(TEXTS[:1])[0].label
     count = len(Tagger.load(exported("bert", "tokens")).predict(TEXTS[0]))
     assert done.stdout.split() == [label, str(count), "1", "1", "1"]
+
+
+@pytest.fixture(scope="module")
+def plain(classifier_folder) -> Classifier:
+    return Classifier.load(classifier_folder())
+
+
+ANY = st.text(st.characters(exclude_categories=("Cs",)), max_size=200).filter(str.strip)
+
+
+@given(texts=st.lists(ANY, min_size=1, max_size=6))
+def test_any_text_gets_an_answer_that_does_not_depend_on_its_neighbours(plain, texts):
+    """Prevents a text that the tokenizer turns into nothing, or that shifts the others of its batch."""
+    together = plain.predict_logits(texts)
+    assert np.isfinite(together).all()
+    alone = np.concatenate([plain.predict_logits([text]) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-4)
 
 
 def test_threads_share_a_classifier(exported):

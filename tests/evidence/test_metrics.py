@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from fabricate import BINARY, MNLI, PAIRS, SIMILARITY, TAGS, TOPICS, make_labels, make_logits
-from kdlora.data.tags import spans_of, tag_names
+from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task, full_metric
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.metrics import compute_metrics, metric_names, predict_labels, probabilities, score
@@ -200,6 +200,18 @@ TYPES = ("LOC", "ORG", "PER")
 NAMES = tag_names(TYPES)
 
 
+def entities(row):
+    """List a row's entities as (first, last, type), word by word, as the strict mode of seqeval does for IOB2."""
+    found, begun, kind = [], None, ""
+    for place, tag in enumerate([*row, "O"]):
+        if begun is not None and tag != f"I-{kind}":
+            found.append((begun, place - 1, kind))
+            begun = None
+        if tag.startswith("B-"):
+            begun, kind = place, tag[2:]
+    return set(found)
+
+
 def count(predicted, wanted):
     """Count the entities of some rows of tags."""
     flat = [np.array([NAMES.index(tag) for row in rows for tag in row], np.int64) for rows in (predicted, wanted)]
@@ -221,8 +233,7 @@ def test_counts_are_those_of_sets_of_entities(seed):
     found = count(predicted, wanted)
     for row, (said, true) in enumerate(zip(predicted, wanted, strict=True)):
         for column, name in enumerate(TYPES):
-            rows = ([NAMES.index(tag) for tag in tags] for tags in (said, true))
-            sets = [{one for one in spans_of(tags, NAMES) if one.type == name} for tags in rows]
+            sets = [{one for one in entities(tags) if one[2] == name} for tags in (said, true)]
             assert found[row, column].tolist() == [len(sets[0] & sets[1]), len(sets[0]), len(sets[1])]
 
 

@@ -1,5 +1,6 @@
 """Rows, a language model on loopback, and a call with both."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,6 @@ from kdlora.asking.asksettings import AskSettings
 from tiny import sentiment_rows, write_csv
 
 
-@pytest.fixture
-def model(monkeypatch):
-    """A server that answers at once; waits between attempts are short."""
-    monkeypatch.setattr(server, "FIRST_DELAY", 0.01)
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    with llm_standin.running() as found:
-        yield found
-
-
 @dataclass
 class Asker:
     """Sixty rows with labels, and how they are asked about."""
@@ -30,15 +21,14 @@ class Asker:
     folder: Path
     model: llm_standin.StandIn
 
-    @property
-    def data(self) -> Path:
-        """The rows."""
-        return self.folder / "train.csv"
+    def __post_init__(self) -> None:
+        """Name the rows, and where answers go."""
+        self.data, self.to = self.folder / "train.csv", self.folder / "asked"
 
     @property
-    def to(self) -> Path:
-        """Where answers go."""
-        return self.folder / "asked"
+    def command(self) -> tuple[object, ...]:
+        """The command line that asks."""
+        return ("ask", self.data, "--to", self.to, "--model", "m", "--base-url", self.model.url)
 
     def settings(self, **given: Any) -> AskSettings:
         """Settings that reach the stand-in."""
@@ -50,8 +40,12 @@ class Asker:
 
 
 @pytest.fixture
-def asking(model, tmp_path) -> Asker:
-    """What most tests need."""
-    asker = Asker(tmp_path, model)
-    write_csv(asker.data, sentiment_rows(60, 0))
-    return asker
+def asking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Asker]:
+    """What most tests need: rows, and a server that answers at once; waits between attempts are short."""
+    monkeypatch.setattr(server, "FIRST_DELAY", 0.01)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with llm_standin.running() as model:
+        asker = Asker(tmp_path, model)
+        write_csv(asker.data, sentiment_rows(60, 0))
+        yield asker

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from experiments import write_lines
-from kdlora.asking.ask import plan_asking
+from kdlora.asking.ask import ask, plan_asking
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.audit import audit_answers
 from kdlora.asking.questions import Questions, count_votes, join_groups, likely_groups, read_logprobs, read_vote
@@ -74,8 +74,8 @@ def test_votes_where_there_are_no_log_probabilities(asking):
 
 def test_many_labels_are_asked_for_in_two_steps_with_examples_of_all(asking):
     """Seventy labels do not fit the likely tokens that a server shows: those beyond would have no probability."""
-    names = [f"topic {number}" for number in range(70)]
-    rows = [{"id": f"r{n}", "text": f"it is about topic {n % 70} again", "label": names[n % 70]} for n in range(140)]
+    names = [f"topic {number:02}" for number in range(70)]
+    rows = [{"id": f"r{n}", "text": f"it is about {names[n % 70]} again", "label": names[n % 70]} for n in range(140)]
     data = write_lines(asking.folder / "topics.jsonl", rows)
     done = asking(data, top_logprobs=10)
     table = pd.read_parquet(done.table).set_index("id")
@@ -86,11 +86,7 @@ def test_many_labels_are_asked_for_in_two_steps_with_examples_of_all(asking):
         asking(data, top_logprobs=5)
 
     # Eight examples of the first eight labels of seventy would have the model say no other.
-    rows = [
-        {"id": f"r{n}", "text": f"it is about topic {n % 70:02} again", "label": f"topic {n % 70:02}"}
-        for n in range(140)
-    ]
-    plan = plan_asking(str(write_lines(asking.folder / "topics.jsonl", rows)), asking.settings(shots=8))
+    plan = plan_asking(str(data), asking.settings(shots=8))
     shown = re.findall(r"about topic (\d+)", plan.prompts[0])[:-1]
     assert len(set(shown)) == 8
     assert max(map(int, shown)) > 20
@@ -109,8 +105,6 @@ def test_pairs_unlabelled_texts_and_their_split(asking):
         [{"premise": "a", "hypothesis": f"superb {n}", "label": "ab"[n % 2]} for n in range(8)],
     )
     asking.model.seen.clear()
-    from kdlora.asking.ask import ask
-
     assert ask(str(pairs), asking.folder / "pairs", asking.settings()).rows == 8
     assert "Text: a\nSecond text: superb" in asking.model.seen[0]["messages"][0]["content"]
 
@@ -154,12 +148,11 @@ def test_a_model_chooses_the_rows_that_it_doubts(asking, tiny_model_folder, tmp_
 
 def test_the_command_prints_what_was_done(asking, cli):
     """For people on standard error, for programs as JSON."""
-    given = ("ask", asking.data, "--to", asking.to, "--model", "m", "--base-url", asking.model.url)
-    done = cli(*given, "--audit", 40, "--price-in", 1, "--price-out", 2)
+    done = cli(*asking.command, "--audit", 40, "--price-in", 1, "--price-out", 2)
     assert "Audit on 40 rows" in done.out
     assert re.search(r"reported half:\s+\d+\.0% are\s+'(neg|posi)tive'", done.out)  # what a constant answer would reach
     assert "60 rows in" in done.err
-    assert json.loads(cli(*given, "--audit", 40, "--json").out)["resumed"] == 60
+    assert json.loads(cli(*asking.command, "--audit", 40, "--json").out)["resumed"] == 60
 
 
 def test_a_student_learns_from_the_answers(asking, cli, tiny_model_folder):
@@ -316,8 +309,7 @@ def test_flawless_and_unanswered_rows():
     assert not audit.untempered
 
     # A prompt that refuses what is difficult would win.
-    labels = np.arange(200) % 2
-    careful, plain = answers(np.ones(200, bool), labels, 0.9), answers(np.arange(200) % 10 > 0, labels, 0.9)
+    careful, plain = answers(flawless, labels, 0.9), answers(flawed, labels, 0.9)
     careful[np.arange(200) % 3 > 0] = np.nan
     audit = audit_answers(TASK, ["careful", "plain"], [careful, plain], labels, seed=0)
     assert audit.chosen == 1

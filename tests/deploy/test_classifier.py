@@ -67,7 +67,7 @@ def test_any_text_gets_an_answer_that_does_not_depend_on_its_neighbours(plain, t
     np.testing.assert_allclose(together, alone, atol=1e-4)
 
 
-def test_threads_share_a_classifier(exported, classifier_folder):
+def test_threads_share_a_classifier(exported):
     """Prevents mixed-up answers under concurrent calls of a server."""
     model = Classifier.load(exported(), threads=1)
     expected = {text: model.predict_logits([text]) for text in TEXTS[:8]}
@@ -84,30 +84,19 @@ def test_threads_share_a_classifier(exported, classifier_folder):
     assert all(arrays["token_type_ids"].max() == 1 for _, arrays in model.batches(PAIRS))
 
 
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (["fine", ""], "text 1: the text is empty"),
-        (["fine", None], "text 1: expected a text, got NoneType"),
-        ([("one", "two", "three")], "text 0: expected a text or a pair of texts, got 3 values"),
-        (["broken \udcff"], "not valid UTF-8"),
-    ],
-)
-def test_bad_texts_are_named(exported, texts, message):
-    """Prevents a confident label for nothing."""
-    with pytest.raises(DataError, match=message):
-        Classifier.load(exported()).predict(texts)
-
-
 @pytest.mark.usefixtures("traced_once")
 def test_single_texts_and_pairs_are_not_taken_for_each_other(trained_on, tmp_path):
-    """A label for a pair by a model that has only ever read one text, or for half of what a model compares."""
+    """A label for nothing, for a pair by a model that has only read single texts, or for half of what it compares."""
     single, pairs = Classifier.load(trained_on("review")), Classifier.load(trained_on("premise", "hypothesis"))
     assert len(single.predict(TEXTS[:2])) == len(pairs.predict(PAIRS[:2])) == 2
     with pytest.raises(DataError, match="text 1: expected one text, as the model was trained on, got a pair"):
         single.predict([TEXTS[0], PAIRS[0]])
     with pytest.raises(DataError, match="text 0: expected a pair of texts, as the model was trained on, got one text"):
         pairs.predict(TEXTS[0])
+    with pytest.raises(DataError, match="text 1: expected a text or a pair of texts, got 3 values"):
+        pairs.predict([PAIRS[0], ("one", "two", "three")])
+    with pytest.raises(DataError, match="text 1: the text is empty"):
+        single.predict([TEXTS[0], ""])
     export_onnx(pairs.folder.path, tmp_path / "onnx", formats=("onnx",))  # checked on pairs, made up though they are
     with pytest.raises(DataError, match="expected a pair"):
         Classifier.load(tmp_path / "onnx").predict_logits(TEXTS[:1])
@@ -143,24 +132,8 @@ def test_limit_of_the_position_table(classifier_folder, tmp_path):
     edit_json(folder / "tokenizer_config.json", model_max_length=10**30)
     padding = json.loads((folder / "config.json").read_text())["pad_token_id"]
     limit = 66 - padding - 1
-    described = read_model_folder(folder)
-    assert described.max_length == limit
-    model = Classifier.load(folder)
-    assert np.isfinite(model.predict_logits([LONG * 10])).all()
-    assert read_model_folder(folder, max_length=1000).max_length == limit
-    assert read_model_folder(folder, max_length=16).max_length == 16
-
-
-def test_changed_file_is_refused(exported, tmp_path):
-    """Prevents serving a file that is not the one whose score was checked."""
-    folder = shutil.copytree(exported(), tmp_path / "model")
-    path = folder / "model_quantized.onnx"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
-    with pytest.raises(ArtifactError, match=r"not the file that was exported: kdlora_export.json records sha256"):
-        Classifier.load(folder)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ArtifactError, match="cannot load it"):
-        Classifier.load(folder, verify=False)
+    assert [read_model_folder(folder, max_length=most).max_length for most in (None, 1000, 16)] == [limit, limit, 16]
+    assert np.isfinite(Classifier.load(folder).predict_logits([LONG * 10])).all()
 
 
 def test_incomplete_folders_are_named(exported, classifier_folder, tmp_path):
@@ -182,14 +155,16 @@ def test_incomplete_folders_are_named(exported, classifier_folder, tmp_path):
     (student / "model.safetensors").rename(student / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pytorch_model.bin is a pickle and is not read"):
         Classifier.load(student)
-    (student / "config.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"config.json is damaged: expected a JSON file"):
-        Classifier.load(student)
 
 
-def test_columns_must_fit_the_labels(exported, tmp_path):
-    """Prevents a fourth label that no text can ever get, or a column without a name."""
+def test_a_changed_file_and_columns_that_do_not_fit_are_refused(exported, tmp_path):
+    """Prevents a file that is not the one whose score was checked, and a label that no text can ever get."""
     folder = shutil.copytree(exported(), tmp_path / "model")
+    with (folder / "model_quantized.onnx").open("ab") as file:
+        file.write(b"\x00")
+    with pytest.raises(ArtifactError, match=r"quantized\.onnx: not the file that was exported.*records sha256"):
+        Classifier.load(folder)
+    shutil.copy(exported() / "model_quantized.onnx", folder)
     edit_json(folder / "config.json", id2label={"0": "a", "1": "b"})
     with pytest.raises(ModelError, match=r"names 2 labels, but the model gives an output of shape \(1, 3\)"):
         Classifier.load(folder, verify=False).predict(["a"])
@@ -235,9 +210,6 @@ def test_saved_temperature_is_exported_and_applied(tmp_path, classifier_folder):
     save_temperature(tmp_path / "out", 1.0)
     assert Classifier.load(tmp_path / "out").folder.temperature == 1
     assert json.loads((tmp_path / "out" / "kdlora_export.json").read_text())["temperature"] == 1
-    edit_json(tmp_path / "out" / "config.json", kdlora_temperature=0)
-    with pytest.raises(ModelError, match="kdlora_temperature must be a positive number, 1e-06 to 1e\\+06, got 0"):
-        Classifier.load(tmp_path / "out", verify=False)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The export chain: families, kinds, quantisation, gates that close, and refusals that leave nothing behind."""
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -29,13 +30,14 @@ OTHER = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy"
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family_keeps_its_logits_and_is_fused(exported, classifier_folder, family):
-    """Prevents a graph that is right only for the shapes, lengths or padding of the traced example."""
+    """Prevents a graph that is right only for the shapes, lengths, neighbours or padding of the traced example."""
     reference = Classifier.load(classifier_folder(family))
     shipped = Classifier.load(exported(family), precision="fp32")
-    texts = [*TEXTS[:20], LONG, "a"]
-    np.testing.assert_allclose(shipped.predict_logits(texts), reference.predict_logits(texts), atol=1e-4)
-    for text in (LONG, "a"):  # alone: batch 1, longest and shortest input
-        np.testing.assert_allclose(shipped.predict_logits([text]), reference.predict_logits([text]), atol=1e-4)
+    texts = [*TEXTS[:20], LONG, "a", "\u0301"]  # of the last one a tokenizer leaves nothing
+    expected = reference.predict_logits(texts)
+    np.testing.assert_allclose(shipped.predict_logits(texts), expected, atol=1e-4)
+    for model in (shipped, reference):
+        np.testing.assert_allclose(model.predict_logits(texts[-3:], batch_size=1), expected[-3:], atol=1e-4)
     np.testing.assert_allclose(shipped.predict_logits(PAIRS), reference.predict_logits(PAIRS), atol=1e-4)
     # A new torch or transformers would silently ship a graph in small pieces.
     fused = json.loads((exported(family) / "kdlora_export.json").read_text())["fused"]
@@ -56,21 +58,6 @@ def test_int8_stays_close_and_gets_small(exported, classifier_folder, family):
     assert {tensor.data_type for tensor in weights} & {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
     in_fp32 = [tensor for tensor in weights if tensor.data_type == onnx.TensorProto.FLOAT]
     assert max(np.prod(tensor.dims) for tensor in in_fp32) <= 32 * 64
-
-
-@pytest.mark.parametrize("kind", ["regression", "multi-label"])
-def test_other_kinds(exported, classifier_folder, kind):
-    """Prevents a softmax over independent labels, or a class index where a value is meant."""
-    shipped = Classifier.load(exported("bert", kind), precision="fp32")
-    reference = Classifier.load(classifier_folder("bert", kind))
-    assert shipped.folder.kind == kind
-    found, expected = shipped.predict(TEXTS[:9]), reference.predict(TEXTS[:9])
-    if kind == "regression":
-        assert [p.label for p in found] == pytest.approx([p.label for p in expected], abs=1e-3)
-        assert found[0].probabilities == {}
-    else:
-        assert [p.label for p in found] == [p.label for p in expected]
-        assert any(sum(p.probabilities.values()) > 1.05 or sum(p.probabilities.values()) < 0.95 for p in found)
 
 
 def test_folder_is_complete_and_names_no_place_of_this_machine(exported):
@@ -124,11 +111,9 @@ def test_wrong_graph_is_refused(tmp_path, classifier_folder, monkeypatch):
     capture = graph.capture
 
     def wrong(model, names, to):
-        with_noise = model.get_submodule("bert.encoder.layer.0.output.dense").bias
-        before = with_noise.data.clone()
-        with_noise.data[0] += 0.5
-        capture(model, names, to)
-        with_noise.data = before
+        other = copy.deepcopy(model)
+        other.get_submodule("bert.encoder.layer.0.output.dense").bias.data[0] += 0.5
+        capture(other, names, to)
 
     monkeypatch.setattr(graph, "capture", wrong)
     with pytest.raises(ModelError, match=r"does not reproduce the PyTorch model: logits differ by .*'bert'"):
@@ -177,26 +162,22 @@ def test_bad_settings_are_named(tmp_path, classifier_folder, settings, kind, mes
 
 def test_what_is_no_classifier_is_refused(tmp_path, classifier_folder, exported, tiny_model_folder):
     """Prevents exporting a random head, an adapter, or an export."""
-    out = tmp_path / "out"
-    with pytest.raises(ModelError, match="no such folder"):
-        export_onnx(tmp_path / "nowhere", out, texts=TEXTS)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"not a model folder, config.json is missing"):
-        export_onnx(tmp_path / "empty", out, texts=TEXTS)
-    with pytest.raises(ModelError, match=r"classification head.*got BertForPreTraining"):
-        export_onnx(tiny_model_folder("bert"), out, texts=TEXTS)
-    with pytest.raises(ModelError, match="exported already"):
-        export_onnx(exported(), out, texts=TEXTS)
-    adapter = tmp_path / "adapter"
+    out, adapter = tmp_path / "out", tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere/base"}')
-    with pytest.raises(ModelError, match=r"an adapter of the base 'somewhere/base'. Merge it first"):
-        export_onnx(adapter, out, texts=TEXTS)
     headless = shutil.copytree(classifier_folder(), tmp_path / "headless")
     weights = {k: v for k, v in load_file(headless / "model.safetensors").items() if "classifier" not in k}
     save_file(weights, headless / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks weights of the classifier \(classifier.bias, classifier.weight\)"):
-        export_onnx(headless, out, texts=TEXTS)
+    for folder, message in (
+        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path, "not a model folder, config.json is missing"),
+        (tiny_model_folder("bert"), "classification head.*got BertForPreTraining"),
+        (exported(), "exported already"),
+        (adapter, "an adapter of the base 'somewhere/base'. Merge it first"),
+        (headless, r"lacks weights of the classifier \(classifier.bias, classifier.weight\)"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            export_onnx(folder, out, texts=TEXTS)
     assert not out.exists()
 
 
@@ -226,13 +207,6 @@ def test_one_row_of_a_small_validation_set_may_change(flipped, drop, passes):
     assert found.passed is passes, found.reason
 
 
-def write_graph(file, node, given, name, weight):
-    """Write a graph of one node with one weight."""
-    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", weight.shape[1]])
-    graph = helper.make_graph([node], "one", [given], [out], [numpy_helper.from_array(weight, name)])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), file)
-
-
 def products(model):
     """Names of the products of a graph that can be quantised."""
     return [node.name for node in model.graph.node if node.op_type in ("MatMul", "Attention")]
@@ -244,7 +218,11 @@ def test_rare_rows_keep_their_digits(tmp_path):
     table[1] *= 1e-3
     table[2] = 0
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch"])
-    write_graph(tmp_path / "fp32.onnx", helper.make_node("Gather", ["table", "ids"], ["out"]), ids, "table", table)
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", 16])
+    node = helper.make_node("Gather", ["table", "ids"], ["out"])
+    made = helper.make_graph([node], "one", [ids], [out], [numpy_helper.from_array(table, "table")])
+    made = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(made, tmp_path / "fp32.onnx")
     quantise(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", BASE)
     found = open_session(tmp_path / "int8.onnx").run(None, {"ids": np.arange(64)})[0]
     largest = np.abs(table).max(axis=1, keepdims=True)

@@ -52,52 +52,23 @@ def finished(tmp_path_factory, classifier_folder, exported):
     return layout
 
 
-COMMANDS = """
-import contextlib, io, json, sys
-from kdlora.cli import main
-told = []
-for arguments in json.loads(sys.argv[1]):
-    sys.argv, out, err, code = ["kdlora", *arguments], io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    told.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(told))
-"""
-
-
-def python(hub, folder, *arguments, token=True):
-    """Run Python in a process that knows no other Hub than the stand-in; give what it printed last."""
+def call(hub, folder, *arguments, token=True):
+    """Call Python in a process that knows no other Hub than the stand-in."""
     environment = {**os.environ, **hub_standin.environment(hub, str(folder / "cache"), token=token)}
-    command = [sys.executable, "-c", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def call(hub, folder, *commands, token=True):
-    """Call `kdlora` several times in one process: code, output and errors of each."""
-    return python(hub, folder, COMMANDS, json.dumps([list(map(str, command)) for command in commands]), token=token)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def test_a_push_is_private_is_resumed_and_its_model_loads_by_id(hub, finished, tmp_path):
     """A push that starts again from nothing after a lost connection, or shows a private model to everyone."""
-    (tmp_path / "texts.txt").write_text("what a superb film\n")
-    push, to = ("push", finished.root, "someone/student"), tmp_path / "said.jsonl"
+    texts = tmp_path / "texts.txt"
+    texts.write_text("what a superb film\n")
+    push = ("-m", "kdlora", "push", finished.root, "someone/student")
     hub.refused_uploads = 1
-    broken, done, again, predicted = call(
-        hub,
-        tmp_path,
-        push,
-        (*push, "--json"),
-        (*push, "--json"),
-        ("predict", "someone/student/onnx", tmp_path / "texts.txt", "--to", to),
-    )
-    assert (broken[0], "the same command again sends only what is missing" in broken[2]) == (1, True), broken
-    assert done[0] == 0, done
-    pushed = json.loads(done[1])
+    broken, done, again = (call(hub, tmp_path, *push, *more) for more in ((), ("--json",), ("--json",)))
+    sent = "the same command again sends only what is missing"
+    assert (broken.returncode, sent in broken.stderr, done.returncode) == (1, True, 0), (broken, done)
+    pushed = json.loads(done.stdout)
     assert pushed["private"] is hub.repositories["models/someone/student"].private is True
     assert len(hub.uploads) == len(set(hub.uploads)) == 3, "weights, ONNX and int8, each once"
     files = hub.repositories["models/someone/student"].commits[pushed["revision"]]
@@ -105,22 +76,25 @@ def test_a_push_is_private_is_resumed_and_its_model_loads_by_id(hub, finished, t
     assert not {"config.yaml", "results.json", "report.html"} & set(files)
     assert 'model="someone/student"' in files["README.md"].decode()
     assert str(finished.root) not in b"".join(files[name] for name in files if name.endswith("json")).decode()
-    assert json.loads(again[1])["revision"] == pushed["revision"], "nothing changed, so nothing is committed"
-    assert predicted[0] == 0, predicted
-    assert set(json.loads(to.read_text())["probabilities"]) == {"negative", "neutral", "positive"}
-    asked = ("predict", "someone/student", tmp_path / "texts.txt")
-    stranger, unknown = call(hub, tmp_path / "other", asked, push, token=False)
-    assert (stranger[0], "no Hub model of this name that you may see" in stranger[2]) == (2, True), stranger
-    assert (unknown[0], "hf auth login" in unknown[2], "Traceback" in unknown[2]) == (2, True, False), unknown
+    assert json.loads(again.stdout)["revision"] == pushed["revision"], "nothing changed, so nothing is committed"
+    predicted = call(hub, tmp_path, "-m", "kdlora", "predict", "someone/student/onnx", texts)
+    assert predicted.returncode == 0, predicted
+    assert set(json.loads(predicted.stdout)["probabilities"]) == {"negative", "neutral", "positive"}
+    predict = ("-m", "kdlora", "predict", "someone/student", texts)
+    for command, told in ((predict, "no Hub model of this name that you may see"), (push, "hf auth login")):
+        stranger = call(hub, tmp_path / "other", *command, token=False)
+        assert (stranger.returncode, told in stranger.stderr) == (2, True), stranger
+        assert "Traceback" not in stranger.stderr
 
 
 def test_a_public_repository_is_not_pushed_to_by_accident(hub, finished, tmp_path):
     """The default is private; an existing public repository would publish the model all the same."""
     hub.add("someone/open", {"README.md": b"here"})
-    push, wanted = ("push", finished.root, "someone/open"), ("--public", "--report", "--revision", "second")
-    refused, done = call(hub, tmp_path, push, (*push, *wanted, "--json"))
-    assert (refused[0], "is public; say --public" in refused[2]) == (2, True), refused
-    assert done[0] == 0, done
+    push = ("-m", "kdlora", "push", finished.root, "someone/open")
+    refused = call(hub, tmp_path, *push)
+    assert (refused.returncode, "is public; say --public" in refused.stderr) == (2, True), refused
+    done = call(hub, tmp_path, *push, "--public", "--report", "--revision", "second", "--json")
+    assert done.returncode == 0, done
     repository = hub.repositories["models/someone/open"]
     assert {"report.html", "report.md"} <= set(repository.commits[repository.branches["second"]])
     assert set(repository.commits[repository.branches["main"]]) == {"README.md"}
@@ -135,7 +109,8 @@ def test_data_sets_and_fine_tuned_teachers_load_by_id_and_revision(hub, classifi
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     revision = hub.add("someone/teacher", files)
     hub.add("someone/teacher", {"config.json": b"{}"})
-    assert python(hub, tmp_path, LOAD_BY_ID, first, revision) == [54, ["negative", "neutral", "positive"], 3]
+    loaded = call(hub, tmp_path, "-c", LOAD_BY_ID, first, revision)
+    assert json.loads(loaded.stdout) == [54, ["negative", "neutral", "positive"], 3], loaded.stderr
 
 
 def test_the_card_carries_what_the_hub_reads():

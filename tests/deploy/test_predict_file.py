@@ -68,32 +68,26 @@ def test_input_order_and_ids(tmp_path, model, suffix):
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
-def test_outputs_agree(tmp_path, model, source):
-    """Prevents a format that drops a column, or rounds the probabilities of another."""
+@pytest.mark.parametrize("kind", ["single-label", "regression", "multi-label"])
+def test_outputs_agree(tmp_path, exported, source, kind):
+    """Prevents a format that drops a column or rounds what another writes, and a schema that only one kind fits."""
+    model = Classifier.load(exported("bert", kind), precision="fp32")
     for suffix in ("jsonl", "csv", "parquet"):
         predict_file(model, source, tmp_path / f"out.{suffix}")
-    rows = _read(tmp_path / "out.jsonl")
-    table = pd.read_csv(tmp_path / "out.csv")
-    parquet = pq.read_table(tmp_path / "out.parquet")
-    names = [f"probability:{name}" for name in ("negative", "neutral", "positive")]
-    assert list(table.columns) == parquet.column_names == ["id", "label", *names, "error"]
-    for frame in (table, parquet.to_pandas()):
-        assert frame["label"].tolist() == [row["label"] for row in rows]
-        assert frame["probability:neutral"].tolist() == pytest.approx([r["probabilities"]["neutral"] for r in rows])
-
-
-@pytest.mark.parametrize(("kind", "width"), [("regression", 3), ("multi-label", 6)])
-def test_other_kinds(tmp_path, exported, source, kind, width):
-    """Prevents a Parquet schema that only single labels fit."""
-    model = Classifier.load(exported("bert", kind), precision="fp32")
-    for suffix in ("csv", "parquet", "jsonl"):
-        predict_file(model, source, tmp_path / f"out.{suffix}")
-    table = pq.read_table(tmp_path / "out.parquet")
-    assert table.num_columns == width
-    expected = [list(p.label) if isinstance(p.label, tuple) else p.label for p in model.predict(TEXTS)]
-    found = table["label"].to_pylist()
-    assert found == (pytest.approx(expected, abs=1e-4) if kind == "regression" else expected)
-    assert table.schema.field("label").type == (pa.float64() if kind == "regression" else pa.list_(pa.string()))
+    rows, parquet = _read(tmp_path / "out.jsonl"), pq.read_table(tmp_path / "out.parquet")
+    table = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
+    shares = [] if kind == "regression" else [f"probability:{name}" for name in model.label_names]
+    assert list(table.columns) == parquet.column_names == ["id", "label", *shares, "error"]
+    said = [list(one.label) if kind == "multi-label" else one.label for one in model.predict(TEXTS)]
+    said = pytest.approx(said, abs=1e-4) if kind == "regression" else said
+    assert said == [row["label"] for row in rows] == parquet["label"].to_pylist()
+    assert table["label"].tolist() == (["|".join(one) for one in said] if kind == "multi-label" else said)
+    for column in shares:
+        given = pytest.approx([row["probabilities"][column.partition(":")[2]] for row in rows])
+        assert given == table[column].tolist()
+        assert given == parquet[column].to_pylist()
+    types = {"regression": pa.float64(), "multi-label": pa.list_(pa.string())}
+    assert parquet.schema.field("label").type == types.get(kind, pa.string())
 
 
 def test_pairs(tmp_path, model, exported):
@@ -114,8 +108,8 @@ def test_pairs(tmp_path, model, exported):
         model.folder.task["text"] = ["text"]
 
 
-def test_bad_rows_are_entries(tmp_path, model):
-    """Prevents one bad row from stopping a million good ones, or from getting a label."""
+def test_bad_rows_are_entries(tmp_path, model, monkeypatch):
+    """Prevents one bad row from stopping a million good ones, or an output that looks whole where it is to stop."""
     path = tmp_path / "in.jsonl"
     lines = [
         b'{"id": 1, "text": "wonderful"}',
@@ -136,6 +130,10 @@ def test_bad_rows_are_entries(tmp_path, model):
     ):
         assert word in row["error"]
         assert "label" not in row
+    monkeypatch.setattr("kdlora.deploy.rows._WINDOW_ROWS", 1)
+    with pytest.raises(DataError, match=r"in.jsonl: row 1: the text is empty"):
+        predict_file(model, path, tmp_path / "strict.jsonl", strict=True)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
 
 
 def test_bad_rows_of_tables_are_entries(tmp_path, model):
@@ -155,15 +153,6 @@ def test_bad_rows_of_tables_are_entries(tmp_path, model):
     assert pq.read_table(tmp_path / "out.parquet")["error"].null_count == 2
 
 
-def test_strict_stops_and_leaves_nothing(tmp_path, model, monkeypatch):
-    """Prevents an output that looks whole and is not."""
-    monkeypatch.setattr("kdlora.deploy.rows._WINDOW_ROWS", 1)
-    path = write_csv(tmp_path / "in.csv", [{"text": "good"}, {"text": " "}])
-    with pytest.raises(DataError, match=r"in.csv: row 1: the text is empty"):
-        predict_file(model, path, tmp_path / "out.csv", strict=True)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["in.csv"]
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
     """Prevents doubled or lost rows after a kill, and an output file before the run is whole."""
@@ -179,25 +168,21 @@ def test_interrupted_run_resumes(tmp_path, model, source, suffix, monkeypatch):
     assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
 
 
-def test_stale_parts_are_refused(tmp_path, model, source):
-    """Prevents one output made of two inputs."""
-    out = tmp_path / "out.jsonl"
+def test_stale_parts_are_refused(tmp_path, exported, source):
+    """Prevents one output of two inputs, or of a model before and after two of its labels were exchanged."""
+    place, out = Path(shutil.copytree(exported(), tmp_path / "model")), tmp_path / "out.jsonl"
+    model = Classifier.load(place, precision="fp32")
     _interrupt(model, source, out, 10)
+    names = json.loads((place / "config.json").read_text())["id2label"]
+    edit_json(place / "config.json", id2label=dict(zip(names, reversed(names.values()), strict=True)))
+    refused = r"out.jsonl.partial: holds an interrupted prediction of something else"
+    with pytest.raises(ArtifactError, match=refused):
+        predict_file(Classifier.load(place, precision="fp32", verify=False), source, out)
     write_csv(source, [{"id": "x", "text": "another file"}])
-    with pytest.raises(ArtifactError, match=r"out.jsonl.partial: holds an interrupted prediction of something else"):
+    with pytest.raises(ArtifactError, match=refused):
         predict_file(model, source, out)
     assert predict_file(model, source, out, resume=False).rows == 1
     assert [row["id"] for row in _read(out)] == ["x"]
-
-
-def test_parts_by_a_model_with_other_labels_are_refused(tmp_path, exported, source):
-    """With two labels exchanged in config.json, one file held both readings of the same columns."""
-    place = Path(shutil.copytree(exported(), tmp_path / "model"))
-    _interrupt(Classifier.load(place), source, tmp_path / "out.csv", 10)
-    names = json.loads((place / "config.json").read_text())["id2label"]
-    edit_json(place / "config.json", id2label=dict(zip(names, reversed(names.values()), strict=True)))
-    with pytest.raises(ArtifactError, match="an interrupted prediction of something else"):
-        predict_file(Classifier.load(place, verify=False), source, tmp_path / "out.csv")
 
 
 def test_a_file_has_as_many_texts_as_the_model_reads(tmp_path, trained_on):

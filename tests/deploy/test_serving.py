@@ -182,10 +182,11 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
-def test_a_tagger_is_served_with_the_entities_of_each_text(exported):
-    """Entities of another text's, or a tagger whose first request fails."""
+def test_a_tagger_gives_entities_and_a_pair_is_refused_where_single_texts_are_read(exported, trained_on):
+    """Entities of another text's, or a label at status 200 for a pair, from a model that has only read single texts."""
     tagger = Tagger.load(exported("bert", "tokens"))
-    with in_thread(make_app({"names": tagger}, Limits())) as port:
+    models = {"names": tagger, "reviews": Classifier.load(trained_on("review"))}
+    with in_thread(make_app(models, Limits())) as port:
         status, many = call(port, {"texts": TEXTS[:20]})
         assert (status, call(port, path="/health")[1]["models"]["names"]["kind"]) == (200, "tokens")
         found = [[asdict(one) for one in entities] for entities in tagger.predict(TEXTS[:20])]
@@ -194,14 +195,8 @@ def test_a_tagger_is_served_with_the_entities_of_each_text(exported):
         assert call(port, {"text": TEXTS[0]})[1]["entities"][0].keys() == {"text", "start", "end", "label", "score"}
         status, refused = call(port, {"text": ["a pair", "of texts"]})
         assert (status, "expected a text" in refused["detail"]) == (422, True)
-
-
-def test_a_pair_is_refused_where_the_model_reads_single_texts(trained_on):
-    """A label at status 200 for a pair, from a model that has only ever read one text."""
-    with in_thread(make_app({"reviews": Classifier.load(trained_on("review"))}, Limits())) as port:
-        status, refused = call(port, {"texts": [TEXTS[0], ["one", "another"]]})
+        status, refused = call(port, {"texts": [TEXTS[0], ["one", "another"]], "model": "reviews"})
         assert (status, refused["detail"][:25]) == (422, "text 1: expected one text")
-        assert call(port, {"text": TEXTS[0]})[0] == 200
 
 
 def test_sigterm_ends_it_when_what_has_begun_is_answered(exported):

@@ -1,5 +1,6 @@
 """A page for the browser: its files and refusals; in Chromium, its answers beside Python's, and its use by all."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, normalizers
 import tiny
 from chromium import NEEDS_CHROMIUM, axe_faults, look, open_browser, serve_folder, show, weak_texts
 from deploy_folders import LONG, PROBLEMS, TEXTS, build_classifier
+from experiments import edit_json
 from kdlora.deploy import webpage
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.export import export_onnx
@@ -45,8 +47,7 @@ def foreign(folder, copy, *, tokenizer=None, **config):
     (copy / EXPORT_RECORD).unlink()
     if tokenizer is not None:
         tokenizer.save(str(copy / TOKENIZER))
-    settings = json.loads((copy / CONFIG_FILE).read_text(encoding="utf-8"))
-    (copy / CONFIG_FILE).write_text(json.dumps(settings | config), encoding="utf-8")
+    edit_json(copy / CONFIG_FILE, **config)
     return copy
 
 
@@ -181,20 +182,17 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def page(unpacked, browser, tmp_path):
     """`page(folder)` writes a page, serves it and opens it; it gives the server."""
-    serving = []
+    with contextlib.ExitStack() as stack:
 
-    def give(folder):
-        write_web_page(folder, tmp_path / "page")
-        serving.append(serve_folder(tmp_path / "page"))
-        server = serving[0].__enter__()
-        browser.get_log("browser")
-        show(browser, f"{server.address}/index.html", 1280)
-        wait(browser, "Ready.")
-        return server
+        def give(folder):
+            write_web_page(folder, tmp_path / "page")
+            server = stack.enter_context(serve_folder(tmp_path / "page"))
+            browser.get_log("browser")
+            show(browser, f"{server.address}/index.html", 1280)
+            wait(browser, "Ready.")
+            return server
 
-    yield give
-    for one in serving:
-        one.__exit__(None, None, None)
+        yield give
 
 
 def _state(browser):

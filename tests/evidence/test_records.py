@@ -1,3 +1,4 @@
+import re
 import socket
 
 import numpy as np
@@ -15,15 +16,8 @@ from kdlora.evidence.predictions import (
     write_examples,
     write_predictions,
 )
-from kdlora.evidence.records import (
-    SCHEMA_VERSION,
-    ExperimentLayout,
-    read_record,
-    read_results,
-    write_record,
-    write_results,
-)
-from kdlora.system.environment import collect_versions, describe_machine, git_state
+from kdlora.evidence.records import ExperimentLayout, read_record, read_results, write_record, write_results
+from kdlora.system.environment import describe_machine, git_state
 
 
 def test_a_record_comes_back_as_it_went(tmp_path):
@@ -41,11 +35,7 @@ def test_a_record_comes_back_as_it_went(tmp_path):
     assert int(described["cores"]) >= 1
     assert described["memory"].endswith("GiB")
     assert socket.gethostname() not in " ".join(described.values())
-    versions = collect_versions()
-    assert {"python", "numpy", "torch"} <= set(versions)
     assert git_state(tmp_path) == {}
-    state = git_state()
-    assert not state or (len(state["commit"]) == 40 and state["dirty"] in ("yes", "no"))
 
 
 def test_odd_numbers_and_truncated_records(tmp_path):
@@ -53,18 +43,14 @@ def test_odd_numbers_and_truncated_records(tmp_path):
     record = make_record().model_copy(
         update={"history": [{"loss": float("nan"), "score": np.float32(1.5)}], "metrics": {"f1": float("inf")}}
     )
-    write_record(tmp_path / "run.json", record)
-    text = (tmp_path / "run.json").read_text()
-    assert "NaN" not in text
-    assert "Infinity" not in text
-    back = read_record(tmp_path / "run.json")
-    assert back.history == [{"loss": None, "score": 1.5}]
-    assert back.metrics == {"f1": None}
+    path = tmp_path / "run.json"
+    write_record(path, record)
+    text = path.read_text()
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", text))
+    back = read_record(path)
+    assert (back.history, back.metrics) == ([{"loss": None, "score": 1.5}], {"f1": None})
 
     # A record that was cut off must not be taken for a finished run.
-    path = tmp_path / "run.json"
-    write_record(path, make_record())
-    text = path.read_text()
     for length in (0, 10, 500):
         path.write_text(text[:length])
         with pytest.raises(ArtifactError, match=r"run\.json is damaged.*Delete the run's folder"):
@@ -72,7 +58,7 @@ def test_odd_numbers_and_truncated_records(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [(0, "older kdlora: delete"), (None, "older"), (SCHEMA_VERSION + 1, "newer kdlora: upgrade")]
+    ("version", "remedy"), [(0, "older kdlora: delete"), (None, "older"), (99, "newer kdlora: upgrade")]
 )
 def test_a_record_of_another_version_names_the_remedy(tmp_path, version, remedy):
     """A field that changed its meaning would be read with the new one."""
@@ -88,7 +74,6 @@ def test_a_record_of_another_version_names_the_remedy(tmp_path, version, remedy)
         (read_record, None, r"a\.json: there is no such file"),
         (read_record, b"[]", "expected a JSON object, found list"),
         (read_record, b'{"schema_version": 1, "typo": 1}', r"experiment: Field required.*typo: Extra inputs"),
-        (read_record, b"\xff\xfe\x00", "damaged"),
         (read_results, b'{"runs": [{"schema_version": 0}]}', r"a\.json, run 0"),
         (read_results, b'{"runs": 3}', "expected a list under 'runs'"),
     ],
@@ -127,15 +112,7 @@ def test_predictions_come_back_as_they_went(tmp_path, task):
 
 
 def test_predictions_and_examples_on_disk(tmp_path):
-    """A shorter column would shift every row after it."""
-    good = {"ids": ("1", "2"), "split": ("test",) * 2, "logits": np.zeros((2, 2)), "label_names": ("a", "b")}
-    good["labels"] = np.zeros(2, np.int64)
-    for bad in ({"logits": np.zeros((2, 3))}, {"split": ("test",)}, {"labels": np.zeros(3)}, {"groups": ("x",)}):
-        with pytest.raises(ValueError, match="expected"):
-            write_predictions(tmp_path / "p.parquet", Predictions(**(good | bad)))
-    assert list(tmp_path.iterdir()) == []
-
-    # An Arrow error without the path sends the user searching.
+    """An Arrow error without the path sends the user searching."""
     path = tmp_path / "p.parquet"
     with pytest.raises(ArtifactError, match=r"p\.parquet: there is no such file"):
         read_predictions(path)

@@ -67,13 +67,8 @@ def test_a_wanted_precision_costs_no_more_recall_than_it_must() -> None:
         assert (judged.recall_low, judged.recall_high) == pytest.approx((exact.low, exact.high))
     with pytest.raises(NoThresholdError, match=r"no threshold reaches a precision of 0\.9 on 4 rows, 2 of which"):
         fit_threshold(np.array([3.0, 2.0, 1.0, 0.0]), np.array([1, 1, 0, 0]), 0.9)
-
-
-@pytest.mark.parametrize(("labels", "told"), [([0, 0], "none of 2 rows"), ([1, 1], "all of 2 rows")])
-def test_labels_of_one_class_fit_nothing(labels: list[int], told: str) -> None:
-    """A threshold that says a label never, or always, would come out of rows that know nothing of it."""
-    with pytest.raises(NoThresholdError, match=told):
-        fit_threshold(np.array([0.1, 0.2]), np.array(labels), "f1")
+    with pytest.raises(NoThresholdError, match="all of 2 rows"):  # they know nothing of the label
+        fit_threshold(np.array([0.1, 0.2]), np.array([1, 1]), "f1")
 
 
 @pytest.mark.parametrize(("kind", "names"), [("multi-label", ("a", "b", "c")), ("single-label", ("no", "yes"))])
@@ -92,11 +87,6 @@ def draw(generator: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndar
     """Draw texts whose error rate falls with the sureness: 40% where it is 0, none where it is 1."""
     sureness = generator.uniform(0, 1, rows)
     return sureness, generator.uniform(0, 1, rows) < 0.4 * (1 - sureness) ** 2
-
-
-def true_error(threshold: float) -> float:
-    """Integrate the error rate of the texts at or above a threshold."""
-    return 0.4 * (1 - max(threshold, 0.0)) ** 2 / 3
 
 
 def test_sureness_is_what_its_name_says():
@@ -127,7 +117,7 @@ def test_the_promise_is_kept_over_many_draws() -> None:
         except NoPromiseError:
             continue
         given += 1
-        broken += true_error(promise.threshold) > error
+        broken += 0.4 * (1 - max(promise.threshold, 0.0)) ** 2 / 3 > error  # the integral of the error rate above it
     assert given > 200
     assert broken <= binom.ppf(0.999, 400, 0.05)
 

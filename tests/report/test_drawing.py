@@ -8,7 +8,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from kdlora.evidence.stats import Difference
-from kdlora.report.page import Bullets, Cell, Code, Link, Page, Paragraph, Prose, Section, Table, escape, render
+from kdlora.report.page import escape
 from kdlora.report.plots import (
     PALETTE,
     Series,
@@ -19,18 +19,7 @@ from kdlora.report.plots import (
     score_against_cost,
     shorten,
 )
-from kdlora.report.wording import (
-    count,
-    duration,
-    metric_title,
-    milliseconds,
-    model_title,
-    p_value,
-    share,
-    signed,
-    size,
-    times,
-)
+from kdlora.report.wording import count, duration, milliseconds, model_title, p_value, share, signed, size, times
 
 pytestmark = pytest.mark.drawn
 NASTY = "<script>&\"'|`*"
@@ -53,37 +42,23 @@ def test_drawings_show_names_as_they_are(name):
     """Names come from data and configs: none is a formula, markup, or a reason to leave a series out."""
     series = [Series(name, Style(0), ((1.0, 80.0),)), Series("other", Style(1), ((2.0, 90.0),))]
     figure = score_against_cost(series, title=name, cost=name, score="score", identity="i")
-    assert figure is not None
     shown = [re.sub(r"[\u200a\x01\x0c]", "", text) for text in _texts(figure)]
     assert shown.count(re.sub(r"[\x01\x0c]", "", " ".join(name.split()))) == 2
     assert not [one for one in ElementTree.fromstring(figure.svg).iter() if one.tag.endswith("script")]
 
 
-def test_a_drawing_takes_its_colours_from_the_page_and_shares_no_id():
-    """Black on black in dark mode; a mark that is drawn with the shape of another figure's."""
+def test_a_drawing_takes_its_colours_from_the_page_and_is_always_the_same():
+    """Black on black in dark mode; equal data that give another report."""
     series = [Series("a", Style(0), ((1.0, 80.0), (1.1, 82.0))), Series("b", Style(1), ((2.0, 90.0),))]
     one, again = (score_against_cost(series, **PARAMETERS) for _ in range(2))
-    other = score_against_cost(series, **PARAMETERS | {"identity": "j"})
-    assert one is not None
-    assert other is not None
-    assert one == again, "equal data, equal bytes"
+    assert one == again
     assert not re.search(r"#[0-9a-f]{6}\b", one.svg)
-    ids = [set(re.findall(r' id="([^"]+)"', figure.svg)) for figure in (one, other)]
-    assert ids[0] >= {"i-t", "i-d"}
-    assert not ids[0] & ids[1]
-    assert "<desc" in one.svg
-    assert "http" not in one.svg.replace("http://www.w3.org/", "")
 
 
 def test_points_lie_where_their_values_are():
     """An axis that runs the wrong way still looks like a plot."""
-    series = [
-        Series("low", Style(0), ((1.0, 80.0),)),
-        Series("high", Style(1), ((9.0, 90.0), (9.0, 92.0))),
-    ]
+    series = [Series("low", Style(0), ((1.0, 80.0),)), Series("high", Style(1), ((9.0, 90.0), (9.0, 92.0)))]
     figure = score_against_cost(series, **PARAMETERS)
-    assert figure is not None
-    low, high = (min(_marks(figure, Style(number)), key=lambda place: place[1]) for number in (0, 1))
     in_legend = [min(_marks(figure, Style(number)))[1] for number in (0, 1)]
     assert max(in_legend) < 60
     low, high = ([place for place in _marks(figure, Style(number)) if place[1] > 60] for number in (0, 1))
@@ -91,7 +66,6 @@ def test_points_lie_where_their_values_are():
     assert min(y for _, y in low) > max(y for _, y in high)
     assert "side by side" not in figure.caption
     apart = score_against_cost([Series(name, Style(0), ((9.0, 80.0),)) for name in "ab"], **PARAMETERS)
-    assert apart is not None
     assert "Marks of the same cost stand side by side." in apart.caption
     assert "low 80.00 at 1; high 91.00 at 9" in figure.description
     assert score_against_cost([], **PARAMETERS) is None
@@ -100,8 +74,6 @@ def test_points_lie_where_their_values_are():
     wide, zero = (
         score_against_cost([Series("a", Style(0), ((cost, 80.0), (4e8, 90.0)))], **PARAMETERS) for cost in (4e6, 0.0)
     )
-    assert wide is not None
-    assert zero is not None
     assert "logarithmic" in wide.caption
     assert "logarithmic" not in zero.caption
 
@@ -117,7 +89,6 @@ def test_curves_average_the_seeds_that_reached_an_epoch():
     # One epoch with loss 0 has no range on either axis.
     style = arm_style("new-arm")
     figure = learning_curves([Series("x", style, ((1.0, 0.0),))], title="t", value="loss", identity="i")
-    assert figure is not None
     assert len(_marks(figure, style)) == 2, "one in the plot, one in the legend"
 
 
@@ -125,7 +96,6 @@ def test_intervals_are_drawn_from_low_to_high():
     """A bar of the wrong length beside the right numbers."""
     one = Difference(1.0, -1.0, 4.0, 0.2, 100, 3, 1000, 0.95)
     figure = differences([("A − B", one)], title="t", identity="i")
-    assert figure is not None
     lines = [
         [float(number) for number in re.findall(r"-?[\d.]+", path)]
         for path, style in re.findall(r'<path d="([^"]*)"[^>]*?style="([^"]*)"', figure.svg)
@@ -152,7 +122,6 @@ def test_figures_are_written_as_people_read_them():
     assert [p_value(0.0002), p_value(0.0123), p_value(0.5)] == ["< 0.001", "0.012", "0.50"]
     assert [share(99.9), share(100), share(98.6), share(-12.2), share(None)] == ["99.9%", "100%", "99%", "−12%", "–"]
     assert [times(*pair) for pair in ((200, 1), (30, 2), (1, 500), (1, 0))] == ["200×", "15.0×", "0.002×", "–"]
-    assert [metric_title("accuracy_matched"), metric_title("macro_f1_x")] == ["accuracy, matched", "macro F1, x"]
     assert shorten("a  long\nname", 7) == "a long…"
 
     # The report travels; the user's home folder need not.
@@ -176,23 +145,6 @@ def test_markdown_shows_text_as_it_is(text):
     assert {child.type for child in children} <= {"text", "text_special"}
     shown = "".join(child.content for child in children)
     assert shown.split() == text.replace("\x00", " ").split()
-
-
-def test_every_block_has_its_markdown():
-    """A block that renders to nothing is lost evidence."""
-    table = Table("caption", ("", "a"), (("x|y", Cell("1", (Link("0", "p"), Link("1", "q")))),), note="note")
-    blocks = (
-        Paragraph(Prose("a <strong>{}</strong> c").format("b"), "warning"),
-        Bullets(("one",)),
-        table,
-        Code("Config", "```\nx"),
-    )
-    text = render(Page("T", "report", "lead", (Section("S", "s", blocks),))).markdown
-    for piece in ("# T", "\nlead\n", '<a id="s"></a>', "## S", "> a **b** c", "- one", "**caption**", "| --- | ---: |"):
-        assert piece in text
-    assert "| x\\|y | 1 [0](p) [1](q) |" in text
-    assert "\n````\n```\nx\n````" in text
-    assert re.search(r"\n---\n\nkdlora [\d.]+ report\. Written .*record of its run\.\n$", text)
 
 
 # Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency", 2009,

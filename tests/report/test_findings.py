@@ -16,11 +16,10 @@ from kdlora.evidence.ranking import counts_from_logits, entity_rates
 from kdlora.evidence.records import read_record
 from kdlora.report.card import card_metadata, student_card
 from kdlora.report.collect import load_experiment
-from kdlora.report.findings import align, choose_student, compare_arms, read_choice
+from kdlora.report.findings import align, compare_arms, read_choice
 from kdlora.report.outputs import OUTCOMES, outcomes
 from kdlora.report.paper import family_of
 from kdlora.report.report import make_report
-from kdlora.system.storage import write_json_atomic
 
 
 def _predictions(task, rows=8, seed=0) -> Predictions:
@@ -57,14 +56,15 @@ def test_rows_and_columns_in_another_order_are_brought_into_line(task):
 def test_other_examples_labels_or_names_are_not_aligned():
     """The same ids with other labels are another data set."""
     first = _predictions(TOPICS)
-    changed = first.labels.copy()
-    changed[0] = (changed[0] + 1) % 4
-    assert align([first, replace(first, labels=changed)]) is None
-    assert align([first, replace(first, ids=(*first.ids[:-1], "other"))]) is None
-    assert align([first, replace(first, ids=(*first.ids[:-1], "0"))]) is None
-    assert align([first, replace(first, label_names=("a", "b", "c", "d"))]) is None
+    for other in (
+        {"labels": (first.labels + 1) % 4},
+        {"ids": (*first.ids[:-1], "other")},
+        {"ids": (*first.ids[:-1], "0")},
+        {"label_names": ("a", "b", "c", "d")},
+        {"groups": ("matched",) * 8},
+    ):
+        assert align([first, replace(first, **other)]) is None, other
     assert align([replace(first, ids=("0",) * 8)]) is None
-    assert align([first, replace(first, groups=("matched",) * 8)]) is None
     # MNLI's matched and mismatched rows both count from 0.
     one = replace(_predictions(MNLI), ids=tuple("01230123"), groups=("matched",) * 4 + ("mismatched",) * 4)
     aligned = align([one, one])
@@ -77,10 +77,7 @@ def test_controls_are_compared_on_common_seeds_and_the_teacher_on_all_of_its_own
     experiment = load_experiment(tmp_path / "e")
     found = {one.second: one.difference for one in compare_arms(experiment, draws=100)}
     assert list(found) == ["student-lora", "lora", "fft"]
-    assert found["student-lora"] is not None
-    assert found["student-lora"].n_seeds == 2
-    assert found["fft"] is not None
-    assert found["fft"].n_seeds == 3
+    assert (found["student-lora"].n_seeds, found["fft"].n_seeds) == (2, 3)
 
 
 def test_the_papers_figures_belong_beside_the_papers_models():
@@ -99,8 +96,7 @@ def choose(folder, **noise):
         for arm, value in noise.items():
             patch.setitem(fabricate._NOISE, arm.replace("_", "-"), value)
         make_experiment(folder, arms=("fft", *(arm for arm in STUDENTS if arm.replace("-", "_") in noise)))
-    experiment = load_experiment(folder)
-    return choose_student(experiment.task, experiment.runs)
+    return load_experiment(folder).choice
 
 
 @pytest.mark.parametrize(
@@ -129,31 +125,24 @@ def test_the_best_on_validation_ships_and_within_its_interval_the_distilled_one(
         )
 
 
-def test_validation_chooses_and_not_the_test_split(tmp_path):
-    """A choice by the test split makes its score too high."""
+def test_validation_chooses_and_only_among_scores_that_are_defined(tmp_path):
+    """A choice by the test split makes its score too high; the NaN of a constant regression would win or crash."""
     layout = make_experiment(tmp_path / "e", arms=("fft", "kd-lora", "student-lora"), test_split=True)
     for seed in range(3):
         edit_record(layout.run("student-lora", seed).record, test_score=99.0)
-    experiment = load_experiment(layout.root)
-    assert experiment.choice.arm == "kd-lora"
-
-
-def test_a_score_that_is_not_defined_does_not_ship_before_one_that_is(tmp_path):
-    """A constant student of a regression has no correlation; as NaN it would win or crash."""
-    layout = make_experiment(tmp_path / "e", arms=("kd-lora", "student-lora"))
+    assert load_experiment(layout.root).choice.arm == "kd-lora"
     for seed in range(3):
         edit_record(layout.run("kd-lora", seed).record, score=None)
-    experiment = load_experiment(layout.root)
-    found = choose_student(experiment.task, experiment.runs)
+    found = load_experiment(layout.root).choice
     assert (found.arm, found.scores["kd-lora"]) == ("student-lora", None)
 
 
 def test_the_report_goes_by_what_was_shipped(tmp_path):
     """A report that chooses anew would speak of another student than the one in `student/`."""
     layout = make_experiment(tmp_path / "e", seeds=(0,))
-    found = choose_student(load_experiment(layout.root).task, load_experiment(layout.root).runs)
+    found = load_experiment(layout.root).choice
     other = found.model_copy(update={"arm": "student-lora", "sentence": "The other student was shipped: it is."})
-    write_json_atomic(layout.shipped, other.model_dump())
+    layout.shipped.write_text(other.model_dump_json())
     assert read_choice(layout.shipped) == other
     report = make_report(layout.root, draws=50)
     assert report.markdown.split("\n\n")[1].startswith("**The other student was shipped**: it is. It keeps")
@@ -163,13 +152,6 @@ def test_the_report_goes_by_what_was_shipped(tmp_path):
 
 HOSTILE = ("<script>alert(1)</script> of <b>Rome</b>", "a|b\nc", "`*_[x](javascript:alert(3))", "שלום 👨‍👩‍👧 e\u0301")
 TYPED = Task("tokens", ("words",), ("tags",), tag_names(("<i>x</i>", "PER|*a*")), ("entity_f1",))
-
-
-def follow(predicted, wanted):
-    """Follow the entities of one row of tags."""
-    names = NAMES.label_names
-    tags, labels = (np.array([names.index(tag) for tag in row.split()]) for row in (predicted, wanted))
-    return outcomes(NAMES, tags, labels, np.array([0, len(labels)]))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +170,9 @@ def follow(predicted, wanted):
 )
 def test_what_becomes_of_an_entity(predicted, outcome, invented):
     """An error of the edge that is shown as one of the type sends its reader to the wrong labels."""
-    found, taken, added = follow(predicted, "B-PER I-PER O O")
+    rows = (predicted, "B-PER I-PER O O")
+    tags, labels = (np.array([NAMES.label_names.index(tag) for tag in row.split()]) for row in rows)
+    found, taken, added = outcomes(NAMES, tags, labels, np.array([0, 4]))
     assert found[NAMES.label_types.index("PER")].tolist() == [int(name == outcome) for name in OUTCOMES]
     assert (found.sum(), added.sum()) == (1, invented)
     assert taken.sum() == (outcome != "missed")

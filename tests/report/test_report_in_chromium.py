@@ -1,7 +1,6 @@
 """The report as a browser shows it: no overflow, no network, labelled axes, for every reader, in print."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from selenium import webdriver
@@ -31,7 +30,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Reports of several kinds, one of them full of hostile names, below one folder."""
     root = tmp_path_factory.mktemp("reports")
     hostile = Task("single-label", ("text",), ("label",), HOSTILE, ("accuracy",))
@@ -45,12 +44,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_report(root / name, draws=200)
     compare([root / "mrpc", root / "stsb", root / "hostile"], out=root / "compared", draws=200)
     (root / "compared" / "compare.html").rename(root / "compared" / "report.html")
-    return root
-
-
-@pytest.fixture(scope="module")
-def server(pages: Path) -> Iterator[Server]:
-    with serve_folder(pages) as serving:
+    with serve_folder(root) as serving:
         yield serving
 
 

@@ -380,7 +380,8 @@ def test_a_student_that_always_says_the_same_is_named(reviews, tmp_path):
     path = layout.run("kd-lora", 1).predictions
     logits = np.tile(np.arange(2, dtype=np.float32), (400, 1))
     write_predictions(path, replace(read_predictions(path), logits=logits))
-    assert "KD-LoRA (seed 1) predicts the same for every example" in _plain(_report(layout.root).html)
+    text = _plain(_report(layout.root).html)
+    assert "KD-LoRA (seed 1) predicts the same for every example: it has learnt nothing. Accuracy does not see" in text
     assert "predicts the same for every example" not in reviews[1].html
 
 

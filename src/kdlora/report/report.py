@@ -175,6 +175,7 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         "given": is_teacher_given(experiment.runs),
         "adapted": taught_by == "lora",
         "constant": _constant_seeds(experiment),
+        "blind": experiment.task.metrics == ("accuracy",),
         "gain": find_gain(comparisons),
         "paired": any(one.difference for one in comparisons),
         "intervals": INTERVALS,

@@ -112,8 +112,14 @@ def test_predictions_come_back_as_they_went(tmp_path, task):
 
 
 def test_predictions_and_examples_on_disk(tmp_path):
-    """An Arrow error without the path sends the user searching."""
+    """A shorter column would shift every row after it; an Arrow error without the path sends the user searching."""
     path = tmp_path / "p.parquet"
+    good = {"ids": ("1", "2"), "split": ("test",) * 2, "logits": np.zeros((2, 2)), "label_names": ("a", "b")}
+    good["labels"] = np.zeros(2, np.int64)
+    for bad in ({"logits": np.zeros((2, 3))}, {"split": ("test",)}, {"labels": np.zeros(3)}, {"groups": ("x",)}):
+        with pytest.raises(ValueError, match="expected"):
+            write_predictions(path, Predictions(**(good | bad)))
+    assert not path.exists()
     with pytest.raises(ArtifactError, match=r"p\.parquet: there is no such file"):
         read_predictions(path)
     write_examples(path, [ExampleText("1", "test", "text")])

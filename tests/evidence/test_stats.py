@@ -61,6 +61,8 @@ def test_where_seeds_do_not_vary_it_is_the_plain_paired_bootstrap(seeds):
         rng=np.random.default_rng(1),
     ).confidence_interval
     assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=0.35)
+    swapped = contrast([PairedArms(BINARY, labels, [second] * seeds, [first] * seeds)])
+    assert swapped.difference == -found.difference
     same = contrast([PairedArms(BINARY, labels, [first] * seeds, [first] * seeds)])
     assert (same.difference, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kdlora.config import LoraSettings
-from kdlora.distil.losses import TargetScale, binary_kl, distillation_loss, fold_into_head, softened_kl
+from kdlora.distil.losses import TargetScale, binary_kl, distillation_loss, fold_into_head, softened_kl, start_at_shares
 from kdlora.errors import ConfigError, DataError, ModelError
 from kdlora.models.adapters import add_adapter, merge_student
 from kdlora.models.encoders import load_encoder
@@ -205,6 +205,21 @@ def test_folded_into_the_head(tiny_model_folder, tasks, family, lora):
     torch.testing.assert_close(predict(model), before * 300.0 + 2000.0)
     merged = merge_student(model) if lora else model
     torch.testing.assert_close(predict(merged), before * 300.0 + 2000.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_head_begins_at_the_labels_shares(tiny_model_folder, tasks, family, lora):
+    """Silent failure: a teacher with adapters that calls every word none, from its first steps to its last."""
+    encoder = load_encoder(str(tiny_model_folder(family)), tasks["tokens"], seed=1)
+    model = add_adapter(encoder, LoraSettings(), seed=1) if lora else encoder.model
+    shares = np.array([0.9, *[0.02] * 4, 0.01, 0.01])
+    start_at_shares(model, 1000 * shares)
+    merged = merge_student(model) if lora else model
+    merged.get_submodule("classifier").weight.data.zero_()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    found = merged.eval()(ids, attention_mask=torch.ones_like(ids)).logits.detach()
+    torch.testing.assert_close(found.softmax(-1)[0, 0], torch.tensor(shares, dtype=torch.float32))
 
 
 class Squashed(nn.Module):

@@ -259,7 +259,12 @@ class TargetScale:
 @torch.no_grad()
 def fold_into_head(model: nn.Module, scale: TargetScale) -> None:
     """Change the last layer so that the model predicts on the original scale, with no code around it."""
-    head = _last_linear(model)
+    head = _last_linear(model, 1)
+    if head is None:
+        raise ModelError(
+            f"{type(model).__name__}: expected a head that ends in a linear layer with one output and a bias; "
+            "kdlora cannot train a regression on this model. Choose another encoder"
+        )
     weight, bias = head.weight.clone(), head.bias.clone()
     before = _probe(model)
     head.weight.mul_(scale.std)
@@ -274,19 +279,24 @@ def fold_into_head(model: nn.Module, scale: TargetScale) -> None:
         )
 
 
-def _last_linear(model: nn.Module) -> nn.Linear:
-    """Find the layer that gives the prediction; of a module that PEFT keeps twice, the copy in use."""
+@torch.no_grad()
+def start_at_shares(model: nn.Module, shares: npt.NDArray[np.floating]) -> None:
+    """Begin a fresh head at the labels' shares, by its bias (Lin et al., arXiv 1708.02002, section 3.3).
+
+    Where nearly all words are no entity, adapters else learn just that in their first steps, and nothing after it.
+    """
+    if (head := _last_linear(model, len(shares))) is not None:
+        head.bias.copy_(torch.from_numpy(np.log(shares) - np.log(shares).mean()))
+
+
+def _last_linear(model: nn.Module, outputs: int) -> nn.Linear | None:
+    """Find the layer that gives the prediction, if it has a bias; of one that PEFT keeps twice, the copy in use."""
     found = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == 1 and "original_module" not in name.split(".")
+        if isinstance(module, nn.Linear) and module.out_features == outputs and "original_module" not in name.split(".")
     ]
-    if not found or found[-1].bias is None:
-        raise ModelError(
-            f"{type(model).__name__}: expected a head that ends in a linear layer with one output and a bias; "
-            "kdlora cannot train a regression on this model. Choose another encoder"
-        )
-    return found[-1]
+    return found[-1] if found and found[-1].bias is not None else None
 
 
 def _probe(model: nn.Module) -> np.ndarray:

@@ -24,7 +24,7 @@ from kdlora.data.word_tokens import READ, word_offsets
 from kdlora.distil.cpu_kernels import fast_on_cpu
 from kdlora.distil.inference import faulty_rows, hash_model, predict_logits
 from kdlora.distil.logits import COLUMN, LABELLED, labelled_values
-from kdlora.distil.losses import DivergedError, TargetScale, diverged, fold_into_head
+from kdlora.distil.losses import DivergedError, TargetScale, diverged, fold_into_head, start_at_shares
 from kdlora.distil.precision import (
     activations_recomputed,
     dropout_set,
@@ -110,6 +110,9 @@ def train_model(
     options = dataclasses.replace(options, precision=processes.first_says(precision))  # `auto` is timed: one answer
     scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
     weights = class_weights(task, settings.class_weights, labelled_values(train.dataset))
+    if task.kind == "tokens" and options.fresh:
+        counts = 1.0 + np.bincount(labelled_values(train.dataset), minlength=task.num_labels)
+        start_at_shares(model, counts if weights is None else counts * weights.numpy())
 
     def validate() -> dict[str, float]:
         logits = predict_logits(model, tokenizer, validation, precision=options.precision, processes=processes)

@@ -19,8 +19,8 @@ from kdlora.data.tags import split_words
 from kdlora.data.windows import WindowSettings
 from kdlora.data.word_tokens import cut_words, split_row, word_offsets
 from kdlora.distil.inference import predict_logits, read_stored_logits, teacher_logits
-from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.losses import distillation_loss
+from kdlora.distil.logits import TeacherLogits, labelled_values
+from kdlora.distil.losses import distillation_loss, start_at_shares
 from kdlora.distil.teacher_table import read_teacher_table
 from kdlora.errors import DataError
 from kdlora.models.encoders import load_encoder
@@ -48,6 +48,8 @@ def test_words_without_label_or_without_a_teacher_are_left_out(make_setup, tmp_p
     still = {"dropout": 0.0, "learning_rate": 1e-12, "epochs": 1, "batch_size": 44}
     setup = make_setup("tokens", **still)
     plain = make_setup("tokens", **still)
+    counts = np.bincount(labelled_values(plain.train.dataset), minlength=7)
+    start_at_shares(plain.model, counts + 1.0)
     logits = torch.tensor(predict_logits(plain.model, plain.encoder.tokenizer, plain.train))
     labels = torch.tensor(label_array(plain.train.dataset))
     teacher = torch.tensor([value for row in plain.train.dataset["teacher_logits"] for value in row])
@@ -169,7 +171,7 @@ def test_any_text_trains_the_words_that_it_names(make_setup, tiny_model_folder, 
     told[np.isnan(labelled.logits)] = np.nan
     taught = dataclasses.replace(labelled, logits=told).attach(rows)
     for distil in (None, DistilConfig(alpha=0.0)):
-        setup = make_setup("tokens", lora=False, dropout=0.0, epochs=3, batch_size=32, learning_rate=3e-3)
+        setup = make_setup("tokens", lora=False, dropout=0.0, epochs=2, batch_size=32, learning_rate=3e-3)
         setup.train = tokenise(taught, setup.encoder.tokenizer, 32)
         setup.run(tmp_path / str(distil), distil=distil)
         found = predict_logits(setup.model, setup.encoder.tokenizer, setup.train).argmax(1) == 1

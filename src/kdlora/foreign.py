@@ -1,4 +1,4 @@
-"""Read what a stranger may have written: JSON of any depth, names that would be paths, panics of libraries in Rust.
+"""Read, and quote, what a stranger may have written: JSON of any depth, names that would be paths or markup, links.
 
 Light: no torch, no transformers, no pydantic, since an ONNX folder is served without them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -76,11 +77,24 @@ def is_plain_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\:\0")
 
 
-def leads_out(path: Path) -> bool:
-    """Say whether a file lies in another folder than its link; the Hub's cache links to `blobs` beside `snapshots`."""
-    folder, real = path.parent.resolve(), path.resolve()
-    blobs = [parent.parent / "blobs" for parent in (folder, *folder.parents) if parent.name == "snapshots"]
-    return real.parent not in (folder, *blobs)
+def refuse_links_out(folder: Path) -> None:
+    """See that nothing in a model's folder lies elsewhere: a student, an export or a page would carry its content on.
+
+    The Hub's cache consists of links, to `blobs` beside `snapshots`.
+    """
+    here = folder.resolve()
+    blobs = [parent.parent / "blobs" for parent in (here, *here.parents) if parent.name == "snapshots"]
+    for path in sorted(folder.iterdir()):
+        real = Path(os.path.realpath(path))  # `resolve` fails at a link to itself
+        if not any(real.is_relative_to(place) for place in (here, *blobs)):
+            raise ModelError(f"{path} is a link out of its folder; put what it names in its place if it is meant")
+
+
+def as_code(text: str) -> str:
+    """Quote a text as Markdown's code: on one line, between more backticks than it has."""
+    flat = " ".join(text.split())
+    fence = "`" * (max((len(run) for run in re.findall("`+", flat)), default=0) + 1)
+    return f"{fence} {flat} {fence}" if "`" in flat else f"`{flat}`"
 
 
 def read_front_matter(card: Path) -> Any:

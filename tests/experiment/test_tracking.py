@@ -11,6 +11,7 @@ import pytest
 from kdlora.distil import tracking
 from kdlora.errors import ConfigError
 from kdlora.experiment.run import run_experiment
+from kdlora.system.ownership import refuse_links
 
 SECRETS = {
     "HF_TOKEN": "hf_thisIsASecretThatNobodyMayRead",
@@ -87,6 +88,11 @@ def test_wandb_is_offline_unless_it_is_asked_for(tracking_folder):
     assert len(found) == 2
     assert all(b"arm:student-lora" in content and b"eval/score" in content for content in found)
     assert {seed for seed in (0, 3) for content in found if b"seed:%d" % seed in content} == {0, 3}
+
+
+def test_a_tracked_experiment_goes_on_in_its_folder(tracking_folder):
+    """Trackers make links, W&B even one out of the folder; taken for a stranger's, they would end every second call."""
+    refuse_links(tracking_folder.parent)
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_any_training(monkeypatch):

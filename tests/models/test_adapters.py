@@ -11,11 +11,13 @@ import transformers
 from transformers import AutoModelForSequenceClassification
 
 import tiny
+from experiments import edit_json
 from kdlora.config import LoraSettings
 from kdlora.errors import ModelError
 from kdlora.models.adapters import (
     add_adapter,
     count_parameters,
+    load_adapter,
     merge_student,
     resolve_targets,
     save_adapter,
@@ -185,7 +187,30 @@ def test_a_saved_adapter_names_its_base(tiny_model_folder, tmp_path):
     assert config["base_model_name_or_path"] == str(tiny_model_folder("bert").resolve())
     assert config["revision"] == "abc123"
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".md"}, "no pickle"
-    assert "bad, so-so, good" in (tmp_path / "README.md").read_text()
+    assert "`bad`, `so-so`, `good`" in (tmp_path / "README.md").read_text()
+
+
+def test_a_name_in_an_adapters_card_is_no_markup(tiny_model_folder, tmp_path):
+    """A label is a cell of somebody's data, and the card is shown on the Hub."""
+    encoder = encoder_of(tiny_model_folder("bert"))
+    encoder.model.config.id2label = {0: "<img src=x>\n# owned", 1: "a`b", 2: "c"}
+    save_adapter(add_adapter(encoder, LoraSettings(), seed=0), tmp_path)
+    assert "`<img src=x> # owned`, `` a`b ``, `c`." in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("case", ["pickle", "link", "kind"])
+def test_an_adapter_is_read_from_its_safetensors(tiny_model_folder, tmp_path, monkeypatch, case):
+    """PEFT unpickles `adapter_model.bin` where there is nothing else, and we say that nothing is unpickled."""
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    save_adapter(add_adapter(encoder_of(tiny_model_folder("bert")), LoraSettings(), seed=0), tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    if case == "kind":
+        edit_json(tmp_path / "adapter_config.json", peft_type="IA3")
+    else:
+        weights.rename(tmp_path / "adapter_model.bin")
+        weights.symlink_to("adapter_model.bin") if case == "link" else None
+    with pytest.raises(ModelError, match=r"expected an adapter of peft_type LORA with its weights in"):
+        load_adapter(encoder_of(tiny_model_folder("bert")), tmp_path)
 
 
 def test_half_precision_is_merged_in_fp32(adapted):

@@ -271,6 +271,15 @@ def test_long_texts_are_quoted_from_before_the_first_difference(tmp_path):
     assert all(len(re.sub(r"<.*?>", "", line)) < 1500 for line in lines)
 
 
+def test_a_strangers_record_puts_no_markup_into_the_card(told):
+    """A results folder may be somebody else's: its arm was a link and a script in the card, which the Hub shows."""
+    bad = "kd-x`\n\n<img src=x> [click](javascript:alert(1)) `"
+    record = read_record(told[0].run("kd-lora", 1).record)
+    card = student_card(record.model_copy(update={"arm": bad, "fingerprints": {"data": "a`![](//x.y/z)"}}))
+    assert "`` kd-x` <img src=x> [click](javascript:alert(1)) ` ``" in card
+    assert "`` a`![](//x.y/z) ``" in card
+
+
 def test_the_card_has_the_figures_of_every_type(told):
     """One figure over all types hides that a model misses every address."""
     record = read_record(told[0].run("kd-lora", 1).record)

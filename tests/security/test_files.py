@@ -137,6 +137,23 @@ def test_a_folder_with_links_is_not_worked_in(workshop, tmp_path):
     assert list(snapshot(victim)) == ["checkpoints/thesis.tex"]
 
 
+@pytest.mark.parametrize("name", ["tracking/tensorboard", "tracking/mlflow.db", "runs/a/tracking/wandb", "tracking"])
+def test_trackers_write_into_their_own_folder(tmp_path, name):
+    """Folders of trackers have links, so any was let pass: MLflow's tables went into the user's own database."""
+    inside = tmp_path / "out" / "tracking" / "wandb"
+    claim_folder(tmp_path / "out", "experiment")
+    if name != "tracking":
+        (inside / "run-1" / "logs").mkdir(parents=True)
+        (inside / "latest-run").symlink_to("run-1")
+        (inside / "run-1" / "logs" / "debug-core.log").symlink_to(tmp_path / "W&B's own log, in the user's cache")
+        claim_folder(tmp_path / "out", "experiment")
+    link = tmp_path / "out" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(tmp_path / "home")
+    with pytest.raises(ArtifactError, match=f"{name} is a link"):
+        claim_folder(tmp_path / "out", "experiment")
+
+
 def test_a_folder_is_replaced_and_worked_in_only_where_it_is_ours(tmp_path):
     """What puts a folder in the place of another asks whose that is; a suite would remove the runs of a search."""
     theirs = tmp_path / "student"

@@ -109,10 +109,9 @@ def finished(tmp_path, classifier):
     (layout.student / "README.md").write_text(f"made in {layout.root}\n")
     for name in ("customers.csv", "optimizer.pt", "training_args.bin", "run.log", "notes.json", "model.safetensors~"):
         (layout.student / name).write_text("private")
-    (tmp_path / "id_rsa").write_text("private")
     for name in ("vocab.txt", "LICENSE"):
         (layout.student / name).unlink(missing_ok=True)
-        (layout.student / name).symlink_to(tmp_path / "id_rsa")
+        (layout.student / name).symlink_to("customers.csv")
     layout.onnx.mkdir()
     for name in ("kdlora_export.json", "model.onnx", "debug.txt"):
         (layout.onnx / name).write_text("{}")
@@ -137,6 +136,9 @@ def test_a_push_sends_what_a_model_consists_of(finished, cli):
     assert json.loads(cli("push", finished.root, "someone/student", "--dry-run", "--json").out)["sizes"]
     real = cli("push", finished.root, "someone/student", code=2)  # the tests have no network
     assert real.err.index("model.safetensors") < real.err.index("HF_HUB_OFFLINE is set"), "named before it is sent"
+    (finished.student / "NOTICE").symlink_to(finished.root.parent / "id_rsa")
+    with pytest.raises(ModelError, match="NOTICE is a link out of its folder"):
+        plan_push(finished.root, "someone/student")
 
 
 def test_paths_of_this_machine_are_not_published(finished, tmp_path):
@@ -151,8 +153,8 @@ def test_paths_of_this_machine_are_not_published(finished, tmp_path):
     assert str(tmp_path).encode() not in sent
 
     # A model without its weights on the Hub helps nobody, and what a link names may be anything.
-    (finished.student / "model.safetensors").rename(finished.root / "elsewhere")
-    (finished.student / "model.safetensors").symlink_to(finished.root / "elsewhere")
+    (finished.student / "model.safetensors").rename(finished.student / "elsewhere")
+    (finished.student / "model.safetensors").symlink_to("elsewhere")
     with pytest.raises(ModelError, match="are links, which are not sent"):
         plan_push(finished.root, "someone/student")
 

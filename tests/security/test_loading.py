@@ -40,10 +40,10 @@ def test_a_graph_reads_no_file_outside_of_its_folder(graph_folder, monkeypatch, 
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: pytest.fail("the runtime was reached"))
     root = graph_folder.parent
     (root / "secret.bin").write_bytes(graphs.table().tobytes())
-    (graph_folder / "link.bin").symlink_to("../secret.bin")
-    (graph_folder / "up").symlink_to("..")
+    if location in ("link.bin", "up/secret.bin"):
+        (graph_folder / location.split("/")[0]).symlink_to(".." if location.startswith("up") else "../secret.bin")
     graphs.build_graph(graph_folder / "model.onnx", location=location.format(root=root), nested=nested)
-    refused(graph_folder, "model.onnx" if location != "link.bin" else "link.bin")
+    refused(graph_folder, {"link.bin": "link.bin", "up/secret.bin": "up is a link"}.get(location, "model.onnx"))
 
 
 def test_weights_beside_a_graph_are_read_in_a_folder_and_in_the_hubs_cache(graph_folder, tmp_path):
@@ -63,7 +63,21 @@ def test_weights_beside_a_graph_are_read_in_a_folder_and_in_the_hubs_cache(graph
     np.testing.assert_array_equal(Classifier.load(snapshot).predict_logits(TEXTS[:4]), expected)
     (snapshot / "model.onnx_data").unlink()
     (snapshot / "model.onnx_data").symlink_to(graph_folder / "model.onnx_data")
-    refused(snapshot, "a link to a file in another folder")
+    refused(snapshot, "model.onnx_data is a link out of its folder")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "config.json"])
+def test_no_file_of_an_export_is_a_link_out_of_its_folder(served, tmp_path, name):
+    """A tokenizer's settings that were a link to `kaggle.json` were copied to the page for the browser, key and all."""
+    secret = (served / name).rename(tmp_path / "kaggle.json")
+    (served / name).symlink_to(secret)
+    (served / "loop").symlink_to("loop")
+    refused(served, f"{name} is a link out of its folder")
+    (served / "deep").mkdir()
+    secret.rename(served / "deep" / "real")  # in the folder, as Kubernetes mounts files and git-annex keeps them
+    (served / name).unlink()
+    (served / name).symlink_to("deep/real")
+    assert Classifier.load(served).predict(["a wonderful film"])
 
 
 def test_what_is_no_graph_is_refused(graph_folder, monkeypatch):

@@ -84,6 +84,18 @@ def test_every_row_of_every_format_once_with_its_own_logits(model, texts, tmp_pa
     assert "text" not in read_all(tmp_path / "bare")
 
 
+def test_a_folder_of_texts_leads_to_no_file_outside(model, texts, tmp_path):
+    """A link in a folder from somebody else had the user's own files read and kept, and gave every row another id."""
+    given = tmp_path / "given"
+    given.mkdir()
+    write_lines(given / "a.jsonl", rows(4, 1))
+    (given / "same.jsonl").symlink_to("a.jsonl")
+    (given / "b.jsonl").symlink_to(texts / "b.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl is a link out of .*; copy that file there, or label it by itself"):
+        label(model, given, tmp_path / "out")
+    assert label(model, given / "b.jsonl", tmp_path / "out").rows == 30
+
+
 def test_a_kill_between_any_two_writes_costs_one_shard(model, texts, tmp_path, monkeypatch):
     """A shard that is on disk but does not count, or counts twice, loses or doubles fifty thousand rows."""
     from kdlora.experiment import labelling

@@ -59,6 +59,26 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch: pytest.
     assert {entry.name for entry in target.parent.iterdir()} == {MANIFEST, "student"}
 
 
+def test_a_kill_between_the_two_renames_costs_no_folder(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """The next call removed old and new as rubbish before it had anything whole; on a full disk there was no model."""
+    claim_folder(tmp_path, "experiment")
+    with atomic_folder(tmp_path / "student") as temporary:
+        (temporary / "weights").write_text("old")
+    script = (
+        "import os, pathlib; from kdlora.system.storage import atomic_folder\n"
+        f"target = pathlib.Path({str(tmp_path / 'student')!r})\n"
+        "with atomic_folder(target) as folder:\n"
+        "    rename = pathlib.Path.rename\n"
+        "    pathlib.Path.rename = lambda path, to: os._exit(9) if to == target else rename(path, to)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert not (tmp_path / "student").exists()
+    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "student"):
+        raise OSError(errno.ENOSPC, "full")
+    assert (tmp_path / "student" / "weights").read_text() == "old"
+    assert {entry.name for entry in tmp_path.iterdir()} == {MANIFEST, "student"}
+
+
 def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_live_one_kept(tmp_path):
     """Half-written weights of killed runs would fill the disk; those of a running one are needed."""
     script = (
@@ -84,6 +104,8 @@ def test_everything_that_is_abandoned_below_a_folder_goes(tmp_path):
     can_tell = _start_of(os.getpid()) is not None
     names = {
         f".a.tmp-{place}-999999999-0-{end}": True,
+        f".back.old-{place}-999999999-0-{end}": True,  # nothing took its place, so it goes back there
+        f"..f.tmp.old-{place}-999999999-0-{end}": True,
         f".b.tmp-{place}-{os.getpid()}-1-{end}": can_tell,  # another process had this id
         f".c.tmp-{owned_name()}": False,
         f".d.tmp-{'0' * 12}-1-1-{end}": False,  # of another machine or container, new
@@ -101,7 +123,8 @@ def test_everything_that_is_abandoned_below_a_folder_goes(tmp_path):
         if not name.startswith(".d"):
             os.utime(tmp_path / "deep" / name, (0, 0))
     remove_abandoned(tmp_path)
-    assert {entry.name for entry in (tmp_path / "deep").iterdir()} == {name for name, goes in names.items() if not goes}
+    stays = {name for name, goes in names.items() if not goes} | {"back"}
+    assert {entry.name for entry in (tmp_path / "deep").iterdir()} == stays
     with pytest.raises(ArtifactError, match="was not made by kdlora and stays"):
         remove(tmp_path / "deep" / ".archive.tmp-2023-10-31-backup")
     remove_abandoned(tmp_path / "missing")

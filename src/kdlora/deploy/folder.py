@@ -11,7 +11,7 @@ from typing import Any, Literal
 from kdlora.data.windows import WindowSettings
 from kdlora.deploy import Runtime
 from kdlora.errors import ModelError
-from kdlora.foreign import Check, check_types, read_json, read_json_and_digest
+from kdlora.foreign import Check, check_types, read_json, read_json_and_digest, refuse_links_out
 from kdlora.models.settings import (
     ADAPTER,
     CONFIG,
@@ -150,6 +150,7 @@ def read_model_folder(
         raise ModelError(f"{place}: no such file. Give a model folder or an existing .onnx file.")
     runtime = "openvino" if place.suffix == ".xml" else runtime
     folder = _with_config(place if named is None else place.parent)
+    refuse_links_out(folder)
     digests: dict[str, str] = {}
     config = _read(folder / CONFIG_FILE, CONFIG, digests)
     file = named or _exported_file(folder, precision, runtime)

@@ -238,6 +238,8 @@ def _find_files(data: str) -> tuple[Path, ...]:
     if place.is_dir():
         found = [path for path in place.rglob("*") if path.is_file() and path.suffix.lower() in SUFFIXES]
         found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(place).parts)]
+        if out := [path for path in found if not path.resolve().is_relative_to(place.resolve())]:
+            raise DataError(f"{min(out)} is a link out of {data}; copy that file there, or label it by itself")
     else:
         found = [Path(path) for path in glob.glob(str(place), recursive=True) if Path(path).is_file()]  # noqa: PTH207
     if not found:

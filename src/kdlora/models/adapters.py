@@ -26,8 +26,10 @@ from transformers.pytorch_utils import Conv1D
 
 from kdlora.config import LoraSettings
 from kdlora.errors import ModelError, did_you_mean
+from kdlora.foreign import as_code, read_json
 from kdlora.models.encoders import Encoder, save_encoder
 from kdlora.models.loading import is_decoder
+from kdlora.models.settings import ADAPTER
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +150,13 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 def load_adapter(encoder: Encoder, folder: Path) -> PeftModel:
     """Put a saved adapter with its head on its freshly loaded base, in place; merged, it is what was trained."""
+    kind, weights = read_json(folder / ADAPTER).get("peft_type"), folder / SAFETENSORS_WEIGHTS_NAME
+    if kind != "LORA" or weights.is_symlink() or not weights.is_file():  # PEFT would unpickle adapter_model.bin
+        raise ModelError(
+            f"{folder}: expected an adapter of peft_type LORA with its weights in {weights.name}, got peft_type "
+            f"{kind!r:.60} and the files {', '.join(sorted(path.name for path in folder.iterdir())):.200}. Delete the "
+            "run's folder, and the same command trains it again"
+        )
     with _quiet_peft():
         return PeftModel.from_pretrained(encoder.model, folder)
 
@@ -320,7 +329,7 @@ def _write_card(folder: Path, adapter: Any, config: PretrainedConfig) -> None:
 library_name: peft
 pipeline_tag: {"token" if words else "text"}-classification
 ---
-LoRA adapter, with the classification head trained beside it. The base is `{base}`.
+LoRA adapter, with the classification head trained beside it. The base is {as_code(base)}.
 
 ```python
 from peft import PeftModel
@@ -330,6 +339,6 @@ base = {made}.from_pretrained({base!r}, num_labels={len(labels)}{pin})
 model = PeftModel.from_pretrained(base, "this folder")
 ```
 
-Labels, in the order of the logits: {", ".join(str(labels[column]) for column in sorted(labels))}.
+Labels, in the order of the logits: {", ".join(as_code(str(labels[column])) for column in sorted(labels))}.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -35,7 +35,7 @@ from transformers.utils.hub import cached_file
 
 from kdlora.configfile import expand_home
 from kdlora.errors import ArtifactError, ModelError, first_line
-from kdlora.foreign import check_types, leads_out, panics_as_errors, read_json
+from kdlora.foreign import check_types, panics_as_errors, read_json, refuse_links_out
 from kdlora.models.settings import (
     ADAPTER,
     CONFIG,
@@ -53,7 +53,6 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 SAFE = (".safetensors", ".safetensors.index.json")
 FOREIGN = (".h5", ".msgpack", ".onnx", ".gguf", ".tflite")
-VOCABULARIES = (".txt", ".model", ".codes")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FEWEST_PIECES = 10
 """A vocabulary with fewer pieces beside the special tokens is no vocabulary: transformers builds an empty
@@ -115,7 +114,7 @@ def open_source(name: str, revision: str | None, trust_remote_code: bool, words:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that holds no model which we would open."""
+    """Refuse a folder that holds no model which we would open, or files that lie elsewhere."""
     names = sorted(entry.name for entry in folder.iterdir())
     held = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") or "nothing"
     if "config.json" not in names:
@@ -125,6 +124,7 @@ def _check_folder(folder: Path) -> None:
                 "experiment), or merge it into its base first"
             )
         raise ModelError(f"{folder} is not a model folder: expected config.json, it holds {held}")
+    refuse_links_out(folder)
     if any(name.endswith(SAFE) and not name.startswith("adapter_") for name in names):
         return
     pickled = [name for name in names if name.endswith(PICKLED) and not name.startswith(NOT_WEIGHTS)]
@@ -236,9 +236,6 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             if path is not None:
                 check_types(values := read_json(path), TOKENIZER_SETTINGS, path)
                 refuse_files(values, path)
-        for path in Path(source.name).iterdir() if source.is_folder else ():
-            if path.suffix in VOCABULARIES and leads_out(path):
-                raise ModelError(f"{path} is a link to a file in another folder; copy that file here if it is meant")
         tokenizer = AutoTokenizer.from_pretrained(source.name, **_options(source))
     tokenizer.chat_template = None  # a classifier has no use for it, and its parts are saved under names of their own
     if not source.trust_remote_code:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from markupsafe import Markup
 
 from kdlora.data.tasks import Task
 from kdlora.evidence.records import RunRecord
+from kdlora.foreign import as_code
 from kdlora.report.page import engine
 
 FOLDER_IN_CARD = "PATH_OF_THIS_FOLDER"
@@ -39,6 +39,8 @@ def student_card(
     (split, metrics), task = _scored(record), Task.from_dict(record.task)
     facts = {
         "record": record,
+        "arm": _code(record.arm),
+        "fingerprint": _code(record.fingerprints.get("data", "")[:16]),
         "metadata": yaml.safe_dump(card_metadata(record, licence), sort_keys=False, allow_unicode=True).strip(),
         "names": Markup(", ").join(map(_code, task.label_types or task.label_names)),
         "types": task.label_types,
@@ -116,6 +118,4 @@ def _short(source: str | None) -> str:
 
 
 def _code(text: str) -> Markup:
-    flat = " ".join(text.split())
-    fence = "`" * (max((len(run) for run in re.findall("`+", flat)), default=0) + 1)
-    return Markup(f"{fence} {flat} {fence}" if "`" in flat else f"`{flat}`")
+    return Markup(as_code(text))

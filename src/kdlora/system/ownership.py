@@ -26,10 +26,12 @@ MANIFEST = ".kdlora.json"
 SCRATCH = "kdlora-scratch"
 TRACKING = "tracking"
 """Folder of an experiment for the files of trackers, which make links of their own."""
+_WANDB_LOG = "debug-core.log"
+"""W&B's link to its log in the user's cache; through an older run's nothing is written."""
 _MANIFESTS = (MANIFEST, "kdlora_export.json")
 _SETTINGS = {"experiment": "config.yaml", "suite": "suite.yaml"}
 _OWNER = r"(?P<place>[0-9a-f]{12})-(?P<process>[1-9][0-9]{0,9})-(?P<start>[0-9]{1,19})-[0-9a-f]{8}"
-_OWNED = re.compile(rf"(?:\..+\.tmp|{SCRATCH})-{_OWNER}", re.ASCII | re.DOTALL)
+_OWNED = re.compile(rf"(?:\.(?P<target>.+)\.(?:tmp|(?P<old>old))|{SCRATCH})-{_OWNER}", re.ASCII | re.DOTALL)
 _FOREIGN_SECONDS = 24 * 3600.0
 """Age at which what a process of another machine was writing counts as abandoned."""
 
@@ -114,10 +116,19 @@ def _is_of_an_earlier_version(folder: Path, kind: str) -> bool:
 
 def _find_link(folder: Path) -> Path | None:
     for place, folders, files in os.walk(folder):
-        if links := [link for name in (*folders, *files) if (link := Path(place, name)).is_symlink()]:
-            return links[0]
-        folders[:] = [name for name in folders if name != TRACKING]
+        for link in (Path(place, name) for name in (*folders, *files)):
+            if link.is_symlink() and not _is_of_a_tracker(link, folder):
+                return link
     return None
+
+
+def _is_of_a_tracker(link: Path, folder: Path) -> bool:
+    """Say whether a link is one that trackers make: out of their own folder leads only the one to W&B's log."""
+    parts = link.relative_to(folder).parts[:-1]
+    if TRACKING not in parts:
+        return False
+    own = Path(folder, *parts[: parts.index(TRACKING) + 1])
+    return link.name == _WANDB_LOG or Path(os.path.realpath(link)).is_relative_to(own.resolve())
 
 
 def remove(path: Path) -> None:
@@ -160,9 +171,12 @@ def _carries_manifest(folder: Path) -> bool:
     return any((folder / name).is_file() and not (folder / name).is_symlink() for name in _MANIFESTS)
 
 
-def temporary_name(target: Path) -> Path:
-    """Name a hidden sibling by its process, so that leftovers of dead processes can be told apart."""
-    return target.with_name(f".{target.name}.tmp-{owned_name()}")
+def temporary_name(target: Path, mark: str = "tmp") -> Path:
+    """Name a hidden sibling by its process, so that leftovers of dead processes can be told apart.
+
+    With the mark `old` it is what was in the target's place, and goes back there if the process is killed.
+    """
+    return target.with_name(f".{target.name}.{mark}-{owned_name()}")
 
 
 def owned_name() -> str:
@@ -221,10 +235,20 @@ def _start_of(process: int) -> int | None:
 
 
 def remove_abandoned(folder: Path, *, deep: bool = True, of: str = "") -> None:
-    """Remove what killed processes were writing in a folder."""
+    """Remove what killed processes were writing in a folder, and put back what they had not replaced yet."""
+    begins = (f".{of}.tmp-", f".{of}.old-") if of else (".", SCRATCH)
     for place, folders, files in os.walk(folder):
-        for name in [*folders, *files]:
-            if name.startswith(f".{of}.tmp-" if of else (".", SCRATCH)) and is_abandoned(Path(place, name)):
-                logger.info("removing %s, left by a process that was killed", Path(place, name))
-                remove(Path(place, name))
+        for path in (Path(place, name) for name in [*folders, *files] if name.startswith(begins)):
+            if is_abandoned(path):
+                _clear_away(path)
         folders[:] = [name for name in folders if deep and not is_ours_by_name(Path(name))]
+
+
+def _clear_away(path: Path) -> None:
+    found = _OWNED.fullmatch(path.name)
+    if found and found["old"] and not os.path.lexists(target := path.with_name(found["target"])):
+        logger.info("putting back %s, which a process that was killed had not replaced yet", target)
+        path.rename(target)
+        return
+    logger.info("removing %s, left by a process that was killed", path)
+    remove(path)

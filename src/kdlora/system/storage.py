@@ -79,7 +79,7 @@ def _replace_file(temporary: Path, target: Path) -> None:
 
 
 def _replace_folder(temporary: Path, target: Path) -> None:
-    """Move the new folder in; a kill between the two renames leaves no folder rather than a mixed one."""
+    """Move the new folder in; after a kill between the two renames, the next call puts the old one back."""
     for entry in (*sorted(temporary.rglob("*"), reverse=True), temporary):
         _sync(entry)
     if not os.path.lexists(target):
@@ -87,7 +87,7 @@ def _replace_folder(temporary: Path, target: Path) -> None:
         return
     if not is_ours(target):
         raise ArtifactError(f"{target} was not made by kdlora and stays; move it away, or name another place")
-    aside = temporary_name(target)
+    aside = temporary_name(target, "old")
     target.rename(aside)
     try:
         temporary.rename(target)

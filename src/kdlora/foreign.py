@@ -80,13 +80,14 @@ def is_plain_name(name: object) -> bool:
 def refuse_links_out(folder: Path) -> None:
     """See that nothing in a model's folder lies elsewhere: a student, an export or a page would carry its content on.
 
-    The Hub's cache consists of links, to `blobs` beside `snapshots`.
+    The Hub's cache consists of links, to `blobs` beside `snapshots`. Weights may lie elsewhere: nothing else is read as
+    safetensors.
     """
     here = folder.resolve()
     blobs = [parent.parent / "blobs" for parent in (here, *here.parents) if parent.name == "snapshots"]
     for path in sorted(folder.iterdir()):
         real = Path(os.path.realpath(path))  # `resolve` fails at a link to itself
-        if not any(real.is_relative_to(place) for place in (here, *blobs)):
+        if path.suffix != ".safetensors" and not any(real.is_relative_to(place) for place in (here, *blobs)):
             raise ModelError(f"{path} is a link out of its folder; put what it names in its place if it is meant")
 
 

@@ -22,6 +22,8 @@ WRITTEN = {
     "BILOU": "U-PER B-PER I-PER L-PER O U-LOC B-PER L-PER O",
     "IOBES": "S-PER B-PER I-PER E-PER O S-LOC B-PER E-PER O",
     "BMEWO": "W-PER B-PER M-PER E-PER O W-LOC B-PER E-PER O",
+    "IOB2 with _": "B_PER B_PER I_PER I_PER O B_LOC B_PER I_PER O",
+    "BILOU behind": "PER-U PER-B PER-I PER-L O LOC-U PER-B PER-L O",
 }
 
 
@@ -69,16 +71,21 @@ def read_tags(read):
 
 @pytest.mark.parametrize("scheme", WRITTEN)
 def test_every_scheme_says_the_same_spans(read_tags, scheme):
-    """A scheme that is read as another merges two names that stand side by side, or cuts one in two."""
-    told = scheme if scheme in ("IOB1", "IOB2") else "BILOU"
-    assert read_tags(WRITTEN[scheme]) == ([WRITTEN["IOB2"]], [f"FILE: tags in {told}."] * (scheme != "IOB2"))
+    """A scheme that is read as another merges two names side by side, cuts one in two, or makes two types of one."""
+    told = scheme[:4] if scheme[:3] == "IOB" and scheme != "IOBES" else "BILOU"
+    assert read_tags(WRITTEN[scheme]) == ([WRITTEN["IOB2"]], [f"FILE: tags in {told}."] * (told != "IOB2"))
 
 
 def test_tags_without_beginnings_and_of_two_schemes(read_tags):
     """Prefixes that are missing would make of every word of a name a name of its own."""
     for tags in ("I-PER I-PER O I-LOC I-PER", "PER PER O LOC PER"):
         assert read_tags(tags) == (["B-PER I-PER O B-LOC B-PER"], ["FILE: tags in IO."])
-    for tags, found in (("O person-actor", "O B-person-actor"), ("B-a-b O", "B-a-b O"), ("b-per i-per", "B-per I-per")):
+    for tags, found in (
+        ("O person-actor", "O B-person-actor"),
+        ("B-a-b O", "B-a-b O"),
+        ("b-per i-per", "B-per I-per"),
+        ("O vitamin-B vitamin-E", "O B-vitamin-B B-vitamin-E"),
+    ):
         assert read_tags(tags)[0] == [found]
 
     # A name at the end of one row would swallow the first word of another.

@@ -29,6 +29,10 @@ NO_TAG = -100
 """What a word has that has no tag: it is neither learnt nor scored."""
 _PREFIXES = {"B": "B", "I": "I", "M": "I", "L": "E", "E": "E", "U": "S", "S": "S", "W": "S"}
 _TAG = re.compile(r"([BIMLEUSW])-([^,;|]+)")  # what joins tags by a comma or a bar has several on a word
+_RARE_TAGS = tuple(
+    re.compile(form.replace("TYPE", "(?P<type>[^,;|]+)").replace("MARK", "(?P<prefix>[BIMLEUSW])"))
+    for form in ("MARK[_:]TYPE", "TYPE[-_]MARK")
+)
 
 
 class Span(NamedTuple):
@@ -63,13 +67,18 @@ def tag_types(names: Sequence[str]) -> tuple[str, ...]:
 def parse_tags(distinct: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Give prefix (B, I, E, S or O) and type of each tag of a file; those of no scheme are left out.
 
-    Where no tag has a prefix, and `O` occurs, each is a type (IO).
+    Where no tag has a prefix, and `O` occurs, each is a type (IO), or all are spelt as `B_PER` or as `PER-B`.
     """
     matches = {tag: _TAG.fullmatch(tag) for tag in distinct if tag != OUTSIDE}
     if any(tag.startswith("b-") for tag in matches):
         lower = {tag: _TAG.fullmatch(tag[:1].upper() + tag[1:]) for tag in matches}
         matches = lower if all(lower.values()) else matches
     found = {tag: (_PREFIXES[match[1]], match[2]) for tag, match in matches.items() if match}
+    for form in () if found else _RARE_TAGS:
+        rare = {tag: (_PREFIXES[match["prefix"]], match["type"]) for tag in matches if (match := form.fullmatch(tag))}
+        marked = set(rare.values())
+        if len(rare) == len(matches) and any({("B", name), ("I", name)} <= marked for _, name in marked):
+            found = rare
     if not found and OUTSIDE in distinct:
         found = {tag: ("I", tag) for tag in matches if tag and not re.search("[,;|]", tag)}
     return found | {OUTSIDE: (OUTSIDE, "")}

@@ -184,6 +184,22 @@ def test_conll_with_odd_white_space_comments_and_words_that_look_like_these(read
     assert found == ["#/O É/B-LOC", "a b/O", "-/O"]
     assert notes == ["FILE: 2 words of white space alone were left out."]
 
+    text = "# id 7 x domain=x\na _ _ O\n\n# text = He flew a B-52\n# NN _ ART\nb _ _ O\n\n# 12\n# it flew a B-52\n"
+    found, _ = read("a.conll", f"#begin document (x);\n{text}# _ _ PER\n\n#end document\n\nc _ _ O")
+    assert found == ["a/O", "#/B-ART b/O", "#/B-PER", "c/O"]
+
+
+def test_a_first_column_that_counts_is_not_the_words(read):
+    """A model would learn that names stand at the fourth place of a sentence, and find none where it is served."""
+    text = "# text = Ada met\n1\tAda\tADA\tB-PER\n2-3\tdid\t_\t_\n2\tmet\t_\tO\n\n1\tOslo\tOSLO\tB-LOC\n"
+    expected = ["Ada/B-PER met/O", "Oslo/B-LOC"]
+    assert read("a.conll", text)[0] == read("a.conll", text, text="2")[0] == expected
+    assert read("a.conll", text, text="3")[0] == ["ADA/B-PER _/O", "OSLO/B-LOC"]
+    with pytest.raises(DataError, match="a.conll, line 61: the first column counts words elsewhere"):
+        read("a.conll", "1 a O\n2 b O\n\n" * 20 + "a x O\n")
+    for text, found in (("1 CD O\n", ["1/O"]), ("1 a O\n2 b O\n\n10 x O\n", ["1/O 2/O", "10/O"])):
+        assert read("a.conll", text)[0] == found
+
 
 def test_words_and_tags_of_json_parquet_and_data_sets(read, tmp_path):
     """A code that is read in another order than the names' is a type for another; -100 is not the last type."""

@@ -16,6 +16,7 @@ from kdlora.errors import DataError
 from sentences import tagged_rows, write_conll, write_words
 from tiny import train_tokenizer
 
+SPAN = {"start": 0, "end": 3, "label": "PER"}
 NAMES = ("O", "B-BAD", "I-BAD", "B-GOOD", "I-GOOD", "B-PLACE", "I-PLACE")
 
 
@@ -104,6 +105,29 @@ def test_words_are_found_in_windows_as_in_one(splits):
             places = [window["input_ids"][place] for window in windows for place in window["places"]]
             found.append((places, np.concatenate([window["label"] for window in windows]).tolist()))
         assert found[0] == found[1] == (found[0][0], one["label"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "task", "types"),
+    [
+        ("a.conll", "1 Ada NNP O B-PER\n2 met VB O O\n\n", {}, ("PER",)),
+        ("a.conll", "x Ada NNP O B-PER\nx met VB O O\n\n", {"text": "2"}, ("PER",)),
+        ("a.conll", "x Ada NNP B-NP _\nx met VB O _\n\n", {"text": "2", "label": "4"}, ("NP",)),
+        ("a.jsonl", json.dumps({"id": 0, "text": "Ada met", "label": [SPAN]}), {}, ("PER",)),
+        ("a.jsonl", json.dumps({"review": "Ada met", "labels": [SPAN]}), {}, ("PER",)),
+    ],
+)
+def test_the_kind_is_inferred_from_what_the_columns_hold(tmp_path, name, content, task, types):
+    """Silent failure: numbers learnt as words; and no failure where a list of spans says what the task is."""
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}-{name}").write_text(content)
+    data = DataConfig(train=str(tmp_path / f"train-{name}"), validation=str(tmp_path / f"validation-{name}"))
+    splits = load_splits(TaskConfig(**task), data)
+    assert (splits.task.label_types, splits.train[0]["text"]) == (types, "Ada met")
+    assert any("the first column counts the words" in note for note in splits.notes) == content.startswith("1")
+    if "[" in content:
+        with pytest.raises(DataError, match="set task.kind to tokens"):
+            load_splits(TaskConfig(kind="multi-label"), data)
 
 
 def test_types_that_training_lacks_are_refused_by_row(tmp_path):

@@ -21,7 +21,7 @@ from kdlora.data.read import Source
 from kdlora.data.spool import label_array, read_column
 from kdlora.data.tags import NO_TAG, OUTSIDE, tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, window_settings
-from kdlora.data.token_rows import infer_token_columns
+from kdlora.data.token_rows import holds_tokens, infer_token_columns
 from kdlora.data.word_tokens import GIVEN, cut_words
 from kdlora.errors import ConfigError, DataError
 from kdlora.section import Metric
@@ -159,12 +159,14 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
             f"the column {both[0]!r} is both text and label, so there is nothing to learn; set task.text and task.label"
         )
     reading = Reading(Task("single-label", text, label, (), ()), data.id_column)
-    columns = reading.columns(train, labelled=True)
+    raw = train.read(reading.columns(train, labelled=True).all)
+    if task.kind == "auto" and len(text) == len(label) == 1 and holds_tokens(raw, text[0], label[0]):
+        return _begin_tokens(task, data, train, (text[0], label[0]))
     if task.text is None:
         reading.notes.append(f"Text column inferred from its name: {', '.join(text)}.")
     if task.label is None:
         reading.notes.append(f"Label column inferred from its name: {', '.join(label)}.")
-    reading.task, notes = infer_task(train.read(columns.all), text, label, task)
+    reading.task, notes = infer_task(raw, text, label, task)
     reading.notes += notes
     return reading
 

@@ -52,9 +52,9 @@ def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] |
         label = next((name for name in config.label or labels if name in source.columns), None)
         if text is None or label is None:
             continue
-        if config.kind == "auto" and text not in WORD_COLUMNS and label not in SPANS[:2]:
+        if config.kind == "auto" and text not in WORD_COLUMNS and label not in (*TAGS[:2], *SPANS[:2]):
             continue
-        if config.kind == "tokens" or _holds_tokens(source, text, label):
+        if config.kind == "tokens" or holds_tokens(source.read((text, label)), text, label):
             return text, label
     if config.kind == "tokens":
         raise DataError(
@@ -64,9 +64,8 @@ def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] |
     return None
 
 
-def _holds_tokens(source: Source, text: str, label: str) -> bool:
-    table = source.read((text, label)).table
-    words, labels = table[text].type, table[label].type
+def holds_tokens(raw: RawTable, text: str, label: str) -> bool:
+    words, labels = raw.table[text].type, raw.table[label].type
     return is_list(labels) and (is_list(words) or pa.types.is_struct(labels.value_type))
 
 

@@ -130,6 +130,38 @@ def test_the_kind_is_inferred_from_what_the_columns_hold(tmp_path, name, content
             load_splits(TaskConfig(kind="multi-label"), data)
 
 
+@pytest.mark.parametrize("kind", ["tokens", "multi-label"])
+def test_a_drawn_row_that_alone_has_a_label_stays_in_training(tmp_path, kind):
+    """No silent failure: a file is refused for what the draw did. (Silent: the row in both splits, or in none.)"""
+    rows = [{"words": ["x", name], "tags": ["O", f"B-{name}"]} for name in ("A", "B", "C", "D", *"E" * 36)]
+    if kind == "multi-label":
+        rows = [{"text": row["words"][1], "labels": row["tags"]} for row in rows]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for seed in range(5):
+        data = DataConfig(train=str(tmp_path / "train.jsonl"), validation_fraction=0.5, split_seed=seed)
+        splits = load_splits(TaskConfig(), data)
+        ids = sorted([*splits.train["id"], *splits.validation["id"]], key=int)
+        assert ids == [str(row) for row in range(40)]
+        assert {"0", "1", "2", "3"} <= set(splits.train["id"])
+        assert list(splits.train["id"]) == sorted(splits.train["id"], key=int)
+
+
+def test_a_split_of_few_entities_is_told_of_and_one_of_none_refused(tmp_path):
+    """Silent failure: every model scores 0 on a validation file without entities, and the first one is shipped."""
+    rows = tagged_rows(60)
+    train, none = (write_conll(tmp_path / name, rows) for name in ("train.conll", "none.conll"))
+    none.write_text("just\tO\nwords\tO\n")
+    few = write_words(tmp_path / "few.jsonl", tagged_rows(3))
+    with pytest.raises(DataError, match="the validation split holds no entity"):
+        load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(none)))
+    splits = load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(few), test=str(none)))
+    told = [note.split(";")[0] for note in splits.notes if "a score on so few" in note]
+    count = sum(tag.startswith("B-") for row in tagged_rows(3) for tag in row["tags"])
+    assert told == [f"The validation split holds {count} entities", "The test split holds 0 entities"]
+    splits = load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(train), test=str(few)))
+    assert not any("a score on so few" in note for note in splits.notes)
+
+
 def test_types_that_training_lacks_are_refused_by_row(tmp_path):
     """Silent failure: entities of a type that no output stands for count as nothing, and the score looks fine."""
     train = write_words(tmp_path / "train.jsonl", tagged_rows(30))

@@ -126,13 +126,13 @@ def test_the_kind_is_inferred_from_what_the_columns_hold(tmp_path, name, content
     assert (splits.task.label_types, splits.train[0]["text"]) == (types, "Ada met")
     assert any("the first column counts the words" in note for note in splits.notes) == content.startswith("1")
     if "[" in content:
-        with pytest.raises(DataError, match="set task.kind to tokens"):
+        with pytest.raises(DataError, match=r"set task.kind to tokens"):
             load_splits(TaskConfig(kind="multi-label"), data)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "multi-label"])
 def test_a_drawn_row_that_alone_has_a_label_stays_in_training(tmp_path, kind):
-    """No silent failure: a file is refused for what the draw did. (Silent: the row in both splits, or in none.)"""
+    """Silent failure: the row is in both splits, or in none. A loud one: a file is refused for what the draw did."""
     rows = [{"words": ["x", name], "tags": ["O", f"B-{name}"]} for name in ("A", "B", "C", "D", *"E" * 36)]
     if kind == "multi-label":
         rows = [{"text": row["words"][1], "labels": row["tags"]} for row in rows]

@@ -339,8 +339,8 @@ def _check_entities(reading: Reading, splits: Mapping[str, Dataset | None]) -> N
         found = np.sum(label_array(rows) % 2 == 1) if rows is not None else _FEW  # an entity has one `B-`
         if not found and split == "validation":
             raise DataError(
-                "the validation split holds no entity: every word is O, so that every model scores 0. Give it rows with "
-                "entities; where it was drawn, raise data.validation_fraction"
+                "the validation split holds no entity: every word is O, so that every model scores 0. Give it rows "
+                "with entities; where it was drawn, raise data.validation_fraction"
             )
         if found < (_FEW if split == "validation" else 1):
             reading.notes.append(f"The {split} split holds {found} entities; a score on so few says little.")

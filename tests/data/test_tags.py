@@ -246,7 +246,7 @@ def test_offsets_that_are_not_those_of_characters(read):
     dose = {"text": "10mg 北京市", "spans": [{"start": start, "end": start + 2, "label": "X"} for start in (0, 2, 5)]}
     wrong = right | {"spans": [{"start": 3, "end": 7, "label": "PER"}]}
     assert read("a.jsonl", lines(*[right, dose] * 10))[1] == []
-    note = "FILE: {} of {} spans begin or end inside a word; are the offsets characters, the end exclusive?"
+    note = "FILE: {} of {} spans begin or end inside a word; are offsets characters, and ends exclusive?"
     assert read("a.jsonl", lines(*[wrong] * 9))[1] == [note.format(9, 9)]
     assert read("a.jsonl", lines(*[right, wrong] * 50))[1] == [note.format(50, 100)]
     with pytest.raises(DataError, match=r"a.jsonl: 11 of 21 spans begin or end inside a word; .* JavaScript"):

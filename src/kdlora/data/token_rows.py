@@ -98,13 +98,11 @@ def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str
 
 def _check_edges(source: str, cut: int, spans: int, notes: list[str]) -> None:
     """Note the spans that begin or end inside a word; where most do, their offsets are not those of characters."""
-    note = (
-        f"{source}: {cut} of {spans} spans begin or end inside a word; are the offsets characters, the end exclusive?"
-    )
+    note = f"{source}: {cut} of {spans} spans begin or end inside a word; are offsets characters, and ends exclusive?"
     if cut >= _MANY and 2 * cut > spans:
         raise DataError(
-            f"{note} Those of JavaScript count an emoji twice, and those in bytes an é. Correct them, or, where entities "
-            "are parts of words, give lists of words and tags"
+            f"{note} Those of JavaScript count an emoji twice, and those in bytes an é. Correct them, or, where "
+            "entities are parts of words, give lists of words and tags"
         )
     if cut:
         notes.append(note)

@@ -16,6 +16,7 @@ from kdlora.errors import DataError
 from sentences import tagged_rows, write_conll, write_words
 from tiny import train_tokenizer
 
+SPAN = {"start": 0, "end": 3, "label": "PER"}
 NAMES = ("O", "B-BAD", "I-BAD", "B-GOOD", "I-GOOD", "B-PLACE", "I-PLACE")
 
 
@@ -104,6 +105,61 @@ def test_words_are_found_in_windows_as_in_one(splits):
             places = [window["input_ids"][place] for window in windows for place in window["places"]]
             found.append((places, np.concatenate([window["label"] for window in windows]).tolist()))
         assert found[0] == found[1] == (found[0][0], one["label"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "task", "types"),
+    [
+        ("a.conll", "1 Ada NNP O B-PER\n2 met VB O O\n\n", {}, ("PER",)),
+        ("a.conll", "x Ada NNP O B-PER\nx met VB O O\n\n", {"text": "2"}, ("PER",)),
+        ("a.conll", "x Ada NNP B-NP _\nx met VB O _\n\n", {"text": "2", "label": "4"}, ("NP",)),
+        ("a.jsonl", json.dumps({"id": 0, "text": "Ada met", "label": [SPAN]}), {}, ("PER",)),
+        ("a.jsonl", json.dumps({"review": "Ada met", "labels": [SPAN]}), {}, ("PER",)),
+    ],
+)
+def test_the_kind_is_inferred_from_what_the_columns_hold(tmp_path, name, content, task, types):
+    """Silent failure: numbers learnt as words; and no failure where a list of spans says what the task is."""
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}-{name}").write_text(content)
+    data = DataConfig(train=str(tmp_path / f"train-{name}"), validation=str(tmp_path / f"validation-{name}"))
+    splits = load_splits(TaskConfig(**task), data)
+    assert (splits.task.label_types, splits.train[0]["text"]) == (types, "Ada met")
+    assert any("the first column counts the words" in note for note in splits.notes) == content.startswith("1")
+    if "[" in content:
+        with pytest.raises(DataError, match=r"set task.kind to tokens"):
+            load_splits(TaskConfig(kind="multi-label"), data)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "multi-label"])
+def test_a_drawn_row_that_alone_has_a_label_stays_in_training(tmp_path, kind):
+    """Silent failure: the row is in both splits, or in none. A loud one: a file is refused for what the draw did."""
+    rows = [{"words": ["x", name], "tags": ["O", f"B-{name}"]} for name in ("A", "B", "C", "D", *"E" * 36)]
+    if kind == "multi-label":
+        rows = [{"text": row["words"][1], "labels": row["tags"]} for row in rows]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for seed in range(5):
+        data = DataConfig(train=str(tmp_path / "train.jsonl"), validation_fraction=0.5, split_seed=seed)
+        splits = load_splits(TaskConfig(), data)
+        ids = sorted([*splits.train["id"], *splits.validation["id"]], key=int)
+        assert ids == [str(row) for row in range(40)]
+        assert {"0", "1", "2", "3"} <= set(splits.train["id"])
+        assert list(splits.train["id"]) == sorted(splits.train["id"], key=int)
+
+
+def test_a_split_of_few_entities_is_told_of_and_one_of_none_refused(tmp_path):
+    """Silent failure: every model scores 0 on a validation file without entities, and the first one is shipped."""
+    rows = tagged_rows(60)
+    train, none = (write_conll(tmp_path / name, rows) for name in ("train.conll", "none.conll"))
+    none.write_text("just\tO\nwords\tO\n")
+    few = write_words(tmp_path / "few.jsonl", tagged_rows(3))
+    with pytest.raises(DataError, match="the validation split holds no entity"):
+        load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(none)))
+    splits = load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(few), test=str(none)))
+    told = [note.split(";")[0] for note in splits.notes if "a score on so few" in note]
+    count = sum(tag.startswith("B-") for row in tagged_rows(3) for tag in row["tags"])
+    assert told == [f"The validation split holds {count} entities", "The test split holds 0 entities"]
+    splits = load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(train), test=str(few)))
+    assert not any("a score on so few" in note for note in splits.notes)
 
 
 def test_types_that_training_lacks_are_refused_by_row(tmp_path):

@@ -10,7 +10,7 @@ from datasets import List as Listed
 
 from kdlora.config import TaskConfig
 from kdlora.data.read import open_dataset, open_file
-from kdlora.data.tags import decode, entity_bounds, spans_of, split_words, tag_names, tags_from_spans
+from kdlora.data.tags import check_spans, decode, entity_bounds, spans_of, split_words, tag_names, tags_from_spans
 from kdlora.data.token_rows import infer_token_columns, read_token_rows
 from kdlora.errors import DataError
 
@@ -22,6 +22,8 @@ WRITTEN = {
     "BILOU": "U-PER B-PER I-PER L-PER O U-LOC B-PER L-PER O",
     "IOBES": "S-PER B-PER I-PER E-PER O S-LOC B-PER E-PER O",
     "BMEWO": "W-PER B-PER M-PER E-PER O W-LOC B-PER E-PER O",
+    "IOB2 with _": "B_PER B_PER I_PER I_PER O B_LOC B_PER I_PER O",
+    "BILOU behind": "PER-U PER-B PER-I PER-L O LOC-U PER-B PER-L O",
 }
 
 
@@ -69,16 +71,21 @@ def read_tags(read):
 
 @pytest.mark.parametrize("scheme", WRITTEN)
 def test_every_scheme_says_the_same_spans(read_tags, scheme):
-    """A scheme that is read as another merges two names that stand side by side, or cuts one in two."""
-    told = scheme if scheme in ("IOB1", "IOB2") else "BILOU"
-    assert read_tags(WRITTEN[scheme]) == ([WRITTEN["IOB2"]], [f"FILE: tags in {told}."] * (scheme != "IOB2"))
+    """A scheme that is read as another merges two names side by side, cuts one in two, or makes two types of one."""
+    told = scheme[:4] if scheme[:3] == "IOB" and scheme != "IOBES" else "BILOU"
+    assert read_tags(WRITTEN[scheme]) == ([WRITTEN["IOB2"]], [f"FILE: tags in {told}."] * (told != "IOB2"))
 
 
 def test_tags_without_beginnings_and_of_two_schemes(read_tags):
     """Prefixes that are missing would make of every word of a name a name of its own."""
     for tags in ("I-PER I-PER O I-LOC I-PER", "PER PER O LOC PER"):
         assert read_tags(tags) == (["B-PER I-PER O B-LOC B-PER"], ["FILE: tags in IO."])
-    for tags, found in (("O person-actor", "O B-person-actor"), ("B-a-b O", "B-a-b O"), ("b-per i-per", "B-per I-per")):
+    for tags, found in (
+        ("O person-actor", "O B-person-actor"),
+        ("B-a-b O", "B-a-b O"),
+        ("b-per i-per", "B-per I-per"),
+        ("O vitamin-B vitamin-E", "O B-vitamin-B B-vitamin-E"),
+    ):
         assert read_tags(tags)[0] == [found]
 
     # A name at the end of one row would swallow the first word of another.
@@ -149,7 +156,7 @@ def test_any_spans_come_back_as_they_went_in():
             for start, end in zip(edges[::2], edges[1::2], strict=False)
             if text[start:end].strip()
         ]
-        starts, ends, tags = tags_from_spans(text, given, "here")
+        starts, ends, tags = tags_from_spans(text, check_spans(given, len(text), "here"), "here")
         assert "".join(text[a:b] for a, b in zip(starts, ends, strict=True)) == "".join(text.split())
         names = tag_names(("P", "Q"))
         found = spans_of([names.index(tag) for tag in tags], names)
@@ -177,6 +184,25 @@ def test_conll_with_odd_white_space_comments_and_words_that_look_like_these(read
     assert found == ["#/O É/B-LOC", "a b/O", "-/O"]
     assert notes == ["FILE: 2 words of white space alone were left out."]
 
+    text = "# id 7 x domain=x\na _ _ O\n\n# text = He flew a B-52\n# NN _ ART\nb _ _ O\n\n# 12\n# it flew a B-52\n"
+    found, _ = read("a.conll", f"#begin document (x);\n{text}# _ _ PER\n\n#end document\n\nc _ _ O")
+    assert found == ["a/O", "#/B-ART b/O", "#/B-PER", "c/O"]
+
+
+def test_numbers_and_languages_are_not_the_words(read):
+    """A model would learn that names stand at the fourth place of a sentence, and find none where it is served."""
+    text = "# text = Ada met\n1\tAda\tADA\tB-PER\n2-3\tdid\t_\t_\n2\tmet\t_\tO\n\n1\tOslo\tOSLO\tB-LOC\n"
+    expected = ["Ada/B-PER met/O", "Oslo/B-LOC"]
+    assert read("a.conll", text)[0] == read("a.conll", text, text="2")[0] == expected
+    assert read("a.conll", text, text="3")[0] == ["ADA/B-PER _/O", "OSLO/B-LOC"]
+    with pytest.raises(DataError, match=r"a.conll, line 61: the first column counts words elsewhere"):
+        read("a.conll", "1 a O\n2 b O\n\n" * 20 + "a x O\n")
+    text = "en:Ada\tB-PER\nen::\tO\n"
+    assert read("a.conll", text) == (["Ada/B-PER :/O"], ["FILE: every word begins with 'en:', which was left out."])
+    assert read("a.conll", f"{text}de:x\tO\n") == (["en:Ada/B-PER en::/O de:x/O"], [])
+    for text, found in (("1 CD O\n", ["1/O"]), ("1 a O\n2 b O\n\n10 x O\n", ["1/O 2/O", "10/O"])):
+        assert read("a.conll", text)[0] == found
+
 
 def test_words_and_tags_of_json_parquet_and_data_sets(read, tmp_path):
     """A code that is read in another order than the names' is a type for another; -100 is not the last type."""
@@ -198,6 +224,33 @@ def test_texts_with_spans(read):
         "a.jsonl", lines(*rows, {"text": "Ann Lee's", "spans": [{"start": 0, "end": 7, "label": "PER"}]}), kind="auto"
     )
     assert (found[0], found[-1], len(found), notes) == ("Go/O on/O", "Ann/B-PER Lee/I-PER '/O s/O", 5001, [])
+
+
+def test_spans_as_other_tools_write_them(read):
+    """An entity that is refused for its spelling, or read twice, or as another type because of a space."""
+    spans = [
+        {"start": 0, "end": 3, "label": "PER "},
+        {"start_offset": 0, "end_offset": 3, "type": "PER"},
+        {"start": 0, "end": 3, "entity_group": "PER", "score": 0.9},
+        [0, 3, "PER"],
+    ]
+    rows = [{"text": "Ann Lee", "entities": [span] * times} for span in spans for times in (0, 1, 2)]
+    found, notes = read("a.jsonl", lines(*rows), kind="auto")
+    assert (found, notes) == (["Ann/O Lee/O", *["Ann/B-PER Lee/O"] * 2] * 4, [])
+    assert read("a.json", json.dumps(rows[-3:]))[0] == found[:3]
+
+
+def test_offsets_that_are_not_those_of_characters(read):
+    """Offsets of UTF-16, of bytes, or inclusive ones teach a model to mark all but the last letter of a name."""
+    right = {"text": "🙂 Anna 10mg", "spans": [{"start": 2, "end": 6, "label": "PER"}]}
+    dose = {"text": "10mg 北京市", "spans": [{"start": start, "end": start + 2, "label": "X"} for start in (0, 2, 5)]}
+    wrong = right | {"spans": [{"start": 3, "end": 7, "label": "PER"}]}
+    assert read("a.jsonl", lines(*[right, dose] * 10))[1] == []
+    note = "FILE: {} of {} spans begin or end inside a word; are offsets characters, and ends exclusive?"
+    assert read("a.jsonl", lines(*[wrong] * 9))[1] == [note.format(9, 9)]
+    assert read("a.jsonl", lines(*[right, wrong] * 50))[1] == [note.format(50, 100)]
+    with pytest.raises(DataError, match=r"a.jsonl: 11 of 21 spans begin or end inside a word; .* JavaScript"):
+        read("a.jsonl", lines(*[right, wrong] * 10, wrong))
 
 
 @pytest.mark.parametrize(
@@ -224,6 +277,7 @@ SPAN = {"start": 0, "end": 2, "label": "A"}
         ("a.conll", "a\tB-X\nb\t\n", "a.conll, line 2: 1 columns where 2 are expected"),
         ("a.conll", "a\tO\n\n\nb\tB-X,B-Y\n", "a.conll, line 4: the tag 'B-X,B-Y' .* keep that of one annotator"),
         ("a.conll", "a\tO\nb\tB-X\nc\tB_X\n", "a.conll, line 3: the tag 'B_X' .* Did you mean 'B-X'"),
+        ("a.conll", "O a\nB-X ,\n", "a.conll, line 1: the tag 'a' .* is it the column of tags"),
         ("a.conll", "a NNP\nb VBZ\n", "a.conll, line 1: the tag 'NNP' .* is it the column of tags"),
         ("a.conll", "a\nb\n", "which columns hold words and tags"),
         ("a.conll", "\n-DOCSTART- O\n\n", "holds no words"),
@@ -239,7 +293,7 @@ SPAN = {"start": 0, "end": 2, "label": "A"}
         ("a.jsonl", lines({"text": "ab cd", "spans": [SPAN]}, {"text": " ", "spans": []}), "a.jsonl, row 2: the text"),
         ("a.jsonl", lines({"text": "ab", "spans": [SPAN]}, {"text": "ab"}), "a.jsonl, row 2: no list of spans"),
         ("a.jsonl", lines({"text": "ab", "spans": [SPAN]}, {"text": "a", "spans": [SPAN]}), "row 2: .* leaves"),
-        ("a.jsonl", lines({"text": "ab", "spans": [SPAN, SPAN]}), "a.jsonl, row 1: .* overlap"),
+        ("a.jsonl", lines({"text": "ab", "spans": [SPAN, SPAN | {"label": "B"}]}), "a.jsonl, row 1: .* overlap"),
         ("a.jsonl", lines({"text": "ab", "spans": [SPAN | {"start": 2}]}), "row 1: .* ends before it has begun"),
         ("a.jsonl", lines({"text": "a  b", "spans": [SPAN | {"start": 1}]}), "row 1: .* holds no word"),
         ("a.jsonl", lines({"text": "ab", "spans": [{"start": 0, "end": 2}]}), "row 1: .* is no span"),

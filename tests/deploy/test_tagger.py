@@ -294,8 +294,9 @@ def test_json_lines_keep_every_value(tagger, tmp_path):
 def test_what_cannot_be_read_is_not_passed_on(tagger, tmp_path, name, content, message):
     """Prevents a name that gets through in a row that nobody could read, and half a file that looks whole."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         redact_file(tagger, tmp_path / name, tmp_path / f"out{name[2:]}")
+    assert ".. " not in str(caught.value)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [name]
 
 

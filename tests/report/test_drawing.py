@@ -19,7 +19,18 @@ from kdlora.report.plots import (
     score_against_cost,
     shorten,
 )
-from kdlora.report.wording import count, duration, milliseconds, model_title, p_value, share, signed, size, times
+from kdlora.report.wording import (
+    change,
+    count,
+    duration,
+    milliseconds,
+    model_title,
+    p_value,
+    share,
+    signed,
+    size,
+    times,
+)
 
 pytestmark = pytest.mark.drawn
 NASTY = "<script>&\"'|`*"
@@ -121,6 +132,9 @@ def test_figures_are_written_as_people_read_them():
     assert [signed(-0.04), signed(0.04), signed(-1.25, 2), signed(3)] == ["0.0", "0.0", "−1.25", "+3.0"]
     assert [p_value(0.0002), p_value(0.0123), p_value(0.5)] == ["< 0.001", "0.012", "0.50"]
     assert [share(99.9), share(100), share(98.6), share(-12.2), share(None)] == ["99.9%", "100%", "99%", "−12%", "–"]
+    assert [change(100, after, "fewer") for after in (61, 99.7, 100.4, 102)] == [
+        *("39% fewer than", "about as many as", "about as many as", "2% more than"),
+    ]
     assert [times(*pair) for pair in ((200, 1), (30, 2), (1, 500), (1, 0))] == ["200×", "15.0×", "0.002×", "–"]
     assert shorten("a  long\nname", 7) == "a long…"
 

@@ -269,6 +269,9 @@ def test_long_texts_are_quoted_from_before_the_first_difference(tmp_path):
     lines = re.findall(r'<p class="marked \w+">.*?</p>', report.html)
     assert lines
     assert all(len(re.sub(r"<.*?>", "", line)) < 1500 for line in lines)
+    facts = re.findall(r"^  - (?:label|teacher|student): .*$", report.markdown, re.MULTILINE)
+    assert len(facts) == len(lines)
+    assert all(len(line) < 1500 for line in facts)
 
 
 def test_a_strangers_record_puts_no_markup_into_the_card(told):

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from kdlora.data.labels import encode_labels, encode_tags
+from kdlora.data.lines import NUMBERS
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_text
 from kdlora.data.spool import doubles, make_dataset, spool
 from kdlora.data.tags import WORD_COLUMNS, tag_names
@@ -61,6 +62,10 @@ class Reading:
                 )
             if not raw.table.num_rows:
                 raise DataError(f"{source.name}: none of its {total} rows has both text and label")
+        if NUMBERS in source.columns:
+            self.notes.append(
+                f"{source.name}: the first column counts the words; the second one was read as the words."
+            )
         if self.task.kind == "tokens":
             return self._words(raw, columns)
         return _to_canonical(raw, columns, self.task, f"{group}-" if group else "")

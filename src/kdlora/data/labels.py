@@ -191,6 +191,7 @@ def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...]) -> npt.NDAr
         matrix = np.zeros((len(values), len(names)), np.float32)
         matrix[rows, codes.to_numpy(zero_copy_only=False).astype(np.int64)] = 1.0
         return matrix
+    _refuse_nested(raw, column, inner.type)
     for position in np.flatnonzero(lengths != len(names))[:1].tolist():
         raise DataError(
             f"{raw.where(position)}: {column!r} has {lengths[position]} values, but there are {len(names)} labels; "
@@ -201,6 +202,14 @@ def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...]) -> npt.NDAr
     if (position := first_true(pc.invert(allowed))) is not None:
         _refuse_value(raw.where(int(rows[position])), column, inner[position])
     return np.asarray(flat.to_numpy(zero_copy_only=False), np.float32).reshape(len(values), len(names))
+
+
+def _refuse_nested(raw: RawTable, column: str, kind: pa.DataType) -> None:
+    if pa.types.is_nested(kind):
+        spans = "; spans in a text are a task of their own: set task.kind to tokens" if pa.types.is_struct(kind) else ""
+        raise DataError(
+            f"{raw.source}: the lists in {column!r} hold {kind}; expected label names, or 0 and 1, one per label{spans}"
+        )
 
 
 def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:
@@ -340,6 +349,7 @@ def _names_in_lists(raw: RawTable, column: str, values: pa.ChunkedArray) -> tupl
             f"{raw.source}: the task is multi-label, but the column {column!r} holds {values.type}; expected a list of "
             "label names or of 0 and 1, or several columns of 0 and 1 (task.label: [A, B, ...])"
         )
+    _refuse_nested(raw, column, values.type.value_type)
     if is_text(values.type.value_type):
         return _sorted_names(pc.list_flatten(values))
     lengths = pc.unique(pc.drop_null(pc.list_value_length(values)))

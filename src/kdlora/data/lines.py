@@ -6,7 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, count
+from itertools import chain, compress, count, islice
 from typing import Any, Literal, TextIO
 
 from kdlora.data.tags import OUTSIDE, parse_tags
@@ -23,6 +23,11 @@ NO_QUOTING = (
 
 LINES = "conll:line"
 """The column of a CoNLL file that says in which line each word stands."""
+NUMBERS = "conll:number"
+"""The first column of a CoNLL file, where it counts the words of each sentence."""
+_LOOKED_AT = 10
+"""Sentences whose first column says whether it counts."""
+_KEY = re.compile(r"# [\w.:-]+ ?=")
 Format = Literal["csv", "tsv", "jsonl", "parquet", "text", "conll"]
 FORMATS: dict[str, Format] = {
     ".csv": "csv",
@@ -138,14 +143,43 @@ def _read_conll(lines: _Lines, name: str) -> tuple[Sequence[str], Iterator[Numbe
     divider = re.compile("\t" if "\t" in head.rstrip() else "[ \t]+")
     width = len(divider.split(head.rstrip()))
     columns = ("words", *map(str, range(2, width)), "tags")[:width]
-    return columns, _sentences(head, lines, columns, divider)
+    rows = _sentences(head, lines, columns, divider)
+    first = list(islice(rows, _LOOKED_AT))
+    rows, words = chain(first, rows), [row["words"] for _, row in first if not isinstance(row, str)]
+    if width > 1 and max(map(len, words), default=1) > 1 and all(map(_count, words)):
+        return (*columns, NUMBERS), _without_numbers(rows, columns[1])
+    return columns, rows
 
 
-def _is_between(line: str) -> bool:
-    """Whether a line stands between sentences: empty, the mark of a document, or a comment, which ends in no tag."""
-    if not line.strip() or line.startswith("-DOCSTART-"):
+def _count(numbers: Sequence[str]) -> bool:
+    """Whether a column counts the words; `3-4` and `8.1` of CoNLL-U are none."""
+    words = [number for number in numbers if not re.fullmatch(r"\d+[-.]\d+", number)]
+    return words == [str(number) for number in range(1, len(words) + 1)]
+
+
+def _without_numbers(rows: Iterator[Numbered], second: str) -> Iterator[Numbered]:
+    """Take the second column as the words, where the first one counts them."""
+    for place, row in rows:
+        if isinstance(row, str):
+            yield place, row
+        elif _count(row["words"]):
+            words = [number.isdigit() for number in row["words"]]
+            kept = {name: list(compress(values, words)) for name, values in row.items()}
+            yield place, kept | {"words": kept[second], NUMBERS: kept["words"]}
+        else:
+            yield place, "the first column counts words elsewhere, but not in this sentence; make all sentences alike"
+
+
+def _is_between(line: str, fields: Sequence[str] = (), width: int = 0) -> bool:
+    """Whether a line stands between sentences: empty, the mark of a document, or a comment, not `#` as a word."""
+    if not line.strip() or line.startswith(("-DOCSTART-", "#begin document", "#end document")):
         return True
-    return line.startswith("# ") and (last := line.split()[-1]) != OUTSIDE and last not in parse_tags([last])
+    if not line.startswith("# ") or _KEY.match(line):
+        return line.startswith("# ")
+    last = line.split()[-1]
+    if len(fields) != width or last == OUTSIDE or last in parse_tags([last]):
+        return len(fields) != width
+    return fields[:1] != ["#"] or last.isdigit() or "=" in last
 
 
 def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pattern[str]) -> Iterator[Numbered]:
@@ -154,7 +188,7 @@ def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pat
     fault: Numbered | None = None
     while True:
         fields = divider.split(line.rstrip())
-        if not line.strip() or (not words and _is_between(line)):
+        if not line.strip() or (not words and _is_between(line, fields, len(columns))):
             if fault or any(word[0].strip() for word in words):
                 columned = zip((*columns, LINES), map(list, zip(*words, strict=True)), strict=False)
                 yield fault or (words[0][-1] - 1, dict(columned))

@@ -19,9 +19,9 @@ from kdlora.data.labels import infer_columns, infer_task
 from kdlora.data.opening import Groups, open_collection_texts, open_examples, open_splits
 from kdlora.data.read import Source
 from kdlora.data.spool import label_array, read_column
-from kdlora.data.tags import NO_TAG, OUTSIDE, tag_names
+from kdlora.data.tags import NO_TAG, OUTSIDE, Integers, tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, window_settings
-from kdlora.data.token_rows import infer_token_columns
+from kdlora.data.token_rows import holds_tokens, infer_token_columns
 from kdlora.data.word_tokens import GIVEN, cut_words
 from kdlora.errors import ConfigError, DataError
 from kdlora.section import Metric
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = 10
 """Labels that a message names."""
+_FEW = 30
+"""With fewer entities, the choice of weights and of what is shipped is left to chance."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     train = _first(reading, train, data.max_train_examples, "training", "data.max_train_examples")
     test = _test(reading, data, splits)
     _check_labels(reading.task, data, train, {"validation": validation, "test": test})
+    if reading.task.kind == "tokens":
+        _check_entities(reading, {"validation": validation, "test": test})
     unlabelled = _unlabelled(reading, data, splits, [part for part in (validation, test) if part is not None])
     if reading.task.kind == "tokens":
         train = _cut_words(reading, train)
@@ -159,12 +163,14 @@ def _begin(task: TaskConfig, known: GlueTask | None, data: DataConfig, train: So
             f"the column {both[0]!r} is both text and label, so there is nothing to learn; set task.text and task.label"
         )
     reading = Reading(Task("single-label", text, label, (), ()), data.id_column)
-    columns = reading.columns(train, labelled=True)
+    raw = train.read(reading.columns(train, labelled=True).all)
+    if task.kind == "auto" and len(text) == len(label) == 1 and holds_tokens(raw, text[0], label[0]):
+        return _begin_tokens(task, data, train, (text[0], label[0]))
     if task.text is None:
         reading.notes.append(f"Text column inferred from its name: {', '.join(text)}.")
     if task.label is None:
         reading.notes.append(f"Label column inferred from its name: {', '.join(label)}.")
-    reading.task, notes = infer_task(train.read(columns.all), text, label, task)
+    reading.task, notes = infer_task(raw, text, label, task)
     reading.notes += notes
     return reading
 
@@ -219,14 +225,33 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
         raise DataError(f"{len(train)} training row cannot be split; give more rows, or a validation file")
     classes = read_column(train, "label").to_numpy() if reading.task.kind == "single-label" else None
     kept, drawn = split_rows(len(train), data.validation_fraction, data.split_seed, classes)
+    if reading.task.kind in ("multi-label", "tokens"):
+        kept, drawn = _give_back(reading.task, train, kept, drawn)
     if not len(drawn):
-        raise DataError("every label has a single training row; give more rows per label, or a validation file")
+        raise DataError(
+            "every label has a single training row, or those drawn have one that no other row has; give more rows per "
+            "label, or a validation file"
+        )
     how = "stratified by label" if classes is not None else "at random"
     reading.notes.append(
         f"{len(drawn)} of {len(train)} training rows became the validation split, drawn {how} "
         f"(data.validation_fraction {data.validation_fraction}, data.split_seed {data.split_seed})."
     )
     return train.select(kept), train.select(drawn)
+
+
+def _give_back(task: Task, train: Dataset, kept: Integers, drawn: Integers) -> tuple[Integers, Integers]:
+    """Put a drawn row back where no row that was kept has some label of it."""
+    rows, back = train.select(drawn), list[int]()
+    lacking = _used_labels(task, rows) & ~_used_labels(task, train.select(kept))
+    for row, label in zip(drawn.tolist(), read_column(rows, "label"), strict=True) if lacking.any() else ():
+        values = np.array(label.as_py())
+        own = (values[values > 0] - 1) // 2 if task.kind == "tokens" else np.flatnonzero(values)
+        if lacking[own].any():
+            lacking[own] = False
+            back.append(row)
+    returned = np.array(back, np.int64)
+    return np.union1d(kept, returned), np.setdiff1d(drawn, returned)
 
 
 def _cut_words(reading: Reading, train: Dataset) -> Dataset:
@@ -306,6 +331,19 @@ def _check_labels(task: Task, data: DataConfig, train: Dataset, others: Mapping[
             raise DataError(
                 f"the {split} split has labels that training lacks: {lacking}. Add training rows of them.{limited}"
             )
+
+
+def _check_entities(reading: Reading, splits: Mapping[str, Dataset | None]) -> None:
+    """Refuse a validation split without entities, for every model scores 0 there; note where a score says little."""
+    for split, rows in splits.items():
+        found = np.sum(label_array(rows) % 2 == 1) if rows is not None else _FEW  # an entity has one `B-`
+        if not found and split == "validation":
+            raise DataError(
+                "the validation split holds no entity: every word is O, so that every model scores 0. Give it rows "
+                "with entities; where it was drawn, raise data.validation_fraction"
+            )
+        if found < (_FEW if split == "validation" else 1):
+            reading.notes.append(f"The {split} split holds {found} entities; a score on so few says little.")
 
 
 def _used_labels(task: Task, rows: Dataset) -> npt.NDArray[np.bool_]:

@@ -281,6 +281,8 @@ def _to_array(values: list[Any], key: str, file: Path, first_row: int) -> pa.Arr
     try:
         return pa.array(values)
     except (UnicodeEncodeError, pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        if (named := list(map(_name_parts, values))) != values:
+            return _to_array(named, key, file, first_row)
         row = bisect_left(range(len(values)), True, key=lambda last: not _fits(values[: last + 1]))
         where, value = f"{file}, row {first_row + row + 1}: {key!r}", values[row]
         if isinstance(error, UnicodeEncodeError):
@@ -294,6 +296,15 @@ def _to_array(values: list[Any], key: str, file: Path, first_row: int) -> pa.Arr
                 "make it one type"
             ) from None
         raise DataError(f"{where} cannot be read ({error}); make it one type") from None
+
+
+def _name_parts(value: Any) -> Any:
+    """Write spans such as [0, 5, "PER"], of several types, as the other formats do."""
+    if not isinstance(value, list) or not all(isinstance(one, list) for one in value):
+        return value
+    if any([type(part) for part in one] != [int, int, str] for one in value):
+        return value
+    return [dict(zip(("start", "end", "label"), one, strict=True)) for one in value]
 
 
 def _fits(values: list[Any]) -> bool:

@@ -25,10 +25,15 @@ Scheme = Literal["IO", "IOB1", "IOB2", "BILOU"]
 OUTSIDE = "O"
 WORD_COLUMNS = ("words", "tokens")
 """What columns of lists of words are called."""
+_SPAN_KEYS = (("start", "start_offset"), ("end", "end_offset"), ("label", "type", "entity_group"))
 NO_TAG = -100
 """What a word has that has no tag: it is neither learnt nor scored."""
 _PREFIXES = {"B": "B", "I": "I", "M": "I", "L": "E", "E": "E", "U": "S", "S": "S", "W": "S"}
 _TAG = re.compile(r"([BIMLEUSW])-([^,;|]+)")  # what joins tags by a comma or a bar has several on a word
+_RARE_TAGS = tuple(
+    re.compile(form.replace("TYPE", "(?P<type>[^,;|]+)").replace("MARK", "(?P<prefix>[BIMLEUSW])"))
+    for form in ("MARK[_:]TYPE", "TYPE[-_]MARK")
+)
 
 
 class Span(NamedTuple):
@@ -63,13 +68,18 @@ def tag_types(names: Sequence[str]) -> tuple[str, ...]:
 def parse_tags(distinct: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Give prefix (B, I, E, S or O) and type of each tag of a file; those of no scheme are left out.
 
-    Where no tag has a prefix, and `O` occurs, each is a type (IO).
+    Where no tag has a prefix, and `O` occurs, each is a type (IO), or all are spelt as `B_PER` or as `PER-B`.
     """
     matches = {tag: _TAG.fullmatch(tag) for tag in distinct if tag != OUTSIDE}
     if any(tag.startswith("b-") for tag in matches):
         lower = {tag: _TAG.fullmatch(tag[:1].upper() + tag[1:]) for tag in matches}
         matches = lower if all(lower.values()) else matches
     found = {tag: (_PREFIXES[match[1]], match[2]) for tag, match in matches.items() if match}
+    for form in () if found else _RARE_TAGS:
+        rare = {tag: (_PREFIXES[match["prefix"]], match["type"]) for tag in matches if (match := form.fullmatch(tag))}
+        marked = set(rare.values())
+        if len(rare) == len(matches) and any({("B", name), ("I", name)} <= marked for _, name in marked):
+            found = rare
     if not found and OUTSIDE in distinct:
         found = {tag: ("I", tag) for tag in matches if tag and not re.search("[,;|]", tag)}
     return found | {OUTSIDE: (OUTSIDE, "")}
@@ -169,11 +179,8 @@ def join_words(given: Sequence[object], where: str) -> Words:
     return Words(" ".join(words), starts, [start + len(word) for start, word in zip(starts, words, strict=True)])
 
 
-def tags_from_spans(
-    text: str, given: Sequence[Mapping[str, object]], where: str
-) -> tuple[list[int], list[int], list[str]]:
+def tags_from_spans(text: str, spans: Sequence[Span], where: str) -> tuple[list[int], list[int], list[str]]:
     """Give the words of a text, cut where a span begins or ends inside of one, and their tags in IOB2."""
-    spans = _checked(given, len(text), where)
     edges = [edge for span in spans for edge in span[:2]]
     pieces: list[tuple[int, int]] = []
     for start, end in zip(*split_words(text), strict=True):
@@ -188,21 +195,27 @@ def tags_from_spans(
     return [start for start, _ in pieces], [end for _, end in pieces], tags
 
 
-def _checked(given: Sequence[Mapping[str, object]], length: int, where: str) -> list[Span]:
-    """Bring spans into order, and refuse what no sequence of tags can say."""
+def cuts_word(text: str, span: Span) -> bool:
+    """Whether a span begins or ends between two digits, or two letters of a script that has small ones and spaces."""
+    pairs = [text[edge - 1 : edge + 1] for edge in span[:2] if 0 < edge < len(text)]
+    return any(pair.isdigit() or all(one.lower() != one.upper() for one in pair) for pair in pairs)
+
+
+def check_spans(given: Sequence[Mapping[str, object]], length: int, where: str) -> list[Span]:
+    """Bring spans into order, each once, and refuse what no sequence of tags can say."""
     spans = []
     for one in given:
-        start, end, label = (one.get(key) for key in ("start", "end", "label"))
+        start, end, label = (next((one[key] for key in keys if one.get(key) is not None), None) for keys in _SPAN_KEYS)
         if not (isinstance(start, int) and isinstance(end, int) and isinstance(label, str) and label.strip()):
             raise DataError(
                 f"{where}: {dict(one)} is no span; expected start and end, in characters, and a label, as in "
                 '{"start": 0, "end": 5, "label": "PER"}'
             )
-        spans.append(Span(start, end, label))
+        spans.append(Span(start, end, label.strip()))
         if not 0 <= start < end <= length:
             fault = "ends before it has begun" if end <= start else f"leaves the text, which has {length} characters"
             raise DataError(f"{where}: {_shown(spans[-1])} {fault}; correct its offsets")
-    spans.sort()
+    spans = sorted(set(spans))
     for before, span in pairwise(spans):
         if span.start < before.end:
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NoReturn
@@ -18,6 +19,8 @@ from kdlora.data.tags import (
     OUTSIDE,
     WORD_COLUMNS,
     Integers,
+    check_spans,
+    cuts_word,
     normalise,
     parse_tags,
     rows_with,
@@ -32,7 +35,7 @@ TAGS = ("tags", "ner_tags", "labels", "label", "ner")
 SPANS = ("spans", "entities", "labels", "label")
 _ROWS = 10_000
 _MANY = 10
-"""Fewer rows that break their scheme are repaired, however few rows there are."""
+"""Fewer rows that break their scheme are repaired, and fewer spans that cut a word taken, however few there are."""
 _EXPECTED = (
     "expected a list of words and a list of tags (words and tags, or tokens and ner_tags), or a text and a list of "
     'spans such as {"start": 0, "end": 5, "label": "PER"}'
@@ -52,9 +55,9 @@ def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] |
         label = next((name for name in config.label or labels if name in source.columns), None)
         if text is None or label is None:
             continue
-        if config.kind == "auto" and text not in WORD_COLUMNS and label not in SPANS[:2]:
+        if config.kind == "auto" and text not in WORD_COLUMNS and label not in (*TAGS[:2], *SPANS[:2]):
             continue
-        if config.kind == "tokens" or _holds_tokens(source, text, label):
+        if config.kind == "tokens" or holds_tokens(source.read((text, label)), text, label):
             return text, label
     if config.kind == "tokens":
         raise DataError(
@@ -64,9 +67,8 @@ def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] |
     return None
 
 
-def _holds_tokens(source: Source, text: str, label: str) -> bool:
-    table = source.read((text, label)).table
-    words, labels = table[text].type, table[label].type
+def holds_tokens(raw: RawTable, text: str, label: str) -> bool:
+    words, labels = raw.table[text].type, raw.table[label].type
     return is_list(labels) and (is_list(words) or pa.types.is_struct(labels.value_type))
 
 
@@ -76,11 +78,14 @@ def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str
         raise DataError(f"{raw.source} has no rows; expected examples")
     input_type = raw.table[text].type
     if is_text(input_type):
-        return spool(_batches_of_texts(raw, text, label), raw.source)
+        cut: list[bool] = []
+        rows = spool(_batches_of_texts(raw, text, label, cut), raw.source)
+        _check_edges(raw.source, sum(cut), len(cut), notes)
+        return rows
     if not is_list(input_type) or not (is_text(input_type.value_type) or pa.types.is_null(input_type.value_type)):
         raise DataError(f"{raw.source}: the column {text!r} holds {input_type}; {_EXPECTED}")
     words, offsets = _flatten(raw, text, "words")
-    columns = {"words": pc.utf8_trim_whitespace(words.cast(pa.string()))}
+    columns = {"words": _without_language(raw, pc.utf8_trim_whitespace(words.cast(pa.string())), notes)}
     if label is not None:
         columns["tags"] = _flat_tags(raw, label, offsets)
     if LINES in raw.table.column_names:
@@ -91,6 +96,18 @@ def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str
     return spool(_batches_of_words(columns, offsets), raw.source)
 
 
+def _check_edges(source: str, cut: int, spans: int, notes: list[str]) -> None:
+    """Note the spans that begin or end inside a word; where most do, their offsets are not those of characters."""
+    note = f"{source}: {cut} of {spans} spans begin or end inside a word; are offsets characters, and ends exclusive?"
+    if cut >= _MANY and 2 * cut > spans:
+        raise DataError(
+            f"{note} Those of JavaScript count an emoji twice, and those in bytes an é. Correct them, or, where "
+            "entities are parts of words, give lists of words and tags"
+        )
+    if cut:
+        notes.append(note)
+
+
 def _flatten(raw: RawTable, column: str, what: str) -> tuple[pa.ChunkedArray, Integers]:
     """Give the values of a column of lists, and where each row begins."""
     lists = raw.table[column]
@@ -98,6 +115,15 @@ def _flatten(raw: RawTable, column: str, what: str) -> tuple[pa.ChunkedArray, In
         raise DataError(f"{raw.where(position)}: no {what} in column {column!r}; remove the row, or give it some")
     lengths = pc.list_value_length(lists).to_numpy().astype(np.int64)
     return pc.list_flatten(lists), np.concatenate(([0], np.cumsum(lengths)))
+
+
+def _without_language(raw: RawTable, words: pa.ChunkedArray, notes: list[str]) -> pa.ChunkedArray:
+    """Take the language off that stands before every word of WikiANN's files: `en:Oslo`."""
+    prefix = re.match("[a-z]{2,3}:", words[0].as_py() or "") if len(words) else None
+    if not prefix or not pc.all(pc.fill_null(pc.starts_with(words, prefix[0]), False)).as_py():
+        return words
+    notes.append(f"{raw.source}: every word begins with {prefix[0]!r}, which was left out.")
+    return pc.utf8_slice_codeunits(words, len(prefix[0]))
 
 
 def _flat_tags(raw: RawTable, label: str, offsets: Integers) -> pa.ChunkedArray:
@@ -181,10 +207,10 @@ def _refuse_tag(
         where = f"{raw.source}, line {columns[LINES][word].as_py()}"
     tag, tags = columns["tags"][word].as_py(), pc.unique(columns["tags"]).to_pylist()
     hint = did_you_mean(tag, [name for name in tags if name and name != tag and parse_tags([name]).get(name)])
-    if any(mark in tag for mark in ",;|"):
-        hint = " A word has one tag; keep that of one annotator."
-    elif OUTSIDE not in tags:
+    if OUTSIDE not in tags:
         hint = f" No tag in {label!r} is O: is it the column of tags? task.label names another."
+    elif any(mark in tag for mark in ",;|"):
+        hint = " A word has one tag; keep that of one annotator."
     raise DataError(
         f"{where}: the tag {tag!r} ({label!r}) is of no scheme; expected O, B-TYPE and I-TYPE (also with L and U, or E "
         f"and S), or O and plain types throughout.{hint}"
@@ -210,8 +236,8 @@ def _lists(values: pa.Array | pa.ChunkedArray, places: pa.Array) -> pa.ListArray
     return pa.ListArray.from_arrays(places, values)
 
 
-def _batches_of_texts(raw: RawTable, text: str, label: str | None) -> Iterator[pa.RecordBatch]:
-    """Split texts into words, cut where a span begins or ends."""
+def _batches_of_texts(raw: RawTable, text: str, label: str | None, cut: list[bool]) -> Iterator[pa.RecordBatch]:
+    """Split texts into words, cut where a span begins or ends; `cut` says of each span whether it is inside a word."""
     kind = raw.table[label].type if label is not None else None
     if kind is not None and not (
         is_list(kind) and (pa.types.is_struct(kind.value_type) or pa.types.is_null(kind.value_type))
@@ -222,7 +248,7 @@ def _batches_of_texts(raw: RawTable, text: str, label: str | None) -> Iterator[p
     for batch in raw.table.select(wanted).to_batches(_ROWS):
         found = []
         for values in batch.to_pylist():
-            found.append(_words_of(raw, row, values, text, label))
+            found.append(_words_of(raw, row, values, text, label, cut))
             row += 1
         names = ("starts", "ends", "tags")[: 2 if label is None else 3]
         places = pa.array(np.cumsum([0, *(len(starts) for starts, _, _ in found)]), pa.int32())
@@ -233,7 +259,7 @@ def _batches_of_texts(raw: RawTable, text: str, label: str | None) -> Iterator[p
 
 
 def _words_of(
-    raw: RawTable, row: int, values: dict[str, object], text: str, label: str | None
+    raw: RawTable, row: int, values: dict[str, object], text: str, label: str | None, cut: list[bool]
 ) -> tuple[Sequence[int], Sequence[int], Sequence[str]]:
     given, spans = values[text], values[label] if label is not None else []
     if not isinstance(given, str) or not given.strip():
@@ -242,4 +268,8 @@ def _words_of(
         raise DataError(
             f"{raw.where(row)}: no list of spans in column {label!r}; an empty list says that there are none"
         )
-    return tags_from_spans(given, spans, raw.where(row)) if label is not None else (*split_words(given), [])
+    if label is None:
+        return *split_words(given), []
+    checked = check_spans(spans, len(given), raw.where(row))
+    cut += [cuts_word(given, span) for span in checked]
+    return tags_from_spans(given, checked, raw.where(row))

@@ -141,7 +141,8 @@ def _open(source: str | Path, to: str | Path) -> Iterator[BinaryIO]:
 def _text_of(row: Row, reader: RowReader) -> str:
     """Give the text of a row; what cannot be read may hold anything."""
     if not isinstance(row.text, str):
-        raise DataError(f"{reader.name}: {row.error}. Nothing is passed on unread: correct the row, or remove it.")
+        fault = str(row.error).rstrip(".")
+        raise DataError(f"{reader.name}: {fault}. Nothing is passed on unread: correct the row, or remove it.")
     return row.text
 
 

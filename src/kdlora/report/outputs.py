@@ -374,6 +374,7 @@ def _quote(example: ExampleText, spans: dict[str, list[Span]], identity: str) ->
     apart = set(spans["teacher"]) ^ set(spans["student"])
     low = max(0, min((span.start for span in apart), default=0) - _BEFORE) if len(example.text) > _LONGEST_MARKED else 0
     high = min(len(example.text), low + _LONGEST_MARKED)
+    spans = {side: [one for one in own if one.end > low and one.start < high] for side, own in spans.items()}
     facts = {
         side: ", ".join(f"{example.text[one.start : one.end]} ({one.type})" for one in own) or "none"
         for side, own in spans.items()
@@ -387,11 +388,10 @@ def _parts(text: str, spans: Sequence[Span], low: int, high: int) -> tuple[tuple
     """Cut a stretch of a text into pieces, each with its type or none."""
     parts, place = [("… ", "")] if low else [], low
     for span in spans:
-        if span.end > low and span.start < high:
-            parts += [
-                (text[place : max(low, span.start)], ""),
-                (text[max(low, span.start) : min(high, span.end)], span.type),
-            ]
-            place = min(high, span.end)
+        parts += [
+            (text[place : max(low, span.start)], ""),
+            (text[max(low, span.start) : min(high, span.end)], span.type),
+        ]
+        place = min(high, span.end)
     parts += [(text[place:high], ""), (" …" if high < len(text) else "", "")]
     return tuple(part for part in parts if part[0])

@@ -234,7 +234,7 @@ def _tiles(experiment: Experiment, comparisons: Sequence[Comparison], href: str)
         one, whole = (cost.mean(experiment.finished(name)) for name in (arm, taught_by))
         if one is not None:
             less = "fewer" if cost is PARAMETERS else "less"
-            detail = f"{change(whole, one, less)} than the teacher’s {cost.write(whole)}" if whole else ""
+            detail = f"{change(whole, one, less)} the teacher’s {cost.write(whole)}" if whole else ""
             tiles.append(Tile(label, cost.write(one), detail or "no teacher to compare with", href))
     if (found := find_gain(comparisons)) is not None:
         detail = found.reason if found.difference is None else span(found.difference)

@@ -144,7 +144,9 @@ duration = partial(_scaled, ((90, 1, ".1f", "\u00a0s"), (5400, 60, ".1f", "\u00a
 def change(before: float, after: float, less: str = "less") -> str:
     """Say how much smaller or larger one amount is than another; countable things are "fewer"."""
     share = 100 * (after / before - 1)
-    return f"{abs(share):.0f}% {less if share < 0 else 'more'}"
+    if round(share) == 0:
+        return f"about as {'many' if less == 'fewer' else 'much'} as"
+    return f"{abs(share):.0f}% {less if share < 0 else 'more'} than"
 
 
 def times(larger: float, smaller: float) -> str:

@@ -19,7 +19,9 @@ from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions, write_predictions
 from kdlora.evidence.records import read_record
+from kdlora.report.collect import load_experiment
 from kdlora.report.report import Report, make_report
+from kdlora.report.tables import arm_table
 from kdlora.system.integrity import seal
 
 HOSTILE = (
@@ -214,6 +216,20 @@ def test_the_test_split_takes_the_headline(reviews, tmp_path):
     assert "Scores are on the test split" in report.html
     assert "| 200 |" in report.markdown  # the differences are drawn from the 200 test rows
     assert "There is no test split" in reviews[1].html
+
+
+def test_a_teacher_that_was_never_scored_hides_no_test_split(tmp_path):
+    """A table of training rows made the report deny the test file, and call a file lost that nothing had written."""
+    layout = make_experiment(tmp_path / "reviews", arms=("kd-lora", "fft", "student-lora"), seeds=(0,), test_split=True)
+    layout.run("fft", 0).predictions.unlink()
+    edit_record(layout.run("fft", 0).record, score=None, test_score=None, files={})
+    report = _report(layout.root)
+    assert "accuracy on test, one seed; its teacher’s own score is not available" in _opening(report)
+    assert "is missing" not in report.markdown
+    records = [run.record for run in load_experiment(layout.root).runs]
+    assert "on the test split" in arm_table(records).caption
+    records[1].test_score = None  # one rule: no headline in the terminal that is not the report's
+    assert "on the validation split" in arm_table(records).caption
 
 
 @pytest.mark.parametrize("plan", ['{"duplicates": {"train and test": 7, "train and validation": 9}}', "{}", "[", None])

@@ -11,6 +11,7 @@ from kdlora.data.tasks import Task
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import ExampleText, Predictions, write_examples, write_predictions
 from kdlora.evidence.records import ExperimentLayout, Latency, RunRecord, read_record, write_record, write_results
+from kdlora.system.integrity import hash_files
 from kdlora.system.storage import write_json_atomic
 
 BINARY = Task("single-label", ("text",), ("label",), ("negative", "positive"), ("accuracy",))
@@ -150,6 +151,7 @@ def make_experiment(
                 ids = tuple(map(str, range(rows)))
                 found = Predictions(ids, splits, logits, task.label_names, labels, groups, offsets)
                 write_predictions(place.predictions, found)
+                record = record.model_copy(update={"files": hash_files(layout.root, [place.predictions])})
                 if test_split:
                     record = record.model_copy(update={"test_score": record.score, "test_metrics": metrics})
             write_record(place.record, record)

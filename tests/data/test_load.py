@@ -160,6 +160,31 @@ def test_label_names_set_the_order_and_name_codes(csv_file, values: list) -> Non
 
 
 @pytest.mark.parametrize(
+    ("trained", "given", "expected", "said"),
+    [
+        (["1.0", "2.0", "3.0"], [1, 2, 3], [0, 1, 2], ""),
+        (["0", "1"], ["1.0", "0.00"], [1, 0], ""),
+        (["1.0", "2.0"], [0, 1], None, "the label '0' ('label') is not among the labels '1.0', '2.0'"),
+        (["1.1", "1.10"], ["1.100"], None, "row 1: the label '1.100'"),  # sections of a text are no numbers
+        (["real", "fake"], [1, 0], [1, 0], "b.csv: labels were read as positions: 0 = fake, 1 = real."),
+        (["no", "yes"], ["True", "False"], [1, 0], "positions: False = no, True = yes."),
+        (["good", "Good", "bad"], None, None, "a.csv: the labels 'Good', 'good' (label) differ only in case"),
+        (["good", "bad", "good "], None, None, "the labels 'good', 'good ' (label) differ only in"),
+    ],
+)
+def test_labels_of_another_spelling(csv_file, trained: list, given: list | None, expected, said: str) -> None:
+    """A test file scored by other labels than it has; or two spellings of one, which fail after the teacher's hours."""
+    path = csv_file("a.csv", text=TEXTS[:18], label=(trained * 9)[:18])
+    other = {} if given is None else {"test": csv_file("b.csv", text=TEXTS[: len(given)], label=given)}
+    if expected is None:
+        assert said in refused({"kind": "single-label"}, train=path, **other)
+        return
+    splits = load({"kind": "single-label"}, train=path, **other)
+    assert labels(splits.test) == expected
+    assert [note.endswith(said) for note in splits.notes if "positions" in note] == [True] * bool(said)
+
+
+@pytest.mark.parametrize(
     ("values", "names"), [([["b"], ["a", "b"], []], ("a", "b")), ([[0, 1], [1, 1], [0, 0]], ("0", "1"))]
 )
 def test_multi_label_lists(tmp_path: Path, values: list, names: tuple[str, ...]) -> None:

@@ -78,13 +78,15 @@ def test_an_explicit_length_stays_and_the_share_that_it_cuts_is_told(workshop, t
     assert plan.lengths["student"].cut > 0.5
     assert "8 tokens" in dict(plan.lines())["max_length"]
 
-    # A test text that was trained on is no test; a pair differs from another with the same first text.
+    # A test text that was trained on is no test; a pair differs from another with the same first text; nothing learns
+    # a text that has two labels.
     rows = [{"text": text, "more": more, "label": label} for text, more, label in ("axc", "ayd", "bxc")]
     other = write_csv(tmp_path / "other.csv", [*rows[:2], {"text": "n", "more": "x", "label": "c"}])
     data = {"train": str(write_csv(tmp_path / "train.csv", rows)), "validation": str(other)}
-    for text, found in ((["text"], (1, 1, 2)), (["text", "more"], (0, 0, 2))):
+    for text, found in ((["text"], (1, 1, 2, 1)), (["text", "more"], (0, 0, 2, 0))):
         plan = plan_experiment(workshop.config({"data": data, "task": {"text": text, "label": "label"}}))
-        assert plan.duplicates == dict(zip(("train", "validation", "train and validation"), found, strict=True))
+        names = ("train", "validation", "train and validation", "train with another label")
+        assert plan.duplicates == dict(zip(names, found, strict=True))
         assert plan.labels == {"c": 2, "d": 1}
 
 

@@ -1,5 +1,7 @@
 """What a config means: which runs in which order, and what it leaves open settled by rows and widths."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -97,6 +99,9 @@ def test_a_class_that_the_teacher_never_gets_right_is_named():
     logits = np.tile(np.array([1.0, 0.0], np.float32), (8, 1))
     seen = Predictions(tuple("abcdefgh"), ("validation",) * 8, logits, task.label_names, np.array([0] * 5 + [1] * 3))
     assert unknown_classes(task, seen) == ["rare"]
+    for rows, unknown in ((3, ["rare"]), (2, [])):
+        several = replace(seen, labels=np.array([[1, 1]] * rows + [[1, 0]] * (8 - rows), np.float32))
+        assert unknown_classes(replace(task, kind="multi-label"), several) == unknown
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions, write_predictions
 from kdlora.evidence.records import read_record
+from kdlora.report.collect import load_experiment
 from kdlora.report.report import Report, make_report
+from kdlora.report.tables import arm_table
 from kdlora.system.integrity import seal
 
 HOSTILE = (
@@ -216,6 +218,20 @@ def test_the_test_split_takes_the_headline(reviews, tmp_path):
     assert "There is no test split" in reviews[1].html
 
 
+def test_a_teacher_that_was_never_scored_hides_no_test_split(tmp_path):
+    """A table of training rows made the report deny the test file, and call a file lost that nothing had written."""
+    layout = make_experiment(tmp_path / "reviews", arms=("kd-lora", "fft", "student-lora"), seeds=(0,), test_split=True)
+    layout.run("fft", 0).predictions.unlink()
+    edit_record(layout.run("fft", 0).record, score=None, test_score=None, files={})
+    report = _report(layout.root)
+    assert "accuracy on test, one seed; its teacher’s own score is not available" in _opening(report)
+    assert "is missing" not in report.markdown
+    records = [run.record for run in load_experiment(layout.root).runs]
+    assert "on the test split" in arm_table(records).caption
+    records[1].test_score = None  # one rule: no headline in the terminal that is not the report's
+    assert "on the validation split" in arm_table(records).caption
+
+
 @pytest.mark.parametrize("plan", ['{"duplicates": {"train and test": 7, "train and validation": 9}}', "{}", "[", None])
 def test_training_texts_among_those_of_the_headline_are_told(tmp_path, plan):
     """Who is only shown the report believes a score on texts that the model has learnt."""
@@ -381,8 +397,30 @@ def test_a_student_that_always_says_the_same_is_named(reviews, tmp_path):
     logits = np.tile(np.arange(2, dtype=np.float32), (400, 1))
     write_predictions(path, replace(read_predictions(path), logits=logits))
     text = _plain(_report(layout.root).html)
-    assert "KD-LoRA (seed 1) predicts the same for every example: it has learnt nothing. Accuracy does not see" in text
-    assert "predicts the same for every example" not in reviews[1].html
+    told = (
+        "KD-LoRA (seed 1) predicts the same for every validation example: it has learnt little or nothing. Accuracy do"
+    )
+    assert told in text
+    assert "predicts the same" not in reviews[1].html
+    # Of what ships, that it was chosen by one answer to every row of validation.
+    layout = make_experiment(tmp_path / "tested", test_split=True)
+    for seed in range(3):
+        kept = read_predictions(path := layout.run("kd-lora", seed).predictions)
+        kept.logits[np.array(kept.split) == "validation"] = [0, 1]
+        write_predictions(path, kept)
+    found = load_experiment(layout.root).choice
+    warned = [line for line in _report(layout.root).markdown.splitlines() if "predicts the same" in line]
+    assert len(warned) == 1
+    assert f"(seed {found.seed}) predicts the same for every validation example" in warned[0]
+
+
+def test_models_of_one_size_save_nothing(tmp_path):
+    """The jitter of a machine was told as what the student is worth: "0% fewer parameters and 23% less time"."""
+    layout = make_experiment(tmp_path / "e", arms=("fft", "student-lora"))
+    for total, told in ((109_500_000, ""), (109_400_000, " with 49% less time per text")):
+        for seed in range(3):
+            edit_record(layout.run("student-lora", seed).record, total_parameters=total)
+        assert f"accuracy on validation, 3 seeds){told}. No distilled student" in _opening(_report(layout.root))
 
 
 @pytest.mark.drawn

@@ -68,7 +68,7 @@ class Reading:
             )
         if self.task.kind == "tokens":
             return self._words(raw, columns)
-        return _to_canonical(raw, columns, self.task, f"{group}-" if group else "")
+        return _to_canonical(raw, columns, self.task, f"{group}-" if group else "", self.notes)
 
     def _words(self, raw: RawTable, columns: Columns) -> Dataset:
         """Read texts and their words; the first source that has tags, the training rows, gives the types."""
@@ -139,13 +139,13 @@ def _corrupt_rows(raw: RawTable, columns: Columns) -> pa.ChunkedArray:
     return corrupt
 
 
-def _to_canonical(raw: RawTable, columns: Columns, task: Task, prefix: str) -> Dataset:
+def _to_canonical(raw: RawTable, columns: Columns, task: Task, prefix: str, notes: list[str]) -> Dataset:
     """Check every row and bring the columns into the shape that other packages expect; texts stay where they are."""
     arrays = {"id": _ids(raw, columns.id, prefix)}
     for name, column in zip(("text", "text_pair"), columns.text, strict=False):
         arrays[name] = _texts(raw, column)
     if columns.label:
-        labels = pa.table({"label": encode_labels(raw, columns.label, task)})
+        labels = pa.table({"label": encode_labels(raw, columns.label, task, notes)})
         arrays["label"] = spool(iter(labels.to_batches(_ROWS)), raw.source)["label"]
     return make_dataset(pa.table(arrays))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -33,12 +34,14 @@ MOST_NAMES = 1000
 """So many distinct names are still taken for classes; short files allow fewer."""
 INTEGER = r"^[+-]?[0-9]+$"
 DECIMAL = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
+WHOLE = r"^([+-]?[0-9]+)\.0*$"
+"""A whole number that is written as a decimal; without its decimals it is the same label."""
 _LIST_VALUES = 1 << 30  # offsets of an Arrow list are 32-bit
 
 
-def encode_labels(raw: RawTable, columns: Sequence[str], task: Task) -> pa.Array | pa.ChunkedArray:
+def encode_labels(raw: RawTable, columns: Sequence[str], task: Task, notes: list[str]) -> pa.Array | pa.ChunkedArray:
     if task.kind == "single-label":
-        return _codes(raw, columns[0], task.label_names)
+        return _codes(raw, columns[0], task, notes)
     if task.kind == "regression":
         return _numbers(raw, columns[0])
     if len(columns) > 1:
@@ -132,18 +135,33 @@ def _refuse_unknown(where: str, found: Any, column: str, names: Sequence[str]) -
     )
 
 
-def _codes(raw: RawTable, column: str, names: tuple[str, ...]) -> pa.ChunkedArray:
-    strings = label_strings(raw, column)
+def _codes(raw: RawTable, column: str, task: Task, notes: list[str]) -> pa.ChunkedArray:
+    strings, names = label_strings(raw, column), pa.array(task.label_names)
     refuse_missing(raw, column, pc.is_null(strings))
-    codes = pc.index_in(strings, pa.array(names))
-    if not any(name.lstrip("+-").isdigit() for name in names):
-        # 0, 1 ... (or true and false) are taken as positions in the list of label names
-        for others in ([str(code) for code in range(len(names))], ["False", "True"][: 2 * (len(names) == 2)]):
-            if codes.null_count == len(codes):
-                codes = pc.index_in(strings, pa.array(others, pa.string()))
+    codes = pc.index_in(strings, names)
+    if codes.null_count and pc.any(pc.match_substring_regex(names, DECIMAL)).as_py():
+        bare, known = (pc.replace_substring_regex(one, WHOLE, r"\1") for one in (strings, names))
+        codes = pc.coalesce(codes, pc.index_in(bare, known))
+    elif codes.null_count == len(codes):
+        codes = _positions(raw, strings, task, notes)
     if (position := first_true(pc.is_null(codes))) is not None:
-        _refuse_unknown(raw.where(position), strings[position].as_py(), column, names)
+        _refuse_unknown(raw.where(position), strings[position].as_py(), column, task.label_names)
     return codes.cast(pa.int64())
+
+
+def _positions(raw: RawTable, strings: pa.ChunkedArray, task: Task, notes: list[str]) -> pa.ChunkedArray:
+    """Take 0, 1 ... (or true and false) as positions in the list of label names, and say so."""
+    names = task.label_names
+    for others in ([str(code) for code in range(len(names))], ["False", "True"][: 2 * (len(names) == 2)]):
+        codes = pc.index_in(strings, pa.array(others, pa.string()))
+        if codes.null_count < len(codes):
+            if not task.name:  # GLUE's files hold codes
+                meant = ", ".join(f"{code} = {name}" for code, name in list(zip(others, names, strict=True))[:10])
+                notes.append(
+                    f"{raw.source}: labels were read as positions: {meant}{' ...' if len(names) > 10 else ''}."
+                )
+            break
+    return codes
 
 
 def _numbers(raw: RawTable, column: str) -> pa.Array:
@@ -260,6 +278,8 @@ def infer_task(
             f"{raw.source}: the label column {label[0]!r} holds one class only ({', '.join(names)}); a classifier "
             "needs two or more. Check the file, or task.label"
         )
+    if kind != "regression":
+        _refuse_spellings(raw, label, names)
     notes = []
     if config.kind == "auto":
         notes.append(f"The kind of task, {kind}, was inferred from the labels in {raw.source} ({', '.join(label)}).")
@@ -267,6 +287,17 @@ def infer_task(
         shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
         notes.append(f"The {len(names)} label names and their order were taken from the data: {shown}.")
     return Task(kind, text, label, names, DEFAULT_METRICS[kind]), notes
+
+
+def _refuse_spellings(raw: RawTable, label: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse labels that cannot be told from another model's, which are matched by name without case and spaces."""
+    keys = [name.strip().casefold() for name in names]
+    counts = Counter(keys)
+    if alike := [repr(name) for key, name in sorted(zip(keys, names, strict=True)) if counts[key] > 1]:
+        raise DataError(
+            f"{raw.source}: the labels {', '.join(alike[:10])} ({', '.join(label)}) differ only in case or in spaces "
+            "around them; write each label in one way, in the data and in task.label_names where that is set"
+        )
 
 
 def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:

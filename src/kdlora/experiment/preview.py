@@ -61,7 +61,7 @@ class ExperimentPlan:
     copies: int
     labels: dict[str, int]  # training rows per label, or entities per type; empty for a regression
     lengths: dict[str, TextLengths]  # for `teacher` and `student`, where such a model is used
-    duplicates: dict[str, int]  # texts that were there before, in a split (`train`) and across two (`train and test`)
+    duplicates: dict[str, int]  # texts that were there before: in a split, across two, in training with another class
     trainings: tuple[PlannedTraining, ...]  # what is left, in its order
     hours: float  # all of it, an estimate from a few forward passes on this machine
     notes: tuple[str, ...] = ()  # what was inferred, dropped or drawn, in plain sentences
@@ -218,7 +218,10 @@ def count_labels(task: Task, rows: Dataset) -> dict[str, int]:
 
 
 def count_duplicates(parts: Mapping[str, Dataset]) -> dict[str, int]:
-    """Count the rows whose text, or pair of texts, was there before: in the same split, or in an earlier one."""
+    """Count the rows whose text, or pair of texts, was there before: in the same split, or in an earlier one.
+
+    Those of training that gave their text one more class are counted on their own.
+    """
     keys = {name: _text_keys(rows) for name, rows in parts.items()}
     unique = {name: pc.unique(column) for name, column in keys.items()}
     found = {name: len(keys[name]) - len(unique[name]) for name in parts}
@@ -227,6 +230,10 @@ def count_duplicates(parts: Mapping[str, Dataset]) -> dict[str, int]:
         for second in names[place + 1 :]:
             shared = pc.is_in(keys[second], value_set=unique[first])
             found[f"{first} and {second}"] = int(pc.sum(shared).as_py() or 0)
+    classes, texts = read_column(parts["train"], "label"), unique["train"]
+    if pa.types.is_integer(classes.type):
+        told = pa.table({"text": pc.index_in(keys["train"], value_set=texts), "class": classes})
+        found["train with another label"] = told.group_by(["text", "class"]).aggregate([]).num_rows - len(texts)
     return found
 
 

@@ -31,7 +31,7 @@ from kdlora.distil.logits import TeacherLogits
 from kdlora.distil.precision import resolve_device
 from kdlora.errors import ArtifactError, DataError
 from kdlora.evidence.defer import shift_logits
-from kdlora.evidence.metrics import compute_metrics, score
+from kdlora.evidence.metrics import compute_metrics, predict_labels, score
 from kdlora.evidence.predictions import Predictions, read_predictions, write_predictions
 from kdlora.evidence.ranking import counts_from_logits
 from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
@@ -295,11 +295,13 @@ def unknown_classes(task: Task, predictions: Predictions) -> list[str]:
         counts = counts_from_logits(task.label_names, seen.logits, seen.labels, seen.offsets).sum(axis=0)
         found = zip(task.label_types, counts.tolist(), strict=True)
         return [name for name, (right, _, wanted) in found if wanted >= _FEWEST_ROWS and not right]
-    if task.kind != "single-label":
+    if task.kind == "regression":
         return []
-    labels = np.asarray(seen.labels, dtype=np.int64)
-    right = labels[seen.logits.argmax(axis=1) == labels]
-    rows, known = (np.bincount(part, minlength=task.num_labels) for part in (labels, right))
+    labels, said = np.asarray(seen.labels, dtype=np.int64), predict_labels(task, seen.logits)
+    if task.kind == "multi-label":
+        rows, known = labels.sum(axis=0), (labels & said).sum(axis=0)
+    else:
+        rows, known = (np.bincount(part, minlength=task.num_labels) for part in (labels, labels[said == labels]))
     return [name for place, name in enumerate(task.label_names) if rows[place] >= _FEWEST_ROWS and not known[place]]
 
 

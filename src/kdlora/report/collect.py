@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,9 +52,7 @@ class Experiment:
 
     @cached_property
     def split(self) -> str:
-        """The split of the headline: test where every finished run has it, else validation."""
-        finished = [run for run in self.runs if run.record.status == "finished"]
-        return "test" if finished and all(run.record.test_score is not None for run in finished) else "validation"
+        return headline_split(run.record for run in self.runs)
 
     def finished(self, arm: str) -> tuple[Run, ...]:
         own = (run for run in self.runs if run.record.arm == arm and run.record.status == "finished")
@@ -113,6 +112,13 @@ class Experiment:
             return {}
 
 
+def headline_split(records: Iterable[RunRecord]) -> str:
+    """Choose the split of the headline: test where every finished run with a score has it, else validation."""
+    finished = [one for one in records if one.status == "finished"]
+    scored = [one for one in finished if one.score is not None or one.test_score is not None]
+    return "test" if scored and all(one.test_score is not None for one in scored) else "validation"
+
+
 def load_experiment(folder: Path) -> Experiment:
     layout = ExperimentLayout(folder)
     order: dict[str, int] = {arm: place for place, arm in enumerate(ARMS)}
@@ -134,8 +140,9 @@ def load_experiment(folder: Path) -> Experiment:
 
 
 def load_run(record: RunRecord, place: RunLayout) -> tuple[Run, tuple[str, ...]]:
-    """Read a run's predictions too, and say what could not be read."""
-    if record.status != "finished":
+    """Read a run's predictions too, where it made any, and say what could not be read."""
+    kept = place.predictions.exists() or any(path.endswith(place.predictions.name) for path in record.files)
+    if record.status != "finished" or not kept:
         return Run(record, place.record, None), ()
     try:
         predictions = read_predictions(place.predictions)

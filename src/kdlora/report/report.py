@@ -196,22 +196,29 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         facts["kept"] = retention(experiment, arm, taught_by)
         title = next((model_title(run.record.model) for run in experiment.finished(taught_by)), "")
         facts["teacher_model"] = f"{title} (LoRA)" if title and taught_by == "lora" else title
-        costs = ((PARAMETERS, "fewer", "parameters"), (TIME, "less", "time per text"))
-        facts["savings"] = [(saving(experiment, cost, arm=arm, than=taught_by), *words) for cost, *words in costs]
+        fewer, less = (saving(experiment, cost, arm=arm, than=taught_by) for cost in (PARAMETERS, TIME))
+        less = None if fewer == 0 else less  # the times of models of one size differ by chance
+        told = ((fewer, "fewer", "parameters"), (less, "less", "time per text"))
+        facts["savings"] = [one for one in told if one[0] and round(one[0])]
     return facts
 
 
-def _constant_seeds(experiment: Experiment) -> list[str]:
-    """List the seeds whose shipped arm says the same of every example, which accuracy alone can hide."""
-    if experiment.student_arm is None or experiment.task.kind == "multi-label":
-        return []
-    seeds = []
-    for run in experiment.finished(experiment.student_arm):
-        if run.predictions is None:
-            continue
-        found = run.predictions.only(experiment.split)
-        if len(found.logits) > 1 and np.ptp(predict_labels(experiment.task, found.logits, found.offsets)) == 0:
-            seeds.append(str(run.record.seed))
+def _constant_seeds(experiment: Experiment) -> dict[str, list[str]]:
+    """List by split the seeds whose shipped arm says the same of every example, which accuracy alone can hide.
+
+    What ships is seen on validation too, which chose it.
+    """
+    seeds: dict[str, list[str]] = {}
+    if (choice := experiment.choice) is None or experiment.task.kind == "multi-label":
+        return seeds
+    for run in experiment.finished(choice.arm):
+        for split in (experiment.split, "validation")[: 1 + (run.record.seed == choice.seed)]:
+            found = None if run.predictions is None else run.predictions.only(split)
+            if found is None or len(found.logits) < 2:
+                continue
+            if np.ptp(predict_labels(experiment.task, found.logits, found.offsets)) == 0:
+                seeds.setdefault(split, []).append(str(run.record.seed))
+                break
     return seeds
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from kdlora.config import ARMS as ALL_ARMS
 from kdlora.evidence.records import RunRecord
 from kdlora.evidence.stats import MeanSd, mean_sd
-from kdlora.report.collect import Experiment, Run
+from kdlora.report.collect import Experiment, Run, headline_split
 from kdlora.report.findings import Comparison, retention
 from kdlora.report.page import Cell, Figure, Link, Row, Table, strong
 from kdlora.report.paper import ARMS, CLAIMS, COSTS, FAMILY_TITLES, Claim, family_of, published_scores
@@ -276,7 +276,7 @@ def difference_table(comparisons: Sequence[Comparison], links: Links) -> Table:
 
 
 def arm_table(records: Sequence[RunRecord]) -> Table:
-    split = "test" if any(record.test_score is not None for record in records) else "validation"
+    split = headline_split(records)
     arms: dict[str, list[Run]] = {arm: [] for arm in ALL_ARMS if any(record.arm == arm for record in records)}
     for record in records:
         if record.status == "finished":

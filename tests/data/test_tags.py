@@ -187,6 +187,7 @@ def test_conll_with_odd_white_space_comments_and_words_that_look_like_these(read
     text = "# id 7 x domain=x\na _ _ O\n\n# text = He flew a B-52\n# NN _ ART\nb _ _ O\n\n# 12\n# it flew a B-52\n"
     found, _ = read("a.conll", f"#begin document (x);\n{text}# _ _ PER\n\n#end document\n\nc _ _ O")
     assert found == ["a/O", "#/B-ART b/O", "#/B-PER", "c/O"]
+    assert read("a.conll", "# sent1\na B-PER\n\n# B-ART\nb O")[0] == ["a/B-PER", "#/B-ART b/O"]
 
 
 def test_numbers_and_languages_are_not_the_words(read):

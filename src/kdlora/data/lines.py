@@ -171,15 +171,13 @@ def _without_numbers(rows: Iterator[Numbered], second: str) -> Iterator[Numbered
 
 
 def _is_between(line: str, fields: Sequence[str] = (), width: int = 0) -> bool:
-    """Whether a line stands between sentences: empty, the mark of a document, or a comment, not `#` as a word."""
+    """Whether a line stands between sentences: empty, the mark of a document, or a comment, not `#` with its tag."""
     if not line.strip() or line.startswith(("-DOCSTART-", "#begin document", "#end document")):
         return True
-    if not line.startswith("# ") or _KEY.match(line):
+    if not line.startswith("# ") or _KEY.match(line) or len(fields) != width:
         return line.startswith("# ")
     last = line.split()[-1]
-    if len(fields) != width or last == OUTSIDE or last in parse_tags([last]):
-        return len(fields) != width
-    return fields[:1] != ["#"] or last.isdigit() or "=" in last
+    return last != OUTSIDE and last not in parse_tags([last]) and (width <= 2 or "=" in last)
 
 
 def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pattern[str]) -> Iterator[Numbered]:

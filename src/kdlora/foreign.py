@@ -72,22 +72,28 @@ def check_types(values: Mapping[str, Any], checks: Mapping[str, Check], where: P
             raise ModelError(f"{where}: {key} must be {words}, got {values[key]!r:.60}")
 
 
+_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack")
+
+
 def is_plain_name(name: object) -> bool:
     """Say whether a name from a file stays in its folder: no separator, no `..`, no drive, nothing that is no name."""
     return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\:\0")
 
 
+def leads_out(path: Path) -> bool:
+    """Say whether a file of a folder lies elsewhere; the Hub's cache links to `blobs` beside `snapshots`."""
+    here, real = path.parent.resolve(), Path(os.path.realpath(path))  # `resolve` fails at a link to itself
+    blobs = [parent.parent / "blobs" for parent in (here, *here.parents) if parent.name == "snapshots"]
+    return not any(real.is_relative_to(place) for place in (here, *blobs))
+
+
 def refuse_links_out(folder: Path) -> None:
     """See that nothing in a model's folder lies elsewhere: a student, an export or a page would carry its content on.
 
-    The Hub's cache consists of links, to `blobs` beside `snapshots`. Weights may lie elsewhere: nothing else is read as
-    safetensors.
+    Weights may: nothing else can be read as such.
     """
-    here = folder.resolve()
-    blobs = [parent.parent / "blobs" for parent in (here, *here.parents) if parent.name == "snapshots"]
     for path in sorted(folder.iterdir()):
-        real = Path(os.path.realpath(path))  # `resolve` fails at a link to itself
-        if path.suffix != ".safetensors" and not any(real.is_relative_to(place) for place in (here, *blobs)):
+        if path.suffix not in _WEIGHTS and leads_out(path):
             raise ModelError(f"{path} is a link out of its folder; put what it names in its place if it is meant")
 
 

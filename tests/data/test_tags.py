@@ -184,7 +184,7 @@ def test_conll_with_odd_white_space_comments_and_words_that_look_like_these(read
     assert found == ["#/O É/B-LOC", "a b/O", "-/O"]
     assert notes == ["FILE: 2 words of white space alone were left out."]
 
-    text = "# id 7 x domain=x\na _ _ O\n\n# text = He flew a B-52\n# NN _ ART\nb _ _ O\n\n# 12\n# it flew a B-52\n"
+    text = "# id 7 x domain=x\na _ _ O\n\n# text = He flew a B-52\n# NN _ ART\nb _ _ O\n\n# 12\n# page no 3\n# a B-52\n"
     found, _ = read("a.conll", f"#begin document (x);\n{text}# _ _ PER\n\n#end document\n\nc _ _ O")
     assert found == ["a/O", "#/B-ART b/O", "#/B-PER", "c/O"]
     assert read("a.conll", "# sent1\na B-PER\n\n# B-ART\nb O")[0] == ["a/B-PER", "#/B-ART b/O"]
@@ -198,6 +198,9 @@ def test_numbers_and_languages_are_not_the_words(read):
     assert read("a.conll", text, text="3")[0] == ["ADA/B-PER _/O", "OSLO/B-LOC"]
     with pytest.raises(DataError, match=r"a.conll, line 61: the first column counts words elsewhere"):
         read("a.conll", "1 a O\n2 b O\n\n" * 20 + "a x O\n")
+    with pytest.raises(DataError, match=r"a.conll, line 61: the first column counts words elsewhere"):
+        read("a.conll", "1 a O\n2 b O\n\n" * 20 + "1-2 x O\n")
+    assert read("a.conll", "1 a O\n2 b O\n\n" * 20 + "3 x O\n")[0][-1] == "x/O"
     text = "en:Ada\tB-PER\nen::\tO\n"
     assert read("a.conll", text) == (["Ada/B-PER :/O"], ["FILE: every word begins with 'en:', which was left out."])
     assert read("a.conll", f"{text}de:x\tO\n") == (["en:Ada/B-PER en::/O de:x/O"], [])

@@ -27,6 +27,7 @@ NUMBERS = "conll:number"
 """The first column of a CoNLL file, where it counts the words of each sentence."""
 _LOOKED_AT = 10
 """Sentences whose first column says whether it counts."""
+_NO_WORD = re.compile(r"\d+[-.]\d+")
 _KEY = re.compile(r"# [\w.:-]+ ?=")
 Format = Literal["csv", "tsv", "jsonl", "parquet", "text", "conll"]
 FORMATS: dict[str, Format] = {
@@ -153,7 +154,7 @@ def _read_conll(lines: _Lines, name: str) -> tuple[Sequence[str], Iterator[Numbe
 
 def _count(numbers: Sequence[str]) -> bool:
     """Whether a column counts the words; `3-4` and `8.1` of CoNLL-U are none."""
-    words = [number for number in numbers if not re.fullmatch(r"\d+[-.]\d+", number)]
+    words = [number for number in numbers if not _NO_WORD.fullmatch(number)]
     return words == [str(number) for number in range(1, len(words) + 1)]
 
 
@@ -162,8 +163,9 @@ def _without_numbers(rows: Iterator[Numbered], second: str) -> Iterator[Numbered
     for place, row in rows:
         if isinstance(row, str):
             yield place, row
-        elif _count(row["words"]):
-            words = [number.isdigit() for number in row["words"]]
+            continue
+        words = [number.isdigit() for number in row["words"]]
+        if any(words) and all(is_word or _NO_WORD.fullmatch(n) for is_word, n in zip(words, row["words"], strict=True)):
             kept = {name: list(compress(values, words)) for name, values in row.items()}
             yield place, kept | {"words": kept[second], NUMBERS: kept["words"]}
         else:
@@ -177,7 +179,7 @@ def _is_between(line: str, fields: Sequence[str] = (), width: int = 0) -> bool:
     if not line.startswith("# ") or _KEY.match(line) or len(fields) != width:
         return line.startswith("# ")
     last = line.split()[-1]
-    return last != OUTSIDE and last not in parse_tags([last]) and (width <= 2 or "=" in last)
+    return last != OUTSIDE and last not in parse_tags([last]) and (width <= 2 or "=" in last or last.isdigit())
 
 
 def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pattern[str]) -> Iterator[Numbered]:

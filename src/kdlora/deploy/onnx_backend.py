@@ -17,7 +17,7 @@ import numpy as np
 from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TOKENIZER, ModelFolder
 from kdlora.errors import ArtifactError, ModelError, first_line
 from kdlora.extras import extras_named
-from kdlora.foreign import is_plain_name
+from kdlora.foreign import is_plain_name, leads_out
 from kdlora.models.settings import TOKENIZER_CONFIG
 from kdlora.system.integrity import is_sealed_or_old
 
@@ -128,6 +128,8 @@ def _beside(file: Path, name: str) -> Path:
         raise ArtifactError(f"{file}: its weights lie in {name!r:.80}; expected a file in the same folder")
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file; {file.name} has its weights there. Copy both")
+    if leads_out(path):
+        raise ArtifactError(f"{path} is a link out of its folder; put what it names in its place if it is meant")
     return path.resolve()
 
 

@@ -108,11 +108,7 @@ def train_model(
     processes, device = current_processes(), resolve_device(options.device)
     precision, _ = settle_precision(options.precision, options.device, options.folder / "precision.json")
     options = dataclasses.replace(options, precision=processes.first_says(precision))  # `auto` is timed: one answer
-    scale = TargetScale.of(labelled_values(train.dataset)) if task.kind == "regression" else None
-    weights = class_weights(task, settings.class_weights, labelled_values(train.dataset))
-    if task.kind == "tokens" and options.fresh:
-        counts = 1.0 + np.bincount(labelled_values(train.dataset), minlength=task.num_labels)
-        start_at_shares(model, counts if weights is None else counts * weights.numpy())
+    scale, weights = _fit_to_labels(model, labelled_values(train.dataset), task, settings, options)
 
     def validate() -> dict[str, float]:
         logits = predict_logits(model, tokenizer, validation, precision=options.precision, processes=processes)
@@ -134,7 +130,7 @@ def train_model(
     ingredients = _ingredients(model, train, validation, task, settings, options)
     ingredients |= {"device": device.type, "processes": processes.count}
     names = [name for name in (*READ, *_columns(options.distil)) if name in train.dataset.column_names]
-    collator = Collator.of(tokenizer, task.kind, train.max_length)
+    collator = MicroBatchCollator(Collator.of(tokenizer, task.kind, train.max_length), settings.micro_batch_tokens)
     checkpoints = CheckpointFolder(options.folder, ingredients, options.keep_checkpoints)
     with _at_work(model, settings, options.precision, device):
         trainer = ArmTrainer(
@@ -146,7 +142,7 @@ def train_model(
             class_weights=weights,
             pool=train.pool,
             train_dataset=train.dataset.select_columns(names),
-            data_collator=MicroBatchCollator(collator, settings.micro_batch_tokens),
+            data_collator=collator,
         )
         try:
             trainer.run()
@@ -154,6 +150,17 @@ def train_model(
             raise _explain(fault, trainer, train.dataset) from None
         processes.first_says(None)  # its best weights lie on the disk now
     return _finish(model, trainer, scale)
+
+
+def _fit_to_labels(
+    model: nn.Module, labels: np.ndarray, task: Task, settings: SettledTraining, options: TrainingOptions
+) -> tuple[TargetScale | None, torch.Tensor | None]:
+    """Give the scale of targets and the weights of classes; let a fresh head of words begin at the labels' shares."""
+    weights = class_weights(task, settings.class_weights, labels)
+    if task.kind == "tokens" and options.fresh:
+        counts = 1.0 + np.bincount(labels, minlength=task.num_labels)
+        start_at_shares(model, counts if weights is None else counts * weights.numpy())
+    return TargetScale.of(labels) if task.kind == "regression" else None, weights
 
 
 @contextmanager

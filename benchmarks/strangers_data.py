@@ -6,6 +6,7 @@ import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from strangers_plan import DataSet, Plan
 
 from kdlora.data.load import split_rows
 
-Row = dict[str, str]
+Row = dict[str, Any]
 
 
 def write_sets(plan: Plan, sources: Sequence[Path], folder: Path) -> None:
@@ -24,10 +25,11 @@ def write_sets(plan: Plan, sources: Sequence[Path], folder: Path) -> None:
             train, test = _draw_test(own, train, plan.draw_seed)
         else:
             test = _read_all(own, own.test, sources)
-        train, test = _join(own, _cut(own, train, plan.draw_seed)), _join(own, test)
+        train, test = (_mix(own, _join(own, rows)) for rows in (_cut(own, train, plan.draw_seed), test))
         _write(folder / name / f"test.{own.format}", own, test)
         if own.validation is not None:
-            _write(folder / name / f"validation.{own.format}", own, _join(own, _read_all(own, own.validation, sources)))
+            rows = _mix(own, _join(own, _read_all(own, own.validation, sources)))
+            _write(folder / name / f"validation.{own.format}", own, rows)
         taken: set[int] = set()
         for limit in {own.limit(pair.rows): None for pair in plan.pairs.values() if name in pair.sets}:
             drawn = _draw(own, train, limit, plan.draw_seed)
@@ -95,6 +97,21 @@ def _join(own: DataSet, rows: list[Row]) -> list[Row]:
     ]
 
 
+def _mix(own: DataSet, rows: list[Row]) -> list[Row]:
+    """Put up to so many texts of different classes together, as people ask for several things at once."""
+    if own.mixed == 1:
+        return rows
+    draw, mixed = np.random.default_rng(0), []
+    (column,) = own.text
+    for row in rows:
+        parts = {row[own.label]: row[column]}
+        for other in draw.integers(len(rows), size=draw.integers(own.mixed)):
+            parts.setdefault(rows[other][own.label], rows[other][column])
+        labels = [label for label in parts if not own.kept or label in own.kept]
+        mixed.append({column: ", and ".join(parts.values()), own.label: labels})
+    return mixed
+
+
 def _draw_test(own: DataSet, rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
     """Draw test rows; rows of one group stay together."""
     names = [row.get("group", str(place)).partition("_")[0] for place, row in enumerate(rows)]
@@ -109,7 +126,7 @@ def _draw(own: DataSet, rows: list[Row], limit: int | None, seed: int) -> list[i
     """Draw training rows, classes in their proportions."""
     if limit is None or limit >= len(rows):
         return list(range(len(rows)))
-    labels = [row[own.label] for row in rows] if own.columns else []
+    labels = [row[own.label] for row in rows] if own.columns and own.mixed == 1 else []
     classes = None if not labels or _numbers(labels) else np.unique(labels, return_inverse=True)[1]
     return [int(row) for row in split_rows(len(rows), limit / len(rows), seed, classes)[1]]
 
@@ -123,7 +140,7 @@ def _write(file: Path, own: DataSet, rows: list[Row]) -> None:
     if own.format == "csv":
         frame.to_csv(file, index=False, lineterminator="\r\n")
         return
-    if own.label in frame and (numbers := _numbers(frame[own.label])):
+    if own.label in frame and own.mixed == 1 and (numbers := _numbers(frame[own.label])):
         frame[own.label] = numbers
     frame.to_json(file, orient="records", lines=True, force_ascii=False)
 

@@ -42,6 +42,10 @@ class DataSet(_Part):
     """One name for all labels that `names` does not list; default: they keep theirs."""
     join: int = 1
     """So many texts of one class become one."""
+    mixed: int = 1
+    """So many texts of different classes, or fewer, become one, which has all their labels."""
+    kept: tuple[str, ...] = ()
+    """The labels that mixed texts may have; a text with none of them has no label. Default: all."""
     cut: dict[str, int] = {}
     """Training rows that are drawn of a class, before all else; of a class that is not named, all."""
     rows: int | None = None

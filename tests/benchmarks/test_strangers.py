@@ -45,10 +45,13 @@ sets:
   rated:
     {half: tuning, train: rated.txt, group: 0, header: false, columns: {text: 2, rating: 1}, format: jsonl, rows: 40}
   long: {half: guard, train: mood.csv, test: mood.csv, columns: {text: review, mood: mood}, join: 10}
+  mixed: &mixed
+    {half: guard, train: mood.csv, test: mood.csv, columns: {text: review, moods: mood}, format: jsonl, mixed: 3}
+  few: {<<: *mixed, kept: [positive]}
 pairs:
   small: {teacher: bert, student: distilbert, sets: [mood], settings: [default]}
   fewer: {teacher: bert, student: distilbert, sets: [mood], settings: [default], rows: 20}
-  drawn: {teacher: bert, layers: [1], sets: [pairs, rated, long], settings: []}
+  drawn: {teacher: bert, layers: [1], sets: [pairs, rated, long, mixed, few], settings: []}
 settings:
   default: {arms: [kd-lora, student-lora]}
 contrasts:
@@ -110,6 +113,14 @@ def test_prepare_writes_what_a_stranger_has(tmp_path):
     long = read_rows(prepared / "data/long/train.csv")
     assert [row["mood"] for row in long].count("positive") == 4
     assert all(row["text"].count(",\n") == 10 for row in long)
+    mixed, few = (
+        [json.loads(line) for line in (prepared / f"data/{name}/train.jsonl").read_text("utf-8").splitlines()]
+        for name in ("mixed", "few")
+    )
+    assert len(mixed) == len(few) == 80
+    assert {len(row["moods"]) for row in mixed} == {1, 2}
+    assert {tuple(row["moods"]) for row in few} == {(), ("positive",)}
+    assert all((", and " in row["text"]) or len(row["moods"]) == 1 for row in mixed)
 
     # Contrasts chosen after the figures are known are no longer declared.
     (prepared / "runs").mkdir()

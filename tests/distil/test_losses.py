@@ -209,17 +209,37 @@ def test_folded_into_the_head(tiny_model_folder, tasks, family, lora):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora", [True, False])
-def test_a_head_begins_at_the_labels_shares(tiny_model_folder, tasks, family, lora):
-    """Silent failure: a teacher with adapters that calls every word none, from its first steps to its last."""
-    encoder = load_encoder(str(tiny_model_folder(family)), tasks["tokens"], seed=1)
+@pytest.mark.parametrize("kind", ["tokens", "multi-label"])
+def test_a_head_begins_at_the_labels_shares(tiny_model_folder, tasks, family, lora, kind):
+    """Silent failure: a teacher that calls every word none, or gives no text a label from first step to last."""
+    encoder = load_encoder(str(tiny_model_folder(family)), tasks[kind], seed=1)
     model = add_adapter(encoder, LoraSettings(), seed=1) if lora else encoder.model
-    shares = np.array([0.9, *[0.02] * 4, 0.01, 0.01])
-    start_at_shares(model, 1000 * shares)
+    size, draw = tasks[kind].num_labels, np.random.default_rng(0)
+    rare = np.linspace(0.005, 0.08, size)
+    if kind == "multi-label":
+        labels = (draw.random((20_000, size)) < rare).astype(np.float32)
+        shares, weights = labels.mean(axis=0), torch.ones(size)
+    else:
+        labels = draw.choice(size, 20_000, p=[1 - rare[1:].sum(), *rare[1:]])
+        shares, weights = np.bincount(labels) / len(labels), None
+    start_at_shares(model, tasks[kind], labels, weights)
     merged = merge_student(model) if lora else model
-    merged.get_submodule("classifier").weight.data.zero_()
+    head = next(module for name, module in merged.named_modules() if name in ("classifier.out_proj", "classifier"))
+    last = head if isinstance(head, nn.Linear) else head.out_proj
+    last.weight.data.zero_()
     ids = torch.tensor([[1, 2, 3, 4]])
-    found = merged.eval()(ids, attention_mask=torch.ones_like(ids)).logits.detach()
-    torch.testing.assert_close(found.softmax(-1)[0, 0], torch.tensor(shares, dtype=torch.float32))
+    logits = merged.eval()(ids, attention_mask=torch.ones_like(ids)).logits.detach()
+    found = logits.sigmoid()[0] if kind == "multi-label" else logits.softmax(-1)[0, 0]
+    torch.testing.assert_close(found, torch.tensor(shares, dtype=torch.float32), rtol=0.02, atol=1e-4)
+
+
+def test_weights_of_labels_count_as_rows_where_a_head_begins(tiny_model_folder, tasks):
+    """Silent failure: balanced weights and a head that begins at the plain shares, far below where they pull it."""
+    encoder = load_encoder(str(tiny_model_folder(FAMILIES[0])), tasks["multi-label"], seed=1)
+    labels = np.array([[1.0, 0.0, 1.0]] * 99 + [[0.0, 0.0, 1.0]] * 99)
+    start_at_shares(encoder.model, tasks["multi-label"], labels, torch.tensor([1.0, 199.0, 3.0]))
+    expected = torch.tensor([1.0, 1.0, 3.0 * 199.0]).log()
+    torch.testing.assert_close(encoder.model.get_submodule("classifier").bias.data, expected)
 
 
 class Squashed(nn.Module):

@@ -10,11 +10,12 @@ from interruptions import assert_same_bits, callback, weights
 from sklearn.utils.class_weight import compute_class_weight
 
 from kdlora.config import DistilConfig
+from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
 from kdlora.distil import train as train_module
 from kdlora.distil import trainer as trainer_module
 from kdlora.distil.inference import predict_logits
-from kdlora.distil.losses import distillation_loss
+from kdlora.distil.losses import distillation_loss, start_at_shares
 from kdlora.distil.train import class_weights
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ConfigError, DataError
@@ -196,8 +197,10 @@ def test_weighed_rows_are_averaged_over_the_rows(make_setup, tmp_path, kind):
     plain, setup = make_setup(kind, **still), make_setup(kind, **still, class_weights=factors)
     hard = setup.run(tmp_path / "still").history[-1]["hard_loss"]
     labelled = plain.train.dataset.select(range(44))
+    by_label = torch.tensor([1.0, 5.0] if kind == "single-label" else [1.0, 3.0, 1.0])
+    if kind == "multi-label":  # as the training itself begins
+        start_at_shares(plain.model, plain.task, label_array(labelled), by_label)
     logits = torch.tensor(predict_logits(plain.model, plain.encoder.tokenizer, replace(plain.train, dataset=labelled)))
     labels = torch.tensor(np.asarray(labelled["label"]))
-    by_label = torch.tensor([1.0, 5.0] if kind == "single-label" else [1.0, 3.0, 1.0])
     expected = distillation_loss(logits, labels, None, kind=kind, class_weights=by_label).hard.mean()
     assert hard == pytest.approx(float(expected), rel=1e-4)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdlora.config import Kind
+from kdlora.data.tasks import Task
 from kdlora.data.windows import Pool
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError
 
@@ -280,13 +281,20 @@ def fold_into_head(model: nn.Module, scale: TargetScale) -> None:
 
 
 @torch.no_grad()
-def start_at_shares(model: nn.Module, shares: npt.NDArray[np.floating]) -> None:
+def start_at_shares(model: nn.Module, task: Task, labels: np.ndarray, weights: Tensor | None = None) -> None:
     """Begin a fresh head at the labels' shares, by its bias (Lin et al., arXiv 1708.02002, section 3.3).
 
-    Where nearly all words are no entity, adapters else learn just that in their first steps, and nothing after it.
+    Where nearly all words are no entity, or a text has few of the labels, a model else learns just that in its first
+    steps, and little or nothing after it. `labels` are (rows, labels) of 0 and 1, or the class of each word.
     """
-    if (head := _last_linear(model, len(shares))) is not None:
-        head.bias.copy_(torch.from_numpy(np.log(shares) - np.log(shares).mean()))
+    if task.kind == "multi-label":
+        having = labels.sum(axis=0)
+        odds = (1.0 + having) / (1.0 + len(labels) - having)
+    else:
+        odds = 1.0 + np.bincount(labels, minlength=task.num_labels)
+    bias = np.log(odds if weights is None else odds * weights.numpy())
+    if (head := _last_linear(model, task.num_labels)) is not None:
+        head.bias.copy_(torch.from_numpy(bias if task.kind == "multi-label" else bias - bias.mean()))
 
 
 def _last_linear(model: nn.Module, outputs: int) -> nn.Linear | None:

@@ -155,11 +155,10 @@ def train_model(
 def _fit_to_labels(
     model: nn.Module, labels: np.ndarray, task: Task, settings: SettledTraining, options: TrainingOptions
 ) -> tuple[TargetScale | None, torch.Tensor | None]:
-    """Give the scale of targets and the weights of classes; let a fresh head of words begin at the labels' shares."""
+    """Give the scale of targets and the weights of classes; let a fresh head of rare labels begin at their shares."""
     weights = class_weights(task, settings.class_weights, labels)
-    if task.kind == "tokens" and options.fresh:
-        counts = 1.0 + np.bincount(labels, minlength=task.num_labels)
-        start_at_shares(model, counts if weights is None else counts * weights.numpy())
+    if task.kind in ("tokens", "multi-label") and options.fresh:
+        start_at_shares(model, task, labels, weights)
     return TargetScale.of(labels) if task.kind == "regression" else None, weights
 
 

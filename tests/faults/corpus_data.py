@@ -156,7 +156,7 @@ CASES = [
     settings("name one", content=BOTH, task=FLAGS | {"kind": "single-label"}),
     settings("expected a list of label names", task={"kind": "multi-label"}),
     # One row cannot be divided into training and validation.
-    settings("every label has a single training row", content=table(text=TEXTS[:3], label=["a", "b", "c"])),
+    settings("each has a label that no other row has", content=table(text=TEXTS[:3], label=["a", "b", "c"])),
     # A broken line that is skipped shifts every id after it.
     json_line('{"text": ', "line 21: not JSON"),
     json_line([1, 2], "line 21: expected a JSON object", "list"),

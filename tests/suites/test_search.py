@@ -5,6 +5,7 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
@@ -12,6 +13,7 @@ from datasets import Dataset
 from experiments import copy_experiment
 from kdlora.configfile import build_search, load_config, load_search
 from kdlora.data.load import load_splits
+from kdlora.data.tasks import Task
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.records import ExperimentLayout
@@ -86,6 +88,20 @@ def test_nothing_of_a_held_out_text_is_learnt(workshop, tmp_path):
     parts = hold_out(whole, SearchConfig(validation_fraction=0.5))
     assert {len(parts.train), len(parts.validation)} <= {1, 2, 3}
     assert ("2" in parts.train["id"]) == ("3" in parts.train["id"])
+
+
+def test_a_label_of_one_text_stays_in_training(search_of):
+    """Silent failure: trials that are judged on a label that none of them was shown."""
+    config, _ = search_of()
+    splits = load_splits(config.task, config.data)
+    texts = [f"text {row % 30}" for row in range(60)]  # every text twice
+    labels = [[float(row % 30 == rare) for rare in range(8)] for row in range(60)]
+    train = Dataset.from_dict({"id": [str(row) for row in range(60)], "text": texts, "label": labels})
+    task = Task("multi-label", ("text",), tuple("abcdefgh"), tuple("abcdefgh"), ("micro_f1",))
+    held = hold_out(dataclasses.replace(splits, task=task, train=train), SearchConfig(validation_fraction=0.5))
+    assert np.array(held.train["label"]).max(axis=0).tolist() == [1.0] * 8
+    assert 20 <= len(held.validation) < 30
+    assert not set(held.train["text"]) & set(held.validation["text"])
 
 
 def test_a_search_leaves_a_config_a_report_and_all_trials(finished_search, workshop):

@@ -225,12 +225,10 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
         raise DataError(f"{len(train)} training row cannot be split; give more rows, or a validation file")
     classes = read_column(train, "label").to_numpy() if reading.task.kind == "single-label" else None
     kept, drawn = split_rows(len(train), data.validation_fraction, data.split_seed, classes)
-    if reading.task.kind in ("multi-label", "tokens"):
-        kept, drawn = _give_back(reading.task, train, kept, drawn)
+    kept, drawn = give_back(reading.task, train, kept, drawn)
     if not len(drawn):
         raise DataError(
-            "every label has a single training row, or those drawn have one that no other row has; give more rows per "
-            "label, or a validation file"
+            "no row can be drawn: each has a label that no other row has; give more rows per label, or a validation file"
         )
     how = "stratified by label" if classes is not None else "at random"
     reading.notes.append(
@@ -240,8 +238,10 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
     return train.select(kept), train.select(drawn)
 
 
-def _give_back(task: Task, train: Dataset, kept: Integers, drawn: Integers) -> tuple[Integers, Integers]:
-    """Put a drawn row back where no row that was kept has some label of it."""
+def give_back(task: Task, train: Dataset, kept: Integers, drawn: Integers) -> tuple[Integers, Integers]:
+    """Put a drawn row back where no row that was kept has some label of it; classes are drawn with that in mind."""
+    if task.kind not in ("multi-label", "tokens"):
+        return kept, drawn
     rows, back = train.select(drawn), list[int]()
     lacking = _used_labels(task, rows) & ~_used_labels(task, train.select(kept))
     for row, label in zip(drawn.tolist(), read_column(rows, "label"), strict=True) if lacking.any() else ():

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from kdlora.config import DISTILLED_ARMS, Arm, Config
 from kdlora.configfile import build_config
 from kdlora.data.augment import keep_unscored
-from kdlora.data.load import Splits, add_copies, load_splits, split_rows
+from kdlora.data.load import Splits, add_copies, give_back, load_splits, split_rows
 from kdlora.data.spool import read_column, read_texts
 from kdlora.data.tasks import DEFAULT_METRICS
 from kdlora.distil.logits import attach_teacher
@@ -202,9 +202,11 @@ def hold_out(splits: Splits, search: SearchConfig) -> Splits:
     if len(first) < 2:
         raise DataError(f"{len(first)} training text cannot be split for a search; give more rows")
     _, drawn = split_rows(len(first), search.validation_fraction, search.seed, classes)
-    if not len(drawn):
-        raise DataError("every label has a single training row, so none can be held out; give more rows per label")
     is_held = np.isin(number, drawn)
+    kept, _ = give_back(splits.task, splits.train, np.flatnonzero(~is_held), np.flatnonzero(is_held))
+    is_held &= ~np.isin(number, number[kept])
+    if not is_held.any():
+        raise DataError("every label has a single training row, so none can be held out; give more rows per label")
     train = splits.train.select(np.flatnonzero(~is_held))
     validation, unlabelled = splits.train.select(np.flatnonzero(is_held)), splits.unlabelled
     if unlabelled is not None:

@@ -14,7 +14,7 @@ from loading import TEXTS, WORDS, labels, load, refused
 
 from experiments import write_lines
 from kdlora.data.load import load_examples, split_rows
-from kdlora.data.tasks import Task
+from kdlora.data.tasks import Task, find_joined
 from kdlora.errors import ConfigError
 
 
@@ -193,6 +193,15 @@ def test_multi_label_lists(tmp_path: Path, values: list, names: tuple[str, ...])
     splits = load(train=path, validation=path)
     assert (splits.task.kind, splits.task.label_names) == ("multi-label", names)
     assert labels(splits.train) == [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+
+
+def test_names_with_commas_are_one_label_and_joined_names_several():
+    """Silent failure: each combination of labels is a class, or classes whose names have a comma are refused."""
+    assert find_joined(["a", "b", "a, b", "c", "a, c"]) == "a, b"
+    assert find_joined(["['a', 'b']", "['a']", "['b']", "['b', 'c']", "['c']"]) == "['a', 'b']"
+    assert find_joined(["a", "b", "a|b"]) == "a|b"
+    for names in (["bed, bath", "toys", "toys, games"], ["a > x", "a > y"], ["x, 1", "x, 2", "y, 1", "y, 2", "z, 1"]):
+        assert find_joined(names) is None
 
 
 def test_what_a_score_cannot_tell_is_told(csv_file, caplog):

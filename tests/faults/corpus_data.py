@@ -155,8 +155,10 @@ CASES = [
     settings("need the same names", content=BOTH, task=FLAGS | {"label_names": ["x", "z"]}),
     settings("name one", content=BOTH, task=FLAGS | {"kind": "single-label"}),
     settings("expected a list of label names", task={"kind": "multi-label"}),
+    # Each combination would be a class of its own.
+    settings("several labels in one ('a;b')", content=table(text=TEXTS, label=["a", "b", "c", "a;b", "a; c"] * 4)),
     # One row cannot be divided into training and validation.
-    settings("each has a label that no other row has", content=table(text=TEXTS[:3], label=["a", "b", "c"])),
+    settings("each has a label that no other has", content=table(text=TEXTS[:3], label=["a", "b", "c"])),
     # A broken line that is skipped shifts every id after it.
     json_line('{"text": ', "line 21: not JSON"),
     json_line([1, 2], "line 21: expected a JSON object", "list"),

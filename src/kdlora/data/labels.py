@@ -15,7 +15,7 @@ from kdlora.config import Kind, TaskConfig
 from kdlora.data.lines import LINES
 from kdlora.data.read import RawTable, Source, first_true, is_list, is_text
 from kdlora.data.tags import NO_TAG, OUTSIDE, parse_tags
-from kdlora.data.tasks import DEFAULT_METRICS, Task
+from kdlora.data.tasks import DEFAULT_METRICS, Task, find_joined
 from kdlora.errors import DataError, did_you_mean
 
 KNOWN_COLUMNS = {
@@ -28,10 +28,8 @@ KNOWN_COLUMNS = {
 }
 """Usual names of columns; two are a pair of texts."""
 
-MOST_CLASSES = 20
-"""So many distinct integers are still taken for classes."""
-MOST_NAMES = 1000
-"""So many distinct names are still taken for classes; short files allow fewer."""
+MOST_CLASSES, MOST_NAMES = 20, 1000
+"""So many distinct integers, or names, are still taken for classes; short files allow fewer names."""
 INTEGER = r"^[+-]?[0-9]+$"
 DECIMAL = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
 WHOLE = r"^([+-]?[0-9]+)\.0*$"
@@ -345,6 +343,11 @@ def _kind_of_names(raw: RawTable, column: str, distinct: pa.Array, decimal: pa.A
             f"{raw.where(position)}: the label {column!r} is {strange!r}, other rows have numbers; correct it, or set "
             "task.kind: single-label if these are names"
         )
+    if joined := find_joined(distinct.to_pylist()):
+        raise DataError(
+            f"{raw.source}: the label column {column!r} holds several labels in one ({joined!r}); write them as lists "
+            "(JSON Lines, Parquet) or as a column of 0 and 1 each, or set task.kind: single-label if it is one label"
+        )
     most = min(MOST_NAMES, max(MOST_CLASSES, raw.table.num_rows // 5))
     if len(distinct) > most:
         raise DataError(
@@ -386,8 +389,7 @@ def _names_in_lists(raw: RawTable, column: str, values: pa.ChunkedArray) -> tupl
     lengths = pc.unique(pc.drop_null(pc.list_value_length(values)))
     if len(lengths) != 1:
         raise DataError(
-            f"{raw.source}: the lists in {column!r} differ in length; expected lists of 0 and 1, one per label, "
-            "or lists of label names"
+            f"{raw.source}: the lists in {column!r} differ in length; expected 0 and 1, one per label, or label names"
         )
     return tuple(str(position) for position in range(lengths[0].as_py()))
 

@@ -228,7 +228,7 @@ def _draw_validation(reading: Reading, data: DataConfig, train: Dataset) -> tupl
     kept, drawn = give_back(reading.task, train, kept, drawn)
     if not len(drawn):
         raise DataError(
-            "no row can be drawn: each has a label that no other row has; give more rows per label, or a validation file"
+            "no row can be drawn: each has a label that no other has; give more rows per label, or a validation file"
         )
     how = "stratified by label" if classes is not None else "at random"
     reading.notes.append(

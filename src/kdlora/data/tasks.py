@@ -218,6 +218,17 @@ def match_labels(
     raise error(f"{message} {remedy}")
 
 
+def find_joined(values: Sequence[str]) -> str | None:
+    """Find a value that is several others in one ("a;b"), where few parts make up many values."""
+    for mark in ";|,":
+        parts = {value: [part.strip(" []'\"") for part in value.split(mark)] for value in values}
+        single = {own[0] for own in parts.values() if len(own) == 1}
+        joined = [value for value, own in parts.items() if len(own) > 1 and not single.isdisjoint(own)]
+        if joined and len({part for own in parts.values() for part in own}) < len(values):
+            return joined[0]
+    return None
+
+
 def find_label(name: str, names: Sequence[str], key: str) -> int:
     """Give the column of a label that a config names; case does not count where no name is exactly it."""
     folded = {label.strip().casefold(): column for column, label in enumerate(names)}

@@ -40,17 +40,17 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
 `paper` (KD-LoRA, arXiv 2410.20777) is what the defaults of the keys themselves are, but for its loss.
 """
 
-STEPS: dict[str, tuple[int, int, int]] = {"teacher": (6, 300, 4000), "student": (15, 600, 8000)}
-"""Passes over the training rows, and the least and the most optimiser steps, where `epochs` is null."""
-STEPS_A_LABEL, STEPS_A_TYPE, PASSES_FOR_LABELS = 10, 100, 20
-"""Labels, or types of entities, take at least so many steps each, but no more than so many passes over the rows."""
+STEPS: dict[str, tuple[int, int, int, int]] = {"teacher": (6, 300, 4000, 120), "student": (15, 600, 8000, 20)}
+"""Where `epochs` is null: passes over the rows, the least and the most optimiser steps, the passes for many labels."""
+STEPS_A_LABEL, STEPS_A_TYPE = 10, 100
+"""The steps that labels, or types of entities, take at least."""
 
 
 def epochs_for(role: str, rows: int, steps_for_labels: int, batch_size: int) -> float:
     """Choose the epochs of a `teacher` or `student`: some passes, but neither too few optimiser steps nor too many."""
-    passes, least, most = STEPS[role]
+    passes, least, most, most_passes = STEPS[role]
     steps = -(-rows // batch_size)
-    for_labels = min(steps_for_labels / steps, PASSES_FOR_LABELS)
+    for_labels = min(steps_for_labels / steps, most_passes)
     return float(max(1, round(min(max(passes, for_labels, least / steps), most / steps))))
 
 

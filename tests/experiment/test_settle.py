@@ -42,7 +42,9 @@ def test_few_rows_get_more_passes_and_many_rows_fewer():
     assert [epochs_for("teacher", rows, 20, 32) for rows in (300, 1_500, 67_349)] == [30, 6, 2]
     assert [epochs_for("student", rows, 20, 32) for rows in (300, 67_349)] == [60, 4]
     assert epochs_for("teacher", 1_800, 770, 32) == 14, "77 classes are not learnt in as few steps as two"
-    assert epochs_for("teacher", 300, 10_000, 32) == 30, "nor do 1,000 take hundreds of passes"
+    assert epochs_for("teacher", 405, 1_500, 32) == 115, "nor 150 classes of three rows each in 300 steps"
+    assert epochs_for("student", 405, 1_500, 32) == 46, "though their student gains nothing by more than 600"
+    assert epochs_for("teacher", 300, 10_000, 32) == 120, "1,000 classes take no thousand passes"
     names = Task("tokens", ("words",), ("tags",), tag_names(tuple("abcdef")), ("entity_f1",))
     assert epochs_for("teacher", 1_500, steps_for_labels(names), 32) == 13, (
         "nor are six types, where most words are none"

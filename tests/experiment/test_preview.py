@@ -71,6 +71,19 @@ def test_the_length_is_chosen_once_and_kept(workshop, tmp_path):
     assert load_config(layout.config).student.train.max_length == 48
 
 
+def test_texts_that_a_tokenizer_cannot_read_are_told(workshop, tmp_path):
+    """Texts of another language train without a fault, and every word of them is the same unknown token."""
+    assert "unknown" not in dict(plan_experiment(workshop.config({"student": {"train": OPEN}})).lines())
+    rows = [{**row, "text": "ภาษา ไทย"} if place % 2 else row for place, row in enumerate(sentiment_rows(64))]
+    values = {"student": {"train": OPEN}, "data": {"train": str(write_csv(tmp_path / "half.csv", rows))}}
+    layout, plans = ExperimentLayout(tmp_path / "out"), []
+    run_experiment(workshop.config(values), layout.root, before=plans.append)
+    assert 0.05 < plans[0].lengths["student"].unknown < 0.95
+    told = dict(plans[0].lines())["unknown"]
+    assert f"{plans[0].lengths['student'].unknown:.0%} by the student" in told
+    assert told in make_report(layout.root).markdown
+
+
 def test_an_explicit_length_stays_and_the_share_that_it_cuts_is_told(workshop, tmp_path):
     """What the user set must not be overruled, and 128 tokens of a long review are a part of it."""
     plan = plan_experiment(workshop.config({"student": {"train": OPEN | {"max_length": 8}}}))

@@ -20,7 +20,7 @@ from kdlora.data.tasks import Task, window_settings
 from kdlora.distil.words import MOST_ROWS
 from kdlora.experiment.recording import splits_by_name
 from kdlora.experiment.settle import Looks, ModelLook, closed, decide, labels_unlabelled, settings_for, tokens_read
-from kdlora.report.wording import metric_title
+from kdlora.report.wording import metric_title, tell_unknown
 
 FULL, ADAPTERS = 4.0, 3.6
 """What training on a row costs in forward passes: 4.1 and 3.7 of MiniLM of six layers, bf16, one core."""
@@ -33,12 +33,13 @@ WITHOUT_WORDS = "The arm words is left out: a bag of words has one answer a text
 
 @dataclass(frozen=True)
 class TextLengths:
-    """How long the training texts are for one model, in tokens."""
+    """How one model reads the training texts, in tokens."""
 
     median: float
     most_within: int  # holds 99% of the texts
     max_length: int  # where texts are cut
     cut: float  # share of the texts that are longer, 0 to 1
+    unknown: float  # share of the tokens that the tokenizer cannot read, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class ExperimentPlan:
             "tokens": self._of_each_model(
                 lambda one: f"median {one.median:g}, 99% of the training texts within {one.most_within}"
             ),
+            "unknown": tell_unknown({name: one.unknown for name, one in self.lengths.items()}),
             "max_length": self._of_each_model(self._longest) + self._remedy(),
             "duplicates": ", ".join(twice) or "no text occurs twice",
             "trainings": ", ".join(trainings),
@@ -202,7 +204,7 @@ def _row_seconds(config: Config, looks: Looks, arm: Arm) -> float:
 def _text_lengths(look: ModelLook, max_length: int | None) -> TextLengths:
     counts, limit = look.lengths, min(max_length or look.limit, look.limit)
     within = int(np.quantile(counts, 0.99, method="inverted_cdf"))
-    return TextLengths(float(np.median(counts)), within, limit, float((counts > limit).mean()))
+    return TextLengths(float(np.median(counts)), within, limit, float((counts > limit).mean()), look.unknown)
 
 
 def count_labels(task: Task, rows: Dataset) -> dict[str, int]:

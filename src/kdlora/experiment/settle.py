@@ -221,6 +221,7 @@ class ModelLook:
     limit: int  # most tokens that it takes
     width: int  # hidden size
     seconds: float = 0.0  # of a forward pass, a token; 0 where it was not timed
+    unknown: float = 0.0  # share of the tokens that stand for what the tokenizer cannot read, 0 to 1
 
 
 Looks = Mapping[Role, ModelLook]
@@ -231,11 +232,25 @@ def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = Tr
     found: dict[Role, ModelLook] = {}
     for role, encoder in loaded_models(config, task):
         if role not in found:  # else the base of `lora` beside a teacher that was given
-            lengths, limit = count_tokens(texts, encoder.tokenizer), encoder.tokenizer.model_max_length
+            encoded, limit = encode_texts(texts, encoder.tokenizer, 2**31 - 1), encoder.tokenizer.model_max_length
+            lengths = np.asarray(encoded["length"])
             wanted = getattr(config, role).train.max_length or choose_max_length([lengths], [limit])
             seconds = _time_a_token(config, encoder, texts, lengths, wanted) if timed else 0.0
-            found[role] = ModelLook(lengths, limit, encoder.width, seconds)
+            unknown = _share_unknown(encoded["input_ids"], encoder.tokenizer)
+            found[role] = ModelLook(lengths, limit, encoder.width, seconds, unknown)
     return found
+
+
+def _share_unknown(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> float:
+    """Give the share of unknown tokens; special tokens do not count, and some models have one of these for unknown."""
+    unknown, special = tokenizer.unk_token_id, tokenizer.all_special_ids
+    others = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if unknown is None or unknown in others:
+        return 0.0
+    tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
+    read = int((~np.isin(tokens, special)).sum())
+    missed = int((tokens == unknown).sum())
+    return missed / max(1, read + missed)
 
 
 def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.ndarray, max_length: int) -> float:

@@ -165,6 +165,7 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         "name": experiment.name,
         "split": experiment.split,
         "seen": experiment.seen,
+        "unknown": experiment.unknown,
         "faults": experiment.faults,
         "unfinished": [run.record for run in experiment.unfinished],
         "teacher": experiment.score(taught_by),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import inf
 
@@ -161,3 +161,13 @@ def share(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{points(value, 1 if 99.5 <= value < 100 else 0)}%"
+
+
+UNKNOWN = 0.02
+"""Share of a model's tokens that may be unknown without a word, such as a rare emoji."""
+
+
+def tell_unknown(shares: Mapping[str, float]) -> str:
+    """Say what share of the texts' tokens some models, by role, cannot read; nothing where that is little."""
+    told = [f"{share:.0%} by the {role}" for role, share in shares.items() if share >= UNKNOWN]
+    return f"tokens that cannot be read: {', '.join(told)}; use models of the texts’ language" if told else ""

@@ -301,8 +301,7 @@ def _refuse_spellings(raw: RawTable, label: Sequence[str], names: Sequence[str])
 def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:
     if len(label) > 1:
         return "multi-label"
-    column = label[0]
-    values = raw.table[column]
+    column, values = label[0], raw.table[label[0]]
     if is_list(values.type):
         return "multi-label"
     if column in raw.class_names or pa.types.is_boolean(values.type):
@@ -310,8 +309,14 @@ def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:
     if pa.types.is_floating(values.type):
         refuse_missing(raw, column, pc.is_null(values, nan_is_null=True))
         return _kind_of_decimals(raw, column)
-    refuse_missing(raw, column, pc.is_null(label_strings(raw, column)))
-    distinct = pc.unique(values.cast(pa.string()))
+    strings = label_strings(raw, column)
+    distinct = pc.unique(strings).drop_null()
+    if joined := find_joined(distinct.to_pylist()):
+        raise DataError(
+            f"{raw.source}: the label column {column!r} holds several labels in one ({joined!r}); write them as lists "
+            "(JSON Lines, Parquet) or as a column of 0 and 1 each, or set task.kind: single-label if it is one label"
+        )
+    refuse_missing(raw, column, pc.is_null(strings))
     if pc.all(pc.match_substring_regex(distinct, INTEGER)).as_py():
         if len(distinct) <= MOST_CLASSES:
             return "single-label"
@@ -342,11 +347,6 @@ def _kind_of_names(raw: RawTable, column: str, distinct: pa.Array, decimal: pa.A
         raise DataError(
             f"{raw.where(position)}: the label {column!r} is {strange!r}, other rows have numbers; correct it, or set "
             "task.kind: single-label if these are names"
-        )
-    if joined := find_joined(distinct.to_pylist()):
-        raise DataError(
-            f"{raw.source}: the label column {column!r} holds several labels in one ({joined!r}); write them as lists "
-            "(JSON Lines, Parquet) or as a column of 0 and 1 each, or set task.kind: single-label if it is one label"
         )
     most = min(MOST_NAMES, max(MOST_CLASSES, raw.table.num_rows // 5))
     if len(distinct) > most:

@@ -101,6 +101,7 @@ def test_an_explicit_length_stays_and_the_share_that_it_cuts_is_told(workshop, t
         names = ("train", "validation", "train and validation", "train with another label")
         assert plan.duplicates == dict(zip(names, found, strict=True))
         assert plan.labels == {"c": 2, "d": 1}
+        assert dict(plan.lines())["labels"].endswith("only 1 of d in validation, which chooses what ships")
 
 
 def test_a_long_run_asks_where_a_person_can_answer(cli, small, tmp_path, monkeypatch):

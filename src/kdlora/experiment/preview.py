@@ -27,6 +27,8 @@ FULL, ADAPTERS = 4.0, 3.6
 RUN_SECONDS, DEPLOY_SECONDS, WORDS_SECONDS = 5.0, 30.0, 0.002
 """Of a run beside its training; of export and benchmark of what ships; of a bag of words, a training row."""
 _SHOWN_LABELS = 6
+_FEW_TO_CHOOSE = 5
+"""Validation rows of a label below which the scores of arms are told to rest on few."""
 WITHOUT_WORDS = "The arm words is left out: a bag of words has one answer a text, and this task wants one a word."
 """What is said where a task of tokens names the arm."""
 
@@ -61,6 +63,7 @@ class ExperimentPlan:
     rows: dict[str, int]  # per split; perturbed copies are among the unlabelled ones
     copies: int
     labels: dict[str, int]  # training rows per label, or entities per type; empty for a regression
+    validation_labels: dict[str, int]  # the same of the validation rows, which choose what ships
     lengths: dict[str, TextLengths]  # for `teacher` and `student`, where such a model is used
     duplicates: dict[str, int]  # texts that were there before: in a split, across two, in training with another class
     trainings: tuple[PlannedTraining, ...]  # what is left, in its order
@@ -124,10 +127,14 @@ class ExperimentPlan:
 
     def _labels(self) -> str:
         ordered = [f"{name} {number:,}" for name, number in sorted(self.labels.items(), key=lambda item: -item[1])]
+        if not ordered:
+            return ""
+        name, number = min(self.validation_labels.items(), key=lambda item: item[1])
+        few = f"; only {number} of {name} in validation, which chooses what ships" if number < _FEW_TO_CHOOSE else ""
         if len(ordered) > _SHOWN_LABELS:
-            return f"{len(ordered)}; most rows: {', '.join(ordered[:3])}; fewest: {', '.join(ordered[-3:])}"
+            return f"{len(ordered)}; most rows: {', '.join(ordered[:3])}; fewest: {', '.join(ordered[-3:])}{few}"
         what = "entities in the training rows" if self.task.kind == "tokens" else "training rows"
-        return f"{len(ordered)}: {', '.join(ordered)} {what}" if ordered else ""
+        return f"{len(ordered)}: {', '.join(ordered)} {what}{few}"
 
     def _of_each_model(self, tell: Callable[[TextLengths], str]) -> str:
         """Tell one fact of all models, once where it is the same for all."""
@@ -170,6 +177,7 @@ def make_plan(
         rows,
         splits.copies,
         count_labels(splits.task, splits.train),
+        count_labels(splits.task, splits.validation),
         {role: _text_lengths(one, getattr(config, role).train.max_length) for role, one in looks.items()},
         count_duplicates({"train": splits.train} | scored),
         tuple(trainings),

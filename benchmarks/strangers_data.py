@@ -52,7 +52,8 @@ def _read(own: DataSet, source: str, folders: Sequence[Path]) -> list[Row]:
     if file is None:
         raise SystemExit(f"there is no {source} in {' or '.join(map(str, folders))}; check --data and --models")
     if own.format == "conll":
-        return [{"sentence": lines} for lines in re.split(r"\n\s*\n", file.read_text(encoding="utf-8").strip("\n"))]
+        sentences = re.split(r"\n\s*\n", file.read_text(encoding="utf-8").strip("\n"))
+        return [{"sentence": _with_case(lines) if own.show_case else lines} for lines in sentences]
     quoted = file.suffix == ".csv"
     with file.open(encoding="utf-8-sig", newline="" if quoted else None) as lines:
         dialect = {} if quoted else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -69,6 +70,13 @@ def _read(own: DataSet, source: str, folders: Sequence[Path]) -> list[Row]:
     if len(rows) < len(table):
         print(f"{source}: {len(table) - len(rows)} of {len(table)} rows lack a text or a label", flush=True)
     return [{**row, own.label: own.names.get(row[own.label], own.rest or row[own.label])} for row in rows]
+
+
+def _with_case(sentence: str) -> str:
+    """Mark the words that have capitals, for encoders that read lower case."""
+    words = [line.partition("\t") for line in sentence.splitlines()]
+    marks = ["^" * (word[:1].isupper() + (len(word) > 1 and word.isupper())) for word, _, _ in words]
+    return "\n".join(f"{word}{mark}\t{tag}" for (word, _, tag), mark in zip(words, marks, strict=True))
 
 
 def _cut(own: DataSet, rows: list[Row], seed: int) -> list[Row]:

@@ -52,6 +52,8 @@ class DataSet(_Part):
     """Training rows that are drawn; default: all."""
     format: Literal["csv", "jsonl", "conll"] = "csv"
     """Of the files here; sentences of CoNLL files are copied as they are."""
+    show_case: bool = False
+    """Of a CoNLL file: put ^ after words that begin with a capital letter, ^^ after those of capitals alone."""
     kind: Kind | Literal["auto"] = "auto"
     """Set where the product asks for it."""
 

@@ -25,11 +25,23 @@ SPLICED = 0.25
 """Share of the copies whose second half is another text's."""
 ECHOED = 0.2
 """Share of the pairs whose second text is made from the first, so that a teacher sees close pairs too."""
+MOST = 10
+"""A row of a rare class has so many times the copies of an average one at most."""
 _PLACES = pa.list_(pa.int32())
 
 
-def augment_texts(rows: Dataset, copies: int, *, seed: int = 0) -> Dataset:
+def share_copies(labels: np.ndarray, copies: int) -> np.ndarray:
+    """Give each row its copies, so many on average: a class has a share by the square root of its rows."""
+    counts = np.bincount(labels)
+    roots = np.sqrt(counts)
+    of_class = copies * len(labels) * roots / roots.sum() / np.maximum(counts, 1)
+    return np.clip(np.round(of_class), 1, MOST * copies).astype(np.int64)[labels]
+
+
+def augment_texts(rows: Dataset, copies: int | np.ndarray, *, seed: int = 0) -> Dataset:
     """Make perturbed copies of texts: words deleted, words replaced by words of the other texts, halves exchanged.
+
+    There are as many of every row, or as `copies` says of each.
 
     The copies have no label, for a word may have carried it: they are for a teacher, whose answer to a broken text is
     a signal like any other. What a student lacks under distillation is texts, not labels.
@@ -38,17 +50,20 @@ def augment_texts(rows: Dataset, copies: int, *, seed: int = 0) -> Dataset:
     by frequency in place of a language model's; deletion, EDA (Wei and Zou, arXiv 1901.11196).
     """
     names = ["id", *text_columns(rows), *word_columns(rows)]
-    batches = _copies(rows.select_columns(names), copies, np.random.default_rng(seed))
+    of_row = np.broadcast_to(copies, len(rows))
+    batches = _copies(rows.select_columns(names), of_row, np.random.default_rng(seed))
     return make_dataset(spool(batches, "copies"), rows.select_columns(names).features)
 
 
-def stored_copies(rows: Dataset, copies: int, *, seed: int, scored: Sequence[Dataset], folder: Path | None) -> Dataset:
+def stored_copies(
+    rows: Dataset, copies: int | np.ndarray, *, seed: int, scored: Sequence[Dataset], folder: Path | None
+) -> Dataset:
     """Make the copies of the training texts that no row is scored on, or map those that were made before."""
     if folder is None:
         return keep_unscored(augment_texts(rows, copies, seed=seed), scored)
     made_of = [
         hash_columns(rows, ["id", *TEXTS, *word_columns(rows)]),
-        copies,
+        np.asarray(copies).tolist(),
         seed,
         *(hash_columns(part, TEXTS) for part in scored),
     ]
@@ -111,14 +126,15 @@ class _Words:
         return self.known[self.numbers[int(draw.integers(len(self.numbers)))]]
 
 
-def _copies(rows: Dataset, copies: int, draw: np.random.Generator) -> Iterator[pa.RecordBatch]:
+def _copies(rows: Dataset, of_row: np.ndarray, draw: np.random.Generator) -> Iterator[pa.RecordBatch]:
     words = _Words.of(rows)
     schema = pa.schema([(name, _PLACES if name in WORDS else pa.string()) for name in rows.column_names])
-    for copy in range(1, copies + 1):
-        row = 0
+    for copy in range(1, int(of_row.max(initial=0)) + 1):
+        start = 0
         for table in slice_rows(rows, ["id"]):
             made: dict[str, list[Any]] = {name: [] for name in rows.column_names}
-            for identity in table["id"].to_pylist():
+            wanted = np.flatnonzero(of_row[start : start + len(table)] >= copy)
+            for row, identity in zip((wanted + start).tolist(), table["id"].take(wanted).to_pylist(), strict=True):
                 made["id"].append(f"{identity}~{copy}")
                 for name in words.ends:
                     echo = name == "text_pair" and draw.random() < ECHOED
@@ -128,7 +144,7 @@ def _copies(rows: Dataset, copies: int, draw: np.random.Generator) -> Iterator[p
                     found = _join(kept) if "starts" in made else {name: glue.join(kept)}
                     for column, value in found.items():
                         made[column].append(value)
-                row += 1
+            start += len(table)
             yield pa.RecordBatch.from_pydict(made, schema)
 
 

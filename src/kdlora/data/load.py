@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from kdlora.config import DataConfig, DistilConfig, TaskConfig
-from kdlora.data.augment import keep_unscored, stored_copies
+from kdlora.data.augment import keep_unscored, share_copies, stored_copies
 from kdlora.data.canonical import Reading
 from kdlora.data.labels import infer_columns, infer_task
 from kdlora.data.opening import Groups, open_collection_texts, open_examples, open_splits
@@ -121,12 +121,12 @@ def add_copies(splits: Splits, copies: int, *, seed: int, keep_in: Path | None =
     if not copies:
         return splits
     scored = [part for part in (splits.validation, splits.test) if part is not None]
-    made = stored_copies(splits.train, copies, seed=seed, scored=scored, folder=keep_in)
+    of_rows = share_copies(label_array(splits.train), copies) if splits.task.auto_weights else copies
+    made = stored_copies(splits.train, of_rows, seed=seed, scored=scored, folder=keep_in)
     parts = [splits.unlabelled.select_columns(made.column_names)] if splits.unlabelled is not None else []
     note = f"{len(made)} perturbed copies of the training texts were made; the teacher labels them (data.augment)."
-    return replace(
-        splits, unlabelled=concatenate_datasets([*parts, made]), copies=len(made), notes=(*splits.notes, note)
-    )
+    unlabelled, notes = concatenate_datasets([*parts, made]), (*splits.notes, note)
+    return replace(splits, unlabelled=unlabelled, copies=len(made), notes=notes)
 
 
 def load_examples(path: str, task: Task, *, id_column: str = "id", labelled: bool) -> Dataset:

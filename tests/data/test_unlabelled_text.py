@@ -1,8 +1,10 @@
 """Texts without labels, from every source, what of them is left out, and perturbed copies."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 from loading import TEXTS, WORDS, values
@@ -10,7 +12,7 @@ from loading import TEXTS, WORDS, values
 from kdlora.config import DataConfig, TaskConfig
 from kdlora.configfile import build_config
 from kdlora.data import augment
-from kdlora.data.augment import augment_texts
+from kdlora.data.augment import augment_texts, share_copies
 from kdlora.data.load import load_splits
 from kdlora.errors import ConfigError, DataError
 from kdlora.experiment.settle import rows_per_epoch
@@ -161,6 +163,31 @@ def test_copies_stand_beside_the_unlabelled_rows(tmp_path):
     assert not set(with_copies.unlabelled["text"]) & set(with_copies.validation["text"])
     assert with_copies.unlabelled.column_names == ["id", "text"]
     assert with_copies.train["id"] == plain.train["id"]
+
+
+def test_rare_classes_have_more_copies_where_classes_count_alike(tmp_path):
+    """Of 18 texts among 2,700 a student saw so few copies that it did not learn what its teacher knew of them."""
+    shares = share_copies(np.array([0] * 90 + [1] * 10), 4)
+    assert (shares.sum(), shares[0], shares[-1]) == (370, 3, 10)
+    assert share_copies(np.array([0] * 999 + [1]), 4)[-1] == 40  # not a hundred copies of one text
+    assert set(share_copies(np.array([0, 1, 2] * 5), 4)) == {4}
+
+    labels = ["rare" if row % 12 == 0 else "common" for row in range(48)]
+    train = [{"text": text["text"], "label": label} for text, label in zip(sentiment_rows(48), labels, strict=True)]
+    files = {
+        "train": str(write_csv(tmp_path / "train.csv", train)),
+        "validation": str(
+            write_csv(tmp_path / "validation.csv", [{"text": f"new {row['label']}", **row} for row in train[:2]])
+        ),
+    }
+    made = {}
+    for metric in (None, "accuracy"):
+        splits = load_splits(TaskConfig(metric=metric), DataConfig(**files, augment=4))
+        copied = Counter(identity.split("~")[0] for identity in splits.unlabelled["id"])
+        made[metric] = [copied[str(row)] for row in (0, 1)]
+        assert splits.copies == len(splits.unlabelled) == len(set(splits.unlabelled["id"]))
+    assert made["accuracy"][0] <= 4
+    assert made[None][0] > 8 > 4 > made[None][1] > 0
 
 
 def test_copies_are_made_once(tmp_path, monkeypatch):

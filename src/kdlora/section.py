@@ -124,8 +124,8 @@ class DataConfig(Section):
     """Tokens that a window shares with the one before, as transformers' `stride`. null: a quarter of the window."""
     augment: int = Field(default=0, ge=0, le=1000)
     """Perturbed copies of each training text (TinyBERT, arXiv 1909.10351). The teacher labels them. Each step of a
-    distilled arm has one copy beside every labelled row. Where classes count alike (macro F1, balanced accuracy), a text
-    of a rare class has more, one of a frequent class fewer."""
+    distilled arm has one copy beside every labelled row. A text of a rare class has more copies, one of a frequent
+    class fewer, where classes count alike (macro F1, balanced accuracy), and in multi-label tasks."""
 
     @property
     def row_settings(self) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from kdlora.configfile import build_config
 from kdlora.data import augment
 from kdlora.data.augment import augment_texts, share_copies
 from kdlora.data.load import load_splits
+from kdlora.data.tasks import Task
 from kdlora.errors import ConfigError, DataError
 from kdlora.experiment.settle import rows_per_epoch
 from tiny import sentiment_rows, write_csv
@@ -165,29 +167,30 @@ def test_copies_stand_beside_the_unlabelled_rows(tmp_path):
     assert with_copies.train["id"] == plain.train["id"]
 
 
-def test_rare_classes_have_more_copies_where_classes_count_alike(tmp_path):
+def test_rare_labels_have_more_copies_where_they_count_alike(tmp_path):
     """Of 18 texts among 2,700 a student saw so few copies that it did not learn what its teacher knew of them."""
-    shares = share_copies(np.array([0] * 90 + [1] * 10), 4)
-    assert (shares.sum(), shares[0], shares[-1]) == (370, 3, 10)
-    assert share_copies(np.array([0] * 999 + [1]), 4)[-1] == 40  # not a hundred copies of one text
-    assert set(share_copies(np.array([0, 1, 2] * 5), 4)) == {4}
+    one = Task("single-label", ("text",), ("label",), ("a", "b"), ("macro_f1",))
+    two = replace(one, kind="multi-label", metrics=("micro_f1",))
+
+    def shared(task: Task, labels: list) -> list[int]:
+        return np.broadcast_to(share_copies(task, Dataset.from_dict({"label": labels}), 4), len(labels)).tolist()
+
+    assert shared(one, [0] * 90 + [1] * 10) == [3] * 90 + [10] * 10  # by the roots, 9.5 to 3.2
+    assert shared(one, [0] * 999 + [1])[-1] == 40  # not a hundred copies of one text
+    assert set(shared(one, [0, 1] * 5)) == {4}
+    assert set(shared(replace(one, metrics=("accuracy",)), [0] * 90 + [1] * 10)) == {4}
+    # Ten texts of both labels are of the rarer one; those with none are a class of their own.
+    some = [[0.0, 0.0]] * 70 + [[1.0, 0.0]] * 20 + [[1.0, 1.0]] * 10
+    assert shared(two, some) == [3] * 70 + [6] * 20 + [8] * 10
 
     labels = ["rare" if row % 12 == 0 else "common" for row in range(48)]
     train = [{"text": text["text"], "label": label} for text, label in zip(sentiment_rows(48), labels, strict=True)]
-    files = {
-        "train": str(write_csv(tmp_path / "train.csv", train)),
-        "validation": str(
-            write_csv(tmp_path / "validation.csv", [{"text": f"new {row['label']}", **row} for row in train[:2]])
-        ),
-    }
-    made = {}
-    for metric in (None, "accuracy"):
-        splits = load_splits(TaskConfig(metric=metric), DataConfig(**files, augment=4))
-        copied = Counter(identity.split("~")[0] for identity in splits.unlabelled["id"])
-        made[metric] = [copied[str(row)] for row in (0, 1)]
-        assert splits.copies == len(splits.unlabelled) == len(set(splits.unlabelled["id"]))
-    assert made["accuracy"][0] <= 4
-    assert made[None][0] > 8 > 4 > made[None][1] > 0
+    files = {"train": str(write_csv(tmp_path / "train.csv", train)), "validation": str(tmp_path / "validation.csv")}
+    write_csv(tmp_path / "validation.csv", [{"text": "new", "label": label} for label in ("rare", "common")])
+    splits = load_splits(TaskConfig(), DataConfig(**files, augment=4))
+    copied = Counter(identity.split("~")[0] for identity in splits.unlabelled["id"])
+    assert splits.copies == len(splits.unlabelled) == len(set(splits.unlabelled["id"]))
+    assert copied["0"] > 8 > 4 > copied["1"] > 0
 
 
 def test_copies_are_made_once(tmp_path, monkeypatch):

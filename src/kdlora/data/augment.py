@@ -14,7 +14,17 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from filelock import FileLock
 
-from kdlora.data.spool import TEXTS, hash_columns, make_dataset, read_column, slice_rows, spool, text_columns
+from kdlora.data.spool import (
+    TEXTS,
+    hash_columns,
+    label_array,
+    make_dataset,
+    read_column,
+    slice_rows,
+    spool,
+    text_columns,
+)
+from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import WORDS, word_columns
 from kdlora.system.integrity import hash_file, hash_json
 from kdlora.system.storage import atomic_file, write_text_atomic
@@ -30,12 +40,22 @@ MOST = 10
 _PLACES = pa.list_(pa.int32())
 
 
-def share_copies(labels: np.ndarray, copies: int) -> np.ndarray:
-    """Give each row its copies, so many on average: a class has a share by the square root of its rows."""
-    counts = np.bincount(labels)
+def share_copies(task: Task, rows: Dataset, copies: int) -> int | np.ndarray:
+    """Give rows of rare labels more copies than others, so many on average, where that can matter.
+
+    That is where all classes count alike in the score, and where a text has several labels or none. Then a class has a
+    share by the square root of its rows; a row is of its rarest label, and those without any are a class of their own.
+    """
+    if task.kind != "multi-label" and task.auto_weights is None:
+        return copies
+    classes = label_array(rows)
+    if task.kind == "multi-label":
+        has = np.column_stack([classes, ~classes.any(axis=1)]).astype(bool)
+        classes = np.where(has, has.sum(axis=0), len(rows) + 1).argmin(axis=1)
+    counts = np.bincount(classes)
     roots = np.sqrt(counts)
-    of_class = copies * len(labels) * roots / roots.sum() / np.maximum(counts, 1)
-    return np.clip(np.round(of_class), 1, MOST * copies).astype(np.int64)[labels]
+    of_class = copies * len(rows) * roots / roots.sum() / np.maximum(counts, 1)
+    return np.clip(np.round(of_class), 1, MOST * copies).astype(np.int64)[classes]
 
 
 def augment_texts(rows: Dataset, copies: int | np.ndarray, *, seed: int = 0) -> Dataset:

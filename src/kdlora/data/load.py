@@ -121,7 +121,7 @@ def add_copies(splits: Splits, copies: int, *, seed: int, keep_in: Path | None =
     if not copies:
         return splits
     scored = [part for part in (splits.validation, splits.test) if part is not None]
-    of_rows = share_copies(label_array(splits.train), copies) if splits.task.auto_weights else copies
+    of_rows = share_copies(splits.task, splits.train, copies)
     made = stored_copies(splits.train, of_rows, seed=seed, scored=scored, folder=keep_in)
     parts = [splits.unlabelled.select_columns(made.column_names)] if splits.unlabelled is not None else []
     note = f"{len(made)} perturbed copies of the training texts were made; the teacher labels them (data.augment)."

@@ -99,14 +99,21 @@ class TrainConfig(Section):
     """Largest number of padded tokens in one forward and backward pass. It limits memory; the loss stays the same."""
     gradient_checkpointing: bool = False
     """Compute activations again rather than store them: same results, less memory, one more forward pass."""
-    select: Literal["last", "best"] = "last"
-    """Which epoch's weights are kept: the last, or the best on validation."""
+    select: Literal["auto", "last", "best"] = "last"
+    """Which epoch's weights are kept: the last, or the best on validation. `auto`: the best of a task of tokens, else
+    the last."""
     class_weights: OpenClassWeights | None = None
     """Factors of the hard loss by label: `{spam: 5}`, others 1, or `balanced`, inverse to a class's rows, with mean 1
     over all; for multi-label, of rows that have the label. `auto`: `balanced` where the task's metric is `macro_f1` or
     `balanced_accuracy` of one label a text, else none. The teacher's term has none."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after this many epochs without a better validation score. Needs `select: best`."""
+
+    def selection(self, kind: Kind) -> Literal["last", "best"]:
+        """Say which epoch's weights are kept in a task of this kind."""
+        if self.select != "auto":
+            return self.select
+        return "best" if kind == "tokens" else "last"
 
     @model_validator(mode="after")
     def _patience_keeps_the_best(self) -> Self:

@@ -18,7 +18,7 @@ FAMILIES: dict[FamilyName, tuple[str, str]] = {
 RECIPES: dict[RecipeName, dict[str, Any]] = {
     "default": {
         "data": {"augment": 4},
-        "teacher": {"train": {"epochs": None, "learning_rate": None, "head_learning_rate": 1e-3}},
+        "teacher": {"train": {"epochs": None, "learning_rate": None, "head_learning_rate": 1e-3, "select": "auto"}},
         "student": {
             "full_learning_rate": None,
             "train": {
@@ -26,6 +26,7 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
                 "learning_rate": None,
                 "warmup_fraction": 0.2,
                 "dropout": 0.0,
+                "select": "auto",
                 "class_weights": "auto",
             },
         },

@@ -195,6 +195,7 @@ def test_the_named_metric_selects_the_epoch_and_heads_the_report(uneven, worksho
     scores = [entry["score"] for entry in record.history]
     assert scores == pytest.approx([100 * entry[name] for entry in record.history])
     assert record.best_epoch == record.history[scores.index(max(scores))]["epoch"]
+    assert config.student.train.model_copy(update={"select": "auto"}).selection("single-label") == "last"
     kept = read_predictions(result.layout.run("student-lora", 0).predictions)
     task = Task.from_dict(record.task)
     assert record.score == pytest.approx(score(task, compute_metrics(task, kept.logits, kept.labels)))

@@ -20,7 +20,7 @@ from kdlora.experiment.scoring import evaluate_experiment
 from sentences import tagged_rows, write_conll, write_words
 
 HASHED = {"words": ["the", "music", "#Paris"], "tags": ["O", "O", "B-PLACE"]}
-TRAIN = {"epochs": 5, "batch_size": 4, "learning_rate": 1e-2, "max_length": 12}
+TRAIN = {"epochs": 5, "batch_size": 4, "learning_rate": 1e-2, "max_length": 12, "select": "auto"}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,8 @@ def test_every_arm_runs_and_learns(result):
         assert set(record.metrics) >= {"entity_f1", "entity_precision", "entity_recall", "macro_entity_f1"}
         assert record.score == pytest.approx(100 * record.metrics["entity_f1"])
         assert record.test_score > 50, record.arm
+        scores = [entry["score"] for entry in record.history]
+        assert record.best_epoch == record.history[scores.index(max(scores))]["epoch"], "select: auto keeps the best"
     assert any("arm words is left out" in note for note in result.notes)
     plain = re.search(r"finds itself, the student has ([0-9.]+) entity F1", " ".join(result.notes))
     assert 50 < float(plain[1]) < 100

@@ -105,6 +105,7 @@ def train_model(
     of torch.distributed must call: a step has `batch_size` rows of each, and the first one alone writes.
     """
     _check(train, validation, options.distil)
+    settings = settings.model_copy(update={"select": settings.selection(task.kind)})
     processes, device = current_processes(), resolve_device(options.device)
     precision, _ = settle_precision(options.precision, options.device, options.folder / "precision.json")
     options = dataclasses.replace(options, precision=processes.first_says(precision))  # `auto` is timed: one answer

@@ -380,6 +380,8 @@ def with_recorded(config: Config, recorded: Path) -> Config:
         here, old = getattr(config, role), getattr(there, role)
         train = _without_null(here.train, **{key: getattr(old.train, key) for key in OPEN})
         train = _weighed(train, old.train.class_weights)
+        if train.select == "auto":
+            train = train.model_copy(update={"select": old.train.select})
         rates = [key for key in ("adapter_learning_rate", "full_learning_rate") if hasattr(old, key)]
         section = _without_null(here, **{key: getattr(old, key) for key in rates})
         update[role] = section.model_copy(update={"train": train})

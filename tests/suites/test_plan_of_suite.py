@@ -83,7 +83,7 @@ def test_a_folder_names_what_decides_the_figures():
 
 def test_copies_belong_to_the_students_of_a_teacher_alone():
     """Recipes that differ in what the students read would train one teacher twice, and compare students of two."""
-    train = {"train": {"epochs": 3, "learning_rate": 2e-5, "head_learning_rate": None}}
+    train = {"train": {"epochs": 3, "learning_rate": 2e-5, "head_learning_rate": None, "select": "last"}}
     families = {
         recipe: {"recipe": recipe, "teacher": {"model": "teacher"} | train, "student": {"model": "small"}}
         for recipe in ("default", "paper")

@@ -112,6 +112,18 @@ def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBa
     return columns | {"length": [len(tokens) for tokens in columns["input_ids"]], "truncated": truncated}
 
 
+def share_unknown(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> float:
+    """Give the share of unknown tokens; special tokens do not count, and some models have one of these for unknown."""
+    unknown, special = tokenizer.unk_token_id, tokenizer.all_special_ids
+    others = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if unknown is None or unknown in others:
+        return 0.0
+    tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
+    read = int((~np.isin(tokens, special)).sum())
+    missed = int((tokens == unknown).sum())
+    return missed / max(1, read + missed)
+
+
 class LengthBucketSampler(Sampler[list[int]]):
     """Draw batches of like length in random order.
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, SettledTraining, TrainConfig
 from kdlora.configfile import load_config
-from kdlora.data.batches import PAD_MULTIPLE, encode_texts, tokenise
+from kdlora.data.batches import PAD_MULTIPLE, encode_texts, share_unknown, tokenise
 from kdlora.data.load import Splits
 from kdlora.data.logit_table import is_collection, open_collection
 from kdlora.data.spool import read_texts
@@ -236,21 +236,9 @@ def look_at_models(config: Config, task: Task, texts: Texts, *, timed: bool = Tr
             lengths = np.asarray(encoded["length"])
             wanted = getattr(config, role).train.max_length or choose_max_length([lengths], [limit])
             seconds = _time_a_token(config, encoder, texts, lengths, wanted) if timed else 0.0
-            unknown = _share_unknown(encoded["input_ids"], encoder.tokenizer)
+            unknown = share_unknown(encoded["input_ids"], encoder.tokenizer)
             found[role] = ModelLook(lengths, limit, encoder.width, seconds, unknown)
     return found
-
-
-def _share_unknown(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> float:
-    """Give the share of unknown tokens; special tokens do not count, and some models have one of these for unknown."""
-    unknown, special = tokenizer.unk_token_id, tokenizer.all_special_ids
-    others = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    if unknown is None or unknown in others:
-        return 0.0
-    tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
-    read = int((~np.isin(tokens, special)).sum())
-    missed = int((tokens == unknown).sum())
-    return missed / max(1, read + missed)
 
 
 def _time_a_token(config: Config, encoder: Encoder, texts: Texts, lengths: np.ndarray, max_length: int) -> float:
@@ -299,7 +287,7 @@ class Chosen:
     limits: Mapping[Role, int] = field(default_factory=dict)  # most tokens that these take
 
     def fill_in(self, config: Config) -> Config:
-        """Settle every `max_length`, `epochs` and learning rate that is null, and weights that are `auto`.
+        """Settle every `max_length`, `epochs` and learning rate that is null, and what is `auto`.
 
         Teacher and student cut texts alike; in windows each reads as much at once as it can.
         """
@@ -316,6 +304,7 @@ class Chosen:
             longest = min([self.max_length, *own])
             chosen = {"max_length": longest, "epochs": epochs, "learning_rate": rates[role]}
             train = _weighed(_without_null(section.train, **chosen), self.task.auto_weights)
+            train = train.model_copy(update={"select": train.selection(self.task.kind)})
             update[role] = section.model_copy(update={"train": train})
         return config.model_copy(update=update)
 

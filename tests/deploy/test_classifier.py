@@ -145,13 +145,24 @@ def test_incomplete_folders_are_named(exported, classifier_folder, tmp_path):
         Classifier.load(folder, precision="int8")
     with pytest.raises(ModelError, match="no such file"):
         Classifier.load(folder / "other.onnx")
-    with pytest.raises(ModelError, match="threads must be at least 1"):
-        Classifier.load(folder, threads=0)
+    for wrong, message in (
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"batch_size": 0, "runtime": "auto"}, "batch_size must be at least 1"),
+        ({"precision": "INT8"}, "precision is one of auto, fp32, bf16, int8; got 'INT8'"),
+        ({"runtime": "tensorrt"}, "runtime is one of auto, onnxruntime, openvino; got 'tensorrt'"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            Classifier.load(folder, **wrong)
+    (folder / "model.onnx").rename(folder / "model_quantized.onnx")
+    with pytest.raises(ModelError, match=r"no weights.*model_quantized.onnx is there, and is another precision"):
+        Classifier.load(folder, precision="fp32")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer.json is missing"):
         Classifier.load(folder)
     student = shutil.copytree(classifier_folder(), tmp_path / "run" / "student")
     assert read_model_folder(tmp_path / "run").path == student
+    edit_json(student / "config.json", kdlora_task=None)
+    assert read_model_folder(student).texts is None
     (student / "model.safetensors").rename(student / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pytorch_model.bin is a pickle and is not read"):
         Classifier.load(student)

@@ -18,7 +18,7 @@ from kdlora.data.tasks import Task
 from kdlora.deploy import export as export_module
 from kdlora.deploy import graph
 from kdlora.deploy.export import ParityError, export_onnx
-from kdlora.deploy.gates import Checks, Gate, LabelledTexts
+from kdlora.deploy.gates import Checks, Gate, LabelledTexts, measure_agreement
 from kdlora.deploy.onnx_backend import open_session
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.quantise import BASE, Recipe, quantise, rank_products, recipes
@@ -210,6 +210,17 @@ def test_one_row_of_a_small_validation_set_may_change(flipped, drop, passes):
 def products(model):
     """Names of the products of a graph that can be quantised."""
     return [node.name for node in model.graph.node if node.op_type in ("MatMul", "Attention")]
+
+
+def test_several_labels_agree_where_both_give_them():
+    """Prevents a file that gives no label at all, and agrees in each of the cells that are empty in both."""
+    names = tuple(map(str, range(150)))
+    task = Task("multi-label", ("text",), ("labels",), names, ("micro_f1",))
+    none = np.full((150, 150), -1.0)
+    one = none + 2 * np.eye(150)
+    some = np.where(np.arange(150)[:, None] < 30, none, one)
+    found = [measure_agreement(task, *pair) for pair in ((one, one), (one, some), (one, none), (none, none))]
+    assert found == [1.0, pytest.approx(2 * 120 / 270), 0.0, 1.0]
 
 
 def test_rare_rows_keep_their_digits(tmp_path):

@@ -11,8 +11,8 @@ import yaml
 
 import hub_standin
 from fabricate import make_record
-from kdlora.deploy.hub import locate_model, push_experiment
-from kdlora.errors import ConfigError, KdLoraError, ModelError
+from kdlora.deploy.hub import locate_model, plan_push, push_experiment
+from kdlora.errors import ArtifactError, ConfigError, KdLoraError, ModelError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.card import FOLDER_IN_CARD, card_metadata, student_card
 
@@ -148,6 +148,10 @@ def test_what_cannot_be_pushed_or_found_is_refused_before_the_hub_is_asked(tmp_p
         push_experiment(tmp_path, "someone/student")
     with pytest.raises(KdLoraError, match="no such folder, no Hub model of this name in the cache"):
         locate_model("someone/nothing")
+    changed = shutil.copytree(finished.root, tmp_path / "changed")
+    (changed / "student" / "README.md").write_bytes(b"caf\xe9")
+    with pytest.raises(ArtifactError, match=r"README.md: not UTF-8; save it as UTF-8"):
+        plan_push(changed, "someone/student")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     with pytest.raises(ModelError, match="runs/demo/student: there is no such folder in runs/demo"):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 
@@ -310,6 +311,14 @@ def test_mistakes_are_named(tagger, tmp_path):
         redact_file(tagger, source, tmp_path / "out.txt", placeholders={"PER": "a\nb"})
     with pytest.raises(ConfigError, match="would replace the rows that it is made from"):
         redact_file(tagger, source, source)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(ConfigError, match=r"is a (pipe or a device|folder); name a file with --to"):
+            redact_file(tagger, source, tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    for words in (Words("Ada met", [0, 4], [3]), Words("Ada met", [4, 0], [7, 3]), ["Ada", "met", "Alan"]):
+        with pytest.raises(DataError, match="text 0: expected"):
+            tagger.predict([words])
     assert source.read_text() == TEXTS[0]
 
 

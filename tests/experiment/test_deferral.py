@@ -186,6 +186,8 @@ def test_the_command_line_draws_both(promised: Path, finished: Path, cli) -> Non
     models = promised / "student-onnx", promised / "teacher"
     drawn = cli("benchmark", *models, "--data", finished.parent / "test.csv", "--cascade")
     assert "within 0.2 points of the teacher" in drawn.out
+    shown = cli("benchmark", *models, "--data", finished.parent / "test.csv", "--cascade", "--json")
+    assert json.loads(shown.out, parse_constant=pytest.fail)["points"][-1]["handed_on"] == 1
     drawn = cli("benchmark", *models, "--data", finished.parent / "test.csv", "--cascade", "--plot", promised / "c.svg")
     assert {"student alone", "teacher alone", "score"} <= set(
         re.findall(r">([^<]+)</text>", (promised / "c.svg").read_text())

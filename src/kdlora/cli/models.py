@@ -218,7 +218,12 @@ def _print_cascade(curve: CascadeCurve, as_json: bool) -> None:
         print_json(asdict(curve))
         return
     rows = [
-        (f"{point.handed_on:.0%}", f"{point.threshold:.4f}", f"{point.score:.2f}", f"{point.cost:.0%}")
+        (
+            f"{point.handed_on:.0%}",
+            f"{point.threshold:.4f}" if point.handed_on < 1 else "none",
+            f"{point.score:.2f}",
+            f"{point.cost:.0%}",
+        )
         for point in curve.points
         if point in (curve.points[0], curve.points[-1]) or round(100 * point.handed_on) % 5 == 0
     ]

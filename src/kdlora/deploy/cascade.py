@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +14,7 @@ import numpy as np
 
 from kdlora.deploy.predict import Classifier, Text, check_text
 from kdlora.errors import DataError, ModelError
-from kdlora.evidence.defer import Sureness, measure_sureness, shift_logits
+from kdlora.evidence.defer import SURENESS, Sureness, measure_sureness, shift_logits
 from kdlora.evidence.metrics import probabilities
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Cascade:
         read = [model.folder.texts for model in (student, teacher) if isinstance(model, Classifier)]
         if len({texts for texts in read if texts}) > 1:
             raise ModelError(f"student and teacher differ: one reads {read[0]} text a row, the other {read[1]}.")
+        if sureness not in SURENESS:
+            raise DataError(f"sureness is one of {', '.join(SURENESS)}; got {sureness!r:.80}.")
         if not isinstance(threshold, int | float) or np.isnan(threshold):
             raise DataError(f"the threshold of a cascade must be a number, got {threshold!r:.80}.")
         self.student, self.teacher, self.threshold, self.sureness = student, teacher, threshold, sureness
@@ -219,7 +222,7 @@ def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTex
         for model, logits in zip((student, teacher), outputs, strict=True)
     )
     large = large[:, [teacher.label_names.index(name) for name in student.label_names]]
-    thresholds = np.append(np.unique(np.quantile(sure, _SHARES[:-1], method="lower")), np.inf)
+    thresholds = np.append(np.unique(np.quantile(sure, _SHARES[:-1], method="lower")), sys.float_info.max)
     points = []
     for threshold in thresholds:
         passed = sure < threshold

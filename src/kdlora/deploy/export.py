@@ -103,7 +103,7 @@ def export_onnx(
         formats: which files to keep.
         max_length: longest input in tokens, recorded for prediction; by default what the tokenizer says.
         max_metric_drop: points that int8 may lose.
-        min_agreement: least share of equal predictions of int8 (of texts, or of words where these have labels), 0..1.
+        min_agreement: least share of equal predictions of int8 (of texts, of words or of given labels), 0..1.
         min_recall: least share, 0..1, of the entities of a type that every file must find on the labelled texts.
         progress: called with a short sentence at each step.
 

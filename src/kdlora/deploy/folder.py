@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from kdlora.data.windows import WindowSettings
 from kdlora.deploy import Runtime
@@ -145,6 +145,9 @@ def read_model_folder(
 ) -> ModelFolder:
     """Read configuration, labels and limits of a transformers, ONNX or OpenVINO folder."""
     place = Path(path)
+    for name, value, known in (("precision", precision, Precision), ("runtime", runtime, Runtime)):
+        if value not in get_args(known):
+            raise ModelError(f"{name} is one of {', '.join(get_args(known))}; got {value!r:.80}.")
     named = place if place.suffix in (".onnx", ".xml") else None
     if named is not None and not named.is_file():
         raise ModelError(f"{place}: no such file. Give a model folder or an existing .onnx file.")
@@ -190,7 +193,8 @@ def read_model_folder(
         digests=digests,
         runtime=runtime,
         half=half,
-        texts=len(config.get("kdlora_task", {}).get("text", ())) or None,  # an export's record may have default columns
+        texts=len((config.get("kdlora_task") or {}).get("text", ()))
+        or None,  # an export's record may have default columns
     )
 
 
@@ -242,7 +246,11 @@ def _check_files(folder: Path, file: Path | None) -> None:
     if file is None and not any(folder.glob("*.safetensors")):
         other = sorted(entry.name for entry in folder.glob("*.bin"))
         hint = f" {other[0]} is a pickle and is not read; convert it to safetensors." if other else ""
+        if exported := next(folder.glob("*.onnx"), None):
+            hint = f" {exported.name} is there, and is another precision."
         raise ModelError(f"{folder}: no weights: expected model.safetensors, {ONNX_FP32} or {ONNX_INT8}.{hint}")
+    if file is not None and file.suffix == ".xml" and not file.with_suffix(".bin").is_file():
+        raise ModelError(f"{file}: the weights beside it, {file.with_suffix('.bin').name}, are missing.")
     if file is not None and not (folder / TOKENIZER).is_file():
         raise ModelError(
             f"{folder}: tokenizer.json is missing. Save the tokenizer beside the model: "

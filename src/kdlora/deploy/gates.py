@@ -201,10 +201,15 @@ def check_texts(texts: Sequence[Any], kind: str, noun: str, first: int = 0) -> l
 
 
 def measure_agreement(task: Task, before: np.ndarray, after: np.ndarray, offsets: np.ndarray | None = None) -> float:
-    """Give the share of decisions, on texts or on words, that are the same."""
+    """Give the share of decisions, on texts or on words, that are the same.
+
+    Of several labels a text, the share of those given that both give (Dice): most cells are empty in both.
+    """
     first, second = (predict_labels(task, logits, offsets) for logits in (before, after))
     if task.kind == "regression":
         # A constant reference leaves no spread to measure by; then only fp32's last digits may differ.
         allowed = max(_REGRESSION_SHARE * float(first.std()), 1e-6 * float(np.abs(first).max()))
         return float((np.abs(first - second) <= allowed).mean())
+    if task.kind == "multi-label":
+        return float(2 * (first & second).sum() / given) if (given := first.sum() + second.sum()) else 1.0
     return float((first == second).mean())

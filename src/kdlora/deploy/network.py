@@ -191,6 +191,8 @@ def open_network(
         from kdlora.deploy.hub import locate_model  # here: what lies on this machine is served without it
 
         way = replace(way, folder=locate_model(way.folder, revision=revision))
+    if way.batch_size < 1:
+        raise ModelError(f"batch_size must be at least 1, got {way.batch_size}.")
     if way.runtime == "auto":
         from kdlora.deploy.runtimes import fastest_way  # here: most know what they want
 

@@ -83,9 +83,9 @@ def store_speeds(speeds: Mapping[Way, Mapping[int, float]]) -> None:
 def fastest_way(folder: Path, precision: Precision, batch_size: int) -> Way:
     """Choose by the figures of this host; ONNX Runtime where it has none of this export."""
     best, most = Way(folder, "onnxruntime", precision), 0.0
-    measured = _read(folder)
-    host = measured.hosts.get(platform.node())
-    if host is None or host.processor != _processor() or measured.export != hash_file(folder / EXPORT_RECORD):
+    measured, record = _read(folder), folder / EXPORT_RECORD
+    host = measured.hosts.get(platform.node()) if record.is_file() else None
+    if host is None or host.processor != _processor() or measured.export != hash_file(record):
         return best
     ways = [way for way in ways_to_run(folder) if precision in ("auto", way.precision) and _is_fitted(way)]
     for row in host.speeds:

@@ -177,11 +177,10 @@ def _check_all(texts: Sequence[Any]) -> list[Words]:
 
 def check_words(text: Any, where: str) -> Words:
     """Refuse what cannot be read, and find the words of a text that comes without them; an empty text has none."""
-    whole, *words = text if isinstance(text, tuple | list) and len(text) == 3 else (text,)
-    found = check_one(whole, where, whole=True)
-    if not words:
+    if not isinstance(text, Words):
+        found = check_one(text, where, whole=True)
         return Words(found, *split_words(found))
-    edges = np.array([0, *np.stack(words, axis=1).ravel(), len(found)])
-    if (np.diff(edges) < 0).any():
+    found, *words = check_one(text.text, where, whole=True), text.starts, text.ends
+    if len(words[0]) != len(words[1]) or (np.diff([0, *np.stack(words, axis=1).ravel(), len(found)]) < 0).any():
         raise DataError(f"{where}: expected words that follow each other within the text.")
-    return Words(found, *words)
+    return text

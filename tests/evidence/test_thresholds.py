@@ -45,10 +45,14 @@ def test_no_other_threshold_is_better(metric: str) -> None:
         odds, labels = draw_odds(seed)
         judged = judge_threshold("a", metric, fit_threshold(odds, labels, metric), odds, labels)
         cuts = [*np.unique(odds), odds.min() - 1]
-        best = max(REFERENCES[metric](labels, odds > cut) for cut in cuts if (odds > cut).any())
+        best = max(REFERENCES[metric](labels, odds > cut) for cut in cuts)
         assert judged.after == pytest.approx(best)
         assert judged.before == pytest.approx(REFERENCES[metric](labels, odds > 0))
     assert fit_threshold(np.array([-2.0, -1.0, 1.0, 2.0]), np.array([0, 0, 1, 1]), metric) == 0.5
+    rare = np.linspace(-9, -1, 10), (np.arange(10) == 8).astype(int)
+    assert judge_threshold("a", metric, fit_threshold(*rare, metric), *rare).after >= REFERENCES[metric](
+        rare[1], rare[0] > 0
+    )
 
 
 def test_a_wanted_precision_costs_no_more_recall_than_it_must() -> None:

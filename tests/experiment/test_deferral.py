@@ -10,13 +10,14 @@ import pytest
 
 import tiny
 from experiments import copy_experiment, read_rows, snapshot
+from kdlora.configfile import load_config
 from kdlora.deploy.cascade import Cascade
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.folder import read_model_folder
 from kdlora.deploy.predict import Classifier
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.experiment.deferral import defer_experiment, fit_thresholds
-from kdlora.experiment.deployment import benchmark_cascade
+from kdlora.experiment.deployment import benchmark_cascade, load_without_copies, unseen_rows
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report
 
@@ -98,6 +99,9 @@ def test_rows_that_chose_the_model_promise_nothing(finished: Path, tmp_path: Pat
     train = finished.parent / "train.csv"
     refused = cli("defer", folder, "--data", train, code=2)
     assert "all 64 texts" in refused.err
+    splits = load_without_copies(load_config(folder / "config.yaml"))
+    with pytest.raises(DataError, match="are training, validation or unlabelled texts, too"):
+        unseen_rows(replace(splits, unlabelled=splits.test), splits.test, "later.csv")
     config = folder / "config.yaml"
     config.write_text("".join(line for line in config.read_text().splitlines(True) if "test.csv" not in line))
     refused = cli("defer", folder, code=2)

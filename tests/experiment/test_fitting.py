@@ -117,6 +117,11 @@ def test_a_precision_of_one_label_leaves_the_others(fitted: Path, cli) -> None:
     after = read(fitted)
     assert {name: after[name] for name in ("film", "music")} == {name: before[name] for name in ("film", "music")}
     assert "precision 0.4" in done.out
+    cli("thresholds", fitted, "--metric", "f1", "--label", "film")
+    goals = {
+        one["label"]: one["goal"] for one in json.loads((fitted / "thresholds.json").read_text())["models"][0]["labels"]
+    }
+    assert goals["praise"] == "precision 0.4"
     kept = snapshot(fitted)
     refused = cli("thresholds", fitted, "--precision", "0.999", "--label", "praise", code=2)
     assert "no threshold reaches a precision of 0.999 on 200 rows" in refused.err

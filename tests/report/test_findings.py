@@ -3,12 +3,13 @@
 import re
 from dataclasses import replace
 from html import unescape
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import fabricate
-from fabricate import MNLI, NAMES, TAGS, TOPICS, edit_record, make_experiment, make_labels, make_logits
+from fabricate import BINARY, MNLI, NAMES, TAGS, TOPICS, edit_record, make_experiment, make_labels, make_logits
 from kdlora.data.tags import spans_of, tag_names
 from kdlora.data.tasks import Task
 from kdlora.evidence.predictions import Predictions, read_examples, read_predictions
@@ -16,7 +17,8 @@ from kdlora.evidence.ranking import counts_from_logits, entity_rates
 from kdlora.evidence.records import read_record
 from kdlora.report.card import card_metadata, student_card
 from kdlora.report.collect import load_experiment
-from kdlora.report.findings import align, compare_arms, read_choice
+from kdlora.report.compare import compare
+from kdlora.report.findings import align, compare_arms, pair_runs, read_choice
 from kdlora.report.outputs import OUTCOMES, outcomes
 from kdlora.report.paper import family_of
 from kdlora.report.report import make_report
@@ -51,6 +53,32 @@ def test_rows_and_columns_in_another_order_are_brought_into_line(task):
     assert np.array_equal(aligned[1].labels, first.labels)
     assert aligned[1].ids == first.ids
     assert aligned[1].label_names == first.label_names
+
+
+def test_a_metric_of_one_label_stays_of_that_label(tmp_path):
+    """Where another experiment has the labels in another order, F1 of spam was compared as F1 of ham."""
+    task = replace(BINARY, metrics=(f"f1:{BINARY.label_names[1]}",))
+    found = load_experiment(make_experiment(tmp_path / "one", task=task, arms=("kd-lora", "student-lora")).root)
+    first, second = found.finished("kd-lora"), found.finished("student-lora")
+    turned = [
+        SimpleNamespace(
+            record=run.record,
+            score=run.score,
+            predictions=replace(
+                (given := run.predictions),
+                logits=given.logits[:, ::-1],
+                labels=1 - given.labels,
+                label_names=given.label_names[::-1],
+            ),
+        )
+        for run in first
+    ]
+    expected, got = (pair_runs(task, "validation", ("a", runs), ("b", second)) for runs in (first, turned))
+    assert got == expected
+    other = replace(task, label_names=task.label_names[::-1], metrics=("f1",))
+    make_experiment(tmp_path / "two", task=replace(task, metrics=("f1",)), arms=("kd-lora",))
+    make_experiment(tmp_path / "three", task=other, arms=("kd-lora",))
+    assert "another task" in compare([tmp_path / "two", tmp_path / "three"]).markdown
 
 
 def test_other_examples_labels_or_names_are_not_aligned():

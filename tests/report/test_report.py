@@ -164,7 +164,7 @@ def test_an_arm_that_is_neither_teacher_nor_student_is_shown_and_never_shipped(t
     [
         (("fft", "kd-lora"), "What distillation adds is not known, since there is no student without a teacher"),
         (("kd-lora", "student-lora"), "accuracy on validation, 3 seeds; its teacher’s own score is not available)"),
-        (("fft", "student-lora"), "No distilled student was run"),
+        (("fft", "student-lora"), "No distilled student has finished"),
         (("student-fft",), "it is the only student with a score. It scores"),
         (("fft", "lora"), "There is no answer yet: no student run of reviews has finished (the teacher scores"),
     ],
@@ -173,6 +173,9 @@ def test_missing_arms_are_said_to_be_missing(tmp_path, arms, expected):
     """A figure made from nothing, or a crash at the end of a long experiment."""
     report = _report(make_experiment(tmp_path / "reviews", arms=arms).root)
     assert expected in _opening(report)
+    failed = [(arm, seed) for arm in arms if arm != "fft" for seed in (1, 2)]
+    lone = _report(make_experiment(tmp_path / "lone", arms=arms, failed=failed).root)
+    assert ("One seed: no verdict" in lone.markdown) == any("student" in arm or "kd" in arm for arm in arms)
     _check(report.html)
 
 

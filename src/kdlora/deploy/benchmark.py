@@ -264,7 +264,7 @@ class _Worker:
     def logits(self, texts: Sequence[Any]) -> list[list[float]]:
         """Give logits whose usual decision is the one by the fitted thresholds."""
         model = self.model
-        given = [Words(*text) if model.marks_entities and isinstance(text, list) else text for text in texts]
+        given: list[Any] = [Words(*one) if model.marks_entities and isinstance(one, list) else one for one in texts]
         logits, thresholds = model.predict_logits(given), model.decisions.thresholds
         found: list[list[float]] = shift_logits(
             logits, model.label_names, thresholds, model.folder.temperature

@@ -175,10 +175,11 @@ def _contents(layout: ExperimentLayout, report: bool, repo: str) -> dict[str, Pa
                 raise ArtifactError(f"{path} is not there; write it with `kdlora report {layout.root}`")
             contents[path.name] = path
     for name in {"README.md", layout.report_md.name, layout.report_html.name} & contents.keys():
+        place = Path(str(contents[name]))
         try:
-            text = Path(str(contents[name])).read_text(encoding="utf-8")
+            text = place.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise ArtifactError(f"{contents[name]}: not UTF-8; save it as UTF-8") from None
+            raise ArtifactError(f"{place}: not UTF-8; save it as UTF-8") from None
         text = text.replace(FOLDER_IN_CARD, repo) if name == "README.md" else text
         contents[name] = shorten_paths(text, layout.root).encode()
     for name in {"config.json", "tokenizer_config.json"} & contents.keys():

@@ -37,7 +37,7 @@ _MOST_ROWS = 10_000_000
 Goal = str | float
 """A metric of one label, or the precision that is wanted with the highest recall."""
 
-_LEAST = 1e-9
+_LEAST = 1e-15
 
 
 @dataclass(frozen=True)
@@ -322,6 +322,8 @@ def fit_threshold(odds: np.ndarray, labels: np.ndarray, goal: Goal) -> float:
     below = np.append(edges[1:], edges[-1] - 1.0)
     cuts = np.where((below <= 0) & (edges > 0), 0.0, (edges + below) / 2)
     if isinstance(goal, str):
+        right, said = np.append(0, right), np.append(0, said)  # to say it of no row is possible, too
+        cuts = np.append(edges[0] + 1 if edges[0] > 0 else 0.0, cuts)
         values = METRICS[goal](right, said, positive, rows)
         best = np.flatnonzero(values >= values.max() - 1e-12)
         place = best[np.argmin(np.abs(cuts[best]))]

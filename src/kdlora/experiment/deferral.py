@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -44,9 +45,10 @@ from kdlora.evidence.defer import (
 from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
-from kdlora.experiment.deployment import exported_files, holds, load_without_copies, texts_of
+from kdlora.experiment.deployment import exported_files, holds, load_without_copies, texts_of, unseen_rows
 from kdlora.experiment.recording import forget_decisions, write_card
 from kdlora.experiment.scoring import groups_of, recorded_task
+from kdlora.report.shipped import read_part
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import refuse_links, remove
 from kdlora.system.storage import write_json_atomic, write_text_atomic
@@ -92,13 +94,11 @@ class _Judged:
         for how in SURENESS:
             known, strange = self.sure(self.logits[1], how), self.sure(unknown, how)
             met = Unknown(how, tell_apart(known, strange))
-            try:
+            with suppress(NoPromiseError):
                 promise = self.promise(how, error, confidence)
-            except NoPromiseError:
-                found.append(met)
-                continue
-            deferred = float(np.mean(strange < promise.threshold))
-            found.append(replace(met, coverage=promise.coverage, deferred=deferred))
+                deferred = float(np.mean(strange < promise.threshold))
+                met = replace(met, coverage=promise.coverage, deferred=deferred)
+            found.append(met)
         return tuple(found)
 
 
@@ -174,15 +174,6 @@ def _test_rows(config: Config, task: Task, splits: Splits, data: str | None) -> 
     return splits.test, "the test split"
 
 
-def unseen_rows(splits: Splits, rows: Dataset, source: str) -> tuple[Dataset, int]:
-    """Give the rows whose texts nothing was trained or chosen on, and how many others there were."""
-    seen = {*texts_of(splits.train), *texts_of(splits.validation)}
-    new = [place for place, text in enumerate(texts_of(rows)) if text not in seen]
-    if not new:
-        raise DataError(f"all {len(rows)} texts of {source} are in the training or validation split, too")
-    return rows.select(new), len(rows) - len(new)
-
-
 def shipped_models(layout: ExperimentLayout) -> Iterator[tuple[str, Classifier]]:
     """Load what ships, one file after another, to look at all of its answers; what is decided is written there."""
     refuse_links(layout.root)
@@ -255,8 +246,7 @@ def fit_thresholds(experiment: str | Path, goal: Goal | Mapping[str, Goal | None
     """
     layout = ExperimentLayout(Path(experiment))
     config, task = load_config(layout.config), recorded_task(layout)
-    goals = settle_goals(task, goal)
-    splits = load_without_copies(config)
+    goals, splits = settle_goals(task, goal), load_without_copies(config)
     judged, source = splits.validation, "validation"
     if splits.test is not None:
         judged, source = unseen_rows(splits, splits.test, "the test split")[0], "test"
@@ -269,7 +259,9 @@ def fit_thresholds(experiment: str | Path, goal: Goal | Mapping[str, Goal | None
         able = able or bool(fitted)
     if not able:
         raise NoThresholdError("; ".join(notes) or f"{layout.root} ships no student")
-    models = tuple(_judge(*one, task=task, goals=goals, rows=judged) for one in found)
+    earlier = getattr(read_part(layout.thresholds, Thresholds, "")[0], "models", ())
+    told = {label.label: label.goal for model in earlier for label in model.labels} | goals
+    models = tuple(_judge(*one, task=task, goals=told, rows=judged) for one in found)
     if layout.deferral.exists():
         notes.append("the promised error rate was of other answers and is gone; kdlora defer promises anew")
         remove(layout.deferral)
@@ -353,7 +345,9 @@ def _judge(
 ) -> FittedModel:
     logits, temperature = model.predict_logits(texts_of(rows)), model.folder.temperature
     told = [
-        judge_threshold(label, goals.get(label, "f1"), at, *_binary(task, label, logits, rows, temperature))
+        judge_threshold(
+            label, goals.get(label, "an earlier call"), at, *_binary(task, label, logits, rows, temperature)
+        )
         for label, at in thresholds.items()
     ]
     labels, groups = label_array(rows), groups_of(rows)

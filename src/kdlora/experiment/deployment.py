@@ -140,6 +140,15 @@ def texts_of(rows: Dataset) -> list[Any]:
     return list(zip(texts, pairs[0], strict=True)) if pairs else list(texts)
 
 
+def unseen_rows(splits: Splits, rows: Dataset, source: str) -> tuple[Dataset, int]:
+    """Give the rows whose texts nothing was trained or chosen on, and how many others there were."""
+    seen = {text for part in (splits.train, splits.validation, splits.unlabelled) if part for text in texts_of(part)}
+    new = [place for place, text in enumerate(texts_of(rows)) if text not in seen]
+    if not new:
+        raise DataError(f"all {len(rows)} texts of {source} are training, validation or unlabelled texts, too")
+    return rows.select(new), len(rows) - len(new)
+
+
 def load_without_copies(config: Config) -> Splits:
     return load_splits(config.task, config.data.model_copy(update={"augment": 0}))
 

@@ -62,6 +62,8 @@ def deferral_blocks(experiment: Experiment) -> list[Block | None]:
             "A model gives no label where it is less sure than the threshold of its file. Of the labels that it gives, "
             f"at most {found.error:.1%} are wrong, with {found.confidence:.0%} confidence."
         )
+        if bare := [_title(model.name) for model in found.models if model.reason]:
+            told += f" Of {', '.join(bare)} nothing can be promised, so every text is answered."
         if not any(model.promise for model in found.models):
             told = "Nothing can be promised, so every text is answered."
         blocks += [Paragraph(told), *deferral_tables(found), _curves(found)]
@@ -90,7 +92,9 @@ def decision_sentences(layout: ExperimentLayout) -> list[str]:
 
 def deferral_tables(found: Deferral) -> list[Table]:
     """Show what each model would have to hand on; and, where some were given, what it does with unknown texts."""
-    left_out = f" {found.known} rows were left out: these are training or validation texts." if found.known else ""
+    left_out = (
+        f" {found.known} rows were left out: these are training, validation or unlabelled texts." if found.known else ""
+    )
     reasons = dict.fromkeys(f" {model.name}: {model.reason}." for model in found.models if model.reason)
     columns: dict[str, Callable[[Deferring], str]] = {
         "model": lambda one: _title(one.name),

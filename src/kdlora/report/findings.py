@@ -88,6 +88,8 @@ def pair_runs(
     if aligned is None:
         return Comparison(first[0], second[0], None, plain, "not paired: the examples are not the same")
     logits, cut, one = [one.logits for one in aligned], len(kept[0]), aligned[0]
+    if set(one.label_names) == set(task.label_names):  # the order of the first side, whose task may be another
+        task = replace(task, label_names=one.label_names)
     arms = PairedArms(task, one.labels, logits[:cut], logits[cut:], one.groups, offsets=one.offsets)
     difference = contrast([arms], draws=draws)
     return Comparison(first[0], second[0], difference, difference.difference)

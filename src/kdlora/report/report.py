@@ -171,7 +171,7 @@ def _facts(experiment: Experiment, comparisons: Sequence[Comparison]) -> dict[st
         "teacher": experiment.score(taught_by),
         "words": experiment.score("words"),
         "score": experiment.score(arm) if arm else None,
-        "most_seeds": max((len(experiment.finished(one)) for one in experiment.arms), default=0),
+        "most_seeds": max((len(experiment.finished(one)) for one in experiment.arms if one in STUDENT_ARMS), default=0),
         "notable": NOTABLE,
         "given": is_teacher_given(experiment.runs),
         "adapted": taught_by == "lora",

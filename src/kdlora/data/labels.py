@@ -277,7 +277,7 @@ def infer_task(
             "needs two or more. Check the file, or task.label"
         )
     if kind != "regression":
-        _refuse_spellings(raw, label, names)
+        refuse_spellings(raw.source, label, names)
     notes = []
     if config.kind == "auto":
         notes.append(f"The kind of task, {kind}, was inferred from the labels in {raw.source} ({', '.join(label)}).")
@@ -287,13 +287,13 @@ def infer_task(
     return Task(kind, text, label, names, DEFAULT_METRICS[kind]), notes
 
 
-def _refuse_spellings(raw: RawTable, label: Sequence[str], names: Sequence[str]) -> None:
+def refuse_spellings(source: str, label: Sequence[str], names: Sequence[str]) -> None:
     """Refuse labels that cannot be told from another model's, which are matched by name without case and spaces."""
     keys = [name.strip().casefold() for name in names]
     counts = Counter(keys)
     if alike := [repr(name) for key, name in sorted(zip(keys, names, strict=True)) if counts[key] > 1]:
         raise DataError(
-            f"{raw.source}: the labels {', '.join(alike[:10])} ({', '.join(label)}) differ only in case or in spaces "
+            f"{source}: the labels {', '.join(alike[:10])} ({', '.join(label)}) differ only in case or in spaces "
             "around them; write each label in one way, in the data and in task.label_names where that is set"
         )
 

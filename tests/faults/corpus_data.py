@@ -100,6 +100,12 @@ CASES = [
     file("tsv", TABS + b"20\ta\n", "row 21", "2 columns where 3 are expected", "without quoting"),
     # One stray quote swallows all rows after it into a single text.
     file("csv", csv('20,"a film,a'), "row 21", "never closed", "'a film"),
+    file(
+        "csv",
+        csv('20,"a film, so', "21,b,b", '22,"fine" they said,a'),
+        "row 21: not",
+        "in line 24; the row is '20,",
+    ),
     file("csv", 'label,text\n1,a\n0,"b\n1,c\n1,d\n', "never closed", "'b"),
     # Latin-1 bytes that are replaced or skipped change texts without a word.
     file("csv", LATIN.encode("latin-1"), "UTF-8", "line 3", "offset 28 ", "0xE9"),

@@ -252,6 +252,8 @@ def test_saved_folder(tmp_path: Path, emotions: Dataset) -> None:
     missing = refused(path=str(tmp_path / "saved"), validation="tset")
     assert "train, test" in missing
     assert "Did you mean 'test'" in missing
+    DatasetDict({"train": emotions, "test": emotions.select([])}).save_to_disk(tmp_path / "empty")
+    assert "empty/test (data.path) has no rows" in refused(path=str(tmp_path / "empty"))
 
 
 def test_saved_single_dataset_and_lists_of_class_labels(tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def test_pairs_several_labels_and_kinds_that_are_set(csv_file):
         (WORDS, "single-label", ("bad", "good")),
         ([0, 1] * 10, "single-label", ("0", "1")),
         ([2, 10, -1, 2] * 5, "single-label", ("-1", "2", "10")),
+        (["--1", "1"] * 10, "single-label", ("--1", "1")),
+        ([" 0", " 1"] * 10, "single-label", (" 0", " 1")),
         ([True, False] * 10, "single-label", ("False", "True")),
         ([0.5, 1.0] * 10, "regression", ("label",)),
     ],

@@ -175,6 +175,7 @@ def test_second_files_need_the_labels_of_training(csv_file):
         ([("t", [0, 1]), ("t", [0, 3])], {}, "row 2: 'label' is 3, but"),
         ([("t", [0, 1]), ("t", [0])], {}, "differ in length"),
         ([("t", ["a"]), ("t", None), ("t", ["b"])], {}, "row 2: no label"),
+        ([("t", ["a"]), ("t", ["b", " "])], {}, "row 2: the label ' ' ('label') is not among"),
         ([("t", ["a"]), ("t", ["b", "c"])], {"label_names": ["a", "b"]}, "row 2: the label 'c'"),
         ([("t", []), ("t", [])], {}, "are all empty"),
         ([(None, "a"), (None, "b")], {}, "in every row"),
@@ -195,8 +196,9 @@ def test_ids_that_are_lists_and_decimals_as_classes(tmp_path):
 
     # A pandas column with 1.0 and 0.0 means the classes 1 and 0; 0.5 means no class.
     path = tmp_path / "a.parquet"
-    pd.DataFrame({"text": TEXTS, "label": [0.0, 1.0] * 10}).to_parquet(path)
-    assert load({"kind": "single-label"}, train=str(path)).task.label_names == ("0", "1")
+    for kind in (np.float64, np.float16):
+        pd.DataFrame({"text": TEXTS, "label": np.array([0.0, 1.0] * 10, kind)}).to_parquet(path)
+        assert load({"kind": "single-label"}, train=str(path)).task.label_names == ("0", "1")
     pd.DataFrame({"text": TEXTS, "label": [0.0, 0.5] * 10}).to_parquet(path)
     assert "row 2: the label 'label' is 0.5, a decimal" in load_refused({"kind": "single-label"}, train=str(path))
     for missing in (None, float("nan")):

@@ -121,6 +121,8 @@ CASES = [
     ),
     file("csv", table(sentence1=TEXTS, sentence2=[*TEXTS[:19], ""], label=AB), "row 20: the text 'sent"),
     csv_line(",a film,a", "the id ('id') is empty"),
+    # White space that becomes a class of its own is predicted, too.
+    csv_line("20,a film, ", "no label in column 'label' (1 of 21 rows)"),
     # Two rows with one id share teacher logits: one of them learns from another text.
     csv_line("3,a film,a", "the id '3' ('id') is also that of row 4;", "data.id_column"),
     # An export that has no unique id, but a column of that name, is at a dead end without the way out.
@@ -140,6 +142,8 @@ CASES = [
     settings("3 names", task={"label_names": ["a", "b", "c"], "kind": "regression"}),
     # Ids or prices taken for classes give a classifier of thousands of labels; one "n/a" must not make one either.
     settings("40 different integers", "set task.kind to single-label", content=table(text=FORTY, label=range(40))),
+    settings("with a comma ('1,5')", "as in 0.5", content=table(text=TEXTS, label=["1,5", "1", "2", "2,5"] * 5)),
+    settings("'0,5', but a number", "as in 0.5", content=table(text=TEXTS, label=["0,5", "1"] * 10), task=NUMBERS),
     settings("whole numbers as decimals", content=table(text=FORTY, label=[1.0, 2.0] * 20)),
     settings("40 texts in 40 rows", content=table(text=FORTY, label=FORTY)),
     settings(

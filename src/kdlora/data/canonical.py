@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
-from kdlora.data.labels import encode_labels, encode_tags, refuse_spellings
+from kdlora.data.labels import encode_labels, encode_tags
 from kdlora.data.lines import NUMBERS
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_text
 from kdlora.data.spool import doubles, make_dataset, spool
 from kdlora.data.tags import WORD_COLUMNS, tag_names
-from kdlora.data.tasks import Task
+from kdlora.data.tasks import Task, refuse_spellings
 from kdlora.data.token_rows import TEXTS, read_token_rows
 from kdlora.errors import DataError, did_you_mean
 

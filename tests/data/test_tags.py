@@ -175,6 +175,9 @@ def test_conll_of_several_columns(read):
     assert read("a.bio", NEWS.replace(" ", "\t").replace("\n", "\r\n"), kind="auto")[0] == expected
     chunks = NEWS.replace(" NNP", " B-NP").replace(" VBZ", " O")
     assert read("a.conll", chunks, label="2")[0] == ["EU/B-NP rejects/O", "Ann/B-NP Lee/B-NP"]
+    assert read("a.conll", NEWS.replace("\n\n\n", "\n-DOCSTART- -X- O\n"))[0] == expected
+    with pytest.raises(DataError, match=r"a.conll has no column '3' \(task.label\); it has 'words', '2', 'tags'"):
+        read("a.conll", NEWS, kind="auto", label="3")
 
 
 def test_conll_with_odd_white_space_comments_and_words_that_look_like_these(read):
@@ -188,6 +191,9 @@ def test_conll_with_odd_white_space_comments_and_words_that_look_like_these(read
     found, _ = read("a.conll", f"#begin document (x);\n{text}# _ _ PER\n\n#end document\n\nc _ _ O")
     assert found == ["a/O", "#/B-ART b/O", "#/B-PER", "c/O"]
     assert read("a.conll", "# sent1\na B-PER\n\n# B-ART\nb O")[0] == ["a/B-PER", "#/B-ART b/O"]
+    text = "#\thttp://x [2009]\n1\ta\tB-PER\tO\n2\t#\tO\tO\n\n#\thttp://y [2010]\n1\tb\tO\tO\n"
+    assert read("a.conll", text, label="3")[0] == ["a/B-PER #/O", "b/O"]
+    assert read("a.conll", "a\tPER\n\n#\tPER\nb\tO")[0] == ["a/B-PER", "#/B-PER b/O"]
 
 
 def test_numbers_and_languages_are_not_the_words(read):

@@ -153,7 +153,7 @@ def _delimited_rows(
 def _read_conll(lines: _Lines, name: str) -> tuple[Sequence[str], Iterator[Numbered]]:
     """Read a word and its columns a line, an empty line after each sentence; the first word shows what divides them."""
     try:
-        head = next((line for line in lines if not _is_between(line)), "")
+        head = next((line for line in lines if not _ends_sentence(line) and not _is_comment(line)), "")
     except RowError as error:
         raise DataError(f"{name}: {error}; expected a word and its tag.") from None
     if not head:
@@ -191,13 +191,19 @@ def _without_numbers(rows: Iterator[Numbered], second: str) -> Iterator[Numbered
             yield place, "the first column counts words elsewhere, but not in this sentence; make all sentences alike"
 
 
-def _is_between(line: str, fields: Sequence[str] = (), width: int = 0) -> bool:
-    """Whether a line stands between sentences: empty, the mark of a document, or a comment, not `#` with its tag."""
-    if not line.strip() or line.startswith(("-DOCSTART-", "#begin document", "#end document")):
+def _ends_sentence(line: str) -> bool:
+    return not line.strip() or line.startswith(_MARKS)
+
+
+def _is_comment(line: str, fields: Sequence[str] = (), width: int = 0) -> bool:
+    """Whether a line before a sentence is a comment, not `#` with its tag; the first one's width is not known."""
+    if not line.startswith(("# ", "#\t")):
+        return False
+    if _KEY.match(line) or len(fields) != width:
         return True
-    if not line.startswith("# ") or _KEY.match(line) or len(fields) != width:
-        return line.startswith("# ")
     last = line.split()[-1]
+    if width and line[1] == "\t":
+        return False
     return last != OUTSIDE and last not in parse_tags([last]) and (width <= 2 or "=" in last or last.isdigit())
 
 
@@ -207,7 +213,7 @@ def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pat
     fault: Numbered | None = None
     while True:
         fields = divider.split(line.rstrip())
-        if not line.strip() or (not words and _is_between(line, fields, len(columns))):
+        if _ends_sentence(line) or (not words and _is_comment(line, fields, len(columns))):
             if fault or any(word[0].strip() for word in words):
                 columned = zip((*columns, LINES), map(list, zip(*words, strict=True)), strict=False)
                 yield fault or (words[0][-1] - 1, dict(columned))

@@ -53,6 +53,8 @@ def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] |
     for inputs, labels in ((WORD_COLUMNS, TAGS), (TEXTS, SPANS)):
         text = next((name for name in config.text or inputs if name in source.columns), None)
         label = next((name for name in config.label or labels if name in source.columns), None)
+        if text in WORD_COLUMNS and label is None and config.label is not None:
+            source.require(config.label[0], "task.label")
         if text is None or label is None:
             continue
         if config.kind == "auto" and text not in WORD_COLUMNS and label not in (*TAGS[:2], *SPANS[:2]):

@@ -114,6 +114,8 @@ def test_pairs_several_labels_and_kinds_that_are_set(csv_file):
         (WORDS, "single-label", ("bad", "good")),
         ([0, 1] * 10, "single-label", ("0", "1")),
         ([2, 10, -1, 2] * 5, "single-label", ("-1", "2", "10")),
+        (["--1", "1"] * 10, "single-label", ("--1", "1")),
+        ([" 0", " 1"] * 10, "single-label", (" 0", " 1")),
         ([True, False] * 10, "single-label", ("False", "True")),
         ([0.5, 1.0] * 10, "regression", ("label",)),
     ],
@@ -252,6 +254,8 @@ def test_saved_folder(tmp_path: Path, emotions: Dataset) -> None:
     missing = refused(path=str(tmp_path / "saved"), validation="tset")
     assert "train, test" in missing
     assert "Did you mean 'test'" in missing
+    DatasetDict({"train": emotions, "test": emotions.select([])}).save_to_disk(tmp_path / "empty")
+    assert "empty/test (data.path) has no rows" in refused(path=str(tmp_path / "empty"))
 
 
 def test_saved_single_dataset_and_lists_of_class_labels(tmp_path: Path) -> None:

@@ -80,6 +80,10 @@ def test_byte_order_mark_and_line_breaks(tmp_path: Path, line_break: str) -> Non
         rows = [["text", "label"], ["ä b", "1"], ["c", "0"]]
         path = write(tmp_path / name, "\ufeff" + "".join(delimiter.join(row) + line_break for row in rows))
         assert read(path) == {"text": ["ä b", "c"], "label": ["1", "0"]}
+    lines = ["sep=;", "text, raw;label;count", "a, b, c;1;2", '"d;e";0;3', ""]
+    for begin in (0, 1):  # a comma in a name is not what divides the columns
+        found = read(write(tmp_path / "a.csv", "\ufeff" + line_break.join(lines[begin:])))
+        assert found == {"text, raw": ["a, b, c", "d;e"], "label": ["1", "0"], "count": ["2", "3"]}
     path = write(tmp_path / "a.jsonl", "\ufeff" + '{"text": "ä"}' + line_break + line_break + '{"text": "b"}')
     assert read(path) == {"text": ["ä", "b"]}
 
@@ -171,6 +175,7 @@ def test_second_files_need_the_labels_of_training(csv_file):
         ([("t", [0, 1]), ("t", [0, 3])], {}, "row 2: 'label' is 3, but"),
         ([("t", [0, 1]), ("t", [0])], {}, "differ in length"),
         ([("t", ["a"]), ("t", None), ("t", ["b"])], {}, "row 2: no label"),
+        ([("t", ["a"]), ("t", ["b", " "])], {}, "row 2: the label ' ' ('label') is not among"),
         ([("t", ["a"]), ("t", ["b", "c"])], {"label_names": ["a", "b"]}, "row 2: the label 'c'"),
         ([("t", []), ("t", [])], {}, "are all empty"),
         ([(None, "a"), (None, "b")], {}, "in every row"),
@@ -191,8 +196,9 @@ def test_ids_that_are_lists_and_decimals_as_classes(tmp_path):
 
     # A pandas column with 1.0 and 0.0 means the classes 1 and 0; 0.5 means no class.
     path = tmp_path / "a.parquet"
-    pd.DataFrame({"text": TEXTS, "label": [0.0, 1.0] * 10}).to_parquet(path)
-    assert load({"kind": "single-label"}, train=str(path)).task.label_names == ("0", "1")
+    for kind in (np.float64, np.float16):
+        pd.DataFrame({"text": TEXTS, "label": np.array([0.0, 1.0] * 10, kind)}).to_parquet(path)
+        assert load({"kind": "single-label"}, train=str(path)).task.label_names == ("0", "1")
     pd.DataFrame({"text": TEXTS, "label": [0.0, 0.5] * 10}).to_parquet(path)
     assert "row 2: the label 'label' is 0.5, a decimal" in load_refused({"kind": "single-label"}, train=str(path))
     for missing in (None, float("nan")):

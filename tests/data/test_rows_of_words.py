@@ -175,3 +175,9 @@ def test_types_that_training_lacks_are_refused_by_row(tmp_path):
         load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(named)))
     task = load_splits(TaskConfig(), DataConfig(train=str(train))).task
     assert load_examples(str(train), task, labelled=True).num_rows == 30
+
+    # Names are matched without case, so a student of the trained teacher would be refused, hours later.
+    named.write_text("Paris\tB-PLACE\nOslo\tB-place\n")
+    for names in (None, ("PLACE", "place")):
+        with pytest.raises(DataError, match=r"'PLACE', 'place' \(tags\) differ only in case"):
+            load_splits(TaskConfig(label_names=names), DataConfig(train=str(named)))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import unicodedata
 
 import numpy as np
 import pytest
@@ -150,7 +151,8 @@ def test_any_spans_come_back_as_they_went_in():
     alphabet = [*"ab é1_-.", "e\u0301", "ש", "\u05b8", "\U0001f468", "\u200d", "\ufe0f", "\n", "नि", "\U000e0100"]
     for _ in range(500):
         text = "".join(draw.choices(alphabet, k=draw.randrange(60))) + "x" * draw.choice([0, 0, 0, 10_000])
-        edges = sorted(draw.sample(range(len(text) + 1), k=min(len(text) + 1, 2 * draw.randrange(5))))
+        places = [place for place, mark in enumerate(f"{text}.") if unicodedata.category(mark)[0] != "M"]
+        edges = sorted(draw.sample(places, k=min(len(places), 2 * draw.randrange(5))))
         given = [
             {"start": start, "end": end, "label": draw.choice("PQ")}
             for start, end in zip(edges[::2], edges[1::2], strict=False)
@@ -165,6 +167,15 @@ def test_any_spans_come_back_as_they_went_in():
         ]
 
 
+def test_a_mark_stays_with_its_letter():
+    """A span that ends before an accent would teach that the accent is no part of a name."""
+    text = "Jose\u0301s o\u0301 Ana"
+    spans = [{"start": start, "end": end, "label": "P"} for start, end in ((0, 4), (4, 7), (10, 13))]
+    starts, ends, tags = tags_from_spans(text, check_spans(spans, len(text), "here"), "here")
+    found = [f"{text[a:b]}/{tag}" for a, b, tag in zip(starts, ends, tags, strict=True)]
+    assert found == ["Jose\u0301/B-P", "s/B-P", "o\u0301/O", "Ana/B-P"]
+
+
 NEWS = "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\n\nAnn NNP B-PER\nLee NNP I-PER\n"
 
 
@@ -175,6 +186,9 @@ def test_conll_of_several_columns(read):
     assert read("a.bio", NEWS.replace(" ", "\t").replace("\n", "\r\n"), kind="auto")[0] == expected
     chunks = NEWS.replace(" NNP", " B-NP").replace(" VBZ", " O")
     assert read("a.conll", chunks, label="2")[0] == ["EU/B-NP rejects/O", "Ann/B-NP Lee/B-NP"]
+    assert read("a.conll", NEWS.replace("\n\n\n", "\n-DOCSTART- -X- O\n"))[0] == expected
+    with pytest.raises(DataError, match=r"a.conll has no column '3' \(task.label\); it has 'words', '2', 'tags'"):
+        read("a.conll", NEWS, kind="auto", label="3")
 
 
 def test_conll_with_odd_white_space_comments_and_words_that_look_like_these(read):
@@ -188,6 +202,9 @@ def test_conll_with_odd_white_space_comments_and_words_that_look_like_these(read
     found, _ = read("a.conll", f"#begin document (x);\n{text}# _ _ PER\n\n#end document\n\nc _ _ O")
     assert found == ["a/O", "#/B-ART b/O", "#/B-PER", "c/O"]
     assert read("a.conll", "# sent1\na B-PER\n\n# B-ART\nb O")[0] == ["a/B-PER", "#/B-ART b/O"]
+    text = "#\thttp://x [2009]\n1\ta\tB-PER\tO\n2\t#\tO\tO\n\n#\thttp://y [2010]\n1\tb\tO\tO\n"
+    assert read("a.conll", text, label="3")[0] == ["a/B-PER #/O", "b/O"]
+    assert read("a.conll", "a\tPER\n\n#\tPER\nb\tO")[0] == ["a/B-PER", "#/B-PER b/O"]
 
 
 def test_numbers_and_languages_are_not_the_words(read):
@@ -256,6 +273,14 @@ def test_offsets_that_are_not_those_of_characters(read):
     with pytest.raises(DataError, match=r"a.jsonl: 11 of 21 spans begin or end inside a word; .* JavaScript"):
         read("a.jsonl", lines(*[right, wrong] * 10, wrong))
 
+    # Some scripts write no spaces between words, or an ending behind a name, or an article before it.
+    whole = {"東京に": (0, 2), "อยู่กรุงเทพนี้": (4, 11), "서울에서": (0, 2), "وأحمد": (1, 5), "दिल्ली में": (0, 6)}
+    inside = {"أحمد هنا": (0, 3), "दिल्ली में": (0, 5), "กิ": (0, 1), "cafe\u0301": (0, 4), "Αθήνα": (0, 4)}
+    for texts, cut in ((whole, 0), (inside, 1)):
+        for text, (start, end) in texts.items():
+            row = {"text": text, "spans": [{"start": start, "end": end, "label": "X"}]}
+            assert read("a.jsonl", lines(row))[1] == [note.format(1, 1)] * cut, text
+
 
 @pytest.mark.parametrize(
     "row",
@@ -263,12 +288,24 @@ def test_offsets_that_are_not_those_of_characters(read):
         {"text": "good", "label": ["joy", "love"]},
         {"tokens": "good", "label": "positive"},
         {"words": ["good"], "topic": "x"},
+        {"text": "good", "label": "positive", "entities": [{"name": "Ada"}]},
     ],
 )
 def test_other_tasks_are_not_taken_for_tokens(tmp_path, row):
     """A task of labels would turn into one of words because of a column's name."""
     (tmp_path / "a.jsonl").write_text(lines(row), encoding="utf-8")
     assert infer_token_columns(open_file(tmp_path / "a.jsonl", "data.train"), TaskConfig()) is None
+
+
+def test_a_label_beside_spans_is_not_passed_over(tmp_path):
+    """Names would be learnt where classes were meant, and nothing be said of the classes."""
+    (tmp_path / "a.jsonl").write_text(lines({"text": "good", "label": "a", "entities": [SPAN]}), encoding="utf-8")
+    source = open_file(tmp_path / "a.jsonl", "data.train")
+    with pytest.raises(DataError, match=r"both 'entities' .* and 'label' .* task.kind to tokens, or task.label to"):
+        infer_token_columns(source, TaskConfig())
+    assert infer_token_columns(source, TaskConfig(label="label")) is None
+    assert infer_token_columns(source, TaskConfig(label="entities")) == ("text", "entities")
+    assert infer_token_columns(source, TaskConfig(kind="tokens")) == ("text", "entities")
 
 
 SPAN = {"start": 0, "end": 2, "label": "A"}
@@ -302,6 +339,7 @@ SPAN = {"start": 0, "end": 2, "label": "A"}
         ("a.jsonl", lines({"text": "a  b", "spans": [SPAN | {"start": 1}]}), "row 1: .* holds no word"),
         ("a.jsonl", lines({"text": "ab", "spans": [{"start": 0, "end": 2}]}), "row 1: .* is no span"),
         ("a.jsonl", lines({"text": "ab", "spans": [SPAN | {"label": " "}]}), "row 1: .* is no span"),
+        ("a.jsonl", lines({"text": "ab", "spans": [{"start": False, "end": True, "label": "A"}]}), "is no span"),
         ("a.jsonl", lines({"text": "ab", "spans": ["x"]}), "holds list<.*> beside texts"),
         ("a.csv", "text,label\na,b\n", "holds string beside texts"),
         ("a.csv", "phrase,sort\na,b\n", "which columns hold words and tags"),

@@ -100,6 +100,12 @@ CASES = [
     file("tsv", TABS + b"20\ta\n", "row 21", "2 columns where 3 are expected", "without quoting"),
     # One stray quote swallows all rows after it into a single text.
     file("csv", csv('20,"a film,a'), "row 21", "never closed", "'a film"),
+    file(
+        "csv",
+        csv('20,"a film, so', "21,b,b", '22,"fine" they said,a'),
+        "row 21: not",
+        "in line 24; the row is '20,",
+    ),
     file("csv", 'label,text\n1,a\n0,"b\n1,c\n1,d\n', "never closed", "'b"),
     # Latin-1 bytes that are replaced or skipped change texts without a word.
     file("csv", LATIN.encode("latin-1"), "UTF-8", "line 3", "offset 28 ", "0xE9"),
@@ -115,6 +121,8 @@ CASES = [
     ),
     file("csv", table(sentence1=TEXTS, sentence2=[*TEXTS[:19], ""], label=AB), "row 20: the text 'sent"),
     csv_line(",a film,a", "the id ('id') is empty"),
+    # White space that becomes a class of its own is predicted, too.
+    csv_line("20,a film, ", "no label in column 'label' (1 of 21 rows)"),
     # Two rows with one id share teacher logits: one of them learns from another text.
     csv_line("3,a film,a", "the id '3' ('id') is also that of row 4;", "data.id_column"),
     # An export that has no unique id, but a column of that name, is at a dead end without the way out.
@@ -134,6 +142,8 @@ CASES = [
     settings("3 names", task={"label_names": ["a", "b", "c"], "kind": "regression"}),
     # Ids or prices taken for classes give a classifier of thousands of labels; one "n/a" must not make one either.
     settings("40 different integers", "set task.kind to single-label", content=table(text=FORTY, label=range(40))),
+    settings("with a comma ('1,5')", "as in 0.5", content=table(text=TEXTS, label=["1,5", "1", "2", "2,5"] * 5)),
+    settings("'0,5', but a number", "as in 0.5", content=table(text=TEXTS, label=["0,5", "1"] * 10), task=NUMBERS),
     settings("whole numbers as decimals", content=table(text=FORTY, label=[1.0, 2.0] * 20)),
     settings("40 texts in 40 rows", content=table(text=FORTY, label=FORTY)),
     settings(

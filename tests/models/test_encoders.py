@@ -14,7 +14,14 @@ import tiny
 from experiments import edit_json
 from kdlora.data.tasks import match_labels
 from kdlora.errors import ModelError
-from kdlora.models.encoders import find_layers, load_encoder, load_fine_tuned, save_encoder, student_from_layers
+from kdlora.models.encoders import (
+    find_layers,
+    load_encoder,
+    load_fine_tuned,
+    read_task,
+    save_encoder,
+    student_from_layers,
+)
 
 FRESH = {
     "bert": ("classifier",),
@@ -204,6 +211,9 @@ def test_what_was_not_fine_tuned_is_not_a_teacher(tiny_model_folder, tmp_path):
     edit_json(folder / "config.json", architectures=["ModernBertForTokenClassification"])
     with pytest.raises(ModelError, match="not a fine-tuned text classifier"):
         load_fine_tuned(str(folder), THREE_WAY)
+    edit_json(folder / "config.json", id2label={"1": "bad", "2": "so-so", "3": "good"})
+    with pytest.raises(ModelError, match=r"id2label in its config.json names the outputs \[1, 2, 3\]; number them 0"):
+        read_task(str(folder))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,7 +14,7 @@ from kdlora.data.lines import NUMBERS
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_text
 from kdlora.data.spool import doubles, make_dataset, spool
 from kdlora.data.tags import WORD_COLUMNS, tag_names
-from kdlora.data.tasks import Task
+from kdlora.data.tasks import Task, refuse_spellings
 from kdlora.data.token_rows import TEXTS, read_token_rows
 from kdlora.errors import DataError, did_you_mean
 
@@ -82,6 +82,7 @@ class Reading:
                 self.task = replace(self.task, label_names=tag_names(types))
                 shown = ", ".join(types[:10]) + (" ..." if len(types) > 10 else "")
                 self.notes.append(f"The {len(types)} types of entities were taken from the data: {shown}.")
+            refuse_spellings(raw.source, self.task.label, self.task.label_types)
             arrays["label"] = encode_tags(raw, rows, label, self.task)
         return make_dataset(pa.table(arrays))
 

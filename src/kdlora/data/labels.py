@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Container, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 
 from kdlora.config import Kind, TaskConfig
 from kdlora.data.lines import LINES
-from kdlora.data.read import RawTable, Source, first_true, is_list, is_text
+from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is_text
 from kdlora.data.tags import NO_TAG, OUTSIDE, parse_tags
-from kdlora.data.tasks import DEFAULT_METRICS, Task, find_joined
+from kdlora.data.tasks import DEFAULT_METRICS, Task, find_joined, refuse_spellings
 from kdlora.errors import DataError, did_you_mean
 
 KNOWN_COLUMNS = {
@@ -30,7 +30,8 @@ KNOWN_COLUMNS = {
 
 MOST_CLASSES, MOST_NAMES = 20, 1000
 """So many distinct integers, or names, are still taken for classes; short files allow fewer names."""
-INTEGER = r"^[+-]?[0-9]+$"
+INTEGER = r"^\s*[+-]?[0-9]+\s*$"
+_COMMA = r"^\s*[+-]?[0-9]+(,[0-9]+)?\s*$"
 DECIMAL = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
 WHOLE = r"^([+-]?[0-9]+)\.0*$"
 """A whole number that is written as a decimal; without its decimals it is the same label."""
@@ -76,6 +77,7 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
     if pa.types.is_boolean(kind):
         return pc.if_else(values, "True", "False")
     if pa.types.is_floating(kind):
+        values = values.cast(pa.float64())
         fractional = pc.and_(pc.is_finite(values), pc.not_equal(pc.floor(values), values))
         if (position := first_true(fractional)) is not None:
             raise DataError(
@@ -88,7 +90,7 @@ def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
             f"{raw.source}: the label column {column!r} holds {kind}; expected names, integers or true/false"
         )
     strings = values.cast(pa.string())
-    return pc.if_else(pc.equal(strings, ""), None, strings)
+    return pc.if_else(is_blank(strings), None, strings)
 
 
 def refuse_missing(raw: RawTable, column: str, missing: pa.ChunkedArray | pa.Array) -> None:
@@ -111,12 +113,10 @@ def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
     try:
         return trimmed.cast(pa.float64())
     except pa.ArrowInvalid:
-        number = pc.or_(
-            pc.match_substring_regex(trimmed, DECIMAL), pc.match_substring_regex(trimmed, "(?i)^[+-]?(nan|inf)")
-        )
-        position = first_true(pc.invert(number))
+        position = first_true(pc.invert(pc.match_substring_regex(trimmed, rf"{DECIMAL}|(?i:^[+-]?(nan|inf))")))
         where, value = (raw.source, "a value") if position is None else (raw.where(position), values[position].as_py())
-        raise DataError(f"{where}: the label {column!r} is {value!r}, but a number is expected; correct it") from None
+        remedy = "write decimals with a point, as in 0.5" if re.match(_COMMA, value) else "correct it"
+        raise DataError(f"{where}: the label {column!r} is {value!r}, but a number is expected; {remedy}") from None
 
 
 def _named_codes(codes: pa.ChunkedArray | pa.Array, names: Sequence[str]) -> pa.ChunkedArray | pa.Array:
@@ -277,7 +277,7 @@ def infer_task(
             "needs two or more. Check the file, or task.label"
         )
     if kind != "regression":
-        _refuse_spellings(raw, label, names)
+        refuse_spellings(raw.source, label, names)
     notes = []
     if config.kind == "auto":
         notes.append(f"The kind of task, {kind}, was inferred from the labels in {raw.source} ({', '.join(label)}).")
@@ -285,17 +285,6 @@ def infer_task(
         shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
         notes.append(f"The {len(names)} label names and their order were taken from the data: {shown}.")
     return Task(kind, text, label, names, DEFAULT_METRICS[kind]), notes
-
-
-def _refuse_spellings(raw: RawTable, label: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse labels that cannot be told from another model's, which are matched by name without case and spaces."""
-    keys = [name.strip().casefold() for name in names]
-    counts = Counter(keys)
-    if alike := [repr(name) for key, name in sorted(zip(keys, names, strict=True)) if counts[key] > 1]:
-        raise DataError(
-            f"{raw.source}: the labels {', '.join(alike[:10])} ({', '.join(label)}) differ only in case or in spaces "
-            "around them; write each label in one way, in the data and in task.label_names where that is set"
-        )
 
 
 def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:
@@ -311,7 +300,13 @@ def _infer_kind(raw: RawTable, label: Sequence[str]) -> Kind:
         return _kind_of_decimals(raw, column)
     strings = label_strings(raw, column)
     distinct = pc.unique(strings).drop_null()
-    if joined := find_joined(distinct.to_pylist()):
+    names = distinct.to_pylist()
+    if (commas := [name for name in names if "," in name]) and all(re.match(_COMMA, name) for name in names):
+        raise DataError(
+            f"{raw.source}: the label column {column!r} holds numbers with a comma ({commas[0]!r}); write decimals "
+            "with a point, as in 0.5, and several labels as lists"
+        )
+    if joined := find_joined(names):
         raise DataError(
             f"{raw.source}: the label column {column!r} holds several labels in one ({joined!r}); write them as lists "
             "(JSON Lines, Parquet) or as a column of 0 and 1 each, or set task.kind: single-label if it is one label"
@@ -395,5 +390,6 @@ def _names_in_lists(raw: RawTable, column: str, values: pa.ChunkedArray) -> tupl
 
 
 def _sorted_names(strings: pa.ChunkedArray) -> tuple[str, ...]:
-    names = sorted(pc.unique(pc.drop_null(strings)).to_pylist())
-    return tuple(sorted(names, key=int) if all(name.lstrip("+-").isdecimal() for name in names) else names)
+    strings = strings.cast(pa.string())
+    names = sorted(pc.unique(strings.filter(pc.invert(is_blank(strings)))).to_pylist())
+    return tuple(sorted(names, key=float) if all(re.match(INTEGER, name) for name in names) else names)

@@ -27,6 +27,8 @@ NUMBERS = "conll:number"
 """The first column of a CoNLL file, where it counts the words of each sentence."""
 _LOOKED_AT = 10
 """Sentences whose first column says whether it counts."""
+_SEP = re.compile(r"(?i)sep=([^\w\"])[\r\n]*$")
+_MARKS = ("-DOCSTART-", "#begin document", "#end document")
 _NO_WORD = re.compile(r"\d+[-.]\d+")
 _KEY = re.compile(r"# [\w.:-]+ ?=")
 Format = Literal["csv", "tsv", "jsonl", "parquet", "text", "conll"]
@@ -58,6 +60,8 @@ class _Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream, self.number = stream, 0
         self.ended = False
+        self.first = ""
+        """The first line of a row of CSV, whose values may hold line breaks."""
 
     def __iter__(self) -> _Lines:
         return self
@@ -68,6 +72,7 @@ class _Lines:
             self.ended = True
             raise StopIteration
         self.number += 1
+        self.first = self.first or line
         if len(line) <= MOST_CHARACTERS or line.endswith(("\n", "\r")):
             return line
         while (rest := self._stream.readline(_CHUNK)) and not rest.endswith(("\n", "\r")):
@@ -93,12 +98,21 @@ def _read_delimited(
     """Read CSV, quoted, with the delimiter of its header, or TSV, never quoted."""
     csv.field_size_limit(MOST_CHARACTERS)
     try:
-        first = next((line for line in lines if line.strip("\r\n")), "")
-        delimiter = next((mark for mark in ",\t;" if mark in first), ",") if form == "csv" else "\t"
+        filled = (line for line in lines if line.strip("\r\n"))
+        first, delimiter = next(filled, ""), "\t"
+        if form == "csv":
+            if named := _SEP.match(first):  # Excel's
+                first = next(filled, "")
+            bare = re.sub('"[^"]*"', "", first)
+            delimiter = named[1] if named else max(",\t;", key=bare.count)
         reader = csv.reader(
-            chain([first], lines), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if form == "csv" else csv.QUOTE_NONE
+            chain([first], lines),
+            delimiter=delimiter,
+            quoting=csv.QUOTE_MINIMAL if form == "csv" else csv.QUOTE_NONE,
+            strict=True,
         )
         columns = header or next(reader)
+        lines.first = first if header else ""
     except (csv.Error, RowError) as error:
         raise DataError(f"{name}: {error}; expected a header line.") from None
     if not columns:
@@ -112,18 +126,23 @@ def _delimited_rows(
     width = len(columns)
     advice = "Put quotes around a text that holds the delimiter" if form == "csv" else NO_QUOTING
     for number in count():
+        lines.first = lines.first if number == 0 else ""
         try:
             while not (values := next(reader)):  # a blank line
-                pass
+                lines.first = ""
         except StopIteration:
             return
-        except (csv.Error, RowError) as error:
+        except RowError as error:
             yield number, f"not readable as {form.upper()}: {error}"
             continue
-        if lines.ended:  # the reader asks for another line in the middle of a row only
-            found = f"a quote is opened and never closed; it swallows the end of the file from {values[-1][:_SHOWN]!r}"
-            yield number, f"{found} on. Close it, or double a quote inside a text"
-        elif len(values) == width:
+        except csv.Error as error:
+            found = f"not readable as CSV: {error}, in line {lines.number}; the row is {lines.first[:_SHOWN]!r}"
+            if lines.ended:  # in the middle of a row
+                *_, last = next(csv.reader([lines.first], delimiter=delimiter))
+                found = f"a quote is opened and never closed; it swallows the end of the file from {last[:_SHOWN]!r} on"
+            yield number, f"{found}. Close each quote, and double one inside a text"
+            continue
+        if len(values) == width:
             yield number, dict(zip(columns, values, strict=True))
         else:
             shown = f"{delimiter.join(values):.{_SHOWN}}"
@@ -134,7 +153,7 @@ def _delimited_rows(
 def _read_conll(lines: _Lines, name: str) -> tuple[Sequence[str], Iterator[Numbered]]:
     """Read a word and its columns a line, an empty line after each sentence; the first word shows what divides them."""
     try:
-        head = next((line for line in lines if not _is_between(line)), "")
+        head = next((line for line in lines if not _ends_sentence(line) and not _is_comment(line)), "")
     except RowError as error:
         raise DataError(f"{name}: {error}; expected a word and its tag.") from None
     if not head:
@@ -172,13 +191,19 @@ def _without_numbers(rows: Iterator[Numbered], second: str) -> Iterator[Numbered
             yield place, "the first column counts words elsewhere, but not in this sentence; make all sentences alike"
 
 
-def _is_between(line: str, fields: Sequence[str] = (), width: int = 0) -> bool:
-    """Whether a line stands between sentences: empty, the mark of a document, or a comment, not `#` with its tag."""
-    if not line.strip() or line.startswith(("-DOCSTART-", "#begin document", "#end document")):
+def _ends_sentence(line: str) -> bool:
+    return not line.strip() or line.startswith(_MARKS)
+
+
+def _is_comment(line: str, fields: Sequence[str] = (), width: int = 0) -> bool:
+    """Whether a line before a sentence is a comment, not `#` with its tag; the first one's width is not known."""
+    if not line.startswith(("# ", "#\t")):
+        return False
+    if _KEY.match(line) or len(fields) != width:
         return True
-    if not line.startswith("# ") or _KEY.match(line) or len(fields) != width:
-        return line.startswith("# ")
     last = line.split()[-1]
+    if width and line[1] == "\t":
+        return False
     return last != OUTSIDE and last not in parse_tags([last]) and (width <= 2 or "=" in last or last.isdigit())
 
 
@@ -188,7 +213,7 @@ def _sentences(line: str, lines: _Lines, columns: Sequence[str], divider: re.Pat
     fault: Numbered | None = None
     while True:
         fields = divider.split(line.rstrip())
-        if not line.strip() or (not words and _is_between(line, fields, len(columns))):
+        if _ends_sentence(line) or (not words and _is_comment(line, fields, len(columns))):
             if fault or any(word[0].strip() for word in words):
                 columned = zip((*columns, LINES), map(list, zip(*words, strict=True)), strict=False)
                 yield fault or (words[0][-1] - 1, dict(columned))

@@ -209,6 +209,8 @@ def _check_saved(folder: Path) -> None:
             raise DataError(f"{whole}: expected names of folders beside it, got {names!r:.200}; save it again")
     for part in parts:
         files = [file["filename"] for file in read_json(part / "state.json")["_data_files"]]
+        if not files:
+            raise DataError(f"{part} (data.path) has no rows; save it with examples, or the rest without it")
         if outside := [name for name in files if not is_plain_name(name)]:
             raise DataError(f"{part / 'state.json'}: names the file {outside[0]!r:.80}; expected one beside it")
 

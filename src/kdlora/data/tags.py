@@ -25,7 +25,7 @@ Scheme = Literal["IO", "IOB1", "IOB2", "BILOU"]
 OUTSIDE = "O"
 WORD_COLUMNS = ("words", "tokens")
 """What columns of lists of words are called."""
-_SPAN_KEYS = (("start", "start_offset"), ("end", "end_offset"), ("label", "type", "entity_group"))
+SPAN_KEYS = (("start", "start_offset"), ("end", "end_offset"), ("label", "type", "entity_group"))
 NO_TAG = -100
 """What a word has that has no tag: it is neither learnt nor scored."""
 _PREFIXES = {"B": "B", "I": "I", "M": "I", "L": "E", "E": "E", "U": "S", "S": "S", "W": "S"}
@@ -181,6 +181,7 @@ def join_words(given: Sequence[object], where: str) -> Words:
 
 def tags_from_spans(text: str, spans: Sequence[Span], where: str) -> tuple[list[int], list[int], list[str]]:
     """Give the words of a text, cut where a span begins or ends inside of one, and their tags in IOB2."""
+    spans = [Span(_after_marks(text, span.start), _after_marks(text, span.end), span.type) for span in spans]
     edges = [edge for span in spans for edge in span[:2]]
     pieces: list[tuple[int, int]] = []
     for start, end in zip(*split_words(text), strict=True):
@@ -190,23 +191,41 @@ def tags_from_spans(text: str, spans: Sequence[Span], where: str) -> tuple[list[
     for span in spans:
         first, after = (bisect_left(pieces, (edge, 0)) for edge in span[:2])
         if first == after:
-            raise DataError(f"{where}: {_shown(span)} holds no word, only white space; correct its offsets")
+            raise DataError(f"{where}: {_shown(span)} holds no word, only white space or a mark; correct its offsets")
         tags[first:after] = [f"{'I' if place else 'B'}-{span.type}" for place in range(after - first)]
     return [start for start, _ in pieces], [end for _, end in pieces], tags
 
 
+def _after_marks(text: str, edge: int) -> int:
+    """Move an edge behind the combining marks of the letter before it."""
+    while 0 < edge < len(text) and _is_mark(text[edge]) and not text[edge - 1].isspace():
+        edge += 1
+    return edge
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character)[0] == "M"
+
+
 def cuts_word(text: str, span: Span) -> bool:
-    """Whether a span begins or ends between two digits, or two letters of a script that has small ones and spaces."""
+    """Whether a span begins or ends before a mark, or between two digits, or two letters that have small ones.
+
+    The letters from Hebrew to Sinhala have none. Articles and prepositions stand before a word without a space there,
+    so of these scripts ends alone count; scripts beyond write no spaces, or endings behind names.
+    """
     pairs = [text[edge - 1 : edge + 1] for edge in span[:2] if 0 < edge < len(text)]
-    return any(pair.isdigit() or all(one.lower() != one.upper() for one in pair) for pair in pairs)
+    last = text[span.end - 1 : span.end + 1]
+    return any(
+        pair.isdigit() or _is_mark(pair[1]) or all(one.lower() != one.upper() for one in pair) for pair in pairs
+    ) or (len(last) == 2 and all("\u0590" <= one < "\u0e00" and (one.isalpha() or _is_mark(one)) for one in last))
 
 
 def check_spans(given: Sequence[Mapping[str, object]], length: int, where: str) -> list[Span]:
     """Bring spans into order, each once, and refuse what no sequence of tags can say."""
     spans = []
     for one in given:
-        start, end, label = (next((one[key] for key in keys if one.get(key) is not None), None) for keys in _SPAN_KEYS)
-        if not (isinstance(start, int) and isinstance(end, int) and isinstance(label, str) and label.strip()):
+        start, end, label = (next((one[key] for key in keys if one.get(key) is not None), None) for keys in SPAN_KEYS)
+        if not (type(start) is int and type(end) is int and isinstance(label, str) and label.strip()):
             raise DataError(
                 f"{where}: {dict(one)} is no span; expected start and end, in characters, and a label, as in "
                 '{"start": 0, "end": 5, "label": "PER"}'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -216,6 +217,17 @@ def match_labels(
     if found and all(GENERIC_LABEL.fullmatch(name) for name in found):
         message += f" {found[0]} does not say which label it is."
     raise error(f"{message} {remedy}")
+
+
+def refuse_spellings(source: str, label: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse labels that cannot be told from another model's, which are matched by name without case and spaces."""
+    keys = [name.strip().casefold() for name in names]
+    counts = Counter(keys)
+    if alike := [repr(name) for key, name in sorted(zip(keys, names, strict=True)) if counts[key] > 1]:
+        raise DataError(
+            f"{source}: the labels {', '.join(alike[:10])} ({', '.join(label)}) differ only in case or in spaces "
+            "around them; write each label in one way, in the data and in task.label_names where that is set"
+        )
 
 
 def find_joined(values: Sequence[str]) -> str | None:

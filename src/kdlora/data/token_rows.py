@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdlora.config import TaskConfig
+from kdlora.data.labels import KNOWN_COLUMNS
 from kdlora.data.lines import LINES
 from kdlora.data.read import RawTable, Source, first_true, is_list, is_text
 from kdlora.data.spool import spool
 from kdlora.data.tags import (
     OUTSIDE,
+    SPAN_KEYS,
     WORD_COLUMNS,
     Integers,
     check_spans,
@@ -53,11 +55,16 @@ def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] |
     for inputs, labels in ((WORD_COLUMNS, TAGS), (TEXTS, SPANS)):
         text = next((name for name in config.text or inputs if name in source.columns), None)
         label = next((name for name in config.label or labels if name in source.columns), None)
+        if text in WORD_COLUMNS and label is None and config.label is not None:
+            source.require(config.label[0], "task.label")
         if text is None or label is None:
             continue
         if config.kind == "auto" and text not in WORD_COLUMNS and label not in (*TAGS[:2], *SPANS[:2]):
             continue
-        if config.kind == "tokens" or holds_tokens(source.read((text, label)), text, label):
+        if config.kind == "tokens":
+            return text, label
+        if holds_tokens(source.read((text, label)), text, label):
+            _refuse_two_tasks(source, config, label)
             return text, label
     if config.kind == "tokens":
         raise DataError(
@@ -67,9 +74,25 @@ def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] |
     return None
 
 
+def _refuse_two_tasks(source: Source, config: TaskConfig, label: str) -> None:
+    """Refuse a source that has a label of the whole text, too, where the config does not say which is learnt."""
+    if config.label is not None or not any(name in source.columns for name in TEXTS):
+        return
+    known = [name for name in KNOWN_COLUMNS["label"] if name in source.columns]
+    kinds = {name: source.read((name,)).table[name].type for name in known}
+    if plain := [name for name, kind in kinds.items() if not (is_list(kind) or pa.types.is_null(kind))]:
+        raise DataError(
+            f"{source.name}: both {label!r} (of words or spans) and {plain[0]!r} (of texts) may be the label; set "
+            f"task.kind to tokens, or task.label to {plain[0]}"
+        )
+
+
 def holds_tokens(raw: RawTable, text: str, label: str) -> bool:
     words, labels = raw.table[text].type, raw.table[label].type
-    return is_list(labels) and (is_list(words) or pa.types.is_struct(labels.value_type))
+    if not is_list(labels) or is_list(words):
+        return is_list(labels)
+    keys = [field.name for field in labels.value_type] if pa.types.is_struct(labels.value_type) else []
+    return all(not set(names).isdisjoint(keys) for names in SPAN_KEYS[:2])
 
 
 def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str]) -> pa.Table:

@@ -313,12 +313,17 @@ def _check_pooling(model: PreTrainedModel, place: Source) -> None:
         )
 
 
-def _label_names(config: PretrainedConfig) -> list[str]:
+def _label_names(place: Source, config: PretrainedConfig) -> list[str]:
+    if sorted(config.id2label) != list(range(config.num_labels)):
+        raise ModelError(
+            f"{place.name}: id2label in its config.json names the outputs {list(config.id2label)!s:.80}; number them "
+            f"0 to {config.num_labels - 1}"
+        )
     return [str(config.id2label[column]) for column in range(config.num_labels)]
 
 
 def _match_columns(place: Source, config: PretrainedConfig, task: Task, label_names: Sequence[str] | None) -> list[int]:
-    found = _label_names(config)
+    found = _label_names(place, config)
     if task.kind == "regression":
         if len(found) != 1:
             raise ModelError(
@@ -357,7 +362,7 @@ def read_task(
     noted = getattr(config, "kdlora_task", None)
     if noted is not None and label_names is None:
         return Task.from_dict(noted)
-    found = _label_names(config)
+    found = _label_names(place, config)
     problem = config.problem_type or ("regression" if len(found) == 1 else "single_label_classification")
     if classifies_words(place, config):
         return _token_task(source, tuple(label_names or found), tuple(text))

@@ -245,7 +245,7 @@ def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> d
     return resolved
 
 
-def expand_home(path: str) -> Path:
+def expand_home(path: str | Path) -> Path:
     """Replace `~` and `~user`; where nobody knows that home, the path stays as it is, to be missed by its name."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's own raises RuntimeError
 

@@ -116,8 +116,9 @@ def test_a_folder_of_something_else_or_of_another_process_is_refused(workshop, t
     layout = ExperimentLayout(tmp_path / "new")
     layout.root.mkdir()
     layout.lock.touch()  # left by a first call that was killed
-    with pytest.raises(ArtifactError, match="is a file"):
-        run_experiment(workshop.config(), tmp_path / "a.txt")
+    for place in ("a.txt", "a.txt/out"):
+        with pytest.raises(ArtifactError, match=r"a\.txt is no folder; name one"):
+            run_experiment(workshop.config(), tmp_path / place)
 
     # Two processes in one folder overwrite each other's checkpoints.
     told = f"another process runs the experiment in {layout.root}"

@@ -32,6 +32,7 @@ from kdlora.experiment.recording import hash_splits, keep_weights, prepare_proce
 from kdlora.experiment.settle import Chosen, choose, load_base, stored_logits
 from kdlora.experiment.stages import label_splits, train_splits
 from kdlora.searchconfig import Choices, Range, SearchConfig
+from kdlora.section import SEEDS
 from kdlora.system.integrity import hash_json
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def open_study(folder: Path, name: str, search: SearchConfig) -> Study:
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
             raise ArtifactError(f"{journal} is damaged ({error!r}); name another folder with --out") from None
         # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
-        seed = search.seed + len(study.trials)
+        seed = (search.seed + len(study.trials)) % SEEDS
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=seed)
     study.pruner = optuna.pruners.NopPruner()
     if search.pruning:

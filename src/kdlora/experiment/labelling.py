@@ -48,7 +48,7 @@ class LabelSettings:
 
     Attributes:
         text: text column, or the two of a pair; by default those of the training data, or `text` (and `text_pair`).
-        id_column: names a row. Without it the id is the row's number from 0, with several files "FILE:NUMBER".
+        id_column: any but `id` must be there. Without it a row's id is its number from 0, or "FILE:NUMBER" of several.
         label_names: names of the model's outputs in their order, where its config only says LABEL_0, LABEL_1, …
         revision: commit, tag or branch of a Hub id.
         max_length: longest input in tokens.

@@ -81,6 +81,8 @@ def test_relative_paths_resolve_against_the_config_file(tmp_path, monkeypatch):
     assert config.data.path == str(tmp_path / "glue")
     assert config.teacher.fine_tuned == str(tmp_path / "sub" / "mine")
     assert config.student.model == "distilbert-base-uncased"  # a Hub id stays one
+    (tmp_path / "loop").symlink_to("loop")
+    assert load_config(file, [f"data.path={tmp_path / 'loop'}"]).data.path == str(tmp_path / "loop")
 
 
 def values_of(field):

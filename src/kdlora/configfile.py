@@ -90,7 +90,7 @@ def read_mapping(file: Path, what: str) -> dict[str, Any]:
         return parse_mapping(file.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError:
         raise ConfigError(f"{what} {str(file)!r} does not exist; check the path") from None
-    except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{what} {str(file)!r} cannot be read as UTF-8 text: {error}") from None
 
 
@@ -235,7 +235,7 @@ def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> d
             raise ConfigError(
                 f"{section}.{key}: a path holds no zero byte and is UTF-8, got {value[:80]!r}; rename what is there"
             )
-        candidate = (base / expand_home(value)).resolve()
+        candidate = Path(os.path.realpath(base / expand_home(value)))  # `resolve` fails at a link to itself
         if key in ("path", "model", "fine_tuned"):
             is_path = value.startswith(("/", "./", "../", "~")) or candidate.exists()
         else:  # with data.path these are split names, unless a file is meant, or the folder of a labelled collection
@@ -245,7 +245,7 @@ def absolute_paths(values: dict[str, Any], base: Path, *, has_source: bool) -> d
     return resolved
 
 
-def expand_home(path: str) -> Path:
+def expand_home(path: str | Path) -> Path:
     """Replace `~` and `~user`; where nobody knows that home, the path stays as it is, to be missed by its name."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's own raises RuntimeError
 

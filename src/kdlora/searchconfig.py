@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from kdlora.config import Arm
-from kdlora.section import Section
+from kdlora.section import SEEDS, Section
 
 
 class Range(Section):
@@ -106,7 +106,7 @@ class SearchConfig(Section):
     """Number of trainings, pruned ones included, over all processes."""
     arm: Arm | None = None
     """The arm that is trained. Default: `kd-lora`, else the first student arm of the config, else `fft`."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     """Seed of the sampler and the split. The trainings use the first of `run.seeds`."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Share of the training rows on which trials are scored. Validation and test rows are not used."""

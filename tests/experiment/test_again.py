@@ -11,7 +11,7 @@ from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment import jobs
 from kdlora.experiment import run as experiment_run
-from kdlora.experiment.run import run_experiment
+from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.stages import train_run
 from kdlora.system.ownership import MANIFEST
 from kdlora.system.storage import hold_lock
@@ -84,15 +84,41 @@ def test_another_config_is_refused_and_named(copied, workshop):
     assert snapshot(copied.root) == before
 
 
+def test_what_another_call_did_between_plan_and_lock_counts(experiment, workshop, tmp_path):
+    """While "Begin?" waits, another call can finish: its runs were repeated, or another config's put beside them."""
+
+    def begin(name, changes):
+        out = tmp_path / name
+        config = workshop.config(ALL | changes)
+        return run_experiment(config, out, before=lambda plan: copy_experiment(experiment.folder, out))
+
+    assert begin("same", {}).records == experiment.records
+    with pytest.raises(ArtifactError, match=r"lora\.rank: 8 there, 4 here"):
+        begin("other", {"lora": {"rank": 4}})
+
+
+def test_a_teacher_that_is_trained_again_is_in_the_plan(copied, workshop):
+    """Half of the hours were missing where the teacher's folder had been removed to save space."""
+    shutil.rmtree(copied.teacher)
+    assert not plan_experiment(workshop.config(ALL), copied.root).trainings
+    shutil.rmtree(copied.run("kd-fft", 1).model)
+    plan = plan_experiment(workshop.config(ALL), copied.root)
+    assert [(one.arm, one.runs) for one in plan.trainings] == [("fft", 1), ("kd-fft", 1)]
+
+
 def test_a_folder_of_something_else_or_of_another_process_is_refused(workshop, tmp_path):
     """`--out ~` must not fill a home folder; `tests/security/test_files.py` has one that is full."""
     (tmp_path / "a.txt").write_text("dear")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.yaml").write_text("mine: 3")
+    with pytest.raises(ArtifactError, match="theirs is not empty"):
+        run_experiment(workshop.config(), tmp_path / "theirs")
     layout = ExperimentLayout(tmp_path / "new")
     layout.root.mkdir()
     layout.lock.touch()  # left by a first call that was killed
-    experiment_run.check_folder(workshop.config(), layout)
-    with pytest.raises(ArtifactError, match="is a file"):
-        run_experiment(workshop.config(), tmp_path / "a.txt")
+    for place in ("a.txt", "a.txt/out"):
+        with pytest.raises(ArtifactError, match=r"a\.txt is no folder; name one"):
+            run_experiment(workshop.config(), tmp_path / place)
 
     # Two processes in one folder overwrite each other's checkpoints.
     told = f"another process runs the experiment in {layout.root}"

@@ -118,6 +118,7 @@ COMMANDS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("run", "--family", "bert"), ("--train FILE",)),  # and no keys of a config that nobody has seen
     (("run", "none.yaml"), ("none.yaml", "does not exist")),
     (("run", "."), ("cannot be read",)),
+    (("validate", f"{__file__}/x"), ("cannot be read", "Not a directory")),
     (("run", "--train", "caf\udce9.csv", "--family", "bert"), ("data.train", "is UTF-8")),
     (("run", "--train", "~nobody-here/x.csv", "--family", "bert"), ("data.train", "does not exist")),
     (("run", "--train", "x.csv", "--family", "brt"), ("Did you mean 'bert'?",)),

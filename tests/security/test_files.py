@@ -114,8 +114,10 @@ def test_a_config_beside_the_results_is_not_rewritten(cli, workshop, tmp_path, m
     Path("student").mkdir()
     Path("student", "thesis.tex").write_text("years of work")
     before = snapshot(tmp_path)
-    refused = cli(verb, name, "--out", ".", code=2)
-    assert expected in refused.err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    looks = [] if verb == "search" else [(".", "--dry-run")]
+    for out in ((".",), ("~",), *looks):
+        assert expected in cli(verb, name, "--out", *out, code=2).err
     assert snapshot(tmp_path) == before
 
 

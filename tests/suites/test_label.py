@@ -183,8 +183,9 @@ def test_ids_are_unique_over_all_files(model, tmp_path):
     (folder / "sub").mkdir(parents=True)
     for name in ("a.csv", "sub/b.csv"):
         write_csv(folder / name, [{"text": row["text"]} for row in rows(2, 1)])
-    label(model, folder, tmp_path / "out")
-    assert read_all(tmp_path / "out")["id"].tolist() == ["a.csv:0", "a.csv:1", "sub/b.csv:0", "sub/b.csv:1"]
+    for _ in range(2):  # the output is no input of the next call
+        label(model, folder, folder / "out")
+        assert read_all(folder / "out")["id"].tolist() == ["a.csv:0", "a.csv:1", "sub/b.csv:0", "sub/b.csv:1"]
     label(model, folder / "a.csv", tmp_path / "one")
     assert read_all(tmp_path / "one")["id"].tolist() == ["0", "1"]
     for name in ("a.csv", "sub/b.csv"):
@@ -205,6 +206,9 @@ def test_faults_of_the_user(model, texts, tmp_path, tiny_model_folder):
         label(tiny_model_folder("bert"), texts, tmp_path / "out")
     with pytest.raises(DataError, match="no column 'body'"):
         label(model, texts, tmp_path / "out", text=("body",))
+    for file in ("a.parquet", "b.jsonl", "c.csv"):
+        with pytest.raises(DataError, match=rf"{file}: no column 'nope'; there are id, text"):
+            label(model, texts / file, tmp_path / "out", id_column="nope")
     with pytest.raises(ConfigError, match=r"--on takes ray, or ray://HOST:PORT"):
         label(model, texts / "b.jsonl", tmp_path / "ray", on="spark")
 

@@ -184,6 +184,7 @@ def test_names_stand_for_sections():
         ({"grids": {"adapters": {"lora.rank": []}}}, "an axis has no values"),
         ({"grids": {"adapters": {"lora.rank": 8}}}, "expected a list of values, got 8"),
         ({"config": {"data": {"path": "x"}, "run": {"seeds": [1]}}}, "set `seeds` at the top level"),
+        ({"config": {"data": {"path": "x"}, "run": "arms"}}, "config.run: expected keys such as .*, got 'arms'"),
     ],
 )
 def test_faults_are_told(changes, expected):

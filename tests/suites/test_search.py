@@ -201,12 +201,15 @@ def test_the_pruner_gets_each_epochs_own_score_and_the_training_stops(search_of,
 
 
 def test_a_journal_is_locked_without_a_link_and_told_where_damaged(search_of, tmp_path, monkeypatch):
-    """Optuna's traceback of a hundred lines hides the four words that matter."""
-    config, settings = search_of()
+    """Optuna's traceback of a hundred lines hides the four words that matter; a full disk cost all trials."""
+    config, settings = search_of(seed=2**32 - 1)
     monkeypatch.setattr("os.symlink", lambda *_, **__: pytest.fail("locked by a link, for good after a kill"))
     run = begin_search(config, settings, tmp_path / "s")
     run.study()
-    assert (run.folder / "journal.log").stat().st_size
+    with (run.folder / "journal.log").open("ab") as file:
+        file.write(b'{"op_code":4,"wor')  # what a full disk left of a line, which the next one must not be glued to
+    assert ask(run.study(), settings, run.folder / "trials")
+    assert len(run.study().trials) == 1
     (run.folder / "journal.log").write_text("mine\n", encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"journal\.log is damaged"):
         run_search(config, settings, run.folder)
@@ -258,3 +261,5 @@ def test_spaces_are_read_as_they_are_written(workshop, tmp_path):
     assert (found.trials, found.space["lora.rank"].values) == (9, (16,))
     with pytest.raises(ConfigError, match=r"search: 1 fault\n  - trails: unknown key. Did you mean 'trials'"):
         load_search(file, ["search.trails=9"])
+    with pytest.raises(ConfigError, match="seed: input should be less than 4294967296"):
+        load_search(file, [f"search.seed={2**32}"])

@@ -48,7 +48,7 @@ class LabelSettings:
 
     Attributes:
         text: text column, or the two of a pair; by default those of the training data, or `text` (and `text_pair`).
-        id_column: names a row. Without it the id is the row's number from 0, with several files "FILE:NUMBER".
+        id_column: any but `id` must be there. Without it a row's id is its number from 0, or "FILE:NUMBER" of several.
         label_names: names of the model's outputs in their order, where its config only says LABEL_0, LABEL_1, …
         revision: commit, tag or branch of a Hub id.
         max_length: longest input in tokens.
@@ -179,7 +179,7 @@ def label_collection(
         >>> labelled = label_collection("runs/reviews/teacher", "reviews.csv", "labelled", LabelSettings(max_length=64))
     """
     start = time.perf_counter()
-    folder = refuse_foreign(expand_home(str(to)).resolve(), COLLECTION_MANIFEST, "labelled collection")
+    folder = refuse_foreign(Path(os.path.realpath(expand_home(to))), COLLECTION_MANIFEST, "labelled collection")
     job = _begin(model, data, folder, settings or LabelSettings())
     held = hold_lock(folder / ".lock", f"labels into {folder}", remedy=", or name another with --to")
     with held, contextlib.ExitStack() as stack:
@@ -212,7 +212,11 @@ def _refuse_doubles(store: LogitStore) -> None:
 
 
 def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job:
-    files = _find_files(data)
+    files = _find_files(data, folder)
+    for file in files if settings.id_column != "id" else ():  # somebody named it
+        columns = Columns((settings.id_column,), None, settings.id_column, None)
+        with contextlib.closing(iter(RowReader(file, columns))) as rows:
+            next(rows, None)
     place = expand_home(model)
     model = str(place.resolve()) if place.exists() else model  # found from anywhere; a Hub id stays
     task = read_task(
@@ -231,23 +235,24 @@ def _begin(model: str, data: str, folder: Path, settings: LabelSettings) -> _Job
     return _Job(model, settings, task, folder, files, os.path.commonpath([str(file.parent) for file in files]))
 
 
-def _find_files(data: str) -> tuple[Path, ...]:
+def _find_files(data: str, out: Path) -> tuple[Path, ...]:
     place = expand_home(data)
     if place.is_file():
         return (place.resolve(),)
     if place.is_dir():
         found = [path for path in place.rglob("*") if path.is_file() and path.suffix.lower() in SUFFIXES]
         found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(place).parts)]
-        if out := [path for path in found if not path.resolve().is_relative_to(place.resolve())]:
-            raise DataError(f"{min(out)} is a link out of {data}; copy that file there, or label it by itself")
+        if links := [path for path in found if not path.resolve().is_relative_to(place.resolve())]:
+            raise DataError(f"{min(links)} is a link out of {data}; copy that file there, or label it by itself")
     else:
         found = [Path(path) for path in glob.glob(str(place), recursive=True) if Path(path).is_file()]  # noqa: PTH207
+    found = [path for path in (one.resolve() for one in found) if not path.is_relative_to(out)]
     if not found:
         raise DataError(
             f"{data}: no files of {', '.join(SUFFIXES)} there; give a file, a folder, or a pattern in quotes such as "
             "'texts/*.parquet'"
         )
-    return tuple(sorted(path.resolve() for path in found))
+    return tuple(sorted(found))
 
 
 def _ingredients(job: _Job) -> dict[str, Any]:

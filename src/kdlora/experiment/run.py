@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config
-from kdlora.configfile import known_keys, load_config, save_config
+from kdlora.configfile import expand_home, known_keys, load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
@@ -172,11 +172,12 @@ def run_experiment(
 
 
 def _layout(config: Config, out: str | Path | None) -> ExperimentLayout:
-    return ExperimentLayout(Path(out) if out is not None else Path("runs") / config.title())
+    return ExperimentLayout(expand_home(out) if out is not None else Path("runs") / config.title())
 
 
 def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, TaskFacts, dict[str, RunRecord]]:
     """Settle the config by what is recorded, load the data, and find the runs that need not be repeated."""
+    refuse_foreign_folder(layout.root, "experiment")
     config = with_recorded(config, layout.config)
     check_folder(config, layout)
     copies, kept = layout.copies if layout.copies.exists() else None, with_metric(config, layout)
@@ -186,7 +187,7 @@ def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, Tas
     if splits.task.kind == "tokens" and "words" in config.run.arms:
         config, splits = _without_words(config, splits)
     facts = look_at(splits, config.data)
-    return config, splits, facts, _finished(config, layout, facts.fingerprint(config))
+    return config, splits, facts, _finished(config, layout, facts.fingerprint(config), {})
 
 
 def _without_words(config: Config, splits: Splits) -> tuple[Config, Splits]:
@@ -227,6 +228,8 @@ def _lead(
     doing = f"runs the experiment in {layout.root}"
     with hold_lock(layout.lock, doing, remedy=", or name another folder with --out") as lock:
         claim_folder(layout.root, "experiment")
+        check_folder(config, layout)  # another call may have come between the plan and the lock
+        finished = _finished(config, layout, facts.fingerprint(config), finished)
         remove_abandoned(layout.root)
         write_text_atomic(layout.config, save_config(config))
         if plan is not None:
@@ -245,8 +248,7 @@ def _lead(
 
 
 def check_folder(config: Config, layout: ExperimentLayout) -> None:
-    """Check that a folder is new, or holds this very experiment."""
-    refuse_foreign_folder(layout.root, "experiment")
+    """Check that a folder of ours is new, or holds this very experiment."""
     if not layout.config.exists():
         return
     there, here = (_flatten(with_metric(one, layout)) for one in (load_config(layout.config), config))
@@ -263,11 +265,13 @@ def _flatten(config: Config) -> dict[str, Any]:
     return flat | {"teacher.seed": config.teacher_seed}
 
 
-def _finished(config: Config, layout: ExperimentLayout, rows: str) -> dict[str, RunRecord]:
+def _finished(
+    config: Config, layout: ExperimentLayout, rows: str, known: Mapping[str, RunRecord]
+) -> dict[str, RunRecord]:
     """Read the records of the runs that need not be repeated; refuse those that were made from other rows."""
     found = {}
     for run in plan_runs(config):
-        record = undamaged_record(run, layout.root)
+        record = known.get(run.key) or undamaged_record(run, layout.root)
         if record is None:
             continue
         if record.fingerprints.get("data") != rows:
@@ -279,6 +283,11 @@ def _finished(config: Config, layout: ExperimentLayout, rows: str) -> dict[str, 
             logger.info("%s with seed %d has no weights to ship and is trained again", run.arm, run.seed)
         else:
             found[run.key] = record
+    teaches = any(run.arm in DISTILLED_ARMS and run.key not in found for run in plan_runs(config))
+    if teaches and not config.given_teacher and not layout.teacher.exists():
+        teacher = PlannedRun(config.teacher_arm, config.teacher_seed, config)
+        if found.pop(teacher.key, None) is not None:
+            logger.info("the teacher has no weights and is trained again")
     return found
 
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS, Arm, Config
-from kdlora.configfile import save_config
+from kdlora.configfile import expand_home, save_config
 from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import KdLoraError
 from kdlora.experiment.engines import LostError, local_paths, open_engine
@@ -152,7 +152,7 @@ def begin_search(config: Config, settings: SearchConfig, out: str | Path | None)
     students: list[Arm] = [arm for arm in STUDENT_ARMS if arm in config.run.arms]
     arm = settings.arm or [*students, config.teacher_arm][0]
     given, config = config, with_settings(config, {"run.arms": [arm]})
-    folder = (Path(out) if out is not None else Path("runs") / f"{config.title()}-search").absolute()
+    folder = (expand_home(out) if out is not None else Path("runs") / f"{config.title()}-search").absolute()
     check_folder(folder, "search")
     rows, chosen = run_in_child(inspect_rows, config, settings)
     given, config = chosen.fill_in(given), chosen.fill_in(config)

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +32,7 @@ from kdlora.experiment.recording import hash_splits, keep_weights, prepare_proce
 from kdlora.experiment.settle import Chosen, choose, load_base, stored_logits
 from kdlora.experiment.stages import label_splits, train_splits
 from kdlora.searchconfig import Choices, Range, SearchConfig
+from kdlora.section import SEEDS
 from kdlora.system.integrity import hash_json
 
 if TYPE_CHECKING:
@@ -45,23 +47,42 @@ def open_study(folder: Path, name: str, search: SearchConfig) -> Study:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
+    class Lock(JournalFileOpenLock):
+        def acquire(self) -> bool:
+            held = super().acquire()
+            try:
+                _cut_unfinished_line(folder / "journal.log")
+            except BaseException:
+                self.release()
+                raise
+            return held
+
     journal = str(folder / "journal.log")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             # Optuna's other lock is a link, for which a second process would refuse the folder.
-            storage = JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal)))
+            storage = JournalStorage(JournalFileBackend(journal, Lock(journal)))
             study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
             raise ArtifactError(f"{journal} is damaged ({error!r}); name another folder with --out") from None
         # Processes that share a study must not draw the same points; one alone draws the same in every repetition.
-        seed = search.seed + len(study.trials)
+        seed = (search.seed + len(study.trials)) % SEEDS
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=search.startup_trials, seed=seed)
     study.pruner = optuna.pruners.NopPruner()
     if search.pruning:
         study.pruner = optuna.pruners.MedianPruner(search.pruning_startup_trials, search.pruning_warmup_epochs + 1)
     return study
+
+
+def _cut_unfinished_line(journal: Path) -> None:
+    """Cut what a full disk left of a line: the next one would be glued to it, and the journal damaged for good."""
+    with journal.open("r+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read() not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def ask(study: Study, search: SearchConfig, folder: Path) -> tuple[Trial, FileLock] | None:

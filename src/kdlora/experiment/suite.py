@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlora.config import Arm
+from kdlora.configfile import expand_home
 from kdlora.data.tasks import Task
 from kdlora.errors import ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord
@@ -100,10 +101,7 @@ def run_suite(
         >>> result = run_suite(load_suite("suite.yaml"), "runs/suite")
     """
     plan = make_plan(suite)
-    if "://" in str(out):
-        raise ConfigError(f"--out {out}: runs are written to a folder; mount the store, and name a folder of it")
     root = suite_folder(suite, out)
-    check_folder(root, "suite")
     doing = f"carries out the suite in {root}"
     with hold_lock(root / ".lock", doing, remedy=", or name another folder with --out") as lock:
         claim_folder(root, "suite")
@@ -139,7 +137,12 @@ def _carry_out(queue: Queue, engine: Engine, work: Work, listen: Callable[[Suite
 
 
 def suite_folder(suite: SuiteConfig, out: str | Path | None) -> Path:
-    return (Path(out) if out is not None else Path("runs") / suite.name).absolute()
+    """Give the folder of a suite, new or ours."""
+    if "://" in str(out):
+        raise ConfigError(f"--out {out}: runs are written to a folder; mount the store, and name a folder of it")
+    root = (expand_home(out) if out is not None else Path("runs") / suite.name).absolute()
+    check_folder(root, "suite")
+    return root
 
 
 def settle_plan(
@@ -196,12 +199,12 @@ class Overview:
 
 
 def look_at_suite(suite: SuiteConfig, out: str | Path | None = None) -> Overview:
-    plan, records = make_plan(suite), dict[str, RunRecord]()
+    plan, root, records = make_plan(suite), suite_folder(suite, out), dict[str, RunRecord]()
     seconds: float | None = None
     obstacle = ""
     try:
         plan, facts, looks = settle_plan(plan, Here(), timed=True)
-        records = finished_runs(plan.runs(), suite_folder(suite, out), facts)
+        records = finished_runs(plan.runs(), root, facts)
         seconds = estimate(plan, records, facts, looks)
     except (KdLoraError, OSError) as error:
         obstacle = str(error)

@@ -150,11 +150,14 @@ class SuiteConfig(Section):
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
+        run = self.config.get("run") or {}
+        if not isinstance(run, Mapping):
+            raise ValueError(f"config.run: expected keys such as 'threads:', got {run!r}")  # noqa: TRY004 - as above
         for key in ("arms", "seeds"):
             values = getattr(self, key)
             if len(set(values)) != len(values):
                 raise ValueError(f"{key} holds a value twice, so two runs would share one folder: {list(values)}")
-            if key in (self.config.get("run") or {}):
+            if key in run:
                 raise ValueError(f"config.run.{key}: a suite has its own {key}; set `{key}` at the top level")
         report = self.config.get("report")
         if isinstance(report, Mapping) and report.get("paper"):

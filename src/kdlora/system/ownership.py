@@ -38,8 +38,7 @@ _FOREIGN_SECONDS = 24 * 3600.0
 
 def check_folder(folder: Path, kind: str) -> None:
     """See that a folder is new, empty, or ours and of this kind; nothing is changed."""
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file; name a folder")
+    _refuse_file(folder)
     # What a call that came to nothing left in a new folder is no content.
     if not folder.exists() or all(entry.name == ".lock" or is_ours_by_name(entry) for entry in folder.iterdir()):
         return
@@ -55,14 +54,19 @@ def check_folder(folder: Path, kind: str) -> None:
 
 def refuse_foreign(folder: Path, manifest: str, what: str) -> Path:
     """Give a folder that is new, has hidden files alone, or holds a manifest of this name; nothing is changed."""
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file; name a folder")
+    _refuse_file(folder)
     if not (folder / manifest).is_file():
         if any(not entry.name.startswith(".") for entry in folder.glob("*")):
             raise ArtifactError(f"{folder} is not empty and holds no {what}; name another with --to")
         return folder
     refuse_links(folder)
     return folder
+
+
+def _refuse_file(folder: Path) -> None:
+    place = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
+    if not place.is_dir():
+        raise ArtifactError(f"{place} is no folder; name one")
 
 
 def refuse_links(folder: Path) -> None:

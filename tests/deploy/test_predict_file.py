@@ -205,6 +205,7 @@ def test_a_file_has_as_many_texts_as_the_model_reads(tmp_path, trained_on):
     [
         ("in.csv", "id,txt,b\n1,a,b\n", {}, DataError, "expected a column 'text'.*there are id, txt, b"),
         ("in.csv", "id,texts\n1,a\n", {"text": "text"}, DataError, "no column 'text'.*Did you mean 'texts'"),
+        ("in.csv", "idd,text\n1,a\n", {"id_column": "nr"}, DataError, "no column 'nr'; there are idd, text"),
         ("in.csv", "", {}, DataError, "header line with the column names, got an empty file"),
         ("in.csv", "text\na\n", {"source": "nowhere.csv"}, DataError, "no such file"),
         ("in.xlsx", "x", {}, DataError, "cannot tell the format from '.xlsx'"),

@@ -155,10 +155,11 @@ class RowReader:
             return ("text",)
         wanted, recorded = self._columns.text, self._columns.recorded
         listed = f"{', '.join(available):.{_SHOWN}}"
+        named = () if self._columns.id == "id" else (self._columns.id,)
+        if missing := [column for column in (*(wanted or ()), *named) if column not in available]:
+            hint = did_you_mean(missing[0], available)
+            raise DataError(f"{self.name}: no column {missing[0]!r}; there are {listed}.{hint}")
         if wanted is not None:
-            if missing := [column for column in wanted if column not in available]:
-                hint = did_you_mean(missing[0], available)
-                raise DataError(f"{self.name}: no column {missing[0]!r}; there are {listed}.{hint}")
             return wanted
         if recorded and all(column in available for column in recorded):
             return recorded

@@ -128,6 +128,27 @@ def test_answers_to_something_else_are_refused(asking, monkeypatch, change, name
         asking()
 
 
+def test_what_a_message_advises_can_be_done(asking):
+    """A first mistake that settles what a folder without any answer is of: each remedy was refused as stale."""
+    prompt = asking.folder / "p.j2"
+    prompt.write_text(
+        "Labels:\n{% for one in labels %}\n{{ one.code }}: {{ one.name }}\n{% endfor %}\n\nText: {{ text }}"
+    )
+    asking.model.models = ("good",)
+    with pytest.raises(ConfigError, match="has no model 'm'"):
+        asking()
+    asking.model.fault = lambda number: "nonsense"
+    with pytest.raises(DataError, match="change the prompt"):
+        asking(model="good")
+    asking.model.fault, asking.model.logprobs = lambda number: None, False
+    with pytest.raises(ConfigError, match="--votes 5"):
+        asking(model="good", prompts=(str(prompt),))
+    assert not (asking.to / "asked.json").exists()
+    done = asking(model="good", prompts=(str(prompt),), votes=3, max_requests=22 + 30, concurrency=1)
+    assert (done.rows, done.left, done.resumed, done.requests) == (10, 50, 0, 52)  # what the mistakes cost counts
+    assert answered(asking.to).total() == 10
+
+
 def test_a_second_process_is_refused(asking):
     """Two processes that write one log pay for each row twice."""
     asking.model.delay = 0.2

@@ -21,7 +21,7 @@ from kdlora.errors import ArtifactError
 from kdlora.foreign import read_json
 from kdlora.system.integrity import compare, is_sealed_or_old, seal
 from kdlora.system.ownership import refuse_foreign
-from kdlora.system.storage import write_json_atomic
+from kdlora.system.storage import atomic_file, write_json_atomic
 
 MANIFEST, ANSWERS = "ask.json", "answers.jsonl"
 _MEANING = {
@@ -65,20 +65,38 @@ def find_folder(to: str | Path) -> Path:
 
 
 def begin_folder(folder: Path, ingredients: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Begin a folder, or go on with one of the same making."""
+    """Begin a folder, or go on with one of the same making; one that has no answer yet takes a new making."""
     manifest = folder / MANIFEST
-    if not manifest.is_file():
-        write_json_atomic(manifest, seal({"schema_version": 1, "ingredients": ingredients, **about}))
-        return
-    content = read_json(manifest)
-    if not is_sealed_or_old(content) or not isinstance(content.get("ingredients"), dict):
-        raise ArtifactError(f"{manifest} is damaged or was edited; delete {folder} to ask anew, or name another folder")
-    if changed := compare(content["ingredients"], ingredients):
-        named = ", ".join(_MEANING.get(name, name) for name in changed)
-        raise ArtifactError(
-            f"{folder}: these answers are stale: {named} changed. Name another folder with --to, or delete this one to "
-            "ask anew"
-        )
+    if manifest.is_file():
+        content = read_json(manifest)
+        if not is_sealed_or_old(content) or not isinstance(content.get("ingredients"), dict):
+            raise ArtifactError(
+                f"{manifest} is damaged or was edited; delete {folder} to ask anew, or name another folder"
+            )
+        if not (changed := compare(content["ingredients"], ingredients)):
+            return
+        if not _forget_unanswered(folder / ANSWERS):
+            named = ", ".join(_MEANING.get(name, name) for name in changed)
+            raise ArtifactError(
+                f"{folder}: these answers are stale: {named} changed. Name another folder with --to, or delete this "
+                "one to ask anew"
+            )
+    write_json_atomic(manifest, seal({"schema_version": 1, "ingredients": ingredients, **about}))
+
+
+def _forget_unanswered(log: Path) -> bool:
+    """Take the rows out of a log without any answer, and leave what was spent; say whether it has none."""
+    lines = []
+    if log.exists():
+        with log.open("rb") as file:
+            for line in file:
+                if b'"probabilities":' in line:
+                    return False
+                if b'"id":' not in line:
+                    lines.append(line)
+        with atomic_file(log) as temporary:
+            temporary.write_bytes(b"".join(lines))
+    return True
 
 
 class Answers:

@@ -136,7 +136,8 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
             begun = time.perf_counter()
             audit = _run(asking.carry_out(answers, progress))
             asked = _sum_up(answers, settings, time.perf_counter() - begun, before)
-            write_json_atomic(folder / Asked.FILE, asdict(asked))
+            if answers.good:  # without an answer, the next call may be of another model
+                write_json_atomic(folder / Asked.FILE, asdict(asked))
             chosen, written = _write_outcome(folder, rows, answers, audit)
             left = sum(len(answers.pending(chosen, *part)) for part in rows.chosen.items())
     requests, tokens_read, tokens_written = answers.spent.tolist()

@@ -84,6 +84,15 @@ def test_a_budget_is_never_passed_and_can_be_raised(asking, limit, most):
     assert max(answered(asking.to).values()) == 1
 
 
+def test_what_answers_cost_beyond_the_expected_is_learnt(asking):
+    """Sixteen requests under way passed the limit by all that the server counts for a text and thoughts of its own."""
+    asking.model.edit = lambda answer: answer.update(usage={"prompt_tokens": 3000, "completion_tokens": 5000})
+    asking.model.delay = 0.01
+    assert asking(max_tokens=20_000).requests == 2
+    done = asking(max_tokens=60_000)  # the next call knows nothing of it
+    assert (done.requests, done.tokens_read, done.tokens_written) == (7, 21_000, 35_000)
+
+
 def test_a_budget_that_ends_before_the_audit_leaves_no_table(asking):
     """A table by a prompt that nobody chose, without the temperature."""
     done = asking(audit=50, max_requests=30)

@@ -17,12 +17,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdlora.asking.asksettings import AskSettings
 from kdlora.configfile import expand_home
-from kdlora.errors import ArtifactError
+from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.foreign import read_json
 from kdlora.system.integrity import compare, is_sealed_or_old, seal
 from kdlora.system.ownership import refuse_foreign
 from kdlora.system.storage import atomic_file, write_json_atomic
 
+_FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
 MANIFEST, ANSWERS = "ask.json", "answers.jsonl"
 _MEANING = {
     "prompts": "a prompt",
@@ -111,6 +112,7 @@ class Answers:
         self._ids, self._labels, self._settings = ids, labels, settings
         self._tables: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
         self.spent = np.zeros(3, np.int64)  # requests, tokens read, tokens written
+        self._beyond = np.zeros(2, np.int64)  # tokens of an answer above those asked for, at most
         self.done = self.good = self._under_way = 0
         self.bad: list[dict[str, str]] = []
         self._synchronised = 0.0
@@ -178,6 +180,15 @@ class Answers:
     def pending(self, prompt: int, split: str, places: np.ndarray) -> np.ndarray:
         return places[~self._table(prompt, split)[1][places]]
 
+    def refuse_useless(self) -> None:
+        """Refuse to go on where the first rows have no answer."""
+        reasons = [entry["unanswered"] for entry in self.bad]
+        refused = [reason for reason in reasons if reason.startswith("the server refuses")]
+        if len(refused) >= _FIRST_REFUSED and len(refused) == len(reasons):
+            raise ConfigError(f"{refused[0]}, and so for the first {len(refused)} rows; check the model and the prompt")
+        if len(reasons) >= _FIRST_UNANSWERED:
+            raise DataError(f"none of the first {len(reasons)} rows has an answer ({reasons[0]}); change the prompt")
+
     def keep(self, key: Key, found: np.ndarray | str) -> None:
         """Keep the probabilities of a row, or why there are none."""
         said: dict[str, Any] = (
@@ -198,12 +209,16 @@ class Answers:
             os.fsync(self._file)
             self._synchronised = now
 
-    async def reserve(self, tokens: tuple[int, int]) -> None:
-        """Wait until a request of so many tokens surely fits the budget, whatever those under way cost; count it."""
+    async def reserve(self, tokens: tuple[int, int]) -> tuple[int, int]:
+        """Wait until a request of so many tokens, and as many more as answers had, fits the budget; count and give them.
+
+        Those under way count by what they may cost.
+        """
         settings = self._settings
         limits = [one or math.inf for one in (settings.max_requests, settings.max_tokens, settings.max_cost)]
         while True:
-            requests, read, written = (self.spent + np.array((1, *tokens))).tolist()
+            reserved = tuple((self._beyond + tokens).tolist())
+            requests, read, written = (self.spent + np.array((1, *reserved))).tolist()
             spent = requests, read + written, settings.cost(read, written) or 0
             if all(one <= limit for one, limit in zip(spent, limits, strict=True)):
                 break
@@ -212,10 +227,12 @@ class Answers:
             self._changed.clear()
             await self._changed.wait()
         self._under_way += 1
-        self._append(_Line(spent=(1, *tokens)))
+        self._append(_Line(spent=(1, *reserved)))
+        return reserved
 
-    def settle(self, reserved: tuple[int, int], used: tuple[int, int]) -> None:
+    def settle(self, tokens: tuple[int, int], reserved: tuple[int, int], used: tuple[int, int]) -> None:
         self._under_way -= 1
         self._changed.set()
+        self._beyond = np.maximum(self._beyond, np.subtract(used, tokens))
         if used != reserved:
             self._append(_Line(spent=(0, used[0] - reserved[0], used[1] - reserved[1])))

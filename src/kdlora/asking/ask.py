@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from kdlora.asking.audit import Audit
 
 AUDIT, TABLE = "audit.json", "probabilities.parquet"
-_FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
 _SHOWN, _SAMPLE = 3, 200
 _CHARACTERS_OF_TOKEN = 4
 
@@ -287,11 +286,12 @@ class _Asking:
                     enough = False
                 hear()
                 if not answers.good:
-                    _refuse_if_useless(answers)
+                    answers.refuse_useless()
                 if not enough:
                     return
 
-        while not answers.good and enough and (first := list(islice(pending, 1))):  # one by one: it may all be wrong
+        # One by one: it may all be wrong, and what an answer costs is not known.
+        while not (answers.good and server.answered) and enough and (first := list(islice(pending, 1))):
             await work(first)
         try:
             async with asyncio.TaskGroup() as group:
@@ -346,15 +346,6 @@ def _read(reply: Reply, options: list[Option], *, known: bool) -> np.ndarray | N
 
 def _reason(reply: Reply) -> str:
     return reply.refused or f"no label: {reply.text!r}"
-
-
-def _refuse_if_useless(answers: Answers) -> None:
-    reasons = [entry["unanswered"] for entry in answers.bad]
-    refused = [reason for reason in reasons if reason.startswith("the server refuses")]
-    if len(refused) >= _FIRST_REFUSED and len(refused) == len(reasons):
-        raise ConfigError(f"{refused[0]}, and so for the first {len(refused)} rows; check the model and the prompt")
-    if len(reasons) >= _FIRST_UNANSWERED:
-        raise DataError(f"none of the first {len(reasons)} rows has an answer ({reasons[0]}); change the prompt")
 
 
 def write_tables(folder: Path, asked: AskedRows, answers: Answers, audit: Audit | None) -> int:

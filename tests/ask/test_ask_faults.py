@@ -13,10 +13,9 @@ import pytest
 from experiments import write_lines
 from kdlora.asking import server
 from kdlora.asking.ask import ask
-from kdlora.asking.audit import audit_answers
 from kdlora.asking.server import UNREADABLE_ATTEMPTS
 from kdlora.errors import ArtifactError, ConfigError, DataError
-from tiny import sentiment_rows, task, write_csv
+from tiny import sentiment_rows, write_csv
 
 
 def answered(folder: Path) -> Counter[str]:
@@ -236,6 +235,7 @@ def test_bad_numbers_and_data(asking, cli):
     assert "less than one question may need" in refused(asking, cli, "--max-tokens", 10)
     assert "needs price_in and price_out" in refused(asking, cli, "--max-cost", 1)
     assert "at most 20" in refused(asking, cli, "--top-logprobs", 30)
+    assert "seed is below 2^32" in refused(asking, cli, "--select", "diverse", "--rows", 9, "--seed", 5_000_000_000)
     assert "audit is at least 40, got 3" in refused(asking, cli, "--audit", 3)
     assert "one answer, counted several times" in refused(asking, cli, "--votes", 3, "--temperature", 0)
     assert "price_in is at least 0, got nan" in refused(asking, cli, "--price-in", "nan")
@@ -246,6 +246,9 @@ def test_bad_numbers_and_data(asking, cli):
     assert "no label column; name the labels" in refused(asking, cli, data=plain)
     assert "select: uncertain needs" in refused(asking, cli, "--select", "uncertain", "--rows", 3)
     assert "examples (shots) are drawn" in refused(asking, cli, "--shots", 100)
+    asking.to = asking.folder / "loop"
+    asking.to.symlink_to(asking.to)
+    assert "is a link that leads to itself" in refused(asking, cli)
     assert not asking.model.seen
 
 
@@ -364,13 +367,3 @@ def test_a_server_with_another_name_for_the_limit_is_obeyed(asking):
     assert asking(rows=20).unanswered == 0
     assert asking(concurrency=8).rows == 60
     assert [one.get("max_completion_tokens") for one in asking.model.seen[-10:]] == [1] * 10
-
-
-def test_an_audit_of_one_class():
-    """No metric or interval to fall over."""
-    labels, sure = np.zeros(60, np.int64), np.tile([0.7, 0.3], (60, 1))
-    audit = audit_answers(task(), ["p"], [sure], labels, seed=0)
-    assert (audit.prompts[0].accuracy, audit.prompts[0].high, audit.temperature) == (100, 100, 1)
-    assert audit.confusion == ((30, 0, 0), (0, 0, 0))
-    other = audit_answers(task(), ["p", "q"], [sure, 1 - sure], labels, seed=0)
-    assert other.prompts[1].against_chosen.difference == -100

@@ -62,7 +62,10 @@ class _Line(BaseModel):
 
 def find_folder(to: str | Path) -> Path:
     """Give the folder that is meant: a new one, or one with answers."""
-    return refuse_foreign(expand_home(str(to)).resolve(), MANIFEST, "answers of a language model")
+    folder = Path(os.path.realpath(expand_home(str(to))))  # `resolve` fails at a link to itself
+    if folder.is_symlink():
+        raise ArtifactError(f"{folder} is a link that leads to itself; name a folder")
+    return refuse_foreign(folder, MANIFEST, "answers of a language model")
 
 
 def begin_folder(folder: Path, ingredients: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -210,9 +213,9 @@ class Answers:
             self._synchronised = now
 
     async def reserve(self, tokens: tuple[int, int]) -> tuple[int, int]:
-        """Wait until a request of so many tokens, and as many more as answers had, fits the budget; count and give them.
+        """Wait until a request surely fits the budget, whatever those under way cost; give the tokens it is counted by.
 
-        Those under way count by what they may cost.
+        These are its own, and as many more as an answer had at most.
         """
         settings = self._settings
         limits = [one or math.inf for one in (settings.max_requests, settings.max_tokens, settings.max_cost)]

@@ -1,6 +1,8 @@
 """Servers that fail or answer oddly, a budget: every row once, no label made up, nothing spent beyond."""
 
+import gc
 import json
+import signal
 import threading
 import time
 from collections import Counter
@@ -12,6 +14,7 @@ import pytest
 
 from experiments import write_lines
 from kdlora.asking import server
+from kdlora.asking.answers import Answers
 from kdlora.asking.ask import ask
 from kdlora.asking.server import UNREADABLE_ATTEMPTS
 from kdlora.errors import ArtifactError, ConfigError, DataError
@@ -63,6 +66,26 @@ def test_a_server_that_is_lost_ends_the_call_and_the_next_one_goes_on(asking, cl
     asking.model.fault = lambda number: None
     cli(*asking.command)
     assert answered(asking.to) == Counter({f"0 train r{number}": 1 for number in range(60)})
+
+
+def test_ctrl_c_breaks_into_no_task(asking, cli, monkeypatch, caplog):
+    """A hundred lines of tasks whose exception was never retrieved, above the sentence that says how to go on."""
+    keep = Answers.keep
+
+    def interrupt(answers: Answers, *given: object) -> None:
+        keep(answers, *given)
+        if answers.done == 30:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Answers, "keep", interrupt)
+    asking.model.fault = lambda number: "slow" if number >= 35 else None
+    done = cli(*asking.command, code=130)
+    gc.collect()
+    assert done.err == "kdlora: interrupted by Ctrl-C; the same command continues where it stopped\n"
+    assert not caplog.records
+    asking.model.fault = lambda number: None
+    assert asking().rows == 60
+    assert max(answered(asking.to).values()) == 1
 
 
 @pytest.mark.parametrize(

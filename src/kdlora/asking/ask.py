@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -198,14 +198,21 @@ def plan_asking(data: str, settings: AskSettings) -> AskPlan:
     return AskPlan(count, requests, tokens, cost, tuple(filled[:_SHOWN]), asking.rows.task.label_names)
 
 
-def _run(work: Any) -> Any:
-    """Run a coroutine, in a thread of its own where this one has a loop already (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine in a thread: a notebook has a loop in this one, and Ctrl-C, which comes here, breaks no task."""
+    runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+    loop = runner.get_loop()
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+        running = pool.submit(runner.run, work)
+        try:
+            while not wait([running], 0.5).done:  # Windows hears of Ctrl-C only between two waits
+                pass
+            return running.result()
+        except KeyboardInterrupt:
+            loop.call_soon_threadsafe(loop.stop)
+            raise
+        finally:
+            pool.submit(runner.close)
 
 
 class _Asking:

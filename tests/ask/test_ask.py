@@ -319,6 +319,16 @@ def test_flawless_and_unanswered_rows():
     assert audit.prompts[0].against_chosen.high < 0
 
 
+def test_an_audit_of_one_class():
+    """No metric or interval to fall over."""
+    labels, sure = np.zeros(60, np.int64), np.tile([0.7, 0.3], (60, 1))
+    audit = audit_answers(TASK, ["p"], [sure], labels, seed=0)
+    assert (audit.prompts[0].accuracy, audit.prompts[0].high, audit.temperature) == (100, 100, 1)
+    assert audit.confusion == ((30, 0, 0), (0, 0, 0))
+    other = audit_answers(TASK, ["p", "q"], [sure, 1 - sure], labels, seed=0)
+    assert other.prompts[1].against_chosen.difference == -100
+
+
 def test_prompts_are_compared_and_the_best_one_asks_the_rest(asking):
     """The table of a prompt that lost, or of two prompts mixed."""
     bad, good = asking.folder / "bad.j2", asking.folder / "good.j2"

@@ -1,6 +1,8 @@
 """Servers that fail or answer oddly, a budget: every row once, no label made up, nothing spent beyond."""
 
+import gc
 import json
+import signal
 import threading
 import time
 from collections import Counter
@@ -12,11 +14,11 @@ import pytest
 
 from experiments import write_lines
 from kdlora.asking import server
+from kdlora.asking.answers import Answers
 from kdlora.asking.ask import ask
-from kdlora.asking.audit import audit_answers
 from kdlora.asking.server import UNREADABLE_ATTEMPTS
 from kdlora.errors import ArtifactError, ConfigError, DataError
-from tiny import sentiment_rows, task, write_csv
+from tiny import sentiment_rows, write_csv
 
 
 def answered(folder: Path) -> Counter[str]:
@@ -66,6 +68,26 @@ def test_a_server_that_is_lost_ends_the_call_and_the_next_one_goes_on(asking, cl
     assert answered(asking.to) == Counter({f"0 train r{number}": 1 for number in range(60)})
 
 
+def test_ctrl_c_breaks_into_no_task(asking, cli, monkeypatch, caplog):
+    """A hundred lines of tasks whose exception was never retrieved, above the sentence that says how to go on."""
+    keep = Answers.keep
+
+    def interrupt(answers: Answers, *given: object) -> None:
+        keep(answers, *given)
+        if answers.done == 30:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Answers, "keep", interrupt)
+    asking.model.fault = lambda number: "slow" if number >= 35 else None
+    done = cli(*asking.command, code=130)
+    gc.collect()
+    assert done.err == "kdlora: interrupted by Ctrl-C; the same command continues where it stopped\n"
+    assert not caplog.records
+    asking.model.fault = lambda number: None
+    assert asking().rows == 60
+    assert max(answered(asking.to).values()) == 1
+
+
 @pytest.mark.parametrize(
     ("limit", "most"), [({"max_requests": 25}, 25), ({"max_tokens": 1500}, None), ({"max_cost": 0.0015}, None)]
 )
@@ -82,6 +104,15 @@ def test_a_budget_is_never_passed_and_can_be_raised(asking, limit, most):
     assert most or done.tokens_read + done.tokens_written <= 1500
     assert asking(**prices).rows == 60
     assert max(answered(asking.to).values()) == 1
+
+
+def test_what_answers_cost_beyond_the_expected_is_learnt(asking):
+    """Sixteen requests under way passed the limit by all that the server counts for a text and thoughts of its own."""
+    asking.model.edit = lambda answer: answer.update(usage={"prompt_tokens": 3000, "completion_tokens": 5000})
+    asking.model.delay = 0.01
+    assert asking(max_tokens=20_000).requests == 2
+    done = asking(max_tokens=60_000)  # the next call knows nothing of it
+    assert (done.requests, done.tokens_read, done.tokens_written) == (7, 21_000, 35_000)
 
 
 def test_a_budget_that_ends_before_the_audit_leaves_no_table(asking):
@@ -126,6 +157,27 @@ def test_answers_to_something_else_are_refused(asking, monkeypatch, change, name
     write_csv(asking.data, sentiment_rows(61, 0))
     with pytest.raises(ArtifactError, match="the data, or what is read of it changed"):
         asking()
+
+
+def test_what_a_message_advises_can_be_done(asking):
+    """A first mistake that settles what a folder without any answer is of: each remedy was refused as stale."""
+    prompt = asking.folder / "p.j2"
+    prompt.write_text(
+        "Labels:\n{% for one in labels %}\n{{ one.code }}: {{ one.name }}\n{% endfor %}\n\nText: {{ text }}"
+    )
+    asking.model.models = ("good",)
+    with pytest.raises(ConfigError, match="has no model 'm'"):
+        asking()
+    asking.model.fault = lambda number: "nonsense"
+    with pytest.raises(DataError, match="change the prompt"):
+        asking(model="good")
+    asking.model.fault, asking.model.logprobs = lambda number: None, False
+    with pytest.raises(ConfigError, match="--votes 5"):
+        asking(model="good", prompts=(str(prompt),))
+    assert not (asking.to / "asked.json").exists()
+    done = asking(model="good", prompts=(str(prompt),), votes=3, max_requests=22 + 30, concurrency=1)
+    assert (done.rows, done.left, done.resumed, done.requests) == (10, 50, 0, 52)  # what the mistakes cost counts
+    assert answered(asking.to).total() == 10
 
 
 def test_a_second_process_is_refused(asking):
@@ -206,6 +258,7 @@ def test_bad_numbers_and_data(asking, cli):
     assert "less than one question may need" in refused(asking, cli, "--max-tokens", 10)
     assert "needs price_in and price_out" in refused(asking, cli, "--max-cost", 1)
     assert "at most 20" in refused(asking, cli, "--top-logprobs", 30)
+    assert "seed is below 2^32" in refused(asking, cli, "--select", "diverse", "--rows", 9, "--seed", 5_000_000_000)
     assert "audit is at least 40, got 3" in refused(asking, cli, "--audit", 3)
     assert "one answer, counted several times" in refused(asking, cli, "--votes", 3, "--temperature", 0)
     assert "price_in is at least 0, got nan" in refused(asking, cli, "--price-in", "nan")
@@ -216,6 +269,9 @@ def test_bad_numbers_and_data(asking, cli):
     assert "no label column; name the labels" in refused(asking, cli, data=plain)
     assert "select: uncertain needs" in refused(asking, cli, "--select", "uncertain", "--rows", 3)
     assert "examples (shots) are drawn" in refused(asking, cli, "--shots", 100)
+    asking.to = asking.folder / "loop"
+    asking.to.symlink_to(asking.to)
+    assert "is a link that leads to itself" in refused(asking, cli)
     assert not asking.model.seen
 
 
@@ -334,13 +390,3 @@ def test_a_server_with_another_name_for_the_limit_is_obeyed(asking):
     assert asking(rows=20).unanswered == 0
     assert asking(concurrency=8).rows == 60
     assert [one.get("max_completion_tokens") for one in asking.model.seen[-10:]] == [1] * 10
-
-
-def test_an_audit_of_one_class():
-    """No metric or interval to fall over."""
-    labels, sure = np.zeros(60, np.int64), np.tile([0.7, 0.3], (60, 1))
-    audit = audit_answers(task(), ["p"], [sure], labels, seed=0)
-    assert (audit.prompts[0].accuracy, audit.prompts[0].high, audit.temperature) == (100, 100, 1)
-    assert audit.confusion == ((30, 0, 0), (0, 0, 0))
-    other = audit_answers(task(), ["p", "q"], [sure, 1 - sure], labels, seed=0)
-    assert other.prompts[1].against_chosen.difference == -100

@@ -17,12 +17,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdlora.asking.asksettings import AskSettings
 from kdlora.configfile import expand_home
-from kdlora.errors import ArtifactError
+from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.foreign import read_json
 from kdlora.system.integrity import compare, is_sealed_or_old, seal
 from kdlora.system.ownership import refuse_foreign
-from kdlora.system.storage import write_json_atomic
+from kdlora.system.storage import atomic_file, write_json_atomic
 
+_FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
 MANIFEST, ANSWERS = "ask.json", "answers.jsonl"
 _MEANING = {
     "prompts": "a prompt",
@@ -61,24 +62,45 @@ class _Line(BaseModel):
 
 def find_folder(to: str | Path) -> Path:
     """Give the folder that is meant: a new one, or one with answers."""
-    return refuse_foreign(expand_home(str(to)).resolve(), MANIFEST, "answers of a language model")
+    folder = Path(os.path.realpath(expand_home(str(to))))  # `resolve` fails at a link to itself
+    if folder.is_symlink():
+        raise ArtifactError(f"{folder} is a link that leads to itself; name a folder")
+    return refuse_foreign(folder, MANIFEST, "answers of a language model")
 
 
 def begin_folder(folder: Path, ingredients: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Begin a folder, or go on with one of the same making."""
+    """Begin a folder, or go on with one of the same making; one that has no answer yet takes a new making."""
     manifest = folder / MANIFEST
-    if not manifest.is_file():
-        write_json_atomic(manifest, seal({"schema_version": 1, "ingredients": ingredients, **about}))
-        return
-    content = read_json(manifest)
-    if not is_sealed_or_old(content) or not isinstance(content.get("ingredients"), dict):
-        raise ArtifactError(f"{manifest} is damaged or was edited; delete {folder} to ask anew, or name another folder")
-    if changed := compare(content["ingredients"], ingredients):
-        named = ", ".join(_MEANING.get(name, name) for name in changed)
-        raise ArtifactError(
-            f"{folder}: these answers are stale: {named} changed. Name another folder with --to, or delete this one to "
-            "ask anew"
-        )
+    if manifest.is_file():
+        content = read_json(manifest)
+        if not is_sealed_or_old(content) or not isinstance(content.get("ingredients"), dict):
+            raise ArtifactError(
+                f"{manifest} is damaged or was edited; delete {folder} to ask anew, or name another folder"
+            )
+        if not (changed := compare(content["ingredients"], ingredients)):
+            return
+        if not _forget_unanswered(folder / ANSWERS):
+            named = ", ".join(_MEANING.get(name, name) for name in changed)
+            raise ArtifactError(
+                f"{folder}: these answers are stale: {named} changed. Name another folder with --to, or delete this "
+                "one to ask anew"
+            )
+    write_json_atomic(manifest, seal({"schema_version": 1, "ingredients": ingredients, **about}))
+
+
+def _forget_unanswered(log: Path) -> bool:
+    """Take the rows out of a log without any answer, and leave what was spent; say whether it has none."""
+    lines = []
+    if log.exists():
+        with log.open("rb") as file:
+            for line in file:
+                if b'"probabilities":' in line:
+                    return False
+                if b'"id":' not in line:
+                    lines.append(line)
+        with atomic_file(log) as temporary:
+            temporary.write_bytes(b"".join(lines))
+    return True
 
 
 class Answers:
@@ -93,6 +115,7 @@ class Answers:
         self._ids, self._labels, self._settings = ids, labels, settings
         self._tables: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
         self.spent = np.zeros(3, np.int64)  # requests, tokens read, tokens written
+        self._beyond = np.zeros(2, np.int64)  # tokens of an answer above those asked for, at most
         self.done = self.good = self._under_way = 0
         self.bad: list[dict[str, str]] = []
         self._synchronised = 0.0
@@ -160,6 +183,15 @@ class Answers:
     def pending(self, prompt: int, split: str, places: np.ndarray) -> np.ndarray:
         return places[~self._table(prompt, split)[1][places]]
 
+    def refuse_useless(self) -> None:
+        """Refuse to go on where the first rows have no answer."""
+        reasons = [entry["unanswered"] for entry in self.bad]
+        refused = [reason for reason in reasons if reason.startswith("the server refuses")]
+        if len(refused) >= _FIRST_REFUSED and len(refused) == len(reasons):
+            raise ConfigError(f"{refused[0]}, and so for the first {len(refused)} rows; check the model and the prompt")
+        if len(reasons) >= _FIRST_UNANSWERED:
+            raise DataError(f"none of the first {len(reasons)} rows has an answer ({reasons[0]}); change the prompt")
+
     def keep(self, key: Key, found: np.ndarray | str) -> None:
         """Keep the probabilities of a row, or why there are none."""
         said: dict[str, Any] = (
@@ -180,12 +212,16 @@ class Answers:
             os.fsync(self._file)
             self._synchronised = now
 
-    async def reserve(self, tokens: tuple[int, int]) -> None:
-        """Wait until a request of so many tokens surely fits the budget, whatever those under way cost; count it."""
+    async def reserve(self, tokens: tuple[int, int]) -> tuple[int, int]:
+        """Wait until a request surely fits the budget, whatever those under way cost; give the tokens it is counted by.
+
+        These are its own, and as many more as an answer had at most.
+        """
         settings = self._settings
         limits = [one or math.inf for one in (settings.max_requests, settings.max_tokens, settings.max_cost)]
         while True:
-            requests, read, written = (self.spent + np.array((1, *tokens))).tolist()
+            reserved = tuple((self._beyond + tokens).tolist())
+            requests, read, written = (self.spent + np.array((1, *reserved))).tolist()
             spent = requests, read + written, settings.cost(read, written) or 0
             if all(one <= limit for one, limit in zip(spent, limits, strict=True)):
                 break
@@ -194,10 +230,12 @@ class Answers:
             self._changed.clear()
             await self._changed.wait()
         self._under_way += 1
-        self._append(_Line(spent=(1, *tokens)))
+        self._append(_Line(spent=(1, *reserved)))
+        return reserved
 
-    def settle(self, reserved: tuple[int, int], used: tuple[int, int]) -> None:
+    def settle(self, tokens: tuple[int, int], reserved: tuple[int, int], used: tuple[int, int]) -> None:
         self._under_way -= 1
         self._changed.set()
+        self._beyond = np.maximum(self._beyond, np.subtract(used, tokens))
         if used != reserved:
             self._append(_Line(spent=(0, used[0] - reserved[0], used[1] - reserved[1])))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from kdlora.asking.audit import Audit
 
 AUDIT, TABLE = "audit.json", "probabilities.parquet"
-_FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
 _SHOWN, _SAMPLE = 3, 200
 _CHARACTERS_OF_TOKEN = 4
 
@@ -136,7 +135,8 @@ def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress 
             begun = time.perf_counter()
             audit = _run(asking.carry_out(answers, progress))
             asked = _sum_up(answers, settings, time.perf_counter() - begun, before)
-            write_json_atomic(folder / Asked.FILE, asdict(asked))
+            if answers.good:  # without an answer, the next call may be of another model
+                write_json_atomic(folder / Asked.FILE, asdict(asked))
             chosen, written = _write_outcome(folder, rows, answers, audit)
             left = sum(len(answers.pending(chosen, *part)) for part in rows.chosen.items())
     requests, tokens_read, tokens_written = answers.spent.tolist()
@@ -198,14 +198,21 @@ def plan_asking(data: str, settings: AskSettings) -> AskPlan:
     return AskPlan(count, requests, tokens, cost, tuple(filled[:_SHOWN]), asking.rows.task.label_names)
 
 
-def _run(work: Any) -> Any:
-    """Run a coroutine, in a thread of its own where this one has a loop already (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine in a thread: a notebook has a loop in this one, and Ctrl-C, which comes here, breaks no task."""
+    runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+    loop = runner.get_loop()
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+        running = pool.submit(runner.run, work)
+        try:
+            while not wait([running], 0.5).done:  # Windows hears of Ctrl-C only between two waits
+                pass
+            return running.result()
+        except KeyboardInterrupt:
+            loop.call_soon_threadsafe(loop.stop)
+            raise
+        finally:
+            pool.submit(runner.close)
 
 
 class _Asking:
@@ -286,11 +293,12 @@ class _Asking:
                     enough = False
                 hear()
                 if not answers.good:
-                    _refuse_if_useless(answers)
+                    answers.refuse_useless()
                 if not enough:
                     return
 
-        while not answers.good and enough and (first := list(islice(pending, 1))):  # one by one: it may all be wrong
+        # One by one: it may all be wrong, and what an answer costs is not known.
+        while not (answers.good and server.answered) and enough and (first := list(islice(pending, 1))):
             await work(first)
         try:
             async with asyncio.TaskGroup() as group:
@@ -345,15 +353,6 @@ def _read(reply: Reply, options: list[Option], *, known: bool) -> np.ndarray | N
 
 def _reason(reply: Reply) -> str:
     return reply.refused or f"no label: {reply.text!r}"
-
-
-def _refuse_if_useless(answers: Answers) -> None:
-    reasons = [entry["unanswered"] for entry in answers.bad]
-    refused = [reason for reason in reasons if reason.startswith("the server refuses")]
-    if len(refused) >= _FIRST_REFUSED and len(refused) == len(reasons):
-        raise ConfigError(f"{refused[0]}, and so for the first {len(refused)} rows; check the model and the prompt")
-    if len(reasons) >= _FIRST_UNANSWERED:
-        raise DataError(f"none of the first {len(reasons)} rows has an answer ({reasons[0]}); change the prompt")
 
 
 def write_tables(folder: Path, asked: AskedRows, answers: Answers, audit: Audit | None) -> int:

@@ -95,6 +95,8 @@ class AskSettings:
             value = getattr(self, name)
             if isinstance(value, int | float) and not least <= value < math.inf:
                 raise ConfigError(f"{name} is at least {least}, got {value}")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed is below 2^32 ({2**32:,}), got {self.seed}")
         if self.top_logprobs > 20:
             raise ConfigError("top_logprobs is at most 20, which is what servers show")
         limits = (self.max_requests, self.max_tokens, self.max_cost)

@@ -61,25 +61,25 @@ class Server:
             api_key=self._key or "none", base_url=settings.url, max_retries=0, timeout=settings.timeout
         )
         self._not_before = 0.0
-        self._answers = 0
+        self.answered = 0
         self._limit = "max_tokens"  # some servers call it otherwise, and say so
 
     async def ask(self, prompt: str, vote: int | None = None) -> Reply:
         """Ask until there is an answer, or no use in asking."""
-        reserved = (len(prompt.encode("utf-8", "replace")) + _FRAME_TOKENS, self._written)
-        attempt, answers = 0, self._answers
+        tokens = (len(prompt.encode("utf-8", "replace")) + _FRAME_TOKENS, self._written)
+        attempt, answers = 0, self.answered
         while True:
             while (rest := self._not_before - time.monotonic()) > 0:
                 await asyncio.sleep(rest * random.uniform(1.0, 1.2))  # not all at the same moment
-            await self._budget.reserve(reserved)
-            used, patience = reserved, ATTEMPTS if self._answers else FIRST_ATTEMPTS
+            used = reserved = await self._budget.reserve(tokens)
+            patience = ATTEMPTS if self.answered else FIRST_ATTEMPTS
             limited_by = self._limit
             try:
                 async with asyncio.timeout(self._settings.timeout):
                     reply = _read_reply(await self._request(prompt, vote))
                 reply = replace(reply, text=self._mask(reply.text), refused=self._mask(reply.refused))
                 used = reply.used or reserved
-                self._answers += 1
+                self.answered += 1
                 return reply
             except self._openai.APIStatusError as fault:
                 used = (0, 0)
@@ -91,16 +91,16 @@ class Server:
                 wait, problem = _retry_after(fault.response.headers), self._mask(fault)
                 if fault.status_code == 429:
                     patience = ATTEMPTS
-                    if answers != self._answers:  # a limit that lets others through is no fault
-                        attempt, answers = 0, self._answers
+                    if answers != self.answered:  # a limit that lets others through is no fault
+                        attempt, answers = 0, self.answered
             except (self._openai.APIConnectionError, TimeoutError) as fault:
                 wait, problem = None, self._mask(fault.__cause__ or fault) or "no answer in time"
             except UNREADABLE as fault:
                 wait, problem = None, f"no answer of the protocol ({type(fault).__name__}: {self._mask(fault)})"
-                if self._answers and attempt + 1 >= UNREADABLE_ATTEMPTS:
+                if self.answered and attempt + 1 >= UNREADABLE_ATTEMPTS:
                     return Reply(refused=problem)
             finally:
-                self._budget.settle(reserved, used)
+                self._budget.settle(tokens, reserved, used)
             attempt += 1
             if attempt >= patience:
                 raise self._gave_up(attempt, problem)
@@ -135,7 +135,7 @@ class Server:
 
     def _gave_up(self, attempts: int, problem: str) -> Exception:
         where = self._settings.url
-        if not self._answers:
+        if not self.answered:
             return ConfigError(f"no answer from {where}: {problem}. Check the address (base_url), or try again later")
         return ConnectionError(
             f"no answer from {where} after {attempts} attempts: {problem}. The answers so far are kept; the same "

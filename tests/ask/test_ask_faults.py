@@ -68,7 +68,7 @@ def test_a_server_that_is_lost_ends_the_call_and_the_next_one_goes_on(asking, cl
     assert answered(asking.to) == Counter({f"0 train r{number}": 1 for number in range(60)})
 
 
-def test_ctrl_c_breaks_into_no_task(asking, cli, monkeypatch, caplog):
+def test_ctrl_c_breaks_into_no_task(asking, cli, monkeypatch, caplog, request):
     """A hundred lines of tasks whose exception was never retrieved, above the sentence that says how to go on."""
     keep = Answers.keep
 
@@ -78,6 +78,8 @@ def test_ctrl_c_breaks_into_no_task(asking, cli, monkeypatch, caplog):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Answers, "keep", interrupt)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, former))
     asking.model.fault = lambda number: "slow" if number >= 35 else None
     done = cli(*asking.command, code=130)
     gc.collect()

@@ -273,7 +273,7 @@ def test_bad_numbers_and_data(asking, cli):
     assert "examples (shots) are drawn" in refused(asking, cli, "--shots", 100)
     asking.to = asking.folder / "loop"
     asking.to.symlink_to(asking.to)
-    assert "is a link that leads to itself" in refused(asking, cli)
+    assert "is no folder; name one" in refused(asking, cli)
     assert not asking.model.seen
 
 

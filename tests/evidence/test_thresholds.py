@@ -49,7 +49,7 @@ def test_no_other_threshold_is_better(metric: str) -> None:
         assert judged.after == pytest.approx(best)
         assert judged.before == pytest.approx(REFERENCES[metric](labels, odds > 0))
     assert fit_threshold(np.array([-2.0, -1.0, 1.0, 2.0]), np.array([0, 0, 1, 1]), metric) == 0.5
-    rare = np.linspace(-9, -1, 10), (np.arange(10) == 8).astype(int)
+    rare = np.linspace(-9, -1, 10), (np.arange(10) == 4).astype(int)
     assert judge_threshold("a", metric, fit_threshold(*rare, metric), *rare).after >= REFERENCES[metric](
         rare[1], rare[0] > 0
     )

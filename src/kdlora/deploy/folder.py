@@ -179,6 +179,7 @@ def read_model_folder(
             f"{folder / CONFIG_FILE}: {TEMPERATURE_KEY} must be a positive number, {_LEAST_TEMPERATURE:g} to "
             f"{_HIGHEST_TEMPERATURE:g}, got {temperature!r:.80}."
         )
+    trained_on = config.get("kdlora_task") or {}  # an export's record may have default columns
     return ModelFolder(
         path=folder,
         file=file,
@@ -193,8 +194,7 @@ def read_model_folder(
         digests=digests,
         runtime=runtime,
         half=half,
-        texts=len((config.get("kdlora_task") or {}).get("text", ()))
-        or None,  # an export's record may have default columns
+        texts=len(trained_on.get("text", ())) or None,
     )
 
 

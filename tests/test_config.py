@@ -59,6 +59,10 @@ def test_overrides_are_yaml_and_reach_nested_keys():
     assert config.run.seeds == (3, 4)
     assert config.lora.targets == ("query", "key")
     assert config.name == "x"
+    # A slip in the file, a value in place of a section, would be gone without a word.
+    assert faults_of(MINIMAL | {"student": 5}, "student.train.epochs=2")[0] == (
+        "config: student: expected keys such as 'model:', got 5"
+    )
 
     # Two configs with one fingerprint would share a folder and mix their runs.
     base = build_config(MINIMAL)

@@ -214,11 +214,14 @@ def assign(values: dict[str, Any], override: Override) -> None:
     values[last] = value
 
 
-def merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Lay changes over nested values; mappings are merged, everything else is replaced."""
+def merge(into: dict[str, Any], changes: Mapping[str, Any], model: type[BaseModel] | None = Config) -> None:
+    """Lay changes over a config's values; mappings are merged, everything else but a section is replaced."""
     for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            merge(into[key], value)
+        section, there = _section(model, key) if model else None, into.get(key)
+        if isinstance(value, dict) and isinstance(there, dict):
+            merge(there, value, section)
+        elif isinstance(value, dict) and section is not None and there is not None:
+            raise ConfigError(f"{key}: expected keys such as '{next(iter(section.model_fields))}:', got {there!r}")
         else:
             into[key] = value
 

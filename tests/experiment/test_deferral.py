@@ -112,7 +112,13 @@ def test_rows_that_chose_the_model_promise_nothing(finished: Path, tmp_path: Pat
 def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path, by_sureness, cli) -> None:
     """A threshold of an earlier, larger error rate would stay in force."""
     assert Classifier.load(promised / "student").predict(by_sureness[:1])[0].label is None
+    found = json.loads((promised / "defer.json").read_text())
+    found["models"][2] |= {"promise": None, "reason": "no rows"}
+    (promised / "defer.json").write_text(json.dumps(found))
+    told = "Of what ships: student, int8 nothing can be promised, so every text is answered."
+    assert told in make_report(promised).markdown
     refused = cli("defer", promised, "--error", "0.0001", code=2)
+    assert "\nNothing can be promised, so every text is answered." in make_report(promised).markdown
     assert "cannot be promised with 95% confidence on 600 rows" in refused.err
     assert Classifier.load(promised / "student").predict(by_sureness[:1])[0].label is not None
     assert "above 0 and below 1, got 5" in cli("defer", promised, "--error", "5", code=2).err

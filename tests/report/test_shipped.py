@@ -152,14 +152,15 @@ def _rows(markdown: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
-def test_experiments_stand_in_one_table_paired_with_the_first_student(tmp_path):
+def test_experiments_stand_in_one_table_paired_with_the_first_student(tmp_path, monkeypatch):
     """Two experiments on the same rows must be paired, or a real difference drowns in the noise of the rows."""
     for name in ("one", "two"):
         make_experiment(tmp_path / name, arms=("fft", "kd-lora"))
     for seed in range(3):  # the second experiment's student is as good as the teacher
         source, target = (tmp_path / name / "runs" for name in ("one", "two"))
         shutil.copy(source / f"fft-seed{seed}" / "predictions.parquet", target / f"kd-lora-seed{seed}")
-    report = compare([tmp_path / "one", tmp_path / "two"], out=tmp_path / "both", draws=300)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    report = compare(["~/one", tmp_path / "two"], out="~/both", draws=300)
     rows = _rows(report.markdown)
     assert rows["one: KD-LoRA"][2] == "reference"
     assert rows["two: KD-LoRA"][2].startswith("+")

@@ -168,6 +168,9 @@ def test_names_stand_for_sections():
         plan(grids={"adapters": {"lora.rank": [8, 0]}})
     with pytest.raises(ConfigError, match=r"lora\.rnak: unknown key. Did you mean 'rank'"):
         plan(grids={"adapters": {"lora.rnak": [8]}})
+    # A family's teacher would take the place of what the suite says of all teachers.
+    with pytest.raises(ConfigError, match="s: cola, one: teacher: expected keys such as 'model:', got 5"):
+        plan(config={"data": {"path": "x/y"}, "teacher": 5})
 
 
 @pytest.mark.parametrize(

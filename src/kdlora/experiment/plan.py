@@ -180,8 +180,11 @@ def _base_values(suite: SuiteConfig, task: str, family: str, arms: Sequence[str]
     """Lay what all share, the family and the task over one another."""
     base: dict[str, Any] = {}
     run = {"run": {"arms": list(arms), "seeds": list(suite.seeds)}}
-    for part in (suite.config, suite.families[family], suite.tasks[task], run):
-        merge(base, copy.deepcopy(part))
+    try:
+        for part in (suite.config, suite.families[family], suite.tasks[task], run):
+            merge(base, copy.deepcopy(part))
+    except ConfigError as error:
+        raise ConfigError(f"{suite.name}: {task}, {family}: {error}") from None
     return base | {"name": f"{suite.name} {task} {family}"[:100]}
 
 

@@ -203,11 +203,13 @@ def build_suite(
     for override in overrides:
         assign(changes, override)
     merged = _with_absolute_paths(values, base or Path.cwd())
-    merge(merged, _with_absolute_paths(changes, Path.cwd()))
     try:
+        merge(merged, _with_absolute_paths(changes, Path.cwd()), SuiteConfig)
         return SuiteConfig.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(describe_faults(error, where, SuiteConfig)) from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _with_absolute_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any]:

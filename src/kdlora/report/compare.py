@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from kdlora.config import DISTILLED_ARMS, STUDENT_ARMS
+from kdlora.configfile import expand_home
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError
 from kdlora.evidence.records import RunLayout, RunRecord
@@ -71,14 +72,14 @@ def compare(folders: Sequence[Path | str], *, out: Path | str | None = None, dra
     Examples:
         >>> report = compare(["runs/reviews"], out="runs/compared")
     """
-    base = Path(out) if out is not None else Path.cwd()
+    base = expand_home(out) if out is not None else Path.cwd()
     page = _page(_load(folders), base, draws)
     return render(page) if out is None else write_page(page, base / "compare.md", base / "compare.html")
 
 
 def _load(folders: Sequence[Path | str]) -> list[Experiment]:
     """Read experiments and single runs; those of the same name are told apart by folder and number."""
-    places = [RunLayout(Path(folder)) for folder in dict.fromkeys(map(Path, folders))]
+    places = [RunLayout(Path(folder)) for folder in dict.fromkeys(map(expand_home, folders))]
     if not places:
         raise ArtifactError("expected at least one experiment or run folder, got none")
     found = [load_single_run(one) if one.record.is_file() else load_experiment(one.root) for one in places]

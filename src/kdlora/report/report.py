@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kdlora.config import STUDENT_ARMS
+from kdlora.configfile import expand_home
 from kdlora.evidence.metrics import predict_labels
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.report.collect import Experiment, load_experiment
@@ -78,7 +79,7 @@ def make_report(experiment: Path | str, *, out: Path | str | None = None, draws:
     Examples:
         >>> report = make_report("runs/reviews")
     """
-    layout = ExperimentLayout(Path(experiment if out is None else out))
+    layout = ExperimentLayout(expand_home(experiment if out is None else out))
     page = _page(load_experiment(Path(experiment)), Links(layout.root, "runs"), draws)
     return write_page(page, layout.report_md, layout.report_html)
 

@@ -18,6 +18,7 @@ from kdlora.deploy.predict import Classifier
 from kdlora.distil.inference import read_stored_logits
 from kdlora.errors import ConfigError, ModelError
 from kdlora.evidence.predictions import read_predictions
+from kdlora.evidence.records import read_record
 from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.plan import reset_unused
 from kdlora.experiment.run import run_experiment
@@ -218,7 +219,8 @@ def test_who_teaches_counts_for_a_suite_and_is_among_the_arms(workshop):
 def test_a_decoder_as_student_predicts_what_was_scored(workshop, tiny_model_folder, tmp_path):
     """Served with other padding or without it, a student answers otherwise than in its report."""
     export = {"formats": ["onnx"], "benchmark": True}
-    config = workshop.config({"student": {"model": str(tiny_model_folder("llama"))}, "export": export})
+    arms = {"run": {"arms": ["fft", "student-lora"]}}
+    config = workshop.config({"student": {"model": str(tiny_model_folder("llama"))}, "export": export} | arms)
     result = run_experiment(config, tmp_path / "out")
     layout = result.layout
     scored = read_predictions(layout.run("student-lora", 0).predictions).only("validation")
@@ -227,6 +229,7 @@ def test_a_decoder_as_student_predicts_what_was_scored(workshop, tiny_model_fold
     np.testing.assert_allclose(found, scored.logits, atol=1e-4)
     np.testing.assert_allclose(answers(layout.student, texts), scored.logits, atol=1e-4)
     assert [note for note in result.notes if "only encoders are exported to ONNX" in note]
-    assert json.loads(layout.benchmark.read_text())["models"]
+    teacher, *_ = json.loads(layout.benchmark.read_text())["models"]
+    assert teacher["score"] == read_record(layout.run("fft", 0).record).score
     with pytest.raises(ModelError, match=r"is a decoder .*only encoders"):
         export_onnx(layout.student, tmp_path / "onnx", formats=("onnx",))

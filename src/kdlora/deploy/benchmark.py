@@ -53,6 +53,7 @@ def benchmark(
     threads: int | None = None,
     rounds: int = 3,
     batch_sizes: Sequence[int] = (8, 32, 64),
+    scores: Mapping[str, float] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> BenchmarkResult:
     """Measure models side by side. In each round every model is timed in turn, so that drift hits all alike.
@@ -65,6 +66,7 @@ def benchmark(
         threads: of each model; by default `OMP_NUM_THREADS`, else one a core that this process may use.
         rounds: interleaved rounds.
         batch_sizes: tried for the best throughput.
+        scores: name to score on these texts, 0..100, of models that need not be scored again.
         progress: called with a short sentence at each step.
 
     Returns:
@@ -97,7 +99,9 @@ def benchmark(
         plain = [row.text if isinstance(row, Words) else row for row in rows]
         timed = _time_models(found, plain, rounds, batch_sizes, say)
         for model in found:
-            model.figures |= {"peak_memory_bytes": model.ask("memory"), "score": _score(model, given, rows)}
+            model.figures["peak_memory_bytes"] = model.ask("memory")
+            known = (scores or {}).get(model.name)
+            model.figures["score"] = _score(model, given, rows) if known is None else known
     figures = tuple(ModelFigures(**model.figures) for model in found)
     return BenchmarkResult(figures, count, rounds, timed, machine=describe_machine(), versions=collect_versions())
 

@@ -28,7 +28,7 @@ from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import store_speeds, ways_to_run
 from kdlora.deploy.tagger import Tagger, load_model
 from kdlora.errors import ConfigError, DataError, ModelError, did_you_mean
-from kdlora.evidence.records import ExperimentLayout
+from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment.recording import forget_decisions, logged, prepare_process
 from kdlora.experiment.scoring import groups_of, recorded_task
 from kdlora.experiment.settle import closed
@@ -274,11 +274,16 @@ def _benchmark_student(
     folders = {"teacher": Path(config.teacher.fine_tuned or layout.teacher), "student": layout.student}
     models = {name: place for name, place in folders.items() if (place / "config.json").exists()}
     models |= exported_files(layout)
+    longest, as_trained = (closed(part.train).max_length for part in (config.student, config.teacher))
+    record = layout.run(config.teacher_arm, config.teacher_seed).record
+    told = read_record(record) if longest == as_trained and record.exists() else None
+    score = None if told is None else told.score if splits.test is None else told.test_score
     result = benchmark(
         models,
         _labelled(splits.test or splits.validation, splits.task),
-        max_length=closed(config.student.train).max_length if splits.task.windows is None else None,
+        max_length=longest if splits.task.windows is None else None,
         threads=config.run.threads,
+        scores={} if score is None else {"teacher": score},  # a large model takes minutes for a long test split
         progress=say,
     )
     return asdict(result) | {"split": "test" if splits.test else "validation"}

@@ -177,5 +177,7 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, help="of texts, model, collection and result of `label`")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop labelling after about so long")
     options = parser.parse_args()
+    if options.part == "label" and options.folder is None:
+        parser.error("label wants --folder")
     prepare(options) if options.part == "prepare" else label(options)
     tell_machine()

@@ -24,15 +24,14 @@ from harness import command_line, tell_machine
 
 FIRST_STEP = """
 import contextlib, time
-from kdlora import terminal
-from kdlora.cli import main
+from kdlora.cli import experiments, main
 
 def listen(stage, event):
     if getattr(event, "step", 0) or getattr(event, "steps", 0):
         print(time.time(), flush=True)
         raise KeyboardInterrupt
 
-terminal.live_progress = lambda: contextlib.nullcontext(listen)
+experiments.live_progress = lambda: contextlib.nullcontext(listen)
 main()
 """
 

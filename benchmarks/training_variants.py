@@ -146,7 +146,7 @@ def ours(work: Work, source: str = "student", recipe: str = "", *, lora: bool = 
     train, distil = splits.train, None
     if recipe:
         train = with_logits(train, splits.task.num_labels)
-        distil = DistilConfig(**{"loss": "mse"} | keys.get("distil", {}))
+        distil = DistilConfig(**keys.get("distil", {}))
     settings = (StudentTrainConfig if lora else TeacherTrainConfig)(
         epochs=50, batch_size=BATCH, dropout=keys.get("student", {}).get("train", {}).get("dropout")
     )

@@ -21,9 +21,6 @@ def test_every_public_name_can_be_imported():
         assert name in dir(kdlora)
     with pytest.raises(AttributeError, match="no attribute 'run_experimentt'"):
         _ = kdlora.run_experimentt
-    with pytest.warns(DeprecationWarning, match="called kdlora.LoraSettings now"):
-        from kdlora import LoraConfig
-    assert LoraConfig is kdlora.LoraSettings
 
 
 def test_page_and_type_checkers_have_the_public_names_and_no_others():

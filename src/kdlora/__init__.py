@@ -120,13 +120,6 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("kdlora")
-    if name == "LoraConfig":
-        importlib.import_module("warnings").warn(
-            "kdlora.LoraConfig is called kdlora.LoraSettings now, for PEFT has a LoraConfig of its own",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        name = "LoraSettings"
     if name not in _HOMES:
         raise AttributeError(f"module 'kdlora' has no attribute {name!r}")
     from kdlora.extras import extras_named

@@ -146,10 +146,9 @@ def _unpack_reviews(archive: Path, folder: Path) -> None:
         tarfile.open(archive) as outer,
         tarfile.open(fileobj=_open_member(outer, "hutto_ICWSM_2014.tar.gz")) as inner,
     ):
-        raw = _open_member(inner, _REVIEWS_FILE).read()
-    (folder / _REVIEWS_FILE).write_bytes(raw)
+        lines = _open_member(inner, _REVIEWS_FILE).read().decode("utf-8").splitlines()
     rows = []
-    for line in raw.decode("utf-8").splitlines():
+    for line in lines:
         identifier, rating, text = line.split("\t")
         if abs(float(rating)) >= NEUTRAL_BAND:
             rows.append((identifier, text, "positive" if float(rating) > 0 else "negative"))

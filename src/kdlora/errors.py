@@ -7,6 +7,8 @@ import logging
 import re
 from collections.abc import Iterable
 
+MOST_LISTED = 10
+"""Names that a message lists."""
 _USER = re.compile(r"(\w://)(?:[^\s/@:]*:\S*|[^\s/@]+)@")
 _KEY = re.compile(r"([?&;][\w.-]*(?:pass|secret|token|key|sig|credential)[\w.-]*=)[^\s&;'\"]+", re.IGNORECASE)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -100,6 +102,13 @@ class ArtifactError(KdLoraError):
 def first_line(fault: BaseException) -> str:
     """Give the first line of what a library says, to be quoted in a message of ours."""
     return next(iter(str(fault).strip().splitlines()), type(fault).__name__)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Name the first ones, and count the others."""
+    every = list(names)
+    more = len(every) - MOST_LISTED
+    return ", ".join(every[:MOST_LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

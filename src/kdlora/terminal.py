@@ -30,15 +30,18 @@ Show = Callable[[str, int | None, float | None, str], None]
 
 
 class SafeConsole(Console):
-    """A console on which names from data and folders cannot move the cursor or hide text."""
+    """A console on which names from data and folders cannot move the cursor, hide text or be markup."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for part in super().render(renderable, options):
             yield part if part.control else Segment(harmless(part.text), part.style)
 
     def tell(self, text: str, style: str | None = None) -> None:
-        """Print a line as it is: no markup, no colours by guess, no wrapping of paths."""
-        self.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        """Print a line as it is: no colours by guess, no wrapping of paths."""
+        self.print(text, style=style, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -51,7 +54,8 @@ def draw_bars() -> Iterator[Show | None]:
     if not console.is_terminal:  # no log shall fill with bars
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
+    texts = [TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[status]}")]
+    columns = (texts[0], BarColumn(), texts[1])
     bars: dict[str, TaskID] = {}
     progress = Progress(*columns, TimeRemainingColumn(), console=console)
 

@@ -36,7 +36,7 @@ class Asker:
 
     def __call__(self, data: Path | None = None, **given: Any) -> AskSummary:
         """Ask."""
-        return ask(str(data or self.data), self.to, self.settings(**given))
+        return ask(data or self.data, self.to, self.settings(**given))
 
 
 @pytest.fixture

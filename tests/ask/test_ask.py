@@ -158,15 +158,17 @@ def test_the_command_prints_what_was_done(asking, cli):
 def test_a_student_learns_from_the_answers(asking, cli, tiny_model_folder):
     """The way on: rows that were refused are in neither file, and the report knows what the answers cost."""
     asking.model.fault = lambda number: "refusal" if number in (7, 60) else None
-    validation = write_csv(asking.folder / "validation.csv", sentiment_rows(40, 1))
+    rows = [{"key": f"k{row.pop('id')}", **row} for row in sentiment_rows(40, 1)]
+    validation = write_csv(asking.folder / "validation.csv", rows)
+    write_csv(asking.data, [{"key": row.pop("id"), **row} for row in sentiment_rows(60, 0)])
     more = asking.folder / "more.csv"
-    write_csv(more, [{"id": row["id"], "text": row["text"] + " again"} for row in sentiment_rows(30, 2)])
-    done = asking(audit=str(validation), unlabelled=str(more), price_in=1.0, price_out=2.0)
+    write_csv(more, [{"key": row["id"], "text": row["text"] + " again"} for row in sentiment_rows(30, 2)])
+    done = asking(id_column="key", audit=validation, unlabelled=more, price_in=1.0, price_out=2.0)
     assert (done.rows, done.unanswered) == (128, 2)
     config = {
         "task": {"text": "text", "label": "label"},
         "data": {name: str(asking.to / f"{name}.parquet") for name in ("train", "unlabelled")}
-        | {"validation": str(validation)},
+        | {"validation": str(asking.to / "validation.parquet")},
         "teacher": {"probabilities": str(done.table)},
         "student": {"model": str(tiny_model_folder("bert")), "train": {"epochs": 1, "learning_rate": 5e-3}},
         "run": {"arms": ["fft", "kd-lora"], "seeds": [0], "precision": "fp32", "threads": 1},
@@ -228,6 +230,14 @@ def test_names_in_place_of_letters_are_told_by_their_first_token():
         Questions(None, {"card lost": "", "card stolen": ""}, (), settings)
     with pytest.raises(ConfigError, match=r"as the server shows \(20\), not 21"):
         Questions(None, {f"{number} is it": "" for number in range(21)}, (), settings)
+
+
+@pytest.mark.parametrize(("labels", "said", "meant"), [("ABCDF", "E", 4), ("ABCDEFGHIJ", "J", 8)])
+def test_labels_that_are_letters_are_told_by_their_codes(labels, said, meant):
+    """Grades: the code E of the label F, or J of I, would be no answer, or that of another label."""
+    made = Questions(None, dict.fromkeys(labels, ""), (), AskSettings("m"))
+    assert read_logprobs(tokens(**{said: 0.9}), made.choices).argmax() == meant
+    assert "Reply with the code of the label before the colon" in made.fill({"text": "hm"}, made.choices)
 
 
 def test_votes_are_read_by_code_or_name():

@@ -271,6 +271,10 @@ def test_bad_numbers_and_data(asking, cli):
     assert "no label column; name the labels" in refused(asking, cli, data=plain)
     assert "select: uncertain needs" in refused(asking, cli, "--select", "uncertain", "--rows", 3)
     assert "examples (shots) are drawn" in refused(asking, cli, "--shots", 100)
+    assert "(audit): unknown kind of file '.txt'" in refused(asking, cli, "--audit", plain)
+    keyed = write_csv(asking.folder / "keyed.csv", [{"key": row.pop("id"), **row} for row in sentiment_rows(4, 0)])
+    more = ("--id-column", "key", "--unlabelled", asking.data)
+    assert "train.csv has no column 'key'" in refused(asking, cli, *more, data=keyed)
     asking.to = asking.folder / "loop"
     asking.to.symlink_to(asking.to)
     assert "is no folder; name one" in refused(asking, cli)

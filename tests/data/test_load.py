@@ -14,8 +14,8 @@ from loading import TEXTS, WORDS, labels, load, refused
 
 from experiments import write_lines
 from kdlora.data.load import load_examples, split_rows
-from kdlora.data.tasks import Task, find_joined
-from kdlora.errors import ConfigError
+from kdlora.data.tasks import Task, find_joined, match_labels
+from kdlora.errors import ConfigError, DataError
 
 
 def test_a_score_is_the_label_where_nothing_else_can_be(csv_file) -> None:
@@ -195,6 +195,29 @@ def test_multi_label_lists(tmp_path: Path, values: list, names: tuple[str, ...])
     splits = load(train=path, validation=path)
     assert (splits.task.kind, splits.task.label_names) == ("multi-label", names)
     assert labels(splits.train) == [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+
+
+def test_columns_of_lists_and_of_texts_are_not_mixed(tmp_path: Path, csv_file):
+    """Lists of labels in one file and `a;b` in another, as a spreadsheet saves them, ended in a traceback."""
+    path = str(write_lines(tmp_path / "a.jsonl", [{"text": "t", "labels": value} for value in (["b"], ["a", "b"])]))
+    joined = csv_file("b.csv", text=["t", "u"], labels=["a;b", "a"])
+    for test in (joined, csv_file("c.csv", text=["t"], labels=[1])):
+        with pytest.raises(DataError, match=r"[bc]\.csv: the task is multi-label, but the column 'labels' holds"):
+            load(train=path, validation=path, test=str(test))
+    mixed = str(write_lines(tmp_path / "d.jsonl", [{"text": "t", "labels": ["b"], "topic": 1}]))
+    with pytest.raises(DataError, match=r"'labels' holds list.*named alone \(task\.label\)"):
+        load(task={"label": ["labels", "topic"]}, train=mixed, validation=mixed)
+    missing = str(write_lines(tmp_path / "e.jsonl", [{"text": "t", "a": 1, "b": 0}, {"text": "u", "a": None, "b": 1}]))
+    with pytest.raises(DataError, match=r"row 2: no label in column 'a'"):
+        load(task={"label": ["a", "b"]}, train=missing, validation=missing)
+
+
+def test_thousands_of_labels_that_do_not_fit_are_not_all_listed():
+    """Each name took a search for a similar one, and a thousand of them most of a minute."""
+    found, wanted = ([f"{one} {number}" for number in range(400)] for one in ("Category", "category no"))
+    with pytest.raises(DataError, match="and 390 more") as caught:
+        match_labels(found, wanted, "the model", "Rename them.")
+    assert len(str(caught.value)) < 2000
 
 
 def test_names_with_commas_are_one_label_and_joined_names_several():

@@ -306,6 +306,7 @@ def test_a_label_beside_spans_is_not_passed_over(tmp_path):
     assert infer_token_columns(source, TaskConfig(label="label")) is None
     assert infer_token_columns(source, TaskConfig(label="entities")) == ("text", "entities")
     assert infer_token_columns(source, TaskConfig(kind="tokens")) == ("text", "entities")
+    assert infer_token_columns(source, TaskConfig(kind="tokens", text="text")) == ("text", "entities")
 
 
 SPAN = {"start": 0, "end": 2, "label": "A"}

@@ -1,7 +1,6 @@
 """OpenVINO as a second runtime: its stages of an export, its files, and the choice by a measurement."""
 
 import json
-import platform
 import shutil
 import sys
 from importlib.util import find_spec
@@ -10,11 +9,12 @@ import numpy as np
 import pytest
 
 from deploy_folders import TEXTS
+from kdlora.deploy import runtimes
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.export import export_onnx
 from kdlora.deploy.folder import Way, read_model_folder
 from kdlora.deploy.predict import Classifier
-from kdlora.deploy.runtimes import fastest_way, store_speeds
+from kdlora.deploy.runtimes import fastest_way, store_speeds, ways_to_run
 from kdlora.deploy.tagger import Tagger
 from kdlora.errors import ArtifactError, ModelError
 
@@ -123,11 +123,13 @@ def test_auto_takes_what_was_the_fastest_on_this_host(folder, tmp_path, monkeypa
     assert fastest_way(copy, "fp32", 32).runtime == "openvino"
     loaded = Classifier.load(copy, runtime="auto", batch_size=64).folder
     assert (loaded.backend, loaded.precision) == ("openvino", "int8")
+    assert Classifier.load(copy / "model.onnx", runtime="auto").folder.precision == "fp32", "the file that is named"
     write_decisions(read_model_folder(copy), Decisions(thresholds={}))
+    assert ways_to_run(copy) == [Way(copy, precision="int8")], "a benchmark cannot load the others"
     assert fastest_way(copy, "auto", 64).runtime == "onnxruntime", "thresholds are of one file in one runtime"
     (copy / "kdlora_decisions.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(platform, "node", lambda: "another host")
+        patch.setattr(runtimes, "describe_machine", lambda: {"cpu": "another", "cores": "2"})
         assert fastest_way(copy, "auto", 64) == Way(copy)
     record = copy / "kdlora_export.json"
     record.write_bytes(record.read_bytes() + b"\n")

@@ -182,6 +182,14 @@ def test_stale_parts_are_refused(tmp_path, exported, source):
     with pytest.raises(ArtifactError, match=refused):
         predict_file(model, source, out)
     assert predict_file(model, source, out, resume=False).rows == 1
+
+    # Bad rows of the parts would be passed on by a call that is to stop at the first one.
+    write_csv(source, [{"id": str(number), "text": "a text" if number else ""} for number in range(30)])
+    _interrupt(model, source, out, 10)
+    with pytest.raises(ArtifactError, match=r"strict was False, is True"):
+        predict_file(model, source, out, strict=True)
+    write_csv(source, [{"id": "x", "text": "another file"}])
+    assert predict_file(model, source, out, resume=False).rows == 1
     assert [row["id"] for row in _read(out)] == ["x"]
 
 

@@ -19,7 +19,7 @@ import uvicorn
 
 from deploy_folders import TEXTS
 from kdlora.deploy.predict import Classifier, Prediction
-from kdlora.deploy.serving import Limits, make_app, name_models
+from kdlora.deploy.serving import Limits, make_app, name_models, serve
 from kdlora.deploy.tagger import Tagger
 from kdlora.errors import ConfigError, ModelError
 
@@ -219,9 +219,13 @@ def listens(port):
     return False
 
 
-def test_what_cannot_be_served_is_refused_before_it_listens(exported):
+def test_what_cannot_be_served_is_refused_before_it_listens(exported, monkeypatch):
     """A server that is up and answers for one of two models of one name, or refuses every request of its own limit."""
     with pytest.raises(ConfigError, match=r"two models are named 'onnx'.*NAME=FOLDER"):
         name_models([str(exported()), f"onnx={exported()}"])
+    monkeypatch.chdir(exported())
+    assert list(name_models(["."])) == ["onnx"]
+    with pytest.raises(ConfigError, match="threads must be at least 1, got -1"):  # none would ever answer
+        serve(["."], threads=-1)
     with pytest.raises(ConfigError, match="could never wait"):
         Limits(waiting=2, texts=3)

@@ -160,7 +160,7 @@ def test_bad_texts_are_named(tagger, texts, message):
 def test_gates_on_entities_and_on_recall(tmp_path, classifier_folder, labelled):
     """Prevents an int8 file whose entities were never compared, and a type that is lost without a word."""
     folder, wide = classifier_folder("bert", "tokens"), {"min_agreement": 0.0, "max_metric_drop": 100}
-    result = export_onnx(folder, tmp_path / "a", texts=labelled, min_recall={"PER": 0.2}, **wide)
+    result = export_onnx(folder, tmp_path / "a", texts=labelled, min_recall={"per": 0.2}, **wide)
     first, second, int8 = result.stages
     assert (first.score, second.score, first.agreement) == (100, 100, 1)
     assert first.recall == second.recall == {"PER": 1.0}

@@ -14,7 +14,7 @@ from kdlora.data.spool import hash_columns
 from kdlora.distil import inference as teacher_module
 from kdlora.distil.inference import hash_model, hash_tokenizer, predict_logits, read_stored_logits, teacher_logits
 from kdlora.distil.logits import TeacherLogits
-from kdlora.errors import ArtifactError, DataError, ModelError
+from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
 from kdlora.models.encoders import load_encoder
 
 
@@ -132,6 +132,14 @@ def test_a_second_call_runs_no_forward_and_progress_counts_rows_once(label, forw
     assert told[0] == sorted(told[0])
     assert len(told[0]) > 3
     assert told[0][-1:] == told[1] == [(23, 23)]
+
+
+def test_a_number_format_is_settled_before_anything_is_written(label, tmp_path):
+    """A misspelt one left a folder that refused the right one as stale."""
+    with pytest.raises(ConfigError, match=r"got 'bf61'\. Did you mean 'bf16'"):
+        label(precision="bf61")
+    assert not (tmp_path / "logits").exists()
+    assert len(label(precision="auto").logits) == 23
 
 
 def test_an_interrupted_labelling_goes_on(label, forwards):

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
 
+from kdlora.data.tags import tag_names
 from kdlora.data.tasks import Task
 from kdlora.distil.losses import distillation_loss
 from kdlora.distil.teacher_table import read_teacher_table
@@ -59,6 +62,17 @@ def test_columns_by_name(file, task):
     found = read_teacher_table(file, task, values="logits")
     assert found.logits.tolist() == [[0.0, 2.0], [1.0, 3.0]]
     assert found.attach(Dataset.from_dict({"id": ["1"]}))["teacher_logits"][:] == [[1.0, 3.0]]
+
+
+def test_every_kind_of_list_holds_the_values_of_words(tmp_path):
+    """Polars writes another kind of list than pandas, and its tables were refused."""
+    names = tag_names(("X",))
+    for kind in (pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float64(), 2)):
+        columns = {name: pa.array([[place, 2.0]], kind) for place, name in enumerate(names)}
+        pq.write_table(pa.table({"id": ["a"], **columns}), tmp_path / "words.parquet")
+        task = Task("tokens", ("words",), ("tags",), names, ("entity_f1",))
+        found = read_teacher_table(tmp_path / "words.parquet", task, values="logits")
+        assert found.logits.tolist() == [[0.0, 1.0, 2.0], [2.0, 2.0, 2.0]]
 
 
 def test_a_column_of_labels(file, task):

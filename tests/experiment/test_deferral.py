@@ -13,11 +13,13 @@ from experiments import copy_experiment, read_rows, snapshot
 from kdlora.configfile import load_config
 from kdlora.deploy.cascade import Cascade
 from kdlora.deploy.decisions import Decisions, write_decisions
-from kdlora.deploy.folder import read_model_folder
+from kdlora.deploy.folder import Way, read_model_folder
 from kdlora.deploy.predict import Classifier
+from kdlora.deploy.runtimes import store_speeds
 from kdlora.errors import ArtifactError, DataError, ModelError
+from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.deferral import defer_experiment, fit_thresholds
-from kdlora.experiment.deployment import benchmark_cascade, load_without_copies, unseen_rows
+from kdlora.experiment.deployment import benchmark_cascade, is_deployed, load_without_copies, unseen_rows
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report
 
@@ -99,7 +101,7 @@ def test_rows_that_chose_the_model_promise_nothing(finished: Path, tmp_path: Pat
     train = finished.parent / "train.csv"
     refused = cli("defer", folder, "--data", train, code=2)
     assert "all 64 texts" in refused.err
-    splits = load_without_copies(load_config(folder / "config.yaml"))
+    splits = load_without_copies(load_config(folder / "config.yaml"), ExperimentLayout(folder))
     with pytest.raises(DataError, match="are training, validation or unlabelled texts, too"):
         unseen_rows(replace(splits, unlabelled=splits.test), splits.test, "later.csv")
     config = folder / "config.yaml"
@@ -107,6 +109,28 @@ def test_rows_that_chose_the_model_promise_nothing(finished: Path, tmp_path: Pat
     refused = cli("defer", folder, code=2)
     assert "no test split" in refused.err
     assert not (folder / "defer.json").exists()
+
+
+def test_a_measurement_of_the_export_leaves_everything_as_it_is(promised: Path) -> None:
+    """After `kdlora benchmark`, the next run threw away the export, its thresholds and its promise."""
+    layout = ExperimentLayout(promised)
+    config = load_config(layout.config)
+    assert is_deployed(config, layout)
+    store_speeds({Way(layout.onnx, precision="int8"): {1: 100.0}})
+    assert is_deployed(config, layout)
+
+
+def test_rows_that_the_student_was_not_chosen_on_are_refused(promised: Path, finished: Path, tmp_path, cli) -> None:
+    """Rows that were added since move the drawn splits, and a threshold is fitted on what the student learnt."""
+    rows = read_rows(finished.parent / "validation.csv")
+    tiny.write_csv(tmp_path / "validation.csv", [*rows[1:], {"id": "new", "text": "a new one", "label": "positive"}])
+    config = promised / "config.yaml"
+    config.write_text(
+        config.read_text().replace(str(finished.parent / "validation.csv"), str(tmp_path / "validation.csv"))
+    )
+    for verb in ("thresholds", "defer"):
+        assert "the validation rows are others than when it ran" in cli(verb, promised, code=2).err
+    assert (promised / "defer.json").exists()
 
 
 def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path, by_sureness, cli) -> None:

@@ -10,7 +10,7 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments import copy_experiment, edit_json, read_rows, snapshot, write_lines
+from experiments import copy_experiment, edit_json, read_rows, snapshot, write_collection, write_lines
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
 from kdlora.distil.inference import read_stored_logits
@@ -211,11 +211,9 @@ def test_a_table_must_cover_the_unlabelled_rows(config, tmp_path, workshop):
     assert check_table(config, splits) == [f"{path}: 1 rows belong to no unlabelled example and are not used."]
 
     # Two teachers that teach one student make a gain that belongs to neither.
-    (tmp_path / "collection.json").write_text(
-        '{"schema_version": 1, "complete": true, "model": "M", "texts": 1, "label_names": ["negative", "positive"], '
-        '"fingerprint": "f", "ingredients": {"weights": "w"}, "versions": {}, "shards": []}'
+    config = workshop.config(
+        {"data": {"unlabelled": str(write_collection(tmp_path / "labelled"))}, "run": {"arms": ["kd-lora"]}}
     )
-    config = workshop.config({"data": {"unlabelled": str(tmp_path)}, "run": {"arms": ["kd-lora"]}})
     splits = load_splits(config.task, workshop.config().data)
     with pytest.raises(ConfigError, match=r"that M labelled, but this experiment trains a teacher of its own"):
         check_table(config, splits)

@@ -78,7 +78,7 @@ def test_what_is_scored_exported_and_served_is_one_answer(result, values):
         model = Classifier.load(folder, precision=precision)
         assert (model.folder.max_length, model.folder.windows.stride, model.folder.windows.pool) == (16, 4, "max")
         np.testing.assert_allclose(model.predict_logits(TEXTS), scored, atol=1e-4)
-        np.testing.assert_allclose(model.predict_logits(TEXTS, batch_size=1, batch_tokens=1), scored, atol=1e-4)
+        np.testing.assert_allclose(model.predict_logits(TEXTS, batch_size=1), scored, atol=1e-4)
     assert "pools their logits (max); the pipeline below cuts it" in (layout.student / "README.md").read_text()
     int8 = Classifier.load(layout.onnx).predict_logits(TEXTS)
     assert np.corrcoef(int8.ravel(), scored.ravel())[0, 1] > 0.9

@@ -64,6 +64,8 @@ def test_only_what_is_null_is_settled():
     assert (config.teacher.train.learning_rate, config.teacher.train.epochs) == (1e-5, 6)
     assert (config.student.train.max_length, config.student.train.learning_rate) == (64, 1e-3)
     assert settings_for(config, "lora").learning_rate == 5e-4
+    settled = build_config(CONFIG | {"student": {"model": "s", "train": {"learning_rate": 1e-3}}})
+    assert settings_for(chosen.fill_in(settled), "lora").learning_rate == 5e-4, "a later call with another arm"
     assert settings_for(config, "student-fft").learning_rate == 1e-4
     assert settings_for(config, "student-fft").head_learning_rate == config.teacher.train.head_learning_rate
     paper = chosen.fill_in(build_config(CONFIG | {"recipe": "paper"}))

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from kdlora.distil import tracking
+from kdlora.distil.tracking import TrackedRun, tracked
 from kdlora.errors import ConfigError
 from kdlora.experiment.run import run_experiment
 from kdlora.system.ownership import refuse_links
@@ -67,6 +68,20 @@ def test_tensorboard_has_a_folder_for_each_run(tracking_folder):
     assert events.Scalars("train/hard_loss")[0].value > 0
     tags = events.Tensors("tags/text_summary")[0].tensor_proto.string_val[0].decode()
     assert tags == "arm: student-lora, seed: 3"
+
+
+def test_a_training_that_fails_leaves_no_name_of_the_host(tmp_path):
+    """TensorBoard has it in the name of every file, and a killed process could not change it."""
+    pytest.importorskip("tensorboard")
+    run = TrackedRun("e", "r", {}, tmp_path / "place", tmp_path)
+    folder = tmp_path / "tensorboard" / "r"
+    folder.mkdir(parents=True)
+    (folder / f"events.out.tfevents.1.{socket.gethostname()}.77.0").touch()
+    with pytest.raises(RuntimeError), tracked(["tensorboard"], run):
+        raise RuntimeError
+    names = [path.name for path in folder.iterdir()]
+    assert len(names) == 2
+    assert all(".unnamed." in name for name in names)
 
 
 def test_mlflow_has_a_run_for_each_run_with_arm_and_seed(tracking_folder):

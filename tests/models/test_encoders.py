@@ -244,12 +244,18 @@ def test_a_student_loads_again_as_itself(tiny_model_folder, tmp_path, family):
     assert torch.equal(tiny.logits(again, student.tokenizer), tiny.logits(student.model, student.tokenizer))
 
 
-def test_settings_of_layers_are_cut_with_them_and_others_left_alone(tiny_model_folder):
+def test_settings_of_layers_are_cut_with_them_and_others_left_alone(tiny_model_folder, tmp_path):
     """A layer pretrained on a window of tokens would be run over the whole text; DeBERTa's two kinds are no layers."""
     student = student_from_layers(str(tiny_model_folder("modernbert", layers=4)), [0, 1, 3], THREE_WAY, seed=0).model
     assert student.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
     student = student_from_layers(str(tiny_model_folder("deberta-v2", layers=2)), [1], THREE_WAY, seed=0).model
     assert student.config.pos_att_type == ["p2c", "c2p"]
+    folder = shutil.copytree(tiny_model_folder("llama"), tmp_path / "smollm3")  # a layer in four has no positions
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    size |= {"vocab_size": json.loads((folder / "config.json").read_text())["vocab_size"], "pad_token_id": 0}
+    whole = transformers.SmolLM3ForSequenceClassification(transformers.SmolLM3Config(num_hidden_layers=4, **size))
+    whole.save_pretrained(folder)
+    assert student_from_layers(str(folder), [0, 3], THREE_WAY, seed=0).model.config.no_rope_layers == [1, 0]
 
 
 @pytest.mark.parametrize(

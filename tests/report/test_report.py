@@ -124,6 +124,10 @@ def test_a_teacher_below_its_student_is_called_out(reviews, tmp_path, monkeypatc
     assert "It may need longer training" in report.html
     assert re.search(r"It scores \d\d\.\d ± \d\.\d against \d\d\.\d ± \d\.\d of bert-base", _opening(report))  # no 105%
     assert "may need longer training" not in reviews[1].html
+    for place in (tmp_path / "weak").glob("runs/fft*/run.json"):
+        config = read_record(place).config
+        edit_record(place, config=config | {"teacher": {"probabilities": "asked/probabilities.parquet"}})
+    assert "longer training" not in make_report(tmp_path / "weak").html
     assert "below" not in _opening(reviews[1])
 
 

@@ -178,8 +178,8 @@ def test_scores_are_drawn_over_the_texts_that_were_labelled(tmp_path):
         layout = make_experiment(tmp_path / name, seeds=(0,), arms=("fft", "kd-lora", "student-lora"))
         for place in layout.runs.glob("*/run.json"):
             rows = read_record(place).rows
-            config = {"distil": {"alpha": alpha}, "data": {"augment": 2}}
-            edit_record(place, rows=rows | {"unlabelled": asked + 2 * rows["train"]}, config=config)
+            config = {"distil": {"alpha": alpha}}
+            edit_record(place, rows=rows | {"unlabelled": asked, "copies": 2 * rows["train"]}, config=config)
     html = compare([tmp_path / name for name in ("few", "many", "alone")], out=tmp_path, draws=50).html
     told = re.search(r"score on validation by texts that were labelled[^<]*", html)[0]
     assert re.findall(r"[\w -]+(?:, no labels)? ends at", told) == [

@@ -13,6 +13,7 @@ from graphs import run_python
 
 from experiments import edit_json
 from fabricate import make_record
+from kdlora.cli.app import print_table
 from kdlora.configfile import save_config
 from kdlora.deploy.hub import _contents, plan_push
 from kdlora.deploy.stream import predict_file
@@ -196,6 +197,13 @@ def test_names_from_data_do_not_steer_the_terminal(cli, workshop, tmp_path):
     )
     assert "\\x1b" in shown.err
     assert not set(shown.err) & set("\x1b\x07\x9b\u202e")
+
+
+def test_names_from_data_are_no_markup(capfd):
+    """A label in brackets vanished from every table, and `[/b]` ended the command after all its work."""
+    print_table(("label",), [("[urgent] complaint",), ("a[/b] :smile:",)], title="[what]")
+    shown = capfd.readouterr().out
+    assert all(text in shown for text in ("[what]", "[urgent] complaint", "a[/b] :smile:"))
 
 
 def test_answers_do_not_steer_the_terminal(classifier, tmp_path, capfd):

@@ -13,7 +13,7 @@ from kdlora.errors import ConfigError
 from kdlora.experiment.plan import make_plan
 from kdlora.experiment.preview import ADAPTERS, FULL, RUN_SECONDS
 from kdlora.experiment.recording import TaskFacts
-from kdlora.experiment.settle import Chosen, ModelLook
+from kdlora.experiment.settle import Chosen, ModelLook, settings_for
 from kdlora.experiment.suite import estimate
 from kdlora.experiment.suitefile import build_suite, configurations, load_suite, save_suite
 from kdlora.section import DataConfig
@@ -96,6 +96,18 @@ def test_copies_belong_to_the_students_of_a_teacher_alone():
     families = {f"copied-{count}": families["paper"] | {"data": {"augment": count}} for count in (0, 1)}
     found = plan(families=families, grids={})
     assert [len(arms(found, arm)) for arm in ("fft", "kd-lora", "student-lora")] == [1, 2, 1]
+
+
+def test_an_arm_keeps_what_it_reads_of_another_section_and_nothing_else():
+    """The head of a control at another rate than that of `kd-fft`; teachers by adapters, alike but for the students."""
+    head = {"data": {"path": "x/y"}, "teacher": {"train": {"head_learning_rate": 2e-3}}}
+    found = plan(config=head, arms=["kd-fft", "student-fft"], grids={})
+    rates = {settings_for(run.config, run.arm).head_learning_rate for run in found.runs() if run.arm != "fft"}
+    assert rates == {2e-3}
+    lora = {"data": {"path": "x/y"}, "teacher": {"tuning": "lora", "adapter_learning_rate": 1e-3}}
+    grid = {"adapters": {"student.train.learning_rate": [1e-3, 2e-3]}}
+    found = plan(config=lora, arms=["lora", "kd-lora"], grids=grid, families={"one": SUITE["families"]["one"]})
+    assert (len(arms(found, "lora")), len(arms(found, "kd-lora"))) == (1, 2)
 
 
 def test_a_rate_of_adapters_is_none_of_a_tuned_teacher():

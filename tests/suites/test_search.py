@@ -119,6 +119,15 @@ def test_a_search_leaves_a_config_a_report_and_all_trials(finished_search, works
     assert [line["epochs"] for line in lines] == ["2"] * 3
 
 
+def test_arms_do_not_share_a_study(search_of, tmp_path):
+    """The trials of one arm were told as those of the other, its best settings too."""
+    names = set()
+    for arm in ("student-lora", "student-fft"):
+        config, settings = search_of({"distil.alpha": [0.1, 0.9]}, {"run": {"arms": [arm]}})
+        names.add(begin_search(config, settings, tmp_path / "s").study().study_name)
+    assert len(names) == 2
+
+
 def test_a_second_call_goes_on_where_the_first_ended(cli, finished_search, workshop, tmp_path):
     """A search that forgets its trials repeats hours; exit status and best settings are what a script reads."""
     folder, file = copy_experiment(finished_search.folder, tmp_path / "search"), tmp_path / "config.yaml"

@@ -97,12 +97,13 @@ class AskPlan:
     labels: tuple[str, ...]
 
 
-def ask(data: str, to: str | Path, settings: AskSettings, *, progress: Progress | None = None) -> AskSummary:
+def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Progress | None = None) -> AskSummary:
     """Ask a language model for the label of every row, and write its probabilities as a table that teaches.
 
     Every answer is on disk as it comes: the same call on the folder goes on where a killed one stopped, and asks about
     no row twice. The folder holds `probabilities.parquet` for `teacher.probabilities`, and `train.parquet` (and
-    `unlabelled.parquet`) with the rows that have an answer, for `data.train` (and `data.unlabelled`).
+    `unlabelled.parquet`) with the rows that have an answer, for `data.train` (and `data.unlabelled`). An audit file's
+    rows are in `validation.parquet`.
 
     Args:
         data: CSV, TSV, JSON Lines, Parquet or text file (one text a line), with or without labels.
@@ -184,7 +185,7 @@ def _sum_up(answers: Answers, settings: AskSettings, seconds: float, before: Ask
     )
 
 
-def plan_asking(data: str, settings: AskSettings) -> AskPlan:
+def plan_asking(data: str | Path, settings: AskSettings) -> AskPlan:
     """Fill some prompts and count, without asking anything; errors are those of `ask`."""
     asking = _Asking(read_asked_rows(data, settings), settings)
     sample = list(islice(chain.from_iterable(map(each_row, asking.rows.parts.values())), _SAMPLE))
@@ -362,6 +363,8 @@ def write_tables(folder: Path, asked: AskedRows, answers: Answers, audit: Audit 
     prompt = 0 if audit is None else audit.chosen
     ids, splits, tables = list[pa.Array](), list[str](), list[np.ndarray]()
     for split, places in asked.chosen.items():
+        if split == "validation":  # with people's labels, whether or not there is an answer
+            _write_rows(folder / "validation.parquet", asked, asked.parts[split])
         table = answers.probabilities(prompt, split, places)
         answered = ~np.isnan(table).any(axis=1)
         if not answered.any():
@@ -370,7 +373,8 @@ def write_tables(folder: Path, asked: AskedRows, answers: Answers, audit: Audit 
         if audit is not None:
             table = correct(table, audit.temperature, audit.bias)
         if split != "validation":
-            _write_rows(folder / f"{split}.parquet", asked, rows, split, table)
+            likeliest = table.argmax(axis=1) if split == "train" else None
+            _write_rows(folder / f"{split}.parquet", asked, rows, likeliest)
         ids += read_column(rows, "id").chunks
         splits += [split] * len(table)
         tables.append(table)
@@ -386,12 +390,13 @@ def write_tables(folder: Path, asked: AskedRows, answers: Answers, audit: Audit 
     return len(together)
 
 
-def _write_rows(path: Path, asked: AskedRows, rows: Dataset, split: str, table: np.ndarray) -> None:
-    """Write rows: with people's label where there is one, else with the likeliest."""
+def _write_rows(path: Path, asked: AskedRows, rows: Dataset, codes: np.ndarray | None = None) -> None:
+    """Write rows: with people's label where there is one, else with these."""
     columns: dict[str, Any] = {"id": read_column(rows, "id")}
     for name, column in zip(("text", "text_pair"), asked.task.text, strict=False):
         columns[column] = read_column(rows, name)
-    if split == "train":
-        codes = read_column(rows, "label").to_numpy() if asked.is_labelled else table.argmax(axis=1)
+    if "label" in rows.column_names:
+        codes = read_column(rows, "label").to_numpy()
+    if codes is not None:
         columns[asked.task.label[0]] = pa.array(np.asarray(asked.task.label_names)[codes])
     write_table(path, columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,6 @@ class AskedRows:
     audit: tuple[str, np.ndarray] | None  # split and places of the audited rows
     examples: list[dict[str, Any]]
     sources: dict[str, str]  # hashes of the files
-    is_labelled: bool  # by people
 
 
 def read_labels(file: str) -> dict[str, str]:
@@ -53,18 +53,20 @@ def read_labels(file: str) -> dict[str, str]:
     return {str(name): text for name, text in content.items()}
 
 
-def read_asked_rows(data: str, settings: AskSettings) -> AskedRows:
+def read_asked_rows(data: str | Path, settings: AskSettings) -> AskedRows:
     """Read everything that is asked about, and draw what is drawn."""
     source = _open(data, "the data")
     task, labelled = _task(source, settings)
     labels = dict(settings.labels or dict.fromkeys(task.label_names, ""))
-    rows = _read(source, task, settings, labelled=labelled)
+    rows = Reading(task, settings.id_column).read({"": source}, labelled=labelled)
     parts, chosen = {"train": rows}, {"train": _choose(rows, settings)}
     if settings.unlabelled is not None:
-        parts["unlabelled"] = _read(_open(settings.unlabelled, "unlabelled"), task, settings, labelled=False)
+        more = _open(settings.unlabelled, "unlabelled")
+        parts["unlabelled"] = Reading(task, settings.id_column).read({"": more}, labelled=False)
     audit, pool = None, np.arange(len(rows))
-    if isinstance(settings.audit, str):
-        parts["validation"] = _read(_open(settings.audit, "audit"), task, settings, labelled=True)
+    if isinstance(settings.audit, str | Path):
+        audited = open_file(expand_home(settings.audit), "audit")
+        parts["validation"] = Reading(task, settings.id_column).read({"": audited}, labelled=True)
         audit = ("validation", np.arange(len(parts["validation"])))
         if len(audit[1]) < LEAST_AUDIT_ROWS:
             raise DataError(f"{settings.audit}: an audit takes at least {LEAST_AUDIT_ROWS} rows, found {len(audit[1])}")
@@ -78,8 +80,8 @@ def read_asked_rows(data: str, settings: AskSettings) -> AskedRows:
     chosen |= {split: np.arange(len(part)) for split, part in parts.items() if split != "train"}
     examples = _examples(rows.select(pool) if labelled else None, settings, task)
     files = {"data": data, "unlabelled": settings.unlabelled, "audit": settings.audit}
-    sources = {name: hash_file(expand_home(file)) for name, file in files.items() if isinstance(file, str)}
-    return AskedRows(task, labels, parts, chosen, audit, examples, sources, labelled)
+    sources = {name: hash_file(expand_home(file)) for name, file in files.items() if isinstance(file, str | Path)}
+    return AskedRows(task, labels, parts, chosen, audit, examples, sources)
 
 
 def each_row(rows: Dataset) -> Iterator[Row]:
@@ -87,7 +89,7 @@ def each_row(rows: Dataset) -> Iterator[Row]:
         yield from table.to_pylist()
 
 
-def _open(file: str, key: str) -> Source:
+def _open(file: str | Path, key: str) -> Source:
     return open_file(expand_home(file), key, plain=True)
 
 
@@ -95,7 +97,7 @@ def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
     """Settle columns and labels, and whether people labelled the rows."""
     text = settings.text or (source.columns if source.plain else infer_columns(source, "text"))
     folded = {column.casefold() for column in source.columns}
-    elsewhere = isinstance(settings.audit, str) and settings.label not in source.columns  # in the audited rows
+    elsewhere = isinstance(settings.audit, str | Path) and settings.label not in source.columns  # in the audited rows
     if elsewhere if settings.label else not folded & set(KNOWN_COLUMNS["label"]):
         label: tuple[str, ...] = ()
     else:
@@ -109,11 +111,6 @@ def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
         return Task("single-label", tuple(text), (settings.label or "label",), names, ("accuracy",)), False
     config = TaskConfig(kind="single-label", text=tuple(text), label=label, label_names=names or None)
     return infer_task(source.read(label), tuple(text), label, config)[0], True
-
-
-def _read(source: Source, task: Task, settings: AskSettings, *, labelled: bool) -> Dataset:
-    own = settings.id_column if settings.id_column in source.columns or labelled else "id"
-    return Reading(task, own).read({"": source}, labelled=labelled)
 
 
 def _draw(count: int, settings: AskSettings, purpose: int) -> np.ndarray:
@@ -172,6 +169,8 @@ def _doubts(rows: Dataset, settings: AskSettings) -> np.ndarray:
     from kdlora.deploy.predict import Classifier
 
     model = Classifier.load(str(settings.select_by))
+    if model.folder.kind == "regression":
+        raise ConfigError(f"{settings.select_by}: a regression doubts nothing; name a model that gives probabilities")
     margins: list[float] = []
     for table in slice_rows(rows, ["text", *(["text_pair"] if "text_pair" in rows.column_names else [])], _SLICE):
         columns = [column.to_pylist() for column in table.columns]

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from kdlora.errors import ConfigError
@@ -77,8 +78,8 @@ class AskSettings:
     votes: int = 0
     temperature: float | None = None
     top_logprobs: int = 20
-    audit: str | int | None = None
-    unlabelled: str | None = None
+    audit: str | Path | int | None = None
+    unlabelled: str | Path | None = None
     rows: int | None = None
     select: Selection = "random"
     select_by: str | None = None

@@ -186,7 +186,7 @@ def read_logprobs(likely: Sequence[tuple[str, float]], options: Sequence[Option]
 
 def _meant(said: str, options: Sequence[Option]) -> list[int]:
     """Find the options whose code a token is, or else those whose code is a name that it begins."""
-    if options[0].code != options[0].name:
+    if any(option.code != option.name for option in options):
         return [place for place, option in enumerate(options) if option.code == said]
     names, said = [option.name.strip(_AROUND).casefold() for option in options], said.casefold()
     if said in names:

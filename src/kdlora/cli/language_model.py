@@ -24,6 +24,7 @@ _OTHERWISE = {
     "prompts": (list[str], "--prompt", "FILE"),
     "labels": (str, "--labels", "YAML"),
     "audit": (str, "--audit", "FILE|N"),
+    "unlabelled": (str, "--unlabelled", "FILE"),
 }
 
 
@@ -116,7 +117,9 @@ def _print_summary(summary: AskSummary) -> None:
             f"{asked.per_second:.3g} a second, {asked.concurrency} at a time; a million take {hours:,.1f} h{price}"
         )
     if summary.unanswered:
-        said.append(f"{summary.unanswered:,} without an answer, left out of the table:")
+        said.append(
+            f"{summary.unanswered:,} without an answer; where the chosen prompt has none, the table has no row:"
+        )
         said += [f"  {one['split']} {one['id']}: {one['unanswered']}" for one in summary.examples]
     if summary.left:
         said.append(f"{summary.left:,} rows are left: the budget is used up; raise it, and run the command again")

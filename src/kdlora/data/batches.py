@@ -220,8 +220,8 @@ class Collator:
     """
 
     pad_token_id: int
+    max_length: int  # the width never exceeds it, unless a row does; positions end there in many models
     kind: Kind = "single-label"
-    max_length: int | None = None  # the width never exceeds it, unless a row does; positions end there in many models
     pad_token_type_id: int = 0
 
     @classmethod
@@ -230,7 +230,7 @@ class Collator:
             raise ModelError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no padding token; choose another encoder"
             )
-        return cls(tokenizer.pad_token_id, kind, max_length, pad_token_type_id=tokenizer.pad_token_type_id)
+        return cls(tokenizer.pad_token_id, max_length, kind, pad_token_type_id=tokenizer.pad_token_type_id)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         texts = rows
@@ -238,9 +238,7 @@ class Collator:
             rows = [window for row in rows for window in split_windows(row)]
         lengths = [len(row["input_ids"]) for row in rows]
         longest = max(lengths)
-        width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
-        if self.max_length is not None:
-            width = max(longest, min(width, self.max_length))
+        width = max(longest, min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.max_length))
         mask = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
         batch = {"input_ids": _pad(rows, "input_ids", mask, self.pad_token_id), "attention_mask": mask.long()}
         if "token_type_ids" in rows[0]:

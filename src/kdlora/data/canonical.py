@@ -16,7 +16,7 @@ from kdlora.data.spool import doubles, make_dataset, spool
 from kdlora.data.tags import WORD_COLUMNS, tag_names
 from kdlora.data.tasks import Task, refuse_spellings
 from kdlora.data.token_rows import TEXTS, read_token_rows
-from kdlora.errors import DataError, did_you_mean
+from kdlora.errors import DataError, did_you_mean, listed
 
 _ROWS = 65_536
 
@@ -80,8 +80,7 @@ class Reading:
                 found = pc.unique(pc.list_flatten(rows["tags"])).to_pylist()
                 types = sorted({tag[2:] for tag in found if tag and tag[2:]})
                 self.task = replace(self.task, label_names=tag_names(types))
-                shown = ", ".join(types[:10]) + (" ..." if len(types) > 10 else "")
-                self.notes.append(f"The {len(types)} types of entities were taken from the data: {shown}.")
+                self.notes.append(f"The {len(types)} types of entities were taken from the data: {listed(types)}.")
             refuse_spellings(raw.source, self.task.label, self.task.label_types)
             arrays["label"] = encode_tags(raw, rows, label, self.task)
         return make_dataset(pa.table(arrays))
@@ -90,7 +89,7 @@ class Reading:
         if source.plain:
             if self.task.is_pair:
                 raise DataError(
-                    f"{source.name} (data.unlabelled) holds one text a line, but the task has pairs "
+                    f"{source.name} holds one text a line, but the task has pairs "
                     f"({', '.join(self.task.text)}); give CSV, JSON Lines or Parquet with these columns"
                 )
             return Columns(source.columns, (), None)
@@ -136,7 +135,7 @@ def _corrupt_rows(raw: RawTable, columns: Columns) -> pa.ChunkedArray:
         corrupt = pc.or_(corrupt, is_blank(raw.table[column].cast(pa.string())))
     for column in columns.label:
         label = raw.table[column].cast(pa.string())
-        corrupt = pc.or_(corrupt, pc.fill_null(pc.is_in(label, pa.array(["", "-", "-1", "-1.0"])), True))
+        corrupt = pc.or_(corrupt, pc.is_in(label, pa.array(["", "-", "-1", "-1.0", None])))
     return corrupt
 
 

@@ -16,7 +16,7 @@ from kdlora.data.lines import LINES
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is_text
 from kdlora.data.tags import NO_TAG, OUTSIDE, parse_tags
 from kdlora.data.tasks import DEFAULT_METRICS, Task, find_joined, refuse_spellings
-from kdlora.errors import DataError, did_you_mean
+from kdlora.errors import DataError, did_you_mean, listed
 
 KNOWN_COLUMNS = {
     "text": (
@@ -127,7 +127,7 @@ def _named_codes(codes: pa.ChunkedArray | pa.Array, names: Sequence[str]) -> pa.
 
 def _refuse_unknown(where: str, found: Any, column: str, names: Sequence[str]) -> NoReturn:
     raise DataError(
-        f"{where}: the label {found!r} ({column!r}) is not among the labels {', '.join(map(repr, names))}."
+        f"{where}: the label {found!r} ({column!r}) is not among the labels {listed(map(repr, names))}."
         f"{did_you_mean(str(found), names)} Correct it, name it in task.label_names where that is set, or add training "
         "examples of it"
     )
@@ -154,10 +154,8 @@ def _positions(raw: RawTable, strings: pa.ChunkedArray, task: Task, notes: list[
         codes = pc.index_in(strings, pa.array(others, pa.string()))
         if codes.null_count < len(codes):
             if not task.name:  # GLUE's files hold codes
-                meant = ", ".join(f"{code} = {name}" for code, name in list(zip(others, names, strict=True))[:10])
-                notes.append(
-                    f"{raw.source}: labels were read as positions: {meant}{' ...' if len(names) > 10 else ''}."
-                )
+                meant = listed(f"{code} = {name}" for code, name in zip(others, names, strict=True))
+                notes.append(f"{raw.source}: labels were read as positions: {meant}.")
             break
     return codes
 
@@ -177,8 +175,13 @@ def _numbers(raw: RawTable, column: str) -> pa.Array:
 
 def _zeros_and_ones(raw: RawTable, column: str) -> npt.NDArray[np.float32]:
     values = raw.table[column]
+    if pa.types.is_nested(values.type):
+        raise DataError(
+            f"{raw.source}: {column!r} holds {values.type}; of several label columns each holds 0 and 1, and a column "
+            "of lists is named alone (task.label)"
+        )
     strings = pc.utf8_lower(values.cast(pa.string()))
-    refuse_missing(raw, column, pc.fill_null(pc.is_in(strings, pa.array(["", "nan"])), True))
+    refuse_missing(raw, column, pc.is_in(strings, pa.array(["", "nan", None])))
     one = pc.is_in(strings, pa.array(["1", "1.0", "true"]))
     allowed = pc.or_(one, pc.is_in(strings, pa.array(["0", "0.0", "false"])))
     if (position := first_true(pc.invert(allowed))) is not None:
@@ -195,6 +198,7 @@ def _refuse_value(where: str, column: str, value: pa.Scalar) -> NoReturn:
 def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...]) -> npt.NDArray[np.float32]:
     values = pa.concat_arrays(raw.table[column].chunks)
     refuse_missing(raw, column, pc.is_null(values))
+    _refuse_no_lists(raw, column, values.type)
     lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(values)), lengths)
     inner = values.flatten()
@@ -282,8 +286,7 @@ def infer_task(
     if config.kind == "auto":
         notes.append(f"The kind of task, {kind}, was inferred from the labels in {raw.source} ({', '.join(label)}).")
     if config.label_names is None and kind != "regression":
-        shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
-        notes.append(f"The {len(names)} label names and their order were taken from the data: {shown}.")
+        notes.append(f"The {len(names)} label names and their order were taken from the data: {listed(names)}.")
     return Task(kind, text, label, names, DEFAULT_METRICS[kind]), notes
 
 
@@ -372,12 +375,16 @@ def _label_names(raw: RawTable, kind: Kind, label: tuple[str, ...], given: tuple
     return _sorted_names(label_strings(raw, column)) if kind == "single-label" else _names_in_lists(raw, column, values)
 
 
-def _names_in_lists(raw: RawTable, column: str, values: pa.ChunkedArray) -> tuple[str, ...]:
-    if not is_list(values.type):
+def _refuse_no_lists(raw: RawTable, column: str, kind: pa.DataType) -> None:
+    if not is_list(kind):
         raise DataError(
-            f"{raw.source}: the task is multi-label, but the column {column!r} holds {values.type}; expected a list of "
-            "label names or of 0 and 1, or several columns of 0 and 1 (task.label: [A, B, ...])"
+            f"{raw.source}: the task is multi-label, but the column {column!r} holds {kind}; expected a list of label "
+            "names or of 0 and 1, or several columns of 0 and 1 (task.label: [A, B, ...])"
         )
+
+
+def _names_in_lists(raw: RawTable, column: str, values: pa.ChunkedArray) -> tuple[str, ...]:
+    _refuse_no_lists(raw, column, values.type)
     _refuse_nested(raw, column, values.type.value_type)
     if is_text(values.type.value_type):
         return _sorted_names(pc.list_flatten(values))

@@ -93,7 +93,7 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
     if known is not None and known.name == "ax":
         raise DataError("task.name: ax has no training data; train on mnli, and predict AX with that model")
     splits = open_splits(known, data)
-    reading = _begin(task, known, data, splits["train"][""])
+    reading = _begin(task, known, data, next(iter(splits["train"].values())))
     _settle_windows(reading, data)
     train = reading.read(splits["train"], labelled=True)
     if known is None:

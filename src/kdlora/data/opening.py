@@ -27,8 +27,6 @@ Groups = Mapping[str, Source]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _GLUE_ON_THE_HUB = ("nyu-mll/glue", "glue")
-_DIAGNOSTIC_FILES = ("diagnostic.tsv", "ax.tsv", "AX.tsv", "test.tsv")
-"""What the diagnostic set's only file is called in the downloads in use."""
 _USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",), "unlabelled": ()}
 
 
@@ -41,10 +39,7 @@ def open_examples(path: Path, known: GlueTask | None, *, plain: bool = False) ->
         source = next(iter(splits.values()))
     else:
         if path.is_dir():
-            files = [path / name for name in _DIAGNOSTIC_FILES if (path / name).is_file()]
-            if known is None or not files:
-                raise DataError(f"{path} is a folder; expected a data file, or a folder written by save_to_disk")
-            path = files[0]
+            raise DataError(f"{path} is a folder; expected a data file, or a folder written by save_to_disk")
         source = _open_any_file(path, "the data file", known, plain=plain)
     return _with_hub_columns(source, known)
 

@@ -133,9 +133,6 @@ def _update(digest: Any, array: pa.Array) -> None:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         digest.update(pc.fill_null(pc.list_value_length(array), -1).cast(pa.int64()).to_numpy().tobytes())
         _update(digest, array.flatten())
-    elif pa.types.is_fixed_size_list(kind):
-        digest.update(str(kind.list_size).encode())
-        _update(digest, array.flatten())
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         binary = pc.fill_null(array, "").cast(pa.large_binary())
         offsets = np.frombuffer(binary.buffers()[1] or bytes(8), np.int64)

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from kdlora.config import DataConfig, GlueName, Kind
 from kdlora.data.tags import tag_types
 from kdlora.data.windows import WindowSettings
-from kdlora.errors import ConfigError, DataError, KdLoraError, did_you_mean
+from kdlora.errors import MOST_LISTED, ConfigError, DataError, KdLoraError, did_you_mean, listed
 from kdlora.section import Costs, OpenClassWeights
 
 ProblemType = Literal["single_label_classification", "regression", "multi_label_classification", "token_classification"]
@@ -203,17 +203,18 @@ def match_labels(
     """Say which of the labels found is label j of the task, by name; case and surrounding spaces do not count."""
     places = {name.strip().casefold(): place for place, name in enumerate(found)}
     wanted = {name.strip().casefold(): name for name in task}
-    have, need = ", ".join(found) or "none", ", ".join(task)
+    have, need = listed(found) or "none", listed(task)
     if len(places) != len(found) or len(wanted) != len(task):
         raise error(f"label names must differ by more than case: {where} has {have}; the task has {need}")
     if places.keys() == wanted.keys():
         return [places[key] for key in wanted]
     message = f"{where} has {len(found)} labels ({have}); the task has {len(task)} ({need})."
     foreign = [name for name in found if name.strip().casefold() not in wanted]
-    if missing := [name + did_you_mean(name, foreign) for key, name in wanted.items() if key not in places]:
-        message += f" Missing: {', '.join(missing)}."
+    if missing := [name for key, name in wanted.items() if key not in places]:
+        hints = [name + did_you_mean(name, foreign) for name in missing[:MOST_LISTED]]
+        message += f" Missing: {listed([*hints, *missing[MOST_LISTED:]])}."
     if foreign:
-        message += f" Not a label of the task: {', '.join(foreign)}."
+        message += f" Not a label of the task: {listed(foreign)}."
     if found and all(GENERIC_LABEL.fullmatch(name) for name in found):
         message += f" {found[0]} does not say which label it is."
     raise error(f"{message} {remedy}")
@@ -225,7 +226,7 @@ def refuse_spellings(source: str, label: Sequence[str], names: Sequence[str]) ->
     counts = Counter(keys)
     if alike := [repr(name) for key, name in sorted(zip(keys, names, strict=True)) if counts[key] > 1]:
         raise DataError(
-            f"{source}: the labels {', '.join(alike[:10])} ({', '.join(label)}) differ only in case or in spaces "
+            f"{source}: the labels {listed(alike)} ({', '.join(label)}) differ only in case or in spaces "
             "around them; write each label in one way, in the data and in task.label_names where that is set"
         )
 
@@ -246,8 +247,7 @@ def find_label(name: str, names: Sequence[str], key: str) -> int:
     folded = {label.strip().casefold(): column for column, label in enumerate(names)}
     column = names.index(name) if name in names else folded.get(name.strip().casefold())
     if column is None:
-        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        raise ConfigError(f"{key}: {name!r} is no label of the task ({shown}).{did_you_mean(name, names)}")
+        raise ConfigError(f"{key}: {name!r} is no label of the task ({listed(names)}).{did_you_mean(name, names)}")
     return column
 
 

@@ -26,7 +26,6 @@ from kdlora.data.tags import (
     normalise,
     parse_tags,
     rows_with,
-    split_words,
     tag_names,
     tags_from_spans,
 )
@@ -52,6 +51,7 @@ def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] |
         if len(given) > 1:
             raise DataError(f"{key} names {len(given)} columns ({', '.join(given)}), but task.kind is tokens; name one")
         source.require(given[0], key)
+    pairs: list[tuple[str, str]] = []
     for inputs, labels in ((WORD_COLUMNS, TAGS), (TEXTS, SPANS)):
         text = next((name for name in config.text or inputs if name in source.columns), None)
         label = next((name for name in config.label or labels if name in source.columns), None)
@@ -59,14 +59,16 @@ def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] |
             source.require(config.label[0], "task.label")
         if text is None or label is None:
             continue
-        if config.kind == "auto" and text not in WORD_COLUMNS and label not in (*TAGS[:2], *SPANS[:2]):
-            continue
-        if config.kind == "tokens":
-            return text, label
+        if config.kind == "tokens" or text in WORD_COLUMNS or label in (*TAGS[:2], *SPANS[:2]):
+            pairs.append((text, label))
+    for text, label in pairs:
         if holds_tokens(source.read((text, label)), text, label):
-            _refuse_two_tasks(source, config, label)
+            if config.kind == "auto":
+                _refuse_two_tasks(source, config, label)
             return text, label
     if config.kind == "tokens":
+        if pairs:
+            return pairs[0]
         raise DataError(
             f"{source.name}: which columns hold words and tags? {_EXPECTED}. Set task.text and task.label; the columns "
             f"are {', '.join(map(repr, source.columns))}"
@@ -97,8 +99,6 @@ def holds_tokens(raw: RawTable, text: str, label: str) -> bool:
 
 def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str]) -> pa.Table:
     """Bring every row into one shape, on disk; what cannot be is named. Without a label column there are no tags."""
-    if not raw.table.num_rows:
-        raise DataError(f"{raw.source} has no rows; expected examples")
     input_type = raw.table[text].type
     if is_text(input_type):
         cut: list[bool] = []
@@ -291,8 +291,6 @@ def _words_of(
         raise DataError(
             f"{raw.where(row)}: no list of spans in column {label!r}; an empty list says that there are none"
         )
-    if label is None:
-        return *split_words(given), []
     checked = check_spans(spans, len(given), raw.where(row))
     cut += [cuts_word(given, span) for span in checked]
     return tags_from_spans(given, checked, raw.where(row))

@@ -197,9 +197,9 @@ class CascadeCurve:
     texts: int  # how many
     points: tuple[CascadePoint, ...]  # in the order of what is handed on
 
-    def as_good_as_teacher(self, within: float = 0.2) -> CascadePoint:
-        """Give the cheapest point that is at most `within` points below the teacher alone."""
-        return next(point for point in self.points if point.score >= self.points[-1].score - within)
+    def as_good_as_teacher(self) -> CascadePoint:
+        """Give the cheapest point that is at most 0.2 points below the teacher alone."""
+        return next(point for point in self.points if point.score >= self.points[-1].score - 0.2)
 
 
 def measure_cascade(student: Classifier, teacher: Classifier, given: LabelledTexts) -> CascadeCurve:

@@ -142,8 +142,8 @@ class Checks:
         if self.given.offsets is None or self.given.labels is None or not isinstance(model, Tagger):
             raise DataError("the recall of a type (min_recall) wants validation texts with labelled words.")
         counts, found, faults = count_spans(self.given, model), {}, []
-        for name, least in self.least_recall.items():
-            find_label(name, self.task.label_types, "min_recall")
+        for asked, least in self.least_recall.items():
+            name = self.task.label_types[find_label(asked, self.task.label_types, "min_recall")]
             right, total, _ = (one[name] for one in counts)
             found[name] = right / max(1, total)
             if found[name] < least:

@@ -145,10 +145,10 @@ class Network:
             raise ArtifactError(f"{place}: the tokenizer fails on a text: {first_line(error)}") from None
 
     def pack(
-        self, encodings: Sequence[Any], batch_size: int, batch_tokens: int
+        self, encodings: Sequence[Any], batch_size: int = BATCH_SIZE
     ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Give the arrays that the model takes, encodings of like length together, and which ones these are."""
-        for rows in length_batches([len(encoding) for encoding in encodings], batch_size, batch_tokens):
+        for rows in length_batches([len(encoding) for encoding in encodings], batch_size):
             shape = len(rows), len(encodings[rows[-1]])  # the longest is the last
             arrays = {name: np.zeros(shape, dtype=np.int64) for name in self.input_names}
             arrays["input_ids"][:] = self._pad
@@ -193,7 +193,7 @@ def open_network(
         way = replace(way, folder=locate_model(way.folder, revision=revision))
     if way.batch_size < 1:
         raise ModelError(f"batch_size must be at least 1, got {way.batch_size}.")
-    if way.runtime == "auto":
+    if way.runtime == "auto" and way.folder.is_dir():  # a file that is named is meant
         from kdlora.deploy.runtimes import fastest_way  # here: most know what they want
 
         way = fastest_way(way.describe().path, way.precision, way.batch_size)
@@ -226,13 +226,13 @@ def _other_kind(folder: ModelFolder) -> str:
     return f"{folder.path}: its model gives labels of whole texts and marks no entities; {read}."
 
 
-def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Group rows of like length, so that little padding is computed."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batches: list[list[int]] = []
     for row in order:
         current = batches[-1] if batches else None
-        if current is None or len(current) >= batch_size or (len(current) + 1) * lengths[row] > batch_tokens:
+        if current is None or len(current) >= batch_size or (len(current) + 1) * lengths[row] > BATCH_TOKENS:
             batches.append([row])
         else:
             current.append(row)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdlora.deploy.folder import CONFIG_FILE, EXPORT_RECORD, TOKENIZER, ModelFolder
-from kdlora.errors import ArtifactError, ModelError, first_line
+from kdlora.errors import ArtifactError, first_line
 from kdlora.extras import extras_named
 from kdlora.foreign import is_plain_name, leads_out
 from kdlora.models.settings import TOKENIZER_CONFIG
@@ -27,12 +27,11 @@ class OnnxBackend:
 
     def __init__(self, folder: ModelFolder, *, threads: int | None = None, verify: bool = False) -> None:
         """Open a session, and compare every file that decides an answer with the hash that the export recorded."""
-        if folder.file is None:
-            raise ModelError(f"{folder.path}: not an ONNX folder.")
+        file = folder.file or folder.path
         expected = recorded_hashes(folder) if verify else {}
         self.tokenizer_json = read_tokenizer(folder, expected)
         is_ours = folder.record is not None
-        self._session = open_session(folder.file, threads=threads, optimised=is_ours, expected=expected)
+        self._session = open_session(file, threads=threads, optimised=is_ours, expected=expected)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
 
     def run(self, inputs: dict[str, np.ndarray]) -> Any:

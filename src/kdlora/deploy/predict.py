@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdlora.data.windows import WindowSettings
-from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Network, Window
+from kdlora.deploy.network import BATCH_SIZE, Network, Window
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.defer import measure_sureness, shift_logits
 from kdlora.evidence.metrics import probabilities
@@ -73,15 +73,12 @@ class Classifier(Network):
         """
         return self.to_predictions(self.predict_logits(texts, batch_size=batch_size))
 
-    def predict_logits(
-        self, texts: Sequence[Text], *, batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
-    ) -> np.ndarray:
+    def predict_logits(self, texts: Sequence[Text], *, batch_size: int = BATCH_SIZE) -> np.ndarray:
         """Compute the raw outputs; the temperature is not applied.
 
         Args:
             texts: as in `predict`.
             batch_size: most texts in one forward pass.
-            batch_tokens: most padded tokens in one forward pass.
 
         Returns:
             float32 (texts, labels), in the order given.
@@ -99,7 +96,7 @@ class Classifier(Network):
         checked = [check_text(text, f"text {row}", self.folder.texts) for row, text in enumerate(texts)]
         parts, counts = self._parts(checked)
         logits = np.empty((len(parts), len(self.label_names)), dtype=np.float32)
-        for rows, inputs in self.pack(parts, batch_size, batch_tokens):
+        for rows, inputs in self.pack(parts, batch_size):
             logits[rows] = self.run(inputs)
         if self.folder.windows is not None:
             logits = self.folder.windows.pool_logits(logits, counts)
@@ -110,7 +107,7 @@ class Classifier(Network):
 
     def batches(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Give the arrays that the model takes, texts or their windows of like length together, and which these are."""
-        yield from self.pack(self._parts(texts)[0], BATCH_SIZE, BATCH_TOKENS)
+        yield from self.pack(self._parts(texts)[0])
 
     def _parts(self, texts: Sequence[Text]) -> tuple[list[Encoding | Window], list[int]]:
         """Give what the model reads, one text after the other, and in how many parts it reads each of them."""

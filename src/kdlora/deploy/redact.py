@@ -70,7 +70,8 @@ def redact_file(
 ) -> RedactionSummary:
     """Replace the entities of every row of a file or of standard input; the output has the form of the input.
 
-    A row that cannot be read ends it, for nothing may pass unseen; the output file appears when it is whole.
+    A row that cannot be read ends it, for nothing may pass unseen; the output file appears when it is whole. CSV is
+    written with commas.
 
     Args:
         model: a tagger, or the folder of one.

@@ -1,15 +1,14 @@
 """The ways to run an export: which files in which runtime, and which of them is the fastest on this machine.
 
-A benchmark of an export stores its figures beside the files, by the host's name. They stay on this machine.
+A benchmark of an export stores its figures beside the files, by processor and cores. They are never pushed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -41,28 +40,28 @@ class _Speeds:
 
 
 @dataclass(frozen=True)
-class _Host:
-    processor: dict[str, str]
-    speeds: tuple[_Speeds, ...]
-
-
-@dataclass(frozen=True)
 class _Measured:
-    export: str  # SHA-256 of the record of the export that was measured
-    hosts: dict[str, _Host]  # by name
+    export: str = ""  # SHA-256 of the record of the export that was measured
+    machines: dict[str, tuple[_Speeds, ...]] = field(default_factory=dict)
 
 
 def ways_to_run(folder: Path) -> list[Way]:
-    """List the ways to run an export that passed its checks, as far as this machine has them."""
+    """List the ways to run an export that passed its checks, and for which its thresholds and promise were fitted."""
+    if not (folder / EXPORT_RECORD).is_file():
+        return []
     found = [Way(folder, precision="fp32")] if (folder / ONNX_FP32).is_file() else []
-    if (folder / ONNX_INT8).is_file():
-        found.append(Way(folder, precision="int8"))
-    if importlib.util.find_spec("openvino") is None or not (folder / EXPORT_RECORD).is_file():
-        return found
+    found += [Way(folder, precision="int8")] if (folder / ONNX_INT8).is_file() else []
+    return [way for way in found + _ways_of_openvino(folder) if _is_fitted(way)]
+
+
+def _ways_of_openvino(folder: Path) -> list[Way]:
+    if importlib.util.find_spec("openvino") is None:
+        return []
     from kdlora.deploy.openvino_backend import has_bf16
 
     stages = read_json(folder / EXPORT_RECORD).get("stages")
     passed = [one.get("stage") for one in stages if isinstance(one, dict)] if isinstance(stages, list) else []
+    found = []
     if (folder / ONNX_FP32).is_file() and "openvino" in passed:
         found.append(Way(folder, "openvino", "fp32"))
         if "openvino-bf16" in passed and has_bf16():
@@ -71,24 +70,22 @@ def ways_to_run(folder: Path) -> list[Way]:
 
 
 def store_speeds(speeds: Mapping[Way, Mapping[int, float]]) -> None:
-    """Keep the texts a second of the ways to run one export by batch size, beside those of other hosts."""
+    """Keep the texts a second of the ways to run one export by batch size, beside those of other machines."""
     folder = next(iter(speeds)).folder
     measured, export = _read(folder), hash_file(folder / EXPORT_RECORD)
-    hosts = dict(measured.hosts) if measured.export == export else {}
-    rows = tuple(_Speeds(way.runtime, way.precision, dict(found)) for way, found in speeds.items())
-    hosts[platform.node()] = _Host(_processor(), rows)
-    write_json_atomic(folder / MEASURED, asdict(_Measured(export, hosts)))
+    machines = dict(measured.machines) if measured.export == export else {}
+    machines[_machine()] = tuple(_Speeds(way.runtime, way.precision, dict(found)) for way, found in speeds.items())
+    write_json_atomic(folder / MEASURED, asdict(_Measured(export, machines)))
 
 
 def fastest_way(folder: Path, precision: Precision, batch_size: int) -> Way:
-    """Choose by the figures of this host; ONNX Runtime where it has none of this export."""
+    """Choose by the figures of such a machine; ONNX Runtime where there are none of this export."""
     best, most = Way(folder, "onnxruntime", precision), 0.0
     measured, record = _read(folder), folder / EXPORT_RECORD
-    host = measured.hosts.get(platform.node()) if record.is_file() else None
-    if host is None or host.processor != _processor() or measured.export != hash_file(record):
+    if not record.is_file() or measured.export != hash_file(record):
         return best
-    ways = [way for way in ways_to_run(folder) if precision in ("auto", way.precision) and _is_fitted(way)]
-    for row in host.speeds:
+    ways = [way for way in ways_to_run(folder) if precision in ("auto", way.precision)]
+    for row in measured.machines.get(_machine(), ()):
         nearest = min(row.texts_per_second, key=lambda size: abs(math.log(size / batch_size)))
         way = Way(folder, row.runtime, row.precision)
         if way in ways and row.texts_per_second[nearest] > most:
@@ -99,7 +96,7 @@ def fastest_way(folder: Path, precision: Precision, batch_size: int) -> Way:
 def _read(folder: Path) -> _Measured:
     path = folder / MEASURED
     if not path.is_file():
-        return _Measured("", {})
+        return _Measured()
     try:
         return TypeAdapter(_Measured).validate_json(path.read_bytes())
     except ValidationError:
@@ -115,6 +112,6 @@ def _is_fitted(way: Way) -> bool:
     return True
 
 
-def _processor() -> dict[str, str]:
+def _machine() -> str:
     machine = describe_machine()
-    return {name: machine[name] for name in ("cpu", "cores")}
+    return f"{machine['cpu']}, {machine['cores']} cores"

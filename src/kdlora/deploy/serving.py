@@ -243,7 +243,7 @@ def name_models(models: Sequence[str]) -> dict[str, Path]:
     for model in models:
         name, given, place = model.partition("=")
         if not given or Path(model).exists():
-            name, place = Path(model.partition("@")[0]).name, model
+            name, place = Path(model.partition("@")[0]).absolute().name, model
         if not name or name in found:
             raise ConfigError(f"serve: two models are named {name!r}; give each its own: NAME=FOLDER")
         found[name] = locate_export(place)
@@ -261,6 +261,8 @@ def serve(
     ready: Callable[[str, Mapping[str, Model]], None] = lambda address, models: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; requests that have begun are answered first."""
+    if threads is not None and threads < 1:
+        raise ConfigError(f"serve: threads must be at least 1, got {threads}")
     at_once = 1
     if runtime == "onnxruntime":  # a batch for each thread: in one batch for all, they wait for each other
         at_once, threads = threads or default_threads(), 1

@@ -102,7 +102,7 @@ def predict_file(
     reader = RowReader(source, columns, form=input_format)
     output = _Output(_Form(classifier.folder, str(to)))
     if str(to) != "-":
-        made_of = _fingerprint(classifier, source, columns, reader.form)
+        made_of = _fingerprint(classifier, source, columns, reader.form) | {"strict": strict}
         # A stream cannot be known to be the same one again.
         output = PartialResult(output.form, Path(to), made_of, resume=resume and str(source) != "-")
     reader.start = output.resumed
@@ -160,7 +160,7 @@ def _fingerprint(classifier: Network, source: str | Path, columns: Columns, inpu
         "model": str(folder.path.absolute()),
         "settings": dict(folder.digests),
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
-        "temperature": folder.temperature,
+        "runs_on": [folder.backend, folder.precision],
         "threshold": None if (promise := classifier.decisions.promise) is None else promise.threshold,
         "thresholds": dict(classifier.decisions.thresholds),
         "max_length": folder.max_length,

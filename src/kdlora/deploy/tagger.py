@@ -13,7 +13,7 @@ from kdlora.data.tags import Words, decode, entity_bounds, split_words, tag_name
 from kdlora.data.windows import read_windows
 from kdlora.deploy.decisions import Decisions, read_decisions
 from kdlora.deploy.folder import CONFIG_FILE, ModelFolder, Way
-from kdlora.deploy.network import BATCH_SIZE, BATCH_TOKENS, Backend, Network, Window, open_network
+from kdlora.deploy.network import BATCH_SIZE, Backend, Network, Window, open_network
 from kdlora.deploy.predict import Classifier, check_one
 from kdlora.errors import DataError, ModelError
 from kdlora.evidence.metrics import probabilities
@@ -97,7 +97,7 @@ class Tagger(Network):
         if isinstance(texts, str):
             return self.predict([texts], batch_size=batch_size)[0]
         given = _check_all(texts)
-        values, offsets = self._run_on(given, batch_size, BATCH_TOKENS)[:, self._columns], word_offsets(given)
+        values, offsets = self._run_on(given, batch_size)[:, self._columns], word_offsets(given)
         tags, table = decode(values, offsets), probabilities(values, "single-label", self.folder.temperature)
         found: list[list[Entity]] = [[] for _ in given]
         for first, after in zip(*map(np.ndarray.tolist, entity_bounds(tags, offsets)), strict=True):
@@ -108,21 +108,19 @@ class Tagger(Network):
             found[row].append(Entity(text[start:end], start, end, self.types[column // 2], score))
         return found
 
-    def predict_logits(
-        self, texts: Sequence[str | Words], *, batch_size: int = BATCH_SIZE, batch_tokens: int = BATCH_TOKENS
-    ) -> np.ndarray:
+    def predict_logits(self, texts: Sequence[str | Words], *, batch_size: int = BATCH_SIZE) -> np.ndarray:
         """Compute float32 logits (words of all texts, labels) as `Classifier.predict_logits`; NaN: no token is left.
 
         The words of a plain text are its runs of letters and digits, and single other characters.
         """
-        return self._run_on(_check_all(texts), batch_size, batch_tokens)
+        return self._run_on(_check_all(texts), batch_size)
 
-    def _run_on(self, given: Sequence[Words], batch_size: int, batch_tokens: int) -> np.ndarray:
+    def _run_on(self, given: Sequence[Words], batch_size: int) -> np.ndarray:
         if batch_size < 1:
             raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
         windows, offsets = self._windows(given), word_offsets(given)
         logits = np.full((int(offsets[-1]), len(self.label_names)), np.nan, dtype=np.float32)
-        for rows, inputs in self.pack(windows, batch_size, batch_tokens):
+        for rows, inputs in self.pack(windows, batch_size):
             for row, values in zip(rows, self.run(inputs), strict=True):
                 logits[windows[row].words] = values[windows[row].places]
         read = np.concatenate([window.words for window in windows] or [np.empty(0, np.int64)])
@@ -134,7 +132,7 @@ class Tagger(Network):
 
     def batches(self, texts: Sequence[str | Words]) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Give the arrays that the model takes, windows of like length together, and which windows these are."""
-        return self.pack(self._windows(_check_all(texts)), BATCH_SIZE, BATCH_TOKENS)
+        return self.pack(self._windows(_check_all(texts)))
 
     def _windows(self, given: Sequence[Words]) -> list[_Window]:
         """Cut texts into the windows in which a word is read."""

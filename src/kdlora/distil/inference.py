@@ -46,7 +46,7 @@ from kdlora.data.word_tokens import (
     words_seen,
 )
 from kdlora.distil.logits import TeacherLogits
-from kdlora.distil.precision import autocast, freed_memory_kept, resolve_device
+from kdlora.distil.precision import autocast, freed_memory_kept, resolve_device, resolve_precision
 from kdlora.distil.processes import ALONE, Processes, current_processes
 from kdlora.errors import ArtifactError, ModelError
 from kdlora.models.encoders import Encoder
@@ -200,7 +200,7 @@ def teacher_logits(
         task: its label names are the columns of the result.
         folder: for the shards and their manifest.
         max_length: longest input in tokens.
-        precision: `fp32`, `bf16` or `fp16` matrix products.
+        precision: `fp32`, `bf16`, `fp16` or `auto` matrix products.
         device: `auto`, `cpu` or `cuda`.
         rows_per_shard: examples in one file.
         progress: called with rows done and rows in all.
@@ -213,7 +213,7 @@ def teacher_logits(
     Examples:
         >>> said = teacher_logits(encoder, columns, splits.train, splits.task, "work/logits", max_length=64)
     """
-    processes = current_processes()
+    processes, precision = current_processes(), resolve_precision(precision, device)[0]
     places = [int(column) for column in columns]
     teacher = Teacher(encoder, places, task, max_length, processes.first_says(precision), _TEACHER_TOKENS)
     ingredients = teacher.ingredients() | {"examples": hash_columns(dataset, ["id", *TEXTS, *word_columns(dataset)])}

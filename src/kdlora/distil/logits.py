@@ -244,8 +244,7 @@ def join_unlabelled(labelled: Tokenised, unlabelled: Tokenised, task: Task) -> T
         rows.select_columns(names).add_column(LABELLED, np.full(len(rows), is_labelled), feature=Value("bool"))
         for rows, is_labelled in ((labelled.dataset, True), (without, False))
     ]
-    truncated = labelled.truncated + unlabelled.truncated
-    return replace(labelled, dataset=concatenate_datasets(parts), truncated=truncated)
+    return replace(labelled, dataset=concatenate_datasets(parts))
 
 
 def labelled_values(dataset: Dataset) -> np.ndarray:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets, is_collection, match_collection, open_collection
-from kdlora.data.read import open_file
+from kdlora.data.read import is_list, open_file
 from kdlora.data.tasks import Task, match_labels
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import ConfigError, DataError, did_you_mean
@@ -113,7 +113,7 @@ def _rows_of_split(table: pa.Table, split: str, file: Path) -> pa.Table:
 def _by_word(table: pa.Table, columns: Sequence[str], file: Path) -> tuple[pa.Table, np.ndarray]:
     """Give a row a word, with the id of its example, and where the words of each example begin."""
     for name in columns:
-        if not pa.types.is_list(table.column(name).type):
+        if not is_list(table.column(name).type):
             raise DataError(
                 f"{file}: expected a list in column {name!r}, a value a word, got {table.column(name).type}; a task of "
                 "tokens wants an answer for each word"

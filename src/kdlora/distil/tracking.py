@@ -59,12 +59,13 @@ def _tensorboard(run: TrackedRun) -> Iterator[TrainerCallback]:
     from transformers.integrations import TensorBoardCallback
 
     folder = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or run.folder / "tensorboard") / run.name
-    with SummaryWriter(log_dir=str(folder)) as writer:
-        writer.add_text("tags", ", ".join(f"{name}: {value}" for name, value in run.tags.items()))
-        yield TensorBoardCallback(writer)
-    host = f".{socket.gethostname()}.{os.getpid()}."
-    for path in folder.glob("events.out.tfevents.*"):  # which has any name, so that the host's need not be told
-        path.rename(path.with_name(path.name.replace(host, f".unnamed.{os.getpid()}.", 1)))
+    try:
+        with SummaryWriter(log_dir=str(folder)) as writer:
+            writer.add_text("tags", ", ".join(f"{name}: {value}" for name, value in run.tags.items()))
+            yield TensorBoardCallback(writer)
+    finally:  # any name will do, so that the host's need not be told; a killed process has left its own
+        for path in folder.glob("events.out.tfevents.*"):
+            path.rename(path.with_name(path.name.replace(f".{socket.gethostname()}.", ".unnamed.", 1)))
 
 
 @contextlib.contextmanager

@@ -59,7 +59,6 @@ class ProgressEvent:
     hard_loss: float | None
     soft_loss: float | None
     examples_per_second: float
-    eta_seconds: float | None
     score: float | None
 
 
@@ -209,7 +208,6 @@ class ArmTrainer(DistillationTrainer, TrainerCallback):
                 hard_loss=means.get("hard_loss"),
                 soft_loss=means.get("soft_loss"),
                 examples_per_second=self.examples / max(seconds, 1e-9),
-                eta_seconds=(steps - step) * seconds / step if step else None,
                 score=self.history[-1]["score"] if self.history else None,
             )
         )

@@ -1,1 +1,1 @@
-"""Evidence: metrics, measurements, run records, statistics and the report."""
+"""Evidence: metrics, measurements, run records and statistics."""

@@ -16,6 +16,7 @@ from kdlora.data.load import Splits, load_examples
 from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
 from kdlora.deploy.decisions import Decisions, write_decisions
+from kdlora.deploy.folder import MEASURED
 from kdlora.deploy.predict import Classifier, Text
 from kdlora.errors import ConfigError, DataError, KdLoraError, ModelError, did_you_mean
 from kdlora.evidence.defer import (
@@ -139,7 +140,7 @@ def defer_experiment(
     config, task = load_config(layout.config), recorded_task(layout)
     if task.kind != "single-label":
         raise DataError(f"defer: expected a single-label task, got {task.kind}; only there an answer is right or wrong")
-    splits = load_without_copies(config)
+    splits = load_without_copies(config, layout)
     rows, source = _test_rows(config, task, splits, data)
     rows, known = unseen_rows(splits, rows, source)
     strange = [] if unknown is None else texts_of(load_examples(unknown, task, labelled=False))
@@ -246,7 +247,7 @@ def fit_thresholds(experiment: str | Path, goal: Goal | Mapping[str, Goal | None
     """
     layout = ExperimentLayout(Path(experiment))
     config, task = load_config(layout.config), recorded_task(layout)
-    goals, splits = settle_goals(task, goal), load_without_copies(config)
+    goals, splits = settle_goals(task, goal), load_without_copies(config, layout)
     judged, source = splits.validation, "validation"
     if splits.test is not None:
         judged, source = unseen_rows(splits, splits.test, "the test split")[0], "test"
@@ -388,6 +389,7 @@ def _mark(config: Config, layout: ExperimentLayout) -> str | None:
     if config.export.thresholds is None and config.defer.error is None:
         return None
     files = hash_files(layout.root, [layout.student, layout.onnx, layout.deferral, layout.thresholds])
-    files.pop(f"{layout.student.name}/README.md", None)
+    for other in (f"{layout.student.name}/README.md", f"{layout.onnx.name}/{MEASURED}"):
+        files.pop(other, None)
     wanted = {"thresholds": config.export.thresholds, "defer": config.defer.model_dump(mode="json")}
     return hash_json({**wanted, "files": files})

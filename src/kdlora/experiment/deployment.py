@@ -21,15 +21,16 @@ from kdlora.deploy.benchmark import benchmark
 from kdlora.deploy.calibrate import fit_temperature, save_temperature
 from kdlora.deploy.cascade import CascadeCurve, measure_cascade
 from kdlora.deploy.export import ExportResult, Format, ParityError, export_onnx
-from kdlora.deploy.folder import DECISIONS, EXPORT_RECORD, OPENVINO_INT8, Way, read_model_folder
+from kdlora.deploy.folder import DECISIONS, MEASURED, OPENVINO_INT8, Way, read_model_folder
 from kdlora.deploy.gates import LabelledTexts, count_spans
 from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import store_speeds, ways_to_run
 from kdlora.deploy.tagger import Tagger, load_model
-from kdlora.errors import ConfigError, DataError, ModelError, did_you_mean
+from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError, did_you_mean
+from kdlora.evidence.predictions import read_examples
 from kdlora.evidence.records import ExperimentLayout, read_record
-from kdlora.experiment.recording import forget_decisions, logged, prepare_process
+from kdlora.experiment.recording import forget_decisions, logged, prepare_process, splits_by_name
 from kdlora.experiment.scoring import groups_of, recorded_task
 from kdlora.experiment.settle import closed
 from kdlora.foreign import read_json
@@ -60,7 +61,7 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
     if layout.config.exists():
         config = load_config(layout.config)
         if data is None:
-            splits = load_without_copies(config)
+            splits = load_without_copies(config, layout)
             return _export_rows(config, layout, to, splits.validation, splits.train, formats=wanted)
         task = recorded_task(layout)
         rows = load_examples(data, task, id_column=config.data.id_column, labelled=True)
@@ -80,7 +81,7 @@ def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads
     places = _locate(models)
     named: dict[str, Path | Way] = {}
     for place in places:
-        ways = ways_to_run(place) if (place / EXPORT_RECORD).is_file() else []
+        ways = ways_to_run(place)
         named.update({f"{place} ({way.runtime} {way.precision})": way for way in ways})
         if not ways:
             named[str(place)] = place
@@ -98,7 +99,7 @@ def _store_speeds(models: Mapping[str, Path | Way], result: BenchmarkResult) -> 
     for speeds in found.values():
         try:
             store_speeds(speeds)
-        except OSError as error:
+        except (OSError, ArtifactError) as error:
             logger.warning("the measurement is not kept for runtime='auto': %s", error)
 
 
@@ -149,14 +150,24 @@ def unseen_rows(splits: Splits, rows: Dataset, source: str) -> tuple[Dataset, in
     return rows.select(new), len(rows) - len(new)
 
 
-def load_without_copies(config: Config) -> Splits:
-    return load_splits(config.task, config.data.model_copy(update={"augment": 0}))
+def load_without_copies(config: Config, layout: ExperimentLayout) -> Splits:
+    """Load an experiment's rows as it had them; of other ones, those that chose the student might be training rows."""
+    splits, there = load_splits(config.task, config.data.without_copies), read_examples(layout.examples)
+    for split, rows in splits_by_name(splits, scored=True).items():
+        kept = {name: one for (of, name), one in there.items() if of == split}
+        found = {row["id"]: (row["text"], row.get("text_pair")) for row in rows}
+        if found != {name: (one.text, one.text_pair) for name, one in kept.items()}:
+            raise ArtifactError(
+                f"{layout.root}: the {split} rows are others than when it ran: the data changed since. Put back what "
+                "was there, or run the config into another folder"
+            )
+    return splits
 
 
 def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str], None]) -> tuple[str, ...]:
     """Calibrate and export the shipped student, and measure it beside its teacher; an export that is whole stays."""
     prepare_process(config)
-    splits = load_without_copies(config)
+    splits = load_without_copies(config, layout)
     notes: list[str] = []
     if not holds(layout.exported, _mark(config, layout)):
         # Nothing of an earlier deployment may stand beside a new export, or be taken for one.
@@ -192,10 +203,10 @@ def is_deployed(config: Config, layout: ExperimentLayout) -> bool:
 def _mark(config: Config, layout: ExperimentLayout, *more: Path) -> str:
     """Fingerprint what a deployment depends on, and the files that it left."""
     files = hash_files(layout.root, [layout.student, layout.onnx, *more])
-    # The card and what becomes of the outputs may change, and are of these files, not the other way round.
-    files = {name: digest for name, digest in files.items() if Path(name).name not in ("README.md", DECISIONS)}
+    # The card, what becomes of the outputs and how fast they come may change, and are of these files.
+    own = {name: digest for name, digest in files.items() if Path(name).name not in ("README.md", DECISIONS, MEASURED)}
     settings = without_later_keys(config.export.model_dump(mode="json", exclude={"thresholds"}))
-    return hash_json({"export": settings, "files": files})
+    return hash_json({"export": settings, "files": own})
 
 
 def holds(file: Path, mark: str) -> bool:

@@ -19,7 +19,7 @@ from kdlora.errors import ArtifactError, ConfigError, KdLoraError
 from kdlora.evidence.records import RunRecord, read_record, write_record
 from kdlora.experiment.plan import ConfigurationLayout, Lesson, PlannedRun, identity
 from kdlora.experiment.recording import TaskFacts, blank_record, look_at, now
-from kdlora.experiment.settle import Looks, look_at_models, sample_texts
+from kdlora.experiment.settle import Looks, check_table, look_at_models, sample_texts
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.section import DataConfig
 from kdlora.system.children import run_in_child
@@ -42,9 +42,12 @@ def inspect_task(
     splits = load_splits(config.task, first)
     if splits.task.kind == "tokens" and "words" in config.run.arms:
         raise ConfigError("arms: a bag of words has one answer a text, and a task of tokens wants one a word; drop it")
+    for one in configs.values():
+        if set(one.run.arms) & DISTILLED_ARMS:
+            check_table(one, splits)
     facts, texts = look_at(splits, first), sample_texts(splits.train)
     read = {first.row_settings: splits}  # files are read once, whatever the number of copies
-    for section in (part for one in sections for part in (one.without_copies, one)):
+    for section in sections:
         if section.row_settings in facts.rows:
             continue
         plain = section.without_copies
@@ -293,17 +296,21 @@ class Queue:
 
     def _best(self, lesson: Lesson) -> PlannedRun | None:
         finished = [one for one in lesson.candidates if self._is_finished(one)]
-        return max(finished, key=lambda one: self.records[one.key].score or -math.inf, default=None)
+        return max(finished, key=self._score, default=None)
+
+    def _score(self, run: PlannedRun) -> float:
+        score = self.records[run.key].score
+        return -math.inf if score is None else score
 
     def _is_finished(self, run: PlannedRun) -> bool:
         record = self.records.get(run.key)
         return record is not None and record.status == "finished"
 
     def _prune(self) -> None:
-        """Delete the weights of teachers that another one has beaten: a grid of them would fill the disk."""
+        """Delete the weights of a suite's teachers that teach nobody: a grid of them would fill the disk."""
         kept = {best.key for lesson in self._lessons if (best := self._best(lesson)) is not None}
-        for one in {one.key: one for lesson in self._lessons for one in lesson.candidates}.values():
-            if one.key not in kept and self._is_finished(one):
+        for one in () if self._ships else self.runs:
+            if one.arm in TEACHER_ARMS and one.key not in kept and self._is_finished(one):
                 remove(one.layout(self._root).teacher)
 
     def _mark(self, teacher: PlannedRun | None) -> str:

@@ -189,7 +189,12 @@ def _base_values(suite: SuiteConfig, task: str, family: str, arms: Sequence[str]
 
 
 def reset_unused(config: Config, arm: Arm) -> Config:
-    return functools.reduce(_reset, _unused_keys(config, arm), config)
+    reset = functools.reduce(_reset, _unused_keys(config, arm), config)
+    if arm != "student-fft":
+        return reset
+    head = {"head_learning_rate": config.teacher.train.head_learning_rate}  # which is that of its own head, too
+    train = reset.teacher.train.model_copy(update=head)
+    return reset.model_copy(update={"teacher": reset.teacher.model_copy(update={"train": train})})
 
 
 def _unused_keys(config: Config, arm: Arm) -> list[str]:
@@ -204,7 +209,7 @@ def _unused_keys(config: Config, arm: Arm) -> list[str]:
         unused += ["data.unlabelled", "data.max_unlabelled_examples"]
     if "lora" not in (arm, config.teacher_arm):
         unused += ["teacher.adapter_learning_rate"]
-    if arm in ("words", "fft"):
+    if arm in ("words", "fft") or (arm == config.teacher_arm and config.teacher.adapter_learning_rate is not None):
         unused += ["student"]
     elif arm == "lora":
         unused += [f"student.{key}" for key in StudentConfig.model_fields if key != "train"]

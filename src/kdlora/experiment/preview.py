@@ -18,7 +18,7 @@ from kdlora.data.load import Splits
 from kdlora.data.spool import label_array, read_column, text_columns
 from kdlora.data.tasks import Task, window_settings
 from kdlora.distil.words import MOST_ROWS
-from kdlora.experiment.recording import splits_by_name
+from kdlora.experiment.recording import count_rows, splits_by_name
 from kdlora.experiment.settle import Looks, ModelLook, closed, decide, labels_unlabelled, settings_for, tokens_read
 from kdlora.report.wording import metric_title, tell_unknown
 
@@ -60,8 +60,7 @@ class ExperimentPlan:
 
     config: Config = field(repr=False)  # what was open is chosen
     task: Task
-    rows: dict[str, int]  # per split; perturbed copies are among the unlabelled ones
-    copies: int
+    rows: dict[str, int]  # per split, and of perturbed copies
     labels: dict[str, int]  # training rows per label, or entities per type; empty for a regression
     validation_labels: dict[str, int]  # the same of the validation rows, which choose what ships
     lengths: dict[str, TextLengths]  # for `teacher` and `student`, where such a model is used
@@ -82,8 +81,7 @@ class ExperimentPlan:
 
     def lines(self) -> list[tuple[str, str]]:
         """Give the facts for people: a word, and what there is to say."""
-        rows = self.rows | {"unlabelled": self.rows.get("unlabelled", 0) - self.copies}
-        rows |= {"perturbed copies of training texts": self.copies}
+        names = {"copies": "perturbed copies of training texts"}
         task, metrics = self.task, " and ".join(metric_title(name) for name in self.task.metrics)
         if self.config.task.metric is None and not task.name and task.metrics == ("macro_f1",):
             metrics += ", because the classes are uneven (task.metric)"
@@ -95,7 +93,7 @@ class ExperimentPlan:
         ]
         time = f"{max(2, round(60 * self.hours))} minutes" if self.hours < 1.5 else f"{self.hours:.1f} hours"
         told = {
-            "rows": ", ".join(f"{number:,} {name}" for name, number in rows.items() if number),
+            "rows": ", ".join(f"{number:,} {names.get(name, name)}" for name, number in self.rows.items()),
             "task": f"{task.kind}, {' + '.join(task.text)} to {', '.join(task.label)}; scored by {metrics}",
             "labels": self._labels(),
             "weights": "rare classes count for more in training (class_weights)" if balanced else "",
@@ -154,28 +152,27 @@ def make_plan(
     processes: int = 1,
 ) -> ExperimentPlan:
     seeds = Counter(arm for arm in left if arm != "fft" or not config.given_teacher)
-    rows = {name: len(part) for name, part in splits_by_name(splits).items()}
-    own = rows | {"unlabelled": rows.get("unlabelled", 0) - splits.copies}
+    rows = count_rows(splits)
     if looks:
-        config = decide(looks, own, splits.task).fill_in(config)
+        config = decide(looks, rows, splits.task).fill_in(config)
     trainings = []
     for arm, runs in seeds.items():
         steps, settings = 0, settings_for(config, arm)
         if arm != "words":
-            of_epoch = math.ceil(_drawn(arm, own) / (settings.batch_size * processes))
+            of_epoch = math.ceil(_drawn(arm, rows) / (settings.batch_size * processes))
             steps = math.ceil(closed(settings).epochs * of_epoch)
-        one = RUN_SECONDS + training_seconds(config, arm, own, looks, processes)
+        one = RUN_SECONDS + training_seconds(config, arm, rows, looks, processes)
         trainings.append(PlannedTraining(arm, runs, steps, one))
     seconds = sum(one.runs * one.seconds for one in trainings) + (DEPLOY_SECONDS if config.export.benchmark else 0.0)
     if not labelled and set(seeds) & DISTILLED_ARMS and "teacher" in looks:
-        read = rows["train"] + (rows.get("unlabelled", 0) if labels_unlabelled(config) else 0)
+        more = rows.get("unlabelled", 0) + rows.get("copies", 0)
+        read = rows["train"] + (more if labels_unlabelled(config) else 0)
         seconds += read * _row_seconds(config, looks, config.teacher_arm) / processes
     scored = splits_by_name(splits, scored=True)
     return ExperimentPlan(
         config,
         splits.task,
         rows,
-        splits.copies,
         count_labels(splits.task, splits.train),
         count_labels(splits.task, splits.validation),
         {role: _text_lengths(one, getattr(config, role).train.max_length) for role, one in looks.items()},

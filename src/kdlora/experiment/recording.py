@@ -69,20 +69,22 @@ class TaskFacts:
 
     task: dict[str, Any]  # Task.to_dict()
     fingerprints: dict[tuple[Any, ...], str]  # of ids, texts and labels
-    rows: dict[tuple[Any, ...], dict[str, int]]  # per split
+    rows: dict[tuple[Any, ...], dict[str, int]]  # per split, with perturbed copies on their own
     notes: tuple[str, ...]
 
     def fingerprint(self, config: Config) -> str:
         return self.fingerprints[config.data.row_settings]
 
-    def rows_without_copies(self, config: Config) -> dict[str, int]:
-        return self.rows[config.data.without_copies.row_settings]
+
+def count_rows(splits: Splits) -> dict[str, int]:
+    rows = {name: len(part) for name, part in splits_by_name(splits).items()}
+    rows |= {"unlabelled": rows.get("unlabelled", 0) - splits.copies, "copies": splits.copies}
+    return {name: count for name, count in rows.items() if count}
 
 
 def look_at(splits: Splits, data: DataConfig) -> TaskFacts:
-    rows = {name: len(part) for name, part in splits_by_name(splits).items()}
     key = data.row_settings
-    return TaskFacts(splits.task.to_dict(), {key: hash_splits(splits)}, {key: rows}, splits.notes)
+    return TaskFacts(splits.task.to_dict(), {key: hash_splits(splits)}, {key: count_rows(splits)}, splits.notes)
 
 
 def now() -> str:

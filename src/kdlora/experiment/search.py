@@ -46,6 +46,7 @@ from kdlora.system.storage import write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ class Search:
     def study(self) -> Study:
         """Open the study, which all processes share; what makes its trials comparable names it."""
         values = identity(self.config) | {"seeds": self.config.run.seeds[:1], "rows": self.rows}
-        values |= {"search": self.settings.model_dump(mode="json", exclude={"trials", "resources"})}
+        own = self.settings.model_copy(update={"arm": self.arm})
+        values |= {"search": own.model_dump(mode="json", exclude={"trials", "resources"})}
         return open_study(self.folder, f"{self.config.title()}-{hash_json(values)[:10]}", self.settings)
 
     def key(self, config: Config, arm: Arm) -> str:
@@ -309,10 +311,6 @@ def _end(search: Search) -> SearchResult:
         paths = (search.folder / "best.yaml", *paths)
     score = ranked[0].value if ranked else None
     return SearchResult(search.folder, best, score, len(ranked), states["PRUNED"], states["FAIL"], paths)
-
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
 
 
 def write_search_report(

@@ -293,7 +293,8 @@ class Chosen:
         """
         teacher, student = config.teacher, config.student
         wide, narrow = (self.widths.get(role) for role in ("teacher", "student"))
-        if student.train.learning_rate is None:  # else a rate that was set holds for the adapters of every model
+        # Another rate was set, and holds for the adapters of every model.
+        if student.train.learning_rate in (None, narrow and adapter_rate(narrow)):
             teacher = _without_null(teacher, adapter_learning_rate=wide and adapter_rate(wide))
         student = _without_null(student, full_learning_rate=narrow and full_rate(narrow))
         rates = {"teacher": wide and full_rate(wide), "student": narrow and adapter_rate(narrow)}
@@ -307,13 +308,6 @@ class Chosen:
             train = train.model_copy(update={"select": train.selection(self.task.kind)})
             update[role] = section.model_copy(update={"train": train})
         return config.model_copy(update=update)
-
-
-def choose(config: Config, splits: Splits) -> Chosen:
-    looks = look_at_models(config, splits.task, sample_texts(splits.train), timed=False)
-    train = len(splits.train) + splits.held_out
-    rows = {"train": train, "unlabelled": rows_per_epoch(splits) - train}
-    return decide(looks, rows, splits.task)
 
 
 def decide(looks: Looks, rows: Mapping[str, int], task: Task) -> Chosen:

@@ -29,7 +29,16 @@ from kdlora.distil.trainer import ProgressEvent
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.recording import hash_splits, keep_weights, prepare_process
-from kdlora.experiment.settle import Chosen, choose, load_base, stored_logits
+from kdlora.experiment.settle import (
+    Chosen,
+    check_table,
+    decide,
+    load_base,
+    look_at_models,
+    rows_per_epoch,
+    sample_texts,
+    stored_logits,
+)
 from kdlora.experiment.stages import label_splits, train_splits
 from kdlora.searchconfig import Choices, Range, SearchConfig
 from kdlora.section import SEEDS
@@ -240,10 +249,14 @@ def hold_out(splits: Splits, search: SearchConfig) -> Splits:
 def inspect_rows(config: Config, search: SearchConfig) -> tuple[str, Chosen]:
     """Fingerprint the rows that a search uses, and say what data and models decide where the config does not."""
     splits = load_held_out(config, search)
+    if set(config.run.arms) & DISTILLED_ARMS:
+        check_table(config, splits)
     rows, task = hash_splits(splits), splits.task
     if not task.name and task.metrics != DEFAULT_METRICS[task.kind]:
         rows = hash_json([rows, task.metrics])  # trials by another metric are another study
-    return rows, choose(config, splits)
+    looks = look_at_models(config, task, sample_texts(splits.train), timed=False)
+    train = len(splits.train) + splits.held_out
+    return rows, decide(looks, {"train": train, "unlabelled": rows_per_epoch(splits) - train}, task)
 
 
 def make_teacher(config: Config, search: SearchConfig, layout: ExperimentLayout, send: Callable[..., None]) -> None:

@@ -159,7 +159,7 @@ def settle_plan(
     looks = {(task, family): one for task, (_, found) in answers.items() for family, one in found.items()}
     chosen = {
         (task, family): decide(
-            one, facts[task].rows_without_copies(configs[task][family]), Task.from_dict(facts[task].task)
+            one, facts[task].rows[configs[task][family].data.row_settings], Task.from_dict(facts[task].task)
         )
         for (task, family), one in looks.items()
     }
@@ -224,7 +224,7 @@ def estimate(
     return sum(
         RUN_SECONDS
         + training_seconds(
-            run.config, run.arm, facts[run.task].rows_without_copies(run.config), looks[run.task, family]
+            run.config, run.arm, facts[run.task].rows[run.config.data.row_settings], looks[run.task, family]
         )
         for family, run in plan.by_family()
         if run.key not in records

@@ -145,7 +145,9 @@ class Team:
 
 
 def _experiment(config: Config, layout: ExperimentLayout) -> dict[str, Any]:
-    return {"config": config.model_dump(mode="json"), "root": str(layout.root.resolve())}
+    values = config.model_dump(mode="json")
+    values["run"]["arms"] = [arm for arm in config.run.arms if arm != "words"]  # process 0 may leave it out
+    return {"config": values, "root": str(layout.root.resolve())}
 
 
 def _told(fault: BaseException) -> dict[str, str]:

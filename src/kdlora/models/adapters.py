@@ -77,7 +77,7 @@ def resolve_targets(model: PreTrainedModel, targets: str | Sequence[str], fresh:
     elif targets == "all-linear":
         names = sorted({name.rpartition(".")[2] for name in linear})
     else:
-        names = [targets] if isinstance(targets, str) else targets
+        names = targets
     chosen: list[str] = []
     for name in names:
         matched = [layer for layer in linear if _ends_with(layer, name)]

@@ -36,8 +36,8 @@ from kdlora.models.loading import (
 
 logger = logging.getLogger(__name__)
 
-_PER_LAYER = ("layer_types", "mlp_layer_types", "attention_window")
-"""Settings that hold one value per layer: ModernBERT's local and global attention, …"""
+_PER_LAYER = ("layer_types", "mlp_layer_types", "attention_window", "no_rope_layers")
+"""Settings that hold one value per layer: ModernBERT's local and global attention, SmolLM3's positions, …"""
 
 
 @dataclass
@@ -181,9 +181,6 @@ def student_from_layers(
         new, _, rest = key.removeprefix(stack + ".").partition(".")
         origin[key] = f"{stack}.{layers[int(new)]}.{rest}" if key.startswith(stack + ".") else key
     small.load_state_dict({key: given[old] for key, old in origin.items()})
-    kept = tuple(f"{stack}.{layer}." for layer in layers)
-    if unused := sorted(key for key in given.keys() - set(origin.values()) if key.startswith(kept)):
-        logger.info("a model that begins with layer %d has no place for %s", layers[0], ", ".join(unused))
     small.name_or_path = small.config._name_or_path = ""
     return dataclasses.replace(whole, model=small.eval(), layers=tuple(layers))
 

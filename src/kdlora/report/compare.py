@@ -190,9 +190,8 @@ def _text_curve(group: Sequence[Candidate], identity: str, suffix: str) -> Figur
 
 def _texts_seen(record: RunRecord) -> int:
     """Count the labelled texts of a run, and for a distilled arm those that the teacher alone labelled; no copies."""
-    train, copies = record.rows.get("train", 0), (record.config.get("data") or {}).get("augment") or 0
-    more = max(0, record.rows.get("unlabelled", 0) - copies * train) if record.arm in DISTILLED_ARMS else 0
-    return train + more
+    more = record.rows.get("unlabelled", 0) if record.arm in DISTILLED_ARMS else 0
+    return record.rows.get("train", 0) + more
 
 
 def _plots(candidates: Sequence[Candidate], paired: dict[str, Comparison]) -> list[Block | None]:

@@ -15,7 +15,7 @@ from kdlora.report.plots import PALETTE, Style, arm_style, draw, named
 from kdlora.report.shipped import read_part
 from kdlora.report.wording import arm_title
 
-_SHIPPED = {"student": 6, "student, ONNX": 4, "student, int8": 5}
+_SHIPPED = {"student": 6, "student, ONNX": 4, "student, int8": 5, "student, OpenVINO int8": 7}
 """What ships, and its colour; the other models of a plot are arms."""
 
 

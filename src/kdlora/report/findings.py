@@ -248,5 +248,6 @@ def describe(arm: str) -> str:
 
 
 def is_teacher_given(runs: Sequence[Run]) -> bool:
-    """Say whether the teacher came fine-tuned, so that longer training is no remedy."""
-    return any((run.record.config.get("teacher") or {}).get("fine_tuned") for run in runs)
+    """Say whether the teacher, or what it says, was given, so that longer training is no remedy."""
+    keys = ("fine_tuned", "logits", "probabilities")
+    return any((run.record.config.get("teacher") or {}).get(key) for run in runs for key in keys)

@@ -80,7 +80,7 @@ def make_report(experiment: Path | str, *, out: Path | str | None = None, draws:
         >>> report = make_report("runs/reviews")
     """
     layout = ExperimentLayout(expand_home(experiment if out is None else out))
-    page = _page(load_experiment(Path(experiment)), Links(layout.root, "runs"), draws)
+    page = _page(load_experiment(expand_home(experiment)), Links(layout.root, "runs"), draws)
     return write_page(page, layout.report_md, layout.report_html)
 
 

@@ -30,7 +30,7 @@ def shipped_blocks(shipped: Shipped | None, links: Links) -> list[Block | None]:
     if shipped.export is not None:
         blocks += _export_blocks(shipped.export, links.file(shipped.layout.export_record))
     elif not shipped.layout.export_record.exists():
-        told = "The student was not exported to ONNX: export.formats is empty, or a package of the export is missing."
+        told = "The student was not exported to ONNX: export.formats is empty, or the export failed, as the run said."
         blocks.append(Paragraph(told, "note"))
     if shipped.benchmark is not None and shipped.benchmark.calibration is not None:
         blocks.append(_calibration_table(shipped.benchmark.calibration))

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from kdlora.config import Config
 from kdlora.configfile import build_config
+from kdlora.data.logit_table import write_table
 
 ARMS = ["fft", "lora", "kd-lora", "student-fft", "student-lora", "kd-fft"]
 FAST = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3, "max_length": 128}
@@ -92,10 +95,12 @@ def processes_marked(mark: str) -> list[int]:
 
 
 def write_collection(folder: Path) -> Path:
-    """Make the folder of a collection, without rows, that the model M labelled."""
+    """Make the folder of a collection of one text that the model M labelled."""
     folder.mkdir()
-    (folder / "collection.json").write_text(
-        '{"schema_version": 1, "complete": true, "model": "M", "texts": 1, "label_names": ["negative", "positive"], '
-        '"fingerprint": "f", "ingredients": {"weights": "w"}, "versions": {}, "shards": []}'
-    )
+    names = ["negative", "positive"]
+    logits = {f"logit:{name}": pa.array([0.5], pa.float32()) for name in names}
+    digest = write_table(folder / "part.parquet", {"id": pa.array(["a"]), "text": pa.array(["a text"]), **logits})
+    shard = {"file": "part.parquet", "sha256": digest, "rows": 1, "truncated": 0}
+    about = {"schema_version": 1, "complete": True, "model": "M", "texts": 1, "label_names": names, "versions": {}}
+    edit_json(folder / "collection.json", **about, fingerprint="f", ingredients={"weights": "w"}, shards=[shard])
     return folder

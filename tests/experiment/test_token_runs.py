@@ -15,8 +15,10 @@ from kdlora.data.word_tokens import word_offsets
 from kdlora.errors import ConfigError
 from kdlora.evidence.metrics import compute_metrics
 from kdlora.evidence.predictions import read_examples, read_predictions
+from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
+from kdlora.experiment.team import _experiment
 from sentences import tagged_rows, write_conll, write_words
 
 HASHED = {"words": ["the", "music", "#Paris"], "tags": ["O", "O", "B-PLACE"]}
@@ -112,6 +114,12 @@ def test_the_plan_says_what_it_is_about_to_do(config, tmp_path):
     assert "entities in the training rows" in told["labels"]
     assert "words" not in {one.arm for one in plan.trainings}
     assert "words: one answer a text" in told["left out"]
+    # Other processes of a run, which do not look at the data, would take it for another experiment.
+    assert "words" in config.run.arms
+    layout = ExperimentLayout(tmp_path)
+    assert _experiment(
+        plan.config.model_copy(update={"teacher": config.teacher, "student": config.student}), layout
+    ) == (_experiment(config, layout))
     only = config.model_copy(update={"run": config.run.model_copy(update={"arms": ("words",)})})
     with pytest.raises(ConfigError, match=r"run\.arms: a bag of words"):
         plan_experiment(only, tmp_path / "out")

@@ -199,10 +199,10 @@ def test_the_pruner_gets_each_epochs_own_score_and_the_training_stops(search_of,
     )
     reporter = Reporter(trial, stop, lambda event: None)
     for epoch, score in [(0.5, None), (1.0, None), (1.0, 70.0), (1.4, 70.0), (2.0, 70.0), (2.0, 60.0)]:
-        reporter.hear(ProgressEvent(epoch, 3, 0, 0, None, None, None, 0.0, None, score))
+        reporter.hear(ProgressEvent(epoch, 3, 0, 0, None, None, None, 0.0, score))
     assert (reports, stop.exists()) == ([(1, 70.0)], False)
     for _ in range(2):
-        reporter.hear(ProgressEvent(2.3, 3, 0, 0, None, None, None, 0.0, None, 60.0))
+        reporter.hear(ProgressEvent(2.3, 3, 0, 0, None, None, None, 0.0, 60.0))
     assert (reports, stop.exists()) == ([(1, 70.0), (2, 60.0)], True)
     config, settings = search_of(validation_fraction=0.2)
     layout = ExperimentLayout(tmp_path / "trial")

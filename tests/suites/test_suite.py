@@ -56,6 +56,13 @@ def test_only_what_is_missing_or_damaged_is_done_again(suite_folder, suite_value
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
 
+def test_teachers_that_teach_nobody_leave_no_weights(suite_values, tmp_path):
+    """A grid of teachers without students, which are there to be compared, filled the disk."""
+    result = run_suite(build_suite(suite_values(arms=["fft"])), tmp_path / "suite")
+    assert len(result.records) == 2
+    assert not list((tmp_path / "suite").rglob("*.safetensors"))
+
+
 def test_a_new_teacher_teaches_its_students_again(suite_folder, suite_values):
     """Students of an earlier teacher beside those of a better one would be averaged as if they were alike."""
     best = next(path.parents[1] for path in suite_folder.glob("runs/reviews/fft-*/teacher/model.safetensors"))

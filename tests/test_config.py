@@ -59,6 +59,9 @@ def test_overrides_are_yaml_and_reach_nested_keys():
     assert config.run.seeds == (3, 4)
     assert config.lora.targets == ("query", "key")
     assert config.name == "x"
+    weights = {"student": {"train": {"class_weights": {"spam": 5}}}}
+    found = build_config(MINIMAL | weights, [("student.train.class_weights", {"ham": 3})]).student.train.class_weights
+    assert found == {"ham": 3}, "a trial of a search is told by these weights alone"
     # A slip in the file, a value in place of a section, would be gone without a word.
     assert faults_of(MINIMAL | {"student": 5}, "student.train.epochs=2")[0] == (
         "config: student: expected keys such as 'model:', got 5"

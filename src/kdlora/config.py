@@ -358,7 +358,7 @@ class Config(Section):
     @property
     def teacher_seed(self) -> int:
         """Seed of the one teacher that teaches every student."""
-        return self.run.seeds[0] if self.teacher.seed is None else self.teacher.seed
+        return self.run.seeds[0] if self.teacher.seed is None or self.given_teacher else self.teacher.seed
 
     def title(self) -> str:
         """Name the experiment: `name`, else the GLUE task, else the data's own name, safe as a folder's."""

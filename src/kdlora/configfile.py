@@ -156,13 +156,18 @@ def build_search(
     """Validate nested values into a `Config`, and its section `search`, which is not part of an experiment."""
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     changes: dict[str, Any] = {}
-    for override in overrides:
+    given = list(overrides)
+    for override in given:
         assign(changes, override)
     data = [part["data"] for part in (changes, plain) if isinstance(part.get("data"), dict)]
     has_source = next((part["path"] for part in data if "path" in part), None) is not None
     try:
         merged = absolute_paths(plain, base or Path.cwd(), has_source=has_source)
         merge(merged, absolute_paths(changes, Path.cwd(), has_source=has_source))
+        leaves = known_keys()
+        for key, value in (override for override in given if not isinstance(override, str)):
+            if key in leaves and isinstance(value, Mapping):  # such as weights by label, which are one value
+                assign(merged, (key, value))
         search = merged.pop("search", None) or {}
         return Config.model_validate(merged), SearchConfig.model_validate(search)
     except ValidationError as error:

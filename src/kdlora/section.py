@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 
 _LATER: Mapping[str, tuple[Any, ...]] = {
     "metric": (None, "accuracy"),
-    "class_weights": (None, "auto"),
+    "class_weights": (None,),
     "tuning": ("full",),
     "thresholds": (None,),
     "devices": ("auto", "one"),

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from kdlora.config import DataConfig, TaskConfig
-from kdlora.data.augment import augment_texts
+from kdlora.data.augment import augment_texts, keep_unscored
 from kdlora.data.batches import tokenise
 from kdlora.data.load import Splits, load_examples, load_splits
 from kdlora.data.spool import label_array
@@ -55,6 +56,25 @@ def test_unlabelled_texts_are_split_and_copies_have_words_where_they_say(splits)
         assert set(words) <= known
         assert row["text"] == " ".join(words)
     assert "label" not in splits.unlabelled.column_names
+
+
+def test_a_scored_text_is_known_whatever_its_spaces():
+    """Words are joined by spaces, and the same sentence as a text has none before its full stop."""
+    words = {"starts": [[0], [0]], "ends": [[3], [3]]}
+    rows = Dataset.from_dict({"id": ["a", "b"], "text": ["Ada met\u00a0Alan.", "Ada"], **words})
+    scored = Dataset.from_dict({"id": ["a", "b"], "text": ["Ada met Alan .", "met"], **words})
+    assert keep_unscored(rows, [scored])["text"][:] == ["Ada"]
+
+
+def test_a_test_split_without_tags_is_left_out(tmp_path):
+    """A blind split of -1 gave every arm a test score of 0, and one of empty lists ended the run."""
+    features = Features({"words": List(Value("string")), "tags": List(ClassLabel(names=["O", "B-X", "I-X"]))})
+    rows = [{"words": ["Ada", "met"], "tags": [1, 0]}, {"words": ["Alan"], "tags": [1]}]
+    for blind in ([-1, -1], []):
+        parts = {"train": rows, "validation": rows, "test": [{"words": ["a", "b"], "tags": blind}]}
+        saved = {name: Dataset.from_list(part, features=features) for name, part in parts.items()}
+        DatasetDict(saved).save_to_disk(tmp_path / str(len(blind)))
+        assert load_splits(TaskConfig(), DataConfig(path=str(tmp_path / str(len(blind))))).test is None
 
 
 def test_training_words_are_cut_as_those_of_a_served_text(tmp_path):

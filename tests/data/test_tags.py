@@ -11,7 +11,16 @@ from datasets import List as Listed
 
 from kdlora.config import TaskConfig
 from kdlora.data.read import open_dataset, open_file
-from kdlora.data.tags import check_spans, decode, entity_bounds, spans_of, split_words, tag_names, tags_from_spans
+from kdlora.data.tags import (
+    check_spans,
+    decode,
+    entity_bounds,
+    join_words,
+    spans_of,
+    split_words,
+    tag_names,
+    tags_from_spans,
+)
 from kdlora.data.token_rows import infer_token_columns, read_token_rows
 from kdlora.errors import DataError
 
@@ -221,6 +230,9 @@ def test_numbers_and_languages_are_not_the_words(read):
     text = "en:Ada\tB-PER\nen::\tO\n"
     assert read("a.conll", text) == (["Ada/B-PER :/O"], ["FILE: every word begins with 'en:', which was left out."])
     assert read("a.conll", f"{text}de:x\tO\n") == (["en:Ada/B-PER en::/O de:x/O"], [])
+    assert [join_words(row, "").text for row in (["en:Ada", "en::"], ["en:Ada", "x"], ["en:Ada"])] == (
+        ["Ada :", "en:Ada x", "en:Ada"]
+    ), "a student reads them as it was trained"
     for text, found in (("1 CD O\n", ["1/O"]), ("1 a O\n2 b O\n\n10 x O\n", ["1/O 2/O", "10/O"])):
         assert read("a.conll", text)[0] == found
 

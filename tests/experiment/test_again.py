@@ -1,11 +1,13 @@
 """The same command again, another command on the same folder, and what goes wrong on the way."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 
-from experiments import ARMS, copy_experiment, snapshot
+from experiments import ARMS, FAST, copy_experiment, snapshot
+from kdlora.configfile import load_config
 from kdlora.errors import ArtifactError
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout
@@ -13,6 +15,7 @@ from kdlora.experiment import jobs
 from kdlora.experiment import run as experiment_run
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.stages import train_run
+from kdlora.section import DataConfig
 from kdlora.system.ownership import MANIFEST
 from kdlora.system.storage import hold_lock
 
@@ -43,6 +46,26 @@ def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, mo
     assert after.keys() >= before.keys()
     kept = {name for name in before if name.split("/")[0] in ("runs", "teacher", "student", "adapter")}
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+
+
+def test_paths_of_a_config_made_by_hand_are_those_of_its_caller(workshop, tmp_path, monkeypatch):
+    """The folder's config named a file below the folder, so that the same call again was another experiment."""
+    monkeypatch.chdir(workshop.train.parent)
+    data = DataConfig(train=workshop.train.name, validation=str(workshop.validation))
+    config = workshop.config().model_copy(update={"data": data})
+    run_experiment(config, tmp_path / "out")
+    assert load_config(tmp_path / "out" / "config.yaml").data.train == str(workshop.train)
+    monkeypatch.setattr(jobs, "run_in_child", lambda *_, **__: pytest.fail("a run was repeated"))
+    run_experiment(config, tmp_path / "out")
+
+
+def test_a_student_is_measured_where_no_teacher_was_looked_at(workshop, tmp_path):
+    """The settings of a teacher that nobody trains stay open, and the run said that its export had failed."""
+    open_rate = {"train": FAST | {"learning_rate": None}}
+    config = workshop.config({"teacher": open_rate, "export": {"formats": [], "benchmark": True}})
+    result = run_experiment(config, tmp_path / "out")
+    assert json.loads(result.layout.benchmark.read_text())["models"][0]["name"] == "student"
+    assert not [note for note in result.notes if "was not" in note]
 
 
 def test_an_arm_that_ships_later_gets_its_weights(copied, workshop):

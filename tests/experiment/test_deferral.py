@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from experiments import copy_experiment, read_rows, snapshot
-from kdlora.configfile import load_config
+from kdlora.configfile import load_config, save_config
 from kdlora.deploy.cascade import Cascade
 from kdlora.deploy.decisions import Decisions, write_decisions
 from kdlora.deploy.folder import Way, read_model_folder
@@ -18,7 +18,7 @@ from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import store_speeds
 from kdlora.errors import ArtifactError, DataError, ModelError
 from kdlora.evidence.records import ExperimentLayout
-from kdlora.experiment.deferral import defer_experiment, fit_thresholds
+from kdlora.experiment.deferral import decide_student, defer_experiment, fit_thresholds
 from kdlora.experiment.deployment import benchmark_cascade, is_deployed, load_without_copies, unseen_rows
 from kdlora.experiment.run import run_experiment
 from kdlora.report.report import make_report
@@ -109,6 +109,16 @@ def test_rows_that_chose_the_model_promise_nothing(finished: Path, tmp_path: Pat
     refused = cli("defer", folder, code=2)
     assert "no test split" in refused.err
     assert not (folder / "defer.json").exists()
+
+
+def test_what_was_decided_by_hand_does_not_go_without_a_word(promised: Path) -> None:
+    """A config with thresholds decides anew, and the promise that was made by hand was gone."""
+    layout = ExperimentLayout(promised)
+    config = load_config(layout.config)
+    config = config.model_copy(update={"export": config.export.model_copy(update={"thresholds": "f1"})})
+    layout.decided.write_text("earlier")
+    assert "What kdlora defer had decided is gone." in decide_student(config, layout)
+    assert not layout.deferral.exists()
 
 
 def test_a_measurement_of_the_export_leaves_everything_as_it_is(promised: Path) -> None:
@@ -232,7 +242,7 @@ def test_the_command_line_draws_both(promised: Path, finished: Path, cli) -> Non
     assert "c.csv: a plot is drawn as one of png, svg" in refused.err
 
 
-def test_texts_of_no_known_class_are_met_by_every_model(promised: Path, tmp_path: Path, cli) -> None:
+def test_texts_of_no_known_class_are_met_by_every_model(promised: Path, finished: Path, tmp_path: Path, cli) -> None:
     """A threshold that holds on known classes may let everything strange through, and nobody would see it."""
     (tmp_path / "strange.txt").write_text("".join(f"qwx zzv {n}\n" for n in range(30)))
     done = cli("defer", promised, "--error", "0.1", "--unknown", tmp_path / "strange.txt")
@@ -253,6 +263,13 @@ def test_texts_of_no_known_class_are_met_by_every_model(promised: Path, tmp_path
     pairs = (sure[:, None] > strange).mean() + (sure[:, None] == strange).mean() / 2
     assert by_kind["probability"]["told_apart"] == pytest.approx(pairs, abs=1e-3)
     assert "Texts of no known class" in (promised / "report.md").read_text()
+    # A given teacher has no weights here, though its answers are kept: half of the decisions were written.
+    config = load_config(promised / "config.yaml")
+    teacher = config.teacher.model_copy(update={"fine_tuned": str(finished.parent / "experiment" / "teacher")})
+    (promised / "config.yaml").write_text(save_config(config.model_copy(update={"teacher": teacher})))
+    for weights in (promised / "teacher").glob("*.*"):
+        weights.unlink()
+    cli("defer", promised, "--error", "0.1", "--unknown", tmp_path / "strange.txt")
     cli("defer", promised, "--unknown", tmp_path / "absent.txt", code=2)
 
 

@@ -64,6 +64,10 @@ def test_only_what_is_null_is_settled():
     assert (config.teacher.train.learning_rate, config.teacher.train.epochs) == (1e-5, 6)
     assert (config.student.train.max_length, config.student.train.learning_rate) == (64, 1e-3)
     assert settings_for(config, "lora").learning_rate == 5e-4
+    windows = build_config(CONFIG | {"data": {"train": "a.csv", "long_texts": "windows"}})
+    one = Chosen(2000, {"teacher": 90, "student": 90}, BINARY, {"teacher": 768}, {"teacher": 512})
+    lengths = [part.train.max_length for part in (one.fill_in(windows).teacher, one.fill_in(windows).student)]
+    assert lengths == [512, None], "a student that is looked at by a later call reads what it can"
     settled = build_config(CONFIG | {"student": {"model": "s", "train": {"learning_rate": 1e-3}}})
     assert settings_for(chosen.fill_in(settled), "lora").learning_rate == 5e-4, "a later call with another arm"
     assert settings_for(config, "student-fft").learning_rate == 1e-4

@@ -233,6 +233,9 @@ def test_a_teacher_that_was_never_scored_hides_no_test_split(tmp_path):
     report = _report(layout.root)
     assert "accuracy on test, one seed; its teacher’s own score is not available" in _opening(report)
     assert "is missing" not in report.markdown
+    config = read_record(layout.run("fft", 0).record).config | {"teacher": {"probabilities": "asked.parquet"}}
+    edit_record(layout.run("fft", 0).record, score=80.0, config=config)  # by a table that covers validation, too
+    assert "accuracy on test, one seed; its teacher’s own score is not available" in _opening(_report(layout.root))
     records = [run.record for run in load_experiment(layout.root).runs]
     assert "on the test split" in arm_table(records).caption
     records[1].test_score = None  # one rule: no headline in the terminal that is not the report's

@@ -15,7 +15,7 @@ from kdlora.configfile import build_search, load_config, load_search
 from kdlora.data.load import load_splits
 from kdlora.data.tasks import Task
 from kdlora.distil.trainer import ProgressEvent
-from kdlora.errors import ArtifactError, ConfigError
+from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.search import Reporter, begin_search, carry_out_trial, run_search
 from kdlora.experiment.settle import rows_per_epoch
@@ -88,6 +88,17 @@ def test_nothing_of_a_held_out_text_is_learnt(workshop, tmp_path):
     parts = hold_out(whole, SearchConfig(validation_fraction=0.5))
     assert {len(parts.train), len(parts.validation)} <= {1, 2, 3}
     assert ("2" in parts.train["id"]) == ("3" in parts.train["id"])
+
+
+def test_held_out_rows_without_an_entity_are_refused(search_of):
+    """Every trial would score 0, and the first one be the best."""
+    config, _ = search_of()
+    splits, words = load_splits(config.task, config.data), {"starts": [[0]] * 20, "ends": [[1]] * 20}
+    rows = {"id": [str(row) for row in range(20)], "text": list("abcdefghijklmnopqrst"), "label": [[1]] + [[0]] * 19}
+    task = Task("tokens", ("words",), ("tags",), ("O", "B-X", "I-X"), ("entity_f1",))
+    rare = dataclasses.replace(splits, task=task, train=Dataset.from_dict(rows | words))
+    with pytest.raises(DataError, match=r"no held-out row has an entity.*raise search\.validation_fraction"):
+        hold_out(rare, SearchConfig(validation_fraction=0.1))
 
 
 def test_a_label_of_one_text_stays_in_training(search_of):

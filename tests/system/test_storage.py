@@ -42,6 +42,11 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch: pytest.
             (temporary / "deep").mkdir()
             (temporary / "deep" / f"{content}.txt").write_text(content)
     assert [entry.name for entry in (target / "deep").iterdir()] == ["two.txt"]
+    empty = tmp_path / "empty"
+    empty.mkdir()  # which nobody misses; an export was refused at its end
+    with atomic_folder(empty) as temporary:
+        (temporary / "one.txt").touch()
+    assert (empty / "one.txt").exists()
     with pytest.raises(RuntimeError, match="stop"), atomic_folder(target) as temporary:
         _write_and_stop(temporary / "three.txt")
     rename = Path.rename

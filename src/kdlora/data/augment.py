@@ -210,11 +210,17 @@ def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:
     names = text_columns(rows)
     known = {texts for part in scored for texts in _tuples(part, names)}
     first = pa.array({texts[0] for texts in known}, pa.string())
-    candidates = np.flatnonzero(pc.is_in(read_column(rows, names[0]), first))
+    candidates = np.flatnonzero(pc.is_in(_texts(rows, names[0]), first))
     found = _tuples(rows.select(candidates), names)  # of a pair, each text may be known from another pair
     seen = [row for row, texts in zip(candidates, found, strict=True) if texts in known]
     return rows.select(np.delete(np.arange(len(rows)), seen)) if seen else rows
 
 
 def _tuples(rows: Dataset, names: Sequence[str]) -> list[tuple[str, ...]]:
-    return list(zip(*(read_column(rows, name).to_pylist() for name in names), strict=True))
+    return list(zip(*(_texts(rows, name).to_pylist() for name in names), strict=True))
+
+
+def _texts(rows: Dataset, name: str) -> pa.ChunkedArray:
+    """Give texts; those of words without spaces, which joined words have where a text has none."""
+    texts = read_column(rows, name)
+    return pc.replace_substring_regex(texts, r"[\s\pZ]+", "") if "starts" in rows.column_names else texts

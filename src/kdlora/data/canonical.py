@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 
 from kdlora.data.labels import encode_labels, encode_tags
 from kdlora.data.lines import NUMBERS
-from kdlora.data.read import RawTable, Source, first_true, is_blank, is_text
+from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is_text
 from kdlora.data.spool import doubles, make_dataset, spool
 from kdlora.data.tags import WORD_COLUMNS, tag_names
 from kdlora.data.tasks import Task, refuse_spellings
@@ -121,6 +121,8 @@ class Reading:
         if name not in source.columns:
             return False
         values = source.read((name,)).table[name]
+        if is_list(values.type):
+            values = pc.list_flatten(values)
         if pa.types.is_integer(values.type):
             return bool(pc.any(pc.greater_equal(values, 0)).as_py())
         if pa.types.is_floating(values.type):  # STS-B

@@ -29,6 +29,7 @@ SPAN_KEYS = (("start", "start_offset"), ("end", "end_offset"), ("label", "type",
 NO_TAG = -100
 """What a word has that has no tag: it is neither learnt nor scored."""
 _PREFIXES = {"B": "B", "I": "I", "M": "I", "L": "E", "E": "E", "U": "S", "S": "S", "W": "S"}
+LANGUAGE = re.compile("[a-z]{2,3}:")
 _TAG = re.compile(r"([BIMLEUSW])-([^,;|]+)")  # what joins tags by a comma or a bar has several on a word
 _RARE_TAGS = tuple(
     re.compile(form.replace("TYPE", "(?P<type>[^,;|]+)").replace("MARK", "(?P<prefix>[BIMLEUSW])"))
@@ -168,8 +169,11 @@ def split_words(text: str) -> tuple[list[int], list[int]]:
 
 
 def join_words(given: Sequence[object], where: str) -> Words:
-    """Make a text of words as training does: a space between them, and those of white space alone left out."""
+    """Make a text of words as training does: a space between them, without WikiANN's `en:` and words of white space."""
     words = [word.strip() for word in given if isinstance(word, str)]
+    prefix = LANGUAGE.match(words[0]) if len(words) > 1 else None
+    if prefix and all(word.startswith(prefix[0]) for word in words):
+        words = [word[len(prefix[0]) :] for word in words]
     words = [word for word in words if word]
     if len(words) < len(given) and not all(isinstance(word, str) for word in given):
         raise DataError(f"{where}: expected a list of words, got {given!r:.60}.")

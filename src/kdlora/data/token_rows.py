@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NoReturn
@@ -17,6 +16,7 @@ from kdlora.data.lines import LINES
 from kdlora.data.read import RawTable, Source, first_true, is_list, is_text
 from kdlora.data.spool import spool
 from kdlora.data.tags import (
+    LANGUAGE,
     OUTSIDE,
     SPAN_KEYS,
     WORD_COLUMNS,
@@ -142,7 +142,7 @@ def _flatten(raw: RawTable, column: str, what: str) -> tuple[pa.ChunkedArray, In
 
 def _without_language(raw: RawTable, words: pa.ChunkedArray, notes: list[str]) -> pa.ChunkedArray:
     """Take the language off that stands before every word of WikiANN's files: `en:Oslo`."""
-    prefix = re.match("[a-z]{2,3}:", words[0].as_py() or "") if len(words) else None
+    prefix = LANGUAGE.match(words[0].as_py() or "") if len(words) else None
     if not prefix or not pc.all(pc.fill_null(pc.starts_with(words, prefix[0]), False)).as_py():
         return words
     notes.append(f"{raw.source}: every word begins with {prefix[0]!r}, which was left out.")

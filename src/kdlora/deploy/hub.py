@@ -22,6 +22,7 @@ _ABSOLUTE = re.compile(
     r"(?<![\w/.:<&~])(?:/(?P<top>[\w.+@%-]+)/|[A-Za-z]:\\{1,2})(?:[\w.+@%-]+[/\\]{1,2})*(?P<last>[\w.+@%-]+)"
 )
 _ROOT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_EXPORTED = ("*.onnx", "*.onnx_data", "*.onnx.data", "openvino_model_quantized.*")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def _download(repo: str, revision: str | None, inner: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-    wanted = [f"{inner}/*"] if inner else list(_ROOT_FILES)
-    ignored = ["*.py", "*.bin", "*.pt", "*.pkl"] if inner else ["*/*", "training_args*", "optimizer*"]
+    wanted = [f"{inner}/{name}" for name in (*_ROOT_FILES, *_EXPORTED)] if inner else list(_ROOT_FILES)
+    ignored = [] if inner else ["*/*", "training_args*", "optimizer*"]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
     except RevisionNotFoundError:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdlora.data.logit_table import LOGIT, RESERVED, as_offsets, is_collection, match_collection, open_collection
-from kdlora.data.read import is_list, open_file
+from kdlora.data.read import is_list, is_text, open_file
 from kdlora.data.tasks import Task, match_labels
 from kdlora.distil.logits import TeacherLogits
 from kdlora.errors import ConfigError, DataError, did_you_mean
@@ -127,7 +127,8 @@ def _by_word(table: pa.Table, columns: Sequence[str], file: Path) -> tuple[pa.Ta
             )
     flat = {name: pc.list_flatten(table.column(name)) for name in columns}
     flat = {
-        name: pc.fill_null(part, np.nan) if pa.types.is_floating(part.type) else part for name, part in flat.items()
+        name: part if is_text(part.type) else pc.fill_null(part.cast(pa.float64(), safe=False), np.nan)
+        for name, part in flat.items()
     }
     ids = table.column("id").take(pa.array(np.repeat(np.arange(table.num_rows), counts[0])))
     return pa.table({"id": ids, **flat}), as_offsets(counts[0])
@@ -147,7 +148,9 @@ def _label_columns(columns: Sequence[str], task: Task, file: Path) -> list[str]:
             f"{file}: expected the teacher's value in one column {task.label_names[0]!r} or 'prediction', found "
             f"{', '.join(found) or 'none'}.{did_you_mean(task.label_names[0], names)}"
         )
-    remedy = "A table has one column for each label of the task; rename or remove others"
+    remedy = (
+        "A table has one column for each label of the task; rename or remove others, or name all in task.label_names"
+    )
     return [found[place] for place in match_labels(names, task.label_names, str(file), remedy)]
 
 
@@ -163,18 +166,23 @@ def _names_labels(columns: Sequence[str], task: Task) -> bool:
 
 
 def _smoothed(table: pa.Table, task: Task, file: Path) -> np.ndarray:
+    """Give probabilities of the labels that are named; a word without one was not seen."""
     places = {name.strip().casefold(): place for place, name in enumerate(task.label_names)}
-    names = [str(name) for name in table.column("label").to_pylist()]
-    found = [places.get(name.strip().casefold()) for name in names]
+    labels = table.column("label").to_pylist()
+    kept = [row for row, name in enumerate(labels) if name is not None or task.kind != "tokens"]
+    names = [str(name) for name in labels]
+    found = [places.get(names[row].strip().casefold()) for row in kept]
     if None in found:
-        row = found.index(None)
+        row = kept[found.index(None)]
         raise DataError(
             f"{file}: expected a label of the task in column 'label' ({', '.join(task.label_names):.200}); "
             f"{found.count(None)} rows have none, first id {table.column('id')[row].as_py()!r}: {names[row]!r:.80}."
             f"{did_you_mean(names[row], task.label_names)}"
         )
     size = len(task.label_names)
-    return np.eye(size)[np.array(found, dtype=int)] * (1 - _SMOOTHING) + _SMOOTHING / size
+    values = np.full((len(labels), size), np.nan)
+    values[kept] = np.eye(size)[np.array(found, dtype=int)] * (1 - _SMOOTHING) + _SMOOTHING / size
+    return values
 
 
 def _matrix(table: pa.Table, columns: Sequence[str], file: Path, is_exact: bool) -> np.ndarray:

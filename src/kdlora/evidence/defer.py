@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from kdlora.errors import DataError
+from kdlora.errors import ConfigError, DataError, did_you_mean
 from kdlora.evidence.metrics import probabilities
 from kdlora.evidence.ranking import ratio
 
@@ -288,6 +288,16 @@ METRICS: dict[str, Callable[[Any, Any, int, int], Any]] = {
     "matthews": _matthews,
 }
 """Of one label, from the rows that get it rightly, that get it, that have it, and all; `macro_f1`: of yes and no."""
+
+
+def check_goal(goal: Goal) -> Goal:
+    if isinstance(goal, str):
+        if goal not in METRICS:
+            expected = f"{', '.join(METRICS)}, or a precision.{did_you_mean(goal, METRICS)}"
+            raise ConfigError(f"thresholds: unknown metric {goal!r:.80}; expected {expected}")
+    elif not 0 < goal < 1:
+        raise ConfigError(f"thresholds: a precision must be above 0 and below 1, got {goal:g}")
+    return goal
 
 
 def log_odds(logits: np.ndarray, kind: str, column: int, temperature: float = 1.0) -> np.ndarray:

@@ -34,6 +34,7 @@ from kdlora.evidence.defer import (
     Thresholds,
     Unknown,
     area_under_risk,
+    check_goal,
     fit_threshold,
     judge_threshold,
     log_odds,
@@ -144,19 +145,21 @@ def defer_experiment(
     rows, source = _test_rows(config, task, splits, data)
     rows, known = unseen_rows(splits, rows, source)
     strange = [] if unknown is None else texts_of(load_examples(unknown, task, labelled=False))
-    models = []
-    for name, model in list(shipped_models(layout)):  # all, before one of them has other decisions
+    models, decided = [], []
+    for name, model in shipped_models(layout):
         judged = _Judged.of(model, task, (splits.validation, rows))
         found = judged.describe(name, sureness, error, confidence)
-        write_decisions(model.folder, replace(model.decisions, promise=found.promise))
+        decided.append((model.folder, replace(model.decisions, promise=found.promise)))
         met = judged.meet(model.predict_logits(strange), error, confidence) if strange else ()
         models.append(replace(found, unknown=met))
     reasons = [model.reason for model in models]
     if data is None:
         models += _arms(layout, set(rows["id"]), sureness)
     deferral = Deferral(error, confidence, sureness, len(rows), known, source, tuple(models), len(strange))
-    if strange and layout.teacher.exists():
+    if strange and not config.given_teacher and layout.teacher.exists():
         deferral = _with_teacher(deferral, config.teacher_arm, layout.teacher, task, (splits.validation, rows), strange)
+    for folder, decisions in decided:
+        write_decisions(folder, decisions)
     write_json_atomic(layout.deferral, asdict(deferral))
     write_card(config, layout)
     if all(reasons):
@@ -302,16 +305,6 @@ def _goal_of(metric: str) -> tuple[str, Goal] | None:
     return (label, float(name.removeprefix("recall@"))) if name.startswith("recall@") else None
 
 
-def check_goal(goal: Goal) -> Goal:
-    if isinstance(goal, str):
-        if goal not in METRICS:
-            expected = f"{', '.join(METRICS)}, or a precision.{did_you_mean(goal, METRICS)}"
-            raise ConfigError(f"thresholds: unknown metric {goal!r:.80}; expected {expected}")
-    elif not 0 < goal < 1:
-        raise ConfigError(f"thresholds: a precision must be above 0 and below 1, got {goal:g}")
-    return goal
-
-
 def _fit(model: Classifier, task: Task, goals: Mapping[str, Goal], rows: Dataset) -> tuple[dict[str, float], list[str]]:
     """Fit one file's thresholds; a label that has no rows keeps 0.5, a precision that is not reached ends all."""
     logits, fitted, reasons = model.predict_logits(texts_of(rows)), {}, []
@@ -360,9 +353,15 @@ def _judge(
 
 
 def decide_student(config: Config, layout: ExperimentLayout) -> tuple[str, ...]:
-    if layout.decided.exists():  # what an earlier config had done, or what was changed since
-        forget_decisions(config, layout)
     notes: list[str] = []
+    if layout.decided.exists():  # what an earlier config had done, or what was changed since
+        kept = {
+            "defer": (layout.deferral, config.defer.error),
+            "thresholds": (layout.thresholds, config.export.thresholds),
+        }
+        gone = [verb for verb, (place, asked) in kept.items() if asked is None and place.exists()]
+        notes += [f"What kdlora {verb} had decided is gone." for verb in gone]
+        forget_decisions(config, layout)
     if config.export.thresholds is not None:
         try:
             notes += fit_thresholds(layout.root, config.export.thresholds).notes

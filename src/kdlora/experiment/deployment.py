@@ -27,7 +27,7 @@ from kdlora.deploy.hub import locate_model
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.runtimes import store_speeds, ways_to_run
 from kdlora.deploy.tagger import Tagger, load_model
-from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError, did_you_mean
+from kdlora.errors import ArtifactError, ConfigError, DataError, KdLoraError, ModelError, did_you_mean
 from kdlora.evidence.predictions import read_examples
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.experiment.recording import forget_decisions, logged, prepare_process, splits_by_name
@@ -187,10 +187,13 @@ def deploy_student(config: Config, layout: ExperimentLayout, say: Callable[[str]
             write_json_atomic(layout.benchmark, asdict(BenchmarkResult(calibration=calibration)))
         write_text_atomic(layout.exported, _mark(config, layout))
     if config.export.benchmark:
-        with logged("benchmark", "student", config.teacher_seed):
-            figures = _benchmark_student(config, layout, splits, say)
         found = read_json(layout.benchmark).get("calibration") if layout.benchmark.exists() else None
-        write_json_atomic(layout.benchmark, figures | {"calibration": found})
+        try:
+            with logged("benchmark", "student", config.teacher_seed):
+                figures = _benchmark_student(config, layout, splits, say)
+            write_json_atomic(layout.benchmark, figures | {"calibration": found})
+        except KdLoraError as fault:  # as of a teacher that needs code of its own
+            notes.append(f"The student was not measured: {fault}")
     write_text_atomic(layout.deployed, _mark(config, layout, layout.benchmark))
     remove(layout.exported)
     return tuple(notes)
@@ -215,14 +218,15 @@ def holds(file: Path, mark: str) -> bool:
 
 def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | None, list[str]]:
     """Fit the student's temperature on validation rows; give the figures, and the sentences on them."""
-    if splits.task.kind == "regression":
-        return None, ["A regression gives no probabilities, so there was nothing to calibrate (export.calibrate)."]
     logits = load_model(layout.student).predict_logits(texts_of(splits.validation))
     labels, kind = label_array(splits.validation), splits.task.kind
     if kind == "tokens":  # a softmax a word, of those that have a label and could be read
         known = (labels >= 0) & np.isfinite(logits).all(axis=1)
         logits, labels, kind = logits[known], labels[known], "single-label"
-    fitted = fit_temperature(logits, labels, kind)
+    try:
+        fitted = fit_temperature(logits, labels, kind)
+    except DataError as fault:
+        return None, [f"Not calibrated (export.calibrate): {fault}"]
     save_temperature(layout.student, fitted.temperature)
     if fitted.temperature == 1:
         return fitted, ["Not calibrated: all validation rows are right, and tell no temperature (export.calibrate)."]
@@ -285,9 +289,9 @@ def _benchmark_student(
     folders = {"teacher": Path(config.teacher.fine_tuned or layout.teacher), "student": layout.student}
     models = {name: place for name, place in folders.items() if (place / "config.json").exists()}
     models |= exported_files(layout)
-    longest, as_trained = (closed(part.train).max_length for part in (config.student, config.teacher))
+    longest = closed(config.student.train).max_length
     record = layout.run(config.teacher_arm, config.teacher_seed).record
-    told = read_record(record) if longest == as_trained and record.exists() else None
+    told = read_record(record) if longest == config.teacher.train.max_length and record.exists() else None
     score = None if told is None else told.score if splits.test is None else told.test_score
     result = benchmark(
         models,

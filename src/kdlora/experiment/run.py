@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kdlora.config import DISTILLED_ARMS, Arm, Config
-from kdlora.configfile import expand_home, known_keys, load_config, save_config
+from kdlora.configfile import build_config, expand_home, known_keys, load_config, save_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
@@ -124,7 +124,7 @@ def plan_runs(config: Config) -> list[PlannedRun]:
 
 def plan_experiment(config: Config, out: str | Path | None = None) -> ExperimentPlan:
     """Say what an experiment would do, and on what; nothing is written and nothing trained."""
-    layout = _layout(config, out)
+    config, layout = _with_absolute_paths(config), _layout(config, out)
     config, splits, _, finished = _look(config, layout)
     check_table(config, splits)
     return _plan(config, layout, splits, finished, read_launch().count)
@@ -157,7 +157,7 @@ def run_experiment(
         >>> result.layout.report_html.exists()
         True
     """
-    layout = _layout(config, out)
+    config, layout = _with_absolute_paths(config), _layout(config, out)
     with gather_team(config) as team:
         if not team.leads:
             end = team.follow(config, layout)
@@ -173,6 +173,11 @@ def run_experiment(
 
 def _layout(config: Config, out: str | Path | None) -> ExperimentLayout:
     return ExperimentLayout(expand_home(out) if out is not None else Path("runs") / config.title())
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Resolve what a caller wrote by hand against the current folder; the experiment's folder keeps the config."""
+    return build_config(config.model_dump(mode="json"))
 
 
 def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, TaskFacts, dict[str, RunRecord]]:

@@ -36,9 +36,10 @@ from kdlora.evidence.predictions import Predictions, read_predictions, write_pre
 from kdlora.evidence.ranking import counts_from_logits
 from kdlora.evidence.records import ExperimentLayout, Latency, RunLayout, RunRecord, read_results
 from kdlora.experiment.recording import finish, splits_by_name
-from kdlora.experiment.settle import closed, load_teacher, read_table, settings_for
+from kdlora.experiment.settle import closed, load_teacher, read_table, settings_for, stored_logits
 from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
+from kdlora.system.integrity import hash_json
 
 _LATENCY_SECONDS = 1.0
 """For each batch size; a suite times thousands of models."""
@@ -122,6 +123,8 @@ def score_given_teacher(config: Config, layout: ExperimentLayout, splits: Splits
         outputs[split] = values.reshape(-1, splits.task.num_labels)
     if "validation" in outputs:
         record = score_outputs(record, splits, outputs, place)
+    taught = hash_json([one.fingerprint for one in stored_logits(config, layout, splits)])  # as its students have it
+    record = record.model_copy(update={"fingerprints": record.fingerprints | {"teacher": taught}})
     return finish(record, layout, [place.predictions], notes)
 
 

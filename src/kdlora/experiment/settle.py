@@ -95,7 +95,7 @@ def load_base(config: Config, arm: Arm, seed: int, task: Task) -> Encoder:
 def load_teacher(config: Config, task: Task, trained: Path | None = None) -> tuple[Encoder, list[int]]:
     teacher = config.teacher
     if teacher.fine_tuned is None:
-        return load_fine_tuned(str(trained), task)
+        return load_fine_tuned(str(trained), task, trust_remote_code=teacher.trust_remote_code)
     return load_fine_tuned(
         teacher.fine_tuned,
         task,
@@ -302,7 +302,7 @@ class Chosen:
         for role, section in (("teacher", teacher), ("student", student)):
             epochs = epochs_for(role, self.rows[role], steps_for_labels(self.task), section.train.batch_size)
             own = [limit for name, limit in self.limits.items() if name == role or config.data.long_texts == "cut"]
-            longest = min([self.max_length, *own])
+            longest = min([self.max_length, *own]) if own or config.data.long_texts == "cut" else None
             chosen = {"max_length": longest, "epochs": epochs, "learning_rate": rates[role]}
             train = _weighed(_without_null(section.train, **chosen), self.task.auto_weights)
             train = train.model_copy(update={"select": train.selection(self.task.kind)})

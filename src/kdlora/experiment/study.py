@@ -22,7 +22,7 @@ from kdlora.config import DISTILLED_ARMS, Arm, Config
 from kdlora.configfile import build_config
 from kdlora.data.augment import keep_unscored
 from kdlora.data.load import Splits, add_copies, give_back, load_splits, split_rows
-from kdlora.data.spool import read_column, read_texts
+from kdlora.data.spool import label_array, read_column, read_texts
 from kdlora.data.tasks import DEFAULT_METRICS
 from kdlora.distil.logits import attach_teacher
 from kdlora.distil.trainer import ProgressEvent
@@ -239,6 +239,8 @@ def hold_out(splits: Splits, search: SearchConfig) -> Splits:
         raise DataError("every label has a single training row, so none can be held out; give more rows per label")
     train = splits.train.select(np.flatnonzero(~is_held))
     validation, unlabelled = splits.train.select(np.flatnonzero(is_held)), splits.unlabelled
+    if splits.task.kind == "tokens" and not (label_array(validation) > 0).any():
+        raise DataError("no held-out row has an entity, so every trial would score 0; raise search.validation_fraction")
     if unlabelled is not None:
         unlabelled = keep_unscored(unlabelled, [validation])
     return dataclasses.replace(

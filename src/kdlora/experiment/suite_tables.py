@@ -195,7 +195,7 @@ class SuiteFigures:
 
 
 def _groups_of(record: RunRecord) -> list[str]:
-    metric = next(iter(record.task.get("metrics", ())), None)
+    metric = next(iter(record.task.get("metrics", ())), None) if record.task.get("name") else None  # of MNLI
     return [name.removeprefix(f"{metric}_") for name in record.metrics if name.startswith(f"{metric}_")]
 
 

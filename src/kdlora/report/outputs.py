@@ -269,7 +269,7 @@ def _disagreements(experiment: Experiment, arm: str) -> list[Quotation] | None:
 
 def _label(task: Task, label: np.ndarray) -> str:
     if task.kind == "regression":
-        return f"{float(label):.3g}"
+        return f"{float(label):.6g}"
     if task.kind == "multi-label":
         names = [name for name, marked in zip(task.label_names, label, strict=True) if marked]
         return ", ".join(names) or "none"
@@ -279,7 +279,7 @@ def _label(task: Task, label: np.ndarray) -> str:
 def _opinion(task: Task, values: np.ndarray, other: np.ndarray) -> str:
     """Say what one side predicts; for multi-label, on the label that divides the two."""
     if task.kind == "regression":
-        return f"{float(values[0]):.3g}"
+        return f"{float(values[0]):.6g}"
     if task.kind == "multi-label":
         column = int(np.abs(values - other).argmax())
         return f"{task.label_names[column]}: {100 * values[column]:.0f}%"

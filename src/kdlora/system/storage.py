@@ -85,7 +85,8 @@ def _replace_folder(temporary: Path, target: Path) -> None:
     if not os.path.lexists(target):
         temporary.rename(target)
         return
-    if not is_ours(target):
+    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    if not (is_empty or is_ours(target)):
         raise ArtifactError(f"{target} was not made by kdlora and stays; move it away, or name another place")
     aside = temporary_name(target, "old")
     target.rename(aside)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +19,6 @@ from kdlora.data.tags import NO_TAG
 from kdlora.data.tasks import Task
 from kdlora.data.word_tokens import GIVEN, word_offsets
 from kdlora.errors import ConfigError, DataError
-
-logger = logging.getLogger(__name__)
 
 COLUMN = "teacher_logits"
 LABELLED = "labelled"
@@ -46,7 +43,6 @@ class TeacherLogits:
     logits: np.ndarray
     label_names: tuple[str, ...]  # the task's labels in its order
     fingerprint: str  # of all that made the logits
-    versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that made them
     truncated: int = 0  # texts that the teacher read cut
     source: str = "the teacher's logits"  # folder or file, for messages
     offsets: np.ndarray | None = None  # for tokens: where each row's words begin among all words, and where they end
@@ -62,7 +58,6 @@ class TeacherLogits:
             logits=logits,
             label_names=task.label_names,
             fingerprint=store.fingerprint,
-            versions=store.versions,
             truncated=sum(shard.truncated for shard in store.shards),
             source=str(store.folder),
             offsets=offsets,
@@ -106,10 +101,6 @@ class TeacherLogits:
         """Give every example its teacher's logits, by id."""
         rows = self._match(dataset)
         places, edges = self._places(rows, dataset)
-        if extra := self._unused(rows):
-            logger.info(
-                "%s: %d of %d rows belong to no example here and are not used", self.source, extra, len(self.ids)
-            )
         rest = settle(dataset.remove_columns(COLUMN) if COLUMN in dataset.column_names else dataset)
         column = spool(self._batches(places, edges), self.source)[COLUMN] if len(rows) else pa.array([], _LISTS)
         return rest.add_column(COLUMN, column, feature=List(Value("float32")))
@@ -154,12 +145,7 @@ class TeacherLogits:
         """Count the teacher's rows that belong to no example; refuse those that do not fit the words of theirs."""
         rows = self._match(dataset)
         self._places(rows, dataset)
-        return self._unused(rows)
-
-    def _unused(self, rows: np.ndarray) -> int:
-        used = np.zeros(len(self.ids), dtype=bool)
-        used[rows] = True
-        return len(self.ids) - int(used.sum())
+        return len(self.ids) - len(rows)
 
     def _match(self, dataset: Dataset) -> np.ndarray:
         """Find the teacher's row of every example, a few thousand ids at a time while they are in its order."""

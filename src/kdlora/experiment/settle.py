@@ -124,11 +124,9 @@ def stored_logits(config: Config, layout: ExperimentLayout | None, splits: Split
 
 
 def read_table(config: Config, task: Task, split: str) -> TeacherLogits:
-    teacher = config.teacher
-    if teacher.logits is not None:
-        return read_teacher_table(teacher.logits, task, values="logits", split=split)
-    assert teacher.probabilities is not None
-    return read_teacher_table(teacher.probabilities, task, values="probabilities", split=split)
+    logits, probabilities = config.teacher.logits, config.teacher.probabilities
+    values: Literal["logits", "probabilities"] = "probabilities" if logits is None else "logits"
+    return read_teacher_table(str(logits or probabilities), task, values=values, split=split)
 
 
 def check_table(config: Config, splits: Splits) -> list[str]:

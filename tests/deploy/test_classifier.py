@@ -228,6 +228,7 @@ def test_saved_temperature_is_exported_and_applied(tmp_path, classifier_folder):
     [
         (np.zeros((30, 1)), np.zeros(30), "regression", "nothing to calibrate"),
         (np.zeros((30, 2)), np.zeros(29, int), "single-label", r"labels of shape \(30,\)"),
+        (np.zeros((30, 2)), np.full(30, -1), "single-label", "labels of 0 to 1, got -1"),
         (np.zeros((5, 2)), np.zeros(5, int), "single-label", "at least 20 validation rows"),
         (np.full((30, 2), np.nan), np.zeros(30, int), "single-label", "not finite"),
     ],

@@ -101,9 +101,8 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
     """Ask a language model for the label of every row, and write its probabilities as a table that teaches.
 
     Every answer is on disk as it comes: the same call on the folder goes on where a killed one stopped, and asks about
-    no row twice. The folder holds `probabilities.parquet` for `teacher.probabilities`, and `train.parquet` (and
-    `unlabelled.parquet`) with the rows that have an answer, for `data.train` (and `data.unlabelled`). An audit file's
-    rows are in `validation.parquet`.
+    no row twice. The folder holds `probabilities.parquet` for `teacher.probabilities`, and, for `data`, `train.parquet`
+    and `unlabelled.parquet` with the rows that have an answer, and `validation.parquet` with those of an audit file.
 
     Args:
         data: CSV, TSV, JSON Lines, Parquet or text file (one text a line), with or without labels.
@@ -373,17 +372,15 @@ def write_tables(folder: Path, asked: AskedRows, answers: Answers, audit: Audit 
         if audit is not None:
             table = correct(table, audit.temperature, audit.bias)
         if split != "validation":
-            likeliest = table.argmax(axis=1) if split == "train" else None
-            _write_rows(folder / f"{split}.parquet", asked, rows, likeliest)
+            _write_rows(folder / f"{split}.parquet", asked, rows, table.argmax(axis=1) if split == "train" else None)
         ids += read_column(rows, "id").chunks
         splits += [split] * len(table)
         tables.append(table)
     if not tables:
         raise DataError(f"none of the {len(answers.bad)} rows that were asked about has an answer; see {answers.path}")
     together = np.concatenate(tables)
-    columns: dict[str, Any] = {"id": pa.chunked_array(ids)}
-    if {*splits} != {"train"}:
-        columns["split"] = pa.array(splits)
+    parts = {} if {*splits} == {"train"} else {"split": pa.array(splits)}
+    columns: dict[str, Any] = {"id": pa.chunked_array(ids), **parts}
     for place, name in enumerate(asked.task.label_names):
         columns[LOGIT + name if name in RESERVED else name] = pa.array(together[:, place], pa.float32())
     write_table(folder / TABLE, columns)

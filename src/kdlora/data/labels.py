@@ -176,10 +176,7 @@ def _numbers(raw: RawTable, column: str) -> pa.Array:
 def _zeros_and_ones(raw: RawTable, column: str) -> npt.NDArray[np.float32]:
     values = raw.table[column]
     if pa.types.is_nested(values.type):
-        raise DataError(
-            f"{raw.source}: {column!r} holds {values.type}; of several label columns each holds 0 and 1, and a column "
-            "of lists is named alone (task.label)"
-        )
+        _refuse_value(raw.where(0), column, values[0])
     strings = pc.utf8_lower(values.cast(pa.string()))
     refuse_missing(raw, column, pc.is_in(strings, pa.array(["", "nan", None])))
     one = pc.is_in(strings, pa.array(["1", "1.0", "true"]))

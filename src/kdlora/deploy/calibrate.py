@@ -49,8 +49,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, kind: str) -> Calibr
     if targets.shape != wanted:
         raise DataError(f"expected labels of shape {wanted} for logits of shape {logits.shape}, got {targets.shape}.")
     known = np.arange(2 if kind == "multi-label" else logits.shape[1])
-    if not np.isin(targets, known).all():
-        raise DataError(f"expected labels of 0 to {known[-1]}, got {targets[~np.isin(targets, known)][0]}.")
+    if len(strange := targets[~np.isin(targets, known)]):
+        raise DataError(f"expected labels of 0 to {known[-1]}, got {strange[0]}.")
     if len(logits) < _LEAST_ROWS:
         raise DataError(f"expected at least {_LEAST_ROWS} validation rows to fit a temperature on, got {len(logits)}.")
     if not np.isfinite(logits).all():

@@ -22,7 +22,7 @@ _ABSOLUTE = re.compile(
     r"(?<![\w/.:<&~])(?:/(?P<top>[\w.+@%-]+)/|[A-Za-z]:\\{1,2})(?:[\w.+@%-]+[/\\]{1,2})*(?P<last>[\w.+@%-]+)"
 )
 _ROOT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-_EXPORTED = ("*.onnx", "*.onnx_data", "*.onnx.data", "openvino_model_quantized.*")
+_EXPORTED = ("*.onnx", "*.onnx_data*", "*.onnx.data", "openvino_model_quantized.*")
 
 
 @dataclass(frozen=True)

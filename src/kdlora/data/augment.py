@@ -41,10 +41,9 @@ _PLACES = pa.list_(pa.int32())
 
 
 def share_copies(task: Task, rows: Dataset, copies: int) -> int | np.ndarray:
-    """Give rows of rare labels more copies than others, so many on average, where that can matter.
+    """Give rows of rare labels more copies, by the roots of their classes' rows, where classes or labels count alike.
 
-    That is where all classes count alike in the score, and where a text has several labels or none. Then a class has a
-    share by the square root of its rows; a row is of its rarest label, and those without any are a class of their own.
+    With several labels a row is of its rarest one, and the rows without any are a class of their own.
     """
     if task.kind != "multi-label" and task.auto_weights is None:
         return copies
@@ -59,20 +58,14 @@ def share_copies(task: Task, rows: Dataset, copies: int) -> int | np.ndarray:
 
 
 def augment_texts(rows: Dataset, copies: int | np.ndarray, *, seed: int = 0) -> Dataset:
-    """Make perturbed copies of texts: words deleted, words replaced by words of the other texts, halves exchanged.
-
-    There are as many of every row, or as `copies` says of each.
-
-    The copies have no label, for a word may have carried it: they are for a teacher, whose answer to a broken text is
-    a signal like any other. What a student lacks under distillation is texts, not labels.
+    """Make copies without labels, for a teacher: words deleted or replaced by words of other texts, halves exchanged.
 
     *Source*: word replacement for distillation, TinyBERT (Jiao et al., arXiv 1909.10351), section 3.3, with words drawn
     by frequency in place of a language model's; deletion, EDA (Wei and Zou, arXiv 1901.11196).
     """
-    names = ["id", *text_columns(rows), *word_columns(rows)]
-    of_row = np.broadcast_to(copies, len(rows))
-    batches = _copies(rows.select_columns(names), of_row, np.random.default_rng(seed))
-    return make_dataset(spool(batches, "copies"), rows.select_columns(names).features)
+    rows = rows.select_columns(["id", *text_columns(rows), *word_columns(rows)])
+    batches = _copies(rows, np.broadcast_to(copies, len(rows)), np.random.default_rng(seed))
+    return make_dataset(spool(batches, "copies"), rows.features)
 
 
 def stored_copies(
@@ -88,28 +81,24 @@ def stored_copies(
         *(hash_columns(part, TEXTS) for part in scored),
     ]
     file = folder / f"{hash_json(made_of)[:16]}.arrow"
-    if not _is_whole(file):
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            if not _is_whole(file):
-                made = keep_unscored(augment_texts(rows, copies, seed=seed), scored)
-                schema = made.features.arrow_schema
-                # Given a path, the writer closes the file some time later, and Windows renames no open file.
-                with (
-                    atomic_file(file) as temporary,
-                    temporary.open("wb") as sink,
-                    pa.ipc.new_stream(sink, schema) as writer,
-                ):
-                    for table in slice_rows(made, made.column_names):
-                        writer.write_table(table.cast(schema))
-                write_text_atomic(file.with_suffix(".sha256"), hash_file(file))
-    stored = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-    return make_dataset(stored, rows.select_columns(["id", *text_columns(rows), *word_columns(rows)]).features)
-
-
-def _is_whole(file: Path) -> bool:
     digest = file.with_suffix(".sha256")
-    return file.is_file() and digest.is_file() and digest.read_text(encoding="utf-8") == hash_file(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        is_noted = file.is_file() and digest.is_file()
+        if not is_noted or digest.read_text(encoding="utf-8") != hash_file(file):
+            made = keep_unscored(augment_texts(rows, copies, seed=seed), scored)
+            schema = made.features.arrow_schema
+            # Given a path, the writer closes the file some time later, and Windows renames no open file.
+            with (
+                atomic_file(file) as temporary,
+                temporary.open("wb") as sink,
+                pa.ipc.new_stream(sink, schema) as writer,
+            ):
+                for table in slice_rows(made, made.column_names):
+                    writer.write_table(table.cast(schema))
+            write_text_atomic(digest, hash_file(file))
+    stored = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    return make_dataset(stored, rows.select_columns(stored.column_names).features)
 
 
 @dataclass(frozen=True)

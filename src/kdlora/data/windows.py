@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -70,28 +70,18 @@ def is_window_settings(values: Any) -> bool:
     return stride is None or (isinstance(stride, int) and not isinstance(stride, bool) and stride >= 0)
 
 
-@dataclass(frozen=True)
-class Windows:
-    """The inputs that a model reads in place of one text, and the place of each word in them.
+class Windows(NamedTuple):
+    """The inputs that a model reads in place of one text, and the place of each word in them."""
 
-    Attributes:
-        tokens: for each window the numbers of its tokens in the encoded text, special tokens at both ends.
-        window: for each word its window; these never fall, so that words in the order of the windows are in that of
-            the text. A word that cannot be seen is in the window of the word before it.
-        place: for each word the place of its first sub-token in that window; -1 where it has no sub-token.
-    """
-
-    tokens: list[Ints]
-    window: Ints
-    place: Ints
+    tokens: list[Ints]  # of each window: numbers of tokens of the encoded text, special tokens at both ends
+    window: Ints  # of each word, never falling; a word that cannot be seen is in that of the word before it
+    place: Ints  # of each word's first sub-token in that window; -1: none
 
 
 def read_windows(offsets: npt.ArrayLike, special: npt.ArrayLike, starts: Any, ends: Any, max_length: int) -> Windows:
-    """Cut an encoded text into windows of at most `max_length` tokens, and find its words in them.
+    """Cut an encoded text into windows, and read each word where its first sub-token is farthest from an edge.
 
-    A word is read in the window in which its first sub-token is farthest from an edge; begin and end of the text are
-    no edges. `offsets` (tokens, 2) and `special` are what a tokenizer says of the whole text, which it encodes with its
-    special tokens; `starts` and `ends` are the words' places in the text's characters.
+    Begin and end of the text are no edges. `offsets` (tokens, 2) and `special` are what a tokenizer says of the text.
     """
     frame = _Frame.of(special, max_length)
     lead, room = frame.lead, frame.room
@@ -142,8 +132,6 @@ def _window_starts(tokens: int, room: int, stride: int) -> Ints:
 def _first_tokens(offsets: Ints, starts: Any, ends: Any) -> Ints:
     """Give each word's first sub-token, or -1: a tokenizer may drop characters."""
     some = np.flatnonzero(offsets[:, 1] > offsets[:, 0])
-    begin, end = offsets[some, 0], np.maximum.accumulate(offsets[some, 1])
-    found = np.searchsorted(end, np.asarray(starts, np.int64), side="right")
-    inside = found < len(some)
-    seen = inside & (begin[np.minimum(found, len(some) - 1)] < np.asarray(ends)) if len(some) else inside
-    return np.where(seen, some[np.minimum(found, len(some) - 1)], -1) if len(some) else np.full(len(found), -1)
+    found = np.searchsorted(np.maximum.accumulate(offsets[some, 1]), np.asarray(starts, np.int64), side="right")
+    tokens, begins = np.append(some, -1), np.append(offsets[some, 0], 0)  # behind the last one there is none
+    return np.where(begins[found] < np.asarray(ends), tokens[found], -1)

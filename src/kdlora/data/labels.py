@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from kdlora.config import Kind, TaskConfig
 from kdlora.data.lines import LINES
+from kdlora.data.logit_table import as_lists, as_offsets
 from kdlora.data.read import RawTable, Source, first_true, is_blank, is_list, is_text
 from kdlora.data.tags import NO_TAG, OUTSIDE, parse_tags
 from kdlora.data.tasks import DEFAULT_METRICS, Task, find_joined, refuse_spellings
@@ -49,30 +50,22 @@ def encode_labels(raw: RawTable, columns: Sequence[str], task: Task, notes: list
     return _as_lists(_list_matrix(raw, columns[0], task.label_names))
 
 
-def encode_tags(raw: RawTable, words: pa.Table, column: str, task: Task) -> pa.ChunkedArray:
+def encode_tags(raw: RawTable, words: pa.Table, column: str, task: Task) -> pa.Array:
     """Encode the tags of the words of every row; a word without one has -100."""
-    encoded = []
-    row = 0
-    for batch in words.to_batches():
-        part = batch["tags"]
-        flat = part.flatten()
-        codes = pc.index_in(flat, pa.array(task.label_names))
-        if (position := first_true(pc.and_(pc.is_null(codes), pc.is_valid(flat)))) is not None:
-            row += int(np.searchsorted(np.cumsum(pc.list_value_length(part)), position, side="right"))
-            where = raw.where(row)
-            if LINES in words.column_names:
-                where = f"{raw.source}, line {batch[LINES].flatten()[position].as_py()}"
-            _refuse_unknown(where, flat[position].as_py()[2:], column, task.label_types)
-        sizes = np.concatenate(([0], np.cumsum(pc.list_value_length(part)))).astype(np.int32)
-        encoded.append(pa.ListArray.from_arrays(sizes, pc.fill_null(codes, NO_TAG).cast(pa.int64())))
-        row += len(part)
-    return pa.chunked_array(encoded, pa.list_(pa.int64()))
+    flat, offsets = pc.list_flatten(words["tags"]), as_offsets(pc.list_value_length(words["tags"]))
+    codes = pc.index_in(flat, pa.array(task.label_names))
+    if (position := first_true(pc.and_(pc.is_null(codes), pc.is_valid(flat)))) is not None:
+        where = raw.where(int(np.searchsorted(offsets, position, side="right")) - 1)
+        if LINES in words.column_names:
+            where = f"{raw.source}, line {pc.list_flatten(words[LINES])[position].as_py()}"
+        _refuse_unknown(where, flat[position].as_py()[2:], column, task.label_types)
+    return as_lists(pc.fill_null(codes, NO_TAG).cast(pa.int64()).combine_chunks(), offsets)
 
 
 def label_strings(raw: RawTable, column: str) -> pa.ChunkedArray:
     values = raw.table[column]
     if column in raw.class_names:
-        return _named_codes(values, raw.class_names[column])
+        return named_codes(values, raw.class_names[column])
     kind = values.type
     if pa.types.is_boolean(kind):
         return pc.if_else(values, "True", "False")
@@ -119,7 +112,7 @@ def as_doubles(raw: RawTable, column: str) -> pa.ChunkedArray:
         raise DataError(f"{where}: the label {column!r} is {value!r}, but a number is expected; {remedy}") from None
 
 
-def _named_codes(codes: pa.ChunkedArray | pa.Array, names: Sequence[str]) -> pa.ChunkedArray | pa.Array:
+def named_codes(codes: pa.ChunkedArray | pa.Array, names: Sequence[str]) -> pa.ChunkedArray | pa.Array:
     """Give the names of codes; a code without a name, such as the Hub's -1 for a hidden label, has none."""
     inside = pc.and_(pc.greater_equal(codes, 0), pc.less(codes, len(names)))
     return pc.take(pa.array(names, pa.string()), pc.if_else(inside, codes, None))
@@ -195,20 +188,19 @@ def _refuse_value(where: str, column: str, value: pa.Scalar) -> NoReturn:
 def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...]) -> npt.NDArray[np.float32]:
     values = pa.concat_arrays(raw.table[column].chunks)
     refuse_missing(raw, column, pc.is_null(values))
-    _refuse_no_lists(raw, column, values.type)
+    _refuse_other_lists(raw, column, values.type)
     lengths = pc.list_value_length(values).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(values)), lengths)
     inner = values.flatten()
     if column in raw.class_names or is_text(inner.type) or pa.types.is_null(inner.type):
         if column in raw.class_names:
-            inner = _named_codes(inner, raw.class_names[column])
+            inner = named_codes(inner, raw.class_names[column])
         codes = pc.index_in(inner.cast(pa.string()), pa.array(names))
         if (position := first_true(pc.is_null(codes))) is not None:
             _refuse_unknown(raw.where(int(rows[position])), inner[position].as_py(), column, names)
         matrix = np.zeros((len(values), len(names)), np.float32)
         matrix[rows, codes.to_numpy(zero_copy_only=False).astype(np.int64)] = 1.0
         return matrix
-    _refuse_nested(raw, column, inner.type)
     for position in np.flatnonzero(lengths != len(names))[:1].tolist():
         raise DataError(
             f"{raw.where(position)}: {column!r} has {lengths[position]} values, but there are {len(names)} labels; "
@@ -219,14 +211,6 @@ def _list_matrix(raw: RawTable, column: str, names: tuple[str, ...]) -> npt.NDAr
     if (position := first_true(pc.invert(allowed))) is not None:
         _refuse_value(raw.where(int(rows[position])), column, inner[position])
     return np.asarray(flat.to_numpy(zero_copy_only=False), np.float32).reshape(len(values), len(names))
-
-
-def _refuse_nested(raw: RawTable, column: str, kind: pa.DataType) -> None:
-    if pa.types.is_nested(kind):
-        spans = "; spans in a text are a task of their own: set task.kind to tokens" if pa.types.is_struct(kind) else ""
-        raise DataError(
-            f"{raw.source}: the lists in {column!r} hold {kind}; expected label names, or 0 and 1, one per label{spans}"
-        )
 
 
 def _as_lists(matrix: npt.NDArray[np.float32]) -> pa.ChunkedArray:
@@ -372,17 +356,22 @@ def _label_names(raw: RawTable, kind: Kind, label: tuple[str, ...], given: tuple
     return _sorted_names(label_strings(raw, column)) if kind == "single-label" else _names_in_lists(raw, column, values)
 
 
-def _refuse_no_lists(raw: RawTable, column: str, kind: pa.DataType) -> None:
+def _refuse_other_lists(raw: RawTable, column: str, kind: pa.DataType) -> None:
+    """Refuse what is no list of plain values."""
     if not is_list(kind):
         raise DataError(
             f"{raw.source}: the task is multi-label, but the column {column!r} holds {kind}; expected a list of label "
             "names or of 0 and 1, or several columns of 0 and 1 (task.label: [A, B, ...])"
         )
+    if pa.types.is_nested(inner := kind.value_type):
+        hint = "; spans in a text are a task of their own: set task.kind to tokens" if pa.types.is_struct(inner) else ""
+        raise DataError(
+            f"{raw.source}: the lists in {column!r} hold {inner}; expected label names, or 0 and 1, one per label{hint}"
+        )
 
 
 def _names_in_lists(raw: RawTable, column: str, values: pa.ChunkedArray) -> tuple[str, ...]:
-    _refuse_no_lists(raw, column, values.type)
-    _refuse_nested(raw, column, values.type.value_type)
+    _refuse_other_lists(raw, column, values.type)
     if is_text(values.type.value_type):
         return _sorted_names(pc.list_flatten(values))
     lengths = pc.unique(pc.drop_null(pc.list_value_length(values)))

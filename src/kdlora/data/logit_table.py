@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -274,7 +275,7 @@ def as_lists(values: pa.Array, offsets: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
 
 
-def as_offsets(lengths: np.ndarray) -> np.ndarray:
+def as_offsets(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """Give the offsets of the words of examples that have so many."""
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdlora.config import TaskConfig
-from kdlora.data.labels import KNOWN_COLUMNS
+from kdlora.data.labels import KNOWN_COLUMNS, named_codes
 from kdlora.data.lines import LINES
+from kdlora.data.logit_table import as_lists, as_offsets
 from kdlora.data.read import RawTable, Source, first_true, is_list, is_text
 from kdlora.data.spool import spool
 from kdlora.data.tags import (
@@ -136,8 +137,7 @@ def _flatten(raw: RawTable, column: str, what: str) -> tuple[pa.ChunkedArray, In
     lists = raw.table[column]
     if (position := first_true(pc.is_null(lists))) is not None:
         raise DataError(f"{raw.where(position)}: no {what} in column {column!r}; remove the row, or give it some")
-    lengths = pc.list_value_length(lists).to_numpy().astype(np.int64)
-    return pc.list_flatten(lists), np.concatenate(([0], np.cumsum(lengths)))
+    return pc.list_flatten(lists), as_offsets(pc.list_value_length(lists))
 
 
 def _without_language(raw: RawTable, words: pa.ChunkedArray, notes: list[str]) -> pa.ChunkedArray:
@@ -168,8 +168,7 @@ def _flat_tags(raw: RawTable, label: str, offsets: Integers) -> pa.ChunkedArray:
             f"{label!r}; every word needs one"
         )
     if label in raw.class_names:
-        inside = pc.and_(pc.greater_equal(tags, 0), pc.less(tags, len(raw.class_names[label])))
-        return pc.take(pa.array(raw.class_names[label], pa.string()), pc.if_else(inside, tags, None))
+        return named_codes(tags, raw.class_names[label])
     if not (is_text(kind.value_type) or pa.types.is_null(kind.value_type)):
         raise DataError(
             f"{raw.source}: the tags in {label!r} are {kind.value_type}, and nothing says which is which; write them "
@@ -186,7 +185,7 @@ def _without_blanks(
     if count := pc.sum(blank).as_py():
         kept = pc.invert(blank)
         columns = {name: column.filter(kept) for name, column in columns.items()}
-        offsets = np.concatenate(([0], np.cumsum(kept.to_numpy())))[offsets]
+        offsets = as_offsets(kept)[offsets]
         notes.append(f"{raw.source}: {count} words of white space alone were left out.")
     for row in np.flatnonzero(np.diff(offsets) == 0)[:1].tolist():
         raise DataError(f"{raw.where(row)}: no words; remove the row")
@@ -197,8 +196,7 @@ def _in_iob2(
     raw: RawTable, columns: dict[str, pa.ChunkedArray], offsets: Integers, label: str, notes: list[str]
 ) -> pa.Array:
     """Bring the tags of a file into IOB2; another scheme, and what was repaired, is noted."""
-    encoded = columns["tags"].combine_chunks().dictionary_encode()
-    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+    encoded = columns["tags"].dictionary_encode().combine_chunks()
     distinct, codes = encoded.dictionary.to_pylist(), pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
     parsed = parse_tags(distinct)
     if strange := [code for code, tag in enumerate(distinct) if tag not in parsed]:
@@ -245,18 +243,12 @@ def _batches_of_words(columns: dict[str, pa.ChunkedArray], offsets: Integers) ->
     lengths = pc.utf8_length(columns["words"]).to_numpy().astype(np.int64)
     ends = np.cumsum(lengths + 1)
     ends -= np.repeat(np.concatenate(([0], ends))[offsets[:-1]], np.diff(offsets)) + 1
-    flat = {"starts": pa.array(ends - lengths, pa.int32()), "ends": pa.array(ends, pa.int32()), **columns}
+    flat = pa.table({"starts": pa.array(ends - lengths, pa.int32()), "ends": pa.array(ends, pa.int32()), **columns})
     for start in range(0, len(offsets) - 1, _ROWS):
         edges = offsets[start : start + _ROWS + 1]
-        places = pa.array(edges - edges[0], pa.int32())
-        part = {name: _lists(column.slice(edges[0], edges[-1] - edges[0]), places) for name, column in flat.items()}
+        words = flat.slice(edges[0], edges[-1] - edges[0])
+        part = {name: as_lists(words[name].combine_chunks(), edges - edges[0]) for name in flat.column_names}
         yield pa.record_batch({"text": pc.binary_join(part.pop("words"), " "), **part})
-
-
-def _lists(values: pa.Array | pa.ChunkedArray, places: pa.Array) -> pa.ListArray:
-    if isinstance(values, pa.ChunkedArray):
-        values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
-    return pa.ListArray.from_arrays(places, values)
 
 
 def _batches_of_texts(raw: RawTable, text: str, label: str | None, cut: list[bool]) -> Iterator[pa.RecordBatch]:
@@ -274,10 +266,10 @@ def _batches_of_texts(raw: RawTable, text: str, label: str | None, cut: list[boo
             found.append(_words_of(raw, row, values, text, label, cut))
             row += 1
         names = ("starts", "ends", "tags")[: 2 if label is None else 3]
-        places = pa.array(np.cumsum([0, *(len(starts) for starts, _, _ in found)]), pa.int32())
+        offsets = as_offsets([len(starts) for starts, _, _ in found])
         kinds = (pa.int32(), pa.int32(), pa.string())
         flat = (pa.array(chain.from_iterable(one[place] for one in found), kinds[place]) for place in range(len(names)))
-        parts = {name: _lists(part, places) for name, part in zip(names, flat, strict=True)}
+        parts = {name: as_lists(part, offsets) for name, part in zip(names, flat, strict=True)}
         yield pa.record_batch({"text": batch.column(0).cast(pa.string()), **parts})
 
 

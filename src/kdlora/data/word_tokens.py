@@ -14,7 +14,7 @@ from datasets import Dataset, Features
 
 from kdlora.data.logit_table import as_lists, as_offsets
 from kdlora.data.spool import make_dataset, read_column, slice_rows, spool
-from kdlora.data.tags import NO_TAG, split_words
+from kdlora.data.tags import NO_TAG, Integers, split_words
 from kdlora.data.windows import WindowSettings, read_windows
 from kdlora.errors import ModelError
 
@@ -23,7 +23,6 @@ WORDS = ("starts", "ends")
 GIVEN = "given"
 READ = {"windows": pa.list_(pa.int32()), "places": pa.list_(pa.int32())}
 """Of a tokenised row: the tokens of each window, and the place of each word among the tokens of all; -1: not seen."""
-Integers = npt.NDArray[np.int64]
 
 
 def word_columns(dataset: Dataset) -> list[str]:

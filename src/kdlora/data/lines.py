@@ -54,7 +54,7 @@ class RowError(ValueError):
     """A line beyond the limit, or one that holds something else; those after it can be read."""
 
 
-class _Lines:
+class _Lines(Iterator[str]):
     """Iterates over the lines of a stream, and goes on after an error, which a generator cannot."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -62,9 +62,6 @@ class _Lines:
         self.ended = False
         self.first = ""
         """The first line of a row of CSV, whose values may hold line breaks."""
-
-    def __iter__(self) -> _Lines:
-        return self
 
     def __next__(self) -> str:
         line = self._stream.readline(MOST_CHARACTERS + 1)

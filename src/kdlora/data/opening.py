@@ -165,10 +165,10 @@ def _with_hub_columns(source: Source, glue: GlueTask | None) -> Source:
     taken = {*found, *found.values()}
 
     def read(wanted: tuple[str, ...]) -> RawTable:
-        raw = source.read(tuple(found.get(column, column) for column in wanted))
-        names = {column: raw.class_names.get(found.get(column, column)) for column in wanted}
-        known = {column: values for column, values in names.items() if values}
-        return replace(raw, table=raw.table.rename_columns(list(wanted)), class_names=known)
+        owned = {column: found.get(column, column) for column in wanted}
+        raw = source.read(tuple(owned.values()))
+        named = {column: raw.class_names[own] for column, own in owned.items() if own in raw.class_names}
+        return replace(raw, table=raw.table.rename_columns(list(wanted)), class_names=named)
 
     return replace(source, columns=(*found, *(name for name in source.columns if name not in taken)), read=read)
 

@@ -50,8 +50,7 @@ class RawTable:
         """Name a row for a message; rows are counted from 1 and a header does not count. A sentence's is its line."""
         if LINES in self.table.column_names:
             return f"{self.source}, line {self.table[LINES][position][0].as_py()}"
-        row = position if self.rows is None else self.rows[position].as_py()
-        return f"{self.source}, row {row + 1}"
+        return f"{self.source}, row {self.numbers[position].as_py() + 1}"
 
     def drop(self, mask: pa.ChunkedArray) -> RawTable:
         """Drop the rows where `mask` is true; the others keep their row number."""
@@ -99,9 +98,9 @@ def open_file(
     if form == "parquet":
         return _open_parquet(file)
     if form is not None and (form != "text" or plain):
-        rows = _RowFile(file, form, header, benchmark and form != "jsonl")
+        rows = _RowFile(file, form, header, benchmark)
         columns = rows.columns(None if every_key else _LOOKED_AT)
-        return Source(str(file), columns, lru_cache(maxsize=1)(rows.read), rows.benchmark, plain=form == "text")
+        return Source(str(file), columns, lru_cache(maxsize=1)(rows.read), benchmark, plain=form == "text")
     raise DataError(
         f"{file} ({key}): unknown kind of file {extension!r}; expected one of {', '.join(EXTENSIONS)} "
         "(a word and its tag on each line)." + did_you_mean(extension, EXTENSIONS)

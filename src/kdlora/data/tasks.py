@@ -181,9 +181,7 @@ _CORRELATIONS = ("pearson", "spearman")
 _TABLE = (
     GlueTask("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("matthews",), headerless=_COLA_COLUMNS),
     GlueTask("sst2", "SST-2", ("sentence",), ("negative", "positive")),
-    GlueTask(
-        "mrpc", "MRPC", _SENTENCES, ("not_equivalent", "equivalent"), _F1, file_text=_STRINGS, file_label="Quality"
-    ),
+    GlueTask("mrpc", "MRPC", _SENTENCES, _PARAPHRASE, _F1, file_text=_STRINGS, file_label="Quality"),
     GlueTask("stsb", "STS-B", _SENTENCES, ("label",), _CORRELATIONS, "regression", file_label="score"),
     GlueTask("qqp", "QQP", ("question1", "question2"), _DUPLICATE, _F1, file_label="is_duplicate"),
     GlueTask("mnli", "MNLI", _PREMISE, _THREE_WAY, file_text=_SENTENCES, file_label="gold_label", files=_MNLI_FILES),
@@ -253,11 +251,9 @@ def find_label(name: str, names: Sequence[str], key: str) -> int:
 
 def named_weights(task: Task, given: OpenClassWeights | None) -> dict[int, float]:
     """Give the class weights that a config names, by column; `auto` and `balanced` name none."""
-    if given is None or given == "auto":
-        return {}
-    if task.kind == "regression":
+    if given not in (None, "auto") and task.kind == "regression":
         raise ConfigError("train.class_weights: a regression has no classes; leave it out")
-    if given == "balanced":
+    if given is None or isinstance(given, str):
         return {}
     return {find_label(name, task.label_names, "train.class_weights"): weight for name, weight in given.items()}
 

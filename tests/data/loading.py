@@ -1,5 +1,7 @@
 """Load splits, or gather why they are refused; twenty texts and their labels."""
 
+from pathlib import Path
+
 import pytest
 from datasets import Dataset
 
@@ -13,6 +15,7 @@ WORDS = ["bad", "good"] * 10
 
 
 def load(task: dict | None = None, **data) -> Splits:
+    data = {name: str(value) if isinstance(value, Path) else value for name, value in data.items()}
     return load_splits(TaskConfig(**(task or {})), DataConfig(**data))
 
 
@@ -28,3 +31,7 @@ def values(dataset: Dataset, name: str) -> list:
 
 def labels(dataset: Dataset) -> list:
     return values(dataset, "label")
+
+
+def words_of(row: dict) -> list[str]:
+    return [row["text"][start:end] for start, end in zip(row["starts"], row["ends"], strict=True)]

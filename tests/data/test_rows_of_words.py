@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from loading import load, refused, words_of
 
-from kdlora.config import DataConfig, TaskConfig
+from experiments import write_lines
 from kdlora.data.augment import augment_texts, keep_unscored
 from kdlora.data.batches import tokenise
-from kdlora.data.load import Splits, load_examples, load_splits
+from kdlora.data.load import Splits, load_examples
 from kdlora.data.spool import label_array
 from kdlora.data.tags import split_words
 from kdlora.data.word_tokens import split_row, word_offsets, words_seen
-from kdlora.errors import DataError
-from sentences import tagged_rows, write_conll, write_words
+from sentences import tagged_rows, write_conll
 from tiny import train_tokenizer
 
 SPAN = {"start": 0, "end": 3, "label": "PER"}
@@ -26,8 +26,7 @@ def splits(tmp_path) -> Splits:
     train = write_conll(tmp_path / "train.conll", tagged_rows(40))
     test = write_conll(tmp_path / "test.conll", tagged_rows(20, seed=1))
     (tmp_path / "more.txt").write_text("the music, in Paris\nwhat a film\n", encoding="utf-8")
-    data = DataConfig(train=str(train), test=str(test), unlabelled=str(tmp_path / "more.txt"), augment=2)
-    return load_splits(TaskConfig(), data)
+    return load(train=train, test=test, unlabelled=tmp_path / "more.txt", augment=2)
 
 
 def test_a_conll_file_becomes_texts_with_words_and_the_kind_is_inferred(splits):
@@ -35,27 +34,30 @@ def test_a_conll_file_becomes_texts_with_words_and_the_kind_is_inferred(splits):
     assert (splits.task.kind, splits.task.label_names, splits.task.metrics) == ("tokens", NAMES, ("entity_f1",))
     assert splits.task.label_types == ("BAD", "GOOD", "PLACE")
     for row, wanted in zip(splits.test, tagged_rows(20, seed=1), strict=True):
-        words = [row["text"][start:end] for start, end in zip(row["starts"], row["ends"], strict=True)]
-        assert words == wanted["words"]
+        assert words_of(row) == wanted["words"]
         assert [NAMES[tag] for tag in row["label"]] == wanted["tags"]
     assert np.array_equal(label_array(splits.test), [tag for row in splits.test["label"] for tag in row])
 
 
-def test_unlabelled_texts_are_split_and_copies_have_words_where_they_say(splits):
+def test_unlabelled_texts_are_split_and_copies_have_words_where_they_say(splits, tmp_path):
     """Silent failure: copies whose words lie beside where they should, which a teacher answers all the same."""
-    plain = [row for row in splits.unlabelled if "~" not in row["id"]]
-    assert [[row["text"][a:b] for a, b in zip(row["starts"], row["ends"], strict=True)] for row in plain] == [
-        ["the", "music", ",", "in", "Paris"],
-        ["what", "a", "film"],
-    ]
+    plain = [words_of(row) for row in splits.unlabelled if "~" not in row["id"]]
+    assert plain == [["the", "music", ",", "in", "Paris"], ["what", "a", "film"]]
     known = {word for row in tagged_rows(40) for word in row["words"]}
     copies = [row for row in splits.unlabelled if "~" in row["id"]]
     assert len(copies) == splits.copies > 40
     for row in copies:
-        words = [row["text"][start:end] for start, end in zip(row["starts"], row["ends"], strict=True)]
-        assert set(words) <= known
-        assert row["text"] == " ".join(words)
+        assert set(words_of(row)) <= known
+        assert row["text"] == " ".join(words_of(row))
     assert "label" not in splits.unlabelled.column_names
+
+    # Punctuation that stands alone in every copy, as it does in no text of the user's.
+    row = {"text": "well, said (Paris)!", "spans": [{"start": 12, "end": 17, "label": "PLACE"}]}
+    train = load(train=write_lines(tmp_path / "train.jsonl", [row] * 8)).train
+    texts = augment_texts(train, 30)["text"]
+    assert any("(Paris)" in text for text in texts)
+    assert any("well," in text for text in texts)
+    assert not any(" ," in text or "saidParis" in text for text in texts)
 
 
 def test_a_scored_text_is_known_whatever_its_spaces():
@@ -66,48 +68,36 @@ def test_a_scored_text_is_known_whatever_its_spaces():
     assert keep_unscored(rows, [scored])["text"][:] == ["Ada"]
 
 
-def test_a_test_split_without_tags_is_left_out(tmp_path):
+@pytest.mark.parametrize("blind", [[-1, -1], []])
+def test_a_test_split_without_tags_is_left_out(tmp_path, blind):
     """A blind split of -1 gave every arm a test score of 0, and one of empty lists ended the run."""
     features = Features({"words": List(Value("string")), "tags": List(ClassLabel(names=["O", "B-X", "I-X"]))})
     rows = [{"words": ["Ada", "met"], "tags": [1, 0]}, {"words": ["Alan"], "tags": [1]}]
-    for blind in ([-1, -1], []):
-        parts = {"train": rows, "validation": rows, "test": [{"words": ["a", "b"], "tags": blind}]}
-        saved = {name: Dataset.from_list(part, features=features) for name, part in parts.items()}
-        DatasetDict(saved).save_to_disk(tmp_path / str(len(blind)))
-        assert load_splits(TaskConfig(), DataConfig(path=str(tmp_path / str(len(blind))))).test is None
+    parts = {"train": rows, "validation": rows, "test": [{"words": ["a", "b"], "tags": blind}]}
+    saved = {name: Dataset.from_list(part, features=features) for name, part in parts.items()}
+    DatasetDict(saved).save_to_disk(tmp_path)
+    assert load(path=tmp_path).test is None
 
 
 def test_training_words_are_cut_as_those_of_a_served_text(tmp_path):
     """Silent failure: a model that has learnt of `#Oslo` as one word marks `#` alone, or `Oslo`, where it is served."""
-    words = ["in", "#Oslo", "U.S.", "Áda-Lee", "x y", "."]
+    words = ["in", "#Oslo", "U.S.", "Áda-Lee", "x y", "."]
     tags = ["O", "B-LOC", "I-LOC", "B-PER", "O", "O"]
-    for name in ("train", "validation"):
-        write_conll(tmp_path / f"{name}.conll", [{"words": words, "tags": tags}] * 3)
-    data = DataConfig(train=str(tmp_path / "train.conll"), validation=str(tmp_path / "validation.conll"))
-    splits = load_splits(TaskConfig(), data)
+    file = write_conll(tmp_path / "a.conll", [{"words": words, "tags": tags}] * 3)
+    splits = load(train=file, validation=file)
     row = splits.train[1]
     assert (row["starts"], row["ends"]) == split_words(row["text"])
-    parts = [row["text"][start:end] for start, end in zip(row["starts"], row["ends"], strict=True)]
-    assert parts == ["in", "#", "Oslo", "U", ".", "S", ".", "Áda", "-", "Lee", "x", "y", "."]
-    assert [splits.task.label_names[tag] for tag in row["label"]] == (
-        ["O", "B-LOC", "I-LOC", "I-LOC", "I-LOC", "I-LOC", "I-LOC", "B-PER", "I-PER", "I-PER", "O", "O", "O"]
-    )
-    assert row["given"] == [True, True, False, True, False, False, False, True, False, False, True, False, True]
+    parts = [  # each with its tag, and whether it begins a word of the file
+        *(("in", "O", True), ("#", "B-LOC", True), ("Oslo", "I-LOC", False)),
+        *(("U", "I-LOC", True), (".", "I-LOC", False), ("S", "I-LOC", False), (".", "I-LOC", False)),
+        *(("Áda", "B-PER", True), ("-", "I-PER", False), ("Lee", "I-PER", False)),
+        *(("x", "O", True), ("y", "O", False), (".", "O", True)),
+    ]
+    tags = [splits.task.label_names[tag] for tag in row["label"]]
+    assert [*zip(words_of(row), tags, row["given"], strict=True)] == parts
     assert any(note.startswith("12 of 18 training words are several") for note in splits.notes)
-    whole = splits.validation[0]
-    assert [whole["text"][a:b] for a, b in zip(whole["starts"], whole["ends"], strict=True)] == words
+    assert words_of(splits.validation[0]) == words
     assert "given" not in splits.validation.column_names
-
-
-def test_a_copy_keeps_words_together_that_have_no_space_between_them(tmp_path):
-    """Silent failure: punctuation stands alone in every copy, as it does in no text of the user's."""
-    row = {"text": "well, said (Paris)!", "spans": [{"start": 12, "end": 17, "label": "PLACE"}]}
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row | {"id": name}) + "\n" for name in "abcdefgh"))
-    train = load_splits(TaskConfig(), DataConfig(train=str(tmp_path / "train.jsonl"))).train
-    texts = augment_texts(train, 30)["text"]
-    assert any("(Paris)" in text for text in texts)
-    assert any("well," in text for text in texts)
-    assert not any(" ," in text or "saidParis" in text for text in texts)
 
 
 def test_words_are_found_in_windows_as_in_one(splits):
@@ -139,15 +129,13 @@ def test_words_are_found_in_windows_as_in_one(splits):
 )
 def test_the_kind_is_inferred_from_what_the_columns_hold(tmp_path, name, content, task, types):
     """Silent failure: numbers learnt as words; and no failure where a list of spans says what the task is."""
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}-{name}").write_text(content)
-    data = DataConfig(train=str(tmp_path / f"train-{name}"), validation=str(tmp_path / f"validation-{name}"))
-    splits = load_splits(TaskConfig(**task), data)
+    file = tmp_path / name
+    file.write_text(content)
+    splits = load(task, train=file, validation=file)
     assert (splits.task.label_types, splits.train[0]["text"]) == (types, "Ada met")
     assert any("the first column counts the words" in note for note in splits.notes) == content.startswith("1")
     if "[" in content:
-        with pytest.raises(DataError, match=r"set task.kind to tokens"):
-            load_splits(TaskConfig(kind="multi-label"), data)
+        assert "set task.kind to tokens" in refused({"kind": "multi-label"}, train=file, validation=file)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "multi-label"])
@@ -156,10 +144,9 @@ def test_a_drawn_row_that_alone_has_a_label_stays_in_training(tmp_path, kind):
     rows = [{"words": ["x", name], "tags": ["O", f"B-{name}"]} for name in ("A", "B", "C", "D", *"E" * 36)]
     if kind == "multi-label":
         rows = [{"text": row["words"][1], "labels": row["tags"]} for row in rows]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = write_lines(tmp_path / "train.jsonl", rows)
     for seed in range(5):
-        data = DataConfig(train=str(tmp_path / "train.jsonl"), validation_fraction=0.5, split_seed=seed)
-        splits = load_splits(TaskConfig(), data)
+        splits = load(train=file, validation_fraction=0.5, split_seed=seed)
         ids = sorted([*splits.train["id"], *splits.validation["id"]], key=int)
         assert ids == [str(row) for row in range(40)]
         assert {"0", "1", "2", "3"} <= set(splits.train["id"])
@@ -168,36 +155,30 @@ def test_a_drawn_row_that_alone_has_a_label_stays_in_training(tmp_path, kind):
 
 def test_a_split_of_few_entities_is_told_of_and_one_of_none_refused(tmp_path):
     """Silent failure: every model scores 0 on a validation file without entities, and the first one is shipped."""
-    rows = tagged_rows(60)
-    train, none = (write_conll(tmp_path / name, rows) for name in ("train.conll", "none.conll"))
-    none.write_text("just\tO\nwords\tO\n")
-    few = write_words(tmp_path / "few.jsonl", tagged_rows(3))
-    with pytest.raises(DataError, match="the validation split holds no entity"):
-        load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(none)))
-    splits = load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(few), test=str(none)))
+    train = write_conll(tmp_path / "train.conll", tagged_rows(60))
+    none = write_conll(tmp_path / "none.conll", [{"words": ["just", "words"], "tags": ["O", "O"]}])
+    few = write_lines(tmp_path / "few.jsonl", tagged_rows(3))
+    assert "the validation split holds no entity" in refused(train=train, validation=none)
+    splits = load(train=train, validation=few, test=none)
     told = [note.split(";")[0] for note in splits.notes if "a score on so few" in note]
     count = sum(tag.startswith("B-") for row in tagged_rows(3) for tag in row["tags"])
     assert told == [f"The validation split holds {count} entities", "The test split holds 0 entities"]
-    splits = load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(train), test=str(few)))
-    assert not any("a score on so few" in note for note in splits.notes)
+    assert not any("a score on so few" in note for note in load(train=train, validation=train, test=few).notes)
 
 
 def test_types_that_training_lacks_are_refused_by_row(tmp_path):
     """Silent failure: entities of a type that no output stands for count as nothing, and the score looks fine."""
-    train = write_words(tmp_path / "train.jsonl", tagged_rows(30))
+    train = write_lines(tmp_path / "train.jsonl", tagged_rows(30))
     rows = [*tagged_rows(2, seed=1), {"words": ["Anna", "said"], "tags": ["B-PERSON", "O"]}]
-    other = write_words(tmp_path / "other.jsonl", rows)
-    with pytest.raises(DataError, match=r"other.jsonl, row 3: the label 'PERSON'.*BAD"):
-        load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(other)))
+    message = refused(train=train, validation=write_lines(tmp_path / "other.jsonl", rows))
+    assert "other.jsonl, row 3: the label 'PERSON'" in message
+    assert "BAD" in message
     named = tmp_path / "other.conll"
     named.write_text("in\tO\n\tO\nParis\tB-PLACE\n\nsaid\tO\n\tO\nAnna\tB-PERSON\n")
-    with pytest.raises(DataError, match=r"other.conll, line 7: the label 'PERSON'"):
-        load_splits(TaskConfig(), DataConfig(train=str(train), validation=str(named)))
-    task = load_splits(TaskConfig(), DataConfig(train=str(train))).task
-    assert load_examples(str(train), task, labelled=True).num_rows == 30
+    assert "other.conll, line 7: the label 'PERSON'" in refused(train=train, validation=named)
+    assert load_examples(str(train), load(train=train).task, labelled=True).num_rows == 30
 
     # Names are matched without case, so a student of the trained teacher would be refused, hours later.
     named.write_text("Paris\tB-PLACE\nOslo\tB-place\n")
     for names in (None, ("PLACE", "place")):
-        with pytest.raises(DataError, match=r"'PLACE', 'place' \(tags\) differ only in case"):
-            load_splits(TaskConfig(label_names=names), DataConfig(train=str(named)))
+        assert "'PLACE', 'place' (tags) differ only in case" in refused({"label_names": names}, train=named)

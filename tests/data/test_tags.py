@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import List as Listed
+from loading import words_of
 
 from kdlora.config import TaskConfig
 from kdlora.data.read import open_dataset, open_file
@@ -55,11 +56,7 @@ def rows_of(source, task=None):
     assert columns is not None
     notes: list[str] = []
     rows = read_token_rows(source.read(columns), *columns, notes).to_pylist()
-    words = [
-        [(row["text"][start:end], tag) for start, end, tag in zip(row["starts"], row["ends"], row["tags"], strict=True)]
-        for row in rows
-    ]
-    found = [" ".join(f"{word}/{tag}" for word, tag in row) for row in words]
+    found = [" ".join(f"{word}/{tag}" for word, tag in zip(words_of(row), row["tags"], strict=True)) for row in rows]
     return found, [note.replace(source.name, "FILE") for note in notes]
 
 
@@ -79,15 +76,13 @@ def read_tags(read):
     return reading
 
 
-@pytest.mark.parametrize("scheme", WRITTEN)
-def test_every_scheme_says_the_same_spans(read_tags, scheme):
+def test_every_scheme_says_the_same_spans(read_tags):
     """A scheme that is read as another merges two names side by side, cuts one in two, or makes two types of one."""
-    told = scheme[:4] if scheme[:3] == "IOB" and scheme != "IOBES" else "BILOU"
-    assert read_tags(WRITTEN[scheme]) == ([WRITTEN["IOB2"]], [f"FILE: tags in {told}."] * (told != "IOB2"))
+    for scheme, tags in WRITTEN.items():
+        told = scheme[:4] if scheme[:3] == "IOB" and scheme != "IOBES" else "BILOU"
+        assert read_tags(tags) == ([WRITTEN["IOB2"]], [f"FILE: tags in {told}."] * (told != "IOB2")), scheme
 
-
-def test_tags_without_beginnings_and_of_two_schemes(read_tags):
-    """Prefixes that are missing would make of every word of a name a name of its own."""
+    # Prefixes that are missing would make of every word of a name a name of its own.
     for tags in ("I-PER I-PER O I-LOC I-PER", "PER PER O LOC PER"):
         assert read_tags(tags) == (["B-PER I-PER O B-LOC B-PER"], ["FILE: tags in IO."])
     for tags, found in (
@@ -176,13 +171,11 @@ def test_any_spans_come_back_as_they_went_in():
         ]
 
 
-def test_a_mark_stays_with_its_letter():
+def test_a_mark_stays_with_its_letter(read):
     """A span that ends before an accent would teach that the accent is no part of a name."""
-    text = "Jose\u0301s o\u0301 Ana"
     spans = [{"start": start, "end": end, "label": "P"} for start, end in ((0, 4), (4, 7), (10, 13))]
-    starts, ends, tags = tags_from_spans(text, check_spans(spans, len(text), "here"), "here")
-    found = [f"{text[a:b]}/{tag}" for a, b, tag in zip(starts, ends, tags, strict=True)]
-    assert found == ["Jose\u0301/B-P", "s/B-P", "o\u0301/O", "Ana/B-P"]
+    found, _ = read("a.jsonl", lines({"text": "Jose\u0301s o\u0301 Ana", "spans": spans}))
+    assert found == ["Jose\u0301/B-P s/B-P o\u0301/O Ana/B-P"]
 
 
 NEWS = "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\n\nAnn NNP B-PER\nLee NNP I-PER\n"
@@ -250,17 +243,12 @@ def test_words_and_tags_of_json_parquet_and_data_sets(read, tmp_path):
     assert rows_of(open_file(tmp_path / "a.parquet", "data.train"))[0] == expected
 
 
-def test_texts_with_spans(read):
-    """A row without spans, in a file where the first thousands have none, has words that are all outside."""
-    rows = [{"text": "Go on", "spans": []}] * 5000
-    found, notes = read(
-        "a.jsonl", lines(*rows, {"text": "Ann Lee's", "spans": [{"start": 0, "end": 7, "label": "PER"}]}), kind="auto"
-    )
-    assert (found[0], found[-1], len(found), notes) == ("Go/O on/O", "Ann/B-PER Lee/I-PER '/O s/O", 5001, [])
-
-
-def test_spans_as_other_tools_write_them(read):
+def test_texts_with_spans_as_other_tools_write_them(read):
     """An entity that is refused for its spelling, or read twice, or as another type because of a space."""
+    rows = [{"text": "Go on", "spans": []}] * 5000  # so that the first thousands have none
+    last = {"text": "Ann Lee's", "spans": [{"start": 0, "end": 7, "label": "PER"}]}
+    found, notes = read("a.jsonl", lines(*rows, last), kind="auto")
+    assert (found[0], found[-1], len(found), notes) == ("Go/O on/O", "Ann/B-PER Lee/I-PER '/O s/O", 5001, [])
     spans = [
         {"start": 0, "end": 3, "label": "PER "},
         {"start_offset": 0, "end_offset": 3, "type": "PER"},
@@ -294,25 +282,21 @@ def test_offsets_that_are_not_those_of_characters(read):
             assert read("a.jsonl", lines(row))[1] == [note.format(1, 1)] * cut, text
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
+def test_other_tasks_are_not_taken_for_tokens(tmp_path):
+    """A task of labels would turn into one of words because of a column's name."""
+    file = tmp_path / "a.jsonl"
+    for row in (
         {"text": "good", "label": ["joy", "love"]},
         {"tokens": "good", "label": "positive"},
         {"words": ["good"], "topic": "x"},
         {"text": "good", "label": "positive", "entities": [{"name": "Ada"}]},
-    ],
-)
-def test_other_tasks_are_not_taken_for_tokens(tmp_path, row):
-    """A task of labels would turn into one of words because of a column's name."""
-    (tmp_path / "a.jsonl").write_text(lines(row), encoding="utf-8")
-    assert infer_token_columns(open_file(tmp_path / "a.jsonl", "data.train"), TaskConfig()) is None
+    ):
+        file.write_text(lines(row))
+        assert infer_token_columns(open_file(file, "data.train"), TaskConfig()) is None, row
 
-
-def test_a_label_beside_spans_is_not_passed_over(tmp_path):
-    """Names would be learnt where classes were meant, and nothing be said of the classes."""
-    (tmp_path / "a.jsonl").write_text(lines({"text": "good", "label": "a", "entities": [SPAN]}), encoding="utf-8")
-    source = open_file(tmp_path / "a.jsonl", "data.train")
+    # Names would be learnt where classes were meant, and nothing be said of the classes.
+    file.write_text(lines({"text": "good", "label": "a", "entities": [SPAN]}))
+    source = open_file(file, "data.train")
     with pytest.raises(DataError, match=r"both 'entities' .* and 'label' .* task.kind to tokens, or task.label to"):
         infer_token_columns(source, TaskConfig())
     assert infer_token_columns(source, TaskConfig(label="label")) is None

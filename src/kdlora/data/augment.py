@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,42 +100,35 @@ def stored_copies(
     return make_dataset(stored, rows.select_columns(stored.column_names).features)
 
 
-@dataclass(frozen=True)
-class _Words:
-    """The words of texts as numbers, since a list of strings takes fifty bytes a word.
+def _number_words(rows: Dataset) -> tuple[list[Any], np.ndarray, dict[str, np.ndarray]]:
+    """Give the words, their numbers text after text, as strings take fifty bytes, and per column where texts end.
 
     A word that the data has marked in a text comes in a pair, after whether white space stands before it.
     """
-
-    known: list[Any]
-    numbers: np.ndarray  # of all words, text after text; a frequent word is in it often
-    ends: dict[str, np.ndarray]  # where each text ends, per column
-
-    @classmethod
-    def of(cls, rows: Dataset) -> _Words:
-        known: dict[Any, int] = {}
-        numbers = array("i")
-        ends = {}
-        for name in text_columns(rows):
-            found = array("q", [len(numbers)])
-            for table in slice_rows(rows, [name, *word_columns(rows)]):
-                for text, *marked in zip(*(column.to_pylist() for column in table.columns), strict=True):
-                    words = _marked_words(text, *marked) if marked else _words(text)
-                    numbers.extend(known.setdefault(word, len(known)) for word in words)
-                    found.append(len(numbers))
-            ends[name] = np.asarray(found)
-        return cls(list(known), np.asarray(numbers), ends)
-
-    def text(self, name: str, row: int) -> list[Any]:
-        start, end = self.ends[name][row : row + 2]
-        return [self.known[number] for number in self.numbers[start:end]]
-
-    def drawn(self, draw: np.random.Generator) -> Any:
-        return self.known[self.numbers[int(draw.integers(len(self.numbers)))]]
+    known: dict[Any, int] = {}
+    numbers = array("i")
+    ends = {}
+    for name in text_columns(rows):
+        found = array("q", [len(numbers)])
+        for table in slice_rows(rows, [name, *word_columns(rows)]):
+            for text, *marked in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                words = _marked_words(text, *marked) if marked else _words(text)
+                numbers.extend(known.setdefault(word, len(known)) for word in words)
+                found.append(len(numbers))
+        ends[name] = np.asarray(found)
+    return list(known), np.asarray(numbers), ends
 
 
 def _copies(rows: Dataset, of_row: np.ndarray, draw: np.random.Generator) -> Iterator[pa.RecordBatch]:
-    words = _Words.of(rows)
+    known, numbers, ends = _number_words(rows)
+
+    def words_of(name: str, row: int) -> list[Any]:
+        start, end = ends[name][row : row + 2]
+        return [known[number] for number in numbers[start:end]]
+
+    def drawn() -> Any:
+        return known[numbers[int(draw.integers(len(numbers)))]]
+
     schema = pa.schema([(name, _PLACES if name in WORDS else pa.string()) for name in rows.column_names])
     for copy in range(1, int(of_row.max(initial=0)) + 1):
         start = 0
@@ -145,11 +137,11 @@ def _copies(rows: Dataset, of_row: np.ndarray, draw: np.random.Generator) -> Ite
             wanted = np.flatnonzero(of_row[start : start + len(table)] >= copy)
             for row, identity in zip((wanted + start).tolist(), table["id"].take(wanted).to_pylist(), strict=True):
                 made["id"].append(f"{identity}~{copy}")
-                for name in words.ends:
+                for name in ends:
                     echo = name == "text_pair" and draw.random() < ECHOED
-                    own = words.text("text" if echo else name, row)
-                    other = words.text(name, int(draw.integers(len(rows))))
-                    kept, glue = _perturb(own, other, words, draw)
+                    own = words_of("text" if echo else name, row)
+                    other = words_of(name, int(draw.integers(len(rows))))
+                    kept, glue = _perturb(own, other, drawn, draw)
                     found = _join(kept) if "starts" in made else {name: glue.join(kept)}
                     for column, value in found.items():
                         made[column].append(value)
@@ -181,13 +173,15 @@ def _join(words: Sequence[tuple[bool, str]]) -> dict[str, Any]:
     return {"text": text, "starts": starts, "ends": ends}
 
 
-def _perturb(words: Sequence[Any], other: Sequence[Any], known: _Words, draw: np.random.Generator) -> Any:
+def _perturb(
+    words: Sequence[Any], other: Sequence[Any], drawn: Callable[[], Any], draw: np.random.Generator
+) -> tuple[Sequence[Any], str]:
     """Perturb the words of one text, of which something always remains; give them and what joins them."""
     if draw.random() < SPLICED:
         words = [*words[: (len(words) + 1) // 2], *other[len(other) // 2 :]]
     chances = draw.random(len(words))
     kept = [
-        word if chance >= LOST else known.drawn(draw)
+        word if chance >= LOST else drawn()
         for word, chance in zip(words, chances, strict=True)
         if chance >= LOST / 2  # below, the word is deleted
     ]

@@ -35,15 +35,11 @@ INPUTS = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8(
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Examples as token ids, without padding, and with the other columns that they have; `truncated` were cut.
-
-    Where examples have words, or long texts are read in windows, these are not cut: their windows' tokens come one
-    after the other.
-    """
+    """Examples as token ids without padding, those of windows one after the other, with the columns that they had."""
 
     # id, input_ids, token_type_ids (some tokenizers), length in tokens, label, group, teacher_logits, windows, places
     dataset: Dataset
-    truncated: int
+    truncated: int  # examples that were cut
     max_length: int  # in tokens, special ones included
     pool: Pool = "mean"  # how the logits of a text's windows become one row
 
@@ -125,11 +121,10 @@ def share_unknown(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> f
 
 
 class LengthBucketSampler(Sampler[list[int]]):
-    """Draw batches of like length in random order.
+    """Draw batches of like length in random order, which depends on lengths, seed and epoch alone.
 
     Rows are shuffled, cut into chunks, sorted by length within a chunk, and the batches shuffled; the short one comes
-    last. The order depends on the lengths, the seed and the epoch alone. An epoch of more rows than there are takes all
-    of them again and again; of the rows `beside` it has as many as of the others.
+    last. An epoch of more rows than there are takes all of them again and again.
     """
 
     def __init__(
@@ -138,7 +133,6 @@ class LengthBucketSampler(Sampler[list[int]]):
         batch_size: int,
         *,
         seed: int,
-        chunk_batches: int = _CHUNK_BATCHES,
         rows_per_epoch: int | None = None,
         beside: int = 0,
     ) -> None:
@@ -146,7 +140,7 @@ class LengthBucketSampler(Sampler[list[int]]):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size * (2 if beside else 1)
         self.drop_last = False  # accelerate asks
-        self.seed, self.epoch, self.chunk_batches, self.beside = seed, 0, chunk_batches, beside
+        self.seed, self.epoch, self.beside = seed, 0, beside
         self.drawn = len(self.lengths) - beside if rows_per_epoch is None else rows_per_epoch
         self.rows_per_epoch = self.drawn * (2 if beside else 1)
 
@@ -164,7 +158,7 @@ class LengthBucketSampler(Sampler[list[int]]):
             order = np.concatenate([order, first + self._draw(draw, self.beside, self.drawn)])
             draw.shuffle(order)
         full = len(order) // self.batch_size * self.batch_size
-        chunk = self.chunk_batches * self.batch_size
+        chunk = _CHUNK_BATCHES * self.batch_size
         for start in range(0, full, chunk):
             part = order[start : min(start + chunk, full)]
             order[start : start + len(part)] = part[np.argsort(self.lengths[part], kind="stable")]

@@ -348,20 +348,14 @@ def _check_entities(reading: Reading, splits: Mapping[str, Dataset | None]) -> N
 
 def _used_labels(task: Task, rows: Dataset) -> npt.NDArray[np.bool_]:
     """Say of each label, or type of entity, whether any row has it."""
-    column = read_column(rows, "label")
-    if task.kind == "tokens":
-        tags = label_array(rows)
-        counts = np.bincount(tags[tags != NO_TAG], minlength=task.num_labels)
-        return counts[1::2] + counts[2::2] > 0
-    if task.kind == "single-label":
-        return np.bincount(column.to_numpy(), minlength=task.num_labels) > 0
-    matrix = np.asarray(pc.list_flatten(column).to_numpy()).reshape(-1, task.num_labels)
-    return np.asarray(matrix.any(axis=0))
+    labels = label_array(rows)
+    if task.kind == "multi-label":
+        return np.asarray(labels.any(axis=0))
+    counts = np.bincount(labels[labels != NO_TAG], minlength=task.num_labels)
+    return (counts[1::2] + counts[2::2] if task.kind == "tokens" else counts) > 0
 
 
-def split_rows(
-    rows: int, fraction: float, seed: int, classes: npt.NDArray[np.int64] | None = None
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def split_rows(rows: int, fraction: float, seed: int, classes: Integers | None = None) -> tuple[Integers, Integers]:
     """Draw the rows of a validation split.
 
     With classes, each gives its share (largest remainders first) and keeps a row to train on; a class with two rows or
@@ -381,9 +375,7 @@ def split_rows(
     return np.flatnonzero(~in_validation), np.flatnonzero(in_validation)
 
 
-def _shares(
-    counts: npt.NDArray[np.int64], total: int, fraction: float, draw: np.random.Generator
-) -> npt.NDArray[np.int64]:
+def _shares(counts: Integers, total: int, fraction: float, draw: np.random.Generator) -> Integers:
     """Divide `total` validation rows among classes of these sizes."""
     exact = counts * fraction
     least, order = np.minimum(1, counts - 1), np.arange(len(counts))

@@ -16,7 +16,7 @@ from kdlora.config import DataConfig
 from kdlora.data.logit_table import is_collection, match_collection, open_collection
 from kdlora.data.parquet import UNREADABLE
 from kdlora.data.read import RawTable, Source, open_dataset, open_file
-from kdlora.data.spool import TEXTS, doubles, make_dataset, spool
+from kdlora.data.spool import TEXTS, make_dataset, spool
 from kdlora.data.tasks import GlueTask, Task
 from kdlora.data.word_tokens import WORDS
 from kdlora.errors import ArtifactError, DataError, did_you_mean, first_line
@@ -291,7 +291,4 @@ def open_collection_texts(folder: Path, task: Task) -> Dataset:
         )
     match_collection(collection, task, "data.unlabelled")
     words = WORDS if task.kind == "tokens" else ()
-    table = spool(collection.batches(["id", *TEXTS[: len(task.text)], *words]), str(folder))
-    if len(found := doubles(table["id"])):
-        raise DataError(f"{folder}: the id {found[0].as_py()!r} occurs more than once; label it again from unique ids")
-    return make_dataset(table)
+    return make_dataset(spool(collection.batches(["id", *TEXTS[: len(task.text)], *words]), str(folder)))

@@ -175,17 +175,16 @@ class _RowFile:
 
     def read(self, wanted: tuple[str, ...]) -> RawTable:
         dropped: list[int] = []
-        raw = RawTable(str(self.path), spool(self._batches(wanted, dropped), str(self.path)))
+        table = spool(self._batches(wanted, dropped), str(self.path))
+        rows = pa.array(np.delete(np.arange(table.num_rows + len(dropped)), dropped)) if dropped else None
+        raw = RawTable(str(self.path), table, rows=rows, dropped=len(dropped))
         if self.form == "tsv" and not self.benchmark:
             _refuse_quoting(raw)
         if self.form == "text":  # an empty line is left out, and counts
             raw = raw.drop(is_blank(raw.table["text"]))
             if not raw.table.num_rows:
                 raise DataError(f"{self.path} has no line with text; expected one text a line")
-        if not dropped:
-            return raw
-        rows = np.delete(np.arange(raw.table.num_rows + len(dropped)), dropped)
-        return replace(raw, rows=pa.array(rows), dropped=len(dropped))
+        return raw
 
     def _batches(self, wanted: Sequence[str], dropped: list[int]) -> Iterator[pa.RecordBatch]:
         with self._opened(dropped) as (_, rows):

@@ -84,9 +84,10 @@ def read_texts(dataset: Dataset) -> dict[str, list[str]]:
 def label_array(examples: Dataset) -> npt.NDArray[Any]:
     """Give the labels of a data set: a value a row, in a multi-label task a row of 0 and 1 a row, or one a word."""
     column = read_column(examples, "label")
-    if pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type):
-        return np.asarray(pc.list_flatten(column).to_numpy())
-    return np.asarray(examples.select_columns(["label"]).with_format("numpy")[:]["label"])
+    if not pa.types.is_list(column.type):
+        return np.asarray(column.to_numpy())
+    values = np.asarray(pc.list_flatten(column).to_numpy())
+    return values if pa.types.is_integer(column.type.value_type) else values.reshape(len(column), -1)
 
 
 def slice_rows(dataset: Dataset, names: Sequence[str], rows: int = SLICE_ROWS) -> Iterator[pa.Table]:
@@ -145,11 +146,7 @@ def _update(digest: Any, array: pa.Array) -> None:
 
 
 def doubles(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Give the ids that occur more than once.
-
-    Hashes of 64 bits are sorted, in 8 bytes a row where a table of all ids takes many times as much; the ids
-    themselves are looked at only where two hashes are equal.
-    """
+    """Give the ids that occur more than once, by sorted hashes: a table of all ids is made only where two are equal."""
     chunks = ids.chunks if isinstance(ids, pa.ChunkedArray) else [ids]
     pieces = (chunk.slice(start, _HASHED_ROWS) for chunk in chunks for start in range(0, len(chunk), _HASHED_ROWS))
     hashes = [hash_array(piece.to_numpy(zero_copy_only=False), categorize=False) for piece in pieces]

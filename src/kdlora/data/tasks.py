@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -118,10 +118,8 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold; `from_dict` reads it back."""
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        if self.windows is None:  # as earlier versions wrote it, for hashes
-            del values["windows"]
-        return {"name": self.name} | values
+        unset = {"windows"} if self.windows is None else None  # as earlier versions wrote it, for hashes
+        return {"name": self.name} | _STORED.dump_python(self, mode="json", exclude=unset)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import count
 from typing import NoReturn
 
 import numpy as np
@@ -258,18 +258,14 @@ def _batches_of_texts(raw: RawTable, text: str, label: str | None, cut: list[boo
         is_list(kind) and (pa.types.is_struct(kind.value_type) or pa.types.is_null(kind.value_type))
     ):
         raise DataError(f"{raw.source}: the column {label!r} holds {kind} beside texts; {_EXPECTED}")
-    wanted = [name for name in (text, label) if name is not None]
-    row = 0
+    wanted, numbers = [name for name in (text, label) if name is not None], count()
+    kinds = {"starts": pa.int32(), "ends": pa.int32()} | ({} if label is None else {"tags": pa.string()})
     for batch in raw.table.select(wanted).to_batches(_ROWS):
-        found = []
-        for values in batch.to_pylist():
-            found.append(_words_of(raw, row, values, text, label, cut))
-            row += 1
-        names = ("starts", "ends", "tags")[: 2 if label is None else 3]
-        offsets = as_offsets([len(starts) for starts, _, _ in found])
-        kinds = (pa.int32(), pa.int32(), pa.string())
-        flat = (pa.array(chain.from_iterable(one[place] for one in found), kinds[place]) for place in range(len(names)))
-        parts = {name: as_lists(part, offsets) for name, part in zip(names, flat, strict=True)}
+        rows = [_words_of(raw, next(numbers), values, text, label, cut) for values in batch.to_pylist()]
+        parts = {
+            name: pa.array([row[place] for row in rows], pa.list_(kind))
+            for place, (name, kind) in enumerate(kinds.items())
+        }
         yield pa.record_batch({"text": batch.column(0).cast(pa.string()), **parts})
 
 

@@ -23,7 +23,7 @@ from kdlora.deploy.onnx_backend import open_session
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.quantise import BASE, Recipe, quantise, rank_products, recipes
 from kdlora.errors import ArtifactError, ConfigError, DataError, ModelError
-from kdlora.system.ownership import mark_folder
+from kdlora.system.storage import mark_folder
 
 OTHER = Task("single-label", ("text",), ("label",), ("a", "b", "c"), ("accuracy",))
 

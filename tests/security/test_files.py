@@ -16,8 +16,8 @@ from kdlora.distil.resume import CheckpointFolder
 from kdlora.errors import ArtifactError, ConfigError
 from kdlora.experiment.run import run_experiment
 from kdlora.report.page import Page, write_page
-from kdlora.system.ownership import MANIFEST, claim_folder, remove
-from kdlora.system.storage import atomic_folder, hold_lock
+from kdlora.system.ownership import MANIFEST, remove
+from kdlora.system.storage import atomic_folder, claim_folder, hold_lock
 
 SOURCE = Path(__file__).parents[2] / "src" / "kdlora"
 

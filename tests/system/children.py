@@ -1,6 +1,5 @@
 """Functions that the tests run in a process of their own."""
 
-import errno
 import os
 import signal
 import tempfile
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from kdlora.errors import DataError
 from kdlora.system.environment import forget_peak, peak_since, read_memory
 
 
@@ -33,12 +31,8 @@ def peak_of_allocating(megabytes: int, forget: bool = False) -> int | None:
     return peak_since(level)
 
 
-def refuse() -> None:
-    raise DataError("train.csv, row 3: no label")
-
-
-def fill_the_disk() -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+def fail(fault: Exception) -> None:
+    raise fault
 
 
 def raise_oddly() -> None:

@@ -77,8 +77,8 @@ def test_messages_arrive_in_order():
 def test_a_fault_keeps_its_class_and_its_words():
     """The command exits 2 on a KdLoraError and 1 on anything else; an experiment stops on a full disk alone."""
     for function, arguments, kind, match in (
-        (children.refuse, (), DataError, r"train\.csv, row 3: no label"),
-        (children.fill_the_disk, (), OSError, "No space"),
+        (children.fail, (DataError("train.csv, row 3: no label"),), DataError, r"train\.csv, row 3: no label"),
+        (children.fail, (OSError(errno.ENOSPC, "No space left on device"),), OSError, "No space"),
         (children.raise_oddly, (), RuntimeError, "TwoArgumentsError: not rebuilt"),  # cannot travel, but as text
         (sys.exit, (3,), RuntimeError, "SystemExit: 3"),
         (threading.Lock, (), Exception, "pickle"),
@@ -87,7 +87,7 @@ def test_a_fault_keeps_its_class_and_its_words():
     ):
         with pytest.raises(kind, match=match) as caught:
             run_in_child(function, *arguments)
-        assert kind is not DataError or "in refuse" in "".join(caught.value.__notes__)
+        assert kind is not DataError or "in fail" in "".join(caught.value.__notes__)
         assert kind is not OSError or caught.value.errno == errno.ENOSPC
     assert run_in_child(os.getpid) != os.getpid()
 

@@ -24,8 +24,8 @@ from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
 from kdlora.deploy.tagger import Entity, Tagger, load_model
 from kdlora.errors import ArtifactError, ConfigError, DataError, harmless_json
 from kdlora.extras import check_installed
-from kdlora.system.ownership import MANIFEST, claim_folder, is_ours_by_name, read_manifest, remove, remove_abandoned
-from kdlora.system.storage import atomic_file
+from kdlora.system.ownership import MANIFEST, is_ours_by_name, read_manifest, remove, remove_abandoned
+from kdlora.system.storage import atomic_file, claim_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa

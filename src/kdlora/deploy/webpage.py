@@ -29,8 +29,8 @@ from kdlora.errors import ArtifactError, ModelError
 from kdlora.evidence.defer import shift_logits
 from kdlora.models.settings import TOKENIZER_CONFIG
 from kdlora.system.environment import cache_folder
-from kdlora.system.ownership import MANIFEST, check_folder, mark_folder
-from kdlora.system.storage import atomic_file, atomic_folder, write_json_atomic
+from kdlora.system.ownership import MANIFEST, check_folder
+from kdlora.system.storage import atomic_file, atomic_folder, mark_folder, write_json_atomic
 
 
 @dataclass(frozen=True)

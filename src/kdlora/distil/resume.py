@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from kdlora.errors import ArtifactError
 from kdlora.system.integrity import compare, hash_file, is_sealed_or_old, seal
-from kdlora.system.ownership import is_ours, mark_folder, remove, remove_abandoned
-from kdlora.system.storage import atomic_file, atomic_folder
+from kdlora.system.ownership import is_ours, remove, remove_abandoned
+from kdlora.system.storage import atomic_file, atomic_folder, mark_folder
 
 logger = logging.getLogger(__name__)
 

@@ -51,8 +51,8 @@ from kdlora.section import DeferConfig, ExportConfig
 from kdlora.system.children import run_in_child
 from kdlora.system.launch import read_launch
 from kdlora.system.ownership import check_folder as refuse_foreign_folder
-from kdlora.system.ownership import claim_folder, remove_abandoned
-from kdlora.system.storage import HeldLock, hold_lock, write_json_atomic, write_text_atomic
+from kdlora.system.ownership import remove_abandoned
+from kdlora.system.storage import HeldLock, claim_folder, hold_lock, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 

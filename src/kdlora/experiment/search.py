@@ -41,8 +41,8 @@ from kdlora.report.wording import arm_title
 from kdlora.searchconfig import SearchConfig
 from kdlora.system.children import run_in_child
 from kdlora.system.integrity import hash_json
-from kdlora.system.ownership import check_folder, claim_folder, remove
-from kdlora.system.storage import write_json_atomic, write_text_atomic
+from kdlora.system.ownership import check_folder, remove
+from kdlora.system.storage import claim_folder, write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

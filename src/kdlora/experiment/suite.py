@@ -22,8 +22,8 @@ from kdlora.experiment.recording import TaskFacts
 from kdlora.experiment.settle import Looks, decide
 from kdlora.experiment.suite_tables import write_tables
 from kdlora.experiment.suitefile import SuiteConfig, save_suite
-from kdlora.system.ownership import check_folder, claim_folder
-from kdlora.system.storage import hold_lock, write_text_atomic
+from kdlora.system.ownership import check_folder
+from kdlora.system.storage import claim_folder, hold_lock, write_text_atomic
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ _SERVER_SECONDS = 1.5
 """Time that a server has to end; one that imports does not see that it should."""
 _POLL_SECONDS = 0.05
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, prctl(2)
+_KILLED = 128
+"""What a server adds to the number of the signal that killed its child, as a shell does."""
 _BEGUN, _BURIED = "begun", "buried"
 """What comes first, when there is something to save; and last, when a forked child has ended after its answer."""
 _START = (
@@ -75,10 +77,9 @@ class Answer(NamedTuple):
 
 
 def run_in_child(function: Callable[..., T], *arguments: Any, on_message: Callable[[Any], None] | None = None) -> T:
-    """Run a function in a process of its own, so that its memory is its own, and give what it returns.
+    """Run a function in a process of its own, in the caller's place, and give what it returns.
 
-    The child has the caller's environment and working directory. `on_message` hears what the function sends, which
-    then takes a sender as its last argument.
+    `on_message` hears what the function sends, which then takes a sender as its last argument.
     """
     name = f"{function.__module__}.{function.__qualname__}"
     if function.__module__ == "__main__" or "<" in function.__qualname__:
@@ -91,10 +92,7 @@ def run_in_child(function: Callable[..., T], *arguments: Any, on_message: Callab
 
 
 class Children:
-    """A server, started anew where it is gone, whose children run one after the other; another thread can have its own.
-
-    They see the caller's environment and what is named here.
-    """
+    """A server, started anew where it is gone, whose children run one after the other and see what is named here."""
 
     def __init__(self, **environment: str) -> None:
         self.servers: list[Server] = []
@@ -196,16 +194,13 @@ class Server:
         except KeyboardInterrupt:
             if begun:  # before that it imports, which is slow, and there is nothing to save
                 self._send(b"end")
-                self._wait_until(time.monotonic() + GRACE_SECONDS)
+                time_is_up = time.monotonic() + GRACE_SECONDS
+                with contextlib.suppress(queue.Empty):  # a second Ctrl-C cuts that short
+                    while self._heard.get(timeout=max(0.0, time_is_up - time.monotonic())) not in (None, _BURIED):
+                        pass
             raise
         status = self.process.wait()
         return received or Answer(fault=ChildDiedError(_describe_death(status)))
-
-    def _wait_until(self, time_is_up: float) -> None:
-        """Give the child time to end; a second Ctrl-C cuts that short."""
-        with contextlib.suppress(queue.Empty):
-            while self._heard.get(timeout=max(0.0, time_is_up - time.monotonic())) not in (None, _BURIED):
-                pass
 
     def close(self) -> None:
         """End it, and a child that may still run, by closing its input; kill it if need be."""
@@ -242,10 +237,11 @@ def _make_scratch() -> str:
 
 
 def _describe_death(status: int) -> str:
-    if status >= 0:
+    number = status - _KILLED if _KILLED < status < 2 * _KILLED else -status
+    if number <= 0:
         return f"the process that ran this ended by itself with exit status {status}, without a result"
-    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-    hint = " (the system may be out of memory)" if -status == signal.SIGKILL else ""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    hint = " (the system may be out of memory)" if number == signal.SIGKILL else ""
     return f"the process that ran this was killed by {name}{hint}"
 
 
@@ -288,7 +284,8 @@ def serve(scratch: str, preload: str, forks: str) -> NoReturn:
             with contextlib.suppress(OSError):  # the parent may be gone
                 _write(answers, pickle.dumps(_BURIED))
     remove(Path(scratch))
-    _end_like_a_child(status)
+    # By its end the parent hears of a child that has not answered; to tear down what was imported takes over a second.
+    os._exit(status if status >= 0 else _KILLED - status)
 
 
 def _next_request(requests: IO[bytes]) -> tuple[Place, bytes] | None:
@@ -309,11 +306,7 @@ def _take_over(place: Place, scratch: str) -> None:
 
 
 def _preload(module: str) -> None:
-    """Import a module so that children have it already, and keep the garbage collector away from what it made.
-
-    What comes with torch and transformers stays: to look for garbage among it costs the import, and every training
-    once more at its start.
-    """
+    """Import a module so that children have it already, and keep the garbage collector away from what it made."""
     gc.disable()
     # A fault of the import is reported by the child, which runs into it again.
     with contextlib.suppress(Exception):
@@ -337,18 +330,6 @@ def _wait(child: int, requests: IO[bytes], ended: int) -> int:
             except (EOFError, pickle.UnpicklingError):
                 os.kill(child, signal.SIGKILL)
                 return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def _end_like_a_child(status: int) -> NoReturn:
-    """End as a forked child did: by the end of its server the parent hears of one that has not answered."""
-    if status < 0:
-        import resource  # here: Windows has none
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        with contextlib.suppress(OSError):  # SIGKILL
-            signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
-    os._exit(status)  # the parent waits, and to tear down what was imported takes over a second
 
 
 def _heed(requests: IO[bytes], scratch: str) -> NoReturn:

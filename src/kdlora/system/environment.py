@@ -60,20 +60,16 @@ def _processor_name() -> str:
 def git_state(folder: str | Path | None = None) -> dict[str, str]:
     """Read commit and cleanliness of the working tree around a folder."""
     place = Path(folder) if folder is not None else Path.cwd()
-    found = _git(place, "rev-parse", "--path-format=absolute", "--git-common-dir", "--git-dir", "--show-toplevel")
-    commit = _git(place, "rev-parse", "HEAD")
-    if found is None or commit is None or len(places := found.splitlines()) != 3:
+    asked = ("--path-format=absolute", "--git-common-dir", "--git-dir", "--show-toplevel", "HEAD")
+    *places, commit = (_git(place, "rev-parse", *asked) or "").splitlines() or [""]
+    if len(places) != 3:
         return {}
     changes = _changes(commit, *map(Path, places))
     return {} if changes is None else {"commit": commit, "dirty": "yes" if changes else "no"}
 
 
 def _changes(commit: str, common: Path, own: Path, tree: Path) -> str | None:
-    """Compare a working tree with its commit, without the repository's settings, which name programs that git runs.
-
-    A repository that came with an archive may hold a monitor, filters or hooks; so git gets an empty one in its place
-    that borrows objects and index.
-    """
+    """Compare a working tree with its commit by an empty repository, as its own settings may name programs to run."""
     with tempfile.TemporaryDirectory() as place:
         bare = Path(place)
         for name in ("objects", "refs"):
@@ -112,22 +108,15 @@ class MemoryLevel:
 
 
 def read_memory() -> MemoryLevel | None:
-    try:
+    with contextlib.suppress(OSError, KeyError):
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    try:
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
         return MemoryLevel(*(int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon", "RssFile", "VmHWM")))
-    except KeyError:
-        return None
+    return None
 
 
 def forget_peak() -> None:
-    """Let the high-water mark start again from the present level, and CUDA's with it.
-
-    Call it between loading and training: the map through which weights are read counts as long as it is open.
-    """
+    """Let the high-water mark start again, and CUDA's; after loading, since weights are read through a map."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     if (torch := _torch_on_cuda()) is not None:
@@ -135,11 +124,7 @@ def forget_peak() -> None:
 
 
 def peak_since(before: MemoryLevel | None) -> int | None:
-    """Give the peak above an earlier level of this process.
-
-    A child of a fork shares its anonymous pages from the start but maps the library files anew, page by page, as
-    it touches them; those pages are left out on both sides.
-    """
+    """Give the peak above an earlier level, without the files that a forked child maps anew, page by page."""
     if (torch := _torch_on_cuda()) is not None:
         return int(torch.cuda.max_memory_allocated())
     after = read_memory()

@@ -36,10 +36,7 @@ def hash_files(root: Path, places: Iterable[Path]) -> dict[str, str]:
 
 
 def damaged_files(root: Path, digests: Mapping[str, str]) -> list[str]:
-    """Name the files that are not what was written.
-
-    A folder that is gone as a whole was removed, not damaged; one that lacks a file is damaged.
-    """
+    """Name the files that are not what was written; a folder that is gone as a whole was removed, not damaged."""
     return [
         name
         for name, digest in digests.items()

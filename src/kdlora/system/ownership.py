@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import logging
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlora.errors import ArtifactError
+from kdlora.foreign import read_json
 from kdlora.system.integrity import is_sealed_or_old
 
 logger = logging.getLogger(__name__)
@@ -71,59 +71,30 @@ def _refuse_file(folder: Path) -> None:
 
 def refuse_links(folder: Path) -> None:
     """See that nothing in a folder leads out of it; what is written there would go elsewhere."""
-    if (link := _find_link(folder)) is not None:
-        raise ArtifactError(f"{link} is a link, and kdlora writes through none; put what it names in its place")
-
-
-def claim_folder(folder: Path, kind: str, **about: Any) -> None:
-    """Make a folder ours, so that what we put into it may be replaced and removed."""
-    check_folder(folder, kind)
-    folder.mkdir(parents=True, exist_ok=True)
-    if read_manifest(folder) is None:
-        mark_folder(folder, kind, **about)
-
-
-def mark_folder(folder: Path, kind: str, **about: Any) -> None:
-    """Write the manifest into a folder whose content was looked at."""
-    temporary = temporary_name(folder / MANIFEST)
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            json.dump({"made_by": "kdlora", "kind": kind, **about}, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / MANIFEST)
-    finally:
-        remove(temporary)
+    for place, folders, files in os.walk(folder):
+        for link in (Path(place, name) for name in (*folders, *files)):
+            if link.is_symlink() and not _is_of_a_tracker(link, folder):
+                raise ArtifactError(f"{link} is a link, and kdlora writes through none; put what it names in its place")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Read what a folder of ours says of itself; None where it is not ours."""
     path = folder / MANIFEST
-    try:
-        content = None if path.is_symlink() else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    is_ours = isinstance(content, dict) and content.get("made_by") == "kdlora" and isinstance(content.get("kind"), str)
-    return content if is_ours else None
+    with contextlib.suppress(ArtifactError):
+        content = {} if path.is_symlink() else read_json(path)
+        if content.get("made_by") == "kdlora" and isinstance(content.get("kind"), str):
+            return content
+    return None
 
 
 def _is_of_an_earlier_version(folder: Path, kind: str) -> bool:
     """Say whether a folder without manifest holds a record of ours beside its settings, as kdlora 0.1 left them."""
     if kind not in _SETTINGS or not (folder / _SETTINGS[kind]).is_file():
         return False
-    try:
-        record = json.loads(next(folder.glob("runs/**/run.json")).read_text(encoding="utf-8"))
-    except (StopIteration, OSError, ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and {"schema_version", "arm", "seed"} <= record.keys() and is_sealed_or_old(record)
-
-
-def _find_link(folder: Path) -> Path | None:
-    for place, folders, files in os.walk(folder):
-        for link in (Path(place, name) for name in (*folders, *files)):
-            if link.is_symlink() and not _is_of_a_tracker(link, folder):
-                return link
-    return None
+    with contextlib.suppress(ArtifactError, StopIteration):
+        record = read_json(next(folder.glob("runs/**/run.json")))
+        return {"schema_version", "arm", "seed"} <= record.keys() and is_sealed_or_old(record)
+    return False
 
 
 def _is_of_a_tracker(link: Path, folder: Path) -> bool:
@@ -173,14 +144,6 @@ def is_ours_by_name(path: Path) -> bool:
 
 def _carries_manifest(folder: Path) -> bool:
     return any((folder / name).is_file() and not (folder / name).is_symlink() for name in _MANIFESTS)
-
-
-def temporary_name(target: Path, mark: str = "tmp") -> Path:
-    """Name a hidden sibling by its process, so that leftovers of dead processes can be told apart.
-
-    With the mark `old` it is what was in the target's place, and goes back there if the process is killed.
-    """
-    return target.with_name(f".{target.name}.{mark}-{owned_name()}")
 
 
 def owned_name() -> str:

@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kdlora.errors import ArtifactError
-from kdlora.system.ownership import is_ours, remove, remove_abandoned, temporary_name
+from kdlora.system.ownership import MANIFEST, check_folder, is_ours, owned_name, read_manifest, remove, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -44,26 +44,48 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary sibling to write to; on success it is flushed to disk and takes the file's place."""
-    with _sibling_of(Path(path), _replace_file) as temporary:
+    target = Path(path)
+    with _sibling_of(target) as temporary:
         yield temporary
+        _sync(temporary)
+        temporary.replace(target)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Give an empty temporary sibling folder; on success it takes the place of `path`, old content and all."""
-    with _sibling_of(Path(path), _replace_folder) as temporary:
+    target = Path(path)
+    with _sibling_of(target) as temporary:
         temporary.mkdir()
         yield temporary
+        _replace_folder(temporary, target)
+
+
+def claim_folder(folder: Path, kind: str, **about: Any) -> None:
+    """Make a folder ours, so that what we put into it may be replaced and removed."""
+    check_folder(folder, kind)
+    if read_manifest(folder) is None:
+        mark_folder(folder, kind, **about)
+
+
+def mark_folder(folder: Path, kind: str, **about: Any) -> None:
+    """Write the manifest into a folder whose content was looked at."""
+    write_json_atomic(folder / MANIFEST, {"made_by": "kdlora", "kind": kind, **about})
+
+
+def temporary_name(target: Path, mark: str = "tmp") -> Path:
+    """Name a hidden sibling by its process; one marked `old` goes back to the target's place if that is killed."""
+    return target.with_name(f".{target.name}.{mark}-{owned_name()}")
 
 
 @contextlib.contextmanager
-def _sibling_of(target: Path, replace: Callable[[Path, Path], None]) -> Iterator[Path]:
+def _sibling_of(target: Path) -> Iterator[Path]:
+    """Give the name of a sibling that its user puts in the place of a file or folder; a failure removes it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, deep=False, of=target.name)
     temporary = temporary_name(target)
     try:
         yield temporary
-        replace(temporary, target)
     except BaseException as fault:
         remove(temporary)
         # safetensors tells a full disk in words of its own; the caller wants the system's error.
@@ -71,11 +93,6 @@ def _sibling_of(target: Path, replace: Callable[[Path, Path], None]) -> Iterator
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from fault
         raise
     _sync(target.parent)
-
-
-def _replace_file(temporary: Path, target: Path) -> None:
-    _sync(temporary)
-    temporary.replace(target)
 
 
 def _replace_folder(temporary: Path, target: Path) -> None:

@@ -19,7 +19,6 @@ from kdlora.evidence.predictions import Predictions
 from kdlora.experiment.run import plan_runs
 from kdlora.experiment.scoring import measure_latency, unknown_classes
 from kdlora.experiment.settle import Chosen, choose_max_length, closed, decide, settings_for, steps_for_labels
-from kdlora.experiment.stages import shard_rows
 from kdlora.models.encoders import load_encoder
 
 CONFIG = {
@@ -133,14 +132,6 @@ def test_the_teacher_comes_first_and_only_once(teacher, arms, seeds, expected):
     assert [f"{run.arm} {run.seed}" for run in runs] == expected
 
 
-@pytest.mark.parametrize("rows", [1, 67_000, 2_000_000, 1_000_000_000])
-def test_a_killed_labelling_loses_little_and_leaves_few_files(rows):
-    """A shard is what a kill costs: at 50,000 rows, a quarter of an hour of a large teacher on a small data set."""
-    assert shard_rows(rows) <= max(2_000, rows // 200)
-    assert shard_rows(rows) <= 50_000
-    assert rows / shard_rows(rows) <= max(201, rows / 50_000)
-
-
 def test_latency_of_a_model_on_real_rows(tiny_model_folder):
     """Padding to the maximum or a model in training mode would time something that nobody runs."""
     encoder = load_encoder(str(tiny_model_folder("bert")), tiny.task(), seed=0)
@@ -154,12 +145,12 @@ def test_latency_of_a_model_on_real_rows(tiny_model_folder):
     model.register_forward_pre_hook(watch, with_kwargs=True)
     texts = {"text": ["good film", "bad", "a wonderful story " * 60], "text_pair": ["x", "y", "z"]}
     rows = Dataset.from_dict(texts)
-    found = measure_latency(model, tokenizer, rows, max_length=16, batch_sizes=(1, 4), repeats=3)
-    assert [one.batch_size for one in found] == [1, 4]
+    found = measure_latency(model, tokenizer, rows, max_length=16)
+    assert [one.batch_size for one in found] == [1, 32]
     assert all(0 < one.p50_ms <= one.p95_ms and one.threads >= 1 for one in found)
-    assert {shape[0] for shape in shapes} == {1, 4}
+    assert {shape[0] for shape in shapes} == {1, 32}
     assert max(shape[1] for shape in shapes) == 16
     assert min(shape[1] for shape in shapes) < 16
     assert model.training
-    measure_latency(model, tokenizer, rows, max_length=512, batch_sizes=(1,), repeats=3)
+    measure_latency(model, tokenizer, rows, max_length=512)
     assert max(shape[1] for shape in shapes) == tokenizer.model_max_length < 512

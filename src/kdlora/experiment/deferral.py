@@ -11,7 +11,6 @@ import numpy as np
 from datasets import Dataset
 
 from kdlora.config import Config
-from kdlora.configfile import load_config
 from kdlora.data.load import Splits, load_examples
 from kdlora.data.spool import label_array
 from kdlora.data.tasks import Task
@@ -44,12 +43,11 @@ from kdlora.evidence.defer import (
     shift_logits,
     tell_apart,
 )
-from kdlora.evidence.metrics import compute_metrics, score
 from kdlora.evidence.predictions import read_predictions
 from kdlora.evidence.records import ExperimentLayout, read_results
-from kdlora.experiment.deployment import exported_files, holds, load_without_copies, texts_of, unseen_rows
+from kdlora.experiment.deployment import exported_files, holds, labelled, load_without_copies, texts_of, unseen_rows
 from kdlora.experiment.recording import forget_decisions, write_card
-from kdlora.experiment.scoring import groups_of, recorded_task
+from kdlora.experiment.scoring import open_finished
 from kdlora.report.shipped import read_part
 from kdlora.system.integrity import hash_files, hash_json
 from kdlora.system.ownership import refuse_links, remove
@@ -137,8 +135,7 @@ def defer_experiment(
     Examples:
         >>> promises = defer_experiment("runs/reviews", data="later.csv")  # doctest: +SKIP
     """
-    layout = ExperimentLayout(Path(experiment))
-    config, task = load_config(layout.config), recorded_task(layout)
+    layout, config, task = open_finished(experiment)
     if task.kind != "single-label":
         raise DataError(f"defer: expected a single-label task, got {task.kind}; only there an answer is right or wrong")
     splits = load_without_copies(config, layout)
@@ -248,8 +245,7 @@ def fit_thresholds(experiment: str | Path, goal: Goal | Mapping[str, Goal | None
     Examples:
         >>> thresholds = fit_thresholds("runs/reviews", "f1")
     """
-    layout = ExperimentLayout(Path(experiment))
-    config, task = load_config(layout.config), recorded_task(layout)
+    layout, config, task = open_finished(experiment)
     goals, splits = settle_goals(task, goal), load_without_copies(config, layout)
     judged, source = splits.validation, "validation"
     if splits.test is not None:
@@ -338,16 +334,15 @@ def _judge(
     rows: Dataset,
 ) -> FittedModel:
     logits, temperature = model.predict_logits(texts_of(rows)), model.folder.temperature
+    given = labelled(rows, task)
     told = [
         judge_threshold(
             label, goals.get(label, "an earlier call"), at, *_binary(task, label, logits, rows, temperature)
         )
         for label, at in thresholds.items()
     ]
-    labels, groups = label_array(rows), groups_of(rows)
     before, after = (
-        score(task, compute_metrics(task, shift_logits(logits, task.label_names, used, temperature), labels, groups))
-        for used in ({}, thresholds)
+        given.score(task, shift_logits(logits, task.label_names, used, temperature)) for used in ({}, thresholds)
     )
     return FittedModel(name, before, after, tuple(told))
 

@@ -66,14 +66,12 @@ def export_model(model: str | Path, to: str | Path, *, formats: str = "all", dat
         task = recorded_task(layout)
         rows = load_examples(data, task, id_column=config.data.id_column, labelled=True)
         return _export_rows(config, layout, to, rows, formats=wanted)
-    if data is not None:
-        return export_onnx(place, to, texts=_read_labelled(place, data), formats=wanted)
-    if formats != "onnx":
+    if data is None and formats != "onnx":
         raise DataError(
             f"{place} is no experiment folder, so int8 has no rows to be checked on: give them with --data, "
             "or take --format onnx"
         )
-    return export_onnx(place, to, formats=wanted)
+    return export_onnx(place, to, texts=() if data is None else _read_labelled(place, data), formats=wanted)
 
 
 def benchmark_models(models: Sequence[Path], *, data: str | None = None, threads: int | None = None) -> BenchmarkResult:
@@ -125,10 +123,10 @@ def _read_labelled(folder: Path, data: str) -> LabelledTexts:
             f"{folder} does not say which columns its task has; name the experiment folder, or leave the data out"
         )
     task = Task.from_dict(stated)
-    return _labelled(load_examples(data, task, labelled=True), task)
+    return labelled(load_examples(data, task, labelled=True), task)
 
 
-def _labelled(rows: Dataset, task: Task) -> LabelledTexts:
+def labelled(rows: Dataset, task: Task) -> LabelledTexts:
     return LabelledTexts(texts_of(rows), label_array(rows), task, groups_of(rows))
 
 
@@ -238,7 +236,7 @@ def _calibrate(layout: ExperimentLayout, splits: Splits) -> tuple[Calibration | 
 
 def _score_plain_texts(layout: ExperimentLayout, splits: Splits) -> list[str]:
     """Say how well a tagger marks texts whose words it finds itself, where those of the file are others."""
-    given = _labelled(splits.validation, splits.task)
+    given = labelled(splits.validation, splits.task)
     if all(list(text.starts) == split_words(text.text)[0] for text in given.texts if isinstance(text, Words)):
         return []
     right, wanted, marked = (sum(one.values()) for one in count_spans(given, Tagger.load(layout.student)))
@@ -262,7 +260,7 @@ def _export_rows(
     return export_onnx(
         layout.student,
         to,
-        texts=_labelled(rows, recorded_task(layout)),
+        texts=labelled(rows, recorded_task(layout)),
         more_texts=() if more is None else texts_of(more.select(range(min(len(more), 2000)))),
         formats=formats,
         max_length=closed(config.student.train).max_length,
@@ -295,7 +293,7 @@ def _benchmark_student(
     score = None if told is None else told.score if splits.test is None else told.test_score
     result = benchmark(
         models,
-        _labelled(splits.test or splits.validation, splits.task),
+        labelled(splits.test or splits.validation, splits.task),
         max_length=longest if splits.task.windows is None else None,
         threads=config.run.threads,
         scores={} if score is None else {"teacher": score},  # a large model takes minutes for a long test split

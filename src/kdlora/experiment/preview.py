@@ -225,10 +225,7 @@ def count_labels(task: Task, rows: Dataset) -> dict[str, int]:
 
 
 def count_duplicates(parts: Mapping[str, Dataset]) -> dict[str, int]:
-    """Count the rows whose text, or pair of texts, was there before: in the same split, or in an earlier one.
-
-    Those of training that gave their text one more class are counted on their own.
-    """
+    """Count the rows whose texts were there before, in their split, an earlier one, or training with another class."""
     keys = {name: _text_keys(rows) for name, rows in parts.items()}
     unique = {name: pc.unique(column) for name, column in keys.items()}
     found = {name: len(keys[name]) - len(unique[name]) for name in parts}

@@ -15,16 +15,11 @@ from kdlora.configfile import build_config, expand_home, known_keys, load_config
 from kdlora.data.load import Splits, load_splits
 from kdlora.data.tasks import Task
 from kdlora.errors import ArtifactError, ConfigError, KdLoraError
-from kdlora.evidence.records import (
-    ExperimentLayout,
-    RunRecord,
-    read_record,
-    write_results,
-)
+from kdlora.evidence.records import ExperimentLayout, RunRecord, read_results, write_results
 from kdlora.experiment.deferral import decide_student, is_decided
 from kdlora.experiment.deployment import deploy_student, is_deployed
 from kdlora.experiment.engines import Engine, gpus_for, open_engine, shared_machine
-from kdlora.experiment.jobs import Job, Queue, carry_out, ignore, undamaged_record
+from kdlora.experiment.jobs import Job, Queue, carry_out, undamaged_record
 from kdlora.experiment.plan import Lesson, PlannedRun
 from kdlora.experiment.preview import WITHOUT_WORDS, ExperimentPlan, make_plan
 from kdlora.experiment.recording import (
@@ -58,10 +53,9 @@ logger = logging.getLogger(__name__)
 
 Listener = Callable[[Stage, Any], None]
 
-_FREE_KEYS = {"name", "run.arms", "run.seeds", "run.fail_fast", "run.checkpoint_seconds", "run.keep_checkpoints"} | {
-    "run.devices",
-    "run.report_to",
-    "report.paper",
+_FREE_KEYS = {
+    *("name", "report.paper", "run.arms", "run.seeds", "run.fail_fast", "run.devices", "run.report_to"),
+    *("run.checkpoint_seconds", "run.keep_checkpoints"),
     *(f"export.{key}" for key in ExportConfig.model_fields),
     *(f"defer.{key}" for key in DeferConfig.model_fields),
 }
@@ -107,10 +101,7 @@ class ExperimentResult:
 
 
 def plan_runs(config: Config) -> list[PlannedRun]:
-    """Order the runs of an experiment: a bag of words, the teacher, the arms without it, then what it teaches.
-
-    The teacher is planned wherever a distilled arm needs it, asked for or not; a given one, and a bag of words, once.
-    """
+    """Order the runs: a bag of words, the teacher if asked for or needed, the arms without it, then what it teaches."""
     arms = sorted(config.run.arms, key=DISTILLED_ARMS.__contains__)  # a control can still speak against the teacher
     words = [PlannedRun("words", config.run.seeds[0], config)] if "words" in arms else []
     runs = [PlannedRun(arm, seed, config) for arm in arms if arm != "words" for seed in config.run.seeds]
@@ -124,7 +115,7 @@ def plan_runs(config: Config) -> list[PlannedRun]:
 
 def plan_experiment(config: Config, out: str | Path | None = None) -> ExperimentPlan:
     """Say what an experiment would do, and on what; nothing is written and nothing trained."""
-    config, layout = _with_absolute_paths(config), _layout(config, out)
+    config, layout = _settle_paths(config, out)
     config, splits, _, finished = _look(config, layout)
     check_table(config, splits)
     return _plan(config, layout, splits, finished, read_launch().count)
@@ -157,27 +148,23 @@ def run_experiment(
         >>> result.layout.report_html.exists()
         True
     """
-    config, layout = _with_absolute_paths(config), _layout(config, out)
+    config, layout = _settle_paths(config, out)
     with gather_team(config) as team:
         if not team.leads:
             end = team.follow(config, layout)
-            places = [layout.run(run.arm, run.seed).record for run in plan_runs(config)]
-            records = [read_record(place) for place in places if place.exists()]
+            records = read_results(layout.results)
             best = next((one for one in records if [one.arm, one.seed] == end["shipped"]), None)
             return ExperimentResult(layout.root, records, best, tuple(end["notes"]))
-        result = _lead(config, layout, team, listen, before)
+        result = _lead(config, layout, team, listen or (lambda stage, event: None), before)
         shipped = None if result.shipped is None else [result.shipped.arm, result.shipped.seed]
         team.end(kind="done", shipped=shipped, notes=result.notes)
     return result
 
 
-def _layout(config: Config, out: str | Path | None) -> ExperimentLayout:
-    return ExperimentLayout(expand_home(out) if out is not None else Path("runs") / config.title())
-
-
-def _with_absolute_paths(config: Config) -> Config:
+def _settle_paths(config: Config, out: str | Path | None) -> tuple[Config, ExperimentLayout]:
     """Resolve what a caller wrote by hand against the current folder; the experiment's folder keeps the config."""
-    return build_config(config.model_dump(mode="json"))
+    folder = expand_home(out) if out is not None else Path("runs") / config.title()
+    return build_config(config.model_dump(mode="json")), ExperimentLayout(folder)
 
 
 def _look(config: Config, layout: ExperimentLayout) -> tuple[Config, Splits, TaskFacts, dict[str, RunRecord]]:
@@ -217,7 +204,7 @@ def _lead(
     config: Config,
     layout: ExperimentLayout,
     team: Team,
-    listen: Listener | None,
+    listen: Listener,
     before: Callable[[ExperimentPlan], None] | None,
 ) -> ExperimentResult:
     config, splits, facts, finished = _look(config, layout)
@@ -303,7 +290,7 @@ def _run_all(
     finished: Mapping[str, RunRecord],
     team: Team,
     lock: HeldLock,
-    listen: Listener | None,
+    listen: Listener,
 ) -> list[RunRecord]:
     """Carry out the runs that are left, as a suite of one cell whose weights are kept."""
     runs = plan_runs(config)
@@ -316,8 +303,7 @@ def _run_all(
         return None if config.run.fail_fast and queue.failed else queue.next_job(later)
 
     def hear(job: Job, event: Any) -> None:
-        if listen is not None:
-            listen(Stage(job.kind, job.arm, job.seed), event)
+        listen(Stage(job.kind, job.arm, job.seed), event)
 
     def carry_out_all(engine: Engine, notes: Sequence[str], later: Container[str] = ()) -> None:
         in_child = run_in_child if team.is_alone else team.run
@@ -353,14 +339,13 @@ def _ship_best(config: Config, layout: ExperimentLayout, task: Task, records: li
     return best
 
 
-def _deploy(config: Config, layout: ExperimentLayout, shipped: RunRecord, listen: Listener | None) -> tuple[str, ...]:
+def _deploy(config: Config, layout: ExperimentLayout, shipped: RunRecord, listen: Listener) -> tuple[str, ...]:
     """Calibrate, export and measure the shipped student, unless that is done; return what is to be said of it."""
     if is_deployed(config, layout):
         return ()
     stage = Stage("deploy", cast("Arm", shipped.arm), shipped.seed)
-    hear = None if listen is None else lambda step: listen(stage, step)
     try:
-        return run_in_child(deploy_student, config, layout, on_message=hear or ignore)
+        return run_in_child(deploy_student, config, layout, on_message=lambda step: listen(stage, step))
     except OSError:
         raise
     except Exception as error:  # a student that cannot be exported is still a student

@@ -41,9 +41,9 @@ from kdlora.models.adapters import count_parameters
 from kdlora.models.encoders import Encoder, load_fine_tuned
 from kdlora.system.integrity import hash_json
 
-_LATENCY_SECONDS = 1.0
-"""For each batch size; a suite times thousands of models."""
-_WARM_UP = 5
+_BATCH_SIZES = (1, 32)
+_TIMED = ((1, 5, 0.5), (3, 50, 1.0))
+"""Calls to warm up, and to time: at least, at most, and seconds; a suite times thousands of models."""
 _FEWEST_ROWS = 3
 """Validation rows, or entities, of a class before it counts as unknown to a teacher that gets none of them right."""
 _SHOWN = 5
@@ -200,8 +200,6 @@ def measure_latency(
     *,
     max_length: int,
     windows: WindowSettings | None = None,
-    batch_sizes: Sequence[int] = (1, 32),
-    repeats: int = 50,
 ) -> list[Latency]:
     """Time the forward pass of a model on real texts, tokenised beforehand, in the model's own precision."""
     device = next(model.parameters()).device
@@ -227,32 +225,26 @@ def measure_latency(
     model.eval()
     try:
         with torch.inference_mode():
-            for size in batch_sizes:
-                count = min(repeats, max(1, len(rows) // size))  # full batches, as many as there are rows for
+            for size in _BATCH_SIZES:
+                count = min(_TIMED[-1][1], max(1, len(rows) // size))  # full batches, as many as there are rows for
                 batches = [encode(range(start * size, (start + 1) * size)) for start in range(count)]
-                p50, p95 = time_calls(forward, batches, repeats, _LATENCY_SECONDS)
+                p50, p95 = time_calls(forward, batches)
                 found.append(Latency(batch_size=size, p50_ms=p50, p95_ms=p95, threads=torch.get_num_threads()))
     finally:
         model.train(was_training)
     return found
 
 
-def time_calls(
-    call: Callable[[Any], object], inputs: Sequence[Any], repeats: int, limit_seconds: float
-) -> tuple[float, float]:
+def time_calls(call: Callable[[Any], object], inputs: Sequence[Any]) -> tuple[float, float]:
     """Time a call over a cycle of inputs, warmed up: median and 95th percentile in milliseconds."""
-
-    def times(most: int, least: int, seconds: float) -> list[float]:
-        found: list[float] = []
-        begin = time.perf_counter()
+    found: list[float] = []
+    for least, most, seconds in _TIMED:
+        found, begin = [], time.perf_counter()
         while len(found) < most and (len(found) < least or time.perf_counter() - begin <= seconds):
             start = time.perf_counter()
             call(inputs[len(found) % len(inputs)])
             found.append(1000 * (time.perf_counter() - start))
-        return found
-
-    times(_WARM_UP, 1, limit_seconds / 2)
-    p50, p95 = np.percentile(times(repeats, 3, limit_seconds), [50, 95])
+    p50, p95 = np.percentile(found, [50, 95])
     return float(p50), float(p95)
 
 
@@ -308,6 +300,16 @@ def unknown_classes(task: Task, predictions: Predictions) -> list[str]:
     return [name for place, name in enumerate(task.label_names) if rows[place] >= _FEWEST_ROWS and not known[place]]
 
 
+def open_finished(folder: str | Path) -> tuple[ExperimentLayout, Config, Task]:
+    """Open an experiment some runs of which have ended."""
+    layout = ExperimentLayout(Path(folder))
+    if not layout.config.exists() or not layout.results.exists():
+        raise ArtifactError(
+            f"{layout.root} holds no finished experiment ({layout.results.name}); run it first: kdlora run"
+        )
+    return layout, load_config(layout.config), recorded_task(layout)
+
+
 def recorded_task(layout: ExperimentLayout) -> Task:
     records = read_results(layout.results)
     if not records:
@@ -317,16 +319,10 @@ def recorded_task(layout: ExperimentLayout) -> Task:
 
 def evaluate_experiment(folder: str | Path, data: str, *, trust_remote_code: bool = False) -> list[dict[str, Any]]:
     """Score the shipped student, by its fitted thresholds, and the teacher if it is there, on another labelled file."""
-    layout = ExperimentLayout(Path(folder))
-    if not layout.config.exists() or not layout.results.exists():
-        raise ArtifactError(
-            f"{layout.root} holds no finished experiment ({layout.results.name}); run it first: kdlora run"
-        )
-    config = load_config(layout.config)
+    layout, config, task = open_finished(folder)
     if not trust_remote_code:  # the folder says what its author trusted
         teacher = config.teacher.model_copy(update={"trust_remote_code": False})
         config = config.model_copy(update={"teacher": teacher})
-    task = recorded_task(layout)
     examples = load_examples(data, task, id_column=config.data.id_column, labelled=True)
 
     def row(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from pydantic import BaseModel
-from transformers import PreTrainedTokenizerBase
 
 from kdlora.config import DISTILLED_ARMS, LORA_ARMS, TEACHER_ARMS, Arm, Config, SettledTraining, TrainConfig
 from kdlora.configfile import load_config
@@ -35,7 +35,6 @@ from kdlora.errors import ArtifactError, ConfigError
 from kdlora.evidence.records import ExperimentLayout, read_record
 from kdlora.models.adapters import add_adapter
 from kdlora.models.encoders import Encoder, load_encoder, load_fine_tuned, student_from_layers
-from kdlora.section import OpenClassWeights
 
 OPEN = ("max_length", "epochs", "learning_rate")
 """Keys of a training that may be null until data and models are known."""
@@ -81,26 +80,22 @@ def loaded_models(config: Config, task: Task) -> Iterator[tuple[Role, Encoder]]:
 
 
 def load_base(config: Config, arm: Arm, seed: int, task: Task) -> Encoder:
-    teacher, layers = config.teacher, config.student.from_teacher_layers
-    if arm not in TEACHER_ARMS and layers is not None:
-        assert teacher.model is not None  # the config refuses layers without a teacher model
-        trust, revision = teacher.trust_remote_code, teacher.revision
-        return student_from_layers(teacher.model, layers, task, seed=seed, revision=revision, trust_remote_code=trust)
-    named = teacher if arm in TEACHER_ARMS else config.student
-    assert named.model is not None  # the config refuses arms without their model
+    layers = None if arm in TEACHER_ARMS else config.student.from_teacher_layers
+    named = config.teacher if arm in TEACHER_ARMS or layers is not None else config.student
+    assert named.model is not None  # the config refuses arms, and layers, without their model
+    load: Callable[..., Encoder] = load_encoder if layers is None else partial(student_from_layers, layers=layers)
     trust = named.trust_remote_code
-    return load_encoder(named.model, task, seed=seed, revision=named.revision, trust_remote_code=trust)
+    return load(named.model, task=task, seed=seed, revision=named.revision, trust_remote_code=trust)
 
 
 def load_teacher(config: Config, task: Task, trained: Path | None = None) -> tuple[Encoder, list[int]]:
     teacher = config.teacher
-    if teacher.fine_tuned is None:
-        return load_fine_tuned(str(trained), task, trust_remote_code=teacher.trust_remote_code)
+    given = teacher.fine_tuned is not None
     return load_fine_tuned(
-        teacher.fine_tuned,
+        str(teacher.fine_tuned if given else trained),
         task,
-        label_names=teacher.label_names,
-        revision=teacher.revision,
+        label_names=teacher.label_names,  # of `fine_tuned` alone; the revision may be of `model`
+        revision=teacher.revision if given else None,
         trust_remote_code=teacher.trust_remote_code,
     )
 
@@ -109,10 +104,9 @@ def stored_logits(config: Config, layout: ExperimentLayout | None, splits: Split
     """Read the teacher logits of training and unlabelled rows, from the user's table, a collection, or our own."""
     found = []
     for split, rows in (("train", splits.train), ("unlabelled", splits.unlabelled)):
-        collection = _collection(config) if split == "unlabelled" else None
         if rows is None:
             continue
-        if collection is not None:
+        if split == "unlabelled" and (collection := _collection(config)) is not None:
             found.append(read_collection(collection, splits.task, "data.unlabelled"))
         elif config.teacher.is_table:
             found.append(read_table(config, splits.task, split))
@@ -178,10 +172,7 @@ def _collection(config: Config) -> Path | None:
 
 
 def settings_for(config: Config, arm: Arm) -> TrainConfig:
-    """Return how an arm is trained: the teacher by `teacher.train`, all else by `student.train`.
-
-    So is `lora` where it teaches nothing, since the paper searches one range for LoRA and KD-LoRA.
-    """
+    """Return how an arm is trained: `fft`, and `lora` if it teaches, by `teacher.train`, others by `student.train`."""
     if arm == "fft":
         return config.teacher.train
     train = config.student.train
@@ -199,10 +190,6 @@ def sample_texts(rows: Dataset) -> dict[str, list[str]]:
     if len(rows) > MOST_TEXTS:
         rows = rows.select(np.linspace(0, len(rows) - 1, MOST_TEXTS).astype(int))
     return read_texts(rows)
-
-
-def count_tokens(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    return np.asarray(encode_texts(texts, tokenizer, 2**31 - 1)["length"])
 
 
 def choose_max_length(lengths: Iterable[np.ndarray], limits: Iterable[int]) -> int:
@@ -285,35 +272,29 @@ class Chosen:
     limits: Mapping[Role, int] = field(default_factory=dict)  # most tokens that these take
 
     def fill_in(self, config: Config) -> Config:
-        """Settle every `max_length`, `epochs` and learning rate that is null, and what is `auto`.
-
-        Teacher and student cut texts alike; in windows each reads as much at once as it can.
-        """
+        """Settle what is null or `auto`; teacher and student cut texts alike, in windows each reads what it can."""
         teacher, student = config.teacher, config.student
         wide, narrow = (self.widths.get(role) for role in ("teacher", "student"))
         # Another rate was set, and holds for the adapters of every model.
         if student.train.learning_rate in (None, narrow and adapter_rate(narrow)):
-            teacher = _without_null(teacher, adapter_learning_rate=wide and adapter_rate(wide))
-        student = _without_null(student, full_learning_rate=narrow and full_rate(narrow))
+            teacher = _fill(teacher, None, adapter_learning_rate=wide and adapter_rate(wide))
+        student = _fill(student, None, full_learning_rate=narrow and full_rate(narrow))
         rates = {"teacher": wide and full_rate(wide), "student": narrow and adapter_rate(narrow)}
         update = {}
         for role, section in (("teacher", teacher), ("student", student)):
             epochs = epochs_for(role, self.rows[role], steps_for_labels(self.task), section.train.batch_size)
             own = [limit for name, limit in self.limits.items() if name == role or config.data.long_texts == "cut"]
             longest = min([self.max_length, *own]) if own or config.data.long_texts == "cut" else None
-            chosen = {"max_length": longest, "epochs": epochs, "learning_rate": rates[role]}
-            train = _weighed(_without_null(section.train, **chosen), self.task.auto_weights)
-            train = train.model_copy(update={"select": train.selection(self.task.kind)})
-            update[role] = section.model_copy(update={"train": train})
+            train = _fill(section.train, None, max_length=longest, epochs=epochs, learning_rate=rates[role])
+            auto = {"class_weights": self.task.auto_weights, "select": train.selection(self.task.kind)}
+            update[role] = section.model_copy(update={"train": _fill(train, "auto", **auto)})
         return config.model_copy(update=update)
 
 
 def decide(looks: Looks, rows: Mapping[str, int], task: Task) -> Chosen:
     """Choose by models and texts, and by the rows of each split and the labels; a bag of words has no model."""
     drawn = {"teacher": rows["train"], "student": rows["train"] + rows.get("unlabelled", 0)}
-    if not looks:
-        return Chosen(LEAST, drawn, task, {})
-    longest = choose_max_length([one.lengths for one in looks.values()], [])
+    longest = choose_max_length([one.lengths for one in looks.values()], []) if looks else LEAST
     widths = {role: one.width for role, one in looks.items()}
     return Chosen(longest, drawn, task, widths, {role: one.limit for role, one in looks.items()})
 
@@ -324,10 +305,7 @@ def steps_for_labels(task: Task) -> int:
 
 
 def rows_per_epoch(splits: Splits) -> int:
-    """Count the rows that an epoch of every student arm draws: the training rows and the unlabelled ones.
-
-    Perturbed copies come beside these, and rows that a search holds out count: its trainings take as many steps.
-    """
+    """Count the rows that an epoch of a student draws, with those held out by a search; copies come beside them."""
     more = 0 if splits.unlabelled is None else len(splits.unlabelled)
     return len(splits.train) + splits.held_out + more - splits.copies
 
@@ -336,12 +314,12 @@ def settled(settings: TrainConfig, encoder: Encoder, splits: Splits, *, adapters
     """Settle the training of one model by its own texts and width, all of it or its adapters alone."""
     length = settings.max_length
     if length is None:
-        counts = count_tokens(sample_texts(splits.train), encoder.tokenizer)
-        length = choose_max_length([counts], [encoder.tokenizer.model_max_length])
+        encoded = encode_texts(sample_texts(splits.train), encoder.tokenizer, 2**31 - 1)
+        length = choose_max_length([np.asarray(encoded["length"])], [encoder.tokenizer.model_max_length])
     rate = adapter_rate(encoder.width) if adapters else full_rate(encoder.width)
     role, rows = ("student", rows_per_epoch(splits)) if adapters else ("teacher", len(splits.train))
     epochs = epochs_for(role, rows, steps_for_labels(splits.task), settings.batch_size)
-    return closed(_without_null(settings, max_length=length, epochs=epochs, learning_rate=rate))
+    return closed(_fill(settings, None, max_length=length, epochs=epochs, learning_rate=rate))
 
 
 def closed(settings: TrainConfig) -> SettledTraining:
@@ -356,15 +334,13 @@ def with_recorded(config: Config, recorded: Path) -> Config:
     if not recorded.exists():
         return config
     there = load_config(recorded)
-    update: dict[str, Any] = {"task": _without_null(config.task, metric=there.task.metric)}
+    update: dict[str, Any] = {"task": _fill(config.task, None, metric=there.task.metric)}
     for role in ("teacher", "student"):
         here, old = getattr(config, role), getattr(there, role)
-        train = _without_null(here.train, **{key: getattr(old.train, key) for key in OPEN})
-        train = _weighed(train, old.train.class_weights)
-        if train.select == "auto":
-            train = train.model_copy(update={"select": old.train.select})
+        train = _fill(here.train, None, **{key: getattr(old.train, key) for key in OPEN})
+        train = _fill(train, "auto", class_weights=old.train.class_weights, select=old.train.select)
         rates = [key for key in ("adapter_learning_rate", "full_learning_rate") if hasattr(old, key)]
-        section = _without_null(here, **{key: getattr(old, key) for key in rates})
+        section = _fill(here, None, **{key: getattr(old, key) for key in rates})
         update[role] = section.model_copy(update={"train": train})
     return config.model_copy(update=update)
 
@@ -375,15 +351,11 @@ def with_metric(config: Config, layout: ExperimentLayout) -> Config:
         with contextlib.suppress(ArtifactError):
             task = Task.from_dict(read_record(place).task)
             own = task.kind == "single-label" and not task.name
-            section = _without_null(config.task, metric=task.metrics[0]) if own else config.task
+            section = _fill(config.task, None, metric=task.metrics[0]) if own else config.task
             return config.model_copy(update={"task": section})
     return config
 
 
-def _weighed(settings: TrainConfig, weights: OpenClassWeights | None) -> TrainConfig:
-    auto = settings.class_weights == "auto"
-    return settings.model_copy(update={"class_weights": weights}) if auto else settings
-
-
-def _without_null(section: Section, **values: Any) -> Section:
-    return section.model_copy(update={key: value for key, value in values.items() if getattr(section, key) is None})
+def _fill(section: Section, is_open: str | None, **values: Any) -> Section:
+    """Set the keys whose value still says that they are open: None, or "auto"."""
+    return section.model_copy(update={key: one for key, one in values.items() if getattr(section, key) == is_open})

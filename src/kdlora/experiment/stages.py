@@ -61,7 +61,6 @@ from kdlora.models.adapters import add_adapter, count_parameters
 from kdlora.models.encoders import Encoder, load_encoder
 from kdlora.system.environment import MemoryLevel, forget_peak, peak_since, read_memory
 
-StageName = Literal["train", "label", "deploy"]
 Progress = Callable[[ProgressEvent], None]
 Counted = Callable[[int, int], None]
 """Hears how many rows are done, of how many."""
@@ -71,7 +70,7 @@ Counted = Callable[[int, int], None]
 class Stage:
     """What an experiment is busy with: a training, the teacher reading its rows, a student that is measured."""
 
-    name: StageName
+    name: Literal["train", "label", "deploy"]
     arm: Arm  # for `label` the first one that needs the logits
     seed: int
 
@@ -193,15 +192,11 @@ def label_splits(config: Config, layout: ExperimentLayout, splits: Splits, progr
                 max_length=closed(config.teacher.train).max_length,
                 precision=settle_precision(config.run.precision, config.run.device, layout.precision)[0],
                 device=config.run.device,
-                rows_per_shard=shard_rows(len(rows)),
+                # What a crash can cost, against the number of files.
+                rows_per_shard=min(max(2_000, len(rows) // 200), 50_000),
                 progress=count_on,
             )
         done += len(rows)
-
-
-def shard_rows(rows: int) -> int:
-    """Choose how many teacher logits go into one file: what a crash can cost, against the number of files."""
-    return min(max(2_000, rows // 200), 50_000)
 
 
 def train_teacher(

@@ -14,7 +14,7 @@ def train_beside_another(config: Any, layout: Any, arm: str, seed: int, progress
 
     The last control is killed.
     """
-    if (arm, seed) == ("student-lora", 2):
+    if (arm, seed) == ("student-lora", 1):
         os.kill(os.getpid(), signal.SIGKILL)
     place = Path(os.environ["KDLORA_TEST_PLACE"])
     (place / f"{arm}-{seed}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
@@ -30,6 +30,6 @@ def train_beside_another(config: Any, layout: Any, arm: str, seed: int, progress
 def label_after_controls(config: Any, layout: Any, progress: Any) -> None:
     """Let the teacher label, unless a run that it is compared with still goes on."""
     ended = sorted(path.parent.name for path in layout.runs.glob("*/run.json"))
-    if ended != ["fft-seed0", *(f"student-lora-seed{seed}" for seed in (0, 1, 2))]:
+    if ended != ["fft-seed0", "student-lora-seed0", "student-lora-seed1"]:
         raise ValueError(f"only {ended} have ended")
     stages.label_training_rows(config, layout, progress)

@@ -48,30 +48,35 @@ def test_the_same_command_again_repeats_nothing(experiment, copied, workshop, mo
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
 
-def test_paths_of_a_config_made_by_hand_are_those_of_its_caller(workshop, tmp_path, monkeypatch):
-    """The folder's config named a file below the folder, so that the same call again was another experiment."""
+def test_a_config_made_by_hand_is_run_once_and_its_student_is_measured(workshop, tmp_path, monkeypatch):
+    """The folder's config named a file below the folder, so that the same call again was another experiment.
+
+    The settings of a teacher that nobody trains stay open, and the run said that its export had failed.
+    """
     monkeypatch.chdir(workshop.train.parent)
     data = DataConfig(train=workshop.train.name, validation=str(workshop.validation))
-    config = workshop.config().model_copy(update={"data": data})
-    run_experiment(config, tmp_path / "out")
-    assert load_config(tmp_path / "out" / "config.yaml").data.train == str(workshop.train)
+    open_rate = {"train": FAST | {"learning_rate": None}}
+    config = workshop.config({"teacher": open_rate, "export": {"formats": [], "benchmark": True}})
+    config = config.model_copy(update={"data": data})
+    result = run_experiment(config, tmp_path / "out")
+    assert json.loads(result.layout.benchmark.read_text())["models"][0]["name"] == "student"
+    assert not [note for note in result.notes if "was not" in note]
+    assert load_config(result.layout.config).data.train == str(workshop.train)
     monkeypatch.setattr(jobs, "run_in_child", lambda *_, **__: pytest.fail("a run was repeated"))
     run_experiment(config, tmp_path / "out")
 
 
-def test_a_student_is_measured_where_no_teacher_was_looked_at(workshop, tmp_path):
-    """The settings of a teacher that nobody trains stay open, and the run said that its export had failed."""
-    open_rate = {"train": FAST | {"learning_rate": None}}
-    config = workshop.config({"teacher": open_rate, "export": {"formats": [], "benchmark": True}})
-    result = run_experiment(config, tmp_path / "out")
-    assert json.loads(result.layout.benchmark.read_text())["models"][0]["name"] == "student"
-    assert not [note for note in result.notes if "was not" in note]
-
-
-def test_an_arm_that_ships_later_gets_its_weights(copied, workshop):
-    """Weights deleted to save space: with the arms narrowed, another arm ships and has none."""
+def test_a_run_without_weights_keeps_its_record_until_it_ships(copied, workshop):
+    """Weights deleted to save space: the scores still hold. With the arms narrowed, another arm ships and has none."""
     shutil.rmtree(copied.run("student-fft", 0).model)
-    before = logits(copied, "student-fft", 0)
+    records, before = sorted(copied.runs.glob("*/run.json")), logits(copied, "student-fft", 0)
+
+    def interrupt(stage, event):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(workshop.config(ALL), copied.root, listen=interrupt)
+    assert sorted(copied.runs.glob("*/run.json")) == records
     result = run_experiment(workshop.config({"run": {"arms": ["student-fft"]}}), copied.root)
     assert (result.shipped.arm, result.shipped.seed) == ("student-fft", 0)
     assert not copied.adapter.exists()  # the old one belongs to another student
@@ -147,16 +152,3 @@ def test_a_folder_of_something_else_or_of_another_process_is_refused(workshop, t
     told = f"another process runs the experiment in {layout.root}"
     with hold_lock(layout.lock, "is another"), pytest.raises(ArtifactError, match=told):
         run_experiment(workshop.config(), layout.root)
-
-
-def test_a_record_stays_until_its_run_is_repeated(copied, workshop):
-    """Where only weights are gone, the scores still hold; an interruption must not take them along."""
-    shutil.rmtree(copied.run("student-fft", 0).model)
-    records = sorted(copied.runs.glob("*/run.json"))
-
-    def interrupt(stage, event):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_experiment(workshop.config(ALL), copied.root, listen=interrupt)
-    assert sorted(copied.runs.glob("*/run.json")) == records

@@ -95,52 +95,41 @@ def test_a_model_is_silent_where_it_is_not_sure(promised: Path, by_sureness, tmp
     assert "is below" in json.loads(lines[1])["deferred"]
 
 
-def test_rows_that_chose_the_model_promise_nothing(finished: Path, tmp_path: Path, cli) -> None:
-    """On rows that the model was chosen by, its errors are too few, and the promise is broken in use."""
+def test_rows_that_promise_nothing_are_refused(finished: Path, tmp_path: Path, cli) -> None:
+    """On rows that the model was chosen by, its errors are too few, and the promise is broken in use.
+
+    Rows that were added since move the drawn splits, and a threshold is fitted on what the student learnt.
+    """
     folder = copy_experiment(finished, tmp_path / "experiment")
-    train = finished.parent / "train.csv"
-    refused = cli("defer", folder, "--data", train, code=2)
-    assert "all 64 texts" in refused.err
+    assert "all 64 texts" in cli("defer", folder, "--data", finished.parent / "train.csv", code=2).err
     splits = load_without_copies(load_config(folder / "config.yaml"), ExperimentLayout(folder))
     with pytest.raises(DataError, match="are training, validation or unlabelled texts, too"):
         unseen_rows(replace(splits, unlabelled=splits.test), splits.test, "later.csv")
-    config = folder / "config.yaml"
-    config.write_text("".join(line for line in config.read_text().splitlines(True) if "test.csv" not in line))
-    refused = cli("defer", folder, code=2)
-    assert "no test split" in refused.err
+    config, validation = folder / "config.yaml", str(finished.parent / "validation.csv")
+    given = config.read_text()
+    config.write_text("".join(line for line in given.splitlines(True) if "test.csv" not in line))
+    assert "no test split" in cli("defer", folder, code=2).err
+    new = {"id": "new", "text": "a new one", "label": "positive"}
+    other = tiny.write_csv(tmp_path / "validation.csv", [*read_rows(validation)[1:], new])
+    config.write_text(given.replace(validation, str(other)))
+    for verb in ("thresholds", "defer"):
+        assert "the validation rows are others than when it ran" in cli(verb, folder, code=2).err
     assert not (folder / "defer.json").exists()
 
 
-def test_what_was_decided_by_hand_does_not_go_without_a_word(promised: Path) -> None:
-    """A config with thresholds decides anew, and the promise that was made by hand was gone."""
+def test_what_was_decided_by_hand_goes_neither_unasked_nor_without_a_word(promised: Path) -> None:
+    """After `kdlora benchmark`, the next run threw away the export, its thresholds and its promise.
+
+    A config with thresholds decides anew, and the promise that was made by hand was gone.
+    """
     layout = ExperimentLayout(promised)
     config = load_config(layout.config)
+    store_speeds({Way(layout.onnx, precision="int8"): {1: 100.0}})
+    assert is_deployed(config, layout)
     config = config.model_copy(update={"export": config.export.model_copy(update={"thresholds": "f1"})})
     layout.decided.write_text("earlier")
     assert "What kdlora defer had decided is gone." in decide_student(config, layout)
     assert not layout.deferral.exists()
-
-
-def test_a_measurement_of_the_export_leaves_everything_as_it_is(promised: Path) -> None:
-    """After `kdlora benchmark`, the next run threw away the export, its thresholds and its promise."""
-    layout = ExperimentLayout(promised)
-    config = load_config(layout.config)
-    assert is_deployed(config, layout)
-    store_speeds({Way(layout.onnx, precision="int8"): {1: 100.0}})
-    assert is_deployed(config, layout)
-
-
-def test_rows_that_the_student_was_not_chosen_on_are_refused(promised: Path, finished: Path, tmp_path, cli) -> None:
-    """Rows that were added since move the drawn splits, and a threshold is fitted on what the student learnt."""
-    rows = read_rows(finished.parent / "validation.csv")
-    tiny.write_csv(tmp_path / "validation.csv", [*rows[1:], {"id": "new", "text": "a new one", "label": "positive"}])
-    config = promised / "config.yaml"
-    config.write_text(
-        config.read_text().replace(str(finished.parent / "validation.csv"), str(tmp_path / "validation.csv"))
-    )
-    for verb in ("thresholds", "defer"):
-        assert "the validation rows are others than when it ran" in cli(verb, promised, code=2).err
-    assert (promised / "defer.json").exists()
 
 
 def test_what_cannot_be_promised_is_said_and_leaves_every_answer(promised: Path, by_sureness, cli) -> None:
@@ -222,22 +211,18 @@ def test_the_command_line_draws_both(promised: Path, finished: Path, cli) -> Non
     """A verb that fails on its own output, or a report without its section, would leave the promise unseen."""
     told = json.loads((promised / "defer.json").read_text())
     assert json.loads(cli("defer", promised, "--error", "0.1", "--json").out) == told
-    shown = cli("defer", promised, "--error", "0.1")
-    assert "600 rows of the test split, at most 10.0% wrong with 95% confidence" in " ".join(shown.out.split())
     assert "What may be acted on" in (promised / "report.md").read_text()
     page = (promised / "report.html").read_text()
     assert "Error against coverage" in page
     models = promised / "student-onnx", promised / "teacher"
-    drawn = cli("benchmark", *models, "--data", finished.parent / "test.csv", "--cascade")
-    assert "within 0.2 points of the teacher" in drawn.out
     shown = cli("benchmark", *models, "--data", finished.parent / "test.csv", "--cascade", "--json")
     assert json.loads(shown.out, parse_constant=pytest.fail)["points"][-1]["handed_on"] == 1
     drawn = cli("benchmark", *models, "--data", finished.parent / "test.csv", "--cascade", "--plot", promised / "c.svg")
+    assert "within 0.2 points of the teacher" in drawn.out
     assert {"student alone", "teacher alone", "score"} <= set(
         re.findall(r">([^<]+)</text>", (promised / "c.svg").read_text())
     )
-    refused = cli("benchmark", models[0], "--cascade", code=2)
-    assert "two models" in refused.err
+    assert "two models" in cli("benchmark", models[0], "--cascade", code=2).err
     refused = cli("benchmark", *models, "--cascade", "--plot", promised / "c.csv", code=2)
     assert "c.csv: a plot is drawn as one of png, svg" in refused.err
 
@@ -247,6 +232,7 @@ def test_texts_of_no_known_class_are_met_by_every_model(promised: Path, finished
     (tmp_path / "strange.txt").write_text("".join(f"qwx zzv {n}\n" for n in range(30)))
     done = cli("defer", promised, "--error", "0.1", "--unknown", tmp_path / "strange.txt")
     assert "30 texts of no known class" in done.out
+    assert "600 rows of the test split, at most 10.0% wrong with 95% confidence" in " ".join(done.out.split())
     found = json.loads((promised / "defer.json").read_text())
     met = {model["name"]: model["unknown"] for model in found["models"] if model["unknown"]}
     assert set(met) == {"student", "student, ONNX", "student, int8", "fft"}

@@ -209,16 +209,6 @@ def test_a_config_decides_once_and_takes_it_back(workshop, tmp_path: Path) -> No
     write_decisions(model.folder, model.decisions)
     run()
     assert not list(layout.root.rglob("kdlora_decisions.json"))
-    files.pop("test")
-    (note,) = [
-        note
-        for note in run_experiment(
-            workshop.config({"data": files, "export": EXPORT | {"formats": []}, "defer": {"error": 0.1}}),
-            tmp_path / "new",
-        ).notes
-        if "promised" in note
-    ]
-    assert "no test split" in note
 
 
 @pytest.mark.parametrize(

@@ -29,15 +29,15 @@ def test_runs_go_on_at_the_same_time_and_come_out_the_same(workshop, experiment,
     monkeypatch.setenv("KDLORA_TEST_PLACE", str(seen))
     monkeypatch.setattr(jobs, "train_run", experiment_children.train_beside_another)
     monkeypatch.setattr(jobs, "label_training_rows", experiment_children.label_after_controls)
-    config = workshop.config({"run": {"arms": ["kd-lora", "student-lora"], "seeds": [0, 1, 2]}})
+    config = workshop.config({"run": {"arms": ["kd-lora", "student-lora"], "seeds": [0, 1]}})
     assert "2 GPUs" in dict(plan_experiment(config, tmp_path / "out").lines())["time"]
     result = run_experiment(config, tmp_path / "out")
-    assert [(record.arm, record.seed) for record in result.failed] == [("student-lora", 2)]
+    assert [(record.arm, record.seed) for record in result.failed] == [("student-lora", 1)]
     assert "killed by SIGKILL" in result.failed[0].error
-    assert len(result.records) == 7
+    assert len(result.records) == 5
     gpus = {path.name: path.read_text() for path in seen.iterdir()}
     assert {gpus["fft-0"], gpus["student-lora-0"]} == {gpus["kd-lora-0"], gpus["kd-lora-1"]} == set(GPUS)
-    for record in (one for one in result.records if one.seed < 2):
+    for record in (one for one in result.records if one.status == "finished"):
         alone = next(one for one in experiment.records if (one.arm, one.seed) == (record.arm, record.seed))
         assert (record.score, record.history) == (alone.score, alone.history)
         assert any("2 runs at a time" in note for note in record.notes)

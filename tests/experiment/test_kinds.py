@@ -144,26 +144,23 @@ def test_pairs_of_three_classes_with_a_test_split_and_a_student_of_the_teachers_
 
 def test_a_given_teacher_with_its_labels_in_another_order_is_the_same_teacher(experiment, workshop, tmp_path):
     """Columns matched by position teach every student the opposite, and the loss still falls."""
-    teacher = experiment.layout.teacher
-    turned = copy_experiment(teacher, tmp_path / "reversed")
+    turned = copy_experiment(experiment.layout.teacher, tmp_path / "reversed")
     weights = load_file(turned / "model.safetensors")
     for name in ("classifier.weight", "classifier.bias"):
         weights[name] = weights[name].flip(0).contiguous()
     save_file(weights, turned / "model.safetensors", metadata={"format": "pt"})
     edit_json(turned / "config.json", id2label={"0": "positive", "1": "negative"})
     edit_json(turned / "config.json", label2id={"positive": 0, "negative": 1})
-    task, outcomes = Task.from_dict(experiment.records[0].task), []
-    for folder in (teacher, turned):
-        layout = ExperimentLayout(tmp_path / f"of-{folder.name}")
-        config = workshop.config({"teacher": {"fine_tuned": str(folder)}, "run": {"arms": ["fft", "kd-lora"]}})
-        record = train_run(config, layout, "fft", 0, lambda event: None)
-        label_training_rows(config, layout)
-        stored = read_stored_logits(layout.teacher_logits, task)
-        outcomes.append((record.metrics, predicted(layout, "fft").logits, stored.logits))
-    assert outcomes[0][0] == outcomes[1][0] == experiment.records[0].metrics
-    np.testing.assert_allclose(outcomes[0][1], outcomes[1][1], atol=1e-6)
-    np.testing.assert_allclose(outcomes[0][2], outcomes[1][2], atol=1e-6)
+    layout = ExperimentLayout(tmp_path / "out")
+    config = workshop.config({"teacher": {"fine_tuned": str(turned)}, "run": {"arms": ["fft", "kd-lora"]}})
+    record = train_run(config, layout, "fft", 0, lambda event: None)
+    assert record.metrics == experiment.records[0].metrics
     assert any("evaluated, not trained" in note for note in record.notes)
+    label_training_rows(config, layout)
+    task, before = Task.from_dict(experiment.records[0].task), experiment.layout
+    np.testing.assert_allclose(predicted(layout, "fft").logits, predicted(before, "fft").logits, atol=1e-5)
+    said, wanted = (read_stored_logits(one.teacher_logits, task).logits for one in (layout, before))
+    np.testing.assert_allclose(said, wanted, atol=1e-5)
 
 
 @pytest.fixture

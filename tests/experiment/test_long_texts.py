@@ -1,7 +1,5 @@
 """Texts longer than a model takes, in windows; decoders, and teachers that are tuned by adapters."""
 
-import json
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -18,12 +16,13 @@ from kdlora.deploy.predict import Classifier
 from kdlora.distil.inference import read_stored_logits
 from kdlora.errors import ConfigError, ModelError
 from kdlora.evidence.predictions import read_predictions
-from kdlora.evidence.records import read_record
+from kdlora.experiment import deployment
 from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.plan import reset_unused
 from kdlora.experiment.run import run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
 from kdlora.experiment.settle import Chosen
+from kdlora.report.shipped import BenchmarkResult
 from tiny import sentiment_rows, write_csv
 
 TRAIN = {"epochs": 20, "batch_size": 8, "learning_rate": 5e-3}
@@ -149,7 +148,6 @@ def test_the_plan_names_the_remedy_and_each_model_has_its_own_length(values, cli
     for changes, said in (
         ({"data": data, **student}, "are cut; data.long_texts: windows reads all of them"),
         (student, "are read in windows"),
-        ({"data": data, **open_lengths}, "; no training text is longer"),
     ):
         path.write_text(yaml.safe_dump(values | changes), encoding="utf-8")
         line = next(line for line in cli("run", path, "--dry-run").out.splitlines() if line.startswith("max_length"))
@@ -168,11 +166,17 @@ def answers(folder, texts):
         return model(**AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")).logits.numpy()
 
 
-def test_the_teacher_tuned_by_adapters_is_the_one_that_teaches(workshop, tiny_model_folder, tmp_path):
-    """All weights would be tuned after all, or the base without its adapter asked for the logits."""
+def test_decoders_teach_by_merged_adapters_and_predict_what_was_scored(
+    workshop, tiny_model_folder, tmp_path, monkeypatch
+):
+    """All weights would be tuned after all, or the base without its adapter asked for the logits.
+
+    Served with other padding or without it, a student answers otherwise than in its report.
+    """
     llama = tiny_model_folder("llama")
     teacher = {"model": str(llama), "tuning": "lora", "adapter_learning_rate": 1e-2}
-    config = workshop.config({"teacher": teacher, "run": {"arms": ["kd-lora", "student-lora"]}})
+    run = {"arms": ["kd-lora", "student-lora"]}
+    config = workshop.config({"student": {"model": str(llama)}, "teacher": teacher, "run": run})
     plans = []
     result = run_experiment(config, tmp_path / "out", before=plans.append)
     layout = result.layout
@@ -183,13 +187,25 @@ def test_the_teacher_tuned_by_adapters_is_the_one_that_teaches(workshop, tiny_mo
     assert own["lora"].history[-1]["epoch"] == 2  # of teacher.train
     told = "the teacher is tuned by adapters (teacher.tuning: lora), merged before it labels"
     assert [told in own[arm].notes for arm in ("lora", "kd-lora", "student-lora")] == [True, True, False]
-    scored = read_predictions(layout.run("lora", 0).predictions).only("validation")
     texts = [row["text"] for row in read_rows(workshop.validation)]
-    np.testing.assert_allclose(answers(layout.teacher, texts), scored.logits, atol=1e-4)
+    for folder, arm in ((layout.teacher, "lora"), (layout.student, result.shipped.arm)):
+        scored = read_predictions(layout.run(arm, 0).predictions).only("validation")
+        np.testing.assert_allclose(answers(folder, texts), scored.logits, atol=1e-4)
+    np.testing.assert_allclose(Classifier.load(layout.student).predict_logits(texts), scored.logits, atol=1e-4)
     stored = read_stored_logits(layout.teacher_logits, Task.from_dict(own["lora"].task))
     texts = [row["text"] for row in read_rows(workshop.train)]
     np.testing.assert_allclose(answers(layout.teacher, texts), stored.logits, atol=1e-4)
     assert any(name.endswith("teacher/model.safetensors") for name in own["lora"].files)
+
+    # It is measured all the same, and the teacher not scored once more.
+    asked = []
+    monkeypatch.setattr(deployment, "benchmark", lambda *_, **given: asked.append(given) or BenchmarkResult())
+    export = config.export.model_copy(update={"formats": ("onnx",), "benchmark": True})
+    notes = deployment.deploy_student(config.model_copy(update={"export": export}), layout, print)
+    assert [note for note in notes if "only encoders are exported to ONNX" in note]
+    assert asked[0]["scores"] == {"teacher": own["lora"].score}
+    with pytest.raises(ModelError, match=r"is a decoder .*only encoders"):
+        export_onnx(layout.student, tmp_path / "onnx", formats=("onnx",))
 
     # Without `fft` the report would say that no teacher was run.
     report = layout.report_md.read_text()
@@ -214,22 +230,3 @@ def test_who_teaches_counts_for_a_suite_and_is_among_the_arms(workshop):
     assert arms == ("words", "lora", "kd-lora", "student-lora")
     with pytest.raises(ConfigError, match=r"teacher\.fine_tuned gives one"):
         build_config({**data, "teacher": {"fine_tuned": "large", "tuning": "lora"}})
-
-
-def test_a_decoder_as_student_predicts_what_was_scored(workshop, tiny_model_folder, tmp_path):
-    """Served with other padding or without it, a student answers otherwise than in its report."""
-    export = {"formats": ["onnx"], "benchmark": True}
-    arms = {"run": {"arms": ["fft", "student-lora"]}}
-    config = workshop.config({"student": {"model": str(tiny_model_folder("llama"))}, "export": export} | arms)
-    result = run_experiment(config, tmp_path / "out")
-    layout = result.layout
-    scored = read_predictions(layout.run("student-lora", 0).predictions).only("validation")
-    texts = [row["text"] for row in read_rows(workshop.validation)]
-    found = Classifier.load(layout.student).predict_logits(texts)
-    np.testing.assert_allclose(found, scored.logits, atol=1e-4)
-    np.testing.assert_allclose(answers(layout.student, texts), scored.logits, atol=1e-4)
-    assert [note for note in result.notes if "only encoders are exported to ONNX" in note]
-    teacher, *_ = json.loads(layout.benchmark.read_text())["models"]
-    assert teacher["score"] == read_record(layout.run("fft", 0).record).score
-    with pytest.raises(ModelError, match=r"is a decoder .*only encoders"):
-        export_onnx(layout.student, tmp_path / "onnx", formats=("onnx",))

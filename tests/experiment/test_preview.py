@@ -1,12 +1,14 @@
 """What is said before anything trains, lengths, the arm `words`, and the metric that decides everywhere."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from experiments import snapshot
+from fabricate import BINARY
 from kdlora.cli import experiments as verbs
 from kdlora.configfile import build_config, load_config
 from kdlora.data.tasks import Task
@@ -17,28 +19,22 @@ from kdlora.evidence.records import ExperimentLayout, read_results
 from kdlora.experiment.plan import identity
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import doubts_of_teacher
-from kdlora.report.report import make_report
+from kdlora.experiment.settle import Chosen
 from kdlora.searchconfig import SearchConfig
 from tiny import sentiment_rows, write_csv
 
 OPEN = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
 
 
-@pytest.fixture
-def small(workshop, tmp_path):
-    """A config file of one student without a teacher, `max_length` open."""
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(workshop.values({"student": {"train": OPEN}})), encoding="utf-8")
-    return path
-
-
-def test_dry_run_says_what_would_be_done_and_does_nothing(cli, small, tmp_path):
+def test_dry_run_says_what_would_be_done_and_does_nothing(cli, workshop, tmp_path):
     """A day of training on the wrong column is seen at its end; and a look must leave nothing behind."""
-    out = tmp_path / "out"
+    out, small = tmp_path / "out", tmp_path / "small.yaml"
+    small.write_text(yaml.safe_dump(workshop.values({"student": {"train": OPEN}})), encoding="utf-8")
     said = cli("run", small, "--dry-run", "--out", out)
     assert not out.exists()
     lines = dict(line.split(maxsplit=1) for line in said.out.strip().splitlines())
     assert len(lines) <= 11
+    assert "unknown" not in lines
     assert lines["rows"] == "64 train, 40 validation"
     assert lines["labels"] == "2: negative 32, positive 32 training rows"
     assert lines["trainings"] == "student-lora 1 × 16 steps"
@@ -51,10 +47,18 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(cli, small, tmp_path):
 
 
 def test_the_length_is_chosen_once_and_kept(workshop, tmp_path):
-    """A second call, an export or an arm that reads texts otherwise than the first one measures something else."""
-    layout = ExperimentLayout(tmp_path / "out")
-    config, plans = workshop.config({"student": {"train": OPEN}}), []
-    first = run_experiment(config, layout.root, before=plans.append)
+    """A second call, an export or an arm that reads texts otherwise than the first one measures something else.
+
+    Texts of another language train without a fault, and every word of them is the same unknown token.
+    """
+    layout, plans = ExperimentLayout(tmp_path / "out"), []
+    rows = [{**row, "text": "ภาษา ไทย"} if place % 2 else row for place, row in enumerate(sentiment_rows(64))]
+    values = {"student": {"train": OPEN}, "data": {"train": str(write_csv(tmp_path / "half.csv", rows))}}
+    first = run_experiment(workshop.config(values), layout.root, before=plans.append)
+    assert 0.05 < plans[0].lengths["student"].unknown < 0.95
+    told = dict(plans[0].lines())["unknown"]
+    assert f"{plans[0].lengths['student'].unknown:.0%} by the student" in told
+    assert told in layout.report_md.read_text(encoding="utf-8")
     chosen = load_config(layout.config).student.train.max_length
     assert chosen == plans[0].lengths["student"].max_length == 24
     assert first.records[0].config["student"]["train"]["max_length"] == chosen
@@ -64,35 +68,18 @@ def test_the_length_is_chosen_once_and_kept(workshop, tmp_path):
     earlier = yaml.safe_load(layout.config.read_text(encoding="utf-8"))
     earlier["student"]["train"]["max_length"] = 48  # every folder of 0.1 names a figure
     layout.config.write_text(yaml.safe_dump(earlier), encoding="utf-8")
-    more = workshop.config({"student": {"train": OPEN}, "run": {"seeds": [0, 1]}})
+    more = workshop.config(values | {"run": {"seeds": [0, 1]}})
     assert plan_experiment(more, layout.root).lengths["student"].max_length == 48
     run_experiment(more, layout.root, before=plans.append)
     assert [(one.arm, one.runs) for one in plans[1].trainings] == [("student-lora", 1)]
     assert load_config(layout.config).student.train.max_length == 48
 
 
-def test_texts_that_a_tokenizer_cannot_read_are_told(workshop, tmp_path):
-    """Texts of another language train without a fault, and every word of them is the same unknown token."""
-    assert "unknown" not in dict(plan_experiment(workshop.config({"student": {"train": OPEN}})).lines())
-    rows = [{**row, "text": "ภาษา ไทย"} if place % 2 else row for place, row in enumerate(sentiment_rows(64))]
-    values = {"student": {"train": OPEN}, "data": {"train": str(write_csv(tmp_path / "half.csv", rows))}}
-    layout, plans = ExperimentLayout(tmp_path / "out"), []
-    run_experiment(workshop.config(values), layout.root, before=plans.append)
-    assert 0.05 < plans[0].lengths["student"].unknown < 0.95
-    told = dict(plans[0].lines())["unknown"]
-    assert f"{plans[0].lengths['student'].unknown:.0%} by the student" in told
-    assert told in make_report(layout.root).markdown
+def test_texts_that_occur_twice_are_counted(workshop, tmp_path):
+    """A test text that was trained on is no test; nothing learns a text that has two labels.
 
-
-def test_an_explicit_length_stays_and_the_share_that_it_cuts_is_told(workshop, tmp_path):
-    """What the user set must not be overruled, and 128 tokens of a long review are a part of it."""
-    plan = plan_experiment(workshop.config({"student": {"train": OPEN | {"max_length": 8}}}))
-    assert plan.config.student.train.max_length == 8
-    assert plan.lengths["student"].cut > 0.5
-    assert "8 tokens" in dict(plan.lines())["max_length"]
-
-    # A test text that was trained on is no test; a pair differs from another with the same first text; nothing learns
-    # a text that has two labels.
+    A pair differs from another with the same first text.
+    """
     rows = [{"text": text, "more": more, "label": label} for text, more, label in ("axc", "ayd", "bxc")]
     other = write_csv(tmp_path / "other.csv", [*rows[:2], {"text": "n", "more": "x", "label": "c"}])
     data = {"train": str(write_csv(tmp_path / "train.csv", rows)), "validation": str(other)}
@@ -104,8 +91,10 @@ def test_an_explicit_length_stays_and_the_share_that_it_cuts_is_told(workshop, t
         assert dict(plan.lines())["labels"].endswith("only 1 of d in validation, which chooses what ships")
 
 
-def test_a_long_run_asks_where_a_person_can_answer(cli, small, tmp_path, monkeypatch):
+def test_a_long_run_asks_where_a_person_can_answer(cli, workshop, tmp_path, monkeypatch):
     """A command that turns out to take a day must not begin unasked; with --yes, or in a script, it does not wait."""
+    small = tmp_path / "small.yaml"
+    small.write_text(yaml.safe_dump(workshop.values({"run": {"arms": ["words"]}})), encoding="utf-8")
     monkeypatch.setattr(verbs, "_HOURS_UNASKED", 0.0)
     monkeypatch.setattr("typer.confirm", lambda *arguments, **options: False)
     terminal = SimpleNamespace(isatty=lambda: True)
@@ -133,6 +122,14 @@ def test_it_is_recorded_told_and_resumed_and_never_ships(workshop, tmp_path):
     assert report.count("bag of words") > 3
     assert f"{words.score:.2f}" in report
 
+    # Hours of distillation from a teacher that seconds of counting words beat are doubted before it labels.
+    taught = workshop.config({"run": {"arms": ["words", "kd-lora"]}})
+    teacher = words.model_copy(update={"arm": "fft", "score": words.score - 10.0})
+    (doubt,) = doubts_of_teacher(taught, ExperimentLayout(tmp_path), [words, teacher])
+    assert doubt.startswith("The teacher is below a bag of words: on validation it has")
+    student = words.model_copy(update={"arm": "kd-lora"})  # taught by it, so no control: nothing is told
+    assert doubts_of_teacher(taught, ExperimentLayout(tmp_path), [student, teacher]) == []
+
     before = snapshot(kept.root)
     run_experiment(config, result.folder)
     assert snapshot(kept.root) == before
@@ -155,20 +152,6 @@ def test_it_needs_no_model_and_runs_once(workshop, tmp_path):
         SearchConfig(arm="words")
     with pytest.raises(ConfigError, match="no student"):
         build_config({"data": {"train": "a.csv"}, "run": {"arms": ["words", "student-lora"]}})
-
-
-def test_a_teacher_below_it_is_told_before_it_labels(workshop, tmp_path):
-    """Hours of distillation from a teacher that seconds of counting words beat."""
-    layout = ExperimentLayout(tmp_path)
-    config = workshop.config({"run": {"arms": ["words", "kd-lora"]}})
-    result = run_experiment(workshop.config({"run": {"arms": ["words"]}}), layout.root)
-    (words,) = result.records
-    teacher = words.model_copy(update={"arm": "fft", "score": words.score - 10.0})
-    (doubt,) = doubts_of_teacher(config, layout, [words, teacher])
-    assert doubt.startswith("The teacher is below a bag of words: on validation it has")
-    student = words.model_copy(update={"arm": "kd-lora"})  # taught by it, so no control: nothing is told
-    assert doubts_of_teacher(config, layout, [student, teacher]) == []
-    assert json.loads(layout.run("words", 0).record.read_text())["score"] == words.score
 
 
 @pytest.fixture
@@ -201,16 +184,13 @@ def test_the_named_metric_selects_the_epoch_and_heads_the_report(uneven, worksho
     assert record.score == pytest.approx(score(task, compute_metrics(task, kept.logits, kept.labels)))
     shipped = json.loads((result.layout.student / "config.json").read_text(encoding="utf-8"))
     assert shipped["kdlora_task"]["metrics"] == [name], "gates and later exports read it there"
-    report = make_report(result.folder, draws=50).markdown
+    report = result.layout.report_md.read_text(encoding="utf-8")
     assert "Table 1. Score: recall of positive at precision 0.6" in report
     assert "| positive | student LoRA | 20 |" in report
 
 
 def test_a_folder_keeps_the_metric_that_its_runs_were_scored_by(uneven, tmp_path):
     """Seeds scored by accuracy beside seeds scored by macro F1 have a mean that means nothing."""
-    plan = plan_experiment(uneven(), tmp_path / "new")
-    assert plan.task.metrics == ("macro_f1",)
-    assert "scored by macro F1, because the classes are uneven (task.metric)" in dict(plan.lines())["task"]
     words = {"arms": ["words"], "seeds": [0]}
     first = run_experiment(uneven(run=words, task={"metric": "accuracy"}), tmp_path / "old")
     layout = ExperimentLayout(first.folder)
@@ -229,15 +209,17 @@ def test_weights_follow_the_metric_where_they_are_auto(uneven, workshop, tmp_pat
     for metric, given, expected in (
         ("balanced_accuracy", "auto", "balanced"),
         ("accuracy", "auto", None),
-        (None, None, None),
+        ("macro_f1", None, None),
         ("accuracy", "balanced", "balanced"),
-        (None, "auto", "balanced"),  # the classes are uneven, so macro F1 scores
     ):
-        config = uneven(task={"metric": metric}, student={"train": train | {"class_weights": given}})
-        plan = plan_experiment(config, tmp_path / "out")
-        assert plan.config.student.train.class_weights == expected
-        assert ("weights" in dict(plan.lines())) == (expected is not None)
-    layout = run_experiment(config, tmp_path / "out").layout
+        config = uneven(student={"train": train | {"class_weights": given}})
+        chosen = Chosen(16, {"teacher": 44, "student": 44}, replace(BINARY, metrics=(metric,)), {})
+        assert chosen.fill_in(config).student.train.class_weights == expected
+    config, plans = uneven(student={"train": train | {"class_weights": "auto"}}), []
+    layout = run_experiment(config, tmp_path / "out", before=plans.append).layout
+    told = dict(plans[0].lines())
+    assert "scored by macro F1, because the classes are uneven (task.metric)" in told["task"]
+    assert "weights" in told
     assert load_config(layout.config).student.train.class_weights == "balanced"
     again = run_experiment(config, layout.root)  # of an open config, the same is made of it
     assert [record.status for record in again.records] == ["finished"]

@@ -16,11 +16,9 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdlora.asking.asksettings import AskSettings
-from kdlora.configfile import expand_home
 from kdlora.errors import ArtifactError, ConfigError, DataError
 from kdlora.foreign import read_json
 from kdlora.system.integrity import compare, is_sealed_or_old, seal
-from kdlora.system.ownership import refuse_foreign
 from kdlora.system.storage import atomic_file, write_json_atomic
 
 _FIRST_REFUSED, _FIRST_UNANSWERED = 3, 20
@@ -58,12 +56,6 @@ class _Line(BaseModel):
     probabilities: list[float] | None = None
     unanswered: str = ""
     spent: tuple[int, int, int] = (0, 0, 0)
-
-
-def find_folder(to: str | Path) -> Path:
-    """Give the folder that is meant: a new one, or one with answers."""
-    folder = Path(os.path.realpath(expand_home(to)))  # `resolve` fails at a link to itself
-    return refuse_foreign(folder, MANIFEST, "answers of a language model")
 
 
 def begin_folder(folder: Path, ingredients: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -139,7 +131,6 @@ class Answers:
         return self
 
     def __exit__(self, *fault: object) -> None:
-        """Have the system write to the disk what it holds, and close."""
         os.fsync(self._file)
         os.close(self._file)
 

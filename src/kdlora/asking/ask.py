@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from kdlora.asking.answers import Answers, BudgetSpentError, Key, begin_folder, find_folder
+from kdlora.asking.answers import MANIFEST, Answers, BudgetSpentError, Key, begin_folder
 from kdlora.asking.asked_rows import AskedRows, each_row, read_asked_rows
 from kdlora.asking.asksettings import AskSettings
 from kdlora.asking.questions import (
@@ -35,6 +36,7 @@ from kdlora.data.spool import read_column
 from kdlora.errors import ConfigError, DataError
 from kdlora.evidence.records import Asked
 from kdlora.system.integrity import hash_files
+from kdlora.system.ownership import refuse_foreign
 from kdlora.system.storage import hold_lock, write_json_atomic
 
 if TYPE_CHECKING:
@@ -126,7 +128,8 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
     """
     start = time.perf_counter()
     asking = _Asking(rows := read_asked_rows(data, settings), settings)
-    folder = find_folder(to)
+    folder = Path(os.path.realpath(expand_home(to)))  # `resolve` fails at a link to itself
+    refuse_foreign(folder, MANIFEST, "answers of a language model")
     with hold_lock(folder / ".lock", f"asks into {folder}", remedy=", or name another folder with --to"):
         begin_folder(folder, asking.ingredients, {"base_url": settings.url, "data": str(data)})
         before = Asked.read(folder)
@@ -137,7 +140,8 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
             asked = _sum_up(answers, settings, time.perf_counter() - begun, before)
             if answers.good:  # without an answer, the next call may be of another model
                 write_json_atomic(folder / Asked.FILE, asdict(asked))
-            chosen, written = _write_outcome(folder, rows, answers, audit)
+            written = _write_outcome(folder, rows, answers, audit)
+            chosen = 0 if audit is None else audit.chosen
             left = sum(len(answers.pending(chosen, *part)) for part in rows.chosen.items())
     requests, tokens_read, tokens_written = answers.spent.tolist()
     return AskSummary(
@@ -156,15 +160,6 @@ def ask(data: str | Path, to: str | Path, settings: AskSettings, *, progress: Pr
         asked=asked,
         seconds=time.perf_counter() - start,
     )
-
-
-def _write_outcome(folder: Path, rows: AskedRows, answers: Answers, audit: Audit | None) -> tuple[int, int]:
-    """Write the audit, and the table by the prompt that it chose; give the prompt's place and the rows of the table."""
-    if audit is not None:
-        write_json_atomic(folder / AUDIT, asdict(audit))
-    is_audited = (audit is None) == (rows.audit is None)
-    chosen = 0 if audit is None else audit.chosen
-    return chosen, write_tables(folder, rows, answers, audit) if is_audited else 0
 
 
 def _sum_up(answers: Answers, settings: AskSettings, seconds: float, before: Asked | None) -> Asked:
@@ -355,11 +350,15 @@ def _reason(reply: Reply) -> str:
     return reply.refused or f"no label: {reply.text!r}"
 
 
-def write_tables(folder: Path, asked: AskedRows, answers: Answers, audit: Audit | None) -> int:
-    """Write the probabilities, and the rows that have some; count them."""
+def _write_outcome(folder: Path, asked: AskedRows, answers: Answers, audit: Audit | None) -> int:
+    """Write the audit, the probabilities by the prompt that it chose, and the rows that have some; count them."""
     from kdlora.asking.audit import correct
 
     prompt = 0 if audit is None else audit.chosen
+    if audit is not None:
+        write_json_atomic(folder / AUDIT, asdict(audit))
+    elif asked.audit is not None:  # the budget ended before it
+        return 0
     ids, splits, tables = list[pa.Array](), list[str](), list[np.ndarray]()
     for split, places in asked.chosen.items():
         if split == "validation":  # with people's labels, whether or not there is an answer

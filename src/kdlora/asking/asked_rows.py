@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 from datasets import Dataset
 
@@ -55,13 +56,13 @@ def read_labels(file: str) -> dict[str, str]:
 
 def read_asked_rows(data: str | Path, settings: AskSettings) -> AskedRows:
     """Read everything that is asked about, and draw what is drawn."""
-    source = _open(data, "the data")
+    source = open_file(expand_home(data), "the data", plain=True)
     task, labelled = _task(source, settings)
     labels = dict(settings.labels or dict.fromkeys(task.label_names, ""))
     rows = Reading(task, settings.id_column).read({"": source}, labelled=labelled)
     parts, chosen = {"train": rows}, {"train": _choose(rows, settings)}
     if settings.unlabelled is not None:
-        more = _open(settings.unlabelled, "unlabelled")
+        more = open_file(expand_home(settings.unlabelled), "unlabelled", plain=True)
         parts["unlabelled"] = Reading(task, settings.id_column).read({"": more}, labelled=False)
     audit, pool = None, np.arange(len(rows))
     if isinstance(settings.audit, str | Path):
@@ -78,7 +79,7 @@ def read_asked_rows(data: str | Path, settings: AskSettings) -> AskedRows:
         audit = ("train", _draw(len(rows), settings, 1)[: settings.audit])
         pool = np.setdiff1d(pool, audit[1])
     chosen |= {split: np.arange(len(part)) for split, part in parts.items() if split != "train"}
-    examples = _examples(rows.select(pool) if labelled else None, settings, task)
+    examples = _examples(rows.select(pool) if labelled else None, settings)
     files = {"data": data, "unlabelled": settings.unlabelled, "audit": settings.audit}
     sources = {name: hash_file(expand_home(file)) for name, file in files.items() if isinstance(file, str | Path)}
     return AskedRows(task, labels, parts, chosen, audit, examples, sources)
@@ -87,10 +88,6 @@ def read_asked_rows(data: str | Path, settings: AskSettings) -> AskedRows:
 def each_row(rows: Dataset) -> Iterator[Row]:
     for table in slice_rows(rows, rows.column_names, _SLICE):
         yield from table.to_pylist()
-
-
-def _open(file: str | Path, key: str) -> Source:
-    return open_file(expand_home(file), key, plain=True)
 
 
 def _task(source: Source, settings: AskSettings) -> tuple[Task, bool]:
@@ -117,7 +114,7 @@ def _draw(count: int, settings: AskSettings, purpose: int) -> np.ndarray:
     return np.random.default_rng([settings.seed, purpose]).permutation(count)
 
 
-def _examples(rows: Dataset | None, settings: AskSettings, task: Task) -> list[dict[str, Any]]:
+def _examples(rows: Dataset | None, settings: AskSettings) -> list[dict[str, Any]]:
     """Draw labelled rows, label by label in turn, so that every label has an example where there are enough."""
     if not settings.shots:
         return []
@@ -125,10 +122,7 @@ def _examples(rows: Dataset | None, settings: AskSettings, task: Task) -> list[d
         raise ConfigError(f"{settings.shots} examples (shots) are drawn from rows with labels, and there are too few")
     order = _draw(len(rows), settings, 2)
     labels = read_column(rows, "label").to_numpy()[order]
-    turn = np.zeros(len(rows), np.int64)
-    for label in range(task.num_labels):
-        of_label = labels == label
-        turn[of_label] = np.arange(of_label.sum())
+    turn = pd.Series(labels).groupby(labels).cumcount().to_numpy()
     chosen = order[np.argsort(turn, kind="stable")[: settings.shots]]
     return [rows[int(place)] for place in chosen]
 
@@ -175,7 +169,6 @@ def _doubts(rows: Dataset, settings: AskSettings) -> np.ndarray:
     for table in slice_rows(rows, ["text", *(["text_pair"] if "text_pair" in rows.column_names else [])], _SLICE):
         columns = [column.to_pylist() for column in table.columns]
         texts = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-        for found in model.predict(texts):
-            best = sorted(found.probabilities.values(), reverse=True)
-            margins.append(best[0] - best[1])
+        ordered = np.sort([[*found.probabilities.values()] for found in model.predict(texts)])
+        margins += (ordered[:, -1] - ordered[:, -2]).tolist()
     return np.argsort(margins, kind="stable")

@@ -107,13 +107,9 @@ class AskSettings:
             raise ConfigError("max_cost needs price_in and price_out, the prices of a million tokens")
         if self.votes > 1 and self.heat == 0:
             raise ConfigError("votes at temperature 0 are one answer, counted several times; leave temperature out")
-        for name, choices in (
-            ("protocol", get_args(Protocol)),
-            ("select", get_args(Selection)),
-            ("codes", get_args(Codes)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} is one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        for name, kind in (("protocol", Protocol), ("select", Selection), ("codes", Codes)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} is one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")
         if len(self.prompts) > 1 and self.audit is None:
             raise ConfigError("several prompts are compared on rows with labels by people; give them as audit")
         if (self.select == "uncertain") != (self.select_by is not None) or (self.rows is None and self.select_by):

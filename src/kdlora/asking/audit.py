@@ -92,13 +92,12 @@ def audit_answers(
     said = np.where(answered, np.nan_to_num(best).argmax(axis=1), task.num_labels)
     confusion = np.zeros((task.num_labels, task.num_labels + 1), np.int64)
     np.add.at(confusion, (labels[reported], said[reported]), 1)
-    matrix = tuple(tuple(map(int, row)) for row in confusion)
     return Audit(
         rows=len(labels),
         chosen=chosen,
         prompts=tuple(scores),
         label_names=task.label_names,
-        confusion=matrix,
+        confusion=tuple(map(tuple, confusion.tolist())),
         temperature=temperature,
         bias=bias,
         accuracy_after=100 * float((_as_logits(after, labels).argmax(axis=1) == labels)[reported].mean()),

@@ -91,12 +91,8 @@ class Questions:
         groups = []
         for places in np.array_split(np.arange(count), parts):
             codes = CODES if len(places) <= len(CODES) else [str(number + 1) for number in range(count)]
-            groups.append(
-                [
-                    Option(code, named[place][0], named[place][1], (int(place),))
-                    for code, place in zip(codes, places, strict=False)
-                ]
-            )
+            coded = zip(codes, places.tolist(), strict=False)
+            groups.append([Option(code, *named[place], (place,)) for code, place in coded])
         return groups
 
     @cached_property

@@ -195,9 +195,7 @@ def _likely_tokens(logprobs: Any) -> list[tuple[str, float]] | None:
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Read how many seconds the server wants us to wait: a number, or a time."""
-    said = headers.get("retry-after")
-    if said is None:
-        return None
+    said = headers.get("retry-after", "")
     with contextlib.suppress(ValueError):
         return max(0.0, float(said))
     with contextlib.suppress(ValueError, TypeError):

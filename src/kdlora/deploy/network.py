@@ -34,10 +34,11 @@ class Window:
 
     ids: np.ndarray
     type_ids: np.ndarray
+    words: Any = None  # that a tagger reads in it: their places among the words of all texts
+    places: Any = None  # of their first tokens in the window
 
     @property
     def attention_mask(self) -> np.ndarray:
-        """Ones: a window has no padding."""
         return np.ones_like(self.ids)
 
     def __len__(self) -> int:
@@ -60,7 +61,6 @@ class Network:
     marks_entities = False
 
     def __init__(self, folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> None:
-        """Join them, and see that a text gives all that the network takes."""
         if (folder.kind == "tokens") != self.marks_entities:
             raise ModelError(_other_kind(folder))
         self.decisions = Decisions() if decisions is None else decisions
@@ -148,6 +148,8 @@ class Network:
         self, encodings: Sequence[Any], batch_size: int = BATCH_SIZE
     ) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Give the arrays that the model takes, encodings of like length together, and which ones these are."""
+        if batch_size < 1:
+            raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
         for rows in length_batches([len(encoding) for encoding in encodings], batch_size):
             shape = len(rows), len(encodings[rows[-1]])  # the longest is the last
             arrays = {name: np.zeros(shape, dtype=np.int64) for name in self.input_names}
@@ -167,8 +169,8 @@ class Network:
                 raise MemoryError(first_line(error)) from error
             raise ModelError(f"{place}: the model cannot run ({first_line(error):.200}).") from error
         if not isinstance(logits, np.ndarray) or not np.issubdtype(logits.dtype, np.floating):
-            kind = logits.dtype if isinstance(logits, np.ndarray) else type(logits).__name__
-            raise ModelError(f"{place}: the first output must be floating-point logits, got {kind}.")
+            found = getattr(logits, "dtype", type(logits).__name__)
+            raise ModelError(f"{place}: the first output must be floating-point logits, got {found}.")
         shape = inputs["input_ids"].shape
         if logits.shape != (*shape[: 1 + self.marks_entities], len(self.label_names)):
             raise ModelError(

@@ -87,13 +87,8 @@ class Classifier(Network):
             DataError: as in `predict`.
             ModelError: the model gives values that are not finite.
         """
-        if not len(texts):
-            return np.empty((0, len(self.label_names)), dtype=np.float32)
-        if isinstance(texts, str):
-            texts = [texts]
-        if batch_size < 1:
-            raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
-        checked = [check_text(text, f"text {row}", self.folder.texts) for row, text in enumerate(texts)]
+        given = [texts] if isinstance(texts, str) else texts
+        checked = [check_text(text, f"text {row}", self.folder.texts) for row, text in enumerate(given)]
         parts, counts = self._parts(checked)
         logits = np.empty((len(parts), len(self.label_names)), dtype=np.float32)
         for rows, inputs in self.pack(parts, batch_size):

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -16,8 +16,8 @@ from typing import BinaryIO
 from kdlora.data.lines import Format
 from kdlora.deploy.network import BATCH_SIZE
 from kdlora.deploy.predict import MOST_CHARACTERS
-from kdlora.deploy.rows import Columns, Row, RowReader, cut_windows
-from kdlora.deploy.stream import Progress, csv_bytes, refuse_replacing
+from kdlora.deploy.rows import Row, RowReader, cut_windows
+from kdlora.deploy.stream import Progress, csv_bytes, refuse_replacing, text_columns
 from kdlora.deploy.tagger import Entity, Tagger
 from kdlora.errors import ConfigError, DataError, did_you_mean, harmless_json
 from kdlora.system.storage import atomic_file
@@ -96,8 +96,7 @@ def redact_file(
     """
     start, tagger = time.perf_counter(), model if isinstance(model, Tagger) else Tagger.load(model)
     wanted = _check_placeholders(tagger, placeholders)
-    recorded = tuple((tagger.folder.task or {}).get("text") or ()) or None
-    columns = Columns(None if text is None else (text,), recorded, "id", None, keep=True)
+    columns = replace(text_columns(tagger, text), words=False, keep=True)
     reader, counts, rows = RowReader(source, columns, form=input_format), Counter[str](), 0
     if reader.form == "parquet":
         raise DataError(f"{source}: Parquet is not redacted; write the rows as JSON Lines or CSV first.")

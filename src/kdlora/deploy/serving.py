@@ -135,7 +135,6 @@ class _Queue:
 
 
 def _question_type(limits: Limits) -> type[BaseModel]:
-    """Describe what `/predict` takes."""
     one = Annotated[str, Field(max_length=limits.characters)]
     text = one | tuple[one, one]
     many = Annotated[list[text], Field(min_length=1, max_length=limits.texts)]

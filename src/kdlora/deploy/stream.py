@@ -98,7 +98,7 @@ def predict_file(
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
     classifier = load_model(model) if isinstance(model, str | Path) else model
-    columns = _columns(classifier, text, id_column)
+    columns = text_columns(classifier, text, id_column)
     reader = RowReader(source, columns, form=input_format)
     output = _Output(_Form(classifier.folder, str(to)))
     if str(to) != "-":
@@ -136,15 +136,15 @@ def _predict(
     output.finish()
 
 
-def _columns(classifier: Network, text: Sequence[str] | str | None, id_column: str) -> Columns:
+def text_columns(classifier: Network, text: Sequence[str] | str | None, id_column: str = "id") -> Columns:
     names = (text,) if isinstance(text, str) else (tuple(text) if text is not None else None)
     if names is not None and len(names) not in (1, 2):
         raise ConfigError(f"expected one text column or the two of a pair, got {len(names)}: {', '.join(names)}.")
-    recorded = tuple((classifier.folder.task or {}).get("text") or ()) or None
-    is_tagger = classifier.folder.kind == "tokens"
+    folder = classifier.folder
+    recorded = tuple((folder.task or {}).get("text") or ()) or None
+    is_tagger = folder.kind == "tokens"
     if is_tagger and names is not None and len(names) > 1:
         raise ConfigError(f"entities are marked in one text column, got {', '.join(names)}.")
-    folder = classifier.folder
     most = None if is_tagger else most_characters(folder.max_length, folder.windows)
     return Columns(names, recorded, id_column, most, words=is_tagger, texts=folder.texts)
 

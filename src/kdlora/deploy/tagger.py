@@ -41,14 +41,6 @@ class Entity:
     score: float
 
 
-@dataclass(frozen=True)
-class _Window(Window):
-    """A part of a text as tokens, and the words that are read in it."""
-
-    words: np.ndarray  # places among the words of all texts
-    places: np.ndarray  # of their first tokens in the window
-
-
 class Tagger(Network):
     """A loaded model that marks entities. `predict` may be called from several threads at once.
 
@@ -116,8 +108,6 @@ class Tagger(Network):
         return self._run_on(_check_all(texts), batch_size)
 
     def _run_on(self, given: Sequence[Words], batch_size: int) -> np.ndarray:
-        if batch_size < 1:
-            raise ModelError(f"batch_size must be at least 1, got {batch_size}.")
         windows, offsets = self._windows(given), word_offsets(given)
         logits = np.full((int(offsets[-1]), len(self.label_names)), np.nan, dtype=np.float32)
         for rows, inputs in self.pack(windows, batch_size):
@@ -134,9 +124,9 @@ class Tagger(Network):
         """Give the arrays that the model takes, windows of like length together, and which windows these are."""
         return self.pack(self._windows(_check_all(texts)))
 
-    def _windows(self, given: Sequence[Words]) -> list[_Window]:
+    def _windows(self, given: Sequence[Words]) -> list[Window]:
         """Cut texts into the windows in which a word is read."""
-        found: list[_Window] = []
+        found: list[Window] = []
         encodings = self.encode([text for text, _, _ in given])
         for encoding, (_, starts, ends), before in zip(encodings, given, word_offsets(given), strict=False):
             read = read_windows(encoding.offsets, encoding.special_tokens_mask, starts, ends, self.folder.max_length)
@@ -146,7 +136,7 @@ class Tagger(Network):
             for tokens, first, after in zip(read.tokens, edges, edges[1:], strict=False):
                 if first < after:
                     words = seen[first:after]
-                    found.append(_Window(ids[tokens], types[tokens], words + before, read.place[words]))
+                    found.append(Window(ids[tokens], types[tokens], words + before, read.place[words]))
         return found
 
 
@@ -160,7 +150,6 @@ def load_model(
 
 
 def join_network(folder: ModelFolder, backend: Backend, decisions: Decisions | None = None) -> Classifier | Tagger:
-    """Make a classifier or a tagger of a described folder and its running network."""
     return (Tagger if folder.kind == "tokens" else Classifier)(folder, backend, decisions)
 
 

@@ -122,15 +122,15 @@ def test_a_dry_run_asks_nothing(asking, cli):
     assert not asking.model.seen
 
 
-@pytest.mark.parametrize("select", ["random", "diverse"])
-def test_some_rows_and_later_more_of_them(asking, select):
+def test_some_rows_and_later_more_of_them(asking):
     """A larger selection that does not begin with the smaller one pays for the same rows twice."""
-    assert asking(rows=20, select=select).rows == 20
+    assert asking(rows=20).rows == 20
     first = set(pd.read_parquet(asking.to / "train.parquet")["id"])
-    assert len(first) == 20
-    if select == "random":
-        assert (done := asking(rows=30)).requests == 30
-        assert first < set(pd.read_parquet(done.table)["id"])
+    assert (done := asking(rows=30)).requests == 30
+    assert first < set(pd.read_parquet(done.table)["id"])
+    asking.to = asking.folder / "diverse"
+    assert asking(rows=20, select="diverse").rows == 20
+    assert pd.read_parquet(asking.to / "train.parquet")["id"].nunique() == 20
 
 
 def test_a_model_chooses_the_rows_that_it_doubts(asking, tiny_model_folder, tmp_path):
@@ -146,13 +146,19 @@ def test_a_model_chooses_the_rows_that_it_doubts(asking, tiny_model_folder, tmp_
     assert margin[chosen].max() <= margin.drop(chosen).min() + 1e-6
 
 
-def test_the_command_prints_what_was_done(asking, cli):
-    """For people on standard error, for programs as JSON."""
-    done = cli(*asking.command, "--audit", 40, "--price-in", 1, "--price-out", 2)
+def test_the_command_prints_what_was_done_and_audited_rows_are_no_examples(asking, cli):
+    """A model that has seen the answer of an audited row audits itself."""
+    options = ("--audit", 40, "--shots", 6)
+    done = cli(*asking.command, *options, "--price-in", 1, "--price-out", 2)
     assert "Audit on 40 rows" in done.out
     assert re.search(r"reported half:\s+\d+\.0% are\s+'(neg|posi)tive'", done.out)  # what a constant answer would reach
     assert "60 rows in" in done.err
-    assert json.loads(cli(*asking.command, "--audit", 40, "--json").out)["resumed"] == 60
+    assert json.loads(cli(*asking.command, *options, "--json").out)["resumed"] == 60
+    lines = map(json.loads, (asking.to / "answers.jsonl").read_text().splitlines())
+    ids = [line["id"] for line in lines if "id" in line]
+    examples = json.loads((asking.to / "ask.json").read_text())["ingredients"]["examples"]
+    assert (len(ids), len(examples)) == (60, 6)
+    assert not {one["id"] for one in examples} & set(ids[:40])  # those are asked first
 
 
 def test_a_student_learns_from_the_answers(asking, cli, tiny_model_folder):
@@ -197,6 +203,12 @@ def test_log_probabilities_of_codes_become_probabilities():
     found = read_logprobs(tokens(A=0.5, B=0.02), options)
     assert found == pytest.approx(np.array([0.5, 0.02, 0.02, 0.02]) / 0.56)
 
+    # Labels that are letters, as grades: the code E of the label F, or J of I, is that of no other label.
+    for labels, said, meant in (("ABCDF", "E", 4), ("ABCDEFGHIJ", "J", 8)):
+        made = Questions(None, dict.fromkeys(labels, ""), (), AskSettings("m"))
+        assert read_logprobs(tokens(**{said: 0.9}), made.choices).argmax() == meant
+        assert "Reply with the code of the label before the colon" in made.fill({"text": "hm"}, made.choices)
+
     # `Absolutely` is no A, and `I cannot` no I.
     options = questions(9).choices
     assert "I" not in {option.code for option in options}
@@ -232,14 +244,6 @@ def test_names_in_place_of_letters_are_told_by_their_first_token():
         Questions(None, {f"{number} is it": "" for number in range(21)}, (), settings)
 
 
-@pytest.mark.parametrize(("labels", "said", "meant"), [("ABCDF", "E", 4), ("ABCDEFGHIJ", "J", 8)])
-def test_labels_that_are_letters_are_told_by_their_codes(labels, said, meant):
-    """Grades: the code E of the label F, or J of I, would be no answer, or that of another label."""
-    made = Questions(None, dict.fromkeys(labels, ""), (), AskSettings("m"))
-    assert read_logprobs(tokens(**{said: 0.9}), made.choices).argmax() == meant
-    assert "Reply with the code of the label before the colon" in made.fill({"text": "hm"}, made.choices)
-
-
 def test_votes_are_read_by_code_or_name():
     """An answer in a sentence, or of another label, is no vote."""
     options = questions(30, votes=True).choices
@@ -254,13 +258,11 @@ def test_votes_are_read_by_code_or_name():
     said = ["A film that I liked", "A", "A.", "a good", "A good", "B: C++", "C++", "GRÖSSER", "A\nB", "**C**"]
     assert [read_vote(one, options) for one in said] == [None, 0, 0, None, 0, 1, 1, 2, 0, 2]
 
-
-@pytest.mark.parametrize("votes", [[1, 0], [2, 1, 0, 0, 1], [1, 0, 0, 1], [1, None, 0]])
-def test_of_equally_many_votes_the_first_decides(votes):
-    """The first label would get every tie, and teach what the model did not say."""
-    found = count_votes(votes, 3)
-    assert found.argmax() == 1
-    assert found[1] == pytest.approx(found[0], abs=1e-3)
+    # Of equally many the first decides: the first label would get every tie.
+    for votes in ([1, 0], [2, 1, 0, 0, 1], [1, 0, 0, 1], [1, None, 0]):
+        found = count_votes(votes, 3)
+        assert found.argmax() == 1
+        assert found[1] == pytest.approx(found[0], abs=1e-3)
 
 
 TASK = task()
@@ -328,9 +330,7 @@ def test_flawless_and_unanswered_rows():
     assert audit.prompts[0].unanswered == 133
     assert audit.prompts[0].against_chosen.high < 0
 
-
-def test_an_audit_of_one_class():
-    """No metric or interval to fall over."""
+    # Of one class: no metric or interval to fall over.
     labels, sure = np.zeros(60, np.int64), np.tile([0.7, 0.3], (60, 1))
     audit = audit_answers(TASK, ["p"], [sure], labels, seed=0)
     assert (audit.prompts[0].accuracy, audit.prompts[0].high, audit.temperature) == (100, 100, 1)
@@ -355,13 +355,3 @@ def test_prompts_are_compared_and_the_best_one_asks_the_rest(asking):
     assert done.audit.temperature == 1
     assert table[["negative", "positive"]].max(axis=1).to_numpy() == pytest.approx(0.9, abs=1e-6)
     assert json.loads((asking.to / "audit.json").read_text())["chosen"] == 1
-
-
-def test_audited_rows_are_no_examples(asking):
-    """A model that has seen the answer of an audited row audits itself."""
-    asking(audit=40, shots=6)
-    lines = map(json.loads, (asking.to / "answers.jsonl").read_text().splitlines())
-    ids = [line["id"] for line in lines if "id" in line]
-    examples = json.loads((asking.to / "ask.json").read_text())["ingredients"]["examples"]
-    assert (len(ids), len(examples)) == (60, 6)
-    assert not {one["id"] for one in examples} & set(ids[:40])  # those are asked first

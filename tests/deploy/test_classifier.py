@@ -34,7 +34,6 @@ import sys
 for name in {BLOCKED!r}:
     sys.modules[name] = None
 from kdlora import Cascade, Tagger, redact_file
-from kdlora.deploy.network import length_batches
 from kdlora.deploy.predict import Classifier
 from kdlora.deploy.stream import predict_file
 classifier, tagger = Classifier.load({str(exported())!r}), Tagger.from_pretrained({str(exported("bert", "tokens"))!r})
@@ -107,6 +106,8 @@ def test_nothing_one_text_and_no_torch(exported, classifier_folder, monkeypatch)
     model = Classifier.from_pretrained(exported())
     assert model.predict([]) == []
     assert model.predict("wonderful") == model.predict(["wonderful"])
+    with pytest.raises(DataError, match="text 0: the text is empty"):
+        model.predict("")
     monkeypatch.setitem(sys.modules, "peft", None)  # what only a training needs
     assert len(Classifier.load(classifier_folder()).predict(["wonderful"])) == 1
     monkeypatch.delitem(sys.modules, "kdlora.deploy.torch_backend")
@@ -115,9 +116,9 @@ def test_nothing_one_text_and_no_torch(exported, classifier_folder, monkeypatch)
         Classifier.load(classifier_folder())
 
 
-def test_long_texts_are_truncated_at_once(exported, classifier_folder):
+def test_long_texts_are_truncated_at_once(exported, classifier_folder, tmp_path):
     """Prevents positions beyond the table, and ten megabytes being tokenised to keep 64 tokens."""
-    for folder in (exported(), exported("roberta"), classifier_folder("roberta")):
+    for folder in (exported(), classifier_folder("roberta")):
         model = Classifier.load(folder)
         assert model.folder.max_length == 64
         start = time.perf_counter()
@@ -125,9 +126,7 @@ def test_long_texts_are_truncated_at_once(exported, classifier_folder):
         assert time.perf_counter() - start < 2
         assert np.array_equal(huge, model.predict_logits([LONG]))
 
-
-def test_limit_of_the_position_table(classifier_folder, tmp_path):
-    """Prevents RoBERTa's off-by-two: its table starts behind the padding position."""
+    # RoBERTa's off-by-two: its table starts behind the padding position.
     folder = shutil.copytree(classifier_folder("roberta"), tmp_path / "model")
     edit_json(folder / "tokenizer_config.json", model_max_length=10**30)
     padding = json.loads((folder / "config.json").read_text())["pad_token_id"]
@@ -182,9 +181,8 @@ def test_a_changed_file_and_columns_that_do_not_fit_are_refused(exported, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["single-label", "multi-label"])
-@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
-def test_recovers_a_known_temperature(kind, factor):
-    """Prevents a fit that stops at a bound, or that multiplies where it should divide."""
+def test_recovers_a_known_temperature(kind):
+    """Prevents a fit that multiplies where it should divide, or that makes a model sure of all as 30 rows were easy."""
     draw = np.random.default_rng(0)
     logits = draw.normal(size=(20_000, 3))
     table = probabilities(logits, kind)
@@ -192,17 +190,12 @@ def test_recovers_a_known_temperature(kind, factor):
         labels = (draw.random(table.shape) < table).astype(int)
     else:
         labels = (draw.random((len(table), 1)) > table.cumsum(axis=1)).sum(axis=1)
-    found = fit_temperature(logits * factor, labels, kind)
-    assert found.temperature == pytest.approx(factor, rel=0.05)
-    assert found.nll_after <= found.nll_before + 1e-9
-    assert found.ece_after < 0.02
-    if factor == 3.0:
-        assert found.ece_before > 3 * found.ece_after
-
-
-@pytest.mark.parametrize("kind", ["single-label", "multi-label"])
-def test_rows_that_are_all_right_tell_no_temperature(kind):
-    """A temperature at its bound makes a model sure of everything, because thirty rows happened to be easy."""
+    for factor in (0.4, 1.0, 3.0):
+        found = fit_temperature(logits * factor, labels, kind)
+        assert found.temperature == pytest.approx(factor, rel=0.05)
+        assert found.nll_after <= found.nll_before + 1e-9
+        assert found.ece_after < 0.02
+    assert found.ece_before > 3 * found.ece_after
     wanted = np.eye(3, dtype=int)[np.arange(30) % 3]
     found = fit_temperature(wanted - 0.5, wanted if kind == "multi-label" else wanted.argmax(axis=1), kind)
     assert (found.temperature, found.nll_after) == (1.0, found.nll_before)
@@ -218,9 +211,6 @@ def test_saved_temperature_is_exported_and_applied(tmp_path, classifier_folder):
     model = Classifier.load(tmp_path / "out")
     expected = probabilities(model.predict_logits(TEXTS[:1]), "single-label", 2.5)[0]
     assert list(model.predict(TEXTS[:1])[0].probabilities.values()) == pytest.approx(expected.tolist())
-    save_temperature(tmp_path / "out", 1.0)
-    assert Classifier.load(tmp_path / "out").folder.temperature == 1
-    assert json.loads((tmp_path / "out" / "kdlora_export.json").read_text())["temperature"] == 1
 
 
 @pytest.mark.parametrize(

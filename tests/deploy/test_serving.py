@@ -164,12 +164,8 @@ def test_texts_that_wait_are_computed_together_and_a_full_queue_sends_away():
         model.go.set()
         assert first.result()[1]["label"] == "first"
         found = [one.result() for one in others]
-        assert [(status, answer.get("label")) for status, answer in found] == [
-            (200, "a"),
-            (200, "b"),
-            (500, None),
-            (200, "c"),
-        ]
+        assert [status for status, _ in found] == [200, 200, 500, 200]
+        assert [answer.get("label") for _, answer in found] == ["a", "b", None, "c"]
         assert call(port, {"texts": ["d", "e", "f"]})[0] == 200
     assert sorted(model.calls[1]) == sorted(texts)
 

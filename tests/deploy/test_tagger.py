@@ -47,11 +47,10 @@ def labelled(tagger):
     return LabelledTexts(texts, decode(tagger.predict_logits(texts), word_offsets(texts)), TASK)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_offsets_point_at_the_text_they_claim(exported, tmp_path, precision):
+def test_offsets_point_at_the_text_they_claim(tagger, tmp_path):
     """Prevents offsets into normalised text, in bytes or UTF-16: a redaction that leaves half a name, everywhere."""
-    model, texts = Tagger.load(exported("bert", "tokens"), precision=precision), fuzzed_texts()
-    found = model.predict(texts)
+    texts = fuzzed_texts()
+    found = tagger.predict(texts)
     assert sum(map(len, found)) > 1000
     for text, entities in zip(texts, found, strict=True):
         assert [entity.text for entity in entities] == [text[entity.start : entity.end] for entity in entities]
@@ -62,12 +61,11 @@ def test_offsets_point_at_the_text_they_claim(exported, tmp_path, precision):
         assert len(rest) == len(text) - sum(len(entity.text) for entity in entities)
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"n": n, "text": text}) + "\n" for n, text in enumerate(texts)))
-    summary = redact_file(model, source, tmp_path / "out.jsonl")
+    summary = redact_file(tagger, source, tmp_path / "out.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert [row["n"] for row in rows] == list(range(len(texts)))
-    if precision == "fp32":  # int8 rounds by the batch
-        assert [row["text"] for row in rows] == [redact(*pair) for pair in zip(texts, found, strict=True)]
-        assert sum(summary.replaced.values()) == sum(map(len, found))
+    assert [row["text"] for row in rows] == [redact(*pair) for pair in zip(texts, found, strict=True)]
+    assert sum(summary.replaced.values()) == sum(map(len, found))
 
 
 def test_backends_and_batches_agree(exported, classifier_folder, tagger):
@@ -109,7 +107,7 @@ def test_score_is_the_probability_of_the_type(exported, tmp_path):
     folder = shutil.copytree(exported("bert", "tokens"), tmp_path / "model")
     first = Tagger.load(folder, precision="fp32").predict(TEXTS[0])[0]
     save_temperature(folder, 3.0)
-    model = Tagger.load(folder, precision="fp32")
+    model = Tagger.load(folder, precision="fp32", verify=False)
     entity = model.predict(TEXTS[0])[0]
     starts, ends = split_words(TEXTS[0])
     logits = model.predict_logits([TEXTS[0]])[starts.index(entity.start) : ends.index(entity.end) + 1] / 3.0
@@ -147,6 +145,7 @@ def test_labels_in_another_order_and_in_none(classifier_folder, tmp_path):
         (["fine", ("one", "two")], "text 1: expected a text, got tuple"),
         (["x" * (MOST_CHARACTERS + 1)], "1,048,577 characters, more than 1,048,576 in one text. Split it"),
         ([Words("two words", [0, 4], [5, 9])], "words that follow each other within the text"),
+        ([Words("Ada met", [0, 4], [3])], "words that follow each other within the text"),
         ([Words("two", [0], [4])], "words that follow each other within the text"),
     ],
 )
@@ -316,9 +315,6 @@ def test_mistakes_are_named(tagger, tmp_path):
         with pytest.raises(ConfigError, match=r"is a (pipe or a device|folder); name a file with --to"):
             redact_file(tagger, source, tmp_path / name)
     assert (tmp_path / "pipe").is_fifo()
-    for words in (Words("Ada met", [0, 4], [3]), Words("Ada met", [4, 0], [7, 3]), ["Ada", "met", "Alan"]):
-        with pytest.raises(DataError, match="text 0: expected"):
-            tagger.predict([words])
     assert source.read_text() == TEXTS[0]
 
 
@@ -337,12 +333,9 @@ def test_the_verbs(cli, exported, tagger, tmp_path, monkeypatch):
     assert done.out.splitlines() == expected
     done = cli("redact", folder, source, "--to", tmp_path / "o.txt", "--types", "PER", "--with", "LOC=x", code=2)
     assert "'LOC' is none of the types to replace, PER" in done.err
-    for verb, other, sentence in (
-        ("redact", exported(), "marks no entities"),
-        ("predict", folder, "any number of entities"),
-        ("benchmark", folder, "marks entities"),
+    for sentence, *arguments in (
+        ("marks no entities", "redact", exported(), source),
+        ("any number of entities", "predict", folder, source, "--to", tmp_path / "o.csv"),
+        ("marks entities", "benchmark", folder, exported(), "--cascade", "--data", source),
     ):
-        more = {"predict": ("--to", tmp_path / "o.csv"), "benchmark": (exported(), "--cascade", "--data", source)}
-        arguments = (other, source) if verb != "benchmark" else (other,)
-        done = cli(verb, *arguments, *more.get(verb, ()), code=2)
-        assert sentence in done.err
+        assert sentence in cli(*arguments, code=2).err

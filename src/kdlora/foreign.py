@@ -40,7 +40,7 @@ def read_json_and_digest(path: Path, remedy: str = _REMEDY) -> tuple[dict[str, A
         if len(content) > _MOST_BYTES:
             raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MB")
         value = json.loads(content.decode("utf-8"))
-        _refuse_depth(value)
+        _refuse_depth([value])
         json.dumps(value, ensure_ascii=False).encode()  # half a character could never be printed
     except (OSError, ValueError, RecursionError) as fault:
         reason = "it is nested too deep" if isinstance(fault, RecursionError) else str(fault)
@@ -50,19 +50,13 @@ def read_json_and_digest(path: Path, remedy: str = _REMEDY) -> tuple[dict[str, A
     return value, hashlib.sha256(content).hexdigest()
 
 
-def _refuse_depth(value: Any) -> None:
+def _refuse_depth(value: Any, level: int = 1) -> None:
     """Raise RecursionError for what later steps, which copy and write it, could not walk through."""
-    level = [value]
-    for _ in range(_MOST_LEVELS):
-        level = [
-            inner
-            for item in level
-            if isinstance(item, dict | list)
-            for inner in (item.values() if isinstance(item, dict) else item)
-        ]
-        if not level:
-            return
-    raise RecursionError
+    if level > _MOST_LEVELS:
+        raise RecursionError
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, dict | list):
+            _refuse_depth(inner, level + 1)
 
 
 def check_types(values: Mapping[str, Any], checks: Mapping[str, Check], where: Path | str) -> None:

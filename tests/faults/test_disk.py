@@ -35,10 +35,11 @@ def undisturbed(workshop, tmp_path_factory):
     return config, root / "config.yaml", run_experiment(config, root / "out").folder
 
 
-def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, undisturbed):
+def test_a_full_disk_costs_what_was_not_written_and_no_more_and_a_read_only_one_is_named(cli, disk, undisturbed):
     """What was cut off by the end of the disk must not be taken for a model, and the remedy is to free some space.
 
-    The sizes let it fill at the lock, in the teacher's training, and while models are kept.
+    The sizes let it fill at the lock, in the teacher's training, and while models are kept. Root writes into every
+    folder, so it takes a disk that is mounted read-only.
     """
     _, file, right = undisturbed
     command = ("run", file, "--out", disk / "out")
@@ -53,12 +54,8 @@ def test_a_full_disk_costs_what_was_not_written_and_no_more(cli, disk, undisturb
         ballast.unlink()
     cli(*command)
     assert differences(right, disk / "out") == []
-
-
-def test_a_folder_that_cannot_be_written(cli, disk, undisturbed):
-    """Root writes into every folder, so it takes a disk that is mounted read-only."""
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    shown = cli("run", undisturbed[1], "--out", disk / "out", code=1)
+    shown = cli("run", file, "--out", disk / "another", code=1)
     assert "Read-only file system" in shown.err
     assert str(disk) in shown.err
 

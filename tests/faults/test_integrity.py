@@ -48,7 +48,7 @@ def made(workshop, tmp_path_factory) -> Made:
 @pytest.fixture
 def layout(made, tmp_path) -> ExperimentLayout:
     """A copy of the experiment's folder, free to be damaged."""
-    return ExperimentLayout(Path(shutil.copytree(made.layout.root, tmp_path / "out", copy_function=shutil.copy2)))
+    return ExperimentLayout(Path(shutil.copytree(made.layout.root, tmp_path / "out")))
 
 
 @contextlib.contextmanager

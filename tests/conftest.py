@@ -1,18 +1,22 @@
 """Settings and fixtures of every test: no network, no user's caches, tiny real models."""
 
 import gc
-import importlib.util
 import os
 import pickle
+import runpy
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 from filelock import FileLock
+from typer.main import get_command
 
 gc.disable()  # until all test modules are imported: there is no garbage among them, and to look costs seconds
 # Before any import of torch, transformers or datasets: they read these once.
@@ -40,15 +44,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and two te
 _GUARD = Path(__file__).parent / "guard"
 _NETWORK_LOG = Path(os.environ.setdefault("KDLORA_TESTS_NETWORK_LOG", str(_CACHES / "network.log")))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_GUARD), os.environ.get("PYTHONPATH"))))
-_spec = importlib.util.spec_from_file_location("network_guard", _GUARD / "sitecustomize.py")
-assert _spec is not None
-assert _spec.loader is not None
-sys.modules["network_guard"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(sys.modules["network_guard"])
+runpy.run_path(str(_GUARD / "sitecustomize.py"))
 
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("tests")
-pytest_plugins = ["experiment_fixtures"]
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+_build_verbs = cache(get_command)  # once, not for each call
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
 
 
@@ -132,20 +133,12 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_model_folder(family, layers=2, hidden=32, seed=0)` gives a saved checkpoint without a head; read only."""
+    """`tiny_model_folder(family, layers=2)` gives a saved checkpoint without a head; read only."""
     import tiny
 
     root = tmp_path_factory.mktemp("tiny-models")
-    built: dict[tuple[object, ...], Path] = {}
-
-    def folder(family: str, *, layers: int = 2, hidden: int = 32, seed: int = 0) -> Path:
-        key = (family, layers, hidden, seed)
-        if key not in built:
-            path = root / "-".join(str(part) for part in key)
-            built[key] = tiny.build_model_folder(family, path, layers=layers, hidden=hidden, seed=seed)
-        return built[key]
-
-    return folder
+    build = cache(lambda family, n: tiny.build_model_folder(family, root / f"{family}-{n}", layers=n))
+    return lambda family, *, layers=2: build(family, layers)
 
 
 @pytest.fixture(scope="session")
@@ -154,3 +147,59 @@ def glue_folder() -> Path:
     if not (GLUE / "MRPC" / "train.tsv").is_file():
         pytest.skip(f"no GLUE data at {GLUE}")
     return GLUE
+
+
+@pytest.fixture(scope="session")
+def workshop(made_once):
+    """Models and data for small experiments."""
+    return made_once("workshop", _furnish)
+
+
+def _furnish(folder: Path) -> object:
+    import tiny
+    from experiments import Workshop
+
+    return Workshop(
+        teacher=tiny.build_model_folder("bert", folder / "bert"),
+        student=tiny.build_model_folder("distilbert", folder / "distilbert", layers=1),
+        train=tiny.write_csv(folder / "train.csv", tiny.sentiment_rows(64)),
+        validation=tiny.write_csv(folder / "validation.csv", tiny.sentiment_rows(40, seed=1)),
+    )
+
+
+@pytest.fixture(scope="session")
+def experiment(workshop, made_once):
+    """The result of all six arms with two seeds; read only, see `copy_experiment`."""
+    from experiments import ARMS
+    from kdlora.experiment.run import run_experiment
+
+    config = workshop.config({"run": {"arms": ARMS, "seeds": [0, 1]}})
+    return made_once("all-arms", lambda folder: run_experiment(config, folder / "all-arms"))
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """`cli("run", path, ..., code=0)` calls the command line in this process, and takes what it prints.
+
+    It must end with that exit code, and without a traceback.
+    """
+    from kdlora.cli import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("typer.main.get_command", _build_verbs)
+
+    def call(*arguments: object, code: int = 0) -> Any:
+        monkeypatch.setattr(sys, "argv", ["kdlora", *map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        printed = capsys.readouterr()
+        assert (int(ended.value.code or 0), "Traceback" in printed.err) == (code, False), printed.err[-3000:]
+        return printed
+
+    return call

@@ -27,24 +27,17 @@ LABELS = {
 
 
 def build_classifier(
-    family: str,
-    folder: Path,
-    *,
-    kind: str = "single-label",
-    names: Sequence[str] = (),
-    layers: int = 2,
-    hidden: int = 32,
-    seed: int = 0,
+    family: str, folder: Path, *, kind: str = "single-label", names: Sequence[str] = (), layers: int = 2
 ) -> Path:
     """Save a tiny classifier with a spread-out random head, whose predictions differ from text to text."""
     tokenizer = train_tokenizer(family)
-    config = tiny_config(family, -(-len(tokenizer) // 8) * 8, layers=layers, hidden=hidden)
+    config = tiny_config(family, -(-len(tokenizer) // 8) * 8, layers=layers)
     names = names or LABELS[kind]
     config.id2label = dict(enumerate(names))
     config.label2id = {name: column for column, name in enumerate(names)}
     config.problem_type = PROBLEMS[kind]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         head = "Token" if kind == "tokens" else "Sequence"
         model = getattr(transformers, f"AutoModelFor{head}Classification").from_config(config).eval()
         with torch.no_grad():

@@ -47,7 +47,8 @@ def make_labels(task: Task, rows: int, seed: int = 7) -> np.ndarray:
         return np.where((tags == 0) & (np.roll(tags, 1) > 0) & (random.random(rows) < 0.5), np.roll(tags, 1) + 1, tags)
     if task.kind == "multi-label":
         return (random.random((rows, task.num_labels)) < 0.35).astype(np.float32)
-    return random.choice(task.num_labels, rows, p=_shares(task.num_labels)).astype(np.int64)
+    weights = np.linspace(1.3, 0.7, task.num_labels)
+    return random.choice(task.num_labels, rows, p=weights / weights.sum()).astype(np.int64)
 
 
 def make_logits(task: Task, labels: np.ndarray, noise: float, seed: int) -> np.ndarray:
@@ -171,7 +172,6 @@ def ship(
     *,
     int8: bool = True,
     calibrated: bool = False,
-    split: str = "validation",
     names: Sequence[str] = ("teacher", "student", "student, ONNX", "student, int8"),
     recipe: str = "uint8 weights, embeddings left in fp32",
 ) -> None:
@@ -179,7 +179,7 @@ def ship(
     models = [_shipped_model(name, place) for place, name in enumerate(names[: 4 if int8 else 3])]
     calibration = {"temperature": 1.73, "rows": 400, "nll_before": 0.412, "nll_after": 0.305}
     calibration |= {"ece_before": 0.0871, "ece_after": 0.0194}
-    benchmark = {"models": models, "threads": 2, "rounds": 3, "texts": 1043, "split": split}
+    benchmark = {"models": models, "threads": 2, "rounds": 3, "texts": 1043, "split": "validation"}
     benchmark |= {"machine": {"cpu": "Intel Xeon", "cores": "2", "memory": "16.0 GiB"}}
     benchmark |= {"versions": {"onnxruntime": "1.32.0"}, "calibration": calibration if calibrated else None}
     write_json_atomic(layout.benchmark, benchmark)
@@ -245,8 +245,3 @@ def _history(arm: str, seed: int, value: float) -> list[dict[str, float]]:
             entry |= {"loss": 0.5 * hard + 0.5 * soft, "soft_loss": soft}
         entries.append(entry)
     return entries
-
-
-def _shares(labels: int) -> np.ndarray:
-    weights = np.linspace(1.3, 0.7, labels)
-    return weights / weights.sum()

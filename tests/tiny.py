@@ -97,14 +97,14 @@ def train_tokenizer(family: str = "bert") -> transformers.PreTrainedTokenizerFas
     )
 
 
-def tiny_config(family: str, vocab_size: int, *, layers: int = 2, hidden: int = 32) -> transformers.PretrainedConfig:
+def tiny_config(family: str, vocab_size: int, *, layers: int = 2) -> transformers.PretrainedConfig:
     """Give the configuration of a tiny model with the traits of its family (shared keys, local attention, …)."""
     common = {
         "vocab_size": vocab_size,
-        "hidden_size": hidden,
+        "hidden_size": 32,
         "num_hidden_layers": layers,
         "num_attention_heads": 2,
-        "intermediate_size": 2 * hidden,
+        "intermediate_size": 64,
         "max_position_embeddings": 66,
         "pad_token_id": 1 if family in PAD_IS_ONE else 0,
         "bos_token_id": 0 if family in PAD_IS_ONE else 2,
@@ -116,13 +116,13 @@ def tiny_config(family: str, vocab_size: int, *, layers: int = 2, hidden: int = 
     own: dict[str, dict[str, Any]] = {
         "bert": {},
         "bert-without-pooler": {"model_type": "bert"},
-        "distilbert": {"dim": hidden, "n_layers": layers, "n_heads": 2, "hidden_dim": 2 * hidden},
+        "distilbert": {"dim": 32, "n_layers": layers, "n_heads": 2, "hidden_dim": 64},
         "roberta": {"type_vocab_size": 1},
         "deberta-v2": deberta,
-        "electra": {"embedding_size": hidden // 2},
+        "electra": {"embedding_size": 16},
         "mpnet": {},
         "llama": {"num_key_value_heads": 1},
-        "gpt2": {"n_embd": hidden, "n_layer": layers, "n_head": 2, "n_positions": 66},
+        "gpt2": {"n_embd": 32, "n_layer": layers, "n_head": 2, "n_positions": 66},
         "modernbert": {"sep_token_id": 3, "local_attention": 8, "global_attn_every_n_layers": 2, **dropout},
     }
     if family == "distilbert":
@@ -150,12 +150,12 @@ _PRETRAINED_CLASS = {
 }
 
 
-def build_model_folder(family: str, folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0) -> Path:
+def build_model_folder(family: str, folder: Path, *, layers: int = 2) -> Path:
     """Save a tiny *pretrained* checkpoint: encoder weights and tokenizer, no classification head."""
     tokenizer = train_tokenizer(family)
-    config = tiny_config(family, -(-len(tokenizer) // 8) * 8, layers=layers, hidden=hidden)
+    config = tiny_config(family, -(-len(tokenizer) // 8) * 8, layers=layers)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = getattr(transformers, _PRETRAINED_CLASS[family])(config)
         with torch.no_grad():  # spread the weights, or every text looks alike to so small a model
             for name, parameter in model.named_parameters():

@@ -1,7 +1,11 @@
-"""Read the code blocks of a page: what is written to a file, what is run, and what is not run for which reason."""
+"""Read the code blocks of a page: what is written to a file, run, or not run for which reason.
+
+`python pages.py PAGE` types the page's commands from top to bottom, in an empty folder.
+"""
 
 import re
 import subprocess
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,3 +66,23 @@ def pages() -> list[Path]:
     """List the pages that people read; generated ones print commands that others explain."""
     written = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in ("cli.md", "config.md")]
     return [ROOT / "README.md", *written]
+
+
+def main() -> None:
+    """Run the page that the command line names; its Python blocks share one session, as a reader's would."""
+    page = Path(sys.argv[1])
+    session: dict[str, object] = {"__name__": "__session__"}
+    for block in read_blocks(page):
+        where = f"{page.name}, line {block.line}"
+        if block.title is not None and block.excuse is None:
+            Path(block.title).write_text(block.code, encoding="utf-8")
+        elif block.is_run:
+            print(f"=== {where}", flush=True)
+            if block.language == "python":
+                exec(compile(block.code, where, "exec"), session)
+            else:
+                subprocess.run(["bash", "-euo", "pipefail", "-c", block.code], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -37,7 +37,7 @@ def test_the_page_works_as_printed(page, reader, tmp_path):
         for number, row in enumerate(rows)
     ]
     write_lines(tmp_path / "pairs.jsonl", pairs)
-    follow([sys.executable, str(Path(__file__).with_name("run_page.py")), str(page)], tmp_path, reader)
+    follow([sys.executable, str(Path(__file__).with_name("pages.py")), str(page)], tmp_path, reader)
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))

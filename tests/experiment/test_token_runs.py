@@ -9,6 +9,7 @@ import pytest
 from peft import AutoPeftModelForTokenClassification
 from transformers import AutoModelForTokenClassification
 
+from experiments import write_lines
 from kdlora.configfile import build_config
 from kdlora.data.load import load_splits
 from kdlora.data.word_tokens import word_offsets
@@ -19,7 +20,7 @@ from kdlora.evidence.records import ExperimentLayout
 from kdlora.experiment.run import plan_experiment, run_experiment
 from kdlora.experiment.scoring import evaluate_experiment
 from kdlora.experiment.team import _experiment
-from sentences import tagged_rows, write_conll, write_words
+from sentences import tagged_rows, write_conll
 
 HASHED = {"words": ["the", "music", "#Paris"], "tags": ["O", "O", "B-PLACE"]}
 TRAIN = {"epochs": 5, "batch_size": 4, "learning_rate": 1e-2, "max_length": 12, "select": "auto"}
@@ -31,7 +32,7 @@ def values(workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     files = {
         "train": str(write_conll(folder / "train.conll", tagged_rows(40))),
-        "validation": str(write_words(folder / "validation.jsonl", [*tagged_rows(30, seed=1), HASHED])),
+        "validation": str(write_lines(folder / "validation.jsonl", [*tagged_rows(30, seed=1), HASHED])),
         "test": str(write_conll(folder / "test.conll", tagged_rows(30, seed=2))),
         "unlabelled": str(folder / "more.txt"),
         "augment": 1,

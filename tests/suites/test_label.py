@@ -24,7 +24,7 @@ from kdlora.experiment.labelling import LabelSettings, label_collection
 from kdlora.experiment.settle import check_table
 from kdlora.experiment.stages import label_training_rows, train_run
 from kdlora.models.encoders import load_encoder, save_encoder
-from sentences import tagged_rows, write_conll, write_words
+from sentences import tagged_rows, write_conll
 from tiny import sentiment_rows, task, write_csv
 
 TASK = task()
@@ -241,7 +241,7 @@ def test_words_are_labelled_as_they_are_given(tiny_model_folder, tmp_path):
     save_encoder(load_encoder(str(tiny_model_folder("bert")), kind, seed=4), tmp_path / "model")
     given = tagged_rows(20)
     given[3]["words"][0] = "#what-ever"
-    files = [write_conll(tmp_path / "a.conll", given), write_words(tmp_path / "a.jsonl", given)]
+    files = [write_conll(tmp_path / "a.conll", given), write_lines(tmp_path / "a.jsonl", given)]
     files[1].write_text(files[1].read_text().replace("\n", "\n\n", 1))
     with files[1].open("a") as file:
         file.write('{"words": ["a", 3]}\n{"words": [" "]}\n{"words": "plain, text"}\n')

@@ -8,7 +8,6 @@ import resource
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import typer
 import yaml
 
 from experiments import snapshot
-from kdlora import doctor, terminal
+from kdlora import doctor
 from kdlora.cli import app
 from kdlora.configfile import load_config
 from kdlora.errors import ArtifactError
@@ -108,8 +107,8 @@ def test_run_prints_table_and_places(cli, small, tmp_path):
     assert printed["runs"] == json.loads((out / "results.json").read_text())["runs"]
 
 
-def test_run_with_options_makes_a_config(asked, workshop, tmp_path, monkeypatch):
-    """The command of the README: files and models by options, names resolved against the current folder."""
+def test_options_make_a_config_and_go_over_a_config_file(asked, small, workshop, tmp_path, monkeypatch):
+    """An option that the file silently overrides is worse than none; a name of any script must arrive."""
     monkeypatch.chdir(tmp_path)
     config = asked(
         *("--train", os.path.relpath(workshop.train), "--text", "text", "--label", "label"),
@@ -122,15 +121,9 @@ def test_run_with_options_makes_a_config(asked, workshop, tmp_path, monkeypatch)
     glue = ("--task", "mrpc", "--data", "nyu-mll/glue", "--family", "bert")
     assert asked(*glue, "--text", "a") is None, "mrpc has its own columns"
     assert asked(*glue).student.model == "distilbert-base-uncased"
-
-
-def test_options_go_over_the_config_file(asked, small, tmp_path):
-    """An option that the file silently overrides is worse than none; a name of any script must arrive."""
     arguments = (small, "--label", "a", "--label", "b 😀", "--student", "other/model", "--set", "lora.rank=2")
     config = asked(*arguments)
-    assert config.task.label == ("a", "b 😀")
-    assert config.student.model == "other/model"
-    assert config.lora.rank == 2
+    assert (config.task.label, config.student.model, config.lora.rank) == (("a", "b 😀"), "other/model", 2)
     assert config.student.train == load_config(small).student.train
     hub = write_config(tmp_path / "hub.yaml", yaml.safe_load(small.read_text()) | {"data": {"path": "someone/data"}})
     assert load_config(hub, ["data.validation=validation_matched"]).data.validation == "validation_matched"
@@ -145,6 +138,7 @@ def test_a_failed_run_exits_with_1_and_the_others_finish(cli, workshop, tmp_path
     config = write_config(tmp_path / "c.yaml", values)
     shown = cli("run", config, "--out", tmp_path / "out", code=1)
     assert "failed: student-fft, seed 0" in shown.out
+    assert re.search(r"│ student-fft .* failed ", shown.out), "left out, it looks as if nobody had asked for it"
     status = {record.arm: record.status for record in read_results(tmp_path / "out" / "results.json")}
     assert status == {"student-fft": "failed", "student-lora": "finished"}
     cli("run", config, "--out", tmp_path / "fast", "--fail-fast", code=1)
@@ -209,37 +203,7 @@ def test_faults_of_the_machine_have_their_own_exit_codes(cli, small, monkeypatch
     assert "KDLORA_LOG is 'LOUD'; expected DEBUG" in cli("tasks", code=2).err
 
 
-def test_the_table_shows_failed_arms_and_the_test_split(experiment, capsys, monkeypatch):
-    """A failed arm left out of the table looks as if it had never been asked for."""
-    monkeypatch.setenv("COLUMNS", "160")
-    records = [
-        record.model_copy(
-            update={"status": "failed", "error": "[red]gone[/red]", "score": None}
-            if record.arm == "lora"
-            else {"test_score": 12.0 + record.seed}
-        )
-        for record in experiment.records
-    ]
-    terminal.print_result(replace(experiment, records=records, notes=("a note with [brackets]",)))
-    shown = capsys.readouterr().out
-    assert "score on the test split" in shown
-    assert "a note with [brackets]" in shown
-    assert "failed: lora, seed 1: [red]gone[/red]" in shown
-    rows = {line.split()[1]: line for line in shown.splitlines() if line.startswith("│")}
-    assert "failed" in rows["lora"]
-    assert "12.50" in rows["kd-lora"]
-    assert "0.71" in rows["kd-lora"]  # sample standard deviation of 12 and 13
-
-
 COMMANDS = typer.main.get_command(app).commands
-
-
-def shell(*arguments, **environment):
-    """Call the command line in a process of its own, without a terminal."""
-    command = [sys.executable, "-m", "kdlora", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "120", **environment}
-    )
 
 
 def test_a_label_that_a_terminal_cannot_show_ends_no_command(tmp_path):
@@ -283,27 +247,30 @@ def test_verbs_print_json(cli, experiment, tmp_path):
         assert [Path(path).name for path in paths] == [f"{verb}.md", f"{verb}.html"]
 
 
-@pytest.mark.parametrize(
-    ("words", "wanted"),
-    [
+def test_the_shell_completes_verbs_names_and_keys(cli, monkeypatch):
+    """Completion that fails does so without a word: the shell offers files instead."""
+    monkeypatch.setenv("_KDLORA_COMPLETE", "complete_bash")
+    for words, wanted in (
         ("kdlora r", {"run", "report"}),
         ("kdlora run --task mr", {"mrpc"}),
         ("kdlora run --set student.train.learn", {"student.train.learning_rate="}),
         ("kdlora export x --format onnx-", {"onnx-int8"}),
-    ],
-)
-def test_the_shell_completes_verbs_names_and_keys(words, wanted):
-    """Completion that fails does so without a word: the shell offers files instead."""
-    number = str(len(words.split()) - 1)
-    done = shell(_KDLORA_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=number)
-    assert wanted <= set(done.stdout.split()), done.stderr
+    ):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        assert wanted <= set(cli().out.split())
 
 
-def test_no_colour_where_it_is_not_wanted():
+def test_no_colour_where_it_is_not_wanted(cli):
     """Escape codes in a log, or for a reader who switched them off."""
-    assert "\x1b[" in shell("tasks", FORCE_COLOR="1").stdout
-    assert "\x1b[3" not in shell("--help", FORCE_COLOR="1", NO_COLOR="1").stdout
-    assert re.fullmatch(r"kdlora \d+\.\d+\.\d+\S*\n", shell("--version", FORCE_COLOR="1", NO_COLOR="1").stdout)
+
+    def shell(*arguments, **environment):
+        command, own = [sys.executable, "-m", "kdlora", *arguments], os.environ | environment
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=own).stdout
+
+    assert "\x1b[" in shell("tasks", FORCE_COLOR="1")
+    assert "\x1b[3" not in shell("--help", FORCE_COLOR="1", NO_COLOR="1")
+    assert re.fullmatch(r"kdlora \d+\.\d+\.\d+\S*\n", cli("--version").out)
 
 
 def test_it_names_what_is_installed_and_what_is_missing(monkeypatch):

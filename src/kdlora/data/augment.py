@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,17 @@ def _copies(rows: Dataset, of_row: np.ndarray, draw: np.random.Generator) -> Ite
         start, end = ends[name][row : row + 2]
         return [known[number] for number in numbers[start:end]]
 
-    def drawn() -> Any:
-        return known[numbers[int(draw.integers(len(numbers)))]]
+    def perturb(words: Sequence[Any], other: Sequence[Any]) -> tuple[Sequence[Any], str]:
+        """Perturb the words of one text, of which something always remains; give them and what joins them."""
+        if draw.random() < SPLICED:
+            words = [*words[: (len(words) + 1) // 2], *other[len(other) // 2 :]]
+        chances = draw.random(len(words))
+        kept = [
+            word if chance >= LOST else known[numbers[int(draw.integers(len(numbers)))]]
+            for word, chance in zip(words, chances, strict=True)
+            if chance >= LOST / 2  # below, the word is deleted
+        ]
+        return kept or words, "" if words and all(len(word) == 1 for word in words) else " "
 
     schema = pa.schema([(name, _PLACES if name in WORDS else pa.string()) for name in rows.column_names])
     for copy in range(1, int(of_row.max(initial=0)) + 1):
@@ -141,7 +150,7 @@ def _copies(rows: Dataset, of_row: np.ndarray, draw: np.random.Generator) -> Ite
                     echo = name == "text_pair" and draw.random() < ECHOED
                     own = words_of("text" if echo else name, row)
                     other = words_of(name, int(draw.integers(len(rows))))
-                    kept, glue = _perturb(own, other, drawn, draw)
+                    kept, glue = perturb(own, other)
                     found = _join(kept) if "starts" in made else {name: glue.join(kept)}
                     for column, value in found.items():
                         made[column].append(value)
@@ -171,21 +180,6 @@ def _join(words: Sequence[tuple[bool, str]]) -> dict[str, Any]:
         text += word
         ends.append(len(text))
     return {"text": text, "starts": starts, "ends": ends}
-
-
-def _perturb(
-    words: Sequence[Any], other: Sequence[Any], drawn: Callable[[], Any], draw: np.random.Generator
-) -> tuple[Sequence[Any], str]:
-    """Perturb the words of one text, of which something always remains; give them and what joins them."""
-    if draw.random() < SPLICED:
-        words = [*words[: (len(words) + 1) // 2], *other[len(other) // 2 :]]
-    chances = draw.random(len(words))
-    kept = [
-        word if chance >= LOST else drawn()
-        for word, chance in zip(words, chances, strict=True)
-        if chance >= LOST / 2  # below, the word is deleted
-    ]
-    return kept or words, "" if words and all(len(word) == 1 for word in words) else " "
 
 
 def keep_unscored(rows: Dataset, scored: Sequence[Dataset]) -> Dataset:

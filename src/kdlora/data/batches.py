@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,27 +60,9 @@ def tokenise(
             f"data.long_texts: windows has windows of max_length: set it to {limit} or less for this model"
         )
     carried = [name for name in dataset.column_names if name in _CARRIED]
-    hidden = quiet or not sys.stderr.isatty()  # no bar in log files
-    with datasets.utils.tqdm(total=len(dataset), unit=" examples", desc="Tokenising", disable=hidden) as bar:
-        slices = _encode_slices(dataset, carried, tokenizer, limit, windows, bar.update)
-        table = spool(slices, "the data set to tokenise")
-    truncated = pc.sum(table["truncated"]).as_py()
-    table = table.drop_columns("truncated")
-    features = Features.from_arrow_schema(table.schema) | {name: dataset.features[name] for name in carried}
-    pool = (windows or WindowSettings()).pool
-    return Tokenised(make_dataset(table, Features(features)), truncated, limit, pool)
-
-
-def _encode_slices(
-    dataset: Dataset,
-    carried: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int,
-    windows: WindowSettings | None,
-    progress: Callable[[int], object],
-) -> Iterator[pa.RecordBatch]:
     texts, words = text_columns(dataset), word_columns(dataset)
-    for part in slice_rows(dataset, [*texts, *words, *carried], _TOKENISE_ROWS):
+
+    def encode(part: pa.Table) -> pa.RecordBatch:
         rows = {name: part[name].to_pylist() for name in (*texts, *words)}
         if words or windows is not None:
             encoded = encode_windows(rows, tokenizer, limit, windows)
@@ -88,8 +70,18 @@ def _encode_slices(
             encoded = encode_texts(rows, tokenizer, limit)
         columns = {name: part[name].combine_chunks() for name in carried}
         columns |= {name: pa.array(values, (INPUTS | READ).get(name)) for name, values in encoded.items()}
-        yield pa.RecordBatch.from_pydict(columns)
-        progress(part.num_rows)
+        bar.update(part.num_rows)
+        return pa.RecordBatch.from_pydict(columns)
+
+    hidden = quiet or not sys.stderr.isatty()  # no bar in log files
+    with datasets.utils.tqdm(total=len(dataset), unit=" examples", desc="Tokenising", disable=hidden) as bar:
+        parts = slice_rows(dataset, [*texts, *words, *carried], _TOKENISE_ROWS)
+        table = spool(map(encode, parts), "the data set to tokenise")
+    truncated = pc.sum(table["truncated"]).as_py()
+    table = table.drop_columns("truncated")
+    features = Features.from_arrow_schema(table.schema) | {name: dataset.features[name] for name in carried}
+    pool = (windows or WindowSettings()).pool
+    return Tokenised(make_dataset(table, Features(features)), truncated, limit, pool)
 
 
 def encode_texts(rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[Any]]:

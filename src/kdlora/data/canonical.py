@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -68,7 +69,13 @@ class Reading:
             )
         if self.task.kind == "tokens":
             return self._words(raw, columns)
-        return _to_canonical(raw, columns, self.task, f"{group}-" if group else "", self.notes)
+        arrays = {"id": _ids(raw, columns.id, f"{group}-" if group else "")}
+        for name, column in zip(("text", "text_pair"), columns.text, strict=False):
+            arrays[name] = _texts(raw, column)
+        if columns.label:
+            labels = pa.table({"label": encode_labels(raw, columns.label, self.task, self.notes)})
+            arrays["label"] = spool(iter(labels.to_batches(_ROWS)), raw.source)["label"]
+        return make_dataset(pa.table(arrays))
 
     def _words(self, raw: RawTable, columns: Columns) -> Dataset:
         """Read texts and their words; the first source that has tags, the training rows, gives the types."""
@@ -132,31 +139,14 @@ class Reading:
 
 def _corrupt_rows(raw: RawTable, columns: Columns) -> pa.ChunkedArray:
     """Find the rows without text or label that GLUE's own files and Hub splits contain."""
-    corrupt = pa.chunked_array([pa.repeat(False, raw.table.num_rows)])
-    for column in columns.text:
-        corrupt = pc.or_(corrupt, is_blank(raw.table[column].cast(pa.string())))
-    for column in columns.label:
-        label = raw.table[column].cast(pa.string())
-        corrupt = pc.or_(corrupt, pc.is_in(label, pa.array(["", "-", "-1", "-1.0", None])))
-    return corrupt
-
-
-def _to_canonical(raw: RawTable, columns: Columns, task: Task, prefix: str, notes: list[str]) -> Dataset:
-    """Check every row and bring the columns into the shape that other packages expect; texts stay where they are."""
-    arrays = {"id": _ids(raw, columns.id, prefix)}
-    for name, column in zip(("text", "text_pair"), columns.text, strict=False):
-        arrays[name] = _texts(raw, column)
-    if columns.label:
-        labels = pa.table({"label": encode_labels(raw, columns.label, task, notes)})
-        arrays["label"] = spool(iter(labels.to_batches(_ROWS)), raw.source)["label"]
-    return make_dataset(pa.table(arrays))
+    hidden = pa.array(["", "-", "-1", "-1.0", None])
+    blank = [is_blank(raw.table[column].cast(pa.string())) for column in columns.text]
+    return reduce(pc.or_, blank + [pc.is_in(raw.table[column].cast(pa.string()), hidden) for column in columns.label])
 
 
 def _texts(raw: RawTable, column: str) -> pa.ChunkedArray:
     values = raw.table[column]
-    if pa.types.is_null(values.type):
-        raise DataError(f"{raw.where(0)}: the text {column!r} is empty, in every row; expected text")
-    if not is_text(values.type):
+    if not (is_text(values.type) or pa.types.is_null(values.type)):
         raise DataError(f"{raw.source}: the text column {column!r} holds {values.type}, not text; check task.text")
     values = values.cast(pa.string())
     blank = is_blank(values)

@@ -23,13 +23,11 @@ from kdlora.data.tags import NO_TAG, OUTSIDE, Integers, tag_names
 from kdlora.data.tasks import DEFAULT_METRICS, GLUE, UNEVEN, GlueTask, Task, full_metric, window_settings
 from kdlora.data.token_rows import holds_tokens, infer_token_columns
 from kdlora.data.word_tokens import GIVEN, cut_words
-from kdlora.errors import ConfigError, DataError
+from kdlora.errors import ConfigError, DataError, listed
 from kdlora.section import Metric
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 10
-"""Labels that a message names."""
 _FEW = 30
 """With fewer entities, the choice of weights and of what is shipped is left to chance."""
 
@@ -104,10 +102,11 @@ def load_splits(task: TaskConfig, data: DataConfig, *, copies_in: Path | None = 
         train, validation = _draw_validation(reading, data, train)
     train = _first(reading, train, data.max_train_examples, "training", "data.max_train_examples")
     test = _test(reading, data, splits)
-    _check_labels(reading.task, data, train, {"validation": validation, "test": test})
+    scored = {"validation": validation} | ({} if test is None else {"test": test})
+    _check_labels(reading.task, data, train, scored)
     if reading.task.kind == "tokens":
-        _check_entities(reading, {"validation": validation, "test": test})
-    unlabelled = _unlabelled(reading, data, splits, [part for part in (validation, test) if part is not None])
+        _check_entities(reading, scored)
+    unlabelled = _unlabelled(reading, data, splits, list(scored.values()))
     if reading.task.kind == "tokens":
         train = _cut_words(reading, train)
     for note in reading.notes:
@@ -146,8 +145,7 @@ def _doubts_of_labels(task: Task, rows: Dataset, path: str) -> list[str]:
         return [f"{path}: every label is {labels[0]:g}, so correlations are 0."] if np.ptp(labels) == 0 else []
     names = task.label_types or task.label_names
     lacking = [repr(names[column]) for column in np.flatnonzero(~_used_labels(task, rows))]
-    shown = ", ".join(lacking[:_SHOWN]) + (f" and {len(lacking) - _SHOWN} more" if len(lacking) > _SHOWN else "")
-    told = f"{path}: no row has {shown} ({len(lacking)} of {len(names)} labels)"
+    told = f"{path}: no row has {listed(lacking)} ({len(lacking)} of {len(names)} labels)"
     return [f"{told}. The score says nothing of these, and their own figures are 0."] if lacking else []
 
 
@@ -308,7 +306,7 @@ def _unlabelled(
     return kept.remove_columns("group") if "group" in kept.column_names else kept
 
 
-def _check_labels(task: Task, data: DataConfig, train: Dataset, others: Mapping[str, Dataset | None]) -> None:
+def _check_labels(task: Task, data: DataConfig, train: Dataset, scored: Mapping[str, Dataset]) -> None:
     """Refuse training rows that teach nothing, and labels elsewhere that training lacks."""
     limited = " Raise data.max_train_examples, which leaves them out." if data.max_train_examples is not None else ""
     if task.kind == "regression":
@@ -325,18 +323,18 @@ def _check_labels(task: Task, data: DataConfig, train: Dataset, others: Mapping[
     if task.kind == "single-label" and known.sum() < 2:
         only = task.label_names[int(np.flatnonzero(known)[0])]
         raise DataError(f"the training rows hold one class only ({only!r}); a classifier needs two or more.{limited}")
-    for split, dataset in others.items():
-        if dataset is not None and (strange := _used_labels(task, dataset) & ~known).any():
+    for split, rows in scored.items():
+        if (strange := _used_labels(task, rows) & ~known).any():
             lacking = ", ".join(repr(names[column]) for column in np.flatnonzero(strange))
             raise DataError(
                 f"the {split} split has labels that training lacks: {lacking}. Add training rows of them.{limited}"
             )
 
 
-def _check_entities(reading: Reading, splits: Mapping[str, Dataset | None]) -> None:
+def _check_entities(reading: Reading, scored: Mapping[str, Dataset]) -> None:
     """Refuse a validation split without entities, for every model scores 0 there; note where a score says little."""
-    for split, rows in splits.items():
-        found = np.sum(label_array(rows) % 2 == 1) if rows is not None else _FEW  # an entity has one `B-`
+    for split, rows in scored.items():
+        found = np.sum(label_array(rows) % 2 == 1)  # an entity has one `B-`
         if not found and split == "validation":
             raise DataError(
                 "the validation split holds no entity: every word is O, so that every model scores 0. Give it rows "

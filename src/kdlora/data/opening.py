@@ -32,14 +32,13 @@ _USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev
 
 def open_examples(path: Path, known: GlueTask | None, *, plain: bool = False) -> Source:
     """Open one file, or a folder that holds one, to evaluate or predict; `plain` allows a text a line."""
-    if path.is_dir() and is_saved_dataset(path):
-        splits = open_saved(path)
-        if len(splits) > 1:
+    if is_saved_dataset(path):
+        source, *others = (splits := open_saved(path)).values()
+        if others:
             raise DataError(f"{path} holds the splits {', '.join(splits)}; give the folder of one: {path / 'test'}")
-        source = next(iter(splits.values()))
+    elif path.is_dir():
+        raise DataError(f"{path} is a folder; expected a data file, or a folder written by save_to_disk")
     else:
-        if path.is_dir():
-            raise DataError(f"{path} is a folder; expected a data file, or a folder written by save_to_disk")
         source = _open_any_file(path, "the data file", known, plain=plain)
     return _with_hub_columns(source, known)
 
@@ -69,9 +68,7 @@ def open_splits(known: GlueTask | None, data: DataConfig) -> dict[str, Groups]:
             )
     if "train" not in splits:
         raise DataError(
-            "no training data: set data.train to a file or to the name of a split"
-            if data.path is None
-            else f"{data.path} (data.path) has no split 'train'; set data.train to one of {', '.join(available)}"
+            f"{data.path} (data.path) has no split 'train'; set data.train to one of {', '.join(available)}"
         )
     return {
         split: {group: _with_hub_columns(source, known) for group, source in groups.items()}

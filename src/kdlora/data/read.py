@@ -26,7 +26,7 @@ from kdlora.errors import DataError, did_you_mean, first_line
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll")
 _CHUNK_ROWS = 4096
-_LOOKED_AT = 10_000  # rows of JSON Lines, for their keys
+_LOOKED_AT = 10_000  # rows of JSON Lines, for their keys; characters, for whether they are an array
 _QUOTED_FIELD = r'^"([^"]|"")*""([^"]|"")*"$'  # enclosed, with a doubled quote inside: only CSV quoting writes this
 _ENCLOSED_FIELD = r'(?s)^".*"$'
 _NOT_BLANK = r"[^\s\p{Z}\x{FEFF}\x{200B}\x{0085}]"
@@ -219,11 +219,9 @@ class _RowFile:
 
 
 def _begins_an_array(stream: TextIO) -> bool:
-    start = stream.read(1)
-    while start.isspace():
-        start = stream.read(1)
+    start = stream.read(_LOOKED_AT).lstrip()
     stream.seek(0)
-    return start == "["
+    return start.startswith("[")
 
 
 def _array_rows(file: Path, text: str) -> Iterator[Numbered]:

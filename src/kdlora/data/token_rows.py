@@ -61,20 +61,17 @@ def infer_token_columns(source: Source, config: TaskConfig) -> tuple[str, str] |
         if text is None or label is None:
             continue
         if config.kind == "tokens" or text in WORD_COLUMNS or label in (*TAGS[:2], *SPANS[:2]):
+            if holds_tokens(source.read((text, label)), text, label):
+                if config.kind == "auto":
+                    _refuse_two_tasks(source, config, label)
+                return text, label
             pairs.append((text, label))
-    for text, label in pairs:
-        if holds_tokens(source.read((text, label)), text, label):
-            if config.kind == "auto":
-                _refuse_two_tasks(source, config, label)
-            return text, label
-    if config.kind == "tokens":
-        if pairs:
-            return pairs[0]
+    if config.kind == "tokens" and not pairs:
         raise DataError(
             f"{source.name}: which columns hold words and tags? {_EXPECTED}. Set task.text and task.label; the columns "
             f"are {', '.join(map(repr, source.columns))}"
         )
-    return None
+    return pairs[0] if config.kind == "tokens" else None
 
 
 def _refuse_two_tasks(source: Source, config: TaskConfig, label: str) -> None:
@@ -114,10 +111,10 @@ def read_token_rows(raw: RawTable, text: str, label: str | None, notes: list[str
         columns["tags"] = _flat_tags(raw, label, offsets)
     if LINES in raw.table.column_names:
         columns[LINES] = pc.list_flatten(raw.table[LINES])
-    columns, offsets = _without_blanks(raw, columns, offsets, notes)
+    flat, offsets = _without_blanks(raw, pa.table(columns), offsets, notes)
     if label is not None:
-        columns["tags"] = _in_iob2(raw, columns, offsets, label, notes)
-    return spool(_batches_of_words(columns, offsets), raw.source)
+        flat = flat.drop_columns("tags").append_column("tags", _in_iob2(raw, flat, offsets, label, notes))
+    return spool(_batches_of_words(flat, offsets), raw.source)
 
 
 def _check_edges(source: str, cut: int, spans: int, notes: list[str]) -> None:
@@ -177,30 +174,24 @@ def _flat_tags(raw: RawTable, label: str, offsets: Integers) -> pa.ChunkedArray:
     return tags.cast(pa.string())
 
 
-def _without_blanks(
-    raw: RawTable, columns: dict[str, pa.ChunkedArray], offsets: Integers, notes: list[str]
-) -> tuple[dict[str, pa.ChunkedArray], Integers]:
+def _without_blanks(raw: RawTable, flat: pa.Table, offsets: Integers, notes: list[str]) -> tuple[pa.Table, Integers]:
     """Leave words of white space alone out, which real files hold; a row without any word is refused."""
-    blank = pc.fill_null(pc.equal(columns["words"], ""), True)
-    if count := pc.sum(blank).as_py():
-        kept = pc.invert(blank)
-        columns = {name: column.filter(kept) for name, column in columns.items()}
-        offsets = as_offsets(kept)[offsets]
-        notes.append(f"{raw.source}: {count} words of white space alone were left out.")
+    blank = pc.fill_null(pc.equal(flat["words"], ""), True)
+    if found := pc.sum(blank).as_py():
+        flat, offsets = flat.filter(pc.invert(blank)), as_offsets(pc.invert(blank))[offsets]
+        notes.append(f"{raw.source}: {found} words of white space alone were left out.")
     for row in np.flatnonzero(np.diff(offsets) == 0)[:1].tolist():
         raise DataError(f"{raw.where(row)}: no words; remove the row")
-    return columns, offsets
+    return flat, offsets
 
 
-def _in_iob2(
-    raw: RawTable, columns: dict[str, pa.ChunkedArray], offsets: Integers, label: str, notes: list[str]
-) -> pa.Array:
+def _in_iob2(raw: RawTable, flat: pa.Table, offsets: Integers, label: str, notes: list[str]) -> pa.Array:
     """Bring the tags of a file into IOB2; another scheme, and what was repaired, is noted."""
-    encoded = columns["tags"].dictionary_encode().combine_chunks()
+    encoded = flat["tags"].dictionary_encode().combine_chunks()
     distinct, codes = encoded.dictionary.to_pylist(), pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
     parsed = parse_tags(distinct)
     if strange := [code for code, tag in enumerate(distinct) if tag not in parsed]:
-        _refuse_tag(raw, columns, offsets, int(np.argmax(codes == strange[0])), label)
+        _refuse_tag(raw, flat, offsets, int(np.argmax(codes == strange[0])), label)
     types = sorted({name for _, name in parsed.values() if name})
     tags, scheme, broken = normalise(codes, [parsed[tag] for tag in distinct], types, offsets)
     note = f"{raw.source}: tags in {scheme}"
@@ -219,14 +210,12 @@ def _in_iob2(
     return pc.take(pa.array(tag_names(types)), pa.array(tags, mask=tags < 0))
 
 
-def _refuse_tag(
-    raw: RawTable, columns: dict[str, pa.ChunkedArray], offsets: Integers, word: int, label: str
-) -> NoReturn:
+def _refuse_tag(raw: RawTable, flat: pa.Table, offsets: Integers, word: int, label: str) -> NoReturn:
     row = int(np.searchsorted(offsets, word, side="right")) - 1
     where = f"{raw.where(row)}, word {word - offsets[row] + 1}"
-    if LINES in columns:
-        where = f"{raw.source}, line {columns[LINES][word].as_py()}"
-    tag, tags = columns["tags"][word].as_py(), pc.unique(columns["tags"]).to_pylist()
+    if LINES in flat.column_names:
+        where = f"{raw.source}, line {flat[LINES][word].as_py()}"
+    tag, tags = flat["tags"][word].as_py(), pc.unique(flat["tags"]).to_pylist()
     hint = did_you_mean(tag, [name for name in tags if name and name != tag and parse_tags([name]).get(name)])
     if OUTSIDE not in tags:
         hint = f" No tag in {label!r} is O: is it the column of tags? task.label names another."
@@ -238,12 +227,13 @@ def _refuse_tag(
     )
 
 
-def _batches_of_words(columns: dict[str, pa.ChunkedArray], offsets: Integers) -> Iterator[pa.RecordBatch]:
+def _batches_of_words(flat: pa.Table, offsets: Integers) -> Iterator[pa.RecordBatch]:
     """Join words by one space; they lie in the text where they were put."""
-    lengths = pc.utf8_length(columns["words"]).to_numpy().astype(np.int64)
+    lengths = pc.utf8_length(flat["words"]).to_numpy().astype(np.int64)
     ends = np.cumsum(lengths + 1)
     ends -= np.repeat(np.concatenate(([0], ends))[offsets[:-1]], np.diff(offsets)) + 1
-    flat = pa.table({"starts": pa.array(ends - lengths, pa.int32()), "ends": pa.array(ends, pa.int32()), **columns})
+    for name, places in (("starts", ends - lengths), ("ends", ends)):
+        flat = flat.append_column(name, pa.array(places, pa.int32()))
     for start in range(0, len(offsets) - 1, _ROWS):
         edges = offsets[start : start + _ROWS + 1]
         words = flat.slice(edges[0], edges[-1] - edges[0])

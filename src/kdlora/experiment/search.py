@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,6 @@ from kdlora.experiment.jobs import train_afresh
 from kdlora.experiment.plan import ConfigurationLayout, identity, reset_unused
 from kdlora.experiment.study import (
     ask,
-    best_first,
     check_space,
     inspect_rows,
     make_teacher,
@@ -35,7 +33,7 @@ from kdlora.experiment.study import (
     with_settings,
 )
 from kdlora.extras import check_installed
-from kdlora.report.page import Cell, Link, Page, Paragraph, Prose, Section, Table, to_csv, write_page
+from kdlora.report.page import Cell, Figure, Link, Page, Paragraph, Prose, Section, Table, to_csv, write_page
 from kdlora.report.plots import Series, Style, learning_curves
 from kdlora.report.wording import arm_title
 from kdlora.searchconfig import SearchConfig
@@ -173,7 +171,8 @@ def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEv
     def tell(number: int, detail: Any) -> None:
         if listen is not None:
             trials = study.get_trials(deepcopy=False)
-            best = max((one.value for one in trials if one.value is not None), default=None)
+            finished = (one for one in trials if one.state.name == "COMPLETE")  # a pruned one has its last score
+            best = max((one.value for one in finished if one.value is not None), default=None)
             ended = sum(one.state.is_finished() for one in trials)
             listen(SearchEvent(ended, search.settings.trials, best, number, detail))
 
@@ -186,7 +185,7 @@ def _carry_out_trials(search: Search, on: str | None, listen: Callable[[SearchEv
                 logger.error("a trial was lost: %s", ended)
                 lost += 1
                 if lost > search.settings.trials:
-                    raise KdLoraError(f"trials are lost again and again, the last one by: {ended}")
+                    raise ended
             elif isinstance(ended, Exception):
                 raise ended
             elif ended is None:
@@ -302,41 +301,36 @@ def _make_teacher(search: Search, config: Config, hear: Callable[[Any], None]) -
 
 def _end(search: Search) -> SearchResult:
     trials = search.study().get_trials(deepcopy=False)
-    states, ranked = Counter(one.state.name for one in trials), best_first(trials)
-    paths = write_search_report(search.folder, search.config.title(), search.arm, search.settings, trials)
-    best: dict[str, Any] = {}
-    if ranked:
-        best = settings_of(search.settings, ranked[0].params)
-        write_text_atomic(search.folder / "best.yaml", save_config(with_settings(search.given, best)))
-        paths = (search.folder / "best.yaml", *paths)
-    score = ranked[0].value if ranked else None
-    return SearchResult(search.folder, best, score, len(ranked), states["PRUNED"], states["FAIL"], paths)
+    finished, pruned, failed = (
+        [one for one in trials if one.state.name == state] for state in ("COMPLETE", "PRUNED", "FAIL")
+    )
+    ranked = sorted(finished, key=lambda one: -(one.value or 0.0))  # of equal ones the earlier first
+    told = [f"Trial {one.number} failed: {one.user_attrs['error']}" for one in failed if "error" in one.user_attrs]
+    warnings = [Paragraph(text, "warning") for text in told[:_SHOWN]]
+    blocks = [_trial_table(ranked, search.settings), *warnings, _curves(ranked, pruned)]
+    lead = _lead(search, ranked, len(pruned))
+    page = Page(f"Search: {search.config.title()}", "search", lead, (Section("Trials", "trials", blocks),))
+    report = write_page(page, search.folder / "search.md", search.folder / "search.html")
+    write_text_atomic(search.folder / "trials.csv", to_csv(_lines(trials, search.settings)))
+    counts, paths = (len(ranked), len(pruned), len(failed)), (*report.paths, search.folder / "trials.csv")
+    if not ranked:
+        return SearchResult(search.folder, {}, None, *counts, paths)
+    best = settings_of(search.settings, ranked[0].params)
+    write_text_atomic(search.folder / "best.yaml", save_config(with_settings(search.given, best)))
+    return SearchResult(search.folder, best, ranked[0].value, *counts, (search.folder / "best.yaml", *paths))
 
 
-def write_search_report(
-    folder: Path, title: str, arm: str, search: SearchConfig, trials: Sequence[FrozenTrial]
-) -> tuple[Path, ...]:
-    ranked = best_first(trials)
-    failed = [one for one in trials if one.state.name == "FAIL" and "error" in one.user_attrs]
-    told = [f"Trial {one.number} failed: {one.user_attrs['error']}" for one in failed[:_SHOWN]]
+def _curves(ranked: Sequence[FrozenTrial], pruned: Sequence[FrozenTrial]) -> Figure | None:
     groups = {
         "the best trial": ranked[:1],
         "mean of the other finished trials": ranked[1:],
-        "mean of the pruned trials": [one for one in trials if one.state.name == "PRUNED"],
+        "mean of the pruned trials": pruned,
     }
     curves = [
         Series(name, Style(number), tuple(point for one in members for point in one.intermediate_values.items()))
         for number, (name, members) in enumerate(groups.items())
-        if members
     ]
-    plot = learning_curves(curves, title="Score by epoch", value="score on the held-out rows", identity="epochs")
-    blocks = [_trial_table(ranked, search), *(Paragraph(text, "warning") for text in told), plot]
-    page = Page(
-        f"Search: {title}", "search", _lead(trials, ranked, search, arm), (Section("Trials", "trials", blocks),)
-    )
-    report = write_page(page, folder / "search.md", folder / "search.html")
-    write_text_atomic(folder / "trials.csv", to_csv(_lines(trials, search)))
-    return (*report.paths, folder / "trials.csv")
+    return learning_curves(curves, title="Score by epoch", value="score on the held-out rows", identity="epochs")
 
 
 def _setting(trial: FrozenTrial, search: SearchConfig, key: str) -> str:
@@ -344,8 +338,7 @@ def _setting(trial: FrozenTrial, search: SearchConfig, key: str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _lead(trials: Sequence[FrozenTrial], ranked: Sequence[FrozenTrial], search: SearchConfig, arm: str) -> Prose:
-    pruned = sum(one.state.name == "PRUNED" for one in trials)
+def _lead(search: Search, ranked: Sequence[FrozenTrial], pruned: int) -> Prose:
     counted = f"{len(ranked)} trials finished, {pruned} were pruned"
     if not ranked:
         return Prose("There is <strong>no best config yet</strong>: {}.").format(counted)
@@ -355,9 +348,9 @@ def _lead(trials: Sequence[FrozenTrial], ranked: Sequence[FrozenTrial], search: 
         "test rows of the config were not scored. The best of many is too high: report what best.yaml scores on them. "
         "A trial is one seed: no verdict on the difference of two."
     ).format(
-        *(arm_title(arm), counted, ranked[0].value, statistics.median(one.value or 0.0 for one in ranked)),
-        ", ".join(f"{key} {_setting(ranked[0], search, key)}" for key in search.space),
-        search.validation_fraction,
+        *(arm_title(search.arm), counted, ranked[0].value, statistics.median(one.value or 0.0 for one in ranked)),
+        ", ".join(f"{key} {_setting(ranked[0], search.settings, key)}" for key in search.settings.space),
+        search.settings.validation_fraction,
     )
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,12 +134,6 @@ def _revive(study: Study, folder: Path) -> None:
         with contextlib.suppress(Timeout), FileLock(folder / f"running-{one.number}.lock", timeout=0):
             study.tell(one.number, state=TrialState.FAIL)
             study.enqueue_trial(one.params, user_attrs={"continues": one.number})
-
-
-def best_first(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """Order the trials that finished by their score, of equal ones the earlier first."""
-    finished = [one for one in trials if one.state.name == "COMPLETE" and one.value is not None]
-    return sorted(finished, key=lambda one: (-float(one.value or 0.0), one.number))
 
 
 def with_settings(config: Config, settings: Mapping[str, Any], *, where: str = "the search") -> Config:

@@ -30,11 +30,7 @@ _CACHED = 2**19
 
 
 def keep_mask(shape: torch.Size, rate: float) -> Tensor:
-    """Draw which elements a dropout keeps, eight at a time.
-
-    `torch.bernoulli` draws a float per element, which takes longer than the matrix product beside it; a byte per
-    element rounds the rate to 1/256. Comparisons are slow too, so none is made.
-    """
+    """Draw which elements a dropout keeps, by a byte each: a float each takes longer than the product beside it."""
     count = math.prod(shape)
     words = torch.empty(-(-count // 8), dtype=torch.int64).random_(_LOWEST, None)
     first_kept = dropped_steps(rate) - _STEPS // 2
@@ -57,7 +53,9 @@ def kept_scale(rate: float) -> float:
     return _STEPS / (_STEPS - dropped_steps(rate))
 
 
-class _Dropout(Function):
+class Dropout(Function):
+    """Drops elements at random and scales the rest (Srivastava et al., 2014)."""
+
     @staticmethod
     def forward(ctx: Any, values: Tensor, rate: float) -> Tensor:
         mask = keep_mask(values.shape, rate)
@@ -72,16 +70,8 @@ class _Dropout(Function):
         return masked(gradient, mask).mul_(ctx.scale), None
 
 
-def dropout(values: Tensor, rate: float) -> Tensor:
-    """Drop elements at random and scale the rest (Srivastava et al., 2014)."""
-    return _Dropout.apply(values, rate) if rate > 0 else values
-
-
 class _Attention(Function):
-    """Goes through the heads in parts whose scores fit the processor's cache; long texts have gigabytes of them.
-
-    Softmax and its gradient are computed in fp32 inside PyTorch's kernels, whatever they read and write.
-    """
+    """Goes through the heads in parts whose scores fit the processor's cache; long texts have gigabytes of them."""
 
     @staticmethod
     def forward(
@@ -142,18 +132,10 @@ def _parts(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + rows), slice(head, head + few)
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dropout: float, scale: float
-) -> Tensor:
-    """Compute scaled dot-product attention with dropout on the shares, which PyTorch's fused kernel for CPUs lacks."""
-    # Rotary positions leave queries and keys in fp32 under autocast, beside values in bf16.
-    return _Attention.apply(query.to(value.dtype), key.to(value.dtype), value, mask, dropout, scale)
-
-
 class _Packed:
     """A frozen linear layer's weight, laid out once as oneDNN wants it for the forward and the backward product."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: Any) -> None:
         weight = layer.weight.detach()
         self.dtype, self.bias = weight.dtype, None if layer.bias is None else layer.bias.detach()
         self.forward = torch.ops.mkldnn._reorder_linear_weight(weight, None)
@@ -216,7 +198,7 @@ class _AdaptedLinear(Function):
 
 class _DropoutLayer(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in PyTorch
-        return dropout(input, self.p) if self.training else input
+        return Dropout.apply(input, self.p) if self.training else input
 
 
 class _FrozenLayer(nn.Linear):
@@ -256,7 +238,7 @@ class _Casts:
         self.last = None
 
 
-def _attention_forward(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -266,32 +248,27 @@ def _attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend, as transformers asks of an attention implementation.
-
-    Without dropout PyTorch's fused kernel is best, but for its backward in bf16, which can take half of a whole step.
-    """
+    """Attend, as transformers asks of an attention implementation; PyTorch's fused kernel for CPUs drops nothing."""
     if (shared := query.shape[1] // key.shape[1]) > 1:  # heads of queries that share keys and values
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     learns_in_half = torch.is_grad_enabled() and value.dtype == torch.bfloat16
-    if dropout == 0.0 and not learns_in_half:
+    if dropout == 0.0 and not learns_in_half:  # its backward in bf16 can take half of a whole step
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
     else:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        mixed = attention(query, key, value, attention_mask, dropout=dropout, scale=scale)
+        # Rotary positions leave queries and keys in fp32 under autocast, beside values in bf16.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        mixed = _Attention.apply(query, key, value, attention_mask, dropout, scale)
     return mixed.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(ATTENTION, _attention_forward)
+AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @contextmanager
 def fast_on_cpu(model: nn.Module, device: torch.device) -> Iterator[int]:
-    """Run frozen linear layers, plain LoRA, dropout and attention on our own kernels; on exit all is as it was.
-
-    What is not known by its exact class (DoRA, an adapter with a bias, a subclass) stays with PyTorch, as all does on
-    another device. The trained tensors stay the same objects under the same names.
-    """
+    """Run frozen linear layers, plain LoRA, dropout and attention on our own kernels; on exit all is as it was."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         yield 0
         return
@@ -299,8 +276,7 @@ def fast_on_cpu(model: nn.Module, device: torch.device) -> Iterator[int]:
     changed = _replace_layers(model, casts)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     looks_back_only = any(getattr(module, "is_causal", False) for module in base.modules())
-    config = getattr(base, "config", None)
-    ours = getattr(config, "_attn_implementation", None) == "sdpa" and not looks_back_only
+    ours = base.config._attn_implementation == "sdpa" and not looks_back_only
     if ours:
         base.config._attn_implementation = ATTENTION
     handle = model.register_forward_hook(lambda *_: casts.forget())
@@ -317,38 +293,35 @@ def fast_on_cpu(model: nn.Module, device: torch.device) -> Iterator[int]:
 
 
 def _replace_layers(model: nn.Module, casts: _Casts) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """Give layers of a class that is known exactly one that does the same, faster: no DoRA, no subclass."""
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     done: set[nn.Module] = set()
+    replacement: type[nn.Module]
     for module in model.modules():
-        replacement, layer = (None, module) if module in done else _replacement(module)
-        if replacement is None:
+        if module in done:
+            continue
+        if type(module) is nn.Dropout and 0 < module.p < 1 and not module.inplace:
+            replacement = _DropoutLayer
+        elif _packable(module):
+            replacement = _FrozenLayer
+            vars(module).update(casts=casts, packed=_Packed(module))
+        elif type(module) is LoraLinear and _plain_lora(module):
+            replacement = _AdaptedLayer
+            vars(module).update(casts=casts, packed=_Packed(module.base_layer))
+            done.update(module.modules())  # the adapted layer itself does their work
+        else:
             continue
         changed.append((module, type(module)))
-        if layer is not module:
-            done.update(module.modules())  # the adapted layer itself does their work
-        if isinstance(layer, nn.Linear):
-            vars(module).update(casts=casts, packed=_Packed(layer))
         module.__class__ = replacement
     return changed
 
 
-def _replacement(module: nn.Module) -> tuple[type[nn.Module] | None, nn.Module]:
-    """Choose the class that does the same, faster, and the layer whose weight it needs; None where there is none."""
-    if type(module) is nn.Dropout and 0 < module.p < 1 and not module.inplace:
-        return _DropoutLayer, module
-    if type(module) is nn.Linear and _packable(module):
-        return _FrozenLayer, module
-    if type(module) is LoraLinear and _plain_lora(module):
-        layer: Any = module.base_layer
-        return _AdaptedLayer, layer
-    return None, module
-
-
 def _packable(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Linear:
+        return False
     parameters = list(layer.parameters())
     alike = len({parameter.dtype for parameter in parameters}) == 1 and parameters[0].dtype in _PACKABLE
-    frozen = not any(parameter.requires_grad or parameter.device.type != "cpu" for parameter in parameters)
-    return type(layer) is nn.Linear and alike and frozen
+    return alike and not any(parameter.requires_grad or parameter.device.type != "cpu" for parameter in parameters)
 
 
 def _plain_lora(module: LoraLinear) -> bool:

@@ -74,11 +74,7 @@ def predict_logits(
     progress: Callable[[int], None] | None = None,
     processes: Processes = ALONE,
 ) -> np.ndarray:
-    """Run a model over token ids, without dropout and without gradients.
-
-    Several processes take turns at the batches, which are those of a single process, so that the figures are the same
-    to the bit. Where examples have words the result has a row a word; that of one which the model cannot see is NaN.
-    """
+    """Run a model over token ids; where examples have words it gives a row a word, NaN for one that it cannot see."""
     words, counts = word_offsets(data.dataset), window_counts(data.dataset)
     seen = None if words is None else words_seen(data.dataset)
     parts = words if counts is None else as_offsets(counts)  # what has an answer of its own: words, or windows
@@ -103,18 +99,28 @@ def predict_logits(
             logits: torch.Tensor = model(**batch).logits.float()
             yield logits if places is None else logits.flatten(0, 1)[places]
 
-    with freed_memory_kept(device), _evaluating(model), torch.inference_mode(), autocast(precision, device):
+    model.eval()
+    with freed_memory_kept(device), torch.inference_mode(), autocast(precision, device):
+        # The batches are those of a single process, so that the figures are the same to the bit.
         for rows in length_sorted_batches(lengths, batch_tokens)[processes.rank :: processes.count]:
             outputs.extend(read(rows))
             if parts is None:
                 order.extend(rows)
             else:
-                own = (part for row in rows for part in range(*parts[row : row + 2]))
-                order.extend(part for part in own if seen is None or seen[part])
+                places = (part for row in rows for part in range(*parts[row : row + 2]))
+                order.extend(part for part in places if seen is None or seen[part])
             done += len(rows)
             if progress is not None:
                 progress(min(done * processes.count, len(lengths)))
-    logits = _in_row_order(order, outputs, len(lengths) if parts is None else int(parts[-1]), processes)
+    # One copy from the device at the end, so that no batch waits for it.
+    own = (order, torch.cat(outputs).cpu().numpy()) if outputs else None
+    found = [part for part in processes.gather(own) if part is not None]
+    if not found:
+        return np.zeros((0, 0), dtype=np.float32)
+    size = len(lengths) if parts is None else int(parts[-1])
+    logits = np.full((size, found[0][1].shape[1]), np.nan, dtype=np.float32)
+    for numbers, values in found:
+        logits[numbers] = values
     return logits if counts is None else WindowSettings(pool=data.pool).pool_logits(logits, counts)
 
 
@@ -124,37 +130,11 @@ def faulty_rows(logits: np.ndarray, data: Tokenised) -> np.ndarray:
     return np.flatnonzero(bad if word_offsets(data.dataset) is None else bad & words_seen(data.dataset))
 
 
-def _in_row_order(order: list[int], outputs: list[torch.Tensor], rows: int, processes: Processes) -> np.ndarray:
-    """Undo the sorting by length; one copy from the device at the end, so that no batch waits for it."""
-    own = (order, torch.cat(outputs).cpu().numpy()) if outputs else None
-    parts = [part for part in processes.gather(own) if part is not None]
-    if not parts:
-        return np.zeros((0, 0), dtype=np.float32)
-    logits = np.full((rows, parts[0][1].shape[1]), np.nan, dtype=np.float32)
-    for numbers, found in parts:
-        logits[numbers] = found
-    return logits
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and put every module back into the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def hash_model(model: nn.Module, *, without: Collection[str] = ()) -> str:
     """Give the SHA-256 of all parameters and buffers, by name, and of the traits that no weight shows."""
     left_out = tuple(f"{name}." for name in without)
-    digest = hashlib.sha256()
-    config = getattr(model, "config", None)
-    traits = [type(model).__name__, *(str(getattr(config, name, None)) for name in _ARCHITECTURE)]
-    digest.update(json.dumps(traits).encode())
+    traits = [type(model).__name__, *(str(getattr(model.config, name, None)) for name in _ARCHITECTURE)]
+    digest = hashlib.sha256(json.dumps(traits).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(left_out):
             continue
@@ -170,9 +150,7 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         vocabulary = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
         return hash_json({**vocabulary, "special": tokenizer.special_tokens_map})
     content = json.loads(backend.to_str())
-    content.pop("truncation", None)
-    content.pop("padding", None)
-    return hash_json(content)
+    return hash_json({name: value for name, value in content.items() if name not in ("truncation", "padding")})
 
 
 def teacher_logits(
@@ -331,7 +309,6 @@ class Teacher:
         return Shard(file=path.name, sha256=digest, rows=rows, truncated=truncated)
 
     def _answer(self, tokens: Tokenised, progress: Callable[[int], None] | None, processes: Processes) -> np.ndarray:
-        """Give the logits `(rows, labels)` of a window, or `(words, labels)`."""
         logits = predict_logits(
             self.encoder.model,
             self.encoder.tokenizer,

@@ -67,7 +67,6 @@ class TeacherLogits:
         return f"TeacherLogits({self.source!r}, {len(self.ids):,} examples, labels {list(self.label_names)})"
 
     def __post_init__(self) -> None:
-        """Refuse what could not be attached to the right example."""
         object.__setattr__(self, "ids", _as_ids(self.ids))
         expected = (len(self.ids) if self.offsets is None else int(self.offsets[-1]), len(self.label_names))
         if self.logits.shape != expected:
@@ -79,9 +78,10 @@ class TeacherLogits:
                 f"{self.source}: {len(doubled)} ids occur more than once, first {_some(doubled)}; expected one row per "
                 "example. Remove the doubles, or add a `split` column if the rows are of different splits"
             )
-        finite = np.isfinite(self.logits).all(axis=1) | self._unseen
-        if not finite.all():
-            bad = np.flatnonzero(~finite)
+        bad = ~np.isfinite(self.logits).all(axis=1)
+        if self.offsets is not None:
+            bad &= ~np.isnan(self.logits).all(axis=1)
+        if len(bad := np.flatnonzero(bad)):
             row = bad[0] if self.offsets is None else np.searchsorted(self.offsets, bad[0], side="right") - 1
             raise DataError(
                 f"{self.source}: {len(bad)} rows hold values that are not finite numbers, first id "
@@ -89,13 +89,9 @@ class TeacherLogits:
             )
 
     @property
-    def _unseen(self) -> np.ndarray:
-        return np.isnan(self.logits).all(axis=1) if self.offsets is not None else np.zeros(len(self.logits), bool)
-
-    @property
     def unseen(self) -> int:
         """How many words the teacher could not see."""
-        return int(self._unseen.sum())
+        return int(np.isnan(self.logits[:, 0]).sum())
 
     def attach(self, dataset: Dataset) -> Dataset:
         """Give every example its teacher's logits, by id."""
@@ -115,11 +111,7 @@ class TeacherLogits:
             yield pa.RecordBatch.from_arrays([lists], names=[COLUMN])
 
     def _places(self, rows: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        """Give the place of the logits of each example, or of each word (-1: none), and where those of each begin.
-
-        Another number of words than an example has is refused, for each would be another word's. Of words that were
-        cut a table may answer for the whole ones: its answer is that of the first part.
-        """
+        """Give the place of the logits of each example, or of each word (-1: none), and where those of each begin."""
         edges = word_offsets(dataset)
         if (edges is None) != (self.offsets is None):
             one, other = ("word", "example") if edges is not None else ("example", "word")
@@ -127,7 +119,7 @@ class TeacherLogits:
         if edges is None or self.offsets is None:
             return rows, np.arange(len(rows) + 1)
         own, theirs, answered = np.diff(edges), np.diff(self.offsets)[rows], np.ones(edges[-1], bool)
-        if GIVEN in dataset.column_names:
+        if GIVEN in dataset.column_names:  # a table may answer for words before they were cut: for their first parts
             given = np.asarray(pc.list_flatten(read_column(dataset, GIVEN)))
             whole = np.diff(np.append(0, np.cumsum(given))[edges])
             answered = given | np.repeat(own == theirs, own)
@@ -153,12 +145,11 @@ class TeacherLogits:
         for part in slice_rows(dataset, ["id"]):
             near = pc.index_in(_as_ids(part["id"]), value_set=self.ids.slice(place, _AHEAD_ROWS))
             if near.null_count:
-                return self._look_up(dataset)
+                break
             found.append(near.to_numpy() + place)
             place = int(found[-1][-1]) + 1
-        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
-
-    def _look_up(self, dataset: Dataset) -> np.ndarray:
+        else:
+            return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
         wanted = _as_ids(read_column(dataset, "id"))
         index = pc.index_in(wanted, value_set=self.ids)
         if index.null_count:

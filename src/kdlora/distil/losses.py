@@ -22,15 +22,12 @@ SOFT_LOSSES = ("kl", "mse")
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The loss of every row, `total = alpha * hard + (1 - alpha) * soft`; `hard` is 0 for a row that is not `labelled`.
-
-    Without a teacher `soft` is None and `total` is `hard`; `labelled` is None where all rows are.
-    """
+    """The loss of every row, `total = alpha * hard + (1 - alpha) * soft`; `hard` is 0 where it is not `labelled`."""
 
     total: Tensor
     hard: Tensor
-    soft: Tensor | None
-    labelled: Tensor | None = None
+    soft: Tensor | None  # None without a teacher: `total` is `hard`
+    labelled: Tensor | None = None  # None where all rows are
 
 
 def distillation_loss(
@@ -134,24 +131,14 @@ def pool_windows(logits: Tensor, texts: Tensor, rows: int, pool: Pool) -> Tensor
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Measure KL(teacher || student) of the softened distributions, times temperature squared.
-
-    Softening divides the gradient by the temperature squared; the factor takes that back, so that alpha means
-    the same at every temperature.
-
-    *Source*: Hinton et al. (arXiv 1503.02531), section 2.
-    """
+    """Measure KL(teacher || student), times T² by which softening divides gradients (arXiv 1503.02531, section 2)."""
     log_student = functional.log_softmax(student / temperature, dim=-1)
     log_teacher = functional.log_softmax(teacher / temperature, dim=-1)
     return (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1) * temperature**2
 
 
 def binary_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Measure, label by label, the KL of the softened yes/no distributions, times temperature squared.
-
-    Labels of a multi-label task do not compete, so a softmax over them would teach a distribution that the
-    teacher never stated.
-    """
+    """Measure the KL of the softened yes and no of each label, which do not compete as under a softmax, times T²."""
     student, teacher = student / temperature, teacher / temperature
     yes = torch.sigmoid(teacher) * (functional.logsigmoid(teacher) - functional.logsigmoid(student))
     no = torch.sigmoid(-teacher) * (functional.logsigmoid(-teacher) - functional.logsigmoid(-student))
@@ -235,10 +222,7 @@ def diverged(what: str, learning_rate: float) -> str:
 
 @dataclass(frozen=True)
 class TargetScale:
-    """How targets are brought to mean 0 and standard deviation 1.
-
-    A fresh head starts near 0: targets such as 2,000 ± 300 would take it most of the training to reach.
-    """
+    """How targets are brought to mean 0 and deviation 1: a fresh head would take most of a training to reach 2,000."""
 
     mean: float
     std: float
@@ -282,11 +266,7 @@ def fold_into_head(model: nn.Module, scale: TargetScale) -> None:
 
 @torch.no_grad()
 def start_at_shares(model: nn.Module, task: Task, labels: np.ndarray, weights: Tensor | None = None) -> None:
-    """Begin a fresh head at the labels' shares, by its bias (Lin et al., arXiv 1708.02002, section 3.3).
-
-    Where nearly all words are no entity, or a text has few of the labels, a model else learns just that in its first
-    steps, and little or nothing after it. `labels` are (rows, labels) of 0 and 1, or the class of each word.
-    """
+    """Begin a fresh head at the labels' shares, by its bias, or rare ones are learnt late (arXiv 1708.02002, 3.3)."""
     if task.kind == "multi-label":
         having = labels.sum(axis=0)
         odds = (1.0 + having) / (1.0 + len(labels) - having)

@@ -109,11 +109,7 @@ def _best_on_cpu() -> tuple[str, str]:
 
 @functools.cache
 def _bf16_speed_up() -> float:
-    """Time a product of an encoder's size in both formats; a tenth of a second, once per process.
-
-    The instruction set does not tell: with AVX-512's bf16 dot product alone, oneDNN reaches half of fp32's speed on one
-    maker's processors and four times it on another's (`benchmarks/README.md`).
-    """
+    """Time a product of an encoder's size in both formats; instruction sets do not tell (`benchmarks/README.md`)."""
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(512, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
@@ -139,11 +135,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 @contextmanager
 def frozen_in_half(model: nn.Module, precision: str) -> Iterator[int]:
-    """Hold the frozen linear layers in half precision while a training runs; the originals come back on exit.
-
-    Autocast casts every weight again in every step. Only layers that it would cast are touched, so the numbers are
-    those of plain autocast; layers under DoRA are left alone, whose norm is taken over the base weight.
-    """
+    """Hold frozen linear layers in half precision, as autocast would cast them in every step; all is back on exit."""
     originals: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
         layers = [] if precision == "fp32" else _frozen_linear_layers(model)
@@ -162,6 +154,7 @@ def _frozen_linear_layers(model: nn.Module) -> list[nn.Linear]:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    # DoRA takes the norm of the base weight.
     dora = {name for name, module in model.named_modules() if any(getattr(module, "use_dora", {}).values())}
     return [
         module
@@ -174,22 +167,19 @@ def _frozen_linear_layers(model: nn.Module) -> list[nn.Linear]:
 
 
 @contextmanager
-def freed_memory_kept(device: torch.device) -> Iterator[bool]:
-    """Let this process reuse the large blocks that it frees, in place of giving each back to the system.
-
-    By default each tensor of many megabytes is mapped afresh and the kernel clears its pages, which on long texts takes
-    longer than the matrix products. Nothing is done on another device, without glibc, or where the user has tuned it.
-    """
-    libc = _glibc()
-    if libc is None or device.type != "cpu":
-        yield False
+def freed_memory_kept(device: torch.device) -> Iterator[None]:
+    """Let glibc reuse the large blocks that it frees: mapping and clearing them afresh takes longer than products."""
+    tuned = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" and not tuned else None
+    if not hasattr(libc, "gnu_get_libc_version"):
+        yield
         return
     _users.append(device)
     if len(_users) == 1:
         libc.mallopt(_MMAP_MAX, 0)
         libc.mallopt(_TRIM_THRESHOLD, _NEVER)
     try:
-        yield True
+        yield
     finally:
         _users.pop()
         if not _users:
@@ -198,13 +188,6 @@ def freed_memory_kept(device: torch.device) -> Iterator[bool]:
             libc.mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
             libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
             libc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return None
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
 @contextmanager
@@ -237,10 +220,7 @@ def _places(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 @contextmanager
 def activations_recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Keep only each layer's input for the backward pass, which computes the rest again (Chen et al., 2016).
-
-    The results are the same bits: dropout draws the same elements again.
-    """
+    """Keep only each layer's input for the backward pass, which computes the same bits again (Chen et al., 2016)."""
     if not wanted:
         yield
         return
@@ -263,12 +243,9 @@ def activations_recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Take back what Trainer and Accelerate leave on a model: a forward under autocast, and a config entry.
-
-    Under that forward, a model trained in bf16 would go on computing in bf16 wherever it is used afterwards.
-    """
-    config: Any = getattr(model, "config", None)
-    noted = {} if config is None else {name: value for name, value in vars(config).items() if name == "use_cache"}
+    """Take back what Trainer and Accelerate leave on a model: a forward under autocast for ever, and a config entry."""
+    config = vars(model.config)
+    noted = {name: value for name, value in config.items() if name == "use_cache"}
     own = {name: value for name, value in vars(model).items() if name == "forward"}
     try:
         yield
@@ -276,6 +253,5 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
         vars(model).pop("_original_forward", None)
         vars(model).pop("forward", None)
         vars(model).update(own)
-        if config is not None:
-            vars(config).pop("use_cache", None)
-            vars(config).update(noted)
+        config.pop("use_cache", None)
+        config.update(noted)

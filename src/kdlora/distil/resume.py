@@ -75,7 +75,6 @@ class CheckpointFolder:
         return None
 
     def newest(self) -> Path | None:
-        """Name the newest checkpoint, whole or not."""
         return next(reversed(self._folders()), None)
 
     def write(self, step: int, documents: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -130,10 +130,5 @@ def _mlflow(run: TrackedRun) -> Iterator[TrainerCallback]:
     # A run that the client makes names neither user nor command nor commit, as one that is started otherwise does.
     tags = {**run.tags, _KEY: run.key}
     one = found[0] if found else client.create_run(experiment.experiment_id, run_name=run.name, tags=tags)
-    mlflow.start_run(run_id=one.info.run_id)
-    status = "FAILED"
-    try:
+    with mlflow.start_run(run_id=one.info.run_id):
         yield MLflowCallback()
-        status = "FINISHED"
-    finally:
-        mlflow.end_run(status)

@@ -99,11 +99,7 @@ def train_model(
     settings: SettledTraining,
     options: TrainingOptions,
 ) -> TrainOutcome:
-    """Train a model in place, from fp32; it is left holding the selected weights, in evaluation mode.
-
-    A call with the same arguments and folder continues from the last whole checkpoint, to the same bits. All processes
-    of torch.distributed must call: a step has `batch_size` rows of each, and the first one alone writes.
-    """
+    """Train a model in place, from fp32, in all processes at once; the same call continues from the last checkpoint."""
     _check(train, validation, options.distil)
     settings = settings.model_copy(update={"select": settings.selection(task.kind)})
     processes, device = current_processes(), resolve_device(options.device)
@@ -177,11 +173,7 @@ def _at_work(model: nn.Module, settings: SettledTraining, precision: str, device
 
 
 def class_weights(task: Task, given: OpenClassWeights | None, labels: np.ndarray) -> torch.Tensor | None:
-    """Give the factors of the hard loss in the order of the task's labels.
-
-    `balanced` is rows / (classes * rows of the class), whose mean over the training rows is 1, so that the teacher's
-    term keeps its share; for multi-label, rows without the label by rows with it. A label that no row has keeps 1.
-    """
+    """Give the factors of the hard loss; `balanced` ones have mean 1 over the rows, so the teacher's share stays."""
     given = task.auto_weights if given == "auto" else given
     if given is None:
         return None
@@ -224,7 +216,6 @@ def _explain(fault: DivergedError, trainer: ArmTrainer, data: Dataset) -> KdLora
 
 
 def _finish(model: nn.Module, trainer: ArmTrainer, scale: TargetScale | None) -> TrainOutcome:
-    """Choose the weights, bring them to the original scale, and sum up."""
     chosen = trainer.history[-1]
     if trainer.around.settings.select == "best":
         chosen = trainer.best or chosen

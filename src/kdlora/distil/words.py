@@ -56,7 +56,14 @@ def fit_words(task: Task, train: Texts, labels: np.ndarray, validation: Texts, e
         chosen = np.linspace(0, len(labels) - 1, MOST_ROWS).astype(int)
         train = {name: [column[row] for row in chosen] for name, column in train.items()}
         labels = labels[chosen]
-    vectorizers = _vectorizers(task, train)
+    # Words and characters, a third and two thirds of what the number of labels allows.
+    most = min(_MOST_FEATURES, _MOST_COEFFICIENTS // task.num_labels) // 3
+    settings: list[dict[str, Any]] = [
+        {"ngram_range": (1, 2), "token_pattern": r"\w+|[^\w\s]", "max_features": max(most, 1)},
+        {"ngram_range": (2, 5), "analyzer": "char_wb", "max_features": max(2 * most, 1)},
+    ]
+    seen = [text for column in train.values() for text in _without_empty(column)]
+    vectorizers = tuple(TfidfVectorizer(sublinear_tf=True, dtype=np.float32, **one).fit(seen) for one in settings)
     known, asked = _features(vectorizers, train), _features(vectorizers, validation)
     found: list[tuple[float, float, tuple[Any, ...]]] = []
     for strength in STRENGTHS:
@@ -65,17 +72,6 @@ def fit_words(task: Task, train: Texts, labels: np.ndarray, validation: Texts, e
         found.append((score(task, metrics), strength, models))
     _, strength, models = max(found, key=lambda one: one[0])  # of equals the weakest
     return BagOfWords(task, vectorizers, models, strength, len(labels))
-
-
-def _vectorizers(task: Task, texts: Texts) -> tuple[TfidfVectorizer, ...]:
-    """Learn words and characters, a third and two thirds of what the number of labels allows."""
-    most = min(_MOST_FEATURES, _MOST_COEFFICIENTS // task.num_labels) // 3
-    settings: list[dict[str, Any]] = [
-        {"ngram_range": (1, 2), "token_pattern": r"\w+|[^\w\s]", "max_features": max(most, 1)},
-        {"ngram_range": (2, 5), "analyzer": "char_wb", "max_features": max(2 * most, 1)},
-    ]
-    seen = [text for column in texts.values() for text in _without_empty(column)]
-    return tuple(TfidfVectorizer(sublinear_tf=True, dtype=np.float32, **one).fit(seen) for one in settings)
 
 
 def _without_empty(texts: list[str]) -> list[str]:
